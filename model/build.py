@@ -1,0 +1,107 @@
+"""Hugging Face models from a config or a folder, with the right attention backend and dtype."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError, unknown
+from .family import Config
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+ATTENTION = ("auto", "flash_attention_2", "sdpa", "flex_attention", "eager")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def to_hf_config(config: Config) -> PretrainedConfig:
+    """The `transformers` config of a plain dict, for families that the library itself defines (never remote code)."""
+    from transformers import CONFIG_MAPPING
+
+    fields = dict(config)
+    model_type = fields.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        unknown("model_type", str(model_type), CONFIG_MAPPING.keys())
+    return CONFIG_MAPPING[model_type].from_dict(fields)
+
+
+def attention_backend(requested: str = "auto") -> tuple[str, str]:
+    """Which attention implementation to use, and why.
+
+    Returns:
+        (a `transformers` attn_implementation, the reason in words). "auto" takes flash-attn where it is installed on a GPU that supports
+        it (compute capability ≥ 8.0), else PyTorch's scaled_dot_product_attention, whose GPU kernel is FlashAttention.
+
+    Raises:
+        UserError: the name is unknown, or flash-attn was asked for where it cannot run.
+    """
+    if requested not in ATTENTION:
+        unknown("attention backend", requested, ATTENTION)
+    if requested not in ("auto", "flash_attention_2"):
+        return requested, "asked for"
+    obstacle = _flash_obstacle()
+    if obstacle is None:
+        return "flash_attention_2", "flash-attn is installed and the GPU supports it"
+    if requested == "auto":
+        return "sdpa", f"no flash-attn: {obstacle}"
+    raise UserError(f"attention flash_attention_2: {obstacle}; use attention=auto, or install the extra: pip install -e '.[flash]'")
+
+
+def _flash_obstacle() -> str | None:
+    """Why flash-attn cannot be used here, or None."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no CUDA GPU"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "the package flash_attn is not installed"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
+    return None
+
+
+def build_model(config: Config, *, seed: int, dtype: str = "float32", attention: str = "auto") -> PreTrainedModel:
+    """A freshly initialised model: the library's own initialisation, drawn under `seed`, the global RNG left as it was."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(
+            to_hf_config(config), dtype=_torch_dtype(dtype), attn_implementation=attention_backend(attention)[0], trust_remote_code=False
+        )
+
+
+def load_model(folder: Path | str, *, dtype: str = "float32", attention: str = "auto") -> PreTrainedModel:
+    """A model from a local folder of safetensors weights, every tensor accounted for.
+
+    Raises:
+        UserError: the folder is missing, its family unknown, or a tensor missing, unexpected or of another shape.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if not Path(folder).is_dir():
+        raise UserError(f"model {str(folder)!r}: no such folder")
+    model, report = AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        dtype=_torch_dtype(dtype),
+        attn_implementation=attention_backend(attention)[0],
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    faults: dict[str, Any] = {name: found for name, found in report.items() if found}
+    UserError.collect(f"model {folder}: {name.replace('_', ' ')}: {str(found)[:200]}" for name, found in faults.items())
+    return model
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    if name not in DTYPES:
+        unknown("dtype", name, DTYPES)
+    return getattr(torch, name)

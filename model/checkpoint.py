@@ -1,0 +1,242 @@
+"""A checkpoint on disk: a config and named tensors in safetensors files, read lazily with positioned reads.
+
+Nothing that comes from the files is trusted: headers and index are bounded and checked before a byte of weights is read, paths stay inside
+the folder, and pickle files are never opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .config import read_json
+from .dtypes import RAW
+from .errors import UserError
+
+MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors library itself
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies: file, byte offset, safetensors dtype and shape."""
+
+    file: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * RAW[self.dtype].itemsize
+
+
+class Checkpoint:
+    """A Hugging Face folder whose weights are safetensors, opened without reading them.
+
+    Attributes:
+        folder: the folder.
+        config: its config.json.
+        tensors: name → `Stored`, over all shards.
+
+    Raises (on opening):
+        UserError: no config, no safetensors weights, only pickle files, or a malformed header or index; the message names the file.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise UserError(f"source {str(folder)!r}: no such folder")
+        self.config = read_json(self.folder / "config.json")
+        self.tensors = _read_tensor_table(self.folder)
+        self._files: dict[Path, int] = {}
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start:stop` (of the first axis) of a tensor as raw bits, in a new array.
+
+        Raises:
+            UserError: the file ends early or cannot be read.
+        """
+        stored = self.tensors[name]
+        rows = stored.shape[0] if stored.shape else 1
+        stop = rows if stop is None else stop
+        shape = (stop - start, *stored.shape[1:]) if stored.shape else ()
+        row_bytes = stored.nbytes // max(rows, 1)
+        buffer = np.empty(shape, RAW[stored.dtype])
+        self._read_into(memoryview(buffer.reshape(-1)).cast("B"), stored.file, stored.offset + start * row_bytes, name)
+        return buffer
+
+    def _read_into(self, view: memoryview, file: Path, offset: int, name: str) -> None:
+        if file not in self._files:
+            self._files[file] = os.open(file, os.O_RDONLY)
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._files[file], [view[done:]], offset + done)
+            if count == 0:
+                raise UserError(f"{file}: ends early inside tensor {name!r}; the file changed while it was read, or is truncated")
+            done += count
+
+    def close(self) -> None:
+        """Close the files; reading again reopens them."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _read_tensor_table(folder: Path) -> dict[str, Stored]:
+    index = folder / INDEX
+    if index.exists():
+        listed = _read_index(index)
+    elif (folder / SINGLE).exists():
+        listed = {SINGLE: None}
+    else:
+        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise UserError(
+                f"{folder}: only pickle weights ({', '.join(pickles[:3])}), which can run code and are never loaded; convert them where you "
+                "trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
+            )
+        raise UserError(f"{folder}: no weights; expected {SINGLE} or {INDEX}")
+    tensors: dict[str, Stored] = {}
+    for file, names in listed.items():
+        found = read_header(folder / file)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise UserError(f"{folder}: tensor {twice[0]!r} is in {file} and in {tensors[twice[0]].file.name}; each must be in one shard")
+        if names is not None and (missing := sorted(names - found.keys())):
+            raise UserError(f"{index}: says {missing[0]!r} is in {file}, which does not hold it; is a shard from another checkpoint?")
+        tensors |= found
+    return tensors
+
+
+def _read_index(path: Path) -> dict[str, set[str]]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{path}: weight_map must be an object that names a file for every tensor")
+    files: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        if file != Path(file).name or not file.endswith(".safetensors"):
+            raise UserError(f"{path}: {name!r} points to {file!r}; shards are .safetensors files in the same folder, nothing else is opened")
+        files.setdefault(file, set()).add(name)
+    if absent := sorted(file for file in files if not (path.parent / file).is_file()):
+        raise UserError(f"{path}: shard {absent[0]} is missing ({len(absent)} of {len(files)} are); download the checkpoint again")
+    return files
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensor table of one safetensors file, every entry checked against the file's length.
+
+    Raises:
+        UserError: the header is malformed or does not describe this file; the message names file, tensor and fault.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise UserError(f"{path}: {size} bytes is no safetensors file (8 bytes of header length expected); truncated?")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise UserError(f"{path}: header of {length:,} bytes announced in a file of {size:,}; truncated, or not a safetensors file")
+        header = _parse_header(path, file.read(length))
+    start = 8 + length
+    tensors = {name: _stored(path, name, entry, start) for name, entry in header.items() if name != "__metadata__"}
+    _check_layout(path, tensors, start, size)
+    return tensors
+
+
+def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise UserError(f"{path}: the header names {next(name for name in names if names.count(name) > 1)!r} twice")
+        return found
+
+    try:
+        header = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as fault:
+        raise UserError(f"{path}: the header is not valid JSON ({fault}); truncated, or not a safetensors file") from None
+    if not isinstance(header, dict):
+        raise UserError(f"{path}: the header must be a JSON object, found {type(header).__name__}")
+    return header
+
+
+def _whole_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values)
+
+
+def _stored(path: Path, name: str, entry: Any, start: int) -> Stored:
+    where = f"{path}: tensor {name!r}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise UserError(f"{where}: expected dtype, shape and data_offsets, found {entry!r:.80}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in RAW:
+        raise UserError(f"{where}: dtype {dtype!r} is not supported; supported: {', '.join(RAW)}")
+    if not _whole_numbers(shape):
+        raise UserError(f"{where}: shape {shape!r:.80} is not a list of whole numbers")
+    if not _whole_numbers(offsets) or len(offsets) != 2:
+        raise UserError(f"{where}: data_offsets {offsets!r:.80} are not two whole numbers")
+    stored = Stored(path, start + offsets[0], dtype, tuple(shape))
+    if offsets[1] - offsets[0] != stored.nbytes:
+        raise UserError(f"{where}: {offsets[1] - offsets[0]:,} bytes stored, but {dtype} {tuple(shape)} takes {stored.nbytes:,}")
+    return stored
+
+
+def _check_layout(path: Path, tensors: Mapping[str, Stored], start: int, size: int) -> None:
+    end = start
+    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if stored.offset != end:
+            kind = "overlaps the tensor before it" if stored.offset < end else "leaves a gap before it"
+            raise UserError(f"{path}: tensor {name!r} starts at byte {stored.offset:,} where {end:,} was expected: it {kind}")
+        end += stored.nbytes
+    if end != size:
+        raise UserError(f"{path}: the header describes {end:,} bytes, the file has {size:,}; {'truncated' if size < end else 'trailing bytes'}")
+
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model")
+
+
+def locate(source: str | Path, revision: str | None = None) -> Path:
+    """The folder of a source: itself when it is one, else a snapshot of the Hugging Face repository of that name (weights: safetensors only).
+
+    Raises:
+        UserError: neither a folder nor a reachable repository.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or not _HUB_NAME.fullmatch(str(source)) or folder.exists():
+        raise UserError(f"source {str(source)!r}: no such folder, and not a Hugging Face name of the form owner/name")
+    from huggingface_hub import snapshot_download  # takes long to import, and most sources are folders
+
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(_WANTED)))
+    except Exception as fault:  # the library raises many kinds; the user needs one answer
+        reason = f"{type(fault).__name__}: {str(fault).strip().splitlines()[0] if str(fault).strip() else 'no details'}"
+        raise UserError(
+            f"source {str(source)!r}: no such folder, and the Hugging Face hub did not give it ({reason}); check name and network, or "
+            f"download it elsewhere (`hf download {source}`) and give the folder"
+        ) from None
+
+
+def names_of(checkpoints: Iterable[str]) -> str:
+    """The first few of many names, for an error message."""
+    names = sorted(checkpoints)
+    return ", ".join(names[:3]) + (f", … ({len(names)} in all)" if len(names) > 3 else "")

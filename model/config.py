@@ -1,0 +1,109 @@
+"""Configs as plain dicts under their Hugging Face names: read from a folder, and resolved into the config of a target."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from .errors import UserError, did_you_mean
+from .family import STANDARD, Config, family_of
+from .presets import PRESETS, preset, preset_sizes
+
+Target: TypeAlias = "str | Path | Mapping[str, Any] | Any"  # preset name, folder, overrides, or a transformers config
+
+MAX_JSON_BYTES = 64 << 20  # no honest config or index is larger
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file that a stranger may have written.
+
+    Raises:
+        UserError: it is missing, too large, not JSON, or not an object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{path}: {path.stat().st_size:,} bytes; no config or index is larger than {MAX_JSON_BYTES:,}, so this is none")
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as fault:
+        raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
+    except (ValueError, RecursionError) as fault:
+        raise UserError(f"{path}: not valid JSON ({fault})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def resolve_target(target: Target, source: Config | None = None) -> dict[str, Any]:
+    """The whole config of a growth target or of a model to build.
+
+    Args:
+        target: a preset's name, a folder with a config.json, a `transformers` config, or a dict of overrides of `source` under their
+            Hugging Face names (`{"hidden_size": 2560}`). A preset is laid over the source's config too, so that everything that is not
+            a size stays the source's.
+        source: the source's config; None only where the target is whole by itself.
+
+    Returns:
+        a new dict. Where the overrides change the head dim of a partly rotary model and say nothing of the rotary share, the share
+        follows, so that as many dimensions as before are turned.
+
+    Raises:
+        UserError: the preset, folder or key is unknown (with near matches), or overrides come without a source.
+    """
+    if hasattr(target, "to_dict"):
+        return dict(target.to_dict())
+    if isinstance(target, Mapping):
+        return _overlay(dict(target), source)
+    if str(target) in PRESETS:
+        return preset(str(target)) if source is None else _overlay(preset_sizes(str(target)), source)
+    folder = Path(target)
+    if folder.is_dir():
+        return read_json(folder / "config.json")
+    raise UserError(f"unknown target {str(target)!r}: neither a folder nor a preset; {did_you_mean(str(target), PRESETS)}")
+
+
+def _overlay(overrides: dict[str, Any], source: Config | None) -> dict[str, Any]:
+    if source is None:
+        if "model_type" not in overrides:
+            raise UserError("a target given as overrides needs a source whose config they change; give a source, or name a preset")
+        return overrides
+    family = family_of(source)
+    if (other := overrides.get("model_type", source["model_type"])) != source["model_type"]:
+        raise UserError(f"target: model_type {other!r} differs from the source's {source['model_type']!r}; a family grows into itself only")
+    rotary = overrides.pop(family.rotary_field, None)
+    known = {*source, *map(family.field_name, STANDARD)}
+    UserError.collect(f"target: unknown config key {key!r}; {did_you_mean(key, known)}" for key in overrides if key not in known)
+    rope = overrides.get("rope_parameters") or {}
+    rotary = rope.get(family.rotary_field, rope.get("partial_rotary_factor", rotary))
+
+    config = {**source, **overrides}
+    if rope:
+        config["rope_parameters"] = {**(source.get("rope_parameters") or {}), **rope}
+    heads, kv = family.field_name("num_attention_heads"), family.field_name("num_key_value_heads")
+    if kv not in overrides and source.get(kv) == source.get(heads):  # one key-value head per query head stays so
+        config[kv] = config.get(heads)
+    turned = family.rotary_dims(source)
+    if rotary is None and 0 < turned < family.sizes(source)["qk"]:
+        rotary = rotary_share(turned, family.sizes(config)["qk"])
+    return config if rotary is None else with_rotary_share(config, family.rotary_field, rotary)
+
+
+def rotary_share(turned: int, head: int) -> float:
+    """The share of a head of `head` dims whose product with it truncates to `turned`, as the library computes the rotary count."""
+    share = turned / head
+    return share if int(head * share) == turned else (turned + 0.5) / head
+
+
+def with_rotary_share(config: Config, field: str, share: float) -> dict[str, Any]:
+    """`config` with its rotary share set wherever it keeps one (top level before transformers 5, `rope_parameters` since)."""
+    changed = dict(config)
+    if field in changed:
+        changed[field] = share
+    if isinstance(rope := changed.get("rope_parameters"), Mapping):
+        changed["rope_parameters"] = {**rope, "partial_rotary_factor": share}
+    elif field not in changed:
+        changed[field] = share
+    return changed

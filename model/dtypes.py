@@ -1,0 +1,50 @@
+"""The number formats of safetensors files as numpy sees them: raw bits, and the floats they stand for.
+
+numpy has no bfloat16, so raw values are unsigned integers of the same width and change to floats only where arithmetic is done.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# safetensors name → numpy type of the raw bits
+RAW: dict[str, np.dtype] = {
+    "F64": np.dtype("<u8"),
+    "F32": np.dtype("<u4"),
+    "F16": np.dtype("<u2"),
+    "BF16": np.dtype("<u2"),
+    "I64": np.dtype("<u8"),
+    "I32": np.dtype("<u4"),
+    "I16": np.dtype("<u2"),
+    "I8": np.dtype("u1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("u1"),
+}
+FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+TORCH_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def is_float(dtype: str) -> bool:
+    """Whether growth can do arithmetic in this format."""
+    return dtype in FLOATS or dtype == "BF16"
+
+
+def working_type(dtype: str) -> type[np.floating]:
+    """The type arithmetic is done in: float64 for float64, else float32."""
+    return np.float64 if dtype == "F64" else np.float32
+
+
+def to_float(raw: np.ndarray, dtype: str) -> np.ndarray:
+    """Raw bits as numbers in the working type (exact)."""
+    if dtype == "BF16":
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    return raw.view(FLOATS[dtype]).astype(working_type(dtype), copy=False)
+
+
+def to_raw(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Numbers as raw bits of `dtype`, rounded to nearest, ties to even; NaN stays NaN."""
+    if dtype != "BF16":
+        return np.ascontiguousarray(values.astype(FLOATS[dtype], copy=False)).view(RAW[dtype])
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)

@@ -1,0 +1,32 @@
+"""The one error a door shows to its user without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """A fault in what the user gave: its message names the thing, what was expected and found, and the way out."""
+
+    @classmethod
+    def collect(cls, faults: Iterable[str]) -> None:
+        """Raise all `faults` as one error; do nothing when there are none."""
+        faults = list(faults)
+        if len(faults) == 1:
+            raise cls(faults[0])
+        if faults:
+            raise cls(f"{len(faults)} faults:\n" + "\n".join(f"  - {fault}" for fault in faults))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown `name`: its near matches, else everything that is known."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known) or 'none'}"
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> NoReturn:
+    """Raise the error for a `name` that is no known `kind`."""
+    raise UserError(f"unknown {kind} {name!r}; {did_you_mean(name, known)}")

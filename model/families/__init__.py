@@ -1,0 +1,1 @@
+"""One short file per family: its schema, as data."""

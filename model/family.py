@@ -1,0 +1,217 @@
+"""A family: the schema and the config fields that the checkpoints of one `model_type` share."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import Any, Literal
+
+from .errors import UserError, unknown
+from .notation import Axis, Line, Space, parse_schema, size, spaces
+
+Config = Mapping[str, Any]
+
+# The field's standard names of the sizes; a family lists only those that its config spells differently.
+STANDARD = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "max_position_embeddings", "layer_types", "norm_eps",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One stored tensor of a checkpoint: its name, its axes in storage order, and the schema line it comes from."""
+
+    name: str
+    line: Line
+    axes: tuple[Axis, ...]  # storage order
+    reads: tuple[bool, ...]  # per axis: is it the reading (in) side?
+    shape: tuple[int, ...]
+    layer: int | None
+    tied: bool  # tied to another tensor: not stored, and its source is that tensor
+
+    @property
+    def is_bias(self) -> bool:
+        return self.name.endswith(".bias")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the checkpoints of one `model_type` look like, as data.
+
+    Args:
+        name: the config's `model_type`.
+        schema: one line per module (`model.notation`).
+        norm: what the residual stream's norms keep: "layer" removes the mean, "rms" does not.
+        names: standard size name → this family's config field, where they differ.
+        rotary: share of each head that rotary positions turn when the config does not say; None for other positions.
+        rotary_field: the config field of that share.
+        attention_scale: "head_dim" (logits scaled by 1/sqrt(head dim)) or the config field that fixes the scale instead.
+        also: other `model_type`s with the same layout.
+        ignore: stored names that are buffers, not weights (a `*` stands for the layer).
+    """
+
+    name: str
+    schema: str
+    norm: Literal["layer", "rms"]
+    names: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    rotary: float | None = 1.0
+    rotary_field: str = "partial_rotary_factor"
+    attention_scale: str = "head_dim"
+    also: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+
+    @cached_property
+    def lines(self) -> tuple[Line, ...]:
+        return parse_schema(self.schema)
+
+    def field_name(self, standard: str) -> str:
+        """How this family's config spells a standard name."""
+        return self.names.get(standard, standard)
+
+    def get(self, config: Config, standard: str, default: Any = None) -> Any:
+        """A config value by its standard name; a missing or null one is the family's default."""
+        key = self.field_name(standard)
+        value = config.get(key)
+        return self.defaults.get(key, default) if value is None else value
+
+    def require(self, config: Config, standard: str) -> int:
+        """A positive whole number by its standard name.
+
+        Raises:
+            UserError: it is missing or is not a positive whole number.
+        """
+        value = self.get(config, standard)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"config of family {self.name!r}: {self.field_name(standard)} must be a positive whole number, found {value!r}")
+        return value
+
+    def sizes(self, config: Config) -> dict[str, int]:
+        """The sizes of the spaces: `layer vocab residual ffn kv group qk v pos`.
+
+        Raises:
+            UserError: a size is missing, or heads do not divide what they share.
+        """
+        hidden, heads = self.require(config, "hidden_size"), self.require(config, "num_attention_heads")
+        kv = self.get(config, "num_key_value_heads") or heads
+        head = self.get(config, "head_dim") or _divide(hidden, heads, f"{self.field_name('hidden_size')} into {heads} heads")
+        return {
+            "layer": self.require(config, "num_hidden_layers"),
+            "vocab": self.require(config, "vocab_size"),
+            "residual": hidden,
+            "ffn": self.get(config, "intermediate_size") or 4 * hidden,
+            "kv": kv,
+            "group": _divide(heads, kv, f"{heads} query heads among {kv} key-value heads"),
+            "qk": head,
+            "v": head,
+            "pos": self.get(config, "max_position_embeddings", 0),
+        }
+
+    def rotary_dims(self, config: Config) -> int:
+        """How many dimensions of each head rotary positions turn (0 without rotary positions)."""
+        if self.rotary is None:
+            return 0
+        rope = config.get("rope_parameters") or {}
+        share = rope.get(self.rotary_field, rope.get("partial_rotary_factor", config.get(self.rotary_field)))
+        return int(self.sizes(config)["qk"] * (self.rotary if share is None else share))
+
+    def eps(self, config: Config) -> float:
+        """The epsilon of the norms over the residual stream."""
+        return float(self.get(config, "norm_eps", 1e-5))
+
+    def uses(self, space: str) -> bool:
+        """Whether any tensor of the schema has `space` on an axis."""
+        return any(space == named.name for line in self.lines for axis in (line.out, line.into) if axis for named in spaces(axis))
+
+    def tensors(self, config: Config) -> Iterator[Tensor]:
+        """Every tensor of a checkpoint with this `config`, layer by layer, tied ones included and marked."""
+        sizes = self.sizes(config)
+        active = [line for line in self.lines if _holds(line.condition, config)]
+        before = [line for line in active[: _first_layered(active)] if not line.layered]
+        after = [line for line in active[_first_layered(active) :] if not line.layered]
+        layered = [line for line in active if line.layered]
+        numbered = [(line, None) for line in before]
+        numbered += [(line, layer) for layer in range(sizes["layer"]) for line in layered]
+        for line, layer in numbered + [(line, None) for line in after]:
+            yield from _tensors_of(line, layer, config, sizes)
+
+
+def _tensors_of(line: Line, layer: int | None, config: Config, sizes: Mapping[str, int]) -> Iterator[Tensor]:
+    name = line.name if layer is None else line.name.replace("*", str(layer))
+    tied = line.tied_if is not None and bool(config.get(line.tied_if))
+    axes: tuple[Axis, ...] = (line.out,) if line.into is None else (line.out, line.into)
+    reads: tuple[bool, ...] = (False, True)[: len(axes)]
+    if line.transposed:
+        axes, reads = axes[::-1], reads[::-1]
+    yield Tensor(f"{name}.weight", line, axes, reads, tuple(size(axis, sizes) for axis in axes), layer, tied)
+    if line.bias:
+        yield Tensor(f"{name}.bias", line, (line.out,), (False,), (size(line.out, sizes),), layer, False)
+
+
+def _first_layered(lines: list[Line]) -> int:
+    return next((number for number, line in enumerate(lines) if line.layered), len(lines))
+
+
+def _holds(condition: str | None, config: Config) -> bool:
+    if condition is None:
+        return True
+    return bool(config.get(condition.lstrip("!"))) != condition.startswith("!")
+
+
+def _divide(whole: int, by: int, what: str) -> int:
+    if whole % by:
+        raise UserError(f"cannot divide {what}: {whole} is no multiple of {by}; choose sizes that divide")
+    return whole // by
+
+
+_REGISTERED: dict[str, Family] = {}
+
+
+def register(family: Family) -> Family:
+    """Make `family` known under its `model_type`s; the same name again replaces it.
+
+    Raises:
+        ValueError: a line of its schema does not parse or names a space that has no size.
+    """
+    known = {"vocab", "residual", "ffn", "kv", "group", "qk", "v", "pos"}
+    for line in family.lines:
+        for axis in (line.out, line.into):
+            for space in spaces(axis) if axis else ():
+                if space.name not in known:
+                    raise ValueError(f"{family.name}: line {line.name!r} names the space {space.name!r}; known: {', '.join(sorted(known))}")
+    for name in (family.name, *family.also):
+        _REGISTERED[name] = family
+    return family
+
+
+@cache
+def _load_families() -> None:
+    package = importlib.import_module(".families", __package__)
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def families() -> dict[str, Family]:
+    """Every known family by `model_type`."""
+    _load_families()
+    return dict(_REGISTERED)
+
+
+def family_of(config: Config) -> Family:
+    """The family of a Hugging Face config (a dict).
+
+    Raises:
+        UserError: the config names no `model_type`, or one without a schema.
+    """
+    known = families()
+    name = config.get("model_type")
+    if name is None:
+        raise UserError("the config names no model_type, so its tensors' roles are unknown; is this a Hugging Face config.json?")
+    return known[name] if name in known else unknown("model family", str(name), known)
+
+
+__all__ = ["STANDARD", "Config", "Family", "Space", "Tensor", "families", "family_of", "register"]

@@ -1,0 +1,179 @@
+"""The schema notation: a network is a few named vector spaces, and every tensor maps one space to another.
+
+One line describes one module, in the spirit of einops:
+
+    model.layers.*.self_attn.q_proj    (kv group qk) <- residual + bias
+    model.layers.*.self_attn.k_proj    (kv qk*) <- residual + bias
+    model.layers.*.mlp.fc2             residual <- ffn + bias
+    model.layers.*.input_layernorm     norm residual + bias
+    transformer.h.*.attn.c_attn        residual -> [(kv group qk) | (kv qk*) | (kv v)] + bias
+
+`*` in a name stands for the layer's number. The arrow points from the space that is read to the space that is written, and shows the
+storage order: `out <- in` is stored (out, in), `in -> out` is stored (in, out), as embeddings and GPT-2's Conv1D are.
+An axis is a space, a product `(a b)` (row-major, as in einops) or parts laid end to end `[a | b]`; both nest.
+`qk*` is the *reading* side of the space `qk`: queries write it, keys read it, and the attention logit contracts the two.
+`norm X` is a normalisation's scale over axis X; `final norm` is the one before the output head, `post norm` one whose output is added to
+the residual stream, and `norm+1` stores the scale minus one (Gemma). `+ bias` adds `<name>.bias`; `scaled` marks an embedding that the
+model multiplies by sqrt(hidden) (Gemma). `if key` / `unless key` make a line depend on a config value; `tied to NAME if key` names the
+tensor that a tied one repeats.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+
+@dataclass(frozen=True)
+class Space:
+    """One named space; `dual` marks its reading side on an axis that is stored as an output."""
+
+    name: str
+    dual: bool = False
+
+    def __str__(self) -> str:
+        return self.name + "*" * self.dual
+
+
+@dataclass(frozen=True)
+class Product:
+    """Several axes flattened into one, row-major: `(kv group qk)`."""
+
+    parts: tuple[Axis, ...]
+
+    def __str__(self) -> str:
+        return f"({' '.join(map(str, self.parts))})"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Several axes laid end to end: `[ffn | ffn]`."""
+
+    parts: tuple[Axis, ...]
+
+    def __str__(self) -> str:
+        return f"[{' | '.join(map(str, self.parts))}]"
+
+
+Axis = Space | Product | Parts
+
+
+def size(axis: Axis, sizes: Mapping[str, int]) -> int:
+    """The length of `axis` when its spaces have the given `sizes`."""
+    if isinstance(axis, Space):
+        return sizes[axis.name]
+    lengths = [size(part, sizes) for part in axis.parts]
+    return prod(lengths) if isinstance(axis, Product) else sum(lengths)
+
+
+def spaces(axis: Axis) -> Iterator[Space]:
+    """Every space named in `axis`, left to right."""
+    if isinstance(axis, Space):
+        yield axis
+    else:
+        for part in axis.parts:
+            yield from spaces(part)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One module of the schema: its name (`*` = layer number), what it writes and reads, and how it is stored."""
+
+    name: str
+    kind: str  # "linear", "embedding", "norm", "final norm" or "post norm"
+    out: Axis
+    into: Axis | None  # None for norms
+    transposed: bool = False  # stored (in, out)
+    bias: bool = False
+    scaled: bool = False
+    offset: float = 0.0  # the stored norm scale is the true one minus this
+    condition: str | None = None  # config key; a leading "!" negates
+    tied_to: str | None = None
+    tied_if: str | None = None
+    text: str = ""
+
+    @property
+    def layered(self) -> bool:
+        """Whether the module is repeated in every layer."""
+        return "*" in self.name
+
+
+_LINE = re.compile(
+    r"(?P<name>\S+)\s+"
+    r"(?:(?P<norm>(?:final |post )?norm)(?P<offset>\+1)?\s+(?P<normed>[^+]+?)|(?P<left>[^+]+?)\s*(?P<arrow><-|->)\s*(?P<right>[^+]+?))"
+    r"(?P<bias>\s*\+ bias)?(?P<scaled>\s+scaled)?"
+    r"(?:\s+tied to (?P<tied_to>\S+) if (?P<tied_if>\S+))?"
+    r"(?:\s+(?P<when>if|unless) (?P<key>\S+))?"
+)
+
+
+def parse_line(text: str) -> Line:
+    """Parse one line of a schema.
+
+    Raises:
+        ValueError: the line does not follow the notation; the message quotes it.
+    """
+    match = _LINE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"not a schema line: {text.strip()!r}; expected 'NAME out <- in', 'NAME in -> out' or 'NAME norm axis'")
+    found = match.groupdict()
+    condition = None if found["key"] is None else ("!" if found["when"] == "unless" else "") + found["key"]
+    if found["norm"]:
+        out, into, kind = parse_axis(found["normed"]), None, found["norm"]
+    else:
+        left, right = parse_axis(found["left"]), parse_axis(found["right"])
+        out, into = (left, right) if found["arrow"] == "<-" else (right, left)
+        kind = "embedding" if isinstance(into, Space) and into.name in ("vocab", "pos") else "linear"
+    return Line(
+        name=found["name"],
+        kind=kind,
+        out=out,
+        into=into,
+        transposed=found["arrow"] == "->",
+        bias=bool(found["bias"]),
+        scaled=bool(found["scaled"]),
+        offset=1.0 if found["offset"] else 0.0,
+        condition=condition,
+        tied_to=found["tied_to"],
+        tied_if=found["tied_if"],
+        text=" ".join(text.split()[1:]),
+    )
+
+
+def parse_axis(text: str) -> Axis:
+    """Parse `residual`, `(kv group qk)`, `[(kv qk) | (kv v)]` or any nesting of them."""
+    tokens = re.findall(r"[\w.]+\*?|[()\[\]|]", text)
+    if "".join(tokens) != "".join(text.split()):
+        raise ValueError(f"not an axis: {text!r}")
+    axis, rest = _parse(tokens)
+    if rest:
+        raise ValueError(f"not an axis: {text!r}; {' '.join(rest)!r} is left over")
+    return axis
+
+
+def _parse(tokens: list[str]) -> tuple[Axis, list[str]]:
+    if not tokens or tokens[0] in ")]|":
+        raise ValueError(f"an axis is missing before {' '.join(tokens) or 'the end'!r}")
+    head, rest = tokens[0], tokens[1:]
+    if head not in "([":
+        return Space(head.rstrip("*"), head.endswith("*")), rest
+    close = ")" if head == "(" else "]"
+    parts: list[Axis] = []
+    while rest and rest[0] != close:
+        if parts and head == "[":
+            if rest[0] != "|":
+                raise ValueError(f"expected '|' between parts, found {rest[0]!r}")
+            rest = rest[1:]
+        part, rest = _parse(rest)
+        parts.append(part)
+    if not rest:
+        raise ValueError(f"{head!r} is never closed")
+    return (Product if head == "(" else Parts)(tuple(parts)), rest[1:]
+
+
+def parse_schema(text: str) -> tuple[Line, ...]:
+    """Parse a schema: one line per module, blank lines and `#` comments skipped."""
+    lines = (line.split("#")[0].strip() for line in text.splitlines())
+    return tuple(parse_line(line) for line in lines if line)
