@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -19,6 +20,9 @@ STANDARD = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "max_position_embeddings", "layer_types", "norm_eps",
 )  # fmt: skip
+
+# Buffers that older checkpoints carry along.
+BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,10 @@ class Family:
     @cached_property
     def lines(self) -> tuple[Line, ...]:
         return parse_schema(self.schema)
+
+    def lines_of(self, config: Config) -> list[Line]:
+        """The lines that apply under `config`."""
+        return [line for line in self.lines if _holds(line.condition, config)]
 
     def field_name(self, standard: str) -> str:
         """How this family's config spells a standard name."""
@@ -127,10 +135,20 @@ class Family:
         """Whether any tensor of the schema has `space` on an axis."""
         return any(space == named.name for line in self.lines for axis in (line.out, line.into) if axis for named in spaces(axis))
 
+    def writes_residual(self, tensor: Tensor) -> bool:
+        """Whether the tensor is the last to touch what its module adds to the residual stream."""
+        if any(line.kind == "post norm" for line in self.lines):
+            return tensor.line.kind == "post norm"
+        return tensor.line.kind == "linear" and tensor.line.out == Space("residual")
+
+    def ignores(self, name: str) -> bool:
+        """Whether a stored name is a buffer that no schema line needs."""
+        return any(re.fullmatch(pattern.replace(".", r"\.").replace("*", r"\d+"), name) for pattern in (*self.ignore, *BUFFERS))
+
     def tensors(self, config: Config) -> Iterator[Tensor]:
         """Every tensor of a checkpoint with this `config`, layer by layer, tied ones included and marked."""
         sizes = self.sizes(config)
-        active = [line for line in self.lines if _holds(line.condition, config)]
+        active = self.lines_of(config)
         before = [line for line in active[: _first_layered(active)] if not line.layered]
         after = [line for line in active[_first_layered(active) :] if not line.layered]
         layered = [line for line in active if line.layered]

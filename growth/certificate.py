@@ -1,0 +1,214 @@
+"""The certificate: whether a plan keeps every logit, proved from the plan alone, or every reason why not.
+
+The proof has four parts. (1) Nothing but sizes changes in the config. (2) The layer map uses every source layer once, in order, and every
+other target layer passes the residual stream on. (3) Every tensor's maps are the ones its spaces have. (4) On every space, reading after
+writing is the identity on what the network can observe; for the residual stream that includes the norms in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import isclose, sqrt
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from model.family import STANDARD
+from model.notation import spaces
+
+from .expansion import AxisMap, Expansion, Fill
+
+if TYPE_CHECKING:
+    from .operators import Growth
+    from .plan import Plan
+
+# Config keys that are no sizes and do not change what the network computes.
+NEUTRAL = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "initializer_range", "auto_map")
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """`lossless`, or the `reasons` why not."""
+
+    reasons: tuple[str, ...]
+
+    @property
+    def lossless(self) -> bool:
+        return not self.reasons
+
+    def __str__(self) -> str:
+        return "lossless" if self.lossless else "not lossless: " + "; ".join(self.reasons)
+
+
+def certify(plan: Plan) -> Certificate:
+    """Prove `plan` lossless or say why it is not."""
+    if not plan.recipe.inherits:
+        return Certificate((f"operator {plan.operator!r} inherits nothing",))
+    return Certificate((*_config(plan), *_layers(plan), *_steps(plan), *_spaces(plan)))
+
+
+def _config(plan: Plan) -> Iterator[str]:
+    """(1) A value that is no size differs."""
+    growth = plan.growth
+    sizes = {growth.family.field_name(name) for name in STANDARD} | {growth.family.rotary_field, "rope_parameters"}
+    source, target = growth.source_config, growth.target_config
+    for key in sorted((source.keys() | target.keys()) - sizes - set(NEUTRAL)):
+        silent = key.endswith("_token_id") or "drop" in key  # neither touches the logits in evaluation
+        if not silent and source.get(key) != target.get(key) and not _per_layer(source.get(key), growth):
+            yield f"config {key}: {source.get(key)!r} becomes {target.get(key)!r}, which is no size and may change the function"
+    ropes = [dict(config.get("rope_parameters") or {}) for config in (source, target)]
+    for key in sorted({*ropes[0], *ropes[1]} - {growth.family.rotary_field, "partial_rotary_factor"}) if all(ropes) else ():
+        if ropes[0].get(key) != ropes[1].get(key):
+            yield f"config rope_parameters.{key}: {ropes[0].get(key)!r} becomes {ropes[1].get(key)!r}, which turns positions otherwise"
+
+
+def _per_layer(value: object, growth: Growth) -> bool:
+    return isinstance(value, list) and len(value) == growth.source["layer"]
+
+
+def _layers(plan: Plan) -> Iterator[str]:
+    """(2) The layer map."""
+    if not plan.layers.is_lossless:
+        repeated = [number for number, layer in enumerate(plan.layers.layers) if plan.layers.layers.index(layer) != number]
+        yield f"depth {plan.layers.rule!r}: target layers {_some(repeated)} work although their source layers already do"
+    for step in plan.steps:
+        number = step.tensor.layer
+        idle = number is not None and plan.layers.identity[number]
+        if idle and plan.family.writes_residual(step.tensor) and not step.zero:
+            yield f"{step.name}: must be zero, since layer {number} is to pass the residual stream on"
+        if step.zero and not idle:
+            yield f"{step.name}: is zero although its layer is to work"
+
+
+def _steps(plan: Plan) -> Iterator[str]:
+    """(3) Tensors whose maps are not those of their spaces, or that take another tensor than their own."""
+    expected: dict[tuple[str, bool], tuple[AxisMap, ...]] = {}
+    faults: dict[str, int] = {}
+    for step in plan.steps:
+        line, is_bias = step.tensor.line, step.tensor.is_bias
+        key = (line.name, is_bias)
+        if key not in expected:
+            expected[key] = plan.recipe.spaces_only().maps(step.tensor)
+        if not all(mine is theirs or mine == theirs for mine, theirs in zip(step.maps, expected[key], strict=True)):
+            fault = f"{line.name}: axes of {line.text!r} are not grown space by space, so its neighbours do not undo it"
+            faults[fault] = faults.get(fault, 0) + 1
+        if not step.zero and step.source != plan.source_name(step.tensor):
+            faults[f"{step.name}: takes {step.source or 'nothing'}, not its own source"] = 1
+    yield from (f"{fault} ({count} tensors)" if count > 1 else fault for fault, count in faults.items())
+
+
+def _spaces(plan: Plan) -> Iterator[str]:
+    """(4) Each space on its own."""
+    growth = plan.growth
+    for space, expansion in plan.recipe.expansions.items():
+        if not plan.family.uses(space):
+            continue
+        if space == "residual":
+            yield from _residual(plan, expansion)
+        elif space in ("vocab", "pos"):
+            yield from _kept_first(space, expansion)
+        else:
+            yield from _inner(space, expansion, growth.attention_gain if space == "qk" else 1.0)
+            yield from _special(space, expansion, plan)
+
+
+def _inner(space: str, expansion: Expansion, expected: float) -> Iterator[str]:
+    """Reading after writing must give `expected` × the source on every source index, and nothing from new ones."""
+    write, read = expansion.write, expansion.read
+    met = write.copies & read.copies
+    if (write.index[met] != read.index[met]).any():
+        yield f"{space}: some target indices are written from one source index and read as another"
+        return
+    weight = np.bincount(read.index[met], (write.gain * read.gain)[met], minlength=read.source)
+    if lost := int((np.bincount(read.index[met], minlength=read.source) == 0).sum()):
+        yield f"{space}: {lost} of {read.source} source indices are lost"
+    elif not np.allclose(weight, expected, rtol=1e-9):
+        worst = int(np.abs(weight - expected).argmax())
+        yield f"{space}: reading its copies gives {weight[worst]:.4g} × source index {worst}, expected {expected:.4g}; copies are not divided among readers"
+    leaks = ~met & (read.fill != Fill.ZERO) & (write.fill != Fill.ZERO)
+    if count := int(leaks.sum()):
+        yield f"{space}: {count} new indices are written and read, neither as zero"
+
+
+def _special(space: str, expansion: Expansion, plan: Plan) -> Iterator[str]:
+    """What lies between the writers and readers of a space besides copying: activations, rotary positions, norms."""
+    growth, write = plan.growth, expansion.write
+    if space in ("ffn", "kv", "group") and not np.allclose(write.gain[write.copies], 1):
+        yield f"{space}: writers are scaled, which its nonlinearity does not pass on"
+    if space == "qk" and growth.family.rotary is not None:
+        turned = growth.family.rotary_dims(growth.source_config)
+        if not growth.rotary_kept:
+            yield f"qk: {turned} rotary dims become {growth.family.rotary_dims(growth.target_config)}, so positions turn by other angles"
+        elif not (write.copies[:turned].all() and write.same_index(np.r_[np.arange(turned), write.index[turned:]])):
+            yield f"qk: the {turned} rotary dims of each head do not stay where they are, so they turn by other angles"
+    for line in growth.family.lines_of(growth.source_config):
+        if line.kind == "norm" and space in {named.name for named in spaces(line.out)} and growth.grows(space) and not _uniform(write):
+            yield f"{space}: {line.name} normalises over it, and new indices change what it divides by"
+
+
+def _uniform(write: AxisMap) -> bool:
+    counts = write.counts()
+    return bool(write.copies.all() and (counts == counts[0]).all())
+
+
+def _kept_first(space: str, expansion: Expansion) -> Iterator[str]:
+    """Old tokens and positions must stay where they are; new ones may be anything."""
+    for side in (expansion.write, expansion.read):
+        kept = slice(0, side.source)
+        if not (side.copies[kept].all() and (side.gain[kept] == 1).all() and np.array_equal(side.index[kept], np.arange(side.source))):
+            yield f"{space}: its {side.source} old indices do not stay where they are"
+            return
+
+
+def _residual(plan: Plan, expansion: Expansion) -> Iterator[str]:
+    """Writers put c·[x ×r, mean or zero ×s] into the stream; norms then divide by what c and the copies make of the statistics."""
+    growth, write = plan.growth, expansion.write
+    n, N = write.source, write.target
+    counts = write.counts()
+    r = int(counts[0])
+    if (counts != r).any():
+        yield f"residual: its {n} indices are copied {counts.min()} to {counts.max()} times, which changes the norms' statistics"
+        return
+    if r == 0:
+        yield f"residual: all {n} source indices are lost"
+        return
+    kept = Fill.MEAN if growth.family.norm == "layer" else Fill.ZERO
+    if (~write.copies).any() and (write.fill[~write.copies] != kept).any():
+        yield f"residual: new indices hold other than {kept.name.lower()}, which changes the norms' statistics"
+    c = float(write.gain[write.copies][0])
+    if not np.allclose(write.gain[write.copies | (write.fill == Fill.MEAN)], c, rtol=1e-12):
+        yield "residual: writers are not all scaled alike"
+    rho = r * n / N
+    eps = [growth.family.eps(config) for config in (plan.source_config, plan.target_config)]
+    if not isclose(c * c * rho * eps[0], eps[1], rel_tol=1e-9):
+        yield f"residual: norms see variance × {c * c * rho:.4g} but epsilon {eps[0]:g} becomes {eps[1]:g}"
+    yield from _norms(plan, expansion, r, c, rho)
+
+
+def _norms(plan: Plan, expansion: Expansion, r: int, c: float, rho: float) -> Iterator[str]:
+    """What reaches the readers: (1/√ρ)·scale on each copy, and shift; read, they must sum to the source."""
+    tied = plan.growth.tied
+    head = expansion.write.scaled(plan.recipe.embedding_gain) if tied else expansion.read
+    pairs = [("norms", expansion.scale, expansion.shift, expansion.read), ("the final norm", expansion.final_scale, expansion.final_shift, head)]
+    for which, scale, shift, read in pairs:
+        for part, sums, expected in (("scale", scale, sqrt(rho)), ("shift", shift, 1.0)):
+            if not _inverts(sums, read, expected):
+                yield f"residual: {which}' {part} and readers do not give back the source"
+        if (shift.fill[~shift.copies] != Fill.ZERO).any() and (read.fill[~read.copies] != Fill.ZERO).any():
+            yield f"residual: {which}' shift on new indices is read"
+        if not np.array_equal(expansion.write.copies, read.copies) or (scale.index[read.copies] != expansion.write.index[read.copies]).any():
+            yield f"residual: {which} and their readers take other copies than the writers"
+    posted = [line for line in plan.family.lines if line.kind == "post norm"]
+    if posted and not np.allclose(expansion.post_scale.gain[expansion.write.copies], c * sqrt(rho)):
+        yield "residual: post norms do not scale what they add like the other writers"
+
+
+def _inverts(first: AxisMap, second: AxisMap, expected: float) -> bool:
+    met = first.copies & second.copies & (first.index == second.index)
+    weight = np.bincount(first.index[met], (first.gain * second.gain)[met], minlength=first.source)
+    return bool(np.allclose(weight, expected, rtol=1e-9))
+
+
+def _some(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (", …" if len(numbers) > 8 else "")

@@ -1,0 +1,206 @@
+"""Executing a plan: source rows in, target rows out, a bounded block at a time; the same bits for any number of threads or shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod, sqrt
+from typing import Protocol
+
+import numpy as np
+
+from model.dtypes import RAW, to_float, to_raw, working_type
+
+from .expansion import AxisMap, Fill, runs
+from .plan import Plan, Step
+from .seeding import generator
+
+BLOCK_BYTES = 16 << 20  # of the target; part of the result's definition, since random entries are drawn block by block
+
+
+class Reader(Protocol):
+    """Where source tensors come from: a checkpoint on disk or arrays in memory."""
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start:stop` of a tensor as raw bits."""
+
+
+@dataclass(frozen=True, eq=False)
+class Expander:
+    """Computes one target tensor, block of rows by block of rows.
+
+    A vector is treated as a matrix of one row. Reading axes grow before writing axes: the mean row of a writer is an additional source row.
+    """
+
+    plan: Plan
+    step: Step
+    reader: Reader
+
+    @cached_property
+    def dtype(self) -> str:
+        return self.plan.dtype(self.step)
+
+    @cached_property
+    def matrix(self) -> tuple[int, int]:
+        """(rows, columns) of the target seen as a matrix."""
+        shape = self.step.shape
+        return (1, shape[0]) if len(shape) == 1 else (shape[0], prod(shape[1:]))
+
+    @cached_property
+    def maps(self) -> tuple[AxisMap, AxisMap]:
+        maps = self.step.maps
+        return (AxisMap.identity(1), maps[0]) if len(maps) == 1 else (maps[0], maps[1])
+
+    @cached_property
+    def column_runs(self) -> list[slice]:
+        """Stretches of columns that lie side by side in the source too and share gain and fill."""
+        columns = self.maps[1]
+        fresh = ~columns.copies
+        return list(runs(np.where(fresh, np.arange(columns.target), columns.index), columns.gain, columns.fill))
+
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, raw rows) until the tensor is complete."""
+        rows, columns = self.matrix
+        height = max(1, BLOCK_BYTES // (columns * RAW[self.dtype].itemsize))
+        for start in range(0, rows, height):
+            yield start, self._block(start, min(start + height, rows))
+
+    def _block(self, start: int, stop: int) -> np.ndarray:
+        shape = (stop - start, self.matrix[1])
+        if self.step.zero:
+            return to_raw(np.full(shape, self._stored(0.0)), self.dtype)
+        if self.step.source is None:
+            return to_raw(self._fresh(shape, "fresh", start), self.dtype)
+        rows = self.maps[0]
+        index, gain, fill = rows.index[start:stop], rows.gain[start:stop], rows.fill[start:stop]
+        target = self._expand_columns(self._source_rows(index, fill), gain, start)
+        if self.noise_scale:
+            target = to_raw(to_float(target, self.dtype) + self._noise(start, stop), self.dtype)
+        if (mean := fill == Fill.MEAN).any():
+            target[mean] = self._expand_columns(self._mean_row, gain[mean][:1], start)
+        if (zero := fill == Fill.ZERO).any():
+            target[zero] = to_raw(np.zeros(1), self.dtype)
+        if (fresh := fill == Fill.RANDOM).any():
+            target[fresh] = to_raw(self._fresh((int(fresh.sum()), shape[1]), "rows", start), self.dtype)
+        return target
+
+    def _source_rows(self, index: np.ndarray, fill: np.ndarray) -> np.ndarray:
+        """(len(index), n) raw source rows; rows that are not copied hold anything."""
+        name = self.step.source
+        assert name is not None
+        wanted = index[fill == Fill.COPY]
+        if len(wanted) == 0:
+            return np.zeros((len(index), self.maps[1].source), RAW[self.dtype])
+        low, high = int(wanted.min()), int(wanted.max()) + 1
+        stretch = self._read(low, high)
+        if high - low == len(index) and len(wanted) == len(index) and (np.diff(index) == 1).all():
+            return stretch
+        return stretch.take(np.clip(index - low, 0, high - low - 1), axis=0)
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        name = self.step.source
+        assert name is not None
+        if len(self.step.shape) == 1:
+            return self.reader.read(name).reshape(1, -1)
+        return self.reader.read(name, start, stop).reshape(stop - start, -1)
+
+    @cached_property
+    def _mean_row(self) -> np.ndarray:
+        """(1, n) the mean of all source rows, rounded to the stored dtype."""
+        rows, columns = self.maps[0].source, self.maps[1].source
+        height = max(1, BLOCK_BYTES // (columns * RAW[self.dtype].itemsize))
+        total = np.zeros(columns, np.float64)
+        for start in range(0, rows, height):
+            total += to_float(self._read(start, min(start + height, rows)), self.dtype).sum(axis=0, dtype=np.float64)
+        return to_raw((total / rows)[None], self.dtype)
+
+    def _expand_columns(self, source: np.ndarray, gain: np.ndarray, start: int) -> np.ndarray:
+        """(b, n) raw source rows → (b, N) raw target rows; `gain` is one factor per row."""
+        columns = self.maps[1]
+        target = np.empty((len(source), columns.target), RAW[self.dtype])
+        for run in self.column_runs:
+            fill, factor = int(columns.fill[run.start]), float(columns.gain[run.start])
+            width = run.stop - run.start
+            if fill == Fill.ZERO:
+                target[:, run] = to_raw(np.full(1, self._stored(0.0)), self.dtype)
+            elif fill == Fill.RANDOM:
+                target[:, run] = to_raw(self._fresh((len(source), width), "columns", start, run.start), self.dtype)
+            elif fill == Fill.MEAN:
+                mean = to_float(source, self.dtype).mean(axis=1, keepdims=True, dtype=np.float64)
+                target[:, run] = self._scaled(mean, gain, factor)
+            else:
+                first = int(columns.index[run.start])
+                piece = source[:, first : first + width]
+                unscaled = factor == 1 and (gain == 1).all()
+                target[:, run] = piece if unscaled else self._scaled(to_float(piece, self.dtype), gain, factor)
+        return target
+
+    @cached_property
+    def noise_scale(self) -> float:
+        """Standard deviation of the noise on one reader of copies; 0 where the tensor reads none."""
+        if self.plan.noise == 0 or len(self.step.shape) == 1 or self._noisy_axis is None:
+            return 0.0
+        rows, columns = self.maps[0].source, self.maps[1].source
+        height = max(1, BLOCK_BYTES // (columns * RAW[self.dtype].itemsize))
+        stretches = (to_float(self._read(start, min(start + height, rows)), self.dtype) for start in range(0, rows, height))
+        square = sum(float(np.square(stretch, dtype=np.float64).sum()) for stretch in stretches)
+        return self.plan.noise * sqrt(square / (rows * columns))
+
+    @cached_property
+    def _noisy_axis(self) -> int | None:
+        """The axis on which copies are read, if there is one."""
+        reads = self.step.tensor.reads
+        return next((axis for axis, read in enumerate(reads) if read and self.maps[axis].counts().max() > 1), None)
+
+    def _noise(self, start: int, stop: int) -> np.ndarray:
+        """Noise on the readers of copies, for rows `start:stop`.
+
+        Where the readers were divided it is a difference taken around each set of copies, η_t - η_next(t), and so sums to zero over them.
+        """
+        axis = self._noisy_axis
+        assert axis is not None
+        grown = self.maps[axis]
+        following = grown.next_copy()
+        repeated = following != np.arange(grown.target)
+        scale = self.noise_scale * grown.gain * repeated / sqrt(2)
+        divided = bool((grown.gain[repeated] < 1).all())
+        if axis == 1:
+            numbers = generator(self.plan.growth.seed, self.step.name, "noise", start).standard_normal((stop - start, grown.target))
+            return (numbers - numbers[:, following] if divided else numbers) * scale
+
+        def row(number: int) -> np.ndarray:
+            return generator(self.plan.growth.seed, self.step.name, "noise", number).standard_normal(self.matrix[1])
+
+        pairs = ((number, following[number]) for number in range(start, stop))
+        return np.stack([(row(mine) - row(other) if divided else row(mine)) * scale[mine] for mine, other in pairs])
+
+    def _scaled(self, values: np.ndarray, gain: np.ndarray, factor: float) -> np.ndarray:
+        """gain × values as raw bits, in terms of the true value where the stored one is offset."""
+        offset = self.step.tensor.line.offset
+        factors = (gain * factor).astype(working_type(self.dtype))[:, None]
+        return to_raw((values + offset) * factors - offset if offset else values * factors, self.dtype)
+
+    def _stored(self, value: float) -> float:
+        return value - self.step.tensor.line.offset
+
+    def _fresh(self, shape: tuple[int, int], *part: object) -> np.ndarray:
+        """Fresh entries, as the library initialises them: ones in norm scales, zeros in biases, else normal(0, initializer_range)."""
+        tensor = self.step.tensor
+        if tensor.is_bias:
+            return np.zeros(shape)
+        if tensor.line.kind.endswith("norm"):
+            return np.full(shape, self._stored(1.0))
+        numbers = generator(self.plan.growth.seed, self.step.name, *part).standard_normal(shape, np.float32)
+        return numbers * np.float32(self.plan.growth.target_config.get("initializer_range", 0.02))
+
+
+class Arrays:
+    """Source tensors in memory, as raw arrays by name."""
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        self.arrays = arrays
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start:stop` of a tensor as raw bits."""
+        return self.arrays[name][start:stop]

@@ -1,0 +1,188 @@
+"""Expansions: how one axis grows. An axis map says, for every target index, which source index it takes, times what, or how it is new.
+
+An `Expansion` belongs to a space and holds a map for each side: `write` for tensors that write the space, `read` for tensors that read it.
+Growth is lossless on a space when reading after writing is the identity on what the network can observe; `growth.certificate` proves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from functools import reduce
+
+import numpy as np
+
+from model.notation import Axis, Parts, Product, Space
+
+
+class Fill(IntEnum):
+    """What a target index holds."""
+
+    COPY = 0  # gain × the source index
+    ZERO = 1
+    MEAN = 2  # gain × the mean of the source tensor over this axis
+    RANDOM = 3  # fresh values: normal(0, σ) in matrices, 0 in biases, 1 in norm scales
+
+
+@dataclass(frozen=True, eq=False)
+class AxisMap:
+    """One axis of one tensor: n source → N target indices.
+
+    Attributes:
+        source: n.
+        index: (N,) the source index each target index takes; 0 where nothing is taken.
+        gain: (N,) the factor on it.
+        fill: (N,) a `Fill`.
+    """
+
+    source: int
+    index: np.ndarray
+    gain: np.ndarray
+    fill: np.ndarray
+
+    @classmethod
+    def of(cls, source: int, index: np.ndarray, fill: Fill = Fill.RANDOM, gain: np.ndarray | float = 1.0) -> AxisMap:
+        """From an index with -1 where the target index is new and holds `fill`."""
+        index = np.asarray(index, np.int64)
+        new = index < 0
+        gains = np.broadcast_to(np.asarray(gain, np.float64), index.shape).copy()
+        return cls(source, np.where(new, 0, index), gains, np.where(new, fill, Fill.COPY).astype(np.uint8))
+
+    @classmethod
+    def identity(cls, size: int) -> AxisMap:
+        """Nothing changes."""
+        return cls.of(size, np.arange(size))
+
+    @property
+    def target(self) -> int:
+        return len(self.index)
+
+    @property
+    def copies(self) -> np.ndarray:
+        """(N,) whether each target index takes a source index."""
+        return self.fill == Fill.COPY
+
+    @property
+    def is_identity(self) -> bool:
+        return self.source == self.target and bool(self.copies.all() and (self.gain == 1).all()) and self.same_index(range(self.source))
+
+    def same_index(self, index: np.ndarray | range) -> bool:
+        """Whether the copied indices are exactly `index`."""
+        return np.array_equal(self.index, np.asarray(index))
+
+    def counts(self) -> np.ndarray:
+        """(n,) how often each source index is copied."""
+        return np.bincount(self.index[self.copies], minlength=self.source)
+
+    def next_copy(self) -> np.ndarray:
+        """(N,) for each target index the next one that copies the same source index, cyclically; itself where there is no other."""
+        following = np.arange(self.target)
+        copied = np.flatnonzero(self.copies)
+        order = copied[np.argsort(self.index[copied], kind="stable")]
+        starts = np.r_[0, np.flatnonzero(np.diff(self.index[order])) + 1, len(order)]
+        for start, stop in zip(starts[:-1], starts[1:], strict=True):
+            following[order[start:stop]] = np.roll(order[start:stop], -1)
+        return following
+
+    def scaled(self, factor: float) -> AxisMap:
+        """The same map with every gain multiplied."""
+        return replace(self, gain=self.gain * factor)
+
+    def split(self) -> AxisMap:
+        """The reading side of these copies: each divided by how many copies there are, so that they sum to the source."""
+        return replace(self, gain=self.gain / np.maximum(self.counts()[self.index], 1))
+
+    def filled(self, fill: Fill) -> AxisMap:
+        """The same map with every new index holding `fill`."""
+        return replace(self, fill=np.where(self.copies, Fill.COPY, fill).astype(np.uint8))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, AxisMap):
+            return NotImplemented
+        mine, theirs = self.copies | (self.fill == Fill.MEAN), other.copies | (other.fill == Fill.MEAN)
+        return (
+            self.source == other.source
+            and np.array_equal(self.fill, other.fill)
+            and np.array_equal(self.index[self.copies], other.index[other.copies])
+            and np.allclose(self.gain[mine], other.gain[theirs], rtol=1e-12, atol=0)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+# A new index on one axis of a product decides for the whole product; where two are new, the stronger statement wins.
+_PRECEDENCE = np.array([0, 3, 1, 2])  # COPY < MEAN < RANDOM < ZERO, indexed by Fill
+
+
+def product(left: AxisMap, right: AxisMap) -> AxisMap:
+    """The map of the flattened axis `(left right)`, row-major."""
+    index = (left.index[:, None] * right.source + right.index[None]).reshape(-1)
+    gain = (left.gain[:, None] * right.gain[None]).reshape(-1)
+    mine, theirs = np.broadcast_arrays(left.fill[:, None], right.fill[None])
+    fill = np.where(_PRECEDENCE[mine] >= _PRECEDENCE[theirs], mine, theirs).reshape(-1)
+    return AxisMap(left.source * right.source, np.where(fill == Fill.COPY, index, 0), gain, fill)
+
+
+def concatenate(left: AxisMap, right: AxisMap) -> AxisMap:
+    """The map of the axis `[left | right]`."""
+    return AxisMap(
+        left.source + right.source,
+        np.concatenate([left.index, np.where(right.copies, right.index + left.source, 0)]),
+        np.concatenate([left.gain, right.gain]),
+        np.concatenate([left.fill, right.fill]),
+    )
+
+
+def compose(axis: Axis, of_space: Callable[[Space], AxisMap]) -> AxisMap:
+    """The map of a whole axis from the maps of its spaces."""
+    if isinstance(axis, Space):
+        return of_space(axis)
+    parts = (compose(part, of_space) for part in axis.parts)
+    return reduce(product if isinstance(axis, Product) else concatenate, parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Expansion:
+    """How one space grows, for each kind of tensor that touches it.
+
+    Attributes:
+        write, read: for tensors that write and read the space.
+        scale, shift: for the γ and β of a norm over it (the residual stream, or a head).
+        final_scale, final_shift: for the norm before the output head.
+        post_scale: for a norm whose output is added to the residual stream.
+        rule: in words, for the printed plan.
+    """
+
+    write: AxisMap
+    read: AxisMap
+    rule: str
+    scale: AxisMap
+    shift: AxisMap
+    final_scale: AxisMap
+    final_shift: AxisMap
+    post_scale: AxisMap
+
+    @classmethod
+    def of(cls, write: AxisMap, read: AxisMap, rule: str, *, scale: AxisMap | None = None, shift: AxisMap | None = None) -> Expansion:
+        """An expansion whose norm maps are, unless given, the writing map."""
+        scale, shift = scale or write, shift or write
+        return cls(write, read, rule, scale, shift, scale, shift, scale)
+
+    @classmethod
+    def identity(cls, size: int) -> Expansion:
+        """The space does not grow."""
+        unchanged = AxisMap.identity(size)
+        return cls.of(unchanged, unchanged, "unchanged")
+
+
+def runs(index: np.ndarray, *same: np.ndarray) -> Iterator[slice]:
+    """Slices over which `index` rises by one and every array of `same` stays equal."""
+    if len(index) == 0:
+        return
+    breaks = np.diff(index) != 1
+    for array in same:
+        breaks |= np.diff(array) != 0
+    edges = np.r_[0, np.flatnonzero(breaks) + 1, len(index)]
+    for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        yield slice(start, stop)

@@ -1,0 +1,136 @@
+"""Layer maps: which source layer feeds each target layer, and which target layers start as the identity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from model.errors import UserError, unknown
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """Depth growth of L source layers into M.
+
+    Attributes:
+        rule: the map's name.
+        source: L.
+        layers: (M,) the source layer of each target layer.
+        identity: (M,) whether the target layer's writers start at zero, so that it passes the residual stream on unchanged.
+    """
+
+    rule: str
+    source: int
+    layers: tuple[int, ...]
+    identity: tuple[bool, ...]
+
+    @property
+    def target(self) -> int:
+        return len(self.layers)
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether every source layer works exactly once and in order, all others passing through."""
+        working = [layer for layer, idle in zip(self.layers, self.identity, strict=True) if not idle]
+        return working == list(range(self.source))
+
+
+def _repeats(layers: Sequence[int]) -> tuple[bool, ...]:
+    return tuple(number > 0 and layer == layers[number - 1] for number, layer in enumerate(layers))
+
+
+def interleave(source: int, target: int) -> list[int]:
+    """Target layer i ← ⌊i·L/M⌋: every layer repeated in place (interleaved stacking; G_direct of 2405.15319)."""
+    return [i * source // target for i in range(target)]
+
+
+def stack(source: int, target: int) -> list[int]:
+    """i mod L: the whole network on top of itself (StackBERT, Gong et al. 2019; G_stack, 2405.15319)."""
+    return [i % source for i in range(target)]
+
+
+def proportional(source: int, target: int) -> list[int]:
+    """round(i·L/M), half to even, clamped to L-1 (Gopher's map, 2112.11446; Javaheripi, NeurIPS 2023, for Phi-2)."""
+    return [min(round(i * source / target), source - 1) for i in range(target)]
+
+
+def top(source: int, target: int) -> list[int]:
+    """The last M-L layers once more on top."""
+    _at_most_double("top", source, target)
+    return [*range(source), *range(2 * source - target, source)]
+
+
+def solar(source: int, target: int) -> list[int]:
+    """[0 : L-m] ++ [m : L], two overlapping copies with L-m = M/2 (SOLAR, 2312.15166)."""
+    _at_most_double("solar", source, target)
+    if target % 2:
+        raise UserError(f"depth 'solar': joins two equal halves, so {target} target layers must be even")
+    return [*range(target // 2), *range(source - target // 2, source)]
+
+
+def midas(source: int, target: int) -> list[int]:
+    """The middle block of M-L layers once more, behind itself (MIDAS, 2409.19044)."""
+    _at_most_double("midas", source, target)
+    extra = target - source
+    start = (source - extra) // 2
+    return [*range(start + extra), *range(start, source)]
+
+
+def llama_pro(source: int, target: int) -> list[int]:
+    """An identity copy after every L/(M-L) layers (LLaMA Pro, 2401.02415)."""
+    extra = target - source
+    if extra == 0:
+        return list(range(source))
+    if source % extra:
+        raise UserError(f"depth 'llama_pro': {extra} new layers cannot be spread evenly among {source}; use depth=identity, which spreads any number")
+    group = source // extra
+    return [layer for start in range(0, source, group) for layer in (*range(start, start + group), start + group - 1)]
+
+
+def identity_top(source: int, target: int) -> list[int]:
+    """Identity copies of the last layer, on top."""
+    return [min(i, source - 1) for i in range(target)]
+
+
+def _at_most_double(rule: str, source: int, target: int) -> None:
+    if target > 2 * source:
+        raise UserError(f"depth {rule!r}: repeats layers once, so at most {2 * source} layers can come of {source}, not {target}; use stack or interleave")
+
+
+# name → (map, whether repeats start as the identity, which keeps the function)
+LAYER_MAPS: dict[str, tuple[Callable[[int, int], list[int]], bool]] = {
+    "identity": (interleave, True),
+    "identity_top": (identity_top, True),
+    "llama_pro": (llama_pro, True),
+    "interleave": (interleave, False),
+    "stack": (stack, False),
+    "proportional": (proportional, False),
+    "top": (top, False),
+    "solar": (solar, False),
+    "midas": (midas, False),
+}
+
+
+def layer_map(depth: str | Sequence[int], source: int, target: int) -> LayerMap:
+    """The layer map named `depth`, or an explicit list of source layers (repeats work; none starts as the identity).
+
+    Raises:
+        UserError: the name is unknown, the list does not fit, or the target has fewer layers than the source.
+    """
+    if target < source:
+        raise UserError(f"target has {target} layers, fewer than the source's {source}; growth cannot drop layers")
+    if not isinstance(depth, str):
+        return _explicit(depth, source, target)
+    if depth not in LAYER_MAPS:
+        unknown("depth", depth, LAYER_MAPS)
+    rule, idle = LAYER_MAPS[depth]
+    layers = rule(source, target)
+    return LayerMap(depth, source, tuple(layers), _repeats(layers) if idle else (False,) * target)
+
+
+def _explicit(depth: Sequence[int], source: int, target: int) -> LayerMap:
+    if len(depth) != target:
+        raise UserError(f"depth: the list names {len(depth)} layers, the target has {target}")
+    if wrong := [layer for layer in depth if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < source]:
+        raise UserError(f"depth: {wrong[0]!r} is no source layer; the source has layers 0 to {source - 1}")
+    return LayerMap("list", source, tuple(depth), (False,) * target)

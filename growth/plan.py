@@ -1,0 +1,255 @@
+"""The plan of a growth: every target tensor once, with its source, its maps and its scales. Built from configs alone, frozen, printable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from model.checkpoint import Checkpoint, names_of
+from model.config import Target, resolve_target
+from model.dtypes import RAW, TORCH_NAMES, is_float
+from model.errors import UserError
+from model.family import Config, Family, Tensor, family_of
+from model.presets import PRESETS, preset
+
+from .certificate import Certificate, certify
+from .expansion import AxisMap
+from .layers import LayerMap, layer_map
+from .operators import Growth, Recipe, recipe
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One target tensor: where it comes from and how.
+
+    Attributes:
+        tensor: the target tensor, with its schema line and shape.
+        source: the source tensor's name; None where nothing is inherited.
+        maps: one axis map per stored axis.
+        zero: the tensor starts at zero (a writer of an identity layer).
+    """
+
+    tensor: Tensor
+    source: str | None
+    maps: tuple[AxisMap, ...]
+    zero: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    @property
+    def source_shape(self) -> tuple[int, ...]:
+        return tuple(axis.source for axis in self.maps)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A growth, decided and not yet done.
+
+    Attributes:
+        growth: family, source and target configs, seed.
+        operator, options, noise: the recipe by name, as recorded in `growth.json`.
+        recipe: one expansion per space.
+        layers: the layer map.
+        steps: every stored target tensor exactly once, in the order of the file.
+        dtypes: source tensor name → safetensors dtype, where the weights are at hand.
+    """
+
+    growth: Growth
+    operator: str
+    options: Mapping[str, Any]
+    noise: float
+    recipe: Recipe
+    layers: LayerMap
+    steps: tuple[Step, ...]
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def family(self) -> Family:
+        return self.growth.family
+
+    @property
+    def source_config(self) -> Config:
+        return self.growth.source_config
+
+    @cached_property
+    def target_config(self) -> dict[str, Any]:
+        """The config that the grown folder gets: what follows a layer or an epsilon has followed."""
+        return _follow(dict(self.growth.target_config), self.growth, self.recipe, self.layers)
+
+    @cached_property
+    def certificate(self) -> Certificate:
+        """Lossless, or every reason why not; decided from the plan alone."""
+        return certify(self)
+
+    @cached_property
+    def target_parameters(self) -> int:
+        return sum(prod(step.shape) for step in self.steps)
+
+    @cached_property
+    def source_parameters(self) -> int:
+        tensors = self.family.tensors(self.source_config)
+        return sum(prod(tensor.shape) for tensor in tensors if not tensor.tied)
+
+    def source_name(self, tensor: Tensor) -> str:
+        """The source tensor that a target tensor grows from."""
+        return _source_name(tensor, self.layers, self.growth)
+
+    def dtype(self, step: Step) -> str:
+        """The safetensors dtype of a target tensor: its source's, else the config's."""
+        known = self.dtypes.get(step.source or "") or next(iter(self.dtypes.values()), None)
+        return known or TORCH_NAMES.get(str(self.source_config.get("dtype") or self.source_config.get("torch_dtype")), "F32")
+
+    def nbytes(self, step: Step) -> int:
+        return prod(step.shape) * RAW[self.dtype(step)].itemsize
+
+    @property
+    def target_bytes(self) -> int:
+        return sum(map(self.nbytes, self.steps))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON values: what was decided, one entry per space, per layer and per tensor."""
+        return {
+            "operator": self.operator,
+            "options": dict(self.options),
+            "depth": self.layers.rule,
+            "noise": self.noise,
+            "seed": self.growth.seed,
+            "family": self.family.name,
+            "spaces": {space: expansion.rule for space, expansion in self.recipe.expansions.items() if self.family.uses(space)},
+            "layers": list(self.layers.layers),
+            "identity_layers": [number for number, idle in enumerate(self.layers.identity) if idle],
+            "source_parameters": self.source_parameters,
+            "target_parameters": self.target_parameters,
+            "tensors": {step.name: {"source": step.source, "shape": list(step.shape), "line": step.tensor.line.text} for step in self.steps},
+        }
+
+    @cached_property
+    def hash(self) -> str:
+        """A fingerprint of everything that decides the result but the weights."""
+        digest = hashlib.sha256(json.dumps([self.to_dict(), self.target_config], sort_keys=True, default=str).encode())
+        for step in self.steps:
+            for axis in step.maps:
+                for array in (axis.index, axis.gain, axis.fill):
+                    digest.update(array.tobytes())
+        return digest.hexdigest()[:16]
+
+
+def plan(
+    source: str | Path | Config | Checkpoint,
+    target: Target,
+    operator: str = "lossless",
+    *,
+    depth: str | Sequence[int] = "identity",
+    noise: float = 0.0,
+    seed: int = 0,
+    **options: Any,
+) -> Plan:
+    """Decide a growth without reading weights.
+
+    Args:
+        source: a checkpoint, a folder, a preset's name, or a config as a dict.
+        target: a preset's name, a folder, a `transformers` config, or a dict of config overrides under their Hugging Face names.
+        operator, options: the width recipe by name and its options (`growth.operators`).
+        depth: a layer map's name, or a list with one source layer per target layer (`growth.layers`).
+        noise: strength of symmetry-breaking noise on what was copied, relative to each tensor's root mean square; where the readers of
+            copies were divided it sums to zero over them, so that a lossless growth stays lossless.
+        seed: of every random entry.
+
+    Raises:
+        UserError: unknown names (with near matches), a target smaller than the source, tensors that do not match the schema, …
+    """
+    checkpoint = _opened(source)
+    source_config = checkpoint.config if isinstance(checkpoint, Checkpoint) else checkpoint
+    family = family_of(source_config)
+    growth = Growth(family, source_config, resolve_target(target, source_config), seed)
+    _check_growable(growth, noise)
+    layers = layer_map(depth, growth.source["layer"], growth.target["layer"])
+    made = recipe(operator, growth, options)
+    steps = tuple(_steps(growth, made, layers))
+    dtypes = _check_tensors(checkpoint, steps, family) if isinstance(checkpoint, Checkpoint) else {}
+    return Plan(growth, operator, options, noise, made, layers, steps, dtypes)
+
+
+def _opened(source: str | Path | Config | Checkpoint) -> Checkpoint | Config:
+    if isinstance(source, Checkpoint | Mapping):
+        return source
+    if str(source) in PRESETS and not Path(source).is_dir():
+        return preset(str(source))
+    return Checkpoint(source)
+
+
+def _check_growable(growth: Growth, noise: float) -> None:
+    family, source, target = growth.family, growth.source, growth.target
+    if (other := growth.target_config.get("model_type")) != growth.source_config["model_type"]:
+        raise UserError(f"target: model_type {other!r} differs from the source's {family.name!r}; a family grows into itself only")
+    smaller = [space for space in source if target[space] < source[space] and (space == "layer" or family.uses(space))]
+    faults = [f"target: {space} {target[space]} is smaller than the source's {source[space]}; growth only enlarges" for space in smaller]
+    if growth.tied and not growth.source_config.get("tie_word_embeddings"):
+        faults.append("target: tie_word_embeddings is true, but the source has an output head of its own that would be lost; leave it false")
+    if not 0 <= noise < 10:
+        faults.append(f"noise {noise}: expected a strength relative to each tensor's root mean square, between 0 and 10")
+    UserError.collect(faults)
+
+
+def _steps(growth: Growth, made: Recipe, layers: LayerMap) -> Iterator[Step]:
+    maps: dict[tuple[str, bool], tuple[AxisMap, ...]] = {}
+    writes_residual = growth.family.writes_residual
+    for tensor in growth.family.tensors(growth.target_config):
+        if tensor.tied:
+            continue
+        name = _source_name(tensor, layers, growth)
+        key = (tensor.line.name, tensor.is_bias)  # every layer shares its line's maps
+        if key not in maps:
+            maps[key] = made.maps(tensor)
+        idle = tensor.layer is not None and layers.identity[tensor.layer] and writes_residual(tensor)
+        yield Step(tensor, name if made.inherits and not idle else None, maps[key], zero=idle)
+
+
+def _source_name(tensor: Tensor, layers: LayerMap, growth: Growth) -> str:
+    """The source tensor that a target tensor grows from."""
+    if tensor.line.tied_if and growth.source_config.get(tensor.line.tied_if) and not tensor.is_bias:
+        return str(tensor.line.tied_to)
+    if tensor.layer is None:
+        return tensor.name
+    return tensor.name.replace(tensor.line.name.replace("*", str(tensor.layer)), tensor.line.name.replace("*", str(layers.layers[tensor.layer])))
+
+
+def _check_tensors(checkpoint: Checkpoint, steps: Sequence[Step], family: Family) -> dict[str, str]:
+    """Hold the stored tensors against the schema; return their dtypes."""
+    stored = checkpoint.tensors
+    schema = {tensor.name: tensor for tensor in family.tensors(checkpoint.config)}
+    faults = []
+    if missing := [name for name, tensor in schema.items() if name not in stored and not tensor.tied]:
+        faults.append(f"{checkpoint.folder}: missing {names_of(missing)}, which the {family.name} schema and this config require")
+    if strange := [name for name in stored if name not in schema and not family.ignores(name)]:
+        faults.append(f"{checkpoint.folder}: unknown {names_of(strange)}, which the {family.name} schema does not have")
+    for name in schema.keys() & stored.keys():
+        expected, found = schema[name].shape, stored[name].shape
+        if expected != found:
+            faults.append(f"{name}: {schema[name].line.text!r} and config.json give shape {expected}, the file has {found}")
+        elif not is_float(stored[name].dtype):
+            faults.append(f"{name}: dtype {stored[name].dtype}; growth computes on F64, F32, F16 and BF16 weights (dequantise first)")
+    UserError.collect(sorted(faults))
+    return {name: entry.dtype for name, entry in stored.items() if name in schema}
+
+
+def _follow(config: dict[str, Any], growth: Growth, made: Recipe, layers: LayerMap) -> dict[str, Any]:
+    eps = growth.family.field_name("norm_eps")
+    if made.eps_factor != 1:
+        config[eps] = growth.family.eps(growth.source_config) * made.eps_factor
+    for key, value in growth.source_config.items():  # one entry per layer, such as layer_types
+        if isinstance(value, list) and len(value) == layers.source and key.startswith("layer"):
+            config[key] = [value[layer] for layer in layers.layers]
+    return config
