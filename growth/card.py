@@ -1,0 +1,63 @@
+"""The plan in words: the table that `plan_only` prints, and the model card of a grown folder."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .plan import Plan, Step
+    from .verify import Receipt
+
+
+def spaces_table(plan: Plan) -> list[tuple[str, str]]:
+    """(space, rule) for every space that the family has."""
+    return [(space, expansion.rule) for space, expansion in plan.recipe.expansions.items() if plan.family.uses(space)]
+
+
+def tensor_table(plan: Plan) -> list[tuple[str, str, str, str, int, int]]:
+    """(tensor with `*` for the layer, schema line, source shape, target shape, how many, bytes in all), one row per line of the schema."""
+    rows: dict[str, list[Step]] = defaultdict(list)
+    for step in plan.steps:
+        rows[step.tensor.line.name + step.name[step.name.rindex(".") :]].append(step)
+    return [
+        (name, steps[0].tensor.line.text, _shape(steps[0].source_shape), _shape(steps[0].shape), len(steps), sum(map(plan.nbytes, steps)))
+        for name, steps in rows.items()
+    ]
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))
+
+
+def layer_table(plan: Plan) -> str:
+    """Which source layer feeds each target layer, repeats that start as the identity in brackets: `0 1 [1] 2`."""
+    return " ".join(f"[{layer}]" if idle else str(layer) for layer, idle in zip(plan.layers.layers, plan.layers.identity, strict=True))
+
+
+def model_card(plan: Plan, source: str, receipt: Receipt | None) -> str:
+    """README.md of a grown folder."""
+    certificate = plan.certificate
+    lines = [
+        "---",
+        f"base_model: {source}" if source.count("/") == 1 and not source.startswith((".", "/")) else "tags: [grown]",
+        "library_name: transformers",
+        "---",
+        f"# Grown from {source}",
+        "",
+        f"{plan.source_parameters:,} → {plan.target_parameters:,} parameters by operator `{plan.operator}` (depth `{plan.layers.rule}`, "
+        f"noise {plan.noise:g}, seed {plan.growth.seed}); an initialisation to go on training from.",
+        "",
+        "Certificate, proved from the plan: " + ("**lossless**, every logit is the source's." if certificate.lossless else "not lossless:"),
+        *(f"- {reason}" for reason in certificate.reasons),
+        "",
+    ]
+    if receipt is not None:
+        lines += [
+            f"Receipt, measured on {receipt.tokens} tokens in {receipt.dtype}: max |Δlogit| {receipt.max_delta:.3g} "
+            f"(largest logit {receipt.max_logit:.3g}), KL {receipt.kl:.3g}, loss {receipt.loss_source:.4f} → {receipt.loss_target:.4f}.",
+            "",
+        ]
+    lines += ["| space | how it grew |", "|---|---|", *(f"| `{space}` | {rule} |" for space, rule in spaces_table(plan)), ""]
+    lines += [f"Layers (source of each; identity in brackets): {layer_table(plan)}", "", "The whole recipe is in `growth.json`."]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,149 @@
+"""Growing: plan → streamed shards → verified → renamed into place."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.checkpoint import Checkpoint, locate
+from model.config import Target
+from model.dtypes import RAW
+
+from .card import model_card
+from .execute import Expander, Reader
+from .plan import Plan, plan
+from .shards import MAX_SHARD_BYTES, Entry, ShardWriter, complete_or_absent
+from .verify import Receipt, check_receipt, measure, verify_structure
+
+if TYPE_CHECKING:
+    from .certificate import Certificate
+
+# What a checkpoint folder holds besides config and weights; copied as it is, since growth keeps the vocabulary.
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+RECEIPT_PARAMETERS = 100_000_000  # above this a receipt is measured only when it is asked for: both models are loaded for it
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A finished growth: the folder, the plan it followed, and the receipt where one was measured."""
+
+    folder: Path
+    plan: Plan
+    receipt: Receipt | None
+
+    @property
+    def certificate(self) -> Certificate:
+        return self.plan.certificate
+
+
+def grow(
+    source: str | Path,
+    out: str | Path,
+    *,
+    target: Target,
+    operator: str = "lossless",
+    depth: str | Sequence[int] = "identity",
+    noise: float = 0.0,
+    seed: int = 0,
+    overwrite: bool = False,
+    receipt: bool | None = None,
+    threads: int = 2,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Grown:
+    """Grow a checkpoint on disk into a larger one, streaming; `out` is complete or absent.
+
+    Args:
+        source: a folder, or a Hugging Face name (then `revision` may pin a commit).
+        out: the folder to make: config, safetensors shards, tokenizer, generation config, `growth.json` (the recipe) and a model card.
+        target, operator, depth, noise, seed, options: see `growth.plan`.
+        overwrite: replace an `out` that exists, once the new one is complete.
+        receipt: measure logits of both models; None measures models of up to 100 M parameters.
+        threads: over tensors; the bits do not depend on it.
+        max_shard_bytes: size of a shard.
+        progress: called with (bytes done, bytes in all) after every tensor.
+
+    Raises:
+        UserError: for everything that is wrong with what was given; nothing is left behind.
+    """
+    with Checkpoint(locate(source, revision)) as checkpoint:
+        made = plan(checkpoint, target, operator, depth=depth, noise=noise, seed=seed, **options)
+        with complete_or_absent(out, overwrite=overwrite) as folder:
+            write_weights(made, checkpoint, folder, threads=threads, max_shard_bytes=max_shard_bytes, progress=progress)
+            write_config(folder, made)
+            _copy_companions(checkpoint.folder, folder)
+            verify_structure(folder, made)
+            small = made.source_parameters + made.target_parameters <= RECEIPT_PARAMETERS
+            measured = measure(checkpoint.folder, folder) if (small if receipt is None else receipt) else None
+            if measured is not None:
+                check_receipt(measured, made)
+            _write_recipe(folder, made, str(source), revision, checkpoint, measured)
+    return Grown(Path(out), made, measured)
+
+
+def write_weights(
+    plan: Plan,
+    reader: Reader,
+    folder: Path,
+    *,
+    threads: int,
+    max_shard_bytes: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Expand every tensor of `plan` into shards under `folder`, the largest first."""
+    entries = [Entry(step.name, plan.dtype(step), step.shape) for step in plan.steps]
+    writer = ShardWriter(folder, entries, max_shard_bytes)
+    total, done = sum(entry.nbytes for entry in entries), 0
+
+    def write(expander: Expander) -> int:
+        step = expander.step
+        row_bytes = expander.matrix[1] * RAW[expander.dtype].itemsize
+        for start, rows in expander.blocks():
+            writer.write(step.name, start * row_bytes, rows)
+        return plan.nbytes(step)
+
+    pool = ThreadPoolExecutor(threads)
+    try:
+        steps = sorted(plan.steps, key=plan.nbytes, reverse=True)
+        for finished in as_completed([pool.submit(write, Expander(plan, step, reader)) for step in steps]):
+            done += finished.result()
+            if progress is not None:
+                progress(done, total)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        writer.close()
+
+
+def write_config(folder: Path, plan: Plan) -> None:
+    """The target's config.json; a dtype that the source's config names stays."""
+    (folder / "config.json").write_text(json.dumps(plan.target_config, indent=2, sort_keys=True) + "\n")
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _write_recipe(folder: Path, plan: Plan, source: str, revision: str | None, checkpoint: Checkpoint, receipt: Receipt | None) -> None:
+    """`growth.json`, and a model card that says the same in words."""
+    ledger = checkpoint.folder / "ledger.json"
+    recipe = {
+        "source": {"name": source, "revision": revision, "ledger": json.loads(ledger.read_text()) if ledger.is_file() else None},
+        "plan_hash": plan.hash,
+        "certificate": {"lossless": plan.certificate.lossless, "reasons": list(plan.certificate.reasons)},
+        "receipt": None if receipt is None else receipt.to_dict(),
+        "plan": plan.to_dict(),
+    }
+    (folder / "README.md").write_text(model_card(plan, source, receipt))
+    (folder / "growth.json").write_text(json.dumps(recipe, indent=1) + "\n")

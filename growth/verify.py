@@ -1,0 +1,108 @@
+"""Verification: the written folder reopened and held against the plan, and a receipt measured on logits."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.checkpoint import Checkpoint
+from model.errors import UserError
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+# How far logits may move, relative to the largest, before a lossless certificate is contradicted: rounding of the stored weights in each format.
+TOLERANCE = {"F64": 1e-10, "F32": 1e-3, "F16": 5e-2, "BF16": 2e-1}
+RMS_FLOOR = 1e-4  # the library's RMSNorms compute in float32 whatever the weights are
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Measured difference between source and target on fixed tokens, both computed in `dtype`.
+
+    Attributes:
+        max_delta: largest absolute difference of two logits.
+        max_logit: largest absolute source logit.
+        kl: mean KL(source ‖ target) per position, in nats.
+        loss_source, loss_target: mean next-token loss on the tokens, in nats.
+        tokens: how many positions were compared.
+        note: what sets the floor of the measurement.
+    """
+
+    max_delta: float
+    max_logit: float
+    kl: float
+    loss_source: float
+    loss_target: float
+    tokens: int
+    dtype: str
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def verify_structure(folder: Path, plan: Plan) -> None:
+    """Reopen a written folder and hold every header entry against the plan.
+
+    Raises:
+        UserError: a tensor is missing, unknown, or of another shape or dtype.
+    """
+    with Checkpoint(folder) as written:
+        found = {name: (stored.dtype, stored.shape) for name, stored in written.tensors.items()}
+    expected = {step.name: (plan.dtype(step), step.shape) for step in plan.steps}
+    if found != expected:
+        wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise UserError(f"{folder}: {wrong[0]} is {found.get(wrong[0])} on disk, planned {expected.get(wrong[0])} ({len(wrong)} differ)")
+
+
+def measure(source: Path | str, target: Path | str, *, dtype: str = "float64", rows: int = 2, length: int = 32, seed: int = 0) -> Receipt:
+    """Run both checkpoints on the same random tokens (`rows` × `length`) and measure how far their logits are apart."""
+    import torch
+
+    from model.build import load_model
+
+    def logits(folder: Path | str, tokens: torch.Tensor) -> torch.Tensor:
+        model = load_model(folder, dtype=dtype, attention="eager").eval()
+        with torch.no_grad():
+            return model(input_ids=tokens).logits
+
+    config = Checkpoint(source).config
+    length = min(length, config.get("max_position_embeddings") or length)
+    tokens = torch.randint(config["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
+    return compare_logits(logits(source, tokens), logits(target, tokens)[..., : config["vocab_size"]], tokens, dtype)
+
+
+def compare_logits(source: torch.Tensor, target: torch.Tensor, tokens: torch.Tensor, dtype: str) -> Receipt:
+    """The receipt of two sets of logits (row, position, vocabulary) on `tokens` (row, position)."""
+    import torch.nn.functional as F
+
+    def loss(logits: torch.Tensor) -> float:
+        return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
+
+    before, after = source.log_softmax(-1), target.log_softmax(-1)
+    return Receipt(
+        max_delta=float((source - target).abs().max()),
+        max_logit=float(source.abs().max()),
+        kl=float((before.exp() * (before - after)).sum(-1).mean()),
+        loss_source=loss(source),
+        loss_target=loss(target),
+        tokens=tokens.numel(),
+        dtype=dtype,
+    )
+
+
+def check_receipt(receipt: Receipt, plan: Plan) -> None:
+    """A receipt must not contradict a lossless certificate.
+
+    Raises:
+        UserError: the logits moved further than the stored format rounds.
+    """
+    formats = [plan.dtype(step) for step in plan.steps]
+    allowed = max(TOLERANCE[name] for name in set(formats)) + (RMS_FLOOR if plan.family.norm == "rms" else 0)
+    if plan.certificate.lossless and not receipt.max_delta <= allowed * max(receipt.max_logit, 1.0):
+        raise UserError(
+            f"the plan is certified lossless, yet logits moved by {receipt.max_delta:.3g} (largest logit {receipt.max_logit:.3g}, allowed "
+            f"{allowed:g} of it): this is a fault of the {plan.family.name} schema or of operator {plan.operator!r}; please report it"
+        )
