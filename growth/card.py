@@ -15,19 +15,31 @@ def spaces_table(plan: Plan) -> list[tuple[str, str]]:
     return [(space, expansion.rule) for space, expansion in plan.recipe.expansions.items() if plan.family.uses(space)]
 
 
-def tensor_table(plan: Plan) -> list[tuple[str, str, str, str, int, int]]:
-    """(tensor with `*` for the layer, schema line, source shape, target shape, how many, bytes in all), one row per line of the schema."""
+def tensor_table(plan: Plan) -> list[tuple[str, str, str, int, int]]:
+    """(module with `*` for the layer, what it writes and reads, shapes, tensors, bytes), one row per line of the schema."""
     rows: dict[str, list[Step]] = defaultdict(list)
     for step in plan.steps:
-        rows[step.tensor.line.name + step.name[step.name.rindex(".") :]].append(step)
-    return [
-        (name, steps[0].tensor.line.text, _shape(steps[0].source_shape), _shape(steps[0].shape), len(steps), sum(map(plan.nbytes, steps)))
-        for name, steps in rows.items()
-    ]
+        rows[step.tensor.line.name].append(step)
+    table = []
+    for name, steps in rows.items():
+        line = steps[0].tensor.line
+        pattern = line.kind + f" {line.out}" if line.into is None else f"{line.out} <- {line.into}"
+        shapes = f"{_shape(steps[0].source_shape)} → {_shape(steps[0].shape)}"
+        table.append((name, pattern, shapes, len(steps), sum(map(plan.nbytes, steps))))
+    return table
 
 
 def _shape(shape: tuple[int, ...]) -> str:
-    return " × ".join(map(str, shape))
+    return "×".join(map(str, shape))
+
+
+def human_bytes(count: float) -> str:
+    """Decimal units, as disks are sold."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.2f} GB"
 
 
 def layer_table(plan: Plan) -> str:

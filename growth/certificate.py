@@ -125,7 +125,8 @@ def _inner(space: str, expansion: Expansion, expected: float) -> Iterator[str]:
         yield f"{space}: {lost} of {read.source} source indices are lost"
     elif not np.allclose(weight, expected, rtol=1e-9):
         worst = int(np.abs(weight - expected).argmax())
-        yield f"{space}: reading its copies gives {weight[worst]:.4g} × source index {worst}, expected {expected:.4g}; copies are not divided among readers"
+        given = f"{weight[worst]:.4g} × source index {worst}, expected {expected:.4g}"
+        yield f"{space}: reading its copies gives {given}; copies are not divided among readers"
     leaks = ~met & (read.fill != Fill.ZERO) & (write.fill != Fill.ZERO)
     if count := int(leaks.sum()):
         yield f"{space}: {count} new indices are written and read, neither as zero"
@@ -190,15 +191,21 @@ def _norms(plan: Plan, expansion: Expansion, r: int, c: float, rho: float) -> It
     """What reaches the readers: (1/√ρ)·scale on each copy, and shift; read, they must sum to the source."""
     tied = plan.growth.tied
     head = expansion.write.scaled(plan.recipe.embedding_gain) if tied else expansion.read
-    pairs = [("norms", expansion.scale, expansion.shift, expansion.read), ("the final norm", expansion.final_scale, expansion.final_shift, head)]
+    pairs = [
+        ("norms", expansion.scale, expansion.shift, expansion.read),
+        ("the final norm", expansion.final_scale, expansion.final_shift, head),
+    ]
     for which, scale, shift, read in pairs:
         for part, sums, expected in (("scale", scale, sqrt(rho)), ("shift", shift, 1.0)):
             if not _inverts(sums, read, expected):
-                yield f"residual: {which}' {part} and readers do not give back the source"
+                yield f"residual: {which}: {part} and readers do not give back the source"
         if (shift.fill[~shift.copies] != Fill.ZERO).any() and (read.fill[~read.copies] != Fill.ZERO).any():
-            yield f"residual: {which}' shift on new indices is read"
-        if not np.array_equal(expansion.write.copies, read.copies) or (scale.index[read.copies] != expansion.write.index[read.copies]).any():
-            yield f"residual: {which} and their readers take other copies than the writers"
+            yield f"residual: {which}: shift on new indices is read"
+        if (
+            not np.array_equal(expansion.write.copies, read.copies)
+            or (scale.index[read.copies] != expansion.write.index[read.copies]).any()
+        ):
+            yield f"residual: {which}: scale and readers take other copies than the writers"
     posted = [line for line in plan.family.lines if line.kind == "post norm"]
     if posted and not np.allclose(expansion.post_scale.gain[expansion.write.copies], c * sqrt(rho)):
         yield "residual: post norms do not scale what they add like the other writers"

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import reduce
+from itertools import pairwise
 
 import numpy as np
 
-from model.notation import Axis, Parts, Product, Space
+from model.notation import Axis, Product, Space
 
 
 class Fill(IntEnum):
@@ -81,7 +82,7 @@ class AxisMap:
         copied = np.flatnonzero(self.copies)
         order = copied[np.argsort(self.index[copied], kind="stable")]
         starts = np.r_[0, np.flatnonzero(np.diff(self.index[order])) + 1, len(order)]
-        for start, stop in zip(starts[:-1], starts[1:], strict=True):
+        for start, stop in pairwise(starts):
             following[order[start:stop]] = np.roll(order[start:stop], -1)
         return following
 

@@ -79,10 +79,10 @@ def midas(source: int, target: int) -> list[int]:
 def llama_pro(source: int, target: int) -> list[int]:
     """An identity copy after every L/(M-L) layers (LLaMA Pro, 2401.02415)."""
     extra = target - source
-    if extra == 0:
-        return list(range(source))
     if source % extra:
-        raise UserError(f"depth 'llama_pro': {extra} new layers cannot be spread evenly among {source}; use depth=identity, which spreads any number")
+        raise UserError(
+            f"depth 'llama_pro': {extra} new layers cannot be spread evenly among {source}; use depth=identity, which spreads any number"
+        )
     group = source // extra
     return [layer for start in range(0, source, group) for layer in (*range(start, start + group), start + group - 1)]
 
@@ -94,7 +94,9 @@ def identity_top(source: int, target: int) -> list[int]:
 
 def _at_most_double(rule: str, source: int, target: int) -> None:
     if target > 2 * source:
-        raise UserError(f"depth {rule!r}: repeats layers once, so at most {2 * source} layers can come of {source}, not {target}; use stack or interleave")
+        raise UserError(
+            f"depth {rule!r}: repeats layers once, so at most {2 * source} layers come of {source}, not {target}; use stack or interleave"
+        )
 
 
 # name → (map, whether repeats start as the identity, which keeps the function)
@@ -124,7 +126,7 @@ def layer_map(depth: str | Sequence[int], source: int, target: int) -> LayerMap:
     if depth not in LAYER_MAPS:
         unknown("depth", depth, LAYER_MAPS)
     rule, idle = LAYER_MAPS[depth]
-    layers = rule(source, target)
+    layers = rule(source, target) if target > source else list(range(source))
     return LayerMap(depth, source, tuple(layers), _repeats(layers) if idle else (False,) * target)
 
 

@@ -20,6 +20,7 @@ from model.notation import Axis, Parts, Product, Space
 
 from .expansion import AxisMap, Expansion, Fill, compose, concatenate
 
+
 @dataclass(frozen=True, eq=False)
 class Growth:
     """What an operator is given: a family, two configs and their sizes."""
@@ -188,7 +189,7 @@ def lossless_residual(growth: Growth, n: int, N: int, eps_form: str) -> Expansio
     scale = AxisMap.of(n, index, Fill.MEAN, gain=sqrt(rho))
     shift = AxisMap.of(n, index, Fill.ZERO)
     head = 1 / (r * c * growth.embedding_gain) if growth.tied else 1.0
-    residue = f", {N - r * n} {'mean' if mean else 'zero'} residues" if N > r * n else ""
+    residue = f", {N - r * n} {'mean' if mean else 'zero'} residues" if r * n < N else ""
     return Expansion(
         write=write,
         read=AxisMap.of(n, index, Fill.RANDOM).split(),
@@ -208,7 +209,9 @@ def _free_head_dims(growth: Growth, space: str, n: int, N: int) -> Expansion:
     write = AxisMap.of(n, index, Fill.RANDOM, gain=gain)
     kept = AxisMap.of(n, index, Fill.RANDOM)
     scaled = "" if isclose(gain, 1) else f", queries × {gain:.4g}"
-    return Expansion.of(write, kept.filled(Fill.ZERO), f"{n} → {N}: {N - n} new dims written fresh and read as zero{scaled}", scale=kept, shift=kept)
+    return Expansion.of(
+        write, kept.filled(Fill.ZERO), f"{n} → {N}: {N - n} new dims written fresh and read as zero{scaled}", scale=kept, shift=kept
+    )
 
 
 def random_pad(growth: Growth) -> Recipe:
@@ -246,7 +249,8 @@ def tile(growth: Growth, *, mode: str = "middle", heads: str = "head_aware") -> 
 
     def grow(space: str, n: int, N: int) -> Expansion:
         kept = tiled(n, N)
-        return Expansion.of(kept, kept, f"{n} → {N}: {'middle block, fresh around it' if mode == 'center' else f'tiled from the {mode}'}")
+        how = "middle block, fresh around it" if mode == "center" else f"tiled from the {mode}"
+        return Expansion.of(kept, kept, f"{n} → {N}: {how}")
 
     return Recipe(_each_space(growth, grow), flat=tiled if heads == "flat" else None)
 

@@ -132,7 +132,9 @@ class Plan:
             "identity_layers": [number for number, idle in enumerate(self.layers.identity) if idle],
             "source_parameters": self.source_parameters,
             "target_parameters": self.target_parameters,
-            "tensors": {step.name: {"source": step.source, "shape": list(step.shape), "line": step.tensor.line.text} for step in self.steps},
+            "tensors": {
+                step.name: {"source": step.source, "shape": list(step.shape), "line": step.tensor.line.text} for step in self.steps
+            },
         }
 
     @cached_property
@@ -197,7 +199,9 @@ def _check_growable(growth: Growth, noise: float) -> None:
     smaller = [space for space in source if target[space] < source[space] and (space == "layer" or family.uses(space))]
     faults = [f"target: {space} {target[space]} is smaller than the source's {source[space]}; growth only enlarges" for space in smaller]
     if growth.tied and not growth.source_config.get("tie_word_embeddings"):
-        faults.append("target: tie_word_embeddings is true, but the source has an output head of its own that would be lost; leave it false")
+        faults.append(
+            "target: tie_word_embeddings is true, but the source has an output head of its own that would be lost; leave it false"
+        )
     if not 0 <= noise < 10:
         faults.append(f"noise {noise}: expected a strength relative to each tensor's root mean square, between 0 and 10")
     UserError.collect(faults)
@@ -213,7 +217,7 @@ def _steps(growth: Growth, made: Recipe, layers: LayerMap) -> Iterator[Step]:
         key = (tensor.line.name, tensor.is_bias)  # every layer shares its line's maps
         if key not in maps:
             maps[key] = made.maps(tensor)
-        idle = tensor.layer is not None and layers.identity[tensor.layer] and writes_residual(tensor)
+        idle = made.inherits and tensor.layer is not None and layers.identity[tensor.layer] and writes_residual(tensor)
         yield Step(tensor, name if made.inherits and not idle else None, maps[key], zero=idle)
 
 
@@ -223,7 +227,9 @@ def _source_name(tensor: Tensor, layers: LayerMap, growth: Growth) -> str:
         return str(tensor.line.tied_to)
     if tensor.layer is None:
         return tensor.name
-    return tensor.name.replace(tensor.line.name.replace("*", str(tensor.layer)), tensor.line.name.replace("*", str(layers.layers[tensor.layer])))
+    return tensor.name.replace(
+        tensor.line.name.replace("*", str(tensor.layer)), tensor.line.name.replace("*", str(layers.layers[tensor.layer]))
+    )
 
 
 def _check_tensors(checkpoint: Checkpoint, steps: Sequence[Step], family: Family) -> dict[str, str]:

@@ -69,7 +69,7 @@ class ShardWriter:
     def write(self, name: str, start: int, values: np.ndarray) -> None:
         """Write raw `values` at byte `start` of tensor `name`."""
         descriptor, offset = self.places[name]
-        view = memoryview(np.ascontiguousarray(values).reshape(-1)).cast("B")
+        view = np.ascontiguousarray(values).reshape(-1).data.cast("B")
         done = 0
         while done < len(view):
             done += os.pwrite(descriptor, view[done:], offset + start + done)
@@ -118,7 +118,7 @@ def complete_or_absent(out: Path | str, *, overwrite: bool = False) -> Iterator[
     partial = out.with_name(out.name + ".partial")
     if out.exists() and not overwrite:
         raise UserError(f"out {out}: exists already; choose another folder, or overwrite=true to replace it once the new one is complete")
-    if out.exists() and not (out.is_dir() and (out / "config.json").exists() or not any(out.iterdir())):
+    if out.exists() and not ((out.is_dir() and (out / "config.json").exists()) or not any(out.iterdir())):
         raise UserError(f"out {out}: exists and is no checkpoint folder, so it is not replaced; choose another folder")
     with _disk_faults(out):
         partial.mkdir(parents=True, exist_ok=True)
@@ -169,9 +169,11 @@ def _disk_faults(out: Path) -> Iterator[None]:
     except OSError as fault:
         if fault.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(next(parent for parent in (out, *out.absolute().parents) if parent.exists())).free
-            raise UserError(f"out {out}: the disk is full ({free:,} bytes free); nothing was kept; free space or choose another disk") from None
+            raise UserError(
+                f"out {out}: the disk is full ({free:,} bytes free); nothing was kept; free space or choose another disk"
+            ) from None
         if fault.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise UserError(f"out {out}: cannot be written ({fault.strerror}: {fault.filename}); choose a folder you may write to") from None
+            raise UserError(
+                f"out {out}: cannot be written ({fault.strerror}: {fault.filename}); choose a folder you may write to"
+            ) from None
         raise
-
-

@@ -10,9 +10,11 @@ from model.checkpoint import Checkpoint
 from model.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from .plan import Plan
 
-# How far logits may move, relative to the largest, before a lossless certificate is contradicted: rounding of the stored weights in each format.
+# How far logits may move, relative to the largest, before a lossless certificate is contradicted: what rounding the weights may do.
 TOLERANCE = {"F64": 1e-10, "F32": 1e-3, "F16": 5e-2, "BF16": 2e-1}
 RMS_FLOOR = 1e-4  # the library's RMSNorms compute in float32 whatever the weights are
 

@@ -85,7 +85,7 @@ def load_model(folder: Path | str, *, dtype: str = "float32", attention: str = "
 
     if not Path(folder).is_dir():
         raise UserError(f"model {str(folder)!r}: no such folder")
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         str(folder),
         dtype=_torch_dtype(dtype),
         attn_implementation=attention_backend(attention)[0],
@@ -94,6 +94,7 @@ def load_model(folder: Path | str, *, dtype: str = "float32", attention: str = "
         trust_remote_code=False,
         output_loading_info=True,
     )
+    model, report = loaded
     faults: dict[str, Any] = {name: found for name, found in report.items() if found}
     UserError.collect(f"model {folder}: {name.replace('_', ' ')}: {str(found)[:200]}" for name, found in faults.items())
     return model

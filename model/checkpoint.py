@@ -74,7 +74,7 @@ class Checkpoint:
         shape = (stop - start, *stored.shape[1:]) if stored.shape else ()
         row_bytes = stored.nbytes // max(rows, 1)
         buffer = np.empty(shape, RAW[stored.dtype])
-        self._read_into(memoryview(buffer.reshape(-1)).cast("B"), stored.file, stored.offset + start * row_bytes, name)
+        self._read_into(buffer.reshape(-1).data.cast("B"), stored.file, stored.offset + start * row_bytes, name)
         return buffer
 
     def _read_into(self, view: memoryview, file: Path, offset: int, name: str) -> None:
@@ -103,15 +103,15 @@ class Checkpoint:
 def _read_tensor_table(folder: Path) -> dict[str, Stored]:
     index = folder / INDEX
     if index.exists():
-        listed = _read_index(index)
+        listed: Mapping[str, set[str] | None] = _read_index(index)
     elif (folder / SINGLE).exists():
         listed = {SINGLE: None}
     else:
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         if pickles:
             raise UserError(
-                f"{folder}: only pickle weights ({', '.join(pickles[:3])}), which can run code and are never loaded; convert them where you "
-                "trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
+                f"{folder}: only pickle weights ({', '.join(pickles[:3])}), which can run code and are never loaded; convert them where "
+                "you trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
             )
         raise UserError(f"{folder}: no weights; expected {SINGLE} or {INDEX}")
     tensors: dict[str, Stored] = {}
@@ -132,7 +132,9 @@ def _read_index(path: Path) -> dict[str, set[str]]:
     files: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         if file != Path(file).name or not file.endswith(".safetensors"):
-            raise UserError(f"{path}: {name!r} points to {file!r}; shards are .safetensors files in the same folder, nothing else is opened")
+            raise UserError(
+                f"{path}: {name!r} points to {file!r}; shards are .safetensors files in the same folder, nothing else is opened"
+            )
         files.setdefault(file, set()).add(name)
     if absent := sorted(file for file in files if not (path.parent / file).is_file()):
         raise UserError(f"{path}: shard {absent[0]} is missing ({len(absent)} of {len(files)} are); download the checkpoint again")
@@ -206,15 +208,17 @@ def _check_layout(path: Path, tensors: Mapping[str, Stored], start: int, size: i
             raise UserError(f"{path}: tensor {name!r} starts at byte {stored.offset:,} where {end:,} was expected: it {kind}")
         end += stored.nbytes
     if end != size:
-        raise UserError(f"{path}: the header describes {end:,} bytes, the file has {size:,}; {'truncated' if size < end else 'trailing bytes'}")
+        raise UserError(
+            f"{path}: the header describes {end:,} bytes, the file has {size:,}; {'truncated' if size < end else 'trailing bytes'}"
+        )
 
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model")
 
 
 def locate(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of a source: itself when it is one, else a snapshot of the Hugging Face repository of that name (weights: safetensors only).
+    """The folder of a source: itself when it is one, else a snapshot of the Hugging Face repository of that name.
 
     Raises:
         UserError: neither a folder nor a reachable repository.

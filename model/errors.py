@@ -20,13 +20,13 @@ class UserError(Exception):
             raise cls(f"{len(faults)} faults:\n" + "\n".join(f"  - {fault}" for fault in faults))
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: object, known: Iterable[str]) -> str:
     """The end of an error about an unknown `name`: its near matches, else everything that is known."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known) or 'none'}"
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> NoReturn:
+def unknown(kind: str, name: object, known: Iterable[str]) -> NoReturn:
     """Raise the error for a `name` that is no known `kind`."""
     raise UserError(f"unknown {kind} {name!r}; {did_you_mean(name, known)}")

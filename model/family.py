@@ -152,7 +152,7 @@ class Family:
         before = [line for line in active[: _first_layered(active)] if not line.layered]
         after = [line for line in active[_first_layered(active) :] if not line.layered]
         layered = [line for line in active if line.layered]
-        numbered = [(line, None) for line in before]
+        numbered: list[tuple[Line, int | None]] = [(line, None) for line in before]
         numbered += [(line, layer) for layer in range(sizes["layer"]) for line in layered]
         for line, layer in numbered + [(line, None) for line in after]:
             yield from _tensors_of(line, layer, config, sizes)

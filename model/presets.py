@@ -12,6 +12,7 @@ _PHI: dict[str, Any] = {
     "model_type": "phi",
     "attention_dropout": 0.0,
     "bos_token_id": None,
+    "dtype": "float16",
     "embd_pdrop": 0.0,
     "eos_token_id": None,
     "hidden_act": "gelu_new",
@@ -26,7 +27,14 @@ _PHI: dict[str, Any] = {
 
 
 def _phi(
-    *, hidden_size: int, num_hidden_layers: int, num_attention_heads: int, intermediate_size: int, rotary: float, vocab_size: int, context: int
+    *,
+    hidden_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    intermediate_size: int,
+    rotary: float,
+    vocab_size: int,
+    context: int,
 ) -> dict[str, Any]:
     return {
         "vocab_size": vocab_size,

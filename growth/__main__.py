@@ -1,0 +1,185 @@
+"""Grow a checkpoint into a larger initialisation: seconds for a billion parameters, in little memory, with a proof.
+
+python -m growth source=microsoft/phi-1_5 target=phi_2 growth=lossless out=grown/phi_2
+python -m growth source=microsoft/phi-1_5 target=phi_2 growth=tile growth.mode=edge growth.depth=stack plan_only=true
+python -m growth source=DIR 'target={hidden_size:2560,num_hidden_layers:32}' out=DIR
+
+Prints the plan's certificate, and a receipt where one was measured. Exit status: 0 done, 2 a fault in what was asked.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.errors import UserError
+
+from .door import compose_config, plain, read
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .plan import Plan
+    from .verify import Receipt
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+@dataclass(frozen=True)
+class GrowthLeaf:
+    """One file of conf/growth: an arm's name, the operator, and whatever else the operator takes."""
+
+    name: str
+    operator: str
+    depth: str | list[int]
+    noise: float
+    options: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
+
+    def arguments(self) -> dict[str, Any]:
+        """As `grow` and `plan` take them."""
+        return {"operator": self.operator, "depth": self.depth, "noise": self.noise, **self.options}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the door was asked for; see conf/grow.yaml."""
+
+    source: str
+    target: str | dict[str, Any]
+    growth: GrowthLeaf
+    out: str | None
+    plan_only: bool
+    seed: int
+    overwrite: bool
+    receipt: bool | None
+    threads: int
+    max_shard_gb: float
+    revision: str | None
+
+
+def settings_from(arguments: list[str]) -> Settings:
+    """Typed settings from `key=value` arguments.
+
+    Raises:
+        UserError: every unknown, missing and mistyped key, at once.
+    """
+    cfg, faults = compose_config(CONF, "grow", arguments)
+    values = plain(cfg, faults)
+    settings = read(Settings, values, "", faults) if values else None
+    if settings is not None:
+        if settings.out is None and not settings.plan_only:
+            faults.append("out: missing; give out=DIR, or plan_only=true to write nothing")
+        if settings.growth.operator == "source":
+            faults.append("growth=source: a training arm (the source trained on), so there is nothing to grow; choose an operator")
+        faults += [
+            f"{key}: must be positive; found {getattr(settings, key)}" for key in ("threads", "max_shard_gb") if getattr(settings, key) <= 0
+        ]
+    UserError.collect(faults)
+    assert settings is not None
+    return settings
+
+
+def run(settings: Settings) -> None:
+    """Plan, or plan and grow, and say what came of it."""
+    from rich.console import Console
+
+    from .grow import grow
+    from .plan import plan
+
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    if settings.plan_only:
+        made = plan(_source(settings), settings.target, seed=settings.seed, **settings.growth.arguments())
+        _print_plan(console, made)
+        _print_outcome(console, made, None)
+        return
+    with _progress() as progress:
+        grown = grow(
+            settings.source,
+            str(settings.out),
+            target=settings.target,
+            seed=settings.seed,
+            overwrite=settings.overwrite,
+            receipt=settings.receipt,
+            threads=settings.threads,
+            max_shard_bytes=int(settings.max_shard_gb * 1e9),
+            revision=settings.revision,
+            progress=progress,
+            **settings.growth.arguments(),
+        )
+    _print_outcome(console, grown.plan, grown.receipt)
+    console.print(f"wrote {grown.folder}", markup=False)
+
+
+def _source(settings: Settings) -> Any:
+    """The source of a plan: a preset's name needs no weights."""
+    from model.checkpoint import Checkpoint, locate
+    from model.presets import PRESETS
+
+    if settings.source in PRESETS and not Path(settings.source).is_dir():
+        return settings.source
+    return Checkpoint(locate(settings.source, settings.revision))
+
+
+def _print_plan(console: Console, plan: Plan) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    from .card import human_bytes, layer_table, spaces_table, tensor_table
+
+    table = Table("module", "writes <- reads", "source → target", box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("tensors", "bytes"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, pattern, shapes, count, nbytes in tensor_table(plan):
+        table.add_row(name.replace("model.layers.*.", "*."), escape(pattern), shapes, str(count), human_bytes(nbytes))
+    console.print(table)
+    table = Table("space", "expansion", box=SIMPLE_HEAD, pad_edge=False)
+    for space, rule in spaces_table(plan):
+        table.add_row(space, rule)
+    console.print(table)
+    console.print(f"layers (the source of each; [identity in brackets]): {layer_table(plan)}", markup=False)
+
+
+def _print_outcome(console: Console, plan: Plan, receipt: Receipt | None) -> None:
+    console.print(f"{plan.source_parameters:,} → {plan.target_parameters:,} parameters, {plan.target_bytes:,} bytes, plan {plan.hash}")
+    console.print(f"certificate: {'lossless' if plan.certificate.lossless else 'not lossless'}")
+    for reason in plan.certificate.reasons:
+        console.print(f"  - {reason}", markup=False)
+    if receipt is not None:
+        console.print(
+            f"receipt: max |Δlogit| {receipt.max_delta:.3g} (largest logit {receipt.max_logit:.3g}), KL {receipt.kl:.3g}, loss "
+            f"{receipt.loss_source:.4f} → {receipt.loss_target:.4f} nats on {receipt.tokens} random tokens, in {receipt.dtype}"
+        )
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A callback (bytes done, bytes in all), drawn on a terminal only."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("growing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
+        task = progress.add_task("growing", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The door: a UserError is one message on stderr and exit status 2."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if any(argument in ("-h", "--help") for argument in given):
+        print(f"{__doc__}\nKeys and defaults ({CONF / 'grow.yaml'}):\n\n{(CONF / 'grow.yaml').read_text()}")
+        return
+    try:
+        run(settings_from(given))
+    except UserError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""From overrides to typed values: composing with Hydra, and reading plain dicts into frozen dataclasses, with every fault in one list."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from model.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
+
+T = TypeVar("T")
+MISSING = "???"  # Hydra's mark of a value that has to be given
+
+
+# ---- composing ------------------------------------------------------------------------------------------------------------------------
+
+
+def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
+    """Compose `folder/name.yaml` with the overrides that hold; return it with the faults of those that do not.
+
+    Hydra stops at the first wrong override; here all of them are told, with near matches.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    faults: list[str] = []
+    parsed = [override for text in overrides if (override := _parse(text, faults)) is not None]
+    choices = [o for o in parsed if _is_choice(folder, o) and _choice_holds(folder, o, faults)]
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        try:
+            cfg = compose(name, [str(o.input_line) for o in choices])
+            values = [o for o in parsed if not _is_choice(folder, o) and _key_holds(cfg, o, folder, faults)]
+            return compose(name, [str(o.input_line) for o in (*choices, *values)]), faults
+        except (HydraException, OmegaConfBaseException) as error:
+            return OmegaConf.create({}), [*faults, str(error).strip()]
+
+
+def _parse(text: str, faults: list[str]) -> Override | None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException:
+        faults.append(f"override {text!r}: not of the form key=value (quote values with commas or braces: 'target={{hidden_size:96}}')")
+        return None
+    if override.is_sweep_override():
+        faults.append(f"override {text!r}: several values; add -m to sweep over them")
+        return None
+    return override
+
+
+def _is_choice(folder: Path, override: Override) -> bool:
+    """Whether it chooses a file of a group (growth=tile) and sets no value."""
+    return (folder / override.key_or_group).is_dir()
+
+
+def _choice_holds(folder: Path, override: Override, faults: list[str]) -> bool:
+    group, chosen = override.key_or_group, override.value()
+    known = sorted(path.stem for path in (folder / group).glob("*.yaml"))
+    if override.is_delete() or chosen is None or str(chosen) in known:
+        return True
+    faults.append(f"{group}={chosen}: unknown {group}; {did_you_mean(str(chosen), known)}")
+    return False
+
+
+def _key_holds(cfg: DictConfig, override: Override, folder: Path, faults: list[str]) -> bool:
+    if override.is_add() or override.is_force_add() or override.key_or_group.startswith(("hydra.", "hydra/")):
+        return True
+    node: Any = cfg
+    for depth, part in enumerate(parts := override.key_or_group.split(".")):
+        if not isinstance(node, Mapping) or part not in list(node):  # a DictConfig does not "contain" a missing value, but lists its key
+            groups = {path.name for path in folder.iterdir() if path.is_dir()} if depth == 0 else set()
+            known = {str(key) for key in node} | groups if isinstance(node, Mapping) else groups
+            faults.append(f"{'.'.join(parts[: depth + 1])}: unknown key; {did_you_mean(part, known)}")
+            return False
+        node = node._get_node(part) if hasattr(node, "_get_node") else node[part]  # the node itself: no interpolation, no missing value
+    return True
+
+
+def plain(cfg: DictConfig | Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
+    """A composed config as plain dicts, interpolations resolved; what cannot be resolved becomes a fault and stays missing."""
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not isinstance(cfg, DictConfig):
+        return dict(cfg)
+    values: dict[str, Any] = {}
+    for key in map(str, cfg):
+        node = cfg._get_node(key)
+        try:
+            value = cfg.get(key) if not OmegaConf.is_missing(cfg, key) else MISSING
+            values[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        except OmegaConfBaseException:
+            faults.append(f"{key}: {node!s} needs a value that is missing")
+            values[key] = MISSING
+    return values
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------------------------
+
+
+def read(cls: type[T], values: Any, path: str, faults: list[str]) -> T | None:
+    """`values` as the dataclass `cls`; None, and at least one more entry in `faults`, where they do not fit.
+
+    A field whose metadata says `rest` takes every key that is no other field's. `path` is the dotted prefix for messages.
+    """
+    before = len(faults)
+    if not isinstance(values, Mapping):
+        faults.append(f"{path.rstrip('.') or 'configuration'}: expected keys and values; found {values!r}")
+        return None
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    rest = next((name for name, field in fields.items() if field.metadata.get("rest")), None)
+    extra = {str(key): value for key, value in values.items() if str(key) not in fields or key == rest}
+    if rest is None:
+        faults += [f"{path}{key}: unknown key; {did_you_mean(key, fields)}" for key in extra]
+    hints = typing.get_type_hints(cls)
+    found: dict[str, Any] = {} if rest is None else {rest: extra}
+    missing = False
+    for name, field in fields.items():
+        if name == rest:
+            continue
+        if name in values and values[name] != MISSING:
+            found[name] = _read_value(hints[name], values[name], f"{path}{name}", faults)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            missing = True
+            if not any(fault.startswith(f"{path}{name}:") for fault in faults):  # else it is told already why it is not there
+                faults.append(f"{path}{name}: missing")
+    return cls(**found) if len(faults) == before and not missing else None
+
+
+def _read_value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
+    """`value` as the type `hint`: scalars, Literal, X | None, tuple, list, dict, or a nested dataclass."""
+    if dataclasses.is_dataclass(hint):
+        return read(hint, value, f"{path}.", faults)  # type: ignore[arg-type]
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _read_union(arguments, hint, value, path, faults)
+    if origin is Literal:
+        return _read_choice(arguments, value, path, faults)
+    if origin in (tuple, list):
+        return _read_sequence(origin, arguments, hint, value, path, faults)
+    if (origin or hint) is dict and isinstance(value, Mapping):
+        return dict(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is int and type(value) is float and value.is_integer():
+        return int(value)
+    if hint is Any or type(value) is hint:
+        return value
+    faults.append(f"{path}: expected {_spell(hint)}; found {value!r}")
+    return None
+
+
+def _read_union(arguments: tuple[Any, ...], hint: Any, value: Any, path: str, faults: list[str]) -> Any:
+    if value is None and type(None) in arguments:
+        return None
+    options = [argument for argument in arguments if argument is not type(None)]
+    attempts: list[list[str]] = []
+    for option in options:
+        attempts.append([])
+        result = _read_value(option, value, path, attempts[-1])
+        if not attempts[-1]:
+            return result
+    faults += attempts[0] if len(options) == 1 else [f"{path}: expected {_spell(hint)}; found {value!r}"]
+    return None
+
+
+def _read_choice(choices: tuple[Any, ...], value: Any, path: str, faults: list[str]) -> Any:
+    if any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
+        return value
+    faults.append(f"{path}: unknown value {value!r}; {did_you_mean(str(value), [str(choice).lower() for choice in choices])}")
+    return None
+
+
+def _read_sequence(origin: Any, arguments: tuple[Any, ...], hint: Any, value: Any, path: str, faults: list[str]) -> Any:
+    fixed = origin is tuple and Ellipsis not in arguments
+    if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(arguments)):
+        faults.append(f"{path}: expected {_spell(hint)}; found {value!r}")
+        return None
+    kinds = arguments if fixed else (arguments[0],) * len(value)
+    return origin(_read_value(kind, item, f"{path}[{i}]", faults) for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+
+
+def _spell(hint: Any) -> str:
+    """A type as a user reads it in YAML."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values", type(None): "null"}
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_spell(argument) for argument in arguments)
+    if origin in (tuple, list):
+        return f"a list of {_spell(arguments[0])}" + (
+            f" ({len(arguments)} of them)" if Ellipsis not in arguments and origin is tuple else ""
+        )
+    if origin is Literal:
+        return " or ".join(str(argument).lower() for argument in arguments)
+    return names.get(origin or hint, str(hint))
