@@ -51,12 +51,14 @@ def certify(plan: Plan) -> Certificate:
 def _config(plan: Plan) -> Iterator[str]:
     """(1) A value that is no size differs."""
     growth = plan.growth
-    sizes = {growth.family.field_name(name) for name in STANDARD} | {growth.family.rotary_field, "rope_parameters"}
+    sizes = {growth.family.field_name(name) for name in STANDARD} | {growth.family.rotary_field, "rope_parameters", *growth.family.follows}
     source, target = growth.source_config, growth.target_config
     for key in sorted((source.keys() | target.keys()) - sizes - set(NEUTRAL)):
         silent = key.endswith("_token_id") or "drop" in key  # neither touches the logits in evaluation
         if not silent and source.get(key) != target.get(key) and not _per_layer(source.get(key), growth):
             yield f"config {key}: {source.get(key)!r} becomes {target.get(key)!r}, which is no size and may change the function"
+    if source.get("scale_attn_by_inverse_layer_idx") and growth.grows("layer"):
+        yield "config scale_attn_by_inverse_layer_idx: layers that move are scaled otherwise"
     ropes = [dict(config.get("rope_parameters") or {}) for config in (source, target)]
     for key in sorted({*ropes[0], *ropes[1]} - {growth.family.rotary_field, "partial_rotary_factor"}) if all(ropes) else ():
         if ropes[0].get(key) != ropes[1].get(key):
@@ -127,7 +129,9 @@ def _inner(space: str, expansion: Expansion, expected: float) -> Iterator[str]:
         worst = int(np.abs(weight - expected).argmax())
         given = f"{weight[worst]:.4g} × source index {worst}, expected {expected:.4g}"
         yield f"{space}: reading its copies gives {given}; copies are not divided among readers"
-    leaks = ~met & (read.fill != Fill.ZERO) & (write.fill != Fill.ZERO)
+    if (write.fill == Fill.NEXT).any():
+        yield f"{space}: {int((write.fill == Fill.NEXT).sum())} indices are written by the next layer and read as copies"
+    leaks = ~met & (write.fill != Fill.NEXT) & (read.fill != Fill.ZERO) & (write.fill != Fill.ZERO)
     if count := int(leaks.sum()):
         yield f"{space}: {count} new indices are written and read, neither as zero"
 
@@ -141,11 +145,17 @@ def _special(space: str, expansion: Expansion, plan: Plan) -> Iterator[str]:
         turned = growth.family.rotary_dims(growth.source_config)
         if not growth.rotary_kept:
             yield f"qk: {turned} rotary dims become {growth.family.rotary_dims(growth.target_config)}, so positions turn by other angles"
-        elif not (write.copies[:turned].all() and write.same_index(np.r_[np.arange(turned), write.index[turned:]])):
+        elif not _turned_stay(write, turned):
             yield f"qk: the {turned} rotary dims of each head do not stay where they are, so they turn by other angles"
     for line in growth.family.lines_of(growth.source_config):
         if line.kind == "norm" and space in {named.name for named in spaces(line.out)} and growth.grows(space) and not _uniform(write):
             yield f"{space}: {line.name} normalises over it, and new indices change what it divides by"
+
+
+def _turned_stay(write: AxisMap, turned: int) -> bool:
+    """Whether the dims that rotary positions turn stay first in their head, and nothing else copies them."""
+    copied = write.index[turned:][write.copies[turned:]]
+    return bool(write.copies[:turned].all() and (write.index[:turned] == np.arange(turned)).all() and (copied >= turned).all())
 
 
 def _uniform(write: AxisMap) -> bool:
@@ -189,12 +199,12 @@ def _residual(plan: Plan, expansion: Expansion) -> Iterator[str]:
 
 def _norms(plan: Plan, expansion: Expansion, r: int, c: float, rho: float) -> Iterator[str]:
     """What reaches the readers: (1/√ρ)·scale on each copy, and shift; read, they must sum to the source."""
-    tied = plan.growth.tied
-    head = expansion.write.scaled(plan.recipe.embedding_gain) if tied else expansion.read
-    pairs = [
-        ("norms", expansion.scale, expansion.shift, expansion.read),
-        ("the final norm", expansion.final_scale, expansion.final_shift, head),
-    ]
+    head = expansion.write.scaled(plan.recipe.embedding_gain) if plan.growth.tied else expansion.head
+    pairs = [("the final norm", expansion.final_scale, expansion.final_shift, head)]
+    if plan.family.prenorm:
+        pairs.append(("norms", expansion.scale, expansion.shift, expansion.read))
+    elif not _inverts(expansion.write, expansion.read, 1.0):
+        yield "residual: readers do not give back the source"
     for which, scale, shift, read in pairs:
         for part, sums, expected in (("scale", scale, sqrt(rho)), ("shift", shift, 1.0)):
             if not _inverts(sums, read, expected):

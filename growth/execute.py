@@ -74,7 +74,11 @@ class Expander:
             return to_raw(self._fresh(shape, "fresh", start), self.dtype)
         rows = self.maps[0]
         index, gain, fill = rows.index[start:stop], rows.gain[start:stop], rows.fill[start:stop]
-        target = self._expand_columns(self._source_rows(index, fill), gain, start)
+        target = self._expand_columns(self._source_rows(self.step.source, index, fill == Fill.COPY), gain, start)
+        if self.step.next_source is not None:
+            self._take_from_next(target, start, stop)
+        if self.step.diagonal:
+            self._keep_diagonal(target, start, stop)
         if self.noise_scale:
             target = to_raw(to_float(target, self.dtype) + self._noise(start, stop), self.dtype)
         if (mean := fill == Fill.MEAN).any():
@@ -85,25 +89,49 @@ class Expander:
             target[fresh] = to_raw(self._fresh((int(fresh.sum()), shape[1]), "rows", start), self.dtype)
         return target
 
-    def _source_rows(self, index: np.ndarray, fill: np.ndarray) -> np.ndarray:
-        """(len(index), n) raw source rows; rows that are not copied hold anything."""
-        name = self.step.source
+    def _take_from_next(self, target: np.ndarray, start: int, stop: int) -> None:
+        """Overwrite, in `target`, the rows or columns that come from the next source layer."""
+        rows, columns = self.maps
+        taken = rows.fill[start:stop] == Fill.NEXT
+        if taken.any():
+            source = self._source_rows(self.step.next_source, rows.index[start:stop], taken)
+            target[taken] = self._expand_columns(source, rows.gain[start:stop], start)[taken]
+        taken = columns.fill == Fill.NEXT
+        if taken.any():
+            source = self._source_rows(self.step.next_source, rows.index[start:stop], rows.fill[start:stop] == Fill.COPY)
+            values = to_float(source[:, columns.index[taken]], self.dtype)
+            target[:, taken] = self._scaled(values, rows.gain[start:stop], columns.gain[taken])
+
+    def _keep_diagonal(self, target: np.ndarray, start: int, stop: int) -> None:
+        """Let the n-th copies on the writing axis read the n-th copies only, undivided; both axes take copies in turn."""
+        reading = self.step.tensor.reads.index(True)
+        count = int(self.maps[reading].counts()[0])
+        rows, columns = (axis.number() for axis in self.maps)
+        met = rows[start:stop, None] % count == columns[None] if reading else rows[start:stop, None] == columns[None] % count
+        target[...] = to_raw(to_float(target, self.dtype) * np.where(met, count, 0).astype(working_type(self.dtype)), self.dtype)
+
+    def _source_rows(self, name: str | None, index: np.ndarray, taken: np.ndarray) -> np.ndarray:
+        """(len(index), n) raw rows of the source tensor `name`; rows that are not `taken` hold anything."""
         assert name is not None
-        wanted = index[fill == Fill.COPY]
+        wanted = index[taken]
         if len(wanted) == 0:
             return np.zeros((len(index), self.maps[1].source), RAW[self.dtype])
         low, high = int(wanted.min()), int(wanted.max()) + 1
-        stretch = self._read(low, high)
+        stretch = self._read(name, low, high)
         if high - low == len(index) and len(wanted) == len(index) and (np.diff(index) == 1).all():
             return stretch
         return stretch.take(np.clip(index - low, 0, high - low - 1), axis=0)
 
-    def _read(self, start: int, stop: int) -> np.ndarray:
-        name = self.step.source
-        assert name is not None
+    def _read(self, name: str, start: int, stop: int) -> np.ndarray:
         if len(self.step.shape) == 1:
             return self.reader.read(name).reshape(1, -1)
         return self.reader.read(name, start, stop).reshape(stop - start, -1)
+
+    def _stretches(self, rows: int, height: int) -> Iterator[np.ndarray]:
+        """The source as numbers, `height` rows at a time."""
+        assert self.step.source is not None
+        for start in range(0, rows, height):
+            yield to_float(self._read(self.step.source, start, min(start + height, rows)), self.dtype)
 
     @cached_property
     def _mean_row(self) -> np.ndarray:
@@ -111,8 +139,8 @@ class Expander:
         rows, columns = self.maps[0].source, self.maps[1].source
         height = max(1, BLOCK_BYTES // (columns * RAW[self.dtype].itemsize))
         total = np.zeros(columns, np.float64)
-        for start in range(0, rows, height):
-            total += to_float(self._read(start, min(start + height, rows)), self.dtype).sum(axis=0, dtype=np.float64)
+        for stretch in self._stretches(rows, height):
+            total += stretch.sum(axis=0, dtype=np.float64)
         return to_raw((total / rows)[None], self.dtype)
 
     def _expand_columns(self, source: np.ndarray, gain: np.ndarray, start: int) -> np.ndarray:
@@ -122,6 +150,8 @@ class Expander:
         for run in self.column_runs:
             fill, factor = int(columns.fill[run.start]), float(columns.gain[run.start])
             width = run.stop - run.start
+            if fill == Fill.NEXT:
+                continue  # filled in by `_take_from_next`
             if fill == Fill.ZERO:
                 target[:, run] = to_raw(np.full(1, self._stored(0.0)), self.dtype)
             elif fill == Fill.RANDOM:
@@ -143,8 +173,7 @@ class Expander:
             return 0.0
         rows, columns = self.maps[0].source, self.maps[1].source
         height = max(1, BLOCK_BYTES // (columns * RAW[self.dtype].itemsize))
-        stretches = (to_float(self._read(start, min(start + height, rows)), self.dtype) for start in range(0, rows, height))
-        square = sum(float(np.square(stretch, dtype=np.float64).sum()) for stretch in stretches)
+        square = sum(float(np.square(stretch, dtype=np.float64).sum()) for stretch in self._stretches(rows, height))
         return self.plan.noise * sqrt(square / (rows * columns))
 
     @cached_property
@@ -175,10 +204,10 @@ class Expander:
         pairs = ((number, following[number]) for number in range(start, stop))
         return np.stack([(row(mine) - row(other) if divided else row(mine)) * scale[mine] for mine, other in pairs])
 
-    def _scaled(self, values: np.ndarray, gain: np.ndarray, factor: float) -> np.ndarray:
+    def _scaled(self, values: np.ndarray, gain: np.ndarray, factor: float | np.ndarray) -> np.ndarray:
         """gain × values as raw bits, in terms of the true value where the stored one is offset."""
         offset = self.step.tensor.line.offset
-        factors = (gain * factor).astype(working_type(self.dtype))[:, None]
+        factors = (gain[:, None] * factor).astype(working_type(self.dtype))
         return to_raw((values + offset) * factors - offset if offset else values * factors, self.dtype)
 
     def _stored(self, value: float) -> float:

@@ -24,6 +24,7 @@ class Fill(IntEnum):
     ZERO = 1
     MEAN = 2  # gain × the mean of the source tensor over this axis
     RANDOM = 3  # fresh values: normal(0, σ) in matrices, 0 in biases, 1 in norm scales
+    NEXT = 4  # gain × the source index in the same tensor of the next source layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +33,7 @@ class AxisMap:
 
     Attributes:
         source: n.
-        index: (N,) the source index each target index takes; 0 where nothing is taken.
+        index: (N,) the source index each target index takes (also in the next layer); 0 where none is taken.
         gain: (N,) the factor on it.
         fill: (N,) a `Fill`.
     """
@@ -94,6 +95,19 @@ class AxisMap:
         """The reading side of these copies: each divided by how many copies there are, so that they sum to the source."""
         return replace(self, gain=self.gain / np.maximum(self.counts()[self.index], 1))
 
+    def number(self) -> np.ndarray:
+        """(N,) which copy of its source index each target index is: 0 for the first, 1 for the second, …; 0 where it is none."""
+        number = np.zeros(self.target, np.int64)
+        seen = np.zeros(self.source, np.int64)
+        for target in np.flatnonzero(self.copies):
+            number[target] = seen[self.index[target]]
+            seen[self.index[target]] += 1
+        return number
+
+    def from_next_layer(self, new: np.ndarray) -> AxisMap:
+        """The same map with the indices marked in `new` taken from the next layer instead."""
+        return replace(self, fill=np.where(new, Fill.NEXT, self.fill).astype(np.uint8))
+
     def filled(self, fill: Fill) -> AxisMap:
         """The same map with every new index holding `fill`."""
         return replace(self, fill=np.where(self.copies, Fill.COPY, fill).astype(np.uint8))
@@ -113,7 +127,8 @@ class AxisMap:
 
 
 # A new index on one axis of a product decides for the whole product; where two are new, the stronger statement wins.
-_PRECEDENCE = np.array([0, 3, 1, 2])  # COPY < MEAN < RANDOM < ZERO, indexed by Fill
+_PRECEDENCE = np.array([0, 4, 2, 3, 1])  # COPY < NEXT < MEAN < RANDOM < ZERO, indexed by Fill
+_TAKES = np.array([True, False, False, False, True])  # fills that take a source index
 
 
 def product(left: AxisMap, right: AxisMap) -> AxisMap:
@@ -122,14 +137,14 @@ def product(left: AxisMap, right: AxisMap) -> AxisMap:
     gain = (left.gain[:, None] * right.gain[None]).reshape(-1)
     mine, theirs = np.broadcast_arrays(left.fill[:, None], right.fill[None])
     fill = np.where(_PRECEDENCE[mine] >= _PRECEDENCE[theirs], mine, theirs).reshape(-1)
-    return AxisMap(left.source * right.source, np.where(fill == Fill.COPY, index, 0), gain, fill)
+    return AxisMap(left.source * right.source, np.where(_TAKES[fill], index, 0), gain, fill)
 
 
 def concatenate(left: AxisMap, right: AxisMap) -> AxisMap:
     """The map of the axis `[left | right]`."""
     return AxisMap(
         left.source + right.source,
-        np.concatenate([left.index, np.where(right.copies, right.index + left.source, 0)]),
+        np.concatenate([left.index, np.where(_TAKES[right.fill], right.index + left.source, 0)]),
         np.concatenate([left.gain, right.gain]),
         np.concatenate([left.fill, right.fill]),
     )
@@ -149,6 +164,7 @@ class Expansion:
 
     Attributes:
         write, read: for tensors that write and read the space.
+        head: for the output head, which reads what the final norm leaves.
         scale, shift: for the γ and β of a norm over it (the residual stream, or a head).
         final_scale, final_shift: for the norm before the output head.
         post_scale: for a norm whose output is added to the residual stream.
@@ -157,6 +173,7 @@ class Expansion:
 
     write: AxisMap
     read: AxisMap
+    head: AxisMap
     rule: str
     scale: AxisMap
     shift: AxisMap
@@ -168,7 +185,7 @@ class Expansion:
     def of(cls, write: AxisMap, read: AxisMap, rule: str, *, scale: AxisMap | None = None, shift: AxisMap | None = None) -> Expansion:
         """An expansion whose norm maps are, unless given, the writing map."""
         scale, shift = scale or write, shift or write
-        return cls(write, read, rule, scale, shift, scale, shift, scale)
+        return cls(write, read, read, rule, scale, shift, scale, shift, scale)
 
     @classmethod
     def identity(cls, size: int) -> Expansion:

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from model.errors import unknown
+from model.errors import UserError, unknown
 from model.family import Config, Family, Tensor
-from model.notation import Axis, Parts, Product, Space
+from model.notation import Axis, Parts, Product, Space, size
 
 from .expansion import AxisMap, Expansion, Fill, compose, concatenate
+from .seeding import generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,7 @@ class Growth:
 
     @property
     def tied(self) -> bool:
-        return bool(self.target_config.get("tie_word_embeddings"))
+        return self.family.flag(self.target_config, "tie_word_embeddings")
 
     @property
     def embedding_gain(self) -> float:
@@ -72,23 +73,30 @@ class Recipe:
         expansions: one per space.
         flat: axes made of several spaces grow as one, whatever they are made of (`tile`'s flat variant).
         eps_factor: what the target's norm epsilon is multiplied by.
+        diagonal: the n-th copies of a writer read the n-th copies only (HyperCloning's diagonal form), not all of them evenly.
+        factor: one more factor on a tensor, by the spaces it reads and writes that grow.
         embedding_gain: factor on embeddings that the model itself multiplies by sqrt(hidden).
         inherits: False when nothing is taken from the source.
     """
 
     expansions: Mapping[str, Expansion]
     flat: Callable[[int, int], AxisMap] | None = None
+    diagonal: bool = False
+    factor: Callable[[Tensor], float] | None = None
     eps_factor: float = 1.0
     embedding_gain: float = 1.0
     inherits: bool = True
 
     def spaces_only(self) -> Recipe:
         """The same recipe with every axis grown space by space."""
-        return replace(self, flat=None)
+        return replace(self, flat=None, factor=None)
 
     def maps(self, tensor: Tensor) -> tuple[AxisMap, ...]:
         """One map per stored axis of `tensor`, composed from the expansions of its spaces in the role it plays for each."""
-        return tuple(self._axis(axis, reads, tensor) for axis, reads in zip(tensor.axes, tensor.reads, strict=True))
+        maps = [self._axis(axis, reads, tensor) for axis, reads in zip(tensor.axes, tensor.reads, strict=True)]
+        if self.factor is not None:
+            maps[0] = maps[0].scaled(self.factor(tensor))
+        return tuple(maps)
 
     def _axis(self, axis: Axis, reads: bool, tensor: Tensor) -> AxisMap:
         if self.flat is not None and isinstance(axis, Parts):
@@ -105,6 +113,8 @@ class Recipe:
                 return expansion.final_shift if tensor.is_bias else expansion.final_scale
             case "post norm":
                 return expansion.post_scale
+        if line.kind == "linear" and reads and line.out == Space("vocab"):
+            return expansion.head
         side = expansion.read if reads != space.dual else expansion.write
         return side.scaled(self.embedding_gain) if line.scaled and space.name == "residual" else side
 
@@ -152,52 +162,59 @@ def _each_space(growth: Growth, grow: Callable[[str, int, int], Expansion]) -> d
     return expansions | {"vocab": _vocabulary(*sizes["vocab"]), "pos": _positions(*sizes["pos"])}
 
 
-def lossless(growth: Growth, *, eps_form: str = "free") -> Recipe:
+def lossless(growth: Growth) -> Recipe:
     """Width growth that keeps every logit, at any ratio (LEMON's average expansion, 2310.07999; splits as in Net2Net, 1511.05641).
 
     Residual stream: writers c·[w ×r, mean(w) ×s] (zero instead of the mean under RMSNorm), norm scale √ρ·[γ ×r, mean ×s], norm shift
-    [β ×r, 0], readers r parts that sum to the source and fresh residue columns. `eps_form="free"`: c = 1/√ρ, epsilon unchanged;
-    `"lemon"`: c = 1, epsilon × ρ. Feed-forward units and KV groups are copied in turn, their readers divided. Head dim: q × √(h'/h), new
-    k rows zero, new v rows fresh, new output columns zero. A tied head's gain goes into the final norm.
+    [β ×r, 0], readers r parts that sum to the source and fresh residue columns; c = 1/√ρ, which leaves the variance that norms see, and so
+    their epsilon, as it was. Feed-forward units and KV groups are copied in turn, their readers divided. Head dim: q × √(h'/h), new k rows
+    zero, new v rows fresh, new output columns zero. A tied head's gain goes into the final norm.
 
     Lossless where the rotary count stays, and where the normalised spaces (per-head q/k norms) do not grow.
     """
-    if eps_form not in ("free", "lemon"):
-        unknown("eps_form", eps_form, ("free", "lemon"))
+    return _average_expansion(growth, lambda rho: 1 / sqrt(rho))
 
+
+def lemon(growth: Growth) -> Recipe:
+    """`lossless` in LEMON's own form (2310.07999): writers unscaled (c = 1), the norms' epsilon × ρ instead. Lossless where `lossless` is,
+    unless another norm shares the config's epsilon (per-head q/k norms).
+    """
+    n, N = growth.source["residual"], growth.target["residual"]
+    return replace(_average_expansion(growth, lambda rho: 1.0), eps_factor=(N // n) * n / N)
+
+
+def _average_expansion(growth: Growth, writer_gain: Callable[[float], float]) -> Recipe:
     def grow(space: str, n: int, N: int) -> Expansion:
         if space == "residual":
-            return lossless_residual(growth, n, N, eps_form)
+            return _average_residual(growth, n, N, writer_gain((N // n) * n / N))
         if space in ("qk", "v"):
             return _free_head_dims(growth, space, n, N)
         copies = AxisMap.of(n, _wrapped(n, N))
         return Expansion.of(copies, copies.split(), f"{n} → {N}: copied in turn, readers divided")
 
-    n, N = growth.source["residual"], growth.target["residual"]
-    eps_factor = (N // n) * n / N if eps_form == "lemon" else 1.0
-    return Recipe(_each_space(growth, grow), eps_factor=eps_factor, embedding_gain=growth.embedding_gain)
+    return Recipe(_each_space(growth, grow), embedding_gain=growth.embedding_gain)
 
 
-def lossless_residual(growth: Growth, n: int, N: int, eps_form: str) -> Expansion:
-    """The residual stream's lossless expansion; see `lossless`."""
+def _average_residual(growth: Growth, n: int, N: int, c: float) -> Expansion:
+    """The residual stream's lossless expansion with writers × `c`; see `lossless`."""
     r = N // n
     rho = r * n / N
-    c = 1 / sqrt(rho) if eps_form == "free" else 1.0
     index = np.where(np.arange(N) < r * n, np.arange(N) % n, -1)
     mean = growth.family.norm == "layer"
-    write = AxisMap.of(n, index, Fill.MEAN if mean else Fill.ZERO, gain=c)
     scale = AxisMap.of(n, index, Fill.MEAN, gain=sqrt(rho))
     shift = AxisMap.of(n, index, Fill.ZERO)
-    head = 1 / (r * c * growth.embedding_gain) if growth.tied else 1.0
+    read = AxisMap.of(n, index, Fill.RANDOM).split()
+    tied = 1 / (r * c * growth.embedding_gain) if growth.tied else 1.0
     residue = f", {N - r * n} {'mean' if mean else 'zero'} residues" if r * n < N else ""
     return Expansion(
-        write=write,
-        read=AxisMap.of(n, index, Fill.RANDOM).split(),
+        write=AxisMap.of(n, index, Fill.MEAN if mean else Fill.ZERO, gain=c),
+        read=read if growth.family.prenorm else read.scaled(1 / c),
+        head=read,
         rule=f"{n} → {N}: {r} × copied{residue}, written × {c:.4g}, norm scale × {sqrt(rho):.4g}",
         scale=scale,
         shift=shift,
-        final_scale=scale.scaled(head),
-        final_shift=shift.scaled(head),
+        final_scale=scale.scaled(tied),
+        final_shift=shift.scaled(tied),
         post_scale=scale.scaled(c),
     )
 
@@ -265,11 +282,128 @@ def scratch(growth: Growth) -> Recipe:
     return Recipe({space: fresh(space) for space in growth.source if space != "layer"}, inherits=False)
 
 
+def zero_pad(growth: Growth) -> Recipe:
+    """The source in a corner of every tensor, zeros everywhere else, norm scales included: new dims stay dead until training wakes them.
+
+    Lossless only on spaces without a norm; a norm over the residual stream then divides by another variance.
+    """
+    return _pad(growth, Fill.ZERO, "zero")
+
+
+def net2net(growth: Growth) -> Recipe:
+    """Net2WiderNet (1511.05641): each new index copies a random old one, its readers divided by how many copies there are.
+
+    Lossless on spaces without a norm. A norm over the residual stream sees other statistics unless every index happens to be copied equally
+    often, and head dims that rotary positions turn are never copied.
+    """
+    return Recipe(_each_space(growth, lambda space, n, N: _random_copies(growth, space, n, N)), embedding_gain=growth.embedding_gain)
+
+
+def bert2bert_fpi(growth: Growth) -> Recipe:
+    """bert2BERT's function-preserving initialisation (2110.07143): Net2Net's random copies on every space of a transformer, heads whole."""
+    return net2net(growth)
+
+
+def bert2bert_aki(growth: Growth) -> Recipe:
+    """bert2BERT's advanced knowledge initialisation (2110.07143): as `bert2bert_fpi`, but new rows come from the next layer.
+
+    Readers are divided as if the new rows were copies. Not lossless, which breaks the symmetry that copies have. The last layer has no next
+    one and copies itself.
+    """
+    expansions = dict(net2net(growth).expansions)
+    for space, expansion in expansions.items():
+        if growth.grows(space) and space not in ("vocab", "pos"):
+            new = np.arange(expansion.write.target) >= expansion.write.source
+            expansions[space] = replace(
+                expansion, write=expansion.write.from_next_layer(new), rule=expansion.rule + ", new rows from the next layer"
+            )
+    return Recipe(expansions, embedding_gain=growth.embedding_gain)
+
+
+def _random_copies(growth: Growth, space: str, n: int, N: int) -> Expansion:
+    """Indices 0 … n-1 once each, then random ones; of a head, dims that rotary positions do not turn."""
+    turned = growth.family.rotary_dims(growth.source_config) if space == "qk" else 0
+    drawn = generator(growth.seed, "copies", space).integers(turned if turned < n else 0, n, N - n)
+    copies = AxisMap.of(n, np.concatenate([np.arange(n), drawn]))
+    gain = growth.attention_gain if space == "qk" else 1.0
+    rule = f"{n} → {N}: {N - n} random copies, readers divided" + ("" if isclose(gain, 1) else f", queries × {gain:.4g}")
+    expansion = Expansion.of(copies.scaled(gain), copies.split(), rule, scale=copies, shift=copies)
+    if space == "residual" and growth.tied:  # the head is the embedding, whose copies are not divided
+        expansion = replace(expansion, final_scale=copies.split(), final_shift=copies.split())
+    return expansion
+
+
+def hyperclone(growth: Growth, *, form: str = "symmetric") -> Recipe:
+    """HyperCloning (2409.12903): every space grows by a whole factor m, copies side by side, their readers divided.
+
+    `form="symmetric"`: every copy reads all m copies, each × 1/m; `"diagonal"`: the n-th copy reads the n-th copies only (block-diagonal
+    matrices). With `noise` the paper's noisy forms: what is added to the readers of one copy is taken from another's. Heads are cloned
+    whole. Lossless.
+    """
+    if form not in ("symmetric", "diagonal"):
+        unknown("hyperclone form", form, ("symmetric", "diagonal"))
+    grown = {space: (growth.source[space], growth.target[space]) for space in growth.source if space not in ("layer", "vocab", "pos")}
+    UserError.collect(
+        f"hyperclone: {space} {n} → {N} is no whole factor; choose a multiple, or operator lossless, which takes any ratio"
+        for space, (n, N) in grown.items()
+        if N % n
+    )
+    UserError.collect(
+        f"hyperclone: clones whole heads, but {space} grows {n} → {N}; keep the head dim and multiply the heads"
+        for space, (n, N) in grown.items()
+        if space in ("qk", "v") and n != N
+    )
+
+    def grow(space: str, n: int, N: int) -> Expansion:
+        copies = AxisMap.of(n, _wrapped(n, N))
+        expansion = Expansion.of(copies, copies.split(), f"{n} → {N}: cloned {N // n} ×, readers divided", scale=copies, shift=copies)
+        if space == "residual" and growth.tied:
+            expansion = replace(expansion, final_scale=copies.split(), final_shift=copies.split())
+        if space == "residual":
+            undo = 1 / growth.embedding_gain if growth.tied else 1.0
+            expansion = replace(expansion, final_scale=expansion.final_scale.scaled(undo), final_shift=expansion.final_shift.scaled(undo))
+        return expansion
+
+    return Recipe(_each_space(growth, grow), diagonal=form == "diagonal", embedding_gain=growth.embedding_gain)
+
+
+def sparkling(growth: Growth) -> Recipe:
+    """SPARKLING's RMS-preserving copies (2602.02472): copies in turn, matrices scaled so that activations keep their root mean square.
+
+    A matrix whose input alone grows d → D is scaled by √(d/D), one whose input and output grow, D = (1 + c)·d with c ≤ 1, by √(1/(1 + 3c)):
+    a share c of the terms then adds up coherently. Not lossless. Meant with asymmetric resets of the optimizer's state.
+    """
+    n, N = growth.source["residual"], growth.target["residual"]
+    if 2 * n < N:
+        raise UserError(f"sparkling: residual {n} → {N} is more than double, which its formula does not cover; grow in two steps")
+
+    def grow(space: str, n: int, N: int) -> Expansion:
+        copies = AxisMap.of(n, _wrapped(n, N))
+        return Expansion.of(copies, copies, f"{n} → {N}: copied in turn, fan-in rescaled")
+
+    def factor(tensor: Tensor) -> float:
+        line = tensor.line
+        if line.kind != "linear" or line.into is None or tensor.is_bias:
+            return 1.0
+        (d, out), (D, out_target) = ((size(line.into, sizes), size(line.out, sizes)) for sizes in (growth.source, growth.target))
+        return sqrt(d / D) if out == out_target else sqrt(1 / (1 + 3 * (D - d) / d))
+
+    return Recipe(_each_space(growth, grow), factor=factor)
+
+
 OPERATORS: dict[str, Operator] = {
     "lossless": lossless,
-    "random_pad": random_pad,
+    "lemon": lemon,
+    "net2net": net2net,
+    "bert2bert_fpi": bert2bert_fpi,
+    "bert2bert_aki": bert2bert_aki,
+    "hyperclone": hyperclone,
     "tile": tile,
+    "random_pad": random_pad,
+    "zero_pad": zero_pad,
+    "sparkling": sparkling,
     "scratch": scratch,
+    "none": scratch,
 }
 
 

@@ -19,7 +19,7 @@ from model.family import Config, Family, Tensor, family_of
 from model.presets import PRESETS, preset
 
 from .certificate import Certificate, certify
-from .expansion import AxisMap
+from .expansion import AxisMap, Fill
 from .layers import LayerMap, layer_map
 from .operators import Growth, Recipe, recipe
 
@@ -33,12 +33,16 @@ class Step:
         source: the source tensor's name; None where nothing is inherited.
         maps: one axis map per stored axis.
         zero: the tensor starts at zero (a writer of an identity layer).
+        next_source: the same tensor of the next source layer, for indices that come from there.
+        diagonal: the n-th copy on the writing axis reads the n-th copies only.
     """
 
     tensor: Tensor
     source: str | None
     maps: tuple[AxisMap, ...]
     zero: bool = False
+    next_source: str | None = None
+    diagonal: bool = False
 
     @property
     def name(self) -> str:
@@ -104,7 +108,7 @@ class Plan:
 
     def source_name(self, tensor: Tensor) -> str:
         """The source tensor that a target tensor grows from."""
-        return _source_name(tensor, self.layers, self.growth)
+        return _source_name(tensor, self.growth, None if tensor.layer is None else self.layers.layers[tensor.layer])
 
     def dtype(self, step: Step) -> str:
         """The safetensors dtype of a target tensor: its source's, else the config's."""
@@ -198,7 +202,7 @@ def _check_growable(growth: Growth, noise: float) -> None:
         raise UserError(f"target: model_type {other!r} differs from the source's {family.name!r}; a family grows into itself only")
     smaller = [space for space in source if target[space] < source[space] and (space == "layer" or family.uses(space))]
     faults = [f"target: {space} {target[space]} is smaller than the source's {source[space]}; growth only enlarges" for space in smaller]
-    if growth.tied and not growth.source_config.get("tie_word_embeddings"):
+    if growth.tied and not family.flag(growth.source_config, "tie_word_embeddings"):
         faults.append(
             "target: tie_word_embeddings is true, but the source has an output head of its own that would be lost; leave it false"
         )
@@ -213,23 +217,40 @@ def _steps(growth: Growth, made: Recipe, layers: LayerMap) -> Iterator[Step]:
     for tensor in growth.family.tensors(growth.target_config):
         if tensor.tied:
             continue
-        name = _source_name(tensor, layers, growth)
+        name = _source_name(tensor, growth, None if tensor.layer is None else layers.layers[tensor.layer])
         key = (tensor.line.name, tensor.is_bias)  # every layer shares its line's maps
         if key not in maps:
             maps[key] = made.maps(tensor)
         idle = made.inherits and tensor.layer is not None and layers.identity[tensor.layer] and writes_residual(tensor)
-        yield Step(tensor, name if made.inherits and not idle else None, maps[key], zero=idle)
+        yield Step(
+            tensor,
+            source=name if made.inherits and not idle else None,
+            maps=maps[key],
+            zero=idle,
+            next_source=_next_source(tensor, growth, layers, maps[key]),
+            diagonal=made.diagonal and _copied_both_ways(tensor, maps[key]),
+        )
 
 
-def _source_name(tensor: Tensor, layers: LayerMap, growth: Growth) -> str:
-    """The source tensor that a target tensor grows from."""
-    if tensor.line.tied_if and growth.source_config.get(tensor.line.tied_if) and not tensor.is_bias:
-        return str(tensor.line.tied_to)
-    if tensor.layer is None:
-        return tensor.name
-    return tensor.name.replace(
-        tensor.line.name.replace("*", str(tensor.layer)), tensor.line.name.replace("*", str(layers.layers[tensor.layer]))
-    )
+def _source_name(tensor: Tensor, growth: Growth, layer: int | None) -> str:
+    """The source tensor, in source layer `layer`, that a target tensor grows from."""
+    line = tensor.line
+    if line.tied_if and growth.family.flag(growth.source_config, line.tied_if) and not tensor.is_bias:
+        return str(line.tied_to)
+    return tensor.name if layer is None else line.name.replace("*", str(layer)) + tensor.name[tensor.name.rindex(".") :]
+
+
+def _next_source(tensor: Tensor, growth: Growth, layers: LayerMap, maps: Sequence[AxisMap]) -> str | None:
+    """Where indices from the next layer come from; the last layer and tensors outside the layers stand in for themselves."""
+    if not any((axis.fill == Fill.NEXT).any() for axis in maps):
+        return None
+    layer = None if tensor.layer is None else min(layers.layers[tensor.layer] + 1, layers.source - 1)
+    return _source_name(tensor, growth, layer)
+
+
+def _copied_both_ways(tensor: Tensor, maps: Sequence[AxisMap]) -> bool:
+    """Whether a matrix both writes and reads copies."""
+    return len(maps) == 2 and tensor.line.kind == "linear" and all(axis.counts().max() > 1 for axis in maps)
 
 
 def _check_tensors(checkpoint: Checkpoint, steps: Sequence[Step], family: Family) -> dict[str, str]:

@@ -71,7 +71,7 @@ def build_model(config: Config, *, seed: int, dtype: str = "float32", attention:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(
-            to_hf_config(config), dtype=_torch_dtype(dtype), attn_implementation=attention_backend(attention)[0], trust_remote_code=False
+            to_hf_config(config), dtype=_torch_dtype(dtype), attn_implementation=_implementation(attention), trust_remote_code=False
         )
 
 
@@ -88,7 +88,7 @@ def load_model(folder: Path | str, *, dtype: str = "float32", attention: str = "
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         str(folder),
         dtype=_torch_dtype(dtype),
-        attn_implementation=attention_backend(attention)[0],
+        attn_implementation=_implementation(attention),
         use_safetensors=True,
         local_files_only=True,
         trust_remote_code=False,
@@ -98,6 +98,12 @@ def load_model(folder: Path | str, *, dtype: str = "float32", attention: str = "
     faults: dict[str, Any] = {name: found for name, found in report.items() if found}
     UserError.collect(f"model {folder}: {name.replace('_', ' ')}: {str(found)[:200]}" for name, found in faults.items())
     return model
+
+
+def _implementation(attention: str) -> str | None:
+    """What to ask the library for; None lets it choose, since some families have no SDPA (Gemma 2's capped logits)."""
+    chosen, _ = attention_backend(attention)
+    return None if attention == "auto" and chosen == "sdpa" else chosen
 
 
 def _torch_dtype(name: str) -> torch.dtype:

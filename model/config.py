@@ -80,6 +80,10 @@ def _overlay(overrides: dict[str, Any], source: Config | None) -> dict[str, Any]
     rotary = rope.get(family.rotary_field, rope.get("partial_rotary_factor", rotary))
 
     config = {**source, **overrides}
+    for key, standard in family.follows.items():
+        size = family.field_name(standard)
+        if key not in overrides and source.get(key) == source.get(size):
+            config[key] = config[size]
     if rope:
         config["rope_parameters"] = {**(source.get("rope_parameters") or {}), **rope}
     heads, kv = family.field_name("num_attention_heads"), family.field_name("num_key_value_heads")

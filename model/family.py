@@ -54,6 +54,8 @@ class Family:
         rotary: share of each head that rotary positions turn when the config does not say; None for other positions.
         rotary_field: the config field of that share.
         attention_scale: "head_dim" (logits scaled by 1/sqrt(head dim)) or the config field that fixes the scale instead.
+        pos_offset: learned positions stored beyond max_position_embeddings.
+        follows: config field → the standard size that it repeats.
         also: other `model_type`s with the same layout.
         ignore: stored names that are buffers, not weights (a `*` stands for the layer).
     """
@@ -66,6 +68,8 @@ class Family:
     rotary: float | None = 1.0
     rotary_field: str = "partial_rotary_factor"
     attention_scale: str = "head_dim"
+    pos_offset: int = 0
+    follows: Mapping[str, str] = field(default_factory=dict)
     also: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
 
@@ -75,7 +79,17 @@ class Family:
 
     def lines_of(self, config: Config) -> list[Line]:
         """The lines that apply under `config`."""
-        return [line for line in self.lines if _holds(line.condition, config)]
+        return [line for line in self.lines if line.condition is None or self.flag(config, line.condition)]
+
+    def flag(self, config: Config, condition: str) -> bool:
+        """Whether a config value is true; a leading "!" negates."""
+        key = condition.lstrip("!")
+        return bool(config.get(key, self.defaults.get(key))) != condition.startswith("!")
+
+    @cached_property
+    def prenorm(self) -> bool:
+        """Whether layers normalise what they read from the residual stream (OLMo 2 normalises only what they write)."""
+        return any(line.kind == "norm" and line.layered and line.out == Space("residual") for line in self.lines)
 
     def field_name(self, standard: str) -> str:
         """How this family's config spells a standard name."""
@@ -116,7 +130,7 @@ class Family:
             "group": _divide(heads, kv, f"{heads} query heads among {kv} key-value heads"),
             "qk": head,
             "v": head,
-            "pos": self.get(config, "max_position_embeddings", 0),
+            "pos": self.get(config, "max_position_embeddings", 0) + self.pos_offset,
         }
 
     def rotary_dims(self, config: Config) -> int:
@@ -155,29 +169,22 @@ class Family:
         numbered: list[tuple[Line, int | None]] = [(line, None) for line in before]
         numbered += [(line, layer) for layer in range(sizes["layer"]) for line in layered]
         for line, layer in numbered + [(line, None) for line in after]:
-            yield from _tensors_of(line, layer, config, sizes)
+            yield from self._tensors_of(line, layer, config, sizes)
 
-
-def _tensors_of(line: Line, layer: int | None, config: Config, sizes: Mapping[str, int]) -> Iterator[Tensor]:
-    name = line.name if layer is None else line.name.replace("*", str(layer))
-    tied = line.tied_if is not None and bool(config.get(line.tied_if))
-    axes: tuple[Axis, ...] = (line.out,) if line.into is None else (line.out, line.into)
-    reads: tuple[bool, ...] = (False, True)[: len(axes)]
-    if line.transposed:
-        axes, reads = axes[::-1], reads[::-1]
-    yield Tensor(f"{name}.weight", line, axes, reads, tuple(size(axis, sizes) for axis in axes), layer, tied)
-    if line.bias:
-        yield Tensor(f"{name}.bias", line, (line.out,), (False,), (size(line.out, sizes),), layer, False)
+    def _tensors_of(self, line: Line, layer: int | None, config: Config, sizes: Mapping[str, int]) -> Iterator[Tensor]:
+        name = line.name if layer is None else line.name.replace("*", str(layer))
+        tied = line.tied_if is not None and self.flag(config, line.tied_if)
+        axes: tuple[Axis, ...] = (line.out,) if line.into is None else (line.out, line.into)
+        reads: tuple[bool, ...] = (False, True)[: len(axes)]
+        if line.transposed:
+            axes, reads = axes[::-1], reads[::-1]
+        yield Tensor(f"{name}.weight", line, axes, reads, tuple(size(axis, sizes) for axis in axes), layer, tied)
+        if line.bias and (line.bias_if is None or self.flag(config, line.bias_if)):
+            yield Tensor(f"{name}.bias", line, (line.out,), (False,), (size(line.out, sizes),), layer, False)
 
 
 def _first_layered(lines: list[Line]) -> int:
     return next((number for number, line in enumerate(lines) if line.layered), len(lines))
-
-
-def _holds(condition: str | None, config: Config) -> bool:
-    if condition is None:
-        return True
-    return bool(config.get(condition.lstrip("!"))) != condition.startswith("!")
 
 
 def _divide(whole: int, by: int, what: str) -> int:

@@ -13,7 +13,7 @@ storage order: `out <- in` is stored (out, in), `in -> out` is stored (in, out),
 An axis is a space, a product `(a b)` (row-major, as in einops) or parts laid end to end `[a | b]`; both nest.
 `qk*` is the *reading* side of the space `qk`: queries write it, keys read it, and the attention logit contracts the two.
 `norm X` is a normalisation's scale over axis X; `final norm` is the one before the output head, `post norm` one whose output is added to
-the residual stream, and `norm+1` stores the scale minus one (Gemma). `+ bias` adds `<name>.bias`; `scaled` marks an embedding that the
+the residual stream, and `norm+1` stores the scale minus one (Gemma). `+ bias` adds `<name>.bias`, `+ bias[key]` where that config value is true; `scaled` marks an embedding that the
 model multiplies by sqrt(hidden) (Gemma). `if key` / `unless key` make a line depend on a config value; `tied to NAME if key` names the
 tensor that a tied one repeats.
 """
@@ -87,6 +87,7 @@ class Line:
     into: Axis | None  # None for norms
     transposed: bool = False  # stored (in, out)
     bias: bool = False
+    bias_if: str | None = None
     scaled: bool = False
     offset: float = 0.0  # the stored norm scale is the true one minus this
     condition: str | None = None  # config key; a leading "!" negates
@@ -103,7 +104,7 @@ class Line:
 _LINE = re.compile(
     r"(?P<name>\S+)\s+"
     r"(?:(?P<norm>(?:final |post )?norm)(?P<offset>\+1)?\s+(?P<normed>[^+]+?)|(?P<left>[^+]+?)\s*(?P<arrow><-|->)\s*(?P<right>[^+]+?))"
-    r"(?P<bias>\s*\+ bias)?(?P<scaled>\s+scaled)?"
+    r"(?P<bias>\s*\+ bias(?:\[(?P<bias_if>\w+)\])?)?(?P<scaled>\s+scaled)?"
     r"(?:\s+tied to (?P<tied_to>\S+) if (?P<tied_if>\S+))?"
     r"(?:\s+(?P<when>if|unless) (?P<key>\S+))?"
 )
@@ -133,6 +134,7 @@ def parse_line(text: str) -> Line:
         into=into,
         transposed=found["arrow"] == "->",
         bias=bool(found["bias"]),
+        bias_if=found["bias_if"],
         scaled=bool(found["scaled"]),
         offset=1.0 if found["offset"] else 0.0,
         condition=condition,

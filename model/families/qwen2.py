@@ -1,0 +1,25 @@
+"""Qwen2 and Qwen2.5: as Llama, with biases on queries, keys and values."""
+
+from ..family import Family, register
+
+QWEN2 = register(
+    Family(
+        name="qwen2",
+        norm="rms",
+        names={"norm_eps": "rms_norm_eps"},
+        schema="""
+        model.embed_tokens                       vocab -> residual
+        model.layers.*.input_layernorm           norm residual
+        model.layers.*.self_attn.q_proj          (kv group qk) <- residual + bias
+        model.layers.*.self_attn.k_proj          (kv qk*) <- residual + bias
+        model.layers.*.self_attn.v_proj          (kv v) <- residual + bias
+        model.layers.*.self_attn.o_proj          residual <- (kv group v)
+        model.layers.*.post_attention_layernorm  norm residual
+        model.layers.*.mlp.gate_proj             ffn <- residual
+        model.layers.*.mlp.up_proj               ffn <- residual
+        model.layers.*.mlp.down_proj             residual <- ffn
+        model.norm                               final norm residual
+        lm_head                                  vocab <- residual tied to model.embed_tokens.weight if tie_word_embeddings
+        """,
+    )
+)

@@ -1,0 +1,162 @@
+"""Every family against the real transformers class: covered exactly, grown losslessly on every axis that it allows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from growth import grow, plan
+from growth.operators import OPERATORS
+from model.build import build_model, to_hf_config
+from model.checkpoint import Checkpoint
+from model.family import families, family_of
+from model.geometry import parameter_count
+
+SIZES = {
+    "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
+}  # fmt: skip
+MORE: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 24, "n_inner": 40, "n_layer": 2, "n_head": 4, "n_positions": 32},
+    "opt": {"ffn_dim": 40, "word_embed_proj_dim": 24, "pad_token_id": 1},
+    "gemma": {"head_dim": 6},
+    "gemma2": {"head_dim": 6, "query_pre_attn_scalar": 6, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4},
+    "qwen3": {"head_dim": 6},
+    "gpt_neox": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.67}},
+    "phi": {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.67}},
+}
+MULTI_HEAD = ("gpt2", "opt", "gpt_neox", "phi")
+FLOOR = {"layer": 1e-12, "rms": 2e-5}  # the library's RMSNorms compute in float32
+
+
+def config_of(name: str, **changes: Any) -> dict[str, Any]:
+    fields = {**SIZES, **MORE.get(name, {}), **changes}
+    if name in ("gpt2", "opt", "gpt_neox"):
+        fields.pop("num_key_value_heads", None)
+    if name == "gpt2":
+        fields = {key: value for key, value in fields.items() if key not in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+        fields = {key: value for key, value in fields.items() if key not in ("num_attention_heads", "max_position_embeddings")}
+    return to_hf_config({"model_type": name, **fields}).to_dict()
+
+
+def renamed(name: str, sizes: dict[str, int]) -> dict[str, int]:
+    family = families()[name]
+    return {family.field_name(key): value for key, value in sizes.items()}
+
+
+FAMILIES = sorted({family.name for family in families().values()})
+
+
+@pytest.mark.parametrize("name", sorted(families()))
+@pytest.mark.parametrize("change", [{}, {"tie_word_embeddings": True}, {"tie_word_embeddings": False}, {"attention_bias": True}], ids=str)
+def test_the_schema_covers_the_real_model_exactly(tmp_path: Path, name: str, change: dict[str, Any]) -> None:
+    if not change.keys() <= config_of(name).keys():
+        pytest.skip("this family has no such choice")
+    config = config_of(name, **change)
+    model = build_model(config, seed=0)
+    model.save_pretrained(tmp_path)  # files keep names that the library's own modules have given up, such as GPT-NeoX's embed_out
+    stored = {key: value.shape for key, value in Checkpoint(tmp_path).tensors.items()}
+    assert {tensor.name: tensor.shape for tensor in family_of(config).tensors(config) if not tensor.tied} == stored
+    assert parameter_count(config) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def growths(name: str) -> dict[str, dict[str, int]]:
+    """Targets that grow one axis each, and all at once; head dims only where part of a head is turned."""
+    more_heads = {"num_attention_heads": 10, **({} if name in MULTI_HEAD else {"num_key_value_heads": 5})}
+    wider = (
+        {"hidden_size": 60, **more_heads} if name in MULTI_HEAD else {"hidden_size": 30 if name.startswith("gemma") else 60, **more_heads}
+    )
+    if name == "olmo2":  # its norm over all heads sees copies of heads only if all are copied alike
+        wider = {"hidden_size": 48, "num_attention_heads": 8, "num_key_value_heads": 4}
+    return {
+        "width": wider,
+        "ffn": {"intermediate_size": 57},
+        "depth": {"num_hidden_layers": 5},
+        "vocab": {"vocab_size": 64},
+        "all": {**wider, "intermediate_size": 81, "num_hidden_layers": 3, "vocab_size": 63},
+    }
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_lossless_on_every_axis(tmp_path: Path, checkpoint_maker: Any, name: str, tied: bool) -> None:
+    source = checkpoint_maker(tmp_path / "source", config_of(name, tie_word_embeddings=tied))
+    floor = FLOOR[families()[name].norm]
+    for axis, sizes in growths(name).items():
+        grown = grow(source, tmp_path / axis, target=renamed(name, sizes), noise=0.3)
+        assert grown.certificate.lossless, (axis, grown.certificate.reasons)
+        assert grown.receipt.max_delta <= floor * max(1, grown.receipt.max_logit), axis
+        assert grown.receipt.max_logit > 0.1
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "gemma2"])
+def test_more_query_heads_per_group(tmp_path: Path, checkpoint_maker: Any, name: str) -> None:
+    source = checkpoint_maker(tmp_path / "source", config_of(name))
+    head = {} if name == "gemma2" else {"hidden_size": 48}
+    grown = grow(source, tmp_path / "out", target={"num_attention_heads": 8, "num_key_value_heads": 2, **head}, noise=0.2)
+    assert grown.certificate.lossless, grown.certificate.reasons
+    assert grown.receipt.max_delta <= FLOOR["rms"] * max(1, grown.receipt.max_logit)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "phi"])
+def test_head_dims_grow_where_part_of_a_head_is_turned(tmp_path: Path, checkpoint_maker: Any, name: str) -> None:
+    source = checkpoint_maker(tmp_path / "source", config_of(name))
+    grown = grow(source, tmp_path / "out", target={"hidden_size": 32})
+    assert grown.certificate.lossless, grown.certificate.reasons
+    assert grown.receipt.max_delta <= FLOOR["layer"]
+
+
+@pytest.mark.parametrize(("name", "grown"), [("gpt2", {"n_embd": 32}), ("opt", {"hidden_size": 32})])
+def test_head_dims_grow_without_rotary_positions(tmp_path: Path, checkpoint_maker: Any, name: str, grown: dict[str, int]) -> None:
+    source = checkpoint_maker(tmp_path / "source", config_of(name))
+    assert grow(source, tmp_path / "out", target=grown).receipt.max_delta <= FLOOR["layer"]
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "reason"),
+    [
+        ("llama", {"hidden_size": 32, "head_dim": 8}, "6 rotary dims become 8"),
+        ("qwen3", {"head_dim": 8}, "q_norm normalises over it"),
+        ("olmo2", {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 36}, "q_norm normalises over it"),
+    ],
+)
+def test_where_exactness_is_impossible_the_certificate_says_so_and_growth_works(
+    tmp_path: Path, checkpoint_maker: Any, name: str, sizes: dict[str, int], reason: str
+) -> None:
+    grown = grow(checkpoint_maker(tmp_path / "source", config_of(name)), tmp_path / "out", target=sizes)
+    assert any(reason in found for found in grown.certificate.reasons), grown.certificate.reasons
+    assert grown.receipt.max_delta > 1e-3
+
+
+def test_layer_types_follow_the_layer_map() -> None:
+    config = config_of("gemma2")
+    assert plan(config, {"num_hidden_layers": 4}).target_config["layer_types"] == [
+        "sliding_attention", "sliding_attention", "full_attention", "full_attention",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("operator", sorted(OPERATORS))
+def test_certificate_and_receipt_agree(tmp_path: Path, checkpoint_maker: Any, name: str, operator: str) -> None:
+    source = checkpoint_maker(tmp_path / "source", config_of(name))
+    heads = {"num_attention_heads": 8, **({} if name in MULTI_HEAD else {"num_key_value_heads": 4})}
+    grown = grow(
+        source, tmp_path / "out", target=renamed(name, {"hidden_size": 48, "intermediate_size": 80, **heads}), operator=operator, noise=0.2
+    )
+    exact = grown.receipt.max_delta <= FLOOR[families()[name].norm] * max(1, grown.receipt.max_logit)
+    assert grown.certificate.lossless == exact, (grown.certificate.reasons, grown.receipt)
+    assert grown.certificate.lossless == (operator in ("lossless", "lemon", "hyperclone"))
+
+
+@pytest.mark.parametrize("form", ["symmetric", "diagonal"])
+@pytest.mark.parametrize("noise", [0.0, 0.2])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_hyperclone_forms(tmp_path: Path, checkpoint_maker: Any, name: str, form: str, noise: float) -> None:
+    source = checkpoint_maker(tmp_path / "source", config_of(name, tie_word_embeddings=False))
+    heads = {"num_attention_heads": 12, **({} if name in MULTI_HEAD else {"num_key_value_heads": 6})}
+    target = renamed(name, {"hidden_size": 72, "intermediate_size": 80, **heads})
+    grown = grow(source, tmp_path / "out", target=target, operator="hyperclone", form=form, noise=noise)
+    assert grown.certificate.lossless
+    assert grown.receipt.max_delta <= FLOOR[families()[name].norm] * max(1, grown.receipt.max_logit)
