@@ -232,7 +232,9 @@ def _free_head_dims(growth: Growth, space: str, n: int, N: int) -> Expansion:
 
 
 def random_pad(growth: Growth) -> Recipe:
-    """The source in a corner of every tensor, everything else freshly initialised ("weight reuse" in Javaheripi's NeurIPS 2023 talk on Phi-2).
+    """The source in a corner of every tensor, everything else freshly initialised.
+
+    "Weight reuse" in Javaheripi's NeurIPS 2023 talk on Phi-2.
 
     Not lossless wherever a space grows: fresh writers meet fresh readers.
     """
@@ -248,7 +250,7 @@ def _pad(growth: Growth, fill: Fill, word: str) -> Recipe:
 
 
 def tile(growth: Growth, *, mode: str = "middle", heads: str = "head_aware") -> Recipe:
-    """Position p of an axis takes (p - off) mod n, with no rescaling (Phi-2's scaled knowledge transfer and ModernBERT's weight tiling).
+    """Position p of an axis takes (p - off) mod n, with no rescaling: Phi-2's scaled knowledge transfer, ModernBERT's weight tiling.
 
     `mode="edge"`: off = 0; `"middle"`: off = ⌊(N - n)/2⌋; `"center"`: the middle block only, fresh around it. `heads="head_aware"` tiles each
     space, so a head's dims stay in its head; `"flat"` tiles the flattened axis, which at 2048 → 2560 with 32 heads mixes heads and shifts

@@ -13,9 +13,9 @@ storage order: `out <- in` is stored (out, in), `in -> out` is stored (in, out),
 An axis is a space, a product `(a b)` (row-major, as in einops) or parts laid end to end `[a | b]`; both nest.
 `qk*` is the *reading* side of the space `qk`: queries write it, keys read it, and the attention logit contracts the two.
 `norm X` is a normalisation's scale over axis X; `final norm` is the one before the output head, `post norm` one whose output is added to
-the residual stream, and `norm+1` stores the scale minus one (Gemma). `+ bias` adds `<name>.bias`, `+ bias[key]` where that config value is true; `scaled` marks an embedding that the
-model multiplies by sqrt(hidden) (Gemma). `if key` / `unless key` make a line depend on a config value; `tied to NAME if key` names the
-tensor that a tied one repeats.
+the residual stream, and `norm+1` stores the scale minus one (Gemma). `+ bias` adds `<name>.bias`, `+ bias[key]` where that config value
+is true; `scaled` marks an embedding that the model multiplies by sqrt(hidden) (Gemma). `if key` / `unless key` make a line depend on a
+config value; `tied to NAME if key` names the tensor that a tied one repeats.
 """
 
 from __future__ import annotations
