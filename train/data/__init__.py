@@ -1,0 +1,14 @@
+"""From text to batches: documents → tokenizer → memory-mapped shards → windows, each a pure function of what came before.
+
+settings  what is asked for      corpus  documents, streamed      tokenizer  trained or taken
+shards    tokens on disk         build   `prepare`, built once    batches    windows of a step
+"""
+
+from __future__ import annotations
+
+from train.data.build import prepare
+from train.data.settings import DataSettings
+from train.data.shards import TokenData, TokenSplit, open_data
+from train.data.tokenizer import check_vocabulary
+
+__all__ = ["DataSettings", "TokenData", "TokenSplit", "check_vocabulary", "open_data", "prepare"]

@@ -1,0 +1,116 @@
+"""Which tokens a step sees: a pure function of (seed, step), the same for every arm, world size and restart.
+
+A split of n tokens has ⌊(n − 1) / context⌋ windows of context + 1 tokens, each starting on the last token of the one before, so a token
+is predicted at most once per epoch. An epoch is a keyed permutation of the windows, computed for one index at a time: a Feistel network,
+walked along its cycles until it falls inside (Black & Rogaway 2002, "Ciphers with arbitrary finite domains"). No permutation is in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from model.errors import UserError
+from train.data.shards import TokenSplit
+
+ROUNDS = 6
+EVALUATION_TOKENS = 4096  # in one validation batch, where its size is not given
+
+
+def permuted(index: np.ndarray, size: int, *key: int) -> np.ndarray:
+    """Where a permutation of [0, size) takes each `index`; `key` chooses the permutation.
+
+    Args:
+        index: integers in [0, size), any shape.
+        size: up to 2**62.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8 * ROUNDS).digest()
+    keys = np.frombuffer(digest, "<u8")
+    result = _feistel(np.asarray(index, np.uint64), half, keys)
+    while (outside := result >= size).any():  # the network covers less than 4 · size numbers: a few turns
+        result[outside] = _feistel(result[outside], half, keys)
+    return result.astype(np.int64)
+
+
+def _feistel(index: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
+    """A permutation of [0, 4 ** half): each round adds a hash of one half to the other."""
+    bits, mask = np.uint64(half), np.uint64(2**half - 1)
+    left, right = index >> bits, index & mask
+    for i in range(ROUNDS):
+        left, right = right, left ^ (_mixed(right ^ keys[i : i + 1]) & mask)
+    return (left << bits) | right
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """A hash of 64 bits (splitmix64's finaliser), modulo 2**64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def window_count(split: TokenSplit, context: int) -> int:
+    """How many windows an epoch has.
+
+    Raises:
+        UserError: not one.
+    """
+    if split.count <= context:
+        raise UserError(
+            f"the {split.name} split has {split.count} tokens, less than one window of {context} + 1; "
+            "give more text, change data.validation_fraction, or lower train.context"
+        )
+    return (split.count - 1) // context
+
+
+def batch(split: TokenSplit, *, seed: int, step: int, batch_size: int, context: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Rows [start, stop) of the global batch of `step`; a batch may reach into the next epoch.
+
+    Args:
+        batch_size: windows in the global batch, over all processes.
+        stop: None for all that follow `start`.
+
+    Returns:
+        int64, (stop - start, context + 1).
+
+    Raises:
+        UserError: the split has fewer tokens than one window.
+    """
+    windows = window_count(split, context)
+    index = step * batch_size + np.arange(start, batch_size if stop is None else stop, dtype=np.int64)
+    epochs, places = np.divmod(index, windows)
+    chosen = np.empty_like(index)
+    for epoch in np.unique(epochs):
+        chosen[epochs == epoch] = permuted(places[epochs == epoch], windows, seed, int(epoch))
+    return _read(split, chosen, context)
+
+
+def validation_batches(split: TokenSplit, *, context: int, tokens: int, batch_size: int | None = None) -> Iterator[np.ndarray]:
+    """Fixed windows spread evenly over the split, in order, together ⌊tokens / context⌋ of them, or all there are.
+
+    Args:
+        tokens: to be predicted.
+        batch_size: windows in one batch; None for some 4,096 tokens.
+
+    Yields:
+        int64, (≤ batch_size, context + 1).
+
+    Raises:
+        UserError: the split, or `tokens`, is less than one window.
+    """
+    windows = window_count(split, context)
+    wanted = min(windows, tokens // context)
+    if wanted == 0:
+        raise UserError(f"train.eval_tokens: {tokens} is less than one window of train.context={context} tokens; raise it")
+    size = batch_size or max(1, EVALUATION_TOKENS // context)
+    chosen = np.arange(wanted, dtype=np.int64) * windows // wanted
+    return (_read(split, chosen[first : first + size], context) for first in range(0, wanted, size))
+
+
+def _read(split: TokenSplit, windows: np.ndarray, context: int) -> np.ndarray:
+    rows = np.empty((len(windows), context + 1), np.int64)
+    for row, window in zip(rows, windows.tolist(), strict=True):
+        row[:] = split.tokens[window * context : window * context + context + 1]
+    return rows

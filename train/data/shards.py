@@ -1,0 +1,192 @@
+"""Tokens on disk: per split one sequence of ids, cut into raw little-endian files, described by a manifest that is written last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from model.errors import UserError
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+SPLITS = ("train", "validation")
+
+
+def dtype_of(vocab_size: int) -> np.dtype:
+    """The smallest type that holds every id."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+class Tokens:
+    """The ids of one split, 1-D, as if its shards were one array; a slice is a view where it stays within a shard."""
+
+    def __init__(self, shards: Sequence[np.ndarray]) -> None:
+        self._shards = list(shards)
+        self._ends = np.cumsum([len(shard) for shard in shards])
+        self.dtype = shards[0].dtype
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        start, stop, step = where.indices(len(self))
+        if step != 1:
+            raise ValueError(f"tokens are read in order; found a step of {step}")
+        first = int(np.searchsorted(self._ends, start, side="right"))
+        parts = []
+        while start < stop:
+            base, end = int(self._ends[first]) - len(self._shards[first]), min(stop, int(self._ends[first]))
+            parts.append(self._shards[first][start - base : end - base])
+            start, first = end, first + 1
+        return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, self.dtype)])
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """The training or the validation part."""
+
+    name: str
+    tokens: Tokens
+    documents: int
+    bytes: int  # of text, in UTF-8
+
+    @property
+    def count(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """The end-of-text ids counted in: they are predicted too."""
+        return self.bytes / self.count
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """A corpus, tokenised and opened."""
+
+    folder: Path
+    train: TokenSplit
+    validation: TokenSplit
+    vocab_size: int  # one more than the largest id
+    end_of_text_id: int
+    fingerprint: str  # of the tokens and the tokenizer: the same text cut the same way has the same, wherever it lies
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.folder / TOKENIZER
+
+
+class ShardWriter:
+    """Appends ids to `<split>-00000.bin`, …, each of at most `limit` tokens and on disk when it is closed."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, limit: int) -> None:
+        self.documents = self.bytes = self.tokens = 0
+        self._folder, self._split, self._dtype, self._limit = folder, split, dtype, limit
+        self._shards: list[dict[str, Any]] = []
+        self._file: BinaryIO | None = None
+        self._digest = hashlib.sha256()
+
+    def write(self, ids: np.ndarray, size: int) -> None:
+        """One document: its ids, 1-D, and the bytes of its text."""
+        self.documents, self.bytes, self.tokens = self.documents + 1, self.bytes + size, self.tokens + len(ids)
+        while len(ids):
+            if self._file is None or self._shards[-1]["tokens"] == self._limit:
+                self._next()
+            assert self._file is not None
+            part = ids[: self._limit - self._shards[-1]["tokens"]].astype(self._dtype)
+            self._file.write(raw := part.tobytes())
+            self._digest.update(raw)
+            self._shards[-1]["tokens"] += len(part)
+            ids = ids[len(part) :]
+
+    def _next(self) -> None:
+        self.close()
+        self._shards.append({"file": f"{self._split}-{len(self._shards):05d}.bin", "tokens": 0})
+        self._file = (self._folder / self._shards[-1]["file"]).open("wb")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def entry(self) -> dict[str, Any]:
+        """What the manifest says of this split."""
+        counts = {"documents": self.documents, "bytes": self.bytes, "tokens": self.tokens}
+        return {**counts, "sha256": self._digest.hexdigest(), "shards": self._shards}
+
+
+# ---- the manifest ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    with (folder / MANIFEST).open("w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of `folder`; None where nothing is.
+
+    Raises:
+        UserError: the folder holds something else, or the manifest cannot be read.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        if folder.exists() and not (folder / MANIFEST).exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder}: there, but no token folder (no {MANIFEST}); move it away, or choose another data.folder") from None
+        return None
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, f"{MANIFEST} cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or "fingerprint" not in manifest:
+        raise _damaged(folder, f"{MANIFEST} is not a manifest of tokens")
+    return manifest
+
+
+def fingerprint(manifest: dict[str, Any]) -> str:
+    """A hash of the ids and what they mean, whatever the shards' size and the corpus' place."""
+    splits = {name: {key: value for key, value in split.items() if key != "shards"} for name, split in manifest["splits"].items()}
+    return hashlib.sha256(json.dumps([manifest["tokenizer"], manifest["dtype"], splits], sort_keys=True).encode()).hexdigest()
+
+
+def open_data(folder: str | Path) -> TokenData:
+    """Map the shards of a built folder; nothing is read yet.
+
+    Raises:
+        UserError: it is not there, or a file is missing or not as long as the manifest says.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{folder}: no tokens here; build them with train.data.prepare")
+    if not (folder / TOKENIZER / "tokenizer.json").is_file():
+        raise _damaged(folder, f"{TOKENIZER}/tokenizer.json is missing")
+    train, validation = (_open_split(folder, name, manifest) for name in SPLITS)
+    tokenizer = manifest["tokenizer"]
+    return TokenData(folder, train, validation, tokenizer["vocab_size"], tokenizer["end_of_text_id"], manifest["fingerprint"])
+
+
+def _open_split(folder: Path, name: str, manifest: dict[str, Any]) -> TokenSplit:
+    dtype, entry = np.dtype(manifest["dtype"]), manifest["splits"][name]
+    shards = []
+    for shard in entry["shards"]:
+        path, expected = folder / shard["file"], shard["tokens"] * dtype.itemsize
+        found = path.stat().st_size if path.is_file() else None
+        if found != expected:
+            raise _damaged(folder, f"{shard['file']} should have {expected} bytes, " + ("is missing" if found is None else f"has {found}"))
+        shards.append(np.memmap(path, dtype=dtype, mode="r").view(np.ndarray))
+    return TokenSplit(name, Tokens(shards), entry["documents"], entry["bytes"])
+
+
+def _damaged(folder: Path, what: str) -> UserError:
+    return UserError(f"{folder}: {what}; delete the folder, and it is built again")

@@ -1,0 +1,129 @@
+"""Text to token ids: a byte-level BPE of one's own, or any tokenizer that Hugging Face knows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from model.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    from train.data.shards import TokenData
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE (GPT-2's kind): any text can be spelt, and decoding gives it back.
+
+    Args:
+        texts: read once, in any order; the result is the same.
+        vocab_size: at most; a small text gives fewer entries. Id 0 is the end of text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT, model_max_length=model_max_length
+    )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder or of a model on the hub; no code of theirs is run.
+
+    Raises:
+        UserError: it cannot be reached, has no end-of-text token, or no fast form.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(_folder(name) or name), trust_remote_code=False)
+    except Exception as error:  # transformers, tokenizers and the hub's client each raise their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"data.tokenizer={name}: cannot be loaded ({reason}); give a folder with tokenizer files, or a name on the Hugging Face hub "
+            "that can be reached; null trains one"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"data.tokenizer={name}: it has no fast form (tokenizer.json); convert it, or leave it null to train one")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"data.tokenizer={name}: it has no eos token to end a document with; set one in its tokenizer_config.json")
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the files that `AutoTokenizer.from_pretrained` reads.
+
+    Raises:
+        OSError: it cannot be written; `tokenizers` itself raises a bare Exception.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(str(error)) from error
+
+
+def encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """A copy that reads special tokens in a text as the text they are: only `prepare` ends a document."""
+    from tokenizers import Tokenizer
+
+    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    copy.encode_special_tokens = True
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
+def entries(tokenizer: PreTrainedTokenizerFast) -> int:
+    """One more than the largest id: what a model's embedding needs, holes and added tokens included."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def tokenizer_identity(name: str | None) -> str | None:
+    """What may change under the same `name`: the files of a folder, hashed; a hub name stands for itself."""
+    if name is None or (folder := _folder(name)) is None:
+        return name
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*")):
+        if file.suffix in (".json", ".txt", ".model"):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def check_vocabulary(data: TokenData, vocab_size: int) -> None:
+    """Refuse a model whose embedding has fewer rows than the tokenizer has ids.
+
+    Raises:
+        UserError: it has.
+    """
+    if data.vocab_size > vocab_size:
+        raise UserError(
+            f"data: the tokenizer has {data.vocab_size} entries, the model's vocab_size is {vocab_size}; "
+            "use the tokenizer of the source (data.tokenizer=FOLDER), a smaller data.vocab_size, or a model with a larger vocab_size"
+        )
+
+
+def _folder(name: str) -> Path | None:
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else None
