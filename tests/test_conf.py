@@ -1,0 +1,73 @@
+"""The conf tree, globbed and never listed: every leaf composes, and the arms of a study differ in nothing but growth and name."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from train.settings import CONF, compose, identity
+
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+LEAVES = [(group, leaf.stem) for group in GROUPS for leaf in sorted((CONF / group).glob("*.yaml"))]
+EXPERIMENTS = [leaf for group, leaf in LEAVES if group == "experiment"]
+ARMS = [leaf for group, leaf in LEAVES if group == "growth"]
+NEEDED = {("data", "files"): ["data.path=texts"], ("data", "hub"): ["data.dataset=owner/name"]}  # what a leaf leaves to its user
+
+
+def test_the_walk_finds_the_tree() -> None:
+    assert {"growth", "data", "optimizer", "schedule", "logger", "experiment"} <= set(GROUPS)
+    assert len(LEAVES) >= 12
+
+
+@pytest.mark.parametrize(("group", "leaf"), LEAVES)
+def test_every_leaf_composes(group: str, leaf: str) -> None:
+    settings = compose(
+        [*([] if group == "experiment" else ["source=x", "target=tiny_target"]), f"{group}={leaf}", *NEEDED.get((group, leaf), [])]
+    )
+    if group != "experiment":
+        assert getattr(settings, group).name == leaf if group in ("growth", "optimizer", "schedule") else getattr(settings, group)
+
+
+@pytest.mark.parametrize("leaf", ARMS)
+def test_an_arm_is_called_after_its_file(leaf: str) -> None:
+    assert compose(["source=x", "target=tiny_target", f"growth={leaf}"]).growth.name == leaf
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_is_a_delta_that_opens_with_its_command(experiment: str) -> None:
+    lines = (CONF / "experiment" / f"{experiment}.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert f"-m train {'-m ' if ' -m train -m' in lines[1] else ''}experiment={experiment}" in lines[1]
+    assert compose([f"experiment={experiment}"]).study == experiment
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_arms_of_an_experiment_differ_only_in_growth_and_name(experiment: str) -> None:
+    given = [f"experiment={experiment}", "source=x"]
+    scratch = identity(compose([*given, "growth=scratch"]))
+    for arm in ARMS:
+        other = identity(compose([*given, f"growth={arm}"]))
+        differing = {key for key in {*scratch, *other} if scratch.get(key) != other.get(key)}
+        assert {key for key in differing if not key.startswith("growth.")} <= {"name"}, arm
+        assert other["name"] == f"{experiment}-{arm}-s0"
+
+
+def test_runs_are_named_without_a_clock() -> None:
+    settings = compose(["experiment=tiny", "growth=tile", "seed=2"])
+    assert (settings.name, settings.out) == ("tiny-tile-s2", "runs/tiny-tile-s2")
+    assert asdict(compose(["experiment=tiny", "growth=tile", "seed=2"])) == asdict(settings)
+
+
+def test_hydra_leaves_nothing_behind() -> None:
+    hydra = OmegaConf.load(CONF / "train.yaml").hydra
+    assert hydra.job.chdir is False
+    assert hydra.output_subdir is None
+    assert (hydra.run.dir, hydra.sweep.dir, hydra.sweep.subdir) == (".", ".", ".")
+
+
+def test_the_tiny_study_starts_from_what_the_tiny_source_leaves() -> None:
+    assert compose(["experiment=tiny"]).source == str(Path(compose(["experiment=tiny_source"]).out) / "final")
+    assert compose(["experiment=tiny"]).data == compose(["experiment=tiny_source"]).data

@@ -1,0 +1,391 @@
+"""Whole runs at toy size: exact resume, equal splits, every way to start, and what a run leaves in its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model.errors import UserError
+from train import loop, state
+from train.data import prepare
+from train.data.batches import validation_batches
+from train.evaluate import next_token_loss
+from train.settings import Settings, compose
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = "hidden_size:16,intermediate_size:32,num_hidden_layers:1,num_attention_heads:2,num_key_value_heads:2"
+TARGET = f"target={{model_type:phi,vocab_size:300,max_position_embeddings:32,tie_word_embeddings:false,{SIZES}}}"
+LARGER = "target={hidden_size:24,intermediate_size:48,num_hidden_layers:2}"
+CLOCKS = ("seconds", "tokens_per_second")  # the only numbers that two equal runs may tell differently
+
+
+@pytest.fixture(scope="session")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A run of 6 steps of 8 windows of 16 tokens on a text of some sentences."""
+    folder = tmp_path_factory.mktemp("text")
+    draw = random.Random(0)
+    for i in range(40):
+        words = (draw.choice(["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "dogs"]) for _ in range(120))
+        (folder / f"{i}.txt").write_text(" ".join(words))
+    data = ["data=files", f"data.path={folder}", f"data.folder={folder}-tokens", "data.vocab_size=280", "data.validation_fraction=0.3"]
+    sizes = ["context=16", "batch_tokens=128", "budget_tokens=768", "eval_tokens=320", "eval_every_tokens=256", "log_every_tokens=256"]
+    train = [f"train.{size}" for size in [*sizes, "save_every_tokens=384"]]
+    return [*data, *train, "growth=scratch", TARGET, "logger=none", "progress=false", "study=t", "schedule.warmup_fraction=0.2"]
+
+
+@pytest.fixture(scope="session")
+def settings(overrides: list[str]) -> Settings:
+    return compose(overrides)
+
+
+@pytest.fixture(scope="session")
+def finished(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the undisturbed run. Read only."""
+    return loop.train(dataclasses.replace(settings, out=str(tmp_path_factory.mktemp("runs") / "whole")))
+
+
+def at(settings: Settings, out: Path, **train: Any) -> Settings:
+    return dataclasses.replace(settings, out=str(out), train=dataclasses.replace(settings.train, **train))
+
+
+def rows(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in found if kind in (None, row["kind"])]
+
+
+def timeless(folder: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key not in CLOCKS} for row in rows(folder)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "final" / "model.safetensors")
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Bit-identical weights and metrics."""
+    ours, theirs = weights(folder), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    assert timeless(folder) == timeless(other)
+
+
+def assert_close_run(folder: Path, other: Path) -> None:
+    """The same losses up to float32 rounding."""
+    for ours, theirs in zip(timeless(folder), timeless(other), strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            assert value == (pytest.approx(theirs[key], rel=2e-5) if isinstance(value, float) else theirs[key]), (ours["step"], key)
+
+
+# ---- what a run leaves ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_the_folder_that_others_read(finished: Path) -> None:
+    assert sorted(path.name for path in finished.iterdir()) == ["checkpoints", "final", "metrics.jsonl", "run.json", "summary.json"]
+    assert [row["step"] for row in rows(finished, "eval")] == [0, 2, 4, 6]
+    assert [row["step"] for row in rows(finished, "train")] == [2, 4, 6]
+    assert rows(finished)[0]["tokens"] == rows(finished)[0]["flops"] == rows(finished)[0]["seconds"] == 0
+    run, last = json.loads((finished / "run.json").read_text()), rows(finished)[-1]
+    summary = json.loads((finished / "summary.json").read_text())
+    assert (last["tokens"], summary["steps"], run["budget_tokens"]) == (768, 6, 768)
+    assert last["flops"] == summary["flops"] == pytest.approx(768 * run["flops_per_token"])
+    assert (summary["start_val_loss"], summary["final_val_loss"]) == (rows(finished)[0]["val_loss"], last["val_loss"])
+    assert summary["final_val_loss"] < summary["start_val_loss"] < math.log(300) + 0.1
+    assert last["bits_per_byte"] == pytest.approx(last["val_loss"] / math.log(2) / run["data"]["bytes_per_token"])
+    keys = {"kind", "step", "tokens", "flops", "seconds", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu"}
+    assert rows(finished, "train")[0].keys() == keys
+
+
+def test_the_final_folder_loads_and_gives_the_logged_loss(finished: Path, settings: Settings) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(finished / "final").eval()
+    data = prepare(settings.data, progress=False)
+    windows = np.concatenate(list(validation_batches(data.validation, context=16, tokens=320)))
+    with torch.no_grad():
+        loss = next_token_loss(model, torch.from_numpy(windows))
+        library = model(input_ids=torch.from_numpy(windows), labels=torch.from_numpy(windows)).loss
+    assert loss.item() == pytest.approx(rows(finished)[-1]["val_loss"], rel=1e-6)
+    assert loss.item() == pytest.approx(library.item(), rel=1e-6)  # the library's own loss on the same windows
+    tokenizer = AutoTokenizer.from_pretrained(finished / "final")
+    assert tokenizer.decode(tokenizer("the cat sat")["input_ids"]) == "the cat sat"
+    assert model.generation_config.eos_token_id == data.end_of_text_id
+    card = (finished / "final" / "README.md").read_text()
+    assert all(word in card for word in ("t-scratch-s0", "`t`", "768", f"{loss.item():.4f}"))
+
+
+def test_a_complete_run_returns_at_once_and_is_not_touched(
+    finished: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    monkeypatch.setattr(loop, "session", None)  # nothing past the first banner may run
+    assert loop.train(dataclasses.replace(at(settings, finished), progress="lines")) == finished
+    assert "already complete" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_a_silent_run_says_nothing_and_leaves_no_state_behind(
+    settings: Settings, tmp_path: Path, finished: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    capfd.readouterr()
+    loop.train(at(settings, tmp_path / "run"))
+    assert capfd.readouterr() == ("", "")
+    assert [dict(singleton._shared_state) for singleton in (PartialState, AcceleratorState, GradientState)] == [{}, {}, {}]
+    assert torch.equal(torch.rand(1), expected)
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_a_loud_run_tells_its_choices_and_losses(settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loop.train(dataclasses.replace(at(settings, tmp_path / "run", budget_tokens=256), progress="lines"))
+    said = capsys.readouterr().out
+    assert "attention sdpa (no flash-attn: no CUDA GPU)" in said
+    assert "100%, step 2: loss" in said
+    assert "val loss" in said
+
+
+# ---- resuming -------------------------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for a process that ends without warning."""
+
+
+def train_and_kill(settings: Settings, step: int) -> None:
+    """Train, and end without warning after `step` steps."""
+    count = loop.Meter.count
+
+    def counted(self: loop.Meter, *arguments: Any) -> None:
+        if self.position.step == step:
+            raise Killed
+        count(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Meter, "count", counted)
+        with pytest.raises(Killed):
+            loop.train(settings)
+
+
+@pytest.mark.parametrize("log_every", [256, 640])  # at and across the checkpoint of step 3
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_killed_run_resumes_bit_identically(settings: Settings, tmp_path: Path, log_every: int, dropout: float) -> None:
+    settings = dataclasses.replace(settings, target={**settings.target, "resid_pdrop": dropout})  # type: ignore[dict-item]
+    whole, broken = (at(settings, tmp_path / name, log_every_tokens=log_every) for name in ("whole", "broken"))
+    loop.train(whole)
+    train_and_kill(broken, 5)
+    folder = tmp_path / "broken"
+    assert [path.name for path in state.complete(folder / "checkpoints")] == ["step-00000003"]
+    assert not (folder / "summary.json").exists()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')  # a line the kill cut off
+    seconds = json.loads((folder / "checkpoints/step-00000003/state.json").read_text())["seconds"]
+    loop.train(broken)
+    assert_same_run(folder, tmp_path / "whole")
+    assert rows(folder)[-1]["seconds"] > seconds > 0
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(settings: Settings, tmp_path: Path, finished: Path) -> None:
+    train_and_kill(at(settings, tmp_path / "run"), 2)
+    loop.train(at(settings, tmp_path / "run"))
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_other_settings_are_refused_naming_both_values(settings: Settings, finished: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        loop.train(dataclasses.replace(at(settings, finished, context=8), seed=3))
+    assert "train.context: the run has 16, asked is 8" in str(caught.value)
+    assert "seed: the run has 0, asked is 3" in str(caught.value)
+    assert "eval_tokens" not in str(caught.value)
+
+
+def test_a_changed_text_is_refused(settings: Settings, tmp_path: Path, finished: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run/summary.json").unlink()
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    (tmp_path / "run/run.json").write_text(json.dumps(run | {"data": {"fingerprint": "another", "bytes_per_token": 1.0}}))
+    with pytest.raises(UserError, match="the data has changed since this run began"):
+        loop.train(at(settings, tmp_path / "run"))
+
+
+# ---- the same losses however the work is split ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 4])  # 3 + 3 + 2 windows: uneven pieces weigh what they hold
+def test_accumulation_gives_the_losses_of_the_whole_batch(settings: Settings, tmp_path: Path, finished: Path, micro_batch: int) -> None:
+    loop.train(at(settings, tmp_path / "run", micro_batch=micro_batch))
+    assert_close_run(tmp_path / "run", finished)
+
+
+def test_two_processes_give_the_losses_of_one_in_two_runs_of_a_sweep(overrides: list[str], tmp_path: Path, finished: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "train", "-m"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    name = "name='s${seed}'"
+    sweep = [*command, *overrides, "seed=0,1", name, f"out='{tmp_path}/${{name}}'"]
+    done = subprocess.run(sweep, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert_close_run(tmp_path / "s0", finished)
+    assert json.loads((tmp_path / "s0/run.json").read_text())["processes"] == 2
+    assert (tmp_path / "s1/summary.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s0", "s1"]
+
+
+def test_processes_that_do_not_divide_the_batch_are_refused(settings: Settings) -> None:
+    class Three:
+        num_processes, process_index = 3, 0
+
+    with pytest.raises(UserError, match="3 processes do not divide the 8 windows of a batch"):
+        loop.share_of_batch(loop.Budget.of(settings.train), cast(Any, Three()))
+
+
+# ---- the ways to start ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def arms(overrides: list[str], finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs that start from `finished`: grown without loss, the source itself, and scratch of the grown size."""
+    folder = tmp_path_factory.mktemp("arms")
+    given = [*overrides, f"source={finished}/final", LARGER, "train.budget_tokens=256"]
+    return {name: loop.train(compose([*given, f"growth={name}", f"out={folder}/{name}"])) for name in ("lossless", "source", "scratch")}
+
+
+def start_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text())["start"]
+
+
+def test_a_lossless_arm_starts_at_the_loss_of_its_source(arms: dict[str, Path], finished: Path) -> None:
+    assert rows(arms["lossless"])[0]["val_loss"] == pytest.approx(rows(finished)[-1]["val_loss"], abs=1e-5)
+    start = start_of(arms["lossless"])
+    assert (start["operator"], start["depth"], start["lossless"], start["reasons"]) == ("lossless", "identity", True, [])
+    assert start["receipt"]["max_delta"] < 1e-4
+    assert (arms["lossless"] / "start" / "growth.json").exists()
+
+
+def test_the_source_arm_trains_the_source_itself(arms: dict[str, Path], finished: Path) -> None:
+    assert rows(arms["source"])[0]["val_loss"] == pytest.approx(rows(finished)[-1]["val_loss"], rel=1e-6)
+    assert (
+        json.loads((arms["source"] / "run.json").read_text())["parameters"]
+        < json.loads((arms["scratch"] / "run.json").read_text())["parameters"]
+    )
+    assert not (arms["source"] / "start").exists()
+
+
+def test_scratch_trains_the_network_of_the_grown_arms_and_owes_its_source_nothing(arms: dict[str, Path]) -> None:
+    runs = {name: json.loads((folder / "run.json").read_text()) for name, folder in arms.items()}
+    sizes = {key: value for key, value in runs["lossless"]["target_config"].items() if key != "transformers_version"}
+    assert {key: value for key, value in runs["scratch"]["target_config"].items() if key != "transformers_version"} == sizes
+    assert runs["scratch"]["start"]["source"] is None
+    assert runs["scratch"]["start"]["lossless"] is None
+    assert not (arms["scratch"] / "start").exists()
+
+
+def test_the_ledger_adds_up_what_a_checkpoint_cost(arms: dict[str, Path], finished: Path) -> None:
+    source, grown = (json.loads((folder / "final/ledger.json").read_text()) for folder in (finished, arms["lossless"]))
+    own = rows(arms["lossless"])[-1]
+    assert (source["tokens"], source["source"], source["own"]["tokens"]) == (768, None, 768)
+    assert (grown["tokens"], grown["own"]["tokens"]) == (768 + 256, 256)
+    assert grown["flops"] == pytest.approx(source["flops"] + own["flops"])
+    assert grown["source"] == {"path": f"{finished}/final", "tokens": 768, "flops": source["flops"], "val_loss": source["val_loss"]}
+    assert (grown["study"], grown["arm"], grown["seed"], grown["val_loss"]) == ("t", "lossless", 0, own["val_loss"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["growth=lossless", "source=nowhere/at/all"], "no such folder"),
+        (["train.context=64", "train.batch_tokens=128"], "max_position_embeddings=32"),
+        (["target={model_type:phi,vocab_size:270,hidden_size:16,max_position_embeddings:32}"], "vocab_size is 270"),
+        (["train.eval_tokens=8"], "train.eval_tokens"),
+        (["target=tiny_targt"], "did you mean 'tiny_target'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_leaves_no_run(overrides: list[str], tmp_path: Path, change: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        loop.train(compose([*overrides, *change, f"out={tmp_path}/run"]))
+    assert not list((tmp_path / "run").glob("*")) if (tmp_path / "run").exists() else True
+
+
+# ---- trouble --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("log_every", [128, 768])
+def test_a_loss_that_is_not_finite_stops_the_run_naming_the_step(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int
+) -> None:
+    original, calls = loop.next_token_loss, iter(range(100))
+    monkeypatch.setattr(loop, "next_token_loss", lambda *a: original(*a) * (math.nan if next(calls) == 3 else 1.0))
+    with pytest.raises(UserError, match="step 4: the loss is nan"):
+        loop.train(at(settings, tmp_path / "run", log_every_tokens=log_every))
+    kept = state.complete(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in kept] == ["step-00000003"]
+    assert all(tensor.isfinite().all() for tensor in load_file(kept[0] / "model.safetensors").values())
+    assert max(row["step"] for row in rows(tmp_path / "run")) <= 3
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_earlier_checkpoint(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path
+) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:603] . PytorchStreamWriter failed writing file data/0: file write failed")
+
+    save, calls = torch.save, iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda *a: save(*a) if next(calls) == 0 else full())
+        with pytest.raises(UserError, match=r"step-00000004: could not be written .* free space"):
+            loop.train(at(settings, tmp_path / "run", save_every_tokens=256))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    loop.train(at(settings, tmp_path / "run", save_every_tokens=256))
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_trackers_mirror_the_metrics_and_a_broken_one_does_not_stop_the_run(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: Path
+) -> None:
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+    mirrored: list[dict[str, Any]] = []
+    log = WandBTracker.log
+
+    def mirror(self: WandBTracker, values: dict[str, Any], **more: Any) -> None:
+        mirrored.append(values)
+        log(self, values, **more)
+
+    monkeypatch.setattr(WandBTracker, "log", mirror)
+    monkeypatch.setattr(TensorBoardTracker, "log", lambda *_, **__: 1 / 0)
+    logger = dataclasses.replace(settings.logger, trackers=("tensorboard", "wandb"), mode="offline")
+    loop.train(dataclasses.replace(at(settings, tmp_path / "run"), logger=logger, progress="lines"))
+    assert "tracker tensorboard stopped (ZeroDivisionError" in capsys.readouterr().out
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert_same_run(tmp_path / "run", finished)
+    evaluated = [row for row in mirrored if "eval/val_loss" in row]
+    assert [(row["tokens"], row["eval/val_loss"]) for row in evaluated] == [
+        (row["tokens"], row["val_loss"]) for row in rows(finished, "eval")
+    ]
+    assert all(row["eval_by_flops/val_loss"] == row["eval/val_loss"] and "flops" in row for row in evaluated)
+
+
+def test_a_tracker_that_does_not_start_does_not_stop_the_run(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path
+) -> None:
+    from accelerate.tracking import WandBTracker
+
+    monkeypatch.setattr(WandBTracker, "start", lambda _: 1 / 0)
+    loop.train(dataclasses.replace(at(settings, tmp_path / "run"), logger=dataclasses.replace(settings.logger, trackers=("wandb",))))
+    assert_same_run(tmp_path / "run", finished)

@@ -1,0 +1,202 @@
+"""Checkpoints, run folders and files: whole or absent, one owner, one set of settings."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import nn
+
+from model.build import build_model
+from model.errors import UserError
+from train import folder, state
+from train.device import peak_flops
+from train.files import whole_folder, write_text
+from train.meter import Meter
+from train.optimizer import build_optimizer
+from train.settings import OptimizerSettings, compose
+
+SETTINGS = OptimizerSettings(name="adamw", learning_rate=0.1, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.5)
+
+
+def trained(model: nn.Module, seed: int = 0) -> torch.optim.Optimizer:
+    """An optimizer of `model` that holds moments."""
+    optimizer, generator = build_optimizer(model, SETTINGS), torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_brings_everything_back(tmp_path: Path, phi_config: dict[str, Any], tied: bool) -> None:
+    config = phi_config | {"tie_word_embeddings": tied}
+    model, other = build_model(config, seed=0), build_model(config, seed=1)
+    optimizer, fresh = trained(model), build_optimizer(other, SETTINGS)
+    position = state.Position(step=7, tokens=70, flops=1e9 / 3, seconds=0.1, loss_sum=2 / 3, loss_count=2)
+    path = state.save(tmp_path, position, model, optimizer, keep=1)
+    assert state.load(path, other, fresh) == position
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    for ours, theirs in zip(optimizer.state.values(), fresh.state.values(), strict=True):
+        assert all(torch.equal(ours[key], theirs[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+    assert (other.lm_head.weight is other.model.embed_tokens.weight) == tied
+
+
+def test_the_newest_are_kept_and_the_half_written_are_no_checkpoints(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = trained(model)
+    for step in (8, 9, 10, 100_000_000):
+        state.save(tmp_path, state.Position(step=step), model, optimizer, keep=2)
+    (tmp_path / "step-00000011.partial").mkdir()
+    (tmp_path / "step-00000012").mkdir()  # as a copy that was cut off leaves it: no state.json
+    assert [path.name for path in state.complete(tmp_path)] == ["step-00000010", "step-100000000"]
+    assert (tmp_path / "step-00000011.partial").exists()
+    state.complete(tmp_path, tidy=True)
+    assert not (tmp_path / "step-00000011.partial").exists()
+
+
+@pytest.mark.parametrize("file", [state.MODEL, state.OPTIMIZER, state.STATE])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, file: str) -> None:
+    model = nn.Linear(2, 2)
+    path = state.save(tmp_path, state.Position(step=1), model, trained(model), keep=1)
+    (path / file).write_bytes((path / file).read_bytes()[:20])
+    with pytest.raises(UserError, match=r"checkpoint .*step-00000001: cannot be loaded .* delete this folder"):
+        state.load(path, model, build_optimizer(model, SETTINGS))
+
+
+def test_an_optimizer_state_that_holds_code_is_not_loaded(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    path = state.save(tmp_path, state.Position(step=1), model, trained(model), keep=1)
+    torch.save({"run": subprocess.Popen}, path / state.OPTIMIZER)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        state.load(path, model, build_optimizer(model, SETTINGS))
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"kind": kind, "step": step}) + "\n" for step in (0, 5, 10) for kind in ("train", "eval")]
+    path.write_text("".join(lines) + '{"step": 5}')  # no line end: half-written
+    state.cut_metrics(path, 5)
+    assert path.read_text() == "".join(lines[:4])
+    state.cut_metrics(path, -1)
+    assert path.read_text() == ""
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
+    target = tmp_path / "made"
+    with whole_folder(target) as partial:
+        (partial / "a").write_text("first")
+        assert not target.exists()
+    with pytest.raises(ZeroDivisionError), whole_folder(target) as partial:
+        (partial / "a").write_text(str(1 / 0))
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert (target / "a").read_text() == "first"
+    with whole_folder(target) as partial:
+        (partial / "b").write_text("third")
+    assert [path.name for path in target.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize(
+    "fault", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: No space left on device (os error 28)")]
+)
+def test_a_full_disk_is_one_clear_error_and_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    (tmp_path / "f").write_text("before")
+    monkeypatch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(fault))
+    with pytest.raises(UserError, match=r"/f: could not be written .*No space left on device.* free space"):
+        write_text(tmp_path / "f", "after")
+    assert (tmp_path / "f").read_text() == "before"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_other_faults_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="a bug"), whole_folder(tmp_path / "made"):
+        raise RuntimeError("a bug")
+
+
+# ---- the run folder -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_other_files_is_no_run_folder(tmp_path: Path) -> None:
+    assert folder.read_run(tmp_path / "new") is None
+    (tmp_path / "start").mkdir()
+    (tmp_path / "run.json.partial").touch()
+    assert folder.read_run(tmp_path) is None  # what a run killed at its start leaves
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"holds thesis\.tex and no run\.json"):
+        folder.read_run(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(UserError, match="not a run's record"):
+        folder.read_run(tmp_path)
+
+
+def test_a_run_is_its_own_and_no_other(tmp_path: Path) -> None:
+    settings = compose(["growth=scratch", "target=tiny_target"])
+    run = json.loads(json.dumps(folder.new_run(settings)))
+    folder.check_same(tmp_path, run, settings)
+    assert (run["study"], run["arm"], run["seed"], run["name"]) == ("run", "scratch", 0, "run-scratch-s0")
+    with pytest.raises(UserError, match=r"optimizer\.learning_rate: the run has 0\.003, asked is 0\.1"):
+        folder.check_same(tmp_path, run, compose(["growth=scratch", "target=tiny_target", "optimizer.learning_rate=0.1"]))
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:
+    code = "import sys, pathlib; from train.folder import locked\nwith locked(pathlib.Path(sys.argv[1]), True): pass"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    with folder.locked(tmp_path, True):
+        other = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert "another process is training this run right now" in other.stderr
+        with folder.locked(tmp_path, False):  # the other ranks of the same run
+            pass
+    assert subprocess.run(command, env=environment).returncode == 0
+    assert not list(tmp_path.iterdir())
+
+
+# ---- speed ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312e12),
+        ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
+        ("NVIDIA H100 PCIe", "bf16", 756e12),
+        ("NVIDIA H200", "bf16", 989e12),
+        ("NVIDIA L40S", "bf16", 362e12),
+        ("NVIDIA L4", "bf16", 121e12),
+        ("NVIDIA A100-SXM4-80GB", "fp32", None),
+        ("Intel(R) Xeon(R) Processor", "bf16", None),
+    ],
+)
+def test_the_peak_of_a_device_is_known_by_its_name(name: str, precision: str, peak: float | None) -> None:
+    assert peak_flops(name, precision) == peak
+
+
+def test_mfu_is_the_share_of_all_devices_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Two:
+        num_processes = 2
+
+        def reduce(self, value: torch.Tensor, reduction: str) -> torch.Tensor:
+            return value
+
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    meter = Meter(state.Position(), cast(Any, Two()), tokens_per_step=1000, flops_per_token=6.0, peak=1500.0)
+    for loss in (4.0, 2.0):
+        meter.count(torch.tensor(loss), torch.tensor(0.5))
+    now[0] += 4.0
+    with meter.paused():
+        now[0] += 50.0  # an evaluation, off the clock
+    assert meter.close_interval() == {"loss": 3.0, "grad_norm": 0.5, "tokens_per_second": 500.0, "mfu": 1.0}
+    assert meter.clocks() == {"step": 2, "tokens": 2000, "flops": 12000.0, "seconds": 4.0}

@@ -1,0 +1,1 @@
+"""How a model goes on learning: a typed door, one loop, exact checkpoints, and a ledger of tokens and FLOPs."""

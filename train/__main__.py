@@ -1,0 +1,80 @@
+"""Train one run, or sweep several.
+
+python -m train experiment=tiny_source                                           a tiny source from scratch, on one CPU
+python -m train experiment=tiny growth=lossless seed=0                           grow it and go on training
+python -m train -m experiment=tiny growth=scratch,lossless,tile,random_pad seed=0,1,2
+torchrun --nproc_per_node 2 -m train experiment=tiny growth=lossless seed=0      the same losses on two processes
+
+Every run writes runs/<study>-<arm>-s<seed>/ and resumes there when started again. Exit status: 0 done, 2 a fault in what was asked.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from typing import NoReturn
+
+import hydra
+from omegaconf import DictConfig
+
+from model.errors import UserError
+from train.settings import CONF, Settings, compose, settings_from
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+def _hydra(cfg: DictConfig) -> None:
+    """One job as Hydra composed it: of a sweep, or of a call with Hydra's own flags."""
+    try:
+        _train(settings_from(cfg))
+    except UserError as error:
+        _fail(error)
+
+
+def main() -> None:
+    """The door. Calls and sweeps are composed here first, so that all faults are told with near matches; any other flag is Hydra's."""
+    arguments = sys.argv[1:]
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    overrides = [argument for argument in arguments if argument not in flags]
+    try:
+        if not flags:
+            _train(compose(overrides))
+        elif set(flags) <= {"-m", "--multirun"}:
+            _check_sweep(overrides)
+            with tempfile.TemporaryDirectory() as nowhere:  # a local sweep writes one multirun.yaml, and the runs have no use for it
+                if not any(override.startswith(("hydra.sweep.dir=", "hydra/launcher=")) for override in overrides):
+                    sys.argv.append(f"hydra.sweep.dir={nowhere}")
+                _hydra()
+        else:
+            _hydra()
+    except UserError as error:
+        _fail(error)
+
+
+def _check_sweep(overrides: list[str]) -> None:
+    """Tell the faults of every point of a sweep before the first one trains."""
+    from train.door import sweep_points
+
+    faults = []
+    for point in sweep_points(overrides):
+        try:
+            compose(point)
+        except UserError as error:
+            faults.append(str(error))
+    UserError.collect(dict.fromkeys(faults))
+
+
+def _train(settings: Settings) -> None:
+    from train.loop import train  # torch, transformers and accelerate are loaded only for settings that hold
+
+    train(settings)
+
+
+def _fail(error: UserError) -> NoReturn:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""What the run runs on: one Accelerate session that leaves nothing behind, precision, and the peak rate that MFU is a share of."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from transformers.utils import logging
+
+from model.errors import UserError
+
+# Dense bf16 matrix FLOP/s of one device, from the vendor's data sheets; the first name that occurs in the device's own name counts.
+PEAK_BF16_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A40": 150e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+@contextmanager
+def session(precision: str) -> Iterator[Accelerator]:
+    """An `Accelerator` for one run. Its process group and its singletons end with the block, also when the run fails.
+
+    Raises:
+        UserError: bf16 was asked for on a GPU that lacks it.
+    """
+    cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
+    threads, generator, bars = torch.get_num_threads(), torch.random.get_rng_state(), logging.is_progress_bar_enabled()
+    _reset()
+    logging.disable_progress_bar()  # a bar for each model that is read or written would break up the run's own lines
+    _join_processes(cpu)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
+        accelerator = Accelerator(cpu=cpu, mixed_precision=_mixed_precision(precision, cpu))
+    try:
+        yield accelerator
+        accelerator.end_training()
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        _reset()
+        torch.set_num_threads(threads)
+        torch.random.set_rng_state(generator)
+        if bars:
+            logging.enable_progress_bar()
+
+
+_sessions = itertools.count()
+
+
+def _join_processes(cpu: bool) -> None:
+    """Start the process group of a distributed run under a name of its own.
+
+    The launcher's store outlives a group: in a sweep, the second run would find the first one's addresses in it and wait for ever.
+    """
+    number = next(_sessions)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and number > 0:
+        store, rank, world = next(torch.distributed.rendezvous("env://"))
+        store = torch.distributed.PrefixStore(f"session-{number}", store)
+        torch.distributed.init_process_group("gloo" if cpu else "nccl", store=store, rank=rank, world_size=world)
+
+
+def _reset() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    assert not PartialState._shared_state
+
+
+def _mixed_precision(asked: str, cpu: bool) -> str:
+    able = not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    if asked == "bf16" and not cpu and not able:
+        raise UserError(f"train.precision=bf16: {torch.cuda.get_device_name()} has no bf16; use train.precision=fp32")
+    return "bf16" if asked == "bf16" or (asked == "auto" and able) else "no"
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _processor() if device.type == "cpu" else str(device)
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "cpu")
+    except OSError:
+        return "cpu"
+
+
+def peak_flops(name: str, precision: str) -> float | None:
+    """Dense bf16 FLOP/s of the device called `name`; None where it is not known, or the run does not compute in bf16."""
+    if precision != "bf16":
+        return None
+    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part.lower() in name.lower()), None)

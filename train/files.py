@@ -1,0 +1,102 @@
+"""Writing so that whatever exists is complete: one file or one folder appears whole under its name, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from model.errors import UserError
+
+PARTIAL = ".partial"
+_SIGNS = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed")  # how safetensors and torch.save tell of it
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield `<folder>.partial`, empty; rename it to `folder` when the block ends well, else remove it.
+
+    Raises:
+        UserError: the disk is full or not writable; what was there before is untouched.
+    """
+    partial = folder.with_name(folder.name + PARTIAL)
+    with telling_disk_faults(folder):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            for path in partial.rglob("*"):
+                _flush(path)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.rename(partial, folder)
+            _flush(folder.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """`text` as the file `path`, whole or not at all."""
+    partial = path.with_name(path.name + PARTIAL)
+    with telling_disk_faults(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(text)
+            _flush(partial)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as an indented JSON file, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def telling_disk_faults(path: Path) -> Iterator[None]:
+    """Turn a full or unwritable disk, in whatever way a library reports it, into one UserError that names `path`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not _is_disk_fault(error):
+            raise
+        raise UserError(
+            f"{path}: could not be written ({_reason(error)}); whatever was complete before is untouched: free space, or choose another "
+            "out=, and start the same command again"
+        ) from error
+
+
+def _is_disk_fault(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in _DISK
+    return any(sign in str(error) for sign in _SIGNS)
+
+
+def _reason(error: BaseException) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error).strip().splitlines()[0]
+
+
+def _flush(path: Path) -> None:
+    """Ask the operating system to put `path` on the disk; file systems that cannot are left alone."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in _DISK:
+            raise
+    finally:
+        os.close(descriptor)

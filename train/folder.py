@@ -1,0 +1,102 @@
+"""The run folder: which run it holds, whether that run is complete, and that only one process group works in it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from model.errors import UserError
+from train.files import telling_disk_faults
+from train.settings import Settings, identity, settings_hash
+
+RUN, METRICS, SUMMARY, START, CHECKPOINTS, FINAL = "run.json", "metrics.jsonl", "summary.json", "start", "checkpoints", "final"
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """The run.json of a run folder; None where no run has begun.
+
+    Raises:
+        UserError: run.json cannot be read, or the folder holds files and none of them is a run's.
+    """
+    if (folder / RUN).is_file():
+        try:
+            return json.loads((folder / RUN).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder / RUN}: not a run's record ({error}); choose another out=, or delete the folder") from None
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"out: {folder} is a file; choose another out=")
+    strangers = sorted(p.name for p in folder.iterdir() if p.name.removesuffix(".partial") not in (START, RUN)) if folder.is_dir() else []
+    if strangers:
+        raise UserError(f"out: {folder} holds {', '.join(strangers[:3])} and no {RUN}, so it is no run's folder; choose another out=")
+    return None
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the run in `folder` has ended (its summary is written last)."""
+    return (folder / SUMMARY).is_file()
+
+
+def check_same(folder: Path, run: Mapping[str, Any], settings: Settings) -> None:
+    """Refuse a folder that holds another run.
+
+    Raises:
+        UserError: naming each setting that differs, with both values.
+    """
+    if run.get("settings_hash") == settings_hash(settings):
+        return
+    there, asked = identity(run.get("settings", {})), identity(settings)
+    absent = object()
+    differing = [key for key in {**there, **asked} if there.get(key, absent) != asked.get(key, absent)]
+    lines = "".join(f"\n  - {key}: the run has {there.get(key, 'nothing')!r}, asked is {asked.get(key, 'nothing')!r}" for key in differing)
+    raise UserError(f"{folder} holds a run under other settings; choose another name= or out=, or delete the folder:{lines}")
+
+
+def check_same_inputs(folder: Path, run: Mapping[str, Any], fingerprint: str, source: Mapping[str, Any] | None) -> None:
+    """Refuse to go on with a run whose text or source has changed since it began.
+
+    Raises:
+        UserError: naming what changed.
+    """
+    changed = ["data"] if run["data"]["fingerprint"] != fingerprint else []
+    if source is not None and run["start"]["source"] != source:  # a source that is gone by now is not needed any more
+        changed.append("source")
+    UserError.collect(f"{folder}: the {what} has changed since this run began; delete the folder to begin anew" for what in changed)
+
+
+def new_run(settings: Settings, **more: Any) -> dict[str, Any]:
+    """What run.json says: who the run is, every setting, and `more`."""
+    who = {"study": settings.study, "arm": settings.growth.name, "seed": settings.seed, "name": settings.name}
+    return who | {"settings": asdict(settings), "settings_hash": settings_hash(settings)} | more
+
+
+@contextmanager
+def locked(folder: Path, holds: bool) -> Iterator[None]:
+    """Hold `folder` for this process group while the block runs; `holds` is true on the one process that takes the lock.
+
+    The lock is the operating system's, on the folder itself: it leaves no file and ends with the process.
+
+    Raises:
+        UserError: another process trains in this folder.
+    """
+    if not holds:
+        yield
+        return
+    with telling_disk_faults(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is training this run right now") from None
+        except OSError:
+            pass  # a file system without locks: nothing can be promised, and training still works
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,202 @@
+"""The training loop: one function that tells the whole story of a run, in order.
+
+from train.loop import train
+train(compose(["experiment=tiny", "growth=lossless"]))   # → runs/tiny-lossless-s0
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import nullcontext
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from model.build import attention_backend
+from model.errors import UserError
+from model.geometry import flops_per_token, parameter_count
+from train import folder as run_folder
+from train import state
+from train.data import TokenData, check_vocabulary, prepare
+from train.data.batches import batch, validation_batches, window_count
+from train.device import device_name, peak_flops, session
+from train.evaluate import evaluate, next_token_loss
+from train.files import write_json
+from train.log import Console, open_log
+from train.meter import Meter
+from train.optimizer import build_optimizer, set_learning_rate
+from train.publish import publish
+from train.schedule import factor
+from train.settings import Budget, Settings
+from train.start import begin, find_source, source_ledger, starting_model, target_config
+
+
+def train(settings: Settings) -> Path:
+    """Train the run that `settings` describe, from its start or from its newest checkpoint, and return its folder.
+
+    A complete run returns at once. Every process of a distributed run calls this with the same settings; process 0 writes.
+
+    Raises:
+        UserError: the settings, the text, the source and the folder do not go together, the disk is full, or a loss is not finite.
+    """
+    folder, loop, budget = Path(settings.out), settings.train, Budget.of(settings.train)
+    console = Console(settings.progress and "lines", settings.name, loop.budget_tokens)
+
+    # ---- 1. Is there anything to do? --------------------------------------------------------------------------------------------------
+    run = run_folder.read_run(folder)
+    if run is not None:
+        run_folder.check_same(folder, run, settings)
+        if run_folder.is_complete(folder):
+            console.say(f"already complete: {folder}")
+            return folder
+
+    with session(loop.precision) as accelerator, run_folder.locked(folder, accelerator.is_main_process):
+        # ---- 2. Who trains: processes and their share of each batch -------------------------------------------------------------------
+        main, share = accelerator.is_main_process, share_of_batch(budget, accelerator)
+
+        # ---- 3. The network, and the text that it reads -------------------------------------------------------------------------------
+        source = find_source(settings, needed=run is None)
+        config = target_config(settings, source) if run is None else run["target_config"]
+        data = prepare(settings.data, progress=main and settings.progress is not False)
+        check_vocabulary(data, config["vocab_size"])
+        windows = list(validation_batches(data.validation, context=loop.context, tokens=loop.eval_tokens))
+        window_count(data.train, loop.context)  # refuses a text that is too short before anything is grown
+
+        # ---- 4. The start: scratch, the source, or the source grown -------------------------------------------------------------------
+        if run is None:
+            if main:
+                start = begin(settings, source, folder)
+                write_json(folder / run_folder.RUN, run_folder.new_run(settings, start=start, **facts(settings, config, data, accelerator)))
+            accelerator.wait_for_everyone()
+            run = run_folder.read_run(folder)
+            assert run is not None
+        run_folder.check_same_inputs(folder, run, data.fingerprint, source_ledger(settings, source))
+        attention, why = attention_backend(loop.attention)
+        model: Any = starting_model(settings, source, folder, config, attention).to(accelerator.device)
+        assert sum(p.numel() for p in model.parameters()) == run["parameters"], "geometry and the built model count different parameters"
+
+        # ---- 5. The optimizer, and everything back in place when resuming -------------------------------------------------------------
+        optimizer: Any = build_optimizer(model, settings.optimizer)
+        saved = state.complete(folder / run_folder.CHECKPOINTS, tidy=main)
+        position = state.load(saved[-1], model, optimizer) if saved else state.Position()
+        if main:
+            state.cut_metrics(folder / run_folder.METRICS, position.step if saved else -1)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        console.say(f"{run['parameters']:,} parameters, steps {position.step} to {budget.steps} of {budget.tokens_per_step:,} tokens")
+        console.say(f"{run['device']}, {accelerator.num_processes} process(es), {run['precision']}, attention {attention} ({why})")
+
+        with open_log(folder, settings, run, writes=main) as log:
+            peak = peak_flops(device_name(accelerator.device), run["precision"])
+            meter = Meter(position, accelerator, budget.tokens_per_step, run["flops_per_token"], peak)
+
+            def validate() -> None:
+                with meter.paused():
+                    found = evaluate(model, windows, accelerator, data.validation.bytes_per_token)
+                    position.start_val_loss = found.val_loss if position.step == 0 else position.start_val_loss
+                    position.val_loss, position.bits_per_byte = found.val_loss, found.bits_per_byte
+                if log:
+                    log.write("eval", meter.clocks(), **asdict(found))
+
+            if position.step == 0:
+                validate()
+            model.train()
+            while position.step < budget.steps:
+                # ---- 6. One step: rows first:stop of batch i, a pure function of the seed and i ---------------------------------------
+                rate = settings.optimizer.learning_rate * factor(
+                    settings.schedule, (position.step + 0.5) / budget.steps, from_scratch=settings.growth.operator == "scratch"
+                )
+                set_learning_rate(optimizer, rate)
+                torch.manual_seed(step_seed(settings.seed, position.step, accelerator.process_index))  # dropout, where a model has any
+                rows = batch(data.train, seed=settings.seed, step=position.step, batch_size=budget.rows, context=loop.context, **share)
+                pieces = torch.from_numpy(rows).to(accelerator.device, non_blocking=True).split(loop.micro_batch or len(rows))
+                loss = torch.zeros((), device=accelerator.device)
+                for i, piece in enumerate(pieces):
+                    with accelerator.no_sync(model) if i < len(pieces) - 1 else nullcontext():
+                        part = next_token_loss(model, piece) * (len(piece) / len(rows))  # so that uneven pieces weigh what they hold
+                        accelerator.backward(part)
+                    loss += part.detach()
+                norm = accelerator.clip_grad_norm_(parameters, loop.gradient_clip or float("inf"))
+                optimizer.step()
+                optimizer.zero_grad()
+                meter.count(loss, norm)
+
+                # ---- 7. Tell, evaluate, save ------------------------------------------------------------------------------------------
+                if budget.due(budget.log_every, position.step):
+                    row = meter.close_interval()
+                    if log:
+                        log.write("train", meter.clocks(), learning_rate=rate, **row)
+                if budget.due(budget.eval_every, position.step):
+                    validate()
+                if budget.saves(position.step):
+                    with meter.paused():
+                        if main:
+                            bare = accelerator.unwrap_model(model)
+                            state.save(folder / run_folder.CHECKPOINTS, position, bare, optimizer.optimizer, loop.keep)
+
+        # ---- 8. The end: a Hugging Face folder, and last the summary, which makes the run complete ------------------------------------
+        accelerator.wait_for_everyone()
+        if main:
+            summary = summarise(position)
+            publish(folder, accelerator.unwrap_model(model, keep_fp32_wrapper=False), data, run, summary)
+            write_json(folder / run_folder.SUMMARY, summary)
+            console.say(f"val loss {summary['start_val_loss']:.4f} → {summary['final_val_loss']:.4f}: {folder}")
+        accelerator.wait_for_everyone()
+    return folder
+
+
+def share_of_batch(budget: Budget, accelerator: Accelerator) -> dict[str, int]:
+    """The rows `start:stop` of each batch that this process computes.
+
+    Raises:
+        UserError: the processes do not divide the batch.
+    """
+    world = accelerator.num_processes
+    if budget.rows % world:
+        raise UserError(
+            f"{world} processes do not divide the {budget.rows} windows of a batch (train.batch_tokens / train.context); "
+            f"use a number of processes that does, or change train.batch_tokens"
+        )
+    share = budget.rows // world
+    return {"start": accelerator.process_index * share, "stop": (accelerator.process_index + 1) * share}
+
+
+def facts(settings: Settings, config: dict[str, Any], data: TokenData, accelerator: Accelerator) -> dict[str, Any]:
+    """What run.json records beside the settings: the counted network, the text, the machine."""
+    budget = Budget.of(settings.train)
+    return {
+        "parameters": parameter_count(config),
+        "flops_per_token": flops_per_token(config, settings.train.context),
+        "tokens_per_step": budget.tokens_per_step,
+        "budget_tokens": budget.steps * budget.tokens_per_step,
+        "data": {"fingerprint": data.fingerprint, "bytes_per_token": data.validation.bytes_per_token},
+        "target_config": config,
+        "device": device_name(accelerator.device),
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "attention": attention_backend(settings.train.attention)[0],
+        "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
+    }
+
+
+def summarise(position: state.Position) -> dict[str, Any]:
+    """What summary.json says."""
+    return {
+        "start_val_loss": position.start_val_loss,
+        "final_val_loss": position.val_loss,
+        "bits_per_byte": position.bits_per_byte,
+        "tokens": position.tokens,
+        "flops": position.flops,
+        "seconds": round(position.seconds, 3),
+        "steps": position.step,
+    }
+
+
+def step_seed(seed: int, step: int, process: int) -> int:
+    """The seed of the generator for one step on one process, so that a resumed run draws what an undisturbed one would have drawn."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {process}".encode()).digest()[:8]) >> 1

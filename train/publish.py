@@ -1,0 +1,99 @@
+"""The end of a run: a Hugging Face folder that anyone can load, with what it cost and what it reached."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.files import whole_folder, write_json, write_text
+from train.folder import FINAL
+from train.start import LEDGER
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from train.data import TokenData
+
+
+def publish(folder: Path, model: PreTrainedModel, data: TokenData, run: Mapping[str, Any], summary: Mapping[str, Any]) -> Path:
+    """Write `<folder>/final/`, whole or not at all: weights, config, tokenizer, generation config, ledger and model card.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    model.generation_config.eos_token_id = data.end_of_text_id
+    model.generation_config.pad_token_id = data.end_of_text_id
+    with whole_folder(folder / FINAL) as partial:
+        model.save_pretrained(partial)
+        for file in sorted(Path(data.tokenizer_folder).iterdir()):
+            if file.is_file():
+                shutil.copyfile(file, partial / file.name)
+        write_json(partial / LEDGER, ledger(run, summary))
+        write_text(partial / "README.md", model_card(run, summary))
+    return folder / FINAL
+
+
+def ledger(run: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What it cost to make this checkpoint: `tokens` and `flops` sum up the parts listed beside them; null where one is not known."""
+    source, own = run["start"]["source"], {key: summary[key] for key in ("tokens", "flops")}
+    operator = run["start"]["operator_flops"]
+    before = {"tokens": 0, "flops": 0.0} if source is None else source
+    known = {key: before[key] is not None for key in own}
+    return {
+        "tokens": own["tokens"] + before["tokens"] if known["tokens"] else None,
+        "flops": own["flops"] + operator + before["flops"] if known["flops"] else None,
+        "val_loss": summary["final_val_loss"],
+        "study": run["study"],
+        "arm": run["arm"],
+        "seed": run["seed"],
+        "own": own,
+        "operator_flops": operator,
+        "source": source,
+    }
+
+
+def model_card(run: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """README.md of the final folder: study, arm, seed, tokens, losses."""
+    start, settings = run["start"], run["settings"]
+    origin = "scratch" if start["source"] is None else f"`{start['source']['path']}`"
+    proof = {True: "lossless", False: "not lossless", None: "not applicable"}[start["lossless"]]
+    rows = {
+        "study": run["study"],
+        "arm": run["arm"],
+        "seed": run["seed"],
+        "started from": origin,
+        "growth": f"{start['operator']}, certificate: {proof}",
+        "parameters": f"{run['parameters']:,}",
+        "training tokens": f"{summary['tokens']:,}",
+        "training FLOPs": f"{summary['flops']:.3e}",
+        "context": settings["train"]["context"],
+        "validation loss at the start": f"{summary['start_val_loss']:.4f} nats/token",
+        "validation loss at the end": f"{summary['final_val_loss']:.4f} nats/token, {summary['bits_per_byte']:.4f} bits/byte",
+        "device": f"{run['device']}, {run['precision']}",
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [scaled-knowledge-transfer, {run["arm"]}]
+---
+
+# {run["name"]}
+
+One arm of the study `{run["study"]}`: a language model whose start was `{run["arm"]}`.
+
+| | |
+|---|---|
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+
+`ledger.json` says what it cost to make, the source included.
+"""

@@ -1,0 +1,44 @@
+"""The learning rate as a pure function of progress: no state, no scheduler object, the same for every world size and restart.
+
+Progress is the share of the token budget, in [0, 1]. A step is taken at its middle, (step + ½) / steps, so that neither the first
+nor the last step is wasted on a rate of zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from train.settings import ScheduleSettings
+
+REWARM = {"full": 1.0, "short": 0.25, "none": 0.0}  # the share of the warm-up that a run repeats when it does not start from scratch
+
+
+def warmup_stable_decay(progress: float, warmup: float, settings: ScheduleSettings) -> float:
+    """Linear from 0 to 1, flat, then linear to `floor` over the last `decay_fraction` of the budget (WSD, arXiv 2404.06395)."""
+    assert settings.decay_fraction is not None
+    rise = progress / warmup if warmup > 0 else 1.0
+    fall = (1.0 - progress) / settings.decay_fraction if settings.decay_fraction > 0 else 1.0
+    return min(1.0, rise, settings.floor + (1.0 - settings.floor) * fall)
+
+
+def cosine(progress: float, warmup: float, settings: ScheduleSettings) -> float:
+    """Linear from 0 to 1, then half a cosine down to `floor` at the end of the budget (arXiv 1608.03983, one cycle)."""
+    if progress < warmup or warmup == 1.0:
+        return progress / warmup
+    turn = (progress - warmup) / (1.0 - warmup)
+    return settings.floor + (1.0 - settings.floor) * 0.5 * (1.0 + math.cos(math.pi * turn))
+
+
+SCHEDULES: dict[str, Callable[[float, float, ScheduleSettings], float]] = {"wsd": warmup_stable_decay, "cosine": cosine}
+
+
+def factor(settings: ScheduleSettings, progress: float, *, from_scratch: bool) -> float:
+    """The learning rate at `progress` as a share of its peak.
+
+    A run that starts from trained weights warms up for `REWARM[settings.rewarm]` of the warm-up that scratch gets.
+    """
+    share = 1.0 if from_scratch else REWARM[settings.rewarm]
+    return SCHEDULES[settings.name](min(max(progress, 0.0), 1.0), settings.warmup_fraction * share, settings)

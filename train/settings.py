@@ -1,0 +1,227 @@
+"""The typed door of training: a composed configuration becomes frozen values, or one error that names every fault.
+
+Nothing here imports torch, so that a misspelt key is answered at once. Nobody past this file sees a `DictConfig`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from model.errors import UserError, did_you_mean
+from train.data.settings import DataSettings
+from train.data.settings import disagreements as data_disagreements
+from train.door import compose_config, plain, read
+from train.schedule import REWARM, SCHEDULES
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+UNGROWN = ("scratch", "source")  # the operators that grow nothing: build the target afresh; train the source itself on
+
+
+@dataclass(frozen=True)
+class GrowthSettings:
+    """How the run starts. `options` are the operator's own, handed to `growth.grow` as they are."""
+
+    name: str
+    operator: str
+    options: dict[str, Any] = field(metadata={"rest": True})
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    name: Literal["adamw"]
+    learning_rate: float  # at the peak of the schedule
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float  # of matrices only, see train/optimizer.py
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    name: str  # a key of train.schedule.SCHEDULES
+    warmup_fraction: float  # of the budget
+    floor: float  # the last rate, as a share of the peak
+    rewarm: str  # a key of train.schedule.REWARM: how much of the warm-up a run repeats that starts from trained weights
+    decay_fraction: float | None = None  # of the budget; wsd only
+
+
+@dataclass(frozen=True)
+class LoggerSettings:
+    trackers: tuple[Literal["wandb", "tensorboard"], ...]  # mirrors of metrics.jsonl
+    project: str
+    mode: Literal["auto", "online", "offline"]  # W&B; auto is online where the user is logged in
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """Budget and bookkeeping. Whatever ends in `_tokens` is rounded to whole steps once, in `Budget`; null means never (or all of it)."""
+
+    budget_tokens: int
+    batch_tokens: int  # per step, over all processes
+    context: int
+    micro_batch: int | None  # windows per forward pass on one process
+    eval_every_tokens: int | None
+    eval_tokens: int
+    log_every_tokens: int
+    save_every_tokens: int | None
+    keep: int  # checkpoints
+    precision: Literal["auto", "bf16", "fp32"]
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
+    gradient_clip: float | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    study: str
+    seed: int
+    name: str
+    out: str
+    source: str | None
+    source_tokens: int | None
+    target: str | dict[str, Any] | None
+    growth: GrowthSettings
+    data: DataSettings
+    optimizer: OptimizerSettings
+    schedule: ScheduleSettings
+    logger: LoggerSettings
+    train: LoopSettings
+    progress: Literal["auto", "lines", False]  # auto: a bar on a terminal, else lines
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Tokens, converted once: everything the loop counts is a number of steps."""
+
+    steps: int
+    rows: int  # windows per step, over all processes
+    tokens_per_step: int
+    eval_every: int | None
+    log_every: int
+    save_every: int | None
+
+    @classmethod
+    def of(cls, loop: LoopSettings) -> Budget:
+        def steps(tokens: int | None) -> int | None:
+            return None if tokens is None else max(1, round(tokens / loop.batch_tokens))
+
+        return cls(
+            steps=loop.budget_tokens // loop.batch_tokens,
+            rows=loop.batch_tokens // loop.context,
+            tokens_per_step=loop.batch_tokens,
+            eval_every=steps(loop.eval_every_tokens),
+            log_every=steps(loop.log_every_tokens) or 1,
+            save_every=steps(loop.save_every_tokens),
+        )
+
+    def due(self, every: int | None, step: int) -> bool:
+        """Whether something done `every` so many steps is due after `step` steps; whatever is done at all is done at the end."""
+        return step == self.steps or (every is not None and step % every == 0)
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` steps; after the last one there is the final model instead."""
+        return self.save_every is not None and step % self.save_every == 0 and step < self.steps
+
+
+def compose(overrides: list[str]) -> Settings:
+    """Settings of `conf/train.yaml` under Hydra overrides (`["experiment=tiny", "seed=1"]`).
+
+    Raises:
+        UserError: every fault of the overrides and of what they compose to, in one message.
+    """
+    cfg, faults = compose_config(CONF, "train", overrides)
+    return settings_from(cfg, faults)
+
+
+def settings_from(cfg: DictConfig | Mapping[str, Any], faults: list[str] | None = None) -> Settings:
+    """A composed configuration, read and checked.
+
+    Args:
+        cfg: what Hydra composed, or the same as plain dicts.
+        faults: faults that are already known; they are told with the ones found here.
+
+    Raises:
+        UserError: unknown (with near matches), missing or mistyped keys and values that cannot work together, all at once.
+    """
+    faults = list(faults or [])
+    values = plain(cfg, faults)
+    settings = read(Settings, values, "", faults) if values else None
+    if settings is not None:
+        faults += _disagreements(settings)
+    UserError.collect(dict.fromkeys(faults))
+    assert settings is not None
+    return settings
+
+
+def _disagreements(settings: Settings) -> list[str]:
+    """What is wrong between well-typed values."""
+    loop, schedule, growth = settings.train, settings.schedule, settings.growth
+    counts = ("budget_tokens", "batch_tokens", "context", "eval_tokens", "log_every_tokens", "keep")
+    optional = ("micro_batch", "eval_every_tokens", "save_every_tokens", "gradient_clip")
+    faults = [f"train.{key}: must be positive; found {getattr(loop, key)}" for key in counts if getattr(loop, key) <= 0]
+    faults += [f"train.{key}: must be positive, or null; found {getattr(loop, key)}" for key in optional if (getattr(loop, key) or 1) <= 0]
+    if not faults:
+        if loop.batch_tokens % loop.context:
+            nearest = max(1, round(loop.batch_tokens / loop.context)) * loop.context
+            faults.append(
+                f"train.batch_tokens: must be a whole number of windows of train.context={loop.context} tokens; "
+                f"found {loop.batch_tokens}, try {nearest}"
+            )
+        elif loop.budget_tokens < loop.batch_tokens:
+            faults.append(
+                f"train.budget_tokens: {loop.budget_tokens} is less than one batch of {loop.batch_tokens} tokens; "
+                "raise it, or lower train.batch_tokens"
+            )
+    for key, known in (("name", SCHEDULES), ("rewarm", REWARM)):
+        if getattr(schedule, key) not in known:
+            faults.append(f"schedule.{key}: unknown value {getattr(schedule, key)!r}; {did_you_mean(getattr(schedule, key), known)}")
+    for key in ("warmup_fraction", "floor", "decay_fraction"):
+        value = getattr(schedule, key)
+        if value is not None and not 0 <= value <= 1:
+            faults.append(f"schedule.{key}: must be between 0 and 1; found {value}")
+    if schedule.name == "wsd" and schedule.decay_fraction is None:
+        faults.append("schedule.decay_fraction: missing; wsd decays over the last decay_fraction of the budget")
+    if (together := schedule.warmup_fraction + (schedule.decay_fraction or 0)) > 1:
+        faults.append(f"schedule: warmup_fraction and decay_fraction are {together} together, more than the budget")
+    if settings.optimizer.learning_rate <= 0:
+        faults.append(f"optimizer.learning_rate: must be positive; found {settings.optimizer.learning_rate}")
+    if growth.operator != "scratch" and settings.source is None:
+        faults.append(f"source: missing; growth={growth.name} starts from one: source=FOLDER or source=owner/name on the Hugging Face hub")
+    if growth.operator != "source" and settings.target is None:
+        faults.append("target: missing; give a preset (target=tiny_target), a folder, or overrides of the source (target={hidden_size:96})")
+    for key in ("study", "name"):
+        if not getattr(settings, key) or Path(getattr(settings, key)).name != getattr(settings, key):
+            faults.append(f"{key}: must be usable as the name of a folder; found {getattr(settings, key)!r}")
+    return faults + data_disagreements(settings.data)
+
+
+# What a run may be restarted with differently: nothing of it changes a number in the result.
+NEUTRAL = ("out", "progress", "logger", "train.keep", "train.save_every_tokens", "data.folder", "data.path")
+
+
+def identity(settings: Settings | Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting that changes the result, flat: dotted key → JSON value."""
+    values = settings if isinstance(settings, Mapping) else asdict(settings)
+    flat = _flatten(json.loads(json.dumps(values)))
+    return {key: value for key, value in flat.items() if key not in NEUTRAL and key.split(".")[0] not in NEUTRAL}
+
+
+def settings_hash(settings: Settings | Mapping[str, Any]) -> str:
+    """A fingerprint of `identity`: two runs with the same hash on the same text give the same result."""
+    return hashlib.sha256(json.dumps(identity(settings), sort_keys=True).encode()).hexdigest()
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,104 @@
+"""The start of a run: from scratch, from the source as it is, or from the source grown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.build import build_model, load_model
+from model.checkpoint import locate
+from model.config import read_json, resolve_target
+from model.errors import UserError
+from model.geometry import flops_per_token
+from train.folder import START
+from train.settings import UNGROWN, Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LEDGER = "ledger.json"
+
+
+def find_source(settings: Settings, *, needed: bool) -> Path | None:
+    """The source's folder, downloaded if it is a hub name; None where there is none.
+
+    A run that has begun needs its source no more (`needed` is false, and a source that is gone is no fault), unless it trains the source
+    itself.
+
+    Raises:
+        UserError: it is neither a folder nor a reachable repository.
+    """
+    if settings.source is None:
+        return None
+    if needed or settings.growth.operator == "source":
+        return locate(settings.source)
+    return Path(settings.source) if Path(settings.source).is_dir() else None
+
+
+def target_config(settings: Settings, source: Path | None) -> dict[str, Any]:
+    """The config of the network that will be trained.
+
+    Scratch lays its target over the source's config as every grown arm does, so that all of them train the same network; of the source's
+    weights it reads nothing.
+
+    Raises:
+        UserError: the target is unknown, or shorter than the context.
+    """
+    read = None if source is None else read_json(source / "config.json")
+    config = read if settings.growth.operator == "source" else resolve_target(settings.target, read)
+    assert config is not None
+    context, positions = settings.train.context, config.get("max_position_embeddings")
+    if positions is not None and context > positions:
+        raise UserError(f"train.context: {context} is more than the model's max_position_embeddings={positions}; lower it")
+    return config
+
+
+def source_ledger(settings: Settings, source: Path | None) -> dict[str, Any] | None:
+    """What the source cost and reached: from its ledger.json, else from `source_tokens`; None for a run without a source's weights."""
+    if source is None or settings.growth.operator == "scratch":
+        return None
+    ledger: dict[str, Any] = {"path": settings.source, "tokens": settings.source_tokens, "flops": None, "val_loss": None}
+    if (source / LEDGER).is_file():
+        ledger |= {key: value for key, value in json.loads((source / LEDGER).read_text()).items() if key in ledger and key != "path"}
+    elif settings.source_tokens is not None:
+        ledger["flops"] = settings.source_tokens * flops_per_token(read_json(source / "config.json"), settings.train.context)
+    return ledger
+
+
+def begin(settings: Settings, source: Path | None, folder: Path) -> dict[str, Any]:
+    """Make the start of a new run on disk, where it needs one (`<folder>/start/`), and return run.json's record of it.
+
+    Raises:
+        UserError: the source cannot be grown into the target.
+    """
+    operator, options = settings.growth.operator, settings.growth.options
+    record: dict[str, Any] = {
+        "operator": operator,
+        "depth": None if operator in UNGROWN else options.get("depth"),
+        "lossless": True if operator == "source" else None,
+        "reasons": [],
+        "receipt": None,
+        "operator_flops": 0.0,
+        "source": source_ledger(settings, source),
+    }
+    if operator in UNGROWN:
+        return record
+    from growth import grow
+
+    assert source is not None
+    grown = grow(source, folder / START, target=settings.target, operator=operator, seed=settings.seed, overwrite=True, **options)
+    return record | {
+        "lossless": grown.certificate.lossless,
+        "reasons": [str(reason) for reason in grown.certificate.reasons],
+        "receipt": None if grown.receipt is None else grown.receipt.to_dict(),
+    }
+
+
+def starting_model(settings: Settings, source: Path | None, folder: Path, config: dict[str, Any], attention: str) -> PreTrainedModel:
+    """The network at step 0, in float32, on the CPU; the same on every process."""
+    if settings.growth.operator == "scratch":
+        return build_model(config, seed=settings.seed, attention=attention)
+    start = source if settings.growth.operator == "source" else folder / START
+    assert start is not None
+    return load_model(start, attention=attention)
