@@ -1,0 +1,1 @@
+"""What did we find? Studies, one folder each, and the comparison they all share."""

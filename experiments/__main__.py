@@ -1,0 +1,91 @@
+"""Compare runs, or run a whole study and compare it.
+
+python -m experiments compare runs/tiny-* [--out DIR] [--wandb]    seconds: a table, convergence.png, report.html
+python -m experiments run tiny [--jobs N]                          minutes: source, every arm, comparison; what is done is skipped
+python -m experiments run tiny --full                              hours: three seeds, a grid of learning rates for every arm
+
+Exit status: 0 done, 1 a run failed, 2 a fault in what was asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from model.errors import UserError
+
+if TYPE_CHECKING:
+    from experiments.compare import Comparison
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The door."""
+    options = parser().parse_args(arguments)
+    try:
+        return _compare(options) if options.command == "compare" else _run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    doors = argparse.ArgumentParser(prog="python -m experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = doors.add_subparsers(dest="command", required=True)
+    compare = commands.add_parser("compare", help="compare finished runs")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="run folders, as `python -m train` writes them")
+    compare.add_argument("--out", type=Path, default=None, help="where the files go (default: runs/comparison-<study>)")
+    compare.add_argument("--wandb", action="store_true", help="mirror table and picture into W&B, offline unless WANDB_MODE says otherwise")
+    run = commands.add_parser("run", help="run a study: source, arms, comparison")
+    run.add_argument("study", help="a folder of experiments/, such as tiny")
+    run.add_argument("--full", action="store_true", help="all seeds and the whole grid of learning rates")
+    run.add_argument("--jobs", type=int, default=None, metavar="N", help="runs at a time (default: one for each core)")
+    run.add_argument("--wandb", action="store_true", help="mirror the comparison into W&B")
+    return doors
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from experiments.compare import compare
+
+    comparison = compare(options.runs)
+    out = options.out or Path("runs") / f"comparison-{comparison.study.replace(', ', '+')}"
+    publish(comparison, out, wandb=options.wandb)
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from experiments.compare import compare
+    from experiments.study import RunFailed, run_study
+    from experiments.table import insert_table, markdown
+
+    try:
+        done = run_study(options.study, full=options.full, jobs_at_once=options.jobs)
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    comparison = compare(done.folders)
+    publish(comparison, done.out, wandb=options.wandb)
+    if done.readme is not None:
+        insert_table(done.readme, markdown(comparison))
+    return 0
+
+
+def publish(comparison: Comparison, out: Path, *, wandb: bool) -> None:
+    """Print and write one comparison."""
+    from experiments import publish as to
+
+    console = to.console()
+    to.show(comparison, console)
+    for path in to.write(comparison, out):
+        console.print(f"  {path}", highlight=False, soft_wrap=True)
+    if wandb:
+        to.to_wandb(comparison, out, project="knowledge-transfer")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

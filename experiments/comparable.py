@@ -1,0 +1,102 @@
+"""May these runs be compared? Every arm must have been given the same chances; what differs is named, run by run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from experiments.runs import SCRATCH, SOURCE, Run, setting
+from model.errors import UserError
+from train.settings import identity
+
+Read = Callable[[Run], Any]
+
+# What every run of a comparison must share, the control arm included.
+SHARED: dict[str, Read] = {
+    "data fingerprint (run.json data.fingerprint)": lambda run: run.record["data"]["fingerprint"],
+    "evaluation budget (train.eval_tokens)": lambda run: setting(run.record, "train.eval_tokens"),
+    "context (train.context)": lambda run: setting(run.record, "train.context"),
+    "tokens per step": lambda run: run.record["tokens_per_step"],
+    "precision": lambda run: run.record.get("precision"),
+}
+# What the arms share, but not the control arm: it trains the source's own config, as far as the same FLOPs carry it.
+SHARED_BY_ARMS: dict[str, Read] = {
+    "training budget (train.budget_tokens)": lambda run: run.record["budget_tokens"],
+    "FLOPs per token": lambda run: run.record["flops_per_token"],
+}
+# A seed may have its own name and source; every other setting that changes a result is the same within an arm at one learning rate.
+OF_ONE_SEED = ("seed", "name", "study", "source")
+# What the library writes into a config about itself, and settings of inference: no part of the network that is trained.
+NOT_TRAINED = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures", "return_dict")
+
+
+def check_comparable(runs: Sequence[Run]) -> None:
+    """Raise UserError naming two runs and the thing in which they differ, every such thing at once."""
+    arms = [run for run in runs if run.arm != SOURCE]
+    faults = [fault for what, read in SHARED.items() for fault in _differing(runs, what, read)]
+    faults += [fault for what, read in SHARED_BY_ARMS.items() for fault in _differing(arms, what, read)]
+    faults += _differing_configs(arms) + _twice(runs) + _differing_within_arms(runs)
+    UserError.collect(faults)
+    if not any(run.arm == SCRATCH for run in runs):
+        named = ", ".join(run.name for run in runs)
+        raise UserError(f"no complete {SCRATCH} run among {named}: every cost is measured against it. Train it: growth={SCRATCH}")
+
+
+def _differing(runs: Sequence[Run], what: str, read: Read) -> list[str]:
+    """At most one sentence: the first run that differs from the first of all."""
+    for run in runs[1:]:
+        if read(run) != read(runs[0]):
+            return [f"{runs[0].folder} and {run.folder} cannot be compared: their {what} is {read(runs[0])} and {read(run)}"]
+    return []
+
+
+def _differing_configs(runs: Sequence[Run]) -> list[str]:
+    for run in runs[1:]:
+        keys = _differing_keys(_network(runs[0]), _network(run))
+        if keys:
+            return [f"{runs[0].folder} and {run.folder} cannot be compared: their target configs differ in {'; '.join(keys)}"]
+    return []
+
+
+def _network(run: Run) -> dict[str, Any]:
+    return {key: value for key, value in flat(run.record["target_config"]).items() if key not in NOT_TRAINED}
+
+
+def _twice(runs: Sequence[Run]) -> list[str]:
+    seen: dict[tuple[str, float, int], Run] = {}
+    faults = []
+    for run in runs:
+        first = seen.setdefault((run.arm, run.learning_rate, run.seed), run)
+        if first is not run:
+            same = f"arm {run.arm}, learning rate {run.learning_rate:g}, seed {run.seed}"
+            faults.append(f"{first.folder} and {run.folder} are both {same}: leave one out, or give their arms different names")
+    return faults
+
+
+def _differing_within_arms(runs: Sequence[Run]) -> list[str]:
+    """Seeds of one arm at one learning rate are repetitions only if nothing else differs."""
+    first: dict[tuple[str, float], Run] = {}
+    faults = []
+    for run in runs:
+        other = first.setdefault((run.arm, run.learning_rate), run)
+        keys = _differing_keys(_measured(other), _measured(run))
+        if keys:
+            faults.append(f"{other.folder} and {run.folder} are no two seeds of one arm: their settings differ in {'; '.join(keys)}")
+    return faults
+
+
+def _measured(run: Run) -> dict[str, Any]:
+    return {key: value for key, value in identity(run.record["settings"]).items() if key not in OF_ONE_SEED}
+
+
+def _differing_keys(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    keys = sorted(one.keys() | other.keys())
+    return [f"{key} ({one.get(key, 'absent')} and {other.get(key, 'absent')})" for key in keys if one.get(key) != other.get(key)]
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict as one level of dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves

@@ -1,0 +1,250 @@
+"""From run folders to one frozen comparison: best learning rate of each arm, the whole grid, what it cost to reach scratch.
+
+python -m experiments compare runs/tiny-*      seconds; prints the table, writes it with convergence.png and report.html
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from experiments.comparable import check_comparable
+from experiments.ledger import Cost, Curve, cost, half_interval, mean_curve, saving
+from experiments.runs import SCRATCH, SOURCE, LeftOut, Run, read_runs
+from model.errors import UserError
+
+METHOD = (
+    "All arms train the same target on the same batches of one data set; validation text is held out by document and is the same in "
+    "every evaluation. A cost is read where the arm's mean curve first reaches scratch's final loss (mean over seeds, best learning "
+    "rate), linear in the loss between two evaluations; scratch is read by the same rule. FLOPs are counted from the model, "
+    "attention included, for the tokens really processed, plus the operator's own steps. S = C_scratch / C_arm; saving = 1 − 1/S. "
+    "Source excluded: the checkpoint was already there. Source included: it had to be trained first. Loss at equal FLOPs: the arm's "
+    "loss where it has paid what scratch paid in all, minus scratch's final loss (negative is better). Where an arm is read before "
+    "the end of its own schedule, its learning rate has not yet decayed as far as scratch's had: that is to the arm's disadvantage. "
+    "Intervals are 95 %, Student t over seeds; a saving's interval holds each seed against scratch's run of the same seed."
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm at one learning rate, over its seeds. Losses in nats/token; see `ledger.Cost` for the costs."""
+
+    arm: str
+    learning_rate: float
+    best: bool  # of this arm's learning rates, the one with the lowest mean final loss
+    seeds: tuple[int, ...]
+    start_loss: float
+    final_loss: float
+    final_loss_interval: float | None
+    bits_per_byte: float
+    tokens: float  # trained by each run of this row
+    flops: float
+    operator_flops: float
+    source_tokens: float | None
+    source_flops: float | None
+    cost: Cost
+    seed_savings: tuple[float, ...]  # source excluded; empty unless every seed reaches its own scratch's loss
+    receipt: float | None
+    lossless: bool | None
+
+    @property
+    def n(self) -> int:
+        return len(self.seeds)
+
+    @property
+    def saving_interval(self) -> float | None:
+        return half_interval(self.seed_savings)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was compared, and what came out. `rows` holds the whole grid, best rows first, lowest final loss first."""
+
+    study: str
+    rows: tuple[Row, ...]
+    scratch_curve: Curve
+    curves: dict[tuple[str, float], Curve]  # mean over seeds
+    runs: tuple[Run, ...]
+    left_out: tuple[LeftOut, ...]
+    notes: tuple[str, ...]
+    machine: str
+
+    @property
+    def best_rows(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.best)
+
+    @property
+    def scratch(self) -> Row:
+        return next(row for row in self.best_rows if row.arm == SCRATCH)
+
+    def runs_of(self, row: Row) -> tuple[Run, ...]:
+        return tuple(run for run in self.runs if (run.arm, run.learning_rate) == (row.arm, row.learning_rate))
+
+
+def compare(folders: Iterable[str | Path]) -> Comparison:
+    """Read, check and compare run folders. Raises UserError when they cannot be compared."""
+    runs, left_out = read_runs(folders)
+    check_comparable(runs)
+    groups: dict[tuple[str, float], list[Run]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: (run.arm, run.learning_rate, run.seed)):
+        groups[run.arm, run.learning_rate].append(run)
+    curves = {key: _mean_curve(group) for key, group in groups.items()}
+    best = _best_learning_rates(curves)
+    scratch = groups[SCRATCH, best[SCRATCH]]
+    rows = [_row(group, curves[key], best[key[0]] == key[1], scratch, curves[SCRATCH, best[SCRATCH]]) for key, group in groups.items()]
+    rows.sort(key=lambda row: (not row.best, row.final_loss))
+    return Comparison(
+        study=", ".join(sorted({run.study for run in runs})),
+        rows=tuple(rows),
+        scratch_curve=curves[SCRATCH, best[SCRATCH]],
+        curves=curves,
+        runs=tuple(runs),
+        left_out=tuple(left_out),
+        notes=tuple(_notes(rows, runs, left_out)),
+        machine=machine(runs),
+    )
+
+
+def _best_learning_rates(curves: dict[tuple[str, float], Curve]) -> dict[str, float]:
+    """The learning rate with the lowest mean final loss, for every arm; the smaller one of two equals."""
+    best: dict[str, float] = {}
+    for arm, rate in sorted(curves):
+        if arm not in best or curves[arm, rate].losses[-1] < curves[arm, best[arm]].losses[-1]:
+            best[arm] = rate
+    return best
+
+
+def _mean_curve(group: Sequence[Run]) -> Curve:
+    try:
+        return mean_curve([run.curve for run in group])
+    except ValueError as error:
+        named = " and ".join(str(run.folder) for run in group)
+        raise UserError(f"{named}: {error}; their metrics.jsonl was edited, run them again") from error
+
+
+def _row(group: Sequence[Run], curve: Curve, best: bool, scratch: Sequence[Run], scratch_curve: Curve) -> Row:
+    first, finals = group[0], [run.curve.losses[-1] for run in group]
+    source_flops = _mean_or_none([run.source_flops for run in group])
+    operator_flops = fmean(run.operator_flops for run in group)
+    receipts = [run.receipt for run in group if run.receipt is not None]
+    return Row(
+        arm=first.arm,
+        learning_rate=first.learning_rate,
+        best=best,
+        seeds=tuple(run.seed for run in group),
+        start_loss=curve.losses[0],
+        final_loss=curve.losses[-1],
+        final_loss_interval=half_interval(finals),
+        bits_per_byte=fmean(float(run.summary["bits_per_byte"]) for run in group),
+        tokens=curve.tokens[-1],
+        flops=curve.flops[-1],
+        operator_flops=operator_flops,
+        source_tokens=_mean_or_none([0 if run.source is None else run.source.get("tokens") for run in group]),
+        source_flops=source_flops,
+        cost=cost(curve, scratch_curve, operator_flops=operator_flops, source_flops=source_flops),
+        seed_savings=_seed_savings(group, scratch),
+        receipt=max(receipts, default=None),
+        lossless=first.lossless,
+    )
+
+
+def _seed_savings(group: Sequence[Run], scratch: Sequence[Run]) -> tuple[float, ...]:
+    """Each seed against scratch's run of the same seed, source excluded; () unless all of them have a ratio."""
+    by_seed = {run.seed: run for run in scratch}
+    pairs = [(run, by_seed[run.seed]) for run in group if run.seed in by_seed]
+    savings = [saving(cost(run.curve, other.curve, operator_flops=run.operator_flops).speedup_excluded) for run, other in pairs]
+    found = tuple(value for value in savings if value is not None)
+    return found if len(found) == len(group) else ()
+
+
+def _mean_or_none(values: Sequence[Any]) -> float | None:
+    return None if any(value is None for value in values) else fmean(values)
+
+
+def _notes(rows: Sequence[Row], runs: Sequence[Run], left_out: Sequence[LeftOut]) -> list[str]:
+    """Everything a reader should know before believing the table."""
+    notes = [f"left out: {item.folder.name}, {item.reason}" for item in left_out]
+    best = [row for row in rows if row.best]
+    notes += _notes_on_seeds(best) + _notes_on_tuning(rows)
+    present = {row.arm for row in rows}
+    if SOURCE not in present:
+        notes.append(f"no {SOURCE} arm: nothing here separates a bigger model from one that was trained longer")
+    sources = {(run.source.get("tokens"), run.source.get("flops"), run.source.get("val_loss")) for run in runs if run.source}
+    if len(sources) > 1:
+        notes.append(f"the runs start from {len(sources)} different sources; the source's cost is the mean of an arm's own")
+    notes += [f"{row.arm}: its source's FLOPs are unknown, so nothing with the source included" for row in best if row.source_flops is None]
+    devices = sorted({str(run.record.get("device")) for run in runs})
+    return notes + ([f"the runs were made on different devices ({', '.join(devices)}): compare no seconds"] if len(devices) > 1 else [])
+
+
+def _notes_on_seeds(best: Sequence[Row]) -> list[str]:
+    notes = []
+    few = [row.arm for row in best if row.n < 3]
+    if few:
+        notes.append(f"fewer than 3 seeds ({', '.join(few)}): an impression, no headline number")
+    if len({row.seeds for row in best}) > 1:
+        notes.append("the arms have different seeds: " + "; ".join(f"{row.arm} {_list(row.seeds)}" for row in best))
+    return notes
+
+
+def _notes_on_tuning(rows: Sequence[Row]) -> list[str]:
+    """A best learning rate at the edge of its grid may not be the best; one learning rate is no grid."""
+    rates: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        rates[row.arm].append(row.learning_rate)
+    alone = sorted(arm for arm, grid in rates.items() if len(grid) == 1)
+    notes = [f"one learning rate only, not tuned here: {', '.join(alone)}"] if alone else []
+    for row in rows:
+        grid = sorted(rates[row.arm])
+        if row.best and len(grid) > 1 and row.learning_rate in (grid[0], grid[-1]):
+            notes.append(f"{row.arm}: the best learning rate, {row.learning_rate:g}, is at the edge of its grid ({_list(grid)}): widen it")
+    return notes
+
+
+def machine(runs: Sequence[Run]) -> str:
+    """The devices, threads and library versions the runs name."""
+    seen = {f"{run.record.get('device')}, threads {run.record.get('threads')}, {run.record.get('precision')}" for run in runs}
+    versions = runs[0].record.get("versions") or {}
+    return "; ".join(sorted(seen)) + "".join(f", {name} {version}" for name, version in sorted(versions.items()))
+
+
+def answer(comparison: Comparison) -> str:
+    """The finding in one sentence, source excluded and included side by side, computed from the rows."""
+    grown = [row for row in comparison.best_rows if row.arm not in (SCRATCH, SOURCE)]
+    below = [row for row in grown if row.cost.outcome == "starts below"]
+    reached = [row for row in grown if row.cost.outcome == "reached"]
+    if below:
+        row = min(below, key=lambda row: row.final_loss)
+        gap = _nats(row.final_loss - comparison.scratch.final_loss)
+        return f"{row.arm} starts below scratch's final loss and ends {gap} it (source excluded; {_with_source(row)})"
+    if reached:
+        row = max(reached, key=lambda row: row.cost.speedup_excluded or 0.0)
+        excluded = percent(row.cost.saving_excluded or 0.0)
+        return f"{row.arm} reaches scratch's final loss with {excluded} FLOPs (source excluded; {_with_source(row)})"
+    if grown:
+        row = min(grown, key=lambda row: row.final_loss)
+        gap = _nats(row.final_loss - comparison.scratch.final_loss)
+        return f"no grown arm reaches scratch's final loss; the nearest, {row.arm}, ends {gap} it"
+    return "no grown arm was compared"
+
+
+def _with_source(row: Row) -> str:
+    included = row.cost.saving_included
+    return "its cost is unknown" if included is None else f"{percent(included)} FLOPs with it included"
+
+
+def percent(share: float) -> str:
+    """0.41 → '41 % fewer', −0.12 → '12 % more'."""
+    return f"{abs(share):.0%}".replace("%", " %") + (" fewer" if share >= 0 else " more")
+
+
+def _nats(difference: float) -> str:
+    return f"{abs(difference):.3f} nats {'below' if difference < 0 else 'above'}"
+
+
+def _list(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

@@ -1,0 +1,157 @@
+"""A study as data: `experiments/<name>/study.yaml` becomes a frozen value, and the value becomes a list of runs to do.
+
+A study is a source, arms with their learning rates, and two extents: `demo` (minutes) and `full` (what the README shows).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.runs import SOURCE
+from model.errors import UserError, did_you_mean, unknown
+from train.door import read
+
+if TYPE_CHECKING:
+    from train.settings import Settings
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to start. `growth` is its leaf in conf/growth, by default its own name; `overrides` are Hydra's."""
+
+    learning_rate: float
+    growth: str | None = None
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much of the study is run."""
+
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+    learning_rate_factors: tuple[float, ...]  # of each arm's own learning rate
+
+
+@dataclass(frozen=True)
+class _Fields:
+    question: str
+    source: tuple[str, ...]
+    runs: tuple[str, ...]
+    arms: dict[str, Any]
+    demo: Extent
+    full: Extent
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's definition: Hydra overrides of the `source` that every grown arm starts from, and of all `runs` of the arms."""
+
+    name: str
+    question: str
+    source: tuple[str, ...]
+    runs: tuple[str, ...]
+    arms: dict[str, Arm]
+    demo: Extent
+    full: Extent
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to do: who it is, and the overrides that compose its settings."""
+
+    name: str
+    arm: str
+    overrides: tuple[str, ...]
+    settings: Settings
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.settings.out)
+
+
+def load_study(name: str) -> Study:
+    """The study called `name`. Raises UserError for an unknown study, and every misspelt, missing or mistyped key at once."""
+    from omegaconf import OmegaConf
+
+    known = sorted(path.parent.name for path in HERE.glob("*/study.yaml"))
+    if name not in known:
+        unknown("study", name, known)
+    path = HERE / name / "study.yaml"
+    faults: list[str] = []
+    values: Any = OmegaConf.to_container(OmegaConf.load(path))
+    arms = {arm: read(Arm, entry, f"arms.{arm}.", faults) for arm, entry in dict(values.get("arms") or {}).items()}
+    fields = read(_Fields, values, "", faults)
+    faults += [] if fields is None else _unknown_arms(fields)
+    UserError.collect(f"{path}: {fault}" for fault in faults)
+    assert fields is not None
+    return Study(name, fields.question, fields.source, fields.runs, {k: v for k, v in arms.items() if v}, fields.demo, fields.full)
+
+
+def source_job(study: Study) -> Job:
+    """The run that trains the source."""
+    return _job(SOURCE, list(study.source))
+
+
+def jobs(study: Study, extent: Extent) -> list[Job]:
+    """Every run of an extent, seed by seed. The source must be complete: its config says how far the control arm's FLOPs carry.
+
+    The learning rate is part of a run's name, so that a grid has a folder for each point and a larger extent goes on from a smaller one.
+    """
+    shared = {name: _arm_overrides(study, name) for name in extent.arms}
+    points = itertools.product(extent.seeds, extent.arms, extent.learning_rate_factors)
+    return [_job(name, shared[name] + _point_overrides(study.arms[name].learning_rate * share, seed)) for seed, name, share in points]
+
+
+def _arm_overrides(study: Study, name: str) -> list[str]:
+    """What all runs of an arm share."""
+    arm = study.arms[name]
+    overrides = [*study.runs, f"growth={arm.growth or name}", f"growth.name={name}", *arm.overrides]
+    if (arm.growth or name) == SOURCE:
+        overrides.append(f"train.budget_tokens={equal_flops_budget(overrides)}")
+    return overrides
+
+
+def _point_overrides(rate: float, seed: int) -> list[str]:
+    """One point of an arm's grid."""
+    rate = float(f"{rate:.6g}")  # 3 × 0.1 is 0.30000000000000004
+    return [f"seed={seed}", f"optimizer.learning_rate={rate!r}", f"name='${{study}}-${{growth.name}}-lr{rate:g}-s${{seed}}'"]
+
+
+def equal_flops_budget(overrides: list[str]) -> int:
+    """The tokens on which the source pays the FLOPs that the target pays on its own budget, rounded up to whole steps."""
+    from model.config import resolve_target
+    from model.geometry import flops_per_token
+    from train.settings import Budget, compose
+
+    settings = compose(overrides)
+    path = Path(settings.source or "") / "config.json"
+    if not path.is_file():
+        raise UserError(f"source={settings.source}: no {path.name} there, and the control arm's budget needs it; train the source first")
+    source = json.loads(path.read_text(encoding="utf-8"))
+    target = resolve_target(settings.target, source)
+    budget, context = Budget.of(settings.train), settings.train.context
+    tokens = budget.steps * budget.tokens_per_step * flops_per_token(target, context) / flops_per_token(source, context)
+    return math.ceil(tokens / budget.tokens_per_step) * budget.tokens_per_step
+
+
+def _job(arm: str, overrides: list[str]) -> Job:
+    from train.settings import compose
+
+    settings = compose([*overrides, "progress=false"])
+    return Job(settings.name, arm, (*overrides, "progress=false"), settings)
+
+
+def _unknown_arms(fields: _Fields) -> list[str]:
+    faults = []
+    for key in ("demo", "full"):
+        strangers = [arm for arm in getattr(fields, key).arms if arm not in fields.arms]
+        faults += [f"{key}.arms: unknown arm {arm!r}; {did_you_mean(arm, fields.arms)}" for arm in strangers]
+    return faults

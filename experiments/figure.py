@@ -1,0 +1,189 @@
+"""The picture of a comparison: loss against FLOPs and tokens, every seed thin, the mean thick, scratch's final loss as a line.
+
+Three panels: what the arms cost when the source was already there (large, with the answer), the same against tokens,
+and the same with every curve shifted right by what its source cost.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.compare import Comparison, Row, answer
+from experiments.ledger import Curve, first_reach
+from experiments.runs import SCRATCH, SOURCE
+from experiments.table import capital
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, readable with any colour vision; an arm keeps its colour from picture to picture.
+COLOURS = {
+    SCRATCH: "#000000",
+    "lossless": "#0072B2",
+    "tile": "#D55E00",
+    "random_pad": "#E69F00",
+    "lossless_stack": "#CC79A7",
+    "lossless_proportional": "#56B4E9",
+    "tile_flat": "#8B5A2B",
+    SOURCE: "#009E73",
+}
+SPARE = ("#CC79A7", "#56B4E9", "#8B5A2B", "#999999", "#6A3D9A", "#B2A100")
+DASHES = {SOURCE: (0, (4, 1.5))}  # the control arm is not one of the target's, and looks it
+INK, GRID = "#333333", "#E4E4E4"
+PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+LABEL: dict[str, Any] = {"fontsize": 11, "fontweight": "bold"}
+
+
+def draw(comparison: Comparison, path: Path) -> None:
+    """Write the picture to `path` (its suffix says the format)."""
+    figure = build(comparison)
+    figure.savefig(path, dpi=150, facecolor="white")
+
+
+def build(comparison: Comparison) -> Figure:
+    """The figure itself: no window, no global state of pyplot."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 8.6), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1.45, 1))  # apart, so that the labels beside the one do not narrow the others
+    above, below = parts
+    main: Axes = above.subplots()
+    tokens, included = below.subplots(1, 2)
+    colours = colours_of([row.arm for row in comparison.best_rows])
+    for axes, kind in ((main, "excluded"), (tokens, "tokens"), (included, "included")):
+        _panel(axes, comparison, kind, colours)
+    _finish(main, "FLOPs of training, source excluded", "What it costs when the source is already there", 12)
+    _finish(tokens, "tokens trained", "The same, against tokens", 10.5)
+    _finish(included, "FLOPs, source included", "Each curve begins after its source's cost", 10.5)
+    main.set_ylabel("validation loss, nats/token", color=INK)
+    tokens.set_ylabel("nats/token", color=INK)
+    _label_curves(main, comparison, colours)
+    _mark_saving(main, comparison, colours)
+    finding = capital(answer(comparison)).replace(" (", "\n(").split("\n")
+    title = "\n".join(line for part in finding for line in textwrap.wrap(part, 84))
+    figure.suptitle(title, fontsize=14, fontweight="bold", color=INK, x=0.01, ha="left")
+    figure.supxlabel("\n".join(textwrap.wrap(_caption(comparison), 150)), fontsize=8.5, color="#666666", x=0.01, ha="left")
+    return figure
+
+
+def colours_of(arms: Sequence[str]) -> dict[str, str]:
+    """One colour for each arm: its own, or for an arm without one the next spare colour that is not taken."""
+    chosen = {arm: COLOURS[arm] for arm in arms if arm in COLOURS}
+    spare = [colour for colour in SPARE if colour not in chosen.values()]
+    unknown = sorted(set(arms) - set(chosen))
+    return chosen | {arm: spare[i % len(spare)] for i, arm in enumerate(unknown)}
+
+
+def loss_range(comparison: Comparison) -> tuple[float, float]:
+    """The losses worth seeing: from below the best end to where the informed arms start, without scratch's first fall."""
+    curves = [comparison.curves[row.arm, row.learning_rate] for row in comparison.best_rows]
+    lowest = min(min(run.curve.losses) for row in comparison.best_rows for run in comparison.runs_of(row))
+    late = [loss for curve in curves for flops, loss in zip(curve.flops, curve.losses, strict=True) if flops >= 0.25 * curve.flops[-1]]
+    informed = [max(curve.losses) for curve in curves if max(curve.losses) < 1.25 * comparison.scratch.final_loss]
+    highest = max(late + informed)
+    margin = 0.06 * (highest - lowest)
+    return lowest - margin, highest + margin
+
+
+def _panel(axes: Axes, comparison: Comparison, kind: str, colours: dict[str, str]) -> None:
+    for row in reversed(comparison.best_rows):
+        style: dict[str, Any] = {"color": colours[row.arm], "linestyle": DASHES.get(row.arm, "-"), "solid_capstyle": "round"}
+        runs = comparison.runs_of(row)
+        for run in runs if len(runs) > 1 else ():
+            axes.plot(_positions(run.curve, row, kind), run.curve.losses, linewidth=0.7, alpha=0.45, zorder=2, **style)
+        mean = comparison.curves[row.arm, row.learning_rate]
+        axes.plot(_positions(mean, row, kind), mean.losses, linewidth=2.6 if kind == "excluded" else 1.9, zorder=3, **style)
+    axes.axhline(comparison.scratch.final_loss, color="#000000", linewidth=1, linestyle=(0, (5, 3)), zorder=1)
+    axes.set_ylim(*loss_range(comparison))
+    axes.set_xlim(left=0)
+
+
+def _positions(curve: Curve, row: Row, kind: str) -> list[float]:
+    if kind == "tokens":
+        return list(curve.tokens)
+    shift = row.operator_flops + (row.source_flops or 0.0 if kind == "included" else 0.0)
+    return [flops + shift for flops in curve.flops]
+
+
+def _finish(axes: Axes, xlabel: str, title: str, size: float) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    axes.set_xlabel(xlabel, color=INK)
+    axes.set_title(title, fontsize=size, loc="left", color=INK)
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=9.5)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _label_curves(axes: Axes, comparison: Comparison, colours: dict[str, str]) -> None:
+    """Each arm's name and final loss at the end of its curve, pushed apart where they would overlap."""
+    low, high = loss_range(comparison)
+    gap = 0.058 * (high - low)
+    end = max(row.flops + row.operator_flops for row in comparison.best_rows)
+    rows = sorted(comparison.best_rows, key=lambda row: row.final_loss)
+    heights = spread([row.final_loss for row in rows], gap)
+    heights = [height + max(0.0, low + gap / 2 - heights[0]) for height in heights]  # the lowest stays off the axis
+    axes.set_xlim(0, end)
+    for row, height in zip(rows, heights, strict=True):
+        x = row.flops + row.operator_flops
+        axes.plot([x, end * 1.018], [row.final_loss, height], color=colours[row.arm], linewidth=0.8, clip_on=False)
+        label = f"{row.arm} {row.final_loss:.3f}"
+        axes.text(end * 1.023, height, label, color=colours[row.arm], va="center", **LABEL)
+    level, text = comparison.scratch.final_loss, f"scratch's final loss, {comparison.scratch.final_loss:.3f}"
+    axes.text(
+        0.006,
+        level - 0.012 * (high - low),
+        text,
+        transform=axes.get_yaxis_transform(),
+        fontsize=9.5,
+        color=INK,
+        va="top",
+        zorder=4,
+        bbox=PAPER,
+    )
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Ascending heights moved as little as needed to lie at least `gap` apart, around the same middle."""
+    placed: list[list[float]] = []  # clusters of heights that touch, each laid out around its own mean
+    for height in heights:
+        placed.append([height])
+        while len(placed) > 1 and _middle(placed[-1]) - _middle(placed[-2]) < gap * (len(placed[-1]) + len(placed[-2])) / 2:
+            last = placed.pop()
+            placed[-1] += last
+    return [_middle(cluster) + gap * (i - (len(cluster) - 1) / 2) for cluster in placed for i in range(len(cluster))]
+
+
+def _middle(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _mark_saving(axes: Axes, comparison: Comparison, colours: dict[str, str]) -> None:
+    """An arrow from scratch's end to where the cheapest grown arm reached the same loss."""
+    rows = [row for row in comparison.best_rows if row.arm not in (SCRATCH, SOURCE) and row.cost.outcome == "reached"]
+    end = first_reach(comparison.scratch_curve.flops, comparison.scratch_curve.losses, comparison.scratch.final_loss)
+    if not rows or end is None:
+        return
+    row = max(rows, key=lambda row: row.cost.speedup_excluded or 0.0)
+    x, level = row.cost.flops_excluded or 0.0, comparison.scratch.final_loss
+    axes.plot([x], [level], marker="o", markersize=9, color=colours[row.arm], markeredgecolor="white", zorder=5)
+    axes.annotate("", (x, level), (end, level), arrowprops={"arrowstyle": "-|>", "color": colours[row.arm], "linewidth": 2.2}, zorder=4)
+    saved = row.cost.saving_excluded or 0.0
+    label = f"{abs(saved):.0%} {'fewer' if saved >= 0 else 'more'} FLOPs".replace("%", " %")
+    axes.annotate(label, (x, level), (-8, -7), textcoords="offset points", ha="right", va="top", color=colours[row.arm], **LABEL)
+
+
+def _caption(comparison: Comparison) -> str:
+    counts = sorted({row.n for row in comparison.best_rows})
+    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
+    thin = "thin: each seed, thick: their mean" if counts[-1] > 1 else "one seed: no interval"
+    return (
+        f"study {comparison.study}; n = {seeds}, {thin}; each arm at its best learning rate; cut off above the frame. {comparison.machine}"
+    )

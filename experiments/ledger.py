@@ -1,0 +1,128 @@
+"""The arithmetic of a convergence claim: curves, crossings, costs, intervals. Numbers in, numbers out; no files.
+
+Everything follows the ledger's rules: cost in FLOPs counted from the model, read at scratch's final validation loss,
+with the source excluded and included; S = C_scratch / C_grown; saving = 1 − 1/S. A speed-up and a saving are two words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Literal
+
+Outcome = Literal["reached", "starts below", "not reached"]
+AT_THE_END = 0.01  # a curve that ends within 1 % of the wanted cost is read at its end: budgets are whole batches
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Validation losses (nats/token) of one run or of a mean over seeds, against its own training tokens and FLOPs."""
+
+    tokens: tuple[float, ...]
+    flops: tuple[float, ...]
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one arm paid to reach scratch's final loss, or why no ratio can be given.
+
+    FLOPs include the operator's own steps; `_included` adds the source's. None: undefined, or the source's cost is unknown.
+    The loss differences (arm − scratch's final loss, nats; negative is better) are read where both have paid the same FLOPs.
+    """
+
+    outcome: Outcome
+    tokens: float | None
+    flops_excluded: float | None
+    flops_included: float | None
+    speedup_excluded: float | None
+    speedup_included: float | None
+    difference_excluded: float | None
+    difference_included: float | None
+
+    @property
+    def saving_excluded(self) -> float | None:
+        return saving(self.speedup_excluded)
+
+    @property
+    def saving_included(self) -> float | None:
+        return saving(self.speedup_included)
+
+
+def saving(speedup: float | None) -> float | None:
+    """1 − 1/S: the share of scratch's FLOPs that need not be paid; negative when the arm pays more."""
+    return None if speedup is None else 1.0 - 1.0 / speedup
+
+
+def mean_curve(curves: Sequence[Curve]) -> Curve:
+    """The mean over seeds, evaluation by evaluation. Raises ValueError unless all were evaluated at the same tokens."""
+    if any(curve.tokens != curves[0].tokens for curve in curves):
+        raise ValueError("curves of one arm were evaluated at different tokens")
+    losses = tuple(fmean(column) for column in zip(*(curve.losses for curve in curves), strict=True))
+    return Curve(curves[0].tokens, curves[0].flops, losses)
+
+
+def first_reach(positions: Sequence[float], losses: Sequence[float], level: float) -> float | None:
+    """Where the curve first comes down to `level`, linear in the loss between two evaluations; None if it never does."""
+    if losses[0] <= level:
+        return positions[0]
+    for i in range(1, len(losses)):
+        if losses[i] <= level:
+            share = (losses[i - 1] - level) / (losses[i - 1] - losses[i])
+            return positions[i - 1] + share * (positions[i] - positions[i - 1])
+    return None
+
+
+def loss_at(positions: Sequence[float], losses: Sequence[float], at: float) -> float | None:
+    """The curve's loss at one cost, linear between evaluations; None before its start or past its end."""
+    if at < positions[0] or at > positions[-1] * (1 + AT_THE_END):
+        return None
+    for i in range(1, len(positions)):
+        if at <= positions[i]:
+            share = (at - positions[i - 1]) / (positions[i] - positions[i - 1])
+            return losses[i - 1] + share * (losses[i] - losses[i - 1])
+    return losses[-1]
+
+
+def half_interval(values: Sequence[float], level: float = 0.95) -> float | None:
+    """Half the width of the mean's confidence interval, Student t with n − 1 degrees of freedom; None for one value."""
+    if len(values) < 2:
+        return None
+    from scipy.special import stdtrit  # half a second to import, and only wanted here
+
+    return float(stdtrit(len(values) - 1, 0.5 + level / 2)) * stdev(values) / math.sqrt(len(values))
+
+
+def cost(curve: Curve, scratch: Curve, *, operator_flops: float = 0.0, source_flops: float | None = 0.0) -> Cost:
+    """Hold one arm's curve against scratch's.
+
+    C_scratch is where scratch's own curve first reaches its final loss: the rule every arm is read by. An arm whose
+    step-0 loss is already there paid nothing, so it gets no ratio with the source excluded, only the loss difference.
+    """
+    level, whole = scratch.losses[-1], scratch.flops[-1]
+    c_scratch = first_reach(scratch.flops, scratch.losses, level)
+    tokens, own = (first_reach(xs, curve.losses, level) for xs in (curve.tokens, curve.flops))
+    starts_below = curve.losses[0] <= level
+    excluded = None if own is None else own + operator_flops
+    included = None if excluded is None or source_flops is None else excluded + source_flops
+
+    def difference(already_paid: float | None) -> float | None:
+        loss = None if already_paid is None else loss_at(curve.flops, curve.losses, whole - already_paid)
+        return None if loss is None else loss - level
+
+    return Cost(
+        outcome="not reached" if own is None else "starts below" if starts_below else "reached",
+        tokens=tokens,
+        flops_excluded=excluded,
+        flops_included=included,
+        speedup_excluded=None if starts_below else _ratio(c_scratch, excluded),
+        speedup_included=_ratio(c_scratch, included),
+        difference_excluded=difference(operator_flops),
+        difference_included=difference(None if source_flops is None else operator_flops + source_flops),
+    )
+
+
+def _ratio(c_scratch: float | None, c_arm: float | None) -> float | None:
+    return c_scratch / c_arm if c_scratch is not None and c_arm else None

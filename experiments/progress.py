@@ -1,0 +1,75 @@
+"""How far each run is, read from its metrics.jsonl: bars on a terminal, one line for each finished run elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from experiments.definition import Job
+
+
+class Display:
+    """One study's voice. `watching` shows bars for a batch of jobs; `say` prints a line at any time."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(soft_wrap=True, highlight=False)
+        self.bars: Progress | None = None
+        self.tasks: dict[TaskID, Job] = {}
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False)
+
+    @contextmanager
+    def watching(self, todo: Sequence[Job]) -> Iterator[None]:
+        """Show one bar for each job while the block runs, if there is a terminal to show it on."""
+        if not self.console.is_terminal:
+            yield
+            return
+        with _bars(self.console) as self.bars:
+            self.tasks = {self.bars.add_task(job.name, total=job.settings.train.budget_tokens, shown="waiting"): job for job in todo}
+            yield
+        self.bars, self.tasks = None, {}
+
+    def refresh(self) -> None:
+        """Move every bar to where its run's metrics say it is."""
+        for task, job in self.tasks.items() if self.bars else ():
+            tokens, shown = position(job.folder / "metrics.jsonl")
+            if shown:
+                self.bars.update(task, completed=tokens, shown=shown)  # type: ignore[union-attr]
+
+    def finished(self, job: Job, seconds: float) -> None:
+        _, shown = position(job.folder / "metrics.jsonl")
+        if self.bars is None:
+            self.say(f"{job.name}: done, {shown}, after {seconds / 60:.1f} min")
+
+
+def position(metrics: Path) -> tuple[float, str]:
+    """Tokens done and the newest validation loss in words; (0, "") before the first line."""
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    tokens, loss = 0.0, ""
+    for entry in map(_parsed, lines):
+        tokens = entry.get("tokens", tokens)
+        loss = f"val loss {entry['val_loss']:.3f}" if "val_loss" in entry else loss
+    return tokens, loss
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:  # the line that is being written
+        return {}
+
+
+def _bars(console: Any) -> Progress:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}% {task.fields[shown]}"))
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)

@@ -1,0 +1,83 @@
+"""Where a comparison goes: the terminal, its files, W&B."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from experiments.compare import METHOD, Comparison, answer
+from experiments.figure import draw
+from experiments.report import html
+from experiments.table import GRID_HEADER, HEADER, capital, cells, flat_row, grid_cells, markdown, write_csv, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FILES = ("comparison.csv", "comparison.json", "table.md", "convergence.png", "report.html")
+
+
+def write(comparison: Comparison, out: Path) -> list[Path]:
+    """Write FILES into `out`; they appear together, after all of them could be written. Returns their paths."""
+    partial = out / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_csv(comparison, partial / "comparison.csv")
+    write_json(comparison, partial / "comparison.json")
+    (partial / "table.md").write_text(markdown(comparison), encoding="utf-8")
+    draw(comparison, partial / "convergence.png")
+    (partial / "report.html").write_text(html(comparison, partial / "convergence.png"), encoding="utf-8")
+    paths = [(partial / name).replace(out / name) for name in FILES]
+    partial.rmdir()
+    return paths
+
+
+def show(comparison: Comparison, console: Console) -> None:
+    """Print the answer, the table, the grid if there is one, and what a reader should know."""
+    console.print()
+    console.print(_table("best learning rate of each arm", HEADER, [cells(row) for row in comparison.best_rows]))
+    if len(comparison.rows) > len(comparison.best_rows):
+        console.print(_table("the whole grid, ★ the best of its arm", GRID_HEADER, [grid_cells(row) for row in comparison.rows]))
+    for note in comparison.notes:
+        console.print(f"note: {note}", style="dim", markup=False, highlight=False, soft_wrap=True)
+    console.print(METHOD, style="dim", markup=False, highlight=False)
+    console.print(f"\n{capital(answer(comparison))}.", style="bold", markup=False, highlight=False, soft_wrap=True)
+
+
+def console() -> Console:
+    """A console wide enough for the table where nobody watches: a log file has no width."""
+    from rich.console import Console
+
+    found = Console()
+    return found if found.is_terminal else Console(width=170)
+
+
+def _table(title: str, header: tuple[str, ...], rows: list[list[str]]) -> object:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0] == "scratch" else None)
+    return table
+
+
+def to_wandb(comparison: Comparison, out: Path, project: str) -> None:
+    """Mirror table and picture into W&B, grouped with the study's runs. Offline unless WANDB_MODE says otherwise."""
+    import wandb
+
+    run = wandb.init(
+        project=project, group=comparison.study, job_type="comparison", name=f"{comparison.study}-comparison", dir=str(out),
+        mode=cast(Any, os.environ.get("WANDB_MODE", "offline")), settings=wandb.Settings(silent=True),
+    )  # fmt: skip
+    lines = [flat_row(row) for row in comparison.rows]
+    table = wandb.Table(columns=list(lines[0]), data=[[_plain(value) for value in line.values()] for line in lines])
+    run.log({"comparison": table, "convergence": wandb.Image(str(out / "convergence.png"))})
+    run.summary["answer"] = answer(comparison)
+    run.finish()
+
+
+def _plain(value: object) -> object:
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

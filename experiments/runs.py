@@ -1,0 +1,185 @@
+"""A finished run as a frozen value: read from its folder, checked against itself.
+
+The folder is written by `train`: `run.json` at the start, `metrics.jsonl` on the way, `summary.json` when complete.
+Nothing here computes a comparison; a number that contradicts another number of the same folder stops here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.ledger import Curve
+from model.errors import UserError
+
+SCRATCH = "scratch"
+SOURCE = "source"  # the control arm: the source itself, trained on, "trained longer, not bigger"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One complete run. `curve` holds its validation losses over its own training; what came before it is apart."""
+
+    folder: Path
+    study: str
+    arm: str
+    seed: int
+    learning_rate: float
+    curve: Curve
+    operator_flops: float  # the operator's own steps; 0 where nothing was learned
+    source: dict[str, Any] | None  # {"path", "tokens", "flops", "val_loss"} of the checkpoint it started from
+    receipt: float | None  # max |Δlogit| against the source, where it was measured
+    lossless: bool | None
+    record: dict[str, Any] = field(repr=False)  # run.json, whole
+    summary: dict[str, Any] = field(repr=False)  # summary.json, whole
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def source_flops(self) -> float | None:
+        """What the source cost before this run began: 0 without a source, None where nobody counted it."""
+        return 0.0 if self.source is None else self.source.get("flops")
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A folder that is not compared, and why."""
+
+    folder: Path
+    reason: str
+
+
+def read_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[LeftOut]]:
+    """Read every folder once. Incomplete and diverged runs are left out by name.
+
+    Raises UserError when a folder is no run, contradicts itself, or when no complete run remains.
+    """
+    runs, left_out, faults = [], [], []
+    for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
+        try:
+            found = read_run(folder)
+        except UserError as error:
+            faults.append(str(error))
+            continue
+        if isinstance(found, Run):
+            runs.append(found)
+        else:
+            left_out.append(found)
+    UserError.collect(faults)
+    if not runs:
+        named = "; ".join(f"{item.folder}: {item.reason}" for item in left_out) or "no folder was given"
+        raise UserError(f"no complete run to compare ({named}). Finish a run with the command that started it: it resumes")
+    return runs, left_out
+
+
+def read_run(folder: Path) -> Run | LeftOut:
+    """The run in `folder`, or why it is left out. Raises UserError when it is no run folder or contradicts itself."""
+    record = _read_json(folder / "run.json", "is not a run folder")
+    if not (folder / "summary.json").exists():
+        return LeftOut(folder, f"incomplete: no summary.json, {_progress(folder, record)}")
+    summary = _read_json(folder / "summary.json", "cannot be read")
+    curve = _read_curve(folder / "metrics.jsonl")
+    if not all(map(math.isfinite, curve.losses)):
+        return LeftOut(folder, "diverged: its validation loss is not finite")
+    try:
+        run = _assemble(folder, record, summary, curve)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder}: the entry {error} is missing or malformed; expected what `python -m train` writes") from error
+    check_run(run)
+    return run
+
+
+def check_run(run: Run) -> None:
+    """Hold the folder's three files against each other. Raises UserError with every contradiction at once."""
+    first, last, summary = run.curve.losses[0], run.curve.losses[-1], run.summary
+    tokens, flops = run.curve.tokens[-1], run.curve.flops[-1]
+    pairs = [
+        ("evaluations begin at token", run.curve.tokens[0], "a curve begins at", 0),
+        ("summary.json's start_val_loss is", summary["start_val_loss"], "the first evaluation says", first),
+        ("summary.json's final_val_loss is", summary["final_val_loss"], "the last evaluation says", last),
+        ("summary.json's tokens are", summary["tokens"], "the last evaluation was at", tokens),
+        ("summary.json's FLOPs are", summary["flops"], "the last evaluation was at", flops),
+        ("the FLOPs counted are", flops, "tokens × FLOPs per token give", tokens * run.record["flops_per_token"]),
+    ]
+    faults = [f"{a} {x:.10g}, but {b} {y:.10g}" for a, x, b, y in pairs if not math.isclose(x, y, rel_tol=1e-6, abs_tol=1e-9)]
+    if faults:
+        raise UserError(f"{run.folder} contradicts itself: {'; '.join(faults)}. Its files were edited or mixed; run it again elsewhere")
+
+
+def setting(record: dict[str, Any], path: str) -> Any:
+    """The value at a dotted `path` of a run's settings, or None."""
+    value: Any = record["settings"]
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _assemble(folder: Path, record: dict[str, Any], summary: dict[str, Any], curve: Curve) -> Run:
+    start = record["start"]
+    receipt = start.get("receipt")
+    return Run(
+        folder=folder,
+        study=record["study"],
+        arm=record["arm"],
+        seed=int(record["seed"]),
+        learning_rate=float(record["settings"]["optimizer"]["learning_rate"]),
+        curve=curve,
+        operator_flops=float(start.get("operator_flops") or 0.0),
+        source=start.get("source"),
+        receipt=None if receipt is None else float(receipt["max_delta"]),
+        lossless=start.get("lossless"),
+        record=record,
+        summary=summary,
+    )
+
+
+def read_evaluations(path: Path) -> list[dict[str, Any]]:
+    """The `eval` lines of a metrics file, in order; a last line cut off in the writing is skipped."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number}: not a JSON object ({error}); the file was damaged, run it again") from error
+        if entry.get("kind") == "eval":
+            entries.append(entry)
+    return entries
+
+
+def _read_curve(path: Path) -> Curve:
+    entries = read_evaluations(path)
+    if len(entries) < 2:
+        raise UserError(f"{path}: {len(entries)} evaluations; a curve needs one at step 0 and one at the end")
+    columns: list[Sequence[float]] = [[float(entry[key]) for entry in entries] for key in ("tokens", "flops", "val_loss")]
+    tokens, flops, losses = map(tuple, columns)
+    if any(b <= a for a, b in itertools.pairwise(tokens)):
+        raise UserError(f"{path}: tokens do not increase from evaluation to evaluation; two runs were written into one file")
+    return Curve(tokens, flops, losses)
+
+
+def _read_json(path: Path, complaint: str) -> dict[str, Any]:
+    if not path.exists():
+        raise UserError(f"{path.parent} {complaint}: no {path.name}; expected a folder that `python -m train` wrote")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); run it again in a new folder") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def _progress(folder: Path, record: dict[str, Any]) -> str:
+    entries = read_evaluations(folder / "metrics.jsonl")
+    done = entries[-1]["tokens"] if entries else 0
+    return f"last evaluated at {done:,} of {record.get('budget_tokens', 0):,} tokens"

@@ -1,0 +1,135 @@
+"""Run a study: the text once, the source, every arm in a pool of processes; whatever is complete is skipped.
+
+python -m experiments run tiny
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.definition import HERE, Job, jobs, load_study, source_job
+from experiments.progress import Display
+from experiments.worker import initialise, work
+from model.errors import UserError
+from train.folder import check_same, is_complete, read_run
+
+Train = Callable[[tuple[str, ...], str], str]
+
+
+class RunFailed(Exception):
+    """A run of the study ended with an error; the message is that error, and where its log is."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a study left behind: its run folders, where its comparison belongs, and the README that shows it, if any."""
+
+    folders: tuple[Path, ...]
+    out: Path
+    readme: Path | None
+
+
+def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None) -> Done:
+    """Do every stage of a study that is not done yet.
+
+    Raises:
+        UserError: the study, its settings or a run folder is at fault.
+        RunFailed: a run ended with an error; what was complete stays, and the same command goes on from there.
+    """
+    study = load_study(name)
+    extent = study.full if full else study.demo
+    out = HERE / name if full else Path("runs") / f"comparison-{name}"
+    logs = Path("runs") / f"logs-{name}"
+    at_once = jobs_at_once or cores()
+    if at_once < 1:
+        raise UserError(f"--jobs {at_once}: expected at least 1")
+    display = Display()
+    source = source_job(study)
+    if not complete(source):
+        prepare_text([source], display)
+        run_jobs([source], 1, logs, display)
+    display.say(f"source: {source.folder}")
+    todo = jobs(study, extent)
+    missing = [job for job in todo if not complete(job, source)]
+    display.say(f"{len(todo)} runs, {len(todo) - len(missing)} of them complete")
+    if missing:
+        prepare_text(missing, display)
+        run_jobs(missing, at_once, logs, display)
+    return Done(tuple(job.folder for job in todo), out, HERE / name / "README.md" if full else None)
+
+
+def cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def complete(job: Job, source: Job | None = None) -> bool:
+    """Whether the job's run is done, under these settings and from this source.
+
+    Raises UserError where the folder holds another run, or one that was grown from a source that has been retrained since.
+    """
+    record = read_run(job.folder)
+    if record is None:
+        return False
+    check_same(job.folder, record, job.settings)
+    started = record["start"].get("source")
+    if source is not None and started is not None and job.settings.source == str(source.folder / "final"):
+        ledger = json.loads((source.folder / "final" / "ledger.json").read_text(encoding="utf-8"))
+        if any(started.get(key) != ledger.get(key) for key in ("tokens", "flops", "val_loss")):
+            raise UserError(f"{job.folder} started from a source that {source.folder} no longer holds; delete {job.folder} to run it again")
+    return is_complete(job.folder)
+
+
+def prepare_text(todo: Sequence[Job], display: Display) -> None:
+    """Build corpus, tokenizer and shards once, before several processes would each wait for them."""
+    from train.data import prepare
+
+    for settings in {job.settings.data.folder: job.settings.data for job in todo}.values():
+        display.say(f"text: {settings.folder}")
+        prepare(settings, progress=True)
+
+
+def run_jobs(todo: Sequence[Job], at_once: int, logs: Path, display: Display, train: Train = work) -> None:
+    """Run the jobs in fresh processes, `at_once` at a time; the first error ends them all.
+
+    Each process gets its share of the cores. With one run for each core that is one thread, whatever the machine,
+    so that a result does not depend on how many cores there were; run.json records the number.
+    """
+    at_once = min(at_once, len(todo))
+    logs.mkdir(parents=True, exist_ok=True)
+    threads = max(1, cores() // at_once)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(at_once, mp_context=context, initializer=initialise, initargs=(threads,)) as pool, display.watching(todo):
+        futures = {pool.submit(train, job.overrides, str(log_of(job, logs))): job for job in todo}
+        try:
+            _follow(futures, logs, display)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():  # those of this pool: nothing else here starts any
+                process.terminate()
+            raise
+
+
+def log_of(job: Job, logs: Path) -> Path:
+    """Where a run's own words go while the bars have the terminal."""
+    return logs / f"{job.name}.log"
+
+
+def _follow(futures: dict[Future[str], Job], logs: Path, display: Display) -> None:
+    """Until all are done: move the bars, tell what has ended. Raises RunFailed with the first error."""
+    waiting, began = set(futures), time.monotonic()
+    while waiting:
+        ended, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+        display.refresh()
+        for future in ended:
+            job, error = futures[future], future.exception()
+            if error is not None:
+                raise RunFailed(f"{job.name}: {error}\n(its log: {log_of(job, logs)})") from error
+            display.finished(job, time.monotonic() - began)

@@ -1,0 +1,188 @@
+"""A comparison as text: the cells every table shares, and the files comparison.csv, comparison.json and table.md."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments.compare import METHOD, Comparison, Row, answer
+from experiments.ledger import saving
+from experiments.runs import SCRATCH, Run
+from model.errors import UserError
+
+HEADER = (
+    "arm",
+    "peak lr",
+    "step-0 loss",
+    "final loss (95 %)",
+    "n",
+    "tokens to scratch's final",
+    "FLOPs to it",
+    "source excluded: S, saving",
+    "source included: S, saving",
+    "Δ loss at equal FLOPs (excl. / incl.)",
+    "max |Δlogit|",
+)
+GRID_HEADER = ("arm", "peak lr", "step-0 loss", "final loss (95 %)", "n", "source excluded: S, saving", "source included: S, saving")
+UNDEFINED = "–"
+
+
+def cells(row: Row) -> list[str]:
+    """One row under HEADER, as a reader sees it in the terminal, in Markdown and in HTML."""
+    cost = row.cost
+    return [
+        row.arm,
+        f"{row.learning_rate:g}",
+        f"{row.start_loss:.3f}",
+        final_loss(row),
+        str(row.n),
+        UNDEFINED if cost.tokens is None else amount(cost.tokens),
+        UNDEFINED if cost.flops_excluded is None else amount(cost.flops_excluded),
+        ratio(row, "excluded"),
+        ratio(row, "included"),
+        f"{signed(cost.difference_excluded)} / {signed(cost.difference_included)}",
+        UNDEFINED if row.receipt is None else f"{row.receipt:.2g}",
+    ]
+
+
+def grid_cells(row: Row) -> list[str]:
+    """One row under GRID_HEADER; the best learning rate of an arm is marked."""
+    whole = cells(row)
+    return [whole[0], whole[1] + (" ★" if row.best else ""), *whole[2:5], *whole[7:9]]
+
+
+def final_loss(row: Row) -> str:
+    """The mean with its interval, or the word that one seed has none."""
+    return f"{row.final_loss:.3f} " + ("(one seed)" if row.final_loss_interval is None else f"± {row.final_loss_interval:.3f}")
+
+
+def ratio(row: Row, side: Literal["excluded", "included"]) -> str:
+    """'1.70 ×, 41 ± 6 %': speed-up and saving with the source on one `side`; or what there is instead of a ratio."""
+    speedup = row.cost.speedup_excluded if side == "excluded" else row.cost.speedup_included
+    if row.cost.outcome == "not reached":
+        return f"not reached, ends {signed(row.cost.difference_excluded)}"
+    if speedup is None:
+        return "source's cost unknown" if side == "included" and row.source_flops is None else "starts below"
+    interval = row.saving_interval if side == "excluded" and row.arm != SCRATCH else None
+    spread = "" if interval is None else f" ± {100 * interval:.0f}"
+    return f"{speedup:.2f} ×, {round(100 * (saving(speedup) or 0.0))}{spread} %".replace("-", "−")
+
+
+def signed(difference: float | None) -> str:
+    return UNDEFINED if difference is None else f"{difference:+.3f}".replace("-", "−")
+
+
+def amount(value: float) -> str:
+    """Tokens and FLOPs at three digits: 1.64 M, 48.2 T."""
+    for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:#.3g}".rstrip(".") + f" {unit}"
+    return f"{value:.3g}"
+
+
+def ledger_cells(row: Row) -> list[str]:
+    """What one run of this row paid: training, operator, source, all of it."""
+    whole = None if row.source_flops is None else row.flops + row.operator_flops + row.source_flops
+    costs = (row.tokens, row.flops, row.operator_flops, row.source_tokens, row.source_flops, whole)
+    return [row.arm, *("unknown" if cost is None else amount(cost) for cost in costs)]
+
+
+LEDGER_HEADER = ("arm", "tokens trained", "FLOPs trained", "operator's FLOPs", "source's tokens", "source's FLOPs", "FLOPs in all")
+
+
+def markdown(comparison: Comparison) -> str:
+    """The block that READMEs carry: the answer, the best of every arm, the whole grid if there is one, the notes."""
+    parts = [f"**{capital(answer(comparison))}.**", markdown_table(HEADER, [cells(row) for row in comparison.best_rows])]
+    if len(comparison.rows) > len(comparison.best_rows):
+        parts += ["The whole grid (★: the best of its arm):", markdown_table(GRID_HEADER, [grid_cells(row) for row in comparison.rows])]
+    if comparison.notes:
+        parts.append("\n".join(f"- {note}" for note in comparison.notes))
+    parts.append(f"Losses in nats/token. A tiny model's result is a tiny-scale result. Machine: {comparison.machine}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def capital(sentence: str) -> str:
+    """The sentence with a capital, unless it begins with an arm's name."""
+    return sentence[0].upper() + sentence[1:] if sentence.startswith("no ") else sentence
+
+
+def flat_row(row: Row) -> dict[str, Any]:
+    """A row as one level of plain values, at full precision: a line of comparison.csv."""
+    fields = asdict(row)
+    fields |= fields.pop("cost") | {"saving_excluded": row.cost.saving_excluded, "saving_included": row.cost.saving_included}
+    fields["seeds"] = " ".join(map(str, row.seeds))
+    fields["seed_savings"] = " ".join(map(repr, row.seed_savings))
+    return fields | {"n": row.n, "saving_excluded_interval": row.saving_interval}
+
+
+def write_csv(comparison: Comparison, path: Path) -> None:
+    """One line for each row of the grid; an undefined number is an empty cell."""
+    lines = [flat_row(row) for row in comparison.rows]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """Everything the table and the picture show, so that both can be made again without the runs."""
+    return {
+        "study": comparison.study,
+        "answer": answer(comparison),
+        "rows": [flat_row(row) for row in comparison.rows],
+        "left_out": [{"folder": item.folder.name, "reason": item.reason} for item in comparison.left_out],
+        "notes": list(comparison.notes),
+        "method": METHOD,
+        "machine": comparison.machine,
+        "runs": [_curve(run) for run in comparison.runs],
+    }
+
+
+def _curve(run: Run) -> dict[str, Any]:
+    return {"name": run.name, "arm": run.arm, "seed": run.seed, "learning_rate": run.learning_rate, **asdict(run.curve)}
+
+
+def write_json(comparison: Comparison, path: Path) -> None:
+    """Indented, but each run's curve on one line: a file to read and to diff."""
+    whole = as_json(comparison)
+    runs = ",\n  ".join(json.dumps(run) for run in whole["runs"])
+    text = json.dumps(whole | {"runs": []}, indent=1, ensure_ascii=False)
+    path.write_text(text.replace('"runs": []', f'"runs": [\n  {runs}\n ]') + "\n", encoding="utf-8")
+
+
+BEGIN, END = "<!-- table: written by experiments, do not edit -->", "<!-- end of table -->"
+
+
+def insert_table(readme: Path, table: str) -> None:
+    """Replace what stands between the markers of `readme` by `table`. Raises UserError when the markers are not there once."""
+    before, _, after = _block(readme)
+    readme.write_text(f"{before}{BEGIN}\n{table.strip()}\n{END}{after}", encoding="utf-8")
+
+
+def check_table(readme: Path, table: str) -> None:
+    """Raise UserError naming the first line in which the table in `readme` is not the one the runs gave."""
+    _, found, _ = _block(readme)
+    written, expected = found.strip().splitlines(), table.strip().splitlines()
+    for number in range(max(len(written), len(expected))):
+        one, other = (lines[number] if number < len(lines) else "nothing" for lines in (written, expected))
+        if one != other:
+            where = f"{readme}: the table is not what the runs gave; its line {number + 1}"
+            raise UserError(f"{where} is {one!r}, expected {other!r}. Write it with insert_table")
+
+
+def _block(readme: Path) -> tuple[str, str, str]:
+    text = readme.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise UserError(f"{readme}: expected one line {BEGIN!r} and, below it, one line {END!r} around the table")
+    before, rest = text.split(BEGIN)
+    found, after = rest.split(END)
+    return before, found, after

@@ -1,0 +1,40 @@
+"""What runs in a process of the pool: one training run, its words sent to a log file."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from model.errors import UserError
+
+
+def initialise(threads: int) -> None:
+    """Give this process its share of the cores, before torch is imported and again after."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def work(overrides: tuple[str, ...], log: str) -> str:
+    """Train the run that `overrides` compose; return its folder. Everything it prints goes to the file `log`."""
+    from train.loop import train
+    from train.settings import compose
+
+    sys.stdout.flush()
+    with open(log, "a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        return str(train(compose(list(overrides))))
+    except UserError:
+        raise
+    except Exception as error:  # an error of a library may not survive the way between processes; its words do
+        import traceback
+
+        traceback.print_exc()
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()

@@ -1,0 +1,192 @@
+"""Run folders made by hand, and what the reader makes of whole, unfinished and contradictory ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.comparable import check_comparable
+from experiments.runs import LeftOut, Run, read_run, read_runs
+from model.errors import UserError
+
+FLOPS_PER_TOKEN = 10.0
+SOURCE = {"path": "runs/s/final", "tokens": 300, "flops": 1500.0, "val_loss": 4.0}
+
+
+def fabricate(
+    tmp: Path,
+    arm: str,
+    losses: list[float],
+    *,
+    seed: int = 0,
+    rate: float = 1e-3,
+    every: int = 100,
+    source: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Path:
+    """A run folder with one evaluation every `every` tokens, 10 FLOPs a token. `changes` are dotted entries of run.json."""
+    folder = tmp / changes.pop("folder", f"st-{arm}-lr{rate:g}-s{seed}")
+    folder.mkdir(parents=True)
+    tokens = [every * i for i in range(len(losses))]
+    settings = {
+        "study": "st",
+        "seed": seed,
+        "name": folder.name,
+        "out": str(folder),
+        "growth": {"name": arm},
+        "optimizer": {"learning_rate": rate},
+        "train": {"eval_tokens": 64, "context": 8, "budget_tokens": tokens[-1]},
+    }
+    record: dict[str, Any] = {
+        "study": "st",
+        "arm": arm,
+        "seed": seed,
+        "settings": settings,
+        "parameters": 1234,
+        "flops_per_token": FLOPS_PER_TOKEN,
+        "tokens_per_step": 50,
+        "budget_tokens": tokens[-1],
+        "data": {"fingerprint": "f00d"},
+        "target_config": {"model_type": "phi", "hidden_size": 80},
+        "start": {"lossless": None, "receipt": None, "operator_flops": 0.0, "source": source},
+        "device": "a <test> machine",
+        "threads": 1,
+        "precision": "fp32",
+        "versions": {"torch": "2.13.0"},
+    }
+    for path, value in changes.items():
+        *parents, last = path.split(".")
+        node = record
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    per_token = record["flops_per_token"]
+    evaluations = [
+        {"kind": "eval", "step": t // 50, "tokens": t, "flops": t * per_token, "val_loss": x} for t, x in zip(tokens, losses, strict=True)
+    ]
+    noise = {"kind": "train", "step": 1, "tokens": 50, "loss": 9.0}
+    summary = {"start_val_loss": losses[0], "final_val_loss": losses[-1], "bits_per_byte": 1.5, "tokens": tokens[-1], "seconds": 60.0}
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in [evaluations[0], noise, *evaluations[1:]]))
+    (folder / "summary.json").write_text(json.dumps(summary | {"flops": tokens[-1] * per_token}))
+    return folder
+
+
+def test_a_run_is_read_whole(tmp_path: Path) -> None:
+    start = {"lossless": True, "receipt": {"max_delta": 2e-13}, "operator_flops": 7.0, "source": SOURCE}
+    run = read_run(fabricate(tmp_path, "lossless", [4.0, 3.0, 2.0], seed=3, rate=5e-4, start=start))
+    assert isinstance(run, Run)
+    assert (run.arm, run.seed, run.learning_rate, run.receipt, run.lossless) == ("lossless", 3, 5e-4, 2e-13, True)
+    assert (run.curve.tokens, run.curve.flops, run.curve.losses) == ((0, 100, 200), (0, 1000, 2000), (4.0, 3.0, 2.0))
+    assert (run.operator_flops, run.source_flops) == (7.0, 1500.0)
+
+
+def test_unfinished_and_diverged_runs_are_left_out_by_name(tmp_path: Path) -> None:
+    whole, unfinished = fabricate(tmp_path, "scratch", [5.0, 3.0]), fabricate(tmp_path, "tile", [5.0, 4.0, 3.0])
+    (unfinished / "summary.json").unlink()
+    lines = (unfinished / "metrics.jsonl").read_text().splitlines()
+    (unfinished / "metrics.jsonl").write_text("\n".join(lines[:-1]) + '\n{"kind": "ev')  # killed while writing
+    diverged = fabricate(tmp_path, "random_pad", [5.0, float("nan")])
+    runs, left_out = read_runs([whole, unfinished, diverged, whole])  # naming one twice reads it once
+    assert [run.arm for run in runs] == ["scratch"]
+    assert left_out == [
+        LeftOut(unfinished, "incomplete: no summary.json, last evaluated at 100 of 200 tokens"),
+        LeftOut(diverged, "diverged: its validation loss is not finite"),
+    ]
+    with pytest.raises(UserError, match=r"no complete run to compare .*st-tile.*incomplete"):
+        read_runs([unfinished])
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "complaint"),
+    [
+        ("summary.json", "final_val_loss", 2.9, r"final_val_loss is 2\.9, but the last evaluation says 3"),
+        ("summary.json", "start_val_loss", 4.9, r"start_val_loss is 4\.9, but the first evaluation says 5"),
+        ("summary.json", "tokens", 150, "tokens are 150, but the last evaluation was at 100"),
+        ("summary.json", "flops", 1001.0, "FLOPs are 1001, but the last evaluation was at 1000"),
+        ("run.json", "flops_per_token", 11.0, r"FLOPs counted are 1000, but tokens × FLOPs per token give 1100"),
+    ],
+)
+def test_a_wrong_number_is_caught(tmp_path: Path, file: str, key: str, value: float, complaint: str) -> None:
+    folder = fabricate(tmp_path, "scratch", [5.0, 3.0])
+    entries = json.loads((folder / file).read_text())
+    assert entries[key] != value
+    (folder / file).write_text(json.dumps(entries | {key: value}))
+    with pytest.raises(UserError, match=complaint):
+        read_run(folder)
+
+
+def test_damaged_folders_are_refused_all_at_once(tmp_path: Path) -> None:
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    torn, keyless, single, mixed = (fabricate(tmp_path, arm, [5.0, 4.0, 3.0]) for arm in ("a", "b", "c", "d"))
+    lines = (torn / "metrics.jsonl").read_text().splitlines()
+    (torn / "metrics.jsonl").write_text("\n".join([lines[0], "{", *lines[2:]]))
+    record = json.loads((keyless / "run.json").read_text())
+    del record["arm"]
+    (keyless / "run.json").write_text(json.dumps(record))
+    (single / "metrics.jsonl").write_text(lines[0] + "\n")
+    (mixed / "metrics.jsonl").write_text("\n".join([*lines, *lines]))
+    with pytest.raises(UserError) as caught:
+        read_runs([nothing, torn, keyless, single, mixed])
+    for words in (
+        "nothing is not a run folder: no run.json",
+        "line 2: not a JSON object",
+        "entry 'arm' is missing",
+        "1 evaluations",
+        "do not increase",
+    ):
+        assert words in str(caught.value)
+
+
+def comparable(*folders: Path) -> None:
+    check_comparable(read_runs(folders)[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"data.fingerprint": "beef"}, r"data fingerprint .* f00d and beef"),
+        ({"settings.train.eval_tokens": 32}, r"eval_tokens.* 64 and 32"),
+        ({"settings.train.context": 16}, r"context.* 8 and 16"),
+        ({"tokens_per_step": 25}, "tokens per step is 50 and 25"),
+        ({"precision": "bf16"}, "precision is fp32 and bf16"),
+        ({"budget_tokens": 300}, r"budget.* 200 and 300"),
+        ({"flops_per_token": 20.0}, r"FLOPs per token is 10\.0 and 20\.0"),
+        ({"target_config.hidden_size": 96}, r"target configs differ in hidden_size \(80 and 96\)"),
+    ],
+)
+def test_incomparable_runs_are_refused_by_name(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
+    scratch, other = fabricate(tmp_path, "scratch", [5.0, 4.0, 3.0]), fabricate(tmp_path, "tile", [5.0, 4.0, 3.0], **changes)
+    with pytest.raises(UserError, match=complaint) as caught:
+        comparable(scratch, other)
+    assert str(scratch) in str(caught.value)
+    assert str(other) in str(caught.value)
+
+
+def test_the_control_arm_may_train_another_network_on_other_tokens(tmp_path: Path) -> None:
+    changes = {"target_config": {"model_type": "phi", "hidden_size": 64}, "flops_per_token": 5.0}
+    comparable(
+        fabricate(tmp_path, "scratch", [5.0, 4.0, 3.0]),
+        fabricate(tmp_path, "tile", [5.0, 4.0, 3.0], **{"target_config.transformers_version": "5.0"}),  # the library's own mark
+        fabricate(tmp_path, "source", [4.0, 3.9, 3.8, 3.7, 3.6], **changes),
+    )
+
+
+def test_seeds_repeat_and_nothing_else_differs(tmp_path: Path) -> None:
+    first, second = (fabricate(tmp_path, "scratch", [5.0, 3.0], seed=seed) for seed in (0, 1))
+    comparable(first, second)
+    other = fabricate(tmp_path, "scratch", [5.0, 3.0], seed=2, **{"settings.optimizer": {"learning_rate": 1e-3, "weight_decay": 0.1}})
+    with pytest.raises(UserError, match=r"no two seeds of one arm.*optimizer\.weight_decay \(absent and 0\.1\)"):
+        comparable(first, second, other)
+    twice = fabricate(tmp_path, "scratch", [5.0, 3.0], seed=0, folder="again")
+    with pytest.raises(UserError, match=r"again are both arm scratch, learning rate 0\.001, seed 0"):
+        comparable(first, twice)
+
+
+def test_without_scratch_there_is_no_comparison(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no complete scratch run among st-tile"):
+        comparable(fabricate(tmp_path, "tile", [5.0, 3.0]))

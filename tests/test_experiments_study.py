@@ -1,0 +1,209 @@
+"""A study's definition composes, its stages are skipped when done, and a failing run stops it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from experiments import definition
+from experiments.definition import HERE, Job, Study, equal_flops_budget, jobs, load_study, source_job
+from experiments.progress import Display, position
+from experiments.study import RunFailed, complete, run_jobs, run_study
+from model.errors import UserError
+from model.geometry import flops_per_token
+from model.presets import preset
+from train.settings import identity, settings_hash
+
+STUDIES = sorted(path.parent.name for path in HERE.glob("*/study.yaml"))
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to run in, where the sources of all studies are complete."""
+    monkeypatch.chdir(tmp_path)
+    for name in STUDIES:
+        finish(source_job(load_study(name)))
+    return tmp_path
+
+
+def finish(job: Job) -> None:
+    """The files of a complete run, without the training. A source's config is that of its preset."""
+    final = job.folder / "final"
+    final.mkdir(parents=True)
+    target = job.settings.target
+    (final / "config.json").write_text(json.dumps(preset(target) if isinstance(target, str) else {}))
+    ledger = {"tokens": 100, "flops": 5.0, "val_loss": 4.0}
+    (final / "ledger.json").write_text(json.dumps(ledger))
+    start = {"source": None if job.arm == "scratch" or job.settings.source is None else ledger}
+    record = {"settings": asdict(job.settings), "settings_hash": settings_hash(job.settings), "start": start}
+    (job.folder / "run.json").write_text(json.dumps(record))
+    (job.folder / "summary.json").write_text("{}")
+
+
+@pytest.fixture(scope="module")
+def grids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Job]]:
+    """The whole grid of one seed of every study: composing is the slow part, so it is done once."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(tmp_path_factory.mktemp("grids"))
+        studies = [load_study(name) for name in STUDIES]
+        for study in studies:
+            finish(source_job(study))
+        return {study.name: jobs(study, replace(study.full, seeds=study.full.seeds[:1])) for study in studies}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_composes(name: str, elsewhere: Path, grids: dict[str, list[Job]]) -> None:
+    study = load_study(name)
+    assert study.arms["scratch"]
+    assert study.question
+    demo = jobs(study, study.demo)
+    for extent, todo, seeds in ((study.demo, demo, len(study.demo.seeds)), (study.full, grids[name], 1)):
+        assert len({job.folder for job in todo}) == len(todo) == len(extent.arms) * seeds * len(extent.learning_rate_factors)
+        assert {"scratch", "source"} <= {job.arm for job in todo}  # the baseline, and trained longer but not bigger
+    assert len(study.full.seeds) >= 3
+    assert len(study.full.learning_rate_factors) >= 3
+    assert {job.folder for job in demo} <= {job.folder for job in grids[name]}  # a full run goes on from the demo
+    assert all(f"-lr{job.settings.optimizer.learning_rate:g}-s0" in job.name for job in grids[name])
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_arms_differ_in_growth_and_learning_rate_only(name: str, grids: dict[str, list[Job]]) -> None:
+    first, *others = (identity(job.settings) for job in grids[name] if job.arm != "source")
+    for other in others:
+        differing = {key for key in first.keys() | other.keys() if first.get(key) != other.get(key)}
+        assert all(key.startswith("growth.") or key in ("name", "optimizer.learning_rate") for key in differing)
+
+
+def test_the_control_arm_pays_scratchs_flops(elsewhere: Path) -> None:
+    study = load_study("tiny")
+    by_arm = {job.arm: job.settings.train for job in jobs(study, study.demo)}
+    scratch, source = by_arm["scratch"], by_arm["source"]
+    paid = scratch.budget_tokens // scratch.batch_tokens * scratch.batch_tokens * flops_per_token(preset("tiny_target"), scratch.context)
+    per_step = source.batch_tokens * flops_per_token(preset("tiny_source"), source.context)
+    steps = source.budget_tokens / source.batch_tokens
+    assert steps == int(steps)
+    assert paid <= steps * per_step < paid + per_step
+
+
+def test_the_control_arm_needs_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="train the source first"):
+        equal_flops_budget(["experiment=tiny", "growth=source"])
+
+
+def test_a_wrong_definition_names_every_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="unknown study 'tinny'; did you mean 'tiny'"):
+        load_study("tinny")
+    text = (
+        (HERE / "tiny" / "study.yaml")
+        .read_text()
+        .replace("question:", "querstion:")
+        .replace("tile: {learning_rate:", "tile: {learning_rat:")
+    )
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "study.yaml").write_text(text)
+    monkeypatch.setattr(definition, "HERE", tmp_path)
+    with pytest.raises(UserError) as caught:
+        load_study("tiny")
+    for words in ("querstion: unknown key; did you mean 'question'", "question: missing", "arms.tile.learning_rat: unknown key"):
+        assert words in str(caught.value)
+    (tmp_path / "tiny" / "study.yaml").write_text(
+        (HERE / "tiny" / "study.yaml").read_text().replace("arms: [scratch, lossless,", "arms: [scratch, losless,")
+    )
+    with pytest.raises(UserError, match=r"demo\.arms: unknown arm 'losless'; did you mean 'lossless'"):
+        load_study("tiny")
+
+
+def tiny() -> tuple[Study, Job, list[Job]]:
+    study = load_study("tiny")
+    return study, source_job(study), jobs(study, study.demo)
+
+
+def test_a_stage_is_skipped_only_when_it_is_done_and_the_same(elsewhere: Path) -> None:
+    _, source, (job, *_) = tiny()
+    assert complete(source)
+    assert not complete(job, source)
+    finish(job)
+    assert complete(job, source)
+    (job.folder / "summary.json").unlink()
+    assert not complete(job, source)  # it goes on from there
+    other = replace(job, settings=replace(job.settings, seed=7))
+    with pytest.raises(UserError, match="seed"):
+        complete(other, source)
+
+
+def test_a_run_from_a_retrained_source_is_refused(elsewhere: Path) -> None:
+    _, source, todo = tiny()
+    job = next(job for job in todo if job.arm == "lossless")
+    finish(job)
+    assert complete(job, source)
+    ledger = source.folder / "final" / "ledger.json"
+    ledger.write_text(json.dumps(json.loads(ledger.read_text()) | {"val_loss": 3.9}))
+    with pytest.raises(UserError, match=r"started from a source that .* no longer holds"):
+        complete(job, source)
+
+
+def test_a_complete_study_trains_nothing(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import experiments.study as module
+
+    _, source, todo = tiny()
+    began: list[list[str]] = []
+    monkeypatch.setattr(module, "prepare_text", lambda *_: None)
+    monkeypatch.setattr(module, "run_jobs", lambda jobs, *_: began.append([job.name for job in jobs]) or [finish(job) for job in jobs])
+    finish(todo[1])
+    done = run_study("tiny")
+    assert began == [[job.name for job in todo if job is not todo[1]]]
+    assert run_study("tiny") == done
+    assert len(began) == 1
+    assert done.folders == tuple(job.folder for job in todo)
+    assert (done.out, done.readme) == (Path("runs/comparison-tiny"), None)
+    assert f"{len(todo)} runs, {len(todo)} of them complete" in capsys.readouterr().out
+    (source.folder / "summary.json").unlink()
+    monkeypatch.setattr(
+        module, "run_jobs", lambda jobs, *_: began.append([job.name for job in jobs]) or (source.folder / "summary.json").touch()
+    )
+    run_study("tiny")
+    assert began[-1] == [source.name]
+
+
+def obey(overrides: tuple[str, ...], log: str) -> str:
+    """Stands in for a training run, in a process of the pool: fails where it is told to."""
+    import torch
+
+    print("words of the run", file=sys.stderr)
+    if "seed=13" in overrides:
+        raise UserError("source: missing")
+    time.sleep(60 if "seed=14" in overrides else 0)
+    Path(log).with_suffix(".done").write_text(f"{overrides} {torch.get_num_threads()}")
+    return log
+
+
+def test_runs_are_spread_over_processes_and_the_first_error_stops_them(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import experiments.study as module
+
+    monkeypatch.setattr(module, "cores", lambda: 2)
+    _, source, todo = tiny()
+    run_jobs(todo[:2], 2, elsewhere / "logs", Display(), obey)
+    done = [(elsewhere / "logs" / f"{job.name}.done").read_text() for job in todo[:2]]
+    assert done == [f"{job.overrides} 1" for job in todo[:2]]  # one core for each
+    assert capsys.readouterr().out.count("done") == 2
+    wrong, long = replace(source, overrides=("seed=13",)), replace(todo[0], overrides=("seed=14",))
+    began = time.monotonic()
+    with pytest.raises(RunFailed, match=rf"{source.name}: source: missing\n.*its log: .*{source.name}\.log"):
+        run_jobs([long, wrong, *todo[1:]], 2, elsewhere / "more", Display(), obey)
+    assert time.monotonic() - began < 40  # the long one was ended
+    assert not (elsewhere / "more" / f"{long.name}.done").exists()
+
+
+def test_progress_is_read_from_the_metrics(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert position(path) == (0.0, "")
+    path.write_text('{"kind": "eval", "tokens": 0, "val_loss": 7.5}\n{"kind": "train", "tokens": 4096, "loss": 7.0}\n{"kind": "tr')
+    assert position(path) == (4096, "val loss 7.500")
