@@ -23,3 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 clean:
 	rm -rf $(VENV) build *.egg-info
+
+.PHONY: bench-growth
+bench-growth: $(STAMP)
+	$(BIN)/python benchmarks/bench_growth.py

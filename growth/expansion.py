@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import reduce
-from itertools import pairwise
 
 import numpy as np
 
@@ -77,16 +76,6 @@ class AxisMap:
         """(n,) how often each source index is copied."""
         return np.bincount(self.index[self.copies], minlength=self.source)
 
-    def next_copy(self) -> np.ndarray:
-        """(N,) for each target index the next one that copies the same source index, cyclically; itself where there is no other."""
-        following = np.arange(self.target)
-        copied = np.flatnonzero(self.copies)
-        order = copied[np.argsort(self.index[copied], kind="stable")]
-        starts = np.r_[0, np.flatnonzero(np.diff(self.index[order])) + 1, len(order)]
-        for start, stop in pairwise(starts):
-            following[order[start:stop]] = np.roll(order[start:stop], -1)
-        return following
-
     def scaled(self, factor: float) -> AxisMap:
         """The same map with every gain multiplied."""
         return replace(self, gain=self.gain * factor)
@@ -98,10 +87,11 @@ class AxisMap:
     def number(self) -> np.ndarray:
         """(N,) which copy of its source index each target index is: 0 for the first, 1 for the second, …; 0 where it is none."""
         number = np.zeros(self.target, np.int64)
-        seen = np.zeros(self.source, np.int64)
-        for target in np.flatnonzero(self.copies):
-            number[target] = seen[self.index[target]]
-            seen[self.index[target]] += 1
+        copied = np.flatnonzero(self.copies)
+        order = copied[np.argsort(self.index[copied], kind="stable")]
+        if len(order):
+            starts = np.r_[0, np.flatnonzero(np.diff(self.index[order])) + 1]
+            number[order] = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)]))
         return number
 
     def from_next_layer(self, new: np.ndarray) -> AxisMap:
