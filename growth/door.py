@@ -39,7 +39,7 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
         try:
             cfg = compose(name, [str(o.input_line) for o in choices])
             values = [o for o in parsed if not _is_choice(folder, o) and _key_holds(cfg, o, folder, faults)]
-            return compose(name, [str(o.input_line) for o in (*choices, *values)]), faults
+            return (compose(name, [str(o.input_line) for o in (*choices, *values)]) if values else cfg), faults
         except (HydraException, OmegaConfBaseException) as error:
             return OmegaConf.create({}), [*faults, str(error).strip()]
 

@@ -252,9 +252,9 @@ def _pad(growth: Growth, fill: Fill, word: str) -> Recipe:
 def tile(growth: Growth, *, mode: str = "middle", heads: str = "head_aware") -> Recipe:
     """Position p of an axis takes (p - off) mod n, with no rescaling: Phi-2's scaled knowledge transfer, ModernBERT's weight tiling.
 
-    `mode="edge"`: off = 0; `"middle"`: off = ⌊(N - n)/2⌋; `"center"`: the middle block only, fresh around it. `heads="head_aware"` tiles each
-    space, so a head's dims stay in its head; `"flat"` tiles the flattened axis, which at 2048 → 2560 with 32 heads mixes heads and shifts
-    rotary dims. Not lossless. Phi-2's own scale factors were never published; none is applied here.
+    `mode="edge"`: off = 0; `"middle"`: off = ⌊(N - n)/2⌋; `"center"`: the middle block only, fresh around it. `heads="head_aware"` tiles
+    each space, so a head's dims stay in its head; `"flat"` tiles the flattened axis, which at 2048 → 2560 with 32 heads mixes heads and
+    shifts rotary dims. Not lossless. Phi-2's own scale factors were never published; none is applied here.
     """
     if mode not in ("edge", "middle", "center"):
         unknown("tile mode", mode, ("edge", "middle", "center"))

@@ -31,11 +31,6 @@ def test_every_leaf_composes(group: str, leaf: str) -> None:
         assert getattr(settings, group).name == leaf if group in ("growth", "optimizer", "schedule") else getattr(settings, group)
 
 
-@pytest.mark.parametrize("leaf", ARMS)
-def test_an_arm_is_called_after_its_file(leaf: str) -> None:
-    assert compose(["source=x", "target=tiny_target", f"growth={leaf}"]).growth.name == leaf
-
-
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_an_experiment_is_a_delta_that_opens_with_its_command(experiment: str) -> None:
     lines = (CONF / "experiment" / f"{experiment}.yaml").read_text().splitlines()

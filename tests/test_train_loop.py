@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -18,11 +19,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from model.build import build_model
 from model.errors import UserError
+from model.presets import preset
 from train import loop, state
 from train.data import prepare
-from train.data.batches import validation_batches
-from train.evaluate import next_token_loss
+from train.data.batches import batch, validation_batches
+from train.evaluate import evaluate, next_token_loss
 from train.settings import Settings, compose
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +45,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         (folder / f"{i}.txt").write_text(" ".join(words))
     data = ["data=files", f"data.path={folder}", f"data.folder={folder}-tokens", "data.vocab_size=280", "data.validation_fraction=0.3"]
     sizes = ["context=16", "batch_tokens=128", "budget_tokens=768", "eval_tokens=320", "eval_every_tokens=256", "log_every_tokens=256"]
-    train = [f"train.{size}" for size in [*sizes, "save_every_tokens=384"]]
+    train = [f"train.{size}" for size in [*sizes, "save_every_tokens=384", "gradient_clip=0.5"]]
     return [*data, *train, "growth=scratch", TARGET, "logger=none", "progress=false", "study=t", "schedule.warmup_fraction=0.2"]
 
 
@@ -160,6 +163,68 @@ def test_a_loud_run_tells_its_choices_and_losses(settings: Settings, tmp_path: P
     assert "attention sdpa (no flash-attn: no CUDA GPU)" in said
     assert "100%, step 2: loss" in said
     assert "val loss" in said
+
+
+def test_the_loop_computes_what_a_bare_loop_computes(finished: Path, settings: Settings) -> None:
+    """Against plain PyTorch and the library's own loss, with the schedule worked out by hand."""
+    data = prepare(settings.data, progress=False)
+    model = build_model(json.loads((finished / "run.json").read_text())["target_config"], seed=0)
+    decayed = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    losses, norms = [], []
+    rates = [
+        3e-3 * share for share in (5 / 12, 1, 1, 1, 1, 1 / 3)
+    ]  # up over 1/5 of the budget, down over the last 1/4, at each step's middle
+    for step, rate in enumerate(rates):
+        windows = torch.from_numpy(batch(data.train, seed=0, step=step, batch_size=8, context=16))
+        loss = model(input_ids=windows, labels=windows).loss
+        loss.backward()
+        losses.append(loss.item())
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+    assert min(norms) > 0.5  # so that clipping counts
+    logged = rows(finished, "train")
+    assert [row["loss"] for row in logged] == pytest.approx([sum(losses[i : i + 2]) / 2 for i in (0, 2, 4)], rel=1e-5)
+    assert [row["grad_norm"] for row in logged] == pytest.approx(norms[1::2], rel=1e-4)
+    assert [row["learning_rate"] for row in logged] == pytest.approx(rates[1::2])
+    final = weights(finished)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(final[name], parameter.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_is_the_same_for_any_number_of_processes_and_leaves_the_model_training() -> None:
+    """Each process's sums, added up by hand; dropout is off while evaluating."""
+    config = preset("tiny_source") | {"vocab_size": 50, "resid_pdrop": 0.5, "num_hidden_layers": 1}
+    model = build_model(config, seed=0).train()
+    batches = [np.random.default_rng(i).integers(0, 50, (rows, 9)) for i, rows in enumerate((4, 4, 4, 4, 1))]
+
+    class Process:
+        device = torch.device("cpu")
+
+        def __init__(self, index: int, of: int) -> None:
+            self.process_index, self.num_processes, self.sums = index, of, torch.zeros(2)
+
+        def unwrap_model(self, model: Any) -> Any:
+            return model
+
+        def reduce(self, sums: torch.Tensor, reduction: str) -> torch.Tensor:
+            self.sums = sums
+            return sums
+
+    one, two = Process(0, 1), [Process(0, 2), Process(1, 2)]
+    whole = evaluate(model, batches, cast(Any, one), 3.0)
+    for process in two:
+        evaluate(model, batches, cast(Any, process), 3.0)
+    assert model.training
+    assert torch.allclose(two[0].sums + two[1].sums, one.sums)
+    assert one.sums[1] == 17 * 8
+    joined = torch.from_numpy(np.concatenate(batches))
+    assert whole.val_loss == pytest.approx(model.eval()(input_ids=joined, labels=joined).loss.item(), rel=1e-6)
 
 
 # ---- resuming -------------------------------------------------------------------------------------------------------------------------
@@ -325,18 +390,19 @@ def test_what_does_not_fit_is_refused_and_leaves_no_run(overrides: list[str], tm
 # ---- trouble --------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("step", "kept"), [(3, []), (4, ["step-00000003"]), (5, ["step-00000003"])])
 @pytest.mark.parametrize("log_every", [128, 768])
 def test_a_loss_that_is_not_finite_stops_the_run_naming_the_step(
-    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int, step: int, kept: list[str]
 ) -> None:
-    original, calls = loop.next_token_loss, iter(range(100))
-    monkeypatch.setattr(loop, "next_token_loss", lambda *a: original(*a) * (math.nan if next(calls) == 3 else 1.0))
-    with pytest.raises(UserError, match="step 4: the loss is nan"):
-        loop.train(at(settings, tmp_path / "run", log_every_tokens=log_every))
-    kept = state.complete(tmp_path / "run" / "checkpoints")
-    assert [path.name for path in kept] == ["step-00000003"]
-    assert all(tensor.isfinite().all() for tensor in load_file(kept[0] / "model.safetensors").values())
-    assert max(row["step"] for row in rows(tmp_path / "run")) <= 3
+    original, calls = loop.next_token_loss, itertools.count(1)
+    monkeypatch.setattr(loop, "next_token_loss", lambda *a: original(*a) * (math.nan if next(calls) == step else 1.0))
+    with pytest.raises(UserError, match=f"step {step}: the loss is nan"):
+        loop.train(at(settings, tmp_path / "run", log_every_tokens=log_every, eval_every_tokens=None))
+    found = state.complete(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in found] == kept
+    assert all(tensor.isfinite().all() for path in found for tensor in load_file(path / "model.safetensors").values())
+    assert max(row["step"] for row in rows(tmp_path / "run")) < step
 
 
 def test_a_full_disk_stops_the_run_and_leaves_the_earlier_checkpoint(

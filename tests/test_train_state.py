@@ -52,11 +52,11 @@ def test_a_checkpoint_brings_everything_back(tmp_path: Path, phi_config: dict[st
 def test_the_newest_are_kept_and_the_half_written_are_no_checkpoints(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     optimizer = trained(model)
-    for step in (8, 9, 10, 100_000_000):
+    for step in (8, 9, 99_999_999, 100_000_000):
         state.save(tmp_path, state.Position(step=step), model, optimizer, keep=2)
     (tmp_path / "step-00000011.partial").mkdir()
     (tmp_path / "step-00000012").mkdir()  # as a copy that was cut off leaves it: no state.json
-    assert [path.name for path in state.complete(tmp_path)] == ["step-00000010", "step-100000000"]
+    assert [path.name for path in state.complete(tmp_path)] == ["step-99999999", "step-100000000"]
     assert (tmp_path / "step-00000011.partial").exists()
     state.complete(tmp_path, tidy=True)
     assert not (tmp_path / "step-00000011.partial").exists()
@@ -74,9 +74,20 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, file: str) -> None:
 def test_an_optimizer_state_that_holds_code_is_not_loaded(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     path = state.save(tmp_path, state.Position(step=1), model, trained(model), keep=1)
-    torch.save({"run": subprocess.Popen}, path / state.OPTIMIZER)
+    torch.save(Trap(tmp_path / "sprung"), path / state.OPTIMIZER)
     with pytest.raises(UserError, match="cannot be loaded"):
         state.load(path, model, build_optimizer(model, SETTINGS))
+    assert not (tmp_path / "sprung").exists()
+
+
+class Trap:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
@@ -106,15 +117,18 @@ def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
     assert [path.name for path in target.iterdir()] == ["b"]
 
 
+FULL = "No space left on device"
+
+
 @pytest.mark.parametrize(
-    "fault", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: No space left on device (os error 28)")]
+    "fault", [OSError(errno.ENOSPC, FULL), OSError(errno.EROFS, "Read-only file system"), RuntimeError(f"I/O error: {FULL} (os error 28)")]
 )
-def test_a_full_disk_is_one_clear_error_and_leaves_what_was_there(
+def test_a_full_or_unwritable_disk_is_one_clear_error_and_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
 ) -> None:
     (tmp_path / "f").write_text("before")
     monkeypatch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(fault))
-    with pytest.raises(UserError, match=r"/f: could not be written .*No space left on device.* free space"):
+    with pytest.raises(UserError, match=r"/f: could not be written \(.*(No space left on device|Read-only file system).* free space"):
         write_text(tmp_path / "f", "after")
     assert (tmp_path / "f").read_text() == "before"
     assert len(list(tmp_path.iterdir())) == 1

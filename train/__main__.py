@@ -49,6 +49,9 @@ def main() -> None:
             _hydra()
     except UserError as error:
         _fail(error)
+    except KeyboardInterrupt:
+        print("stopped; the same command resumes from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 def _check_sweep(overrides: list[str]) -> None:

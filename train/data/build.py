@@ -127,7 +127,8 @@ def _replace(folder: Path, partial: Path) -> None:
 
 def _write(partial: Path, settings: DataSettings, corpus: Corpus, progress: bool) -> dict[str, Any]:
     """Write tokenizer and shards; return the manifest."""
-    inputs = {"stamp": corpus.stamp(), "digest": _digest(corpus, progress)}  # before the text is read: what changes meanwhile is noticed next time
+    # Before the text is read, so that a change meanwhile is noticed next time.
+    inputs = {"stamp": corpus.stamp(), "digest": _digest(corpus, progress)}
     tokenizer = _tokenizer(settings, corpus, progress)
     save_tokenizer(tokenizer, partial / TOKENIZER)
     writers, tally = _pack(partial, settings, corpus, tokenizer, progress)
