@@ -6,7 +6,7 @@ python -m experiments compare runs/tiny-*      seconds; prints the table, writes
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -35,7 +35,7 @@ class Row:
 
     arm: str
     learning_rate: float
-    best: bool  # of this arm's learning rates, the one with the lowest mean final loss
+    best: bool  # of this arm's learning rates, the one with the lowest mean final loss over the seeds they share
     seeds: tuple[int, ...]
     start_loss: float
     final_loss: float
@@ -93,7 +93,7 @@ def compare(folders: Iterable[str | Path]) -> Comparison:
     for run in sorted(runs, key=lambda run: (run.arm, run.learning_rate, run.seed)):
         groups[run.arm, run.learning_rate].append(run)
     curves = {key: _mean_curve(group) for key, group in groups.items()}
-    best = _best_learning_rates(curves)
+    best = _best_learning_rates(groups)
     scratch = groups[SCRATCH, best[SCRATCH]]
     rows = [_row(group, curves[key], best[key[0]] == key[1], scratch, curves[SCRATCH, best[SCRATCH]]) for key, group in groups.items()]
     rows.sort(key=lambda row: (not row.best, row.final_loss))
@@ -109,12 +109,17 @@ def compare(folders: Iterable[str | Path]) -> Comparison:
     )
 
 
-def _best_learning_rates(curves: dict[tuple[str, float], Curve]) -> dict[str, float]:
-    """The learning rate with the lowest mean final loss, for every arm; the smaller one of two equals."""
+def _best_learning_rates(groups: Mapping[tuple[str, float], Sequence[Run]]) -> dict[str, float]:
+    """For every arm the learning rate with the lowest mean final loss over the seeds that all its learning rates share.
+
+    So a lucky seed that one rate alone was run with decides nothing. Where no seed is shared, each rate's own seeds count; of two equals
+    the smaller rate is taken.
+    """
     best: dict[str, float] = {}
-    for arm, rate in sorted(curves):
-        if arm not in best or curves[arm, rate].losses[-1] < curves[arm, best[arm]].losses[-1]:
-            best[arm] = rate
+    for arm in {arm for arm, _ in groups}:
+        rates = {rate: {run.seed: run.curve.losses[-1] for run in group} for (name, rate), group in groups.items() if name == arm}
+        shared = set.intersection(*(set(losses) for losses in rates.values()))
+        best[arm] = min(sorted(rates), key=lambda rate: fmean(rates[rate][seed] for seed in shared or rates[rate]))
     return best
 
 
@@ -170,15 +175,25 @@ def _notes(rows: Sequence[Row], runs: Sequence[Run], left_out: Sequence[LeftOut]
     notes = [f"left out: {item.folder.name}, {item.reason}" for item in left_out]
     best = [row for row in rows if row.best]
     notes += _notes_on_seeds(best) + _notes_on_tuning(rows)
-    present = {row.arm for row in rows}
-    if SOURCE not in present:
-        notes.append(f"no {SOURCE} arm: nothing here separates a bigger model from one that was trained longer")
+    notes += _notes_on_control(best)
     sources = {(run.source.get("tokens"), run.source.get("flops"), run.source.get("val_loss")) for run in runs if run.source}
     if len(sources) > 1:
         notes.append(f"the runs start from {len(sources)} different sources; the source's cost is the mean of an arm's own")
     notes += [f"{row.arm}: its source's FLOPs are unknown, so nothing with the source included" for row in best if row.source_flops is None]
     devices = sorted({str(run.record.get("device")) for run in runs})
     return notes + ([f"the runs were made on different devices ({', '.join(devices)}): compare no seconds"] if len(devices) > 1 else [])
+
+
+def _notes_on_control(best: Sequence[Row]) -> list[str]:
+    """Bigger, or only trained longer? The source arm tells."""
+    control = next((row for row in best if row.arm == SOURCE), None)
+    if control is None:
+        return [f"no {SOURCE} arm: nothing here separates a bigger model from one that was trained longer"]
+    losing = [row.arm for row in best if row.arm not in (SCRATCH, SOURCE) and row.final_loss >= control.final_loss]
+    said = (
+        f"the {SOURCE} arm, trained longer and not bigger, ends at {control.final_loss:.3f} after the same FLOPs, lower than or equal to: "
+    )
+    return [said + ", ".join(losing)] if losing else []
 
 
 def _notes_on_seeds(best: Sequence[Row]) -> list[str]:

@@ -38,6 +38,7 @@ class Extent:
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
     learning_rate_factors: tuple[float, ...]  # of each arm's own learning rate
+    tuning_seeds: tuple[int, ...] | None = None  # seeds on which every factor is run, the others at factor 1 only; null: all of them
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,13 @@ def jobs(study: Study, extent: Extent) -> list[Job]:
     The learning rate is part of a run's name, so that a grid has a folder for each point and a larger extent goes on from a smaller one.
     """
     shared = {name: _arm_overrides(study, name) for name in extent.arms}
+    tuning = extent.seeds if extent.tuning_seeds is None else extent.tuning_seeds
     points = itertools.product(extent.seeds, extent.arms, extent.learning_rate_factors)
-    return [_job(name, shared[name] + _point_overrides(study.arms[name].learning_rate * share, seed)) for seed, name, share in points]
+    return [
+        _job(name, shared[name] + _point_overrides(study.arms[name].learning_rate * share, seed))
+        for seed, name, share in points
+        if share == 1 or seed in tuning
+    ]
 
 
 def _arm_overrides(study: Study, name: str) -> list[str]:

@@ -34,7 +34,8 @@ class Display:
             yield
             return
         with _bars(self.console) as self.bars:
-            self.tasks = {self.bars.add_task(job.name, total=job.settings.train.budget_tokens, shown="waiting"): job for job in todo}
+            add = self.bars.add_task
+            self.tasks = {add(job.name, start=False, total=job.settings.train.budget_tokens, shown="waiting"): job for job in todo}
             yield
         self.bars, self.tasks = None, {}
 
@@ -42,13 +43,20 @@ class Display:
         """Move every bar to where its run's metrics say it is."""
         for task, job in self.tasks.items() if self.bars else ():
             tokens, shown = position(job.folder / "metrics.jsonl")
-            if shown:
-                self.bars.update(task, completed=tokens, shown=shown)  # type: ignore[union-attr]
+            if self.bars and shown:
+                self.bars.start_task(task)  # its clock starts with its first evaluation, not while it waits for a core
+                self.bars.update(task, completed=tokens, shown=shown)
 
     def finished(self, job: Job, seconds: float) -> None:
+        """Stop the job's clock, or tell that it is done; `seconds` since the batch began."""
         _, shown = position(job.folder / "metrics.jsonl")
+        for task in [task for task, other in self.tasks.items() if other is job]:
+            if self.bars:
+                self.bars.update(task, completed=job.settings.train.budget_tokens, shown=shown)
+                self.bars.stop_task(task)
+                del self.tasks[task]
         if self.bars is None:
-            self.say(f"{job.name}: done, {shown}, after {seconds / 60:.1f} min")
+            self.say(f"{job.name}: done, {shown}, {seconds / 60:.1f} min after the start")
 
 
 def position(metrics: Path) -> tuple[float, str]:

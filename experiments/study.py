@@ -47,7 +47,7 @@ def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None)
     extent = study.full if full else study.demo
     out = HERE / name if full else Path("runs") / f"comparison-{name}"
     logs = Path("runs") / f"logs-{name}"
-    at_once = jobs_at_once or cores()
+    at_once = cores() if jobs_at_once is None else jobs_at_once
     if at_once < 1:
         raise UserError(f"--jobs {at_once}: expected at least 1")
     display = Display()

@@ -17,7 +17,7 @@ from .expansion import AxisMap, Fill, runs
 from .plan import Plan, Step
 from .seeding import generator
 
-# Of the target. Small enough that temporaries are reused by the allocator instead of being fresh memory each time, which costs more than the
+# Of the target. Small enough that the allocator reuses temporaries instead of taking fresh memory each time, which costs more than the
 # arithmetic; part of the result's definition, since random entries are drawn block by block.
 BLOCK_BYTES = 1 << 20
 

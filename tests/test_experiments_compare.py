@@ -51,6 +51,14 @@ def test_best_learning_rate_heads_the_table_and_the_grid_stays(study: list[Path]
     assert [row.n for row in comparison.rows] == [3, 3, 3, 3]
 
 
+def test_the_best_learning_rate_is_chosen_on_the_seeds_that_all_rates_share(tmp_path: Path) -> None:
+    """On seed 0 the rate 1e-3 is better; its other seed is worse, and must not hand the choice to a rate that never ran it."""
+    folders = [fabricate(tmp_path, "scratch", [8.0, 4.0], seed=0), fabricate(tmp_path, "scratch", [8.0, 4.3], seed=1)]
+    folders += [fabricate(tmp_path, "scratch", [8.0, 4.1], seed=0, rate=2e-3)]
+    best = row_of(compare(folders), "scratch")
+    assert (best.learning_rate, best.n, best.final_loss) == (1e-3, 2, pytest.approx(4.15))
+
+
 def test_rows_hold_the_hand_computed_numbers(study: list[Path]) -> None:
     lossless = row_of(compare(study), "lossless")
     assert (lossless.start_loss, lossless.final_loss) == (7.0, 2.5)
@@ -126,6 +134,8 @@ def test_the_answer_is_computed(study: list[Path], tmp_path: Path) -> None:
 def test_the_control_arm_is_a_row_but_never_the_answer(study: list[Path], tmp_path: Path) -> None:
     control = fabricate(tmp_path, "source", [5.0, 3.5, 3.0, 2.0], source=SOURCE, every=200, flops_per_token=5.0)
     comparison = compare([*study, control])
+    said = "the source arm, trained longer and not bigger, ends at 2.000 after the same FLOPs, lower than or equal to: lossless, random_pad"
+    assert said in comparison.notes
     assert row_of(comparison, "source").cost.speedup_excluded == pytest.approx(3000 / (1000 * 2 / 3))
     assert answer(comparison).startswith("lossless reaches")
 
@@ -181,9 +191,10 @@ def test_the_readmes_table_is_the_one_the_runs_gave(study: list[Path], tmp_path:
     readme.write_text(text.replace("2.00 ×, 50 ± 0 %", "2.00 ×, 60 ± 0 %"))
     with pytest.raises(UserError, match=r"the table is not what the runs gave.*60 ± 0"):
         check_table(readme, table)
-    readme.write_text("no markers")
-    with pytest.raises(UserError, match="expected one line"):
-        insert_table(readme, table)
+    for wrong in ("no markers", END, f"{BEGIN}\n{BEGIN}\n{END}", f"{END}\n{BEGIN}"):
+        readme.write_text(wrong)
+        with pytest.raises(UserError, match="expected one line"):
+            insert_table(readme, table)
 
 
 def test_the_picture_shows_every_seed_every_mean_and_the_line(study: list[Path]) -> None:

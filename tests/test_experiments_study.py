@@ -68,7 +68,15 @@ def test_every_study_composes(name: str, elsewhere: Path, grids: dict[str, list[
     assert len(study.full.seeds) >= 3
     assert len(study.full.learning_rate_factors) >= 3
     assert {job.folder for job in demo} <= {job.folder for job in grids[name]}  # a full run goes on from the demo
-    assert all(f"-lr{job.settings.optimizer.learning_rate:g}-s0" in job.name for job in grids[name])
+    assert all(job.name == f"{job.settings.study}-{job.arm}-lr{job.settings.optimizer.learning_rate:g}-s0" for job in grids[name])
+
+
+def test_the_grid_is_run_on_the_tuning_seeds_only(elsewhere: Path, grids: dict[str, list[Job]]) -> None:
+    study = load_study("tiny")
+    extent = replace(study.full, arms=("scratch",), seeds=(0, 1, 2), learning_rate_factors=(0.5, 1, 2), tuning_seeds=(0,))
+    rates = [study.arms["scratch"].learning_rate * share for share in (0.5, 1, 2, 1, 1)]
+    points = [(job.settings.seed, job.settings.optimizer.learning_rate) for job in jobs(study, extent)]
+    assert points == list(zip((0, 0, 0, 1, 2), rates, strict=True))
 
 
 @pytest.mark.parametrize("name", STUDIES)
