@@ -172,7 +172,7 @@ def _disk_faults(out: Path) -> Iterator[None]:
             raise UserError(
                 f"out {out}: the disk is full ({free:,} bytes free); nothing was kept; free space or choose another disk"
             ) from None
-        if fault.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if fault.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
             raise UserError(
                 f"out {out}: cannot be written ({fault.strerror}: {fault.filename}); choose a folder you may write to"
             ) from None

@@ -197,6 +197,7 @@ def test_a_dataset_is_read_as_datasets_reads_it(tmp_path: Path, monkeypatch: pyt
     settings = DataSettings("t", "hub", dataset=str(home), column="body", streaming=streaming, limit_documents=2)
     found = list(documents(settings, open_corpus(settings)))
     assert [(document.name.rsplit(":", 2)[1:], document.text) for document in found] == [(["train", "0"], "one"), (["train", "2"], "three")]
+    assert any((tmp_path / "cache").glob("**/*.arrow")) is not streaming
     with pytest.raises(UserError, match=r"no column 'text'; found body, n"):
         list(documents(wrong := DataSettings("t", "hub", dataset=str(home), streaming=streaming), open_corpus(wrong)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -70,7 +71,9 @@ def test_the_manifest_says_what_was_read(settings: DataSettings) -> None:
     manifest = json.loads((settings.home / "manifest.json").read_text())
     assert manifest["read"] == {"empty_skipped": 0, "utf8_replaced": 1}
     assert manifest["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
-    for split in manifest["splits"].values():
+    for name, split in manifest["splits"].items():
+        raw = b"".join(path.read_bytes() for path in sorted(settings.home.glob(f"{name}-*.bin")))
+        assert split["sha256"] == hashlib.sha256(raw).hexdigest()
         assert [shard["tokens"] for shard in split["shards"][:-1]] == [500] * (len(split["shards"]) - 1)
         assert sum(shard["tokens"] for shard in split["shards"]) == split["tokens"]
     assert len(manifest["splits"]["train"]["shards"]) > 2
@@ -122,7 +125,9 @@ def test_tokens_slice_as_one_array(lengths: list[int]) -> None:
 def test_what_is_there_is_opened_not_built(settings: DataSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     first, before = build(settings), stamp(settings)
     monkeypatch.setattr("train.data.build._build", lambda *_: pytest.fail("built again"))
-    assert build(replace(settings, name="other")).fingerprint == first.fingerprint
+    with monkeypatch.context() as patch:
+        patch.setattr("train.data.build._digest", lambda *_: pytest.fail("read again"))
+        assert build(replace(settings, name="other")).fingerprint == first.fingerprint
     os.utime(Path(settings.path or "") / "00.txt", (1, 1))  # touched, not changed
     moved = settings.home.parent / "moved"
     shutil.copytree(settings.path or "", moved)

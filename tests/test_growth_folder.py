@@ -85,6 +85,11 @@ def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: A
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
+def test_a_place_that_cannot_be_written_is_told(source: Path) -> None:
+    with pytest.raises(UserError, match=r"out /proc/grown: cannot be written"):
+        grow(source, "/proc/grown", target=BIGGER)
+
+
 def test_a_fault_while_writing_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
     import growth.execute
 

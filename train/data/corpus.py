@@ -222,7 +222,8 @@ def _files(settings: DataSettings) -> Files:
     found = [Path(match) for match in glob.iglob(pattern, recursive=True)]
     files = [file for file in found if file.suffix.lower() in READERS and not file.is_dir()]
     if not files:
-        reason = f"none of its {len(found)} files ends in {' '.join(READERS)}" if found else "there is no such file or folder"
+        nothing = "it is an empty folder" if Path(path).is_dir() else "there is no such file or folder"
+        reason = f"none of its {len(found)} files ends in {' '.join(READERS)}" if found else nothing
         raise UserError(f"data.path={settings.path}: {reason}; give a folder or a glob with text in it")
     return Files(_named(root, files), settings.column)
 
