@@ -140,7 +140,7 @@ def jsonl(text: str) -> dict[str, bytes]:
         ({"a.parquet": b"PAR1 this is none"}, r"a\.parquet: corrupted parquet .*fetch the file again"),
         ({"a.parquet": b""}, r"a\.parquet: corrupted parquet"),
         ({"a.png": b""}, r"none of its 1 files ends in \.txt \.md \.py \.jsonl \.parquet"),
-        ({}, "there is no such file or folder"),
+        ({}, "it is an empty folder"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, files: dict[str, bytes], message: str) -> None:
