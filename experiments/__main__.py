@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The commands and their flags."""
     doors = argparse.ArgumentParser(prog="python -m experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = doors.add_subparsers(dest="command", required=True)
     compare = commands.add_parser("compare", help="compare finished runs")

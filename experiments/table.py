@@ -73,6 +73,7 @@ def ratio(row: Row, side: Literal["excluded", "included"]) -> str:
 
 
 def signed(difference: float | None) -> str:
+    """A difference of losses with its sign, in nats; a dash where there is none."""
     return UNDEFINED if difference is None else f"{difference:+.3f}".replace("-", "−")
 
 
@@ -106,6 +107,7 @@ def markdown(comparison: Comparison) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, bars in cells escaped."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 

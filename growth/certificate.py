@@ -20,8 +20,8 @@ from model.notation import spaces
 from .expansion import AxisMap, Expansion, Fill
 
 if TYPE_CHECKING:
-    from .operators import Growth
     from .plan import Plan
+    from .recipe import Growth
 
 # Config keys that are no sizes and do not change what the network computes.
 NEUTRAL = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "initializer_range", "auto_map")

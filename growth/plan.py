@@ -21,7 +21,8 @@ from model.presets import PRESETS, preset
 from .certificate import Certificate, certify
 from .expansion import AxisMap, Fill
 from .layers import LayerMap, layer_map
-from .operators import Growth, Recipe, recipe
+from .operators import recipe
+from .recipe import Growth, Recipe
 
 
 @dataclass(frozen=True, eq=False)

@@ -169,11 +169,11 @@ def test_incomparable_runs_are_refused_by_name(tmp_path: Path, changes: dict[str
 
 def test_the_control_arm_may_train_another_network_on_other_tokens(tmp_path: Path) -> None:
     changes = {"target_config": {"model_type": "phi", "hidden_size": 64}, "flops_per_token": 5.0}
-    comparable(
-        fabricate(tmp_path, "scratch", [5.0, 4.0, 3.0]),
-        fabricate(tmp_path, "tile", [5.0, 4.0, 3.0], **{"target_config.transformers_version": "5.0"}),  # the library's own mark
-        fabricate(tmp_path, "source", [4.0, 3.9, 3.8, 3.7, 3.6], **changes),
-    )
+    scratch = fabricate(tmp_path, "scratch", [5.0, 4.0, 3.0])
+    tile = fabricate(tmp_path, "tile", [5.0, 4.0, 3.0], **{"target_config.transformers_version": "5.0"})  # the library's own mark
+    comparable(scratch, tile, fabricate(tmp_path, "source", [4.0, 3.9, 3.8, 3.7, 3.6], **changes))
+    with pytest.raises(UserError, match="target configs differ"):  # what the control arm may, no other arm may
+        comparable(scratch, fabricate(tmp_path, "random_pad", [4.0, 3.9, 3.8], target_config=changes["target_config"]))
 
 
 def test_seeds_repeat_and_nothing_else_differs(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Evaluation:
+    """What one evaluation measured."""
+
     val_loss: float  # nats per token
     bits_per_byte: float
 

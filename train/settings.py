@@ -36,6 +36,8 @@ class GrowthSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
+    """conf/optimizer."""
+
     name: Literal["adamw"]
     learning_rate: float  # at the peak of the schedule
     betas: tuple[float, float]
@@ -45,6 +47,8 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class ScheduleSettings:
+    """conf/schedule; fractions are of the run's budget."""
+
     name: str  # a key of train.schedule.SCHEDULES
     warmup_fraction: float  # of the budget
     floor: float  # the last rate, as a share of the peak
@@ -54,6 +58,8 @@ class ScheduleSettings:
 
 @dataclass(frozen=True)
 class LoggerSettings:
+    """conf/logger."""
+
     trackers: tuple[Literal["wandb", "tensorboard"], ...]  # mirrors of metrics.jsonl
     project: str
     mode: Literal["auto", "online", "offline"]  # W&B; auto is online where the user is logged in
@@ -79,6 +85,8 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class Settings:
+    """A whole run, as conf/train.yaml and its groups compose it."""
+
     study: str
     seed: int
     name: str

@@ -21,6 +21,8 @@ from train.data.settings import DataSettings
 
 
 class Document(NamedTuple):
+    """One text of a corpus."""
+
     name: str  # unique in the corpus; decides the split
     text: str
     bytes: int  # of the text in UTF-8
@@ -54,6 +56,8 @@ class Tally:
 
 
 class Corpus(Protocol):
+    """A stream of documents that knows its size and how to tell that it changed."""
+
     @property
     def size(self) -> int | None:
         """Bytes to read, where that is known."""

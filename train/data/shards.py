@@ -128,6 +128,7 @@ class ShardWriter:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, the last file of a token folder, and see it on disk."""
     with (folder / MANIFEST).open("w") as file:
         json.dump(manifest, file, indent=1)
         file.flush()

@@ -97,6 +97,7 @@ def entries(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """A fingerprint of everything that decides how text becomes tokens."""
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 

@@ -1,0 +1,110 @@
+"""What an operator is given (`Growth`) and what it decides (`Recipe`), from which every tensor's maps follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from math import sqrt
+
+from model.family import Config, Family, Tensor
+from model.notation import Axis, Parts, Product, Space
+
+from .expansion import AxisMap, Expansion, compose, concatenate
+
+
+@dataclass(frozen=True, eq=False)
+class Growth:
+    """What an operator is given: a family, two configs and their sizes."""
+
+    family: Family
+    source_config: Config
+    target_config: Config
+    seed: int = 0
+
+    @cached_property
+    def source(self) -> dict[str, int]:
+        return self.family.sizes(self.source_config)
+
+    @cached_property
+    def target(self) -> dict[str, int]:
+        return self.family.sizes(self.target_config)
+
+    @property
+    def tied(self) -> bool:
+        return self.family.flag(self.target_config, "tie_word_embeddings")
+
+    @property
+    def embedding_gain(self) -> float:
+        """What undoes the change of a model's own factor sqrt(hidden) on its embeddings (Gemma); 1 where there is none."""
+        scaled = any(line.scaled for line in self.family.lines)
+        return sqrt(self.source["residual"] / self.target["residual"]) if scaled else 1.0
+
+    @property
+    def rotary_kept(self) -> bool:
+        """Whether exactly the same dimensions of a head are turned by the same angles."""
+        return self.family.rotary_dims(self.source_config) == self.family.rotary_dims(self.target_config)
+
+    @property
+    def attention_gain(self) -> float:
+        """How much larger q·k must become so that the library's scaling gives the source's attention logits."""
+        if self.family.attention_scale == "head_dim":
+            return sqrt(self.target["qk"] / self.source["qk"])
+        return sqrt(self.target_config[self.family.attention_scale] / self.source_config[self.family.attention_scale])
+
+    def grows(self, space: str) -> bool:
+        return self.source[space] != self.target[space]
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """What an operator decides.
+
+    Attributes:
+        expansions: one per space.
+        flat: axes made of several spaces grow as one, whatever they are made of (`tile`'s flat variant).
+        eps_factor: what the target's norm epsilon is multiplied by.
+        diagonal: the n-th copies of a writer read the n-th copies only (HyperCloning's diagonal form), not all of them evenly.
+        factor: one more factor on a tensor, by the spaces it reads and writes that grow.
+        embedding_gain: factor on embeddings that the model itself multiplies by sqrt(hidden).
+        inherits: False when nothing is taken from the source.
+    """
+
+    expansions: Mapping[str, Expansion]
+    flat: Callable[[int, int], AxisMap] | None = None
+    diagonal: bool = False
+    factor: Callable[[Tensor], float] | None = None
+    eps_factor: float = 1.0
+    embedding_gain: float = 1.0
+    inherits: bool = True
+
+    def spaces_only(self) -> Recipe:
+        """The same recipe with every axis grown space by space."""
+        return replace(self, flat=None, factor=None)
+
+    def maps(self, tensor: Tensor) -> tuple[AxisMap, ...]:
+        """One map per stored axis of `tensor`, composed from the expansions of its spaces in the role it plays for each."""
+        maps = [self._axis(axis, reads, tensor) for axis, reads in zip(tensor.axes, tensor.reads, strict=True)]
+        if self.factor is not None:
+            maps[0] = maps[0].scaled(self.factor(tensor))
+        return tuple(maps)
+
+    def _axis(self, axis: Axis, reads: bool, tensor: Tensor) -> AxisMap:
+        if self.flat is not None and isinstance(axis, Parts):
+            return reduce(concatenate, (self._axis(part, reads, tensor) for part in axis.parts))
+        whole = compose(axis, lambda space: self._side(space, reads, tensor))
+        return self.flat(whole.source, whole.target) if self.flat is not None and isinstance(axis, Product) else whole
+
+    def _side(self, space: Space, reads: bool, tensor: Tensor) -> AxisMap:
+        expansion, line = self.expansions[space.name], tensor.line
+        match line.kind:
+            case "norm":
+                return expansion.shift if tensor.is_bias else expansion.scale
+            case "final norm":
+                return expansion.final_shift if tensor.is_bias else expansion.final_scale
+            case "post norm":
+                return expansion.post_scale
+        if line.kind == "linear" and reads and line.out == Space("vocab"):
+            return expansion.head
+        side = expansion.read if reads != space.dual else expansion.write
+        return side.scaled(self.embedding_gain) if line.scaled and space.name == "residual" else side
