@@ -5,7 +5,22 @@
 lossless
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .grow import Grown, grow
 from .plan import Plan, plan
 
-__all__ = ["Grown", "Plan", "grow", "plan"]
+if TYPE_CHECKING:
+    from .adam import grow_adam, load_adam
+    from .memory import grow_model
+
+__all__ = ["Grown", "Plan", "grow", "grow_adam", "grow_model", "load_adam", "plan"]
+
+_NEED_TORCH = {"grow_model": ".memory", "grow_adam": ".adam", "load_adam": ".adam"}  # which growing a folder does without
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NEED_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_NEED_TORCH[name], __name__), name)

@@ -59,6 +59,7 @@ class Settings:
     threads: int
     max_shard_gb: float
     revision: str | None
+    optimizer: str | None
 
 
 def settings_from(arguments: list[str]) -> Settings:
@@ -107,6 +108,7 @@ def run(settings: Settings) -> None:
             threads=settings.threads,
             max_shard_bytes=int(settings.max_shard_gb * 1e9),
             revision=settings.revision,
+            optimizer=settings.optimizer,
             progress=progress,
             **settings.growth.arguments(),
         )

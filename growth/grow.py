@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.checkpoint import Checkpoint, locate
-from model.config import Target
+from model.config import Target, read_json
 from model.dtypes import RAW
+from model.errors import UserError
 
 from .card import model_card
 from .execute import Expander, Reader
+from .moments import OPTIMIZER, RULES, STATE, inexact, moments_plan
 from .plan import Plan, plan
 from .shards import MAX_SHARD_BYTES, Entry, ShardWriter, complete_or_absent
 from .verify import Receipt, check_receipt, measure, verify_structure
 
 if TYPE_CHECKING:
+    from .adam import AdamState
     from .certificate import Certificate
 
 # What a checkpoint folder holds besides config and weights; copied as it is, since growth keeps the vocabulary.
@@ -58,6 +61,7 @@ def grow(
     threads: int = 2,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     revision: str | None = None,
+    optimizer: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Grown:
@@ -71,6 +75,8 @@ def grow(
         receipt: measure logits of both models; None measures models of up to 100 M parameters.
         threads: over tensors; the bits do not depend on it.
         max_shard_bytes: size of a shard.
+        optimizer: Adam's saved state of the source, a file or a folder with `optimizer.bin` or `optimizer.pt`; grown with the weights into
+            `out/optimizer`, from where `growth.load_adam` puts it into an optimizer.
         progress: called with (bytes done, bytes in all) after every tensor.
 
     Raises:
@@ -78,8 +84,11 @@ def grow(
     """
     with Checkpoint(locate(source, revision)) as checkpoint:
         made = plan(checkpoint, target, operator, depth=depth, noise=noise, seed=seed, **options)
+        adam = None if optimizer is None else _read_adam(optimizer, made)
         with complete_or_absent(out, overwrite=overwrite) as folder:
             write_weights(made, checkpoint, folder, threads=threads, max_shard_bytes=max_shard_bytes, progress=progress)
+            if adam is not None:
+                _write_adam(folder, made, adam, threads=threads, max_shard_bytes=max_shard_bytes, progress=progress)
             write_config(folder, made)
             _copy_companions(checkpoint.folder, folder)
             verify_structure(folder, made)
@@ -124,6 +133,20 @@ def write_weights(
         writer.close()
 
 
+def _read_adam(path: str | Path, plan: Plan) -> AdamState:
+    from .adam import read_adam  # imports torch, which growing weights does without
+
+    return read_adam(path, plan)
+
+
+def _write_adam(folder: Path, plan: Plan, adam: AdamState, **how: Any) -> None:
+    """Grow the moments into `folder/optimizer`, as safetensors beside a state.json that says how."""
+    (folder / OPTIMIZER).mkdir()
+    write_weights(moments_plan(plan, adam.moments.dtypes), adam.moments, folder / OPTIMIZER, **how)
+    state = {"step": adam.step, "rule": RULES[plan.recipe.moments], "inexact": list(inexact(plan))}
+    (folder / OPTIMIZER / STATE).write_text(json.dumps(state, indent=1) + "\n")
+
+
 def write_config(folder: Path, plan: Plan) -> None:
     """The target's config.json; a dtype that the source's config names stays."""
     (folder / "config.json").write_text(json.dumps(plan.target_config, indent=2, sort_keys=True) + "\n")
@@ -139,7 +162,13 @@ def _write_recipe(folder: Path, plan: Plan, source: str, revision: str | None, c
     """`growth.json`, and a model card that says the same in words."""
     ledger = checkpoint.folder / "ledger.json"
     recipe = {
-        "source": {"name": source, "revision": revision, "ledger": json.loads(ledger.read_text()) if ledger.is_file() else None},
+        "source": {
+            "name": source,
+            "revision": revision,
+            "config": plan.source_config,
+            "ledger": json.loads(ledger.read_text()) if ledger.is_file() else None,
+        },
+        "target": {"config": plan.target_config},
         "plan_hash": plan.hash,
         "certificate": {"lossless": plan.certificate.lossless, "reasons": list(plan.certificate.reasons)},
         "receipt": None if receipt is None else receipt.to_dict(),
@@ -147,3 +176,25 @@ def _write_recipe(folder: Path, plan: Plan, source: str, revision: str | None, c
     }
     (folder / "README.md").write_text(model_card(plan, source, receipt))
     (folder / "growth.json").write_text(json.dumps(recipe, indent=1) + "\n")
+
+
+def recorded_plan(folder: Path | str) -> Plan:
+    """The plan that a grown folder followed, made again from its `growth.json`; no weights are read.
+
+    Raises:
+        UserError: the folder was not grown by this library, or what it records does not give the plan that it names.
+    """
+    folder = Path(folder)
+    record = read_json(folder / "growth.json")
+    try:
+        made, source, target, named = record["plan"], record["source"]["config"], record["target"]["config"], record["plan_hash"]
+        depth = made["layers"] if made["depth"] == "list" else made["depth"]
+        how = {"depth": depth, "noise": made["noise"], "seed": made["seed"], **made["options"]}
+    except (KeyError, TypeError) as fault:
+        raise UserError(f"{folder / 'growth.json'}: no record of a growth that can be followed again ({fault})") from None
+    again = plan(source, target, made["operator"], **how)
+    if again.hash != named:
+        raise UserError(
+            f"{folder / 'growth.json'}: gives plan {again.hash}, but records plan {named}; was it edited, or grown by another version?"
+        )
+    return again

@@ -94,7 +94,7 @@ def _average_expansion(growth: Growth, writer_gain: Callable[[float], float]) ->
         copies = AxisMap.of(n, _wrapped(n, N))
         return Expansion.of(copies, copies.split(), f"{n} → {N}: copied in turn, readers divided")
 
-    return Recipe(_each_space(growth, grow), embedding_gain=growth.embedding_gain)
+    return Recipe(_each_space(growth, grow), embedding_gain=growth.embedding_gain, moments="transpose")
 
 
 def _average_residual(growth: Growth, n: int, N: int, c: float) -> Expansion:
@@ -200,7 +200,8 @@ def net2net(growth: Growth) -> Recipe:
     Lossless on spaces without a norm. A norm over the residual stream sees other statistics unless every index happens to be copied equally
     often, and head dims that rotary positions turn are never copied.
     """
-    return Recipe(_each_space(growth, lambda space, n, N: _random_copies(growth, space, n, N)), embedding_gain=growth.embedding_gain)
+    expansions = _each_space(growth, lambda space, n, N: _random_copies(growth, space, n, N))
+    return Recipe(expansions, embedding_gain=growth.embedding_gain, moments="transpose")
 
 
 def bert2bert_fpi(growth: Growth) -> Recipe:
@@ -268,7 +269,7 @@ def hyperclone(growth: Growth, *, form: str = "symmetric") -> Recipe:
             expansion = replace(expansion, final_scale=expansion.final_scale.scaled(undo), final_shift=expansion.final_shift.scaled(undo))
         return expansion
 
-    return Recipe(_each_space(growth, grow), diagonal=form == "diagonal", embedding_gain=growth.embedding_gain)
+    return Recipe(_each_space(growth, grow), diagonal=form == "diagonal", embedding_gain=growth.embedding_gain, moments="transpose")
 
 
 def sparkling(growth: Growth) -> Recipe:
@@ -292,7 +293,7 @@ def sparkling(growth: Growth) -> Recipe:
         (d, out), (D, out_target) = ((size(line.into, sizes), size(line.out, sizes)) for sizes in (growth.source, growth.target))
         return sqrt(d / D) if out == out_target else sqrt(1 / (1 + 3 * (D - d) / d))
 
-    return Recipe(_each_space(growth, grow), factor=factor)
+    return Recipe(_each_space(growth, grow), factor=factor, moments="original")
 
 
 OPERATORS: dict[str, Operator] = {

@@ -274,8 +274,8 @@ def _check_tensors(checkpoint: Checkpoint, steps: Sequence[Step], family: Family
 
 
 def _follow(config: dict[str, Any], growth: Growth, made: Recipe, layers: LayerMap) -> dict[str, Any]:
-    eps = growth.family.field_name("norm_eps")
-    if made.eps_factor != 1:
+    eps = growth.family.names.get("norm_eps")
+    if made.eps_factor != 1 and eps is not None:  # some models have a constant in their code instead (OPT)
         config[eps] = growth.family.eps(growth.source_config) * made.eps_factor
     for key, value in growth.source_config.items():  # one entry per layer, such as layer_types
         if isinstance(value, list) and len(value) == layers.source and key.startswith("layer"):

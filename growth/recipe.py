@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from math import sqrt
+from typing import Literal
 
 from model.family import Config, Family, Tensor
 from model.notation import Axis, Parts, Product, Space
@@ -68,6 +69,7 @@ class Recipe:
         factor: one more factor on a tensor, by the spaces it reads and writes that grow.
         embedding_gain: factor on embeddings that the model itself multiplies by sqrt(hidden).
         inherits: False when nothing is taken from the source.
+        moments: how Adam's moments grow with the weights (`growth.moments`): by the transposed maps, kept on original entries, or reset.
     """
 
     expansions: Mapping[str, Expansion]
@@ -77,6 +79,7 @@ class Recipe:
     eps_factor: float = 1.0
     embedding_gain: float = 1.0
     inherits: bool = True
+    moments: Literal["transpose", "original", "reset"] = "reset"
 
     def spaces_only(self) -> Recipe:
         """The same recipe with every axis grown space by space."""

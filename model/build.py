@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, unknown
-from .family import Config
+from .family import Config, family_of
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +75,18 @@ def build_model(config: Config, *, seed: int, dtype: str = "float32", attention:
         )
 
 
+def empty_model(config: Config, *, dtype: torch.dtype, device: torch.device | str = "cpu", attention: str | None = None) -> PreTrainedModel:
+    """A model whose parameters hold nothing yet (its buffers do), tied where its config ties, on `device`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), torch.device(device):
+        model = AutoModelForCausalLM.from_config(to_hf_config(config), dtype=dtype, attn_implementation=attention, trust_remote_code=False)
+    model.tie_weights()
+    return model
+
+
 def load_model(folder: Path | str, *, dtype: str = "float32", attention: str = "auto") -> PreTrainedModel:
     """A model from a local folder of safetensors weights, every tensor accounted for.
 
@@ -98,6 +110,28 @@ def load_model(folder: Path | str, *, dtype: str = "float32", attention: str = "
     faults: dict[str, Any] = {name: found for name, found in report.items() if found}
     UserError.collect(f"model {folder}: {name.replace('_', ' ')}: {str(found)[:200]}" for name, found in faults.items())
     return model
+
+
+def stored_names(model: PreTrainedModel) -> dict[str, str]:
+    """Parameter name → the name under which a checkpoint of this model stores it; `transformers` renames a few when it loads."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    parameters = [name for name, _ in model.named_parameters()]
+    config = model.config.to_dict()
+    stored = [tensor.name for tensor in family_of(config).tensors(config) if not tensor.tied]
+    names = {name: name for name in stored}
+    for renaming in get_model_conversion_mapping(model, add_legacy=False):
+        names |= {renaming.rename_source_key(name)[0]: name for name in stored if name not in parameters}
+    return {name: names[name] for name in parameters}
+
+
+def parameter_names(config: Config) -> dict[str, str]:
+    """`stored_names` of a model of `config`, in the order in which the model lists its parameters and optimizers number them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return stored_names(AutoModelForCausalLM.from_config(to_hf_config(config), trust_remote_code=False))
 
 
 def _implementation(attention: str) -> str | None:

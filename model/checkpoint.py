@@ -59,7 +59,7 @@ class Checkpoint:
         if not self.folder.is_dir():
             raise UserError(f"source {str(folder)!r}: no such folder")
         self.config = read_json(self.folder / "config.json")
-        self.tensors = _read_tensor_table(self.folder)
+        self.tensors = tensor_table(self.folder)
         self._files: dict[Path, int] = {}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -100,7 +100,12 @@ class Checkpoint:
         self.close()
 
 
-def _read_tensor_table(folder: Path) -> dict[str, Stored]:
+def tensor_table(folder: Path) -> dict[str, Stored]:
+    """Where every tensor of a folder lies, over all its safetensors shards.
+
+    Raises:
+        UserError: no safetensors weights, or a malformed header or index.
+    """
     index = folder / INDEX
     if index.exists():
         listed: Mapping[str, set[str] | None] = _read_index(index)

@@ -1,0 +1,81 @@
+"""Adam's moments, grown with the weights (LEMON, 2310.07999, appendix; Net2Net's map transposed).
+
+Growth that keeps the function is a linear map of the weights, so the chain rule ties the new gradients to the old. An index that is copied
+k times with gain a sees each copy's gradient as 1/(k·a) of the source's: k copies share what flows back, and whoever is scaled by a is
+answered by 1/a. One such factor per axis gives a whole tensor:
+
+    m' = α·m,  v' = α²·v,  α = Π over the axes of 1/(k·a)
+
+It is exact for what is inherited where the plan is lossless, copies are evenly read (no noise) and nothing new reaches an inherited
+gradient; `inexact` names what stands against it. New entries, and layers that start as the identity, begin at zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from .expansion import AxisMap, Fill
+from .origin import Origin, axis_origins
+from .plan import Plan, Step
+
+OPTIMIZER, STATE = "optimizer", "state.json"  # the folder beside the grown weights, and what says how they grew
+POWERS = {"exp_avg": 1, "exp_avg_sq": 2}  # Adam's names → the power of the gradient that they average
+
+
+def moments_plan(plan: Plan, dtypes: dict[str, str]) -> Plan:
+    """The plan by which the moments grow: steps `exp_avg.NAME` and `exp_avg_sq.NAME` for every tensor of `plan`.
+
+    Args:
+        dtypes: safetensors dtype of each source moment, under the same prefixed names.
+    """
+    steps = tuple(_step(plan, step, moment, power) for moment, power in POWERS.items() for step in plan.steps)
+    return replace(plan, steps=steps, noise=0.0, dtypes=dtypes)
+
+
+def inexact(plan: Plan) -> Iterator[str]:
+    """Why the grown moments are not those that the grown model's own gradients would have given; nothing where they are."""
+    growth = plan.growth
+    if plan.recipe.moments != "transpose":
+        yield f"operator {plan.operator!r}: {RULES[plan.recipe.moments]}"
+        return
+    if not plan.certificate.lossless:
+        yield "the growth is not lossless"
+    if plan.noise:
+        yield f"noise {plan.noise:g}: copies are read unevenly; each gets the mean of what the copies' gradients are"
+    if growth.family.norm == "layer" and growth.target["residual"] % growth.source["residual"]:
+        yield "residual: gradients of the new indices reach the inherited ones through LayerNorm's mean"
+    if growth.grows("vocab"):
+        yield "vocab: new tokens take part in the softmax"
+
+
+RULES = {
+    "transpose": "grown by the transposed maps",
+    "original": "kept where an entry is the source's own, reset on copies and on what is new",
+    "reset": "reset",
+}
+
+
+def _step(plan: Plan, step: Step, moment: str, power: int) -> Step:
+    tensor = replace(step.tensor, name=f"{moment}.{step.name}", line=replace(step.tensor.line, offset=0.0))
+    rule, origins = plan.recipe.moments, axis_origins(plan, step)
+    if rule == "reset" or step.source is None or any((origin == Origin.NEW).all() for origin in origins):
+        return replace(step, tensor=tensor, source=None, zero=True, next_source=None, diagonal=False)
+    if rule == "original":
+        maps = tuple(_kept(axis, origin == Origin.ORIGINAL) for axis, origin in zip(step.maps, origins, strict=True))
+    else:
+        maps = tuple(_transposed(axis, power) for axis in step.maps)
+    return replace(step, tensor=tensor, source=f"{moment}.{step.source}", maps=maps, next_source=None, diagonal=False)
+
+
+def _transposed(axis: AxisMap, power: int) -> AxisMap:
+    """1/(copies · gain) to the `power` on copies, zero on what is new."""
+    shared = axis.counts()[axis.index] * axis.gain
+    gain = np.divide(1.0, shared, out=np.zeros_like(axis.gain), where=axis.copies & (shared != 0)) ** power
+    return replace(axis.filled(Fill.ZERO), gain=gain)
+
+
+def _kept(axis: AxisMap, kept: np.ndarray) -> AxisMap:
+    return AxisMap.of(axis.source, np.where(kept, axis.index, -1), Fill.ZERO)

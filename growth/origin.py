@@ -1,0 +1,54 @@
+"""Origins: which entries of a grown tensor are the source's own, which are copies of them, and which are new.
+
+Training uses them to freeze what was inherited (LLaMA Pro, 2401.02415), to give new entries a learning rate of their own, and to reset the
+optimizer's state on one side only (SPARKLING, 2602.02472).
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from functools import reduce
+
+import numpy as np
+
+from .expansion import AxisMap, Fill
+from .plan import Plan, Step
+
+
+class Origin(IntEnum):
+    """Where an entry comes from; of an entry's axes the least counts."""
+
+    NEW = 0  # fresh, zero or a mean; also every entry of a layer that starts as the identity
+    COPY = 1  # a further copy of a source entry that an earlier target entry holds
+    ORIGINAL = 2  # the first copy
+
+
+def axis_origins(plan: Plan, step: Step) -> tuple[np.ndarray, ...]:
+    """One (N,) uint8 array of `Origin` per stored axis of a target tensor; an entry's origin is the least over its axes."""
+    if step.source is None or step.zero or _is_new_layer(plan, step):
+        return tuple(np.zeros(axis.target, np.uint8) for axis in step.maps)
+    origins = tuple(_of_axis(axis) for axis in step.maps)
+    if _is_repeated_layer(plan, step):
+        return tuple(np.minimum(origin, np.uint8(Origin.COPY)) for origin in origins)
+    return origins
+
+
+def origins(plan: Plan, step: Step) -> np.ndarray:
+    """Every entry's `Origin`, uint8, in the target tensor's shape."""
+    return reduce(np.minimum.outer, axis_origins(plan, step))
+
+
+def _of_axis(axis: AxisMap) -> np.ndarray:
+    inherited = axis.copies | (axis.fill == Fill.NEXT)
+    first = axis.copies & (axis.number() == 0)
+    return np.where(first, Origin.ORIGINAL, np.where(inherited, Origin.COPY, Origin.NEW)).astype(np.uint8)
+
+
+def _is_new_layer(plan: Plan, step: Step) -> bool:
+    return step.tensor.layer is not None and plan.layers.identity[step.tensor.layer]
+
+
+def _is_repeated_layer(plan: Plan, step: Step) -> bool:
+    """Whether the source layer works in an earlier target layer already."""
+    number = step.tensor.layer
+    return number is not None and plan.layers.layers[number] in plan.layers.layers[:number]

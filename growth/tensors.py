@@ -1,0 +1,43 @@
+"""Tensors in memory for the streaming engine: read as raw bits, and written back as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from model.dtypes import RAW
+
+from .execute import Expander, Reader
+from .plan import Plan
+
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # numpy knows no bfloat16
+
+
+@dataclass(frozen=True, eq=False)
+class Tensors:
+    """Tensors by name, on any device, as a `Reader`."""
+
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """The safetensors dtype of every tensor."""
+        return {name: DTYPES[tensor.dtype] for name, tensor in self.tensors.items()}
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start:stop` of a tensor as raw bits."""
+        rows = self.tensors[name][start:stop].detach().cpu().contiguous()
+        return rows.view(_INTEGERS[rows.element_size()]).numpy().view(RAW[DTYPES[rows.dtype]])
+
+
+def expand(plan: Plan, reader: Reader) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every target tensor of a plan, (name, tensor) in the plan's order."""
+    kinds = {name: kind for kind, name in DTYPES.items()}
+    for step in plan.steps:
+        rows = np.concatenate([rows for _, rows in Expander(plan, step, reader).blocks()]).reshape(step.shape)
+        bits = torch.from_numpy(rows.view(f"i{rows.itemsize}"))
+        yield step.name, bits.view(kinds[plan.dtype(step)])
