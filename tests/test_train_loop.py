@@ -122,7 +122,7 @@ def test_the_final_folder_loads_and_gives_the_logged_loss(finished: Path, settin
     data = prepare(settings.data, progress=False)
     windows = np.concatenate(list(validation_batches(data.validation, context=16, tokens=320)))
     with torch.no_grad():
-        loss = NextTokenLoss(model)(torch.from_numpy(windows))
+        loss = NextTokenLoss(model, fused=False)(torch.from_numpy(windows))
         library = model(input_ids=torch.from_numpy(windows), labels=torch.from_numpy(windows)).loss
     assert loss.item() == pytest.approx(rows(finished)[-1]["val_loss"], rel=1e-6)
     assert loss.item() == pytest.approx(library.item(), rel=1e-6)  # the library's own loss on the same windows
@@ -219,9 +219,9 @@ def test_evaluation_is_the_same_for_any_number_of_processes_and_leaves_the_model
             return sums
 
     one, two = Process(0, 1), [Process(0, 2), Process(1, 2)]
-    whole = evaluate(NextTokenLoss(model), batches, cast(Any, one), 3.0)
+    whole = evaluate(NextTokenLoss(model, fused=False), batches, cast(Any, one), 3.0)
     for process in two:
-        evaluate(NextTokenLoss(model), batches, cast(Any, process), 3.0)
+        evaluate(NextTokenLoss(model, fused=False), batches, cast(Any, process), 3.0)
     assert model.training
     assert torch.allclose(two[0].sums + two[1].sums, one.sums)
     assert one.sums[1] == 17 * 8

@@ -24,7 +24,7 @@ from train.device import device_name, peak_flops, session
 from train.evaluate import evaluate
 from train.files import write_json
 from train.log import Console, open_log
-from train.loss import NextTokenLoss
+from train.loss import NextTokenLoss, fuses
 from train.meter import Meter
 from train.optimizer import build_optimizer
 from train.publish import publish
@@ -84,7 +84,7 @@ def train(settings: Settings) -> Path:
         position = state.load(saved[-1], network, optimizer) if saved else state.Position()
         if main:
             state.cut_metrics(folder / run_folder.METRICS, position.step if saved else -1)
-        model, optimizer = accelerator.prepare(NextTokenLoss(network), optimizer)
+        model, optimizer = accelerator.prepare(NextTokenLoss(network, fused=fuses(config, loop.loss)), optimizer)
         step = Step(model, optimizer, accelerator, data.train, settings)
         console.say(f"{run['parameters']:,} parameters, steps {position.step} to {budget.steps} of {budget.tokens_per_step:,} tokens")
         console.say(f"{run['device']}, {accelerator.num_processes} process(es), {run['precision']}, attention {attention} ({why})")
