@@ -25,8 +25,10 @@ from model.presets import preset
 from train import loop, state
 from train.data import prepare
 from train.data.batches import batch, validation_batches
-from train.evaluate import evaluate, next_token_loss
+from train.evaluate import evaluate
+from train.loss import NextTokenLoss
 from train.settings import Settings, compose
+from train.step import share_of_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = "hidden_size:16,intermediate_size:32,num_hidden_layers:1,num_attention_heads:2,num_key_value_heads:2"
@@ -120,7 +122,7 @@ def test_the_final_folder_loads_and_gives_the_logged_loss(finished: Path, settin
     data = prepare(settings.data, progress=False)
     windows = np.concatenate(list(validation_batches(data.validation, context=16, tokens=320)))
     with torch.no_grad():
-        loss = next_token_loss(model, torch.from_numpy(windows))
+        loss = NextTokenLoss(model, fused=False)(torch.from_numpy(windows))
         library = model(input_ids=torch.from_numpy(windows), labels=torch.from_numpy(windows)).loss
     assert loss.item() == pytest.approx(rows(finished)[-1]["val_loss"], rel=1e-6)
     assert loss.item() == pytest.approx(library.item(), rel=1e-6)  # the library's own loss on the same windows
@@ -217,9 +219,9 @@ def test_evaluation_is_the_same_for_any_number_of_processes_and_leaves_the_model
             return sums
 
     one, two = Process(0, 1), [Process(0, 2), Process(1, 2)]
-    whole = evaluate(model, batches, cast(Any, one), 3.0)
+    whole = evaluate(NextTokenLoss(model, fused=False), batches, cast(Any, one), 3.0)
     for process in two:
-        evaluate(model, batches, cast(Any, process), 3.0)
+        evaluate(NextTokenLoss(model, fused=False), batches, cast(Any, process), 3.0)
     assert model.training
     assert torch.allclose(two[0].sums + two[1].sums, one.sums)
     assert one.sums[1] == 17 * 8
@@ -317,7 +319,7 @@ def test_processes_that_do_not_divide_the_batch_are_refused(settings: Settings) 
         num_processes, process_index = 3, 0
 
     with pytest.raises(UserError, match="3 processes do not divide the 8 windows of a batch"):
-        loop.share_of_batch(loop.Budget.of(settings.train), cast(Any, Three()))
+        share_of_batch(loop.Budget.of(settings.train), cast(Any, Three()))
 
 
 # ---- the ways to start ----------------------------------------------------------------------------------------------------------------
@@ -395,8 +397,12 @@ def test_what_does_not_fit_is_refused_and_leaves_no_run(overrides: list[str], tm
 def test_a_loss_that_is_not_finite_stops_the_run_naming_the_step(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int, step: int, kept: list[str]
 ) -> None:
-    original, calls = loop.next_token_loss, itertools.count(1)
-    monkeypatch.setattr(loop, "next_token_loss", lambda *a: original(*a) * (math.nan if next(calls) == step else 1.0))
+    original, calls = NextTokenLoss.forward, itertools.count(1)
+
+    def forward(self: NextTokenLoss, windows: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        return original(self, windows, reduction) * (math.nan if self.training and next(calls) == step else 1.0)
+
+    monkeypatch.setattr(NextTokenLoss, "forward", forward)
     with pytest.raises(UserError, match=f"step {step}: the loss is nan"):
         loop.train(at(settings, tmp_path / "run", log_every_tokens=log_every, eval_every_tokens=None))
     found = state.complete(tmp_path / "run" / "checkpoints")

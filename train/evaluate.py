@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -21,20 +20,9 @@ class Evaluation:
     bits_per_byte: float
 
 
-def next_token_loss(model: nn.Module, windows: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy of each token after the first given those before it, in nats, computed in float32.
-
-    Args:
-        windows: token ids, (rows, context + 1).
-        reduction: "mean" or "sum" over the rows · context predicted tokens.
-    """
-    logits = model(input_ids=windows[:, :-1], use_cache=False).logits
-    return functional.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten(), reduction=reduction)
-
-
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Sequence[np.ndarray], accelerator: Accelerator, bytes_per_token: float) -> Evaluation:
-    """The mean loss over every predicted token of `batches`, each (rows, context + 1), shared out over the processes by turns.
+    """The mean loss of a `NextTokenLoss` over every predicted token of `batches`, each (rows, context + 1), shared out by turns.
 
     Bits per byte are nats per token / ln 2 / bytes per token, so that tokenizers can be compared.
     """
@@ -42,7 +30,7 @@ def evaluate(model: nn.Module, batches: Sequence[np.ndarray], accelerator: Accel
     bare.eval()
     total = torch.zeros(2, dtype=torch.float64)  # nats, tokens
     for windows in batches[accelerator.process_index :: accelerator.num_processes]:
-        loss = next_token_loss(bare, torch.from_numpy(windows).to(accelerator.device), reduction="sum")
+        loss = bare(torch.from_numpy(windows).to(accelerator.device), reduction="sum")
         total += torch.tensor([loss.item(), windows[:, 1:].size], dtype=torch.float64)
     bare.train()
     nats, tokens = accelerator.reduce(total.to(accelerator.device), reduction="sum").tolist()

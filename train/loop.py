@@ -6,8 +6,6 @@ train(compose(["experiment=tiny", "growth=lossless"]))   # → runs/tiny-lossles
 
 from __future__ import annotations
 
-import hashlib
-from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -17,22 +15,22 @@ import torch
 from accelerate import Accelerator
 
 from model.build import attention_backend
-from model.errors import UserError
 from model.geometry import flops_per_token, parameter_count
 from train import folder as run_folder
 from train import state
 from train.data import TokenData, check_vocabulary, prepare
-from train.data.batches import batch, validation_batches, window_count
+from train.data.batches import validation_batches, window_count
 from train.device import device_name, peak_flops, session
-from train.evaluate import evaluate, next_token_loss
+from train.evaluate import evaluate
 from train.files import write_json
 from train.log import Console, open_log
+from train.loss import NextTokenLoss, fuses
 from train.meter import Meter
-from train.optimizer import build_optimizer, set_learning_rate
+from train.optimizer import build_optimizer
 from train.publish import publish
-from train.schedule import factor
 from train.settings import Budget, Settings
 from train.start import begin, find_source, source_ledger, starting_model, target_config
+from train.step import Step, share_of_batch
 
 
 def train(settings: Settings) -> Path:
@@ -56,7 +54,8 @@ def train(settings: Settings) -> Path:
 
     with session(loop.precision) as accelerator, run_folder.locked(folder, accelerator.is_main_process):
         # ---- 2. Who trains: processes and their share of each batch -------------------------------------------------------------------
-        main, share = accelerator.is_main_process, share_of_batch(budget, accelerator)
+        main = accelerator.is_main_process
+        share_of_batch(budget, accelerator)  # refuses processes that do not divide it
 
         # ---- 3. The network, and the text that it reads -------------------------------------------------------------------------------
         source = find_source(settings, needed=run is None)
@@ -76,17 +75,17 @@ def train(settings: Settings) -> Path:
             assert run is not None
         run_folder.check_same_inputs(folder, run, data.fingerprint, source_ledger(settings, source))
         attention, why = attention_backend(loop.attention)
-        model: Any = starting_model(settings, source, folder, config, attention).to(accelerator.device)
-        assert sum(p.numel() for p in model.parameters()) == run["parameters"], "geometry and the built model count different parameters"
+        network = starting_model(settings, source, folder, config, attention).to(accelerator.device)
+        assert sum(p.numel() for p in network.parameters()) == run["parameters"], "geometry and the built model count different parameters"
 
         # ---- 5. The optimizer, and everything back in place when resuming -------------------------------------------------------------
-        optimizer: Any = build_optimizer(model, settings.optimizer)
+        optimizer: Any = build_optimizer(network, settings.optimizer)
         saved = state.complete(folder / run_folder.CHECKPOINTS, tidy=main)
-        position = state.load(saved[-1], model, optimizer) if saved else state.Position()
+        position = state.load(saved[-1], network, optimizer) if saved else state.Position()
         if main:
             state.cut_metrics(folder / run_folder.METRICS, position.step if saved else -1)
-        model, optimizer = accelerator.prepare(model, optimizer)
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        model, optimizer = accelerator.prepare(NextTokenLoss(network, fused=fuses(config, loop.loss)), optimizer)
+        step = Step(model, optimizer, accelerator, data.train, settings)
         console.say(f"{run['parameters']:,} parameters, steps {position.step} to {budget.steps} of {budget.tokens_per_step:,} tokens")
         console.say(f"{run['device']}, {accelerator.num_processes} process(es), {run['precision']}, attention {attention} ({why})")
 
@@ -106,24 +105,9 @@ def train(settings: Settings) -> Path:
                 validate()
             model.train()
             while position.step < budget.steps:
-                # ---- 6. One step: rows first:stop of batch i, a pure function of the seed and i ---------------------------------------
-                rate = settings.optimizer.learning_rate * factor(
-                    settings.schedule, (position.step + 0.5) / budget.steps, from_scratch=settings.growth.operator == "scratch"
-                )
-                set_learning_rate(optimizer, rate)
-                torch.manual_seed(step_seed(settings.seed, position.step, accelerator.process_index))  # dropout, where a model has any
-                rows = batch(data.train, seed=settings.seed, step=position.step, batch_size=budget.rows, context=loop.context, **share)
-                pieces = torch.from_numpy(rows).to(accelerator.device, non_blocking=True).split(loop.micro_batch or len(rows))
-                loss = torch.zeros((), device=accelerator.device)
-                for i, piece in enumerate(pieces):
-                    with accelerator.no_sync(model) if i < len(pieces) - 1 else nullcontext():
-                        part = next_token_loss(model, piece) * (len(piece) / len(rows))  # so that uneven pieces weigh what they hold
-                        accelerator.backward(part)
-                    loss += part.detach()
-                norm = accelerator.clip_grad_norm_(parameters, loop.gradient_clip or float("inf"))
-                optimizer.step()
-                optimizer.zero_grad()
-                meter.count(loss, norm)
+                # ---- 6. One step (train/step.py) --------------------------------------------------------------------------------------
+                rate = step.rate(position.step)
+                meter.count(*step(position.step))
 
                 # ---- 7. Tell, evaluate, save ------------------------------------------------------------------------------------------
                 if budget.due(budget.log_every, position.step):
@@ -135,34 +119,17 @@ def train(settings: Settings) -> Path:
                 if budget.saves(position.step):
                     with meter.paused():
                         if main:
-                            bare = accelerator.unwrap_model(model)
-                            state.save(folder / run_folder.CHECKPOINTS, position, bare, optimizer.optimizer, loop.keep)
+                            state.save(folder / run_folder.CHECKPOINTS, position, network, optimizer.optimizer, loop.keep)
 
         # ---- 8. The end: a Hugging Face folder, and last the summary, which makes the run complete ------------------------------------
         accelerator.wait_for_everyone()
         if main:
             summary = summarise(position)
-            publish(folder, accelerator.unwrap_model(model, keep_fp32_wrapper=False), data, run, summary)
+            publish(folder, network, data, run, summary)
             write_json(folder / run_folder.SUMMARY, summary)
             console.say(f"val loss {summary['start_val_loss']:.4f} → {summary['final_val_loss']:.4f}: {folder}")
         accelerator.wait_for_everyone()
     return folder
-
-
-def share_of_batch(budget: Budget, accelerator: Accelerator) -> dict[str, int]:
-    """The rows `start:stop` of each batch that this process computes.
-
-    Raises:
-        UserError: the processes do not divide the batch.
-    """
-    world = accelerator.num_processes
-    if budget.rows % world:
-        raise UserError(
-            f"{world} processes do not divide the {budget.rows} windows of a batch (train.batch_tokens / train.context); "
-            f"use a number of processes that does, or change train.batch_tokens"
-        )
-    share = budget.rows // world
-    return {"start": accelerator.process_index * share, "stop": (accelerator.process_index + 1) * share}
 
 
 def facts(settings: Settings, config: dict[str, Any], data: TokenData, accelerator: Accelerator) -> dict[str, Any]:
@@ -195,8 +162,3 @@ def summarise(position: state.Position) -> dict[str, Any]:
         "seconds": round(position.seconds, 3),
         "steps": position.step,
     }
-
-
-def step_seed(seed: int, step: int, process: int) -> int:
-    """The seed of the generator for one step on one process, so that a resumed run draws what an undisturbed one would have drawn."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {step} {process}".encode()).digest()[:8]) >> 1

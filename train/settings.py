@@ -80,6 +80,7 @@ class LoopSettings:
     keep: int  # checkpoints
     precision: Literal["auto", "bf16", "fp32"]
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
+    loss: Literal["auto", "fused", "plain"]  # fused: the logits are never whole; auto: fused where the network allows it
     gradient_clip: float | None
 
 
