@@ -150,7 +150,8 @@ def _read_value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
     if origin in (tuple, list):
         return _read_sequence(origin, arguments, hint, value, path, faults)
     if (origin or hint) is dict and isinstance(value, Mapping):
-        return dict(value)
+        kind = arguments[1] if arguments else Any
+        return {key: _read_value(kind, item, f"{path}.{key}", faults) for key, item in value.items()}
     if hint is float and type(value) is int:
         return float(value)
     if hint is int and type(value) is float and value.is_integer():

@@ -24,11 +24,12 @@ def test_the_walk_finds_the_tree() -> None:
 
 @pytest.mark.parametrize(("group", "leaf"), LEAVES)
 def test_every_leaf_composes(group: str, leaf: str) -> None:
-    settings = compose(
-        [*([] if group == "experiment" else ["source=x", "target=tiny_target"]), f"{group}={leaf}", *NEEDED.get((group, leaf), [])]
-    )
+    needed = NEEDED.get((group, leaf), ["data=fineweb_edu"] if group == "mixture" else [])  # its sources name a tokenizer
+    settings = compose([*([] if group == "experiment" else ["source=x", "target=tiny_target"]), f"{group}={leaf}", *needed])
     if group != "experiment":
-        assert getattr(settings, group).name == leaf if group in ("growth", "optimizer", "schedule") else getattr(settings, group)
+        assert (
+            getattr(settings, group).name == leaf if group in ("growth", "optimizer", "schedule", "mixture") else getattr(settings, group)
+        )
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

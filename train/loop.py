@@ -20,6 +20,7 @@ from train import folder as run_folder
 from train import state
 from train.data import TokenData, check_vocabulary, prepare
 from train.data.batches import validation_batches, window_count
+from train.data.mixture import mixed
 from train.device import device_name, peak_flops, session
 from train.evaluate import evaluate
 from train.files import write_json
@@ -60,7 +61,9 @@ def train(settings: Settings) -> Path:
         # ---- 3. The network, and the text that it reads -------------------------------------------------------------------------------
         source = find_source(settings, needed=run is None)
         config = target_config(settings, source) if run is None else run["target_config"]
-        data = prepare(settings.data, progress=main and settings.progress is not False)
+        told = main and settings.progress is not False
+        data = prepare(settings.data, progress=told)
+        data = mixed(settings.mixture, settings.data, data, context=loop.context, rows=budget.steps * budget.rows, progress=told)
         check_vocabulary(data, config["vocab_size"])
         windows = list(validation_batches(data.validation, context=loop.context, tokens=loop.eval_tokens))
         window_count(data.train, loop.context)  # refuses a text that is too short before anything is grown

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from model.errors import UserError, did_you_mean
-from train.data.settings import DataSettings
+from train.data.settings import DataSettings, MixtureSettings, mixture_disagreements
 from train.data.settings import disagreements as data_disagreements
 from train.door import compose_config, plain, read
 from train.schedule import REWARM, SCHEDULES
@@ -102,6 +102,7 @@ class Settings:
     logger: LoggerSettings
     train: LoopSettings
     progress: Literal["auto", "lines", False]  # auto: a bar on a terminal, else lines
+    mixture: MixtureSettings | None = None  # what is trained on; null: the training part of `data`
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,8 @@ def _disagreements(settings: Settings) -> list[str]:
     for key in ("study", "name"):
         if not getattr(settings, key) or Path(getattr(settings, key)).name != getattr(settings, key):
             faults.append(f"{key}: must be usable as the name of a folder; found {getattr(settings, key)!r}")
+    if settings.mixture is not None:
+        faults += mixture_disagreements(settings.mixture, settings.data)
     return faults + data_disagreements(settings.data)
 
 
@@ -218,7 +221,12 @@ def identity(settings: Settings | Mapping[str, Any]) -> dict[str, Any]:
     """Every setting that changes the result, flat: dotted key → JSON value."""
     values = settings if isinstance(settings, Mapping) else asdict(settings)
     flat = _flatten(json.loads(json.dumps(values)))
-    return {key: value for key, value in flat.items() if key not in NEUTRAL and key.split(".")[0] not in NEUTRAL}
+    return {key: value for key, value in flat.items() if not _is_neutral(key)}
+
+
+def _is_neutral(key: str) -> bool:
+    places = key.startswith("mixture.sources.") and key.endswith((".data.folder", ".data.path"))
+    return key in NEUTRAL or key.split(".")[0] in NEUTRAL or places
 
 
 def settings_hash(settings: Settings | Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from model.errors import UserError
+from train.data.mixture import Mixture
 from train.data.shards import TokenSplit
 
 ROUNDS = 6
@@ -51,7 +52,7 @@ def _mixed(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def window_count(split: TokenSplit, context: int) -> int:
+def window_count(split: TokenSplit | Mixture, context: int) -> int:
     """How many windows an epoch has.
 
     Raises:
@@ -65,8 +66,12 @@ def window_count(split: TokenSplit, context: int) -> int:
     return (split.count - 1) // context
 
 
-def batch(split: TokenSplit, *, seed: int, step: int, batch_size: int, context: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+def batch(
+    split: TokenSplit | Mixture, *, seed: int, step: int, batch_size: int, context: int, start: int = 0, stop: int | None = None
+) -> np.ndarray:
     """Rows [start, stop) of the global batch of `step`; a batch may reach into the next epoch.
+
+    Of a mixture, each row is the next window of the source whose turn it is: see train/data/mixture.py.
 
     Args:
         batch_size: windows in the global batch, over all processes.
@@ -78,12 +83,22 @@ def batch(split: TokenSplit, *, seed: int, step: int, batch_size: int, context: 
     Raises:
         UserError: the split has fewer tokens than one window.
     """
-    windows = window_count(split, context)
     index = step * batch_size + np.arange(start, batch_size if stop is None else stop, dtype=np.int64)
-    epochs, places = np.divmod(index, windows)
-    chosen = np.empty_like(index)
+    if isinstance(split, TokenSplit):
+        return _drawn(split, index, context, seed)
+    rows = np.empty((len(index), context + 1), np.int64)
+    for share in split.shares(index):
+        rows[share.rows] = _drawn(share.split, share.draws, context, seed, share.key)
+    return rows
+
+
+def _drawn(split: TokenSplit, draws: np.ndarray, context: int, *key: int) -> np.ndarray:
+    """The windows that come at the places `draws` of the endless sequence of epochs, each in its own order."""
+    windows = window_count(split, context)
+    epochs, places = np.divmod(draws, windows)
+    chosen = np.empty_like(draws)
     for epoch in np.unique(epochs):
-        chosen[epochs == epoch] = permuted(places[epochs == epoch], windows, seed, int(epoch))
+        chosen[epochs == epoch] = permuted(places[epochs == epoch], windows, *key, int(epoch))
     return _read(split, chosen, context)
 
 

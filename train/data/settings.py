@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import fsum
 from pathlib import Path
 from typing import Literal
+
+from model.errors import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -53,4 +56,75 @@ def disagreements(settings: DataSettings) -> list[str]:
             faults.append(f"data.{key}: must be positive; found {value}")
     if settings.home.name in ("", ".."):
         faults.append(f"data.folder: must be a folder of its own; found {str(settings.home)!r}")
+    return faults
+
+
+# ---- a mixture ------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """One source of a mixture."""
+
+    data: DataSettings  # a leaf of conf/data
+    max_passes: float | None = None  # over its training part, in the whole run; null: as many as the weights ask for
+
+
+@dataclass(frozen=True)
+class PhaseSettings:
+    """A stretch of the run over which the proportions stay as they are: give `weights`, or `passes`."""
+
+    weights: dict[str, float] | None = None  # source → share of the phase's tokens; together 1
+    passes: dict[str, float] | None = None  # source → how often it is read; the phase is as long as that takes
+    tokens: int | None = None  # how long it lasts, with weights; null: to the end of the run
+
+
+@dataclass(frozen=True)
+class MixtureSettings:
+    """What is trained on, where that is not the training part of `data` alone; conf/mixture/*.yaml are its leaves.
+
+    Validation text and tokenizer stay those of `data`, so that runs on different mixtures have comparable losses.
+    """
+
+    name: str
+    sources: dict[str, SourceSettings]
+    phases: tuple[PhaseSettings, ...]
+
+
+def mixture_disagreements(mixture: MixtureSettings, data: DataSettings) -> list[str]:
+    """What is wrong with a mixture beside the validation text and tokenizer of `data`, one line each; no text is read for it."""
+    faults = [] if mixture.phases else ["mixture.phases: none; give at least one, with weights or passes"]
+    for name, source in mixture.sources.items():
+        where = f"mixture.sources.{name}"
+        faults += [f"{where}.{fault}" for fault in disagreements(source.data)]
+        if source.max_passes is not None and source.max_passes <= 0:
+            faults.append(f"{where}.max_passes: must be positive, or null; found {source.max_passes}")
+        if source.data.tokenizer not in (None, data.tokenizer):
+            faults.append(
+                f"{where}.data.tokenizer: {source.data.tokenizer} is not the run's data.tokenizer={data.tokenizer}, "
+                f"and a model reads with one only; set data.tokenizer={source.data.tokenizer}, or this one to null"
+            )
+    for number, phase in enumerate(mixture.phases):
+        faults += _phase_faults(f"mixture.phases[{number}]", phase, mixture, last=number == len(mixture.phases) - 1)
+    used = {name for phase in mixture.phases for name in (phase.weights or phase.passes or ())}
+    faults += [f"mixture.sources.{name}: in no phase; give it a weight, or leave it out" for name in mixture.sources if name not in used]
+    return faults
+
+
+def _phase_faults(where: str, phase: PhaseSettings, mixture: MixtureSettings, *, last: bool) -> list[str]:
+    if (phase.weights is None) == (phase.passes is None):
+        return [f"{where}: give either weights or passes"]
+    key, parts = ("passes", phase.passes) if phase.passes is not None else ("weights", phase.weights)
+    assert parts is not None
+    faults = [
+        f"{where}.{key}: unknown source {name!r}; {did_you_mean(name, mixture.sources)}" for name in parts if name not in mixture.sources
+    ]
+    faults += [f"{where}.{key}.{name}: must be positive; found {value}" for name, value in parts.items() if not value > 0]
+    if key == "weights" and abs((total := fsum(parts.values())) - 1) > 1e-9:
+        listed = " + ".join(f"{value:g}" for value in parts.values()) or "nothing"
+        faults.append(f"{where}.weights: must sum to 1; {listed} = {total:g}")
+    if phase.tokens is not None and (phase.tokens <= 0 or key == "passes"):
+        faults.append(f"{where}.tokens: " + ("must be positive" if key == "weights" else "passes say how long the phase is; leave it out"))
+    if phase.tokens is None and key == "weights" and not last:
+        faults.append(f"{where}.tokens: missing; only the last phase may last to the end of the run")
     return faults

@@ -1,0 +1,225 @@
+"""Which source each row of a run comes from: a pure function of the row's number, exact, and the same for every world size and restart.
+
+A source with weight w has had ⌊n · w⌋ of the first n rows: its turns lie as evenly as they can (a balanced, or Sturmian, sequence). With
+several sources the first takes its turns so, the second out of the rows that are left, and so on. Counting is exact rational arithmetic on
+one index at a time, so that nothing is accumulated and nothing is in memory: after any n rows, each source is within (number of sources)
+rows of n · w, and a phase given in passes ends with exactly the windows asked for. Which window a turn reads is train/data/batches.py's:
+epochs of a keyed permutation, one after another, so that every window is read once before any is read twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import numpy as np
+
+from model.errors import UserError
+from train.data.settings import DataSettings, MixtureSettings, PhaseSettings, SourceSettings
+from train.data.shards import TokenData, TokenSplit
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows of a batch that one source fills."""
+
+    split: TokenSplit
+    key: int  # of the source: its windows come in an order of its own
+    rows: np.ndarray  # places in the batch, int64 (r,)
+    draws: np.ndarray  # which of the source's turns each row is, counted from the start of the run, int64 (r,)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Rows [start, stop) of the run; `stop` is None where it never ends."""
+
+    start: int
+    stop: int | None
+    weights: Mapping[str, Fraction]  # together 1, largest first
+    before: Mapping[str, int]  # turns that each source has had before `start`
+
+    def turns(self, rows: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """Per source the places in `rows` that are its turns, and which turns they are. `rows`: numbers of rows of this phase, (r,)."""
+        left, places, remaining = rows - self.start, np.arange(len(rows)), Fraction(1)
+        for name, weight in self.weights.items():
+            had, its = _taken(left, weight / remaining)
+            yield name, places[its], had[its] + self.before.get(name, 0)
+            left, places, remaining = (left - had)[~its], places[~its], remaining - weight
+
+    def counts(self, rows: int) -> dict[str, int]:
+        """How many of the phase's first `rows` rows each source fills."""
+        found, remaining = {}, Fraction(1)
+        for name, weight in self.weights.items():
+            found[name] = rows * weight // remaining
+            rows, remaining = rows - found[name], remaining - weight
+        return found
+
+
+def _taken(index: np.ndarray, share: Fraction) -> tuple[np.ndarray, np.ndarray]:
+    """Of the rows before each `index`, how many have been taken; and whether this one is."""
+    if (int(index.max(initial=0)) + 1) * share.numerator >= 2**63:  # where the product needs more than 64 bits
+        index = index.astype(object)
+    had, then = index * share.numerator // share.denominator, (index + 1) * share.numerator // share.denominator
+    return had.astype(np.int64), (then > had).astype(bool)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several sources as one endless training split."""
+
+    splits: Mapping[str, TokenSplit]
+    phases: tuple[Phase, ...]
+    context: int
+    name: str = "train"
+
+    @property
+    def count(self) -> int:
+        """Tokens of all sources, each counted once."""
+        return sum(split.count for split in self.splits.values())
+
+    def shares(self, index: np.ndarray) -> Iterator[Share]:
+        """Who fills the rows of numbers `index` (r,) of the run, and with which of its turns.
+
+        Raises:
+            UserError: the last phase ends before.
+        """
+        for phase in self.phases:
+            within = (index >= phase.start) & (index < (np.iinfo(np.int64).max if phase.stop is None else phase.stop))
+            places = np.flatnonzero(within)
+            for name, rows, draws in phase.turns(index[places]):
+                if len(rows):
+                    yield Share(self.splits[name], source_key(name), places[rows], draws)
+        end = self.phases[-1].stop
+        if end is not None and (index >= end).any():
+            raise _over(end, int(index.max()) + 1, self.context)
+
+    def counts(self, rows: int) -> dict[str, int]:
+        """How many of the first `rows` rows of the run each source fills."""
+        found = dict.fromkeys(self.splits, 0)
+        for phase in self.phases:
+            length = max(0, (rows if phase.stop is None else min(rows, phase.stop)) - phase.start)
+            for name, count in phase.counts(length).items():
+                found[name] += count
+        return found
+
+
+def source_key(name: str) -> int:
+    """A number that stands for the source in the key of its permutations."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+# ---- opening ----------------------------------------------------------------------------------------------------------------------------
+
+
+def mix(settings: MixtureSettings, splits: Mapping[str, TokenSplit], *, context: int, rows: int) -> Mixture:
+    """The mixture of `splits` as `settings` say, checked against a run of `rows` windows of `context` tokens.
+
+    Raises:
+        UserError: a source has not one window or ends early, or the phases do, each with what there is and what is asked for.
+    """
+    windows = {name: max(0, split.count - 1) // context for name, split in splits.items()}
+    UserError.collect(
+        f"mixture.sources.{name}: its training part has {splits[name].count} tokens, less than one window of {context} + 1; give more text"
+        for name, found in windows.items()
+        if not found
+    )
+    phases: list[Phase] = []
+    for phase in settings.phases:
+        phases.append(_phase(phase, windows, context, phases[-1] if phases else None))
+    mixture = Mixture(splits, tuple(phases), context)
+    end = phases[-1].stop
+    if end is not None and end < rows:
+        raise _over(end, rows, context)
+    _check_passes(settings, mixture, windows, rows)
+    return mixture
+
+
+def _phase(settings: PhaseSettings, windows: Mapping[str, int], context: int, last: Phase | None) -> Phase:
+    start, before = 0, dict[str, int]()
+    if last is not None:
+        assert last.stop is not None
+        start, counts = last.stop, last.counts(last.stop - last.start)
+        before = {name: last.before.get(name, 0) + counts.get(name, 0) for name in windows}
+    if settings.passes is not None:
+        asked = {name: round(Fraction(str(passes)) * windows[name]) for name, passes in settings.passes.items()}
+        length: int | None = sum(asked.values())
+        weights = {name: Fraction(count, length or 1) for name, count in asked.items()}
+    else:
+        assert settings.weights is not None
+        given = {name: Fraction(str(weight)) for name, weight in settings.weights.items()}
+        weights = {name: weight / sum(given.values()) for name, weight in given.items()}  # exactly 1, where 1e-9 was missing
+        length = None if settings.tokens is None else max(1, round(settings.tokens / context))
+    ordered = dict(sorted(weights.items(), key=lambda item: (-item[1], item[0])))
+    return Phase(start, None if length is None else start + length, ordered, before)
+
+
+def _check_passes(settings: MixtureSettings, mixture: Mixture, windows: Mapping[str, int], rows: int) -> None:
+    faults = []
+    for name, asked in mixture.counts(rows).items():
+        most = settings.sources[name].max_passes
+        if most is not None and asked > most * windows[name]:
+            faults.append(
+                f"mixture.sources.{name}: it ends early: the run asks for {asked * mixture.context:,} of its tokens, and it has "
+                f"{windows[name] * mixture.context:,} × max_passes={most:g}; lower its weight or train.budget_tokens, allow more passes, "
+                "or give more text"
+            )
+    UserError.collect(faults)
+
+
+def _over(end: int, rows: int, context: int) -> UserError:
+    return UserError(
+        f"mixture: its phases end after {end * context:,} tokens, and the run reads {rows * context:,}; lower train.budget_tokens, "
+        "lengthen the last phase, or leave out its tokens"
+    )
+
+
+def mixed(settings: MixtureSettings | None, own: DataSettings, data: TokenData, *, context: int, rows: int, progress: bool) -> TokenData:
+    """`data`, prepared from the settings `own`, with the mixture as its training part; as it is where there is none.
+
+    Every source is cut by the tokenizer of `data`; only training parts are read. Raises UserError as `prepare` and `mix` do.
+    """
+    if settings is None:
+        return data
+    from train.data.build import prepare
+
+    opened = {name: prepare(s, progress=progress) for name, source in settings.sources.items() if (s := source_data(source, own, data))}
+    splits = {name: opened[name].train if name in opened else data.train for name in settings.sources}
+    parts = [data.fingerprint, *(f"{name} {(opened.get(name) or data).fingerprint}" for name in settings.sources)]
+    fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    assert all(isinstance(split, TokenSplit) for split in splits.values())
+    return replace(data, train=mix(settings, splits, context=context, rows=rows), fingerprint=fingerprint)  # type: ignore[arg-type]
+
+
+def source_data(source: SourceSettings, own: DataSettings, data: TokenData) -> DataSettings | None:
+    """What to prepare for a source; None where it is `own`, which is there. A folder for each tokenizer, so that none replaces another's.
+
+    Raises:
+        UserError: it is the text of `own`, with another part held out: what is validated on would be trained on.
+    """
+    if replace(source.data, tokenizer=own.tokenizer, name=own.name, folder=own.folder, vocab_size=own.vocab_size,
+               model_max_length=own.model_max_length, shard_tokens=own.shard_tokens) == own:  # fmt: skip
+        return None
+    _check_held_out(source.data, own)
+    if source.data.tokenizer is not None:
+        return source.data
+    from train.data.shards import read_manifest
+
+    manifest = read_manifest(data.folder)
+    assert manifest is not None
+    home = source.data.home
+    folder = home.with_name(f"{home.name}-{manifest['tokenizer']['sha256'][:8]}")
+    return replace(source.data, tokenizer=str(data.tokenizer_folder), folder=str(folder))
+
+
+def _check_held_out(source: DataSettings, own: DataSettings) -> None:
+    text = ("corpus", "path", "dataset", "config", "split", "revision", "column")
+    if any(getattr(source, key) != getattr(own, key) for key in text):
+        return
+    for key in ("validation_fraction", "seed"):
+        if getattr(source, key) != getattr(own, key):
+            raise UserError(
+                f"mixture: the source {source.name!r} reads the same text as data={own.name} with another {key} "
+                f"({getattr(source, key)}, not {getattr(own, key)}): text held out for validation would be trained on; make them equal"
+            )
