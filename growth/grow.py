@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Semaphore
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from model.checkpoint import Checkpoint, locate
 from model.config import Target, read_json
-from model.dtypes import RAW
 from model.errors import UserError
 
 from .card import model_card
@@ -73,7 +75,7 @@ def grow(
         target, operator, depth, noise, seed, options: see `growth.plan`.
         overwrite: replace an `out` that exists, once the new one is complete.
         receipt: measure logits of both models; None measures models of up to 100 M parameters.
-        threads: over tensors; the bits do not depend on it.
+        threads: that compute, over tensors; the bits do not depend on it.
         max_shard_bytes: size of a shard.
         optimizer: Adam's saved state of the source, a file or a folder with `optimizer.bin` or `optimizer.pt`; grown with the weights into
             `out/optimizer`, from where `growth.load_adam` puts it into an optimizer.
@@ -113,21 +115,27 @@ def write_weights(
     entries = [Entry(step.name, plan.dtype(step), step.shape) for step in plan.steps]
     writer = ShardWriter(folder, entries, max_shard_bytes)
     total, done = sum(entry.nbytes for entry in entries), 0
+    computing = Semaphore(threads)  # of twice as many threads: the others wait for the disk
 
     def write(expander: Expander) -> int:
-        step = expander.step
-        row_bytes = expander.matrix[1] * RAW[expander.dtype].itemsize
-        for start, rows in expander.blocks():
-            writer.write(step.name, start * row_bytes, rows)
-        return plan.nbytes(step)
+        with writer.tensor(expander.step.name) as tensor:
+            blocks = expander.blocks()
+            while True:
+                with computing:
+                    _, rows = next(blocks, (0, None))
+                if rows is None:
+                    break
+                tensor.space(rows.nbytes)[:] = rows.reshape(-1).view(np.uint8)
+        return plan.nbytes(expander.step)
 
-    pool = ThreadPoolExecutor(threads)
+    pool = ThreadPoolExecutor(2 * threads)
     try:
         steps = sorted(plan.steps, key=plan.nbytes, reverse=True)
         for finished in as_completed([pool.submit(write, Expander(plan, step, reader)) for step in steps]):
             done += finished.result()
             if progress is not None:
                 progress(done, total)
+        writer.finish()
     finally:
         pool.shutdown(cancel_futures=True)
         writer.close()

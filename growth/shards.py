@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import mmap
 import os
 import shutil
 import struct
@@ -21,6 +22,8 @@ from model.dtypes import RAW
 from model.errors import UserError
 
 MAX_SHARD_BYTES = 5_000_000_000  # what the Hugging Face hub recommends
+PAGE = 4096  # direct writes start and end at multiples of it, in the file and in memory
+BUFFER_BYTES = (1 << 20) + 2 * PAGE  # a block of rows, and what the one before left of a page
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,17 @@ class Entry:
 
 
 class ShardWriter:
-    """Shards at their final size from the start, so that a full disk is told before any work, and any thread may fill any tensor."""
+    """Shards at their final size from the start, so that a full disk is told before any work, and any thread may fill any tensor.
+
+    Whole pages go to the disk directly, past the page cache (`O_DIRECT`) where the file system has that: a checkpoint is larger than what
+    the cache should hold, and copying into fresh cache pages costs more than computing the weights does. What shares a page with a
+    neighbour is kept until `finish`, which writes it and the headers; so a file that was not finished has no header.
+    """
 
     def __init__(self, folder: Path, entries: Sequence[Entry], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-        self.places: dict[str, tuple[int, int]] = {}  # name → (file descriptor, byte offset)
-        self._descriptors: list[int] = []
+        self._places: dict[str, tuple[_File, int]] = {}  # name → (file, byte offset)
+        self._files: list[_File] = []
+        self._spare: list[mmap.mmap] = []
         shards = _split(entries, max_shard_bytes)
         files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         try:
@@ -57,28 +66,111 @@ class ShardWriter:
 
     def _allocate(self, path: Path, shard: Sequence[Entry]) -> None:
         header = _header(shard)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        self._descriptors.append(descriptor)
-        os.posix_fallocate(descriptor, 0, len(header) + sum(entry.nbytes for entry in shard))
-        os.pwrite(descriptor, header, 0)
+        file = _File(path, len(header) + sum(entry.nbytes for entry in shard))
+        self._files.append(file)
+        file.edges.append((0, header))
         offset = len(header)
         for entry in shard:
-            self.places[entry.name] = (descriptor, offset)
+            self._places[entry.name] = (file, offset)
             offset += entry.nbytes
 
-    def write(self, name: str, start: int, values: np.ndarray) -> None:
-        """Write raw `values` at byte `start` of tensor `name`."""
-        descriptor, offset = self.places[name]
-        view = np.ascontiguousarray(values).reshape(-1).data.cast("B")
-        done = 0
-        while done < len(view):
-            done += os.pwrite(descriptor, view[done:], offset + start + done)
+    @contextmanager
+    def tensor(self, name: str) -> Iterator[TensorWriter]:
+        """A writer of tensor `name`, front to back; at the block's end all of it is on its way."""
+        file, offset = self._places[name]
+        tensor = TensorWriter(file, offset, self._spare.pop() if self._spare else mmap.mmap(-1, BUFFER_BYTES))
+        yield tensor
+        tensor.finish()
+        self._spare.append(tensor.buffer)
+
+    def finish(self) -> None:
+        """Write what remains once every tensor is done: the pages that tensors share, and the headers."""
+        for file in self._files:
+            file.write_edges()
 
     def close(self) -> None:
         """Close the shards."""
-        for descriptor in self._descriptors:
+        for file in self._files:
+            file.close()
+        self._files.clear()
+
+
+class TensorWriter:
+    """One tensor, filled front to back through a buffer whose pages are the file's pages.
+
+    Attributes:
+        buffer: lies at file offset `base`; its bytes `first:used` are filled and not yet written.
+    """
+
+    def __init__(self, file: _File, offset: int, buffer: mmap.mmap) -> None:
+        self.file, self.buffer = file, buffer
+        self.first = self.used = offset % PAGE
+        self.base = offset - self.first
+
+    def space(self, nbytes: int) -> np.ndarray:
+        """The next `nbytes` of the tensor, to be filled before the next call (uint8)."""
+        if self.used + nbytes > len(self.buffer):
+            self._write_pages()
+        if self.used + nbytes > len(self.buffer):
+            larger = mmap.mmap(-1, self.used + nbytes)
+            larger[: self.used] = self.buffer[: self.used]
+            self.buffer = larger
+        self.used += nbytes
+        return np.frombuffer(self.buffer, np.uint8, nbytes, self.used - nbytes)
+
+    def finish(self) -> None:
+        """Write the rest."""
+        self._write_pages()
+        self.file.edges.append((self.base + self.first, self.buffer[self.first : self.used]))
+
+    def _write_pages(self) -> None:
+        """Write the pages that are full and move what follows them to the buffer's start."""
+        start, stop = -(-self.first // PAGE) * PAGE, self.used // PAGE * PAGE
+        if start >= stop:
+            return
+        self.file.edges.append((self.base + self.first, self.buffer[self.first : start]))
+        self.file.write(self.base + start, memoryview(self.buffer)[start:stop])
+        self.buffer[: self.used - stop] = self.buffer[stop : self.used]
+        self.base, self.first, self.used = self.base + stop, 0, self.used - stop
+
+
+class _File:
+    """One file of known size. Writes of whole pages from memory at page boundaries bypass the page cache where that is possible."""
+
+    def __init__(self, path: Path, nbytes: int) -> None:
+        self.edges: list[tuple[int, bytes]] = []  # (offset, bytes) of pages that more than one writer fills
+        self._cached = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._direct = self._cached
+        try:
+            os.posix_fallocate(self._cached, 0, nbytes)
+            self._direct = os.open(path, os.O_WRONLY | getattr(os, "O_DIRECT", 0))
+        except OSError as fault:
+            if fault.errno != errno.EINVAL:  # a file system without direct writes
+                self.close()
+                raise
+
+    def write(self, offset: int, pages: memoryview) -> None:
+        try:
+            _write_all(self._direct, offset, pages)
+        except OSError as fault:
+            if fault.errno != errno.EINVAL:  # one whose pages are larger than ours
+                raise
+            _write_all(self._cached, offset, pages)
+
+    def write_edges(self) -> None:
+        for offset, part in self.edges:
+            _write_all(self._cached, offset, memoryview(part))
+        self.edges.clear()
+
+    def close(self) -> None:
+        for descriptor in {self._cached, self._direct}:
             os.close(descriptor)
-        self._descriptors.clear()
+
+
+def _write_all(descriptor: int, offset: int, view: memoryview) -> None:
+    done = 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], offset + done)
 
 
 def _split(entries: Sequence[Entry], max_shard_bytes: int) -> list[list[Entry]]:
