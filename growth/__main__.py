@@ -23,6 +23,7 @@ from .door import compose_config, plain, read
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from .execute import Reader
     from .plan import Plan
     from .verify import Receipt
 
@@ -31,12 +32,13 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 
 @dataclass(frozen=True)
 class GrowthLeaf:
-    """One file of conf/growth: an arm's name, the operator, and whatever else the operator takes."""
+    """One file of conf/growth: an arm's name, the operator, and whatever else the operator takes; and what conf/grow.yaml adds to it."""
 
     name: str
     operator: str
     depth: str | list[int]
     noise: float
+    figure: str | None
     options: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
 
     def arguments(self) -> dict[str, Any]:
@@ -91,11 +93,13 @@ def run(settings: Settings) -> None:
     from .grow import grow
     from .plan import plan
 
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, soft_wrap=True, width=120)
     if settings.plan_only:
-        made = plan(_source(settings), settings.target, seed=settings.seed, **settings.growth.arguments())
+        source = _source(settings)
+        made = plan(source, settings.target, seed=settings.seed, **settings.growth.arguments())
         _print_plan(console, made)
         _print_outcome(console, made, None)
+        _draw(console, settings, made, None if isinstance(source, str) else source)
         return
     with _progress() as progress:
         grown = grow(
@@ -113,6 +117,7 @@ def run(settings: Settings) -> None:
             **settings.growth.arguments(),
         )
     _print_outcome(console, grown.plan, grown.receipt)
+    _draw(console, settings, grown.plan, _source(settings))
     console.print(f"wrote {grown.folder}", markup=False)
 
 
@@ -126,12 +131,20 @@ def _source(settings: Settings) -> Any:
     return Checkpoint(locate(settings.source, settings.revision))
 
 
+def _draw(console: Console, settings: Settings, plan: Plan, reader: Reader | None) -> None:
+    if settings.growth.figure is not None:
+        from .figure import draw  # matplotlib takes longer to import than a small growth does
+
+        draw(plan, settings.growth.figure, reader)
+        console.print(f"drew {settings.growth.figure}", markup=False)
+
+
 def _print_plan(console: Console, plan: Plan) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
-    from .card import human_bytes, layer_table, spaces_table, tensor_table
+    from .card import human_bytes, layer_map, space_bar, spaces_table, tensor_table
 
     table = Table("module", "writes <- reads", "source → target", box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("tensors", "bytes"):
@@ -139,11 +152,16 @@ def _print_plan(console: Console, plan: Plan) -> None:
     for name, pattern, shapes, count, nbytes in tensor_table(plan):
         table.add_row(name.replace("model.layers.*.", "*."), escape(pattern), shapes, str(count), human_bytes(nbytes))
     console.print(table)
-    table = Table("space", "expansion", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table("space", "█ source ▒ copies · new", "expansion", box=SIMPLE_HEAD, pad_edge=False)
     for space, rule in spaces_table(plan):
-        table.add_row(space, rule)
+        table.add_row(space, space_bar(plan, space), rule)
     console.print(table)
-    console.print(f"layers (the source of each; [identity in brackets]): {layer_table(plan)}", markup=False)
+    idle = sum(plan.layers.identity)
+    note = f"; {idle} in [brackets] start as the identity" if idle else ""
+    console.print(f"layers {plan.layers.source} → {plan.layers.target} by {plan.layers.rule!r}{note}:", markup=False)
+    for line in layer_map(plan, console.width):
+        console.print(line, markup=False)
+    console.print()
 
 
 def _print_outcome(console: Console, plan: Plan, receipt: Receipt | None) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from .origin import Origin, of_axis
+
 if TYPE_CHECKING:
     from .plan import Plan, Step
     from .verify import Receipt
@@ -45,6 +47,27 @@ def human_bytes(count: float) -> str:
 def layer_table(plan: Plan) -> str:
     """Which source layer feeds each target layer, repeats that start as the identity in brackets: `0 1 [1] 2`."""
     return " ".join(f"[{layer}]" if idle else str(layer) for layer, idle in zip(plan.layers.layers, plan.layers.identity, strict=True))
+
+
+def layer_map(plan: Plan, width: int = 100) -> list[str]:
+    """Two lines per stretch of layers, each source layer under the target layer that it feeds, identity layers in brackets."""
+    sources = [f"[{layer}]" if idle else f"{layer} " for layer, idle in zip(plan.layers.layers, plan.layers.identity, strict=True)]
+    cell = max(map(len, sources)) + 1
+    step = max(1, (width - len("target ")) // cell)
+    lines = []
+    for first in range(0, len(sources), step):
+        shown = range(first, min(first + step, len(sources)))
+        lines.append("target " + "".join(f"{number} ".rjust(cell) for number in shown))
+        lines.append("source " + "".join(sources[number].rjust(cell) for number in shown))
+    return [line.rstrip() for line in lines]
+
+
+def space_bar(plan: Plan, space: str, length: int = 20) -> str:
+    """A space's target indices as a bar: █ the source's own, ▒ further copies, · new."""
+    write = plan.recipe.expansions[space].write
+    counts = [int((of_axis(write) == origin).sum()) for origin in (Origin.ORIGINAL, Origin.COPY, Origin.NEW)]
+    ends = [round(length * sum(counts[: i + 1]) / max(1, write.target)) for i in range(3)]
+    return "█" * ends[0] + "▒" * (ends[1] - ends[0]) + "·" * (ends[2] - ends[1])
 
 
 def model_card(plan: Plan, source: str, receipt: Receipt | None) -> str:

@@ -27,7 +27,7 @@ def axis_origins(plan: Plan, step: Step) -> tuple[np.ndarray, ...]:
     """One (N,) uint8 array of `Origin` per stored axis of a target tensor; an entry's origin is the least over its axes."""
     if step.source is None or step.zero or _is_new_layer(plan, step):
         return tuple(np.zeros(axis.target, np.uint8) for axis in step.maps)
-    origins = tuple(_of_axis(axis) for axis in step.maps)
+    origins = tuple(of_axis(axis) for axis in step.maps)
     if _is_repeated_layer(plan, step):
         return tuple(np.minimum(origin, np.uint8(Origin.COPY)) for origin in origins)
     return origins
@@ -38,7 +38,8 @@ def origins(plan: Plan, step: Step) -> np.ndarray:
     return reduce(np.minimum.outer, axis_origins(plan, step))
 
 
-def _of_axis(axis: AxisMap) -> np.ndarray:
+def of_axis(axis: AxisMap) -> np.ndarray:
+    """(N,) the `Origin` of each target index of one axis, uint8."""
     inherited = axis.copies | (axis.fill == Fill.NEXT)
     first = axis.copies & (axis.number() == 0)
     return np.where(first, Origin.ORIGINAL, np.where(inherited, Origin.COPY, Origin.NEW)).astype(np.uint8)

@@ -1,0 +1,68 @@
+"""The picture of a plan holds what the plan says, and the terminal's layer map is read back."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from growth import grow, plan
+from growth.card import layer_map, space_bar
+from growth.figure import build, draw, grown_matrix, shown_step
+from model.checkpoint import Checkpoint
+from model.dtypes import to_float
+from model.errors import UserError
+
+BIGGER = {"hidden_size": 30, "intermediate_size": 60, "num_hidden_layers": 5}
+
+
+def test_the_layer_map_says_which_source_feeds_which_target(phi_config: dict[str, Any]) -> None:
+    for depth in ("identity", "stack", "proportional"):
+        made = plan(phi_config, {"num_hidden_layers": 25}, depth=depth)
+        read: list[tuple[str, str]] = []
+        for targets, sources in zip(*[iter(layer_map(made, 60))] * 2, strict=True):
+            assert max(len(targets), len(sources)) <= 60
+            read += zip(targets.split()[1:], sources.split()[1:], strict=True)
+        expected = [
+            (str(i), f"[{s}]" if idle else str(s)) for i, (s, idle) in enumerate(zip(made.layers.layers, made.layers.identity, strict=True))
+        ]
+        assert read == expected
+
+
+def test_bars_show_shares(phi_config: dict[str, Any]) -> None:
+    made = plan(phi_config, BIGGER | {"intermediate_size": 80})
+    assert space_bar(made, "ffn") == "█" * 10 + "▒" * 10  # 40 → 80
+    assert space_bar(made, "residual") == "█" * 16 + "·" * 4  # 24 → 30
+    assert space_bar(made, "vocab") == "█" * 20
+
+
+def test_the_matrix_in_the_picture_is_the_one_that_is_written(phi_folder: Path, tmp_path: Path) -> None:
+    grown = grow(phi_folder, tmp_path / "out", target=BIGGER, noise=0.2)
+    with Checkpoint(phi_folder) as source, Checkpoint(tmp_path / "out") as written:
+        step = shown_step(grown.plan)
+        assert step.name == "model.layers.0.self_attn.q_proj.weight"
+        expected = to_float(written.read(step.name), "F64")
+        assert np.array_equal(grown_matrix(grown.plan, step, source), expected)
+        figure = build(grown.plan, source)
+        images = [np.asarray(image.get_array()) for part in figure.subfigs for axes in part.axes for image in axes.get_images()]
+        assert any(image.shape == expected.shape and np.array_equal(image, expected) for image in images)
+        draw(grown.plan, tmp_path / "plan.png", source)
+    with Image.open(tmp_path / "plan.png") as picture:
+        assert picture.size == (1650, 1260)
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+    texts = " ".join(text.get_text() for text in build(grown.plan).findobj(match=lambda artist: hasattr(artist, "get_text")))
+    assert "certified lossless" in texts
+    assert "24 → 30" in texts
+
+
+def test_a_picture_without_weights_and_a_name_that_is_no_picture(phi_config: dict[str, Any], tmp_path: Path) -> None:
+    made = plan(phi_config, BIGGER, "tile")
+    draw(made, tmp_path / "plan.svg")
+    assert (tmp_path / "plan.svg").read_text().startswith("<?xml")
+    for name in ("plan.txt", "nowhere/plan.png"):
+        with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
+            draw(made, tmp_path / name)
