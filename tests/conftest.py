@@ -66,3 +66,11 @@ def phi_folder(tmp_path_factory: pytest.TempPathFactory, phi_config: dict[str, A
 def checkpoint_maker() -> Callable[..., Path]:
     """`make_checkpoint`, for tests that need a checkpoint of their own."""
     return make_checkpoint
+
+
+@pytest.fixture(scope="session")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The toy run: 6 steps of 8 windows of 16 tokens on a text of some sentences."""
+    from toy import toy_overrides
+
+    return toy_overrides(tmp_path_factory.mktemp("text"))

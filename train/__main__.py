@@ -5,7 +5,8 @@ python -m train experiment=tiny growth=lossless seed=0                          
 python -m train -m experiment=tiny growth=scratch,lossless,tile,random_pad seed=0,1,2
 torchrun --nproc_per_node 2 -m train experiment=tiny growth=lossless seed=0      the same losses on two processes
 
-Every run writes runs/<study>-<arm>-s<seed>/ and resumes there when started again. Exit status: 0 done, 2 a fault in what was asked.
+Every run writes runs/<study>-<arm>-s<seed>/ and resumes there when started again. Exit status: 0 done, 2 a fault in what was asked,
+75 (EX_TEMPFAIL) stopped by SIGTERM or SIGUSR1 with everything saved: start the same command again.
 """
 
 from __future__ import annotations
@@ -69,14 +70,23 @@ def _check_sweep(overrides: list[str]) -> None:
 
 def _train(settings: Settings) -> None:
     from train.loop import train  # torch, transformers and accelerate are loaded only for settings that hold
+    from train.signals import REQUEUE, Stopped
 
-    train(settings)
+    try:
+        train(settings)
+    except Stopped as stopped:
+        _say(f"{stopped}; the same command goes on from there")
+        sys.exit(REQUEUE)
 
 
 def _fail(error: UserError) -> NoReturn:
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"error: {error}", file=sys.stderr)
+    _say(f"error: {error}")
     sys.exit(2)
+
+
+def _say(text: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,14 @@ from typing import Any
 from model.errors import UserError
 
 PARTIAL = ".partial"
-_SIGNS = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed")  # how safetensors and torch.save tell of it
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
+_SIGNS = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large",
+    "PytorchStreamWriter failed",
+    "iostream error",
+)  # of libraries
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR}
 
 
 @contextmanager

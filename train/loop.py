@@ -30,6 +30,8 @@ from train.meter import Meter
 from train.optimizer import build_optimizer
 from train.publish import publish
 from train.settings import Budget, Settings
+from train.signals import Stopped, any_process, watched
+from train.speed import speed_up
 from train.start import begin, find_source, source_ledger, starting_model, target_config
 from train.step import Step, share_of_batch
 
@@ -41,6 +43,7 @@ def train(settings: Settings) -> Path:
 
     Raises:
         UserError: the settings, the text, the source and the folder do not go together, the disk is full, or a loss is not finite.
+        Stopped: SIGTERM or SIGUSR1 came; a checkpoint of the last step is saved.
     """
     folder, loop, budget = Path(settings.out), settings.train, Budget.of(settings.train)
     console = Console(settings.progress and "lines", settings.name, loop.budget_tokens)
@@ -87,12 +90,13 @@ def train(settings: Settings) -> Path:
         position = state.load(saved[-1], network, optimizer) if saved else state.Position()
         if main:
             state.cut_metrics(folder / run_folder.METRICS, position.step if saved else -1)
+        speed_up(network, loop)
         model, optimizer = accelerator.prepare(NextTokenLoss(network, fused=fuses(config, loop.loss)), optimizer)
         step = Step(model, optimizer, accelerator, data.train, settings)
         console.say(f"{run['parameters']:,} parameters, steps {position.step} to {budget.steps} of {budget.tokens_per_step:,} tokens")
         console.say(f"{run['device']}, {accelerator.num_processes} process(es), {run['precision']}, attention {attention} ({why})")
 
-        with open_log(folder, settings, run, writes=main) as log:
+        with open_log(folder, settings, run, writes=main) as log, watched() as asked:
             peak = peak_flops(device_name(accelerator.device), run["precision"])
             meter = Meter(position, accelerator, budget.tokens_per_step, run["flops_per_token"], peak)
 
@@ -119,10 +123,13 @@ def train(settings: Settings) -> Path:
                         log.write("train", meter.clocks(), learning_rate=rate, **row)
                 if budget.due(budget.eval_every, position.step):
                     validate()
-                if budget.saves(position.step):
+                stopped = any_process(accelerator, asked() is not None) and position.step < budget.steps
+                if budget.saves(position.step) or stopped:
                     with meter.paused():
                         if main:
                             state.save(folder / run_folder.CHECKPOINTS, position, network, optimizer.optimizer, loop.keep)
+                if stopped:
+                    raise Stopped(f"stopped by {asked() or 'a signal to another process'} after step {position.step}, which is saved")
 
         # ---- 8. The end: a Hugging Face folder, and last the summary, which makes the run complete ------------------------------------
         accelerator.wait_for_everyone()

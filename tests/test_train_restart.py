@@ -1,0 +1,160 @@
+"""Runs that are stopped: killed at any moment, asked to stop, out of disk; each ends where an undisturbed run ends."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+from toy import assert_same_run, at
+
+from model.errors import UserError
+from train import loop, state
+from train.folder import is_complete
+from train.settings import Settings, compose
+from train.signals import REQUEUE, Stopped, watched
+
+STEPS = 60
+# Processes that have imported everything before they are made, and have started no thread: a fork of this one would have.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train.loop", "transformers.models.phi.modeling_phi"])
+
+
+@pytest.fixture(scope="module")
+def settings(overrides: list[str]) -> Settings:
+    """60 steps with a checkpoint after each."""
+    return compose([*overrides, f"train.budget_tokens={STEPS * 128}", "train.save_every_tokens=128", "train.keep=2"])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ended(at(settings, tmp_path_factory.mktemp("runs") / "whole"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
+    yield
+    os.environ.pop("OMP_NUM_THREADS")
+    if before is not None:
+        os.environ["OMP_NUM_THREADS"] = before
+
+
+def begun(settings: Settings, file_limit_bytes: int = resource.RLIM_INFINITY) -> BaseProcess:
+    """The run in a process of its own, which may write files of so many bytes and tells its error in `<out>.error`."""
+    process = FORKS.Process(target=_train, args=(settings, file_limit_bytes))
+    process.start()
+    return process
+
+
+def ended(settings: Settings) -> Path:
+    """The folder of the run, trained to its end in a process like the others: with as many threads, which decide the bits."""
+    process = begun(settings)
+    process.join()
+    assert process.exitcode == 0
+    return Path(settings.out)
+
+
+def _train(settings: Settings, file_limit_bytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit_bytes, resource.RLIM_INFINITY))
+    try:
+        loop.train(settings)
+    except (UserError, Stopped) as error:
+        Path(f"{settings.out}.error").write_text(str(error))
+        sys.exit(REQUEUE if isinstance(error, Stopped) else 2)
+
+
+def wait_for(condition: Callable[[], bool], process: BaseProcess, seconds: float = 30.0) -> None:
+    """Until the condition holds or the process has ended."""
+    end = time.monotonic() + seconds
+    while not condition() and process.is_alive():
+        assert time.monotonic() < end, "waited too long"
+
+
+def test_a_run_killed_at_twenty_moments_ends_with_the_bits_of_an_undisturbed_one(
+    settings: Settings, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Every other time while a checkpoint is being written; else at any moment, start-up included. A run that has ended begins anew."""
+    draw, settings, checkpoints = random.Random(0), at(settings, tmp_path / "run"), tmp_path / "run" / "checkpoints"
+    kills, half_written = 0, 0
+    while kills < 20:
+        there, process = set(state.complete(checkpoints)), begun(settings)
+        if kills % 2:
+            time.sleep(draw.uniform(0.0, 0.6))
+        else:
+            wait_for(lambda: set(state.complete(checkpoints)) != there, process)  # noqa: B023
+            time.sleep(draw.uniform(0.0, 0.02))
+            wait_for(lambda: any(checkpoints.glob("*.partial")), process)
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        half_written += any(checkpoints.glob("*.partial"))
+        if is_complete(tmp_path / "run"):
+            assert_same_run(tmp_path / "run", undisturbed)
+            shutil.rmtree(tmp_path / "run")
+    assert half_written >= 3
+    assert_same_run(ended(settings), undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_is_asked_to_stop_saves_its_last_step_and_goes_on_from_there(
+    settings: Settings, undisturbed: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    folder, settings = tmp_path / "run", at(settings, tmp_path / "run", save_every_tokens=None)
+    process = begun(settings)
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and "train" in (folder / "metrics.jsonl").read_text(), process)
+    os.kill(process.pid or 0, number)
+    process.join()
+    assert process.exitcode == REQUEUE == 75
+    (saved,) = state.complete(folder / "checkpoints")
+    step = int(saved.name.removeprefix("step-"))
+    assert 0 < step < STEPS
+    assert Path(f"{folder}.error").read_text() == f"stopped by {number.name} after step {step}, which is saved"
+    ended(settings)
+    assert_same_run(folder, undisturbed)
+
+
+def test_signals_mean_again_what_they_meant_before_the_run(settings: Settings, undisturbed: Path) -> None:
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with watched() as asked:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked() == "SIGUSR1"
+    assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
+def test_a_disk_that_takes_no_more_stops_the_run_and_leaves_the_earlier_checkpoint_whole(
+    settings: Settings, undisturbed: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    process = begun(at(settings, folder))
+    wait_for(lambda: len(state.complete(folder / "checkpoints")) > 0, process)
+    process.kill()
+    process.join()
+    newest = state.complete(folder / "checkpoints")[-1]
+    size = max(path.stat().st_size for path in newest.iterdir())
+    process = begun(at(settings, folder), file_limit_bytes=size - 1)
+    process.join()
+    assert process.exitcode == 2
+    words = Path(f"{folder}.error").read_text()
+    assert re.search(r"checkpoints/step-\d{8}: could not be written \(.*\); whatever was complete before is untouched: free space", words)
+    assert state.complete(folder / "checkpoints")[-1] == newest
+    assert not list((folder / "checkpoints").glob("*.partial"))
+    ended(at(settings, folder))
+    assert_same_run(folder, undisturbed)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_trained(settings: Settings) -> None:
+    with pytest.raises(UserError, match=r"/proc/nowhere/run: could not be written \(.*\).*choose another"):
+        loop.train(at(settings, Path("/proc/nowhere/run")))
