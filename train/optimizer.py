@@ -1,37 +1,46 @@
-"""AdamW with two groups, and the proof that they cover every parameter exactly once.
+"""The optimizers and their parameter groups, with the proof that these cover every parameter exactly once.
 
-decayed    matrices: every weight with two or more axes, the output head included where it is untied
+hidden     matrices between the embeddings and the head: Muon's own where Muon trains, decayed like any matrix elsewhere
+decayed    the other matrices: the output head, where it is untied
 untouched  vectors (norm weights, all biases) and embeddings. A norm's weight should stay near 1 and not near 0; an embedding row is only
            updated when its token occurs, so decay would pull rare tokens towards 0 at the rate of frequent ones.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from model.errors import UserError
 
 if TYPE_CHECKING:
     from train.settings import OptimizerSettings
 
+Groups = list[dict[str, Any]]
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters that learn, in the two groups above; a tied tensor counts once, as the embedding it is."""
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
+    """The parameters that learn, in the groups above that are not empty; a tied tensor counts once, as the embedding it is."""
     embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    find_head: Any = getattr(model, "get_output_embeddings", None)
+    head = None if find_head is None else find_head()
+    ends = embeddings | (set() if head is None else {id(p) for p in head.parameters()})
     learning = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in learning if p.ndim >= 2 and id(p) not in embeddings]
-    untouched = [p for p in learning if p.ndim < 2 or id(p) in embeddings]
-    groups = [
-        {"name": "decayed", "params": decayed, "weight_decay": weight_decay},
-        {"name": "untouched", "params": untouched, "weight_decay": 0.0},
+    matrices = [p for p in learning if p.ndim >= 2 and id(p) not in embeddings]
+    groups: Groups = [
+        {"name": "hidden", "params": [p for p in matrices if id(p) not in ends], "weight_decay": weight_decay},
+        {"name": "decayed", "params": [p for p in matrices if id(p) in ends], "weight_decay": weight_decay},
+        {"name": "untouched", "params": [p for p in learning if p.ndim < 2 or id(p) in embeddings], "weight_decay": 0.0},
     ]
     check_cover(model, groups)
     return [group for group in groups if group["params"]]
 
 
-def check_cover(model: nn.Module, groups: list[dict[str, Any]]) -> None:
+def check_cover(model: nn.Module, groups: Groups) -> None:
     """Raise AssertionError naming each parameter that is in no group or in several."""
     count: dict[int, int] = {}
     for group in groups:
@@ -42,13 +51,64 @@ def check_cover(model: nn.Module, groups: list[dict[str, Any]]) -> None:
         raise AssertionError(f"each parameter must be in exactly one optimizer group; found (name: groups) {wrong}")
 
 
-def adamw(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.Optimizer:
+def adamw(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101), in one fused kernel where the parameters' device has one."""
     fused = all(p.device.type in {"cpu", "cuda"} and p.is_floating_point() for group in groups for p in group["params"])
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=fused)
 
 
-OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Any], torch.optim.Optimizer]] = {"adamw": adamw}
+def adamw_8bit(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """AdamW whose two moments are kept in 8 bits, block by block (arXiv 2110.02861), as torchao has it.
+
+    Raises:
+        UserError: torchao is not installed.
+    """
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError("optimizer=adamw_8bit: it is torchao's, which is not installed; pip install -e '.[low_bit]'") from error
+    return AdamW8bit(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon)
+
+
+def muon(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the hidden matrices, AdamW for the rest, at one learning rate.
+
+    Muon's step is scaled to the RMS of AdamW's, so that AdamW's learning rate and decay serve both (arXiv 2502.16982, section 2.2).
+    """
+    assert settings.momentum is not None
+    hidden, rest = [g for g in groups if g["name"] == "hidden"], [g for g in groups if g["name"] != "hidden"]
+    matrices = torch.optim.Muon(hidden, lr=settings.learning_rate, momentum=settings.momentum, adjust_lr_fn="match_rms_adamw")
+    return Joined([matrices, adamw(rest, settings)])
+
+
+class Joined(torch.optim.Optimizer):
+    """Several optimizers that step as one: the same groups and the same state, so that it is saved, loaded and sharded as one."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let every part work on this optimizer's own groups and state; loading replaces both."""
+        first = 0
+        for part in self.parts:
+            count = len(part.param_groups)
+            part.param_groups, part.state = self.param_groups[first : first + count], self.state
+            first += count
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        assert closure is None
+        for part in self.parts:
+            part.step()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.state = defaultdict[Tensor, Any](dict, self.state)
+        self._share()
+
+
+OPTIMIZERS: dict[str, Callable[[Groups, Any], torch.optim.Optimizer]] = {"adamw": adamw, "adamw_8bit": adamw_8bit, "muon": muon}
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
@@ -57,6 +117,9 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Write `rate` into every group."""
+    """Write `rate` into every group; in place where it is a tensor, which compiled steps read."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

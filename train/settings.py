@@ -38,11 +38,12 @@ class GrowthSettings:
 class OptimizerSettings:
     """conf/optimizer."""
 
-    name: Literal["adamw"]
+    name: Literal["adamw", "adamw_8bit", "muon"]
     learning_rate: float  # at the peak of the schedule
     betas: tuple[float, float]
     epsilon: float
     weight_decay: float  # of matrices only, see train/optimizer.py
+    momentum: float | None = None  # of Muon's matrices
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,8 @@ def _disagreements(settings: Settings) -> list[str]:
         faults.append(f"schedule: warmup_fraction and decay_fraction are {together} together, more than the budget")
     if settings.optimizer.learning_rate <= 0:
         faults.append(f"optimizer.learning_rate: must be positive; found {settings.optimizer.learning_rate}")
+    if settings.optimizer.name == "muon" and settings.optimizer.momentum is None:
+        faults.append("optimizer.momentum: missing; muon needs one (optimizer.momentum=0.95)")
     if growth.operator != "scratch" and settings.source is None:
         faults.append(f"source: missing; growth={growth.name} starts from one: source=FOLDER or source=owner/name on the Hugging Face hub")
     if growth.operator != "source" and settings.target is None:
