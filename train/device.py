@@ -44,12 +44,15 @@ def session(precision: str) -> Iterator[Accelerator]:
     """
     cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
     threads, generator, bars = torch.get_num_threads(), torch.random.get_rng_state(), logging.is_progress_bar_enabled()
+    matmul = torch.get_float32_matmul_precision()
     _reset()
     logging.disable_progress_bar()  # a bar for each model that is read or written would break up the run's own lines
     _join_processes(cpu)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
         accelerator = Accelerator(cpu=cpu, mixed_precision=_mixed_precision(precision, cpu))
+    if accelerator.mixed_precision == "bf16" and not cpu:
+        torch.set_float32_matmul_precision("high")  # what autocast leaves in float32, the fused loss, is multiplied in TF32
     try:
         yield accelerator
         accelerator.end_training()
@@ -58,6 +61,7 @@ def session(precision: str) -> Iterator[Accelerator]:
             torch.distributed.destroy_process_group()
         _reset()
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(matmul)
         torch.random.set_rng_state(generator)
         if bars:
             logging.enable_progress_bar()

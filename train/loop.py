@@ -30,6 +30,7 @@ from train.meter import Meter
 from train.optimizer import build_optimizer
 from train.publish import publish
 from train.settings import Budget, Settings
+from train.speed import speed_up
 from train.start import begin, find_source, source_ledger, starting_model, target_config
 from train.step import Step, share_of_batch
 
@@ -87,6 +88,7 @@ def train(settings: Settings) -> Path:
         position = state.load(saved[-1], network, optimizer) if saved else state.Position()
         if main:
             state.cut_metrics(folder / run_folder.METRICS, position.step if saved else -1)
+        speed_up(network, loop)
         model, optimizer = accelerator.prepare(NextTokenLoss(network, fused=fuses(config, loop.loss)), optimizer)
         step = Step(model, optimizer, accelerator, data.train, settings)
         console.say(f"{run['parameters']:,} parameters, steps {position.step} to {budget.steps} of {budget.tokens_per_step:,} tokens")

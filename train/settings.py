@@ -82,6 +82,8 @@ class LoopSettings:
     precision: Literal["auto", "bf16", "fp32"]
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
     loss: Literal["auto", "fused", "plain"]  # fused: the logits are never whole; auto: fused where the network allows it
+    checkpointing: bool  # activations are computed again in the backward pass
+    compile: bool  # torch.compile, layer by layer
     gradient_clip: float | None
 
 
