@@ -11,7 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from model.errors import UserError
-from train.data.corpus import Tally, documents, is_validation, open_corpus
+from train.data.corpus import documents, is_validation, open_corpus
+from train.data.document import Tally
 from train.data.settings import DataSettings, disagreements
 
 
@@ -139,7 +140,7 @@ def jsonl(text: str) -> dict[str, bytes]:
         (jsonl('{"text": 5}'), r"a\.jsonl:1: 'text' is a int, not text"),
         ({"a.parquet": b"PAR1 this is none"}, r"a\.parquet: corrupted parquet .*fetch the file again"),
         ({"a.parquet": b""}, r"a\.parquet: corrupted parquet"),
-        ({"a.png": b""}, r"none of its 1 files ends in \.txt \.md \.py \.jsonl \.parquet"),
+        ({"a.png": b""}, r"none of its 1 files ends in \.txt \.md \.py \.json \.jsonl \.parquet"),
         ({}, "it is an empty folder"),
     ],
 )

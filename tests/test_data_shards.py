@@ -69,7 +69,8 @@ def test_the_tokens_are_the_documents_each_with_its_end(settings: DataSettings) 
 def test_the_manifest_says_what_was_read(settings: DataSettings) -> None:
     build(settings)
     manifest = json.loads((settings.home / "manifest.json").read_text())
-    assert manifest["read"] == {"empty_skipped": 0, "utf8_replaced": 1}
+    counts = {"documents": 41, "bytes": sum(split["bytes"] for split in manifest["splits"].values())}
+    assert manifest["read"] == {"empty_skipped": 0, "utf8_replaced": 1, "too_long_skipped": 0, **counts}
     assert manifest["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     for name, split in manifest["splits"].items():
         raw = b"".join(path.read_bytes() for path in sorted(settings.home.glob(f"{name}-*.bin")))
@@ -102,7 +103,7 @@ def test_wide_vocabularies_take_four_bytes() -> None:
 
 def test_reading_stops_with_the_document_that_reaches_the_limit(settings: DataSettings) -> None:
     whole = build(settings)
-    limited = build(replace(settings, limit_tokens=1000))
+    limited = build(replace(settings, limit_tokens=1000, limit_bytes=10**6))
     counts = limited.train.count + limited.validation.count
     assert 1000 <= counts < 1000 + 200 < whole.train.count
     assert (limited.train.tokens[:] == whole.train.tokens[: limited.train.count]).all()
@@ -165,7 +166,7 @@ def test_rebuilding_the_same_gives_the_same_bytes(settings: DataSettings) -> Non
 
 PROCESS = """
 import sys, train.data.build as build
-from train.data import DataSettings
+from train.data.settings import CleaningSettings, DataSettings
 inner = build._build
 build._build = lambda *all: (print("built"), inner(*all))
 settings = eval(sys.argv[1])
@@ -192,11 +193,14 @@ def test_of_several_processes_one_builds(settings: DataSettings) -> None:
 # ---- faults -----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_build_that_fails_leaves_nothing(settings: DataSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_that_fails_leaves_nothing_that_opens(settings: DataSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.data.build._versions", lambda: 1 / 0)  # the last thing before the manifest
     with pytest.raises(ZeroDivisionError):
         build(settings)
-    assert sorted(path.name for path in settings.home.parent.iterdir()) == ["texts", "tokens.lock"]
+    assert sorted(path.name for path in settings.home.parent.iterdir()) == ["texts", "tokens.lock", "tokens.partial"]
+    for folder in (settings.home, settings.home.with_name("tokens.partial")):
+        with pytest.raises(UserError, match=r"no tokens here|no token folder"):
+            open_data(folder)
 
 
 def test_a_rebuild_that_fails_keeps_the_former(settings: DataSettings) -> None:
@@ -216,19 +220,20 @@ def test_the_remains_of_a_killed_build_are_swept_away(settings: DataSettings) ->
     assert not (settings.home / "train-00099.bin").exists()
 
 
-@pytest.mark.parametrize("limit", [1000, 20000])  # the tokenizer's file does not fit; a shard does not
-def test_a_full_disk_is_told_and_leaves_nothing(settings: DataSettings, limit: int) -> None:
+@pytest.mark.parametrize("limit", [1000, 20000])  # the text does not fit; a shard does not
+def test_a_full_disk_is_told_and_leaves_nothing_that_opens(settings: DataSettings, limit: int) -> None:
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
     for i in range(40):
         (Path(settings.path or "") / f"more{i}.txt").write_text(" ".join(WORDS * 40))
     settings = replace(settings, shard_tokens=10**6)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, former[1]))
     try:
-        with pytest.raises(UserError, match=r"tokens: cannot be written \(.*\); make room, or choose another data\.folder"):
+        with pytest.raises(UserError, match=r"tokens.*not be written \(.*\).* (free space|make room)"):
             build(settings)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
-    assert sorted(path.name for path in settings.home.parent.iterdir()) == ["texts", "tokens.lock"]
+    assert not settings.home.exists()
+    assert build(settings).train.documents > 40  # with room again, the same command goes on
 
 
 def test_a_folder_that_is_something_else_is_left_alone(settings: DataSettings) -> None:

@@ -48,18 +48,29 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """`text` as the file `path`, whole or not at all."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield `<path>.partial` to write to; rename it to `path` when the block ends well, else remove it.
+
+    Raises:
+        UserError: the disk is full or not writable; what was there before is untouched.
+    """
     partial = path.with_name(path.name + PARTIAL)
     with telling_disk_faults(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(text)
+            yield partial
             _flush(partial)
             os.replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """`text` as the file `path`, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(text)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -78,8 +89,8 @@ def telling_disk_faults(path: Path) -> Iterator[None]:
         if not _is_disk_fault(error):
             raise
         raise UserError(
-            f"{path}: could not be written ({_reason(error)}); whatever was complete before is untouched: free space, or choose another "
-            "out=, and start the same command again"
+            f"{path}: could not be written ({_reason(error)}); whatever was complete before is untouched: free space, or write "
+            "elsewhere, and start the same command again"
         ) from error
 
 

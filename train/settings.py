@@ -219,7 +219,7 @@ def _disagreements(settings: Settings) -> list[str]:
 
 
 # What a run may be restarted with differently: nothing of it changes a number in the result.
-NEUTRAL = ("out", "progress", "logger", "train.keep", "train.save_every_tokens", "data.folder", "data.path")
+NEUTRAL = ("out", "progress", "logger", "train.keep", "train.save_every_tokens", "data.folder", "data.path", "data.workers")
 
 
 def identity(settings: Settings | Mapping[str, Any]) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def identity(settings: Settings | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_neutral(key: str) -> bool:
-    places = key.startswith("mixture.sources.") and key.endswith((".data.folder", ".data.path"))
+    places = key.startswith("mixture.sources.") and key.endswith((".data.folder", ".data.path", ".data.workers"))
     return key in NEUTRAL or key.split(".")[0] in NEUTRAL or places
 
 

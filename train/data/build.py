@@ -1,39 +1,44 @@
 """`prepare`: tokens that are there and current, built if need be, by one process while the others wait.
 
-A build writes `<folder>.partial` and renames it, so the folder is complete or absent.
+A build reads, cleans, tokenises and packs in `<folder>.partial` and renames it, so the folder is complete or absent. A build that was
+stopped, by a fault or by kill −9, goes on where it was: blocks and shards that are whole are not done again.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from model.errors import UserError
-from train.data.corpus import Corpus, Document, Tally, documents, is_validation, open_corpus
+from train.data.blocks import Workshop, in_blocks, stage
+from train.data.corpus import documents, is_validation, open_corpus
+from train.data.document import Corpus, Tally
+from train.data.pack import ENCODER, Lengths, pack
+from train.data.progress import Advance, bar
 from train.data.settings import DataSettings, disagreements
-from train.data.shards import SPLITS, TOKENIZER, ShardWriter, TokenData, dtype_of, fingerprint, open_data, read_manifest, write_manifest
-from train.data.tokenizer import encoder, entries, load_tokenizer, save_tokenizer, tokenizer_hash, tokenizer_identity, train_tokenizer
+from train.data.shards import TOKENIZER, ShardWriter, TokenData, dtype_of, fingerprint, open_data, read_manifest, write_manifest
+from train.data.tokenizer import entries, load_tokenizer, save_tokenizer, tokenizer_hash, tokenizer_identity, train_tokenizer, write_encoder
+from train.data.workers import Run, cores, workers
+from train.files import write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 1  # of the folder; a change of what is written, or how text is read, raises it
-ELSEWHERE = ("name", "folder", "path")  # settings that say where things lie, and nothing of the tokens
+FORMAT = 2  # of the folder; a change of what is written, or how text is read, raises it
+ELSEWHERE = ("name", "folder", "path", "workers")  # settings that say where and by whom, and nothing of the tokens
 SLOW_BYTES = 2**31  # of text, that take more than a moment to hash
-CHUNK_BYTES = 2**22  # of text, tokenised at a time
+SMALL_BYTES = 2**26  # of text, that starting processes is not worth it for
 TRAINING_BYTES = 2**28  # of text, at most, that a tokenizer is trained on: the first documents of the training part
-
-Advance = Callable[[int], None]  # so many bytes further
 
 
 def prepare(settings: DataSettings, *, progress: bool = True) -> TokenData:
@@ -63,14 +68,17 @@ def _outdated(folder: Path, settings: DataSettings, corpus: Corpus, progress: bo
     found, wanted = manifest["settings"], _identity(settings)
     if changed := [f"{key} {found.get(key)} → {value}" for key, value in wanted.items() if found.get(key) != value]:
         return f"building the tokens again, for settings changed: {', '.join(changed)}"
-    inputs = manifest["inputs"]
-    if inputs["stamp"] != corpus.stamp() and inputs["digest"] != _digest(corpus, progress):  # the first needs no reading
+    if not _same_text(manifest["inputs"], corpus, progress):
         return "building the tokens again, for the text has changed"
     return None
 
 
+def _same_text(inputs: dict[str, str], corpus: Corpus, progress: bool) -> bool:
+    return inputs["stamp"] == corpus.stamp() or inputs["digest"] == _digest(corpus, progress)  # the first needs no reading
+
+
 def _digest(corpus: Corpus, progress: bool) -> str:
-    with _bar("comparing the text", corpus.size, progress and (corpus.size or 0) >= SLOW_BYTES) as advance:
+    with bar("comparing the text", corpus.size, progress and (corpus.size or 0) >= SLOW_BYTES) as advance:
         return corpus.digest(advance)
 
 
@@ -105,14 +113,32 @@ def _writing(folder: Path) -> Iterator[None]:
 
 def _build(folder: Path, settings: DataSettings, corpus: Corpus, progress: bool) -> None:
     partial = folder.with_name(folder.name + ".partial")
-    try:
-        with _writing(folder):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            write_manifest(partial, _write(partial, settings, corpus, progress))
-            _replace(folder, partial)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with _writing(folder):
+        if not _is_current(partial, settings, corpus, progress):
+            work = _open_workshop(partial, settings, corpus, progress)
+            write_manifest(partial, _write(partial, work, settings, corpus, progress))
+        shutil.rmtree(partial / "work", ignore_errors=True)
+        _replace(folder, partial)
+
+
+def _is_current(partial: Path, settings: DataSettings, corpus: Corpus, progress: bool) -> bool:
+    """Whether all that is left is to rename it: killed between the manifest and that."""
+    return (partial / "manifest.json").is_file() and _outdated(partial, settings, corpus, progress) is None
+
+
+def _open_workshop(partial: Path, settings: DataSettings, corpus: Corpus, progress: bool) -> Workshop:
+    """Go on in what a stopped build of the same text and settings left; else begin."""
+    work, identity = Workshop(partial / "work"), json.loads(json.dumps(_identity(settings)))
+    if work.plan.is_file() and not (partial / "manifest.json").exists():
+        plan = json.loads(work.plan.read_text())
+        if plan["settings"] == identity and _same_text(plan["inputs"], corpus, progress):
+            if progress:
+                print(f"{partial}: going on with the build that was stopped", file=sys.stderr)
+            return work
+    shutil.rmtree(partial, ignore_errors=True)
+    # Before the text is read, so that a change meanwhile is noticed next time.
+    write_json(work.plan, {"settings": identity, "inputs": {"stamp": corpus.stamp(), "digest": _digest(corpus, progress)}})
+    return work
 
 
 def _replace(folder: Path, partial: Path) -> None:
@@ -125,17 +151,17 @@ def _replace(folder: Path, partial: Path) -> None:
     shutil.rmtree(former, ignore_errors=True)
 
 
-def _write(partial: Path, settings: DataSettings, corpus: Corpus, progress: bool) -> dict[str, Any]:
+def _write(partial: Path, work: Workshop, settings: DataSettings, corpus: Corpus, progress: bool) -> dict[str, Any]:
     """Write tokenizer and shards; return the manifest."""
-    # Before the text is read, so that a change meanwhile is noticed next time.
-    inputs = {"stamp": corpus.stamp(), "digest": _digest(corpus, progress)}
-    tokenizer = _tokenizer(settings, corpus, progress)
-    save_tokenizer(tokenizer, partial / TOKENIZER)
-    writers, tally = _pack(partial, settings, corpus, tokenizer, progress)
+    with workers(_worker_count(settings, corpus)) as run:
+        _read(work, settings, corpus, run, progress)
+        tokenizer = _tokenizer(partial, work, settings, progress)
+        writers = _pack(partial, work, settings, tokenizer, run, progress)
+    tally = work.tally
     manifest = {
         "settings": _identity(settings),
-        "inputs": inputs,
-        "read": asdict(tally),
+        "inputs": json.loads(work.plan.read_text())["inputs"],
+        "read": {key: value for key, value in asdict(tally).items() if key not in ("unit", "item")},
         "tokenizer": {"sha256": tokenizer_hash(tokenizer), "vocab_size": entries(tokenizer), "end_of_text_id": tokenizer.eos_token_id},
         "dtype": dtype_of(entries(tokenizer)).str,
         "splits": {name: writer.entry() for name, writer in writers.items()},
@@ -144,68 +170,86 @@ def _write(partial: Path, settings: DataSettings, corpus: Corpus, progress: bool
     return manifest | {"fingerprint": fingerprint(manifest)}
 
 
-def _tokenizer(settings: DataSettings, corpus: Corpus, progress: bool) -> PreTrainedTokenizerFast:
-    if settings.tokenizer is not None:
-        return load_tokenizer(settings.tokenizer)
-    total = None if corpus.size is None else min(corpus.size, TRAINING_BYTES)
-    with _bar("training the tokenizer", total, progress) as advance:
-        texts = _training_texts(documents(settings, corpus), settings, advance)
-        first = next(texts, None)
-        if first is None:
-            raise _too_little(settings, "training")
-        return train_tokenizer(chain([first], texts), vocab_size=settings.vocab_size, model_max_length=settings.model_max_length)
+def _worker_count(settings: DataSettings, corpus: Corpus) -> int:
+    if settings.workers is not None:
+        return settings.workers
+    return 1 if corpus.size is not None and corpus.size <= SMALL_BYTES else cores()
 
 
-def _training_texts(found: Iterable[Document], settings: DataSettings, advance: Advance) -> Iterator[str]:
+def _read(work: Workshop, settings: DataSettings, corpus: Corpus, run: Run, progress: bool) -> None:
+    """Put the documents down in blocks, from where an earlier reading got to."""
+    if work.read.is_file():
+        return
+    blocks, tally = _blocks_there(work)
+    with bar("reading", corpus.size, progress) as advance:
+        advance(tally.bytes)
+        found = in_blocks(documents(settings, corpus, tally), tally)
+        jobs = ((work, number, *block, settings.clean) for number, block in enumerate(found, len(blocks)))
+        done = tally.bytes
+        for count, after in run(stage, jobs):
+            blocks.append(count)
+            advance(after.bytes - done)
+            done = after.bytes
+    write_json(work.read, {"blocks": blocks, "tally": asdict(tally)})
+
+
+def _blocks_there(work: Workshop) -> tuple[list[int], Tally]:
+    """How many documents each block has that is there, up to the first gap, and how far the reading is after the last of them."""
+    blocks, tally = list[int](), Tally()
+    while (after := work.tally_after(len(blocks))) is not None:
+        blocks.append(after.documents - tally.documents)
+        tally = after
+    return blocks, tally
+
+
+def _kept(work: Workshop, number: int) -> np.ndarray:
+    return np.ones(work.blocks[number], bool)
+
+
+def _tokenizer(partial: Path, work: Workshop, settings: DataSettings, progress: bool) -> PreTrainedTokenizerFast:
+    """The tokenizer, saved in the folder, and in the workshop as the workers read it."""
+    if (work.folder / ENCODER).is_file():
+        return load_tokenizer(str(partial / TOKENIZER))
+    tokenizer = _trained(work, settings, progress) if settings.tokenizer is None else load_tokenizer(settings.tokenizer)
+    save_tokenizer(tokenizer, partial / TOKENIZER)
+    write_text(work.folder / ENCODER, write_encoder(tokenizer))
+    return tokenizer
+
+
+def _trained(work: Workshop, settings: DataSettings, progress: bool) -> PreTrainedTokenizerFast:
+    with bar("training the tokenizer", min(work.tally.bytes, TRAINING_BYTES), progress) as advance:
+        texts = _training_texts(work, settings, advance)
+        return train_tokenizer(texts, vocab_size=settings.vocab_size, model_max_length=settings.model_max_length)
+
+
+def _training_texts(work: Workshop, settings: DataSettings, advance: Advance) -> Iterator[str]:
     seen = 0
-    for document in found:
-        advance(document.bytes)
-        if is_validation(document.name, settings):
-            continue
-        yield document.text
-        seen += document.bytes
-        if seen >= TRAINING_BYTES:
-            return
+    for number in range(len(work.blocks)):
+        for name, text, kept in zip(work.names(number), work.texts(number), _kept(work, number), strict=True):
+            if kept and not is_validation(name, settings):
+                yield text
+                advance(size := len(text.encode()))
+                seen += size
+            if seen >= TRAINING_BYTES:
+                return
+    if not seen:
+        raise _too_little(settings, "training")
 
 
 def _pack(
-    partial: Path, settings: DataSettings, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, progress: bool
-) -> tuple[dict[str, ShardWriter], Tally]:
-    dtype, tally, end = dtype_of(entries(tokenizer)), Tally(), tokenizer.eos_token_id
-    writers = {name: ShardWriter(partial, name, dtype, settings.shard_tokens) for name in SPLITS}
-    with _bar("tokenising", corpus.size, progress) as advance:
-        for document, ids in _encoded(documents(settings, corpus, tally), tokenizer):
-            split = "validation" if is_validation(document.name, settings) else "train"
-            writers[split].write(np.array([*ids, end], dtype), document.bytes)
-            advance(document.bytes)
-            if settings.limit_tokens is not None and sum(writer.tokens for writer in writers.values()) >= settings.limit_tokens:
-                break
+    partial: Path, work: Workshop, settings: DataSettings, tokenizer: PreTrainedTokenizerFast, run: Run, progress: bool
+) -> dict[str, ShardWriter]:
+    with bar("tokenising", work.tally.bytes, progress) as advance:
+
+        def record(number: int, taken: Lengths) -> None:
+            advance(int(taken.bytes.sum()))
+
+        dtype = dtype_of(entries(tokenizer))
+        writers = pack(partial, work, lambda number: _kept(work, number), settings, dtype, tokenizer.eos_token_id, run, record)
     for name, writer in writers.items():
-        writer.close()
         if not writer.documents:
             raise _too_little(settings, "training" if name == "train" else name)
-    return writers, tally
-
-
-def _encoded(found: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Document, list[int]]]:
-    """Each document with its ids; chunks of them are tokenised on all cores."""
-    encode = encoder(tokenizer).encode_batch_fast
-    for chunk in _chunks(found):
-        encodings = encode([document.text for document in chunk], add_special_tokens=False)
-        yield from ((document, encoding.ids) for document, encoding in zip(chunk, encodings, strict=True))
-
-
-def _chunks(found: Iterable[Document]) -> Iterator[list[Document]]:
-    chunk: list[Document] = []
-    size = 0
-    for document in found:
-        chunk.append(document)
-        size += document.bytes
-        if size >= CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+    return writers
 
 
 def _too_little(settings: DataSettings, split: str) -> UserError:
@@ -219,18 +263,3 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {"python": platform.python_version(), **{name: version(name) for name in ("tokenizers", "transformers")}}
-
-
-@contextmanager
-def _bar(title: str, total: int | None, shown: bool) -> Iterator[Advance]:
-    """A progress bar over bytes of text, on stderr; nothing where it is not shown."""
-    if not shown:
-        yield lambda size: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda size: bar.advance(task, size)

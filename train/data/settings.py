@@ -1,13 +1,22 @@
-"""Which text, cut into which tokens. Plain values: nothing here imports a library."""
+"""Which text, cleaned how, cut into which tokens. Plain values: nothing here imports a library."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import fsum
 from pathlib import Path
 from typing import Literal
 
 from model.errors import did_you_mean
+
+
+@dataclass(frozen=True)
+class CleaningSettings:
+    """What is done to documents, and which are left out, in this order; all of it off where nothing is said."""
+
+    normalise: bool = False  # Unicode NFC, \n line ends, no control characters, no spaces at line ends
+    exact_duplicates: bool = False  # remove later copies of a text
+    near_duplicates: float | None = None  # remove later texts of at least this Jaccard similarity; null: keep them
 
 
 @dataclass(frozen=True)
@@ -17,26 +26,40 @@ class DataSettings:
     name: str
     corpus: Literal["stdlib", "files", "hub"]
     folder: str | None = None  # where the tokens are kept; null: data/<name>
-    path: str | None = None  # files: a folder, a file, or a glob (** crosses folders) of the suffixes in corpus.READERS
+    path: str | None = None  # files: a folder, a file, or a glob (** crosses folders) of the suffixes in files.READERS
     dataset: str | None = None  # hub: owner/name, or a folder that `datasets` can read
     config: str | None = None  # hub
     split: str = "train"  # hub
     revision: str | None = None  # hub: pin a commit or tag, for a moved branch is not noticed once the tokens are there
     streaming: bool = True  # hub: read over the network, without a copy on disk
-    column: str = "text"  # of a parquet file or dataset; the field of a jsonl line
+    column: str = "text"  # of a parquet file or dataset; the field of a json or jsonl object
     limit_documents: int | None = None  # read no more than these
-    limit_tokens: int | None = None  # of both splits; the document that reaches it is the last
+    limit_bytes: int | None = None  # of text: read no more; null: all, or READ_AHEAD for each token of limit_tokens
+    limit_tokens: int | None = None  # of both splits, after cleaning; the document that reaches it is the last
+    max_document_bytes: int = 2**24  # a longer document is skipped and counted: it has to fit in memory, with its tokens
+    clean: CleaningSettings = field(default_factory=CleaningSettings)
     tokenizer: str | None = None  # a folder or hub name; null: train a byte-level BPE on the training part
     vocab_size: int = 2048  # of the trained one
     model_max_length: int = 2048  # that the trained one states; a hint for its users, nothing is cut
     validation_fraction: float = 0.05  # of the documents
     seed: int = 0  # of the split
     shard_tokens: int = 2**28  # at most, in one file
+    workers: int | None = None  # processes; null: this one for a small corpus, else one a core. Nothing of the result depends on it
 
     @property
     def home(self) -> Path:
         """The folder that holds the tokens."""
         return Path(self.folder or f"data/{self.name}").expanduser()
+
+
+READ_AHEAD = 8  # bytes of text read for each token of limit_tokens: about twice what English or Python needs, the rest is for cleaning
+
+
+def read_limit(settings: DataSettings) -> int | None:
+    """How many bytes of text are read at most."""
+    if settings.limit_bytes is None and settings.limit_tokens is not None:
+        return READ_AHEAD * settings.limit_tokens
+    return settings.limit_bytes
 
 
 def disagreements(settings: DataSettings) -> list[str]:
@@ -50,13 +73,20 @@ def disagreements(settings: DataSettings) -> list[str]:
         faults.append(f"data.validation_fraction: must be between 0 and 1; found {settings.validation_fraction}")
     if settings.tokenizer is None and settings.vocab_size < 257:
         faults.append(f"data.vocab_size: must be at least 257, for 256 bytes and the end of text; found {settings.vocab_size}")
-    for key in ("limit_documents", "limit_tokens", "shard_tokens", "model_max_length"):
+    for key in ("limit_documents", "limit_bytes", "limit_tokens", "max_document_bytes", "shard_tokens", "model_max_length", "workers"):
         value = getattr(settings, key)
         if value is not None and value <= 0:
             faults.append(f"data.{key}: must be positive; found {value}")
     if settings.home.name in ("", ".."):
         faults.append(f"data.folder: must be a folder of its own; found {str(settings.home)!r}")
-    return faults
+    return faults + _cleaning_faults(settings.clean)
+
+
+def _cleaning_faults(clean: CleaningSettings) -> list[str]:
+    near = clean.near_duplicates
+    if near is not None and not 0.5 <= near <= 1:
+        return [f"data.clean.near_duplicates: must be a similarity between 0.5 and 1, or null; found {near}"]
+    return []
 
 
 # ---- a mixture ------------------------------------------------------------------------------------------------------------------------

@@ -82,9 +82,18 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 def encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """A copy that reads special tokens in a text as the text they are: only `prepare` ends a document."""
+    return read_encoder(write_encoder(tokenizer))
+
+
+def write_encoder(tokenizer: PreTrainedTokenizerFast) -> str:
+    """What `read_encoder` reads, in another process perhaps."""
+    return tokenizer.backend_tokenizer.to_str()
+
+
+def read_encoder(text: str) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    copy = Tokenizer.from_str(text)
     copy.encode_special_tokens = True
     copy.no_truncation()
     copy.no_padding()

@@ -1,0 +1,20 @@
+"""What is done to the text of a document."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff]")
+_LINE_ENDS = re.compile("\r\n?")
+_BLANK_LINES = re.compile("\n{4,}")
+
+
+def normalised(text: str) -> str:
+    """The same text in one spelling: Unicode NFC, \\n line ends, no control characters or byte order marks, no spaces at line ends,
+    at most two blank lines in a row (Python's own style) and none at both ends. Indentation stays as it is."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    text = _CONTROL.sub("", _LINE_ENDS.sub("\n", text))
+    lines = "\n".join(line.rstrip() for line in text.split("\n"))
+    return _BLANK_LINES.sub("\n\n\n", lines).strip("\n")
