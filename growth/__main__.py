@@ -166,6 +166,8 @@ def _print_plan(console: Console, plan: Plan) -> None:
 
 def _print_outcome(console: Console, plan: Plan, receipt: Receipt | None) -> None:
     console.print(f"{plan.source_parameters:,} → {plan.target_parameters:,} parameters, {plan.target_bytes:,} bytes, plan {plan.hash}")
+    for note in plan.notes:
+        console.print(note, markup=False)
     console.print(f"certificate: {'lossless' if plan.certificate.lossless else 'not lossless'}")
     for reason in plan.certificate.reasons:
         console.print(f"  - {reason}", markup=False)

@@ -25,7 +25,7 @@ def tensor_table(plan: Plan) -> list[tuple[str, str, str, int, int]]:
     table = []
     for name, steps in rows.items():
         line = steps[0].tensor.line
-        pattern = line.kind + f" {line.out}" if line.into is None else f"{line.out} <- {line.into}"
+        pattern = line.text if line.kind == "tensor" else f"{line.kind} {line.out}" if line.into is None else f"{line.out} <- {line.into}"
         shapes = f"{_shape(steps[0].source_shape)} → {_shape(steps[0].shape)}"
         table.append((name, pattern, shapes, len(steps), sum(map(plan.nbytes, steps))))
     return table
@@ -85,6 +85,7 @@ def model_card(plan: Plan, source: str, receipt: Receipt | None) -> str:
         "",
         "Certificate, proved from the plan: " + ("**lossless**, every logit is the source's." if certificate.lossless else "not lossless:"),
         *(f"- {reason}" for reason in certificate.reasons),
+        *(f"- {note}" for note in plan.notes),
         "",
     ]
     if receipt is not None:

@@ -85,11 +85,11 @@ def _layers(plan: Plan) -> Iterator[str]:
 
 def _steps(plan: Plan) -> Iterator[str]:
     """(3) Tensors whose maps are not those of their spaces, or that take another tensor than their own."""
-    expected: dict[tuple[str, bool], tuple[AxisMap, ...]] = {}
+    expected: dict[tuple[str, str, bool], tuple[AxisMap, ...]] = {}
     faults: dict[str, int] = {}
     for step in plan.steps:
         line, is_bias = step.tensor.line, step.tensor.is_bias
-        key = (line.name, is_bias)
+        key = (line.name, line.text, is_bias)
         if key not in expected:
             expected[key] = plan.recipe.spaces_only().maps(step.tensor)
         if not all(mine is theirs or mine == theirs for mine, theirs in zip(step.maps, expected[key], strict=True)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, reduce
 from math import prod, sqrt
 from statistics import NormalDist
 from typing import Protocol
@@ -13,7 +13,7 @@ import numpy as np
 
 from model.dtypes import RAW, to_float, to_raw, working_type
 
-from .expansion import AxisMap, Fill, runs
+from .expansion import AxisMap, Fill, product, runs
 from .plan import Plan, Step
 from .seeding import generator
 
@@ -48,12 +48,13 @@ class Expander:
     def matrix(self) -> tuple[int, int]:
         """(rows, columns) of the target seen as a matrix."""
         shape = self.step.shape
-        return (1, shape[0]) if len(shape) == 1 else (shape[0], prod(shape[1:]))
+        return (1, prod(shape)) if len(shape) < 2 else (shape[0], prod(shape[1:]))
 
     @cached_property
     def maps(self) -> tuple[AxisMap, AxisMap]:
         maps = self.step.maps
-        return (AxisMap.identity(1), maps[0]) if len(maps) == 1 else (maps[0], maps[1])
+        unit = AxisMap.identity(1)
+        return (maps[0], reduce(product, maps[1:])) if len(maps) > 1 else (unit, maps[0] if maps else unit)
 
     @cached_property
     def column_runs(self) -> list[slice]:
@@ -126,7 +127,7 @@ class Expander:
         return stretch.take(np.clip(index - low, 0, high - low - 1), axis=0)
 
     def _read(self, name: str, start: int, stop: int) -> np.ndarray:
-        if len(self.step.shape) == 1:
+        if len(self.step.shape) < 2:
             return self.reader.read(name).reshape(1, -1)
         return self.reader.read(name, start, stop).reshape(stop - start, -1)
 
@@ -172,7 +173,7 @@ class Expander:
     @cached_property
     def noise_scale(self) -> float:
         """Standard deviation of the noise on one reader of copies; 0 where the tensor reads none."""
-        if self.plan.noise == 0 or len(self.step.shape) == 1 or self._noisy_axis is None:
+        if self.plan.noise == 0 or len(self.step.shape) < 2 or self._noisy_axis is None:
             return 0.0
         rows, columns = self.maps[0].source, self.maps[1].source
         height = max(1, BLOCK_BYTES // (columns * RAW[self.dtype].itemsize))

@@ -141,9 +141,9 @@ def concatenate(left: AxisMap, right: AxisMap) -> AxisMap:
 
 
 def compose(axis: Axis, of_space: Callable[[Space], AxisMap]) -> AxisMap:
-    """The map of a whole axis from the maps of its spaces."""
+    """The map of a whole axis from the maps of its spaces; a number stays as it is."""
     if isinstance(axis, Space):
-        return of_space(axis)
+        return AxisMap.identity(int(axis.name)) if axis.fixed else of_space(axis)
     parts = (compose(part, of_space) for part in axis.parts)
     return reduce(product if isinstance(axis, Product) else concatenate, parts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from model.errors import UserError, unknown
 
@@ -136,3 +137,15 @@ def _explicit(depth: Sequence[int], source: int, target: int) -> LayerMap:
     if wrong := [layer for layer in depth if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < source]:
         raise UserError(f"depth: {wrong[0]!r} is no source layer; the source has layers 0 to {source - 1}")
     return LayerMap("list", source, tuple(depth), (False,) * target)
+
+
+def follow_layers(key: str, value: Any, layers: LayerMap) -> Any:
+    """A config value after the layers moved: a list of one entry per layer (`layer_types`) follows them, and so does a list of layers'
+    numbers (`mlp_only_layers`); anything else stays.
+    """
+    if not isinstance(value, list) or not any(word in key for word in ("layer", "block", "pattern", "types", "idx", "indices")):
+        return value
+    if len(value) == layers.source:
+        return [value[layer] for layer in layers.layers]
+    numbers = all(type(number) is int and 0 <= number < layers.source for number in value) and len(set(value)) == len(value)
+    return [number for number, layer in enumerate(layers.layers) if layer in value] if numbers else value

@@ -61,7 +61,8 @@ def _each_space(growth: Growth, grow: Callable[[str, int, int], Expansion]) -> d
     """`grow` for the spaces of the transformer, the shared rules for vocabulary and positions."""
     sizes = {space: (growth.source[space], growth.target[space]) for space in growth.source if space != "layer"}
     expansions = {space: Expansion.identity(n) if n == N else grow(space, n, N) for space, (n, N) in sizes.items()}
-    return expansions | {"vocab": _vocabulary(*sizes["vocab"]), "pos": _positions(*sizes["pos"])}
+    rules = {"vocab": _vocabulary, "pos": _positions}
+    return expansions | {space: rule(*sizes[space]) for space, rule in rules.items() if space in sizes}
 
 
 def lossless(growth: Growth) -> Recipe:
@@ -321,6 +322,10 @@ def recipe(operator: str, growth: Growth, options: Mapping[str, Any]) -> Recipe:
     if operator not in OPERATORS:
         unknown("operator", operator, OPERATORS)
     function = OPERATORS[operator]
+    if not growth.family.spaces:
+        if function is scratch:
+            raise UserError(f"operator {operator!r}: family {growth.family.name!r} has no schema, so how its tensors start is unknown")
+        return Recipe({})
     known = [name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
     for name in options:
         if name not in known:

@@ -15,14 +15,15 @@ from model.checkpoint import Checkpoint, names_of
 from model.config import Target, resolve_target
 from model.dtypes import RAW, TORCH_NAMES, is_float
 from model.errors import UserError
-from model.family import Config, Family, Tensor, family_of
+from model.family import Config, Family, Tensor
 from model.presets import PRESETS, preset
 
 from .certificate import Certificate, certify
 from .expansion import AxisMap, Fill
-from .layers import LayerMap, layer_map
+from .layers import LayerMap, follow_layers, layer_map
 from .operators import recipe
 from .recipe import Growth, Recipe
+from .strangers import know
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +70,7 @@ class Plan:
         layers: the layer map.
         steps: every stored target tensor exactly once, in the order of the file.
         dtypes: source tensor name → safetensors dtype, where the weights are at hand.
+        notes: what is and is not known of a family that has no schema of its own.
     """
 
     growth: Growth
@@ -79,6 +81,7 @@ class Plan:
     layers: LayerMap
     steps: tuple[Step, ...]
     dtypes: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def family(self) -> Family:
@@ -132,6 +135,7 @@ class Plan:
             "noise": self.noise,
             "seed": self.growth.seed,
             "family": self.family.name,
+            "notes": list(self.notes),
             "spaces": {space: expansion.rule for space, expansion in self.recipe.expansions.items() if self.family.uses(space)},
             "layers": list(self.layers.layers),
             "identity_layers": [number for number, idle in enumerate(self.layers.identity) if idle],
@@ -179,14 +183,16 @@ def plan(
     """
     checkpoint = _opened(source)
     source_config = checkpoint.config if isinstance(checkpoint, Checkpoint) else checkpoint
-    family = family_of(source_config)
-    growth = Growth(family, source_config, resolve_target(target, source_config), seed)
+    known = know(checkpoint, target)
+    family = known.family
+    growth = Growth(family, source_config, resolve_target(target, source_config, family), seed)
     _check_growable(growth, noise)
     layers = layer_map(depth, growth.source["layer"], growth.target["layer"])
+    _check_depth(layers, family)
     made = recipe(operator, growth, options)
     steps = tuple(_steps(growth, made, layers))
     dtypes = _check_tensors(checkpoint, steps, family) if isinstance(checkpoint, Checkpoint) else {}
-    return Plan(growth, operator, options, noise, made, layers, steps, dtypes)
+    return Plan(growth, operator, options, noise, made, layers, steps, dtypes, known.notes)
 
 
 def _opened(source: str | Path | Config | Checkpoint) -> Checkpoint | Config:
@@ -212,14 +218,23 @@ def _check_growable(growth: Growth, noise: float) -> None:
     UserError.collect(faults)
 
 
+def _check_depth(layers: LayerMap, family: Family) -> None:
+    if any(layers.identity) and not family.spaces:
+        raise UserError(
+            f"depth {layers.rule!r}: new layers start as the identity where what writes to the residual stream is zero, and family "
+            f"{family.name!r} has no schema that says what does; choose growth.depth=stack, interleave, proportional, top, solar, midas or "
+            "a list of layers"
+        )
+
+
 def _steps(growth: Growth, made: Recipe, layers: LayerMap) -> Iterator[Step]:
-    maps: dict[tuple[str, bool], tuple[AxisMap, ...]] = {}
+    maps: dict[tuple[str, str, bool], tuple[AxisMap, ...]] = {}
     writes_residual = growth.family.writes_residual
-    for tensor in growth.family.tensors(growth.target_config):
+    for tensor in growth.family.tensors(growth.target_config, layers.layers):
         if tensor.tied:
             continue
         name = _source_name(tensor, growth, None if tensor.layer is None else layers.layers[tensor.layer])
-        key = (tensor.line.name, tensor.is_bias)  # every layer shares its line's maps
+        key = (tensor.line.name, tensor.line.text, tensor.is_bias)  # every layer shares its line's maps
         if key not in maps:
             maps[key] = made.maps(tensor)
         idle = made.inherits and tensor.layer is not None and layers.identity[tensor.layer] and writes_residual(tensor)
@@ -238,7 +253,7 @@ def _source_name(tensor: Tensor, growth: Growth, layer: int | None) -> str:
     line = tensor.line
     if line.tied_if and growth.family.flag(growth.source_config, line.tied_if) and not tensor.is_bias:
         return str(line.tied_to)
-    return tensor.name if layer is None else line.name.replace("*", str(layer)) + tensor.name[tensor.name.rindex(".") :]
+    return tensor.name if layer is None else tensor.name_in(layer)
 
 
 def _next_source(tensor: Tensor, growth: Growth, layers: LayerMap, maps: Sequence[AxisMap]) -> str | None:
@@ -267,7 +282,7 @@ def _check_tensors(checkpoint: Checkpoint, steps: Sequence[Step], family: Family
         expected, found = schema[name].shape, stored[name].shape
         if expected != found:
             faults.append(f"{name}: {schema[name].line.text!r} and config.json give shape {expected}, the file has {found}")
-        elif not is_float(stored[name].dtype):
+        elif not is_float(stored[name].dtype) and family.spaces:
             faults.append(f"{name}: dtype {stored[name].dtype}; growth computes on F64, F32, F16 and BF16 weights (dequantise first)")
     UserError.collect(sorted(faults))
     return {name: entry.dtype for name, entry in stored.items() if name in schema}
@@ -277,7 +292,5 @@ def _follow(config: dict[str, Any], growth: Growth, made: Recipe, layers: LayerM
     eps = growth.family.names.get("norm_eps")
     if made.eps_factor != 1 and eps is not None:  # some models have a constant in their code instead (OPT)
         config[eps] = growth.family.eps(growth.source_config) * made.eps_factor
-    for key, value in growth.source_config.items():  # one entry per layer, such as layer_types
-        if isinstance(value, list) and len(value) == layers.source and key.startswith("layer"):
-            config[key] = [value[layer] for layer in layers.layers]
-    return config
+    untouched = {key: value for key, value in growth.source_config.items() if config.get(key) == value}
+    return config | {key: follow_layers(key, value, layers) for key, value in untouched.items()}

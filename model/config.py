@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from .errors import UserError, did_you_mean
-from .family import STANDARD, Config, family_of
+from .family import STANDARD, Config, Family, family_of
 from .presets import PRESETS, preset, preset_sizes
 
 Target: TypeAlias = "str | Path | Mapping[str, Any] | Any"  # preset name, folder, overrides, or a transformers config
@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def resolve_target(target: Target, source: Config | None = None) -> dict[str, Any]:
+def resolve_target(target: Target, source: Config | None = None, family: Family | None = None) -> dict[str, Any]:
     """The whole config of a growth target or of a model to build.
 
     Args:
@@ -45,6 +45,7 @@ def resolve_target(target: Target, source: Config | None = None) -> dict[str, An
             Hugging Face names (`{"hidden_size": 2560}`). A preset is laid over the source's config too, so that everything that is not
             a size stays the source's.
         source: the source's config; None only where the target is whole by itself.
+        family: the source's, where it is not the one of its `model_type`.
 
     Returns:
         a new dict. Where the overrides change the head dim of a partly rotary model and say nothing of the rotary share, the share
@@ -56,23 +57,24 @@ def resolve_target(target: Target, source: Config | None = None) -> dict[str, An
     if hasattr(target, "to_dict"):
         return dict(target.to_dict())
     if isinstance(target, Mapping):
-        return _overlay(dict(target), source)
+        return _overlay(dict(target), source, family)
     if str(target) in PRESETS:
-        return preset(str(target)) if source is None else _overlay(preset_sizes(str(target)), source)
+        return preset(str(target)) if source is None else _overlay(preset_sizes(str(target)), source, family)
     folder = Path(target)
     if folder.is_dir():
         return read_json(folder / "config.json")
     raise UserError(f"unknown target {str(target)!r}: neither a folder nor a preset; {did_you_mean(str(target), PRESETS)}")
 
 
-def _overlay(overrides: dict[str, Any], source: Config | None) -> dict[str, Any]:
+def _overlay(overrides: dict[str, Any], source: Config | None, family: Family | None) -> dict[str, Any]:
     if source is None:
         if "model_type" not in overrides:
             raise UserError("a target given as overrides needs a source whose config they change; give a source, or name a preset")
         return overrides
-    family = family_of(source)
+    family = family or family_of(source)
     if (other := overrides.get("model_type", source["model_type"])) != source["model_type"]:
         raise UserError(f"target: model_type {other!r} differs from the source's {source['model_type']!r}; a family grows into itself only")
+    overrides = {family.field_name(key) if key not in source else key: value for key, value in overrides.items()}
     rotary = overrides.pop(family.rotary_field, None)
     known = {*source, *map(family.field_name, STANDARD)}
     UserError.collect(f"target: unknown config key {key!r}; {did_you_mean(key, known)}" for key in overrides if key not in known)
@@ -87,7 +89,7 @@ def _overlay(overrides: dict[str, Any], source: Config | None) -> dict[str, Any]
     if rope:
         config["rope_parameters"] = {**(source.get("rope_parameters") or {}), **rope}
     heads, kv = family.field_name("num_attention_heads"), family.field_name("num_key_value_heads")
-    if kv not in overrides and source.get(kv) == source.get(heads):  # one key-value head per query head stays so
+    if kv not in overrides and source.get(kv) == source.get(heads) is not None:  # one key-value head per query head stays so
         config[kv] = config.get(heads)
     turned = family.rotary_dims(source)
     if rotary is None and 0 < turned < family.sizes(source)["qk"]:

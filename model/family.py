@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, Literal
@@ -29,17 +29,22 @@ BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
 class Tensor:
     """One stored tensor of a checkpoint: its name, its axes in storage order, and the schema line it comes from."""
 
-    name: str
+    pattern: str  # its name, with `*` for the layer's number
     line: Line
     axes: tuple[Axis, ...]  # storage order
     reads: tuple[bool, ...]  # per axis: is it the reading (in) side?
     shape: tuple[int, ...]
     layer: int | None
     tied: bool  # tied to another tensor: not stored, and its source is that tensor
+    is_bias: bool = False
 
     @property
-    def is_bias(self) -> bool:
-        return self.name.endswith(".bias")
+    def name(self) -> str:
+        return self.pattern if self.layer is None else self.name_in(self.layer)
+
+    def name_in(self, layer: int) -> str:
+        """What the same tensor is called in another layer."""
+        return self.pattern.replace("*", str(layer))
 
 
 @dataclass(frozen=True)
@@ -113,11 +118,13 @@ class Family:
         return value
 
     def sizes(self, config: Config) -> dict[str, int]:
-        """The sizes of the spaces: `layer vocab residual ffn kv group qk v pos`.
+        """The sizes of the spaces: `layer vocab residual ffn kv group qk v pos`; of an outline `layer` alone.
 
         Raises:
             UserError: a size is missing, or heads do not divide what they share.
         """
+        if not self.spaces:
+            return {"layer": self.require(config, "num_hidden_layers")}
         hidden, heads = self.require(config, "hidden_size"), self.require(config, "num_attention_heads")
         kv = self.get(config, "num_key_value_heads") or heads
         head = self.get(config, "head_dim") or _divide(hidden, heads, f"{self.field_name('hidden_size')} into {heads} heads")
@@ -139,7 +146,7 @@ class Family:
             return 0
         rope = config.get("rope_parameters") or {}
         share = rope.get(self.rotary_field, rope.get("partial_rotary_factor", config.get(self.rotary_field)))
-        return int(self.sizes(config)["qk"] * (self.rotary if share is None else share))
+        return int(self.sizes(config).get("qk", 0) * (self.rotary if share is None else share))
 
     def eps(self, config: Config) -> float:
         """The epsilon of the norms over the residual stream."""
@@ -147,7 +154,12 @@ class Family:
 
     def uses(self, space: str) -> bool:
         """Whether any tensor of the schema has `space` on an axis."""
-        return any(space == named.name for line in self.lines for axis in (line.out, line.into) if axis for named in spaces(axis))
+        return space in self.spaces
+
+    @cached_property
+    def spaces(self) -> frozenset[str]:
+        """Every space that a tensor of the schema has on an axis; none where the schema is an outline of names and numbers."""
+        return frozenset(named.name for line in self.lines for axis in line.axes for named in spaces(axis))
 
     def writes_residual(self, tensor: Tensor) -> bool:
         """Whether the tensor is the last to touch what its module adds to the residual stream."""
@@ -159,28 +171,31 @@ class Family:
         """Whether a stored name is a buffer that no schema line needs."""
         return any(re.fullmatch(pattern.replace(".", r"\.").replace("*", r"\d+"), name) for pattern in (*self.ignore, *BUFFERS))
 
-    def tensors(self, config: Config) -> Iterator[Tensor]:
-        """Every tensor of a checkpoint with this `config`, layer by layer, tied ones included and marked."""
+    def tensors(self, config: Config, layers: Sequence[int] | None = None) -> Iterator[Tensor]:
+        """Every tensor of a checkpoint with this `config`, layer by layer, tied ones included and marked.
+
+        `layers` names, for each layer, the one whose modules it has; None where each has its own.
+        """
         sizes = self.sizes(config)
         active = self.lines_of(config)
         before = [line for line in active[: _first_layered(active)] if not line.layered]
         after = [line for line in active[_first_layered(active) :] if not line.layered]
         layered = [line for line in active if line.layered]
         numbered: list[tuple[Line, int | None]] = [(line, None) for line in before]
-        numbered += [(line, layer) for layer in range(sizes["layer"]) for line in layered]
+        kinds = range(sizes["layer"]) if layers is None else layers
+        numbered += [(line, layer) for layer, kind in enumerate(kinds) for line in layered if line.only is None or kind in line.only]
         for line, layer in numbered + [(line, None) for line in after]:
             yield from self._tensors_of(line, layer, config, sizes)
 
     def _tensors_of(self, line: Line, layer: int | None, config: Config, sizes: Mapping[str, int]) -> Iterator[Tensor]:
-        name = line.name if layer is None else line.name.replace("*", str(layer))
         tied = line.tied_if is not None and self.flag(config, line.tied_if)
-        axes: tuple[Axis, ...] = (line.out,) if line.into is None else (line.out, line.into)
-        reads: tuple[bool, ...] = (False, True)[: len(axes)]
-        if line.transposed:
-            axes, reads = axes[::-1], reads[::-1]
-        yield Tensor(f"{name}.weight", line, axes, reads, tuple(size(axis, sizes) for axis in axes), layer, tied)
-        if line.bias and (line.bias_if is None or self.flag(config, line.bias_if)):
-            yield Tensor(f"{name}.bias", line, (line.out,), (False,), (size(line.out, sizes),), layer, False)
+        axes = line.axes
+        reads = (False,) * len(axes) if line.into is None else (line.transposed, not line.transposed)
+        weight, bias = ("", "") if line.kind == "tensor" else (".weight", ".bias")
+        for name in line.names:
+            yield Tensor(name + weight, line, axes, reads, tuple(size(axis, sizes) for axis in axes), layer, tied)
+            if line.bias and (line.bias_if is None or self.flag(config, line.bias_if)):
+                yield Tensor(name + bias, line, (line.out,), (False,), (size(line.out, sizes),), layer, False, is_bias=True)
 
 
 def _first_layered(lines: list[Line]) -> int:
@@ -204,10 +219,9 @@ def register(family: Family) -> Family:
     """
     known = {"vocab", "residual", "ffn", "kv", "group", "qk", "v", "pos"}
     for line in family.lines:
-        for axis in (line.out, line.into):
-            for space in spaces(axis) if axis else ():
-                if space.name not in known:
-                    raise ValueError(f"{family.name}: line {line.name!r} names the space {space.name!r}; known: {', '.join(sorted(known))}")
+        for space in (space for axis in line.axes for space in spaces(axis)):
+            if space.name not in known:
+                raise ValueError(f"{family.name}: line {line.name!r} names the space {space.name!r}; known: {', '.join(sorted(known))}")
     for name in (family.name, *family.also):
         _REGISTERED[name] = family
     return family

@@ -16,6 +16,14 @@ An axis is a space, a product `(a b)` (row-major, as in einops) or parts laid en
 the residual stream, and `norm+1` stores the scale minus one (Gemma). `+ bias` adds `<name>.bias`, `+ bias[key]` where that config value
 is true; `scaled` marks an embedding that the model multiplies by sqrt(hidden) (Gemma). `if key` / `unless key` make a line depend on a
 config value; `tied to NAME if key` names the tensor that a tied one repeats.
+
+Three spellings serve models that no line above describes. A number is an axis that never grows. `tensor A, B*` is a tensor under its own
+whole name, with its axes in storage order and a star on those that are read
+(`tensor scalar` has none). `{0..7}` in a name repeats the line for each number, as for
+experts, and `in layers 0,2` keeps it to those layers:
+
+    model.layers.*.mlp.experts.{0..7}.w2   residual <- 1408
+    model.layers.*.mamba.conv1d.weight     tensor 1536, 1, 4 in layers 0,2
 """
 
 from __future__ import annotations
@@ -28,10 +36,15 @@ from math import prod
 
 @dataclass(frozen=True)
 class Space:
-    """One named space; `dual` marks its reading side on an axis that is stored as an output."""
+    """One named space; `dual` marks its reading side on an axis that is stored as an output. A number names an axis that never grows."""
 
     name: str
     dual: bool = False
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it is a number: an axis that never grows."""
+        return self.name.isdigit()
 
     def __str__(self) -> str:
         return self.name + "*" * self.dual
@@ -63,15 +76,16 @@ Axis = Space | Product | Parts
 def size(axis: Axis, sizes: Mapping[str, int]) -> int:
     """The length of `axis` when its spaces have the given `sizes`."""
     if isinstance(axis, Space):
-        return sizes[axis.name]
+        return int(axis.name) if axis.fixed else sizes[axis.name]
     lengths = [size(part, sizes) for part in axis.parts]
     return prod(lengths) if isinstance(axis, Product) else sum(lengths)
 
 
 def spaces(axis: Axis) -> Iterator[Space]:
-    """Every space named in `axis`, left to right."""
+    """Every space named in `axis`, left to right; numbers are none."""
     if isinstance(axis, Space):
-        yield axis
+        if not axis.fixed:
+            yield axis
     else:
         for part in axis.parts:
             yield from spaces(part)
@@ -82,9 +96,10 @@ class Line:
     """One module of the schema: its name (`*` = layer number), what it writes and reads, and how it is stored."""
 
     name: str
-    kind: str  # "linear", "embedding", "norm", "final norm" or "post norm"
+    kind: str  # "linear", "embedding", "norm", "final norm", "post norm" or "tensor"
     out: Axis
-    into: Axis | None  # None for norms
+    into: Axis | None  # None for norms and whole tensors
+    whole: tuple[Axis, ...] = ()  # of a "tensor": every axis in storage order
     transposed: bool = False  # stored (in, out)
     bias: bool = False
     bias_if: str | None = None
@@ -93,7 +108,25 @@ class Line:
     condition: str | None = None  # config key; a leading "!" negates
     tied_to: str | None = None
     tied_if: str | None = None
+    only: tuple[int, ...] | None = None  # the layers that have it; None for all
     text: str = ""
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The axes of its weight, in storage order."""
+        if self.kind == "tensor":
+            return self.whole
+        if self.into is None:
+            return (self.out,)
+        return (self.into, self.out) if self.transposed else (self.out, self.into)
+
+    @property
+    def names(self) -> list[str]:
+        """Its name with every `{a..b}` written out."""
+        names = [self.name]
+        while "{" in names[0]:
+            names = [f"{head}{number}{tail}" for name in names for head, numbers, tail in [_braced(name)] for number in numbers]
+        return names
 
     @property
     def layered(self) -> bool:
@@ -101,12 +134,21 @@ class Line:
         return "*" in self.name
 
 
+def _braced(name: str) -> tuple[str, range, str]:
+    head, _, rest = name.partition("{")
+    numbers, _, tail = rest.partition("}")
+    first, _, last = numbers.partition("..")
+    return head, range(int(first), int(last) + 1), tail
+
+
+_TENSOR = re.compile(r"(?P<name>\S+)\s+tensor (?P<axes>.+?)(?:\s+in layers (?P<only>[\d,]+))?")
 _LINE = re.compile(
     r"(?P<name>\S+)\s+"
     r"(?:(?P<norm>(?:final |post )?norm)(?P<offset>\+1)?\s+(?P<normed>[^+]+?)|(?P<left>[^+]+?)\s*(?P<arrow><-|->)\s*(?P<right>[^+]+?))"
     r"(?P<bias>\s*\+ bias(?:\[(?P<bias_if>\w+)\])?)?(?P<scaled>\s+scaled)?"
     r"(?:\s+tied to (?P<tied_to>\S+) if (?P<tied_if>\S+))?"
     r"(?:\s+(?P<when>if|unless) (?P<key>\S+))?"
+    r"(?:\s+in layers (?P<only>[\d,]+))?"
 )
 
 
@@ -116,6 +158,9 @@ def parse_line(text: str) -> Line:
     Raises:
         ValueError: the line does not follow the notation; the message quotes it.
     """
+    if whole := _TENSOR.fullmatch(text.strip()):
+        axes = tuple(parse_axis(axis) for axis in whole["axes"].split(",") if whole["axes"] != "scalar")
+        return Line(whole["name"], "tensor", Product(axes), None, axes, only=_numbers(whole["only"]), text=" ".join(text.split()[1:]))
     match = _LINE.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"not a schema line: {text.strip()!r}; expected 'NAME out <- in', 'NAME in -> out' or 'NAME norm axis'")
@@ -140,8 +185,13 @@ def parse_line(text: str) -> Line:
         condition=condition,
         tied_to=found["tied_to"],
         tied_if=found["tied_if"],
+        only=_numbers(found["only"]),
         text=" ".join(text.split()[1:]),
     )
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    return None if text is None else tuple(map(int, text.split(",")))
 
 
 def parse_axis(text: str) -> Axis:

@@ -54,3 +54,13 @@ def test_what_is_no_line_is_refused(text: str) -> None:
 
 def test_a_schema_skips_comments_and_blank_lines() -> None:
     assert [line.name for line in parse_schema("# a comment\n\n a ffn <- residual # why\n b residual <- ffn\n")] == ["a", "b"]
+
+
+def test_numbers_whole_tensors_repeated_names_and_kept_layers() -> None:
+    line = parse_line("model.layers.*.experts.{0..2}.w{1..2}  residual <- (2 ffn) in layers 0,3")
+    assert line.names == [f"model.layers.*.experts.{i}.w{j}" for i in range(3) for j in (1, 2)]
+    assert line.only == (0, 3)
+    assert size(line.axes[1], {"ffn": 5}) == 10
+    whole = parse_line("experts.down_proj  tensor 4, ffn*, residual")
+    assert (whole.kind, whole.into, [str(axis) for axis in whole.axes]) == ("tensor", None, ["4", "ffn*", "residual"])
+    assert parse_line("gate  tensor scalar").axes == ()

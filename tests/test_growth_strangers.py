@@ -1,0 +1,126 @@
+"""Families without a schema here: depth by the layers' names, held against transformers' own modules."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from growth import grow, plan
+from model.build import build_model, load_model, to_hf_config
+from model.checkpoint import Checkpoint
+from model.errors import UserError
+from model.outline import outline
+
+TINY = {"vocab_size": 61, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+STRANGERS: dict[str, dict[str, Any]] = {
+    "mpt": {"d_model": 16, "n_heads": 2, "n_layers": 3, "max_seq_len": 32},
+    "falcon": {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3},
+    "bloom": {"hidden_size": 16, "n_head": 2, "n_layer": 3},
+    "starcoder2": {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 3, "intermediate_size": 24},
+    "stablelm": {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 3, "intermediate_size": 24},
+    "cohere": {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 3, "intermediate_size": 24},
+}
+
+
+def config_of(name: str, **changes: Any) -> dict[str, Any]:
+    return to_hf_config({"model_type": name, **TINY, **STRANGERS[name], **changes}).to_dict()
+
+
+def layers_of(model: Any) -> torch.nn.ModuleList:
+    count = model.config.num_hidden_layers
+    return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+@pytest.mark.parametrize("depth", ["stack", "proportional", [0, 1, 1, 2, 2]], ids=str)
+def test_depth_grows_without_a_schema(tmp_path: Path, checkpoint_maker: Any, name: str, depth: Any) -> None:
+    source = checkpoint_maker(tmp_path / "source", config_of(name))
+    grown = grow(source, tmp_path / "out", target={"num_hidden_layers": 5}, depth=depth)
+    model = load_model(grown.folder, dtype="float64", attention="eager").eval()
+    deeper = config_of(name) | {model.config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): 5}
+    expected = build_model(deeper, seed=0, dtype="float64", attention="eager").eval()
+    original = load_model(source, dtype="float64", attention="eager").eval()
+    expected.load_state_dict(original.state_dict(), strict=False)
+    for layer, number in zip(layers_of(expected), grown.plan.layers.layers, strict=True):
+        layer.load_state_dict(copy.deepcopy(layers_of(original)[number].state_dict()))
+    tokens = torch.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, expected(tokens).logits)
+    assert not grown.certificate.lossless
+    assert any("has no schema" in note for note in grown.plan.notes)
+
+
+def test_a_family_that_the_library_does_not_know_grows_in_depth(tmp_path: Path, checkpoint_maker: Any) -> None:
+    source = checkpoint_maker(tmp_path / "source", config_of("mpt"))
+    config = json.loads((source / "config.json").read_text()) | {
+        "model_type": "mine",
+        "mlp_only_layers": [2],
+        "block_kinds": ["a", "b", "c"],
+    }
+    (source / "config.json").write_text(json.dumps(config))
+    grown = grow(source, tmp_path / "out", target={"n_layers": 4}, depth=[0, 2, 2, 1], receipt=False)
+    written = json.loads((grown.folder / "config.json").read_text())
+    assert written["n_layers"] == 4
+    assert written["mlp_only_layers"] == [1, 2]
+    assert written["block_kinds"] == ["a", "c", "c", "b"]
+    with Checkpoint(source) as before, Checkpoint(grown.folder) as after:
+        assert len(after.tensors) == len(before.tensors) + sum(".blocks.0." in name for name in before.tensors)
+        for number, layer in enumerate([0, 2, 2, 1]):
+            name = "transformer.blocks.{}.ffn.up_proj.weight"
+            assert (after.read(name.format(number)) == before.read(name.format(layer))).all()
+
+
+def test_tensors_that_only_some_layers_have_move_with_their_layer(tmp_path: Path) -> None:
+    folder = Path(tmp_path / "odd")
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "odd", "n_layer": 2, "dtype": "float64"}')
+    tensors = {"h.0.a": torch.ones(2, 3, 4), "h.1.a": torch.full((2, 5), 2.0), "h.1.b": torch.tensor(7), "wte": torch.ones(2)}
+    save_file(tensors, folder / "model.safetensors")
+    grown = grow(folder, tmp_path / "out", target={"n_layer": 4}, depth=[0, 1, 1, 0], receipt=False)
+    with Checkpoint(grown.folder) as out:
+        shapes = {name: stored.shape for name, stored in out.tensors.items()}
+        assert shapes == {
+            "h.0.a": (2, 3, 4), "h.1.a": (2, 5), "h.2.a": (2, 5), "h.3.a": (2, 3, 4), "h.1.b": (), "h.2.b": (), "wte": (2,),
+        }  # fmt: skip
+        assert out.read("h.2.b").item() == 7
+    schema = outline({"n_layer": 2}, {name: tuple(tensor.shape) for name, tensor in tensors.items()}).schema
+    assert schema.splitlines() == [
+        "h.*.a  tensor 2, 3, 4 in layers 0", "h.*.a  tensor 2, 5 in layers 1", "h.*.b  tensor scalar in layers 1", "wte  tensor 2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("target", "depth", "message"),
+    [
+        ({"n_layers": 5}, "identity", "new layers start as the identity"),
+        ({"d_model": 32}, "stack", "can grow in depth alone"),
+        ("phi_2", "stack", "can grow in depth alone"),
+    ],
+)
+def test_what_an_outline_cannot_do_is_refused(tmp_path: Path, target: Any, depth: str, message: str) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "mine", "n_layers": 2, "d_model": 2}')
+    save_file({"h.0.a": torch.ones(2), "h.1.a": torch.ones(2)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        plan(folder, target, depth=depth)
+
+
+@pytest.mark.parametrize(
+    ("names", "layers", "message"),
+    [
+        (["wte"], 2, "no tensor's name has a layer's number"),
+        (["h.0.a", "h.1.a"], 3, "no config key says that h.* has 2 layers"),
+        (["h.0.a", "h.2.a"], 2, r"not clear: h\.\* \(2 numbers\)"),
+        (["encoder.0.a", "encoder.1.a", "decoder.0.a", "decoder.1.a"], 2, r"not clear: decoder\.\* .*, encoder\.\*"),
+    ],
+)
+def test_layers_that_cannot_be_told_apart_are_refused(names: list[str], layers: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        outline({"model_type": "mine", "n_layers": layers}, {name: (2,) for name in names})
