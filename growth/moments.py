@@ -59,7 +59,7 @@ RULES = {
 
 
 def _step(plan: Plan, step: Step, moment: str, power: int) -> Step:
-    tensor = replace(step.tensor, name=f"{moment}.{step.name}", line=replace(step.tensor.line, offset=0.0))
+    tensor = replace(step.tensor, pattern=f"{moment}.{step.tensor.pattern}", line=replace(step.tensor.line, offset=0.0))
     rule, origins = plan.recipe.moments, axis_origins(plan, step)
     if rule == "reset" or step.source is None or any((origin == Origin.NEW).all() for origin in origins):
         return replace(step, tensor=tensor, source=None, zero=True, next_source=None, diagonal=False)

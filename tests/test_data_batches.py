@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -122,20 +120,3 @@ def test_less_than_one_window_is_refused() -> None:
         validation_batches(make_split(8), context=8, tokens=100)
     with pytest.raises(UserError, match=r"train\.eval_tokens: 7 is less than one window"):
         validation_batches(make_split(100), context=8, tokens=7)
-
-
-def test_leaves_of_conf_spell_the_fields_of_the_settings() -> None:
-    import dataclasses
-
-    from omegaconf import OmegaConf
-
-    from train.data.settings import DataSettings, disagreements
-
-    leaves = sorted((Path(__file__).parents[1] / "conf" / "data").glob("*.yaml"))
-    assert leaves
-    for leaf in leaves:
-        cfg = OmegaConf.load(leaf)
-        assert cfg._metadata is not None
-        values = {str(key): "given" if OmegaConf.is_missing(cfg, str(key)) else cfg._get_node(str(key))._value() for key in cfg}
-        assert set(values) <= {field.name for field in dataclasses.fields(DataSettings)}, leaf
-        assert not disagreements(DataSettings(**values)), leaf

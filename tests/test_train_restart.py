@@ -156,5 +156,5 @@ def test_a_disk_that_takes_no_more_stops_the_run_and_leaves_the_earlier_checkpoi
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_trained(settings: Settings) -> None:
-    with pytest.raises(UserError, match=r"/proc/nowhere/run: could not be written \(.*\).*choose another"):
+    with pytest.raises(UserError, match=r"/proc/nowhere/run: could not be written \(.*\).*write elsewhere"):
         loop.train(at(settings, Path("/proc/nowhere/run")))

@@ -34,7 +34,7 @@ def speed_up(network: PreTrainedModel, settings: LoopSettings) -> None:
     if settings.checkpointing:
         if not whole.supports_gradient_checkpointing:
             raise UserError(f"train.checkpointing: {type(network).__name__} does not support it; use train.checkpointing=false")
-        enable = getattr(whole, "activation_checkpointing_enable", None) or whole.gradient_checkpointing_enable  # its name in older releases
+        enable = getattr(whole, "activation_checkpointing_enable", None) or whole.gradient_checkpointing_enable  # older name
         enable({"use_reentrant": False})
     if settings.compile:
         for layer in layers_of(network) or [whole.base_model]:
