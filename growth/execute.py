@@ -135,7 +135,7 @@ class Expander:
                 assert fresh is not None
                 target[:, piece.target] = fresh[:, piece.source]
             elif piece.fill == Fill.MEAN:
-                mean = floats(source, self.dtype).mean(axis=1, keepdims=True, dtype=np.float64)
+                mean = floats(source, self.dtype).sum(axis=1, keepdims=True, dtype=self._sum_type) / source.shape[1]
                 target[:, piece.target] = rounded(mean, factor, self.dtype, self._offset)
             else:
                 taken = (source if piece.fill == Fill.COPY else beside)[:, piece.source]
@@ -166,12 +166,17 @@ class Expander:
         for start in range(0, rows, STRETCH):
             yield floats(self._gather(self.step.source, np.arange(start, min(start + STRETCH, rows))), self.dtype)
 
+    @property
+    def _sum_type(self) -> type[np.floating]:
+        """Of a few numbers: float32 is far finer than what 16-bit numbers hold."""
+        return np.float32 if is_short(self.dtype) else np.float64
+
     @cached_property
     def _statistics(self) -> tuple[np.ndarray, float]:
         """(n,) sums over the source's rows, and its root mean square."""
         total, square = np.zeros(self.maps[1].source), 0.0
         for values in self._stretches():
-            total += values.sum(axis=0, dtype=np.float32 if is_short(self.dtype) else np.float64)
+            total += values.sum(axis=0, dtype=self._sum_type)
             square += float(np.square(values, out=values).sum(axis=1).sum(dtype=np.float64))
         return total, sqrt(square / (self.maps[0].source * self.maps[1].source))
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from model.dtypes import to_raw, working_type
+from model.dtypes import working_type
 
-from .bits import floats, is_short
+from .bits import is_short, on_grid, sums
 from .expansion import AxisMap, consecutive, runs
 from .seeding import Draws, normal, quantiles
 
@@ -79,10 +79,10 @@ class Noise:
             return (normal(draws) * deviations).astype(working_type(self.dtype), copy=False)
         first = float(deviations.flat[0])
         if (deviations != first).any():
-            return quantiles().take(draws) * deviations
+            return on_grid(quantiles().take(draws) * deviations, self.dtype)
         if first not in self._tables:
-            self._tables[first] = quantiles() * np.float32(first)
+            self._tables[first] = on_grid(quantiles() * np.float32(first), self.dtype)
         return self._tables[first].take(draws)
 
     def _put(self, target: np.ndarray, where: tuple[slice | np.ndarray, slice | np.ndarray], values: np.ndarray) -> None:
-        target[where] = to_raw(floats(target[where], self.dtype) + values, self.dtype)
+        target[where] = sums(target[where], values, self.dtype)

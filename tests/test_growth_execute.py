@@ -10,7 +10,7 @@ import pytest
 
 import growth.execute
 from growth import grow
-from growth.bits import floats, normal_bits, rounded, scaled
+from growth.bits import floats, normal_bits, on_grid, rounded, scaled, sums
 from growth.seeding import Draws, normal, quantiles
 from model.checkpoint import Checkpoint
 from model.dtypes import to_float
@@ -42,6 +42,26 @@ def test_what_is_not_scaled_keeps_its_bits_even_nan_and_offset() -> None:
     assert scaled(ALL, 1.0, "BF16", 1.0) is ALL
     finite = ALL[np.isfinite(ALL.view(np.float16))]
     np.testing.assert_array_equal(floats(finite, "F16").astype(np.float16).view(np.uint16), finite)
+
+
+def test_sums_of_half_floats_are_rounded_once_and_to_even() -> None:
+    numbers = np.random.default_rng(0)
+    halves = ALL[np.isfinite(ALL.view(np.float16))]
+    for deviation in (1e-6, 1e-3, 0.5, 2.0, 100.0, 1e5):
+        other = on_grid((numbers.standard_normal(len(halves)) * deviation).astype(np.float32), "F16")
+        with np.errstate(over="ignore"):
+            expected = (halves.view(np.float16).astype(np.float32) + other).astype(np.float16).view(np.uint16)
+        np.testing.assert_array_equal(sums(halves, other, "F16"), expected)
+        small = np.abs(floats(halves, "F16")) < 30000 - 10 * deviation
+        if small.any():
+            np.testing.assert_array_equal(sums(halves[small], other[small], "F16"), expected[small])
+    between = np.array([0x3C00, 0x3C01, 0xBC00, 0xBC01], np.uint16)  # ± 1 and its successor, half a step up: ties
+    half = np.array([1, 1, -1, -1], np.float32) * np.float32(2.0**-11)
+    np.testing.assert_array_equal(sums(between, half, "F16"), [0x3C00, 0x3C02, 0xBC00, 0xBC02])
+    infinite = np.array([0x7C00, 0xFC00, 0x7E00], np.uint16)
+    assert np.isposinf(floats(infinite, "F16")[0])
+    assert np.isnan(floats(infinite, "F16")[2])
+    np.testing.assert_array_equal(sums(infinite[:2], np.ones(2, np.float32), "F16"), infinite[:2])
 
 
 @pytest.mark.parametrize(("width", "dtype"), [(5, np.uint16), (8, np.uint16), (3, np.uint32)])
