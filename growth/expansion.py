@@ -194,3 +194,8 @@ def runs(index: np.ndarray, *same: np.ndarray) -> Iterator[slice]:
     edges = np.r_[0, np.flatnonzero(breaks) + 1, len(index)]
     for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         yield slice(start, stop)
+
+
+def consecutive(indices: np.ndarray) -> slice | np.ndarray:
+    """A slice where the indices rise by one, which copies faster, else the indices."""
+    return slice(int(indices[0]), int(indices[-1]) + 1) if len(indices) and (np.diff(indices) == 1).all() else indices

@@ -158,7 +158,7 @@ def source_matrix(plan: Plan, step: Step, reader: Reader) -> np.ndarray:
 
 def grown_matrix(plan: Plan, step: Step, reader: Reader) -> np.ndarray:
     """A grown tensor as numbers, (rows, columns)."""
-    return np.concatenate([to_float(rows.copy(), plan.dtype(step)) for _, rows in Expander(plan, step, reader).blocks()])
+    return to_float(Expander(plan, step, reader).whole(), plan.dtype(step))
 
 
 def _blocks(matrix: np.ndarray) -> np.ndarray:

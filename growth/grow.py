@@ -11,10 +11,9 @@ from pathlib import Path
 from threading import Semaphore
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from model.checkpoint import Checkpoint, locate
 from model.config import Target, read_json
+from model.dtypes import RAW
 from model.errors import UserError
 
 from .card import model_card
@@ -118,14 +117,12 @@ def write_weights(
     computing = Semaphore(threads)  # of twice as many threads: the others wait for the disk
 
     def write(expander: Expander) -> int:
+        raw, columns = RAW[expander.dtype], expander.matrix[1]
         with writer.tensor(expander.step.name) as tensor:
-            blocks = expander.blocks()
-            while True:
+            for start, stop in expander.blocks():
+                target = tensor.space((stop - start) * columns * raw.itemsize).view(raw).reshape(-1, columns)
                 with computing:
-                    _, rows = next(blocks, (0, None))
-                if rows is None:
-                    break
-                tensor.space(rows.nbytes)[:] = rows.reshape(-1).view(np.uint8)
+                    expander.fill(target, start)
         return plan.nbytes(expander.step)
 
     pool = ThreadPoolExecutor(2 * threads)

@@ -29,8 +29,8 @@ class Tensors:
         return {name: DTYPES[tensor.dtype] for name, tensor in self.tensors.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `start:stop` of a tensor as raw bits."""
-        rows = self.tensors[name][start:stop].detach().cpu().contiguous()
+        """Rows `start:stop` of a tensor as raw bits, in an array that the caller may write to."""
+        rows = self.tensors[name][start:stop].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return rows.view(_INTEGERS[rows.element_size()]).numpy().view(RAW[DTYPES[rows.dtype]])
 
 
@@ -38,6 +38,6 @@ def expand(plan: Plan, reader: Reader) -> Iterator[tuple[str, torch.Tensor]]:
     """Every target tensor of a plan, (name, tensor) in the plan's order."""
     kinds = {name: kind for kind, name in DTYPES.items()}
     for step in plan.steps:
-        rows = np.concatenate([rows for _, rows in Expander(plan, step, reader).blocks()]).reshape(step.shape)
+        rows = Expander(plan, step, reader).whole()
         bits = torch.from_numpy(rows.view(f"i{rows.itemsize}"))
         yield step.name, bits.view(kinds[plan.dtype(step)])

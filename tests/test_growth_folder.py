@@ -102,8 +102,8 @@ def test_a_fault_while_writing_leaves_nothing(source: Path, tmp_path: Path, monk
 def test_a_wrong_schema_is_caught_by_the_receipt(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
     import growth.execute
 
-    right = growth.execute.Expander._scaled
-    monkeypatch.setattr(growth.execute.Expander, "_scaled", lambda self, values, gain, factor: right(self, values, gain, factor * 1.01))
+    right = growth.execute.scaled
+    monkeypatch.setattr(growth.execute, "scaled", lambda raw, factor, *more: right(raw, factor * 1.01, *more))
     with pytest.raises(UserError, match="certified lossless, yet logits moved"):
         grow(source, tmp_path / "out", target=BIGGER)
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
@@ -123,14 +123,14 @@ import os, sys, signal
 import growth.execute
 from growth import grow
 count, limit = 0, int(sys.argv[3])
-right = growth.execute.Expander._block
-def block(self, *arguments):
+right = growth.execute.Expander.fill
+def fill(self, *arguments):
     global count
     count += 1
     if count > limit:
         os.kill(os.getpid(), signal.SIGKILL)
     return right(self, *arguments)
-growth.execute.Expander._block = block
+growth.execute.Expander.fill = fill
 grow(sys.argv[1], sys.argv[2], target={"hidden_size": 30, "intermediate_size": 50, "num_hidden_layers": 4}, receipt=False)
 """
 

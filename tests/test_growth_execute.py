@@ -1,0 +1,118 @@
+"""Execution: the arithmetic on raw bits, random numbers by position, and blocks of any size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import growth.execute
+from growth import grow
+from growth.bits import floats, normal_bits, on_grid, rounded, scaled, sums
+from growth.seeding import Draws, normal, quantiles
+from model.checkpoint import Checkpoint
+from model.dtypes import to_float
+
+BIGGER = {"hidden_size": 30, "intermediate_size": 50, "num_hidden_layers": 4}
+ALL = np.arange(1 << 16, dtype=np.uint16)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+@pytest.mark.parametrize(("factor", "offset"), [(0.5, 0.0), (1 / np.sqrt(0.8), 0.0), (1.1, 1.0)])
+def test_looked_up_products_are_the_computed_ones(dtype: str, factor: float, offset: float) -> None:
+    finite = np.isfinite(to_float(ALL, dtype))
+    values = ALL[finite & (np.abs(to_float(ALL, dtype)) < 1e4)]
+    numbers = to_float(values, dtype)
+    computed = numbers * np.float32(factor)
+    if offset:
+        computed = (numbers + np.float32(offset)) * np.float32(factor) - np.float32(offset)
+    if dtype == "F16":
+        expected = computed.astype(np.float16).view(np.uint16)
+    else:
+        import torch
+
+        expected = torch.from_numpy(computed).bfloat16().view(torch.uint16).numpy()
+    np.testing.assert_array_equal(scaled(values, float(factor), dtype, offset), expected)
+    np.testing.assert_array_equal(rounded(floats(values, dtype), np.full(len(values), factor), dtype, offset), expected)
+
+
+def test_what_is_not_scaled_keeps_its_bits_even_nan_and_offset() -> None:
+    assert scaled(ALL, 1.0, "BF16", 1.0) is ALL
+    finite = ALL[np.isfinite(ALL.view(np.float16))]
+    np.testing.assert_array_equal(floats(finite, "F16").astype(np.float16).view(np.uint16), finite)
+
+
+def test_sums_of_half_floats_are_rounded_once_and_to_even() -> None:
+    numbers = np.random.default_rng(0)
+    halves = ALL[np.isfinite(ALL.view(np.float16))]
+    for deviation in (1e-6, 1e-3, 0.5, 2.0, 100.0, 1e5):
+        other = on_grid((numbers.standard_normal(len(halves)) * deviation).astype(np.float32), "F16")
+        with np.errstate(over="ignore"):
+            expected = (halves.view(np.float16).astype(np.float32) + other).astype(np.float16).view(np.uint16)
+        np.testing.assert_array_equal(sums(halves, other, "F16"), expected)
+        small = np.abs(floats(halves, "F16")) < 30000 - 10 * deviation
+        if small.any():
+            np.testing.assert_array_equal(sums(halves[small], other[small], "F16"), expected[small])
+    between = np.array([0x3C00, 0x3C01, 0xBC00, 0xBC01], np.uint16)  # ± 1 and its successor, half a step up: ties
+    half = np.array([1, 1, -1, -1], np.float32) * np.float32(2.0**-11)
+    np.testing.assert_array_equal(sums(between, half, "F16"), [0x3C00, 0x3C02, 0xBC00, 0xBC02])
+    infinite = np.array([0x7C00, 0xFC00, 0x7E00], np.uint16)
+    assert np.isposinf(floats(infinite, "F16")[0])
+    assert np.isnan(floats(infinite, "F16")[2])
+    np.testing.assert_array_equal(sums(infinite[:2], np.ones(2, np.float32), "F16"), infinite[:2])
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(5, np.uint16), (8, np.uint16), (3, np.uint32)])
+def test_draws_go_by_position(width: int, dtype: Any) -> None:
+    whole = Draws(width, dtype, 7, "name").rows(0, 40)
+    pieces = Draws(width, dtype, 7, "name")
+    for start, count in ((10, 5), (0, 3), (3, 7), (39, 1), (15, 24)):
+        np.testing.assert_array_equal(pieces.rows(start, count), whole[start : start + count])
+    assert not np.array_equal(whole, Draws(width, dtype, 8, "name").rows(0, 40))
+    assert not np.array_equal(whole, Draws(width, dtype, 7, "other").rows(0, 40))
+    assert len(np.unique(whole)) > 0.95 * whole.size
+
+
+def test_normal_numbers_are_normal() -> None:
+    from scipy import stats
+
+    draws = Draws(1 << 18, np.uint32, 0, "normal").rows(0, 1)[0]
+    short = quantiles()[Draws(1 << 18, np.uint16, 0, "short").rows(0, 1)[0]]
+    for values in (normal(draws), short):
+        assert stats.kstest(values, "norm").pvalue > 0.01
+        assert abs(values.std() - 1) < 0.005
+    every = quantiles().astype(np.float64)
+    np.testing.assert_allclose(every, stats.norm.ppf((np.arange(65536) + 0.5) / 65536), atol=1e-6)
+    assert abs(np.square(every).mean() - 1) < 1e-4
+    shares = np.arange(65536, dtype=np.uint32) << 16
+    np.testing.assert_array_less(normal(shares), normal(shares | 0xFFFF))
+    np.testing.assert_allclose(normal(shares | 0xFFFF)[:-1], normal(shares)[1:], atol=1e-4)
+    assert np.abs(normal(np.array([0, 0xFFFFFFFF], np.uint32))).max() < 5
+    np.testing.assert_array_equal(normal_bits(0.5, "F16"), (quantiles() / 2).astype(np.float16).view(np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [("float16", {"noise": 0.5}), ("float32", {"operator": "random_pad"}), ("bfloat16", {"operator": "net2net", "noise": 0.5})],
+)
+def test_bits_do_not_depend_on_the_size_of_blocks(
+    tmp_path: Path, monkeypatch: Any, checkpoint_maker: Any, phi_config: dict[str, Any], dtype: str, options: dict[str, Any]
+) -> None:
+    source = checkpoint_maker(tmp_path / "source", phi_config, dtype)
+    target = BIGGER | {"vocab_size": 101}
+    grow(source, tmp_path / "large", target=target, receipt=False, **options)
+    for size in (1, 300):  # one row a block; a few
+        monkeypatch.setattr(growth.execute, "BLOCK_BYTES", size)
+        grow(source, tmp_path / "small", target=target, receipt=False, overwrite=True, **options)
+        with Checkpoint(tmp_path / "large") as large, Checkpoint(tmp_path / "small") as small:
+            for name in large.tensors:
+                np.testing.assert_array_equal(small.read(name), large.read(name), err_msg=name)
+
+
+def test_new_tokens_are_the_mean_of_the_old_also_where_columns_come_from_the_next_layer(tmp_path: Path, phi_folder: Path) -> None:
+    out = grow(phi_folder, tmp_path / "out", target=BIGGER | {"vocab_size": 101}, operator="bert2bert_aki").folder
+    with Checkpoint(out) as grown:
+        embedding = to_float(grown.read("model.embed_tokens.weight"), "F64")
+    np.testing.assert_allclose(embedding[96:], np.broadcast_to(embedding[:96].mean(0), (5, 30)), atol=1e-12)
