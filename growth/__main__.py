@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from model.errors import UserError
 
@@ -62,6 +62,7 @@ class Settings:
     max_shard_gb: float
     revision: str | None
     optimizer: str | None
+    nonfinite: Literal["refuse", "allow"]
 
 
 def settings_from(arguments: list[str]) -> Settings:
@@ -113,6 +114,7 @@ def run(settings: Settings) -> None:
             max_shard_bytes=int(settings.max_shard_gb * 1e9),
             revision=settings.revision,
             optimizer=settings.optimizer,
+            nonfinite=settings.nonfinite,
             progress=progress,
             **settings.growth.arguments(),
         )
@@ -175,6 +177,7 @@ def _print_outcome(console: Console, plan: Plan, receipt: Receipt | None) -> Non
         console.print(
             f"receipt: max |Δlogit| {receipt.max_delta:.3g} (largest logit {receipt.max_logit:.3g}), KL {receipt.kl:.3g}, loss "
             f"{receipt.loss_source:.4f} → {receipt.loss_target:.4f} nats on {receipt.tokens} random tokens, in {receipt.dtype}"
+            + (f" ({receipt.note})" if receipt.note else "")
         )
 
 

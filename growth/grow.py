@@ -9,15 +9,16 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Semaphore
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from model.checkpoint import Checkpoint, locate
-from model.config import Target, read_json
+from model.config import Target, read_json, tokenizer_size
 from model.dtypes import RAW
 from model.errors import UserError
 
 from .card import model_card
 from .execute import Expander, Reader
+from .finite import FiniteReader
 from .moments import OPTIMIZER, RULES, STATE, inexact, moments_plan
 from .plan import Plan, plan
 from .shards import MAX_SHARD_BYTES, Entry, ShardWriter, complete_or_absent
@@ -63,6 +64,7 @@ def grow(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     revision: str | None = None,
     optimizer: str | Path | None = None,
+    nonfinite: Literal["refuse", "allow"] = "refuse",
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Grown:
@@ -78,6 +80,7 @@ def grow(
         max_shard_bytes: size of a shard.
         optimizer: Adam's saved state of the source, a file or a folder with `optimizer.bin` or `optimizer.pt`; grown with the weights into
             `out/optimizer`, from where `growth.load_adam` puts it into an optimizer.
+        nonfinite: what to do with NaN and infinite weights; allow copies them like any other.
         progress: called with (bytes done, bytes in all) after every tensor.
 
     Raises:
@@ -85,16 +88,19 @@ def grow(
     """
     with Checkpoint(locate(source, revision)) as checkpoint:
         made = plan(checkpoint, target, operator, depth=depth, noise=noise, seed=seed, **options)
+        check_tokenizer(checkpoint.folder, made)
+        reader = checkpoint if nonfinite == "allow" else FiniteReader(checkpoint, made.dtypes)
         adam = None if optimizer is None else _read_adam(optimizer, made)
         with complete_or_absent(out, overwrite=overwrite) as folder:
-            write_weights(made, checkpoint, folder, threads=threads, max_shard_bytes=max_shard_bytes, progress=progress)
+            write_weights(made, reader, folder, threads=threads, max_shard_bytes=max_shard_bytes, progress=progress)
             if adam is not None:
                 _write_adam(folder, made, adam, threads=threads, max_shard_bytes=max_shard_bytes, progress=progress)
             write_config(folder, made)
             _copy_companions(checkpoint.folder, folder)
             verify_structure(folder, made)
             small = made.source_parameters + made.target_parameters <= RECEIPT_PARAMETERS
-            measured = measure(checkpoint.folder, folder) if (small if receipt is None else receipt) else None
+            wanted = small if receipt is None else receipt
+            measured = measure(checkpoint.folder, folder, norm=made.family.norm) if wanted else None
             if measured is not None:
                 check_receipt(measured, made)
             _write_recipe(folder, made, str(source), revision, checkpoint, measured)
@@ -155,6 +161,19 @@ def _write_adam(folder: Path, plan: Plan, adam: AdamState, **how: Any) -> None:
 def write_config(folder: Path, plan: Plan) -> None:
     """The target's config.json; a dtype that the source's config names stays."""
     (folder / "config.json").write_text(json.dumps(plan.target_config, indent=2, sort_keys=True) + "\n")
+
+
+def check_tokenizer(source: Path, plan: Plan) -> None:
+    """New tokens must have room for all of the tokenizer's.
+
+    Raises:
+        UserError: the vocabulary grows, and the tokenizer that goes with the weights has more tokens than it then holds.
+    """
+    held = plan.growth.target["vocab"]
+    if plan.growth.grows("vocab") and (tokens := tokenizer_size(source) or 0) > held:
+        raise UserError(
+            f"target: vocab_size {held} is less than the {tokens} tokens of {source / 'tokenizer.json'}; give at least vocab_size:{tokens}"
+        )
 
 
 def _copy_companions(source: Path, folder: Path) -> None:

@@ -278,13 +278,20 @@ def _check_tensors(checkpoint: Checkpoint, steps: Sequence[Step], family: Family
         faults.append(f"{checkpoint.folder}: missing {names_of(missing)}, which the {family.name} schema and this config require")
     if strange := [name for name in stored if name not in schema and not family.ignores(name)]:
         faults.append(f"{checkpoint.folder}: unknown {names_of(strange)}, which the {family.name} schema does not have")
-    for name in schema.keys() & stored.keys():
-        expected, found = schema[name].shape, stored[name].shape
+    wrong: dict[tuple[str, str], list[str]] = {}  # (name with `*`, fault) → the tensors that have it: a fault of every layer is one fault
+    for name, tensor in schema.items():
+        if name not in stored:
+            continue
+        expected, found, dtype = tensor.shape, stored[name].shape, stored[name].dtype
         if expected != found:
-            faults.append(f"{name}: {schema[name].line.text!r} and config.json give shape {expected}, the file has {found}")
-        elif not is_float(stored[name].dtype) and family.spaces:
-            faults.append(f"{name}: dtype {stored[name].dtype}; growth computes on F64, F32, F16 and BF16 weights (dequantise first)")
-    UserError.collect(sorted(faults))
+            fault = f"{tensor.line.text!r} and config.json give shape {expected}, the file has {found}"
+            wrong.setdefault((tensor.pattern, fault), []).append(name)
+        elif not is_float(dtype) and family.spaces:
+            fault = f"dtype {dtype}; growth computes on F64, F32, F16 and BF16 weights (dequantise first)"
+            wrong.setdefault((tensor.pattern, fault), []).append(name)
+    for (pattern, fault), names in wrong.items():
+        faults.append(f"{names[0]}: {fault}" if len(names) == 1 else f"{pattern} ({len(names)} tensors): {fault}")
+    UserError.collect(faults)
     return {name: entry.dtype for name, entry in stored.items() if name in schema}
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import isfinite, prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from model.checkpoint import Checkpoint
 from model.errors import UserError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 # How far logits may move, relative to the largest, before a lossless certificate is contradicted: what rounding the weights may do.
 TOLERANCE = {"F64": 1e-10, "F32": 1e-3, "F16": 5e-2, "BF16": 2e-1}
 RMS_FLOOR = 1e-4  # the library's RMSNorms compute in float32 whatever the weights are
+MEMORY_SHARE = 0.6  # of what is free, for the larger model in float64; the rest is for its activations and for loading it
 
 
 @dataclass(frozen=True)
@@ -59,24 +61,57 @@ def verify_structure(folder: Path, plan: Plan) -> None:
         raise UserError(f"{folder}: {wrong[0]} is {found.get(wrong[0])} on disk, planned {expected.get(wrong[0])} ({len(wrong)} differ)")
 
 
-def measure(source: Path | str, target: Path | str, *, dtype: str = "float64", rows: int = 2, length: int = 32, seed: int = 0) -> Receipt:
-    """Run both checkpoints on the same random tokens (`rows` × `length`) and measure how far their logits are apart."""
+def measure(
+    source: Path | str,
+    target: Path | str,
+    *,
+    norm: Literal["layer", "rms"] = "layer",
+    dtype: str | None = None,
+    rows: int = 2,
+    length: int = 32,
+    seed: int = 0,
+) -> Receipt:
+    """Run both checkpoints, one after the other, on the same random tokens (`rows` × `length`) and measure how far their logits are apart.
+
+    Args:
+        norm: of the family; the library computes RMSNorms in float32 whatever the weights are, which sets the least difference.
+        dtype: to compute in; None is float64 where the larger model fits into memory so, else float32.
+    """
     import torch
 
     from model.build import load_model
 
     def logits(folder: Path | str, tokens: torch.Tensor) -> torch.Tensor:
-        model = load_model(folder, dtype=dtype, attention="eager").eval()
+        model = load_model(folder, dtype=computed, attention="eager").eval()
         with torch.no_grad():
-            return model(input_ids=tokens).logits
+            return model(input_ids=tokens).logits.double()
 
-    config = Checkpoint(source).config
+    with Checkpoint(source) as checkpoint, Checkpoint(target) as grown:
+        config = checkpoint.config
+        computed = dtype or fitting_dtype(sum(prod(stored.shape) for stored in grown.tensors.values()))
     length = min(length, config.get("max_position_embeddings") or length)
     tokens = torch.randint(config["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
-    return compare_logits(logits(source, tokens), logits(target, tokens)[..., : config["vocab_size"]], tokens, dtype)
+    before, after = logits(source, tokens), logits(target, tokens)[..., : config["vocab_size"]]
+    return compare_logits(before, after, tokens, computed, _floor(norm, computed))
 
 
-def compare_logits(source: torch.Tensor, target: torch.Tensor, tokens: torch.Tensor, dtype: str) -> Receipt:
+def fitting_dtype(parameters: int) -> str:
+    """float64 where a model of so many parameters fits into free memory in it, else float32."""
+    import psutil
+
+    return "float64" if 8 * parameters <= MEMORY_SHARE * psutil.virtual_memory().available else "float32"
+
+
+def _floor(norm: str, dtype: str) -> str:
+    """What sets the least difference that a measurement in `dtype` can show, in words; empty in plain float64."""
+    if dtype != "float64":
+        return f"computed in {dtype}, since float64 does not fit into memory: differences of about 1e-6 of the largest logit are rounding"
+    if norm == "rms":
+        return "the library computes RMSNorm in float32: differences of about 1e-6 of the largest logit are its rounding"
+    return ""
+
+
+def compare_logits(source: torch.Tensor, target: torch.Tensor, tokens: torch.Tensor, dtype: str, note: str = "") -> Receipt:
     """The receipt of two sets of logits (row, position, vocabulary) on `tokens` (row, position)."""
     import torch.nn.functional as F
 
@@ -92,6 +127,7 @@ def compare_logits(source: torch.Tensor, target: torch.Tensor, tokens: torch.Ten
         loss_target=loss(target),
         tokens=tokens.numel(),
         dtype=dtype,
+        note=note,
     )
 
 
@@ -102,7 +138,9 @@ def check_receipt(receipt: Receipt, plan: Plan) -> None:
         UserError: the logits moved further than the stored format rounds.
     """
     formats = [plan.dtype(step) for step in plan.steps]
-    allowed = max(TOLERANCE[name] for name in set(formats)) + (RMS_FLOOR if plan.family.norm == "rms" else 0)
+    allowed = max(TOLERANCE[name] for name in set(formats)) + (RMS_FLOOR if receipt.note else 0)
+    if not isfinite(receipt.max_logit):
+        return  # the source's own logits are no numbers, which was allowed
     if plan.certificate.lossless and not receipt.max_delta <= allowed * max(receipt.max_logit, 1.0):
         raise UserError(
             f"the plan is certified lossless, yet logits moved by {receipt.max_delta:.3g} (largest logit {receipt.max_logit:.3g}, allowed "

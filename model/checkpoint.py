@@ -152,6 +152,8 @@ def read_header(path: Path) -> dict[str, Stored]:
     Raises:
         UserError: the header is malformed or does not describe this file; the message names file, tensor and fault.
     """
+    if not path.is_file():  # a pipe would be waited on for ever
+        raise UserError(f"{path}: not a regular file")
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -178,7 +180,8 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as fault:
-        raise UserError(f"{path}: the header is not valid JSON ({fault}); truncated, or not a safetensors file") from None
+        why = "nested too deep" if isinstance(fault, RecursionError) else fault
+        raise UserError(f"{path}: the header is not valid JSON ({why}); truncated, or not a safetensors file") from None
     if not isinstance(header, dict):
         raise UserError(f"{path}: the header must be a JSON object, found {type(header).__name__}")
     return header
@@ -193,7 +196,7 @@ def _stored(path: Path, name: str, entry: Any, start: int) -> Stored:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise UserError(f"{where}: expected dtype, shape and data_offsets, found {entry!r:.80}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in RAW:
+    if not isinstance(dtype, str) or dtype not in RAW:
         raise UserError(f"{where}: dtype {dtype!r} is not supported; supported: {', '.join(RAW)}")
     if not _whole_numbers(shape):
         raise UserError(f"{where}: shape {shape!r:.80} is not a list of whole numbers")

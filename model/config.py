@@ -31,10 +31,28 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as fault:
         raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
     except (ValueError, RecursionError) as fault:
-        raise UserError(f"{path}: not valid JSON ({fault})") from None
+        raise UserError(f"{path}: not valid JSON ({'nested too deep' if isinstance(fault, RecursionError) else fault})") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found
+
+
+def tokenizer_size(folder: Path) -> int | None:
+    """How many token ids the tokenizer.json of a folder uses (its largest, plus one); None where there is none.
+
+    Raises:
+        UserError: it is no tokenizer.json.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    try:
+        vocabulary = found["model"]["vocab"]
+        ids = [*range(len(vocabulary))] if isinstance(vocabulary, list) else list(vocabulary.values())
+        return 1 + max([*ids, *(token["id"] for token in found.get("added_tokens") or ())])
+    except (KeyError, TypeError, ValueError, AttributeError) as fault:
+        raise UserError(f"{path}: not a tokenizer of the tokenizers library ({type(fault).__name__}: {fault})") from None
 
 
 def resolve_target(target: Target, source: Config | None = None, family: Family | None = None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from growth import grow
 from growth import grow as grow_function
@@ -160,45 +161,9 @@ def test_the_engine_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def corrupt(folder: Path, what: str) -> None:
-    from safetensors.torch import load_file, save_file
-
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    if what == "missing":
-        del tensors["model.layers.1.mlp.fc1.bias"]
-    elif what == "unknown":
-        tensors["model.layers.1.mlp.gate.weight"] = torch.ones(2)
-    elif what == "shape":
-        tensors["model.layers.1.mlp.fc1.weight"] = torch.ones(40, 23)
-    elif what == "dtype":
-        tensors["lm_head.bias"] = torch.ones(96, dtype=torch.int64)
-    elif what == "buffer":
-        tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
-    save_file(tensors, file)
-    if what == "truncated":
-        file.write_bytes(file.read_bytes()[:-100])
-
-
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        ("missing", "missing model.layers.1.mlp.fc1.bias"),
-        ("unknown", "unknown model.layers.1.mlp.gate.weight"),
-        ("shape", r"'ffn <- residual \+ bias' and config.json give shape \(40, 24\), the file has \(40, 23\)"),
-        ("dtype", "lm_head.bias: dtype I64"),
-        ("truncated", "truncated"),
-    ],
-)
-def test_a_source_that_does_not_match_its_config(source: Path, tmp_path: Path, what: str, message: str) -> None:
-    corrupt(source, what)
-    with pytest.raises(UserError, match=message):
-        grow(source, tmp_path / "out", target=BIGGER)
-    assert {path.name for path in tmp_path.iterdir()} == {"source"}
-
-
 def test_buffers_of_older_checkpoints_are_passed_over(source: Path, tmp_path: Path) -> None:
-    corrupt(source, "buffer")
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors | {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(2)}, source / "model.safetensors")
     assert grow_function(source, tmp_path / "out", target=BIGGER).certificate.lossless
 
 
