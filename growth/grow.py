@@ -169,8 +169,10 @@ def check_tokenizer(source: Path, plan: Plan) -> None:
     Raises:
         UserError: the vocabulary grows, and the tokenizer that goes with the weights has more tokens than it then holds.
     """
-    held = plan.growth.target["vocab"]
-    if plan.growth.grows("vocab") and (tokens := tokenizer_size(source) or 0) > held:
+    if not plan.growth.grows("vocab"):
+        return
+    tokens, held = tokenizer_size(source), plan.growth.target["vocab"]
+    if tokens is not None and tokens > held:
         raise UserError(
             f"target: vocab_size {held} is less than the {tokens} tokens of {source / 'tokenizer.json'}; give at least vocab_size:{tokens}"
         )

@@ -45,7 +45,7 @@ def inexact(plan: Plan) -> Iterator[str]:
         yield "the growth is not lossless"
     if plan.noise:
         yield f"noise {plan.noise:g}: copies are read unevenly; each gets the mean of what the copies' gradients are"
-    if growth.family.norm == "layer" and growth.target["residual"] % growth.source["residual"]:
+    if growth.grows("residual") and growth.family.norm == "layer" and growth.target["residual"] % growth.source["residual"]:
         yield "residual: gradients of the new indices reach the inherited ones through LayerNorm's mean"
     if growth.grows("vocab"):
         yield "vocab: new tokens take part in the softmax"

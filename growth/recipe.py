@@ -54,7 +54,8 @@ class Growth:
         return sqrt(self.target_config[self.family.attention_scale] / self.source_config[self.family.attention_scale])
 
     def grows(self, space: str) -> bool:
-        return self.source[space] != self.target[space]
+        """Whether a space that the family has becomes larger."""
+        return self.source.get(space) != self.target.get(space)
 
 
 @dataclass(frozen=True, eq=False)
