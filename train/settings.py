@@ -88,6 +88,17 @@ class LoopSettings:
 
 
 @dataclass(frozen=True)
+class ForecastSettings:
+    """The machine that dry_run reckons with."""
+
+    device: str  # a name that holds a key of train.device.PEAK_BF16_FLOPS
+    gpus: int
+    mfu: float  # model-FLOPs utilisation that is reached
+    sharding: Literal["none", "full"]  # none: every GPU holds the whole model (DDP); full: a share of it (FSDP)
+    days: float | None  # also tell the rate that finishing in so many days would take
+
+
+@dataclass(frozen=True)
 class Settings:
     """A whole run, as conf/train.yaml and its groups compose it."""
 
@@ -105,6 +116,8 @@ class Settings:
     logger: LoggerSettings
     train: LoopSettings
     progress: Literal["auto", "lines", False]  # auto: a bar on a terminal, else lines
+    dry_run: bool  # tell what the run would take, and stop
+    forecast: ForecastSettings
     mixture: MixtureSettings | None = None  # what is trained on; null: the training part of `data`
 
 
@@ -204,6 +217,8 @@ def _disagreements(settings: Settings) -> list[str]:
         faults.append(f"schedule: warmup_fraction and decay_fraction are {together} together, more than the budget")
     if settings.optimizer.learning_rate <= 0:
         faults.append(f"optimizer.learning_rate: must be positive; found {settings.optimizer.learning_rate}")
+    if settings.forecast.gpus <= 0 or not 0 < settings.forecast.mfu <= 1:
+        faults.append(f"forecast: gpus must be positive and mfu between 0 and 1; found {settings.forecast.gpus}, {settings.forecast.mfu}")
     if settings.optimizer.name == "muon" and settings.optimizer.momentum is None:
         faults.append("optimizer.momentum: missing; muon needs one (optimizer.momentum=0.95)")
     if growth.operator != "scratch" and settings.source is None:
@@ -219,7 +234,10 @@ def _disagreements(settings: Settings) -> list[str]:
 
 
 # What a run may be restarted with differently: nothing of it changes a number in the result.
-NEUTRAL = ("out", "progress", "logger", "train.keep", "train.save_every_tokens", "data.folder", "data.path", "data.workers")
+NEUTRAL = (
+    *("out", "progress", "dry_run", "forecast", "logger", "train.keep", "train.save_every_tokens"),
+    *("data.folder", "data.path", "data.workers"),
+)
 
 
 def identity(settings: Settings | Mapping[str, Any]) -> dict[str, Any]:
