@@ -25,7 +25,7 @@ from train.device import device_name, peak_flops, session
 from train.evaluate import evaluate
 from train.files import write_json
 from train.log import Console, open_log
-from train.loss import NextTokenLoss, fuses
+from train.loss import build_loss, check_loss
 from train.meter import Meter
 from train.optimizer import build_optimizer
 from train.publish import publish
@@ -68,6 +68,7 @@ def train(settings: Settings) -> Path:
         data = prepare(settings.data, progress=told)
         data = mixed(settings.mixture, settings.data, data, context=loop.context, rows=budget.steps * budget.rows, progress=told)
         check_vocabulary(data, config["vocab_size"])
+        check_loss(config, loop)
         windows = list(validation_batches(data.validation, context=loop.context, tokens=loop.eval_tokens))
         window_count(data.train, loop.context)  # refuses a text that is too short before anything is grown
 
@@ -91,7 +92,7 @@ def train(settings: Settings) -> Path:
         if main:
             state.cut_metrics(folder / run_folder.METRICS, position.step if saved else -1)
         speed_up(network, loop)
-        model, optimizer = accelerator.prepare(NextTokenLoss(network, fused=fuses(config, loop.loss)), optimizer)
+        model, optimizer = accelerator.prepare(build_loss(network, config, loop, data.end_of_text_id), optimizer)
         step = Step(model, optimizer, accelerator, data.train, settings)
         console.say(f"{run['parameters']:,} parameters, steps {position.step} to {budget.steps} of {budget.tokens_per_step:,} tokens")
         console.say(f"{run['device']}, {accelerator.num_processes} process(es), {run['precision']}, attention {attention} ({why})")

@@ -81,6 +81,7 @@ class LoopSettings:
     keep: int  # checkpoints
     precision: Literal["auto", "bf16", "fp32"]
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
+    document_mask: bool  # no attention across documents, positions restart in each
     loss: Literal["auto", "fused", "plain"]  # fused: the logits are never whole; auto: fused where the network allows it
     checkpointing: bool  # activations are computed again in the backward pass
     compile: bool  # torch.compile, layer by layer
