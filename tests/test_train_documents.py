@@ -17,6 +17,7 @@ from train.loss import UNMASKED, NextTokenLoss, build_loss, check_loss, document
 from train.settings import compose
 
 END = 1
+CPU = torch.device("cpu")
 SETTINGS = dataclasses.replace(compose(["growth=scratch", "target=tiny_target"]).train, document_mask=True)
 MASKED = [family for family in FAMILIES if family not in UNMASKED]
 
@@ -93,7 +94,10 @@ def test_packed_documents_are_separate_documents(family: str, attention: str, fu
 
 
 def test_packed_documents_are_separate_documents_in_flex_attention() -> None:
-    """Forward only: PyTorch's FlexAttention has no backward pass on a CPU."""
+    """Forward only: PyTorch's FlexAttention has no backward pass on a CPU, and training with it there is refused."""
+    with pytest.raises(UserError, match="no backward pass of it on a CPU; use sdpa"):
+        check_loss(config_of("phi"), dataclasses.replace(SETTINGS, attention="flex_attention"), CPU)
+    check_loss(config_of("phi"), dataclasses.replace(SETTINGS, attention="flex_attention"), torch.device("cuda"))
     network, alone = pair("phi", "flex_attention")
     with torch.no_grad():
         assert_packed_is_separate(network, alone, fused=True, backward=False)
@@ -147,11 +151,11 @@ def test_packed_documents_are_separate_documents_in_flash_attention(family: str,
 
 def test_a_family_that_cannot_keep_documents_apart_is_refused() -> None:
     with pytest.raises(UserError, match=r"train.document_mask: the library's opt does not keep documents apart; use false"):
-        check_loss(config_of("opt"), SETTINGS)
+        check_loss(config_of("opt"), SETTINGS, CPU)
     network, alone = pair("opt", "eager")
     with pytest.raises(AssertionError):
         assert_packed_is_separate(network, alone, fused=True)  # the list is no longer true once this passes
-    check_loss(config_of("phi"), SETTINGS)
+    check_loss(config_of("phi"), SETTINGS, CPU)
 
 
 def test_the_setting_reaches_the_loss() -> None:

@@ -68,7 +68,7 @@ def train(settings: Settings) -> Path:
         data = prepare(settings.data, progress=told)
         data = mixed(settings.mixture, settings.data, data, context=loop.context, rows=budget.steps * budget.rows, progress=told)
         check_vocabulary(data, config["vocab_size"])
-        check_loss(config, loop)
+        check_loss(config, loop, accelerator.device)
         windows = list(validation_batches(data.validation, context=loop.context, tokens=loop.eval_tokens))
         window_count(data.train, loop.context)  # refuses a text that is too short before anything is grown
 

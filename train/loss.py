@@ -120,13 +120,15 @@ def fuses(config: Mapping[str, Any], asked: str) -> bool:
     return asked != "plain" and not _reshaping(config)
 
 
-def check_loss(config: Mapping[str, Any], settings: LoopSettings) -> None:
-    """Refuse a network whose objective would be another one than `settings` ask for.
+def check_loss(config: Mapping[str, Any], settings: LoopSettings, device: torch.device) -> None:
+    """Refuse what cannot be computed as `settings` ask for it.
 
     Raises:
-        UserError: the fused loss or the document mask cannot be had.
+        UserError: the fused loss, the document mask or the attention's backward pass cannot be had.
     """
     faults = []
+    if settings.attention == "flex_attention" and device.type == "cpu":
+        faults.append("train.attention=flex_attention: PyTorch has no backward pass of it on a CPU; use sdpa")
     if settings.loss == "fused" and (keys := _reshaping(config)):
         faults.append(f"train.loss=fused: this network changes its logits after the head ({', '.join(keys)}); use train.loss=auto")
     if settings.document_mask and config["model_type"] in UNMASKED:
