@@ -78,7 +78,9 @@ class LoopSettings:
     eval_tokens: int
     log_every_tokens: int
     save_every_tokens: int | None
-    keep: int  # checkpoints
+    keep: int  # newest checkpoints
+    keep_best: bool  # the checkpoint of the lowest validation loss too, saved when it is measured
+    save_async: bool  # write from a copy while training goes on
     precision: Literal["auto", "bf16", "fp32"]
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
     document_mask: bool  # no attention across documents, positions restart in each
@@ -132,6 +134,7 @@ class Budget:
     eval_every: int | None
     log_every: int
     save_every: int | None
+    keep_best: bool
 
     @classmethod
     def of(cls, loop: LoopSettings) -> Budget:
@@ -145,15 +148,17 @@ class Budget:
             eval_every=steps(loop.eval_every_tokens),
             log_every=steps(loop.log_every_tokens) or 1,
             save_every=steps(loop.save_every_tokens),
+            keep_best=loop.keep_best,
         )
 
     def due(self, every: int | None, step: int) -> bool:
         """Whether something done `every` so many steps is due after `step` steps; whatever is done at all is done at the end."""
         return step == self.steps or (every is not None and step % every == 0)
 
-    def saves(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step` steps; after the last one there is the final model instead."""
-        return self.save_every is not None and step % self.save_every == 0 and step < self.steps
+    def saves(self, step: int, best: int | None = None) -> bool:
+        """Whether a checkpoint is due after `step` steps, the best so far at step `best`; after the last step, there is the final model."""
+        regular = self.save_every is not None and step % self.save_every == 0
+        return (regular or (self.keep_best and step == best)) and step < self.steps
 
 
 def compose(overrides: list[str]) -> Settings:
@@ -236,8 +241,8 @@ def _disagreements(settings: Settings) -> list[str]:
 
 # What a run may be restarted with differently: nothing of it changes a number in the result.
 NEUTRAL = (
-    *("out", "progress", "dry_run", "forecast", "logger", "train.keep", "train.save_every_tokens"),
-    *("data.folder", "data.path", "data.workers"),
+    *("out", "progress", "dry_run", "forecast", "logger", "data.folder", "data.path", "data.workers"),
+    *("train.keep", "train.keep_best", "train.save_every_tokens", "train.save_async"),
 )
 
 
