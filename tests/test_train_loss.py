@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -13,9 +14,12 @@ from torch.profiler import profile
 from model.build import build_model
 from model.errors import UserError
 from train import loss
-from train.loss import NextTokenLoss, fused_cross_entropy, fuses
+from train.loss import NextTokenLoss, check_loss, fused_cross_entropy, fuses
+from train.settings import compose
 
 VOCAB, CONTEXT = 61, 16
+CPU = torch.device("cpu")
+SETTINGS = compose(["growth=scratch", "target=tiny_target"]).train
 
 
 def windows(rows: int = 3) -> torch.Tensor:
@@ -63,7 +67,8 @@ def test_a_network_that_caps_its_logits_is_not_fused() -> None:
     config = config_of("gemma2", final_logit_softcapping=0.5)
     assert not fuses(config, "auto")
     with pytest.raises(UserError, match="final_logit_softcapping"):
-        fuses(config, "fused")
+        check_loss(config, dataclasses.replace(SETTINGS, loss="fused"), CPU)
+    check_loss(config, SETTINGS, CPU)
     plain, _ = value_and_gradients(config, fused=False)
     fused, _ = value_and_gradients(config, fused=True)
     assert abs(plain - fused) > 1e-2  # the fused loss would have been another one

@@ -7,11 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from model.build import build_model
@@ -40,54 +42,60 @@ def test_a_checkpoint_brings_everything_back(tmp_path: Path, phi_config: dict[st
     config = phi_config | {"tie_word_embeddings": tied}
     model, other = build_model(config, seed=0), build_model(config, seed=1)
     optimizer, fresh = trained(model), build_optimizer(other, SETTINGS)
-    position = state.Position(step=7, tokens=70, flops=1e9 / 3, seconds=0.1, loss_sum=2 / 3, loss_count=2)
-    path = state.save(tmp_path, position, model, optimizer, keep=1)
-    assert state.load(path, other, fresh) == position
+    position = state.Position(step=7, tokens=70, best_val_loss=1 / 3, best_step=6, flops=1e9 / 3, seconds=0.1, loss_sum=2 / 3, loss_count=2)
+    path = state.place(tmp_path, 7)
+    state.write(path, asdict(position), state.tensors(model, optimizer))
+    assert state.read(path, other, fresh) == position
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     for ours, theirs in zip(optimizer.state.values(), fresh.state.values(), strict=True):
         assert all(torch.equal(ours[key], theirs[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
     assert (other.lm_head.weight is other.model.embed_tokens.weight) == tied
 
 
-def test_the_newest_are_kept_and_the_half_written_are_no_checkpoints(tmp_path: Path) -> None:
-    model = nn.Linear(2, 2)
-    optimizer = trained(model)
+def checkpoint(folder: Path, step: int, model: nn.Module | None = None) -> Path:
+    """A checkpoint of `model` with an optimizer that has moments."""
+    model = model or nn.Linear(2, 2)
+    state.write(state.place(folder, step), asdict(state.Position(step=step)), state.tensors(model, trained(model)))
+    return state.place(folder, step)
+
+
+def test_the_newest_and_the_best_are_kept_and_the_half_written_are_no_checkpoints(tmp_path: Path) -> None:
     for step in (8, 9, 99_999_999, 100_000_000):
-        state.save(tmp_path, state.Position(step=step), model, optimizer, keep=2)
+        checkpoint(tmp_path, step)
+    state.drop_old(tmp_path, keep=2, best=8)
     (tmp_path / "step-00000011.partial").mkdir()
     (tmp_path / "step-00000012").mkdir()  # as a copy that was cut off leaves it: no state.json
-    assert [path.name for path in state.complete(tmp_path)] == ["step-99999999", "step-100000000"]
+    assert [path.name for path in state.complete(tmp_path)] == ["step-00000008", "step-99999999", "step-100000000"]
     assert (tmp_path / "step-00000011.partial").exists()
     state.complete(tmp_path, tidy=True)
     assert not (tmp_path / "step-00000011.partial").exists()
 
 
-@pytest.mark.parametrize("file", [state.MODEL, state.OPTIMIZER, state.STATE])
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, file: str) -> None:
+@pytest.mark.parametrize("damage", ["cut off", "missing", "no record", "another network"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
+    path = checkpoint(tmp_path, 1, nn.Linear(3, 2) if damage == "another network" else None)
+    (shard,) = path.glob("*.safetensors")
+    if damage == "cut off":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    if damage == "missing":
+        shard.unlink()
+    if damage == "no record":
+        (path / state.STATE).write_text("{")
     model = nn.Linear(2, 2)
-    path = state.save(tmp_path, state.Position(step=1), model, trained(model), keep=1)
-    (path / file).write_bytes((path / file).read_bytes()[:20])
-    with pytest.raises(UserError, match=r"checkpoint .*step-00000001: cannot be loaded .* delete this folder"):
-        state.load(path, model, build_optimizer(model, SETTINGS))
+    with pytest.raises(UserError, match=r"checkpoint .*step-00000001: cannot be loaded \(.+\); delete this folder"):
+        state.read(path, model, build_optimizer(model, SETTINGS))
 
 
-def test_an_optimizer_state_that_holds_code_is_not_loaded(tmp_path: Path) -> None:
-    model = nn.Linear(2, 2)
-    path = state.save(tmp_path, state.Position(step=1), model, trained(model), keep=1)
-    torch.save(Trap(tmp_path / "sprung"), path / state.OPTIMIZER)
-    with pytest.raises(UserError, match="cannot be loaded"):
-        state.load(path, model, build_optimizer(model, SETTINGS))
-    assert not (tmp_path / "sprung").exists()
-
-
-class Trap:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.folder),)
+def test_a_checkpoint_holds_readable_tensors_and_text_alone(tmp_path: Path, phi_config: dict[str, Any]) -> None:
+    """No pickle, which could hold code; tied tensors once; every parameter and its moments under its own name."""
+    model = build_model(phi_config | {"tie_word_embeddings": True}, seed=0)
+    path = checkpoint(tmp_path, 1, model)
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+    (shard,) = path.glob("*.safetensors")
+    slots = ("model", "optimizer/step", "optimizer/exp_avg", "optimizer/exp_avg_sq")
+    names = [name for name, _ in model.named_parameters()]
+    assert "lm_head.weight" not in names
+    assert sorted(load_file(shard)) == sorted(f"{slot}/{name}" for slot in slots for name in names)
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:

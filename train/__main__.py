@@ -69,6 +69,11 @@ def _check_sweep(overrides: list[str]) -> None:
 
 
 def _train(settings: Settings) -> None:
+    if settings.dry_run:
+        from train.forecast import tell
+
+        print(tell(settings))
+        return
     from train.loop import train  # torch, transformers and accelerate are loaded only for settings that hold
     from train.signals import REQUEUE, Stopped
 

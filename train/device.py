@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -32,6 +32,18 @@ PEAK_BF16_FLOPS = {
     "A10": 125e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
+}
+
+MEMORY_GIB = {
+    "A100-80GB": 80,
+    "A100-40GB": 40,
+    "A100": 80,
+    "H100": 80,
+    "H200": 131,
+    "B200": 167,
+    "L40S": 45,
+    "RTX 4090": 24,
+    "RTX 3090": 24,
 }
 
 
@@ -114,4 +126,9 @@ def peak_flops(name: str, precision: str) -> float | None:
     """Dense bf16 FLOP/s of the device called `name`; None where it is not known, or the run does not compute in bf16."""
     if precision != "bf16":
         return None
-    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part.lower() in name.lower()), None)
+    return named(PEAK_BF16_FLOPS, name)
+
+
+def named(table: Mapping[str, float], name: str) -> float | None:
+    """The entry of the first key that occurs in the device's own name; None where none does."""
+    return next((value for part, value in table.items() if part.lower() in name.lower()), None)

@@ -24,6 +24,11 @@ _SIGNS = (
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR}
 
 
+def partial_of(path: Path) -> Path:
+    """Where `path` is made before it takes its name."""
+    return path.with_name(path.name + PARTIAL)
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Yield `<folder>.partial`, empty; rename it to `folder` when the block ends well, else remove it.
@@ -31,11 +36,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or not writable; what was there before is untouched.
     """
-    partial = folder.with_name(folder.name + PARTIAL)
+    partial = partial_of(folder)
     with telling_disk_faults(folder):
         try:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            partial.mkdir(parents=True, exist_ok=True)
             yield partial
             for path in partial.rglob("*"):
                 _flush(path)
@@ -55,7 +60,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or not writable; what was there before is untouched.
     """
-    partial = path.with_name(path.name + PARTIAL)
+    partial = partial_of(path)
     with telling_disk_faults(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

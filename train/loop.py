@@ -25,10 +25,11 @@ from train.device import device_name, peak_flops, session
 from train.evaluate import evaluate
 from train.files import write_json
 from train.log import Console, open_log
-from train.loss import NextTokenLoss, fuses
+from train.loss import build_loss, check_loss
 from train.meter import Meter
 from train.optimizer import build_optimizer
 from train.publish import publish
+from train.saving import saving
 from train.settings import Budget, Settings
 from train.signals import Stopped, any_process, watched
 from train.speed import speed_up
@@ -68,6 +69,7 @@ def train(settings: Settings) -> Path:
         data = prepare(settings.data, progress=told)
         data = mixed(settings.mixture, settings.data, data, context=loop.context, rows=budget.steps * budget.rows, progress=told)
         check_vocabulary(data, config["vocab_size"])
+        check_loss(config, loop, accelerator.device)
         windows = list(validation_batches(data.validation, context=loop.context, tokens=loop.eval_tokens))
         window_count(data.train, loop.context)  # refuses a text that is too short before anything is grown
 
@@ -86,17 +88,22 @@ def train(settings: Settings) -> Path:
 
         # ---- 5. The optimizer, and everything back in place when resuming -------------------------------------------------------------
         optimizer: Any = build_optimizer(network, settings.optimizer)
+        speed_up(network, loop)
+        objective = build_loss(network, config, loop, data.end_of_text_id)
+        model, optimizer = accelerator.prepare(objective, optimizer)
         saved = state.complete(folder / run_folder.CHECKPOINTS, tidy=main)
-        position = state.load(saved[-1], network, optimizer) if saved else state.Position()
+        position = state.read(saved[-1], objective, optimizer.optimizer) if saved else state.Position()
         if main:
             state.cut_metrics(folder / run_folder.METRICS, position.step if saved else -1)
-        speed_up(network, loop)
-        model, optimizer = accelerator.prepare(NextTokenLoss(network, fused=fuses(config, loop.loss)), optimizer)
         step = Step(model, optimizer, accelerator, data.train, settings)
         console.say(f"{run['parameters']:,} parameters, steps {position.step} to {budget.steps} of {budget.tokens_per_step:,} tokens")
         console.say(f"{run['device']}, {accelerator.num_processes} process(es), {run['precision']}, attention {attention} ({why})")
 
-        with open_log(folder, settings, run, writes=main) as log, watched() as asked:
+        with (
+            open_log(folder, settings, run, writes=main) as log,
+            saving(folder / run_folder.CHECKPOINTS, objective, optimizer.optimizer, accelerator, loop) as saver,
+            watched() as asked,
+        ):
             peak = peak_flops(device_name(accelerator.device), run["precision"])
             meter = Meter(position, accelerator, budget.tokens_per_step, run["flops_per_token"], peak)
 
@@ -105,6 +112,8 @@ def train(settings: Settings) -> Path:
                     found = evaluate(model, windows, accelerator, data.validation.bytes_per_token)
                     position.start_val_loss = found.val_loss if position.step == 0 else position.start_val_loss
                     position.val_loss, position.bits_per_byte = found.val_loss, found.bits_per_byte
+                    if position.step > 0 and (position.best_val_loss is None or found.val_loss < position.best_val_loss):
+                        position.best_val_loss, position.best_step = found.val_loss, position.step
                 if log:
                     log.write("eval", meter.clocks(), **asdict(found))
 
@@ -124,11 +133,11 @@ def train(settings: Settings) -> Path:
                 if budget.due(budget.eval_every, position.step):
                     validate()
                 stopped = any_process(accelerator, asked() is not None) and position.step < budget.steps
-                if budget.saves(position.step) or stopped:
+                if budget.saves(position.step, best=position.best_step) or stopped:
                     with meter.paused():
-                        if main:
-                            state.save(folder / run_folder.CHECKPOINTS, position, network, optimizer.optimizer, loop.keep)
+                        saver.save(position)
                 if stopped:
+                    saver.wait()
                     raise Stopped(f"stopped by {asked() or 'a signal to another process'} after step {position.step}, which is saved")
 
         # ---- 8. The end: a Hugging Face folder, and last the summary, which makes the run complete ------------------------------------

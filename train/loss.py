@@ -1,10 +1,16 @@
-"""The training objective as a module: token windows in, nats per token out, with or without the logits ever being whole."""
+"""The training objective as a module: token windows in, nats per token out, with or without the logits ever being whole.
+
+Documents are packed end to end into windows. Where they are to be kept apart, the end-of-text token opens the document after it: a token
+attends to nothing before its document's opening, and positions count from there. Every token is still predicted, the first of a document
+from its opening alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import LinearCrossEntropyOptions, functional
 
@@ -13,8 +19,11 @@ from model.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from train.settings import LoopSettings
+
 CHUNK_TOKENS = 1024  # whose logits are held at a time by the fused loss
 RESHAPED = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # config keys of networks that change their logits after the head
+UNMASKED = ("opt",)  # model types whose library class does not tell documents apart by their positions
 
 
 class NextTokenLoss(nn.Module):
@@ -24,12 +33,13 @@ class NextTokenLoss(nn.Module):
         network: the Hugging Face model; its names and its weights are what is saved.
         fused: take the head and the cross-entropy together, `CHUNK_TOKENS` at a time. Of 51,200 entries and 8,192 tokens, the logits with
             their gradient are 3.4 GB in float32; here they are 0.2 GB.
+        end_of_text: the id that opens a document; None lets attention cross documents.
     """
 
-    def __init__(self, network: PreTrainedModel, *, fused: bool) -> None:
+    def __init__(self, network: PreTrainedModel, *, fused: bool, end_of_text: int | None = None) -> None:
         super().__init__()
         self.network: Any = network
-        self.fused = fused
+        self.fused, self.end_of_text = fused, end_of_text
 
     def forward(self, windows: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy of each token after the first given those before it, in nats, computed in float32.
@@ -38,12 +48,49 @@ class NextTokenLoss(nn.Module):
             windows: token ids, (rows, context + 1).
             reduction: "mean" or "sum" over the rows · context predicted tokens.
         """
-        inputs, targets = windows[:, :-1], windows[:, 1:].flatten()
+        tokens, targets = windows[:, :-1], windows[:, 1:].flatten()
+        inputs = {"input_ids": tokens}
+        if self.end_of_text is not None:
+            inputs = documents_apart(tokens, self.end_of_text, self.network.config._attn_implementation)
         if self.fused:
-            hidden = self.network.base_model(input_ids=inputs, use_cache=False).last_hidden_state
+            hidden = self.network.base_model(**inputs, use_cache=False).last_hidden_state
             return fused_cross_entropy(hidden.flatten(0, 1), self.network.get_output_embeddings(), targets, reduction)
-        logits = self.network(input_ids=inputs, use_cache=False).logits
+        logits = self.network(**inputs, use_cache=False).logits
         return functional.cross_entropy(logits.float().flatten(0, 1), targets, reduction=reduction)
+
+
+def build_loss(network: PreTrainedModel, config: Mapping[str, Any], settings: LoopSettings, end_of_text: int) -> NextTokenLoss:
+    """The objective that `settings` ask for, `check_loss` having found it possible."""
+    return NextTokenLoss(network, fused=fuses(config, settings.loss), end_of_text=end_of_text if settings.document_mask else None)
+
+
+def documents_apart(tokens: Tensor, end_of_text: int, attention: str) -> dict[str, Any]:
+    """What a forward pass takes so that no token attends to another document.
+
+    transformers makes the masks of SDPA, FlexAttention and its eager attention from positions that restart. flash-attn knows no masks: it
+    takes all documents as one row, and where each begins.
+
+    Args:
+        tokens: (rows, context).
+        attention: a `transformers` attn_implementation.
+    """
+    positions = document_positions(tokens, end_of_text)
+    if attention != "flash_attention_2":
+        return {"input_ids": tokens, "position_ids": positions}
+    starts = (positions.flatten() == 0).nonzero().flatten()
+    bounds = torch.cat((starts, starts.new_tensor([tokens.numel()]))).int()
+    longest = tokens.shape[1]  # an upper bound does, and needs no waiting for the device
+    rows = {"input_ids": tokens.reshape(1, -1), "position_ids": positions.reshape(1, -1)}
+    return {**rows, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
+def document_positions(tokens: Tensor, end_of_text: int) -> Tensor:
+    """Each token's place in its document, (rows, context): 0 at a row's start and at every `end_of_text`.
+
+    `[5, 6, E, 7, E, E, 8]` → `[0, 1, 0, 1, 0, 0, 1]`.
+    """
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return places - torch.where(tokens == end_of_text, places, 0).cummax(1).values
 
 
 def fused_cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor, reduction: str) -> Tensor:
@@ -64,16 +111,30 @@ def fused_cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor, reduct
 
 
 def fuses(config: Mapping[str, Any], asked: str) -> bool:
-    """Whether the loss of this network is taken fused: wherever its logits are the head's output and nothing more.
+    """Whether the loss of this network is taken fused: where it is not asked for as "plain", and the logits are the head's output alone.
 
     Args:
         config: of the network, in Hugging Face's names.
-        asked: train.loss, "auto", "fused" or "plain".
+        asked: train.loss.
+    """
+    return asked != "plain" and not _reshaping(config)
+
+
+def check_loss(config: Mapping[str, Any], settings: LoopSettings, device: torch.device) -> None:
+    """Refuse what cannot be computed as `settings` ask for it.
 
     Raises:
-        UserError: "fused" is asked for where it would compute something else.
+        UserError: the fused loss, the document mask or the attention's backward pass cannot be had.
     """
-    reshaping = [key for key in RESHAPED if config.get(key) is not None]
-    if asked == "fused" and reshaping:
-        raise UserError(f"train.loss=fused: this network changes its logits after the head ({', '.join(reshaping)}); use train.loss=auto")
-    return asked != "plain" and not reshaping
+    faults = []
+    if settings.attention == "flex_attention" and device.type == "cpu":
+        faults.append("train.attention=flex_attention: PyTorch has no backward pass of it on a CPU; use sdpa")
+    if settings.loss == "fused" and (keys := _reshaping(config)):
+        faults.append(f"train.loss=fused: this network changes its logits after the head ({', '.join(keys)}); use train.loss=auto")
+    if settings.document_mask and config["model_type"] in UNMASKED:
+        faults.append(f"train.document_mask: the library's {config['model_type']} does not keep documents apart; use false")
+    UserError.collect(faults)
+
+
+def _reshaping(config: Mapping[str, Any]) -> list[str]:
+    return [key for key in RESHAPED if config.get(key) is not None]

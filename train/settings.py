@@ -78,13 +78,27 @@ class LoopSettings:
     eval_tokens: int
     log_every_tokens: int
     save_every_tokens: int | None
-    keep: int  # checkpoints
+    keep: int  # newest checkpoints
+    keep_best: bool  # the checkpoint of the lowest validation loss too, saved when it is measured
+    save_async: bool  # write from a copy while training goes on
     precision: Literal["auto", "bf16", "fp32"]
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
+    document_mask: bool  # no attention across documents, positions restart in each
     loss: Literal["auto", "fused", "plain"]  # fused: the logits are never whole; auto: fused where the network allows it
     checkpointing: bool  # activations are computed again in the backward pass
     compile: bool  # torch.compile, layer by layer
     gradient_clip: float | None
+
+
+@dataclass(frozen=True)
+class ForecastSettings:
+    """The machine that dry_run reckons with."""
+
+    device: str  # a name that holds a key of train.device.PEAK_BF16_FLOPS
+    gpus: int
+    mfu: float  # model-FLOPs utilisation that is reached
+    sharding: Literal["none", "full"]  # none: every GPU holds the whole model (DDP); full: a share of it (FSDP)
+    days: float | None  # also tell the rate that finishing in so many days would take
 
 
 @dataclass(frozen=True)
@@ -105,6 +119,8 @@ class Settings:
     logger: LoggerSettings
     train: LoopSettings
     progress: Literal["auto", "lines", False]  # auto: a bar on a terminal, else lines
+    dry_run: bool  # tell what the run would take, and stop
+    forecast: ForecastSettings
     mixture: MixtureSettings | None = None  # what is trained on; null: the training part of `data`
 
 
@@ -118,6 +134,7 @@ class Budget:
     eval_every: int | None
     log_every: int
     save_every: int | None
+    keep_best: bool
 
     @classmethod
     def of(cls, loop: LoopSettings) -> Budget:
@@ -131,15 +148,17 @@ class Budget:
             eval_every=steps(loop.eval_every_tokens),
             log_every=steps(loop.log_every_tokens) or 1,
             save_every=steps(loop.save_every_tokens),
+            keep_best=loop.keep_best,
         )
 
     def due(self, every: int | None, step: int) -> bool:
         """Whether something done `every` so many steps is due after `step` steps; whatever is done at all is done at the end."""
         return step == self.steps or (every is not None and step % every == 0)
 
-    def saves(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step` steps; after the last one there is the final model instead."""
-        return self.save_every is not None and step % self.save_every == 0 and step < self.steps
+    def saves(self, step: int, best: int | None = None) -> bool:
+        """Whether a checkpoint is due after `step` steps, the best so far at step `best`; after the last step, there is the final model."""
+        regular = self.save_every is not None and step % self.save_every == 0
+        return (regular or (self.keep_best and step == best)) and step < self.steps
 
 
 def compose(overrides: list[str]) -> Settings:
@@ -204,6 +223,8 @@ def _disagreements(settings: Settings) -> list[str]:
         faults.append(f"schedule: warmup_fraction and decay_fraction are {together} together, more than the budget")
     if settings.optimizer.learning_rate <= 0:
         faults.append(f"optimizer.learning_rate: must be positive; found {settings.optimizer.learning_rate}")
+    if settings.forecast.gpus <= 0 or not 0 < settings.forecast.mfu <= 1:
+        faults.append(f"forecast: gpus must be positive and mfu between 0 and 1; found {settings.forecast.gpus}, {settings.forecast.mfu}")
     if settings.optimizer.name == "muon" and settings.optimizer.momentum is None:
         faults.append("optimizer.momentum: missing; muon needs one (optimizer.momentum=0.95)")
     if growth.operator != "scratch" and settings.source is None:
@@ -219,7 +240,10 @@ def _disagreements(settings: Settings) -> list[str]:
 
 
 # What a run may be restarted with differently: nothing of it changes a number in the result.
-NEUTRAL = ("out", "progress", "logger", "train.keep", "train.save_every_tokens", "data.folder", "data.path", "data.workers")
+NEUTRAL = (
+    *("out", "progress", "dry_run", "forecast", "logger", "data.folder", "data.path", "data.workers"),
+    *("train.keep", "train.keep_best", "train.save_every_tokens", "train.save_async"),
+)
 
 
 def identity(settings: Settings | Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,203 @@
+"""What a run would take, before it takes it: parameters, steps, FLOPs, hours and the memory of each GPU, from configs alone.
+
+Nothing is downloaded and no weight is made: the network is built on fake tensors, which have shapes and no memory, and one of its forward
+passes is made on them to count what it keeps for the backward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from model.build import build_model
+from model.config import read_json, resolve_target
+from model.errors import UserError
+from model.geometry import flops_per_token, parameter_count
+from train.device import MEMORY_GIB, PEAK_BF16_FLOPS, named, peak_flops
+from train.loss import CHUNK_TOKENS, fuses
+from train.optimizer import parameter_groups
+from train.settings import Budget, Settings
+from train.speed import speed_up
+
+GIB = 2**30
+MASTER, GRADIENT = 4, 4  # bytes of a weight and of its gradient: both float32, also where bfloat16 multiplies
+BLOCK = 256  # entries that share one float32 scale in torchao's 8-bit state
+STATE = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / BLOCK), "muon": 8.0}  # bytes of an entry's optimizer state
+MUON_STATE = 4.0  # of a hidden matrix's entry: one momentum instead of two moments
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU, part by part; together they are a little more than the peak, for not all parts are full at once."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    gathered: float  # of a sharded model: the layers that are whole at a time
+    activations: float  # kept for the backward pass, the bfloat16 copies of weights included
+    logits: float  # with what their loss and its gradient need
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A run in numbers. `hours` are of `gpus` devices at the model-FLOPs utilisation (arXiv 2204.02311) that was assumed."""
+
+    parameters: int
+    groups: dict[str, tuple[int, int]]  # name → tensors, entries
+    tokens_per_step: int
+    steps: int
+    pieces: int  # forward passes of one GPU in one step
+    flops_per_token: float
+    flops: float
+    hours: float | None  # None where the device is not known
+    memory: Memory
+
+
+def forecast(settings: Settings) -> Forecast:
+    """Count what `settings` would take on `settings.forecast.gpus` devices.
+
+    Raises:
+        UserError: the devices do not divide the batch, or the network's config is not at hand.
+    """
+    budget, plan, loop = Budget.of(settings.train), settings.forecast, settings.train
+    if budget.rows % plan.gpus:
+        raise UserError(
+            f"forecast.gpus: {plan.gpus} do not divide the {budget.rows} windows of a batch (train.batch_tokens / train.context); "
+            f"try train.batch_tokens={max(1, round(budget.rows / plan.gpus)) * plan.gpus * loop.context}"
+        )
+    config = target(settings)
+    with FakeTensorMode():
+        network = build_model(config, seed=0, attention="auto" if loop.attention == "flash_attention_2" else loop.attention)
+    groups = {g["name"]: (len(g["params"]), sum(p.numel() for p in g["params"])) for g in parameter_groups(network, 0.0)}
+    share = budget.rows // plan.gpus
+    rows = min(loop.micro_batch or share, share)
+    flops, peak = flops_per_token(config, loop.context), peak_flops(plan.device, "bf16")
+    total = flops * budget.steps * budget.tokens_per_step
+    return Forecast(
+        parameters=parameter_count(config),
+        groups=groups,
+        tokens_per_step=budget.tokens_per_step,
+        steps=budget.steps,
+        pieces=-(-share // rows),
+        flops_per_token=flops,
+        flops=total,
+        hours=None if peak is None else total / (plan.gpus * peak * plan.mfu) / 3600,
+        memory=memory(settings, config, network, groups, rows),
+    )
+
+
+def target(settings: Settings) -> dict[str, Any]:
+    """The config of the network that would be trained, from what lies on this machine.
+
+    Raises:
+        UserError: it depends on a source that does not.
+    """
+    source = None if settings.source is None or not Path(settings.source).is_dir() else read_json(Path(settings.source) / "config.json")
+    if settings.growth.operator == "source" and source is None:
+        raise UserError(
+            f"dry_run: the source {settings.source!r} is the network, and it is no folder here; give one, or a preset as target"
+        )
+    return source if settings.growth.operator == "source" and source is not None else resolve_target(settings.target, source)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------------------------
+
+
+def memory(settings: Settings, config: dict[str, Any], network: Any, groups: dict[str, tuple[int, int]], rows: int) -> Memory:
+    """The bytes of one GPU that computes `rows` windows at a time."""
+    loop, plan, name = settings.train, settings.forecast, settings.optimizer.name
+    bf16 = loop.precision != "fp32"
+    shards = plan.gpus if plan.sharding == "full" else 1
+    entries = sum(count for _, count in groups.values())
+    state = sum(count * (MUON_STATE if (name, group) == ("muon", "hidden") else STATE[name]) for group, (_, count) in groups.items())
+    speed_up(network, loop)
+    return Memory(
+        weights=entries * MASTER / shards,
+        gradients=entries * GRADIENT / shards,
+        optimizer=state / shards,
+        gathered=gathered(network, 2 if bf16 else 4) if shards > 1 else 0.0,
+        activations=activations(network, rows, loop.context, bf16=bf16),
+        logits=logits(config, rows * loop.context, fused=fuses(config, loop.loss)),
+    )
+
+
+def gathered(network: Any, width: int) -> float:
+    """What FSDP holds whole at a time: two layers (one computes while the next arrives), and all that is in no layer."""
+    from train.speed import layers_of
+
+    layers = layers_of(network)
+    inside = sum(p.numel() for p in layers[0].parameters())
+    return width * (2 * inside + sum(p.numel() for p in network.parameters()) - len(layers) * inside)
+
+
+def activations(network: Any, rows: int, context: int, *, bf16: bool) -> int:
+    """The bytes that the layers keep for the backward pass over (rows, context) tokens, counted on a forward pass of a fake network.
+
+    A network that is compiled keeps less: the compiler fuses element-wise steps and computes some of them again.
+    """
+    weights = {p.untyped_storage()._cdata for p in network.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with next(network.parameters()).fake_mode, torch.autocast("cpu", torch.bfloat16, enabled=bf16), hooks:
+        tokens = torch.zeros(rows, context, dtype=torch.int64)
+        network.train().base_model(input_ids=tokens, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
+
+
+def logits(config: dict[str, Any], tokens: int, *, fused: bool) -> float:
+    """The bytes of the loss at its peak.
+
+    Plain, in the backward pass: log-probabilities, their gradient and the logits' gradient, (tokens, vocab) in float32 each. Fused: a
+    chunk's logits, turned into their gradient in place, and the gradients of the head and of its input, which the forward pass makes.
+    """
+    vocab, hidden = config["vocab_size"], config["hidden_size"] if "hidden_size" in config else config["n_embd"]
+    if not fused:
+        return 12.0 * tokens * vocab
+    return 4.0 * min(CHUNK_TOKENS, tokens) * vocab + 4.0 * vocab * hidden + 4.0 * tokens * hidden
+
+
+# ---- telling --------------------------------------------------------------------------------------------------------------------------
+
+
+def tell(settings: Settings) -> str:
+    """The forecast as a text, every number with its arithmetic."""
+    found, plan, loop = forecast(settings), settings.forecast, settings.train
+    peak, room = peak_flops(plan.device, "bf16"), named(MEMORY_GIB, plan.device)
+    lines = [f"{settings.name}: {found.parameters:,} parameters"]
+    lines += [f"  {name:<10} {count:>14,} in {tensors} tensors" for name, (tensors, count) in found.groups.items()]
+    shape = f"{plan.gpus} × {found.pieces} × {loop.micro_batch or 'all'} windows of {loop.context}"
+    lines += [
+        f"steps         {found.steps:,} of {found.tokens_per_step:,} tokens ({shape}): {found.steps * found.tokens_per_step:,} tokens",
+        f"FLOPs         {found.flops_per_token:.4g} per token × tokens = {found.flops:.4g}",
+    ]
+    if found.hours is None or peak is None:
+        lines.append(f"hours         not known for {plan.device}; known: {', '.join(PEAK_BF16_FLOPS)}")
+    else:
+        lines.append(f"hours         FLOPs / ({plan.gpus} × {peak / 1e12:g} TFLOP/s × MFU {plan.mfu:g}) = {found.hours:,.1f}")
+        if plan.days is not None:
+            rate, mfu = sustained(found.flops, plan.gpus, plan.days, peak)
+            lines.append(f"{plan.days:g} days       would be {rate / 1e12:.1f} TFLOP/s on each of {plan.gpus}, an MFU of {mfu:.1%}")
+    parts = [f"{name} {size / GIB:.1f}" for name, size in vars(found.memory).items() if size]
+    verdict = "" if room is None else f", {'fits' if found.memory.total < 0.95 * room * GIB else 'does not fit'} in {room:g} GiB"
+    lines.append(f"GiB per GPU   {' + '.join(parts)} = {found.memory.total / GIB:.1f}{verdict} (sharding {plan.sharding})")
+    return "\n".join(lines)
+
+
+def sustained(flops: float, gpus: int, days: float, peak: float) -> tuple[float, float]:
+    """The FLOP/s of each GPU that does `flops` in `days`, and its share of `peak`."""
+    rate = flops / (gpus * days * 86400)
+    return rate, rate / peak

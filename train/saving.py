@@ -1,0 +1,83 @@
+"""Saving while training goes on: the tensors are copied, and a thread writes the copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from train import state
+from train.settings import LoopSettings
+
+LAST_WRITE_SECONDS = 600.0  # that a run which ends with an error gives its last checkpoint
+
+
+class Saver:
+    """Writes checkpoints under `folder`, one at a time, and drops the old ones."""
+
+    def __init__(
+        self, folder: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, settings: LoopSettings
+    ) -> None:
+        self.folder, self.objective, self.optimizer, self.settings = folder, objective, optimizer, settings
+        self.main = accelerator.is_main_process
+        # A group of its own: the thread's messages must not get between those of the training, nor need a GPU.
+        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self.thread: Thread | None = None
+        self.fault: BaseException | None = None
+
+    def save(self, position: state.Position) -> None:
+        """Begin to write the checkpoint of `position`, and see it written where saving is not to be asynchronous.
+
+        Raises:
+            UserError: this checkpoint, or the one before, could not be written.
+        """
+        self.wait()
+        held = state.tensors(self.objective, self.optimizer)
+        if self.settings.save_async:
+            held = {key: tensor.to("cpu", copy=True) for key, tensor in held.items()}
+        self.thread = Thread(target=self._write, args=(asdict(position), held), daemon=True)
+        self.thread.start()
+        if not self.settings.save_async:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until what was begun is on the disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.fault is not None:
+            fault, self.fault = self.fault, None
+            raise fault
+
+    def _write(self, position: Mapping[str, Any], held: Mapping[str, Tensor]) -> None:
+        try:
+            state.write(state.place(self.folder, position["step"]), position, held, self.group, main=self.main)
+            if self.main:
+                state.drop_old(self.folder, self.settings.keep, position["best_step"] if self.settings.keep_best else None)
+        except BaseException as fault:
+            self.fault = fault
+
+
+@contextmanager
+def saving(
+    folder: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, settings: LoopSettings
+) -> Iterator[Saver]:
+    """A `Saver` whose last checkpoint is on the disk when the block ends, also when it ends with an error."""
+    saver = Saver(folder, objective, optimizer, accelerator, settings)
+    try:
+        yield saver
+        saver.wait()
+    finally:
+        if saver.thread is not None:
+            saver.thread.join(LAST_WRITE_SECONDS)
