@@ -15,9 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from train.data.benchmarks import read_benchmarks
 from train.data.document import Document, Tally
+from train.data.duplicates import signature
 from train.data.settings import CleaningSettings
 from train.data.text import normalised
+from train.data.words import word_hashes, words
 from train.files import whole_file, write_json
 
 BLOCK_BYTES = 2**22  # of text
@@ -67,9 +70,21 @@ class Workshop:
     def texts(self, number: int) -> list[str]:
         return self._column(number, "text")
 
+    def sizes(self, number: int) -> np.ndarray:
+        """Of each text in UTF-8, int64 (documents,)."""
+        return np.array(self._column(number, "bytes"), np.int64)
+
     def digests(self, number: int) -> np.ndarray:
         """Of each text: two uint64, (documents, 2)."""
         return np.frombuffer(b"".join(self._column(number, "digest")), "<u8").reshape(-1, 2)
+
+    def overlaps(self, number: int) -> list[str | None]:
+        """What each text has in common with a benchmark, where that was asked for."""
+        return self._column(number, "overlap")
+
+    def signatures(self, number: int) -> np.ndarray:
+        """MinHash values, mapped: uint32 (documents, permutations)."""
+        return np.load(self.path("signatures", number, ".npy"), mmap_mode="r")
 
     def _column(self, number: int, name: str) -> list:
         import pyarrow.ipc
@@ -79,7 +94,8 @@ class Workshop:
             return pyarrow.ipc.open_file(file, options=options).read_all().column(name).to_pylist()
 
 
-FIELDS = ("name", "text", "digest")
+FIELDS = ("name", "text", "bytes", "digest", "overlap")
+BENCHMARKS = "benchmarks.npz"  # in the workshop: their n-grams
 
 
 def in_blocks(found: Iterable[Document], tally: Tally) -> Iterator[tuple[list[str], list[str], Tally]]:
@@ -104,26 +120,51 @@ def stage(work: Workshop, number: int, names: list[str], texts: list[str], tally
     """
     if clean.normalise:
         texts = [normalised(text) for text in texts]
-    _write(work.path("text", number, ".arrow"), names, texts)
+    overlaps: list[str | None] = [None] * len(texts)
+    if clean.near_duplicates is not None or clean.benchmarks is not None:
+        overlaps = _compare(work, number, texts, clean)
+    _write(work.path("text", number, ".arrow"), names, texts, overlaps)
     write_json(work.path("text", number, ".json"), asdict(tally))  # the last: now the block is whole
     return len(names), tally
 
 
-def _write(path: Path, names: list[str], texts: list[str]) -> None:
+def _compare(work: Workshop, number: int, texts: list[str], clean: CleaningSettings) -> list[str | None]:
+    """Write the signatures of the texts, and return what each has in common with a benchmark."""
+    path = work.folder / BENCHMARKS
+    benchmarks = read_benchmarks(path, path.stat().st_mtime_ns) if clean.benchmarks is not None else None
+    overlaps, signatures = list[str | None](), list[np.ndarray]()
+    for text in texts:
+        hashes = word_hashes(found := words(text))
+        overlaps.append(benchmarks.overlap(found, hashes) if benchmarks else None)
+        if clean.near_duplicates is not None:
+            signatures.append(signature(hashes))
+    if signatures:
+        with whole_file(work.path("signatures", number, ".npy")) as partial, partial.open("wb") as file:
+            np.save(file, np.stack(signatures))
+    return overlaps
+
+
+def _write(path: Path, names: list[str], texts: list[str], overlaps: list[str | None]) -> None:
     import pyarrow
     import pyarrow.ipc
 
     raw = [text.encode() for text in texts]
-    digests = [hashlib.blake2b(text, digest_size=16).digest() for text in raw]
     columns = {
         "name": pyarrow.array([name.encode("utf-8", "surrogateescape") for name in names], pyarrow.binary()),
         "text": pyarrow.array(raw, pyarrow.large_binary()).cast(pyarrow.large_string()),
-        "digest": pyarrow.array(digests, pyarrow.binary(16)),
+        "bytes": pyarrow.array([len(text) for text in raw], pyarrow.int64()),
+        "digest": pyarrow.array([digest_of(text) for text in raw], pyarrow.binary(16)),
+        "overlap": pyarrow.array(overlaps, pyarrow.string()),
     }
     table = pyarrow.table([columns[name] for name in FIELDS], names=list(FIELDS))
     options = pyarrow.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
     with whole_file(path) as partial, pyarrow.ipc.new_file(str(partial), table.schema, options=options) as writer:
         writer.write_table(table)
+
+
+def digest_of(text: bytes) -> bytes:
+    """16 bytes that are equal for equal texts."""
+    return hashlib.blake2b(text, digest_size=16).digest()
 
 
 def _name(raw: bytes) -> str:

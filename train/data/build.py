@@ -17,12 +17,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from model.errors import UserError
-from train.data.blocks import Workshop, in_blocks, stage
+from train.data.benchmarks import benchmarks_identity, write_benchmarks
+from train.data.blocks import BENCHMARKS, Workshop, in_blocks, stage
 from train.data.corpus import documents, is_validation, open_corpus
 from train.data.document import Corpus, Tally
+from train.data.judge import REMOVED, Verdicts, judge, write_removed
 from train.data.pack import ENCODER, Lengths, pack
 from train.data.progress import Advance, bar
 from train.data.settings import DataSettings, disagreements
@@ -85,6 +85,8 @@ def _digest(corpus: Corpus, progress: bool) -> str:
 def _identity(settings: DataSettings) -> dict[str, Any]:
     """Everything but the text that decides what is written."""
     values = {key: value for key, value in asdict(settings).items() if key not in ELSEWHERE}
+    if settings.clean.benchmarks is not None:
+        values["clean"] |= {"benchmarks": benchmarks_identity(settings.clean.benchmarks)}
     return {"format": FORMAT, **values, "tokenizer": tokenizer_identity(settings.tokenizer)}
 
 
@@ -154,14 +156,18 @@ def _replace(folder: Path, partial: Path) -> None:
 def _write(partial: Path, work: Workshop, settings: DataSettings, corpus: Corpus, progress: bool) -> dict[str, Any]:
     """Write tokenizer and shards; return the manifest."""
     with workers(_worker_count(settings, corpus)) as run:
+        _read_benchmarks(work, settings)
         _read(work, settings, corpus, run, progress)
-        tokenizer = _tokenizer(partial, work, settings, progress)
-        writers = _pack(partial, work, settings, tokenizer, run, progress)
+        verdicts = judge(work, settings.clean)
+        cleaning = write_removed(work, verdicts, partial / REMOVED, settings.clean)
+        tokenizer = _tokenizer(partial, work, verdicts, settings, progress)
+        writers = _pack(partial, work, verdicts, settings, tokenizer, run, progress)
     tally = work.tally
     manifest = {
         "settings": _identity(settings),
         "inputs": json.loads(work.plan.read_text())["inputs"],
         "read": {key: value for key, value in asdict(tally).items() if key not in ("unit", "item")},
+        "cleaning": cleaning,
         "tokenizer": {"sha256": tokenizer_hash(tokenizer), "vocab_size": entries(tokenizer), "end_of_text_id": tokenizer.eos_token_id},
         "dtype": dtype_of(entries(tokenizer)).str,
         "splits": {name: writer.entry() for name, writer in writers.items()},
@@ -174,6 +180,11 @@ def _worker_count(settings: DataSettings, corpus: Corpus) -> int:
     if settings.workers is not None:
         return settings.workers
     return 1 if corpus.size is not None and corpus.size <= SMALL_BYTES else cores()
+
+
+def _read_benchmarks(work: Workshop, settings: DataSettings) -> None:
+    if settings.clean.benchmarks is not None and not (work.folder / "benchmarks.json").is_file():
+        write_json(work.folder / "benchmarks.json", write_benchmarks(settings.clean.benchmarks, work.folder / BENCHMARKS))
 
 
 def _read(work: Workshop, settings: DataSettings, corpus: Corpus, run: Run, progress: bool) -> None:
@@ -202,30 +213,26 @@ def _blocks_there(work: Workshop) -> tuple[list[int], Tally]:
     return blocks, tally
 
 
-def _kept(work: Workshop, number: int) -> np.ndarray:
-    return np.ones(work.blocks[number], bool)
-
-
-def _tokenizer(partial: Path, work: Workshop, settings: DataSettings, progress: bool) -> PreTrainedTokenizerFast:
+def _tokenizer(partial: Path, work: Workshop, verdicts: Verdicts, settings: DataSettings, progress: bool) -> PreTrainedTokenizerFast:
     """The tokenizer, saved in the folder, and in the workshop as the workers read it."""
     if (work.folder / ENCODER).is_file():
         return load_tokenizer(str(partial / TOKENIZER))
-    tokenizer = _trained(work, settings, progress) if settings.tokenizer is None else load_tokenizer(settings.tokenizer)
+    tokenizer = _trained(work, verdicts, settings, progress) if settings.tokenizer is None else load_tokenizer(settings.tokenizer)
     save_tokenizer(tokenizer, partial / TOKENIZER)
     write_text(work.folder / ENCODER, write_encoder(tokenizer))
     return tokenizer
 
 
-def _trained(work: Workshop, settings: DataSettings, progress: bool) -> PreTrainedTokenizerFast:
+def _trained(work: Workshop, verdicts: Verdicts, settings: DataSettings, progress: bool) -> PreTrainedTokenizerFast:
     with bar("training the tokenizer", min(work.tally.bytes, TRAINING_BYTES), progress) as advance:
-        texts = _training_texts(work, settings, advance)
+        texts = _training_texts(work, verdicts, settings, advance)
         return train_tokenizer(texts, vocab_size=settings.vocab_size, model_max_length=settings.model_max_length)
 
 
-def _training_texts(work: Workshop, settings: DataSettings, advance: Advance) -> Iterator[str]:
+def _training_texts(work: Workshop, verdicts: Verdicts, settings: DataSettings, advance: Advance) -> Iterator[str]:
     seen = 0
     for number in range(len(work.blocks)):
-        for name, text, kept in zip(work.names(number), work.texts(number), _kept(work, number), strict=True):
+        for name, text, kept in zip(work.names(number), work.texts(number), verdicts.kept(number), strict=True):
             if kept and not is_validation(name, settings):
                 yield text
                 advance(size := len(text.encode()))
@@ -237,7 +244,13 @@ def _training_texts(work: Workshop, settings: DataSettings, advance: Advance) ->
 
 
 def _pack(
-    partial: Path, work: Workshop, settings: DataSettings, tokenizer: PreTrainedTokenizerFast, run: Run, progress: bool
+    partial: Path,
+    work: Workshop,
+    verdicts: Verdicts,
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerFast,
+    run: Run,
+    progress: bool,
 ) -> dict[str, ShardWriter]:
     with bar("tokenising", work.tally.bytes, progress) as advance:
 
@@ -245,7 +258,7 @@ def _pack(
             advance(int(taken.bytes.sum()))
 
         dtype = dtype_of(entries(tokenizer))
-        writers = pack(partial, work, lambda number: _kept(work, number), settings, dtype, tokenizer.eos_token_id, run, record)
+        writers = pack(partial, work, verdicts.kept, settings, dtype, tokenizer.eos_token_id, run, record)
     for name, writer in writers.items():
         if not writer.documents:
             raise _too_little(settings, "training" if name == "train" else name)

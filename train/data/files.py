@@ -9,6 +9,7 @@ import json
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -150,14 +151,23 @@ def texts(path: Path, column: str, limit: int, tally: Tally) -> Iterator[tuple[s
     Raises:
         UserError: it cannot be read, ends early, is damaged, or has no such column; the message says which.
     """
+    with reading(path) as file:
+        yield from READERS[str(format_of(path))](Opened(path, file, column, limit, tally))
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[BinaryIO]:
+    """Open a file, decompressed.
+
+    Raises:
+        UserError: it cannot be read, or what is read inside turns out to be damaged or to end early.
+    """
     import pyarrow
 
-    kind = format_of(path)
-    assert kind is not None
-    what = path.suffix[1:].lower() if path.suffix.lower() in COMPRESSED or kind == ".parquet" else ""
+    what = path.suffix[1:].lower() if path.suffix.lower() in (*COMPRESSED, ".parquet") else ""
     try:
-        with open(path, "rb") if not what or what == "parquet" else _decompressed(path, what) as file:
-            yield from READERS[kind](Opened(path, file, column, limit, tally))
+        with _decompressed(path, what) if what in ("gz", "zst") else open(path, "rb") as file:
+            yield file
     except (pyarrow.ArrowException, OSError) as error:
         if what and not getattr(error, "errno", None):  # the file's fault, not the system's
             raise UserError(f"{path}: corrupted {what} ({_first_line(error)}); fetch the file again, or remove it") from error
@@ -218,12 +228,18 @@ class Files:
         return hash_of((name, *_attempt(path, _size_and_time)) for name, path in self.files)
 
     def digest(self, advance: Callable[[int], None]) -> str:
-        def content(path: Path) -> tuple[int, str]:
-            advance(size := path.stat().st_size)
-            with path.open("rb") as file:
-                return size, hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(self.files, advance)
 
-        return hash_of((name, *_attempt(path, content)) for name, path in self.files)
+
+def file_digest(files: Iterable[tuple[str, Path]], advance: Callable[[int], None] = lambda size: None) -> str:
+    """A hash of the names and contents of files; `advance` is told the bytes read for it."""
+
+    def content(path: Path) -> tuple[int, str]:
+        advance(size := path.stat().st_size)
+        with path.open("rb") as file:
+            return size, hashlib.file_digest(file, "sha256").hexdigest()
+
+    return hash_of((name, *_attempt(path, content)) for name, path in files)
 
 
 def hash_of(parts: Iterable[Any]) -> str:
@@ -252,7 +268,7 @@ def stdlib(settings: DataSettings) -> Files:
     for folder, inner, names in os.walk(root):
         inner[:] = [name for name in inner if name not in left_out]
         found += [Path(folder, name) for name in names if name.endswith(".py")]
-    return Files(_named(root, found), limit=settings.max_document_bytes)
+    return Files(named(root, found), limit=settings.max_document_bytes)
 
 
 def files(settings: DataSettings) -> Files:
@@ -262,7 +278,7 @@ def files(settings: DataSettings) -> Files:
         UserError: there is none.
     """
     root, found = files_of(settings.path or "", "data.path")
-    return Files(_named(root, found), settings.column, settings.max_document_bytes)
+    return Files(named(root, found), settings.column, settings.max_document_bytes)
 
 
 def files_of(path: str, key: str) -> tuple[Path, list[Path]]:
@@ -289,5 +305,6 @@ def files_of(path: str, key: str) -> tuple[Path, list[Path]]:
     return root, readable
 
 
-def _named(root: Path, found: Iterable[Path]) -> tuple[tuple[str, Path], ...]:
+def named(root: Path, found: Iterable[Path]) -> tuple[tuple[str, Path], ...]:
+    """Files with their names relative to `root`, sorted by these."""
     return tuple(sorted((file.relative_to(root).as_posix(), file) for file in found))

@@ -14,6 +14,8 @@ def report(folder: Path) -> str:
     read = manifest["read"]
     lines = [f"{folder}: read {read['documents']:,} documents, {read['bytes']:,} bytes of text"]
     lines += [f"  {key.replace('_', ' ')}: {read[key]:,}" for key in ("empty_skipped", "too_long_skipped", "utf8_replaced") if read[key]]
+    for reason, count in manifest["cleaning"]["removed"].items():
+        lines.append(f"  removed, {reason.replace('_', ' ')}: {count['documents']:,} documents, {count['bytes']:,} bytes (removed.parquet)")
     for name, split in manifest["splits"].items():
         lines.append(f"  {name}: {split['documents']:,} documents, {split['tokens']:,} tokens in {len(split['shards'])} shards")
     return "\n".join([*lines, f"  fingerprint {manifest['fingerprint']}"])

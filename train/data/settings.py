@@ -17,6 +17,7 @@ class CleaningSettings:
     normalise: bool = False  # Unicode NFC, \n line ends, no control characters, no spaces at line ends
     exact_duplicates: bool = False  # remove later copies of a text
     near_duplicates: float | None = None  # remove later texts of at least this Jaccard similarity; null: keep them
+    benchmarks: str | None = None  # a folder or glob: remove texts that share 13 words in a row with one in it
 
 
 @dataclass(frozen=True)

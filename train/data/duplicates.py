@@ -1,0 +1,180 @@
+"""Duplicates, exact and near. A document is removed where an earlier one is the same or near it, so one of each kind stays: the first.
+
+Near is a Jaccard similarity of the sets of SHINGLE_WORDS-word shingles, estimated from PERMUTATIONS MinHash values (Broder 1997).
+Candidates are found by locality-sensitive hashing, with the bands and rows that `datasketch` finds best for the threshold where a missed
+pair weighs nine times a false candidate, for candidates are checked: 14 bands of 9 rows at 0.8, which find 87 % of the pairs of similarity
+0.8 and 99.9 % of those of 0.9.
+
+Memory is bounded whatever the corpus: nothing is indexed in memory. Keys of documents are dealt out to as many files on disk as it takes
+for one to fit into MEMORY_BYTES, and each is sorted on its own. While the build lasts, a document costs on disk 24 bytes (exact), and
+512 + 24 a band (near: 848 at 0.8), and 13 bytes of verdicts, mapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from model.errors import UserError
+from train.data.words import ngrams
+
+if TYPE_CHECKING:
+    from datasketch import MinHash
+
+PERMUTATIONS = 128
+SHINGLE_WORDS = 5
+MISSES_WEIGH = (0.1, 0.9)  # false candidates, misses
+SEED = 1  # of the permutations
+BATCH = 4096  # shingles permuted at a time
+LEADERS = 64  # different documents of one bucket that the rest of it is compared with
+MEMORY_BYTES = 2**28  # of keys in memory at a time
+KEY = np.dtype([("high", "<u8"), ("low", "<u8"), ("document", "<i8")])
+
+
+@dataclass(frozen=True)
+class Match:
+    """Which documents repeat which. int64, int64, float32, each (found,)."""
+
+    documents: np.ndarray
+    earlier: np.ndarray
+    similarity: np.ndarray
+
+
+# ---- signatures -----------------------------------------------------------------------------------------------------------------------
+
+
+def signature(hashes: np.ndarray) -> np.ndarray:
+    """MinHash values of the shingles of a text, from the hashes of its words: uint32, (PERMUTATIONS,); no words: all the largest."""
+    sketch = _empty().copy()
+    if len(hashes):
+        shingles = np.unique(ngrams(hashes, SHINGLE_WORDS)).astype(np.uint32)
+        for start in range(0, len(shingles), BATCH):
+            sketch.update_batch(shingles[start : start + BATCH])
+    return sketch.hashvalues
+
+
+@lru_cache(maxsize=1)
+def _empty() -> MinHash:
+    return _datasketch().MinHash(num_perm=PERMUTATIONS, seed=SEED, hashfunc=int, scheme="affine32")
+
+
+def bands(threshold: float) -> tuple[int, int]:
+    """Bands and rows of the locality-sensitive hashing for a similarity."""
+    index = _datasketch().MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, weights=MISSES_WEIGH)
+    return index.b, index.r
+
+
+def _datasketch() -> Any:
+    try:
+        import datasketch
+    except ImportError as error:
+        raise UserError("data.clean.near_duplicates needs datasketch: pip install -e '.[data]'") from error
+    return datasketch
+
+
+# ---- keys, sorted on disk -------------------------------------------------------------------------------------------------------------
+
+
+def keys(high: np.ndarray, low: np.ndarray | int, documents: np.ndarray) -> np.ndarray:
+    """Rows of KEY."""
+    result = np.empty(len(documents), KEY)
+    result["high"], result["low"], result["document"] = high, low, documents
+    return result
+
+
+def buckets(found: Iterable[np.ndarray], count: int, folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Documents with equal keys, brought together on disk.
+
+    Args:
+        found: rows of KEY, whose `high` is evenly spread.
+        count: how many at most.
+        folder: for temporary files; emptied again.
+
+    Yields:
+        The documents of one file's buckets with at least two, int64 (n,), ascending within a bucket, and where each bucket starts (b,).
+    """
+    parts = -(-count * KEY.itemsize // MEMORY_BYTES) or 1
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{part:05d}.keys" for part in range(parts)]
+    for path in paths:
+        path.unlink(missing_ok=True)
+    for rows in found:
+        dealt = (rows["high"] % np.uint64(parts)).astype(np.int64)
+        for part in np.unique(dealt):
+            with paths[part].open("ab") as file:
+                rows[dealt == part].tofile(file)
+    for path in paths:
+        if path.exists():
+            yield _sorted(np.fromfile(path, KEY))
+            path.unlink()
+
+
+def _sorted(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    order = np.lexsort((rows["document"], rows["low"], rows["high"]))
+    rows = rows[order]
+    new = np.ones(len(rows) + 1, bool)
+    new[1:-1] = (rows["high"][1:] != rows["high"][:-1]) | (rows["low"][1:] != rows["low"][:-1])
+    shared = ~(new[:-1] & new[1:])  # not alone
+    return rows["document"][shared], np.flatnonzero(new[:-1][shared])
+
+
+def exact(found: Iterable[np.ndarray], count: int, folder: Path) -> Iterator[Match]:
+    """Later copies, where equal keys are equal texts."""
+    for documents, starts in buckets(found, count, folder):
+        firsts = np.repeat(documents[starts], np.diff([*starts, len(documents)]))
+        later = documents != firsts
+        yield Match(documents[later], firsts[later], np.ones(int(later.sum()), np.float32))
+
+
+def near(
+    found: Iterable[np.ndarray], count: int, folder: Path, signatures: Callable[[np.ndarray], np.ndarray], threshold: float
+) -> Iterator[Match]:
+    """Documents whose signature agrees in `threshold` of its values with that of an earlier one in a common bucket.
+
+    Args:
+        signatures: of document numbers (n,), uint32 (n, PERMUTATIONS).
+    """
+    for documents, starts in buckets(found, count, folder):
+        matches = [match for bucket in np.split(documents, starts[1:]) if len(bucket) for match in _near(bucket, signatures, threshold)]
+        if matches:
+            later, earlier, similarity = zip(*matches, strict=True)
+            yield Match(np.array(later, np.int64), np.array(earlier, np.int64), np.array(similarity, np.float32))
+
+
+def _near(bucket: np.ndarray, signatures: Callable[[np.ndarray], np.ndarray], threshold: float) -> Iterator[tuple[int, int, float]]:
+    """A bucket's first document leads; whoever is like no leader leads too."""
+    leaders = np.empty((0, PERMUTATIONS), np.uint32)
+    led_by: list[int] = []
+    for start in range(0, len(bucket), BATCH):
+        part = bucket[start : start + BATCH]
+        for document, values in zip(part.tolist(), signatures(part), strict=True):
+            similarity = (leaders == values).mean(1) if led_by else np.zeros(1)
+            best = int(similarity.argmax())
+            if similarity[best] >= threshold:
+                yield document, led_by[best], float(similarity[best])
+            elif len(led_by) < LEADERS:
+                leaders, led_by = np.vstack([leaders, values]), [*led_by, document]
+
+
+def band_keys(signatures: np.ndarray, documents: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Rows of KEY, one for each band of each document; documents without words have none.
+
+    Args:
+        signatures: uint32 (n, PERMUTATIONS).
+        documents: their numbers (n,).
+        shape: bands and rows.
+    """
+    worded = (signatures != np.uint32(2**32 - 1)).any(1)
+    signatures, documents = signatures[worded].astype(np.uint64), documents[worded]
+    rows = [keys(_hash(signatures[:, i * shape[1] : (i + 1) * shape[1]]), i, documents) for i in range(shape[0])]
+    return np.concatenate(rows)
+
+
+def _hash(values: np.ndarray) -> np.ndarray:
+    """A hash of each row. uint64 (n, r) → (n,)."""
+    return ngrams(values.T, values.shape[1])[0]
