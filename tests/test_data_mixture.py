@@ -309,3 +309,45 @@ def test_a_run_trains_on_the_mixture_and_refuses_to_go_on_with_another(tmp_path:
     (tmp_path / "more" / "13.txt").write_text("omega " * 100)
     with pytest.raises(UserError, match="the data has changed since this run began"):
         train(settings)
+
+
+# ---- the presets -------------------------------------------------------------------------------------------------------------------------
+
+SYNTHETIC, NATURAL, CODE, PHI_1 = {"synthetic"}, {"web"}, {"code"}, {"code", "textbooks", "exercises"}
+
+
+@pytest.mark.parametrize(
+    ("name", "shares"),
+    [
+        ("phi_1_5", [(PHI_1, 0.2), (SYNTHETIC, 0.8)]),
+        ("phi_1_5_web", [(NATURAL, 0.4), (PHI_1, 0.2), (SYNTHETIC, 0.4)]),
+        ("phi_1_5_web_only", [(NATURAL, 0.8), (CODE, 0.2)]),
+        ("phi_2", [(NATURAL, 0.4), (PHI_1, 0.2), (SYNTHETIC, 0.4)]),
+    ],
+)
+def test_presets_mix_as_their_papers_say(name: str, shares: list[tuple[set[str], float]]) -> None:
+    from train.settings import compose
+
+    mixture = compose(["growth=scratch", "target=tiny_target", "data=fineweb_edu", f"mixture={name}"]).mixture
+    assert mixture is not None
+    [phase] = mixture.phases
+    assert phase.weights is not None
+    for sources, share in shares:
+        assert sum(phase.weights.get(source, 0) for source in sources) == pytest.approx(share, abs=1e-12)
+    splits = {source: TokenSplit("train", Counting(10**9), 1, 1) for source in mixture.sources}  # type: ignore[arg-type]
+    rows = 50_000
+    counts = mix(mixture, splits, context=2048, rows=rows).counts(rows)
+    for sources, share in shares:
+        assert abs(sum(counts.get(source, 0) for source in sources) - share * rows) < len(mixture.sources)
+
+
+def test_phi_1_reads_code_and_textbooks_eight_times_and_then_exercises() -> None:
+    from train.settings import compose
+
+    mixture = compose(["growth=scratch", "target=tiny_target", "data=the_stack_smol", "mixture=phi_1"]).mixture
+    assert mixture is not None
+    splits = {name: make_split(0, 10 * (i + 1)) for i, name in enumerate(mixture.sources)}
+    windows = {name: (split.count - 1) // CONTEXT for name, split in splits.items()}
+    first, second = mix(mixture, splits, context=CONTEXT, rows=100).phases
+    assert first.counts(first.stop or 0) == {name: 8 * windows[name] for name in ("code", "textbooks")}
+    assert second.counts((second.stop or 0) - second.start) == {"exercises": 17.5 * windows["exercises"]}

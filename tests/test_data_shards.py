@@ -70,7 +70,7 @@ def test_the_manifest_says_what_was_read(settings: DataSettings) -> None:
     build(settings)
     manifest = json.loads((settings.home / "manifest.json").read_text())
     counts = {"documents": 41, "bytes": sum(split["bytes"] for split in manifest["splits"].values())}
-    assert manifest["read"] == {"empty_skipped": 0, "utf8_replaced": 1, "too_long_skipped": 0, **counts}
+    assert manifest["read"] == {"empty_skipped": 0, "utf8_replaced": 1, "too_long_skipped": 0, "programs_failed": 0, **counts}
     assert manifest["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     for name, split in manifest["splits"].items():
         raw = b"".join(path.read_bytes() for path in sorted(settings.home.glob(f"{name}-*.bin")))

@@ -12,8 +12,15 @@ from train.data import files
 from train.data.document import Corpus, Document, Tally
 from train.data.hub import Hub
 from train.data.settings import DataSettings, read_limit
+from train.data.synthetic.corpus import Generated
 
-CORPORA: dict[str, Callable[[DataSettings], Corpus]] = {"stdlib": files.stdlib, "files": files.files, "hub": Hub}
+CORPORA: dict[str, Callable[[DataSettings], Corpus]] = {
+    "stdlib": files.stdlib,
+    "files": files.files,
+    "hub": Hub,
+    "exercises": Generated,
+    "textbooks": Generated,
+}
 
 
 def open_corpus(settings: DataSettings) -> Corpus:

@@ -26,6 +26,7 @@ class Tally:
     empty_skipped: int = 0
     utf8_replaced: int = 0  # documents in which broken UTF-8 became U+FFFD
     too_long_skipped: int = 0  # larger than data.max_document_bytes
+    programs_failed: int = 0  # generated documents left out because their program did not do what the text says
     documents: int = field(default=0, compare=False)  # taken
     bytes: int = field(default=0, compare=False)  # of their text
     unit: int = field(default=0, compare=False)  # the place: files (or streams) that are done,

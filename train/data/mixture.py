@@ -199,7 +199,7 @@ def source_data(source: SourceSettings, own: DataSettings, data: TokenData) -> D
         UserError: it is the text of `own`, with another part held out: what is validated on would be trained on.
     """
     if replace(source.data, tokenizer=own.tokenizer, name=own.name, folder=own.folder, vocab_size=own.vocab_size,
-               model_max_length=own.model_max_length, shard_tokens=own.shard_tokens) == own:  # fmt: skip
+               model_max_length=own.model_max_length, shard_tokens=own.shard_tokens, workers=own.workers) == own:  # fmt: skip
         return None
     _check_held_out(source.data, own)
     if source.data.tokenizer is not None:

@@ -25,7 +25,7 @@ class DataSettings:
     """A corpus and its tokenizer; `conf/data/*.yaml` are its leaves. Fields of other corpora than the chosen one are not read."""
 
     name: str
-    corpus: Literal["stdlib", "files", "hub"]
+    corpus: Literal["stdlib", "files", "hub", "exercises", "textbooks"]
     folder: str | None = None  # where the tokens are kept; null: data/<name>
     path: str | None = None  # files: a folder, a file, or a glob (** crosses folders) of the suffixes in files.READERS
     dataset: str | None = None  # hub: owner/name, or a folder that `datasets` can read
@@ -34,7 +34,7 @@ class DataSettings:
     revision: str | None = None  # hub: pin a commit or tag, for a moved branch is not noticed once the tokens are there
     streaming: bool = True  # hub: read over the network, without a copy on disk
     column: str = "text"  # of a parquet file or dataset; the field of a json or jsonl object
-    limit_documents: int | None = None  # read no more than these
+    limit_documents: int | None = None  # read no more than these; exercises, textbooks: make so many
     limit_bytes: int | None = None  # of text: read no more; null: all, or READ_AHEAD for each token of limit_tokens
     limit_tokens: int | None = None  # of both splits, after cleaning; the document that reaches it is the last
     max_document_bytes: int = 2**24  # a longer document is skipped and counted: it has to fit in memory, with its tokens
@@ -43,7 +43,7 @@ class DataSettings:
     vocab_size: int = 2048  # of the trained one
     model_max_length: int = 2048  # that the trained one states; a hint for its users, nothing is cut
     validation_fraction: float = 0.05  # of the documents
-    seed: int = 0  # of the split
+    seed: int = 0  # of the split, and of what is generated
     shard_tokens: int = 2**28  # at most, in one file
     workers: int | None = None  # processes; null: this one for a small corpus, else one a core. Nothing of the result depends on it
 
@@ -70,6 +70,8 @@ def disagreements(settings: DataSettings) -> list[str]:
         faults.append("data.path: missing; give a folder or a glob: data.path=texts or 'data.path=texts/**/*.md'")
     if settings.corpus == "hub" and not settings.dataset:
         faults.append("data.dataset: missing; give a name on the Hugging Face hub: data.dataset=owner/name")
+    if settings.corpus in ("exercises", "textbooks") and settings.limit_documents is None:
+        faults.append("data.limit_documents: missing; the generator goes on for long: data.limit_documents=20_000")
     if not 0 < settings.validation_fraction < 1:
         faults.append(f"data.validation_fraction: must be between 0 and 1; found {settings.validation_fraction}")
     if settings.tokenizer is None and settings.vocab_size < 257:

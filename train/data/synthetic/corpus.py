@@ -1,0 +1,95 @@
+"""Generated documents as a corpus: item i is a function of (kind, seed, i), and only items whose program ran as the text says are taken."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count, dropwhile, islice
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+from model.errors import UserError
+from train.data.synthetic import exercises, textbooks
+from train.data.synthetic.item import Item
+from train.data.synthetic.problem import draw_problem
+from train.data.synthetic.sandbox import failures
+
+if TYPE_CHECKING:
+    from train.data.document import Document, Tally
+    from train.data.settings import DataSettings
+
+KINDS = {"exercises": exercises.TEMPLATES, "textbooks": textbooks.TEMPLATES}
+BATCH = 500  # items, run in one process
+AT_ONCE = 2  # batches that are run while the next one is drawn
+PATIENCE = 20_000  # draws without one new item, after which there are no more
+
+
+def draw_items(kind: str, seed: int) -> Iterator[tuple[int, Item]]:
+    """Items and their numbers, no two of them with the same template, operations and theme.
+
+    Raises:
+        UserError: there are no more.
+    """
+    templates = list(KINDS[kind].items())
+    seen: set[bytes] = set()
+    last = 0
+    for i in count():
+        random = Random(f"{kind} {seed} {i}")
+        problem = draw_problem(random)
+        name, template = random.choice(templates)
+        key = hashlib.blake2b(f"{name} {problem.name} {problem.theme.name}".encode(), digest_size=8).digest()
+        item = None if key in seen else template(problem, random)
+        if item is not None:
+            seen.add(key)
+            last = i
+            yield i, item
+        elif i - last > PATIENCE:
+            raise UserError(f"data: the generator of {kind} has no more than {len(seen):,} distinct items; lower data.limit_documents")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Items of the kind that `settings.corpus` names, as documents."""
+
+    settings: DataSettings
+    size: None = None
+
+    def documents(self, tally: Tally) -> Iterator[Document]:
+        kind, seed, limit = self.settings.corpus, self.settings.seed, self.settings.max_document_bytes
+        batch = min(BATCH, self.settings.limit_documents or BATCH)
+        left = dropwhile(lambda drawn: drawn[0] < tally.item, draw_items(kind, seed))  # drawn again, for the sake of what is distinct
+        for number, item, failure in _checked(left, batch):
+            tally.item = number + 1
+            if failure is None:
+                yield from tally.document(f"{kind}-{seed}-{number:08d}", item.text, limit)
+            else:
+                tally.programs_failed += 1
+
+    def stamp(self) -> str:
+        """Of the settings and of this package's source: another template is another text."""
+        digest = hashlib.sha256(f"{self.settings.corpus} {self.settings.seed}".encode())
+        for file in sorted(Path(__file__).parent.glob("*.py")):
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
+
+    def digest(self, advance: Callable[[int], None]) -> str:
+        return self.stamp()
+
+
+def _checked(drawn: Iterator[tuple[int, Item]], size: int) -> Iterator[tuple[int, Item, str | None]]:
+    """Each item with what went wrong in its program, in order; batches are run in processes of their own meanwhile."""
+    waiting: deque[tuple[list[tuple[int, Item]], Future[list[str | None]]]] = deque()
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        while True:
+            batch = list(islice(drawn, size))
+            if batch:
+                waiting.append((batch, pool.submit(failures, [item for _, item in batch])))
+            if waiting and (len(waiting) > AT_ONCE or not batch):
+                done, results = waiting.popleft()
+                yield from ((number, item, failure) for (number, item), failure in zip(done, results.result(), strict=True))
+            elif not batch:
+                return

@@ -1,0 +1,127 @@
+"""Templates of exercises with their solutions. Each is given a problem and returns an item, or None where the problem does not suit it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from textwrap import indent
+
+from train.data.synthetic.item import Item, capital, fenced, given, in_order, opening, shown, slips, trace
+from train.data.synthetic.problem import OTHER, Problem
+
+
+def docstring(problem: Problem, random: Random) -> Item:
+    """A Python file: signature and docstring, completed by the body (the form of phi-1's CodeExercises)."""
+    lines = "\n".join(f"    {capital(task)}." for task in problem.tasks())
+    examples = "\n\n".join(indent(shown(problem, i), "    ") for i in range(min(2, len(problem.cases))))
+    code = problem.function(doc=f"\n{lines}\n\n{examples}\n".replace("\n    ", "\n").rstrip() + "\n")
+    return Item(f"{code}\n\n\n{problem.asserts()}\n", f"{code}\n{problem.asserts()}")
+
+
+def statement(problem: Problem, random: Random) -> Item:
+    """Problem, solution, tests."""
+    ask = random.choice(
+        ("Write a function", "Your task is to write a function", "Define a function", "Complete the program with a function")
+    )
+    text = (
+        f"# Exercise (level {problem.level})\n\n{opening(problem, random)} {ask} `{problem.name}`. It is given {given(problem)}. "
+        f"It shall {in_order(problem.tasks())}. The result is returned.\n\n"
+        f"For example, `{problem.call(0)}` gives `{problem.result(0)!r}`.\n\n## Solution\n\n{fenced(problem.function())}\n\n"
+        f"## Tests\n\n{fenced(problem.asserts())}\n"
+    )
+    return Item(text, f"{problem.function()}\n{problem.asserts()}")
+
+
+def explained(problem: Problem, random: Random) -> Item:
+    """Problem, hints, solution, and why it works."""
+    hints = "\n".join(f"{i}. {step.operation.why}" for i, step in enumerate(problem.steps, 1))
+    steps = "\n".join(f"- {line}." for line in trace(problem, 1))
+    text = (
+        f"# {capital(in_order(problem.tasks()))}\n\n{opening(problem, random)} You have {given(problem)}.\n\n## Hints\n\n{hints}\n\n"
+        f"## Solution\n\n{fenced(problem.function())}\n\n## Why it works\n\nFollow the call `{problem.call(1)}`:\n\n{steps}\n\n"
+        f"So the function returns `{problem.result(1)!r}`.\n"
+    )
+    return Item(text, f"{problem.function()}\n{problem.asserts()}")
+
+
+def bug(problem: Problem, random: Random) -> Item | None:
+    """A function that is almost right: find the mistake."""
+    found = slips(problem)
+    if not found:
+        return None
+    step, case, wrong = random.choice(found)
+    slip = problem.steps[step].operation.slip
+    assert slip is not None
+    slipped, right = problem.function("loop", wrong=step), problem.function("loop")
+    effect = slip.effect
+    for name, value in problem.steps[step].given.items():
+        effect = effect.replace(f"${name}", repr(value))
+    text = (
+        f"# Find the mistake (level {problem.level})\n\n{opening(problem, random)} The following function is given "
+        f"{given(problem)} and shall "
+        f"{in_order(problem.tasks())}.\n\n{fenced(slipped)}\n\nIt is almost right, but `{problem.call(case)}` gives `{wrong!r}` and "
+        f"should give `{problem.result(case)!r}`.\n\n## Answer\n\nWhat is wrong: {effect}. The corrected function:\n\n{fenced(right)}\n"
+    )
+    program = f"{slipped}\nassert {problem.call(case)} == {wrong!r}\n{right}\n{problem.asserts()}"
+    return Item(text, program)
+
+
+def predict(problem: Problem, random: Random) -> Item:
+    """What does this program print?"""
+    case = random.randrange(3)
+    program = f"{problem.function()}\n\n\nprint({problem.call(case)})"
+    steps = "\n".join(f"{i}. {line}." for i, line in enumerate(trace(problem, case), 1))
+    text = (
+        f"# What is printed?\n\n{opening(problem, random)} Read the program and say what it prints before you run "
+        f"it.\n\n{fenced(program)}\n\n"
+        f"## Answer\n\n{steps}\n\nThe program prints:\n\n```\n{problem.result(case)}\n```\n"
+    )
+    return Item(text, program, f"{problem.result(case)}\n")
+
+
+def fill_in(problem: Problem, random: Random) -> Item | None:
+    """One line is missing."""
+    lines = problem.function().splitlines()
+    inner = [
+        i for i, line in enumerate(lines) if i > 0 and line.strip() not in ("else:", "break") and not line.startswith(("def", "import"))
+    ]
+    if len(inner) < 3:
+        return None
+    missing = random.choice(inner[:-1])
+    blank = lines[missing][: len(lines[missing]) - len(lines[missing].lstrip())] + "..."
+    holed = "\n".join([*lines[:missing], blank, *lines[missing + 1 :]])
+    text = (
+        f"# Fill in the missing line\n\n{opening(problem, random)} A function is given {given(problem)}; it shall "
+        f"{in_order(problem.tasks())}. "
+        f"One line of it got lost:\n\n{fenced(holed)}\n\nAn example of what it has to do:\n\n{fenced(shown(problem, 0))}\n\n"
+        f"## Answer\n\nThe line is `{lines[missing].strip()}`. The whole function:\n\n{fenced(problem.function())}\n"
+    )
+    return Item(text, f"{problem.function()}\n{problem.asserts()}")
+
+
+def rewrite(problem: Problem, random: Random) -> Item:
+    """The same function, written the other way."""
+    other = OTHER[problem.style]
+    wish = {"short": "in as few lines as you can", "loop": "with plain loops and conditions, step by step"}[other]
+    text = (
+        f"# Say it differently\n\n{opening(problem, random)} This function is given {given(problem)} and does the following: "
+        f"{in_order(problem.tasks())}.\n\n{fenced(problem.function())}\n\nWrite it again, {wish}.\n\n## Solution\n\n"
+        f"{fenced(problem.function(other))}\n\nBoth pass the same tests:\n\n{fenced(problem.asserts())}\n"
+    )
+    return Item(text, f"{problem.function()}\n{problem.asserts()}\n{problem.function(other)}\n{problem.asserts()}")
+
+
+def cover(problem: Problem, random: Random) -> Item:
+    """The function is there; tests are wanted."""
+    text = (
+        f"# Write the tests\n\n{opening(problem, random)} A colleague has written this function; it is given {given(problem)}.\n\n"
+        f"{fenced(problem.function(doc=capital(in_order(problem.tasks())) + '.'))}\n\nWrite tests for it that a "
+        "wrong version would be unlikely to "
+        f"pass.\n\n## Answer\n\n{fenced(problem.asserts())}\n"
+    )
+    return Item(text, f"{problem.function(doc=capital(in_order(problem.tasks())) + '.')}\n{problem.asserts()}")
+
+
+TEMPLATES: dict[str, Callable[[Problem, Random], Item | None]] = {
+    template.__name__: template for template in (docstring, statement, explained, bug, predict, fill_in, rewrite, cover)
+}

@@ -1,0 +1,92 @@
+"""What a template makes: a text, and the program that proves it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from train.data.synthetic.operation import fill
+from train.data.synthetic.problem import Problem
+
+
+@dataclass(frozen=True)
+class Item:
+    """`program` holds all code of the text and asserts what the text says; where it prints, `prints` is what it has to print."""
+
+    text: str
+    program: str
+    prints: str = ""
+
+
+def opening(problem: Problem, random: Random) -> str:
+    """A sentence that leads in, for the audience."""
+    return fill(random.choice(problem.audience.openings), theme=problem.theme.name)
+
+
+def given(problem: Problem) -> str:
+    """What the function is given: "`rainfall`, a list of readings"."""
+    holds = problem.theme.parameter(problem.takes)[1]
+    kind = {
+        "numbers": "a list of whole numbers",
+        "number": "a whole number",
+        "text": "a text",
+        "words": "a list of words",
+        "table": "a dictionary",
+        "grid": "a list of rows",
+    }[problem.takes]
+    return f"`{problem.parameter}`, {kind} ({holds})"
+
+
+def in_order(tasks: list[str]) -> str:
+    """The instructions as one sentence without its full stop."""
+    if len(tasks) == 1:
+        return tasks[0]
+    if len(tasks) == 2:
+        return f"first {tasks[0]}; then {tasks[1]}"
+    return f"first {tasks[0]}; then {'; then '.join(tasks[1:-1])}; finally {tasks[-1]}"
+
+
+def capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
+
+
+def fenced(code: str) -> str:
+    return f"```python\n{code}\n```"
+
+
+def shown(problem: Problem, case: int) -> str:
+    """One case as the interactive interpreter shows it."""
+    return f">>> {problem.call(case)}\n{problem.result(case)!r}"
+
+
+def trace(problem: Problem, case: int) -> list[str]:
+    """What the variables hold, step by step."""
+    argument, results = problem.cases[case]
+    lines = [f"`{problem.parameter}` is `{argument!r}`"]
+    return lines + [f"`{step.y}` becomes `{result!r}`" for step, result in zip(problem.steps, results, strict=True)]
+
+
+def slips(problem: Problem) -> list[tuple[int, int, Any]]:
+    """(step, case, wrong result) where a step has a slip, and the first case in which it shows without an error."""
+    found = []
+    for i, step in enumerate(problem.steps):
+        if step.operation.slip is None:
+            continue
+        for number in range(len(problem.cases)):
+            wrong = _slipped(problem, i, number)
+            if wrong is not None and wrong != problem.result(number):
+                found.append((i, number, wrong))
+                break
+    return found
+
+
+def _slipped(problem: Problem, wrong: int, case: int) -> Any:
+    """The result with one slip; None where that is an error or cannot be shown."""
+    value = problem.cases[case][0]
+    try:
+        for i, step in enumerate(problem.steps):
+            value = step.operation.run("slipped" if i == wrong else "loop", value, step.given)
+    except (ArithmeticError, LookupError, TypeError, ValueError):
+        return None
+    return value if len(repr(value)) < 110 else None

@@ -1,0 +1,83 @@
+"""One small thing a program does to a value, written twice: as a loop and as a short expression. The one checks the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from textwrap import dedent, indent
+from typing import Any
+
+# The kinds of value that operations take and give, and how Python spells their types.
+KINDS = {
+    "numbers": "list[int]",
+    "number": "int",
+    "text": "str",
+    "words": "list[str]",
+    "table": "dict[str, int]",
+    "grid": "list[list[int]]",
+}
+
+
+@dataclass(frozen=True)
+class Slip:
+    """A mistake that is often made: `right` in the loop becomes `wrong`, and `effect` says what comes of it."""
+
+    right: str
+    wrong: str
+    effect: str
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """`$x` is the value taken, `$y` the name of the value given, `$items` what the values are, and `$k`, `$m` the parameters."""
+
+    name: str  # a verb phrase, as in a function's name
+    takes: str  # a key of KINDS
+    gives: str
+    topic: str
+    says: str  # an instruction, "keep only the $items greater than $k"
+    out: str  # what the result is called in a program
+    loop: str  # statements that end with $y set
+    short: str  # an expression
+    why: str  # a sentence about the idea, for textbooks
+    level: int = 1  # 1 to 3
+    values: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # parameter → what it may be
+    slip: Slip | None = None
+    module: str | None = None  # of the standard library, that the short form needs
+
+    def loop_code(self, x: str, y: str, given: Mapping[str, Any]) -> str:
+        return fill(dedent(self.loop).strip("\n"), x=x, y=y, **_spelt(given))
+
+    def short_code(self, x: str, y: str, given: Mapping[str, Any]) -> str:
+        return f"{y} = {fill(self.short, x=x, **_spelt(given))}"
+
+    def slipped_code(self, x: str, y: str, given: Mapping[str, Any]) -> str:
+        assert self.slip is not None
+        wrong = dedent(self.loop.replace(self.slip.right, self.slip.wrong)).strip("\n")
+        return fill(wrong, x=x, y=y, **_spelt(given))
+
+    def run(self, style: str, value: Any, given: Mapping[str, Any]) -> Any:
+        """The result on `value`, computed by the code in `style`: "loop", "short" or "slipped"."""
+        code = {"loop": self.loop_code, "short": self.short_code, "slipped": self.slipped_code}[style]("x", "y", given)
+        return _function(code, self.module)(value)
+
+
+def fill(template: str, **names: Any) -> str:
+    """`template` with every `$name` replaced; the longest names first, so that none is the start of another."""
+    for name in sorted(names, key=len, reverse=True):
+        template = template.replace(f"${name}", str(names[name]))
+    return template
+
+
+def _spelt(given: Mapping[str, Any]) -> dict[str, str]:
+    return {name: repr(value) for name, value in given.items()}
+
+
+@cache
+def _function(code: str, module: str | None) -> Callable[[Any], Any]:
+    """Code of this package's own tables as a function of x. What a program in a document does is run in train/data/synthetic/sandbox.py."""
+    space: dict[str, Any] = {module: import_module(module)} if module else {}
+    exec(f"def f(x):\n{indent(code, '    ')}\n    return y\n", space)
+    return space["f"]

@@ -1,0 +1,49 @@
+"""Programs run in a process that can do nothing but compute: many in one process, so that it is fast.
+
+The process can open no file and no socket (the kernel's limit on descriptors is what it already holds), writes nothing, and has little
+memory and time. That is enough for programs of this package, which mean no harm. It is no prison for hostile code: it runs as the user.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from train.data.synthetic.item import Item
+
+WORKER = Path(__file__).with_name("worker.py")
+SECONDS = 2.0  # of one program
+BATCH_SECONDS = 600.0  # of a whole process, however its programs end
+MEMORY_BYTES = 512 * 2**20
+
+
+def failures(items: Sequence[Item], *, seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES) -> list[str | None]:
+    """For each item None where its program ran through and printed what it should, else what went wrong.
+
+    A program that takes the process down with it costs itself alone: the others are run in a new one.
+    """
+    found: list[str | None] = []
+    while len(found) < len(items):
+        found += _batch(items[len(found) :], seconds, memory_bytes)
+    return found
+
+
+def _batch(items: Sequence[Item], seconds: float, memory_bytes: int) -> list[str | None]:
+    """The results of as many items as one process managed, and at least of one."""
+    command = [sys.executable, "-I", "-S", str(WORKER), str(seconds), str(memory_bytes)]
+    given = json.dumps([[item.program, item.prints] for item in items])
+    try:
+        done = subprocess.run(
+            command, input=given, capture_output=True, text=True, timeout=BATCH_SECONDS, env={"PYTHONHASHSEED": "0"}, cwd="/"
+        )
+        output, end = done.stdout, f"it ended its process ({done.returncode}): {done.stderr.strip()[-200:]}"
+    except subprocess.TimeoutExpired as error:
+        raw = error.stdout or b""
+        output, end = raw.decode() if isinstance(raw, bytes) else raw, "it kept its process from ending"
+    results: list[str | None] = [json.loads(line)[0] for line in output.splitlines()]
+    if len(results) < len(items):
+        results.append(end)
+    return results

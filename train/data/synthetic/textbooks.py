@@ -1,0 +1,122 @@
+"""Templates of short textbook sections around a problem, as `exercises` has of exercises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+
+from train.data.synthetic.item import Item, capital, fenced, given, in_order, opening, shown, slips, trace
+from train.data.synthetic.operation import KINDS
+from train.data.synthetic.problem import OTHER, Problem
+
+NAMES = ("Ada", "Ben", "Chiara", "Dilan", "Edda", "Farid", "Greta", "Ivo", "Jun", "Kofi", "Lena", "Noor")
+
+
+def section(problem: Problem, random: Random) -> Item:
+    """Idea, example, what happens inside, a question with its answer."""
+    ideas = " ".join(step.operation.why for step in problem.steps)
+    steps = "\n".join(f"- {line}" for line in trace(problem, 0))
+    last = len(problem.cases) - 1
+    text = (
+        f"## {_title(problem)}\n\n{opening(problem, random)} {ideas}\n\nAs an example, take {given(problem)}. We "
+        f"want to {in_order(problem.tasks())}. "
+        f"In Python:\n\n{fenced(problem.function())}\n\nWhat happens inside, for one argument:\n\n{steps}\n\n**Question.** What does "
+        f"`{problem.call(last)}` return?\n\n**Answer.** `{problem.result(last)!r}`.\n"
+    )
+    return Item(text, f"{problem.function()}\n{problem.asserts()}")
+
+
+def worked(problem: Problem, random: Random) -> Item:
+    """From the question to a plan, to a program, to a check."""
+    plan = "\n".join(f"{i}. {capital(task)}." for i, task in enumerate(problem.tasks(), 1))
+    notes = "\n\n".join(f"*{capital(step.operation.topic)}.* {step.operation.why}" for step in problem.steps)
+    text = (
+        f"## Worked example: {problem.theme.name}\n\n{opening(problem, random)} The data is "
+        f"{given(problem)}.\n\n**Plan.**\n\n{plan}\n\n**Program.** "
+        f"The type of the argument is `{KINDS[problem.takes]}`, that of the result "
+        f"`{KINDS[problem.gives]}`.\n\n{fenced(problem.function())}\n\n"
+        f"**Check.**\n\n{fenced(shown(problem, 0))}\n\n{notes}\n"
+    )
+    return Item(text, f"{problem.function()}\n{problem.asserts()}")
+
+
+def two_ways(problem: Problem, random: Random) -> Item:
+    """A loop and an expression side by side."""
+    text = (
+        f"## Two ways to write it: {_topics(problem)}\n\n{opening(problem, random)} Given {given(problem)}, we want "
+        f"to {in_order(problem.tasks())}. "
+        f"With loops, every step is in sight:\n\n{fenced(problem.function('loop'))}\n\nThe same in a shorter form:\n\n"
+        f"{fenced(problem.function('short'))}\n\nBoth return `{problem.result(1)!r}` for `{problem.cases[1][0]!r}`. "
+        f"{problem.steps[0].operation.why} "
+        "Prefer the form that you can still read in half a year.\n"
+    )
+    return Item(text, f"{problem.function()}\n{problem.asserts()}\n{problem.function(OTHER[problem.style])}\n{problem.asserts()}")
+
+
+def pitfall(problem: Problem, random: Random) -> Item | None:
+    """A mistake that is often made, what it does, and how to avoid it."""
+    found = slips(problem)
+    if not found:
+        return None
+    step, case, wrong = random.choice(found)
+    operation = problem.steps[step].operation
+    assert operation.slip is not None
+    effect = operation.slip.effect
+    for name, value in problem.steps[step].given.items():
+        effect = effect.replace(f"${name}", repr(value))
+    slipped, right = problem.function("loop", wrong=step), problem.function("loop")
+    text = (
+        f"## A common mistake: {operation.topic}\n\n{opening(problem, random)} Somebody wants to "
+        f"{in_order(problem.tasks())}, and writes for "
+        f"{given(problem)}:\n\n{fenced(slipped)}\n\nThis runs without an error and still is wrong: {effect}. For "
+        f"`{problem.cases[case][0]!r}` it returns "
+        f"`{wrong!r}`, where `{problem.result(case)!r}` is right. {operation.why}\n\nThe right version:\n\n{fenced(right)}\n"
+    )
+    return Item(text, f"{slipped}\nassert {problem.call(case)} == {wrong!r}\n{right}\n{problem.asserts()}")
+
+
+def dialogue(problem: Problem, random: Random) -> Item:
+    """Two people build the program step by step."""
+    asks, tells = random.sample(NAMES, 2)
+    turns = []
+    for i, (step, task) in enumerate(zip(problem.steps, problem.tasks(), strict=True)):
+        start = ("How do I begin?", "And then?", "What is left to do?")[i]
+        turns.append(f'{asks}: "{start}"\n\n{tells}: "{capital(task)}. {step.operation.why}"')
+        turns.append(
+            f'{asks}: "So for `{problem.cases[0][0]!r}` I have `{problem.cases[0][1][i]!r}` after this step?"\n\n{tells}: "Exactly."'
+        )
+    text = (
+        f"## A conversation about {_topics(problem)}\n\n{opening(problem, random)} {asks} has {given(problem)} and "
+        f"asks {tells} for help.\n\n" + "\n\n".join(turns) + f"\n\nIn the end they have written:\n\n{fenced(problem.function())}\n"
+    )
+    return Item(text, f"{problem.function()}\n{problem.asserts()}")
+
+
+def summary(problem: Problem, random: Random) -> Item:
+    """Questions and answers that sum up what was learnt."""
+    questions = [f"**What is worth remembering about {step.operation.topic}?** {step.operation.why}" for step in problem.steps]
+    calls = [
+        f"**What is `{problem.name}` of `{problem.cases[i][0]!r}`?** It is `{problem.result(i)!r}`."
+        for i in range(min(2, len(problem.cases)))
+    ]
+    mixed = questions + calls
+    random.shuffle(mixed)
+    text = (
+        f"## Summary and questions: {_topics(problem)}\n\n{opening(problem, random)} The function of this section is "
+        f"given {given(problem)}; its task was to "
+        f"{in_order(problem.tasks())}.\n\n{fenced(problem.function())}\n\n" + "\n\n".join(mixed) + "\n"
+    )
+    return Item(text, f"{problem.function()}\n{problem.asserts()}")
+
+
+def _topics(problem: Problem) -> str:
+    return " and ".join(dict.fromkeys(step.operation.topic for step in problem.steps))
+
+
+def _title(problem: Problem) -> str:
+    return capital(_topics(problem))
+
+
+TEMPLATES: dict[str, Callable[[Problem, Random], Item | None]] = {
+    template.__name__: template for template in (section, worked, two_ways, pitfall, dialogue, summary)
+}

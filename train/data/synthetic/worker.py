@@ -1,0 +1,81 @@
+"""The process of train/data/synthetic/sandbox.py: reads programs, gives up what it could do harm with, runs them, tells each result.
+
+python -I -S worker.py SECONDS MEMORY_BYTES    stdin: [[program, what it prints], …]    stdout: a JSON line for each
+"""
+
+import io
+import json
+import os
+import resource
+import signal
+import sys
+from importlib import import_module
+
+ALLOWED = ("bisect", "collections", "functools", "heapq", "itertools", "math", "operator", "re", "string")  # loaded before the limits
+
+FORBIDDEN = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "open", "pty.", "webbrowser.", "urllib.", "sys.addaudithook")
+PRINTED = 10_000  # characters of output that are kept
+
+
+class TooLong(BaseException):
+    """Not an Exception, so that no program catches it by accident."""
+
+
+def limit(seconds: float, memory_bytes: int) -> None:
+    """No new descriptors, nothing written to files, bounded memory; each program has `seconds`, and the kernel watches over that."""
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    lowest = os.dup(0)  # the lowest free number: nothing can be opened at or above the limit
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, lowest))
+
+    def refuse(event: str, arguments: object) -> None:
+        if running and event.startswith(FORBIDDEN):
+            raise PermissionError(f"a program may not use {event}")
+
+    def too_long(number: int, frame: object) -> None:
+        raise TooLong(f"longer than {seconds:g} s")
+
+    sys.addaudithook(refuse)
+    signal.signal(signal.SIGALRM, too_long)
+
+
+running = False
+
+
+def run(program: str, prints: str, seconds: float) -> str | None:
+    """None, or what went wrong."""
+    global running
+    output, sys.stdout = sys.stdout, io.StringIO()
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    cpu = resource.getrusage(resource.RUSAGE_SELF)
+    hard = int(cpu.ru_utime + cpu.ru_stime + seconds) + 2  # where a program holds off the signal, in C code for instance
+    resource.setrlimit(resource.RLIMIT_CPU, (hard, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+    try:
+        running = True
+        exec(compile(program, "program", "exec"), {"__name__": "program"})
+        printed = sys.stdout.getvalue()[:PRINTED]
+        return None if printed == prints else f"it printed {printed!r}, not {prints!r}"
+    except TooLong as error:
+        return str(error)
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"[:500]
+    finally:
+        running = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.stdout = output
+
+
+def main() -> None:
+    seconds, memory_bytes = float(sys.argv[1]), int(sys.argv[2])
+    programs = json.load(sys.stdin)
+    for name in ALLOWED:
+        import_module(name)
+    limit(seconds, memory_bytes)
+    for program, prints in programs:
+        print(json.dumps([run(program, prints, seconds)]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
