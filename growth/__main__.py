@@ -21,8 +21,6 @@ from model.errors import UserError
 from .door import compose_config, plain, read
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from .execute import Reader
     from .plan import Plan
     from .verify import Receipt
@@ -89,18 +87,15 @@ def settings_from(arguments: list[str]) -> Settings:
 
 def run(settings: Settings) -> None:
     """Plan, or plan and grow, and say what came of it."""
-    from rich.console import Console
-
     from .grow import grow
     from .plan import plan
 
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, soft_wrap=True, width=120)
     if settings.plan_only:
         source = _source(settings)
         made = plan(source, settings.target, seed=settings.seed, **settings.growth.arguments())
-        _print_plan(console, made)
-        _print_outcome(console, made, None)
-        _draw(console, settings, made, None if isinstance(source, str) else source)
+        _print_plan(made)
+        _print_outcome(made, None)
+        _draw(settings, made, None if isinstance(source, str) else source)
         return
     with _progress() as progress:
         grown = grow(
@@ -118,9 +113,9 @@ def run(settings: Settings) -> None:
             progress=progress,
             **settings.growth.arguments(),
         )
-    _print_outcome(console, grown.plan, grown.receipt)
-    _draw(console, settings, grown.plan, _source(settings))
-    console.print(f"wrote {grown.folder}", markup=False)
+    _print_outcome(grown.plan, grown.receipt)
+    _draw(settings, grown.plan, _source(settings))
+    print(f"wrote {grown.folder}")
 
 
 def _source(settings: Settings) -> Any:
@@ -133,21 +128,23 @@ def _source(settings: Settings) -> Any:
     return Checkpoint(locate(settings.source, settings.revision))
 
 
-def _draw(console: Console, settings: Settings, plan: Plan, reader: Reader | None) -> None:
+def _draw(settings: Settings, plan: Plan, reader: Reader | None) -> None:
     if settings.growth.figure is not None:
         from .figure import draw  # matplotlib takes longer to import than a small growth does
 
         draw(plan, settings.growth.figure, reader)
-        console.print(f"drew {settings.growth.figure}", markup=False)
+        print(f"drew {settings.growth.figure}")
 
 
-def _print_plan(console: Console, plan: Plan) -> None:
+def _print_plan(plan: Plan) -> None:
     from rich.box import SIMPLE_HEAD
+    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from .card import human_bytes, layer_map, space_bar, spaces_table, tensor_table
 
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, soft_wrap=True, width=120)
     table = Table("module", "writes <- reads", "source → target", box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("tensors", "bytes"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -166,15 +163,15 @@ def _print_plan(console: Console, plan: Plan) -> None:
     console.print()
 
 
-def _print_outcome(console: Console, plan: Plan, receipt: Receipt | None) -> None:
-    console.print(f"{plan.source_parameters:,} → {plan.target_parameters:,} parameters, {plan.target_bytes:,} bytes, plan {plan.hash}")
+def _print_outcome(plan: Plan, receipt: Receipt | None) -> None:
+    print(f"{plan.source_parameters:,} → {plan.target_parameters:,} parameters, {plan.target_bytes:,} bytes, plan {plan.hash}")
     for note in plan.notes:
-        console.print(note, markup=False)
-    console.print(f"certificate: {'lossless' if plan.certificate.lossless else 'not lossless'}")
+        print(note)
+    print(f"certificate: {'lossless' if plan.certificate.lossless else 'not lossless'}")
     for reason in plan.certificate.reasons:
-        console.print(f"  - {reason}", markup=False)
+        print(f"  - {reason}")
     if receipt is not None:
-        console.print(
+        print(
             f"receipt: max |Δlogit| {receipt.max_delta:.3g} (largest logit {receipt.max_logit:.3g}), KL {receipt.kl:.3g}, loss "
             f"{receipt.loss_source:.4f} → {receipt.loss_target:.4f} nats on {receipt.tokens} random tokens, in {receipt.dtype}"
             + (f" ({receipt.note})" if receipt.note else "")
@@ -182,13 +179,16 @@ def _print_outcome(console: Console, plan: Plan, receipt: Receipt | None) -> Non
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A callback (bytes done, bytes in all), drawn on a terminal only."""
+def _progress() -> Iterator[Callable[[int, int], None] | None]:
+    """A callback (bytes done, bytes in all) that draws; None where there is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("growing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("growing", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 

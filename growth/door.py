@@ -39,7 +39,11 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
         try:
             cfg = compose(name, [str(o.input_line) for o in choices])
             values = [o for o in parsed if not _is_choice(folder, o) and _key_holds(cfg, o, folder, faults)]
-            return (compose(name, [str(o.input_line) for o in (*choices, *values)]) if values else cfg), faults
+            if any(o.is_add() or o.is_force_add() or o.is_delete() or o.key_or_group.startswith("hydra") for o in values):
+                return compose(name, [str(o.input_line) for o in (*choices, *values)]), faults
+            for value in values:  # as Hydra does; composing again would take longer than planning a growth
+                OmegaConf.update(cfg, value.key_or_group, value.value(), merge=True)
+            return cfg, faults
         except (HydraException, OmegaConfBaseException) as error:
             return OmegaConf.create({}), [*faults, str(error).strip()]
 

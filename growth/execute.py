@@ -73,6 +73,11 @@ class Expander:
         unit = AxisMap.identity(1)
         return (maps[0], reduce(product, maps[1:])) if len(maps) > 1 else (unit, maps[0] if maps else unit)
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether all bits of the tensor are zero."""
+        return self.step.zero and not self._constant(0.0).any()
+
     def blocks(self) -> Iterator[tuple[int, int]]:
         """(first row, row after the last) of consecutive blocks, in each of which all rows have the same fill."""
         rows, columns = self.maps[0], self.matrix[1]

@@ -123,6 +123,8 @@ def write_weights(
     computing = Semaphore(threads)  # of twice as many threads: the others wait for the disk
 
     def write(expander: Expander) -> int:
+        if expander.is_blank:  # as a new file is
+            return plan.nbytes(expander.step)
         raw, columns = RAW[expander.dtype], expander.matrix[1]
         with writer.tensor(expander.step.name) as tensor:
             for start, stop in expander.blocks():
@@ -134,7 +136,9 @@ def write_weights(
     pool = ThreadPoolExecutor(2 * threads)
     try:
         steps = sorted(plan.steps, key=plan.nbytes, reverse=True)
-        for finished in as_completed([pool.submit(write, Expander(plan, step, reader)) for step in steps]):
+        writing = [pool.submit(write, Expander(plan, step, reader)) for step in steps]
+        _ = plan.hash, plan.certificate  # needed at the end, and computed here while the threads work
+        for finished in as_completed(writing):
             done += finished.result()
             if progress is not None:
                 progress(done, total)

@@ -51,7 +51,7 @@ def test_sums_of_half_floats_are_rounded_once_and_to_even() -> None:
         other = on_grid((numbers.standard_normal(len(halves)) * deviation).astype(np.float32), "F16")
         with np.errstate(over="ignore"):
             expected = (halves.view(np.float16).astype(np.float32) + other).astype(np.float16).view(np.uint16)
-        np.testing.assert_array_equal(sums(halves, other, "F16"), expected)
+            np.testing.assert_array_equal(sums(halves, other, "F16"), expected)
         small = np.abs(floats(halves, "F16")) < 30000 - 10 * deviation
         if small.any():
             np.testing.assert_array_equal(sums(halves[small], other[small], "F16"), expected[small])
