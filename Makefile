@@ -27,3 +27,7 @@ clean:
 .PHONY: bench-growth
 bench-growth: $(STAMP)
 	$(BIN)/python benchmarks/bench_growth.py
+
+.PHONY: bench-train
+bench-train: $(STAMP)
+	$(BIN)/python benchmarks/bench_train.py
