@@ -65,7 +65,7 @@ def _parse(text: str, faults: list[str]) -> Override | None:
 
 def _is_choice(folder: Path, override: Override) -> bool:
     """Whether it chooses a file of a group (growth=tile) and sets no value."""
-    return (folder / override.key_or_group).is_dir()
+    return not override.key_or_group.startswith("hydra/") and (folder / override.key_or_group).is_dir()  # Hydra knows its own groups
 
 
 def _choice_holds(folder: Path, override: Override, faults: list[str]) -> bool:

@@ -4,6 +4,7 @@ python -m train experiment=tiny_source                                          
 python -m train experiment=tiny growth=lossless seed=0                           grow it and go on training
 python -m train -m experiment=tiny growth=scratch,lossless,tile,random_pad seed=0,1,2
 torchrun --nproc_per_node 2 -m train experiment=tiny growth=lossless seed=0      the same losses on two processes
+python -m train -m hydra/launcher=slurm experiment=tiny growth=scratch,lossless  each point of the sweep as a Slurm job
 
 Every run writes runs/<study>-<arm>-s<seed>/ and resumes there when started again. Exit status: 0 done, 2 a fault in what was asked,
 75 (EX_TEMPFAIL) stopped by SIGTERM or SIGUSR1 with everything saved: start the same command again.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from importlib.util import find_spec
 from typing import NoReturn
 
 import hydra
@@ -26,6 +28,10 @@ from train.settings import CONF, Settings, compose, settings_from
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def _hydra(cfg: DictConfig) -> None:
     """One job as Hydra composed it: of a sweep, or of a call with Hydra's own flags."""
+    from train import slurm
+
+    if slurm.in_job():
+        slurm.join()
     try:
         _train(settings_from(cfg))
     except UserError as error:
@@ -59,6 +65,8 @@ def _check_sweep(overrides: list[str]) -> None:
     """Tell the faults of every point of a sweep before the first one trains."""
     from train.door import sweep_points
 
+    if any(override.startswith("hydra/launcher=") for override in overrides) and find_spec("submitit") is None:
+        raise UserError("hydra/launcher: submitit, which starts the jobs, is not installed; pip install -e '.[slurm]'")
     faults = []
     for point in sweep_points(overrides):
         try:
@@ -74,6 +82,7 @@ def _train(settings: Settings) -> None:
 
         print(tell(settings))
         return
+    from train import slurm
     from train.loop import train  # torch, transformers and accelerate are loaded only for settings that hold
     from train.signals import REQUEUE, Stopped
 
@@ -81,7 +90,10 @@ def _train(settings: Settings) -> None:
         train(settings)
     except Stopped as stopped:
         _say(f"{stopped}; the same command goes on from there")
-        sys.exit(REQUEUE)
+        if slurm.in_job():
+            slurm.requeue()
+        else:
+            sys.exit(REQUEUE)
 
 
 def _fail(error: UserError) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM (preemption, scancel) and SIGUSR1 (sbatch --signal=USR1@120) make a run save and end.
+"""Being asked to stop: SIGTERM (preemption, scancel), SIGUSR1 (sbatch --signal=USR1@120) and SIGUSR2 (submitit) make a run save and end.
 
 The process then ends with status REQUEUE, which says: start the same command again, and it goes on where it stood.
 """
@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 REQUEUE = 75  # sysexits.h calls it EX_TEMPFAIL: "invited to reattempt the operation later"
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Stopped(Exception):
