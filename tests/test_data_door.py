@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from model.errors import UserError
-from train.data.__main__ import CONF, main, settings_from
+from train.data.__main__ import CONF, PrepareSettings, main, settings_from
 from train.data.settings import DataSettings, disagreements
 
 LEAVES = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
@@ -18,14 +18,14 @@ NEEDED = {"files": ["data.path=texts"], "hub": ["data.dataset=owner/name"]}  # w
 
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_every_leaf_can_be_prepared(leaf: str) -> None:
-    settings = settings_from([f"data={leaf}", *NEEDED.get(leaf, [])])
+    settings = settings_from(PrepareSettings, "prepare", [f"data={leaf}", *NEEDED.get(leaf, [])])
     assert not disagreements(settings.data)
     assert settings.data.home == Path("data", settings.data.name)
-    assert settings_from([f"data={leaf}", *NEEDED.get(leaf, []), "data.workers=2"]).data.workers == 2
+    assert settings_from(PrepareSettings, "prepare", [f"data={leaf}", *NEEDED.get(leaf, []), "data.workers=2"]).data.workers == 2
 
 
 def test_what_the_leaves_share_is_what_holds_where_nothing_is_said() -> None:
-    composed = asdict(settings_from(["data=files", "data.path=x"]).data)
+    composed = asdict(settings_from(PrepareSettings, "prepare", ["data=files", "data.path=x"]).data)
     assert composed == asdict(DataSettings("files", "files", path="x", folder="data/files"))
 
 
@@ -40,7 +40,7 @@ def test_a_hub_leaf_says_offline_what_cannot_be_reached(capsys: pytest.CaptureFi
 
 def test_faults_are_told_together(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"(?s)3 faults:.*data\.pth.*data\.clean\.nearduplicates.*did you mean.*data\.workers: expected"):
-        settings_from(["data=files", "data.pth=x", "data.clean.nearduplicates=1", "data.workers=many"])
+        settings_from(PrepareSettings, "prepare", ["data=files", "data.pth=x", "data.clean.nearduplicates=1", "data.workers=many"])
     with pytest.raises(SystemExit):
         main(["prepair"])
     assert "did you mean 'prepare'?" in capsys.readouterr().err

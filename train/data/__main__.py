@@ -1,7 +1,11 @@
 """From text to token shards.
 
 python -m train.data prepare data=stdlib
-python -m train.data prepare data=files data.path='texts/**/*.jsonl.zst' data.clean.normalise=true data.clean.exact_duplicates=true
+python -m train.data prepare data=files 'data.path=texts/**/*.jsonl.zst' data.clean.normalise=true data.clean.exact_duplicates=true
+python -m train.data label data=stdlib                                            demonstration labels, from stated rules
+python -m train.data fit data=stdlib encoder=runs/tiny_source-scratch-s0/final    the filter of phi-1, from a file of labels
+python -m train.data score data=stdlib
+python -m train.data prepare data=stdlib data.clean.filter=filters/stdlib data.clean.keep=0.5
 
 A stopped or killed preparation goes on where it was. Exit status: 0 done, 2 a fault in what was asked.
 """
@@ -12,12 +16,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from model.errors import UserError, unknown
-from train.data.settings import DataSettings
+from train.data import report
+from train.data.settings import DataSettings, disagreements
 from train.door import compose_config, plain, read
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,38 +35,101 @@ class PrepareSettings:
     progress: bool
 
 
-def settings_from(overrides: Sequence[str]) -> PrepareSettings:
-    """Typed settings from `key=value` arguments.
+@dataclass(frozen=True)
+class FilterSettings:
+    """conf/filter.yaml: of label, fit and score."""
+
+    data: DataSettings
+    labels: str
+    filter: str
+    scores: str
+    encoder: str | None
+    revision: str | None
+    max_tokens: int
+    trees: int
+    min_samples_leaf: int
+    held_out: float
+    seed: int
+    progress: bool
+
+
+def settings_from(cls: type[T], name: str, overrides: Sequence[str]) -> T:
+    """conf/<name>.yaml under `key=value` overrides, as the dataclass `cls`.
 
     Raises:
-        UserError: every unknown, missing and mistyped key, at once.
+        UserError: every unknown, missing and mistyped key, and data settings that cannot work, at once.
     """
-    cfg, faults = compose_config(CONF, "prepare", list(overrides))
+    cfg, faults = compose_config(CONF, name, list(overrides))
     values = plain(cfg, faults)
-    settings = read(PrepareSettings, values, "", faults) if values else None
-    UserError.collect(faults)
+    settings = read(cls, values, "", faults) if values else None
+    if settings is not None:
+        faults += disagreements(settings.data)  # type: ignore[attr-defined]
+    if isinstance(settings, FilterSettings):
+        faults += [f"{key}: must be positive" for key in ("max_tokens", "trees", "min_samples_leaf") if getattr(settings, key) <= 0]
+        faults += [] if 0 < settings.held_out < 1 else [f"held_out: must be a share between 0 and 1; found {settings.held_out}"]
+    UserError.collect(dict.fromkeys(faults))
     assert settings is not None
     return settings
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------------------------
 
 
 def prepare(overrides: Sequence[str]) -> None:
     """Prepare one corpus, and say what became of its documents."""
     from train.data.build import prepare as build
-    from train.data.report import report
 
-    settings = settings_from(overrides)
-    data = build(settings.data, progress=settings.progress)
-    print(report(data.folder))
+    settings = settings_from(PrepareSettings, "prepare", overrides)
+    print(report.prepared(build(settings.data, progress=settings.progress).folder))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"prepare": prepare}
+def label(overrides: Sequence[str]) -> None:
+    """Label a corpus of Python modules by the demonstration rules."""
+    from train.data.filter.fit import write_labels
+    from train.data.filter.rules import RULES
+
+    settings = settings_from(FilterSettings, "filter", overrides)
+    counts = write_labels(settings.data, Path(settings.labels))
+    print(
+        f"{settings.labels}: {counts[1]} documents labelled 1, {counts[0]} labelled 0. Demonstration labels; 1 is where every rule holds:"
+    )
+    print("\n".join(f"  {rule}" for rule in RULES))
+
+
+def fit(overrides: Sequence[str]) -> None:
+    """Fit a filter on labels, and say how it does on those held out."""
+    from train.data.filter.fit import FitSettings
+    from train.data.filter.fit import fit as fit_filter
+
+    settings = settings_from(FilterSettings, "filter", overrides)
+    if settings.encoder is None:
+        raise UserError("encoder: missing; give the source checkpoint's folder, or any encoder of the Hugging Face hub: encoder=owner/name")
+    chosen = FitSettings(**{key: getattr(settings, key) for key in FitSettings.__dataclass_fields__})
+    print(report.fitted(settings.filter, fit_filter(chosen, settings.data, Path(settings.labels), Path(settings.filter))))
+
+
+def score(overrides: Sequence[str]) -> None:
+    """Score the documents of a corpus, kept or not."""
+    from train.data.corpus import documents, open_corpus
+    from train.data.filter.score import Filter, write_scores
+    from train.data.progress import bar
+
+    settings = settings_from(FilterSettings, "filter", overrides)
+    corpus, fitted = open_corpus(settings.data), Filter(Path(settings.filter).expanduser(), settings.encoder)
+    with bar("scoring", corpus.size, settings.progress) as advance:
+        histogram = write_scores(documents(settings.data, corpus), settings.data, fitted, Path(settings.scores), advance)
+    print(report.scored(settings.scores, histogram))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"prepare": prepare, "label": label, "fit": fit, "score": score}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The door: a UserError is one message on stderr and exit status 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or any(argument in ("-h", "--help") for argument in given):
-        print(f"{__doc__}\nKeys and defaults ({CONF / 'prepare.yaml'}):\n\n{(CONF / 'prepare.yaml').read_text()}")
+        keys = "\n\n".join((CONF / name).read_text() for name in ("prepare.yaml", "filter.yaml", "data/base/all.yaml"))
+        print(f"{__doc__}\nKeys and defaults:\n\n{keys}")
         return
     try:
         if given[0] not in COMMANDS:

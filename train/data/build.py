@@ -22,7 +22,8 @@ from train.data.benchmarks import benchmarks_identity, write_benchmarks
 from train.data.blocks import BENCHMARKS, Workshop, in_blocks, stage
 from train.data.corpus import documents, is_validation, open_corpus
 from train.data.document import Corpus, Tally
-from train.data.judge import REMOVED, Verdicts, judge, write_removed
+from train.data.filter.score import filter_identity
+from train.data.judge import REMOVED, Verdicts, judge, keep_best, write_removed
 from train.data.pack import ENCODER, Lengths, pack
 from train.data.progress import Advance, bar
 from train.data.settings import DataSettings, disagreements
@@ -86,7 +87,10 @@ def _identity(settings: DataSettings) -> dict[str, Any]:
     """Everything but the text that decides what is written."""
     values = {key: value for key, value in asdict(settings).items() if key not in ELSEWHERE}
     if settings.clean.benchmarks is not None:
-        values["clean"] |= {"benchmarks": benchmarks_identity(settings.clean.benchmarks)}
+        values["clean"]["benchmarks"] = benchmarks_identity(settings.clean.benchmarks)
+    if settings.clean.filter is not None:
+        values["clean"]["filter"] = filter_identity(settings.clean.filter)
+    values["clean"].pop("encoder")  # where it lies; which one it is, the filter says
     return {"format": FORMAT, **values, "tokenizer": tokenizer_identity(settings.tokenizer)}
 
 
@@ -159,6 +163,8 @@ def _write(partial: Path, work: Workshop, settings: DataSettings, corpus: Corpus
         _read_benchmarks(work, settings)
         _read(work, settings, corpus, run, progress)
         verdicts = judge(work, settings.clean)
+        with bar("scoring", work.tally.bytes, progress and settings.clean.filter is not None) as advance:
+            keep_best(work, verdicts, settings.clean, advance)
         cleaning = write_removed(work, verdicts, partial / REMOVED, settings.clean)
         tokenizer = _tokenizer(partial, work, verdicts, settings, progress)
         writers = _pack(partial, work, verdicts, settings, tokenizer, run, progress)
@@ -252,12 +258,15 @@ def _pack(
     run: Run,
     progress: bool,
 ) -> dict[str, ShardWriter]:
-    with bar("tokenising", work.tally.bytes, progress) as advance:
+    from train.data.listing import LISTING, listing  # imports pyarrow, which opening a folder does without
+
+    dtype = dtype_of(entries(tokenizer))
+    with bar("tokenising", work.tally.bytes, progress) as advance, listing(work, partial / LISTING) as listed:
 
         def record(number: int, taken: Lengths) -> None:
+            listed.add(number, taken)
             advance(int(taken.bytes.sum()))
 
-        dtype = dtype_of(entries(tokenizer))
         writers = pack(partial, work, verdicts.kept, settings, dtype, tokenizer.eos_token_id, run, record)
     for name, writer in writers.items():
         if not writer.documents:

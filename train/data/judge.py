@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,18 @@ import numpy as np
 
 from train.data.blocks import Workshop, digest_of
 from train.data.duplicates import PERMUTATIONS, SHINGLE_WORDS, Match, band_keys, bands, exact, keys, near
+from train.data.filter.score import Filter, threshold
 from train.data.settings import CleaningSettings
 from train.files import whole_file, write_json
 
-KEPT, EMPTY, EXACT, NEAR, OVERLAP = range(5)
-REASONS = {EMPTY: "empty_after_normalising", EXACT: "exact_duplicate", NEAR: "near_duplicate", OVERLAP: "benchmark_overlap"}
+KEPT, EMPTY, EXACT, NEAR, OVERLAP, LOW = range(6)
+REASONS = {
+    EMPTY: "empty_after_normalising",
+    EXACT: "exact_duplicate",
+    NEAR: "near_duplicate",
+    OVERLAP: "benchmark_overlap",
+    LOW: "low_score",
+}
 REMOVED = "removed.parquet"  # in the prepared folder
 OPEN_FILES = 256  # of signatures, at a time
 _NOTHING = np.frombuffer(digest_of(b""), "<u8")
@@ -106,6 +113,52 @@ def _overlap(work: Workshop, verdicts: Verdicts) -> None:
         verdicts.verdict[where][overlapping & (verdicts.verdict[where] == KEPT)] = OVERLAP
 
 
+# ---- the filter -----------------------------------------------------------------------------------------------------------------------
+
+
+def keep_best(work: Workshop, verdicts: Verdicts, clean: CleaningSettings, advance: Callable[[int], None]) -> None:
+    """Score what is left and keep the best share of it; of documents with the lowest score kept, the first.
+
+    Raises:
+        UserError: the filter or its encoder cannot be loaded.
+    """
+    done = work.folder / "verdicts" / "filter.json"
+    if clean.filter is None or done.is_file():
+        return
+    assert clean.keep is not None
+    _score(work, verdicts, Path(clean.filter).expanduser(), clean.encoder, advance)
+    found = threshold(lambda: (scores_of(work, number) for number in range(len(work.blocks))), clean.keep)
+    changed, ties = Verdicts(work, "r+"), found["ties"]
+    for number, where in _ranges(work):
+        scores = scores_of(work, number)
+        low = scores < (np.inf if found["threshold"] is None else np.float32(found["threshold"]))
+        tied = np.flatnonzero(scores == np.float32(found["threshold"]))
+        low[tied[ties:]] = True
+        ties = max(0, ties - len(tied))
+        changed.verdict[where][low] = LOW
+    write_json(done, {"keep": clean.keep, **found})
+
+
+def _score(work: Workshop, verdicts: Verdicts, folder: Path, encoder: str | None, advance: Callable[[int], None]) -> None:
+    fitted: Filter | None = None
+    for number in range(len(work.blocks)):
+        sizes, path = work.sizes(number), work.path("scores", number, ".npy")
+        if not path.is_file():
+            fitted = fitted or Filter(folder, encoder)
+            rows, texts = np.flatnonzero(verdicts.kept(number)), work.texts(number)
+            scores = np.full(len(texts), np.nan, np.float32)
+            scores[rows] = fitted.scores([texts[row] for row in rows])
+            with whole_file(path) as partial, partial.open("wb") as file:
+                np.save(file, scores)
+        advance(int(sizes.sum()))
+
+
+def scores_of(work: Workshop, number: int) -> np.ndarray:
+    """Of a block's documents, float32 (documents,): NaN for one that was not scored."""
+    path = work.path("scores", number, ".npy")
+    return np.load(path) if path.is_file() else np.full(work.blocks[number], np.nan, np.float32)
+
+
 # ---- the report -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -127,7 +180,7 @@ def write_removed(work: Workshop, verdicts: Verdicts, target: Path, clean: Clean
             rows = np.flatnonzero(found)
             if not len(rows):
                 continue
-            names, sizes, overlaps = names_of(number), work.sizes(number), work.overlaps(number)
+            names, sizes, overlaps, scores = names_of(number), work.sizes(number), work.overlaps(number), scores_of(work, number)
             listed = []
             for row in rows.tolist():
                 verdict, earlier, detail = int(found[row]), int(verdicts.earlier[where.start + row]), ""
@@ -136,6 +189,8 @@ def write_removed(work: Workshop, verdicts: Verdicts, target: Path, clean: Clean
                     detail = f"{verdicts.similarity[where.start + row]:.3f} {names_of(block)[earlier - starts[block]]}"
                 elif verdict == OVERLAP:
                     detail = str(overlaps[row])
+                elif verdict == LOW:
+                    detail = f"{scores[row]:.3f}"
                 listed.append({"document": names[row], "bytes": int(sizes[row]), "reason": REASONS[verdict], "detail": detail})
                 counts[REASONS[verdict]]["documents"] += 1
                 counts[REASONS[verdict]]["bytes"] += int(sizes[row])
@@ -155,4 +210,6 @@ def _parameters(work: Workshop, clean: CleaningSettings) -> dict[str, Any]:
         found["near_duplicates"] = {"shingle_words": SHINGLE_WORDS, "permutations": PERMUTATIONS, "bands": shape[0], "rows": shape[1]}
     if clean.benchmarks is not None:
         found["benchmarks"] = json.loads((work.folder / "benchmarks.json").read_text())
+    if clean.filter is not None:
+        found["filter"] = json.loads((work.folder / "verdicts" / "filter.json").read_text())
     return found

@@ -1,21 +1,51 @@
-"""What a prepared folder says of itself, in a few lines."""
+"""What the commands of `python -m train.data` say when they are done."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from train.data.shards import read_manifest
 
 
-def report(folder: Path) -> str:
+def prepared(folder: Path) -> str:
     """What was read, what was left out and why, what is there."""
     manifest = read_manifest(folder)
     assert manifest is not None
-    read = manifest["read"]
+    read, cleaning = manifest["read"], manifest["cleaning"]
     lines = [f"{folder}: read {read['documents']:,} documents, {read['bytes']:,} bytes of text"]
     lines += [f"  {key.replace('_', ' ')}: {read[key]:,}" for key in ("empty_skipped", "too_long_skipped", "utf8_replaced") if read[key]]
-    for reason, count in manifest["cleaning"]["removed"].items():
+    for reason, count in cleaning["removed"].items():
         lines.append(f"  removed, {reason.replace('_', ' ')}: {count['documents']:,} documents, {count['bytes']:,} bytes (removed.parquet)")
+    if found := cleaning.get("filter"):
+        lines.append(f"  filter: kept {found['kept']:,} of {found['scored']:,} documents, those of score {found['threshold']:.3f} and more")
     for name, split in manifest["splits"].items():
         lines.append(f"  {name}: {split['documents']:,} documents, {split['tokens']:,} tokens in {len(split['shards'])} shards")
     return "\n".join([*lines, f"  fingerprint {manifest['fingerprint']}"])
+
+
+def fitted(folder: str, card: dict[str, Any]) -> str:
+    """How a filter does on the labels held out."""
+    found, labels = card["held_out"], card["labels"]
+    lines = [
+        f"{folder}: {card['forest']['trees']} trees on {card['embedding']['dimensions']} dimensions of {card['embedding']['encoder']}; "
+        f"{labels['samples']} labels, {labels['positive']} of them 1",
+        f"  held out: {found['samples']} samples, {found['positive']} of them 1; at a score of 0.5 precision {found['precision']}, "
+        f"recall {found['recall']}",
+    ]
+    lines += [f"  the best {row['kept']:.0%}: precision {row['precision']}, recall {row['recall']}" for row in found["best"]]
+    lines.append(f"  calibration: Brier score {found['brier']}, mean |score − share of 1| {found['calibration_error']}")
+    lines += [
+        f"    mean score {row['mean_score']:.2f}: {row['share_positive']:.2f} are 1, of {row['samples']} samples"
+        for row in found["calibration"]
+    ]
+    return "\n".join(lines)
+
+
+def scored(place: str, histogram: np.ndarray) -> str:
+    """The histogram of scores, 20 bins from 0 to 1, as text."""
+    most, total = max(1, int(histogram.max())), int(histogram.sum())
+    rows = [f"  {i / 20:.2f}–{(i + 1) / 20:.2f} {count:>9,} {'█' * round(40 * count / most)}" for i, count in enumerate(histogram.tolist())]
+    return "\n".join([f"{place}: {total:,} documents", *rows])

@@ -18,6 +18,9 @@ class CleaningSettings:
     exact_duplicates: bool = False  # remove later copies of a text
     near_duplicates: float | None = None  # remove later texts of at least this Jaccard similarity; null: keep them
     benchmarks: str | None = None  # a folder or glob: remove texts that share 13 words in a row with one in it
+    filter: str | None = None  # the folder of a fitted filter: score what is left,
+    keep: float | None = None  # and keep this share of it, the best documents
+    encoder: str | None = None  # where the filter's encoder lies; null: where it was when the filter was fitted
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,14 @@ def disagreements(settings: DataSettings) -> list[str]:
 
 
 def _cleaning_faults(clean: CleaningSettings) -> list[str]:
-    near = clean.near_duplicates
+    near, faults = clean.near_duplicates, []
     if near is not None and not 0.5 <= near <= 1:
-        return [f"data.clean.near_duplicates: must be a similarity between 0.5 and 1, or null; found {near}"]
-    return []
+        faults.append(f"data.clean.near_duplicates: must be a similarity between 0.5 and 1, or null; found {near}")
+    if (clean.filter is None) != (clean.keep is None):
+        faults.append("data.clean: filter and keep go together: the folder of a fitted filter, and the share of documents to keep")
+    if clean.keep is not None and not 0 < clean.keep <= 1:
+        faults.append(f"data.clean.keep: must be a share between 0 and 1; found {clean.keep}")
+    return faults
 
 
 # ---- a mixture ------------------------------------------------------------------------------------------------------------------------

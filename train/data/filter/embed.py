@@ -1,0 +1,163 @@
+"""A text as a vector: the mean of the last hidden states of any Hugging Face model over the text's first tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from model.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BATCH_TOKENS = 2**14  # in one forward pass
+WINDOW = 512  # tokens that see each other, at most
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A loaded model: a causal language model (the source checkpoint itself will do), an encoder, or the encoder of a model with both."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int  # that are read of a text
+    device: torch.device
+    digest: str  # of weights and tokenizer
+
+    @property
+    def dimensions(self) -> int:
+        return int(self.model.config.hidden_size)
+
+    @property
+    def window(self) -> int:
+        """Tokens in one piece of a text; longer texts are read in several."""
+        return min(WINDOW, getattr(self.model.config, "max_position_embeddings", None) or WINDOW)
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """The mean over a text's tokens: float32 (texts, dimensions); a text without a token is all zeros."""
+        pieces: list[tuple[int, list[int]]] = []
+        for row, text in enumerate(texts):
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: self.max_tokens]
+            pieces += [(row, ids[start : start + self.window]) for start in range(0, len(ids), self.window)]
+        total, count = np.zeros((len(texts), self.dimensions)), np.zeros(len(texts))
+        for batch in _batches([len(ids) for _, ids in pieces]):
+            sums = self._sums([pieces[place][1] for place in batch])
+            for place, values in zip(batch, sums, strict=True):
+                total[pieces[place][0]] += values
+                count[pieces[place][0]] += len(pieces[place][1])
+        return (total / np.maximum(count, 1)[:, None]).astype(np.float32)
+
+    def _sums(self, ids: list[list[int]]) -> np.ndarray:
+        import torch
+
+        width = max(map(len, ids))
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=self.device)
+        tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=self.device)
+        with torch.inference_mode():
+            states = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
+            sums = (states * mask[..., None]).sum(1)
+        if not bool(torch.isfinite(sums).all()):
+            raise UserError("the encoder's hidden states are not finite; choose another encoder=")
+        return sums.cpu().numpy()
+
+
+def _batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Pieces that share a forward pass: alike in length, at most BATCH_TOKENS with their padding."""
+    batches: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lambda place: (lengths[place], place)):
+        if not batches or (len(batches[-1]) + 1) * lengths[place] > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(place)
+    return batches
+
+
+def load_encoder(name: str, revision: str | None, max_tokens: int) -> Encoder:
+    """A model and its tokenizer, from a folder or the hub, its weights in safetensors; no code of theirs is run.
+
+    Raises:
+        UserError: it cannot be reached or read, or lacks weights.
+    """
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    place = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    asked: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(place, **asked)
+            loaded: Any = AutoModel.from_pretrained(place, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **asked)
+    except Exception as error:  # transformers, safetensors and the hub's client each raise their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"encoder={name}: cannot be loaded ({reason}); give a folder with config.json, model.safetensors and its tokenizer, "
+            "or a name on the Hugging Face hub that can be reached"
+        ) from error
+    model, found = loaded
+    drawn = {key for key in found["missing_keys"] if not key.startswith("pooler.")}  # the pooler comes after the hidden states
+    if drawn or found["mismatched_keys"]:
+        raise UserError(f"encoder={name}: {len(drawn)} weights are missing, such as {min(drawn, default='')}; give a complete checkpoint")
+    if model.config.is_encoder_decoder:
+        model = model.get_encoder()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    assert device is not None
+    return Encoder(model.to(device).eval(), tokenizer, max_tokens, device, _digest(model, tokenizer))
+
+
+def _digest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode() if tokenizer.is_fast else repr(tokenizer).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith("pooler."):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Weights of a head that is not asked for are no news, and a bar for a moment's reading neither."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def card(encoder: Encoder, name: str, revision: str | None) -> dict[str, Any]:
+    """What a filter has to remember of its encoder."""
+    return {
+        "encoder": name,
+        "revision": revision,
+        "max_tokens": encoder.max_tokens,
+        "pooling": "mean of the last hidden states",
+        "window": encoder.window,
+        "dimensions": encoder.dimensions,
+        "sha256": encoder.digest,
+    }
+
+
+def load_again(embedding: dict[str, Any], instead: str | None = None) -> Encoder:
+    """The encoder that a card tells of, or `instead` of where it was.
+
+    Raises:
+        UserError: it cannot be loaded, or is not the same.
+    """
+    name = instead or str(embedding["encoder"])
+    encoder = load_encoder(name, embedding["revision"] if instead is None else None, int(embedding["max_tokens"]))
+    if (found := encoder.digest) != embedding["sha256"]:
+        raise UserError(
+            f"encoder {name}: not the one that the filter was fitted on (sha256 {found[:12]}…, expected {str(embedding['sha256'])[:12]}…); "
+            "name its place with encoder=FOLDER, or fit the filter again"
+        )
+    return encoder

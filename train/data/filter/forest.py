@@ -1,0 +1,112 @@
+"""A fitted random forest as plain arrays: stored in safetensors and JSON, never pickled, scored as scikit-learn scores it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from model.errors import UserError
+
+if TYPE_CHECKING:
+    from sklearn.ensemble import RandomForestClassifier
+
+ARRAYS, CARD = "forest.safetensors", "filter.json"
+FORMAT = 1
+LEAF = -1
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Binary decision trees, one after another; each array is 1-D over all their nodes, but `roots`.
+
+    At an inner node a sample goes left where its `feature` is ≤ `threshold`; `left` and `right` are nodes, LEAF at a leaf, whose `value`
+    is the share of positive samples that came there in fitting.
+    """
+
+    roots: np.ndarray  # int64, (trees,)
+    left: np.ndarray  # int64
+    right: np.ndarray  # int64
+    feature: np.ndarray  # int64
+    threshold: np.ndarray  # float64
+    value: np.ndarray  # float64
+
+    @classmethod
+    def of(cls, fitted: RandomForestClassifier) -> Forest:
+        """The arrays of a classifier that was fitted on labels 0 and 1."""
+        trees = [estimator.tree_ for estimator in fitted.estimators_]
+        roots = np.cumsum([0, *(tree.node_count for tree in trees)])[:-1]
+
+        def moved(name: str) -> np.ndarray:
+            children = [np.asarray(getattr(tree, name), np.int64) for tree in trees]
+            return np.concatenate([np.where(nodes == LEAF, LEAF, nodes + root) for nodes, root in zip(children, roots, strict=True)])
+
+        return cls(
+            roots=roots.astype(np.int64),
+            left=moved("children_left"),
+            right=moved("children_right"),
+            feature=np.concatenate([np.asarray(tree.feature, np.int64) for tree in trees]),
+            threshold=np.concatenate([np.asarray(tree.threshold, np.float64) for tree in trees]),
+            value=np.concatenate([np.asarray(tree.value[:, 0, 1], np.float64) for tree in trees]),
+        )
+
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        """The probability that each sample is positive: float64 (n,), from float32 features (n, d)."""
+        features = np.asarray(features, np.float32)
+        rows, total = np.arange(len(features)), np.zeros(len(features))
+        for root in self.roots:
+            node = np.full(len(features), root)
+            while (inner := self.left[node] != LEAF).any():
+                goes_left = features[rows, np.where(inner, self.feature[node], 0)] <= self.threshold[node]
+                node = np.where(inner, np.where(goes_left, self.left[node], self.right[node]), node)
+            total += self.value[node]
+        return total / len(self.roots)
+
+    def save(self, folder: Path, card: dict[str, Any]) -> None:
+        """Write the arrays, and a JSON card about them, into `folder`."""
+        from safetensors.numpy import save_file
+
+        save_file({field.name: getattr(self, field.name) for field in fields(self)}, folder / ARRAYS)
+        (folder / CARD).write_text(json.dumps({"format": FORMAT, **card}, indent=1) + "\n")
+
+
+def load(folder: Path) -> tuple[Forest, dict[str, Any]]:
+    """A forest and its card. The file may be a stranger's: every node is checked before one is followed.
+
+    Raises:
+        UserError: something is missing, or is no forest.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        card = json.loads((folder / CARD).read_text())
+        arrays = load_file(folder / ARRAYS)
+        forest = Forest(**arrays)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(f"{folder}: no filter ({error}); fit one with python -m train.data fit") from error
+    if not isinstance(card, dict) or card.get("format") != FORMAT or not isinstance(card.get("embedding"), dict):
+        raise UserError(f"{folder / CARD}: no card of a filter of format {FORMAT}; fit it again with python -m train.data fit")
+    if fault := _fault(forest, card["embedding"].get("dimensions")):
+        raise UserError(f"{folder / ARRAYS}: damaged ({fault}); fit it again with python -m train.data fit")
+    return forest, card
+
+
+def _fault(forest: Forest, dimensions: Any) -> str | None:
+    nodes = len(forest.left)
+    if any(array.shape != (nodes,) for array in (forest.right, forest.feature, forest.threshold, forest.value)):
+        return "its arrays differ in length"
+    if not len(forest.roots) or forest.roots.min() < 0 or forest.roots.max() >= nodes:
+        return "a root is no node"
+    inner = np.flatnonzero(forest.left != LEAF)
+    for children in (forest.left[inner], forest.right[inner]):
+        if (children <= inner).any() or (children >= nodes).any():  # a child comes after its parent, so every path ends
+            return "a child is no node that follows"
+    if not isinstance(dimensions, int) or (len(inner) and (forest.feature[inner].min() < 0 or forest.feature[inner].max() >= dimensions)):
+        return "a feature is none of the embedding's"
+    if not np.isfinite(forest.value).all() or forest.value.min() < 0 or forest.value.max() > 1:
+        return "a value is no probability"
+    return None

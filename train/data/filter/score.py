@@ -1,0 +1,106 @@
+"""Scoring a corpus with a fitted filter, and finding the best share of it, whatever its size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.data.document import Document
+from train.data.filter import embed, forest
+from train.data.settings import DataSettings
+from train.data.text import normalised
+from train.files import whole_file
+
+BLOCK_DOCUMENTS = 256
+
+
+class Filter:
+    """A forest and the encoder that it was fitted on, loaded."""
+
+    def __init__(self, folder: Path, encoder: str | None = None) -> None:
+        """Raises UserError where one of them is missing, damaged, or not the one it was; `encoder` is where it lies now."""
+        self.forest, self.card = forest.load(folder)
+        self.encoder = embed.load_again(self.card["embedding"], encoder)
+
+    def scores(self, texts: list[str]) -> np.ndarray:
+        """How likely each text is to be labelled 1: float32 (texts,)."""
+        return self.forest.scores(self.encoder.embed(texts)).astype(np.float32)
+
+
+def filter_identity(folder: str) -> str:
+    """A hash of a filter's files."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name in (forest.CARD, forest.ARRAYS):
+        path = Path(folder).expanduser() / name
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return digest.hexdigest()
+
+
+def write_scores(found: Iterable[Document], data: DataSettings, fitted: Filter, target: Path, advance: Callable[[int], None]) -> np.ndarray:
+    """Score documents, normalised as preparing them would, into the parquet file `target`: document, bytes, score. Returns a histogram of
+    20 equal bins of the scores, int64 (20,)."""
+    import pyarrow
+    import pyarrow.parquet
+
+    schema = pyarrow.schema([("document", "string"), ("bytes", "int64"), ("score", "float")])
+    histogram, rows = np.zeros(20, np.int64), list[Document]()
+    with whole_file(target) as partial, pyarrow.parquet.ParquetWriter(partial, schema, compression="zstd") as writer:
+
+        def flush() -> None:
+            scores = fitted.scores([normalised(row.text) if data.clean.normalise else row.text for row in rows])
+            names = [row.name.encode(errors="replace").decode() for row in rows]
+            writer.write_table(pyarrow.table([names, [row.bytes for row in rows], scores], schema=schema))
+            histogram[:] += np.histogram(scores, 20, (0, 1))[0]
+            advance(sum(row.bytes for row in rows))
+            rows.clear()
+
+        for document in found:
+            rows.append(document)
+            if len(rows) == BLOCK_DOCUMENTS:
+                flush()
+        flush()
+    return histogram
+
+
+# ---- the best share -------------------------------------------------------------------------------------------------------------------
+
+
+def threshold(blocks: Callable[[], Iterable[np.ndarray]], keep: float) -> dict[str, Any]:
+    """The score that the best `keep` of all documents have, exactly, with two looks at the scores and 2 × 65,536 counts in memory.
+
+    Args:
+        blocks: yields the scores (n,) in [0, 1] of each block, NaN for a document without one; called twice.
+
+    Returns:
+        scored; kept, ⌈keep · scored⌉ of them; threshold, the lowest score kept; ties, how many of those with just that score are kept.
+    """
+    upper, lower = np.zeros(2**16, np.int64), np.zeros(2**16, np.int64)
+    for keys in map(_ordered, blocks()):
+        upper += np.bincount(keys >> 16, minlength=2**16)
+    scored = int(upper.sum())
+    kept = -int(-keep * scored // 1)
+    if not kept:
+        return {"scored": scored, "kept": 0, "threshold": None, "ties": 0}
+    high, above = _place(upper, kept)
+    for keys in map(_ordered, blocks()):
+        lower += np.bincount(keys[keys >> 16 == high] & 0xFFFF, minlength=2**16)
+    low, above_too = _place(lower, kept - above)
+    value = np.array([high << 16 | low], np.uint32).view(np.float32)[0]
+    return {"scored": scored, "kept": kept, "threshold": float(value), "ties": kept - above - above_too}
+
+
+def _ordered(scores: np.ndarray) -> np.ndarray:
+    """Integers in the order of the scores: the bits of a float that is not negative are."""
+    return scores[~np.isnan(scores)].astype(np.float32).view(np.uint32).astype(np.int64)
+
+
+def _place(counts: np.ndarray, wanted: int) -> tuple[int, int]:
+    """The bin, from above, that holds number `wanted`, and how many are in the bins above it."""
+    from_above = np.cumsum(counts[::-1])
+    place = int(np.searchsorted(from_above, wanted))
+    return len(counts) - 1 - place, int(from_above[place] - counts[::-1][place])
