@@ -2,6 +2,7 @@
 
 python -m train.data prepare data=stdlib
 python -m train.data prepare data=files data.path='texts/**/*.jsonl.zst' data.clean.normalise=true data.clean.exact_duplicates=true
+python -m train.data write model=Qwen/Qwen2.5-7B-Instruct server=http://127.0.0.1:8000/v1      texts by a language model: conf/write.yaml
 
 A stopped or killed preparation goes on where it was. Exit status: 0 done, 2 a fault in what was asked.
 """
@@ -52,7 +53,15 @@ def prepare(overrides: Sequence[str]) -> None:
     print(report(data.folder))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"prepare": prepare}
+def write(overrides: Sequence[str]) -> None:
+    """Have a language model write documents, and say what they cost."""
+    from train.data.writing.run import write as run
+    from train.data.writing.settings import settings_from as write_settings
+
+    print(run(write_settings(overrides)))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"prepare": prepare, "write": write}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
