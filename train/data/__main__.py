@@ -6,6 +6,7 @@ python -m train.data label data=stdlib                                          
 python -m train.data fit data=stdlib encoder=runs/tiny_source-scratch-s0/final    the filter of phi-1, from a file of labels
 python -m train.data score data=stdlib
 python -m train.data prepare data=stdlib data.clean.filter=filters/stdlib data.clean.keep=0.5
+python -m train.data write model=Qwen/Qwen2.5-7B-Instruct server=http://127.0.0.1:8000/v1      texts by a language model: conf/write.yaml
 
 A stopped or killed preparation goes on where it was. Exit status: 0 done, 2 a fault in what was asked.
 """
@@ -121,7 +122,15 @@ def score(overrides: Sequence[str]) -> None:
     print(report.scored(settings.scores, histogram))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"prepare": prepare, "label": label, "fit": fit, "score": score}
+def write(overrides: Sequence[str]) -> None:
+    """Have a language model write documents, and say what they cost."""
+    from train.data.writing.run import write as run
+    from train.data.writing.settings import settings_from as write_settings
+
+    print(run(write_settings(overrides)))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"prepare": prepare, "label": label, "fit": fit, "score": score, "write": write}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,0 +1,25 @@
+"""What a model gave for a prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A text with its counts; None where nobody counted."""
+
+    text: str
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    cut: bool = False  # max_tokens were not enough
+    refused: str | None = None  # why there is no text
+
+    @property
+    def fault(self) -> str | None:
+        """Why it is no document; None where it is one."""
+        if self.refused is not None:
+            return self.refused
+        if not self.text.strip():
+            return "empty"
+        return "cut off at max_tokens" if self.cut else None

@@ -1,0 +1,128 @@
+"""What has been written: a line a document, on disk as soon as it is there, and beside it what was asked and what was no document.
+
+out.jsonl             {"number", "topic", "audience", "template", "text", "model", "prompt_tokens", "completion_tokens", "dollars"}
+out.rejected.jsonl    the same with "fault" for "text"
+out.settings.json     what was asked of whom: going on under other settings is refused
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from model.errors import UserError
+from train.data.writing.answer import Answer
+from train.data.writing.prompts import Prompt
+from train.data.writing.settings import WriteSettings, identity
+from train.files import telling_disk_faults, whole_file, write_json
+
+
+class Ledger:
+    """The three files of a run, opened for going on."""
+
+    def __init__(self, settings: WriteSettings, written: BinaryIO, rejected: BinaryIO) -> None:
+        self.settings, self.files = settings, (written, rejected)
+        self.done: set[int] = set()
+        self.dollars = 0.0
+        self.tokens: Counter[str] = Counter()
+        self.uncounted = 0  # answers whose tokens nobody counted
+        self.faults: Counter[str] = Counter()
+        for file in self.files:
+            for entry in _whole_lines(file):
+                self._count(entry)
+
+    @property
+    def documents(self) -> int:
+        return len(self.done) - self.faults.total()
+
+    def add(self, prompt: Prompt, answer: Answer) -> None:
+        """Note an answer, and see it on disk."""
+        counts = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
+        result = {"text": answer.text} if answer.fault is None else {"fault": answer.fault}
+        asked = {"number": prompt.number, "topic": prompt.topic, "audience": prompt.audience, "template": prompt.template}
+        entry = {**asked, **result, "model": self.settings.model, **counts, "dollars": self.settings.cost(**counts)}
+        file = self.files[answer.fault is not None]
+        with telling_disk_faults(Path(self.settings.out)):
+            file.write(json.dumps(entry, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._count(entry)
+
+    def _count(self, entry: dict[str, Any]) -> None:
+        self.done.add(entry["number"])
+        self.dollars += entry["dollars"]
+        self.tokens.update({key: entry[key] or 0 for key in ("prompt_tokens", "completion_tokens")})
+        self.uncounted += entry["prompt_tokens"] is None or entry["completion_tokens"] is None
+        if "fault" in entry:
+            self.faults[entry["fault"][:60]] += 1
+
+
+@contextmanager
+def open_ledger(settings: WriteSettings) -> Iterator[Ledger]:
+    """Go on in the files of `settings.out`, or begin them.
+
+    Raises:
+        UserError: they were written under other settings, are damaged, are being written to, or cannot be.
+    """
+    out = Path(settings.out).expanduser()
+    with telling_disk_faults(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _check_settings(settings, out)
+        with out.open("a+b") as written, rejected_path(out).open("a+b") as rejected:
+            try:
+                fcntl.flock(written, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{out}: another process is writing it right now") from None
+            yield Ledger(settings, written, rejected)
+
+
+def rejected_path(out: Path) -> Path:
+    return out.with_suffix(".rejected.jsonl")
+
+
+def _check_settings(settings: WriteSettings, out: Path) -> None:
+    path, asked = out.with_suffix(".settings.json"), json.loads(json.dumps(identity(settings)))
+    if not path.exists():
+        if out.exists() and out.stat().st_size:
+            raise UserError(f"out={out}: it is there, and no {path.name} says what was asked for it; choose another out")
+        write_json(path, asked)
+        return
+    try:
+        there = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not what was written there ({error}); move {out.name} and this file away to begin anew") from error
+    flat, found = ({**values, **{f"prompts.{k}": v for k, v in values.pop("prompts").items()}} for values in (asked, there))
+    if changed := sorted(key for key in {*flat, *found} if flat.get(key) != found.get(key)):
+        raise UserError(f"out={out}: it was begun with another {', '.join(changed)}; choose another out, or move it away to begin anew")
+
+
+def _whole_lines(file: BinaryIO) -> Iterator[dict[str, Any]]:
+    """Every entry; a last line that a kill cut off is taken away, so that its prompt is asked again."""
+    file.seek(0)
+    end = 0
+    for number, line in enumerate(file, 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict) or not {"number", "dollars", "prompt_tokens", "completion_tokens"} <= entry.keys():
+                raise ValueError("an entry of a ledger has number, dollars and tokens")
+        except ValueError as error:
+            raise UserError(f"{file.name}:{number}: damaged ({error}); remove the line, and its prompt is asked again") from error
+        end += len(line)
+        yield entry
+    file.truncate(end)
+    file.seek(0, os.SEEK_END)
+
+
+def in_order(out: Path) -> None:
+    """Put the lines of a finished file into the order of their numbers, so that the same answers make the same file."""
+    lines = sorted(out.read_bytes().splitlines(keepends=True), key=lambda line: json.loads(line)["number"])
+    with whole_file(out) as partial:
+        partial.write_bytes(b"".join(lines))

@@ -1,0 +1,72 @@
+"""Answers from a model on this machine, through transformers."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from model.errors import UserError
+from train.data.writing.answer import Answer
+from train.data.writing.prompts import Prompt
+from train.data.writing.settings import WriteSettings
+
+
+class Local:
+    """A causal language model and its tokenizer, loaded once. No code of theirs is run."""
+
+    def __init__(self, settings: WriteSettings) -> None:
+        """Raises UserError: it cannot be loaded."""
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.settings = settings
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
+            safely: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}  # no code of theirs, and no pickle
+            self.model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype="auto", **safely)
+        except Exception as error:  # transformers and the hub's client each raise their own
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"model={settings.model}: cannot be loaded ({reason}); give a folder or a name on the Hugging Face hub that can be "
+                "reached, or server=URL for a model that a server holds"
+            ) from error
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(f"model={settings.model}: its tokenizer has no eos token, so that no text would end; set one")
+        self.model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def answers(self, prompts: list[Prompt]) -> list[Answer]:
+        """One answer each, drawn together; the draw depends on the prompts and the seed alone."""
+        import torch
+
+        numbers = ",".join(str(prompt.number) for prompt in prompts)
+        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{self.settings.seed} {numbers}".encode()).digest()[:8], "little") >> 1)
+        plain = self.tokenizer.chat_template is None
+        given = [self.tokenizer(self._worded(prompt), add_special_tokens=plain)["input_ids"] for prompt in prompts]
+        width, end = max(map(len, given)), self.tokenizer.eos_token_id
+        ids = torch.tensor([[end] * (width - len(row)) + row for row in given], device=self.model.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in given], device=self.model.device)
+        drawing = {"do_sample": True, "temperature": self.settings.temperature, "top_p": self.settings.top_p}
+        with torch.no_grad():
+            found = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=self.settings.max_tokens,
+                eos_token_id=end,
+                pad_token_id=end,
+                **(drawing if self.settings.temperature > 0 else {"do_sample": False}),
+            )
+        return [self._answer(row, written, end) for row, written in zip(given, found[:, width:].tolist(), strict=True)]
+
+    def _answer(self, given: list[int], written: list[int], end: int) -> Answer:
+        ended = end in written
+        kept = written[: written.index(end)] if ended else written
+        text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
+        return Answer(text, len(given), len(kept) + ended, cut=not ended)
+
+    def _worded(self, prompt: Prompt) -> str:
+        """In the model's own chat form, where it has one."""
+        system = self.settings.system
+        if self.tokenizer.chat_template is None:
+            return prompt.text if system is None else f"{system}\n\n{prompt.text}"
+        messages = [*([] if system is None else [{"role": "system", "content": system}]), {"role": "user", "content": prompt.text}]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

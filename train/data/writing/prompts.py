@@ -1,0 +1,43 @@
+"""The prompt of a number: topic × audience × template, in an order that the seed decides, none of them twice.
+
+What makes a model's texts differ is what it is told to differ in: the topic and the reader (phi-1, arXiv 2306.11644 §2.2; TinyStories,
+arXiv 2305.07759, does it with words).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from train.data.batches import permuted
+from train.data.writing.settings import PromptSettings, topics
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One thing to write."""
+
+    number: int
+    topic: str
+    audience: str
+    template: int  # which
+    text: str
+
+
+class Prompts:
+    """All prompts of a leaf; the one of a number is computed when it is asked for."""
+
+    def __init__(self, settings: PromptSettings, seed: int) -> None:
+        self.topics, self.audiences, self.templates = topics(settings), settings.audiences, settings.templates
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.topics) * len(self.audiences) * len(self.templates)
+
+    def __getitem__(self, number: int) -> Prompt:
+        place = int(permuted(np.array([number]), len(self), self.seed)[0])
+        place, template = divmod(place, len(self.templates))
+        topic, audience = self.topics[place // len(self.audiences)], self.audiences[place % len(self.audiences)]
+        text = self.templates[template].replace("{topic}", topic).replace("{audience}", audience)
+        return Prompt(number, topic, audience, template, text)

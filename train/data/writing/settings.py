@@ -1,0 +1,123 @@
+"""What a language model is asked to write, and how. Plain values: nothing here imports a library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from model.errors import UserError
+from train.door import compose_config, plain, read
+
+CONF = Path(__file__).resolve().parents[3] / "conf"
+PLACES = ("{topic}", "{audience}")
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """conf/prompts: one prompt for each topic × audience × template."""
+
+    name: str
+    topics: tuple[str, ...]
+    topics_file: str | None  # more of them, one a line
+    audiences: tuple[str, ...]
+    templates: tuple[str, ...]  # with {topic} and {audience} in them
+
+
+@dataclass(frozen=True)
+class WriteSettings:
+    """conf/write.yaml."""
+
+    prompts: PromptSettings
+    out: str
+    model: str
+    server: str | None
+    key_variable: str
+    number: int
+    seed: int
+    system: str | None
+    temperature: float
+    top_p: float
+    max_tokens: int
+    at_once: int
+    timeout_seconds: float
+    attempts: int
+    wait_seconds: float
+    dollars_per_million_prompt_tokens: float
+    dollars_per_million_completion_tokens: float
+    most_dollars: float | None
+    progress: bool
+
+    def cost(self, prompt_tokens: int | None, completion_tokens: int | None) -> float:
+        """In dollars; tokens that nobody counted cost nothing here."""
+        asked = (prompt_tokens or 0) * self.dollars_per_million_prompt_tokens
+        return (asked + (completion_tokens or 0) * self.dollars_per_million_completion_tokens) / 1e6
+
+
+# What may differ when a run goes on: nothing of it changes what is asked.
+NEUTRAL = ("out", "server", "key_variable", "number", "at_once", "timeout_seconds", "attempts", "wait_seconds", "most_dollars", "progress",
+           "dollars_per_million_prompt_tokens", "dollars_per_million_completion_tokens")  # fmt: skip
+
+
+def identity(settings: WriteSettings) -> dict[str, Any]:
+    """Everything that decides what is asked of whom; the topics of a file as they are now."""
+    values = {key: value for key, value in asdict(settings).items() if key not in NEUTRAL}
+    values["prompts"] |= {"topics": list(topics(settings.prompts)), "topics_file": None}
+    return values | {"prompts": {key: list(v) if isinstance(v, tuple) else v for key, v in values["prompts"].items()}}
+
+
+def topics(settings: PromptSettings) -> tuple[str, ...]:
+    """Those of the leaf, and those of its file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if settings.topics_file is None:
+        return settings.topics
+    try:
+        lines = Path(settings.topics_file).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"prompts.topics_file={settings.topics_file}: cannot be read ({error}); give a text file, one topic a line"
+        ) from error
+    return tuple(dict.fromkeys([*settings.topics, *(line.strip() for line in lines if line.strip())]))
+
+
+def settings_from(overrides: Sequence[str]) -> WriteSettings:
+    """Typed settings from `key=value` arguments.
+
+    Raises:
+        UserError: every unknown, missing and mistyped key and every value that cannot work, at once.
+    """
+    cfg, faults = compose_config(CONF, "write", list(overrides))
+    values = plain(cfg, faults)
+    settings = read(WriteSettings, values, "", faults) if values else None
+    if settings is not None:
+        faults += _disagreements(settings)
+    UserError.collect(dict.fromkeys(faults))
+    assert settings is not None
+    return settings
+
+
+def _disagreements(settings: WriteSettings) -> list[str]:
+    positive = ("number", "max_tokens", "at_once", "timeout_seconds", "attempts", "wait_seconds")
+    faults = [f"{key}: must be positive; found {getattr(settings, key)}" for key in positive if getattr(settings, key) <= 0]
+    if not 0 < settings.top_p <= 1:
+        faults.append(f"top_p: must be above 0 and at most 1; found {settings.top_p}")
+    if settings.temperature < 0:
+        faults.append(f"temperature: must not be negative; found {settings.temperature}")
+    if settings.server is not None and not settings.server.startswith(("http://", "https://")):
+        faults.append(
+            f"server: expected a URL such as http://127.0.0.1:8000/v1; found {settings.server!r}; null for a model on this machine"
+        )
+    if not settings.out.endswith(".jsonl"):
+        faults.append(f"out: expected a file name that ends in .jsonl; found {settings.out!r}")
+    lists = {"topics": topics(settings.prompts), "audiences": settings.prompts.audiences, "templates": settings.prompts.templates}
+    faults += [f"prompts.{key}: none; give at least one" for key, entries in lists.items() if not entries]
+    faults += [f"prompts.{key}: twice {e!r}" for key, entries in lists.items() for e in dict.fromkeys(entries) if entries.count(e) > 1]
+    faults += [f"prompts.templates: no {place} in {t!r}" for t in settings.prompts.templates for place in PLACES if place not in t]
+    most = len(lists["topics"]) * len(settings.prompts.audiences) * len(settings.prompts.templates)
+    if 0 < most < settings.number:
+        faults.append(f"number: there are {most} prompts of topic × audience × template, {settings.number} are asked for; give more topics")
+    return faults
