@@ -1,11 +1,14 @@
-"""Growth against `cp` and the disk, at the size of Phi-1.5 → Phi-2, in interleaved rounds.
+"""Growth against `cp`, the disk and mergekit, at the size of Phi-1.5 → Phi-2, in interleaved rounds.
 
-make bench-growth                                   about 5 minutes and 12 GB of disk: a table, and benchmarks/bench_growth.json
-python benchmarks/bench_growth.py --rounds 1 --layers 4   a quick look
+make bench-growth                                   about 10 minutes and 25 GB of disk: a table, and benchmarks/bench_growth.json
+python benchmarks/bench_growth.py --rounds 1 --layers 6 --without-mergekit      a quick look
+python benchmarks/bench_growth.py --readme          write the table of bench_growth.json into README.md
 
-The source has random weights in float16. Every round grows it, copies the result with `cp`, writes as many bytes past the page cache with
-`dd oflag=direct`, and repeats the growth in depth alone; each command is a whole process, its wall time and peak resident memory as the
-operating system counts them.
+The source has random weights in float16. A round runs every command once, each a whole process on `--cores` cores whose wall time and
+peak resident memory are those that the operating system counts. Before a command runs, what it writes is removed and what it reads is in
+the page cache, for `cp` as for growth, and nothing is left to be written back. Growth verifies what it wrote by reading every header entry
+back and holding it against the plan; that is in its time. The weights themselves are compared after the timing, with the source and with
+mergekit's.
 """
 
 from __future__ import annotations
@@ -19,41 +22,51 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from growth.shards import Entry, ShardWriter
-from model.family import family_of
-from model.presets import preset
+import passthrough  # nothing large is imported here: a child's peak memory starts from its parent's
 
 HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+MARKS = ("<!-- bench-growth -->\n", "<!-- /bench-growth -->\n")
 
 
 @dataclass(frozen=True)
 class Timed:
-    """One finished process: wall seconds and peak resident bytes."""
+    """One finished process: wall and processor seconds, peak resident bytes."""
 
     seconds: float
+    processor_seconds: float
     peak_bytes: int
 
 
-def measured(command: Sequence[str]) -> Timed:
+def measured(command: Sequence[str | Path], output: str = os.devnull) -> Timed:
     """Run a command in a child of its own, so that its peak memory is its own."""
+    arguments = [str(part) for part in command]
+    opened = [(os.POSIX_SPAWN_OPEN, number, output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) for number in (1, 2)]
     started = time.perf_counter()
-    pid = os.posix_spawn(command[0], list(command), os.environ, file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)])
+    pid = os.posix_spawn(shutil.which(arguments[0]) or arguments[0], arguments, os.environ, file_actions=opened)
     _, status, usage = os.wait4(pid, 0)
     seconds = time.perf_counter() - started
-    if os.waitstatus_to_exitcode(status):
-        raise SystemExit(f"{' '.join(command)} ended with status {os.waitstatus_to_exitcode(status)}")
-    return Timed(seconds, usage.ru_maxrss * 1024)
+    if code := os.waitstatus_to_exitcode(status):
+        raise SystemExit(f"{' '.join(arguments)} ended with status {code}{'' if output == os.devnull else f'; see {output}'}")
+    return Timed(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
-def make_source(folder: Path, layers: int) -> Path:
+# ---- what runs in children ------------------------------------------------------------------------------------------------------------
+
+
+def make_source(folder: Path, layers: int, vocabulary: int) -> None:
     """A checkpoint with Phi-1.5's shapes and random float16 weights."""
-    config = preset("phi_1_5") | {"num_hidden_layers": layers}
-    shutil.rmtree(folder, ignore_errors=True)
+    import numpy as np
+
+    from growth.shards import Entry, ShardWriter
+    from model.family import family_of
+    from model.presets import preset
+
+    config = preset("phi_1_5") | {"num_hidden_layers": layers, "vocab_size": vocabulary}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     tensors = list(family_of(config).tensors(config))
@@ -65,92 +78,219 @@ def make_source(folder: Path, layers: int) -> Path:
             place.space(2 * values.size)[:] = values.astype(np.float16).view(np.uint8)
     writer.finish()
     writer.close()
-    return folder
+
+
+def check_grown(source: Path, grown: Path) -> None:
+    """What growth copies without a factor must be the source's bits: fc1's first rows and columns, in every layer that is a first copy."""
+    import numpy as np
+
+    from model.checkpoint import Checkpoint
+
+    layers = json.loads((grown / "growth.json").read_text())["plan"]["layers"]
+    with Checkpoint(source) as small, Checkpoint(grown) as large:
+        for number, layer in enumerate(layers):
+            expected = small.read(f"model.layers.{layer}.mlp.fc1.weight")
+            found = large.read(f"model.layers.{number}.mlp.fc1.weight")[: expected.shape[0], : expected.shape[1]]
+            if not np.array_equal(found, expected):
+                raise SystemExit(f"{grown}: fc1 of layer {number} is not that of source layer {layer}")
+
+
+def check_equal(first: Path, second: Path) -> None:
+    """Both checkpoints must hold the same tensors, bit for bit."""
+    import numpy as np
+
+    from model.checkpoint import Checkpoint
+
+    with Checkpoint(first) as a, Checkpoint(second) as b:
+        if a.tensors.keys() != b.tensors.keys():
+            raise SystemExit(f"{first} and {second} hold different tensors: {sorted(a.tensors.keys() ^ b.tensors.keys())[:3]}")
+        for name in a.tensors:
+            if not np.array_equal(a.read(name), b.read(name)):
+                raise SystemExit(f"{name} differs between {first} and {second}")
+
+
+CHILDREN = {"make-source": make_source, "check-grown": check_grown, "check-equal": check_equal}
+
+
+def child(name: str, *arguments: object) -> list[str]:
+    return [sys.executable, __file__, "--child", name, *map(str, arguments)]
+
+
+# ---- the rounds ------------------------------------------------------------------------------------------------------------------------
 
 
 def growth_command(source: Path, out: Path, target: str, *more: str) -> list[str]:
-    return [sys.executable, "-m", "growth", f"source={source}", f"target={target}", f"out={out}", "overwrite=true", "threads=2", *more]
+    return [sys.executable, "-m", "growth", f"source={source}", f"target={target}", f"out={out}", "threads=2", *more]
 
 
 def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def rounds(work: Path, count: int, layers: int) -> dict[str, list[Timed]]:
-    """Every command once a round, in turn, so that a machine that slows down slows them all."""
-    source, grown, deep, copy = (work / name for name in ("source", "grown", "deep", "copy"))
-    measured(
-        [sys.executable, __file__, "--layers", str(layers), "--make-source", str(source)]
-    )  # apart: a child starts from its parent's peak
-    deeper = layers * 4 // 3
-    width = f"{{hidden_size:2560,intermediate_size:10240,num_hidden_layers:{deeper}}}"
-    taken: dict[str, list[Timed]] = {
-        name: [] for name in ("growth", "cp of its result", "dd of as many bytes", "growth in depth alone", "start-up")
-    }
-    for number in range(count + 1):  # the first round warms up and does not count
-        os.sync()
-        found = {"growth": measured(growth_command(source, grown, width))}
-        shutil.rmtree(copy, ignore_errors=True)
-        os.sync()
-        found["cp of its result"] = measured([str(shutil.which("cp")), "-r", str(grown), str(copy)])
-        shutil.rmtree(copy, ignore_errors=True)
-        os.sync()
-        megabytes = size_of(grown) >> 20
-        found["dd of as many bytes"] = measured(
-            [str(shutil.which("dd")), "if=/dev/zero", f"of={work / 'direct'}", "bs=1M", f"count={megabytes}", "oflag=direct", "status=none"]
+def ready(output: Path, *inputs: Path) -> None:
+    """Remove what a command will write, write back what others wrote, and read what it will read into the page cache."""
+    if output.is_dir():
+        shutil.rmtree(output)
+    output.unlink(missing_ok=True)
+    os.sync()
+    buffer = bytearray(1 << 20)
+    for file in (file for folder in inputs for file in folder.glob("*.safetensors")):
+        with file.open("rb", buffering=0) as opened:
+            while opened.readinto(buffer):
+                pass
+
+
+class Bench:
+    """The commands of a round, in a working folder."""
+
+    def __init__(self, work: Path, layers: int, mergekit: Path | None) -> None:
+        self.work, self.mergekit = work, mergekit
+        self.source, self.quarter = work / "source", work / "quarter"
+        self.layers, self.deeper = layers, layers * 4 // 3
+        self.map = [*range(layers), *range(2 * layers - self.deeper, layers)]  # the last layers again, as they are
+        self.bytes: dict[str, int] = {}
+        self.log = str(work / "log.txt")
+        for folder, part in ((self.source, 1), (self.quarter, 4)):
+            measured(child("make-source", folder, layers // part, 51200 // part), self.log)
+
+    def round(self) -> dict[str, Timed]:
+        work, found = self.work, {}
+        grown, copy, direct, deep, merged = (work / name for name in ("grown", "copy", "direct", "deep", "merged"))
+        width = "hidden_size:2560,intermediate_size:10240"
+        target = f"{{{width},num_hidden_layers:{self.deeper}}}"
+
+        ready(grown, self.source)
+        found["growth"] = measured(growth_command(self.source, grown, target), self.log)
+        self.bytes |= {"source": size_of(self.source), "growth": size_of(grown)}
+        measured(child("check-grown", self.source, grown), self.log)
+        ready(copy, grown)
+        found["cp of its result"] = measured(["cp", "-r", grown, copy])
+        ready(copy)
+        ready(direct)
+        count = f"count={self.bytes['growth'] >> 20}"
+        found["dd of as many bytes"] = measured(["dd", "if=/dev/zero", f"of={direct}", "bs=1M", count, "oflag=direct", "status=none"])
+        ready(direct)
+        ready(grown, self.quarter)
+        part = f"{{{width},num_hidden_layers:{self.deeper // 4}}}"
+        found["growth of a quarter"] = measured(growth_command(self.quarter, grown, part), self.log)
+        self.bytes["growth of a quarter"] = size_of(grown)
+        ready(grown)
+        ready(deep, self.source)
+        depth = f"growth.depth={self.map}".replace(" ", "")
+        found["growth in depth alone"] = measured(
+            growth_command(self.source, deep, f"{{num_hidden_layers:{self.deeper}}}", depth), self.log
         )
-        (work / "direct").unlink()
-        os.sync()
-        found["growth in depth alone"] = measured(growth_command(source, deep, f"{{num_hidden_layers:{deeper}}}"))
-        shutil.rmtree(deep, ignore_errors=True)
+        self.bytes["growth in depth alone"] = size_of(deep)
+        for name, small in (("mergekit", False), ("mergekit, small shards", True)):
+            if self.mergekit is not None:
+                ready(merged, self.source)
+                recipe = passthrough.recipe(work, self.source, self.map)
+                found[name] = measured(passthrough.command(self.mergekit, recipe, merged, small=small), self.log)
+                self.bytes[name] = size_of(merged)
+                measured(child("check-equal", deep, merged), self.log)
+        ready(merged)
+        ready(deep)
         found["start-up"] = measured([sys.executable, "-m", "growth", "source=phi_1_5", "target=phi_2", "plan_only=true"])
-        for name, run in found.items():
-            if number:
-                taken[name].append(run)
-        print(f"round {number}: " + ", ".join(f"{name} {run.seconds:.1f} s" for name, run in found.items()), flush=True)
-    print(f"{size_of(source):,} bytes → {size_of(grown):,} bytes")
-    return taken
+        return found
 
 
-def machine() -> str:
-    """The processor's name and how many threads of it there are."""
+def machine(cores: int) -> str:
+    """The processor's name, how much of it was used, and the system."""
     names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} cores, Linux {platform.release()}"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return f"{names[0] if names else platform.processor()}, {cores} of {os.cpu_count()} cores, {memory:.0f} GB, Linux {platform.release()}"
+
+
+def summary(rounds: list[dict[str, Timed]], sizes: dict[str, int], layers: int, cores: int) -> dict[str, Any]:
+    """What bench_growth.json holds: medians, ratios within rounds, and every measurement."""
+
+    def ratio(above: str, below: str) -> float | None:
+        return statistics.median(run[above].seconds / run[below].seconds for run in rounds) if {above, below} <= rounds[0].keys() else None
+
+    names = list(rounds[0])
+    start = statistics.median(run["start-up"].seconds for run in rounds)
+    return {
+        "machine": machine(cores),
+        "python": platform.python_version(),
+        "rounds": len(rounds),
+        "layers": layers,
+        "bytes": sizes,
+        "seconds": {name: statistics.median(run[name].seconds for run in rounds) for name in names},
+        "processor_seconds": {name: statistics.median(run[name].processor_seconds for run in rounds) for name in names},
+        "peak_bytes": {name: max(run[name].peak_bytes for run in rounds) for name in names},
+        "ratios": {
+            "growth / cp": ratio("growth", "cp of its result"),
+            "growth / dd": ratio("growth", "dd of as many bytes"),
+            "mergekit / growth in depth alone": ratio("mergekit", "growth in depth alone"),
+            "seconds per byte without start-up, whole / quarter": statistics.median(
+                (run["growth"].seconds - start)
+                / sizes["growth"]
+                / ((run["growth of a quarter"].seconds - start) / sizes["growth of a quarter"])
+                for run in rounds
+            ),
+        },
+        "runs": [{name: asdict(run) for name, run in found.items()} for found in rounds],
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    lines = [f"Medians of {result['rounds']} interleaved rounds on {result['machine']}; whole processes, 2 computing threads:", ""]
+    lines += ["| | writes | seconds | processor seconds | peak memory |", "|---|---:|---:|---:|---:|"]
+    sizes = result["bytes"] | dict.fromkeys(("cp of its result", "dd of as many bytes"), result["bytes"]["growth"])
+    for name, seconds in result["seconds"].items():
+        written = f"{sizes[name] / 1e9:.2f} GB" if name in sizes else ""
+        lines.append(
+            f"| {name} | {written} | {seconds:.1f} | {result['processor_seconds'][name]:.1f} | {result['peak_bytes'][name] / 1e6:,.0f} MB |"
+        )
+    ratios = "; ".join(f"{name} {value:.2f}" for name, value in result["ratios"].items() if value is not None)
+    return "\n".join([*lines, "", f"Medians of the rounds' ratios: {ratios}.", ""])
+
+
+def write_readme(result: dict[str, Any]) -> None:
+    """Put the table between its marks in README.md."""
+    before, rest = README.read_text().split(MARKS[0])
+    _, after = rest.split(MARKS[1])
+    README.write_text(before + MARKS[0] + table(result) + MARKS[1] + after)
 
 
 def main() -> None:
     """The door."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=24, help="of the source; 24 is Phi-1.5")
-    parser.add_argument("--work", type=Path, default=Path("build/bench-growth"), help="a folder for 12 GB, removed at the end")
+    parser.add_argument("--layers", type=int, default=24, help="of the source, a multiple of 12; 24 is Phi-1.5")
+    parser.add_argument("--cores", type=int, default=2, help="that every command may use")
+    parser.add_argument("--work", type=Path, default=Path("build/bench-growth"), help="a folder for 20 GB, removed at the end")
     parser.add_argument("--out", type=Path, default=HERE / "bench_growth.json")
-    parser.add_argument("--make-source", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--without-mergekit", action="store_true")
+    parser.add_argument("--readme", action="store_true", help="write the table of --out into README.md; nothing is run")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.make_source:
-        make_source(options.make_source, options.layers)
+    if options.child:
+        name, *arguments = options.child
+        CHILDREN[name](*(int(value) if value.isdecimal() else Path(value) for value in arguments))  # type: ignore[operator]
         return
-    options.work.mkdir(parents=True, exist_ok=True)
+    if options.readme:
+        write_readme(json.loads(options.out.read_text()))
+        return
+    if options.layers % 12:
+        parser.error("--layers must be a multiple of 12: depth grows by a third, and a quarter of it is grown too")
+    mergekit = None if options.without_mergekit else passthrough.environment(options.work.absolute().parent / "mergekit")
+    cores = sorted(os.sched_getaffinity(0))[: options.cores]
+    os.sched_setaffinity(0, cores)
+    shutil.rmtree(options.work, ignore_errors=True)
+    options.work.mkdir(parents=True)
     try:
-        taken = rounds(options.work, options.rounds, options.layers)
+        bench = Bench(options.work, options.layers, mergekit)
+        rounds = []
+        for number in range(options.rounds + 1):  # the first round warms up and does not count
+            rounds.append(bench.round())
+            print(f"round {number}: " + ", ".join(f"{name} {run.seconds:.1f} s" for name, run in rounds[-1].items()), flush=True)
     finally:
         shutil.rmtree(options.work, ignore_errors=True)
-    ratio = [mine.seconds / copy.seconds for mine, copy in zip(taken["growth"], taken["cp of its result"], strict=True)]
-    result = {
-        "machine": machine(),
-        "rounds": options.rounds,
-        "layers": options.layers,
-        "seconds": {name: statistics.median(run.seconds for run in runs) for name, runs in taken.items()},
-        "all_seconds": {name: [run.seconds for run in runs] for name, runs in taken.items()},
-        "peak_bytes": {name: max(run.peak_bytes for run in runs) for name, runs in taken.items()},
-        "growth_over_cp": statistics.median(ratio),
-    }
+    result = summary(rounds[1:], bench.bytes, options.layers, len(cores))
     options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\n{result['machine']}, medians of {options.rounds} rounds\n")
-    print("| whole process | seconds | peak memory |\n|---|---:|---:|")
-    for name, seconds in result["seconds"].items():
-        print(f"| {name} | {seconds:.1f} | {result['peak_bytes'][name] / 1e6:,.0f} MB |")
-    print(f"\ngrowth / cp, median of the rounds' ratios: {result['growth_over_cp']:.2f}")
+    print(f"\n{table(result)}")
 
 
 if __name__ == "__main__":
