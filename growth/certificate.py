@@ -52,6 +52,7 @@ def _config(plan: Plan) -> Iterator[str]:
     """(1) A value that is no size differs."""
     growth = plan.growth
     sizes = {growth.family.field_name(name) for name in STANDARD} | {growth.family.rotary_field, "rope_parameters", *growth.family.follows}
+    sizes |= {key for key, _ in growth.family.more.values()}
     source, target = growth.source_config, growth.target_config
     for key in sorted((source.keys() | target.keys()) - sizes - set(NEUTRAL)):
         silent = key.endswith("_token_id") or "drop" in key  # neither touches the logits in evaluation

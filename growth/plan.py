@@ -23,7 +23,7 @@ from .expansion import AxisMap, Fill
 from .layers import LayerMap, follow_layers, layer_map
 from .operators import recipe
 from .recipe import Growth, Recipe
-from .strangers import know
+from .strangers import Known, hold_against_class, know
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +165,7 @@ def plan(
     depth: str | Sequence[int] = "identity",
     noise: float = 0.0,
     seed: int = 0,
+    family: Family | None = None,
     **options: Any,
 ) -> Plan:
     """Decide a growth without reading weights.
@@ -177,22 +178,26 @@ def plan(
         noise: strength of symmetry-breaking noise on what was copied, relative to each tensor's root mean square; where the readers of
             copies were divided it sums to zero over them, so that a lossless growth stays lossless.
         seed: of every random entry.
+        family: the schema to go by; None takes the one of the config's `model_type`, and derives one where there is none.
 
     Raises:
         UserError: unknown names (with near matches), a target smaller than the source, tensors that do not match the schema, …
     """
     checkpoint = _opened(source)
     source_config = checkpoint.config if isinstance(checkpoint, Checkpoint) else checkpoint
-    known = know(checkpoint, target)
-    family = known.family
+    known = know(checkpoint, target, depth) if family is None else Known(family)
+    family, source_config = known.family, known.config or source_config
     growth = Growth(family, source_config, resolve_target(target, source_config, family), seed)
     _check_growable(growth, noise)
     layers = layer_map(depth, growth.source["layer"], growth.target["layer"])
     _check_depth(layers, family)
     made = recipe(operator, growth, options)
     steps = tuple(_steps(growth, made, layers))
-    dtypes = _check_tensors(checkpoint, steps, family) if isinstance(checkpoint, Checkpoint) else {}
-    return Plan(growth, operator, options, noise, made, layers, steps, dtypes, known.notes)
+    dtypes = _check_tensors(checkpoint, source_config, family) if isinstance(checkpoint, Checkpoint) else {}
+    decided = Plan(growth, operator, options, noise, made, layers, steps, dtypes, known.notes)
+    if known.config is not None:
+        hold_against_class(decided)
+    return decided
 
 
 def _opened(source: str | Path | Config | Checkpoint) -> Checkpoint | Config:
@@ -209,7 +214,7 @@ def _check_growable(growth: Growth, noise: float) -> None:
         raise UserError(f"target: model_type {other!r} differs from the source's {family.name!r}; a family grows into itself only")
     smaller = [space for space in source if target[space] < source[space] and (space == "layer" or family.uses(space))]
     faults = [f"target: {space} {target[space]} is smaller than the source's {source[space]}; growth only enlarges" for space in smaller]
-    if growth.tied and not family.flag(growth.source_config, "tie_word_embeddings"):
+    if growth.tied and not family.ties(growth.source_config):
         faults.append(
             "target: tie_word_embeddings is true, but the source has an output head of its own that would be lost; leave it false"
         )
@@ -269,10 +274,10 @@ def _copied_both_ways(tensor: Tensor, maps: Sequence[AxisMap]) -> bool:
     return len(maps) == 2 and tensor.line.kind == "linear" and all(axis.counts().max() > 1 for axis in maps)
 
 
-def _check_tensors(checkpoint: Checkpoint, steps: Sequence[Step], family: Family) -> dict[str, str]:
+def _check_tensors(checkpoint: Checkpoint, config: Config, family: Family) -> dict[str, str]:
     """Hold the stored tensors against the schema; return their dtypes."""
     stored = checkpoint.tensors
-    schema = {tensor.name: tensor for tensor in family.tensors(checkpoint.config)}
+    schema = {tensor.name: tensor for tensor in family.tensors(config)}
     faults = []
     if missing := [name for name, tensor in schema.items() if name not in stored and not tensor.tied]:
         faults.append(f"{checkpoint.folder}: missing {names_of(missing)}, which the {family.name} schema and this config require")

@@ -33,7 +33,7 @@ class Growth:
 
     @property
     def tied(self) -> bool:
-        return self.family.flag(self.target_config, "tie_word_embeddings")
+        return self.family.ties(self.target_config)
 
     @property
     def embedding_gain(self) -> float:
@@ -51,6 +51,8 @@ class Growth:
         """How much larger q·k must become so that the library's scaling gives the source's attention logits."""
         if self.family.attention_scale == "head_dim":
             return sqrt(self.target["qk"] / self.source["qk"])
+        if self.family.attention_scale == "none":
+            return 1.0
         return sqrt(self.target_config[self.family.attention_scale] / self.source_config[self.family.attention_scale])
 
     def grows(self, space: str) -> bool:

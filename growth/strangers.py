@@ -1,47 +1,139 @@
-"""The family of a source, known here or not: a `model_type` without a schema gets what its checkpoint lets one know."""
+"""The family of a source, known here or not: without a schema one is derived and confirmed, or an outline made, or the source refused."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from model.checkpoint import Checkpoint
-from model.config import Target
+from model.checkpoint import Checkpoint, names_of
+from model.config import Target, resolve_target
 from model.errors import UserError
-from model.family import Family, families, family_of
+from model.family import Config, Family, families, family_of
 from model.outline import outline
+
+from .layers import LAYER_MAPS
+
+if TYPE_CHECKING:
+    from model.derive.roles import Draft
+
+    from .plan import Plan
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Known:
-    """A family, and what is and is not known of it, in words; nothing has to be said of one with a schema of its own."""
+    """A family, and what is and is not known of it.
+
+    Attributes:
+        family: the schema to go by.
+        notes: in words; none for a family with a schema of its own.
+        config: of the source, with everything that the library's class makes of it; None where the file's own will do.
+    """
 
     family: Family
     notes: tuple[str, ...] = ()
+    config: Config | None = None
 
 
-def know(source: Checkpoint | Mapping[str, Any], target: Target) -> Known:
-    """The family of `source`; without a schema an outline that can grow in depth alone.
+def know(source: Checkpoint | Config, target: Target, depth: str | Sequence[int]) -> Known:
+    """The family of `source` for a growth into `target`.
+
+    Without a schema: whole layers are copied by an outline (`model.outline`); for anything else a schema is derived (`model.derive`) and
+    this very growth rehearsed on a tiny random model of the family (`growth.confirm`) before it is believed.
 
     Raises:
-        UserError: the family is unknown and there is no checkpoint to read it off, or its layers cannot be told apart.
+        UserError: the family is unknown to the library too, or the derived schema was not confirmed; the message says why.
     """
     config = source.config if isinstance(source, Checkpoint) else source
-    if not isinstance(source, Checkpoint) or "model_type" not in config or config["model_type"] in families():
+    if config.get("model_type") is None or config["model_type"] in families():
         return Known(family_of(config))
-    family = outline(config, {name: stored.shape for name, stored in source.tensors.items()})
-    return Known(family, _what_an_outline_says(family, target))
+    shapes = {name: stored.shape for name, stored in source.tensors.items()} if isinstance(source, Checkpoint) else None
+    if shapes is not None and _copies_layers_only(config, target, depth):
+        family = outline(config, shapes)
+        return Known(family, (f"family {family.name!r} has no schema: layers were told by their names, and whole layers are copied",))
+    return _derived(config, shapes, target, depth)
 
 
-def _what_an_outline_says(family: Family, target: Target) -> tuple[str, ...]:
-    depth = family.field_name("num_hidden_layers")
-    if not isinstance(target, Mapping) or target.keys() - {depth, "num_hidden_layers"}:
+def _copies_layers_only(config: Config, target: Target, depth: str | Sequence[int]) -> bool:
+    """Whether nothing but the number of layers changes, and no new layer has to start as the identity."""
+    from model.outline import DEPTH_KEYS
+
+    if not isinstance(target, Mapping) or (isinstance(depth, str) and LAYER_MAPS.get(depth, (None, False))[1]):
+        return False
+    return all(key in DEPTH_KEYS or config.get(key) == value for key, value in target.items())
+
+
+def _derived(config: Config, shapes: Shapes | None, target: Target, depth: str | Sequence[int]) -> Known:
+    from model.derive import derive, whole_config
+    from model.derive.probe import shapes as built_shapes
+    from model.derive.schema import drafted_family
+
+    from .confirm import bench
+
+    name = config["model_type"]
+    try:
+        draft = derive(config)
+        whole = whole_config(config)
+        shapes = built_shapes(whole) if shapes is None else shapes
+        family = drafted_family(draft, whole, shapes)
+        changes = _asked(draft, whole, resolve_target(target, whole, family), depth)
+        if not changes:
+            return Known(family, (f"family {name!r} has no schema here: one was derived, and nothing grows by it",), whole)
+        with bench(draft) as tiny:
+            rehearsal = tiny.rehearse(draft, changes, depth if isinstance(depth, str) else "identity")
+        family = drafted_family(rehearsal.draft, whole, shapes)
+    except UserError as fault:
         raise UserError(
-            f"family {family.name!r} has no schema, so which axes belong together is unknown and it can grow in depth alone; give "
-            f"target={{{depth}:N}}, or register a schema (README, 'Add a family')"
-        )
-    return (
-        f"family {family.name!r} has no schema: layers were told by their names, and whole layers are copied",
-        "unknown: which tensors write to the residual stream, so new layers cannot start as the identity",
+            f"family {name!r} has no schema here, and none could be derived and confirmed for this growth: {fault}; what is left: whole "
+            "layers copied (growth.depth=stack and no size but the number of layers), or a schema of your own (README, 'Add a family')"
+        ) from None
+    sizes = ", ".join(f"{key} {draft.axes.config[key]} → {size}" for key, size in changes.items())
+    return Known(
+        family,
+        (
+            f"family {name!r} has no schema here: one was derived from transformers' own class ({len(family.lines)} lines)",
+            f"confirmed: a tiny random model of the family, grown by it ({sizes}), kept its logits in float64 to {rehearsal.error:.1g} of "
+            "the largest",
+        ),
+        whole,
     )
+
+
+def _asked(draft: Draft, source: Config, target: Config, depth: str | Sequence[int]) -> dict[str, int]:
+    """The same growth at the tiny config's sizes: whole factors become 2, others 1.5; layers, tokens and positions become a few more."""
+    keys, tiny = draft.axes.keys, draft.axes.config
+    sizes = (*draft.axes.stream_keys, keys.heads, keys.kv, keys.head_dim, keys.ffn, *keys.more)
+    changes = {}
+    for key in filter(None, dict.fromkeys(sizes)):
+        if key in tiny and source.get(key) and target.get(key) != source[key]:
+            changes[key] = int(tiny[key]) * 2 if target[key] % source[key] == 0 else int(tiny[key]) * 3 // 2
+    for key in filter(None, (keys.vocab, keys.positions)):
+        if target.get(key) != source.get(key):
+            changes[key] = int(tiny[key]) + 6
+    if target[keys.layers] != source[keys.layers] and isinstance(depth, str) and LAYER_MAPS.get(depth, (None, False))[1]:
+        changes[keys.layers] = int(tiny[keys.layers]) + 1
+    return changes
+
+
+def hold_against_class(plan: Plan) -> None:
+    """The library's own class, built of the target's config, must have exactly the planned tensors.
+
+    Raises:
+        UserError: it has others, or others' shapes; the message names the first ones.
+    """
+    from model.derive.probe import shapes
+
+    built: dict[str, Any] = dict(shapes(plan.target_config))
+    planned = {step.name: step.shape for step in plan.steps}
+    if differ := [name for name in planned.keys() | built.keys() if planned.get(name) != built.get(name) and name in planned]:
+        first = min(differ)
+        raise UserError(
+            f"family {plan.family.name!r} has no schema here, and the derived one plans {first} as {planned[first]} where transformers' "
+            f"class has {built.get(first, 'none')} ({names_of(differ)}); some size that follows another was not recognised"
+        )
+    if lacking := [name for name in built if name not in planned]:
+        raise UserError(
+            f"family {plan.family.name!r}: transformers' class wants {names_of(lacking)}, which the derived schema does not plan"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, Literal
@@ -58,9 +58,11 @@ class Family:
         names: standard size name → this family's config field, where they differ.
         rotary: share of each head that rotary positions turn when the config does not say; None for other positions.
         rotary_field: the config field of that share.
-        attention_scale: "head_dim" (logits scaled by 1/sqrt(head dim)) or the config field that fixes the scale instead.
+        attention_scale: "head_dim" (logits scaled by 1/sqrt(head dim)), "none", or the config field that fixes the scale instead.
         pos_offset: learned positions stored beyond max_position_embeddings.
         follows: config field → the standard size that it repeats.
+        more: further spaces, each with the config field of its size and what that is multiplied by.
+        tied: whether the head is the embedding, where the config's `tie_word_embeddings` does not decide it.
         also: other `model_type`s with the same layout.
         ignore: stored names that are buffers, not weights (a `*` stands for the layer).
     """
@@ -75,6 +77,8 @@ class Family:
     attention_scale: str = "head_dim"
     pos_offset: int = 0
     follows: Mapping[str, str] = field(default_factory=dict)
+    more: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    tied: bool | None = None
     also: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
 
@@ -118,27 +122,44 @@ class Family:
         return value
 
     def sizes(self, config: Config) -> dict[str, int]:
-        """The sizes of the spaces: `layer vocab residual ffn kv group qk v pos`; of an outline `layer` alone.
+        """The size of every space that the schema uses (`vocab residual ffn kv group qk v pos`, and `more`), and of `layer`.
 
         Raises:
             UserError: a size is missing, or heads do not divide what they share.
         """
-        if not self.spaces:
-            return {"layer": self.require(config, "num_hidden_layers")}
-        hidden, heads = self.require(config, "hidden_size"), self.require(config, "num_attention_heads")
-        kv = self.get(config, "num_key_value_heads") or heads
-        head = self.get(config, "head_dim") or _divide(hidden, heads, f"{self.field_name('hidden_size')} into {heads} heads")
+        sizes = {"layer": self.require(config, "num_hidden_layers")}
+        for space, size_of in self._size_rules.items():
+            if self.uses(space):
+                sizes[space] = size_of(config)
+        for space, (key, factor) in self.more.items():
+            if type(value := config.get(key)) is not int or value < 1:
+                raise UserError(f"config of family {self.name!r}: {key} must be a positive whole number, found {value!r}")
+            sizes[space] = value * factor
+        return sizes
+
+    @cached_property
+    def _size_rules(self) -> dict[str, Callable[[Config], int]]:
         return {
-            "layer": self.require(config, "num_hidden_layers"),
-            "vocab": self.require(config, "vocab_size"),
-            "residual": hidden,
-            "ffn": self.get(config, "intermediate_size") or 4 * hidden,
-            "kv": kv,
-            "group": _divide(heads, kv, f"{heads} query heads among {kv} key-value heads"),
-            "qk": head,
-            "v": head,
-            "pos": self.get(config, "max_position_embeddings", 0) + self.pos_offset,
+            "vocab": lambda config: self.require(config, "vocab_size"),
+            "residual": lambda config: self.require(config, "hidden_size"),
+            "ffn": lambda config: self.get(config, "intermediate_size") or 4 * self.require(config, "hidden_size"),
+            "qk": self._head_dim,
+            "v": self._head_dim,
+            "kv": self._kv_heads,
+            "group": self._group,
+            "pos": lambda config: self.get(config, "max_position_embeddings", 0) + self.pos_offset,
         }
+
+    def _kv_heads(self, config: Config) -> int:
+        return self.get(config, "num_key_value_heads") or self.require(config, "num_attention_heads")
+
+    def _group(self, config: Config) -> int:
+        heads, kv = self.require(config, "num_attention_heads"), self._kv_heads(config)
+        return _divide(heads, kv, f"{heads} query heads among {kv} key-value heads")
+
+    def _head_dim(self, config: Config) -> int:
+        hidden, heads = self.require(config, "hidden_size"), self.require(config, "num_attention_heads")
+        return self.get(config, "head_dim") or _divide(hidden, heads, f"{self.field_name('hidden_size')} into {heads} heads")
 
     def rotary_dims(self, config: Config) -> int:
         """How many dimensions of each head rotary positions turn (0 without rotary positions)."""
@@ -163,9 +184,17 @@ class Family:
 
     def writes_residual(self, tensor: Tensor) -> bool:
         """Whether the tensor is the last to touch what its module adds to the residual stream."""
-        if any(line.kind == "post norm" for line in self.lines):
-            return tensor.line.kind == "post norm"
-        return tensor.line.kind == "linear" and tensor.line.out == Space("residual")
+        line = tensor.line
+        if any(other.kind == "post norm" and other.layered for other in self.lines):
+            return line.kind == "post norm"
+        if line.kind == "tensor":
+            reads = any(space.dual for axis in line.axes for space in spaces(axis))
+            return Space("residual") in line.axes and (reads or line.name.endswith("bias"))
+        return line.kind == "linear" and line.out == Space("residual")
+
+    def ties(self, config: Config) -> bool:
+        """Whether the output head is the embedding."""
+        return self.flag(config, "tie_word_embeddings") if self.tied is None else self.tied
 
     def ignores(self, name: str) -> bool:
         """Whether a stored name is a buffer that no schema line needs."""
@@ -217,7 +246,7 @@ def register(family: Family) -> Family:
     Raises:
         ValueError: a line of its schema does not parse or names a space that has no size.
     """
-    known = {"vocab", "residual", "ffn", "kv", "group", "qk", "v", "pos"}
+    known = {"vocab", "residual", "ffn", "kv", "group", "qk", "v", "pos", *family.more}
     for line in family.lines:
         for space in (space for axis in line.axes for space in spaces(axis)):
             if space.name not in known:

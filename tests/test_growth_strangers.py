@@ -26,10 +26,20 @@ STRANGERS: dict[str, dict[str, Any]] = {
     "stablelm": {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 3, "intermediate_size": 24},
     "cohere": {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 3, "intermediate_size": 24},
 }
+EXPERTS: dict[str, dict[str, Any]] = {
+    "gpt_oss": {
+        "hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 2,
+        "intermediate_size": 12, "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 4,
+    },
+    "mixtral": {
+        "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2, "intermediate_size": 12,
+        "num_local_experts": 3, "num_experts_per_tok": 2,
+    },
+}  # fmt: skip
 
 
 def config_of(name: str, **changes: Any) -> dict[str, Any]:
-    return to_hf_config({"model_type": name, **TINY, **STRANGERS[name], **changes}).to_dict()
+    return to_hf_config({"model_type": name, **TINY, **(STRANGERS | EXPERTS)[name], **changes}).to_dict()
 
 
 def layers_of(model: Any) -> torch.nn.ModuleList:
@@ -95,21 +105,14 @@ def test_tensors_that_only_some_layers_have_move_with_their_layer(tmp_path: Path
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("target", "depth", "message"),
-    [
-        ({"n_layers": 5}, "identity", "new layers start as the identity"),
-        ({"d_model": 32}, "stack", "can grow in depth alone"),
-        ("phi_2", "stack", "can grow in depth alone"),
-    ],
-)
-def test_what_an_outline_cannot_do_is_refused(tmp_path: Path, target: Any, depth: str, message: str) -> None:
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    (folder / "config.json").write_text('{"model_type": "mine", "n_layers": 2, "d_model": 2}')
-    save_file({"h.0.a": torch.ones(2), "h.1.a": torch.ones(2)}, folder / "model.safetensors")
-    with pytest.raises(UserError, match=message):
-        plan(folder, target, depth=depth)
+@pytest.mark.parametrize(("target", "depth"), [({"n_layers": 5}, "identity"), ({"d_model": 32}, "stack"), ("phi_2", "stack")])
+def test_a_family_that_nobody_knows_grows_by_whole_layers_alone(tmp_path: Path, target: Any, depth: str) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mine", "n_layers": 2, "d_model": 2}')
+    save_file({"h.0.a": torch.ones(2), "h.1.a": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"transformers has no causal language model of that type.*what is left: whole layers copied"):
+        plan(tmp_path, target, depth=depth)
+    with pytest.raises(UserError, match="new layers start as the identity where what writes to the residual stream is zero"):
+        plan(tmp_path, {"n_layers": 3}, family=outline({"model_type": "mine", "n_layers": 2}, {"h.0.a": (2,), "h.1.a": (2,)}))
 
 
 @pytest.mark.parametrize(
@@ -124,3 +127,23 @@ def test_what_an_outline_cannot_do_is_refused(tmp_path: Path, target: Any, depth
 def test_layers_that_cannot_be_told_apart_are_refused(names: list[str], layers: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         outline({"model_type": "mine", "n_layers": layers}, {name: (2,) for name in names})
+
+
+DERIVED: dict[str, dict[str, Any]] = {
+    "mpt": {"d_model": 24, "n_layers": 4},  # ALiBi's slopes belong to the heads, so head dims grow
+    "falcon": {"hidden_size": 24, "num_attention_heads": 3},  # multi-query, fused
+    "starcoder2": {"hidden_size": 40, "num_attention_heads": 5, "intermediate_size": 31},
+    "cohere": {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 4},  # one norm for two blocks, logits scaled, tied
+    "gpt_oss": {"hidden_size": 24, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 20},  # experts in one tensor
+    "mixtral": {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 20},  # experts in many
+}
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_a_derived_schema_grows_losslessly(tmp_path: Path, checkpoint_maker: Any, name: str) -> None:
+    source = checkpoint_maker(tmp_path / "source", config_of(name))
+    grown = grow(source, tmp_path / "out", target=DERIVED[name], noise=0.2)
+    assert grown.certificate.lossless, grown.certificate.reasons
+    assert grown.receipt.max_logit > 0.1
+    assert grown.receipt.max_delta <= 2e-5 * max(1, grown.receipt.max_logit)
+    assert "confirmed: a tiny random model of the family" in grown.plan.notes[1]

@@ -1,0 +1,123 @@
+"""Confirming a derived schema: a tiny random model of the family is grown by it, and its logits must stay."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model.build import load_model
+from model.derive import LENGTH, ROWS
+from model.derive.probe import build, scramble
+from model.derive.roles import Draft
+from model.derive.schema import drafted_family, variants
+from model.errors import UserError
+
+SAME = 2e-5  # of the largest logit: some library classes compute norms, routers and softmax in float32
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A growth that kept the logits of a tiny random model.
+
+    Attributes:
+        draft: the schema, with the choices that did.
+        changes: what the tiny config's sizes became.
+        error: largest |Δlogit| in float64, relative to the largest logit.
+    """
+
+    draft: Draft
+    changes: Mapping[str, int]
+    error: float
+
+
+@dataclass
+class Bench:
+    """A tiny random model of a family, saved once and grown as often as one likes."""
+
+    draft: Draft
+    folder: Path
+    tokens: torch.Tensor
+    logits: torch.Tensor
+    count: int = 0
+
+    def rehearse(self, draft: Draft, changes: Mapping[str, int], depth: str = "identity") -> Rehearsal:
+        """Grow the tiny model by `draft`, by each of its variants in turn, until one keeps the logits.
+
+        Raises:
+            UserError: none does; the message says why the first one, the likeliest, does not.
+        """
+        reason = ""
+        for variant in variants(draft):
+            try:
+                error = self._error(variant, changes, depth)
+            except UserError as fault:
+                reason = reason or str(fault)
+                continue
+            if error <= SAME:
+                return Rehearsal(variant, changes, error)
+            reason = reason or f"the logits of a tiny random model move by {error:.2g} of the largest"
+        raise UserError(reason)
+
+    def _error(self, draft: Draft, changes: Mapping[str, int], depth: str) -> float:
+        from .grow import grow
+
+        family = drafted_family(draft, draft.axes.config, draft.axes.shapes)
+        self.count += 1
+        out = self.folder / str(self.count)
+        grown = grow(self.folder / "source", out, target=changes, depth=depth, family=family, receipt=False, noise=0.1)
+        if grown.plan.target_parameters == grown.plan.source_parameters:
+            raise UserError(f"nothing grows with {', '.join(changes)}")
+        if not grown.certificate.lossless:
+            raise UserError("; ".join(grown.certificate.reasons))
+        logits = _logits(grown.folder, self.tokens)[..., : self.logits.shape[-1]]
+        return float((logits - self.logits).abs().max() / self.logits.abs().max())
+
+
+@contextmanager
+def bench(draft: Draft) -> Iterator[Bench]:
+    """A tiny random model of the family of `draft`, in a folder that goes away with it.
+
+    Raises:
+        UserError: it cannot be saved and loaded again.
+    """
+    config, keys = draft.axes.config, draft.axes.keys
+    tokens = torch.randint(config[keys.vocab], (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
+    with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder, _quiet():
+        source = Path(folder) / "source"
+        model = build(config, "cpu")
+        scramble(model, seed=2)
+        model.save_pretrained(source)
+        yield Bench(draft, Path(folder), tokens, _logits(source, tokens))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's progress bars and load reports: rehearsals load many models, and those that fail are told otherwise."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    try:
+        model = load_model(folder, dtype="float64", attention="eager").eval()
+        with torch.no_grad():
+            return model(input_ids=tokens, use_cache=False).logits
+    except UserError:
+        raise
+    except Exception as fault:  # the library's classes raise every kind
+        reason = " ".join(str(fault).split())[:200]
+        raise UserError(f"a tiny model of the family does not load or run ({type(fault).__name__}: {reason})") from None

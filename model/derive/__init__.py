@@ -1,0 +1,90 @@
+"""Deriving a schema: what a family's own class, built tiny and watched, shows of the roles of its tensors.
+
+Nothing here is proof: a draft is believed only after `growth.confirm` has grown a tiny model by it and found the same logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..build import to_hf_config
+from ..errors import UserError
+from ..family import Config
+from .axes import Axes, Keys
+from .probe import build, shapes, sightings
+from .roles import Draft
+from .shrink import HEAD, HEAD_KEYS, MAX_PARAMETERS, kept_layers, shrunken
+
+ROWS, LENGTH = 2, 12  # of random tokens
+
+
+def derive(config: Config) -> Draft:
+    """A draft of the schema of the family of `config`, which goes through the library's own config class and nothing else of a stranger's.
+
+    Raises:
+        UserError: the library has no causal language model of this type, or its class does not build or run as a tiny twin.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = str(config.get("model_type"))
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError("transformers has no causal language model of that type")
+    whole, attribute_map = _whole(config)
+    keys = Keys.of(whole, attribute_map)
+    tiny = shrunken(whole, keys.layers, kept_layers(whole, whole[keys.layers]))
+    faults = []
+    for twin in _twins(tiny, keys):
+        try:
+            return _draft(keys, twin)
+        except UserError as fault:
+            faults.append(fault)
+    raise faults[0]
+
+
+def _twins(tiny: Config, keys: Keys) -> Iterator[Config]:
+    """The tiny config, then with what some classes insist on: a key-value head for each query head, a head dim of hidden size / heads."""
+    every_head = {keys.kv: tiny[keys.heads]} if keys.kv and keys.heads else {}
+    divided = {key: HEAD for key in HEAD_KEYS if key in tiny}
+    for changes in ({}, every_head, divided, every_head | divided):
+        if changes or tiny:
+            yield {**tiny, **changes}
+
+
+def _draft(keys: Keys, tiny: Config) -> Draft:
+    import torch
+
+    tiny, _ = _whole(tiny)
+    if (count := build(tiny).num_parameters()) > MAX_PARAMETERS:
+        raise UserError(f"a tiny twin of it still has {count:,} parameters, so some size of its config was not recognised")
+    axes = Axes(keys, tiny, shapes(tiny))
+    model = build(tiny, "cpu")
+    tokens = torch.randint(tiny[keys.vocab], (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    seen = sightings(model, tokens)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    head, embedding = (
+        None if module is None else names.get(id(getattr(module, "weight", None)))
+        for module in (model.get_output_embeddings(), model.get_input_embeddings())
+    )
+    return Draft(axes, seen, head, embedding)
+
+
+def whole_config(config: Config) -> dict[str, Any]:
+    """A config with everything that the library's own class makes of it.
+
+    Raises:
+        UserError: the class refuses it.
+    """
+    return _whole(config)[0]
+
+
+def _whole(config: Config) -> tuple[dict[str, Any], dict[str, str]]:
+    """A config with everything that the library's class makes of it, and how that class spells standard names."""
+    try:
+        made = to_hf_config(config)
+        return made.to_dict(), dict(made.attribute_map)
+    except UserError:
+        raise
+    except Exception as fault:  # the library's classes raise every kind
+        reason = " ".join(str(fault).split())[:200]
+        raise UserError(f"transformers' config class for {config.get('model_type')!r} refuses this config: {reason}") from None

@@ -1,0 +1,175 @@
+"""Which config key moves which axis: the family's tiny config built again and again on the meta device, one size changed at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ..errors import UserError
+from ..family import Config
+from .probe import shapes
+from .shrink import repeats_hidden
+
+Shapes = Mapping[str, tuple[int, ...]]
+MORE_FFN = re.compile(r"^(?!.*(multiple|encoder)).*(intermediate|ffn)")
+
+
+@dataclass(frozen=True)
+class Keys:
+    """How a config spells the sizes that a schema is about; None where it does not have one.
+
+    Attributes:
+        follows: keys that repeat the hidden size.
+        more: further feed-forward sizes, as of experts, each a space of its own.
+    """
+
+    hidden: str
+    heads: str | None
+    kv: str | None
+    ffn: str | None
+    layers: str
+    vocab: str
+    positions: str | None
+    head_dim: str | None
+    follows: tuple[str, ...]
+    more: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: Config, attribute_map: Mapping[str, str]) -> Keys:
+        """The keys of a whole config (`PretrainedConfig.to_dict`).
+
+        Raises:
+            UserError: it has no hidden size, layer count or vocabulary of its own.
+        """
+
+        def key(standard: str, *others: str) -> str | None:
+            decoder = tuple(name for name in others if name.startswith("decoder_"))  # where the config has an encoder's sizes too
+            names = (*decoder, attribute_map.get(standard, standard), standard, *others)
+            return next((name for name in names if type(config.get(name)) is int and config[name] > 0), None)
+
+        hidden, vocab = key("hidden_size", "d_model", "n_embd"), key("vocab_size")
+        layers = key("num_hidden_layers", "num_layers", "decoder_layers")
+        sizes = {"hidden size": hidden, "layer count": layers, "vocabulary": vocab}
+        missing = [word for word, found in sizes.items() if found is None]
+        if hidden is None or layers is None or vocab is None:
+            raise UserError(f"its config has no {' and no '.join(missing)} at its top level")
+        spellings = ("decoder_ffn_dim", "ffn_dim", "ffn_hidden_size", "n_inner", "dff", "d_inner", "dim_ff", "feed_forward_size")
+        ffn = key("intermediate_size", *spellings)
+        whole = {name: value for name, value in config.items() if type(value) is int and value > 1}
+        return cls(
+            hidden=hidden,
+            heads=key("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"),
+            kv=key("num_key_value_heads", "num_kv_heads"),
+            ffn=ffn,
+            layers=layers,
+            vocab=vocab,
+            head_dim=key("head_dim", "attention_head_size", "d_head", "dim_head", "kv_channels"),
+            positions=key("max_position_embeddings", "n_positions", "max_target_positions"),
+            follows=tuple(name for name, value in whole.items() if name != hidden and repeats_hidden(name, value, config[hidden])),
+            more=tuple(name for name in whole if MORE_FFN.search(name) and name != ffn),
+        )
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The tiny model's tensors under changes of single sizes.
+
+    Attributes:
+        keys: the config's spellings.
+        config: the tiny config.
+        shapes: its tensors.
+    """
+
+    keys: Keys
+    config: Mapping[str, Any]
+    shapes: Shapes
+
+    @cached_property
+    def hidden(self) -> int:
+        return int(self.config[self.keys.hidden])
+
+    @cached_property
+    def heads(self) -> int:
+        return int(self.config[self.keys.heads]) if self.keys.heads else 1
+
+    @cached_property
+    def kv(self) -> int:
+        return 1 if self.multi_query else int(self.config.get(self.keys.kv or "") or self.heads)
+
+    @property
+    def multi_query(self) -> bool:
+        """Whether a switch of the config says that all queries share one key-value head."""
+        return self.config.get("multi_query") is True
+
+    def changed(self, changes: Mapping[str, int]) -> Shapes | None:
+        """The shapes after changes of config keys; None where the library refuses them or other tensors come of it."""
+        try:
+            found = shapes({**self.config, **changes})
+        except UserError:
+            return None
+        return found if found.keys() == self.shapes.keys() else None
+
+    @property
+    def stream_keys(self) -> tuple[str, ...]:
+        """The keys of the residual stream's size."""
+        return (self.keys.hidden, *self.keys.follows)
+
+    @property
+    def head_keys(self) -> tuple[str, ...]:
+        """The keys that multiply the heads: key-value groups where there is more than one, else query heads."""
+        groups = (self.keys.kv,) if self.keys.kv and self.kv > 1 else ()
+        return (self.keys.heads, *groups) if self.keys.heads else ()
+
+    @property
+    def width_keys(self) -> tuple[str, ...]:
+        """The keys of the residual stream's size, with the heads where their dim is hidden size / heads."""
+        return self.stream_keys + (self.head_keys if self.coupled else ())
+
+    def times(self, factor: float, *keys: str | None) -> dict[str, int]:
+        """The change that multiplies the sizes of `keys`."""
+        return {key: int(self.config[key] * factor) for key in keys if key}
+
+    @cached_property
+    def coupled(self) -> bool:
+        """Whether a head's dim is hidden size / heads, so that width grows by whole heads."""
+        moved = self.keys.heads and self.changed(self.times(2, *self.head_keys))
+        if not moved:
+            return self.keys.heads is not None
+        grown = [name for name in moved for a, b in zip(self.shapes[name], moved[name], strict=True) if b == 2 * a and a > 2 * self.heads]
+        return not grown
+
+    @cached_property
+    def by_hidden(self) -> Shapes:
+        """The shapes under twice the hidden size.
+
+        Raises:
+            UserError: the library refuses it.
+        """
+        found = self.changed(self.times(2, *self.width_keys))
+        if found is None:
+            raise UserError(f"its class does not build with twice the {self.keys.hidden}")
+        return found
+
+    @cached_property
+    def by_queries(self) -> Shapes | None:
+        """The shapes under twice the query heads (and key-value heads, where each query head has its own), hidden size fixed."""
+        if self.keys.heads is None:
+            return None
+        return self.changed(self.times(2, self.keys.heads, self.keys.kv if self.kv == self.heads else None))
+
+    @cached_property
+    def by_kv(self) -> Shapes | None:
+        """The shapes under twice the key-value heads, where there are fewer of them than query heads."""
+        if self.keys.kv is None or self.kv == self.heads or self.heads % (self.kv * 2):
+            return None
+        return self.changed({self.keys.kv: self.kv * 2})
+
+    @cached_property
+    def by_key(self) -> dict[str, Shapes]:
+        """The shapes under 8 more of each feed-forward size, the vocabulary and the positions, as far as the library builds them."""
+        names = [self.keys.ffn, *self.keys.more, self.keys.vocab, self.keys.positions]
+        found = {name: self.changed({name: self.config[name] + 8}) for name in names if name}
+        return {name: moved for name, moved in found.items() if moved is not None}

@@ -1,0 +1,190 @@
+"""From a draft to a family: the schema's lines, with the numbers of the checkpoint at hand."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import product
+
+from ..errors import UserError
+from ..family import Config, Family
+from ..notation import parse_axis, size
+from ..outline import in_layers
+from .roles import Choices, Draft
+
+Shapes = Mapping[str, tuple[int, ...]]
+CHOICES = tuple(Choices(*flags[::-1]) for flags in product((False, True), repeat=5))  # the likeliest first
+
+
+def drafted_family(draft: Draft, config: Config, shapes: Shapes) -> Family:
+    """The family that a draft describes, with the numbers of one checkpoint.
+
+    Args:
+        draft: the roles of its tensors' axes.
+        config: of the checkpoint, as the library's class completes it.
+        shapes: its tensors.
+
+    Raises:
+        UserError: a tensor has no counterpart in the tiny model, or a shape does not fit.
+    """
+    keys = draft.axes.keys
+    lines = "\n".join(_lines(draft, config, shapes))
+    kv = "multi_query_heads" if draft.axes.multi_query else keys.kv  # a switch says that there is one; no config has this name
+    standard = {
+        "hidden_size": keys.hidden,
+        "num_attention_heads": keys.heads,
+        "num_key_value_heads": kv,
+        "head_dim": keys.head_dim,
+        "intermediate_size": keys.ffn,
+        "num_hidden_layers": keys.layers,
+        "vocab_size": keys.vocab,
+        "max_position_embeddings": keys.positions,
+    }
+    inner = {f"inner_{factor}": (keys.hidden, factor) for factor in map(int, set(re.findall(r"inner_(\d+)", lines)))}
+    return Family(
+        name=str(config["model_type"]),
+        schema=lines,
+        norm="layer" if draft.norm == "layer" else "rms",
+        names={name: key for name, key in standard.items() if key and key != name},
+        defaults={str(kv): 1} if draft.axes.multi_query else {},
+        more={key: (key, 1) for key in keys.more if re.search(rf"\b{key}\b", lines)} | inner,
+        follows={key: "hidden_size" for key in keys.follows},
+        rotary=None,
+        attention_scale="none" if draft.choices.unscaled else "head_dim",
+        pos_offset=draft.position_offset,
+        tied=draft.tied,
+    )
+
+
+def variants(draft: Draft) -> Iterator[Draft]:
+    """`draft` under every choice that makes a difference to its schema, the likeliest first."""
+    tried = set()
+    for chosen in CHOICES:
+        variant = replace(draft, choices=chosen)
+        family = drafted_family(variant, draft.axes.config, draft.axes.shapes)
+        key = (family.schema, family.attention_scale if family.uses("qk") else "")
+        if key not in tried:
+            tried.add(key)
+            yield variant
+
+
+def _lines(draft: Draft, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    count = int(config[draft.axes.keys.layers])
+    twins, stacks = _Twins(draft.seen, int(draft.axes.config[draft.axes.keys.layers])), _stacks(shapes, count)
+    texts = {}
+    for name in shapes:
+        if (twin := twins.of(name, count)) is None:
+            raise UserError(f"tensor {name!r} has no counterpart in a tiny model of family {config['model_type']!r}")
+        texts[name] = _line(draft, name, twin, config, shapes)
+    grouped: dict[tuple[str, str], list[int | None]] = defaultdict(list)
+    for name, text in texts.items():
+        module = name.removesuffix(".weight").removesuffix(".bias")
+        if name.endswith(".bias") and texts.get(f"{module}.weight", "").split(" scaled")[0].endswith("+ bias"):
+            continue  # a part of its weight's line
+        star, layer = _layer_of(name if text.startswith("tensor ") else module, stacks)
+        grouped[star, text].append(layer)
+    yield from _merged(grouped, count)
+
+
+def _line(draft: Draft, name: str, twin: str, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    seen, shape = draft.seen[twin], shapes[name]
+    axes = [_filled(draft, template, length, name, config) for template, length in zip(draft.templates(twin), shape, strict=True)]
+    bias = shapes.get(name.removesuffix(".weight") + ".bias") if name.endswith(".weight") else None
+    if name.endswith(".weight") and seen.norm and not axes[0].isdigit():
+        role = "norm" if axes[0] != "residual" else "post norm" if draft.choices.post and seen.role == "norm" else seen.role
+        return f"{role}{'+1' if seen.offset else ''} {axes[0]}" + " + bias" * (bias == shape)
+    if name.endswith(".weight") and len(shape) == 2 and (seen.indexed or seen.reads.count(True) == 1):
+        arrow, out = ("->", 1) if seen.indexed or seen.reads[0] else ("<-", 0)
+        scaled = " scaled" if draft.choices.scaled and seen.parameter == draft.embedding else ""
+        return f"{axes[0]} {arrow} {axes[1]}" + " + bias" * (bias == (shape[out],)) + scaled
+    starred = [re.sub(r"([a-z_]\w*)", r"\1*", axis) if reads else axis for axis, reads in zip(axes, seen.reads, strict=True)]
+    return "tensor " + (", ".join(starred) or "scalar")
+
+
+def _filled(draft: Draft, template: str, length: int, name: str, config: Config) -> str:
+    """A template with its number, so that the axis has `length`."""
+    if "?" not in template:
+        return template
+    sizes = _sizes(draft, config)
+    unit = size(parse_axis(template.replace("?", "1")), sizes)
+    if length % unit:
+        raise UserError(f"{name}: an axis of {length} is no multiple of {unit} as {template!r} says")
+    return template.replace("?", str(length // unit))
+
+
+def _sizes(draft: Draft, config: Config) -> dict[str, int]:
+    keys = draft.axes.keys
+    heads = int(config[keys.heads]) if keys.heads else 1
+    kv = 1 if draft.axes.multi_query else int(config.get(keys.kv or "") or heads)
+    return {"kv": kv, "group": heads // kv, "residual": int(config[keys.hidden])}
+
+
+class _Twins:
+    """Which tensor of the tiny model stands for a tensor of a large one: the same name in another layer, or of another expert."""
+
+    def __init__(self, names: Iterable[str], count: int) -> None:
+        self._layers: dict[str, dict[int | None, str]] = defaultdict(dict)
+        self._loosely: dict[str, str] = {}
+        self._count = count
+        for name in names:
+            star, number = _first_number(name)
+            self._layers[star][number] = name
+            self._loosely.setdefault(_numberless(name), name)
+
+    def of(self, name: str, count: int) -> str | None:
+        """The twin of a tensor of a model with `count` layers; of the last layer, the last layer's, which may be normalised otherwise."""
+        star, number = _first_number(name)
+        found = self._layers.get(star)
+        if not found:
+            return self._loosely.get(_numberless(name))
+        last = found.get(self._count - 1) if number == count - 1 else None
+        return last or found.get(number) or next(iter(found.values()))
+
+
+def _first_number(name: str) -> tuple[str, int | None]:
+    """(name with `*` for its first number, that number)."""
+    match = re.search(r"(?<=\.)\d+(?=\.)", name)
+    return (name, None) if match is None else (f"{name[: match.start()]}*{name[match.end() :]}", int(match[0]))
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
+
+
+def _stacks(names: Iterable[str], count: int) -> set[str]:
+    """The prefixes of lists with one entry per layer."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for match in filter(None, (re.match(r"(.*?\.)(\d+)\.", name) for name in names)):
+        found[match[1]].add(int(match[2]))
+    return {prefix for prefix, numbers in found.items() if numbers == set(range(count))}
+
+
+def _layer_of(name: str, stacks: set[str]) -> tuple[str, int | None]:
+    """(name with `*` for its layer's number, that number)."""
+    match = re.match(r"(.*?\.)(\d+)(\..*)", name)
+    return (f"{match[1]}*{match[3]}", int(match[2])) if match and match[1] in stacks else (name, None)
+
+
+def _merged(grouped: Mapping[tuple[str, str], list[int | None]], count: int) -> Iterator[str]:
+    """Lines, with runs of numbered siblings (experts) folded into `{a..b}`."""
+    folded: dict[tuple[str, str, tuple[int | None, ...]], list[str]] = defaultdict(list)
+    for (star, text), layers in grouped.items():
+        folded[_numberless(star), text, tuple(layers)].append(star)
+    for (_, text, found), names in folded.items():
+        numbers = [layer for layer in found if layer is not None]
+        suffix = in_layers(numbers, count) if numbers else ""
+        for name in _braced(names):
+            yield f"{name}  {text}{suffix}"
+
+
+def _braced(names: list[str]) -> list[str]:
+    found = [re.search(r"(?<=\.)\d+(?=\.)", name + ".") for name in names]
+    heads = {name[: match.start()] + "{}" + name[match.end() :] for name, match in zip(names, found, strict=True) if match}
+    if len(names) < 2 or len(heads) != 1 or not all(found):
+        return names
+    numbers = sorted(int(match[0]) for match in found if match)
+    if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+        return names
+    return [heads.pop().replace("{}", f"{{{numbers[0]}..{numbers[-1]}}}")]

@@ -1,0 +1,124 @@
+"""A tiny twin of a config: the same switches, every size small, so that a model of it can be built, run and grown in a moment.
+
+The result is a guess about a stranger's config; nothing is believed of it but what the library's own classes then build.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import UserError
+from ..family import Config
+
+MAX_PARAMETERS = 3_000_000  # of a tiny twin; more means that some size was not recognised
+
+HEAD = 16  # hidden size / heads of the tiny twin
+HEAD_KEYS = ("head_dim", "d_head", "dim_head", "kv_channels", "attention_head_size")
+
+# Sizes of the tiny twin by the name of their key, first match wins. Sizes that meet on one axis divide each other; all others differ.
+SMALL: tuple[tuple[str, int], ...] = (
+    (r"^(true_)?hidden_size$|^d_model$|^n_embd$|^embedding_dim$|^emb_dim$|^dim$", 64),
+    (r"^mamba_(d_ssm|intermediate)|lru_width", 128),
+    (r"mamba_(d_head|head_?dim)", 32),
+    (r"mamba_(n|num)_heads|linear_num_value_heads|linear_num_heads|n_mamba_heads", 4),
+    (r"linear_num_key_heads|index_n_heads", 2),
+    (r"linear.*head_dim", 8),
+    (r"index_head_dim|state_size|d_state", 16),
+    (r"time_step_rank|dt_rank", 6),
+    (r"(moe|expert).*(intermediate|ffn)|(intermediate|ffn).*(moe|expert)", 56),
+    (r"shared.*intermediate", 72),
+    (r"dense_intermediate|intermediate_size_mlp", 104),
+    (r"intermediate_size|ffn_dim|ffn_hidden|^n_inner$|^dff$|^d_inner$|dim_ff|feed_forward_size", 88),
+    (r"(kv|key_value)_heads|num_query_groups", 2),
+    (r"(attention_heads|^n_heads?|^num_heads|head_count)$", 4),
+    (r"^(d_)?head_dim$|^d_head$|^dim_head$|^kv_channels$|attention_head_size|swa_head_dim|attention_head_dim", 24),
+    (r"^vocab_size|decoder_vocab_size", 101),
+    (r"max_position|n_positions|max_seq_len|max_target_positions|context_length|n_ctx|model_max_length", 64),
+    (r"q_lora_rank", 20),
+    (r"kv_lora_rank|o_lora_rank", 24),
+    (r"qk_rope_head_dim|rotary_dim", 8),
+    (r"qk_nope_head_dim", 12),
+    (r"qk_head_dim", 20),
+    (r"v_head_dim", 12),
+)
+# Counts, which may be smaller still.
+FEW: tuple[tuple[str, int], ...] = (
+    (r"layers$|^n_layers?$|^num_blocks$", 2),
+    (r"topk_group|n_groups?$|ngroups|num_expert_group", 1),
+    (r"(topk|top_k|per_tok|per_token|moe_k$)", 2),
+    (r"n_shared_experts|num_shared_experts", 1),
+    (r"(num|routed|local|zero).*experts?(_num)?$", 4),
+    (r"first_k_dense|num_dense_layers|moe_layer_start_index", 1),
+)
+UNTOUCHED = re.compile(r"token_id|token_index|_id$|chunk|window|dtype|seed|interval|period|offset|drop|layer_idx|kernel|conv|expand|eps")
+
+
+def shrunken(config: Config, depth_key: str, layers: tuple[int, ...]) -> dict[str, Any]:
+    """`config` with every size that is recognised made small.
+
+    Args:
+        config: as `PretrainedConfig.to_dict` gives it.
+        depth_key: the key that counts the layers.
+        layers: which of its layers to keep; lists with one entry per layer follow.
+    """
+    depth = config[depth_key]
+    small = {key: _small(key, value, config, depth, layers) for key, value in config.items()}
+    small[depth_key] = len(layers)
+    vocabulary = small.get("vocab_size")
+    for key, value in small.items():
+        if key.endswith(("token_id", "token_index")) and isinstance(value, int) and isinstance(vocabulary, int):
+            small[key] = min(value, vocabulary - 1)
+    return small
+
+
+def _small(key: str, value: Any, config: Config, depth: int, layers: tuple[int, ...]) -> Any:
+    if isinstance(value, list) and numbers_layers(key, value, depth):
+        return [layers.index(layer) for layer in value if layer in layers]
+    if isinstance(value, list) and len(value) == depth:
+        return [_small(key, value[layer], config, depth, layers) for layer in layers]
+    if isinstance(value, Mapping) and value and all(str(entry).isdigit() and int(entry) < depth for entry in value):
+        return {str(layers.index(int(layer))): entry for layer, entry in value.items() if int(layer) in layers}
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or UNTOUCHED.search(key):
+        return value
+    if value == 1 and not re.search(r"(kv|key_value)_heads", key):
+        return value
+    if repeats_hidden(key, value, config.get("hidden_size")):
+        return 64
+    if key == "head_dim" and "qk_rope_head_dim" in config:
+        return 8 if value == config["qk_rope_head_dim"] else 20
+    few = next((size for pattern, size in FEW if re.search(pattern, key)), None)
+    if few is not None:
+        return min(value, few)
+    return next((size for pattern, size in SMALL if re.search(pattern, key)), value)
+
+
+def repeats_hidden(key: str, value: int, hidden: object) -> bool:
+    """Whether a size is the hidden size once more, by its value and by a name that says nothing else."""
+    named = key.endswith(("_size", "_dim", "_width", "d_model")) and not re.search(r"intermediate|ffn|head|vocab", key)
+    return value == hidden and key != "hidden_size" and named
+
+
+def numbers_layers(key: str, value: list[Any], depth: int) -> bool:
+    """Whether a list names layers by their numbers (`mlp_only_layers`)."""
+    named = any(word in key for word in ("layer", "idx", "indices"))
+    whole = all(type(number) is int and 0 <= number < depth for number in value)
+    return named and whole and len(value) > 0 and value == sorted(set(value)) and value != [0, 1]
+
+
+def kept_layers(config: Config, depth: int) -> tuple[int, ...]:
+    """Layers that stand for all: the first of each kind that the config's lists tell apart, two at least.
+
+    Raises:
+        UserError: there are too many kinds for a tiny model.
+    """
+    lists = [value for key, value in config.items() if isinstance(value, list)]
+    named = [value for key, value in config.items() if isinstance(value, list) and numbers_layers(key, value, depth)]
+    each = [value for value in lists if len(value) == depth and value not in named]
+    kinds = [repr([[entries[layer] for entries in each], [layer in numbers for numbers in named]]) for layer in range(depth)]
+    first = {kind: layer for layer, kind in reversed(list(enumerate(kinds)))}
+    chosen = sorted({*first.values(), *range(min(2, depth))})
+    if len(chosen) > 6:
+        raise UserError(f"{len(chosen)} kinds of layers are too many to stand for in a tiny model")
+    return tuple(chosen)
