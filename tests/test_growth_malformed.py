@@ -165,8 +165,9 @@ CASES: dict[str, tuple[Spoil, str]] = {
     ),
     "unknown model_type": (
         config(model_type="phy"),
-        "family 'phy' has no schema, so which axes belong together is unknown and it can grow in depth alone; give "
-        "target={num_hidden_layers:N}, or register a schema (README, 'Add a family')",
+        "family 'phy' has no schema here, and none could be derived and confirmed for this growth: transformers has no causal language "
+        "model of that type; what is left: whole layers copied (growth.depth=stack and no size but the number of layers), or a schema of "
+        "your own (README, 'Add a family')",
     ),
     "hidden_size is text": (config(hidden_size="24"), "config of family 'phi': hidden_size must be a positive whole number, found '24'"),
     "hidden_size is a fraction": (

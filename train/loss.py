@@ -48,15 +48,26 @@ class NextTokenLoss(nn.Module):
             windows: token ids, (rows, context + 1).
             reduction: "mean" or "sum" over the rows · context predicted tokens.
         """
-        tokens, targets = windows[:, :-1], windows[:, 1:].flatten()
-        inputs = {"input_ids": tokens}
-        if self.end_of_text is not None:
-            inputs = documents_apart(tokens, self.end_of_text, self.network.config._attn_implementation)
+        targets = windows[:, 1:].flatten()
         if self.fused:
-            hidden = self.network.base_model(**inputs, use_cache=False).last_hidden_state
-            return fused_cross_entropy(hidden.flatten(0, 1), self.network.get_output_embeddings(), targets, reduction)
-        logits = self.network(**inputs, use_cache=False).logits
+            return self.from_hidden(self.hidden(windows).flatten(0, 1), targets, reduction)
+        logits = self.network(**self.inputs(windows), use_cache=False).logits
         return functional.cross_entropy(logits.float().flatten(0, 1), targets, reduction=reduction)
+
+    def inputs(self, windows: Tensor) -> dict[str, Any]:
+        """What the network takes: all tokens but the last of each window, documents apart where they are to be."""
+        tokens = windows[:, :-1]
+        if self.end_of_text is None:
+            return {"input_ids": tokens}
+        return documents_apart(tokens, self.end_of_text, self.network.config._attn_implementation)
+
+    def hidden(self, windows: Tensor) -> Tensor:
+        """What the head reads, (rows, context, hidden)."""
+        return self.network.base_model(**self.inputs(windows), use_cache=False).last_hidden_state
+
+    def from_hidden(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """Cross-entropy from what the head reads, (tokens, hidden), without the logits ever being whole."""
+        return fused_cross_entropy(hidden, self.network.get_output_embeddings(), targets, reduction)
 
 
 def build_loss(network: PreTrainedModel, config: Mapping[str, Any], settings: LoopSettings, end_of_text: int) -> NextTokenLoss:
@@ -117,7 +128,7 @@ def fuses(config: Mapping[str, Any], asked: str) -> bool:
         config: of the network, in Hugging Face's names.
         asked: train.loss.
     """
-    return asked != "plain" and not _reshaping(config)
+    return asked != "plain" and not reshaping(config)
 
 
 def check_loss(config: Mapping[str, Any], settings: LoopSettings, device: torch.device) -> None:
@@ -129,12 +140,13 @@ def check_loss(config: Mapping[str, Any], settings: LoopSettings, device: torch.
     faults = []
     if settings.attention == "flex_attention" and device.type == "cpu":
         faults.append("train.attention=flex_attention: PyTorch has no backward pass of it on a CPU; use sdpa")
-    if settings.loss == "fused" and (keys := _reshaping(config)):
+    if settings.loss == "fused" and (keys := reshaping(config)):
         faults.append(f"train.loss=fused: this network changes its logits after the head ({', '.join(keys)}); use train.loss=auto")
     if settings.document_mask and config["model_type"] in UNMASKED:
         faults.append(f"train.document_mask: the library's {config['model_type']} does not keep documents apart; use false")
     UserError.collect(faults)
 
 
-def _reshaping(config: Mapping[str, Any]) -> list[str]:
+def reshaping(config: Mapping[str, Any]) -> list[str]:
+    """The config keys by which a network changes its logits after the head."""
     return [key for key in RESHAPED if config.get(key) is not None]

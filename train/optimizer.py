@@ -9,7 +9,7 @@ untouched  vectors (norm weights, all biases) and embeddings. A norm's weight sh
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,15 +111,31 @@ class Joined(torch.optim.Optimizer):
 OPTIMIZERS: dict[str, Callable[[Groups, Any], torch.optim.Optimizer]] = {"adamw": adamw, "adamw_8bit": adamw_8bit, "muon": muon}
 
 
-def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """The optimizer that `settings.name` asks for, over the groups above."""
-    return OPTIMIZERS[settings.name](parameter_groups(model, settings.weight_decay), settings)
+def build_optimizer(model: nn.Module, settings: OptimizerSettings, rates: Mapping[str, float] | None = None) -> torch.optim.Optimizer:
+    """The optimizer that `settings.name` asks for, over the groups above.
+
+    Args:
+        rates: parameter → share of the learning rate at which it learns; None: all at the whole rate.
+    """
+    groups = parameter_groups(model, settings.weight_decay)
+    return OPTIMIZERS[settings.name](groups if rates is None else _by_rate(model, groups, rates), settings)
+
+
+def _by_rate(model: nn.Module, groups: Groups, rates: Mapping[str, float]) -> Groups:
+    """The groups split so that each has one rate."""
+    share = {id(parameter): rates[name] for name, parameter in model.named_parameters()}
+    return [
+        group | {"params": [p for p in group["params"] if share[id(p)] == rate], "rate": rate}
+        for group in groups
+        for rate in sorted({share[id(p)] for p in group["params"]})
+    ]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Write `rate` into every group; in place where it is a tensor, which compiled steps read."""
+    """Write `rate`, times a group's own share of it, into every group; in place where it is a tensor, which compiled steps read."""
     for group in optimizer.param_groups:
+        own = rate * group.get("rate", 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
+            group["lr"].fill_(own)
         else:
-            group["lr"] = rate
+            group["lr"] = own

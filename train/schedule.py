@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from train.settings import ScheduleSettings
 
-REWARM = {"full": 1.0, "short": 0.25, "none": 0.0}  # the share of the warm-up that a run repeats when it does not start from scratch
+# The share of the warm-up that a run repeats when it does not start from scratch; "new" repeats it for new entries alone.
+REWARM = {"full": 1.0, "short": 0.25, "none": 0.0, "new": 0.0}
 
 
 def warmup_stable_decay(progress: float, warmup: float, settings: ScheduleSettings) -> float:
@@ -42,3 +43,10 @@ def factor(settings: ScheduleSettings, progress: float, *, from_scratch: bool) -
     """
     share = 1.0 if from_scratch else REWARM[settings.rewarm]
     return SCHEDULES[settings.name](min(max(progress, 0.0), 1.0), settings.warmup_fraction * share, settings)
+
+
+def new_entries(settings: ScheduleSettings, progress: float) -> float:
+    """The rate of entries that growth made, as a share of the others': they warm up alone where the schedule rewarms "new"."""
+    if settings.rewarm != "new" or settings.warmup_fraction == 0.0:
+        return 1.0
+    return min(1.0, progress / settings.warmup_fraction)

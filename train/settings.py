@@ -58,6 +58,27 @@ class ScheduleSettings:
 
 
 @dataclass(frozen=True)
+class TeacherSettings:
+    """A model that teaches beside the text. Pairs are the values at the start and at `until`."""
+
+    model: str  # source: the run's own; or a folder, or owner/name on the Hugging Face hub
+    weight: tuple[float, float]
+    temperature: tuple[float, float]
+    until: float  # of the budget
+
+
+@dataclass(frozen=True)
+class TransferSettings:
+    """conf/transfer: what training makes of a grown start."""
+
+    name: str
+    optimizer: str | None
+    inherited_rate: float
+    mup: bool
+    teacher: TeacherSettings | None
+
+
+@dataclass(frozen=True)
 class LoggerSettings:
     """conf/logger."""
 
@@ -79,6 +100,7 @@ class LoopSettings:
     log_every_tokens: int
     save_every_tokens: int | None
     keep: int  # newest checkpoints
+    keep_optimizer: bool  # Adam's state beside the final model, for a growth that takes it over
     keep_best: bool  # the checkpoint of the lowest validation loss too, saved when it is measured
     save_async: bool  # write from a copy while training goes on
     precision: Literal["auto", "bf16", "fp32"]
@@ -113,6 +135,7 @@ class Settings:
     source_tokens: int | None
     target: str | dict[str, Any] | None
     growth: GrowthSettings
+    transfer: TransferSettings
     data: DataSettings
     optimizer: OptimizerSettings
     schedule: ScheduleSettings
@@ -234,15 +257,42 @@ def _disagreements(settings: Settings) -> list[str]:
     for key in ("study", "name"):
         if not getattr(settings, key) or Path(getattr(settings, key)).name != getattr(settings, key):
             faults.append(f"{key}: must be usable as the name of a folder; found {getattr(settings, key)!r}")
+    faults += _transfer_disagreements(settings)
     if settings.mixture is not None:
         faults += mixture_disagreements(settings.mixture, settings.data)
     return faults + data_disagreements(settings.data)
 
 
+def _transfer_disagreements(settings: Settings) -> list[str]:
+    transfer, teacher, faults = settings.transfer, settings.transfer.teacher, []
+    needs_source = {
+        "transfer.optimizer": transfer.optimizer == "source",
+        "transfer.mup": transfer.mup,
+        "transfer.teacher": teacher is not None and teacher.model == "source",
+    }
+    faults += [f"{key}: needs a source (source=FOLDER)" for key, asked in needs_source.items() if asked and settings.source is None]
+    if settings.growth.operator in UNGROWN and transfer.inherited_rate != 1.0:
+        faults.append(f"transfer.inherited_rate: growth={settings.growth.name} grows nothing, so entries are neither inherited nor new")
+    if settings.growth.operator == "scratch" and transfer.optimizer is not None:
+        faults.append("transfer.optimizer: growth=scratch has no weights that the source's moments belong to")
+    if settings.optimizer.name != "adamw" and (transfer.optimizer is not None or transfer.mup or settings.train.keep_optimizer):
+        faults.append(f"transfer.optimizer, transfer.mup, train.keep_optimizer: for optimizer=adamw; found {settings.optimizer.name}")
+    if not 0.0 <= transfer.inherited_rate <= 10.0:
+        faults.append(f"transfer.inherited_rate: a share of the learning rate, at least 0; found {transfer.inherited_rate}")
+    if teacher is not None:
+        if not all(0.0 <= weight <= 1.0 for weight in teacher.weight) or not all(value > 0 for value in teacher.temperature):
+            faults.append(
+                f"transfer.teacher: weights are between 0 and 1, temperatures positive; found {teacher.weight}, {teacher.temperature}"
+            )
+        if not 0.0 < teacher.until <= 1.0:
+            faults.append(f"transfer.teacher.until: a share of the budget, above 0 and at most 1; found {teacher.until}")
+    return faults
+
+
 # What a run may be restarted with differently: nothing of it changes a number in the result.
 NEUTRAL = (
     *("out", "progress", "dry_run", "forecast", "logger", "data.folder", "data.path", "data.workers"),
-    *("train.keep", "train.keep_best", "train.save_every_tokens", "train.save_async"),
+    *("train.keep", "train.keep_best", "train.keep_optimizer", "train.save_every_tokens", "train.save_async"),
 )
 
 

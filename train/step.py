@@ -16,6 +16,8 @@ from train.data.batches import batch
 from train.optimizer import set_learning_rate
 from train.schedule import factor
 from train.settings import Budget, Settings
+from train.teacher import scheduled
+from train.transfer import EntryRates
 
 
 class Step:
@@ -24,18 +26,32 @@ class Step:
     Args:
         model: a `NextTokenLoss`, prepared by Accelerate.
         optimizer: prepared by Accelerate, over the model's parameters.
+        entries: where entries of one tensor learn at rates of their own.
     """
 
-    def __init__(self, model: Any, optimizer: Any, accelerator: Accelerator, split: TokenSplit, settings: Settings) -> None:
+    def __init__(
+        self, model: Any, optimizer: Any, accelerator: Accelerator, split: TokenSplit, settings: Settings, entries: EntryRates | None = None
+    ) -> None:
         self.model, self.optimizer, self.accelerator, self.split, self.settings = model, optimizer, accelerator, split, settings
+        self.entries = entries
         self.budget = Budget.of(settings.train)
         self.share = share_of_batch(self.budget, accelerator)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
 
     def rate(self, i: int) -> float:
         """The learning rate of step `i`."""
-        progress, from_scratch = (i + 0.5) / self.budget.steps, self.settings.growth.operator == "scratch"
-        return self.settings.optimizer.learning_rate * factor(self.settings.schedule, progress, from_scratch=from_scratch)
+        from_scratch = self.settings.growth.operator == "scratch"
+        return self.settings.optimizer.learning_rate * factor(self.settings.schedule, self.progress(i), from_scratch=from_scratch)
+
+    def progress(self, i: int) -> float:
+        """The share of the budget that is spent in the middle of step `i`."""
+        return (i + 0.5) / self.budget.steps
+
+    def teaching(self, i: int) -> dict[str, float]:
+        """The weight and temperature of the teacher in step `i`; nothing where none teaches."""
+        teacher = self.settings.transfer.teacher
+        weight, temperature = (0.0, 1.0) if teacher is None else scheduled(teacher, self.progress(i))
+        return {"weight": weight, "temperature": temperature} if weight else {}
 
     def windows(self, i: int) -> Tensor:
         """This process's rows of batch `i`, (rows, context + 1), on its device."""
@@ -51,21 +67,24 @@ class Step:
         """
         set_learning_rate(self.optimizer, self.rate(i))
         torch.manual_seed(step_seed(self.settings.seed, i, self.accelerator.process_index))  # dropout, where a model has any
-        loss = self.accumulate(self.windows(i))
+        loss = self.accumulate(self.windows(i), **self.teaching(i))
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.train.gradient_clip or float("inf"))
-        self.optimizer.step()
+        with nullcontext() if self.entries is None else self.entries.applied(self.progress(i)):
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return loss, norm
 
-    def accumulate(self, windows: Tensor) -> Tensor:
-        """Add up the gradient of the mean loss over `windows`, a micro-batch at a time, and return that loss."""
+    def accumulate(self, windows: Tensor, **teaching: float) -> Tensor:
+        """Add up the gradient of the mean loss over `windows`, a micro-batch at a time, and return the text's loss."""
         pieces = windows.split(self.settings.train.micro_batch or len(windows))
         loss = torch.zeros((), device=windows.device)
         for i, piece in enumerate(pieces):
             with self.accelerator.no_sync(self.model) if i < len(pieces) - 1 else nullcontext():
-                part = self.model(piece) * (len(piece) / len(windows))  # so that uneven pieces weigh what they hold
-                self.accelerator.backward(part)
-            loss += part.detach()
+                found = self.model(piece, **teaching)
+                objective, text = found if teaching else (found, found)
+                share = len(piece) / len(windows)  # so that uneven pieces weigh what they hold
+                self.accelerator.backward(objective * share)
+            loss += text.detach() * share
         return loss
 
 

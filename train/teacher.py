@@ -1,0 +1,87 @@
+"""Distillation: a frozen model whose next-token distribution is learnt beside the text (Hinton et al., 1503.02531)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from model.errors import UserError
+from train.loss import CHUNK_TOKENS, NextTokenLoss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from train.settings import TeacherSettings
+
+
+def scheduled(settings: TeacherSettings, progress: float) -> tuple[float, float]:
+    """(weight, temperature) at `progress`: on straight lines from their first values to their last at `until`, then no weight."""
+    if progress >= settings.until:
+        return 0.0, settings.temperature[1]
+    way = progress / settings.until
+    return tuple(first + way * (last - first) for first, last in (settings.weight, settings.temperature))  # type: ignore[return-value]
+
+
+class TaughtLoss(NextTokenLoss):
+    """A `NextTokenLoss` that can also be taught. The teacher is no part of the module: it is neither trained, sharded nor saved."""
+
+    def __init__(self, student: NextTokenLoss, teacher: PreTrainedModel) -> None:
+        super().__init__(student.network, fused=student.fused, end_of_text=student.end_of_text)
+        self._teacher = (NextTokenLoss(teacher.eval().requires_grad_(False), fused=student.fused, end_of_text=student.end_of_text),)
+
+    def forward(self, windows: Tensor, reduction: str = "mean", weight: float = 0.0, temperature: float = 1.0) -> Any:
+        """The text's loss; or, with a `weight`, the pair (objective, text's loss), where objective = (1 - weight) · text + weight · teaching.
+
+        Teaching is T² · KL(teacher ‖ student) at temperature T, mean over the predicted tokens, over the teacher's vocabulary.
+        """
+        if weight == 0.0:
+            return super().forward(windows, reduction)
+        student = self.hidden(windows).flatten(0, 1)
+        with torch.no_grad():
+            teacher = self._teacher[0].hidden(windows).flatten(0, 1)
+        text = self.from_hidden(student, windows[:, 1:].flatten(), "mean")
+        teaching = divergence(student, self.network.get_output_embeddings(), teacher, self._teacher[0].network.get_output_embeddings(), temperature)
+        return (1.0 - weight) * text + weight * teaching, text
+
+
+def divergence(student: Tensor, head: nn.Module, teacher: Tensor, teaching_head: nn.Module, temperature: float) -> Tensor:
+    """T² · KL(teacher ‖ student) at temperature T, mean over tokens, `CHUNK_TOKENS` of whose logits are held at a time.
+
+    Args:
+        student, teacher: what the heads read, (tokens, hidden) each.
+    """
+
+    def part(student: Tensor, teacher: Tensor) -> Tensor:
+        with torch.no_grad():
+            expected = (teaching_head(teacher).float() / temperature).log_softmax(-1)
+        given = (head(student)[..., : expected.shape[-1]].float() / temperature).log_softmax(-1)
+        return functional.kl_div(given, expected, reduction="sum", log_target=True)
+
+    total = torch.zeros((), device=student.device)
+    for mine, theirs in zip(student.split(CHUNK_TOKENS), teacher.split(CHUNK_TOKENS), strict=True):
+        total = total + checkpoint(part, mine, theirs, use_reentrant=False)
+    return temperature**2 * total / len(student)
+
+
+def check_teacher(student: Any, teacher: Any, reshaping: list[str]) -> None:
+    """Refuse a teacher that cannot teach this student.
+
+    Args:
+        student, teacher: their configs.
+        reshaping: config keys by which either changes its logits after the head.
+
+    Raises:
+        UserError: its vocabulary is larger, or the logits are not the heads' output alone.
+    """
+    faults = []
+    if teacher["vocab_size"] > student["vocab_size"]:
+        faults.append(
+            f"transfer.teacher: has {teacher['vocab_size']} tokens, the model {student['vocab_size']}; a teacher must speak the same tokens"
+        )
+    if reshaping:
+        faults.append(f"transfer.teacher: logits are changed after the head ({', '.join(reshaping)}), which teaching does not follow")
+    UserError.collect(faults)

@@ -1,0 +1,138 @@
+"""What a grown start brings into training: Adam's moments, how fast each entry learns, and at what rate each matrix does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from growth import load_adam, plan
+from growth.adam import fill, read_adam
+from growth.grow import recorded_plan
+from growth.origin import Origin, origins
+from model.build import stored_names
+from model.config import read_json
+from model.errors import UserError
+from model.family import Config, family_of
+from model.notation import size
+from train.folder import START
+from train.schedule import new_entries
+from train.settings import UNGROWN, Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+# ---- entries ---------------------------------------------------------------------------------------------------------------------------
+
+
+class EntryRates:
+    """Inherited and new entries of one tensor learning at different rates, whatever the optimizer.
+
+    After its step, an entry whose rate is a share of the step's keeps that share of its change: w = before + share · (after - before).
+    What stays as it is in every entry is frozen altogether and costs neither gradient nor state.
+
+    Args:
+        network: whose parameters are frozen where nothing in them learns.
+        inherited: for parameters by name, whether each entry came from the source, in the parameter's shape.
+    """
+
+    def __init__(self, network: nn.Module, inherited: Mapping[str, Tensor], settings: Settings) -> None:
+        self.settings = settings
+        self.inherited: list[tuple[nn.Parameter, Tensor]] = []
+        for name, parameter in network.named_parameters():
+            whole = bool(inherited[name].all())
+            if whole and settings.transfer.inherited_rate == 0.0:
+                parameter.requires_grad_(False)
+            else:
+                mask = inherited[name] if inherited[name].any() and not whole else torch.tensor(whole)  # one kind of entries: one truth
+                self.inherited.append((parameter, mask.to(parameter.device)))
+
+    @contextmanager
+    def applied(self, progress: float) -> Iterator[None]:
+        """Let the optimizer's step in the block count as much for each entry as it should at `progress`."""
+        old, new = self.settings.transfer.inherited_rate, new_entries(self.settings.schedule, progress)
+        if old == new == 1.0:
+            yield
+            return
+        before = [parameter.detach().clone() for parameter, _ in self.inherited]
+        yield
+        with torch.no_grad():
+            for (parameter, inherited), start in zip(self.inherited, before, strict=True):
+                share = torch.where(inherited, old, new).to(parameter)
+                parameter.copy_(torch.lerp(start, parameter, share))
+
+
+def entry_rates(network: PreTrainedModel, settings: Settings, folder: Path) -> EntryRates | None:
+    """The rates that `settings` ask for; None where every entry learns alike.
+
+    Raises:
+        UserError: nothing would learn.
+    """
+    if settings.growth.operator in UNGROWN or (settings.transfer.inherited_rate == 1.0 and settings.schedule.rewarm != "new"):
+        return None
+    made, names = recorded_plan(folder / START), stored_names(network)
+    steps = {step.name: step for step in made.steps}
+    inherited = {name: torch.from_numpy(origins(made, steps[names[name]]) != Origin.NEW) for name, _ in network.named_parameters()}
+    rates = EntryRates(network, inherited, settings)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise UserError(f"transfer.inherited_rate: 0 freezes everything, since growth={settings.growth.name} makes nothing new; raise it")
+    return rates
+
+
+# ---- matrices --------------------------------------------------------------------------------------------------------------------------
+
+
+def width_factors(network: PreTrainedModel, source: Config, target: Config) -> dict[str, float]:
+    """Parameter → source fan-in / target fan-in, the share of the source's learning rate at which it learns under Adam.
+
+    Matrices read wider inputs, so the same change of each entry moves their output further; embeddings and vectors read single indices
+    (μP: Yang et al., 2203.03466, table 8).
+    """
+    family, names = family_of(target), stored_names(network)
+    sizes = [family.sizes(config) for config in (source, target)]
+    factors = {}
+    for tensor in family.tensors(target):
+        read = [axis for axis, reads in zip(tensor.axes, tensor.reads, strict=True) if reads and tensor.line.kind == "linear"]
+        before, after = (prod(size(axis, of) for axis in read) for of in sizes)
+        factors[tensor.name] = before / after
+    return {name: factors[stored] for name, stored in names.items()}
+
+
+# ---- the optimizer's state --------------------------------------------------------------------------------------------------------------
+
+
+def saved_optimizer(settings: Settings, source: Path | None) -> Path | None:
+    """Where Adam's state of the source lies, if it is to be taken over."""
+    return source if settings.transfer.optimizer == "source" else settings.transfer.optimizer and Path(settings.transfer.optimizer)
+
+
+def take_over(optimizer: torch.optim.Optimizer, network: PreTrainedModel, settings: Settings, source: Path | None, folder: Path) -> None:
+    """Put the source's moments into the optimizer of a run that begins: grown with the weights, or as they are where nothing grew.
+
+    Raises:
+        UserError: they cannot be read, or are not of the source's model.
+    """
+    saved = saved_optimizer(settings, source)
+    if saved is None:
+        return
+    if settings.growth.operator != "source":
+        load_adam(folder / START, optimizer, network)
+        return
+    assert source is not None
+    state = read_adam(saved, plan(read_json(source / "config.json"), {}))
+    fill(optimizer, network, state.moments.tensors.__getitem__, state.step)
+
+
+def named_state(optimizer: torch.optim.Optimizer, network: PreTrainedModel) -> dict[str, Any]:
+    """The optimizer's state dict, with the parameters' names beside their numbers, as a growth wants to find it."""
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    state = optimizer.state_dict()
+    for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        saved["param_names"] = [names[id(parameter)] for parameter in group["params"]]
+    return state
