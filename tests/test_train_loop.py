@@ -17,7 +17,6 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from toy import assert_close_run, assert_same_run, at, rows, weights
 
@@ -30,7 +29,7 @@ from train.data.batches import batch, validation_batches
 from train.evaluate import evaluate
 from train.loss import NextTokenLoss
 from train.settings import Settings, compose
-from train.step import share_of_batch
+from train.step import Share, Step
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGER = "target={hidden_size:24,intermediate_size:48,num_hidden_layers:2}"
@@ -265,12 +264,16 @@ def test_two_processes_give_the_losses_of_one_in_two_runs_of_a_sweep(overrides: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s0", "s1"]
 
 
-def test_processes_that_do_not_divide_the_batch_are_refused(settings: Settings) -> None:
-    class Three:
-        num_processes, process_index = 3, 0
-
-    with pytest.raises(UserError, match="3 processes do not divide the 8 windows of a batch"):
-        share_of_batch(loop.Budget.of(settings.train), cast(Any, Three()))
+@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize("processes", range(1, 6))
+@pytest.mark.parametrize("micro_batch", [None, 1, 2, 3])
+def test_shares_cover_each_row_once_in_as_many_pieces_on_every_process(rows: int, processes: int, micro_batch: int | None) -> None:
+    shares = [Share.of(rows, micro_batch, process, processes) for process in range(processes)]
+    assert [row for share in shares for row in share.rows] == list(range(rows))
+    assert all([row for piece in share.pieces for row in piece] == list(share.rows) for share in shares)
+    assert max(len(share.rows) for share in shares) - min(len(share.rows) for share in shares) <= 1
+    assert len({len(share.pieces) for share in shares}) == 1
+    assert max(len(piece) for share in shares for piece in share.pieces) <= (micro_batch or rows)
 
 
 # ---- the ways to start ----------------------------------------------------------------------------------------------------------------
@@ -343,23 +346,71 @@ def test_what_does_not_fit_is_refused_and_leaves_no_run(overrides: list[str], tm
 # ---- trouble --------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("step", "kept"), [(3, []), (4, ["step-00000003"]), (5, ["step-00000003"])])
-@pytest.mark.parametrize("log_every", [128, 768])
-def test_a_loss_that_is_not_finite_stops_the_run_naming_the_step(
-    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int, step: int, kept: list[str]
+def losing(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Make the loss of these steps (counted from 1) not a number."""
+    forward, accumulate, lost = NextTokenLoss.forward, Step.accumulate, [False]
+
+    def accumulated(self: Step, i: int) -> torch.Tensor:
+        lost[0] = i + 1 in steps
+        found = accumulate(self, i)
+        lost[0] = False
+        return found
+
+    monkeypatch.setattr(Step, "accumulate", accumulated)
+    monkeypatch.setattr(NextTokenLoss, "forward", lambda *a, **o: forward(*a, **o) * (math.nan if lost[0] else 1.0))
+
+
+@pytest.mark.parametrize("step", [1, 4, 5])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path, step: int
 ) -> None:
-    original, calls = NextTokenLoss.forward, itertools.count(1)
-
-    def forward(self: NextTokenLoss, windows: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-        return original(self, windows, reduction) * (math.nan if self.training and next(calls) == step else 1.0)
-
-    monkeypatch.setattr(NextTokenLoss, "forward", forward)
-    with pytest.raises(UserError, match=f"step {step}: the loss is nan"):
-        loop.train(at(settings, tmp_path / "run", log_every_tokens=log_every, eval_every_tokens=None))
-    found = state.complete(tmp_path / "run" / "checkpoints")
-    assert [path.name for path in found] == kept
-    assert all(tensor.isfinite().all() for path in found for shard in path.glob("*.safetensors") for tensor in load_file(shard).values())
+    with monkeypatch.context() as patch:
+        losing(patch, step)
+        for _ in range(2):  # the same when it is started again
+            with pytest.raises(
+                UserError, match=rf"step {step}: the loss is nan .* gradient of lm_head.bias, .* saved the state after step {step - 1}"
+            ):
+                loop.train(at(settings, tmp_path / "run"))
+    assert [path.name for path in state.complete(tmp_path / "run" / "checkpoints")] == [f"step-{step - 1:08d}"]
     assert max(row["step"] for row in rows(tmp_path / "run")) < step
+    loop.train(at(settings, tmp_path / "run"))
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_so_many_steps_that_are_not_finite_are_passed_over(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run trains on the other batches, at their rates; one such step more stops it."""
+    losing(monkeypatch, 2, 3, 4)
+    with pytest.raises(UserError, match=r"step 4: .* saved the state after step 3"):
+        loop.train(at(settings, tmp_path / "run", skip_nonfinite=2))
+    loop.train(at(settings, tmp_path / "run", skip_nonfinite=3))
+    assert [row["step"] for row in rows(tmp_path / "run", "skip")] == [2, 3, 4]
+    assert "not finite: gradient of lm_head.bias" in rows(tmp_path / "run", "skip")[0]["reason"]
+    assert [row["step"] for row in rows(tmp_path / "run", "train")] == [2, 6]  # of steps 3 and 4, there is no loss
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["steps"], summary["skipped_steps"]) == (6, 3)
+    assert summary["final_val_loss"] < summary["start_val_loss"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("gradient", "gradient of model.embed_tokens.weight, and of 0 more"), ("weight", "weight lm_head.weight")]
+)
+def test_the_tensor_that_is_not_finite_is_named(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, words: str
+) -> None:
+    accumulate = Step.accumulate
+
+    def spoilt(self: Step, i: int) -> torch.Tensor:
+        loss = accumulate(self, i)
+        if i == 1 and kind == "gradient":
+            self.parameters["model.embed_tokens.weight"].grad[7, 3] = math.inf
+        if i == 1 and kind == "weight":
+            self.parameters["lm_head.weight"].data[0, 0] = math.nan
+            loss = loss * math.nan
+        return loss
+
+    monkeypatch.setattr(Step, "accumulate", spoilt)
+    with pytest.raises(UserError, match=f"step 2: .*not finite: {words}"):
+        loop.train(at(settings, tmp_path / "run"))
 
 
 def test_a_full_disk_stops_the_run_and_leaves_the_earlier_checkpoint(

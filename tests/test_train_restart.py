@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import re
-import resource
 import shutil
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from toy import assert_same_run, at
+from toy import assert_same_run, at, begun, ended
 
 from model.errors import UserError
 from train import loop, state
 from train.folder import is_complete
 from train.settings import Settings, compose
-from train.signals import REQUEUE, Stopped, watched
+from train.signals import REQUEUE, watched
 
 STEPS = 60
-# Processes that have imported everything before they are made, and have started no thread: a fork of this one would have.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train.loop", "transformers.models.phi.modeling_phi"])
 
 
 @pytest.fixture(scope="module")
@@ -39,40 +33,6 @@ def settings(overrides: list[str]) -> Settings:
 @pytest.fixture(scope="module")
 def undisturbed(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ended(at(settings, tmp_path_factory.mktemp("runs") / "whole"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come
-    yield
-    os.environ.pop("OMP_NUM_THREADS")
-    if before is not None:
-        os.environ["OMP_NUM_THREADS"] = before
-
-
-def begun(settings: Settings, file_limit_bytes: int = resource.RLIM_INFINITY) -> BaseProcess:
-    """The run in a process of its own, which may write files of so many bytes and tells its error in `<out>.error`."""
-    process = FORKS.Process(target=_train, args=(settings, file_limit_bytes))
-    process.start()
-    return process
-
-
-def ended(settings: Settings) -> Path:
-    """The folder of the run, trained to its end in a process like the others: with as many threads, which decide the bits."""
-    process = begun(settings)
-    process.join()
-    assert process.exitcode == 0
-    return Path(settings.out)
-
-
-def _train(settings: Settings, file_limit_bytes: int) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit_bytes, resource.RLIM_INFINITY))
-    try:
-        loop.train(settings)
-    except (UserError, Stopped) as error:
-        Path(f"{settings.out}.error").write_text(str(error))
-        sys.exit(REQUEUE if isinstance(error, Stopped) else 2)
 
 
 def wait_for(condition: Callable[[], bool], process: BaseProcess, seconds: float = 30.0) -> None:
@@ -144,7 +104,7 @@ def test_a_disk_that_takes_no_more_stops_the_run_and_leaves_the_earlier_checkpoi
     process.join()
     newest = state.complete(folder / "checkpoints")[-1]
     size = max(path.stat().st_size for path in newest.iterdir())
-    process = begun(at(settings, folder), file_limit_bytes=size - 1)
+    process = begun(at(settings, folder), limit=size - 1)
     process.join()
     assert process.exitcode == 2
     words = Path(f"{folder}.error").read_text()

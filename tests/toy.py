@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
+import os
 import random
+import resource
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +20,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from model.errors import UserError
 from train.settings import Settings
+from train.signals import REQUEUE, Stopped
 
 SIZES = "hidden_size:16,intermediate_size:32,num_hidden_layers:1,num_attention_heads:2,num_key_value_heads:2"
 TARGET = f"target={{model_type:phi,vocab_size:300,max_position_embeddings:32,tie_word_embeddings:false,{SIZES}}}"
@@ -63,3 +73,56 @@ def assert_close_run(folder: Path, other: Path) -> None:
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
             assert value == (pytest.approx(theirs[key], rel=2e-5) if isinstance(value, float) else theirs[key]), (ours["step"], key)
+
+
+# ---- processes of their own -----------------------------------------------------------------------------------------------------------
+
+# Each is a fork of one that has imported everything and started no thread, so that it is there at once.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train.loop", "transformers.models.phi.modeling_phi"])
+
+
+def begun(*runs: Settings, process: int = 0, processes: int = 1, port: int = 0, limit: int = resource.RLIM_INFINITY) -> BaseProcess:
+    """The runs, one after the other, in a process of their own; the first error is left in `<out>.error`.
+
+    Args:
+        processes: that train together, this being number `process`, and meet at `port`.
+        limit: bytes that a file may have.
+    """
+    begun = FORKS.Process(target=_train, args=(runs, process, processes, port, limit))
+    begun.start()
+    return begun
+
+
+def ended(*runs: Settings, processes: int = 1) -> Path:
+    """The folder of the last run, all of them trained to their ends by so many processes, of one thread each: threads decide the bits."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [begun(*runs, process=i, processes=processes, port=port) for i in range(processes)]
+    end = time.monotonic() + 120
+    while any(one.is_alive() for one in started) and not any(one.exitcode for one in started) and time.monotonic() < end:
+        time.sleep(0.01)
+    codes = [one.exitcode for one in started]
+    for one in started:
+        one.kill()  # where one has failed, the others wait for it
+        one.join()
+    assert codes == [0] * processes, [path.read_text() for run in runs if (path := Path(f"{run.out}.error")).exists()]
+    return Path(runs[-1].out)
+
+
+def _train(runs: Sequence[Settings], process: int, processes: int, port: int, limit: int) -> None:
+    from train import loop
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    torch.set_num_threads(1)
+    if processes > 1:
+        ranks = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        os.environ |= {key: str(value) for key, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for settings in runs:
+        try:
+            loop.train(settings)
+        except (UserError, Stopped) as error:
+            Path(f"{settings.out}.error").write_text(str(error))
+            sys.exit(REQUEUE if isinstance(error, Stopped) else 2)

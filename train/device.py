@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +15,10 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers.utils import logging
 
 from model.errors import UserError
+from train.distribute import open_accelerator
+
+if TYPE_CHECKING:
+    from train.settings import ShardingSettings
 
 # Dense bf16 matrix FLOP/s of one device, from the vendor's data sheets; the first name that occurs in the device's own name counts.
 PEAK_BF16_FLOPS = {
@@ -48,11 +53,11 @@ MEMORY_GIB = {
 
 
 @contextmanager
-def session(precision: str) -> Iterator[Accelerator]:
+def session(precision: str, sharding: ShardingSettings | None = None) -> Iterator[Accelerator]:
     """An `Accelerator` for one run. Its process group and its singletons end with the block, also when the run fails.
 
     Raises:
-        UserError: bf16 was asked for on a GPU that lacks it.
+        UserError: bf16 was asked for on a GPU that lacks it, or FSDP from Accelerate's launcher.
     """
     cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
     threads, generator, bars = torch.get_num_threads(), torch.random.get_rng_state(), logging.is_progress_bar_enabled()
@@ -62,7 +67,7 @@ def session(precision: str) -> Iterator[Accelerator]:
     _join_processes(cpu)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
-        accelerator = Accelerator(cpu=cpu, mixed_precision=_mixed_precision(precision, cpu))
+        accelerator = open_accelerator(sharding, cpu=cpu, mixed_precision=_mixed_precision(precision, cpu))
     if accelerator.mixed_precision == "bf16" and not cpu:
         torch.set_float32_matmul_precision("high")  # what autocast leaves in float32, the fused loss, is multiplied in TF32
     try:

@@ -26,12 +26,14 @@ def evaluate(model: nn.Module, batches: Sequence[np.ndarray], accelerator: Accel
 
     Bits per byte are nats per token / ln 2 / bytes per token, so that tokenizers can be compared.
     """
-    bare = accelerator.unwrap_model(model)
-    bare.eval()
+    model.eval()
     total = torch.zeros(2, dtype=torch.float64)  # nats, tokens
-    for windows in batches[accelerator.process_index :: accelerator.num_processes]:
-        loss = bare(torch.from_numpy(windows).to(accelerator.device), reduction="sum")
-        total += torch.tensor([loss.item(), windows[:, 1:].size], dtype=torch.float64)
-    bare.train()
+    for first in range(0, len(batches), accelerator.num_processes):
+        # Where no batch is left, the last one counts nothing: sharded processes have to go through the layers together.
+        own = first + accelerator.process_index
+        windows, weight = batches[min(own, len(batches) - 1)], float(own < len(batches))
+        loss = model(torch.from_numpy(windows).to(accelerator.device), reduction="sum")
+        total += weight * torch.tensor([loss.item(), windows[:, 1:].size], dtype=torch.float64)
+    model.train()
     nats, tokens = accelerator.reduce(total.to(accelerator.device), reduction="sum").tolist()
     return Evaluation(nats / tokens, nats / tokens / math.log(2) / bytes_per_token)

@@ -181,6 +181,8 @@ class Console:
         if kind == "eval":
             self.losses["val loss"] = f"{values['val_loss']:.4f}"
             text = f"val loss {values['val_loss']:.4f} nats/token, {values['bits_per_byte']:.4f} bits/byte"
+        elif kind == "skip":
+            text = f"{values['reason']}: passed over"
         else:
             self.losses["loss"] = f"{values['loss']:.4f}"
             self.losses["tokens/s"] = f"{values['tokens_per_second']:,.0f}"

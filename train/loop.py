@@ -22,6 +22,8 @@ from train.data import TokenData, check_vocabulary, prepare
 from train.data.batches import validation_batches, window_count
 from train.data.mixture import mixed
 from train.device import device_name, peak_flops, session
+from train.distribute import prepare as prepare_processes
+from train.distribute import whole_weights
 from train.evaluate import evaluate
 from train.files import write_json
 from train.log import Console, open_log
@@ -34,7 +36,7 @@ from train.settings import Budget, Settings
 from train.signals import Stopped, any_process, watched
 from train.speed import speed_up
 from train.start import begin, find_source, source_ledger, starting_model, target_config
-from train.step import Step, share_of_batch
+from train.step import NotFinite, Step
 
 
 def train(settings: Settings) -> Path:
@@ -57,10 +59,9 @@ def train(settings: Settings) -> Path:
             console.say(f"already complete: {folder}")
             return folder
 
-    with session(loop.precision) as accelerator, run_folder.locked(folder, accelerator.is_main_process):
-        # ---- 2. Who trains: processes and their share of each batch -------------------------------------------------------------------
+    with session(loop.precision, settings.sharding) as accelerator, run_folder.locked(folder, accelerator.is_main_process):
+        # ---- 2. Who trains: every process, and the main one writes --------------------------------------------------------------------
         main = accelerator.is_main_process
-        share_of_batch(budget, accelerator)  # refuses processes that do not divide it
 
         # ---- 3. The network, and the text that it reads -------------------------------------------------------------------------------
         source = find_source(settings, needed=run is None)
@@ -83,15 +84,16 @@ def train(settings: Settings) -> Path:
             assert run is not None
         run_folder.check_same_inputs(folder, run, data.fingerprint, source_ledger(settings, source))
         attention, why = attention_backend(loop.attention)
-        network = starting_model(settings, source, folder, config, attention).to(accelerator.device)
+        network = starting_model(settings, source, folder, config, attention)
         assert sum(p.numel() for p in network.parameters()) == run["parameters"], "geometry and the built model count different parameters"
 
         # ---- 5. The optimizer, and everything back in place when resuming -------------------------------------------------------------
         optimizer: Any = build_optimizer(network, settings.optimizer)
         speed_up(network, loop)
         objective = build_loss(network, config, loop, data.end_of_text_id)
-        model, optimizer = accelerator.prepare(objective, optimizer)
-        saved = state.complete(folder / run_folder.CHECKPOINTS, tidy=main)
+        model, optimizer = prepare_processes(objective, optimizer, accelerator)
+        checkpoints = folder / run_folder.CHECKPOINTS
+        saved = state.complete(checkpoints, tidy=main)
         position = state.read(saved[-1], objective, optimizer.optimizer) if saved else state.Position()
         if main:
             state.cut_metrics(folder / run_folder.METRICS, position.step if saved else -1)
@@ -101,15 +103,15 @@ def train(settings: Settings) -> Path:
 
         with (
             open_log(folder, settings, run, writes=main) as log,
-            saving(folder / run_folder.CHECKPOINTS, objective, optimizer.optimizer, accelerator, loop) as saver,
+            saving(checkpoints, objective, optimizer.optimizer, accelerator, loop, position.step if saved else None) as saver,
             watched() as asked,
         ):
             peak = peak_flops(device_name(accelerator.device), run["precision"])
-            meter = Meter(position, accelerator, budget.tokens_per_step, run["flops_per_token"], peak)
+            meter = Meter(position, accelerator.num_processes, budget.tokens_per_step, run["flops_per_token"], peak)
 
             def validate() -> None:
                 with meter.paused():
-                    found = evaluate(model, windows, accelerator, data.validation.bytes_per_token)
+                    found = evaluate(objective, windows, accelerator, data.validation.bytes_per_token)
                     position.start_val_loss = found.val_loss if position.step == 0 else position.start_val_loss
                     position.val_loss, position.bits_per_byte = found.val_loss, found.bits_per_byte
                     if position.step > 0 and (position.best_val_loss is None or found.val_loss < position.best_val_loss):
@@ -117,18 +119,27 @@ def train(settings: Settings) -> Path:
                 if log:
                     log.write("eval", meter.clocks(), **asdict(found))
 
-            if position.step == 0:
+            if position.start_val_loss is None:
                 validate()
             model.train()
             while position.step < budget.steps:
                 # ---- 6. One step (train/step.py) --------------------------------------------------------------------------------------
                 rate = step.rate(position.step)
-                meter.count(*step(position.step))
+                try:
+                    meter.count(*step(position.step))
+                except NotFinite as fault:
+                    if position.skipped == loop.skip_nonfinite:
+                        saver.save(position)
+                        saver.wait()
+                        raise fault.with_way_out(position.step) from None
+                    meter.skip()
+                    if log:
+                        log.write("skip", meter.clocks(), reason=str(fault))
 
                 # ---- 7. Tell, evaluate, save ------------------------------------------------------------------------------------------
                 if budget.due(budget.log_every, position.step):
                     row = meter.close_interval()
-                    if log:
+                    if log and row["loss"] is not None:
                         log.write("train", meter.clocks(), learning_rate=rate, **row)
                 if budget.due(budget.eval_every, position.step):
                     validate()
@@ -142,9 +153,10 @@ def train(settings: Settings) -> Path:
 
         # ---- 8. The end: a Hugging Face folder, and last the summary, which makes the run complete ------------------------------------
         accelerator.wait_for_everyone()
+        weights = whole_weights(objective, accelerator)
         if main:
             summary = summarise(position)
-            publish(folder, network, data, run, summary)
+            publish(folder, network, weights, data, run, summary)
             write_json(folder / run_folder.SUMMARY, summary)
             console.say(f"val loss {summary['start_val_loss']:.4f} → {summary['final_val_loss']:.4f}: {folder}")
         accelerator.wait_for_everyone()
@@ -180,4 +192,5 @@ def summarise(position: state.Position) -> dict[str, Any]:
         "flops": position.flops,
         "seconds": round(position.seconds, 3),
         "steps": position.step,
+        "skipped_steps": position.skipped,
     }

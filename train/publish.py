@@ -12,13 +12,24 @@ from train.folder import FINAL
 from train.start import LEDGER
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from train.data import TokenData
 
 
-def publish(folder: Path, model: PreTrainedModel, data: TokenData, run: Mapping[str, Any], summary: Mapping[str, Any]) -> Path:
+def publish(
+    folder: Path,
+    model: PreTrainedModel,
+    weights: dict[str, Tensor] | None,
+    data: TokenData,
+    run: Mapping[str, Any],
+    summary: Mapping[str, Any],
+) -> Path:
     """Write `<folder>/final/`, whole or not at all: weights, config, tokenizer, generation config, ledger and model card.
+
+    Args:
+        weights: of the model, where it does not hold them whole itself.
 
     Raises:
         UserError: the disk is full or not writable.
@@ -26,7 +37,7 @@ def publish(folder: Path, model: PreTrainedModel, data: TokenData, run: Mapping[
     model.generation_config.eos_token_id = data.end_of_text_id
     model.generation_config.pad_token_id = data.end_of_text_id
     with whole_folder(folder / FINAL) as partial:
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, state_dict=weights)
         for file in sorted(Path(data.tokenizer_folder).iterdir()):
             if file.is_file():
                 shutil.copyfile(file, partial / file.name)

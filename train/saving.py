@@ -20,13 +20,23 @@ LAST_WRITE_SECONDS = 600.0  # that a run which ends with an error gives its last
 
 
 class Saver:
-    """Writes checkpoints under `folder`, one at a time, and drops the old ones."""
+    """Writes checkpoints under `folder`, one at a time, and drops the old ones.
+
+    Args:
+        newest: the step of the checkpoint that the run resumed from, if it did.
+    """
 
     def __init__(
-        self, folder: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, settings: LoopSettings
+        self,
+        folder: Path,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        accelerator: Accelerator,
+        settings: LoopSettings,
+        newest: int | None,
     ) -> None:
         self.folder, self.objective, self.optimizer, self.settings = folder, objective, optimizer, settings
-        self.main = accelerator.is_main_process
+        self.main, self.newest = accelerator.is_main_process, newest
         # A group of its own: the thread's messages must not get between those of the training, nor need a GPU.
         self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
         self.thread: Thread | None = None
@@ -35,10 +45,15 @@ class Saver:
     def save(self, position: state.Position) -> None:
         """Begin to write the checkpoint of `position`, and see it written where saving is not to be asynchronous.
 
+        The newest checkpoint is not written again.
+
         Raises:
             UserError: this checkpoint, or the one before, could not be written.
         """
         self.wait()
+        if position.step == self.newest:
+            return
+        self.newest = position.step
         held = state.tensors(self.objective, self.optimizer)
         if self.settings.save_async:
             held = {key: tensor.to("cpu", copy=True) for key, tensor in held.items()}
@@ -70,11 +85,9 @@ class Saver:
 
 
 @contextmanager
-def saving(
-    folder: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, settings: LoopSettings
-) -> Iterator[Saver]:
-    """A `Saver` whose last checkpoint is on the disk when the block ends, also when it ends with an error."""
-    saver = Saver(folder, objective, optimizer, accelerator, settings)
+def saving(*arguments: Any) -> Iterator[Saver]:
+    """A `Saver` of these arguments, whose last checkpoint is on the disk when the block ends, also when it ends with an error."""
+    saver = Saver(*arguments)
     try:
         yield saver
         saver.wait()

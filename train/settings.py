@@ -79,6 +79,14 @@ class TransferSettings:
 
 
 @dataclass(frozen=True)
+class ShardingSettings:
+    """conf/sharding: what each of several processes holds, see train/distribute.py."""
+
+    name: Literal["none", "full"]
+    reshard_after_forward: bool  # free a gathered layer until the backward pass needs it: less memory, more traffic
+
+
+@dataclass(frozen=True)
 class LoggerSettings:
     """conf/logger."""
 
@@ -103,6 +111,7 @@ class LoopSettings:
     keep_optimizer: bool  # Adam's state beside the final model, for a growth that takes it over
     keep_best: bool  # the checkpoint of the lowest validation loss too, saved when it is measured
     save_async: bool  # write from a copy while training goes on
+    skip_nonfinite: int  # steps whose loss or gradient is not finite that a run passes over before it stops
     precision: Literal["auto", "bf16", "fp32"]
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
     document_mask: bool  # no attention across documents, positions restart in each
@@ -140,6 +149,7 @@ class Settings:
     optimizer: OptimizerSettings
     schedule: ScheduleSettings
     logger: LoggerSettings
+    sharding: ShardingSettings
     train: LoopSettings
     progress: Literal["auto", "lines", False]  # auto: a bar on a terminal, else lines
     dry_run: bool  # tell what the run would take, and stop
@@ -244,6 +254,8 @@ def _disagreements(settings: Settings) -> list[str]:
         faults.append("schedule.decay_fraction: missing; wsd decays over the last decay_fraction of the budget")
     if (together := schedule.warmup_fraction + (schedule.decay_fraction or 0)) > 1:
         faults.append(f"schedule: warmup_fraction and decay_fraction are {together} together, more than the budget")
+    if loop.skip_nonfinite < 0:
+        faults.append(f"train.skip_nonfinite: must not be negative; found {loop.skip_nonfinite}")
     if settings.optimizer.learning_rate <= 0:
         faults.append(f"optimizer.learning_rate: must be positive; found {settings.optimizer.learning_rate}")
     if settings.forecast.gpus <= 0 or not 0 < settings.forecast.mfu <= 1:
@@ -293,6 +305,8 @@ def _transfer_disagreements(settings: Settings) -> list[str]:
 NEUTRAL = (
     *("out", "progress", "dry_run", "forecast", "logger", "data.folder", "data.path", "data.workers"),
     *("train.keep", "train.keep_best", "train.keep_optimizer", "train.save_every_tokens", "train.save_async"),
+    *("sharding", "train.micro_batch"),  # nothing but rounding
+    "train.skip_nonfinite",  # a run that had to stop may go on with more of them
 )
 
 

@@ -53,6 +53,7 @@ class Position:
     bits_per_byte: float | None = None
     best_val_loss: float | None = None  # of the evaluations after step 0
     best_step: int | None = None
+    skipped: int = 0  # steps whose loss or gradient was not finite
 
 
 # ---- tensors --------------------------------------------------------------------------------------------------------------------------
@@ -129,9 +130,11 @@ def read(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -> 
         if (sizes := _sizes(path)) != record["files"]:
             raise ValueError(f"its files should be {record['files']}, and are {sizes}")
         position = Position(**{key: value for key, value in record.items() if key != "files"})
-        _materialise(optimizer)
+        reader = HuggingFaceStorageReader(str(path))
+        if any(key.startswith("optimizer/") for key in reader.read_metadata().state_dict_metadata):  # there is none before the first step
+            _materialise(optimizer)
         with _first_fault():
-            dcp.load(dict(tensors(objective, optimizer)), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+            dcp.load(dict(tensors(objective, optimizer)), storage_reader=reader, no_dist=True)
     except Exception as error:  # several libraries report a damaged file in several ways
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"checkpoint {path}: cannot be loaded ({reason}); delete this folder to resume from the one before it") from error

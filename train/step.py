@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from model.errors import UserError
 from train.data import TokenSplit
 from train.data.batches import batch
+from train.distribute import accumulating, local, total_norm
 from train.optimizer import set_learning_rate
 from train.schedule import factor
 from train.settings import Budget, Settings
@@ -35,8 +38,8 @@ class Step:
         self.model, self.optimizer, self.accelerator, self.split, self.settings = model, optimizer, accelerator, split, settings
         self.entries = entries
         self.budget = Budget.of(settings.train)
-        self.share = share_of_batch(self.budget, accelerator)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.share = Share.of(self.budget.rows, settings.train.micro_batch, accelerator.process_index, accelerator.num_processes)
+        self.parameters = {name.split("network.")[-1]: p for name, p in model.named_parameters() if p.requires_grad}
 
     def rate(self, i: int) -> float:
         """The learning rate of step `i`."""
@@ -53,57 +56,109 @@ class Step:
         weight, temperature = (0.0, 1.0) if teacher is None else scheduled(teacher, self.progress(i))
         return {"weight": weight, "temperature": temperature} if weight else {}
 
-    def windows(self, i: int) -> Tensor:
-        """This process's rows of batch `i`, (rows, context + 1), on its device."""
+    def windows(self, i: int, rows: range) -> Tensor:
+        """These rows of batch `i`, (rows, context + 1), on this process's device."""
         loop = self.settings.train
-        rows = batch(self.split, seed=self.settings.seed, step=i, batch_size=self.budget.rows, context=loop.context, **self.share)
-        return torch.from_numpy(rows).to(self.accelerator.device, non_blocking=True)
+        found = batch(
+            self.split, seed=self.settings.seed, step=i, batch_size=self.budget.rows, context=loop.context, start=rows.start, stop=rows.stop
+        )
+        return torch.from_numpy(found).to(self.accelerator.device, non_blocking=True)
 
-    def __call__(self, i: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, i: int) -> tuple[float, float]:
         """Train on batch `i`.
 
         Returns:
-            this process's mean loss and the gradient's norm before clipping, both on the device, so that a step waits for nothing.
+            the mean loss over the batch, and the gradient's norm before clipping, both of all processes.
+
+        Raises:
+            NotFinite: one of them is not finite. Weights and optimizer state are as they were before.
         """
         set_learning_rate(self.optimizer, self.rate(i))
-        torch.manual_seed(step_seed(self.settings.seed, i, self.accelerator.process_index))  # dropout, where a model has any
-        loss = self.accumulate(self.windows(i), **self.teaching(i))
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.train.gradient_clip or float("inf"))
+        loss = self.accelerator.reduce(self.accumulate(i), reduction="sum")
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = total_norm(gradients)
+        found = torch.stack((loss, norm)).tolist()  # the one place where a step waits for the device: what is not finite must not be used
+        if not all(map(math.isfinite, found)):
+            fault = NotFinite(i + 1, found[0], found[1], self.culprit())
+            self.optimizer.zero_grad()
+            raise fault
+        if self.settings.train.gradient_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.settings.train.gradient_clip, norm)
         with nullcontext() if self.entries is None else self.entries.applied(self.progress(i)):
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss, norm
+        return found[0], found[1]
 
-    def accumulate(self, windows: Tensor, **teaching: float) -> Tensor:
-        """Add up the gradient of the mean loss over `windows`, a micro-batch at a time, and return the text's loss."""
-        pieces = windows.split(self.settings.train.micro_batch or len(windows))
-        loss = torch.zeros((), device=windows.device)
-        for i, piece in enumerate(pieces):
-            with self.accelerator.no_sync(self.model) if i < len(pieces) - 1 else nullcontext():
-                found = self.model(piece, **teaching)
+    def accumulate(self, i: int) -> Tensor:
+        """Add up the gradient of the mean loss over batch `i`, a micro-batch at a time; return this process's part of the text's mean.
+
+        Each micro-batch weighs as many tokens as it has, whatever its process and their number.
+        """
+        teaching = self.teaching(i)
+        mean = torch.zeros((), device=self.accelerator.device)
+        windows = self.windows(i, self.share.rows)
+        for piece in self.share.pieces:
+            last = piece is self.share.pieces[-1]
+            torch.manual_seed(step_seed(self.settings.seed, i, piece.start))  # dropout, where a model has any
+            rows = windows[piece.start - self.share.rows.start : piece.stop - self.share.rows.start]
+            with nullcontext() if last else accumulating(self.model, self.accelerator):
+                # A piece without rows takes part with one that counts nothing: sharded processes have to go through the layers together.
+                found = self.model(rows if len(piece) else self.windows(i, range(1)), reduction="sum", **teaching)
                 objective, text = found if teaching else (found, found)
-                share = len(piece) / len(windows)  # so that uneven pieces weigh what they hold
-                self.accelerator.backward(objective * share)
-            loss += text.detach() * share
-        return loss
+                share = bool(len(piece)) / self.budget.tokens_per_step
+                self.accelerator.backward(objective * share * self.accelerator.num_processes)  # which averages gradients over the processes
+            mean += text.detach() * share
+        return mean
+
+    def culprit(self) -> str:
+        """Which tensor is not finite: a weight, else the gradient nearest to the loss, where the backward pass met it first."""
+        if names := self.not_finite({name: p.detach() for name, p in self.parameters.items()}):
+            return f"weight {names[0]}"
+        names = self.not_finite({name: p.grad for name, p in self.parameters.items() if p.grad is not None})
+        return f"gradient of {names[-1]}, and of {len(names) - 1} more of {len(self.parameters)} tensors" if names else "loss alone"
+
+    def not_finite(self, tensors: dict[str, Tensor]) -> list[str]:
+        """The names of those that are not finite on any process."""
+        flags = torch.stack([(~local(tensor).isfinite()).any() for tensor in tensors.values()]).float()
+        return [name for name, flag in zip(tensors, self.accelerator.reduce(flags, reduction="sum").tolist(), strict=True) if flag]
 
 
-def share_of_batch(budget: Budget, accelerator: Accelerator) -> dict[str, int]:
-    """The rows `start:stop` of each batch that this process computes.
+class NotFinite(UserError):
+    """A loss or a gradient was not finite; nothing was trained on it."""
 
-    Raises:
-        UserError: the processes do not divide the batch.
-    """
-    world = accelerator.num_processes
-    if budget.rows % world:
-        raise UserError(
-            f"{world} processes do not divide the {budget.rows} windows of a batch (train.batch_tokens / train.context); "
-            f"use a number of processes that does, or change train.batch_tokens"
+    def __init__(self, step: int, loss: float, norm: float, culprit: str) -> None:
+        super().__init__(f"step {step}: the loss is {loss} and the gradient norm {norm}; not finite: {culprit}")
+
+    def with_way_out(self, saved: int) -> UserError:
+        """The same for a run that stops at it, its last good state saved after step `saved`."""
+        return UserError(
+            f"{self}. The run stops here and has saved the state after step {saved}: lower optimizer.learning_rate or lengthen "
+            "schedule.warmup_fraction under a new name=, or pass over such steps with train.skip_nonfinite=N"
         )
-    share = budget.rows // world
-    return {"start": accelerator.process_index * share, "stop": (accelerator.process_index + 1) * share}
 
 
-def step_seed(seed: int, step: int, process: int) -> int:
-    """The seed of the generator for one step on one process, so that a resumed run draws what an undisturbed one would have drawn."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {step} {process}".encode()).digest()[:8]) >> 1
+@dataclass(frozen=True)
+class Share:
+    """What one process computes of each batch: `rows`, split into as many `pieces` as every other process has."""
+
+    rows: range
+    pieces: tuple[range, ...]
+
+    @classmethod
+    def of(cls, rows: int, micro_batch: int | None, process: int, processes: int) -> Share:
+        """Shares differ by at most one row; a piece has up to `micro_batch` rows, the last ones fewer or none.
+
+        8 rows by 2 on processes 0 and 1 of 3: 0‥2 as (0‥1, 2‥2) and 2‥5 as (2‥4, 4‥5).
+        """
+        own = range(rows * process // processes, rows * (process + 1) // processes)
+        most = -(-rows // processes)
+        size = min(micro_batch or most, most)
+        return cls(own, tuple(own[first : first + size] for first in range(0, most, size)))
+
+
+def step_seed(seed: int, step: int, row: int) -> int:
+    """The seed of the generator for the micro-batch that begins at `row` of a step's batch.
+
+    A resumed run draws what an undisturbed one would have drawn, and so does a run on other processes whose micro-batches are the same.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {row}".encode()).digest()[:8]) >> 1

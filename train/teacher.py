@@ -36,20 +36,21 @@ class TaughtLoss(NextTokenLoss):
     def forward(self, windows: Tensor, reduction: str = "mean", weight: float = 0.0, temperature: float = 1.0) -> Any:
         """The text's loss; or, with a `weight`, the pair (objective, text's loss), where objective = (1 - weight) · text + weight · teaching.
 
-        Teaching is T² · KL(teacher ‖ student) at temperature T, mean over the predicted tokens, over the teacher's vocabulary.
+        Teaching is T² · KL(teacher ‖ student) at temperature T over the teacher's vocabulary, the sum or mean over the predicted tokens.
         """
         if weight == 0.0:
             return super().forward(windows, reduction)
         student = self.hidden(windows).flatten(0, 1)
         with torch.no_grad():
             teacher = self._teacher[0].hidden(windows).flatten(0, 1)
-        text = self.from_hidden(student, windows[:, 1:].flatten(), "mean")
-        teaching = divergence(student, self.network.get_output_embeddings(), teacher, self._teacher[0].network.get_output_embeddings(), temperature)
+        text = self.from_hidden(student, windows[:, 1:].flatten(), reduction)
+        heads = [network.get_output_embeddings() for network in (self.network, self._teacher[0].network)]
+        teaching = divergence(student, heads[0], teacher, heads[1], temperature) / (len(student) if reduction == "mean" else 1)
         return (1.0 - weight) * text + weight * teaching, text
 
 
 def divergence(student: Tensor, head: nn.Module, teacher: Tensor, teaching_head: nn.Module, temperature: float) -> Tensor:
-    """T² · KL(teacher ‖ student) at temperature T, mean over tokens, `CHUNK_TOKENS` of whose logits are held at a time.
+    """T² · KL(teacher ‖ student) at temperature T, the sum over tokens, `CHUNK_TOKENS` of whose logits are held at a time.
 
     Args:
         student, teacher: what the heads read, (tokens, hidden) each.
@@ -64,7 +65,7 @@ def divergence(student: Tensor, head: nn.Module, teacher: Tensor, teaching_head:
     total = torch.zeros((), device=student.device)
     for mine, theirs in zip(student.split(CHUNK_TOKENS), teacher.split(CHUNK_TOKENS), strict=True):
         total = total + checkpoint(part, mine, theirs, use_reentrant=False)
-    return temperature**2 * total / len(student)
+    return temperature**2 * total
 
 
 def check_teacher(student: Any, teacher: Any, reshaping: list[str]) -> None:
