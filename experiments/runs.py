@@ -16,6 +16,7 @@ from typing import Any
 
 from experiments.ledger import Curve
 from model.errors import UserError
+from train.stages import Span, flops_after
 
 SCRATCH = "scratch"
 SOURCE = "source"  # the control arm: the source itself, trained on, "trained longer, not bigger"
@@ -106,11 +107,18 @@ def check_run(run: Run) -> None:
         ("summary.json's final_val_loss is", summary["final_val_loss"], "the last evaluation says", last),
         ("summary.json's tokens are", summary["tokens"], "the last evaluation was at", tokens),
         ("summary.json's FLOPs are", summary["flops"], "the last evaluation was at", flops),
-        ("the FLOPs counted are", flops, "tokens × FLOPs per token give", tokens * run.record["flops_per_token"]),
+        ("the FLOPs counted are", flops, "tokens × FLOPs per token give", planned_flops(run.record, tokens)),
     ]
     faults = [f"{a} {x:.10g}, but {b} {y:.10g}" for a, x, b, y in pairs if not math.isclose(x, y, rel_tol=1e-6, abs_tol=1e-9)]
     if faults:
         raise UserError(f"{run.folder} contradicts itself: {'; '.join(faults)}. Its files were edited or mixed; run it again elsewhere")
+
+
+def planned_flops(record: dict[str, Any], tokens: float) -> float:
+    """What `tokens` should have cost: the same for each token, unless the network grew on its way or was taught for a while."""
+    per_step = record["tokens_per_step"]
+    spans = [Span(**span) for span in record.get("spans", ())]
+    return flops_after(spans, round(tokens / per_step), per_step) if spans else tokens * record["flops_per_token"]
 
 
 def setting(record: dict[str, Any], path: str) -> Any:

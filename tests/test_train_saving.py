@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from toy import assert_same_run, at, rows
 
-from train import loop, state
+from train import loop, state, trainee
 from train.settings import Budget, Settings, compose
 
 
@@ -53,7 +53,7 @@ def test_the_checkpoint_of_the_lowest_validation_loss_is_saved_when_it_is_measur
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate, losses = loop.evaluate, iter([9.0, 4.0, 5.0, 3.0, 6.0, 7.0])
-    monkeypatch.setattr(loop, "evaluate", lambda *a: type(evaluate(*a))(next(losses), 1.0))
+    monkeypatch.setattr(trainee, "evaluate", lambda *a: type(evaluate(*a))(next(losses), 1.0))
     loop.train(at(settings, tmp_path / "run", keep_best=True, budget_tokens=1280, save_every_tokens=512))
     assert [(row["step"], row["val_loss"]) for row in rows(tmp_path / "run", "eval")][1:] == [(2, 4), (4, 5), (6, 3), (8, 6), (10, 7)]
     names = [path.name for path in state.complete(tmp_path / "run" / "checkpoints")]

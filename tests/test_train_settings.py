@@ -79,7 +79,7 @@ def test_the_hash_follows_what_changes_the_result_and_nothing_else() -> None:
     base = compose(GOOD)
     for neutral in ("out=elsewhere", "logger=none", "progress=false", "train.keep=7", "train.save_every_tokens=null", "data.folder=/there"):
         assert settings_hash(compose([*GOOD, neutral])) == settings_hash(base), neutral
-    for other in ("seed=1", "train.micro_batch=4", "growth=tile source=x", "optimizer.weight_decay=0", "data.vocab_size=999"):
+    for other in ("seed=1", "train.context=64", "growth=tile source=x", "optimizer.weight_decay=0", "data.vocab_size=999"):
         assert settings_hash(compose([*GOOD, *other.split()])) != settings_hash(base), other
     assert identity(dataclasses.asdict(base)) == identity(base)
 

@@ -24,6 +24,7 @@ from train.files import whole_folder, write_text
 from train.meter import Meter
 from train.optimizer import build_optimizer
 from train.settings import OptimizerSettings, compose
+from train.stages import Span
 
 SETTINGS = OptimizerSettings(name="adamw", learning_rate=0.1, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.5)
 
@@ -208,7 +209,7 @@ def test_the_peak_of_a_device_is_known_by_its_name(name: str, precision: str, pe
 def test_mfu_is_the_share_of_all_devices_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    meter = Meter(state.Position(), 2, tokens_per_step=1000, flops_per_token=6.0, peak=1500.0)
+    meter = Meter(state.Position(), 2, tokens_per_step=1000, spans=[Span(9, 6.0)], peak=1500.0)
     for loss in (4.0, 2.0):
         meter.count(loss, 0.5)
     now[0] += 4.0

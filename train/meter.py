@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from train.stages import Span, flops_after
 from train.state import Position
 
 
 class Meter:
     """Counts steps, tokens, FLOPs and training seconds in `position`, and sums up losses until a logging interval closes."""
 
-    def __init__(self, position: Position, processes: int, tokens_per_step: int, flops_per_token: float, peak: float | None) -> None:
+    def __init__(self, position: Position, processes: int, tokens_per_step: int, spans: Sequence[Span], peak: float | None) -> None:
         self.position, self.processes = position, processes
-        self.tokens_per_step, self.flops_per_token, self.peak = tokens_per_step, flops_per_token, peak
+        self.tokens_per_step, self.spans, self.peak = tokens_per_step, spans, peak
         self.grad_norm = math.nan
         self.since = time.perf_counter()
-        self.interval = (position.tokens, position.seconds)
+        self.interval = (position.tokens, position.flops, position.seconds)
 
     def count(self, loss: float, norm: float) -> None:
         """One optimizer step is done: its mean loss, and the gradient norm before clipping."""
@@ -36,7 +37,7 @@ class Meter:
     def _advance(self) -> None:
         self.position.step += 1
         self.position.tokens = self.position.step * self.tokens_per_step
-        self.position.flops = self.position.tokens * self.flops_per_token
+        self.position.flops = flops_after(self.spans, self.position.step, self.tokens_per_step)
 
     def settle(self) -> None:
         """Bring the clock up to now."""
@@ -58,10 +59,11 @@ class Meter:
     def close_interval(self) -> dict[str, Any]:
         """Settle, and return the interval's mean loss, its last gradient norm and its speed over all processes; a new interval begins."""
         self.settle()
-        p, (tokens, seconds) = self.position, self.interval
-        speed = (p.tokens - tokens) / max(p.seconds - seconds, 1e-9)
-        mfu = None if self.peak is None else speed * self.flops_per_token / (self.peak * self.processes)
+        p, (tokens, flops, seconds) = self.position, self.interval
+        passed = max(p.seconds - seconds, 1e-9)
+        speed = (p.tokens - tokens) / passed
+        mfu = None if self.peak is None else (p.flops - flops) / passed / (self.peak * self.processes)
         loss = p.loss_sum / p.loss_count if p.loss_count else None  # None: every step of the interval was passed over
         row = {"loss": loss, "grad_norm": self.grad_norm, "tokens_per_second": round(speed, 1), "mfu": mfu}
-        p.loss_sum, p.loss_count, self.interval = 0.0, 0, (p.tokens, p.seconds)
+        p.loss_sum, p.loss_count, self.interval = 0.0, 0, (p.tokens, p.flops, p.seconds)
         return row

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from train.files import whole_folder, write_json, write_text
 from train.folder import FINAL
-from train.start import LEDGER
+from train.start import LEDGER, OPTIMIZER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,11 +27,13 @@ def publish(
     data: TokenData,
     run: Mapping[str, Any],
     summary: Mapping[str, Any],
+    adam: Mapping[str, Any] | None,
 ) -> Path:
     """Write `<folder>/final/`, whole or not at all: weights, config, tokenizer, generation config, ledger and model card.
 
     Args:
         weights: of the model, where it does not hold them whole itself.
+        adam: the optimizer's state, where it is to be kept too.
 
     Raises:
         UserError: the disk is full or not writable.
@@ -41,6 +45,8 @@ def publish(
         for file in sorted(Path(data.tokenizer_folder).iterdir()):
             if file.is_file():
                 shutil.copyfile(file, partial / file.name)
+        if adam is not None:
+            torch.save(adam, partial / OPTIMIZER)
         write_json(partial / LEDGER, ledger(run, summary))
         write_text(partial / "README.md", model_card(run, summary))
     return folder / FINAL

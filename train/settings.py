@@ -26,12 +26,25 @@ UNGROWN = ("scratch", "source")  # the operators that grow nothing: build the ta
 
 
 @dataclass(frozen=True)
+class StageSettings:
+    """A stretch of a run that grows on its way. `options` are the operator's own."""
+
+    until: float  # the share of the budget at which it ends
+    layers: float = 1.0  # of the target's, at least one
+    sizes: dict[str, Any] = field(default_factory=dict)  # other sizes than the target's, under their Hugging Face names
+    operator: str = "lossless"  # by which it grows from what the stage before left
+    moments: bool = False  # Adam's state grows too; else it begins anew
+    options: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
+
+
+@dataclass(frozen=True)
 class GrowthSettings:
     """How the run starts. `options` are the operator's own, handed to `growth.grow` as they are."""
 
     name: str
     operator: str
     options: dict[str, Any] = field(metadata={"rest": True})
+    stages: tuple[StageSettings, ...] = ()  # where it grows on its way; the first one starts as `operator` says
 
 
 @dataclass(frozen=True)
@@ -269,10 +282,26 @@ def _disagreements(settings: Settings) -> list[str]:
     for key in ("study", "name"):
         if not getattr(settings, key) or Path(getattr(settings, key)).name != getattr(settings, key):
             faults.append(f"{key}: must be usable as the name of a folder; found {getattr(settings, key)!r}")
-    faults += _transfer_disagreements(settings)
+    faults += _transfer_disagreements(settings) + (_stage_disagreements(growth) if growth.stages else [])
     if settings.mixture is not None:
         faults += mixture_disagreements(settings.mixture, settings.data)
     return faults + data_disagreements(settings.data)
+
+
+def needs_source(settings: Settings) -> bool:
+    """Whether a run needs its source after it has begun, too."""
+    teacher = settings.transfer.teacher
+    return settings.transfer.mup or (teacher is not None and teacher.model == "source")
+
+
+def _stage_disagreements(growth: GrowthSettings) -> list[str]:
+    faults, ends = [], [stage.until for stage in growth.stages]
+    if ends != sorted(set(ends)) or not all(0.0 < end <= 1.0 for end in ends) or ends[-1] != 1.0:
+        faults.append(f"growth.stages: each must end later than the one before, the last at 1.0; found until={ends}")
+    for number, stage in enumerate(growth.stages):
+        if number and stage.operator in UNGROWN:
+            faults.append(f"growth.stages[{number}].operator: {stage.operator} grows nothing; choose one that grows what there is")
+    return faults
 
 
 def _transfer_disagreements(settings: Settings) -> list[str]:
@@ -289,6 +318,15 @@ def _transfer_disagreements(settings: Settings) -> list[str]:
         faults.append("transfer.optimizer: growth=scratch has no weights that the source's moments belong to")
     if settings.optimizer.name != "adamw" and (transfer.optimizer is not None or transfer.mup or settings.train.keep_optimizer):
         faults.append(f"transfer.optimizer, transfer.mup, train.keep_optimizer: for optimizer=adamw; found {settings.optimizer.name}")
+    whole = {
+        "transfer.inherited_rate": transfer.inherited_rate != 1.0,
+        "schedule.rewarm=new": settings.schedule.rewarm == "new",
+        "transfer.optimizer": transfer.optimizer is not None,
+        "train.keep_optimizer": settings.train.keep_optimizer,
+        "growth.stages.moments": any(stage.moments for stage in settings.growth.stages),
+    }
+    if settings.sharding.name == "full":
+        faults += [f"{key}: needs whole tensors on each process (sharding=none)" for key, asked in whole.items() if asked]
     if not 0.0 <= transfer.inherited_rate <= 10.0:
         faults.append(f"transfer.inherited_rate: a share of the learning rate, at least 0; found {transfer.inherited_rate}")
     if teacher is not None:

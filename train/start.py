@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from growth import grow
 from model.build import build_model, load_model
 from model.checkpoint import locate
 from model.config import read_json, resolve_target
 from model.errors import UserError
 from model.geometry import flops_per_token
-from train.folder import START
+from train.files import whole_folder
 from train.settings import UNGROWN, Settings
+from train.stages import Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LEDGER = "ledger.json"
+LEDGER, OPTIMIZER = "ledger.json", "optimizer.pt"
 
 
 def find_source(settings: Settings, *, needed: bool) -> Path | None:
@@ -66,8 +73,8 @@ def source_ledger(settings: Settings, source: Path | None) -> dict[str, Any] | N
     return ledger
 
 
-def begin(settings: Settings, source: Path | None, folder: Path) -> dict[str, Any]:
-    """Make the start of a new run on disk, where it needs one (`<folder>/start/`), and return run.json's record of it.
+def begin(settings: Settings, stage: Stage, source: Path | None, folder: Path) -> dict[str, Any]:
+    """Make the start of a new run's first stage on disk, where it needs one (`<folder>/start/`), and return run.json's record of it.
 
     Raises:
         UserError: the source cannot be grown into the target.
@@ -84,10 +91,9 @@ def begin(settings: Settings, source: Path | None, folder: Path) -> dict[str, An
     }
     if operator in UNGROWN:
         return record
-    from growth import grow
-
     assert source is not None
-    grown = grow(source, folder / START, target=settings.target, operator=operator, seed=settings.seed, overwrite=True, **options)
+    how: dict[str, Any] = {"operator": operator, "seed": settings.seed, **options}
+    grown = grow(source, stage.start(folder), target=stage.config, overwrite=True, optimizer=saved_optimizer(settings, source), **how)
     return record | {
         "lossless": grown.certificate.lossless,
         "reasons": [str(reason) for reason in grown.certificate.reasons],
@@ -95,10 +101,45 @@ def begin(settings: Settings, source: Path | None, folder: Path) -> dict[str, An
     }
 
 
-def starting_model(settings: Settings, source: Path | None, folder: Path, config: dict[str, Any], attention: str) -> PreTrainedModel:
-    """The network at step 0, in float32, on the CPU; the same on every process."""
-    if settings.growth.operator == "scratch":
-        return build_model(config, seed=settings.seed, attention=attention)
-    start = source if settings.growth.operator == "source" else folder / START
+def saved_optimizer(settings: Settings, source: Path | None) -> Path | None:
+    """Where Adam's state of the source lies, if it is to be taken over."""
+    asked = settings.transfer.optimizer
+    return source if asked == "source" else None if asked is None else Path(asked)
+
+
+def grow_on(
+    network: PreTrainedModel,
+    weights: dict[str, Tensor] | None,
+    adam: Mapping[str, Any] | None,
+    stage: Stage,
+    settings: Settings,
+    folder: Path,
+) -> None:
+    """Make the start of a later `stage` on disk by growing the `network` that the one before it has trained.
+
+    Args:
+        weights: of the network, where it does not hold them whole itself.
+        adam: its optimizer's state, to be grown too.
+
+    Raises:
+        UserError: it cannot be grown so, or the disk is full.
+    """
+    start = stage.start(folder)
+    with whole_folder(start.with_name(f"{start.name}.before")) as partial:
+        network.save_pretrained(partial, state_dict=weights)
+        if adam is not None:
+            torch.save(adam, partial / OPTIMIZER)
+    before = start.with_name(f"{start.name}.before")
+    moments = None if adam is None else before
+    how: dict[str, Any] = {"operator": stage.growth.operator, "seed": settings.seed, **stage.growth.options}
+    grow(before, start, target=stage.config, overwrite=True, optimizer=moments, **how)
+    shutil.rmtree(before)
+
+
+def starting_model(settings: Settings, stage: Stage, source: Path | None, folder: Path, attention: str) -> PreTrainedModel:
+    """The network at the beginning of a stage, in float32, on the CPU; the same on every process."""
+    if stage.growth.operator == "scratch":
+        return build_model(stage.config, seed=settings.seed, attention=attention)
+    start = source if stage.growth.operator == "source" else stage.start(folder)
     assert start is not None
     return load_model(start, attention=attention)

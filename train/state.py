@@ -53,6 +53,7 @@ class Position:
     bits_per_byte: float | None = None
     best_val_loss: float | None = None  # of the evaluations after step 0
     best_step: int | None = None
+    stage: int = 0  # of the run, see train/stages.py
     skipped: int = 0  # steps whose loss or gradient was not finite
 
 
@@ -125,20 +126,38 @@ def read(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -> 
     Raises:
         UserError: a file of it is missing or damaged.
     """
-    try:
-        record = json.loads((path / STATE).read_text())
-        if (sizes := _sizes(path)) != record["files"]:
-            raise ValueError(f"its files should be {record['files']}, and are {sizes}")
-        position = Position(**{key: value for key, value in record.items() if key != "files"})
+    with _telling_damage(path):
+        position = peek(path)
         reader = HuggingFaceStorageReader(str(path))
         if any(key.startswith("optimizer/") for key in reader.read_metadata().state_dict_metadata):  # there is none before the first step
             _materialise(optimizer)
         with _first_fault():
             dcp.load(dict(tensors(objective, optimizer)), storage_reader=reader, no_dist=True)
+    return position
+
+
+def peek(path: Path) -> Position:
+    """Where the checkpoint at `path` stands; its tensors are not read.
+
+    Raises:
+        UserError: a file of it is missing or damaged.
+    """
+    with _telling_damage(path):
+        record = json.loads((path / STATE).read_text())
+        if (sizes := _sizes(path)) != record["files"]:
+            raise ValueError(f"its files should be {record['files']}, and are {sizes}")
+        return Position(**{key: value for key, value in record.items() if key != "files"})
+
+
+@contextmanager
+def _telling_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
     except Exception as error:  # several libraries report a damaged file in several ways
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"checkpoint {path}: cannot be loaded ({reason}); delete this folder to resume from the one before it") from error
-    return position
 
 
 @contextmanager

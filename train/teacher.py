@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,13 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from model.build import attention_backend, load_model
+from model.checkpoint import locate
 from model.errors import UserError
-from train.loss import CHUNK_TOKENS, NextTokenLoss
+from train.loss import CHUNK_TOKENS, NextTokenLoss, reshaping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from train.settings import TeacherSettings
+    from train.settings import Settings, TeacherSettings
 
 
 def scheduled(settings: TeacherSettings, progress: float) -> tuple[float, float]:
@@ -34,7 +38,7 @@ class TaughtLoss(NextTokenLoss):
         self._teacher = (NextTokenLoss(teacher.eval().requires_grad_(False), fused=student.fused, end_of_text=student.end_of_text),)
 
     def forward(self, windows: Tensor, reduction: str = "mean", weight: float = 0.0, temperature: float = 1.0) -> Any:
-        """The text's loss; or, with a `weight`, the pair (objective, text's loss), where objective = (1 - weight) · text + weight · teaching.
+        """The text's loss; with a `weight` the pair (objective, text's loss), where objective = (1 - weight) · text + weight · teaching.
 
         Teaching is T² · KL(teacher ‖ student) at temperature T over the teacher's vocabulary, the sum or mean over the predicted tokens.
         """
@@ -68,12 +72,34 @@ def divergence(student: Tensor, head: nn.Module, teacher: Tensor, teaching_head:
     return temperature**2 * total
 
 
-def check_teacher(student: Any, teacher: Any, reshaping: list[str]) -> None:
-    """Refuse a teacher that cannot teach this student.
+def find_teacher(settings: Settings, source: Path | None) -> PreTrainedModel | None:
+    """The network that teaches, in float32 on the CPU; None where none does.
 
-    Args:
-        student, teacher: their configs.
-        reshaping: config keys by which either changes its logits after the head.
+    Raises:
+        UserError: it is neither a folder nor a reachable repository.
+    """
+    if settings.transfer.teacher is None:
+        return None
+    named = settings.transfer.teacher.model
+    folder = source if named == "source" else locate(named)
+    assert folder is not None
+    return load_model(folder, attention=attention_backend(settings.train.attention)[0])
+
+
+def taught(objective: NextTokenLoss, teacher: PreTrainedModel | None, device: torch.device) -> NextTokenLoss:
+    """`objective`, taught by `teacher` where there is one.
+
+    Raises:
+        UserError: this teacher cannot teach this network.
+    """
+    if teacher is None:
+        return objective
+    check_teacher(objective.network.config.to_dict(), teacher.config.to_dict())
+    return TaughtLoss(objective, teacher.to(device))  # type: ignore[arg-type]
+
+
+def check_teacher(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> None:
+    """Refuse a teacher that cannot teach this student; both are given by their configs.
 
     Raises:
         UserError: its vocabulary is larger, or the logits are not the heads' output alone.
@@ -83,6 +109,6 @@ def check_teacher(student: Any, teacher: Any, reshaping: list[str]) -> None:
         faults.append(
             f"transfer.teacher: has {teacher['vocab_size']} tokens, the model {student['vocab_size']}; a teacher must speak the same tokens"
         )
-    if reshaping:
-        faults.append(f"transfer.teacher: logits are changed after the head ({', '.join(reshaping)}), which teaching does not follow")
+    if changed := sorted({*reshaping(student), *reshaping(teacher)}):
+        faults.append(f"transfer.teacher: logits are changed after the head ({', '.join(changed)}), which teaching does not follow")
     UserError.collect(faults)

@@ -20,9 +20,10 @@ from model.config import read_json
 from model.errors import UserError
 from model.family import Config, family_of
 from model.notation import size
-from train.folder import START
 from train.schedule import new_entries
-from train.settings import UNGROWN, Settings
+from train.settings import UNGROWN, Budget, Settings
+from train.stages import Stage
+from train.start import saved_optimizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,10 +41,11 @@ class EntryRates:
     Args:
         network: whose parameters are frozen where nothing in them learns.
         inherited: for parameters by name, whether each entry came from the source, in the parameter's shape.
+        begun: the progress at which the new entries came.
     """
 
-    def __init__(self, network: nn.Module, inherited: Mapping[str, Tensor], settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, network: nn.Module, inherited: Mapping[str, Tensor], settings: Settings, begun: float = 0.0) -> None:
+        self.settings, self.begun = settings, begun
         self.inherited: list[tuple[nn.Parameter, Tensor]] = []
         for name, parameter in network.named_parameters():
             whole = bool(inherited[name].all())
@@ -56,7 +58,7 @@ class EntryRates:
     @contextmanager
     def applied(self, progress: float) -> Iterator[None]:
         """Let the optimizer's step in the block count as much for each entry as it should at `progress`."""
-        old, new = self.settings.transfer.inherited_rate, new_entries(self.settings.schedule, progress)
+        old, new = self.settings.transfer.inherited_rate, new_entries(self.settings.schedule, progress - self.begun)
         if old == new == 1.0:
             yield
             return
@@ -68,24 +70,32 @@ class EntryRates:
                 parameter.copy_(torch.lerp(start, parameter, share))
 
 
-def entry_rates(network: PreTrainedModel, settings: Settings, folder: Path) -> EntryRates | None:
-    """The rates that `settings` ask for; None where every entry learns alike.
+def entry_rates(network: PreTrainedModel, settings: Settings, stage: Stage, folder: Path) -> EntryRates | None:
+    """The rates that `settings` ask for in a stage; None where every entry learns alike.
 
     Raises:
         UserError: nothing would learn.
     """
-    if settings.growth.operator in UNGROWN or (settings.transfer.inherited_rate == 1.0 and settings.schedule.rewarm != "new"):
+    if stage.growth.operator in UNGROWN or (settings.transfer.inherited_rate == 1.0 and settings.schedule.rewarm != "new"):
         return None
-    made, names = recorded_plan(folder / START), stored_names(network)
+    made, names = recorded_plan(stage.start(folder)), stored_names(network)
     steps = {step.name: step for step in made.steps}
     inherited = {name: torch.from_numpy(origins(made, steps[names[name]]) != Origin.NEW) for name, _ in network.named_parameters()}
-    rates = EntryRates(network, inherited, settings)
+    rates = EntryRates(network, inherited, settings, stage.first / Budget.of(settings.train).steps)
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise UserError(f"transfer.inherited_rate: 0 freezes everything, since growth={settings.growth.name} makes nothing new; raise it")
     return rates
 
 
 # ---- matrices --------------------------------------------------------------------------------------------------------------------------
+
+
+def mup_rates(network: PreTrainedModel, settings: Settings, stage: Stage, source: Path | None) -> dict[str, float] | None:
+    """Parameter → share of the learning rate, as `width_factors` has it from the source; None where that is not asked for."""
+    if not settings.transfer.mup:
+        return None
+    assert source is not None
+    return width_factors(network, read_json(source / "config.json"), stage.config)
 
 
 def width_factors(network: PreTrainedModel, source: Config, target: Config) -> dict[str, float]:
@@ -107,22 +117,18 @@ def width_factors(network: PreTrainedModel, source: Config, target: Config) -> d
 # ---- the optimizer's state --------------------------------------------------------------------------------------------------------------
 
 
-def saved_optimizer(settings: Settings, source: Path | None) -> Path | None:
-    """Where Adam's state of the source lies, if it is to be taken over."""
-    return source if settings.transfer.optimizer == "source" else settings.transfer.optimizer and Path(settings.transfer.optimizer)
-
-
-def take_over(optimizer: torch.optim.Optimizer, network: PreTrainedModel, settings: Settings, source: Path | None, folder: Path) -> None:
-    """Put the source's moments into the optimizer of a run that begins: grown with the weights, or as they are where nothing grew.
+def take_over(
+    optimizer: torch.optim.Optimizer, network: PreTrainedModel, settings: Settings, stage: Stage, source: Path | None, folder: Path
+) -> None:
+    """Put moments that were grown with the weights into the optimizer of a stage that begins; the source's own where nothing grew.
 
     Raises:
         UserError: they cannot be read, or are not of the source's model.
     """
     saved = saved_optimizer(settings, source)
-    if saved is None:
-        return
-    if settings.growth.operator != "source":
-        load_adam(folder / START, optimizer, network)
+    if stage.moments or (stage.number == 0 and saved is not None and stage.growth.operator != "source"):
+        load_adam(stage.start(folder), optimizer, network)
+    if saved is None or stage.growth.operator != "source":
         return
     assert source is not None
     state = read_adam(saved, plan(read_json(source / "config.json"), {}))

@@ -1,0 +1,151 @@
+"""A network in training: made for one stage of a run, trained through it, and grown into the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
+
+from model.build import attention_backend
+from model.geometry import parameter_count
+from train import folder as run_folder
+from train import state
+from train.data import TokenData
+from train.device import device_name
+from train.distribute import prepare as prepare_processes
+from train.distribute import whole_weights
+from train.evaluate import evaluate
+from train.log import Console, Log
+from train.loss import build_loss
+from train.meter import Meter
+from train.optimizer import build_optimizer
+from train.saving import saving
+from train.settings import Budget, Settings
+from train.signals import Stopped, any_process
+from train.speed import speed_up
+from train.stages import Stage
+from train.start import grow_on, starting_model
+from train.step import NotFinite, Step
+from train.teacher import taught
+from train.transfer import entry_rates, mup_rates, named_state, take_over
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all stages of a run share."""
+
+    settings: Settings
+    folder: Path
+    accelerator: Accelerator
+    data: TokenData
+    windows: list[Any]  # that the validation loss is taken on
+    console: Console
+    log: Log | None  # on the process that writes
+    asked: Callable[[], str | None]  # the signal that asked this process to stop
+    meter: Meter
+
+
+class Trainee:
+    """A network with its optimizer, in place to train through one stage.
+
+    Args:
+        teacher: a network that teaches it beside the text.
+        saved: the checkpoint that it goes on from; None where the stage begins.
+    """
+
+    def __init__(self, run: Run, stage: Stage, source: Path | None, teacher: PreTrainedModel | None, saved: Path | None) -> None:
+        self.run, self.stage, self.saved = run, stage, saved
+        settings, loop, accelerator = run.settings, run.settings.train, run.accelerator
+        attention, why = attention_backend(loop.attention)
+        self.network = starting_model(settings, stage, source, run.folder, attention)
+        parameters = sum(p.numel() for p in self.network.parameters())
+        assert parameters == parameter_count(stage.config), "geometry and the built model count different parameters"
+        entries = entry_rates(self.network, settings, stage, run.folder)
+        rates = mup_rates(self.network, settings, stage, source)
+        optimizer: Any = build_optimizer(self.network, settings.optimizer, rates)
+        speed_up(self.network, loop)
+        self.objective = taught(build_loss(self.network, stage.config, loop, run.data.end_of_text_id), teacher, accelerator.device)
+        self.model, self.optimizer = prepare_processes(self.objective, optimizer, accelerator)
+        if saved is None:
+            take_over(self.optimizer.optimizer, self.network, settings, stage, source, run.folder)
+        else:
+            state.read(saved, self.objective, self.optimizer.optimizer)
+        run.meter.position.stage = stage.number
+        self.step = Step(self.model, self.optimizer, accelerator, run.data.train, settings, entries)
+        tokens = Budget.of(loop).tokens_per_step
+        run.console.say(f"{parameters:,} parameters, steps {run.meter.position.step} to {stage.last} of {tokens:,} tokens")
+        device, precision = device_name(accelerator.device), "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
+        run.console.say(f"{device}, {accelerator.num_processes} process(es), {precision}, attention {attention} ({why})")
+
+    def train(self) -> None:
+        """Train to the end of the stage; its last state is saved where another stage follows."""
+        run, settings, stage = self.run, self.run.settings, self.stage
+        loop, budget, meter, log = settings.train, Budget.of(settings.train), run.meter, run.log
+        position, checkpoints = meter.position, run.folder / run_folder.CHECKPOINTS
+        standing = None if self.saved is None else position.step
+        with saving(checkpoints, self.objective, self.optimizer.optimizer, run.accelerator, loop, standing) as saver:
+            if self.saved is None:
+                self.validate("eval" if stage.number == 0 else "growth")
+            self.model.train()
+            while position.step < stage.last:
+                # ---- 6. One step (train/step.py) --------------------------------------------------------------------------------------
+                rate = self.step.rate(position.step)
+                try:
+                    meter.count(*self.step(position.step))
+                except NotFinite as fault:
+                    if position.skipped == loop.skip_nonfinite:
+                        saver.save(position)
+                        saver.wait()
+                        raise fault.with_way_out(position.step) from None
+                    meter.skip()
+                    if log:
+                        log.write("skip", meter.clocks(), reason=str(fault))
+
+                # ---- 7. Tell, evaluate, save ------------------------------------------------------------------------------------------
+                if budget.due(budget.log_every, position.step):
+                    row = meter.close_interval()
+                    if log and row["loss"] is not None:
+                        log.write("train", meter.clocks(), learning_rate=rate, **row)
+                if budget.due(budget.eval_every, position.step):
+                    self.validate()
+                stopped = any_process(run.accelerator, run.asked() is not None) and position.step < budget.steps
+                handed_on = position.step == stage.last < budget.steps
+                if budget.saves(position.step, best=position.best_step) or stopped or handed_on:
+                    with meter.paused():
+                        saver.save(position)
+                if stopped:
+                    saver.wait()
+                    raise Stopped(f"stopped by {run.asked() or 'a signal to another process'} after step {position.step}, which is saved")
+
+    def validate(self, kind: str = "eval") -> None:
+        """Take the validation loss, off the training clock, and tell it: of a network that has just grown as "growth"."""
+        run, position = self.run, self.run.meter.position
+        with run.meter.paused():
+            found = evaluate(self.objective, run.windows, run.accelerator, run.data.validation.bytes_per_token)
+        if kind == "eval":
+            position.start_val_loss = found.val_loss if position.start_val_loss is None else position.start_val_loss
+            position.val_loss, position.bits_per_byte = found.val_loss, found.bits_per_byte
+            if position.step > 0 and (position.best_val_loss is None or found.val_loss < position.best_val_loss):
+                position.best_val_loss, position.best_step = found.val_loss, position.step
+        if run.log:
+            run.log.write(kind, run.meter.clocks(), **asdict(found))
+
+    def grow(self, following: Stage) -> None:
+        """Make the start of the `following` stage from this one's end, on disk, and let go of this one."""
+        run = self.run
+        with run.meter.paused():
+            weights = whole_weights(self.objective, run.accelerator)
+            if run.accelerator.is_main_process:
+                grow_on(self.network, weights, self.adam() if following.moments else None, following, run.settings, run.folder)
+            run.accelerator.wait_for_everyone()
+            run.accelerator.free_memory()
+
+    def adam(self) -> dict[str, Any]:
+        """The optimizer's state with the parameters' names."""
+        return named_state(self.optimizer.optimizer, self.network)
