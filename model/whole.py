@@ -18,7 +18,7 @@ def partial_of(path: Path) -> Path:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Yield `<path>.partial`, of which the block makes a file or a folder; it becomes `path` when the block ends well, else it is removed."""
+    """Yield `<path>.partial`, of which the block makes a file or folder; it becomes `path` when the block ends well, else it is removed."""
     partial = partial_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
