@@ -20,6 +20,7 @@ import numpy as np
 from model.checkpoint import INDEX, SINGLE
 from model.dtypes import RAW
 from model.errors import UserError
+from model.whole import partial_of, whole
 
 MAX_SHARD_BYTES = 5_000_000_000  # what the Hugging Face hub recommends
 PAGE = 4096  # direct writes start and end at multiples of it, in the file and in memory
@@ -207,7 +208,7 @@ def complete_or_absent(out: Path | str, *, overwrite: bool = False) -> Iterator[
         UserError: `out` exists and `overwrite` is false, another process is filling it, or the disk is full or not writable.
     """
     out = Path(out)
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_of(out)
     if out.exists() and not overwrite:
         raise UserError(f"out {out}: exists already; choose another folder, or overwrite=true to replace it once the new one is complete")
     if out.exists() and not ((out.is_dir() and (out / "config.json").exists()) or not any(out.iterdir())):
@@ -217,14 +218,9 @@ def complete_or_absent(out: Path | str, *, overwrite: bool = False) -> Iterator[
         lock = os.open(partial, os.O_RDONLY)
     try:
         _take(lock, partial)
-        try:
-            with _disk_faults(out):
-                _clear(partial)
-                yield partial
-                _publish(partial, out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        with _disk_faults(out), whole(out):
+            _clear(partial)
+            yield partial
     finally:
         os.close(lock)
 
@@ -242,16 +238,6 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
-
-
-def _publish(partial: Path, out: Path) -> None:
-    """Rename `partial` to `out`; an old `out` steps aside first and is removed last."""
-    replaced = out.with_name(out.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if out.exists():
-        os.rename(out, replaced)
-    os.rename(partial, out)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager

@@ -79,8 +79,47 @@ def test_the_final_folder_loads_and_gives_the_logged_loss(finished: Path, settin
     tokenizer = AutoTokenizer.from_pretrained(finished / "final")
     assert tokenizer.decode(tokenizer("the cat sat")["input_ids"]) == "the cat sat"
     assert model.generation_config.eos_token_id == data.end_of_text_id
+
+
+def test_the_model_card_states_study_arm_seed_tokens_and_losses(finished: Path) -> None:
     card = (finished / "final" / "README.md").read_text()
-    assert all(word in card for word in ("t-scratch-s0", "`t`", "768", f"{loss.item():.4f}"))
+    cells = dict(
+        line.strip("| ").split(" | ") for line in card.splitlines() if line.startswith("| ") and line.count("|") == 3 and line[2] != "|"
+    )
+    first, last = rows(finished)[0], rows(finished)[-1]
+    assert (cells["study"], cells["arm"], cells["seed"], cells["training tokens"]) == ("t", "scratch", "0", "768")
+    assert cells["validation loss at the start"] == f"{first['val_loss']:.4f} nats/token"
+    assert cells["validation loss at the end"] == f"{last['val_loss']:.4f} nats/token, {last['bits_per_byte']:.4f} bits/byte"
+    assert "# t-scratch-s0" in card
+
+
+def test_the_final_folder_tells_an_evaluation_harness_what_it_asks_for(finished: Path) -> None:
+    """`lm_eval --model hf --model_args pretrained=…` reads these, through the library's auto classes."""
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config, tokenizer = AutoConfig.from_pretrained(finished / "final"), AutoTokenizer.from_pretrained(finished / "final")
+    assert config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    assert config.max_position_embeddings == 32
+    assert tokenizer.eos_token_id is not None
+    ids = tokenizer.encode("the cat", add_special_tokens=False)
+    assert tokenizer.encode("the cat sat", add_special_tokens=False)[: len(ids)] == ids  # a continuation is found behind its context
+
+
+def test_the_harness_measures_the_likelihood_that_the_model_gives(finished: Path) -> None:
+    models = pytest.importorskip("lm_eval.models.huggingface", reason="lm_eval is not part of this project")
+    from lm_eval.api.instance import Instance
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = str(finished / "final")
+    asked = Instance(request_type="loglikelihood", doc={}, arguments=("the cat", " sat on"), idx=0)
+    ((found, _),) = models.HFLM(pretrained=folder, device="cpu").loglikelihood([asked], disable_tqdm=True)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    context, whole = (tokenizer(text, return_tensors="pt").input_ids for text in ("the cat", "the cat sat on"))
+    with torch.no_grad():
+        chances = model(whole).logits.log_softmax(-1)
+    ours = sum(chances[0, i - 1, whole[0, i]].item() for i in range(context.shape[1], whole.shape[1]))
+    assert found == pytest.approx(ours, rel=1e-4)
 
 
 def test_a_complete_run_returns_at_once_and_is_not_touched(

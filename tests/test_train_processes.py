@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from toy import assert_close_run, at, ended, weights
+from safetensors.torch import load_file
+from toy import assert_close_run, assert_same_run, at, begun, ended, free_port, rows, wait_for, weights
 from transformers import AutoModelForCausalLM
 
+from model.errors import UserError
+from train import loop, state
 from train.settings import Settings, compose
+from train.signals import REQUEUE
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # of weights after six steps in float32
 
@@ -53,3 +60,72 @@ def test_any_number_of_processes_gives_the_losses_of_one(
         assert_close_run(tmp_path / name, finished)
         assert_close_weights(tmp_path / name, finished)
         assert type(AutoModelForCausalLM.from_pretrained(tmp_path / name / "final")).__name__ == "PhiForCausalLM"
+
+
+@pytest.fixture(scope="module")
+def on_two(settings: Settings, sharded: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs on two processes, "none" and "full", each with a checkpoint of step 3."""
+    folder = tmp_path_factory.mktemp("two")
+    ended(at(settings, folder / "none"), at(sharded, folder / "full"), processes=2)
+    return folder
+
+
+def interrupted(folder: Path, copy: Path) -> Path:
+    """A copy of a run's folder as it was between its checkpoint and its end."""
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("summary.json", "final"))
+    return copy
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_a_checkpoint_of_two_processes_is_resumed_on_any_number(
+    settings: Settings, sharded: Settings, tmp_path: Path, finished: Path, on_two: Path, processes: int
+) -> None:
+    kinds = {"none": settings, "full": sharded}
+    runs = {(was, name): at(kind, interrupted(on_two / was, tmp_path / f"{was}-{name}")) for was in kinds for name, kind in kinds.items()}
+    ended(*runs.values(), processes=processes)
+    for (was, name), run in runs.items():
+        folder = Path(run.out)
+        if processes == 2 and was == name:
+            assert_same_run(folder, on_two / was)  # to the bit
+        assert_close_run(folder, finished)
+        assert_close_weights(folder, finished)
+
+
+def test_each_process_holds_and_writes_its_part(on_two: Path) -> None:
+    """Sharded, either file has half of every matrix; not sharded, the tensors are dealt out whole."""
+    held = {}
+    for name in ("none", "full"):
+        files = sorted((on_two / name / "checkpoints" / "step-00000003").glob("shard-*.safetensors"))
+        held[name] = [{key: tensor.shape for key, tensor in load_file(file).items()} for file in files]
+    (first, second), whole = held["full"], {**held["none"][0], **held["none"][1]}
+    assert not held["none"][0].keys() & held["none"][1].keys()
+    matrices = [key for key, shape in whole.items() if len(shape) == 2]
+    assert len(matrices) > 20
+    assert all(first[key][0] + second[key][0] == whole[key][0] and first[key][0] == second[key][0] for key in matrices)
+
+
+def test_a_missing_part_of_a_checkpoint_is_told(sharded: Settings, tmp_path: Path, on_two: Path) -> None:
+    folder = interrupted(on_two / "full", tmp_path / "run")
+    sorted(folder.glob("checkpoints/*/shard-*"))[0].unlink()
+    with pytest.raises(UserError, match=r"step-00000003: cannot be loaded .* delete this folder"):
+        loop.train(at(sharded, folder))
+
+
+def test_a_signal_to_one_process_stops_all_and_another_number_goes_on(overrides: list[str], tmp_path: Path) -> None:
+    longer = compose([*overrides, "train.budget_tokens=25600", "train.save_every_tokens=null", "sharding=full"])
+    run = at(longer, tmp_path / "run")
+    port = free_port()
+    both = [begun(run, process=i, processes=2, port=port) for i in range(2)]
+    wait_for(lambda: len(rows(tmp_path / "run", "train")) > 2 if (tmp_path / "run" / "metrics.jsonl").exists() else False, both[0])
+    os.kill(both[1].pid or 0, signal.SIGUSR1)
+    for one in both:
+        one.join(60)
+    assert [one.exitcode for one in both] == [REQUEUE, REQUEUE]
+    assert len(state.complete(tmp_path / "run" / "checkpoints")) == 1
+    assert_close_run(ended(run), ended(at(longer, tmp_path / "whole")))
+
+
+def test_fsdp_from_the_launcher_is_refused(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="give sharding=full"):
+        loop.train(at(settings, tmp_path / "run"))

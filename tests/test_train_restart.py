@@ -8,12 +8,10 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from toy import assert_same_run, at, begun, ended
+from toy import assert_same_run, at, begun, ended, wait_for
 
 from model.errors import UserError
 from train import loop, state
@@ -33,13 +31,6 @@ def settings(overrides: list[str]) -> Settings:
 @pytest.fixture(scope="module")
 def undisturbed(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ended(at(settings, tmp_path_factory.mktemp("runs") / "whole"))
-
-
-def wait_for(condition: Callable[[], bool], process: BaseProcess, seconds: float = 30.0) -> None:
-    """Until the condition holds or the process has ended."""
-    end = time.monotonic() + seconds
-    while not condition() and process.is_alive():
-        assert time.monotonic() < end, "waited too long"
 
 
 def test_a_run_killed_at_twenty_moments_ends_with_the_bits_of_an_undisturbed_one(

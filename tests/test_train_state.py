@@ -154,6 +154,7 @@ def test_other_faults_stay_what_they_are(tmp_path: Path) -> None:
 def test_a_folder_of_other_files_is_no_run_folder(tmp_path: Path) -> None:
     assert folder.read_run(tmp_path / "new") is None
     (tmp_path / "start").mkdir()
+    (tmp_path / "start.former.partial").mkdir()
     (tmp_path / "run.json.partial").touch()
     assert folder.read_run(tmp_path) is None  # what a run killed at its start leaves
     (tmp_path / "thesis.tex").touch()

@@ -11,7 +11,7 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -94,11 +94,24 @@ def begun(*runs: Settings, process: int = 0, processes: int = 1, port: int = 0, 
     return begun
 
 
-def ended(*runs: Settings, processes: int = 1) -> Path:
-    """The folder of the last run, all of them trained to their ends by so many processes, of one thread each: threads decide the bits."""
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def wait_for(condition: Callable[[], bool], process: BaseProcess, seconds: float = 30.0) -> None:
+    """Until the condition holds or the process has ended."""
+    end = time.monotonic() + seconds
+    while not condition() and process.is_alive():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.0005)
+
+
+def ended(*runs: Settings, processes: int = 1) -> Path:
+    """The folder of the last run, all of them trained to their ends by so many processes, of one thread each: threads decide the bits."""
+    port = free_port()
     started = [begun(*runs, process=i, processes=processes, port=port) for i in range(processes)]
     end = time.monotonic() + 120
     while any(one.is_alive() for one in started) and not any(one.exitcode for one in started) and time.monotonic() < end:

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -88,15 +89,19 @@ _sessions = itertools.count()
 
 
 def _join_processes(cpu: bool) -> None:
-    """Start the process group of a distributed run under a name of its own.
+    """Start the process group of a distributed run under a name of its own, in a store that outlives it.
 
-    The launcher's store outlives a group: in a sweep, the second run would find the first one's addresses in it and wait for ever.
+    In a sweep, the next run would else find this one's addresses in the launcher's store, or meet a store that ends with this run.
     """
-    number = next(_sessions)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and number > 0:
-        store, rank, world = next(torch.distributed.rendezvous("env://"))
-        store = torch.distributed.PrefixStore(f"session-{number}", store)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        store, rank, world = _meeting_place()
+        store = torch.distributed.PrefixStore(f"session-{next(_sessions)}", store)
         torch.distributed.init_process_group("gloo" if cpu else "nccl", store=store, rank=rank, world_size=world)
+
+
+@cache
+def _meeting_place() -> tuple[torch.distributed.Store, int, int]:
+    return next(torch.distributed.rendezvous("env://"))
 
 
 def _reset() -> None:

@@ -1,19 +1,18 @@
-"""Writing so that whatever exists is complete: one file or one folder appears whole under its name, or not at all."""
+"""Writing files and folders that are whole or absent, and telling of disks in one way."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
+from model.whole import remove, whole
 
-PARTIAL = ".partial"
 _SIGNS = (
     "No space left on device",
     "Disk quota exceeded",
@@ -24,52 +23,33 @@ _SIGNS = (
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR}
 
 
-def partial_of(path: Path) -> Path:
-    """Where `path` is made before it takes its name."""
-    return path.with_name(path.name + PARTIAL)
-
-
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield `<folder>.partial`, empty; rename it to `folder` when the block ends well, else remove it.
+    """Yield `<folder>.partial`, empty; it becomes `folder`, on the disk, when the block ends well, else it is removed.
 
     Raises:
         UserError: the disk is full or not writable; what was there before is untouched.
     """
-    partial = partial_of(folder)
     with telling_disk_faults(folder):
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True, exist_ok=True)
+        with whole(folder) as partial:
+            remove(partial)
+            partial.mkdir(exist_ok=True)
             yield partial
-            for path in partial.rglob("*"):
+            for path in (*partial.rglob("*"), partial):
                 _flush(path)
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.rename(partial, folder)
-            _flush(folder.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        _flush(folder.parent)
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield `<path>.partial` to write to; rename it to `path` when the block ends well, else remove it.
+    """Yield `<path>.partial` to write to; it becomes `path`, on the disk, when the block ends well, else it is removed.
 
     Raises:
         UserError: the disk is full or not writable; what was there before is untouched.
     """
-    partial = partial_of(path)
-    with telling_disk_faults(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield partial
-            _flush(partial)
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    with telling_disk_faults(path), whole(path) as partial:
+        yield partial
+        _flush(partial)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import UserError
+from model.whole import FORMER, PARTIAL
 from train.files import telling_disk_faults
 from train.settings import Settings, identity, settings_hash
 
@@ -31,7 +32,8 @@ def read_run(folder: Path) -> dict[str, Any] | None:
             raise UserError(f"{folder / RUN}: not a run's record ({error}); choose another out=, or delete the folder") from None
     if folder.exists() and not folder.is_dir():
         raise UserError(f"out: {folder} is a file; choose another out=")
-    strangers = sorted(p.name for p in folder.iterdir() if p.name.removesuffix(".partial") not in (START, RUN)) if folder.is_dir() else []
+    known = {name + suffix for name in (START, RUN) for suffix in ("", PARTIAL, FORMER)}
+    strangers = sorted(path.name for path in folder.iterdir() if path.name not in known) if folder.is_dir() else []
     if strangers:
         raise UserError(f"out: {folder} holds {', '.join(strangers[:3])} and no {RUN}, so it is no run's folder; choose another out=")
     return None

@@ -30,7 +30,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from model.errors import UserError
-from train.files import PARTIAL, partial_of, telling_disk_faults, whole_folder, write_json, write_text
+from model.whole import PARTIAL, partial_of
+from train.files import telling_disk_faults, whole_folder, write_json, write_text
 from train.optimizer import set_learning_rate
 
 STATE = "state.json"

@@ -7,7 +7,6 @@ stopped, by a fault or by kill −9, goes on where it was: blocks and shards tha
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
+from model.whole import partial_of, take_place
 from train.data.benchmarks import benchmarks_identity, write_benchmarks
 from train.data.blocks import BENCHMARKS, Workshop, in_blocks, stage
 from train.data.corpus import documents, is_validation, open_corpus
@@ -118,13 +118,13 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _build(folder: Path, settings: DataSettings, corpus: Corpus, progress: bool) -> None:
-    partial = folder.with_name(folder.name + ".partial")
+    partial = partial_of(folder)
     with _writing(folder):
         if not _is_current(partial, settings, corpus, progress):
             work = _open_workshop(partial, settings, corpus, progress)
             write_manifest(partial, _write(partial, work, settings, corpus, progress))
         shutil.rmtree(partial / "work", ignore_errors=True)
-        _replace(folder, partial)
+        take_place(folder)
 
 
 def _is_current(partial: Path, settings: DataSettings, corpus: Corpus, progress: bool) -> bool:
@@ -145,16 +145,6 @@ def _open_workshop(partial: Path, settings: DataSettings, corpus: Corpus, progre
     # Before the text is read, so that a change meanwhile is noticed next time.
     write_json(work.plan, {"settings": identity, "inputs": {"stamp": corpus.stamp(), "digest": _digest(corpus, progress)}})
     return work
-
-
-def _replace(folder: Path, partial: Path) -> None:
-    """Who has the replaced folder mapped goes on reading it."""
-    former = folder.with_name(folder.name + ".former.partial")
-    shutil.rmtree(former, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, former)
-    os.rename(partial, folder)
-    shutil.rmtree(former, ignore_errors=True)
 
 
 def _write(partial: Path, work: Workshop, settings: DataSettings, corpus: Corpus, progress: bool) -> dict[str, Any]:
