@@ -31,3 +31,7 @@ bench-growth: $(STAMP)
 .PHONY: bench-train
 bench-train: $(STAMP)
 	$(BIN)/python benchmarks/bench_train.py
+
+.PHONY: bench-gpu
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/bench_gpu.py

@@ -33,6 +33,7 @@ from train.data import TokenData, prepare
 from train.data.batches import batch, validation_batches
 from train.loss import NextTokenLoss
 from train.optimizer import build_optimizer, set_learning_rate
+from train.schedule import factor
 from train.settings import Settings, compose
 from train.start import target_config
 from train.step import Step
@@ -185,8 +186,8 @@ def work_of(folder: Path, steps: int) -> Work:
     data = prepare(settings.data, progress=False)
     rows, context = tokens // settings.train.context, settings.train.context
     windows = [torch.from_numpy(batch(data.train, seed=settings.seed, step=i, batch_size=rows, context=context)) for i in range(steps)]
-    rate = Step.rate.__get__(type("Rates", (), {"settings": settings, "budget": loop.Budget.of(settings.train)})())
-    return Work(settings, data, steps, windows, [rate(i) for i in range(steps)])
+    rates = [factor(settings.schedule, (i + 0.5) / steps, from_scratch=True) * settings.optimizer.learning_rate for i in range(steps)]
+    return Work(settings, data, steps, windows, rates)
 
 
 def loading(work: Work) -> float:

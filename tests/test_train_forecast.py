@@ -43,7 +43,7 @@ def on_meta() -> Any:
 @pytest.mark.parametrize("gpus", [1, 8, 96])
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_phi_2_on_a100s_is_what_a_meta_device_counts(on_meta: Any, gpus: int, sharding: str) -> None:
-    found = forecast(phi_2(gpus, f"forecast.sharding={sharding}", "train.checkpointing=true"))
+    found = forecast(phi_2(gpus, f"sharding={sharding}", "train.checkpointing=true"))
     count = sum(p.numel() for p in on_meta.parameters())
     shards = gpus if sharding == "full" else 1
     assert found.parameters == count == sum(entries for _, entries in found.groups.values()) == 2_779_683_840
@@ -67,7 +67,7 @@ def test_phi_2_on_a100s_is_what_a_meta_device_counts(on_meta: Any, gpus: int, sh
 
 
 def test_a_run_on_one_gpu_fits_only_with_checkpointing() -> None:
-    said = {option: tell(phi_2(1, f"train.checkpointing={option}", "forecast.sharding=none")) for option in ("true", "false")}
+    said = {option: tell(phi_2(1, f"train.checkpointing={option}")) for option in ("true", "false")}
     assert ", fits in 80 GiB" in said["true"]
     assert "does not fit in 80 GiB" in said["false"]
 
@@ -122,10 +122,11 @@ def test_the_optimizers_state_takes_what_is_told(name: str) -> None:
 
 
 def test_a_sharded_model_holds_two_layers_and_the_ends_whole() -> None:
-    network = build_model(config_of("phi"), seed=0)
+    network = build_model(config_of("phi", num_hidden_layers=4), seed=0)
     layer = sum(p.numel() for p in layers_of(network)[0].parameters())
     ends = sum(p.numel() for name, p in network.named_parameters() if ".layers." not in name)
-    assert gathered(network, 2) == 2 * (2 * layer + ends)
+    assert gathered(network, 2, reshard=True) == 2 * (2 * layer + ends)
+    assert gathered(network, 2, reshard=False) == 2 * (len(layers_of(network)) * layer + ends)
 
 
 def test_phi_2s_budget_in_the_readme_is_computed() -> None:

@@ -22,7 +22,7 @@ from train.device import MEMORY_GIB, PEAK_BF16_FLOPS, named, peak_flops
 from train.loss import CHUNK_TOKENS, fuses
 from train.optimizer import parameter_groups
 from train.settings import Budget, Settings
-from train.speed import speed_up
+from train.speed import layers_of, speed_up
 
 GIB = 2**30
 MASTER, GRADIENT = 4, 4  # bytes of a weight and of its gradient: both float32, also where bfloat16 multiplies
@@ -38,7 +38,7 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
-    gathered: float  # of a sharded model: the layers that are whole at a time
+    gathered: float  # of a sharded model: what is whole at a time
     activations: float  # kept for the backward pass, the bfloat16 copies of weights included
     logits: float  # with what their loss and its gradient need
 
@@ -116,7 +116,7 @@ def memory(settings: Settings, config: dict[str, Any], network: Any, groups: dic
     """The bytes of one GPU that computes `rows` windows at a time."""
     loop, plan, name = settings.train, settings.forecast, settings.optimizer.name
     bf16 = loop.precision != "fp32"
-    shards = plan.gpus if plan.sharding == "full" else 1
+    shards = plan.gpus if settings.sharding.name == "full" else 1
     entries = sum(count for _, count in groups.values())
     state = sum(count * (MUON_STATE if (name, group) == ("muon", "hidden") else STATE[name]) for group, (_, count) in groups.items())
     speed_up(network, loop)
@@ -124,19 +124,20 @@ def memory(settings: Settings, config: dict[str, Any], network: Any, groups: dic
         weights=entries * MASTER / shards,
         gradients=entries * GRADIENT / shards,
         optimizer=state / shards,
-        gathered=gathered(network, 2 if bf16 else 4) if shards > 1 else 0.0,
+        gathered=gathered(network, 2 if bf16 else 4, settings.sharding.reshard_after_forward) if shards > 1 else 0.0,
         activations=activations(network, rows, loop.context, bf16=bf16),
         logits=logits(config, rows * loop.context, fused=fuses(config, loop.loss)),
     )
 
 
-def gathered(network: Any, width: int) -> float:
-    """What FSDP holds whole at a time: two layers (one computes while the next arrives), and all that is in no layer."""
-    from train.speed import layers_of
+def gathered(network: Any, width: int, reshard: bool) -> float:
+    """What FSDP holds whole, of entries of `width` bytes: two layers (one computes while the next arrives) and all that is in no layer.
 
-    layers = layers_of(network)
+    Without resharding after the forward pass, every layer stays whole for the backward pass.
+    """
+    layers, everything = layers_of(network), sum(p.numel() for p in network.parameters())
     inside = sum(p.numel() for p in layers[0].parameters())
-    return width * (2 * inside + sum(p.numel() for p in network.parameters()) - len(layers) * inside)
+    return width * (everything - max(0, len(layers) - 2) * inside if reshard else everything)
 
 
 def activations(network: Any, rows: int, context: int, *, bf16: bool) -> int:
@@ -193,7 +194,7 @@ def tell(settings: Settings) -> str:
             lines.append(f"{plan.days:g} days       would be {rate / 1e12:.1f} TFLOP/s on each of {plan.gpus}, an MFU of {mfu:.1%}")
     parts = [f"{name} {size / GIB:.1f}" for name, size in vars(found.memory).items() if size]
     verdict = "" if room is None else f", {'fits' if found.memory.total < 0.95 * room * GIB else 'does not fit'} in {room:g} GiB"
-    lines.append(f"GiB per GPU   {' + '.join(parts)} = {found.memory.total / GIB:.1f}{verdict} (sharding {plan.sharding})")
+    lines.append(f"GiB per GPU   {' + '.join(parts)} = {found.memory.total / GIB:.1f}{verdict} (sharding {settings.sharding.name})")
     return "\n".join(lines)
 
 

@@ -141,7 +141,6 @@ class ForecastSettings:
     device: str  # a name that holds a key of train.device.PEAK_BF16_FLOPS
     gpus: int
     mfu: float  # model-FLOPs utilisation that is reached
-    sharding: Literal["none", "full"]  # none: every GPU holds the whole model (DDP); full: a share of it (FSDP)
     days: float | None  # also tell the rate that finishing in so many days would take
 
 

@@ -1,0 +1,100 @@
+"""The benchmarks' own arithmetic, and that what they set side by side does the same work. No time is asserted: machines differ."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from model.geometry import flops_per_token
+from model.presets import preset
+from train.forecast import GIB
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_loop_and_the_bare_loop_end_at_the_same_loss(tmp_path: Path) -> None:
+    bench = script("bench_train")
+    work = bench.work_of(tmp_path, 4)
+    ours, bare = bench.ours(work, tmp_path / "run"), bench.bare(work, tmp_path)
+    assert ours.loss == pytest.approx(bare.loss, rel=1e-6)
+    assert min(ours.wall, ours.cpu, bare.wall, bare.cpu) > 0
+
+
+def test_a_ratio_says_how_many_times_as_fast_we_are() -> None:
+    bench = script("bench_train")
+    mine, other = ([bench.Timed(wall, wall, 0.0) for wall in walls] for walls in ((2.0, 2.0, 2.0), (4.0, 1.0, 3.0)))
+    assert bench.ratio(mine, other, "wall") == 1.5
+
+
+def test_the_published_result_holds_what_is_claimed() -> None:
+    result = json.loads((FOLDER / "bench_train.json").read_text())
+    assert result["ours_over"]["bare"]["cpu"] >= 0.97
+    assert result["ours_over"]["Trainer"]["cpu"] > 1
+    assert result["loading_over_training"] >= 100
+    readme = (FOLDER.parent / "README.md").read_text()
+    assert all(line in readme for line in script("bench_train").table(result).splitlines() if line.startswith("| "))
+
+
+def test_a_gpu_gets_what_fits_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = script("bench_gpu")
+    monkeypatch.setattr(bench, "LAYERS", (4, 1))  # 9.2 and 5.4 GB of weights, gradients and moments
+    assert bench.shape(8 * GIB, 2048, toy=False)["num_hidden_layers"] == 1
+    config = bench.shape(16 * GIB, 2048, toy=False)
+    assert config["num_hidden_layers"] == 4
+    lean, lavish = (bench.Way("sdpa", compile=False, checkpointing=c, loss=loss) for c, loss in ((True, "fused"), (False, "plain")))
+    assert bench.fitting(config, lean, 2048, 16 * GIB) > bench.fitting(config, lavish, 2048, 16 * GIB) >= 1
+    assert bench.fitting(config, lean, 2048, 8 * GIB) == 0
+
+
+def test_utilisation_is_model_flops_over_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = script("bench_gpu")
+    monkeypatch.setattr(bench, "peak_flops", lambda *_: 1e12)
+    config = preset("tiny_target")
+    found = bench.measure(config, bench.Way("sdpa", compile=False, checkpointing=True, loss="fused"), 2, 32)
+    assert found["mfu"] == pytest.approx(found["tokens_per_second"] * flops_per_token(config, 32) / 1e12)
+    assert len(found["seconds"]) == bench.WARM + bench.COUNTED
+    assert 6 < found["last_loss"] < 8.5
+
+
+def test_the_gpu_benchmark_runs_at_toy_size_and_says_what_it_could_not_run(tmp_path: Path) -> None:
+    choices = ["--attention", "sdpa", "flash_attention_2", "--compile", "false", "--checkpointing", "true", "--loss", "fused"]
+    command = [sys.executable, str(FOLDER / "bench_gpu.py"), "--toy", *choices, "--out", str(tmp_path / "result.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=FOLDER.parent, env=environment())
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    (row,) = result["ways"]
+    assert (row["attention"], row["checkpointing"], row["loss"], row["rows"]) == ("sdpa", True, "fused", 2)
+    assert row["tokens_per_second"] > 0
+    assert "flash_attention_2: no CUDA GPU" in result["not_run"][0]
+    assert "| sdpa | False | True | fused | 2 |" in done.stdout
+
+
+def test_without_a_gpu_the_gpu_benchmark_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = script("bench_gpu")
+    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py"])
+    with pytest.raises(SystemExit, match="no CUDA GPU here; --toy runs the same"):
+        bench.main()
+
+
+def environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(FOLDER.parent), "OMP_NUM_THREADS": "1"}
