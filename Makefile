@@ -27,3 +27,7 @@ clean:
 .PHONY: bench-growth
 bench-growth: $(STAMP)
 	$(BIN)/python benchmarks/bench_growth.py
+
+.PHONY: bench-data
+bench-data: $(STAMP)
+	$(BIN)/python benchmarks/bench_data.py
