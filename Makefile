@@ -35,3 +35,7 @@ bench-train: $(STAMP)
 .PHONY: bench-gpu
 bench-gpu: $(STAMP)
 	$(BIN)/python benchmarks/bench_gpu.py
+
+.PHONY: bench-data
+bench-data: $(STAMP)
+	$(BIN)/python benchmarks/bench_data.py

@@ -7,6 +7,7 @@ python -m train.data fit data=stdlib encoder=runs/tiny_source-scratch-s0/final  
 python -m train.data score data=stdlib
 python -m train.data prepare data=stdlib data.clean.filter=filters/stdlib data.clean.keep=0.5
 python -m train.data write model=Qwen/Qwen2.5-7B-Instruct server=http://127.0.0.1:8000/v1      texts by a language model: conf/write.yaml
+python -m train.data inspect 'folders=[data/stdlib]' out=inspection                samples, shares, lengths, scores: a table and a picture
 
 A stopped or killed preparation goes on where it was. Exit status: 0 done, 2 a fault in what was asked.
 """
@@ -54,6 +55,18 @@ class FilterSettings:
     progress: bool
 
 
+@dataclass(frozen=True)
+class InspectSettings:
+    """conf/inspect.yaml."""
+
+    folders: tuple[str, ...]
+    out: str | None
+    samples: int
+    characters: int
+    seed: int
+    check: bool
+
+
 def settings_from(cls: type[T], name: str, overrides: Sequence[str]) -> T:
     """conf/<name>.yaml under `key=value` overrides, as the dataclass `cls`.
 
@@ -63,8 +76,11 @@ def settings_from(cls: type[T], name: str, overrides: Sequence[str]) -> T:
     cfg, faults = compose_config(CONF, name, list(overrides))
     values = plain(cfg, faults)
     settings = read(cls, values, "", faults) if values else None
-    if settings is not None:
-        faults += disagreements(settings.data)  # type: ignore[attr-defined]
+    if isinstance(settings, PrepareSettings | FilterSettings):
+        faults += disagreements(settings.data)
+    if isinstance(settings, InspectSettings):
+        faults += [] if settings.folders else ["folders: none; give prepared folders: 'folders=[data/stdlib]'"]
+        faults += [f"{key}: must not be negative" for key in ("samples", "characters") if getattr(settings, key) < 0]
     if isinstance(settings, FilterSettings):
         faults += [f"{key}: must be positive" for key in ("max_tokens", "trees", "min_samples_leaf") if getattr(settings, key) <= 0]
         faults += [] if 0 < settings.held_out < 1 else [f"held_out: must be a share between 0 and 1; found {settings.held_out}"]
@@ -130,14 +146,43 @@ def write(overrides: Sequence[str]) -> None:
     print(run(write_settings(overrides)))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"prepare": prepare, "label": label, "fit": fit, "score": score, "write": write}
+def inspect(overrides: Sequence[str]) -> None:
+    """Show what prepared folders hold."""
+    from train.data import inspect as module
+    from train.data.picture import draw
+    from train.data.progress import bar
+    from train.data.shards import check_data
+    from train.files import write_text
+
+    settings = settings_from(InspectSettings, "inspect", overrides)
+    sources = []
+    for folder in map(Path, settings.folders):
+        if settings.check:
+            with bar(f"checking {folder.name}", None, True) as advance:
+                check_data(folder, advance)
+        sources.append(module.inspect(folder, samples=settings.samples, characters=settings.characters, seed=settings.seed))
+    text = module.report(sources)
+    if settings.out is not None:
+        write_text(Path(settings.out) / "inspection.md", text)
+        draw(sources, Path(settings.out) / "inspection.png")
+    print(text)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "prepare": prepare,
+    "label": label,
+    "fit": fit,
+    "score": score,
+    "inspect": inspect,
+    "write": write,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The door: a UserError is one message on stderr and exit status 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or any(argument in ("-h", "--help") for argument in given):
-        keys = "\n\n".join((CONF / name).read_text() for name in ("prepare.yaml", "filter.yaml", "data/base/all.yaml"))
+        keys = "\n\n".join((CONF / name).read_text() for name in ("prepare.yaml", "filter.yaml", "inspect.yaml", "data/base/all.yaml"))
         print(f"{__doc__}\nKeys and defaults:\n\n{keys}")
         return
     try:

@@ -20,12 +20,13 @@ from model.errors import UserError
 from model.whole import partial_of, take_place
 from train.data.benchmarks import benchmarks_identity, write_benchmarks
 from train.data.blocks import BENCHMARKS, Workshop, in_blocks, stage
-from train.data.corpus import documents, is_validation, open_corpus
+from train.data.corpus import documents, is_full, is_validation, open_corpus
 from train.data.document import Corpus, Tally
 from train.data.filter.score import filter_identity
 from train.data.judge import REMOVED, Verdicts, judge, keep_best, write_removed
 from train.data.pack import ENCODER, Lengths, pack
 from train.data.progress import Advance, bar
+from train.data.report import short_lines
 from train.data.settings import DataSettings, disagreements
 from train.data.shards import TOKENIZER, ShardWriter, TokenData, dtype_of, fingerprint, open_data, read_manifest, write_manifest
 from train.data.tokenizer import entries, load_tokenizer, save_tokenizer, tokenizer_hash, tokenizer_identity, train_tokenizer, write_encoder
@@ -125,6 +126,8 @@ def _build(folder: Path, settings: DataSettings, corpus: Corpus, progress: bool)
             write_manifest(partial, _write(partial, work, settings, corpus, progress))
         shutil.rmtree(partial / "work", ignore_errors=True)
         take_place(folder)
+    for line in short_lines(read_manifest(folder)) if progress else ():
+        print(f"{folder}: {line}", file=sys.stderr)
 
 
 def _is_current(partial: Path, settings: DataSettings, corpus: Corpus, progress: bool) -> bool:
@@ -164,12 +167,25 @@ def _write(partial: Path, work: Workshop, settings: DataSettings, corpus: Corpus
         "inputs": json.loads(work.plan.read_text())["inputs"],
         "read": {key: value for key, value in asdict(tally).items() if key not in ("unit", "item")},
         "cleaning": cleaning,
+        "short": _short(settings, tally, sum(writer.tokens for writer in writers.values())),
         "tokenizer": {"sha256": tokenizer_hash(tokenizer), "vocab_size": entries(tokenizer), "end_of_text_id": tokenizer.eos_token_id},
         "dtype": dtype_of(entries(tokenizer)).str,
         "splits": {name: writer.entry() for name, writer in writers.items()},
         "versions": _versions(),
     }
     return manifest | {"fingerprint": fingerprint(manifest)}
+
+
+def _short(settings: DataSettings, tally: Tally, tokens: int) -> dict[str, dict[str, int]]:
+    """The limits that the text ended before, with what was asked for and what there was."""
+    read = {"limit_documents": (settings.limit_documents, tally.documents), "limit_bytes": (settings.limit_bytes, tally.bytes)}
+    if is_full(settings, tally):  # one of the limits ended the reading, not the text
+        read = {}
+    return {
+        key: {"asked": asked, "found": found}
+        for key, (asked, found) in {**read, "limit_tokens": (settings.limit_tokens, tokens)}.items()
+        if asked is not None and found < asked
+    }
 
 
 def _worker_count(settings: DataSettings, corpus: Corpus) -> int:

@@ -33,19 +33,20 @@ def open_corpus(settings: DataSettings) -> Corpus:
 
 
 def documents(settings: DataSettings, corpus: Corpus, tally: Tally | None = None) -> Iterator[Document]:
-    """The documents of `corpus` from the tally's place up to the limits; the one that reaches limit_bytes is the last."""
+    """The documents of `corpus` from the tally's place on up to the limits; the one that reaches limit_bytes is the last."""
     tally = tally or Tally()
-    most, size = settings.limit_documents, read_limit(settings)
-
-    def full() -> bool:
-        return (most is not None and tally.documents >= most) or (size is not None and tally.bytes >= size)
-
-    if full():
+    if is_full(settings, tally):
         return
     for document in corpus.documents(tally):
         yield document
-        if full():
+        if is_full(settings, tally):
             return
+
+
+def is_full(settings: DataSettings, tally: Tally) -> bool:
+    """Whether a limit ends the reading here."""
+    most, size = settings.limit_documents, read_limit(settings)
+    return (most is not None and tally.documents >= most) or (size is not None and tally.bytes >= size)
 
 
 def is_validation(name: str, settings: DataSettings) -> bool:

@@ -10,6 +10,12 @@ import numpy as np
 from train.data.shards import read_manifest
 
 
+def short_lines(manifest: Any) -> list[str]:
+    """What was asked for and not there."""
+    short = manifest["short"].items()
+    return [f"the text ended early: data.{key}={found['asked']:,}, and there were {found['found']:,}" for key, found in short]
+
+
 def prepared(folder: Path) -> str:
     """What was read, what was left out and why, what is there."""
     manifest = read_manifest(folder)
@@ -17,6 +23,7 @@ def prepared(folder: Path) -> str:
     read, cleaning = manifest["read"], manifest["cleaning"]
     lines = [f"{folder}: read {read['documents']:,} documents, {read['bytes']:,} bytes of text"]
     lines += [f"  {key.replace('_', ' ')}: {read[key]:,}" for key in ("empty_skipped", "too_long_skipped", "utf8_replaced") if read[key]]
+    lines += [f"  {line}" for line in short_lines(manifest)]
     for reason, count in cleaning["removed"].items():
         lines.append(f"  removed, {reason.replace('_', ' ')}: {count['documents']:,} documents, {count['bytes']:,} bytes (removed.parquet)")
     if found := cleaning.get("filter"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -184,8 +184,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise _damaged(folder, f"{MANIFEST} cannot be read: {error}") from error
-    if not isinstance(manifest, dict) or "fingerprint" not in manifest:
-        raise _damaged(folder, f"{MANIFEST} is not a manifest of tokens")
+    try:
+        matches = manifest["fingerprint"] == fingerprint(manifest)
+    except (KeyError, TypeError, AttributeError):
+        raise _damaged(folder, f"{MANIFEST} is not a manifest of tokens") from None
+    if not matches:
+        raise _damaged(folder, f"{MANIFEST} does not match its own fingerprint: it has been changed")
     return manifest
 
 
@@ -210,6 +214,31 @@ def open_data(folder: str | Path) -> TokenData:
     train, validation = (_open_split(folder, name, manifest) for name in SPLITS)
     tokenizer = manifest["tokenizer"]
     return TokenData(folder, train, validation, tokenizer["vocab_size"], tokenizer["end_of_text_id"], manifest["fingerprint"])
+
+
+def check_data(folder: Path, advance: Callable[[int], None] = lambda size: None) -> None:
+    """Read every shard and the tokenizer, and compare them with the manifest; `advance` is told the bytes read.
+
+    Raises:
+        UserError: something is not what was written.
+    """
+    from tokenizers import Tokenizer
+
+    manifest = read_manifest(open_data(folder).folder)
+    assert manifest is not None
+    for name in SPLITS:
+        digest, entry = hashlib.sha256(), manifest["splits"][name]
+        for shard in entry["shards"]:
+            _hash_file(folder / shard["file"], digest)
+            advance((folder / shard["file"]).stat().st_size)
+        if digest.hexdigest() != entry["sha256"]:
+            raise _damaged(folder, f"the {name} shards are not the bytes that the manifest tells of")
+    try:
+        found = Tokenizer.from_file(str(folder / TOKENIZER / "tokenizer.json")).to_str()
+    except Exception as error:  # the library raises a bare one
+        raise _damaged(folder, f"{TOKENIZER}/tokenizer.json cannot be read ({error})") from error
+    if hashlib.sha256(found.encode()).hexdigest() != manifest["tokenizer"]["sha256"]:
+        raise _damaged(folder, f"{TOKENIZER}/tokenizer.json is not the tokenizer that the manifest tells of")
 
 
 def _open_split(folder: Path, name: str, manifest: dict[str, Any]) -> TokenSplit:

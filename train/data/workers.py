@@ -44,7 +44,8 @@ def workers(count: int) -> Iterator[Run]:
     except BrokenProcessPool as error:
         raise UserError(
             "a worker process was killed, most likely for want of memory; start the same command again with fewer of them "
-            f"(data.workers={max(1, count // 2)}): it goes on where it stopped"
+            f"(data.workers={max(1, count // 2)}): it goes on where it stopped. (A script that calls prepare has to do so under "
+            "if __name__ == '__main__', or with data.workers=1.)"
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)

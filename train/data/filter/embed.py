@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BATCH_TOKENS = 2**14  # in one forward pass
+BATCH_TOKENS = 2**13  # in one forward pass
 WINDOW = 512  # tokens that see each other, at most
 
 
@@ -105,6 +105,7 @@ def load_encoder(name: str, revision: str | None, max_tokens: int) -> Encoder:
         raise UserError(f"encoder={name}: {len(drawn)} weights are missing, such as {min(drawn, default='')}; give a complete checkpoint")
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
+    model.config.use_cache = False  # keys and values that nobody reads again
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert device is not None
     return Encoder(model.to(device).eval(), tokenizer, max_tokens, device, _digest(model, tokenizer))

@@ -1,0 +1,183 @@
+"""What prepared folders hold: shares, lengths, filter scores, samples. Documents are read in batches, so memory does not grow with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.errors import UserError
+from train.data.judge import REMOVED
+from train.data.listing import LISTING
+from train.data.shards import SPLITS, TokenData, open_data, read_manifest
+
+LENGTHS = 2 ** np.arange(33)  # edges of the bins of tokens a document: powers of two
+SCORES = np.linspace(0, 1, 41)
+BATCH = 65_536  # documents
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A document drawn at random."""
+
+    document: str
+    split: str
+    tokens: int
+    score: float | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """One prepared folder, counted."""
+
+    name: str
+    manifest: dict[str, Any]
+    lengths: np.ndarray  # documents in each bin of LENGTHS, (32,)
+    kept_scores: np.ndarray  # in each bin of SCORES, (40,); all 0 where nothing was scored
+    low_scores: np.ndarray  # of documents removed for their score
+    samples: tuple[Sample, ...]
+
+    @property
+    def scored(self) -> bool:
+        """Whether a filter was at work."""
+        return bool(self.kept_scores.any() or self.low_scores.any())
+
+    def total(self, what: str) -> int:
+        """Documents, bytes or tokens of both splits."""
+        return sum(split[what] for split in self.manifest["splits"].values())
+
+
+def inspect(folder: Path, *, samples: int, characters: int, seed: int) -> Source:
+    """Count the documents of a prepared folder, and draw `samples` of each split.
+
+    Raises:
+        UserError: there is none, it is damaged, or it was prepared before documents were listed.
+    """
+    data, manifest = open_data(folder), read_manifest(folder)
+    assert manifest is not None
+    if not (folder / LISTING).is_file():
+        raise UserError(f"{folder}: no {LISTING} in it; prepare it again")
+    numbers = np.random.default_rng(seed)
+    wanted = {name: np.sort(numbers.choice(n := manifest["splits"][name]["documents"], min(samples, n), replace=False)) for name in SPLITS}
+    lengths, scores, drawn = np.zeros(len(LENGTHS) - 1, np.int64), np.zeros(len(SCORES) - 1, np.int64), list[Sample]()
+    seen, starts = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+    for part in _batches(folder / LISTING):
+        lengths += np.histogram(part["tokens"], LENGTHS)[0]
+        scores += np.histogram(part["score"][~np.isnan(part["score"])], SCORES)[0]
+        for name in SPLITS:
+            rows = np.flatnonzero(part["split"] == name)
+            ends = starts[name] + np.cumsum(part["tokens"][rows])
+            for place in wanted[name][(wanted[name] >= seen[name]) & (wanted[name] < seen[name] + len(rows))] - seen[name]:
+                drawn.append(_sample(data, name, {key: column[rows[place]] for key, column in part.items()}, int(ends[place]), characters))
+            seen[name], starts[name] = seen[name] + len(rows), int(ends[-1]) if len(rows) else starts[name]
+    drawn.sort(key=lambda sample: SPLITS.index(sample.split))
+    return Source(folder.name, manifest, lengths, scores, _low_scores(folder / REMOVED), tuple(drawn))
+
+
+def _batches(path: Path) -> Iterator[dict[str, np.ndarray]]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for part in file.iter_batches(batch_size=BATCH):
+            columns = {name: part.column(name).to_numpy(zero_copy_only=False) for name in ("document", "split", "tokens", "score")}
+            yield columns | {"score": columns["score"].astype(np.float32)}
+
+
+def _sample(data: TokenData, split: str, row: dict[str, Any], end: int, characters: int) -> Sample:
+    from tokenizers import Tokenizer
+
+    tokens = int(row["tokens"])
+    first = getattr(data, split).tokens[end - tokens : end - 1][: 4 * characters]  # without its end of text
+    text = Tokenizer.from_file(str(data.tokenizer_folder / "tokenizer.json")).decode(first.tolist(), skip_special_tokens=False)
+    score = None if np.isnan(row["score"]) else float(row["score"])
+    return Sample(str(row["document"]), split, tokens, score, text[:characters])
+
+
+def _low_scores(path: Path) -> np.ndarray:
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    found = np.zeros(len(SCORES) - 1, np.int64)
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for part in file.iter_batches(batch_size=BATCH, columns=["reason", "detail"]):
+            low = part.filter(pyarrow.compute.equal(part.column("reason"), "low_score"))
+            found += np.histogram(low.column("detail").to_numpy(zero_copy_only=False).astype(np.float64), SCORES)[0]
+    return found
+
+
+def used_bins(sources: Sequence[Source]) -> tuple[int, int]:
+    """The first and the last bin of LENGTHS that holds a document."""
+    used = np.flatnonzero(np.sum([source.lengths for source in sources], axis=0))
+    return int(used[0]), int(used[-1])
+
+
+# ---- as text ----------------------------------------------------------------------------------------------------------------------------
+
+
+def report(sources: Sequence[Source]) -> str:
+    """Tables in Markdown: what each source holds and what was left out of it, how long its documents are, what they scored; samples."""
+    return "\n\n".join([_shares(sources), _removed(sources), _lengths(sources), *_scores(sources), _samples(sources)]) + "\n"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
+def _shares(sources: Sequence[Source]) -> str:
+    total = sum(source.total("tokens") for source in sources)
+    rows = [
+        [
+            source.name,
+            f"{source.total('documents'):,}",
+            f"{source.total('bytes'):,}",
+            f"{source.total('tokens'):,}",
+            f"{source.total('tokens') / total:.1%}",
+            f"{source.total('bytes') / source.total('tokens'):.2f}",
+            f"{source.total('documents') / max(1, source.manifest['read']['documents']):.1%}",
+        ]
+        for source in sources
+    ]
+    return _table(["source", "documents", "bytes", "tokens", "share of tokens", "bytes/token", "documents kept of those read"], rows)
+
+
+def _removed(sources: Sequence[Source]) -> str:
+    rows: list[list[object]] = []
+    for source in sources:
+        read = source.manifest["read"]
+        rows += [[source.name, key.replace("_", " "), f"{read[key]:,}", ""] for key in ("empty_skipped", "too_long_skipped") if read[key]]
+        rows += [
+            [source.name, reason.replace("_", " "), f"{count['documents']:,}", f"{count['bytes']:,}"]
+            for reason, count in source.manifest["cleaning"]["removed"].items()
+        ]
+    return _table(["source", "left out", "documents", "bytes"], rows) if rows else "Nothing was left out."
+
+
+def _lengths(sources: Sequence[Source]) -> str:
+    first, last = used_bins(sources)
+    rows = [[f"{LENGTHS[i]:,}–{LENGTHS[i + 1] - 1:,}", *(f"{source.lengths[i]:,}" for source in sources)] for i in range(first, last + 1)]
+    return _table(["tokens in a document", *(source.name for source in sources)], rows)
+
+
+def _scores(sources: Sequence[Source]) -> Iterator[str]:
+    for source in sources:
+        if source.scored:
+            found = source.manifest["cleaning"]["filter"]
+            bins = zip(source.low_scores.reshape(10, 4).sum(1), source.kept_scores.reshape(10, 4).sum(1), strict=True)
+            rows = [[f"{i / 10:.1f}–{(i + 1) / 10:.1f}", f"{low:,}", f"{kept:,}"] for i, (low, kept) in enumerate(bins)]
+            heading = f"{source.name}: {found['kept']:,} of {found['scored']:,} documents kept, from a score of {found['threshold']:.3f} on"
+            yield heading + "\n\n" + _table(["score", "removed", "kept"], rows)
+
+
+def _samples(sources: Sequence[Source]) -> str:
+    parts = []
+    for source in sources:
+        for sample in source.samples:
+            score = "" if sample.score is None else f", score {sample.score:.3f}"
+            text = "\n".join(f"    {line}" for line in sample.text.splitlines())
+            parts.append(f"{source.name}, {sample.split}: {sample.document} ({sample.tokens:,} tokens{score})\n\n{text}")
+    return "\n\n".join(parts)
