@@ -3,6 +3,7 @@
 python -m experiments compare runs/tiny-* [--out DIR] [--wandb]    seconds: a table, convergence.png, report.html
 python -m experiments run tiny [--jobs N]                          minutes: source, every arm, comparison; what is done is skipped
 python -m experiments run tiny --full                              hours: three seeds, a grid of learning rates for every arm
+python -m experiments mixtures tiny_mixture [--jobs N]             minutes: one network on several mixtures, judged on every source
 
 Exit status: 0 done, 1 a run failed, 2 a fault in what was asked.
 """
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The door."""
     options = parser().parse_args(arguments)
     try:
-        return _compare(options) if options.command == "compare" else _run(options)
+        return {"compare": _compare, "run": _run, "mixtures": _mixtures}[options.command](options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -47,6 +48,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--full", action="store_true", help="all seeds and the whole grid of learning rates")
     run.add_argument("--jobs", type=int, default=None, metavar="N", help="runs at a time (default: one for each core)")
     run.add_argument("--wandb", action="store_true", help="mirror the comparison into W&B")
+    mixtures = commands.add_parser("mixtures", help="run a study of mixtures: train, judge on every source, write its README's table")
+    mixtures.add_argument("study", help="a folder of experiments/ with a mixtures.yaml")
+    mixtures.add_argument("--jobs", type=int, default=None, metavar="N", help="runs at a time (default: one for each core)")
     return doors
 
 
@@ -73,6 +77,18 @@ def _run(options: argparse.Namespace) -> int:
     publish(comparison, done.out, wandb=options.wandb)
     if done.readme is not None:
         insert_table(done.readme, markdown(comparison))
+    return 0
+
+
+def _mixtures(options: argparse.Namespace) -> int:
+    from experiments.mixtures import run
+    from experiments.study import RunFailed
+
+    try:
+        run(options.study, jobs_at_once=options.jobs)
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,0 +1,48 @@
+"""The picture of a study of mixtures: the loss on the first text as it falls, and the final losses on each text, every seed a point."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from experiments.figure import GRID, INK, SPARE
+
+if TYPE_CHECKING:
+    from experiments.mixtures import Judged
+
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#E69F00", *SPARE)
+
+
+def draw(found: Sequence[Judged], path: Path) -> None:
+    """Write the picture to `path`."""
+    from matplotlib.figure import Figure
+
+    texts = list(found[0].losses)
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    panels: Any = figure.subplots(1, len(texts) + 1, width_ratios=[1.8, *[1] * len(texts)])
+    for judged, colour in zip(found, COLOURS, strict=False):
+        for curve in judged.curves:
+            panels[0].plot(*zip(*curve, strict=True), color=colour, linewidth=0.8, alpha=0.35)
+        mean = [(points[0][0], fmean(loss for _, loss in points)) for points in zip(*judged.curves, strict=True)]
+        panels[0].plot(*zip(*mean, strict=True), color=colour, linewidth=1.8, label=judged.arm)
+    panels[0].set(xlabel="tokens trained", ylabel="nats/token", title=f"{texts[0]}, held out", ylim=_range(found))
+    panels[0].legend(frameon=False, labelcolor=INK)
+    for text, axes in zip(texts, panels[1:], strict=True):
+        for place, (judged, colour) in enumerate(zip(found, COLOURS, strict=False)):
+            axes.plot([place] * len(judged.losses[text]), judged.losses[text], "o", color=colour, markersize=4, alpha=0.7)
+            axes.plot([place - 0.3, place + 0.3], [fmean(judged.losses[text])] * 2, color=colour, linewidth=2)
+        axes.set_xticks(range(len(found)), [judged.arm for judged in found], rotation=40, ha="right")
+        axes.set_title(f"final, {text}")
+    for axes in panels:
+        axes.grid(color=GRID)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150, facecolor="white")
+
+
+def _range(found: Sequence[Judged]) -> tuple[float, float]:
+    """From below the lowest loss to where the curves have come together: the start would flatten all the rest."""
+    losses = [loss for judged in found for curve in judged.curves for _, loss in curve[2:]]
+    return min(losses) - 0.05, max(losses) + 0.05
