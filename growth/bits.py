@@ -37,17 +37,14 @@ def on_grid(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def sums(raw: np.ndarray, values: np.ndarray, dtype: str) -> np.ndarray:
-    """Raw bits of the numbers `raw` + `values` (which are `on_grid`), rounded to nearest, ties to even."""
+    """Raw bits of the numbers `raw` + `values` (which are `on_grid`), rounded to nearest; ties of half floats away from zero."""
     values = floats(raw, dtype) + values
     if dtype != "F16" or not max(values.max(initial=0), -values.min(initial=0)) < 65504:
         return to_raw(values, dtype)
     # As in `floats`, backwards. Numbers too small for a normal half float need no rounding, since they are on its grid.
     values *= np.float32(2.0**-112)
     bits = values.view(np.int32)
-    odd = bits >> 13
-    odd &= 1
-    odd += 0xFFF
-    bits += odd
+    bits += 0x1000
     bits >>= 13
     total = bits.astype(np.uint16)
     bits >>= 3
