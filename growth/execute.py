@@ -107,9 +107,9 @@ class Expander:
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """(first row, row after the last) of consecutive blocks, in each of which all rows have the same fill."""
-        rows, columns = self.maps[0], self.matrix[1]
+        fill, columns = self.maps[0].fill, self.matrix[1]
         height = max(1, BLOCK_BYTES // (columns * RAW[self.dtype].itemsize))
-        for run in runs(np.arange(rows.target), rows.fill):
+        for run in runs(np.arange(len(fill)), fill):
             for start in range(run.start, run.stop, height):
                 yield start, min(start + height, run.stop)
 
