@@ -62,7 +62,7 @@ def make_source(folder: Path, layers: int, vocabulary: int) -> None:
     """A checkpoint with Phi-1.5's shapes and random float16 weights."""
     import numpy as np
 
-    from growth.shards import Entry, ShardWriter
+    from growth.shards import Entry, ShardWriter, layout
     from model.family import family_of
     from model.presets import preset
 
@@ -70,7 +70,7 @@ def make_source(folder: Path, layers: int, vocabulary: int) -> None:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     tensors = list(family_of(config).tensors(config))
-    writer = ShardWriter(folder, [Entry(tensor.name, "F16", tensor.shape) for tensor in tensors])
+    writer = ShardWriter(folder, layout([Entry(tensor.name, "F16", tensor.shape) for tensor in tensors]))
     numbers = np.random.default_rng(0)
     for tensor in tensors:
         values = numbers.standard_normal(int(np.prod(tensor.shape)), np.float32) * 0.02 + ("norm" in tensor.name)

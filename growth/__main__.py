@@ -37,6 +37,7 @@ class GrowthLeaf:
     depth: str | list[int]
     noise: float
     figure: str | None
+    worker: str | None
     options: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
 
     def arguments(self) -> dict[str, Any]:
@@ -110,9 +111,13 @@ def run(settings: Settings) -> None:
             revision=settings.revision,
             optimizer=settings.optimizer,
             nonfinite=settings.nonfinite,
+            worker=settings.growth.worker,
             progress=progress,
             **settings.growth.arguments(),
         )
+    if not grown.complete:
+        print(f"worker {settings.growth.worker} wrote its shards; the last worker to finish makes {grown.folder}")
+        return
     _print_outcome(grown.plan, grown.receipt)
     _draw(settings, grown.plan, _source(settings))
     print(f"wrote {grown.folder}")

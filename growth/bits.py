@@ -11,6 +11,7 @@ from model.dtypes import RAW, to_float, to_raw, working_type
 from .seeding import quantiles
 
 Factor = float | np.ndarray
+EXPONENT = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}  # the bits of infinity
 
 
 def is_short(dtype: str) -> bool:
@@ -18,9 +19,17 @@ def is_short(dtype: str) -> bool:
     return RAW[dtype].itemsize == 2
 
 
+def all_finite(raw: np.ndarray, dtype: str) -> bool:
+    """Whether none of the raw bits is a NaN or an infinity: the exponent of those is the largest, whatever the sign."""
+    if raw.size == 0:
+        return True
+    largest, sign = EXPONENT[dtype], 1 << (8 * raw.itemsize - 1)
+    return int(raw.view(f"<i{raw.itemsize}").max()) < largest and int(raw.max()) < sign + largest
+
+
 def floats(raw: np.ndarray, dtype: str) -> np.ndarray:
     """Raw bits as numbers in the working type (exact)."""
-    if dtype != "F16" or int((raw & 0x7FFF).max(initial=0)) >= 0x7C00:
+    if dtype != "F16" or not all_finite(raw, dtype):
         return to_float(raw, dtype)
     # numpy converts half floats one by one; whole arrays of their bits, moved to a float's places, take a third of the time
     wide = raw.view(np.int16).astype(np.int32)
@@ -37,17 +46,14 @@ def on_grid(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def sums(raw: np.ndarray, values: np.ndarray, dtype: str) -> np.ndarray:
-    """Raw bits of the numbers `raw` + `values` (which are `on_grid`), rounded to nearest, ties to even."""
+    """Raw bits of the numbers `raw` + `values` (which are `on_grid`), rounded to nearest; ties of half floats away from zero."""
     values = floats(raw, dtype) + values
     if dtype != "F16" or not max(values.max(initial=0), -values.min(initial=0)) < 65504:
         return to_raw(values, dtype)
     # As in `floats`, backwards. Numbers too small for a normal half float need no rounding, since they are on its grid.
     values *= np.float32(2.0**-112)
     bits = values.view(np.int32)
-    odd = bits >> 13
-    odd &= 1
-    odd += 0xFFF
-    bits += odd
+    bits += 0x1000
     bits >>= 13
     total = bits.astype(np.uint16)
     bits >>= 3

@@ -37,12 +37,39 @@ class Piece:
         target: which columns of the target, as a slice where they lie side by side, else as indices.
         source: which columns of the source they take; of fresh ones, how many fresh columns come before.
         gain: the factor on them.
+        like: columns of the target that come before and hold the same.
     """
 
     fill: Fill
     target: slice | np.ndarray
     source: slice | np.ndarray
     gain: float
+    like: slice | None = None
+
+
+class RowSum:
+    """The sum of rows that arrive in order, some at a time: a stretch is summed in the working type, stretches in float64.
+
+    Attributes:
+        rows: how many rows were added.
+    """
+
+    def __init__(self, columns: int, working: type[np.floating]) -> None:
+        self.rows = 0
+        self._stretch, self._whole = np.zeros(columns, working), np.zeros(columns)
+
+    def add(self, values: np.ndarray) -> None:
+        """Add the next rows."""
+        for row in values:  # one by one, so that the sum does not depend on how many arrive together
+            np.add(self._stretch, row, out=self._stretch)
+            self.rows += 1
+            if self.rows % STRETCH == 0:
+                self._whole += self._stretch
+                self._stretch[:] = 0
+
+    @property
+    def total(self) -> np.ndarray:
+        return self._whole + self._stretch
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +107,9 @@ class Expander:
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """(first row, row after the last) of consecutive blocks, in each of which all rows have the same fill."""
-        rows, columns = self.maps[0], self.matrix[1]
+        fill, columns = self.maps[0].fill, self.matrix[1]
         height = max(1, BLOCK_BYTES // (columns * RAW[self.dtype].itemsize))
-        for run in runs(np.arange(rows.target), rows.fill):
+        for run in runs(np.arange(len(fill)), fill):
             for start in range(run.start, run.stop, height):
                 yield start, min(start + height, run.stop)
 
@@ -107,6 +134,8 @@ class Expander:
             own, following = self.step.source, self.step.next_source
             source = self._gather(own if fill == Fill.COPY else following, index)
             beside = self._gather(following, index) if following is not None and fill == Fill.COPY else source
+            if fill == Fill.COPY and self._sums.rows == index[0] and (self.maps[0].fill[start:] == Fill.MEAN).any():
+                self._sums.add(floats(source[next(runs(index))], self.dtype))
             self._expand_columns(target, source, beside, gain, start)
             if self.step.diagonal:
                 self._keep_diagonal(target, start)
@@ -122,10 +151,12 @@ class Expander:
         taken = (columns.fill == Fill.COPY) | (columns.fill == Fill.NEXT)
         fresh_before = np.cumsum(columns.fill == Fill.RANDOM) - 1
         source = np.where(taken, columns.index, np.where(columns.fill == Fill.RANDOM, fresh_before, np.arange(columns.target)))
-        pieces = [
-            Piece(Fill(int(columns.fill[run.start])), run, consecutive(source[run]), float(columns.gain[run.start]))
-            for run in runs(source, columns.gain, columns.fill)
-        ]
+        pieces: list[Piece] = []
+        first: dict[tuple[int, int, int, float], slice] = {}
+        for run in runs(source, columns.gain, columns.fill):
+            key = (int(columns.fill[run.start]), int(source[run.start]), run.stop - run.start, float(columns.gain[run.start]))
+            like = first.setdefault(key, run) if taken[run.start] else run
+            pieces.append(Piece(Fill(key[0]), run, consecutive(source[run]), key[3], like if like is not run else None))
         if len(pieces) <= max(8, columns.target // 16):
             return pieces
         pieces = [piece for piece in pieces if piece.fill not in (Fill.COPY, Fill.NEXT)]
@@ -142,13 +173,15 @@ class Expander:
         row_gain = float(gain[0]) if (gain == gain[0]).all() else gain[:, None]
         for piece in self._pieces:
             factor = row_gain * piece.gain
-            if piece.fill == Fill.ZERO:
+            if piece.like is not None:
+                target[:, piece.target] = target[:, piece.like]
+            elif piece.fill == Fill.ZERO:
                 target[:, piece.target] = self._constant(0.0)
             elif piece.fill == Fill.RANDOM:
                 assert fresh is not None
                 target[:, piece.target] = fresh[:, piece.source]
             elif piece.fill == Fill.MEAN:
-                mean = floats(source, self.dtype).sum(axis=1, keepdims=True, dtype=self._sum_type) / source.shape[1]
+                mean = floats(source, self.dtype).sum(axis=1, keepdims=True, dtype=working_type(self.dtype)) / source.shape[1]
                 target[:, piece.target] = rounded(mean, factor, self.dtype, self._offset)
             else:
                 taken = (source if piece.fill == Fill.COPY else beside)[:, piece.source]
@@ -173,30 +206,27 @@ class Expander:
         read = [self.reader.read(name, int(index[run.start]), int(index[run.stop - 1]) + 1) for run in runs(index)]
         return (read[0] if len(read) == 1 else np.concatenate(read)).reshape(len(index), -1)
 
-    def _stretches(self) -> Iterator[np.ndarray]:
-        """The source as numbers, some rows at a time."""
-        rows = self.maps[0].source
-        for start in range(0, rows, STRETCH):
-            yield floats(self._gather(self.step.source, np.arange(start, min(start + STRETCH, rows))), self.dtype)
-
-    @property
-    def _sum_type(self) -> type[np.floating]:
-        """Of a few numbers: float32 is far finer than what 16-bit numbers hold."""
-        return np.float32 if is_short(self.dtype) else np.float64
+    @cached_property
+    def _root_mean_square(self) -> float:
+        """Of the source; of a large one, of every eighth stretch of its rows."""
+        rows, square, count = self.maps[0].source, 0.0, 0
+        for start in range(0, rows, STRETCH if rows <= 1024 else 8 * STRETCH):
+            values = floats(self._gather(self.step.source, np.arange(start, min(start + STRETCH, rows))), self.dtype)
+            count += values.size
+            square += float(np.square(values, out=values).sum(axis=1).sum(dtype=np.float64))
+        return sqrt(square / count)
 
     @cached_property
-    def _statistics(self) -> tuple[np.ndarray, float]:
-        """(n,) sums over the source's rows, and its root mean square."""
-        total, square = np.zeros(self.maps[1].source), 0.0
-        for values in self._stretches():
-            total += values.sum(axis=0, dtype=self._sum_type)
-            square += float(np.square(values, out=values).sum(axis=1).sum(dtype=np.float64))
-        return total, sqrt(square / (self.maps[0].source * self.maps[1].source))
+    def _sums(self) -> RowSum:
+        return RowSum(self.maps[1].source, working_type(self.dtype))
 
     @cached_property
     def _mean_row(self) -> np.ndarray:
         """(1, n) the mean of all source rows, rounded to the stored dtype."""
-        return to_raw(self._statistics[0][None] / self.maps[0].source, self.dtype)
+        rows = self.maps[0].source
+        for start in range(self._sums.rows, rows, STRETCH):  # those that were not among the rows so far
+            self._sums.add(floats(self._gather(self.step.source, np.arange(start, min(start + STRETCH, rows))), self.dtype))
+        return to_raw(self._sums.total[None] / rows, self.dtype)
 
     @cached_property
     def _noise(self) -> Noise | None:
@@ -206,7 +236,7 @@ class Expander:
         reads = [axis for axis, read in enumerate(self.step.tensor.reads) if read and self.maps[axis].counts().max() > 1]
         if not reads:
             return None
-        deviation = self.plan.noise * self._statistics[1]
+        deviation = self.plan.noise * self._root_mean_square
         return Noise(reads[0], self.maps[reads[0]], self.matrix[1], deviation, self.dtype, self.plan.growth.seed, self.step.name)
 
     # ---- what is new ----

@@ -188,14 +188,14 @@ def runs(index: np.ndarray, *same: np.ndarray) -> Iterator[slice]:
     """Slices over which `index` rises by one and every array of `same` stays equal."""
     if len(index) == 0:
         return
-    breaks = np.diff(index) != 1
+    breaks = index[1:] != index[:-1] + 1
     for array in same:
-        breaks |= np.diff(array) != 0
-    edges = np.r_[0, np.flatnonzero(breaks) + 1, len(index)]
-    for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        breaks |= array[1:] != array[:-1]
+    edges = (np.flatnonzero(breaks) + 1).tolist()
+    for start, stop in zip([0, *edges], [*edges, len(index)], strict=True):
         yield slice(start, stop)
 
 
 def consecutive(indices: np.ndarray) -> slice | np.ndarray:
     """A slice where the indices rise by one, which copies faster, else the indices."""
-    return slice(int(indices[0]), int(indices[-1]) + 1) if len(indices) and (np.diff(indices) == 1).all() else indices
+    return slice(int(indices[0]), int(indices[-1]) + 1) if len(indices) and (indices[1:] == indices[:-1] + 1).all() else indices

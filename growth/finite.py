@@ -9,10 +9,8 @@ import numpy as np
 
 from model.errors import UserError
 
+from .bits import EXPONENT, all_finite
 from .execute import Reader
-
-# All exponent bits set mean NaN or infinity in every format; the sign is masked away.
-_EXPONENT = {"F64": 0x7FF0000000000000, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,16 +27,14 @@ class FiniteReader:
             UserError: one of them holds a NaN or an infinity.
         """
         raw = self.reader.read(name, start, stop)
-        if self.dtypes[name] not in _EXPONENT:
-            return raw  # whole numbers, which a growth without schema copies
-        exponent = raw.dtype.type(_EXPONENT[self.dtypes[name]])
+        dtype = self.dtypes[name]
+        if dtype not in EXPONENT or all_finite(raw, dtype):  # whole numbers are copied by a growth without schema
+            return raw
         magnitude = raw & raw.dtype.type(np.iinfo(raw.dtype).max >> 1)
-        if magnitude.size and magnitude.max() >= exponent:
-            where = np.argwhere(magnitude >= exponent)[0]
-            place = ", ".join(map(str, (where[0] + start, *where[1:])))
-            kind = "infinite" if magnitude[tuple(where)] == exponent else "NaN"
-            raise UserError(
-                f"{name}: entry [{place}] is {kind}; every copy of it would be too, so nothing is grown: repair the source, or say "
-                "nonfinite=allow to copy it as it is"
-            )
-        return raw
+        where = np.argwhere(magnitude >= EXPONENT[dtype])[0]
+        place = ", ".join(map(str, (where[0] + start, *where[1:])))
+        kind = "infinite" if magnitude[tuple(where)] == EXPONENT[dtype] else "NaN"
+        raise UserError(
+            f"{name}: entry [{place}] is {kind}; every copy of it would be too, so nothing is grown: repair the source, or say "
+            "nonfinite=allow to copy it as it is"
+        )

@@ -5,24 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Semaphore
 from typing import TYPE_CHECKING, Any, Literal
 
 from model.checkpoint import Checkpoint, locate
 from model.config import Target, read_json, tokenizer_size
-from model.dtypes import RAW
 from model.errors import UserError
 
 from .card import model_card
-from .execute import Expander, Reader
+from .execute import Reader
 from .finite import FiniteReader
 from .moments import OPTIMIZER, RULES, STATE, inexact, moments_plan
 from .plan import Plan, plan
-from .shards import MAX_SHARD_BYTES, Entry, ShardWriter, complete_or_absent
+from .shards import MAX_SHARD_BYTES, complete_or_absent, write_index
+from .stream import Shards, shards_of, write_weights
 from .verify import Receipt, check_receipt, measure, verify_structure
+from .workers import Worker, agreement, discard, publish_shared, shared_partial, write_share
 
 if TYPE_CHECKING:
     from .adam import AdamState
@@ -38,11 +37,16 @@ RECEIPT_PARAMETERS = 100_000_000  # above this a receipt is measured only when i
 
 @dataclass(frozen=True)
 class Grown:
-    """A finished growth: the folder, the plan it followed, and the receipt where one was measured."""
+    """A finished growth: the folder, the plan it followed, and the receipt where one was measured.
+
+    Attributes:
+        complete: False where other workers are still to write their shards; the last one makes the folder.
+    """
 
     folder: Path
     plan: Plan
     receipt: Receipt | None
+    complete: bool = True
 
     @property
     def certificate(self) -> Certificate:
@@ -65,6 +69,7 @@ def grow(
     revision: str | None = None,
     optimizer: str | Path | None = None,
     nonfinite: Literal["refuse", "allow"] = "refuse",
+    worker: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Grown:
@@ -81,6 +86,7 @@ def grow(
         optimizer: Adam's saved state of the source, a file or a folder with `optimizer.bin` or `optimizer.pt`; grown with the weights into
             `out/optimizer`, from where `growth.load_adam` puts it into an optimizer.
         nonfinite: what to do with NaN and infinite weights; allow copies them like any other.
+        worker: `i/n`: write the i-th of n shares of the shards, while other processes write theirs (`growth.workers`).
         progress: called with (bytes done, bytes in all) after every tensor.
 
     Raises:
@@ -91,10 +97,14 @@ def grow(
         check_tokenizer(checkpoint.folder, made)
         reader = checkpoint if nonfinite == "allow" else FiniteReader(checkpoint, made.dtypes)
         adam = None if optimizer is None else _read_adam(optimizer, made)
-        with complete_or_absent(out, overwrite=overwrite) as folder:
-            write_weights(made, reader, folder, threads=threads, max_shard_bytes=max_shard_bytes, progress=progress)
+        shards = shards_of(made, max_shard_bytes)
+        how: dict[str, Any] = {"threads": threads, "progress": progress}
+
+        def complete(folder: Path) -> Receipt | None:
+            """What a folder holds besides its shards, written and verified."""
+            write_index(folder, shards)
             if adam is not None:
-                _write_adam(folder, made, adam, threads=threads, max_shard_bytes=max_shard_bytes, progress=progress)
+                _write_adam(folder, made, adam, max_shard_bytes, **how)
             write_config(folder, made)
             _copy_companions(checkpoint.folder, folder)
             verify_structure(folder, made)
@@ -104,48 +114,42 @@ def grow(
             if measured is not None:
                 check_receipt(measured, made)
             _write_recipe(folder, made, str(source), revision, checkpoint, measured)
+            return measured
+
+        if worker is not None:
+            return _grow_share(Path(out), made, reader, checkpoint, shards, Worker.parse(worker), complete, overwrite=overwrite, **how)
+        with complete_or_absent(out, overwrite=overwrite) as folder:
+            write_weights(made, reader, folder, shards, **how)
+            measured = complete(folder)
     return Grown(Path(out), made, measured)
 
 
-def write_weights(
+def _grow_share(
+    out: Path,
     plan: Plan,
     reader: Reader,
-    folder: Path,
+    checkpoint: Checkpoint,
+    shards: Shards,
+    worker: Worker,
+    complete: Callable[[Path], Receipt | None],
     *,
-    threads: int,
-    max_shard_bytes: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Expand every tensor of `plan` into shards under `folder`, the largest first."""
-    entries = [Entry(step.name, plan.dtype(step), step.shape) for step in plan.steps]
-    writer = ShardWriter(folder, entries, max_shard_bytes)
-    total, done = sum(entry.nbytes for entry in entries), 0
-    computing = Semaphore(threads)  # of twice as many threads: the others wait for the disk
-
-    def write(expander: Expander) -> int:
-        if expander.is_blank:  # as a new file is
-            return plan.nbytes(expander.step)
-        raw, columns = RAW[expander.dtype], expander.matrix[1]
-        with writer.tensor(expander.step.name) as tensor:
-            for start, stop in expander.blocks():
-                target = tensor.space((stop - start) * columns * raw.itemsize).view(raw).reshape(-1, columns)
-                with computing:
-                    expander.fill(target, start)
-        return plan.nbytes(expander.step)
-
-    pool = ThreadPoolExecutor(2 * threads)
-    try:
-        steps = sorted(plan.steps, key=plan.nbytes, reverse=True)
-        writing = [pool.submit(write, Expander(plan, step, reader)) for step in steps]
-        _ = plan.hash, plan.certificate  # needed at the end, and computed here while the threads work
-        for finished in as_completed(writing):
-            done += finished.result()
-            if progress is not None:
-                progress(done, total)
-        writer.finish()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        writer.close()
+    overwrite: bool,
+    **how: Any,
+) -> Grown:
+    """One worker's part; the folder too when it is the last."""
+    worker.share(shards)  # tells too many workers before anything is made
+    agreed = agreement(plan, checkpoint, shards, worker)
+    with shared_partial(out, worker, agreed, overwrite=overwrite) as shared:
+        write_share(plan, reader, shared, shards, worker, **how)
+        if not shared.is_complete(shards):
+            return Grown(out, plan, None, complete=False)
+        try:
+            measured = complete(shared.folder)
+            publish_shared(shared, out, worker)
+        except UserError:
+            discard(shared)
+            raise
+    return Grown(out, plan, measured)
 
 
 def _read_adam(path: str | Path, plan: Plan) -> AdamState:
@@ -154,10 +158,14 @@ def _read_adam(path: str | Path, plan: Plan) -> AdamState:
     return read_adam(path, plan)
 
 
-def _write_adam(folder: Path, plan: Plan, adam: AdamState, **how: Any) -> None:
+def _write_adam(folder: Path, plan: Plan, adam: AdamState, max_shard_bytes: int, **how: Any) -> None:
     """Grow the moments into `folder/optimizer`, as safetensors beside a state.json that says how."""
+    shutil.rmtree(folder / OPTIMIZER, ignore_errors=True)  # a killed worker's
     (folder / OPTIMIZER).mkdir()
-    write_weights(moments_plan(plan, adam.moments.dtypes), adam.moments, folder / OPTIMIZER, **how)
+    moments = moments_plan(plan, adam.moments.dtypes)
+    shards = shards_of(moments, max_shard_bytes)
+    write_weights(moments, adam.moments, folder / OPTIMIZER, shards, **how)
+    write_index(folder / OPTIMIZER, shards)
     state = {"step": adam.step, "rule": RULES[plan.recipe.moments], "inexact": list(inexact(plan))}
     (folder / OPTIMIZER / STATE).write_text(json.dumps(state, indent=1) + "\n")
 

@@ -55,7 +55,7 @@ class Noise:
             values = self._values(draws.rows(start, len(target)), self.deviations[chosen])
             self._put(target, (slice(None), consecutive(chosen)), values)
             if self.divided:
-                self._put(target, (slice(None), consecutive(self.place_of_last[places >= 0])), -values)
+                self._put(target, (slice(None), consecutive(self.place_of_last[places >= 0])), np.negative(values, out=values))
 
     def _add_to_rows(self, target: np.ndarray, start: int) -> None:
         rows = np.arange(start, start + len(target))

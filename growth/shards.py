@@ -9,7 +9,7 @@ import mmap
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -48,22 +48,16 @@ class ShardWriter:
     neighbour is kept until `finish`, which writes it and the headers; so a file that was not finished has no header.
     """
 
-    def __init__(self, folder: Path, entries: Sequence[Entry], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    def __init__(self, folder: Path, shards: Mapping[str, Sequence[Entry]]) -> None:
         self._places: dict[str, tuple[_File, int]] = {}  # name → (file, byte offset)
         self._files: list[_File] = []
         self._spare: list[mmap.mmap] = []
-        shards = _split(entries, max_shard_bytes)
-        files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         try:
-            for file, shard in zip(files, shards, strict=True):
+            for file, shard in shards.items():
                 self._allocate(folder / file, shard)
         except BaseException:
             self.close()
             raise
-        if len(shards) > 1:
-            weight_map = {entry.name: file for file, shard in zip(files, shards, strict=True) for entry in shard}
-            index = {"metadata": {"total_size": sum(entry.nbytes for entry in entries)}, "weight_map": weight_map}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def _allocate(self, path: Path, shard: Sequence[Entry]) -> None:
         header = _header(shard)
@@ -174,7 +168,8 @@ def _write_all(descriptor: int, offset: int, view: memoryview) -> None:
         done += os.pwrite(descriptor, view[done:], offset + done)
 
 
-def _split(entries: Sequence[Entry], max_shard_bytes: int) -> list[list[Entry]]:
+def layout(entries: Sequence[Entry], max_shard_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[Entry]]:
+    """Which tensors go into which file, in the order of `entries`: file name → entries."""
     shards: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries:
@@ -183,7 +178,17 @@ def _split(entries: Sequence[Entry], max_shard_bytes: int) -> list[list[Entry]]:
             filled = 0
         shards[-1].append(entry)
         filled += entry.nbytes
-    return shards
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
+
+
+def write_index(folder: Path, shards: Mapping[str, Sequence[Entry]]) -> None:
+    """The index of several shards; one alone needs none."""
+    if len(shards) > 1:
+        weight_map = {entry.name: file for file, shard in shards.items() for entry in shard}
+        index = {"metadata": {"total_size": sum(entry.nbytes for shard in shards.values() for entry in shard)}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _header(shard: Sequence[Entry]) -> bytes:
@@ -208,31 +213,44 @@ def complete_or_absent(out: Path | str, *, overwrite: bool = False) -> Iterator[
         UserError: `out` exists and `overwrite` is false, another process is filling it, or the disk is full or not writable.
     """
     out = Path(out)
-    partial = partial_of(out)
-    if out.exists() and not overwrite:
-        raise UserError(f"out {out}: exists already; choose another folder, or overwrite=true to replace it once the new one is complete")
-    if out.exists() and not ((out.is_dir() and (out / "config.json").exists()) or not any(out.iterdir())):
-        raise UserError(f"out {out}: exists and is no checkpoint folder, so it is not replaced; choose another folder")
-    with _disk_faults(out):
+    partial = place_of(out, overwrite)
+    with disk_faults(out):
         partial.mkdir(parents=True, exist_ok=True)
         lock = os.open(partial, os.O_RDONLY)
     try:
-        _take(lock, partial)
-        with _disk_faults(out), whole(out):
-            _clear(partial)
+        if not locked(lock, fcntl.LOCK_EX):
+            raise UserError(f"out: another process is writing {partial}; wait for it, or choose another folder")
+        with disk_faults(out), whole(out):
+            clear(partial)
             yield partial
     finally:
         os.close(lock)
 
 
-def _take(lock: int, partial: Path) -> None:
+def place_of(out: Path, overwrite: bool) -> Path:
+    """Where `out` is made: `<out>.partial`.
+
+    Raises:
+        UserError: `out` exists and may not be replaced.
+    """
+    if out.exists() and not overwrite:
+        raise UserError(f"out {out}: exists already; choose another folder, or overwrite=true to replace it once the new one is complete")
+    if out.exists() and not ((out.is_dir() and (out / "config.json").exists()) or not any(out.iterdir())):
+        raise UserError(f"out {out}: exists and is no checkpoint folder, so it is not replaced; choose another folder")
+    return partial_of(out)
+
+
+def locked(descriptor: int, how: int) -> bool:
+    """Try to lock a folder, exclusively or shared (`fcntl.LOCK_EX`, `LOCK_SH`), until it is closed or its process ends."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"out: another process is writing {partial}; wait for it, or choose another folder") from None
+        return False
+    return True
 
 
-def _clear(folder: Path) -> None:
+def clear(folder: Path) -> None:
+    """Remove everything in a folder."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -241,15 +259,14 @@ def _clear(folder: Path) -> None:
 
 
 @contextmanager
-def _disk_faults(out: Path) -> Iterator[None]:
+def disk_faults(out: Path, kept: str = "nothing was kept") -> Iterator[None]:
+    """Tell a full or protected disk as a UserError that says what was kept."""
     try:
         yield
     except OSError as fault:
         if fault.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(next(parent for parent in (out, *out.absolute().parents) if parent.exists())).free
-            raise UserError(
-                f"out {out}: the disk is full ({free:,} bytes free); nothing was kept; free space or choose another disk"
-            ) from None
+            raise UserError(f"out {out}: the disk is full ({free:,} bytes free); {kept}; free space or choose another disk") from None
         if fault.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
             raise UserError(
                 f"out {out}: cannot be written ({fault.strerror}: {fault.filename}); choose a folder you may write to"

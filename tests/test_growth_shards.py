@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from growth.shards import BUFFER_BYTES, PAGE, Entry, ShardWriter
+from growth.shards import BUFFER_BYTES, PAGE, Entry, ShardWriter, layout, write_index
 from model.checkpoint import Checkpoint, read_header
 
 ROWS = {"a": 7, "b": 1, "c": 513, "d": 3, "e": 2, "f": 900, "g": 1}
@@ -28,7 +28,7 @@ def expected() -> dict[str, np.ndarray]:
 def fill(folder: Path, max_shard_bytes: int, threads: int) -> None:
     values = expected()
     entries = [Entry(name, "U8", value.shape) for name, value in values.items()]
-    writer = ShardWriter(folder, entries, max_shard_bytes)
+    writer = ShardWriter(folder, shards := layout(entries, max_shard_bytes))
 
     def write(name: str) -> None:
         with writer.tensor(name) as tensor:
@@ -40,6 +40,7 @@ def fill(folder: Path, max_shard_bytes: int, threads: int) -> None:
     assert not any(path.read_bytes()[:8].strip(b"\0") for path in folder.glob("*.safetensors")), "a header before everything is written"
     writer.finish()
     writer.close()
+    write_index(folder, shards)
 
 
 @pytest.mark.parametrize(("max_shard_bytes", "threads"), [(1 << 40, 1), (1 << 40, 4), (2_000_000, 3), (1, 2)])

@@ -1,0 +1,55 @@
+"""Streaming: every tensor of a plan expanded block by block into the shards that hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from threading import Semaphore
+
+from model.dtypes import RAW
+
+from .execute import Expander, Reader
+from .plan import Plan
+from .shards import Entry, ShardWriter, layout
+
+Shards = Mapping[str, Sequence[Entry]]  # file name → what it holds
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+
+def shards_of(plan: Plan, max_shard_bytes: int) -> dict[str, list[Entry]]:
+    """The files of a plan's tensors."""
+    return layout([Entry(step.name, plan.dtype(step), step.shape) for step in plan.steps], max_shard_bytes)
+
+
+def write_weights(plan: Plan, reader: Reader, folder: Path, shards: Shards, *, threads: int, progress: Progress | None = None) -> None:
+    """Write `shards` of a plan into `folder`, the largest tensors first."""
+    wanted = {entry.name for shard in shards.values() for entry in shard}
+    steps = sorted((step for step in plan.steps if step.name in wanted), key=plan.nbytes, reverse=True)
+    writer = ShardWriter(folder, shards)
+    total, done = sum(map(plan.nbytes, steps)), 0
+    computing = Semaphore(threads)  # of twice as many threads: the others wait for the disk
+
+    def write(expander: Expander) -> int:
+        if expander.is_blank:  # as a new file is
+            return plan.nbytes(expander.step)
+        raw, columns = RAW[expander.dtype], expander.matrix[1]
+        with writer.tensor(expander.step.name) as tensor:
+            for start, stop in expander.blocks():
+                target = tensor.space((stop - start) * columns * raw.itemsize).view(raw).reshape(-1, columns)
+                with computing:
+                    expander.fill(target, start)
+        return plan.nbytes(expander.step)
+
+    pool = ThreadPoolExecutor(2 * threads)
+    try:
+        writing = [pool.submit(write, Expander(plan, step, reader)) for step in steps]
+        _ = plan.hash, plan.certificate  # needed at the end, and computed here while the threads work
+        for finished in as_completed(writing):
+            done += finished.result()
+            if progress is not None:
+                progress(done, total)
+        writer.finish()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        writer.close()

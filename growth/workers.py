@@ -1,0 +1,171 @@
+"""Several processes, on one machine or on many that share a file system, write one checkpoint: each its share of the shards.
+
+All are started with the same arguments but for `growth.worker=i/n`. They fill `<out>.partial` together; a shard is there under its name
+only when it is complete, and the worker that finds all shards there completes the folder. A killed worker is started again: what it had
+finished stays. Locks are the operating system's (`flock`), which ends them with their process: each worker holds the folder shared, and a
+growth that is alone in it exclusively.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.checkpoint import Checkpoint
+from model.errors import UserError
+from model.whole import take_place
+
+from .execute import Reader
+from .plan import Plan
+from .shards import clear, disk_faults, locked, place_of
+from .stream import Progress, Shards, write_weights
+
+MARK = "growth.workers.json"  # what the workers in a folder agree on
+PATIENCE = 10.0  # seconds to wait for a worker that is clearing or completing the folder
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of `count` workers, numbered from 0."""
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Worker:
+        """From `i/n`.
+
+        Raises:
+            UserError: it is not of that form.
+        """
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        if found is None or int(found[1]) >= int(found[2]):
+            raise UserError(f"growth.worker={text}: expected i/n, worker i of n counted from 0, such as 0/4")
+        return cls(int(found[1]), int(found[2]))
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    def share(self, shards: Shards) -> list[str]:
+        """The files it writes.
+
+        Raises:
+            UserError: there are fewer shards than workers.
+        """
+        if len(shards) < self.count:
+            size = sum(entry.nbytes for shard in shards.values() for entry in shard) / self.count / 1e9
+            raise UserError(f"growth.worker={self}: {len(shards)} shards for {self.count} workers; give max_shard_gb={size:.2g} or less")
+        return list(shards)[self.number :: self.count]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The folder that workers fill together, while this one holds it."""
+
+    folder: Path
+    lock: int
+
+    def is_complete(self, shards: Shards) -> bool:
+        """Whether every shard is there and no other worker is at work; from then on this one is alone in the folder.
+
+        A worker gives up its hold before it tries, so of several that finish at once the last to try succeeds.
+        """
+        return all((self.folder / file).exists() for file in shards) and locked(self.lock, fcntl.LOCK_EX)
+
+
+def agreement(plan: Plan, checkpoint: Checkpoint, shards: Shards, worker: Worker) -> dict[str, Any]:
+    """What must be the same for shards to belong together: the plan, the number of workers, the files, and the source's weights.
+
+    Of the weights, the first row of every tensor.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(checkpoint.tensors):
+        digest.update(checkpoint.read(name, 0, 1).tobytes() if checkpoint.tensors[name].shape else checkpoint.read(name).tobytes())
+    files = {file: [entry.name for entry in shard] for file, shard in shards.items()}
+    return {"plan": plan.hash, "workers": worker.count, "source": digest.hexdigest(), "files": files}
+
+
+@contextmanager
+def shared_partial(out: Path, worker: Worker, agreed: Mapping[str, Any], *, overwrite: bool) -> Iterator[Shared]:
+    """`<out>.partial`, shared with other workers that agree; what an earlier growth of another plan left there is cleared.
+
+    Raises:
+        UserError: `out` exists and `overwrite` is false, a growth of another kind is writing there, this worker is at work already, or the
+            disk is full or not writable.
+    """
+    partial = place_of(out, overwrite)
+    with disk_faults(out, f"what is finished stays in {partial}, for the same worker to go on"):
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY)
+        try:
+            _join(lock, partial, agreed)
+            own = os.open(partial / f"worker-{worker.number}", os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                if not locked(own, fcntl.LOCK_EX):
+                    raise UserError(f"growth.worker={worker}: is at work already in {partial}; give every worker a number of its own")
+                yield Shared(partial, lock)
+            finally:
+                os.close(own)
+        finally:
+            os.close(lock)
+
+
+def _join(lock: int, partial: Path, agreed: Mapping[str, Any]) -> None:
+    """Hold the folder with others that agree."""
+    mark = json.dumps(agreed)
+    patience = time.monotonic() + PATIENCE
+    while True:
+        if locked(lock, fcntl.LOCK_EX):  # nobody is here
+            if not partial.exists():
+                raise UserError(f"out: {partial} was completed meanwhile; all its workers are done")
+            if not _holds(partial, mark):
+                clear(partial)
+                (partial / f"{MARK}.writing").write_text(mark)
+                os.rename(partial / f"{MARK}.writing", partial / MARK)
+        if locked(lock, fcntl.LOCK_SH):
+            if _holds(partial, mark):
+                return
+            raise UserError(f"out: another growth is being written into {partial}; wait for it, or choose another folder")
+        if time.monotonic() > patience:
+            raise UserError(f"out: another process is writing {partial}; wait for it, or choose another folder")
+        time.sleep(0.05)
+
+
+def _holds(partial: Path, mark: str) -> bool:
+    path = partial / MARK
+    return path.exists() and path.read_text() == mark
+
+
+def write_share(
+    plan: Plan, reader: Reader, shared: Shared, shards: Shards, worker: Worker, *, threads: int, progress: Progress | None = None
+) -> None:
+    """Write this worker's shards one after the other, but for those that are there already."""
+    missing = [file for file in worker.share(shards) if not (shared.folder / file).exists()]
+    for file in missing:
+        unfinished = f"{file}.writing"
+        (shared.folder / unfinished).unlink(missing_ok=True)  # a killed worker's
+        write_weights(plan, reader, shared.folder, {unfinished: shards[file]}, threads=threads, progress=progress)
+        os.rename(shared.folder / unfinished, shared.folder / file)
+
+
+def publish_shared(shared: Shared, out: Path, worker: Worker) -> None:
+    """Make a completed folder `out`."""
+    for number in range(worker.count):
+        (shared.folder / f"worker-{number}").unlink(missing_ok=True)
+    (shared.folder / MARK).unlink()
+    take_place(out)
+
+
+def discard(shared: Shared) -> None:
+    """Remove a folder whose content was found to be wrong."""
+    shutil.rmtree(shared.folder, ignore_errors=True)
