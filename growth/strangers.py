@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from model.checkpoint import Checkpoint, names_of
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from .plan import Plan
 
+BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # which older files carry along
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -67,38 +68,53 @@ def _copies_layers_only(config: Config, target: Target, depth: str | Sequence[in
 
 def _derived(config: Config, shapes: Shapes | None, target: Target, depth: str | Sequence[int]) -> Known:
     from model.derive import derive, whole_config
-    from model.derive.probe import shapes as built_shapes
-    from model.derive.schema import drafted_family
 
     from .confirm import bench
 
     name = config["model_type"]
     try:
-        draft = derive(config)
-        whole = whole_config(config)
-        shapes = built_shapes(whole) if shapes is None else shapes
-        family = drafted_family(draft, whole, shapes)
-        changes = _asked(draft, whole, resolve_target(target, whole, family), depth)
+        draft, whole = derive(config), whole_config(config)
+        family = _family(draft, whole, shapes)
+        grown = resolve_target(target, whole, family)
+        changes = _asked(draft, whole, grown, depth)
+        _check_asked(draft, family.sizes(whole), family.sizes(grown), changes)
         if not changes:
-            return Known(family, (f"family {name!r} has no schema here: one was derived, and nothing grows by it",), whole)
+            return Known(family, (f"family {name!r} has no schema here: one was derived, and nothing is widened by it",), whole)
         with bench(draft) as tiny:
             rehearsal = tiny.rehearse(draft, changes, depth if isinstance(depth, str) else "identity")
-        family = drafted_family(rehearsal.draft, whole, shapes)
+        family = _family(rehearsal.draft, whole, shapes)
     except UserError as fault:
         raise UserError(
             f"family {name!r} has no schema here, and none could be derived and confirmed for this growth: {fault}; what is left: whole "
             "layers copied (growth.depth=stack and no size but the number of layers), or a schema of your own (README, 'Add a family')"
         ) from None
     sizes = ", ".join(f"{key} {draft.axes.config[key]} → {size}" for key, size in changes.items())
-    return Known(
-        family,
-        (
-            f"family {name!r} has no schema here: one was derived from transformers' own class ({len(family.lines)} lines)",
-            f"confirmed: a tiny random model of the family, grown by it ({sizes}), kept its logits in float64 to {rehearsal.error:.1g} of "
-            "the largest",
-        ),
-        whole,
-    )
+    notes = [
+        f"family {name!r} has no schema here: one was derived from transformers' own class ({len(family.lines)} lines)",
+        f"confirmed: a tiny random model of the family, grown by it ({sizes}), kept its logits in float64 to {rehearsal.error:.1g} of the "
+        "largest",
+    ]
+    if draft.unused:
+        notes.append(f"not tested: {names_of(draft.unused)}, which a forward pass on tokens alone does not use")
+    return Known(family, tuple(notes), whole)
+
+
+def _family(draft: Draft, config: Config, shapes: Shapes | None) -> Family:
+    """The drafted family under the names of the file: older ones leave out a base model's prefix and carry buffers along."""
+    from model.derive.probe import shapes as built_shapes
+    from model.derive.schema import drafted_family
+
+    built = built_shapes(config)
+    if shapes is None:
+        return drafted_family(draft, config, built)
+    buffers = [name for name in shapes if name not in built and name.endswith(BUFFERS)]
+    full = {name if name in built else draft.prefix + name: shape for name, shape in shapes.items() if name not in buffers}
+    if full.keys() - built.keys():  # not a matter of the prefix
+        full = {name: shape for name, shape in shapes.items() if name not in buffers}
+    family = drafted_family(draft, config, full)
+    if not full.keys() <= shapes.keys():
+        family = replace(family, schema="\n".join(line.removeprefix(draft.prefix) for line in family.schema.splitlines()))
+    return replace(family, ignore=tuple(buffers))
 
 
 def _asked(draft: Draft, source: Config, target: Config, depth: str | Sequence[int]) -> dict[str, int]:
@@ -117,6 +133,17 @@ def _asked(draft: Draft, source: Config, target: Config, depth: str | Sequence[i
     return changes
 
 
+def _check_asked(draft: Draft, source: Mapping[str, int], target: Mapping[str, int], changes: Mapping[str, int]) -> None:
+    """Every space that is to grow must grow in the rehearsal, or it would be believed untested."""
+    from model.derive.schema import drafted_family
+
+    tiny = drafted_family(draft, draft.axes.config, draft.axes.shapes)
+    before, after = tiny.sizes(draft.axes.config), tiny.sizes({**draft.axes.config, **changes})
+    asked = {space for space in source if target[space] != source[space] and space != "layer"}
+    if untested := sorted(space for space in asked if before.get(space) == after.get(space)):
+        raise UserError(f"nothing in a tiny model of the family stands for growth of {', '.join(untested)}")
+
+
 def hold_against_class(plan: Plan) -> None:
     """The library's own class, built of the target's config, must have exactly the planned tensors.
 
@@ -126,7 +153,9 @@ def hold_against_class(plan: Plan) -> None:
     from model.derive.probe import shapes
 
     built: dict[str, Any] = dict(shapes(plan.target_config))
-    planned = {step.name: step.shape for step in plan.steps}
+    prefixes = {name.partition(".")[0] + "." for name in built}  # that older files leave out
+    known = {name.removeprefix(prefix): name for prefix in prefixes for name in built} | {name: name for name in built}
+    planned = {known.get(step.name, step.name): step.shape for step in plan.steps}
     if differ := [name for name in planned.keys() | built.keys() if planned.get(name) != built.get(name) and name in planned]:
         first = min(differ)
         raise UserError(

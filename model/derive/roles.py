@@ -44,6 +44,7 @@ class Draft:
         axes: the probes; `axes.config` is the tiny config.
         seen: every tensor of the tiny model.
         head, embedding: the parameters of the output head and of the embedding; the same where they are tied.
+        prefix: what the library puts before the names of a base model's tensors, and older files leave out.
         choices: how what watching left open was decided.
     """
 
@@ -51,6 +52,7 @@ class Draft:
     seen: Mapping[str, Sighting]
     head: str | None
     embedding: str | None
+    prefix: str
     choices: Choices = Choices()
 
     def templates(self, name: str) -> tuple[str, ...]:
@@ -185,6 +187,11 @@ class Draft:
         """What most norms of the residual stream keep: "layer" or "rms"."""
         kinds = [seen.norm for seen in self.seen.values() if seen.norm and seen.shape == (self.axes.hidden,)]
         return max(("layer", "rms"), key=kinds.count)
+
+    @property
+    def unused(self) -> list[str]:
+        """Tensors that a forward pass does not touch (cross-attention without an encoder), so that no rehearsal tests them."""
+        return [name for name, seen in self.seen.items() if not seen.used]
 
     @property
     def tied(self) -> bool:
