@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from model.checkpoint import Checkpoint, names_of
 from model.config import Target, resolve_target
@@ -52,9 +52,23 @@ def know(source: Checkpoint | Config, target: Target, depth: str | Sequence[int]
         return Known(family_of(config))
     shapes = {name: stored.shape for name, stored in source.tensors.items()} if isinstance(source, Checkpoint) else None
     if shapes is not None and _copies_layers_only(config, target, depth):
-        family = outline(config, shapes)
-        return Known(family, (f"family {family.name!r} has no schema: layers were told by their names, and whole layers are copied",))
+        return _outlined(config, shapes)
     return _derived(config, shapes, target, depth)
+
+
+def _outlined(config: Config, shapes: Shapes) -> Known:
+    from model.derive import library_knows, whole_config
+
+    known = library_knows(config)
+    whole = whole_config(config) if known else config
+    family = outline(whole, shapes)
+    held = (
+        "the grown config and tensors were held against transformers' class"
+        if known
+        else "transformers does not know it, so nothing else is"
+    )
+    note = f"family {family.name!r} has no schema here: layers were told by their names, and whole layers are copied; {held}"
+    return Known(family, (note,), whole if known else None)
 
 
 def _copies_layers_only(config: Config, target: Target, depth: str | Sequence[int]) -> bool:
@@ -147,22 +161,28 @@ def _check_asked(draft: Draft, source: Mapping[str, int], target: Mapping[str, i
 def hold_against_class(plan: Plan) -> None:
     """The library's own class, built of the target's config, must have exactly the planned tensors.
 
+    Tensors that its class does not have for the source either (buffers that older files carry along) are let pass.
+
     Raises:
         UserError: it has others, or others' shapes; the message names the first ones.
     """
     from model.derive.probe import shapes
 
-    built: dict[str, Any] = dict(shapes(plan.target_config))
-    prefixes = {name.partition(".")[0] + "." for name in built}  # that older files leave out
-    known = {name.removeprefix(prefix): name for prefix in prefixes for name in built} | {name: name for name in built}
-    planned = {known.get(step.name, step.name): step.shape for step in plan.steps}
-    if differ := [name for name in planned.keys() | built.keys() if planned.get(name) != built.get(name) and name in planned]:
+    source, built = (_also_without_prefix(shapes(config)) for config in (plan.source_config, plan.target_config))
+    planned = {step.name: step.shape for step in plan.steps if plan.source_name(step.tensor) in source}
+    if differ := [name for name, shape in planned.items() if built.get(name) != shape]:
         first = min(differ)
         raise UserError(
-            f"family {plan.family.name!r} has no schema here, and the derived one plans {first} as {planned[first]} where transformers' "
-            f"class has {built.get(first, 'none')} ({names_of(differ)}); some size that follows another was not recognised"
+            f"family {plan.family.name!r} has no schema here, and {first} would become {planned[first]} where transformers' class wants "
+            f"{built.get(first, 'none')} ({names_of(differ)}); what follows the sizes or layers that change was not recognised"
         )
-    if lacking := [name for name in built if name not in planned]:
+    if lacking := [name for name in shapes(plan.target_config) if not {name, name.partition(".")[2]} & planned.keys()]:
         raise UserError(
-            f"family {plan.family.name!r}: transformers' class wants {names_of(lacking)}, which the derived schema does not plan"
+            f"family {plan.family.name!r} has no schema here, and transformers' class would want {names_of(lacking)} too, which no source "
+            "layer in that place has; choose another growth.depth, such as identity_top"
         )
+
+
+def _also_without_prefix(shapes: Shapes) -> Shapes:
+    """The shapes also under the names that older files have, without the first word."""
+    return {name.partition(".")[2]: shape for name, shape in shapes.items()} | dict(shapes)

@@ -194,3 +194,24 @@ def test_a_derived_schema_says_what_each_axis_is() -> None:
         "model.norm  final norm residual",
         "lm_head  vocab <- residual",
     ]
+
+
+def test_a_depth_that_the_librarys_class_would_not_take_is_refused(tmp_path: Path, checkpoint_maker: Any) -> None:
+    """DeepSeek's first layers are dense by their number, so a repeated first layer is no layer that its class builds in second place."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24}
+    latent = {"q_lora_rank": 6, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 6}
+    experts = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    config = to_hf_config({"model_type": "deepseek_v3", **TINY, **sizes, **latent, **experts}).to_dict()
+    source = checkpoint_maker(tmp_path / "source", config)
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp.*transformers' class wants none"):
+        grow(source, tmp_path / "out", target={"num_hidden_layers": 3}, depth=[0, 0, 1])
+    grown = grow(source, tmp_path / "out", target={"num_hidden_layers": 3, "hidden_size": 24}, depth="identity_top")
+    assert grown.certificate.lossless
+    assert grown.receipt.max_delta <= 2e-5 * max(1, grown.receipt.max_logit)

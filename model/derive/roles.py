@@ -78,6 +78,8 @@ class Draft:
             whole = seen.shape[dim] == (heads + 2 * kv) * head
             names = {HEADS[2]: "[(kv group qk) | (kv qk*) | (kv v)]", HEADS[3]: "(kv [(group qk) | qk* | v])"}
             return names[template] if whole and FUSED.search(leaf) else None
+        if template == "?" and HEAD_NORM.search(leaf) and seen.shape == (head,):
+            return "qk"
         if template not in HEADS:
             return None
         if HEAD_NORM.search(leaf):
