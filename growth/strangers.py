@@ -62,12 +62,8 @@ def _outlined(config: Config, shapes: Shapes) -> Known:
     known = library_knows(config)
     whole = whole_config(config) if known else config
     family = outline(whole, shapes)
-    held = (
-        "the grown config and tensors were held against transformers' class"
-        if known
-        else "transformers does not know it, so nothing else is"
-    )
-    note = f"family {family.name!r} has no schema here: layers were told by their names, and whole layers are copied; {held}"
+    held = "the result was held against transformers' class" if known else "transformers does not know it, so nothing could be checked"
+    note = f"family {family.name!r} has no schema here: layers were told by their names and whole layers are copied; {held}"
     return Known(family, (note,), whole if known else None)
 
 
