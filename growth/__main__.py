@@ -159,7 +159,8 @@ def _print_plan(plan: Plan) -> None:
     table = Table("space", "█ source ▒ copies · new", "expansion", box=SIMPLE_HEAD, pad_edge=False)
     for space, rule in spaces_table(plan):
         table.add_row(space, space_bar(plan, space), rule)
-    console.print(table)
+    if table.rows:
+        console.print(table)
     idle = sum(plan.layers.identity)
     note = f"; {idle} in [brackets] start as the identity" if idle else ""
     console.print(f"layers {plan.layers.source} → {plan.layers.target} by {plan.layers.rule!r}{note}:", markup=False)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from model.checkpoint import Checkpoint, names_of
 from model.config import Target, resolve_target
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from .plan import Plan
 
+BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # which older files carry along
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -51,9 +52,19 @@ def know(source: Checkpoint | Config, target: Target, depth: str | Sequence[int]
         return Known(family_of(config))
     shapes = {name: stored.shape for name, stored in source.tensors.items()} if isinstance(source, Checkpoint) else None
     if shapes is not None and _copies_layers_only(config, target, depth):
-        family = outline(config, shapes)
-        return Known(family, (f"family {family.name!r} has no schema: layers were told by their names, and whole layers are copied",))
+        return _outlined(config, shapes)
     return _derived(config, shapes, target, depth)
+
+
+def _outlined(config: Config, shapes: Shapes) -> Known:
+    from model.derive import library_knows, whole_config
+
+    known = library_knows(config)
+    whole = whole_config(config) if known else config
+    family = outline(whole, shapes)
+    held = "the result was held against transformers' class" if known else "transformers does not know it, so nothing could be checked"
+    note = f"family {family.name!r} has no schema here: layers were told by their names and whole layers are copied; {held}"
+    return Known(family, (note,), whole if known else None)
 
 
 def _copies_layers_only(config: Config, target: Target, depth: str | Sequence[int]) -> bool:
@@ -67,38 +78,53 @@ def _copies_layers_only(config: Config, target: Target, depth: str | Sequence[in
 
 def _derived(config: Config, shapes: Shapes | None, target: Target, depth: str | Sequence[int]) -> Known:
     from model.derive import derive, whole_config
-    from model.derive.probe import shapes as built_shapes
-    from model.derive.schema import drafted_family
 
     from .confirm import bench
 
     name = config["model_type"]
     try:
-        draft = derive(config)
-        whole = whole_config(config)
-        shapes = built_shapes(whole) if shapes is None else shapes
-        family = drafted_family(draft, whole, shapes)
-        changes = _asked(draft, whole, resolve_target(target, whole, family), depth)
+        draft, whole = derive(config), whole_config(config)
+        family = _family(draft, whole, shapes)
+        grown = resolve_target(target, whole, family)
+        changes = _asked(draft, whole, grown, depth)
+        _check_asked(draft, family.sizes(whole), family.sizes(grown), changes)
         if not changes:
-            return Known(family, (f"family {name!r} has no schema here: one was derived, and nothing grows by it",), whole)
+            return Known(family, (f"family {name!r} has no schema here: one was derived, and nothing is widened by it",), whole)
         with bench(draft) as tiny:
             rehearsal = tiny.rehearse(draft, changes, depth if isinstance(depth, str) else "identity")
-        family = drafted_family(rehearsal.draft, whole, shapes)
+        family = _family(rehearsal.draft, whole, shapes)
     except UserError as fault:
         raise UserError(
             f"family {name!r} has no schema here, and none could be derived and confirmed for this growth: {fault}; what is left: whole "
             "layers copied (growth.depth=stack and no size but the number of layers), or a schema of your own (README, 'Add a family')"
         ) from None
     sizes = ", ".join(f"{key} {draft.axes.config[key]} → {size}" for key, size in changes.items())
-    return Known(
-        family,
-        (
-            f"family {name!r} has no schema here: one was derived from transformers' own class ({len(family.lines)} lines)",
-            f"confirmed: a tiny random model of the family, grown by it ({sizes}), kept its logits in float64 to {rehearsal.error:.1g} of "
-            "the largest",
-        ),
-        whole,
-    )
+    notes = [
+        f"family {name!r} has no schema here: one was derived from transformers' own class ({len(family.lines)} lines)",
+        f"confirmed: a tiny random model of the family, grown by it ({sizes}), kept its logits in float64 to {rehearsal.error:.1g} of the "
+        "largest",
+    ]
+    if draft.unused:
+        notes.append(f"not tested: {names_of(draft.unused)}, which a forward pass on tokens alone does not use")
+    return Known(family, tuple(notes), whole)
+
+
+def _family(draft: Draft, config: Config, shapes: Shapes | None) -> Family:
+    """The drafted family under the names of the file: older ones leave out a base model's prefix and carry buffers along."""
+    from model.derive.probe import shapes as built_shapes
+    from model.derive.schema import drafted_family
+
+    built = built_shapes(config)
+    if shapes is None:
+        return drafted_family(draft, config, built)
+    buffers = [name for name in shapes if name not in built and name.endswith(BUFFERS)]
+    full = {name if name in built else draft.prefix + name: shape for name, shape in shapes.items() if name not in buffers}
+    if full.keys() - built.keys():  # not a matter of the prefix
+        full = {name: shape for name, shape in shapes.items() if name not in buffers}
+    family = drafted_family(draft, config, full)
+    if not full.keys() <= shapes.keys():
+        family = replace(family, schema="\n".join(line.removeprefix(draft.prefix) for line in family.schema.splitlines()))
+    return replace(family, ignore=tuple(buffers))
 
 
 def _asked(draft: Draft, source: Config, target: Config, depth: str | Sequence[int]) -> dict[str, int]:
@@ -117,23 +143,42 @@ def _asked(draft: Draft, source: Config, target: Config, depth: str | Sequence[i
     return changes
 
 
+def _check_asked(draft: Draft, source: Mapping[str, int], target: Mapping[str, int], changes: Mapping[str, int]) -> None:
+    """Every space that is to grow must grow in the rehearsal, or it would be believed untested."""
+    from model.derive.schema import drafted_family
+
+    tiny = drafted_family(draft, draft.axes.config, draft.axes.shapes)
+    before, after = tiny.sizes(draft.axes.config), tiny.sizes({**draft.axes.config, **changes})
+    asked = {space for space in source if target[space] != source[space] and space != "layer"}
+    if untested := sorted(space for space in asked if before.get(space) == after.get(space)):
+        raise UserError(f"nothing in a tiny model of the family stands for growth of {', '.join(untested)}")
+
+
 def hold_against_class(plan: Plan) -> None:
     """The library's own class, built of the target's config, must have exactly the planned tensors.
+
+    Tensors that its class does not have for the source either (buffers that older files carry along) are let pass.
 
     Raises:
         UserError: it has others, or others' shapes; the message names the first ones.
     """
     from model.derive.probe import shapes
 
-    built: dict[str, Any] = dict(shapes(plan.target_config))
-    planned = {step.name: step.shape for step in plan.steps}
-    if differ := [name for name in planned.keys() | built.keys() if planned.get(name) != built.get(name) and name in planned]:
+    source, built = (_also_without_prefix(shapes(config)) for config in (plan.source_config, plan.target_config))
+    planned = {step.name: step.shape for step in plan.steps if plan.source_name(step.tensor) in source}
+    if differ := [name for name, shape in planned.items() if built.get(name) != shape]:
         first = min(differ)
         raise UserError(
-            f"family {plan.family.name!r} has no schema here, and the derived one plans {first} as {planned[first]} where transformers' "
-            f"class has {built.get(first, 'none')} ({names_of(differ)}); some size that follows another was not recognised"
+            f"family {plan.family.name!r} has no schema here, and {first} would become {planned[first]} where transformers' class wants "
+            f"{built.get(first, 'none')} ({names_of(differ)}); what follows the sizes or layers that change was not recognised"
         )
-    if lacking := [name for name in built if name not in planned]:
+    if lacking := [name for name in shapes(plan.target_config) if not {name, name.partition(".")[2]} & planned.keys()]:
         raise UserError(
-            f"family {plan.family.name!r}: transformers' class wants {names_of(lacking)}, which the derived schema does not plan"
+            f"family {plan.family.name!r} has no schema here, and transformers' class would want {names_of(lacking)} too, which no source "
+            "layer in that place has; choose another growth.depth, such as identity_top"
         )
+
+
+def _also_without_prefix(shapes: Shapes) -> Shapes:
+    """The shapes also under the names that older files have, without the first word."""
+    return {name.partition(".")[2]: shape for name, shape in shapes.items()} | dict(shapes)

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from growth import grow, plan
+from growth.verify import measure
 from model.build import build_model, load_model, to_hf_config
 from model.checkpoint import Checkpoint
 from model.errors import UserError
@@ -147,3 +148,70 @@ def test_a_derived_schema_grows_losslessly(tmp_path: Path, checkpoint_maker: Any
     assert grown.receipt.max_logit > 0.1
     assert grown.receipt.max_delta <= 2e-5 * max(1, grown.receipt.max_logit)
     assert "confirmed: a tiny random model of the family" in grown.plan.notes[1]
+
+
+def test_a_file_without_the_base_models_prefix_and_with_old_buffers(tmp_path: Path, checkpoint_maker: Any) -> None:
+    source = checkpoint_maker(tmp_path / "source", config_of("bloom"))
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(source / "model.safetensors").items()}
+    save_file(tensors | {"h.0.self_attention.masked_bias": torch.ones(1, dtype=torch.bool)}, source / "model.safetensors")
+    grown = grow(source, tmp_path / "out", target={"hidden_size": 32, "n_layer": 4}, receipt=False)
+    save_file(tensors, source / "model.safetensors")
+    assert measure(source, grown.folder).max_delta <= 1e-12
+    with Checkpoint(grown.folder) as out:
+        assert "h.3.mlp.dense_h_to_4h.weight" in out.tensors
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "depth", "message"),
+    [
+        ("mpt", {"d_model": 24, "n_heads": 3}, "identity", "logits of a tiny random model move by"),
+        ("bloom", {"hidden_size": 24}, "identity", "logits of a tiny random model move by"),  # a norm behind the embedding: whole factors
+        ("cohere", {"head_dim": 16}, "identity", "nothing in a tiny model of the family stands for growth of qk, v"),
+    ],
+)
+def test_what_is_not_confirmed_is_refused(tmp_path: Path, checkpoint_maker: Any, name: str, target: Any, depth: str, message: str) -> None:
+    source = checkpoint_maker(tmp_path / "source", config_of(name))
+    with pytest.raises(UserError, match=f"none could be derived and confirmed for this growth: .*({message})"):
+        grow(source, tmp_path / "out", target=target, depth=depth)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_derived_schema_says_what_each_axis_is() -> None:
+    assert plan(config_of("gpt_oss"), {"hidden_size": 24}).family.schema.splitlines() == [
+        "model.embed_tokens  vocab -> residual",
+        "model.layers.*.self_attn.sinks  tensor (kv group)",
+        "model.layers.*.self_attn.q_proj  (kv group qk) <- residual + bias",
+        "model.layers.*.self_attn.k_proj  (kv qk*) <- residual + bias",
+        "model.layers.*.self_attn.v_proj  (kv v) <- residual + bias",
+        "model.layers.*.self_attn.o_proj  residual <- (kv group v) + bias",
+        "model.layers.*.mlp.router  3 <- residual + bias",
+        "model.layers.*.mlp.experts.gate_up_proj  tensor 3, residual*, [ffn | ffn]",
+        "model.layers.*.mlp.experts.gate_up_proj_bias  tensor 3, [ffn | ffn]",
+        "model.layers.*.mlp.experts.down_proj  tensor 3, ffn*, residual",
+        "model.layers.*.mlp.experts.down_proj_bias  tensor 3, residual",
+        "model.layers.*.input_layernorm  norm residual",
+        "model.layers.*.post_attention_layernorm  norm residual",
+        "model.norm  final norm residual",
+        "lm_head  vocab <- residual",
+    ]
+
+
+def test_a_depth_that_the_librarys_class_would_not_take_is_refused(tmp_path: Path, checkpoint_maker: Any) -> None:
+    """DeepSeek's first layers are dense by their number, so a repeated first layer is no layer that its class builds in second place."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24}
+    latent = {"q_lora_rank": 6, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 6}
+    experts = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    config = to_hf_config({"model_type": "deepseek_v3", **TINY, **sizes, **latent, **experts}).to_dict()
+    source = checkpoint_maker(tmp_path / "source", config)
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp.*transformers' class wants none"):
+        grow(source, tmp_path / "out", target={"num_hidden_layers": 3}, depth=[0, 0, 1])
+    grown = grow(source, tmp_path / "out", target={"num_hidden_layers": 3, "hidden_size": 24}, depth="identity_top")
+    assert grown.certificate.lossless
+    assert grown.receipt.max_delta <= 2e-5 * max(1, grown.receipt.max_logit)

@@ -19,16 +19,20 @@ from .shrink import HEAD, HEAD_KEYS, MAX_PARAMETERS, kept_layers, shrunken
 ROWS, LENGTH = 2, 12  # of random tokens
 
 
+def library_knows(config: Config) -> bool:
+    """Whether transformers itself has a causal language model of this config's type."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
 def derive(config: Config) -> Draft:
     """A draft of the schema of the family of `config`, which goes through the library's own config class and nothing else of a stranger's.
 
     Raises:
         UserError: the library has no causal language model of this type, or its class does not build or run as a tiny twin.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    name = str(config.get("model_type"))
-    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not library_knows(config):
         raise UserError("transformers has no causal language model of that type")
     whole, attribute_map = _whole(config)
     keys = Keys.of(whole, attribute_map)
@@ -47,8 +51,7 @@ def _twins(tiny: Config, keys: Keys) -> Iterator[Config]:
     every_head = {keys.kv: tiny[keys.heads]} if keys.kv and keys.heads else {}
     divided = {key: HEAD for key in HEAD_KEYS if key in tiny}
     for changes in ({}, every_head, divided, every_head | divided):
-        if changes or tiny:
-            yield {**tiny, **changes}
+        yield {**tiny, **changes}
 
 
 def _draft(keys: Keys, tiny: Config) -> Draft:
@@ -66,7 +69,7 @@ def _draft(keys: Keys, tiny: Config) -> Draft:
         None if module is None else names.get(id(getattr(module, "weight", None)))
         for module in (model.get_output_embeddings(), model.get_input_embeddings())
     )
-    return Draft(axes, seen, head, embedding)
+    return Draft(axes, seen, head, embedding, f"{model.base_model_prefix}.")
 
 
 def whole_config(config: Config) -> dict[str, Any]:

@@ -46,12 +46,12 @@ class Keys:
         """
 
         def key(standard: str, *others: str) -> str | None:
-            decoder = tuple(name for name in others if name.startswith("decoder_"))  # where the config has an encoder's sizes too
+            decoder = tuple(name for name in others if "decoder_" in name)  # where the config has an encoder's sizes too
             names = (*decoder, attribute_map.get(standard, standard), standard, *others)
             return next((name for name in names if type(config.get(name)) is int and config[name] > 0), None)
 
         hidden, vocab = key("hidden_size", "d_model", "n_embd"), key("vocab_size")
-        layers = key("num_hidden_layers", "num_layers", "decoder_layers")
+        layers = key("num_hidden_layers", "num_layers", "decoder_layers", "num_decoder_layers")
         sizes = {"hidden size": hidden, "layer count": layers, "vocabulary": vocab}
         missing = [word for word, found in sizes.items() if found is None]
         if hidden is None or layers is None or vocab is None:
@@ -61,7 +61,7 @@ class Keys:
         whole = {name: value for name, value in config.items() if type(value) is int and value > 1}
         return cls(
             hidden=hidden,
-            heads=key("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"),
+            heads=key("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "num_decoder_attention_heads"),
             kv=key("num_key_value_heads", "num_kv_heads"),
             ffn=ffn,
             layers=layers,

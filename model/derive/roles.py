@@ -44,6 +44,7 @@ class Draft:
         axes: the probes; `axes.config` is the tiny config.
         seen: every tensor of the tiny model.
         head, embedding: the parameters of the output head and of the embedding; the same where they are tied.
+        prefix: what the library puts before the names of a base model's tensors, and older files leave out.
         choices: how what watching left open was decided.
     """
 
@@ -51,6 +52,7 @@ class Draft:
     seen: Mapping[str, Sighting]
     head: str | None
     embedding: str | None
+    prefix: str
     choices: Choices = Choices()
 
     def templates(self, name: str) -> tuple[str, ...]:
@@ -76,6 +78,8 @@ class Draft:
             whole = seen.shape[dim] == (heads + 2 * kv) * head
             names = {HEADS[2]: "[(kv group qk) | (kv qk*) | (kv v)]", HEADS[3]: "(kv [(group qk) | qk* | v])"}
             return names[template] if whole and FUSED.search(leaf) else None
+        if template == "?" and HEAD_NORM.search(leaf) and seen.shape == (head,):
+            return "qk"
         if template not in HEADS:
             return None
         if HEAD_NORM.search(leaf):
@@ -105,7 +109,7 @@ class Draft:
         if axes.coupled and by_hidden:
             return self._coupled(name, dim, length, queries, kv)
         if by_hidden:
-            return "?" if queries or kv else self._of_hidden(length)
+            return "?" if queries or kv else self._of_hidden(name, length)
         return self._of_heads(length, queries, kv) if queries > 0 or kv > 0 else "?"
 
     def _of_keys(self, by_key: Mapping[str, int], length: int) -> str:
@@ -126,10 +130,14 @@ class Draft:
             return space
         return f"({space} {parts})" if self.choices.gates_interleaved else f"[{' | '.join([space] * parts)}]"
 
-    def _of_hidden(self, length: int) -> str:
+    def _of_hidden(self, name: str, length: int) -> str:
+        """A whole multiple of the hidden size; what goes into a state space is two halves, its channels and their gates."""
         parts, rest = divmod(length, self.axes.hidden)
         if rest or parts == 0:
             return "?"
+        if leaf_of(name) == "in_proj" and parts % 2 == 0:
+            half = "residual" if parts == 2 else f"inner_{parts // 2}"
+            return f"[{half} | {half}]"
         return "residual" if parts == 1 else f"inner_{parts}"
 
     def _of_heads(self, length: int, queries: int, kv: int) -> str:
@@ -164,7 +172,7 @@ class Draft:
             return "(kv group ?)" if self._is_heads(name, dim) else "residual"
         if length == (axes.heads + 2 * axes.kv) * self._head_dim and FUSED.search(leaf_of(name)):
             return self._fused()
-        return self._of_hidden(length)
+        return self._of_hidden(name, length)
 
     def _is_heads(self, name: str, dim: int) -> bool:
         """Whether an axis as long as the hidden size runs over heads: written by queries, keys and values, or read by what comes next."""
@@ -185,6 +193,11 @@ class Draft:
         """What most norms of the residual stream keep: "layer" or "rms"."""
         kinds = [seen.norm for seen in self.seen.values() if seen.norm and seen.shape == (self.axes.hidden,)]
         return max(("layer", "rms"), key=kinds.count)
+
+    @property
+    def unused(self) -> list[str]:
+        """Tensors that a forward pass does not touch (cross-attention without an encoder), so that no rehearsal tests them."""
+        return [name for name, seen in self.seen.items() if not seen.used]
 
     @property
     def tied(self) -> bool:

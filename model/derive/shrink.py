@@ -20,6 +20,7 @@ HEAD_KEYS = ("head_dim", "d_head", "dim_head", "kv_channels", "attention_head_si
 # Sizes of the tiny twin by the name of their key, first match wins. Sizes that meet on one axis divide each other; all others differ.
 SMALL: tuple[tuple[str, int], ...] = (
     (r"^(true_)?hidden_size$|^d_model$|^n_embd$|^embedding_dim$|^emb_dim$|^dim$", 64),
+    (r"embedding_size|embed_dim$", 40),
     (r"^mamba_(d_ssm|intermediate)|lru_width", 128),
     (r"mamba_(d_head|head_?dim)", 32),
     (r"mamba_(n|num)_heads|linear_num_value_heads|linear_num_heads|n_mamba_heads", 4),
@@ -80,6 +81,8 @@ def _small(key: str, value: Any, config: Config, depth: int, layers: tuple[int, 
         return [_small(key, value[layer], config, depth, layers) for layer in layers]
     if isinstance(value, Mapping) and value and all(str(entry).isdigit() and int(entry) < depth for entry in value):
         return {str(layers.index(int(layer))): entry for layer, entry in value.items() if int(layer) in layers}
+    if value is None and key == "num_key_value_heads":
+        return 4  # as many as queries, which some classes do not work out
     if isinstance(value, bool) or not isinstance(value, int) or value < 1 or UNTOUCHED.search(key):
         return value
     if value == 1 and not re.search(r"(kv|key_value)_heads", key):
@@ -88,6 +91,8 @@ def _small(key: str, value: Any, config: Config, depth: int, layers: tuple[int, 
         return 64
     if key == "head_dim" and "qk_rope_head_dim" in config:
         return 8 if value == config["qk_rope_head_dim"] else 20
+    if key == "head_dim" and "expand" in config:
+        return 32  # of a state space: expand × hidden size / heads
     few = next((size for pattern, size in FEW if re.search(pattern, key)), None)
     if few is not None:
         return min(value, few)

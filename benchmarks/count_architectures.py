@@ -1,0 +1,181 @@
+"""Over how many of transformers' causal language models is lossless growth confirmed, without a schema written for them?
+
+python benchmarks/count_architectures.py                     about 10 minutes on 2 cores: a table, and benchmarks/count_architectures.json
+python benchmarks/count_architectures.py --types mpt falcon  some of them
+
+Every model type of the library gets its default config shrunken, a schema derived from the library's own class (also where the project has
+one: it is not used), and a tiny random model in float64 grown by it, axis by axis. An axis counts when the logits stay; a type counts when
+its hidden width does. What is refused is listed with the reason. Each type runs in a process of its own, under a time limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from growth.confirm import Bench, bench
+from model.derive import derive
+from model.derive.roles import Draft
+from model.errors import UserError
+
+HERE = Path(__file__).resolve().parent
+Attempt = tuple[str, dict[str, int], str]  # in words, the tiny config's new sizes, the layer map
+
+
+def attempts(draft: Draft) -> dict[str, list[Attempt]]:
+    """Axis → growths that would confirm it, the strongest statement first."""
+    axes, keys = draft.axes, draft.axes.keys
+    by_heads, by_head_dims = axes.width_keys, axes.stream_keys
+    width = [("any ratio", axes.times(1.5, *by_heads)), ("any ratio, heads fixed", axes.times(1.5, *by_head_dims))]
+    width += [("whole factors", axes.times(2, *by_heads)), ("whole factors, heads fixed", axes.times(2, *by_head_dims))]
+    with_heads = ("whole factors, heads with it", axes.times(2, *by_head_dims, *axes.head_keys))
+    asked = {
+        "hidden width": width if axes.coupled else [width[0], width[2], with_heads],
+        "heads": [("any ratio", axes.times(1.5, *axes.head_keys)), ("whole factors", axes.times(2, *axes.head_keys))],
+    }
+    if axes.coupled:  # heads grow with the width or not at all
+        asked["heads"] = [("with the width", changes) for word, changes in width if "fixed" not in word and axes.keys.heads]
+    for key in filter(None, (keys.ffn, *keys.more)):
+        asked[key] = [("any ratio", axes.times(1.5, key)), ("whole factors", axes.times(2, key))]
+    deeper = {keys.layers: int(axes.config[keys.layers]) + 1}
+    found = {axis: [(word, changes, "identity") for word, changes in tried if changes] for axis, tried in asked.items()}
+    return found | {"depth": [("anywhere", deeper, "identity"), ("on top", deeper, "identity_top")]}
+
+
+def confirm(tiny: Bench, draft: Draft, tried: list[Attempt]) -> dict[str, Any]:
+    """The first attempt that keeps the logits, else the reason why the first one does not."""
+    reason = ""
+    for word, changes, depth in tried:
+        try:
+            rehearsal = tiny.rehearse(draft, changes, depth)
+        except UserError as fault:
+            reason = reason or str(fault)
+            continue
+        sizes = {key: [draft.axes.config[key], size] for key, size in changes.items()}
+        return {"confirmed": word, "error": rehearsal.error, "sizes": sizes}
+    return {"refused": reason.replace(str(tiny.folder), "…")[:300]}
+
+
+def examine(name: str) -> dict[str, Any]:
+    """What is confirmed of one model type."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        draft = derive(CONFIG_MAPPING[name]().to_dict())
+        with bench(draft) as tiny:
+            found = {axis: confirm(tiny, draft, tried) for axis, tried in attempts(draft).items() if tried}
+    except UserError as fault:
+        return {"refused": str(fault)[:300]}
+    except Exception as fault:  # the library's default config does not build
+        return {"refused": f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"}
+    kept = {axis: story for axis, story in found.items() if not story.get("refused", "").startswith("nothing grows")}
+    return {"axes": kept} if "confirmed" in kept["hidden width"] else {"axes": kept, "refused": kept["hidden width"]["refused"]}
+
+
+def _child(name: str, pipe: Connection) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the library's own warnings
+    started = time.perf_counter()
+    story = examine(name)
+    pipe.send({**story, "seconds": round(time.perf_counter() - started, 1)})
+
+
+def examined(names: list[str], jobs: int, limit: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every name with its story, as they finish; `jobs` at a time, each for `limit` seconds at most."""
+    context = multiprocessing.get_context("fork")  # the library is imported once
+    waiting, running = list(reversed(names)), {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            mine, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(name := waiting.pop(), theirs))
+            process.start()
+            theirs.close()
+            running[mine] = (name, process, time.monotonic() + limit)
+        ready = wait(list(running), timeout=max(0.0, min(end for _, _, end in running.values()) - time.monotonic()))
+        for pipe in [pipe for pipe, (_, _, end) in running.items() if pipe in ready or time.monotonic() >= end]:
+            name, process, _ = running.pop(pipe)
+            try:
+                yield name, pipe.recv() if pipe in ready else {"refused": f"took longer than {limit:g} s"}
+            except EOFError:
+                yield name, {"refused": "its process ended early"}
+            process.kill()
+            process.join()
+            pipe.close()
+
+
+def table(stories: dict[str, dict[str, Any]]) -> str:
+    """One line per confirmed type, then one per refused type."""
+
+    def said(story: dict[str, Any], axis: str) -> str:
+        return story["axes"].get(axis, {}).get("confirmed", "–")
+
+    def more(story: dict[str, Any]) -> str:
+        sizes = [axis for axis, found in story["axes"].items() if axis not in ("hidden width", "heads", "depth") and "confirmed" in found]
+        return ", ".join(f"`{size}`" for size in sizes) or "–"
+
+    lines = ["| model type | hidden width | max Δlogit / largest | heads | feed-forward | depth |", "|---|---|---:|---|---|---|"]
+    for name, story in stories.items():
+        if "refused" not in story:
+            width, heads, depth = (said(story, axis) for axis in ("hidden width", "heads", "depth"))
+            lines.append(f"| {name} | {width} | {story['axes']['hidden width']['error']:.0e} | {heads} | {more(story)} | {depth} |")
+    lines += ["", "| refused | reason |", "|---|---|"]
+    lines += [f"| {name} | {story['refused'].replace('|', '/')[:160]} |" for name, story in stories.items() if "refused" in story]
+    return "\n".join(lines)
+
+
+def summary(stories: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """How many types, and how many of them are confirmed on which axis."""
+    confirmed = [story["axes"] for story in stories.values() if "refused" not in story]
+
+    def count(fits: Any) -> int:
+        return sum(1 for axes in confirmed if fits(axes))
+
+    return {
+        "types": len(stories),
+        "hidden width": len(confirmed),
+        "hidden width at any ratio": count(lambda axes: axes["hidden width"]["confirmed"].startswith("any ratio")),
+        "heads too": count(lambda axes: "confirmed" in axes.get("heads", {})),
+        "feed-forward too": count(lambda axes: any("confirmed" in axes[axis] for axis in axes.keys() - {"hidden width", "heads", "depth"})),
+        "depth too": count(lambda axes: "confirmed" in axes["depth"]),
+    }
+
+
+def main() -> None:
+    """The door."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.utils import logging
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--types", nargs="*", default=list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--seconds", type=float, default=180, help="limit for one type")
+    parser.add_argument("--out", type=Path, help="default: count_architectures.json beside this file, when all types are run")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.set_verbosity_error()
+    found = {}
+    for name, story in examined(options.types, options.jobs, options.seconds):
+        found[name] = story
+        print(f"{len(found)}/{len(options.types)} {name}: {story.get('refused', 'confirmed')[:100]}", file=sys.stderr, flush=True)
+    stories = {name: found[name] for name in options.types}
+    counts = summary(stories)
+    versions = {package: importlib.metadata.version(package) for package in ("transformers", "torch")}
+    print(table(stories), "\n", json.dumps(counts), sep="\n")
+    out = options.out or (HERE / "count_architectures.json" if set(options.types) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) else None)
+    if out:
+        result = {"versions": versions, "python": platform.python_version(), "summary": counts, "types": stories}
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
