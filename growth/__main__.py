@@ -78,6 +78,9 @@ def settings_from(arguments: list[str]) -> Settings:
             faults.append("out: missing; give out=DIR, or plan_only=true to write nothing")
         if settings.growth.operator == "source":
             faults.append("growth=source: a training arm (the source trained on), so there is nothing to grow; choose an operator")
+        if "stages" in settings.growth.options:
+            name = settings.growth.name
+            faults.append(f"growth={name}: a training arm that grows on its way (python -m train growth={name}); choose an operator")
         faults += [
             f"{key}: must be positive; found {getattr(settings, key)}" for key in ("threads", "max_shard_gb") if getattr(settings, key) <= 0
         ]

@@ -119,7 +119,7 @@ def _wandb(folder: Path, settings: Settings, run: Mapping[str, Any]) -> GeneralT
     tracker.start()
     for clock in CLOCKS:
         tracker.run.define_metric(clock, hidden=True)
-    for kind in ("train", "eval"):
+    for kind in ("train", "eval", "growth"):
         tracker.run.define_metric(f"{kind}/*", step_metric="tokens")
         tracker.run.define_metric(f"{kind}_by_flops/*", step_metric="flops")
     return tracker
@@ -181,6 +181,8 @@ class Console:
         if kind == "eval":
             self.losses["val loss"] = f"{values['val_loss']:.4f}"
             text = f"val loss {values['val_loss']:.4f} nats/token, {values['bits_per_byte']:.4f} bits/byte"
+        elif kind == "growth":
+            text = f"grown: val loss {values['val_loss']:.4f}"
         elif kind == "skip":
             text = f"{values['reason']}: passed over"
         else:

@@ -88,7 +88,7 @@ def train(settings: Settings) -> Path:
         saved = state.complete(folder / run_folder.CHECKPOINTS, tidy=main)
         position = state.peek(saved[-1]) if saved else state.Position()
         if main:
-            state.cut_metrics(folder / run_folder.METRICS, position.step if saved else -1)
+            state.cut_metrics(folder / run_folder.METRICS, position.step if saved else -1, position.stage)
         with open_log(folder, settings, run, writes=main) as log, watched() as asked:
             peak = peak_flops(device_name(accelerator.device), run["precision"])
             meter = Meter(position, accelerator.num_processes, budget.tokens_per_step, spans, peak)

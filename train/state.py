@@ -199,10 +199,13 @@ def drop_old(folder: Path, keep: int, best: int | None = None) -> None:
             shutil.rmtree(path)
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Drop every line of metrics.jsonl after `step`, and a last line that a kill left half-written."""
-    if path.exists():
-        write_text(path, "".join(line for line in path.read_text().splitlines(keepends=True) if _belongs(line, step)))
+def cut_metrics(path: Path, step: int, stage: int = 0) -> None:
+    """Drop every line of metrics.jsonl after `step` and its `stage`, and a last line that a kill left half-written."""
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text().splitlines(keepends=True) if _belongs(line, step)]
+    grown = [line for line in lines if json.loads(line)["kind"] == "growth"]  # the n-th tells how stage n begins
+    write_text(path, "".join(line for line in lines if line not in grown[stage:]))
 
 
 def _belongs(line: str, step: int) -> bool:
