@@ -18,6 +18,7 @@ from torch import nn
 
 from model.build import build_model
 from model.errors import UserError
+from model.whole import remove
 from train import folder, state
 from train.device import peak_flops
 from train.files import whole_folder, write_text
@@ -141,6 +142,17 @@ def test_a_full_or_unwritable_disk_is_one_clear_error_and_leaves_what_was_there(
         write_text(tmp_path / "f", "after")
     assert (tmp_path / "f").read_text() == "before"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_another_process_has_begun_meanwhile_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several processes that write one checkpoint, any may be the first to make its folder."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_dir", lambda _: False)  # as it was a moment ago
+        (tmp_path / "made.partial").mkdir()
+        remove(tmp_path / "made.partial")
+    with whole_folder(tmp_path / "made") as partial:
+        (partial / "a").touch()
+    assert (tmp_path / "made" / "a").exists()
 
 
 def test_other_faults_stay_what_they_are(tmp_path: Path) -> None:
