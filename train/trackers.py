@@ -30,7 +30,8 @@ class Tracker:
         """One row: every value over steps (W&B: over tokens), and every loss over tokens, FLOPs and seconds."""
         named = {f"{kind}/{key}": value for key, value in values.items() if value is not None}
         losses = {key: value for key, value in values.items() if key.endswith("loss") and value is not None}
-        row = {**{key: clocks[key] for key in CLOCKS}, **named}
+        known = ("step",) if self.name == "trackio" else ()  # which it keeps itself
+        row = {**{key: clocks[key] for key in CLOCKS if key not in known}, **named}
         if self.name == "tensorboard":  # its only x-axis is a whole number: curves over other clocks are written at their time
             self._guard("log", row, step=clocks["step"])
             for axis, place in (("tokens", clocks["tokens"]), ("gigaflops", clocks["flops"] / 1e9), ("seconds", clocks["seconds"])):
