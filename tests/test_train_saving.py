@@ -52,7 +52,7 @@ def test_a_checkpoint_written_late_holds_the_step_that_asked_for_it(
 def test_the_checkpoint_of_the_lowest_validation_loss_is_saved_when_it_is_measured_and_stays(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate, losses = loop.evaluate, iter([9.0, 4.0, 5.0, 3.0, 6.0, 7.0])
+    evaluate, losses = trainee.evaluate, iter([9.0, 4.0, 5.0, 3.0, 6.0, 7.0])
     monkeypatch.setattr(trainee, "evaluate", lambda *a: type(evaluate(*a))(next(losses), 1.0))
     loop.train(at(settings, tmp_path / "run", keep_best=True, budget_tokens=1280, save_every_tokens=512))
     assert [(row["step"], row["val_loss"]) for row in rows(tmp_path / "run", "eval")][1:] == [(2, 4), (4, 5), (6, 3), (8, 6), (10, 7)]
