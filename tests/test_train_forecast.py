@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
 from pathlib import Path
@@ -17,12 +16,14 @@ from torch.profiler import profile
 
 from model.build import build_model, to_hf_config
 from model.errors import UserError
+from model.geometry import flops_per_token
 from model.presets import preset
 from train.forecast import GIB, activations, forecast, gathered, logits, sustained, tell
 from train.loss import fused_cross_entropy
 from train.optimizer import build_optimizer
-from train.settings import Settings, compose
+from train.settings import CONF, Settings, compose
 from train.speed import layers_of
+from train.stages import stages_of
 
 PHI_2 = ["experiment=phi_1b", "growth=lossless", "dry_run=true"]
 
@@ -40,8 +41,7 @@ def on_meta() -> Any:
         return AutoModelForCausalLM.from_config(to_hf_config(preset("phi_2")))
 
 
-@pytest.mark.parametrize("gpus", [1, 8, 96])
-@pytest.mark.parametrize("sharding", ["none", "full"])
+@pytest.mark.parametrize(("gpus", "sharding"), [(1, "none"), (8, "none"), (8, "full"), (96, "full")])
 def test_phi_2_on_a100s_is_what_a_meta_device_counts(on_meta: Any, gpus: int, sharding: str) -> None:
     found = forecast(phi_2(gpus, f"sharding={sharding}", "train.checkpointing=true"))
     count = sum(p.numel() for p in on_meta.parameters())
@@ -166,6 +166,27 @@ def test_what_cannot_be_forecast_is_refused() -> None:
         forecast(compose([*PHI_2, "forecast.gpus=96"]))
     with pytest.raises(UserError, match="no folder here"):
         forecast(compose([*PHI_2, "growth=source"]))
-    assert "not known for Abacus; known: B200" in tell(phi_2(8, "forecast.device=Abacus"))
-    faster = dataclasses.replace(phi_2(8), forecast=dataclasses.replace(phi_2(8).forecast, device="H100"))
-    assert forecast(faster).hours == pytest.approx(forecast(phi_2(8)).hours * 312 / 989)  # type: ignore[operator]
+    tiny = ["growth=scratch", "target=tiny_target", "forecast.gpus=1"]
+    assert "not known for Abacus; known: B200" in tell(compose([*tiny, "forecast.device=Abacus"]))
+    hours = {device: forecast(compose([*tiny, f"forecast.device={device}"])).hours for device in ("A100", "H100")}
+    assert hours["H100"] == pytest.approx(hours["A100"] * 312 / 989)  # type: ignore[operator]
+
+
+def test_a_run_that_grows_on_its_way_is_cheaper_by_what_its_smaller_networks_save() -> None:
+    common = ["source=x", "target=phi_2", "train.context=2048", "train.batch_tokens=16384", "train.budget_tokens=1638400", "dry_run=true"]
+    leaf = next(path.stem for path in sorted((CONF / "growth").glob("*.yaml")) if "stages:" in path.read_text())
+    staged = compose([*common, f"growth={leaf}"])
+    whole = forecast(compose([*common, "growth=lossless"]))
+    stages = stages_of(staged, preset("phi_2"))
+    assert len(stages) > 1
+    told = forecast(staged)
+    by_hand = sum((stage.last - stage.first) * 16384 * flops_per_token(stage.config, 2048) for stage in stages)
+    assert told.flops == pytest.approx(by_hand)
+    assert told.flops < whole.flops
+    assert told.memory == whole.memory  # of the last, the largest
+
+
+def test_a_teacher_is_told_to_be_left_out() -> None:
+    leaf = next(path.stem for path in sorted((CONF / "transfer").glob("*.yaml")) if "teacher:\n" in path.read_text())
+    assert "not counted   the teacher" in tell(compose([*PHI_2, f"transfer={leaf}"]))
+    assert "not counted" not in tell(compose(PHI_2))

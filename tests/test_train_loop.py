@@ -50,7 +50,14 @@ def finished(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def test_a_run_leaves_the_folder_that_others_read(finished: Path) -> None:
-    assert sorted(path.name for path in finished.iterdir()) == ["checkpoints", "final", "metrics.jsonl", "run.json", "summary.json"]
+    assert sorted(path.name for path in finished.iterdir()) == [
+        "checkpoints",
+        "final",
+        "metrics.jsonl",
+        "run.json",
+        "samples.json",
+        "summary.json",
+    ]
     assert [row["step"] for row in rows(finished, "eval")] == [0, 2, 4, 6]
     assert [row["step"] for row in rows(finished, "train")] == [2, 4, 6]
     assert rows(finished)[0]["tokens"] == rows(finished)[0]["flops"] == rows(finished)[0]["seconds"] == 0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -40,7 +40,8 @@ def open_accelerator(sharding: ShardingSettings | None, *, cpu: bool, mixed_prec
         raise UserError("accelerate launch --use_fsdp: sharding is a setting of the run; launch without it, and give sharding=full")
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     plugin = _plugin(sharding, mixed_precision) if several and sharding is not None and sharding.name == "full" else None
-    accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, fsdp_plugin=plugin)
+    views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # else DDP holds every gradient twice
+    accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, fsdp_plugin=plugin, kwargs_handlers=[views])
     os.environ.pop(_SWITCH, None)  # Accelerate has set it for the process, where the next run of a sweep and transformers would find it
     if plugin is not None and cpu:
         # Accelerate switches FSDP on where it sees accelerators. Its own code, and PyTorch's, run as well over gloo: so that tests on a

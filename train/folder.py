@@ -17,6 +17,7 @@ from train.files import telling_disk_faults
 from train.settings import Settings, identity, settings_hash
 
 RUN, METRICS, SUMMARY, START, CHECKPOINTS, FINAL = "run.json", "metrics.jsonl", "summary.json", "start", "checkpoints", "final"
+SAMPLES, PICTURE = "samples.json", f"{START}/plan.png"
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:

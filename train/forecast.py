@@ -17,12 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from model.build import build_model
 from model.config import read_json, resolve_target
 from model.errors import UserError
-from model.geometry import flops_per_token, parameter_count
+from model.geometry import parameter_count
 from train.device import MEMORY_GIB, PEAK_BF16_FLOPS, named, peak_flops
 from train.loss import CHUNK_TOKENS, fuses
 from train.optimizer import parameter_groups
 from train.settings import Budget, Settings
 from train.speed import layers_of, speed_up
+from train.stages import flops_after, spans_of, stages_of
 
 GIB = 2**30
 MASTER, GRADIENT = 4, 4  # bytes of a weight and of its gradient: both float32, also where bfloat16 multiplies
@@ -56,8 +57,8 @@ class Forecast:
     tokens_per_step: int
     steps: int
     pieces: int  # forward passes of one GPU in one step
-    flops_per_token: float
-    flops: float
+    flops_per_token: float  # on average over its stages
+    flops: float  # of the network; a teacher's come on top
     hours: float | None  # None where the device is not known
     memory: Memory
 
@@ -80,15 +81,15 @@ def forecast(settings: Settings) -> Forecast:
     groups = {g["name"]: (len(g["params"]), sum(p.numel() for p in g["params"])) for g in parameter_groups(network, 0.0)}
     share = budget.rows // plan.gpus
     rows = min(loop.micro_batch or share, share)
-    flops, peak = flops_per_token(config, loop.context), peak_flops(plan.device, "bf16")
-    total = flops * budget.steps * budget.tokens_per_step
+    peak = peak_flops(plan.device, "bf16")
+    total = flops_after(spans_of(stages_of(settings, config), settings, None), budget.steps, budget.tokens_per_step)
     return Forecast(
         parameters=parameter_count(config),
         groups=groups,
         tokens_per_step=budget.tokens_per_step,
         steps=budget.steps,
         pieces=-(-share // rows),
-        flops_per_token=flops,
+        flops_per_token=total / (budget.steps * budget.tokens_per_step),
         flops=total,
         hours=None if peak is None else total / (plan.gpus * peak * plan.mfu) / 3600,
         memory=memory(settings, config, network, groups, rows),
@@ -195,6 +196,8 @@ def tell(settings: Settings) -> str:
     parts = [f"{name} {size / GIB:.1f}" for name, size in vars(found.memory).items() if size]
     verdict = "" if room is None else f", {'fits' if found.memory.total < 0.95 * room * GIB else 'does not fit'} in {room:g} GiB"
     lines.append(f"GiB per GPU   {' + '.join(parts)} = {found.memory.total / GIB:.1f}{verdict} (sharding {settings.sharding.name})")
+    if settings.transfer.teacher is not None:
+        lines.append("not counted   the teacher: its forward passes, a third of its training FLOPs, and its weights")
     return "\n".join(lines)
 
 

@@ -6,20 +6,19 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.files import telling_disk_faults
-from train.folder import METRICS
+from train.files import telling_disk_faults, write_json
+from train.folder import METRICS, SAMPLES
+from train.trackers import Tracker, open_trackers
 
 if TYPE_CHECKING:
-    from accelerate.tracking import GeneralTracker
-
+    from train.sample import Sample
     from train.settings import Settings
-
-CLOCKS = ("step", "tokens", "flops", "seconds")
 
 
 class Log:
@@ -39,6 +38,21 @@ class Log:
             tracker.log(kind, clocks, values)
         self.console.row(kind, clocks, values)
 
+    def samples(self, when: str, clocks: Mapping[str, Any], write: Callable[[], list[Sample]]) -> None:
+        """Keep what `write` writes in samples.json under `when`, and mirror it. No fault of it stops the run: nothing else needs it."""
+        try:
+            found = write()
+        except Exception as error:
+            self.console.say(f"no samples at the {when} ({type(error).__name__}: {error})")
+            return
+        path = self.path.with_name(SAMPLES)
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        write_json(path, kept | {when: {**clocks, "samples": [asdict(sample) for sample in found]}})
+        for tracker in self.trackers:
+            tracker.text(f"samples/{when}", "\n\n".join(f"**{sample.prompt}**{sample.text}" for sample in found), clocks)
+        for sample in found[:1]:
+            self.console.say(f"continues {sample.prompt!r} with {sample.text!r}")
+
     def close(self) -> None:
         self.file.close()
         self.console.close()
@@ -53,95 +67,11 @@ def open_log(folder: Path, settings: Settings, run: Mapping[str, Any], writes: b
         yield None
         return
     console = Console(settings.progress, settings.name, run["budget_tokens"])
-    log = Log(folder, open_trackers(folder, settings, run, console), console)
+    log = Log(folder, open_trackers(folder, settings, run, console.say), console)
     try:
         yield log
     finally:
         log.close()
-
-
-# ---- trackers -------------------------------------------------------------------------------------------------------------------------
-
-
-class Tracker:
-    """One of Accelerate's trackers, held so that no fault of it reaches the run: after its first fault it is left alone."""
-
-    def __init__(self, tracker: GeneralTracker, console: Console) -> None:
-        self.tracker: GeneralTracker | None = tracker
-        self.name, self.console = tracker.name, console
-
-    def log(self, kind: str, clocks: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-        named = {f"{kind}/{key}": value for key, value in values.items() if value is not None}
-        losses = {f"{kind}_by_flops/{key}": value for key, value in values.items() if key.endswith("loss")}
-        self._guard("log", {**{key: clocks[key] for key in CLOCKS}, **named, **losses}, step=clocks["step"])
-
-    def finish(self) -> None:
-        self._guard("finish")
-
-    def _guard(self, method: str, *arguments: Any, **options: Any) -> None:
-        if self.tracker is None:
-            return
-        try:
-            getattr(self.tracker, method)(*arguments, **options)
-        except Exception as error:
-            self.tracker = None
-            self.console.say(f"tracker {self.name} stopped ({type(error).__name__}: {error}); training goes on, {METRICS} is complete")
-
-
-def open_trackers(folder: Path, settings: Settings, run: Mapping[str, Any], console: Console) -> list[Tracker]:
-    """The trackers that can be started; the others are told and left out."""
-    opened = []
-    for name in settings.logger.trackers:
-        try:
-            opened.append(Tracker(OPENERS[name](folder, settings, run), console))
-        except Exception as error:
-            console.say(f"tracker {name} does not start ({type(error).__name__}: {error}); training goes on without it")
-    return opened
-
-
-def _wandb(folder: Path, settings: Settings, run: Mapping[str, Any]) -> GeneralTracker:
-    """W&B: curves grouped by study, over tokens by default, and losses over FLOPs as well."""
-    import wandb
-    from accelerate.tracking import WandBTracker
-
-    tracker = WandBTracker(
-        settings.logger.project,
-        name=settings.name,
-        id=f"{settings.name}-{run['settings_hash'][:8]}",
-        resume="allow",
-        group=settings.study,
-        tags=[settings.growth.name, f"seed {settings.seed}"],
-        config=dict(run),
-        dir=str(folder),
-        mode=_wandb_mode(settings.logger.mode),
-        settings=wandb.Settings(console="off", silent=True, init_timeout=60),
-    )
-    tracker.start()
-    for clock in CLOCKS:
-        tracker.run.define_metric(clock, hidden=True)
-    for kind in ("train", "eval", "growth"):
-        tracker.run.define_metric(f"{kind}/*", step_metric="tokens")
-        tracker.run.define_metric(f"{kind}_by_flops/*", step_metric="flops")
-    return tracker
-
-
-def _wandb_mode(asked: str) -> Any:
-    if asked != "auto":
-        return asked
-    import wandb
-
-    return os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
-
-
-def _tensorboard(folder: Path, settings: Settings, run: Mapping[str, Any]) -> GeneralTracker:
-    from accelerate.tracking import TensorBoardTracker
-
-    tracker = TensorBoardTracker(settings.name, folder / "tensorboard")
-    tracker.start()
-    return tracker
-
-
-OPENERS = {"wandb": _wandb, "tensorboard": _tensorboard}
 
 
 # ---- console --------------------------------------------------------------------------------------------------------------------------
@@ -194,7 +124,15 @@ class Console:
         if self.bar is not None:
             self.bar.update(self.task, completed=clocks["tokens"], shown=", ".join(f"{key} {value}" for key, value in self.losses.items()))
         else:
-            self.say(f"{clocks['tokens'] / self.budget:4.0%}, step {clocks['step']}: {text}")
+            self.say(f"{clocks['tokens'] / self.budget:4.0%}, step {clocks['step']}: {text}{self.left(clocks)}")
+
+    def left(self, clocks: Mapping[str, Any]) -> str:
+        """How long the rest of the budget will take at the run's speed so far; nothing where nobody can know, or nothing is left."""
+        if not clocks["tokens"] or clocks["tokens"] >= self.budget:
+            return ""
+        seconds = clocks["seconds"] / clocks["tokens"] * (self.budget - clocks["tokens"])
+        hours, minutes = divmod(round(seconds / 60), 60)
+        return f", {hours} h {minutes:02d} min left" if hours else f", {minutes} min left" if minutes else f", {seconds:.0f} s left"
 
     def close(self) -> None:
         if self.bar is not None:

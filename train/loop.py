@@ -89,26 +89,28 @@ def train(settings: Settings) -> Path:
         position = state.peek(saved[-1]) if saved else state.Position()
         if main:
             state.cut_metrics(folder / run_folder.METRICS, position.step if saved else -1, position.stage)
-        with open_log(folder, settings, run, writes=main) as log, watched() as asked:
+        with open_log(folder, settings, run, writes=main) as log:
             peak = peak_flops(device_name(accelerator.device), run["precision"])
             meter = Meter(position, accelerator.num_processes, budget.tokens_per_step, spans, peak)
-            made = Run(settings, folder, accelerator, data, windows, console, log, asked, meter)
-            for stage in stages[position.stage :]:
-                with meter.paused():
-                    trainee = Trainee(made, stage, source, teacher, saved[-1] if saved and stage.number == position.stage else None)
-                trainee.train()
-                if stage is not stages[-1]:
-                    trainee.grow(stages[stage.number + 1])
+            with watched() as asked:
+                made = Run(settings, folder, accelerator, data, windows, console, log, asked, meter)
+                for stage in stages[position.stage :]:
+                    with meter.paused():
+                        trainee = Trainee(made, stage, source, teacher, saved[-1] if saved and stage.number == position.stage else None)
+                    trainee.train()
+                    if stage is not stages[-1]:
+                        trainee.grow(stages[stage.number + 1])
 
-        # ---- 8. The end: a Hugging Face folder, and last the summary, which makes the run complete ------------------------------------
-        accelerator.wait_for_everyone()
-        weights = whole_weights(trainee.objective, accelerator)
-        if main:
-            summary = summarise(position)
-            publish(folder, trainee.network, weights, data, run, summary, trainee.adam() if loop.keep_optimizer else None)
-            write_json(folder / run_folder.SUMMARY, summary)
-            console.say(f"val loss {summary['start_val_loss']:.4f} → {summary['final_val_loss']:.4f}: {folder}")
-        accelerator.wait_for_everyone()
+            # ---- 8. The end: a Hugging Face folder, and last the summary, which makes the run complete --------------------------------
+            accelerator.wait_for_everyone()
+            weights = whole_weights(trainee.objective, accelerator)
+            if main:
+                summary = summarise(position)
+                final = publish(folder, trainee.network, weights, data, run, summary, trainee.adam() if loop.keep_optimizer else None)
+                trainee.write_samples("end", None if weights is None else final)
+                write_json(folder / run_folder.SUMMARY, summary)
+                console.say(f"val loss {summary['start_val_loss']:.4f} → {summary['final_val_loss']:.4f}: {folder}")
+            accelerator.wait_for_everyone()
     return folder
 
 

@@ -103,7 +103,7 @@ class ShardingSettings:
 class LoggerSettings:
     """conf/logger."""
 
-    trackers: tuple[Literal["wandb", "tensorboard"], ...]  # mirrors of metrics.jsonl
+    trackers: tuple[Literal["wandb", "tensorboard", "trackio"], ...]  # mirrors of metrics.jsonl
     project: str
     mode: Literal["auto", "online", "offline"]  # W&B; auto is online where the user is logged in
 

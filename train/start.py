@@ -13,16 +13,19 @@ from torch import Tensor
 
 from growth import grow
 from model.build import build_model, load_model
-from model.checkpoint import locate
+from model.checkpoint import Checkpoint, locate
 from model.config import read_json, resolve_target
 from model.errors import UserError
 from model.geometry import flops_per_token
 from train.files import whole_folder
+from train.folder import PICTURE
 from train.settings import UNGROWN, Settings
 from train.stages import Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from growth.plan import Plan
 
 LEDGER, OPTIMIZER = "ledger.json", "optimizer.pt"
 
@@ -94,11 +97,19 @@ def begin(settings: Settings, stage: Stage, source: Path | None, folder: Path) -
     assert source is not None
     how: dict[str, Any] = {"operator": operator, "seed": settings.seed, **options}
     grown = grow(source, stage.start(folder), target=stage.config, overwrite=True, optimizer=saved_optimizer(settings, source), **how)
+    _draw(grown.plan, source, folder)
     return record | {
         "lossless": grown.certificate.lossless,
         "reasons": [str(reason) for reason in grown.certificate.reasons],
         "receipt": None if grown.receipt is None else grown.receipt.to_dict(),
     }
+
+
+def _draw(plan: Plan, source: Path, folder: Path) -> None:
+    from growth.figure import draw  # matplotlib takes longer to import than a small growth does
+
+    with Checkpoint(source) as reader:
+        draw(plan, folder / PICTURE, reader)
 
 
 def saved_optimizer(settings: Settings, source: Path | None) -> Path | None:

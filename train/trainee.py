@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
-from model.build import attention_backend
+from model.build import attention_backend, load_model
 from model.geometry import parameter_count
 from train import folder as run_folder
 from train import state
@@ -22,6 +22,7 @@ from train.log import Console, Log
 from train.loss import build_loss
 from train.meter import Meter
 from train.optimizer import build_optimizer
+from train.sample import samples
 from train.saving import saving
 from train.settings import Budget, Settings
 from train.signals import Stopped, any_process
@@ -92,6 +93,8 @@ class Trainee:
         with saving(checkpoints, self.objective, self.optimizer.optimizer, run.accelerator, loop, standing) as saver:
             if self.saved is None:
                 self.validate("eval" if stage.number == 0 else "growth")
+            if self.saved is None and stage.number == 0 and not run.accelerator.is_fsdp2:  # a sharded network writes when it is whole again
+                self.write_samples("start")
             self.model.train()
             while position.step < stage.last:
                 # ---- 6. One step (train/step.py) --------------------------------------------------------------------------------------
@@ -135,6 +138,15 @@ class Trainee:
                 position.best_val_loss, position.best_step = found.val_loss, position.step
         if run.log:
             run.log.write(kind, run.meter.clocks(), **asdict(found))
+
+    def write_samples(self, when: str, final: Path | None = None) -> None:
+        """Tell what the network writes, off the training clock; the one in the folder `final` where this one is not whole."""
+        run = self.run
+        if run.log is None:
+            return
+        with run.meter.paused():
+            network = self.network if final is None else load_model(final).to(run.accelerator.device)
+            run.log.samples(when, run.meter.clocks(), lambda: samples(network, run.data, run.windows, run.accelerator))
 
     def grow(self, following: Stage) -> None:
         """Make the start of the `following` stage from this one's end, on disk, and let go of this one."""
