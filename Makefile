@@ -36,6 +36,7 @@ bench-train: $(STAMP)
 bench-gpu: $(STAMP)
 	$(BIN)/python benchmarks/bench_gpu.py
 
+
 .PHONY: bench-data
 bench-data: $(STAMP)
 	$(BIN)/python benchmarks/bench_data.py
