@@ -36,7 +36,6 @@ bench-train: $(STAMP)
 bench-gpu: $(STAMP)
 	$(BIN)/python benchmarks/bench_gpu.py
 
-
 .PHONY: bench-data
 bench-data: $(STAMP)
 	$(BIN)/python benchmarks/bench_data.py
