@@ -89,7 +89,7 @@ def test_json_that_is_none_is_named(tmp_path: Path, content: str, message: str) 
 
 
 def test_a_json_file_too_large_for_one_piece_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.data.files.JSON_BYTES", 20)
+    monkeypatch.setattr("train.data.formats.JSON_BYTES", 20)
     (tmp_path / "a.json").write_text('[{"text": "longer than that"}]')
     with pytest.raises(UserError, match=r"a\.json: more than 20 bytes of JSON in one piece; write it as \.jsonl"):
         read(tmp_path)

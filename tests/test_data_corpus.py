@@ -199,6 +199,8 @@ def test_a_dataset_is_read_as_datasets_reads_it(tmp_path: Path, monkeypatch: pyt
     found = list(documents(settings, open_corpus(settings)))
     assert [(document.name.rsplit(":", 2)[1:], document.text) for document in found] == [(["train", "0"], "one"), (["train", "2"], "three")]
     assert any((tmp_path / "cache").glob("**/*.arrow")) is not streaming
+    rest = list(documents(settings, open_corpus(settings), Tally(documents=1, item=1)))  # as after a kill
+    assert [document.text for document in rest] == ["three"]
     with pytest.raises(UserError, match=r"no column 'text'; found body, n"):
         list(documents(wrong := DataSettings("t", "hub", dataset=str(home), streaming=streaming), open_corpus(wrong)))
 

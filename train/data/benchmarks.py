@@ -13,7 +13,8 @@ import numpy as np
 
 from model.errors import UserError
 from train.data.document import Tally
-from train.data.files import file_digest, files_of, format_of, named, reading, texts
+from train.data.files import file_digest, files_of, named
+from train.data.formats import format_of, reading, texts
 from train.data.words import ngrams, word_hashes, words
 from train.files import whole_file
 

@@ -32,6 +32,10 @@ class Workshop:
 
     folder: Path
 
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        """To a worker goes the place alone, not what was read there."""
+        return Workshop, (self.folder,)
+
     def path(self, kind: str, number: int, suffix: str) -> Path:
         return self.folder / kind / f"{number:06d}{suffix}"
 

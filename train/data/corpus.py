@@ -1,6 +1,6 @@
 """Where documents come from. A corpus streams them in a fixed order and can say, without reading them twice, whether it has changed.
 
-A new kind of corpus is one entry of CORPORA, a new file format one of files.READERS.
+A new kind of corpus is one entry of CORPORA, a new file format one of formats.READERS.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ MISSES_WEIGH = (0.1, 0.9)  # false candidates, misses
 SEED = 1  # of the permutations
 BATCH = 4096  # shingles permuted at a time
 LEADERS = 64  # different documents of one bucket that the rest of it is compared with
-MEMORY_BYTES = 2**28  # of keys in memory at a time
+MEMORY_BYTES = 2**27  # of keys in memory at a time
 KEY = np.dtype([("high", "<u8"), ("low", "<u8"), ("document", "<i8")])
 
 
@@ -140,9 +141,10 @@ def near(
         signatures: of document numbers (n,), uint32 (n, PERMUTATIONS).
     """
     for documents, starts in buckets(found, count, folder):
-        matches = [match for bucket in np.split(documents, starts[1:]) if len(bucket) for match in _near(bucket, signatures, threshold)]
-        if matches:
-            later, earlier, similarity = zip(*matches, strict=True)
+        ends = (*starts, len(documents))[1:]
+        matches = (match for start, end in zip(starts, ends, strict=True) for match in _near(documents[start:end], signatures, threshold))
+        while part := list(islice(matches, BATCH)):
+            later, earlier, similarity = zip(*part, strict=True)
             yield Match(np.array(later, np.int64), np.array(earlier, np.int64), np.array(similarity, np.float32))
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from model.errors import UserError
 from train.data.document import Document, Tally
-from train.data.files import hash_of, text_of
+from train.data.files import hash_of
+from train.data.formats import text_of
 from train.data.settings import DataSettings
 
 

@@ -173,29 +173,32 @@ def write_removed(work: Workshop, verdicts: Verdicts, target: Path, clean: Clean
 
     schema = pyarrow.schema([("document", "string"), ("bytes", "int64"), ("reason", "string"), ("detail", "string")])
     counts = {reason: {"documents": 0, "bytes": 0} for reason in REASONS.values()}
-    starts, names_of = np.array(work.starts), lru_cache(OPEN_FILES)(work.names)
+    names_of = lru_cache(OPEN_FILES)(work.names)
     with whole_file(target) as partial, pyarrow.parquet.ParquetWriter(partial, schema, compression="zstd") as writer:
         for number, where in _ranges(work):
-            found = verdicts.verdict[where]
-            rows = np.flatnonzero(found)
-            if not len(rows):
-                continue
-            names, sizes, overlaps, scores = names_of(number), work.sizes(number), work.overlaps(number), scores_of(work, number)
-            listed = []
-            for row in rows.tolist():
-                verdict, earlier, detail = int(found[row]), int(verdicts.earlier[where.start + row]), ""
-                if earlier >= 0:
-                    block = int(np.searchsorted(starts, earlier, side="right")) - 1
-                    detail = f"{verdicts.similarity[where.start + row]:.3f} {names_of(block)[earlier - starts[block]]}"
-                elif verdict == OVERLAP:
-                    detail = str(overlaps[row])
-                elif verdict == LOW:
-                    detail = f"{scores[row]:.3f}"
-                listed.append({"document": names[row], "bytes": int(sizes[row]), "reason": REASONS[verdict], "detail": detail})
-                counts[REASONS[verdict]]["documents"] += 1
-                counts[REASONS[verdict]]["bytes"] += int(sizes[row])
-            writer.write_table(pyarrow.Table.from_pylist([_spelt(row) for row in listed], schema))
+            if verdicts.verdict[where].any():
+                listed = list(_removed(work, verdicts, number, where.start, names_of))
+                writer.write_table(pyarrow.Table.from_pylist([_spelt(row) for row in listed], schema))
+                for row in listed:
+                    counts[row["reason"]]["documents"] += 1
+                    counts[row["reason"]]["bytes"] += row["bytes"]
     return {"removed": {reason: count for reason, count in counts.items() if count["documents"]}, **_parameters(work, clean)}
+
+
+def _removed(work: Workshop, verdicts: Verdicts, number: int, first: int, names_of: Callable[[int], list[str]]) -> Iterator[dict[str, Any]]:
+    """A row for each document of a block that is left out. `first`: the number of its first document."""
+    starts, names, sizes = np.array(work.starts), names_of(number), work.sizes(number)
+    overlaps, scores = work.overlaps(number), scores_of(work, number)
+    for row in np.flatnonzero(~verdicts.kept(number)).tolist():
+        verdict, earlier, detail = int(verdicts.verdict[first + row]), int(verdicts.earlier[first + row]), ""
+        if earlier >= 0:
+            block = int(np.searchsorted(starts, earlier, side="right")) - 1
+            detail = f"{verdicts.similarity[first + row]:.3f} {names_of(block)[earlier - starts[block]]}"
+        elif verdict == OVERLAP:
+            detail = str(overlaps[row])
+        elif verdict == LOW:
+            detail = f"{scores[row]:.3f}"
+        yield {"document": names[row], "bytes": int(sizes[row]), "reason": REASONS[verdict], "detail": detail}
 
 
 def _spelt(row: dict[str, Any]) -> dict[str, Any]:

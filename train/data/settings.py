@@ -30,7 +30,7 @@ class DataSettings:
     name: str
     corpus: Literal["stdlib", "files", "hub", "exercises", "textbooks"]
     folder: str | None = None  # where the tokens are kept; null: data/<name>
-    path: str | None = None  # files: a folder, a file, or a glob (** crosses folders) of the suffixes in files.READERS
+    path: str | None = None  # files: a folder, a file, or a glob (** crosses folders) of the suffixes in formats.READERS
     dataset: str | None = None  # hub: owner/name, or a folder that `datasets` can read
     config: str | None = None  # hub
     split: str = "train"  # hub
