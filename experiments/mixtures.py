@@ -148,12 +148,14 @@ def judge(arm: str, done: Sequence[Job], study: Study, texts: dict[str, TokenDat
 def evaluation(final: Path, settings: Settings, data: TokenData, tokens: int) -> Any:
     """A final model's `train.evaluate.Evaluation` on the validation part of `data`."""
     from accelerate import Accelerator
+    from transformers.utils import logging
 
     from model.build import load_model
     from train.data.batches import validation_batches
     from train.evaluate import evaluate
     from train.loss import NextTokenLoss
 
+    logging.disable_progress_bar()
     windows = list(validation_batches(data.validation, context=settings.train.context, tokens=tokens))
     return evaluate(NextTokenLoss(load_model(final), fused=False), windows, Accelerator(cpu=True), data.validation.bytes_per_token)
 
@@ -194,7 +196,7 @@ def markdown(study: Study, found: Sequence[Judged], machine: Sequence[str]) -> s
         said = []
         for text in texts:
             difference, interval = change(judged, baseline, text)
-            said.append(f"{text} {difference:+.3f}{_plus_minus(interval)} ({verdict(difference, interval)})")
+            said.append(f"{text} {_signed(difference)}{_plus_minus(interval)} ({verdict(difference, interval)})")
         lines.append(f"- `{judged.arm}`: " + ", ".join(said))
     lines += ["", "| arm | tokens read | " + " | ".join(f"{text}: loss (95 %), change" for text in texts) + " |"]
     lines.append("| --- " * (len(texts) + 2) + "|")
@@ -203,7 +205,7 @@ def markdown(study: Study, found: Sequence[Judged], machine: Sequence[str]) -> s
         for text in texts:
             values = judged.losses[text]
             own = f"{fmean(values):.3f}{_plus_minus(half_interval(values))}"
-            cells.append(own if judged is baseline else f"{own}, {change(judged, baseline, text)[0]:+.3f}")
+            cells.append(own if judged is baseline else f"{own}, {_signed(change(judged, baseline, text)[0])}")
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
@@ -211,6 +213,10 @@ def markdown(study: Study, found: Sequence[Judged], machine: Sequence[str]) -> s
         f"Student's t over seeds, those of changes over pairs of one seed. Machine: {'; '.join(machine)}.",
     ]
     return "\n".join(lines)
+
+
+def _signed(difference: float) -> str:
+    return f"{difference:+.3f}".replace("-", "−")
 
 
 def _plus_minus(interval: float | None) -> str:
