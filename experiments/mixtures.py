@@ -91,7 +91,7 @@ def run(name: str, *, jobs_at_once: int | None = None) -> list[Judged]:
     display.say(f"{len(todo)} runs, {len(todo) - len(missing)} of them complete")
     if missing:
         for settings in {job.arm: job.settings for job in missing}.values():
-            tokens_read(settings)  # builds what is not built, before several processes would wait for it
+            read_by(settings)  # builds what is not built, before several processes would wait for it
         run_jobs(missing, cores() if jobs_at_once is None else jobs_at_once, Path("runs") / f"logs-{name}", display)
     found = [judge(arm, [job for job in todo if job.arm == arm], study, texts, display) for arm in study.arms]
     publish(study, found, [json.loads((job.folder / "run.json").read_text()) for job in todo], HERE / name)
@@ -118,17 +118,16 @@ def open_texts(study: Study, display: Display) -> dict[str, TokenData]:
     return found
 
 
-def tokens_read(settings: Settings) -> dict[str, int]:
-    """How many tokens a run reads of each source."""
+def read_by(settings: Settings) -> dict[str, int]:
+    """How many tokens a run reads of each source; builds what is not built."""
     from train.data import prepare
-    from train.data.mixture import Mixture, mixed
+    from train.data.mixture import mixed, tokens_read
     from train.settings import Budget
 
     budget, context = Budget.of(settings.train), settings.train.context
     rows, data = budget.steps * budget.rows, prepare(settings.data)
     train = mixed(settings.mixture, settings.data, data, context=context, rows=rows, progress=True).train
-    counts = train.counts(rows) if isinstance(train, Mixture) else {settings.data.name: rows}
-    return {name: count * context for name, count in counts.items()}
+    return tokens_read(train, settings.data.name, rows, context)
 
 
 def judge(arm: str, done: Sequence[Job], study: Study, texts: dict[str, TokenData], display: Display) -> Judged:
@@ -138,7 +137,7 @@ def judge(arm: str, done: Sequence[Job], study: Study, texts: dict[str, TokenDat
     curves = (read_evaluations(job.folder / "metrics.jsonl") for job in done)
     return Judged(
         arm,
-        tokens_read(done[0].settings),
+        read_by(done[0].settings),
         tuple(tuple((entry["tokens"], entry["val_loss"]) for entry in curve) for curve in curves),
         {name: tuple(r.val_loss for r in row) for name, row in zip(texts, results, strict=True)},
         {name: tuple(r.bits_per_byte for r in row) for name, row in zip(texts, results, strict=True)},

@@ -305,6 +305,7 @@ def test_a_run_trains_on_the_mixture_and_refuses_to_go_on_with_another(tmp_path:
     folder = train(settings)
     run = json.loads((folder / "run.json").read_text())
     assert run["settings"]["mixture"]["phases"] == [{"weights": {"own": 0.5, "more": 0.5}, "passes": None, "tokens": None}]
+    assert run["data"]["tokens_read"] == {"own": 128, "more": 128}
     (folder / "summary.json").unlink()
     (tmp_path / "more" / "13.txt").write_text("omega " * 100)
     with pytest.raises(UserError, match="the data has changed since this run began"):
