@@ -350,6 +350,8 @@ def test_a_local_model_writes_the_same_again(model: Path, settings: WriteSetting
     other = dataclasses.replace(given, out=str(tmp_path / "other.jsonl"))
     write(other)
     assert lines(other) + lines(other, ".rejected") == entries
+    with pytest.raises(UserError, match=r"max_tokens: 500 after a prompt of \d+ tokens are more than the 512 positions"):
+        write(dataclasses.replace(given, out=str(tmp_path / "long.jsonl"), max_tokens=500))
     with pytest.raises(UserError, match="nowhere: cannot be loaded"):
         write(dataclasses.replace(given, out=str(tmp_path / "third.jsonl"), model=str(model / "nowhere")))
 
