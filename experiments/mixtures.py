@@ -209,7 +209,8 @@ def markdown(study: Study, found: Sequence[Judged], machine: Sequence[str]) -> s
     lines += [
         "",
         f"Losses in nats/token on held-out documents, {study.eval_tokens:,} tokens of each text; {len(study.seeds)} seeds; 95 %, "
-        f"Student's t over seeds, those of changes over pairs of one seed. Machine: {'; '.join(machine)}.",
+        "Student's t over seeds, those of changes over pairs of one seed, not corrected for the "
+        f"{(len(found) - 1) * len(texts)} changes that are looked at. Machine: {'; '.join(machine)}.",
     ]
     return "\n".join(lines)
 
