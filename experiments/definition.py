@@ -42,16 +42,6 @@ class Extent:
 
 
 @dataclass(frozen=True)
-class _Fields:
-    question: str
-    source: tuple[str, ...]
-    runs: tuple[str, ...]
-    arms: dict[str, Any]
-    demo: Extent
-    full: Extent
-
-
-@dataclass(frozen=True)
 class Study:
     """A study's definition: Hydra overrides of the `source` that every grown arm starts from, and of all `runs` of the arms."""
 
@@ -88,12 +78,11 @@ def load_study(name: str) -> Study:
     path = HERE / name / "study.yaml"
     faults: list[str] = []
     values: Any = OmegaConf.to_container(OmegaConf.load(path))
-    arms = {arm: read(Arm, entry, f"arms.{arm}.", faults) for arm, entry in dict(values.get("arms") or {}).items()}
-    fields = read(_Fields, values, "", faults)
-    faults += [] if fields is None else _unknown_arms(fields)
+    study = read(Study, {**values, "name": name}, "", faults)
+    faults += [] if study is None else _unknown_arms(study)
     UserError.collect(f"{path}: {fault}" for fault in faults)
-    assert fields is not None
-    return Study(name, fields.question, fields.source, fields.runs, {k: v for k, v in arms.items() if v}, fields.demo, fields.full)
+    assert study is not None
+    return study
 
 
 def source_job(study: Study) -> Job:
@@ -155,9 +144,9 @@ def _job(arm: str, overrides: list[str]) -> Job:
     return Job(settings.name, arm, (*overrides, "progress=false"), settings)
 
 
-def _unknown_arms(fields: _Fields) -> list[str]:
+def _unknown_arms(study: Study) -> list[str]:
     faults = []
     for key in ("demo", "full"):
-        strangers = [arm for arm in getattr(fields, key).arms if arm not in fields.arms]
-        faults += [f"{key}.arms: unknown arm {arm!r}; {did_you_mean(arm, fields.arms)}" for arm in strangers]
+        strangers = [arm for arm in getattr(study, key).arms if arm not in study.arms]
+        faults += [f"{key}.arms: unknown arm {arm!r}; {did_you_mean(arm, study.arms)}" for arm in strangers]
     return faults

@@ -28,6 +28,7 @@ def draw(found: Sequence[Judged], path: Path) -> None:
         mean = [(points[0][0], fmean(loss for _, loss in points)) for points in zip(*judged.curves, strict=True)]
         panels[0].plot(*zip(*mean, strict=True), color=colour, linewidth=1.8, label=judged.arm)
     panels[0].set(xlabel="tokens trained", ylabel="nats/token", title=f"{texts[0]}, held out", ylim=_range(found))
+    panels[0].xaxis.set_major_formatter("{x:,.0f}")
     panels[0].legend(frameon=False, labelcolor=INK)
     for text, axes in zip(texts, panels[1:], strict=True):
         for place, (judged, colour) in enumerate(zip(found, COLOURS, strict=False)):

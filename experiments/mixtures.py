@@ -91,7 +91,7 @@ def run(name: str, *, jobs_at_once: int | None = None) -> list[Judged]:
     display.say(f"{len(todo)} runs, {len(todo) - len(missing)} of them complete")
     if missing:
         for settings in {job.arm: job.settings for job in missing}.values():
-            tokens_read(settings)  # builds what is not built, before several processes would wait for it
+            read_by(settings)  # builds what is not built, before several processes would wait for it
         run_jobs(missing, cores() if jobs_at_once is None else jobs_at_once, Path("runs") / f"logs-{name}", display)
     found = [judge(arm, [job for job in todo if job.arm == arm], study, texts, display) for arm in study.arms]
     publish(study, found, [json.loads((job.folder / "run.json").read_text()) for job in todo], HERE / name)
@@ -118,17 +118,16 @@ def open_texts(study: Study, display: Display) -> dict[str, TokenData]:
     return found
 
 
-def tokens_read(settings: Settings) -> dict[str, int]:
-    """How many tokens a run reads of each source."""
+def read_by(settings: Settings) -> dict[str, int]:
+    """How many tokens a run reads of each source; builds what is not built."""
     from train.data import prepare
-    from train.data.mixture import Mixture, mixed
+    from train.data.mixture import mixed, tokens_read
     from train.settings import Budget
 
     budget, context = Budget.of(settings.train), settings.train.context
     rows, data = budget.steps * budget.rows, prepare(settings.data)
     train = mixed(settings.mixture, settings.data, data, context=context, rows=rows, progress=True).train
-    counts = train.counts(rows) if isinstance(train, Mixture) else {settings.data.name: rows}
-    return {name: count * context for name, count in counts.items()}
+    return tokens_read(train, settings.data.name, rows, context)
 
 
 def judge(arm: str, done: Sequence[Job], study: Study, texts: dict[str, TokenData], display: Display) -> Judged:
@@ -138,7 +137,7 @@ def judge(arm: str, done: Sequence[Job], study: Study, texts: dict[str, TokenDat
     curves = (read_evaluations(job.folder / "metrics.jsonl") for job in done)
     return Judged(
         arm,
-        tokens_read(done[0].settings),
+        read_by(done[0].settings),
         tuple(tuple((entry["tokens"], entry["val_loss"]) for entry in curve) for curve in curves),
         {name: tuple(r.val_loss for r in row) for name, row in zip(texts, results, strict=True)},
         {name: tuple(r.bits_per_byte for r in row) for name, row in zip(texts, results, strict=True)},
@@ -148,12 +147,14 @@ def judge(arm: str, done: Sequence[Job], study: Study, texts: dict[str, TokenDat
 def evaluation(final: Path, settings: Settings, data: TokenData, tokens: int) -> Any:
     """A final model's `train.evaluate.Evaluation` on the validation part of `data`."""
     from accelerate import Accelerator
+    from transformers.utils import logging
 
     from model.build import load_model
     from train.data.batches import validation_batches
     from train.evaluate import evaluate
     from train.loss import NextTokenLoss
 
+    logging.disable_progress_bar()
     windows = list(validation_batches(data.validation, context=settings.train.context, tokens=tokens))
     return evaluate(NextTokenLoss(load_model(final), fused=False), windows, Accelerator(cpu=True), data.validation.bytes_per_token)
 
@@ -194,7 +195,7 @@ def markdown(study: Study, found: Sequence[Judged], machine: Sequence[str]) -> s
         said = []
         for text in texts:
             difference, interval = change(judged, baseline, text)
-            said.append(f"{text} {difference:+.3f}{_plus_minus(interval)} ({verdict(difference, interval)})")
+            said.append(f"{text} {_signed(difference)}{_plus_minus(interval)} ({verdict(difference, interval)})")
         lines.append(f"- `{judged.arm}`: " + ", ".join(said))
     lines += ["", "| arm | tokens read | " + " | ".join(f"{text}: loss (95 %), change" for text in texts) + " |"]
     lines.append("| --- " * (len(texts) + 2) + "|")
@@ -203,14 +204,19 @@ def markdown(study: Study, found: Sequence[Judged], machine: Sequence[str]) -> s
         for text in texts:
             values = judged.losses[text]
             own = f"{fmean(values):.3f}{_plus_minus(half_interval(values))}"
-            cells.append(own if judged is baseline else f"{own}, {change(judged, baseline, text)[0]:+.3f}")
+            cells.append(own if judged is baseline else f"{own}, {_signed(change(judged, baseline, text)[0])}")
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
         f"Losses in nats/token on held-out documents, {study.eval_tokens:,} tokens of each text; {len(study.seeds)} seeds; 95 %, "
-        f"Student's t over seeds, those of changes over pairs of one seed. Machine: {'; '.join(machine)}.",
+        "Student's t over seeds, those of changes over pairs of one seed, not corrected for the "
+        f"{(len(found) - 1) * len(texts)} changes that are looked at. Machine: {'; '.join(machine)}.",
     ]
     return "\n".join(lines)
+
+
+def _signed(difference: float) -> str:
+    return f"{difference:+.3f}".replace("-", "−")
 
 
 def _plus_minus(interval: float | None) -> str:

@@ -248,6 +248,37 @@ def test_a_source_that_ends_early_is_told_before_the_run() -> None:
         make(weights(a=0.5, b=0.5), splits={"a": SPLITS["web"], "b": TokenSplit("train", Tokens([np.arange(8)]), 1, 8)})
 
 
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("+mixture.sources.stdlib.max_pases=3", "mixture.sources.stdlib.max_pases: unknown key; did you mean 'max_passes'?"),
+        ("+mixture.sources.stdlib.max_passes=often", "mixture.sources.stdlib.max_passes: expected a number; found 'often'"),
+        ("mixture.sources.textbooks.data.corpus=textbook", "mixture.sources.textbooks.data.corpus: unknown value 'textbook'"),
+        ("mixture.phases=[{weights:{stdlib:half,textbooks:0.5}}]", "mixture.phases[0].weights.stdlib: expected a number; found 'half'"),
+        ("mixture.phases=[{weights:{stdlib:0.6,textbooks:0.3}}]", "mixture.phases[0].weights: must sum to 1; 0.6 + 0.3 = 0.9"),
+        ("mixture.sources.textbooks.data.limit_documents=null", "mixture.sources.textbooks.data.limit_documents: missing"),
+        ("mixture=tiny_textbook", "unknown mixture; did you mean 'tiny_textbooks'"),
+    ],
+)
+def test_faults_are_told_at_the_door_under_their_whole_names(override: str, fault: str) -> None:
+    from train.settings import compose
+
+    with pytest.raises(UserError) as caught:
+        compose(["growth=scratch", "target=tiny_target", "mixture=tiny_textbooks", override])
+    assert fault in str(caught.value)
+
+
+def test_where_a_source_lies_is_no_part_of_what_a_run_is() -> None:
+    from train.settings import compose, settings_hash
+
+    def hash_of(*more: str) -> str:
+        return settings_hash(compose(["growth=scratch", "target=tiny_target", "mixture=tiny_textbooks", *more]))
+
+    assert hash_of("mixture.sources.textbooks.data.folder=elsewhere") == hash_of()
+    assert hash_of("mixture.sources.textbooks.data.seed=1") != hash_of()
+    assert hash_of("mixture.phases=[{weights:{stdlib:0.5,textbooks:0.5}}]") != hash_of()
+
+
 # ---- from folders ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -305,6 +336,7 @@ def test_a_run_trains_on_the_mixture_and_refuses_to_go_on_with_another(tmp_path:
     folder = train(settings)
     run = json.loads((folder / "run.json").read_text())
     assert run["settings"]["mixture"]["phases"] == [{"weights": {"own": 0.5, "more": 0.5}, "passes": None, "tokens": None}]
+    assert run["data"]["tokens_read"] == {"own": 128, "more": 128}
     (folder / "summary.json").unlink()
     (tmp_path / "more" / "13.txt").write_text("omega " * 100)
     with pytest.raises(UserError, match="the data has changed since this run began"):

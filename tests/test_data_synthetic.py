@@ -159,7 +159,7 @@ def test_items_are_a_function_of_kind_and_seed() -> None:
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_items_are_distinct_and_seldom_near(kind: str) -> None:
-    """All 100,000 are counted by benchmarks/bench_synthetic.py."""
+    """`train.data prepare` with data.clean.near_duplicates counts them at full size."""
     texts = [item.text for _, item in islice(draw_items(kind, 0), 500)]
     assert len(set(texts)) == len(texts)
     pieces = [{tuple(words[i : i + 5]) for i in range(len(words) - 4)} for text in texts if (words := text.split())]

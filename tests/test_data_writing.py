@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -174,8 +177,6 @@ def test_what_may_pass_is_tried_again(stub: Stub, settings: WriteSettings) -> No
 
 
 def test_a_rate_limit_is_waited_for(stub: Stub, settings: WriteSettings) -> None:
-    import time
-
     stub.reply = lambda number, question: (429, {"Retry-After": "0.4"}, b"") if number == 1 else told(number, question)
     start = time.monotonic()
     write(dataclasses.replace(settings, number=1))
@@ -263,6 +264,33 @@ def test_a_line_that_a_kill_cut_off_is_written_again(stub: Stub, settings: Write
         assert len(stub.questions) == before + 1
 
 
+def test_killed_at_any_moment_every_prompt_is_written_once(stub: Stub, tmp_path: Path) -> None:
+    """Kill −9 while answers come in, three times; in the end the file is the one of an undisturbed run."""
+
+    def slowly(number: int, question: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
+        time.sleep(0.02)
+        return told(number, question)
+
+    given = [f"server={stub.url}", "model=stub", "number=60", "at_once=4", "progress=false"]
+    write(settings_from([f"out={tmp_path / 'whole.jsonl'}", *given]))
+    stub.reply, root = slowly, Path(__file__).resolve().parents[1]
+    killed = 0
+    for wanted in (5, 21, 40):
+        before = len(stub.questions)
+        process = subprocess.Popen([sys.executable, "-m", "train.data", "write", f"out={tmp_path / 'cut.jsonl'}", *given], cwd=root)
+        deadline = time.monotonic() + 120
+        while len(stub.questions) - before < wanted - killed and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+        killed = len((tmp_path / "cut.jsonl").read_bytes().splitlines())
+        assert 0 < killed < 60
+    stub.reply = told
+    write(settings_from([f"out={tmp_path / 'cut.jsonl'}", *given]))
+    assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert len(stub.questions) <= 120 + 3 * 4  # what was in flight is asked again, and nothing else
+
+
 def test_files_that_do_not_fit_are_refused(stub: Stub, settings: WriteSettings) -> None:
     write(dataclasses.replace(settings, number=3))
     path = Path(settings.out)
@@ -322,6 +350,8 @@ def test_a_local_model_writes_the_same_again(model: Path, settings: WriteSetting
     other = dataclasses.replace(given, out=str(tmp_path / "other.jsonl"))
     write(other)
     assert lines(other) + lines(other, ".rejected") == entries
+    with pytest.raises(UserError, match=r"max_tokens: 500 after a prompt of \d+ tokens are more than the 512 positions"):
+        write(dataclasses.replace(given, out=str(tmp_path / "long.jsonl"), max_tokens=500))
     with pytest.raises(UserError, match="nowhere: cannot be loaded"):
         write(dataclasses.replace(given, out=str(tmp_path / "third.jsonl"), model=str(model / "nowhere")))
 

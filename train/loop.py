@@ -20,7 +20,7 @@ from train import folder as run_folder
 from train import state
 from train.data import TokenData, check_vocabulary, prepare
 from train.data.batches import validation_batches, window_count
-from train.data.mixture import mixed
+from train.data.mixture import mixed, tokens_read
 from train.device import device_name, peak_flops, session
 from train.distribute import whole_weights
 from train.files import write_json
@@ -117,12 +117,13 @@ def train(settings: Settings) -> Path:
 def facts(settings: Settings, config: dict[str, Any], data: TokenData, accelerator: Accelerator) -> dict[str, Any]:
     """What run.json records beside the settings: the counted network, the text, the machine."""
     budget = Budget.of(settings.train)
+    read = tokens_read(data.train, settings.data.name, budget.steps * budget.rows, settings.train.context)
     return {
         "parameters": parameter_count(config),
         "flops_per_token": flops_per_token(config, settings.train.context),
         "tokens_per_step": budget.tokens_per_step,
         "budget_tokens": budget.steps * budget.tokens_per_step,
-        "data": {"fingerprint": data.fingerprint, "bytes_per_token": data.validation.bytes_per_token},
+        "data": {"fingerprint": data.fingerprint, "bytes_per_token": data.validation.bytes_per_token, "tokens_read": read},
         "target_config": config,
         "device": device_name(accelerator.device),
         "processes": accelerator.num_processes,

@@ -2,6 +2,7 @@
 
 settings  what is asked for      corpus  documents, streamed      tokenizer  trained or taken
 shards    tokens on disk         build   `prepare`, built once    batches    windows of a step
+mixture   several sources as one   synthetic/   text made offline   writing/   text by a language model
 """
 
 from __future__ import annotations

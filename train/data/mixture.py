@@ -105,6 +105,12 @@ class Mixture:
         return found
 
 
+def tokens_read(split: TokenSplit | Mixture, name: str, rows: int, context: int) -> dict[str, int]:
+    """How many tokens a run of `rows` windows is trained on from each source; `name` is that of a split that is no mixture."""
+    counts = split.counts(rows) if isinstance(split, Mixture) else {name: rows}
+    return {source: count * context for source, count in counts.items()}
+
+
 def source_key(name: str) -> int:
     """A number that stands for the source in the key of its permutations."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")

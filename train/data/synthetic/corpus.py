@@ -1,4 +1,7 @@
-"""Generated documents as a corpus: item i is a function of (kind, seed, i), and only items whose program ran as the text says are taken."""
+"""Generated documents as a corpus: item i is a function of (kind, seed, i), and only items whose program ran as the text says are taken.
+
+Python's `random` draws, whose sequences are the same for every process and machine; another version of Python may draw otherwise.
+"""
 
 from __future__ import annotations
 

@@ -43,9 +43,10 @@ class Local:
         plain = self.tokenizer.chat_template is None
         given = [self.tokenizer(self._worded(prompt), add_special_tokens=plain)["input_ids"] for prompt in prompts]
         width, end = max(map(len, given)), self.tokenizer.eos_token_id
+        self._check_length(width)
         ids = torch.tensor([[end] * (width - len(row)) + row for row in given], device=self.model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in given], device=self.model.device)
-        drawing = {"do_sample": True, "temperature": self.settings.temperature, "top_p": self.settings.top_p}
+        drawing = {"do_sample": True, "temperature": self.settings.temperature, "top_p": self.settings.top_p, "top_k": 0}
         with torch.no_grad():
             found = self.model.generate(
                 input_ids=ids,
@@ -56,6 +57,14 @@ class Local:
                 **(drawing if self.settings.temperature > 0 else {"do_sample": False}),
             )
         return [self._answer(row, written, end) for row, written in zip(given, found[:, width:].tolist(), strict=True)]
+
+    def _check_length(self, width: int) -> None:
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        if positions is not None and width + self.settings.max_tokens > positions:
+            raise UserError(
+                f"max_tokens: {self.settings.max_tokens} after a prompt of {width} tokens are more than the {positions} positions of "
+                f"model={self.settings.model}; lower it"
+            )
 
     def _answer(self, given: list[int], written: list[int], end: int) -> Answer:
         ended = end in written
