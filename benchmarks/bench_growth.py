@@ -2,7 +2,7 @@
 
 make bench-growth                                   about 10 minutes and 25 GB of disk: a table, and benchmarks/bench_growth.json
 python benchmarks/bench_growth.py --rounds 1 --layers 6 --without-mergekit      a quick look
-python benchmarks/bench_growth.py --readme          write the table of bench_growth.json into README.md
+python benchmarks/bench_growth.py --readme          the same, and its table into README.md; with --rounds 0 that of bench_growth.json
 
 The source has random weights in float16. A round runs every command once, each a whole process on `--cores` cores whose wall time and
 peak resident memory are those that the operating system counts. Before a command runs, what it writes is removed and what it reads is in
@@ -263,21 +263,29 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/bench-growth"), help="a folder for 20 GB, removed at the end")
     parser.add_argument("--out", type=Path, default=HERE / "bench_growth.json")
     parser.add_argument("--without-mergekit", action="store_true")
-    parser.add_argument("--readme", action="store_true", help="write the table of --out into README.md; nothing is run")
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         name, *arguments = options.child
         CHILDREN[name](*(int(value) if value.isdecimal() else Path(value) for value in arguments))  # type: ignore[operator]
         return
-    if options.readme:
-        write_readme(json.loads(options.out.read_text()))
-        return
     if options.layers % 12:
         parser.error("--layers must be a multiple of 12: depth grows by a third, and a quarter of it is grown too")
+    if options.rounds:
+        result = run(options)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"\n{table(result)}")
+    if options.readme:
+        write_readme(json.loads(options.out.read_text()))
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """The rounds, in a working folder that is removed at the end."""
     mergekit = None if options.without_mergekit else passthrough.environment(options.work.absolute().parent / "mergekit")
     cores = sorted(os.sched_getaffinity(0))[: options.cores]
     os.sched_setaffinity(0, cores)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # modules are compiled once, as in any installation
     shutil.rmtree(options.work, ignore_errors=True)
     options.work.mkdir(parents=True)
     try:
@@ -288,9 +296,7 @@ def main() -> None:
             print(f"round {number}: " + ", ".join(f"{name} {run.seconds:.1f} s" for name, run in rounds[-1].items()), flush=True)
     finally:
         shutil.rmtree(options.work, ignore_errors=True)
-    result = summary(rounds[1:], bench.bytes, options.layers, len(cores))
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\n{table(result)}")
+    return summary(rounds[1:], bench.bytes, options.layers, len(cores))
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ class Expander:
     @property
     def is_blank(self) -> bool:
         """Whether all bits of the tensor are zero."""
-        return self.step.zero and not self._constant(0.0).any()
+        return self.step.zero and not self._zero.any()
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """(first row, row after the last) of consecutive blocks, in each of which all rows have the same fill."""
@@ -125,7 +125,7 @@ class Expander:
         rows = slice(start, start + len(target))
         fill, index, gain = Fill(int(self.maps[0].fill[start])), self.maps[0].index[rows], self.maps[0].gain[rows]
         if self.step.zero or (fill == Fill.ZERO and self.step.source is not None):
-            target[...] = self._constant(0.0)
+            target[...] = self._zero
         elif self.step.source is None or fill == Fill.RANDOM:
             target[...] = self._fresh("rows", start, target.shape)
         elif fill == Fill.MEAN:
@@ -134,7 +134,7 @@ class Expander:
             own, following = self.step.source, self.step.next_source
             source = self._gather(own if fill == Fill.COPY else following, index)
             beside = self._gather(following, index) if following is not None and fill == Fill.COPY else source
-            if fill == Fill.COPY and self._sums.rows == index[0] and (self.maps[0].fill[start:] == Fill.MEAN).any():
+            if self._has_mean_rows and fill == Fill.COPY and self._sums.rows == index[0]:
                 self._sums.add(floats(source[next(runs(index))], self.dtype))
             self._expand_columns(target, source, beside, gain, start)
             if self.step.diagonal:
@@ -166,25 +166,29 @@ class Expander:
                 pieces.append(Piece(Fill(fill), consecutive(chosen), consecutive(source[chosen]), gain))
         return pieces
 
+    @cached_property
+    def _fresh_columns(self) -> int:
+        return int((self.maps[1].fill == Fill.RANDOM).sum())
+
     def _expand_columns(self, target: np.ndarray, source: np.ndarray, beside: np.ndarray, gain: np.ndarray, start: int) -> None:
         """Fill (b, N) raw target rows from (b or 1, n) raw source rows; `beside` are those of the next layer, `gain` one factor per row."""
-        fresh_columns = int((self.maps[1].fill == Fill.RANDOM).sum())
-        fresh = self._fresh("columns", start, (len(target), fresh_columns)) if fresh_columns else None
+        fresh = self._fresh("columns", start, (len(target), self._fresh_columns)) if self._fresh_columns else None
+        zero, random, mean_of, copy = Fill.ZERO, Fill.RANDOM, Fill.MEAN, Fill.COPY
         row_gain = float(gain[0]) if (gain == gain[0]).all() else gain[:, None]
         for piece in self._pieces:
             factor = row_gain * piece.gain
             if piece.like is not None:
                 target[:, piece.target] = target[:, piece.like]
-            elif piece.fill == Fill.ZERO:
-                target[:, piece.target] = self._constant(0.0)
-            elif piece.fill == Fill.RANDOM:
+            elif piece.fill == zero:
+                target[:, piece.target] = self._zero
+            elif piece.fill == random:
                 assert fresh is not None
                 target[:, piece.target] = fresh[:, piece.source]
-            elif piece.fill == Fill.MEAN:
+            elif piece.fill == mean_of:
                 mean = floats(source, self.dtype).sum(axis=1, keepdims=True, dtype=working_type(self.dtype)) / source.shape[1]
                 target[:, piece.target] = rounded(mean, factor, self.dtype, self._offset)
             else:
-                taken = (source if piece.fill == Fill.COPY else beside)[:, piece.source]
+                taken = (source if piece.fill == copy else beside)[:, piece.source]
                 target[:, piece.target] = scaled(taken, factor, self.dtype, self._offset)
 
     def _keep_diagonal(self, target: np.ndarray, start: int) -> None:
@@ -217,6 +221,10 @@ class Expander:
         return sqrt(square / count)
 
     @cached_property
+    def _has_mean_rows(self) -> bool:
+        return bool((self.maps[0].fill == Fill.MEAN).any())
+
+    @cached_property
     def _sums(self) -> RowSum:
         return RowSum(self.maps[1].source, working_type(self.dtype))
 
@@ -244,6 +252,10 @@ class Expander:
     @property
     def _offset(self) -> float:
         return self.step.tensor.line.offset
+
+    @cached_property
+    def _zero(self) -> np.ndarray:
+        return self._constant(0.0)
 
     def _constant(self, value: float) -> np.ndarray:
         """A true value as it is stored."""

@@ -188,6 +188,9 @@ def runs(index: np.ndarray, *same: np.ndarray) -> Iterator[slice]:
     """Slices over which `index` rises by one and every array of `same` stays equal."""
     if len(index) == 0:
         return
+    if not same and index[-1] - index[0] == len(index) - 1 and (index[1:] > index[:-1]).all():
+        yield slice(0, len(index))
+        return
     breaks = index[1:] != index[:-1] + 1
     for array in same:
         breaks |= array[1:] != array[:-1]

@@ -175,8 +175,9 @@ def plan(
         target: a preset's name, a folder, a `transformers` config, or a dict of config overrides under their Hugging Face names.
         operator, options: the width recipe by name and its options (`growth.operators`).
         depth: a layer map's name, or a list with one source layer per target layer (`growth.layers`).
-        noise: strength of symmetry-breaking noise on what was copied, relative to each tensor's root mean square; where the readers of
-            copies were divided it sums to zero over them, so that a lossless growth stays lossless.
+        noise: strength of symmetry-breaking noise on what was copied, normal, relative to each tensor's root mean square (that of every
+            eighth stretch of 32 rows where there are more than 1,024); where the readers of copies were divided it sums to zero over them,
+            so that a lossless growth stays lossless.
         seed: of every random entry.
         family: the schema to go by; None takes the one of the config's `model_type`, and derives one where there is none.
 

@@ -137,7 +137,7 @@ class _File:
         self._cached = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._direct = self._cached
         try:
-            os.posix_fallocate(self._cached, 0, nbytes)
+            _allocate(self._cached, nbytes)
             self._direct = os.open(path, os.O_WRONLY | getattr(os, "O_DIRECT", 0))
         except OSError as fault:
             if fault.errno != errno.EINVAL:  # a file system without direct writes
@@ -160,6 +160,16 @@ class _File:
     def close(self) -> None:
         for descriptor in {self._cached, self._direct}:
             os.close(descriptor)
+
+
+def _allocate(descriptor: int, nbytes: int) -> None:
+    """Give a file its size, and the space where the file system can promise it."""
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)
+    except OSError as fault:
+        if fault.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        os.ftruncate(descriptor, nbytes)
 
 
 def _write_all(descriptor: int, offset: int, view: memoryview) -> None:

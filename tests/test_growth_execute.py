@@ -121,3 +121,22 @@ def test_new_tokens_are_the_mean_of_the_old_also_where_columns_come_from_the_nex
     with Checkpoint(out) as grown:
         embedding = to_float(grown.read("model.embed_tokens.weight"), "F64")
     np.testing.assert_allclose(embedding[96:], np.broadcast_to(embedding[:96].mean(0), (5, 30)), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_noise_has_the_strength_that_was_asked_for(tmp_path: Path, checkpoint_maker: Any, phi_config: dict[str, Any], dtype: str) -> None:
+    """fc1 is tall enough for its root mean square to be taken from some of its rows, which is where strength is measured against."""
+    source = checkpoint_maker(tmp_path / "source", phi_config | {"intermediate_size": 2048}, dtype)
+    double = {"hidden_size": 48, "num_attention_heads": 6}
+    for name, noise in (("plain", 0.0), ("noisy", 0.5)):
+        grow(source, tmp_path / name, target=double, noise=noise, receipt=False)
+    code = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}[dtype]
+    with Checkpoint(source) as old, Checkpoint(tmp_path / "plain") as plain, Checkpoint(tmp_path / "noisy") as noisy:
+        name = "model.layers.0.mlp.fc1.weight"
+        weights, before, after = (to_float(file.read(name), code).astype(np.float64) for file in (old, plain, noisy))
+    added = after - before
+    strength = 0.5 * np.sqrt(np.square(weights).mean()) / 2  # half of it, as the weights of a reader of two copies are halved
+    np.testing.assert_allclose(added[:, :24].std(), strength, rtol=0.02)
+    assert abs(added[:, :24].mean()) < 0.02 * strength
+    resolution = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}[dtype]
+    np.testing.assert_allclose(after[:, :24] + after[:, 24:], weights, atol=2 * resolution * np.abs(after).max())

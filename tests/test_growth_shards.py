@@ -68,7 +68,7 @@ def test_whole_pages_bypass_the_page_cache_and_only_edges_do_not(tmp_path: Path,
     assert all(length < 2 * PAGE for _, length in cached)
 
 
-@pytest.mark.parametrize("where", ["open", "pwrite", "platform"])
+@pytest.mark.parametrize("where", ["open", "pwrite", "platform", "fallocate"])
 def test_a_file_system_without_direct_writes_gets_the_same_bytes(tmp_path: Path, monkeypatch: Any, where: str) -> None:
     flag, opened, written = os.O_DIRECT, os.open, os.pwrite
 
@@ -86,8 +86,10 @@ def test_a_file_system_without_direct_writes_gets_the_same_bytes(tmp_path: Path,
         monkeypatch.setattr(os, "open", refusing_open)
     elif where == "pwrite":
         monkeypatch.setattr(os, "pwrite", refusing_pwrite)
-    else:
+    elif where == "platform":
         monkeypatch.delattr(os, "O_DIRECT")
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(errno.EINVAL, "Invalid argument")))
     fill(tmp_path, 2_000_000, 2)
     monkeypatch.undo()
     (tmp_path / "config.json").write_text("{}")
