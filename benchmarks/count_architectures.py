@@ -5,7 +5,8 @@ python benchmarks/count_architectures.py --types mpt falcon  some of them
 
 Every model type of the library gets its default config shrunken, a schema derived from the library's own class (also where the project has
 one: it is not used), and a tiny random model in float64 grown by it, axis by axis. An axis counts when the logits stay; a type counts when
-its hidden width does. What is refused is listed with the reason. Each type runs in a process of its own, under a time limit.
+its hidden width does, and when the schema covers every tensor of the default config at its own size (built on the meta device, where the
+library builds it at all). What is refused is listed with the reason. Each type runs in a process of its own, under a time limit.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from growth.confirm import Bench, bench
-from model.derive import derive
+from model.derive import derive, whole_config
+from model.derive.probe import shapes
 from model.derive.roles import Draft
+from model.derive.schema import drafted_family
 from model.errors import UserError
+from model.family import Config
 
 HERE = Path(__file__).resolve().parent
 Attempt = tuple[str, dict[str, int], str]  # in words, the tiny config's new sizes, the layer map
@@ -67,12 +71,30 @@ def confirm(tiny: Bench, draft: Draft, tried: list[Attempt]) -> dict[str, Any]:
     return {"refused": reason.replace(str(tiny.folder), "…")[:300]}
 
 
+def covers(draft: Draft, config: Config) -> bool:
+    """Whether the schema was held against the default config's own tensors; False where the library does not build it.
+
+    Raises:
+        UserError: a tensor has no counterpart in the tiny model, or another shape than the schema says.
+    """
+    try:
+        built = shapes(whole := whole_config(config))
+    except UserError:
+        return False
+    family = drafted_family(draft, whole, built)
+    if {tensor.name: tensor.shape for tensor in family.tensors(whole)} != built:
+        raise UserError("at the default config's own size the schema gives other shapes than the library's class")
+    return True
+
+
 def examine(name: str) -> dict[str, Any]:
     """What is confirmed of one model type."""
     from transformers import CONFIG_MAPPING
 
     try:
-        draft = derive(CONFIG_MAPPING[name]().to_dict())
+        config = CONFIG_MAPPING[name]().to_dict()
+        draft = derive(config)
+        covered = covers(draft, config)
         with bench(draft) as tiny:
             found = {axis: confirm(tiny, draft, tried) for axis, tried in attempts(draft).items() if tried}
     except UserError as fault:
@@ -80,7 +102,8 @@ def examine(name: str) -> dict[str, Any]:
     except Exception as fault:  # the library's default config does not build
         return {"refused": f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"}
     kept = {axis: story for axis, story in found.items() if not story.get("refused", "").startswith("nothing grows")}
-    return {"axes": kept} if "confirmed" in kept["hidden width"] else {"axes": kept, "refused": kept["hidden width"]["refused"]}
+    story: dict[str, Any] = {"axes": kept, "held against the default config": covered}
+    return story if "confirmed" in kept["hidden width"] else {**story, "refused": kept["hidden width"]["refused"]}
 
 
 def _child(name: str, pipe: Connection) -> None:
@@ -147,6 +170,9 @@ def summary(stories: dict[str, dict[str, Any]]) -> dict[str, int]:
         "heads too": count(lambda axes: "confirmed" in axes.get("heads", {})),
         "feed-forward too": count(lambda axes: any("confirmed" in axes[axis] for axis in axes.keys() - {"hidden width", "heads", "depth"})),
         "depth too": count(lambda axes: "confirmed" in axes["depth"]),
+        "held against the default config": sum(
+            1 for story in stories.values() if "refused" not in story and story["held against the default config"]
+        ),
     }
 
 

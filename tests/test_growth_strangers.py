@@ -135,9 +135,11 @@ DERIVED: dict[str, dict[str, Any]] = {
     "falcon": {"hidden_size": 24, "num_attention_heads": 3},  # multi-query, fused
     "starcoder2": {"hidden_size": 40, "num_attention_heads": 5, "intermediate_size": 31},
     "cohere": {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 4},  # one norm for two blocks, logits scaled, tied
-    "gpt_oss": {"hidden_size": 24, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 20},  # experts in one tensor
+    "gpt_oss": {  # experts in one tensor
+        "hidden_size": 24, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 20, "num_hidden_layers": 4,
+    },
     "mixtral": {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 20},  # experts in many
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DERIVED)

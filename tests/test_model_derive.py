@@ -63,6 +63,11 @@ def test_a_tiny_twin_keeps_a_layer_of_each_kind() -> None:
     }  # fmt: skip
 
 
+def test_a_tiny_twin_is_as_deep_as_the_rhythm_of_its_layers() -> None:
+    assert kept_layers({"attn_layer_period": 5, "attn_layer_offset": 4, "expert_layer_period": 2}, 32) == tuple(range(5))
+    assert kept_layers({"full_attention_interval": 4, "layer_types": ["linear", "linear", "linear", "full"] * 2}, 8) == (0, 1, 3)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

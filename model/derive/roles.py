@@ -110,7 +110,7 @@ class Draft:
             return self._coupled(name, dim, length, queries, kv)
         if by_hidden:
             return "?" if queries or kv else self._of_hidden(name, length)
-        return self._of_heads(length, queries, kv) if queries > 0 or kv > 0 else "?"
+        return self._of_heads(name, length, queries, kv) if queries > 0 or kv > 0 else "?"
 
     def _of_keys(self, by_key: Mapping[str, int], length: int) -> str:
         if len(by_key) > 1:
@@ -140,7 +140,7 @@ class Draft:
             return f"[{half} | {half}]"
         return "residual" if parts == 1 else f"inner_{parts}"
 
-    def _of_heads(self, length: int, queries: int, kv: int) -> str:
+    def _of_heads(self, name: str, length: int, queries: int, kv: int) -> str:
         """Of a model whose head dim is its own: `queries` and `kv` are how much longer the axis gets under twice as many of each."""
         heads = self.axes.heads
         if kv and queries:
@@ -149,7 +149,7 @@ class Draft:
             return "(kv ?)" if kv == length and kv // self.axes.kv > 1 else "kv" if kv == length else "?"
         if queries != length:
             return "?"
-        if length == 3 * heads * self._head_dim and self.axes.kv == heads:
+        if length == 3 * heads * self._head_dim and self.axes.kv == heads and FUSED.search(leaf_of(name)):
             return self._fused()
         return "(kv group ?)" if length > heads else "(kv group)"
 

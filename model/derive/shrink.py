@@ -42,17 +42,19 @@ SMALL: tuple[tuple[str, int], ...] = (
     (r"qk_rope_head_dim|rotary_dim", 8),
     (r"qk_nope_head_dim", 12),
     (r"qk_head_dim", 20),
-    (r"v_head_dim", 12),
+    (r"v_head_dim", 10),
 )
 # Counts, which may be smaller still.
 FEW: tuple[tuple[str, int], ...] = (
     (r"layers$|^n_layers?$|^num_blocks$", 2),
     (r"topk_group|n_groups?$|ngroups|num_expert_group", 1),
     (r"(topk|top_k|per_tok|per_token|moe_k$)", 2),
-    (r"n_shared_experts|num_shared_experts", 1),
+    (r"n_shared_experts|num_shared_experts", 4),  # whose sizes add up
     (r"(num|routed|local|zero).*experts?(_num)?$", 4),
     (r"first_k_dense|num_dense_layers|moe_layer_start_index", 1),
 )
+RHYTHM = re.compile(r"period|interval|every|_step$")  # of layers that differ by their number
+MAX_LAYERS = 8
 UNTOUCHED = re.compile(r"token_id|token_index|_id$|chunk|window|dtype|seed|interval|period|offset|drop|layer_idx|kernel|conv|expand|eps")
 
 
@@ -123,7 +125,8 @@ def kept_layers(config: Config, depth: int) -> tuple[int, ...]:
     each = [value for value in lists if len(value) == depth and value not in named]
     kinds = [repr([[entries[layer] for entries in each], [layer in numbers for numbers in named]]) for layer in range(depth)]
     first = {kind: layer for layer, kind in reversed(list(enumerate(kinds)))}
-    chosen = sorted({*first.values(), *range(min(2, depth))})
-    if len(chosen) > 6:
+    rhythms = [value for key, value in config.items() if RHYTHM.search(key) and type(value) is int and 1 < value <= MAX_LAYERS]
+    chosen = sorted({*first.values(), *range(min(2, depth)), *range(min(max(rhythms, default=0) if not each else 0, depth))})
+    if len(chosen) > MAX_LAYERS:
         raise UserError(f"{len(chosen)} kinds of layers are too many to stand for in a tiny model")
     return tuple(chosen)
