@@ -80,7 +80,7 @@ def lossless(growth: Growth) -> Recipe:
 
 def lemon(growth: Growth) -> Recipe:
     """`lossless` in LEMON's own form (2310.07999): writers unscaled (c = 1), the norms' epsilon × ρ instead. Lossless where `lossless` is,
-    unless another norm shares the config's epsilon (per-head q/k norms).
+    unless another norm shares the config's epsilon (per-head q/k norms) or the epsilon is a constant of the model's code (OPT).
     """
     n, N = growth.source["residual"], growth.target["residual"]
     return replace(_average_expansion(growth, lambda rho: 1.0), eps_factor=(N // n) * n / N)
