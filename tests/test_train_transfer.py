@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import assert_same_run, rows, weights
+from toy import assert_close_run, assert_same_run, ended, rows, weights
 
 from growth import plan
 from growth.adam import read_adam
@@ -302,6 +302,22 @@ def test_stages_divide_the_budget_and_spans_add_up(staged: Settings, phi_config:
     ]  # fmt: skip
     spans = [Span(2, 1.0), Span(5, 10.0)]
     assert [flops_after(spans, step, 100) for step in range(6)] == [0, 100, 200, 1200, 2200, 3200]
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_several_processes_give_the_losses_of_one(overrides: list[str], source: Path, staged: Settings, tmp_path: Path) -> None:
+    ways = {
+        "frozen": ["growth=lossless", "transfer=frozen", WIDER],
+        "slow": ["growth=lossless", "transfer=continued", "transfer.inherited_rate=0.3", "schedule.rewarm=new", WIDER],
+        "taught": ["growth=lossless", "transfer=distilled", WIDER],
+    }
+    runs = {name: grown(overrides, source, tmp_path / name, *way) for name, way in ways.items()} | {"staged": staged}
+    spread = [dataclasses.replace(run, out=str(tmp_path / f"{name}-2")) for name, run in runs.items()]
+    ended(*spread, processes=2)
+    for name, run in runs.items():
+        assert_close_run(tmp_path / f"{name}-2", loop.train(run))
 
 
 # ---- what cannot be --------------------------------------------------------------------------------------------------------------------
