@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -129,3 +132,41 @@ def test_fsdp_from_the_launcher_is_refused(settings: Settings, tmp_path: Path, m
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="give sharding=full"):
         loop.train(at(settings, tmp_path / "run"))
+
+
+def failed(*limits: int, run: Settings) -> str:
+    """What the run says when it fails on processes that may write files of so many bytes; all of them have to end with status 2."""
+    port = free_port()
+    started = [begun(run, process=i, processes=len(limits), port=port, limit=limit) for i, limit in enumerate(limits)]
+    for one in started:
+        one.join(60)
+    assert [one.exitcode for one in started] == [2] * len(limits)
+    return Path(f"{run.out}.error").read_text()
+
+
+def test_a_disk_that_one_process_finds_full_stops_all_and_leaves_the_earlier_checkpoint(
+    sharded: Settings, tmp_path: Path, finished: Path, on_two: Path
+) -> None:
+    run = at(sharded, interrupted(on_two / "full", tmp_path / "run"), save_every_tokens=128)
+    assert "step-00000004: could not be written (File too large)" in failed(resource.RLIM_INFINITY, 1000, run=run)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+    assert_close_run(ended(run), finished)
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_what_is_not_finite_stops_all_processes_with_the_last_good_state_saved(overrides: list[str], tmp_path: Path, sharding: str) -> None:
+    run = at(compose([*overrides, f"sharding={sharding}", "optimizer.learning_rate=1e36"]), tmp_path / "run")
+    words = failed(resource.RLIM_INFINITY, resource.RLIM_INFINITY, run=run)
+    found = re.match(r"step (\d): the loss is .*; not finite: .*\. The run stops here and has saved the state after step (\d)", words)
+    assert found, words
+    assert int(found[1]) == int(found[2]) + 1 > 1
+    (saved,) = state.complete(tmp_path / "run" / "checkpoints")
+    assert all(tensor.isfinite().all() for shard in saved.glob("*.safetensors") for tensor in load_file(shard).values())
+
+
+def test_dropout_is_the_same_on_any_number_of_processes(overrides: list[str], tmp_path: Path) -> None:
+    """Where micro-batches are: each draws under a seed of its own."""
+    given = compose([*overrides, "train.micro_batch=2"])
+    given = dataclasses.replace(given, target={**given.target, "resid_pdrop": 0.5})  # type: ignore[dict-item]
+    one, two = ended(at(given, tmp_path / "one")), ended(at(given, tmp_path / "two"), processes=2)
+    assert_close_run(two, one)

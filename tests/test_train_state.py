@@ -73,6 +73,20 @@ def test_the_newest_and_the_best_are_kept_and_the_half_written_are_no_checkpoint
     assert not (tmp_path / "step-00000011.partial").exists()
 
 
+def test_a_checkpoint_that_a_kill_leaves_half_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = checkpoint(tmp_path, 1), checkpoint(tmp_path, 2)
+
+    def half(path: Path, **_: Any) -> None:
+        next(path.glob("*.safetensors")).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(state.shutil, "rmtree", half)
+    with pytest.raises(KeyboardInterrupt):
+        state.drop_old(tmp_path, keep=1)
+    assert state.complete(tmp_path) == [new]
+    assert not old.exists()
+
+
 @pytest.mark.parametrize("damage", ["cut off", "missing", "no record", "another network"])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
     path = checkpoint(tmp_path, 1, nn.Linear(3, 2) if damage == "another network" else None)

@@ -12,6 +12,7 @@ back to the checkpoint, so that a resumed run's file equals an undisturbed one's
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import warnings
@@ -196,7 +197,8 @@ def drop_old(folder: Path, keep: int, best: int | None = None) -> None:
     """Remove all checkpoints but the newest `keep` and that of step `best`."""
     for path in complete(folder)[:-keep]:
         if best is None or path != place(folder, best):
-            shutil.rmtree(path)
+            os.rename(path, partial_of(path))  # so that one which a kill leaves half removed is not taken for whole
+            shutil.rmtree(partial_of(path))
 
 
 def cut_metrics(path: Path, step: int, stage: int = 0) -> None:
