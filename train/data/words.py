@@ -29,5 +29,4 @@ def ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
     result = np.zeros(len(hashes) - n + 1, np.uint64)
     for i in range(n):
         result = result * np.uint64(_FACTOR) + hashes[i : len(hashes) - n + 1 + i]
-        result ^= result >> np.uint64(29)  # or the sum would be linear in the words
     return result
