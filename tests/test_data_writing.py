@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class Stub:
 
     def __init__(self) -> None:
         self.reply: Reply = told
+        self.pause = 0.0  # seconds after each byte of a body
         self.questions: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.lock = threading.Lock()
@@ -60,7 +62,13 @@ class Stub:
                 for name, value in {"Content-Length": str(len(body)), **headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(body)
+                if not stub.pause:
+                    self.wfile.write(body)
+                    return
+                with suppress(OSError):  # the client has gone
+                    for i in range(len(body)):
+                        self.wfile.write(body[i : i + 1])
+                        time.sleep(stub.pause)
 
             def log_message(self, *arguments: Any) -> None: ...
 
@@ -169,11 +177,19 @@ def test_what_may_pass_is_tried_again(stub: Stub, settings: WriteSettings) -> No
         (200, {"Content-Length": "5000"}, completion()),  # the connection breaks before the end
         (200, {}, b'{"choices": []}'),
         (200, {}, b"[1]"),
+        (200, {"Content-Encoding": "gzip"}, b"not compressed"),
     ]
     stub.reply = lambda number, question: bad[number - 1] if number <= len(bad) else told(number, question)
     write(settings)
     assert len(lines(settings)) == 12
     assert len(stub.questions) == 12 + len(bad)
+
+
+def test_an_answer_that_drips_is_given_up(stub: Stub, settings: WriteSettings) -> None:
+    """Each read is quick, the whole is not."""
+    stub.pause = 0.02  # after each byte
+    with pytest.raises(UserError, match=r"2 attempts failed, the last with: no whole answer after 0\.3 s"):
+        write(dataclasses.replace(settings, number=1, attempts=2, timeout_seconds=0.3))
 
 
 def test_a_rate_limit_is_waited_for(stub: Stub, settings: WriteSettings) -> None:

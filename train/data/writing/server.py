@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import time
 from threading import Event
 from typing import Any
 
@@ -56,7 +57,7 @@ class Server:
         for attempt in range(self.settings.attempts):
             try:
                 return self._attempt(prompt)
-            except (httpx.TransportError, Transient) as error:
+            except (httpx.RequestError, Transient) as error:
                 reason = str(error) or type(error).__name__
                 asked = error.wait if isinstance(error, Transient) else None
             wait = self.settings.wait_seconds * 2**attempt * random.uniform(0.75, 1.25)  # so that threads come back one by one
@@ -69,10 +70,13 @@ class Server:
 
     def _attempt(self, prompt: Prompt) -> Answer:
         url = f"{(self.settings.server or '').rstrip('/')}/chat/completions"
+        end = time.monotonic() + self.settings.timeout_seconds  # of all of it: the client's own is of each read
         with self.client.stream("POST", url, json=self._question(prompt)) as response:
             body = b""
             for part in response.iter_bytes():
                 body += part
+                if time.monotonic() > end:
+                    raise Transient(f"no whole answer after {self.settings.timeout_seconds:g} s")
                 if len(body) > LARGEST:
                     return Answer("", None, None, refused="the response is too large")
         status = response.status_code
