@@ -236,8 +236,8 @@ def summary(rounds: list[dict[str, Timed]], sizes: dict[str, int], layers: int, 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     others = f"; load average of other work before: {result['load_before']:.0f}"
-    lines = [f"{result['machine']}{others if result['load_before'] > 0.5 else ''}; whole processes, 2 computing threads, medians of"]
-    lines += [f"{result['rounds']} interleaved rounds:", ""]
+    lines = [f"{result['machine']}{others if result['load_before'] > 0.5 else ''}; whole processes, 2 computing threads;"]
+    lines += [f"medians over the interleaved rounds ({result['rounds']}):", ""]
     lines += ["| | writes | seconds | processor seconds | peak memory |", "|---|---:|---:|---:|---:|"]
     sizes = result["bytes"] | dict.fromkeys(("cp of its result", "dd of as many bytes"), result["bytes"]["growth"])
     for name, seconds in result["seconds"].items():
