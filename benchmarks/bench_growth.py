@@ -235,7 +235,9 @@ def summary(rounds: list[dict[str, Timed]], sizes: dict[str, int], layers: int, 
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    lines = [f"Medians of {result['rounds']} interleaved rounds on {result['machine']}; whole processes, 2 computing threads:", ""]
+    others = f"; load average of other work before: {result['load_before']:.0f}"
+    lines = [f"{result['machine']}{others if result['load_before'] > 0.5 else ''}; whole processes, 2 computing threads;"]
+    lines += [f"medians over the interleaved rounds ({result['rounds']}):", ""]
     lines += ["| | writes | seconds | processor seconds | peak memory |", "|---|---:|---:|---:|---:|"]
     sizes = result["bytes"] | dict.fromkeys(("cp of its result", "dd of as many bytes"), result["bytes"]["growth"])
     for name, seconds in result["seconds"].items():
@@ -283,6 +285,7 @@ def main() -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """The rounds, in a working folder that is removed at the end."""
     mergekit = None if options.without_mergekit else passthrough.environment(options.work.absolute().parent / "mergekit")
+    load = os.getloadavg()[1]
     cores = sorted(os.sched_getaffinity(0))[: options.cores]
     os.sched_setaffinity(0, cores)
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # modules are compiled once, as in any installation
@@ -296,7 +299,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             print(f"round {number}: " + ", ".join(f"{name} {run.seconds:.1f} s" for name, run in rounds[-1].items()), flush=True)
     finally:
         shutil.rmtree(options.work, ignore_errors=True)
-    return summary(rounds[1:], bench.bytes, options.layers, len(cores))
+    return {"load_before": load} | summary(rounds[1:], bench.bytes, options.layers, len(cores))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import growth.execute
 from growth import grow
@@ -127,6 +129,9 @@ def test_new_tokens_are_the_mean_of_the_old_also_where_columns_come_from_the_nex
 def test_noise_has_the_strength_that_was_asked_for(tmp_path: Path, checkpoint_maker: Any, phi_config: dict[str, Any], dtype: str) -> None:
     """fc1 is tall enough for its root mean square to be taken from some of its rows, which is where strength is measured against."""
     source = checkpoint_maker(tmp_path / "source", phi_config | {"intermediate_size": 2048}, dtype)
+    stored = load_file(source / "model.safetensors")
+    stored["model.layers.0.mlp.fc1.weight"] *= torch.linspace(0, 2, 2048, dtype=getattr(torch, dtype))[:, None]
+    save_file(stored, source / "model.safetensors")
     double = {"hidden_size": 48, "num_attention_heads": 6}
     for name, noise in (("plain", 0.0), ("noisy", 0.5)):
         grow(source, tmp_path / name, target=double, noise=noise, receipt=False)
@@ -136,7 +141,7 @@ def test_noise_has_the_strength_that_was_asked_for(tmp_path: Path, checkpoint_ma
         weights, before, after = (to_float(file.read(name), code).astype(np.float64) for file in (old, plain, noisy))
     added = after - before
     strength = 0.5 * np.sqrt(np.square(weights).mean()) / 2  # half of it, as the weights of a reader of two copies are halved
-    np.testing.assert_allclose(added[:, :24].std(), strength, rtol=0.02)
+    np.testing.assert_allclose(added[:, :24].std(), strength, rtol=0.05)
     assert abs(added[:, :24].mean()) < 0.02 * strength
     resolution = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}[dtype]
     np.testing.assert_allclose(after[:, :24] + after[:, 24:], weights, atol=2 * resolution * np.abs(after).max())

@@ -157,6 +157,19 @@ def test_workers_keep_others_out(phi_folder: Path, tmp_path: Path, monkeypatch: 
         grow(phi_folder, out, worker="1/2", **HOW)
 
 
+def test_of_workers_that_finish_at_once_the_last_to_try_completes_the_folder(tmp_path: Path) -> None:
+    from growth.workers import shared_partial
+
+    out, agreed, shards = tmp_path / "out", {"plan": "x"}, {"a.safetensors": [], "b.safetensors": []}
+    with shared_partial(out, Worker(0, 2), agreed, overwrite=False) as first:
+        (first.folder / "a.safetensors").touch()
+        assert not first.is_complete(shards), "a shard is missing"
+        (first.folder / "b.safetensors").touch()
+        with shared_partial(out, Worker(1, 2), agreed, overwrite=False) as second:
+            assert not second.is_complete(shards), "the first still holds the folder"
+            assert first.is_complete(shards)
+
+
 @pytest.mark.parametrize(
     ("worker", "message"),
     [

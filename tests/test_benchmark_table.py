@@ -1,0 +1,63 @@
+"""The README's table of the growth benchmark is the one that code makes of the measurements."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("bench_growth", ROOT / "benchmarks" / "bench_growth.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "bench_growth", module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_holds_the_table_of_the_measurements(bench: ModuleType) -> None:
+    readme = (ROOT / "README.md").read_text()
+    _, rest = readme.split(bench.MARKS[0])
+    held, _ = rest.split(bench.MARKS[1])
+    assert held == bench.table(json.loads((ROOT / "benchmarks" / "bench_growth.json").read_text()))
+
+
+def test_medians_and_ratios_are_those_of_the_rounds(bench: ModuleType) -> None:
+    def round_of(growth: float, copy: float) -> dict[str, object]:
+        seconds = {
+            "growth": growth,
+            "cp of its result": copy,
+            "dd of as many bytes": 4.0,
+            "growth of a quarter": growth / 4,
+            "start-up": 0.0,
+        }
+        return {name: bench.Timed(taken, 2 * taken, int(1e6 * taken)) for name, taken in seconds.items()}
+
+    sizes = {"source": 10, "growth": 4_000_000_000, "growth of a quarter": 1_000_000_000}
+    result = {"load_before": 3.2} | bench.summary([round_of(1.0, 2.0), round_of(8.0, 2.0), round_of(3.0, 3.0)], sizes, 24, 2)
+    assert result["seconds"]["growth"] == 3.0
+    assert result["peak_bytes"]["growth"] == 8_000_000
+    assert result["ratios"]["growth / cp"] == 1.0  # of 0.5, 4 and 1
+    assert result["ratios"]["mergekit / growth in depth alone"] is None
+    assert result["ratios"]["seconds per byte without start-up, whole / quarter"] == 1.0
+    assert "| growth | 4.00 GB | 3.0 | 6.0 | 8 MB |" in bench.table(result)
+    assert "growth / cp 1.00" in bench.table(result)
+    assert "load average of other work before: 3" in bench.table(result)
+    assert "load" not in bench.table(result | {"load_before": 0.2})
+
+
+def test_the_passthrough_recipe_names_every_layer_in_order(bench: ModuleType, tmp_path: Path) -> None:
+    recipe = bench.passthrough.recipe(tmp_path, tmp_path / "source", [0, 1, 2, 3, 2, 3, 3]).read_text()
+    ranges = [line.split(":")[1].strip() for line in recipe.splitlines() if "layer_range" in line]
+    assert ranges == ["[0, 4]", "[2, 4]", "[3, 4]"]
+    assert str((tmp_path / "source").resolve()) in recipe
