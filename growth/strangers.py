@@ -10,7 +10,7 @@ from model.checkpoint import Checkpoint, names_of
 from model.config import Target, resolve_target
 from model.errors import UserError
 from model.family import Config, Family, families, family_of
-from model.outline import outline
+from model.outline import DEPTH_KEYS, outline
 
 from .layers import LAYER_MAPS
 
@@ -51,9 +51,18 @@ def know(source: Checkpoint | Config, target: Target, depth: str | Sequence[int]
     if config.get("model_type") is None or config["model_type"] in families():
         return Known(family_of(config))
     shapes = {name: stored.shape for name, stored in source.tensors.items()} if isinstance(source, Checkpoint) else None
+    if shapes is not None:
+        _check_depth(config, shapes)
     if shapes is not None and _copies_layers_only(config, target, depth):
         return _outlined(config, shapes)
     return _derived(config, shapes, target, depth)
+
+
+def _check_depth(config: Config, shapes: Shapes) -> None:
+    """A config that announces more layers than the file can hold is told before anything is made of as many."""
+    for key in DEPTH_KEYS:
+        if isinstance(count := config.get(key), int) and count > len(shapes):
+            raise UserError(f"config.json says {key} {count:,}, but the file has {len(shapes)} tensors; is it another checkpoint's?")
 
 
 def _outlined(config: Config, shapes: Shapes) -> Known:
@@ -69,8 +78,6 @@ def _outlined(config: Config, shapes: Shapes) -> Known:
 
 def _copies_layers_only(config: Config, target: Target, depth: str | Sequence[int]) -> bool:
     """Whether nothing but the number of layers changes, and no new layer has to start as the identity."""
-    from model.outline import DEPTH_KEYS
-
     if not isinstance(target, Mapping) or (isinstance(depth, str) and LAYER_MAPS.get(depth, (None, False))[1]):
         return False
     return all(key in DEPTH_KEYS or config.get(key) == value for key, value in target.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -28,3 +29,23 @@ def test_the_schema_of_ones_own_is_registered_and_right(tmp_path: Path, checkpoi
     assert grown.certificate.lossless, grown.certificate.reasons
     assert grown.receipt is not None
     assert grown.receipt.max_delta <= 1e-12
+
+
+def test_the_count_of_architectures_is_the_one_that_was_measured() -> None:
+    """The numbers of `python benchmarks/count_architectures.py`, and that they count what the file lists."""
+    result = json.loads((ROOT / "benchmarks" / "count_architectures.json").read_text())
+    confirmed = [story["axes"] for story in result["types"].values() if "refused" not in story]
+    counts = result["summary"]
+    assert counts["types"] == len(result["types"])
+    assert counts["hidden width"] == len(confirmed) == sum("confirmed" in axes["hidden width"] for axes in confirmed)
+    assert all(axes["hidden width"]["error"] <= 2e-5 for axes in confirmed)
+    version = result["versions"]["transformers"].rpartition(".")[0]
+    said = " ".join(README.split())
+    for sentence in (
+        f"Of the {counts['types']} causal language model types of transformers {version}",
+        f"confirmed for **{counts['hidden width']}**; for {counts['hidden width at any ratio']} of them",
+        f"Heads grow too in {counts['heads too']}, feed-forward or expert sizes in {counts['feed-forward too']},",
+        f"depth in {counts['depth too']}.",
+        f"{counts['held against the default config']} of the schemas were also held against",
+    ):
+        assert sentence in said

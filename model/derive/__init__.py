@@ -58,7 +58,8 @@ def _draft(keys: Keys, tiny: Config) -> Draft:
     import torch
 
     tiny, _ = _whole(tiny)
-    if (count := build(tiny).num_parameters()) > MAX_PARAMETERS:
+    blank = build(tiny)
+    if (count := sum(tensor.numel() for tensor in (*blank.parameters(), *blank.buffers()))) > MAX_PARAMETERS:
         raise UserError(f"a tiny twin of it still has {count:,} parameters, so some size of its config was not recognised")
     axes = Axes(keys, tiny, shapes(tiny))
     model = build(tiny, "cpu")
