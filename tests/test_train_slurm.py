@@ -20,7 +20,7 @@ from train.settings import CONF, compose
 
 submitit = pytest.importorskip("submitit", reason="submitit is an extra")
 ROOT = Path(__file__).resolve().parents[1]
-WAIT = 100  # seconds, at most, for what takes a few
+WAIT = 300  # seconds, at most, for what takes a few
 
 
 def launched(overrides: list[str], folder: Path, *more: str) -> subprocess.Popen[str]:
