@@ -28,7 +28,7 @@ def launched(overrides: list[str], folder: Path, *more: str) -> subprocess.Popen
     launcher = [
         "hydra/launcher=submitit_local",
         "hydra.launcher.tasks_per_node=2",
-        "hydra.launcher.timeout_min=1",
+        "hydra.launcher.timeout_min=10",
         f"hydra.sweep.dir={folder}",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
