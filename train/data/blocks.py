@@ -23,7 +23,7 @@ from train.data.text import normalised
 from train.data.words import word_hashes, words
 from train.files import whole_file, write_json
 
-BLOCK_BYTES = 2**22  # of text
+BLOCK_BYTES = 2**21  # of text: small enough that cores end together, large enough that files stay few
 
 
 @dataclass(frozen=True)
