@@ -127,13 +127,18 @@ def stored_names(model: PreTrainedModel) -> dict[str, str]:
     return {name: names[name] for name in parameters}
 
 
-def parameter_names(config: Config) -> dict[str, str]:
-    """`stored_names` of a model of `config`, in the order in which the model lists its parameters and optimizers number them."""
+def meta_model(config: Config) -> PreTrainedModel:
+    """A model of `config` without memory for its parameters, which have shapes and no values."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return stored_names(AutoModelForCausalLM.from_config(to_hf_config(config), trust_remote_code=False))
+        return AutoModelForCausalLM.from_config(to_hf_config(config), trust_remote_code=False)
+
+
+def parameter_names(config: Config) -> dict[str, str]:
+    """`stored_names` of a model of `config`, in the order in which the model lists its parameters and optimizers number them."""
+    return stored_names(meta_model(config))
 
 
 def _implementation(attention: str) -> str | None:

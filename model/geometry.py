@@ -1,19 +1,30 @@
-"""What a config costs: parameters, bytes and training FLOPs, counted from the schema without building anything."""
+"""What a config costs: parameters and training FLOPs, counted from the schema, or from the library's class where there is no schema."""
 
 from __future__ import annotations
 
 from math import prod
+from typing import TYPE_CHECKING
 
-from .family import Config, family_of
+from .family import Config, families, family_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def parameter_count(config: Config) -> int:
     """The number of parameters of the model that `config` describes; tied tensors count once."""
+    if not _has_schema(config):
+        return sum(parameter.numel() for parameter in _class_of(config).parameters())
     return sum(prod(tensor.shape) for tensor in family_of(config).tensors(config) if not tensor.tied)
 
 
-def matmul_parameter_count(config: Config) -> int:
-    """Parameters that multiply an activation for every token: all matrices but the embedding look-ups (a tied head multiplies too)."""
+def matmul_parameter_count(config: Config) -> float:
+    """Parameters that multiply an activation for every token: all matrices but the embedding look-ups (a tied head multiplies too).
+
+    Without a schema, of a stack of experts (three axes, the experts first) only as many as a token is sent to.
+    """
+    if not _has_schema(config):
+        return _matmul_parameters_of_class(config)
     tensors = family_of(config).tensors(config)
     return sum(prod(tensor.shape) for tensor in tensors if tensor.line.kind == "linear" and not tensor.is_bias)
 
@@ -25,6 +36,41 @@ def flops_per_token(config: Config, context: int) -> float:
     Backward is twice the forward (Kaplan et al., 2001.08361; the attention term as in PaLM, 2204.02311, halved for the causal mask).
     Norms, activations, softmax and the optimizer are left out.
     """
-    sizes = family_of(config).sizes(config)
-    attention = 2 * sizes["layer"] * sizes["kv"] * sizes["group"] * (sizes["qk"] + sizes["v"]) * (context + 1) / 2
+    attention = 2 * _attention_width(config) * (context + 1) / 2
     return 3.0 * (2 * matmul_parameter_count(config) + attention)
+
+
+def _attention_width(config: Config) -> int:
+    """layers · heads · (qk + v)."""
+    if _has_schema(config):
+        sizes = family_of(config).sizes(config)
+        return sizes["layer"] * sizes["kv"] * sizes["group"] * (sizes["qk"] + sizes["v"])
+    from .build import to_hf_config
+
+    known = to_hf_config(config)  # under the library's standard names
+    heads = known.num_attention_heads
+    return known.num_hidden_layers * heads * 2 * (getattr(known, "head_dim", None) or known.hidden_size // heads)
+
+
+def _has_schema(config: Config) -> bool:
+    return config.get("model_type") in families()
+
+
+def _class_of(config: Config) -> PreTrainedModel:
+    from .build import meta_model
+
+    return meta_model(config)
+
+
+def _matmul_parameters_of_class(config: Config) -> float:
+    from torch import nn
+
+    model = _class_of(config)
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings()
+    experts = config.get("num_experts_per_tok") or config.get("top_k") or 1
+    total = 0.0
+    for parameter in model.parameters():
+        if parameter.ndim >= 2 and (id(parameter) not in looked_up or parameter is getattr(head, "weight", None)):
+            total += parameter.numel() * (min(1.0, experts / parameter.shape[0]) if parameter.ndim == 3 else 1.0)
+    return total

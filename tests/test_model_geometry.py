@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from model import geometry
 from model.build import build_model, to_hf_config
 from model.config import resolve_target, rotary_share
 from model.errors import UserError
 from model.family import Family, families, family_of, register
-from model.geometry import flops_per_token, parameter_count
+from model.geometry import flops_per_token, matmul_parameter_count, parameter_count
 from model.presets import PRESETS, preset
 
 
@@ -121,3 +122,19 @@ def test_building_does_not_touch_the_global_random_state(phi_config: dict[str, A
     first, second = (build_model(phi_config, seed=3).state_dict() for _ in range(2))
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", ["phi", "llama", "gpt2", "gemma2"])
+def test_without_a_schema_the_librarys_class_is_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = to_hf_config({"model_type": name}).to_dict()
+    expected = parameter_count(config), matmul_parameter_count(config), flops_per_token(config, 64)
+    monkeypatch.setattr(geometry, "_has_schema", lambda _: False)
+    assert (parameter_count(config), matmul_parameter_count(config), flops_per_token(config, 64)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_of_a_stack_of_experts_those_count_that_a_token_is_sent_to() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = {"model_type": "mixtral", "vocab_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2, **sizes}
+    attention, router, expert, head = 4 * 16 * 16, 4 * 16, 3 * 16 * 24, 32 * 16
+    assert matmul_parameter_count(config) == attention + router + 2 * expert + head
+    assert parameter_count(config) == attention + router + 4 * expert + 2 * head + 3 * 16

@@ -351,3 +351,17 @@ def test_a_stage_without_a_step_is_told(staged: Settings, phi_config: dict[str, 
     short = dataclasses.replace(staged, train=dataclasses.replace(staged.train, budget_tokens=256))
     with pytest.raises(UserError, match=r"growth.stages\[1\]: from step 1 to 1 of 2 there is no step"):
         stages_of(short, phi_config | {"num_hidden_layers": 4})
+
+
+# ---- families without a schema ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_family_without_a_schema_is_grown_and_trained(overrides: list[str], tmp_path: Path) -> None:
+    sizes = "hidden_size:16,intermediate_size:32,num_hidden_layers:1,num_attention_heads:2,num_key_value_heads:2"
+    own = f"target={{model_type:starcoder2,vocab_size:300,max_position_embeddings:32,bos_token_id:0,eos_token_id:0,{sizes}}}"
+    bare = [text for text in overrides if not text.startswith("target=")]
+    small = loop.train(compose([*bare, own, f"out={tmp_path / 'small'}"]))
+    larger = grown(bare, small / "final", tmp_path / "large", "target={hidden_size:32,num_attention_heads:4,num_key_value_heads:4}")
+    end = rows(loop.train(larger), "eval")
+    assert end[0]["val_loss"] == pytest.approx(rows(small, "eval")[-1]["val_loss"], abs=1e-4), "the growth is lossless"
+    assert end[-1]["flops"] == pytest.approx(768 * json.loads((tmp_path / "large" / "run.json").read_text())["flops_per_token"])

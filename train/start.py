@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from growth import grow
+from growth.strangers import know
 from model.build import build_model, load_model
 from model.checkpoint import Checkpoint, locate
 from model.config import read_json, resolve_target
 from model.errors import UserError
+from model.family import families
 from model.geometry import flops_per_token
 from train.files import whole_folder
 from train.folder import PICTURE
@@ -56,12 +58,21 @@ def target_config(settings: Settings, source: Path | None) -> dict[str, Any]:
         UserError: the target is unknown, or shorter than the context.
     """
     read = None if source is None else read_json(source / "config.json")
-    config = read if settings.growth.operator == "source" else resolve_target(settings.target, read)
+    config = read if settings.growth.operator == "source" else _laid_over(settings, source, read)
     assert config is not None
     context, positions = settings.train.context, config.get("max_position_embeddings")
     if positions is not None and context > positions:
         raise UserError(f"train.context: {context} is more than the model's max_position_embeddings={positions}; lower it")
     return config
+
+
+def _laid_over(settings: Settings, source: Path | None, config: dict[str, Any] | None) -> dict[str, Any]:
+    """The target over the source's config, by a schema that is derived where the source's family has none."""
+    if source is None or config is None or config.get("model_type") in families():
+        return resolve_target(settings.target, config)
+    with Checkpoint(source) as checkpoint:
+        known = know(checkpoint, settings.target, settings.growth.options.get("depth", "identity"))
+    return resolve_target(settings.target, known.config or config, known.family)
 
 
 def source_ledger(settings: Settings, source: Path | None) -> dict[str, Any] | None:
