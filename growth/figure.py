@@ -54,12 +54,10 @@ def build(plan: Plan, reader: Reader | None = None) -> Figure:
 
 
 def shown_step(plan: Plan) -> Step:
-    """The matrix that writes the queries of the first layer."""
-    return next(
-        step
-        for step in plan.steps
-        if len(step.shape) == 2 and step.tensor.layer == 0 and any(space.name == "qk" for space in spaces(step.tensor.line.out))
-    )
+    """The matrix that writes the queries of the first layer; of a family whose roles are not known, its first matrix."""
+    matrices = [step for step in plan.steps if len(step.shape) == 2 and step.tensor.layer == 0]
+    queries = [step for step in matrices if any(space.name == "qk" for space in spaces(step.tensor.line.out))]
+    return (queries or matrices)[0]
 
 
 def _layers(axes: Axes, plan: Plan) -> None:

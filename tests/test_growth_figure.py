@@ -16,6 +16,7 @@ from growth.figure import build, draw, grown_matrix, shown_step
 from model.checkpoint import Checkpoint
 from model.dtypes import to_float
 from model.errors import UserError
+from tests import test_growth_strangers as strangers
 
 BIGGER = {"hidden_size": 30, "intermediate_size": 60, "num_hidden_layers": 5}
 
@@ -66,3 +67,13 @@ def test_a_picture_without_weights_and_a_name_that_is_no_picture(phi_config: dic
     for name in ("plan.txt", "nowhere/plan.png"):
         with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
             draw(made, tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "target"), [("mpt", {"n_layers": 5}), ("starcoder2", {"hidden_size": 32, "num_attention_heads": 4})])
+def test_a_family_without_a_schema_has_its_picture_too(tmp_path: Path, checkpoint_maker: Any, name: str, target: dict[str, int]) -> None:
+    source = checkpoint_maker(tmp_path / "source", strangers.config_of(name))
+    with Checkpoint(source) as checkpoint:
+        made = plan(checkpoint, target, depth="stack")
+        draw(made, tmp_path / "plan.png", checkpoint)
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+    assert "target" in layer_map(made)[0]
