@@ -208,7 +208,7 @@ def open_data(folder: str | Path) -> TokenData:
     folder = Path(folder)
     manifest = read_manifest(folder)
     if manifest is None:
-        raise UserError(f"{folder}: no tokens here; build them with train.data.prepare")
+        raise UserError(f"{folder}: no tokens here; build them: python -m train.data prepare data=NAME")
     if not (folder / TOKENIZER / "tokenizer.json").is_file():
         raise _damaged(folder, f"{TOKENIZER}/tokenizer.json is missing")
     train, validation = (_open_split(folder, name, manifest) for name in SPLITS)
