@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from model.build import load_model
+from model.build import load_model, quietly
 from model.derive import LENGTH, ROWS
 from model.derive.probe import build, scramble
 from model.derive.roles import Draft
@@ -87,28 +87,12 @@ def bench(draft: Draft) -> Iterator[Bench]:
     """
     config, keys = draft.axes.config, draft.axes.keys
     tokens = torch.randint(config[keys.vocab], (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
-    with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder, _quiet():
+    with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder, quietly():
         source = Path(folder) / "source"
         model = build(config, "cpu")
         scramble(model, seed=2)
         model.save_pretrained(source)
         yield Bench(draft, Path(folder), tokens, _logits(source, tokens))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the library's progress bars and load reports: rehearsals load many models, and those that fail are told otherwise."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:

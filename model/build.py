@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +114,22 @@ def load_model(folder: Path | str, *, dtype: str = "float32", attention: str = "
     faults: dict[str, Any] = {name: found for name, found in report.items() if found}
     UserError.collect(f"model {folder}: {name.replace('_', ' ')}: {str(found)[:200]}" for name, found in faults.items())
     return model
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the library's progress bars and load reports: what is wrong with a model is told by whoever loads it."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def stored_names(model: PreTrainedModel) -> dict[str, str]:

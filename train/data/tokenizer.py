@@ -91,6 +91,7 @@ def write_encoder(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def read_encoder(text: str) -> Tokenizer:
+    """The tokenizer that `write_encoder` wrote, which takes texts whole and reads special tokens in them as plain text."""
     from tokenizers import Tokenizer
 
     copy = Tokenizer.from_str(text)

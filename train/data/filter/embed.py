@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from model.build import quietly
 from model.errors import UserError
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def load_encoder(name: str, revision: str | None, max_tokens: int) -> Encoder:
     place = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
     asked: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
-        with _quiet():
+        with quietly():
             tokenizer = AutoTokenizer.from_pretrained(place, **asked)
             loaded: Any = AutoModel.from_pretrained(place, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **asked)
     except Exception as error:  # transformers, safetensors and the hub's client each raise their own
@@ -117,22 +117,6 @@ def _digest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
         if not name.startswith("pooler."):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Weights of a head that is not asked for are no news, and a bar for a moment's reading neither."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def card(encoder: Encoder, name: str, revision: str | None) -> dict[str, Any]:

@@ -48,10 +48,12 @@ def in_order(tasks: list[str]) -> str:
 
 
 def capital(sentence: str) -> str:
+    """The sentence with a capital at its beginning."""
     return sentence[:1].upper() + sentence[1:]
 
 
 def fenced(code: str) -> str:
+    """Code as a Markdown block."""
     return f"```python\n{code}\n```"
 
 

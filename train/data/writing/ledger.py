@@ -83,6 +83,7 @@ def open_ledger(settings: WriteSettings) -> Iterator[Ledger]:
 
 
 def rejected_path(out: Path) -> Path:
+    """Where the answers are kept that were no documents."""
     return out.with_suffix(".rejected.jsonl")
 
 
