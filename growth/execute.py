@@ -12,8 +12,8 @@ import numpy as np
 
 from model.dtypes import RAW, to_raw, working_type
 
-from .bits import floats, is_short, normal_bits, rounded, scaled
-from .expansion import AxisMap, Fill, consecutive, product, runs
+from .bits import floats, is_short, lookup, normal_bits, rounded, scaled
+from .expansion import AxisMap, Fill, Strips, product, runs, strips
 from .noise import Noise
 from .plan import Plan, Step
 from .seeding import Draws, normal
@@ -34,17 +34,21 @@ class Piece:
     """Columns of the target that are made alike.
 
     Attributes:
-        target: which columns of the target, as a slice where they lie side by side, else as indices.
+        target: which columns of the target, as strips where they lie so, else as indices.
         source: which columns of the source they take; of fresh ones, how many fresh columns come before.
         gain: the factor on them.
         like: columns of the target that come before and hold the same.
     """
 
     fill: Fill
-    target: slice | np.ndarray
-    source: slice | np.ndarray
+    target: Strips | np.ndarray
+    source: Strips | np.ndarray
     gain: float
-    like: slice | None = None
+    like: Strips | None = None
+
+    def taken_from(self, array: np.ndarray) -> np.ndarray:
+        """The columns it takes, of source or fresh ones."""
+        return self.source.of(array) if isinstance(self.source, Strips) else array.take(self.source, axis=1)
 
 
 class RowSum:
@@ -146,25 +150,29 @@ class Expander:
 
     @cached_property
     def _pieces(self) -> list[Piece]:
-        """The columns, a piece per stretch, or where those are many, a piece for all that are taken with the same gain."""
+        """The columns, a piece per stretch, or where those are many, a piece for all that are made with the same gain."""
         columns = self.maps[1]
         taken = (columns.fill == Fill.COPY) | (columns.fill == Fill.NEXT)
         fresh_before = np.cumsum(columns.fill == Fill.RANDOM) - 1
         source = np.where(taken, columns.index, np.where(columns.fill == Fill.RANDOM, fresh_before, np.arange(columns.target)))
-        pieces: list[Piece] = []
-        first: dict[tuple[int, int, int, float], slice] = {}
+        pieces: dict[tuple[Fill, float], list[Piece]] = {}
+        first: dict[tuple[Fill, float, int, int], Strips] = {}
         for run in runs(source, columns.gain, columns.fill):
-            key = (int(columns.fill[run.start]), int(source[run.start]), run.stop - run.start, float(columns.gain[run.start]))
-            like = first.setdefault(key, run) if taken[run.start] else run
-            pieces.append(Piece(Fill(key[0]), run, consecutive(source[run]), key[3], like if like is not run else None))
-        if len(pieces) <= max(8, columns.target // 16):
+            alike = (Fill(int(columns.fill[run.start])), float(columns.gain[run.start]))
+            target, taken_from = Strips(run.start, run.stop - run.start), Strips(int(source[run.start]), run.stop - run.start)
+            like = first.setdefault((*alike, taken_from.first, taken_from.width), target) if taken[run.start] else target
+            pieces.setdefault(alike, []).append(Piece(alike[0], target, taken_from, alike[1], like if like is not target else None))
+        return [piece for alike in pieces.values() for piece in self._together(alike, source)]
+
+    def _together(self, pieces: list[Piece], source: np.ndarray) -> list[Piece]:
+        """Fewer pieces for many that are made with the same gain."""
+        if len(pieces) <= 4:
             return pieces
-        pieces = [piece for piece in pieces if piece.fill not in (Fill.COPY, Fill.NEXT)]
-        for fill, gain in sorted({(fill, gain) for fill, gain in zip(columns.fill.tolist(), columns.gain.tolist(), strict=True)}):
-            chosen = np.flatnonzero((columns.fill == fill) & (columns.gain == gain))
-            if fill in (Fill.COPY, Fill.NEXT):
-                pieces.append(Piece(Fill(fill), consecutive(chosen), consecutive(source[chosen]), gain))
-        return pieces
+        columns, (fill, gain) = self.maps[1], (pieces[0].fill, pieces[0].gain)
+        chosen = np.flatnonzero((columns.fill == fill) & (columns.gain == gain))
+        if found := strips(chosen, source[chosen]):
+            return [Piece(fill, *found, gain)]
+        return pieces if len(pieces) <= columns.target // 16 else [Piece(fill, chosen, source[chosen], gain)]
 
     @cached_property
     def _fresh_columns(self) -> int:
@@ -173,23 +181,27 @@ class Expander:
     def _expand_columns(self, target: np.ndarray, source: np.ndarray, beside: np.ndarray, gain: np.ndarray, start: int) -> None:
         """Fill (b, N) raw target rows from (b or 1, n) raw source rows; `beside` are those of the next layer, `gain` one factor per row."""
         fresh = self._fresh("columns", start, (len(target), self._fresh_columns)) if self._fresh_columns else None
-        zero, random, mean_of, copy = Fill.ZERO, Fill.RANDOM, Fill.MEAN, Fill.COPY
         row_gain = float(gain[0]) if (gain == gain[0]).all() else gain[:, None]
         for piece in self._pieces:
+            where = piece.target
+            part = where.of(target) if isinstance(where, Strips) else np.empty((len(target), len(where)), target.dtype)
             factor = row_gain * piece.gain
+            if isinstance(factor, np.ndarray) and part.ndim == 3:
+                factor = factor[:, None]
             if piece.like is not None:
-                target[:, piece.target] = target[:, piece.like]
-            elif piece.fill == zero:
-                target[:, piece.target] = self._zero
-            elif piece.fill == random:
+                part[...] = piece.like.of(target)
+            elif piece.fill == Fill.ZERO:
+                part[...] = self._zero
+            elif piece.fill == Fill.RANDOM:
                 assert fresh is not None
-                target[:, piece.target] = fresh[:, piece.source]
-            elif piece.fill == mean_of:
-                mean = floats(source, self.dtype).sum(axis=1, keepdims=True, dtype=working_type(self.dtype)) / source.shape[1]
-                target[:, piece.target] = rounded(mean, factor, self.dtype, self._offset)
+                part[...] = piece.taken_from(fresh)
+            elif piece.fill == Fill.MEAN:
+                mean = floats(source, self.dtype).sum(axis=1, dtype=working_type(self.dtype)) / source.shape[1]
+                part[...] = rounded(mean.reshape(-1, *[1] * (part.ndim - 1)), factor, self.dtype, self._offset)
             else:
-                taken = (source if piece.fill == copy else beside)[:, piece.source]
-                target[:, piece.target] = scaled(taken, factor, self.dtype, self._offset)
+                scaled(piece.taken_from(source if piece.fill == Fill.COPY else beside), factor, self.dtype, self._offset, part)
+            if not isinstance(where, Strips):
+                target[:, where] = part
 
     def _keep_diagonal(self, target: np.ndarray, start: int) -> None:
         """Let the n-th copies on the writing axis read the n-th copies only, undivided; both axes take copies in turn."""
@@ -276,5 +288,5 @@ class Expander:
         draws = self._draws[part].rows(start, shape[0])
         deviation = float(self.plan.growth.target_config.get("initializer_range", 0.02))
         if is_short(self.dtype):
-            return normal_bits(deviation, self.dtype).take(draws)
+            return lookup(normal_bits(deviation, self.dtype), draws)
         return to_raw((normal(draws) * deviation).astype(working_type(self.dtype)), self.dtype)

@@ -199,6 +199,35 @@ def runs(index: np.ndarray, *same: np.ndarray) -> Iterator[slice]:
         yield slice(start, stop)
 
 
+@dataclass(frozen=True)
+class Strips:
+    """Columns that lie in `count` strips of one width, `period` from one to the next."""
+
+    first: int
+    width: int
+    count: int = 1
+    period: int = 0
+
+    def of(self, array: np.ndarray) -> np.ndarray:
+        """Those columns of (rows, columns), as a view: (rows, width), or (rows, count, width) of several strips."""
+        if self.count == 1:
+            return array[:, self.first : self.first + self.width]
+        row, entry = array.strides
+        shape = (len(array), self.count, self.width)
+        return np.lib.stride_tricks.as_strided(array[:, self.first :], shape, (row, self.period * entry, entry))
+
+
+def strips(first: np.ndarray, second: np.ndarray) -> tuple[Strips, Strips] | None:
+    """Two equally long arrays of indices as strips that are counted alike; None where they lie otherwise."""
+    starts = np.r_[0, np.flatnonzero((first[1:] != first[:-1] + 1) | (second[1:] != second[:-1] + 1)) + 1]
+    width = len(first) // len(starts)
+    periods = [np.diff(indices[starts]) for indices in (first, second)]
+    if (np.diff(np.r_[starts, len(first)]) != width).any() or any((each != each[:1]).any() for each in periods):
+        return None
+    of_first, of_second = (int(each[0]) if len(each) else 0 for each in periods)
+    return Strips(int(first[0]), width, len(starts), of_first), Strips(int(second[0]), width, len(starts), of_second)
+
+
 def consecutive(indices: np.ndarray) -> slice | np.ndarray:
     """A slice where the indices rise by one, which copies faster, else the indices."""
     return slice(int(indices[0]), int(indices[-1]) + 1) if len(indices) and (indices[1:] == indices[:-1] + 1).all() else indices

@@ -6,7 +6,7 @@ import numpy as np
 
 from model.dtypes import working_type
 
-from .bits import is_short, on_grid, sums
+from .bits import add, is_short, lookup, normal_numbers
 from .expansion import AxisMap, consecutive, runs
 from .seeding import Draws, normal, quantiles
 
@@ -40,7 +40,6 @@ class Noise:
         kind = np.uint16 if is_short(dtype) else np.uint32
         widths = [columns] if axis == 0 else (self.places >= 0).sum(axis=1).tolist()
         self.draws = [Draws(width, kind, seed, name, "noise", copy) for copy, width in enumerate(widths)]
-        self._tables: dict[float, np.ndarray] = {}
 
     def add(self, target: np.ndarray, start: int) -> None:
         """Add it to raw rows `start`, `start + 1`, … of the target."""
@@ -78,11 +77,12 @@ class Noise:
         if not is_short(self.dtype):
             return (normal(draws) * deviations).astype(working_type(self.dtype), copy=False)
         first = float(deviations.flat[0])
-        if (deviations != first).any():
-            return on_grid(quantiles().take(draws) * deviations, self.dtype)
-        if first not in self._tables:
-            self._tables[first] = on_grid(quantiles() * np.float32(first), self.dtype)
-        return self._tables[first].take(draws)
+        if (deviations == first).all():
+            return lookup(normal_numbers(first), draws)
+        return lookup(quantiles(), draws) * deviations
 
     def _put(self, target: np.ndarray, where: tuple[slice | np.ndarray, slice | np.ndarray], values: np.ndarray) -> None:
-        target[where] = sums(target[where], values, self.dtype)
+        part = np.ascontiguousarray(target[where]) if any(isinstance(index, np.ndarray) for index in where) else target[where]
+        add(part, values, self.dtype)
+        if not np.may_share_memory(part, target):
+            target[where] = part

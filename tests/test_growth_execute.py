@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import growth.bits
 import growth.execute
 from growth import grow
-from growth.bits import floats, normal_bits, on_grid, rounded, scaled, sums
+from growth.bits import add, floats, lookup, normal_bits, rounded, scaled
 from growth.seeding import Draws, normal, quantiles
 from model.checkpoint import Checkpoint
 from model.dtypes import to_float
@@ -46,29 +47,90 @@ def test_what_is_not_scaled_keeps_its_bits_even_nan_and_offset() -> None:
     np.testing.assert_array_equal(floats(finite, "F16").astype(np.float16).view(np.uint16), finite)
 
 
-def test_sums_of_half_floats_are_rounded_once() -> None:
+@pytest.fixture(params=["numpy", "compiled"])
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of going over 16-bit entries."""
+    if request.param == "numpy":
+        monkeypatch.setattr(growth.bits, "compiled", None)
+    elif growth.bits.compiled is None:
+        pytest.skip("installed without a C compiler")
+    return str(request.param)
+
+
+def strided(values: np.ndarray, axes: int) -> np.ndarray:
+    """The same values where rows are apart, as the columns of a block are."""
+    shape = {1: (-1,), 2: (-1, 16), 3: (-1, 4, 4)}[axes]
+    rows = values.reshape(shape)
+    apart = np.zeros((*[size + 3 for size in rows.shape[:-1]], rows.shape[-1] + 5), values.dtype)
+    view = apart[tuple(slice(0, size) for size in rows.shape)]
+    view[...] = rows
+    return view
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_sums_are_rounded_to_nearest_with_ties_to_even(dtype: str, axes: int, loops: str) -> None:
     numbers = np.random.default_rng(0)
-    halves = ALL[np.isfinite(ALL.view(np.float16))]
-    for deviation in (1e-6, 1e-3, 0.5, 2.0, 100.0, 1e5):
-        other = on_grid((numbers.standard_normal(len(halves)) * deviation).astype(np.float32), "F16")
-        exact = halves.view(np.float16).astype(np.float32) + other
-        with np.errstate(over="ignore"):
-            nearest = exact.astype(np.float16)
-            found = sums(halves, other, "F16").view(np.float16)
-            small = np.abs(exact) < 60000
-            alone = sums(halves[small], other[small], "F16").view(np.float16)
-        tie = np.abs(found.astype(np.float64) - exact) == np.abs(nearest.astype(np.float64) - exact)
-        np.testing.assert_array_equal(found[~tie], nearest[~tie])
-        assert tie[small].all(), "as near as the nearest"
-        np.testing.assert_array_equal(np.abs(alone - nearest[small]) > 0, np.abs(alone) > np.abs(nearest[small]))
-        assert (alone != nearest[small]).mean() < 0.05, "ties are few"
+    torch_type = {"F16": torch.float16, "BF16": torch.bfloat16}[dtype]
+    for deviation in (1e-8, 1e-6, 1e-3, 0.5, 100.0, 1e5):
+        values = strided((numbers.standard_normal(len(ALL)) * deviation).astype(np.float32), axes)
+        found = strided(ALL, axes)
+        with np.errstate(all="ignore"):
+            add(found, values, dtype)
+        stored = torch.from_numpy(ALL.view(np.int16).copy()).view(torch_type).float()
+        exact = (stored + torch.from_numpy(values.reshape(-1).copy())).to(torch_type)
+        same = torch.from_numpy(found.reshape(-1).view(np.int16).copy()).view(torch_type)
+        assert torch.equal(torch.isnan(same), torch.isnan(exact))
+        assert torch.equal(same.nan_to_num(1.0), exact.nan_to_num(1.0))
     between = np.array([0x3C00, 0x3C01, 0xBC00, 0xBC01], np.uint16)  # ± 1 and its successor, half a step up: ties
-    half = np.array([1, 1, -1, -1], np.float32) * np.float32(2.0**-11)
-    np.testing.assert_array_equal(sums(between, half, "F16"), [0x3C01, 0x3C02, 0xBC01, 0xBC02])
+    add(between, np.array([1, 1, -1, -1], np.float32) * np.float32(2.0**-11), "F16")
+    np.testing.assert_array_equal(between, [0x3C00, 0x3C02, 0xBC00, 0xBC02])
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("entry", [np.uint16, np.float32])
+def test_lookups_are_lookups(entry: Any, axes: int, loops: str) -> None:
+    table = np.random.default_rng(0).permutation(1 << 16).astype(entry)
+    index = strided(np.random.default_rng(1).integers(0, 1 << 16, 4096).astype(np.uint16), axes)
+    out = strided(np.zeros(4096, entry), axes)
+    around = out.base.copy()
+    assert lookup(table, index, out) is out
+    np.testing.assert_array_equal(out, table[index])
+    np.testing.assert_array_equal(lookup(table, index), table[index])
+    around[tuple(slice(0, size) for size in out.shape)] = out
+    np.testing.assert_array_equal(out.base, around, "nothing beside it was touched")
+
+
+def test_compiled_loops_refuse_what_they_cannot_go_over() -> None:
+    if growth.bits.compiled is None:
+        pytest.skip("installed without a C compiler")
+    table, index = np.zeros(1 << 16, np.uint16), np.zeros((4, 6), np.uint16)
+    for arguments in (
+        (table[:100], index, index.copy()),  # a table too short
+        (table[::-1], index, index.copy()),
+        (table.astype(np.uint64), index, index.copy()),
+        (table, index, np.zeros((4, 5), np.uint16)),
+        (table, index, np.zeros((4, 6), np.uint32)),
+        (table, index.astype(np.uint32), index.copy()),
+        (table, index.T, np.zeros((6, 4), np.uint16)),
+        (table, index.reshape(2, 2, 2, 3), index.reshape(2, 2, 2, 3).copy()),
+        (table, np.uint16(3), np.zeros((), np.uint16)),
+    ):
+        with pytest.raises((ValueError, BufferError)):
+            growth.bits.compiled.lookup(*arguments)
+    frozen = index.copy()
+    frozen.flags.writeable = False
+    for stored, values in ((frozen, np.zeros((4, 6), np.float32)), (index, np.zeros((4, 6))), (index, np.zeros((4, 5), np.float32))):
+        with pytest.raises((ValueError, BufferError)):
+            growth.bits.compiled.add(stored, values, False)
+    growth.bits.compiled.lookup(table, index[:0], index[:0])
+    np.testing.assert_array_equal(index, 0)
+
+
+def test_all_numbers_of_a_format_are_its_numbers() -> None:
     infinite = np.array([0x7C00, 0xFC00, 0x7E00], np.uint16)
     assert np.isposinf(floats(infinite, "F16")[0])
     assert np.isnan(floats(infinite, "F16")[2])
-    np.testing.assert_array_equal(sums(infinite[:2], np.ones(2, np.float32), "F16"), infinite[:2])
 
 
 @pytest.mark.parametrize(("width", "dtype"), [(5, np.uint16), (8, np.uint16), (3, np.uint32)])
@@ -104,7 +166,7 @@ def test_normal_numbers_are_normal() -> None:
     ("dtype", "options"),
     [("float16", {"noise": 0.5}), ("float32", {"operator": "random_pad"}), ("bfloat16", {"operator": "net2net", "noise": 0.5})],
 )
-def test_bits_do_not_depend_on_the_size_of_blocks(
+def test_bits_do_not_depend_on_the_size_of_blocks_nor_on_compiled_loops(
     tmp_path: Path, monkeypatch: Any, checkpoint_maker: Any, phi_config: dict[str, Any], dtype: str, options: dict[str, Any]
 ) -> None:
     source = checkpoint_maker(tmp_path / "source", phi_config, dtype)
@@ -112,6 +174,7 @@ def test_bits_do_not_depend_on_the_size_of_blocks(
     grow(source, tmp_path / "large", target=target, receipt=False, **options)
     for size in (1, 300):  # one row a block; a few
         monkeypatch.setattr(growth.execute, "BLOCK_BYTES", size)
+        monkeypatch.setattr(growth.bits, "compiled", None)
         grow(source, tmp_path / "small", target=target, receipt=False, overwrite=True, **options)
         with Checkpoint(tmp_path / "large") as large, Checkpoint(tmp_path / "small") as small:
             for name in large.tensors:
