@@ -16,7 +16,7 @@ from .seeding import quantiles
 try:
     from . import _bits as compiled
 except ImportError:
-    compiled = None
+    compiled = None  # type: ignore[assignment]
 
 Factor = float | np.ndarray
 EXPONENT = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}  # the bits of infinity
