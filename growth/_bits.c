@@ -2,6 +2,7 @@
 
    lookup(table, index, out)       out[...] = table[index], of any 65,536 entries
    add(stored, values, bfloat)     stored[...] += values, in float32, rounded to nearest, ties to even
+   accumulate(table, rows, total)  total += table[row] for one row after the other, in float32
 
    Arrays have equal shapes of at most three axes and any strides, as long as entries of the last axis lie side by side. */
 
@@ -78,6 +79,11 @@ static void lookup_4(const uint32_t *table, const uint16_t *index, uint32_t *out
         out[at] = table[index[at]];
 }
 
+static void accumulate_row(const float *table, const uint16_t *index, float *total, Py_ssize_t count) {
+    for (Py_ssize_t at = 0; at < count; at++)
+        total[at] += table[index[at]];
+}
+
 /* Two arrays of one shape, seen as (outer, middle) rows of `count` entries each. */
 typedef struct {
     Py_buffer left, right;
@@ -125,17 +131,22 @@ static int open_pair(Pair *pair, PyObject *left, int left_flags, Py_ssize_t left
     return 0;
 }
 
+static int open_table(PyObject *object, Py_buffer *table) {
+    if (PyObject_GetBuffer(object, table, PyBUF_C_CONTIGUOUS) < 0)
+        return -1;
+    if (table->len == ENTRIES * table->itemsize && (table->itemsize == 2 || table->itemsize == 4))
+        return 0;
+    PyBuffer_Release(table);
+    PyErr_SetString(PyExc_ValueError, "expected a table of 65,536 entries of 2 or 4 bytes");
+    return -1;
+}
+
 static PyObject *lookup(PyObject *module, PyObject *arguments) {
     PyObject *table_object, *index, *out;
     Py_buffer table;
     Pair pair;
-    if (!PyArg_ParseTuple(arguments, "OOO", &table_object, &index, &out) || PyObject_GetBuffer(table_object, &table, PyBUF_C_CONTIGUOUS) < 0)
+    if (!PyArg_ParseTuple(arguments, "OOO", &table_object, &index, &out) || open_table(table_object, &table) < 0)
         return NULL;
-    if (table.len != ENTRIES * table.itemsize || (table.itemsize != 2 && table.itemsize != 4)) {
-        PyBuffer_Release(&table);
-        PyErr_SetString(PyExc_ValueError, "expected a table of 65,536 entries of 2 or 4 bytes");
-        return NULL;
-    }
     if (open_pair(&pair, index, PyBUF_STRIDED_RO, 2, out, PyBUF_STRIDED, table.itemsize) < 0) {
         PyBuffer_Release(&table);
         return NULL;
@@ -173,9 +184,41 @@ static PyObject *add(PyObject *module, PyObject *arguments) {
     Py_RETURN_NONE;
 }
 
+static PyObject *accumulate(PyObject *module, PyObject *arguments) {
+    PyObject *table_object, *rows_object, *total_object;
+    Py_buffer table, rows, total;
+    if (!PyArg_ParseTuple(arguments, "OOO", &table_object, &rows_object, &total_object) || open_table(table_object, &table) < 0)
+        return NULL;
+    if (PyObject_GetBuffer(rows_object, &rows, PyBUF_STRIDED_RO) < 0) {
+        PyBuffer_Release(&table);
+        return NULL;
+    }
+    if (PyObject_GetBuffer(total_object, &total, PyBUF_STRIDED) < 0) {
+        PyBuffer_Release(&rows);
+        PyBuffer_Release(&table);
+        return NULL;
+    }
+    int fits = table.itemsize == 4 && rows.ndim == 2 && side_by_side(&rows, 2) && total.ndim == 1 && side_by_side(&total, 4) &&
+               rows.shape[1] == total.shape[0];
+    if (fits) {
+        Py_BEGIN_ALLOW_THREADS
+        for (Py_ssize_t at = 0; at < rows.shape[0]; at++)
+            accumulate_row(table.buf, (const uint16_t *)row(&rows, 0, at), total.buf, total.shape[0]);
+        Py_END_ALLOW_THREADS
+    } else
+        PyErr_SetString(PyExc_ValueError, "expected (rows, columns) of 2-byte entries, and as many columns of 4 bytes");
+    PyBuffer_Release(&total);
+    PyBuffer_Release(&rows);
+    PyBuffer_Release(&table);
+    if (!fits)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"lookup", lookup, METH_VARARGS, "lookup(table, index, out): out[...] = table[index]"},
     {"add", add, METH_VARARGS, "add(stored, values, bfloat): stored[...] += values, rounded to nearest, ties to even"},
+    {"accumulate", accumulate, METH_VARARGS, "accumulate(table, rows, total): total += table[row] for one row after the other"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,6 +1,6 @@
 """Arithmetic on raw bits. A 16-bit format has 65,536 values, so what is done to each entry alone is looked up, not computed.
 
-Where the package was installed with a C compiler at hand, two loops over 16-bit entries are compiled (`_bits.c`); the bits are the same.
+Where the package was installed with a C compiler at hand, the loops over 16-bit entries are compiled (`_bits.c`); the bits are the same.
 """
 
 from __future__ import annotations
@@ -57,6 +57,20 @@ def add(raw: np.ndarray, values: np.ndarray, dtype: str) -> None:
         raw[...] = to_raw(to_float(raw, dtype) + values, dtype)
     else:
         compiled.add(raw, values, dtype == "BF16")
+
+
+def accumulate(raw: np.ndarray, total: np.ndarray, dtype: str) -> None:
+    """`total` += rows of raw bits as numbers of the working type, one after the other: it does not matter how many come together.
+
+    Args:
+        raw: (rows, columns).
+        total: (columns,) of the working type.
+    """
+    if compiled is None or not is_short(dtype):
+        for row in floats(raw, dtype):
+            np.add(total, row, out=total)
+    else:
+        compiled.accumulate(_numbers(dtype), raw, total)
 
 
 def scaled(raw: np.ndarray, factor: Factor, dtype: str, offset: float = 0.0, out: np.ndarray | None = None) -> np.ndarray:

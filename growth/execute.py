@@ -12,7 +12,7 @@ import numpy as np
 
 from model.dtypes import RAW, to_raw, working_type
 
-from .bits import floats, is_short, lookup, normal_bits, rounded, scaled
+from .bits import accumulate, floats, is_short, lookup, normal_bits, rounded, scaled
 from .expansion import AxisMap, Fill, Strips, product, runs, strips
 from .noise import Noise
 from .plan import Plan, Step
@@ -58,15 +58,18 @@ class RowSum:
         rows: how many rows were added.
     """
 
-    def __init__(self, columns: int, working: type[np.floating]) -> None:
-        self.rows = 0
-        self._stretch, self._whole = np.zeros(columns, working), np.zeros(columns)
+    def __init__(self, columns: int, dtype: str) -> None:
+        self.rows, self.dtype = 0, dtype
+        self._stretch, self._whole = np.zeros(columns, working_type(dtype)), np.zeros(columns)
 
-    def add(self, values: np.ndarray) -> None:
-        """Add the next rows."""
-        for row in values:  # one by one, so that the sum does not depend on how many arrive together
-            np.add(self._stretch, row, out=self._stretch)
-            self.rows += 1
+    def add(self, raw: np.ndarray) -> None:
+        """Add the next rows, as raw bits: (b, columns)."""
+        done = 0
+        while done < len(raw):
+            part = raw[done : done + STRETCH - self.rows % STRETCH]
+            accumulate(part, self._stretch, self.dtype)
+            done += len(part)
+            self.rows += len(part)
             if self.rows % STRETCH == 0:
                 self._whole += self._stretch
                 self._stretch[:] = 0
@@ -139,7 +142,7 @@ class Expander:
             source = self._gather(own if fill == Fill.COPY else following, index)
             beside = self._gather(following, index) if following is not None and fill == Fill.COPY else source
             if self._has_mean_rows and fill == Fill.COPY and self._sums.rows == index[0]:
-                self._sums.add(floats(source[next(runs(index))], self.dtype))
+                self._sums.add(source[next(runs(index))])
             self._expand_columns(target, source, beside, gain, start)
             if self.step.diagonal:
                 self._keep_diagonal(target, start)
@@ -239,14 +242,14 @@ class Expander:
 
     @cached_property
     def _sums(self) -> RowSum:
-        return RowSum(self.maps[1].source, working_type(self.dtype))
+        return RowSum(self.maps[1].source, self.dtype)
 
     @cached_property
     def _mean_row(self) -> np.ndarray:
         """(1, n) the mean of all source rows, rounded to the stored dtype."""
         rows = self.maps[0].source
         for start in range(self._sums.rows, rows, STRETCH):  # those that were not among the rows so far
-            self._sums.add(floats(self._gather(self.step.source, np.arange(start, min(start + STRETCH, rows))), self.dtype))
+            self._sums.add(self._gather(self.step.source, np.arange(start, min(start + STRETCH, rows))))
         return to_raw(self._sums.total[None] / rows, self.dtype)
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import growth.bits
 import growth.execute
 from growth import grow
-from growth.bits import add, floats, lookup, normal_bits, rounded, scaled
+from growth.bits import accumulate, add, floats, lookup, normal_bits, rounded, scaled
 from growth.seeding import Draws, normal, quantiles
 from model.checkpoint import Checkpoint
 from model.dtypes import to_float
@@ -101,6 +102,20 @@ def test_lookups_are_lookups(entry: Any, axes: int, loops: str) -> None:
     np.testing.assert_array_equal(out.base, around, "nothing beside it was touched")
 
 
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_rows_are_summed_one_after_the_other(dtype: str, loops: str) -> None:
+    finite = ALL[np.isfinite(to_float(ALL, dtype)) & (np.abs(to_float(ALL, dtype)) < 1e4)]
+    rows = strided(np.random.default_rng(0).choice(finite, 40 * 16), 2)
+    expected = np.full(16, 0.1, np.float32)
+    for row in to_float(np.ascontiguousarray(rows), dtype):
+        expected = expected + row
+    for parts in ((0, 40), (0, 1, 7, 40)):
+        total = np.full(16, 0.1, np.float32)
+        for start, stop in itertools.pairwise(parts):
+            accumulate(rows[start:stop], total, dtype)
+        np.testing.assert_array_equal(total, expected)
+
+
 def test_compiled_loops_refuse_what_they_cannot_go_over() -> None:
     if growth.bits.compiled is None:
         pytest.skip("installed without a C compiler")
@@ -123,6 +138,16 @@ def test_compiled_loops_refuse_what_they_cannot_go_over() -> None:
     for stored, values in ((frozen, np.zeros((4, 6), np.float32)), (index, np.zeros((4, 6))), (index, np.zeros((4, 5), np.float32))):
         with pytest.raises((ValueError, BufferError)):
             growth.bits.compiled.add(stored, values, False)
+    numbers, total = np.zeros(1 << 16, np.float32), np.zeros(6, np.float32)
+    for sums in (
+        (table, index, total),
+        (numbers, index[0], total),
+        (numbers, index, total[:5]),
+        (numbers, index, np.zeros(6)),
+        (numbers, index.T, total[:4]),
+    ):
+        with pytest.raises((ValueError, BufferError)):
+            growth.bits.compiled.accumulate(*sums)
     growth.bits.compiled.lookup(table, index[:0], index[:0])
     np.testing.assert_array_equal(index, 0)
 
