@@ -18,7 +18,7 @@ from .noise import Noise
 from .plan import Plan, Step
 from .seeding import Draws, normal
 
-BLOCK_BYTES = 1 << 20  # of the target: small enough that temporaries stay in the processor's cache and their memory is used again
+BLOCK_BYTES = 1 << 21  # of the target: small enough that temporaries stay in the processor's cache and their memory is used again
 STRETCH = 32  # source rows that are summed in the working type before their sum is added up in float64
 
 
@@ -113,12 +113,11 @@ class Expander:
         return self.step.zero and not self._zero.any()
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """(first row, row after the last) of consecutive blocks, in each of which all rows have the same fill."""
-        fill, columns = self.maps[0].fill, self.matrix[1]
+        """(first row, row after the last) of consecutive blocks."""
+        rows, columns = self.matrix
         height = max(1, BLOCK_BYTES // (columns * RAW[self.dtype].itemsize))
-        for run in runs(np.arange(len(fill)), fill):
-            for start in range(run.start, run.stop, height):
-                yield start, min(start + height, run.stop)
+        for start in range(0, rows, height):
+            yield start, min(start + height, rows)
 
     def whole(self) -> np.ndarray:
         """The whole tensor, raw, in its shape."""
@@ -129,25 +128,37 @@ class Expander:
 
     def fill(self, target: np.ndarray, start: int) -> None:
         """Compute raw rows `start`, `start + 1`, … into `target`, one of the `blocks`: (b, columns)."""
-        rows = slice(start, start + len(target))
-        fill, index, gain = Fill(int(self.maps[0].fill[start])), self.maps[0].index[rows], self.maps[0].gain[rows]
+        rows = np.arange(start, start + len(target))
+        fills = self.maps[0].fill[rows]
+        if (fills == fills[0]).all():
+            self._fill(target, rows, Fill(int(fills[0])))
+            return
+        for fill in np.unique(fills):  # copies before means, which need them
+            chosen = fills == fill
+            part = np.empty((int(chosen.sum()), target.shape[1]), target.dtype)
+            self._fill(part, rows[chosen], Fill(int(fill)))
+            target[chosen] = part
+
+    def _fill(self, target: np.ndarray, rows: np.ndarray, fill: Fill) -> None:
+        """Compute the rows of these numbers, which rise and have one fill."""
+        index, gain = self.maps[0].index[rows], self.maps[0].gain[rows]
         if self.step.zero or (fill == Fill.ZERO and self.step.source is not None):
             target[...] = self._zero
         elif self.step.source is None or fill == Fill.RANDOM:
-            target[...] = self._fresh("rows", start, target.shape)
+            target[...] = self._fresh("rows", rows, target.shape[1])
         elif fill == Fill.MEAN:
-            self._expand_columns(target, self._mean_row, self._mean_row, gain, start)
+            self._expand_columns(target, self._mean_row, self._mean_row, gain, rows)
         else:
             own, following = self.step.source, self.step.next_source
             source = self._gather(own if fill == Fill.COPY else following, index)
             beside = self._gather(following, index) if following is not None and fill == Fill.COPY else source
             if self._has_mean_rows and fill == Fill.COPY and self._sums.rows == index[0]:
                 self._sums.add(source[next(runs(index))])
-            self._expand_columns(target, source, beside, gain, start)
+            self._expand_columns(target, source, beside, gain, rows)
             if self.step.diagonal:
-                self._keep_diagonal(target, start)
+                self._keep_diagonal(target, rows)
             if self._noise is not None:
-                self._noise.add(target, start)
+                self._noise.add(target, rows)
 
     # ---- columns ----
 
@@ -181,9 +192,9 @@ class Expander:
     def _fresh_columns(self) -> int:
         return int((self.maps[1].fill == Fill.RANDOM).sum())
 
-    def _expand_columns(self, target: np.ndarray, source: np.ndarray, beside: np.ndarray, gain: np.ndarray, start: int) -> None:
+    def _expand_columns(self, target: np.ndarray, source: np.ndarray, beside: np.ndarray, gain: np.ndarray, rows: np.ndarray) -> None:
         """Fill (b, N) raw target rows from (b or 1, n) raw source rows; `beside` are those of the next layer, `gain` one factor per row."""
-        fresh = self._fresh("columns", start, (len(target), self._fresh_columns)) if self._fresh_columns else None
+        fresh = self._fresh("columns", rows, self._fresh_columns) if self._fresh_columns else None
         row_gain = float(gain[0]) if (gain == gain[0]).all() else gain[:, None]
         for piece in self._pieces:
             where = piece.target
@@ -206,12 +217,12 @@ class Expander:
             if not isinstance(where, Strips):
                 target[:, where] = part
 
-    def _keep_diagonal(self, target: np.ndarray, start: int) -> None:
+    def _keep_diagonal(self, target: np.ndarray, rows: np.ndarray) -> None:
         """Let the n-th copies on the writing axis read the n-th copies only, undivided; both axes take copies in turn."""
         reading = self.step.tensor.reads.index(True)
         count = int(self.maps[reading].counts()[0])
-        rows, columns = (axis.number() for axis in self.maps)
-        here = rows[start : start + len(target), None]
+        number, columns = (axis.number() for axis in self.maps)
+        here = number[rows, None]
         met = here % count == columns[None] if reading else here == columns[None] % count
         target[...] = scaled(target, float(count), self.dtype) * met
 
@@ -277,18 +288,18 @@ class Expander:
         """A true value as it is stored."""
         return to_raw(np.full(1, value - self._offset), self.dtype)
 
-    def _fresh(self, part: str, start: int, shape: tuple[int, ...]) -> np.ndarray:
+    def _fresh(self, part: str, rows: np.ndarray, width: int) -> np.ndarray:
         """Fresh raw entries, as the library initialises them: ones in norm scales, zeros in biases, else normal(0, initializer_range).
 
-        They depend on seed, tensor, part and position alone; `start` is the first of the rows.
+        They depend on seed, tensor, part and position alone.
         """
         tensor = self.step.tensor
         if tensor.is_bias or tensor.line.kind.endswith("norm"):
-            return np.broadcast_to(to_raw(np.zeros(1), self.dtype) if tensor.is_bias else self._constant(1.0), shape)
+            return np.broadcast_to(to_raw(np.zeros(1), self.dtype) if tensor.is_bias else self._constant(1.0), (len(rows), width))
         if part not in self._draws:
             kind = np.uint16 if is_short(self.dtype) else np.uint32
-            self._draws[part] = Draws(shape[1], kind, self.plan.growth.seed, self.step.name, part)
-        draws = self._draws[part].rows(start, shape[0])
+            self._draws[part] = Draws(width, kind, self.plan.growth.seed, self.step.name, part)
+        draws = self._draws[part].of(rows)
         deviation = float(self.plan.growth.target_config.get("initializer_range", 0.02))
         if is_short(self.dtype):
             return lookup(normal_bits(deviation, self.dtype), draws)

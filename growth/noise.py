@@ -7,7 +7,7 @@ import numpy as np
 from model.dtypes import working_type
 
 from .bits import add, is_short, lookup, normal_numbers
-from .expansion import AxisMap, consecutive, runs
+from .expansion import AxisMap, consecutive
 from .seeding import Draws, normal, quantiles
 
 
@@ -41,36 +41,34 @@ class Noise:
         widths = [columns] if axis == 0 else (self.places >= 0).sum(axis=1).tolist()
         self.draws = [Draws(width, kind, seed, name, "noise", copy) for copy, width in enumerate(widths)]
 
-    def add(self, target: np.ndarray, start: int) -> None:
-        """Add it to raw rows `start`, `start + 1`, … of the target."""
+    def add(self, target: np.ndarray, rows: np.ndarray) -> None:
+        """Add it to raw rows of these numbers of the target."""
         if self.axis == 1:
-            self._add_to_columns(target, start)
+            self._add_to_columns(target, rows)
         else:
-            self._add_to_rows(target, start)
+            self._add_to_rows(target, rows)
 
-    def _add_to_columns(self, target: np.ndarray, start: int) -> None:
+    def _add_to_columns(self, target: np.ndarray, rows: np.ndarray) -> None:
         for places, draws in zip(self.places, self.draws, strict=True):
             chosen = places[places >= 0]
-            values = self._values(draws.rows(start, len(target)), self.deviations[chosen])
+            values = self._values(draws.of(rows), self.deviations[chosen])
             self._put(target, (slice(None), consecutive(chosen)), values)
             if self.divided:
                 self._put(target, (slice(None), consecutive(self.place_of_last[places >= 0])), np.negative(values, out=values))
 
-    def _add_to_rows(self, target: np.ndarray, start: int) -> None:
-        rows = np.arange(start, start + len(target))
-        if len(noisy := rows[self.noisy[rows]]):
-            self._put(target, (consecutive(noisy - start), slice(None)), self._of_rows(noisy))
-        if len(last := rows[self.last[rows]]):
+    def _add_to_rows(self, target: np.ndarray, rows: np.ndarray) -> None:
+        if len(noisy := np.flatnonzero(self.noisy[rows])):
+            self._put(target, (consecutive(noisy), slice(None)), self._of_rows(rows[noisy]))
+        if len(last := np.flatnonzero(self.last[rows])):
             total = np.zeros((len(last), target.shape[1]), working_type(self.dtype))
-            for others in self.places[:, self.grown.index[last]]:
+            for others in self.places[:, self.grown.index[rows[last]]]:
                 if (others >= 0).any():
                     total[others >= 0] += self._of_rows(others[others >= 0])
-            self._put(target, (consecutive(last - start), slice(None)), -total)
+            self._put(target, (consecutive(last), slice(None)), -total)
 
     def _of_rows(self, rows: np.ndarray) -> np.ndarray:
         """The noise on whole rows of the target."""
-        drawn = [self.draws[0].rows(int(rows[run.start]), run.stop - run.start) for run in runs(rows)]
-        return self._values(drawn[0] if len(drawn) == 1 else np.concatenate(drawn), self.deviations[rows][:, None])
+        return self._values(self.draws[0].of(rows), self.deviations[rows][:, None])
 
     def _values(self, draws: np.ndarray, deviations: np.ndarray) -> np.ndarray:
         """Normal numbers of these deviations, which broadcast with `draws`."""

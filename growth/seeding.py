@@ -8,6 +8,8 @@ from statistics import NormalDist
 
 import numpy as np
 
+from .expansion import runs
+
 _PERIOD = 1 << 128  # of PCG64
 
 
@@ -32,6 +34,11 @@ class Draws:
         self._words = -(-width * self.dtype.itemsize // 8)  # of each row
         self._bits = np.random.PCG64(_key(seed, *name))
         self._row = 0
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """(len(rows), width) the rows of these numbers."""
+        drawn = [self.rows(int(rows[run.start]), run.stop - run.start) for run in runs(rows)]
+        return drawn[0] if len(drawn) == 1 else np.concatenate(drawn)
 
     def rows(self, start: int, count: int) -> np.ndarray:
         """(count, width) rows `start`, `start + 1`, …"""

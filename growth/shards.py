@@ -24,7 +24,7 @@ from model.whole import partial_of, whole
 
 MAX_SHARD_BYTES = 5_000_000_000  # what the Hugging Face hub recommends
 PAGE = 4096  # direct writes start and end at multiples of it, in the file and in memory
-BUFFER_BYTES = (1 << 20) + 2 * PAGE  # a block of rows, and what the one before left of a page
+BUFFER_BYTES = (1 << 21) + 2 * PAGE  # a block of rows, and what the one before left of a page
 
 
 @dataclass(frozen=True)

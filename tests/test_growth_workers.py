@@ -82,7 +82,7 @@ grow(sys.argv[1], sys.argv[2], worker="0/2", threads=1, **json.loads(sys.argv[4]
 """
 
 
-@pytest.mark.parametrize("limit", [0, 30, 60])
+@pytest.mark.parametrize("limit", [0, 10, 20])
 def test_a_killed_worker_goes_on_where_it_was(phi_folder: Path, tmp_path: Path, one: dict[str, bytes], limit: int) -> None:
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     grow(phi_folder, out, worker="1/2", **HOW)
