@@ -6,9 +6,10 @@ python benchmarks/bench_growth.py --readme          the same, and its table into
 
 The source has random weights in float16. A round runs every command once, each a whole process on `--cores` cores whose wall time and
 peak resident memory are those that the operating system counts. Before a command runs, what it writes is removed and what it reads is in
-the page cache, for `cp` as for growth, and nothing is left to be written back. Growth verifies what it wrote by reading every header entry
-back and holding it against the plan; that is in its time. The weights themselves are compared after the timing, with the source and with
-mergekit's.
+the page cache, for `cp` as for growth, and nothing is left to be written back. `cp` leaves its copy in the page cache, growth writes past
+it: "then sync" is until the disk has all of it. Fresh cache pages can cost far more than the disk does, above all in a virtual machine, so
+`cp` varies from run to run; `dd` does not depend on them. Growth verifies what it wrote by reading every header entry back and holding it
+against the plan; that is in its time. The weights themselves are compared after the timing, with the source and with mergekit's.
 """
 
 from __future__ import annotations
@@ -53,6 +54,12 @@ def measured(command: Sequence[str | Path], output: str = os.devnull) -> Timed:
     if code := os.waitstatus_to_exitcode(status):
         raise SystemExit(f"{' '.join(arguments)} ended with status {code}{'' if output == os.devnull else f'; see {output}'}")
     return Timed(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def then_sync(command: Timed) -> Timed:
+    """A finished process and the wait until the disk has what it wrote."""
+    waited = measured(["sync"])
+    return Timed(command.seconds + waited.seconds, command.processor_seconds + waited.processor_seconds, command.peak_bytes)
 
 
 # ---- what runs in children ------------------------------------------------------------------------------------------------------------
@@ -123,6 +130,12 @@ def growth_command(source: Path, out: Path, target: str, *more: str) -> list[str
     return [sys.executable, "-m", "growth", f"source={source}", f"target={target}", f"out={out}", "threads=2", *more]
 
 
+# The door of an installation without a C compiler.
+IN_NUMPY = (
+    "import runpy, sys; sys.modules['growth._bits'] = None; sys.argv[0] = 'growth'; runpy.run_module('growth', None, '__main__', True)"
+)
+
+
 def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
@@ -160,16 +173,21 @@ class Bench:
         target = f"{{{width},num_hidden_layers:{self.deeper}}}"
 
         ready(grown, self.source)
-        found["growth"] = measured(growth_command(self.source, grown, target), self.log)
+        command = growth_command(self.source, grown, target)
+        found["growth"] = measured(command, self.log)
+        found["growth, then sync"] = then_sync(found["growth"])
         self.bytes |= {"source": size_of(self.source), "growth": size_of(grown)}
         measured(child("check-grown", self.source, grown), self.log)
         ready(copy, grown)
         found["cp of its result"] = measured(["cp", "-r", grown, copy])
+        found["cp of its result, then sync"] = then_sync(found["cp of its result"])
         ready(copy)
         ready(direct)
         count = f"count={self.bytes['growth'] >> 20}"
         found["dd of as many bytes"] = measured(["dd", "if=/dev/zero", f"of={direct}", "bs=1M", count, "oflag=direct", "status=none"])
         ready(direct)
+        ready(grown, self.source)
+        found["growth in numpy alone"] = measured([command[0], "-c", IN_NUMPY, *command[3:]], self.log)
         ready(grown, self.quarter)
         part = f"{{{width},num_hidden_layers:{self.deeper // 4}}}"
         found["growth of a quarter"] = measured(growth_command(self.quarter, grown, part), self.log)
@@ -220,6 +238,7 @@ def summary(rounds: list[dict[str, Timed]], sizes: dict[str, int], layers: int, 
         "peak_bytes": {name: max(run[name].peak_bytes for run in rounds) for name in names},
         "ratios": {
             "growth / cp": ratio("growth", "cp of its result"),
+            "growth / cp, both then sync": ratio("growth, then sync", "cp of its result, then sync"),
             "growth / dd": ratio("growth", "dd of as many bytes"),
             "mergekit / growth in depth alone": ratio("mergekit", "growth in depth alone"),
             "seconds per byte without start-up, whole / quarter": statistics.median(
@@ -238,13 +257,14 @@ def table(result: dict[str, Any]) -> str:
     others = f"; load average of other work before: {result['load_before']:.0f}"
     lines = [f"{result['machine']}{others if result['load_before'] > 0.5 else ''}; whole processes, 2 computing threads;"]
     lines += [f"medians over the interleaved rounds ({result['rounds']}):", ""]
-    lines += ["| | writes | seconds | processor seconds | peak memory |", "|---|---:|---:|---:|---:|"]
-    sizes = result["bytes"] | dict.fromkeys(("cp of its result", "dd of as many bytes"), result["bytes"]["growth"])
+    lines += ["| | writes | seconds | fastest to slowest | processor seconds | peak memory |", "|---|---:|---:|---:|---:|---:|"]
+    whole = ("growth, then sync", "growth in numpy alone", "cp of its result", "cp of its result, then sync", "dd of as many bytes")
+    sizes = result["bytes"] | dict.fromkeys(whole, result["bytes"]["growth"])
     for name, seconds in result["seconds"].items():
         written = f"{sizes[name] / 1e9:.2f} GB" if name in sizes else ""
-        lines.append(
-            f"| {name} | {written} | {seconds:.1f} | {result['processor_seconds'][name]:.1f} | {result['peak_bytes'][name] / 1e6:,.0f} MB |"
-        )
+        every = [run[name]["seconds"] for run in result["runs"]]
+        cost = f"{result['processor_seconds'][name]:.1f} | {result['peak_bytes'][name] / 1e6:,.0f} MB"
+        lines.append(f"| {name} | {written} | {seconds:.1f} | {min(every):.1f} to {max(every):.1f} | {cost} |")
     ratios = "; ".join(f"{name} {value:.2f}" for name, value in result["ratios"].items() if value is not None)
     return "\n".join([*lines, "", f"Medians of the rounds' ratios: {ratios}.", ""])
 

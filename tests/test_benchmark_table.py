@@ -50,7 +50,7 @@ def test_medians_and_ratios_are_those_of_the_rounds(bench: ModuleType) -> None:
     assert result["ratios"]["growth / cp"] == 1.0  # of 0.5, 4 and 1
     assert result["ratios"]["mergekit / growth in depth alone"] is None
     assert result["ratios"]["seconds per byte without start-up, whole / quarter"] == 1.0
-    assert "| growth | 4.00 GB | 3.0 | 6.0 | 8 MB |" in bench.table(result)
+    assert "| growth | 4.00 GB | 3.0 | 1.0 to 8.0 | 6.0 | 8 MB |" in bench.table(result)
     assert "growth / cp 1.00" in bench.table(result)
     assert "load average of other work before: 3" in bench.table(result)
     assert "load" not in bench.table(result | {"load_before": 0.2})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -96,3 +97,19 @@ def test_a_file_system_without_direct_writes_gets_the_same_bytes(tmp_path: Path,
     with Checkpoint(tmp_path) as written_back:
         for name, value in expected().items():
             np.testing.assert_array_equal(written_back.read(name), value)
+
+
+@pytest.mark.parametrize("failing", [0, 3])
+def test_a_failed_write_is_told_and_leaves_no_header(tmp_path: Path, monkeypatch: Any, failing: int) -> None:
+    right, writes = os.pwrite, itertools.count()
+
+    def full(descriptor: int, data: memoryview, offset: int) -> int:
+        if next(writes) >= failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return right(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left"):
+        fill(tmp_path, 1 << 40, 2)
+    assert not any(path.read_bytes()[:8].strip(b"\0") for path in tmp_path.glob("*.safetensors"))
+
