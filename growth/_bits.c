@@ -16,6 +16,10 @@
 #define F16C __attribute__((target("avx,f16c")))
 #endif
 
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "stored entries are little-endian; numpy turns them round on other machines"
+#endif
+
 #define ENTRIES 65536
 
 static inline float as_float(uint32_t bits) {
