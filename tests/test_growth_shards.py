@@ -112,4 +112,3 @@ def test_a_failed_write_is_told_and_leaves_no_header(tmp_path: Path, monkeypatch
     with pytest.raises(OSError, match="No space left"):
         fill(tmp_path, 1 << 40, 2)
     assert not any(path.read_bytes()[:8].strip(b"\0") for path in tmp_path.glob("*.safetensors"))
-
