@@ -30,7 +30,8 @@ class Cost:
     """What one arm paid to reach scratch's final loss, or why no ratio can be given.
 
     FLOPs include the operator's own steps; `_included` adds the source's. None: undefined, or the source's cost is unknown.
-    The loss differences (arm − scratch's final loss, nats; negative is better) are read where both have paid the same FLOPs.
+    The loss differences (arm − scratch's final loss, nats; negative is better) are read where both have paid the same FLOPs, None where
+    the arm ended before that; and at the arm's own end.
     """
 
     outcome: Outcome
@@ -41,6 +42,7 @@ class Cost:
     speedup_included: float | None
     difference_excluded: float | None
     difference_included: float | None
+    difference_at_end: float
 
     @property
     def saving_excluded(self) -> float | None:
@@ -95,6 +97,13 @@ def half_interval(values: Sequence[float], level: float = 0.95) -> float | None:
     return float(stdtrit(len(values) - 1, 0.5 + level / 2)) * stdev(values) / math.sqrt(len(values))
 
 
+def verdict(difference: float, interval: float | None) -> str:
+    """In words: a change that its interval does not tell from none is called so."""
+    if interval is None or abs(difference) <= interval:
+        return "no change that the seeds can tell"
+    return "lower" if difference < 0 else "higher"
+
+
 def cost(curve: Curve, scratch: Curve, *, operator_flops: float = 0.0, source_flops: float | None = 0.0) -> Cost:
     """Hold one arm's curve against scratch's.
 
@@ -121,6 +130,7 @@ def cost(curve: Curve, scratch: Curve, *, operator_flops: float = 0.0, source_fl
         speedup_included=_ratio(c_scratch, included),
         difference_excluded=difference(operator_flops),
         difference_included=difference(None if source_flops is None else operator_flops + source_flops),
+        difference_at_end=curve.losses[-1] - level,
     )
 
 
