@@ -238,6 +238,9 @@ def test_a_taught_run_pays_for_its_teacher_and_ends_closer_to_it(overrides: list
     sources = [json.loads((run / "run.json").read_text())["start"]["source"] for run in (folder, plain)]
     assert sources[0]["flops"] == json.loads((source / "ledger.json").read_text())["flops"] > 0, "its training is what teaching needs"
     assert sources[1] is None
+    card = (folder / "final" / "README.md").read_text()
+    assert "| started from | scratch |" in card
+    assert f"| taught by | `{source}`, for 50% of the budget |" in card
 
 
 def test_a_teacher_of_more_tokens_is_refused(overrides: list[str], source: Path, tmp_path: Path) -> None:
@@ -275,6 +278,8 @@ def test_a_run_grows_on_its_way_in_one_folder_on_one_clock(staged: Settings) -> 
     assert grown[1]["val_loss"] == pytest.approx(losses[4], abs=1e-5), "an identity growth keeps the loss"
     assert grown[0]["val_loss"] != pytest.approx(losses[2], abs=1e-5), "a stacked one does not"
     assert sorted(path.name for path in (folder / "stages").iterdir()) == ["1", "2"]
+    growths = "at 34% of the budget: lossless; at 67% of the budget: lossless"
+    assert f"| grown on the way | {growths} |" in (folder / "final" / "README.md").read_text()
 
 
 def test_growing_on_the_way_resumes_exactly(staged: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
