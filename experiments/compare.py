@@ -240,11 +240,11 @@ def answer(comparison: Comparison) -> str:
     if below:
         row = min(below, key=lambda row: row.final_loss)
         gap = _nats(row.final_loss - comparison.scratch.final_loss)
-        return f"{row.arm} starts below scratch's final loss and ends {gap} it (source excluded; {_with_source(row)})"
+        return f"{row.arm} starts below scratch's final loss and ends {gap} it ({_with_source(row)})"
     if reached:
         row = max(reached, key=lambda row: row.cost.speedup_excluded or 0.0)
         excluded = percent(row.cost.saving_excluded or 0.0)
-        return f"{row.arm} reaches scratch's final loss with {excluded} FLOPs (source excluded; {_with_source(row)})"
+        return f"{row.arm} reaches scratch's final loss with {excluded} FLOPs ({_with_source(row)})"
     if grown:
         row = min(grown, key=lambda row: row.final_loss)
         gap = _nats(row.final_loss - comparison.scratch.final_loss)
@@ -254,7 +254,9 @@ def answer(comparison: Comparison) -> str:
 
 def _with_source(row: Row) -> str:
     included = row.cost.saving_included
-    return "its cost is unknown" if included is None else f"{percent(included)} FLOPs with it included"
+    if row.source_flops == 0.0:
+        return "it has no source to pay for"
+    return "source excluded; " + ("its cost is unknown" if included is None else f"{percent(included)} FLOPs with it included")
 
 
 def percent(share: float) -> str:

@@ -177,7 +177,9 @@ def _mark_saving(axes: Axes, comparison: Comparison, colours: dict[str, str]) ->
     axes.annotate("", (x, level), (end, level), arrowprops={"arrowstyle": "-|>", "color": colours[row.arm], "linewidth": 2.2}, zorder=4)
     saved = row.cost.saving_excluded or 0.0
     label = f"{abs(saved):.0%} {'fewer' if saved >= 0 else 'more'} FLOPs".replace("%", " %")
-    axes.annotate(label, (x, level), (-8, -7), textcoords="offset points", ha="right", va="top", color=colours[row.arm], **LABEL)
+    axes.annotate(
+        label, (x, level), (-8, -7), textcoords="offset points", ha="right", va="top", color=colours[row.arm], bbox=PAPER, **LABEL
+    )
 
 
 def _caption(comparison: Comparison) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from test_experiments_runs import fabricate
 
-from experiments.compare import compare
+from experiments.compare import answer, compare
 from experiments.ledger import half_interval
 from experiments.paired import Change
 from experiments.table import CHANGE_HEADER, HEADER, as_json, cells, change_cells, markdown
@@ -85,6 +85,12 @@ def test_an_arm_that_paid_less_in_all_says_where_it_ended(folders: list[Path]) -
     shown = dict(zip(HEADER, cells(stacked), strict=True))
     assert shown["source excluded: S, saving"] == shown["source included: S, saving"] == "not reached, ends +0.550"
     assert shown["Δ loss at equal FLOPs (excl. / incl.)"] == "– / –"
+
+
+def test_an_arm_without_a_source_has_none_to_pay_for(tmp_path: Path) -> None:
+    spans = [{"last": 4, "flops_per_token": 4.0}, {"last": 6, "flops_per_token": 10.0}]
+    folders = arm(tmp_path, "scratch", [4.0], "scratch") + arm(tmp_path, "stacked", [4.0], "scratch", stages=[{}], spans=spans)
+    assert answer(compare(folders)) == "stacked reaches scratch's final loss with 40 % fewer FLOPs (it has no source to pay for)"
 
 
 def test_what_the_trainer_counted_is_what_the_comparison_reads(overrides: list[str], tmp_path: Path) -> None:
