@@ -244,7 +244,9 @@ def answer(comparison: Comparison) -> str:
     if reached:
         row = max(reached, key=lambda row: row.cost.speedup_excluded or 0.0)
         excluded = percent(row.cost.saving_excluded or 0.0)
-        return f"{row.arm} reaches scratch's final loss with {excluded} FLOPs ({_with_source(row)})"
+        every = row.seed_savings or row.n == 1 or not set(row.seeds) <= set(comparison.scratch.seeds)
+        seeds = "" if every else " in the mean, though not in every seed,"
+        return f"{row.arm} reaches scratch's final loss{seeds} with {excluded} FLOPs ({_with_source(row)})"
     if grown:
         row = min(grown, key=lambda row: row.final_loss)
         gap = _nats(row.final_loss - comparison.scratch.final_loss)

@@ -63,8 +63,9 @@ def build(comparison: Comparison) -> Figure:
     tokens.set_ylabel("nats/token", color=INK)
     _label_curves(main, comparison, colours)
     _mark_saving(main, comparison, colours)
-    finding = capital(answer(comparison)).replace(" (", "\n(").split("\n")
-    title = "\n".join(line for part in finding for line in textwrap.wrap(part, 84))
+    finding = capital(answer(comparison))
+    parts = finding.replace(" (", "\n(").split("\n")
+    title = "\n".join(parts if max(map(len, parts)) <= 84 else textwrap.wrap(finding, 84))
     figure.suptitle(title, fontsize=14, fontweight="bold", color=INK, x=0.01, ha="left")
     figure.supxlabel("\n".join(textwrap.wrap(_caption(comparison), 150)), fontsize=8.5, color="#666666", x=0.01, ha="left")
     return figure

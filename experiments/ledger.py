@@ -13,6 +13,7 @@ from statistics import fmean, stdev
 from typing import Literal
 
 Outcome = Literal["reached", "starts below", "not reached"]
+VERDICTS = ("lower", "higher", "no change that the seeds can tell")
 AT_THE_END = 0.01  # a curve that ends within 1 % of the wanted cost is read at its end: budgets are whole batches
 
 
@@ -99,9 +100,10 @@ def half_interval(values: Sequence[float], level: float = 0.95) -> float | None:
 
 def verdict(difference: float, interval: float | None) -> str:
     """In words: a change that its interval does not tell from none is called so."""
+    lower, higher, untold = VERDICTS
     if interval is None or abs(difference) <= interval:
-        return "no change that the seeds can tell"
-    return "lower" if difference < 0 else "higher"
+        return untold
+    return lower if difference < 0 else higher
 
 
 def cost(curve: Curve, scratch: Curve, *, operator_flops: float = 0.0, source_flops: float | None = 0.0) -> Cost:

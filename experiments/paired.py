@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from experiments.comparable import OF_ONE_SEED, differing_keys
-from experiments.ledger import half_interval, verdict
+from experiments.ledger import VERDICTS, half_interval, verdict
 from experiments.runs import Run, setting
 from train.settings import identity
 
@@ -42,6 +42,16 @@ def changes(best: Mapping[str, Sequence[Run]]) -> tuple[Change, ...]:
     pairs = [(plain, arm) for plain in best if is_plain(best[plain][0]) for arm in best]
     found = [(plain, arm, changed_in_training(best[plain][0], best[arm][0])) for plain, arm in sorted(pairs)]
     return tuple(_change(arm, plain, keys, best) for plain, arm, keys in found if keys)
+
+
+def summary(found: Sequence[Change]) -> str:
+    """What the changes did to the final loss, in one sentence for each counterpart."""
+    sentences = []
+    for plain in sorted({change.plain for change in found}):
+        told = {word: [change.arm for change in found if (change.plain, change.verdict) == (plain, word)] for word in VERDICTS}
+        said = [f"{word} for {', '.join(arms)}" for word, arms in told.items() if arms]
+        sentences.append(f"against {plain}, " + "; ".join(said))
+    return ". ".join(f"Final loss {sentence}" for sentence in sentences)
 
 
 def is_plain(run: Run) -> bool:

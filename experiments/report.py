@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 
 from experiments.compare import METHOD, Comparison, answer
+from experiments.paired import summary
 from experiments.runs import SCRATCH, SOURCE
 from experiments.table import (
     CHANGE_HEADER,
@@ -98,7 +99,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequenc
 def _changes(comparison: Comparison) -> list[str]:
     if not comparison.changes:
         return []
-    return [f"<h2>{escape(CHANGES)}</h2>", table(CHANGE_HEADER, [change_cells(change) for change in comparison.changes])]
+    said = f"<p>{escape(summary(comparison.changes))}.</p>"
+    return [f"<h2>{escape(CHANGES)}</h2>", said, table(CHANGE_HEADER, [change_cells(change) for change in comparison.changes])]
 
 
 def _notes(notes: Sequence[str]) -> str:

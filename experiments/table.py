@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from experiments.compare import METHOD, Comparison, Row, answer
 from experiments.ledger import saving
-from experiments.paired import Change
+from experiments.paired import Change, summary
 from experiments.runs import SCRATCH, Run
 from model.errors import UserError
 
@@ -118,6 +118,7 @@ def markdown(comparison: Comparison) -> str:
     """The block that READMEs carry: the answer, the best of every arm, the whole grid if there is one, the notes."""
     parts = [f"**{capital(answer(comparison))}.**", markdown_table(HEADER, [cells(row) for row in comparison.best_rows])]
     if comparison.changes:
+        parts.insert(1, f"**{summary(comparison.changes)}.**")
         parts += [f"{CHANGES}:", markdown_table(CHANGE_HEADER, [change_cells(change) for change in comparison.changes])]
     if len(comparison.rows) > len(comparison.best_rows):
         parts += ["The whole grid (★: the best of its arm):", markdown_table(GRID_HEADER, [grid_cells(row) for row in comparison.rows])]

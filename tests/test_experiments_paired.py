@@ -11,7 +11,8 @@ from test_experiments_runs import fabricate
 
 from experiments.compare import answer, compare
 from experiments.ledger import half_interval
-from experiments.paired import Change
+from experiments.paired import Change, summary
+from experiments.report import html
 from experiments.table import CHANGE_HEADER, HEADER, as_json, cells, change_cells, markdown
 from model.geometry import flops_per_token
 from train import loop
@@ -66,17 +67,35 @@ def test_each_arm_is_held_against_the_plain_one_of_its_start(folders: list[Path]
     assert Change("a", "b", (), (0, 1, 2), 1.0, 0.5, 0.1).verdict == words[3]
 
 
-def test_the_table_the_page_and_the_json_have_the_changes(folders: list[Path]) -> None:
+def test_the_table_the_page_and_the_json_have_the_changes(folders: list[Path], tmp_path: Path) -> None:
     comparison = compare(folders)
     table = markdown(comparison)
+    (tmp_path / "picture.png").write_bytes(b"")
+    page = html(comparison, tmp_path / "picture.png")
     assert "Against the arm that starts alike and is trained on plainly" in table
     for change in comparison.changes:
         assert "| " + " | ".join(change_cells(change)) + " |" in table
+        assert "".join(f"<td>{cell}</td>" for cell in change_cells(change)) in page
     shown = dict(zip(CHANGE_HEADER, change_cells(comparison.changes[1]), strict=True))
     assert (shown["differs in"], shown["FLOPs of training"], shown["n"]) == ("transfer.teacher", "1.17 ×", "2")
     assert as_json(comparison)["changes"][0]["verdict"] == "lower"
     json.dumps(as_json(comparison))
     assert not compare([folder for folder in folders if "scratch" in folder.name or "tile" in folder.name]).changes
+
+
+def test_what_the_changes_did_is_said_in_a_sentence_each(folders: list[Path]) -> None:
+    untold = "no change that the seeds can tell"
+    said = f"Final loss against lossless, lower for continued; {untold} for taught, warm. Final loss against scratch, {untold} for stacked"
+    comparison = compare(folders)
+    assert summary(comparison.changes) == said
+    assert f"**{said}.**" in markdown(comparison)
+
+
+def test_a_saving_that_not_every_seed_has_is_called_so(tmp_path: Path) -> None:
+    folders = [*arm(tmp_path, "scratch", [4.0, 4.2], "scratch"), *arm(tmp_path, "tile", [3.6, 4.3], "tile")]
+    assert answer(compare(folders)).startswith("tile reaches scratch's final loss in the mean, though not in every seed, with 5 % fewer")
+    again = [*arm(tmp_path / "more", "scratch", [4.0, 4.2], "scratch"), *arm(tmp_path / "more", "tile", [3.6, 4.1], "tile")]
+    assert answer(compare(again)).startswith("tile reaches scratch's final loss with")
 
 
 def test_an_arm_that_paid_less_in_all_says_where_it_ended(folders: list[Path]) -> None:

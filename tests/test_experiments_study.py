@@ -14,6 +14,7 @@ from experiments import definition
 from experiments.definition import HERE, Arm, Job, Study, equal_flops_budget, jobs, load_study, source_job
 from experiments.progress import Display, position
 from experiments.study import RunFailed, complete, run_jobs, run_study
+from experiments.table import check_table
 from model.errors import UserError
 from model.geometry import flops_per_token
 from model.presets import preset
@@ -77,6 +78,16 @@ def test_the_grid_is_run_on_the_tuning_seeds_only(elsewhere: Path, grids: dict[s
     rates = [study.arms["scratch"].learning_rate * share for share in (0.5, 1, 2, 1, 1)]
     points = [(job.settings.seed, job.settings.optimizer.learning_rate) for job in jobs(study, extent)]
     assert points == list(zip((0, 0, 0, 1, 2), rates, strict=True))
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_what_is_committed_are_the_runs_that_the_study_defines(name: str, grids: dict[str, list[Job]]) -> None:
+    found = json.loads((HERE / name / "comparison.json").read_text())
+    assert {run["name"] for run in found["runs"] if run["seed"] == 0} == {job.name for job in grids[name]}
+    study = load_study(name)
+    repeated = {(row["arm"], float(row["learning_rate"])) for row in found["rows"] if row["n"] == len(study.full.seeds)}
+    assert repeated == {(arm, study.arms[arm].learning_rate) for arm in study.full.arms}
+    check_table(HERE / name / "README.md", (HERE / name / "table.md").read_text())
 
 
 @pytest.mark.parametrize("name", STUDIES)
