@@ -52,9 +52,8 @@ def _differing(runs: Sequence[Run], what: str, read: Read) -> list[str]:
 
 def _differing_configs(runs: Sequence[Run]) -> list[str]:
     for run in runs[1:]:
-        keys = _differing_keys(_network(runs[0]), _network(run))
-        if keys:
-            return [f"{runs[0].folder} and {run.folder} cannot be compared: their target configs differ in {'; '.join(keys)}"]
+        if differing := _told(_network(runs[0]), _network(run)):
+            return [f"{runs[0].folder} and {run.folder} cannot be compared: their target configs differ in {differing}"]
     return []
 
 
@@ -79,9 +78,8 @@ def _differing_within_arms(runs: Sequence[Run]) -> list[str]:
     faults = []
     for run in runs:
         other = first.setdefault((run.arm, run.learning_rate), run)
-        keys = _differing_keys(_measured(other), _measured(run))
-        if keys:
-            faults.append(f"{other.folder} and {run.folder} are no two seeds of one arm: their settings differ in {'; '.join(keys)}")
+        if differing := _told(_measured(other), _measured(run)):
+            faults.append(f"{other.folder} and {run.folder} are no two seeds of one arm: their settings differ in {differing}")
     return faults
 
 
@@ -89,9 +87,14 @@ def _measured(run: Run) -> dict[str, Any]:
     return {key: value for key, value in identity(run.record["settings"]).items() if key not in OF_ONE_SEED}
 
 
-def _differing_keys(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    keys = sorted(one.keys() | other.keys())
-    return [f"{key} ({one.get(key, 'absent')} and {other.get(key, 'absent')})" for key in keys if one.get(key) != other.get(key)]
+def differing_keys(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The keys at which two flat dicts differ; a missing value is None."""
+    return [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
+
+
+def _told(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """What differs, with both values; "" where nothing does."""
+    return "; ".join(f"{key} ({one.get(key, 'absent')} and {other.get(key, 'absent')})" for key in differing_keys(one, other))
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from experiments.comparable import check_comparable
 from experiments.ledger import Cost, Curve, cost, half_interval, mean_curve, saving
+from experiments.paired import Change, changes
 from experiments.runs import SCRATCH, SOURCE, LeftOut, Run, read_runs
 from model.errors import UserError
 
@@ -21,11 +22,13 @@ METHOD = (
     "All arms train the same target on the same batches of one data set; validation text is held out by document and is the same in "
     "every evaluation. A cost is read where the arm's mean curve first reaches scratch's final loss (mean over seeds, best learning "
     "rate), linear in the loss between two evaluations; scratch is read by the same rule. FLOPs are counted from the model, "
-    "attention included, for the tokens really processed, plus the operator's own steps. S = C_scratch / C_arm; saving = 1 − 1/S. "
+    "attention included, for the tokens really processed, plus the operator's own steps and a teacher's forward passes; a run that grows "
+    "on its way pays for the network it has at each step, and for no gradient of what is frozen. S = C_scratch / C_arm; saving = 1 − 1/S. "
     "Source excluded: the checkpoint was already there. Source included: it had to be trained first. Loss at equal FLOPs: the arm's "
     "loss where it has paid what scratch paid in all, minus scratch's final loss (negative is better). Where an arm is read before "
     "the end of its own schedule, its learning rate has not yet decayed as far as scratch's had: that is to the arm's disadvantage. "
-    "Intervals are 95 %, Student t over seeds; a saving's interval holds each seed against scratch's run of the same seed."
+    "Intervals are 95 %, Student t over seeds; a saving's interval holds each seed against scratch's run of the same seed. "
+    "A change is the mean difference of final losses over pairs of one seed; no interval is corrected for how many are looked at."
 )
 
 
@@ -68,6 +71,7 @@ class Comparison:
     rows: tuple[Row, ...]
     scratch_curve: Curve
     curves: dict[tuple[str, float], Curve]  # mean over seeds
+    changes: tuple[Change, ...]
     runs: tuple[Run, ...]
     left_out: tuple[LeftOut, ...]
     notes: tuple[str, ...]
@@ -102,6 +106,7 @@ def compare(folders: Iterable[str | Path]) -> Comparison:
         rows=tuple(rows),
         scratch_curve=curves[SCRATCH, best[SCRATCH]],
         curves=curves,
+        changes=changes({arm: groups[arm, rate] for arm, rate in best.items()}),
         runs=tuple(runs),
         left_out=tuple(left_out),
         notes=tuple(_notes(rows, runs, left_out)),
@@ -235,11 +240,13 @@ def answer(comparison: Comparison) -> str:
     if below:
         row = min(below, key=lambda row: row.final_loss)
         gap = _nats(row.final_loss - comparison.scratch.final_loss)
-        return f"{row.arm} starts below scratch's final loss and ends {gap} it (source excluded; {_with_source(row)})"
+        return f"{row.arm} starts below scratch's final loss and ends {gap} it ({_with_source(row)})"
     if reached:
         row = max(reached, key=lambda row: row.cost.speedup_excluded or 0.0)
         excluded = percent(row.cost.saving_excluded or 0.0)
-        return f"{row.arm} reaches scratch's final loss with {excluded} FLOPs (source excluded; {_with_source(row)})"
+        every = row.seed_savings or row.n == 1 or not set(row.seeds) <= set(comparison.scratch.seeds)
+        seeds = "" if every else " in the mean, though not in every seed,"
+        return f"{row.arm} reaches scratch's final loss{seeds} with {excluded} FLOPs ({_with_source(row)})"
     if grown:
         row = min(grown, key=lambda row: row.final_loss)
         gap = _nats(row.final_loss - comparison.scratch.final_loss)
@@ -249,7 +256,9 @@ def answer(comparison: Comparison) -> str:
 
 def _with_source(row: Row) -> str:
     included = row.cost.saving_included
-    return "its cost is unknown" if included is None else f"{percent(included)} FLOPs with it included"
+    if row.source_flops == 0.0:
+        return "it has no source to pay for"
+    return "source excluded; " + ("its cost is unknown" if included is None else f"{percent(included)} FLOPs with it included")
 
 
 def percent(share: float) -> str:

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from train.settings import Settings
 
 HERE = Path(__file__).resolve().parent
+DEFINITION = "study.yaml"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to start. `growth` is its leaf in conf/growth, by default its own name; `overrides` are Hydra's."""
+    """One way to start, and to go on from there. `growth` is its leaf in conf/growth, by default its own name; `overrides` are Hydra's."""
 
     learning_rate: float
     growth: str | None = None
@@ -72,10 +73,10 @@ def load_study(name: str) -> Study:
     """The study called `name`. Raises UserError for an unknown study, and every misspelt, missing or mistyped key at once."""
     from omegaconf import OmegaConf
 
-    known = sorted(path.parent.name for path in HERE.glob("*/study.yaml"))
+    known = sorted(path.parent.name for path in HERE.glob(f"*/{DEFINITION}"))
     if name not in known:
         unknown("study", name, known)
-    path = HERE / name / "study.yaml"
+    path = HERE / name / DEFINITION
     faults: list[str] = []
     values: Any = OmegaConf.to_container(OmegaConf.load(path))
     study = read(Study, {**values, "name": name}, "", faults)
@@ -94,8 +95,19 @@ def jobs(study: Study, extent: Extent) -> list[Job]:
     """Every run of an extent, seed by seed. The source must be complete: its config says how far the control arm's FLOPs carry.
 
     The learning rate is part of a run's name, so that a grid has a folder for each point and a larger extent goes on from a smaller one.
+
+    Raises:
+        UserError: what the arms say composes to no run; every such arm is named.
     """
-    shared = {name: _arm_overrides(study, name) for name in extent.arms}
+    shared: dict[str, list[str]] = {}
+    faults: dict[str, list[str]] = {}  # what is wrong → the arms of which that is true
+    for name in extent.arms:
+        try:
+            shared[name] = _arm_overrides(study, name)
+            _job(name, shared[name])
+        except UserError as fault:
+            faults.setdefault(str(fault), []).append(name)
+    UserError.collect(f"{HERE / study.name / DEFINITION}, arms {', '.join(names)}: {fault}" for fault, names in faults.items())
     tuning = extent.seeds if extent.tuning_seeds is None else extent.tuning_seeds
     points = itertools.product(extent.seeds, extent.arms, extent.learning_rate_factors)
     return [

@@ -63,8 +63,9 @@ def build(comparison: Comparison) -> Figure:
     tokens.set_ylabel("nats/token", color=INK)
     _label_curves(main, comparison, colours)
     _mark_saving(main, comparison, colours)
-    finding = capital(answer(comparison)).replace(" (", "\n(").split("\n")
-    title = "\n".join(line for part in finding for line in textwrap.wrap(part, 84))
+    finding = capital(answer(comparison))
+    parts = finding.replace(" (", "\n(").split("\n")
+    title = "\n".join(parts if max(map(len, parts)) <= 84 else textwrap.wrap(finding, 84))
     figure.suptitle(title, fontsize=14, fontweight="bold", color=INK, x=0.01, ha="left")
     figure.supxlabel("\n".join(textwrap.wrap(_caption(comparison), 150)), fontsize=8.5, color="#666666", x=0.01, ha="left")
     return figure
@@ -177,7 +178,9 @@ def _mark_saving(axes: Axes, comparison: Comparison, colours: dict[str, str]) ->
     axes.annotate("", (x, level), (end, level), arrowprops={"arrowstyle": "-|>", "color": colours[row.arm], "linewidth": 2.2}, zorder=4)
     saved = row.cost.saving_excluded or 0.0
     label = f"{abs(saved):.0%} {'fewer' if saved >= 0 else 'more'} FLOPs".replace("%", " %")
-    axes.annotate(label, (x, level), (-8, -7), textcoords="offset points", ha="right", va="top", color=colours[row.arm], **LABEL)
+    axes.annotate(
+        label, (x, level), (-8, -7), textcoords="offset points", ha="right", va="top", color=colours[row.arm], bbox=PAPER, **LABEL
+    )
 
 
 def _caption(comparison: Comparison) -> str:

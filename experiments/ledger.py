@@ -13,6 +13,7 @@ from statistics import fmean, stdev
 from typing import Literal
 
 Outcome = Literal["reached", "starts below", "not reached"]
+VERDICTS = ("lower", "higher", "no change that the seeds can tell")
 AT_THE_END = 0.01  # a curve that ends within 1 % of the wanted cost is read at its end: budgets are whole batches
 
 
@@ -30,7 +31,8 @@ class Cost:
     """What one arm paid to reach scratch's final loss, or why no ratio can be given.
 
     FLOPs include the operator's own steps; `_included` adds the source's. None: undefined, or the source's cost is unknown.
-    The loss differences (arm − scratch's final loss, nats; negative is better) are read where both have paid the same FLOPs.
+    The loss differences (arm − scratch's final loss, nats; negative is better) are read where both have paid the same FLOPs, None where
+    the arm ended before that; and at the arm's own end.
     """
 
     outcome: Outcome
@@ -41,6 +43,7 @@ class Cost:
     speedup_included: float | None
     difference_excluded: float | None
     difference_included: float | None
+    difference_at_end: float
 
     @property
     def saving_excluded(self) -> float | None:
@@ -95,6 +98,14 @@ def half_interval(values: Sequence[float], level: float = 0.95) -> float | None:
     return float(stdtrit(len(values) - 1, 0.5 + level / 2)) * stdev(values) / math.sqrt(len(values))
 
 
+def verdict(difference: float, interval: float | None) -> str:
+    """In words: a change that its interval does not tell from none is called so."""
+    lower, higher, untold = VERDICTS
+    if interval is None or abs(difference) <= interval:
+        return untold
+    return lower if difference < 0 else higher
+
+
 def cost(curve: Curve, scratch: Curve, *, operator_flops: float = 0.0, source_flops: float | None = 0.0) -> Cost:
     """Hold one arm's curve against scratch's.
 
@@ -121,6 +132,7 @@ def cost(curve: Curve, scratch: Curve, *, operator_flops: float = 0.0, source_fl
         speedup_included=_ratio(c_scratch, included),
         difference_excluded=difference(operator_flops),
         difference_included=difference(None if source_flops is None else operator_flops + source_flops),
+        difference_at_end=curve.losses[-1] - level,
     )
 
 

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from experiments.definition import HERE, Job
-from experiments.ledger import half_interval
+from experiments.ledger import half_interval, verdict
 from experiments.progress import Display
 from experiments.runs import read_evaluations
 from experiments.study import complete, cores, run_jobs
@@ -178,13 +178,6 @@ def change(judged: Judged, baseline: Judged, text: str) -> tuple[float, float | 
     """What an arm changed in the loss on `text`, seed by seed against the baseline: (mean, half of the 95 % interval)."""
     pairs = [a - b for a, b in zip(judged.losses[text], baseline.losses[text], strict=True)]
     return fmean(pairs), half_interval(pairs)
-
-
-def verdict(difference: float, interval: float | None) -> str:
-    """In words: a change that its interval does not tell from none is called so."""
-    if interval is None or abs(difference) <= interval:
-        return "no change that the seeds can tell"
-    return "lower" if difference < 0 else "higher"
 
 
 def markdown(study: Study, found: Sequence[Judged], machine: Sequence[str]) -> str:

@@ -10,7 +10,20 @@ from typing import TYPE_CHECKING, Any, cast
 from experiments.compare import METHOD, Comparison, answer
 from experiments.figure import draw
 from experiments.report import html
-from experiments.table import GRID_HEADER, HEADER, capital, cells, flat_row, grid_cells, markdown, write_csv, write_json
+from experiments.table import (
+    CHANGE_HEADER,
+    CHANGES,
+    GRID_HEADER,
+    HEADER,
+    capital,
+    cells,
+    change_cells,
+    flat_row,
+    grid_cells,
+    markdown,
+    write_csv,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,6 +50,8 @@ def show(comparison: Comparison, console: Console) -> None:
     """Print the answer, the table, the grid if there is one, and what a reader should know."""
     console.print()
     console.print(_table("best learning rate of each arm", HEADER, [cells(row) for row in comparison.best_rows]))
+    if comparison.changes:
+        console.print(_table(CHANGES, CHANGE_HEADER, [change_cells(change) for change in comparison.changes]))
     if len(comparison.rows) > len(comparison.best_rows):
         console.print(_table("the whole grid, ★ the best of its arm", GRID_HEADER, [grid_cells(row) for row in comparison.rows]))
     for note in comparison.notes:

@@ -8,8 +8,21 @@ from html import escape
 from pathlib import Path
 
 from experiments.compare import METHOD, Comparison, answer
+from experiments.paired import summary
 from experiments.runs import SCRATCH, SOURCE
-from experiments.table import GRID_HEADER, HEADER, LEDGER_HEADER, amount, capital, cells, grid_cells, ledger_cells
+from experiments.table import (
+    CHANGE_HEADER,
+    CHANGES,
+    GRID_HEADER,
+    HEADER,
+    LEDGER_HEADER,
+    amount,
+    capital,
+    cells,
+    change_cells,
+    grid_cells,
+    ledger_cells,
+)
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2rem auto; padding: 0 1.2rem; }
@@ -48,6 +61,7 @@ def html(comparison: Comparison, picture: Path) -> str:
             "<h2>Each arm at its best learning rate</h2>",
             table(HEADER, [cells(row) for row in comparison.best_rows], [row.arm for row in comparison.best_rows]),
             _notes(comparison.notes),
+            *_changes(comparison),
             "<h2>The words</h2>",
             "<dl>" + "".join(f"<dt><b>{escape(word)}</b></dt><dd>{escape(meaning)}</dd>" for word, meaning in WORDS) + "</dl>",
             "<h2>The whole grid</h2>",
@@ -80,6 +94,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequenc
     lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     body = "".join(f'<tr class="{escape(name)}">{line}</tr>' for name, line in zip(classes or [""] * len(lines), lines, strict=True))
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _changes(comparison: Comparison) -> list[str]:
+    if not comparison.changes:
+        return []
+    said = f"<p>{escape(summary(comparison.changes))}.</p>"
+    return [f"<h2>{escape(CHANGES)}</h2>", said, table(CHANGE_HEADER, [change_cells(change) for change in comparison.changes])]
 
 
 def _notes(notes: Sequence[str]) -> str:

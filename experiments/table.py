@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from experiments.compare import METHOD, Comparison, Row, answer
 from experiments.ledger import saving
+from experiments.paired import Change, summary
 from experiments.runs import SCRATCH, Run
 from model.errors import UserError
 
@@ -29,6 +30,7 @@ HEADER = (
 )
 GRID_HEADER = ("arm", "peak lr", "step-0 loss", "final loss (95 %)", "n", "source excluded: S, saving", "source included: S, saving")
 UNDEFINED = "–"
+CHANGES = "Against the arm that starts alike and is trained on plainly (each at its best learning rate, at equal tokens, paired by seed)"
 
 
 def cells(row: Row) -> list[str]:
@@ -64,7 +66,7 @@ def ratio(row: Row, side: Literal["excluded", "included"]) -> str:
     """'1.70 ×, 41 ± 6 %': speed-up and saving with the source on one `side`; or what there is instead of a ratio."""
     speedup = row.cost.speedup_excluded if side == "excluded" else row.cost.speedup_included
     if row.cost.outcome == "not reached":
-        return f"not reached, ends {signed(row.cost.difference_excluded)}"
+        return f"not reached, ends {signed(row.cost.difference_at_end)}"
     if speedup is None:
         return "source's cost unknown" if side == "included" and row.source_flops is None else "starts below"
     interval = row.saving_interval if side == "excluded" and row.arm != SCRATCH else None
@@ -92,12 +94,32 @@ def ledger_cells(row: Row) -> list[str]:
     return [row.arm, *("unknown" if cost is None else amount(cost) for cost in costs)]
 
 
+CHANGE_HEADER = ("arm", "starts as", "differs in", "FLOPs of training", "Δ final loss (95 %)", "n", "the seeds tell")
+
+
+def change_cells(change: Change) -> list[str]:
+    """One row under CHANGE_HEADER."""
+    spread = "" if change.interval is None else f" ± {change.interval:.3f}"
+    return [
+        change.arm,
+        change.plain,
+        ", ".join(change.settings),
+        f"{change.flops:.2f} ×",
+        signed(change.difference) + spread,
+        str(len(change.seeds)),
+        change.verdict,
+    ]
+
+
 LEDGER_HEADER = ("arm", "tokens trained", "FLOPs trained", "operator's FLOPs", "source's tokens", "source's FLOPs", "FLOPs in all")
 
 
 def markdown(comparison: Comparison) -> str:
     """The block that READMEs carry: the answer, the best of every arm, the whole grid if there is one, the notes."""
     parts = [f"**{capital(answer(comparison))}.**", markdown_table(HEADER, [cells(row) for row in comparison.best_rows])]
+    if comparison.changes:
+        parts.insert(1, f"**{summary(comparison.changes)}.**")
+        parts += [f"{CHANGES}:", markdown_table(CHANGE_HEADER, [change_cells(change) for change in comparison.changes])]
     if len(comparison.rows) > len(comparison.best_rows):
         parts += ["The whole grid (★: the best of its arm):", markdown_table(GRID_HEADER, [grid_cells(row) for row in comparison.rows])]
     if comparison.notes:
@@ -141,6 +163,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "study": comparison.study,
         "answer": answer(comparison),
         "rows": [flat_row(row) for row in comparison.rows],
+        "changes": [asdict(change) | {"verdict": change.verdict} for change in comparison.changes],
         "left_out": [{"folder": item.folder.name, "reason": item.reason} for item in comparison.left_out],
         "notes": list(comparison.notes),
         "method": METHOD,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from math import prod
 from typing import TYPE_CHECKING
 
-from .family import Config, families, family_of
+from .family import Config, Tensor, families, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,8 +26,7 @@ def matmul_parameter_count(config: Config) -> float:
     """
     if not _has_schema(config):
         return _matmul_parameters_of_class(config)
-    tensors = family_of(config).tensors(config)
-    return sum(prod(tensor.shape) for tensor in tensors if tensor.line.kind == "linear" and not tensor.is_bias)
+    return sum(prod(tensor.shape) for tensor in family_of(config).tensors(config) if _multiplies(tensor))
 
 
 def flops_per_token(config: Config, context: int) -> float:
@@ -38,6 +38,40 @@ def flops_per_token(config: Config, context: int) -> float:
     """
     attention = 2 * _attention_width(config) * (context + 1) / 2
     return 3.0 * (2 * matmul_parameter_count(config) + attention)
+
+
+def unpaid_flops_per_token(config: Config, context: int, frozen: Collection[str]) -> float:
+    """What of `flops_per_token` is not computed where the tensors named in `frozen` (as stored, so without tied ones) learn nothing.
+
+    A frozen matrix has no gradient of its own, 2 per weight; below the first layer in which anything learns, none is passed on either: 2
+    more per weight, and all that the attention's backward pass costs. Nothing for a network without a schema, whose tensors have no order.
+    """
+    if not frozen or not _has_schema(config):
+        return 0.0
+    tensors = list(family_of(config).tensors(config))
+    layers = 1 + max(tensor.layer for tensor in tensors if tensor.layer is not None)
+    places = _places(tensors, layers)
+    still = [(tensor.line.tied_to if tensor.tied else tensor.name) in frozen for tensor in tensors]
+    first = min((place for place, stays in zip(places, still, strict=True) if not stays), default=layers + 1)
+    attention = 2 * _attention_width(config) / layers * (context + 1) / 2
+    unpaid = 2.0 * attention * min(max(first, 0), layers)
+    for tensor, place, stays in zip(tensors, places, still, strict=True):
+        if _multiplies(tensor):
+            unpaid += 2.0 * prod(tensor.shape) * (stays + (place < first))
+    return unpaid
+
+
+def _places(tensors: list[Tensor], layers: int) -> list[int]:
+    """Where each tensor works: in a layer by its number, before the layers (-1) or behind them."""
+    reached, places = -1, []
+    for tensor in tensors:
+        reached = layers if tensor.layer is None and reached >= 0 else reached if tensor.layer is None else tensor.layer
+        places.append(reached)
+    return places
+
+
+def _multiplies(tensor: Tensor) -> bool:
+    return tensor.line.kind == "linear" and not tensor.is_bias
 
 
 def _attention_width(config: Config) -> int:

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from experiments import mixtures
-from experiments.mixtures import FILE, HERE, Judged, Study, change, jobs, load, markdown, run, verdict
+from experiments.ledger import verdict
+from experiments.mixtures import FILE, HERE, Judged, Study, change, jobs, load, markdown, run
 from experiments.table import BEGIN, END, check_table
 from model.errors import UserError
 from train.settings import identity

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from experiments.comparable import check_comparable
-from experiments.runs import LeftOut, Run, read_run, read_runs
+from experiments.runs import LeftOut, Run, planned_flops, read_run, read_runs
 from model.errors import UserError
 
 FLOPS_PER_TOKEN = 10.0
@@ -63,15 +63,16 @@ def fabricate(
         for parent in parents:
             node = node[parent]
         node[last] = value
-    per_token = record["flops_per_token"]
+    flops = [planned_flops(record, t) for t in tokens] if "spans" in record else [t * record["flops_per_token"] for t in tokens]
     evaluations = [
-        {"kind": "eval", "step": t // 50, "tokens": t, "flops": t * per_token, "val_loss": x} for t, x in zip(tokens, losses, strict=True)
+        {"kind": "eval", "step": t // 50, "tokens": t, "flops": paid, "val_loss": x}
+        for t, paid, x in zip(tokens, flops, losses, strict=True)
     ]
     noise = {"kind": "train", "step": 1, "tokens": 50, "loss": 9.0}
     summary = {"start_val_loss": losses[0], "final_val_loss": losses[-1], "bits_per_byte": 1.5, "tokens": tokens[-1], "seconds": 60.0}
     (folder / "run.json").write_text(json.dumps(record))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in [evaluations[0], noise, *evaluations[1:]]))
-    (folder / "summary.json").write_text(json.dumps(summary | {"flops": tokens[-1] * per_token}))
+    (folder / "summary.json").write_text(json.dumps(summary | {"flops": flops[-1]}))
     return folder
 
 
@@ -116,6 +117,19 @@ def test_a_wrong_number_is_caught(tmp_path: Path, file: str, key: str, value: fl
     assert entries[key] != value
     (folder / file).write_text(json.dumps(entries | {key: value}))
     with pytest.raises(UserError, match=complaint):
+        read_run(folder)
+
+
+def test_the_flops_of_stages_and_teachers_are_held_against_the_curve(tmp_path: Path) -> None:
+    """Two steps of 50 tokens at 3 FLOPs each, then 10: a run that grew on its way, or that was taught less and less."""
+    spans = [{"last": 2, "flops_per_token": 3.0}, {"last": 6, "flops_per_token": 10.0}]
+    folder = fabricate(tmp_path, "g_stack", [5.0, 4.0, 3.0, 2.0], spans=spans)
+    run = read_run(folder)
+    assert isinstance(run, Run)
+    assert run.curve.flops == (0, 300, 1300, 2300)
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"spans": [spans[0] | {"last": 1}, spans[1]]}))
+    with pytest.raises(UserError, match=r"FLOPs counted are 2300, but tokens × FLOPs per token give 2650"):
         read_run(folder)
 
 

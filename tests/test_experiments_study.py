@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from experiments import definition
-from experiments.definition import HERE, Job, Study, equal_flops_budget, jobs, load_study, source_job
+from experiments.definition import HERE, Arm, Job, Study, equal_flops_budget, jobs, load_study, source_job
 from experiments.progress import Display, position
 from experiments.study import RunFailed, complete, run_jobs, run_study
+from experiments.table import check_table
 from model.errors import UserError
 from model.geometry import flops_per_token
 from model.presets import preset
@@ -80,11 +81,25 @@ def test_the_grid_is_run_on_the_tuning_seeds_only(elsewhere: Path, grids: dict[s
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_arms_differ_in_growth_and_learning_rate_only(name: str, grids: dict[str, list[Job]]) -> None:
-    first, *others = (identity(job.settings) for job in grids[name] if job.arm != "source")
+def test_what_is_committed_are_the_runs_that_the_study_defines(name: str, grids: dict[str, list[Job]]) -> None:
+    found = json.loads((HERE / name / "comparison.json").read_text())
+    assert {run["name"] for run in found["runs"] if run["seed"] == 0} == {job.name for job in grids[name]}
+    study = load_study(name)
+    repeated = {(row["arm"], float(row["learning_rate"])) for row in found["rows"] if row["n"] == len(study.full.seeds)}
+    assert repeated == {(arm, study.arms[arm].learning_rate) for arm in study.full.arms}
+    check_table(HERE / name / "README.md", (HERE / name / "table.md").read_text())
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_arms_differ_in_growth_learning_rate_and_what_they_say_only(name: str, grids: dict[str, list[Job]]) -> None:
+    arms, (first, *others) = load_study(name).arms, [job for job in grids[name] if job.arm != "source"]
+    assert not arms[first.arm].overrides
     for other in others:
-        differing = {key for key in first.keys() | other.keys() if first.get(key) != other.get(key)}
-        assert all(key.startswith("growth.") or key in ("name", "optimizer.learning_rate") for key in differing)
+        one, two = identity(first.settings), identity(other.settings)
+        differing = {key for key in one.keys() | two.keys() if one.get(key) != two.get(key)}
+        said = tuple(override.split("=")[0] for override in arms[other.arm].overrides)
+        assert all(key.startswith(("growth.", *said)) or key in ("name", "optimizer.learning_rate") for key in differing)
+        assert all(any(key.startswith(word) for key in differing) for word in said), "an override that changes nothing"
 
 
 def test_the_control_arm_pays_scratchs_flops(elsewhere: Path) -> None:
@@ -125,6 +140,36 @@ def test_a_wrong_definition_names_every_fault(tmp_path: Path, monkeypatch: pytes
     )
     with pytest.raises(UserError, match=r"demo\.arms: unknown arm 'losless'; did you mean 'lossless'"):
         load_study("tiny")
+
+
+def test_an_arm_may_be_a_growth_and_overrides(elsewhere: Path) -> None:
+    study = load_study("tiny")
+    arm = Arm(growth="lossless", overrides=("transfer=distilled", "schedule.rewarm=new"), learning_rate=2e-3)
+    study = replace(study, arms=study.arms | {"taught": arm})
+    (job,) = jobs(study, replace(study.demo, arms=("taught",)))
+    assert (job.arm, job.settings.name, job.settings.growth.name) == ("taught", "tiny-taught-lr0.002-s0", "taught")
+    assert job.settings.growth.options == jobs(study, replace(study.demo, arms=("lossless",)))[0].settings.growth.options
+    assert job.settings.transfer.teacher is not None
+    assert (job.settings.schedule.rewarm, job.settings.optimizer.learning_rate) == ("new", 2e-3)
+
+
+def test_an_arm_that_composes_to_no_run_is_named_with_all_its_faults(elsewhere: Path) -> None:
+    study = load_study("tiny")
+    wrong = {
+        "taught": Arm(growth="lossless", overrides=("transfer=distiled", "train.contxt=3"), learning_rate=1e-3),
+        "grown": Arm(growth="losless", learning_rate=1e-3),
+        "again": Arm(growth="losless", learning_rate=2e-3),
+    }
+    study = replace(study, arms=study.arms | wrong)
+    with pytest.raises(UserError) as caught:
+        jobs(study, replace(study.demo, arms=("scratch", *wrong)))
+    for words in (
+        "study.yaml, arms taught: 2 faults",
+        "transfer=distiled: unknown transfer; did you mean 'distilled'",
+        "train.contxt: unknown key; did you mean 'context'",
+        "study.yaml, arms grown, again: growth=losless: unknown growth; did you mean 'lossless'",
+    ):
+        assert words in str(caught.value)
 
 
 def tiny() -> tuple[Study, Job, list[Job]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from model.build import build_model, to_hf_config
 from model.config import resolve_target, rotary_share
 from model.errors import UserError
 from model.family import Family, families, family_of, register
-from model.geometry import flops_per_token, matmul_parameter_count, parameter_count
+from model.geometry import flops_per_token, matmul_parameter_count, parameter_count, unpaid_flops_per_token
 from model.presets import PRESETS, preset
 
 
@@ -60,6 +61,39 @@ def test_flops_are_the_counted_multiplications_of_a_real_forward(phi_config: dic
     rotary = sum(value for key, value in counter.get_flop_counts()["Global"].items() if "bmm" not in str(key) and "mm" not in str(key))
     assert rotary == 0
     assert flops_per_token(phi_config, length) * length / 3 == counted + causal
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("learns", "below"),
+    [
+        (r"model\.layers\.2\.", 2),  # a new layer on top: nothing is passed on below it
+        (r"model\.layers\.1\.", 1),
+        (r"model\.layers\.[02]\.", 0),
+        (r"lm_head|model\.final", 3),  # of a tied head the embedding is frozen, and the head with it
+        (r"(?!.*(q_proj|fc2))", 0),
+        (r"(?!model\.embed)", 0),
+    ],
+)
+def test_what_is_frozen_costs_what_a_real_backward_pass_says(phi_config: dict[str, Any], learns: str, below: int, tied: bool) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    length, config = 16, phi_config | {"tie_word_embeddings": tied}
+
+    def counted(frozen: set[str]) -> int:
+        model = build_model(config, seed=0, attention="eager")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=torch.zeros(1, length, dtype=torch.long)).logits.sum().backward()
+        return counter.get_total_flops()
+
+    names = [name for name, _ in build_model(config, seed=0).named_parameters()]
+    frozen = {name for name in names if not re.match(learns, name)}
+    masked = below * 2 * 2 * 2 * config["hidden_size"] * (length * length - length * (length + 1) // 2)  # eager attention computes it too
+    assert 0 < len(frozen) < len(names)
+    assert unpaid_flops_per_token(config, length, frozen) * length + masked == counted(set()) - counted(frozen)
+    assert unpaid_flops_per_token(config, length, ()) == 0
 
 
 def test_overrides_keep_the_rotary_count_and_the_key_value_heads(phi_config: dict[str, Any]) -> None:

@@ -31,6 +31,25 @@ def test_the_schema_of_ones_own_is_registered_and_right(tmp_path: Path, checkpoi
     assert grown.receipt.max_delta <= 1e-12
 
 
+def test_what_is_said_of_training_is_what_the_study_found() -> None:
+    """The sentence about experiments/tiny_transfer against its comparison.json."""
+    found = json.loads((ROOT / "experiments" / "tiny_transfer" / "comparison.json").read_text())["changes"]
+    untold = "no change that the seeds can tell"
+    assert {(change["plain"], change["arm"]): change["verdict"] for change in found} == {
+        **{("lossless", arm): untold for arm in ("continued", "distilled", "slower")},
+        ("lossless", "frozen"): "higher",
+        **{("scratch", arm): untold for arm in ("g_stack", "gradual_stacking")},
+    }
+    assert all(change["flops"] < 1 for change in found if change["plain"] == "scratch")
+    assert all(len(change["seeds"]) == 3 for change in found)
+    said = " ".join(README.split())
+    for sentence in (
+        "three seeds tell neither `continued` nor `distilled` nor slower inherited entries from plain training, and `frozen` ends higher",
+        "nor do they tell `g_stack` and `gradual_stacking` from scratch, which paid more FLOPs",
+    ):
+        assert sentence in said
+
+
 def test_the_count_of_architectures_is_the_one_that_was_measured() -> None:
     """The numbers of `python benchmarks/count_architectures.py`, and that they count what the file lists."""
     result = json.loads((ROOT / "benchmarks" / "count_architectures.json").read_text())

@@ -190,3 +190,8 @@ def test_a_teacher_is_told_to_be_left_out() -> None:
     leaf = next(path.stem for path in sorted((CONF / "transfer").glob("*.yaml")) if "teacher:\n" in path.read_text())
     assert "not counted   the teacher" in tell(compose([*PHI_2, f"transfer={leaf}"]))
     assert "not counted" not in tell(compose(PHI_2))
+
+
+def test_what_is_frozen_is_told_to_be_counted_whole() -> None:
+    assert "too much      what is frozen" in tell(compose([*PHI_2, "transfer=frozen"]))
+    assert "too much" not in tell(compose(PHI_2))

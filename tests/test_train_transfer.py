@@ -80,6 +80,18 @@ def test_frozen_entries_keep_their_bits_and_new_ones_learn(
         assert all(name.startswith("model.layers.1.") for name in held)
 
 
+@pytest.mark.parametrize(("growth", "target"), [("llama_pro", DEEPER), ("lossless", WIDER)])
+def test_no_gradient_is_paid_for_what_is_frozen(overrides: list[str], source: Path, tmp_path: Path, growth: str, target: str) -> None:
+    """Of a new layer on top of one that is frozen, under a frozen head: all forward, the new layer backward, and through the head."""
+    settings = grown(overrides, source, tmp_path / "run", f"growth={growth}", "transfer=frozen", target)
+    folder = loop.train(settings)
+    config = read_json(folder / "final" / "config.json")
+    whole, shorter = (flops_per_token(config | {"num_hidden_layers": layers}, 16) for layers in (2, 1))
+    head = 2 * config["vocab_size"] * config["hidden_size"]
+    expected = whole / 3 + 2 * (whole - shorter) / 3 + head if growth == "llama_pro" else whole  # where each matrix has new entries
+    assert [row["flops"] for row in rows(folder, "eval")] == pytest.approx([expected * tokens for tokens in (0, 256, 512, 768)])
+
+
 def test_a_share_of_the_rate_is_that_share_of_the_step(overrides: list[str]) -> None:
     settings = compose([*overrides, "source=x", "growth=lossless", WIDER, "transfer.inherited_rate=0.25", "schedule.rewarm=new"])
     network = torch.nn.Linear(6, 4)
@@ -223,6 +235,12 @@ def test_a_taught_run_pays_for_its_teacher_and_ends_closer_to_it(overrides: list
     )
     assert rows(plain, "eval")[0]["val_loss"] == taught[0]["val_loss"]
     assert rows(plain, "eval")[1]["val_loss"] != taught[1]["val_loss"]
+    sources = [json.loads((run / "run.json").read_text())["start"]["source"] for run in (folder, plain)]
+    assert sources[0]["flops"] == json.loads((source / "ledger.json").read_text())["flops"] > 0, "its training is what teaching needs"
+    assert sources[1] is None
+    card = (folder / "final" / "README.md").read_text()
+    assert "| started from | scratch |" in card
+    assert f"| taught by | `{source}`, for 50% of the budget |" in card
 
 
 def test_a_teacher_of_more_tokens_is_refused(overrides: list[str], source: Path, tmp_path: Path) -> None:
@@ -260,6 +278,8 @@ def test_a_run_grows_on_its_way_in_one_folder_on_one_clock(staged: Settings) -> 
     assert grown[1]["val_loss"] == pytest.approx(losses[4], abs=1e-5), "an identity growth keeps the loss"
     assert grown[0]["val_loss"] != pytest.approx(losses[2], abs=1e-5), "a stacked one does not"
     assert sorted(path.name for path in (folder / "stages").iterdir()) == ["1", "2"]
+    growths = "at 34% of the budget: lossless; at 67% of the budget: lossless"
+    assert f"| grown on the way | {growths} |" in (folder / "final" / "README.md").read_text()
 
 
 def test_growing_on_the_way_resumes_exactly(staged: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ def forecast(settings: Settings) -> Forecast:
     share = budget.rows // plan.gpus
     rows = min(loop.micro_batch or share, share)
     peak = peak_flops(plan.device, "bf16")
-    total = flops_after(spans_of(stages_of(settings, config), settings, None), budget.steps, budget.tokens_per_step)
+    total = flops_after(spans_of(stages_of(settings, config), settings, None, {}), budget.steps, budget.tokens_per_step)
     return Forecast(
         parameters=parameter_count(config),
         groups=groups,
@@ -196,6 +196,8 @@ def tell(settings: Settings) -> str:
     parts = [f"{name} {size / GIB:.1f}" for name, size in vars(found.memory).items() if size]
     verdict = "" if room is None else f", {'fits' if found.memory.total < 0.95 * room * GIB else 'does not fit'} in {room:g} GiB"
     lines.append(f"GiB per GPU   {' + '.join(parts)} = {found.memory.total / GIB:.1f}{verdict} (sharding {settings.sharding.name})")
+    if settings.transfer.inherited_rate == 0.0:
+        lines.append("too much      what is frozen has neither gradients nor state, and is counted as if it had")
     if settings.transfer.teacher is not None:
         lines.append("not counted   the teacher: its forward passes, a third of its training FLOPs, and its weights")
     return "\n".join(lines)

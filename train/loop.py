@@ -30,10 +30,11 @@ from train.meter import Meter
 from train.publish import publish
 from train.settings import Budget, Settings, needs_source
 from train.signals import watched
-from train.stages import spans_of, stages_of
+from train.stages import Span, spans_of, stages_of
 from train.start import begin, find_source, source_ledger, target_config
 from train.teacher import find_teacher
 from train.trainee import Run, Trainee
+from train.transfer import frozen_tensors
 
 
 def train(settings: Settings) -> Path:
@@ -71,12 +72,13 @@ def train(settings: Settings) -> Path:
         check_loss(config, loop, accelerator.device)
         windows = list(validation_batches(data.validation, context=loop.context, tokens=loop.eval_tokens))
         window_count(data.train, loop.context)  # refuses a text that is too short before anything is grown
-        spans = spans_of(stages, settings, None if teacher is None else teacher.config.to_dict())
 
         # ---- 4. The start: scratch, the source, or the source grown -------------------------------------------------------------------
         if run is None:
             if main:
                 start = begin(settings, stages[0], source, folder)
+                teaching = None if teacher is None else teacher.config.to_dict()
+                spans = spans_of(stages, settings, teaching, frozen_tensors(stages, settings, source))
                 known = facts(settings, config, data, accelerator) | {"spans": [asdict(span) for span in spans]}
                 write_json(folder / run_folder.RUN, run_folder.new_run(settings, start=start, **known))
             accelerator.wait_for_everyone()
@@ -91,6 +93,7 @@ def train(settings: Settings) -> Path:
             state.cut_metrics(folder / run_folder.METRICS, position.step if saved else -1, position.stage)
         with open_log(folder, settings, run, writes=main) as log:
             peak = peak_flops(device_name(accelerator.device), run["precision"])
+            spans = [Span(**span) for span in run["spans"]]
             meter = Meter(position, accelerator.num_processes, budget.tokens_per_step, spans, peak)
             with watched() as asked:
                 made = Run(settings, folder, accelerator, data, windows, console, log, asked, meter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,7 @@ def ledger(run: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]
 def model_card(run: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     """README.md of the final folder: study, arm, seed, tokens, losses."""
     start, settings = run["start"], run["settings"]
-    origin = "scratch" if start["source"] is None else f"`{start['source']['path']}`"
+    origin = "scratch" if start["operator"] == "scratch" else f"`{start['source']['path']}`"
     proof = {True: "lossless", False: "not lossless", None: "not applicable"}[start["lossless"]]
     rows = {
         "study": run["study"],
@@ -82,6 +83,7 @@ def model_card(run: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
         "seed": run["seed"],
         "started from": origin,
         "growth": f"{start['operator']}, certificate: {proof}",
+        **_on_the_way(settings),
         "parameters": f"{run['parameters']:,}",
         "training tokens": f"{summary['tokens']:,}",
         "training FLOPs": f"{summary['flops']:.3e}",
@@ -114,3 +116,19 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 
 `ledger.json` says what it cost to make, the source included.
 """
+
+
+def _on_the_way(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What was done to the start in training, where anything was."""
+    transfer, stages, rows = settings["transfer"], settings["growth"]["stages"], {}
+    if len(stages) > 1:
+        changes = pairwise(stages)
+        rows["grown on the way"] = "; ".join(f"at {before['until']:.0%} of the budget: {stage['operator']}" for before, stage in changes)
+    if transfer["optimizer"] is not None:
+        rows["Adam's state"] = "the source's, grown with its weights"
+    if transfer["inherited_rate"] != 1.0:
+        rows["learning rate of inherited entries"] = f"{transfer['inherited_rate']:g} × that of new ones"
+    if transfer["teacher"] is not None:
+        named, until = transfer["teacher"]["model"], transfer["teacher"]["until"]
+        rows["taught by"] = f"`{settings['source'] if named == 'source' else named}`, for {until:.0%} of the budget"
+    return rows

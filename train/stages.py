@@ -6,7 +6,7 @@ clock, with one schedule.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from model.config import resolve_target
 from model.errors import UserError
 from model.family import family_of
-from model.geometry import flops_per_token
+from model.geometry import flops_per_token, unpaid_flops_per_token
 from train.folder import START
 from train.settings import Budget, GrowthSettings, Settings
 
@@ -82,8 +82,15 @@ class Span:
     flops_per_token: float
 
 
-def spans_of(stages: Sequence[Stage], settings: Settings, teacher: Mapping[str, Any] | None) -> list[Span]:
-    """What the steps of a run cost: its networks forward and backward, and while it teaches, the teacher forward, a third of that."""
+def spans_of(
+    stages: Sequence[Stage], settings: Settings, teacher: Mapping[str, Any] | None, frozen: Mapping[int, Collection[str]]
+) -> list[Span]:
+    """What the steps of a run cost: its networks forward and backward, and while it teaches, the teacher forward, a third of that.
+
+    Args:
+        teacher: its config, if there is one.
+        frozen: the tensors that learn nothing, by the number of the stage; what they need no gradient for is not counted.
+    """
     budget, context = Budget.of(settings.train), settings.train.context
     taught, extra = 0, 0.0
     if settings.transfer.teacher is not None and teacher is not None:
@@ -93,7 +100,8 @@ def spans_of(stages: Sequence[Stage], settings: Settings, teacher: Mapping[str, 
     spans = []
     for last in ends:
         stage = next(stage for stage in stages if last <= stage.last)
-        spans.append(Span(last, flops_per_token(stage.config, context) + (extra if last <= taught else 0.0)))
+        own = flops_per_token(stage.config, context) - unpaid_flops_per_token(stage.config, context, frozen.get(stage.number, ()))
+        spans.append(Span(last, own + (extra if last <= taught else 0.0)))
     return spans
 
 

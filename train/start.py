@@ -76,8 +76,13 @@ def _laid_over(settings: Settings, source: Path | None, config: dict[str, Any] |
 
 
 def source_ledger(settings: Settings, source: Path | None) -> dict[str, Any] | None:
-    """What the source cost and reached: from its ledger.json, else from `source_tokens`; None for a run without a source's weights."""
-    if source is None or settings.growth.operator == "scratch":
+    """What the source cost and reached: from its ledger.json, else from `source_tokens`.
+
+    None for a run that neither starts from its weights nor is taught by it.
+    """
+    teacher = settings.transfer.teacher
+    taught = teacher is not None and teacher.model == "source"
+    if source is None or (settings.growth.operator == "scratch" and not taught):
         return None
     ledger: dict[str, Any] = {"path": settings.source, "tokens": settings.source_tokens, "flops": None, "val_loss": None}
     if (source / LEDGER).is_file():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from growth import load_adam, plan
 from growth.adam import fill, read_adam
 from growth.grow import recorded_plan
-from growth.origin import Origin, origins
+from growth.origin import Origin, axis_origins, origins
 from model.build import stored_names
 from model.config import read_json
 from model.errors import UserError
-from model.family import Config, family_of
+from model.family import Config, families, family_of
 from model.notation import size
 from train.schedule import new_entries
 from train.settings import UNGROWN, Budget, Settings
@@ -85,6 +85,24 @@ def entry_rates(network: PreTrainedModel, settings: Settings, stage: Stage, fold
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise UserError(f"transfer.inherited_rate: 0 freezes everything, since growth={settings.growth.name} makes nothing new; raise it")
     return rates
+
+
+def frozen_tensors(stages: Sequence[Stage], settings: Settings, source: Path | None) -> dict[int, frozenset[str]]:
+    """The stored tensors in which nothing learns, by the number of the stage: those that are inherited whole, at a rate of 0.
+
+    A family without a schema counts as one that learns everywhere.
+    """
+    found: dict[int, frozenset[str]] = {}
+    if settings.transfer.inherited_rate != 0.0:
+        return found
+    before = None if source is None else read_json(source / "config.json")
+    for stage in stages:
+        if stage.growth.operator not in UNGROWN and before is not None and stage.config.get("model_type") in families():
+            made = plan(before, stage.config, stage.growth.operator, seed=settings.seed, **stage.growth.options)
+            whole = (step.name for step in made.steps if all(axis.min() > Origin.NEW for axis in axis_origins(made, step)))
+            found[stage.number] = frozenset(whole)
+        before = stage.config
+    return found
 
 
 # ---- matrices --------------------------------------------------------------------------------------------------------------------------
