@@ -7,21 +7,22 @@ writing is the identity on what the network can observe; for the residual stream
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import isclose, sqrt
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from model.family import STANDARD
+from model.config import ROPE, THETA, rope_of
+from model.family import STANDARD, Config, Family
 from model.notation import spaces
 
 from .expansion import AxisMap, Expansion, Fill
+from .layers import LayerMap, follow_layers
 
 if TYPE_CHECKING:
     from .plan import Plan
-    from .recipe import Growth
 
 # Config keys that are no sizes and do not change what the network computes.
 NEUTRAL = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "initializer_range", "auto_map")
@@ -50,24 +51,43 @@ def certify(plan: Plan) -> Certificate:
 
 def _config(plan: Plan) -> Iterator[str]:
     """(1) A value that is no size differs."""
-    growth = plan.growth
-    sizes = {growth.family.field_name(name) for name in STANDARD} | {growth.family.rotary_field, "rope_parameters", *growth.family.follows}
-    sizes |= {key for key, _ in growth.family.more.values()}
-    source, target = growth.source_config, growth.target_config
+    family, layers = plan.family, plan.layers
+    sizes = {family.field_name(name) for name in STANDARD if name != "layer_types"} | {family.rotary_field, *ROPE, *THETA, *family.follows}
+    sizes |= {key for key, _ in family.more.values()}
+    source, target = ({**config, "layer_types": family.layer_kinds(config)} for config in (plan.source_config, plan.target_config))
     for key in sorted((source.keys() | target.keys()) - sizes - set(NEUTRAL)):
         silent = key.endswith("_token_id") or "drop" in key  # neither touches the logits in evaluation
-        if not silent and source.get(key) != target.get(key) and not _per_layer(source.get(key), growth):
+        if not silent and not _same(key, source.get(key), target.get(key), layers):
             yield f"config {key}: {source.get(key)!r} becomes {target.get(key)!r}, which is no size and may change the function"
-    if source.get("scale_attn_by_inverse_layer_idx") and growth.grows("layer"):
+    moved = any(number != layer for number, layer in enumerate(layers.layers) if not layers.identity[number])
+    if source.get("scale_attn_by_inverse_layer_idx") and moved:
         yield "config scale_attn_by_inverse_layer_idx: layers that move are scaled otherwise"
-    ropes = [dict(config.get("rope_parameters") or {}) for config in (source, target)]
-    for key in sorted({*ropes[0], *ropes[1]} - {growth.family.rotary_field, "partial_rotary_factor"}) if all(ropes) else ():
+    yield from _rotary(family, source, target)
+
+
+def _same(key: str, before: Any, after: Any, layers: LayerMap) -> bool:
+    """Whether a config value says the same of every layer that works; a head that becomes its own starts as what it was tied to."""
+    if key == "tie_word_embeddings" and after is False:
+        return True
+    if isinstance(before, list) and isinstance(after, list) and (len(before), len(after)) == (layers.source, layers.target):
+        return all(after[number] == before[layer] for number, layer in enumerate(layers.layers) if not layers.identity[number])
+    return bool(follow_layers(key, before, layers) == after)
+
+
+def _rotary(family: Family, source: Config, target: Config) -> Iterator[str]:
+    """The angles of rotary positions, in today's spelling and in that of older configs."""
+    ropes = [rope_of(config) for config in (source, target)]
+    for key in sorted({*ropes[0], *ropes[1]} - {family.rotary_field, "partial_rotary_factor"}):
         if ropes[0].get(key) != ropes[1].get(key):
             yield f"config rope_parameters.{key}: {ropes[0].get(key)!r} becomes {ropes[1].get(key)!r}, which turns positions otherwise"
-
-
-def _per_layer(value: object, growth: Growth) -> bool:
-    return isinstance(value, list) and len(value) == growth.source["layer"]
+    positions = family.field_name("max_position_embeddings")
+    if source.get(positions) == target.get(positions):
+        return
+    for rope in (ropes[1], *(part for part in ropes[1].values() if isinstance(part, Mapping))):  # one for all layers, or one for each kind
+        kind = rope.get("rope_type", "default")
+        whole = rope.get("factor") and (rope.get("original_max_position_embeddings") or target.get("original_max_position_embeddings"))
+        if kind == "dynamic" or (kind in ("yarn", "longrope", "llama3") and not whole):
+            yield f"config {positions}: rotary positions of type {kind!r} are scaled by it"
 
 
 def _layers(plan: Plan) -> Iterator[str]:

@@ -47,6 +47,8 @@ def inexact(plan: Plan) -> Iterator[str]:
         yield f"noise {plan.noise:g}: copies are read unevenly; each gets the mean of what the copies' gradients are"
     if growth.grows("residual") and growth.family.norm == "layer" and growth.target["residual"] % growth.source["residual"]:
         yield "residual: gradients of the new indices reach the inherited ones through LayerNorm's mean"
+    if growth.family.ties(growth.source_config) and not growth.tied:
+        yield "tie_word_embeddings: the embedding's gradients were those of the head too, which learns on its own now"
     if growth.grows("vocab"):
         yield "vocab: new tokens take part in the softmax"
 

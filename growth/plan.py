@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint import Checkpoint, names_of
-from model.config import Target, resolve_target
+from model.config import Target, resolve_target, rope_of
 from model.dtypes import RAW, TORCH_NAMES, is_float
 from model.errors import UserError
 from model.family import Config, Family, Tensor
@@ -221,7 +221,25 @@ def _check_growable(growth: Growth, noise: float) -> None:
         )
     if not 0 <= noise < 10:
         faults.append(f"noise {noise}: expected a strength relative to each tensor's root mean square, between 0 and 10")
-    UserError.collect(faults)
+    UserError.collect([*faults, *_class_faults(growth)])
+
+
+def _class_faults(growth: Growth) -> Iterator[str]:
+    """What the library's class for the target would not take or run, told before anything is written."""
+    family, config = growth.family, growth.target_config
+    hidden, heads = (family.field_name(name) for name in ("hidden_size", "num_attention_heads"))
+    if config["model_type"] in family.whole_heads and config[hidden] % config[heads]:
+        yield f"target: {hidden} {config[hidden]} is no multiple of {heads} {config[heads]}, which transformers' class insists on"
+    for key, standard in family.follows.items():
+        size = family.field_name(standard)
+        if growth.source_config.get(key) == growth.source_config[size] and config.get(key) not in (None, config[size]):
+            yield f"target: {key} {config[key]} must be {size} {config[size]}, as in the source; leave it out and it follows"
+    turned = family.rotary_dims(config)
+    if turned % 2 and turned != family.rotary_dims(growth.source_config):
+        yield f"target: {turned} dims of each head would be turned by rotary positions, which turn pairs; choose an even head dim"
+    for key, factors in rope_of(config).items():
+        if key in ("short_factor", "long_factor") and isinstance(factors, list) and len(factors) != turned // 2:
+            yield f"target: rope_parameters.{key} has {len(factors)} entries, wanted is one for each pair of {turned} rotary dims"
 
 
 def _check_depth(layers: LayerMap, family: Family) -> None:
@@ -305,5 +323,8 @@ def _follow(config: dict[str, Any], growth: Growth, made: Recipe, layers: LayerM
     eps = growth.family.names.get("norm_eps")
     if made.eps_factor != 1 and eps is not None:  # some models have a constant in their code instead (OPT)
         config[eps] = growth.family.eps(growth.source_config) * made.eps_factor
-    untouched = {key: value for key, value in growth.source_config.items() if config.get(key) == value}
+    source = dict(growth.source_config)
+    if growth.grows("layer") and (kinds := growth.family.layer_kinds(source)):  # the class would tell them by their numbers, which move
+        source["layer_types"], config["layer_types"] = kinds, config.get("layer_types") or kinds
+    untouched = {key: value for key, value in source.items() if config.get(key) == value}
     return config | {key: follow_layers(key, value, layers) for key, value in untouched.items()}

@@ -49,6 +49,8 @@ class Growth:
     @property
     def attention_gain(self) -> float:
         """How much larger q·k must become so that the library's scaling gives the source's attention logits."""
+        if self.family.scaled_if is not None and not self.family.flag(self.source_config, self.family.scaled_if):
+            return 1.0
         if self.family.attention_scale == "head_dim":
             return sqrt(self.target["qk"] / self.source["qk"])
         if self.family.attention_scale == "none":

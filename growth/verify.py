@@ -76,15 +76,25 @@ def measure(
     Args:
         norm: of the family; the library computes RMSNorms in float32 whatever the weights are, which sets the least difference.
         dtype: to compute in; None is float64 where the larger model fits into memory so, else float32.
+
+    Raises:
+        UserError: a model does not load or run.
     """
     import torch
 
-    from model.build import load_model
+    from model.build import load_model, quietly
 
     def logits(folder: Path | str, tokens: torch.Tensor) -> torch.Tensor:
-        model = load_model(folder, dtype=computed, attention="eager").eval()
-        with torch.no_grad():
-            return model(input_ids=tokens).logits.double()
+        try:
+            with quietly(), torch.no_grad():
+                model = load_model(folder, dtype=computed, attention="eager").eval()
+                return model(input_ids=tokens).logits.double()
+        except UserError:
+            raise
+        except Exception as fault:  # the library's classes raise every kind
+            reason = " ".join(str(fault).split())[:200]
+            which, way = ("source", "receipt=false grows without running it") if folder == source else ("grown model", "choose other sizes")
+            raise UserError(f"receipt: the {which} does not load or run in {computed} ({type(fault).__name__}: {reason}); {way}") from None
 
     with Checkpoint(source) as checkpoint, Checkpoint(target) as grown:
         config = checkpoint.config

@@ -111,8 +111,8 @@ def load_model(folder: Path | str, *, dtype: str = "float32", attention: str = "
         **({"experts_implementation": "eager"} if dtype == "float64" else {}),  # the fused kernels know no float64
     )
     model, report = loaded
-    faults: dict[str, Any] = {name: found for name, found in report.items() if found}
-    UserError.collect(f"model {folder}: {name.replace('_', ' ')}: {str(found)[:200]}" for name, found in faults.items())
+    faults = {name.replace("_", " "): sorted(map(str, found)) for name, found in report.items() if found}
+    UserError.collect(f"model {folder}: {name}: {', '.join(found)[:200]}" for name, found in faults.items())
     return model
 
 

@@ -13,6 +13,7 @@ from .presets import PRESETS, preset, preset_sizes
 
 Target: TypeAlias = "str | Path | Mapping[str, Any] | Any"  # preset name, folder, overrides, or a transformers config
 
+ROPE, THETA = ("rope_scaling", "rope_parameters"), ("rotary_emb_base", "rope_theta")  # older configs keep the base outside
 MAX_JSON_BYTES = 64 << 20  # no honest config or index is larger
 
 
@@ -94,10 +95,12 @@ def _overlay(overrides: dict[str, Any], source: Config | None, family: Family | 
         raise UserError(f"target: model_type {other!r} differs from the source's {source['model_type']!r}; a family grows into itself only")
     overrides = {family.field_name(key) if key not in source else key: value for key, value in overrides.items()}
     rotary = overrides.pop(family.rotary_field, None)
-    known = {*source, *map(family.field_name, STANDARD)}
+    known = {*source, *(family.field_name(name) for name in STANDARD if family.knows(name))}
+    known |= {"rope_parameters"} if family.rotary is not None else set()
     UserError.collect(f"target: unknown config key {key!r}; {did_you_mean(key, known)}" for key in overrides if key not in known)
-    rope = overrides.get("rope_parameters") or {}
-    rotary = rope.get(family.rotary_field, rope.get("partial_rotary_factor", rotary))
+    rope = dict(overrides.pop("rope_parameters", None) or {})
+    for key in (family.rotary_field, "partial_rotary_factor"):
+        rotary = rope.pop(key, rotary)
 
     config = {**source, **overrides}
     for key, standard in family.follows.items():
@@ -105,7 +108,8 @@ def _overlay(overrides: dict[str, Any], source: Config | None, family: Family | 
         if key not in overrides and source.get(key) == source.get(size):
             config[key] = config[size]
     if rope:
-        config["rope_parameters"] = {**(source.get("rope_parameters") or {}), **rope}
+        config["rope_parameters"] = rope_of(source) | rope
+        config |= {"rope_scaling": None} if source.get("rope_scaling") else {}
     heads, kv = family.field_name("num_attention_heads"), family.field_name("num_key_value_heads")
     if kv not in overrides and source.get(kv) == source.get(heads) is not None:  # one key-value head per query head stays so
         config[kv] = config.get(heads)
@@ -113,6 +117,13 @@ def _overlay(overrides: dict[str, Any], source: Config | None, family: Family | 
     if rotary is None and 0 < turned < family.sizes(source)["qk"]:
         rotary = rotary_share(turned, family.sizes(config)["qk"])
     return config if rotary is None else with_rotary_share(config, family.rotary_field, rotary)
+
+
+def rope_of(config: Config) -> dict[str, Any]:
+    """What a config says of rotary positions, in today's spelling: older ones have `rope_scaling` and keep the base beside it."""
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})  # in the library's order
+    theta = next(filter(None, (config.get(key) for key in THETA)), 10_000.0)
+    return {"rope_type": rope.pop("type", "default"), "rope_theta": theta} | rope
 
 
 def rotary_share(turned: int, head: int) -> float:

@@ -59,10 +59,14 @@ class Family:
         rotary: share of each head that rotary positions turn when the config does not say; None for other positions.
         rotary_field: the config field of that share.
         attention_scale: "head_dim" (logits scaled by 1/sqrt(head dim)), "none", or the config field that fixes the scale instead.
+        scaled_if: config switch without which attention logits are not scaled at all.
         pos_offset: learned positions stored beyond max_position_embeddings.
         follows: config field → the standard size that it repeats.
         more: further spaces, each with the config field of its size and what that is multiplied by.
         tied: whether the head is the embedding, where the config's `tie_word_embeddings` does not decide it.
+        lacks: standard sizes that its class does not know, whatever a config says.
+        whole_heads: `model_type`s whose class wants a hidden size that the heads divide, also where the head dim is given.
+        layer_types: what the class takes for `layer_types` where the config does not list them.
         also: other `model_type`s with the same layout.
         ignore: stored names that are buffers, not weights (a `*` stands for the layer).
     """
@@ -75,10 +79,14 @@ class Family:
     rotary: float | None = 1.0
     rotary_field: str = "partial_rotary_factor"
     attention_scale: str = "head_dim"
+    scaled_if: str | None = None
     pos_offset: int = 0
     follows: Mapping[str, str] = field(default_factory=dict)
     more: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     tied: bool | None = None
+    lacks: tuple[str, ...] = ()
+    whole_heads: tuple[str, ...] = ()
+    layer_types: Callable[[Config], list[str]] | None = None
     also: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
 
@@ -99,6 +107,10 @@ class Family:
     def prenorm(self) -> bool:
         """Whether layers normalise what they read from the residual stream (OLMo 2 normalises only what they write)."""
         return any(line.kind == "norm" and line.layered and line.out == Space("residual") for line in self.lines)
+
+    def knows(self, standard: str) -> bool:
+        """Whether its class knows a size or list of that standard name, in whatever spelling."""
+        return standard not in self.lacks and (standard != "layer_types" or self.layer_types is not None)
 
     def field_name(self, standard: str) -> str:
         """How this family's config spells a standard name."""
@@ -160,6 +172,10 @@ class Family:
     def _head_dim(self, config: Config) -> int:
         hidden, heads = self.require(config, "hidden_size"), self.require(config, "num_attention_heads")
         return self.get(config, "head_dim") or _divide(hidden, heads, f"{self.field_name('hidden_size')} into {heads} heads")
+
+    def layer_kinds(self, config: Config) -> list[str] | None:
+        """What the class takes for `layer_types`, listed in the config or not; None where it knows no such list."""
+        return config.get("layer_types") or (self.layer_types(config) if self.layer_types else None)
 
     def rotary_dims(self, config: Config) -> int:
         """How many dimensions of each head rotary positions turn (0 without rotary positions)."""

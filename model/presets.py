@@ -67,14 +67,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset_sizes(name: str) -> dict[str, Any]:
-    """The sizes of preset `name`, to be laid over a source's config.
+    """The sizes of preset `name`, to be laid over a source's config: of its rotary positions, the share alone.
 
     Raises:
         UserError: there is no such preset; the message names near matches.
     """
     if name not in PRESETS:
         unknown("preset", name, PRESETS)
-    return dict(PRESETS[name])
+    sizes = dict(PRESETS[name])
+    return sizes | {"rope_parameters": {"partial_rotary_factor": sizes["rope_parameters"]["partial_rotary_factor"]}}
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -83,4 +84,6 @@ def preset(name: str) -> dict[str, Any]:
     Raises:
         UserError: there is no such preset; the message names near matches.
     """
-    return _PHI | preset_sizes(name)
+    if name not in PRESETS:
+        unknown("preset", name, PRESETS)
+    return _PHI | PRESETS[name]

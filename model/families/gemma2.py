@@ -9,6 +9,8 @@ GEMMA2 = register(
         names={"norm_eps": "rms_norm_eps"},
         defaults={"tie_word_embeddings": True, "query_pre_attn_scalar": 256},
         attention_scale="query_pre_attn_scalar",
+        whole_heads=("gemma2",),
+        layer_types=lambda config: ["full_attention" if i % 2 else "sliding_attention" for i in range(config["num_hidden_layers"])],
         schema="""
         model.embed_tokens                         vocab -> residual scaled
         model.layers.*.input_layernorm             norm+1 residual

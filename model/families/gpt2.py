@@ -14,8 +14,10 @@ GPT2 = register(
             "max_position_embeddings": "n_positions",
             "norm_eps": "layer_norm_epsilon",
         },
-        defaults={"tie_word_embeddings": True},
+        defaults={"tie_word_embeddings": True, "scale_attn_weights": True},
         rotary=None,
+        scaled_if="scale_attn_weights",
+        lacks=("head_dim", "num_key_value_heads"),
         ignore=("transformer.h.*.attn.bias", "transformer.h.*.attn.masked_bias"),
         schema="""
         transformer.wte              vocab -> residual

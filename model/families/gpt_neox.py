@@ -9,6 +9,7 @@ GPT_NEOX = register(
         names={"norm_eps": "layer_norm_eps"},
         defaults={"attention_bias": True},
         rotary=0.25,
+        lacks=("head_dim", "num_key_value_heads"),
         rotary_field="rotary_pct",
         ignore=(
             "gpt_neox.layers.*.attention.bias",

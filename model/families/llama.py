@@ -7,6 +7,7 @@ LLAMA = register(
         name="llama",
         norm="rms",
         also=("mistral",),
+        whole_heads=("llama",),
         names={"norm_eps": "rms_norm_eps"},
         schema="""
         model.embed_tokens                       vocab -> residual

@@ -9,6 +9,7 @@ OPT = register(
         names={"intermediate_size": "ffn_dim"},
         defaults={"tie_word_embeddings": True, "enable_bias": True},
         rotary=None,
+        lacks=("head_dim", "num_key_value_heads"),
         pos_offset=2,
         follows={"word_embed_proj_dim": "hidden_size"},
         schema="""

@@ -1,12 +1,21 @@
 """Qwen2 and Qwen2.5: as Llama, with biases on queries, keys and values."""
 
-from ..family import Family, register
+from ..family import Config, Family, register
+
+
+def window_layers(config: Config) -> list[str]:
+    """Which layers look back a window only: those from `max_window_layers` on, where `use_sliding_window` says so."""
+    windowed = config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None
+    first = config.get("max_window_layers", 28) if windowed else config["num_hidden_layers"]
+    return ["sliding_attention" if number >= first else "full_attention" for number in range(config["num_hidden_layers"])]
+
 
 QWEN2 = register(
     Family(
         name="qwen2",
         norm="rms",
         names={"norm_eps": "rms_norm_eps"},
+        layer_types=window_layers,
         schema="""
         model.embed_tokens                       vocab -> residual
         model.layers.*.input_layernorm           norm residual

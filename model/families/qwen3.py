@@ -1,12 +1,14 @@
 """Qwen3: as Llama, with a norm over each head of queries and keys."""
 
 from ..family import Family, register
+from .qwen2 import window_layers
 
 QWEN3 = register(
     Family(
         name="qwen3",
         norm="rms",
         names={"norm_eps": "rms_norm_eps"},
+        layer_types=window_layers,
         schema="""
         model.embed_tokens                       vocab -> residual
         model.layers.*.input_layernorm           norm residual
