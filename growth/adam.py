@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
 
+from .memory import config_of
 from .moments import OPTIMIZER, POWERS, STATE, moments_plan
 from .plan import Plan
 from .tensors import Tensors, expand
@@ -37,21 +38,21 @@ class AdamState:
     step: int
 
 
-def adam_state(state: Mapping[str, Any], names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> AdamState:
-    """A state dict as `torch.optim.Adam` and `AdamW` make it, under tensor names.
-
-    Args:
-        names: parameter → tensor name in the order of the model's parameters (`model.build.stored_names`).
-        shapes: of each tensor.
+def adam_state(state: Mapping[str, Any], plan: Plan) -> AdamState:
+    """A state dict as `torch.optim.Adam` and `AdamW` make it for the source's model, under the names of its file's tensors.
 
     Raises:
         UserError: it is no Adam state, or its tensors are not the model's.
     """
+    from model.build import meta_model
+    from model.stored import in_file
+
+    shapes = {name: tuple(parameter.shape) for name, parameter in meta_model(plan.source_config).named_parameters()}
     groups, per_parameter = state.get("param_groups"), state.get("state")
     if not isinstance(groups, list) or not isinstance(per_parameter, Mapping):
         raise UserError("optimizer state: expected the keys 'state' and 'param_groups', as optimizer.state_dict() gives them")
-    named = {}
-    for number, name in _numbering(groups, names, shapes).items():
+    named: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in POWERS}
+    for number, name in _numbering(groups, shapes).items():
         entry = per_parameter.get(number)
         if entry is None:  # a parameter that never had a gradient
             continue
@@ -65,31 +66,49 @@ def adam_state(state: Mapping[str, Any], names: Mapping[str, str], shapes: Mappi
                     f"optimizer state: {moment} of parameter {number} has shape {tuple(entry[moment].shape)}, {name} has {shapes[name]}; "
                     "is it the state of another model, or were its groups filled in another order?"
                 )
-            named[f"{moment}.{name}"] = entry[moment]
-    if not named:
+            named[moment][name] = entry[moment]
+    if not any(named.values()):
         raise UserError("optimizer state: empty; was it saved before the first step?")
     steps = [int(entry["step"]) for entry in per_parameter.values() if "step" in entry]
-    return AdamState(_complete(named, shapes), max(steps, default=0))
+    moments = {
+        f"{moment}.{name}": tensor
+        for moment, tensors in named.items()
+        for name, tensor in in_file(plan.source_config, _complete(tensors, shapes)).items()
+    }
+    return AdamState(Tensors(_complete(moments, _wanted(plan))), max(steps, default=0))
 
 
-def _numbering(groups: Sequence[Mapping[str, Any]], names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> dict[int, str]:
-    """Parameter number → tensor name: by the names PyTorch saves, else in the model's order, in one group or matrices before vectors."""
+def _wanted(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every moment of the source's file."""
+    tensors = list(plan.family.tensors(plan.source_config))
+    return {f"{moment}.{tensor.name}": tensor.shape for moment in POWERS for tensor in tensors}
+
+
+def _complete(moments: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """With zeros for what never had a gradient: where its moments would have begun."""
+    import torch
+
+    dtype = next(iter(moments.values())).dtype
+    return {name: moments[name] if name in moments else torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
+
+
+def _numbering(groups: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]]) -> dict[int, str]:
+    """Parameter number → its name: by the names PyTorch saves, else in the model's order, in one group or matrices before vectors."""
     numbers = [number for group in groups for number in group["params"]]
-    if len(numbers) != len(names):
+    if len(numbers) != len(shapes):
         raise UserError(
-            f"optimizer state: {len(numbers)} parameters, the source's model has {len(names)}; is it the state of another model?"
+            f"optimizer state: {len(numbers)} parameters, the source's model has {len(shapes)}; is it the state of another model?"
         )
     if all("param_names" in group for group in groups):
         given = [_plain(name) for group in groups for name in group["param_names"]]
-        if unknown := sorted(set(given) - names.keys()):
+        if unknown := sorted(set(given) - shapes.keys()):
             raise UserError(f"optimizer state: parameter {unknown[0]!r} is none of the source's ({len(unknown)} are not)")
-        return {number: names[name] for number, name in zip(numbers, given, strict=True)}
-    stored = list(names.values())
+        return dict(zip(numbers, given, strict=True))
     if len(groups) == 1:
-        return dict(zip(numbers, stored, strict=True))
-    matrices = [name for name in stored if len(shapes[name]) > 1]
+        return dict(zip(numbers, shapes, strict=True))
+    matrices = [name for name, shape in shapes.items() if len(shape) > 1]
     if len(groups) == 2 and len(groups[0]["params"]) == len(matrices):
-        return dict(zip(numbers, [*matrices, *(name for name in stored if len(shapes[name]) == 1)], strict=True))
+        return dict(zip(numbers, [*matrices, *(name for name in shapes if name not in matrices)], strict=True))
     raise UserError(
         f"optimizer state: {len(groups)} groups without names, so which parameter is which is not known; build the optimizer from named "
         "parameters (groups of (name, parameter) pairs, which PyTorch saves along), or with one group"
@@ -113,8 +132,6 @@ def read_adam(path: Path | str, plan: Plan) -> AdamState:
     """
     import torch
 
-    from model.build import parameter_names
-
     file = Path(path)
     if file.is_dir():
         found = [file / name for name in FILES if (file / name).is_file()]
@@ -130,17 +147,7 @@ def read_adam(path: Path | str, plan: Plan) -> AdamState:
         raise UserError(f"optimizer {file}: cannot be read as a PyTorch file of tensors ({reason})") from None
     if not isinstance(state, Mapping):
         raise UserError(f"optimizer {file}: expected a dict as optimizer.state_dict() gives it, found {type(state).__name__}")
-    shapes = {tensor.name: tensor.shape for tensor in plan.family.tensors(plan.source_config)}
-    return adam_state(state, parameter_names(plan.source_config), shapes)
-
-
-def _complete(moments: dict[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
-    """With zeros for parameters that never had a gradient: where their moments would have begun."""
-    import torch
-
-    dtype = next(iter(moments.values())).dtype
-    zeros = {f"{moment}.{name}": (shape, moment) for name, shape in shapes.items() for moment in POWERS}
-    return Tensors({name: moments[name] if name in moments else torch.zeros(shape, dtype=dtype) for name, (shape, _) in zeros.items()})
+    return adam_state(state, plan)
 
 
 def grow_adam(
@@ -151,12 +158,9 @@ def grow_adam(
     Args:
         plan: the growth of `source_model` into `target_model`, as `grow_model` followed it.
     """
-    from model.build import stored_names
-
-    shapes = {tensor.name: tensor.shape for tensor in plan.family.tensors(plan.source_config)}
-    state = adam_state(source.state_dict(), stored_names(source_model), shapes)
+    state = adam_state(source.state_dict(), plan)
     grown = dict(expand(moments_plan(plan, state.moments.dtypes), state.moments))
-    fill(target, target_model, grown.__getitem__, state.step)
+    fill(target, target_model, [step.name for step in plan.steps], grown.__getitem__, state.step)
 
 
 def load_adam(folder: Path | str, target: torch.optim.Optimizer, target_model: PreTrainedModel) -> None:
@@ -181,19 +185,28 @@ def load_adam(folder: Path | str, target: torch.optim.Optimizer, target_model: P
         with safe_open(where[name], "pt") as file:
             return file.get_tensor(name)
 
-    fill(target, target_model, moment, step)
+    names = [name.removeprefix("exp_avg.") for name in where if name.startswith("exp_avg.")]
+    fill(target, target_model, names, moment, step)
 
 
-def fill(optimizer: torch.optim.Optimizer, model: PreTrainedModel, moment: Callable[[str], torch.Tensor], step: int) -> None:
-    """Set Adam's state of every parameter of `model` that `optimizer` has; its learning rates and groups stay."""
+def fill(
+    optimizer: torch.optim.Optimizer, model: PreTrainedModel, names: Sequence[str], moment: Callable[[str], torch.Tensor], step: int
+) -> None:
+    """Set Adam's state of every parameter of `model` that `optimizer` has; its learning rates and groups stay.
+
+    Args:
+        names: of the tensors in the model's file.
+        moment: gives the moment `exp_avg.NAME` or `exp_avg_sq.NAME` of such a tensor.
+    """
     import torch
 
-    from model.build import stored_names
+    from model.stored import in_model
 
-    stored, numbers, state = stored_names(model), _numbers(optimizer), optimizer.state_dict()
+    numbers, state = _numbers(optimizer), optimizer.state_dict()
+    moments = {key: in_model(config_of(model), names, lambda name, key=key: moment(f"{key}.{name}")) for key in POWERS}  # type: ignore[misc]
     for name, parameter in model.named_parameters():
         if id(parameter) in numbers:
-            entry = {key: moment(f"{key}.{stored[name]}") for key in POWERS}
+            entry = {key: moments[key][name] for key in POWERS}
             state["state"][numbers[id(parameter)]] = {"step": torch.tensor(float(step)), **entry}
     optimizer.load_state_dict(state)
 

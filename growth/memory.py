@@ -8,11 +8,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from model.config import Target
+from model.family import families
 
 from .plan import Plan, plan
 from .tensors import Tensors, expand
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -38,7 +40,7 @@ def grow_model(
 
 def plan_of(model: PreTrainedModel, target: Target, operator: str = "lossless", **how: Any) -> Plan:
     """The plan that `grow_model` follows, from the model's config and the dtypes of its tensors."""
-    made = plan(json.loads(model.config.to_json_string(use_diff=False)), target, operator, **how)
+    made = plan(config_of(model), target, operator, **how)
     return replace(made, dtypes=_tensors(model).dtypes)
 
 
@@ -47,17 +49,41 @@ def follow(plan: Plan, model: PreTrainedModel) -> PreTrainedModel:
     import torch
 
     from model.build import empty_model, stored_names
+    from model.stored import in_model
 
     backend = model.config._attn_implementation
     grown = empty_model(plan.target_config, dtype=model.dtype, device=model.device, attention=backend)
-    parameters = {stored: grown.get_parameter(name) for name, stored in stored_names(grown).items()}
     with torch.no_grad():
-        for name, values in expand(plan, _tensors(model)):
-            parameters[name].copy_(values)
+        if has_schema(plan):
+            parameters = {stored: grown.get_parameter(name) for name, stored in stored_names(grown).items()}
+            for name, values in expand(plan, _tensors(model)):
+                parameters[name].copy_(values)
+        else:
+            made = dict(expand(plan, _tensors(model)))
+            whole, own = in_model(plan.target_config, made, made.__getitem__), grown.state_dict(keep_vars=True)
+            for name in own:
+                own[name].copy_(whole[name])
     return grown.train(model.training)
 
 
-def _tensors(model: PreTrainedModel) -> Tensors:
-    from model.build import stored_names
+def has_schema(plan: Plan) -> bool:
+    """Whether the family is known here, so that every parameter of its model is one tensor of the file."""
+    return plan.family.name in families()
 
-    return Tensors({stored: model.get_parameter(name) for name, stored in stored_names(model).items()})
+
+def _tensors(model: PreTrainedModel) -> Tensors:
+    from model.stored import in_file
+
+    return Tensors({name: tensor.detach() for name, tensor in in_file(config_of(model), _untied(model)).items()})
+
+
+def _untied(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Every tensor that a file of the model holds, under the model's own names."""
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    return remove_tied_weights_from_state_dict(model.state_dict(keep_vars=True), model)
+
+
+def config_of(model: PreTrainedModel) -> dict[str, Any]:
+    """The model's config with everything in it."""
+    return json.loads(model.config.to_json_string(use_diff=False))

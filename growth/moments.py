@@ -7,7 +7,9 @@ answered by 1/a. One such factor per axis gives a whole tensor:
     m' = α·m,  v' = α²·v,  α = Π over the axes of 1/(k·a)
 
 It is exact for what is inherited where the plan is lossless, copies are evenly read (no noise) and nothing new reaches an inherited
-gradient; `inexact` names what stands against it. New entries, and layers that start as the identity, begin at zero.
+gradient; `inexact` names what stands against it. Under noise the k copies still share what flows back, in uneven parts: each gets the mean
+of the copies' first moments, exactly, and the square of such means for the second, which is at most the mean of the copies' own.
+New entries, and layers that start as the identity, begin at zero.
 """
 
 from __future__ import annotations

@@ -13,8 +13,11 @@ from model.dtypes import RAW
 from .execute import Expander, Reader
 from .plan import Plan
 
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # numpy knows no bfloat16
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
+    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # numpy knows no bfloat16
 
 
 @dataclass(frozen=True, eq=False)

@@ -154,11 +154,6 @@ def meta_model(config: Config) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(to_hf_config(config), trust_remote_code=False)
 
 
-def parameter_names(config: Config) -> dict[str, str]:
-    """`stored_names` of a model of `config`, in the order in which the model lists its parameters and optimizers number them."""
-    return stored_names(meta_model(config))
-
-
 def _implementation(attention: str) -> str | None:
     """What to ask the library for; None lets it choose, since some families have no SDPA (Gemma 2's capped logits)."""
     chosen, _ = attention_backend(attention)

@@ -13,15 +13,18 @@ import torch
 from accelerate import Accelerator
 
 from growth import grow, grow_adam, load_adam, plan
+from growth.memory import config_of as config_of_model
 from growth.memory import follow, plan_of
 from growth.moments import inexact
 from growth.origin import Origin, axis_origins, origins
-from growth.plan import Plan
+from growth.plan import Plan, Step
 from model.build import load_model, stored_names
 from model.errors import UserError
 from model.family import families
+from model.stored import in_file
 from tests.conftest import random_model
 from tests.test_growth_families import FAMILIES, MULTI_HEAD, config_of, growths, renamed
+from tests.test_growth_strangers import config_of as stranger
 
 FLOOR = {"layer": 1e-8, "rms": 1e-4}  # of the largest moment; the library's RMSNorms compute in float32
 EXACT = [{"operator": "lossless"}, {"operator": "lemon"}, {"operator": "hyperclone"}, {"operator": "hyperclone", "form": "diagonal"}]
@@ -84,6 +87,82 @@ def test_noise_and_new_tokens_are_named_as_what_makes_moments_inexact() -> None:
         made = plan_of(source, sizes, **options)
         assert [fault.split(":")[0] for fault in inexact(made)] == [reason]
         assert furthest(source, made) > 1e-3
+
+
+def means(values: torch.Tensor, step: Step) -> torch.Tensor:
+    """The mean over all copies of each source entry, in the source's shape."""
+    for dim, axis in enumerate(step.maps):
+        share = torch.zeros(axis.source, axis.target, dtype=values.dtype)
+        taken = np.flatnonzero(axis.copies)
+        share[axis.index[taken], taken] = 1.0
+        values = torch.tensordot(share / share.sum(1, keepdim=True), values, ([1], [dim])).movedim(0, dim)
+    return values
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_under_noise_copies_get_the_mean_of_their_own_moments(name: str, tied: bool) -> None:
+    source = random_model(config_of(name, tie_word_embeddings=tied))
+    floor = max(FLOOR[families()[name].norm], 1e-6)  # most eager attentions take the softmax in float32, and copies are rounded apart
+    made = plan_of(source, doubled(name), noise=0.5)
+    assert [fault.split(":")[0] for fault in inexact(made)] == ["noise 0.5"]
+    grown = follow(made, source)
+    expected, optimizer = trained(grown), adam(grown)
+    grow_adam(trained(source), source, optimizer, grown, made)
+    steps, names, uneven = {step.name: step for step in made.steps}, stored_names(grown), 0
+    for parameter_name, parameter in grown.named_parameters():
+        step, mine, theirs = steps[names[parameter_name]], optimizer.state[parameter], expected.state[parameter]
+        if step.source is None or (step.tensor.layer is not None and made.layers.identity[step.tensor.layer]):
+            continue
+        first, second = ((means(mine[key], step), means(theirs[key], step)) for key in ("exp_avg", "exp_avg_sq"))
+        assert (first[0] - first[1]).abs().max() <= floor * max(first[1].abs().max(), 1e-3), parameter_name  # OPT's key biases have none
+        assert (second[0] - second[1]).max() <= floor * max(second[1].max(), 1e-6), parameter_name
+        uneven += int((second[1] - second[0]).max() > 1e-2 * second[1].max())
+    assert uneven > 10
+
+
+STRANGERS: dict[str, dict[str, int]] = {  # experts in one tensor of three axes, experts that the library joins as it loads, all in one
+    "gpt_oss": {"hidden_size": 32, "intermediate_size": 24},
+    "mixtral": {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24, "num_hidden_layers": 3},
+    "falcon": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4},
+}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_moments_of_a_derived_family(tmp_path: Path, name: str) -> None:
+    source = random_model(stranger(name))
+    source.config._experts_implementation = "eager"  # the fused kernels know no float64
+    made = plan_of(source, STRANGERS[name])
+    assert made.certificate.lossless
+    assert list(inexact(made)) == []
+    grown = follow(made, source)
+    grown.config._experts_implementation = "eager"
+    expected, optimizer = trained(grown), adam(grown)
+    grow_adam(trained(source), source, optimizer, grown, made)
+    steps, shapes = {step.name: step for step in made.steps}, set()
+    for key in ("exp_avg", "exp_avg_sq"):
+        mine, theirs = (
+            in_file(config_of_model(grown), {name: state.state[parameter][key] for name, parameter in grown.named_parameters()})
+            for state in (optimizer, expected)
+        )
+        assert mine.keys() == steps.keys()
+        for tensor, step in steps.items():
+            inherited = torch.from_numpy(origins(made, step) >= Origin.COPY)
+            if inherited.any():
+                apart = (mine[tensor] - theirs[tensor])[inherited].abs().max()
+                assert apart <= FLOOR["rms"] * theirs[tensor].abs().max(), tensor  # routers and norms compute in float32
+                shapes.add(len(step.shape))
+    assert shapes == {"gpt_oss": {1, 2, 3}}.get(name, {1, 2})
+
+    source.save_pretrained(tmp_path / "source")
+    torch.save(trained(source).state_dict(), tmp_path / "optimizer.pt")
+    grow(tmp_path / "source", tmp_path / "out", target=STRANGERS[name], optimizer=tmp_path / "optimizer.pt", receipt=False)
+    loaded = load_model(tmp_path / "out", dtype="float64", attention="eager")
+    from_disk = adam(loaded)
+    load_adam(tmp_path / "out", from_disk, loaded)
+    for there, here in zip(loaded.parameters(), grown.parameters(), strict=True):
+        assert torch.equal(there, here)
+        assert all(torch.equal(from_disk.state[there][key], optimizer.state[here][key]) for key in ("exp_avg", "exp_avg_sq"))
 
 
 def test_operators_that_do_not_keep_the_function_reset_or_keep_originals_only() -> None:

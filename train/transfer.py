@@ -149,8 +149,9 @@ def take_over(
     if saved is None or stage.growth.operator != "source":
         return
     assert source is not None
-    state = read_adam(saved, plan(read_json(source / "config.json"), {}))
-    fill(optimizer, network, state.moments.tensors.__getitem__, state.step)
+    kept = plan(read_json(source / "config.json"), {})
+    state = read_adam(saved, kept)
+    fill(optimizer, network, [step.name for step in kept.steps], state.moments.tensors.__getitem__, state.step)
 
 
 def named_state(optimizer: torch.optim.Optimizer, network: PreTrainedModel) -> dict[str, Any]:
