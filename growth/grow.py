@@ -105,15 +105,15 @@ def grow(
             write_index(folder, shards)
             if adam is not None:
                 _write_adam(folder, made, adam, max_shard_bytes, **how)
-            write_config(folder, made)
             _copy_companions(checkpoint.folder, folder)
             verify_structure(folder, made)
             small = made.source_parameters + made.target_parameters <= RECEIPT_PARAMETERS
             wanted = small if receipt is None else receipt
-            measured = measure(checkpoint.folder, folder, norm=made.family.norm) if wanted else None
+            measured = measure(checkpoint.folder, folder, target_config=made.target_config, norm=made.family.norm) if wanted else None
             if measured is not None:
                 check_receipt(measured, made)
             _write_recipe(folder, made, str(source), revision, checkpoint, measured)
+            write_config(folder, made)  # last: without it nothing loads the folder, were it to stay as it is
             return measured
 
         if worker is not None:

@@ -7,8 +7,9 @@ from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from model.checkpoint import Checkpoint
+from model.checkpoint import Checkpoint, tensor_table
 from model.errors import UserError
+from model.family import Config
 
 if TYPE_CHECKING:
     import torch
@@ -53,8 +54,7 @@ def verify_structure(folder: Path, plan: Plan) -> None:
     Raises:
         UserError: a tensor is missing, unknown, or of another shape or dtype.
     """
-    with Checkpoint(folder) as written:
-        found = {name: (stored.dtype, stored.shape) for name, stored in written.tensors.items()}
+    found = {name: (stored.dtype, stored.shape) for name, stored in tensor_table(folder).items()}
     expected = {step.name: (plan.dtype(step), step.shape) for step in plan.steps}
     if found != expected:
         wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
@@ -65,6 +65,7 @@ def measure(
     source: Path | str,
     target: Path | str,
     *,
+    target_config: Config | None = None,
     norm: Literal["layer", "rms"] = "layer",
     dtype: str | None = None,
     rows: int = 2,
@@ -74,6 +75,7 @@ def measure(
     """Run both checkpoints, one after the other, on the same random tokens (`rows` × `length`) and measure how far their logits are apart.
 
     Args:
+        target_config: of the target, where its folder has none yet.
         norm: of the family; the library computes RMSNorms in float32 whatever the weights are, which sets the least difference.
         dtype: to compute in; None is float64 where the larger model fits into memory so, else float32.
 
@@ -84,10 +86,10 @@ def measure(
 
     from model.build import load_model, quietly
 
-    def logits(folder: Path | str, tokens: torch.Tensor) -> torch.Tensor:
+    def logits(folder: Path | str, tokens: torch.Tensor, config: Config | None = None) -> torch.Tensor:
         try:
             with quietly(), torch.no_grad():
-                model = load_model(folder, dtype=computed, attention="eager").eval()
+                model = load_model(folder, dtype=computed, attention="eager", config=config).eval()
                 return model(input_ids=tokens).logits.double()
         except UserError:
             raise
@@ -96,12 +98,12 @@ def measure(
             which, way = ("source", "receipt=false grows without running it") if folder == source else ("grown model", "choose other sizes")
             raise UserError(f"receipt: the {which} does not load or run in {computed} ({type(fault).__name__}: {reason}); {way}") from None
 
-    with Checkpoint(source) as checkpoint, Checkpoint(target) as grown:
+    with Checkpoint(source) as checkpoint:
         config = checkpoint.config
-        computed = dtype or fitting_dtype(sum(prod(stored.shape) for stored in grown.tensors.values()))
+    computed = dtype or fitting_dtype(sum(prod(stored.shape) for stored in tensor_table(Path(target)).values()))
     length = min(length, config.get("max_position_embeddings") or length)
     tokens = torch.randint(config["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
-    before, after = logits(source, tokens), logits(target, tokens)[..., : config["vocab_size"]]
+    before, after = logits(source, tokens), logits(target, tokens, target_config)[..., : config["vocab_size"]]
     return compare_logits(before, after, tokens, computed, _floor(norm, computed))
 
 

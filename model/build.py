@@ -89,8 +89,8 @@ def empty_model(config: Config, *, dtype: torch.dtype, device: torch.device | st
     return model
 
 
-def load_model(folder: Path | str, *, dtype: str = "float32", attention: str = "auto") -> PreTrainedModel:
-    """A model from a local folder of safetensors weights, every tensor accounted for.
+def load_model(folder: Path | str, *, dtype: str = "float32", attention: str = "auto", config: Config | None = None) -> PreTrainedModel:
+    """A model from a local folder of safetensors weights, every tensor accounted for; with `config`, the folder needs none of its own.
 
     Raises:
         UserError: the folder is missing, its family unknown, or a tensor missing, unexpected or of another shape.
@@ -108,6 +108,7 @@ def load_model(folder: Path | str, *, dtype: str = "float32", attention: str = "
         trust_remote_code=False,
         ignore_mismatched_sizes=True,  # told below, with everything else
         output_loading_info=True,
+        **({} if config is None else {"config": to_hf_config(config)}),
         **({"experts_implementation": "eager"} if dtype == "float64" else {}),  # the fused kernels know no float64
     )
     model, report = loaded

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 PARTIAL, FORMER = ".partial", ".former.partial"
 
@@ -32,17 +34,28 @@ def whole(path: Path) -> Iterator[Path]:
 def take_place(path: Path) -> None:
     """Rename `<path>.partial` to `path`.
 
-    A folder that is there steps aside first and is removed last: who has its files mapped goes on reading them.
+    A folder that is there changes places with it in one step, so that at every moment there is one of the two, and is removed last: who has
+    its files mapped goes on reading them. Where the system cannot do that in one step, it steps aside first.
     """
     partial, former = partial_of(path), path.with_name(path.name + FORMER)
     if not partial.is_dir():
         os.replace(partial, path)
         return
     remove(former)
-    if path.exists():
-        os.rename(path, former)
-    os.rename(partial, path)
+    if path.exists() and _exchange(partial, path):
+        os.rename(partial, former)
+    else:
+        if path.exists():
+            os.rename(path, former)
+        os.rename(partial, path)
     remove(former)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step; False where the system or the file system cannot (Linux's renameat2 can)."""
+    rename: Any = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def remove(path: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import model.whole
 from growth import grow
 from growth import grow as grow_function
+from model.checkpoint import Checkpoint
 from model.errors import UserError
+from model.whole import whole
+
+growth_module: Any = sys.modules["growth.grow"]  # the package has a function of that name
 
 BIGGER = {"hidden_size": 30, "intermediate_size": 50, "num_hidden_layers": 4}
 
@@ -42,12 +48,12 @@ def test_a_grown_folder_loads_with_transformers_alone(source: Path, tmp_path: Pa
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = grow(source, tmp_path / "out", target=BIGGER, max_shard_bytes=50_000).folder
-    model, report = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float64, output_loading_info=True)
+    loaded, report = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float64, output_loading_info=True)
     assert not any(report.values()), report
-    assert model.config.num_hidden_layers == 4
-    assert model.config.rope_parameters["partial_rotary_factor"] == 0.4
+    assert loaded.config.num_hidden_layers == 4
+    assert loaded.config.rope_parameters["partial_rotary_factor"] == 0.4
     assert AutoTokenizer.from_pretrained(out).decode([1, 2]) == AutoTokenizer.from_pretrained(source).decode([1, 2])
-    assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False).shape == (1, 6)
+    assert loaded.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False).shape == (1, 6)
     recipe = json.loads((out / "growth.json").read_text())
     assert recipe["source"]["ledger"] == {"tokens": 7}
     assert recipe["certificate"] == {"lossless": True, "reasons": []}
@@ -72,6 +78,54 @@ def test_an_existing_folder_is_replaced_only_when_asked_and_only_by_a_whole_one(
     grow(source, out, target=BIGGER, seed=1, overwrite=True)
     assert (out / "growth.json").read_bytes() != before
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+
+
+def test_at_every_moment_there_is_the_old_folder_or_the_new_one(tmp_path: Path) -> None:
+    out, missing, done = tmp_path / "out", 0, False
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+
+    def look() -> None:
+        nonlocal missing
+        while not done:
+            missing += not (out / "config.json").exists()
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    for number in range(500):
+        with whole(out) as partial:
+            partial.mkdir()
+            (partial / "config.json").write_text(str(number))
+    done = True
+    reader.join()
+    assert missing == 0
+    assert (out / "config.json").read_text() == "499"
+
+
+def test_a_file_system_that_cannot_exchange_folders_replaces_them_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.whole, "_exchange", lambda *_: False)
+    for text in ("old", "new"):
+        with whole(tmp_path / "out") as partial:
+            partial.mkdir()
+            (partial / "file").write_text(text)
+    assert (tmp_path / "out" / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_not_verified_does_not_load(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were it killed while the receipt is measured, the folder that stays would have no config."""
+    measured, right = [], growth_module.measure
+
+    def measure(before: Path, folder: Path, **how: Any) -> Any:
+        measured.append(folder)
+        with pytest.raises(UserError, match=r"config\.json: no such file"):
+            Checkpoint(folder)
+        return right(before, folder, **how)
+
+    monkeypatch.setattr(growth_module, "measure", measure)
+    out = grow(source, tmp_path / "out", target=BIGGER).folder
+    assert measured == [tmp_path / "out.partial"]
+    assert Checkpoint(out).config["hidden_size"] == 30
 
 
 def _full(*_: object) -> int:
