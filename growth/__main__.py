@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .verify import Receipt
 
+PICTURES = (".png", ".pdf", ".svg")
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
@@ -84,6 +85,9 @@ def settings_from(arguments: list[str]) -> Settings:
         faults += [
             f"{key}: must be positive; found {getattr(settings, key)}" for key in ("threads", "max_shard_gb") if getattr(settings, key) <= 0
         ]
+        figure = settings.growth.figure
+        if figure is not None and Path(figure).suffix not in PICTURES:
+            faults.append(f"growth.figure {figure!r}: no picture's name; end it in {', '.join(PICTURES)}")
     UserError.collect(faults)
     assert settings is not None
     return settings

@@ -225,8 +225,13 @@ def _check_growable(growth: Growth, noise: float) -> None:
 
 
 def _class_faults(growth: Growth) -> Iterator[str]:
-    """What the library's class for the target would not take or run, told before anything is written."""
+    """What the library's class for the target would not take or run, told before anything is written.
+
+    Raises:
+        UserError: a value is no size at all.
+    """
     family, config = growth.family, growth.target_config
+    family.optional(config, "max_position_embeddings")
     hidden, heads = (family.field_name(name) for name in ("hidden_size", "num_attention_heads"))
     if config["model_type"] in family.whole_heads and config[hidden] % config[heads]:
         yield f"target: {hidden} {config[hidden]} is no multiple of {heads} {config[heads]}, which transformers' class insists on"

@@ -21,6 +21,9 @@ STANDARD = (
     "max_position_embeddings", "layer_types", "norm_eps",
 )  # fmt: skip
 
+# More than any model has: what sizes are checked against before anything is made of them.
+MAX_SIZE, MAX_LAYERS = 1 << 24, 1 << 14
+
 # Buffers that older checkpoints carry along.
 BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
 
@@ -126,12 +129,24 @@ class Family:
         """A positive whole number by its standard name.
 
         Raises:
-            UserError: it is missing or is not a positive whole number.
+            UserError: it is missing, is not a positive whole number, or is none that any model has.
         """
-        value = self.get(config, standard)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"config of family {self.name!r}: {self.field_name(standard)} must be a positive whole number, found {value!r}")
+        return self._whole(
+            self.field_name(standard), self.get(config, standard), MAX_LAYERS if standard == "num_hidden_layers" else MAX_SIZE
+        )
+
+    def _whole(self, key: str, value: Any, most: int = MAX_SIZE) -> int:
+        if type(value) is not int or value < 1:
+            raise UserError(f"config of family {self.name!r}: {key} must be a positive whole number, found {value!r}")
+        if value > most:
+            raise UserError(
+                f"config of family {self.name!r}: {key} {value:,} is more than any model has (at most {most:,}); a slip of the pen?"
+            )
         return value
+
+    def optional(self, config: Config, standard: str) -> int | None:
+        """A positive whole number by its standard name, or None where it is not given."""
+        return None if self.get(config, standard) is None else self.require(config, standard)
 
     def sizes(self, config: Config) -> dict[str, int]:
         """The size of every space that the schema uses (`vocab residual ffn kv group qk v pos`, and `more`), and of `layer`.
@@ -144,9 +159,8 @@ class Family:
             if self.uses(space):
                 sizes[space] = size_of(config)
         for space, (key, factor) in self.more.items():
-            if type(value := config.get(key)) is not int or value < 1:
-                raise UserError(f"config of family {self.name!r}: {key} must be a positive whole number, found {value!r}")
-            sizes[space] = value * factor
+            sizes[space] = self._whole(key, config.get(key)) * factor
+        self._whole("heads × head dim", sizes.get("kv", 1) * sizes.get("group", 1) * sizes.get("qk", 1))
         return sizes
 
     @cached_property
@@ -154,16 +168,16 @@ class Family:
         return {
             "vocab": lambda config: self.require(config, "vocab_size"),
             "residual": lambda config: self.require(config, "hidden_size"),
-            "ffn": lambda config: self.get(config, "intermediate_size") or 4 * self.require(config, "hidden_size"),
+            "ffn": lambda config: self.optional(config, "intermediate_size") or 4 * self.require(config, "hidden_size"),
             "qk": self._head_dim,
             "v": self._head_dim,
             "kv": self._kv_heads,
             "group": self._group,
-            "pos": lambda config: self.get(config, "max_position_embeddings", 0) + self.pos_offset,
+            "pos": lambda config: self.require(config, "max_position_embeddings") + self.pos_offset,
         }
 
     def _kv_heads(self, config: Config) -> int:
-        return self.get(config, "num_key_value_heads") or self.require(config, "num_attention_heads")
+        return self.optional(config, "num_key_value_heads") or self.require(config, "num_attention_heads")
 
     def _group(self, config: Config) -> int:
         heads, kv = self.require(config, "num_attention_heads"), self._kv_heads(config)
@@ -171,7 +185,7 @@ class Family:
 
     def _head_dim(self, config: Config) -> int:
         hidden, heads = self.require(config, "hidden_size"), self.require(config, "num_attention_heads")
-        return self.get(config, "head_dim") or _divide(hidden, heads, f"{self.field_name('hidden_size')} into {heads} heads")
+        return self.optional(config, "head_dim") or _divide(hidden, heads, f"{self.field_name('hidden_size')} into {heads} heads")
 
     def layer_kinds(self, config: Config) -> list[str] | None:
         """What the class takes for `layer_types`, listed in the config or not; None where it knows no such list."""

@@ -127,6 +127,15 @@ def test_more_positions_where_rotary_angles_depend_on_how_many(tmp_path: Path, r
         ("gemma2", {"hidden_size": 30}, "hidden_size 30 is no multiple of num_attention_heads 4, which transformers' class insists on"),
         ("llama", {"hidden_size": 30}, "hidden_size 30 is no multiple of num_attention_heads 4"),
         ("qwen3", {"head_dim": 7}, "7 dims of each head would be turned by rotary positions, which turn pairs; choose an even head dim"),
+        ("phi", {"intermediate_size": "abc"}, "intermediate_size must be a positive whole number, found 'abc'"),
+        ("phi", {"intermediate_size": 50.5}, "intermediate_size must be a positive whole number, found 50.5"),
+        ("phi", {"head_dim": "x"}, "head_dim must be a positive whole number, found 'x'"),
+        ("llama", {"num_key_value_heads": 0}, "num_key_value_heads must be a positive whole number, found 0"),
+        ("llama", {"max_position_embeddings": "x"}, "max_position_embeddings must be a positive whole number, found 'x'"),
+        ("gpt2", {"n_positions": "x"}, "n_positions must be a positive whole number, found 'x'"),
+        ("phi", {"hidden_size": 10**12}, "hidden_size 1,000,000,000,000 is more than any model has (at most 16,777,216)"),
+        ("phi", {"num_hidden_layers": 10**9}, "num_hidden_layers 1,000,000,000 is more than any model has (at most 16,384)"),
+        ("phi", {"num_attention_heads": 10**5, "head_dim": 10**5}, "heads × head dim 10,000,000,000 is more than any model has"),
         ("gpt2", {"rope_parameters": {"rope_theta": 1.0}}, "unknown config key 'rope_parameters'"),
     ],
 )
@@ -135,6 +144,12 @@ def test_what_the_librarys_class_would_not_take_is_told_before_anything_is_writt
 ) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         plan(config_of(name), target)
+
+
+def test_a_source_config_with_absurd_sizes_makes_nothing_of_them(tmp_path: Path) -> None:
+    source = respelled(make_checkpoint(tmp_path / "source", config_of("llama")), num_hidden_layers=10**9)
+    with pytest.raises(UserError, match="num_hidden_layers 1,000,000,000 is more than any model has"):
+        plan(source, {"intermediate_size": 50})
 
 
 def test_factors_of_each_rotary_pair_must_be_as_many_as_pairs() -> None:

@@ -252,6 +252,7 @@ def test_the_door_prints_a_plan_of_phi_without_weights() -> None:
         (["source=phi_1_5", "target=phi_2"], ["out: missing"]),
         (["source=phi_1_5", "target=phi_2", "plan_only=maybe"], ["plan_only: expected true or false; found 'maybe'"]),
         (["source=phi_1_5", "target=phi_2", "out=x", "growth=source"], ["growth=source: a training arm"]),
+        (["source=phi_1_5", "target=phi_2", "plan_only=true", "growth.figure=x.docx"], ["no picture's name; end it in .png, .pdf, .svg"]),
         (["source=phi_1_5", "target=phi_2", "plan_only=true", "threads=0"], ["threads: must be positive"]),
         (["source=phi_2", "target=phi_1_5", "plan_only=true"], ["residual 2048 is smaller", "layer 24 is smaller", "ffn 8192 is smaller"]),
         (["source=microsoft/phi-1_5", "target=phi_2", "out=x"], ["source 'microsoft/phi-1_5'", "check name and network"]),
