@@ -47,10 +47,15 @@ def build(plan: Plan, reader: Reader | None = None) -> Figure:
     _spaces(parts[1].subplots(), plan)
     step = shown_step(plan)
     _matrices(parts[2], plan, step, reader)
-    proof = "certified lossless" if plan.certificate.lossless else f"not lossless ({len(plan.certificate.reasons)} reasons)"
-    size = f"{plan.source_parameters / 1e6:,.4g} M → {plan.target_parameters / 1e6:,.4g} M parameters"
+    reasons = len(plan.certificate.reasons)
+    proof = f"not lossless ({reasons} reason{'s' * (reasons > 1)})" if reasons else "certified lossless"
+    size = f"{_count(plan.source_parameters)} → {_count(plan.target_parameters)} parameters"
     figure.suptitle(f"{plan.family.name} grown by {plan.operator}: {size}, {proof}", fontsize=13, color=INK, x=0.01, ha="left")
     return figure
+
+
+def _count(number: int) -> str:
+    return f"{number:,}" if number < 1e6 else f"{number / 1e6:,.4g} M"
 
 
 def shown_step(plan: Plan) -> Step:
@@ -112,13 +117,13 @@ def _matrices(figure: Any, plan: Plan, step: Step, reader: Reader | None) -> Non
     if columns == 3:
         assert reader is not None
         before, after = source_matrix(plan, step, reader), grown_matrix(plan, step, reader)
-        shown = [_blocks(matrix) for matrix in (before, after)]
-        signed = before.size == shown[0].size and after.size == shown[1].size
-        limit = float(np.quantile(np.abs(np.concatenate([part.ravel() for part in shown])), 0.995)) or 1.0
+        signed = max(*before.shape, *after.shape) <= CELLS
+        shown = [matrix if signed else _blocks(matrix) for matrix in (before, after)]
+        limit = max(float(np.quantile(np.abs(part), 0.995)) for part in shown) or 1.0
         scale: dict[str, Any] = {"vmin": -limit if signed else 0.0, "vmax": limit, "cmap": "RdBu_r" if signed else "magma"}
         for axes, matrix, part, name in zip(panels[:2], (before, after), shown, ("the source's", "grown"), strict=True):
             image = _show(axes, matrix.shape, part, **scale)
-            axes.set_title(f"{name} {_short(step.name)}, {matrix.shape[0]}×{matrix.shape[1]}", **_TITLE)
+            axes.set_title(f"{name} {_short(step.name)},\n{matrix.shape[0]}×{matrix.shape[1]}", **_TITLE)
         figure.colorbar(image, ax=list(panels[:2]), label="entry" if signed else "root mean square of each block", shrink=0.85)
     norm = BoundaryNorm([-0.5, 0.5, 1.5, 2.5], 3)
     colours = ListedColormap([ORIGINS[origin][1] for origin in (Origin.NEW, Origin.COPY, Origin.ORIGINAL)])
@@ -160,9 +165,7 @@ def grown_matrix(plan: Plan, step: Step, reader: Reader) -> np.ndarray:
 
 
 def _blocks(matrix: np.ndarray) -> np.ndarray:
-    """The matrix itself where it is small, else the root mean square of blocks."""
-    if max(matrix.shape) <= CELLS:
-        return matrix
+    """The root mean square of blocks; of a small matrix, of each entry."""
     squares = matrix.astype(np.float64) ** 2
     for axis in (0, 1):
         edges = np.linspace(0, matrix.shape[axis], min(CELLS, matrix.shape[axis]) + 1).astype(int)

@@ -60,6 +60,22 @@ def test_the_matrix_in_the_picture_is_the_one_that_is_written(phi_folder: Path, 
     assert "24 → 30" in texts
 
 
+def test_a_small_source_beside_a_large_result_is_shown_by_magnitude_too(phi_folder: Path) -> None:
+    """Were its signs kept, the negative half of it would be black on a scale that begins at zero."""
+    with Checkpoint(phi_folder) as source:
+        made = plan(source, {"hidden_size": 240, "num_attention_heads": 30, "num_hidden_layers": 4}, depth="stack")
+        figure = build(made, source)
+        images = [image for part in figure.subfigs for axes in part.axes for image in axes.get_images()]
+        shown = [np.asarray(image.get_array()) for image in images]
+        expected = np.abs(to_float(source.read("model.layers.0.self_attn.q_proj.weight"), "F64"))
+    assert any(part.shape == (24, 24) and np.allclose(part, expected) for part in shown)
+    assert images[0].get_clim() == images[1].get_clim()
+    assert np.quantile(expected, 0.99) <= images[0].get_clim()[1]
+    texts = " ".join(text.get_text() for text in figure.findobj(match=lambda artist: hasattr(artist, "get_text")))
+    assert "(1 reason)" in texts
+    assert f"{made.source_parameters:,} → " in texts
+
+
 def test_a_picture_without_weights_and_a_name_that_is_no_picture(phi_config: dict[str, Any], tmp_path: Path) -> None:
     made = plan(phi_config, BIGGER, "tile")
     draw(made, tmp_path / "plan.svg")

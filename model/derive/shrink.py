@@ -54,6 +54,7 @@ FEW: tuple[tuple[str, int], ...] = (
     (r"first_k_dense|num_dense_layers|moe_layer_start_index", 1),
 )
 RHYTHM = re.compile(r"period|interval|every|_step$")  # of layers that differ by their number
+RHYTHM_LIST = re.compile(r"types|pattern")  # which the layers go through again and again
 MAX_LAYERS = 8
 UNTOUCHED = re.compile(r"token_id|token_index|_id$|chunk|window|dtype|seed|interval|period|offset|drop|layer_idx|kernel|conv|expand|eps")
 
@@ -83,8 +84,10 @@ def _small(key: str, value: Any, config: Config, depth: int, layers: tuple[int, 
         return [_small(key, value[layer], config, depth, layers) for layer in layers]
     if isinstance(value, Mapping) and value and all(str(entry).isdigit() and int(entry) < depth for entry in value):
         return {str(layers.index(int(layer))): entry for layer, entry in value.items() if int(layer) in layers}
-    if value is None and key == "num_key_value_heads":
-        return 4  # as many as queries, which some classes do not work out
+    if isinstance(value, Mapping) and isinstance(value.get("hidden_size"), int) and isinstance(value.get("num_hidden_layers"), int):
+        return shrunken(value, "num_hidden_layers", (0, 1)[: value["num_hidden_layers"]])  # of a tower that tokens do not go through
+    if value is None and key in ("num_key_value_heads", "num_experts_per_tok"):
+        return 4 if key == "num_key_value_heads" else 2  # as many as queries; at all: which some classes do not work out
     if isinstance(value, bool) or not isinstance(value, int) or value < 1 or UNTOUCHED.search(key):
         return value
     if value == 1 and not re.search(r"(kv|key_value)_heads", key):
@@ -107,6 +110,10 @@ def repeats_hidden(key: str, value: int, hidden: object) -> bool:
     return value == hidden and key != "hidden_size" and named
 
 
+def _words(value: object) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(word, str) for word in value)
+
+
 def numbers_layers(key: str, value: list[Any], depth: int) -> bool:
     """Whether a list names layers by their numbers (`mlp_only_layers`)."""
     named = any(word in key for word in ("layer", "idx", "indices"))
@@ -126,6 +133,7 @@ def kept_layers(config: Config, depth: int) -> tuple[int, ...]:
     kinds = [repr([[entries[layer] for entries in each], [layer in numbers for numbers in named]]) for layer in range(depth)]
     first = {kind: layer for layer, kind in reversed(list(enumerate(kinds)))}
     rhythms = [value for key, value in config.items() if RHYTHM.search(key) and type(value) is int and 1 < value <= MAX_LAYERS]
+    rhythms += [len(value) for key, value in config.items() if RHYTHM_LIST.search(key) and _words(value) and len(value) <= MAX_LAYERS]
     chosen = sorted({*first.values(), *range(min(2, depth)), *range(min(max(rhythms, default=0) if not each else 0, depth))})
     if len(chosen) > MAX_LAYERS:
         raise UserError(f"{len(chosen)} kinds of layers are too many to stand for in a tiny model")
