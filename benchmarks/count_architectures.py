@@ -1,6 +1,6 @@
 """Over how many of transformers' causal language models is lossless growth confirmed, without a schema written for them?
 
-python benchmarks/count_architectures.py                     20 minutes on 4 busy cores: a table, and count_architectures.json here
+python benchmarks/count_architectures.py                     10 minutes on 2 cores: a table, and count_architectures.json here
 python benchmarks/count_architectures.py --types mpt falcon  some of them
 
 Every model type of the library gets its default config shrunken, a schema derived from the library's own class (also where the project has

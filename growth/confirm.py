@@ -99,7 +99,7 @@ def _logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     try:
         model = load_model(folder, dtype="float64", attention="eager").eval()
         with torch.no_grad():
-            return model(input_ids=tokens, use_cache=False).logits
+            return model(input_ids=tokens).logits  # remembering keys and values where the library does so by itself
     except UserError:
         raise
     except Exception as fault:  # the library's classes raise every kind

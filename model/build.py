@@ -27,7 +27,8 @@ def to_hf_config(config: Config) -> PretrainedConfig:
     model_type = fields.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
         unknown("model_type", str(model_type), CONFIG_MAPPING.keys())
-    return CONFIG_MAPPING[model_type].from_dict(fields)
+    known = CONFIG_MAPPING[model_type]
+    return known.from_dict(known._decode_special_floats(fields))  # as it does with files that it opens itself (`{"__float__": "Infinity"}`)
 
 
 def attention_backend(requested: str = "auto") -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from growth import grow, plan
 from growth.verify import measure
 from model.build import build_model, load_model, to_hf_config
 from model.checkpoint import Checkpoint
+from model.derive import derive
 from model.errors import UserError
 from model.outline import outline
+from tests.conftest import make_checkpoint
 
 TINY = {"vocab_size": 61, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
 STRANGERS: dict[str, dict[str, Any]] = {
@@ -225,3 +228,36 @@ def test_a_config_with_more_layers_than_the_file_has_tensors_builds_nothing(tmp_
     (source / "config.json").write_text(json.dumps(config | {"n_layer": 10**9}))
     with pytest.raises(UserError, match="n_layer 1,000,000,000, but the file has"):
         grow(source, tmp_path / "out", target={"hidden_size": 32})
+
+
+def test_a_deeper_decoder_remembers_keys_and_values_of_all_its_layers(tmp_path: Path) -> None:
+    """The library counts them by the encoder's layers, which a decoder alone does not have, so that count follows."""
+    sizes = {"d_model": 16, "decoder_attention_heads": 2, "decoder_ffn_dim": 24, "decoder_layers": 2, "encoder_layers": 2}
+    config = to_hf_config({"model_type": "pegasus", **TINY, **sizes, "max_position_embeddings": 32}).to_dict()
+    source = make_checkpoint(tmp_path / "source", config)
+    grown = grow(source, tmp_path / "out", target={"decoder_layers": 4, "decoder_ffn_dim": 30})
+    assert grown.certificate.lossless, grown.certificate.reasons
+    assert grown.receipt is not None  # which the model was run for, as anybody runs it
+    assert grown.receipt.max_delta <= 1e-12
+    assert grown.plan.target_config["encoder_layers"] == 4
+
+
+def test_a_config_with_infinities_as_the_library_writes_them(tmp_path: Path) -> None:
+    to_hf_config({"model_type": "falcon_h1"}).save_pretrained(tmp_path)
+    assert '"__float__"' in (tmp_path / "config.json").read_text()
+    assert to_hf_config(json.loads((tmp_path / "config.json").read_text())).time_step_limit[1] == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("recurrent_gemma", {"num_hidden_layers": 6}),  # attention in every third layer only, as a list of three words says
+        ("git", {}),  # beside a tower for pictures
+        ("deepseek_v2", {}),  # whose default config has no number of experts for each token
+    ],
+)
+def test_a_tiny_twin_stands_for_all_kinds_of_layers_and_is_tiny(name: str, changes: dict[str, Any]) -> None:
+    draft = derive(to_hf_config({"model_type": name, **changes}).to_dict())
+    assert sum(prod(shape) for shape in draft.axes.shapes.values()) < 1_000_000
+    if name == "recurrent_gemma":
+        assert any("q_proj" in tensor for tensor in draft.seen)

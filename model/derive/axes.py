@@ -23,6 +23,7 @@ class Keys:
 
     Attributes:
         follows: keys that repeat the hidden size.
+        also_layers: a key that repeats the layer count, from which the library takes how many layers to remember keys and values of.
         more: further feed-forward sizes, as of experts, each a space of its own.
     """
 
@@ -36,6 +37,7 @@ class Keys:
     head_dim: str | None
     follows: tuple[str, ...]
     more: tuple[str, ...]
+    also_layers: str | None
 
     @classmethod
     def of(cls, config: Config, attribute_map: Mapping[str, str]) -> Keys:
@@ -70,6 +72,7 @@ class Keys:
             positions=key("max_position_embeddings", "n_positions", "max_target_positions"),
             follows=tuple(name for name, value in whole.items() if name != hidden and repeats_hidden(name, value, config[hidden])),
             more=tuple(name for name in whole if MORE_FFN.search(name) and name != ffn),
+            also_layers=count if (count := key("num_hidden_layers")) != layers and count and config[count] == config[layers] else None,
         )
 
 

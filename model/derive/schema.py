@@ -50,7 +50,7 @@ def drafted_family(draft: Draft, config: Config, shapes: Shapes) -> Family:
         names={name: key for name, key in standard.items() if key and key != name},
         defaults={str(kv): 1} if draft.axes.multi_query else {},
         more={key: (key, 1) for key in keys.more if re.search(rf"\b{key}\b", lines)} | inner,
-        follows={key: "hidden_size" for key in keys.follows},
+        follows={key: "hidden_size" for key in keys.follows} | ({keys.also_layers: "num_hidden_layers"} if keys.also_layers else {}),
         rotary=None,
         attention_scale="none" if draft.choices.unscaled else "head_dim",
         pos_offset=draft.position_offset,
