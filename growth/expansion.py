@@ -219,10 +219,10 @@ class Strips:
 
 def strips(first: np.ndarray, second: np.ndarray) -> tuple[Strips, Strips] | None:
     """Two equally long arrays of indices as strips that are counted alike; None where they lie otherwise."""
-    starts = np.r_[0, np.flatnonzero((first[1:] != first[:-1] + 1) | (second[1:] != second[:-1] + 1)) + 1]
-    width = len(first) // len(starts)
+    starts, stops = np.transpose([(run.start, run.stop) for run in runs(first, second - first)])
+    width = int(stops[0])
     periods = [np.diff(indices[starts]) for indices in (first, second)]
-    if (np.diff(np.r_[starts, len(first)]) != width).any() or any((each != each[:1]).any() for each in periods):
+    if (stops - starts != width).any() or any((each != each[:1]).any() for each in periods):
         return None
     of_first, of_second = (int(each[0]) if len(each) else 0 for each in periods)
     return Strips(int(first[0]), width, len(starts), of_first), Strips(int(second[0]), width, len(starts), of_second)

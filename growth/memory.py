@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from model.config import Target
-from model.family import families
+from model.family import has_schema
 
 from .plan import Plan, plan
 from .tensors import Tensors, expand
@@ -54,7 +54,7 @@ def follow(plan: Plan, model: PreTrainedModel) -> PreTrainedModel:
     backend = model.config._attn_implementation
     grown = empty_model(plan.target_config, dtype=model.dtype, device=model.device, attention=backend)
     with torch.no_grad():
-        if has_schema(plan):
+        if has_schema(plan.target_config):
             parameters = {stored: grown.get_parameter(name) for name, stored in stored_names(grown).items()}
             for name, values in expand(plan, _tensors(model)):
                 parameters[name].copy_(values)
@@ -64,11 +64,6 @@ def follow(plan: Plan, model: PreTrainedModel) -> PreTrainedModel:
             for name in own:
                 own[name].copy_(whole[name])
     return grown.train(model.training)
-
-
-def has_schema(plan: Plan) -> bool:
-    """Whether the family is known here, so that every parameter of its model is one tensor of the file."""
-    return plan.family.name in families()
 
 
 def _tensors(model: PreTrainedModel) -> Tensors:

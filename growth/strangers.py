@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from model.checkpoint import Checkpoint, names_of
 from model.config import Target, resolve_target
 from model.errors import UserError
-from model.family import Config, Family, families, family_of
+from model.family import Config, Family, family_of, has_schema
 from model.outline import DEPTH_KEYS, outline
 
 from .layers import LAYER_MAPS
@@ -48,7 +48,7 @@ def know(source: Checkpoint | Config, target: Target, depth: str | Sequence[int]
         UserError: the family is unknown to the library too, or the derived schema was not confirmed; the message says why.
     """
     config = source.config if isinstance(source, Checkpoint) else source
-    if config.get("model_type") is None or config["model_type"] in families():
+    if config.get("model_type") is None or has_schema(config):
         return Known(family_of(config))
     shapes = {name: stored.shape for name, stored in source.tensors.items()} if isinstance(source, Checkpoint) else None
     if shapes is not None:

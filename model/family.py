@@ -299,6 +299,11 @@ def families() -> dict[str, Family]:
     return dict(_REGISTERED)
 
 
+def has_schema(config: Config) -> bool:
+    """Whether the config's family is known, so that every parameter of its model is one tensor of the file."""
+    return config.get("model_type") in families()
+
+
 def family_of(config: Config) -> Family:
     """The family of a Hugging Face config (a dict).
 

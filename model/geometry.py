@@ -6,7 +6,7 @@ from collections.abc import Collection
 from math import prod
 from typing import TYPE_CHECKING
 
-from .family import Config, Tensor, families, family_of
+from .family import Config, Tensor, family_of, has_schema
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def parameter_count(config: Config) -> int:
     """The number of parameters of the model that `config` describes; tied tensors count once."""
-    if not _has_schema(config):
+    if not has_schema(config):
         return sum(parameter.numel() for parameter in _class_of(config).parameters())
     return sum(prod(tensor.shape) for tensor in family_of(config).tensors(config) if not tensor.tied)
 
@@ -24,7 +24,7 @@ def matmul_parameter_count(config: Config) -> float:
 
     Without a schema, of a stack of experts (three axes, the experts first) only as many as a token is sent to.
     """
-    if not _has_schema(config):
+    if not has_schema(config):
         return _matmul_parameters_of_class(config)
     return sum(prod(tensor.shape) for tensor in family_of(config).tensors(config) if _multiplies(tensor))
 
@@ -46,7 +46,7 @@ def unpaid_flops_per_token(config: Config, context: int, frozen: Collection[str]
     A frozen matrix has no gradient of its own, 2 per weight; below the first layer in which anything learns, none is passed on either: 2
     more per weight, and all that the attention's backward pass costs. Nothing for a network without a schema, whose tensors have no order.
     """
-    if not frozen or not _has_schema(config):
+    if not frozen or not has_schema(config):
         return 0.0
     tensors = list(family_of(config).tensors(config))
     layers = 1 + max(tensor.layer for tensor in tensors if tensor.layer is not None)
@@ -76,7 +76,7 @@ def _multiplies(tensor: Tensor) -> bool:
 
 def _attention_width(config: Config) -> int:
     """layers · heads · (qk + v)."""
-    if _has_schema(config):
+    if has_schema(config):
         sizes = family_of(config).sizes(config)
         return sizes["layer"] * sizes["kv"] * sizes["group"] * (sizes["qk"] + sizes["v"])
     from .build import to_hf_config
@@ -84,10 +84,6 @@ def _attention_width(config: Config) -> int:
     known = to_hf_config(config)  # under the library's standard names
     heads = known.num_attention_heads
     return known.num_hidden_layers * heads * 2 * (getattr(known, "head_dim", None) or known.hidden_size // heads)
-
-
-def _has_schema(config: Config) -> bool:
-    return config.get("model_type") in families()
 
 
 def _class_of(config: Config) -> PreTrainedModel:

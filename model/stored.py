@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .build import meta_model, quietly, stored_names, to_hf_config
 from .errors import UserError
-from .family import Config, families
+from .family import Config, has_schema
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ def in_file(config: Config, tensors: Mapping[str, torch.Tensor]) -> dict[str, to
     Of a family with a schema they are the same tensors; of others the library may make new ones.
     """
     model = meta_model(config)
-    if config["model_type"] in families():
+    if has_schema(config):
         return {stored: tensors[name] for name, stored in stored_names(model).items() if name in tensors}
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -39,7 +39,7 @@ def in_model(config: Config, names: Iterable[str], tensor: Callable[[str], torch
     Raises:
         UserError: the library makes other parameters of them.
     """
-    if config["model_type"] in families():
+    if has_schema(config):
         return {name: tensor(stored) for name, stored in stored_names(meta_model(config)).items()}
     from transformers import AutoModelForCausalLM
 

@@ -162,7 +162,7 @@ def test_building_does_not_touch_the_global_random_state(phi_config: dict[str, A
 def test_without_a_schema_the_librarys_class_is_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = to_hf_config({"model_type": name}).to_dict()
     expected = parameter_count(config), matmul_parameter_count(config), flops_per_token(config, 64)
-    monkeypatch.setattr(geometry, "_has_schema", lambda _: False)
+    monkeypatch.setattr(geometry, "has_schema", lambda _: False)
     assert (parameter_count(config), matmul_parameter_count(config), flops_per_token(config, 64)) == pytest.approx(expected, rel=1e-12)
 
 

@@ -17,7 +17,7 @@ from model.build import build_model, load_model
 from model.checkpoint import Checkpoint, locate
 from model.config import read_json, resolve_target
 from model.errors import UserError
-from model.family import families
+from model.family import has_schema
 from model.geometry import flops_per_token
 from train.files import whole_folder
 from train.folder import PICTURE
@@ -68,7 +68,7 @@ def target_config(settings: Settings, source: Path | None) -> dict[str, Any]:
 
 def _laid_over(settings: Settings, source: Path | None, config: dict[str, Any] | None) -> dict[str, Any]:
     """The target over the source's config, by a schema that is derived where the source's family has none."""
-    if source is None or config is None or config.get("model_type") in families():
+    if source is None or config is None or has_schema(config):
         return resolve_target(settings.target, config)
     with Checkpoint(source) as checkpoint:
         known = know(checkpoint, settings.target, settings.growth.options.get("depth", "identity"))

@@ -18,7 +18,7 @@ from growth.origin import Origin, axis_origins, origins
 from model.build import stored_names
 from model.config import read_json
 from model.errors import UserError
-from model.family import Config, families, family_of
+from model.family import Config, family_of, has_schema
 from model.notation import size
 from train.schedule import new_entries
 from train.settings import UNGROWN, Budget, Settings
@@ -97,7 +97,7 @@ def frozen_tensors(stages: Sequence[Stage], settings: Settings, source: Path | N
         return found
     before = None if source is None else read_json(source / "config.json")
     for stage in stages:
-        if stage.growth.operator not in UNGROWN and before is not None and stage.config.get("model_type") in families():
+        if stage.growth.operator not in UNGROWN and before is not None and has_schema(stage.config):
             made = plan(before, stage.config, stage.growth.operator, seed=settings.seed, **stage.growth.options)
             whole = (step.name for step in made.steps if all(axis.min() > Origin.NEW for axis in axis_origins(made, step)))
             found[stage.number] = frozenset(whole)
