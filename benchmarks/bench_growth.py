@@ -81,8 +81,7 @@ def make_source(folder: Path, layers: int, vocabulary: int) -> None:
     numbers = np.random.default_rng(0)
     for tensor in tensors:
         values = numbers.standard_normal(int(np.prod(tensor.shape)), np.float32) * 0.02 + ("norm" in tensor.name)
-        with writer.tensor(tensor.name) as place:
-            place.space(2 * values.size)[:] = values.astype(np.float16).view(np.uint8)
+        writer.write(tensor.name, 0, values.astype(np.float16))
     writer.finish()
     writer.close()
 

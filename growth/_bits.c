@@ -1,10 +1,12 @@
 /* The loops of growth/bits.py over 16-bit entries, which numpy makes several passes of. The same bits, and numpy goes on without them.
 
-   lookup(table, index, out)       out[...] = table[index], of any 65,536 entries
-   add(stored, values, bfloat)     stored[...] += values, in float32, rounded to nearest, ties to even
-   accumulate(table, rows, total)  total += table[row] for one row after the other, in float32
+   lookup(table, index, out)           out[...] = table[index], of any 65,536 entries
+   scale(stored, factor, bfloat, out)  out[...] = stored * factor, in float32, rounded to nearest, ties to even
+   add(stored, values, bfloat)         stored[...] += values, in float32, rounded in the same way
+   accumulate(rows, bfloat, total)     total += row for one row after the other, in float32
+   largest(stored)                     the largest of the bits without their sign, in one piece of memory
 
-   Arrays have equal shapes of at most three axes and any strides, as long as entries of the last axis lie side by side. */
+   Stored entries are float16, or bfloat16 where `bfloat` is true. Arrays have equal shapes of at most three axes and any strides, as long as entries of the last axis lie side by side. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -44,33 +46,86 @@ static inline uint16_t to_bfloat(float value) {
     return (uint16_t)((bits & 0x7FFFFFFF) > (255u << 23) ? 0x7FC0 : rounded);
 }
 
+static float from_half(uint16_t stored) {
+    _Float16 half;
+    memcpy(&half, &stored, sizeof half);
+    return (float)half;
+}
+
+static uint16_t to_half(float value) {
+    uint16_t stored;
+    _Float16 half = (_Float16)value;
+    memcpy(&stored, &half, sizeof stored);
+    return stored;
+}
+
+/* What is done to a row of float16: eight entries at a time where the processor can, the rest one by one. */
 #ifdef F16C
-F16C static Py_ssize_t add_halves_by_eight(uint16_t *stored, const float *values, Py_ssize_t count) {
+#define BY_EIGHT(name, ...) __builtin_cpu_supports("f16c") ? name##_by_eight(__VA_ARGS__) : 0
+#define HALVES(at) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(at)))
+#define PUT_HALVES(at, values) _mm_storeu_si128((__m128i *)(at), _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT))
+
+F16C static Py_ssize_t scale_halves_by_eight(const uint16_t *stored, float factor, uint16_t *out, Py_ssize_t count) {
     Py_ssize_t at = 0;
-    for (; at + 8 <= count; at += 8) {
-        __m256 sums = _mm256_add_ps(_mm256_cvtph_ps(_mm_loadu_si128((__m128i *)(stored + at))), _mm256_loadu_ps(values + at));
-        _mm_storeu_si128((__m128i *)(stored + at), _mm256_cvtps_ph(sums, _MM_FROUND_TO_NEAREST_INT));
-    }
+    for (; at + 8 <= count; at += 8)
+        PUT_HALVES(out + at, _mm256_mul_ps(HALVES(stored + at), _mm256_set1_ps(factor)));
     return at;
 }
+
+F16C static Py_ssize_t add_halves_by_eight(uint16_t *stored, const float *values, Py_ssize_t count) {
+    Py_ssize_t at = 0;
+    for (; at + 8 <= count; at += 8)
+        PUT_HALVES(stored + at, _mm256_add_ps(HALVES(stored + at), _mm256_loadu_ps(values + at)));
+    return at;
+}
+
+F16C static Py_ssize_t accumulate_halves_by_eight(const uint16_t *stored, float *total, Py_ssize_t count) {
+    Py_ssize_t at = 0;
+    for (; at + 8 <= count; at += 8)
+        _mm256_storeu_ps(total + at, _mm256_add_ps(_mm256_loadu_ps(total + at), HALVES(stored + at)));
+    return at;
+}
+#else
+#define BY_EIGHT(name, ...) 0
 #endif
 
+static void scale_halves(const uint16_t *stored, float factor, uint16_t *out, Py_ssize_t count) {
+    for (Py_ssize_t at = BY_EIGHT(scale_halves, stored, factor, out, count); at < count; at++)
+        out[at] = to_half(from_half(stored[at]) * factor);
+}
+
+static void scale_bfloats(const uint16_t *stored, float factor, uint16_t *out, Py_ssize_t count) {
+    for (Py_ssize_t at = 0; at < count; at++)
+        out[at] = to_bfloat(from_bfloat(stored[at]) * factor);
+}
+
 static void add_halves(uint16_t *stored, const float *values, Py_ssize_t count) {
-    Py_ssize_t at = 0;
-#ifdef F16C
-    if (__builtin_cpu_supports("f16c"))
-        at = add_halves_by_eight(stored, values, count);
-#endif
-    for (_Float16 half; at < count; at++) {
-        memcpy(&half, stored + at, sizeof half);
-        half = (_Float16)((float)half + values[at]);
-        memcpy(stored + at, &half, sizeof half);
-    }
+    for (Py_ssize_t at = BY_EIGHT(add_halves, stored, values, count); at < count; at++)
+        stored[at] = to_half(from_half(stored[at]) + values[at]);
 }
 
 static void add_bfloats(uint16_t *stored, const float *values, Py_ssize_t count) {
     for (Py_ssize_t at = 0; at < count; at++)
         stored[at] = to_bfloat(from_bfloat(stored[at]) + values[at]);
+}
+
+static void accumulate_halves(const uint16_t *stored, float *total, Py_ssize_t count) {
+    for (Py_ssize_t at = BY_EIGHT(accumulate_halves, stored, total, count); at < count; at++)
+        total[at] += from_half(stored[at]);
+}
+
+static void accumulate_bfloats(const uint16_t *stored, float *total, Py_ssize_t count) {
+    for (Py_ssize_t at = 0; at < count; at++)
+        total[at] += from_bfloat(stored[at]);
+}
+
+static uint16_t largest_magnitude(const uint16_t *stored, Py_ssize_t count) {
+    int16_t largest = 0;
+    for (Py_ssize_t at = 0; at < count; at++) {
+        int16_t magnitude = (int16_t)(stored[at] & 0x7FFF);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return (uint16_t)largest;
 }
 
 static void lookup_2(const uint16_t *table, const uint16_t *index, uint16_t *out, Py_ssize_t count) {
@@ -81,11 +136,6 @@ static void lookup_2(const uint16_t *table, const uint16_t *index, uint16_t *out
 static void lookup_4(const uint32_t *table, const uint16_t *index, uint32_t *out, Py_ssize_t count) {
     for (Py_ssize_t at = 0; at < count; at++)
         out[at] = table[index[at]];
-}
-
-static void accumulate_row(const float *table, const uint16_t *index, float *total, Py_ssize_t count) {
-    for (Py_ssize_t at = 0; at < count; at++)
-        total[at] += table[index[at]];
 }
 
 /* Two arrays of one shape, seen as (outer, middle) rows of `count` entries each. */
@@ -171,6 +221,24 @@ static PyObject *lookup(PyObject *module, PyObject *arguments) {
     Py_RETURN_NONE;
 }
 
+static PyObject *scale(PyObject *module, PyObject *arguments) {
+    PyObject *stored, *out;
+    float factor;
+    int bfloat;
+    Pair pair;
+    if (!PyArg_ParseTuple(arguments, "OfpO", &stored, &factor, &bfloat, &out))
+        return NULL;
+    if (open_pair(&pair, stored, PyBUF_STRIDED_RO, 2, out, PyBUF_STRIDED, 2) < 0)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t outer = 0; outer < pair.outer; outer++)
+        for (Py_ssize_t middle = 0; middle < pair.middle; middle++)
+            (bfloat ? scale_bfloats : scale_halves)((const uint16_t *)row(&pair.left, outer, middle), factor, (uint16_t *)row(&pair.right, outer, middle), pair.count);
+    Py_END_ALLOW_THREADS
+    release(&pair);
+    Py_RETURN_NONE;
+}
+
 static PyObject *add(PyObject *module, PyObject *arguments) {
     PyObject *stored, *values;
     int bfloat;
@@ -189,40 +257,54 @@ static PyObject *add(PyObject *module, PyObject *arguments) {
 }
 
 static PyObject *accumulate(PyObject *module, PyObject *arguments) {
-    PyObject *table_object, *rows_object, *total_object;
-    Py_buffer table, rows, total;
-    if (!PyArg_ParseTuple(arguments, "OOO", &table_object, &rows_object, &total_object) || open_table(table_object, &table) < 0)
+    PyObject *rows_object, *total_object;
+    int bfloat;
+    Py_buffer rows, total;
+    if (!PyArg_ParseTuple(arguments, "OpO", &rows_object, &bfloat, &total_object))
         return NULL;
-    if (PyObject_GetBuffer(rows_object, &rows, PyBUF_STRIDED_RO) < 0) {
-        PyBuffer_Release(&table);
+    if (PyObject_GetBuffer(rows_object, &rows, PyBUF_STRIDED_RO) < 0)
         return NULL;
-    }
     if (PyObject_GetBuffer(total_object, &total, PyBUF_STRIDED) < 0) {
         PyBuffer_Release(&rows);
-        PyBuffer_Release(&table);
         return NULL;
     }
-    int fits = table.itemsize == 4 && rows.ndim == 2 && side_by_side(&rows, 2) && total.ndim == 1 && side_by_side(&total, 4) &&
-               rows.shape[1] == total.shape[0];
+    int fits = rows.ndim == 2 && side_by_side(&rows, 2) && total.ndim == 1 && side_by_side(&total, 4) && rows.shape[1] == total.shape[0];
     if (fits) {
         Py_BEGIN_ALLOW_THREADS
         for (Py_ssize_t at = 0; at < rows.shape[0]; at++)
-            accumulate_row(table.buf, (const uint16_t *)row(&rows, 0, at), total.buf, total.shape[0]);
+            (bfloat ? accumulate_bfloats : accumulate_halves)((const uint16_t *)row(&rows, 0, at), total.buf, total.shape[0]);
         Py_END_ALLOW_THREADS
     } else
         PyErr_SetString(PyExc_ValueError, "expected (rows, columns) of 2-byte entries, and as many columns of 4 bytes");
     PyBuffer_Release(&total);
     PyBuffer_Release(&rows);
-    PyBuffer_Release(&table);
     if (!fits)
         return NULL;
     Py_RETURN_NONE;
 }
 
+static PyObject *largest(PyObject *module, PyObject *stored) {
+    Py_buffer array;
+    uint16_t found = 0;
+    if (PyObject_GetBuffer(stored, &array, PyBUF_C_CONTIGUOUS) < 0)
+        return NULL;
+    int fits = array.itemsize == 2;
+    if (fits) {
+        Py_BEGIN_ALLOW_THREADS
+        found = largest_magnitude(array.buf, array.len / 2);
+        Py_END_ALLOW_THREADS
+    } else
+        PyErr_SetString(PyExc_ValueError, "expected 2-byte entries");
+    PyBuffer_Release(&array);
+    return fits ? PyLong_FromLong(found) : NULL;
+}
+
 static PyMethodDef methods[] = {
     {"lookup", lookup, METH_VARARGS, "lookup(table, index, out): out[...] = table[index]"},
+    {"scale", scale, METH_VARARGS, "scale(stored, factor, bfloat, out): out[...] = stored * factor, rounded to nearest, ties to even"},
     {"add", add, METH_VARARGS, "add(stored, values, bfloat): stored[...] += values, rounded to nearest, ties to even"},
-    {"accumulate", accumulate, METH_VARARGS, "accumulate(table, rows, total): total += table[row] for one row after the other"},
+    {"accumulate", accumulate, METH_VARARGS, "accumulate(rows, bfloat, total): total += row for one row after the other"},
+    {"largest", largest, METH_O, "largest(stored): the largest of the bits without their sign"},
     {NULL, NULL, 0, NULL},
 };
 

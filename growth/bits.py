@@ -31,6 +31,8 @@ def all_finite(raw: np.ndarray, dtype: str) -> bool:
     """Whether none of the raw bits is a NaN or an infinity: the exponent of those is the largest, whatever the sign."""
     if raw.size == 0:
         return True
+    if compiled is not None and is_short(dtype) and raw.flags.c_contiguous:
+        return compiled.largest(raw) < EXPONENT[dtype]
     largest, sign = EXPONENT[dtype], 1 << (8 * raw.itemsize - 1)
     return int(raw.view(f"<i{raw.itemsize}").max()) < largest and int(raw.max()) < sign + largest
 
@@ -70,7 +72,7 @@ def accumulate(raw: np.ndarray, total: np.ndarray, dtype: str) -> None:
         for row in floats(raw, dtype):
             np.add(total, row, out=total)
     else:
-        compiled.accumulate(_numbers(dtype), raw, total)
+        compiled.accumulate(raw, dtype == "BF16", total)
 
 
 def scaled(raw: np.ndarray, factor: Factor, dtype: str, offset: float = 0.0, out: np.ndarray | None = None) -> np.ndarray:
@@ -81,7 +83,11 @@ def scaled(raw: np.ndarray, factor: Factor, dtype: str, offset: float = 0.0, out
         out: where they go; else into a new array, or `raw` itself where nothing changes.
     """
     if is_short(dtype) and isinstance(factor, float) and factor != 1:
-        return lookup(_scaling(factor, dtype, offset), raw, out)
+        if compiled is None or offset:
+            return lookup(_scaling(factor, dtype, offset), raw, out)
+        out = np.empty(raw.shape, raw.dtype) if out is None else out
+        compiled.scale(raw if raw.shape == out.shape else np.broadcast_to(raw, out.shape), factor, dtype == "BF16", out)
+        return out
     result = raw if isinstance(factor, float) and factor == 1 else rounded(floats(raw, dtype), factor, dtype, offset)
     if out is None:
         return result

@@ -13,10 +13,11 @@ import numpy as np
 from model.dtypes import RAW, to_raw, working_type
 
 from .bits import accumulate, floats, is_short, lookup, normal_bits, rounded, scaled
-from .expansion import AxisMap, Fill, Strips, product, runs, strips
+from .expansion import AxisMap, Fill, product
 from .noise import Noise
 from .plan import Plan, Step
 from .seeding import Draws, normal
+from .strips import Strips, runs
 
 BLOCK_BYTES = 1 << 21  # of the target: small enough that temporaries stay in the processor's cache and their memory is used again
 STRETCH = 32  # source rows that are summed in the working type before their sum is added up in float64
@@ -27,28 +28,6 @@ class Reader(Protocol):
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start:stop` of a tensor as raw bits, in an array that the caller may write to."""
-
-
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """Columns of the target that are made alike.
-
-    Attributes:
-        target: which columns of the target, as strips where they lie so, else as indices.
-        source: which columns of the source they take; of fresh ones, how many fresh columns come before.
-        gain: the factor on them.
-        like: columns of the target that come before and hold the same.
-    """
-
-    fill: Fill
-    target: Strips | np.ndarray
-    source: Strips | np.ndarray
-    gain: float
-    like: Strips | None = None
-
-    def taken_from(self, array: np.ndarray) -> np.ndarray:
-        """The columns it takes, of source or fresh ones."""
-        return self.source.of(array) if isinstance(self.source, Strips) else array.take(self.source, axis=1)
 
 
 class RowSum:
@@ -163,32 +142,6 @@ class Expander:
     # ---- columns ----
 
     @cached_property
-    def _pieces(self) -> list[Piece]:
-        """The columns, a piece per stretch, or where those are many, a piece for all that are made with the same gain."""
-        columns = self.maps[1]
-        taken = (columns.fill == Fill.COPY) | (columns.fill == Fill.NEXT)
-        fresh_before = np.cumsum(columns.fill == Fill.RANDOM) - 1
-        source = np.where(taken, columns.index, np.where(columns.fill == Fill.RANDOM, fresh_before, np.arange(columns.target)))
-        pieces: dict[tuple[Fill, float], list[Piece]] = {}
-        first: dict[tuple[Fill, float, int, int], Strips] = {}
-        for run in runs(source, columns.gain, columns.fill):
-            alike = (Fill(int(columns.fill[run.start])), float(columns.gain[run.start]))
-            target, taken_from = Strips(run.start, run.stop - run.start), Strips(int(source[run.start]), run.stop - run.start)
-            like = first.setdefault((*alike, taken_from.first, taken_from.width), target) if taken[run.start] else target
-            pieces.setdefault(alike, []).append(Piece(alike[0], target, taken_from, alike[1], like if like is not target else None))
-        return [piece for alike in pieces.values() for piece in self._together(alike, source)]
-
-    def _together(self, pieces: list[Piece], source: np.ndarray) -> list[Piece]:
-        """Fewer pieces for many that are made with the same gain."""
-        if len(pieces) <= 4:
-            return pieces
-        columns, (fill, gain) = self.maps[1], (pieces[0].fill, pieces[0].gain)
-        chosen = np.flatnonzero((columns.fill == fill) & (columns.gain == gain))
-        if found := strips(chosen, source[chosen]):
-            return [Piece(fill, *found, gain)]
-        return pieces if len(pieces) <= columns.target // 16 else [Piece(fill, chosen, source[chosen], gain)]
-
-    @cached_property
     def _fresh_columns(self) -> int:
         return int((self.maps[1].fill == Fill.RANDOM).sum())
 
@@ -196,7 +149,7 @@ class Expander:
         """Fill (b, N) raw target rows from (b or 1, n) raw source rows; `beside` are those of the next layer, `gain` one factor per row."""
         fresh = self._fresh("columns", rows, self._fresh_columns) if self._fresh_columns else None
         row_gain = float(gain[0]) if (gain == gain[0]).all() else gain[:, None]
-        for piece in self._pieces:
+        for piece in self.maps[1].pieces:
             where = piece.target
             part = where.of(target) if isinstance(where, Strips) else np.empty((len(target), len(where)), target.dtype)
             factor = row_gain * piece.gain

@@ -6,14 +6,16 @@ Growth is lossless on a space when reading after writing is the identity on what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from functools import reduce
+from functools import cached_property, reduce
 
 import numpy as np
 
 from model.notation import Axis, Product, Space
+
+from .strips import Strips, runs, strips
 
 
 class Fill(IntEnum):
@@ -24,6 +26,28 @@ class Fill(IntEnum):
     MEAN = 2  # gain × the mean of the source tensor over this axis
     RANDOM = 3  # fresh values: normal(0, σ) in matrices, 0 in biases, 1 in norm scales
     NEXT = 4  # gain × the source index in the same tensor of the next source layer
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Indices of an axis, seen as columns, that are filled alike.
+
+    Attributes:
+        target: which target indices, as strips where they lie so, else one by one.
+        source: which source indices they take; of fresh ones, how many fresh ones come before.
+        gain: the factor on them.
+        like: target indices that come before and hold the same.
+    """
+
+    fill: Fill
+    target: Strips | np.ndarray
+    source: Strips | np.ndarray
+    gain: float
+    like: Strips | None = None
+
+    def taken_from(self, array: np.ndarray) -> np.ndarray:
+        """The columns it takes, of source or fresh ones."""
+        return self.source.of(array) if isinstance(self.source, Strips) else array.take(self.source, axis=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +125,31 @@ class AxisMap:
     def filled(self, fill: Fill) -> AxisMap:
         """The same map with every new index holding `fill`."""
         return replace(self, fill=np.where(self.copies, Fill.COPY, fill).astype(np.uint8))
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """The indices, a piece per stretch, or where those are many, a piece for all that are filled with the same gain."""
+        taken = (self.fill == Fill.COPY) | (self.fill == Fill.NEXT)
+        fresh_before = np.cumsum(self.fill == Fill.RANDOM) - 1
+        source = np.where(taken, self.index, np.where(self.fill == Fill.RANDOM, fresh_before, np.arange(self.target)))
+        pieces: dict[tuple[Fill, float], list[Piece]] = {}
+        first: dict[tuple[Fill, float, int, int], Strips] = {}
+        for run in runs(source, self.gain, self.fill):
+            alike = (Fill(int(self.fill[run.start])), float(self.gain[run.start]))
+            target, taken_from = Strips(run.start, run.stop - run.start), Strips(int(source[run.start]), run.stop - run.start)
+            like = first.setdefault((*alike, taken_from.first, taken_from.width), target) if taken[run.start] else target
+            pieces.setdefault(alike, []).append(Piece(alike[0], target, taken_from, alike[1], like if like is not target else None))
+        return [piece for alike in pieces.values() for piece in self._together(alike, source)]
+
+    def _together(self, pieces: list[Piece], source: np.ndarray) -> list[Piece]:
+        """Fewer pieces for many that are filled with the same gain."""
+        if len(pieces) <= 4:
+            return pieces
+        fill, gain = pieces[0].fill, pieces[0].gain
+        chosen = np.flatnonzero((self.fill == fill) & (self.gain == gain))
+        if found := strips(chosen, source[chosen]):
+            return [Piece(fill, *found, gain)]
+        return pieces if len(pieces) <= self.target // 16 else [Piece(fill, chosen, source[chosen], gain)]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, AxisMap):
@@ -182,52 +231,3 @@ class Expansion:
         """The space does not grow."""
         unchanged = AxisMap.identity(size)
         return cls.of(unchanged, unchanged, "unchanged")
-
-
-def runs(index: np.ndarray, *same: np.ndarray) -> Iterator[slice]:
-    """Slices over which `index` rises by one and every array of `same` stays equal."""
-    if len(index) == 0:
-        return
-    if not same and index[-1] - index[0] == len(index) - 1 and (index[1:] > index[:-1]).all():
-        yield slice(0, len(index))
-        return
-    breaks = index[1:] != index[:-1] + 1
-    for array in same:
-        breaks |= array[1:] != array[:-1]
-    edges = (np.flatnonzero(breaks) + 1).tolist()
-    for start, stop in zip([0, *edges], [*edges, len(index)], strict=True):
-        yield slice(start, stop)
-
-
-@dataclass(frozen=True)
-class Strips:
-    """Columns that lie in `count` strips of one width, `period` from one to the next."""
-
-    first: int
-    width: int
-    count: int = 1
-    period: int = 0
-
-    def of(self, array: np.ndarray) -> np.ndarray:
-        """Those columns of (rows, columns), as a view: (rows, width), or (rows, count, width) of several strips."""
-        if self.count == 1:
-            return array[:, self.first : self.first + self.width]
-        row, entry = array.strides
-        shape = (len(array), self.count, self.width)
-        return np.lib.stride_tricks.as_strided(array[:, self.first :], shape, (row, self.period * entry, entry))
-
-
-def strips(first: np.ndarray, second: np.ndarray) -> tuple[Strips, Strips] | None:
-    """Two equally long arrays of indices as strips that are counted alike; None where they lie otherwise."""
-    starts, stops = np.transpose([(run.start, run.stop) for run in runs(first, second - first)])
-    width = int(stops[0])
-    periods = [np.diff(indices[starts]) for indices in (first, second)]
-    if (stops - starts != width).any() or any((each != each[:1]).any() for each in periods):
-        return None
-    of_first, of_second = (int(each[0]) if len(each) else 0 for each in periods)
-    return Strips(int(first[0]), width, len(starts), of_first), Strips(int(second[0]), width, len(starts), of_second)
-
-
-def consecutive(indices: np.ndarray) -> slice | np.ndarray:
-    """A slice where the indices rise by one, which copies faster, else the indices."""
-    return slice(int(indices[0]), int(indices[-1]) + 1) if len(indices) and (indices[1:] == indices[:-1] + 1).all() else indices

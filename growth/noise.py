@@ -7,8 +7,9 @@ import numpy as np
 from model.dtypes import working_type
 
 from .bits import add, is_short, lookup, normal_numbers
-from .expansion import AxisMap, consecutive
+from .expansion import AxisMap
 from .seeding import Draws, normal, quantiles
+from .strips import consecutive
 
 
 class Noise:

@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from .expansion import runs
+from .strips import runs
 
 _PERIOD = 1 << 128  # of PCG64
 

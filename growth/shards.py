@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import json
-import mmap
 import os
 import shutil
 import struct
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
+from mmap import PAGESIZE
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +26,12 @@ from model.errors import UserError
 from model.whole import partial_of, whole
 
 MAX_SHARD_BYTES = 5_000_000_000  # what the Hugging Face hub recommends
-PAGE = 4096  # direct writes start and end at multiples of it, in the file and in memory
-BUFFER_BYTES = (1 << 21) + 2 * PAGE  # a block of rows, and what the one before left of a page
+ON_THEIR_WAY = 32  # writes that the disk may be at while the next ones are computed: of 2 MB, 64 MB of page cache
+
+_UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)  # what a file system says that does not have a call
+_sync_file_range: Any = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
+if _sync_file_range is not None:
+    _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 @dataclass(frozen=True)
@@ -43,15 +50,15 @@ class Entry:
 class ShardWriter:
     """Shards at their final size from the start, so that a full disk is told before any work, and any thread may fill any tensor.
 
-    Whole pages go to the disk directly, past the page cache (`O_DIRECT`) where the file system has that: a checkpoint is larger than what
-    the cache should hold, and copying into fresh cache pages costs more than computing the weights does. What shares a page with a
-    neighbour is kept until `finish`, which writes it and the headers; so a file that was not finished has no header.
+    The disk is set to work on every write at once, and some writes later its pages are taken from the page cache, when the disk has them. A
+    checkpoint is larger than what the cache should hold, and the few pages that serve again and again are warm, where fresh ones can cost
+    more than computing the weights does. Headers are written by `finish`; a file that was not finished has none.
     """
 
     def __init__(self, folder: Path, shards: Mapping[str, Sequence[Entry]]) -> None:
-        self._places: dict[str, tuple[_File, int]] = {}  # name → (file, byte offset)
-        self._files: list[_File] = []
-        self._spare: list[mmap.mmap] = []
+        self._places: dict[str, tuple[int, int]] = {}  # name → (file descriptor, byte offset)
+        self._headers: dict[int, bytes] = {}
+        self._recent: deque[tuple[int, int, int]] = deque()  # (file descriptor, byte offset, bytes) of the last writes
         try:
             for file, shard in shards.items():
                 self._allocate(folder / file, shard)
@@ -61,105 +68,59 @@ class ShardWriter:
 
     def _allocate(self, path: Path, shard: Sequence[Entry]) -> None:
         header = _header(shard)
-        file = _File(path, len(header) + sum(entry.nbytes for entry in shard))
-        self._files.append(file)
-        file.edges.append((0, header))
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._headers[descriptor] = header
+        _allocate(descriptor, len(header) + sum(entry.nbytes for entry in shard))
         offset = len(header)
         for entry in shard:
-            self._places[entry.name] = (file, offset)
+            self._places[entry.name] = (descriptor, offset)
             offset += entry.nbytes
 
-    @contextmanager
-    def tensor(self, name: str) -> Iterator[TensorWriter]:
-        """A writer of tensor `name`, front to back; at the block's end all of it is on its way."""
-        file, offset = self._places[name]
-        tensor = TensorWriter(file, offset, self._spare.pop() if self._spare else mmap.mmap(-1, BUFFER_BYTES))
-        yield tensor
-        tensor.finish()
-        self._spare.append(tensor.buffer)
+    def write(self, name: str, start: int, raw: np.ndarray) -> None:
+        """Write the bytes of tensor `name` from byte `start` of it on."""
+        if raw.size == 0:
+            return
+        descriptor, offset = self._places[name]
+        _write_all(descriptor, offset + start, raw.data.cast("B"))
+        first, last = ((offset + place) // PAGESIZE * PAGESIZE for place in (start, start + raw.nbytes))
+        if first == last:
+            return  # a page that is not full waits for what follows
+        written = (descriptor, first, last - first)
+        _sync_range(*written, wait=False)
+        self._recent.append(written)
+        if len(self._recent) > ON_THEIR_WAY:
+            earlier = self._recent.popleft()
+            _sync_range(*earlier, wait=True)
+            _uncache(*earlier)
 
     def finish(self) -> None:
-        """Write what remains once every tensor is done: the pages that tensors share, and the headers."""
-        for file in self._files:
-            file.write_edges()
+        """Write the headers once every tensor is written, and wait until the disk has everything."""
+        for descriptor, header in self._headers.items():
+            _write_all(descriptor, 0, memoryview(header))
+            os.fsync(descriptor)
+            _uncache(descriptor, 0, 0)
 
     def close(self) -> None:
         """Close the shards."""
-        for file in self._files:
-            file.close()
-        self._files.clear()
-
-
-class TensorWriter:
-    """One tensor, filled front to back through a buffer whose pages are the file's pages.
-
-    Attributes:
-        buffer: lies at file offset `base`; its bytes `first:used` are filled and not yet written.
-    """
-
-    def __init__(self, file: _File, offset: int, buffer: mmap.mmap) -> None:
-        self.file, self.buffer = file, buffer
-        self.first = self.used = offset % PAGE
-        self.base = offset - self.first
-
-    def space(self, nbytes: int) -> np.ndarray:
-        """The next `nbytes` of the tensor, to be filled before the next call (uint8)."""
-        if self.used + nbytes > len(self.buffer):
-            self._write_pages()
-        if self.used + nbytes > len(self.buffer):
-            larger = mmap.mmap(-1, self.used + nbytes)
-            larger[: self.used] = self.buffer[: self.used]
-            self.buffer = larger
-        self.used += nbytes
-        return np.frombuffer(self.buffer, np.uint8, nbytes, self.used - nbytes)
-
-    def finish(self) -> None:
-        """Write the rest."""
-        self._write_pages()
-        self.file.edges.append((self.base + self.first, self.buffer[self.first : self.used]))
-
-    def _write_pages(self) -> None:
-        """Write the pages that are full and move what follows them to the buffer's start."""
-        start, stop = -(-self.first // PAGE) * PAGE, self.used // PAGE * PAGE
-        if start >= stop:
-            return
-        self.file.edges.append((self.base + self.first, self.buffer[self.first : start]))
-        self.file.write(self.base + start, memoryview(self.buffer)[start:stop])
-        self.buffer[: self.used - stop] = self.buffer[stop : self.used]
-        self.base, self.first, self.used = self.base + stop, 0, self.used - stop
-
-
-class _File:
-    """One file of known size. Writes of whole pages from memory at page boundaries bypass the page cache where that is possible."""
-
-    def __init__(self, path: Path, nbytes: int) -> None:
-        self.edges: list[tuple[int, bytes]] = []  # (offset, bytes) of pages that more than one writer fills
-        self._cached = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        self._direct = self._cached
-        try:
-            _allocate(self._cached, nbytes)
-            self._direct = os.open(path, os.O_WRONLY | getattr(os, "O_DIRECT", 0))
-        except OSError as fault:
-            if fault.errno != errno.EINVAL:  # a file system without direct writes
-                self.close()
-                raise
-
-    def write(self, offset: int, pages: memoryview) -> None:
-        try:
-            _write_all(self._direct, offset, pages)
-        except OSError as fault:
-            if fault.errno != errno.EINVAL:  # one whose pages are larger than ours
-                raise
-            _write_all(self._cached, offset, pages)
-
-    def write_edges(self) -> None:
-        for offset, part in self.edges:
-            _write_all(self._cached, offset, memoryview(part))
-        self.edges.clear()
-
-    def close(self) -> None:
-        for descriptor in {self._cached, self._direct}:
+        for descriptor in self._headers:
             os.close(descriptor)
+        self._headers.clear()
+
+
+def _sync_range(descriptor: int, offset: int, nbytes: int, *, wait: bool) -> None:
+    """Have the disk begin to write a part of a file, or wait until it has what was begun (Linux's sync_file_range)."""
+    before, begin = 1, 2  # SYNC_FILE_RANGE_WAIT_BEFORE, SYNC_FILE_RANGE_WRITE
+    if _sync_file_range is None or _sync_file_range(descriptor, offset, nbytes, before if wait else begin) == 0:
+        return
+    if (fault := ctypes.get_errno()) not in _UNSUPPORTED:
+        raise OSError(fault, os.strerror(fault))
+
+
+def _uncache(descriptor: int, offset: int, nbytes: int) -> None:
+    """Take a part of a file (all that follows, for 0 bytes) from the page cache, but for what the disk does not have yet."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):  # advice that a file system need not take
+            os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def _allocate(descriptor: int, nbytes: int) -> None:
@@ -167,7 +128,7 @@ def _allocate(descriptor: int, nbytes: int) -> None:
     try:
         os.posix_fallocate(descriptor, 0, nbytes)
     except OSError as fault:
-        if fault.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+        if fault.errno not in _UNSUPPORTED:
             raise
         os.ftruncate(descriptor, nbytes)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from threading import Semaphore
+
+import numpy as np
 
 from model.dtypes import RAW
 
@@ -28,20 +29,18 @@ def write_weights(plan: Plan, reader: Reader, folder: Path, shards: Shards, *, t
     steps = sorted((step for step in plan.steps if step.name in wanted), key=plan.nbytes, reverse=True)
     writer = ShardWriter(folder, shards)
     total, done = sum(map(plan.nbytes, steps)), 0
-    computing = Semaphore(threads)  # of twice as many threads: the others wait for the disk
 
     def write(expander: Expander) -> int:
-        if expander.is_blank:  # as a new file is
-            return plan.nbytes(expander.step)
-        raw, columns = RAW[expander.dtype], expander.matrix[1]
-        with writer.tensor(expander.step.name) as tensor:
-            for start, stop in expander.blocks():
-                target = tensor.space((stop - start) * columns * raw.itemsize).view(raw).reshape(-1, columns)
-                with computing:
-                    expander.fill(target, start)
+        name, raw, (_, columns) = expander.step.name, RAW[expander.dtype], expander.matrix
+        if not expander.is_blank:  # else it is as a new file is
+            blocks = list(expander.blocks())
+            block = np.empty((blocks[0][1], columns), raw)
+            for start, stop in blocks:
+                expander.fill(block[: stop - start], start)
+                writer.write(name, start * columns * raw.itemsize, block[: stop - start])
         return plan.nbytes(expander.step)
 
-    pool = ThreadPoolExecutor(2 * threads)
+    pool = ThreadPoolExecutor(threads)
     try:
         writing = [pool.submit(write, Expander(plan, step, reader)) for step in steps]
         _ = plan.hash, plan.certificate  # needed at the end, and computed here while the threads work

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import growth.bits
 import growth.execute
 from growth import grow
-from growth.bits import accumulate, add, floats, lookup, normal_bits, rounded, scaled
+from growth.bits import accumulate, add, all_finite, floats, lookup, normal_bits, rounded, scaled
 from growth.seeding import Draws, normal, quantiles
 from model.checkpoint import Checkpoint
 from model.dtypes import to_float
@@ -23,23 +23,44 @@ BIGGER = {"hidden_size": 30, "intermediate_size": 50, "num_hidden_layers": 4}
 ALL = np.arange(1 << 16, dtype=np.uint16)
 
 
-@pytest.mark.parametrize("dtype", ["F16", "BF16"])
-@pytest.mark.parametrize(("factor", "offset"), [(0.5, 0.0), (1 / np.sqrt(0.8), 0.0), (1.1, 1.0)])
-def test_looked_up_products_are_the_computed_ones(dtype: str, factor: float, offset: float) -> None:
-    finite = np.isfinite(to_float(ALL, dtype))
-    values = ALL[finite & (np.abs(to_float(ALL, dtype)) < 1e4)]
-    numbers = to_float(values, dtype)
-    computed = numbers * np.float32(factor)
-    if offset:
-        computed = (numbers + np.float32(offset)) * np.float32(factor) - np.float32(offset)
-    if dtype == "F16":
-        expected = computed.astype(np.float16).view(np.uint16)
-    else:
-        import torch
+def strided(values: np.ndarray, axes: int) -> np.ndarray:
+    """The same values where rows are apart, as the columns of a block are."""
+    shape = {1: (-1,), 2: (-1, 16), 3: (-1, 4, 4)}[axes]
+    rows = values.reshape(shape)
+    apart = np.zeros((*[size + 3 for size in rows.shape[:-1]], rows.shape[-1] + 5), values.dtype)
+    view = apart[tuple(slice(0, size) for size in rows.shape)]
+    view[...] = rows
+    return view
 
-        expected = torch.from_numpy(computed).bfloat16().view(torch.uint16).numpy()
-    np.testing.assert_array_equal(scaled(values, float(factor), dtype, offset), expected)
-    np.testing.assert_array_equal(rounded(floats(values, dtype), np.full(len(values), factor), dtype, offset), expected)
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+@pytest.mark.parametrize(("factor", "offset"), [(0.5, 0.0), (1 / np.sqrt(0.8), 0.0), (-1e-6, 0.0), (3e4, 0.0), (1.1, 1.0)])
+def test_products_are_rounded_once_to_nearest(dtype: str, factor: float, offset: float, axes: int, loops: str) -> None:
+    """Of every number of the format, against PyTorch's rounding; infinite and subnormal ones too."""
+    torch_type = {"F16": torch.float16, "BF16": torch.bfloat16}[dtype]
+    stored = torch.from_numpy(ALL.view(np.int16).copy()).view(torch_type)
+    factors = torch.tensor(factor, dtype=torch.float32)
+    exact = ((stored.float() + offset) * factors - offset if offset else stored.float() * factors).to(torch_type)
+    values, out = strided(ALL, axes), strided(np.zeros_like(ALL), axes)
+    with np.errstate(all="ignore"):
+        each = rounded(floats(values, dtype), np.full(values.shape, factor), dtype, offset)
+    for found in (scaled(values, factor, dtype, offset), scaled(values, factor, dtype, offset, out), each):
+        same = torch.from_numpy(found.reshape(-1).view(np.int16).copy()).view(torch_type)
+        assert torch.equal(torch.isnan(same), torch.isnan(exact))
+        assert torch.equal(same.nan_to_num(1.0), exact.nan_to_num(1.0))
+    rows = values.reshape(-1, 16)
+    row = scaled(rows[:1], factor, dtype, offset, np.zeros_like(rows))  # one for all
+    np.testing.assert_array_equal(row, np.broadcast_to(scaled(rows[:1], factor, dtype, offset), rows.shape))
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_finite_is_what_has_no_largest_exponent(dtype: str, loops: str) -> None:
+    finite = np.isfinite(to_float(ALL, dtype))
+    assert all_finite(ALL[finite], dtype)
+    assert all_finite(ALL[finite][::2], dtype)
+    assert all_finite(ALL[:0], dtype)
+    assert not any(all_finite(np.append(ALL[:100], wrong).astype(np.uint16), dtype) for wrong in ALL[~finite])
 
 
 def test_what_is_not_scaled_keeps_its_bits_even_nan_and_offset() -> None:
@@ -56,16 +77,6 @@ def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     elif growth.bits.compiled is None:
         pytest.skip("installed without a C compiler")
     return str(request.param)
-
-
-def strided(values: np.ndarray, axes: int) -> np.ndarray:
-    """The same values where rows are apart, as the columns of a block are."""
-    shape = {1: (-1,), 2: (-1, 16), 3: (-1, 4, 4)}[axes]
-    rows = values.reshape(shape)
-    apart = np.zeros((*[size + 3 for size in rows.shape[:-1]], rows.shape[-1] + 5), values.dtype)
-    view = apart[tuple(slice(0, size) for size in rows.shape)]
-    view[...] = rows
-    return view
 
 
 @pytest.mark.parametrize("axes", [1, 2, 3])
@@ -138,16 +149,22 @@ def test_compiled_loops_refuse_what_they_cannot_go_over() -> None:
     for stored, values in ((frozen, np.zeros((4, 6), np.float32)), (index, np.zeros((4, 6))), (index, np.zeros((4, 5), np.float32))):
         with pytest.raises((ValueError, BufferError)):
             growth.bits.compiled.add(stored, values, False)
-    numbers, total = np.zeros(1 << 16, np.float32), np.zeros(6, np.float32)
-    for sums in (
-        (table, index, total),
-        (numbers, index[0], total),
-        (numbers, index, total[:5]),
-        (numbers, index, np.zeros(6)),
-        (numbers, index.T, total[:4]),
+    for source, out in ((index, frozen), (index, index[:3].copy()), (index.astype(np.uint32), index.copy()), (index, np.zeros((4, 6)))):
+        with pytest.raises((ValueError, BufferError)):
+            growth.bits.compiled.scale(source, 0.5, False, out)
+    total = np.zeros(6, np.float32)
+    for rows, sums in (
+        (index[0], total),
+        (index, total[:5]),
+        (index, np.zeros(6)),
+        (index.T, total[:4]),
+        (index.astype(np.float32), total),
     ):
         with pytest.raises((ValueError, BufferError)):
-            growth.bits.compiled.accumulate(*sums)
+            growth.bits.compiled.accumulate(rows, False, sums)
+    for wrong in (index.T, index.astype(np.uint32)):
+        with pytest.raises((ValueError, BufferError)):
+            growth.bits.compiled.largest(wrong)
     growth.bits.compiled.lookup(table, index[:0], index[:0])
     np.testing.assert_array_equal(index, 0)
 
