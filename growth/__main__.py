@@ -38,7 +38,7 @@ class GrowthLeaf:
     depth: str | list[int]
     noise: float
     figure: str | None
-    worker: str | None
+    worker: str | int | None
     options: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
 
     def arguments(self) -> dict[str, Any]:
@@ -85,6 +85,13 @@ def settings_from(arguments: list[str]) -> Settings:
         faults += [
             f"{key}: must be positive; found {getattr(settings, key)}" for key in ("threads", "max_shard_gb") if getattr(settings, key) <= 0
         ]
+        if settings.growth.worker is not None:
+            from .workers import Worker
+
+            try:
+                Worker.parse(str(settings.growth.worker))
+            except UserError as fault:
+                faults.append(str(fault))
         figure = settings.growth.figure
         if figure is not None and Path(figure).suffix not in PICTURES:
             faults.append(f"growth.figure {figure!r}: no picture's name; end it in {', '.join(PICTURES)}")
@@ -118,7 +125,7 @@ def run(settings: Settings) -> None:
             revision=settings.revision,
             optimizer=settings.optimizer,
             nonfinite=settings.nonfinite,
-            worker=settings.growth.worker,
+            worker=None if settings.growth.worker is None else str(settings.growth.worker),
             progress=progress,
             **settings.growth.arguments(),
         )

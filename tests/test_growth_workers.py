@@ -185,6 +185,15 @@ def test_workers_that_cannot_be(phi_folder: Path, tmp_path: Path, worker: str, m
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("worker", ["9", "5/4", "1-2"])
+def test_the_door_tells_a_wrong_worker_with_all_else_that_is_wrong(worker: str) -> None:
+    from growth.__main__ import settings_from
+
+    with pytest.raises(UserError, match=rf"3 faults:(?s:.*)threads(?s:.*)growth.worker={worker}: expected i/n(?s:.*)plan.txt") as told:
+        settings_from(["source=a", "target=phi_2", "plan_only=true", f"growth.worker={worker}", "threads=0", "growth.figure=plan.txt"])
+    assert "such as 0/4" in str(told.value)
+
+
 def test_a_folder_that_exists_is_kept_from_workers_too(phi_folder: Path, tmp_path: Path, one: dict[str, bytes]) -> None:
     with pytest.raises(UserError, match="exists already"):
         grow(phi_folder, tmp_path / "one", worker="0/2", **HOW)
