@@ -6,8 +6,8 @@ python benchmarks/bench_growth.py --readme          the same, and its table into
 
 The source has random weights in float16. A round runs every command once, each a whole process on `--cores` cores whose wall time and
 peak resident memory are those that the operating system counts. Before a command runs, what it writes is removed and what it reads is in
-the page cache, for `cp` as for growth, and nothing is left to be written back. `cp` leaves its copy in the page cache, growth writes past
-it: "then sync" is until the disk has all of it. Fresh cache pages can cost far more than the disk does, above all in a virtual machine, so
+the page cache, for `cp` as for growth, and nothing is left to be written back. `cp` leaves its copy in the page cache, growth ends when the
+disk has all of it; "then sync" is that for both. Fresh cache pages can cost far more than the disk does, above all in a virtual machine, so
 `cp` varies from run to run; `dd` does not depend on them. Growth verifies what it wrote by reading every header entry back and holding it
 against the plan; that is in its time. The weights themselves are compared after the timing, with the source and with mergekit's.
 """
