@@ -27,7 +27,11 @@ class Reader(Protocol):
     """Where source tensors come from: a checkpoint on disk, or tensors in memory."""
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `start:stop` of a tensor as raw bits, in an array that the caller may write to."""
+        """Rows `start:stop` of a tensor as raw bits, in an array that the caller may write to.
+
+        Returns:
+            (rows, columns), where all axes but the last count rows together; of a vector its entries.
+        """
 
 
 class RowSum:
@@ -62,7 +66,8 @@ class RowSum:
 class Expander:
     """Computes one target tensor, block of rows by block of rows, for one thread at a time.
 
-    A vector is treated as a matrix of one row. Reading axes grow before writing axes: the mean row of a writer is an additional source row.
+    A vector is treated as a matrix of one row, and of more than two axes all but the last count rows together: a block is small however
+    large a model's experts are. Reading axes grow before writing axes: the mean row of a writer is an additional source row.
     """
 
     plan: Plan
@@ -78,13 +83,13 @@ class Expander:
     def matrix(self) -> tuple[int, int]:
         """(rows, columns) of the target seen as a matrix."""
         shape = self.step.shape
-        return (1, prod(shape)) if len(shape) < 2 else (shape[0], prod(shape[1:]))
+        return (1, prod(shape)) if len(shape) < 2 else (prod(shape[:-1]), shape[-1])
 
     @cached_property
     def maps(self) -> tuple[AxisMap, AxisMap]:
         maps = self.step.maps
         unit = AxisMap.identity(1)
-        return (maps[0], reduce(product, maps[1:])) if len(maps) > 1 else (unit, maps[0] if maps else unit)
+        return (reduce(product, maps[:-1]), maps[-1]) if len(maps) > 1 else (unit, maps[0] if maps else unit)
 
     @property
     def is_blank(self) -> bool:
@@ -108,15 +113,15 @@ class Expander:
     def fill(self, target: np.ndarray, start: int) -> None:
         """Compute raw rows `start`, `start + 1`, … into `target`, one of the `blocks`: (b, columns)."""
         rows = np.arange(start, start + len(target))
-        fills = self.maps[0].fill[rows]
-        if (fills == fills[0]).all():
+        fills, gains = self.maps[0].fill[rows], self.maps[0].gain[rows]
+        if (fills == fills[0]).all() and (gains == gains[0]).all():
             self._fill(target, rows, Fill(int(fills[0])))
             return
         for fill in np.unique(fills):  # copies before means, which need them
-            chosen = fills == fill
-            part = np.empty((int(chosen.sum()), target.shape[1]), target.dtype)
-            self._fill(part, rows[chosen], Fill(int(fill)))
-            target[chosen] = part
+            for chosen in _alike(fills == fill, gains):
+                part = np.empty((int(chosen.sum()), target.shape[1]), target.dtype)
+                self._fill(part, rows[chosen], Fill(int(fill)))
+                target[chosen] = part
 
     def _fill(self, target: np.ndarray, rows: np.ndarray, fill: Fill) -> None:
         """Compute the rows of these numbers, which rise and have one fill."""
@@ -187,7 +192,7 @@ class Expander:
         if len(self.step.shape) < 2:
             return self.reader.read(name).reshape(1, -1)
         read = [self.reader.read(name, int(index[run.start]), int(index[run.stop - 1]) + 1) for run in runs(index)]
-        return (read[0] if len(read) == 1 else np.concatenate(read)).reshape(len(index), -1)
+        return read[0] if len(read) == 1 else np.concatenate(read)
 
     @cached_property
     def _root_mean_square(self) -> float:
@@ -219,13 +224,17 @@ class Expander:
     @cached_property
     def _noise(self) -> Noise | None:
         """The noise on a matrix that reads copies."""
-        if self.plan.noise == 0 or len(self.step.shape) != 2:
-            return None
-        reads = [axis for axis, read in enumerate(self.step.tensor.reads) if read and self.maps[axis].counts().max() > 1]
+        reads = [axis for axis in (0, 1) if self._reads_copies(axis)] if self.plan.noise and len(self.step.shape) > 1 else []
         if not reads:
             return None
         deviation = self.plan.noise * self._root_mean_square
         return Noise(reads[0], self.maps[reads[0]], self.matrix[1], deviation, self.dtype, self.plan.growth.seed, self.step.name)
+
+    def _reads_copies(self, axis: int) -> bool:
+        """Whether rows (0) or columns (1) are copies that are read, and none of them written, which would not sum to the source's."""
+        last = len(self.step.maps) - 1
+        copied = [number for number in (range(last) if axis == 0 else (last,)) if self.step.maps[number].counts().max() > 1]
+        return bool(copied) and all(map(self.step.tensor.sums_over, copied))
 
     # ---- what is new ----
 
@@ -257,3 +266,9 @@ class Expander:
         if is_short(self.dtype):
             return lookup(normal_bits(deviation, self.dtype), draws)
         return to_raw((normal(draws) * deviation).astype(working_type(self.dtype)), self.dtype)
+
+
+def _alike(rows: np.ndarray, gains: np.ndarray) -> list[np.ndarray]:
+    """Marked rows by their gain, where there are few gains; a gain for all is faster than one for each."""
+    few = np.unique(gains[rows])
+    return [rows & (gains == gain) for gain in few] if len(few) <= 4 else [rows]

@@ -21,7 +21,7 @@ class FiniteReader:
     dtypes: Mapping[str, str]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `start:stop` of a tensor as raw bits.
+        """Rows `start:stop` of a tensor as raw bits, counted as the reader counts them.
 
         Raises:
             UserError: one of them holds a NaN or an infinity.

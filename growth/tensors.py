@@ -32,8 +32,10 @@ class Tensors:
         return {name: DTYPES[tensor.dtype] for name, tensor in self.tensors.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `start:stop` of a tensor as raw bits, in an array that the caller may write to."""
-        rows = self.tensors[name][start:stop].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        """Rows `start:stop` of a tensor, as a `Reader` counts them, in an array that the caller may write to."""
+        tensor = self.tensors[name]
+        rows = (tensor.flatten(0, -2) if tensor.ndim > 2 else tensor)[start:stop].detach()
+        rows = rows.to("cpu", copy=True, memory_format=torch.contiguous_format)
         return rows.view(_INTEGERS[rows.element_size()]).numpy().view(RAW[DTYPES[rows.dtype]])
 
 

@@ -63,17 +63,20 @@ class Checkpoint:
         self._files: dict[Path, int] = {}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `start:stop` (of the first axis) of a tensor as raw bits, in a new array.
+        """Rows `start:stop` of a tensor as raw bits, in a new array.
+
+        Returns:
+            (rows, columns), where all axes but the last count rows together; of a vector its entries.
 
         Raises:
             UserError: the file ends early or cannot be read.
         """
         stored = self.tensors[name]
-        rows = stored.shape[0] if stored.shape else 1
+        shape = stored.shape if len(stored.shape) < 3 else (prod(stored.shape[:-1]), stored.shape[-1])
+        rows = shape[0] if shape else 1
         stop = rows if stop is None else stop
-        shape = (stop - start, *stored.shape[1:]) if stored.shape else ()
         row_bytes = stored.nbytes // max(rows, 1)
-        buffer = np.empty(shape, RAW[stored.dtype])
+        buffer = np.empty((stop - start, *shape[1:]) if shape else (), RAW[stored.dtype])
         self._read_into(buffer.reshape(-1).data.cast("B"), stored.file, stored.offset + start * row_bytes, name)
         return buffer
 

@@ -49,6 +49,11 @@ class Tensor:
         """What the same tensor is called in another layer."""
         return self.pattern.replace("*", str(layer))
 
+    def sums_over(self, axis: int) -> bool:
+        """Whether the module sums over an axis: it reads it, or has no sides and all spaces of the axis are reading ones."""
+        named = list(spaces(self.axes[axis])) if self.line.kind == "tensor" else []
+        return self.reads[axis] or (bool(named) and all(space.dual for space in named))
+
 
 @dataclass(frozen=True)
 class Family:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from safetensors.torch import load_file, save_file
 
 import growth.bits
 import growth.execute
-from growth import grow
+from growth import grow, plan
 from growth.bits import accumulate, add, all_finite, floats, lookup, normal_bits, rounded, scaled
+from growth.execute import Expander
 from growth.seeding import Draws, normal, quantiles
+from model.build import to_hf_config
 from model.checkpoint import Checkpoint
 from model.dtypes import to_float
+from tests.test_growth_strangers import EXPERTS
 
 BIGGER = {"hidden_size": 30, "intermediate_size": 50, "num_hidden_layers": 4}
 ALL = np.arange(1 << 16, dtype=np.uint16)
@@ -221,6 +225,39 @@ def test_bits_do_not_depend_on_the_size_of_blocks_nor_on_compiled_loops(
         with Checkpoint(tmp_path / "large") as large, Checkpoint(tmp_path / "small") as small:
             for name in large.tensors:
                 np.testing.assert_array_equal(small.read(name), large.read(name), err_msg=name)
+
+
+def test_experts_in_one_tensor_are_grown_a_few_rows_at_a_time(tmp_path: Path, monkeypatch: Any, checkpoint_maker: Any) -> None:
+    """(expert, in, out): an expert's matrix is never held whole, and the bits are those of one block."""
+
+    class Recording:
+        largest = 0
+
+        def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+            rows = checkpoint.read(name, start, stop)
+            self.largest = max(self.largest, rows.nbytes)
+            return rows
+
+    config = to_hf_config({"model_type": "gpt_oss", **EXPERTS["gpt_oss"], "vocab_size": 61, "pad_token_id": None}).to_dict()
+    with Checkpoint(checkpoint_maker(tmp_path / "source", config, "float16")) as checkpoint:
+        made = plan(checkpoint, {"hidden_size": 32, "intermediate_size": 18}, noise=0.1)
+        steps = [step for step in made.steps if len(step.shape) == 3]
+        assert {step.tensor.name.rsplit(".", 1)[1] for step in steps} == {"gate_up_proj", "down_proj"}
+        whole = [Expander(made, step, checkpoint).whole() for step in steps]
+        silent = [Expander(replace(made, noise=0.0), step, checkpoint).whole() for step in steps]
+        for noisy, plain, step in zip(whole, silent, steps, strict=True):
+            added = to_float(noisy, "F16").astype(np.float64) - to_float(plain, "F16")
+            first, second = (added[:, :6], added[:, 12:]) if "down" in step.name else (added[:, :16], added[:, 16:])  # copies that are read
+            assert min(np.abs(first).max(), np.abs(second).max()) > 1e-2
+            np.testing.assert_allclose(first + second, 0, atol=1e-3)
+        monkeypatch.setattr(growth.execute, "BLOCK_BYTES", 200)
+        for step, noisy, plain in zip(steps, whole, silent, strict=True):
+            np.testing.assert_array_equal(Expander(made, step, checkpoint).whole(), noisy)
+            expander = Expander(replace(made, noise=0.0), step, reader := Recording())
+            assert expander.matrix == (3 * step.shape[1], step.shape[2])
+            assert max(stop - start for start, stop in expander.blocks()) * step.shape[2] * 2 <= 200
+            np.testing.assert_array_equal(expander.whole(), plain)
+            assert 0 < reader.largest <= 200
 
 
 def test_new_tokens_are_the_mean_of_the_old_also_where_columns_come_from_the_next_layer(tmp_path: Path, phi_folder: Path) -> None:
