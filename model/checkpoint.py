@@ -20,7 +20,7 @@ import numpy as np
 
 from .config import read_json
 from .dtypes import RAW
-from .errors import UserError
+from .errors import UserError, reading
 
 MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors library itself
 INDEX = "model.safetensors.index.json"
@@ -81,14 +81,14 @@ class Checkpoint:
         return buffer
 
     def _read_into(self, view: memoryview, file: Path, offset: int, name: str) -> None:
-        if file not in self._files:
-            self._files[file] = os.open(file, os.O_RDONLY)
-        done = 0
-        while done < len(view):
-            count = os.preadv(self._files[file], [view[done:]], offset + done)
-            if count == 0:
-                raise UserError(f"{file}: ends early inside tensor {name!r}; the file changed while it was read, or is truncated")
-            done += count
+        with reading(file):
+            if file not in self._files:
+                self._files[file] = os.open(file, os.O_RDONLY)
+            done = 0
+            while done < len(view) and (count := os.preadv(self._files[file], [view[done:]], offset + done)):
+                done += count
+        if done < len(view):
+            raise UserError(f"{file}: ends early inside tensor {name!r}; the file changed while it was read, or is truncated")
 
     def close(self) -> None:
         """Close the files; reading again reopens them."""
@@ -158,7 +158,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     if not path.is_file():  # a pipe would be waited on for ever
         raise UserError(f"{path}: not a regular file")
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         prefix = file.read(8)
         if len(prefix) < 8:
             raise UserError(f"{path}: {size} bytes is no safetensors file (8 bytes of header length expected); truncated?")

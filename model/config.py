@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from .errors import UserError, did_you_mean
+from .errors import UserError, did_you_mean, reading
 from .family import STANDARD, Config, Family, family_of
 from .presets import PRESETS, preset, preset_sizes
 
@@ -23,14 +23,14 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing, too large, not JSON, or not an object.
     """
-    try:
+    with reading(path):
+        if not path.exists():
+            raise UserError(f"{path}: no such file")
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UserError(f"{path}: {path.stat().st_size:,} bytes; no config or index is larger than {MAX_JSON_BYTES:,}, so this is none")
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as fault:
-        raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
+        content = path.read_bytes()
+    try:
+        found = json.loads(content)
     except (ValueError, RecursionError) as fault:
         raise UserError(f"{path}: not valid JSON ({'nested too deep' if isinstance(fault, RecursionError) else fault})") from None
     if not isinstance(found, dict):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 
@@ -18,6 +19,15 @@ class UserError(Exception):
             raise cls(faults[0])
         if faults:
             raise cls(f"{len(faults)} faults:\n" + "\n".join(f"  - {fault}" for fault in faults))
+
+
+@contextmanager
+def reading(path: object) -> Iterator[None]:
+    """Tell a file that the system does not let us read as a UserError."""
+    try:
+        yield
+    except OSError as fault:
+        raise UserError(f"{path}: cannot be read ({fault.strerror})") from None
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,3 +55,29 @@ def test_a_file_that_shrinks_while_it_is_read_is_told(phi_folder: Path, tmp_path
         (folder / SINGLE).write_bytes((folder / SINGLE).read_bytes()[:5000])
         with pytest.raises(UserError, match="ends early inside tensor"):
             _ = [checkpoint.read(name) for name in checkpoint.tensors]
+
+
+@pytest.mark.parametrize("name", ["config.json", SINGLE])
+def test_a_file_of_somebody_elses_is_told(phi_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As on a shared machine; the tests themselves may run as a user who may read everything."""
+    opened = Path.open
+
+    def refusing(path: Path, *how: Any, **more: Any) -> Any:
+        if path == phi_folder / name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    with pytest.raises(UserError, match=rf"{name}: cannot be read \(Permission denied\)"):
+        Checkpoint(phi_folder)
+
+
+@pytest.mark.parametrize("call", ["open", "preadv"])
+def test_a_disk_that_does_not_give_the_weights_is_told(phi_folder: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def failing(*_: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with Checkpoint(phi_folder) as checkpoint:
+        monkeypatch.setattr(os, call, failing)
+        with pytest.raises(UserError, match=rf"{SINGLE}: cannot be read \(Input/output error\)"):
+            checkpoint.read("model.embed_tokens.weight")
