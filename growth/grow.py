@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from model.checkpoint import Checkpoint, locate
 from model.config import Target, read_json, tokenizer_size
-from model.errors import UserError
+from model.errors import UserError, reading
 
 from .card import model_card
 from .execute import Reader
@@ -193,7 +193,10 @@ def check_tokenizer(source: Path, plan: Plan) -> None:
 def _copy_companions(source: Path, folder: Path) -> None:
     for name in COMPANIONS:
         if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+            with reading(source / name):
+                companion = (source / name).open("rb")
+            with companion, (folder / name).open("wb") as copy:
+                shutil.copyfileobj(companion, copy)
 
 
 def _write_recipe(folder: Path, plan: Plan, source: str, revision: str | None, checkpoint: Checkpoint, receipt: Receipt | None) -> None:

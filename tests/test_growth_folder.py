@@ -132,7 +132,7 @@ def _full(*_: object) -> int:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("call", ["pwrite", "posix_fallocate", "rename"])
+@pytest.mark.parametrize("call", ["pwrite", "posix_fallocate", "fsync", "rename"])
 def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: Any, call: str) -> None:
     monkeypatch.setattr(os, call, _full)
     with pytest.raises(UserError, match=r"the disk is full.*nothing was kept"):
@@ -143,6 +143,22 @@ def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: A
 def test_a_place_that_cannot_be_written_is_told(source: Path) -> None:
     with pytest.raises(UserError, match=r"out /proc/grown: cannot be written"):
         grow(source, "/proc/grown", target=BIGGER)
+
+
+def test_a_companion_that_may_not_be_read_is_not_taken_for_a_place_that_cannot_be_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+
+    def refusing(path: Path, *how: Any, **more: Any) -> Any:
+        if path == source / "tokenizer.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read \(Permission denied\)"):
+        grow(source, tmp_path / "out", target=BIGGER, receipt=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
 def test_a_fault_while_writing_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
