@@ -140,12 +140,17 @@ def _explicit(depth: Sequence[int], source: int, target: int) -> LayerMap:
 
 
 def follow_layers(key: str, value: Any, layers: LayerMap) -> Any:
-    """A config value after the layers moved: a list of one entry per layer (`layer_types`) follows them, and so does a list of layers'
-    numbers (`mlp_only_layers`); anything else stays.
+    """A config value after the layers moved: a list of one entry per layer (`layer_types`) follows them, and so do a list of layers'
+    numbers (`mlp_only_layers`) and entries by layers' numbers (`per_layer_config`); anything else stays.
     """
-    if not isinstance(value, list) or not any(word in key for word in ("layer", "block", "pattern", "types", "idx", "indices")):
+    if not any(word in key for word in ("layer", "block", "pattern", "types", "idx", "indices")):
         return value
-    if len(value) == layers.source:
+    if isinstance(value, dict) and value and all(str(number).isdigit() for number in value):
+        entries = {int(number): entry for number, entry in value.items()}
+        return {str(number): entries[layer] for number, layer in enumerate(layers.layers) if layer in entries}
+    if not isinstance(value, list):
+        return value
+    if len(value) == layers.source and (value != list(range(layers.source)) or layers.source == 2):  # [0, 1] may be a yes and a no
         return [value[layer] for layer in layers.layers]
     numbers = all(type(number) is int and 0 <= number < layers.source for number in value) and len(set(value)) == len(value)
     return [number for number, layer in enumerate(layers.layers) if layer in value] if numbers else value
