@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from model.build import load_model, quietly
-from model.derive import LENGTH, ROWS
+from model.derive import random_tokens
+from model.derive.pictures import Inputs, with_picture
 from model.derive.probe import build, scramble
 from model.derive.roles import Draft
 from model.derive.schema import drafted_family, variants
@@ -37,12 +38,17 @@ class Rehearsal:
 
 @dataclass
 class Bench:
-    """A tiny random model of a family, saved once and grown as often as one likes."""
+    """A tiny random model of a family, saved once and grown as often as one likes.
+
+    Attributes:
+        inputs: what it is run on: tokens, and tokens around a picture where it takes pictures.
+        logits: what it makes of each.
+    """
 
     draft: Draft
     folder: Path
-    tokens: torch.Tensor
-    logits: torch.Tensor
+    inputs: Sequence[Inputs]
+    logits: Sequence[torch.Tensor]
     count: int = 0
 
     def rehearse(self, draft: Draft, changes: Mapping[str, int], depth: str = "identity") -> Rehearsal:
@@ -74,8 +80,9 @@ class Bench:
             raise UserError(f"nothing grows with {', '.join(changes)}")
         if not grown.certificate.lossless:
             raise UserError("; ".join(grown.certificate.reasons))
-        logits = _logits(grown.folder, self.tokens)[..., : self.logits.shape[-1]]
-        return float((logits - self.logits).abs().max() / self.logits.abs().max())
+        found = _logits(grown.folder, self.inputs)
+        errors = [(a[..., : b.shape[-1]] - b).abs().max() / b.abs().max() for a, b in zip(found, self.logits, strict=True)]
+        return float(torch.stack(errors).max())  # NaN where any is
 
 
 @contextmanager
@@ -85,21 +92,23 @@ def bench(draft: Draft) -> Iterator[Bench]:
     Raises:
         UserError: it cannot be saved and loaded again.
     """
-    config, keys = draft.axes.config, draft.axes.keys
-    tokens = torch.randint(config[keys.vocab], (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
+    config = draft.axes.config
+    tokens = random_tokens(config, draft.axes.keys, seed=1)
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder, quietly():
         source = Path(folder) / "source"
         model = build(config, "cpu")
         scramble(model, seed=2)
         model.save_pretrained(source)
-        yield Bench(draft, Path(folder), tokens, _logits(source, tokens))
+        pictured = with_picture(model, tokens)
+        inputs = [{"input_ids": tokens}, *([] if pictured is None else [pictured])]
+        yield Bench(draft, Path(folder), inputs, _logits(source, inputs))
 
 
-def _logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+def _logits(folder: Path, inputs: Sequence[Inputs]) -> list[torch.Tensor]:
     try:
         model = load_model(folder, dtype="float64", attention="eager").eval()
         with torch.no_grad():
-            return model(input_ids=tokens).logits  # remembering keys and values where the library does so by itself
+            return [model(**given).logits for given in inputs]  # remembering keys and values where the library does so by itself
     except UserError:
         raise
     except Exception as fault:  # the library's classes raise every kind

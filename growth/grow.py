@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from model.checkpoint import Checkpoint, locate
+from model.composite import nested
 from model.config import Target, read_json, tokenizer_size
 from model.errors import UserError, reading
 
@@ -172,7 +173,7 @@ def _write_adam(folder: Path, plan: Plan, adam: AdamState, max_shard_bytes: int,
 
 def write_config(folder: Path, plan: Plan) -> None:
     """The target's config.json; a dtype that the source's config names stays."""
-    (folder / "config.json").write_text(json.dumps(plan.target_config, indent=2, sort_keys=True) + "\n")
+    (folder / "config.json").write_text(json.dumps(nested(plan.target_config), indent=2, sort_keys=True) + "\n")
 
 
 def check_tokenizer(source: Path, plan: Plan) -> None:
@@ -206,10 +207,10 @@ def _write_recipe(folder: Path, plan: Plan, source: str, revision: str | None, c
         "source": {
             "name": source,
             "revision": revision,
-            "config": plan.source_config,
+            "config": nested(plan.source_config),
             "ledger": json.loads(ledger.read_text()) if ledger.is_file() else None,
         },
-        "target": {"config": plan.target_config},
+        "target": {"config": nested(plan.target_config)},
         "plan_hash": plan.hash,
         "certificate": {"lossless": plan.certificate.lossless, "reasons": list(plan.certificate.reasons)},
         "receipt": None if receipt is None else receipt.to_dict(),

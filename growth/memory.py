@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from model.composite import flat
 from model.config import Target
 from model.family import has_schema
 
@@ -80,5 +81,5 @@ def _untied(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def config_of(model: PreTrainedModel) -> dict[str, Any]:
-    """The model's config with everything in it."""
-    return json.loads(model.config.to_json_string(use_diff=False))
+    """The model's config with everything in it, as its flat view."""
+    return flat(json.loads(model.config.to_json_string(use_diff=False)))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint import Checkpoint, names_of
+from model.composite import flat, of_text
 from model.config import Target, resolve_target, rope_of
 from model.dtypes import RAW, TORCH_NAMES, is_float
 from model.errors import UserError
@@ -185,6 +186,7 @@ def plan(
         UserError: unknown names (with near matches), a target smaller than the source, tensors that do not match the schema, …
     """
     checkpoint = _opened(source)
+    target = flat(target) if isinstance(target, Mapping) else target
     source_config = checkpoint.config if isinstance(checkpoint, Checkpoint) else checkpoint
     known = know(checkpoint, target, depth) if family is None else Known(family)
     family, source_config = known.family, known.config or source_config
@@ -202,8 +204,10 @@ def plan(
 
 
 def _opened(source: str | Path | Config | Checkpoint) -> Checkpoint | Config:
-    if isinstance(source, Checkpoint | Mapping):
+    if isinstance(source, Checkpoint):
         return source
+    if isinstance(source, Mapping):
+        return flat(source)
     if str(source) in PRESETS and not Path(source).is_dir():
         return preset(str(source))
     return Checkpoint(source)
@@ -331,5 +335,5 @@ def _follow(config: dict[str, Any], growth: Growth, made: Recipe, layers: LayerM
     source = dict(growth.source_config)
     if growth.grows("layer") and (kinds := growth.family.layer_kinds(source)):  # the class would tell them by their numbers, which move
         source["layer_types"], config["layer_types"] = kinds, config.get("layer_types") or kinds
-    untouched = {key: value for key, value in source.items() if config.get(key) == value}
+    untouched = {key: value for key, value in source.items() if of_text(key) and config.get(key) == value}
     return config | {key: follow_layers(key, value, layers) for key, value in untouched.items()}

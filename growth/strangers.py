@@ -109,10 +109,10 @@ def _derived(config: Config, shapes: Shapes | None, target: Target, depth: str |
     notes = [
         f"family {name!r} has no schema here: one was derived from transformers' own class ({len(family.lines)} lines)",
         f"confirmed: a tiny random model of the family, grown by it ({sizes}), kept its logits in float64 to {rehearsal.error:.1g} of the "
-        "largest",
+        "largest" + ", on tokens alone and with a picture among them" * (len(tiny.inputs) > 1),
     ]
     if draft.unused:
-        notes.append(f"not tested: {names_of(draft.unused)}, which a forward pass on tokens alone does not use")
+        notes.append(f"not tested: {names_of(draft.unused)}, which no forward pass here goes through")
     return Known(family, tuple(notes), whole)
 
 

@@ -84,7 +84,7 @@ def measure(
     """
     import torch
 
-    from model.build import load_model, quietly
+    from model.build import load_model, quietly, to_hf_config
 
     def logits(folder: Path | str, tokens: torch.Tensor, config: Config | None = None) -> torch.Tensor:
         try:
@@ -99,11 +99,11 @@ def measure(
             raise UserError(f"receipt: the {which} does not load or run in {computed} ({type(fault).__name__}: {reason}); {way}") from None
 
     with Checkpoint(source) as checkpoint:
-        config = checkpoint.config
+        known = to_hf_config(checkpoint.config).get_text_config()  # a file leaves out what its class has by default
     computed = dtype or fitting_dtype(sum(prod(stored.shape) for stored in tensor_table(Path(target)).values()))
-    length = min(length, config.get("max_position_embeddings") or length)
-    tokens = torch.randint(config["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
-    before, after = logits(source, tokens), logits(target, tokens, target_config)[..., : config["vocab_size"]]
+    length = min(length, getattr(known, "max_position_embeddings", None) or length)
+    tokens = torch.randint(known.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+    before, after = logits(source, tokens), logits(target, tokens, target_config)[..., : known.vocab_size]
     return compare_logits(before, after, tokens, computed, _floor(norm, computed))
 
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .composite import nested
+from .config import read_config
 from .errors import UserError, unknown
 from .family import Config, family_of
 
@@ -23,12 +25,27 @@ def to_hf_config(config: Config) -> PretrainedConfig:
     """The `transformers` config of a plain dict, for families that the library itself defines (never remote code)."""
     from transformers import CONFIG_MAPPING
 
-    fields = dict(config)
+    fields = nested(config)
     model_type = fields.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
         unknown("model_type", str(model_type), CONFIG_MAPPING.keys())
     known = CONFIG_MAPPING[model_type]
     return known.from_dict(known._decode_special_floats(fields))  # as it does with files that it opens itself (`{"__float__": "Infinity"}`)
+
+
+def library_class(config: PretrainedConfig) -> Any:
+    """The library's auto class whose models hold every tensor of a checkpoint of `config`.
+
+    That is the causal language model's; where that one takes the text model alone out of a composite config (Llama 4), or there is none, it
+    is the multimodal one's.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    kind: Any = type(config)
+    if kind not in AutoModelForMultimodalLM._model_mapping:
+        return AutoModelForCausalLM
+    known: Any = AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if kind in known and known[kind].config_class is kind else AutoModelForMultimodalLM
 
 
 def attention_backend(requested: str = "auto") -> tuple[str, str]:
@@ -69,23 +86,23 @@ def _flash_obstacle() -> str | None:
 def build_model(config: Config, *, seed: int, dtype: str = "float32", attention: str = "auto") -> PreTrainedModel:
     """A freshly initialised model: the library's own initialisation, drawn under `seed`, the global RNG left as it was."""
     import torch
-    from transformers import AutoModelForCausalLM
 
+    hf_config = to_hf_config(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(
-            to_hf_config(config), dtype=_torch_dtype(dtype), attn_implementation=_implementation(attention), trust_remote_code=False
+        return library_class(hf_config).from_config(
+            hf_config, dtype=_torch_dtype(dtype), attn_implementation=_implementation(attention), trust_remote_code=False
         )
 
 
 def empty_model(config: Config, *, dtype: torch.dtype, device: torch.device | str = "cpu", attention: str | None = None) -> PreTrainedModel:
     """A model whose parameters hold nothing yet (its buffers do), tied where its config ties, on `device`."""
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
+    hf_config = to_hf_config(config)
     with no_init_weights(), torch.device(device):
-        model = AutoModelForCausalLM.from_config(to_hf_config(config), dtype=dtype, attn_implementation=attention, trust_remote_code=False)
+        model = library_class(hf_config).from_config(hf_config, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
     model.tie_weights()
     return model
 
@@ -96,11 +113,10 @@ def load_model(folder: Path | str, *, dtype: str = "float32", attention: str = "
     Raises:
         UserError: the folder is missing, its family unknown, or a tensor missing, unexpected or of another shape.
     """
-    from transformers import AutoModelForCausalLM
-
     if not Path(folder).is_dir():
         raise UserError(f"model {str(folder)!r}: no such folder")
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    hf_config = to_hf_config(read_config(Path(folder)) if config is None else config)
+    loaded: Any = library_class(hf_config).from_pretrained(
         str(folder),
         dtype=_torch_dtype(dtype),
         attn_implementation=_implementation(attention),
@@ -109,7 +125,7 @@ def load_model(folder: Path | str, *, dtype: str = "float32", attention: str = "
         trust_remote_code=False,
         ignore_mismatched_sizes=True,  # told below, with everything else
         output_loading_info=True,
-        **({} if config is None else {"config": to_hf_config(config)}),
+        config=hf_config,
         **({"experts_implementation": "eager"} if dtype == "float64" else {}),  # the fused kernels know no float64
     )
     model, report = loaded
@@ -150,10 +166,10 @@ def stored_names(model: PreTrainedModel) -> dict[str, str]:
 def meta_model(config: Config) -> PreTrainedModel:
     """A model of `config` without memory for its parameters, which have shapes and no values."""
     import torch
-    from transformers import AutoModelForCausalLM
 
+    hf_config = to_hf_config(config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(to_hf_config(config), trust_remote_code=False)
+        return library_class(hf_config).from_config(hf_config, trust_remote_code=False)
 
 
 def _implementation(attention: str) -> str | None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import read_json
+from .config import read_config, read_json
 from .dtypes import RAW
 from .errors import UserError, reading
 
@@ -47,7 +47,7 @@ class Checkpoint:
 
     Attributes:
         folder: the folder.
-        config: its config.json.
+        config: its config.json, as its flat view (`model.composite`).
         tensors: name → `Stored`, over all shards.
 
     Raises (on opening):
@@ -58,7 +58,7 @@ class Checkpoint:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise UserError(f"source {str(folder)!r}: no such folder")
-        self.config = read_json(self.folder / "config.json")
+        self.config = read_config(self.folder)
         self.tensors = tensor_table(self.folder)
         self._files: dict[Path, int] = {}
 

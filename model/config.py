@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from .composite import flat
 from .errors import UserError, did_you_mean, reading
 from .family import STANDARD, Config, Family, family_of
 from .presets import PRESETS, preset, preset_sizes
@@ -36,6 +37,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint folder, as its flat view (`model.composite`).
+
+    Raises:
+        UserError: as `read_json`.
+    """
+    return flat(read_json(folder / "config.json"))
 
 
 def tokenizer_size(folder: Path) -> int | None:
@@ -74,14 +84,14 @@ def resolve_target(target: Target, source: Config | None = None, family: Family 
         UserError: the preset, folder or key is unknown (with near matches), or overrides come without a source.
     """
     if hasattr(target, "to_dict"):
-        return dict(target.to_dict())
+        return flat(target.to_dict())
     if isinstance(target, Mapping):
-        return _overlay(dict(target), source, family)
+        return _overlay(flat(target), source, family)
     if str(target) in PRESETS:
         return preset(str(target)) if source is None else _overlay(preset_sizes(str(target)), source, family)
     folder = Path(target)
     if folder.is_dir():
-        return read_json(folder / "config.json")
+        return read_config(folder)
     raise UserError(f"unknown target {str(target)!r}: neither a folder nor a preset; {did_you_mean(str(target), PRESETS)}")
 
 

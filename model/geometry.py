@@ -81,7 +81,7 @@ def _attention_width(config: Config) -> int:
         return sizes["layer"] * sizes["kv"] * sizes["group"] * (sizes["qk"] + sizes["v"])
     from .build import to_hf_config
 
-    known = to_hf_config(config)  # under the library's standard names
+    known = to_hf_config(config).get_text_config()  # under the library's standard names
     heads = known.num_attention_heads
     return known.num_hidden_layers * heads * 2 * (getattr(known, "head_dim", None) or known.hidden_size // heads)
 

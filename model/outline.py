@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from .composite import other_towers
 from .errors import UserError
 from .family import Config, Family
 
@@ -56,6 +57,8 @@ def numbered_layers(name: str, shapes: Iterable[str], keys: Iterable[str], confi
     if not found:
         raise UserError(f"family {name!r} has no schema, and no tensor's name has a layer's number, so its layers cannot be told apart")
     whole = {prefix: len(numbers) for prefix, numbers in found.items() if numbers == set(range(len(numbers)))}
+    others = [tower[:3] for tower in other_towers(config)]  # vis(ion_config) has the layers of vision_tower. and of visual.
+    whole = {prefix: count for prefix, count in whole.items() if not any(re.search(rf"\b{tower}", prefix) for tower in others)} or whole
     stacks = {prefix: count for prefix, count in whole.items() if count in counts} or whole
     if len(stacks) != 1:
         stories = ", ".join(f"{prefix}* ({len(numbers)} numbers)" for prefix, numbers in sorted(found.items()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .build import meta_model, quietly, stored_names, to_hf_config
+from .build import library_class, meta_model, quietly, stored_names, to_hf_config
 from .errors import UserError
 from .family import Config, has_schema
 
@@ -41,11 +41,9 @@ def in_model(config: Config, names: Iterable[str], tensor: Callable[[str], torch
     """
     if has_schema(config):
         return {name: tensor(stored) for name, stored in stored_names(meta_model(config)).items()}
-    from transformers import AutoModelForCausalLM
-
     hf_config, held = to_hf_config(config), {name: tensor(name) for name in names}
     dtype = next(iter(held.values())).dtype
-    library: Any = AutoModelForCausalLM._model_mapping[type(hf_config)]
+    library: Any = library_class(hf_config)._model_mapping[type(hf_config)]
     with quietly():
         model, report = library.from_pretrained(None, config=hf_config, state_dict=held, dtype=dtype, output_loading_info=True)
     if faults := {name: found for name, found in report.items() if found}:

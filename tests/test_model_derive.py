@@ -73,7 +73,7 @@ def test_a_tiny_twin_is_as_deep_as_the_rhythm_of_its_layers() -> None:
     [
         ({"model_type": "mine"}, "transformers has no causal language model of that type"),
         ({"model_type": "bert", "hidden_size": "wide"}, "refuses this config"),
-        ({"model_type": "gemma3"}, "its config has no hidden size"),
+        ({"model_type": "blt"}, "its config has no hidden size"),
         ({"model_type": "xglm"}, "does not run on token ids alone"),
     ],
 )

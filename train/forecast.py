@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.build import build_model
-from model.config import read_json, resolve_target
+from model.config import read_config, resolve_target
 from model.errors import UserError
 from model.geometry import parameter_count
 from train.device import MEMORY_GIB, PEAK_BF16_FLOPS, named, peak_flops
@@ -102,7 +102,7 @@ def target(settings: Settings) -> dict[str, Any]:
     Raises:
         UserError: it depends on a source that does not.
     """
-    source = None if settings.source is None or not Path(settings.source).is_dir() else read_json(Path(settings.source) / "config.json")
+    source = None if settings.source is None or not Path(settings.source).is_dir() else read_config(Path(settings.source))
     if settings.growth.operator == "source" and source is None:
         raise UserError(
             f"dry_run: the source {settings.source!r} is the network, and it is no folder here; give one, or a preset as target"

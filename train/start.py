@@ -15,7 +15,7 @@ from growth import grow
 from growth.strangers import know
 from model.build import build_model, load_model
 from model.checkpoint import Checkpoint, locate
-from model.config import read_json, resolve_target
+from model.config import read_config, resolve_target
 from model.errors import UserError
 from model.family import has_schema
 from model.geometry import flops_per_token
@@ -57,7 +57,7 @@ def target_config(settings: Settings, source: Path | None) -> dict[str, Any]:
     Raises:
         UserError: the target is unknown, or shorter than the context.
     """
-    read = None if source is None else read_json(source / "config.json")
+    read = None if source is None else read_config(source)
     config = read if settings.growth.operator == "source" else _laid_over(settings, source, read)
     assert config is not None
     context, positions = settings.train.context, config.get("max_position_embeddings")
@@ -88,7 +88,7 @@ def source_ledger(settings: Settings, source: Path | None) -> dict[str, Any] | N
     if (source / LEDGER).is_file():
         ledger |= {key: value for key, value in json.loads((source / LEDGER).read_text()).items() if key in ledger and key != "path"}
     elif settings.source_tokens is not None:
-        ledger["flops"] = settings.source_tokens * flops_per_token(read_json(source / "config.json"), settings.train.context)
+        ledger["flops"] = settings.source_tokens * flops_per_token(read_config(source), settings.train.context)
     return ledger
 
 

@@ -16,7 +16,7 @@ from growth.adam import fill, read_adam
 from growth.grow import recorded_plan
 from growth.origin import Origin, axis_origins, origins
 from model.build import stored_names
-from model.config import read_json
+from model.config import read_config
 from model.errors import UserError
 from model.family import Config, family_of, has_schema
 from model.notation import size
@@ -95,7 +95,7 @@ def frozen_tensors(stages: Sequence[Stage], settings: Settings, source: Path | N
     found: dict[int, frozenset[str]] = {}
     if settings.transfer.inherited_rate != 0.0:
         return found
-    before = None if source is None else read_json(source / "config.json")
+    before = None if source is None else read_config(source)
     for stage in stages:
         if stage.growth.operator not in UNGROWN and before is not None and has_schema(stage.config):
             made = plan(before, stage.config, stage.growth.operator, seed=settings.seed, **stage.growth.options)
@@ -113,7 +113,7 @@ def mup_rates(network: PreTrainedModel, settings: Settings, stage: Stage, source
     if not settings.transfer.mup:
         return None
     assert source is not None
-    return width_factors(network, read_json(source / "config.json"), stage.config)
+    return width_factors(network, read_config(source), stage.config)
 
 
 def width_factors(network: PreTrainedModel, source: Config, target: Config) -> dict[str, float]:
@@ -149,7 +149,7 @@ def take_over(
     if saved is None or stage.growth.operator != "source":
         return
     assert source is not None
-    kept = plan(read_json(source / "config.json"), {})
+    kept = plan(read_config(source), {})
     state = read_adam(saved, kept)
     fill(optimizer, network, [step.name for step in kept.steps], state.moments.tensors.__getitem__, state.step)
 

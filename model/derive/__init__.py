@@ -6,24 +6,28 @@ Nothing here is proof: a draft is believed only after `growth.confirm` has grown
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..build import to_hf_config
+from ..composite import flat
 from ..errors import UserError
 from ..family import Config
 from .axes import Axes, Keys
 from .probe import build, shapes, sightings
 from .roles import Draft
-from .shrink import HEAD, HEAD_KEYS, MAX_PARAMETERS, kept_layers, shrunken
+from .shrink import HEAD, HEAD_KEYS, MAX_PARAMETERS, kept_layers, place_tokens, shrunken
+
+if TYPE_CHECKING:
+    import torch
 
 ROWS, LENGTH = 2, 12  # of random tokens
 
 
 def library_knows(config: Config) -> bool:
-    """Whether transformers itself has a causal language model of this config's type."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    """Whether transformers itself has a causal language model of this config's type, alone or with other towers beside it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
-    return config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() | MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.keys()
 
 
 def derive(config: Config) -> Draft:
@@ -55,22 +59,27 @@ def _twins(tiny: Config, keys: Keys) -> Iterator[Config]:
 
 
 def _draft(keys: Keys, tiny: Config) -> Draft:
-    import torch
-
     tiny, _ = _whole(tiny)
     blank = build(tiny)
     if (count := sum(tensor.numel() for tensor in (*blank.parameters(), *blank.buffers()))) > MAX_PARAMETERS:
         raise UserError(f"a tiny twin of it still has {count:,} parameters, so some size of its config was not recognised")
     axes = Axes(keys, tiny, shapes(tiny))
     model = build(tiny, "cpu")
-    tokens = torch.randint(tiny[keys.vocab], (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
-    seen = sightings(model, tokens)
+    seen = sightings(model, random_tokens(tiny, keys, seed=0))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     head, embedding = (
         None if module is None else names.get(id(getattr(module, "weight", None)))
         for module in (model.get_output_embeddings(), model.get_input_embeddings())
     )
     return Draft(axes, seen, head, embedding, f"{model.base_model_prefix}.")
+
+
+def random_tokens(tiny: Config, keys: Keys, seed: int) -> torch.Tensor:
+    """Tokens (row, position) of a tiny config, none of which holds the place of anything but text."""
+    import torch
+
+    words = tiny[keys.vocab] - len(place_tokens(tiny))
+    return torch.randint(words, (ROWS, LENGTH), generator=torch.Generator().manual_seed(seed))
 
 
 def whole_config(config: Config) -> dict[str, Any]:
@@ -86,7 +95,7 @@ def _whole(config: Config) -> tuple[dict[str, Any], dict[str, str]]:
     """A config with everything that the library's class makes of it, and how that class spells standard names."""
     try:
         made = to_hf_config(config)
-        return made.to_dict(), dict(made.attribute_map)
+        return flat(made.to_dict()), dict(made.get_text_config(decoder=True).attribute_map)
     except UserError:
         raise
     except Exception as fault:  # the library's classes raise every kind

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..composite import of_text
 from ..errors import UserError
 from ..family import Config
 from .probe import shapes
@@ -57,7 +58,7 @@ class Keys:
         sizes = {"hidden size": hidden, "layer count": layers, "vocabulary": vocab}
         missing = [word for word, found in sizes.items() if found is None]
         if hidden is None or layers is None or vocab is None:
-            raise UserError(f"its config has no {' and no '.join(missing)} at its top level")
+            raise UserError(f"its config has no {' and no '.join(missing)} at its top level or in a text_config")
         spellings = ("decoder_ffn_dim", "ffn_dim", "ffn_hidden_size", "n_inner", "dff", "d_inner", "dim_ff", "feed_forward_size")
         ffn = key("intermediate_size", *spellings)
         whole = {name: value for name, value in config.items() if type(value) is int and value > 1}
@@ -71,7 +72,7 @@ class Keys:
             head_dim=key("head_dim", "attention_head_size", "d_head", "dim_head", "kv_channels"),
             positions=key("max_position_embeddings", "n_positions", "max_target_positions"),
             follows=tuple(name for name, value in whole.items() if name != hidden and repeats_hidden(name, value, config[hidden])),
-            more=tuple(name for name in whole if MORE_FFN.search(name) and name != ffn),
+            more=tuple(name for name in whole if of_text(name) and MORE_FFN.search(name) and name != ffn),
             also_layers=count if (count := key("num_hidden_layers")) != layers and count and config[count] == config[layers] else None,
         )
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..build import to_hf_config
+from ..build import library_class, to_hf_config
 from ..errors import UserError
 from ..family import Config
+from .pictures import with_picture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +46,7 @@ class Sighting:
         reads: per axis, whether a forward pass summed over it.
         indexed: an embedding: rows are looked up.
         used: whether a forward pass touched it at all.
+        by_text: whether one on tokens alone did.
         norm: "layer" or "rms" where it is a norm's scale or shift.
         offset: what the norm adds to its stored scale.
         role: of a norm: "norm" where matrices read its output, "final norm" where the output head does, "post norm" where nothing does.
@@ -55,6 +57,7 @@ class Sighting:
     reads: tuple[bool, ...]
     indexed: bool
     used: bool
+    by_text: bool = True
     norm: str | None = None
     offset: float = 0.0
     role: str = ""
@@ -66,15 +69,15 @@ def build(config: Config, device: str = "meta") -> PreTrainedModel:
     Raises:
         UserError: the library's classes refuse the config; the message quotes them.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
         with torch.random.fork_rng(devices=[]), torch.device(device):
             hf_config = to_hf_config(config)
             hf_config._experts_implementation = "eager"
-            return AutoModelForCausalLM.from_config(
-                hf_config, dtype=torch.float64, attn_implementation="eager", trust_remote_code=False
-            ).eval()
+            return (
+                library_class(hf_config)
+                .from_config(hf_config, dtype=torch.float64, attn_implementation="eager", trust_remote_code=False)
+                .eval()
+            )
     except UserError:
         raise
     except Exception as fault:  # the library's classes raise every kind
@@ -110,18 +113,22 @@ def scramble(model: PreTrainedModel, seed: int = 1) -> None:
 
 
 def sightings(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Sighting]:
-    """What one forward pass of the tiny `model` on `tokens` shows of each stored tensor.
+    """What a forward pass of the tiny `model` on `tokens` shows of each stored tensor, and one with a picture where it takes pictures.
 
     Raises:
         UserError: the model does not run on token ids alone.
     """
     scramble(model)
     places = _places(model)
+    pictured = with_picture(model, tokens)
     watch = _Watch(model)
     with torch.no_grad():
         try:
             with _hooks(model, watch), watch:
                 model(input_ids=tokens, use_cache=False)
+                by_text = set(watch.touched)
+                if pictured is not None:
+                    model(**pictured, use_cache=False)
         except Exception as fault:  # the library's classes raise every kind
             reason = " ".join(str(fault).split())[:200]
             raise UserError(f"the model does not run on token ids alone ({type(fault).__name__}: {reason})") from None
@@ -139,6 +146,7 @@ def sightings(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Sightin
             reads=reads,
             indexed=parameter in watch.indexed,
             used=parameter in watch.touched,
+            by_text=parameter in by_text,
             norm=norm,
             offset=offset,
             role=role,

@@ -191,13 +191,13 @@ class Draft:
     @property
     def norm(self) -> str:
         """What most norms of the residual stream keep: "layer" or "rms"."""
-        kinds = [seen.norm for seen in self.seen.values() if seen.norm and seen.shape == (self.axes.hidden,)]
+        kinds = [seen.norm for name, seen in self.seen.items() if seen.norm and self._unnamed[name] == ("residual",)]
         return max(("layer", "rms"), key=kinds.count)
 
     @property
     def unused(self) -> list[str]:
-        """Tensors that a forward pass does not touch (cross-attention without an encoder), so that no rehearsal tests them."""
-        return [name for name, seen in self.seen.items() if not seen.used]
+        """Tensors that may grow and that no forward pass touches (cross-attention without an encoder), so that no rehearsal tests them."""
+        return [name for name, seen in self.seen.items() if not seen.used and any("?" not in axis for axis in self._unnamed[name])]
 
     @property
     def tied(self) -> bool:

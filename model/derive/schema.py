@@ -72,12 +72,14 @@ def variants(draft: Draft) -> Iterator[Draft]:
 
 def _lines(draft: Draft, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     count = int(config[draft.axes.keys.layers])
-    twins, stacks = _Twins(draft.seen, int(draft.axes.config[draft.axes.keys.layers])), _stacks(shapes, count)
-    texts = {}
+    twins = _Twins(draft.seen, int(draft.axes.config[draft.axes.keys.layers]))
+    texts, work = {}, []
     for name in shapes:
         if (twin := twins.of(name, count)) is None:
             raise UserError(f"tensor {name!r} has no counterpart in a tiny model of family {config['model_type']!r}")
         texts[name] = _line(draft, name, twin, config, shapes)
+        work += [name] if draft.seen[twin].by_text else []
+    stacks = {stack for stack in _stacks(shapes, count) if any(name.startswith(stack) for name in work)}  # not another tower's
     grouped: dict[tuple[str, str], list[int | None]] = defaultdict(list)
     for name, text in texts.items():
         module = name.removesuffix(".weight").removesuffix(".bias")

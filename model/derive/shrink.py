@@ -9,8 +9,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..composite import TEXT, flat, nested, of_text
 from ..errors import UserError
 from ..family import Config
+from ..outline import DEPTH_KEYS
 
 MAX_PARAMETERS = 3_000_000  # of a tiny twin; more means that some size was not recognised
 
@@ -31,7 +33,7 @@ SMALL: tuple[tuple[str, int], ...] = (
     (r"(moe|expert).*(intermediate|ffn)|(intermediate|ffn).*(moe|expert)", 56),
     (r"shared.*intermediate", 72),
     (r"dense_intermediate|intermediate_size_mlp", 104),
-    (r"intermediate_size|ffn_dim|ffn_hidden|^n_inner$|^dff$|^d_inner$|dim_ff|feed_forward_size", 88),
+    (r"intermediate_size|ffn_dim|ffn_hidden|^n_inner$|^dff$|^d_inner$|dim_ff|feed_forward_size|^mlp_dim$", 88),
     (r"(kv|key_value)_heads|num_query_groups", 2),
     (r"(attention_heads|^n_heads?|^num_heads|head_count)$", 4),
     (r"^(d_)?head_dim$|^d_head$|^dim_head$|^kv_channels$|attention_head_size|swa_head_dim|attention_head_dim", 24),
@@ -46,15 +48,18 @@ SMALL: tuple[tuple[str, int], ...] = (
 )
 # Counts, which may be smaller still.
 FEW: tuple[tuple[str, int], ...] = (
-    (r"layers$|^n_layers?$|^num_blocks$", 2),
+    (r"layers$|^n_layers?$|^num_blocks$|^depth$", 2),
     (r"topk_group|n_groups?$|ngroups|num_expert_group", 1),
     (r"(topk|top_k|per_tok|per_token|moe_k$)", 2),
+    (r"tokens_per_image$", 4),
     (r"n_shared_experts|num_shared_experts", 4),  # whose sizes add up
     (r"(num|routed|local|zero).*experts?(_num)?$", 4),
     (r"first_k_dense|num_dense_layers|moe_layer_start_index", 1),
 )
 RHYTHM = re.compile(r"period|interval|every|_step$")  # of layers that differ by their number
 RHYTHM_LIST = re.compile(r"types|pattern")  # which the layers go through again and again
+SIZES = ("_size", "_dim", "_dims", "_width", "d_model")
+OUTPUT = re.compile(r"out|text|(^|_)lm|proj")  # how other towers call the size that the text model reads
 MAX_LAYERS = 8
 UNTOUCHED = re.compile(r"token_id|token_index|_id$|chunk|window|dtype|seed|interval|period|offset|drop|layer_idx|kernel|conv|expand|eps")
 
@@ -67,6 +72,8 @@ def shrunken(config: Config, depth_key: str, layers: tuple[int, ...]) -> dict[st
         depth_key: the key that counts the layers.
         layers: which of its layers to keep; lists with one entry per layer follow.
     """
+    if TEXT in (whole := nested(config)):
+        return _shrunken_composite(config, whole, depth_key, layers)
     depth = config[depth_key]
     small = {key: _small(key, value, config, depth, layers) for key, value in config.items()}
     small[depth_key] = len(layers)
@@ -77,6 +84,36 @@ def shrunken(config: Config, depth_key: str, layers: tuple[int, ...]) -> dict[st
     return small
 
 
+def _shrunken_composite(config: Config, whole: Config, depth_key: str, layers: tuple[int, ...]) -> dict[str, Any]:
+    """Tower by tower; what repeats the text model's hidden size in another tower goes on doing so, and what marks their places in a text
+    are the last tokens."""
+    text = shrunken(whole[TEXT], depth_key, layers)
+    small = flat({key: text if key == TEXT else _small(key, value, text, 0, ()) for key, value in whole.items()})
+    meets = [key for key, value in config.items() if not of_text(key) and repeats_hidden(key, value, config.get("hidden_size"))]
+    marks = {key: text["vocab_size"] - 1 - number for number, key in enumerate(place_tokens(config))}
+    return small | dict.fromkeys(meets, text["hidden_size"]) | marks
+
+
+def place_tokens(config: Config) -> list[str]:
+    """The keys of tokens that hold the places of pictures and sounds in a text."""
+    return [key for key, value in config.items() if not of_text(key) and key.endswith(("token_id", "token_index")) and type(value) is int]
+
+
+def _small_tower(tower: Config) -> dict[str, Any]:
+    """A tower that tokens do not go through."""
+    depth = next((key for key in DEPTH_KEYS if type(tower.get(key)) is int), None)
+    if depth is None:
+        small = {key: _small(key, value, tower, 0, ()) for key, value in tower.items()}
+    else:
+        small = shrunken(tower, depth, (0, 1)[: tower[depth]])
+    patch = tower.get("patch_size")
+    picture = {"image_size": 4 * patch} if isinstance(patch, int) and isinstance(tower.get("image_size"), int) else {}
+    given = [key for key, value in tower.items() if OUTPUT.search(key) and key.endswith((*SIZES, "_channels")) and type(value) is int]
+    ratio = tower.get("pixel_shuffle_ratio")
+    shuffled = {"intermediate_size": int(64 / ratio**2)} if ratio else {}  # what Llama 4's projector reads is this and the hidden size
+    return small | {key: min(tower[key], 40) for key in given} | picture | shuffled
+
+
 def _small(key: str, value: Any, config: Config, depth: int, layers: tuple[int, ...]) -> Any:
     if isinstance(value, list) and numbers_layers(key, value, depth):
         return [layers.index(layer) for layer in value if layer in layers]
@@ -84,8 +121,8 @@ def _small(key: str, value: Any, config: Config, depth: int, layers: tuple[int, 
         return [_small(key, value[layer], config, depth, layers) for layer in layers]
     if isinstance(value, Mapping) and value and all(str(entry).isdigit() and int(entry) < depth for entry in value):
         return {str(layers.index(int(layer))): entry for layer, entry in value.items() if int(layer) in layers}
-    if isinstance(value, Mapping) and isinstance(value.get("hidden_size"), int) and isinstance(value.get("num_hidden_layers"), int):
-        return shrunken(value, "num_hidden_layers", (0, 1)[: value["num_hidden_layers"]])  # of a tower that tokens do not go through
+    if isinstance(value, Mapping) and key.endswith("_config"):
+        return _small_tower(value)
     if value is None and key in ("num_key_value_heads", "num_experts_per_tok"):
         return 4 if key == "num_key_value_heads" else 2  # as many as queries; at all: which some classes do not work out
     if isinstance(value, bool) or not isinstance(value, int) or value < 1 or UNTOUCHED.search(key):
@@ -105,8 +142,10 @@ def _small(key: str, value: Any, config: Config, depth: int, layers: tuple[int, 
 
 
 def repeats_hidden(key: str, value: int, hidden: object) -> bool:
-    """Whether a size is the hidden size once more, by its value and by a name that says nothing else."""
-    named = key.endswith(("_size", "_dim", "_width", "d_model")) and not re.search(r"intermediate|ffn|head|vocab", key)
+    """Whether a size is the hidden size once more, by its value and by a name that says nothing else (in another tower: its output)."""
+    if not of_text(key) and not OUTPUT.search(key.rpartition(".")[2]):
+        return False
+    named = key.endswith(SIZES) and not re.search(r"intermediate|ffn|head|vocab", key)
     return value == hidden and key != "hidden_size" and named
 
 
@@ -127,6 +166,7 @@ def kept_layers(config: Config, depth: int) -> tuple[int, ...]:
     Raises:
         UserError: there are too many kinds for a tiny model.
     """
+    config = {key: value for key, value in config.items() if of_text(key)}
     lists = [value for key, value in config.items() if isinstance(value, list)]
     named = [value for key, value in config.items() if isinstance(value, list) and numbers_layers(key, value, depth)]
     each = [value for value in lists if len(value) == depth and value not in named]

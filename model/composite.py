@@ -1,0 +1,64 @@
+"""Composite configs: a text model's values nested beside those of other towers (Gemma 3, Llama 4, Qwen 3.5).
+
+Inside this project every config is flat, so that a size has one name whatever stands around it: `flat` is applied where a config comes in
+(a file, a target, a model in memory), `nested` where it goes out (to the library, into a file). The flat view of a composite config has
+
+- the text model's values under their own names: `hidden_size`;
+- those of another tower under their path: `vision_config.hidden_size`;
+- those that belong to no tower behind a dot: `.image_token_id`;
+- the whole's `model_type`; the text model's own is `text_config.model_type`.
+
+Any other config is its own flat view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+TEXT = "text_config"
+TEXT_TYPE = f"{TEXT}.model_type"  # which every flat view of a composite config has
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat view of a config or of overrides of one; of a flat view, itself."""
+    text = config.get(TEXT)
+    if not isinstance(text, Mapping):
+        return {key if key == TEXT_TYPE else key.removeprefix(f"{TEXT}."): value for key, value in config.items()}
+    seen = {TEXT_TYPE: text.get("model_type")} if "model_type" in config else {}  # overrides name none
+    for key, value in config.items():
+        if key == TEXT:
+            seen |= {f"{TEXT}.{name}" if name == "model_type" or "." in name else name: entry for name, entry in text.items()}
+        elif isinstance(value, Mapping) and value and key.endswith("_config"):
+            seen |= {f"{key}.{name}": entry for name, entry in value.items()}
+        else:
+            seen[key if key == "model_type" else f".{key}"] = value
+    return seen
+
+
+def nested(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The way back: the config as the library has it."""
+    if TEXT_TYPE not in config:
+        return dict(config)
+    whole: dict[str, Any] = {TEXT: {}}
+    for key, value in config.items():
+        tower, dot, name = key.partition(".")
+        if key == "model_type":
+            whole[key] = value
+        elif not dot:
+            whole[TEXT][key] = value
+        elif not tower:
+            whole[name] = value
+        elif key != TEXT_TYPE or value is not None:
+            whole.setdefault(tower, {})[name] = value
+    return whole
+
+
+def of_text(key: str) -> bool:
+    """Whether a key of a flat view is the text model's own."""
+    return "." not in key
+
+
+def other_towers(config: Mapping[str, Any]) -> set[str]:
+    """The names of the configs (`vision_config`) beside the text model's in a flat view."""
+    return {key.partition(".")[0] for key in config if not of_text(key)} - {"", TEXT}

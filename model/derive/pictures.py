@@ -1,0 +1,60 @@
+"""Showing a tiny model a picture, so that what carries it into the text model's stream is watched and confirmed too.
+
+There is no common way to hand over a picture; the commonest are tried, and a model that takes none of them sees tokens alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Inputs = dict[str, torch.Tensor]
+
+
+def with_picture(model: PreTrainedModel, tokens: torch.Tensor) -> Inputs | None:
+    """The first row of `tokens` (row, position) with a random picture in its middle; None where the model runs on no such thing."""
+    config: Any = model.config
+    eyes: Any = model if hasattr(model, "get_image_features") else model.base_model
+    vision, place = getattr(config, "vision_config", None) or config, getattr(config, "image_token_id", None)
+    if place is None:
+        return None
+    text = tokens[:1].masked_fill(tokens[:1] == place, 0)
+    half = text.shape[1] // 2
+    for picture, typed in product(_pictures(vision), (False, True)):
+        try:
+            with torch.no_grad():
+                places = torch.full((1, _features(eyes.get_image_features(**picture))), place)
+                words = torch.cat([text[:, :half], places, text[:, half:]], dim=1)
+                inputs = {"input_ids": words, **picture} | ({"mm_token_type_ids": (words == place).long()} if typed else {})
+                model(**inputs, use_cache=False)
+            return inputs
+        except Exception:  # the library's classes raise every kind
+            continue
+    return None
+
+
+def _pictures(vision: Any) -> Iterator[Inputs]:
+    """A picture: pixels (picture, channel, row, column), patches of a grid (patch, channel * frame * row * column), or patches alone."""
+    numbers = torch.Generator().manual_seed(3)
+    channels: int = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
+    patch = getattr(vision, "patch_size", None)
+    if isinstance(size := getattr(vision, "image_size", None), int):
+        yield {"pixel_values": torch.randn(1, channels, size, size, generator=numbers, dtype=torch.float64)}
+    if isinstance(patch, int) and (merged := getattr(vision, "spatial_merge_size", None)):
+        side, frames = 2 * int(merged), int(getattr(vision, "temporal_patch_size", 1))
+        patches = torch.randn(side * side, channels * frames * patch * patch, generator=numbers, dtype=torch.float64)
+        yield {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, side, side]])}
+    if isinstance(patch, int):
+        yield {"pixel_values": torch.randn(1, 4, channels * patch * patch, generator=numbers, dtype=torch.float64)}
+
+
+def _features(found: Any) -> int:
+    """How many positions a picture's features take."""
+    features = next((part for name in ("pooler_output", "last_hidden_state") if (part := getattr(found, name, None)) is not None), found)
+    return sum(part.numel() // part.shape[-1] for part in (features if isinstance(features, list | tuple) else [features]))
