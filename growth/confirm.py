@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from model.build import load_model, quietly
+from model.checkpoint import names_of
 from model.derive import random_tokens
 from model.derive.pictures import Inputs, with_picture
 from model.derive.probe import build, scramble
@@ -57,6 +58,9 @@ class Bench:
         Raises:
             UserError: none does; the message says why the first one, the likeliest, does not.
         """
+        hidden = draft.axes.keys.hidden
+        if changes.get(hidden, 0) % draft.axes.hidden and draft.unproved:
+            raise UserError(f"{hidden} grows by whole factors alone, since no forward pass here goes through {names_of(draft.unproved)}")
         reason = ""
         for variant in variants(draft):
             try:

@@ -117,20 +117,15 @@ def _derived(config: Config, shapes: Shapes | None, target: Target, depth: str |
 
 
 def _family(draft: Draft, config: Config, shapes: Shapes | None) -> Family:
-    """The drafted family under the names of the file: older ones leave out a base model's prefix and carry buffers along."""
-    from model.derive.probe import shapes as built_shapes
+    """The drafted family under the names of the file: older ones call tensors otherwise and carry buffers along."""
+    from model.derive.probe import named_shapes
     from model.derive.schema import drafted_family
 
-    built = built_shapes(config)
+    built, called = named_shapes(config, shapes or ())
     if shapes is None:
         return drafted_family(draft, config, built)
-    buffers = [name for name in shapes if name not in built and name.endswith(BUFFERS)]
-    full = {name if name in built else draft.prefix + name: shape for name, shape in shapes.items() if name not in buffers}
-    if full.keys() - built.keys():  # not a matter of the prefix
-        full = {name: shape for name, shape in shapes.items() if name not in buffers}
-    family = drafted_family(draft, config, full)
-    if not full.keys() <= shapes.keys():
-        family = replace(family, schema="\n".join(line.removeprefix(draft.prefix) for line in family.schema.splitlines()))
+    buffers = [name for name in shapes if called[name] not in built and name.endswith(BUFFERS)]
+    family = drafted_family(draft, config, {name: shape for name, shape in shapes.items() if name not in buffers}, called)
     return replace(family, ignore=tuple(buffers))
 
 
@@ -169,23 +164,19 @@ def hold_against_class(plan: Plan) -> None:
     Raises:
         UserError: it has others, or others' shapes; the message names the first ones.
     """
-    from model.derive.probe import shapes
+    from model.derive.probe import named_shapes
 
-    source, built = (_also_without_prefix(shapes(config)) for config in (plan.source_config, plan.target_config))
-    planned = {step.name: step.shape for step in plan.steps if plan.source_name(step.tensor) in source}
+    source, was_called = named_shapes(plan.source_config, {plan.source_name(step.tensor) for step in plan.steps})
+    built, called = named_shapes(plan.target_config, (step.name for step in plan.steps))
+    planned = {called[step.name]: step.shape for step in plan.steps if was_called[plan.source_name(step.tensor)] in source}
     if differ := [name for name, shape in planned.items() if built.get(name) != shape]:
         first = min(differ)
         raise UserError(
             f"family {plan.family.name!r} has no schema here, and {first} would become {planned[first]} where transformers' class wants "
             f"{built.get(first, 'none')} ({names_of(differ)}); what follows the sizes or layers that change was not recognised"
         )
-    if lacking := [name for name in shapes(plan.target_config) if not {name, name.partition(".")[2]} & planned.keys()]:
+    if lacking := [name for name in built if name not in planned]:
         raise UserError(
             f"family {plan.family.name!r} has no schema here, and transformers' class would want {names_of(lacking)} too, which no source "
             "layer in that place has; choose another growth.depth, such as identity_top"
         )
-
-
-def _also_without_prefix(shapes: Shapes) -> Shapes:
-    """The shapes also under the names that older files have, without the first word."""
-    return {name.partition(".")[2]: shape for name, shape in shapes.items()} | dict(shapes)

@@ -71,7 +71,7 @@ def _draft(keys: Keys, tiny: Config) -> Draft:
         None if module is None else names.get(id(getattr(module, "weight", None)))
         for module in (model.get_output_embeddings(), model.get_input_embeddings())
     )
-    return Draft(axes, seen, head, embedding, f"{model.base_model_prefix}.")
+    return Draft(axes, seen, head, embedding)
 
 
 def random_tokens(tiny: Config, keys: Keys, seed: int) -> torch.Tensor:

@@ -43,15 +43,25 @@ def _pictures(vision: Any) -> Iterator[Inputs]:
     """A picture: pixels (picture, channel, row, column), patches of a grid (patch, channel * frame * row * column), or patches alone."""
     numbers = torch.Generator().manual_seed(3)
     channels: int = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
-    patch = getattr(vision, "patch_size", None)
-    if isinstance(size := getattr(vision, "image_size", None), int):
-        yield {"pixel_values": torch.randn(1, channels, size, size, generator=numbers, dtype=torch.float64)}
-    if isinstance(patch, int) and (merged := getattr(vision, "spatial_merge_size", None)):
+    size, patch = _side(getattr(vision, "image_size", None)), _side(getattr(vision, "patch_size", None))
+    if size:
+        pixels = torch.randn(1, channels, size, size, generator=numbers, dtype=torch.float64)
+        yield {"pixel_values": pixels}
+        yield {"pixel_values": pixels, "image_sizes": torch.tensor([[size, size]])}
+        yield {"pixel_values": pixels[None]}
+    if patch and (merged := getattr(vision, "spatial_merge_size", None)):
         side, frames = 2 * int(merged), int(getattr(vision, "temporal_patch_size", 1))
         patches = torch.randn(side * side, channels * frames * patch * patch, generator=numbers, dtype=torch.float64)
         yield {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, side, side]])}
-    if isinstance(patch, int):
+    if patch:
         yield {"pixel_values": torch.randn(1, 4, channels * patch * patch, generator=numbers, dtype=torch.float64)}
+
+
+def _side(size: object) -> int | None:
+    """Of a square whose size may be given as [side, side]."""
+    if isinstance(size, list | tuple) and size:
+        size = size[0]
+    return size if isinstance(size, int) else None
 
 
 def _features(found: Any) -> int:

@@ -6,8 +6,10 @@ Everything is read off the library's own class: from the operations that a forwa
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,6 +103,32 @@ def stored(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Name → shape of every tensor that a checkpoint of `config` has, built on the meta device."""
     return {name: tuple(tensor.shape) for name, tensor in stored(build(config)).items()}
+
+
+def named_shapes(config: Config, names: Iterable[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """`shapes`, and which of their names each of `names` stands for, under which an older file may have the same tensor."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    model = build(config)
+    own = {name: tuple(tensor.shape) for name, tensor in stored(model).items()}
+    found, state = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [entry for entry in found if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in found if isinstance(entry, WeightConverter)]
+
+    def loaded(name: str) -> str:
+        """The parameter that the library makes of a tensor, or a part of."""
+        return str(rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0])
+
+    parts: dict[str, list[str]] = defaultdict(list)
+    for name in own:
+        parts[loaded(name)].append(name)
+
+    def alike(name: str, other: str) -> int:
+        words = zip(reversed(name.split(".")), reversed(other.split(".")), strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], words))
+
+    return own, {name: name if name in own else max(parts.get(loaded(name), [name]), key=partial(alike, name)) for name in names}
 
 
 def scramble(model: PreTrainedModel, seed: int = 1) -> None:

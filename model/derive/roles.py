@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from ..composite import TEXT_TYPE
 from .axes import Axes
 from .probe import Sighting
 
@@ -44,7 +45,6 @@ class Draft:
         axes: the probes; `axes.config` is the tiny config.
         seen: every tensor of the tiny model.
         head, embedding: the parameters of the output head and of the embedding; the same where they are tied.
-        prefix: what the library puts before the names of a base model's tensors, and older files leave out.
         choices: how what watching left open was decided.
     """
 
@@ -52,7 +52,6 @@ class Draft:
     seen: Mapping[str, Sighting]
     head: str | None
     embedding: str | None
-    prefix: str
     choices: Choices = Choices()
 
     def templates(self, name: str) -> tuple[str, ...]:
@@ -198,6 +197,20 @@ class Draft:
     def unused(self) -> list[str]:
         """Tensors that may grow and that no forward pass touches (cross-attention without an encoder), so that no rehearsal tests them."""
         return [name for name, seen in self.seen.items() if not seen.used and any("?" not in axis for axis in self._unnamed[name])]
+
+    @property
+    def unproved(self) -> list[str]:
+        """Of those beside the text model, the ones that do more than write its residual stream: they read or normalise what grows, so
+        that their own function stays for sure only where it grows by whole factors, all of it copied alike.
+        """
+        around = TEXT_TYPE in self.axes.config
+        return [name for name in self.unused if around and "residual" in self._unnamed[name] and not self._writes_only(name)]
+
+    def _writes_only(self, name: str) -> bool:
+        weight = f"{name.removesuffix('.bias')}.weight" if name.endswith(".bias") else name
+        return weight in self.seen and [
+            (axis == "residual", reads) for axis, reads in zip(self._unnamed[weight], self.seen[weight].reads, strict=True)
+        ] in ([(True, False), (False, True)], [(False, True), (True, False)])
 
     @property
     def tied(self) -> bool:

@@ -18,19 +18,20 @@ Shapes = Mapping[str, tuple[int, ...]]
 CHOICES = tuple(Choices(*flags[::-1]) for flags in product((False, True), repeat=5))  # the likeliest first
 
 
-def drafted_family(draft: Draft, config: Config, shapes: Shapes) -> Family:
+def drafted_family(draft: Draft, config: Config, shapes: Shapes, called: Mapping[str, str] | None = None) -> Family:
     """The family that a draft describes, with the numbers of one checkpoint.
 
     Args:
         draft: the roles of its tensors' axes.
         config: of the checkpoint, as the library's class completes it.
         shapes: its tensors.
+        called: what the library calls a tensor, where the file has another name for it.
 
     Raises:
         UserError: a tensor has no counterpart in the tiny model, or a shape does not fit.
     """
     keys = draft.axes.keys
-    lines = "\n".join(_lines(draft, config, shapes))
+    lines = "\n".join(_lines(draft, config, shapes, called or {}))
     kv = "multi_query_heads" if draft.axes.multi_query else keys.kv  # a switch says that there is one; no config has this name
     standard = {
         "hidden_size": keys.hidden,
@@ -70,12 +71,12 @@ def variants(draft: Draft) -> Iterator[Draft]:
             yield variant
 
 
-def _lines(draft: Draft, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+def _lines(draft: Draft, config: Config, shapes: Shapes, called: Mapping[str, str]) -> Iterator[str]:
     count = int(config[draft.axes.keys.layers])
     twins = _Twins(draft.seen, int(draft.axes.config[draft.axes.keys.layers]))
     texts, work = {}, []
     for name in shapes:
-        if (twin := twins.of(name, count)) is None:
+        if (twin := twins.of(called.get(name, name), count)) is None:
             raise UserError(f"tensor {name!r} has no counterpart in a tiny model of family {config['model_type']!r}")
         texts[name] = _line(draft, name, twin, config, shapes)
         work += [name] if draft.seen[twin].by_text else []

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..composite import TEXT, flat, nested, of_text
+from ..config import ROPE
 from ..errors import UserError
 from ..family import Config
 from ..outline import DEPTH_KEYS
@@ -77,6 +78,7 @@ def shrunken(config: Config, depth_key: str, layers: tuple[int, ...]) -> dict[st
     depth = config[depth_key]
     small = {key: _small(key, value, config, depth, layers) for key, value in config.items()}
     small[depth_key] = len(layers)
+    small |= {key: _small_rope(rope, small) for key in ROPE if isinstance(rope := small.get(key), Mapping)}
     vocabulary = small.get("vocab_size")
     for key, value in small.items():
         if key.endswith(("token_id", "token_index")) and isinstance(value, int) and isinstance(vocabulary, int):
@@ -99,6 +101,16 @@ def place_tokens(config: Config) -> list[str]:
     return [key for key, value in config.items() if not of_text(key) and key.endswith(("token_id", "token_index")) and type(value) is int]
 
 
+def _small_rope(rope: Config, small: Config) -> dict[str, Any]:
+    """Rotary positions in time, rows and columns share a head's pairs among them."""
+    sections = rope.get("mrope_section")
+    if not isinstance(sections, list) or len(sections) != 3:
+        return dict(rope)
+    head = next((small[key] for key in HEAD_KEYS if small.get(key)), HEAD)
+    pairs = int(head * (rope.get("partial_rotary_factor") or 1)) // 2
+    return {**rope, "mrope_section": [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]}
+
+
 def _small_tower(tower: Config) -> dict[str, Any]:
     """A tower that tokens do not go through."""
     depth = next((key for key in DEPTH_KEYS if type(tower.get(key)) is int), None)
@@ -106,12 +118,14 @@ def _small_tower(tower: Config) -> dict[str, Any]:
         small = {key: _small(key, value, tower, 0, ()) for key, value in tower.items()}
     else:
         small = shrunken(tower, depth, (0, 1)[: tower[depth]])
-    patch = tower.get("patch_size")
-    picture = {"image_size": 4 * patch} if isinstance(patch, int) and isinstance(tower.get("image_size"), int) else {}
+    patch, picture = tower.get("patch_size"), {}
+    if type(patch) is type(tower.get("image_size")) and isinstance(patch, int | list):
+        picture = {"image_size": [4 * side for side in patch] if isinstance(patch, list) else 4 * patch}
     given = [key for key, value in tower.items() if OUTPUT.search(key) and key.endswith((*SIZES, "_channels")) and type(value) is int]
     ratio = tower.get("pixel_shuffle_ratio")
     shuffled = {"intermediate_size": int(64 / ratio**2)} if ratio else {}  # what Llama 4's projector reads is this and the hidden size
-    return small | {key: min(tower[key], 40) for key in given} | picture | shuffled
+    heads = {key: HEAD for key in HEAD_KEYS if type(tower.get(key)) is int}
+    return small | {key: min(tower[key], 40) for key in given} | picture | shuffled | heads
 
 
 def _small(key: str, value: Any, config: Config, depth: int, layers: tuple[int, ...]) -> Any:
