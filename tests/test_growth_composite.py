@@ -152,6 +152,17 @@ def test_a_projector_that_no_picture_went_through_grows_by_whole_factors_alone()
     assert any(note.startswith("not tested: language_model.model.layers.1.cross_attn") for note in made.notes)
 
 
+def test_a_projector_that_computes_in_the_text_models_width_is_seen_with_a_picture() -> None:
+    """LLaVA's has an activation between two matrices as wide as the text model: copies pass through it, residues' scale does not."""
+    config = {"text_config": TEXT | {"model_type": "llama"}, "vision_config": EYES | {"model_type": "clip_vision_model"}}
+    config = to_hf_config({"model_type": "llava", **config, "image_token_index": 60}).to_dict()
+    with pytest.raises(UserError, match="the logits of a tiny random model move by"):
+        plan(config, {"hidden_size": 24})
+    made = plan(config, {"hidden_size": 32})
+    assert made.certificate.lossless
+    assert "with a picture among them" in made.notes[1]
+
+
 def test_a_file_with_the_names_of_an_older_library(tmp_path: Path, checkpoint_maker: Any) -> None:
     """As on the hub: today's library calls the picture tower's tensors otherwise, and knows the older names when it loads."""
     source = checkpoint_maker(tmp_path / "source", config_of("gemma3"))
