@@ -6,11 +6,12 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 import torch
 
-from model.build import load_model, quietly
+from model.build import computing_in, load_model, quietly
 from model.derive import LENGTH, ROWS
 from model.derive.probe import build, scramble
 from model.derive.roles import Draft
@@ -49,9 +50,9 @@ class Bench:
         """Grow the tiny model by `draft`, by each of its variants in turn, until one keeps the logits.
 
         Raises:
-            UserError: none does; the message says why the first one, the likeliest, does not.
+            UserError: none does; the message says by how much the best one moves them, or why the first one, the likeliest, does not grow.
         """
-        reason = ""
+        reason, least = "", float("inf")
         for variant in variants(draft):
             try:
                 error = self._error(variant, changes, depth)
@@ -60,7 +61,14 @@ class Bench:
                 continue
             if error <= SAME:
                 return Rehearsal(variant, changes, error)
-            reason = reason or f"the logits of a tiny random model move by {error:.2g} of the largest"
+            least = min(least, error)
+        if isfinite(least):
+            reason = f"the logits of a tiny random model move by {least:.2g} of the largest"
+        if changes.keys() & set(draft.axes.stream_keys) and (names := draft.axes.computed):
+            raise UserError(
+                f"{names[0]} is in no file: transformers computes it from {draft.axes.keys.hidden}, so a wider model's would be another's "
+                f"({reason})"
+            )
         raise UserError(reason)
 
     def _error(self, draft: Draft, changes: Mapping[str, int], depth: str) -> float:
@@ -98,7 +106,7 @@ def bench(draft: Draft) -> Iterator[Bench]:
 def _logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     try:
         model = load_model(folder, dtype="float64", attention="eager").eval()
-        with torch.no_grad():
+        with torch.no_grad(), computing_in("float64"):
             return model(input_ids=tokens).logits  # remembering keys and values where the library does so by itself
     except UserError:
         raise

@@ -6,7 +6,8 @@ Nothing here is proof: a draft is believed only after `growth.confirm` has grown
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from ..build import to_hf_config
 from ..errors import UserError
@@ -14,7 +15,10 @@ from ..family import Config
 from .axes import Axes, Keys
 from .probe import build, shapes, sightings
 from .roles import Draft
-from .shrink import HEAD, HEAD_KEYS, MAX_PARAMETERS, kept_layers, shrunken
+from .shrink import HEAD, HEAD_KEYS, MAX_PARAMETERS, kept_layers, layer_kinds, shrunken, stand_ins
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 ROWS, LENGTH = 2, 12  # of random tokens
 
@@ -36,13 +40,21 @@ def derive(config: Config) -> Draft:
         raise UserError("transformers has no causal language model of that type")
     whole, attribute_map = _whole(config)
     keys = Keys.of(whole, attribute_map)
-    tiny = shrunken(whole, keys.layers, kept_layers(whole, whole[keys.layers]))
+    kept = kept_layers(whole, whole[keys.layers])
+    tiny = shrunken(whole, keys.layers, kept)
+    stands = stand_ins(layer_kinds(whole, whole[keys.layers]), kept)
     faults = []
     for twin in _twins(tiny, keys):
         try:
-            return _draft(keys, twin)
+            blank = build(twin := whole_config(twin))
         except UserError as fault:
             faults.append(fault)
+            continue
+        try:
+            return replace(_draft(keys, twin, blank), stands=stands)
+        except UserError as fault:
+            faults.insert(0, fault)  # it came further
+    build(whole)  # what the class says of the config itself
     raise faults[0]
 
 
@@ -54,11 +66,9 @@ def _twins(tiny: Config, keys: Keys) -> Iterator[Config]:
         yield {**tiny, **changes}
 
 
-def _draft(keys: Keys, tiny: Config) -> Draft:
+def _draft(keys: Keys, tiny: dict[str, Any], blank: PreTrainedModel) -> Draft:
     import torch
 
-    tiny, _ = _whole(tiny)
-    blank = build(tiny)
     if (count := sum(tensor.numel() for tensor in (*blank.parameters(), *blank.buffers()))) > MAX_PARAMETERS:
         raise UserError(f"a tiny twin of it still has {count:,} parameters, so some size of its config was not recognised")
     axes = Axes(keys, tiny, shapes(tiny))
@@ -86,9 +96,17 @@ def _whole(config: Config) -> tuple[dict[str, Any], dict[str, str]]:
     """A config with everything that the library's class makes of it, and how that class spells standard names."""
     try:
         made = to_hf_config(config)
-        return made.to_dict(), dict(made.attribute_map)
+        return made.to_dict() | _head_dim(made), dict(made.attribute_map)
     except UserError:
         raise
     except Exception as fault:  # the library's classes raise every kind
         reason = " ".join(str(fault).split())[:200]
         raise UserError(f"transformers' config class for {config.get('model_type')!r} refuses this config: {reason}") from None
+
+
+def _head_dim(made: PretrainedConfig) -> dict[str, int]:
+    """The head dim that classes take where the config has none and the heads do not divide the hidden size."""
+    hidden, heads = getattr(made, "hidden_size", None), getattr(made, "num_attention_heads", None)
+    if not (isinstance(hidden, int) and isinstance(heads, int)) or any(getattr(made, key, None) for key in HEAD_KEYS):
+        return {}
+    return {"head_dim": hidden // heads} if heads and hidden % heads else {}

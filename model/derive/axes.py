@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
+from ..build import to_hf_config
 from ..errors import UserError
 from ..family import Config
-from .probe import shapes
+from .probe import computed, shapes
 from .shrink import repeats_hidden
 
 Shapes = Mapping[str, tuple[int, ...]]
+GROUPS = re.compile(r"n_?groups$")
 MORE_FFN = re.compile(r"^(?!.*(multiple|encoder)).*(intermediate|ffn)")
 
 
@@ -77,6 +79,24 @@ class Keys:
 
 
 @dataclass(frozen=True)
+class Mixer:
+    """State spaces with heads (Mamba 2, arXiv 2405.21060) whose channels are a multiple of the hidden size: their heads grow.
+
+    Attributes:
+        modules: the prefixes of their tensors.
+        heads, dim: the config keys of the heads and of the channels of each.
+        groups: the config key of how many parts the heads are in, each with state projections of its own.
+        inner: how many channels they have in the tiny model.
+    """
+
+    modules: tuple[str, ...]
+    heads: str
+    dim: str
+    groups: str | None
+    inner: int
+
+
+@dataclass(frozen=True)
 class Axes:
     """The tiny model's tensors under changes of single sizes.
 
@@ -115,6 +135,11 @@ class Axes:
             return None
         return found if found.keys() == self.shapes.keys() else None
 
+    @cached_property
+    def takes_kv(self) -> bool:
+        """Whether the class goes by the key of the key-value heads, rather than giving back there what another part of the config says."""
+        return self.keys.kv is None or self.keys.kv in {field.name for field in fields(to_hf_config(self.config))}
+
     @property
     def stream_keys(self) -> tuple[str, ...]:
         """The keys of the residual stream's size."""
@@ -123,13 +148,14 @@ class Axes:
     @property
     def head_keys(self) -> tuple[str, ...]:
         """The keys that multiply the heads: key-value groups where there is more than one, else query heads."""
-        groups = (self.keys.kv,) if self.keys.kv and self.kv > 1 else ()
+        groups = (self.keys.kv,) if self.keys.kv and self.kv > 1 and self.takes_kv else ()
         return (self.keys.heads, *groups) if self.keys.heads else ()
 
     @property
     def width_keys(self) -> tuple[str, ...]:
-        """The keys of the residual stream's size, with the heads where their dim is hidden size / heads."""
-        return self.stream_keys + (self.head_keys if self.coupled else ())
+        """The keys of the residual stream's size, with the heads where their dim is hidden size / heads, and those of state spaces."""
+        mixer = (self.mixer.heads,) if self.mixer else ()
+        return tuple(dict.fromkeys((*self.stream_keys, *(self.head_keys if self.coupled else ()), *mixer)))
 
     def times(self, factor: float, *keys: str | None) -> dict[str, int]:
         """The change that multiplies the sizes of `keys`."""
@@ -145,6 +171,32 @@ class Axes:
         return not grown
 
     @cached_property
+    def mixer(self) -> Mixer | None:
+        """The state spaces whose heads have to grow with the hidden size; None where there are none or they have a size of their own."""
+        modules = tuple(name.removesuffix(".A_log") for name, shape in self.shapes.items() if name.endswith(".A_log") and len(shape) == 1)
+        decay, out = (f"{modules[0]}.{tensor}" if modules else "" for tensor in ("A_log", "out_proj.weight"))
+        if not modules or out not in self.shapes:
+            return None
+        (heads,), inner = self.shapes[decay], self.shapes[out][1]
+        alone = self.changed(self.times(2, *self.stream_keys))
+        if inner % heads or (alone and alone[out][1] == inner):
+            return None
+
+        def key(size: int, decays: int) -> str | None:
+            """The key of that size which, doubled with the width, leaves so many decay rates."""
+            for name in (
+                name for name, value in self.config.items() if type(value) is int and value == size and name not in self.stream_keys
+            ):
+                moved = self.changed(self.times(2, *self.stream_keys, name))
+                if moved and moved[decay] == (decays,) and moved[out][1] == 2 * inner:
+                    return name
+            return None
+
+        rows, dims = key(heads, 2 * heads), key(inner // heads, heads)
+        groups = next((name for name, value in self.config.items() if GROUPS.search(name) and type(value) is int), None)
+        return Mixer(modules, rows, dims, groups, inner) if rows and dims else None
+
+    @cached_property
     def by_hidden(self) -> Shapes:
         """The shapes under twice the hidden size.
 
@@ -155,6 +207,12 @@ class Axes:
         if found is None:
             raise UserError(f"its class does not build with twice the {self.keys.hidden}")
         return found
+
+    @cached_property
+    def computed(self) -> list[str]:
+        """Buffers as wide as the residual stream that no file holds, as sinusoids of positions: its class makes them from the width."""
+        wide = computed({**self.config, **self.times(2, *self.width_keys)})
+        return [name for name, shape in computed(self.config).items() if self.hidden in shape and 2 * self.hidden in wide.get(name, ())]
 
     @cached_property
     def by_queries(self) -> Shapes | None:

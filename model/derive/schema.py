@@ -6,16 +6,17 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from fractions import Fraction
 from itertools import product
 
 from ..errors import UserError
 from ..family import Config, Family
 from ..notation import parse_axis, size
 from ..outline import in_layers
-from .roles import Choices, Draft
+from .roles import BLOCKS, GROUPS_OF, Choices, Draft
 
 Shapes = Mapping[str, tuple[int, ...]]
-CHOICES = tuple(Choices(*flags[::-1]) for flags in product((False, True), repeat=5))  # the likeliest first
+CHOICES = tuple(Choices(*flags[::-1]) for flags in product((False, True), repeat=6))  # the likeliest first
 
 
 def drafted_family(draft: Draft, config: Config, shapes: Shapes) -> Family:
@@ -42,6 +43,17 @@ def drafted_family(draft: Draft, config: Config, shapes: Shapes) -> Family:
         "vocab_size": keys.vocab,
         "max_position_embeddings": keys.positions,
     }
+    mixer = draft.axes.mixer
+    states: dict[str, tuple[str, int | Fraction]] = (
+        {}
+        if mixer is None
+        else {
+            mixer.heads: (mixer.heads, Fraction(1, int(config.get(mixer.groups or "") or 1))),
+            mixer.dim: (mixer.dim, 1),
+        }
+    )
+    if keys.heads and re.search(r"\bblock\b", lines):
+        states["block"] = (keys.heads, Fraction(1, BLOCKS))
     inner = {f"inner_{factor}": (keys.hidden, factor) for factor in map(int, set(re.findall(r"inner_(\d+)", lines)))}
     return Family(
         name=str(config["model_type"]),
@@ -49,7 +61,7 @@ def drafted_family(draft: Draft, config: Config, shapes: Shapes) -> Family:
         norm="layer" if draft.norm == "layer" else "rms",
         names={name: key for name, key in standard.items() if key and key != name},
         defaults={str(kv): 1} if draft.axes.multi_query else {},
-        more={key: (key, 1) for key in keys.more if re.search(rf"\b{key}\b", lines)} | inner,
+        more={key: (key, 1) for key in keys.more if re.search(rf"\b{key}\b", lines)} | inner | states,
         follows={key: "hidden_size" for key in keys.follows} | ({keys.also_layers: "num_hidden_layers"} if keys.also_layers else {}),
         rotary=None,
         attention_scale="none" if draft.choices.unscaled else "head_dim",
@@ -72,7 +84,7 @@ def variants(draft: Draft) -> Iterator[Draft]:
 
 def _lines(draft: Draft, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     count = int(config[draft.axes.keys.layers])
-    twins, stacks = _Twins(draft.seen, int(draft.axes.config[draft.axes.keys.layers])), _stacks(shapes, count)
+    twins, stacks = _Twins(draft.seen, int(draft.axes.config[draft.axes.keys.layers]), draft.stands), _stacks(shapes, count)
     texts = {}
     for name in shapes:
         if (twin := twins.of(name, count)) is None:
@@ -105,42 +117,54 @@ def _line(draft: Draft, name: str, twin: str, config: Config, shapes: Mapping[st
 
 def _filled(draft: Draft, template: str, length: int, name: str, config: Config) -> str:
     """A template with its number, so that the axis has `length`."""
+    mixer = draft.axes.mixer
+    groups = int(config.get(mixer.groups or "") or 1) if mixer else 1
+    template = template.replace(GROUPS_OF, f"{groups} " if groups > 1 else "")
     if "?" not in template:
         return template
     sizes = _sizes(draft, config)
-    unit = size(parse_axis(template.replace("?", "1")), sizes)
-    if length % unit:
-        raise UserError(f"{name}: an axis of {length} is no multiple of {unit} as {template!r} says")
-    return template.replace("?", str(length // unit))
+    least, more = (size(parse_axis(template.replace("?", number)), sizes) for number in "01")
+    number, rest = divmod(length - least, more - least)
+    if rest or number < 1:
+        raise UserError(f"{name}: an axis of {length} is no multiple of {more - least} above {least} as {template!r} says")
+    return template.replace("?", str(number))
 
 
 def _sizes(draft: Draft, config: Config) -> dict[str, int]:
     keys = draft.axes.keys
     heads = int(config[keys.heads]) if keys.heads else 1
     kv = 1 if draft.axes.multi_query else int(config.get(keys.kv or "") or heads)
-    return {"kv": kv, "group": heads // kv, "residual": int(config[keys.hidden])}
+    sizes = {"kv": kv, "group": heads // kv, "block": heads // BLOCKS, "residual": int(config[keys.hidden])}
+    if mixer := draft.axes.mixer:
+        groups = int(config.get(mixer.groups or "") or 1)
+        sizes |= {mixer.heads: int(config[mixer.heads]) // groups, mixer.dim: int(config[mixer.dim])}
+    return sizes
 
 
 class _Twins:
     """Which tensor of the tiny model stands for a tensor of a large one: the same name in another layer, or of another expert."""
 
-    def __init__(self, names: Iterable[str], count: int) -> None:
+    def __init__(self, names: Iterable[str], count: int, stands: tuple[int, ...]) -> None:
         self._layers: dict[str, dict[int | None, str]] = defaultdict(dict)
         self._loosely: dict[str, str] = {}
-        self._count = count
+        self._count, self._stands = count, stands
         for name in names:
             star, number = _first_number(name)
             self._layers[star][number] = name
             self._loosely.setdefault(_numberless(name), name)
 
     def of(self, name: str, count: int) -> str | None:
-        """The twin of a tensor of a model with `count` layers; of the last layer, the last layer's, which may be normalised otherwise."""
+        """The twin of a tensor of a model with `count` layers, in a layer of its kind; of the last layer, the last one's, which may be
+        normalised otherwise.
+        """
         star, number = _first_number(name)
         found = self._layers.get(star)
         if not found:
             return self._loosely.get(_numberless(name))
-        last = found.get(self._count - 1) if number == count - 1 else None
-        return last or found.get(number) or next(iter(found.values()))
+        alike = self._count - 1 if number == count - 1 else number
+        if number is not None and number < count == len(self._stands) != self._count:
+            alike = self._stands[number]
+        return found.get(alike) or found.get(number) or next(iter(found.values()))
 
 
 def _first_number(name: str) -> tuple[str, int | None]:
