@@ -38,6 +38,7 @@ HERE = Path(__file__).resolve().parent
 # What a default config leaves open although its class does not build or run without it; every checkpoint says it.
 SAID: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [9, 18, 27]},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "dbrx": {"attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 500000.0}},
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
     "lfm2_moe": {"layer_types": ["full_attention" if layer % 4 == 2 else "conv" for layer in range(32)]},

@@ -164,6 +164,18 @@ GROWN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # model type → ti
          "num_experts": 4, "num_experts_per_token": 2},
         {"hidden_size": 22, "moe_intermediate_size": 17},
     ),
+    "gemma3n_text": (  # its class multiplies by powers of the hidden size in three places
+        {**HEADS, "head_dim": 8, "num_hidden_layers": 4, "intermediate_size": 24, "num_kv_shared_layers": 2, "laurel_rank": 4,
+         "hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": 61, "altup_num_inputs": 3, "sliding_window": 4,
+         "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+         "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0]},
+        {"hidden_size": 48},
+    ),
+    "zaya": (  # a convolution over queries and keys
+        {**HEADS, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 3, "num_experts": 4,
+         "moe_intermediate_size": 12, "router_hidden_size": 10},
+        {"hidden_size": 32, "moe_intermediate_size": 17},
+    ),
     "xglm": (
         {"d_model": 16, "attention_heads": 2, "num_layers": 2, "ffn_dim": 24, "max_position_embeddings": 32},
         {"ffn_dim": 31, "num_layers": 3},

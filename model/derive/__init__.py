@@ -5,7 +5,7 @@ Nothing here is proof: a draft is believed only after `growth.confirm` has grown
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from .roles import Draft
 from .shrink import HEAD, HEAD_KEYS, MAX_PARAMETERS, kept_layers, layer_kinds, shrunken, stand_ins
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 ROWS, LENGTH = 2, 12  # of random tokens
 
@@ -96,17 +96,18 @@ def _whole(config: Config) -> tuple[dict[str, Any], dict[str, str]]:
     """A config with everything that the library's class makes of it, and how that class spells standard names."""
     try:
         made = to_hf_config(config)
-        return made.to_dict() | _head_dim(made), dict(made.attribute_map)
+        whole, attribute_map = made.to_dict(), dict(made.attribute_map)
     except UserError:
         raise
     except Exception as fault:  # the library's classes raise every kind
         reason = " ".join(str(fault).split())[:200]
         raise UserError(f"transformers' config class for {config.get('model_type')!r} refuses this config: {reason}") from None
+    return whole | _head_dim(whole, attribute_map), attribute_map
 
 
-def _head_dim(made: PretrainedConfig) -> dict[str, int]:
+def _head_dim(whole: Config, attribute_map: Mapping[str, str]) -> dict[str, int]:
     """The head dim that classes take where the config has none and the heads do not divide the hidden size."""
-    hidden, heads = getattr(made, "hidden_size", None), getattr(made, "num_attention_heads", None)
-    if not (isinstance(hidden, int) and isinstance(heads, int)) or any(getattr(made, key, None) for key in HEAD_KEYS):
+    hidden, heads = (whole.get(attribute_map.get(name, name)) for name in ("hidden_size", "num_attention_heads"))
+    if type(hidden) is not int or type(heads) is not int or any(whole.get(key) for key in HEAD_KEYS):
         return {}
     return {"head_dim": hidden // heads} if heads and hidden % heads else {}

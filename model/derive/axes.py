@@ -6,16 +6,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from math import log2
 from typing import Any
 
 from ..build import to_hf_config
 from ..errors import UserError
 from ..family import Config
-from .probe import computed, shapes
+from .mixer import Mixer, find_mixer
+from .probe import computed, factors, shapes
 from .shrink import repeats_hidden
 
 Shapes = Mapping[str, tuple[int, ...]]
-GROUPS = re.compile(r"n_?groups$")
 MORE_FFN = re.compile(r"^(?!.*(multiple|encoder)).*(intermediate|ffn)")
 
 
@@ -76,24 +77,6 @@ class Keys:
             more=tuple(name for name in whole if MORE_FFN.search(name) and name != ffn),
             also_layers=count if (count := key("num_hidden_layers")) != layers and count and config[count] == config[layers] else None,
         )
-
-
-@dataclass(frozen=True)
-class Mixer:
-    """State spaces with heads (Mamba 2, arXiv 2405.21060) whose channels are a multiple of the hidden size: their heads grow.
-
-    Attributes:
-        modules: the prefixes of their tensors.
-        heads, dim: the config keys of the heads and of the channels of each.
-        groups: the config key of how many parts the heads are in, each with state projections of its own.
-        inner: how many channels they have in the tiny model.
-    """
-
-    modules: tuple[str, ...]
-    heads: str
-    dim: str
-    groups: str | None
-    inner: int
 
 
 @dataclass(frozen=True)
@@ -172,29 +155,8 @@ class Axes:
 
     @cached_property
     def mixer(self) -> Mixer | None:
-        """The state spaces whose heads have to grow with the hidden size; None where there are none or they have a size of their own."""
-        modules = tuple(name.removesuffix(".A_log") for name, shape in self.shapes.items() if name.endswith(".A_log") and len(shape) == 1)
-        decay, out = (f"{modules[0]}.{tensor}" if modules else "" for tensor in ("A_log", "out_proj.weight"))
-        if not modules or out not in self.shapes:
-            return None
-        (heads,), inner = self.shapes[decay], self.shapes[out][1]
-        alone = self.changed(self.times(2, *self.stream_keys))
-        if inner % heads or (alone and alone[out][1] == inner):
-            return None
-
-        def key(size: int, decays: int) -> str | None:
-            """The key of that size which, doubled with the width, leaves so many decay rates."""
-            for name in (
-                name for name, value in self.config.items() if type(value) is int and value == size and name not in self.stream_keys
-            ):
-                moved = self.changed(self.times(2, *self.stream_keys, name))
-                if moved and moved[decay] == (decays,) and moved[out][1] == 2 * inner:
-                    return name
-            return None
-
-        rows, dims = key(heads, 2 * heads), key(inner // heads, heads)
-        groups = next((name for name, value in self.config.items() if GROUPS.search(name) and type(value) is int), None)
-        return Mixer(modules, rows, dims, groups, inner) if rows and dims else None
+        """The state spaces whose heads have to grow with the hidden size."""
+        return find_mixer(self.config, self.shapes, lambda *keys: self.changed(self.times(2, *self.stream_keys, *keys)))
 
     @cached_property
     def by_hidden(self) -> Shapes:
@@ -213,6 +175,13 @@ class Axes:
         """Buffers as wide as the residual stream that no file holds, as sinusoids of positions: its class makes them from the width."""
         wide = computed({**self.config, **self.times(2, *self.width_keys)})
         return [name for name, shape in computed(self.config).items() if self.hidden in shape and 2 * self.hidden in wide.get(name, ())]
+
+    @cached_property
+    def powers(self) -> dict[str, float]:
+        """Module → the power of the hidden size by which a number that no file holds lets it multiply."""
+        before, after = factors(self.config), factors({**self.config, **self.times(2, *self.width_keys)})
+        moved = {name: value for name, value in before.items() if value > 0 and after.get(name, value) not in (value, 0.0)}
+        return {name.rpartition(".")[0]: log2(after[name] / value) for name, value in moved.items() if after[name] > 0}
 
     @cached_property
     def by_queries(self) -> Shapes | None:

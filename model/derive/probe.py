@@ -114,6 +114,13 @@ def computed(config: Config) -> dict[str, tuple[int, ...]]:
     return {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name not in saved}
 
 
+def factors(config: Config) -> dict[str, float]:
+    """Name → value of every single number that its class works out anew and no checkpoint has."""
+    model = build(config, "cpu")
+    saved = model.state_dict().keys()
+    return {name: float(buffer) for name, buffer in model.named_buffers() if name not in saved and buffer.ndim == 0}
+
+
 def scramble(model: PreTrainedModel, seed: int = 1) -> None:
     """Random values far from any initialisation in every parameter, norm scales and biases included."""
     numbers = torch.Generator().manual_seed(seed)

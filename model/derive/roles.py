@@ -129,9 +129,9 @@ class Draft:
         if by_key:
             return self._of_keys(by_key, length) if not (by_hidden or queries or kv) else "?"
         if axes.coupled and by_hidden:
-            return self._coupled(name, dim, length, queries, kv)
+            return self._coupled(name, dim, by_hidden, queries, kv)
         if by_hidden:
-            return "?" if queries or kv else self._of_hidden(name, dim, length)
+            return "?" if queries or kv else self._of_hidden(name, dim, by_hidden)
         return self._of_heads(name, length, queries, kv) if queries > 0 or kv > 0 else "?"
 
     def _of_keys(self, by_key: Mapping[str, int], length: int) -> str:
@@ -152,9 +152,18 @@ class Draft:
             return space
         return f"({space} {parts})" if self.choices.gates_interleaved else f"[{' | '.join([space] * parts)}]"
 
-    def _of_hidden(self, name: str, dim: int, length: int) -> str:
-        """A whole multiple of the hidden size; what goes into a state space is two halves, its channels and their gates."""
-        parts, rest = divmod(length, self.axes.hidden)
+    def _of_hidden(self, name: str, dim: int, by_hidden: int) -> str:
+        """A multiple of the hidden size, or it with something beside it; what goes into a state space is two halves, channels and gates.
+
+        Args:
+            by_hidden: how much longer the axis gets under twice the hidden size.
+        """
+        length, hidden = self.seen[name].shape[dim], self.axes.hidden
+        parts, rest = divmod(length, hidden)
+        if by_hidden == hidden < length:
+            return "[residual | ?]"
+        if by_hidden == length < hidden and hidden % length == 0:
+            return f"inner_1of{hidden // length}"
         if rest or parts == 0:
             return "?"
         if parts in (1, 3) and self._gated(name, dim):
@@ -192,7 +201,9 @@ class Draft:
         """Of a model whose head dim is its own: `queries` and `kv` are how much longer the axis gets under twice as many of each."""
         heads = self.axes.heads
         if kv and queries:
-            return self._fused() if queries + kv == length else "?"
+            if queries + kv != length:
+                return "?"
+            return self._fused() if kv > self.axes.kv * self._head_dim else "[(kv group ?) | (kv ?)]"
         if kv:
             return "(kv ?)" if kv == length and kv // self.axes.kv > 1 else "kv" if kv == length else "?"
         if queries != length:
@@ -209,9 +220,9 @@ class Draft:
     def _fused(self) -> str:
         return "(kv [(group ?) | ? | ?])" if self.choices.interleaved else "[(kv group ?) | (kv ?) | (kv ?)]"
 
-    def _coupled(self, name: str, dim: int, length: int, queries: int, kv: int) -> str:
+    def _coupled(self, name: str, dim: int, by_hidden: int, queries: int, kv: int) -> str:
         """Of a model whose head dim is hidden size / heads, where hidden size and heads are doubled together."""
-        axes = self.axes
+        axes, length = self.axes, self.seen[name].shape[dim]
         if kv > 0:
             return "(kv ?)" if kv == length else self._fused() if length - kv == axes.hidden else "?"
         if length == axes.heads and queries > 0:
@@ -220,7 +231,7 @@ class Draft:
             return "(kv group ?)" if self._is_heads(name, dim) else "residual"
         if length == (axes.heads + 2 * axes.kv) * self._head_dim and FUSED.search(leaf_of(name)):
             return self._fused()
-        return self._of_hidden(name, dim, length)
+        return self._of_hidden(name, dim, by_hidden)
 
     def _gated(self, name: str, dim: int) -> bool:
         """Whether an axis is over the channels of a short convolution between two gates, which are as many as the hidden size."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from itertools import product
@@ -48,13 +48,16 @@ def drafted_family(draft: Draft, config: Config, shapes: Shapes) -> Family:
         {}
         if mixer is None
         else {
-            mixer.heads: (mixer.heads, Fraction(1, int(config.get(mixer.groups or "") or 1))),
+            mixer.heads: (mixer.heads, Fraction(1, mixer.count(config))),
             mixer.dim: (mixer.dim, 1),
         }
     )
     if keys.heads and re.search(r"\bblock\b", lines):
         states["block"] = (keys.heads, Fraction(1, BLOCKS))
-    inner = {f"inner_{factor}": (keys.hidden, factor) for factor in map(int, set(re.findall(r"inner_(\d+)", lines)))}
+    inner = {
+        f"inner_{times}{of}": (keys.hidden, Fraction(int(times), int(of.removeprefix("of") or 1)))
+        for times, of in re.findall(r"inner_(\d+)((?:of\d+)?)", lines)
+    }
     return Family(
         name=str(config["model_type"]),
         schema=lines,
@@ -109,16 +112,23 @@ def _line(draft: Draft, name: str, twin: str, config: Config, shapes: Mapping[st
         return f"{role}{'+1' if seen.offset else ''} {axes[0]}" + " + bias" * (bias == shape)
     if name.endswith(".weight") and len(shape) == 2 and (seen.indexed or seen.reads.count(True) == 1):
         arrow, out = ("->", 1) if seen.indexed or seen.reads[0] else ("<-", 0)
-        scaled = " scaled" if draft.choices.scaled and seen.parameter == draft.embedding else ""
+        scaled = " scaled" if draft.choices.scaled and seen.parameter == draft.embedding else _power(draft, seen.parameter, axes)
         return f"{axes[0]} {arrow} {axes[1]}" + " + bias" * (bias == (shape[out],)) + scaled
     starred = [re.sub(r"([a-z_]\w*)", r"\1*", axis) if reads else axis for axis, reads in zip(axes, seen.reads, strict=True)]
     return "tensor " + (", ".join(starred) or "scalar")
 
 
+def _power(draft: Draft, parameter: str, axes: Sequence[str]) -> str:
+    """What a matrix that reads the residual stream and writes something else is multiplied by, where its module says so."""
+    module = parameter.rpartition(".")[0].rpartition(".")[0]
+    power = round(2 * draft.axes.powers.get(module, 0.0)) / 2
+    return f" scaled^{power:g}" if power and axes[1] == "residual" != axes[0] and "vocab" not in axes else ""
+
+
 def _filled(draft: Draft, template: str, length: int, name: str, config: Config) -> str:
     """A template with its number, so that the axis has `length`."""
     mixer = draft.axes.mixer
-    groups = int(config.get(mixer.groups or "") or 1) if mixer else 1
+    groups = mixer.count(config) if mixer else 1
     template = template.replace(GROUPS_OF, f"{groups} " if groups > 1 else "")
     if "?" not in template:
         return template
@@ -136,8 +146,7 @@ def _sizes(draft: Draft, config: Config) -> dict[str, int]:
     kv = 1 if draft.axes.multi_query else int(config.get(keys.kv or "") or heads)
     sizes = {"kv": kv, "group": heads // kv, "block": heads // BLOCKS, "residual": int(config[keys.hidden])}
     if mixer := draft.axes.mixer:
-        groups = int(config.get(mixer.groups or "") or 1)
-        sizes |= {mixer.heads: int(config[mixer.heads]) // groups, mixer.dim: int(config[mixer.dim])}
+        sizes |= {mixer.heads: int(config[mixer.heads]) // mixer.count(config), mixer.dim: int(config[mixer.dim])}
     return sizes
 
 

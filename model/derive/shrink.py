@@ -53,6 +53,7 @@ FEW: tuple[tuple[str, int], ...] = (
     (r"(topk|top_k|per_tok|per_token|moe_k$)", 2),
     (r"n_shared_experts|num_shared_experts", 4),  # whose sizes add up
     (r"(num|routed|local|zero).*experts?(_num)?$", 4),
+    (r"channels?$", 32),
     (r"first_k_dense|num_dense_layers|moe_layer_start_index", 1),
 )
 RHYTHM = re.compile(r"period|interval|every|_step$")  # of layers that differ by their number
@@ -60,7 +61,9 @@ RHYTHM_LIST = re.compile(r"types|pattern")  # which the layers go through again 
 MAX_LAYERS = 8
 CLIPPED, CLIP = re.compile(r"clip_qkv"), 1.0  # so low that random queries and keys reach it
 PARTS = re.compile(r"(?<!quantization)_config$|compress_rates")  # dicts of sizes
-UNTOUCHED = re.compile(r"token_id|token_index|_id$|chunk|window|dtype|seed|interval|period|offset|drop|layer_idx|kernel|conv|expand|eps")
+UNTOUCHED = re.compile(
+    r"token_id|token_index|_id$|chunk|window|dtype|seed|interval|period|offset|drop|layer_idx|kernel|conv(?!_channels)|expand|eps"
+)
 
 
 def shrunken(config: Config, depth_key: str, layers: tuple[int, ...]) -> dict[str, Any]:
