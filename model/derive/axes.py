@@ -177,11 +177,15 @@ class Axes:
         return [name for name, shape in computed(self.config).items() if self.hidden in shape and 2 * self.hidden in wide.get(name, ())]
 
     @cached_property
-    def powers(self) -> dict[str, float]:
-        """Module → the power of the hidden size by which a number that no file holds lets it multiply."""
-        before, after = factors(self.config), factors({**self.config, **self.times(2, *self.width_keys)})
-        moved = {name: value for name, value in before.items() if value > 0 and after.get(name, value) not in (value, 0.0)}
-        return {name.rpartition(".")[0]: log2(after[name] / value) for name, value in moved.items() if after[name] > 0}
+    def powers(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Module → the power of the hidden size by which it multiplies something, as its buffers and as its attributes tell."""
+
+        def moved(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+            pairs = {name: (value, after.get(name, value)) for name, value in before.items()}
+            return {name.rpartition(".")[0]: log2(b / a) for name, (a, b) in pairs.items() if a > 0 and b > 0 and a != b}
+
+        buffers, attributes = zip(factors(self.config), factors({**self.config, **self.times(2, *self.width_keys)}), strict=True)
+        return moved(*buffers), moved(*attributes)
 
     @cached_property
     def by_queries(self) -> Shapes | None:

@@ -114,11 +114,14 @@ def computed(config: Config) -> dict[str, tuple[int, ...]]:
     return {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name not in saved}
 
 
-def factors(config: Config) -> dict[str, float]:
-    """Name → value of every single number that its class works out anew and no checkpoint has."""
+def factors(config: Config) -> tuple[dict[str, float], dict[str, float]]:
+    """Name → value of every single number that its class works out anew and no checkpoint has: buffers, and attributes of modules."""
     model = build(config, "cpu")
     saved = model.state_dict().keys()
-    return {name: float(buffer) for name, buffer in model.named_buffers() if name not in saved and buffer.ndim == 0}
+    buffers = {name: float(buffer) for name, buffer in model.named_buffers() if name not in saved and buffer.ndim == 0}
+    modules = list(model.named_modules())
+    attributes = {f"{name}.{key}": value for name, module in modules for key, value in vars(module).items() if type(value) is float}
+    return buffers, attributes
 
 
 def scramble(model: PreTrainedModel, seed: int = 1) -> None:

@@ -16,6 +16,7 @@ from ..outline import in_layers
 from .roles import BLOCKS, GROUPS_OF, Choices, Draft
 
 Shapes = Mapping[str, tuple[int, ...]]
+LATENT = re.compile(r"_b_proj\.weight$")  # reads a latent vector, as DeepSeek's attention has them
 CHOICES = tuple(Choices(*flags[::-1]) for flags in product((False, True), repeat=6))  # the likeliest first
 
 
@@ -119,10 +120,13 @@ def _line(draft: Draft, name: str, twin: str, config: Config, shapes: Mapping[st
 
 
 def _power(draft: Draft, parameter: str, axes: Sequence[str]) -> str:
-    """What a matrix that reads the residual stream and writes something else is multiplied by, where its module says so."""
+    """What a matrix is multiplied by, where its module says so: one that reads the stream and writes something else, or a latent vector."""
     module = parameter.rpartition(".")[0].rpartition(".")[0]
-    power = round(2 * draft.axes.powers.get(module, 0.0)) / 2
-    return f" scaled^{power:g}" if power and axes[1] == "residual" != axes[0] and "vocab" not in axes else ""
+    buffers, attributes = draft.axes.powers
+    reads_stream = axes[1] == "residual" != axes[0] and "vocab" not in axes
+    found = buffers.get(module) if reads_stream else attributes.get(module) if LATENT.search(parameter) else None
+    power = round(2 * (found or 0.0)) / 2
+    return f" scaled^{power:g}" if power else ""
 
 
 def _filled(draft: Draft, template: str, length: int, name: str, config: Config) -> str:
