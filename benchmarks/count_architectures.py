@@ -69,16 +69,17 @@ def attempts(draft: Draft) -> dict[str, list[Attempt]]:
 
 
 def confirm(tiny: Bench, draft: Draft, tried: list[Attempt]) -> dict[str, Any]:
-    """The first attempt that keeps the logits, else the reason why the first one does not."""
-    reason = ""
+    """The first attempt that keeps the logits, else the reason why the first one does not, of those that run at all if any does."""
+    reasons = []
     for word, changes, depth in tried:
         try:
             rehearsal = tiny.rehearse(draft, changes, depth)
         except UserError as fault:
-            reason = reason or str(fault)
+            reasons.append(str(fault))
             continue
         sizes = {key: [draft.axes.config[key], size] for key, size in changes.items()}
         return {"confirmed": word, "error": rehearsal.error, "sizes": sizes}
+    reason = next((reason for reason in reasons if "logits" in reason), reasons[0])
     return {"refused": reason.replace(str(tiny.folder), "…")[:300]}
 
 

@@ -13,7 +13,7 @@ import torch
 
 from model.build import computing_in, load_model, quietly
 from model.derive import LENGTH, ROWS
-from model.derive.probe import build, scramble
+from model.derive.probe import build, scramble, shapes
 from model.derive.roles import Draft
 from model.derive.schema import drafted_family, variants
 from model.errors import UserError
@@ -64,11 +64,14 @@ class Bench:
             least = min(least, error)
         if isfinite(least):
             reason = f"the logits of a tiny random model move by {least:.2g} of the largest"
-        if changes.keys() & set(draft.axes.stream_keys) and (names := draft.axes.computed):
-            raise UserError(
-                f"{names[0]} is in no file: transformers computes it from {draft.axes.keys.hidden}, so a wider model's would be another's "
-                f"({reason})"
-            )
+        if changes.keys() & set(draft.axes.stream_keys):
+            hidden, (computed, rounded) = draft.axes.keys.hidden, (draft.axes.computed, draft.axes.rounded)
+            if computed:
+                reason = (
+                    f"{computed[0]} is in no file: transformers computes it from {hidden}, so a wider model's would be another's ({reason})"
+                )
+            elif rounded:
+                reason = f"{reason}; {rounded[0]}, which transformers computes from {hidden}, is rounded to few digits"
         raise UserError(reason)
 
     def _error(self, draft: Draft, changes: Mapping[str, int], depth: str) -> float:
@@ -82,6 +85,12 @@ class Bench:
             raise UserError(f"nothing grows with {', '.join(changes)}")
         if not grown.certificate.lossless:
             raise UserError("; ".join(grown.certificate.reasons))
+        planned, wanted = {step.name: step.shape for step in grown.plan.steps}, shapes(grown.plan.target_config)
+        if differ := sorted(name for name, shape in wanted.items() if planned.get(name) != shape):
+            raise UserError(
+                f"{differ[0]} would become {planned.get(differ[0], 'none')} where transformers' class wants {wanted[differ[0]]}: how it "
+                f"follows {', '.join(changes)} was not recognised"
+            )
         logits = _logits(grown.folder, self.tokens)[..., : self.logits.shape[-1]]
         return float((logits - self.logits).abs().max() / self.logits.abs().max())
 

@@ -180,15 +180,27 @@ def test_a_published_family_grows_losslessly(tmp_path: Path, checkpoint_maker: A
     assert grown.receipt.max_delta <= 2e-5 * max(1, grown.receipt.max_logit)
 
 
+REFUSED: dict[str, dict[str, Any]] = {name: config for name, (config, _) in GROWN.items()} | {
+    "recurrent_gemma": {**HEADS, "num_hidden_layers": 3, "intermediate_size": 24},
+    "roc_bert": {**HEADS, "intermediate_size": 24, "num_hidden_layers": 2, "pronunciation_embed_dim": 16, "shape_embed_dim": 6},
+}
+
+
 @pytest.mark.parametrize(
     ("name", "target", "message"),
     [
+        ("recurrent_gemma", {"hidden_size": 32, "num_attention_heads": 4}, r"model\.normalizer, which .* from hidden_size, is rounded"),
+        (
+            "roc_bert",
+            {"hidden_size": 32, "num_attention_heads": 4},
+            r"map_inputs_layer\.weight would become .* where transformers' class wants",
+        ),
         ("xglm", {"d_model": 32}, r"model\.embed_positions\.weights is in no file: transformers computes it from d_model"),
         ("bamba", {"hidden_size": 24, "num_attention_heads": 3, "mamba_n_heads": 6}, "mamba.norm normalises over it"),
         ("dbrx", {"d_model": 48}, "logits of a tiny random model move by"),  # wider heads would be clipped otherwise
     ],
 )
 def test_what_a_published_family_cannot_do_is_told(tmp_path: Path, name: str, target: dict[str, Any], message: str) -> None:
-    config = to_hf_config({"model_type": name, **SMALL, **GROWN[name][0]}).to_dict()
+    config = to_hf_config({"model_type": name, **SMALL, **REFUSED[name]}).to_dict()
     with pytest.raises(UserError, match=message):
         plan(config, target)

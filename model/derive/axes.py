@@ -180,9 +180,19 @@ class Axes:
     def powers(self) -> tuple[dict[str, float], dict[str, float]]:
         """Module → the power of the hidden size by which it multiplies something, as its buffers and as its attributes tell."""
 
+        buffers, attributes = ({name.rpartition(".")[0]: power for name, power in powers.items()} for powers in self._powers)
+        return buffers, attributes
+
+    @cached_property
+    def rounded(self) -> list[str]:
+        """Buffers that would be a power of the hidden size, were they not rounded (to bfloat16)."""
+        return [name for name, power in self._powers[0].items() if 1e-6 < abs(2 * power - round(2 * power)) < 1e-2]
+
+    @cached_property
+    def _powers(self) -> tuple[dict[str, float], dict[str, float]]:
         def moved(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
             pairs = {name: (value, after.get(name, value)) for name, value in before.items()}
-            return {name.rpartition(".")[0]: log2(b / a) for name, (a, b) in pairs.items() if a > 0 and b > 0 and a != b}
+            return {name: log2(b / a) for name, (a, b) in pairs.items() if a > 0 and b > 0 and a != b}
 
         buffers, attributes = zip(factors(self.config), factors({**self.config, **self.times(2, *self.width_keys)}), strict=True)
         return moved(*buffers), moved(*attributes)
