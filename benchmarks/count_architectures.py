@@ -3,10 +3,11 @@
 python benchmarks/count_architectures.py                     10 minutes on 2 cores: a table, and count_architectures.json here
 python benchmarks/count_architectures.py --types mpt falcon  some of them
 
-Every model type of the library gets its default config shrunken, a schema derived from the library's own class (also where the project has
-one: it is not used), and a tiny random model in float64 grown by it, axis by axis. An axis counts when the logits stay; a type counts when
-its hidden width does, and when the schema covers every tensor of the default config at its own size (built on the meta device, where the
-library builds it at all). What is refused is listed with the reason. Each type runs in a process of its own, under a time limit.
+Every model type of the library gets its default config shrunken (a few with what their class insists on: `SAID`), a schema derived from the
+library's own class (also where the project has one: it is not used), and a tiny random model in float64 grown by it, axis by axis. An axis
+counts when the logits stay; a type counts when its hidden width does, and when the schema covers every tensor of the default config at its
+own size (built on the meta device, where the library builds it at all). What is refused is listed with the reason. Each type runs in a
+process of its own, under a time limit.
 """
 
 from __future__ import annotations
@@ -34,6 +35,16 @@ from model.errors import UserError
 from model.family import Config
 
 HERE = Path(__file__).resolve().parent
+# What a default config leaves open although its class does not build or run without it; every checkpoint says it.
+SAID: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dbrx": {"attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 500000.0}},
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    "lfm2_moe": {"layer_types": ["full_attention" if layer % 4 == 2 else "conv" for layer in range(32)]},
+    "granitemoehybrid": {"layer_types": ["full_attention" if layer % 10 == 5 else "linear_attention" for layer in range(32)]},
+    "xmod": {"default_language": "en_XX"},
+}
 Attempt = tuple[str, dict[str, int], str]  # in words, the tiny config's new sizes, the layer map
 
 
@@ -58,16 +69,17 @@ def attempts(draft: Draft) -> dict[str, list[Attempt]]:
 
 
 def confirm(tiny: Bench, draft: Draft, tried: list[Attempt]) -> dict[str, Any]:
-    """The first attempt that keeps the logits, else the reason why the first one does not."""
-    reason = ""
+    """The first attempt that keeps the logits, else the reason why the first one does not, of those that run at all if any does."""
+    reasons = []
     for word, changes, depth in tried:
         try:
             rehearsal = tiny.rehearse(draft, changes, depth)
         except UserError as fault:
-            reason = reason or str(fault)
+            reasons.append(str(fault))
             continue
         sizes = {key: [draft.axes.config[key], size] for key, size in changes.items()}
         return {"confirmed": word, "error": rehearsal.error, "sizes": sizes}
+    reason = next((reason for reason in reasons if "logits" in reason), reasons[0])
     return {"refused": reason.replace(str(tiny.folder), "…")[:300]}
 
 
@@ -92,7 +104,7 @@ def examine(name: str) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
 
     try:
-        config = CONFIG_MAPPING[name]().to_dict()
+        config = CONFIG_MAPPING[name](**SAID.get(name, {})).to_dict()
         draft = derive(config)
         covered = covers(draft, config)
         with bench(draft) as tiny:
@@ -102,7 +114,8 @@ def examine(name: str) -> dict[str, Any]:
     except Exception as fault:  # the library's default config does not build
         return {"refused": f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"}
     kept = {axis: story for axis, story in found.items() if not story.get("refused", "").startswith("nothing grows")}
-    story: dict[str, Any] = {"axes": kept, "held against the default config": covered}
+    said = {"said": SAID[name]} if name in SAID else {}
+    story: dict[str, Any] = {**said, "axes": kept, "held against the default config": covered}
     return story if "confirmed" in kept["hidden width"] else {**story, "refused": kept["hidden width"]["refused"]}
 
 

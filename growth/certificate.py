@@ -220,7 +220,8 @@ def _residual(plan: Plan, expansion: Expansion) -> Iterator[str]:
 
 def _norms(plan: Plan, expansion: Expansion, r: int, c: float, rho: float) -> Iterator[str]:
     """What reaches the readers: (1/√ρ)·scale on each copy, and shift; read, they must sum to the source."""
-    head = expansion.write.scaled(plan.recipe.embedding_gain) if plan.growth.tied else expansion.head
+    undone = plan.growth.embedding_gain if plan.recipe.hidden_ratio != 1 else 1.0
+    head = expansion.write.scaled(undone) if plan.growth.tied else expansion.head
     pairs = [("the final norm", expansion.final_scale, expansion.final_shift, head)]
     if plan.family.prenorm:
         pairs.append(("norms", expansion.scale, expansion.shift, expansion.read))

@@ -6,15 +6,16 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 import torch
 
-from model.build import load_model, quietly
+from model.build import computing_in, load_model, quietly
 from model.checkpoint import names_of
 from model.derive import random_tokens
 from model.derive.pictures import Inputs, with_picture
-from model.derive.probe import build, scramble
+from model.derive.probe import build, scramble, shapes
 from model.derive.roles import Draft
 from model.derive.schema import drafted_family, variants
 from model.errors import UserError
@@ -56,12 +57,12 @@ class Bench:
         """Grow the tiny model by `draft`, by each of its variants in turn, until one keeps the logits.
 
         Raises:
-            UserError: none does; the message says why the first one, the likeliest, does not.
+            UserError: none does; the message says by how much the best one moves them, or why the first one, the likeliest, does not grow.
         """
         hidden = draft.axes.keys.hidden
         if changes.get(hidden, 0) % draft.axes.hidden and draft.unproved:
             raise UserError(f"{hidden} grows by whole factors alone, since no forward pass here goes through {names_of(draft.unproved)}")
-        reason = ""
+        reason, least = "", float("inf")
         for variant in variants(draft):
             try:
                 error = self._error(variant, changes, depth)
@@ -70,7 +71,17 @@ class Bench:
                 continue
             if error <= SAME:
                 return Rehearsal(variant, changes, error)
-            reason = reason or f"the logits of a tiny random model move by {error:.2g} of the largest"
+            least = min(least, error)
+        if isfinite(least):
+            reason = f"the logits of a tiny random model move by {least:.2g} of the largest"
+        if changes.keys() & set(draft.axes.stream_keys):
+            hidden, (computed, rounded) = draft.axes.keys.hidden, (draft.axes.computed, draft.axes.rounded)
+            if computed:
+                reason = (
+                    f"{computed[0]} is in no file: transformers computes it from {hidden}, so a wider model's would be another's ({reason})"
+                )
+            elif rounded:
+                reason = f"{reason}; {rounded[0]}, which transformers computes from {hidden}, is rounded to few digits"
         raise UserError(reason)
 
     def _error(self, draft: Draft, changes: Mapping[str, int], depth: str) -> float:
@@ -84,6 +95,12 @@ class Bench:
             raise UserError(f"nothing grows with {', '.join(changes)}")
         if not grown.certificate.lossless:
             raise UserError("; ".join(grown.certificate.reasons))
+        planned, wanted = {step.name: step.shape for step in grown.plan.steps}, shapes(grown.plan.target_config)
+        if differ := sorted(name for name, shape in wanted.items() if planned.get(name) != shape):
+            raise UserError(
+                f"{differ[0]} would become {planned.get(differ[0], 'none')} where transformers' class wants {wanted[differ[0]]}: how it "
+                f"follows {', '.join(changes)} was not recognised"
+            )
         found = _logits(grown.folder, self.inputs)
         errors = [(a[..., : b.shape[-1]] - b).abs().max() / b.abs().max() for a, b in zip(found, self.logits, strict=True)]
         return float(torch.stack(errors).max())  # NaN where any is
@@ -103,7 +120,8 @@ def bench(draft: Draft) -> Iterator[Bench]:
         model = build(config, "cpu")
         scramble(model, seed=2)
         model.save_pretrained(source)
-        pictured = with_picture(model, tokens)
+        with computing_in("float64"):
+            pictured = with_picture(model, tokens)
         inputs = [{"input_ids": tokens}, *([] if pictured is None else [pictured])]
         yield Bench(draft, Path(folder), inputs, _logits(source, inputs))
 
@@ -111,7 +129,7 @@ def bench(draft: Draft) -> Iterator[Bench]:
 def _logits(folder: Path, inputs: Sequence[Inputs]) -> list[torch.Tensor]:
     try:
         model = load_model(folder, dtype="float64", attention="eager").eval()
-        with torch.no_grad():
+        with torch.no_grad(), computing_in("float64"):
             return [model(**given).logits for given in inputs]  # remembering keys and values where the library does so by itself
     except UserError:
         raise

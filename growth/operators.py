@@ -95,7 +95,7 @@ def _average_expansion(growth: Growth, writer_gain: Callable[[float], float]) ->
         copies = AxisMap.of(n, _wrapped(n, N))
         return Expansion.of(copies, copies.split(), f"{n} → {N}: copied in turn, readers divided")
 
-    return Recipe(_each_space(growth, grow), embedding_gain=growth.embedding_gain, moments="transpose")
+    return Recipe(_each_space(growth, grow), hidden_ratio=growth.hidden_ratio, moments="transpose")
 
 
 def _average_residual(growth: Growth, n: int, N: int, c: float) -> Expansion:
@@ -202,7 +202,7 @@ def net2net(growth: Growth) -> Recipe:
     often, and head dims that rotary positions turn are never copied.
     """
     expansions = _each_space(growth, lambda space, n, N: _random_copies(growth, space, n, N))
-    return Recipe(expansions, embedding_gain=growth.embedding_gain, moments="transpose")
+    return Recipe(expansions, hidden_ratio=growth.hidden_ratio, moments="transpose")
 
 
 def bert2bert_fpi(growth: Growth) -> Recipe:
@@ -223,7 +223,7 @@ def bert2bert_aki(growth: Growth) -> Recipe:
             expansions[space] = replace(
                 expansion, write=expansion.write.from_next_layer(new), rule=expansion.rule + ", new rows from the next layer"
             )
-    return Recipe(expansions, embedding_gain=growth.embedding_gain)
+    return Recipe(expansions, hidden_ratio=growth.hidden_ratio)
 
 
 def _random_copies(growth: Growth, space: str, n: int, N: int) -> Expansion:
@@ -270,7 +270,7 @@ def hyperclone(growth: Growth, *, form: str = "symmetric") -> Recipe:
             expansion = replace(expansion, final_scale=expansion.final_scale.scaled(undo), final_shift=expansion.final_shift.scaled(undo))
         return expansion
 
-    return Recipe(_each_space(growth, grow), diagonal=form == "diagonal", embedding_gain=growth.embedding_gain, moments="transpose")
+    return Recipe(_each_space(growth, grow), diagonal=form == "diagonal", hidden_ratio=growth.hidden_ratio, moments="transpose")
 
 
 def sparkling(growth: Growth) -> Recipe:

@@ -17,6 +17,7 @@ from model.config import Target, resolve_target, rope_of
 from model.dtypes import RAW, TORCH_NAMES, is_float
 from model.errors import UserError
 from model.family import Config, Family, Tensor
+from model.notation import spaces
 from model.presets import PRESETS, preset
 
 from .certificate import Certificate, certify
@@ -117,7 +118,7 @@ class Plan:
 
     def dtype(self, step: Step) -> str:
         """The safetensors dtype of a target tensor: its source's, else the config's."""
-        known = self.dtypes.get(step.source or "") or next(iter(self.dtypes.values()), None)
+        known = self.dtypes.get(step.source or self.source_name(step.tensor)) or next(filter(is_float, self.dtypes.values()), None)
         return known or TORCH_NAMES.get(str(self.source_config.get("dtype") or self.source_config.get("torch_dtype")), "F32")
 
     def nbytes(self, step: Step) -> int:
@@ -196,7 +197,7 @@ def plan(
     _check_depth(layers, family)
     made = recipe(operator, growth, options)
     steps = tuple(_steps(growth, made, layers))
-    dtypes = _check_tensors(checkpoint, source_config, family) if isinstance(checkpoint, Checkpoint) else {}
+    dtypes = _check_tensors(checkpoint, growth) if isinstance(checkpoint, Checkpoint) else {}
     decided = Plan(growth, operator, options, noise, made, layers, steps, dtypes, known.notes)
     if known.config is not None:
         hold_against_class(decided)
@@ -302,9 +303,10 @@ def _copied_both_ways(tensor: Tensor, maps: Sequence[AxisMap]) -> bool:
     return len(maps) == 2 and tensor.line.kind == "linear" and all(axis.counts().max() > 1 for axis in maps)
 
 
-def _check_tensors(checkpoint: Checkpoint, config: Config, family: Family) -> dict[str, str]:
+def _check_tensors(checkpoint: Checkpoint, growth: Growth) -> dict[str, str]:
     """Hold the stored tensors against the schema; return their dtypes."""
-    stored = checkpoint.tensors
+    stored, config, family = checkpoint.tensors, growth.source_config, growth.family
+    growing = {space for space in growth.source if growth.grows(space)}  # what lies on none of them is copied as it is: tables of numbers
     schema = {tensor.name: tensor for tensor in family.tensors(config)}
     faults = []
     if missing := [name for name, tensor in schema.items() if name not in stored and not tensor.tied]:
@@ -319,7 +321,9 @@ def _check_tensors(checkpoint: Checkpoint, config: Config, family: Family) -> di
         if expected != found:
             fault = f"{tensor.line.text!r} and config.json give shape {expected}, the file has {found}"
             wrong.setdefault((tensor.pattern, fault), []).append(name)
-        elif not is_float(dtype) and family.spaces:
+        elif not is_float(dtype) and (
+            tensor.line.kind != "tensor" or growing & {space.name for axis in tensor.axes for space in spaces(axis)}
+        ):
             fault = f"dtype {dtype}; growth computes on F64, F32, F16 and BF16 weights (dequantise first)"
             wrong.setdefault((tensor.pattern, fault), []).append(name)
     for (pattern, fault), names in wrong.items():

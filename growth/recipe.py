@@ -36,10 +36,14 @@ class Growth:
         return self.family.ties(self.target_config)
 
     @property
+    def hidden_ratio(self) -> float:
+        """Source over target hidden size: its powers undo the change of a model's own factors."""
+        return self.source["residual"] / self.target["residual"]
+
+    @property
     def embedding_gain(self) -> float:
         """What undoes the change of a model's own factor sqrt(hidden) on its embeddings (Gemma); 1 where there is none."""
-        scaled = any(line.scaled for line in self.family.lines)
-        return sqrt(self.source["residual"] / self.target["residual"]) if scaled else 1.0
+        return self.hidden_ratio ** max(line.scaled if line.kind == "embedding" else 0.0 for line in self.family.lines)
 
     @property
     def rotary_kept(self) -> bool:
@@ -72,7 +76,7 @@ class Recipe:
         eps_factor: what the target's norm epsilon is multiplied by.
         diagonal: the n-th copies of a writer read the n-th copies only (HyperCloning's diagonal form), not all of them evenly.
         factor: one more factor on a tensor, by the spaces it reads and writes that grow.
-        embedding_gain: factor on embeddings that the model itself multiplies by sqrt(hidden).
+        hidden_ratio: what is taken to the power of the hidden size by which the model multiplies a tensor's output; 1 leaves it.
         inherits: False when nothing is taken from the source.
         moments: how Adam's moments grow with the weights (`growth.moments`): by the transposed maps, kept on original entries, or reset.
     """
@@ -82,7 +86,7 @@ class Recipe:
     diagonal: bool = False
     factor: Callable[[Tensor], float] | None = None
     eps_factor: float = 1.0
-    embedding_gain: float = 1.0
+    hidden_ratio: float = 1.0
     inherits: bool = True
     moments: Literal["transpose", "original", "reset"] = "reset"
 
@@ -95,6 +99,9 @@ class Recipe:
         maps = [self._axis(axis, reads, tensor) for axis, reads in zip(tensor.axes, tensor.reads, strict=True)]
         if self.factor is not None:
             maps[0] = maps[0].scaled(self.factor(tensor))
+        if tensor.line.scaled and not tensor.is_bias:
+            written = tensor.reads.index(False)
+            maps[written] = maps[written].scaled(self.hidden_ratio**tensor.line.scaled)
         return tuple(maps)
 
     def _axis(self, axis: Axis, reads: bool, tensor: Tensor) -> AxisMap:
@@ -114,5 +121,4 @@ class Recipe:
                 return expansion.post_scale
         if line.kind == "linear" and reads and line.out == Space("vocab"):
             return expansion.head
-        side = expansion.read if reads != space.dual else expansion.write
-        return side.scaled(self.embedding_gain) if line.scaled and space.name == "residual" else side
+        return expansion.read if reads != space.dual else expansion.write

@@ -67,13 +67,19 @@ def _check_depth(config: Config, shapes: Shapes) -> None:
 
 def _outlined(config: Config, shapes: Shapes) -> Known:
     from model.derive import library_knows, whole_config
+    from model.derive.probe import passed_over
 
     known = library_knows(config)
     whole = whole_config(config) if known else config
-    family = outline(whole, shapes)
+    dropped = passed_over(whole, shapes) if known else []
+    family = replace(outline(whole, {name: shape for name, shape in shapes.items() if name not in dropped}), ignore=tuple(dropped))
     held = "the result was held against transformers' class" if known else "transformers does not know it, so nothing could be checked"
     note = f"family {family.name!r} has no schema here: layers were told by their names and whole layers are copied; {held}"
-    return Known(family, (note,), whole if known else None)
+    return Known(family, (note, *_left_out(dropped)), whole if known else None)
+
+
+def _left_out(names: Sequence[str]) -> list[str]:
+    return [f"left out: {names_of(names)}, as transformers does when it loads them"] if names else []
 
 
 def _copies_layers_only(config: Config, target: Target, depth: str | Sequence[int]) -> bool:
@@ -113,18 +119,20 @@ def _derived(config: Config, shapes: Shapes | None, target: Target, depth: str |
     ]
     if draft.unused:
         notes.append(f"not tested: {names_of(draft.unused)}, which no forward pass here goes through")
-    return Known(family, tuple(notes), whole)
+    return Known(family, (*notes, *_left_out(family.ignore)), whole)
 
 
 def _family(draft: Draft, config: Config, shapes: Shapes | None) -> Family:
     """The drafted family under the names of the file: older ones call tensors otherwise and carry buffers along."""
-    from model.derive.probe import named_shapes
+    from model.derive.probe import named_shapes, passed_over
     from model.derive.schema import drafted_family
 
     built, called = named_shapes(config, shapes or ())
     if shapes is None:
         return drafted_family(draft, config, built)
-    buffers = [name for name in shapes if called[name] not in built and name.endswith(BUFFERS)]
+    strange = [name for name in shapes if called[name] not in built]
+    dropped = set(passed_over(config, strange)) if strange else set()
+    buffers = [name for name in strange if name in dropped or name.endswith(BUFFERS)]
     family = drafted_family(draft, config, {name: shape for name, shape in shapes.items() if name not in buffers}, called)
     return replace(family, ignore=tuple(buffers))
 
@@ -132,7 +140,9 @@ def _family(draft: Draft, config: Config, shapes: Shapes | None) -> Family:
 def _asked(draft: Draft, source: Config, target: Config, depth: str | Sequence[int]) -> dict[str, int]:
     """The same growth at the tiny config's sizes: whole factors become 2, others 1.5; layers, tokens and positions become a few more."""
     keys, tiny = draft.axes.keys, draft.axes.config
-    sizes = (*draft.axes.stream_keys, keys.heads, keys.kv, keys.head_dim, keys.ffn, *keys.more)
+    mixer = draft.axes.mixer
+    states = (mixer.heads, mixer.dim) if mixer else ()
+    sizes = (*draft.axes.stream_keys, keys.heads, keys.kv, keys.head_dim, keys.ffn, *keys.more, *states)
     changes = {}
     for key in filter(None, dict.fromkeys(sizes)):
         if key in tiny and source.get(key) and target.get(key) != source[key]:

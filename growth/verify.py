@@ -84,11 +84,11 @@ def measure(
     """
     import torch
 
-    from model.build import load_model, quietly, to_hf_config
+    from model.build import computing_in, load_model, quietly, to_hf_config
 
     def logits(folder: Path | str, tokens: torch.Tensor, config: Config | None = None) -> torch.Tensor:
         try:
-            with quietly(), torch.no_grad():
+            with quietly(), torch.no_grad(), computing_in(computed):
                 model = load_model(folder, dtype=computed, attention="eager", config=config).eval()
                 return model(input_ids=tokens).logits.double()
         except UserError:
@@ -151,7 +151,7 @@ def check_receipt(receipt: Receipt, plan: Plan) -> None:
     """
     formats = [plan.dtype(step) for step in plan.steps]
     single = bool(receipt.note or plan.notes)  # a family without a schema here may compute any norm in float32
-    allowed = max(TOLERANCE[name] for name in set(formats)) + (RMS_FLOOR if single else 0)
+    allowed = max(TOLERANCE[name] for name in TOLERANCE.keys() & set(formats)) + (RMS_FLOOR if single else 0)
     if not isfinite(receipt.max_logit):
         return  # the source's own logits are no numbers, which was allowed
     if plan.certificate.lossless and not receipt.max_delta <= allowed * max(receipt.max_logit, 1.0):

@@ -150,6 +150,19 @@ def quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def computing_in(dtype: str) -> Iterator[None]:
+    """With new tensors in `dtype` unless they say otherwise: some of the library's classes compare them with those of their weights."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(_torch_dtype(dtype))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def stored_names(model: PreTrainedModel) -> dict[str, str]:
     """Parameter name → the name under which a checkpoint of this model stores it; `transformers` renames a few when it loads."""
     from transformers.conversion_mapping import get_model_conversion_mapping

@@ -7,6 +7,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cache, cached_property
 from typing import Any, Literal
 
@@ -90,7 +91,7 @@ class Family:
     scaled_if: str | None = None
     pos_offset: int = 0
     follows: Mapping[str, str] = field(default_factory=dict)
-    more: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    more: Mapping[str, tuple[str, int | Fraction]] = field(default_factory=dict)
     tied: bool | None = None
     lacks: tuple[str, ...] = ()
     whole_heads: tuple[str, ...] = ()
@@ -164,7 +165,10 @@ class Family:
             if self.uses(space):
                 sizes[space] = size_of(config)
         for space, (key, factor) in self.more.items():
-            sizes[space] = self._whole(key, config.get(key)) * factor
+            whole = self._whole(key, config.get(key)) * factor
+            if whole.denominator != 1:
+                raise UserError(f"config of family {self.name!r}: {key} {config[key]} must be a multiple of {Fraction(factor).denominator}")
+            sizes[space] = int(whole)
         self._whole("heads × head dim", sizes.get("kv", 1) * sizes.get("group", 1) * sizes.get("qk", 1))
         return sizes
 

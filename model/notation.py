@@ -14,7 +14,8 @@ An axis is a space, a product `(a b)` (row-major, as in einops) or parts laid en
 `qk*` is the *reading* side of the space `qk`: queries write it, keys read it, and the attention logit contracts the two.
 `norm X` is a normalisation's scale over axis X; `final norm` is the one before the output head, `post norm` one whose output is added to
 the residual stream, and `norm+1` stores the scale minus one (Gemma). `+ bias` adds `<name>.bias`, `+ bias[key]` where that config value
-is true; `scaled` marks an embedding that the model multiplies by sqrt(hidden) (Gemma). `if key` / `unless key` make a line depend on a
+is true; `scaled` marks an embedding that the model multiplies by sqrt(hidden) (Gemma), `scaled^-1` a matrix whose input or output it
+multiplies by that power of the hidden size (Gemma 3n). `if key` / `unless key` make a line depend on a
 config value; `tied to NAME if key` names the tensor that a tied one repeats.
 
 Three spellings serve models that no line above describes. A number is an axis that never grows. `tensor A, B*` is a tensor under its own
@@ -103,7 +104,7 @@ class Line:
     transposed: bool = False  # stored (in, out)
     bias: bool = False
     bias_if: str | None = None
-    scaled: bool = False
+    scaled: float = 0.0  # the power of the hidden size by which the model multiplies what comes of it
     offset: float = 0.0  # the stored norm scale is the true one minus this
     condition: str | None = None  # config key; a leading "!" negates
     tied_to: str | None = None
@@ -145,7 +146,7 @@ _TENSOR = re.compile(r"(?P<name>\S+)\s+tensor (?P<axes>.+?)(?:\s+in layers (?P<o
 _LINE = re.compile(
     r"(?P<name>\S+)\s+"
     r"(?:(?P<norm>(?:final |post )?norm)(?P<offset>\+1)?\s+(?P<normed>[^+]+?)|(?P<left>[^+]+?)\s*(?P<arrow><-|->)\s*(?P<right>[^+]+?))"
-    r"(?P<bias>\s*\+ bias(?:\[(?P<bias_if>\w+)\])?)?(?P<scaled>\s+scaled)?"
+    r"(?P<bias>\s*\+ bias(?:\[(?P<bias_if>\w+)\])?)?(?P<scaled>\s+scaled(?:\^(?P<power>-?[\d.]+))?)?"
     r"(?:\s+tied to (?P<tied_to>\S+) if (?P<tied_if>\S+))?"
     r"(?:\s+(?P<when>if|unless) (?P<key>\S+))?"
     r"(?:\s+in layers (?P<only>[\d,]+))?"
@@ -180,7 +181,7 @@ def parse_line(text: str) -> Line:
         transposed=found["arrow"] == "->",
         bias=bool(found["bias"]),
         bias_if=found["bias_if"],
-        scaled=bool(found["scaled"]),
+        scaled=float(found["power"] or 0.5) if found["scaled"] else 0.0,
         offset=1.0 if found["offset"] else 0.0,
         condition=condition,
         tied_to=found["tied_to"],

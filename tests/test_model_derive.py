@@ -74,7 +74,8 @@ def test_a_tiny_twin_is_as_deep_as_the_rhythm_of_its_layers() -> None:
         ({"model_type": "mine"}, "transformers has no causal language model of that type"),
         ({"model_type": "bert", "hidden_size": "wide"}, "refuses this config"),
         ({"model_type": "blt"}, "its config has no hidden size"),
-        ({"model_type": "xglm"}, "does not run on token ids alone"),
+        ({"model_type": "inkling2_text"}, "does not run on token ids alone in float64"),
+        ({"model_type": "dots1"}, r"does not build from this config \(TypeError: empty\(\)"),  # it wants numbers of experts
     ],
 )
 def test_what_cannot_be_derived_is_told(config: dict[str, Any], message: str) -> None:

@@ -64,3 +64,8 @@ def test_numbers_whole_tensors_repeated_names_and_kept_layers() -> None:
     whole = parse_line("experts.down_proj  tensor 4, ffn*, residual")
     assert (whole.kind, whole.into, [str(axis) for axis in whole.axes]) == ("tensor", None, ["4", "ffn*", "residual"])
     assert parse_line("gate  tensor scalar").axes == ()
+
+
+def test_a_matrix_may_be_multiplied_by_a_power_of_the_hidden_size() -> None:
+    powers = [parse_line(f"a.router  4 <- residual{text}").scaled for text in ("", " scaled", " scaled^-1", " scaled^-0.5")]
+    assert powers == [0.0, 0.5, -1.0, -0.5]

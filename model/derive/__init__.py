@@ -5,7 +5,8 @@ Nothing here is proof: a draft is believed only after `growth.confirm` has grown
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..build import to_hf_config
@@ -15,10 +16,11 @@ from ..family import Config
 from .axes import Axes, Keys
 from .probe import build, shapes, sightings
 from .roles import Draft
-from .shrink import HEAD, HEAD_KEYS, MAX_PARAMETERS, kept_layers, place_tokens, shrunken
+from .shrink import HEAD, HEAD_KEYS, MAX_PARAMETERS, kept_layers, layer_kinds, place_tokens, shrunken, stand_ins
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 ROWS, LENGTH = 2, 12  # of random tokens
 
@@ -40,13 +42,21 @@ def derive(config: Config) -> Draft:
         raise UserError("transformers has no causal language model of that type")
     whole, attribute_map = _whole(config)
     keys = Keys.of(whole, attribute_map)
-    tiny = shrunken(whole, keys.layers, kept_layers(whole, whole[keys.layers]))
+    kept = kept_layers(whole, whole[keys.layers])
+    tiny = shrunken(whole, keys.layers, kept)
+    stands = stand_ins(layer_kinds(whole, whole[keys.layers]), kept)
     faults = []
     for twin in _twins(tiny, keys):
         try:
-            return _draft(keys, twin)
+            blank = build(twin := whole_config(twin))
         except UserError as fault:
             faults.append(fault)
+            continue
+        try:
+            return replace(_draft(keys, twin, blank), stands=stands)
+        except UserError as fault:
+            faults.insert(0, fault)  # it came further
+    build(whole)  # what the class says of the config itself
     raise faults[0]
 
 
@@ -58,9 +68,7 @@ def _twins(tiny: Config, keys: Keys) -> Iterator[Config]:
         yield {**tiny, **changes}
 
 
-def _draft(keys: Keys, tiny: Config) -> Draft:
-    tiny, _ = _whole(tiny)
-    blank = build(tiny)
+def _draft(keys: Keys, tiny: dict[str, Any], blank: PreTrainedModel) -> Draft:
     if (count := sum(tensor.numel() for tensor in (*blank.parameters(), *blank.buffers()))) > MAX_PARAMETERS:
         raise UserError(f"a tiny twin of it still has {count:,} parameters, so some size of its config was not recognised")
     axes = Axes(keys, tiny, shapes(tiny))
@@ -95,9 +103,18 @@ def _whole(config: Config) -> tuple[dict[str, Any], dict[str, str]]:
     """A config with everything that the library's class makes of it, and how that class spells standard names."""
     try:
         made = to_hf_config(config)
-        return flat(made.to_dict()), dict(made.get_text_config(decoder=True).attribute_map)
+        whole, attribute_map = flat(made.to_dict()), dict(made.get_text_config(decoder=True).attribute_map)
     except UserError:
         raise
     except Exception as fault:  # the library's classes raise every kind
         reason = " ".join(str(fault).split())[:200]
         raise UserError(f"transformers' config class for {config.get('model_type')!r} refuses this config: {reason}") from None
+    return whole | _head_dim(whole, attribute_map), attribute_map
+
+
+def _head_dim(whole: Config, attribute_map: Mapping[str, str]) -> dict[str, int]:
+    """The head dim that classes take where the config has none and the heads do not divide the hidden size."""
+    hidden, heads = (whole.get(attribute_map.get(name, name)) for name in ("hidden_size", "num_attention_heads"))
+    if type(hidden) is not int or type(heads) is not int or any(whole.get(key) for key in HEAD_KEYS):
+        return {}
+    return {"head_dim": hidden // heads} if heads and hidden % heads else {}

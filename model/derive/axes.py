@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from math import log2
 from typing import Any
 
+from ..build import to_hf_config
 from ..composite import of_text
 from ..errors import UserError
 from ..family import Config
-from .probe import shapes
+from .mixer import Mixer, find_mixer
+from .probe import computed, factors, shapes
 from .shrink import repeats_hidden
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -116,6 +119,13 @@ class Axes:
             return None
         return found if found.keys() == self.shapes.keys() else None
 
+    @cached_property
+    def takes_kv(self) -> bool:
+        """Whether the class goes by the key of the key-value heads, rather than giving back there what another part of the config says."""
+        return self.keys.kv is None or self.keys.kv in {
+            field.name for field in fields(to_hf_config(self.config).get_text_config(decoder=True))
+        }
+
     @property
     def stream_keys(self) -> tuple[str, ...]:
         """The keys of the residual stream's size."""
@@ -124,13 +134,14 @@ class Axes:
     @property
     def head_keys(self) -> tuple[str, ...]:
         """The keys that multiply the heads: key-value groups where there is more than one, else query heads."""
-        groups = (self.keys.kv,) if self.keys.kv and self.kv > 1 else ()
+        groups = (self.keys.kv,) if self.keys.kv and self.kv > 1 and self.takes_kv else ()
         return (self.keys.heads, *groups) if self.keys.heads else ()
 
     @property
     def width_keys(self) -> tuple[str, ...]:
-        """The keys of the residual stream's size, with the heads where their dim is hidden size / heads."""
-        return self.stream_keys + (self.head_keys if self.coupled else ())
+        """The keys of the residual stream's size, with the heads where their dim is hidden size / heads, and those of state spaces."""
+        mixer = (self.mixer.heads,) if self.mixer else ()
+        return tuple(dict.fromkeys((*self.stream_keys, *(self.head_keys if self.coupled else ()), *mixer)))
 
     def times(self, factor: float, *keys: str | None) -> dict[str, int]:
         """The change that multiplies the sizes of `keys`."""
@@ -146,6 +157,11 @@ class Axes:
         return not grown
 
     @cached_property
+    def mixer(self) -> Mixer | None:
+        """The state spaces whose heads have to grow with the hidden size."""
+        return find_mixer(self.config, self.shapes, lambda *keys: self.changed(self.times(2, *self.stream_keys, *keys)))
+
+    @cached_property
     def by_hidden(self) -> Shapes:
         """The shapes under twice the hidden size.
 
@@ -156,6 +172,33 @@ class Axes:
         if found is None:
             raise UserError(f"its class does not build with twice the {self.keys.hidden}")
         return found
+
+    @cached_property
+    def computed(self) -> list[str]:
+        """Buffers as wide as the residual stream that no file holds, as sinusoids of positions: its class makes them from the width."""
+        wide = computed({**self.config, **self.times(2, *self.width_keys)})
+        return [name for name, shape in computed(self.config).items() if self.hidden in shape and 2 * self.hidden in wide.get(name, ())]
+
+    @cached_property
+    def powers(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Module → the power of the hidden size by which it multiplies something, as its buffers and as its attributes tell."""
+
+        buffers, attributes = ({name.rpartition(".")[0]: power for name, power in powers.items()} for powers in self._powers)
+        return buffers, attributes
+
+    @cached_property
+    def rounded(self) -> list[str]:
+        """Buffers that would be a power of the hidden size, were they not rounded (to bfloat16)."""
+        return [name for name, power in self._powers[0].items() if 1e-6 < abs(2 * power - round(2 * power)) < 1e-2]
+
+    @cached_property
+    def _powers(self) -> tuple[dict[str, float], dict[str, float]]:
+        def moved(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+            pairs = {name: (value, after.get(name, value)) for name, value in before.items()}
+            return {name: log2(b / a) for name, (a, b) in pairs.items() if a > 0 and b > 0 and a != b}
+
+        buffers, attributes = zip(factors(self.config), factors({**self.config, **self.times(2, *self.width_keys)}), strict=True)
+        return moved(*buffers), moved(*attributes)
 
     @cached_property
     def by_queries(self) -> Shapes | None:

@@ -5,6 +5,7 @@ Everything is read off the library's own class: from the operations that a forwa
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..build import library_class, to_hf_config
+from ..build import computing_in, library_class, to_hf_config
 from ..errors import UserError
 from ..family import Config
 from .pictures import with_picture
@@ -131,6 +132,29 @@ def named_shapes(config: Config, names: Iterable[str]) -> tuple[dict[str, tuple[
     return own, {name: name if name in own else max(parts.get(loaded(name), [name]), key=partial(alike, name)) for name in names}
 
 
+def passed_over(config: Config, names: Iterable[str]) -> list[str]:
+    """Those of a checkpoint's tensors that the library leaves out as it loads, as the layers that predict further tokens."""
+    patterns = build(config)._keys_to_ignore_on_load_unexpected or ()
+    return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
+
+
+def computed(config: Config) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every buffer that its class works out anew and no checkpoint has, built on the meta device."""
+    model = build(config)
+    saved = model.state_dict().keys()
+    return {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name not in saved}
+
+
+def factors(config: Config) -> tuple[dict[str, float], dict[str, float]]:
+    """Name → value of every single number that its class works out anew and no checkpoint has: buffers, and attributes of modules."""
+    model = build(config, "cpu")
+    saved = model.state_dict().keys()
+    buffers = {name: float(buffer) for name, buffer in model.named_buffers() if name not in saved and buffer.ndim == 0}
+    modules = list(model.named_modules())
+    attributes = {f"{name}.{key}": value for name, module in modules for key, value in vars(module).items() if type(value) is float}
+    return buffers, attributes
+
+
 def scramble(model: PreTrainedModel, seed: int = 1) -> None:
     """Random values far from any initialisation in every parameter, norm scales and biases included."""
     numbers = torch.Generator().manual_seed(seed)
@@ -148,18 +172,19 @@ def sightings(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Sightin
     """
     scramble(model)
     places = _places(model)
-    pictured = with_picture(model, tokens)
+    with computing_in("float64"):
+        pictured = with_picture(model, tokens)
     watch = _Watch(model)
     with torch.no_grad():
         try:
-            with _hooks(model, watch), watch:
+            with computing_in("float64"), _hooks(model, watch), watch:
                 model(input_ids=tokens, use_cache=False)
                 by_text = set(watch.touched)
                 if pictured is not None:
                     model(**pictured, use_cache=False)
         except Exception as fault:  # the library's classes raise every kind
             reason = " ".join(str(fault).split())[:200]
-            raise UserError(f"the model does not run on token ids alone ({type(fault).__name__}: {reason})") from None
+            raise UserError(f"the model does not run on token ids alone in float64 ({type(fault).__name__}: {reason})") from None
     norms = _norms(model, watch)
     found = {}
     for name, (shape, parameter, axes) in places.items():

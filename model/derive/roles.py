@@ -15,6 +15,13 @@ _LEAF = r"(^|_|\.)(project_|w)?(?:{})(_?(lin|linear|proj))?$"
 QUERY, KEY, VALUE = (re.compile(_LEAF.format(words), re.IGNORECASE) for words in ("q|query", "k|key", "v|value"))
 FUSED = re.compile(_LEAF.format("qkv|query_key_value|c_attn|att|pack"), re.IGNORECASE)
 HEAD_NORM = re.compile(r"(^|_)(q|k|query|key)_?(norm|ln|layernorm)$", re.IGNORECASE)
+BLOCKS = 4
+IN_BLOCKS = {
+    "(kv group)": f"({BLOCKS} block)",
+    "(kv group ?)": f"({BLOCKS} block ?)",
+    "[(kv group ?) | (kv ?) | (kv ?)]": f"({BLOCKS} [(block ?) | (block ?) | (block ?)])",
+}
+GROUPS_OF = "groups "  # before the heads of state spaces, which are in so many parts
 HEADS = ("(kv group ?)", "(kv ?)", "[(kv group ?) | (kv ?) | (kv ?)]", "(kv [(group ?) | ? | ?])")
 
 
@@ -28,6 +35,7 @@ class Choices:
         scaled: the embeddings are multiplied by sqrt(hidden).
         post: the norms that matrices read are the residual stream itself (normalised after each addition).
         unscaled: attention logits are not divided by sqrt(head dim).
+        blocks: heads lie in blocks, each with its queries, values and keys one after the other (as CodeGen's, one block per TPU core).
     """
 
     interleaved: bool = False
@@ -35,6 +43,7 @@ class Choices:
     scaled: bool = False
     post: bool = False
     unscaled: bool = False
+    blocks: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,8 @@ class Draft:
         seen: every tensor of the tiny model.
         head, embedding: the parameters of the output head and of the embedding; the same where they are tied.
         choices: how what watching left open was decided.
+        stands: for each layer of the config that it was derived from, the layer of the tiny model that is of its kind; empty where the
+            config does not tell layers apart.
     """
 
     axes: Axes
@@ -53,15 +64,24 @@ class Draft:
     head: str | None
     embedding: str | None
     choices: Choices = Choices()
+    stands: tuple[int, ...] = ()
 
     def templates(self, name: str) -> tuple[str, ...]:
         """The axes of one tensor of the tiny model, in storage order, `?` for numbers."""
         found = self._unnamed[name]
+        if self.choices.blocks and self._may_have_blocks:
+            return tuple(IN_BLOCKS.get(axis, axis) for axis in found)
         return tuple(self._named_axis(name, dim) or axis for dim, axis in enumerate(found)) if self._all_named else found
 
     @cached_property
     def _unnamed(self) -> dict[str, tuple[str, ...]]:
         return {name: tuple(self._template(name, dim) for dim in range(len(seen.shape))) for name, seen in self.seen.items()}
+
+    @cached_property
+    def _may_have_blocks(self) -> bool:
+        """Whether queries, keys and values are one tensor, with as many heads each, a multiple of the blocks."""
+        fused = any(HEADS[2] in axes for axes in self._unnamed.values())
+        return fused and self.axes.kv == self.axes.heads and self.axes.heads % BLOCKS == 0
 
     @cached_property
     def _all_named(self) -> bool:
@@ -97,6 +117,8 @@ class Draft:
 
     def _template(self, name: str, dim: int) -> str:
         axes, length = self.axes, self.seen[name].shape[dim]
+        if template := self._of_mixer(name, dim):
+            return template
 
         def moved(shapes: Mapping[str, tuple[int, ...]] | None) -> int:
             return 0 if shapes is None else shapes[name][dim] - length
@@ -106,9 +128,9 @@ class Draft:
         if by_key:
             return self._of_keys(by_key, length) if not (by_hidden or queries or kv) else "?"
         if axes.coupled and by_hidden:
-            return self._coupled(name, dim, length, queries, kv)
+            return self._coupled(name, dim, by_hidden, queries, kv)
         if by_hidden:
-            return "?" if queries or kv else self._of_hidden(name, length)
+            return "?" if queries or kv else self._of_hidden(name, dim, by_hidden)
         return self._of_heads(name, length, queries, kv) if queries > 0 or kv > 0 else "?"
 
     def _of_keys(self, by_key: Mapping[str, int], length: int) -> str:
@@ -129,21 +151,58 @@ class Draft:
             return space
         return f"({space} {parts})" if self.choices.gates_interleaved else f"[{' | '.join([space] * parts)}]"
 
-    def _of_hidden(self, name: str, length: int) -> str:
-        """A whole multiple of the hidden size; what goes into a state space is two halves, its channels and their gates."""
-        parts, rest = divmod(length, self.axes.hidden)
+    def _of_hidden(self, name: str, dim: int, by_hidden: int) -> str:
+        """A multiple of the hidden size, or it with something beside it; what goes into a state space is two halves, channels and gates.
+
+        Args:
+            by_hidden: how much longer the axis gets under twice the hidden size.
+        """
+        length, hidden = self.seen[name].shape[dim], self.axes.hidden
+        parts, rest = divmod(length, hidden)
+        if by_hidden == hidden < length:
+            return "[residual | ?]"
+        if by_hidden == length < hidden and hidden % length == 0:
+            return f"inner_1of{hidden // length}"
         if rest or parts == 0:
             return "?"
+        if parts in (1, 3) and self._gated(name, dim):
+            return "inner_1" if parts == 1 else "[inner_1 | inner_1 | inner_1]"
         if leaf_of(name) == "in_proj" and parts % 2 == 0:
             half = "residual" if parts == 2 else f"inner_{parts // 2}"
             return f"[{half} | {half}]"
-        return "residual" if parts == 1 else f"inner_{parts}"
+        if parts == 1:
+            return "residual"
+        return f"inner_{parts}" if parts in self._written or not self.seen[name].reads[dim] else f"({parts} residual)"
+
+    @cached_property
+    def _written(self) -> set[int]:
+        """The multiples of the hidden size that some matrix writes; others are read of several streams side by side."""
+        matrices = [seen for seen in self.seen.values() if any(seen.reads)]
+        lengths = {length for seen in matrices for length, reads in zip(seen.shape, seen.reads, strict=True) if not reads}
+        return {length // self.axes.hidden for length in lengths if length % self.axes.hidden == 0}
+
+    def _of_mixer(self, name: str, dim: int) -> str | None:
+        """An axis of a state space with heads: what goes in is gates, channels, state projections and a time step for each head."""
+        mixer, seen = self.axes.mixer, self.seen[name]
+        if mixer is None or not name.startswith(tuple(f"{module}." for module in mixer.modules)):
+            return None
+        rates, channels = f"({GROUPS_OF}{mixer.heads})", f"({GROUPS_OF}{mixer.heads} {mixer.dim})"
+        length, heads, leaf = seen.shape[dim], int(self.axes.config[mixer.heads]), leaf_of(name)
+        if leaf == "in_proj" and not seen.reads[dim]:
+            return f"[{channels} | {channels} | ? | {rates}]" if length > 2 * mixer.inner + heads else None
+        if leaf == "conv1d" and dim == 0:
+            return f"[{channels} | ?]" if length > mixer.inner else channels
+        if length == mixer.inner and (seen.reads[dim] or len(seen.shape) == 1):
+            return channels
+        return rates if seen.shape == (heads,) else None
 
     def _of_heads(self, name: str, length: int, queries: int, kv: int) -> str:
         """Of a model whose head dim is its own: `queries` and `kv` are how much longer the axis gets under twice as many of each."""
         heads = self.axes.heads
         if kv and queries:
-            return self._fused() if queries + kv == length else "?"
+            if queries + kv != length:
+                return "?"
+            return self._fused() if kv > self.axes.kv * self._head_dim else "[(kv group ?) | (kv ?)]"
         if kv:
             return "(kv ?)" if kv == length and kv // self.axes.kv > 1 else "kv" if kv == length else "?"
         if queries != length:
@@ -160,9 +219,9 @@ class Draft:
     def _fused(self) -> str:
         return "(kv [(group ?) | ? | ?])" if self.choices.interleaved else "[(kv group ?) | (kv ?) | (kv ?)]"
 
-    def _coupled(self, name: str, dim: int, length: int, queries: int, kv: int) -> str:
+    def _coupled(self, name: str, dim: int, by_hidden: int, queries: int, kv: int) -> str:
         """Of a model whose head dim is hidden size / heads, where hidden size and heads are doubled together."""
-        axes = self.axes
+        axes, length = self.axes, self.seen[name].shape[dim]
         if kv > 0:
             return "(kv ?)" if kv == length else self._fused() if length - kv == axes.hidden else "?"
         if length == axes.heads and queries > 0:
@@ -171,7 +230,16 @@ class Draft:
             return "(kv group ?)" if self._is_heads(name, dim) else "residual"
         if length == (axes.heads + 2 * axes.kv) * self._head_dim and FUSED.search(leaf_of(name)):
             return self._fused()
-        return self._of_hidden(name, length)
+        return self._of_hidden(name, dim, by_hidden)
+
+    def _gated(self, name: str, dim: int) -> bool:
+        """Whether an axis is over the channels of a short convolution between two gates, which are as many as the hidden size."""
+        leaf, seen = leaf_of(name), self.seen[name]
+        path = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[0]
+        into = self.seen.get(f"{path}.in_proj.weight")
+        if into is None or into.shape[0] != 3 * self.axes.hidden or f"{path}.conv.weight" not in self.seen:
+            return False
+        return leaf == "conv" or (leaf == "in_proj" and not seen.reads[dim]) or (leaf == "out_proj" and seen.reads[dim])
 
     def _is_heads(self, name: str, dim: int) -> bool:
         """Whether an axis as long as the hidden size runs over heads: written by queries, keys and values, or read by what comes next."""

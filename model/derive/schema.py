@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from itertools import product
 
 from ..errors import UserError
 from ..family import Config, Family
 from ..notation import parse_axis, size
 from ..outline import in_layers
-from .roles import Choices, Draft
+from .roles import BLOCKS, GROUPS_OF, Choices, Draft
 
 Shapes = Mapping[str, tuple[int, ...]]
-CHOICES = tuple(Choices(*flags[::-1]) for flags in product((False, True), repeat=5))  # the likeliest first
+LATENT = re.compile(r"_b_proj\.weight$")  # reads a latent vector, as DeepSeek's attention has them
+CHOICES = tuple(Choices(*flags[::-1]) for flags in product((False, True), repeat=6))  # the likeliest first
 
 
 def drafted_family(draft: Draft, config: Config, shapes: Shapes, called: Mapping[str, str] | None = None) -> Family:
@@ -43,14 +45,28 @@ def drafted_family(draft: Draft, config: Config, shapes: Shapes, called: Mapping
         "vocab_size": keys.vocab,
         "max_position_embeddings": keys.positions,
     }
-    inner = {f"inner_{factor}": (keys.hidden, factor) for factor in map(int, set(re.findall(r"inner_(\d+)", lines)))}
+    mixer = draft.axes.mixer
+    states: dict[str, tuple[str, int | Fraction]] = (
+        {}
+        if mixer is None
+        else {
+            mixer.heads: (mixer.heads, Fraction(1, mixer.count(config))),
+            mixer.dim: (mixer.dim, 1),
+        }
+    )
+    if keys.heads and re.search(r"\bblock\b", lines):
+        states["block"] = (keys.heads, Fraction(1, BLOCKS))
+    inner = {
+        f"inner_{times}{of}": (keys.hidden, Fraction(int(times), int(of.removeprefix("of") or 1)))
+        for times, of in re.findall(r"inner_(\d+)((?:of\d+)?)", lines)
+    }
     return Family(
         name=str(config["model_type"]),
         schema=lines,
         norm="layer" if draft.norm == "layer" else "rms",
         names={name: key for name, key in standard.items() if key and key != name},
         defaults={str(kv): 1} if draft.axes.multi_query else {},
-        more={key: (key, 1) for key in keys.more if re.search(rf"\b{key}\b", lines)} | inner,
+        more={key: (key, 1) for key in keys.more if re.search(rf"\b{key}\b", lines)} | inner | states,
         follows={key: "hidden_size" for key in keys.follows} | ({keys.also_layers: "num_hidden_layers"} if keys.also_layers else {}),
         rotary=None,
         attention_scale="none" if draft.choices.unscaled else "head_dim",
@@ -73,7 +89,7 @@ def variants(draft: Draft) -> Iterator[Draft]:
 
 def _lines(draft: Draft, config: Config, shapes: Shapes, called: Mapping[str, str]) -> Iterator[str]:
     count = int(config[draft.axes.keys.layers])
-    twins = _Twins(draft.seen, int(draft.axes.config[draft.axes.keys.layers]))
+    twins = _Twins(draft.seen, int(draft.axes.config[draft.axes.keys.layers]), draft.stands)
     texts, work = {}, []
     for name in shapes:
         if (twin := twins.of(called.get(name, name), count)) is None:
@@ -100,50 +116,71 @@ def _line(draft: Draft, name: str, twin: str, config: Config, shapes: Mapping[st
         return f"{role}{'+1' if seen.offset else ''} {axes[0]}" + " + bias" * (bias == shape)
     if name.endswith(".weight") and len(shape) == 2 and (seen.indexed or seen.reads.count(True) == 1):
         arrow, out = ("->", 1) if seen.indexed or seen.reads[0] else ("<-", 0)
-        scaled = " scaled" if draft.choices.scaled and seen.parameter == draft.embedding else ""
+        scaled = " scaled" if draft.choices.scaled and seen.parameter == draft.embedding else _power(draft, seen.parameter, axes)
         return f"{axes[0]} {arrow} {axes[1]}" + " + bias" * (bias == (shape[out],)) + scaled
     starred = [re.sub(r"([a-z_]\w*)", r"\1*", axis) if reads else axis for axis, reads in zip(axes, seen.reads, strict=True)]
     return "tensor " + (", ".join(starred) or "scalar")
 
 
+def _power(draft: Draft, parameter: str, axes: Sequence[str]) -> str:
+    """What a matrix is multiplied by, where its module says so: one that reads the stream and writes something else, or a latent vector."""
+    module = parameter.rpartition(".")[0].rpartition(".")[0]
+    buffers, attributes = draft.axes.powers
+    reads_stream = axes[1] == "residual" != axes[0] and "vocab" not in axes
+    found = buffers.get(module) if reads_stream else attributes.get(module) if LATENT.search(parameter) else None
+    power = round(2 * (found or 0.0)) / 2
+    return f" scaled^{power:g}" if power else ""
+
+
 def _filled(draft: Draft, template: str, length: int, name: str, config: Config) -> str:
     """A template with its number, so that the axis has `length`."""
+    mixer = draft.axes.mixer
+    groups = mixer.count(config) if mixer else 1
+    template = template.replace(GROUPS_OF, f"{groups} " if groups > 1 else "")
     if "?" not in template:
         return template
     sizes = _sizes(draft, config)
-    unit = size(parse_axis(template.replace("?", "1")), sizes)
-    if length % unit:
-        raise UserError(f"{name}: an axis of {length} is no multiple of {unit} as {template!r} says")
-    return template.replace("?", str(length // unit))
+    least, more = (size(parse_axis(template.replace("?", number)), sizes) for number in "01")
+    number, rest = divmod(length - least, more - least)
+    if rest or number < 1:
+        raise UserError(f"{name}: an axis of {length} is no multiple of {more - least} above {least} as {template!r} says")
+    return template.replace("?", str(number))
 
 
 def _sizes(draft: Draft, config: Config) -> dict[str, int]:
     keys = draft.axes.keys
     heads = int(config[keys.heads]) if keys.heads else 1
     kv = 1 if draft.axes.multi_query else int(config.get(keys.kv or "") or heads)
-    return {"kv": kv, "group": heads // kv, "residual": int(config[keys.hidden])}
+    sizes = {"kv": kv, "group": heads // kv, "block": heads // BLOCKS, "residual": int(config[keys.hidden])}
+    if mixer := draft.axes.mixer:
+        sizes |= {mixer.heads: int(config[mixer.heads]) // mixer.count(config), mixer.dim: int(config[mixer.dim])}
+    return sizes
 
 
 class _Twins:
     """Which tensor of the tiny model stands for a tensor of a large one: the same name in another layer, or of another expert."""
 
-    def __init__(self, names: Iterable[str], count: int) -> None:
+    def __init__(self, names: Iterable[str], count: int, stands: tuple[int, ...]) -> None:
         self._layers: dict[str, dict[int | None, str]] = defaultdict(dict)
         self._loosely: dict[str, str] = {}
-        self._count = count
+        self._count, self._stands = count, stands
         for name in names:
             star, number = _first_number(name)
             self._layers[star][number] = name
             self._loosely.setdefault(_numberless(name), name)
 
     def of(self, name: str, count: int) -> str | None:
-        """The twin of a tensor of a model with `count` layers; of the last layer, the last layer's, which may be normalised otherwise."""
+        """The twin of a tensor of a model with `count` layers, in a layer of its kind; of the last layer, the last one's, which may be
+        normalised otherwise.
+        """
         star, number = _first_number(name)
         found = self._layers.get(star)
         if not found:
             return self._loosely.get(_numberless(name))
-        last = found.get(self._count - 1) if number == count - 1 else None
-        return last or found.get(number) or next(iter(found.values()))
+        alike = self._count - 1 if number == count - 1 else number
+        if number is not None and number < count == len(self._stands) != self._count:
+            alike = self._stands[number]
+        return found.get(alike) or found.get(number) or next(iter(found.values()))
 
 
 def _first_number(name: str) -> tuple[str, int | None]:

@@ -6,7 +6,7 @@ The result is a guess about a stranger's config; nothing is believed of it but w
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..composite import TEXT, flat, nested, of_text
@@ -35,7 +35,7 @@ SMALL: tuple[tuple[str, int], ...] = (
     (r"shared.*intermediate", 72),
     (r"dense_intermediate|intermediate_size_mlp", 104),
     (r"intermediate_size|ffn_dim|ffn_hidden|^n_inner$|^dff$|^d_inner$|dim_ff|feed_forward_size|^mlp_dim$", 88),
-    (r"(kv|key_value)_heads|num_query_groups", 2),
+    (r"(kv|key_value)_(n_)?heads|num_query_groups", 2),
     (r"(attention_heads|^n_heads?|^num_heads|head_count)$", 4),
     (r"^(d_)?head_dim$|^d_head$|^dim_head$|^kv_channels$|attention_head_size|swa_head_dim|attention_head_dim", 24),
     (r"^vocab_size|decoder_vocab_size", 101),
@@ -46,15 +46,18 @@ SMALL: tuple[tuple[str, int], ...] = (
     (r"qk_nope_head_dim", 12),
     (r"qk_head_dim", 20),
     (r"v_head_dim", 10),
+    (r"compress_rates", 4),  # of keys and values, which a dozen tokens must fill
 )
 # Counts, which may be smaller still.
 FEW: tuple[tuple[str, int], ...] = (
     (r"layers$|^n_layers?$|^num_blocks$|^depth$", 2),
-    (r"topk_group|n_groups?$|ngroups|num_expert_group", 1),
+    (r"topk_group|n_group$|num_expert_group", 1),
+    (r"(n|o)_?groups$", 2),  # of heads
     (r"(topk|top_k|per_tok|per_token|moe_k$)", 2),
     (r"tokens_per_image$", 4),
     (r"n_shared_experts|num_shared_experts", 4),  # whose sizes add up
     (r"(num|routed|local|zero).*experts?(_num)?$", 4),
+    (r"channels?$", 32),
     (r"first_k_dense|num_dense_layers|moe_layer_start_index", 1),
 )
 RHYTHM = re.compile(r"period|interval|every|_step$")  # of layers that differ by their number
@@ -62,7 +65,11 @@ RHYTHM_LIST = re.compile(r"types|pattern")  # which the layers go through again 
 SIZES = ("_size", "_dim", "_dims", "_width", "d_model")
 OUTPUT = re.compile(r"out|text|(^|_)lm|proj")  # how other towers call the size that the text model reads
 MAX_LAYERS = 8
-UNTOUCHED = re.compile(r"token_id|token_index|_id$|chunk|window|dtype|seed|interval|period|offset|drop|layer_idx|kernel|conv|expand|eps")
+CLIPPED, CLIP = re.compile(r"clip_qkv"), 1.0  # so low that random queries and keys reach it
+PARTS = re.compile(r"(?<!quantization)_config$|compress_rates")  # dicts of sizes
+UNTOUCHED = re.compile(
+    r"token_id|token_index|_id$|chunk|window|dtype|seed|interval|period|offset|drop|layer_idx|kernel|conv(?!_channels)|expand|eps"
+)
 
 
 def shrunken(config: Config, depth_key: str, layers: tuple[int, ...]) -> dict[str, Any]:
@@ -90,7 +97,9 @@ def _shrunken_composite(config: Config, whole: Config, depth_key: str, layers: t
     """Tower by tower; what repeats the text model's hidden size in another tower goes on doing so, and what marks their places in a text
     are the last tokens."""
     text = shrunken(whole[TEXT], depth_key, layers)
-    small = flat({key: text if key == TEXT else _small(key, value, text, 0, ()) for key, value in whole.items()})
+    towers = {key for key, value in whole.items() if isinstance(value, Mapping) and key.endswith("_config")}
+    others = {key: _small_tower(value) if key in towers else _small(key, value, text, 0, ()) for key, value in whole.items() if key != TEXT}
+    small = flat({TEXT: text, **others})
     meets = [key for key, value in config.items() if not of_text(key) and repeats_hidden(key, value, config.get("hidden_size"))]
     marks = {key: text["vocab_size"] - 1 - number for number, key in enumerate(place_tokens(config))}
     return small | dict.fromkeys(meets, text["hidden_size"]) | marks
@@ -135,8 +144,15 @@ def _small(key: str, value: Any, config: Config, depth: int, layers: tuple[int, 
         return [_small(key, value[layer], config, depth, layers) for layer in layers]
     if isinstance(value, Mapping) and value and all(str(entry).isdigit() and int(entry) < depth for entry in value):
         return {str(layers.index(int(layer))): entry for layer, entry in value.items() if int(layer) in layers}
-    if isinstance(value, Mapping) and key.endswith("_config"):
-        return _small_tower(value)
+    if isinstance(value, Mapping) and isinstance(value.get("hidden_size"), int) and isinstance(value.get("num_hidden_layers"), int):
+        return shrunken(value, "num_hidden_layers", (0, 1)[: value["num_hidden_layers"]])  # of a tower that tokens do not go through
+    if isinstance(value, Mapping) and PARTS.search(key):
+        return {
+            part: _small(key if type(part) is int or key == "compress_rates" else part, size, value, depth, layers)
+            for part, size in value.items()
+        }
+    if CLIPPED.search(key) and isinstance(value, int | float):
+        return CLIP
     if value is None and key in ("num_key_value_heads", "num_experts_per_tok"):
         return 4 if key == "num_key_value_heads" else 2  # as many as queries; at all: which some classes do not work out
     if isinstance(value, bool) or not isinstance(value, int) or value < 1 or UNTOUCHED.search(key):
@@ -174,6 +190,20 @@ def numbers_layers(key: str, value: list[Any], depth: int) -> bool:
     return named and whole and len(value) > 0 and value == sorted(set(value)) and value != [0, 1]
 
 
+def _of_layers(config: Config, depth: int) -> tuple[list[list[Any]], list[list[int]]]:
+    """The lists of a config with one entry per layer, and those that name layers by their numbers."""
+    config = {key: value for key, value in config.items() if of_text(key)}
+    named = [value for key, value in config.items() if isinstance(value, list) and numbers_layers(key, value, depth)]
+    lists = [value for value in config.values() if isinstance(value, list)]
+    return [value for value in lists if len(value) == depth and value not in named], named
+
+
+def layer_kinds(config: Config, depth: int) -> list[str]:
+    """What the config's lists say of each layer; the same for layers that they do not tell apart."""
+    each, named = _of_layers(config, depth)
+    return [repr([[entries[layer] for entries in each], [layer in numbers for numbers in named]]) for layer in range(depth)]
+
+
 def kept_layers(config: Config, depth: int) -> tuple[int, ...]:
     """Layers that stand for all: the first of each kind that the config's lists tell apart, two at least.
 
@@ -181,14 +211,20 @@ def kept_layers(config: Config, depth: int) -> tuple[int, ...]:
         UserError: there are too many kinds for a tiny model.
     """
     config = {key: value for key, value in config.items() if of_text(key)}
-    lists = [value for key, value in config.items() if isinstance(value, list)]
-    named = [value for key, value in config.items() if isinstance(value, list) and numbers_layers(key, value, depth)]
-    each = [value for value in lists if len(value) == depth and value not in named]
-    kinds = [repr([[entries[layer] for entries in each], [layer in numbers for numbers in named]]) for layer in range(depth)]
-    first = {kind: layer for layer, kind in reversed(list(enumerate(kinds)))}
+    each, _ = _of_layers(config, depth)
+    first = {kind: layer for layer, kind in reversed(list(enumerate(layer_kinds(config, depth))))}
     rhythms = [value for key, value in config.items() if RHYTHM.search(key) and type(value) is int and 1 < value <= MAX_LAYERS]
     rhythms += [len(value) for key, value in config.items() if RHYTHM_LIST.search(key) and _words(value) and len(value) <= MAX_LAYERS]
     chosen = sorted({*first.values(), *range(min(2, depth)), *range(min(max(rhythms, default=0) if not each else 0, depth))})
     if len(chosen) > MAX_LAYERS:
         raise UserError(f"{len(chosen)} kinds of layers are too many to stand for in a tiny model")
     return tuple(chosen)
+
+
+def stand_ins(kinds: Sequence[str], kept: tuple[int, ...]) -> tuple[int, ...]:
+    """For each layer the place among the kept ones of one of its kind, for the last layer the last such; empty where there is one kind."""
+    if len(set(kinds)) == 1:
+        return ()
+    first = {kinds[layer]: place for place, layer in reversed(list(enumerate(kept)))}
+    last = {kinds[layer]: place for place, layer in enumerate(kept)}
+    return (*(first[kind] for kind in kinds[:-1]), last[kinds[-1]])
