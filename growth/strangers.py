@@ -133,7 +133,9 @@ def _family(draft: Draft, config: Config, shapes: Shapes | None) -> Family:
     strange = [name for name in shapes if called[name] not in built]
     dropped = set(passed_over(config, strange)) if strange else set()
     buffers = [name for name in strange if name in dropped or name.endswith(BUFFERS)]
-    family = drafted_family(draft, config, {name: shape for name, shape in shapes.items() if name not in buffers}, called)
+    place = {name: number for number, name in enumerate(built)}  # in the class's order, which a record has too
+    names = sorted(shapes.keys() - set(buffers), key=lambda name: (place.get(called[name], len(place)), name))
+    family = drafted_family(draft, config, {name: shapes[name] for name in names}, called)
     return replace(family, ignore=tuple(buffers))
 
 

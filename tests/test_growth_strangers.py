@@ -261,3 +261,13 @@ def test_a_tiny_twin_stands_for_all_kinds_of_layers_and_is_tiny(name: str, chang
     assert sum(prod(shape) for shape in draft.axes.shapes.values()) < 1_000_000
     if name == "recurrent_gemma":
         assert any("q_proj" in tensor for tensor in draft.seen)
+
+
+@pytest.mark.parametrize("name", ["starcoder2", "gpt_oss"])
+def test_a_growth_by_a_derived_schema_can_be_followed_again(tmp_path: Path, checkpoint_maker: Any, name: str) -> None:
+    from growth.grow import recorded_plan
+
+    target = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    grown = grow(checkpoint_maker(tmp_path / "source", config_of(name)), tmp_path / "out", target=target, receipt=False)
+    again = recorded_plan(tmp_path / "out")
+    assert (again.hash, [step.name for step in again.steps]) == (grown.plan.hash, [step.name for step in grown.plan.steps])
