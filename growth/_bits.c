@@ -6,7 +6,8 @@
    accumulate(rows, bfloat, total)     total += row for one row after the other, in float32
    largest(stored)                     the largest of the bits without their sign, in one piece of memory
 
-   Stored entries are float16, or bfloat16 where `bfloat` is true. Arrays have equal shapes of at most three axes and any strides, as long as entries of the last axis lie side by side. */
+   Stored entries are float16, or bfloat16 where `bfloat` is true. Arrays have equal shapes of at most three axes and any strides, as long as
+   entries of the last axis lie side by side. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
