@@ -40,3 +40,8 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
 def unknown(kind: str, name: object, known: Iterable[str]) -> NoReturn:
     """Raise the error for a `name` that is no known `kind`."""
     raise UserError(f"unknown {kind} {name!r}; {did_you_mean(name, known)}")
+
+
+def in_one_line(fault: BaseException, length: int = 200) -> str:
+    """The kind and the beginning of another library's error, to be quoted."""
+    return f"{type(fault).__name__}: {' '.join(str(fault).split())[:length]}"

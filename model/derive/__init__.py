@@ -60,7 +60,18 @@ def derive(config: Config) -> Draft:
     raise faults[0]
 
 
-def _twins(tiny: Config, keys: Keys) -> Iterator[Config]:
+def tiny_configs(config: Config) -> Iterator[dict[str, Any]]:
+    """Configs of tiny twins, the likeliest first; whether the class builds from one has to be tried.
+
+    Raises:
+        UserError: the config has no hidden size, layer count or vocabulary under a known name, or too many kinds of layers.
+    """
+    whole, attribute_map = _whole(config)
+    keys = Keys.of(whole, attribute_map)
+    yield from _twins(shrunken(whole, keys.layers, kept_layers(whole, whole[keys.layers])), keys)
+
+
+def _twins(tiny: Config, keys: Keys) -> Iterator[dict[str, Any]]:
     """The tiny config, then with what some classes insist on: a key-value head for each query head, a head dim of hidden size / heads."""
     every_head = {keys.kv: tiny[keys.heads]} if keys.kv and keys.heads else {}
     divided = {key: HEAD for key in HEAD_KEYS if key in tiny}

@@ -208,6 +208,32 @@ def sightings(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Sightin
     return found | {name: Sighting(tuple(t.shape), name, (False,) * t.ndim, indexed=False, used=True) for name, t in whole.items()}
 
 
+@dataclass(frozen=True)
+class Uses:
+    """What a forward pass did with a model's parameters, by their names.
+
+    Attributes:
+        touched: it used them at all.
+        contracted: the axes that it summed over, of those where it did.
+        indexed: it looked up rows of them.
+        convolved: they were kernels.
+    """
+
+    touched: frozenset[str]
+    contracted: dict[str, frozenset[int]]
+    indexed: frozenset[str]
+    convolved: frozenset[str]
+
+
+def uses(model: PreTrainedModel, tokens: torch.Tensor) -> Uses:
+    """What a forward pass on text shows of each parameter of a model in float64."""
+    watch = _Watch(model)
+    with torch.no_grad(), computing_in("float64"), watch:
+        model(input_ids=tokens, use_cache=False)
+    contracted = {name: frozenset(axes) for name, axes in watch.contracted.items()}
+    return Uses(frozenset(watch.touched), contracted, frozenset(watch.indexed), frozenset(watch.convolved))
+
+
 def _by_class(model: PreTrainedModel, parameter: str, reads: tuple[bool, ...]) -> tuple[bool, ...]:
     """Which axes a module that the forward pass did not use would sum over, by its class (cross-attention without an encoder)."""
     module = model.get_submodule(parameter.rpartition(".")[0])
@@ -223,6 +249,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.contracted: dict[str, set[int]] = defaultdict(set)
         self.indexed: set[str] = set()
+        self.convolved: set[str] = set()
         self.touched: set[str] = set()
         self.inputs: list[tuple[str, torch.Tensor]] = []  # (module, what it was given)
         self.outputs: dict[str, torch.Tensor] = {}
@@ -252,8 +279,10 @@ class _Watch(TorchDispatchMode):
         for position, dim in CONTRACTIONS.get(packet, ()):
             if (found := self.axes_of(args[position])) is not None and (axis := found[1][dim]) is not None:
                 self.contracted[found[0]].add(axis)
-        if packet is aten.convolution and (found := self.axes_of(args[1])) is not None and found[1][1] is not None:
-            self.contracted[found[0]].add(found[1][1])
+        if packet is aten.convolution and (found := self.axes_of(args[1])) is not None:
+            self.convolved.add(found[0])
+            if found[1][1] is not None:
+                self.contracted[found[0]].add(found[1][1])
         if packet is aten.embedding and (found := self.axes_of(args[0])) is not None:
             self.indexed.add(found[0])
         if packet in COPIES and (found := self.axes_of(args[0])) is not None and isinstance(out, torch.Tensor):

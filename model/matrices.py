@@ -1,0 +1,74 @@
+"""Which parameters of a class are matrices, as its tiny twin shows: by what a forward pass over text does with them, not by their names."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
+
+from .build import quietly
+from .derive import LENGTH, ROWS
+from .derive.probe import Uses, build, scramble, uses
+from .errors import UserError, in_one_line
+from .family import Config
+from .twin import Twin, layerless, tiny_twin
+
+if TYPE_CHECKING:
+    import torch
+
+Kind = Literal["matrix", "matrices", "convolution", "embedding", "other", "unused"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What a class does with one parameter, in every layer that has it.
+
+    Attributes:
+        kind: "matrix": two axes, of which a product sums over one; "matrices": a stack of such, as of experts (expert, out, in);
+            "convolution": a kernel over positions, depthwise or not; "embedding": rows are looked up (a tied head too); "other": added,
+            multiplied by, exponentiated (norms, biases, A_log); "unused": text does not reach it.
+        reads: the axes that are summed over.
+    """
+
+    kind: Kind
+    reads: tuple[int, ...]
+
+
+def parameters_of(config: Config) -> dict[str, Parameter]:
+    """Parameter's name without its layer's number (`layerless`) → what the class of `config` does with it.
+
+    `parameters_of(config)[layerless("model.layers.17.mlp.experts.down_proj")]` → `Parameter("matrices", (2,))`.
+
+    Raises:
+        UserError: the class does not build or run as a tiny twin.
+    """
+    return _parameters(tiny_twin(config))
+
+
+@lru_cache(maxsize=64)
+def _parameters(twin: Twin) -> dict[str, Parameter]:
+    try:
+        with quietly():
+            model = build(twin.config, "cpu")
+            scramble(model)
+            seen = uses(model, twin.tokens(ROWS, LENGTH))
+    except UserError:
+        raise
+    except Exception as fault:  # the library's classes raise every kind
+        raise UserError(f"a tiny twin of {twin.config.get('model_type')!r} does not run in float64 ({in_one_line(fault)})") from None
+    alike: dict[str, list[Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        alike[layerless(name)].append(Parameter(_kind(name, parameter, seen), tuple(sorted(seen.contracted.get(name, ())))))
+    # Where some layers use it and others do not, it is what it is used as.
+    return {name: min(kinds, key=lambda parameter: parameter.kind == "unused") for name, kinds in alike.items()}
+
+
+def _kind(name: str, parameter: torch.nn.Parameter, seen: Uses) -> Kind:
+    if name in seen.indexed:
+        return "embedding"
+    if name in seen.convolved:
+        return "convolution"
+    if name not in seen.contracted:
+        return "other" if name in seen.touched else "unused"
+    return "matrix" if parameter.ndim == 2 else "matrices" if parameter.ndim > 2 else "other"

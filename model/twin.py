@@ -1,0 +1,132 @@
+"""A tiny twin of a model class: the same `transformers` class and switches, every size small, built and run in a moment.
+
+Questions about a class (does its mask hold, which parameters are matrices, what are its FLOPs) are asked of its twin, on the device and
+under the attention implementation that the answer is wanted for.
+
+twin = tiny_twin(config)
+twin.build(device="cuda", attention="sdpa")(**twin.inputs(tokens)).logits
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .build import library_class, quietly, to_hf_config
+from .derive import LENGTH, ROWS, library_knows, tiny_configs, whole_config
+from .derive.probe import build as build_on
+from .derive.shrink import MAX_PARAMETERS, place_tokens
+from .errors import UserError, in_one_line
+from .family import Config
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, eq=False)  # one object for equal ones, so that answers are cached by it
+class Twin:
+    """The config of a tiny twin, flat and whole.
+
+    Attributes:
+        config: sizes of tens, the switches of the config that it is a twin of.
+        vocabulary: the token ids below it are plain text.
+        own: the config itself is so small that it is its own twin.
+    """
+
+    config: dict[str, Any]
+    vocabulary: int
+    own: bool = False
+
+    def tokens(self, rows: int, length: int, seed: int = 0) -> torch.Tensor:
+        """Random text, (rows, length)."""
+        import torch
+
+        return torch.randint(self.vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+    def build(self, *, device: torch.device | str = "cpu", attention: str | None = None) -> PreTrainedModel:
+        """The twin in float32 under `attention` (None: the library's choice), random, in eval mode; the global RNG stays as it was.
+
+        Raises:
+            Exception: of any kind, as the library's classes raise them.
+        """
+        import torch
+
+        hf_config = to_hf_config(self.config)
+        with torch.random.fork_rng(devices=[]), quietly():
+            torch.manual_seed(0)
+            how: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention, "trust_remote_code": False}
+            return library_class(hf_config).from_config(hf_config, **how).eval().to(device)
+
+
+LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+_TWINS: dict[str, Twin] = {}
+
+
+def tiny_twin(config: Config) -> Twin:
+    """The twin of a config of any model type that the library itself defines; the same object for all configs that share it.
+
+    Raises:
+        UserError: its class does not build or run as a tiny twin; the message says why.
+    """
+    if (key := _key(config)) not in _TWINS:
+        twin = _search(config)
+        _TWINS[key] = _TWINS.setdefault(_key(twin.config), twin)
+    return _TWINS[key]
+
+
+def _key(config: Config) -> str:
+    return json.dumps(config, sort_keys=True, default=repr)
+
+
+def _search(config: Config) -> Twin:
+    """The first config of a tiny twin that builds and runs; else the config itself, where that is small."""
+    if not library_knows(config):
+        raise UserError(f"transformers has no causal language model of type {config.get('model_type')!r}")
+    faults = []
+    try:
+        for candidate in tiny_configs(config):
+            try:
+                return _checked(candidate, own=False)
+            except UserError as fault:
+                faults.append(fault)
+    except UserError as fault:  # some size that a twin needs has an unknown name
+        faults.append(fault)
+    try:
+        return _checked(whole_config(config), own=True)
+    except UserError:
+        raise faults[0] from None
+
+
+def _checked(config: Config, *, own: bool) -> Twin:
+    """A twin whose class builds, is small (as its shapes on the meta device tell) and runs on text."""
+    whole = whole_config(config)
+    with quietly():
+        blank = build_on(whole)
+    if (count := sum(tensor.numel() for tensor in (*blank.parameters(), *blank.buffers()))) > MAX_PARAMETERS:
+        raise UserError(f"a tiny twin of it still has {count:,} parameters, so some size of its config was not recognised")
+    known: Any = blank.config
+    twin = Twin(whole, known.get_text_config().vocab_size - len(place_tokens(whole)), own)
+    try:
+        with quietly():
+            _run(twin)
+    except Exception as fault:  # the library's classes raise every kind
+        raise UserError(f"a tiny twin of it does not run on token ids alone ({in_one_line(fault)})") from None
+    return twin
+
+
+def _run(twin: Twin) -> None:
+    import torch
+
+    model: Any = twin.build()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        model(input_ids=twin.tokens(ROWS, LENGTH), use_cache=False)
+
+
+def layerless(name: str) -> str:
+    """A parameter's name without its layer's number, under which the twin's few layers stand for all: `model.layers.*.mlp.fc1.weight`."""
+    return LAYER.sub("*", name)
