@@ -174,7 +174,7 @@ def test_without_torchao_8_bits_are_refused_naming_the_way_out(monkeypatch: pyte
         return load(name, *more)
 
     monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(UserError, match=r"torchao's, which is not installed; pip install -e '\.\[low_bit\]'"):
+    with pytest.raises(UserError, match=r"torchao's, which is not installed; pip install -e '\.\[low-bit\]'"):
         build_optimizer(nn.Linear(2, 2), dataclasses.replace(SETTINGS, name="adamw_8bit"))
 
 

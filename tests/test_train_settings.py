@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -128,6 +131,21 @@ def test_a_sweep_tells_the_fault_of_its_last_point_before_the_first_trains(tmp_p
     done = run("-m", *GOOD, "seed=0,a", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (2, "error: seed: expected a whole number; found 'a'\n")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [[], ["-m"]])
+def test_a_tracker_that_is_not_installed_is_told_before_training(flags: list[str], tmp_path: Path) -> None:
+    if find_spec("trackio") is not None:
+        pytest.skip("trackio is installed here")
+    done = run(*flags, *GOOD, "logger=trackio", cwd=tmp_path)
+    assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
+    assert done.stderr == "error: logger=trackio: not installed; pip install -e '.[trackio]', or choose logger=none\n"
+
+
+def test_extras_are_spelt_as_installers_compare_them() -> None:
+    """Old versions of pip look an extra up as it is written, and a built package has it normalised (PEP 685)."""
+    extras = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {re.sub(r"[-_.]+", "-", name).lower() for name in extras} == set(extras)
 
 
 def test_the_door_is_light() -> None:

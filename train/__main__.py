@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 
 from model.errors import UserError
 from train.settings import CONF, Settings, compose, settings_from
+from train.trackers import check_installed
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
@@ -70,7 +71,7 @@ def _check_sweep(overrides: list[str]) -> None:
     faults = []
     for point in sweep_points(overrides):
         try:
-            compose(point)
+            check_installed(compose(point).logger.trackers)
         except UserError as error:
             faults.append(str(error))
     UserError.collect(dict.fromkeys(faults))
@@ -82,6 +83,7 @@ def _train(settings: Settings) -> None:
 
         print(tell(settings))
         return
+    check_installed(settings.logger.trackers)
     from train import slurm
     from train.loop import train  # torch, transformers and accelerate are loaded only for settings that hold
     from train.signals import REQUEUE, Stopped

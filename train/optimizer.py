@@ -66,7 +66,7 @@ def adamw_8bit(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optim
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
-        raise UserError("optimizer=adamw_8bit: it is torchao's, which is not installed; pip install -e '.[low_bit]'") from error
+        raise UserError("optimizer=adamw_8bit: it is torchao's, which is not installed; pip install -e '.[low-bit]'") from error
     return AdamW8bit(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model.errors import UserError
 from train.folder import METRICS, PICTURE
 
 if TYPE_CHECKING:
@@ -62,6 +64,16 @@ class Tracker:
         except Exception as error:
             self.tracker = None
             self.say(f"tracker {self.name} stopped ({type(error).__name__}: {error}); training goes on, {METRICS} is complete")
+
+
+def check_installed(names: Iterable[str]) -> None:
+    """Refuse trackers that are not installed, before anything is trained.
+
+    Raises:
+        UserError: naming each of them and the command that installs it.
+    """
+    missing = [name for name in names if find_spec(name) is None]
+    UserError.collect(f"logger={name}: not installed; pip install -e '.[{name}]', or choose logger=none" for name in missing)
 
 
 def open_trackers(folder: Path, settings: Settings, run: Mapping[str, Any], say: Say) -> list[Tracker]:
