@@ -459,6 +459,60 @@ def test_the_tensor_that_is_not_finite_is_named(
         loop.train(at(settings, tmp_path / "run"))
 
 
+@pytest.mark.parametrize(("step", "kept"), [(1, None), (3, None), (4, 3), (6, 3)])  # a checkpoint is due after step 3; step 6 is the last
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_neither_saved_nor_published(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, kept: int | None, value: float
+) -> None:
+    """After an update that broke one: whether a step, a checkpoint or the end meets it first, and however many steps may be skipped."""
+    call = Step.__call__
+
+    def breaking(self: Step, i: int) -> tuple[float, float]:
+        found = call(self, i)
+        if i + 1 == step:
+            self.parameters["lm_head.weight"].data[0, 0] = value
+        return found
+
+    monkeypatch.setattr(Step, "__call__", breaking)
+    state_kept = "no state before it" if kept is None else f"the state after step {kept}"
+    for _ in range(2):  # the same when it is started again
+        with pytest.raises(UserError, match=rf"not finite: weight lm_head.weight. The run stops here and has saved {state_kept}"):
+            loop.train(at(settings, tmp_path / "run", skip_nonfinite=9))
+        names = [path.name for path in state.complete(tmp_path / "run/checkpoints")]
+        assert names == ([] if kept is None else [f"step-{kept:08d}"])
+        assert not (tmp_path / "run/summary.json").exists()
+        assert not (tmp_path / "run/final").exists()
+    for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
+def test_the_gradient_norm_of_an_interval_outlives_a_skip_and_a_kill(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 4 to 6 are passed over, and the kill comes between them: the interval's last norm is that of step 3 all the same."""
+    losing(monkeypatch, 4, 5, 6)
+    whole, broken = (at(settings, tmp_path / name, skip_nonfinite=3, log_every_tokens=768) for name in ("whole", "broken"))
+    loop.train(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Meter, "skip", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            loop.train(broken)
+    loop.train(broken)
+    assert rows(tmp_path / "broken", "train")[0]["grad_norm"] > 0
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", ""])
+def test_broken_samples_are_told_and_written_anew(
+    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    train_and_kill(at(settings, tmp_path / "run"), 5)
+    (tmp_path / "run/samples.json").write_text(text)
+    loop.train(dataclasses.replace(at(settings, tmp_path / "run"), progress="lines"))
+    assert "samples.json: " in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/samples.json").read_text()).keys() == {"end"}
+
+
 def test_a_full_disk_stops_the_run_and_leaves_the_earlier_checkpoint(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path
 ) -> None:

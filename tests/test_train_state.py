@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from model.errors import UserError
 from model.whole import remove
 from train import folder, state
 from train.device import peak_flops
-from train.files import whole_folder, write_text
+from train.files import read_object, whole_folder, write_json, write_text
 from train.meter import Meter
 from train.optimizer import build_optimizer
 from train.settings import OptimizerSettings, compose
@@ -57,7 +59,8 @@ def test_a_checkpoint_brings_everything_back(tmp_path: Path, phi_config: dict[st
 def checkpoint(folder: Path, step: int, model: nn.Module | None = None) -> Path:
     """A checkpoint of `model` with an optimizer that has moments."""
     model = model or nn.Linear(2, 2)
-    state.write(state.place(folder, step), asdict(state.Position(step=step)), state.tensors(model, trained(model)))
+    held = state.tensors(model, trained(model))
+    state.write(state.place(folder, step), asdict(state.Position(step=step)), held, metrics=f'{{"kind": "eval", "step": {step}}}\n')
     return state.place(folder, step)
 
 
@@ -87,18 +90,61 @@ def test_a_checkpoint_that_a_kill_leaves_half_removed_is_none(tmp_path: Path, mo
     assert not old.exists()
 
 
-@pytest.mark.parametrize("damage", ["cut off", "missing", "no record", "another network"])
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
-    path = checkpoint(tmp_path, 1, nn.Linear(3, 2) if damage == "another network" else None)
-    (shard,) = path.glob("*.safetensors")
-    if damage == "cut off":
-        shard.write_bytes(shard.read_bytes()[:-1])
-    if damage == "missing":
-        shard.unlink()
-    if damage == "no record":
-        (path / state.STATE).write_text("{")
-    model = nn.Linear(2, 2)
-    with pytest.raises(UserError, match=r"checkpoint .*step-00000001: cannot be loaded \(.+\); delete this folder"):
+def flipped(file: Path, place: int = -1) -> None:
+    """Change one bit of the file."""
+    raw = bytearray(file.read_bytes())
+    raw[place] ^= 1
+    file.write_bytes(raw)
+
+
+def zeroed(file: Path) -> None:
+    """Lose the second half of the file, as a disk does that has not written a block."""
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[: size // 2] + bytes(size - size // 2))
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def edited(file: Path) -> None:
+    file.write_text(file.read_text().replace('"step": 1', '"step": 2'))
+
+
+@pytest.mark.parametrize("damage", [cut_off, Path.unlink, flipped, zeroed])
+@pytest.mark.parametrize("pattern", ["*.safetensors", "metrics.jsonl"])
+def test_every_damage_to_a_file_of_a_checkpoint_is_found(tmp_path: Path, damage: Callable[[Path], None], pattern: str) -> None:
+    path = checkpoint(tmp_path, 1)
+    state.check(path)
+    (file,) = path.glob(pattern)
+    damage(file)
+    with pytest.raises(UserError, match=r"checkpoint .*step-00000001: cannot be loaded \(.+\)"):
+        state.check(path)
+
+
+@pytest.mark.parametrize("damage", [cut_off, zeroed, edited, lambda file: file.write_text("[]"), lambda file: file.write_text("{}")])
+def test_every_damage_to_the_record_of_a_checkpoint_is_found(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    path = checkpoint(tmp_path, 1)
+    damage(path / state.STATE)
+    with pytest.raises(UserError, match=r"checkpoint .*step-00000001: cannot be loaded \(.+\)"):
+        state.check(path)
+
+
+def test_several_processes_read_every_file_of_a_checkpoint_once(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, 1)
+    flipped(next(path.glob("*.safetensors")))
+    faults = []
+    for process in range(2):
+        try:
+            state.check(path, process, 2)
+        except UserError as error:
+            faults.append(str(error))
+    assert len(faults) == 1
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
+    path, model = checkpoint(tmp_path, 1, nn.Linear(3, 2)), nn.Linear(2, 2)
+    with pytest.raises(UserError, match=r"checkpoint .*step-00000001: cannot be loaded \(.+\)"):
         state.read(path, model, build_optimizer(model, SETTINGS))
 
 
@@ -106,7 +152,7 @@ def test_a_checkpoint_holds_readable_tensors_and_text_alone(tmp_path: Path, phi_
     """No pickle, which could hold code; tied tensors once; every parameter and its moments under its own name."""
     model = build_model(phi_config | {"tie_word_embeddings": True}, seed=0)
     path = checkpoint(tmp_path, 1, model)
-    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json", ".jsonl"}
     (shard,) = path.glob("*.safetensors")
     slots = ("model", "optimizer/step", "optimizer/exp_avg", "optimizer/exp_avg_sq")
     names = [name for name, _ in model.named_parameters()]
@@ -114,13 +160,24 @@ def test_a_checkpoint_holds_readable_tensors_and_text_alone(tmp_path: Path, phi_
     assert sorted(load_file(shard)) == sorted(f"{slot}/{name}" for slot in slots for name in names)
 
 
-def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"kind": kind, "step": step}) + "\n" for step in (0, 5, 10) for kind in ("train", "eval")]
-    path.write_text("".join(lines) + '{"step": 5}')  # no line end: half-written
-    state.cut_metrics(path, 5)
-    assert path.read_text() == "".join(lines[:4])
-    state.cut_metrics(path, -1)
+@pytest.mark.parametrize(
+    ("there", "lost"),
+    [
+        ('{"kind": "eval", "step": 5}\n', False),
+        ('{"kind": "eval", "step": 5}\n{"kind": "train", "step": 7}\n{"st', False),  # rows after the checkpoint, the last cut off
+        ('{"kind": "ev', True),
+        ("", True),
+        (None, True),
+        ('[]\n{"kind": "eval", "step": 5}\n', True),
+    ],
+)
+def test_metrics_are_those_of_the_checkpoint(tmp_path: Path, there: str | None, lost: bool) -> None:
+    path, saved = tmp_path / "metrics.jsonl", checkpoint(tmp_path, 5)
+    if there is not None:
+        path.write_text(there)
+    assert state.restore_metrics(path, saved) == lost
+    assert path.read_text() == '{"kind": "eval", "step": 5}\n'
+    assert not state.restore_metrics(path, None)
     assert path.read_text() == ""
 
 
@@ -139,6 +196,18 @@ def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
     with whole_folder(target) as partial:
         (partial / "b").write_text("third")
     assert [path.name for path in target.iterdir()] == ["b"]
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
+    write_json(tmp_path / "f", {"a": [math.nan, 1.5], "b": {"c": -math.inf, "d": (True, "NaN")}})
+    assert json.loads((tmp_path / "f").read_text(), parse_constant=pytest.fail) == {"a": [None, 1.5], "b": {"c": None, "d": [True, "NaN"]}}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "3", "[" * 100_000])
+def test_what_is_no_json_object_is_one_clear_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "f").write_text(text)
+    with pytest.raises(UserError, match=r"/f: .*; the way out$"):
+        read_object(tmp_path / "f", "the way out")
 
 
 FULL = "No space left on device"

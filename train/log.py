@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.files import telling_disk_faults, write_json
+from model.errors import UserError
+from train.files import plain_json, read_object, telling_disk_faults, write_json
 from train.folder import METRICS, SAMPLES
 from train.trackers import Tracker, open_trackers
 
@@ -30,13 +31,20 @@ class Log:
             self.file = self.path.open("a")
 
     def write(self, kind: str, clocks: Mapping[str, Any], **values: Any) -> None:
-        """Append one line, on the disk before this returns, and mirror it."""
+        """Append one line and mirror it; what is not finite is null."""
+        row = plain_json({"kind": kind, **clocks, **values})
         with telling_disk_faults(self.path):
-            self.file.write(json.dumps({"kind": kind, **clocks, **values}) + "\n")
+            self.file.write(json.dumps(row, allow_nan=False) + "\n")
             self.file.flush()
         for tracker in self.trackers:
             tracker.log(kind, clocks, values)
         self.console.row(kind, clocks, values)
+
+    def rows(self) -> str:
+        """All lines so far, which a checkpoint keeps beside the weights that they tell of. They are on the disk when this returns."""
+        with telling_disk_faults(self.path):
+            os.fsync(self.file.fileno())
+            return self.path.read_text()
 
     def samples(self, when: str, clocks: Mapping[str, Any], write: Callable[[], list[Sample]]) -> None:
         """Keep what `write` writes in samples.json under `when`, and mirror it. No fault of it stops the run: nothing else needs it."""
@@ -46,7 +54,11 @@ class Log:
             self.console.say(f"no samples at the {when} ({type(error).__name__}: {error})")
             return
         path = self.path.with_name(SAMPLES)
-        kept = json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            kept = read_object(path, "it is written anew") if path.is_file() else {}
+        except UserError as error:
+            self.console.say(str(error))
+            kept = {}
         write_json(path, kept | {when: {**clocks, "samples": [asdict(sample) for sample in found]}})
         for tracker in self.trackers:
             tracker.text(f"samples/{when}", "\n\n".join(f"**{sample.prompt}**{sample.text}" for sample in found), clocks)

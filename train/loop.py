@@ -28,6 +28,7 @@ from train.log import Console, open_log
 from train.loss import check_loss
 from train.meter import Meter
 from train.publish import publish
+from train.saving import newest_intact
 from train.settings import Budget, Settings, needs_source
 from train.signals import watched
 from train.stages import Span, spans_of, stages_of
@@ -43,7 +44,8 @@ def train(settings: Settings) -> Path:
     A complete run returns at once. Every process of a distributed run calls this with the same settings; process 0 writes.
 
     Raises:
-        UserError: the settings, the text, the source and the folder do not go together, the disk is full, or a loss is not finite.
+        UserError: the settings, the text, the source and the folder do not go together, the disk is full, no checkpoint is intact, or a
+            loss or a weight is not finite.
         Stopped: SIGTERM or SIGUSR1 came; a checkpoint of the last step is saved.
     """
     folder, loop, budget = Path(settings.out), settings.train, Budget.of(settings.train)
@@ -87,10 +89,10 @@ def train(settings: Settings) -> Path:
         run_folder.check_same_inputs(folder, run, data.fingerprint, source_ledger(settings, source))
 
         # ---- 5. Where it stands, and on from there, stage by stage (one, unless it grows on its way) ----------------------------------
-        saved = state.complete(folder / run_folder.CHECKPOINTS, tidy=main)
-        position = state.peek(saved[-1]) if saved else state.Position()
-        if main:
-            state.cut_metrics(folder / run_folder.METRICS, position.step if saved else -1, position.stage)
+        saved = newest_intact(folder / run_folder.CHECKPOINTS, accelerator, console.say)
+        position = state.Position() if saved is None else state.peek(saved)
+        if main and state.restore_metrics(folder / run_folder.METRICS, saved):
+            console.say(f"{run_folder.METRICS} was cut, deleted or changed; its rows are those that the checkpoint keeps")
         with open_log(folder, settings, run, writes=main) as log:
             peak = peak_flops(device_name(accelerator.device), run["precision"])
             spans = [Span(**span) for span in run["spans"]]
@@ -99,7 +101,7 @@ def train(settings: Settings) -> Path:
                 made = Run(settings, folder, accelerator, data, windows, console, log, asked, meter)
                 for stage in stages[position.stage :]:
                     with meter.paused():
-                        trainee = Trainee(made, stage, source, teacher, saved[-1] if saved and stage.number == position.stage else None)
+                        trainee = Trainee(made, stage, source, teacher, saved if stage.number == position.stage else None)
                     trainee.train()
                     if stage is not stages[-1]:
                         trainee.grow(stages[stage.number + 1])
@@ -111,6 +113,7 @@ def train(settings: Settings) -> Path:
                 summary = summarise(position)
                 final = publish(folder, trainee.network, weights, data, run, summary, trainee.adam() if loop.keep_optimizer else None)
                 trainee.write_samples("end", None if weights is None else final)
+                trainee.rows()  # are on the disk before the summary says that they are whole
                 write_json(folder / run_folder.SUMMARY, summary)
                 console.say(f"val loss {summary['start_val_loss']:.4f} → {summary['final_val_loss']:.4f}: {folder}")
             accelerator.wait_for_everyone()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ class Meter:
     def __init__(self, position: Position, processes: int, tokens_per_step: int, spans: Sequence[Span], peak: float | None) -> None:
         self.position, self.processes = position, processes
         self.tokens_per_step, self.spans, self.peak = tokens_per_step, spans, peak
-        self.grad_norm = math.nan
         self.since = time.perf_counter()
         self.interval = (position.tokens, position.flops, position.seconds)
 
@@ -26,7 +24,7 @@ class Meter:
         """One optimizer step is done: its mean loss, and the gradient norm before clipping."""
         self.position.loss_sum += loss
         self.position.loss_count += 1
-        self.grad_norm = norm
+        self.position.grad_norm = norm
         self._advance()
 
     def skip(self) -> None:
@@ -64,6 +62,6 @@ class Meter:
         speed = (p.tokens - tokens) / passed
         mfu = None if self.peak is None else (p.flops - flops) / passed / (self.peak * self.processes)
         loss = p.loss_sum / p.loss_count if p.loss_count else None  # None: every step of the interval was passed over
-        row = {"loss": loss, "grad_norm": self.grad_norm, "tokens_per_second": round(speed, 1), "mfu": mfu}
+        row = {"loss": loss, "grad_norm": p.grad_norm, "tokens_per_second": round(speed, 1), "mfu": mfu}
         p.loss_sum, p.loss_count, self.interval = 0.0, 0, (p.tokens, p.flops, p.seconds)
         return row

@@ -3,14 +3,16 @@
 checkpoints/step-00000400/
     shard-*.safetensors  one file for each process: its part of the weights (`model/NAME`, tied tensors once) and of the optimizer's state
                          (`optimizer/SLOT/NAME`), written by torch.distributed.checkpoint, which puts the parts together again
-    state.json           step, clock and the open logging interval, readable, and the size of each shard
+    metrics.jsonl        the run's rows up to here: a resumed run's file begins as this one, whatever has become of its own
+    state.json           step, clock and the open logging interval, readable, and size and SHA-256 of each file, its own record included
 
-The text needs no state (batch i is a function of the seed and i), nor does the generator (it is seeded per step). metrics.jsonl is cut
-back to the checkpoint, so that a resumed run's file equals an undisturbed one's.
+The text needs no state (batch i is a function of the seed and i), nor does the generator (it is seeded per step). Before a run goes on, the
+bytes of its newest checkpoint are held against these checksums; one that is damaged is set aside, and the newest intact one is taken.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -31,11 +33,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from model.errors import UserError
-from model.whole import PARTIAL, partial_of
+from model.whole import PARTIAL, partial_of, remove
 from train.files import telling_disk_faults, whole_folder, write_json, write_text
+from train.folder import METRICS
 from train.optimizer import set_learning_rate
 
-STATE = "state.json"
+STATE, DAMAGED = "state.json", ".damaged"
 _NAME = re.compile(r"step-(\d{8,})")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a checkpoint of one process, which is no fault
 
@@ -50,6 +53,7 @@ class Position:
     seconds: float = 0.0  # training clock: no evaluation, no saving
     loss_sum: float = 0.0  # of the open logging interval
     loss_count: int = 0
+    grad_norm: float | None = None  # before clipping, of the last step that was not passed over
     start_val_loss: float | None = None  # at step 0
     val_loss: float | None = None  # at the last evaluation
     bits_per_byte: float | None = None
@@ -102,7 +106,9 @@ def _materialise(optimizer: torch.optim.Optimizer) -> None:
 # ---- writing and reading --------------------------------------------------------------------------------------------------------------
 
 
-def write(path: Path, position: Mapping[str, Any], held: Mapping[str, Tensor], group: Any = None, *, main: bool = True) -> None:
+def write(
+    path: Path, position: Mapping[str, Any], held: Mapping[str, Tensor], group: Any = None, *, main: bool = True, metrics: str = ""
+) -> None:
     """Write a checkpoint, whole or not at all. Every process of `group` calls this with its own part.
 
     Args:
@@ -110,6 +116,7 @@ def write(path: Path, position: Mapping[str, Any], held: Mapping[str, Tensor], g
         held: of `tensors`, or a copy.
         group: a gloo group of all processes; None for one process.
         main: whether this process makes the folder.
+        metrics: the rows of metrics.jsonl so far, on the process that makes the folder.
 
     Raises:
         UserError: the disk is full or not writable; earlier checkpoints are untouched.
@@ -118,8 +125,35 @@ def write(path: Path, position: Mapping[str, Any], held: Mapping[str, Tensor], g
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         with _first_fault():
             dcp.save(dict(held), storage_writer=writer, process_group=group, no_dist=group is None)
+        digests = _all_digests(partial, group)
         if main:
-            write_json(partial / STATE, {**position, "files": _sizes(partial)})
+            write_text(partial / METRICS, metrics)
+            record = {**position, "files": digests | {METRICS: _digest(partial / METRICS)}}
+            write_json(partial / STATE, record | {"sha256": _record_digest(record)})
+
+
+def _all_digests(partial: Path, group: Any) -> dict[str, dict[str, Any]]:
+    """Size and checksum of each shard. Processes share out the reading, since one alone would take long over a large checkpoint."""
+    if group is None:
+        return {file.name: _digest(file) for file in _shards(partial)}
+    process, processes = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    own = {file.name: _digest(file) for file in _shards(partial)[process::processes]}
+    gathered: list[dict[str, dict[str, Any]]] = [{}] * processes
+    torch.distributed.all_gather_object(gathered, own, group=group)
+    return {name: digest for part in gathered for name, digest in part.items()}
+
+
+def _shards(path: Path) -> list[Path]:
+    return sorted(path.glob("*.safetensors"))
+
+
+def _digest(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+
+
+def _record_digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def read(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
@@ -139,16 +173,39 @@ def read(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 
 def peek(path: Path) -> Position:
-    """Where the checkpoint at `path` stands; its tensors are not read.
+    """Where the checkpoint at `path` stands; of its tensors, only the files' sizes are looked at.
 
     Raises:
         UserError: a file of it is missing or damaged.
     """
     with _telling_damage(path):
-        record = json.loads((path / STATE).read_text())
-        if (sizes := _sizes(path)) != record["files"]:
-            raise ValueError(f"its files should be {record['files']}, and are {sizes}")
-        return Position(**{key: value for key, value in record.items() if key != "files"})
+        record = _record(path)
+        sizes = {file.name: file.stat().st_size for file in _shards(path)}
+        expected = {name: known["bytes"] for name, known in record["files"].items() if name != METRICS}
+        if sizes != expected:
+            raise ValueError(f"its files should be {expected}, and are {sizes}")
+        return Position(**{key: value for key, value in record.items() if key not in ("files", "sha256")})
+
+
+def check(path: Path, process: int = 0, processes: int = 1) -> None:
+    """Read the checkpoint at `path` and hold it against its checksums; of several processes, each reads its share of the files.
+
+    Raises:
+        UserError: a file of it is missing or damaged.
+    """
+    peek(path)
+    with _telling_damage(path):
+        for name, known in sorted(_record(path)["files"].items())[process::processes]:
+            if _digest(path / name) != known:
+                raise ValueError(f"the bytes of {name} are not those that were written")
+
+
+def _record(path: Path) -> dict[str, Any]:
+    record = json.loads((path / STATE).read_text())
+    unsigned = {key: value for key, value in record.items() if key != "sha256"}
+    if record["sha256"] != _record_digest(unsigned):
+        raise ValueError(f"{STATE} is not what was written")
+    return record
 
 
 @contextmanager
@@ -158,8 +215,8 @@ def _telling_damage(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # several libraries report a damaged file in several ways
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"checkpoint {path}: cannot be loaded ({reason}); delete this folder to resume from the one before it") from error
+        reason = f"no {error}" if isinstance(error, KeyError) else (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"checkpoint {path}: cannot be loaded ({reason})") from error
 
 
 @contextmanager
@@ -169,10 +226,6 @@ def _first_fault() -> Iterator[None]:
         yield
     except CheckpointException as gathered:
         raise next(iter(gathered.failures.values()))[0] from None
-
-
-def _sizes(path: Path) -> dict[str, int]:
-    return {file.name: file.stat().st_size for file in sorted(path.glob("*.safetensors"))}
 
 
 # ---- the folder of checkpoints --------------------------------------------------------------------------------------------------------
@@ -201,18 +254,18 @@ def drop_old(folder: Path, keep: int, best: int | None = None) -> None:
             shutil.rmtree(partial_of(path))
 
 
-def cut_metrics(path: Path, step: int, stage: int = 0) -> None:
-    """Drop every line of metrics.jsonl after `step` and its `stage`, and a last line that a kill left half-written."""
-    if not path.exists():
-        return
-    lines = [line for line in path.read_text().splitlines(keepends=True) if _belongs(line, step)]
-    grown = [line for line in lines if json.loads(line)["kind"] == "growth"]  # the n-th tells how stage n begins
-    write_text(path, "".join(line for line in lines if line not in grown[stage:]))
+def set_aside(path: Path) -> Path:
+    """Give a damaged checkpoint a name under which it is none, and return that."""
+    aside = path.with_name(path.name + DAMAGED)
+    remove(aside)
+    os.rename(path, aside)
+    return aside
 
 
-def _belongs(line: str, step: int) -> bool:
-    try:
-        row: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return False
-    return line.endswith("\n") and row["step"] <= step
+def restore_metrics(path: Path, saved: Path | None) -> bool:
+    """Let metrics.jsonl hold what it held at the checkpoint `saved`, or nothing; return whether rows of that had gone."""
+    kept = b"" if saved is None else (saved / METRICS).read_bytes()
+    there = path.read_bytes() if path.is_file() else b""
+    if there != kept:
+        write_text(path, kept.decode())
+    return not there.startswith(kept)

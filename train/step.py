@@ -79,7 +79,7 @@ class Step:
         norm = total_norm(gradients)
         found = torch.stack((loss, norm)).tolist()  # the one place where a step waits for the device: what is not finite must not be used
         if not all(map(math.isfinite, found)):
-            fault = NotFinite(i + 1, found[0], found[1], self.culprit())
+            fault = self.fault(i + 1, *found)
             self.optimizer.zero_grad()
             raise fault
         if self.settings.train.gradient_clip is not None:
@@ -110,12 +110,23 @@ class Step:
             mean += text.detach() * share
         return mean
 
-    def culprit(self) -> str:
-        """Which tensor is not finite: a weight, else the gradient nearest to the loss, where the backward pass met it first."""
-        if names := self.not_finite({name: p.detach() for name, p in self.parameters.items()}):
-            return f"weight {names[0]}"
+    def fault(self, step: int, loss: float, norm: float) -> NotFinite:
+        """Tell which tensor is not finite: a weight, else the gradient nearest to the loss, where the backward pass met it first."""
+        said = f"step {step}: the loss is {loss} and the gradient norm {norm}; not finite: "
+        if names := self.broken_weights():
+            return NotFinite(f"{said}weight {names[0]}", weights=True)
         names = self.not_finite({name: p.grad for name, p in self.parameters.items() if p.grad is not None})
-        return f"gradient of {names[-1]}, and of {len(names) - 1} more of {len(self.parameters)} tensors" if names else "loss alone"
+        more = f"{len(names) - 1} more of {len(self.parameters)} tensors"
+        return NotFinite(said + (f"gradient of {names[-1]}, and of {more}" if names else "loss alone"))
+
+    def check_weights(self, step: int) -> None:
+        """Raise NotFinite where a weight is not finite after `step` steps: no loss has met it yet, and such a state is not to be kept."""
+        if names := self.broken_weights():
+            raise NotFinite(f"after step {step}: not finite: weight {names[0]}", weights=True)
+
+    def broken_weights(self) -> list[str]:
+        """The names of the trained weights that are not finite."""
+        return self.not_finite({name: p.detach() for name, p in self.parameters.items()})
 
     def not_finite(self, tensors: dict[str, Tensor]) -> list[str]:
         """The names of those that are not finite on any process."""
@@ -124,16 +135,23 @@ class Step:
 
 
 class NotFinite(UserError):
-    """A loss or a gradient was not finite; nothing was trained on it."""
+    """A loss, a gradient or a weight was not finite; nothing was trained on it.
 
-    def __init__(self, step: int, loss: float, norm: float, culprit: str) -> None:
-        super().__init__(f"step {step}: the loss is {loss} and the gradient norm {norm}; not finite: {culprit}")
+    Args:
+        weights: a weight is not finite, so that no later step can be finite either.
+    """
 
-    def with_way_out(self, saved: int) -> UserError:
-        """The same for a run that stops at it, its last good state saved after step `saved`."""
+    def __init__(self, message: str, *, weights: bool = False) -> None:
+        super().__init__(message)
+        self.weights = weights
+
+    def with_way_out(self, saved: int | None) -> UserError:
+        """The same for a run that stops at it, the newest state with finite weights saved after step `saved`, if any is."""
+        kept = "has saved no state before it" if saved is None else f"has saved the state after step {saved}"
+        passing = "" if self.weights else ", or pass over such steps with train.skip_nonfinite=N"
         return UserError(
-            f"{self}. The run stops here and has saved the state after step {saved}: lower optimizer.learning_rate or lengthen "
-            "schedule.warmup_fraction under a new name=, or pass over such steps with train.skip_nonfinite=N"
+            f"{self}. The run stops here and {kept}: lower optimizer.learning_rate or lengthen schedule.warmup_fraction under a new "
+            f"name={passing}"
         )
 
 

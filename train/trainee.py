@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 
 from model.build import attention_backend, load_model
+from model.errors import UserError
 from model.geometry import parameter_count
 from train import folder as run_folder
 from train import state
@@ -23,7 +25,7 @@ from train.loss import build_loss
 from train.meter import Meter
 from train.optimizer import build_optimizer
 from train.sample import samples
-from train.saving import saving
+from train.saving import Saver, saving
 from train.settings import Budget, Settings
 from train.signals import Stopped, any_process
 from train.speed import speed_up
@@ -102,10 +104,8 @@ class Trainee:
                 try:
                     meter.count(*self.step(position.step))
                 except NotFinite as fault:
-                    if position.skipped == loop.skip_nonfinite:
-                        saver.save(position)
-                        saver.wait()
-                        raise fault.with_way_out(position.step) from None
+                    if fault.weights or position.skipped == loop.skip_nonfinite:
+                        raise self.stopping(fault, saver) from None
                     meter.skip()
                     if log:
                         log.write("skip", meter.clocks(), reason=str(fault))
@@ -121,10 +121,38 @@ class Trainee:
                 handed_on = position.step == stage.last < budget.steps
                 if budget.saves(position.step, best=position.best_step) or stopped or handed_on:
                     with meter.paused():
-                        saver.save(position)
+                        self.save(saver)
                 if stopped:
                     saver.wait()
                     raise Stopped(f"stopped by {run.asked() or 'a signal to another process'} after step {position.step}, which is saved")
+            self.check_weights(saver)
+
+    def save(self, saver: Saver) -> None:
+        """Save where the run stands, unless a weight is not finite: the checkpoint that is there stays the newest.
+
+        Raises:
+            UserError: a weight is not finite.
+        """
+        self.check_weights(saver)
+        saver.save(self.run.meter.position, self.rows())
+
+    def rows(self) -> str:
+        """The run's metrics so far, on the disk; "" on the processes that do not write."""
+        return self.run.log.rows() if self.run.log else ""
+
+    def check_weights(self, saver: Saver) -> None:
+        """Stop the run where a weight is not finite: what it trains from here on, and its end, would be worth nothing."""
+        try:
+            self.step.check_weights(self.run.meter.position.step)
+        except NotFinite as fault:
+            raise self.stopping(fault, saver) from None
+
+    def stopping(self, fault: NotFinite, saver: Saver) -> UserError:
+        """The error that a run stops with; its last state with finite weights is on the disk then."""
+        if not fault.weights:
+            saver.save(self.run.meter.position, self.rows())
+        saver.wait()
+        return fault.with_way_out(saver.newest)
 
     def validate(self, kind: str = "eval") -> None:
         """Take the validation loss, off the training clock, and tell it: of a network that has just grown as "growth"."""
@@ -134,7 +162,8 @@ class Trainee:
         if kind == "eval":
             position.start_val_loss = found.val_loss if position.start_val_loss is None else position.start_val_loss
             position.val_loss, position.bits_per_byte = found.val_loss, found.bits_per_byte
-            if position.step > 0 and (position.best_val_loss is None or found.val_loss < position.best_val_loss):
+            best = math.inf if position.best_val_loss is None else position.best_val_loss
+            if position.step > 0 and found.val_loss < best:  # never of one that is not a number
                 position.best_val_loss, position.best_step = found.val_loss, position.step
         if run.log:
             run.log.write(kind, run.meter.clocks(), **asdict(found))
