@@ -2,7 +2,7 @@
 
 make bench-growth                                   about 10 minutes and 25 GB of disk: a table, and benchmarks/bench_growth.json
 python benchmarks/bench_growth.py --rounds 1 --layers 6 --without-mergekit      a quick look
-python benchmarks/bench_growth.py --readme          the same, and its table into README.md; with --rounds 0 that of bench_growth.json
+python benchmarks/bench_growth.py --page            the same, and its table into docs/evidence.md; with --rounds 0 that of bench_growth.json
 
 The source has random weights in float16. A round runs every command once, each a whole process on `--cores` cores whose wall time and
 peak resident memory are those that the operating system counts. Before a command runs, what it writes is removed and what it reads is in
@@ -30,7 +30,7 @@ from typing import Any
 import passthrough  # nothing large is imported here: a child's peak memory starts from its parent's
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
+PAGE = HERE.parent / "docs" / "evidence.md"
 MARKS = ("<!-- bench-growth -->\n", "<!-- /bench-growth -->\n")
 
 
@@ -268,11 +268,11 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Medians of the rounds' ratios: {ratios}.", ""])
 
 
-def write_readme(result: dict[str, Any]) -> None:
-    """Put the table between its marks in README.md."""
-    before, rest = README.read_text().split(MARKS[0])
+def write_page(result: dict[str, Any]) -> None:
+    """Put the table between its marks in docs/evidence.md."""
+    before, rest = PAGE.read_text().split(MARKS[0])
     _, after = rest.split(MARKS[1])
-    README.write_text(before + MARKS[0] + table(result) + MARKS[1] + after)
+    PAGE.write_text(before + MARKS[0] + table(result) + MARKS[1] + after)
 
 
 def main() -> None:
@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/bench-growth"), help="a folder for 20 GB, removed at the end")
     parser.add_argument("--out", type=Path, default=HERE / "bench_growth.json")
     parser.add_argument("--without-mergekit", action="store_true")
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    parser.add_argument("--page", action="store_true", help="write the table into docs/evidence.md")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -297,8 +297,8 @@ def main() -> None:
         result = run(options)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
         print(f"\n{table(result)}")
-    if options.readme:
-        write_readme(json.loads(options.out.read_text()))
+    if options.page:
+        write_page(json.loads(options.out.read_text()))
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

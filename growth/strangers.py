@@ -109,7 +109,8 @@ def _derived(config: Config, shapes: Shapes | None, target: Target, depth: str |
     except UserError as fault:
         raise UserError(
             f"family {name!r} has no schema here, and none could be derived and confirmed for this growth: {fault}; what is left: whole "
-            "layers copied (growth.depth=stack and no size but the number of layers), or a schema of your own (README, 'Add a family')"
+            "layers copied (growth.depth=stack and no size but the number of layers), or a schema of your own (docs/families.md, "
+            "'Add a family')"
         ) from None
     sizes = ", ".join(f"{key} {draft.axes.config[key]} → {size}" for key, size in changes.items())
     notes = [

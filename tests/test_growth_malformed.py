@@ -167,7 +167,7 @@ CASES: dict[str, tuple[Spoil, str]] = {
         config(model_type="phy"),
         "family 'phy' has no schema here, and none could be derived and confirmed for this growth: transformers has no causal language "
         "model of that type; what is left: whole layers copied (growth.depth=stack and no size but the number of layers), or a schema of "
-        "your own (README, 'Add a family')",
+        "your own (docs/families.md, 'Add a family')",
     ),
     "hidden_size is text": (config(hidden_size="24"), "config of family 'phi': hidden_size must be a positive whole number, found '24'"),
     "hidden_size is a fraction": (

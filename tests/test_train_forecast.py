@@ -129,7 +129,7 @@ def test_a_sharded_model_holds_two_layers_and_the_ends_whole() -> None:
     assert gathered(network, 2, reshard=False) == 2 * (len(layers_of(network)) * layer + ends)
 
 
-def test_phi_2s_budget_in_the_readme_is_computed() -> None:
+def test_phi_2s_budget_in_the_documents_is_computed() -> None:
     """1.4 T tokens on 96 A100 in 14 days: the rate and the utilisation that they mean."""
     settings = phi_2(96, "forecast.days=14", "train.budget_tokens=1_400_000_000_000")
     flops = 1_400_000_000_000 // 786432 * 786432 * forecast(settings).flops_per_token
@@ -137,9 +137,9 @@ def test_phi_2s_budget_in_the_readme_is_computed() -> None:
     assert rate == pytest.approx(flops / 96 / 14 / 24 / 3600)
     said = tell(settings)
     numbers = [f"{rate / 1e12:.1f} TFLOP/s", f"{mfu:.1%}", f"{flops:.4g}"]
-    readme = " ".join((Path(__file__).parents[1] / "README.md").read_text().split())
+    page = " ".join((Path(__file__).parents[1] / "docs" / "train.md").read_text().split())
     assert all(number in said for number in numbers)
-    assert all(number in readme for number in numbers)
+    assert all(number in page for number in numbers)
 
 
 def test_a_dry_run_needs_no_source_and_leaves_nothing(

@@ -1,0 +1,456 @@
+"""What README and docs/ show is run, what they count is what scripts and studies wrote, and every link leads somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+import model.family
+from growth import grow, plan
+from growth.__main__ import GrowthLeaf
+from growth.__main__ import settings_from as growth_settings
+from growth.door import compose_config, plain, read
+from growth.layers import LAYER_MAPS, layer_map
+from growth.operators import OPERATORS
+from model.build import to_hf_config
+from model.errors import UserError
+from model.geometry import parameter_count
+from model.presets import PRESETS, preset
+from tests.conftest import TINY
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+STUDIES = sorted(path.parent.name for kind in ("study", "mixtures") for path in ROOT.glob(f"experiments/*/{kind}.yaml"))
+PAGES = ["README.md", "CONTRIBUTING.md", "experiments/README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def flowing(page: str) -> str:
+    """The page with its line breaks taken out, for sentences."""
+    return " ".join(text_of(page).split())
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return [body for name, body in FENCE.findall(text_of(page)) if name == language]
+
+
+def sections(page: str, level: int) -> dict[str, str]:
+    """heading → what stands under it, up to the next heading of that level or above."""
+    parts = re.split(rf"^(#{{1,{level}}}) (.+)$", FENCE.sub("", text_of(page)), flags=re.MULTILINE)
+    found = zip(parts[1::3], parts[2::3], parts[3::3], strict=True)
+    return {title: body for marks, title, body in found if len(marks) == level}
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of every row of a Markdown table."""
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("| ")]
+
+
+def script(path: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A script of the repository as a module."""
+    monkeypatch.syspath_prepend(str((ROOT / path).parent))
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- links ------------------------------------------------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as GitHub makes anchors of them."""
+    titles = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *(f"experiments/{name}/README.md" for name in STUDIES)])
+def test_every_relative_link_leads_somewhere(page: str) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", text_of(page)))
+    broken = []
+    for link in links:
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+def test_the_readme_is_short_and_leads_to_every_page() -> None:
+    assert len(text_of("README.md").splitlines()) <= 130
+    assert {f"({page})" for page in PAGES if page != "README.md"} <= set(re.findall(r"\([\w/.]+\)", text_of("README.md")))
+
+
+# ---- commands ---------------------------------------------------------------------------------------------------------------------------
+
+
+def commands(page: str) -> Iterator[list[str]]:
+    """Every command of the bash blocks as words, without its comment and its environment."""
+    for block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+                words = words[1:]
+            if words:
+                yield words
+
+
+def check_train(arguments: list[str]) -> None:
+    from train.door import sweep_points
+    from train.settings import compose
+
+    swept = "-m" in arguments
+    overrides = [argument for argument in arguments if argument != "-m"]
+    points = sweep_points(overrides) if swept else [overrides]
+    assert len(points) > swept
+    assert compose(points[0])
+    assert not swept or compose(points[-1])  # what lies between differs in one leaf, and tests/test_conf.py composes every leaf
+
+
+def check_data(arguments: list[str]) -> None:
+    from train.data.__main__ import FilterSettings, InspectSettings, PrepareSettings, settings_from
+    from train.data.writing.settings import settings_from as write_settings
+
+    command, *overrides = arguments
+    kinds: dict[str, tuple[Any, str]] = {
+        "prepare": (PrepareSettings, "prepare"),
+        "inspect": (InspectSettings, "inspect"),
+        **dict.fromkeys(("label", "fit", "score"), (FilterSettings, "filter")),
+    }
+    assert write_settings(overrides) if command == "write" else settings_from(*kinds[command], overrides)
+
+
+def check_experiments(arguments: list[str]) -> None:
+    from experiments.__main__ import parser
+
+    options = parser().parse_args(arguments)
+    assert options.command == "compare" or options.study in STUDIES
+
+
+def check_growth(arguments: list[str]) -> None:
+    if arguments == ["--help"]:
+        return
+    settings = growth_settings(arguments)
+    if settings.plan_only and settings.source in PRESETS:
+        plan(settings.source, settings.target, seed=settings.seed, **settings.growth.arguments())
+
+
+def check_pytest(arguments: list[str]) -> None:
+    assert all((ROOT / argument).is_file() for argument in arguments if argument.endswith(".py"))
+
+
+ROOMS = {
+    "growth": check_growth,
+    "train": check_train,
+    "train.data": check_data,
+    "experiments": check_experiments,
+    "pytest": check_pytest,
+}
+
+
+def check(words: list[str]) -> None:
+    """Read a command by the door that it would go through."""
+    match words:
+        case ["torchrun", "--nproc_per_node", number, "-m", "train", *arguments]:
+            assert number.isdecimal()
+            check_train(arguments)
+        case ["python", "-m", room, *arguments]:
+            ROOMS[room](arguments)
+        case ["python", path, *_]:
+            assert (ROOT / path).is_file()
+        case ["make", target]:
+            assert re.search(rf"^{target}:", text_of("Makefile"), re.MULTILINE)
+        case ["pip", "install", "-e", extra]:
+            known = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
+            assert extra.removeprefix(".[").removesuffix("]") in known
+        case ["source", ".venv/bin/activate"] | ["lm_eval", *_]:
+            pass
+        case _:
+            pytest.fail(f"a command that no test reads: {shlex.join(words)}")
+
+
+COMMANDS = [pytest.param(words, id=f"{page}: {shlex.join(words)[:70]}") for page in PAGES for words in commands(page)]
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_every_command_is_one_that_the_doors_take(words: list[str]) -> None:
+    check(words)
+
+
+@pytest.mark.parametrize("words", [["python", "-m", "growth", "source=DIR", "targt=phi_2"], ["rm", "-rf", "runs"]])
+def test_a_wrong_command_is_found(words: list[str]) -> None:
+    with pytest.raises((UserError, pytest.fail.Exception)):
+        check(words)
+
+
+# ---- snippets ---------------------------------------------------------------------------------------------------------------------------
+
+SMALL = PRESETS["tiny_source"] | TINY | {"num_key_value_heads": 3}
+LARGE = PRESETS["tiny_target"] | TINY | {"num_key_value_heads": 3, "hidden_size": 30, "intermediate_size": 50, "num_hidden_layers": 4}
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint_maker: Any) -> Path:
+    """Where a reader stands: a tiny checkpoint under the name of a large one, presets of its sizes, registries that forget."""
+    model.family.families()
+    monkeypatch.setattr(model.family, "_REGISTERED", dict(model.family._REGISTERED))
+    for name in list(OPERATORS):
+        monkeypatch.setitem(OPERATORS, name, OPERATORS[name])
+    monkeypatch.setitem(PRESETS, "phi_1_5", SMALL)
+    monkeypatch.setitem(PRESETS, "phi_2", LARGE)
+    checkpoint_maker(tmp_path / "path" / "to" / "phi-1_5", preset("phi_1_5") | {"dtype": "float64"})
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_the_snippets_of_a_page_run_in_their_order(page: str, reader: Path) -> None:
+    known = set(OPERATORS)
+    try:
+        namespace: dict[str, Any] = {}
+        for block in blocks(page, "python"):
+            exec(compile(block, page, "exec"), namespace)
+    finally:
+        for name in set(OPERATORS) - known:
+            del OPERATORS[name]
+    if "grown" in namespace:
+        assert namespace["grown"].certificate.lossless
+
+
+def test_the_schema_of_ones_own_is_right(tmp_path: Path, checkpoint_maker: Any, monkeypatch: Any) -> None:
+    (example,) = (block for block in blocks("docs/families.md", "python") if "register(" in block)
+    model.family.families()
+    monkeypatch.setattr(model.family, "_REGISTERED", dict(model.family._REGISTERED))
+    exec(example, {})
+    sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24}
+    config = to_hf_config({"model_type": "starcoder2", "vocab_size": 61, "bos_token_id": 0, "eos_token_id": 1, **sizes}).to_dict()
+    source = checkpoint_maker(tmp_path / "source", config)
+    target = {"hidden_size": 40, "num_attention_heads": 10, "num_key_value_heads": 5, "num_hidden_layers": 3, "intermediate_size": 31}
+    grown = grow(source, tmp_path / "out", target=target, noise=0.3)
+    assert grown.plan.notes == ()
+    assert grown.certificate.lossless, grown.certificate.reasons
+    assert grown.receipt is not None
+    assert grown.receipt.max_delta <= 1e-12
+
+
+def test_the_leaf_of_the_operator_that_is_added_is_read(tmp_path: Path) -> None:
+    (leaf,) = blocks("docs/add_an_operator.md", "yaml")
+    (tmp_path / "growth").mkdir()
+    (tmp_path / "growth" / "mirror.yaml").write_text(leaf)
+    (tmp_path / "grow.yaml").write_text((CONF / "grow.yaml").read_text().replace("growth: lossless", "growth: mirror"))
+    faults: list[str] = []
+    cfg, faults = compose_config(tmp_path, "grow", ["source=x", "target=y"])
+    arm = read(GrowthLeaf, plain(cfg, faults)["growth"], "growth.", faults)
+    assert not faults
+    assert arm is not None
+    assert arm.arguments() == {"operator": "mirror", "depth": "identity", "noise": 0.0, "split": True}
+
+
+# ---- operators.md -----------------------------------------------------------------------------------------------------------------------
+
+PAGE = "docs/operators.md"
+BLOCKS = {title.strip("`"): body for title, body in sections(PAGE, 3).items()}
+LEAVES = sorted(path.stem for path in (CONF / "growth").glob("*.yaml"))
+EVERYTHING = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 512}
+DOUBLED = {"intermediate_size": 512}
+
+
+def test_every_operator_has_its_block() -> None:
+    assert set(BLOCKS) - {"source", "Growth on the way"} == set(OPERATORS) - {"none"}
+    assert "`growth.operator=none`" in BLOCKS["scratch"]
+
+
+@pytest.mark.parametrize("name", [*sorted(set(OPERATORS) - {"none"}), "source"])
+def test_a_block_tells_idea_use_options_losslessness_and_paper(name: str) -> None:
+    assert re.findall(r"^\* \*\*(\w+)\.\*\*", BLOCKS[name], re.MULTILINE) == ["Idea", "When", "Options", "Lossless", "Paper"]
+    if name in OPERATORS:
+        parameters = inspect.signature(OPERATORS[name]).parameters.values()
+        options = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+        assert set(re.findall(r"`(\w+)=\w", BLOCKS[name].split("**Options.**")[1].split("**Lossless.**")[0])) == options
+
+
+@pytest.mark.parametrize("name", sorted(set(OPERATORS) - {"none"}))
+def test_what_a_block_says_of_losslessness_is_what_the_certificate_proves(name: str) -> None:
+    word = re.search(r"\*\*Lossless\.\*\* (Yes|No|On spaces without a norm)", BLOCKS[name])
+    assert word is not None
+    proved = {target: plan("tiny_source", sizes, name).certificate.lossless for target, sizes in (("all", EVERYTHING), ("ffn", DOUBLED))}
+    assert proved == {"all": word[1] == "Yes", "ffn": word[1] != "No"}
+
+
+def leaf_row(name: str) -> str:
+    """A leaf as a row of the page's last table."""
+    leaf = yaml.safe_load((CONF / "growth" / f"{name}.yaml").read_text())
+    rest = {key: value for key, value in leaf.items() if key not in ("name", "operator", "depth", "noise", "stages")}
+    options = ", ".join(f"`{key}={value}`" for key, value in rest.items())
+    stages = f"[{len(leaf['stages'])} stages](#growth-on-the-way)" if "stages" in leaf else ""
+    return f"| `{name}` | `{leaf['operator']}` | `{leaf['depth']}` | {leaf['noise']:g} | {options or stages} |"
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_every_leaf_has_its_row_and_its_paper(name: str) -> None:
+    assert leaf_row(name) in text_of(PAGE)
+    leaf = (CONF / "growth" / f"{name}.yaml").read_text()
+    block = BLOCKS["Growth on the way" if "stages:" in leaf else yaml.safe_load(leaf)["operator"]]
+    papers = re.findall(r"\d{4}\.\d{5}", leaf.splitlines()[0])
+    assert all(paper in block or paper in sections(PAGE, 2)["Layer maps"] for paper in papers)
+    assert f"**`{name}`**" in block or "stages:" not in leaf
+
+
+def layers_row(name: str) -> str:
+    """How a layer map's row begins."""
+    layers = layer_map(name, 4, 6)
+    cells = (f"[{layer}]" if idle else str(layer) for layer, idle in zip(layers.layers, layers.identity, strict=True))
+    return f"| `{name}` | {' '.join(cells)} | {'yes' if layers.is_lossless else 'no'} |"
+
+
+@pytest.mark.parametrize("name", sorted(LAYER_MAPS))
+def test_every_layer_map_is_drawn(name: str) -> None:
+    assert layers_row(name) in text_of(PAGE)
+
+
+# ---- grow.md, notation.md ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_sizes_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = script("benchmarks/grow_sizes.py", monkeypatch)
+    peaks, bench = (json.loads(text_of(f"benchmarks/{name}.json")) for name in ("grow_sizes", "bench_growth"))
+    held = text_of("docs/grow.md").split(sizes.MARKS[0])[1].split(sizes.MARKS[1])[0]
+    assert held == sizes.table(peaks, bench)
+    assert all(sizes.figures(name)["lossless"] for name in sizes.SOURCES)
+    assert sizes.minutes(bench["bytes"]["growth"], bench) == pytest.approx(bench["seconds"]["growth"] / 60)
+
+
+def test_what_is_said_of_learning_rates_and_losses_is_what_the_study_found() -> None:
+    best = {row["arm"]: row for row in json.loads(text_of("experiments/tiny/comparison.json"))["rows"] if row["best"]}
+    ratios = {arm: row["learning_rate"] / best["scratch"]["learning_rate"] for arm, row in best.items() if arm not in ("scratch", "source")}
+    said = flowing("docs/grow.md")
+    for ratio, words in (
+        (1, "× 1 for `random_pad`, `tile` and `lossless_proportional`"),
+        (2, "× 2 for `lossless`, `lossless_stack` and `tile_flat`"),
+    ):
+        assert words in said
+        assert set(re.findall(r"`(\w+)`", words)) == {arm for arm, found in ratios.items() if found == pytest.approx(ratio)}
+    near = ("random_pad", "lossless_stack", "lossless", "lossless_proportional")
+    ends = [best[arm]["final_loss"] for arm in near]
+    assert max(ends) - min(ends) < 0.02
+    grown = {arm: row["final_loss"] for arm, row in best.items() if arm not in ("scratch", "source")}
+    assert min(grown, key=lambda arm: grown[arm]) == "random_pad"
+    assert f"a Phi of {parameter_count(preset('tiny_target')) / 1e6:.2f} M parameters" in said
+
+
+def test_the_picture_of_the_notation_shows_four_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawing = script("docs/draw_notation.py", monkeypatch)
+    figure = drawing.build()
+    assert len(figure.axes) == 2 * len(drawing.MODULES)
+    labels = [label.get_text() for label in figure.axes[3].get_yticklabels()]
+    assert labels == ["0", "1", "2", "3", "0", "1"]  # q_proj: the third head is a copy of the first
+    assert drawing.PICTURE.is_file()
+
+
+# ---- what is counted --------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_said_of_training_is_what_the_study_found() -> None:
+    """The sentence about experiments/tiny_transfer against its comparison.json."""
+    found = json.loads(text_of("experiments/tiny_transfer/comparison.json"))["changes"]
+    untold = "no change that the seeds can tell"
+    assert {(change["plain"], change["arm"]): change["verdict"] for change in found} == {
+        **{("lossless", arm): untold for arm in ("continued", "distilled", "slower")},
+        ("lossless", "frozen"): "higher",
+        **{("scratch", arm): untold for arm in ("g_stack", "gradual_stacking")},
+    }
+    assert all(change["flops"] < 1 for change in found if change["plain"] == "scratch")
+    assert all(len(change["seeds"]) == 3 for change in found)
+    said = flowing("docs/train.md")
+    for sentence in (
+        "three seeds tell neither `continued` nor `distilled` nor slower inherited entries from plain training, and `frozen` ends higher",
+        "nor do they tell `g_stack` and `gradual_stacking` from scratch, which paid more FLOPs",
+    ):
+        assert sentence in said
+
+
+def test_the_count_of_architectures_is_the_one_that_was_measured() -> None:
+    """The numbers of `python benchmarks/count_architectures.py`, and that they count what the file lists."""
+    result = json.loads(text_of("benchmarks/count_architectures.json"))
+    confirmed = [story["axes"] for story in result["types"].values() if "refused" not in story]
+    counts = result["summary"]
+    assert counts["types"] == len(result["types"])
+    assert counts["hidden width"] == len(confirmed) == sum("confirmed" in axes["hidden width"] for axes in confirmed)
+    assert all(axes["hidden width"]["error"] <= 2e-5 for axes in confirmed)
+    version = result["versions"]["transformers"].rpartition(".")[0]
+    said = flowing("docs/families.md")
+    for sentence in (
+        f"Of the {counts['types']} causal language model types of transformers {version}",
+        f"confirmed for **{counts['hidden width']}**; for {counts['hidden width at any ratio']} of them",
+        f"Heads grow too in {counts['heads too']}, feed-forward or expert sizes in {counts['feed-forward too']},",
+        f"depth in {counts['depth too']}.",
+        f"{counts['held against the default config']} of the schemas were also held against",
+    ):
+        assert sentence in said
+
+
+def test_the_table_of_data_is_the_one_that_was_measured() -> None:
+    result = json.loads(text_of("benchmarks/bench_data.json"))
+    table = sections("docs/evidence.md", 2)["Data"]
+    for name, rate in result["megabytes_per_second"].items():
+        over = [result["prepare_over"][clock].get(name, 1.0) for clock in ("wall", "cpu")]
+        assert f"| {name} | {rate:.1f} | {over[0]:.2f} | {over[1]:.2f} |" in table
+    assert f"{result['machine']}, medians of {result['rounds']} rounds, {result['bytes']:,} bytes, {result['tokens']:,} tokens" in table
+
+
+def test_the_families_with_a_schema_are_those_named() -> None:
+    written = next(cells[1] for cells in rows(text_of("docs/families.md")) if cells[0].startswith("[written]"))
+    assert set(re.findall(r"`(\w+)`", written)) == set(model.family.families())
+
+
+def test_the_hash_that_contributing_shows_is_todays() -> None:
+    leaf = yaml.safe_load((CONF / "growth" / "lossless.yaml").read_text())
+    assert f"hash: {plan('phi_1_5', 'phi_2', 'lossless', depth=leaf['depth'], noise=leaf['noise']).hash}" in text_of("CONTRIBUTING.md")
+
+
+# ---- studies ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_has_its_row(name: str) -> None:
+    (row,) = (cells for cells in rows(text_of("experiments/README.md")) if cells[0].startswith(f"[{name}]"))
+    folder = ROOT / "experiments" / name
+    (definition,) = (path for kind in ("study", "mixtures") if (path := folder / f"{kind}.yaml").is_file())
+    assert row[1] == yaml.safe_load(definition.read_text())["question"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", row[3])
+    if (comparison := folder / "comparison.json").is_file():
+        result = json.loads(comparison.read_text())
+        assert row[2].startswith(result["answer"])
+        assert all(f"`{change['arm']}`" in row[2] for change in result["changes"])
+    log = subprocess.run(["git", "log", "--format=%h %as", "--", str(folder)], cwd=ROOT, capture_output=True, text=True, check=False)
+    if log.returncode == 0 and len(log.stdout.splitlines()) > 1:  # a shallow clone has one commit, an archive none
+        assert any(line.startswith(row[4][:7]) and line.endswith(row[3]) for line in log.stdout.splitlines())
+
+
+def test_the_citation_names_the_project_and_its_version() -> None:
+    citation = yaml.safe_load(text_of("CITATION.cff"))
+    project = tomllib.loads(text_of("pyproject.toml"))["project"]
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert [author["name"] for author in citation["authors"]] == [re.search(r"\d{4} (.+)", text_of("LICENSE"))[1]]  # type: ignore[index]
