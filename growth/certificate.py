@@ -212,10 +212,23 @@ def _residual(plan: Plan, expansion: Expansion) -> Iterator[str]:
     if not np.allclose(write.gain[write.copies | (write.fill == Fill.MEAN)], c, rtol=1e-12):
         yield "residual: writers are not all scaled alike"
     rho = r * n / N
-    eps = [growth.family.eps(config) for config in (plan.source_config, plan.target_config)]
-    if not isclose(c * c * rho * eps[0], eps[1], rel_tol=1e-9):
-        yield f"residual: norms see variance × {c * c * rho:.4g} but epsilon {eps[0]:g} becomes {eps[1]:g}"
+    yield from _epsilon(plan, c * c * rho)
     yield from _norms(plan, expansion, r, c, rho)
+
+
+def _epsilon(plan: Plan, factor: float) -> Iterator[str]:
+    """The norms' epsilon must follow the variance that those over the residual stream see, and stay for every other norm."""
+    family = plan.family
+    before, after = (family.eps(config) for config in (plan.source_config, plan.target_config))
+    if not family.sets_eps:
+        if not isclose(factor, 1, rel_tol=1e-9):
+            yield f"residual: norms see variance × {factor:.4g}, and no config key is known that sets their epsilon"
+        return
+    if not isclose(factor * before, after, rel_tol=1e-9):
+        yield f"residual: norms see variance × {factor:.4g} but epsilon {before:g} becomes {after:g}"
+    if before != after:
+        for line in family.other_norms(plan.source_config):
+            yield f"{line.name}: normalises over {line.out} with the config's epsilon too, which becomes {after:g}"
 
 
 def _norms(plan: Plan, expansion: Expansion, r: int, c: float, rho: float) -> Iterator[str]:

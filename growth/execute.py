@@ -11,8 +11,9 @@ from typing import Protocol
 import numpy as np
 
 from model.dtypes import RAW, to_raw, working_type
+from model.errors import UserError
 
-from .bits import accumulate, floats, is_short, lookup, normal_bits, rounded, scaled
+from .bits import EXPONENT, accumulate, all_finite, floats, is_short, lookup, normal_bits, rounded, scaled
 from .expansion import AxisMap, Fill, product
 from .noise import Noise
 from .plan import Plan, Step
@@ -113,6 +114,28 @@ class Expander:
     def fill(self, target: np.ndarray, start: int) -> None:
         """Compute raw rows `start`, `start + 1`, … into `target`, one of the `blocks`: (b, columns)."""
         rows = np.arange(start, start + len(target))
+        self._fill_all(target, rows)
+        if self.dtype in EXPONENT and not all_finite(target, self.dtype):
+            self._check_source(rows)
+
+    def _check_source(self, rows: np.ndarray) -> None:
+        """Rows of the target are not finite: the source's must not be either.
+
+        Raises:
+            UserError: the source is finite, so that scaling or noise went beyond the largest number of the format.
+        """
+        for name in {self.step.source, self.step.next_source} - {None}:
+            copied = self.maps[0].fill[rows] != Fill.MEAN
+            index = np.unique(self.maps[0].index[rows]) if copied.all() else np.arange(self.maps[0].source)
+            if not all_finite(np.ascontiguousarray(self._gather(name, index)), self.dtype):
+                return
+        raise UserError(
+            f"{self.step.name}: a grown entry is infinite where the source is finite: too large for {self.dtype} once scaled; store the "
+            "result in float32 (dtype=float32), or choose a growth that scales less"
+        )
+
+    def _fill_all(self, target: np.ndarray, rows: np.ndarray) -> None:
+        """Compute raw rows of these consecutive numbers, fill by fill."""
         fills, gains = self.maps[0].fill[rows], self.maps[0].gain[rows]
         if (fills == fills[0]).all() and (gains == gains[0]).all():
             self._fill(target, rows, Fill(int(fills[0])))
@@ -201,9 +224,11 @@ class Expander:
         first, step = (0, STRETCH) if rows <= 1024 else (7 * STRETCH // 2, 8 * STRETCH)  # in the middle of what they stand for
         for start in range(first, rows, step):
             values = floats(self._gather(self.step.source, np.arange(start, min(start + STRETCH, rows))), self.dtype)
-            count += values.size
+            strange = ~np.isfinite(values)  # where they are allowed, they say nothing of the others
+            values[strange] = 0
+            count += values.size - int(strange.sum())
             square += float(np.square(values, out=values).sum(axis=1).sum(dtype=np.float64))
-        return sqrt(square / count)
+        return sqrt(square / max(count, 1))
 
     @cached_property
     def _has_mean_rows(self) -> bool:
@@ -224,7 +249,9 @@ class Expander:
     @cached_property
     def _noise(self) -> Noise | None:
         """The noise on a matrix that reads copies."""
-        reads = [axis for axis in (0, 1) if self._reads_copies(axis)] if self.plan.noise and len(self.step.shape) > 1 else []
+        quiet = self.step.tensor.is_head and not self.plan.recipe.noisy_head
+        noisy = self.plan.noise and len(self.step.shape) > 1 and not quiet
+        reads = [axis for axis in (0, 1) if self._reads_copies(axis)] if noisy else []
         if not reads:
             return None
         deviation = self.plan.noise * self._root_mean_square
@@ -240,7 +267,9 @@ class Expander:
 
     @property
     def _offset(self) -> float:
-        return self.step.tensor.line.offset
+        """What the module adds to the stored scale of a norm; nothing to its bias."""
+        tensor = self.step.tensor
+        return 0.0 if tensor.is_bias else tensor.line.offset
 
     @cached_property
     def _zero(self) -> np.ndarray:

@@ -79,8 +79,10 @@ def lossless(growth: Growth) -> Recipe:
 
 
 def lemon(growth: Growth) -> Recipe:
-    """`lossless` in LEMON's own form (2310.07999): writers unscaled (c = 1), the norms' epsilon × ρ instead. Lossless where `lossless` is,
-    unless another norm shares the config's epsilon (per-head q/k norms) or the epsilon is a constant of the model's code (OPT).
+    """`lossless` in LEMON's own form (2310.07999): writers unscaled (c = 1), the norms' epsilon × ρ instead.
+
+    Lossless where `lossless` is, unless ρ < 1 and another norm shares the config's epsilon (per-head q/k norms: Qwen3, OLMo 2), or no
+    config key sets the epsilon (a constant of OPT's code; families whose schema is derived).
     """
     n, N = growth.source["residual"], growth.target["residual"]
     return replace(_average_expansion(growth, lambda rho: 1.0), eps_factor=(N // n) * n / N)
@@ -188,8 +190,11 @@ def scratch(growth: Growth) -> Recipe:
 
 
 def zero_pad(growth: Growth) -> Recipe:
-    """The source in a corner of every tensor, zeros everywhere else, norm scales included: new dims stay dead until training wakes them.
+    """The source in a corner of every tensor, zeros everywhere else, norm scales included: a null control, never read.
 
+    A new reader's gradient is a multiple of a new activation, which is zero, and that of a new writer or norm scale passes through a new
+    reader, which is zero: all stay exactly 0 for ever (norm scales of 1 would not help an RMSNorm, which scales a zero). Only through
+    LayerNorm's mean does a gradient reach what writes new residual dims, which still nothing reads. `random_pad` learns.
     Lossless only on spaces without a norm; a norm over the residual stream then divides by another variance.
     """
     return _pad(growth, Fill.ZERO, "zero")
@@ -243,8 +248,8 @@ def hyperclone(growth: Growth, *, form: str = "symmetric") -> Recipe:
     """HyperCloning (2409.12903): every space grows by a whole factor m, copies side by side, their readers divided.
 
     `form="symmetric"`: every copy reads all m copies, each × 1/m; `"diagonal"`: the n-th copy reads the n-th copies only (block-diagonal
-    matrices). With `noise` the paper's noisy forms: what is added to the readers of one copy is taken from another's. Heads are cloned
-    whole. Lossless.
+    matrices). With `noise` the paper's noisy forms (10 dB there: noise = 10^(-10/20) = 0.3162): what is added to the readers of one copy is
+    taken from another's, the output head's readers excepted. Attention heads are cloned whole. Lossless.
     """
     if form not in ("symmetric", "diagonal"):
         unknown("hyperclone form", form, ("symmetric", "diagonal"))
@@ -270,7 +275,13 @@ def hyperclone(growth: Growth, *, form: str = "symmetric") -> Recipe:
             expansion = replace(expansion, final_scale=expansion.final_scale.scaled(undo), final_shift=expansion.final_shift.scaled(undo))
         return expansion
 
-    return Recipe(_each_space(growth, grow), diagonal=form == "diagonal", hidden_ratio=growth.hidden_ratio, moments="transpose")
+    return Recipe(
+        _each_space(growth, grow),
+        diagonal=form == "diagonal",
+        hidden_ratio=growth.hidden_ratio,
+        noisy_head=False,
+        moments="transpose",
+    )
 
 
 def sparkling(growth: Growth) -> Recipe:

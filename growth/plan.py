@@ -291,11 +291,17 @@ def _source_name(tensor: Tensor, growth: Growth, layer: int | None) -> str:
 
 
 def _next_source(tensor: Tensor, growth: Growth, layers: LayerMap, maps: Sequence[AxisMap]) -> str | None:
-    """Where indices from the next layer come from; the last layer and tensors outside the layers stand in for themselves."""
+    """Where indices from the next layer come from: the next one that has the tensor (layers may differ in kind).
+
+    The last of them, and tensors outside the layers, stand in for themselves.
+    """
     if not any((axis.fill == Fill.NEXT).any() for axis in maps):
         return None
-    layer = None if tensor.layer is None else min(layers.layers[tensor.layer] + 1, layers.source - 1)
-    return _source_name(tensor, growth, layer)
+    if tensor.layer is None:
+        return _source_name(tensor, growth, None)
+    own = layers.layers[tensor.layer]
+    having = range(layers.source) if tensor.line.only is None else sorted(tensor.line.only)
+    return _source_name(tensor, growth, next((layer for layer in having if layer > own), own))
 
 
 def _copied_both_ways(tensor: Tensor, maps: Sequence[AxisMap]) -> bool:

@@ -78,6 +78,7 @@ class Recipe:
         factor: one more factor on a tensor, by the spaces it reads and writes that grow.
         hidden_ratio: what is taken to the power of the hidden size by which the model multiplies a tensor's output; 1 leaves it.
         inherits: False when nothing is taken from the source.
+        noisy_head: whether noise falls on the output head too.
         moments: how Adam's moments grow with the weights (`growth.moments`): by the transposed maps, kept on original entries, or reset.
     """
 
@@ -88,6 +89,7 @@ class Recipe:
     eps_factor: float = 1.0
     hidden_ratio: float = 1.0
     inherits: bool = True
+    noisy_head: bool = True
     moments: Literal["transpose", "original", "reset"] = "reset"
 
     def spaces_only(self) -> Recipe:
@@ -119,6 +121,6 @@ class Recipe:
                 return expansion.final_shift if tensor.is_bias else expansion.final_scale
             case "post norm":
                 return expansion.post_scale
-        if line.kind == "linear" and reads and line.out == Space("vocab"):
+        if tensor.is_head and reads:
             return expansion.head
         return expansion.read if reads != space.dual else expansion.write

@@ -50,6 +50,12 @@ class Tensor:
         """What the same tensor is called in another layer."""
         return self.pattern.replace("*", str(layer))
 
+    @property
+    def is_head(self) -> bool:
+        """Whether it is the output head's matrix."""
+        line = self.line
+        return line.kind == "linear" and line.out == Space("vocab") and not self.is_bias
+
     def sums_over(self, axis: int) -> bool:
         """Whether the module sums over an axis: it reads it, or has no sides and all spaces of the axis are reading ones."""
         named = list(spaces(self.axes[axis])) if self.line.kind == "tensor" else []
@@ -211,6 +217,15 @@ class Family:
     def eps(self, config: Config) -> float:
         """The epsilon of the norms over the residual stream."""
         return float(self.get(config, "norm_eps", 1e-5))
+
+    @property
+    def sets_eps(self) -> bool:
+        """Whether a config key is known that sets that epsilon; some classes have a constant in their code (OPT)."""
+        return "norm_eps" in self.names
+
+    def other_norms(self, config: Config) -> list[Line]:
+        """The norms over another space than the residual stream (queries, keys), which take the config's epsilon too."""
+        return [line for line in self.lines_of(config) if line.kind == "norm" and line.out != Space("residual")]
 
     def uses(self, space: str) -> bool:
         """Whether any tensor of the schema has `space` on an axis."""
