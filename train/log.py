@@ -132,7 +132,8 @@ class Console:
             self.losses["tokens/s"] = f"{values['tokens_per_second']:,.0f}"
             mfu = "" if values["mfu"] is None else f", MFU {values['mfu']:.1%}"
             speed = f"{values['tokens_per_second']:,.0f} tokens/s{mfu}"
-            text = f"loss {values['loss']:.4f}, learning rate {values['learning_rate']:.2e}, {speed}"
+            router = "" if "router_loss" not in values else f" (routers {values['router_loss']:.3f})"
+            text = f"loss {values['loss']:.4f}{router}, learning rate {values['learning_rate']:.2e}, {speed}"
         if self.bar is not None:
             self.bar.update(self.task, completed=clocks["tokens"], shown=", ".join(f"{key} {value}" for key, value in self.losses.items()))
         else:

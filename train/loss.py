@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import LinearCrossEntropyOptions, functional
 
 from model.errors import UserError
+from train.router import Balance, Losses, balanced_forward, has_routers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,16 +40,24 @@ class NextTokenLoss(nn.Module):
     def __init__(self, network: PreTrainedModel, *, fused: bool, end_of_text: int | None = None) -> None:
         super().__init__()
         self.network: Any = network
-        self.fused, self.end_of_text = fused, end_of_text
+        self.fused, self.end_of_text, self.routed = fused, end_of_text, has_routers(network)
 
-    def forward(self, windows: Tensor, reduction: str = "mean") -> Tensor:
+    def forward(self, windows: Tensor, reduction: str = "mean") -> Any:
         """Cross-entropy of each token after the first given those before it, in nats, computed in float32.
+
+        While a mixture of experts trains, its routers' load-balancing term stands beside it (`Losses`); it is never in a validation loss.
 
         Args:
             windows: token ids, (rows, context + 1).
             reduction: "mean" or "sum" over the rows · context predicted tokens.
         """
         targets = windows[:, 1:].flatten()
+        if self.training and self.routed:
+            seen, balance = balanced_forward(self.network, self.inputs(windows), logits=not self.fused)
+            if self.fused:
+                return balanced(self.from_hidden(seen.flatten(0, 1), targets, reduction), balance, targets, reduction)
+            text = functional.cross_entropy(seen.float().flatten(0, 1), targets, reduction=reduction)
+            return balanced(text, balance, targets, reduction)
         if self.fused:
             return self.from_hidden(self.hidden(windows).flatten(0, 1), targets, reduction)
         logits = self.network(**self.inputs(windows), use_cache=False).logits
@@ -68,6 +77,19 @@ class NextTokenLoss(nn.Module):
     def from_hidden(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
         """Cross-entropy from what the head reads, (tokens, hidden), without the logits ever being whole."""
         return fused_cross_entropy(hidden, self.network.get_output_embeddings(), targets, reduction)
+
+
+def balanced(text: Tensor, balance: Balance | None, targets: Tensor, reduction: str, taught: Tensor | None = None) -> Any:
+    """The text's loss with the load-balancing term, which weighs as many tokens as the text does.
+
+    Args:
+        taught: the objective without the term, where that is not the text's loss alone.
+    """
+    objective = text if taught is None else taught
+    if balance is None:
+        return text if taught is None else (objective, text)
+    weight = len(targets) if reduction == "sum" else 1
+    return Losses(objective + weight * balance.weighted, text, weight * balance.plain)
 
 
 def build_loss(network: PreTrainedModel, config: Mapping[str, Any], settings: LoopSettings, end_of_text: int) -> NextTokenLoss:

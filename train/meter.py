@@ -20,9 +20,11 @@ class Meter:
         self.since = time.perf_counter()
         self.interval = (position.tokens, position.flops, position.seconds)
 
-    def count(self, loss: float, norm: float) -> None:
-        """One optimizer step is done: its mean loss, and the gradient norm before clipping."""
+    def count(self, loss: float, norm: float, router: float | None = None) -> None:
+        """One optimizer step is done: its mean loss, the gradient norm before clipping, and the routers' load-balancing term if any."""
         self.position.loss_sum += loss
+        if router is not None:
+            self.position.router_sum = router + (self.position.router_sum or 0.0)
         self.position.loss_count += 1
         self.position.grad_norm = norm
         self._advance()
@@ -62,6 +64,7 @@ class Meter:
         speed = (p.tokens - tokens) / passed
         mfu = None if self.peak is None else (p.flops - flops) / passed / (self.peak * self.processes)
         loss = p.loss_sum / p.loss_count if p.loss_count else None  # None: every step of the interval was passed over
-        row = {"loss": loss, "grad_norm": p.grad_norm, "tokens_per_second": round(speed, 1), "mfu": mfu}
-        p.loss_sum, p.loss_count, self.interval = 0.0, 0, (p.tokens, p.flops, p.seconds)
+        balance = {} if p.router_sum is None or not p.loss_count else {"router_loss": p.router_sum / p.loss_count}
+        row = {"loss": loss, **balance, "grad_norm": p.grad_norm, "tokens_per_second": round(speed, 1), "mfu": mfu}
+        p.loss_sum, p.loss_count, p.router_sum, self.interval = 0.0, 0, None, (p.tokens, p.flops, p.seconds)
         return row

@@ -54,6 +54,7 @@ class Position:
     loss_sum: float = 0.0  # of the open logging interval
     loss_count: int = 0
     grad_norm: float | None = None  # before clipping, of the last step that was not passed over
+    router_sum: float | None = None  # of the routers' load-balancing term over the same steps, where there is one
     start_val_loss: float | None = None  # at step 0
     val_loss: float | None = None  # at the last evaluation
     bits_per_byte: float | None = None

@@ -17,6 +17,7 @@ from train.data import TokenSplit
 from train.data.batches import batch
 from train.distribute import accumulating, local, total_norm
 from train.optimizer import set_learning_rate
+from train.router import Losses
 from train.schedule import factor
 from train.settings import Budget, Settings
 from train.teacher import scheduled
@@ -64,38 +65,44 @@ class Step:
         )
         return torch.from_numpy(found).to(self.accelerator.device, non_blocking=True)
 
-    def __call__(self, i: int) -> tuple[float, float]:
+    def __call__(self, i: int) -> tuple[float, ...]:
         """Train on batch `i`.
 
         Returns:
-            the mean loss over the batch, and the gradient's norm before clipping, both of all processes.
+            the mean loss over the batch, the gradient's norm before clipping, and where there is one, the routers' load-balancing term
+            without its coefficient, all of all processes.
 
         Raises:
             NotFinite: one of them is not finite. Weights and optimizer state are as they were before.
         """
         set_learning_rate(self.optimizer, self.rate(i))
-        loss = self.accelerator.reduce(self.accumulate(i), reduction="sum")
+        text, router = self.accumulate(i)
+        losses = self.accelerator.reduce(torch.stack((text, *([] if router is None else [router]))), reduction="sum")
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = total_norm(gradients)
-        found = torch.stack((loss, norm)).tolist()  # the one place where a step waits for the device: what is not finite must not be used
-        if not all(map(math.isfinite, found)):
-            fault = self.fault(i + 1, *found)
+        total = total_norm(gradients)
+        # The one place where a step waits for the device: what is not finite must not be used.
+        norm, loss, *balance = torch.stack((total, *losses)).tolist()
+        if not all(map(math.isfinite, (norm, loss, *balance))):
+            fault = self.fault(i + 1, loss, norm)
             self.optimizer.zero_grad()
             raise fault
         if self.settings.train.gradient_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.settings.train.gradient_clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.settings.train.gradient_clip, total)
         with nullcontext() if self.entries is None else self.entries.applied(self.progress(i)):
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return found[0], found[1]
+        return loss, norm, *balance
 
-    def accumulate(self, i: int) -> Tensor:
-        """Add up the gradient of the mean loss over batch `i`, a micro-batch at a time; return this process's part of the text's mean.
+    def accumulate(self, i: int) -> tuple[Tensor, Tensor | None]:
+        """Add up the gradient of the mean loss over batch `i`, a micro-batch at a time (gradient accumulation).
 
         Each micro-batch weighs as many tokens as it has, whatever its process and their number.
+
+        Returns:
+            this process's part of the mean loss on the text, and of the routers' load-balancing term where there is one.
         """
         teaching = self.teaching(i)
-        mean = torch.zeros((), device=self.accelerator.device)
+        mean, router = torch.zeros((), device=self.accelerator.device), None
         windows = self.windows(i, self.share.rows)
         for piece in self.share.pieces:
             last = piece is self.share.pieces[-1]
@@ -104,11 +111,14 @@ class Step:
             with nullcontext() if last else accumulating(self.model, self.accelerator):
                 # A piece without rows takes part with one that counts nothing: sharded processes have to go through the layers together.
                 found = self.model(rows if len(piece) else self.windows(i, range(1)), reduction="sum", **teaching)
-                objective, text = found if teaching else (found, found)
+                losses = Losses(*found) if isinstance(found, tuple) else Losses(found, found)
                 share = bool(len(piece)) / self.budget.tokens_per_step
-                self.accelerator.backward(objective * share * self.accelerator.num_processes)  # which averages gradients over the processes
-            mean += text.detach() * share
-        return mean
+                # Gradients are averaged over the processes.
+                self.accelerator.backward(losses.objective * share * self.accelerator.num_processes)
+            mean += losses.text.detach() * share
+            if losses.router is not None:
+                router = losses.router.detach() * share + (0.0 if router is None else router)
+        return mean, router
 
     def fault(self, step: int, loss: float, norm: float) -> NotFinite:
         """Tell which tensor is not finite: a weight, else the gradient nearest to the loss, where the backward pass met it first."""

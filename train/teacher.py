@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from model.build import attention_backend, load_model
 from model.checkpoint import locate
 from model.errors import UserError
-from train.loss import CHUNK_TOKENS, NextTokenLoss, reshaping
+from train.loss import CHUNK_TOKENS, NextTokenLoss, balanced, reshaping
+from train.router import balanced_forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,17 +41,23 @@ class TaughtLoss(NextTokenLoss):
     def forward(self, windows: Tensor, reduction: str = "mean", weight: float = 0.0, temperature: float = 1.0) -> Any:
         """The text's loss; with a `weight` the pair (objective, text's loss), where objective = (1 - weight) · text + weight · teaching.
 
+        While a mixture of experts trains, its routers' load-balancing term is added, and stands beside them (`Losses`).
+
         Teaching is T² · KL(teacher ‖ student) at temperature T over the teacher's vocabulary, the sum or mean over the predicted tokens.
         """
         if weight == 0.0:
             return super().forward(windows, reduction)
-        student = self.hidden(windows).flatten(0, 1)
+        if self.training and self.routed:
+            student, balance = balanced_forward(self.network, self.inputs(windows), logits=False)
+        else:
+            student, balance = self.hidden(windows), None
+        student, targets = student.flatten(0, 1), windows[:, 1:].flatten()
         with torch.no_grad():
             teacher = self._teacher[0].hidden(windows).flatten(0, 1)
-        text = self.from_hidden(student, windows[:, 1:].flatten(), reduction)
+        text = self.from_hidden(student, targets, reduction)
         heads = [network.get_output_embeddings() for network in (self.network, self._teacher[0].network)]
         teaching = divergence(student, heads[0], teacher, heads[1], temperature) / (len(student) if reduction == "mean" else 1)
-        return (1.0 - weight) * text + weight * teaching, text
+        return balanced(text, balance, targets, reduction, taught=(1.0 - weight) * text + weight * teaching)
 
 
 def divergence(student: Tensor, head: nn.Module, teacher: Tensor, teaching_head: nn.Module, temperature: float) -> Tensor:

@@ -24,6 +24,7 @@ from train.log import Console, Log
 from train.loss import build_loss
 from train.meter import Meter
 from train.optimizer import build_optimizer
+from train.router import unbalanced
 from train.sample import samples
 from train.saving import Saver, saving
 from train.settings import Budget, Settings
@@ -83,6 +84,8 @@ class Trainee:
         self.step = Step(self.model, self.optimizer, accelerator, run.data.train, settings, entries)
         tokens = Budget.of(loop).tokens_per_step
         run.console.say(f"{parameters:,} parameters, steps {run.meter.position.step} to {stage.last} of {tokens:,} tokens")
+        if line := unbalanced(self.network):
+            run.console.say(line)
         device, precision = device_name(accelerator.device), "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
         run.console.say(f"{device}, {accelerator.num_processes} process(es), {precision}, attention {attention} ({why})")
 

@@ -1,0 +1,96 @@
+"""The load-balancing term of a mixture of experts: what its routers are trained on beside the text (Fedus et al., 2101.03961, eq. 4).
+
+Where a class of the library computes such a term, its own forward pass does it here too, with the coefficient that the class reads from the
+config (`router_aux_loss_coef` in most; 0 switches it off). The term is no mean over tokens: it is taken over the rows of one forward
+pass, and the passes of a step (gradient accumulation, processes) weigh as many tokens as they have. So it moves a little with
+`train.micro_batch` and with the number of processes, as in the library's own trainer; the loss on the text does not.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Losses(NamedTuple):
+    """What a training forward pass gives where there is more than the text's loss; all of one reduction over the tokens.
+
+    Attributes:
+        objective: what is trained on.
+        text: the plain loss on the text, as validation has it.
+        router: the load-balancing term without its coefficient; None where there is none.
+    """
+
+    objective: Tensor
+    text: Tensor
+    router: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Balance:
+    """The load-balancing term of one forward pass: as the objective has it, and without its coefficient."""
+
+    weighted: Tensor
+    plain: Tensor
+
+
+def has_routers(network: Any) -> bool:
+    """Whether a network has routers, and its class's forward pass can be asked for their logits, of which the class may make a loss."""
+    return "output_router_logits" in inspect.signature(network.forward).parameters and _recorded(network) is not False
+
+
+def unbalanced(network: Any) -> str | None:
+    """A line for the reader where a network has routers and its class no load-balancing term for them."""
+    if _recorded(network) and not has_routers(network):
+        return f"the library's {type(network).__name__} has no load-balancing term for its routers: the text alone is trained on"
+    return None
+
+
+def _recorded(network: Any) -> bool | None:
+    """Whether modules are there whose outputs the library would record as routers' logits; None where the class does not say."""
+    recorded = (getattr(network.base_model, "_can_record_outputs", None) or {}).get("router_logits")
+    routers = getattr(recorded, "target_class", recorded)
+    return any(isinstance(module, routers) for module in network.modules()) if isinstance(routers, type) else None
+
+
+def balanced_forward(network: Any, inputs: Mapping[str, Any], *, logits: bool) -> tuple[Tensor, Balance | None]:
+    """One forward pass with the class's own load-balancing term.
+
+    The class adds coefficient · term to the loss of labels that it is given. That loss is replaced by zero, so what it returns is the
+    weighted term.
+
+    Args:
+        network: a causal language model with `has_routers`.
+        inputs: what its forward pass takes.
+        logits: return the logits, else what the head reads; the head then goes over one position alone.
+
+    Returns:
+        (rows, context, vocab) or (rows, context, hidden), and the term; None where the class makes none (of dense layers alone).
+    """
+    read: list[Any] = []
+    hook = network.base_model.register_forward_hook(lambda module, given, out: read.append(out))
+    try:
+        with _no_loss_on_labels(network):
+            out = network(
+                **inputs, labels=inputs["input_ids"], logits_to_keep=0 if logits else 1, output_router_logits=True, use_cache=False
+            )
+    finally:
+        hook.remove()
+    balance = None if out.aux_loss is None else Balance(out.loss, out.aux_loss)
+    return out.logits if logits else read[-1].last_hidden_state, balance
+
+
+@contextmanager
+def _no_loss_on_labels(network: Any) -> Iterator[None]:
+    """With zero for the class's loss on labels."""
+    before = network.loss_function
+    network.loss_function = lambda logits, *_, **__: logits.new_zeros(())
+    try:
+        yield
+    finally:
+        network.loss_function = before
