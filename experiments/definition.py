@@ -129,7 +129,7 @@ def _arm_overrides(study: Study, name: str) -> list[str]:
 def _point_overrides(rate: float, seed: int) -> list[str]:
     """One point of an arm's grid."""
     rate = float(f"{rate:.6g}")  # 3 × 0.1 is 0.30000000000000004
-    return [f"seed={seed}", f"optimizer.learning_rate={rate!r}", f"name='${{study}}-${{growth.name}}-lr{rate:g}-s${{seed}}'"]
+    return [f"seed={seed}", f"optimizer.learning_rate={rate!r}", "changes=''", f"name='${{study}}-${{growth.name}}-lr{rate:g}-s${{seed}}'"]
 
 
 def equal_flops_budget(overrides: list[str]) -> int:

@@ -71,7 +71,7 @@ def jobs(study: Study) -> list[Job]:
     found = []
     for seed in study.seeds:
         for arm, overrides in study.arms.items():
-            given = (*study.runs, *overrides, f"growth.name={arm}", f"seed={seed}", "progress=false")
+            given = (*study.runs, *overrides, f"growth.name={arm}", f"seed={seed}", "changes=''", "progress=false")
             settings = compose(list(given))
             found.append(Job(settings.name, arm, given, settings))
     return found

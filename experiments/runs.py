@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,22 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[LeftOut]]:
     if not runs:
         named = "; ".join(f"{item.folder}: {item.reason}" for item in left_out) or "no folder was given"
         raise UserError(f"no complete run to compare ({named}). Finish a run with the command that started it: it resumes")
-    return runs, left_out
+    return _told_apart(runs), left_out
+
+
+def _told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs with what they change against their experiment in the names of their arms, as far as not all of them do.
+
+    The control arm's budget is no change: it is what makes its FLOPs equal.
+    """
+    changed = [tuple(label for label in run.record.get("changes", ()) if not _of_control(run, label)) for run in runs]
+    shared = set.intersection(*map(set, changed)) if changed else set()
+    own = [[label for label in labels if label not in shared] for labels in changed]
+    return [replace(run, arm="-".join((run.arm, *labels))) for run, labels in zip(runs, own, strict=True)]
+
+
+def _of_control(run: Run, label: str) -> bool:
+    return run.arm == SOURCE and label.startswith("budget_tokens")
 
 
 def read_run(folder: Path) -> Run | LeftOut:

@@ -49,7 +49,7 @@ def test_the_arms_of_an_experiment_differ_only_in_growth_and_name(experiment: st
         other = identity(compose([*given, f"growth={arm}"]))
         differing = {key for key in {*scratch, *other} if scratch.get(key) != other.get(key)}
         assert {key for key in differing if not key.startswith("growth.")} <= {"name"}, arm
-        assert other["name"] == f"{experiment}-{arm}-s0"
+        assert other["name"] == f"{experiment}-{arm}-source_x-s0"
 
 
 def test_runs_are_named_without_a_clock() -> None:

@@ -109,6 +109,25 @@ def test_a_sweep_is_expanded_in_order() -> None:
     assert all(point[2:] == ["target=tiny_target", "data.path='a,b'"] for point in points)
 
 
+@pytest.mark.parametrize(
+    ("sweep", "values"),
+    [
+        ("seed=range(3)", ["seed=0", "seed=1", "seed=2"]),
+        ("seed=range(1,6,2)", ["seed=1", "seed=3", "seed=5"]),
+        ("optimizer.learning_rate=choice(1e-3,2e-3)", ["optimizer.learning_rate=0.001", "optimizer.learning_rate=0.002"]),
+        ("schedule=glob(*)", ["schedule=cosine", "schedule=wsd"]),
+        ("optimizer=glob(adamw*)", ["optimizer=adamw", "optimizer=adamw_8bit"]),
+    ],
+)
+def test_a_sweep_takes_what_hydras_sweeper_takes(sweep: str, values: list[str]) -> None:
+    assert sweep_points([sweep, "growth=scratch"]) == [[value, "growth=scratch"] for value in values]
+
+
+def test_a_sweep_that_hydras_sweeper_does_not_make_is_refused_in_its_words() -> None:
+    with pytest.raises(UserError, match=r"BasicSweeper does not support sweep type : INTERVAL_SWEEP; give its values"):
+        sweep_points(["optimizer.learning_rate=interval(0,1)"])
+
+
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "train", *arguments], cwd=cwd, capture_output=True, text=True, env=ENVIRONMENT, timeout=120

@@ -6,24 +6,38 @@ python -m train -m experiment=tiny growth=scratch,lossless,tile,random_pad seed=
 torchrun --nproc_per_node 2 -m train experiment=tiny growth=lossless seed=0      the same losses on two processes
 python -m train -m hydra/launcher=slurm experiment=tiny growth=scratch,lossless  each point of the sweep as a Slurm job
 
-Every run writes runs/<study>-<arm>-s<seed>/ and resumes there when started again. Exit status: 0 done, 2 a fault in what was asked,
-75 (EX_TEMPFAIL) stopped by SIGTERM or SIGUSR1 with everything saved: start the same command again.
+Every run writes runs/<study>-<growth><changes>-s<seed>/ and resumes there when started again; <changes> is what differs from the
+experiment's defaults and changes the result, such as -transfer_continued-lr0.01. A sweep takes lists, choice(), range() and glob(),
+and goes on where one of its points fails.
+
+Exit status: 0 done, 1 a point of a sweep failed, 2 a fault in what was asked, 75 (EX_TEMPFAIL) stopped by SIGTERM or SIGUSR1 with
+everything saved: start the same command again, 130 the same by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
+import traceback
 from importlib.util import find_spec
 from typing import NoReturn
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from model.errors import UserError
+from train.naming import tell_changes
 from train.settings import CONF, Settings, compose, settings_from
 from train.trackers import check_installed
+
+INTERRUPTED = 130  # as a shell ends what Ctrl-C stopped
+
+
+FAILED: list[str] = []  # the points of this process' sweep that ended with an error, with the reason
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
@@ -31,12 +45,22 @@ def _hydra(cfg: DictConfig) -> None:
     """One job as Hydra composed it: of a sweep, or of a call with Hydra's own flags."""
     from train import slurm
 
+    running = HydraConfig.get()
     if slurm.in_job():
         slurm.join()
+    tell_changes(cfg, running.overrides.task)
     try:
         _train(settings_from(cfg))
-    except UserError as error:
-        _fail(error)
+    except Exception as error:  # a rate that diverges is what sweeps are for: the other points have their turn
+        told = isinstance(error, UserError)
+        if running.mode != RunMode.MULTIRUN or slurm.in_job():
+            if not told:
+                raise
+            _fail(str(error))
+        if not told:
+            traceback.print_exc()
+        FAILED.append(f"{cfg.name}: {error if told else f'{type(error).__name__}: {error}'}")
+        _say(f"error: {FAILED[-1]}; the sweep goes on")
 
 
 def main() -> None:
@@ -48,33 +72,63 @@ def main() -> None:
         if not flags:
             _train(compose(overrides))
         elif set(flags) <= {"-m", "--multirun"}:
-            _check_sweep(overrides)
-            with tempfile.TemporaryDirectory() as nowhere:  # a local sweep writes one multirun.yaml, and the runs have no use for it
-                if not any(override.startswith(("hydra.sweep.dir=", "hydra/launcher=")) for override in overrides):
-                    sys.argv.append(f"hydra.sweep.dir={nowhere}")
-                _hydra()
+            _sweep(overrides)
         else:
             _hydra()
     except UserError as error:
-        _fail(error)
+        _fail(str(error))
     except KeyboardInterrupt:
         print("stopped; the same command resumes from the newest checkpoint", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
-def _check_sweep(overrides: list[str]) -> None:
-    """Tell the faults of every point of a sweep before the first one trains."""
+def _sweep(overrides: list[str]) -> None:
+    """Every point, one after another or as jobs; status 1 where one of them failed."""
+    points = _check_sweep(overrides)
+    if any(override.startswith("hydra/launcher=") for override in overrides):
+        _say("\n".join((f"submitting {len(points)} jobs:", *(f"  {point.name} → {point.out}" for point in points))))
+        _say("their logs: runs/.submitit/JOB/, unless hydra.launcher.submitit_folder says otherwise; `squeue --me` lists the jobs")
+    with tempfile.TemporaryDirectory() as nowhere:  # a local sweep writes one multirun.yaml, and the runs have no use for it
+        if not any(override.startswith(("hydra.sweep.dir=", "hydra/launcher=")) for override in overrides):
+            sys.argv.append(f"hydra.sweep.dir={nowhere}")
+        _hydra()
+    if FAILED:
+        _fail("".join((f"{len(FAILED)} of {len(points)} points failed:", *(f"\n  - {line}" for line in FAILED))), status=1)
+
+
+def _check_sweep(overrides: list[str]) -> list[Settings]:
+    """The points of a sweep; the faults of all of them are told before the first one trains.
+
+    Raises:
+        UserError: a point is at fault, two would train in one folder, or what starts the jobs is missing.
+    """
     from train.door import sweep_points
+    from train.naming import same_folder
 
-    if any(override.startswith("hydra/launcher=") for override in overrides) and find_spec("submitit") is None:
-        raise UserError("hydra/launcher: submitit, which starts the jobs, is not installed; pip install -e '.[slurm]'")
-    faults = []
-    for point in sweep_points(overrides):
+    _check_launcher(overrides)
+    faults, settings, asked = [], [], sweep_points(overrides)
+    for point in asked:
         try:
-            check_installed(compose(point).logger.trackers)
+            settings.append(compose(point))
+            check_installed(settings[-1].logger.trackers)
         except UserError as error:
             faults.append(str(error))
+    if not faults:
+        faults = same_folder([(point, one.out) for point, one in zip(asked, settings, strict=True)])
     UserError.collect(dict.fromkeys(faults))
+    return settings
+
+
+def _check_launcher(overrides: list[str]) -> None:
+    """Refuse a launcher whose means are not here."""
+    launchers = [override.partition("=")[2] for override in overrides if override.startswith("hydra/launcher=")]
+    if launchers and find_spec("submitit") is None:
+        raise UserError("hydra/launcher: submitit, which starts the jobs, is not installed; pip install -e '.[slurm]'")
+    if any("slurm" in launcher for launcher in launchers) and shutil.which("srun") is None:
+        raise UserError(
+            f"hydra/launcher={launchers[-1]}: no srun on this machine, so it submits no Slurm jobs; start the sweep on a login node of the "
+            "cluster, or leave hydra/launcher out (hydra/launcher=submitit_local: jobs on this machine)"
+        )
 
 
 def _train(settings: Settings) -> None:
@@ -86,21 +140,21 @@ def _train(settings: Settings) -> None:
     check_installed(settings.logger.trackers)
     from train import slurm
     from train.loop import train  # torch, transformers and accelerate are loaded only for settings that hold
-    from train.signals import REQUEUE, Stopped
+    from train.signals import Stopped
 
     try:
         train(settings)
     except Stopped as stopped:
         _say(f"{stopped}; the same command goes on from there")
-        if slurm.in_job():
+        if slurm.in_job() and stopped.status != INTERRUPTED:
             slurm.requeue()
         else:
-            sys.exit(REQUEUE)
+            sys.exit(stopped.status)
 
 
-def _fail(error: UserError) -> NoReturn:
+def _fail(error: str, status: int = 2) -> NoReturn:
     _say(f"error: {error}")
-    sys.exit(2)
+    sys.exit(status)
 
 
 def _say(text: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from model.errors import UserError
 from model.whole import FORMER, PARTIAL
 from train.files import telling_disk_faults
+from train.naming import arm_changes
 from train.settings import Settings, identity, settings_hash
 
 RUN, METRICS, SUMMARY, START, CHECKPOINTS, FINAL = "run.json", "metrics.jsonl", "summary.json", "start", "checkpoints", "final"
@@ -74,7 +75,8 @@ def check_same_inputs(folder: Path, run: Mapping[str, Any], fingerprint: str, so
 
 def new_run(settings: Settings, **more: Any) -> dict[str, Any]:
     """What run.json says: who the run is, every setting, and `more`."""
-    who = {"study": settings.study, "arm": settings.growth.name, "seed": settings.seed, "name": settings.name}
+    who: dict[str, Any] = {"study": settings.study, "arm": settings.growth.name, "seed": settings.seed, "name": settings.name}
+    who["changes"] = arm_changes(settings.changes)
     return who | {"settings": asdict(settings), "settings_hash": settings_hash(settings)} | more
 
 

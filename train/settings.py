@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from model.errors import UserError, did_you_mean
 from train.data.settings import DataSettings, MixtureSettings, mixture_disagreements
 from train.data.settings import disagreements as data_disagreements
-from train.door import compose_config, plain, read
+from train.door import CONF, compose_config, plain, read
 from train.schedule import REWARM, SCHEDULES
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
 UNGROWN = ("scratch", "source")  # the operators that grow nothing: build the target afresh; train the source itself on
 
 
@@ -167,6 +166,7 @@ class Settings:
     dry_run: bool  # tell what the run would take, and stop
     forecast: ForecastSettings
     mixture: MixtureSettings | None = None  # what is trained on; null: the training part of `data`
+    changes: str = ""  # of the experiment's defaults, as train.naming tells them; part of the name
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,11 @@ def compose(overrides: list[str]) -> Settings:
     Raises:
         UserError: every fault of the overrides and of what they compose to, in one message.
     """
+    from train.naming import tell_changes
+
     cfg, faults = compose_config(CONF, "train", overrides)
+    if not faults:
+        tell_changes(cfg, overrides)
     return settings_from(cfg, faults)
 
 
@@ -340,7 +344,7 @@ def _transfer_disagreements(settings: Settings) -> list[str]:
 
 # What a run may be restarted with differently: nothing of it changes a number in the result.
 NEUTRAL = (
-    *("out", "progress", "dry_run", "forecast", "logger", "data.folder", "data.path", "data.workers"),
+    *("out", "progress", "dry_run", "forecast", "logger", "changes", "data.folder", "data.path", "data.workers"),
     *("train.keep", "train.keep_best", "train.keep_optimizer", "train.save_every_tokens", "train.save_async"),
     *("sharding", "train.micro_batch"),  # nothing but rounding
     "train.skip_nonfinite",  # a run that had to stop may go on with more of them
@@ -350,11 +354,12 @@ NEUTRAL = (
 def identity(settings: Settings | Mapping[str, Any]) -> dict[str, Any]:
     """Every setting that changes the result, flat: dotted key → JSON value."""
     values = settings if isinstance(settings, Mapping) else asdict(settings)
-    flat = _flatten(json.loads(json.dumps(values)))
-    return {key: value for key, value in flat.items() if not _is_neutral(key)}
+    flat = flatten(json.loads(json.dumps(values)))
+    return {key: value for key, value in flat.items() if not is_neutral(key)}
 
 
-def _is_neutral(key: str) -> bool:
+def is_neutral(key: str) -> bool:
+    """Whether a setting, by its dotted key, changes nothing in the result."""
     places = key.startswith("mixture.sources.") and key.endswith((".data.folder", ".data.path", ".data.workers"))
     return key in NEUTRAL or key.split(".")[0] in NEUTRAL or places
 
@@ -364,11 +369,12 @@ def settings_hash(settings: Settings | Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity(settings), sort_keys=True).encode()).hexdigest()
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values as dotted key → value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

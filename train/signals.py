@@ -1,6 +1,8 @@
-"""Being asked to stop: SIGTERM (preemption, scancel), SIGUSR1 (sbatch --signal=USR1@120) and SIGUSR2 (submitit) make a run save and end.
+"""Being asked to stop: SIGTERM (preemption, scancel), SIGUSR1 (sbatch --signal=USR1@120), SIGUSR2 (submitit) and Ctrl-C (SIGINT) make a
+run save and end.
 
-The process then ends with status REQUEUE, which says: start the same command again, and it goes on where it stood.
+The process then ends with status REQUEUE, which says: start the same command again, and it goes on where it stood. After Ctrl-C the status
+is a shell's own, 130, so that nothing starts again what a person has stopped; a second Ctrl-C does not wait for the saving.
 """
 
 from __future__ import annotations
@@ -15,11 +17,20 @@ import torch
 from accelerate import Accelerator
 
 REQUEUE = 75  # sysexits.h calls it EX_TEMPFAIL: "invited to reattempt the operation later"
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+INTERRUPTED = 128 + signal.SIGINT
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class Stopped(Exception):
-    """The run was asked to stop; it has saved a checkpoint, and the same command resumes from it."""
+    """The run was asked to stop; it has saved a checkpoint, and the same command resumes from it.
+
+    Attributes:
+        status: to end the process with.
+    """
+
+    def __init__(self, text: str, signal_name: str | None = None) -> None:
+        super().__init__(text)
+        self.status = INTERRUPTED if signal_name == signal.SIGINT.name else REQUEUE
 
 
 @contextmanager
@@ -31,6 +42,8 @@ def watched() -> Iterator[Callable[[], str | None]]:
     came: list[str] = []
 
     def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and signal.SIGINT.name in came:
+            raise KeyboardInterrupt
         came.append(signal.Signals(number).name)
 
     before = {number: signal.signal(number, note) for number in SIGNALS} if threading.current_thread() is threading.main_thread() else {}

@@ -127,7 +127,9 @@ class Trainee:
                         self.save(saver)
                 if stopped:
                     saver.wait()
-                    raise Stopped(f"stopped by {run.asked() or 'a signal to another process'} after step {position.step}, which is saved")
+                    by = run.asked()
+                    said = f"stopped by {by or 'a signal to another process'} after step {position.step}, which is saved"
+                    raise Stopped(said, by)
             self.check_weights(saver)
 
     def save(self, saver: Saver) -> None:

@@ -1,0 +1,141 @@
+"""A run's name holds what changes its result; a sweep has a folder for each point, and survives one that fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments.runs import read_runs
+from model.errors import UserError
+from train.folder import new_run
+from train.naming import arm_changes, same_folder
+from train.settings import compose, identity, is_neutral
+
+ROOT = Path(__file__).resolve().parents[1]
+GIVEN = ["experiment=tiny", "growth=lossless"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes"),
+    [
+        ("", ""),
+        ("seed=0 transfer=plain optimizer.learning_rate=0.003", ""),  # the defaults, spelt out
+        ("transfer=continued", "-transfer_continued"),
+        ("transfer.inherited_rate=0.1 schedule.rewarm=new", "-inherited_rate0.1-rewarm_new"),
+        ("optimizer.learning_rate=1e-5", "-lr0.00001"),
+        ("optimizer=muon optimizer.momentum=0.9", "-optimizer_muon-momentum0.9"),
+        ("train.budget_tokens=2_048_000", "-budget_tokens2048000"),
+        ("train.document_mask=true train.gradient_clip=null", "-document_mask_true-gradient_clip_none"),
+        ("data.seed=3 optimizer.betas=[0.9,0.99]", "-data_seed3-betas_0.9_0.99"),
+        ("data=files data.path=texts", "-data_files-path_texts"),
+        ("source=runs/mine-scratch-s0/final", "-source_mine_scratch_s0"),
+        ("growth.noise=0.25", "-noise0.25"),
+        ("target={hidden_size:96,num_hidden_layers:4}", "-hidden_size96-num_hidden_layers4"),
+        ("mixture=tiny_textbooks", "-mixture_tiny_textbooks"),
+        ("train.micro_batch=2 train.compile=true logger=none sharding=full train.attention=sdpa train.log_every_tokens=4096", ""),
+    ],
+)
+def test_a_name_holds_what_changes_the_result(overrides: str, changes: str) -> None:
+    assert compose([*GIVEN, *overrides.split()]).name == f"tiny-lossless{changes}-s0"
+
+
+def test_a_name_that_is_given_stays(tmp_path: Path) -> None:
+    assert compose([*GIVEN, "transfer=continued", "name=mine"]).name == "mine"
+    assert compose([*GIVEN, "transfer=continued", "changes=''"]).name == "tiny-lossless-s0"
+
+
+def test_a_long_list_of_changes_ends_in_a_hash_and_stays_a_folder() -> None:
+    target = ",".join(f"some_very_long_setting_{number}:{number}" for number in range(20))
+    names = [compose([*GIVEN, f"target={{{target},last:{last}}}"]).name for last in (1, 2)]
+    assert names[0] != names[1]
+    assert all(len(name) < 200 and re.search(r"-more_[0-9a-f]{6}-s0$", name) for name in names)
+    source = compose([*GIVEN, f"source={'/long' * 20}/a"]).name, compose([*GIVEN, f"source={'/long' * 20}x/a"]).name
+    assert source[0] != source[1]
+
+
+def test_what_is_in_no_name_is_told_by_the_sweep_before_it_trains() -> None:
+    points = [["train.compile=true", "seed=0"], ["train.compile=false", "seed=0"]]
+    (fault,) = same_folder([(point, compose([*GIVEN, *point]).out) for point in points])
+    assert "2 points would train in" in fault
+    assert "train.compile=true seed=0; train.compile=false seed=0" in fault
+    assert same_folder([(point, compose([*GIVEN, *point]).out) for point in (["seed=0"], ["seed=1"])]) == []
+
+
+def readme_commands() -> list[str]:
+    texts = [(ROOT / "README.md").read_text(), *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
+    found = re.findall(r"^(?:torchrun \S+ \d+ )?(?:python )?-m train (?!-m)([^#\n]*?)\s*(?:#.*)?$", "\n".join(texts), re.MULTILINE)
+    return [command for command in found if "\\" not in command and "'" not in command]
+
+
+def test_no_two_commands_of_the_documents_share_a_folder_with_different_results() -> None:
+    results: dict[str, tuple[str, str]] = {}
+    commands = readme_commands()
+    assert len(commands) >= 8
+    for command in commands:
+        try:
+            settings = compose(command.split())
+        except UserError:
+            continue  # a placeholder stands in it
+        result = json.dumps(identity(settings), sort_keys=True)
+        assert results.setdefault(settings.out, (command, result))[1] == result, (command, results[settings.out][0])
+
+
+# ---- the comparison -------------------------------------------------------------------------------------------------------------------
+
+
+def finished(folder: Path, *overrides: str) -> Path:
+    """A complete run's files, without the training."""
+    settings = replace(compose([*GIVEN, *overrides]), out=str(folder / compose([*GIVEN, *overrides]).name))
+    out = Path(settings.out)
+    out.mkdir()
+    facts = {"tokens_per_step": 10, "budget_tokens": 20, "flops_per_token": 2.0, "start": {"source": None}}
+    (out / "run.json").write_text(json.dumps(new_run(settings, **facts)))
+    rows = [{"kind": "eval", "tokens": t, "flops": 2.0 * t, "val_loss": 5 - t / 10} for t in (0, 20)]
+    (out / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    summary = {"start_val_loss": 5.0, "final_val_loss": 3.0, "tokens": 20, "flops": 40.0, "bits_per_byte": 1.0}
+    (out / "summary.json").write_text(json.dumps(summary))
+    return out
+
+
+def test_arms_are_told_apart_by_what_not_all_of_them_change(tmp_path: Path) -> None:
+    shared = "schedule=cosine"
+    folders = [
+        finished(tmp_path, shared, "growth=scratch"),
+        finished(tmp_path, shared, "optimizer.learning_rate=0.01"),
+        finished(tmp_path, shared, "transfer.inherited_rate=0.1"),
+        finished(tmp_path, shared, "growth=source", "train.budget_tokens=2_048_000"),
+    ]
+    runs, _ = read_runs(folders)
+    assert [(run.arm, run.learning_rate) for run in runs] == [
+        ("scratch", 0.003),
+        ("lossless", 0.01),
+        ("lossless-inherited_rate0.1", 0.003),
+        ("source", 0.003),
+    ]
+    assert arm_changes("-schedule_cosine-lr0.01") == ["schedule_cosine"]
+    assert is_neutral("changes")
+
+
+# ---- sweeps ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_goes_on_where_a_point_fails_and_ends_with_what_failed(tmp_path: Path, overrides: list[str]) -> None:
+    """The first point's rate diverges."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    given = [*overrides, "train.gradient_clip=null", "optimizer.learning_rate=1e30,1e-3", "logger=none", "progress=lines"]
+    command = [sys.executable, "-m", "train", "-m", *given, "out='here/${name}'"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 1, done.stderr
+    complete = sorted(path.parent.name for path in tmp_path.glob("here/*/summary.json"))
+    assert len(complete) == 1
+    assert "lr0.001" in complete[0]
+    assert "error: 1 of 2 points failed:" in done.stderr
+    assert re.search(r"\n  - \S*lr1e30\S*-s0: .*not finite", done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
