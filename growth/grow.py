@@ -18,11 +18,12 @@ from .card import model_card
 from .execute import Reader
 from .finite import FiniteReader
 from .moments import OPTIMIZER, RULES, STATE, inexact, moments_plan
+from .place import RECIPE, Place, complete_or_absent, files_in
 from .plan import Plan, plan
-from .shards import MAX_SHARD_BYTES, complete_or_absent, write_index
+from .shards import MAX_SHARD_BYTES, write_index
 from .stream import Shards, shards_of, write_weights
 from .verify import Receipt, check_receipt, measure, verify_structure
-from .workers import Worker, agreement, discard, publish_shared, shared_partial, write_share
+from .workers import Worker, agreement, publish_shared, shared_partial, write_share
 
 if TYPE_CHECKING:
     from .adam import AdamState
@@ -80,7 +81,8 @@ def grow(
         source: a folder, or a Hugging Face name (then `revision` may pin a commit).
         out: the folder to make: config, safetensors shards, tokenizer, generation config, `growth.json` (the recipe) and a model card.
         target, operator, depth, noise, seed, options: see `growth.plan`.
-        overwrite: replace an `out` that exists, once the new one is complete.
+        overwrite: replace an `out` that growth made, once the new one is complete. One that holds anything else, or that is or contains the
+            source, is refused.
         receipt: measure logits of both models; None measures models of up to 100 M parameters.
         threads: that compute, over tensors; the bits do not depend on it.
         max_shard_bytes: size of a shard.
@@ -100,6 +102,7 @@ def grow(
         adam = None if optimizer is None else _read_adam(optimizer, made)
         shards = shards_of(made, max_shard_bytes)
         how: dict[str, Any] = {"threads": threads, "progress": progress}
+        reads = (*checkpoint.files, *([] if optimizer is None else [Path(optimizer)]))
 
         def complete(folder: Path) -> Receipt | None:
             """What a folder holds besides its shards, written and verified."""
@@ -118,39 +121,38 @@ def grow(
             return measured
 
         if worker is not None:
-            return _grow_share(Path(out), made, reader, checkpoint, shards, Worker.parse(worker), complete, overwrite=overwrite, **how)
-        with complete_or_absent(out, overwrite=overwrite) as folder:
+            place = Place(Path(out), overwrite, reads)
+            return _grow_share(place, made, reader, checkpoint, shards, Worker.parse(worker), complete, **how)
+        with complete_or_absent(out, overwrite=overwrite, reads=reads) as folder:
             write_weights(made, reader, folder, shards, **how)
             measured = complete(folder)
     return Grown(Path(out), made, measured)
 
 
 def _grow_share(
-    out: Path,
+    place: Place,
     plan: Plan,
     reader: Reader,
     checkpoint: Checkpoint,
     shards: Shards,
     worker: Worker,
     complete: Callable[[Path], Receipt | None],
-    *,
-    overwrite: bool,
     **how: Any,
 ) -> Grown:
     """One worker's part; the folder too when it is the last."""
     worker.share(shards)  # tells too many workers before anything is made
     agreed = agreement(plan, checkpoint, shards, worker)
-    with shared_partial(out, worker, agreed, overwrite=overwrite) as shared:
+    with shared_partial(place, worker, agreed) as shared:
         write_share(plan, reader, shared, shards, worker, **how)
         if not shared.is_complete(shards):
-            return Grown(out, plan, None, complete=False)
+            return Grown(place.out, plan, None, complete=False)
         try:
             measured = complete(shared.folder)
-            publish_shared(shared, out, worker)
+            publish_shared(shared, worker)
         except UserError:
-            discard(shared)
+            place.discard()
             raise
-    return Grown(out, plan, measured)
+    return Grown(place.out, plan, measured)
 
 
 def _read_adam(path: str | Path, plan: Plan) -> AdamState:
@@ -217,7 +219,8 @@ def _write_recipe(folder: Path, plan: Plan, source: str, revision: str | None, c
         "plan": plan.to_dict(),
     }
     (folder / "README.md").write_text(model_card(plan, source, receipt))
-    (folder / "growth.json").write_text(json.dumps(recipe, indent=1) + "\n")
+    recipe["files"] = files_in(folder)
+    (folder / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n")
 
 
 def recorded_plan(folder: Path | str) -> Plan:

@@ -1,17 +1,15 @@
-"""Writing a checkpoint: safetensors shards laid out beforehand and filled at known offsets, in a folder that is complete or absent."""
+"""Writing a checkpoint: safetensors shards laid out beforehand and filled at known offsets."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import json
 import os
-import shutil
 import struct
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from mmap import PAGESIZE
@@ -22,8 +20,6 @@ import numpy as np
 
 from model.checkpoint import INDEX, SINGLE
 from model.dtypes import RAW
-from model.errors import UserError
-from model.whole import partial_of, whole
 
 MAX_SHARD_BYTES = 5_000_000_000  # what the Hugging Face hub recommends
 ON_THEIR_WAY = 32  # writes that the disk may be at while the next ones are computed: of 2 MB, 64 MB of page cache
@@ -172,74 +168,3 @@ def _header(shard: Sequence[Entry]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-@contextmanager
-def complete_or_absent(out: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder `<out>.partial` to fill; it becomes `out` when the block ends, and is removed when the block fails.
-
-    What a killed process left in `<out>.partial` is cleared by the next one; two at once are refused.
-
-    Raises:
-        UserError: `out` exists and `overwrite` is false, another process is filling it, or the disk is full or not writable.
-    """
-    out = Path(out)
-    partial = place_of(out, overwrite)
-    with disk_faults(out):
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY)
-    try:
-        if not locked(lock, fcntl.LOCK_EX):
-            raise UserError(f"out: another process is writing {partial}; wait for it, or choose another folder")
-        with disk_faults(out), whole(out):
-            clear(partial)
-            yield partial
-    finally:
-        os.close(lock)
-
-
-def place_of(out: Path, overwrite: bool) -> Path:
-    """Where `out` is made: `<out>.partial`.
-
-    Raises:
-        UserError: `out` exists and may not be replaced.
-    """
-    if out.exists() and not overwrite:
-        raise UserError(f"out {out}: exists already; choose another folder, or overwrite=true to replace it once the new one is complete")
-    if out.exists() and not ((out.is_dir() and (out / "config.json").exists()) or not any(out.iterdir())):
-        raise UserError(f"out {out}: exists and is no checkpoint folder, so it is not replaced; choose another folder")
-    return partial_of(out)
-
-
-def locked(descriptor: int, how: int) -> bool:
-    """Try to lock a folder, exclusively or shared (`fcntl.LOCK_EX`, `LOCK_SH`), until it is closed or its process ends."""
-    try:
-        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def clear(folder: Path) -> None:
-    """Remove everything in a folder."""
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-
-
-@contextmanager
-def disk_faults(out: Path, kept: str = "nothing was kept") -> Iterator[None]:
-    """Tell a full or protected disk as a UserError that says what was kept."""
-    try:
-        yield
-    except OSError as fault:
-        if fault.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(next(parent for parent in (out, *out.absolute().parents) if parent.exists())).free
-            raise UserError(f"out {out}: the disk is full ({free:,} bytes free); {kept}; free space or choose another disk") from None
-        if fault.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
-            raise UserError(
-                f"out {out}: cannot be written ({fault.strerror}: {fault.filename}); choose a folder you may write to"
-            ) from None
-        raise

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,14 +22,12 @@ from typing import Any
 
 from model.checkpoint import Checkpoint
 from model.errors import UserError
-from model.whole import take_place
 
 from .execute import Reader
+from .place import MARK, WORKER, Place, disk_faults, locked
 from .plan import Plan
-from .shards import clear, disk_faults, locked, place_of
 from .stream import Progress, Shards, write_weights
 
-MARK = "growth.workers.json"  # what the workers in a folder agree on
 PATIENCE = 10.0  # seconds to wait for a worker that is clearing or completing the folder
 
 
@@ -72,8 +69,12 @@ class Worker:
 class Shared:
     """The folder that workers fill together, while this one holds it."""
 
-    folder: Path
+    place: Place
     lock: int
+
+    @property
+    def folder(self) -> Path:
+        return self.place.partial
 
     def is_complete(self, shards: Shards) -> bool:
         """Whether every shard is there and no other worker is at work; from then on this one is alone in the folder.
@@ -96,44 +97,39 @@ def agreement(plan: Plan, checkpoint: Checkpoint, shards: Shards, worker: Worker
 
 
 @contextmanager
-def shared_partial(out: Path, worker: Worker, agreed: Mapping[str, Any], *, overwrite: bool) -> Iterator[Shared]:
+def shared_partial(place: Place, worker: Worker, agreed: Mapping[str, Any]) -> Iterator[Shared]:
     """`<out>.partial`, shared with other workers that agree; what an earlier growth of another plan left there is cleared.
 
     Raises:
-        UserError: `out` exists and `overwrite` is false, a growth of another kind is writing there, this worker is at work already, or the
-            disk is full or not writable.
+        UserError: `out` may not be made or replaced (`Place.check`), a growth of another kind is writing there, this worker is at work
+            already, or the disk is full or not writable.
     """
-    partial = place_of(out, overwrite)
-    with disk_faults(out, f"what is finished stays in {partial}, for the same worker to go on"):
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY)
+    with disk_faults(place.out, f"what is finished stays in {place.partial}, for the same worker to go on"):
+        lock = place.open()
         try:
-            _join(lock, partial, agreed)
-            own = os.open(partial / f"worker-{worker.number}", os.O_RDWR | os.O_CREAT, 0o644)
+            _join(lock, place, agreed)
+            own = os.open(place.partial / f"{WORKER}{worker.number}", os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 if not locked(own, fcntl.LOCK_EX):
-                    raise UserError(f"growth.worker={worker}: is at work already in {partial}; give every worker a number of its own")
-                yield Shared(partial, lock)
+                    raise UserError(f"growth.worker={worker}: is at work already in {place.partial}; give every worker a number of its own")
+                yield Shared(place, lock)
             finally:
                 os.close(own)
         finally:
             os.close(lock)
 
 
-def _join(lock: int, partial: Path, agreed: Mapping[str, Any]) -> None:
+def _join(lock: int, place: Place, agreed: Mapping[str, Any]) -> None:
     """Hold the folder with others that agree."""
-    mark = json.dumps(agreed)
+    mark, partial = json.dumps(agreed), place.partial
     patience = time.monotonic() + PATIENCE
     while True:
         if locked(lock, fcntl.LOCK_EX):  # nobody is here
-            if not partial.exists():
-                raise UserError(f"out: {partial} was completed meanwhile; all its workers are done")
-            if not _holds(partial, mark):
-                clear(partial)
-                (partial / f"{MARK}.writing").write_text(mark)
-                os.rename(partial / f"{MARK}.writing", partial / MARK)
+            place.check_again(lock)
+            if not _agrees(partial, mark):
+                place.clear(mark)
         if locked(lock, fcntl.LOCK_SH):
-            if _holds(partial, mark):
+            if _agrees(partial, mark):
                 return
             raise UserError(f"out: another growth is being written into {partial}; wait for it, or choose another folder")
         if time.monotonic() > patience:
@@ -141,7 +137,7 @@ def _join(lock: int, partial: Path, agreed: Mapping[str, Any]) -> None:
         time.sleep(0.05)
 
 
-def _holds(partial: Path, mark: str) -> bool:
+def _agrees(partial: Path, mark: str) -> bool:
     path = partial / MARK
     return path.exists() and path.read_text() == mark
 
@@ -158,14 +154,8 @@ def write_share(
         os.rename(shared.folder / unfinished, shared.folder / file)
 
 
-def publish_shared(shared: Shared, out: Path, worker: Worker) -> None:
+def publish_shared(shared: Shared, worker: Worker) -> None:
     """Make a completed folder `out`."""
     for number in range(worker.count):
-        (shared.folder / f"worker-{number}").unlink(missing_ok=True)
-    (shared.folder / MARK).unlink()
-    take_place(out)
-
-
-def discard(shared: Shared) -> None:
-    """Remove a folder whose content was found to be wrong."""
-    shutil.rmtree(shared.folder, ignore_errors=True)
+        (shared.folder / f"{WORKER}{number}").unlink(missing_ok=True)
+    shared.place.publish()

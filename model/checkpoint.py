@@ -62,6 +62,11 @@ class Checkpoint:
         self.tensors = tensor_table(self.folder)
         self._files: dict[Path, int] = {}
 
+    @property
+    def files(self) -> list[Path]:
+        """The folder and the files that hold its weights, which may lie elsewhere (links into a cache)."""
+        return [self.folder, *dict.fromkeys(stored.file for stored in self.tensors.values())]
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start:stop` of a tensor as raw bits, in a new array.
 

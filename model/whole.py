@@ -42,7 +42,7 @@ def take_place(path: Path) -> None:
         os.replace(partial, path)
         return
     remove(former)
-    if path.exists() and _exchange(partial, path):
+    if path.exists() and exchange(partial, path):
         os.rename(partial, former)
     else:
         if path.exists():
@@ -51,7 +51,7 @@ def take_place(path: Path) -> None:
     remove(former)
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def exchange(one: Path, other: Path) -> bool:
     """Let two paths change places in one step; False where the system or the file system cannot (Linux's renameat2 can)."""
     rename: Any = getattr(ctypes.CDLL(None), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE

@@ -103,7 +103,7 @@ def test_at_every_moment_there_is_the_old_folder_or_the_new_one(tmp_path: Path) 
 
 
 def test_a_file_system_that_cannot_exchange_folders_replaces_them_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.whole, "_exchange", lambda *_: False)
+    monkeypatch.setattr(model.whole, "exchange", lambda *_: False)
     for text in ("old", "new"):
         with whole(tmp_path / "out") as partial:
             partial.mkdir()
@@ -218,7 +218,7 @@ def test_kill_9_leaves_no_folder_and_the_next_growth_succeeds(source: Path, tmp_
 
 
 def test_two_growths_into_one_folder_are_refused_and_the_first_goes_on(source: Path, tmp_path: Path) -> None:
-    from growth.shards import complete_or_absent
+    from growth.place import complete_or_absent
 
     with complete_or_absent(tmp_path / "out") as first:
         with pytest.raises(UserError, match="another process is writing"):

@@ -16,7 +16,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from growth import grow
-from growth.workers import MARK, Worker
+from growth.place import MARK
+from growth.workers import Worker
 from model.errors import UserError
 
 BIGGER = {"hidden_size": 30, "intermediate_size": 50, "num_hidden_layers": 4}
@@ -139,13 +140,13 @@ def test_shards_of_another_growth_are_never_mixed_in(phi_folder: Path, tmp_path:
 
 def test_workers_keep_others_out(phi_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     import growth.workers
-    from growth.shards import complete_or_absent
+    from growth.place import Place, complete_or_absent
 
     monkeypatch.setattr(growth.workers, "PATIENCE", 0.2)
     out = tmp_path / "out"
     agreed = {"plan": "x"}
-    with growth.workers.shared_partial(out, Worker(0, 2), agreed, overwrite=False) as shared:
-        again = growth.workers.shared_partial(out, Worker(0, 2), agreed, overwrite=False)
+    with growth.workers.shared_partial(Place(out), Worker(0, 2), agreed) as shared:
+        again = growth.workers.shared_partial(Place(out), Worker(0, 2), agreed)
         with pytest.raises(UserError, match="worker=0/2: is at work already"), again:
             pass
         with pytest.raises(UserError, match="another growth is being written"):
@@ -158,14 +159,15 @@ def test_workers_keep_others_out(phi_folder: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_of_workers_that_finish_at_once_the_last_to_try_completes_the_folder(tmp_path: Path) -> None:
+    from growth.place import Place
     from growth.workers import shared_partial
 
     out, agreed, shards = tmp_path / "out", {"plan": "x"}, {"a.safetensors": [], "b.safetensors": []}
-    with shared_partial(out, Worker(0, 2), agreed, overwrite=False) as first:
+    with shared_partial(Place(out), Worker(0, 2), agreed) as first:
         (first.folder / "a.safetensors").touch()
         assert not first.is_complete(shards), "a shard is missing"
         (first.folder / "b.safetensors").touch()
-        with shared_partial(out, Worker(1, 2), agreed, overwrite=False) as second:
+        with shared_partial(Place(out), Worker(1, 2), agreed) as second:
             assert not second.is_complete(shards), "the first still holds the folder"
             assert first.is_complete(shards)
 

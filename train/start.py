@@ -112,6 +112,7 @@ def begin(settings: Settings, stage: Stage, source: Path | None, folder: Path) -
         return record
     assert source is not None
     how: dict[str, Any] = {"operator": operator, "seed": settings.seed, **options}
+    (folder / PICTURE).unlink(missing_ok=True)  # of a run that was killed before it had a record; growth replaces its own files alone
     grown = grow(source, stage.start(folder), target=stage.config, overwrite=True, optimizer=saved_optimizer(settings, source), **how)
     _draw(grown.plan, source, folder)
     return record | {
