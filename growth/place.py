@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.base.locks import Lock
 from model.checkpoint import names_of
 from model.config import read_json
 from model.errors import UserError
@@ -100,17 +100,13 @@ class Place:
         partial = self.partial
         return (partial / MARK).exists() or not any(partial.iterdir()) or ((self.out / MARK).exists() and not any(strangers(partial)))
 
-    def open(self) -> int:
-        """Make `<out>.partial` if need be, and open it.
-
-        Returns:
-            a descriptor, for locking.
-        """
+    def open(self) -> Lock:
+        """Make `<out>.partial` if need be; return its lock, which nobody has taken yet."""
         self.check()
         self.partial.mkdir(parents=True, exist_ok=True)
-        return os.open(self.partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+        return Lock(self.partial)
 
-    def check_again(self, opened: int) -> None:
+    def check_again(self, lock: Lock) -> None:
         """Look again once the folder is locked: another process may have completed it between the look and the lock.
 
         Raises:
@@ -118,7 +114,7 @@ class Place:
         """
         self.check()
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(opened), self.partial.lstat()):
+            if os.path.samestat(os.fstat(lock.descriptor), self.partial.lstat()):
                 return
         raise UserError(f"out: {self.partial} was completed by another process meanwhile; look at {self.out}")
 
@@ -179,31 +175,17 @@ def complete_or_absent(out: Path | str, *, overwrite: bool = False, reads: Itera
         UserError: `out` may not be made or replaced (`Place.check`), another process is filling it, or the disk is full or not writable.
     """
     place = Place(Path(out), overwrite, tuple(reads))
-    with disk_faults(place.out):
-        lock = place.open()
-    try:
-        if not locked(lock, fcntl.LOCK_EX):
+    with disk_faults(place.out), place.open() as lock:
+        if not lock.take():
             raise UserError(f"out: another process is writing {place.partial}; wait for it, or choose another folder")
         place.check_again(lock)
-        with disk_faults(place.out):
-            try:
-                place.clear()
-                yield place.partial
-                place.publish()
-            except BaseException:
-                place.discard()
-                raise
-    finally:
-        os.close(lock)
-
-
-def locked(descriptor: int, how: int) -> bool:
-    """Try to lock a folder, exclusively or shared (`fcntl.LOCK_EX`, `LOCK_SH`), until it is closed or its process ends."""
-    try:
-        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        try:
+            place.clear()
+            yield place.partial
+            place.publish()
+        except BaseException:
+            place.discard()
+            raise
 
 
 def strangers(folder: Path) -> list[str]:
@@ -223,7 +205,7 @@ def _strangers(folder: Path, own: frozenset[str], before: str = "") -> Iterator[
 def files_in(folder: Path) -> list[str]:
     """The files of a folder that is about to be completed, for its record: names relative to it."""
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
-    return sorted({*(file for file in files if file != MARK and not file.startswith(WORKER)), RECIPE, "config.json"})
+    return sorted({*(file for file in files if file != MARK and not file.startswith((WORKER, f".{WORKER}"))), RECIPE, "config.json"})
 
 
 def _recorded(folder: Path) -> list[str]:

@@ -2,13 +2,12 @@
 
 All are started with the same arguments but for `growth.worker=i/n`. They fill `<out>.partial` together; a shard is there under its name
 only when it is complete, and the worker that finds all shards there completes the folder. A killed worker is started again: what it had
-finished stays. Locks are the operating system's (`flock`), which ends them with their process: each worker holds the folder shared, and a
-growth that is alone in it exclusively.
+finished stays. Each worker holds the lock of the folder (`model.base.locks`) shared with the others; a
+growth by one process holds it alone.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.base.locks import Lock
 from model.checkpoint import Checkpoint
 from model.errors import UserError
 
 from .execute import Reader
-from .place import MARK, WORKER, Place, disk_faults, locked
+from .place import MARK, WORKER, Place, disk_faults
 from .plan import Plan
 from .stream import Progress, Shards, write_weights
 
@@ -67,10 +67,11 @@ class Worker:
 
 @dataclass(frozen=True)
 class Shared:
-    """The folder that workers fill together, while this one holds it."""
+    """The folder that workers fill together, while this one holds it (`lock`) and its own number (`own`)."""
 
     place: Place
-    lock: int
+    lock: Lock
+    own: Lock
 
     @property
     def folder(self) -> Path:
@@ -81,7 +82,7 @@ class Shared:
 
         A worker gives up its hold before it tries, so of several that finish at once the last to try succeeds.
         """
-        return all((self.folder / file).exists() for file in shards) and locked(self.lock, fcntl.LOCK_EX)
+        return all((self.folder / file).exists() for file in shards) and self.lock.take()
 
 
 def agreement(plan: Plan, checkpoint: Checkpoint, shards: Shards, worker: Worker) -> dict[str, Any]:
@@ -104,31 +105,25 @@ def shared_partial(place: Place, worker: Worker, agreed: Mapping[str, Any]) -> I
         UserError: `out` may not be made or replaced (`Place.check`), a growth of another kind is writing there, this worker is at work
             already, or the disk is full or not writable.
     """
-    with disk_faults(place.out, f"what is finished stays in {place.partial}, for the same worker to go on"):
-        lock = place.open()
-        try:
-            _join(lock, place, agreed)
-            own = os.open(place.partial / f"{WORKER}{worker.number}", os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                if not locked(own, fcntl.LOCK_EX):
-                    raise UserError(f"growth.worker={worker}: is at work already in {place.partial}; give every worker a number of its own")
-                yield Shared(place, lock)
-            finally:
-                os.close(own)
-        finally:
-            os.close(lock)
+    kept = f"what is finished stays in {place.partial}, for the same worker to go on"
+    with disk_faults(place.out, kept), place.open() as lock:
+        _join(lock, place, agreed)
+        with Lock(place.partial / f"{WORKER}{worker.number}") as own:
+            if not own.take():
+                raise UserError(f"growth.worker={worker}: is at work already in {place.partial}; give every worker a number of its own")
+            yield Shared(place, lock, own)
 
 
-def _join(lock: int, place: Place, agreed: Mapping[str, Any]) -> None:
+def _join(lock: Lock, place: Place, agreed: Mapping[str, Any]) -> None:
     """Hold the folder with others that agree."""
     mark, partial = json.dumps(agreed), place.partial
     patience = time.monotonic() + PATIENCE
     while True:
-        if locked(lock, fcntl.LOCK_EX):  # nobody is here
+        if lock.take():  # nobody is here
             place.check_again(lock)
             if not _agrees(partial, mark):
                 place.clear(mark)
-        if locked(lock, fcntl.LOCK_SH):
+        if lock.take(shared=True):
             if _agrees(partial, mark):
                 return
             raise UserError(f"out: another growth is being written into {partial}; wait for it, or choose another folder")
@@ -155,7 +150,8 @@ def write_share(
 
 
 def publish_shared(shared: Shared, worker: Worker) -> None:
-    """Make a completed folder `out`."""
+    """Make a completed folder, which this worker holds alone, `out`."""
+    shared.own.close()  # its lock may be a file in the folder
     for number in range(worker.count):
         (shared.folder / f"{WORKER}{number}").unlink(missing_ok=True)
     shared.place.publish()

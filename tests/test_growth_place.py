@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-import growth.place
 from growth import grow
 from growth.place import MARK, RECIPE, Place, complete_or_absent, strangers
+from model.base.locks import Lock
 from model.errors import UserError
 
 TARGET = {"intermediate_size": 80}
@@ -173,14 +173,14 @@ def test_a_users_own_former_is_left_alone(source: Path, tmp_path: Path) -> None:
 def test_a_folder_that_appears_between_look_and_lock_is_kept(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
 ) -> None:
-    out, right = tmp_path / "out", growth.place.locked
+    out, right = tmp_path / "out", Lock.take
 
-    def locked(descriptor: int, how: int) -> bool:
+    def take(lock: Lock, **how: bool) -> bool:
         out.mkdir(exist_ok=True)
         (out / "chapter.tex").write_text("years of work")
-        return right(descriptor, how)
+        return right(lock, **how)
 
-    monkeypatch.setattr(growth.place, "locked", locked)
+    monkeypatch.setattr(Lock, "take", take)
     with pytest.raises(UserError, match="exists"):
         grow(source, out, target=TARGET, overwrite=overwrite)
     assert contents(out) == {"chapter.tex": b"years of work"}
@@ -205,17 +205,17 @@ def test_a_folder_that_another_process_completed_meanwhile_is_not_cleared(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lock is on the folder, which the other process has renamed to `out` by the time it is ours."""
-    right = growth.place.locked
+    right = Lock.take
 
-    def locked(descriptor: int, how: int) -> bool:
+    def take(lock: Lock, **how: bool) -> bool:
         place = Place(tmp_path / "out", overwrite=True)
         place.clear()
         (place.partial / "config.json").write_text("{}")
         (place.partial / RECIPE).write_text('{"files": ["config.json", "growth.json"]}')
         place.publish()
-        return right(descriptor, how)
+        return right(lock, **how)
 
-    monkeypatch.setattr(growth.place, "locked", locked)
+    monkeypatch.setattr(Lock, "take", take)
     with pytest.raises(UserError, match="was completed by another process meanwhile"):
         grow(source, tmp_path / "out", target=TARGET, overwrite=True)
     assert contents(tmp_path / "out").keys() == {"config.json", RECIPE}

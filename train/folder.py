@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from model.base.locks import Lock
 from model.errors import UserError
 from model.whole import FORMER, PARTIAL
 from train.files import telling_disk_faults
@@ -84,24 +83,18 @@ def new_run(settings: Settings, **more: Any) -> dict[str, Any]:
 def locked(folder: Path, holds: bool) -> Iterator[None]:
     """Hold `folder` for this process group while the block runs; `holds` is true on the one process that takes the lock.
 
-    The lock is the operating system's, on the folder itself: it leaves no file and ends with the process.
+    The lock (`model.base.locks`) ends with the process.
 
     Raises:
-        UserError: another process trains in this folder.
+        UserError: another process trains in this folder, or it cannot be written.
     """
     if not holds:
         yield
         return
     with telling_disk_faults(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another process is training this run right now") from None
-        except OSError:
-            pass  # a file system without locks: nothing can be promised, and training still works
+        lock = Lock(folder)
+    with lock:
+        if not lock.take():
+            raise UserError(f"{folder}: another process is training this run right now")
         yield
-    finally:
-        os.close(descriptor)

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model.base.locks import Lock
 from model.errors import UserError
 from model.whole import partial_of, take_place
 from train.data.benchmarks import benchmarks_identity, write_benchmarks
@@ -97,13 +98,11 @@ def _identity(settings: DataSettings) -> dict[str, Any]:
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    from filelock import FileLock
-
-    lock = folder.with_name(folder.name + ".lock")
     with _writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        taken = FileLock(lock).acquire()
-    with taken:
+        lock = Lock(folder.with_name(folder.name + ".lock"))
+        lock.wait()
+    with lock:
         yield
 
 

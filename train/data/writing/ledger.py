@@ -7,7 +7,6 @@ out.settings.json     what was asked of whom: going on under other settings is r
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections import Counter
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from model.base.locks import Lock
 from model.errors import UserError
 from train.data.writing.answer import Answer
 from train.data.writing.prompts import Prompt
@@ -74,11 +74,9 @@ def open_ledger(settings: WriteSettings) -> Iterator[Ledger]:
     with telling_disk_faults(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         _check_settings(settings, out)
-        with out.open("a+b") as written, rejected_path(out).open("a+b") as rejected:
-            try:
-                fcntl.flock(written, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{out}: another process is writing it right now") from None
+        with Lock(out) as lock, out.open("a+b") as written, rejected_path(out).open("a+b") as rejected:
+            if not lock.take():
+                raise UserError(f"{out}: another process is writing it right now")
             yield Ledger(settings, written, rejected)
 
 

@@ -1,0 +1,171 @@
+"""Locks between processes and hosts: the operating system's where the file system has them, else files with a heartbeat.
+
+The operating system's lock (`flock`) is on a folder or file itself, leaves nothing behind and ends with its process. Many network file
+systems have none. There a lock is a file `.<name>.lock-…` beside what is locked: who wants the lock puts a claim there, looks at the
+others' claims, and holds the lock when none stands against it; of several that want it at once the lowest number gets it. A claim is
+touched every few seconds by its process, so that one which was left by a kill is known by its age (on its own host, at once).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+HEARTBEAT_SECONDS, STALE_SECONDS, POLL_SECONDS = 5.0, 60.0, 0.01
+NAME_CHARACTERS = 150  # of what is locked, in the name of a claim
+_told: set[Path] = set()  # folders that were said to have no locks
+
+
+class Lock:
+    """A lock on a folder or a file (which is made if need be), exclusive or shared, until it is closed or its process ends.
+
+    Raises (on opening, and on taking):
+        OSError: the path cannot be opened, or no claim can be written beside it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        how = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW if path.is_dir() else os.O_RDWR | os.O_CREAT
+        self.descriptor = os.open(path, how, 0o644)
+        self._claim: _Claim | None = None
+
+    def take(self, *, shared: bool = False) -> bool:
+        """Try to hold the lock, or to hold it in the other way.
+
+        Returns:
+            False where another holds it; then this one holds it no more, in whatever way it did.
+        """
+        if self._claim is None:
+            try:
+                fcntl.flock(self.descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                return True
+            except (BlockingIOError, PermissionError):
+                return False
+            except OSError as fault:  # ENOSYS, EOPNOTSUPP, EBADF, ENOLCK, …: as many as there are file systems
+                _tell(self.path.parent, fault)
+                self._claim = _Claim(self.path)
+        return self._claim.take(shared)
+
+    def wait(self, poll_seconds: float = 0.1) -> None:
+        """Hold the lock alone, as soon as it is free."""
+        while not self.take():
+            time.sleep(poll_seconds)
+
+    def close(self) -> None:
+        """Give up the lock; a second time does nothing."""
+        if self._claim is not None:
+            self._claim.withdraw()
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        self.descriptor = -1
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _tell(folder: Path, fault: OSError) -> None:
+    if folder not in _told:
+        _told.add(folder)
+        print(f"{folder}: no file locks here ({fault.strerror}); files with a heartbeat stand in for them", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class _Other:
+    """Another's claim: its number, whether it holds the lock already, and whether it shares it."""
+
+    number: str
+    held: bool
+    shared: bool
+
+
+class _Claim:
+    """A claim by one process: a file beside what is locked, whose first line says who, whose last what is wanted or held.
+
+    Its name never changes, since a folder that is listed while a file is renamed may show neither name.
+    """
+
+    def __init__(self, locked: Path) -> None:
+        self._folder = locked.absolute().parent
+        self._prefix = f".{locked.name[:NAME_CHARACTERS]}.lock-"
+        self._number = secrets.token_hex(8)
+        self._file = self._folder / f"{self._prefix}{self._number}"
+        self._ended = threading.Event()
+        self._ended.set()
+
+    def take(self, shared: bool) -> bool:
+        """Put the claim down, and hold it where no other stands against it."""
+        self._write("want", shared)
+        while True:
+            against = [other for other in self._others() if not (shared and other.shared)]
+            if any(other.held or other.number < self._number for other in against):
+                self.withdraw()
+                return False
+            if not against:
+                self._write("held", shared)
+                return True
+            time.sleep(POLL_SECONDS)  # until those with a higher number have seen this one, or hold the lock already
+
+    def withdraw(self) -> None:
+        self._ended.set()
+        self._file.unlink(missing_ok=True)
+
+    def _write(self, state: str, shared: bool) -> None:
+        line = f"{state} {'shared' if shared else 'alone'}\n"
+        if not self._ended.is_set():
+            with self._file.open("a") as file:
+                file.write(line)
+            return
+        self._file.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n" + line)
+        self._ended = threading.Event()
+        threading.Thread(target=self._beat, args=(self._ended,), daemon=True).start()
+
+    def _beat(self, ended: threading.Event) -> None:
+        while not ended.wait(HEARTBEAT_SECONDS):
+            with suppress(OSError):  # a network that is away for a moment
+                os.utime(self._file)
+
+    def _others(self) -> Iterator[_Other]:
+        os.utime(self._file)
+        now = self._file.stat().st_mtime  # by the clock of the file system, which all its hosts share
+        for path in self._folder.iterdir():
+            if not path.name.startswith(self._prefix) or path == self._file:
+                continue
+            with suppress(FileNotFoundError):  # withdrawn meanwhile
+                age, lines = now - path.stat().st_mtime, path.read_text().splitlines()
+                if _is_left_over(age, lines):
+                    path.unlink()
+                else:
+                    state = lines[-1].split() if len(lines) > 1 else ["want", "alone"]  # not yet written
+                    yield _Other(path.name.removeprefix(self._prefix), held=state[0] == "held", shared=state[-1] == "shared")
+
+
+def _is_left_over(age: float, lines: list[str]) -> bool:
+    """Whether a claim's process has ended: on this host, by its number; elsewhere, by the claim's age in seconds."""
+    if age > STALE_SECONDS:
+        return True
+    owner = json.loads(lines[0]) if len(lines) > 1 else {}
+    return owner.get("host") == socket.gethostname() and not _runs(owner["pid"])
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
