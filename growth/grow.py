@@ -13,6 +13,7 @@ from model.checkpoint import Checkpoint, locate
 from model.composite import nested
 from model.config import Target, read_json, tokenizer_size
 from model.errors import UserError, reading
+from model.spelling import both_spellings, spell_folder
 
 from .card import model_card
 from .execute import Reader
@@ -174,8 +175,9 @@ def _write_adam(folder: Path, plan: Plan, adam: AdamState, max_shard_bytes: int,
 
 
 def write_config(folder: Path, plan: Plan) -> None:
-    """The target's config.json; a dtype that the source's config names stays."""
-    (folder / "config.json").write_text(json.dumps(nested(plan.target_config), indent=2, sort_keys=True) + "\n")
+    """The target's config.json, for transformers 4 and 5; a dtype that the source's config names stays."""
+    config = both_spellings(nested(plan.target_config))
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def check_tokenizer(source: Path, plan: Plan) -> None:
@@ -200,6 +202,7 @@ def _copy_companions(source: Path, folder: Path) -> None:
                 companion = (source / name).open("rb")
             with companion, (folder / name).open("wb") as copy:
                 shutil.copyfileobj(companion, copy)
+    spell_folder(folder)
 
 
 def _write_recipe(folder: Path, plan: Plan, source: str, revision: str | None, checkpoint: Checkpoint, receipt: Receipt | None) -> None:

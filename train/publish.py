@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from model.spelling import spell_folder
 from train.files import whole_folder, write_json, write_text
 from train.folder import FINAL
 from train.start import LEDGER, OPTIMIZER
@@ -46,6 +47,7 @@ def publish(
         for file in sorted(Path(data.tokenizer_folder).iterdir()):
             if file.is_file():
                 shutil.copyfile(file, partial / file.name)
+        spell_folder(partial)
         if adam is not None:
             torch.save(adam, partial / OPTIMIZER)
         write_json(partial / LEDGER, ledger(run, summary))

@@ -1,0 +1,108 @@
+"""Configs in two spellings: that of transformers 5, and beside it that of transformers 4, which most servers and tools still read.
+
+transformers 5 keeps all of a model's rotary positions in `rope_parameters`, which transformers 4 does not look into: it would turn by its
+defaults. It takes the older keys too, so a file with both is the same model for either.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .config import read_json
+
+# Where classes of transformers 4 keep the base and the share of rotary positions, if not under these names.
+BASE, SHARE = "rope_theta", "partial_rotary_factor"
+BASES = {"gpt_neox": "rotary_emb_base", "gpt_neox_japanese": "rotary_emb_base"}
+SHARES = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}
+# Where they differ by the kind of layer: of those that see everything and of those that see a window. Other classes are younger.
+FULL, SLIDING = "full_attention", "sliding_attention"
+BASES_BY_LAYER = {
+    "gemma3_text": (BASE, "rope_local_base_freq"),
+    "gemma3n_text": (BASE, "rope_local_base_freq"),
+    "modernbert": ("global_rope_theta", "local_rope_theta"),
+    "modernbert-decoder": ("global_rope_theta", "local_rope_theta"),
+    "olmo3": (BASE, ""),
+}
+SCALINGS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "mrope")  # that transformers 4 knows
+UNSCALED = ("bamba", "modernbert", "modernbert-decoder", "zaya")  # whose classes there do not scale, or are younger
+SCALED = ("apertus", "gpt_oss")  # whose classes there scale unless they are told not to
+# Whose classes there want these entries and no other, and the rest outside.
+STRICT = {
+    **{(name, "longrope"): ("short_factor", "long_factor") for name in ("phi3", "phi4_multimodal")},
+    **{(name, kind): ("factor",) for name in ("olmo", "olmo2") for kind in ("linear", "dynamic")},
+}
+
+# The tokenizer that transformers 5 makes of a tokenizer.json alone, by its name in transformers 4, which is good in both.
+TOKENIZERS = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+
+
+def both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as the library nests it, with rotary positions and dtype in both spellings.
+
+    `rope_parameters` decide where they are given; an infinity is written as transformers 4 wrote it.
+    """
+    spelt = {key: both_spellings(value) if _is_config(key, value) else _number(value) for key, value in config.items()}
+    if isinstance(rope := config.get("rope_parameters"), Mapping) and rope:
+        spelt |= _older_rope(config, rope)
+    if dtype := config.get("dtype") or config.get("torch_dtype"):
+        spelt |= {"dtype": dtype, "torch_dtype": dtype}
+    return spelt
+
+
+def _is_config(key: str, value: Any) -> bool:
+    return key.endswith("_config") and isinstance(value, Mapping) and key != "quantization_config"
+
+
+def _number(value: Any) -> Any:
+    """A value without the wrapping that transformers 5 puts around infinities, which transformers 4 would take for the value."""
+    if isinstance(value, list):
+        return [_number(entry) for entry in value]
+    return float(value["__float__"]) if isinstance(value, Mapping) and value.keys() == {"__float__"} else value
+
+
+def _older_rope(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of transformers 4 that say what `rope_parameters` say."""
+    kind = str(config.get("model_type"))
+    by_layer = any(isinstance(value, Mapping) for value in rope.values())
+    if by_layer and kind not in BASES_BY_LAYER:
+        return {}
+    full, sliding = (rope.get(FULL) or {}, rope.get(SLIDING) or {}) if by_layer else (rope, {})
+    base, narrow = BASES_BY_LAYER[kind] if by_layer else (BASES.get(kind, BASE), "")
+    entries = {base: full.get("rope_theta"), narrow: sliding.get("rope_theta") if narrow else None}
+    entries[SHARES.get(kind, SHARE)] = full.get("partial_rotary_factor")
+    return {key: value for key, value in entries.items() if value is not None} | _older_scaling(config, full)
+
+
+def _older_scaling(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_scaling`: null where positions are not scaled and it is there already, or the class would scale by default."""
+    model_type, kind = str(config.get("model_type")), rope.get("rope_type", rope.get("type", "default"))
+    entries = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor", "rope_type", "type")}
+    if model_type in UNSCALED:
+        return {}
+    if kind not in SCALINGS or (kind == "default" and not entries):
+        return {"rope_scaling": None} if "rope_scaling" in config or model_type in SCALED else {}
+    if (model_type, kind) not in STRICT:
+        return {"rope_scaling": {"rope_type": kind, **entries}}
+    own = {key: entries.pop(key) for key in STRICT[model_type, kind] if key in entries}
+    return {"rope_scaling": {"type": kind, **own}, **entries}
+
+
+def spell_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json that transformers 4 and 5 read alike."""
+    spelt = dict(config)
+    if isinstance(name := spelt.get("tokenizer_class"), str):
+        spelt["tokenizer_class"] = TOKENIZERS.get(name, name)
+    if isinstance(more := spelt.get("extra_special_tokens"), list):  # transformers 4 has names for those, and this for a list
+        del spelt["extra_special_tokens"]
+        spelt["additional_special_tokens"] = more
+    return spelt
+
+
+def spell_folder(folder: Path) -> None:
+    """Rewrite the config and the tokenizer's config of a folder in both spellings, where it has them."""
+    for name, spell in (("config.json", both_spellings), ("tokenizer_config.json", spell_tokenizer)):
+        if (folder / name).is_file():
+            (folder / name).write_text(json.dumps(spell(read_json(folder / name)), indent=2, sort_keys=True, ensure_ascii=False) + "\n")
