@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 import model.family
+import model.notation
 from growth import grow, plan
 from growth.__main__ import GrowthLeaf
 from growth.__main__ import settings_from as growth_settings
@@ -369,6 +370,16 @@ def test_the_picture_of_the_notation_shows_four_lines(monkeypatch: pytest.Monkey
     assert drawing.PICTURE.is_file()
 
 
+def test_the_schema_of_the_example_is_the_derived_one() -> None:
+    indented = re.findall(r"^   ```schema\n(.*?)^   ```", text_of("docs/families.md"), re.DOTALL | re.MULTILINE)
+    config = to_hf_config({"model_type": "falcon"}).to_dict()
+    falcon = plan(config, {"hidden_size": 9088, "num_attention_heads": 142})
+    assert model.notation.parse_schema(indented[0]) == falcon.family.lines
+    assert falcon.certificate.lossless
+    assert any(note.startswith("confirmed: a tiny random model of the family") for note in falcon.notes)
+    assert config["num_attention_heads"] == 71
+
+
 # ---- what is counted --------------------------------------------------------------------------------------------------------------------
 
 
@@ -423,6 +434,21 @@ def test_the_table_of_data_is_the_one_that_was_measured() -> None:
 def test_the_families_with_a_schema_are_those_named() -> None:
     written = next(cells[1] for cells in rows(text_of("docs/families.md")) if cells[0].startswith("[written]"))
     assert set(re.findall(r"`(\w+)`", written)) == set(model.family.families())
+
+
+def test_the_tour_names_files_that_are_there() -> None:
+    tour = sections("CONTRIBUTING.md", 2)["A tour of the rooms"]
+    for paragraph in re.split(r"^\*\*", tour, flags=re.MULTILINE)[1:]:
+        room = ROOT / paragraph.split("/")[0]
+        files = re.findall(r"`([\w/]+\.py)`", paragraph)
+        assert [name for name in files if not (room / name).is_file()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_tests_that_a_page_names_are_there(page: str) -> None:
+    functions = {name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
+    assert set(re.findall(r"`(test_\w+)`", text_of(page))) <= functions
+    assert all((ROOT / path).is_file() for path in re.findall(r"`(tests/[\w/]+\.py)`", text_of(page)))
 
 
 def test_the_hash_that_contributing_shows_is_todays() -> None:
