@@ -448,6 +448,12 @@ def test_the_tests_that_a_page_names_are_there(page: str) -> None:
     assert all((ROOT / path).is_file() for path in re.findall(r"`(tests/[\w/]+\.py)`", text_of(page)))
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_the_extras_that_a_page_names_are_there(page: str) -> None:
+    known = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
+    assert set(re.findall(r"'\.\[([\w-]+)\]'", text_of(page))) <= known.keys()
+
+
 def test_the_hash_that_contributing_shows_is_todays() -> None:
     leaf = yaml.safe_load((CONF / "growth" / "lossless.yaml").read_text())
     assert f"hash: {plan('phi_1_5', 'phi_2', 'lossless', depth=leaf['depth'], noise=leaf['noise']).hash}" in text_of("CONTRIBUTING.md")
