@@ -37,6 +37,7 @@ from train.optimizer import build_optimizer
 from train.settings import Settings, compose
 from train.speed import speed_up
 from train.step import Step
+from train.way import fuses
 
 HERE = Path(__file__).resolve().parent
 LAYERS = (32, 24, 16, 12, 8, 4, 2, 1)  # of Phi-2; the first that fits is taken
@@ -109,7 +110,7 @@ def measure(config: dict[str, Any], way: Way, rows: int, context: int) -> dict[s
             network = build_model(config, seed=0, attention=way.attention).train()
         speed_up(network, settings.train)
         optimizer = build_optimizer(network, settings.optimizer)
-        model, optimizer = accelerator.prepare(build_loss(network, config, settings.train, 0), optimizer)
+        model, optimizer = accelerator.prepare(build_loss(network, settings.train, 0, fused=fuses(config, settings.train.loss)), optimizer)
         step, taken, loss = Step(model, optimizer, accelerator, split, settings), [], 0.0
         for i in range(WARM + COUNTED):
             start = time.perf_counter()

@@ -48,6 +48,17 @@ def library_class(config: PretrainedConfig) -> Any:
     return AutoModelForCausalLM if kind in known and known[kind].config_class is kind else AutoModelForMultimodalLM
 
 
+def known_size(config: Config, name: str) -> int | None:
+    """A size of the text model under its standard name, as its class fills it in where the config leaves it out; None where it has none.
+
+    `known_size({"model_type": "gpt2"}, "max_position_embeddings")` → 1024, which a GPT-2 calls n_positions.
+    """
+    if type(config.get(name)) is int:
+        return int(config[name])
+    text = to_hf_config(config).get_text_config(decoder=True)
+    return size if type(size := getattr(text, name, None)) is int else None
+
+
 def attention_backend(requested: str = "auto") -> tuple[str, str]:
     """Which attention implementation to use, and why.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .family import Config, Tensor, family_of, has_schema
 
@@ -82,8 +82,15 @@ def _attention_width(config: Config) -> int:
     from .build import to_hf_config
 
     known = to_hf_config(config).get_text_config()  # under the library's standard names
-    heads = known.num_attention_heads
-    return known.num_hidden_layers * heads * 2 * (getattr(known, "head_dim", None) or known.hidden_size // heads)
+    layers = getattr(known, "per_layer_config", None) or [known] * known.num_hidden_layers
+    return sum(_layer_attention_width(layer) for layer in layers)
+
+
+def _layer_attention_width(layer: Any) -> int:
+    """heads · (qk + v) of one layer, by its config; 0 where it has no attention."""
+    heads = getattr(layer, "num_attention_heads", None) or 0
+    head = getattr(layer, "head_dim", None) or (layer.hidden_size // heads if heads else 0)
+    return 2 * heads * head
 
 
 def _class_of(config: Config) -> PreTrainedModel:

@@ -40,11 +40,18 @@ class Twin:
     vocabulary: int
     own: bool = False
 
+    @property
+    def plain(self) -> range:
+        """Token ids away from both ends of the vocabulary, where classes have padding and other tokens that they treat in another way."""
+        margin = self.vocabulary // 8
+        return range(margin, self.vocabulary - margin)
+
     def tokens(self, rows: int, length: int, seed: int = 0) -> torch.Tensor:
-        """Random text, (rows, length)."""
+        """Random text, (rows, length), without the first of the `plain` ids, which may stand for the end of a text."""
         import torch
 
-        return torch.randint(self.vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+        drawn = torch.Generator().manual_seed(seed)
+        return torch.randint(self.plain.start + 1, self.plain.stop, (rows, length), generator=drawn)
 
     def build(self, *, device: torch.device | str = "cpu", attention: str | None = None) -> PreTrainedModel:
         """The twin in float32 under `attention` (None: the library's choice), random, in eval mode; the global RNG stays as it was.

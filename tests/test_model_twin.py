@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
+from model.build import known_size
 from model.errors import UserError
 from model.matrices import parameters_of
 from model.twin import layerless, tiny_twin
@@ -79,3 +80,17 @@ def test_a_class_without_a_twin_is_refused_with_the_reason() -> None:
 def test_a_layer_number_is_left_out_of_a_name() -> None:
     assert layerless("model.layers.17.mlp.experts.down_proj") == "model.layers.*.mlp.experts.down_proj"
     assert layerless("h.3.mlp.experts.1.w1.weight") == "h.*.mlp.experts.*.w1.weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "size"),
+    [
+        ({"model_type": "gpt2"}, "vocab_size", 50257),
+        ({"model_type": "gpt2", "n_positions": 40}, "max_position_embeddings", 40),
+        ({"model_type": "gemma3", "text_config.model_type": "gemma3_text"}, "vocab_size", 262208),
+        ({"model_type": "mamba"}, "max_position_embeddings", None),
+        ({"model_type": "phi", "vocab_size": 7}, "vocab_size", 7),
+    ],
+)
+def test_a_size_that_a_config_leaves_out_is_the_classs_own(config: dict[str, object], name: str, size: int | None) -> None:
+    assert known_size(config, name) == size

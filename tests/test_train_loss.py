@@ -14,8 +14,9 @@ from torch.profiler import profile
 from model.build import build_model
 from model.errors import UserError
 from train import loss
-from train.loss import NextTokenLoss, check_loss, fused_cross_entropy, fuses
+from train.loss import NextTokenLoss, fused_cross_entropy
 from train.settings import compose
+from train.way import find_way, fuses
 
 VOCAB, CONTEXT = 61, 16
 CPU = torch.device("cpu")
@@ -66,9 +67,9 @@ def test_a_network_that_caps_its_logits_is_not_fused() -> None:
     assert config_of("gemma2")["final_logit_softcapping"]
     config = config_of("gemma2", final_logit_softcapping=0.5)
     assert not fuses(config, "auto")
-    with pytest.raises(UserError, match="final_logit_softcapping"):
-        check_loss(config, dataclasses.replace(SETTINGS, loss="fused"), CPU)
-    check_loss(config, SETTINGS, CPU)
+    with pytest.raises(UserError, match=r"train.loss=fused: .*the head over the base model's output is not its logits \(.* apart"):
+        find_way(config, dataclasses.replace(SETTINGS, loss="fused"), CPU, "fp32")
+    assert not find_way(config, SETTINGS, CPU, "fp32").fused
     plain, _ = value_and_gradients(config, fused=False)
     fused, _ = value_and_gradients(config, fused=True)
     assert abs(plain - fused) > 1e-2  # the fused loss would have been another one

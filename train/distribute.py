@@ -63,8 +63,14 @@ def _plugin(sharding: ShardingSettings, mixed_precision: str) -> FullyShardedDat
     )
 
 
-def prepare(objective: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> tuple[Any, Any]:
-    """`objective` and `optimizer`, ready to train on every process. Sharding happens in place, layer by layer; DDP wraps."""
+def prepare(objective: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, *, unused: bool = False) -> tuple[Any, Any]:
+    """`objective` and `optimizer`, ready to train on every process. Sharding happens in place, layer by layer; DDP wraps.
+
+    Args:
+        unused: some parameters get no gradient, which DDP would wait for: it has to look for them after every forward pass.
+    """
+    if accelerator.ddp_handler is not None:
+        accelerator.ddp_handler.find_unused_parameters = unused
     if accelerator.is_fsdp2:
         layers = sorted({type(layer).__name__ for layer in layers_of(objective)})
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = layers

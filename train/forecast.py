@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model.build import build_model
+from model.build import build_model, known_size
 from model.config import read_config, resolve_target
 from model.errors import UserError
 from model.geometry import parameter_count
 from train.device import MEMORY_GIB, PEAK_BF16_FLOPS, named, peak_flops
-from train.loss import CHUNK_TOKENS, fuses
+from train.loss import CHUNK_TOKENS
 from train.optimizer import parameter_groups
 from train.settings import Budget, Settings
 from train.speed import layers_of, speed_up
 from train.stages import flops_after, spans_of, stages_of
+from train.way import fuses
 
 GIB = 2**30
 MASTER, GRADIENT = 4, 4  # bytes of a weight and of its gradient: both float32, also where bfloat16 multiplies
@@ -166,7 +167,7 @@ def logits(config: dict[str, Any], tokens: int, *, fused: bool) -> float:
     Plain, in the backward pass: log-probabilities, their gradient and the logits' gradient, (tokens, vocab) in float32 each. Fused: a
     chunk's logits, turned into their gradient in place, and the gradients of the head and of its input, which the forward pass makes.
     """
-    vocab, hidden = config["vocab_size"], config["hidden_size"] if "hidden_size" in config else config["n_embd"]
+    vocab, hidden = (known_size(config, name) or 0 for name in ("vocab_size", "hidden_size"))
     if not fused:
         return 12.0 * tokens * vocab
     return 4.0 * min(CHUNK_TOKENS, tokens) * vocab + 4.0 * vocab * hidden + 4.0 * tokens * hidden

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from model.build import attention_backend
+from model.config import read_config
 from model.geometry import flops_per_token, parameter_count
 from train import folder as run_folder
 from train import state
@@ -25,7 +25,6 @@ from train.device import device_name, peak_flops, session
 from train.distribute import whole_weights
 from train.files import write_json
 from train.log import Console, open_log
-from train.loss import check_loss
 from train.meter import Meter
 from train.publish import publish
 from train.saving import newest_intact
@@ -33,9 +32,10 @@ from train.settings import Budget, Settings, needs_source
 from train.signals import watched
 from train.stages import Span, spans_of, stages_of
 from train.start import begin, find_source, source_ledger, target_config
-from train.teacher import find_teacher
+from train.teacher import find_teacher, teacher_folder
 from train.trainee import Run, Trainee
 from train.transfer import frozen_tensors
+from train.way import Way, find_ways, precision_of
 
 
 def train(settings: Settings) -> Path:
@@ -66,12 +66,15 @@ def train(settings: Settings) -> Path:
         # ---- 3. The network, and the text that it reads -------------------------------------------------------------------------------
         source = find_source(settings, needed=run is None or needs_source(settings))
         config = target_config(settings, source) if run is None else run["target_config"]
-        stages, teacher = stages_of(settings, config), find_teacher(settings, source)
+        stages, teaching = stages_of(settings, config), teacher_folder(settings, source)
         told = main and settings.progress is not False
         data = prepare(settings.data, progress=told)
         data = mixed(settings.mixture, settings.data, data, context=loop.context, rows=budget.steps * budget.rows, progress=told)
         check_vocabulary(data, config["vocab_size"])
-        check_loss(config, loop, accelerator.device)
+        way, teachers = find_ways(config, None if teaching is None else read_config(teaching), loop, accelerator)
+        for line in (*way.lines, *(teachers.lines if teachers else ())):
+            console.say(line)
+        teacher = find_teacher(teaching, config, teachers)
         windows = list(validation_batches(data.validation, context=loop.context, tokens=loop.eval_tokens))
         window_count(data.train, loop.context)  # refuses a text that is too short before anything is grown
 
@@ -79,9 +82,9 @@ def train(settings: Settings) -> Path:
         if run is None:
             if main:
                 start = begin(settings, stages[0], source, folder)
-                teaching = None if teacher is None else teacher.config.to_dict()
-                spans = spans_of(stages, settings, teaching, frozen_tensors(stages, settings, source))
-                known = facts(settings, config, data, accelerator) | {"spans": [asdict(span) for span in spans]}
+                taught_by = None if teacher is None else teacher.config
+                spans = spans_of(stages, settings, taught_by, frozen_tensors(stages, settings, source))
+                known = facts(settings, config, data, accelerator, way) | {"spans": [asdict(span) for span in spans]}
                 write_json(folder / run_folder.RUN, run_folder.new_run(settings, start=start, **known))
             accelerator.wait_for_everyone()
             run = run_folder.read_run(folder)
@@ -98,7 +101,7 @@ def train(settings: Settings) -> Path:
             spans = [Span(**span) for span in run["spans"]]
             meter = Meter(position, accelerator.num_processes, budget.tokens_per_step, spans, peak)
             with watched() as asked:
-                made = Run(settings, folder, accelerator, data, windows, console, log, asked, meter)
+                made = Run(settings, folder, accelerator, data, windows, console, log, asked, meter, way)
                 for stage in stages[position.stage :]:
                     with meter.paused():
                         trainee = Trainee(made, stage, source, teacher, saved if stage.number == position.stage else None)
@@ -120,7 +123,7 @@ def train(settings: Settings) -> Path:
     return folder
 
 
-def facts(settings: Settings, config: dict[str, Any], data: TokenData, accelerator: Accelerator) -> dict[str, Any]:
+def facts(settings: Settings, config: dict[str, Any], data: TokenData, accelerator: Accelerator, way: Way) -> dict[str, Any]:
     """What run.json records beside the settings: the counted network, the text, the machine."""
     budget = Budget.of(settings.train)
     read = tokens_read(data.train, settings.data.name, budget.steps * budget.rows, settings.train.context)
@@ -134,8 +137,8 @@ def facts(settings: Settings, config: dict[str, Any], data: TokenData, accelerat
         "device": device_name(accelerator.device),
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
-        "attention": attention_backend(settings.train.attention)[0],
-        "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
+        "attention": way.attention,
+        "precision": precision_of(accelerator.mixed_precision),
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
     }
 

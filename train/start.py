@@ -13,7 +13,7 @@ from torch import Tensor
 
 from growth import grow
 from growth.strangers import know
-from model.build import build_model, load_model
+from model.build import build_model, known_size, load_model
 from model.checkpoint import Checkpoint, locate
 from model.config import read_config, resolve_target
 from model.errors import UserError
@@ -60,10 +60,10 @@ def target_config(settings: Settings, source: Path | None) -> dict[str, Any]:
     read = None if source is None else read_config(source)
     config = read if settings.growth.operator == "source" else _laid_over(settings, source, read)
     assert config is not None
-    context, positions = settings.train.context, config.get("max_position_embeddings")
-    if positions is not None and context > positions:
+    context, positions = settings.train.context, known_size(config, "max_position_embeddings") or 0
+    if 0 < positions < context:
         raise UserError(f"train.context: {context} is more than the model's max_position_embeddings={positions}; lower it")
-    return config
+    return config if config.get("vocab_size") else config | {"vocab_size": known_size(config, "vocab_size")}
 
 
 def _laid_over(settings: Settings, source: Path | None, config: dict[str, Any] | None) -> dict[str, Any]:

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from model.build import attention_backend, load_model
+from model.build import known_size, load_model
 from model.checkpoint import locate
+from model.config import read_config
 from model.errors import UserError
-from train.loss import CHUNK_TOKENS, NextTokenLoss, balanced, reshaping
-from train.router import balanced_forward
+from model.family import Config
+from train.loss import CHUNK_TOKENS, NextTokenLoss, balanced
+from train.way import Way
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from train.settings import Settings, TeacherSettings
+
+
+Head = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A network that teaches, its config, and whether its head is a plain matrix over its base model's output (`train.way`)."""
+
+    network: PreTrainedModel
+    config: Config
+    fused: bool
 
 
 def scheduled(settings: TeacherSettings, progress: float) -> tuple[float, float]:
@@ -34,9 +49,9 @@ def scheduled(settings: TeacherSettings, progress: float) -> tuple[float, float]
 class TaughtLoss(NextTokenLoss):
     """A `NextTokenLoss` that can also be taught. The teacher is no part of the module: it is neither trained, sharded nor saved."""
 
-    def __init__(self, student: NextTokenLoss, teacher: PreTrainedModel) -> None:
+    def __init__(self, student: NextTokenLoss, teacher: PreTrainedModel, *, fused: bool = True) -> None:
         super().__init__(student.network, fused=student.fused, end_of_text=student.end_of_text)
-        self._teacher = (NextTokenLoss(teacher.eval().requires_grad_(False), fused=student.fused, end_of_text=student.end_of_text),)
+        self._teacher = (NextTokenLoss(teacher.requires_grad_(False), fused=fused, end_of_text=student.end_of_text).eval(),)
 
     def forward(self, windows: Tensor, reduction: str = "mean", weight: float = 0.0, temperature: float = 1.0) -> Any:
         """The text's loss; with a `weight` the pair (objective, text's loss), where objective = (1 - weight) · text + weight · teaching.
@@ -47,24 +62,21 @@ class TaughtLoss(NextTokenLoss):
         """
         if weight == 0.0:
             return super().forward(windows, reduction)
-        if self.training and self.routed:
-            student, balance = balanced_forward(self.network, self.inputs(windows), logits=False)
-        else:
-            student, balance = self.hidden(windows), None
+        student, balance = self.read(windows)
         student, targets = student.flatten(0, 1), windows[:, 1:].flatten()
         with torch.no_grad():
-            teacher = self._teacher[0].hidden(windows).flatten(0, 1)
-        text = self.from_hidden(student, targets, reduction)
-        heads = [network.get_output_embeddings() for network in (self.network, self._teacher[0].network)]
+            teacher = self._teacher[0].read(windows)[0].flatten(0, 1)
+        text = self.from_read(student, targets, reduction)
+        heads = self.logits, self._teacher[0].logits
         teaching = divergence(student, heads[0], teacher, heads[1], temperature) / (len(student) if reduction == "mean" else 1)
         return balanced(text, balance, targets, reduction, taught=(1.0 - weight) * text + weight * teaching)
 
 
-def divergence(student: Tensor, head: nn.Module, teacher: Tensor, teaching_head: nn.Module, temperature: float) -> Tensor:
-    """T² · KL(teacher ‖ student) at temperature T, the sum over tokens, `CHUNK_TOKENS` of whose logits are held at a time.
+def divergence(student: Tensor, head: Head, teacher: Tensor, teaching_head: Head, temperature: float) -> Tensor:
+    """T² · KL(teacher ‖ student) at temperature T, the sum over tokens, `CHUNK_TOKENS` of whose log-probabilities are held at a time.
 
     Args:
-        student, teacher: what the heads read, (tokens, hidden) each.
+        student, teacher: (tokens, …) each, of which the heads make logits.
     """
 
     def part(student: Tensor, teacher: Tensor) -> Tensor:
@@ -79,8 +91,8 @@ def divergence(student: Tensor, head: nn.Module, teacher: Tensor, teaching_head:
     return temperature**2 * total
 
 
-def find_teacher(settings: Settings, source: Path | None) -> PreTrainedModel | None:
-    """The network that teaches, in float32 on the CPU; None where none does.
+def teacher_folder(settings: Settings, source: Path | None) -> Path | None:
+    """Where the network lies that teaches; None where none does.
 
     Raises:
         UserError: it is neither a folder nor a reachable repository.
@@ -88,34 +100,29 @@ def find_teacher(settings: Settings, source: Path | None) -> PreTrainedModel | N
     if settings.transfer.teacher is None:
         return None
     named = settings.transfer.teacher.model
-    folder = source if named == "source" else locate(named)
-    assert folder is not None
-    return load_model(folder, attention=attention_backend(settings.train.attention)[0])
+    return source if named == "source" else locate(named)
 
 
-def taught(objective: NextTokenLoss, teacher: PreTrainedModel | None, device: torch.device) -> NextTokenLoss:
-    """`objective`, taught by `teacher` where there is one.
+def find_teacher(folder: Path | None, student: Config, way: Way | None) -> Teacher | None:
+    """The network that teaches `student`, in float32 on the CPU; None where none does.
+
+    Args:
+        way: of the teacher's class.
 
     Raises:
-        UserError: this teacher cannot teach this network.
+        UserError: it has more tokens than the student.
     """
+    if folder is None or way is None:
+        return None
+    config = read_config(folder)
+    theirs, own = known_size(config, "vocab_size") or 0, known_size(student, "vocab_size") or 0
+    if theirs > own:
+        raise UserError(f"transfer.teacher: has {theirs} tokens, the model {own}; a teacher must speak the same tokens")
+    return Teacher(load_model(folder, attention=way.attention), config, way.fused)
+
+
+def taught(objective: NextTokenLoss, teacher: Teacher | None, device: torch.device) -> NextTokenLoss:
+    """`objective`, taught by `teacher` where there is one."""
     if teacher is None:
         return objective
-    check_teacher(objective.network.config.to_dict(), teacher.config.to_dict())
-    return TaughtLoss(objective, teacher.to(device))  # type: ignore[arg-type]
-
-
-def check_teacher(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> None:
-    """Refuse a teacher that cannot teach this student; both are given by their configs.
-
-    Raises:
-        UserError: its vocabulary is larger, or the logits are not the heads' output alone.
-    """
-    faults = []
-    if teacher["vocab_size"] > student["vocab_size"]:
-        faults.append(
-            f"transfer.teacher: has {teacher['vocab_size']} tokens, the model {student['vocab_size']}; a teacher must speak the same tokens"
-        )
-    if changed := sorted({*reshaping(student), *reshaping(teacher)}):
-        faults.append(f"transfer.teacher: logits are changed after the head ({', '.join(changed)}), which teaching does not follow")
-    UserError.collect(faults)
+    return TaughtLoss(objective, teacher.network.to(device), fused=teacher.fused)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
-from model.build import attention_backend, load_model
+from model.build import load_model
 from model.errors import UserError
 from model.geometry import parameter_count
 from train import folder as run_folder
@@ -33,11 +33,12 @@ from train.speed import speed_up
 from train.stages import Stage
 from train.start import grow_on, starting_model
 from train.step import NotFinite, Step
-from train.teacher import taught
+from train.teacher import Teacher, taught
 from train.transfer import entry_rates, mup_rates, named_state, take_over
+from train.way import Way
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Run:
     log: Log | None  # on the process that writes
     asked: Callable[[], str | None]  # the signal that asked this process to stop
     meter: Meter
+    way: Way
 
 
 class Trainee:
@@ -63,19 +65,20 @@ class Trainee:
         saved: the checkpoint that it goes on from; None where the stage begins.
     """
 
-    def __init__(self, run: Run, stage: Stage, source: Path | None, teacher: PreTrainedModel | None, saved: Path | None) -> None:
+    def __init__(self, run: Run, stage: Stage, source: Path | None, teacher: Teacher | None, saved: Path | None) -> None:
         self.run, self.stage, self.saved = run, stage, saved
         settings, loop, accelerator = run.settings, run.settings.train, run.accelerator
-        attention, why = attention_backend(loop.attention)
-        self.network = starting_model(settings, stage, source, run.folder, attention)
+        way = run.way
+        self.network = starting_model(settings, stage, source, run.folder, way.attention)
         parameters = sum(p.numel() for p in self.network.parameters())
         assert parameters == parameter_count(stage.config), "geometry and the built model count different parameters"
         entries = entry_rates(self.network, settings, stage, run.folder)
         rates = mup_rates(self.network, settings, stage, source)
         optimizer: Any = build_optimizer(self.network, settings.optimizer, rates)
         speed_up(self.network, loop)
-        self.objective = taught(build_loss(self.network, stage.config, loop, run.data.end_of_text_id), teacher, accelerator.device)
-        self.model, self.optimizer = prepare_processes(self.objective, optimizer, accelerator)
+        own = build_loss(self.network, loop, run.data.end_of_text_id, fused=way.fused)
+        self.objective = taught(own, teacher, accelerator.device)
+        self.model, self.optimizer = prepare_processes(self.objective, optimizer, accelerator, unused=way.partly)
         if saved is None:
             take_over(self.optimizer.optimizer, self.network, settings, stage, source, run.folder)
         else:
@@ -87,7 +90,7 @@ class Trainee:
         if line := unbalanced(self.network):
             run.console.say(line)
         device, precision = device_name(accelerator.device), "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
-        run.console.say(f"{device}, {accelerator.num_processes} process(es), {precision}, attention {attention} ({why})")
+        run.console.say(f"{device}, {accelerator.num_processes} process(es), {precision}, attention {way.attention} ({way.why})")
 
     def train(self) -> None:
         """Train to the end of the stage; its last state is saved where another stage follows."""

@@ -1,0 +1,40 @@
+"""Documents packed end to end into one row and kept apart: what a `transformers` model takes so that no token attends to another document.
+
+The end-of-text token opens the document after it: a token attends to nothing before its document's opening, and positions count from there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def documents_apart(tokens: Tensor, end_of_text: int, attention: str) -> dict[str, Any]:
+    """What a forward pass takes so that no token attends to another document.
+
+    transformers makes the masks of SDPA, FlexAttention and its eager attention from positions that restart. flash-attn knows no masks: it
+    takes all documents as one row, and where each begins.
+
+    Args:
+        tokens: (rows, context).
+        attention: a `transformers` attn_implementation.
+    """
+    positions = document_positions(tokens, end_of_text)
+    if attention != "flash_attention_2":
+        return {"input_ids": tokens, "position_ids": positions}
+    starts = (positions.flatten() == 0).nonzero().flatten()
+    bounds = torch.cat((starts, starts.new_tensor([tokens.numel()]))).int()
+    longest = tokens.shape[1]  # an upper bound does, and needs no waiting for the device
+    rows = {"input_ids": tokens.reshape(1, -1), "position_ids": positions.reshape(1, -1)}
+    return {**rows, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
+def document_positions(tokens: Tensor, end_of_text: int) -> Tensor:
+    """Each token's place in its document, (rows, context): 0 at a row's start and at every `end_of_text`.
+
+    `[5, 6, E, 7, E, E, 8]` → `[0, 1, 0, 1, 0, 0, 1]`.
+    """
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return places - torch.where(tokens == end_of_text, places, 0).cummax(1).values

@@ -1,0 +1,255 @@
+"""A survey of a model class: what it does, measured on its tiny twin on the device and under the attention and precision of the run.
+
+Nothing here goes by a model's name. Every answer is a measured value, or None with the reason why it was not measured; an answer from one
+device or kernel says nothing about another. Logits are compared by their largest difference relative to the largest logit, of a twin with
+random weights so large that whatever reaches a logit moves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .build import quietly
+from .derive.probe import scramble
+from .documents import documents_apart
+from .errors import UserError, in_one_line
+from .family import Config
+from .twin import Twin, layerless, tiny_twin
+
+ROWS, LENGTH, CUT = 2, 24, 11  # of the text that a twin reads; where the end-of-text token stands and the past ends
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of the largest logit, under which two logits are the same up to rounding
+SHARP = 8.0  # the head's weights are so many times larger, so that a cap on the logits shows
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Answer(Generic[T]):
+    """A measured value, or None and why it was not measured."""
+
+    value: T | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one class does, under one attention implementation and precision, on one device.
+
+    Attributes:
+        device, precision, attention, versions: under which it was measured.
+        head: how far head(base(x)) is from the logits. Near 0, the fused loss computes the objective; else the class changes its logits
+            after the head, or what the head reads.
+        future: how far logits move when later tokens change. Near 0, the class is causal.
+        leak: how far logits from an end-of-text token on move when what lies before it changes, with the documents of a row kept apart.
+        unreached: parameters that text gives no gradient, without their layers' numbers.
+        sometimes: those that one text gives a gradient and another does not, or that only some layers do.
+    """
+
+    device: str
+    precision: str
+    attention: str
+    versions: tuple[str, str]  # of torch and transformers
+    head: Answer[float]
+    future: Answer[float]
+    leak: Answer[float]
+    unreached: Answer[tuple[str, ...]]
+    sometimes: Answer[tuple[str, ...]]
+
+    def same(self, difference: Answer[float]) -> bool:
+        """Whether a difference was measured and is rounding."""
+        return difference.value is not None and difference.value <= TOLERANCE[self.precision]
+
+
+def survey(config: Config, *, attention: str, device: torch.device | str = "cpu", precision: str = "fp32") -> Survey:
+    """The survey of the class of `config`; asked again for a config with the same twin, it is remembered.
+
+    Args:
+        attention: a `transformers` attn_implementation that works (`works`).
+        precision: "fp32", or "bf16" for float32 weights under autocast.
+
+    Raises:
+        UserError: the class does not build or run as a tiny twin.
+    """
+    return _survey(tiny_twin(config), attention, _place(device), precision)
+
+
+def works(config: Config, attention: str, *, device: torch.device | str = "cpu", precision: str = "fp32") -> Answer[bool]:
+    """Whether the class of `config` runs forward and backward under an attention implementation; where not, the reason.
+
+    Raises:
+        UserError: the class does not build or run as a tiny twin.
+    """
+    return _works(tiny_twin(config), attention, _place(device), precision)
+
+
+def _place(device: torch.device | str) -> str:
+    """A device's name, the same for every process of a CPU."""
+    return "cpu" if torch.device(device).type == "cpu" else str(device)
+
+
+@lru_cache(maxsize=64)
+def _works(twin: Twin, attention: str, device: str, precision: str) -> Answer[bool]:
+    try:
+        with _aside(device):
+            _backward(_bench(twin, attention, device, precision), seed=0)
+    except Exception as fault:  # the library's classes raise every kind
+        return Answer(False, in_one_line(fault, 120))
+    return Answer(True)
+
+
+@lru_cache(maxsize=64)
+def _survey(twin: Twin, attention: str, device: str, precision: str) -> Survey:
+    with _aside(device):
+        bench = _bench(twin, attention, device, precision)
+        reached = _measured(lambda: _reached(bench))
+        return Survey(
+            device=device if device == "cpu" else torch.cuda.get_device_name(device),
+            precision=precision,
+            attention=attention,
+            versions=(version("torch"), version("transformers")),
+            head=_measured(lambda: _head(bench)),
+            future=_measured(lambda: _future(bench)),
+            leak=_measured(lambda: _leak(bench)),
+            unreached=Answer(None if reached.value is None else reached.value[0], reached.reason),
+            sometimes=Answer(None if reached.value is None else reached.value[1], reached.reason),
+        )
+
+
+@contextmanager
+def _aside(device: str) -> Iterator[None]:
+    """With the library silent, and the random numbers of the run left as they are."""
+    devices = [] if device == "cpu" else [torch.device(device)]
+    with quietly(), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        yield
+
+
+def _measured(measure: Callable[[], T]) -> Answer[T]:
+    try:
+        return Answer(measure())
+    except Exception as fault:  # the library's classes raise every kind
+        return Answer(None, str(fault) if isinstance(fault, UserError) else in_one_line(fault, 120))
+
+
+class _Bench:
+    """A twin on its device, with text to read.
+
+    Attributes:
+        end_of_text: a token that is in none of the texts.
+    """
+
+    def __init__(self, twin: Twin, attention: str, device: str, precision: str) -> None:
+        self.twin, self.attention, self.device, self.precision = twin, attention, torch.device(device), precision
+        self.model: Any = twin.build(device=device, attention=attention)
+        scramble(self.model)
+        head = self.model.get_output_embeddings()
+        self.end_of_text = twin.plain.start
+        if head is not None:
+            with torch.no_grad():
+                head.weight.mul_(SHARP)
+
+    def text(self, seed: int) -> Tensor:
+        """(ROWS, LENGTH) tokens."""
+        return self.twin.tokens(ROWS, LENGTH, seed).to(self.device)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """As the run multiplies."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    @torch.no_grad()
+    def logits(self, inputs: Mapping[str, Any]) -> Tensor:
+        """(row, position, vocab) in float32, of inputs of ROWS · LENGTH tokens.
+
+        Raises:
+            UserError: it gives no logits for each token, or they are not finite.
+        """
+        with self.autocast():
+            found = self.model(**inputs, use_cache=False).logits
+        if found.shape[:-1].numel() != ROWS * LENGTH:
+            raise UserError(f"its logits have the shape {tuple(found.shape)} for {ROWS} rows of {LENGTH} tokens")
+        if not found.isfinite().all():
+            raise UserError("its logits are not finite under large random weights")
+        return found.float().reshape(ROWS, LENGTH, -1)
+
+    def steady(self, inputs: Mapping[str, Any]) -> Tensor:
+        """`logits`, twice the same.
+
+        Raises:
+            UserError: two equal forward passes differ.
+        """
+        once, again = self.logits(inputs), self.logits(inputs)
+        if (noise := relative(once, again)) > TOLERANCE[self.precision]:
+            raise UserError(f"two forward passes on the same text differ by {noise:.2g} of the largest logit")
+        return once
+
+
+@lru_cache(maxsize=4)
+def _bench(twin: Twin, attention: str, device: str, precision: str) -> _Bench:
+    return _Bench(twin, attention, device, precision)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, of the largest expected value."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+# ---- the questions --------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _head(bench: _Bench) -> float:
+    """How far the output head over what the base model gives is from the logits."""
+    inputs = {"input_ids": bench.text(0)}
+    expected = bench.steady(inputs)
+    with bench.autocast():
+        hidden = bench.model.base_model(**inputs, use_cache=False).last_hidden_state
+        found = bench.model.get_output_embeddings()(hidden)
+    return relative(found.float(), expected)
+
+
+def _future(bench: _Bench) -> float:
+    """How far the logits before CUT move with the tokens from there on."""
+    text = bench.text(0)
+    changed = torch.cat((text[:, :CUT], bench.text(1)[:, CUT:]), 1)
+    before = bench.steady({"input_ids": text})[:, :CUT]
+    return relative(bench.logits({"input_ids": changed})[:, :CUT], before)
+
+
+def _leak(bench: _Bench) -> float:
+    """How far the logits from an end-of-text token on move with the tokens before it, documents kept apart as the trainer does."""
+    text = bench.text(0)
+    text[:, CUT] = bench.end_of_text
+    changed = torch.cat((bench.text(1)[:, :CUT], text[:, CUT:]), 1)
+    apart = [documents_apart(tokens, bench.end_of_text, bench.attention) for tokens in (text, changed)]
+    return relative(bench.logits(apart[1])[:, CUT:], bench.steady(apart[0])[:, CUT:])
+
+
+def _reached(bench: _Bench) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The parameters that get no gradient from any of two texts, in any layer; and those that get one only here or there."""
+    seen = [_backward(bench, seed) for seed in (0, 1)]
+    always, ever = set(seen[0]) & set(seen[1]), set(seen[0]) | set(seen[1])
+    names = [name for name, _ in bench.model.named_parameters()]
+    reached = {layerless(name) for name in ever}
+    missing = {layerless(name) for name in names} - reached
+    partly = {layerless(name) for name in names if name not in always} - missing
+    return tuple(sorted(missing)), tuple(sorted(partly))
+
+
+def _backward(bench: _Bench, seed: int) -> list[str]:
+    """The parameters to which the loss on a text gives a gradient."""
+    text = bench.text(seed)
+    with bench.autocast():
+        logits = bench.model(input_ids=text, use_cache=False).logits
+    functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), text[:, 1:].flatten()).backward()
+    names = [name for name, parameter in bench.model.named_parameters() if parameter.grad is not None]
+    bench.model.zero_grad(set_to_none=True)
+    return names
