@@ -15,6 +15,7 @@ from model.config import Target, read_json, tokenizer_size
 from model.errors import UserError, reading
 from model.spelling import both_spellings, spell_folder
 
+from .arguments import check_arguments
 from .card import model_card
 from .execute import Reader
 from .finite import FiniteReader
@@ -96,7 +97,12 @@ def grow(
     Raises:
         UserError: for everything that is wrong with what was given; nothing is left behind.
     """
+    check_arguments(
+        out=out, overwrite=overwrite, receipt=receipt, threads=threads, max_shard_bytes=max_shard_bytes, revision=revision,
+        optimizer=optimizer, nonfinite=nonfinite, worker=worker, progress=progress,
+    )  # fmt: skip
     with Checkpoint(locate(source, revision)) as checkpoint:
+        ledger = read_ledger(checkpoint.folder)
         made = plan(checkpoint, target, operator, depth=depth, noise=noise, seed=seed, **options)
         check_tokenizer(checkpoint.folder, made)
         reader = checkpoint if nonfinite == "allow" else FiniteReader(checkpoint, made.dtypes)
@@ -117,7 +123,7 @@ def grow(
             measured = measure(checkpoint.folder, folder, target_config=made.target_config, norm=made.family.norm) if wanted else None
             if measured is not None:
                 check_receipt(measured, made)
-            _write_recipe(folder, made, str(source), revision, checkpoint, measured)
+            _write_recipe(folder, made, str(source), revision, ledger, measured)
             write_config(folder, made)  # last: without it nothing loads the folder, were it to stay as it is
             return measured
 
@@ -205,15 +211,25 @@ def _copy_companions(source: Path, folder: Path) -> None:
     spell_folder(folder)
 
 
-def _write_recipe(folder: Path, plan: Plan, source: str, revision: str | None, checkpoint: Checkpoint, receipt: Receipt | None) -> None:
+def read_ledger(folder: Path) -> dict[str, Any] | None:
+    """What the source cost and reached, where training has written it beside the weights.
+
+    Raises:
+        UserError: ledger.json is no JSON object.
+    """
+    return read_json(folder / "ledger.json") if (folder / "ledger.json").exists() else None
+
+
+def _write_recipe(
+    folder: Path, plan: Plan, source: str, revision: str | None, ledger: dict[str, Any] | None, receipt: Receipt | None
+) -> None:
     """`growth.json`, and a model card that says the same in words."""
-    ledger = checkpoint.folder / "ledger.json"
     recipe = {
         "source": {
             "name": source,
             "revision": revision,
             "config": nested(plan.source_config),
-            "ledger": json.loads(ledger.read_text()) if ledger.is_file() else None,
+            "ledger": ledger,
         },
         "target": {"config": nested(plan.target_config)},
         "plan_hash": plan.hash,

@@ -13,13 +13,14 @@ from typing import Any
 
 from model.checkpoint import Checkpoint, names_of
 from model.composite import flat, of_text
-from model.config import Target, resolve_target, rope_of
+from model.config import Target, resolve_target, rope_of, value_faults
 from model.dtypes import RAW, TORCH_NAMES, is_float
 from model.errors import UserError
 from model.family import Config, Family, Tensor
 from model.notation import spaces
 from model.presets import PRESETS, preset
 
+from .arguments import check_arguments
 from .certificate import Certificate, certify
 from .expansion import AxisMap, Fill
 from .layers import LayerMap, follow_layers, layer_map
@@ -186,6 +187,7 @@ def plan(
     Raises:
         UserError: unknown names (with near matches), a target smaller than the source, tensors that do not match the schema, …
     """
+    check_arguments(target=target, operator=operator, depth=depth, noise=noise, seed=seed)
     checkpoint = _opened(source)
     target = flat(target) if isinstance(target, Mapping) else target
     source_config = checkpoint.config if isinstance(checkpoint, Checkpoint) else checkpoint
@@ -209,6 +211,10 @@ def _opened(source: str | Path | Config | Checkpoint) -> Checkpoint | Config:
         return source
     if isinstance(source, Mapping):
         return flat(source)
+    if not isinstance(source, str | Path):
+        raise UserError(
+            f"source {source!r:.80}: expected a folder, a preset's name, a checkpoint or a config as a dict; found {type(source).__name__}"
+        )
     if str(source) in PRESETS and not Path(source).is_dir():
         return preset(str(source))
     return Checkpoint(source)
@@ -226,7 +232,7 @@ def _check_growable(growth: Growth, noise: float) -> None:
         )
     if not 0 <= noise < 10:
         faults.append(f"noise {noise}: expected a strength relative to each tensor's root mean square, between 0 and 10")
-    UserError.collect([*faults, *_class_faults(growth)])
+    UserError.collect([*faults, *value_faults(growth.target_config, family), *_class_faults(growth)])
 
 
 def _class_faults(growth: Growth) -> Iterator[str]:

@@ -48,7 +48,7 @@ def know(source: Checkpoint | Config, target: Target, depth: str | Sequence[int]
         UserError: the family is unknown to the library too, or the derived schema was not confirmed; the message says why.
     """
     config = source.config if isinstance(source, Checkpoint) else source
-    if config.get("model_type") is None or has_schema(config):
+    if not isinstance(config.get("model_type"), str) or has_schema(config):
         return Known(family_of(config))
     shapes = {name: stored.shape for name, stored in source.tensors.items()} if isinstance(source, Checkpoint) else None
     if shapes is not None:

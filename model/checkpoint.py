@@ -10,6 +10,7 @@ import json
 import os
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -18,11 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from .config import read_config, read_json
+from .config import check_values, read_config, read_json
 from .dtypes import RAW
 from .errors import UserError, reading
 
 MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors library itself
+MAX_NAME_BYTES = 255  # of a file
+MAX_TENSORS = 200_000  # no honest file holds more; an entry of a header has at most ten values
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -149,6 +152,8 @@ def _read_index(path: Path) -> dict[str, set[str]]:
                 f"{path}: {name!r} points to {file!r}; shards are .safetensors files in the same folder, nothing else is opened"
             )
         files.setdefault(file, set()).add(name)
+    if overlong := [file for file in files if len(os.fsencode(file)) > MAX_NAME_BYTES]:
+        raise UserError(f"{path}: names the file {overlong[0]!r}, which is longer than a file's name can be")
     if absent := sorted(file for file in files if not (path.parent / file).is_file()):
         raise UserError(f"{path}: shard {absent[0]} is missing ({len(absent)} of {len(files)} are); download the checkpoint again")
     return files
@@ -181,10 +186,11 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise UserError(f"{path}: the header names {next(name for name in names if names.count(name) > 1)!r} twice")
+            counts = Counter(name for name, _ in pairs)
+            raise UserError(f"{path}: the header names {counts.most_common(1)[0][0]!r} twice")
         return found
 
+    check_values(path, text, 10 * MAX_TENSORS)
     try:
         header = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as fault:
@@ -239,6 +245,8 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     Raises:
         UserError: neither a folder nor a reachable repository.
     """
+    if not isinstance(source, str | Path):
+        raise UserError(f"source {source!r:.80}: expected a folder or a Hugging Face name; found {type(source).__name__}")
     folder = Path(source)
     if folder.is_dir():
         return folder

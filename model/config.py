@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,21 +15,25 @@ from .presets import PRESETS, preset, preset_sizes
 Target: TypeAlias = "str | Path | Mapping[str, Any] | Any"  # preset name, folder, overrides, or a transformers config
 
 ROPE, THETA = ("rope_scaling", "rope_parameters"), ("rotary_emb_base", "rope_theta")  # older configs keep the base outside
-MAX_JSON_BYTES = 64 << 20  # no honest config or index is larger
+MAX_JSON_BYTES, MAX_CONFIG_BYTES = 64 << 20, 4 << 20  # no honest index or tokenizer, no honest config is larger
+MAX_VALUES, MAX_CONFIG_VALUES = 2_000_000, 100_000  # nor holds more: of what a parser makes, a value takes a hundred times its bytes
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file that a stranger may have written.
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, max_values: int = MAX_VALUES) -> dict[str, Any]:
+    """A JSON object from a file that a stranger may have written; bounded in time and memory before it is parsed.
 
     Raises:
-        UserError: it is missing, too large, not JSON, or not an object.
+        UserError: it is missing, no regular file, too large, not JSON, or not an object.
     """
     with reading(path):
         if not path.exists():
             raise UserError(f"{path}: no such file")
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{path}: {path.stat().st_size:,} bytes; no config or index is larger than {MAX_JSON_BYTES:,}, so this is none")
+        if not path.is_file():  # a device never ends, a pipe is waited on for ever
+            raise UserError(f"{path}: not a regular file")
+        if path.stat().st_size > max_bytes:
+            raise UserError(f"{path}: {path.stat().st_size:,} bytes; no honest {path.name} is larger than {max_bytes:,}")
         content = path.read_bytes()
+    check_values(path, content, max_values)
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as fault:
@@ -39,13 +43,49 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def check_values(path: Path, text: bytes, most: int) -> None:
+    """Count the values of a JSON text by what stands between them, which takes no memory.
+
+    Raises:
+        UserError: there are more than `most`.
+    """
+    if (count := sum(map(text.count, (b",", b"[", b"{")))) > most:
+        raise UserError(f"{path}: about {count:,} values; no honest {path.name} holds more than {most:,}")
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a checkpoint folder, as its flat view (`model.composite`).
 
     Raises:
         UserError: as `read_json`.
     """
-    return flat(read_json(folder / "config.json"))
+    return flat(read_json(folder / "config.json", MAX_CONFIG_BYTES, MAX_CONFIG_VALUES))
+
+
+def value_faults(config: Config, family: Family) -> Iterator[str]:
+    """What is of another type than the engine computes with, of the values that are no sizes; sizes are checked where they are read."""
+    scale = family.attention_scale if family.attention_scale not in ("head_dim", "none") else None
+    shares = (family.rotary_field, "partial_rotary_factor", "rope_theta")
+    numbers = dict.fromkeys([family.field_name("norm_eps"), "initializer_range", *shares, *THETA, scale])
+    yield from _no_numbers(config, numbers, "config")
+    for key in ROPE:
+        rope = config.get(key)
+        if isinstance(rope, Mapping):
+            yield from _no_numbers(rope, dict.fromkeys(shares), f"config: {key}")
+        elif rope is not None:
+            yield f"config: {key} must be keys and values, or null; found {rope!r:.80}"
+    kinds = config.get("layer_types")
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        yield f"config: layer_types must be a list of names, or null; found {kinds!r:.80}"
+    if not isinstance(tied := config.get("tie_word_embeddings"), bool | None):
+        yield f"config: tie_word_embeddings must be true, false or null; found {tied!r:.80}"
+
+
+def _no_numbers(values: Config, keys: Iterable[str | None], where: str) -> Iterator[str]:
+    for key in keys:
+        value = None if key is None else values.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            yield f"{where}: {key} must be a number, or null; found {value!r:.80}"
 
 
 def tokenizer_size(folder: Path) -> int | None:
@@ -55,7 +95,7 @@ def tokenizer_size(folder: Path) -> int | None:
         UserError: it is no tokenizer.json.
     """
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not path.exists():
         return None
     found = read_json(path)
     try:
@@ -101,6 +141,7 @@ def _overlay(overrides: dict[str, Any], source: Config | None, family: Family | 
             raise UserError("a target given as overrides needs a source whose config they change; give a source, or name a preset")
         return overrides
     family = family or family_of(source)
+    UserError.collect(value_faults(source, family))
     if (other := overrides.get("model_type", source["model_type"])) != source["model_type"]:
         raise UserError(f"target: model_type {other!r} differs from the source's {source['model_type']!r}; a family grows into itself only")
     overrides = {family.field_name(key) if key not in source else key: value for key, value in overrides.items()}
@@ -108,7 +149,9 @@ def _overlay(overrides: dict[str, Any], source: Config | None, family: Family | 
     known = {*source, *(family.field_name(name) for name in STANDARD if family.knows(name))}
     known |= {"rope_parameters"} if family.rotary is not None else set()
     UserError.collect(f"target: unknown config key {key!r}; {did_you_mean(key, known)}" for key in overrides if key not in known)
-    rope = dict(overrides.pop("rope_parameters", None) or {})
+    rope = overrides.pop("rope_parameters", None) or {}
+    UserError.collect(f"target: {fault.removeprefix('config: ')}" for fault in value_faults(overrides | {"rope_parameters": rope}, family))
+    rope = dict(rope)
     for key in (family.rotary_field, "partial_rotary_factor"):
         rotary = rope.pop(key, rotary)
 

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+LONGEST_WORD, LONGEST_LINE = 400, 2000  # characters of a message that a stranger's file may fill
+
 
 class UserError(Exception):
-    """A fault in what the user gave: its message names the thing, what was expected and found, and the way out."""
+    """A fault in what the user gave: its message names the thing, what was expected and found, and the way out.
+
+    Names come from files of strangers: of a word or a line without end, the middle is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        lines = (re.sub(rf"\S{{{LONGEST_WORD},}}", _shortened, line) for line in message.split("\n"))
+        super().__init__("\n".join(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} …" for line in lines))
 
     @classmethod
     def collect(cls, faults: Iterable[str]) -> None:
@@ -19,6 +29,10 @@ class UserError(Exception):
             raise cls(faults[0])
         if faults:
             raise cls(f"{len(faults)} faults:\n" + "\n".join(f"  - {fault}" for fault in faults))
+
+
+def _shortened(word: re.Match[str]) -> str:
+    return f"{word[0][:100]}… ({len(word[0]):,} characters) …{word[0][-50:]}"
 
 
 @contextmanager

@@ -325,7 +325,8 @@ def families() -> dict[str, Family]:
 
 def has_schema(config: Config) -> bool:
     """Whether the config's family is known, so that every parameter of its model is one tensor of the file."""
-    return config.get("model_type") in families()
+    name = config.get("model_type")
+    return isinstance(name, str) and name in families()
 
 
 def family_of(config: Config) -> Family:
@@ -338,6 +339,8 @@ def family_of(config: Config) -> Family:
     name = config.get("model_type")
     if name is None:
         raise UserError("the config names no model_type, so its tensors' roles are unknown; is this a Hugging Face config.json?")
+    if not isinstance(name, str):
+        raise UserError(f"config: model_type must be a name; found {name!r:.80}")
     return known[name] if name in known else unknown("model family", str(name), known)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from growth import grow
+from growth.grow import read_ledger
 from growth.strangers import know
 from model.build import build_model, known_size, load_model
 from model.checkpoint import Checkpoint, locate
@@ -85,8 +85,8 @@ def source_ledger(settings: Settings, source: Path | None) -> dict[str, Any] | N
     if source is None or (settings.growth.operator == "scratch" and not taught):
         return None
     ledger: dict[str, Any] = {"path": settings.source, "tokens": settings.source_tokens, "flops": None, "val_loss": None}
-    if (source / LEDGER).is_file():
-        ledger |= {key: value for key, value in json.loads((source / LEDGER).read_text()).items() if key in ledger and key != "path"}
+    if recorded := read_ledger(source):
+        ledger |= {key: value for key, value in recorded.items() if key in ledger and key != "path"}
     elif settings.source_tokens is not None:
         ledger["flops"] = settings.source_tokens * flops_per_token(read_config(source), settings.train.context)
     return ledger
