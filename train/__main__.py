@@ -139,11 +139,11 @@ def _train(settings: Settings) -> None:
         return
     check_installed(settings.logger.trackers)
     from train import slurm
-    from train.loop import train  # torch, transformers and accelerate are loaded only for settings that hold
+    from train.horizons import train_horizons  # torch, transformers and accelerate are loaded only for settings that hold
     from train.signals import Stopped
 
     try:
-        train(settings)
+        train_horizons(settings)
     except Stopped as stopped:
         _say(f"{stopped}; the same command goes on from there")
         if slurm.in_job() and stopped.status != INTERRUPTED:

@@ -6,6 +6,7 @@ train(compose(["experiment=tiny", "growth=lossless"]))   # → runs/tiny-lossles
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ from train.data.mixture import mixed, tokens_read
 from train.device import device_name, peak_flops, session
 from train.distribute import whole_weights
 from train.files import write_json
+from train.horizons import find_trunk, take_over_trunk, trunk_record
 from train.log import Console, open_log
 from train.meter import Meter
 from train.publish import publish
@@ -38,10 +40,13 @@ from train.transfer import frozen_tensors
 from train.way import Way, find_ways, precision_of
 
 
-def train(settings: Settings) -> Path:
+def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
     """Train the run that `settings` describe, from its start or from its newest checkpoint, and return its folder.
 
     A complete run returns at once. Every process of a distributed run calls this with the same settings; process 0 writes.
+
+    Args:
+        trunks: folders of the same run with shorter budgets, whose trunk it goes on from (train/horizons.py).
 
     Raises:
         UserError: the settings, the text, the source and the folder do not go together, the disk is full, no checkpoint is intact, or a
@@ -81,10 +86,12 @@ def train(settings: Settings) -> Path:
         # ---- 4. The start: scratch, the source, or the source grown -------------------------------------------------------------------
         if run is None:
             if main:
-                start = begin(settings, stages[0], source, folder)
+                trunk = find_trunk(trunks, settings)
+                start = begin(settings, stages[0], source, folder) if trunk is None else trunk_record(trunk)["start"]
                 taught_by = None if teacher is None else teacher.config
                 spans = spans_of(stages, settings, taught_by, frozen_tensors(stages, settings, source))
                 known = facts(settings, config, data, accelerator, way) | {"spans": [asdict(span) for span in spans]}
+                known |= {} if trunk is None else {"trunk": trunk}
                 write_json(folder / run_folder.RUN, run_folder.new_run(settings, start=start, **known))
             accelerator.wait_for_everyone()
             run = run_folder.read_run(folder)
@@ -92,6 +99,9 @@ def train(settings: Settings) -> Path:
         run_folder.check_same_inputs(folder, run, data.fingerprint, source_ledger(settings, source))
 
         # ---- 5. Where it stands, and on from there, stage by stage (one, unless it grows on its way) ----------------------------------
+        if "trunk" in run and main and not state.complete(folder / run_folder.CHECKPOINTS, tidy=True):
+            take_over_trunk(folder, run)
+        accelerator.wait_for_everyone()
         saved = newest_intact(folder / run_folder.CHECKPOINTS, accelerator, console.say)
         position = state.Position() if saved is None else state.peek(saved)
         if main and state.restore_metrics(folder / run_folder.METRICS, saved):

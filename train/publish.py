@@ -120,12 +120,18 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 """
 
 
+def _moment(stage: Mapping[str, Any]) -> str:
+    """When a stage ends, in words."""
+    tokens = stage.get("until_tokens")
+    return f"after {tokens:,} tokens" if tokens is not None else f"at {stage['until']:.0%} of the budget"
+
+
 def _on_the_way(settings: Mapping[str, Any]) -> dict[str, str]:
     """What was done to the start in training, where anything was."""
     transfer, stages, rows = settings["transfer"], settings["growth"]["stages"], {}
     if len(stages) > 1:
         changes = pairwise(stages)
-        rows["grown on the way"] = "; ".join(f"at {before['until']:.0%} of the budget: {stage['operator']}" for before, stage in changes)
+        rows["grown on the way"] = "; ".join(f"{_moment(before)}: {stage['operator']}" for before, stage in changes)
     if transfer["optimizer"] is not None:
         rows["Adam's state"] = "the source's, grown with its weights"
     if transfer["inherited_rate"] != 1.0:

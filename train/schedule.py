@@ -2,6 +2,9 @@
 
 Progress is the share of the token budget, in [0, 1]. A step is taken at its middle, (step + ½) / steps, so that neither the first
 nor the last step is wasted on a rate of zero.
+
+A warm-up of so many tokens (`warmup_tokens`) does not depend on the budget: until the decay of the shorter one begins, two WSD runs
+that differ in their budget alone have the same rate at every step, to the bit. Horizons rest on this (train/horizons.py).
 """
 
 from __future__ import annotations
@@ -18,10 +21,15 @@ REWARM = {"full": 1.0, "short": 0.25, "none": 0.0, "new": 0.0}
 
 
 def warmup_stable_decay(progress: float, warmup: float, settings: ScheduleSettings) -> float:
-    """Linear from 0 to 1, flat, then linear to `floor` over the last `decay_fraction` of the budget (WSD, arXiv 2404.06395)."""
+    """Linear from 0 to 1, flat, then down to `floor` over the last `decay_fraction` of the budget (WSD, arXiv 2404.06395).
+
+    The decay is linear, or 1 − √(share of the decay that is over) (arXiv 2405.18392).
+    """
     assert settings.decay_fraction is not None
     rise = progress / warmup if warmup > 0 else 1.0
     fall = (1.0 - progress) / settings.decay_fraction if settings.decay_fraction > 0 else 1.0
+    if settings.decay == "sqrt" and fall < 1.0:
+        fall = 1.0 - math.sqrt(1.0 - fall)
     return min(1.0, rise, settings.floor + (1.0 - settings.floor) * fall)
 
 
@@ -36,13 +44,28 @@ def cosine(progress: float, warmup: float, settings: ScheduleSettings) -> float:
 SCHEDULES: dict[str, Callable[[float, float, ScheduleSettings], float]] = {"wsd": warmup_stable_decay, "cosine": cosine}
 
 
-def factor(settings: ScheduleSettings, progress: float, *, from_scratch: bool) -> float:
+def factor(settings: ScheduleSettings, progress: float, *, from_scratch: bool, tokens: float | None = None) -> float:
     """The learning rate at `progress` as a share of its peak.
 
     A run that starts from trained weights warms up for `REWARM[settings.rewarm]` of the warm-up that scratch gets.
+
+    Args:
+        tokens: at `progress`; needed where the warm-up is given in tokens.
     """
     share = 1.0 if from_scratch else REWARM[settings.rewarm]
-    return SCHEDULES[settings.name](min(max(progress, 0.0), 1.0), settings.warmup_fraction * share, settings)
+    progress = min(max(progress, 0.0), 1.0)
+    if settings.warmup_tokens is None:
+        return SCHEDULES[settings.name](progress, settings.warmup_fraction * share, settings)
+    assert tokens is not None
+    warmup = settings.warmup_tokens * share
+    rise = min(1.0, tokens / warmup) if warmup > 0 else 1.0
+    return min(rise, SCHEDULES[settings.name](progress, 0.0, settings))
+
+
+def stable_steps(settings: ScheduleSettings, steps: int) -> int:
+    """The first steps of a WSD run of `steps` that its decay does not touch: 0.25 of 100 steps → 75."""
+    assert settings.decay_fraction is not None
+    return min(steps, math.floor(steps * (1.0 - settings.decay_fraction) + 0.5))
 
 
 def new_entries(settings: ScheduleSettings, progress: float) -> float:

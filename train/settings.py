@@ -28,7 +28,8 @@ UNGROWN = ("scratch", "source")  # the operators that grow nothing: build the ta
 class StageSettings:
     """A stretch of a run that grows on its way. `options` are the operator's own."""
 
-    until: float  # the share of the budget at which it ends
+    until: float | None = None  # the share of the budget at which it ends
+    until_tokens: int | None = None  # or the tokens after which it ends, whatever the budget
     layers: float = 1.0  # of the target's, at least one
     sizes: dict[str, Any] = field(default_factory=dict)  # other sizes than the target's, under their Hugging Face names
     operator: str = "lossless"  # by which it grows from what the stage before left
@@ -67,6 +68,9 @@ class ScheduleSettings:
     floor: float  # the last rate, as a share of the peak
     rewarm: str  # a key of train.schedule.REWARM: how much of the warm-up a run repeats that starts from trained weights
     decay_fraction: float | None = None  # of the budget; wsd only
+    warmup_tokens: int | None = None  # instead of warmup_fraction: the same for every budget
+    decay: Literal["linear", "sqrt"] = "linear"  # the shape of WSD's decay; sqrt: 1 − √share
+    horizons: tuple[int, ...] = ()  # budgets in tokens, each decayed from one stable trunk, see train/horizons.py
 
 
 @dataclass(frozen=True)
@@ -268,7 +272,8 @@ def _disagreements(settings: Settings) -> list[str]:
             faults.append(f"schedule.{key}: must be between 0 and 1; found {value}")
     if schedule.name == "wsd" and schedule.decay_fraction is None:
         faults.append("schedule.decay_fraction: missing; wsd decays over the last decay_fraction of the budget")
-    if (together := schedule.warmup_fraction + (schedule.decay_fraction or 0)) > 1:
+    faults += _horizon_disagreements(settings)
+    if schedule.warmup_tokens is None and (together := schedule.warmup_fraction + (schedule.decay_fraction or 0)) > 1:
         faults.append(f"schedule: warmup_fraction and decay_fraction are {together} together, more than the budget")
     if loop.skip_nonfinite < 0:
         faults.append(f"train.skip_nonfinite: must not be negative; found {loop.skip_nonfinite}")
@@ -291,6 +296,29 @@ def _disagreements(settings: Settings) -> list[str]:
     return faults + data_disagreements(settings.data)
 
 
+def _horizon_disagreements(settings: Settings) -> list[str]:
+    """What is wrong with a warm-up in tokens and with horizons."""
+    schedule, loop, growth = settings.schedule, settings.train, settings.growth
+    faults, horizons = [], list(schedule.horizons)
+    shortest = min(horizons, default=loop.budget_tokens)
+    if schedule.warmup_tokens is not None and not 0 <= schedule.warmup_tokens <= shortest:
+        faults.append(f"schedule.warmup_tokens: between 0 and the budget of {shortest}; found {schedule.warmup_tokens}")
+    if not horizons:
+        return faults
+    if schedule.name != "wsd" or schedule.warmup_tokens is None:
+        faults.append("schedule.horizons: need schedule=wsd and schedule.warmup_tokens=N, a warm-up that all of them share")
+    if horizons != sorted(set(horizons)) or horizons[0] < loop.batch_tokens:
+        faults.append(f"schedule.horizons: budgets of at least a batch, each longer than the one before; found {horizons}")
+    if settings.transfer.teacher is not None or schedule.rewarm == "new":
+        faults.append("schedule.horizons: not with a teacher or rewarm=new, whose course depends on the budget")
+    if any(stage.until_tokens is None for stage in growth.stages[:-1]):
+        faults.append("growth.stages: with horizons a stage ends after until_tokens=N, the same for every horizon")
+    stable = shortest * (1.0 - (schedule.decay_fraction or 0.0))
+    late = [stage.until_tokens for stage in growth.stages[:-1] if (stage.until_tokens or 0) > stable]
+    faults += [f"growth.stages: growth after {tokens} tokens is inside the decay of the shortest horizon, from {stable:.0f}" for tokens in late]
+    return faults
+
+
 def needs_source(settings: Settings) -> bool:
     """Whether a run needs its source after it has begun, too."""
     teacher = settings.transfer.teacher
@@ -298,7 +326,14 @@ def needs_source(settings: Settings) -> bool:
 
 
 def _stage_disagreements(growth: GrowthSettings) -> list[str]:
-    faults, ends = [], [stage.until for stage in growth.stages]
+    faults: list[str] = []
+    shares = [stage for stage in growth.stages[:-1] if (stage.until is None) == (stage.until_tokens is None)]
+    if shares or growth.stages[-1].until_tokens is not None:
+        return ["growth.stages: each ends at until=SHARE or after until_tokens=N, one of them; the last at until=1.0"]
+    tokens = [stage.until_tokens for stage in growth.stages if stage.until_tokens is not None]
+    if tokens != sorted(set(tokens)) or any(end <= 0 for end in tokens):
+        faults.append(f"growth.stages: each must end later than the one before; found until_tokens={tokens}")
+    ends = [stage.until for stage in growth.stages if stage.until is not None]
     if ends != sorted(set(ends)) or not all(0.0 < end <= 1.0 for end in ends) or ends[-1] != 1.0:
         faults.append(f"growth.stages: each must end later than the one before, the last at 1.0; found until={ends}")
     for number, stage in enumerate(growth.stages):
@@ -347,6 +382,7 @@ NEUTRAL = (
     *("out", "progress", "dry_run", "forecast", "logger", "changes", "data.folder", "data.path", "data.workers"),
     *("train.keep", "train.keep_best", "train.keep_optimizer", "train.save_every_tokens", "train.save_async"),
     *("sharding", "train.micro_batch"),  # nothing but rounding
+    "schedule.horizons",  # each of them is the run that its budget alone would give
     "train.skip_nonfinite",  # a run that had to stop may go on with more of them
 )
 

@@ -16,7 +16,7 @@ from model.errors import UserError
 from model.family import family_of
 from model.geometry import flops_per_token, unpaid_flops_per_token
 from train.folder import START
-from train.settings import Budget, GrowthSettings, Settings
+from train.settings import Budget, GrowthSettings, Settings, StageSettings
 
 FOLDER = "stages"
 
@@ -57,12 +57,21 @@ def stages_of(settings: Settings, config: Mapping[str, Any]) -> tuple[Stage, ...
     stages: list[Stage] = []
     for number, asked in enumerate(growth.stages):
         first = stages[-1].last if stages else 0
-        last = steps if number == len(growth.stages) - 1 else round(asked.until * steps)
+        last = steps if number == len(growth.stages) - 1 else _last_step(asked, settings)
         if last <= first:
             raise UserError(f"growth.stages[{number}]: from step {first} to {last} of {steps} there is no step; raise train.budget_tokens")
         how = growth if number == 0 else GrowthSettings(growth.name, asked.operator, dict(asked.options))
         stages.append(Stage(number, first, last, _config_of(config, asked.layers, asked.sizes), how, asked.moments))
     return tuple(stages)
+
+
+def _last_step(asked: StageSettings, settings: Settings) -> int:
+    """The step after which a stage ends that another one follows."""
+    budget = Budget.of(settings.train)
+    if asked.until_tokens is not None:
+        return round(asked.until_tokens / budget.tokens_per_step)
+    assert asked.until is not None
+    return round(asked.until * budget.steps)
 
 
 def _config_of(config: Mapping[str, Any], layers: float, sizes: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,9 @@ class Step:
     def rate(self, i: int) -> float:
         """The learning rate of step `i`."""
         from_scratch = self.settings.growth.operator == "scratch"
-        return self.settings.optimizer.learning_rate * factor(self.settings.schedule, self.progress(i), from_scratch=from_scratch)
+        tokens = (i + 0.5) * self.budget.tokens_per_step
+        share = factor(self.settings.schedule, self.progress(i), from_scratch=from_scratch, tokens=tokens)
+        return self.settings.optimizer.learning_rate * share
 
     def progress(self, i: int) -> float:
         """The share of the budget that is spent in the middle of step `i`."""

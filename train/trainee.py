@@ -20,6 +20,7 @@ from train.device import device_name
 from train.distribute import prepare as prepare_processes
 from train.distribute import whole_weights
 from train.evaluate import evaluate
+from train.horizons import branch_step, keep_stable
 from train.log import Console, Log
 from train.loss import build_loss
 from train.meter import Meter
@@ -103,6 +104,8 @@ class Trainee:
                 self.validate("eval" if stage.number == 0 else "growth")
             if self.saved is None and stage.number == 0 and not run.accelerator.is_fsdp2:  # a sharded network writes when it is whole again
                 self.write_samples("start")
+            if standing is not None and run.accelerator.is_main_process:
+                keep_stable(run.folder, settings, position.step)  # a kill may have come between the checkpoint and its copy
             self.model.train()
             while position.step < stage.last:
                 # ---- 6. One step (train/step.py) --------------------------------------------------------------------------------------
@@ -125,9 +128,14 @@ class Trainee:
                     self.validate()
                 stopped = any_process(run.accelerator, run.asked() is not None) and position.step < budget.steps
                 handed_on = position.step == stage.last < budget.steps
-                if budget.saves(position.step, best=position.best_step) or stopped or handed_on:
+                branches = position.step == branch_step(settings) < budget.steps
+                if budget.saves(position.step, best=position.best_step) or stopped or handed_on or branches:
                     with meter.paused():
                         self.save(saver)
+                        if branches:
+                            saver.wait()
+                            if run.accelerator.is_main_process:
+                                keep_stable(run.folder, settings, position.step)
                 if stopped:
                     saver.wait()
                     by = run.asked()
