@@ -17,6 +17,7 @@ from train.data.synthetic.corpus import Generated
 CORPORA: dict[str, Callable[[DataSettings], Corpus]] = {
     "stdlib": files.stdlib,
     "files": files.files,
+    "packages": files.packages,
     "hub": Hub,
     "exercises": Generated,
     "textbooks": Generated,

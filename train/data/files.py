@@ -9,6 +9,7 @@ import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,46 @@ def _size_and_time(path: Path) -> tuple[int, int]:
 
 def stdlib(settings: DataSettings) -> Files:
     """The running interpreter's own library, without its tests, generated code pages (encodings) and old grammar (lib2to3)."""
+    return Files(_stdlib(), limit=settings.max_document_bytes)
+
+
+def _stdlib() -> tuple[tuple[str, Path], ...]:
     left_out = {"test", "tests", "idlelib", "site-packages", "encodings", "lib2to3"}
     root, found = Path(sysconfig.get_paths()["stdlib"]), list[Path]()
     for folder, inner, names in os.walk(root):
         inner[:] = [name for name in inner if name not in left_out]
         found += [Path(folder, name) for name in names if name.endswith(".py")]
-    return Files(named(root, found), limit=settings.max_document_bytes)
+    return named(root, found)
+
+
+def packages(settings: DataSettings) -> Files:
+    """The Python files of installed distributions, without their tests, and the standard library's before them.
+
+    Each is named with its version (`numpy==2.4.6`), so that everyone who installed the same ones has the same text.
+
+    Raises:
+        UserError: a distribution is not installed, or in another version; all of them are named.
+    """
+    found, faults = [(f"stdlib/{name}", path) for name, path in _stdlib()], []
+    for requirement in settings.distributions:
+        name, _, version = requirement.partition("==")
+        try:
+            distribution = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            faults.append(f"data.distributions: {name} is not installed; pip install {requirement}")
+            continue
+        if distribution.version.partition("+")[0] != version:  # 2.13.0+cpu is 2.13.0, built for one kind of machine
+            faults.append(f"data.distributions: {requirement} is asked for, {distribution.version} installed; pip install {requirement}")
+        found += [(f"{name}/{file.as_posix()}", Path(str(file.locate()))) for file in _modules(distribution)]
+    UserError.collect(faults)
+    return Files(tuple(sorted(found)), limit=settings.max_document_bytes)
+
+
+def _modules(distribution: metadata.Distribution) -> list[metadata.PackagePath]:
+    """The Python files that a distribution installed inside its packages folder; tests and generated bindings hold little prose."""
+    left_out = {"test", "tests", "testing", "_vendor", ".."}
+    files = [file for file in distribution.files or () if file.suffix == ".py" and not left_out & set(file.parts)]
+    return [file for file in files if Path(str(file.locate())).is_file()]
 
 
 def files(settings: DataSettings) -> Files:

@@ -28,9 +28,10 @@ class DataSettings:
     """A corpus and its tokenizer; `conf/data/*.yaml` are its leaves. Fields of other corpora than the chosen one are not read."""
 
     name: str
-    corpus: Literal["stdlib", "files", "hub", "exercises", "textbooks"]
+    corpus: Literal["stdlib", "packages", "files", "hub", "exercises", "textbooks"]
     folder: str | None = None  # where the tokens are kept; null: data/<name>
     path: str | None = None  # files: a folder, a file, or a glob (** crosses folders) of the suffixes in formats.READERS
+    distributions: tuple[str, ...] = ()  # packages: name==version of each
     dataset: str | None = None  # hub: owner/name, or a folder that `datasets` can read
     config: str | None = None  # hub
     split: str = "train"  # hub
@@ -71,6 +72,9 @@ def disagreements(settings: DataSettings) -> list[str]:
     faults = []
     if settings.corpus == "files" and not settings.path:
         faults.append("data.path: missing; give a folder or a glob: data.path=texts or 'data.path=texts/**/*.md'")
+    unpinned = [name for name in settings.distributions if len(name.split("==")) != 2]
+    if settings.corpus == "packages" and (unpinned or not settings.distributions):
+        faults.append(f"data.distributions: name each with its version, numpy==2.4.6; found {unpinned or 'none'}")
     if settings.corpus == "hub" and not settings.dataset:
         faults.append("data.dataset: missing; give a name on the Hugging Face hub: data.dataset=owner/name")
     if settings.corpus in ("exercises", "textbooks") and settings.limit_documents is None:
