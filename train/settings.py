@@ -315,8 +315,8 @@ def _horizon_disagreements(settings: Settings) -> list[str]:
         faults.append("growth.stages: with horizons a stage ends after until_tokens=N, the same for every horizon")
     stable = shortest * (1.0 - (schedule.decay_fraction or 0.0))
     late = [stage.until_tokens for stage in growth.stages[:-1] if (stage.until_tokens or 0) > stable]
-    faults += [f"growth.stages: growth after {tokens} tokens is inside the decay of the shortest horizon, from {stable:.0f}" for tokens in late]
-    return faults
+    decay = f"is inside the decay of the shortest horizon, from {stable:.0f}"
+    return faults + [f"growth.stages: growth after {tokens} tokens {decay}" for tokens in late]
 
 
 def needs_source(settings: Settings) -> bool:

@@ -128,7 +128,7 @@ class Trainee:
                     self.validate()
                 stopped = any_process(run.accelerator, run.asked() is not None) and position.step < budget.steps
                 handed_on = position.step == stage.last < budget.steps
-                branches = position.step == branch_step(settings) < budget.steps
+                branches = position.step == branch_step(settings)
                 if budget.saves(position.step, best=position.best_step) or stopped or handed_on or branches:
                     with meter.paused():
                         self.save(saver)

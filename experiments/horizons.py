@@ -1,0 +1,259 @@
+"""The effective speed-up of arms against scratch's curve of decayed losses: numbers in, numbers out.
+
+Every run here has ended with its learning rate decayed (train/horizons.py gives an arm one such end for each budget). Scratch's ends are
+a curve L(C): the loss that scratch reaches for C FLOPs. An arm that ends at loss L for C_arm FLOPs is worth
+
+    S = L⁻¹(L) / C_arm
+
+interpolated linearly in log C between scratch's ends, never outside of them: there the loss difference at equal FLOPs stands instead.
+A point that has not decayed is never held against one that has.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from experiments.ledger import half_interval
+from experiments.runs import SCRATCH, Run, setting
+from model.errors import UserError
+
+RECORD = "ends.json"  # the small record of a study's runs: what every table and picture is made of
+
+
+@dataclass(frozen=True)
+class End:
+    """The decayed end of one run. FLOPs count from its very beginning, the trunk included; the source's stand apart."""
+
+    name: str
+    arm: str
+    optimizer: str
+    learning_rate: float
+    batch_tokens: int
+    seed: int
+    parameters: int
+    tokens: int
+    flops: float
+    source_flops: float
+    val_loss: float
+    eval_tokens: int
+    device: str
+    data: str  # fingerprint of the text
+
+    @property
+    def paid(self) -> float:
+        """FLOPs with the source's training included."""
+        return self.flops + self.source_flops
+
+
+def end_of(run: Run) -> End:
+    """The end of a complete run.
+
+    Raises:
+        UserError: it has not decayed, or its source's cost is unknown.
+    """
+    schedule = run.record["settings"]["schedule"]
+    if schedule["name"] != "wsd" or not schedule.get("decay_fraction") or schedule["floor"] != 0.0:
+        raise UserError(f"{run.folder}: its learning rate does not decay to zero, so its end is no end of a horizon (schedule=wsd)")
+    if run.source_flops is None:
+        raise UserError(f"{run.folder}: nobody counted the FLOPs of its source; give source_tokens")
+    return End(
+        name=run.name,
+        arm=run.arm,
+        optimizer=str(setting(run.record, "optimizer.name")),
+        learning_rate=run.learning_rate,
+        batch_tokens=int(setting(run.record, "train.batch_tokens")),
+        seed=run.seed,
+        parameters=int(run.record["parameters"]),
+        tokens=int(run.summary["tokens"]),
+        flops=float(run.summary["flops"]) + run.operator_flops,
+        source_flops=run.source_flops,
+        val_loss=float(run.summary["final_val_loss"]),
+        eval_tokens=int(setting(run.record, "train.eval_tokens")),
+        device=str(run.record["device"]),
+        data=str(run.record["data"]["fingerprint"]),
+    )
+
+
+def check_alike(ends: Sequence[End]) -> None:
+    """Refuse ends that were not measured on the same text.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    faults = []
+    for key in ("data", "eval_tokens"):
+        values = sorted({str(getattr(end, key)) for end in ends})
+        if len(values) > 1:
+            short = ", ".join(value[:12] for value in values)
+            faults.append(f"{key}: {len(values)} different ones ({short}); compare runs on one text only")
+    if not any(end.arm == SCRATCH for end in ends):
+        faults.append(f"no {SCRATCH} arm: there is no curve to hold the others against; run growth=scratch at two horizons or more")
+    UserError.collect(faults)
+
+
+# ---- the best rate of each arm at each horizon ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """An arm at one horizon: the ends of all seeds at the rate and batch that gave it the lowest mean loss."""
+
+    arm: str
+    optimizer: str
+    tokens: int
+    learning_rate: float
+    batch_tokens: int
+    ends: tuple[End, ...]
+    at_edge: bool  # of the rates that were tried
+
+    @property
+    def val_loss(self) -> float:
+        return fmean(end.val_loss for end in self.ends)
+
+    @property
+    def flops(self) -> float:
+        return fmean(end.flops for end in self.ends)
+
+    @property
+    def paid(self) -> float:
+        return fmean(end.paid for end in self.ends)
+
+    @property
+    def tokens_per_parameter(self) -> float:
+        return self.tokens / self.ends[0].parameters
+
+
+def best_points(ends: Iterable[End]) -> list[Point]:
+    """One point for each arm, optimizer and horizon, in the order of their names."""
+    grids: dict[tuple[str, str, int], dict[tuple[float, int], list[End]]] = defaultdict(lambda: defaultdict(list))
+    for end in ends:
+        grids[end.arm, end.optimizer, end.tokens][end.learning_rate, end.batch_tokens].append(end)
+    points = []
+    for (arm, optimizer, tokens), grid in sorted(grids.items()):
+        rate, batch = min(grid, key=lambda key: fmean(end.val_loss for end in grid[key]))
+        rates = sorted(tried for tried, size in grid if size == batch)
+        edge = len(rates) < 3 or rate in (rates[0], rates[-1])
+        points.append(Point(arm, optimizer, tokens, rate, batch, tuple(grid[rate, batch]), edge))
+    return points
+
+
+# ---- scratch's curve, and what an arm is worth on it ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BaselineCurve:
+    """L(C) from the decayed ends of scratch: costs rise, losses fall."""
+
+    flops: tuple[float, ...]
+    losses: tuple[float, ...]
+
+    def cost_of(self, loss: float) -> float | None:
+        """L⁻¹: the FLOPs for which scratch reaches `loss`; None outside of what was measured."""
+        if not self.losses[-1] <= loss <= self.losses[0]:
+            return None
+        return math.exp(_interpolate(-loss, [-value for value in self.losses], [math.log(cost) for cost in self.flops]))
+
+    def loss_at(self, flops: float) -> float | None:
+        """L: scratch's loss for `flops`; None outside of what was measured."""
+        if not self.flops[0] <= flops <= self.flops[-1]:
+            return None
+        return _interpolate(math.log(flops), [math.log(cost) for cost in self.flops], self.losses)
+
+
+def _interpolate(at: float, places: Sequence[float], values: Sequence[float]) -> float:
+    """Linear between the two places around `at`; places rise."""
+    for i in range(1, len(places)):
+        if at <= places[i]:
+            share = (at - places[i - 1]) / (places[i] - places[i - 1])
+            return values[i - 1] + share * (values[i] - values[i - 1])
+    return values[-1]
+
+
+def baseline(points: Iterable[Point]) -> BaselineCurve:
+    """Scratch's lower envelope: of all its optimizers, what gives the lowest loss for at most these FLOPs.
+
+    Raises:
+        UserError: fewer than two such points.
+    """
+    candidates = sorted((point.flops, point.val_loss) for point in points if point.arm == SCRATCH)
+    kept: list[tuple[float, float]] = []
+    for flops, loss in candidates:
+        if kept and flops == kept[-1][0]:
+            continue  # the same cost at a higher loss
+        if not kept or loss < kept[-1][1]:
+            kept.append((flops, loss))
+    if len(kept) < 2:
+        raise UserError(f"{SCRATCH}: {len(kept)} horizons with falling losses; a curve needs two or more (schedule.horizons)")
+    return BaselineCurve(tuple(flops for flops, _ in kept), tuple(loss for _, loss in kept))
+
+
+@dataclass(frozen=True)
+class Worth:
+    """One arm at one horizon against scratch. `interval` is half of a 95 % interval of S over the seeds; None for one seed."""
+
+    point: Point
+    speedup_excluded: float | None
+    speedup_included: float | None
+    interval_included: float | None
+    difference: float | None  # loss − scratch's at equal FLOPs, source included; nats, negative is better
+
+
+def worths(ends: Sequence[End], against: Callable[[Point], bool] = lambda point: True) -> list[Worth]:
+    """What every arm is worth at every horizon.
+
+    Args:
+        against: the points of scratch that are the baseline, such as those of one optimizer.
+
+    Raises:
+        UserError: the ends are of different texts, or scratch has no curve.
+    """
+    check_alike(ends)
+    points = best_points(ends)
+    curve = baseline(point for point in points if against(point))
+    return [_worth(point, curve) for point in points]
+
+
+def _worth(point: Point, curve: BaselineCurve) -> Worth:
+    cost, usual = curve.cost_of(point.val_loss), curve.loss_at(point.paid)
+    own = [curve.cost_of(end.val_loss) for end in point.ends]
+    seeds = [cost / end.paid for cost, end in zip(own, point.ends, strict=True) if cost is not None]
+    return Worth(
+        point,
+        speedup_excluded=None if cost is None else cost / point.flops,
+        speedup_included=None if cost is None else cost / point.paid,
+        interval_included=half_interval(seeds) if len(seeds) == len(point.ends) else None,
+        difference=None if usual is None else point.val_loss - usual,
+    )
+
+
+# ---- the record -------------------------------------------------------------------------------------------------------------------------
+
+
+def write_ends(path: Path, ends: Iterable[End]) -> None:
+    """The ends as JSON, sorted, so that a study's record changes by what was added."""
+    rows = [asdict(end) for end in sorted(ends, key=lambda end: (end.arm, end.optimizer, end.tokens, end.name))]
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def read_ends(path: Path) -> list[End]:
+    """The ends that `write_ends` wrote.
+
+    Raises:
+        UserError: the file is something else.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return [_end(row) for row in rows]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: not a record of runs ({error}); expected what `python -m experiments horizons` writes") from error
+
+
+def _end(row: Mapping[str, Any]) -> End:
+    return End(**{field.name: row[field.name] for field in fields(End)})
