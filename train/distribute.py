@@ -91,8 +91,15 @@ def whole_weights(objective: nn.Module, accelerator: Accelerator) -> dict[str, T
     """The weights put together on process 0, on its CPU; None where they are not sharded. Every process has to ask."""
     if not accelerator.is_fsdp2:
         return None
+    network: Any = objective.network
     weights: dict[str, Any] = get_model_state_dict(objective, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return {name.removeprefix("network."): tensor for name, tensor in weights.items()}
+    return tied_again({name.removeprefix("network."): tensor for name, tensor in weights.items()}, network)
+
+
+def tied_again(weights: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """`weights` with what the network ties as one tensor, so that it is saved once: put together from shards there are two of it."""
+    tied: dict[str, str] = getattr(network, "all_tied_weights_keys", {})
+    return weights | {name: weights[whole] for name, whole in tied.items() if name in weights and whole in weights}
 
 
 def local(tensor: Tensor) -> Tensor:

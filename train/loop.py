@@ -29,6 +29,7 @@ from train.horizons import find_trunk, take_over_trunk, trunk_record
 from train.log import Console, open_log
 from train.meter import Meter
 from train.publish import publish
+from train.rehearsal import rehearse_end
 from train.saving import newest_intact
 from train.settings import Budget, Settings, needs_source
 from train.signals import watched
@@ -82,6 +83,10 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
         teacher = find_teacher(teaching, config, teachers)
         windows = list(validation_batches(data.validation, context=loop.context, tokens=loop.eval_tokens))
         window_count(data.train, loop.context)  # refuses a text that is too short before anything is grown
+
+        if main:
+            for note in rehearse_end(config, source, data, sharded=accelerator.is_fsdp2):
+                console.say(note)
 
         # ---- 4. The start: scratch, the source, or the source grown -------------------------------------------------------------------
         if run is None:

@@ -40,19 +40,24 @@ def publish(
     Raises:
         UserError: the disk is full or not writable.
     """
-    model.generation_config.eos_token_id = data.end_of_text_id
-    model.generation_config.pad_token_id = data.end_of_text_id
     with whole_folder(folder / FINAL) as partial:
-        model.save_pretrained(partial, state_dict=weights)
-        for file in sorted(Path(data.tokenizer_folder).iterdir()):
-            if file.is_file():
-                shutil.copyfile(file, partial / file.name)
-        spell_folder(partial)
+        write_model(partial, model, weights, data)
         if adam is not None:
             torch.save(adam, partial / OPTIMIZER)
         write_json(partial / LEDGER, ledger(run, summary))
         write_text(partial / "README.md", model_card(run, summary))
     return folder / FINAL
+
+
+def write_model(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor] | None, data: TokenData) -> None:
+    """Weights (whole, where they are not the model's own), config, generation config and the data's tokenizer into an empty `folder`."""
+    model.generation_config.eos_token_id = data.end_of_text_id
+    model.generation_config.pad_token_id = data.end_of_text_id
+    model.save_pretrained(folder, state_dict=weights)
+    for file in sorted(Path(data.tokenizer_folder).iterdir()):
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+    spell_folder(folder)
 
 
 def ledger(run: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:

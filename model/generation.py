@@ -1,0 +1,85 @@
+"""Generation configs: how a model writes unless it is told otherwise, mended so that the library saves them again.
+
+The library loads a generation_config.json that contradicts itself (a temperature, and no sampling) and refuses to save it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import read_json
+from .errors import UserError
+from .family import Config
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+FILE = "generation_config.json"
+SWITCHES = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate")  # which others make sense under
+
+
+def generation_config(folder: Path, config: Config) -> tuple[GenerationConfig, tuple[str, ...]]:
+    """The generation config that goes with a checkpoint.
+
+    Args:
+        config: of the checkpoint, which says a part of it where the folder has no file of its own.
+
+    Returns:
+        (what the library saves as it is, what had to be changed for that, in words).
+    """
+    try:
+        entries = read_json(folder / FILE) if (folder / FILE).is_file() else _entries(config)
+    except UserError as fault:
+        made, changes = mended(_entries(config))
+        return made, (f"{fault}; left out", *changes)
+    return mended(entries)
+
+
+def mended(entries: Mapping[str, Any]) -> tuple[GenerationConfig, tuple[str, ...]]:
+    """`generation_config`, from the entries of a file: the switch that they lack is added, and what still contradicts is dropped."""
+    if (whole := _valid(entries)) is not None:
+        return whole, ()
+    changes: tuple[str, ...] = ()
+    kept = _consistent(entries)
+    if "do_sample" not in entries and len(sampled := _consistent({"do_sample": True, **entries})) > len(kept) + 1:
+        kept, changes = sampled, ("do_sample: true is added, without which what it says of sampling is refused",)
+    if dropped := [f"{key}: {value!r:.40}" for key, value in entries.items() if key not in kept]:
+        changes = (*changes, f"{', '.join(dropped)} left out, which the library refuses to save")
+    made = _valid(kept)
+    assert made is not None
+    return made, tuple(f"{FILE}: {change}" for change in changes)
+
+
+def _consistent(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that the library takes together, tried one by one, switches first."""
+    kept: dict[str, Any] = {}
+    for key in sorted(entries, key=lambda key: key not in SWITCHES):
+        if _valid({**kept, key: entries[key]}) is not None:
+            kept[key] = entries[key]
+    return kept
+
+
+def _valid(entries: Mapping[str, Any]) -> GenerationConfig | None:
+    """The library's object of these entries; None where it would not save it."""
+    from transformers import GenerationConfig
+
+    from .build import quietly
+
+    try:
+        with quietly():
+            made = GenerationConfig.from_dict(dict(entries))
+            made.validate(strict=True)
+            made.to_json_string()
+    except Exception:  # the library's checks raise every kind
+        return None
+    return made
+
+
+def _entries(config: Config) -> dict[str, Any]:
+    """What a config itself says of writing, as older files do."""
+    from transformers import GenerationConfig
+
+    known = GenerationConfig().to_dict().keys() - {"transformers_version"}
+    return {key: value for key, value in config.items() if key in known and value is not None}
