@@ -1,11 +1,17 @@
-"""May these runs be compared? Every arm must have been given the same chances; what differs is named, run by run."""
+"""May these runs be compared? Every arm must have been given the same chances.
+
+Where runs answer different questions (another text, another budget, another mask of attention) the comparison is refused, and the thing is
+named. Where they answer one question with different means (another optimizer, schedule or clipping) it is made, and the difference is told
+at its top: what a growth gained cannot be told from what the other setting gained.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments.runs import SCRATCH, SOURCE, Run, setting
+from experiments.runs import SCRATCH, SOURCE, Run, listed, setting
 from model.errors import UserError
 from train.settings import identity
 
@@ -15,6 +21,8 @@ Read = Callable[[Run], Any]
 SHARED: dict[str, Read] = {
     "data fingerprint (run.json data.fingerprint)": lambda run: run.record["data"]["fingerprint"],
     "evaluation budget (train.eval_tokens)": lambda run: setting(run.record, "train.eval_tokens"),
+    "mixture (mixture.phases)": lambda run: setting(run.record, "mixture.phases"),  # of runs whose fingerprint did not tell it
+    "document mask (train.document_mask)": lambda run: bool(setting(run.record, "train.document_mask")),
     "context (train.context)": lambda run: setting(run.record, "train.context"),
     "tokens per step": lambda run: run.record["tokens_per_step"],
     "precision": lambda run: run.record.get("precision"),
@@ -26,6 +34,8 @@ SHARED_BY_ARMS: dict[str, Read] = {
 }
 # A seed may have its own name and source; every other setting that changes a result is the same within an arm at one learning rate.
 OF_ONE_SEED = ("seed", "name", "study", "source")
+# How an arm starts, which is what is compared; its rate, which is tuned; and names.
+THE_QUESTION = (*OF_ONE_SEED, "growth", "target", "source_tokens", "optimizer.learning_rate", "transfer.name", "data.name", "mixture.name")
 # What the library writes into a config about itself, and settings of inference: no part of the network that is trained.
 NOT_TRAINED = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures", "return_dict")
 
@@ -38,8 +48,42 @@ def check_comparable(runs: Sequence[Run]) -> None:
     faults += _differing_configs(arms) + _twice(runs) + _differing_within_arms(runs)
     UserError.collect(faults)
     if not any(run.arm == SCRATCH for run in runs):
-        named = ", ".join(run.name for run in runs)
+        named = listed([run.name for run in runs])
         raise UserError(f"no complete {SCRATCH} run among {named}: every cost is measured against it. Train it: growth={SCRATCH}")
+
+
+def differences(runs: Sequence[Run], told: Sequence[tuple[str, str]] = ()) -> list[str]:
+    """Settings beside the growth in which runs of a comparison differ, each with its values and the arms that have them.
+
+    Args:
+        told: (arm, setting) pairs that the comparison tells elsewhere, as the change that it measures.
+    """
+    settings = sorted(((run.arm, _beside_the_question(run)) for run in runs), key=lambda pair: pair[0])
+    elsewhere = {*told, (SOURCE, "train.budget_tokens")}  # the control arm trains for equal FLOPs
+    sentences = []
+    for key in sorted({key for _, values in settings for key in values}):
+        arms: dict[str, list[str]] = {}
+        for arm, values in settings:
+            if not elsewhere & {(arm, part) for part in (key, *_parents(key))}:
+                arms.setdefault(_value(values.get(key)), []).append(arm)
+        if len(arms) > 1:
+            sentences.append(f"{key}: " + "; ".join(f"{value} ({', '.join(dict.fromkeys(having))})" for value, having in arms.items()))
+    return sentences
+
+
+def _beside_the_question(run: Run) -> dict[str, Any]:
+    values = identity(run.record["settings"])
+    return {key: value for key, value in values.items() if not {key, *_parents(key)} & {*THE_QUESTION}}
+
+
+def _parents(key: str) -> list[str]:
+    """`a.b.c` → `a`, `a.b`."""
+    parts = key.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _differing(runs: Sequence[Run], what: str, read: Read) -> list[str]:
@@ -75,12 +119,12 @@ def _twice(runs: Sequence[Run]) -> list[str]:
 def _differing_within_arms(runs: Sequence[Run]) -> list[str]:
     """Seeds of one arm at one learning rate are repetitions only if nothing else differs."""
     first: dict[tuple[str, float], Run] = {}
-    faults = []
+    faults: dict[str, list[str]] = {}
     for run in runs:
         other = first.setdefault((run.arm, run.learning_rate), run)
         if differing := _told(_measured(other), _measured(run)):
-            faults.append(f"{other.folder} and {run.folder} are no two seeds of one arm: their settings differ in {differing}")
-    return faults
+            faults.setdefault(differing, []).append(f"{other.folder} and {run.folder}")
+    return [f"{listed(pairs, 1)} are no two seeds of one arm: their settings differ in {told}" for told, pairs in faults.items()]
 
 
 def _measured(run: Run) -> dict[str, Any]:

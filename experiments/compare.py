@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from experiments.comparable import check_comparable
+from experiments.comparable import check_comparable, differences
 from experiments.ledger import Cost, Curve, cost, half_interval, mean_curve, saving
 from experiments.paired import Change, changes
 from experiments.runs import SCRATCH, SOURCE, LeftOut, Run, read_runs
@@ -20,8 +20,9 @@ from model.errors import UserError
 
 METHOD = (
     "All arms train the same target on the same batches of one data set; validation text is held out by document and is the same in "
-    "every evaluation. A cost is read where the arm's mean curve first reaches scratch's final loss (mean over seeds, best learning "
-    "rate), linear in the loss between two evaluations; scratch is read by the same rule. FLOPs are counted from the model, "
+    "every evaluation. A cost is read where the arm's mean curve comes down for good to scratch's final loss (mean over seeds, best "
+    "learning rate), linear in the loss between two evaluations; a dip that rises above it again counts for nothing, and an arm that ends "
+    "above has not reached it; scratch is read by the same rule. FLOPs are counted from the model, "
     "attention included, for the tokens really processed, plus the operator's own steps and a teacher's forward passes; a run that grows "
     "on its way pays for the network it has at each step, and for no gradient of what is frozen. S = C_scratch / C_arm; saving = 1 − 1/S. "
     "Source excluded: the checkpoint was already there. Source included: it had to be trained first. Loss at equal FLOPs: the arm's "
@@ -72,6 +73,7 @@ class Comparison:
     scratch_curve: Curve
     curves: dict[tuple[str, float], Curve]  # mean over seeds
     changes: tuple[Change, ...]
+    differences: tuple[str, ...]  # settings beside the growth in which the arms differ
     runs: tuple[Run, ...]
     left_out: tuple[LeftOut, ...]
     notes: tuple[str, ...]
@@ -101,12 +103,14 @@ def compare(folders: Iterable[str | Path]) -> Comparison:
     scratch = groups[SCRATCH, best[SCRATCH]]
     rows = [_row(group, curves[key], best[key[0]] == key[1], scratch, curves[SCRATCH, best[SCRATCH]]) for key, group in groups.items()]
     rows.sort(key=lambda row: (not row.best, row.final_loss))
+    changed = changes({arm: groups[arm, rate] for arm, rate in best.items()})
     return Comparison(
         study=", ".join(sorted({run.study for run in runs})),
         rows=tuple(rows),
         scratch_curve=curves[SCRATCH, best[SCRATCH]],
         curves=curves,
-        changes=changes({arm: groups[arm, rate] for arm, rate in best.items()}),
+        changes=changed,
+        differences=tuple(differences(runs, [(change.arm, key) for change in changed for key in change.settings])),
         runs=tuple(runs),
         left_out=tuple(left_out),
         notes=tuple(_notes(rows, runs, left_out)),
@@ -259,6 +263,9 @@ def _with_source(row: Row) -> str:
     if row.source_flops == 0.0:
         return "it has no source to pay for"
     return "source excluded; " + ("its cost is unknown" if included is None else f"{percent(included)} FLOPs with it included")
+
+
+UNLIKE = "Not like with like: beside the growth, the arms differ in settings, and what each of them does cannot be told apart here"
 
 
 def percent(share: float) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.compare import Comparison, Row, answer
-from experiments.ledger import Curve, first_reach
+from experiments.ledger import Curve, reach
 from experiments.runs import SCRATCH, SOURCE
 from experiments.table import capital
 
@@ -169,7 +169,7 @@ def _middle(values: Sequence[float]) -> float:
 def _mark_saving(axes: Axes, comparison: Comparison, colours: dict[str, str]) -> None:
     """An arrow from scratch's end to where the cheapest grown arm reached the same loss."""
     rows = [row for row in comparison.best_rows if row.arm not in (SCRATCH, SOURCE) and row.cost.outcome == "reached"]
-    end = first_reach(comparison.scratch_curve.flops, comparison.scratch_curve.losses, comparison.scratch.final_loss)
+    end = reach(comparison.scratch_curve.flops, comparison.scratch_curve.losses, comparison.scratch.final_loss)
     if not rows or end is None:
         return
     row = max(rows, key=lambda row: row.cost.speedup_excluded or 0.0)

@@ -67,15 +67,19 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
     return Curve(curves[0].tokens, curves[0].flops, losses)
 
 
-def first_reach(positions: Sequence[float], losses: Sequence[float], level: float) -> float | None:
-    """Where the curve first comes down to `level`, linear in the loss between two evaluations; None if it never does."""
-    if losses[0] <= level:
+def reach(positions: Sequence[float], losses: Sequence[float], level: float) -> float | None:
+    """Where the curve comes down to `level` for good, linear in the loss between two evaluations; None if it ends above.
+
+    A dip that rises again reaches nothing: what it cost to get there is not what it costs to stay.
+    """
+    above = [i for i, loss in enumerate(losses) if loss > level]
+    if not above:
         return positions[0]
-    for i in range(1, len(losses)):
-        if losses[i] <= level:
-            share = (losses[i - 1] - level) / (losses[i - 1] - losses[i])
-            return positions[i - 1] + share * (positions[i] - positions[i - 1])
-    return None
+    i = above[-1] + 1
+    if i == len(losses):
+        return None
+    share = (losses[i - 1] - level) / (losses[i - 1] - losses[i])
+    return positions[i - 1] + share * (positions[i] - positions[i - 1])
 
 
 def loss_at(positions: Sequence[float], losses: Sequence[float], at: float) -> float | None:
@@ -109,13 +113,13 @@ def verdict(difference: float, interval: float | None) -> str:
 def cost(curve: Curve, scratch: Curve, *, operator_flops: float = 0.0, source_flops: float | None = 0.0) -> Cost:
     """Hold one arm's curve against scratch's.
 
-    C_scratch is where scratch's own curve first reaches its final loss: the rule every arm is read by. An arm whose
-    step-0 loss is already there paid nothing, so it gets no ratio with the source excluded, only the loss difference.
+    C_scratch is where scratch's own curve reaches its final loss for good: the rule every arm is read by. An arm that starts and ends
+    there paid nothing, so it gets no ratio with the source excluded, only the loss difference. One that ends above has not reached it.
     """
     level, whole = scratch.losses[-1], scratch.flops[-1]
-    c_scratch = first_reach(scratch.flops, scratch.losses, level)
-    tokens, own = (first_reach(xs, curve.losses, level) for xs in (curve.tokens, curve.flops))
-    starts_below = curve.losses[0] <= level
+    c_scratch = reach(scratch.flops, scratch.losses, level)
+    starts_below = max(curve.losses[0], curve.losses[-1]) <= level
+    tokens, own = (xs[0] if starts_below else reach(xs, curve.losses, level) for xs in (curve.tokens, curve.flops))
     excluded = None if own is None else own + operator_flops
     included = None if excluded is None or source_flops is None else excluded + source_flops
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from experiments.compare import METHOD, Comparison, answer
+from experiments.compare import METHOD, UNLIKE, Comparison, answer
 from experiments.figure import draw
 from experiments.report import html
 from experiments.table import (
@@ -24,6 +24,7 @@ from experiments.table import (
     write_csv,
     write_json,
 )
+from train.files import telling_disk_faults
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,23 +33,30 @@ FILES = ("comparison.csv", "comparison.json", "table.md", "convergence.png", "re
 
 
 def write(comparison: Comparison, out: Path) -> list[Path]:
-    """Write FILES into `out`; they appear together, after all of them could be written. Returns their paths."""
+    """Write FILES into `out`; they appear together, after all of them could be written. Returns their paths.
+
+    Raises:
+        UserError: the disk is full, or `out` cannot be written.
+    """
     partial = out / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_csv(comparison, partial / "comparison.csv")
-    write_json(comparison, partial / "comparison.json")
-    (partial / "table.md").write_text(markdown(comparison), encoding="utf-8")
-    draw(comparison, partial / "convergence.png")
-    (partial / "report.html").write_text(html(comparison, partial / "convergence.png"), encoding="utf-8")
-    paths = [(partial / name).replace(out / name) for name in FILES]
-    partial.rmdir()
+    with telling_disk_faults(out):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_csv(comparison, partial / "comparison.csv")
+        write_json(comparison, partial / "comparison.json")
+        (partial / "table.md").write_text(markdown(comparison), encoding="utf-8")
+        draw(comparison, partial / "convergence.png")
+        (partial / "report.html").write_text(html(comparison, partial / "convergence.png"), encoding="utf-8")
+        paths = [(partial / name).replace(out / name) for name in FILES]
+        partial.rmdir()
     return paths
 
 
 def show(comparison: Comparison, console: Console) -> None:
     """Print the answer, the table, the grid if there is one, and what a reader should know."""
     console.print()
+    for line in (f"{UNLIKE}:", *comparison.differences) if comparison.differences else ():
+        console.print(line, style="bold", markup=False, highlight=False, soft_wrap=True)
     console.print(_table("best learning rate of each arm", HEADER, [cells(row) for row in comparison.best_rows]))
     if comparison.changes:
         console.print(_table(CHANGES, CHANGE_HEADER, [change_cells(change) for change in comparison.changes]))
@@ -91,6 +99,8 @@ def to_wandb(comparison: Comparison, out: Path, project: str) -> None:
     table = wandb.Table(columns=list(lines[0]), data=[[_plain(value) for value in line.values()] for line in lines])
     run.log({"comparison": table, "convergence": wandb.Image(str(out / "convergence.png"))})
     run.summary["answer"] = answer(comparison)
+    run.summary["differences"] = list(comparison.differences)
+    run.summary["notes"] = list(comparison.notes)
     run.finish()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from experiments.compare import METHOD, Comparison, answer
+from experiments.compare import METHOD, UNLIKE, Comparison, answer
 from experiments.paired import summary
 from experiments.runs import SCRATCH, SOURCE
 from experiments.table import (
@@ -57,6 +57,7 @@ def html(comparison: Comparison, picture: Path) -> str:
             f"<style>{STYLE}</style></head><body>",
             f"<h1>Study {escape(comparison.study)}: what did a grown start save?</h1>",
             f'<p class="quiet">{escape(what(comparison))}</p>',
+            *_differences(comparison.differences),
             f'<img alt="{escape(title)}" src="data:image/png;base64,{image}">',
             "<h2>Each arm at its best learning rate</h2>",
             table(HEADER, [cells(row) for row in comparison.best_rows], [row.arm for row in comparison.best_rows]),
@@ -101,6 +102,10 @@ def _changes(comparison: Comparison) -> list[str]:
         return []
     said = f"<p>{escape(summary(comparison.changes))}.</p>"
     return [f"<h2>{escape(CHANGES)}</h2>", said, table(CHANGE_HEADER, [change_cells(change) for change in comparison.changes])]
+
+
+def _differences(differences: Sequence[str]) -> list[str]:
+    return [f"<p><b>{escape(UNLIKE)}:</b></p>", _notes(differences)] if differences else []
 
 
 def _notes(notes: Sequence[str]) -> str:

@@ -16,8 +16,10 @@ from typing import Any
 
 from experiments.ledger import Curve
 from model.errors import UserError
+from train.files import read_object
 from train.stages import Span, flops_after
 
+RUN_AGAIN = "the folder was edited or damaged: run it again in a new one"
 SCRATCH = "scratch"
 SOURCE = "source"  # the control arm: the source itself, trained on, "trained longer, not bigger"
 
@@ -58,24 +60,24 @@ class LeftOut:
 
 
 def read_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[LeftOut]]:
-    """Read every folder once. Incomplete and diverged runs are left out by name.
+    """Read every folder once. Incomplete and diverged runs, and what else lies beside runs (comparisons, logs), are left out by name.
 
-    Raises UserError when a folder is no run, contradicts itself, or when no complete run remains.
+    Raises UserError when a path does not exist, a run is damaged or contradicts itself, or when no complete run remains.
     """
     runs, left_out, faults = [], [], []
     for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
         try:
             found = read_run(folder)
         except UserError as error:
-            faults.append(str(error))
+            faults.append((folder, str(error)))
             continue
         if isinstance(found, Run):
             runs.append(found)
         else:
             left_out.append(found)
-    UserError.collect(faults)
+    UserError.collect(grouped(faults))
     if not runs:
-        named = "; ".join(f"{item.folder}: {item.reason}" for item in left_out) or "no folder was given"
+        named = "; ".join(grouped([(item.folder, f"{item.folder}: {item.reason}") for item in left_out])) or "no folder was given"
         raise UserError(f"no complete run to compare ({named}). Finish a run with the command that started it: it resumes")
     return _told_apart(runs), left_out
 
@@ -95,20 +97,39 @@ def _of_control(run: Run, label: str) -> bool:
     return run.arm == SOURCE and label.startswith("budget_tokens")
 
 
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def grouped(faults: Sequence[tuple[Path, str]]) -> list[str]:
+    """One sentence for each fault, however many folders have it: the fault of sixteen runs is one line."""
+    folders: dict[str, list[Path]] = {}
+    for folder, fault in faults:
+        folders.setdefault(fault.replace(str(folder), "…"), []).append(folder)
+    alone = {fault: has[0] for fault, has in folders.items() if len(has) == 1}
+    several = [f"{len(has)} runs ({listed([folder.name for folder in has])}): {fault}" for fault, has in folders.items() if len(has) > 1]
+    return [fault.replace("…", str(folder)) for fault, folder in alone.items()] + several
+
+
 def read_run(folder: Path) -> Run | LeftOut:
-    """The run in `folder`, or why it is left out. Raises UserError when it is no run folder or contradicts itself."""
-    record = _read_json(folder / "run.json", "is not a run folder")
+    """The run in `folder`, or why it is left out. Raises UserError when nothing is there, it is damaged or contradicts itself."""
+    if not folder.exists():
+        raise UserError(f"{folder}: there is nothing; expected a folder that `python -m train` wrote")
+    if not (folder / "run.json").is_file():
+        return LeftOut(folder, "a comparison" if (folder / "comparison.json").is_file() else "no run: it has no run.json")
+    record = read_object(folder / "run.json", RUN_AGAIN)
     if not (folder / "summary.json").exists():
         return LeftOut(folder, f"incomplete: no summary.json, {_progress(folder, record)}")
-    summary = _read_json(folder / "summary.json", "cannot be read")
+    summary = read_object(folder / "summary.json", RUN_AGAIN)
     curve = _read_curve(folder / "metrics.jsonl")
     if not all(map(math.isfinite, curve.losses)):
         return LeftOut(folder, "diverged: its validation loss is not finite")
     try:
         run = _assemble(folder, record, summary, curve)
-    except (KeyError, TypeError) as error:
+        check_run(run)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}: the entry {error} is missing or malformed; expected what `python -m train` writes") from error
-    check_run(run)
     return run
 
 
@@ -164,19 +185,39 @@ def _assemble(folder: Path, record: dict[str, Any], summary: dict[str, Any], cur
 
 
 def read_evaluations(path: Path) -> list[dict[str, Any]]:
-    """The `eval` lines of a metrics file, in order; a last line cut off in the writing is skipped."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    """The `eval` lines of a metrics file, in order; a last line cut off in the writing is skipped.
+
+    Raises:
+        UserError: a line is no JSON object, or has no number where one should be.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {RUN_AGAIN}") from error
     entries = []
     for number, line in enumerate(lines, start=1):
         try:
-            entry = json.loads(line)
+            entry = _evaluation(json.loads(line))
         except json.JSONDecodeError as error:
             if number == len(lines):
                 break
-            raise UserError(f"{path}, line {number}: not a JSON object ({error}); the file was damaged, run it again") from error
-        if entry.get("kind") == "eval":
+            raise UserError(f"{path}, line {number}: not a JSON object ({error}); {RUN_AGAIN}") from error
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: no row of a run's metrics ({error}); {RUN_AGAIN}") from error
+        if entry is not None:
             entries.append(entry)
     return entries
+
+
+def _evaluation(row: Any) -> dict[str, Any] | None:
+    """An `eval` row with its numbers as numbers; what is not finite is NaN, whether it was written as null or as a bare NaN."""
+    if not isinstance(row, dict):
+        raise TypeError(f"expected an object, found {type(row).__name__}")
+    if row.get("kind") != "eval":
+        return None
+    for key in ("tokens", "flops"):
+        float(row[key])
+    return row | {"val_loss": math.nan if row["val_loss"] is None else float(row["val_loss"])}
 
 
 def _read_curve(path: Path) -> Curve:
@@ -190,19 +231,7 @@ def _read_curve(path: Path) -> Curve:
     return Curve(tokens, flops, losses)
 
 
-def _read_json(path: Path, complaint: str) -> dict[str, Any]:
-    if not path.exists():
-        raise UserError(f"{path.parent} {complaint}: no {path.name}; expected a folder that `python -m train` wrote")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); run it again in a new folder") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
-
-
 def _progress(folder: Path, record: dict[str, Any]) -> str:
     entries = read_evaluations(folder / "metrics.jsonl")
     done = entries[-1]["tokens"] if entries else 0
-    return f"last evaluated at {done:,} of {record.get('budget_tokens', 0):,} tokens"
+    return f"last evaluated at {done:,.0f} of {record.get('budget_tokens', 0):,} tokens"

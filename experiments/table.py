@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.compare import METHOD, Comparison, Row, answer
+from experiments.compare import METHOD, UNLIKE, Comparison, Row, answer
 from experiments.ledger import saving
 from experiments.paired import Change, summary
 from experiments.runs import SCRATCH, Run
@@ -115,10 +115,12 @@ LEDGER_HEADER = ("arm", "tokens trained", "FLOPs trained", "operator's FLOPs", "
 
 
 def markdown(comparison: Comparison) -> str:
-    """The block that READMEs carry: the answer, the best of every arm, the whole grid if there is one, the notes."""
+    """The block that READMEs carry: what differs beside the growth, the answer, the best of every arm, the grid if there is one, notes."""
     parts = [f"**{capital(answer(comparison))}.**", markdown_table(HEADER, [cells(row) for row in comparison.best_rows])]
+    if comparison.differences:
+        parts.insert(0, f"**{UNLIKE}:**\n\n" + "\n".join(f"- {difference}" for difference in comparison.differences))
     if comparison.changes:
-        parts.insert(1, f"**{summary(comparison.changes)}.**")
+        parts.insert(-1, f"**{summary(comparison.changes)}.**")
         parts += [f"{CHANGES}:", markdown_table(CHANGE_HEADER, [change_cells(change) for change in comparison.changes])]
     if len(comparison.rows) > len(comparison.best_rows):
         parts += ["The whole grid (★: the best of its arm):", markdown_table(GRID_HEADER, [grid_cells(row) for row in comparison.rows])]
@@ -162,6 +164,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     return {
         "study": comparison.study,
         "answer": answer(comparison),
+        "differences": list(comparison.differences),
         "rows": [flat_row(row) for row in comparison.rows],
         "changes": [asdict(change) | {"verdict": change.verdict} for change in comparison.changes],
         "left_out": [{"folder": item.folder.name, "reason": item.reason} for item in comparison.left_out],

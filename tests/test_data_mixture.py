@@ -306,6 +306,8 @@ def test_sources_are_cut_by_the_tokenizer_of_the_data_and_only_their_training_pa
     assert sum("omega" in line for line in lines) == sum("alpha" in line for line in lines) == 4
     assert mixed(None, own, data, context=16, rows=50, progress=False) is data
     assert mixed(settings, own, data, context=16, rows=50, progress=False).fingerprint == both.fingerprint
+    less = dataclasses.replace(settings, phases=(weights(mine=0.2, more=0.8),))
+    assert mixed(less, own, data, context=16, rows=50, progress=False).fingerprint != both.fingerprint
     leaking = dataclasses.replace(own, seed=1)
     with pytest.raises(UserError, match=r"reads the same text as data=own with another seed \(1, not 0\): text held out"):
         mixed(MixtureSettings("m", {"mine": SourceSettings(leaking)}, (weights(mine=1),)), own, data, context=16, rows=50, progress=False)

@@ -12,7 +12,7 @@ import pytest
 from test_experiments_runs import SOURCE, fabricate
 
 from experiments.__main__ import main
-from experiments.compare import Comparison, answer, compare, percent
+from experiments.compare import UNLIKE, Comparison, answer, compare, percent
 from experiments.figure import build, colours_of, loss_range, spread
 from experiments.publish import FILES, write
 from experiments.table import BEGIN, END, HEADER, amount, cells, check_table, flat_row, insert_table, markdown
@@ -173,6 +173,27 @@ def test_the_door_writes_every_file_and_a_page_that_needs_no_network(
     assert (out / "convergence.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_differs_beside_the_growth_stands_at_the_top_everywhere(
+    study: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned = {"settings.optimizer": {"learning_rate": 1e-3, "weight_decay": 0.3}}
+    assert UNLIKE not in markdown(compare(study))
+    folders = [*study, fabricate(tmp_path, "tile", [7.0, 5.0, 3.0, 2.6], **tuned)]
+    assert main(["compare", *map(str, folders), "--out", str(tmp_path / "out")]) == 0
+    told = "optimizer.weight_decay: null (lossless, random_pad, scratch); 0.3 (tile)"
+    texts = {"terminal": capsys.readouterr().out} | {name: (tmp_path / "out" / name).read_text() for name in ("table.md", "report.html")}
+    for text in texts.values():
+        assert 0 <= text.index(UNLIKE) < text.index(told) < text.index("step-0 loss")
+    assert json.loads((tmp_path / "out/comparison.json").read_text())["differences"] == [told]
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(study: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for out in ("/proc/nowhere", str(tmp_path / "file"), str(tmp_path / "file" / "below")):
+        assert main(["compare", *map(str, study), "--out", out]) == 2
+        assert "could not be written" in capsys.readouterr().err
+
+
 def test_the_door_tells_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
@@ -240,9 +261,12 @@ def test_wandb_gets_table_and_picture_offline(study: list[Path], tmp_path: Path,
         def finish(self) -> None:
             seen["finished"] = True
 
+    runs: list[FakeRun] = []
+
     def init(**options: object) -> FakeRun:
         seen.update(options)
-        return FakeRun()
+        runs.append(FakeRun())
+        return runs[-1]
 
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -250,3 +274,5 @@ def test_wandb_gets_table_and_picture_offline(study: list[Path], tmp_path: Path,
     assert (seen["group"], seen["mode"], seen["finished"]) == ("st", "offline", True)
     assert len(seen["comparison"].data) == 4  # type: ignore[attr-defined]
     assert "convergence" in seen
+    assert runs[0].summary["differences"] == []
+    assert runs[0].summary["notes"]

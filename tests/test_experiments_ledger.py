@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from experiments.ledger import Curve, cost, first_reach, half_interval, loss_at, mean_curve, saving
+from experiments.ledger import Curve, cost, half_interval, loss_at, mean_curve, reach, saving
 
 #                tokens             FLOPs (10 a token)        losses
 SCRATCH = Curve((0, 100, 200, 300), (0, 1000, 2000, 3000), (8.0, 6.0, 5.0, 4.0))
@@ -17,14 +17,15 @@ def curve(*losses: float) -> Curve:
 
 
 def test_a_crossing_is_linear_in_the_loss() -> None:
-    assert first_reach((0, 100, 200), (8.0, 6.0, 4.0), 5.0) == 150
-    assert first_reach((0, 100, 200), (8.0, 6.0, 2.0), 5.0) == 125
-    assert first_reach((0, 100, 200), (8.0, 6.0, 4.0), 6.0) == 100  # exactly at an evaluation
-    assert first_reach((0, 100, 200), (8.0, 6.0, 4.0), 4.0) == 200  # exactly at the end
-    assert first_reach((0, 100, 200), (8.0, 6.0, 4.0), 3.9) is None
-    assert first_reach((0, 100, 200), (8.0, 6.0, 4.0), 8.0) == 0  # there before the first step
-    assert first_reach((0, 1), (5.0, 6.0), 5.0) == 0
-    assert first_reach((0, 1, 2, 3), (8.0, 4.0, 6.0, 2.0), 5.0) == 0.75  # the first time, though it rises again
+    assert reach((0, 100, 200), (8.0, 6.0, 4.0), 5.0) == 150
+    assert reach((0, 100, 200), (8.0, 6.0, 2.0), 5.0) == 125
+    assert reach((0, 100, 200), (8.0, 6.0, 4.0), 6.0) == 100  # exactly at an evaluation
+    assert reach((0, 100, 200), (8.0, 6.0, 4.0), 4.0) == 200  # exactly at the end
+    assert reach((0, 100, 200), (8.0, 6.0, 4.0), 3.9) is None
+    assert reach((0, 100, 200), (8.0, 6.0, 4.0), 8.0) == 0  # there before the first step
+    assert reach((0, 1), (5.0, 6.0), 5.0) is None  # it does not stay
+    assert reach((0, 1, 2, 3), (8.0, 4.0, 6.0, 2.0), 5.0) == 2.25  # the last time, since it rises in between
+    assert reach((0, 1, 2, 3), (8.0, 4.0, 5.0, 5.0), 5.0) == 0.75  # the first time, since it stays
 
 
 def test_a_loss_is_read_between_evaluations_and_not_beyond() -> None:
@@ -77,6 +78,15 @@ def test_an_arm_that_never_gets_there_says_so() -> None:
         *[None] * 4,
     )
     assert found.difference_excluded == 0.25
+
+
+def test_a_dip_saves_nothing() -> None:
+    """Below scratch's final loss once, and 0.2 nats above it at the end; and the same for an arm that starts there."""
+    for dipped in (curve(8.0, 3.9, 4.5, 4.2), curve(3.9, 4.5, 4.3, 4.2)):
+        found = cost(dipped, SCRATCH)
+        assert (found.outcome, found.tokens, found.speedup_excluded, found.speedup_included) == ("not reached", *[None] * 3)
+        assert found.difference_at_end == pytest.approx(0.2)
+    assert cost(curve(8.0, 3.9, 4.5, 3.5), SCRATCH).flops_excluded == 2500  # it comes back for good
 
 
 def test_scratch_is_read_by_its_own_rule() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from experiments.comparable import check_comparable
+from experiments.comparable import check_comparable, differences
 from experiments.runs import LeftOut, Run, planned_flops, read_run, read_runs
 from model.errors import UserError
 
@@ -135,7 +135,6 @@ def test_the_flops_of_stages_and_teachers_are_held_against_the_curve(tmp_path: P
 
 def test_damaged_folders_are_refused_all_at_once(tmp_path: Path) -> None:
     nothing = tmp_path / "nothing"
-    nothing.mkdir()
     torn, keyless, single, mixed = (fabricate(tmp_path, arm, [5.0, 4.0, 3.0]) for arm in ("a", "b", "c", "d"))
     lines = (torn / "metrics.jsonl").read_text().splitlines()
     (torn / "metrics.jsonl").write_text("\n".join([lines[0], "{", *lines[2:]]))
@@ -147,13 +146,73 @@ def test_damaged_folders_are_refused_all_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         read_runs([nothing, torn, keyless, single, mixed])
     for words in (
-        "nothing is not a run folder: no run.json",
+        "nothing: there is nothing",
         "line 2: not a JSON object",
         "entry 'arm' is missing",
         "1 evaluations",
         "do not increase",
     ):
         assert words in str(caught.value)
+
+
+def test_what_lies_beside_runs_is_passed_over_with_one_line_each(tmp_path: Path) -> None:
+    fabricate(tmp_path, "scratch", [5.0, 3.0])
+    for name, file in (("comparison-st", "comparison.json"), ("logs-st", "a.log"), ("only-begun", "start")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).touch()
+    (tmp_path / "notes.txt").touch()
+    runs, left_out = read_runs(sorted(tmp_path.iterdir()))
+    assert [run.arm for run in runs] == ["scratch"]
+    assert [(item.folder.name, item.reason) for item in left_out] == [
+        ("comparison-st", "a comparison"),
+        ("logs-st", "no run: it has no run.json"),
+        ("notes.txt", "no run: it has no run.json"),
+        ("only-begun", "no run: it has no run.json"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "row", ["[]", "3", "null", '"eval"', '{"kind": "eval"}', '{"kind": "eval", "val_loss": "x", "tokens": 1}', "[" * 10_000]
+)
+def test_a_line_that_is_no_row_is_one_clear_error(tmp_path: Path, row: str) -> None:
+    folder = fabricate(tmp_path, "scratch", [5.0, 4.0, 3.0])
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join([lines[0], row, *lines[1:]]))
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: .*run it again"):
+        read_runs([folder])
+    (folder / "metrics.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be read"):
+        read_runs([folder])
+
+
+@pytest.mark.parametrize("file", ["run.json", "summary.json"])
+@pytest.mark.parametrize("text", ["", "[]", "{", "null"])
+def test_a_record_that_is_no_object_is_one_clear_error(tmp_path: Path, file: str, text: str) -> None:
+    folder = fabricate(tmp_path, "scratch", [5.0, 3.0])
+    (folder / file).write_text(text)
+    with pytest.raises(UserError, match=rf"{file}: .*run it again"):
+        read_runs([folder])
+
+
+@pytest.mark.parametrize("loss", ["null", "NaN", "Infinity"])  # as runs write it, and as older ones did
+def test_a_loss_that_is_not_finite_is_read_however_it_is_written(tmp_path: Path, loss: str) -> None:
+    folder = fabricate(tmp_path, "tile", [5.0, 4.0, 3.0])
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text.replace('"val_loss": 3.0', f'"val_loss": {loss}'))
+    assert read_run(folder) == LeftOut(folder, "diverged: its validation loss is not finite")
+
+
+def test_one_fault_of_many_runs_is_one_line(tmp_path: Path) -> None:
+    folders = [fabricate(tmp_path, "tile", [5.0, 3.0], seed=seed) for seed in range(16)]
+    for folder in folders:
+        (folder / "run.json").write_text("{")
+    with pytest.raises(UserError) as caught:
+        read_runs([*folders, tmp_path / "nothing"])
+    first, *faults = str(caught.value).splitlines()
+    assert first == "2 faults:"
+    assert faults[1].startswith(
+        "  - 16 runs (st-tile-lr0.001-s0, st-tile-lr0.001-s1, st-tile-lr0.001-s2, st-tile-lr0.001-s3 and 12 more): "
+    )
 
 
 def comparable(*folders: Path) -> None:
@@ -167,6 +226,8 @@ def comparable(*folders: Path) -> None:
         ({"settings.train.eval_tokens": 32}, r"eval_tokens.* 64 and 32"),
         ({"settings.train.context": 16}, r"context.* 8 and 16"),
         ({"tokens_per_step": 25}, "tokens per step is 50 and 25"),
+        ({"settings.train.document_mask": True}, "document mask .* is False and True"),
+        ({"settings.mixture": {"phases": [{"weights": {"a": 0.2, "b": 0.8}}]}}, r"mixture .* is None and .*'a': 0\.2"),
         ({"precision": "bf16"}, "precision is fp32 and bf16"),
         ({"budget_tokens": 300}, r"budget.* 200 and 300"),
         ({"flops_per_token": 20.0}, r"FLOPs per token is 10\.0 and 20\.0"),
@@ -199,6 +260,22 @@ def test_seeds_repeat_and_nothing_else_differs(tmp_path: Path) -> None:
     twice = fabricate(tmp_path, "scratch", [5.0, 3.0], seed=0, folder="again")
     with pytest.raises(UserError, match=r"again are both arm scratch, learning rate 0\.001, seed 0"):
         comparable(first, twice)
+
+
+def test_what_differs_beside_the_growth_is_told_with_its_values(tmp_path: Path) -> None:
+    """Every setting that changes a result, in whatever group it is; not the rate, which is tuned, nor the growth, which is compared."""
+    plain = {"settings.optimizer": {"name": "adamw", "weight_decay": 0.1, "learning_rate": 1e-3}, "settings.schedule": {"name": "wsd"}}
+    other = {"settings.optimizer": {"name": "muon", "weight_decay": 0.1, "learning_rate": 1e-3}, "settings.train.gradient_clip": 1.0}
+    folders = [fabricate(tmp_path, "scratch", [5.0, 3.0], seed=seed, **plain) for seed in (0, 1)]
+    folders += [fabricate(tmp_path, "tile", [5.0, 3.0], **plain), fabricate(tmp_path, "lossless", [5.0, 3.0], **other)]
+    folders += [fabricate(tmp_path, "source", [5.0, 4.0, 3.0], **plain)]  # its budget is its own
+    runs = sorted(read_runs(folders)[0], key=lambda run: run.folder)
+    assert differences(runs) == [
+        "optimizer.name: muon (lossless); adamw (scratch, source, tile)",
+        "schedule.name: null (lossless); wsd (scratch, source, tile)",
+        "train.gradient_clip: 1.0 (lossless); null (scratch, source, tile)",
+    ]
+    assert differences(runs, [("lossless", "optimizer"), ("lossless", "schedule.name"), ("lossless", "train.gradient_clip")]) == []
 
 
 def test_without_scratch_there_is_no_comparison(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from experiments import definition
 from experiments.definition import HERE, Arm, Job, Study, equal_flops_budget, jobs, load_study, source_job
+from experiments.ledger import Curve, cost, mean_curve
 from experiments.progress import Display, position
 from experiments.study import RunFailed, complete, run_jobs, run_study
 from experiments.table import check_table
@@ -88,6 +89,24 @@ def test_what_is_committed_are_the_runs_that_the_study_defines(name: str, grids:
     repeated = {(row["arm"], float(row["learning_rate"])) for row in found["rows"] if row["n"] == len(study.full.seeds)}
     assert repeated == {(arm, study.arms[arm].learning_rate) for arm in study.full.arms}
     check_table(HERE / name / "README.md", (HERE / name / "table.md").read_text())
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_what_is_committed_follows_from_its_own_curves(name: str) -> None:
+    """Every cost and saving of the table, computed again from the curves beside it by the rule of today."""
+    found = json.loads((HERE / name / "comparison.json").read_text())
+    curves: dict[tuple[str, float], dict[int, Curve]] = {}
+    for run in found["runs"]:
+        of_arm = curves.setdefault((run["arm"], run["learning_rate"]), {})
+        of_arm[run["seed"]] = Curve(*(tuple(run[key]) for key in ("tokens", "flops", "losses")))
+    best = {row["arm"]: row["learning_rate"] for row in found["rows"] if row["best"]}
+    scratch = curves["scratch", best["scratch"]]
+    for row in found["rows"]:
+        own, paid = curves[row["arm"], row["learning_rate"]], {key: row[key] for key in ("operator_flops", "source_flops")}
+        reached = cost(mean_curve(list(own.values())), mean_curve(list(scratch.values())), **paid)
+        assert asdict(reached) == {key: row[key] for key in asdict(reached)}, row["arm"]
+        pairs = [cost(own[seed], scratch[seed], operator_flops=row["operator_flops"]).saving_excluded for seed in own]
+        assert row["seed_savings"] == ("" if None in pairs else " ".join(map(repr, pairs))), row["arm"]
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -10,8 +10,9 @@ epochs of a keyed permutation, one after another, so that every window is read o
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -184,7 +185,8 @@ def _over(end: int, rows: int, context: int) -> UserError:
 def mixed(settings: MixtureSettings | None, own: DataSettings, data: TokenData, *, context: int, rows: int, progress: bool) -> TokenData:
     """`data`, prepared from the settings `own`, with the mixture as its training part; as it is where there is none.
 
-    Every source is cut by the tokenizer of `data`; only training parts are read. Raises UserError as `prepare` and `mix` do.
+    Every source is cut by the tokenizer of `data`; only training parts are read. The fingerprint tells the sources' texts, and how much of
+    each is read when: other weights are another text. Raises UserError as `prepare` and `mix` do.
     """
     if settings is None:
         return data
@@ -193,6 +195,7 @@ def mixed(settings: MixtureSettings | None, own: DataSettings, data: TokenData, 
     opened = {name: prepare(s, progress=progress) for name, source in settings.sources.items() if (s := source_data(source, own, data))}
     splits = {name: opened[name].train if name in opened else data.train for name in settings.sources}
     parts = [data.fingerprint, *(f"{name} {(opened.get(name) or data).fingerprint}" for name in settings.sources)]
+    parts += [json.dumps(asdict(phase), sort_keys=True) for phase in settings.phases]
     fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     assert all(isinstance(split, TokenSplit) for split in splits.values())
     return replace(data, train=mix(settings, splits, context=context, rows=rows), fingerprint=fingerprint)  # type: ignore[arg-type]
