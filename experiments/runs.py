@@ -87,10 +87,17 @@ def _told_apart(runs: Sequence[Run]) -> list[Run]:
 
     The control arm's budget is no change: it is what makes its FLOPs equal.
     """
-    changed = [tuple(label for label in run.record.get("changes", ()) if not _of_control(run, label)) for run in runs]
+    changed = [_changes(run) for run in runs]
     shared = set.intersection(*map(set, changed)) if changed else set()
     own = [[label for label in labels if label not in shared] for labels in changed]
     return [replace(run, arm="-".join((run.arm, *labels))) for run, labels in zip(runs, own, strict=True)]
+
+
+def _changes(run: Run) -> list[str]:
+    """The changes that tell the run's arm apart; none where growth.name was given by hand, which says so by naming the leaf beside it."""
+    labels = run.record.get("changes", ())
+    by_hand = any(label.startswith("growth_") for label in labels)
+    return [] if by_hand else [label for label in labels if not _of_control(run, label)]
 
 
 def _of_control(run: Run, label: str) -> bool:
