@@ -1,6 +1,7 @@
 """Compare runs, or run a whole study and compare it.
 
 python -m experiments compare runs/tiny-* [--out DIR] [--wandb]    seconds: a table, convergence.png, report.html
+python -m experiments horizons runs/NAME-t* [--out DIR]            seconds: S of every arm against scratch's decayed ends
 python -m experiments run tiny [--jobs N]                          minutes: source, every arm, comparison; what is done is skipped
 python -m experiments run tiny --full                              hours: three seeds, a grid of learning rates for every arm
 python -m experiments mixtures tiny_mixture [--jobs N]             minutes: one network on several mixtures, judged on every source
@@ -26,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The door."""
     options = parser().parse_args(arguments)
     try:
-        return {"compare": _compare, "run": _run, "mixtures": _mixtures}[options.command](options)
+        commands = {"compare": _compare, "horizons": _horizons, "run": _run, "mixtures": _mixtures}
+        return commands[options.command](options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -43,6 +45,9 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("runs", nargs="+", metavar="RUN", help="run folders, as `python -m train` writes them")
     compare.add_argument("--out", type=Path, default=None, help="where the files go (default: runs/comparison-<study>)")
     compare.add_argument("--wandb", action="store_true", help="mirror table and picture into W&B, offline unless WANDB_MODE says otherwise")
+    horizons = commands.add_parser("horizons", help="hold decayed ends against scratch's curve: the effective speed-up S of every arm")
+    horizons.add_argument("runs", nargs="+", metavar="RUN", help="run folders that decayed to their ends, or records of such (ends.json)")
+    horizons.add_argument("--out", type=Path, default=Path("runs/horizons"), help="where table, picture and record go")
     run = commands.add_parser("run", help="run a study: source, arms, comparison")
     run.add_argument("study", help="a folder of experiments/, such as tiny")
     run.add_argument("--full", action="store_true", help="all seeds and the whole grid of learning rates")
@@ -60,6 +65,14 @@ def _compare(options: argparse.Namespace) -> int:
     comparison = compare(options.runs)
     out = options.out or Path("runs") / f"comparison-{comparison.study.replace(', ', '+')}"
     publish(comparison, out, wandb=options.wandb)
+    return 0
+
+
+def _horizons(options: argparse.Namespace) -> int:
+    from experiments.horizon_report import write
+
+    for line in write(options.runs, options.out):
+        print(line)
     return 0
 
 

@@ -37,7 +37,7 @@ class End:
     learning_rate: float
     batch_tokens: int
     seed: int
-    parameters: int
+    parameters: int  # in matrices and the head: an embedding table multiplies nothing
     tokens: int
     flops: float
     source_flops: float
@@ -70,7 +70,7 @@ def end_of(run: Run) -> End:
         learning_rate=run.learning_rate,
         batch_tokens=int(setting(run.record, "train.batch_tokens")),
         seed=run.seed,
-        parameters=int(run.record["parameters"]),
+        parameters=_multiplied(run.record),
         tokens=int(run.summary["tokens"]),
         flops=float(run.summary["flops"]) + run.operator_flops,
         source_flops=run.source_flops,
@@ -79,6 +79,13 @@ def end_of(run: Run) -> End:
         device=str(run.record["device"]),
         data=str(run.record["data"]["fingerprint"]),
     )
+
+
+def _multiplied(record: Mapping[str, Any]) -> int:
+    """The parameters of a run's network without its embedding table, which an untied head does not need."""
+    config = record["target_config"]
+    table = 0 if config.get("tie_word_embeddings") else int(config["vocab_size"]) * int(config["hidden_size"])
+    return int(record["parameters"]) - table
 
 
 def check_alike(ends: Sequence[End]) -> None:

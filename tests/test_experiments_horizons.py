@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.__main__ import main
+from experiments.horizon_report import answer, table, write
 from experiments.horizons import BaselineCurve, End, baseline, best_points, read_ends, worths, write_ends
 from model.errors import UserError
 
@@ -90,3 +92,45 @@ def test_the_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     (tmp_path / "ends.json").write_text("[{}]")
     with pytest.raises(UserError, match="not a record of runs"):
         read_ends(tmp_path / "ends.json")
+
+
+# ---- what a reader is shown -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_and_the_sentence_say_what_was_measured(tmp_path: Path) -> None:
+    grown = [end("grown", 1.5e12, 2.5, source_flops=0.5e12, seed=seed, name=f"g{seed}") for seed in (0, 1)]
+    rows = worths([*SCRATCH_ENDS, *grown])
+    line = next(line for line in table(rows).splitlines() if line.startswith("| grown"))
+    assert line == "| grown | adamw | 0.0 M | 30 | 0.01* | 2 | 2.00 | 2.5000 | 2.67 | 2.00 ± 0.00 | -0.2500 |"
+    assert answer(rows) == (
+        "At 30 tokens a parameter growth pays: grown is worth S = 2.00 ± 0.00 against scratch, everything paid (2 seeds)."
+    )
+    losing = worths([*SCRATCH_ENDS, end("grown", 4e12, 2.6)])
+    assert "growth does not pay: grown is worth S = 0.76" in answer(losing)
+    assert "nothing can be said" in answer(worths(SCRATCH_ENDS))
+
+
+def test_a_record_gives_the_files_that_its_runs_gave(tmp_path: Path) -> None:
+    write_ends(
+        tmp_path / "first.json", [*(dataclasses.replace(e, name=str(i)) for i, e in enumerate(SCRATCH_ENDS)), end("grown", 2e12, 2.5)]
+    )
+    write([str(tmp_path / "first.json")], tmp_path / "once")
+    write([str(tmp_path / "once" / "ends.json")], tmp_path / "twice")
+    for name in ("table.md", "ends.json", "horizons.png"):
+        assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["{}/nothing"], "is not a run folder: no run.json"),
+        (["{}/no.json"], "not a record of runs"),
+        (["{}/ends.json", "--out", "/proc/nowhere"], "--out /proc/nowhere: cannot be written"),
+    ],
+)
+def test_the_door_tells_each_fault_in_a_line(arguments: list[str], fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_ends(tmp_path / "ends.json", [dataclasses.replace(e, name=str(i)) for i, e in enumerate(SCRATCH_ENDS)])
+    assert main(["horizons", *(argument.format(tmp_path) for argument in arguments)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert fault in message

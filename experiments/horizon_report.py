@@ -1,0 +1,137 @@
+"""What the horizons of a study say: a table, a sentence and a picture, all of them made of its ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiments.figure import GRID, INK, colours_of
+from experiments.horizons import RECORD, Worth, end_of, read_ends, worths, write_ends
+from experiments.runs import SCRATCH, read_runs
+from model.errors import UserError
+from train.files import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TABLE, PICTURE = "table.md", "horizons.png"
+MARKERS = {"adamw": "o", "muon": "s", "adamw_8bit": "^"}
+HEADINGS = (
+    *("arm", "optimizer", "tokens", "tokens a parameter", "learning rate", "seeds", "TFLOP", "loss"),
+    *("S, source excluded", "S, source included", "nats against scratch at equal FLOPs"),
+)
+
+
+def write(inputs: Sequence[str], out: Path) -> list[str]:
+    """Write table, picture and record of the ends in `inputs` into `out`, and return what a reader should see of them.
+
+    Args:
+        inputs: run folders, or records of ends that an earlier call wrote.
+
+    Raises:
+        UserError: a folder is no run, an end has not decayed, the ends cannot be compared, or `out` cannot be written.
+    """
+    records = [Path(name) for name in inputs if name.endswith(".json")]
+    folders = [name for name in inputs if not name.endswith(".json")]
+    runs, left_out = read_runs(folders) if folders else ([], [])
+    ends = {end.name: end for record in records for end in read_ends(record)} | {run.name: end_of(run) for run in runs}
+    rows = worths(list(ends.values()))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_ends(out / RECORD, ends.values())
+        draw(rows, out / PICTURE)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror or error}); choose another folder") from error
+    write_text(out / TABLE, f"{answer(rows)}\n\n{table(rows)}")
+    notes = [f"left out: {item.folder.name}, {item.reason}" for item in left_out]
+    return [table(rows), answer(rows), *notes, *(f"  {out / name}" for name in (TABLE, PICTURE, RECORD))]
+
+
+def table(rows: Sequence[Worth]) -> str:
+    """A Markdown table, one row for each arm, optimizer and horizon. A star: the best rate is at the edge of its grid."""
+    lines = [f"| {' | '.join(HEADINGS)} |", f"|{'---|' * 2}{'---:|' * (len(HEADINGS) - 2)}"]
+    return "\n".join([*lines, *map(_row, rows)]) + "\n"
+
+
+def _row(worth: Worth) -> str:
+    point = worth.point
+    included = _number(worth.speedup_included, "{:.2f}")
+    if worth.interval_included is not None:
+        included += f" ± {worth.interval_included:.2f}"
+    cells = (
+        *(point.arm, point.optimizer, f"{point.tokens / 1e6:.1f} M", f"{point.tokens_per_parameter:.0f}"),
+        *(
+            f"{point.learning_rate:g}{'*' if point.at_edge else ''}",
+            str(len(point.ends)),
+            f"{point.paid / 1e12:.2f}",
+            f"{point.val_loss:.4f}",
+        ),
+        *(_number(worth.speedup_excluded, "{:.2f}"), included, _number(worth.difference, "{:+.4f}")),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "out of range" if value is None else form.format(value)
+
+
+def answer(rows: Sequence[Worth]) -> str:
+    """The finding in one sentence: what the best grown arm is worth at the longest horizon that grown arms have in range."""
+    grown = [row for row in rows if row.point.arm != SCRATCH and row.speedup_included is not None]
+    if not grown:
+        return "No arm ends within the range of scratch's curve, so nothing can be said of a speed-up."
+    longest = max(row.point.tokens for row in grown)
+    best = max((row for row in grown if row.point.tokens == longest), key=lambda row: row.speedup_included or 0.0)
+    point, speedup = best.point, best.speedup_included or 0.0
+    seeds = f"{len(point.ends)} seed" + ("s" if len(point.ends) > 1 else "")
+    interval = "" if best.interval_included is None else f" ± {best.interval_included:.2f}"
+    verdict = "pays" if speedup > 1.0 else "does not pay"
+    return (
+        f"At {point.tokens_per_parameter:.0f} tokens a parameter growth {verdict}: {point.arm} is worth S = {speedup:.2f}{interval} "
+        f"against scratch, everything paid ({seeds})."
+    )
+
+
+def draw(rows: Sequence[Worth], path: Path) -> None:
+    """Write the picture: where each arm's decayed ends lie against scratch's curve, and what they are worth."""
+    build(rows).savefig(path, dpi=150, facecolor="white")
+
+
+def build(rows: Sequence[Worth]) -> Figure:
+    """The figure itself, without any state of pyplot."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    losses, speedups = figure.subplots(1, 2)
+    colours = colours_of(sorted({row.point.arm for row in rows}))
+    for arm, optimizer in sorted({(row.point.arm, row.point.optimizer) for row in rows}):
+        own = [row for row in rows if (row.point.arm, row.point.optimizer) == (arm, optimizer)]
+        own.sort(key=lambda row: row.point.tokens)
+        style = {"color": colours[arm], "marker": MARKERS.get(optimizer, "o"), "label": f"{arm}, {optimizer}", "markersize": 5}
+        losses.plot([row.point.paid for row in own], [row.point.val_loss for row in own], linewidth=1.4, **style)
+        worth = [row for row in own if row.speedup_included is not None]
+        places = [row.point.tokens_per_parameter for row in worth]
+        bars = [row.interval_included or 0.0 for row in worth]
+        if arm != SCRATCH:
+            speedups.errorbar(places, [row.speedup_included for row in worth], yerr=bars, linewidth=1.4, capsize=3, **style)
+    speedups.axhline(1.0, color=INK, linewidth=1, linestyle=(0, (4, 2)))
+    speedups.annotate("scratch", (0.99, 1.0), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9, color=INK)
+    _finish(losses, "FLOPs, the source included", "validation loss, nats/token", "Decayed ends: lower and further left is better")
+    _finish(speedups, "tokens a parameter", "S: scratch's FLOPs for the same loss / own FLOPs", "What each end is worth")
+    losses.legend(fontsize=7.5, frameon=False)
+    figure.suptitle(answer(rows), fontsize=11.5, fontweight="bold", color=INK, x=0.01, ha="left", wrap=True)
+    return figure
+
+
+def _finish(axes: Axes, across: str, up: str, title: str) -> None:
+    if axes.has_data() and axes.get_xlim()[0] > 0:
+        axes.set_xscale("log")
+    axes.set_xlabel(across, color=INK)
+    axes.set_ylabel(up, color=INK)
+    axes.set_title(title, fontsize=10.5, color=INK, loc="left")
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
