@@ -147,7 +147,7 @@ def check_experiments(arguments: list[str]) -> None:
     from experiments.__main__ import parser
 
     options = parser().parse_args(arguments)
-    assert options.command == "compare" or options.study in STUDIES
+    assert options.command in ("compare", "horizons") or options.study in STUDIES
 
 
 def check_growth(arguments: list[str]) -> None:
