@@ -56,6 +56,7 @@ class Settings:
     out: str | None
     plan_only: bool
     seed: int
+    dtype: Literal["float32"] | None
     overwrite: bool
     receipt: bool | None
     threads: int
@@ -107,7 +108,7 @@ def run(settings: Settings) -> None:
 
     if settings.plan_only:
         source = _source(settings)
-        made = plan(source, settings.target, seed=settings.seed, **settings.growth.arguments())
+        made = plan(source, settings.target, seed=settings.seed, dtype=settings.dtype, **settings.growth.arguments())
         _print_plan(made)
         _print_outcome(made, None)
         _draw(settings, made, None if isinstance(source, str) else source)
@@ -118,6 +119,7 @@ def run(settings: Settings) -> None:
             str(settings.out),
             target=settings.target,
             seed=settings.seed,
+            dtype=settings.dtype,
             overwrite=settings.overwrite,
             receipt=settings.receipt,
             threads=settings.threads,
@@ -190,6 +192,8 @@ def _print_outcome(plan: Plan, receipt: Receipt | None) -> None:
     print(f"certificate: {'lossless' if plan.certificate.lossless else 'not lossless'}")
     for reason in plan.certificate.reasons:
         print(f"  - {reason}")
+    for remark in plan.remarks:
+        print(f"note: {remark}")
     if receipt is not None:
         print(
             f"receipt: max |Δlogit| {receipt.max_delta:.3g} (largest logit {receipt.max_logit:.3g}), KL {receipt.kl:.3g}, loss "

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from model.dtypes import RAW, to_float, to_raw, working_type
+from model.dtypes import is_short, to_float, to_raw, working_type
 
 from .seeding import quantiles
 
@@ -20,11 +20,6 @@ except ImportError:
 
 Factor = float | np.ndarray
 EXPONENT = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}  # the bits of infinity
-
-
-def is_short(dtype: str) -> bool:
-    """Whether a format has 16 bits."""
-    return RAW[dtype].itemsize == 2
 
 
 def all_finite(raw: np.ndarray, dtype: str) -> bool:

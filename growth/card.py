@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .origin import Origin, of_axis
@@ -10,6 +12,9 @@ from .origin import Origin, of_axis
 if TYPE_CHECKING:
     from .plan import Plan, Step
     from .verify import Receipt
+
+
+MAX_CARD = 1 << 20  # characters of a model card that are looked at
 
 
 def spaces_table(plan: Plan) -> list[tuple[str, str]]:
@@ -70,30 +75,62 @@ def space_bar(plan: Plan, space: str, length: int = 20) -> str:
     return "█" * ends[0] + "▒" * (ends[1] - ends[0]) + "·" * (ends[2] - ends[1])
 
 
-def model_card(plan: Plan, source: str, receipt: Receipt | None) -> str:
-    """README.md of a grown folder."""
+LICENCE_KEYS = ("license", "license_name", "license_link")
+
+
+def licence(card: Path) -> dict[str, str]:
+    """What the head of a model card (README.md) says of the model's licence, under the hub's keys; nothing where there is no such card."""
+    import yaml
+
+    try:
+        text = card.read_text(encoding="utf-8")[:MAX_CARD]
+        head = yaml.safe_load(text.split("---\n", 2)[1]) if text.startswith("---\n") else None
+    except (OSError, ValueError, IndexError, yaml.YAMLError):
+        return {}
+    found = head if isinstance(head, dict) else {}
+    return {key: str(found[key])[:200] for key in LICENCE_KEYS if isinstance(found.get(key), str)}
+
+
+def _licence_lines(stated: Mapping[str, str]) -> str:
+    """The source's licence in words."""
+    if not stated:
+        return "Licence: the source's folder names none; the source's own terms hold for what was grown from it."
+    named = stated.get("license_name", stated.get("license", ""))
+    link = f" ({stated['license_link']})" if "license_link" in stated else ""
+    return f"Licence: the source's, {named}{link}, holds for what was grown from it."
+
+
+def model_card(plan: Plan, source: str, receipt: Receipt | None, stated: Mapping[str, str] | None = None) -> str:
+    """README.md of a grown folder; `stated` is the source's `licence`."""
+    import yaml
+
+    stated = stated or {}
     certificate = plan.certificate
     lines = [
         "---",
         f"base_model: {source}" if source.count("/") == 1 and not source.startswith((".", "/")) else "tags: [grown]",
         "library_name: transformers",
+        *yaml.safe_dump(dict(stated), sort_keys=False).splitlines()[: len(stated)],
         "---",
         f"# Grown from {source}",
         "",
         f"{plan.source_parameters:,} → {plan.target_parameters:,} parameters by operator `{plan.operator}` (depth `{plan.layers.rule}`, "
         f"noise {plan.noise:g}, seed {plan.growth.seed}); an initialisation to go on training from.",
         "",
-        "Certificate, proved from the plan: " + ("**lossless**, every logit is the source's." if certificate.lossless else "not lossless:"),
+        "Certificate, proved from the plan: "
+        + ("**lossless** in exact arithmetic, every logit is the source's." if certificate.lossless else "not lossless:"),
         *(f"- {reason}" for reason in certificate.reasons),
-        *(f"- {note}" for note in plan.notes),
+        *(f"- {note}" for note in (*plan.notes, *plan.remarks)),
         "",
     ]
     if receipt is not None:
         lines += [
             f"Receipt, measured on {receipt.tokens} tokens in {receipt.dtype}: max |Δlogit| {receipt.max_delta:.3g} "
-            f"(largest logit {receipt.max_logit:.3g}), KL {receipt.kl:.3g}, loss {receipt.loss_source:.4f} → {receipt.loss_target:.4f}.",
+            f"(largest logit {receipt.max_logit:.3g}), KL {receipt.kl:.3g}, loss {receipt.loss_source:.4f} → {receipt.loss_target:.4f}"
+            + (f" ({receipt.note})." if receipt.note else "."),
             "",
         ]
+    lines += [_licence_lines(stated), ""]
     lines += ["| space | how it grew |", "|---|---|", *(f"| `{space}` | {rule} |" for space, rule in spaces_table(plan)), ""]
     lines += [f"Layers (source of each; identity in brackets): {layer_table(plan)}", "", "The whole recipe is in `growth.json`."]
     return "\n".join(lines) + "\n"

@@ -10,15 +10,15 @@ from typing import Protocol
 
 import numpy as np
 
-from model.dtypes import RAW, to_raw, working_type
+from model.dtypes import RAW, is_short, to_raw, working_type
 from model.errors import UserError
 
-from .bits import EXPONENT, accumulate, all_finite, floats, is_short, lookup, normal_bits, rounded, scaled
+from .bits import EXPONENT, accumulate, all_finite, floats, lookup, normal_bits, rounded, scaled
 from .expansion import AxisMap, Fill, product
 from .noise import Noise
 from .plan import Plan, Step
 from .seeding import Draws, normal
-from .strips import Strips, runs
+from .strips import Strips, consecutive, runs
 
 BLOCK_BYTES = 1 << 21  # of the target: small enough that temporaries stay in the processor's cache and their memory is used again
 STRETCH = 32  # source rows that are summed in the working type before their sum is added up in float64
@@ -166,6 +166,49 @@ class Expander:
                 self._keep_diagonal(target, rows)
             if self._noise is not None:
                 self._noise.add(target, rows)
+                if self._noise.closes:
+                    close = self._close_columns if self._noise.axis == 1 else self._close_rows
+                    close(target, rows, source, gain)
+
+    # ---- the last copy of a split, where entries have 16 bits: what is left of the source, so that the sum is rounded once ----
+
+    def _close_columns(self, target: np.ndarray, rows: np.ndarray, source: np.ndarray, gain: np.ndarray) -> None:
+        """Set the last copies among the columns to the source's less the stored other copies."""
+        noise, axis = self._noise, self.maps[1]
+        assert noise is not None
+        last = np.flatnonzero(noise.last)
+        index = axis.index[last]
+        factors = gain[:, None] * (axis.gain * axis.counts()[axis.index])[last]
+        left = floats(np.ascontiguousarray(source[:, consecutive(index)]), self.dtype) * factors.astype(working_type(self.dtype))
+        for places in noise.places:
+            others = places[index]
+            there = others >= 0
+            with np.errstate(invalid="ignore"):  # infinities, where they are allowed
+                left[:, consecutive(np.flatnonzero(there))] -= floats(np.ascontiguousarray(target[:, others[there]]), self.dtype)
+        kept = target[:, consecutive(last)]
+        target[:, consecutive(last)] = np.where(np.isfinite(left), to_raw(left, self.dtype), kept)
+
+    def _close_rows(self, target: np.ndarray, rows: np.ndarray, source: np.ndarray, gain: np.ndarray) -> None:
+        """Set the last copies among the rows to the source's less the other copies, computed again as they are stored."""
+        noise, axis = self._noise, self.maps[0]
+        assert noise is not None
+        last = np.flatnonzero(noise.last[rows])
+        if len(last) == 0:
+            return
+        index = axis.index[rows[last]]
+        undivided = np.empty((len(last), target.shape[1]), target.dtype)
+        self._expand_columns(undivided, source[last], source[last], gain[last] * axis.counts()[index], rows[last])
+        left = floats(undivided, self.dtype)
+        for places in noise.places:
+            others = places[index]
+            there = others >= 0
+            stored = np.empty((int(there.sum()), target.shape[1]), target.dtype)
+            if len(stored):
+                self._fill(stored, others[there], Fill.COPY)
+                with np.errstate(invalid="ignore"):
+                    left[there] -= floats(stored, self.dtype)
+        closed = np.isfinite(left) & (self.maps[1].fill != Fill.RANDOM)  # fresh ones are no copies of anything and stay
+        target[last] = np.where(closed, to_raw(left, self.dtype), target[last])
 
     # ---- columns ----
 
@@ -213,9 +256,14 @@ class Expander:
         """(len(index), n) raw rows of the source tensor `name`, read stretch by stretch."""
         assert name is not None
         if len(self.step.shape) < 2:
-            return self.reader.read(name).reshape(1, -1)
+            return self._in_dtype(name, self.reader.read(name).reshape(1, -1))
         read = [self.reader.read(name, int(index[run.start]), int(index[run.stop - 1]) + 1) for run in runs(index)]
-        return read[0] if len(read) == 1 else np.concatenate(read)
+        return self._in_dtype(name, read[0] if len(read) == 1 else np.concatenate(read))
+
+    def _in_dtype(self, name: str, raw: np.ndarray) -> np.ndarray:
+        """Raw bits of a source tensor in the format of the target, which is the same or a wider one."""
+        stored = self.plan.source_dtype(name)
+        return raw if stored == self.dtype else to_raw(floats(raw, stored), self.dtype)
 
     @cached_property
     def _root_mean_square(self) -> float:

@@ -156,7 +156,7 @@ def _show(axes: Axes, shape: tuple[int, ...], values: np.ndarray, **style: Any) 
 def source_matrix(plan: Plan, step: Step, reader: Reader) -> np.ndarray:
     """The source of a step as numbers, (rows, columns)."""
     assert step.source is not None
-    return to_float(reader.read(step.source), plan.dtype(step))
+    return to_float(reader.read(step.source), plan.source_dtype(step.source))
 
 
 def grown_matrix(plan: Plan, step: Step, reader: Reader) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,15 +16,16 @@ from model.errors import UserError, reading
 from model.spelling import both_spellings, spell_folder
 
 from .arguments import check_arguments
-from .card import model_card
+from .card import licence, model_card
 from .execute import Reader
 from .finite import FiniteReader
 from .moments import OPTIMIZER, RULES, STATE, inexact, moments_plan
 from .place import RECIPE, Place, complete_or_absent, files_in
 from .plan import Plan, plan
+from .receipt import measure_growth
 from .shards import MAX_SHARD_BYTES, write_index
 from .stream import Shards, shards_of, write_weights
-from .verify import Receipt, check_receipt, measure, verify_structure
+from .verify import Receipt, check_receipt, verify_structure
 from .workers import Worker, agreement, publish_shared, shared_partial, write_share
 
 if TYPE_CHECKING:
@@ -64,8 +65,9 @@ def grow(
     target: Target,
     operator: str = "lossless",
     depth: str | Sequence[int] = "identity",
-    noise: float = 0.0,
+    noise: float | None = None,
     seed: int = 0,
+    dtype: Literal["float32"] | None = None,
     overwrite: bool = False,
     receipt: bool | None = None,
     threads: int = 2,
@@ -82,7 +84,7 @@ def grow(
     Args:
         source: a folder, or a Hugging Face name (then `revision` may pin a commit).
         out: the folder to make: config, safetensors shards, tokenizer, generation config, `growth.json` (the recipe) and a model card.
-        target, operator, depth, noise, seed, options: see `growth.plan`.
+        target, operator, depth, noise, seed, dtype, options: see `growth.plan`.
         overwrite: replace an `out` that growth made, once the new one is complete. One that holds anything else, or that is or contains the
             source, is refused.
         receipt: measure logits of both models; None measures models of up to 100 M parameters.
@@ -103,7 +105,7 @@ def grow(
     )  # fmt: skip
     with Checkpoint(locate(source, revision)) as checkpoint:
         ledger = read_ledger(checkpoint.folder)
-        made = plan(checkpoint, target, operator, depth=depth, noise=noise, seed=seed, **options)
+        made = plan(checkpoint, target, operator, depth=depth, noise=noise, seed=seed, dtype=dtype, **options)
         check_tokenizer(checkpoint.folder, made)
         reader = checkpoint if nonfinite == "allow" else FiniteReader(checkpoint, made.dtypes)
         adam = None if optimizer is None else _read_adam(optimizer, made)
@@ -120,10 +122,11 @@ def grow(
             verify_structure(folder, made)
             small = made.source_parameters + made.target_parameters <= RECEIPT_PARAMETERS
             wanted = small if receipt is None else receipt
-            measured = measure(checkpoint.folder, folder, target_config=made.target_config, norm=made.family.norm) if wanted else None
+            measured = measure_growth(made, reader, checkpoint.folder, folder, threads=threads) if wanted else None
             if measured is not None:
                 check_receipt(measured, made)
-            _write_recipe(folder, made, str(source), revision, ledger, measured)
+            terms = licence(checkpoint.folder / "README.md")
+            _write_recipe(folder, made, str(source), revision, ledger, measured, terms)
             write_config(folder, made)  # last: without it nothing loads the folder, were it to stay as it is
             return measured
 
@@ -221,9 +224,15 @@ def read_ledger(folder: Path) -> dict[str, Any] | None:
 
 
 def _write_recipe(
-    folder: Path, plan: Plan, source: str, revision: str | None, ledger: dict[str, Any] | None, receipt: Receipt | None
+    folder: Path,
+    plan: Plan,
+    source: str,
+    revision: str | None,
+    ledger: dict[str, Any] | None,
+    receipt: Receipt | None,
+    terms: Mapping[str, str],
 ) -> None:
-    """`growth.json`, and a model card that says the same in words."""
+    """`growth.json`, and a model card that says the same in words, under the `terms` of the source's licence."""
     recipe = {
         "source": {
             "name": source,
@@ -234,10 +243,11 @@ def _write_recipe(
         "target": {"config": nested(plan.target_config)},
         "plan_hash": plan.hash,
         "certificate": {"lossless": plan.certificate.lossless, "reasons": list(plan.certificate.reasons)},
+        "remarks": list(plan.remarks),
         "receipt": None if receipt is None else receipt.to_dict(),
         "plan": plan.to_dict(),
     }
-    (folder / "README.md").write_text(model_card(plan, source, receipt))
+    (folder / "README.md").write_text(model_card(plan, source, receipt, terms))
     recipe["files"] = files_in(folder)
     (folder / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n")
 
@@ -253,7 +263,7 @@ def recorded_plan(folder: Path | str) -> Plan:
     try:
         made, source, target, named = record["plan"], record["source"]["config"], record["target"]["config"], record["plan_hash"]
         depth = made["layers"] if made["depth"] == "list" else made["depth"]
-        how = {"depth": depth, "noise": made["noise"], "seed": made["seed"], **made["options"]}
+        how = {"depth": depth, "noise": made["noise"], "seed": made["seed"], "dtype": made.get("dtype"), **made["options"]}
     except (KeyError, TypeError) as fault:
         raise UserError(f"{folder / 'growth.json'}: no record of a growth that can be followed again ({fault})") from None
     again = plan(source, target, made["operator"], **how)

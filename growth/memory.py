@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from model.composite import flat
 from model.config import Target
@@ -25,18 +25,19 @@ def grow_model(
     operator: str = "lossless",
     *,
     depth: str | Sequence[int] = "identity",
-    noise: float = 0.0,
+    noise: float | None = None,
     seed: int = 0,
+    dtype: Literal["float32"] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """A larger model from a `transformers` model, on the model's device and in its dtype; the model itself stays as it is.
+    """A larger model from a `transformers` model, on its device and, unless `dtype` says otherwise, in its dtype; it stays as it is.
 
     Arguments as `growth.plan` takes them. The bits are those that `grow` writes for the same seed, on any device.
 
     Raises:
         UserError: as `growth.plan`.
     """
-    return follow(plan_of(model, target, operator, depth=depth, noise=noise, seed=seed, **options), model)
+    return follow(plan_of(model, target, operator, depth=depth, noise=noise, seed=seed, dtype=dtype, **options), model)
 
 
 def plan_of(model: PreTrainedModel, target: Target, operator: str = "lossless", **how: Any) -> Plan:
@@ -53,7 +54,9 @@ def follow(plan: Plan, model: PreTrainedModel) -> PreTrainedModel:
     from model.stored import in_model
 
     backend = model.config._attn_implementation
-    grown = empty_model(plan.target_config, dtype=model.dtype, device=model.device, attention=backend)
+    grown = empty_model(
+        plan.target_config, dtype=model.dtype if plan.growth.dtype is None else torch.float32, device=model.device, attention=backend
+    )
     with torch.no_grad():
         if has_schema(plan.target_config):
             parameters = {stored: grown.get_parameter(name) for name, stored in stored_names(grown).items()}
@@ -82,4 +85,5 @@ def _untied(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def config_of(model: PreTrainedModel) -> dict[str, Any]:
     """The model's config with everything in it, as its flat view."""
-    return flat(json.loads(model.config.to_json_string(use_diff=False)))
+    named = {"dtype": str(model.dtype).removeprefix("torch.")}  # a config may still say what its weights were before they were cast
+    return flat(json.loads(model.config.to_json_string(use_diff=False)) | named)

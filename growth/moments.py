@@ -34,7 +34,7 @@ def moments_plan(plan: Plan, dtypes: dict[str, str]) -> Plan:
         dtypes: safetensors dtype of each source moment, under the same prefixed names.
     """
     steps = tuple(_step(plan, step, moment, power) for moment, power in POWERS.items() for step in plan.steps)
-    return replace(plan, steps=steps, noise=0.0, dtypes=dtypes)
+    return replace(plan, growth=replace(plan.growth, dtype=None), steps=steps, noise=0.0, dtypes=dtypes)
 
 
 def inexact(plan: Plan) -> Iterator[str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from model.dtypes import working_type
+from model.dtypes import is_short, working_type
 
-from .bits import add, is_short, lookup, normal_numbers
+from .bits import add, lookup, normal_numbers
 from .expansion import AxisMap
 from .seeding import Draws, normal, quantiles
 from .strips import consecutive
@@ -16,7 +16,8 @@ class Noise:
     """The noise on one matrix.
 
     Where the readers were divided, all copies of an index but the last get noise and the last gets minus its sum: they still sum to the
-    source. Where they were not, every reader of copies gets noise of its own.
+    source. In 16 bits the last one `closes` instead: whoever adds the noise sets it to what the stored others leave of the source. Where
+    readers were not divided, every reader of copies gets noise of its own.
 
     Args:
         axis: of the stored matrix, the one on which copies are read; `grown` is its map.
@@ -30,6 +31,7 @@ class Noise:
         counts, number = grown.counts()[grown.index], grown.number()
         copied = grown.copies & (counts > 1)
         self.divided = bool((grown.gain[copied] < 1).all())
+        self.closes = self.divided and is_short(dtype)
         self.last = copied & (number == counts - 1) & self.divided
         self.noisy = copied & ~self.last
         self.deviations = (deviation * grown.gain).astype(working_type(dtype))
@@ -54,13 +56,13 @@ class Noise:
             chosen = places[places >= 0]
             values = self._values(draws.of(rows), self.deviations[chosen])
             self._put(target, (slice(None), consecutive(chosen)), values)
-            if self.divided:
+            if self.divided and not self.closes:
                 self._put(target, (slice(None), consecutive(self.place_of_last[places >= 0])), np.negative(values, out=values))
 
     def _add_to_rows(self, target: np.ndarray, rows: np.ndarray) -> None:
         if len(noisy := np.flatnonzero(self.noisy[rows])):
             self._put(target, (consecutive(noisy), slice(None)), self._of_rows(rows[noisy]))
-        if len(last := np.flatnonzero(self.last[rows])):
+        if len(last := np.flatnonzero(self.last[rows])) and not self.closes:
             total = np.zeros((len(last), target.shape[1]), working_type(self.dtype))
             for others in self.places[:, self.grown.index[rows[last]]]:
                 if (others >= 0).any():

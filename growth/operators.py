@@ -73,9 +73,12 @@ def lossless(growth: Growth) -> Recipe:
     their epsilon, as it was. Feed-forward units and KV groups are copied in turn, their readers divided. Head dim: q × √(h'/h), new k rows
     zero, new v rows fresh, new output columns zero. A tied head's gain goes into the final norm.
 
+    Weights stored in 16 bits are rounded by every gain that is no power of two. So there c = 1, of all powers of two the nearest to 1/√ρ,
+    and the norms' epsilon × ρ instead (`lemon`'s form), where no other norm shares the epsilon and a config key sets it.
+
     Lossless where the rotary count stays, and where the normalised spaces (per-head q/k norms) do not grow.
     """
-    return _average_expansion(growth, lambda rho: 1 / sqrt(rho))
+    return lemon(growth) if growth.short and growth.sets_eps else _average_expansion(growth, lambda rho: 1 / sqrt(rho))
 
 
 def lemon(growth: Growth) -> Recipe:
@@ -322,6 +325,14 @@ OPERATORS: dict[str, Operator] = {
     "scratch": scratch,
     "none": scratch,
 }
+
+
+NOISE = {"lossless": 0.5, "lemon": 0.5}  # the strength of noise where none is asked for; none of the other operators has any
+
+
+def default_noise(operator: str) -> float:
+    """The strength of noise under which an operator is meant to be used: in every door, and in its leaf in conf/growth."""
+    return NOISE.get(operator, 0.0)
 
 
 def recipe(operator: str, growth: Growth, options: Mapping[str, Any]) -> Recipe:

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from model.checkpoint import Checkpoint, names_of
 from model.composite import flat, of_text
 from model.config import Target, resolve_target, rope_of, value_faults
-from model.dtypes import RAW, TORCH_NAMES, is_float
+from model.dtypes import RAW, TORCH_NAMES, config_dtype, is_float
 from model.errors import UserError
 from model.family import Config, Family, Tensor
 from model.notation import spaces
@@ -24,8 +24,9 @@ from .arguments import check_arguments
 from .certificate import Certificate, certify
 from .expansion import AxisMap, Fill
 from .layers import LayerMap, follow_layers, layer_map
-from .operators import recipe
+from .operators import default_noise, recipe
 from .recipe import Growth, Recipe
+from .remarks import remarks
 from .strangers import Known, hold_against_class, know
 
 
@@ -105,6 +106,11 @@ class Plan:
         return certify(self)
 
     @cached_property
+    def remarks(self) -> tuple[str, ...]:
+        """What a user should know of it besides: rounding, copies that stay equal, sizes that hardware dislikes (`growth.remarks`)."""
+        return remarks(self)
+
+    @cached_property
     def target_parameters(self) -> int:
         return sum(prod(step.shape) for step in self.steps)
 
@@ -118,9 +124,14 @@ class Plan:
         return _source_name(tensor, self.growth, None if tensor.layer is None else self.layers.layers[tensor.layer])
 
     def dtype(self, step: Step) -> str:
-        """The safetensors dtype of a target tensor: its source's, else the config's."""
-        known = self.dtypes.get(step.source or self.source_name(step.tensor)) or next(filter(is_float, self.dtypes.values()), None)
-        return known or TORCH_NAMES.get(str(self.source_config.get("dtype") or self.source_config.get("torch_dtype")), "F32")
+        """The safetensors dtype of a target tensor: the one asked for, else its source's, else the config's."""
+        stored = self.source_dtype(step.source or self.source_name(step.tensor))
+        return TORCH_NAMES[self.growth.dtype] if self.growth.dtype and is_float(stored) else stored
+
+    def source_dtype(self, name: str) -> str:
+        """The safetensors dtype of a source tensor, or of what it would have where the source has none of that name."""
+        known = self.dtypes.get(name) or next(filter(is_float, self.dtypes.values()), None)
+        return known or config_dtype(self.source_config) or "F32"
 
     def nbytes(self, step: Step) -> int:
         return prod(step.shape) * RAW[self.dtype(step)].itemsize
@@ -137,6 +148,7 @@ class Plan:
             "depth": self.layers.rule,
             "noise": self.noise,
             "seed": self.growth.seed,
+            **({} if self.growth.dtype is None else {"dtype": self.growth.dtype}),
             "family": self.family.name,
             "notes": list(self.notes),
             "spaces": {space: expansion.rule for space, expansion in self.recipe.expansions.items() if self.family.uses(space)},
@@ -166,8 +178,9 @@ def plan(
     operator: str = "lossless",
     *,
     depth: str | Sequence[int] = "identity",
-    noise: float = 0.0,
+    noise: float | None = None,
     seed: int = 0,
+    dtype: Literal["float32"] | None = None,
     family: Family | None = None,
     **options: Any,
 ) -> Plan:
@@ -180,20 +193,22 @@ def plan(
         depth: a layer map's name, or a list with one source layer per target layer (`growth.layers`).
         noise: strength of symmetry-breaking noise on what was copied, normal, relative to each tensor's root mean square (that of every
             eighth stretch of 32 rows where there are more than 1,024); where the readers of copies were divided it sums to zero over them,
-            so that a lossless growth stays lossless.
+            so that a lossless growth stays lossless. None is the operator's own (`growth.operators.NOISE`).
         seed: of every random entry.
+        dtype: what the result is stored in; None keeps the source's.
         family: the schema to go by; None takes the one of the config's `model_type`, and derives one where there is none.
 
     Raises:
         UserError: unknown names (with near matches), a target smaller than the source, tensors that do not match the schema, …
     """
-    check_arguments(target=target, operator=operator, depth=depth, noise=noise, seed=seed)
+    check_arguments(target=target, operator=operator, depth=depth, noise=noise, seed=seed, dtype=dtype)
     checkpoint = _opened(source)
     target = flat(target) if isinstance(target, Mapping) else target
     source_config = checkpoint.config if isinstance(checkpoint, Checkpoint) else checkpoint
     known = know(checkpoint, target, depth) if family is None else Known(family)
     family, source_config = known.family, known.config or source_config
-    growth = Growth(family, source_config, resolve_target(target, source_config, family), seed)
+    growth = Growth(family, source_config, _in_dtype(resolve_target(target, source_config, family), dtype), seed, dtype)
+    noise = default_noise(operator) if noise is None else noise
     _check_growable(growth, noise)
     layers = layer_map(depth, growth.source["layer"], growth.target["layer"])
     _check_depth(layers, family)
@@ -204,6 +219,12 @@ def plan(
     if known.config is not None:
         hold_against_class(decided)
     return decided
+
+
+def _in_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """A config that names another dtype for its weights, wherever it names one."""
+    names = {key for key in config if key.rpartition(".")[2] in ("dtype", "torch_dtype")} or {"dtype"}
+    return config if dtype is None else config | dict.fromkeys(names, dtype)
 
 
 def _opened(source: str | Path | Config | Checkpoint) -> Checkpoint | Config:
@@ -341,7 +362,10 @@ def _check_tensors(checkpoint: Checkpoint, growth: Growth) -> dict[str, str]:
     for (pattern, fault), names in wrong.items():
         faults.append(f"{names[0]}: {fault}" if len(names) == 1 else f"{pattern} ({len(names)} tensors): {fault}")
     UserError.collect(faults)
-    return {name: entry.dtype for name, entry in stored.items() if name in schema}
+    dtypes = {name: entry.dtype for name, entry in stored.items() if name in schema}
+    if growth.dtype is not None and (wide := [name for name, dtype in dtypes.items() if dtype == "F64"]):
+        raise UserError(f"dtype {growth.dtype}: {names_of(wide)} are stored in float64, which would lose digits; leave dtype out")
+    return dtypes
 
 
 def _follow(config: dict[str, Any], growth: Growth, made: Recipe, layers: LayerMap) -> dict[str, Any]:

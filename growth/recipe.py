@@ -8,6 +8,7 @@ from functools import cached_property, reduce
 from math import sqrt
 from typing import Literal
 
+from model.dtypes import config_dtype, is_short
 from model.family import Config, Family, Tensor
 from model.notation import Axis, Parts, Product, Space
 
@@ -16,12 +17,28 @@ from .expansion import AxisMap, Expansion, compose, concatenate
 
 @dataclass(frozen=True, eq=False)
 class Growth:
-    """What an operator is given: a family, two configs and their sizes."""
+    """What an operator is given: a family, two configs and their sizes.
+
+    Attributes:
+        dtype: what the result is stored in ("float32"); None where that is the source's.
+    """
 
     family: Family
     source_config: Config
     target_config: Config
     seed: int = 0
+    dtype: str | None = None
+
+    @property
+    def short(self) -> bool:
+        """Whether the result is stored in 16 bits, by what the source's config says: every gain but a power of two is then rounded."""
+        return self.dtype is None and is_short(config_dtype(self.source_config) or "F32")
+
+    @property
+    def sets_eps(self) -> bool:
+        """Whether the residual stream's norms can have another epsilon: a key sets it, no other norm has it, none was asked for."""
+        family, source = self.family, self.source_config
+        return family.sets_eps and not family.other_norms(source) and family.eps(source) == family.eps(self.target_config)
 
     @cached_property
     def source(self) -> dict[str, int]:

@@ -5,6 +5,9 @@ numpy has no bfloat16, so raw values are unsigned integers of the same width and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 # safetensors name → numpy type of the raw bits
@@ -22,6 +25,16 @@ RAW: dict[str, np.dtype] = {
 }
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 TORCH_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def config_dtype(config: Mapping[str, Any]) -> str | None:
+    """The safetensors dtype that a config names for its weights; None where it names none that is known."""
+    return TORCH_NAMES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."))
+
+
+def is_short(dtype: str) -> bool:
+    """Whether it is a float format of 16 bits."""
+    return dtype in ("F16", "BF16")
 
 
 def is_float(dtype: str) -> bool:

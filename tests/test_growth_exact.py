@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from growth import grow, plan
+from growth import grow, grow_model, plan
 from growth.door import compose_config
+from growth.grow import recorded_plan
+from growth.operators import OPERATORS, default_noise
+from growth.recipe import Recipe
 from model.build import load_model
 from model.errors import UserError
 from tests.conftest import random_model
@@ -133,7 +139,7 @@ def test_what_is_not_finite_stays_where_it_is_under_noise(tmp_path: Path, dtype:
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 def test_what_is_too_large_for_float16_once_scaled_is_an_error_that_names_the_tensor(tmp_path: Path, noise: float) -> None:
     source = tmp_path / "source"
-    random_model(config_of("phi")).to(torch.float16).save_pretrained(source)
+    random_model(config_of("phi") | {"qk_layernorm": True}).to(torch.float16).save_pretrained(source)
     held = tensors(source)
     held["model.layers.0.mlp.fc2.weight"][3, 1] = 60_000.0
     save_file(held, source / "model.safetensors", metadata={"format": "pt"})
@@ -185,3 +191,165 @@ def test_zero_pad_never_learns_in_its_new_entries(tmp_path: Path, name: str) -> 
         apart = ("c_attn",)  # whose parts each have a corner of their own
         if not any(part in parameter_name for part in (*through_mean, *apart)):
             assert (parameter.grad.numpy()[new] == 0).all(), parameter_name
+
+
+# ---- sixteen bits ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("times", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_copies_of_a_noisy_split_sum_to_the_source_but_for_one_rounding(
+    tmp_path: Path, name: str, times: int, dtype: torch.dtype
+) -> None:
+    random_model(config_of(name)).to(dtype).save_pretrained(tmp_path / "source")
+    key, tensor = (
+        ("n_inner", "transformer.h.1.mlp.c_proj.weight") if name == "gpt2" else ("intermediate_size", "model.layers.1.mlp.down_proj.weight")
+    )
+    width = config_of(name)[key]
+    grow(tmp_path / "source", tmp_path / "out", target={key: times * width}, noise=0.5, receipt=False)
+    old, new = (tensors(tmp_path / folder)[tensor].double() for folder in ("source", "out"))
+    old, new = (old.T, new.T) if name == "gpt2" else (old, new)
+    copies = new.reshape(len(new), times, width)
+    rounding = torch.finfo(dtype).eps / 2 * copies[:, -1].abs() + 1e-7  # of the last copy, to nearest
+    assert ((copies.sum(1) - old).abs() <= rounding).all()
+    assert (copies[:, 0] - copies[:, 1]).std() > 0.1 * old.std() / times
+
+
+def test_sixteen_bit_sources_keep_their_writers_bits_where_the_epsilon_is_free() -> None:
+    def gain_and_epsilon(name: str, **change: Any) -> tuple[float, float]:
+        made = plan(
+            config_of(name, **change),
+            {"hidden_size": 36, "head_dim": 6} if name != "opt" else {"hidden_size": 36, "num_attention_heads": 6},
+        )
+        assert made.certificate.lossless
+        before, after = (made.family.eps(config) for config in (made.source_config, made.target_config))
+        return float(made.recipe.expansions["residual"].write.gain[0]), after / before
+
+    root = (36 / 24) ** 0.5
+    assert gain_and_epsilon("llama", dtype="bfloat16") == pytest.approx((1.0, 24 / 36))
+    assert gain_and_epsilon("llama", dtype="float16") == pytest.approx((1.0, 24 / 36))
+    assert gain_and_epsilon("llama", dtype="float32") == pytest.approx((root, 1.0))
+    assert gain_and_epsilon("llama") == pytest.approx((root, 1.0))
+    assert gain_and_epsilon("qwen3", dtype="bfloat16") == pytest.approx((root, 1.0)), "queries and keys have the epsilon too"
+    assert gain_and_epsilon("opt", dtype="bfloat16") == pytest.approx((root, 1.0)), "no key sets the epsilon"
+    asked = plan(config_of("llama", dtype="bfloat16"), {"hidden_size": 36, "head_dim": 6}, dtype="float32")
+    assert asked.recipe.eps_factor == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "phi"])
+def test_a_result_in_float32_is_exact_where_bfloat16_rounds(tmp_path: Path, name: str) -> None:
+    random_model(config_of(name)).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    more = {"num_key_value_heads": 6} if name == "phi" else {"num_key_value_heads": 3}
+    target = {"hidden_size": 36, "num_attention_heads": 6, "intermediate_size": 60, **more}
+    stored = grow(tmp_path / "source", tmp_path / "stored", target=target)
+    wide = grow(tmp_path / "source", tmp_path / "wide", target=target, dtype="float32")
+    assert stored.receipt is not None
+    assert wide.receipt is not None
+    assert wide.receipt.exact_delta is None
+    assert wide.receipt.max_delta < 1e-5 < stored.receipt.max_delta < 2 * (stored.receipt.cast_delta or 0)
+    assert (stored.receipt.exact_delta or 1) < 1e-5
+    assert "stored in bfloat16; grown in float32" in stored.receipt.note
+    assert not (tmp_path / "stored" / "float32").exists()
+    assert any("the weights are stored in bfloat16" in remark for remark in stored.plan.remarks)
+    assert not any("rounding" in remark for remark in wide.plan.remarks)
+    assert {tensor.dtype for tensor in tensors(tmp_path / "wide").values()} == {torch.float32}
+    assert json.loads((tmp_path / "wide" / "config.json").read_text())["dtype"] == "float32"
+    assert recorded_plan(tmp_path / "wide").hash == wide.plan.hash != stored.plan.hash
+    inside = grow_model(load_model(tmp_path / "source", dtype="bfloat16"), target, dtype="float32")
+    outside = load_model(tmp_path / "wide")
+    assert all(torch.equal(values, outside.get_parameter(key)) for key, values in inside.named_parameters())
+
+
+def test_a_matrix_that_is_five_percent_too_large_does_not_pass_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random_model(config_of("llama")).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    target = {"hidden_size": 48, "num_attention_heads": 8, "num_key_value_heads": 4}
+    grow(tmp_path / "source", tmp_path / "right", target=target)
+    maps = Recipe.maps
+
+    def wrong(self: Recipe, tensor: Any) -> Any:
+        first, *rest = maps(self, tensor)
+        return (first.scaled(1.05 if tensor.name.endswith("down_proj.weight") else 1.0), *rest)
+
+    monkeypatch.setattr(Recipe, "maps", wrong)
+    with pytest.raises(UserError, match="logits of the same growth in float32 moved by"):
+        grow(tmp_path / "source", tmp_path / "wrong", target=target)
+    assert not (tmp_path / "wrong").exists()
+
+
+# ---- noise, and what a plan is remarked on --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operator", sorted(OPERATORS.keys() - {"none"}))
+def test_every_door_has_the_same_default_noise(operator: str) -> None:
+    from growth.__main__ import CONF
+
+    leaf = compose_config(CONF, "grow", [f"growth={operator}"])[0]["growth"] if operator != "hyperclone" else {"noise": 0.0}
+    assert plan(config_of("llama"), {"intermediate_size": 80}, operator).noise == leaf["noise"] == default_noise(operator)
+    assert inspect.signature(grow).parameters["noise"].default is inspect.signature(grow_model).parameters["noise"].default is None
+
+
+def test_copies_that_stay_equal_are_counted(tmp_path: Path) -> None:
+    config, target = config_of("llama"), {"intermediate_size": 57, "hidden_size": 48, "num_attention_heads": 8, "num_key_value_heads": 4}
+    told = plan(config, target, noise=0.0).remarks[0]
+    assert told.startswith("43 copies are read evenly (residual 24, ffn 17, kv 2); without dropout or noise they stay equal")
+    assert not any("read evenly" in remark for remark in plan(config, target).remarks)
+    assert not any("read evenly" in remark for remark in plan(config | {"attention_dropout": 0.1}, target, noise=0.0).remarks)
+    saved(tmp_path / "source", config)
+    grow(tmp_path / "source", tmp_path / "out", target=target, noise=0.0)
+    assert told in (tmp_path / "out" / "README.md").read_text()
+    model = load_model(tmp_path / "out", dtype="float64", attention="eager")
+    step, tokens = torch.optim.SGD(model.parameters(), lr=0.1), torch.arange(24).reshape(2, 12)
+    for _ in range(2):
+        step.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        step.step()
+    rows = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    torch.testing.assert_close(rows[40:], rows[:17], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "target", "how", "told"),
+    [
+        ({}, {"num_hidden_layers": 5}, {"depth": "stack"}, "5 layers are no whole multiple of 2"),
+        ({"tie_word_embeddings": True}, {"hidden_size": 48, "head_dim": 6}, {"operator": "tile"}, "starts above ln(vocabulary)"),
+        ({}, {"hidden_size": 48, "head_dim": 6}, {"operator": "zero_pad"}, "is a null control"),
+        ({}, {"hidden_size": 48, "head_dim": 6, "intermediate_size": 50}, {}, "hidden_size 48, intermediate_size 50: no multiple of 64"),
+        ({}, {"head_dim": 10}, {"operator": "random_pad"}, "head dim 10 is no multiple of 8"),
+        ({}, {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 6}, {},
+         "num_key_value_heads 3 cannot be shared evenly by 2, 4, 8"),
+    ],
+)  # fmt: skip
+def test_remarks(change: dict[str, Any], target: dict[str, Any], how: dict[str, Any], told: str) -> None:
+    assert sum(told in remark for remark in plan(config_of("llama", **change), target, **how).remarks) == 1
+
+
+def test_a_growth_without_a_fault_has_no_remarks() -> None:
+    config = config_of("llama", hidden_size=64, intermediate_size=128, num_attention_heads=8, num_key_value_heads=8, head_dim=8)
+    target = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 16, "num_key_value_heads": 16, "num_hidden_layers": 4}
+    assert plan(config, target).remarks == ()
+    assert plan(config, target, operator="lossless", depth="stack").remarks == ()
+
+
+@pytest.mark.parametrize(
+    ("card", "told", "head"),
+    [
+        (None, "the source's folder names none", None),
+        ("---\nlicense: apache-2.0\ntags: [x]\n---\n# A model\n", "the source's, apache-2.0, holds", "license: apache-2.0"),
+        ("---\nlicense: other\nlicense_name: gem\nlicense_link: https://a.b/c\n---\n",
+         "the source's, gem (https://a.b/c), holds", "license_name: gem"),
+        ("---\nlicense: [a\n---\n", "names none", None),
+        ("# license: mit\n", "names none", None),
+    ],
+)  # fmt: skip
+def test_the_card_carries_the_licence_of_the_source(
+    tmp_path: Path, phi_folder: Path, card: str | None, told: str, head: str | None
+) -> None:
+    shutil.copytree(phi_folder, tmp_path / "source")
+    if card is not None:
+        (tmp_path / "source" / "README.md").write_text(card)
+    grow(tmp_path / "source", tmp_path / "out", target={"intermediate_size": 80}, receipt=False)
+    front, body = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)[1:]
+    assert told in body
+    assert head is None or head in front.splitlines()
+    assert ("license" in front) == (head is not None)

@@ -1,0 +1,66 @@
+"""The receipt of a growth: its logits as stored, and where that is in 16 bits, beside those of the same growth in float32."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from model.composite import nested
+from model.dtypes import is_short
+
+from .execute import Reader
+from .plan import Plan
+from .shards import MAX_SHARD_BYTES, write_index
+from .stream import shards_of, write_weights
+from .verify import Meter, Receipt
+
+WIDE = "float32"  # the folder, inside the unfinished one, that the same growth in float32 lies in while it is measured
+
+
+def measure_growth(plan: Plan, reader: Reader, source: Path, folder: Path, *, threads: int = 2) -> Receipt:
+    """Measure a grown folder against its source.
+
+    Weights of 16 bits are rounded by growth, as they are by casting. So three things are measured: the folder as it is stored (which is
+    what the receipt's own numbers say), the same plan followed in float32 (`exact_delta`, which a lossless certificate must hold), and the
+    source with every weight rounded once more (`cast_delta`), as casting does it.
+
+    Args:
+        folder: complete but for its config and recipe; the growth in float32 lies in it for a while.
+
+    Raises:
+        UserError: a model does not load or run.
+    """
+    meter = Meter.of(source, folder)
+    stored = meter.receipt(folder, config=plan.target_config, norm=plan.family.norm)
+    formats = {plan.dtype(step) for step in plan.steps if is_short(plan.dtype(step))}
+    if not formats:
+        return stored
+    with _in_float32(plan, reader, folder, threads) as wide:
+        exact = meter.receipt(wide, config=plan.target_config, norm=plan.family.norm).max_delta
+    format_name = "float16" if "F16" in formats else "bfloat16"
+    cast = meter.cast(format_name)
+    note = (
+        f"stored in {format_name}; grown in float32 the logits move by {exact:.3g}, and rounding every weight of the source once to "
+        f"{format_name}, as casting does, moves them by {cast:.3g}"
+    )
+    return replace(stored, exact_delta=exact, cast_delta=cast, note=f"{note}; {stored.note}" if stored.note else note)
+
+
+@contextmanager
+def _in_float32(plan: Plan, reader: Reader, folder: Path, threads: int) -> Iterator[Path]:
+    """The same growth with weights in float32, in a folder that goes away."""
+    wide, made = folder / WIDE, replace(plan, growth=replace(plan.growth, dtype="float32"))
+    shutil.rmtree(wide, ignore_errors=True)  # a killed worker's
+    wide.mkdir()
+    try:
+        shards = shards_of(made, MAX_SHARD_BYTES)
+        write_weights(made, reader, wide, shards, threads=threads)
+        write_index(wide, shards)
+        (wide / "config.json").write_text(json.dumps(nested(made.target_config)))
+        yield wide
+    finally:
+        shutil.rmtree(wide, ignore_errors=True)

@@ -1,0 +1,124 @@
+"""Remarks on a plan: what a user should know of it that is no reason against its certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from model.dtypes import is_short
+
+from .expansion import AxisMap, Fill
+
+if TYPE_CHECKING:
+    from .plan import Plan, Step
+
+NAMES = {"F16": "float16", "BF16": "bfloat16"}
+WIDTH, HEAD_DIM = 64, 8  # what matrix units and attention kernels take without padding
+DEVICES = (2, 4, 8)
+SIZES = ("hidden_size", "intermediate_size")
+COUNTED = ("num_attention_heads", "num_key_value_heads")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def remarks(plan: Plan) -> tuple[str, ...]:
+    """One line each: rounding, copies that stay equal, starts that are worse than they look, sizes that hardware dislikes."""
+    return (*_rounding(plan), *_equal_copies(plan), *_starts(plan), *_sizes(plan))
+
+
+def _rounding(plan: Plan) -> Iterator[str]:
+    """The stored format's share in what becomes of an exact plan."""
+    formats = sorted({NAMES[plan.dtype(step)] for step in plan.steps if is_short(plan.dtype(step))})
+    if not formats or not plan.certificate.lossless:
+        return
+    rounded = [step for step in plan.steps if step.source is not None and is_short(plan.dtype(step)) and _rounds(step)]
+    gains = sum(1 for step in rounded)
+    causes = [f"{gains} of {len(plan.steps)} tensors are scaled by gains that are no power of two"] if gains else []
+    causes += ["noise is rounded too, once in the sum over copies"] if plan.noise and _split(plan) else []
+    if causes:
+        yield (
+            f"rounding: the certificate speaks of exact arithmetic, the weights are stored in {' and '.join(formats)}, where "
+            f"{'; '.join(causes)} (dtype=float32 stores the result without that)"
+        )
+
+
+def _rounds(step: Step) -> bool:
+    """Whether scaling rounds entries: some gain is no power of two."""
+    return any(bool((np.frexp(np.abs(gain))[0] != 0.5).any()) for gain in map(_gains, step.maps) if gain.size) or any(
+        bool((axis.fill == Fill.MEAN).any()) for axis in step.maps
+    )
+
+
+def _gains(axis: AxisMap) -> np.ndarray:
+    """The gains on copied indices that are not zero."""
+    gain = axis.gain[axis.copies]
+    return gain[gain != 0]
+
+
+def _split(plan: Plan) -> bool:
+    """Whether readers of copies are divided, on which noise falls."""
+    return any(bool(expansion.read.counts().max(initial=0) > 1) for expansion in plan.recipe.expansions.values())
+
+
+def _equal_copies(plan: Plan) -> Iterator[str]:
+    """Copies that are written alike and read alike get equal gradients in every step."""
+    config = plan.target_config
+    dropout = any("drop" in key and isinstance(value, (int, float)) and value > 0 for key, value in config.items())
+    if plan.noise or dropout or plan.recipe.flat is not None or not plan.recipe.inherits:
+        return
+    counts = {}
+    for space, expansion in plan.recipe.expansions.items():
+        if plan.growth.grows(space) and plan.family.uses(space) and space not in ("vocab", "pos"):
+            counts[space] = _evenly_read(expansion.write, expansion.read)
+    if told := ", ".join(f"{space} {count}" for space, count in counts.items() if count):
+        yield (
+            f"{sum(counts.values())} copies are read evenly ({told}); without dropout or noise they stay equal, and training uses no more "
+            "than the source's width (growth.noise=0.5 sets them apart)"
+        )
+
+
+def _evenly_read(write: AxisMap, read: AxisMap) -> int:
+    """How many target indices share their source index, and the gains with which they are written and read, with an earlier one."""
+    copies = np.flatnonzero(write.copies & read.copies)
+    kinds = {(int(write.index[i]), float(write.gain[i]), float(read.gain[i])) for i in copies}
+    return len(copies) - len(kinds)
+
+
+def _starts(plan: Plan) -> Iterator[str]:
+    """Growths whose start is worse than their name promises."""
+    layers, growth = plan.layers, plan.growth
+    if plan.operator == "zero_pad" and any(growth.grows(space) for space in growth.source if space not in ("layer", "vocab", "pos")):
+        yield "zero_pad is a null control: nothing ever learns to read its new entries, whose gradients stay exactly 0"
+    if layers.rule == "stack" and layers.target % layers.source:
+        yield (
+            f"depth 'stack': {layers.target} layers are no whole multiple of {layers.source}, so the last copy of the network is cut off "
+            f"after layer {layers.layers[-1]}, and the output head follows a layer that it does not know"
+        )
+    if plan.operator == "tile" and growth.tied and growth.grows("residual"):
+        yield (
+            "tile on tied embeddings: the head repeats the embedding unscaled, so logits are too large and the loss starts above "
+            "ln(vocabulary)"
+        )
+
+
+def _sizes(plan: Plan) -> Iterator[str]:
+    """Sizes that the growth chose and that hardware pays for."""
+    family, growth, config = plan.family, plan.growth, plan.target_config
+    source = {**plan.source_config}
+    widths = [f"{family.field_name(key)} {config[family.field_name(key)]}" for key in SIZES if _off(plan, family.field_name(key), WIDTH)]
+    if widths:
+        yield f"sizes: {', '.join(widths)}: no multiple of {WIDTH}, which matrix units pad"
+    head = growth.target.get("qk")
+    if head and growth.grows("qk") and head % HEAD_DIM:
+        yield f"sizes: head dim {head} is no multiple of {HEAD_DIM}, which fused attention kernels pad or refuse"
+    for key in (*map(family.field_name, COUNTED), *EXPERTS):
+        count = config.get(key)
+        if type(count) is int and count != source.get(key) and (uneven := [str(number) for number in DEVICES if count % number]):
+            yield f"sizes: {key} {count} cannot be shared evenly by {', '.join(uneven)} devices (tensor or expert parallelism)"
+
+
+def _off(plan: Plan, key: str, multiple: int) -> bool:
+    """Whether a size that grows is no multiple."""
+    size = plan.target_config.get(key)
+    return type(size) is int and size != plan.source_config.get(key) and size % multiple != 0
