@@ -45,7 +45,7 @@ def inexact(plan: Plan) -> Iterator[str]:
         return
     if not plan.certificate.lossless:
         yield "the growth is not lossless"
-    if plan.noise:
+    if plan.is_noisy:
         yield f"noise {plan.noise:g}: copies are read unevenly; each gets the mean of what the copies' gradients are"
     if growth.grows("residual") and growth.family.norm == "layer" and growth.target["residual"] % growth.source["residual"]:
         yield "residual: gradients of the new indices reach the inherited ones through LayerNorm's mean"

@@ -105,6 +105,12 @@ class Plan:
         """Lossless, or every reason why not; decided from the plan alone."""
         return certify(self)
 
+    @property
+    def is_noisy(self) -> bool:
+        """Whether noise falls on anything: on what reads copies."""
+        spaces = (expansion for space, expansion in self.recipe.expansions.items() if self.family.uses(space))
+        return self.noise > 0 and any(expansion.read.counts().max(initial=0) > 1 for expansion in spaces)
+
     @cached_property
     def remarks(self) -> tuple[str, ...]:
         """What a user should know of it besides: rounding, copies that stay equal, sizes that hardware dislikes (`growth.remarks`)."""

@@ -35,7 +35,7 @@ def _rounding(plan: Plan) -> Iterator[str]:
     rounded = [step for step in plan.steps if step.source is not None and is_short(plan.dtype(step)) and _rounds(step)]
     gains = sum(1 for step in rounded)
     causes = [f"{gains} of {len(plan.steps)} tensors are scaled by gains that are no power of two"] if gains else []
-    causes += ["noise is rounded too, once in the sum over copies"] if plan.noise and _split(plan) else []
+    causes += ["noise is rounded too, once in the sum over copies"] if plan.is_noisy else []
     if causes:
         yield (
             f"rounding: the certificate speaks of exact arithmetic, the weights are stored in {' and '.join(formats)}, where "
@@ -54,11 +54,6 @@ def _gains(axis: AxisMap) -> np.ndarray:
     """The gains on copied indices that are not zero."""
     gain = axis.gain[axis.copies]
     return gain[gain != 0]
-
-
-def _split(plan: Plan) -> bool:
-    """Whether readers of copies are divided, on which noise falls."""
-    return any(bool(expansion.read.counts().max(initial=0) > 1) for expansion in plan.recipe.expansions.values())
 
 
 def _equal_copies(plan: Plan) -> Iterator[str]:
