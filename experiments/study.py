@@ -11,7 +11,9 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from experiments.definition import HERE, Job, jobs, load_study, source_job
@@ -23,8 +25,11 @@ from train.folder import check_same, is_complete, read_run
 Train = Callable[[tuple[str, ...], str], str]
 
 
+GRACE_S = 15  # that runs have to save in, once the study is stopped
+
+
 class RunFailed(Exception):
-    """A run of the study ended with an error; the message is that error, and where its log is."""
+    """Runs of the study ended with errors; the message is each of them, and where its log is."""
 
 
 @dataclass(frozen=True)
@@ -90,31 +95,51 @@ def complete(job: Job, source: Job | None = None) -> bool:
 def prepare_text(todo: Sequence[Job], display: Display) -> None:
     """Build corpus, tokenizer and shards once, before several processes would each wait for them."""
     from train.data import prepare
+    from train.reading import reading
 
-    for settings in {job.settings.data.folder: job.settings.data for job in todo}.values():
-        display.say(f"text: {settings.folder}")
-        prepare(settings, progress=True)
+    begun = {(job.settings.data.folder, job.settings.source): job for job in todo}
+    for job in begun.values():
+        source = Path(job.settings.source or "")
+        text = reading(job.settings, source if job.settings.source and source.is_dir() else None, read_run(job.folder))
+        display.say(f"text: {text.home}")
+        prepare(text, progress=True)
 
 
 def run_jobs(todo: Sequence[Job], at_once: int, logs: Path, display: Display, train: Train = work) -> None:
-    """Run the jobs in fresh processes, `at_once` at a time; the first error ends them all.
+    """Run the jobs in fresh processes, `at_once` at a time; one that fails leaves the others their turn.
 
     Each process gets its share of the cores. With one run for each core that is one thread, whatever the machine,
     so that a result does not depend on how many cores there were; run.json records the number.
+
+    Ctrl-C reaches this process alone, which starts nothing new, asks the runs to save and end (SIGTERM), and waits GRACE_S for them.
+
+    Raises:
+        RunFailed: naming every run that failed, why, and its log.
     """
     at_once = min(at_once, len(todo))
     logs.mkdir(parents=True, exist_ok=True)
     threads = max(1, cores() // at_once)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(at_once, mp_context=context, initializer=initialise, initargs=(threads,)) as pool, display.watching(todo):
-        futures = {pool.submit(train, job.overrides, str(log_of(job, logs))): job for job in todo}
         try:
-            _follow(futures, logs, display)
+            failed = _follow(lambda job: pool.submit(train, job.overrides, str(log_of(job, logs))), todo, at_once, logs, display)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():  # those of this pool: nothing else here starts any
-                process.terminate()
+            _end(multiprocessing.active_children())  # those of this pool: nothing else here starts any
             raise
+    if failed:
+        raise RunFailed("\n".join((f"{len(failed)} of {len(todo)} runs failed:", *failed)) if len(failed) > 1 else failed[0])
+
+
+def _end(processes: Sequence[BaseProcess]) -> None:
+    """Ask the processes to save and end; what has not within GRACE_S is killed (its newest checkpoint is whole)."""
+    for process in processes:
+        process.terminate()
+    until = time.monotonic() + GRACE_S
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
+        if process.is_alive():
+            process.kill()
 
 
 def log_of(job: Job, logs: Path) -> Path:
@@ -122,14 +147,27 @@ def log_of(job: Job, logs: Path) -> Path:
     return logs / f"{job.name}.log"
 
 
-def _follow(futures: dict[Future[str], Job], logs: Path, display: Display) -> None:
-    """Until all are done: move the bars, tell what has ended. Raises RunFailed with the first error."""
-    waiting, began = set(futures), time.monotonic()
-    while waiting:
-        ended, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+def _follow(start: Callable[[Job], Future[str]], todo: Sequence[Job], at_once: int, logs: Path, display: Display) -> list[str]:
+    """Until all are done: start what has a free place, move the bars, tell what has ended. What failed is returned, in words.
+
+    Raises:
+        RunFailed: a process was ended from outside, and the pool with it.
+    """
+    waiting, running, failed, began = list(todo), dict[Future[str], Job](), list[str](), time.monotonic()
+    while waiting or running:
+        while waiting and len(running) < at_once:  # none waits in the pool, where it would begin after Ctrl-C
+            job = waiting.pop(0)
+            running[start(job)] = job
+        ended, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
         display.refresh()
         for future in ended:
-            job, error = futures[future], future.exception()
-            if error is not None:
-                raise RunFailed(f"{job.name}: {error}\n(its log: {log_of(job, logs)})") from error
-            display.finished(job, time.monotonic() - began)
+            job, error = running.pop(future), future.exception()
+            words = f"{job.name}: {error}\n(its log: {log_of(job, logs)})"
+            if isinstance(error, BrokenProcessPool):
+                raise RunFailed(words) from error
+            if error is None:
+                display.finished(job, time.monotonic() - began)
+            else:
+                display.say(f"failed: {job.name}; the others go on")
+                failed.append(words)
+    return failed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from threading import Thread
@@ -12,6 +13,7 @@ from model.errors import UserError
 
 def initialise(threads: int) -> None:
     """Give this process its share of the cores, before torch is imported and again after; end it when the study is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the study's own process says what becomes of the runs
     Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -31,6 +33,7 @@ def work(overrides: tuple[str, ...], log: str) -> str:
     """Train the run that `overrides` compose; return its folder. Everything it prints goes to the file `log`."""
     from train.loop import train
     from train.settings import compose
+    from train.signals import Stopped
 
     sys.stdout.flush()
     with open(log, "a", encoding="utf-8") as file:
@@ -40,6 +43,9 @@ def work(overrides: tuple[str, ...], log: str) -> str:
         return str(train(compose(list(overrides))))
     except UserError:
         raise
+    except Stopped as stopped:  # it has saved; this process must not wait for another run
+        print(stopped, flush=True)
+        os._exit(stopped.status)
     except Exception as error:  # an error of a library may not survive the way between processes; its words do
         import traceback
 

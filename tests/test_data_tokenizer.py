@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -70,19 +71,21 @@ def test_an_end_of_text_in_a_text_is_text(trained: PreTrainedTokenizerFast) -> N
     assert not trained.backend_tokenizer.encode_special_tokens  # the tokenizer itself is not changed
 
 
-def test_identity_follows_the_files_of_a_folder(trained: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_identity_follows_how_a_folders_tokenizer_cuts(trained: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     save_tokenizer(trained, tmp_path)
     before = tokenizer_identity(str(tmp_path))
     (tmp_path / "README.md").write_text("about")
     assert tokenizer_identity(str(tmp_path)) == before
     (tmp_path / "tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text() + " ")
+    assert tokenizer_identity(str(tmp_path)) == before
+    whole = json.loads((tmp_path / "tokenizer.json").read_text())
+    whole["model"]["merges"].pop()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
     assert tokenizer_identity(str(tmp_path)) != before
     assert (tokenizer_identity("owner/name"), tokenizer_identity(None)) == ("owner/name", None)
 
 
 def test_entries_count_ids_beyond_a_hole(trained: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    import json
-
     save_tokenizer(trained, tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     content["model"]["vocab"]["never merged"] = 999

@@ -1,4 +1,4 @@
-"""A study's definition composes, its stages are skipped when done, and a failing run stops it."""
+"""A study's definition composes, its stages are skipped when done, a failing run leaves the others their turn, and Ctrl-C stops it."""
 
 from __future__ import annotations
 
@@ -250,12 +250,11 @@ def obey(overrides: tuple[str, ...], log: str) -> str:
     print("words of the run", file=sys.stderr)
     if "seed=13" in overrides:
         raise UserError("source: missing")
-    time.sleep(60 if "seed=14" in overrides else 0)
     Path(log).with_suffix(".done").write_text(f"{overrides} {torch.get_num_threads()}")
     return log
 
 
-def test_runs_are_spread_over_processes_and_the_first_error_stops_them(
+def test_runs_are_spread_over_processes_and_one_that_fails_leaves_the_others_their_turn(
     elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import experiments.study as module
@@ -266,12 +265,60 @@ def test_runs_are_spread_over_processes_and_the_first_error_stops_them(
     done = [(elsewhere / "logs" / f"{job.name}.done").read_text() for job in todo[:2]]
     assert done == [f"{job.overrides} 1" for job in todo[:2]]  # one core for each
     assert capsys.readouterr().out.count("done") == 2
-    wrong, long = replace(source, overrides=("seed=13",)), replace(todo[0], overrides=("seed=14",))
+    wrong, bad = replace(source, overrides=("seed=13",)), replace(todo[0], overrides=("seed=13",))
+    with pytest.raises(RunFailed, match=rf"{source.name}: source: missing\n.*its log: .*{source.name}\.log") as caught:
+        run_jobs([wrong, bad, todo[1]], 1, elsewhere / "more", Display(), obey)
+    assert str(caught.value).startswith("2 of 3 runs failed:")
+    assert (elsewhere / "more" / f"{todo[1].name}.done").exists()
+
+
+def study_of_sleepers(folder: str, at_once: int) -> None:
+    """A study's own process: four runs that note their beginning, sleep, and note SIGTERM."""
+    import os
+
+    os.setpgrp()  # as a terminal's foreground group
+    os.chdir(folder)
+    study = load_study("tiny")
+    job = source_job(study)
+    todo = [replace(job, name=f"run{number}", overrides=(f"number={number}",)) for number in range(4)]
+    try:
+        run_jobs(todo, at_once, Path("logs"), Display(), sleeper)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def sleeper(overrides: tuple[str, ...], log: str) -> str:
+    import os
+    import signal
+
+    def save(*_: object) -> None:
+        Path(log).with_suffix(".saved").touch()
+        os._exit(75)
+
+    signal.signal(signal.SIGTERM, save)
+    Path(log).with_suffix(".begun").touch()
+    time.sleep(100)
+    return log
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_ctrl_c_stops_a_study_within_seconds_and_nothing_new_starts(at_once: int, tmp_path: Path) -> None:
+    import multiprocessing
+    import os
+    import signal
+
+    study = multiprocessing.get_context("spawn").Process(target=study_of_sleepers, args=(str(tmp_path), at_once))
+    study.start()
+    until = time.monotonic() + 120
+    while len(list(tmp_path.glob("logs/*.begun"))) < at_once and time.monotonic() < until:
+        time.sleep(0.2)
+    assert study.pid is not None
     began = time.monotonic()
-    with pytest.raises(RunFailed, match=rf"{source.name}: source: missing\n.*its log: .*{source.name}\.log"):
-        run_jobs([long, wrong, *todo[1:]], 2, elsewhere / "more", Display(), obey)
-    assert time.monotonic() - began < 40  # the long one was ended
-    assert not (elsewhere / "more" / f"{long.name}.done").exists()
+    os.killpg(study.pid, signal.SIGINT)
+    study.join(60)
+    assert study.exitcode == 130
+    assert time.monotonic() - began < 20  # idle, it takes less than one second
+    assert len(list(tmp_path.glob("logs/*.begun"))) == len(list(tmp_path.glob("logs/*.saved"))) == at_once
 
 
 def test_progress_is_read_from_the_metrics(tmp_path: Path) -> None:

@@ -68,16 +68,17 @@ def test_a_run_killed_at_twenty_moments_ends_with_the_bits_of_an_undisturbed_one
     assert_same_run(ended(settings), undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, REQUEUE), (signal.SIGUSR1, REQUEUE), (signal.SIGINT, 130)])
 def test_a_run_that_is_asked_to_stop_saves_its_last_step_and_goes_on_from_there(
-    settings: Settings, undisturbed: Path, tmp_path: Path, number: signal.Signals
+    settings: Settings, undisturbed: Path, tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
     folder, settings = tmp_path / "run", at(settings, tmp_path / "run", save_every_tokens=None)
     process = begun(settings)
     wait_for(lambda: (folder / "metrics.jsonl").exists() and "train" in (folder / "metrics.jsonl").read_text(), process)
     os.kill(process.pid or 0, number)
     process.join()
-    assert process.exitcode == REQUEUE == 75
+    assert REQUEUE == 75
+    assert process.exitcode == status
     (saved,) = state.complete(folder / "checkpoints")
     step = int(saved.name.removeprefix("step-"))
     assert 0 < step < STEPS
@@ -93,6 +94,14 @@ def test_signals_mean_again_what_they_meant_before_the_run(settings: Settings, u
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked() == "SIGUSR1"
     assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    with watched() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked() == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_disk_that_takes_no_more_stops_the_run_and_leaves_the_earlier_checkpoint_whole(

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from model.errors import UserError
 from train.settings import Settings
-from train.signals import REQUEUE, Stopped
+from train.signals import Stopped
 
 SIZES = "hidden_size:16,intermediate_size:32,num_hidden_layers:1,num_attention_heads:2,num_key_value_heads:2"
 TARGET = f"target={{model_type:phi,vocab_size:300,max_position_embeddings:32,tie_word_embeddings:false,{SIZES}}}"
@@ -138,4 +138,4 @@ def _train(runs: Sequence[Settings], process: int, processes: int, port: int, li
             loop.train(settings)
         except (UserError, Stopped) as error:
             Path(f"{settings.out}.error").write_text(str(error))
-            sys.exit(REQUEUE if isinstance(error, Stopped) else 2)
+            sys.exit(error.status if isinstance(error, Stopped) else 2)

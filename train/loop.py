@@ -29,6 +29,7 @@ from train.horizons import find_trunk, take_over_trunk, trunk_record
 from train.log import Console, open_log
 from train.meter import Meter
 from train.publish import publish
+from train.reading import rate_warnings, reading, record, tokenizer_warnings
 from train.rehearsal import rehearse_end
 from train.saving import newest_intact
 from train.settings import Budget, Settings, needs_source
@@ -74,8 +75,9 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
         config = target_config(settings, source) if run is None else run["target_config"]
         stages, teaching = stages_of(settings, config), teacher_folder(settings, source)
         told = main and settings.progress is not False
-        data = prepare(settings.data, progress=told)
-        data = mixed(settings.mixture, settings.data, data, context=loop.context, rows=budget.steps * budget.rows, progress=told)
+        text = reading(settings, source, run)
+        data = prepare(text, progress=told)
+        data = mixed(settings.mixture, text, data, context=loop.context, rows=budget.steps * budget.rows, progress=told)
         check_vocabulary(data, config["vocab_size"])
         way, teachers = find_ways(config, None if teaching is None else read_config(teaching), loop, accelerator)
         for line in (*way.lines, *(teachers.lines if teachers else ())):
@@ -97,6 +99,9 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
                 spans = spans_of(stages, settings, taught_by, frozen_tensors(stages, settings, source))
                 known = facts(settings, config, data, accelerator, way) | {"spans": [asdict(span) for span in spans]}
                 known |= {} if trunk is None else {"trunk": trunk}
+                known["data"]["cut"] = record(text)
+                for line in (*tokenizer_warnings(settings, source, data), *rate_warnings(settings, known["parameters"])):
+                    console.say(line)
                 write_json(folder / run_folder.RUN, run_folder.new_run(settings, start=start, **known))
             accelerator.wait_for_everyone()
             run = run_folder.read_run(folder)

@@ -46,7 +46,9 @@ def watched() -> Iterator[Callable[[], str | None]]:
             raise KeyboardInterrupt
         came.append(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, note) for number in SIGNALS} if threading.current_thread() is threading.main_thread() else {}
+    main = threading.current_thread() is threading.main_thread()
+    heard = [number for number in SIGNALS if main and signal.getsignal(number) != signal.SIG_IGN]  # ignored: its parent takes care of it
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield lambda: came[0] if came else None
     finally:

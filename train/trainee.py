@@ -25,6 +25,7 @@ from train.log import Console, Log
 from train.loss import build_loss
 from train.meter import Meter
 from train.optimizer import build_optimizer
+from train.reading import loss_warnings
 from train.router import unbalanced
 from train.sample import samples
 from train.saving import Saver, saving
@@ -176,7 +177,10 @@ class Trainee:
         with run.meter.paused():
             found = evaluate(self.objective, run.windows, run.accelerator, run.data.validation.bytes_per_token)
         if kind == "eval":
-            position.start_val_loss = found.val_loss if position.start_val_loss is None else position.start_val_loss
+            if position.start_val_loss is None:
+                position.start_val_loss = found.val_loss
+                for line in loss_warnings(run.settings, found.val_loss, run.data.vocab_size):
+                    run.console.say(line)
             position.val_loss, position.bits_per_byte = found.val_loss, found.bits_per_byte
             best = math.inf if position.best_val_loss is None else position.best_val_loss
             if position.step > 0 and found.val_loss < best:  # never of one that is not a number

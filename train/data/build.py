@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,16 @@ from train.data.progress import Advance, bar
 from train.data.report import short_lines
 from train.data.settings import DataSettings, disagreements
 from train.data.shards import TOKENIZER, ShardWriter, TokenData, dtype_of, fingerprint, open_data, read_manifest, write_manifest
-from train.data.tokenizer import entries, load_tokenizer, save_tokenizer, tokenizer_hash, tokenizer_identity, train_tokenizer, write_encoder
+from train.data.tokenizer import (
+    TRAIN,
+    entries,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_hash,
+    tokenizer_identity,
+    train_tokenizer,
+    write_encoder,
+)
 from train.data.workers import Run, cores, workers
 from train.files import write_json, write_text
 
@@ -52,6 +61,7 @@ def prepare(settings: DataSettings, *, progress: bool = True) -> TokenData:
     Raises:
         UserError: settings that cannot work, text that cannot be read, a split without documents, a damaged folder, a full disk.
     """
+    settings = replace(settings, tokenizer=None) if settings.tokenizer == TRAIN else settings
     UserError.collect(disagreements(settings))
     folder, corpus = settings.home, open_corpus(settings)
     if _outdated(folder, settings, corpus, progress):
@@ -61,6 +71,20 @@ def prepare(settings: DataSettings, *, progress: bool = True) -> TokenData:
                     print(f"{folder}: {reason}", file=sys.stderr)
                 _build(folder, settings, corpus, progress)
     return open_data(folder)
+
+
+def cut_by(settings: DataSettings, tokenizer: Path) -> DataSettings:
+    """The text of `settings`, cut by the tokenizer in a folder, in a folder of its own; what is there already serves where it is the same.
+
+    Raises:
+        UserError: the tokenizer cannot be loaded.
+    """
+    identity, there = tokenizer_identity(str(tokenizer)), settings.home / TOKENIZER
+    current = there.is_dir() and tokenizer_identity(str(there)) == identity
+    if current and _outdated(settings.home, settings, open_corpus(settings), progress=False) is None:
+        return settings
+    folder = settings.folder or f"{settings.home}-{str(identity)[:8]}"
+    return replace(settings, tokenizer=str(tokenizer), folder=folder)
 
 
 def _outdated(folder: Path, settings: DataSettings, corpus: Corpus, progress: bool) -> str | None:

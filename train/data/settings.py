@@ -43,8 +43,8 @@ class DataSettings:
     limit_tokens: int | None = None  # of both splits, after cleaning; the document that reaches it is the last
     max_document_bytes: int = 2**24  # a longer document is skipped and counted: it has to fit in memory, with its tokens
     clean: CleaningSettings = field(default_factory=CleaningSettings)
-    tokenizer: str | None = None  # a folder or hub name; null: train a byte-level BPE on the training part
-    vocab_size: int = 2048  # of the trained one
+    tokenizer: str | None = None  # a folder or hub name; null: the one of the run's source, where it has none a byte-level BPE is trained
+    vocab_size: int = 2048  # of the trained one; data.tokenizer=train trains one even where the source has its own
     model_max_length: int = 2048  # that the trained one states; a hint for its users, nothing is cut
     validation_fraction: float = 0.05  # of the documents
     seed: int = 0  # of the split, and of what is generated

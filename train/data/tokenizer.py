@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from train.data.shards import TokenData
 
 END_OF_TEXT = "<|endoftext|>"
+TRAIN = "train"  # as data.tokenizer: train one, even beside a source that has its own
+FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
@@ -57,10 +59,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"data.tokenizer={name}: cannot be loaded ({reason}); give a folder with tokenizer files, or a name on the Hugging Face hub "
-            "that can be reached; null trains one"
+            f"that can be reached; data.tokenizer={TRAIN} trains one"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"data.tokenizer={name}: it has no fast form (tokenizer.json); convert it, or leave it null to train one")
+        raise UserError(f"data.tokenizer={name}: it has no fast form (tokenizer.json); convert it, or train one (data.tokenizer={TRAIN})")
     if tokenizer.eos_token_id is None:
         raise UserError(f"data.tokenizer={name}: it has no eos token to end a document with; set one in its tokenizer_config.json")
     return tokenizer
@@ -112,14 +114,16 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def tokenizer_identity(name: str | None) -> str | None:
-    """What may change under the same `name`: the files of a folder, hashed; a hub name stands for itself."""
-    if name is None or (folder := _folder(name)) is None:
+    """What may change under the same `name`: how a folder's tokenizer cuts text and ends it; a hub name stands for itself."""
+    if name is None or _folder(name) is None:
         return name
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*")):
-        if file.suffix in (".json", ".txt", ".model"):
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
+    tokenizer = load_tokenizer(name)
+    return hashlib.sha256(f"{tokenizer_hash(tokenizer)} {tokenizer.eos_token}".encode()).hexdigest()
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds any tokenizer's files."""
+    return any((folder / name).is_file() for name in FILES)
 
 
 def check_vocabulary(data: TokenData, vocab_size: int) -> None:
@@ -131,7 +135,7 @@ def check_vocabulary(data: TokenData, vocab_size: int) -> None:
     if data.vocab_size > vocab_size:
         raise UserError(
             f"data: the tokenizer has {data.vocab_size} entries, the model's vocab_size is {vocab_size}; "
-            "use the tokenizer of the source (data.tokenizer=FOLDER), a smaller data.vocab_size, or a model with a larger vocab_size"
+            "use the tokenizer of the source (data.tokenizer=null, or its FOLDER), a smaller data.vocab_size, or a larger model"
         )
 
 
