@@ -12,6 +12,7 @@ import numpy as np
 
 from model.dtypes import RAW, is_short, to_raw, working_type
 from model.errors import UserError
+from model.notation import Space, spaces
 
 from .bits import EXPONENT, accumulate, all_finite, floats, lookup, normal_bits, rounded, scaled
 from .expansion import AxisMap, Fill, product
@@ -21,6 +22,7 @@ from .seeding import Draws, normal
 from .strips import Strips, consecutive, runs
 
 BLOCK_BYTES = 1 << 21  # of the target: small enough that temporaries stay in the processor's cache and their memory is used again
+NEW_TOKENS = 1e-3  # how far new tokens are from the mean of the old, and so from each other, relative to the rows' root mean square
 STRETCH = 32  # source rows that are summed in the working type before their sum is added up in float64
 
 
@@ -154,7 +156,8 @@ class Expander:
         elif self.step.source is None or fill == Fill.RANDOM:
             target[...] = self._fresh("rows", rows, target.shape[1])
         elif fill == Fill.MEAN:
-            self._expand_columns(target, self._mean_row, self._mean_row, gain, rows)
+            row = self._mean_row if not self._holds_tokens else self._new_tokens(rows)
+            self._expand_columns(target, row, row, gain, rows)
         else:
             own, following = self.step.source, self.step.next_source
             source = self._gather(own if fill == Fill.COPY else following, index)
@@ -294,6 +297,18 @@ class Expander:
             self._sums.add(self._gather(self.step.source, np.arange(start, min(start + STRETCH, rows))))
         return to_raw(self._sums.total[None] / rows, self.dtype)
 
+    @property
+    def _holds_tokens(self) -> bool:
+        """Whether rows are tokens, so that means among them are new ones."""
+        return Space("vocab") in set(spaces(self.step.tensor.axes[0])) and len(self.step.shape) > 1
+
+    def _new_tokens(self, rows: np.ndarray) -> np.ndarray:
+        """(b, n) the mean row, for each new token with a little noise of its own, without which all would be one and the same."""
+        if "tokens" not in self._draws:
+            self._draws["tokens"] = Draws(self.maps[1].source, np.uint32, self.plan.growth.seed, self.step.name, "tokens")
+        noise = normal(self._draws["tokens"].of(rows)) * (NEW_TOKENS * self._root_mean_square)
+        return to_raw((floats(self._mean_row, self.dtype) + noise).astype(working_type(self.dtype)), self.dtype)
+
     @cached_property
     def _noise(self) -> Noise | None:
         """The noise on a matrix that reads copies."""
@@ -328,7 +343,7 @@ class Expander:
         return to_raw(np.full(1, value - self._offset), self.dtype)
 
     def _fresh(self, part: str, rows: np.ndarray, width: int) -> np.ndarray:
-        """Fresh raw entries, as the library initialises them: ones in norm scales, zeros in biases, else normal(0, initializer_range).
+        """Fresh raw entries, as the library's class starts them: ones in norm scales, zeros in biases, else normal (`init_deviation`).
 
         They depend on seed, tensor, part and position alone.
         """
@@ -339,7 +354,7 @@ class Expander:
             kind = np.uint16 if is_short(self.dtype) else np.uint32
             self._draws[part] = Draws(width, kind, self.plan.growth.seed, self.step.name, part)
         draws = self._draws[part].of(rows)
-        deviation = float(self.plan.growth.target_config.get("initializer_range", 0.02))
+        deviation = self.plan.family.init_deviation(self.plan.growth.target_config, tensor)
         if is_short(self.dtype):
             return lookup(normal_bits(deviation, self.dtype), draws)
         return to_raw((normal(draws) * deviation).astype(working_type(self.dtype)), self.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +129,41 @@ def layer_map(depth: str | Sequence[int], source: int, target: int) -> LayerMap:
     rule, idle = LAYER_MAPS[depth]
     layers = rule(source, target) if target > source else list(range(source))
     return LayerMap(depth, source, tuple(layers), _repeats(layers) if idle else (False,) * target)
+
+
+def among_kinds(source: Sequence[Hashable], target: Sequence[Hashable]) -> LayerMap | None:
+    """The identity map where layers differ in kind: every source layer works at a place of its kind, near where `identity` has it.
+
+    Every new layer is a copy of the nearest one before it of its own kind.
+
+    Args:
+        source, target: the kind of each layer, as the class makes them.
+
+    Returns:
+        None where the source's kinds do not come in this order among the target's.
+    """
+    plain = interleave(len(source), len(target))
+    latest, place = [0] * len(source), len(target)
+    for layer in reversed(range(len(source))):
+        places = [number for number in range(place) if target[number] == source[layer]]
+        if not places:
+            return None
+        latest[layer] = place = places[-1]
+    working: dict[int, int] = {}  # target layer → source layer
+    place = -1
+    for layer, kind in enumerate(source):
+        free = [number for number in range(place + 1, latest[layer] + 1) if target[number] == kind]
+        first = kind not in source[:layer]  # at once, so that new layers of this kind come after it
+        place = free[0] if first else min(free, key=lambda number: abs(number - plain.index(layer)))
+        working[place] = layer
+    layers = []
+    for number, kind in enumerate(target):
+        alike = [place for place, layer in working.items() if source[layer] == kind]
+        if not alike:
+            return None
+        before = [place for place in alike if place <= number]
+        layers.append(working[before[-1] if before else alike[0]])
+    return LayerMap("identity", len(source), tuple(layers), tuple(number not in working for number in range(len(target))))
 
 
 def _explicit(depth: Sequence[int], source: int, target: int) -> LayerMap:

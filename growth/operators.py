@@ -46,9 +46,9 @@ def _pairs_padded(n: int, N: int, turned: int, turned_target: int) -> np.ndarray
 
 
 def _vocabulary(n: int, N: int) -> Expansion:
-    """New tokens start at the mean of the old ones, in the embedding and in the head, for every operator."""
+    """New tokens start at the mean of the old ones, each 10⁻³ of the rows' RMS away from it, in embedding and head, for every operator."""
     kept = AxisMap.of(n, _padded(n, N), Fill.MEAN)
-    return Expansion.of(kept, kept, "unchanged" if n == N else f"{N - n} new tokens: mean of the old")
+    return Expansion.of(kept, kept, "unchanged" if n == N else f"{N - n} new tokens: mean of the old and a little noise")
 
 
 def _positions(n: int, N: int) -> Expansion:
@@ -183,7 +183,7 @@ def tile(growth: Growth, *, mode: str = "middle", heads: str = "head_aware") -> 
 
 
 def scratch(growth: Growth) -> Recipe:
-    """Nothing is inherited: normal(0, initializer_range) in matrices, 0 in biases, 1 in norm scales."""
+    """Nothing is inherited: 0 in biases, 1 in norm scales, and normal matrices of the deviation that the library's class gives them."""
 
     def fresh(space: str) -> Expansion:
         new = AxisMap.of(growth.source[space], np.full(growth.target[space], -1), Fill.RANDOM)

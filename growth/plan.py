@@ -16,18 +16,18 @@ from model.composite import flat, of_text
 from model.config import Target, resolve_target, rope_of, value_faults
 from model.dtypes import RAW, TORCH_NAMES, config_dtype, is_float
 from model.errors import UserError
-from model.family import Config, Family, Tensor
+from model.family import Config, Family, Tensor, initial_deviation
 from model.notation import spaces
 from model.presets import PRESETS, preset
 
 from .arguments import check_arguments
 from .certificate import Certificate, certify
 from .expansion import AxisMap, Fill
-from .layers import LayerMap, follow_layers, layer_map
+from .layers import LayerMap, among_kinds, follow_layers, layer_map
 from .operators import default_noise, recipe
 from .recipe import Growth, Recipe
 from .remarks import remarks
-from .strangers import Known, hold_against_class, know
+from .strangers import Known, hold_against_class, kinds_in_class, know
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,6 +218,7 @@ def plan(
     _check_growable(growth, noise)
     layers = layer_map(depth, growth.source["layer"], growth.target["layer"])
     _check_depth(layers, family)
+    layers = _among_kinds(layers, growth)
     made = recipe(operator, growth, options)
     steps = tuple(_steps(growth, made, layers))
     dtypes = _check_tensors(checkpoint, growth) if isinstance(checkpoint, Checkpoint) else {}
@@ -270,6 +271,7 @@ def _class_faults(growth: Growth) -> Iterator[str]:
     """
     family, config = growth.family, growth.target_config
     family.optional(config, "max_position_embeddings")
+    initial_deviation(config)
     hidden, heads = (family.field_name(name) for name in ("hidden_size", "num_attention_heads"))
     if config["model_type"] in family.whole_heads and config[hidden] % config[heads]:
         yield f"target: {hidden} {config[hidden]} is no multiple of {heads} {config[heads]}, which transformers' class insists on"
@@ -292,6 +294,18 @@ def _check_depth(layers: LayerMap, family: Family) -> None:
             f"{family.name!r} has no schema that says what does; choose growth.depth=stack, interleave, proportional, top, solar, midas or "
             "a list of layers"
         )
+
+
+def _among_kinds(layers: LayerMap, growth: Growth) -> LayerMap:
+    """The identity map with new layers after their own kind, where the class makes kinds by place (leading dense layers)."""
+    family = growth.family
+    if layers.rule != "identity" or layers.source == layers.target or all(line.only is None for line in family.lines):
+        return layers
+    config = _follow(dict(growth.target_config), growth, Recipe({}), layers)
+    source, target = (kinds_in_class(family, which) for which in (growth.source_config, config))
+    if len(target) != layers.target or all(source[layer] == kind for layer, kind in zip(layers.layers, target, strict=True)):
+        return layers
+    return among_kinds(source, target) or layers
 
 
 def _steps(growth: Growth, made: Recipe, layers: LayerMap) -> Iterator[Step]:

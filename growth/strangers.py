@@ -169,6 +169,19 @@ def _check_asked(draft: Draft, source: Mapping[str, int], target: Mapping[str, i
         raise UserError(f"nothing in a tiny model of the family stands for growth of {', '.join(untested)}")
 
 
+def kinds_in_class(family: Family, config: Config) -> list[frozenset[str]]:
+    """Of each layer that the library's class makes of a config, the names of its tensors without the layer's own."""
+    from model.derive.probe import shapes
+
+    prefix = next(line.name.partition("*")[0] for line in family.lines if line.only is not None)
+    kinds: dict[int, set[str]] = {}
+    for name in shapes(config):
+        number, _, rest = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix) and number.isdigit():
+            kinds.setdefault(int(number), set()).add(rest)
+    return [frozenset(kinds[number]) for number in sorted(kinds)]
+
+
 def hold_against_class(plan: Plan) -> None:
     """The library's own class, built of the target's config, must have exactly the planned tensors.
 

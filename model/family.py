@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, cached_property
+from math import sqrt
 from typing import Any, Literal
 
 from .errors import UserError, unknown
@@ -24,6 +25,9 @@ STANDARD = (
 
 # More than any model has: what sizes are checked against before anything is made of them.
 MAX_SIZE, MAX_LAYERS = 1 << 24, 1 << 14
+
+# How configs spell the deviation of fresh weights, in the order in which the library's classes look for it.
+INITIAL = ("initializer_range", "init_std", "initializer_factor")
 
 # Buffers that older checkpoints carry along.
 BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
@@ -79,6 +83,7 @@ class Family:
         follows: config field → the standard size that it repeats.
         more: further spaces, each with the config field of its size and what that is multiplied by.
         tied: whether the head is the embedding, where the config's `tie_word_embeddings` does not decide it.
+        small_writers: its class starts what writes to the residual stream at 1/√(2 · layers) of the others' deviation (GPT-2).
         lacks: standard sizes that its class does not know, whatever a config says.
         whole_heads: `model_type`s whose class wants a hidden size that the heads divide, also where the head dim is given.
         layer_types: what the class takes for `layer_types` where the config does not list them.
@@ -99,6 +104,7 @@ class Family:
     follows: Mapping[str, str] = field(default_factory=dict)
     more: Mapping[str, tuple[str, int | Fraction]] = field(default_factory=dict)
     tied: bool | None = None
+    small_writers: bool = False
     lacks: tuple[str, ...] = ()
     whole_heads: tuple[str, ...] = ()
     layer_types: Callable[[Config], list[str]] | None = None
@@ -227,6 +233,16 @@ class Family:
         """The norms over another space than the residual stream (queries, keys), which take the config's epsilon too."""
         return [line for line in self.lines_of(config) if line.kind == "norm" and line.out != Space("residual")]
 
+    def init_deviation(self, config: Config, tensor: Tensor) -> float:
+        """The standard deviation with which the library's class starts a matrix: by its config's own key, in the library's order.
+
+        Raises:
+            UserError: the config's value is no number of at least 0.
+        """
+        deviation = initial_deviation(config)
+        small = self.small_writers and tensor.line.layered and self.writes_residual(tensor)
+        return deviation / sqrt(2 * self.require(config, "num_hidden_layers")) if small else deviation
+
     def uses(self, space: str) -> bool:
         """Whether any tensor of the schema has `space` on an axis."""
         return space in self.spaces
@@ -279,6 +295,21 @@ class Family:
             yield Tensor(name + weight, line, axes, reads, tuple(size(axis, sizes) for axis in axes), layer, tied)
             if line.bias and (line.bias_if is None or self.flag(config, line.bias_if)):
                 yield Tensor(name + bias, line, (line.out,), (False,), (size(line.out, sizes),), layer, False, is_bias=True)
+
+
+def initial_deviation(config: Config) -> float:
+    """The deviation of a fresh matrix as the library's classes have it: the first of these keys that a config has, else 0.02.
+
+    Raises:
+        UserError: its value is no finite number of at least 0.
+    """
+    key = next((key for key in INITIAL if key in config), INITIAL[0])
+    value = config.get(key)
+    if value is None:
+        return 0.02
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise UserError(f"config: {key} must be a finite number of at least 0, the deviation of fresh weights; found {value!r:.80}")
+    return float(value) or 0.02  # as the library takes a zero
 
 
 def _first_layered(lines: list[Line]) -> int:

