@@ -6,6 +6,8 @@ import dataclasses
 import gzip
 import http.server
 import json
+import os
+import subprocess
 import sys
 import threading
 import types
@@ -145,6 +147,52 @@ def test_trackio_is_told_who_the_run_is_and_every_row(
     assert all(row["eval_by_flops/val_loss"] == row["eval_by_seconds/val_loss"] == row["eval/val_loss"] for row in told)
     assert any("samples/end" in row for row in logged)
     assert logged[-1] == {"finished": True}
+
+
+def wandb_record(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of the one offline record in a run's folder, and its state and summary."""
+    (file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    elsewhere: Any = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    how: Any = {"capture_output": True, "text": True, "check": True, "env": elsewhere}
+    records = [json.loads(line) for line in subprocess.run(inspect, **how).stdout.splitlines()]
+    summary = subprocess.run([*inspect, "--summary"], **how).stdout
+    return [record["history"]["item"] for record in records if record["type"] == "history"], json.loads(summary)
+
+
+def test_an_offline_record_is_one_across_restarts_says_where_it_is_and_holds_no_step_twice(
+    settings: Settings, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "mine:own")
+    monkeypatch.setenv("WANDB_ENTITY", "us")
+    asked = dataclasses.replace(tracked(settings, tmp_path / "run", "wandb"), name="a:b#c")
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "__call__", killed_at(4))
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(asked)
+    loop.train(asked)
+    told, whole = wandb_record(tmp_path / "run")
+    losses = [(row["step"], row["eval/val_loss"]) for row in told if "eval/val_loss" in row]
+    truth = [(row["step"], row["val_loss"]) for row in rows(tmp_path / "run", "eval")]
+    assert losses == truth
+    assert whole["summary"]["eval/val_loss"] == {"last": truth[-1][1], "min": min(loss for _, loss in truth)}
+    assert [whole["summary"][f"samples/{when}"]["_type"] for when in ("start", "end")] == ["table-file"] * 2
+    assert (whole["project"], whole["entity"], whole["name"]) == ("mine_own", "us", "a:b#c")
+    assert whole["run_id"].startswith("a_b_c-")
+    said = capsys.readouterr().out
+    (folder,) = (tmp_path / "run/wandb").glob("offline-run-*")
+    assert f"wandb leet run {os.path.relpath(folder)}; upload it: wandb sync {os.path.relpath(folder)}" in said
+
+
+def killed_at(step: int) -> Any:
+    call = Step.__call__
+
+    def killing(self: Step, i: int) -> Any:
+        if i == step:
+            raise KeyboardInterrupt
+        return call(self, i)
+
+    return killing
 
 
 # ---- a server that goes away ----------------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ class Log:
             kept = {}
         write_json(path, kept | {when: {**clocks, "samples": [asdict(sample) for sample in found]}})
         for tracker in self.trackers:
-            tracker.text(f"samples/{when}", "\n\n".join(f"**{sample.prompt}**{sample.text}" for sample in found), clocks)
+            tracker.samples(when, [asdict(sample) for sample in found], clocks)
         for sample in found[:1]:
             self.console.say(f"continues {sample.prompt!r} with {sample.text!r}")
 

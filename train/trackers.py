@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.errors import UserError
-from train.folder import METRICS, PICTURE
+from train.folder import METRICS, PICTURE, SAMPLES
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -27,9 +30,12 @@ class Tracker:
     def __init__(self, tracker: GeneralTracker, say: Say) -> None:
         self.tracker: GeneralTracker | None = tracker
         self.name, self.say = tracker.name, say
+        self.begun = 0  # the first step that it does not hold already
 
     def log(self, kind: str, clocks: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         """One row: every value over steps (W&B: over tokens), and every loss over tokens, FLOPs and seconds."""
+        if clocks["step"] < self.begun:
+            return
         named = {f"{kind}/{key}": value for key, value in values.items() if value is not None}
         losses = {key: value for key, value in values.items() if key.endswith("loss") and value is not None}
         known = ("step",) if self.name == "trackio" else ()  # which it keeps itself
@@ -42,8 +48,16 @@ class Tracker:
             over = {f"{kind}_by_{axis}/{key}": value for axis in ("flops", "seconds") for key, value in losses.items()}
             self._guard("log", {**row, **over}, step=clocks["step"])
 
-    def text(self, name: str, text: str, clocks: Mapping[str, Any]) -> None:
-        self._guard("log", {name: text}, step=clocks["step"])
+    def samples(self, when: str, samples: Iterable[Mapping[str, str]], clocks: Mapping[str, Any]) -> None:
+        """What the network writes, as a table where the tracker has tables, else as text."""
+        pairs = [[sample["prompt"], sample["text"]] for sample in samples]
+        if clocks["step"] < self.begun:
+            return
+        if self.name == "wandb":
+            self._guard("log_table", f"samples/{when}", columns=["prompt", "text"], data=pairs, step=clocks["step"])
+        else:
+            told = "\n\n".join(f"**{prompt}**{text}" for prompt, text in pairs)
+            self._guard("log", {f"samples/{when}": told}, step=clocks["step"])
 
     def picture(self, name: str, path: Path) -> None:
         """A picture at step 0, where the tracker shows pictures."""
@@ -84,10 +98,42 @@ def open_trackers(folder: Path, settings: Settings, run: Mapping[str, Any], say:
             opened.append(Tracker(OPENERS[name](folder, settings, run, say), say))
         except Exception as error:
             say(f"tracker {name} does not start ({type(error).__name__}: {error}); training goes on without it")
-    if (folder / PICTURE).is_file():
-        for tracker in opened:
+    rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()] if (folder / METRICS).is_file() else []
+    for tracker in opened:
+        held = not rows if tracker.name != "wandb" else not getattr(tracker.tracker, "run").resumed  # noqa: B009
+        if held and (folder / PICTURE).is_file():
             tracker.picture("growth/plan", folder / PICTURE)
+        if tracker.name == "wandb":
+            _catch_up(tracker, folder, rows)
     return opened
+
+
+def _catch_up(tracker: Tracker, folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Make one record of a run that is started again: go on after what the server holds, else write all so far into this record.
+
+    A record is made of metrics.jsonl, so an earlier one on this disk that nobody has uploaded says nothing more, and is removed.
+    """
+    run: Any = getattr(tracker.tracker, "run")  # noqa: B009
+    if run.resumed:
+        tracker.begun = run.step
+        return
+    for when, told in _samples(folder).items():
+        tracker.samples(when, told["samples"], told)
+    for row in rows:
+        clocks = {key: row[key] for key in CLOCKS}
+        tracker.log(row["kind"], clocks, {key: value for key, value in row.items() if key not in (*CLOCKS, "kind")})
+    own = Path(run.dir).parent
+    for earlier in own.parent.glob(f"offline-run-*-{run.id}"):
+        if earlier != own and not list(earlier.glob("*.synced")):
+            shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _samples(folder: Path) -> dict[str, Any]:
+    """The samples of the run's start, if it has written any."""
+    try:
+        return {when: told for when, told in json.loads((folder / SAMPLES).read_text()).items() if when == "start"}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def _wandb(folder: Path, settings: Settings, run: Mapping[str, Any], say: Say) -> GeneralTracker:
@@ -106,26 +152,39 @@ def _wandb(folder: Path, settings: Settings, run: Mapping[str, Any], say: Say) -
         say(f"W&B cannot be reached ({type(error).__name__}: {str(error).splitlines()[0]}); it is written offline, for `wandb sync`")
         wandb.teardown()  # its service would hold the run's name to be in use
         tracker = _wandb_in("offline", folder, settings, run)
+    _say_where(tracker.run, say)
     for clock in CLOCKS:
         tracker.run.define_metric(clock, hidden=True)
     for kind in ("train", "eval", "growth"):
         tracker.run.define_metric(f"{kind}/*", step_metric="tokens")
         for axis in ("flops", "seconds"):
             tracker.run.define_metric(f"{kind}_by_{axis}/*", step_metric=axis)
+    tracker.run.define_metric("eval/val_loss", step_metric="tokens", summary="min,last")  # the best one too
     return tracker
+
+
+def _say_where(run: Any, say: Say) -> None:
+    """Where the record is, how to look at it and how to upload it."""
+    if run.url:
+        say(f"W&B: {run.url}")
+        return
+    place = os.path.relpath(Path(run.dir).parent)
+    say(f"W&B, offline: {place}; look at it: wandb leet run {place}; upload it: wandb sync {place}")
 
 
 def _wandb_in(mode: str, folder: Path, settings: Settings, run: Mapping[str, Any]) -> Any:
     import wandb
     from accelerate.tracking import WandBTracker
 
+    project = os.environ.get("WANDB_PROJECT") or settings.logger.project
     tracker: Any = WandBTracker(
-        settings.logger.project,
+        re.sub(r"[/\\#?%:]", "_", project)[:128],
+        entity=os.environ.get("WANDB_ENTITY"),
         name=settings.name,
-        id=f"{settings.name}-{run['settings_hash'][:8]}",
+        id=f"{_clean(settings.name)[:50]}-{run['settings_hash'][:8]}",
         resume="allow",
         group=settings.study,
-        tags=[settings.growth.name, f"seed {settings.seed}"],
+        tags=[settings.growth.name[:64], f"seed {settings.seed}"],
         config=dict(run),
         dir=str(folder),
         mode=mode,
@@ -133,6 +192,11 @@ def _wandb_in(mode: str, folder: Path, settings: Settings, run: Mapping[str, Any
     )
     tracker.start()
     return tracker
+
+
+def _clean(name: str) -> str:
+    """A name in the characters that W&B takes in the id of a run and in the name of a table."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
 
 
 def _wandb_mode(asked: str) -> str:
