@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.errors import UserError
+from model.interrupt import started
 
 if TYPE_CHECKING:
     from experiments.compare import Comparison
@@ -118,4 +119,5 @@ def publish(comparison: Comparison, out: Path, *, wandb: bool) -> None:
 
 
 if __name__ == "__main__":
+    started()
     sys.exit(main())

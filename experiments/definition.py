@@ -10,11 +10,11 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from experiments.runs import SOURCE
 from model.errors import UserError, did_you_mean, unknown
-from train.door import read
+from train.door import load_yaml, read
 
 if TYPE_CHECKING:
     from train.settings import Settings
@@ -71,15 +71,13 @@ class Job:
 
 def load_study(name: str) -> Study:
     """The study called `name`. Raises UserError for an unknown study, and every misspelt, missing or mistyped key at once."""
-    from omegaconf import OmegaConf
-
     known = sorted(path.parent.name for path in HERE.glob(f"*/{DEFINITION}"))
     if name not in known:
         unknown("study", name, known)
     path = HERE / name / DEFINITION
     faults: list[str] = []
-    values: Any = OmegaConf.to_container(OmegaConf.load(path))
-    study = read(Study, {**values, "name": name}, "", faults)
+    values = load_yaml(path)
+    study = read(Study, {**(values if isinstance(values, dict) else {}), "name": name}, "", faults)
     faults += [] if study is None else _unknown_arms(study)
     UserError.collect(f"{path}: {fault}" for fault in faults)
     assert study is not None

@@ -18,7 +18,7 @@ from experiments.progress import Display
 from experiments.runs import read_evaluations
 from experiments.study import complete, cores, run_jobs
 from model.errors import UserError, unknown
-from train.door import read
+from train.door import load_yaml, read
 
 if TYPE_CHECKING:
     from train.data import TokenData
@@ -52,13 +52,11 @@ class Judged:
 
 def load(name: str) -> Study:
     """The study called `name`. Raises UserError for an unknown one, and for every misspelt, missing or mistyped key at once."""
-    from omegaconf import OmegaConf
-
     known = sorted(path.parent.name for path in HERE.glob(f"*/{FILE}"))
     if name not in known:
         unknown("study of mixtures", name, known)
     faults: list[str] = []
-    study = read(Study, OmegaConf.to_container(OmegaConf.load(HERE / name / FILE)), "", faults)
+    study = read(Study, load_yaml(HERE / name / FILE), "", faults)
     UserError.collect(f"{HERE / name / FILE}: {fault}" for fault in faults)
     assert study is not None
     return study

@@ -8,8 +8,12 @@ lossless
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .grow import Grown, grow
-from .plan import Plan, plan
+from model.interrupt import starting
+
+starting()
+
+from .grow import Grown, grow  # noqa: E402
+from .plan import Plan, plan  # noqa: E402
 
 if TYPE_CHECKING:
     from .adam import grow_adam, load_adam

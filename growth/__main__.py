@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from model.errors import UserError
+from model.interrupt import started
 
 from .door import compose_config, plain, read
 
@@ -76,7 +77,7 @@ def settings_from(arguments: list[str]) -> Settings:
     values = plain(cfg, faults)
     settings = read(Settings, values, "", faults) if values else None
     if settings is not None:
-        if settings.out is None and not settings.plan_only:
+        if not settings.out and not settings.plan_only:
             faults.append("out: missing; give out=DIR, or plan_only=true to write nothing")
         if settings.growth.operator == "source":
             faults.append("growth=source: a training arm (the source trained on), so there is nothing to grow; choose an operator")
@@ -228,7 +229,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as fault:
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; nothing half-written was left behind as whole: the same command begins anew", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
+    started()
     main()

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from model.errors import did_you_mean
+from model.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
+    from yaml import YAMLError
 
 T = TypeVar("T")
 MISSING = "???"  # Hydra's mark of a value that has to be given
@@ -31,6 +32,7 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     faults: list[str] = []
     parsed = [override for text in overrides if (override := _parse(text, faults)) is not None]
@@ -46,6 +48,33 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
             return cfg, faults
         except (HydraException, OmegaConfBaseException) as error:
             return OmegaConf.create({}), [*faults, str(error).strip()]
+        except YAMLError as error:
+            return OmegaConf.create({}), [*faults, yaml_fault(error)]
+
+
+def yaml_fault(error: YAMLError) -> str:
+    """A syntax error of a YAML file in one line: where it is, and what is wrong there."""
+    mark = getattr(error, "problem_mark", None)
+    where = "" if mark is None else f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: "
+    return f"{where}not valid YAML ({getattr(error, 'problem', None) or str(error).splitlines()[0]})"
+
+
+def load_yaml(path: Path) -> Any:
+    """The YAML file at `path` as plain values.
+
+    Raises:
+        UserError: it cannot be read, or is not valid YAML.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except YAMLError as error:
+        raise UserError(yaml_fault(error)) from None
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
 
 
 def _parse(text: str, faults: list[str]) -> Override | None:

@@ -255,9 +255,16 @@ def test_a_folder_of_other_files_is_no_run_folder(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(UserError, match=r"holds thesis\.tex and no run\.json"):
         folder.read_run(tmp_path)
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(UserError, match="not a run's record"):
-        folder.read_run(tmp_path)
+    for text in (
+        "{",
+        "[]",
+        "null",
+        '{"settings": {}}',
+        '{"settings": 3, "settings_hash": "x", "data": {}, "start": {}, "target_config": {}}',
+    ):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(UserError, match="not a run's record"):
+            folder.read_run(tmp_path)
 
 
 def test_a_run_is_its_own_and_no_other(tmp_path: Path) -> None:

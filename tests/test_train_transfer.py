@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,34 @@ def test_a_taught_run_pays_for_its_teacher_and_ends_closer_to_it(overrides: list
     card = (folder / "final" / "README.md").read_text()
     assert "| started from | scratch |" in card
     assert f"| taught by | `{source}`, for 50% of the budget |" in card
+
+
+@pytest.mark.parametrize("how", [["growth=scratch", "transfer=distilled", "target={num_hidden_layers:1}"], ["growth=source"]])
+def test_weights_replaced_between_two_starts_are_refused(
+    overrides: list[str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: list[str]
+) -> None:
+    """Of a teacher, and of a source that is trained on: the same bytes elsewhere are the same, other bytes in the same place are not."""
+    shutil.copytree(source, tmp_path / "theirs")
+    settings = compose([*overrides, *how, f"source={tmp_path / 'theirs'}", f"out={tmp_path / 'run'}"])
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Meter, "count", lambda *_: (_ for _ in ()).throw(ZeroDivisionError))
+        for _ in range(2):  # untouched, it begins again
+            with pytest.raises(ZeroDivisionError):
+                loop.train(settings)
+    file = tmp_path / "theirs" / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(UserError, match=r"the weights of the (teacher|source) has changed since this run began"):
+        loop.train(settings)
+
+
+def test_a_sources_ledger_that_is_no_json_is_told(overrides: list[str], source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "theirs")
+    for text in ("{", "[]", ""):
+        (tmp_path / "theirs" / "ledger.json").write_text(text)
+        with pytest.raises(UserError, match=r"ledger\.json"):
+            loop.train(grown(overrides, tmp_path / "theirs", tmp_path / "run"))
 
 
 def test_a_teacher_of_more_tokens_is_refused(overrides: list[str], source: Path, tmp_path: Path) -> None:

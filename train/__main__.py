@@ -30,6 +30,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from model.errors import UserError
+from model.interrupt import started
 from train.naming import tell_changes
 from train.settings import CONF, Settings, compose, settings_from
 from train.trackers import check_installed
@@ -163,4 +164,5 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    started()
     main()

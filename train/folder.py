@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,12 +11,14 @@ from typing import Any
 from model.base.locks import Lock
 from model.errors import UserError
 from model.whole import FORMER, PARTIAL
-from train.files import telling_disk_faults
+from train.files import read_object, telling_disk_faults
 from train.naming import arm_changes
 from train.settings import Settings, identity, settings_hash
 
 RUN, METRICS, SUMMARY, START, CHECKPOINTS, FINAL = "run.json", "metrics.jsonl", "summary.json", "start", "checkpoints", "final"
 SAMPLES, PICTURE = "samples.json", f"{START}/plan.png"
+
+NEEDED = ("settings", "settings_hash", "data", "start", "target_config", "precision")  # of a run's record, to go on with the run
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
@@ -27,10 +28,11 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         UserError: run.json cannot be read, or the folder holds files and none of them is a run's.
     """
     if (folder / RUN).is_file():
-        try:
-            return json.loads((folder / RUN).read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder / RUN}: not a run's record ({error}); choose another out=, or delete the folder") from None
+        way_out = "not a run's record; choose another out=, or delete the folder"
+        run = read_object(folder / RUN, way_out)
+        if missing := [key for key in NEEDED if not isinstance(run.get(key), (dict, str))]:
+            raise UserError(f"{folder / RUN}: has no {', '.join(missing)}; {way_out}")
+        return run
     if folder.exists() and not folder.is_dir():
         raise UserError(f"out: {folder} is a file; choose another out=")
     known = {name + suffix for name in (START, RUN) for suffix in ("", PARTIAL, FORMER)}
@@ -60,8 +62,14 @@ def check_same(folder: Path, run: Mapping[str, Any], settings: Settings) -> None
     raise UserError(f"{folder} holds a run under other settings; choose another name= or out=, or delete the folder:{lines}")
 
 
-def check_same_inputs(folder: Path, run: Mapping[str, Any], fingerprint: str, source: Mapping[str, Any] | None) -> None:
-    """Refuse to go on with a run whose text or source has changed since it began.
+def check_same_inputs(
+    folder: Path, run: Mapping[str, Any], fingerprint: str, source: Mapping[str, Any] | None, weights: Mapping[str, str]
+) -> None:
+    """Refuse to go on with a run whose text, source or teacher has changed since it began.
+
+    Args:
+        source: what it cost and reached.
+        weights: of `start.weights_read`.
 
     Raises:
         UserError: naming what changed.
@@ -69,7 +77,11 @@ def check_same_inputs(folder: Path, run: Mapping[str, Any], fingerprint: str, so
     changed = ["data"] if run["data"]["fingerprint"] != fingerprint else []
     if source is not None and run["start"]["source"] != source:  # a source that is gone by now is not needed any more
         changed.append("source")
-    UserError.collect(f"{folder}: the {what} has changed since this run began; delete the folder to begin anew" for what in changed)
+    begun_with = run.get("weights", {})
+    changed += [f"weights of the {what}" for what, digest in weights.items() if begun_with.get(what, digest) != digest]
+    UserError.collect(
+        f"{folder}: the {what} has changed since this run began; delete the folder to begin anew, or put it back" for what in changed
+    )
 
 
 def new_run(settings: Settings, **more: Any) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from train.saving import newest_intact
 from train.settings import Budget, Settings, needs_source
 from train.signals import watched
 from train.stages import Span, spans_of, stages_of
-from train.start import begin, find_source, source_ledger, target_config
+from train.start import begin, find_source, source_ledger, target_config, weights_read
 from train.teacher import find_teacher, teacher_folder
 from train.trainee import Run, Trainee
 from train.transfer import frozen_tensors
@@ -74,6 +74,7 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
         source = find_source(settings, needed=run is None or needs_source(settings))
         config = target_config(settings, source) if run is None else run["target_config"]
         stages, teaching = stages_of(settings, config), teacher_folder(settings, source)
+        digests = weights_read(settings, source, teaching) if main else {}
         told = main and settings.progress is not False
         text = reading(settings, source, run)
         data = prepare(text, progress=told)
@@ -97,7 +98,8 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
                 start = begin(settings, stages[0], source, folder) if trunk is None else trunk_record(trunk)["start"]
                 taught_by = None if teacher is None else teacher.config
                 spans = spans_of(stages, settings, taught_by, frozen_tensors(stages, settings, source))
-                known = facts(settings, config, data, accelerator, way) | {"spans": [asdict(span) for span in spans]}
+                known = facts(settings, config, data, accelerator, way)
+                known |= {"spans": [asdict(span) for span in spans], "weights": digests}
                 known |= {} if trunk is None else {"trunk": trunk}
                 known["data"]["cut"] = record(text)
                 for line in (*tokenizer_warnings(settings, source, data), *rate_warnings(settings, known["parameters"])):
@@ -106,7 +108,7 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
             accelerator.wait_for_everyone()
             run = run_folder.read_run(folder)
             assert run is not None
-        run_folder.check_same_inputs(folder, run, data.fingerprint, source_ledger(settings, source))
+        run_folder.check_same_inputs(folder, run, data.fingerprint, source_ledger(settings, source), digests)
 
         # ---- 5. Where it stands, and on from there, stage by stage (one, unless it grows on its way) ----------------------------------
         if "trunk" in run and main and not state.complete(folder / run_folder.CHECKPOINTS, tidy=True):

@@ -290,6 +290,8 @@ def _disagreements(settings: Settings) -> list[str]:
     for key in ("study", "name"):
         if not getattr(settings, key) or Path(getattr(settings, key)).name != getattr(settings, key):
             faults.append(f"{key}: must be usable as the name of a folder; found {getattr(settings, key)!r}")
+    if Path(settings.out).name in ("", ".."):
+        faults.append(f"out: must be a folder of its own; found {settings.out!r}; leave it away for runs/{settings.name}")
     faults += _transfer_disagreements(settings) + (_stage_disagreements(growth) if growth.stages else [])
     if settings.mixture is not None:
         faults += mixture_disagreements(settings.mixture, settings.data)

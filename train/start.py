@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,6 +91,23 @@ def source_ledger(settings: Settings, source: Path | None) -> dict[str, Any] | N
     elif settings.source_tokens is not None:
         ledger["flops"] = settings.source_tokens * flops_per_token(read_config(source), settings.train.context)
     return ledger
+
+
+def weights_read(settings: Settings, source: Path | None, teacher: Path | None) -> dict[str, str]:
+    """Hashes of the weights that a run reads at every start, not at its first alone: a teacher's, and those of a source trained on.
+
+    They are of the files' bytes, so that a copy elsewhere is the same, and weights replaced in place are not.
+    """
+    folders = {"teacher": teacher, "source": source if settings.growth.operator == "source" else None}
+    return {what: _fingerprint(folder) for what, folder in folders.items() if folder is not None}
+
+
+def _fingerprint(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted((*folder.glob("config.json"), *folder.glob("*.safetensors"))):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def begin(settings: Settings, stage: Stage, source: Path | None, folder: Path) -> dict[str, Any]:

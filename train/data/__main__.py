@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from model.errors import UserError, unknown
+from model.interrupt import started
 from train.data import report
 from train.data.settings import DataSettings, disagreements
 from train.door import compose_config, plain, read
@@ -198,4 +199,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    started()
     main()

@@ -1,0 +1,74 @@
+"""A program's first moments: Ctrl-C while it imports, files of settings that are no YAML, and folders without a name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from growth.__main__ import settings_from
+from growth.door import compose_config, load_yaml
+from model.errors import UserError
+from train.settings import compose
+
+ROOT = Path(__file__).resolve().parents[1]
+INTERRUPTED = """import os, signal, time
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("door", "library"), [("growth", "numpy"), ("train", "hydra"), ("train.data", "numpy"), ("experiments", "model.errors")]
+)
+def test_ctrl_c_while_a_door_imports_leaves_no_traceback(tmp_path: Path, door: str, library: str) -> None:
+    """A stand-in for a library that the door imports sends the signal: the moment is the same every time."""
+    stands_in = tmp_path / f"{library}.py"
+    stands_in.write_text(INTERRUPTED)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    if library == "model.errors":  # its door imports nothing else that is slow
+        (tmp_path / "rich.py").write_text(INTERRUPTED)
+        (tmp_path / "numpy.py").write_text(INTERRUPTED)
+    done = subprocess.run(
+        [sys.executable, "-m", door, "compare", "x"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (-signal.SIGINT, 130)
+
+
+def test_a_shell_that_has_switched_ctrl_c_off_keeps_it_off() -> None:
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.argv = ['-m']; from model.interrupt import starting, started"
+    )
+    code += "; starting(); started(); print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "True\n"
+
+
+@pytest.mark.parametrize("text", ["a: [1\nb: {", "a: b: c", "a:\n\t- 1", '"', "a: *nothing"])
+def test_a_syntax_error_is_told_with_file_line_and_column(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"run\.yaml, line \d+, column \d+: not valid YAML \(.+\)$"):
+        load_yaml(tmp_path / "run.yaml")
+    _, faults = compose_config(tmp_path, "run", [])
+    assert len(faults) == 1
+    assert "run.yaml" in faults[0]
+
+
+def test_a_file_of_settings_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "run.yaml", tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(UserError, match=str(path)):
+            load_yaml(path)
+
+
+@pytest.mark.parametrize("out", ["", ".", "..", "/"])
+def test_an_out_without_a_name_is_refused_and_nothing_is_written(out: str) -> None:
+    with pytest.raises(UserError, match="out: must be a folder of its own"):
+        compose(["experiment=tiny_source", f"out={out}"])
+    if not out:
+        with pytest.raises(UserError, match="out: missing"):
+            settings_from(["source=x", "target=phi_2", "out=", "overwrite=true"])
