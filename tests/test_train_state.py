@@ -271,7 +271,7 @@ def test_a_run_is_its_own_and_no_other(tmp_path: Path) -> None:
     settings = compose(["growth=scratch", "target=tiny_target"])
     run = json.loads(json.dumps(folder.new_run(settings)))
     folder.check_same(tmp_path, run, settings)
-    assert (run["study"], run["arm"], run["seed"], run["name"]) == ("run", "scratch", 0, "run-scratch-s0")
+    assert (run["study"], run["arm"], run["seed"], run["name"]) == ("run", "scratch", 0, "run-scratch-target_tiny_target-s0")
     with pytest.raises(UserError, match=r"optimizer\.learning_rate: the run has 0\.003, asked is 0\.1"):
         folder.check_same(tmp_path, run, compose(["growth=scratch", "target=tiny_target", "optimizer.learning_rate=0.1"]))
 
