@@ -21,7 +21,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -126,14 +126,16 @@ def _child(name: str, pipe: Connection) -> None:
     pipe.send({**story, "seconds": round(time.perf_counter() - started, 1)})
 
 
-def examined(names: list[str], jobs: int, limit: float) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every name with its story, as they finish; `jobs` at a time, each for `limit` seconds at most."""
+def in_processes(
+    child: Callable[[str, Connection], None], names: list[str], jobs: int, limit: float
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every name with what `child` sends of it, as they finish; `jobs` at a time, each for `limit` seconds at most."""
     context = multiprocessing.get_context("fork")  # the library is imported once
     waiting, running = list(reversed(names)), {}
     while waiting or running:
         while waiting and len(running) < jobs:
             mine, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(name := waiting.pop(), theirs))
+            process = context.Process(target=child, args=(name := waiting.pop(), theirs))
             process.start()
             theirs.close()
             running[mine] = (name, process, time.monotonic() + limit)
@@ -203,7 +205,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     found = {}
-    for name, story in examined(options.types, options.jobs, options.seconds):
+    for name, story in in_processes(_child, options.types, options.jobs, options.seconds):
         found[name] = story
         print(f"{len(found)}/{len(options.types)} {name}: {story.get('refused', 'confirmed')[:100]}", file=sys.stderr, flush=True)
     stories = {name: found[name] for name in options.types}

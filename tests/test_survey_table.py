@@ -1,0 +1,92 @@
+"""The table of model types: every cell a measured value or a named refusal, and a stopped survey goes on."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from model.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+UNDER = {"versions": {"transformers": "5", "torch": "2"}, "device": "cpu", "precision": "fp32"}
+ASKED: dict[str, Any] = {
+    "attention": {"sdpa": "ValueError: no SDPA", "eager": True},
+    "said": {},
+    "head": 0.0,
+    "future": 0.0,
+    "leak": 1.2,
+    "unreached": ["model.vision.*.weight"],
+    "sometimes": [],
+    "flops": {"source": "counter", "apart": 0.0},
+    "dry run": {"refused": "RuntimeError: a | pipe"},
+    "trained": [5.7, 5.0],
+}
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        spec = importlib.util.spec_from_file_location("survey_architectures", ROOT / "benchmarks" / "survey_architectures.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        patch.setitem(sys.modules, "survey_architectures", module)
+        spec.loader.exec_module(module)
+        return module
+
+
+def test_a_row_has_a_value_or_a_refusal_in_each_cell(bench: ModuleType) -> None:
+    grown = {"axes": {"hidden width": {"confirmed": "any ratio"}, "depth": {"refused": "no"}}}
+    assert bench.row("gpt_oss", ASKED, grown, 1e-4) == (
+        "| gpt_oss | any ratio | no | no | 5.70 → 5.00 | fused | leaks 1.2 | 1 | eager | 0e+00 | no: RuntimeError: a   pipe |"
+    )
+    bidirectional = {**ASKED, "future": 0.5, "head": {"refused": "AttributeError"}, "said": {"is_decoder": True}}
+    assert "| 5.70 → 5.00 (is_decoder) | no: AttributeError | leaks 0.5 |" in bench.row("bert", bidirectional, {}, 1e-4)
+    assert bench.row("blt", {"refused": "no hidden size"}, {}, 1e-4) == "| blt | no | no | no | no: no hidden size | | | | | | |"
+
+
+def test_all_rows_are_as_wide_as_their_head(bench: ModuleType) -> None:
+    lines = bench.table(UNDER, {"gpt_oss": ASKED, "blt": {"refused": "no"}}).splitlines()
+    assert lines[0].startswith(
+        "2 model types, 1 of them built tiny and asked (transformers 5, torch 2; cpu, fp32): 1 trained for two steps"
+    )
+    assert len({line.count("|") for line in lines[2:]}) == 1
+
+
+def test_what_was_found_under_other_conditions_is_not_taken_over(bench: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "survey.json"
+    bench.save(file, UNDER, {"phi": ASKED})
+    assert bench.saved(file, UNDER) == {"phi": ASKED}
+    assert bench.saved(file, {**UNDER, "device": "cuda"}) == {}
+    assert bench.saved(tmp_path / "none.json", UNDER) == {}
+
+
+def test_the_section_is_put_between_its_markers(bench: ModuleType, tmp_path: Path) -> None:
+    page = tmp_path / "families.md"
+    page.write_text(f"before\n{bench.BEGIN}\nold\n{bench.END}\nafter\n")
+    bench.write_page(page, "| new |")
+    assert page.read_text() == f"before\n{bench.BEGIN}\n\n| new |\n\n{bench.END}\nafter\n"
+    page.write_text("no markers")
+    with pytest.raises(UserError, match="has no"):
+        bench.write_page(page, "| new |")
+
+
+def test_the_page_has_a_place_for_the_table(bench: ModuleType) -> None:
+    text = bench.PAGE.read_text()
+    assert text.index(bench.BEGIN) < text.index(bench.END)
+
+
+def test_one_class_is_asked_everything(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    story = bench.examine("gpt_neo", ["trained"], "cpu", "fp32", bench.write_text(tmp_path))
+    assert story["attention"]["eager"] is True
+    assert "does not support" in story["attention"]["sdpa"]
+    assert (story["head"], story["future"], story["leak"], story["unreached"]) == (0.0, 0.0, 0.0, [])
+    assert len(story["trained"]) == 2
+    assert bench.examine("musicgen", [], "cpu", "fp32", tmp_path)["refused"].startswith("its config has no hidden size")
