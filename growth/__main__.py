@@ -137,6 +137,8 @@ def run(settings: Settings) -> None:
         return
     _print_outcome(grown.plan, grown.receipt)
     _draw(settings, grown.plan, _source(settings))
+    for note in grown.notes:
+        print(f"note: {note}")
     print(f"wrote {grown.folder}")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from model.checkpoint import Checkpoint, locate
+from model.companions import companions
 from model.composite import nested
 from model.config import Target, read_json, tokenizer_size
 from model.errors import UserError, reading
@@ -32,11 +33,6 @@ if TYPE_CHECKING:
     from .adam import AdamState
     from .certificate import Certificate
 
-# What a checkpoint folder holds besides config and weights; copied as it is, since growth keeps the vocabulary.
-COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 RECEIPT_PARAMETERS = 100_000_000  # above this a receipt is measured only when it is asked for: both models are loaded for it
 
 
@@ -46,12 +42,14 @@ class Grown:
 
     Attributes:
         complete: False where other workers are still to write their shards; the last one makes the folder.
+        notes: what of the source was passed over, in words.
     """
 
     folder: Path
     plan: Plan
     receipt: Receipt | None
     complete: bool = True
+    notes: tuple[str, ...] = ()
 
     @property
     def certificate(self) -> Certificate:
@@ -136,7 +134,7 @@ def grow(
         with complete_or_absent(out, overwrite=overwrite, reads=reads) as folder:
             write_weights(made, reader, folder, shards, **how)
             measured = complete(folder)
-    return Grown(Path(out), made, measured)
+    return Grown(Path(out), made, measured, notes=checkpoint.notes)
 
 
 def _grow_share(
@@ -162,7 +160,7 @@ def _grow_share(
         except UserError:
             place.discard()
             raise
-    return Grown(place.out, plan, measured)
+    return Grown(place.out, plan, measured, notes=checkpoint.notes)
 
 
 def _read_adam(path: str | Path, plan: Plan) -> AdamState:
@@ -205,12 +203,12 @@ def check_tokenizer(source: Path, plan: Plan) -> None:
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            with reading(source / name):
-                companion = (source / name).open("rb")
-            with companion, (folder / name).open("wb") as copy:
-                shutil.copyfileobj(companion, copy)
+    for name in companions(source):
+        (folder / name).parent.mkdir(exist_ok=True)
+        with reading(source / name):
+            companion = (source / name).open("rb")
+        with companion, (folder / name).open("wb") as copy:
+            shutil.copyfileobj(companion, copy)
     spell_folder(folder)
 
 
@@ -238,6 +236,7 @@ def _write_recipe(
             "name": source,
             "revision": revision,
             "config": nested(plan.source_config),
+            "notes": list(checkpoint.notes),
             "ledger": ledger,
         },
         "target": {"config": nested(plan.target_config)},

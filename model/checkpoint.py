@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from .companions import left_behind, to_download
 from .config import check_values, read_config, read_json
 from .dtypes import RAW
 from .errors import UserError, reading
@@ -64,6 +65,18 @@ class Checkpoint:
         self.config = read_config(self.folder)
         self.tensors = tensor_table(self.folder)
         self._files: dict[Path, int] = {}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the folder is passed over, in words."""
+        notes = []
+        if (self.folder / SINGLE).exists() and (self.folder / INDEX).exists():
+            notes.append(f"{INDEX} is passed over: {SINGLE} lies beside it, which transformers takes too; one of them is stale")
+        if left := left_behind(self.folder):
+            notes.append(f"left behind: {names_of(left)}; code of a checkpoint is never run or copied")
+        if "auto_map" in self.config:
+            notes.append("auto_map is dropped from config.json: it names classes in code that is not copied")
+        return tuple(notes)
 
     @property
     def files(self) -> list[Path]:
@@ -118,10 +131,10 @@ def tensor_table(folder: Path) -> dict[str, Stored]:
         UserError: no safetensors weights, or a malformed header or index.
     """
     index = folder / INDEX
-    if index.exists():
-        listed: Mapping[str, set[str] | None] = _read_index(index)
-    elif (folder / SINGLE).exists():
-        listed = {SINGLE: None}
+    if (folder / SINGLE).exists():  # in the library's order of choice
+        listed: Mapping[str, set[str] | None] = {SINGLE: None}
+    elif index.exists():
+        listed = _read_index(index)
     else:
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         if pickles:
@@ -142,6 +155,18 @@ def tensor_table(folder: Path) -> dict[str, Stored]:
 
 
 def _read_index(path: Path) -> dict[str, set[str]]:
+    files = shards_listed(path)
+    if absent := sorted(file for file in files if not (path.parent / file).is_file()):
+        raise UserError(f"{path}: shard {absent[0]} is missing ({len(absent)} of {len(files)} are); download the checkpoint again")
+    return files
+
+
+def shards_listed(path: Path) -> dict[str, set[str]]:
+    """Which tensors an index says are in which file, whether it is there or not.
+
+    Raises:
+        UserError: it is no index, or names anything but .safetensors files beside it.
+    """
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{path}: weight_map must be an object that names a file for every tensor")
@@ -154,8 +179,6 @@ def _read_index(path: Path) -> dict[str, set[str]]:
         files.setdefault(file, set()).add(name)
     if overlong := [file for file in files if len(os.fsencode(file)) > MAX_NAME_BYTES]:
         raise UserError(f"{path}: names the file {overlong[0]!r}, which is longer than a file's name can be")
-    if absent := sorted(file for file in files if not (path.parent / file).is_file()):
-        raise UserError(f"{path}: shard {absent[0]} is missing ({len(absent)} of {len(files)} are); download the checkpoint again")
     return files
 
 
@@ -236,7 +259,6 @@ def _check_layout(path: Path, tensors: Mapping[str, Stored], start: int, size: i
 
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model")
 
 
 def locate(source: str | Path, revision: str | None = None) -> Path:
@@ -252,16 +274,31 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         return folder
     if folder.is_absolute() or not _HUB_NAME.fullmatch(str(source)) or folder.exists():
         raise UserError(f"source {str(source)!r}: no such folder, and not a Hugging Face name of the form owner/name")
-    from huggingface_hub import snapshot_download  # takes long to import, and most sources are folders
-
     try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(_WANTED)))
+        return _downloaded(str(source), revision)
+    except UserError:
+        raise
     except Exception as fault:  # the library raises many kinds; the user needs one answer
         reason = f"{type(fault).__name__}: {str(fault).strip().splitlines()[0] if str(fault).strip() else 'no details'}"
         raise UserError(
             f"source {str(source)!r}: no such folder, and the Hugging Face hub did not give it ({reason}); check name and network, or "
             f"download it elsewhere (`hf download {source}`) and give the folder"
         ) from None
+
+
+def _downloaded(name: str, revision: str | None) -> Path:
+    """A snapshot of a repository, with its weights in one format; offline, what an earlier download has left."""
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download  # takes long to import, and most sources are folders
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        files = HfApi().list_repo_files(name, revision=revision)
+    except (OfflineModeIsEnabled, OSError):
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    weights: Iterable[str] = [SINGLE]
+    if SINGLE not in files and INDEX in files:
+        weights = [INDEX, *shards_listed(Path(hf_hub_download(name, INDEX, revision=revision)))]
+    return Path(snapshot_download(name, revision=revision, allow_patterns=to_download(files, weights)))
 
 
 def names_of(checkpoints: Iterable[str]) -> str:

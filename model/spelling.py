@@ -35,16 +35,19 @@ STRICT = {
     **{(name, kind): ("factor",) for name in ("olmo", "olmo2") for kind in ("linear", "dynamic")},
 }
 
+CODE = "auto_map"  # names classes in Python files of the folder, which are neither run nor copied
+
 # The tokenizer that transformers 5 makes of a tokenizer.json alone, by its name in transformers 4, which is good in both.
 TOKENIZERS = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
 
 def both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config as the library nests it, with rotary positions and dtype in both spellings.
+    """A config as the library nests it, with rotary positions and dtype in both spellings, and without names of code.
 
     `rope_parameters` decide where they are given; an infinity is written as transformers 4 wrote it.
     """
-    spelt = {key: both_spellings(value) if _is_config(key, value) else _number(value) for key, value in config.items()}
+    kept = {key: value for key, value in config.items() if key != CODE}
+    spelt = {key: both_spellings(value) if _is_config(key, value) else _number(value) for key, value in kept.items()}
     if isinstance(rope := config.get("rope_parameters"), Mapping) and rope:
         spelt |= _older_rope(config, rope)
     if dtype := config.get("dtype") or config.get("torch_dtype"):
@@ -92,7 +95,7 @@ def _older_scaling(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[s
 
 def spell_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
     """A tokenizer_config.json that transformers 4 and 5 read alike."""
-    spelt = dict(config)
+    spelt = {key: value for key, value in config.items() if key != CODE}
     if isinstance(name := spelt.get("tokenizer_class"), str):
         spelt["tokenizer_class"] = TOKENIZERS.get(name, name)
     if isinstance(more := spelt.get("extra_special_tokens"), list):  # transformers 4 has names for those, and this for a list
@@ -102,7 +105,9 @@ def spell_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def spell_folder(folder: Path) -> None:
-    """Rewrite the config and the tokenizer's config of a folder in both spellings, where it has them."""
-    for name, spell in (("config.json", both_spellings), ("tokenizer_config.json", spell_tokenizer)):
-        if (folder / name).is_file():
-            (folder / name).write_text(json.dumps(spell(read_json(folder / name)), indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    """Rewrite the configs of a folder (model, tokenizer, processors) in both spellings, without names of code, where that changes them."""
+    for path in folder.glob("*config.json"):
+        before = read_json(path)
+        spell = both_spellings if path.name == "config.json" else spell_tokenizer
+        if (after := spell(before)) != before:
+            path.write_text(json.dumps(after, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

@@ -1,0 +1,44 @@
+"""What a checkpoint folder holds beside its weights, told by rule: by the index, and by what a name ends in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+# Tokenizers, processors, chat templates, generation configs: text, or a tokenizer's own format.
+ENDINGS = (".json", ".jinja", ".txt", ".model", ".spm", ".tiktoken", ".vocab", ".bpe")
+# Of such endings what describes these very weights, another format of them, or how they were made.
+OTHERS = (
+    "config.json", "*.index.json", "growth.json", "growth.partial.json", "ledger.json", "params.json", "adapter_*", "trainer_state.json",
+    "*_results.json", "quant*_config.json", "requirements*.txt",
+)  # fmt: skip
+TEMPLATES = "additional_chat_templates"  # the one folder that tokenizers are saved with
+# Weights in this and other formats, and what is for people to read.
+KNOWN = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".md", ".png", ".jpg", ".svg", ".pdf", "")
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of that path in a checkpoint folder goes with the model, whatever its sizes."""
+    path = PurePosixPath(name)
+    if len(path.parts) == 2:
+        return path.parts[0] == TEMPLATES and path.suffix == ".jinja"
+    return len(path.parts) == 1 and path.suffix in ENDINGS and not any(fnmatchcase(name, pattern) for pattern in OTHERS)
+
+
+def companions(folder: Path) -> list[str]:
+    """The paths in `folder` of what goes with the model, sorted."""
+    found = [path for path in (*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")) if path.is_file()]
+    return sorted(name for path in found if is_companion(name := path.relative_to(folder).as_posix()))
+
+
+def left_behind(folder: Path) -> list[str]:
+    """The files of `folder` that somebody may miss in a copy of it: code, and endings that nothing is known of."""
+    names = (path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    return sorted(name for name in names if PurePosixPath(name).suffix not in (*KNOWN, *ENDINGS))
+
+
+def to_download(files: Iterable[str], weights: Iterable[str]) -> list[str]:
+    """Of a repository's `files`: config, companions, card and licence, and the `weights` named, in one format alone."""
+    wanted = {"config.json", "README.md", *weights}
+    return sorted(name for name in files if name in wanted or is_companion(name) or fnmatchcase(name, "LICENSE*"))
