@@ -14,6 +14,7 @@ from model.companions import companions
 from model.composite import nested
 from model.config import Target, read_json, tokenizer_size
 from model.errors import UserError, reading
+from model.notation import Space
 from model.spelling import both_spellings, spell_folder
 
 from .arguments import check_arguments
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .adam import AdamState
     from .certificate import Certificate
 
+ROWS = 1024  # of two tensors that are compared, at a time
 RECEIPT_PARAMETERS = 100_000_000  # above this a receipt is measured only when it is asked for: both models are loaded for it
 
 
@@ -105,6 +107,7 @@ def grow(
         ledger = read_ledger(checkpoint.folder)
         made = plan(checkpoint, target, operator, depth=depth, noise=noise, seed=seed, dtype=dtype, **options)
         check_tokenizer(checkpoint.folder, made)
+        check_head(checkpoint, made)
         reader = checkpoint if nonfinite == "allow" else FiniteReader(checkpoint, made.dtypes)
         adam = None if optimizer is None else _read_adam(optimizer, made)
         shards = shards_of(made, max_shard_bytes)
@@ -119,12 +122,12 @@ def grow(
             _copy_companions(checkpoint.folder, folder)
             verify_structure(folder, made)
             small = made.source_parameters + made.target_parameters <= RECEIPT_PARAMETERS
-            wanted = small if receipt is None else receipt
+            wanted = small and checkpoint.quantised is None if receipt is None else receipt
             measured = measure_growth(made, reader, checkpoint.folder, folder, threads=threads) if wanted else None
             if measured is not None:
                 check_receipt(measured, made)
             terms = licence(checkpoint.folder / "README.md")
-            _write_recipe(folder, made, str(source), revision, ledger, measured, terms)
+            _write_recipe(folder, made, str(source), revision, checkpoint, ledger, measured, terms)
             write_config(folder, made)  # last: without it nothing loads the folder, were it to stay as it is
             return measured
 
@@ -202,6 +205,34 @@ def check_tokenizer(source: Path, plan: Plan) -> None:
         )
 
 
+def check_head(source: Checkpoint, plan: Plan) -> None:
+    """A head that is stored beside the embedding that it is tied to must be that: the library would use the one stored.
+
+    Raises:
+        UserError: it is another.
+    """
+    tensors = list(plan.family.tensors(plan.source_config))
+    embedding = next((tensor.name for tensor in tensors if tensor.line.kind == "embedding" and Space("vocab") in tensor.axes), None)
+    heads = [tensor.name for tensor in tensors if tensor.tied] or [name for name in plan.family.ignore if name.endswith("head.weight")]
+    for name in heads:
+        if embedding is None or name not in source.tensors or embedding not in source.tensors:
+            continue
+        if not _equal(source, name, embedding):
+            raise UserError(
+                f"{source.folder}: config.json ties the head to {embedding}, but {name} is stored too and differs, and transformers uses "
+                "what is stored; say tie_word_embeddings: false in config.json, or remove that tensor"
+            )
+
+
+def _equal(source: Checkpoint, one: str, other: str) -> bool:
+    """Whether two stored tensors hold the same bits, compared some rows at a time."""
+    stored = source.tensors[one]
+    if (stored.dtype, stored.shape) != (source.tensors[other].dtype, source.tensors[other].shape):
+        return False
+    parts = ((row, min(row + ROWS, stored.shape[0])) for row in range(0, stored.shape[0], ROWS))
+    return all(bool((source.read(one, *part) == source.read(other, *part)).all()) for part in parts)
+
+
 def _copy_companions(source: Path, folder: Path) -> None:
     for name in companions(source):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -226,6 +257,7 @@ def _write_recipe(
     plan: Plan,
     source: str,
     revision: str | None,
+    checkpoint: Checkpoint,
     ledger: dict[str, Any] | None,
     receipt: Receipt | None,
     terms: Mapping[str, str],

@@ -17,7 +17,6 @@ from model.config import Target, resolve_target, rope_of, value_faults
 from model.dtypes import RAW, TORCH_NAMES, config_dtype, is_float
 from model.errors import UserError
 from model.family import Config, Family, Tensor, initial_deviation
-from model.notation import spaces
 from model.presets import PRESETS, preset
 
 from .arguments import check_arguments
@@ -57,6 +56,11 @@ class Step:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.tensor.shape
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it is its source's bytes."""
+        return self.source is not None and not self.zero and all(axis.is_identity for axis in self.maps)
 
     @property
     def source_shape(self) -> tuple[int, ...]:
@@ -221,7 +225,7 @@ def plan(
     layers = _among_kinds(layers, growth)
     made = recipe(operator, growth, options)
     steps = tuple(_steps(growth, made, layers))
-    dtypes = _check_tensors(checkpoint, growth) if isinstance(checkpoint, Checkpoint) else {}
+    dtypes = _check_tensors(checkpoint, growth, steps) if isinstance(checkpoint, Checkpoint) else {}
     decided = Plan(growth, operator, options, noise, made, layers, steps, dtypes, known.notes)
     if known.config is not None:
         hold_against_class(decided)
@@ -356,10 +360,10 @@ def _copied_both_ways(tensor: Tensor, maps: Sequence[AxisMap]) -> bool:
     return len(maps) == 2 and tensor.line.kind == "linear" and all(axis.counts().max() > 1 for axis in maps)
 
 
-def _check_tensors(checkpoint: Checkpoint, growth: Growth) -> dict[str, str]:
+def _check_tensors(checkpoint: Checkpoint, growth: Growth, steps: Sequence[Step]) -> dict[str, str]:
     """Hold the stored tensors against the schema; return their dtypes."""
     stored, config, family = checkpoint.tensors, growth.source_config, growth.family
-    growing = {space for space in growth.source if growth.grows(space)}  # what lies on none of them is copied as it is: tables of numbers
+    changed = {step.tensor.pattern for step in steps if not step.is_copy}  # all else is copied byte for byte, of any format
     schema = {tensor.name: tensor for tensor in family.tensors(config)}
     faults = []
     if missing := [name for name, tensor in schema.items() if name not in stored and not tensor.tied]:
@@ -374,9 +378,7 @@ def _check_tensors(checkpoint: Checkpoint, growth: Growth) -> dict[str, str]:
         if expected != found:
             fault = f"{tensor.line.text!r} and config.json give shape {expected}, the file has {found}"
             wrong.setdefault((tensor.pattern, fault), []).append(name)
-        elif not is_float(dtype) and (
-            tensor.line.kind != "tensor" or growing & {space.name for axis in tensor.axes for space in spaces(axis)}
-        ):
+        elif not is_float(dtype) and tensor.pattern in changed:
             fault = f"dtype {dtype}; growth computes on F64, F32, F16 and BF16 weights (dequantise first)"
             wrong.setdefault((tensor.pattern, fault), []).append(name)
     for (pattern, fault), names in wrong.items():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from model.checkpoint import Checkpoint, names_of
 from model.config import Target, resolve_target
+from model.dtypes import is_float
 from model.errors import UserError
 from model.family import Config, Family, family_of, has_schema
 from model.outline import DEPTH_KEYS, outline
@@ -48,6 +51,8 @@ def know(source: Checkpoint | Config, target: Target, depth: str | Sequence[int]
         UserError: the family is unknown to the library too, or the derived schema was not confirmed; the message says why.
     """
     config = source.config if isinstance(source, Checkpoint) else source
+    if isinstance(source, Checkpoint) and source.quantised is not None:
+        return _quantised(source, target, depth)
     if not isinstance(config.get("model_type"), str) or has_schema(config):
         return Known(family_of(config))
     shapes = {name: stored.shape for name, stored in source.tensors.items()} if isinstance(source, Checkpoint) else None
@@ -56,6 +61,27 @@ def know(source: Checkpoint | Config, target: Target, depth: str | Sequence[int]
     if shapes is not None and _copies_layers_only(config, target, depth):
         return _outlined(config, shapes)
     return _derived(config, shapes, target, depth)
+
+
+def _quantised(source: Checkpoint, target: Target, depth: str | Sequence[int]) -> Known:
+    """Whole layers of quantised weights, byte for byte.
+
+    Raises:
+        UserError: anything else is asked for, or the config says of layers by their numbers how they are quantised.
+    """
+    config, kinds = source.config, sorted({stored.dtype for stored in source.tensors.values() if not is_float(stored.dtype)})
+    what = f"{source.folder}: its weights are quantised ({source.quantised}; {', '.join(kinds)})"
+    if not _copies_layers_only(config, target, depth):
+        raise UserError(
+            f"{what}, and growth computes on plain ones: dequantise it first, where the library can "
+            "(AutoModelForCausalLM.from_pretrained(DIR).dequantize().save_pretrained(NEW)), or copy whole layers (growth.depth=stack and "
+            "no size but the number of layers)"
+        )
+    said = json.dumps({key: value for key, value in config.items() if "quantization_config" in key}, default=str)
+    if re.search(r"\.\d+\b", re.sub(r"\d\.\d+", "", said)):
+        raise UserError(f"{what}, and quantization_config names layers by their numbers, which would move; dequantise it first")
+    family = outline(config, {name: stored.shape for name, stored in source.tensors.items()})
+    return Known(family, (f"weights quantised by {source.quantised} are copied byte for byte, layer by layer; nothing was checked",))
 
 
 def _check_depth(config: Config, shapes: Shapes) -> None:
@@ -94,11 +120,12 @@ def _derived(config: Config, shapes: Shapes | None, target: Target, depth: str |
 
     from .confirm import bench
 
-    name = config["model_type"]
+    name, head = config["model_type"], ""
     try:
         draft, whole = derive(config), whole_config(config)
         family = _family(draft, whole, shapes)
         grown = resolve_target(target, whole, family)
+        head = _other_heads(draft, whole, grown)
         changes = _asked(draft, whole, grown, depth)
         _check_asked(draft, family.sizes(whole), family.sizes(grown), changes)
         if not changes:
@@ -108,11 +135,11 @@ def _derived(config: Config, shapes: Shapes | None, target: Target, depth: str |
         family = _family(rehearsal.draft, whole, shapes)
     except UserError as fault:
         raise UserError(
-            f"family {name!r} has no schema here, and none could be derived and confirmed for this growth: {fault}; what is left: whole "
-            "layers copied (growth.depth=stack and no size but the number of layers), or a schema of your own (docs/families.md, "
+            f"family {name!r} has no schema here, and none could be derived and confirmed for this growth: {fault}{head}; what is left: "
+            "whole layers copied (growth.depth=stack and no size but the number of layers), or a schema of your own (docs/families.md, "
             "'Add a family')"
         ) from None
-    sizes = ", ".join(f"{key} {draft.axes.config[key]} → {size}" for key, size in changes.items())
+    sizes = ", ".join(f"{key} {draft.axes.config.get(key)} → {size}" for key, size in changes.items())
     notes = [
         f"family {name!r} has no schema here: one was derived from transformers' own class ({len(family.lines)} lines)",
         f"confirmed: a tiny random model of the family, grown by it ({sizes}), kept its logits in float64 to {rehearsal.error:.1g} of the "
@@ -123,16 +150,32 @@ def _derived(config: Config, shapes: Shapes | None, target: Target, depth: str |
     return Known(family, (*notes, *_left_out(family.ignore)), whole)
 
 
+def _other_heads(draft: Draft, source: Config, target: Config) -> str:
+    """What happens to head dims that a config leaves to hidden size / heads, where the growth changes them."""
+    from model.derive.shrink import HEAD_KEYS
+
+    keys = draft.axes.keys
+    if not keys.heads or any(target.get(key) for key in HEAD_KEYS):
+        return ""
+    (dim, _), (wider, more) = ((config[keys.hidden] // config[keys.heads], config[keys.heads]) for config in (source, target))
+    if dim == wider:
+        return ""
+    return (
+        f"; head_dim is not given, so with {keys.hidden} {target[keys.hidden]} each of {more} heads would have {wider} dims instead of "
+        f"{dim}, and rotary positions would turn other dims by other angles: give head_dim:{dim} in the target to keep them"
+    )
+
+
 def _family(draft: Draft, config: Config, shapes: Shapes | None) -> Family:
     """The drafted family under the names of the file: older ones call tensors otherwise and carry buffers along."""
-    from model.derive.probe import named_shapes, passed_over
+    from model.derive.probe import named_shapes, passed_over, tied_names
     from model.derive.schema import drafted_family
 
     built, called = named_shapes(config, shapes or ())
     if shapes is None:
         return drafted_family(draft, config, built)
     strange = [name for name in shapes if called[name] not in built]
-    dropped = set(passed_over(config, strange)) if strange else set()
+    dropped = set(passed_over(config, strange)) | set(tied_names(config, strange)) if strange else set()
     buffers = [name for name in strange if name in dropped or name.endswith(BUFFERS)]
     place = {name: number for number, name in enumerate(built)}  # in the class's order, which a record has too
     names = sorted(shapes.keys() - set(buffers), key=lambda name: (place.get(called[name], len(place)), name))
@@ -142,6 +185,8 @@ def _family(draft: Draft, config: Config, shapes: Shapes | None) -> Family:
 
 def _asked(draft: Draft, source: Config, target: Config, depth: str | Sequence[int]) -> dict[str, int]:
     """The same growth at the tiny config's sizes: whole factors become 2, others 1.5; layers, tokens and positions become a few more."""
+    from model.derive.shrink import HEAD_KEYS
+
     keys, tiny = draft.axes.keys, draft.axes.config
     mixer = draft.axes.mixer
     states = (mixer.heads, mixer.dim) if mixer else ()
@@ -150,6 +195,10 @@ def _asked(draft: Draft, source: Config, target: Config, depth: str | Sequence[i
     for key in filter(None, dict.fromkeys(sizes)):
         if key in tiny and source.get(key) and target.get(key) != source[key]:
             changes[key] = int(tiny[key]) * 2 if target[key] % source[key] == 0 else int(tiny[key]) * 3 // 2
+    if keys.heads and not any(source.get(key) for key in HEAD_KEYS) and (given := [key for key in HEAD_KEYS if target.get(key)]):
+        # the target names the head dim that the source leaves to hidden size / heads
+        dim, tiny_dim = source[keys.hidden] // source[keys.heads], int(tiny[keys.hidden]) // int(tiny[keys.heads])
+        changes[given[0]] = tiny_dim * target[given[0]] // dim
     for key in filter(None, (keys.vocab, keys.positions)):
         if target.get(key) != source.get(key):
             changes[key] = int(tiny[key]) + 6

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checkpoint import Checkpoint
 from .composite import nested
-from .config import read_config
 from .errors import UserError, unknown
 from .family import Config, family_of
 from .generation import generation_config
@@ -127,8 +127,10 @@ def load_model(folder: Path | str, *, dtype: str = "float32", attention: str = "
     """
     if not Path(folder).is_dir():
         raise UserError(f"model {str(folder)!r}: no such folder")
-    known = read_config(Path(folder)) if config is None else config
-    hf_config = to_hf_config(known)
+    if config is None:
+        with Checkpoint(folder) as checkpoint:
+            config = checkpoint.config
+    hf_config = to_hf_config(config)
     loaded: Any = library_class(hf_config).from_pretrained(
         str(folder),
         dtype=_torch_dtype(dtype),
@@ -139,7 +141,7 @@ def load_model(folder: Path | str, *, dtype: str = "float32", attention: str = "
         ignore_mismatched_sizes=True,  # told below, with everything else
         output_loading_info=True,
         config=hf_config,
-        generation_config=generation_config(Path(folder), known)[0],
+        generation_config=generation_config(Path(folder), config)[0],
         **({"experts_implementation": "eager"} if dtype == "float64" else {}),  # the fused kernels know no float64
     )
     model, report = loaded

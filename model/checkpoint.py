@@ -21,7 +21,7 @@ import numpy as np
 
 from .companions import left_behind, to_download
 from .config import check_values, read_config, read_json
-from .dtypes import RAW
+from .dtypes import PLAIN_NUMBERS, RAW, is_float
 from .errors import UserError, reading
 
 MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors library itself
@@ -53,6 +53,8 @@ class Checkpoint:
         folder: the folder.
         config: its config.json, as its flat view (`model.composite`).
         tensors: name → `Stored`, over all shards.
+        quantised: how its weights are quantised ("gptq"); None where they are plain numbers, whatever config.json says (what it says of
+            a quantisation is then left out of `config`).
 
     Raises (on opening):
         UserError: no config, no safetensors weights, only pickle files, or a malformed header or index; the message names the file.
@@ -64,6 +66,10 @@ class Checkpoint:
             raise UserError(f"source {str(folder)!r}: no such folder")
         self.config = read_config(self.folder)
         self.tensors = tensor_table(self.folder)
+        self.quantised = quantisation(self.config) if any(map(_packed, self.tensors.values())) else None
+        self._plain_now = self.quantised is None and quantisation(self.config) is not None
+        if self._plain_now:
+            self.config = {key: value for key, value in self.config.items() if not _quantises(key)}
         self._files: dict[Path, int] = {}
 
     @property
@@ -72,6 +78,8 @@ class Checkpoint:
         notes = []
         if (self.folder / SINGLE).exists() and (self.folder / INDEX).exists():
             notes.append(f"{INDEX} is passed over: {SINGLE} lies beside it, which transformers takes too; one of them is stale")
+        if self._plain_now:
+            notes.append("quantization_config is dropped from config.json: the tensors are plain")
         if left := left_behind(self.folder):
             notes.append(f"left behind: {names_of(left)}; code of a checkpoint is never run or copied")
         if "auto_map" in self.config:
@@ -122,6 +130,27 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _quantises(key: str) -> bool:
+    return key.lstrip(".").partition(".")[0] == "quantization_config"
+
+
+def _packed(stored: Stored) -> bool:
+    return not is_float(stored.dtype) and stored.dtype not in PLAIN_NUMBERS
+
+
+def quantisation(config: Mapping[str, Any]) -> str | None:
+    """How the weights of a config are quantised, by the library's name for it; None where it says nothing of it."""
+    said: dict[str, Any] = {}
+    for key, value in config.items():
+        if _quantises(key):
+            said |= value if isinstance(value, Mapping) else {key.rpartition(".")[2]: value}
+    if said in ({}, {"quantization_config": None}):
+        return None
+    if "quant_method" in said:
+        return str(said["quant_method"])
+    return "bitsandbytes" if any(str(key).startswith(("load_in", "bnb")) for key in said) else "an unnamed method"
 
 
 def tensor_table(folder: Path) -> dict[str, Stored]:

@@ -22,9 +22,18 @@ RAW: dict[str, np.dtype] = {
     "I8": np.dtype("u1"),
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("u1"),
+    # What growth copies byte for byte and computes nothing on.
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "C64": np.dtype("<u8"),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), np.dtype("u1")),
 }
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 TORCH_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+PLAIN_NUMBERS = ("I64", "BOOL")  # of buffers that models carry beside their weights; others are packed or quantised weights
 
 
 def config_dtype(config: Mapping[str, Any]) -> str | None:

@@ -250,14 +250,14 @@ CASES: dict[str, tuple[Spoil, str]] = {
         "'F64', 'shape': [96], 'data_offsets': [0, 768], 'code': 'x'}",
     ),
     "unknown dtype": (
-        entry(dtype="F8_E4M3"),
-        "SOURCE/model.safetensors: tensor 'lm_head.bias': dtype 'F8_E4M3' is not supported; supported: F64, F32, F16, "
-        "BF16, I64, I32, I16, I8, U8, BOOL",
+        entry(dtype="F4"),
+        "SOURCE/model.safetensors: tensor 'lm_head.bias': dtype 'F4' is not supported; supported: F64, F32, F16, "
+        "BF16, I64, I32, I16, I8, U8, BOOL, U64, U32, U16, C64, F8_E4M3, F8_E5M2, F8_E8M0, F8_E4M3FNUZ, F8_E5M2FNUZ",
     ),
     "dtype is a list": (
         entry(dtype=["F64"]),
         "SOURCE/model.safetensors: tensor 'lm_head.bias': dtype ['F64'] is not supported; supported: F64, F32, F16, "
-        "BF16, I64, I32, I16, I8, U8, BOOL",
+        "BF16, I64, I32, I16, I8, U8, BOOL, U64, U32, U16, C64, F8_E4M3, F8_E5M2, F8_E8M0, F8_E4M3FNUZ, F8_E5M2FNUZ",
     ),
     "dtype of another size": (
         entry(dtype="F32"),

@@ -138,6 +138,12 @@ def passed_over(config: Config, names: Iterable[str]) -> list[str]:
     return [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
 
 
+def tied_names(config: Config, names: Iterable[str]) -> list[str]:
+    """Those of a checkpoint's tensors that the library ties to another, which is stored too."""
+    tied = build(config).all_tied_weights_keys
+    return [name for name in names if any(name == one or one.endswith(f".{name}") or name.endswith(f".{one}") for one in tied)]
+
+
 def computed(config: Config) -> dict[str, tuple[int, ...]]:
     """Name → shape of every buffer that its class works out anew and no checkpoint has, built on the meta device."""
     model = build(config)
