@@ -44,11 +44,14 @@ class Extent:
 
 @dataclass(frozen=True)
 class Study:
-    """A study's definition: Hydra overrides of the `source` that every grown arm starts from, and of all `runs` of the arms."""
+    """A study's definition: Hydra overrides of the `source` that every grown arm starts from, and of all `runs` of the arms.
+
+    `source` may also be a checkpoint that is there already: a folder, or owner/name on the Hugging Face hub.
+    """
 
     name: str
     question: str
-    source: tuple[str, ...]
+    source: str | tuple[str, ...]
     runs: tuple[str, ...]
     arms: dict[str, Arm]
     demo: Extent
@@ -84,8 +87,10 @@ def load_study(name: str) -> Study:
     return study
 
 
-def source_job(study: Study) -> Job:
-    """The run that trains the source."""
+def source_job(study: Study) -> Job | None:
+    """The run that trains the source; None where the source is a checkpoint that is there."""
+    if isinstance(study.source, str):
+        return None
     return _job(SOURCE, list(study.source))
 
 
@@ -118,7 +123,8 @@ def jobs(study: Study, extent: Extent) -> list[Job]:
 def _arm_overrides(study: Study, name: str) -> list[str]:
     """What all runs of an arm share."""
     arm = study.arms[name]
-    overrides = [*study.runs, f"growth={arm.growth or name}", f"growth.name={name}", *arm.overrides]
+    start = [f"source={study.source}"] if isinstance(study.source, str) else []
+    overrides = [*study.runs, *start, f"growth={arm.growth or name}", f"growth.name={name}", *arm.overrides]
     if (arm.growth or name) == SOURCE:
         overrides.append(f"train.budget_tokens={equal_flops_budget(overrides)}")
     return overrides

@@ -45,5 +45,5 @@ def draw(found: Sequence[Judged], path: Path) -> None:
 
 def _range(found: Sequence[Judged]) -> tuple[float, float]:
     """From below the lowest loss to where the curves have come together: the start would flatten all the rest."""
-    losses = [loss for judged in found for curve in judged.curves for _, loss in curve[2:]]
+    losses = [loss for judged in found for curve in judged.curves for _, loss in (curve[2:] or curve[-1:])]
     return min(losses) - 0.05, max(losses) + 0.05

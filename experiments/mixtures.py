@@ -169,7 +169,8 @@ def publish(study: Study, found: Sequence[Judged], records: Sequence[dict[str, A
     results = {"question": study.question, "seeds": study.seeds, "arms": [asdict(judged) for judged in found], "machine": machine}
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     draw(found, folder / "losses.png")
-    insert_table(folder / "README.md", markdown(study, found, machine))
+    if (folder / "README.md").is_file():
+        insert_table(folder / "README.md", markdown(study, found, machine))
 
 
 def change(judged: Judged, baseline: Judged, text: str) -> tuple[float, float | None]:

@@ -20,7 +20,7 @@ from experiments.definition import HERE, Job, jobs, load_study, source_job
 from experiments.progress import Display
 from experiments.worker import initialise, work
 from model.errors import UserError
-from train.folder import check_same, is_complete, read_run
+from train.folder import check_same, is_complete, read_run, unkept
 
 Train = Callable[[tuple[str, ...], str], str]
 
@@ -57,17 +57,18 @@ def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None)
         raise UserError(f"--jobs {at_once}: expected at least 1")
     display = Display()
     source = source_job(study)
-    if not complete(source):
+    if source is not None and not complete(source):
         prepare_text([source], display)
         run_jobs([source], 1, logs, display)
-    display.say(f"source: {source.folder}")
+    display.say(f"source: {study.source if source is None else source.folder}")
     todo = jobs(study, extent)
     missing = [job for job in todo if not complete(job, source)]
     display.say(f"{len(todo)} runs, {len(todo) - len(missing)} of them complete")
     if missing:
         prepare_text(missing, display)
         run_jobs(missing, at_once, logs, display)
-    return Done(tuple(job.folder for job in todo), out, HERE / name / "README.md" if full else None)
+    readme = HERE / name / "README.md"
+    return Done(tuple(job.folder for job in todo), out, readme if full and readme.is_file() else None)
 
 
 def cores() -> int:
@@ -89,7 +90,7 @@ def complete(job: Job, source: Job | None = None) -> bool:
         ledger = json.loads((source.folder / "final" / "ledger.json").read_text(encoding="utf-8"))
         if any(started.get(key) != ledger.get(key) for key in ("tokens", "flops", "val_loss")):
             raise UserError(f"{job.folder} started from a source that {source.folder} no longer holds; delete {job.folder} to run it again")
-    return is_complete(job.folder)
+    return is_complete(job.folder) and not unkept(job.folder, job.settings)
 
 
 def prepare_text(todo: Sequence[Job], display: Display) -> None:

@@ -95,15 +95,15 @@ def _complete(moments: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[in
 def _numbering(groups: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]]) -> dict[int, str]:
     """Parameter number → its name: by the names PyTorch saves, else in the model's order, in one group or matrices before vectors."""
     numbers = [number for group in groups for number in group["params"]]
-    if len(numbers) != len(shapes):
-        raise UserError(
-            f"optimizer state: {len(numbers)} parameters, the source's model has {len(shapes)}; is it the state of another model?"
-        )
-    if all("param_names" in group for group in groups):
+    if all("param_names" in group for group in groups):  # of those that were trained: frozen ones have no state
         given = [_plain(name) for group in groups for name in group["param_names"]]
         if unknown := sorted(set(given) - shapes.keys()):
             raise UserError(f"optimizer state: parameter {unknown[0]!r} is none of the source's ({len(unknown)} are not)")
         return dict(zip(numbers, given, strict=True))
+    if len(numbers) != len(shapes):
+        raise UserError(
+            f"optimizer state: {len(numbers)} parameters, the source's model has {len(shapes)}; is it the state of another model?"
+        )
     if len(groups) == 1:
         return dict(zip(numbers, shapes, strict=True))
     matrices = [name for name, shape in shapes.items() if len(shape) > 1]

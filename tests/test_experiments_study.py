@@ -33,14 +33,16 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def finish(job: Job) -> None:
+def finish(job: Job | None) -> None:
     """The files of a complete run, without the training. A source's config is that of its preset."""
+    assert job is not None
     final = job.folder / "final"
     final.mkdir(parents=True)
     target = job.settings.target
     (final / "config.json").write_text(json.dumps(preset(target) if isinstance(target, str) else {}))
     ledger = {"tokens": 100, "flops": 5.0, "val_loss": 4.0}
     (final / "ledger.json").write_text(json.dumps(ledger))
+    (final / "optimizer.pt").touch()
     start = {"source": None if job.arm == "scratch" or job.settings.source is None else ledger}
     record = {"settings": asdict(job.settings), "settings_hash": settings_hash(job.settings), "start": start}
     (job.folder / "run.json").write_text(json.dumps(record))
@@ -193,7 +195,9 @@ def test_an_arm_that_composes_to_no_run_is_named_with_all_its_faults(elsewhere: 
 
 def tiny() -> tuple[Study, Job, list[Job]]:
     study = load_study("tiny")
-    return study, source_job(study), jobs(study, study.demo)
+    source = source_job(study)
+    assert source is not None
+    return study, source, jobs(study, study.demo)
 
 
 def test_a_stage_is_skipped_only_when_it_is_done_and_the_same(elsewhere: Path) -> None:
@@ -280,6 +284,7 @@ def study_of_sleepers(folder: str, at_once: int) -> None:
     os.chdir(folder)
     study = load_study("tiny")
     job = source_job(study)
+    assert job is not None
     todo = [replace(job, name=f"run{number}", overrides=(f"number={number}",)) for number in range(4)]
     try:
         run_jobs(todo, at_once, Path("logs"), Display(), sleeper)
@@ -319,6 +324,12 @@ def test_ctrl_c_stops_a_study_within_seconds_and_nothing_new_starts(at_once: int
     assert study.exitcode == 130
     assert time.monotonic() - began < 20  # idle, it takes less than one second
     assert len(list(tmp_path.glob("logs/*.begun"))) == len(list(tmp_path.glob("logs/*.saved"))) == at_once
+
+
+def test_a_source_may_be_a_checkpoint_that_is_there(elsewhere: Path) -> None:
+    study = replace(load_study("tiny"), source="runs/tiny_source-scratch-s0/final")
+    assert source_job(study) is None
+    assert {job.settings.source for job in jobs(study, replace(study.demo, arms=("scratch", "lossless")))} == {study.source}
 
 
 def test_progress_is_read_from_the_metrics(tmp_path: Path) -> None:

@@ -9,12 +9,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from toy import at, timeless, weights
 
 from experiments.runs import read_runs
 from model.errors import UserError
-from train.folder import new_run
+from train import loop
+from train.folder import check_same, new_run, shorter_run
 from train.naming import arm_changes, same_folder
 from train.settings import compose, identity, is_neutral
 
@@ -95,7 +98,8 @@ def finished(folder: Path, *overrides: str) -> Path:
     settings = replace(compose([*GIVEN, *overrides]), out=str(folder / compose([*GIVEN, *overrides]).name))
     out = Path(settings.out)
     out.mkdir()
-    facts = {"tokens_per_step": 10, "budget_tokens": 20, "flops_per_token": 2.0, "start": {"source": None}}
+    facts: dict[str, Any] = {"tokens_per_step": 10, "budget_tokens": 20, "flops_per_token": 2.0, "start": {"source": None}, "data": {}}
+    facts |= {"target_config": {}, "precision": "fp32"}
     (out / "run.json").write_text(json.dumps(new_run(settings, **facts)))
     rows = [{"kind": "eval", "tokens": t, "flops": 2.0 * t, "val_loss": 5 - t / 10} for t in (0, 20)]
     (out / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -121,6 +125,34 @@ def test_arms_are_told_apart_by_what_not_all_of_them_change(tmp_path: Path) -> N
     ]
     assert arm_changes("-schedule_cosine-lr0.01") == ["schedule_cosine"]
     assert is_neutral("changes")
+
+
+def test_keeping_adams_state_of_a_complete_run_does_what_it_says(tmp_path: Path, overrides: list[str]) -> None:
+    settings = at(compose(overrides), tmp_path / "run")
+    folder = loop.train(settings)
+    before = timeless(folder), weights(folder)
+    assert not (folder / "final/optimizer.pt").exists()
+    loop.train(at(settings, folder, keep_optimizer=True))
+    assert (folder / "final/optimizer.pt").is_file()
+    assert (folder / "summary.json").is_file()
+    assert timeless(folder) == before[0]
+    assert all(tensor.equal(before[1][name]) for name, tensor in weights(folder).items())
+    stamp = (folder / "final/optimizer.pt").stat().st_mtime_ns
+    loop.train(at(settings, folder, keep_optimizer=True))
+    assert (folder / "final/optimizer.pt").stat().st_mtime_ns == stamp
+
+
+def test_a_longer_budget_of_a_complete_run_is_told_the_way(tmp_path: Path) -> None:
+    done = finished(tmp_path)
+    asked = compose([*GIVEN, "train.budget_tokens=2_048_000"])
+    assert shorter_run(replace(asked, out=str(tmp_path / asked.name))) == (
+        f"{done} trained this for 1,024,000 tokens; to train what it reached further, and not the whole again: growth=source "
+        f"source={done}/final transfer=continued (after train.keep_optimizer=true, which makes a complete run keep Adam's state), "
+        "under a study= of its own"
+    )
+    assert shorter_run(compose([*GIVEN])) is None
+    with pytest.raises(UserError, match=r"growth=source source=\S+/final transfer=continued"):
+        check_same(done, json.loads((done / "run.json").read_text()), replace(asked, name=done.name, out=str(done)))
 
 
 # ---- sweeps ---------------------------------------------------------------------------------------------------------------------------

@@ -154,5 +154,13 @@ def test_without_submitit_the_way_out_is_told(monkeypatch: pytest.MonkeyPatch) -
         door._check_sweep(["hydra/launcher=slurm", "seed=0"])
 
 
+def test_without_srun_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import train.__main__ as door
+
+    monkeypatch.setattr(door.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"hydra/launcher=slurm: no srun on this machine"):
+        door._check_sweep(["hydra/launcher=slurm", "seed=0"])
+
+
 def test_a_process_that_submitit_did_not_start_is_in_no_job() -> None:
     assert not slurm.in_job()

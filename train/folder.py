@@ -47,6 +47,35 @@ def is_complete(folder: Path) -> bool:
     return (folder / SUMMARY).is_file()
 
 
+def unkept(folder: Path, settings: Settings) -> str | None:
+    """What a complete run was not asked to keep and now is, in words; None where it has all."""
+    if settings.train.keep_optimizer and not (folder / FINAL / "optimizer.pt").is_file():
+        return "Adam's state (train.keep_optimizer)"
+    return None
+
+
+def _further(folder: Path) -> str:
+    return (
+        f"to train what it reached further, and not the whole again: growth=source source={folder / FINAL} transfer=continued "
+        "(after train.keep_optimizer=true, which makes a complete run keep Adam's state), under a study= of its own"
+    )
+
+
+def shorter_run(settings: Settings) -> str | None:
+    """A line on the complete run that differs in nothing but a smaller budget; None where there is none beside the run's folder."""
+    label = f"-budget_tokens{settings.train.budget_tokens}"
+    folder = Path(settings.out).with_name(Path(settings.out).name.replace(label, ""))
+    if label not in settings.name or not is_complete(folder):
+        return None
+    try:
+        there = (read_run(folder) or {}).get("settings", {})
+    except UserError:  # another run's damage is no fault of this one
+        return None
+    one, other = identity(there), identity(settings)
+    same = {key for key in {**one, **other} if one.get(key) != other.get(key)} <= {"name", "train.budget_tokens"}
+    return f"{folder} trained this for {one['train.budget_tokens']:,} tokens; {_further(folder)}" if same else None
+
+
 def check_same(folder: Path, run: Mapping[str, Any], settings: Settings) -> None:
     """Refuse a folder that holds another run.
 
@@ -59,7 +88,9 @@ def check_same(folder: Path, run: Mapping[str, Any], settings: Settings) -> None
     absent = object()
     differing = [key for key in {**there, **asked} if there.get(key, absent) != asked.get(key, absent)]
     lines = "".join(f"\n  - {key}: the run has {there.get(key, 'nothing')!r}, asked is {asked.get(key, 'nothing')!r}" for key in differing)
-    raise UserError(f"{folder} holds a run under other settings; choose another name= or out=, or delete the folder:{lines}")
+    longer = set(differing) <= {"train.budget_tokens", "name"} and is_complete(folder)
+    way = f"\n  {_further(folder)}" if longer else ""
+    raise UserError(f"{folder} holds a run under other settings; choose another name= or out=, or delete the folder:{lines}{way}")
 
 
 def check_same_inputs(

@@ -63,8 +63,12 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
     if run is not None:
         run_folder.check_same(folder, run, settings)
         if run_folder.is_complete(folder):
-            console.say(f"already complete: {folder}")
-            return folder
+            if not (missing := run_folder.unkept(folder, settings)):
+                console.say(f"already complete: {folder}")
+                return folder
+            console.say(f"{folder} is complete without {missing}: it trains again from its newest checkpoint to its end, to keep it")
+    elif further := run_folder.shorter_run(settings):
+        console.say(further)
 
     with session(loop.precision, settings.sharding) as accelerator, run_folder.locked(folder, accelerator.is_main_process):
         # ---- 2. Who trains: every process, and the main one writes --------------------------------------------------------------------
@@ -118,6 +122,8 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
         position = state.Position() if saved is None else state.peek(saved)
         if main and state.restore_metrics(folder / run_folder.METRICS, saved):
             console.say(f"{run_folder.METRICS} was cut, deleted or changed; its rows are those that the checkpoint keeps")
+        if main:
+            (folder / run_folder.SUMMARY).unlink(missing_ok=True)  # there where a complete run trains its end again
         with open_log(folder, settings, run, writes=main) as log:
             peak = peak_flops(device_name(accelerator.device), run["precision"])
             spans = [Span(**span) for span in run["spans"]]
