@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from model.build import meta_model
+from model.checkpoint import Stored, names_of
 from model.composite import flat
 from model.config import Target
+from model.errors import UserError
 from model.family import has_schema
+from model.twin import layerless
 
-from .plan import Plan, plan
+from .bare import bare
+from .finite import FiniteReader
+from .plan import Plan, check_tensors, plan
 from .tensors import Tensors, expand
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from .execute import Reader
 
 
 def grow_model(
@@ -28,26 +37,47 @@ def grow_model(
     noise: float | None = None,
     seed: int = 0,
     dtype: Literal["float32"] | None = None,
+    nonfinite: Literal["refuse", "allow"] = "refuse",
     **options: Any,
 ) -> PreTrainedModel:
     """A larger model from a `transformers` model, on its device and, unless `dtype` says otherwise, in its dtype; it stays as it is.
 
-    Arguments as `growth.plan` takes them. The bits are those that `grow` writes for the same seed, on any device.
+    Arguments as `growth.plan` takes them, `nonfinite` as `grow`. The bits are those that `grow` writes for the same seed, on any device;
+    each tensor keeps its dtype. What `torch.compile`, DDP or DataParallel have put around a model is taken off.
 
     Raises:
-        UserError: as `growth.plan`.
+        UserError: as `growth.plan`; the model's weights are not whole and plain, are not its config's, or are not finite.
     """
-    return follow(plan_of(model, target, operator, depth=depth, noise=noise, seed=seed, dtype=dtype, **options), model)
+    model = bare(model)
+    made = plan_of(model, target, operator, depth=depth, noise=noise, seed=seed, dtype=dtype, **options)
+    return follow(made, model, nonfinite=nonfinite)
 
 
 def plan_of(model: PreTrainedModel, target: Target, operator: str = "lossless", **how: Any) -> Plan:
     """The plan that `grow_model` follows, from the model's config and the dtypes of its tensors."""
-    made = plan(config_of(model), target, operator, **how)
-    return replace(made, dtypes=_tensors(model).dtypes)
+    made, held = plan(config_of(model), target, operator, **how), _Held(_tensors(model))
+    dtypes = check_tensors(held, made.growth, made.steps)
+    return replace(made, dtypes=dtypes)
 
 
-def follow(plan: Plan, model: PreTrainedModel) -> PreTrainedModel:
-    """The model that `plan` makes of `model`."""
+@dataclass(frozen=True)
+class _Held:
+    """A model's tensors, to be checked as those of a folder are."""
+
+    reader: Tensors
+    folder: str = "the model in memory"
+
+    @cached_property
+    def tensors(self) -> dict[str, Stored]:
+        return self.reader.stored()
+
+
+def follow(plan: Plan, model: PreTrainedModel, nonfinite: Literal["refuse", "allow"] = "refuse") -> PreTrainedModel:
+    """The model that `plan` makes of `model`.
+
+    Raises:
+        UserError: a weight is not finite, which `nonfinite` refuses.
+    """
     import torch
 
     from model.build import empty_model, stored_names
@@ -57,23 +87,33 @@ def follow(plan: Plan, model: PreTrainedModel) -> PreTrainedModel:
     grown = empty_model(
         plan.target_config, dtype=model.dtype if plan.growth.dtype is None else torch.float32, device=model.device, attention=backend
     )
+    tensors = _tensors(model)
+    reader: Reader = tensors if nonfinite == "allow" else FiniteReader(tensors, tensors.dtypes)
     with torch.no_grad():
         if has_schema(plan.target_config):
             parameters = {stored: grown.get_parameter(name) for name, stored in stored_names(grown).items()}
-            for name, values in expand(plan, _tensors(model)):
-                parameters[name].copy_(values)
+            for name, values in expand(plan, reader):
+                parameters[name].data = values.to(model.device)
         else:
-            made = dict(expand(plan, _tensors(model)))
+            made = dict(expand(plan, reader))
             whole, own = in_model(plan.target_config, made, made.__getitem__), grown.state_dict(keep_vars=True)
+            kinds = {} if plan.growth.dtype else {layerless(name): tensor.dtype for name, tensor in model.state_dict().items()}
             for name in own:
-                own[name].copy_(whole[name])
+                own[name].data = whole[name].to(model.device, kinds.get(layerless(name), own[name].dtype))
     return grown.train(model.training)
 
 
 def _tensors(model: PreTrainedModel) -> Tensors:
     from model.stored import in_file
 
-    return Tensors({name: tensor.detach() for name, tensor in in_file(config_of(model), _untied(model)).items()})
+    held, blank = _untied(model), meta_model(config_of(model))
+    for name, whole in blank.all_tied_weights_keys.items():
+        if name in held and whole in held and not held[name].equal(held[whole]):
+            raise UserError(f"the model in memory: its config ties {name} to {whole}, and they differ; set tie_word_embeddings to False")
+    known = blank.state_dict().keys()
+    if strange := [name for name in held if name not in known]:
+        raise UserError(f"the model in memory: unknown {names_of(strange)}, which a {type(model).__name__} of its config does not have")
+    return Tensors({name: tensor.detach() for name, tensor in in_file(config_of(model), held).items()})
 
 
 def _untied(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from model.checkpoint import Checkpoint, names_of
+from model.checkpoint import Checkpoint, Stored, names_of
 from model.composite import flat, of_text
 from model.config import Target, resolve_target, rope_of, value_faults
 from model.dtypes import RAW, TORCH_NAMES, config_dtype, is_float
@@ -225,7 +225,7 @@ def plan(
     layers = _among_kinds(layers, growth)
     made = recipe(operator, growth, options)
     steps = tuple(_steps(growth, made, layers))
-    dtypes = _check_tensors(checkpoint, growth, steps) if isinstance(checkpoint, Checkpoint) else {}
+    dtypes = check_tensors(checkpoint, growth, steps) if isinstance(checkpoint, Checkpoint) else {}
     decided = Plan(growth, operator, options, noise, made, layers, steps, dtypes, known.notes)
     if known.config is not None:
         hold_against_class(decided)
@@ -360,7 +360,19 @@ def _copied_both_ways(tensor: Tensor, maps: Sequence[AxisMap]) -> bool:
     return len(maps) == 2 and tensor.line.kind == "linear" and all(axis.counts().max() > 1 for axis in maps)
 
 
-def _check_tensors(checkpoint: Checkpoint, growth: Growth, steps: Sequence[Step]) -> dict[str, str]:
+class Held(Protocol):
+    """Tensors that a growth reads, on disk or in memory."""
+
+    @property
+    def folder(self) -> Any:
+        """Where they are, for messages."""
+
+    @property
+    def tensors(self) -> Mapping[str, Stored]:
+        """Name → format and shape."""
+
+
+def check_tensors(checkpoint: Held, growth: Growth, steps: Sequence[Step]) -> dict[str, str]:
     """Hold the stored tensors against the schema; return their dtypes."""
     stored, config, family = checkpoint.tensors, growth.source_config, growth.family
     changed = {step.tensor.pattern for step in steps if not step.is_copy}  # all else is copied byte for byte, of any format

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from model.checkpoint import Stored
 from model.dtypes import RAW
+from model.errors import UserError
 
 from .execute import Expander, Reader
 from .plan import Plan
@@ -16,6 +19,7 @@ from .plan import Plan
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
     torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # numpy knows no bfloat16
 
@@ -25,6 +29,15 @@ class Tensors:
     """Tensors by name, on any device, as a `Reader`."""
 
     tensors: Mapping[str, torch.Tensor]
+
+    def stored(self) -> dict[str, Stored]:
+        """Name → format and shape, as a file would have them.
+
+        Raises:
+            UserError: a tensor has a dtype that no file can hold.
+        """
+        UserError.collect(f"{name}: {tensor.dtype} cannot be grown" for name, tensor in self.tensors.items() if tensor.dtype not in DTYPES)
+        return {name: Stored(Path(), 0, DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in self.tensors.items()}
 
     @property
     def dtypes(self) -> dict[str, str]:

@@ -42,7 +42,7 @@ def in_model(config: Config, names: Iterable[str], tensor: Callable[[str], torch
     if has_schema(config):
         return {name: tensor(stored) for name, stored in stored_names(meta_model(config)).items()}
     hf_config, held = to_hf_config(config), {name: tensor(name) for name in names}
-    dtype = next(iter(held.values())).dtype
+    dtype = max((tensor.dtype for tensor in held.values() if tensor.is_floating_point()), key=lambda kind: kind.itemsize)  # loses none
     library: Any = library_class(hf_config)._model_mapping[type(hf_config)]
     with quietly():
         model, report = library.from_pretrained(None, config=hf_config, state_dict=held, dtype=dtype, output_loading_info=True)
