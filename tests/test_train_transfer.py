@@ -20,7 +20,7 @@ from growth.adam import read_adam
 from growth.grow import recorded_plan
 from growth.origin import Origin, origins
 from model.build import build_model
-from model.config import read_json
+from model.config import read_config, read_json
 from model.errors import UserError
 from model.geometry import flops_per_token
 from tests.conftest import random_model
@@ -125,6 +125,20 @@ def test_new_entries_alone_warm_up(overrides: list[str], source: Path, tmp_path:
         torch.testing.assert_close(
             (end[step.name] - start[step.name])[new], 0.5 * (expected[step.name] - start[step.name])[new], atol=1e-7, rtol=1e-3
         )
+
+
+def test_a_run_that_goes_on_from_a_frozen_one_takes_over_the_state_of_what_was_trained(
+    overrides: list[str], source: Path, tmp_path: Path
+) -> None:
+    frozen = loop.train(
+        grown(overrides, source, tmp_path / "frozen", "growth=llama_pro", "transfer=frozen", DEEPER, "train.keep_optimizer=true")
+    )
+    state = read_adam(frozen / "final", plan(read_config(frozen / "final"), {}))
+    assert state.step == 6
+    for name in ("model.layers.0.mlp.fc1.weight", "model.layers.1.mlp.fc1.weight"):
+        assert bool(torch.as_tensor(state.moments.tensors[f"exp_avg.{name}"]).any()) is ("layers.1." in name)
+    on = loop.train(grown(overrides, frozen / "final", tmp_path / "on", "growth=source", "transfer=continued"))
+    assert (on / "summary.json").is_file()
 
 
 def test_freezing_all_there_is_is_refused(overrides: list[str], source: Path, tmp_path: Path) -> None:
