@@ -7,8 +7,9 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -54,8 +55,11 @@ MEMORY_GIB = {
 
 
 @contextmanager
-def session(precision: str, sharding: ShardingSettings | None = None) -> Iterator[Accelerator]:
+def session(precision: str, sharding: ShardingSettings | None = None, hang_seconds: float | None = None) -> Iterator[Accelerator]:
     """An `Accelerator` for one run. Its process group and its singletons end with the block, also when the run fails.
+
+    Args:
+        hang_seconds: after which train/watch.py ends a run whose processes wait for one another; the library's own limit comes later.
 
     Raises:
         UserError: bf16 was asked for on a GPU that lacks it, or FSDP from Accelerate's launcher.
@@ -65,7 +69,7 @@ def session(precision: str, sharding: ShardingSettings | None = None) -> Iterato
     matmul = torch.get_float32_matmul_precision()
     _reset()
     logging.disable_progress_bar()  # a bar for each model that is read or written would break up the run's own lines
-    _join_processes(cpu)
+    _join_processes(cpu, hang_seconds)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
         accelerator = open_accelerator(sharding, cpu=cpu, mixed_precision=_mixed_precision(precision, cpu))
@@ -85,10 +89,11 @@ def session(precision: str, sharding: ShardingSettings | None = None) -> Iterato
             logging.enable_progress_bar()
 
 
-_sessions = itertools.count()
+_sessions, _watches = itertools.count(), itertools.count()
+LIBRARY_S = 1800.0  # that torch.distributed waits at least
 
 
-def _join_processes(cpu: bool) -> None:
+def _join_processes(cpu: bool, hang_seconds: float | None) -> None:
     """Start the process group of a distributed run under a name of its own, in a store that outlives it.
 
     In a sweep, the next run would else find this one's addresses in the launcher's store, or meet a store that ends with this run.
@@ -96,7 +101,16 @@ def _join_processes(cpu: bool) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         store, rank, world = _meeting_place()
         store = torch.distributed.PrefixStore(f"session-{next(_sessions)}", store)
-        torch.distributed.init_process_group("gloo" if cpu else "nccl", store=store, rank=rank, world_size=world)
+        limit = None if hang_seconds is None else timedelta(seconds=max(LIBRARY_S, 2 * hang_seconds))
+        torch.distributed.init_process_group("gloo" if cpu else "nccl", store=store, rank=rank, world_size=world, timeout=limit)
+
+
+def signs() -> torch.distributed.Store | None:
+    """A connection of its own to where the processes of this session meet, for train/watch.py; None for one process."""
+    if not torch.distributed.is_initialized():
+        return None
+    store: Any = _meeting_place()[0]
+    return torch.distributed.PrefixStore(f"signs-{next(_watches)}", store.clone())
 
 
 @cache

@@ -70,7 +70,10 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
     elif further := run_folder.shorter_run(settings):
         console.say(further)
 
-    with session(loop.precision, settings.sharding) as accelerator, run_folder.locked(folder, accelerator.is_main_process):
+    with (
+        session(loop.precision, settings.sharding, loop.hang_seconds) as accelerator,
+        run_folder.locked(folder, accelerator.is_main_process),
+    ):
         # ---- 2. Who trains: every process, and the main one writes --------------------------------------------------------------------
         main = accelerator.is_main_process
 

@@ -127,6 +127,7 @@ class LoopSettings:
     keep_optimizer: bool  # Adam's state beside the final model, for a growth that takes it over
     keep_best: bool  # the checkpoint of the lowest validation loss too, saved when it is measured
     save_async: bool  # write from a copy while training goes on
+    hang_seconds: float | None  # of several processes: without the end of a step, the one that hangs is named, and the run ends
     skip_nonfinite: int  # steps whose loss or gradient is not finite that a run passes over before it stops
     precision: Literal["auto", "bf16", "fp32"]
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
@@ -248,7 +249,7 @@ def _disagreements(settings: Settings) -> list[str]:
     """What is wrong between well-typed values."""
     loop, schedule, growth = settings.train, settings.schedule, settings.growth
     counts = ("budget_tokens", "batch_tokens", "context", "eval_tokens", "log_every_tokens", "keep")
-    optional = ("micro_batch", "eval_every_tokens", "save_every_tokens", "gradient_clip")
+    optional = ("micro_batch", "eval_every_tokens", "save_every_tokens", "gradient_clip", "hang_seconds")
     faults = [f"train.{key}: must be positive; found {getattr(loop, key)}" for key in counts if getattr(loop, key) <= 0]
     faults += [f"train.{key}: must be positive, or null; found {getattr(loop, key)}" for key in optional if (getattr(loop, key) or 1) <= 0]
     if not faults:
@@ -385,6 +386,7 @@ NEUTRAL = (
     *("train.keep", "train.keep_best", "train.keep_optimizer", "train.save_every_tokens", "train.save_async"),
     *("sharding", "train.micro_batch"),  # nothing but rounding
     "schedule.horizons",  # each of them is the run that its budget alone would give
+    "train.hang_seconds",
     "train.skip_nonfinite",  # a run that had to stop may go on with more of them
 )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.errors import UserError
 from train.data import TokenSplit
@@ -192,3 +192,15 @@ def step_seed(seed: int, step: int, row: int) -> int:
     A resumed run draws what an undisturbed one would have drawn, and so does a run on other processes whose micro-batches are the same.
     """
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {row}".encode()).digest()[:8]) >> 1
+
+
+def drawn(network: nn.Module) -> str | None:
+    """The line that a run says of a network with dropout; None of one without. The modules tell it, whatever a config calls it."""
+    rates: dict[str, float] = {}
+    for module in network.modules():
+        own = {"dropout": module.p} if isinstance(module, nn.Dropout) else vars(module)
+        rates |= {key: value for key, value in own.items() if "drop" in key and isinstance(value, float) and 0.0 < value <= 1.0}
+    if not rates:
+        return None
+    told = ", ".join(f"{key} {value:g}" for key, value in sorted(rates.items()))
+    return f"{told}: masks are drawn for each micro-batch, so losses depend on train.micro_batch and on the number of processes"

@@ -16,7 +16,7 @@ from model.geometry import parameter_count
 from train import folder as run_folder
 from train import state
 from train.data import TokenData
-from train.device import device_name
+from train.device import device_name, signs
 from train.distribute import prepare as prepare_processes
 from train.distribute import whole_weights
 from train.evaluate import evaluate
@@ -34,9 +34,10 @@ from train.signals import Stopped, any_process
 from train.speed import speed_up
 from train.stages import Stage
 from train.start import grow_on, starting_model
-from train.step import NotFinite, Step
+from train.step import NotFinite, Step, drawn
 from train.teacher import Teacher, taught
 from train.transfer import entry_rates, mup_rates, named_state, take_over
+from train.watch import watching
 from train.way import Way
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class Trainee:
         self.step = Step(self.model, self.optimizer, accelerator, run.data.train, settings, entries)
         tokens = Budget.of(loop).tokens_per_step
         run.console.say(f"{parameters:,} parameters, steps {run.meter.position.step} to {stage.last} of {tokens:,} tokens")
-        if line := unbalanced(self.network):
+        for line in filter(None, (unbalanced(self.network), drawn(self.network))):
             run.console.say(line)
         device, precision = device_name(accelerator.device), "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
         run.console.say(f"{device}, {accelerator.num_processes} process(es), {precision}, attention {way.attention} ({way.why})")
@@ -100,7 +101,11 @@ class Trainee:
         loop, budget, meter, log = settings.train, Budget.of(settings.train), run.meter, run.log
         position, checkpoints = meter.position, run.folder / run_folder.CHECKPOINTS
         standing = None if self.saved is None else position.step
-        with saving(checkpoints, self.objective, self.optimizer.optimizer, run.accelerator, loop, standing) as saver:
+        processes = run.accelerator.process_index, run.accelerator.num_processes
+        with (
+            watching(signs(), *processes, loop.hang_seconds) as self.watch,
+            saving(checkpoints, self.objective, self.optimizer.optimizer, run.accelerator, loop, standing) as saver,
+        ):
             if self.saved is None:
                 self.validate("eval" if stage.number == 0 else "growth")
             if self.saved is None and stage.number == 0 and not run.accelerator.is_fsdp2:  # a sharded network writes when it is whole again
@@ -111,6 +116,7 @@ class Trainee:
             while position.step < stage.last:
                 # ---- 6. One step (train/step.py) --------------------------------------------------------------------------------------
                 rate = self.step.rate(position.step)
+                self.sign()
                 try:
                     meter.count(*self.step(position.step))
                 except NotFinite as fault:
@@ -139,6 +145,7 @@ class Trainee:
                                 keep_stable(run.folder, settings, position.step)
                 if stopped:
                     saver.wait()
+                    run.accelerator.wait_for_everyone()  # the first process to end may take the others with it
                     by = run.asked()
                     said = f"stopped by {by or 'a signal to another process'} after step {position.step}, which is saved"
                     raise Stopped(said, by)
@@ -171,9 +178,15 @@ class Trainee:
         saver.wait()
         return fault.with_way_out(saver.newest)
 
+    def sign(self) -> None:
+        """Something has ended, and nothing hangs."""
+        if self.watch is not None:
+            self.watch.step()
+
     def validate(self, kind: str = "eval") -> None:
         """Take the validation loss, off the training clock, and tell it: of a network that has just grown as "growth"."""
         run, position = self.run, self.run.meter.position
+        self.sign()
         with run.meter.paused():
             found = evaluate(self.objective, run.windows, run.accelerator, run.data.validation.bytes_per_token)
         if kind == "eval":
