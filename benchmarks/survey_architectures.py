@@ -104,7 +104,6 @@ def _tried(ask: Callable[[], Any]) -> Any:
 def _flops(config: dict[str, Any]) -> Story:
     """How far the ledger's FLOPs are from PyTorch's counter at two contexts, and where the ledger has them from."""
     from model.flops import counted
-
     from model.geometry import flops_per_token, flops_source
 
     counts = {context: counted(config, context) for context in CONTEXTS}

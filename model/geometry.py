@@ -1,15 +1,22 @@
-"""What a config costs: parameters and training FLOPs, counted from the schema, or from the library's class where there is no schema."""
+"""What a config costs: parameters and training FLOPs, counted from the schema, or from the library's class where there is no schema.
+
+FLOPs have two sources. A formula over a family's schema, which PyTorch's counter confirms; and the counter itself (`model.flops`), for
+classes without a schema and for windowed attention. Where a class cannot be traced without weights, a formula over its parameters is left.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from .family import Config, Tensor, family_of, has_schema
+from .flops import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k")
 
 
 def parameter_count(config: Config) -> int:
@@ -32,12 +39,32 @@ def matmul_parameter_count(config: Config) -> float:
 def flops_per_token(config: Config, context: int) -> float:
     """Training FLOPs (forward and backward) per token at `context` tokens per sequence.
 
-    Forward: 2 per matrix weight, and 2·heads·(qk + v) per attended position, of which causal attention has (context + 1) / 2 on average.
-    Backward is twice the forward (Kaplan et al., 2001.08361; the attention term as in PaLM, 2204.02311, halved for the causal mask).
-    Norms, activations, softmax and the optimizer are left out.
+    Forward: 2 per matrix weight, and 2·heads·(qk + v) per attended position, of which causal attention has (context + 1) / 2 on average and
+    a sliding window at most its width. Backward is twice the forward (Kaplan et al., 2001.08361; the attention term as in PaLM, 2204.02311,
+    halved for the causal mask). Norms, activations, softmax and the optimizer are left out.
     """
-    attention = 2 * _attention_width(config) * (context + 1) / 2
-    return 3.0 * (2 * matmul_parameter_count(config) + attention)
+    found = None if _by_schema(config, context) else counted(config, context)
+    return 3.0 * (2 * matmul_parameter_count(config) + _attention(config, context) if found is None else found.total)
+
+
+def flops_source(config: Config, context: int) -> str:
+    """Where `flops_per_token` comes from, in words."""
+    if _by_schema(config, context):
+        return "formula over the family's schema"
+    if counted(config, context) is not None:
+        return "PyTorch's counter, over the class's forward pass"
+    return "formula over the class's parameters: the class does not run without weights, so nothing was counted"
+
+
+def _by_schema(config: Config, context: int) -> bool:
+    windows = (value for key, value in config.items() if "window" in key and type(value) is int)
+    return has_schema(config) and all(window >= context for window in windows)
+
+
+def _attention(config: Config, context: int) -> float:
+    """Forward FLOPs per token of the scores and the weighted values."""
+    found = None if _by_schema(config, context) else counted(config, context)
+    return _attention_width(config) * (context + 1) if found is None else found.attention
 
 
 def unpaid_flops_per_token(config: Config, context: int, frozen: Collection[str]) -> float:
@@ -53,8 +80,7 @@ def unpaid_flops_per_token(config: Config, context: int, frozen: Collection[str]
     places = _places(tensors, layers)
     still = [(tensor.line.tied_to if tensor.tied else tensor.name) in frozen for tensor in tensors]
     first = min((place for place, stays in zip(places, still, strict=True) if not stays), default=layers + 1)
-    attention = 2 * _attention_width(config) / layers * (context + 1) / 2
-    unpaid = 2.0 * attention * min(max(first, 0), layers)
+    unpaid = 2.0 * _attention(config, context) / layers * min(max(first, 0), layers)
     for tensor, place, stays in zip(tensors, places, still, strict=True):
         if _multiplies(tensor):
             unpaid += 2.0 * prod(tensor.shape) * (stays + (place < first))
@@ -105,9 +131,15 @@ def _matmul_parameters_of_class(config: Config) -> float:
     model = _class_of(config)
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings()
-    experts = config.get("num_experts_per_tok") or config.get("top_k") or 1
+    experts = _experts_per_token(config)
     total = 0.0
     for parameter in model.parameters():
         if parameter.ndim >= 2 and (id(parameter) not in looked_up or parameter is getattr(head, "weight", None)):
             total += parameter.numel() * (min(1.0, experts / parameter.shape[0]) if parameter.ndim == 3 else 1.0)
     return total
+
+
+def _experts_per_token(config: Config) -> int:
+    """As the config spells it, also in a part of it (DBRX); 1 where it says nothing."""
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    return next((int(part[key]) for part in parts for key in EXPERTS_PER_TOKEN if part.get(key)), 1)

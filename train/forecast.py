@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from model.build import build_model, known_size
 from model.config import read_config, resolve_target
 from model.errors import UserError
-from model.geometry import parameter_count
+from model.geometry import flops_source, parameter_count
 from train.device import MEMORY_GIB, PEAK_BF16_FLOPS, named, peak_flops
 from train.loss import CHUNK_TOKENS
 from train.optimizer import parameter_groups
@@ -60,6 +60,7 @@ class Forecast:
     pieces: int  # forward passes of one GPU in one step
     flops_per_token: float  # on average over its stages
     flops: float  # of the network; a teacher's come on top
+    flops_from: str
     hours: float | None  # None where the device is not known
     memory: Memory
 
@@ -92,6 +93,7 @@ def forecast(settings: Settings) -> Forecast:
         pieces=-(-share // rows),
         flops_per_token=total / (budget.steps * budget.tokens_per_step),
         flops=total,
+        flops_from=flops_source(config, loop.context),
         hours=None if peak is None else total / (plan.gpus * peak * plan.mfu) / 3600,
         memory=memory(settings, config, network, groups, rows),
     )
@@ -185,7 +187,7 @@ def tell(settings: Settings) -> str:
     shape = f"{plan.gpus} × {found.pieces} × {loop.micro_batch or 'all'} windows of {loop.context}"
     lines += [
         f"steps         {found.steps:,} of {found.tokens_per_step:,} tokens ({shape}): {found.steps * found.tokens_per_step:,} tokens",
-        f"FLOPs         {found.flops_per_token:.4g} per token × tokens = {found.flops:.4g}",
+        f"FLOPs         {found.flops_per_token:.4g} per token × tokens = {found.flops:.4g} ({found.flops_from})",
     ]
     if found.hours is None or peak is None:
         lines.append(f"hours         not known for {plan.device}; known: {', '.join(PEAK_BF16_FLOPS)}")

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from model.config import read_config
-from model.geometry import flops_per_token, parameter_count
+from model.geometry import flops_per_token, flops_source, parameter_count
 from train import folder as run_folder
 from train import state
 from train.data import TokenData, check_vocabulary, prepare
@@ -161,6 +161,7 @@ def facts(settings: Settings, config: dict[str, Any], data: TokenData, accelerat
     return {
         "parameters": parameter_count(config),
         "flops_per_token": flops_per_token(config, settings.train.context),
+        "flops_from": flops_source(config, settings.train.context),
         "tokens_per_step": budget.tokens_per_step,
         "budget_tokens": budget.steps * budget.tokens_per_step,
         "data": {"fingerprint": data.fingerprint, "bytes_per_token": data.validation.bytes_per_token, "tokens_read": read},

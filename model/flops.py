@@ -1,0 +1,193 @@
+"""FLOPs by PyTorch's own counter: a forward pass of a model of any class is watched, at its real size on the meta device.
+
+`torch.utils.flop_counter.FlopCounterMode` counts every multiplication of matrices by its shapes. Two things are set right here: attention
+is counted over the pairs of positions that its mask lets through (causal, sliding windows, chunks), not over all of them; and of experts
+only those that a token is sent to are computed (`batched_mm`). Towers that text does not go through are not counted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from .build import meta_model, quietly
+from .errors import UserError
+from .family import Config
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+STEP = 64  # tokens: passes over one, two and three times so many tell what is constant, what grows with the context and with its square
+EXACT_CONTEXT, SAMPLES = 4096, 1024  # beyond so many positions, so many of them stand for all
+NAME = "counted"  # of the attention that only counts
+
+
+@dataclass(frozen=True)
+class Count:
+    """Forward FLOPs per token at one context.
+
+    Attributes:
+        matrices: what does not depend on the context.
+        attention: scores and weighted values, over the pairs of positions that attend.
+    """
+
+    matrices: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        return self.matrices + self.attention
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One layer's attention: its FLOPs for a pair of positions, and which pairs attend (None: causal)."""
+
+    flops_per_pair: float
+    mask: Callable[..., Any] | None
+
+
+def count(model: PreTrainedModel, context: int) -> Count:
+    """The forward FLOPs per token of a built model of any size at `context` tokens per sequence.
+
+    The model runs on text, on at most 192 tokens; it may lie on the meta device. Its attention and experts are computed by other
+    implementations meanwhile, and it is in eval mode.
+
+    Raises:
+        Exception: of any kind, as the library's classes raise them where they do not run.
+    """
+    calls: list[_Call] = []
+    known = model.config.get_text_config()
+    limits = (getattr(known, key, None) for key in ("max_position_embeddings", "max_seq_len", "n_positions"))
+    limit = next((limit for limit in limits if limit), 3 * STEP)
+    step = max(1, min(STEP, limit // 3))
+    totals = []
+    with _counting(model, calls), quietly():
+        for length in (step, 2 * step, 3 * step):
+            calls.clear()
+            totals.append(_forward_flops(model, length))
+    # What the attention interface does not do: c + a · n + b · n², of which attention that a class computes itself does b over all pairs.
+    first, second, third = totals
+    square = (third - 2 * second + first) / (2 * step**2)
+    linear = (second - first) / step - 3 * square * step
+    constant = first - linear * step - square * step**2
+    means = {id(call.mask): _mean_attended(call.mask, context) for call in calls}
+    attention = sum(call.flops_per_pair * means[id(call.mask)] for call in calls)
+    return Count(linear + constant / context, attention + square * (context + 1) / 2)
+
+
+def counted(config: Config, context: int) -> Count | None:
+    """`count` of a model of `config` at its own size, without memory; None where its class does not run so."""
+    return _counted(json.dumps(config, sort_keys=True, default=repr), _Held(config), context)
+
+
+class _Held(dict[str, Any]):
+    """A config beside the text that it is cached by."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return 0
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+
+@lru_cache(maxsize=256)
+def _counted(key: str, config: _Held, context: int) -> Count | None:
+    try:
+        return count(meta_model(dict(config)), context)
+    except UserError:
+        raise
+    except Exception:  # the library's classes raise every kind
+        return None
+
+
+def _forward_flops(model: PreTrainedModel, length: int) -> int:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    tokens = torch.zeros(1, length, dtype=torch.int64, device=next(model.parameters()).device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=tokens, use_cache=False)
+    return counter.get_total_flops()
+
+
+@contextmanager
+def _counting(model: Any, calls: list[_Call]) -> Iterator[None]:
+    """With attention that only counts, and experts as products of matrices, where the class goes through the library's interfaces."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    masks: dict[int, Callable[..., Any]] = {}
+    alive: list[torch.Tensor] = []  # so that no storage is used again
+
+    def make_mask(batch_size: int, q_length: int, kv_length: int, mask_function: Any, device: Any = "cpu", **_: Any) -> Any:
+        import torch
+
+        mask = torch.zeros(batch_size, 1, q_length, kv_length, device=device)
+        masks[mask.untyped_storage()._cdata] = mask_function
+        alive.append(mask)
+        return mask
+
+    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, *_: Any, **__: Any) -> Any:
+        heads, width = query.shape[1], query.shape[-1] + value.shape[-1]
+        storage = None if attention_mask is None else attention_mask.untyped_storage()._cdata
+        calls.append(_Call(2.0 * heads * width, masks.get(storage)))  # type: ignore[arg-type]
+        return query.new_zeros(query.shape[0], query.shape[2], heads, value.shape[-1]), None
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, make_mask)
+    training = model.training
+    with ExitStack() as stack:
+        for name, module in _configs(model):
+            stack.enter_context(patch.object(module, name, NAME if "attn" in name else "batched_mm"))
+        # Each row is one sequence; whether it is would be asked of values that are not there.
+        stack.enter_context(patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None))
+        stack.callback(model.train, training)
+        model.eval()
+        try:
+            yield
+        finally:
+            for interface in (AttentionInterface, AttentionMaskInterface):
+                interface._global_mapping.pop(NAME, None)
+
+
+def _configs(model: Any) -> Iterator[tuple[str, Any]]:
+    """(attribute, config) for every implementation that the configs of a model's modules name."""
+    seen: set[int] = set()
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and id(config) not in seen and hasattr(config, "_attn_implementation_internal"):
+            seen.add(id(config))
+            yield "_attn_implementation_internal", config
+            if hasattr(config, "_experts_implementation_internal"):
+                yield "_experts_implementation_internal", config
+
+
+def _mean_attended(mask: Callable[..., Any] | None, context: int) -> float:
+    """Of how many positions a position reads on average over a sequence of `context`.
+
+    Up to `EXACT_CONTEXT` every pair is asked of the mask; beyond, `SAMPLES` queries are, and what lies between them is interpolated.
+    """
+    import torch
+
+    if mask is None:
+        return (context + 1) / 2
+    queries = torch.arange(context)
+    if context > EXACT_CONTEXT:
+        queries = torch.linspace(0, context - 1, SAMPLES).round().long()
+    zero, keys = torch.zeros((), dtype=torch.int64), torch.arange(context)[None, :]
+    try:
+        parts = [mask(zero, zero, part[:, None], keys) for part in queries.split(128)]
+        attended = torch.cat([part.expand(-1, context).sum(1) for part in parts]).double()
+    except Exception:  # a mask that takes no whole rows of positions
+        return (context + 1) / 2
+    if context <= EXACT_CONTEXT:
+        return float(attended.mean())
+    steps = queries.diff()
+    between = (steps * (attended[1:] + attended[:-1]) / 2).sum() + (attended[0] + attended[-1]) / 2
+    return float(between / context)
