@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -36,14 +38,16 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
 
     faults: list[str] = []
     parsed = [override for text in overrides if (override := _parse(text, faults)) is not None]
-    choices = [o for o in parsed if _is_choice(folder, o) and _choice_holds(folder, o, faults)]
+    groups = _groups(folder, name)
+    choices = [o for o in parsed if _is_choice(groups, o) and _choice_holds(folder, o, faults)]
     with initialize_config_dir(str(folder), version_base="1.3"):
         try:
             cfg = compose(name, [str(o.input_line) for o in choices])
-            values = [o for o in parsed if not _is_choice(folder, o) and _key_holds(cfg, o, folder, faults)]
-            if any(o.is_add() or o.is_force_add() or o.is_delete() or o.key_or_group.startswith("hydra") for o in values):
-                return compose(name, [str(o.input_line) for o in (*choices, *values)]), faults
-            for value in values:  # as Hydra does; composing again would take longer than planning a growth
+            values = [o for o in parsed if not _is_choice(groups, o) and _key_holds(cfg, o, folder, faults)]
+            changes = [o for o in values if o.is_add() or o.is_force_add() or o.is_delete() or o.key_or_group.startswith("hydra")]
+            if changes:
+                cfg = compose(name, [str(o.input_line) for o in (*choices, *changes)])
+            for value in (o for o in values if o not in changes):  # as Hydra does; composing again would take longer than planning a growth
                 OmegaConf.update(cfg, value.key_or_group, value.value(), merge=True)
             return cfg, faults
         except (HydraException, OmegaConfBaseException) as error:
@@ -77,24 +81,66 @@ def load_yaml(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
+def plain_text(text: str) -> str:
+    """An override whose value Hydra's grammar would not read as the path that it is, quoted; a leading `~` is expanded.
+
+    `source=runs/lr=0.1/final` → `source='runs/lr=0.1/final'`. Lists, dicts, functions and what is quoted already stay as they are, unless
+    there is a file or folder of exactly that name.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser, create_functions
+    from hydra.errors import HydraException
+
+    key, equals, value = text.partition("=")
+    if not equals or not value:
+        return text
+    path = os.path.expanduser(value)
+    quoted = f"{key}='" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", path)) + "'"
+    if _SPECIAL.search(value) and os.path.lexists(path):
+        return quoted
+    function = re.fullmatch(r"(\w+)\(.*\)", value)
+    if value[0] in "'\"[{" or (function and function[1] in create_functions().functions):
+        return text
+    try:
+        OverridesParser.create().parse_override(text)
+    except HydraException:
+        return quoted
+    return text
+
+
+_SPECIAL = re.compile(r"[^\w./\\+-]|[^\x00-\x7f]")  # what makes a value more than a word to Hydra
+
+
 def _parse(text: str, faults: list[str]) -> Override | None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    key = text.partition("=")[0]
     try:
-        override = OverridesParser.create().parse_override(text)
+        override = OverridesParser.create().parse_override(plain_text(text))
     except HydraException:
-        faults.append(f"override {text!r}: not of the form key=value (quote values with commas or braces: 'target={{hidden_size:96}}')")
+        way = "quote values with commas or braces: 'target={hidden_size:96}'"
+        faults.append(f"{key}: override {text!r} is not of the form key=value ({way})")
         return None
     if override.is_sweep_override():
-        faults.append(f"override {text!r}: several values; add -m to sweep over them")
+        faults.append(f"{key}: override {text!r} gives several values; add -m to sweep over them")
         return None
     return override
 
 
-def _is_choice(folder: Path, override: Override) -> bool:
+def _groups(folder: Path, name: str) -> set[str]:
+    """The groups of `folder` that the config `name` chooses from; a key of its own that is called as a group is a value."""
+    from omegaconf import OmegaConf
+
+    own = OmegaConf.load(folder / f"{name}.yaml")
+    assert isinstance(own, Mapping)
+    chosen = {str(key) for entry in own.get("defaults", ()) if isinstance(entry, Mapping) for key in entry}
+    groups = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_dir()}
+    return {group for group in groups if group in chosen or group not in own}
+
+
+def _is_choice(groups: set[str], override: Override) -> bool:
     """Whether it chooses a file of a group (growth=tile) and sets no value."""
-    return not override.key_or_group.startswith("hydra/") and (folder / override.key_or_group).is_dir()  # Hydra knows its own groups
+    return not override.key_or_group.startswith("hydra/") and override.key_or_group in groups  # Hydra knows its own groups
 
 
 def _choice_holds(folder: Path, override: Override, faults: list[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,6 +104,7 @@ def grow(
         out=out, overwrite=overwrite, receipt=receipt, threads=threads, max_shard_bytes=max_shard_bytes, revision=revision,
         optimizer=optimizer, nonfinite=nonfinite, worker=worker, progress=progress,
     )  # fmt: skip
+    out = Path(os.path.expanduser(out))
     with Checkpoint(locate(source, revision)) as checkpoint:
         ledger = read_ledger(checkpoint.folder)
         made = plan(checkpoint, target, operator, depth=depth, noise=noise, seed=seed, dtype=dtype, **options)
@@ -112,7 +114,7 @@ def grow(
         adam = None if optimizer is None else _read_adam(optimizer, made)
         shards = shards_of(made, max_shard_bytes)
         how: dict[str, Any] = {"threads": threads, "progress": progress}
-        reads = (*checkpoint.files, *([] if optimizer is None else [Path(optimizer)]))
+        reads = (*checkpoint.files, *([] if optimizer is None else [Path(os.path.expanduser(optimizer))]))
 
         def complete(folder: Path) -> Receipt | None:
             """What a folder holds besides its shards, written and verified."""
@@ -132,12 +134,12 @@ def grow(
             return measured
 
         if worker is not None:
-            place = Place(Path(out), overwrite, reads)
+            place = Place(out, overwrite, reads)
             return _grow_share(place, made, reader, checkpoint, shards, Worker.parse(worker), complete, **how)
         with complete_or_absent(out, overwrite=overwrite, reads=reads) as folder:
             write_weights(made, reader, folder, shards, **how)
             measured = complete(folder)
-    return Grown(Path(out), made, measured, notes=checkpoint.notes)
+    return Grown(out, made, measured, notes=checkpoint.notes)
 
 
 def _grow_share(
@@ -169,7 +171,7 @@ def _grow_share(
 def _read_adam(path: str | Path, plan: Plan) -> AdamState:
     from .adam import read_adam  # imports torch, which growing weights does without
 
-    return read_adam(path, plan)
+    return read_adam(Path(os.path.expanduser(path)), plan)
 
 
 def _write_adam(folder: Path, plan: Plan, adam: AdamState, max_shard_bytes: int, **how: Any) -> None:

@@ -61,7 +61,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(os.path.expanduser(folder))
         if not self.folder.is_dir():
             raise UserError(f"source {str(folder)!r}: no such folder")
         self.config = read_config(self.folder)
@@ -298,7 +298,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     """
     if not isinstance(source, str | Path):
         raise UserError(f"source {source!r:.80}: expected a folder or a Hugging Face name; found {type(source).__name__}")
-    folder = Path(source)
+    folder = Path(os.path.expanduser(source))
     if folder.is_dir():
         return folder
     if folder.is_absolute() or not _HUB_NAME.fullmatch(str(source)) or folder.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,6 +16,7 @@ from .presets import PRESETS, preset, preset_sizes
 Target: TypeAlias = "str | Path | Mapping[str, Any] | Any"  # preset name, folder, overrides, or a transformers config
 
 ROPE, THETA = ("rope_scaling", "rope_parameters"), ("rotary_emb_base", "rope_theta")  # older configs keep the base outside
+DTYPES = {"dtype", "torch_dtype"}  # how transformers 5 and 4 call what tensors are stored in
 MAX_JSON_BYTES, MAX_CONFIG_BYTES = 64 << 20, 4 << 20  # no honest index or tokenizer, no honest config is larger
 MAX_VALUES, MAX_CONFIG_VALUES = 2_000_000, 100_000  # nor holds more: of what a parser makes, a value takes a hundred times its bytes
 
@@ -124,14 +126,14 @@ def resolve_target(target: Target, source: Config | None = None, family: Family 
         UserError: the preset, folder or key is unknown (with near matches), or overrides come without a source.
     """
     if hasattr(target, "to_dict"):
-        return flat(target.to_dict())
+        return _stored_as(source, flat(target.to_dict()))
     if isinstance(target, Mapping):
         return _overlay(flat(target), source, family)
     if str(target) in PRESETS:
         return preset(str(target)) if source is None else _overlay(preset_sizes(str(target)), source, family)
-    folder = Path(target)
+    folder = Path(os.path.expanduser(target))
     if folder.is_dir():
-        return read_config(folder)
+        return _stored_as(source, read_config(folder))
     raise UserError(f"unknown target {str(target)!r}: neither a folder nor a preset; {did_you_mean(str(target), PRESETS)}")
 
 
@@ -146,7 +148,10 @@ def _overlay(overrides: dict[str, Any], source: Config | None, family: Family | 
         raise UserError(f"target: model_type {other!r} differs from the source's {source['model_type']!r}; a family grows into itself only")
     overrides = {family.field_name(key) if key not in source else key: value for key, value in overrides.items()}
     rotary = overrides.pop(family.rotary_field, None)
-    known = {*source, *(family.field_name(name) for name in STANDARD if family.knows(name))}
+    for key in DTYPES & overrides.keys():
+        if overrides[key] != next(filter(None, map(source.get, sorted(DTYPES))), None):
+            raise UserError(f"target: {key} {overrides[key]!r}: the grown tensors keep the source's dtype; leave it out here")
+    known = {*source, *DTYPES, *(family.field_name(name) for name in STANDARD if family.knows(name))}
     known |= {"rope_parameters"} if family.rotary is not None else set()
     UserError.collect(f"target: unknown config key {key!r}; {did_you_mean(key, known)}" for key in overrides if key not in known)
     rope = overrides.pop("rope_parameters", None) or {}
@@ -170,6 +175,14 @@ def _overlay(overrides: dict[str, Any], source: Config | None, family: Family | 
     if rotary is None and 0 < turned < family.sizes(source)["qk"]:
         rotary = rotary_share(turned, family.sizes(config)["qk"])
     return config if rotary is None else with_rotary_share(config, family.rotary_field, rotary)
+
+
+def _stored_as(source: Config | None, config: dict[str, Any]) -> dict[str, Any]:
+    """A target's config with the dtype that the source's says, in which its tensors are written."""
+    if source is None:
+        return config
+    said = {key: source[key] for key in DTYPES & source.keys()}
+    return {key: value for key, value in config.items() if key not in DTYPES} | said
 
 
 def rope_of(config: Config) -> dict[str, Any]:

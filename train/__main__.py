@@ -31,6 +31,7 @@ from omegaconf import DictConfig
 
 from model.errors import UserError
 from model.interrupt import started
+from train.door import plain_text
 from train.naming import tell_changes
 from train.settings import CONF, Settings, compose, settings_from
 from train.trackers import check_installed
@@ -66,7 +67,7 @@ def _hydra(cfg: DictConfig) -> None:
 
 def main() -> None:
     """The door. Calls and sweeps are composed here first, so that all faults are told with near matches; any other flag is Hydra's."""
-    arguments = sys.argv[1:]
+    arguments = sys.argv[1:] = [plain_text(argument) for argument in sys.argv[1:]]
     flags = [argument for argument in arguments if argument.startswith("-")]
     overrides = [argument for argument in arguments if argument not in flags]
     try:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from growth.door import compose_config, load_yaml, plain, read
+from growth.door import compose_config, load_yaml, plain, plain_text, read
 from model.errors import UserError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
-__all__ = ["compose_config", "load_yaml", "plain", "read", "sweep_points"]
+__all__ = ["compose_config", "load_yaml", "plain", "plain_text", "read", "sweep_points"]
 
 
 def sweep_points(overrides: list[str]) -> list[list[str]]:
