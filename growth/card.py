@@ -17,6 +17,40 @@ if TYPE_CHECKING:
 MAX_CARD = 1 << 20  # characters of a model card that are looked at
 
 
+def summary(plan: Plan) -> list[str]:
+    """Five lines: what grows how, into what, and whether it is lossless."""
+    sizes, target = plan.growth.source, plan.growth.target
+    grows = ", ".join(f"{space} {sizes[space]} → {target[space]}" for space in sizes if space != "layer" and sizes[space] != target[space])
+    reasons = plan.certificate.reasons
+    said = (
+        "lossless" if not reasons else f"not lossless: {reasons[0]:.100}" + (f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else "")
+    )
+    return [
+        f"Plan {plan.hash}: {plan.family.name} by {plan.operator!r}, noise {plan.noise:g}, seed {plan.growth.seed}",
+        f"  {plan.source_parameters:,} → {plan.target_parameters:,} parameters, {human_bytes(plan.target_bytes)}",
+        f"  {grows or 'no width grows'}",
+        f"  layers {plan.layers.source} → {plan.layers.target} by {plan.layers.rule!r}",
+        f"  certificate: {said}",
+    ]
+
+
+def describe(plan: Plan) -> str:
+    """The plan in words: spaces, layers, one line per module, certificate with its reasons, notes."""
+    spaces = [f"  {space}: {rule}" for space, rule in spaces_table(plan)]
+    rows = tensor_table(plan)
+    modules = [f"  {name}: {pattern}; {shapes} ({count} tensors, {human_bytes(size)})" for name, pattern, shapes, count, size in rows]
+    reasons = [f"  - {reason}" for reason in plan.certificate.reasons]
+    layers = [f"  {layer_table(plan)}"]
+    parts = {
+        "spaces": spaces,
+        "layers": layers,
+        "modules": modules,
+        "why not lossless": reasons,
+        "notes": [f"  {note}" for note in plan.notes],
+    }
+    return "\n".join([*summary(plan), *(line for title, lines in parts.items() if lines for line in (f"{title}:", *lines))])
+
+
 def spaces_table(plan: Plan) -> list[tuple[str, str]]:
     """(space, rule) for every space that the family has."""
     return [(space, expansion.rule) for space, expansion in plan.recipe.expansions.items() if plan.family.uses(space)]

@@ -39,7 +39,7 @@ ROWS = 1024  # of two tensors that are compared, at a time
 RECEIPT_PARAMETERS = 100_000_000  # above this a receipt is measured only when it is asked for: both models are loaded for it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Grown:
     """A finished growth: the folder, the plan it followed, and the receipt where one was measured.
 
@@ -53,6 +53,17 @@ class Grown:
     receipt: Receipt | None
     complete: bool = True
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """Five lines: the folder, what its plan says in short, and the receipt."""
+        plan, measured = repr(self.plan).splitlines(), self.receipt
+        state = f"Grown {self.folder}" if self.complete else f"Grown {self.folder} (in part: other workers are still to write)"
+        receipt = f"max |Δlogit| {measured.max_delta:.3g}, KL {measured.kl:.3g}" if measured else "not measured"
+        return "\n".join([f"{state}, {plan[0].lower()}", *plan[1:2], *plan[3:], f"  receipt: {receipt}"])
+
+    def describe(self) -> str:
+        """The plan in words (`Plan.describe`)."""
+        return self.plan.describe()
 
     @property
     def certificate(self) -> Certificate:
@@ -118,6 +129,7 @@ def grow(
 
         def complete(folder: Path) -> Receipt | None:
             """What a folder holds besides its shards, written and verified."""
+            checkpoint.check_unchanged()
             write_index(folder, shards)
             if adam is not None:
                 _write_adam(folder, made, adam, max_shard_bytes, **how)
@@ -156,7 +168,7 @@ def _grow_share(
     worker.share(shards)  # tells too many workers before anything is made
     agreed = agreement(plan, checkpoint, shards, worker)
     with shared_partial(place, worker, agreed) as shared:
-        write_share(plan, reader, shared, shards, worker, **how)
+        write_share(plan, reader, checkpoint, shared, shards, worker, **how)
         if not shared.is_complete(shards):
             return Grown(place.out, plan, None, complete=False)
         try:

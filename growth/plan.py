@@ -67,7 +67,10 @@ class Step:
         return tuple(axis.source for axis in self.maps)
 
 
-@dataclass(frozen=True, eq=False)
+TRUNKS = ("model", "transformer", "gpt_neox", "model.decoder")  # under what a head's class keeps the model that it is the head of
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """A growth, decided and not yet done.
 
@@ -90,6 +93,17 @@ class Plan:
     steps: tuple[Step, ...]
     dtypes: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        from .card import summary  # which knows plans
+
+        return "\n".join(summary(self))
+
+    def describe(self) -> str:
+        """The plan in words: spaces, layers, one line per module, certificate with its reasons, notes."""
+        from .card import describe
+
+        return describe(self)
 
     @property
     def family(self) -> Family:
@@ -380,6 +394,11 @@ def check_tensors(checkpoint: Held, growth: Growth, steps: Sequence[Step]) -> di
     faults = []
     if missing := [name for name, tensor in schema.items() if name not in stored and not tensor.tied]:
         faults.append(f"{checkpoint.folder}: missing {names_of(missing)}, which the {family.name} schema and this config require")
+    if missing and any(name in schema for name in (f"{trunk}.{stray}" for stray in stored for trunk in TRUNKS)):
+        raise UserError(
+            f"{checkpoint.folder}: holds the trunk alone ({names_of(stored)}), as a model without its head saves it; give the checkpoint "
+            "of the causal language model, saved by the class that AutoModelForCausalLM takes for it"
+        )
     if strange := [name for name in stored if name not in schema and not family.ignores(name)]:
         faults.append(f"{checkpoint.folder}: unknown {names_of(strange)}, which the {family.name} schema does not have")
     wrong: dict[tuple[str, str], list[str]] = {}  # (name with `*`, fault) → the tensors that have it: a fault of every layer is one fault

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from .place import MARK, WORKER, Place, disk_faults
 from .plan import Plan
 from .stream import Progress, Shards, write_weights
 
+SAMPLES = 16  # rows of each tensor of the source that workers compare
 PATIENCE = 10.0  # seconds to wait for a worker that is clearing or completing the folder
 
 
@@ -88,11 +90,16 @@ class Shared:
 def agreement(plan: Plan, checkpoint: Checkpoint, shards: Shards, worker: Worker) -> dict[str, Any]:
     """What must be the same for shards to belong together: the plan, the number of workers, the files, and the source's weights.
 
-    Of the weights, the first row of every tensor.
+    Of the weights, `SAMPLES` rows of every tensor, from the first to the last.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(checkpoint.tensors):
-        digest.update(checkpoint.read(name, 0, 1).tobytes() if checkpoint.tensors[name].shape else checkpoint.read(name).tobytes())
+        shape = checkpoint.tensors[name].shape
+        rows = prod(shape[:-1]) if len(shape) > 2 else shape[0] if shape else 0
+        for row in sorted({number * (rows - 1) // (SAMPLES - 1) for number in range(SAMPLES)} if rows else ()):
+            digest.update(checkpoint.read(name, row, row + 1).tobytes())
+        if not shape:
+            digest.update(checkpoint.read(name).tobytes())
     files = {file: [entry.name for entry in shard] for file, shard in shards.items()}
     return {"plan": plan.hash, "workers": worker.count, "source": digest.hexdigest(), "files": files}
 
@@ -138,7 +145,15 @@ def _agrees(partial: Path, mark: str) -> bool:
 
 
 def write_share(
-    plan: Plan, reader: Reader, shared: Shared, shards: Shards, worker: Worker, *, threads: int, progress: Progress | None = None
+    plan: Plan,
+    reader: Reader,
+    checkpoint: Checkpoint,
+    shared: Shared,
+    shards: Shards,
+    worker: Worker,
+    *,
+    threads: int,
+    progress: Progress | None = None,
 ) -> None:
     """Write this worker's shards one after the other, but for those that are there already."""
     missing = [file for file in worker.share(shards) if not (shared.folder / file).exists()]
@@ -146,6 +161,7 @@ def write_share(
         unfinished = f"{file}.writing"
         (shared.folder / unfinished).unlink(missing_ok=True)  # a killed worker's
         write_weights(plan, reader, shared.folder, {unfinished: shards[file]}, threads=threads, progress=progress)
+        checkpoint.check_unchanged()
         os.rename(shared.folder / unfinished, shared.folder / file)
 
 

@@ -64,12 +64,14 @@ class Checkpoint:
         self.folder = Path(os.path.expanduser(folder))
         if not self.folder.is_dir():
             raise UserError(f"source {str(folder)!r}: no such folder")
+        _check_kind(self.folder)
         self.config = read_config(self.folder)
         self.tensors = tensor_table(self.folder)
         self.quantised = quantisation(self.config) if any(map(_packed, self.tensors.values())) else None
         self._plain_now = self.quantised is None and quantisation(self.config) is not None
         if self._plain_now:
             self.config = {key: value for key, value in self.config.items() if not _quantises(key)}
+        self._stamps = {file: _stamp(file) for file in {stored.file for stored in self.tensors.values()}}
         self._files: dict[Path, int] = {}
 
     @property
@@ -90,6 +92,17 @@ class Checkpoint:
     def files(self) -> list[Path]:
         """The folder and the files that hold its weights, which may lie elsewhere (links into a cache)."""
         return [self.folder, *dict.fromkeys(stored.file for stored in self.tensors.values())]
+
+    def check_unchanged(self) -> None:
+        """Hold every file of weights against what it was when it was opened.
+
+        Raises:
+            UserError: one has another size or time of change, so that what was read may be a mixture of two checkpoints.
+        """
+        for file, stamp in self._stamps.items():
+            with reading(file):
+                if _stamp(file) != stamp:
+                    raise UserError(f"{file}: changed while it was read, so the result would mix two checkpoints; grow again")
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start:stop` of a tensor as raw bits, in a new array.
@@ -151,6 +164,34 @@ def quantisation(config: Mapping[str, Any]) -> str | None:
     if "quant_method" in said:
         return str(said["quant_method"])
     return "bitsandbytes" if any(str(key).startswith(("load_in", "bnb")) for key in said) else "an unnamed method"
+
+
+def _stamp(file: Path) -> tuple[int, int, int, int]:
+    """Size, time of change (ns), and which file it is."""
+    state = file.stat()
+    return state.st_size, state.st_mtime_ns, state.st_dev, state.st_ino
+
+
+def _check_kind(folder: Path) -> None:
+    """Tell what a folder is that is no checkpoint, and what was meant.
+
+    Raises:
+        UserError: it holds an adapter, or a checkpoint lies in a folder of it.
+    """
+    if (folder / "config.json").exists():
+        return
+    if (folder / "adapter_config.json").exists():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise UserError(
+            f"source {str(folder)!r}: an adapter of {base!r}, which has no weights of its own to grow; merge it into its base first "
+            "(peft: merge_and_unload, then save_pretrained) and give that folder"
+        )
+    inside = sorted(path.parent for path in folder.glob("*/config.json"))
+    meant = [path for path in inside if path.name == "final"] or inside[-1:]
+    if meant:
+        raise UserError(f"source {str(folder)!r}: holds no config.json; did you mean {str(meant[0])!r}?")
+    if (folder / "run.json").exists():
+        raise UserError(f"source {str(folder)!r}: a run that has no {folder.name}/final yet; finish it first")
 
 
 def tensor_table(folder: Path) -> dict[str, Stored]:
@@ -300,7 +341,10 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         raise UserError(f"source {source!r:.80}: expected a folder or a Hugging Face name; found {type(source).__name__}")
     folder = Path(os.path.expanduser(source))
     if folder.is_dir():
+        _check_kind(folder)
         return folder
+    if folder.is_file():
+        raise UserError(f"source {str(source)!r}: a file; give the folder that holds it with its config.json: {str(folder.parent)!r}")
     if folder.is_absolute() or not _HUB_NAME.fullmatch(str(source)) or folder.exists():
         raise UserError(f"source {str(source)!r}: no such folder, and not a Hugging Face name of the form owner/name")
     try:
