@@ -129,10 +129,7 @@ def _parse(text: str, faults: list[str]) -> Override | None:
 
 def _groups(folder: Path, name: str) -> set[str]:
     """The groups of `folder` that the config `name` chooses from; a key of its own that is called as a group is a value."""
-    from omegaconf import OmegaConf
-
-    own = OmegaConf.load(folder / f"{name}.yaml")
-    assert isinstance(own, Mapping)
+    own = load_yaml(folder / f"{name}.yaml")
     chosen = {str(key) for entry in own.get("defaults", ()) if isinstance(entry, Mapping) for key in entry}
     groups = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_dir()}
     return {group for group in groups if group in chosen or group not in own}
