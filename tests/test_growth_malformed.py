@@ -74,8 +74,13 @@ def config(**changes: Any) -> Spoil:
     return spoil
 
 
+def index_text(text: str) -> Spoil:
+    """An index of this text, and no single file, which would be taken before it."""
+    return all_of(lambda folder: (folder / WEIGHTS).unlink(missing_ok=True), file(INDEX, text))
+
+
 def index(weight_map: Any) -> Spoil:
-    return lambda folder: (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return index_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def file(name: str, content: bytes | str) -> Spoil:
@@ -311,11 +316,11 @@ CASES: dict[str, tuple[Spoil, str]] = {
     ),
     # ---- several files ----
     "index is no JSON": (
-        file(INDEX, "{"),
+        index_text("{"),
         "SOURCE/model.safetensors.index.json: not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))",
     ),
     "index without weight_map": (
-        file(INDEX, "{}"),
+        index_text("{}"),
         "SOURCE/model.safetensors.index.json: weight_map must be an object that names a file for every tensor",
     ),
     "weight_map is a list": (
@@ -385,8 +390,8 @@ CASES: dict[str, tuple[Spoil, str]] = {
         "model.layers.1.mlp.fc1.weight: 'ffn <- residual + bias' and config.json give shape (40, 24), the file has (24, 40)",
     ),
     "whole numbers": (
-        tensors(lambda stored: stored.update({FIRST: torch.ones(96, dtype=torch.int64)})),
-        "lm_head.bias: dtype I64; growth computes on F64, F32, F16 and BF16 weights (dequantise first)",
+        tensors(lambda stored: stored.update({FC1: torch.ones(40, 24, dtype=torch.int64)})),
+        "model.layers.1.mlp.fc1.weight: dtype I64; growth computes on F64, F32, F16 and BF16 weights (dequantise first)",
     ),
     "a NaN": (
         value(FC1, (3, 5), float("nan")),
