@@ -206,3 +206,33 @@ def test_every_name_of_the_door_has_an_optimizer() -> None:
     from typing import get_args, get_type_hints
 
     assert set(get_args(get_type_hints(OptimizerSettings)["name"])) == set(OPTIMIZERS)
+
+
+def test_muon_orthogonalises_each_experts_matrix_by_itself() -> None:
+    """Against PyTorch's Muon over the same matrices apart."""
+    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = build_model({"model_type": "mixtral", **sizes, "num_key_value_heads": 2, "num_local_experts": 3}, seed=0)
+    groups = {group["name"]: names(model, group) for group in parameter_groups(model, 0.5)}
+    assert groups["experts"] == {f"model.layers.0.mlp.experts.{part}" for part in ("gate_up_proj", "down_proj")}
+    optimizer = build_optimizer(model, MUON)
+    stack = model.model.layers[0].mlp.experts.down_proj
+    apart = [nn.Parameter(matrix.detach().clone()) for matrix in stack]
+    reference = torch.optim.Muon(apart, lr=0.01, momentum=0.95, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
+    for step in range(2):
+        draw = torch.Generator().manual_seed(step)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=draw)
+        for matrix, gradient in zip(apart, stack.grad, strict=True):
+            matrix.grad = gradient.clone()
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(stack.detach(), torch.stack([matrix.detach() for matrix in apart]))
+
+
+def test_convolutions_and_state_spaces_decay_nowhere() -> None:
+    sizes = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 2}
+    model = build_model({"model_type": "mamba", **sizes}, seed=0)
+    groups = {group["name"]: names(model, group) for group in parameter_groups(model, 0.5)}
+    mixer = "backbone.layers.0.mixer."
+    assert {mixer + "conv1d.weight", mixer + "A_log", mixer + "D"} <= groups["untouched"]
+    assert {mixer + "in_proj.weight", mixer + "out_proj.weight", mixer + "x_proj.weight"} <= groups["hidden"]

@@ -171,3 +171,10 @@ def test_the_door_is_light() -> None:
     code = "import sys, train.__main__ as door; door.compose(['growth=scratch', 'target=tiny_target']); "
     code += "print([name for name in ('torch', 'transformers', 'accelerate', 'datasets', 'wandb') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT).stdout == "[]\n"
+
+
+def test_8_bit_adam_is_refused_where_it_would_be_sharded() -> None:
+    tiny = ["growth=scratch", "target=tiny_target", "optimizer=adamw_8bit"]
+    compose(tiny)
+    with pytest.raises(UserError, match="use sharding=none, or optimizer=adamw"):
+        compose([*tiny, "sharding=full"])

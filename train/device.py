@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from train.distribute import open_accelerator
 if TYPE_CHECKING:
     from train.settings import ShardingSettings
 
-# Dense bf16 matrix FLOP/s of one device, from the vendor's data sheets; the first name that occurs in the device's own name counts.
+# Dense bf16 matrix FLOP/s of one device, from the vendor's data sheets; the first whose words all occur in the device's own name counts.
 PEAK_BF16_FLOPS = {
     "B200": 2250e12,
     "GH200": 989e12,
@@ -34,6 +35,7 @@ PEAK_BF16_FLOPS = {
     "A100": 312e12,
     "A800": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A40": 150e12,
     "A10": 125e12,
@@ -49,6 +51,7 @@ MEMORY_GIB = {
     "H200": 131,
     "B200": 167,
     "L40S": 45,
+    "L40": 45,
     "RTX 4090": 24,
     "RTX 3090": 24,
 }
@@ -154,5 +157,9 @@ def peak_flops(name: str, precision: str) -> float | None:
 
 
 def named(table: Mapping[str, float], name: str) -> float | None:
-    """The entry of the first key that occurs in the device's own name; None where none does."""
-    return next((value for part, value in table.items() if part.lower() in name.lower()), None)
+    """The entry of the first key whose words all occur in the device's own name; None where none does, or where it is a part of a device
+    or another one than the key's: `NVIDIA L40` is no L4, `RTX A1000` no A100, and a MIG slice or a laptop's chip not the whole card."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    if {"mig", "laptop", "mobile", "d"} & set(words):
+        return None
+    return next((value for key, value in table.items() if set(re.findall(r"[a-z0-9]+", key.lower())) <= set(words)), None)

@@ -6,17 +6,19 @@ passes is made on them to count what it keeps for the backward pass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model.build import build_model, known_size
+from model.build import empty_model, known_size, quietly
 from model.config import read_config, resolve_target
-from model.errors import UserError
+from model.errors import UserError, in_one_line
 from model.geometry import flops_source, parameter_count
 from train.device import MEMORY_GIB, PEAK_BF16_FLOPS, named, peak_flops
 from train.loss import CHUNK_TOKENS
@@ -28,6 +30,7 @@ from train.way import fuses
 
 GIB = 2**30
 MASTER, GRADIENT = 4, 4  # bytes of a weight and of its gradient: both float32, also where bfloat16 multiplies
+FILLED = 0.95  # of a device's memory may be planned for
 BLOCK = 256  # entries that share one float32 scale in torchao's 8-bit state
 STATE = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / BLOCK), "muon": 8.0}  # bytes of an entry's optimizer state
 MUON_STATE = 4.0  # of a hidden matrix's entry: one momentum instead of two moments
@@ -78,8 +81,9 @@ def forecast(settings: Settings) -> Forecast:
             f"try train.batch_tokens={max(1, round(budget.rows / plan.gpus)) * plan.gpus * loop.context}"
         )
     config = target(settings)
+    attention = None if loop.attention in ("auto", "flash_attention_2") else loop.attention
     with FakeTensorMode():
-        network = build_model(config, seed=0, attention="auto" if loop.attention == "flash_attention_2" else loop.attention)
+        network = empty_model(config, dtype=torch.float32, attention=attention)
     groups = {g["name"]: (len(g["params"]), sum(p.numel() for p in g["params"])) for g in parameter_groups(network, 0.0)}
     share = budget.rows // plan.gpus
     rows = min(loop.micro_batch or share, share)
@@ -122,14 +126,17 @@ def memory(settings: Settings, config: dict[str, Any], network: Any, groups: dic
     bf16 = loop.precision != "fp32"
     shards = plan.gpus if settings.sharding.name == "full" else 1
     entries = sum(count for _, count in groups.values())
-    state = sum(count * (MUON_STATE if (name, group) == ("muon", "hidden") else STATE[name]) for group, (_, count) in groups.items())
-    speed_up(network, loop)
+    state = sum(
+        count * (MUON_STATE if name == "muon" and group in ("hidden", "experts") else STATE[name]) for group, (_, count) in groups.items()
+    )
+    kept = activations(network, rows, loop.context, bf16=bf16, checkpointing=loop.checkpointing)
+    speed_up(network, loop)  # refuses what the class does not support
     return Memory(
         weights=entries * MASTER / shards,
         gradients=entries * GRADIENT / shards,
         optimizer=state / shards,
         gathered=gathered(network, 2 if bf16 else 4, settings.sharding.reshard_after_forward) if shards > 1 else 0.0,
-        activations=activations(network, rows, loop.context, bf16=bf16),
+        activations=kept,
         logits=logits(config, rows * loop.context, fused=fuses(config, loop.loss)),
     )
 
@@ -144,23 +151,68 @@ def gathered(network: Any, width: int, reshard: bool) -> float:
     return width * (everything - max(0, len(layers) - 2) * inside if reshard else everything)
 
 
-def activations(network: Any, rows: int, context: int, *, bf16: bool) -> int:
+def activations(network: Any, rows: int, context: int, *, bf16: bool, checkpointing: bool = False) -> int:
     """The bytes that the layers keep for the backward pass over (rows, context) tokens, counted on a forward pass of a fake network.
 
+    With activation checkpointing, what all layers keep is their inputs, and beside them the backward pass holds the one layer whole that it
+    is computing again (the largest), and three gradients of the size of its largest tensor.
     A network that is compiled keeps less: the compiler fuses element-wise steps and computes some of them again.
+
+    Raises:
+        UserError: the class's forward pass depends on values, which a fake network has not.
     """
     weights = {p.untyped_storage()._cdata for p in network.parameters()}
-    kept: dict[int, Tensor] = {}
+    kept: dict[int, tuple[Tensor, int | None]] = {}
+    inputs: dict[int, Tensor] = {}
+    inside: list[int | None] = [None]
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
+        kept.setdefault(tensor.untyped_storage()._cdata, (tensor, inside[-1]))
         return tensor
 
+    def enter(number: int, given: Any) -> None:
+        inputs.update({t.untyped_storage()._cdata: t for t in given if isinstance(t, Tensor) and t.is_floating_point()})
+        inside.append(number)
+
+    def leave(*_: Any) -> None:
+        inside.pop()
+
+    hooks: list[Any] = []
+    for number, layer in enumerate(layers_of(network)):
+        hooks.append(layer.register_forward_pre_hook(lambda _, given, number=number: enter(number, given)))
+        hooks.append(layer.register_forward_hook(leave))
+    try:
+        _forward(network, rows, context, bf16, keep)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    sizes = {place: (tensor.untyped_storage().nbytes(), layer) for place, (tensor, layer) in kept.items() if place not in weights}
+    if not checkpointing:
+        return sum(size for size, _ in sizes.values())
+    entered = sum(tensor.untyped_storage().nbytes() for tensor in inputs.values())
+    outside = sum(size for place, (size, layer) in sizes.items() if layer is None and place not in inputs)
+    layers: dict[int, list[int]] = {}
+    for place, (size, within) in sizes.items():
+        if within is not None and place not in inputs:
+            layers.setdefault(within, []).append(size)
+    return entered + outside + max((sum(parts) + 3 * max(parts) for parts in layers.values()), default=0)
+
+
+def _forward(network: Any, rows: int, context: int, bf16: bool, keep: Callable[[Tensor], Tensor]) -> None:
+    """One forward pass of a fake network, every tensor that autograd saves handed to `keep`."""
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with next(network.parameters()).fake_mode, torch.autocast("cpu", torch.bfloat16, enabled=bf16), hooks:
-        tokens = torch.zeros(rows, context, dtype=torch.int64)
-        network.train().base_model(input_ids=tokens, use_cache=False)
-    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
+    # Experts in groups have no fake kernel in float32; the product with one of them has the shapes, and keeps what they keep.
+    grouped = patch("transformers.integrations.moe._grouped_mm", lambda given, weight, offs: given @ weight[0].to(given.dtype))
+    single = patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    try:
+        with next(network.parameters()).fake_mode, quietly(), grouped, single, autocast, hooks:
+            network.train().base_model(input_ids=torch.zeros(rows, context, dtype=torch.int64), use_cache=False)
+    except Exception as fault:  # the library's classes raise every kind
+        raise UserError(
+            f"dry_run: the memory of {type(network).__name__} cannot be forecast: its forward pass depends on values of weights or "
+            f"tokens, which there are none of here ({in_one_line(fault)})"
+        ) from None
 
 
 def logits(config: dict[str, Any], tokens: int, *, fused: bool) -> float:
@@ -197,13 +249,34 @@ def tell(settings: Settings) -> str:
             rate, mfu = sustained(found.flops, plan.gpus, plan.days, peak)
             lines.append(f"{plan.days:g} days       would be {rate / 1e12:.1f} TFLOP/s on each of {plan.gpus}, an MFU of {mfu:.1%}")
     parts = [f"{name} {size / GIB:.1f}" for name, size in vars(found.memory).items() if size]
-    verdict = "" if room is None else f", {'fits' if found.memory.total < 0.95 * room * GIB else 'does not fit'} in {room:g} GiB"
+    verdict = "" if room is None else f", {'fits' if found.memory.total < FILLED * room * GIB else 'does not fit'} in {room:g} GiB"
     lines.append(f"GiB per GPU   {' + '.join(parts)} = {found.memory.total / GIB:.1f}{verdict} (sharding {settings.sharding.name})")
+    if room is not None and found.memory.total >= FILLED * room * GIB:
+        lines += ways_out(settings, room)
     if settings.transfer.inherited_rate == 0.0:
         lines.append("too much      what is frozen has neither gradients nor state, and is counted as if it had")
     if settings.transfer.teacher is not None:
         lines.append("not counted   the teacher: its forward passes, a third of its training FLOPs, and its weights")
     return "\n".join(lines)
+
+
+def ways_out(settings: Settings, room: float) -> list[str]:
+    """What each key that saves memory would leave, forecast anew with that key alone changed; the most helpful first."""
+    loop, several = settings.train, settings.forecast.gpus > 1
+    share = Budget.of(loop).rows // settings.forecast.gpus
+    rows = min(loop.micro_batch or share, share)
+    eighth = settings.sharding.name == "none" and replace(settings, optimizer=replace(settings.optimizer, name="adamw_8bit"))
+    asked = {
+        "sharding=full": several and replace(settings, sharding=replace(settings.sharding, name="full")),
+        "train.checkpointing=true": not loop.checkpointing and replace(settings, train=replace(loop, checkpointing=True)),
+        f"train.micro_batch={max(1, rows // 2)}": rows > 1 and replace(settings, train=replace(loop, micro_batch=max(1, rows // 2))),
+        "optimizer=adamw_8bit": eighth,
+    }
+    totals = {key: forecast(changed).memory.total / GIB for key, changed in asked.items() if changed and changed != settings}
+    return [
+        f"with {key}: {total:.1f} GiB, {'fits' if total < FILLED * room else 'does not fit'}"
+        for key, total in sorted(totals.items(), key=lambda pair: pair[1])
+    ]
 
 
 def sustained(flops: float, gpus: int, days: float, peak: float) -> tuple[float, float]:

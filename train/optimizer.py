@@ -1,9 +1,11 @@
 """The optimizers and their parameter groups, with the proof that these cover every parameter exactly once.
 
 hidden     matrices between the embeddings and the head: Muon's own where Muon trains, decayed like any matrix elsewhere
+experts    stacks of such matrices, (expert, out, in): Muon takes each by itself
 decayed    the other matrices: the output head, where it is untied
-untouched  vectors (norm weights, all biases) and embeddings. A norm's weight should stay near 1 and not near 0; an embedding row is only
-           updated when its token occurs, so decay would pull rare tokens towards 0 at the rate of frequent ones.
+untouched  vectors (norm weights, all biases), kernels of convolutions and embeddings. A norm's weight should stay near 1 and not
+           near 0; an embedding row is only updated when its token occurs, so decay would pull rare tokens towards 0 at the rate of
+           frequent ones.
 """
 
 from __future__ import annotations
@@ -14,13 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim._muon import muon as muon_step
 
+from model.composite import flat
 from model.errors import UserError
+from model.family import has_schema
+from model.matrices import parameters_of
+from model.twin import layerless
 
 if TYPE_CHECKING:
     from train.settings import OptimizerSettings
 
 Groups = list[dict[str, Any]]
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz iteration, PyTorch's own
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
@@ -29,15 +37,36 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
     find_head: Any = getattr(model, "get_output_embeddings", None)
     head = None if find_head is None else find_head()
     ends = embeddings | (set() if head is None else {id(p) for p in head.parameters()})
-    learning = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in learning if p.ndim >= 2 and id(p) not in embeddings]
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    multiplied = matrix_names(model)
+    matrices = [p for name, p in learning.items() if name in multiplied and id(p) not in embeddings]
+    chosen = {id(p) for p in matrices}
     groups: Groups = [
-        {"name": "hidden", "params": [p for p in matrices if id(p) not in ends], "weight_decay": weight_decay},
+        {"name": "hidden", "params": [p for p in matrices if id(p) not in ends and p.ndim == 2], "weight_decay": weight_decay},
+        {"name": "experts", "params": [p for p in matrices if id(p) not in ends and p.ndim > 2], "weight_decay": weight_decay},
         {"name": "decayed", "params": [p for p in matrices if id(p) in ends], "weight_decay": weight_decay},
-        {"name": "untouched", "params": [p for p in learning if p.ndim < 2 or id(p) in embeddings], "weight_decay": 0.0},
+        {"name": "untouched", "params": [p for p in learning.values() if id(p) not in chosen], "weight_decay": 0.0},
     ]
     check_cover(model, groups)
     return [group for group in groups if group["params"]]
+
+
+def matrix_names(model: nn.Module) -> set[str]:
+    """The parameters by which activations are multiplied as matrices, stacks of experts among them.
+
+    Of a family with a schema, and where no tiny twin of the class runs, those of two axes or more. Else what the twin shows: kernels of
+    depthwise convolutions, `A_log` and experts' biases have several axes too, and are no matrices.
+    """
+    several = {name for name, p in model.named_parameters() if p.ndim >= 2}
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict") or has_schema(known := flat(config.to_dict())):
+        return several
+    try:
+        seen = parameters_of(known)
+    except UserError:
+        return several
+    kinds = {name: seen.get(layerless(name)) for name in several}
+    return {name for name, use in kinds.items() if use is None or use.kind in ("matrix", "matrices", "unused")}
 
 
 def check_cover(model: nn.Module, groups: Groups) -> None:
@@ -76,9 +105,38 @@ def muon(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
     Muon's step is scaled to the RMS of AdamW's, so that AdamW's learning rate and decay serve both (arXiv 2502.16982, section 2.2).
     """
     assert settings.momentum is not None
-    hidden, rest = [g for g in groups if g["name"] == "hidden"], [g for g in groups if g["name"] != "hidden"]
-    matrices = torch.optim.Muon(hidden, lr=settings.learning_rate, momentum=settings.momentum, adjust_lr_fn="match_rms_adamw")
-    return Joined([matrices, adamw(rest, settings)])
+    hidden, experts = ([g for g in groups if g["name"] == name] for name in ("hidden", "experts"))
+    rest = [g for g in groups if g["name"] not in ("hidden", "experts")]
+    parts: list[torch.optim.Optimizer] = []
+    if hidden:
+        parts.append(torch.optim.Muon(hidden, lr=settings.learning_rate, momentum=settings.momentum, adjust_lr_fn="match_rms_adamw"))
+    if experts:
+        parts.append(StackedMuon(experts, settings))
+    return Joined([*parts, adamw(rest, settings)] if rest else parts)
+
+
+class StackedMuon(torch.optim.Optimizer):
+    """PyTorch's Muon for stacks of matrices, (expert, out, in): each expert's matrix is orthogonalised by itself."""
+
+    def __init__(self, groups: Groups, settings: OptimizerSettings) -> None:
+        super().__init__(groups, {"lr": settings.learning_rate, "momentum": settings.momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                stacks = (parameter, parameter.grad, state["momentum_buffer"])
+                muon_step(
+                    *(list(stack.flatten(0, -3).unbind(0)) for stack in stacks),
+                    lr=group["lr"], weight_decay=group["weight_decay"], momentum=group["momentum"], nesterov=True,
+                    ns_coefficients=COEFFICIENTS, ns_steps=5, eps=1e-7, adjust_lr_fn="match_rms_adamw", has_complex=False,
+                )  # fmt: skip
 
 
 class Joined(torch.optim.Optimizer):

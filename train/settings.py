@@ -282,6 +282,11 @@ def _disagreements(settings: Settings) -> list[str]:
         faults.append(f"optimizer.learning_rate: must be positive; found {settings.optimizer.learning_rate}")
     if settings.forecast.gpus <= 0 or not 0 < settings.forecast.mfu <= 1:
         faults.append(f"forecast: gpus must be positive and mfu between 0 and 1; found {settings.forecast.gpus}, {settings.forecast.mfu}")
+    if settings.optimizer.name == "adamw_8bit" and settings.sharding.name == "full":
+        faults.append(
+            "optimizer=adamw_8bit with sharding=full: torchao quantises each process's part by itself, unlike on one process, and a "
+            "checkpoint cannot put the parts together; use sharding=none, or optimizer=adamw"
+        )
     if settings.optimizer.name == "muon" and settings.optimizer.momentum is None:
         faults.append("optimizer.momentum: missing; muon needs one (optimizer.momentum=0.95)")
     if growth.operator != "scratch" and settings.source is None:
