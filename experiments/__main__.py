@@ -87,6 +87,14 @@ def _run(options: argparse.Namespace) -> int:
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if done.horizons:
+        from experiments.horizon_report import write
+
+        for line in write([str(folder) for folder in done.folders], done.out):
+            print(line)
+        if done.readme is not None:
+            insert_table(done.readme, (done.out / "table.md").read_text(encoding="utf-8"))
+        return 0
     comparison = compare(done.folders)
     publish(comparison, done.out, wandb=options.wandb)
     if done.readme is not None:

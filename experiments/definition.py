@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from experiments.runs import SOURCE
 from model.errors import UserError, did_you_mean, unknown
 from train.door import load_yaml, read
+from train.horizons import horizon_runs
 
 if TYPE_CHECKING:
     from train.settings import Settings
@@ -25,11 +26,15 @@ DEFINITION = "study.yaml"
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to start, and to go on from there. `growth` is its leaf in conf/growth, by default its own name; `overrides` are Hydra's."""
+    """One way to start, and to go on from there. `growth` is its leaf in conf/growth, by default its own name; `overrides` are Hydra's.
+
+    `counts_as` is the arm that a comparison counts its runs under, by default itself: scratch with another batch size is scratch.
+    """
 
     learning_rate: float
     growth: str | None = None
     overrides: tuple[str, ...] = ()
+    counts_as: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,8 @@ class Extent:
 class Study:
     """A study's definition: Hydra overrides of the `source` that every grown arm starts from, and of all `runs` of the arms.
 
-    `source` may also be a checkpoint that is there already: a folder, or owner/name on the Hugging Face hub.
+    `source` may also be a checkpoint that is there already: a folder, or owner/name on the Hugging Face hub; or empty, where every arm
+    starts from scratch, and what grows does so on its way.
     """
 
     name: str
@@ -68,8 +74,14 @@ class Job:
     settings: Settings
 
     @property
+    def folders(self) -> tuple[Path, ...]:
+        """Of its horizons, shortest first; one where it has none."""
+        return tuple(Path(run.out) for run in horizon_runs(self.settings))
+
+    @property
     def folder(self) -> Path:
-        return Path(self.settings.out)
+        """Of its longest horizon, which ends last."""
+        return self.folders[-1]
 
 
 def load_study(name: str) -> Study:
@@ -88,8 +100,8 @@ def load_study(name: str) -> Study:
 
 
 def source_job(study: Study) -> Job | None:
-    """The run that trains the source; None where the source is a checkpoint that is there."""
-    if isinstance(study.source, str):
+    """The run that trains the source; None where there is none, or where it is a checkpoint that is there."""
+    if isinstance(study.source, str) or not study.source:
         return None
     return _job(SOURCE, list(study.source))
 
@@ -114,7 +126,7 @@ def jobs(study: Study, extent: Extent) -> list[Job]:
     tuning = extent.seeds if extent.tuning_seeds is None else extent.tuning_seeds
     points = itertools.product(extent.seeds, extent.arms, extent.learning_rate_factors)
     return [
-        _job(name, shared[name] + _point_overrides(study.arms[name].learning_rate * share, seed))
+        _job(name, shared[name] + _point_overrides(name, study.arms[name].learning_rate * share, seed))
         for seed, name, share in points
         if share == 1 or seed in tuning
     ]
@@ -124,16 +136,16 @@ def _arm_overrides(study: Study, name: str) -> list[str]:
     """What all runs of an arm share."""
     arm = study.arms[name]
     start = [f"source={study.source}"] if isinstance(study.source, str) else []
-    overrides = [*study.runs, *start, f"growth={arm.growth or name}", f"growth.name={name}", *arm.overrides]
+    overrides = [*study.runs, *start, f"growth={arm.growth or name}", f"growth.name={arm.counts_as or name}", *arm.overrides]
     if (arm.growth or name) == SOURCE:
         overrides.append(f"train.budget_tokens={equal_flops_budget(overrides)}")
     return overrides
 
 
-def _point_overrides(rate: float, seed: int) -> list[str]:
+def _point_overrides(arm: str, rate: float, seed: int) -> list[str]:
     """One point of an arm's grid."""
     rate = float(f"{rate:.6g}")  # 3 × 0.1 is 0.30000000000000004
-    return [f"seed={seed}", f"optimizer.learning_rate={rate!r}", "changes=''", f"name='${{study}}-${{growth.name}}-lr{rate:g}-s${{seed}}'"]
+    return [f"seed={seed}", f"optimizer.learning_rate={rate!r}", "changes=''", f"name='${{study}}-{arm}-lr{rate:g}-s${{seed}}'"]
 
 
 def equal_flops_budget(overrides: list[str]) -> int:

@@ -15,12 +15,17 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiments.definition import HERE, Job, jobs, load_study, source_job
 from experiments.progress import Display
 from experiments.worker import initialise, work
 from model.errors import UserError
 from train.folder import check_same, is_complete, read_run, unkept
+from train.horizons import horizon_runs
+
+if TYPE_CHECKING:
+    from train.settings import Settings
 
 Train = Callable[[tuple[str, ...], str], str]
 
@@ -39,6 +44,7 @@ class Done:
     folders: tuple[Path, ...]
     out: Path
     readme: Path | None
+    horizons: bool  # its runs are decayed ends, to be held against scratch's curve
 
 
 def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None) -> Done:
@@ -60,7 +66,7 @@ def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None)
     if source is not None and not complete(source):
         prepare_text([source], display)
         run_jobs([source], 1, logs, display)
-    display.say(f"source: {study.source if source is None else source.folder}")
+    display.say(f"source: {study.source or 'none'}" if source is None else f"source: {source.folder}")
     todo = jobs(study, extent)
     missing = [job for job in todo if not complete(job, source)]
     display.say(f"{len(todo)} runs, {len(todo) - len(missing)} of them complete")
@@ -68,7 +74,9 @@ def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None)
         prepare_text(missing, display)
         run_jobs(missing, at_once, logs, display)
     readme = HERE / name / "README.md"
-    return Done(tuple(job.folder for job in todo), out, readme if full and readme.is_file() else None)
+    folders = tuple(folder for job in todo for folder in job.folders)
+    horizons = any(job.settings.schedule.horizons for job in todo)
+    return Done(folders, out, readme if full and readme.is_file() else None, horizons)
 
 
 def cores() -> int:
@@ -81,16 +89,21 @@ def complete(job: Job, source: Job | None = None) -> bool:
 
     Raises UserError where the folder holds another run, or one that was grown from a source that has been retrained since.
     """
-    record = read_run(job.folder)
+    parts = [_complete(folder, run, source) for folder, run in zip(job.folders, horizon_runs(job.settings), strict=True)]
+    return all(parts)
+
+
+def _complete(folder: Path, settings: Settings, source: Job | None) -> bool:
+    record = read_run(folder)
     if record is None:
         return False
-    check_same(job.folder, record, job.settings)
+    check_same(folder, record, settings)
     started = record["start"].get("source")
-    if source is not None and started is not None and job.settings.source == str(source.folder / "final"):
+    if source is not None and started is not None and settings.source == str(source.folder / "final"):
         ledger = json.loads((source.folder / "final" / "ledger.json").read_text(encoding="utf-8"))
         if any(started.get(key) != ledger.get(key) for key in ("tokens", "flops", "val_loss")):
-            raise UserError(f"{job.folder} started from a source that {source.folder} no longer holds; delete {job.folder} to run it again")
-    return is_complete(job.folder) and not unkept(job.folder, job.settings)
+            raise UserError(f"{folder} started from a source that {source.folder} no longer holds; delete {folder} to run it again")
+    return is_complete(folder) and not unkept(folder, settings)
 
 
 def prepare_text(todo: Sequence[Job], display: Display) -> None:

@@ -31,7 +31,7 @@ def _end_with(parent: int) -> None:
 
 def work(overrides: tuple[str, ...], log: str) -> str:
     """Train the run that `overrides` compose; return its folder. Everything it prints goes to the file `log`."""
-    from train.loop import train
+    from train.horizons import train_horizons
     from train.settings import compose
     from train.signals import Stopped
 
@@ -40,7 +40,7 @@ def work(overrides: tuple[str, ...], log: str) -> str:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:
-        return str(train(compose(list(overrides))))
+        return str(train_horizons(compose(list(overrides)))[-1])
     except UserError:
         raise
     except Stopped as stopped:  # it has saved; this process must not wait for another run
