@@ -20,6 +20,7 @@ from model.config import read_config, resolve_target
 from model.errors import UserError
 from model.family import has_schema
 from model.geometry import flops_per_token
+from model.spelling import spell_folder
 from train.files import whole_folder
 from train.folder import PICTURE
 from train.settings import UNGROWN, Settings
@@ -173,6 +174,7 @@ def grow_on(
     start = stage.start(folder)
     with whole_folder(start.with_name(f"{start.name}.before")) as partial:
         network.save_pretrained(partial, state_dict=weights)
+        spell_folder(partial)  # the stage's config may have both spellings, if its source had
         if adam is not None:
             torch.save(adam, partial / OPTIMIZER)
     before = start.with_name(f"{start.name}.before")
