@@ -13,6 +13,7 @@ from typing import Any
 
 from experiments.runs import SCRATCH, SOURCE, Run, listed, setting
 from model.errors import UserError
+from model.spelling import both_spellings
 from train.settings import identity
 
 Read = Callable[[Run], Any]
@@ -102,7 +103,8 @@ def _differing_configs(runs: Sequence[Run]) -> list[str]:
 
 
 def _network(run: Run) -> dict[str, Any]:
-    return {key: value for key, value in flat(run.record["target_config"]).items() if key not in NOT_TRAINED}
+    """A target's config in both spellings: a folder that was grown before the run has them, a config made for the run has not."""
+    return {key: value for key, value in flat(both_spellings(run.record["target_config"])).items() if key not in NOT_TRAINED}
 
 
 def _twice(runs: Sequence[Run]) -> list[str]:

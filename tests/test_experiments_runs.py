@@ -251,6 +251,16 @@ def test_the_control_arm_may_train_another_network_on_other_tokens(tmp_path: Pat
         comparable(scratch, fabricate(tmp_path, "random_pad", [4.0, 3.9, 3.8], target_config=changes["target_config"]))
 
 
+def test_a_config_in_both_spellings_is_the_network_that_one_spelling_says(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "hidden_size": 80, "dtype": "float32"}
+    turned = config | {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}}
+    scratch = fabricate(tmp_path, "scratch", [5.0, 4.0, 3.0], target_config=turned)
+    comparable(scratch, fabricate(tmp_path, "lossless", [5.0, 4.0, 3.0], target_config=turned | {"rope_theta": 500_000.0}))
+    other = config | {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
+    with pytest.raises(UserError, match=r"target configs differ in .*rope_theta"):
+        comparable(scratch, fabricate(tmp_path, "tile", [5.0, 4.0, 3.0], target_config=other))
+
+
 def test_seeds_repeat_and_nothing_else_differs(tmp_path: Path) -> None:
     first, second = (fabricate(tmp_path, "scratch", [5.0, 3.0], seed=seed) for seed in (0, 1))
     comparable(first, second)

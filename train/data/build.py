@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from model.base.locks import Lock
 from model.errors import UserError
@@ -110,14 +110,15 @@ def _digest(corpus: Corpus, progress: bool) -> str:
 
 
 def _identity(settings: DataSettings) -> dict[str, Any]:
-    """Everything but the text that decides what is written."""
+    """Everything but the text that decides what is written, as JSON has it: a manifest is held against it."""
     values = {key: value for key, value in asdict(settings).items() if key not in ELSEWHERE}
     if settings.clean.benchmarks is not None:
         values["clean"]["benchmarks"] = benchmarks_identity(settings.clean.benchmarks)
     if settings.clean.filter is not None:
         values["clean"]["filter"] = filter_identity(settings.clean.filter)
     values["clean"].pop("encoder")  # where it lies; which one it is, the filter says
-    return {"format": FORMAT, **values, "tokenizer": tokenizer_identity(settings.tokenizer)}
+    identity = {"format": FORMAT, **values, "tokenizer": tokenizer_identity(settings.tokenizer)}
+    return cast(dict[str, Any], json.loads(json.dumps(identity)))
 
 
 @contextmanager
@@ -160,7 +161,7 @@ def _is_current(partial: Path, settings: DataSettings, corpus: Corpus, progress:
 
 def _open_workshop(partial: Path, settings: DataSettings, corpus: Corpus, progress: bool) -> Workshop:
     """Go on in what a stopped build of the same text and settings left; else begin."""
-    work, identity = Workshop(partial / "work"), json.loads(json.dumps(_identity(settings)))
+    work, identity = Workshop(partial / "work"), _identity(settings)
     if work.plan.is_file() and not (partial / "manifest.json").exists():
         plan = json.loads(work.plan.read_text())
         if plan["settings"] == identity and _same_text(plan["inputs"], corpus, progress):
