@@ -1,4 +1,7 @@
-"""Confirming a derived schema: a tiny random model of the family is grown by it, and its logits must stay."""
+"""Confirming a derived schema: a tiny random model of the family is grown by it, and its logits must stay.
+
+Where no lossless growth of these sizes is, an operator that does not promise one has its shapes confirmed: the grown model loads and runs.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,22 +24,25 @@ from model.derive.roles import Draft
 from model.derive.schema import drafted_family, variants
 from model.errors import UserError
 
+if TYPE_CHECKING:
+    from .grow import Grown
+
 SAME = 2e-5  # of the largest logit: some library classes compute norms, routers and softmax in float32
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """A growth that kept the logits of a tiny random model.
+    """A growth of a tiny random model.
 
     Attributes:
-        draft: the schema, with the choices that did.
+        draft: the schema, with the choices that kept the logits.
         changes: what the tiny config's sizes became.
-        error: largest |Δlogit| in float64, relative to the largest logit.
+        error: largest |Δlogit| in float64, relative to the largest logit; None where the operator keeps none.
     """
 
     draft: Draft
     changes: Mapping[str, int]
-    error: float
+    error: float | None
 
 
 @dataclass
@@ -53,7 +60,30 @@ class Bench:
     logits: Sequence[torch.Tensor]
     count: int = 0
 
-    def rehearse(self, draft: Draft, changes: Mapping[str, int], depth: str = "identity") -> Rehearsal:
+    def rehearse(
+        self,
+        draft: Draft,
+        changes: Mapping[str, int],
+        depth: str = "identity",
+        operator: str = "lossless",
+        options: Mapping[str, Any] | None = None,
+    ) -> Rehearsal:
+        """Grow the tiny model losslessly; where that does not keep the logits and `operator` does not promise to, by that.
+
+        Raises:
+            UserError: neither is confirmed.
+        """
+        try:
+            return self.rehearse_lossless(draft, changes, depth)
+        except UserError:
+            if operator == "lossless":
+                raise
+            rehearsal = self._run(self._likeliest(draft), changes, depth, operator, options or {})
+            if rehearsal is None:  # certified lossless by a schema under which the logits move
+                raise
+            return rehearsal
+
+    def rehearse_lossless(self, draft: Draft, changes: Mapping[str, int], depth: str = "identity") -> Rehearsal:
         """Grow the tiny model by `draft`, by each of its variants in turn, until one keeps the logits.
 
         Raises:
@@ -84,26 +114,53 @@ class Bench:
                 reason = f"{reason}; {rounded[0]}, which transformers computes from {hidden}, is rounded to few digits"
         raise UserError(reason)
 
+    def _likeliest(self, draft: Draft) -> Draft:
+        """The variant that keeps the logits when there are more heads, which tells how queries, keys and values are fused."""
+        axes = draft.axes
+        more = axes.times(2, *(axes.width_keys if axes.coupled else axes.head_keys))
+        try:
+            return self.rehearse_lossless(draft, more).draft
+        except UserError:
+            return draft
+
+    def _run(self, draft: Draft, changes: Mapping[str, int], depth: str, operator: str, options: Mapping[str, Any]) -> Rehearsal | None:
+        """A growth whose logits are not compared; None where it is certified to keep them."""
+        grown = self._grown(draft, changes, depth, operator, options)
+        if grown.certificate.lossless:
+            return None
+        _logits(grown.folder, self.inputs)
+        return Rehearsal(draft, changes, None)
+
     def _error(self, draft: Draft, changes: Mapping[str, int], depth: str) -> float:
+        grown = self._grown(draft, changes, depth, "lossless", {"noise": 0.1})
+        if not grown.certificate.lossless:
+            raise UserError("; ".join(grown.certificate.reasons))
+        found = _logits(grown.folder, self.inputs)
+        errors = [(a[..., : b.shape[-1]] - b).abs().max() / b.abs().max() for a, b in zip(found, self.logits, strict=True)]
+        return float(torch.stack(errors).max())  # NaN where any is
+
+    def _grown(self, draft: Draft, changes: Mapping[str, int], depth: str, operator: str, options: Mapping[str, Any]) -> Grown:
+        """The tiny model, grown and held against the library's class.
+
+        Raises:
+            UserError: it does not grow, or into other shapes than the class wants.
+        """
         from .grow import grow
 
         family = drafted_family(draft, draft.axes.config, draft.axes.shapes)
         self.count += 1
         out = self.folder / str(self.count)
-        grown = grow(self.folder / "source", out, target=changes, depth=depth, family=family, receipt=False, noise=0.1)
+        how: dict[str, Any] = {"depth": depth, "family": family, "receipt": False}
+        grown = grow(self.folder / "source", out, target=changes, operator=operator, **how, **options)
         if grown.plan.target_parameters == grown.plan.source_parameters:
             raise UserError(f"nothing grows with {', '.join(changes)}")
-        if not grown.certificate.lossless:
-            raise UserError("; ".join(grown.certificate.reasons))
         planned, wanted = {step.name: step.shape for step in grown.plan.steps}, shapes(grown.plan.target_config)
         if differ := sorted(name for name, shape in wanted.items() if planned.get(name) != shape):
             raise UserError(
                 f"{differ[0]} would become {planned.get(differ[0], 'none')} where transformers' class wants {wanted[differ[0]]}: how it "
                 f"follows {', '.join(changes)} was not recognised"
             )
-        found = _logits(grown.folder, self.inputs)
-        errors = [(a[..., : b.shape[-1]] - b).abs().max() / b.abs().max() for a, b in zip(found, self.logits, strict=True)]
-        return float(torch.stack(errors).max())  # NaN where any is
+        return grown
 
 
 @contextmanager

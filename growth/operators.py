@@ -335,6 +335,12 @@ def default_noise(operator: str) -> float:
     return NOISE.get(operator, 0.0)
 
 
+def options_of(operator: str) -> list[str]:
+    """The names of an operator's own options."""
+    parameters = inspect.signature(OPERATORS[operator]).parameters
+    return [name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+
+
 def recipe(operator: str, growth: Growth, options: Mapping[str, Any]) -> Recipe:
     """The recipe of the operator of that name.
 
@@ -348,7 +354,7 @@ def recipe(operator: str, growth: Growth, options: Mapping[str, Any]) -> Recipe:
         if function is scratch:
             raise UserError(f"operator {operator!r}: family {growth.family.name!r} has no schema, so how its tensors start is unknown")
         return Recipe({})
-    known = [name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    known = options_of(operator)
     for name in options:
         if name not in known:
             unknown(f"option of operator {operator!r}", name, known)

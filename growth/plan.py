@@ -229,7 +229,7 @@ def plan(
     checkpoint = _opened(source)
     target = flat(target) if isinstance(target, Mapping) else target
     source_config = checkpoint.config if isinstance(checkpoint, Checkpoint) else checkpoint
-    known = know(checkpoint, target, depth) if family is None else Known(family)
+    known = know(checkpoint, target, depth, operator, options) if family is None else Known(family)
     family, source_config = known.family, known.config or source_config
     growth = Growth(family, source_config, _in_dtype(resolve_target(target, source_config, family), dtype), seed, dtype)
     noise = default_noise(operator) if noise is None else noise
@@ -267,11 +267,10 @@ def _opened(source: str | Path | Config | Checkpoint) -> Checkpoint | Config:
 
 
 def _check_growable(growth: Growth, noise: float) -> None:
-    family, source, target = growth.family, growth.source, growth.target
+    family = growth.family
     if (other := growth.target_config.get("model_type")) != growth.source_config["model_type"]:
         raise UserError(f"target: model_type {other!r} differs from the source's {family.name!r}; a family grows into itself only")
-    smaller = [space for space in source if target[space] < source[space] and (space == "layer" or family.uses(space))]
-    faults = [f"target: {space} {target[space]} is smaller than the source's {source[space]}; growth only enlarges" for space in smaller]
+    faults = growth.smaller
     if growth.tied and not family.ties(growth.source_config):
         faults.append(
             "target: tie_word_embeddings is true, but the source has an output head of its own that would be lost; leave it false"

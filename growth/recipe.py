@@ -49,6 +49,13 @@ class Growth:
         return self.family.sizes(self.target_config)
 
     @property
+    def smaller(self) -> list[str]:
+        """The faults of a target that is smaller than the source somewhere."""
+        source, target = self.source, self.target
+        spaces = [space for space in source if target[space] < source[space] and (space == "layer" or self.family.uses(space))]
+        return [f"target: {space} {target[space]} is smaller than the source's {source[space]}; growth only enlarges" for space in spaces]
+
+    @property
     def tied(self) -> bool:
         return self.family.ties(self.target_config)
 

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from model.checkpoint import Checkpoint, names_of
 from model.config import Target, resolve_target
@@ -16,10 +16,12 @@ from model.family import Config, Family, family_of, has_schema
 from model.outline import DEPTH_KEYS, outline
 
 from .layers import LAYER_MAPS
+from .recipe import Growth
 
 if TYPE_CHECKING:
     from model.derive.roles import Draft
 
+    from .confirm import Rehearsal
     from .plan import Plan
 
 BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # which older files carry along
@@ -41,11 +43,18 @@ class Known:
     config: Config | None = None
 
 
-def know(source: Checkpoint | Config, target: Target, depth: str | Sequence[int]) -> Known:
+def know(
+    source: Checkpoint | Config,
+    target: Target,
+    depth: str | Sequence[int],
+    operator: str = "lossless",
+    options: Mapping[str, Any] | None = None,
+) -> Known:
     """The family of `source` for a growth into `target`.
 
     Without a schema: whole layers are copied by an outline (`model.outline`); for anything else a schema is derived (`model.derive`) and
-    this very growth rehearsed on a tiny random model of the family (`growth.confirm`) before it is believed.
+    this very growth rehearsed on a tiny random model of the family (`growth.confirm`) before it is believed: a lossless one must keep the
+    logits; where none does, an `operator` that is not lossless must give a model that the library's class loads and runs.
 
     Raises:
         UserError: the family is unknown to the library too, or the derived schema was not confirmed; the message says why.
@@ -60,7 +69,7 @@ def know(source: Checkpoint | Config, target: Target, depth: str | Sequence[int]
         _check_depth(config, shapes)
     if shapes is not None and _copies_layers_only(config, target, depth):
         return _outlined(config, shapes)
-    return _derived(config, shapes, target, depth)
+    return _derived(config, shapes, target, depth, operator, options or {})
 
 
 def _quantised(source: Checkpoint, target: Target, depth: str | Sequence[int]) -> Known:
@@ -115,23 +124,27 @@ def _copies_layers_only(config: Config, target: Target, depth: str | Sequence[in
     return all(key in DEPTH_KEYS or config.get(key) == value for key, value in target.items())
 
 
-def _derived(config: Config, shapes: Shapes | None, target: Target, depth: str | Sequence[int]) -> Known:
+def _derived(
+    config: Config, shapes: Shapes | None, target: Target, depth: str | Sequence[int], operator: str, options: Mapping[str, Any]
+) -> Known:
     from model.derive import derive, whole_config
 
     from .confirm import bench
+    from .miniature import miniature
 
     name, head = config["model_type"], ""
     try:
         draft, whole = derive(config), whole_config(config)
         family = _family(draft, whole, shapes)
         grown = resolve_target(target, whole, family)
+        UserError.collect(Growth(family, whole, grown).smaller)
         head = _other_heads(draft, whole, grown)
-        changes = _asked(draft, whole, grown, depth)
+        changes = miniature(draft, whole, grown, depth)
         _check_asked(draft, family.sizes(whole), family.sizes(grown), changes)
         if not changes:
             return Known(family, (f"family {name!r} has no schema here: one was derived, and nothing is widened by it",), whole)
         with bench(draft) as tiny:
-            rehearsal = tiny.rehearse(draft, changes, depth if isinstance(depth, str) else "identity")
+            rehearsal = tiny.rehearse(draft, changes, depth if isinstance(depth, str) else "identity", operator, options)
         family = _family(rehearsal.draft, whole, shapes)
     except UserError as fault:
         raise UserError(
@@ -142,12 +155,21 @@ def _derived(config: Config, shapes: Shapes | None, target: Target, depth: str |
     sizes = ", ".join(f"{key} {draft.axes.config.get(key)} → {size}" for key, size in changes.items())
     notes = [
         f"family {name!r} has no schema here: one was derived from transformers' own class ({len(family.lines)} lines)",
-        f"confirmed: a tiny random model of the family, grown by it ({sizes}), kept its logits in float64 to {rehearsal.error:.1g} of the "
-        "largest" + ", on tokens alone and with a picture among them" * (len(tiny.inputs) > 1),
+        f"{_outcome(rehearsal, sizes, operator)}" + ", on tokens alone and with a picture among them" * (len(tiny.inputs) > 1),
     ]
     if draft.unused:
         notes.append(f"not tested: {names_of(draft.unused)}, which no forward pass here goes through")
     return Known(family, (*notes, *_left_out(family.ignore)), whole)
+
+
+def _outcome(rehearsal: Rehearsal, sizes: str, operator: str) -> str:
+    if rehearsal.error is None:
+        how = f"grown by {operator} ({sizes}), loads and runs in transformers"
+        return f"shapes confirmed, not logits: a tiny random model of the family, {how}"
+    return (
+        f"confirmed: a tiny random model of the family, grown by it ({sizes}), kept its logits in float64 to {rehearsal.error:.1g} of the "
+        "largest"
+    )
 
 
 def _other_heads(draft: Draft, source: Config, target: Config) -> str:
@@ -181,30 +203,6 @@ def _family(draft: Draft, config: Config, shapes: Shapes | None) -> Family:
     names = sorted(shapes.keys() - set(buffers), key=lambda name: (place.get(called[name], len(place)), name))
     family = drafted_family(draft, config, {name: shapes[name] for name in names}, called)
     return replace(family, ignore=tuple(buffers))
-
-
-def _asked(draft: Draft, source: Config, target: Config, depth: str | Sequence[int]) -> dict[str, int]:
-    """The same growth at the tiny config's sizes: whole factors become 2, others 1.5; layers, tokens and positions become a few more."""
-    from model.derive.shrink import HEAD_KEYS
-
-    keys, tiny = draft.axes.keys, draft.axes.config
-    mixer = draft.axes.mixer
-    states = (mixer.heads, mixer.dim) if mixer else ()
-    sizes = (*draft.axes.stream_keys, keys.heads, keys.kv, keys.head_dim, keys.ffn, *keys.more, *states)
-    changes = {}
-    for key in filter(None, dict.fromkeys(sizes)):
-        if key in tiny and source.get(key) and target.get(key) != source[key]:
-            changes[key] = int(tiny[key]) * 2 if target[key] % source[key] == 0 else int(tiny[key]) * 3 // 2
-    if keys.heads and not any(source.get(key) for key in HEAD_KEYS) and (given := [key for key in HEAD_KEYS if target.get(key)]):
-        # the target names the head dim that the source leaves to hidden size / heads
-        dim, tiny_dim = source[keys.hidden] // source[keys.heads], int(tiny[keys.hidden]) // int(tiny[keys.heads])
-        changes[given[0]] = tiny_dim * target[given[0]] // dim
-    for key in filter(None, (keys.vocab, keys.positions)):
-        if target.get(key) != source.get(key):
-            changes[key] = int(tiny[key]) + 6
-    if target[keys.layers] != source[keys.layers] and isinstance(depth, str) and LAYER_MAPS.get(depth, (None, False))[1]:
-        changes[keys.layers] = int(tiny[keys.layers]) + 1
-    return changes
 
 
 def _check_asked(draft: Draft, source: Mapping[str, int], target: Mapping[str, int], changes: Mapping[str, int]) -> None:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from growth import grow, plan
+from growth.miniature import scaled
 from growth.verify import measure
 from model.build import build_model, load_model, to_hf_config
 from model.checkpoint import Checkpoint
@@ -171,7 +172,7 @@ def test_a_file_without_the_base_models_prefix_and_with_old_buffers(tmp_path: Pa
     [
         ("mpt", {"d_model": 24, "n_heads": 3}, "identity", "logits of a tiny random model move by"),
         ("bloom", {"hidden_size": 24}, "identity", "logits of a tiny random model move by"),  # a norm behind the embedding: whole factors
-        ("cohere", {"head_dim": 16}, "identity", "nothing in a tiny model of the family stands for growth of qk, v"),
+        ("cohere", {"head_dim": 16}, "identity", "logits of a tiny random model move by"),  # all of a head is turned
     ],
 )
 def test_what_is_not_confirmed_is_refused(tmp_path: Path, checkpoint_maker: Any, name: str, target: Any, depth: str, message: str) -> None:
@@ -179,6 +180,63 @@ def test_what_is_not_confirmed_is_refused(tmp_path: Path, checkpoint_maker: Any,
     with pytest.raises(UserError, match=f"none could be derived and confirmed for this growth: .*({message})"):
         grow(source, tmp_path / "out", target=target, depth=depth)
     assert not (tmp_path / "out").exists()
+
+
+WIDE = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize("operator", ["tile", "random_pad", "scratch"])
+def test_an_operator_that_is_not_lossless_grows_head_dims_of_a_derived_family(operator: str) -> None:
+    """As it does where the family has a schema of its own: full rotary positions turn other dims, and nobody said otherwise."""
+    derived = plan(config_of("mixtral", **WIDE), {"head_dim": 16}, operator)
+    llama = {"model_type": "llama", **TINY, **WIDE, "intermediate_size": 12, "num_hidden_layers": 2}
+    written = plan(to_hf_config(llama).to_dict(), {"head_dim": 16}, operator)
+    attention = {step.name: step.shape for step in written.steps if "self_attn" in step.name}
+    assert attention == {step.name: step.shape for step in derived.steps if step.name in attention}
+    assert derived.notes[1].startswith(f"shapes confirmed, not logits: a tiny random model of the family, grown by {operator} (head_dim")
+    assert not derived.certificate.lossless
+
+
+@pytest.mark.parametrize("operator", ["lossless", "net2net"])
+def test_an_operator_that_claims_to_be_lossless_is_held_to_it(operator: str) -> None:
+    """By a derived schema, which knows of no rotary positions, the certificate would be lossless."""
+    with pytest.raises(UserError, match="none could be derived and confirmed for this growth: the logits of a tiny random model move by"):
+        plan(config_of("mixtral", **WIDE), {"head_dim": 16}, operator)
+
+
+def test_hidden_size_and_heads_grow_by_ratios_of_their_own() -> None:
+    target = {"hidden_size": 80, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 8}
+    grown = plan(config_of("mixtral", **WIDE), target)
+    sizes = "hidden_size 64 → 160, num_attention_heads 4 → 12, num_key_value_heads 2 → 4, head_dim None → 16"
+    assert sizes in grown.notes[1]
+    assert grown.certificate.lossless
+    coupled = plan(
+        config_of("mixtral", **WIDE), {key: size for key, size in target.items() if key != "head_dim"} | {"hidden_size": 120}, "tile"
+    )
+    assert "hidden_size 64 → 240, num_attention_heads 4 → 12" in coupled.notes[1]  # head dim 8 → 10, as 16 → 20
+
+
+def test_a_smaller_head_dim_is_told_in_the_users_sizes() -> None:
+    with pytest.raises(UserError, match="qk 6 is smaller than the source's 8"):
+        plan(config_of("mixtral", **WIDE), {"hidden_size": 48, "num_attention_heads": 8}, "tile")
+
+
+@pytest.mark.parametrize(
+    ("tiny", "before", "after", "multiple", "size"),
+    [
+        (64, 2048, 4096, 1, 128),
+        (64, 2048, 2560, 1, 80),
+        (4, 71, 80, 1, 5),
+        (16, 64, 68, 2, 20),  # 17 is odd
+        (2, 8, 10, 1, 3),
+        (2, 8, 15, 1, 3),  # not 4, which would be a whole factor
+        (64, 64, 64 * 100, 1, 256),
+        (64, 64, 64 * 100 + 1, 1, 257),
+        (64, 64, 48, 1, 64),
+    ],
+)
+def test_sizes_in_miniature(tiny: int, before: int, after: int, multiple: int, size: int) -> None:
+    assert scaled(tiny, before, after, multiple) == size
 
 
 def test_a_derived_schema_says_what_each_axis_is() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from growth import grow
 from growth.grow import read_ledger
+from growth.operators import options_of
 from growth.strangers import know
 from model.build import build_model, known_size, load_model
 from model.checkpoint import Checkpoint, locate
@@ -72,8 +73,10 @@ def _laid_over(settings: Settings, source: Path | None, config: dict[str, Any] |
     """The target over the source's config, by a schema that is derived where the source's family has none."""
     if source is None or config is None or has_schema(config):
         return resolve_target(settings.target, config)
+    operator, given = settings.growth.operator, settings.growth.options
+    options = {name: given[name] for name in options_of(operator) if name in given}
     with Checkpoint(source) as checkpoint:
-        known = know(checkpoint, settings.target, settings.growth.options.get("depth", "identity"))
+        known = know(checkpoint, settings.target, given.get("depth", "identity"), operator, options)
     return resolve_target(settings.target, known.config or config, known.family)
 
 
