@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from experiments.figure import GRID, INK, colours_of
+from experiments.figure import GRID, INK
 from experiments.horizons import RECORD, Worth, end_of, read_ends, worths, write_ends
 from experiments.runs import SCRATCH, read_runs
 from model.errors import UserError
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 TABLE, PICTURE = "table.md", "horizons.png"
 MARKERS = {"adamw": "o", "muon": "s", "adamw_8bit": "^"}
+DASHES = {"adamw": (0, (3, 2))}
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#8B5A2B", "#6A3D9A", "#999999")  # scratch is black
 HEADINGS = (
     *("arm", "optimizer", "tokens", "tokens a parameter", "learning rate", "seeds", "TFLOP", "loss"),
     *("S, source excluded", "S, source included", "nats against scratch at equal FLOPs"),
@@ -105,28 +107,33 @@ def build(rows: Sequence[Worth]) -> Figure:
 
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     losses, speedups = figure.subplots(1, 2)
-    colours = colours_of(sorted({row.point.arm for row in rows}))
+    others = sorted({row.point.arm for row in rows} - {SCRATCH})
+    colours = {SCRATCH: "#000000"} | {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(others)}
     for arm, optimizer in sorted({(row.point.arm, row.point.optimizer) for row in rows}):
         own = [row for row in rows if (row.point.arm, row.point.optimizer) == (arm, optimizer)]
         own.sort(key=lambda row: row.point.tokens)
-        style = {"color": colours[arm], "marker": MARKERS.get(optimizer, "o"), "label": f"{arm}, {optimizer}", "markersize": 5}
-        losses.plot([row.point.paid for row in own], [row.point.val_loss for row in own], linewidth=1.4, **style)
+        style: dict[str, Any] = {"color": colours[arm], "linestyle": DASHES.get(optimizer, "-"), "linewidth": 1.4}
+        style |= {"marker": MARKERS.get(optimizer, "o"), "markersize": 5, "label": f"{arm}, {optimizer}"}
+        losses.plot([row.point.paid for row in own], [row.point.val_loss for row in own], **style)
         worth = [row for row in own if row.speedup_included is not None]
         places = [row.point.tokens_per_parameter for row in worth]
         bars = [row.interval_included or 0.0 for row in worth]
         if arm != SCRATCH:
-            speedups.errorbar(places, [row.speedup_included for row in worth], yerr=bars, linewidth=1.4, capsize=3, **style)
+            speedups.errorbar(places, [row.speedup_included for row in worth], yerr=bars, capsize=3, **style)
     speedups.axhline(1.0, color=INK, linewidth=1, linestyle=(0, (4, 2)))
     speedups.annotate("scratch", (0.99, 1.0), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9, color=INK)
     _finish(losses, "FLOPs, the source included", "validation loss, nats/token", "Decayed ends: lower and further left is better")
     _finish(speedups, "tokens a parameter", "S: scratch's FLOPs for the same loss / own FLOPs", "What each end is worth")
+    per_parameter = sorted({round(row.point.tokens_per_parameter) for row in rows if row.speedup_included is not None})
+    speedups.set_xticks(per_parameter, [f"{place}" for place in per_parameter])
+    speedups.minorticks_off()
     losses.legend(fontsize=7.5, frameon=False)
     figure.suptitle(answer(rows), fontsize=11.5, fontweight="bold", color=INK, x=0.01, ha="left", wrap=True)
     return figure
 
 
 def _finish(axes: Axes, across: str, up: str, title: str) -> None:
-    if axes.has_data() and axes.get_xlim()[0] > 0:
+    if axes.dataLim.x0 > 0 and axes.dataLim.x1 > axes.dataLim.x0:
         axes.set_xscale("log")
     axes.set_xlabel(across, color=INK)
     axes.set_ylabel(up, color=INK)
