@@ -23,6 +23,7 @@ from model.geometry import flops_source, parameter_count
 from train.device import MEMORY_GIB, PEAK_BF16_FLOPS, named, peak_flops
 from train.loss import CHUNK_TOKENS
 from train.optimizer import parameter_groups
+from train.passes import passes
 from train.settings import Budget, Settings
 from train.speed import layers_of, speed_up
 from train.stages import flops_after, spans_of, stages_of
@@ -248,6 +249,7 @@ def tell(settings: Settings) -> str:
         if plan.days is not None:
             rate, mfu = sustained(found.flops, plan.gpus, plan.days, peak)
             lines.append(f"{plan.days:g} days       would be {rate / 1e12:.1f} TFLOP/s on each of {plan.gpus}, an MFU of {mfu:.1%}")
+    lines += [f"text          {line}" for line in passes(settings)]
     parts = [f"{name} {size / GIB:.1f}" for name, size in vars(found.memory).items() if size]
     verdict = "" if room is None else f", {'fits' if found.memory.total < FILLED * room * GIB else 'does not fit'} in {room:g} GiB"
     lines.append(f"GiB per GPU   {' + '.join(parts)} = {found.memory.total / GIB:.1f}{verdict} (sharding {settings.sharding.name})")
