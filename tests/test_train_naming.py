@@ -171,3 +171,12 @@ def test_a_sweep_goes_on_where_a_point_fails_and_ends_with_what_failed(tmp_path:
     assert "error: 1 of 2 points failed:" in done.stderr
     assert re.search(r"\n  - \S*lr1e30\S*-s0: .*not finite", done.stderr), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_long_name_stands_shortened_before_a_runs_lines() -> None:
+    from train.log import LONGEST_PREFIX, shortened
+
+    assert shortened("tiny-lossless-s0") == "tiny-lossless-s0"
+    long = "mine-source-data_files-validation_fraction0.25-budget_tokens16384-s0"
+    assert shortened(long) == "mine-source-data_files-validation_f…kens16384-s0"
+    assert len(shortened(long)) == LONGEST_PREFIX

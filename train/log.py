@@ -89,12 +89,20 @@ def open_log(folder: Path, settings: Settings, run: Mapping[str, Any], writes: b
 # ---- console --------------------------------------------------------------------------------------------------------------------------
 
 
+LONGEST_PREFIX = 48  # characters of a run's name before each of its lines
+
+
+def shortened(name: str) -> str:
+    """A run's name with its middle left out where it is longer than a line bears."""
+    return name if len(name) <= LONGEST_PREFIX else f"{name[: LONGEST_PREFIX - 13]}…{name[-12:]}"
+
+
 class Console:
     """A bar on a terminal, one line per logged row elsewhere, or nothing."""
 
     def __init__(self, progress: str | bool, name: str, budget_tokens: int) -> None:
         self.silent = progress is False or os.environ.get("RANK", "0") != "0"  # of several processes, the first one speaks
-        self.name, self.budget = name, budget_tokens
+        self.name, self.budget = shortened(name), budget_tokens
         self.bar: Any = None
         self.losses: dict[str, str] = {}
         if progress == "auto" and not self.silent and sys.stderr.isatty():
