@@ -1,4 +1,4 @@
-"""Over how many of transformers' causal language models is lossless growth confirmed, without a schema written for them?
+"""Over how many of transformers' causal language models is lossless growth.rehearseed, without a schema written for them?
 
 python benchmarks/count_architectures.py                     10 minutes on 2 cores: a table, and count_architectures.json here
 python benchmarks/count_architectures.py --types mpt falcon  some of them
@@ -26,7 +26,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from growth.confirm import Bench, bench
+from growth.rehearse import Bench, bench
 from model.derive import derive, whole_config
 from model.derive.probe import shapes
 from model.derive.roles import Draft

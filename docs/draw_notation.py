@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from growth import Plan, plan
+from growth.decision import Step
 from growth.expansion import AxisMap, Fill
 from growth.figure import INK, ORIGINS
 from growth.origin import Origin, origins
-from growth.plan import Step
 from model.notation import Axis, Product, size
 from model.presets import preset
 

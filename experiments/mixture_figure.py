@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experiments.figure import GRID, INK, SPARE
 
-if TYPE_CHECKING:
-    from experiments.mixtures import Judged
-
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#E69F00", *SPARE)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One arm: per seed its curve on the first text, and its final loss on each text, in nats/token."""
+
+    arm: str
+    tokens: dict[str, int]  # read of each source
+    curves: tuple[tuple[tuple[float, float], ...], ...]  # per seed (tokens, loss)
+    losses: dict[str, tuple[float, ...]]  # text → one for each seed
+    bits_per_byte: dict[str, tuple[float, ...]]
 
 
 def draw(found: Sequence[Judged], path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.definition import HERE, Job
 from experiments.ledger import half_interval, verdict
+from experiments.mixture_figure import Judged, draw
 from experiments.progress import Display
 from experiments.runs import read_evaluations
 from experiments.study import complete, cores, run_jobs
@@ -37,17 +38,6 @@ class Study:
     seeds: tuple[int, ...]
     judged_on: tuple[str, ...]  # leaves of conf/data
     eval_tokens: int
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One arm: per seed its curve on the first text, and its final loss on each text, in nats/token."""
-
-    arm: str
-    tokens: dict[str, int]  # read of each source
-    curves: tuple[tuple[tuple[float, float], ...], ...]  # per seed (tokens, loss)
-    losses: dict[str, tuple[float, ...]]  # text → one for each seed
-    bits_per_byte: dict[str, tuple[float, ...]]
 
 
 def load(name: str) -> Study:
@@ -162,7 +152,6 @@ def evaluation(final: Path, settings: Settings, data: TokenData, tokens: int) ->
 
 def publish(study: Study, found: Sequence[Judged], records: Sequence[dict[str, Any]], folder: Path) -> None:
     """Write results.json and losses.png, and the table into README.md."""
-    from experiments.mixture_figure import draw
     from experiments.table import insert_table
 
     machine = sorted({f"{r['device']}, threads {r['threads']}, {r['precision']}" for r in records})

@@ -31,7 +31,7 @@ def _end_with(parent: int) -> None:
 
 def work(overrides: tuple[str, ...], log: str) -> str:
     """Train the run that `overrides` compose; return its folder. Everything it prints goes to the file `log`."""
-    from train.horizons import train_horizons
+    from train.loop import train_horizons
     from train.settings import compose
     from train.signals import Stopped
 

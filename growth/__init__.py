@@ -13,7 +13,8 @@ from model.interrupt import starting
 starting()
 
 from .grow import Grown, grow  # noqa: E402
-from .plan import Plan, plan  # noqa: E402
+from .plan import Plan  # noqa: E402
+from .planning import plan  # noqa: E402
 
 if TYPE_CHECKING:
     from .adam import grow_adam, load_adam

@@ -105,7 +105,7 @@ def settings_from(arguments: list[str]) -> Settings:
 def run(settings: Settings) -> None:
     """Plan, or plan and grow, and say what came of it."""
     from .grow import grow
-    from .plan import plan
+    from .planning import plan
 
     if settings.plan_only:
         source = _source(settings)
@@ -166,7 +166,8 @@ def _print_plan(plan: Plan) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from .card import human_bytes, layer_map, space_bar, spaces_table, tensor_table
+    from .card import layer_map, space_bar
+    from .words import human_bytes, spaces_table, tensor_table
 
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, soft_wrap=True, width=120)
     table = Table("module", "writes <- reads", "source → target", box=SIMPLE_HEAD, pad_edge=False)

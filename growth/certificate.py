@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import isclose, sqrt
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,11 +18,9 @@ from model.config import ROPE, THETA, rope_of
 from model.family import STANDARD, Config, Family
 from model.notation import spaces
 
+from .decision import Decision
 from .expansion import AxisMap, Expansion, Fill
 from .layers import LayerMap, follow_layers
-
-if TYPE_CHECKING:
-    from .plan import Plan
 
 # Config keys that are no sizes and do not change what the network computes.
 NEUTRAL = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "initializer_range", "auto_map")
@@ -42,14 +40,14 @@ class Certificate:
         return "lossless" if self.lossless else "not lossless: " + "; ".join(self.reasons)
 
 
-def certify(plan: Plan) -> Certificate:
+def certify(plan: Decision) -> Certificate:
     """Prove `plan` lossless or say why it is not."""
     if not plan.recipe.inherits:
         return Certificate((f"operator {plan.operator!r} inherits nothing",))
     return Certificate((*_config(plan), *_layers(plan), *_steps(plan), *_spaces(plan)))
 
 
-def _config(plan: Plan) -> Iterator[str]:
+def _config(plan: Decision) -> Iterator[str]:
     """(1) A value that is no size differs."""
     family, layers = plan.family, plan.layers
     sizes = {family.field_name(name) for name in STANDARD if name != "layer_types"} | {family.rotary_field, *ROPE, *THETA, *family.follows}
@@ -90,7 +88,7 @@ def _rotary(family: Family, source: Config, target: Config) -> Iterator[str]:
             yield f"config {positions}: rotary positions of type {kind!r} are scaled by it"
 
 
-def _layers(plan: Plan) -> Iterator[str]:
+def _layers(plan: Decision) -> Iterator[str]:
     """(2) The layer map."""
     if not plan.layers.is_lossless:
         repeated = [number for number, layer in enumerate(plan.layers.layers) if plan.layers.layers.index(layer) != number]
@@ -104,7 +102,7 @@ def _layers(plan: Plan) -> Iterator[str]:
             yield f"{step.name}: is zero although its layer is to work"
 
 
-def _steps(plan: Plan) -> Iterator[str]:
+def _steps(plan: Decision) -> Iterator[str]:
     """(3) Tensors whose maps are not those of their spaces, or that take another tensor than their own."""
     expected: dict[tuple[str, str, bool], tuple[AxisMap, ...]] = {}
     faults: dict[str, int] = {}
@@ -121,7 +119,7 @@ def _steps(plan: Plan) -> Iterator[str]:
     yield from (f"{fault} ({count} tensors)" if count > 1 else fault for fault, count in faults.items())
 
 
-def _spaces(plan: Plan) -> Iterator[str]:
+def _spaces(plan: Decision) -> Iterator[str]:
     """(4) Each space on its own."""
     growth = plan.growth
     for space, expansion in plan.recipe.expansions.items():
@@ -157,7 +155,7 @@ def _inner(space: str, expansion: Expansion, expected: float) -> Iterator[str]:
         yield f"{space}: {count} new indices are written and read, neither as zero"
 
 
-def _special(space: str, expansion: Expansion, plan: Plan) -> Iterator[str]:
+def _special(space: str, expansion: Expansion, plan: Decision) -> Iterator[str]:
     """What lies between the writers and readers of a space besides copying: activations, rotary positions, norms."""
     growth, write = plan.growth, expansion.write
     if space in ("ffn", "kv", "group") and not np.allclose(write.gain[write.copies], 1):
@@ -193,7 +191,7 @@ def _kept_first(space: str, expansion: Expansion) -> Iterator[str]:
             return
 
 
-def _residual(plan: Plan, expansion: Expansion) -> Iterator[str]:
+def _residual(plan: Decision, expansion: Expansion) -> Iterator[str]:
     """Writers put c·[x ×r, mean or zero ×s] into the stream; norms then divide by what c and the copies make of the statistics."""
     growth, write = plan.growth, expansion.write
     n, N = write.source, write.target
@@ -216,7 +214,7 @@ def _residual(plan: Plan, expansion: Expansion) -> Iterator[str]:
     yield from _norms(plan, expansion, r, c, rho)
 
 
-def _epsilon(plan: Plan, factor: float) -> Iterator[str]:
+def _epsilon(plan: Decision, factor: float) -> Iterator[str]:
     """The norms' epsilon must follow the variance that those over the residual stream see, and stay for every other norm."""
     family = plan.family
     before, after = (family.eps(config) for config in (plan.source_config, plan.target_config))
@@ -231,7 +229,7 @@ def _epsilon(plan: Plan, factor: float) -> Iterator[str]:
             yield f"{line.name}: normalises over {line.out} with the config's epsilon too, which becomes {after:g}"
 
 
-def _norms(plan: Plan, expansion: Expansion, r: int, c: float, rho: float) -> Iterator[str]:
+def _norms(plan: Decision, expansion: Expansion, r: int, c: float, rho: float) -> Iterator[str]:
     """What reaches the readers: (1/√ρ)·scale on each copy, and shift; read, they must sum to the source."""
     undone = plan.growth.embedding_gain if plan.recipe.hidden_ratio != 1 else 1.0
     head = expansion.write.scaled(undone) if plan.growth.tied else expansion.head

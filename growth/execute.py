@@ -15,9 +15,10 @@ from model.errors import UserError
 from model.notation import Space, spaces
 
 from .bits import EXPONENT, accumulate, all_finite, floats, lookup, normal_bits, rounded, scaled
+from .decision import Step
 from .expansion import AxisMap, Fill, product
 from .noise import Noise
-from .plan import Plan, Step
+from .plan import Plan
 from .seeding import Draws, normal
 from .strips import Strips, consecutive, runs
 

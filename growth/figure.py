@@ -11,10 +11,11 @@ from model.dtypes import to_float
 from model.errors import UserError
 from model.notation import spaces
 
-from .card import spaces_table
+from .decision import Step
 from .execute import Expander, Reader
 from .origin import Origin, of_axis, origins
-from .plan import Plan, Step
+from .plan import Plan
+from .words import spaces_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

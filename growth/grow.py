@@ -16,7 +16,7 @@ from model.composite import nested
 from model.config import Target, read_json, tokenizer_size
 from model.errors import UserError, reading
 from model.notation import Space
-from model.spelling import both_spellings, spell_folder
+from model.spelling import spell_folder
 
 from .arguments import check_arguments
 from .card import licence, model_card
@@ -24,10 +24,11 @@ from .execute import Reader
 from .finite import FiniteReader
 from .moments import OPTIMIZER, RULES, STATE, inexact, moments_plan
 from .place import RECIPE, Place, complete_or_absent, files_in
-from .plan import Plan, plan
+from .plan import Plan
+from .planning import plan
 from .receipt import measure_growth
 from .shards import MAX_SHARD_BYTES, write_index
-from .stream import Shards, shards_of, write_weights
+from .stream import Shards, shards_of, write_config, write_weights
 from .verify import Receipt, check_receipt, verify_structure
 from .workers import Worker, agreement, publish_shared, shared_partial, write_share
 
@@ -196,12 +197,6 @@ def _write_adam(folder: Path, plan: Plan, adam: AdamState, max_shard_bytes: int,
     write_index(folder / OPTIMIZER, shards)
     state = {"step": adam.step, "rule": RULES[plan.recipe.moments], "inexact": list(inexact(plan))}
     (folder / OPTIMIZER / STATE).write_text(json.dumps(state, indent=1) + "\n")
-
-
-def write_config(folder: Path, plan: Plan) -> None:
-    """The target's config.json, for transformers 4 and 5; a dtype that the source's config names stays."""
-    config = both_spellings(nested(plan.target_config))
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def check_tokenizer(source: Path, plan: Plan) -> None:

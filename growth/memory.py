@@ -18,7 +18,8 @@ from model.twin import layerless
 
 from .bare import bare
 from .finite import FiniteReader
-from .plan import Plan, check_tensors, plan
+from .plan import Plan, check_tensors
+from .planning import plan
 from .tensors import Tensors, expand
 
 if TYPE_CHECKING:

@@ -19,9 +19,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from .decision import Step
 from .expansion import AxisMap, Fill
 from .origin import Origin, axis_origins
-from .plan import Plan, Step
+from .plan import Plan
 
 OPTIMIZER, STATE = "optimizer", "state.json"  # the folder beside the grown weights, and what says how they grew
 POWERS = {"exp_avg": 1, "exp_avg_sq": 2}  # Adam's names → the power of the gradient that they average

@@ -11,8 +11,9 @@ from functools import reduce
 
 import numpy as np
 
+from .decision import Step
 from .expansion import AxisMap, Fill
-from .plan import Plan, Step
+from .plan import Plan
 
 
 class Origin(IntEnum):

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from model.composite import nested
 from model.dtypes import is_short
 
 from .execute import Reader
 from .plan import Plan
-from .shards import MAX_SHARD_BYTES, write_index
-from .stream import shards_of, write_weights
+from .stream import write_model
 from .verify import Meter, Receipt
 
 WIDE = "float32"  # the folder, inside the unfinished one, that the same growth in float32 lies in while it is measured
@@ -55,12 +52,8 @@ def _in_float32(plan: Plan, reader: Reader, folder: Path, threads: int) -> Itera
     """The same growth with weights in float32, in a folder that goes away."""
     wide, made = folder / WIDE, replace(plan, growth=replace(plan.growth, dtype="float32"))
     shutil.rmtree(wide, ignore_errors=True)  # a killed worker's
-    wide.mkdir()
     try:
-        shards = shards_of(made, MAX_SHARD_BYTES)
-        write_weights(made, reader, wide, shards, threads=threads)
-        write_index(wide, shards)
-        (wide / "config.json").write_text(json.dumps(nested(made.target_config)))
+        write_model(made, reader, wide, threads=threads)
         yield wide
     finally:
         shutil.rmtree(wide, ignore_errors=True)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from model.dtypes import is_short
 
+from .decision import Decision, Step
 from .expansion import AxisMap, Fill
-
-if TYPE_CHECKING:
-    from .plan import Plan, Step
 
 NAMES = {"F16": "float16", "BF16": "bfloat16"}
 WIDTH, HEAD_DIM = 64, 8  # what matrix units and attention kernels take without padding
@@ -22,15 +19,15 @@ COUNTED = ("num_attention_heads", "num_key_value_heads")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def remarks(plan: Plan) -> tuple[str, ...]:
+def remarks(plan: Decision, *, lossless: bool) -> tuple[str, ...]:
     """One line each: rounding, copies that stay equal, starts that are worse than they look, sizes that hardware dislikes."""
-    return (*_rounding(plan), *_equal_copies(plan), *_starts(plan), *_sizes(plan))
+    return (*(_rounding(plan) if lossless else ()), *_equal_copies(plan), *_starts(plan), *_sizes(plan))
 
 
-def _rounding(plan: Plan) -> Iterator[str]:
+def _rounding(plan: Decision) -> Iterator[str]:
     """The stored format's share in what becomes of an exact plan."""
     formats = sorted({NAMES[plan.dtype(step)] for step in plan.steps if is_short(plan.dtype(step))})
-    if not formats or not plan.certificate.lossless:
+    if not formats:
         return
     rounded = [step for step in plan.steps if step.source is not None and is_short(plan.dtype(step)) and _rounds(step)]
     gains = sum(1 for step in rounded)
@@ -56,7 +53,7 @@ def _gains(axis: AxisMap) -> np.ndarray:
     return gain[gain != 0]
 
 
-def _equal_copies(plan: Plan) -> Iterator[str]:
+def _equal_copies(plan: Decision) -> Iterator[str]:
     """Copies that are written alike and read alike get equal gradients in every step."""
     config = plan.target_config
     dropout = any("drop" in key and isinstance(value, (int, float)) and value > 0 for key, value in config.items())
@@ -80,7 +77,7 @@ def _evenly_read(write: AxisMap, read: AxisMap) -> int:
     return len(copies) - len(kinds)
 
 
-def _starts(plan: Plan) -> Iterator[str]:
+def _starts(plan: Decision) -> Iterator[str]:
     """Growths whose start is worse than their name promises."""
     layers, growth = plan.layers, plan.growth
     if plan.operator == "zero_pad" and any(growth.grows(space) for space in growth.source if space not in ("layer", "vocab", "pos")):
@@ -97,7 +94,7 @@ def _starts(plan: Plan) -> Iterator[str]:
         )
 
 
-def _sizes(plan: Plan) -> Iterator[str]:
+def _sizes(plan: Decision) -> Iterator[str]:
     """Sizes that the growth chose and that hardware pays for."""
     family, growth, config = plan.family, plan.growth, plan.target_config
     source = {**plan.source_config}
@@ -113,7 +110,7 @@ def _sizes(plan: Plan) -> Iterator[str]:
             yield f"sizes: {key} {count} cannot be shared evenly by {', '.join(uneven)} devices (tensor or expert parallelism)"
 
 
-def _off(plan: Plan, key: str, multiple: int) -> bool:
+def _off(plan: Decision, key: str, multiple: int) -> bool:
     """Whether a size that grows is no multiple."""
     size = plan.target_config.get(key)
     return type(size) is int and size != plan.source_config.get(key) and size % multiple != 0

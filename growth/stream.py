@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
 
+from model.composite import nested
 from model.dtypes import RAW
+from model.spelling import both_spellings
 
 from .execute import Expander, Reader
 from .plan import Plan
-from .shards import Entry, ShardWriter, layout
+from .shards import MAX_SHARD_BYTES, Entry, ShardWriter, layout, write_index
 
 Shards = Mapping[str, Sequence[Entry]]  # file name → what it holds
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
@@ -21,6 +24,21 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 def shards_of(plan: Plan, max_shard_bytes: int) -> dict[str, list[Entry]]:
     """The files of a plan's tensors."""
     return layout([Entry(step.name, plan.dtype(step), step.shape) for step in plan.steps], max_shard_bytes)
+
+
+def write_config(folder: Path, plan: Plan) -> None:
+    """The target's config.json, for transformers 4 and 5; a dtype that the source's config names stays."""
+    config = both_spellings(nested(plan.target_config))
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def write_model(plan: Plan, reader: Reader, folder: Path, *, threads: int) -> None:
+    """Make `folder` with what the library needs to load a growth: shards, their index and the config. Nothing of it is verified."""
+    folder.mkdir()
+    shards = shards_of(plan, MAX_SHARD_BYTES)
+    write_weights(plan, reader, folder, shards, threads=threads)
+    write_index(folder, shards)
+    write_config(folder, plan)
 
 
 def write_weights(plan: Plan, reader: Reader, folder: Path, shards: Shards, *, threads: int, progress: Progress | None = None) -> None:

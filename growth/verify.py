@@ -149,7 +149,8 @@ def _logits(
     """The logits of the model in `folder` on `tokens`, float64; `which` model it is and the `way` out are for the error."""
     import torch
 
-    from model.build import computing_in, load_model, quietly
+    from model.build import computing_in, load_model
+    from model.quiet import quietly
 
     try:
         with quietly(), torch.no_grad(), computing_in(dtype):

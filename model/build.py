@@ -151,22 +151,6 @@ def load_model(folder: Path | str, *, dtype: str = "float32", attention: str = "
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Without the library's progress bars and load reports: what is wrong with a model is told by whoever loads it."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextmanager
 def computing_in(dtype: str) -> Iterator[None]:
     """With new tensors in `dtype` unless they say otherwise: some of the library's classes compare them with those of their weights."""
     import torch

@@ -15,9 +15,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from .build import meta_model, quietly
+from .build import meta_model
 from .errors import UserError
 from .family import Config
+from .quiet import quietly
 
 if TYPE_CHECKING:
     import torch

@@ -65,7 +65,7 @@ def _valid(entries: Mapping[str, Any]) -> GenerationConfig | None:
     """The library's object of these entries; None where it would not save it."""
     from transformers import GenerationConfig
 
-    from .build import quietly
+    from .quiet import quietly
 
     try:
         with quietly():

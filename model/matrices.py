@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
-from .build import quietly
 from .derive import LENGTH, ROWS
 from .derive.probe import Uses, build, scramble, uses
 from .errors import UserError, in_one_line
 from .family import Config
+from .quiet import quietly
 from .twin import Twin, layerless, tiny_twin
 
 if TYPE_CHECKING:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .build import library_class, meta_model, quietly, stored_names, to_hf_config
+from .build import library_class, meta_model, stored_names, to_hf_config
 from .errors import UserError
 from .family import Config, has_schema
+from .quiet import quietly
 
 if TYPE_CHECKING:
     import torch

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .build import quietly
 from .derive.probe import scramble
 from .documents import documents_apart
 from .errors import UserError, in_one_line
 from .family import Config
+from .quiet import quietly
 from .twin import Twin, layerless, tiny_twin
 
 ROWS, LENGTH, CUT = 2, 24, 11  # of the text that a twin reads; where the end-of-text token stands and the past ends

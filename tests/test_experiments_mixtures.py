@@ -12,7 +12,8 @@ import pytest
 
 from experiments import mixtures
 from experiments.ledger import verdict
-from experiments.mixtures import FILE, HERE, Judged, Study, change, jobs, load, markdown, run
+from experiments.mixture_figure import Judged
+from experiments.mixtures import FILE, HERE, Study, change, jobs, load, markdown, run
 from experiments.table import BEGIN, END, check_table
 from model.errors import UserError
 from train.settings import identity

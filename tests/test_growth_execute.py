@@ -21,7 +21,7 @@ from growth.seeding import Draws, normal, quantiles
 from model.build import to_hf_config
 from model.checkpoint import Checkpoint
 from model.dtypes import to_float
-from tests.test_growth_strangers import EXPERTS
+from tests.test_growth_resolve import EXPERTS
 
 BIGGER = {"hidden_size": 30, "intermediate_size": 50, "num_hidden_layers": 4}
 ALL = np.arange(1 << 16, dtype=np.uint16)

@@ -16,7 +16,7 @@ from growth.figure import build, draw, grown_matrix, shown_step
 from model.checkpoint import Checkpoint
 from model.dtypes import to_float
 from model.errors import UserError
-from tests import test_growth_strangers as strangers
+from tests import test_growth_resolve as strangers
 
 BIGGER = {"hidden_size": 30, "intermediate_size": 60, "num_hidden_layers": 5}
 

@@ -13,18 +13,19 @@ import torch
 from accelerate import Accelerator
 
 from growth import grow, grow_adam, load_adam, plan
+from growth.decision import Step
 from growth.memory import config_of as config_of_model
 from growth.memory import follow, plan_of
 from growth.moments import inexact
 from growth.origin import Origin, axis_origins, origins
-from growth.plan import Plan, Step
+from growth.plan import Plan
 from model.build import load_model, stored_names
 from model.errors import UserError
 from model.family import families
 from model.stored import in_file
 from tests.conftest import random_model
 from tests.test_growth_families import FAMILIES, MULTI_HEAD, config_of, growths, renamed
-from tests.test_growth_strangers import config_of as stranger
+from tests.test_growth_resolve import config_of as stranger
 
 FLOOR = {"layer": 1e-8, "rms": 1e-4}  # of the largest moment; the library's RMSNorms compute in float32
 EXACT = [{"operator": "lossless"}, {"operator": "lemon"}, {"operator": "hyperclone"}, {"operator": "hyperclone", "form": "diagonal"}]

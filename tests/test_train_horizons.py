@@ -12,9 +12,10 @@ from toy import assert_same_run, rows
 
 from model.errors import UserError
 from train import loop
-from train.horizons import horizon_runs, stable_checkpoint, train_horizons
-from train.schedule import factor, stable_steps
-from train.settings import ScheduleSettings, Settings, compose
+from train.horizons import horizon_runs, stable_checkpoint
+from train.loop import train_horizons
+from train.schedule import ScheduleSettings, factor, stable_steps
+from train.settings import Settings, compose
 
 HORIZONS = (768, 1280, 2048)  # 6, 10 and 16 steps of 128 tokens
 DEEPER = "target={model_type:phi,vocab_size:300,max_position_embeddings:32,tie_word_embeddings:false,hidden_size:16,"

@@ -19,7 +19,8 @@ from model.errors import UserError
 from train import loop
 from train.folder import check_same, new_run, shorter_run
 from train.naming import arm_changes, same_folder
-from train.settings import compose, identity, is_neutral
+from train.neutral import is_neutral
+from train.settings import compose, identity
 
 ROOT = Path(__file__).resolve().parents[1]
 GIVEN = ["experiment=tiny", "growth=lossless"]

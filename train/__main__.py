@@ -141,7 +141,7 @@ def _train(settings: Settings) -> None:
         return
     check_installed(settings.logger.trackers)
     from train import slurm
-    from train.horizons import train_horizons  # torch, transformers and accelerate are loaded only for settings that hold
+    from train.loop import train_horizons  # torch, transformers and accelerate are loaded only for settings that hold
     from train.signals import Stopped
 
     try:

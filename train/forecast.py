@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model.build import empty_model, known_size, quietly
+from model.build import empty_model, known_size
 from model.config import read_config, resolve_target
 from model.errors import UserError, in_one_line
 from model.geometry import flops_source, parameter_count
+from model.quiet import quietly
 from train.device import MEMORY_GIB, PEAK_BF16_FLOPS, named, peak_flops
 from train.loss import CHUNK_TOKENS
 from train.optimizer import parameter_groups

@@ -45,20 +45,6 @@ def horizon_runs(settings: Settings) -> list[Settings]:
     ] or [settings]
 
 
-def train_horizons(settings: Settings) -> list[Path]:
-    """Train the run of every horizon in turn, each from the longest trunk before it, and return their folders.
-
-    Raises:
-        UserError, Stopped: as `train.loop.train` does.
-    """
-    from train.loop import train  # torch is loaded only for settings that hold
-
-    folders: list[Path] = []
-    for run in horizon_runs(settings):
-        folders.append(train(run, trunks=folders))
-    return folders
-
-
 # ---- keeping the trunk ----------------------------------------------------------------------------------------------------------------
 
 

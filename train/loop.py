@@ -25,7 +25,7 @@ from train.data.mixture import mixed, tokens_read
 from train.device import device_name, peak_flops, session
 from train.distribute import whole_weights
 from train.files import write_json
-from train.horizons import find_trunk, take_over_trunk, trunk_record
+from train.horizons import find_trunk, horizon_runs, take_over_trunk, trunk_record
 from train.log import Console, open_log
 from train.meter import Meter
 from train.publish import publish
@@ -187,3 +187,15 @@ def summarise(position: state.Position) -> dict[str, Any]:
         "steps": position.step,
         "skipped_steps": position.skipped,
     }
+
+
+def train_horizons(settings: Settings) -> list[Path]:
+    """Train the run of every horizon in turn, each from the longest trunk before it, and return their folders.
+
+    Raises:
+        UserError, Stopped: as `train` does.
+    """
+    folders: list[Path] = []
+    for run in horizon_runs(settings):
+        folders.append(train(run, trunks=folders))
+    return folders

@@ -2,7 +2,7 @@
 
 `experiment=tiny growth=tile optimizer.learning_rate=0.01 transfer=continued` → `tiny-tile-transfer_continued-lr0.01-s0`
 
-A label is a setting's key and value, without a "-" in it. What changes no result (NEUTRAL in train/settings.py) or says only how it is
+A label is a setting's key and value, without a "-" in it. What changes no result (NEUTRAL in train/neutral.py) or says only how it is
 computed (COMPUTED) is in no name. Hydra's own `override_dirname` names what was typed, in its order, defaults and loggers included.
 """
 
@@ -17,8 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.door import compose_config, plain
-from train.settings import CONF, flatten, is_neutral
+from train.door import CONF, compose_config, plain
+from train.neutral import flatten, is_neutral
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer
 
-from model.build import load_model, quietly
+from model.build import load_model
 from model.errors import UserError, in_one_line
 from model.generation import generation_config
+from model.quiet import quietly
 from model.twin import Twin, tiny_twin
 from train.distribute import tied_again
 from train.publish import write_model

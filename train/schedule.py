@@ -11,13 +11,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from train.settings import ScheduleSettings
+from dataclasses import dataclass
+from typing import Literal
 
 # The share of the warm-up that a run repeats when it does not start from scratch; "new" repeats it for new entries alone.
 REWARM = {"full": 1.0, "short": 0.25, "none": 0.0, "new": 0.0}
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """conf/schedule; fractions are of the run's budget."""
+
+    name: str  # a key of train.schedule.SCHEDULES
+    warmup_fraction: float  # of the budget
+    floor: float  # the last rate, as a share of the peak
+    rewarm: str  # a key of train.schedule.REWARM: how much of the warm-up a run repeats that starts from trained weights
+    decay_fraction: float | None = None  # of the budget; wsd only
+    warmup_tokens: int | None = None  # instead of warmup_fraction: the same for every budget
+    decay: Literal["linear", "sqrt"] = "linear"  # the shape of WSD's decay; sqrt: 1 − √share
+    horizons: tuple[int, ...] = ()  # budgets in tokens, each decayed from one stable trunk, see train/horizons.py
 
 
 def warmup_stable_decay(progress: float, warmup: float, settings: ScheduleSettings) -> float:

@@ -16,7 +16,8 @@ from model.errors import UserError, did_you_mean
 from train.data.settings import DataSettings, MixtureSettings, mixture_disagreements
 from train.data.settings import disagreements as data_disagreements
 from train.door import CONF, compose_config, plain, read
-from train.schedule import REWARM, SCHEDULES
+from train.neutral import flatten, is_neutral
+from train.schedule import REWARM, SCHEDULES, ScheduleSettings
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -57,20 +58,6 @@ class OptimizerSettings:
     epsilon: float
     weight_decay: float  # of matrices only, see train/optimizer.py
     momentum: float | None = None  # of Muon's matrices
-
-
-@dataclass(frozen=True)
-class ScheduleSettings:
-    """conf/schedule; fractions are of the run's budget."""
-
-    name: str  # a key of train.schedule.SCHEDULES
-    warmup_fraction: float  # of the budget
-    floor: float  # the last rate, as a share of the peak
-    rewarm: str  # a key of train.schedule.REWARM: how much of the warm-up a run repeats that starts from trained weights
-    decay_fraction: float | None = None  # of the budget; wsd only
-    warmup_tokens: int | None = None  # instead of warmup_fraction: the same for every budget
-    decay: Literal["linear", "sqrt"] = "linear"  # the shape of WSD's decay; sqrt: 1 − √share
-    horizons: tuple[int, ...] = ()  # budgets in tokens, each decayed from one stable trunk, see train/horizons.py
 
 
 @dataclass(frozen=True)
@@ -385,17 +372,6 @@ def _transfer_disagreements(settings: Settings) -> list[str]:
     return faults
 
 
-# What a run may be restarted with differently: nothing of it changes a number in the result.
-NEUTRAL = (
-    *("out", "progress", "dry_run", "forecast", "logger", "changes", "data.folder", "data.path", "data.workers"),
-    *("train.keep", "train.keep_best", "train.keep_optimizer", "train.save_every_tokens", "train.save_async"),
-    *("sharding", "train.micro_batch"),  # nothing but rounding
-    "schedule.horizons",  # each of them is the run that its budget alone would give
-    "train.hang_seconds",
-    "train.skip_nonfinite",  # a run that had to stop may go on with more of them
-)
-
-
 def identity(settings: Settings | Mapping[str, Any]) -> dict[str, Any]:
     """Every setting that changes the result, flat: dotted key → JSON value."""
     values = settings if isinstance(settings, Mapping) else asdict(settings)
@@ -403,23 +379,6 @@ def identity(settings: Settings | Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if not is_neutral(key)}
 
 
-def is_neutral(key: str) -> bool:
-    """Whether a setting, by its dotted key, changes nothing in the result."""
-    places = key.startswith("mixture.sources.") and key.endswith((".data.folder", ".data.path", ".data.workers"))
-    return key in NEUTRAL or key.split(".")[0] in NEUTRAL or places
-
-
 def settings_hash(settings: Settings | Mapping[str, Any]) -> str:
     """A fingerprint of `identity`: two runs with the same hash on the same text give the same result."""
     return hashlib.sha256(json.dumps(identity(settings), sort_keys=True).encode()).hexdigest()
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values as dotted key → value."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -14,7 +14,7 @@ from torch import Tensor
 from growth import grow
 from growth.grow import read_ledger
 from growth.operators import options_of
-from growth.strangers import know
+from growth.resolve import resolve_family
 from model.build import build_model, known_size, load_model
 from model.checkpoint import Checkpoint, locate
 from model.config import read_config, resolve_target
@@ -76,7 +76,7 @@ def _laid_over(settings: Settings, source: Path | None, config: dict[str, Any] |
     operator, given = settings.growth.operator, settings.growth.options
     options = {name: given[name] for name in options_of(operator) if name in given}
     with Checkpoint(source) as checkpoint:
-        known = know(checkpoint, settings.target, given.get("depth", "identity"), operator, options)
+        known = resolve_family(checkpoint, settings.target, given.get("depth", "identity"), operator, options)
     return resolve_target(settings.target, known.config or config, known.family)
 
 

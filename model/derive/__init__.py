@@ -1,6 +1,6 @@
 """Deriving a schema: what a family's own class, built tiny and watched, shows of the roles of its tensors.
 
-Nothing here is proof: a draft is believed only after `growth.confirm` has grown a tiny model by it and found the same logits.
+Nothing here is proof: a draft is believed only after `growth.rehearse` has grown a tiny model by it and found the same logits.
 """
 
 from __future__ import annotations

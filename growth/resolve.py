@@ -1,4 +1,4 @@
-"""The family of a source, known here or not: without a schema one is derived and confirmed, or an outline made, or the source refused."""
+"""Resolving what a source is: its family by the schema that is here, by one derived and rehearsed, or by an outline; else it is refused."""
 
 from __future__ import annotations
 
@@ -21,15 +21,13 @@ from .recipe import Growth
 if TYPE_CHECKING:
     from model.derive.roles import Draft
 
-    from .confirm import Rehearsal
-    from .plan import Plan
-
+    from .rehearse import Rehearsal
 BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # which older files carry along
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Known:
+class Resolved:
     """A family, and what is and is not known of it.
 
     Attributes:
@@ -43,17 +41,17 @@ class Known:
     config: Config | None = None
 
 
-def know(
+def resolve_family(
     source: Checkpoint | Config,
     target: Target,
     depth: str | Sequence[int],
     operator: str = "lossless",
     options: Mapping[str, Any] | None = None,
-) -> Known:
+) -> Resolved:
     """The family of `source` for a growth into `target`.
 
     Without a schema: whole layers are copied by an outline (`model.outline`); for anything else a schema is derived (`model.derive`) and
-    this very growth rehearsed on a tiny random model of the family (`growth.confirm`) before it is believed: a lossless one must keep the
+    this very growth rehearsed on a tiny random model of the family (`growth.rehearse`) before it is believed: a lossless one must keep the
     logits; where none does, an `operator` that is not lossless must give a model that the library's class loads and runs.
 
     Raises:
@@ -63,7 +61,7 @@ def know(
     if isinstance(source, Checkpoint) and source.quantised is not None:
         return _quantised(source, target, depth)
     if not isinstance(config.get("model_type"), str) or has_schema(config):
-        return Known(family_of(config))
+        return Resolved(family_of(config))
     shapes = {name: stored.shape for name, stored in source.tensors.items()} if isinstance(source, Checkpoint) else None
     if shapes is not None:
         _check_depth(config, shapes)
@@ -72,7 +70,7 @@ def know(
     return _derived(config, shapes, target, depth, operator, options or {})
 
 
-def _quantised(source: Checkpoint, target: Target, depth: str | Sequence[int]) -> Known:
+def _quantised(source: Checkpoint, target: Target, depth: str | Sequence[int]) -> Resolved:
     """Whole layers of quantised weights, byte for byte.
 
     Raises:
@@ -90,7 +88,7 @@ def _quantised(source: Checkpoint, target: Target, depth: str | Sequence[int]) -
     if re.search(r"\.\d+\b", re.sub(r"\d\.\d+", "", said)):
         raise UserError(f"{what}, and quantization_config names layers by their numbers, which would move; dequantise it first")
     family = outline(config, {name: stored.shape for name, stored in source.tensors.items()})
-    return Known(family, (f"weights quantised by {source.quantised} are copied byte for byte, layer by layer; nothing was checked",))
+    return Resolved(family, (f"weights quantised by {source.quantised} are copied byte for byte, layer by layer; nothing was checked",))
 
 
 def _check_depth(config: Config, shapes: Shapes) -> None:
@@ -100,7 +98,7 @@ def _check_depth(config: Config, shapes: Shapes) -> None:
             raise UserError(f"config.json says {key} {count:,}, but the file has {len(shapes)} tensors; is it another checkpoint's?")
 
 
-def _outlined(config: Config, shapes: Shapes) -> Known:
+def _outlined(config: Config, shapes: Shapes) -> Resolved:
     from model.derive import library_knows, whole_config
     from model.derive.probe import passed_over
 
@@ -110,7 +108,7 @@ def _outlined(config: Config, shapes: Shapes) -> Known:
     family = replace(outline(whole, {name: shape for name, shape in shapes.items() if name not in dropped}), ignore=tuple(dropped))
     held = "the result was held against transformers' class" if known else "transformers does not know it, so nothing could be checked"
     note = f"family {family.name!r} has no schema here: layers were told by their names and whole layers are copied; {held}"
-    return Known(family, (note, *_left_out(dropped)), whole if known else None)
+    return Resolved(family, (note, *_left_out(dropped)), whole if known else None)
 
 
 def _left_out(names: Sequence[str]) -> list[str]:
@@ -126,11 +124,11 @@ def _copies_layers_only(config: Config, target: Target, depth: str | Sequence[in
 
 def _derived(
     config: Config, shapes: Shapes | None, target: Target, depth: str | Sequence[int], operator: str, options: Mapping[str, Any]
-) -> Known:
+) -> Resolved:
     from model.derive import derive, whole_config
 
-    from .confirm import bench
     from .miniature import miniature
+    from .rehearse import bench
 
     name, head = config["model_type"], ""
     try:
@@ -142,7 +140,7 @@ def _derived(
         changes = miniature(draft, whole, grown, depth)
         _check_asked(draft, family.sizes(whole), family.sizes(grown), changes)
         if not changes:
-            return Known(family, (f"family {name!r} has no schema here: one was derived, and nothing is widened by it",), whole)
+            return Resolved(family, (f"family {name!r} has no schema here: one was derived, and nothing is widened by it",), whole)
         with bench(draft) as tiny:
             rehearsal = tiny.rehearse(draft, changes, depth if isinstance(depth, str) else "identity", operator, options)
         family = _family(rehearsal.draft, whole, shapes)
@@ -159,7 +157,7 @@ def _derived(
     ]
     if draft.unused:
         notes.append(f"not tested: {names_of(draft.unused)}, which no forward pass here goes through")
-    return Known(family, (*notes, *_left_out(family.ignore)), whole)
+    return Resolved(family, (*notes, *_left_out(family.ignore)), whole)
 
 
 def _outcome(rehearsal: Rehearsal, sizes: str, operator: str) -> str:
@@ -214,42 +212,3 @@ def _check_asked(draft: Draft, source: Mapping[str, int], target: Mapping[str, i
     asked = {space for space in source if target[space] != source[space] and space != "layer"}
     if untested := sorted(space for space in asked if before.get(space) == after.get(space)):
         raise UserError(f"nothing in a tiny model of the family stands for growth of {', '.join(untested)}")
-
-
-def kinds_in_class(family: Family, config: Config) -> list[frozenset[str]]:
-    """Of each layer that the library's class makes of a config, the names of its tensors without the layer's own."""
-    from model.derive.probe import shapes
-
-    prefix = next(line.name.partition("*")[0] for line in family.lines if line.only is not None)
-    kinds: dict[int, set[str]] = {}
-    for name in shapes(config):
-        number, _, rest = name.removeprefix(prefix).partition(".")
-        if name.startswith(prefix) and number.isdigit():
-            kinds.setdefault(int(number), set()).add(rest)
-    return [frozenset(kinds[number]) for number in sorted(kinds)]
-
-
-def hold_against_class(plan: Plan) -> None:
-    """The library's own class, built of the target's config, must have exactly the planned tensors.
-
-    Tensors that its class does not have for the source either (buffers that older files carry along) are let pass.
-
-    Raises:
-        UserError: it has others, or others' shapes; the message names the first ones.
-    """
-    from model.derive.probe import named_shapes
-
-    source, was_called = named_shapes(plan.source_config, {plan.source_name(step.tensor) for step in plan.steps})
-    built, called = named_shapes(plan.target_config, (step.name for step in plan.steps))
-    planned = {called[step.name]: step.shape for step in plan.steps if was_called[plan.source_name(step.tensor)] in source}
-    if differ := [name for name, shape in planned.items() if built.get(name) != shape]:
-        first = min(differ)
-        raise UserError(
-            f"family {plan.family.name!r} has no schema here, and {first} would become {planned[first]} where transformers' class wants "
-            f"{built.get(first, 'none')} ({names_of(differ)}); what follows the sizes or layers that change was not recognised"
-        )
-    if lacking := [name for name in built if name not in planned]:
-        raise UserError(
-            f"family {plan.family.name!r} has no schema here, and transformers' class would want {names_of(lacking)} too, which no source "
-            "layer in that place has; choose another growth.depth, such as identity_top"
-        )

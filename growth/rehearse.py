@@ -11,22 +11,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from model.build import computing_in, load_model, quietly
-from model.checkpoint import names_of
+from model.build import computing_in, load_model
+from model.checkpoint import Checkpoint, names_of
+from model.config import resolve_target
 from model.derive import random_tokens
 from model.derive.pictures import Inputs, with_picture
 from model.derive.probe import build, scramble, shapes
 from model.derive.roles import Draft
 from model.derive.schema import drafted_family, variants
 from model.errors import UserError
+from model.quiet import quietly
 
-if TYPE_CHECKING:
-    from .grow import Grown
+from .operators import default_noise
+from .plan import Plan, decide
+from .recipe import Growth
+from .stream import write_model
 
+NOISE = 0.1  # of a lossless rehearsal, so that copies differ
 SAME = 2e-5  # of the largest logit: some library classes compute norms, routers and softmax in float32
 
 
@@ -50,12 +55,15 @@ class Bench:
     """A tiny random model of a family, saved once and grown as often as one likes.
 
     Attributes:
+        folder: of the tiny models.
+        source: the saved tiny model.
         inputs: what it is run on: tokens, and tokens around a picture where it takes pictures.
         logits: what it makes of each.
     """
 
     draft: Draft
     folder: Path
+    source: Checkpoint
     inputs: Sequence[Inputs]
     logits: Sequence[torch.Tensor]
     count: int = 0
@@ -125,42 +133,47 @@ class Bench:
 
     def _run(self, draft: Draft, changes: Mapping[str, int], depth: str, operator: str, options: Mapping[str, Any]) -> Rehearsal | None:
         """A growth whose logits are not compared; None where it is certified to keep them."""
-        grown = self._grown(draft, changes, depth, operator, options)
-        if grown.certificate.lossless:
+        plan = self._plan(draft, changes, depth, operator, default_noise(operator), options)
+        if plan.certificate.lossless:
             return None
-        _logits(grown.folder, self.inputs)
+        self._logits_of(plan)
         return Rehearsal(draft, changes, None)
 
     def _error(self, draft: Draft, changes: Mapping[str, int], depth: str) -> float:
-        grown = self._grown(draft, changes, depth, "lossless", {"noise": 0.1})
-        if not grown.certificate.lossless:
-            raise UserError("; ".join(grown.certificate.reasons))
-        found = _logits(grown.folder, self.inputs)
-        errors = [(a[..., : b.shape[-1]] - b).abs().max() / b.abs().max() for a, b in zip(found, self.logits, strict=True)]
+        """How far a lossless growth moves the logits, relative to the largest."""
+        plan = self._plan(draft, changes, depth, "lossless", NOISE, {})
+        if not plan.certificate.lossless:
+            raise UserError("; ".join(plan.certificate.reasons))
+        pairs = zip(self._logits_of(plan), self.logits, strict=True)
+        errors = [(a[..., : b.shape[-1]] - b).abs().max() / b.abs().max() for a, b in pairs]
         return float(torch.stack(errors).max())  # NaN where any is
 
-    def _grown(self, draft: Draft, changes: Mapping[str, int], depth: str, operator: str, options: Mapping[str, Any]) -> Grown:
-        """The tiny model, grown and held against the library's class.
+    def _plan(self, draft: Draft, changes: Mapping[str, int], depth: str, operator: str, noise: float, options: Mapping[str, Any]) -> Plan:
+        """The growth of the tiny model, held against the library's class.
 
         Raises:
             UserError: it does not grow, or into other shapes than the class wants.
         """
-        from .grow import grow
-
         family = drafted_family(draft, draft.axes.config, draft.axes.shapes)
-        self.count += 1
-        out = self.folder / str(self.count)
-        how: dict[str, Any] = {"depth": depth, "family": family, "receipt": False}
-        grown = grow(self.folder / "source", out, target=changes, operator=operator, **how, **options)
-        if grown.plan.target_parameters == grown.plan.source_parameters:
+        config = self.source.config
+        growth = Growth(family, config, resolve_target(changes, config, family))
+        plan = decide(growth, operator, options, depth=depth, noise=noise, held=self.source)
+        if plan.target_parameters == plan.source_parameters:
             raise UserError(f"nothing grows with {', '.join(changes)}")
-        planned, wanted = {step.name: step.shape for step in grown.plan.steps}, shapes(grown.plan.target_config)
+        planned, wanted = {step.name: step.shape for step in plan.steps}, shapes(plan.target_config)
         if differ := sorted(name for name, shape in wanted.items() if planned.get(name) != shape):
             raise UserError(
                 f"{differ[0]} would become {planned.get(differ[0], 'none')} where transformers' class wants {wanted[differ[0]]}: how it "
                 f"follows {', '.join(changes)} was not recognised"
             )
-        return grown
+        return plan
+
+    def _logits_of(self, plan: Plan) -> list[torch.Tensor]:
+        """The logits of the model that a plan makes of the tiny one, loaded from disk as any other."""
+        self.count += 1
+        out = self.folder / str(self.count)
+        write_model(plan, self.source, out, threads=1)
+        return _logits(out, self.inputs)
 
 
 @contextmanager
@@ -180,7 +193,9 @@ def bench(draft: Draft) -> Iterator[Bench]:
         with computing_in("float64"):
             pictured = with_picture(model, tokens)
         inputs = [{"input_ids": tokens}, *([] if pictured is None else [pictured])]
-        yield Bench(draft, Path(folder), inputs, _logits(source, inputs))
+        logits = _logits(source, inputs)
+        with Checkpoint(source) as checkpoint:
+            yield Bench(draft, Path(folder), checkpoint, inputs, logits)
 
 
 def _logits(folder: Path, inputs: Sequence[Inputs]) -> list[torch.Tensor]:

@@ -1,0 +1,182 @@
+"""What is decided of a growth: every target tensor once, with its source, its maps and its scales. Frozen, and without weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from model.composite import of_text
+from model.dtypes import RAW, TORCH_NAMES, config_dtype, is_float
+from model.family import Config, Family, Tensor
+
+from .expansion import AxisMap
+from .layers import LayerMap, follow_layers
+from .recipe import Growth, Recipe
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One target tensor: where it comes from and how.
+
+    Attributes:
+        tensor: the target tensor, with its schema line and shape.
+        source: the source tensor's name; None where nothing is inherited.
+        maps: one axis map per stored axis.
+        zero: the tensor starts at zero (a writer of an identity layer).
+        next_source: the same tensor of the next source layer, for indices that come from there.
+        diagonal: the n-th copy on the writing axis reads the n-th copies only.
+    """
+
+    tensor: Tensor
+    source: str | None
+    maps: tuple[AxisMap, ...]
+    zero: bool = False
+    next_source: str | None = None
+    diagonal: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it is its source's bytes."""
+        return self.source is not None and not self.zero and all(axis.is_identity for axis in self.maps)
+
+    @property
+    def source_shape(self) -> tuple[int, ...]:
+        return tuple(axis.source for axis in self.maps)
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """A growth, decided and not yet done; `growth.plan.Plan` adds what is proved and said of it.
+
+    Attributes:
+        growth: family, source and target configs, seed.
+        operator, options, noise: the recipe by name, as recorded in `growth.json`.
+        recipe: one expansion per space.
+        layers: the layer map.
+        steps: every stored target tensor exactly once, in the order of the file.
+        dtypes: source tensor name → safetensors dtype, where the weights are at hand.
+        notes: what is and is not known of a family that has no schema of its own.
+    """
+
+    growth: Growth
+    operator: str
+    options: Mapping[str, Any]
+    noise: float
+    recipe: Recipe
+    layers: LayerMap
+    steps: tuple[Step, ...]
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def family(self) -> Family:
+        return self.growth.family
+
+    @property
+    def source_config(self) -> Config:
+        return self.growth.source_config
+
+    @cached_property
+    def target_config(self) -> dict[str, Any]:
+        """The config that the grown folder gets: what follows a layer or an epsilon has followed."""
+        return followed(dict(self.growth.target_config), self.growth, self.recipe, self.layers)
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether noise falls on anything: on what reads copies."""
+        spaces = (expansion for space, expansion in self.recipe.expansions.items() if self.family.uses(space))
+        return self.noise > 0 and any(expansion.read.counts().max(initial=0) > 1 for expansion in spaces)
+
+    @cached_property
+    def target_parameters(self) -> int:
+        return sum(prod(step.shape) for step in self.steps)
+
+    @cached_property
+    def source_parameters(self) -> int:
+        tensors = self.family.tensors(self.source_config)
+        return sum(prod(tensor.shape) for tensor in tensors if not tensor.tied)
+
+    def source_name(self, tensor: Tensor) -> str:
+        """The source tensor that a target tensor grows from."""
+        return source_name(tensor, self.growth, None if tensor.layer is None else self.layers.layers[tensor.layer])
+
+    def dtype(self, step: Step) -> str:
+        """The safetensors dtype of a target tensor: the one asked for, else its source's, else the config's."""
+        stored = self.source_dtype(step.source or self.source_name(step.tensor))
+        return TORCH_NAMES[self.growth.dtype] if self.growth.dtype and is_float(stored) else stored
+
+    def source_dtype(self, name: str) -> str:
+        """The safetensors dtype of a source tensor, or of what it would have where the source has none of that name."""
+        known = self.dtypes.get(name) or next(filter(is_float, self.dtypes.values()), None)
+        return known or config_dtype(self.source_config) or "F32"
+
+    def nbytes(self, step: Step) -> int:
+        return prod(step.shape) * RAW[self.dtype(step)].itemsize
+
+    @property
+    def target_bytes(self) -> int:
+        return sum(map(self.nbytes, self.steps))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON values: what was decided, one entry per space, per layer and per tensor."""
+        return {
+            "operator": self.operator,
+            "options": dict(self.options),
+            "depth": self.layers.rule,
+            "noise": self.noise,
+            "seed": self.growth.seed,
+            **({} if self.growth.dtype is None else {"dtype": self.growth.dtype}),
+            "family": self.family.name,
+            "notes": list(self.notes),
+            "spaces": {space: expansion.rule for space, expansion in self.recipe.expansions.items() if self.family.uses(space)},
+            "layers": list(self.layers.layers),
+            "identity_layers": [number for number, idle in enumerate(self.layers.identity) if idle],
+            "source_parameters": self.source_parameters,
+            "target_parameters": self.target_parameters,
+            "tensors": {
+                step.name: {"source": step.source, "shape": list(step.shape), "line": step.tensor.line.text} for step in self.steps
+            },
+        }
+
+    @cached_property
+    def hash(self) -> str:
+        """A fingerprint of everything that decides the result but the weights."""
+        digest = hashlib.sha256(json.dumps([self.to_dict(), self.target_config], sort_keys=True, default=str).encode())
+        for step in self.steps:
+            for axis in step.maps:
+                for array in (axis.index, axis.gain, axis.fill):
+                    digest.update(array.tobytes())
+        return digest.hexdigest()[:16]
+
+
+def source_name(tensor: Tensor, growth: Growth, layer: int | None) -> str:
+    """The source tensor, in source layer `layer`, that a target tensor grows from."""
+    line = tensor.line
+    if line.tied_if and growth.family.flag(growth.source_config, line.tied_if) and not tensor.is_bias:
+        return str(line.tied_to)
+    return tensor.name if layer is None else tensor.name_in(layer)
+
+
+def followed(config: dict[str, Any], growth: Growth, made: Recipe, layers: LayerMap) -> dict[str, Any]:
+    """A target's config in which what follows a layer or an epsilon has followed."""
+    eps = growth.family.names.get("norm_eps")
+    if made.eps_factor != 1 and eps is not None:  # some models have a constant in their code instead (OPT)
+        config[eps] = growth.family.eps(growth.source_config) * made.eps_factor
+    source = dict(growth.source_config)
+    if growth.grows("layer") and (kinds := growth.family.layer_kinds(source)):  # the class would tell them by their numbers, which move
+        source["layer_types"], config["layer_types"] = kinds, config.get("layer_types") or kinds
+    untouched = {key: value for key, value in source.items() if of_text(key) and config.get(key) == value}
+    return config | {key: follow_layers(key, value, layers) for key, value in untouched.items()}

@@ -1,0 +1,116 @@
+"""Planning a growth: what the source is (`growth.resolve`), then what becomes of it (`growth.plan`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from model.checkpoint import Checkpoint, names_of
+from model.composite import flat
+from model.config import Target, resolve_target
+from model.errors import UserError
+from model.family import Config, Family
+from model.presets import PRESETS, preset
+
+from .arguments import check_arguments
+from .operators import default_noise
+from .plan import Plan, decide
+from .recipe import Growth
+from .resolve import Resolved, resolve_family
+
+
+def plan(
+    source: str | Path | Config | Checkpoint,
+    target: Target,
+    operator: str = "lossless",
+    *,
+    depth: str | Sequence[int] = "identity",
+    noise: float | None = None,
+    seed: int = 0,
+    dtype: Literal["float32"] | None = None,
+    family: Family | None = None,
+    **options: Any,
+) -> Plan:
+    """Decide a growth without reading weights.
+
+    Args:
+        source: a checkpoint, a folder, a preset's name, or a config as a dict.
+        target: a preset's name, a folder, a `transformers` config, or a dict of config overrides under their Hugging Face names.
+        operator, options: the width recipe by name and its options (`growth.operators`).
+        depth: a layer map's name, or a list with one source layer per target layer (`growth.layers`).
+        noise: strength of symmetry-breaking noise on what was copied, normal, relative to each tensor's root mean square (that of every
+            eighth stretch of 32 rows where there are more than 1,024); where the readers of copies were divided it sums to zero over them,
+            so that a lossless growth stays lossless. None is the operator's own (`growth.operators.NOISE`).
+        seed: of every random entry.
+        dtype: what the result is stored in; None keeps the source's.
+        family: the schema to go by; None takes the one of the config's `model_type`, and derives one where there is none.
+
+    Raises:
+        UserError: unknown names (with near matches), a target smaller than the source, tensors that do not match the schema, …
+    """
+    check_arguments(target=target, operator=operator, depth=depth, noise=noise, seed=seed, dtype=dtype)
+    checkpoint = _opened(source)
+    target = flat(target) if isinstance(target, Mapping) else target
+    resolved = resolve_family(checkpoint, target, depth, operator, options) if family is None else Resolved(family)
+    source_config = resolved.config or (checkpoint.config if isinstance(checkpoint, Checkpoint) else checkpoint)
+    target_config = _in_dtype(resolve_target(target, source_config, resolved.family), dtype)
+    growth = Growth(resolved.family, source_config, target_config, seed, dtype)
+    decided = decide(
+        growth,
+        operator,
+        options,
+        depth=depth,
+        noise=default_noise(operator) if noise is None else noise,
+        held=checkpoint if isinstance(checkpoint, Checkpoint) else None,
+        notes=resolved.notes,
+    )
+    if resolved.config is not None:
+        _hold_against_class(decided)
+    return decided
+
+
+def _in_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """A config that names another dtype for its weights, wherever it names one."""
+    names = {key for key in config if key.rpartition(".")[2] in ("dtype", "torch_dtype")} or {"dtype"}
+    return config if dtype is None else config | dict.fromkeys(names, dtype)
+
+
+def _opened(source: str | Path | Config | Checkpoint) -> Checkpoint | Config:
+    if isinstance(source, Checkpoint):
+        return source
+    if isinstance(source, Mapping):
+        return flat(source)
+    if not isinstance(source, str | Path):
+        raise UserError(
+            f"source {source!r:.80}: expected a folder, a preset's name, a checkpoint or a config as a dict; found {type(source).__name__}"
+        )
+    if str(source) in PRESETS and not Path(source).is_dir():
+        return preset(str(source))
+    return Checkpoint(source)
+
+
+def _hold_against_class(plan: Plan) -> None:
+    """The library's own class, built of the target's config, must have exactly the planned tensors.
+
+    Tensors that its class does not have for the source either (buffers that older files carry along) are let pass.
+
+    Raises:
+        UserError: it has others, or others' shapes; the message names the first ones.
+    """
+    from model.derive.probe import named_shapes
+
+    source, was_called = named_shapes(plan.source_config, {plan.source_name(step.tensor) for step in plan.steps})
+    built, called = named_shapes(plan.target_config, (step.name for step in plan.steps))
+    planned = {called[step.name]: step.shape for step in plan.steps if was_called[plan.source_name(step.tensor)] in source}
+    if differ := [name for name, shape in planned.items() if built.get(name) != shape]:
+        first = min(differ)
+        raise UserError(
+            f"family {plan.family.name!r} has no schema here, and {first} would become {planned[first]} where transformers' class wants "
+            f"{built.get(first, 'none')} ({names_of(differ)}); what follows the sizes or layers that change was not recognised"
+        )
+    if lacking := [name for name in built if name not in planned]:
+        raise UserError(
+            f"family {plan.family.name!r} has no schema here, and transformers' class would want {names_of(lacking)} too, which no source "
+            "layer in that place has; choose another growth.depth, such as identity_top"
+        )

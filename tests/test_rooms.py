@@ -1,0 +1,70 @@
+"""The rooms of the house: imports run one way between them, and in no circle within one. Imports in functions and for types count too."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+HOUSE = Path(__file__).resolve().parent.parent
+ROOMS = ("model", "growth", "train", "experiments")  # each imports from those before it alone
+
+
+def modules(house: Path, room: str) -> dict[str, Path]:
+    """Dotted name → file; of an extension, its C source."""
+    files = [path for ending in ("py", "c") for path in (house / room).rglob(f"*.{ending}")]
+    return {".".join(path.relative_to(house).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+
+
+def imported(name: str, path: Path) -> Iterator[str]:
+    """Every dotted name that a module imports, of `from a import b` both a and a.b."""
+    package = name if path.stem == "__init__" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def graph(house: Path, room: str) -> dict[str, set[str]]:
+    """Module of a room → the modules of the room that it imports."""
+    known = modules(house, room)
+    edges: dict[str, set[str]] = {}
+    for name, path in known.items():
+        targets = imported(name, path) if path.suffix == ".py" else iter(())
+        nearest = {target if target in known else target.rpartition(".")[0] for target in targets}
+        edges[name] = (nearest & known.keys()) - {name}
+    return edges
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_module_of_a_room_imports_itself_by_a_detour(room: str) -> None:
+    try:
+        TopologicalSorter(graph(HOUSE, room)).prepare()
+    except CycleError as fault:
+        pytest.fail(f"circle of imports: {' → '.join(reversed(fault.args[1]))}")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_from_lower_rooms_alone(room: str) -> None:
+    higher = ROOMS[ROOMS.index(room) + 1 :]
+    paths = {name: path for name, path in modules(HOUSE, room).items() if path.suffix == ".py"}
+    upward = [f"{name} → {target}" for name, path in paths.items() for target in imported(name, path) if target.split(".")[0] in higher]
+    assert not upward
+    assert len(paths) > 10
+
+
+def test_circles_through_functions_types_and_relative_imports_are_seen(tmp_path: Path) -> None:
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room/__init__.py").write_text("")
+    (tmp_path / "room/a.py").write_text("def late():\n    from .b import thing\n")
+    (tmp_path / "room/b.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from room import c\n")
+    (tmp_path / "room/c.py").write_text("import room.a\n")
+    assert graph(tmp_path, "room") == {"room": set(), "room.a": {"room.b"}, "room.b": {"room.c"}, "room.c": {"room.a"}}
+    with pytest.raises(CycleError):
+        TopologicalSorter(graph(tmp_path, "room")).prepare()

@@ -1,0 +1,33 @@
+"""Settings that change nothing in a run's result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# What a run may be restarted with differently: nothing of it changes a number in the result.
+NEUTRAL = (
+    *("out", "progress", "dry_run", "forecast", "logger", "changes", "data.folder", "data.path", "data.workers"),
+    *("train.keep", "train.keep_best", "train.keep_optimizer", "train.save_every_tokens", "train.save_async"),
+    *("sharding", "train.micro_batch"),  # nothing but rounding
+    "schedule.horizons",  # each of them is the run that its budget alone would give
+    "train.hang_seconds",
+    "train.skip_nonfinite",  # a run that had to stop may go on with more of them
+)
+
+
+def is_neutral(key: str) -> bool:
+    """Whether a setting, by its dotted key, changes nothing in the result."""
+    places = key.startswith("mixture.sources.") and key.endswith((".data.folder", ".data.path", ".data.workers"))
+    return key in NEUTRAL or key.split(".")[0] in NEUTRAL or places
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values as dotted key → value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
