@@ -27,6 +27,7 @@ from .twin import Twin, layerless, tiny_twin
 
 ROWS, LENGTH, CUT = 2, 24, 11  # of the text that a twin reads; where the end-of-text token stands and the past ends
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of the largest logit, under which two logits are the same up to rounding
+CAUSAL: Mapping[str, Any] = {"is_decoder": True, "causal": True, "attn_type": "uni"}  # in which words classes are told to be causal
 SHARP = 8.0  # the head's weights are so many times larger, so that a cap on the logits shows
 
 T = TypeVar("T")
@@ -89,6 +90,24 @@ def works(config: Config, attention: str, *, device: torch.device | str = "cpu",
         UserError: the class does not build or run as a tiny twin.
     """
     return _works(tiny_twin(config), attention, _place(device), precision)
+
+
+def causal_switch(config: Config, *, attention: str, device: torch.device | str = "cpu", precision: str = "fp32") -> dict[str, Any]:
+    """The key and value under which the class of `config` is causal, as measured: {"is_decoder": True}; empty where none that it has helps.
+
+    Raises:
+        UserError: the class does not build or run as a tiny twin.
+    """
+    known = tiny_twin(config).config
+    for key, value in CAUSAL.items():
+        if key in known and known[key] != value:
+            try:
+                other = survey({**config, key: value}, attention=attention, device=device, precision=precision)
+            except UserError:  # it does not build so
+                continue
+            if other.same(other.future):
+                return {key: value}
+    return {}
 
 
 def _place(device: torch.device | str) -> str:
@@ -208,11 +227,16 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @torch.no_grad()
 def _head(bench: _Bench) -> float:
     """How far the output head over what the base model gives is from the logits."""
+    base, head = bench.model.base_model, bench.model.get_output_embeddings()
+    if base is bench.model or head is None:
+        raise UserError("its class has no base model and output head under the names that the library gives them")
     inputs = {"input_ids": bench.text(0)}
     expected = bench.steady(inputs)
     with bench.autocast():
-        hidden = bench.model.base_model(**inputs, use_cache=False).last_hidden_state
-        found = bench.model.get_output_embeddings()(hidden)
+        hidden = base(**inputs, use_cache=False).last_hidden_state
+        if hidden.shape[-1] != head.weight.shape[-1]:
+            raise UserError(f"its head reads {head.weight.shape[-1]} entries, and its base model gives {hidden.shape[-1]}")
+        found = head(hidden)
     return relative(found.float(), expected)
 
 

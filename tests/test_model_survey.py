@@ -9,7 +9,7 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from model import survey as surveys
-from model.survey import Survey, survey, works
+from model.survey import Survey, causal_switch, survey, works
 
 
 def config_of(name: str, **changes: Any) -> dict[str, Any]:
@@ -43,10 +43,16 @@ def test_whether_the_head_over_the_base_model_gives_the_logits(name: str, change
     assert found.head.value is not None
 
 
-def test_a_base_model_that_gives_no_hidden_states_is_not_measured() -> None:
-    found = seen("llama4_text")
-    assert found.head.value is None
-    assert "last_hidden_state" in found.head.reason
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("llama4_text", "its class has no base model and output head under the names that the library gives them"),
+        ("rembert", "its head reads 40 entries, and its base model gives 64"),
+    ],
+)
+def test_a_head_that_does_not_read_what_a_base_model_gives_is_not_measured(name: str, reason: str) -> None:
+    found = seen(name)
+    assert (found.head.value, found.head.reason) == (None, reason)
     assert not found.same(found.head)
 
 
@@ -56,6 +62,15 @@ def test_a_base_model_that_gives_no_hidden_states_is_not_measured() -> None:
 def test_whether_logits_move_with_later_tokens(name: str, changes: dict[str, Any], causal: bool) -> None:
     found = seen(name, **changes)
     assert found.same(found.future) is causal
+
+
+@pytest.mark.parametrize(
+    ("name", "switch"), [("bert", {"is_decoder": True}), ("xlm", {"causal": True}), ("xlnet", {"attn_type": "uni"}), ("cpmant", {})]
+)
+def test_the_switch_that_makes_a_class_causal(name: str, switch: dict[str, Any]) -> None:
+    assert not (found := seen(name)).same(found.future)
+    assert causal_switch(config_of(name), attention="eager") == switch
+    assert causal_switch({"model_type": name}, attention="eager") == switch  # as a config.json has it, without the class's defaults
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,12 @@ def test_what_would_fail_at_the_end_fails_before_anything_is_written(
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+@pytest.mark.parametrize("name", ["xlstm", "git"])
+def test_a_class_is_rehearsed_whatever_its_own_loss_and_cache_want(name: str, settings: Settings) -> None:
+    """xLSTM's cache has other sizes than its tiny twin; GIT's loss takes the places of a picture off the text."""
+    assert rehearse_end({"model_type": name}, None, prepare(settings.data, progress=False), sharded=False) == []
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_tied_head_is_saved_once(

@@ -83,6 +83,8 @@ def test_a_class_without_sdpa_takes_eager_and_says_so(settings: Settings, tmp_pa
     ("name", "changes", "asked", "message"),
     [
         ("bert", {}, {}, r"\(bert\) is not causal: logits move by 0\.\d+ of the largest .*; use target=\{is_decoder:true\}"),
+        ("xlnet", {}, {}, r"\(xlnet\) is not causal: .*; use target=\{attn_type:uni\}, or attn_type in the source's config.json"),
+        ("cpmant", {}, {}, r"\(cpmant\) is not causal: .*; choose a causal class"),
         (
             "gpt_oss",
             {},

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from model.build import attention_backend
 from model.errors import UserError
 from model.family import Config
-from model.survey import Survey, survey, works
+from model.survey import Survey, causal_switch, survey, works
 from model.twin import tiny_twin
 
 if TYPE_CHECKING:
@@ -169,13 +169,13 @@ def _said(seen: Survey, question: str) -> str:
 
 
 def _not_causal(config: Config, title: str, seen: Survey, device: torch.device, precision: str) -> str:
-    """That tokens are predicted from later ones, and whether `is_decoder` helps."""
+    """That tokens are predicted from later ones, and the key that helps."""
     story = f"{title} is not causal: logits move by {seen.future.value:.2g} of the largest when later tokens change"
-    if "is_decoder" not in config or config["is_decoder"]:
+    helps = causal_switch(config, attention=seen.attention, device=device, precision=precision)
+    if not helps:
         return f"{story}, so it cannot be trained on the next token; choose a causal class"
-    other = survey({**config, "is_decoder": True}, attention=seen.attention, device=device, precision=precision)
-    helps = other.same(other.future)
-    return f"{story}; " + ("use target={is_decoder:true}, or is_decoder in the source's config.json" if helps else "choose a causal class")
+    [(key, value)] = helps.items()
+    return f"{story}; use target={{{key}:{str(value).lower()}}}, or {key} in the source's config.json"
 
 
 def _leaks(config: Config, title: str, seen: Survey, device: torch.device, precision: str) -> str:
