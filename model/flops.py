@@ -54,8 +54,35 @@ class _Call:
     mask: Callable[..., Any] | None
 
 
+@dataclass(frozen=True)
+class Passes:
+    """What the forward passes of a model tell of every context.
+
+    Attributes:
+        constant, linear, square: FLOPs of a pass over n tokens are constant + linear · n + square · n² beside the calls. The square is of
+            attention that a class computes itself, over all pairs.
+        calls: attention that goes through the library's interface, layer by layer.
+    """
+
+    constant: float
+    linear: float
+    square: float
+    calls: tuple[_Call, ...]
+
+    def at(self, context: int) -> Count:
+        """FLOPs per token at `context` tokens per sequence."""
+        means = {id(call.mask): _mean_attended(call.mask, context) for call in self.calls}
+        attention = sum(call.flops_per_pair * means[id(call.mask)] for call in self.calls)
+        return Count(self.linear + self.constant / context, attention + self.square * (context + 1) / 2)
+
+
 def count(model: PreTrainedModel, context: int) -> Count:
-    """The forward FLOPs per token of a built model of any size at `context` tokens per sequence.
+    """The forward FLOPs per token of a built model of any size at `context` tokens per sequence; `watch` says how, and what it raises."""
+    return watch(model).at(context)
+
+
+def watch(model: PreTrainedModel) -> Passes:
+    """Count the forward passes of a built model of any size.
 
     The model runs on text, on at most 192 tokens; it may lie on the meta device. Its attention and experts are computed by other
     implementations meanwhile, and it is in eval mode.
@@ -66,26 +93,23 @@ def count(model: PreTrainedModel, context: int) -> Count:
     calls: list[_Call] = []
     known = model.config.get_text_config()
     limits = (getattr(known, key, None) for key in ("max_position_embeddings", "max_seq_len", "n_positions"))
-    limit = next((limit for limit in limits if limit), 3 * STEP)
-    step = max(1, min(STEP, limit // 3))
+    limit = next((limit for limit in limits if limit), 4 * STEP)
+    step = max(1, min(STEP, limit // 4))  # some classes keep a position or two for themselves
     totals = []
     with _counting(model, calls), quietly():
         for length in (step, 2 * step, 3 * step):
             calls.clear()
             totals.append(_forward_flops(model, length))
-    # What the attention interface does not do: c + a · n + b · n², of which attention that a class computes itself does b over all pairs.
     first, second, third = totals
     square = (third - 2 * second + first) / (2 * step**2)
     linear = (second - first) / step - 3 * square * step
-    constant = first - linear * step - square * step**2
-    means = {id(call.mask): _mean_attended(call.mask, context) for call in calls}
-    attention = sum(call.flops_per_pair * means[id(call.mask)] for call in calls)
-    return Count(linear + constant / context, attention + square * (context + 1) / 2)
+    return Passes(first - linear * step - square * step**2, linear, square, tuple(calls))
 
 
 def counted(config: Config, context: int) -> Count | None:
     """`count` of a model of `config` at its own size, without memory; None where its class does not run so."""
-    return _counted(json.dumps(config, sort_keys=True, default=repr), _Held(config), context)
+    passes = _watched(json.dumps(config, sort_keys=True, default=repr), _Held(config))
+    return None if passes is None else passes.at(context)
 
 
 class _Held(dict[str, Any]):
@@ -99,9 +123,9 @@ class _Held(dict[str, Any]):
 
 
 @lru_cache(maxsize=256)
-def _counted(key: str, config: _Held, context: int) -> Count | None:
+def _watched(key: str, config: _Held) -> Passes | None:
     try:
-        return count(meta_model(dict(config)), context)
+        return watch(meta_model(dict(config)))
     except UserError:
         raise
     except Exception:  # the library's classes raise every kind
@@ -148,6 +172,8 @@ def _counting(model: Any, calls: list[_Call]) -> Iterator[None]:
             stack.enter_context(patch.object(module, name, NAME if "attn" in name else "batched_mm"))
         # Each row is one sequence; whether it is would be asked of values that are not there.
         stack.enter_context(patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None))
+        # Whether there is padding in the text, which decides on a warning, would be asked of them too.
+        stack.enter_context(patch("transformers.PreTrainedModel.warn_if_padding_and_no_attention_mask", lambda *_: None))
         stack.callback(model.train, training)
         model.eval()
         try:

@@ -17,7 +17,7 @@ LENGTH = 32
 TYPES = ["bloom", "falcon", "gpt2", "llama", "mpt", "glm4_moe_lite", "mixtral", "hunyuan_v1_moe", "ernie4_5_moe", "mamba"]
 MORE = [
     "codegen", "gpt_neox", "gptj", "opt", "phi", "stablelm", "deepseek_v2", "deepseek_v3", "minicpm3", "qwen2_moe", "olmoe", "granitemoe",
-    "glm4_moe", "dots1", "gpt_oss", "llama4", "gemma3", "gemma4_text",
+    "glm4_moe", "dots1", "gpt_oss", "llama4", "gemma3", "gemma4_text", "rembert",
 ]  # fmt: skip
 
 
@@ -105,6 +105,21 @@ def test_a_built_model_is_left_as_it_was() -> None:
     assert network.training
     assert {key: value for key, value in vars(network.config).items() if "implementation" in key} == before
     assert isinstance(count(meta_model(twin.config), LENGTH), Count)
+
+
+@pytest.mark.parametrize("kind", ["roformer", "prophetnet"])
+def test_text_without_values_and_the_end_of_the_positions_are_counted_too(kind: str) -> None:
+    """RoFormer looks for padding in its text; the last of ProphetNet's positions are its own."""
+    assert counted(tiny_twin({"model_type": kind, "is_decoder": True}).config, LENGTH) is not None
+
+
+def test_two_contexts_take_the_same_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = to_hf_config({"model_type": "mistral", **SIZES, "sliding_window": 11}).to_dict()
+    counted(config, 8)
+    monkeypatch.setattr("model.flops.watch", None)
+    found = counted(config, 64)
+    assert found is not None
+    assert found.attention == pytest.approx(4 * 64 * pairs(64, 11) / 64)
 
 
 def test_where_nothing_is_traced_the_formula_stays_and_says_so() -> None:
