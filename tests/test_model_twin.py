@@ -52,7 +52,7 @@ def test_a_tower_that_text_does_not_reach_is_unused() -> None:
     assert {parameter.kind for name, parameter in seen.items() if "vision" in name} == {"unused"}
 
 
-@pytest.mark.parametrize("name", ["llama", "helium", "deepseek_v3", "gemma4", "falcon_mamba"])
+@pytest.mark.parametrize("name", ["llama", "helium", "deepseek_v3", "gemma4", "falcon_mamba", "zamba2", "dots3_note_text"])
 def test_a_twin_is_small_and_runs_as_the_library_builds_it(name: str) -> None:
     before = torch.random.get_rng_state()
     twin = tiny_twin(config_of(name))

@@ -16,7 +16,7 @@ from ..family import Config
 from .axes import Axes, Keys
 from .probe import build, shapes, sightings
 from .roles import Draft
-from .shrink import HEAD, HEAD_KEYS, MAX_PARAMETERS, kept_layers, layer_kinds, place_tokens, shrunken, stand_ins
+from .shrink import HEAD, HEAD_KEYS, MAX_PARAMETERS, kept_layers, layer_kinds, place_tokens, shrunken, small_layers, stand_ins
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,10 @@ def tiny_configs(config: Config) -> Iterator[dict[str, Any]]:
     """
     whole, attribute_map = _whole(config)
     keys = Keys.of(whole, attribute_map)
-    yield from _twins(shrunken(whole, keys.layers, kept_layers(whole, whole[keys.layers])), keys)
+    tiny = shrunken(whole, keys.layers, kept_layers(whole, whole[keys.layers]))
+    yield from _twins(tiny, keys)
+    if layers := small_layers(tiny):
+        yield from _twins(tiny | layers, keys)
 
 
 def _twins(tiny: Config, keys: Keys) -> Iterator[dict[str, Any]]:

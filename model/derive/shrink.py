@@ -24,6 +24,8 @@ HEAD_KEYS = ("head_dim", "d_head", "dim_head", "kv_channels", "attention_head_si
 SMALL: tuple[tuple[str, int], ...] = (
     (r"^(true_)?hidden_size$|^d_model$|^n_embd$|^embedding_dim$|^emb_dim$|^dim$", 64),
     (r"embedding_size|embed_dim$", 40),
+    (r"^attention_hidden_size$", 128),
+    (r"^downsample_hidden_size$", 40),
     (r"^mamba_(d_ssm|intermediate)|lru_width", 128),
     (r"mamba_(d_head|head_?dim)", 32),
     (r"mamba_(n|num)_heads|linear_num_value_heads|linear_num_heads|n_mamba_heads", 4),
@@ -163,12 +165,25 @@ def _small(key: str, value: Any, config: Config, depth: int, layers: tuple[int, 
         return 64
     if key == "head_dim" and "qk_rope_head_dim" in config:
         return 8 if value == config["qk_rope_head_dim"] else 20
-    if key == "head_dim" and "expand" in config:
-        return 32  # of a state space: expand × hidden size / heads
+    if (key == "head_dim" and "expand" in config) or (key == "attention_head_dim" and "attention_hidden_size" in config):
+        return 32  # of a state space: expand × hidden size / heads; of attention over its own hidden size
     few = next((size for pattern, size in FEW if re.search(pattern, key)), None)
     if few is not None:
         return min(value, few)
     return next((size for pattern, size in SMALL if re.search(pattern, key)), value)
+
+
+def small_layers(tiny: Config) -> dict[str, Any]:
+    """The sizes that a tiny config still has of single layers (`per_layer_config`), made small."""
+    entries = {key: value for key, value in tiny.items() if isinstance(value, Mapping) and value and all(map(str.isdigit, map(str, value)))}
+    layers = {key: value for key, value in entries.items() if all(isinstance(entry, Mapping) for entry in value.values())}
+    return {key: {layer: _small_layer(entry) for layer, entry in value.items()} for key, value in layers.items()}
+
+
+def _small_layer(entry: Config) -> dict[str, Any]:
+    small = {key: _small(key, value, entry, 0, ()) for key, value in entry.items()}
+    alike = "num_key_value_heads" in entry and entry["num_key_value_heads"] == entry.get("num_attention_heads")
+    return small | ({"num_key_value_heads": small["num_attention_heads"]} if alike else {})
 
 
 def repeats_hidden(key: str, value: int, hidden: object) -> bool:
