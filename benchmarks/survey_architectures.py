@@ -7,7 +7,7 @@ python benchmarks/survey_architectures.py --types            none: only writes t
 
 Each class is built as a tiny twin of its default config (`model.twin`) in a process of its own, under a time limit; classes and
 columns that the file has already under the same versions and device are passed over, so that a stopped call goes on. A class that is
-bidirectional by default is asked with is_decoder=true where its config has that key. Each cell of the table is a measured value or the
+bidirectional by default is asked with the switch that makes it causal where it has one. Each cell of the table is a measured value or the
 beginning of the reason why there is none; how far a class grows is measured by count_architectures.py.
 """
 
@@ -26,23 +26,27 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from count_architectures import SAID, in_processes
 
 from model.derive.shrink import place_tokens
 from model.errors import UserError, in_one_line
-from model.survey import TOLERANCE, Answer, Survey, survey, works
+from model.survey import TOLERANCE, Answer, Survey, causal_switch, survey, works
 from model.twin import tiny_twin
+
+if TYPE_CHECKING:
+    from train.settings import Settings
 
 HERE = Path(__file__).resolve().parent
 RESULTS, GROWN, PAGE = HERE / "survey_architectures.json", HERE / "count_architectures.json", HERE.parent / "docs" / "families.md"
 BEGIN, END = "<!-- survey_architectures.py -->", "<!-- end of survey_architectures.py -->"
 ATTENTIONS = {"cpu": ("sdpa", "eager"), "cuda": ("flash_attention_2", "sdpa", "flex_attention", "eager")}
 COLUMNS = ("flops", "dry run", "trained")
+EXACT = 1e-9  # of FLOPs, which are whole numbers
 VOCABULARY, CONTEXTS = 300, (16, 48)
 Story = dict[str, Any]
 
@@ -80,12 +84,11 @@ def _attentions(config: dict[str, Any], device: str, precision: str) -> dict[str
 
 
 def _causal(config: dict[str, Any], attention: str, device: str, precision: str) -> tuple[Survey, dict[str, Any]]:
-    """The survey, with is_decoder=true where that makes the class causal, and what was set."""
-    seen = survey(config, attention=attention, device=device, precision=precision)
-    if seen.same(seen.future) or config.get("is_decoder") is not False:
-        return seen, {}
-    other = survey({**config, "is_decoder": True}, attention=attention, device=device, precision=precision)
-    return (other, {"is_decoder": True}) if other.same(other.future) else (seen, {})
+    """The survey, under the switch that makes a bidirectional class causal where it has one, and that switch."""
+    under: dict[str, Any] = {"attention": attention, "device": device, "precision": precision}
+    seen = survey(config, **under)
+    switch = {} if seen.future.value is None or seen.same(seen.future) else causal_switch(config, **under)
+    return (survey({**config, **switch}, **under) if switch else seen), switch
 
 
 def _plain(answer: Answer[Any]) -> Any:
@@ -111,23 +114,29 @@ def _flops(config: dict[str, Any]) -> Story:
     return {"source": flops_source(config, CONTEXTS[0]), "apart": max(map(abs, apart)) if apart else None}
 
 
-def _settings(config: dict[str, Any], text: Path, out: str) -> Any:
-    """A run of two steps of 8 windows of 16 tokens on the text; the config's vocabulary is as large as the tokenizer's."""
+@lru_cache
+def _run_of_two_steps(text: Path) -> Settings:
+    """A run of two steps of 8 windows of 16 tokens on the text, of any network."""
     from train.settings import compose
 
     sizes = "context=16 batch_tokens=128 budget_tokens=256 eval_tokens=128 eval_every_tokens=null save_every_tokens=null"
     asked = [f"train.{size}" for size in sizes.split()]
     data = ["data=files", f"data.path={text}", f"data.folder={text}-tokens", "data.vocab_size=280", "data.validation_fraction=0.3"]
-    rest = ["growth=scratch", "target=tiny_target", "logger=none", "progress=false", "study=survey", f"out={out}"]
-    larger = {key: VOCABULARY for key in config if key.startswith("vocab_size")}
+    return compose([*asked, *data, "growth=scratch", "target=tiny_target", "logger=none", "progress=false", "study=survey"])
+
+
+def _settings(config: dict[str, Any], text: Path, out: str) -> Settings:
+    """The run of a config, its vocabulary as large as the tokenizer's."""
+    larger = {key: VOCABULARY for key in config if re.match(r"(decoder_)?vocab_size", key)}
     marks = {key: VOCABULARY - 1 - number for number, key in enumerate(place_tokens(config))}
-    return dataclasses.replace(compose([*asked, *data, *rest]), target={**config, **larger, **marks})
+    return dataclasses.replace(_run_of_two_steps(text), out=out, target={**config, **larger, **marks})
 
 
-def _dry_run(config: dict[str, Any], text: Path) -> str:
-    from train.forecast import tell
+def _dry_run(config: dict[str, Any], text: Path) -> int:
+    """The bytes of one GPU that the forecast counts."""
+    from train.forecast import forecast
 
-    return tell(_settings(config, text, "runs/survey")).splitlines()[0]
+    return round(forecast(_settings(config, text, "runs/survey")).memory.total)
 
 
 def _trained(config: dict[str, Any], text: Path) -> list[float]:
@@ -138,6 +147,23 @@ def _trained(config: dict[str, Any], text: Path) -> list[float]:
         run = train(_settings(config, text, f"{folder}/run"))
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row["val_loss"] for row in rows if row["kind"] == "eval"]
+
+
+def warm(text: Path) -> None:
+    """Do once, for the processes of all types: imports, settings, the text's tokens, the library's tables of names.
+
+    Nothing here runs backward, which PyTorch refuses after a fork.
+    """
+    from train.data import prepare
+    from train.forecast import forecast
+    from train.reading import reading
+    from train.rehearsal import rehearse_end
+
+    config = tiny_twin({"model_type": "llama"}).config
+    settings = _settings(config, text, "runs/survey")
+    data = prepare(reading(settings, None, None), progress=False)
+    rehearse_end(config, None, data, sharded=False)
+    forecast(settings)
 
 
 def write_text(folder: Path) -> Path:
@@ -190,6 +216,19 @@ def cell(found: Any, words: Callable[[Any], str]) -> str:
     return words(found) if refused is None else "no: " + re.sub(r"[|`<>\n]", " ", refused)[:60].strip()
 
 
+def flops_from(flops: Story) -> str:
+    """Where the ledger has its FLOPs from, and how far a formula is from PyTorch's counter."""
+    if "PyTorch's counter" in flops["source"]:
+        return "counter"
+    return (
+        "formula alone"
+        if flops["apart"] is None
+        else "formula, exact"
+        if flops["apart"] < EXACT
+        else f"formula, {flops['apart']:.0e} apart"
+    )
+
+
 def row(name: str, story: Story, grown: Story, rounding: float) -> str:
     """One line of the table; differences up to `rounding` of the largest logit are none."""
     axes = grown.get("axes", {})
@@ -199,13 +238,13 @@ def row(name: str, story: Story, grown: Story, rounding: float) -> str:
     mask = story["future"] if isinstance(story["future"], dict) or story["future"] > rounding else story["leak"]
     cells = [
         cell(story.get("trained"), lambda losses: " → ".join(f"{loss:.2f}" for loss in losses))
-        + (" (is_decoder)" if story["said"] else ""),
+        + "".join(f" ({key})" for key in story["said"]),
         cell(story["head"], lambda apart: "fused" if apart <= rounding else f"plain ({apart:.1g} apart)"),
         cell(mask, lambda leak: "holds" if leak <= rounding else f"leaks {leak:.2g}"),
         cell(story["unreached"], lambda names: str(len(names)) if names else "none"),
         ", ".join(attention for attention, runs in story["attention"].items() if runs is True),
-        cell(story.get("flops"), lambda flops: "not counted" if flops["apart"] is None else f"{flops['apart']:.0e}"),
-        cell(story.get("dry run"), lambda _: "yes"),
+        cell(story.get("flops"), flops_from),
+        cell(story.get("dry run"), lambda size: f"{size / 2**20:.1f} MiB"),
     ]
     return f"| {name} | {' | '.join([*growth, *cells])} |"
 
@@ -275,15 +314,16 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     os.environ |= {"OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_CPU": "1"} if options.device == "cpu" else {})
-    with contextlib.suppress(ImportError):  # an older PyTorch: the columns that need them say so
-        import train.forecast
-        import train.loop  # noqa: F401 – once, for all processes
     under = conditions(options.device, options.precision)
     found = saved(options.out, under)
     missing = {name: [column for column in options.columns if options.again or column not in found.get(name, {})] for name in options.types}
     waiting = [name for name in options.types if options.again or name not in found or (missing[name] and "refused" not in found[name])]
     with tempfile.TemporaryDirectory() as folder:
-        child = partial(_child, missing=missing, device=options.device, precision=options.precision, text=write_text(Path(folder)))
+        text = write_text(Path(folder))
+        if waiting:
+            with contextlib.suppress(ImportError):  # an older PyTorch: the columns that need it say so
+                warm(text)
+        child = partial(_child, missing=missing, device=options.device, precision=options.precision, text=text)
         for name, story in in_processes(child, waiting, options.jobs, options.seconds):
             found[name] = found.get(name, {}) | story
             save(options.out, under, found)

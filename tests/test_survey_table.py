@@ -22,7 +22,7 @@ ASKED: dict[str, Any] = {
     "leak": 1.2,
     "unreached": ["model.vision.*.weight"],
     "sometimes": [],
-    "flops": {"source": "counter", "apart": 0.0},
+    "flops": {"source": "PyTorch's counter", "apart": 0.0},
     "dry run": {"refused": "RuntimeError: a | pipe"},
     "trained": [5.7, 5.0],
 }
@@ -44,11 +44,24 @@ def bench() -> ModuleType:
 def test_a_row_has_a_value_or_a_refusal_in_each_cell(bench: ModuleType) -> None:
     grown = {"axes": {"hidden width": {"confirmed": "any ratio"}, "depth": {"refused": "no"}}}
     assert bench.row("gpt_oss", ASKED, grown, 1e-4) == (
-        "| gpt_oss | any ratio | no | no | 5.70 → 5.00 | fused | leaks 1.2 | 1 | eager | 0e+00 | no: RuntimeError: a   pipe |"
+        "| gpt_oss | any ratio | no | no | 5.70 → 5.00 | fused | leaks 1.2 | 1 | eager | counter | no: RuntimeError: a   pipe |"
     )
     bidirectional = {**ASKED, "future": 0.5, "head": {"refused": "AttributeError"}, "said": {"is_decoder": True}}
     assert "| 5.70 → 5.00 (is_decoder) | no: AttributeError | leaks 0.5 |" in bench.row("bert", bidirectional, {}, 1e-4)
     assert bench.row("blt", {"refused": "no hidden size"}, {}, 1e-4) == "| blt | no | no | no | no: no hidden size | | | | | | |"
+
+
+@pytest.mark.parametrize(
+    ("source", "apart", "words"),
+    [
+        ("PyTorch's counter", 0.0, "counter"),
+        ("formula over the family's schema", 0.0, "formula, exact"),
+        ("formula over the family's schema", 0.25, "formula, 2e-01 apart"),
+        ("formula over the class's parameters: nothing was counted", None, "formula alone"),
+    ],
+)
+def test_flops_are_told_with_their_source(bench: ModuleType, source: str, apart: float | None, words: str) -> None:
+    assert bench.flops_from({"source": source, "apart": apart}) == words
 
 
 def test_all_rows_are_as_wide_as_their_head(bench: ModuleType) -> None:
