@@ -140,7 +140,7 @@ def grow(
             wanted = small and checkpoint.quantised is None if receipt is None else receipt
             measured = measure_growth(made, reader, checkpoint.folder, folder, threads=threads) if wanted else None
             if measured is not None:
-                check_receipt(measured, made)
+                check_receipt(measured, made, checkpoint.folder)
             terms = licence(checkpoint.folder / "README.md")
             _write_recipe(folder, made, str(source), revision, checkpoint, ledger, measured, terms)
             write_config(folder, made)  # last: without it nothing loads the folder, were it to stay as it is

@@ -7,7 +7,8 @@ from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from model.checkpoint import Checkpoint, tensor_table
+from model.checkpoint import Checkpoint, names_of, tensor_table
+from model.dtypes import is_float, to_float
 from model.errors import UserError
 from model.family import Config
 
@@ -203,11 +204,12 @@ def compare_logits(source: torch.Tensor, target: torch.Tensor, tokens: torch.Ten
     )
 
 
-def check_receipt(receipt: Receipt, plan: Plan) -> None:
+def check_receipt(receipt: Receipt, plan: Plan, source: Path) -> None:
     """A receipt must not contradict a lossless certificate.
 
     Raises:
-        UserError: the logits moved further than the stored format rounds.
+        UserError: the logits moved further than the stored format rounds; it is the fault of the `source` folder where the library makes
+            other weights of it than it holds, else of the schema or the operator.
     """
     if not isfinite(receipt.max_logit) or not plan.certificate.lossless:
         return  # the source's own logits may be no numbers, where that was allowed
@@ -219,8 +221,35 @@ def check_receipt(receipt: Receipt, plan: Plan) -> None:
         single = bool(receipt.note or plan.notes)  # a family without a schema here may compute any norm in float32
         allowed = max(TOLERANCE[name] for name in TOLERANCE.keys() & set(formats)) + (RMS_FLOOR if single else 0)
     if not delta <= allowed * max(receipt.max_logit, 1.0):
+        if names := loaded_otherwise(source, receipt.dtype):
+            raise UserError(
+                f"{source}: transformers loads {names_of(names)} otherwise than stored, and growth goes by what is stored, so the logits "
+                f"moved by {delta:.3g}; load it with AutoModelForCausalLM, write it with save_pretrained, and grow that folder"
+            )
         grown = "logits moved" if receipt.exact_delta is None else "logits of the same growth in float32 moved"
         raise UserError(
             f"the plan is certified lossless, yet {grown} by {delta:.3g} (largest logit {receipt.max_logit:.3g}, allowed "
             f"{allowed:g} of it): this is a fault of the {plan.family.name} schema or of operator {plan.operator!r}; please report it"
         )
+
+
+def loaded_otherwise(folder: Path, dtype: str) -> list[str]:
+    """The stored tensors of which the library, loading `folder` in `dtype`, makes other values.
+
+    Tensors that are called otherwise in the library's own files are not compared.
+    """
+    from model.build import computing_in, load_model
+    from model.quiet import quietly
+    from model.stored import in_file
+
+    with Checkpoint(folder) as checkpoint, quietly(), computing_in(dtype):
+        loaded = in_file(checkpoint.config, load_model(folder, dtype=dtype, attention="eager").state_dict())
+        known = [name for name in loaded if name in checkpoint.tensors and is_float(checkpoint.tensors[name].dtype)]
+        return [name for name in known if not _as_stored(checkpoint, name, loaded[name])]
+
+
+def _as_stored(checkpoint: Checkpoint, name: str, loaded: torch.Tensor) -> bool:
+    import torch
+
+    values = torch.from_numpy(to_float(checkpoint.read(name), checkpoint.tensors[name].dtype))
+    return torch.equal(values.reshape(-1).to(loaded.dtype), loaded.reshape(-1))

@@ -21,9 +21,13 @@ from safetensors.torch import load_file, save_file
 import model.whole
 from growth import grow
 from growth import grow as grow_function
+from growth.verify import loaded_otherwise
 from model.checkpoint import Checkpoint
 from model.errors import UserError
 from model.whole import whole
+from tests.conftest import make_checkpoint
+from tests.test_growth_families import config_of
+from tests.test_growth_resolve import config_of as stranger
 
 growth_module: Any = sys.modules["growth.grow"]  # the package has a function of that name
 
@@ -114,15 +118,15 @@ def test_a_file_system_that_cannot_exchange_folders_replaces_them_all_the_same(t
 
 def test_what_is_not_verified_does_not_load(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were it killed while the receipt is measured, the folder that stays would have no config."""
-    measured, right = [], growth_module.measure
+    measured, right = [], growth_module.measure_growth
 
-    def measure(before: Path, folder: Path, **how: Any) -> Any:
+    def measure(plan: Any, reader: Any, before: Path, folder: Path, **how: Any) -> Any:
         measured.append(folder)
         with pytest.raises(UserError, match=r"config\.json: no such file"):
             Checkpoint(folder)
-        return right(before, folder, **how)
+        return right(plan, reader, before, folder, **how)
 
-    monkeypatch.setattr(growth_module, "measure", measure)
+    monkeypatch.setattr(growth_module, "measure_growth", measure)
     out = grow(source, tmp_path / "out", target=BIGGER).folder
     assert measured == [tmp_path / "out.partial"]
     assert Checkpoint(out).config["hidden_size"] == 30
@@ -175,9 +179,44 @@ def test_a_wrong_schema_is_caught_by_the_receipt(source: Path, tmp_path: Path, m
 
     right = growth.execute.scaled
     monkeypatch.setattr(growth.execute, "scaled", lambda raw, factor, *more: right(raw, factor * 1.01, *more))
-    with pytest.raises(UserError, match="certified lossless, yet logits moved"):
+    with pytest.raises(UserError, match=r"certified lossless, yet logits moved .* fault of the phi schema or of operator 'lossless'"):
         grow(source, tmp_path / "out", target=BIGGER)
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def test_a_folder_that_the_library_loads_otherwise_is_blamed_itself(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    import model.build
+
+    right = model.build.load_model
+
+    def otherwise(folder: Path, **how: Any) -> Any:
+        loaded = right(folder, **how)
+        if Path(folder) == source:
+            loaded.get_parameter("model.layers.1.mlp.fc1.bias").data += 0.1
+        return loaded
+
+    monkeypatch.setattr(model.build, "load_model", otherwise)
+    with pytest.raises(UserError, match=r"source: transformers loads model\.layers\.1\.mlp\.fc1\.bias otherwise than stored") as told:
+        grow(source, tmp_path / "out", target=BIGGER)
+    assert "schema" not in str(told.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+@pytest.mark.parametrize("config", [config_of("llama"), stranger("mixtral")], ids=["written", "derived"])
+def test_every_stored_tensor_is_held_against_what_the_library_loads(config: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
+    import model.build
+
+    folder, right = make_checkpoint(tmp_path / "source", config, dtype="bfloat16"), model.build.load_model
+    assert loaded_otherwise(folder, "float64") == []
+
+    def otherwise(folder: Path, **how: Any) -> Any:
+        loaded = right(folder, **how)
+        for parameter in loaded.parameters():
+            parameter.data += 0.1
+        return loaded
+
+    monkeypatch.setattr(model.build, "load_model", otherwise)
+    assert sorted(loaded_otherwise(folder, "float64")) == sorted(load_file(folder / "model.safetensors"))
 
 
 def test_a_folder_that_is_no_checkpoint_is_never_replaced(source: Path, tmp_path: Path) -> None:
