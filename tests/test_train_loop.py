@@ -97,7 +97,7 @@ def test_the_model_card_states_study_arm_seed_tokens_and_losses(finished: Path) 
     assert (cells["study"], cells["arm"], cells["seed"], cells["training tokens"]) == ("t", "scratch", "0", "768")
     assert cells["validation loss at the start"] == f"{first['val_loss']:.4f} nats/token"
     assert cells["validation loss at the end"] == f"{last['val_loss']:.4f} nats/token, {last['bits_per_byte']:.4f} bits/byte"
-    assert "# t-scratch-s0" in card
+    assert f"# {json.loads((finished / 'run.json').read_text())['name']}" in card
 
 
 def test_the_final_folder_tells_an_evaluation_harness_what_it_asks_for(finished: Path) -> None:
