@@ -103,7 +103,7 @@ def _complete(folder: Path, settings: Settings, source: Job | None) -> bool:
         ledger = json.loads((source.folder / "final" / "ledger.json").read_text(encoding="utf-8"))
         if any(started.get(key) != ledger.get(key) for key in ("tokens", "flops", "val_loss")):
             raise UserError(f"{folder} started from a source that {source.folder} no longer holds; delete {folder} to run it again")
-    return is_complete(folder) and not unkept(folder, settings)
+    return is_complete(folder) and not unkept(folder, record, settings)
 
 
 def prepare_text(todo: Sequence[Job], display: Display) -> None:

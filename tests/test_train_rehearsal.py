@@ -49,8 +49,8 @@ BREAKS: dict[str, tuple[str, Any]] = {
 }
 
 
-def _renamed(folder: Path, model: Any, weights: Any, data: Any) -> None:
-    write_model(folder, model, {f"other.{name}": tensor for name, tensor in model.state_dict().items()}, data)
+def _renamed(folder: Path, model: Any, weights: Any, data: Any, dtype: str) -> None:
+    write_model(folder, model, {f"other.{name}": tensor for name, tensor in model.state_dict().items()}, data, dtype)
 
 
 def tiny_twin_of_another_seed(folder: str) -> Any:

@@ -47,11 +47,44 @@ def is_complete(folder: Path) -> bool:
     return (folder / SUMMARY).is_file()
 
 
-def unkept(folder: Path, settings: Settings) -> str | None:
-    """What a complete run was not asked to keep and now is, in words; None where it has all."""
-    if settings.train.keep_optimizer and not (folder / FINAL / "optimizer.pt").is_file():
+def unkept(folder: Path, run: Mapping[str, Any], settings: Settings) -> str | None:
+    """What a complete run was not asked to keep and now is, in words; None where it has all.
+
+    Raises:
+        UserError: its weights are wanted in the source's dtype, which its record does not tell.
+    """
+    if settings.train.keep_optimizer and not keeps_optimizer(folder):
         return "Adam's state (train.keep_optimizer)"
-    return None
+    if settings.train.save_dtype is None:
+        return None
+    asked = final_dtype(folder, settings, run["start"].get("source_dtype"))
+    return None if asked == kept_dtype(folder) else f"its weights in {asked} (train.save_dtype)"
+
+
+def keeps_optimizer(folder: Path) -> bool:
+    """Whether a run's `final/` holds Adam's state."""
+    return (folder / FINAL / "optimizer.pt").is_file()
+
+
+def final_dtype(folder: Path, settings: Settings, source: str | None) -> str:
+    """The dtype that the weights in `final/` are to have: where none is asked for, that of a `final/` that is there.
+
+    Args:
+        source: the dtype of the source's weights.
+
+    Raises:
+        UserError: the source's dtype is asked for and not known.
+    """
+    asked = settings.train.save_dtype
+    if asked == "source" and source is None:
+        raise UserError("train.save_dtype=source: the dtype of the source's weights is not known; give float32, bfloat16 or float16")
+    return (source if asked == "source" else asked) or kept_dtype(folder) or "float32"
+
+
+def kept_dtype(folder: Path) -> str | None:
+    """The dtype of the weights in a run's `final/`; None where there is none."""
+    config = folder / FINAL / "config.json"
+    return read_object(config, "not a model's config; delete final/").get("dtype") if config.is_file() else None
 
 
 def _further(folder: Path) -> str:

@@ -35,7 +35,7 @@ from train.saving import newest_intact
 from train.settings import Budget, Settings, needs_source
 from train.signals import watched
 from train.stages import Span, spans_of, stages_of
-from train.start import begin, find_source, source_ledger, target_config, weights_read
+from train.start import begin, find_source, source_dtype, source_ledger, target_config, weights_read
 from train.teacher import find_teacher, teacher_folder
 from train.trainee import Run, Trainee
 from train.transfer import frozen_tensors
@@ -63,7 +63,7 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
     if run is not None:
         run_folder.check_same(folder, run, settings)
         if run_folder.is_complete(folder):
-            if not (missing := run_folder.unkept(folder, settings)):
+            if not (missing := run_folder.unkept(folder, run, settings)):
                 console.say(f"already complete: {folder}")
                 return folder
             console.say(f"{folder} is complete without {missing}: it trains again from its newest checkpoint to its end, to keep it")
@@ -81,6 +81,7 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
         source = find_source(settings, needed=run is None or needs_source(settings))
         config = target_config(settings, source) if run is None else run["target_config"]
         stages, teaching = stages_of(settings, config), teacher_folder(settings, source)
+        dtype = run_folder.final_dtype(folder, settings, source_dtype(source, run))
         digests = weights_read(settings, source, teaching) if main else {}
         told = main and settings.progress is not False
         text = reading(settings, source, run)
@@ -95,7 +96,7 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
         window_count(data.train, loop.context)  # refuses a text that is too short before anything is grown
 
         if main:
-            for note in rehearse_end(config, source, data, sharded=accelerator.is_fsdp2):
+            for note in rehearse_end(config, source, data, sharded=accelerator.is_fsdp2, dtype=dtype):
                 console.say(note)
 
         # ---- 4. The start: scratch, the source, or the source grown -------------------------------------------------------------------
@@ -145,7 +146,8 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
             weights = whole_weights(trainee.objective, accelerator)
             if main:
                 summary = summarise(position)
-                final = publish(folder, trainee.network, weights, data, run, summary, trainee.adam() if loop.keep_optimizer else None)
+                adam = trainee.adam() if loop.keep_optimizer or run_folder.keeps_optimizer(folder) else None
+                final = publish(folder, trainee.network, weights, data, run, summary, adam, dtype)
                 trainee.write_samples("end", None if weights is None else final)
                 trainee.rows()  # are on the disk before the summary says that they are whole
                 write_json(folder / run_folder.SUMMARY, summary)

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from model.build import load_model
+from model.errors import UserError
+from model.quiet import quietly
 from model.spelling import spell_folder
 from train.files import whole_folder, write_json, write_text
 from train.folder import FINAL
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
     from train.data import TokenData
 
+TRAINED = "trained"  # float32 weights on the way into another dtype
+
 
 def publish(
     folder: Path,
@@ -30,34 +35,54 @@ def publish(
     run: Mapping[str, Any],
     summary: Mapping[str, Any],
     adam: Mapping[str, Any] | None,
+    dtype: str,
 ) -> Path:
     """Write `<folder>/final/`, whole or not at all: weights, config, tokenizer, generation config, ledger and model card.
 
     Args:
         weights: of the model, where it does not hold them whole itself.
         adam: the optimizer's state, where it is to be kept too.
+        dtype: of the weights.
 
     Raises:
         UserError: the disk is full or not writable.
     """
     with whole_folder(folder / FINAL) as partial:
-        write_model(partial, model, weights, data)
+        write_model(partial, model, weights, data, dtype)
         if adam is not None:
             torch.save(adam, partial / OPTIMIZER)
         write_json(partial / LEDGER, ledger(run, summary))
-        write_text(partial / "README.md", model_card(run, summary))
+        write_text(partial / "README.md", model_card(run, summary, dtype))
     return folder / FINAL
 
 
-def write_model(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor] | None, data: TokenData) -> None:
+def write_model(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor] | None, data: TokenData, dtype: str = "float32") -> None:
     """Weights (whole, where they are not the model's own), config, generation config and the data's tokenizer into an empty `folder`."""
     model.generation_config.eos_token_id = data.end_of_text_id
     model.generation_config.pad_token_id = data.end_of_text_id
-    model.save_pretrained(folder, state_dict=weights)
+    trained = folder if dtype == "float32" else folder / TRAINED
+    model.save_pretrained(trained, state_dict=weights)
+    if trained != folder:
+        _round(trained, folder, dtype)
     for file in sorted(Path(data.tokenizer_folder).iterdir()):
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
     spell_folder(folder)
+
+
+def _round(trained: Path, folder: Path, dtype: str) -> None:
+    """Move float32 weights on into `folder` as a user has them who loads them in `dtype`: some classes keep a few tensors in float32.
+
+    Raises:
+        UserError: a weight is beyond the range of `dtype`.
+    """
+    with quietly():
+        model = load_model(trained, dtype=dtype)
+    beyond = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    if beyond:
+        raise UserError(f"train.save_dtype: {', '.join(beyond[:3])} hold values beyond the range of {dtype}; use bfloat16 or float32")
+    model.save_pretrained(folder)
+    shutil.rmtree(trained)
 
 
 def ledger(run: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,7 +104,7 @@ def ledger(run: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def model_card(run: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+def model_card(run: Mapping[str, Any], summary: Mapping[str, Any], dtype: str) -> str:
     """README.md of the final folder: study, arm, seed, tokens, losses."""
     start, settings = run["start"], run["settings"]
     origin = "scratch" if start["operator"] == "scratch" else f"`{start['source']['path']}`"
@@ -98,6 +123,7 @@ def model_card(run: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
         "validation loss at the start": f"{summary['start_val_loss']:.4f} nats/token",
         "validation loss at the end": f"{summary['final_val_loss']:.4f} nats/token, {summary['bits_per_byte']:.4f} bits/byte",
         "device": f"{run['device']}, {run['precision']}",
+        **({} if dtype == "float32" else {"weights": f"{dtype}; the losses are those of the float32 weights that were trained"}),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---

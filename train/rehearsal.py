@@ -30,13 +30,15 @@ if TYPE_CHECKING:
 
 ROWS, LENGTH = 2, 8  # of random tokens
 SAME = 1e-4  # nats; a model that is saved and loaded gives the same loss up to rounding
+ROUNDED = 0.1  # nats; one whose weights are stored in 16 bits
 
 
-def rehearse_end(config: Mapping[str, Any], source: Path | None, data: TokenData, *, sharded: bool) -> list[str]:
+def rehearse_end(config: Mapping[str, Any], source: Path | None, data: TokenData, *, sharded: bool, dtype: str = "float32") -> list[str]:
     """Publish a tiny twin of the network of `config` with the run's own tokenizer and generation config, and load it as a user would.
 
     Args:
         source: the folder whose generation config the network will have.
+        dtype: that the weights will be stored in.
         sharded: the weights will come as a dictionary of whole tensors, put together from shards.
 
     Returns:
@@ -57,9 +59,9 @@ def rehearse_end(config: Mapping[str, Any], source: Path | None, data: TokenData
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
         try:
             with quietly():
-                write_model(Path(folder), model, weights, data)
+                write_model(Path(folder), model, weights, data, dtype)
                 AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-                _hold(twin, model, load_model(folder))
+                _hold(twin, model, load_model(folder), SAME if dtype == "float32" else ROUNDED)
         except Exception as fault:  # the library's classes raise every kind
             reason = str(fault) if isinstance(fault, UserError) else in_one_line(fault, 400)
             raise UserError(
@@ -69,8 +71,8 @@ def rehearse_end(config: Mapping[str, Any], source: Path | None, data: TokenData
     return list(notes)
 
 
-def _hold(twin: Twin, model: PreTrainedModel, loaded: PreTrainedModel) -> None:
-    """The loaded model must give the loss of the one that was saved.
+def _hold(twin: Twin, model: PreTrainedModel, loaded: PreTrainedModel, apart: float) -> None:
+    """The loaded model must give the loss of the one that was saved, but for `apart` nats.
 
     Raises:
         UserError: it does not.
@@ -80,5 +82,5 @@ def _hold(twin: Twin, model: PreTrainedModel, loaded: PreTrainedModel) -> None:
         logits = [each.eval()(input_ids=tokens, use_cache=False).logits for each in (model, loaded)]
     # Not the class's own loss, which may be that of a text with pictures (GIT).
     before, after = (float(cross_entropy(found[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())) for found in logits)
-    if not abs(before - after) <= SAME:
+    if not abs(before - after) <= apart:
         raise UserError(f"loaded again, its loss is {after:.4f} nats a token, and {before:.4f} before it was saved")

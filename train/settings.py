@@ -112,6 +112,7 @@ class LoopSettings:
     save_every_tokens: int | None
     keep: int  # newest checkpoints
     keep_optimizer: bool  # Adam's state beside the final model, for a growth that takes it over
+    save_dtype: Literal["source", "float32", "bfloat16", "float16"] | None  # of the final model's weights; null: float32
     keep_best: bool  # the checkpoint of the lowest validation loss too, saved when it is measured
     save_async: bool  # write from a copy while training goes on
     hang_seconds: float | None  # of several processes: without the end of a step, the one that hangs is named, and the run ends
@@ -274,6 +275,8 @@ def _disagreements(settings: Settings) -> list[str]:
             "optimizer=adamw_8bit with sharding=full: torchao quantises each process's part by itself, unlike on one process, and a "
             "checkpoint cannot put the parts together; use sharding=none, or optimizer=adamw"
         )
+    if loop.save_dtype == "source" and settings.source is None:
+        faults.append("train.save_dtype=source: there is no source; give float32, bfloat16 or float16")
     if settings.optimizer.name == "muon" and settings.optimizer.momentum is None:
         faults.append("optimizer.momentum: missing; muon needs one (optimizer.momentum=0.95)")
     if growth.operator != "scratch" and settings.source is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from growth.resolve import resolve_family
 from model.build import build_model, known_size, load_model
 from model.checkpoint import Checkpoint, locate
 from model.config import read_config, resolve_target
+from model.dtypes import TORCH_NAMES
 from model.errors import UserError
 from model.family import has_schema
 from model.geometry import flops_per_token
@@ -97,6 +99,21 @@ def source_ledger(settings: Settings, source: Path | None) -> dict[str, Any] | N
     return ledger
 
 
+def source_dtype(source: Path | None, run: Mapping[str, Any] | None) -> str | None:
+    """The float dtype of most of the source's bytes, by torch's name, as the record of a run that has begun says; None if there is none."""
+    if run is not None:
+        known: str | None = run["start"].get("source_dtype")
+        return known
+    if source is None:
+        return None
+    names = {stored: name for name, stored in TORCH_NAMES.items()}
+    sizes: Counter[str] = Counter()
+    with Checkpoint(source) as checkpoint:
+        for stored in checkpoint.tensors.values():
+            sizes[stored.dtype] += stored.nbytes if stored.dtype in names else 0
+    return max(((size, names[dtype]) for dtype, size in sizes.items() if size), default=(0, None))[1]
+
+
 def weights_read(settings: Settings, source: Path | None, teacher: Path | None) -> dict[str, str]:
     """Hashes of the weights that a run reads at every start, not at its first alone: a teacher's, and those of a source trained on.
 
@@ -129,6 +146,7 @@ def begin(settings: Settings, stage: Stage, source: Path | None, folder: Path) -
         "receipt": None,
         "operator_flops": 0.0,
         "source": source_ledger(settings, source),
+        "source_dtype": source_dtype(source, None),
     }
     if operator in UNGROWN:
         return record
