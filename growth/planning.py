@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from model.checkpoint import Checkpoint, names_of
 from model.composite import flat
-from model.config import Target, resolve_target
+from model.config import DTYPES, Target, resolve_target
 from model.errors import UserError
 from model.family import Config, Family
 from model.presets import PRESETS, preset
@@ -51,7 +51,7 @@ def plan(
     """
     check_arguments(target=target, operator=operator, depth=depth, noise=noise, seed=seed, dtype=dtype)
     checkpoint = _opened(source)
-    target = flat(target) if isinstance(target, Mapping) else target
+    target = _said_elsewhere(flat(target), dtype) if isinstance(target, Mapping) else target
     resolved = resolve_family(checkpoint, target, depth, operator, options) if family is None else Resolved(family)
     source_config = resolved.config or (checkpoint.config if isinstance(checkpoint, Checkpoint) else checkpoint)
     target_config = _in_dtype(resolve_target(target, source_config, resolved.family), dtype)
@@ -68,6 +68,11 @@ def plan(
     if resolved.config is not None:
         _hold_against_class(decided)
     return decided
+
+
+def _said_elsewhere(target: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """A target without the dtype that it names, where that is the one asked for; another is refused as the source's contradiction."""
+    return {key: value for key, value in target.items() if key.rpartition(".")[2] not in DTYPES or value != dtype}
 
 
 def _in_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
