@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from growth.resolve import resolve_family
 from model.build import build_model, known_size, load_model
 from model.checkpoint import Checkpoint, locate
 from model.config import read_config, resolve_target
-from model.dtypes import TORCH_NAMES
+from model.dtypes import TORCH_NAMES, is_short
 from model.errors import UserError
 from model.family import has_schema
 from model.geometry import flops_per_token
@@ -151,7 +151,7 @@ def begin(settings: Settings, stage: Stage, source: Path | None, folder: Path) -
     if operator in UNGROWN:
         return record
     assert source is not None
-    how: dict[str, Any] = {"operator": operator, "seed": settings.seed, **options}
+    how: dict[str, Any] = {"operator": operator, "seed": settings.seed, "dtype": _start_dtype(source), **options}
     (folder / PICTURE).unlink(missing_ok=True)  # of a run that was killed before it had a record; growth replaces its own files alone
     grown = grow(source, stage.start(folder), target=stage.config, overwrite=True, optimizer=saved_optimizer(settings, source), **how)
     _draw(grown.plan, source, folder)
@@ -160,6 +160,13 @@ def begin(settings: Settings, stage: Stage, source: Path | None, folder: Path) -
         "reasons": [str(reason) for reason in grown.certificate.reasons],
         "receipt": None if grown.receipt is None else grown.receipt.to_dict(),
     }
+
+
+def _start_dtype(source: Path) -> Literal["float32"] | None:
+    """In which to store what is grown from `source`: float32, as it will be loaded, where 16 bits would round it; None: as the source."""
+    with Checkpoint(source) as checkpoint:
+        dtypes = {stored.dtype for stored in checkpoint.tensors.values()}
+    return "float32" if any(map(is_short, dtypes)) and "F64" not in dtypes else None
 
 
 def _draw(plan: Plan, source: Path, folder: Path) -> None:
