@@ -331,6 +331,12 @@ def _check_layout(path: Path, tensors: Mapping[str, Stored], start: int, size: i
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
+def is_hub_name(source: str | Path) -> bool:
+    """Whether a source that is no folder here may be a repository of the Hugging Face hub: `owner/name`."""
+    folder = Path(os.path.expanduser(source))
+    return not folder.is_absolute() and not folder.exists() and _HUB_NAME.fullmatch(str(source)) is not None
+
+
 def locate(source: str | Path, revision: str | None = None) -> Path:
     """The folder of a source: itself when it is one, else a snapshot of the Hugging Face repository of that name.
 
@@ -345,7 +351,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         return folder
     if folder.is_file():
         raise UserError(f"source {str(source)!r}: a file; give the folder that holds it with its config.json: {str(folder.parent)!r}")
-    if folder.is_absolute() or not _HUB_NAME.fullmatch(str(source)) or folder.exists():
+    if not is_hub_name(source):
         raise UserError(f"source {str(source)!r}: no such folder, and not a Hugging Face name of the form owner/name")
     try:
         return _downloaded(str(source), revision)

@@ -15,9 +15,10 @@ from model.errors import UserError
 from model.twin import tiny_twin
 from train import loop
 from train.data import prepare
+from train.neutral import is_neutral
 from train.publish import write_model
 from train.rehearsal import rehearse_end
-from train.settings import Settings, compose, is_neutral
+from train.settings import Settings, compose
 
 
 @pytest.fixture(scope="module")

@@ -140,8 +140,11 @@ def _train(settings: Settings) -> None:
         print(tell(settings))
         return
     check_installed(settings.logger.trackers)
+    from train.early import check_source
+
+    check_source(settings)
     from train import slurm
-    from train.loop import train_horizons  # torch, transformers and accelerate are loaded only for settings that hold
+    from train.loop import train_horizons  # torch, transformers and accelerate are loaded only for settings and sources that hold
     from train.signals import Stopped
 
     try:
