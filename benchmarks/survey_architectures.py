@@ -1,6 +1,6 @@
 """What can be trained, and how? The survey of every causal language model class of transformers, as a table.
 
-python benchmarks/survey_architectures.py                    40 minutes on 2 cores: survey_architectures.json, docs/families.md
+python benchmarks/survey_architectures.py                    10 minutes of one core: survey_architectures.json, docs/families.md
 python benchmarks/survey_architectures.py --device cuda      the same on a GPU, and under its kernels
 python benchmarks/survey_architectures.py --types mpt falcon some of them
 python benchmarks/survey_architectures.py --types            none: only writes the table anew
@@ -213,7 +213,7 @@ def save(path: Path, under: dict[str, Any], types: dict[str, Story]) -> None:
 def cell(found: Any, words: Callable[[Any], str]) -> str:
     """A value in words, or the beginning of a refusal."""
     refused = found.get("refused") if isinstance(found, dict) else "not asked" if found is None else None
-    return words(found) if refused is None else "no: " + re.sub(r"[|`<>\n]", " ", refused)[:60].strip()
+    return words(found) if refused is None else "no: " + re.sub(r"[|`<>\n]", " ", refused)[:100].strip()
 
 
 def flops_from(flops: Story) -> str:
@@ -227,6 +227,11 @@ def flops_from(flops: Story) -> str:
         if flops["apart"] < EXACT
         else f"formula, {flops['apart']:.0e} apart"
     )
+
+
+def flops_are_exact(flops: Story) -> bool:
+    """Whether the ledger's FLOPs are the counter's."""
+    return flops.get("apart") is not None and flops["apart"] < EXACT
 
 
 def row(name: str, story: Story, grown: Story, rounding: float) -> str:
@@ -262,20 +267,23 @@ def table(under: dict[str, Any], types: dict[str, Story]) -> str:
         return isinstance(found, float | int) and found <= rounding
 
     counts = {
+        "built as a tiny twin": len(asked),
         "trained for two steps": number(lambda story: isinstance(story.get("trained"), list)),
-        "with the fused loss": number(lambda story: close(story["head"])),
-        "whose document mask holds": number(lambda story: close(story["leak"]) and close(story["future"])),
-        "with parameters that text gives no gradient": number(
-            lambda story: isinstance(story["unreached"], list) and story["unreached"] != []
-        ),
-        "without SDPA": number(lambda story: story["attention"].get("sdpa") is not True),
+        "fused loss": number(lambda story: close(story["head"])),
+        "document mask holds": number(lambda story: close(story["leak"]) and close(story["future"])),
+        "text reaches all parameters": number(lambda story: story["unreached"] == []),
+        "SDPA": number(lambda story: story["attention"].get("sdpa") is True),
+        "FLOPs counted, or a formula that is exact": number(lambda story: flops_are_exact(story.get("flops") or {})),
+        "dry run": number(lambda story: isinstance(story.get("dry run"), int)),
     }
     where = f"{under['device']}, {under['precision']}"
     versions = ", ".join(f"{package} {version}" for package, version in under["versions"].items())
-    told = ", ".join(f"{count} {what}" for what, count in counts.items())
+    told = "\n".join(f"* {what}: {count} of {len(types)}" for what, count in counts.items())
     head = "model type | width | heads | depth | trained, 2 steps | loss | document mask | without gradient | attention | FLOPs | dry run"
     return "\n".join([
-        f"{len(types)} model types, {len(asked)} of them built tiny and asked ({versions}; {where}): {told}.",
+        f"Of {len(types)} model types ({versions}; {where}):",
+        "",
+        told,
         "",
         f"| {head} |",
         "|---" * (head.count("|") + 1) + "|",

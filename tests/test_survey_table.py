@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from model.errors import UserError
 
@@ -65,11 +68,36 @@ def test_flops_are_told_with_their_source(bench: ModuleType, source: str, apart:
 
 
 def test_all_rows_are_as_wide_as_their_head(bench: ModuleType) -> None:
-    lines = bench.table(UNDER, {"gpt_oss": ASKED, "blt": {"refused": "no"}}).splitlines()
-    assert lines[0].startswith(
-        "2 model types, 1 of them built tiny and asked (transformers 5, torch 2; cpu, fp32): 1 trained for two steps"
-    )
-    assert len({line.count("|") for line in lines[2:]}) == 1
+    text = bench.table(UNDER, {"gpt_oss": ASKED, "blt": {"refused": "no"}})
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == 4
+    assert len({line.count("|") for line in rows}) == 1
+
+
+def test_the_counts_are_of_all_types(bench: ModuleType) -> None:
+    text = bench.table(UNDER, {"gpt_oss": ASKED, "blt": {"refused": "no"}})
+    assert text.startswith("Of 2 model types (transformers 5, torch 2; cpu, fp32):\n\n* built as a tiny twin: 1 of 2\n* trained for two")
+    counts = dict(line[2:].split(": ") for line in text.splitlines() if line.startswith("* "))
+    assert {what: int(count.removesuffix(" of 2")) for what, count in counts.items()} == {
+        "built as a tiny twin": 1,
+        "trained for two steps": 1,
+        "fused loss": 1,
+        "document mask holds": 0,
+        "text reaches all parameters": 0,
+        "SDPA": 0,
+        "FLOPs counted, or a formula that is exact": 1,
+        "dry run": 0,
+    }
+
+
+def test_the_page_and_the_file_say_the_same_of_every_class_of_the_library(bench: ModuleType) -> None:
+    """The table is written by the script alone; each cell of it is measured or a refusal with its reason."""
+    found = json.loads(bench.RESULTS.read_text())
+    assert bench.table(found["under"], found["types"]) in bench.PAGE.read_text()
+    names = {"attention", "said", "head", "future", "leak", "unreached", "sometimes", *bench.COLUMNS}
+    assert all(story.get("refused") or names <= story.keys() for story in found["types"].values())
+    if found["under"]["versions"]["transformers"] == transformers.__version__:
+        assert found["types"].keys() == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def test_what_was_found_under_other_conditions_is_not_taken_over(bench: ModuleType, tmp_path: Path) -> None:
