@@ -43,7 +43,7 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
     with initialize_config_dir(str(folder), version_base="1.3"):
         try:
             cfg = compose(name, [str(o.input_line) for o in choices])
-            values = [o for o in parsed if not _is_choice(groups, o) and _key_holds(cfg, o, folder, faults)]
+            values = [o for o in parsed if not _is_choice(groups, o) and _key_holds(cfg, o, groups, faults)]
             changes = [o for o in values if o.is_add() or o.is_force_add() or o.is_delete() or o.key_or_group.startswith("hydra")]
             if changes:
                 cfg = compose(name, [str(o.input_line) for o in (*choices, *changes)])
@@ -149,18 +149,28 @@ def _choice_holds(folder: Path, override: Override, faults: list[str]) -> bool:
     return False
 
 
-def _key_holds(cfg: DictConfig, override: Override, folder: Path, faults: list[str]) -> bool:
+def _key_holds(cfg: DictConfig, override: Override, groups: set[str], faults: list[str]) -> bool:
     if override.is_add() or override.is_force_add() or override.key_or_group.startswith(("hydra.", "hydra/")):
         return True
     node: Any = cfg
     for depth, part in enumerate(parts := override.key_or_group.split(".")):
         if not isinstance(node, Mapping) or part not in list(node):  # a DictConfig does not "contain" a missing value, but lists its key
-            groups = {path.name for path in folder.iterdir() if path.is_dir()} if depth == 0 else set()
-            known = {str(key) for key in node} | groups if isinstance(node, Mapping) else groups
-            faults.append(f"{'.'.join(parts[: depth + 1])}: unknown key; {did_you_mean(part, known)}")
+            known = {str(key) for key in node} if isinstance(node, Mapping) else set()
+            way = _elsewhere(cfg, parts[-1]) or did_you_mean(part, known | groups if depth == 0 else known)
+            faults.append(f"{'.'.join(parts[: depth + 1])}: unknown key; {way}")
             return False
         node = node._get_node(part) if hasattr(node, "_get_node") else node[part]  # the node itself: no interpolation, no missing value
     return True
+
+
+def _elsewhere(cfg: DictConfig, name: str) -> str:
+    """A question that offers the keys of that name in a group: `train.learning_rate` is `optimizer.learning_rate`."""
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.to_container(cfg)
+    groups = values.items() if isinstance(values, dict) else ()
+    keys = [f"{group!s}.{name}" for group, inner in groups if isinstance(inner, dict) and name in inner]
+    return f"did you mean {' or '.join(map(repr, keys))}?" if keys else ""
 
 
 def plain(cfg: DictConfig | Mapping[str, Any], faults: list[str]) -> dict[str, Any]:

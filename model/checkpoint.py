@@ -6,6 +6,7 @@ the folder, and pickle files are never opened.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -352,7 +353,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     if folder.is_file():
         raise UserError(f"source {str(source)!r}: a file; give the folder that holds it with its config.json: {str(folder.parent)!r}")
     if not is_hub_name(source):
-        raise UserError(f"source {str(source)!r}: no such folder, and not a Hugging Face name of the form owner/name")
+        raise UserError(f"source {str(source)!r}: no such folder, and not a Hugging Face name of the form owner/name{_near(folder)}")
     try:
         return _downloaded(str(source), revision)
     except UserError:
@@ -363,6 +364,15 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
             f"source {str(source)!r}: no such folder, and the Hugging Face hub did not give it ({reason}); check name and network, or "
             f"download it elsewhere (`hf download {source}`) and give the folder"
         ) from None
+
+
+def _near(folder: Path) -> str:
+    """The end of the error about a folder that is not there: a run whose result it would be, or its neighbours of nearly that name."""
+    if folder.name == "final":
+        return f"; it would be the result of the run {str(folder.parent)!r}: let that run end first"
+    beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+    near = difflib.get_close_matches(folder.name, beside, n=3, cutoff=0.7)
+    return f"; did you mean {' or '.join(repr(str(folder.with_name(name))) for name in near)}?" if near else ""
 
 
 def _downloaded(name: str, revision: str | None) -> Path:

@@ -24,6 +24,20 @@ def test_a_missing_source_is_told(source: str) -> None:
         locate(source)
 
 
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("my_lama", r"did you mean '.*my_llama'\?$"),
+        ("nothing_alike", "of the form owner/name$"),
+        ("tiny-scratch-s0/final", r"the result of the run '.*tiny-scratch-s0': let that run end first$"),
+    ],
+)
+def test_a_missing_source_is_told_with_what_it_may_be(tmp_path: Path, source: str, words: str) -> None:
+    (tmp_path / "my_llama").mkdir()
+    with pytest.raises(UserError, match=words):
+        locate(tmp_path / source)
+
+
 def test_a_hub_name_without_network_is_told() -> None:
     with pytest.raises(UserError, match=r"'someone/some-model'.*hub did not give it.*hf download someone/some-model"):
         locate("someone/some-model")

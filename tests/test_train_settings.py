@@ -33,6 +33,8 @@ def fault(*overrides: str) -> str:
         ("+train.contxt=5", "train.contxt: unknown key; did you mean 'context'"),
         ("growth=scrach", "unknown growth; did you mean 'scratch'"),
         ("sed=1", "sed: unknown key; did you mean 'seed'"),
+        ("train.learning_rate=0.01", "train.learning_rate: unknown key; did you mean 'optimizer.learning_rate'?"),
+        ("budget_tokens=9000", "budget_tokens: unknown key; did you mean 'train.budget_tokens'?"),
         ("seed=a", "seed: expected a whole number; found 'a'"),
         ("train.context=1.5", "train.context: expected a whole number; found 1.5"),
         ("optimizer.betas=[0.9]", "optimizer.betas: expected a list of a number (2 of them)"),

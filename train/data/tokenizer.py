@@ -135,7 +135,8 @@ def check_vocabulary(data: TokenData, vocab_size: int) -> None:
     if data.vocab_size > vocab_size:
         raise UserError(
             f"data: the tokenizer has {data.vocab_size} entries, the model's vocab_size is {vocab_size}; "
-            "use the tokenizer of the source (data.tokenizer=null, or its FOLDER), a smaller data.vocab_size, or a larger model"
+            "give the tokenizer that the model was trained with (data.tokenizer=FOLDER; where the source's folder has none, one is "
+            "trained here), a smaller data.vocab_size for one that is trained here, or a larger model"
         )
 
 
