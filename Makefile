@@ -1,10 +1,12 @@
-# make demo: the whole study on this machine; make test: the suite; make lint: ruff and mypy. All of them set up .venv first.
+# make setup: .venv alone; make demo: the whole study on this machine; make test: the suite; make lint: ruff and mypy. All set up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: setup demo test lint clean
+setup: $(STAMP)
+
 demo: $(STAMP)
 	$(BIN)/python -m experiments run tiny
 

@@ -111,7 +111,7 @@ def prepare_text(todo: Sequence[Job], display: Display) -> None:
     from train.data import prepare
     from train.reading import reading
 
-    begun = {(job.settings.data.folder, job.settings.source): job for job in todo}
+    begun = {(job.settings.data.home, job.settings.source): job for job in todo}
     for job in begun.values():
         source = Path(job.settings.source or "")
         text = reading(job.settings, source if job.settings.source and source.is_dir() else None, read_run(job.folder))

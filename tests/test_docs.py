@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -174,7 +175,16 @@ ROOMS = {
 def check(words: list[str]) -> None:
     """Read a command by the door that it would go through."""
     match words:
-        case ["torchrun", "--nproc_per_node", number, "-m", "train", *arguments]:
+        case ["torchrun", "--nproc_per_node", number, "-m", "train", *arguments] | [
+            "python",
+            "-m",
+            "train.launch",
+            "--nproc_per_node",
+            number,
+            "-m",
+            "train",
+            *arguments,
+        ]:
             assert number.isdecimal()
             check_train(arguments)
         case ["python", "-m", room, *arguments]:
@@ -195,8 +205,19 @@ def check(words: list[str]) -> None:
 COMMANDS = {shlex.join(words): words for page in PAGES for words in commands(page)}  # one that two pages show is read once
 
 
+@pytest.fixture(scope="module")
+def conf_of_a_reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """conf/ with the file that README tells a reader to write."""
+    folder = Path(shutil.copytree(CONF, tmp_path_factory.mktemp("reader") / "conf"))
+    (mine,) = blocks("README.md", "yaml")
+    (folder / mine.splitlines()[1].removeprefix("# conf/")).write_text(mine)
+    return folder
+
+
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
-def test_every_command_is_one_that_the_doors_take(words: list[str]) -> None:
+def test_every_command_is_one_that_the_doors_take(words: list[str], conf_of_a_reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for room in ("train.door", "train.naming", "train.settings"):
+        monkeypatch.setattr(f"{room}.CONF", conf_of_a_reader)
     check(words)
 
 

@@ -62,6 +62,11 @@ def test_the_tokens_of_another_tokenizer_lie_in_a_folder_of_their_own(settings: 
     assert (text.tokenizer, str(text.home)) == (str(source), f"{asked.data.home}-{str(tokenizer_identity(str(source)))[:8]}")
 
 
+def test_a_leaf_leaves_tokens_of_another_tokenizer_where_they_are() -> None:
+    data = compose(["growth=scratch", "target=tiny_source"]).data
+    assert (data.folder, str(data.home)) == (None, "data/stdlib")  # a folder that is given would be built anew
+
+
 def test_tokens_that_the_source_was_trained_on_serve_as_they_are(settings: Settings, tmp_path: Path) -> None:
     data = prepare(settings.data, progress=False)
     own = shutil.copytree(data.tokenizer_folder, tmp_path / "source")
