@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,6 +32,32 @@ def test_every_leaf_composes(group: str, leaf: str) -> None:
         assert (
             getattr(settings, group).name == leaf if group in ("growth", "optimizer", "schedule", "mixture") else getattr(settings, group)
         )
+
+
+ALTERNATIVES = re.compile(r"^( *)(\w+): \S+ # .*? \| (.+)$")  # key: value # the default in words | another: in words | a third
+
+
+def alternatives() -> list[tuple[str, str]]:
+    """What the comments of conf/train.yaml and conf/schedule offer instead of a default, as (leaf, override)."""
+    offered = []
+    for file in (CONF / "train.yaml", *sorted((CONF / "schedule").glob("*.yaml"))):
+        group, lines = "" if file.parent == CONF else "schedule.", file.read_text().splitlines()
+        for i, line in enumerate(lines):
+            if match := ALTERNATIVES.match(line):
+                over = next((above for above in reversed(lines[:i]) if match[1] and re.match(r"\w", above)), "")
+                parent = f"{over.partition(':')[0]}." if over else group
+                offered += [(file.stem, f"{parent}{match[2]}={words.split()[0].rstrip(':')}") for words in match[3].split(" | ")]
+    return offered
+
+
+def test_comments_offer_alternatives() -> None:
+    assert {("train", "train.attention=eager"), ("train", "progress=false"), ("wsd", "schedule.decay=sqrt")} <= {*alternatives()}
+
+
+@pytest.mark.parametrize(("leaf", "override"), alternatives())
+def test_what_a_comment_offers_is_taken(leaf: str, override: str) -> None:
+    schedule = "wsd" if leaf == "train" else leaf
+    assert compose(["growth=scratch", "target=tiny_target", f"schedule={schedule}", override])
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -26,7 +26,7 @@ def test_every_leaf_can_be_prepared(leaf: str) -> None:
 
 def test_what_the_leaves_share_is_what_holds_where_nothing_is_said() -> None:
     composed = asdict(settings_from(PrepareSettings, "prepare", ["data=files", "data.path=x"]).data)
-    assert composed == asdict(DataSettings("files", "files", path="x", folder="data/files"))
+    assert composed == asdict(DataSettings("files", "files", path="x"))
 
 
 def test_a_hub_leaf_says_offline_what_cannot_be_reached(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
