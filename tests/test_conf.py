@@ -57,7 +57,7 @@ def test_comments_offer_alternatives() -> None:
 @pytest.mark.parametrize(("leaf", "override"), alternatives())
 def test_what_a_comment_offers_is_taken(leaf: str, override: str) -> None:
     schedule = "wsd" if leaf == "train" else leaf
-    assert compose(["growth=scratch", "target=tiny_target", f"schedule={schedule}", override])
+    assert compose(["source=x", "target=tiny_target", f"schedule={schedule}", override])
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
