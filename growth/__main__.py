@@ -3,6 +3,7 @@
 python -m growth source=microsoft/phi-1_5 target=phi_2 growth=lossless out=grown/phi_2
 python -m growth source=microsoft/phi-1_5 target=phi_2 growth=tile growth.mode=edge growth.depth=stack plan_only=true
 python -m growth source=DIR 'target={hidden_size:2560,num_hidden_layers:32}' out=DIR
+python -m growth schema source=DIR     the schema that is derived for a checkpoint, as a file of model/families
 
 Prints the plan's certificate, and a receipt where one was measured. Exit status: 0 done, 2 a fault in what was asked.
 """
@@ -228,7 +229,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{__doc__}\nKeys and defaults ({CONF / 'grow.yaml'}):\n\n{(CONF / 'grow.yaml').read_text()}")
         return
     try:
-        run(settings_from(given))
+        if given[:1] == ["schema"]:
+            from .schema import print_schema
+
+            print_schema(given[1:])
+        else:
+            run(settings_from(given))
     except UserError as fault:
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)

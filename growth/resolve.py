@@ -170,6 +170,21 @@ def _outcome(rehearsal: Rehearsal, sizes: str, operator: str) -> str:
     )
 
 
+def derived_family(source: Checkpoint | Config) -> Family:
+    """The schema that is derived for a source, also where one is written here; nothing is rehearsed.
+
+    Raises:
+        UserError: the library does not know the family, or it cannot be derived.
+    """
+    from model.derive import derive, whole_config
+
+    config = source.config if isinstance(source, Checkpoint) else source
+    shapes = {name: stored.shape for name, stored in source.tensors.items()} if isinstance(source, Checkpoint) else None
+    if shapes is not None:
+        _check_depth(config, shapes)
+    return _family(derive(config), whole_config(config), shapes)
+
+
 def _other_heads(draft: Draft, source: Config, target: Config) -> str:
     """What happens to head dims that a config leaves to hidden size / heads, where the growth changes them."""
     from model.derive.shrink import HEAD_KEYS

@@ -1,0 +1,65 @@
+"""The schema of a source as a file of model/families: what docs/families.md, "Add a family", wants.
+
+python -m growth schema source=DIR
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, fields
+
+from model.checkpoint import Checkpoint, locate
+from model.errors import UserError, unknown
+from model.family import Family
+
+from .resolve import derived_family
+
+KEYS = ("source", "revision")
+HEAD = '''"""{name}: derived from transformers' own class, and not rehearsed: the receipt of a first growth tells whether it is right.
+
+Plain numbers are this checkpoint's own; name the space that they belong to where another size of the family has other ones.
+"""
+
+'''
+
+
+def print_schema(arguments: Sequence[str]) -> None:
+    """Derive the family of `source=DIR` (`revision=` pins a commit of the hub) and print it.
+
+    Raises:
+        UserError: an argument is unknown or missing, or no schema can be derived.
+    """
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    for key in given:
+        if key not in KEYS:
+            unknown("key of schema", key, KEYS)
+    if not given.get("source"):
+        raise UserError("source: missing; python -m growth schema source=DIR")
+    with Checkpoint(locate(given["source"], given.get("revision"))) as source:
+        print(family_text(derived_family(source)))
+
+
+def family_text(family: Family) -> str:
+    """A family as Python: a module that registers it."""
+    imports = ["from fractions import Fraction", ""] if any("Fraction" in line for line in _arguments(family)) else []
+    name = "".join(letter if letter.isalnum() else "_" for letter in family.name).upper()
+    lines = [*imports, "from model.family import Family, register", "", f"{name} = register(", "    Family("]
+    lines += [f"        {argument}," for argument in _arguments(family)]
+    lines += ['        schema="""', *(f"        {line}" for line in _aligned(family.schema)), '        """,', "    )", ")"]
+    return HEAD.format(name=family.name) + "\n".join(lines)
+
+
+def _arguments(family: Family) -> Iterator[str]:
+    """`key=value` for all but the schema, without what is by default so."""
+    for field in fields(family):
+        value = getattr(family, field.name)
+        standard = field.default if field.default_factory is MISSING else field.default_factory()
+        if field.name != "schema" and value != standard:
+            yield f"{field.name}={value!r}"
+
+
+def _aligned(schema: str) -> list[str]:
+    """The lines of a schema with their axes one under the other."""
+    rows = [line.split(maxsplit=1) for line in schema.splitlines()]
+    width = max(len(name) for name, _ in rows)
+    return [f"{name:<{width}}  {axes}" for name, axes in rows]
