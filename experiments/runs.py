@@ -85,11 +85,15 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[LeftOut]]:
 def _told_apart(runs: Sequence[Run]) -> list[Run]:
     """The runs with what they change against their experiment in the names of their arms, as far as not all of them do.
 
-    The control arm's budget is no change: it is what makes its FLOPs equal.
+    The control arm's budget is no change: it is what makes its FLOPs equal. Nor is what all scratch runs change: there is one arm to hold
+    the others against, and the comparison tells its settings (`experiments.comparable`).
     """
     changed = [_changes(run) for run in runs]
     shared = set.intersection(*map(set, changed)) if changed else set()
     own = [[label for label in labels if label not in shared] for labels in changed]
+    scratch = {tuple(labels) for run, labels in zip(runs, own, strict=True) if run.arm == SCRATCH}
+    if len(scratch) == 1:
+        own = [[] if run.arm == SCRATCH else labels for run, labels in zip(runs, own, strict=True)]
     return [replace(run, arm="-".join((run.arm, *labels))) for run, labels in zip(runs, own, strict=True)]
 
 

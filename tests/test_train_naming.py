@@ -143,6 +143,20 @@ def test_keeping_adams_state_of_a_complete_run_does_what_it_says(tmp_path: Path,
     assert (folder / "final/optimizer.pt").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.parametrize(
+    ("scratch", "arms"),
+    [
+        ([["schedule=cosine"]], ["scratch"]),
+        ([["schedule=cosine"], ["schedule=cosine", "seed=1"], ["schedule=cosine", "optimizer.learning_rate=0.01"]], ["scratch"] * 3),
+        ([[], ["schedule=cosine"]], ["scratch", "scratch-schedule_cosine"]),  # two arms, and one of them is plain
+    ],
+)
+def test_scratch_with_settings_of_its_own_is_still_scratch(tmp_path: Path, scratch: list[list[str]], arms: list[str]) -> None:
+    folders = [finished(tmp_path, *own, "growth=scratch") for own in scratch]
+    runs, _ = read_runs([*folders, finished(tmp_path), finished(tmp_path, "transfer.inherited_rate=0.1")])
+    assert [run.arm for run in runs] == [*arms, "lossless", "lossless-inherited_rate0.1"]
+
+
 def test_a_longer_budget_of_a_complete_run_is_told_the_way(tmp_path: Path) -> None:
     done = finished(tmp_path)
     asked = compose([*GIVEN, "train.budget_tokens=2_048_000"])
