@@ -38,7 +38,10 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
 
     faults: list[str] = []
     parsed = [override for text in overrides if (override := _parse(text, faults)) is not None]
-    groups = _groups(folder, name)
+    try:
+        groups = _groups(folder, name)
+    except UserError as fault:  # the file itself is no YAML
+        return OmegaConf.create({}), [*faults, str(fault)]
     choices = [o for o in parsed if _is_choice(groups, o) and _choice_holds(folder, o, faults)]
     with initialize_config_dir(str(folder), version_base="1.3"):
         try:

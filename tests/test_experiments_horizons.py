@@ -123,7 +123,7 @@ def test_a_record_gives_the_files_that_its_runs_gave(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [
-        (["{}/nothing"], "is not a run folder: no run.json"),
+        (["{}/nothing"], "there is nothing; expected a folder that `python -m train` wrote"),
         (["{}/no.json"], "not a record of runs"),
         (["{}/ends.json", "--out", "/proc/nowhere"], "--out /proc/nowhere: cannot be written"),
     ],

@@ -48,6 +48,7 @@ def finish(job: Job | None) -> None:
     (final / "optimizer.pt").touch()
     start = {"source": None if job.arm == "scratch" or job.settings.source is None else ledger}
     record = {"settings": asdict(job.settings), "settings_hash": settings_hash(job.settings), "start": start}
+    record |= {"data": {}, "target_config": {}, "precision": "fp32"}
     (job.folder / "run.json").write_text(json.dumps(record))
     (job.folder / "summary.json").write_text("{}")
 
