@@ -149,6 +149,9 @@ def test_certificate_and_logits_agree(name: str) -> None:
     heads = {"num_attention_heads": 8, **({} if name in MULTI_HEAD else {"num_key_value_heads": 4})}
     doubled = {"hidden_size": 48, "intermediate_size": 80, **heads}
     with torch.no_grad():
+        if families()[name].other_norms(config_of(name)):  # queries and keys as small as fresh ones: where their norms feel an epsilon
+            for called, parameter in source.named_parameters():
+                parameter.mul_(1e-3 if called.endswith(("q_proj.weight", "k_proj.weight")) else 1.0)
         expected = source(input_ids=tokens).logits
         for operator, (ratio, sizes) in itertools.product(OPERATORS, {"doubled": doubled, "uneven": growths(name)["width"]}.items()):
             if ratio == "uneven" and (operator == "hyperclone" or (operator == "sparkling" and sizes["hidden_size"] > 2 * 24)):
