@@ -145,14 +145,13 @@ def _forward_flops(model: PreTrainedModel, length: int) -> int:
 @contextmanager
 def _counting(model: Any, calls: list[_Call]) -> Iterator[None]:
     """With attention that only counts, and experts as products of matrices, where the class goes through the library's interfaces."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    import torch
+    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
     masks: dict[int, Callable[..., Any]] = {}
     alive: list[torch.Tensor] = []  # so that no storage is used again
 
     def make_mask(batch_size: int, q_length: int, kv_length: int, mask_function: Any, device: Any = "cpu", **_: Any) -> Any:
-        import torch
-
         mask = torch.zeros(batch_size, 1, q_length, kv_length, device=device)
         masks[mask.untyped_storage()._cdata] = mask_function
         alive.append(mask)
@@ -172,6 +171,9 @@ def _counting(model: Any, calls: list[_Call]) -> Iterator[None]:
             stack.enter_context(patch.object(module, name, NAME if "attn" in name else "batched_mm"))
         # Each row is one sequence; whether it is would be asked of values that are not there.
         stack.enter_context(patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None))
+        # Chunks begin after the padding, of which there is none: a count of it would lie on the model's device, which has no values.
+        chunked = masking_utils.chunked_overlay
+        stack.enter_context(patch.object(masking_utils, "chunked_overlay", lambda size, _: chunked(size, torch.zeros(1, dtype=torch.long))))
         # Whether there is padding in the text, which decides on a warning, would be asked of them too.
         stack.enter_context(patch("transformers.PreTrainedModel.warn_if_padding_and_no_attention_mask", lambda *_: None))
         stack.callback(model.train, training)
