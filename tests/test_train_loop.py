@@ -445,14 +445,14 @@ def test_the_tensor_that_is_not_finite_is_named(
 ) -> None:
     accumulate = Step.accumulate
 
-    def spoilt(self: Step, i: int) -> torch.Tensor:
-        loss = accumulate(self, i)
+    def spoilt(self: Step, i: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        loss, router = accumulate(self, i)
         if i == 1 and kind == "gradient":
             self.parameters["model.embed_tokens.weight"].grad[7, 3] = math.inf
         if i == 1 and kind == "weight":
             self.parameters["lm_head.weight"].data[0, 0] = math.nan
             loss = loss * math.nan
-        return loss
+        return loss, router
 
     monkeypatch.setattr(Step, "accumulate", spoilt)
     with pytest.raises(UserError, match=f"step 2: .*not finite: {words}"):
