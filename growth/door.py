@@ -7,7 +7,8 @@ import os
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -43,7 +44,7 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
     except UserError as fault:  # the file itself is no YAML
         return OmegaConf.create({}), [*faults, str(fault)]
     choices = [o for o in parsed if _is_choice(groups, o) and _choice_holds(folder, o, faults)]
-    with initialize_config_dir(str(folder), version_base="1.3"):
+    with _apart(), initialize_config_dir(str(folder), version_base="1.3"):
         try:
             cfg = compose(name, [str(o.input_line) for o in choices])
             values = [o for o in parsed if not _is_choice(groups, o) and _key_holds(cfg, o, groups, faults)]
@@ -57,6 +58,19 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
             return OmegaConf.create({}), [*faults, str(error).strip()]
         except YAMLError as error:
             return OmegaConf.create({}), [*faults, yaml_fault(error)]
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Put aside the Hydra that is running: a job of a sweep composes the defaults that its name is told by, and goes on as it was."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    state = GlobalHydra.instance()
+    running, state.hydra = state.hydra, None
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = running  # leaving has put another object there
 
 
 def yaml_fault(error: YAMLError) -> str:

@@ -195,3 +195,19 @@ def test_a_long_name_stands_shortened_before_a_runs_lines() -> None:
     long = "mine-source-data_files-validation_fraction0.25-budget_tokens16384-s0"
     assert shortened(long) == "mine-source-data_files-validation_f…kens16384-s0"
     assert len(shortened(long)) == LONGEST_PREFIX
+
+
+def test_a_job_that_hydra_runs_composes_the_defaults_of_its_name() -> None:
+    """A job on Slurm has nothing composed beforehand, and a Hydra that is running."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from growth.door import compose_config
+    from train.settings import CONF
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        running = GlobalHydra.instance().hydra
+        assert running is not None
+        cfg, faults = compose_config(CONF, "train", ["experiment=tiny"])
+        assert (cfg.study, faults) == ("tiny", [])
+        assert GlobalHydra.instance().hydra is running
