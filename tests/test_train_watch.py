@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from toy import free_port, rows
 from train import state
 from train.signals import REQUEUE
 from train.step import drawn
-from train.watch import HUNG, Sign, Watch, blame, standing
+from train.watch import HUNG, Sign, Watch, blame, standing, watching
 
 ROOT = Path(__file__).resolve().parents[1]
 READING = "train/data/shards.py, line 9 (read)"
@@ -60,11 +61,18 @@ def test_where_the_main_thread_stands_is_read_from_another() -> None:
     assert not waits
 
 
+def test_a_process_has_given_a_sign_before_its_first_step() -> None:
+    store = torch.distributed.HashStore()
+    with watching(store, 1, 2, limit=600.0) as watch:
+        assert watch is not None
+        assert json.loads(store.get("1"))["beat"] == 0
+
+
 def test_a_watch_ends_nothing_while_steps_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
     monkeypatch.setattr(Watch, "_end", lambda self, beat: ended.append(beat))
     watch = Watch(torch.distributed.HashStore(), 0, 1, 1.0)
-    watch.thread.start()
+    watch.start()
     for _ in range(8):
         time.sleep(0.2)
         watch.step()

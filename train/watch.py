@@ -41,7 +41,7 @@ class Watch:
     """Gives signs of this process, and reads those of all where no step ends in time.
 
     Args:
-        store: that all processes share; this thread's alone.
+        store: that all processes share; once started, the watching thread's alone.
         limit: seconds.
     """
 
@@ -50,6 +50,11 @@ class Watch:
         self.pause = min(10.0, limit / 10)
         self.count, self.since, self.ended = 0, time.monotonic(), threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def start(self) -> None:
+        """Give the first sign before any step, so that a process that stands still in its first one can be named; then begin to watch."""
+        self._give(0)
+        self.thread.start()
 
     def step(self) -> None:
         """The main thread has come to its next step, or its next evaluation."""
@@ -127,7 +132,7 @@ def watching(store: torch.distributed.Store | None, process: int, processes: int
         yield None
         return
     watch = Watch(store, process, processes, limit)
-    watch.thread.start()
+    watch.start()
     try:
         yield watch
     finally:
