@@ -13,8 +13,9 @@ from typing import Any
 from model.composite import of_text
 from model.dtypes import RAW, TORCH_NAMES, config_dtype, is_float
 from model.family import Config, Family, Tensor
+from model.starts import Start
 
-from .expansion import AxisMap
+from .expansion import AxisMap, Fill
 from .layers import LayerMap, follow_layers
 from .recipe import Growth, Recipe
 
@@ -53,6 +54,11 @@ class Step:
         return self.source is not None and not self.zero and all(axis.is_identity for axis in self.maps)
 
     @property
+    def is_fresh(self) -> bool:
+        """Whether any of its entries is drawn as the model's class starts it."""
+        return not self.zero and (self.source is None or any((axis.fill == Fill.RANDOM).any() for axis in self.maps))
+
+    @property
     def source_shape(self) -> tuple[int, ...]:
         return tuple(axis.source for axis in self.maps)
 
@@ -69,6 +75,7 @@ class Decision:
         steps: every stored target tensor exactly once, in the order of the file.
         dtypes: source tensor name → safetensors dtype, where the weights are at hand.
         notes: what is and is not known of a family that has no schema of its own.
+        starts: target tensor name → how the library's class starts it, for what is drawn fresh; a schema of its own says it by itself.
     """
 
     growth: Growth
@@ -80,6 +87,7 @@ class Decision:
     steps: tuple[Step, ...]
     dtypes: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    starts: Mapping[str, Start] = field(default_factory=dict)
 
     @property
     def family(self) -> Family:
@@ -149,6 +157,7 @@ class Decision:
             "tensors": {
                 step.name: {"source": step.source, "shape": list(step.shape), "line": step.tensor.line.text} for step in self.steps
             },
+            **({"starts": {name: str(start) for name, start in self.starts.items()}} if self.starts else {}),
         }
 
     @cached_property

@@ -13,6 +13,7 @@ import numpy as np
 from model.dtypes import RAW, is_short, to_raw, working_type
 from model.errors import UserError
 from model.notation import Space, spaces
+from model.starts import Start
 
 from .bits import EXPONENT, accumulate, all_finite, floats, lookup, normal_bits, rounded, scaled
 from .decision import Step
@@ -348,17 +349,37 @@ class Expander:
 
         They depend on seed, tensor, part and position alone.
         """
-        tensor = self.step.tensor
-        if tensor.is_bias or tensor.line.kind.endswith("norm"):
+        tensor, start = self.step.tensor, self.plan.starts.get(self.step.name)
+        if start is not None and start.places is not None:
+            return self._placed(start.places, part, rows)
+        if start is not None and len(start.quantiles) == 1:
+            return np.broadcast_to(to_raw(start.quantiles, self.dtype), (len(rows), width))
+        if start is None and (tensor.is_bias or tensor.line.kind.endswith("norm")):
             return np.broadcast_to(to_raw(np.zeros(1), self.dtype) if tensor.is_bias else self._constant(1.0), (len(rows), width))
         if part not in self._draws:
             kind = np.uint16 if is_short(self.dtype) else np.uint32
             self._draws[part] = Draws(width, kind, self.plan.growth.seed, self.step.name, part)
         draws = self._draws[part].of(rows)
-        deviation = self.plan.family.init_deviation(self.plan.growth.target_config, tensor)
+        if start is not None and (start.normal is None or start.normal[0]):
+            return self._drawn(start, draws)
+        deviation = start.normal[1] if start is not None and start.normal else self._deviation
         if is_short(self.dtype):
             return lookup(normal_bits(deviation, self.dtype), draws)
         return to_raw((normal(draws) * deviation).astype(working_type(self.dtype)), self.dtype)
+
+    @property
+    def _deviation(self) -> float:
+        return self.plan.family.init_deviation(self.plan.growth.target_config, self.step.tensor)
+
+    def _placed(self, places: np.ndarray, part: str, rows: np.ndarray) -> np.ndarray:
+        """Entries that the class gives by their place in the tensor."""
+        entries = places.reshape(self.matrix)[rows]
+        return to_raw(entries if part == "rows" else entries[:, self.maps[1].fill == Fill.RANDOM], self.dtype)
+
+    def _drawn(self, start: Start, draws: np.ndarray) -> np.ndarray:
+        """Entries of a distribution that is not normal around 0."""
+        shares = (draws + 0.5) / 2.0 ** (8 * draws.itemsize)
+        return to_raw(start.of(shares).astype(working_type(self.dtype)), self.dtype)
 
 
 def _alike(rows: np.ndarray, gains: np.ndarray) -> list[np.ndarray]:

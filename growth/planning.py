@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,9 +66,7 @@ def plan(
         held=checkpoint if isinstance(checkpoint, Checkpoint) else None,
         notes=resolved.notes,
     )
-    if resolved.config is not None:
-        _hold_against_class(decided)
-    return decided
+    return decided if resolved.config is None else _as_the_class_starts(decided, _hold_against_class(decided))
 
 
 def _said_elsewhere(target: dict[str, Any], dtype: str | None) -> dict[str, Any]:
@@ -95,8 +94,21 @@ def _opened(source: str | Path | Config | Checkpoint) -> Checkpoint | Config:
     return Checkpoint(source)
 
 
-def _hold_against_class(plan: Plan) -> None:
-    """The library's own class, built of the target's config, must have exactly the planned tensors.
+def _as_the_class_starts(plan: Plan, called: Mapping[str, str]) -> Plan:
+    """A plan whose fresh entries start as the library's own class starts them, tensor by tensor."""
+    from model.derive.starts import starts
+
+    if not (fresh := [step.name for step in plan.steps if step.is_fresh]):
+        return plan
+    known = starts(plan.target_config)
+    unknown = [name for name in fresh if called[name] not in known]
+    note = f"how the class starts {names_of(unknown)} could not be followed: drawn with the config's deviation"
+    seen = {name: known[called[name]] for name in fresh if called[name] in known}
+    return replace(plan, starts=seen, notes=(*plan.notes, note) if unknown else plan.notes)
+
+
+def _hold_against_class(plan: Plan) -> Mapping[str, str]:
+    """The library's own class, built of the target's config, must have exactly the planned tensors: what it calls each of them.
 
     Tensors that its class does not have for the source either (buffers that older files carry along) are let pass.
 
@@ -119,3 +131,4 @@ def _hold_against_class(plan: Plan) -> None:
             f"family {plan.family.name!r} has no schema here, and transformers' class would want {names_of(lacking)} too, which no source "
             "layer in that place has; choose another growth.depth, such as identity_top"
         )
+    return called

@@ -1,0 +1,248 @@
+"""Watching a class start its weights: its own `_init_weights` runs at the model's real sizes, on the meta device, in no memory.
+
+What it draws and sets is followed on a column of quantiles in each tensor's stead: `normal_(0, σ)` makes it a normal distribution's,
+`mul_(x)` multiplies them, `copy_` of numbers that it has worked out keeps those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.initialization import TORCH_INIT_FUNCTIONS
+
+from ..family import Config
+from ..starts import Start
+from .probe import build, stored
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+aten = torch.ops.aten
+SHARES = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
+MOVED = (aten.clone, aten._to_copy, aten.cat, aten.stack, aten.contiguous, aten.index_select, aten.empty_like)  # entries stay what they are
+MADE = {aten.zeros: 0.0, aten.ones: 1.0, aten.zeros_like: 0.0, aten.ones_like: 1.0}
+MOST = 1 << 22  # entries that a tensor has which is worked out and not followed
+SEEDS = 8  # under which what the class works out by chance is seen
+
+
+def starts(config: Config) -> dict[str, Start]:
+    """Name → start of the tensors that a checkpoint of `config` has, without those that the class starts in a way that cannot be followed.
+
+    Raises:
+        UserError: the class does not build from the config.
+    """
+    with torch.no_grad(), _Pen() as built:
+        model = build({**config, "tie_word_embeddings": False})
+    _hold(model, _lost(model, built))
+    first, second = (_once(model, built, seed) for seed in (0, 1))
+    by_chance = {name for name, seen in first.items() if not _same(seen, second[name])}
+    more = [first, second, *(_once(model, built, seed) for seed in range(2, SEEDS) if by_chance)]
+    distinct = {id(seen): seen for seen in first.values()}  # few: tensors that start alike share their quantiles
+    alike = {number: _start(seen) for number, seen in distinct.items()}
+    followed = {name: _drawn([one[name] for one in more]) if name in by_chance else alike[id(seen)] for name, seen in first.items()}
+    lacking = [name for name in stored(model) if name not in followed]
+    return followed | (_alike_in_twin(config, lacking) if lacking else {})
+
+
+def _alike_in_twin(config: Config, names: list[str]) -> dict[str, Start]:
+    """Those of these tensors whose entries are all alike in a tiny twin: numbers that the class has from its construction on."""
+    from ..twin import layerless, tiny_twin
+
+    twin = {layerless(name): tensor.double() for name, tensor in stored(build(tiny_twin(config).config, "cpu")).items()}
+    same = {name: twin.get(layerless(name), SHARES) for name in names}
+    return {name: _start(tensor) for name, tensor in same.items() if bool((tensor == tensor.flatten()[0]).all())}
+
+
+def _drawn(seen: list[torch.Tensor]) -> Start:
+    """The distribution of what the class works out by chance."""
+    return Start(torch.cat([one.flatten() for one in seen]).double().sort().values.numpy())
+
+
+def _start(seen: torch.Tensor) -> Start:
+    values = seen.double().numpy()
+    if values.size and (values == values.flat[0]).all():
+        return Start(values.flatten()[:1])
+    return Start(np.sort(values, axis=None), None if seen.shape == SHARES.shape else values)
+
+
+def _lost(model: PreTrainedModel, built: _Pen) -> list[str]:
+    """The parameters that the class starts in a way that cannot be followed on the meta device (`arange` beside them)."""
+    with _started(model, built, 0) as pen:
+        return [name for name, parameter in model.named_parameters() if pen.of(parameter) is None and parameter.numel() <= MOST]
+
+
+def _hold(model: PreTrainedModel, names: list[str]) -> None:
+    """Give these parameters entries of their own, which the class can work out."""
+    for name in names:
+        owner, _, own = name.rpartition(".")
+        shape = model.get_parameter(name).shape
+        setattr(model.get_submodule(owner), own, torch.nn.Parameter(torch.full(shape, torch.nan, dtype=torch.float64)))
+
+
+@contextmanager
+def _started(model: PreTrainedModel, built: _Pen, seed: int) -> Iterator[_Pen]:
+    """With the class's own initialisation done under `seed`, and followed."""
+    for module in model.modules():
+        module.__dict__.pop("_is_hf_initialized", None)
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), _Pen(built) as pen, pen.told():
+        torch.manual_seed(seed)
+        model.initialize_weights()
+        yield pen
+
+
+def _once(model: PreTrainedModel, built: _Pen, seed: int) -> dict[str, torch.Tensor]:
+    """File tensor → quantiles of its entries (`SHARES`), or the entries, which the class has worked out under `seed`."""
+    with _started(model, built, seed) as pen:
+        return {name: seen for name, tensor in stored(model).items() if (seen := pen.of(tensor)) is not None}
+
+
+@lru_cache(maxsize=64)
+def _normal(mean: float, deviation: float, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
+    """The quantiles of a normal distribution's part between two shares of it."""
+    return torch.special.ndtri(low + SHARES * (high - low)) * deviation + mean
+
+
+@lru_cache(maxsize=64)
+def _even(low: float, high: float) -> torch.Tensor:
+    return low + SHARES * (high - low)
+
+
+def _cut(tensor: torch.Tensor, mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0) -> torch.Tensor:
+    low, high = (NormalDist(mean, std).cdf(end) for end in (a, b))
+    return _normal(mean, std, low, high)
+
+
+def _orthogonal(tensor: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
+    """The entries of orthogonal rows or columns, one by one: nearly normal."""
+    rows = tensor.shape[0]
+    return _normal(0.0, gain / max(rows, tensor.numel() // rows) ** 0.5)
+
+
+def _lose(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    """What cannot be followed."""
+
+
+TOLD: dict[str, Callable[..., torch.Tensor | None]] = {
+    "trunc_normal_": _cut,
+    "orthogonal_": _orthogonal,
+    "sparse_": _lose,
+    "dirac_": _lose,
+    "eye_": _lose,
+}
+
+
+class _Pen(TorchDispatchMode):
+    """Follows what is written into tensors on the meta device."""
+
+    def __init__(self, before: _Pen | None = None) -> None:
+        super().__init__()
+        # Storage → quantiles, or all entries; None where it cannot be followed. Tensors are kept, so that no storage is used again.
+        self._seen: dict[int, torch.Tensor | None] = {} if before is None else dict(before._seen)
+        self._alive: list[torch.Tensor] = [] if before is None else list(before._alive)
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """What a tensor holds: quantiles, or all entries; None where that is not known."""
+        if tensor.is_meta:
+            return self._seen.get(_storage(tensor))
+        return tensor.detach().double().clone() if tensor.isfinite().all() else None
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """With the functions of `torch.nn.init` told that draw again and again, or do nothing on the meta device."""
+        own: dict[str, Any] = dict(TORCH_INIT_FUNCTIONS)
+
+        def instead(name: str, seen: Callable[..., torch.Tensor | None]) -> Callable[..., torch.Tensor]:
+            def start(tensor: torch.Tensor, *args: Any, generator: Any = None, **kwargs: Any) -> torch.Tensor:
+                if not tensor.is_meta:
+                    return cast(torch.Tensor, own[name](tensor, *args, generator=generator, **kwargs))
+                self._keep(tensor, seen(tensor, *args, **kwargs))
+                return tensor
+
+            return start
+
+        TORCH_INIT_FUNCTIONS.update({name: instead(name, seen) for name, seen in TOLD.items()})
+        try:
+            yield
+        finally:
+            TORCH_INIT_FUNCTIONS.update(own)
+
+    def _keep(self, tensor: torch.Tensor, seen: torch.Tensor | None) -> None:
+        self._alive.append(tensor)
+        self._seen[_storage(tensor)] = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        into = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if into is not None and into.is_meta and func._schema.is_mutable:
+            self._write(func, into, args[1:], kwargs or {})
+        elif isinstance(out, torch.Tensor) and out.is_meta and _storage(out) not in self._seen:
+            self._keep(out, self._made(func, args, kwargs or {}))
+        return out
+
+    def _write(self, func: Any, into: torch.Tensor, args: Any, kwargs: Any) -> None:
+        seen = self._written(func, self.of(into), into, args, kwargs)
+        if into.numel() * into.element_size() == into.untyped_storage().nbytes():
+            self._keep(into, seen)
+        elif func.overloadpacket is not aten.zero_ and not _same(seen, self.of(into)):  # zeros in the row of padding are not learnt from
+            self._keep(into, None)
+
+    def _written(
+        self, func: Any, before: torch.Tensor | None, into: torch.Tensor, args: tuple[Any, ...], kwargs: Any
+    ) -> torch.Tensor | None:
+        """What a tensor holds after an operation in its place."""
+        match func.overloadpacket, args:
+            case (aten.normal_, _):
+                return _normal(*_pair(args, (0.0, 1.0)))
+            case (aten.uniform_, _):
+                return _even(*_pair(args, (0.0, 1.0)))
+            case (aten.zero_, _):
+                return torch.zeros(1, dtype=torch.float64)
+            case (aten.fill_, (value, *_)):
+                return torch.full((1,), float(value), dtype=torch.float64)
+            case (aten.copy_, (other, *_)):
+                return self.of(other) if other.is_meta else self.of(other.expand(into.shape))
+        return _replayed(func, None if before is None else before.clone(), args, kwargs)
+
+    def _made(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
+        """What a new tensor holds."""
+        packet = func.overloadpacket
+        if packet in MADE:
+            return torch.full((1,), MADE[packet], dtype=torch.float64)
+        if packet in (aten.full, aten.full_like):
+            return torch.full((1,), float(args[1]), dtype=torch.float64)
+        if packet in MOVED:
+            parts = [self.of(tensor) for tensor in (args[0] if isinstance(args[0], list | tuple) else args[:1])]
+            return parts[0] if all(_same(part, parts[0]) for part in parts) else None
+        before = self.of(args[0]) if args and isinstance(args[0], torch.Tensor) else None
+        return _replayed(func, before, args[1:], kwargs)
+
+
+def _pair(args: Sequence[Any], missing: Sequence[float]) -> tuple[float, float]:
+    """Two numbers, of which PyTorch leaves the last ones out where they are its own."""
+    return float(args[0] if args else missing[0]), float(args[1] if len(args) > 1 else missing[1])
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
+
+
+def _replayed(func: Any, seen: torch.Tensor | None, args: Any, kwargs: Any) -> torch.Tensor | None:
+    """An operation entry by entry, done to quantiles; None where it is another."""
+    if seen is None or any(isinstance(value, torch.Tensor) and value.numel() > 1 for value in (*args, *kwargs.values())):
+        return None
+    try:
+        out = func(seen, *args, **kwargs)
+    except Exception:  # of any kind, for an operation that a column of numbers does not have
+        return None
+    return out if isinstance(out, torch.Tensor) and out.shape == seen.shape else None
