@@ -17,7 +17,7 @@ from torch import nn
 from toy import free_port, rows
 
 from train import state
-from train.signals import REQUEUE
+from train.signals import REQUEUE, overruled
 from train.step import drawn
 from train.watch import HUNG, Sign, Watch, blame, standing, watching
 
@@ -125,6 +125,33 @@ def test_a_run_under_the_launcher_ends_with_the_status_it_has_alone(overrides: l
     words = process.communicate(timeout=120)[1]
     assert process.returncode == (2 if fault else REQUEUE), words
     assert fault or len(state.complete(out / "checkpoints")) == 1
+
+
+@pytest.mark.slow
+def test_under_plain_torchrun_the_last_line_names_what_keeps_the_status(overrides: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    more = ["train.budget_tokens=25600000", "train.save_every_tokens=null", f"out={out}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", f"--master-port={free_port()}"]
+    command = [*launcher, "-m", "train", *overrides, *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+    until_it_trains(out, process)
+    process.send_signal(signal.SIGTERM)
+    words = process.communicate(timeout=120)[1]
+    assert process.returncode == 1
+    assert len(state.complete(out / "checkpoints")) == 1
+    assert f"ends with status 1 instead of {REQUEUE}" in words
+    assert "python -m train.launch" in words
+
+
+@pytest.mark.parametrize(
+    ("handled", "told"), [(None, False), ("SIGTERM,SIGINT,SIGHUP,SIGQUIT", True), ("SIGINT,SIGHUP,SIGQUIT", False)], ids=str
+)
+def test_only_torchrun_overrules_a_status(monkeypatch: pytest.MonkeyPatch, handled: str | None, told: bool) -> None:
+    monkeypatch.delenv("TORCHELASTIC_SIGNALS_TO_HANDLE", raising=False)
+    if handled is not None:
+        monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", handled)
+    assert ("instead of 75" in overruled(REQUEUE)) is told
 
 
 def test_dropout_is_told_by_the_modules() -> None:

@@ -145,12 +145,12 @@ def _train(settings: Settings) -> None:
     check_source(settings)
     from train import slurm
     from train.loop import train_horizons  # torch, transformers and accelerate are loaded only for settings and sources that hold
-    from train.signals import Stopped
+    from train.signals import Stopped, overruled
 
     try:
         train_horizons(settings)
     except Stopped as stopped:
-        _say(f"{stopped}; the same command goes on from there")
+        _say(f"{stopped}; the same command goes on from there{overruled(stopped.status)}")
         if slurm.in_job() and stopped.status != INTERRUPTED:
             slurm.requeue()
         else:

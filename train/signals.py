@@ -7,6 +7,7 @@ is a shell's own, 130, so that nothing starts again what a person has stopped; a
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +20,20 @@ from accelerate import Accelerator
 REQUEUE = 75  # sysexits.h calls it EX_TEMPFAIL: "invited to reattempt the operation later"
 INTERRUPTED = 128 + signal.SIGINT
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+
+def overruled(status: int) -> str:
+    """What torchrun (or Accelerate's launcher, which is one) makes of the status that this process ends with; empty where it has none.
+
+    It takes SIGTERM itself, hands it on, and ends by an exception of its own whatever its processes end with; nothing that they do changes
+    that. `train.launch` leaves SIGTERM to its processes, as it tells them in the variable that torchrun hands on.
+    """
+    if signal.SIGTERM.name not in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "").split(","):
+        return ""
+    return (
+        f"; torchrun, which started this process, ends with status 1 instead of {status}, and kills what has not saved 30 s after SIGTERM: "
+        "python -m train.launch takes the same arguments, keeps the status and waits for the saving"
+    )
 
 
 class Stopped(Exception):
