@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 setup: $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python -m experiments run tiny
+	$(BIN)/outgrow study tiny
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
@@ -16,9 +16,10 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	mkdir -p build/names/outgrow && ln -sfn $(foreach room,model growth train experiments,$(CURDIR)/$(room)) build/names/outgrow
 	$(BIN)/mypy
 
-$(STAMP): pyproject.toml constraints.txt growth/_bits.c
+$(STAMP): pyproject.toml constraints.txt growth/engine/_bits.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@

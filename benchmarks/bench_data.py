@@ -24,14 +24,14 @@ from pathlib import Path
 
 import numpy as np
 
-from train.data.blocks import Workshop, in_blocks, stage
-from train.data.document import Document, Tally
-from train.data.pack import ENCODER, pack
-from train.data.settings import CleaningSettings, DataSettings
-from train.data.shards import dtype_of
-from train.data.tokenizer import entries, read_encoder, train_tokenizer, write_encoder
-from train.data.workers import Run, cores, workers
-from train.files import write_json, write_text
+from outgrow.model.base.files import write_json, write_text
+from outgrow.train.data.blocks import Workshop, in_blocks, stage
+from outgrow.train.data.document import Document, Tally
+from outgrow.train.data.pack import ENCODER, pack
+from outgrow.train.data.settings import CleaningSettings, DataSettings
+from outgrow.train.data.shards import dtype_of
+from outgrow.train.data.tokenizer import entries, read_encoder, train_tokenizer, write_encoder
+from outgrow.train.data.workers import Run, cores, workers
 
 HERE = Path(__file__).resolve().parent
 CHUNK_BYTES = 2**24  # of text, for one call of encode_batch

@@ -25,19 +25,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.build import attention_backend, build_model
-from model.errors import UserError
-from model.geometry import flops_per_token, parameter_count
-from model.presets import preset
-from train.data.shards import Tokens, TokenSplit
-from train.device import device_name, peak_flops, session
-from train.forecast import GIB, forecast
-from train.loss import build_loss
-from train.optimizer import build_optimizer
-from train.settings import Settings, compose
-from train.speed import speed_up
-from train.step import Step
-from train.way import fuses
+from outgrow.model.base.errors import UserError
+from outgrow.model.build import attention_backend, build_model
+from outgrow.model.geometry import flops_per_token, parameter_count
+from outgrow.model.presets import preset
+from outgrow.train.data.shards import Tokens, TokenSplit
+from outgrow.train.loss import build_loss
+from outgrow.train.machine.compile import speed_up
+from outgrow.train.machine.device import device_name, peak_flops, session
+from outgrow.train.machine.forecast import GIB, forecast
+from outgrow.train.optimizer import build_optimizer
+from outgrow.train.settings import Settings, compose
+from outgrow.train.start.way import fuses
+from outgrow.train.step import Step
 
 HERE = Path(__file__).resolve().parent
 LAYERS = (32, 24, 16, 12, 8, 4, 2, 1)  # of Phi-2; the first that fits is taken

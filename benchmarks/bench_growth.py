@@ -69,9 +69,9 @@ def make_source(folder: Path, layers: int, vocabulary: int) -> None:
     """A checkpoint with Phi-1.5's shapes and random float16 weights."""
     import numpy as np
 
-    from growth.shards import Entry, ShardWriter, layout
-    from model.family import family_of
-    from model.presets import preset
+    from outgrow.growth.engine.shards import Entry, ShardWriter, layout
+    from outgrow.model.family import family_of
+    from outgrow.model.presets import preset
 
     config = preset("phi_1_5") | {"num_hidden_layers": layers, "vocab_size": vocabulary}
     folder.mkdir(parents=True)
@@ -90,7 +90,7 @@ def check_grown(source: Path, grown: Path) -> None:
     """What growth copies without a factor must be the source's bits: fc1's first rows and columns, in every layer that is a first copy."""
     import numpy as np
 
-    from model.checkpoint import Checkpoint
+    from outgrow.model.checkpoint import Checkpoint
 
     layers = json.loads((grown / "growth.json").read_text())["plan"]["layers"]
     with Checkpoint(source) as small, Checkpoint(grown) as large:
@@ -105,7 +105,7 @@ def check_equal(first: Path, second: Path) -> None:
     """Both checkpoints must hold the same tensors, bit for bit."""
     import numpy as np
 
-    from model.checkpoint import Checkpoint
+    from outgrow.model.checkpoint import Checkpoint
 
     with Checkpoint(first) as a, Checkpoint(second) as b:
         if a.tensors.keys() != b.tensors.keys():
@@ -126,12 +126,17 @@ def child(name: str, *arguments: object) -> list[str]:
 
 
 def growth_command(source: Path, out: Path, target: str, *more: str) -> list[str]:
-    return [sys.executable, "-m", "growth", f"source={source}", f"target={target}", f"out={out}", "threads=2", *more]
+    return [sys.executable, "-m", "outgrow.growth", f"source={source}", f"target={target}", f"out={out}", "threads=2", *more]
 
 
 # The door of an installation without a C compiler.
-IN_NUMPY = (
-    "import runpy, sys; sys.modules['growth._bits'] = None; sys.argv[0] = 'growth'; runpy.run_module('growth', None, '__main__', True)"
+IN_NUMPY = "; ".join(
+    (
+        "import runpy, sys",
+        "sys.modules['outgrow.growth.engine._bits'] = None",
+        "sys.argv[0] = 'growth'",
+        "runpy.run_module('outgrow.growth', None, '__main__', True)",
+    )
 )
 
 
@@ -207,7 +212,7 @@ class Bench:
                 measured(child("check-equal", deep, merged), self.log)
         ready(merged)
         ready(deep)
-        found["start-up"] = measured([sys.executable, "-m", "growth", "source=phi_1_5", "target=phi_2", "plan_only=true"])
+        found["start-up"] = measured([sys.executable, "-m", "outgrow.growth", "source=phi_1_5", "target=phi_2", "plan_only=true"])
         return found
 
 

@@ -3,9 +3,10 @@
 make bench-train                                     about 5 minutes: a table, and benchmarks/bench_train.json
 python benchmarks/bench_train.py --rounds 1 --steps 6   a quick look
 
-`ours` is `train.loop.train` as a user calls it: reading batches from disk, logging every 5 steps, and a validation half-way. `bare` has its
-batches in memory and does nothing but forward, backward, clip and step, with the same loss and the same validation, and prints nothing: the
-limit. `bare, library's loss` is the same with the loss that the model itself computes. `Trainer` logs every 5 steps and validates nothing.
+`ours` is `outgrow.train.loop.train` as a user calls it: reading batches from disk, logging every 5 steps, and a validation half-way.
+`bare` has its batches in memory and does nothing but forward, backward, clip and step, with the same loss and the same validation, and
+prints nothing: the limit. `bare, library's loss` is the same with the loss that the model itself computes. `Trainer` logs every 5 steps
+and validates nothing.
 Of every round the first steps warm up and do not count. Times are wall seconds and CPU seconds of the process; a machine that others use
 disturbs the second less. Ratios are medians over the rounds.
 """
@@ -27,16 +28,16 @@ from typing import Any
 
 import torch
 
-from model.build import build_model
-from train import loop
-from train.data import TokenData, prepare
-from train.data.batches import batch, validation_batches
-from train.loss import NextTokenLoss
-from train.optimizer import build_optimizer, set_learning_rate
-from train.schedule import factor
-from train.settings import Settings, compose
-from train.start import target_config
-from train.step import Step
+from outgrow.model.build import build_model
+from outgrow.train import loop
+from outgrow.train.data import TokenData, prepare
+from outgrow.train.data.batches import batch, validation_batches
+from outgrow.train.loss import NextTokenLoss
+from outgrow.train.optimizer import build_optimizer, set_learning_rate
+from outgrow.train.schedule import factor
+from outgrow.train.settings import Settings, compose
+from outgrow.train.start.source import target_config
+from outgrow.train.step import Step
 
 HERE = Path(__file__).resolve().parent
 WARM = 2  # steps that do not count
@@ -89,7 +90,7 @@ class Work:
 
 
 def ours(work: Work, folder: Path) -> Timed:
-    """`train.loop.train`; the clock is told of each step's start, and of the end of the loop by what follows it."""
+    """`outgrow.train.loop.train`; the clock is told of each step's start, and of the end of the loop by what follows it."""
     clock, step, publish = Clock(), Step.__call__, loop.publish
 
     def marked(self: Step, i: int) -> Any:

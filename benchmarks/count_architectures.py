@@ -26,13 +26,13 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from growth.rehearse import Bench, bench
-from model.derive import derive, whole_config
-from model.derive.probe import shapes
-from model.derive.roles import Draft
-from model.derive.schema import drafted_family
-from model.errors import UserError
-from model.family import Config
+from outgrow.growth.rehearse import Bench, bench
+from outgrow.model.base.errors import UserError
+from outgrow.model.derive import derive, whole_config
+from outgrow.model.derive.probe import shapes
+from outgrow.model.derive.roles import Draft
+from outgrow.model.derive.schema import drafted_family
+from outgrow.model.family import Config
 
 HERE = Path(__file__).resolve().parent
 # What a default config leaves open although its class does not build or run without it; every checkpoint says it.

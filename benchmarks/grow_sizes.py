@@ -68,9 +68,9 @@ def growth_of(name: str) -> tuple[dict[str, Any], dict[str, int]]:
 
 def figures(name: str) -> dict[str, Any]:
     """Parameters, bytes and shards of a row, counted from its plan: no weights are needed."""
-    from growth import plan
-    from growth.shards import MAX_SHARD_BYTES
-    from growth.stream import shards_of
+    from outgrow.growth import plan
+    from outgrow.growth.engine.shards import MAX_SHARD_BYTES
+    from outgrow.growth.engine.stream import shards_of
 
     config, target = growth_of(name)
     made = plan(config, target, "lossless")
@@ -88,7 +88,7 @@ def figures(name: str) -> dict[str, Any]:
 
 def make_source(folder: Path, name: str) -> None:
     """A checkpoint of the full shape whose weights are one hole in a sparse file: they read as zeros and take no disk."""
-    from model.family import family_of
+    from outgrow.model.family import family_of
 
     config, _ = growth_of(name)
     folder.mkdir(parents=True)
@@ -105,7 +105,7 @@ def make_source(folder: Path, name: str) -> None:
 
 def grow_share(source: Path, out: Path, name: str, count: int) -> None:
     """Grow the whole, or the first of `count` shares of the shards."""
-    from growth import grow
+    from outgrow.growth import grow
 
     worker = None if count == 1 else f"0/{count}"
     grow(source, out, target=growth_of(name)[1], operator="lossless", noise=0.5, receipt=False, threads=2, worker=worker)

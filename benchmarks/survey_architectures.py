@@ -33,13 +33,13 @@ from typing import TYPE_CHECKING, Any
 
 from count_architectures import SAID, in_processes
 
-from model.derive.shrink import place_tokens
-from model.errors import UserError, in_one_line
-from model.survey import TOLERANCE, Answer, Survey, causal_switch, survey, works
-from model.twin import tiny_twin
+from outgrow.model.base.errors import UserError, in_one_line
+from outgrow.model.derive.shrink import place_tokens
+from outgrow.model.survey import TOLERANCE, Answer, Survey, causal_switch, survey, works
+from outgrow.model.twin import tiny_twin
 
 if TYPE_CHECKING:
-    from train.settings import Settings
+    from outgrow.train.settings import Settings
 
 HERE = Path(__file__).resolve().parent
 RESULTS, GROWN, PAGE = HERE / "survey_architectures.json", HERE / "count_architectures.json", HERE.parent / "docs" / "families.md"
@@ -106,8 +106,8 @@ def _tried(ask: Callable[[], Any]) -> Any:
 
 def _flops(config: dict[str, Any]) -> Story:
     """How far the ledger's FLOPs are from PyTorch's counter at two contexts, and where the ledger has them from."""
-    from model.flops import counted
-    from model.geometry import flops_per_token, flops_source
+    from outgrow.model.flops import counted
+    from outgrow.model.geometry import flops_per_token, flops_source
 
     counts = {context: counted(config, context) for context in CONTEXTS}
     apart = [flops_per_token(config, context) / (3 * count.total) - 1 for context, count in counts.items() if count]
@@ -117,7 +117,7 @@ def _flops(config: dict[str, Any]) -> Story:
 @lru_cache
 def _run_of_two_steps(text: Path) -> Settings:
     """A run of two steps of 8 windows of 16 tokens on the text, of any network."""
-    from train.settings import compose
+    from outgrow.train.settings import compose
 
     sizes = "context=16 batch_tokens=128 budget_tokens=256 eval_tokens=128 eval_every_tokens=null save_every_tokens=null"
     asked = [f"train.{size}" for size in sizes.split()]
@@ -134,14 +134,14 @@ def _settings(config: dict[str, Any], text: Path, out: str) -> Settings:
 
 def _dry_run(config: dict[str, Any], text: Path) -> int:
     """The bytes of one GPU that the forecast counts."""
-    from train.forecast import forecast
+    from outgrow.train.machine.forecast import forecast
 
     return round(forecast(_settings(config, text, "runs/survey")).memory.total)
 
 
 def _trained(config: dict[str, Any], text: Path) -> list[float]:
     """The validation loss before the first and after the second step."""
-    from train.loop import train
+    from outgrow.train.loop import train
 
     with tempfile.TemporaryDirectory() as folder:
         run = train(_settings(config, text, f"{folder}/run"))
@@ -154,10 +154,10 @@ def warm(text: Path) -> None:
 
     Nothing here runs backward, which PyTorch refuses after a fork.
     """
-    from train.data import prepare
-    from train.forecast import forecast
-    from train.reading import reading
-    from train.rehearsal import rehearse_end
+    from outgrow.train.data import prepare
+    from outgrow.train.machine.forecast import forecast
+    from outgrow.train.run.reading import reading
+    from outgrow.train.start.rehearsal import rehearse_end
 
     config = tiny_twin({"model_type": "llama"}).config
     settings = _settings(config, text, "runs/survey")

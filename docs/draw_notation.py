@@ -14,13 +14,13 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from growth import Plan, plan
-from growth.decision import Step
-from growth.expansion import AxisMap, Fill
-from growth.figure import INK, ORIGINS
-from growth.origin import Origin, origins
-from model.notation import Axis, Product, size
-from model.presets import preset
+from outgrow.growth import Plan, plan
+from outgrow.growth.decision import Step
+from outgrow.growth.expansion import AxisMap, Fill
+from outgrow.growth.figure import INK, ORIGINS
+from outgrow.growth.origin import Origin, origins
+from outgrow.model.notation import Axis, Product, size
+from outgrow.model.presets import preset
 
 PICTURE = Path(__file__).resolve().parent / "notation.png"
 SOURCE = {"hidden_size": 4, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 6, "vocab_size": 5}

@@ -1,5 +1,5 @@
 """What did we find? Studies, one folder each, and the comparison they all share."""
 
-from model.interrupt import starting
+from outgrow.model.base.interrupt import starting
 
 starting()

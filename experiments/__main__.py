@@ -1,10 +1,10 @@
 """Compare runs, or run a whole study and compare it.
 
-python -m experiments compare runs/tiny-* [--out DIR] [--wandb]    seconds: a table, convergence.png, report.html
-python -m experiments horizons runs/NAME-t* [--out DIR]            seconds: S of every arm against scratch's decayed ends
-python -m experiments run tiny [--jobs N]                          minutes: source, every arm, comparison; what is done is skipped
-python -m experiments run tiny --full                              hours: three seeds, a grid of learning rates for every arm
-python -m experiments mixtures tiny_mixture [--jobs N]             minutes: one network on several mixtures, judged on every source
+outgrow compare runs/tiny-* [--out DIR] [--wandb]    seconds: a table, convergence.png, report.html
+outgrow horizons runs/NAME-t* [--out DIR]            seconds: S of every arm against scratch's decayed ends
+outgrow study tiny [--jobs N]                          minutes: source, every arm, comparison; what is done is skipped
+outgrow study tiny --full                              hours: three seeds, a grid of learning rates for every arm
+outgrow mixtures tiny_mixture [--jobs N]             minutes: one network on several mixtures, judged on every source
 
 Exit status: 0 done, 1 a run failed, 2 a fault in what was asked.
 """
@@ -17,18 +17,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.errors import UserError
-from model.interrupt import started
+from outgrow.experiments.study_file import load_study, studies
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.interrupt import started
 
 if TYPE_CHECKING:
-    from experiments.compare import Comparison
+    from outgrow.experiments.compare import Comparison
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The door."""
     options = parser().parse_args(arguments)
     try:
-        commands = {"compare": _compare, "horizons": _horizons, "run": _run, "mixtures": _mixtures}
+        commands = {"compare": _compare, "horizons": _horizons, "study": _study, "run": _study, "mixtures": _mixtures}
         return commands[options.command](options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -40,17 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The commands and their flags."""
-    doors = argparse.ArgumentParser(prog="python -m experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    doors = argparse.ArgumentParser(prog="outgrow", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = doors.add_subparsers(dest="command", required=True)
     compare = commands.add_parser("compare", help="compare finished runs")
-    compare.add_argument("runs", nargs="+", metavar="RUN", help="run folders, as `python -m train` writes them")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="run folders, as `outgrow train` writes them")
     compare.add_argument("--out", type=Path, default=None, help="where the files go (default: runs/comparison-<study>)")
     compare.add_argument("--wandb", action="store_true", help="mirror table and picture into W&B, offline unless WANDB_MODE says otherwise")
     horizons = commands.add_parser("horizons", help="hold decayed ends against scratch's curve: the effective speed-up S of every arm")
     horizons.add_argument("runs", nargs="+", metavar="RUN", help="run folders that decayed to their ends, or records of such (ends.json)")
     horizons.add_argument("--out", type=Path, default=Path("runs/horizons"), help="where table, picture and record go")
-    run = commands.add_parser("run", help="run a study: source, arms, comparison")
-    run.add_argument("study", help="a folder of experiments/, such as tiny")
+    run = commands.add_parser("study", aliases=["run"], help="run a study: source, arms, comparison")
+    run.add_argument("study", nargs="?", help="such as tiny; without it, all are listed")
     run.add_argument("--full", action="store_true", help="all seeds and the whole grid of learning rates")
     run.add_argument("--jobs", type=int, default=None, metavar="N", help="runs at a time (default: one for each core)")
     run.add_argument("--wandb", action="store_true", help="mirror the comparison into W&B")
@@ -61,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from experiments.compare import compare
+    from outgrow.experiments.compare import compare
 
     comparison = compare(options.runs)
     out = options.out or Path("runs") / f"comparison-{comparison.study.replace(', ', '+')}"
@@ -70,17 +71,21 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _horizons(options: argparse.Namespace) -> int:
-    from experiments.horizon_report import write
+    from outgrow.experiments.horizon_report import write
 
     for line in write(options.runs, options.out):
         print(line)
     return 0
 
 
-def _run(options: argparse.Namespace) -> int:
-    from experiments.compare import compare
-    from experiments.study import RunFailed, run_study
-    from experiments.table import insert_table, markdown
+def _study(options: argparse.Namespace) -> int:
+    if options.study is None:
+        for name in studies():
+            print(f"{name}: {load_study(name).question}")
+        return 0
+    from outgrow.experiments.compare import compare
+    from outgrow.experiments.study import RunFailed, run_study
+    from outgrow.experiments.table import insert_table, markdown
 
     try:
         done = run_study(options.study, full=options.full, jobs_at_once=options.jobs)
@@ -88,7 +93,7 @@ def _run(options: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if done.horizons:
-        from experiments.horizon_report import write
+        from outgrow.experiments.horizon_report import write
 
         for line in write([str(folder) for folder in done.folders], done.out):
             print(line)
@@ -103,8 +108,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _mixtures(options: argparse.Namespace) -> int:
-    from experiments.mixtures import run
-    from experiments.study import RunFailed
+    from outgrow.experiments.mixtures import run
+    from outgrow.experiments.study import RunFailed
 
     try:
         run(options.study, jobs_at_once=options.jobs)
@@ -116,7 +121,7 @@ def _mixtures(options: argparse.Namespace) -> int:
 
 def publish(comparison: Comparison, out: Path, *, wandb: bool) -> None:
     """Print and write one comparison."""
-    from experiments import publish as to
+    from outgrow.experiments import publish as to
 
     console = to.console()
     to.show(comparison, console)

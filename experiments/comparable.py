@@ -11,10 +11,10 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments.runs import SCRATCH, SOURCE, Run, listed, setting
-from model.errors import UserError
-from model.spelling import both_spellings
-from train.settings import identity
+from outgrow.experiments.runs import SCRATCH, SOURCE, Run, listed, setting
+from outgrow.model.base.errors import UserError
+from outgrow.model.spelling import both_spellings
+from outgrow.train.settings import identity
 
 Read = Callable[[Run], Any]
 

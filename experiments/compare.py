@@ -1,6 +1,6 @@
 """From run folders to one frozen comparison: best learning rate of each arm, the whole grid, what it cost to reach scratch.
 
-python -m experiments compare runs/tiny-*      seconds; prints the table, writes it with convergence.png and report.html
+outgrow compare runs/tiny-*      seconds; prints the table, writes it with convergence.png and report.html
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from experiments.comparable import check_comparable, differences
-from experiments.ledger import Cost, Curve, cost, half_interval, mean_curve, saving
-from experiments.paired import Change, changes
-from experiments.runs import SCRATCH, SOURCE, LeftOut, Run, read_runs
-from model.errors import UserError
+from outgrow.experiments.changes import Change, changes
+from outgrow.experiments.comparable import check_comparable, differences
+from outgrow.experiments.cost import Cost, Curve, cost, half_interval, mean_curve, saving
+from outgrow.experiments.runs import SCRATCH, SOURCE, LeftOut, Run, read_runs
+from outgrow.model.base.errors import UserError
 
 METHOD = (
     "All arms train the same target on the same batches of one data set; validation text is held out by document and is the same in "

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.compare import Comparison, Row, answer
-from experiments.ledger import Curve, reach
-from experiments.runs import SCRATCH, SOURCE
-from experiments.table import capital
+from outgrow.experiments.compare import Comparison, Row, answer
+from outgrow.experiments.cost import Curve, reach
+from outgrow.experiments.runs import SCRATCH, SOURCE
+from outgrow.experiments.table import capital
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

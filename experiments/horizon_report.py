@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.figure import GRID, INK
-from experiments.horizons import RECORD, Worth, end_of, read_ends, worths, write_ends
-from experiments.runs import SCRATCH, read_runs
-from model.errors import UserError
-from train.files import write_text
+from outgrow.experiments.figure import GRID, INK
+from outgrow.experiments.horizons import RECORD, Worth, end_of, read_ends, worths, write_ends
+from outgrow.experiments.runs import SCRATCH, read_runs
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

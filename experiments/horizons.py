@@ -20,9 +20,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from experiments.ledger import half_interval
-from experiments.runs import SCRATCH, Run, setting
-from model.errors import UserError
+from outgrow.experiments.cost import half_interval
+from outgrow.experiments.runs import SCRATCH, Run, setting
+from outgrow.model.base.errors import UserError
 
 RECORD = "ends.json"  # the small record of a study's runs: what every table and picture is made of
 
@@ -259,7 +259,7 @@ def read_ends(path: Path) -> list[End]:
         rows = json.loads(path.read_text(encoding="utf-8"))
         return [_end(row) for row in rows]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: not a record of runs ({error}); expected what `python -m experiments horizons` writes") from error
+        raise UserError(f"{path}: not a record of runs ({error}); expected what `outgrow horizons` writes") from error
 
 
 def _end(row: Mapping[str, Any]) -> End:

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from experiments.figure import GRID, INK, SPARE
+from outgrow.experiments.figure import GRID, INK, SPARE
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#E69F00", *SPARE)
 

@@ -1,6 +1,6 @@
 """A study of data: the same network trained on different mixtures with equal tokens, judged on held-out text of every source.
 
-python -m experiments mixtures tiny_mixture
+outgrow mixtures tiny_mixture
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from experiments.definition import HERE, Job
-from experiments.ledger import half_interval, verdict
-from experiments.mixture_figure import Judged, draw
-from experiments.progress import Display
-from experiments.runs import read_evaluations
-from experiments.study import complete, cores, run_jobs
-from model.errors import UserError, unknown
-from train.door import load_yaml, read
+from outgrow.experiments.cost import half_interval, verdict
+from outgrow.experiments.mixture_figure import Judged, draw
+from outgrow.experiments.progress import Display
+from outgrow.experiments.runs import read_evaluations
+from outgrow.experiments.study import complete, cores, run_jobs
+from outgrow.experiments.study_file import Job, folder_of, results_folder
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.settings import load_yaml, read
 
 if TYPE_CHECKING:
-    from train.data import TokenData
-    from train.settings import Settings
+    from outgrow.train.data import TokenData
+    from outgrow.train.settings import Settings
 
 FILE = "mixtures.yaml"
 
@@ -42,19 +42,17 @@ class Study:
 
 def load(name: str) -> Study:
     """The study called `name`. Raises UserError for an unknown one, and for every misspelt, missing or mistyped key at once."""
-    known = sorted(path.parent.name for path in HERE.glob(f"*/{FILE}"))
-    if name not in known:
-        unknown("study of mixtures", name, known)
+    path = folder_of(name, FILE) / FILE
     faults: list[str] = []
-    study = read(Study, load_yaml(HERE / name / FILE), "", faults)
-    UserError.collect(f"{HERE / name / FILE}: {fault}" for fault in faults)
+    study = read(Study, load_yaml(path), "", faults)
+    UserError.collect(f"{path}: {fault}" for fault in faults)
     assert study is not None
     return study
 
 
 def jobs(study: Study) -> list[Job]:
     """Every run, seed by seed."""
-    from train.settings import compose
+    from outgrow.train.settings import compose
 
     found = []
     for seed in study.seeds:
@@ -82,7 +80,7 @@ def run(name: str, *, jobs_at_once: int | None = None) -> list[Judged]:
             read_by(settings)  # builds what is not built, before several processes would wait for it
         run_jobs(missing, cores() if jobs_at_once is None else jobs_at_once, Path("runs") / f"logs-{name}", display)
     found = [judge(arm, [job for job in todo if job.arm == arm], study, texts, display) for arm in study.arms]
-    publish(study, found, [json.loads((job.folder / "run.json").read_text()) for job in todo], HERE / name)
+    publish(study, found, [json.loads((job.folder / "run.json").read_text()) for job in todo], results_folder(name, True, FILE))
     return found
 
 
@@ -91,10 +89,10 @@ def run(name: str, *, jobs_at_once: int | None = None) -> list[Judged]:
 
 def open_texts(study: Study, display: Display) -> dict[str, TokenData]:
     """The texts to judge on, cut by the tokenizer of the runs' own."""
-    from train.data import prepare
-    from train.data.mixture import source_data
-    from train.data.settings import SourceSettings
-    from train.settings import compose
+    from outgrow.train.data import prepare
+    from outgrow.train.data.mixture import source_data
+    from outgrow.train.data.settings import SourceSettings
+    from outgrow.train.settings import compose
 
     own = compose(list(study.runs)).data
     data = prepare(own)
@@ -108,9 +106,9 @@ def open_texts(study: Study, display: Display) -> dict[str, TokenData]:
 
 def read_by(settings: Settings) -> dict[str, int]:
     """How many tokens a run reads of each source; builds what is not built."""
-    from train.data import prepare
-    from train.data.mixture import mixed, tokens_read
-    from train.settings import Budget
+    from outgrow.train.data import prepare
+    from outgrow.train.data.mixture import mixed, tokens_read
+    from outgrow.train.settings import Budget
 
     budget, context = Budget.of(settings.train), settings.train.context
     rows, data = budget.steps * budget.rows, prepare(settings.data)
@@ -137,10 +135,10 @@ def evaluation(final: Path, settings: Settings, data: TokenData, tokens: int) ->
     from accelerate import Accelerator
     from transformers.utils import logging
 
-    from model.build import load_model
-    from train.data.batches import validation_batches
-    from train.evaluate import evaluate
-    from train.loss import NextTokenLoss
+    from outgrow.model.build import load_model
+    from outgrow.train.data.batches import validation_batches
+    from outgrow.train.evaluate import evaluate
+    from outgrow.train.loss import NextTokenLoss
 
     logging.disable_progress_bar()
     windows = list(validation_batches(data.validation, context=settings.train.context, tokens=tokens))
@@ -152,7 +150,7 @@ def evaluation(final: Path, settings: Settings, data: TokenData, tokens: int) ->
 
 def publish(study: Study, found: Sequence[Judged], records: Sequence[dict[str, Any]], folder: Path) -> None:
     """Write results.json and losses.png, and the table into README.md."""
-    from experiments.table import insert_table
+    from outgrow.experiments.table import insert_table
 
     machine = sorted({f"{r['device']}, threads {r['threads']}, {r['precision']}" for r in records})
     results = {"question": study.question, "seeds": study.seeds, "arms": [asdict(judged) for judged in found], "machine": machine}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from experiments.definition import Job
+    from outgrow.experiments.study_file import Job
 
 
 class Display:

@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from experiments.compare import METHOD, UNLIKE, Comparison, answer
-from experiments.figure import draw
-from experiments.report import html
-from experiments.table import (
+from outgrow.experiments.compare import METHOD, UNLIKE, Comparison, answer
+from outgrow.experiments.figure import draw
+from outgrow.experiments.report import html
+from outgrow.experiments.table import (
     CHANGE_HEADER,
     CHANGES,
     GRID_HEADER,
@@ -24,7 +24,7 @@ from experiments.table import (
     write_csv,
     write_json,
 )
-from train.files import telling_disk_faults
+from outgrow.model.base.files import telling_disk_faults
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from experiments.compare import METHOD, UNLIKE, Comparison, answer
-from experiments.paired import summary
-from experiments.runs import SCRATCH, SOURCE
-from experiments.table import (
+from outgrow.experiments.changes import summary
+from outgrow.experiments.compare import METHOD, UNLIKE, Comparison, answer
+from outgrow.experiments.runs import SCRATCH, SOURCE
+from outgrow.experiments.table import (
     CHANGE_HEADER,
     CHANGES,
     GRID_HEADER,

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.ledger import Curve
-from model.errors import UserError
-from train.files import read_object
-from train.stages import Span, flops_after
+from outgrow.experiments.cost import Curve
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.files import read_object
+from outgrow.train.start.stages import Span, flops_after
 
 RUN_AGAIN = "the folder was edited or damaged: run it again in a new one"
 SCRATCH = "scratch"
@@ -126,7 +126,7 @@ def grouped(faults: Sequence[tuple[Path, str]]) -> list[str]:
 def read_run(folder: Path) -> Run | LeftOut:
     """The run in `folder`, or why it is left out. Raises UserError when nothing is there, it is damaged or contradicts itself."""
     if not folder.exists():
-        raise UserError(f"{folder}: there is nothing; expected a folder that `python -m train` wrote")
+        raise UserError(f"{folder}: there is nothing; expected a folder that `outgrow train` wrote")
     if not (folder / "run.json").is_file():
         return LeftOut(folder, "a comparison" if (folder / "comparison.json").is_file() else "no run: it has no run.json")
     record = read_object(folder / "run.json", RUN_AGAIN)
@@ -140,7 +140,7 @@ def read_run(folder: Path) -> Run | LeftOut:
         run = _assemble(folder, record, summary, curve)
         check_run(run)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder}: the entry {error} is missing or malformed; expected what `python -m train` writes") from error
+        raise UserError(f"{folder}: the entry {error} is missing or malformed; expected what `outgrow train` writes") from error
     return run
 
 

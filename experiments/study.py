@@ -1,6 +1,6 @@
 """Run a study: the text once, the source, every arm in a pool of processes; whatever is complete is skipped.
 
-python -m experiments run tiny
+outgrow study tiny
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.definition import HERE, Job, jobs, load_study, source_job
-from experiments.progress import Display
-from experiments.worker import initialise, work
-from model.errors import UserError
-from train.folder import check_same, is_complete, read_run, unkept
-from train.horizons import horizon_runs
+from outgrow.experiments.progress import Display
+from outgrow.experiments.study_file import Job, jobs, load_study, results_folder, source_job
+from outgrow.experiments.worker import initialise, work
+from outgrow.model.base.errors import UserError
+from outgrow.train.run.folder import check_same, is_complete, read_run, unkept
+from outgrow.train.run.horizons import horizon_runs
 
 if TYPE_CHECKING:
-    from train.settings import Settings
+    from outgrow.train.settings import Settings
 
 Train = Callable[[tuple[str, ...], str], str]
 
@@ -56,7 +56,7 @@ def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None)
     """
     study = load_study(name)
     extent = study.full if full else study.demo
-    out = HERE / name if full else Path("runs") / f"comparison-{name}"
+    out = results_folder(name, full)
     logs = Path("runs") / f"logs-{name}"
     at_once = cores() if jobs_at_once is None else jobs_at_once
     if at_once < 1:
@@ -73,7 +73,7 @@ def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None)
     if missing:
         prepare_text(missing, display)
         run_jobs(missing, at_once, logs, display)
-    readme = HERE / name / "README.md"
+    readme = out / "README.md"
     folders = tuple(folder for job in todo for folder in job.folders)
     horizons = any(job.settings.schedule.horizons for job in todo)
     return Done(folders, out, readme if full and readme.is_file() else None, horizons)
@@ -108,8 +108,8 @@ def _complete(folder: Path, settings: Settings, source: Job | None) -> bool:
 
 def prepare_text(todo: Sequence[Job], display: Display) -> None:
     """Build corpus, tokenizer and shards once, before several processes would each wait for them."""
-    from train.data import prepare
-    from train.reading import reading
+    from outgrow.train.data import prepare
+    from outgrow.train.run.reading import reading
 
     begun = {(job.settings.data.home, job.settings.source): job for job in todo}
     for job in begun.values():

@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.compare import METHOD, UNLIKE, Comparison, Row, answer
-from experiments.ledger import saving
-from experiments.paired import Change, summary
-from experiments.runs import SCRATCH, Run
-from model.errors import UserError
+from outgrow.experiments.changes import Change, summary
+from outgrow.experiments.compare import METHOD, UNLIKE, Comparison, Row, answer
+from outgrow.experiments.cost import saving
+from outgrow.experiments.runs import SCRATCH, Run
+from outgrow.model.base.errors import UserError
 
 HEADER = (
     "arm",

@@ -8,7 +8,7 @@ import sys
 import time
 from threading import Thread
 
-from model.errors import UserError
+from outgrow.model.base.errors import UserError
 
 
 def initialise(threads: int) -> None:
@@ -31,9 +31,9 @@ def _end_with(parent: int) -> None:
 
 def work(overrides: tuple[str, ...], log: str) -> str:
     """Train the run that `overrides` compose; return its folder. Everything it prints goes to the file `log`."""
-    from train.loop import train_horizons
-    from train.settings import compose
-    from train.signals import Stopped
+    from outgrow.train.loop import train_horizons
+    from outgrow.train.run.signals import Stopped
+    from outgrow.train.settings import compose
 
     sys.stdout.flush()
     with open(log, "a", encoding="utf-8") as file:

@@ -1,6 +1,6 @@
 """Growth: turning a small checkpoint into a larger initialisation.
 
->>> from growth import grow, plan
+>>> from outgrow.growth import grow, plan
 >>> print(plan("phi_1_5", "phi_2", "lossless").certificate)
 lossless
 """
@@ -8,24 +8,24 @@ lossless
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from model.interrupt import starting
+from outgrow.model.base.interrupt import starting
 
 starting()
 
-from .grow import Grown, grow  # noqa: E402
-from .plan import Plan  # noqa: E402
-from .planning import plan  # noqa: E402
+from outgrow.growth.grow import Grown, grow  # noqa: E402
+from outgrow.growth.plan import Plan  # noqa: E402
+from outgrow.growth.planning import plan  # noqa: E402
 
 if TYPE_CHECKING:
-    from .adam import grow_adam, load_adam
-    from .memory import grow_model
+    from outgrow.growth.adam import grow_adam, load_adam
+    from outgrow.growth.memory import grow_model
 
 __all__ = ["Grown", "Plan", "grow", "grow_adam", "grow_model", "load_adam", "plan"]
 
-_NEED_TORCH = {"grow_model": ".memory", "grow_adam": ".adam", "load_adam": ".adam"}  # which growing a folder does without
+_NEED_TORCH = {"grow_model": "memory", "grow_adam": "adam", "load_adam": "adam"}  # which growing a folder does without
 
 
 def __getattr__(name: str) -> Any:
     if name not in _NEED_TORCH:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_NEED_TORCH[name], __name__), name)
+    return getattr(import_module(f"outgrow.growth.{_NEED_TORCH[name]}"), name)

@@ -1,9 +1,9 @@
 """Grow a checkpoint into a larger initialisation: seconds for a billion parameters, in little memory, with a proof.
 
-python -m growth source=microsoft/phi-1_5 target=phi_2 growth=lossless out=grown/phi_2
-python -m growth source=microsoft/phi-1_5 target=phi_2 growth=tile growth.mode=edge growth.depth=stack plan_only=true
-python -m growth source=DIR 'target={hidden_size:2560,num_hidden_layers:32}' out=DIR
-python -m growth schema source=DIR     the schema that is derived for a checkpoint, as a file of model/families
+outgrow grow source=microsoft/phi-1_5 target=phi_2 growth=lossless out=grown/phi_2
+outgrow grow source=microsoft/phi-1_5 target=phi_2 growth=tile growth.mode=edge growth.depth=stack plan_only=true
+outgrow grow source=DIR 'target={hidden_size:2560,num_hidden_layers:32}' out=DIR
+outgrow schema source=DIR     the schema that is derived for a checkpoint, as a file of model/families
 
 Prints the plan's certificate, and a receipt where one was measured. Exit status: 0 done, 2 a fault in what was asked.
 """
@@ -17,30 +17,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from model.errors import UserError
-from model.interrupt import started
-
-from .door import compose_config, plain, read
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.interrupt import started
+from outgrow.model.base.settings import CONF, compose_config, plain, read
 
 if TYPE_CHECKING:
-    from .execute import Reader
-    from .plan import Plan
-    from .verify import Receipt
+    from outgrow.growth.engine.execute import Reader
+    from outgrow.growth.plan import Plan
+    from outgrow.growth.verify import Receipt
 
 PICTURES = (".png", ".pdf", ".svg")
-CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
 @dataclass(frozen=True)
 class GrowthLeaf:
-    """One file of conf/growth: an arm's name, the operator, and whatever else the operator takes; and what conf/grow.yaml adds to it."""
+    """One file of conf/growth: an arm's name, the operator, and whatever else the operator takes."""
 
     name: str
     operator: str
     depth: str | list[int]
     noise: float
-    figure: str | None
-    worker: str | int | None
     options: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
 
     def arguments(self) -> dict[str, Any]:
@@ -66,6 +62,8 @@ class Settings:
     revision: str | None
     optimizer: str | None
     nonfinite: Literal["refuse", "allow"]
+    figure: str | None
+    worker: str | int | None
 
 
 def settings_from(arguments: list[str]) -> Settings:
@@ -84,20 +82,20 @@ def settings_from(arguments: list[str]) -> Settings:
             faults.append("growth=source: a training arm (the source trained on), so there is nothing to grow; choose an operator")
         if "stages" in settings.growth.options:
             name = settings.growth.name
-            faults.append(f"growth={name}: a training arm that grows on its way (python -m train growth={name}); choose an operator")
+            faults.append(f"growth={name}: a training arm that grows on its way (outgrow train growth={name}); choose an operator")
         faults += [
             f"{key}: must be positive; found {getattr(settings, key)}" for key in ("threads", "max_shard_gb") if getattr(settings, key) <= 0
         ]
-        if settings.growth.worker is not None:
-            from .workers import Worker
+        if settings.worker is not None:
+            from outgrow.growth.engine.workers import Worker
 
             try:
-                Worker.parse(str(settings.growth.worker))
+                Worker.parse(str(settings.worker))
             except UserError as fault:
                 faults.append(str(fault))
-        figure = settings.growth.figure
+        figure = settings.figure
         if figure is not None and Path(figure).suffix not in PICTURES:
-            faults.append(f"growth.figure {figure!r}: no picture's name; end it in {', '.join(PICTURES)}")
+            faults.append(f"figure {figure!r}: no picture's name; end it in {', '.join(PICTURES)}")
     UserError.collect(faults)
     assert settings is not None
     return settings
@@ -105,8 +103,8 @@ def settings_from(arguments: list[str]) -> Settings:
 
 def run(settings: Settings) -> None:
     """Plan, or plan and grow, and say what came of it."""
-    from .grow import grow
-    from .planning import plan
+    from outgrow.growth.grow import grow
+    from outgrow.growth.planning import plan
 
     if settings.plan_only:
         source = _source(settings)
@@ -129,12 +127,12 @@ def run(settings: Settings) -> None:
             revision=settings.revision,
             optimizer=settings.optimizer,
             nonfinite=settings.nonfinite,
-            worker=None if settings.growth.worker is None else str(settings.growth.worker),
+            worker=None if settings.worker is None else str(settings.worker),
             progress=progress,
             **settings.growth.arguments(),
         )
     if not grown.complete:
-        print(f"worker {settings.growth.worker} wrote its shards; the last worker to finish makes {grown.folder}")
+        print(f"worker {settings.worker} wrote its shards; the last worker to finish makes {grown.folder}")
         return
     _print_outcome(grown.plan, grown.receipt)
     _draw(settings, grown.plan, _source(settings))
@@ -145,8 +143,8 @@ def run(settings: Settings) -> None:
 
 def _source(settings: Settings) -> Any:
     """The source of a plan: a preset's name needs no weights."""
-    from model.checkpoint import Checkpoint, locate
-    from model.presets import PRESETS
+    from outgrow.model.checkpoint import Checkpoint, locate
+    from outgrow.model.presets import PRESETS
 
     if settings.source in PRESETS and not Path(settings.source).is_dir():
         return settings.source
@@ -154,11 +152,11 @@ def _source(settings: Settings) -> Any:
 
 
 def _draw(settings: Settings, plan: Plan, reader: Reader | None) -> None:
-    if settings.growth.figure is not None:
-        from .figure import draw  # matplotlib takes longer to import than a small growth does
+    if settings.figure is not None:
+        from outgrow.growth.figure import draw  # matplotlib takes longer to import than a small growth does
 
-        draw(plan, settings.growth.figure, reader)
-        print(f"drew {settings.growth.figure}")
+        draw(plan, settings.figure, reader)
+        print(f"drew {settings.figure}")
 
 
 def _print_plan(plan: Plan) -> None:
@@ -167,8 +165,8 @@ def _print_plan(plan: Plan) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from .card import layer_map, space_bar
-    from .words import human_bytes, spaces_table, tensor_table
+    from outgrow.growth.card import layer_map, space_bar
+    from outgrow.growth.words import human_bytes, spaces_table, tensor_table
 
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, soft_wrap=True, width=120)
     table = Table("module", "writes <- reads", "source → target", box=SIMPLE_HEAD, pad_edge=False)
@@ -230,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     try:
         if given[:1] == ["schema"]:
-            from .schema import print_schema
+            from outgrow.growth.schema import print_schema
 
             print_schema(given[1:])
         else:

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.errors import UserError
-
-from .memory import config_of
-from .moments import OPTIMIZER, POWERS, STATE, moments_plan
-from .plan import Plan
-from .tensors import Tensors, expand
+from outgrow.growth.engine.tensors import Tensors, expand
+from outgrow.growth.memory import config_of
+from outgrow.growth.moments import OPTIMIZER, POWERS, STATE, moments_plan
+from outgrow.growth.plan import Plan
+from outgrow.model.base.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +43,8 @@ def adam_state(state: Mapping[str, Any], plan: Plan) -> AdamState:
     Raises:
         UserError: it is no Adam state, or its tensors are not the model's.
     """
-    from model.build import meta_model
-    from model.stored import in_file
+    from outgrow.model.build import meta_model
+    from outgrow.model.conversion import in_file
 
     shapes = {name: tuple(parameter.shape) for name, parameter in meta_model(plan.source_config).named_parameters()}
     groups, per_parameter = state.get("param_groups"), state.get("state")
@@ -171,7 +170,7 @@ def load_adam(folder: Path | str, target: torch.optim.Optimizer, target_model: P
     """
     from safetensors import safe_open
 
-    from model.checkpoint import tensor_table
+    from outgrow.model.checkpoint import tensor_table
 
     folder = Path(folder) / OPTIMIZER
     if not folder.is_dir():
@@ -200,7 +199,7 @@ def fill(
     """
     import torch
 
-    from model.stored import in_model
+    from outgrow.model.conversion import in_model
 
     numbers, state = _numbers(optimizer), optimizer.state_dict()
     moments = {key: in_model(config_of(model), names, lambda name, key=key: moment(f"{key}.{name}")) for key in POWERS}  # type: ignore[misc]

@@ -7,7 +7,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from model.errors import UserError
+from outgrow.model.base.errors import UserError
 
 
 def _is_whole(value: Any) -> bool:

@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from model.build import library_class
-from model.errors import UserError
+from outgrow.model.base.errors import UserError
+from outgrow.model.build import library_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from .origin import Origin, of_axis
-from .plan import Plan
-from .verify import Receipt
-from .words import layer_table, spaces_table
+from outgrow.growth.origin import Origin, of_axis
+from outgrow.growth.plan import Plan
+from outgrow.growth.verify import Receipt
+from outgrow.growth.words import layer_table, spaces_table
 
 MAX_CARD = 1 << 20  # characters of a model card that are looked at
 

@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from model.config import ROPE, THETA, rope_of
-from model.family import STANDARD, Config, Family
-from model.notation import spaces
-
-from .decision import Decision
-from .expansion import AxisMap, Expansion, Fill
-from .layers import LayerMap, follow_layers
+from outgrow.growth.decision import Decision
+from outgrow.growth.expansion import AxisMap, Expansion, Fill
+from outgrow.growth.layers import LayerMap, follow_layers
+from outgrow.model.config import ROPE, THETA, rope_of
+from outgrow.model.family import STANDARD, Config, Family
+from outgrow.model.notation import spaces
 
 # Config keys that are no sizes and do not change what the network computes.
 NEUTRAL = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "initializer_range", "auto_map")

@@ -10,14 +10,13 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from model.composite import of_text
-from model.dtypes import RAW, TORCH_NAMES, config_dtype, is_float
-from model.family import Config, Family, Tensor
-from model.starts import Start
-
-from .expansion import AxisMap, Fill
-from .layers import LayerMap, follow_layers
-from .recipe import Growth, Recipe
+from outgrow.growth.expansion import AxisMap, Fill
+from outgrow.growth.layers import LayerMap, follow_layers
+from outgrow.growth.recipe import Growth, Recipe
+from outgrow.model.composite import of_text
+from outgrow.model.dtypes import RAW, TORCH_NAMES, config_dtype, is_float
+from outgrow.model.family import Config, Family, Tensor
+from outgrow.model.starts import Start
 
 
 @dataclass(frozen=True, eq=False)

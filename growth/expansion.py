@@ -13,9 +13,8 @@ from functools import cached_property, reduce
 
 import numpy as np
 
-from model.notation import Axis, Product, Space
-
-from .strips import Strips, runs, strips
+from outgrow.growth.engine.runs import Strips, runs, strips
+from outgrow.model.notation import Axis, Product, Space
 
 
 class Fill(IntEnum):

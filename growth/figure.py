@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from model.dtypes import to_float
-from model.errors import UserError
-from model.notation import spaces
-
-from .decision import Step
-from .execute import Expander, Reader
-from .origin import Origin, of_axis, origins
-from .plan import Plan
-from .words import spaces_table
+from outgrow.growth.decision import Step
+from outgrow.growth.engine.execute import Expander, Reader
+from outgrow.growth.origin import Origin, of_axis, origins
+from outgrow.growth.plan import Plan
+from outgrow.growth.words import spaces_table
+from outgrow.model.base.errors import UserError
+from outgrow.model.dtypes import to_float
+from outgrow.model.notation import spaces
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +34,7 @@ def draw(plan: Plan, path: Path | str, reader: Reader | None = None) -> None:
     try:
         build(plan, reader).savefig(path, dpi=150, facecolor="white")
     except (ValueError, OSError) as fault:
-        raise UserError(f"growth.figure {str(path)!r}: cannot be written ({fault}); give a path that ends in .png, .pdf or .svg") from None
+        raise UserError(f"figure {str(path)!r}: cannot be written ({fault}); give a path that ends in .png, .pdf or .svg") from None
 
 
 def build(plan: Plan, reader: Reader | None = None) -> Figure:

@@ -10,31 +10,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from model.checkpoint import Checkpoint, locate
-from model.companions import companions
-from model.composite import nested
-from model.config import Target, read_json, tokenizer_size
-from model.errors import UserError, reading
-from model.notation import Space
-from model.spelling import spell_folder
-
-from .arguments import check_arguments
-from .card import licence, model_card
-from .execute import Reader
-from .finite import FiniteReader
-from .moments import OPTIMIZER, RULES, STATE, inexact, moments_plan
-from .place import RECIPE, Place, complete_or_absent, files_in
-from .plan import Plan
-from .planning import plan
-from .receipt import measure_growth
-from .shards import MAX_SHARD_BYTES, write_index
-from .stream import Shards, shards_of, write_config, write_weights
-from .verify import Receipt, check_receipt, verify_structure
-from .workers import Worker, agreement, publish_shared, shared_partial, write_share
+from outgrow.growth.arguments import check_arguments
+from outgrow.growth.card import licence, model_card
+from outgrow.growth.engine.execute import Reader
+from outgrow.growth.engine.finite import FiniteReader
+from outgrow.growth.engine.shards import MAX_SHARD_BYTES, write_index
+from outgrow.growth.engine.stream import Shards, shards_of, write_config, write_weights
+from outgrow.growth.engine.workers import Worker, agreement, publish_shared, shared_partial, write_share
+from outgrow.growth.folder import RECIPE, Place, complete_or_absent, files_in
+from outgrow.growth.moments import OPTIMIZER, RULES, STATE, inexact, moments_plan
+from outgrow.growth.plan import Plan
+from outgrow.growth.planning import plan
+from outgrow.growth.receipt import measure_growth
+from outgrow.growth.verify import Receipt, check_receipt, verify_structure
+from outgrow.model.base.errors import UserError, reading
+from outgrow.model.checkpoint import Checkpoint, locate
+from outgrow.model.companions import companions
+from outgrow.model.composite import nested
+from outgrow.model.config import Target, read_json, tokenizer_size
+from outgrow.model.notation import Space
+from outgrow.model.spelling import spell_folder
 
 if TYPE_CHECKING:
-    from .adam import AdamState
-    from .certificate import Certificate
+    from outgrow.growth.adam import AdamState
+    from outgrow.growth.certificate import Certificate
 
 ROWS = 1024  # of two tensors that are compared, at a time
 RECEIPT_PARAMETERS = 100_000_000  # above this a receipt is measured only when it is asked for: both models are loaded for it
@@ -182,7 +181,7 @@ def _grow_share(
 
 
 def _read_adam(path: str | Path, plan: Plan) -> AdamState:
-    from .adam import read_adam  # imports torch, which growing weights does without
+    from outgrow.growth.adam import read_adam  # imports torch, which growing weights does without
 
     return read_adam(Path(os.path.expanduser(path)), plan)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from model.errors import UserError, unknown
+from outgrow.model.base.errors import UserError, unknown
 
 
 @dataclass(frozen=True)

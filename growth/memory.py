@@ -8,25 +8,24 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from model.build import meta_model
-from model.checkpoint import Stored, names_of
-from model.composite import flat
-from model.config import Target
-from model.errors import UserError
-from model.family import has_schema
-from model.twin import layerless
-
-from .bare import bare
-from .finite import FiniteReader
-from .plan import Plan, check_tensors
-from .planning import plan
-from .tensors import Tensors, expand
+from outgrow.growth.bare import bare
+from outgrow.growth.engine.finite import FiniteReader
+from outgrow.growth.engine.tensors import Tensors, expand
+from outgrow.growth.plan import Plan, check_tensors
+from outgrow.growth.planning import plan
+from outgrow.model.base.errors import UserError
+from outgrow.model.build import meta_model
+from outgrow.model.checkpoint import Stored, names_of
+from outgrow.model.composite import flat
+from outgrow.model.config import Target
+from outgrow.model.family import has_schema
+from outgrow.model.twin import layerless
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from .execute import Reader
+    from outgrow.growth.engine.execute import Reader
 
 
 def grow_model(
@@ -81,8 +80,8 @@ def follow(plan: Plan, model: PreTrainedModel, nonfinite: Literal["refuse", "all
     """
     import torch
 
-    from model.build import empty_model, stored_names
-    from model.stored import in_model
+    from outgrow.model.build import empty_model, stored_names
+    from outgrow.model.conversion import in_model
 
     backend = model.config._attn_implementation
     grown = empty_model(
@@ -105,7 +104,7 @@ def follow(plan: Plan, model: PreTrainedModel, nonfinite: Literal["refuse", "all
 
 
 def _tensors(model: PreTrainedModel) -> Tensors:
-    from model.stored import in_file
+    from outgrow.model.conversion import in_file
 
     held, blank = _untied(model), meta_model(config_of(model))
     for name, whole in blank.all_tied_weights_keys.items():

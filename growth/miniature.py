@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from math import ceil
 
-from model.derive.axes import Keys
-from model.derive.roles import Draft
-from model.derive.shrink import HEAD_KEYS
-from model.family import Config
-
-from .layers import LAYER_MAPS
+from outgrow.growth.layers import LAYER_MAPS
+from outgrow.model.derive.axes import Keys
+from outgrow.model.derive.roles import Draft
+from outgrow.model.derive.shrink import HEAD_KEYS
+from outgrow.model.family import Config
 
 LARGEST = 4  # factor of a miniature: larger ones show nothing more
 MORE = 6  # tokens or positions, where there are to be more

@@ -19,10 +19,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from .decision import Step
-from .expansion import AxisMap, Fill
-from .origin import Origin, axis_origins
-from .plan import Plan
+from outgrow.growth.decision import Step
+from outgrow.growth.expansion import AxisMap, Fill
+from outgrow.growth.origin import Origin, axis_origins
+from outgrow.growth.plan import Plan
 
 OPTIMIZER, STATE = "optimizer", "state.json"  # the folder beside the grown weights, and what says how they grew
 POWERS = {"exp_avg": 1, "exp_avg_sq": 2}  # Adam's names → the power of the gradient that they average

@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from model.errors import UserError, unknown
-from model.family import Tensor
-from model.notation import size
-
-from .expansion import AxisMap, Expansion, Fill
-from .recipe import Growth, Recipe
-from .seeding import generator
+from outgrow.growth.engine.seeding import generator
+from outgrow.growth.expansion import AxisMap, Expansion, Fill
+from outgrow.growth.recipe import Growth, Recipe
+from outgrow.model.base.errors import UserError, unknown
+from outgrow.model.family import Tensor
+from outgrow.model.notation import size
 
 Operator = Callable[..., Recipe]
 

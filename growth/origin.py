@@ -11,9 +11,9 @@ from functools import reduce
 
 import numpy as np
 
-from .decision import Step
-from .expansion import AxisMap, Fill
-from .plan import Plan
+from outgrow.growth.decision import Step
+from outgrow.growth.expansion import AxisMap, Fill
+from outgrow.growth.plan import Plan
 
 
 class Origin(IntEnum):

@@ -6,20 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
-from model.checkpoint import Stored, names_of
-from model.config import rope_of, value_faults
-from model.dtypes import is_float
-from model.errors import UserError
-from model.family import Config, Family, Tensor, initial_deviation
-
-from . import words
-from .certificate import Certificate, certify
-from .decision import Decision, Step, followed, source_name
-from .expansion import AxisMap, Fill
-from .layers import LayerMap, among_kinds, layer_map
-from .operators import recipe
-from .recipe import Growth, Recipe
-from .remarks import remarks
+from outgrow.growth import words
+from outgrow.growth.certificate import Certificate, certify
+from outgrow.growth.decision import Decision, Step, followed, source_name
+from outgrow.growth.expansion import AxisMap, Fill
+from outgrow.growth.layers import LayerMap, among_kinds, layer_map
+from outgrow.growth.operators import recipe
+from outgrow.growth.recipe import Growth, Recipe
+from outgrow.growth.remarks import remarks
+from outgrow.model.base.errors import UserError
+from outgrow.model.checkpoint import Stored, names_of
+from outgrow.model.config import rope_of, value_faults
+from outgrow.model.dtypes import is_float
+from outgrow.model.family import Config, Family, Tensor, initial_deviation
 
 TRUNKS = ("model", "transformer", "gpt_neox", "model.decoder")  # under what a head's class keeps the model that it is the head of
 
@@ -136,7 +135,7 @@ def _among_kinds(layers: LayerMap, growth: Growth) -> LayerMap:
 
 def _kinds_in_class(family: Family, config: Config) -> list[frozenset[str]]:
     """Of each layer that the library's class makes of a config, the names of its tensors without the layer's own."""
-    from model.derive.probe import shapes
+    from outgrow.model.derive.probe import shapes
 
     prefix = next(line.name.partition("*")[0] for line in family.lines if line.only is not None)
     kinds: dict[int, set[str]] = {}

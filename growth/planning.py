@@ -7,18 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from model.checkpoint import Checkpoint, names_of
-from model.composite import flat
-from model.config import DTYPES, Target, resolve_target
-from model.errors import UserError
-from model.family import Config, Family
-from model.presets import PRESETS, preset
-
-from .arguments import check_arguments
-from .operators import default_noise
-from .plan import Plan, decide
-from .recipe import Growth
-from .resolve import Resolved, resolve_family
+from outgrow.growth.arguments import check_arguments
+from outgrow.growth.operators import default_noise
+from outgrow.growth.plan import Plan, decide
+from outgrow.growth.recipe import Growth
+from outgrow.growth.resolve import Resolved, resolve_family
+from outgrow.model.base.errors import UserError
+from outgrow.model.checkpoint import Checkpoint, names_of
+from outgrow.model.composite import flat
+from outgrow.model.config import DTYPES, Target, resolve_target
+from outgrow.model.family import Config, Family
+from outgrow.model.presets import PRESETS, preset
 
 
 def plan(
@@ -96,7 +95,7 @@ def _opened(source: str | Path | Config | Checkpoint) -> Checkpoint | Config:
 
 def _as_the_class_starts(plan: Plan, called: Mapping[str, str]) -> Plan:
     """A plan whose fresh entries start as the library's own class starts them, tensor by tensor."""
-    from model.derive.starts import starts
+    from outgrow.model.derive.starts import starts
 
     if not (fresh := [step.name for step in plan.steps if step.is_fresh]):
         return plan
@@ -115,7 +114,7 @@ def _hold_against_class(plan: Plan) -> Mapping[str, str]:
     Raises:
         UserError: it has others, or others' shapes; the message names the first ones.
     """
-    from model.derive.probe import named_shapes
+    from outgrow.model.derive.probe import named_shapes
 
     source, was_called = named_shapes(plan.source_config, {plan.source_name(step.tensor) for step in plan.steps})
     built, called = named_shapes(plan.target_config, (step.name for step in plan.steps))

@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from model.dtypes import is_short
-
-from .execute import Reader
-from .plan import Plan
-from .stream import write_model
-from .verify import Meter, Receipt
+from outgrow.growth.engine.execute import Reader
+from outgrow.growth.engine.stream import write_model
+from outgrow.growth.plan import Plan
+from outgrow.growth.verify import Meter, Receipt
+from outgrow.model.dtypes import is_short
 
 WIDE = "float32"  # the folder, inside the unfinished one, that the same growth in float32 lies in while it is measured
 

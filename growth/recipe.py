@@ -8,11 +8,10 @@ from functools import cached_property, reduce
 from math import sqrt
 from typing import Literal
 
-from model.dtypes import config_dtype, is_short
-from model.family import Config, Family, Tensor
-from model.notation import Axis, Parts, Product, Space
-
-from .expansion import AxisMap, Expansion, compose, concatenate
+from outgrow.growth.expansion import AxisMap, Expansion, compose, concatenate
+from outgrow.model.dtypes import config_dtype, is_short
+from outgrow.model.family import Config, Family, Tensor
+from outgrow.model.notation import Axis, Parts, Product, Space
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,21 +15,20 @@ from typing import Any
 
 import torch
 
-from model.build import computing_in, load_model
-from model.checkpoint import Checkpoint, names_of
-from model.config import resolve_target
-from model.derive import random_tokens
-from model.derive.pictures import Inputs, with_picture
-from model.derive.probe import build, scramble, shapes
-from model.derive.roles import Draft
-from model.derive.schema import drafted_family, variants
-from model.errors import UserError
-from model.quiet import quietly
-
-from .operators import default_noise
-from .plan import Plan, decide
-from .recipe import Growth
-from .stream import write_model
+from outgrow.growth.engine.stream import write_model
+from outgrow.growth.operators import default_noise
+from outgrow.growth.plan import Plan, decide
+from outgrow.growth.recipe import Growth
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.quiet import quietly
+from outgrow.model.build import computing_in, load_model
+from outgrow.model.checkpoint import Checkpoint, names_of
+from outgrow.model.config import resolve_target
+from outgrow.model.derive import random_tokens
+from outgrow.model.derive.pictures import Inputs, with_picture
+from outgrow.model.derive.probe import build, scramble, shapes
+from outgrow.model.derive.roles import Draft
+from outgrow.model.derive.schema import drafted_family, variants
 
 NOISE = 0.1  # of a lossless rehearsal, so that copies differ
 SAME = 2e-5  # of the largest logit: some library classes compute norms, routers and softmax in float32

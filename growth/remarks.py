@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from model.dtypes import is_short
-
-from .decision import Decision, Step
-from .expansion import AxisMap, Fill
+from outgrow.growth.decision import Decision, Step
+from outgrow.growth.expansion import AxisMap, Fill
+from outgrow.model.dtypes import is_short
 
 NAMES = {"F16": "float16", "BF16": "bfloat16"}
 WIDTH, HEAD_DIM = 64, 8  # what matrix units and attention kernels take without padding

@@ -8,20 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from model.checkpoint import Checkpoint, names_of
-from model.config import Target, resolve_target
-from model.dtypes import is_float
-from model.errors import UserError
-from model.family import Config, Family, family_of, has_schema
-from model.outline import DEPTH_KEYS, outline
-
-from .layers import LAYER_MAPS
-from .recipe import Growth
+from outgrow.growth.layers import LAYER_MAPS
+from outgrow.growth.recipe import Growth
+from outgrow.model.base.errors import UserError
+from outgrow.model.checkpoint import Checkpoint, names_of
+from outgrow.model.config import Target, resolve_target
+from outgrow.model.depth_only import DEPTH_KEYS, outline
+from outgrow.model.dtypes import is_float
+from outgrow.model.family import Config, Family, family_of, has_schema
 
 if TYPE_CHECKING:
-    from model.derive.roles import Draft
-
-    from .rehearse import Rehearsal
+    from outgrow.growth.rehearse import Rehearsal
+    from outgrow.model.derive.roles import Draft
 BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # which older files carry along
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -99,8 +97,8 @@ def _check_depth(config: Config, shapes: Shapes) -> None:
 
 
 def _outlined(config: Config, shapes: Shapes) -> Resolved:
-    from model.derive import library_knows, whole_config
-    from model.derive.probe import passed_over
+    from outgrow.model.derive import library_knows, whole_config
+    from outgrow.model.derive.probe import passed_over
 
     known = library_knows(config)
     whole = whole_config(config) if known else config
@@ -125,10 +123,9 @@ def _copies_layers_only(config: Config, target: Target, depth: str | Sequence[in
 def _derived(
     config: Config, shapes: Shapes | None, target: Target, depth: str | Sequence[int], operator: str, options: Mapping[str, Any]
 ) -> Resolved:
-    from model.derive import derive, whole_config
-
-    from .miniature import miniature
-    from .rehearse import bench
+    from outgrow.growth.miniature import miniature
+    from outgrow.growth.rehearse import bench
+    from outgrow.model.derive import derive, whole_config
 
     name, head = config["model_type"], ""
     try:
@@ -176,7 +173,7 @@ def derived_family(source: Checkpoint | Config) -> Family:
     Raises:
         UserError: the library does not know the family, or it cannot be derived.
     """
-    from model.derive import derive, whole_config
+    from outgrow.model.derive import derive, whole_config
 
     config = source.config if isinstance(source, Checkpoint) else source
     shapes = {name: stored.shape for name, stored in source.tensors.items()} if isinstance(source, Checkpoint) else None
@@ -187,7 +184,7 @@ def derived_family(source: Checkpoint | Config) -> Family:
 
 def _other_heads(draft: Draft, source: Config, target: Config) -> str:
     """What happens to head dims that a config leaves to hidden size / heads, where the growth changes them."""
-    from model.derive.shrink import HEAD_KEYS
+    from outgrow.model.derive.shrink import HEAD_KEYS
 
     keys = draft.axes.keys
     if not keys.heads or any(target.get(key) for key in HEAD_KEYS):
@@ -203,8 +200,8 @@ def _other_heads(draft: Draft, source: Config, target: Config) -> str:
 
 def _family(draft: Draft, config: Config, shapes: Shapes | None) -> Family:
     """The drafted family under the names of the file: older ones call tensors otherwise and carry buffers along."""
-    from model.derive.probe import named_shapes, passed_over, tied_names
-    from model.derive.schema import drafted_family
+    from outgrow.model.derive.probe import named_shapes, passed_over, tied_names
+    from outgrow.model.derive.schema import drafted_family
 
     built, called = named_shapes(config, shapes or ())
     if shapes is None:
@@ -220,7 +217,7 @@ def _family(draft: Draft, config: Config, shapes: Shapes | None) -> Family:
 
 def _check_asked(draft: Draft, source: Mapping[str, int], target: Mapping[str, int], changes: Mapping[str, int]) -> None:
     """Every space that is to grow must grow in the rehearsal, or it would be believed untested."""
-    from model.derive.schema import drafted_family
+    from outgrow.model.derive.schema import drafted_family
 
     tiny = drafted_family(draft, draft.axes.config, draft.axes.shapes)
     before, after = tiny.sizes(draft.axes.config), tiny.sizes({**draft.axes.config, **changes})

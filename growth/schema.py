@@ -1,6 +1,6 @@
 """The schema of a source as a file of model/families: what docs/families.md, "Add a family", wants.
 
-python -m growth schema source=DIR
+outgrow schema source=DIR
 """
 
 from __future__ import annotations
@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields
 
-from model.checkpoint import Checkpoint, locate
-from model.errors import UserError, unknown
-from model.family import Family
-
-from .resolve import derived_family
+from outgrow.growth.resolve import derived_family
+from outgrow.model.base.errors import UserError, unknown
+from outgrow.model.checkpoint import Checkpoint, locate
+from outgrow.model.family import Family
 
 KEYS = ("source", "revision")
 HEAD = '''"""{name}: derived from transformers' own class, and not rehearsed: the receipt of a first growth tells whether it is right.
@@ -34,7 +33,7 @@ def print_schema(arguments: Sequence[str]) -> None:
         if key not in KEYS:
             unknown("key of schema", key, KEYS)
     if not given.get("source"):
-        raise UserError("source: missing; python -m growth schema source=DIR")
+        raise UserError("source: missing; outgrow schema source=DIR")
     with Checkpoint(locate(given["source"], given.get("revision"))) as source:
         print(family_text(derived_family(source)))
 
@@ -43,7 +42,7 @@ def family_text(family: Family) -> str:
     """A family as Python: a module that registers it."""
     imports = ["from fractions import Fraction", ""] if any("Fraction" in line for line in _arguments(family)) else []
     name = "".join(letter if letter.isalnum() else "_" for letter in family.name).upper()
-    lines = [*imports, "from model.family import Family, register", "", f"{name} = register(", "    Family("]
+    lines = [*imports, "from outgrow.model.family import Family, register", "", f"{name} = register(", "    Family("]
     lines += [f"        {argument}," for argument in _arguments(family)]
     lines += ['        schema="""', *(f"        {line}" for line in _aligned(family.schema)), '        """,', "    )", ")"]
     return HEAD.format(name=family.name) + "\n".join(lines)

@@ -7,15 +7,15 @@ from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from model.checkpoint import Checkpoint, names_of, tensor_table
-from model.dtypes import is_float, to_float
-from model.errors import UserError
-from model.family import Config
+from outgrow.model.base.errors import UserError
+from outgrow.model.checkpoint import Checkpoint, names_of, tensor_table
+from outgrow.model.dtypes import is_float, to_float
+from outgrow.model.family import Config
 
 if TYPE_CHECKING:
     import torch
 
-    from .plan import Plan
+    from outgrow.growth.plan import Plan
 
 # How far logits may move, relative to the largest, before a lossless certificate is contradicted: what rounding the weights may do.
 TOLERANCE = {"F64": 1e-10, "F32": 1e-3}
@@ -113,7 +113,7 @@ class Meter:
         """A meter for `source` and the models that are as large as `target`; arguments as `measure` takes them."""
         import torch
 
-        from model.build import to_hf_config
+        from outgrow.model.build import to_hf_config
 
         with Checkpoint(source) as checkpoint:
             known = to_hf_config(checkpoint.config).get_text_config()  # a file leaves out what its class has by default
@@ -150,8 +150,8 @@ def _logits(
     """The logits of the model in `folder` on `tokens`, float64; `which` model it is and the `way` out are for the error."""
     import torch
 
-    from model.build import computing_in, load_model
-    from model.quiet import quietly
+    from outgrow.model.base.quiet import quietly
+    from outgrow.model.build import computing_in, load_model
 
     try:
         with quietly(), torch.no_grad(), computing_in(dtype):
@@ -238,9 +238,9 @@ def loaded_otherwise(folder: Path, dtype: str) -> list[str]:
 
     Tensors that are called otherwise in the library's own files are not compared.
     """
-    from model.build import computing_in, load_model
-    from model.quiet import quietly
-    from model.stored import in_file
+    from outgrow.model.base.quiet import quietly
+    from outgrow.model.build import computing_in, load_model
+    from outgrow.model.conversion import in_file
 
     with Checkpoint(folder) as checkpoint, quietly(), computing_in(dtype):
         loaded = in_file(checkpoint.config, load_model(folder, dtype=dtype, attention="eager").state_dict())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from .decision import Decision, Step
+from outgrow.growth.decision import Decision, Step
 
 
 def summary(plan: Decision, reasons: Sequence[str]) -> list[str]:

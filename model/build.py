@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import Checkpoint
-from .composite import nested
-from .errors import UserError, unknown
-from .family import Config, family_of
-from .generation import generation_config
+from outgrow.model.base.errors import UserError, unknown
+from outgrow.model.checkpoint import Checkpoint
+from outgrow.model.composite import nested
+from outgrow.model.family import Config, family_of
+from outgrow.model.generation import generation_config
 
 if TYPE_CHECKING:
     import torch

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from .companions import left_behind, to_download
-from .config import check_values, read_config, read_json
-from .dtypes import PLAIN_NUMBERS, RAW, is_float
-from .errors import UserError, reading
+from outgrow.model.base.errors import UserError, reading
+from outgrow.model.companions import left_behind, to_download
+from outgrow.model.config import check_values, read_config, read_json
+from outgrow.model.dtypes import PLAIN_NUMBERS, RAW, is_float
 
 MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors library itself
 MAX_NAME_BYTES = 255  # of a file

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from .composite import flat
-from .errors import UserError, did_you_mean, reading
-from .family import STANDARD, Config, Family, family_of
-from .presets import PRESETS, preset, preset_sizes
+from outgrow.model.base.errors import UserError, did_you_mean, reading
+from outgrow.model.composite import flat
+from outgrow.model.family import STANDARD, Config, Family, family_of
+from outgrow.model.presets import PRESETS, preset, preset_sizes
 
 Target: TypeAlias = "str | Path | Mapping[str, Any] | Any"  # preset name, folder, overrides, or a transformers config
 

@@ -12,8 +12,8 @@ from functools import cache, cached_property
 from math import sqrt
 from typing import Any, Literal
 
-from .errors import UserError, unknown
-from .notation import Axis, Line, Space, parse_schema, size, spaces
+from outgrow.model.base.errors import UserError, unknown
+from outgrow.model.notation import Axis, Line, Space, parse_schema, size, spaces
 
 Config = Mapping[str, Any]
 

@@ -15,10 +15,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from .build import meta_model
-from .errors import UserError
-from .family import Config
-from .quiet import quietly
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.quiet import quietly
+from outgrow.model.build import meta_model
+from outgrow.model.family import Config
 
 if TYPE_CHECKING:
     import torch

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import read_json
-from .errors import UserError
-from .family import Config
+from outgrow.model.base.errors import UserError
+from outgrow.model.config import read_json
+from outgrow.model.family import Config
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -65,7 +65,7 @@ def _valid(entries: Mapping[str, Any]) -> GenerationConfig | None:
     """The library's object of these entries; None where it would not save it."""
     from transformers import GenerationConfig
 
-    from .quiet import quietly
+    from outgrow.model.base.quiet import quietly
 
     try:
         with quietly():

@@ -10,8 +10,8 @@ from collections.abc import Collection, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from .family import Config, Tensor, family_of, has_schema
-from .flops import counted
+from outgrow.model.family import Config, Tensor, family_of, has_schema
+from outgrow.model.flops import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,7 +105,7 @@ def _attention_width(config: Config) -> int:
     if has_schema(config):
         sizes = family_of(config).sizes(config)
         return sizes["layer"] * sizes["kv"] * sizes["group"] * (sizes["qk"] + sizes["v"])
-    from .build import to_hf_config
+    from outgrow.model.build import to_hf_config
 
     known = to_hf_config(config).get_text_config()  # under the library's standard names
     layers = getattr(known, "per_layer_config", None) or [known] * known.num_hidden_layers
@@ -120,7 +120,7 @@ def _layer_attention_width(layer: Any) -> int:
 
 
 def _class_of(config: Config) -> PreTrainedModel:
-    from .build import meta_model
+    from outgrow.model.build import meta_model
 
     return meta_model(config)
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
-from .derive import LENGTH, ROWS
-from .derive.probe import Uses, build, scramble, uses
-from .errors import UserError, in_one_line
-from .family import Config
-from .quiet import quietly
-from .twin import Twin, layerless, tiny_twin
+from outgrow.model.base.errors import UserError, in_one_line
+from outgrow.model.base.quiet import quietly
+from outgrow.model.derive import LENGTH, ROWS
+from outgrow.model.derive.probe import Uses, build, scramble, uses
+from outgrow.model.family import Config
+from outgrow.model.twin import Twin, layerless, tiny_twin
 
 if TYPE_CHECKING:
     import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import unknown
+from outgrow.model.base.errors import unknown
 
 # What a Phi is apart from its sizes (microsoft/phi-1_5 and microsoft/phi-2, config.json).
 _PHI: dict[str, Any] = {

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .config import read_json
+from outgrow.model.config import read_json
 
 # Where classes of transformers 4 keep the base and the share of rotary positions, if not under these names.
 BASE, SHARE = "rope_theta", "partial_rotary_factor"

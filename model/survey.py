@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .derive.probe import scramble
-from .documents import documents_apart
-from .errors import UserError, in_one_line
-from .family import Config
-from .quiet import quietly
-from .twin import Twin, layerless, tiny_twin
+from outgrow.model.base.errors import UserError, in_one_line
+from outgrow.model.base.quiet import quietly
+from outgrow.model.derive.probe import scramble
+from outgrow.model.documents import documents_apart
+from outgrow.model.family import Config
+from outgrow.model.twin import Twin, layerless, tiny_twin
 
 ROWS, LENGTH, CUT = 2, 24, 11  # of the text that a twin reads; where the end-of-text token stands and the past ends
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of the largest logit, under which two logits are the same up to rounding

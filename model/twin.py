@@ -14,13 +14,13 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .build import library_class, to_hf_config
-from .derive import LENGTH, ROWS, library_knows, tiny_configs, whole_config
-from .derive.probe import build as build_on
-from .derive.shrink import MAX_PARAMETERS, place_tokens
-from .errors import UserError, in_one_line
-from .family import Config
-from .quiet import quietly
+from outgrow.model.base.errors import UserError, in_one_line
+from outgrow.model.base.quiet import quietly
+from outgrow.model.build import library_class, to_hf_config
+from outgrow.model.derive import LENGTH, ROWS, library_knows, tiny_configs, whole_config
+from outgrow.model.derive.probe import build as build_on
+from outgrow.model.derive.shrink import MAX_PARAMETERS, place_tokens
+from outgrow.model.family import Config
 
 if TYPE_CHECKING:
     import torch

@@ -9,49 +9,17 @@ from typing import Any
 
 import pytest
 
+from helpers.models import TINY, make_checkpoint
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-
-TINY = {
-    "vocab_size": 96,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "max_position_embeddings": 64,
-}
-
-
-def random_model(config: dict[str, Any]) -> Any:
-    """A float64 model of `config` whose every parameter is random, norm scales and biases included."""
-    import torch
-
-    from model.build import build_model
-
-    model = build_model(config, seed=0, dtype="float64", attention="eager").eval()
-    numbers = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            drawn = torch.randn(parameter.shape, generator=numbers, dtype=torch.float64)
-            parameter.copy_(drawn * 0.2 + 1 if "norm" in name and parameter.ndim == 1 and "bias" not in name else drawn * 0.2)
-    return model
-
-
-def make_checkpoint(folder: Path, config: dict[str, Any], dtype: str = "float64") -> Path:
-    """A saved `random_model`."""
-    import torch
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    random_model(config).to(getattr(torch, dtype)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
 def phi_config() -> dict[str, Any]:
     """A tiny Phi config: 3 layers, 3 heads × 8, half of each head rotary."""
-    from model.presets import preset
+    from outgrow.model.presets import preset
 
     return preset("tiny_source") | TINY | {"num_key_value_heads": 3, "dtype": "float64"}
 
@@ -71,6 +39,6 @@ def checkpoint_maker() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The toy run: 6 steps of 8 windows of 16 tokens on a text of some sentences."""
-    from toy import toy_overrides
+    from helpers.toy import toy_overrides
 
     return toy_overrides(tmp_path_factory.mktemp("text"))

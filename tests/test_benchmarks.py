@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from model.geometry import flops_per_token
-from model.presets import preset
-from train.forecast import GIB
+from outgrow.model.geometry import flops_per_token
+from outgrow.model.presets import preset
+from outgrow.train.machine.forecast import GIB
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,19 +20,19 @@ from typing import Any
 import pytest
 import yaml
 
-import model.family
-import model.notation
-from growth import grow, plan
-from growth.__main__ import GrowthLeaf
-from growth.__main__ import settings_from as growth_settings
-from growth.door import compose_config, plain, read
-from growth.layers import LAYER_MAPS, layer_map
-from growth.operators import OPERATORS
-from model.build import to_hf_config
-from model.errors import UserError
-from model.geometry import parameter_count
-from model.presets import PRESETS, preset
-from tests.conftest import TINY
+import outgrow.model.family
+import outgrow.model.notation
+from helpers.models import TINY
+from outgrow.growth import grow, plan
+from outgrow.growth.__main__ import GrowthLeaf
+from outgrow.growth.__main__ import settings_from as growth_settings
+from outgrow.growth.layers import LAYER_MAPS, layer_map
+from outgrow.growth.operators import OPERATORS
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.settings import compose_config, plain, read
+from outgrow.model.build import to_hf_config
+from outgrow.model.geometry import parameter_count
+from outgrow.model.presets import PRESETS, preset
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -120,8 +121,8 @@ def commands(page: str) -> Iterator[list[str]]:
 
 
 def check_train(arguments: list[str]) -> None:
-    from train.door import sweep_points
-    from train.settings import compose
+    from outgrow.model.base.settings import sweep_points
+    from outgrow.train.settings import compose
 
     swept = "-m" in arguments
     overrides = [argument for argument in arguments if argument != "-m"]
@@ -132,8 +133,8 @@ def check_train(arguments: list[str]) -> None:
 
 
 def check_data(arguments: list[str]) -> None:
-    from train.data.__main__ import FilterSettings, InspectSettings, PrepareSettings, settings_from
-    from train.data.writing.settings import settings_from as write_settings
+    from outgrow.train.data.__main__ import FilterSettings, InspectSettings, PrepareSettings, settings_from
+    from outgrow.train.data.writing.settings import settings_from as write_settings
 
     command, *overrides = arguments
     kinds: dict[str, tuple[Any, str]] = {
@@ -144,11 +145,15 @@ def check_data(arguments: list[str]) -> None:
     assert write_settings(overrides) if command == "write" else settings_from(*kinds[command], overrides)
 
 
-def check_experiments(arguments: list[str]) -> None:
-    from experiments.__main__ import parser
+def check_experiments(command: str, arguments: list[str]) -> None:
+    from outgrow.experiments.__main__ import parser
 
-    options = parser().parse_args(arguments)
-    assert options.command in ("compare", "horizons") or options.study in STUDIES
+    options = parser().parse_args([command, *arguments])
+    assert options.command in ("compare", "horizons") or options.study in (None, *STUDIES)
+
+
+def check_schema(arguments: list[str]) -> None:
+    assert [argument.partition("=")[0] for argument in arguments] == ["source"]
 
 
 def check_growth(arguments: list[str]) -> None:
@@ -163,32 +168,33 @@ def check_pytest(arguments: list[str]) -> None:
     assert all((ROOT / argument).is_file() for argument in arguments if argument.endswith(".py"))
 
 
-ROOMS = {
-    "growth": check_growth,
+DOORS = {
+    "grow": check_growth,
+    "schema": check_schema,
     "train": check_train,
-    "train.data": check_data,
-    "experiments": check_experiments,
-    "pytest": check_pytest,
+    "corpus": check_data,
+    "study": partial(check_experiments, "study"),
+    "compare": partial(check_experiments, "compare"),
+    "horizons": partial(check_experiments, "horizons"),
+    "mixtures": partial(check_experiments, "mixtures"),
 }
 
 
 def check(words: list[str]) -> None:
     """Read a command by the door that it would go through."""
+    launched = {"torchrun": 1, "python -m outgrow.train.launch": 3}
+    start = next((start for start in launched if shlex.join(words).startswith(f"{start} --nproc_per_node")), None)
+    if start is not None:
+        number, *module = words[launched[start] + 1 : launched[start] + 4]
+        assert number.isdecimal()
+        assert module == ["-m", "outgrow.train"]
+        check_train(words[launched[start] + 4 :])
+        return
     match words:
-        case ["torchrun", "--nproc_per_node", number, "-m", "train", *arguments] | [
-            "python",
-            "-m",
-            "train.launch",
-            "--nproc_per_node",
-            number,
-            "-m",
-            "train",
-            *arguments,
-        ]:
-            assert number.isdecimal()
-            check_train(arguments)
-        case ["python", "-m", room, *arguments]:
-            ROOMS[room](arguments)
+        case ["outgrow", door, *arguments]:
+            DOORS[door](arguments)
+        case ["python", "-m", "pytest", *arguments]:
+            check_pytest(arguments)
         case ["python", path, *_]:
             assert (ROOT / path).is_file()
         case ["make", target]:
@@ -216,12 +222,12 @@ def conf_of_a_reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
 def test_every_command_is_one_that_the_doors_take(words: list[str], conf_of_a_reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in ("train.door", "train.naming", "train.settings"):
-        monkeypatch.setattr(f"{room}.CONF", conf_of_a_reader)
+    for room in ("model.base.settings", "train.start.naming", "train.settings"):
+        monkeypatch.setattr(f"outgrow.{room}.CONF", conf_of_a_reader)
     check(words)
 
 
-@pytest.mark.parametrize("words", [["python", "-m", "growth", "source=DIR", "targt=phi_2"], ["rm", "-rf", "runs"]])
+@pytest.mark.parametrize("words", [["outgrow", "grow", "source=DIR", "targt=phi_2"], ["rm", "-rf", "runs"]])
 def test_a_wrong_command_is_found(words: list[str]) -> None:
     with pytest.raises((UserError, pytest.fail.Exception)):
         check(words)
@@ -236,8 +242,8 @@ LARGE = PRESETS["tiny_target"] | TINY | {"num_key_value_heads": 3, "hidden_size"
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint_maker: Any) -> Path:
     """Where a reader stands: a tiny checkpoint under the name of a large one, presets of its sizes, registries that forget."""
-    model.family.families()
-    monkeypatch.setattr(model.family, "_REGISTERED", dict(model.family._REGISTERED))
+    outgrow.model.family.families()
+    monkeypatch.setattr(outgrow.model.family, "_REGISTERED", dict(outgrow.model.family._REGISTERED))
     for name in list(OPERATORS):
         monkeypatch.setitem(OPERATORS, name, OPERATORS[name])
     monkeypatch.setitem(PRESETS, "phi_1_5", SMALL)
@@ -263,8 +269,8 @@ def test_the_snippets_of_a_page_run_in_their_order(page: str, reader: Path) -> N
 
 def test_the_schema_of_ones_own_is_right(tmp_path: Path, checkpoint_maker: Any, monkeypatch: Any) -> None:
     (example,) = (block for block in blocks("docs/families.md", "python") if "register(" in block)
-    model.family.families()
-    monkeypatch.setattr(model.family, "_REGISTERED", dict(model.family._REGISTERED))
+    outgrow.model.family.families()
+    monkeypatch.setattr(outgrow.model.family, "_REGISTERED", dict(outgrow.model.family._REGISTERED))
     exec(example, {})
     sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24}
     config = to_hf_config({"model_type": "starcoder2", "vocab_size": 61, "bos_token_id": 0, "eos_token_id": 1, **sizes}).to_dict()
@@ -392,7 +398,7 @@ def test_the_schema_of_the_example_is_the_derived_one() -> None:
     indented = re.findall(r"^   ```schema\n(.*?)^   ```", text_of("docs/families.md"), re.DOTALL | re.MULTILINE)
     config = to_hf_config({"model_type": "falcon"}).to_dict()
     falcon = plan(config, {"hidden_size": 9088, "num_attention_heads": 142})
-    assert model.notation.parse_schema(indented[0]) == falcon.family.lines
+    assert outgrow.model.notation.parse_schema(indented[0]) == falcon.family.lines
     assert falcon.certificate.lossless
     assert any(note.startswith("confirmed: a tiny random model of the family") for note in falcon.notes)
     assert config["num_attention_heads"] == 71
@@ -451,7 +457,7 @@ def test_the_table_of_data_is_the_one_that_was_measured() -> None:
 
 def test_the_families_with_a_schema_are_those_named() -> None:
     written = next(cells[1] for cells in rows(text_of("docs/families.md")) if cells[0].startswith("[written]"))
-    assert set(re.findall(r"`(\w+)`", written)) == set(model.family.families())
+    assert set(re.findall(r"`(\w+)`", written)) == set(outgrow.model.family.families())
 
 
 def test_the_tour_names_files_that_are_there() -> None:

@@ -11,12 +11,13 @@ import pytest
 
 HOUSE = Path(__file__).resolve().parent.parent
 ROOMS = ("model", "growth", "train", "experiments")  # each imports from those before it alone
+NAME = "outgrow"  # of the installed package, whose folders the rooms are
 
 
 def modules(house: Path, room: str) -> dict[str, Path]:
     """Dotted name → file; of an extension, its C source."""
     files = [path for ending in ("py", "c") for path in (house / room).rglob(f"*.{ending}")]
-    return {".".join(path.relative_to(house).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+    return {".".join((NAME, *path.relative_to(house).with_suffix("").parts)).removesuffix(".__init__"): path for path in files}
 
 
 def imported(name: str, path: Path) -> Iterator[str]:
@@ -52,19 +53,31 @@ def test_no_module_of_a_room_imports_itself_by_a_detour(room: str) -> None:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_from_lower_rooms_alone(room: str) -> None:
-    higher = ROOMS[ROOMS.index(room) + 1 :]
+    higher = [[other] for other in ROOMS[ROOMS.index(room) + 1 :]]
     paths = {name: path for name, path in modules(HOUSE, room).items() if path.suffix == ".py"}
-    upward = [f"{name} → {target}" for name, path in paths.items() for target in imported(name, path) if target.split(".")[0] in higher]
+    upward = [f"{name} → {target}" for name, path in paths.items() for target in imported(name, path) if target.split(".")[1:2] in higher]
     assert not upward
     assert len(paths) > 10
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "tests", "benchmarks", "docs"])
+def test_rooms_are_imported_by_their_one_name(room: str) -> None:
+    """Under a second name a module would be loaded twice."""
+    bare = [f"{path}: {target}" for path in (HOUSE / room).rglob("*.py") for target in imported("", path) if target.split(".")[0] in ROOMS]
+    assert not bare
 
 
 def test_circles_through_functions_types_and_relative_imports_are_seen(tmp_path: Path) -> None:
     (tmp_path / "room").mkdir()
     (tmp_path / "room/__init__.py").write_text("")
     (tmp_path / "room/a.py").write_text("def late():\n    from .b import thing\n")
-    (tmp_path / "room/b.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from room import c\n")
-    (tmp_path / "room/c.py").write_text("import room.a\n")
-    assert graph(tmp_path, "room") == {"room": set(), "room.a": {"room.b"}, "room.b": {"room.c"}, "room.c": {"room.a"}}
+    (tmp_path / "room/b.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from outgrow.room import c\n")
+    (tmp_path / "room/c.py").write_text("import outgrow.room.a\n")
+    assert graph(tmp_path, "room") == {
+        "outgrow.room": set(),
+        "outgrow.room.a": {"outgrow.room.b"},
+        "outgrow.room.b": {"outgrow.room.c"},
+        "outgrow.room.c": {"outgrow.room.a"},
+    }
     with pytest.raises(CycleError):
         TopologicalSorter(graph(tmp_path, "room")).prepare()

@@ -13,7 +13,7 @@ import pytest
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from model.errors import UserError
+from outgrow.model.base.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 UNDER = {"versions": {"transformers": "5", "torch": "2"}, "device": "cpu", "precision": "fp32"}

@@ -1,10 +1,10 @@
 """Train one run, or sweep several.
 
-python -m train experiment=tiny_source                                           a tiny source from scratch, on one CPU
-python -m train experiment=tiny growth=lossless seed=0                           grow it and go on training
-python -m train -m experiment=tiny growth=scratch,lossless,tile,random_pad seed=0,1,2
-torchrun --nproc_per_node 2 -m train experiment=tiny growth=lossless seed=0      the same losses on two processes
-python -m train -m hydra/launcher=slurm experiment=tiny growth=scratch,lossless  each point of the sweep as a Slurm job
+outgrow train experiment=tiny_source                                           a tiny source from scratch, on one CPU
+outgrow train experiment=tiny growth=lossless seed=0                           grow it and go on training
+outgrow train -m experiment=tiny growth=scratch,lossless,tile,random_pad seed=0,1,2
+torchrun --nproc_per_node 2 -m outgrow.train experiment=tiny growth=lossless seed=0      the same losses on two processes
+outgrow train -m hydra/launcher=slurm experiment=tiny growth=scratch,lossless  each point of the sweep as a Slurm job
 
 Every run writes runs/<study>-<growth><changes>-s<seed>/ and resumes there when started again; <changes> is what differs from the
 experiment's defaults and changes the result, such as -transfer_continued-lr0.01. A sweep takes lists, choice(), range() and glob(),
@@ -29,12 +29,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from model.errors import UserError
-from model.interrupt import started
-from train.door import plain_text
-from train.naming import tell_changes
-from train.settings import CONF, Settings, compose, settings_from
-from train.trackers import check_installed
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.interrupt import started
+from outgrow.model.base.settings import CONF, plain_text
+from outgrow.train.run.trackers import check_installed
+from outgrow.train.settings import Settings, compose, settings_from
+from outgrow.train.start.naming import tell_changes
 
 INTERRUPTED = 130  # as a shell ends what Ctrl-C stopped
 
@@ -45,7 +45,7 @@ FAILED: list[str] = []  # the points of this process' sweep that ended with an e
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def _hydra(cfg: DictConfig) -> None:
     """One job as Hydra composed it: of a sweep, or of a call with Hydra's own flags."""
-    from train import slurm
+    from outgrow.train.machine import slurm
 
     running = HydraConfig.get()
     if slurm.in_job():
@@ -104,8 +104,8 @@ def _check_sweep(overrides: list[str]) -> list[Settings]:
     Raises:
         UserError: a point is at fault, two would train in one folder, or what starts the jobs is missing.
     """
-    from train.door import sweep_points
-    from train.naming import same_folder
+    from outgrow.model.base.settings import sweep_points
+    from outgrow.train.start.naming import same_folder
 
     _check_launcher(overrides)
     faults, settings, asked = [], [], sweep_points(overrides)
@@ -135,17 +135,17 @@ def _check_launcher(overrides: list[str]) -> None:
 
 def _train(settings: Settings) -> None:
     if settings.dry_run:
-        from train.forecast import tell
+        from outgrow.train.machine.forecast import tell
 
         print(tell(settings))
         return
     check_installed(settings.logger.trackers)
-    from train.early import check_source
+    from outgrow.train.start.early import check_source
 
     check_source(settings)
-    from train import slurm
-    from train.loop import train_horizons  # torch, transformers and accelerate are loaded only for settings and sources that hold
-    from train.signals import Stopped, overruled
+    from outgrow.train.loop import train_horizons  # torch, transformers and accelerate are loaded only for settings and sources that hold
+    from outgrow.train.machine import slurm
+    from outgrow.train.run.signals import Stopped, overruled
 
     try:
         train_horizons(settings)

@@ -1,6 +1,6 @@
 """The training loop: one function that tells the whole story of a run, in order.
 
-from train.loop import train
+from outgrow.train.loop import train
 train(compose(["experiment=tiny", "growth=lossless"]))   # → runs/tiny-lossless-s0
 """
 
@@ -15,31 +15,31 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from model.config import read_config
-from model.geometry import flops_per_token, flops_source, parameter_count
-from train import folder as run_folder
-from train import state
-from train.data import TokenData, check_vocabulary, prepare
-from train.data.batches import validation_batches, window_count
-from train.data.mixture import mixed, tokens_read
-from train.device import device_name, peak_flops, session
-from train.distribute import whole_weights
-from train.files import write_json
-from train.horizons import find_trunk, horizon_runs, take_over_trunk, trunk_record
-from train.log import Console, open_log
-from train.meter import Meter
-from train.publish import publish
-from train.reading import rate_warnings, reading, record, tokenizer_warnings
-from train.rehearsal import rehearse_end
-from train.saving import newest_intact
-from train.settings import Budget, Settings, needs_source
-from train.signals import watched
-from train.stages import Span, spans_of, stages_of
-from train.start import begin, find_source, source_dtype, source_ledger, target_config, weights_read
-from train.teacher import find_teacher, teacher_folder
-from train.trainee import Run, Trainee
-from train.transfer import frozen_tensors
-from train.way import Way, find_ways, precision_of
+from outgrow.model.base.files import write_json
+from outgrow.model.config import read_config
+from outgrow.model.geometry import flops_per_token, flops_source, parameter_count
+from outgrow.train.data import TokenData, check_vocabulary, prepare
+from outgrow.train.data.batches import validation_batches, window_count
+from outgrow.train.data.mixture import mixed, tokens_read
+from outgrow.train.machine.device import device_name, peak_flops, session
+from outgrow.train.machine.distribute import whole_weights
+from outgrow.train.run import folder as run_folder
+from outgrow.train.run import state
+from outgrow.train.run.checkpoints import newest_intact
+from outgrow.train.run.clock import Meter
+from outgrow.train.run.export import publish
+from outgrow.train.run.horizons import find_trunk, horizon_runs, take_over_trunk, trunk_record
+from outgrow.train.run.log import Console, open_log
+from outgrow.train.run.reading import rate_warnings, reading, record, tokenizer_warnings
+from outgrow.train.run.signals import watched
+from outgrow.train.settings import Budget, Settings, needs_source
+from outgrow.train.start.rehearsal import rehearse_end
+from outgrow.train.start.source import begin, find_source, source_dtype, source_ledger, target_config, weights_read
+from outgrow.train.start.stages import Span, spans_of, stages_of
+from outgrow.train.start.teacher import find_teacher, teacher_folder
+from outgrow.train.start.transfer import frozen_tensors
+from outgrow.train.start.way import Way, find_ways, precision_of
+from outgrow.train.trainee import Run, Trainee
 
 
 def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn import LinearCrossEntropyOptions, functional
 
-from model.documents import documents_apart
-from train.router import Balance, Losses, balanced_forward, has_routers
+from outgrow.model.documents import documents_apart
+from outgrow.train.router import Balance, Losses, balanced_forward, has_routers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from train.settings import LoopSettings
+    from outgrow.train.settings import LoopSettings
 
 CHUNK_TOKENS = 1024  # whose logits are held at a time by the fused loss
 

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim._muon import muon as muon_step
 
-from model.composite import flat
-from model.errors import UserError
-from model.family import has_schema
-from model.matrices import parameters_of
-from model.twin import layerless
+from outgrow.model.base.errors import UserError
+from outgrow.model.composite import flat
+from outgrow.model.family import has_schema
+from outgrow.model.matrices import parameters_of
+from outgrow.model.twin import layerless
 
 if TYPE_CHECKING:
-    from train.settings import OptimizerSettings
+    from outgrow.train.settings import OptimizerSettings
 
 Groups = list[dict[str, Any]]
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz iteration, PyTorch's own

@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from model.errors import UserError, did_you_mean
-from train.data.settings import DataSettings, MixtureSettings, mixture_disagreements
-from train.data.settings import disagreements as data_disagreements
-from train.door import CONF, compose_config, plain, read
-from train.neutral import flatten, is_neutral
-from train.schedule import REWARM, SCHEDULES, ScheduleSettings
+from outgrow.model.base.errors import UserError, did_you_mean
+from outgrow.model.base.settings import CONF, compose_config, plain, read
+from outgrow.train.data.settings import DataSettings, MixtureSettings, mixture_disagreements
+from outgrow.train.data.settings import disagreements as data_disagreements
+from outgrow.train.schedule import REWARM, SCHEDULES, ScheduleSettings
+from outgrow.train.start.neutral import flatten, is_neutral
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -205,7 +205,7 @@ def compose(overrides: list[str]) -> Settings:
     Raises:
         UserError: every fault of the overrides and of what they compose to, in one message.
     """
-    from train.naming import tell_changes
+    from outgrow.train.start.naming import tell_changes
 
     cfg, faults = compose_config(CONF, "train", overrides)
     if not faults:

@@ -12,16 +12,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from model.errors import UserError
-from train.data import TokenSplit
-from train.data.batches import batch
-from train.distribute import accumulating, local, total_norm
-from train.optimizer import set_learning_rate
-from train.router import Losses
-from train.schedule import factor
-from train.settings import Budget, Settings
-from train.teacher import scheduled
-from train.transfer import EntryRates
+from outgrow.model.base.errors import UserError
+from outgrow.train.data import TokenSplit
+from outgrow.train.data.batches import batch
+from outgrow.train.machine.distribute import accumulating, local, total_norm
+from outgrow.train.optimizer import set_learning_rate
+from outgrow.train.router import Losses
+from outgrow.train.schedule import factor
+from outgrow.train.settings import Budget, Settings
+from outgrow.train.start.teacher import scheduled
+from outgrow.train.start.transfer import EntryRates
 
 
 class Step:

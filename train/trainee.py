@@ -10,35 +10,35 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
-from model.build import load_model
-from model.errors import UserError
-from model.geometry import parameter_count
-from train import folder as run_folder
-from train import state
-from train.data import TokenData
-from train.device import device_name, signs
-from train.distribute import prepare as prepare_processes
-from train.distribute import whole_weights
-from train.evaluate import evaluate
-from train.horizons import branch_step, keep_stable
-from train.log import Console, Log
-from train.loss import build_loss
-from train.meter import Meter
-from train.optimizer import build_optimizer
-from train.reading import loss_warnings
-from train.router import unbalanced
-from train.sample import samples
-from train.saving import Saver, saving
-from train.settings import Budget, Settings
-from train.signals import Stopped, any_process
-from train.speed import speed_up
-from train.stages import Stage
-from train.start import grow_on, starting_model
-from train.step import NotFinite, Step, drawn
-from train.teacher import Teacher, taught
-from train.transfer import entry_rates, mup_rates, named_state, take_over
-from train.watch import watching
-from train.way import Way
+from outgrow.model.base.errors import UserError
+from outgrow.model.build import load_model
+from outgrow.model.geometry import parameter_count
+from outgrow.train.data import TokenData
+from outgrow.train.evaluate import evaluate
+from outgrow.train.loss import build_loss
+from outgrow.train.machine.compile import speed_up
+from outgrow.train.machine.device import device_name, signs
+from outgrow.train.machine.distribute import prepare as prepare_processes
+from outgrow.train.machine.distribute import whole_weights
+from outgrow.train.machine.watch import watching
+from outgrow.train.optimizer import build_optimizer
+from outgrow.train.router import unbalanced
+from outgrow.train.run import folder as run_folder
+from outgrow.train.run import state
+from outgrow.train.run.checkpoints import Saver, saving
+from outgrow.train.run.clock import Meter
+from outgrow.train.run.horizons import branch_step, keep_stable
+from outgrow.train.run.log import Console, Log
+from outgrow.train.run.reading import loss_warnings
+from outgrow.train.run.samples import samples
+from outgrow.train.run.signals import Stopped, any_process
+from outgrow.train.settings import Budget, Settings
+from outgrow.train.start.source import grow_on, starting_model
+from outgrow.train.start.stages import Stage
+from outgrow.train.start.teacher import Teacher, taught
+from outgrow.train.start.transfer import entry_rates, mup_rates, named_state, take_over
+from outgrow.train.start.way import Way
+from outgrow.train.step import NotFinite, Step, drawn
 
 if TYPE_CHECKING:
     pass

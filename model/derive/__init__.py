@@ -9,14 +9,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..build import to_hf_config
-from ..composite import flat
-from ..errors import UserError
-from ..family import Config
-from .axes import Axes, Keys
-from .probe import build, shapes, sightings
-from .roles import Draft
-from .shrink import HEAD, HEAD_KEYS, MAX_PARAMETERS, kept_layers, layer_kinds, place_tokens, shrunken, small_layers, stand_ins
+from outgrow.model.base.errors import UserError
+from outgrow.model.build import to_hf_config
+from outgrow.model.composite import flat
+from outgrow.model.derive.axes import Axes, Keys
+from outgrow.model.derive.probe import build, shapes, sightings
+from outgrow.model.derive.roles import Draft
+from outgrow.model.derive.shrink import (
+    HEAD,
+    HEAD_KEYS,
+    MAX_PARAMETERS,
+    kept_layers,
+    layer_kinds,
+    place_tokens,
+    shrunken,
+    small_layers,
+    stand_ins,
+)
+from outgrow.model.family import Config
 
 if TYPE_CHECKING:
     import torch

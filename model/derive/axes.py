@@ -9,13 +9,13 @@ from functools import cached_property
 from math import log2
 from typing import Any
 
-from ..build import to_hf_config
-from ..composite import of_text
-from ..errors import UserError
-from ..family import Config
-from .mixer import Mixer, find_mixer
-from .probe import computed, factors, shapes
-from .shrink import repeats_hidden
+from outgrow.model.base.errors import UserError
+from outgrow.model.build import to_hf_config
+from outgrow.model.composite import of_text
+from outgrow.model.derive.mixer import Mixer, find_mixer
+from outgrow.model.derive.probe import computed, factors, shapes
+from outgrow.model.derive.shrink import repeats_hidden
+from outgrow.model.family import Config
 
 Shapes = Mapping[str, tuple[int, ...]]
 MORE_FFN = re.compile(r"^(?!.*(multiple|encoder)).*(intermediate|ffn)")

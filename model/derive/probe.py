@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..build import computing_in, library_class, to_hf_config
-from ..errors import UserError
-from ..family import Config
-from .pictures import with_picture
+from outgrow.model.base.errors import UserError
+from outgrow.model.build import computing_in, library_class, to_hf_config
+from outgrow.model.derive.pictures import with_picture
+from outgrow.model.family import Config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..composite import TEXT_TYPE
-from .axes import Axes
-from .probe import Sighting
+from outgrow.model.composite import TEXT_TYPE
+from outgrow.model.derive.axes import Axes
+from outgrow.model.derive.probe import Sighting
 
 _LEAF = r"(^|_|\.)(project_|w)?(?:{})(_?(lin|linear|proj))?$"
 QUERY, KEY, VALUE = (re.compile(_LEAF.format(words), re.IGNORECASE) for words in ("q|query", "k|key", "v|value"))

@@ -9,11 +9,11 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 
-from ..errors import UserError
-from ..family import Config, Family
-from ..notation import parse_axis, size
-from ..outline import in_layers
-from .roles import BLOCKS, GROUPS_OF, Choices, Draft
+from outgrow.model.base.errors import UserError
+from outgrow.model.depth_only import in_layers
+from outgrow.model.derive.roles import BLOCKS, GROUPS_OF, Choices, Draft
+from outgrow.model.family import Config, Family
+from outgrow.model.notation import parse_axis, size
 
 Shapes = Mapping[str, tuple[int, ...]]
 LATENT = re.compile(r"_b_proj\.weight$")  # reads a latent vector, as DeepSeek's attention has them

@@ -9,11 +9,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..composite import TEXT, flat, nested, of_text
-from ..config import ROPE
-from ..errors import UserError
-from ..family import Config
-from ..outline import DEPTH_KEYS
+from outgrow.model.base.errors import UserError
+from outgrow.model.composite import TEXT, flat, nested, of_text
+from outgrow.model.config import ROPE
+from outgrow.model.depth_only import DEPTH_KEYS
+from outgrow.model.family import Config
 
 MAX_PARAMETERS = 3_000_000  # of a tiny twin; more means that some size was not recognised
 

@@ -17,9 +17,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.initialization import TORCH_INIT_FUNCTIONS
 
-from ..family import Config
-from ..starts import Start
-from .probe import build, stored
+from outgrow.model.derive.probe import build, stored
+from outgrow.model.family import Config
+from outgrow.model.starts import Start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +53,7 @@ def starts(config: Config) -> dict[str, Start]:
 
 def _alike_in_twin(config: Config, names: list[str]) -> dict[str, Start]:
     """Those of these tensors whose entries are all alike in a tiny twin: numbers that the class has from its construction on."""
-    from ..twin import layerless, tiny_twin
+    from outgrow.model.twin import layerless, tiny_twin
 
     twin = {layerless(name): tensor.double() for name, tensor in stored(build(tiny_twin(config).config, "cpu")).items()}
     same = {name: twin.get(layerless(name), SHARES) for name in names}

@@ -1,6 +1,6 @@
 """Gemma: RMSNorm stored minus one, embeddings multiplied by sqrt(hidden), a head dim of its own, tied head."""
 
-from ..family import Family, register
+from outgrow.model.family import Family, register
 
 GEMMA = register(
     Family(

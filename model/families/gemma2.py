@@ -1,6 +1,6 @@
 """Gemma 2: as Gemma, with norms after attention and MLP too, an attention scale fixed in the config, and capped logits."""
 
-from ..family import Family, register
+from outgrow.model.family import Family, register
 
 GEMMA2 = register(
     Family(

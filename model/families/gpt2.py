@@ -1,6 +1,6 @@
 """GPT-2: LayerNorm, learned positions, Conv1D matrices stored (in, out), queries, keys and values in one, tied head."""
 
-from ..family import Family, register
+from outgrow.model.family import Family, register
 
 GPT2 = register(
     Family(

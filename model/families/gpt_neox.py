@@ -1,6 +1,6 @@
 """GPT-NeoX and Pythia: LayerNorm, queries, keys and values fused per head, partial rotary positions, untied head."""
 
-from ..family import Family, register
+from outgrow.model.family import Family, register
 
 GPT_NEOX = register(
     Family(

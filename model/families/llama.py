@@ -1,6 +1,6 @@
 """Llama, Mistral, TinyLlama, SmolLM and others of the same layout: RMSNorm, SwiGLU, grouped-query attention, rotary positions."""
 
-from ..family import Family, register
+from outgrow.model.family import Family, register
 
 LLAMA = register(
     Family(

@@ -1,6 +1,6 @@
 """OLMo 2: no norm before attention and MLP, one after each; queries and keys normalised over all heads together."""
 
-from ..family import Family, register
+from outgrow.model.family import Family, register
 
 OLMO2 = register(
     Family(

@@ -1,6 +1,6 @@
 """OPT: LayerNorm before each block, ReLU, learned positions (two more than the config says), tied head."""
 
-from ..family import Family, register
+from outgrow.model.family import Family, register
 
 OPT = register(
     Family(

@@ -1,6 +1,6 @@
 """Phi-3 and Phi-4: as Llama, with queries, keys and values in one matrix and gate and up in another."""
 
-from ..family import Family, register
+from outgrow.model.family import Family, register
 
 PHI3 = register(
     Family(

@@ -1,6 +1,6 @@
 """Qwen2 and Qwen2.5: as Llama, with biases on queries, keys and values."""
 
-from ..family import Config, Family, register
+from outgrow.model.family import Config, Family, register
 
 
 def window_layers(config: Config) -> list[str]:

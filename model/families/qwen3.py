@@ -1,7 +1,7 @@
 """Qwen3: as Llama, with a norm over each head of queries and keys."""
 
-from ..family import Family, register
-from .qwen2 import window_layers
+from outgrow.model.families.qwen2 import window_layers
+from outgrow.model.family import Family, register
 
 QWEN3 = register(
     Family(

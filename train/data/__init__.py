@@ -7,9 +7,9 @@ mixture   several sources as one   synthetic/   text made offline   writing/   t
 
 from __future__ import annotations
 
-from train.data.build import prepare
-from train.data.settings import DataSettings
-from train.data.shards import TokenData, TokenSplit, open_data
-from train.data.tokenizer import check_vocabulary
+from outgrow.train.data.build import prepare
+from outgrow.train.data.settings import DataSettings
+from outgrow.train.data.shards import TokenData, TokenSplit, open_data
+from outgrow.train.data.tokenizer import check_vocabulary
 
 __all__ = ["DataSettings", "TokenData", "TokenSplit", "check_vocabulary", "open_data", "prepare"]

@@ -1,13 +1,13 @@
 """From text to token shards.
 
-python -m train.data prepare data=stdlib
-python -m train.data prepare data=files 'data.path=texts/**/*.jsonl.zst' data.clean.normalise=true data.clean.exact_duplicates=true
-python -m train.data label data=stdlib                                            demonstration labels, from stated rules
-python -m train.data fit data=stdlib encoder=runs/tiny_source-scratch-s0/final    the filter of phi-1, from a file of labels
-python -m train.data score data=stdlib
-python -m train.data prepare data=stdlib data.clean.filter=filters/stdlib data.clean.keep=0.5
-python -m train.data write model=Qwen/Qwen2.5-7B-Instruct server=http://127.0.0.1:8000/v1      texts by a language model: conf/write.yaml
-python -m train.data inspect 'folders=[data/stdlib]' out=inspection                samples, shares, lengths, scores: a table and a picture
+outgrow corpus prepare data=stdlib
+outgrow corpus prepare data=files 'data.path=texts/**/*.jsonl.zst' data.clean.normalise=true data.clean.exact_duplicates=true
+outgrow corpus label data=stdlib                                            demonstration labels, from stated rules
+outgrow corpus fit data=stdlib encoder=runs/tiny_source-scratch-s0/final    the filter of phi-1, from a file of labels
+outgrow corpus score data=stdlib
+outgrow corpus prepare data=stdlib data.clean.filter=filters/stdlib data.clean.keep=0.5
+outgrow corpus write model=Qwen/Qwen2.5-7B-Instruct server=http://127.0.0.1:8000/v1      texts by a language model: conf/write.yaml
+outgrow corpus inspect 'folders=[data/stdlib]' out=inspection                samples, shares, lengths, scores: a table and a picture
 
 A stopped or killed preparation goes on where it was. Exit status: 0 done, 2 a fault in what was asked.
 """
@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from model.errors import UserError, unknown
-from model.interrupt import started
-from train.data import report
-from train.data.settings import DataSettings, disagreements
-from train.door import compose_config, plain, read
+from outgrow.model.base.errors import UserError, unknown
+from outgrow.model.base.interrupt import started
+from outgrow.model.base.settings import CONF, compose_config, plain, read
+from outgrow.train.data import report
+from outgrow.train.data.settings import DataSettings, disagreements
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 T = TypeVar("T")
 
 
@@ -95,7 +94,7 @@ def settings_from(cls: type[T], name: str, overrides: Sequence[str]) -> T:
 
 def prepare(overrides: Sequence[str]) -> None:
     """Prepare one corpus, and say what became of its documents."""
-    from train.data.build import prepare as build
+    from outgrow.train.data.build import prepare as build
 
     settings = settings_from(PrepareSettings, "prepare", overrides)
     print(report.prepared(build(settings.data, progress=settings.progress).folder))
@@ -103,8 +102,8 @@ def prepare(overrides: Sequence[str]) -> None:
 
 def label(overrides: Sequence[str]) -> None:
     """Label a corpus of Python modules by the demonstration rules."""
-    from train.data.filter.fit import write_labels
-    from train.data.filter.rules import RULES
+    from outgrow.train.data.filter.fit import write_labels
+    from outgrow.train.data.filter.rules import RULES
 
     settings = settings_from(FilterSettings, "filter", overrides)
     counts = write_labels(settings.data, Path(settings.labels))
@@ -116,8 +115,8 @@ def label(overrides: Sequence[str]) -> None:
 
 def fit(overrides: Sequence[str]) -> None:
     """Fit a filter on labels, and say how it does on those held out."""
-    from train.data.filter.fit import FitSettings
-    from train.data.filter.fit import fit as fit_filter
+    from outgrow.train.data.filter.fit import FitSettings
+    from outgrow.train.data.filter.fit import fit as fit_filter
 
     settings = settings_from(FilterSettings, "filter", overrides)
     if settings.encoder is None:
@@ -128,9 +127,9 @@ def fit(overrides: Sequence[str]) -> None:
 
 def score(overrides: Sequence[str]) -> None:
     """Score the documents of a corpus, kept or not."""
-    from train.data.corpus import documents, open_corpus
-    from train.data.filter.score import Filter, write_scores
-    from train.data.progress import bar
+    from outgrow.train.data.corpus import documents, open_corpus
+    from outgrow.train.data.filter.score import Filter, write_scores
+    from outgrow.train.data.progress import bar
 
     settings = settings_from(FilterSettings, "filter", overrides)
     corpus, fitted = open_corpus(settings.data), Filter(Path(settings.filter).expanduser(), settings.encoder)
@@ -141,19 +140,19 @@ def score(overrides: Sequence[str]) -> None:
 
 def write(overrides: Sequence[str]) -> None:
     """Have a language model write documents, and say what they cost."""
-    from train.data.writing.run import write as run
-    from train.data.writing.settings import settings_from as write_settings
+    from outgrow.train.data.writing.run import write as run
+    from outgrow.train.data.writing.settings import settings_from as write_settings
 
     print(run(write_settings(overrides)))
 
 
 def inspect(overrides: Sequence[str]) -> None:
     """Show what prepared folders hold."""
-    from train.data import inspect as module
-    from train.data.picture import draw
-    from train.data.progress import bar
-    from train.data.shards import check_data
-    from train.files import write_text
+    from outgrow.model.base.files import write_text
+    from outgrow.train.data import inspect as module
+    from outgrow.train.data.picture import draw
+    from outgrow.train.data.progress import bar
+    from outgrow.train.data.shards import check_data
 
     settings = settings_from(InspectSettings, "inspect", overrides)
     sources = []

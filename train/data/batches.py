@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from model.errors import UserError
-from train.data.mixture import Mixture
-from train.data.shards import TokenSplit
+from outgrow.model.base.errors import UserError
+from outgrow.train.data.mixture import Mixture
+from outgrow.train.data.shards import TokenSplit
 
 ROUNDS = 6
 EVALUATION_TOKENS = 4096  # in one validation batch, where its size is not given

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from model.errors import UserError
-from train.data.document import Tally
-from train.data.files import file_digest, files_of, named
-from train.data.formats import format_of, reading, texts
-from train.data.words import ngrams, word_hashes, words
-from train.files import whole_file
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.files import whole_file
+from outgrow.train.data.document import Tally
+from outgrow.train.data.files import file_digest, files_of, named
+from outgrow.train.data.formats import format_of, reading, texts
+from outgrow.train.data.words import ngrams, word_hashes, words
 
 NGRAM_WORDS = 13
 LARGEST_BYTES = 2**28  # of a benchmark's text file

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from train.data.benchmarks import read_benchmarks
-from train.data.document import Document, Tally
-from train.data.duplicates import signature
-from train.data.settings import CleaningSettings
-from train.data.text import normalised
-from train.data.words import word_hashes, words
-from train.files import whole_file, write_json
+from outgrow.model.base.files import whole_file, write_json
+from outgrow.train.data.benchmarks import read_benchmarks
+from outgrow.train.data.document import Document, Tally
+from outgrow.train.data.duplicates import signature
+from outgrow.train.data.settings import CleaningSettings
+from outgrow.train.data.text import normalised
+from outgrow.train.data.words import word_hashes, words
 
 BLOCK_BYTES = 2**21  # of text: small enough that cores end together, large enough that files stay few
 

@@ -16,21 +16,22 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from model.base.locks import Lock
-from model.errors import UserError
-from model.whole import partial_of, take_place
-from train.data.benchmarks import benchmarks_identity, write_benchmarks
-from train.data.blocks import BENCHMARKS, Workshop, in_blocks, stage
-from train.data.corpus import documents, is_full, is_validation, open_corpus
-from train.data.document import Corpus, Tally
-from train.data.filter.score import filter_identity
-from train.data.judge import REMOVED, Verdicts, judge, keep_best, write_removed
-from train.data.pack import ENCODER, Lengths, pack
-from train.data.progress import Advance, bar
-from train.data.report import short_lines
-from train.data.settings import DataSettings, disagreements
-from train.data.shards import TOKENIZER, ShardWriter, TokenData, dtype_of, fingerprint, open_data, read_manifest, write_manifest
-from train.data.tokenizer import (
+from outgrow.model.base.atomic import partial_of, take_place
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.files import write_json, write_text
+from outgrow.model.base.locks import Lock
+from outgrow.train.data.benchmarks import benchmarks_identity, write_benchmarks
+from outgrow.train.data.blocks import BENCHMARKS, Workshop, in_blocks, stage
+from outgrow.train.data.corpus import documents, is_full, is_validation, open_corpus
+from outgrow.train.data.document import Corpus, Tally
+from outgrow.train.data.filter.score import filter_identity
+from outgrow.train.data.judge import REMOVED, Verdicts, judge, keep_best, write_removed
+from outgrow.train.data.pack import ENCODER, Lengths, pack
+from outgrow.train.data.progress import Advance, bar
+from outgrow.train.data.report import short_lines
+from outgrow.train.data.settings import DataSettings, disagreements
+from outgrow.train.data.shards import TOKENIZER, ShardWriter, TokenData, dtype_of, fingerprint, open_data, read_manifest, write_manifest
+from outgrow.train.data.tokenizer import (
     TRAIN,
     entries,
     load_tokenizer,
@@ -40,8 +41,7 @@ from train.data.tokenizer import (
     train_tokenizer,
     write_encoder,
 )
-from train.data.workers import Run, cores, workers
-from train.files import write_json, write_text
+from outgrow.train.data.workers import Run, cores, workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -288,7 +288,7 @@ def _pack(
     run: Run,
     progress: bool,
 ) -> dict[str, ShardWriter]:
-    from train.data.listing import LISTING, listing  # imports pyarrow, which opening a folder does without
+    from outgrow.train.data.listing import LISTING, listing  # imports pyarrow, which opening a folder does without
 
     dtype = dtype_of(entries(tokenizer))
     with bar("tokenising", work.tally.bytes, progress) as advance, listing(work, partial / LISTING) as listed:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 
-from train.data import files
-from train.data.document import Corpus, Document, Tally
-from train.data.hub import Hub
-from train.data.settings import DataSettings, read_limit
-from train.data.synthetic.corpus import Generated
+from outgrow.train.data import files
+from outgrow.train.data.document import Corpus, Document, Tally
+from outgrow.train.data.hub import Hub
+from outgrow.train.data.settings import DataSettings, read_limit
+from outgrow.train.data.synthetic.corpus import Generated
 
 CORPORA: dict[str, Callable[[DataSettings], Corpus]] = {
     "stdlib": files.stdlib,

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from model.errors import UserError
-from train.data.words import ngrams
+from outgrow.model.base.errors import UserError
+from outgrow.train.data.words import ngrams
 
 if TYPE_CHECKING:
     from datasketch import MinHash

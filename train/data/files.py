@@ -13,10 +13,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from model.errors import UserError
-from train.data.document import Document, Tally
-from train.data.formats import READERS, format_of, texts, unreadable
-from train.data.settings import DataSettings
+from outgrow.model.base.errors import UserError
+from outgrow.train.data.document import Document, Tally
+from outgrow.train.data.formats import READERS, format_of, texts, unreadable
+from outgrow.train.data.settings import DataSettings
 
 
 @dataclass(frozen=True)

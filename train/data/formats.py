@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from model.errors import UserError
-from train.data.document import Tally
+from outgrow.model.base.errors import UserError
+from outgrow.train.data.document import Tally
 
 COMPRESSED = (".gz", ".zst")
 JSON_BYTES = 2**28  # a .json file is read in one piece; a longer one belongs into lines

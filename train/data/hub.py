@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from model.errors import UserError
-from train.data.document import Document, Tally
-from train.data.files import hash_of
-from train.data.formats import text_of
-from train.data.settings import DataSettings
+from outgrow.model.base.errors import UserError
+from outgrow.train.data.document import Document, Tally
+from outgrow.train.data.files import hash_of
+from outgrow.train.data.formats import text_of
+from outgrow.train.data.settings import DataSettings
 
 
 @dataclass(frozen=True)

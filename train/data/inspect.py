@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from model.errors import UserError
-from train.data.judge import REMOVED
-from train.data.listing import LISTING
-from train.data.shards import SPLITS, TokenData, open_data, read_manifest
+from outgrow.model.base.errors import UserError
+from outgrow.train.data.judge import REMOVED
+from outgrow.train.data.listing import LISTING
+from outgrow.train.data.shards import SPLITS, TokenData, open_data, read_manifest
 
 LENGTHS = 2 ** np.arange(33)  # edges of the bins of tokens a document: powers of two
 SCORES = np.linspace(0, 1, 41)

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from train.data.blocks import Workshop, digest_of
-from train.data.duplicates import PERMUTATIONS, SHINGLE_WORDS, Match, band_keys, bands, exact, keys, near
-from train.data.filter.score import Filter, threshold
-from train.data.settings import CleaningSettings
-from train.files import whole_file, write_json
+from outgrow.model.base.files import whole_file, write_json
+from outgrow.train.data.blocks import Workshop, digest_of
+from outgrow.train.data.duplicates import PERMUTATIONS, SHINGLE_WORDS, Match, band_keys, bands, exact, keys, near
+from outgrow.train.data.filter.score import Filter, threshold
+from outgrow.train.data.settings import CleaningSettings
 
 KEPT, EMPTY, EXACT, NEAR, OVERLAP, LOW = range(6)
 REASONS = {

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from train.data.blocks import Workshop
-from train.data.judge import scores_of
-from train.data.pack import Lengths
-from train.files import whole_file
+from outgrow.model.base.files import whole_file
+from outgrow.train.data.blocks import Workshop
+from outgrow.train.data.judge import scores_of
+from outgrow.train.data.pack import Lengths
 
 LISTING = "documents.parquet"
 SCHEMA = pyarrow.schema([("document", "string"), ("split", "string"), ("tokens", "int64"), ("bytes", "int64"), ("score", "float")])

@@ -17,9 +17,9 @@ from fractions import Fraction
 
 import numpy as np
 
-from model.errors import UserError
-from train.data.settings import DataSettings, MixtureSettings, PhaseSettings, SourceSettings
-from train.data.shards import TokenData, TokenSplit
+from outgrow.model.base.errors import UserError
+from outgrow.train.data.settings import DataSettings, MixtureSettings, PhaseSettings, SourceSettings
+from outgrow.train.data.shards import TokenData, TokenSplit
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def mixed(settings: MixtureSettings | None, own: DataSettings, data: TokenData, 
     """
     if settings is None:
         return data
-    from train.data.build import prepare
+    from outgrow.train.data.build import prepare
 
     opened = {name: prepare(s, progress=progress) for name, source in settings.sources.items() if (s := source_data(source, own, data))}
     splits = {name: opened[name].train if name in opened else data.train for name in settings.sources}
@@ -213,7 +213,7 @@ def source_data(source: SourceSettings, own: DataSettings, data: TokenData) -> D
     _check_held_out(source.data, own)
     if source.data.tokenizer is not None:
         return source.data
-    from train.data.shards import read_manifest
+    from outgrow.train.data.shards import read_manifest
 
     manifest = read_manifest(data.folder)
     assert manifest is not None

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.data.blocks import Workshop
-from train.data.corpus import is_validation
-from train.data.settings import DataSettings
-from train.data.shards import SPLITS, ShardWriter
-from train.data.tokenizer import read_encoder
-from train.data.workers import Run
-from train.files import whole_file
+from outgrow.model.base.files import whole_file
+from outgrow.train.data.blocks import Workshop
+from outgrow.train.data.corpus import is_validation
+from outgrow.train.data.settings import DataSettings
+from outgrow.train.data.shards import SPLITS, ShardWriter
+from outgrow.train.data.tokenizer import read_encoder
+from outgrow.train.data.workers import Run
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

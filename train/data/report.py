@@ -1,4 +1,4 @@
-"""What the commands of `python -m train.data` say when they are done."""
+"""What the commands of `outgrow corpus` say when they are done."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from train.data.shards import read_manifest
+from outgrow.train.data.shards import read_manifest
 
 
 def short_lines(manifest: Any) -> list[str]:

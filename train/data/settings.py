@@ -7,7 +7,7 @@ from math import fsum
 from pathlib import Path
 from typing import Literal
 
-from model.errors import did_you_mean
+from outgrow.model.base.errors import did_you_mean
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from model.errors import UserError
+from outgrow.model.base.errors import UserError
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
@@ -208,7 +208,7 @@ def open_data(folder: str | Path) -> TokenData:
     folder = Path(folder)
     manifest = read_manifest(folder)
     if manifest is None:
-        raise UserError(f"{folder}: no tokens here; build them: python -m train.data prepare data=NAME")
+        raise UserError(f"{folder}: no tokens here; build them: outgrow corpus prepare data=NAME")
     if not (folder / TOKENIZER / "tokenizer.json").is_file():
         raise _damaged(folder, f"{TOKENIZER}/tokenizer.json is missing")
     train, validation = (_open_split(folder, name, manifest) for name in SPLITS)

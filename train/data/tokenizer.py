@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.errors import UserError
+from outgrow.model.base.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from train.data.shards import TokenData
+    from outgrow.train.data.shards import TokenData
 
 END_OF_TEXT = "<|endoftext|>"
 TRAIN = "train"  # as data.tokenizer: train one, even beside a source that has its own

@@ -15,7 +15,7 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from typing import Any
 
-from model.errors import UserError
+from outgrow.model.base.errors import UserError
 
 AHEAD = 2  # jobs in flight for each worker: one at work, one waiting
 Run = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from model.errors import UserError
-from model.quiet import quietly
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.quiet import quietly
 
 if TYPE_CHECKING:
     import torch

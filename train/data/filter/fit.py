@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from model.errors import UserError
-from train.data.corpus import documents, open_corpus
-from train.data.filter import embed
-from train.data.filter.forest import Forest
-from train.data.filter.rules import label
-from train.data.settings import DataSettings
-from train.data.text import normalised
-from train.files import whole_file, whole_folder
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.files import whole_file, whole_folder
+from outgrow.train.data.corpus import documents, open_corpus
+from outgrow.train.data.filter import embed
+from outgrow.train.data.filter.forest import Forest
+from outgrow.train.data.filter.rules import label
+from outgrow.train.data.settings import DataSettings
+from outgrow.train.data.text import normalised
 
 if TYPE_CHECKING:
     from sklearn.ensemble import RandomForestClassifier
@@ -73,7 +73,7 @@ def read_labels(path: Path) -> dict[str, int]:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"labels={path}: cannot be read ({error}); write one with python -m train.data label") from error
+        raise UserError(f"labels={path}: cannot be read ({error}); write one with outgrow corpus label") from error
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line) if line.strip() else None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from model.errors import UserError
+from outgrow.model.base.errors import UserError
 
 if TYPE_CHECKING:
     from sklearn.ensemble import RandomForestClassifier
@@ -87,11 +87,11 @@ def load(folder: Path) -> tuple[Forest, dict[str, Any]]:
         arrays = load_file(folder / ARRAYS)
         forest = Forest(**arrays)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise UserError(f"{folder}: no filter ({error}); fit one with python -m train.data fit") from error
+        raise UserError(f"{folder}: no filter ({error}); fit one with outgrow corpus fit") from error
     if not isinstance(card, dict) or card.get("format") != FORMAT or not isinstance(card.get("embedding"), dict):
-        raise UserError(f"{folder / CARD}: no card of a filter of format {FORMAT}; fit it again with python -m train.data fit")
+        raise UserError(f"{folder / CARD}: no card of a filter of format {FORMAT}; fit it again with outgrow corpus fit")
     if fault := _fault(forest, card["embedding"].get("dimensions")):
-        raise UserError(f"{folder / ARRAYS}: damaged ({fault}); fit it again with python -m train.data fit")
+        raise UserError(f"{folder / ARRAYS}: damaged ({fault}); fit it again with outgrow corpus fit")
     return forest, card
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from train.data.document import Document
-from train.data.filter import embed, forest
-from train.data.settings import DataSettings
-from train.data.text import normalised
-from train.files import whole_file
+from outgrow.model.base.files import whole_file
+from outgrow.train.data.document import Document
+from outgrow.train.data.filter import embed, forest
+from outgrow.train.data.settings import DataSettings
+from outgrow.train.data.text import normalised
 
 BLOCK_DOCUMENTS = 256
 

@@ -15,15 +15,15 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from model.errors import UserError
-from train.data.synthetic import exercises, textbooks
-from train.data.synthetic.item import Item
-from train.data.synthetic.problem import draw_problem
-from train.data.synthetic.sandbox import failures
+from outgrow.model.base.errors import UserError
+from outgrow.train.data.synthetic import exercises, textbooks
+from outgrow.train.data.synthetic.item import Item
+from outgrow.train.data.synthetic.problem import draw_problem
+from outgrow.train.data.synthetic.sandbox import failures
 
 if TYPE_CHECKING:
-    from train.data.document import Document, Tally
-    from train.data.settings import DataSettings
+    from outgrow.train.data.document import Document, Tally
+    from outgrow.train.data.settings import DataSettings
 
 KINDS = {"exercises": exercises.TEMPLATES, "textbooks": textbooks.TEMPLATES}
 BATCH = 500  # items, run in one process

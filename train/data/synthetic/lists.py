@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from train.data.synthetic.operation import Operation, Slip
+from outgrow.train.data.synthetic.operation import Operation, Slip
 
 OPERATIONS = (
     Operation("keep_large", "numbers", "numbers", "filtering a list", "keep only the $items greater than $k", "kept",

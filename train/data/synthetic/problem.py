@@ -11,9 +11,9 @@ from random import Random
 from textwrap import indent
 from typing import Any
 
-from train.data.synthetic import digits, lists, sums, tables, texts
-from train.data.synthetic.operation import KINDS, Operation, fill
-from train.data.synthetic.themes import AUDIENCES, EMPTY, THEMES, Audience, Theme
+from outgrow.train.data.synthetic import digits, lists, sums, tables, texts
+from outgrow.train.data.synthetic.operation import KINDS, Operation, fill
+from outgrow.train.data.synthetic.themes import AUDIENCES, EMPTY, THEMES, Audience, Theme
 
 OPERATIONS = (*lists.OPERATIONS, *sums.OPERATIONS, *digits.OPERATIONS, *texts.OPERATIONS, *tables.OPERATIONS)
 TAKING = {kind: tuple(operation for operation in OPERATIONS if operation.takes == kind) for kind in KINDS}

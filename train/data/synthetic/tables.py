@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from train.data.synthetic.operation import Operation, Slip
+from outgrow.train.data.synthetic.operation import Operation, Slip
 
 OPERATIONS = (
     # ---- tables

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from model.base.locks import Lock
-from model.errors import UserError
-from train.data.writing.answer import Answer
-from train.data.writing.prompts import Prompt
-from train.data.writing.settings import WriteSettings, identity
-from train.files import telling_disk_faults, whole_file, write_json
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.files import telling_disk_faults, whole_file, write_json
+from outgrow.model.base.locks import Lock
+from outgrow.train.data.writing.answer import Answer
+from outgrow.train.data.writing.prompts import Prompt
+from outgrow.train.data.writing.settings import WriteSettings, identity
 
 
 class Ledger:

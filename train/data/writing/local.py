@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from model.errors import UserError
-from train.data.writing.answer import Answer
-from train.data.writing.prompts import Prompt
-from train.data.writing.settings import WriteSettings
+from outgrow.model.base.errors import UserError
+from outgrow.train.data.writing.answer import Answer
+from outgrow.train.data.writing.prompts import Prompt
+from outgrow.train.data.writing.settings import WriteSettings
 
 
 class Local:

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-from model.errors import UserError
-from train.data.writing.answer import Answer
-from train.data.writing.ledger import Ledger, in_order, open_ledger, rejected_path
-from train.data.writing.prompts import Prompt, Prompts
-from train.data.writing.settings import WriteSettings
+from outgrow.model.base.errors import UserError
+from outgrow.train.data.writing.answer import Answer
+from outgrow.train.data.writing.ledger import Ledger, in_order, open_ledger, rejected_path
+from outgrow.train.data.writing.prompts import Prompt, Prompts
+from outgrow.train.data.writing.settings import WriteSettings
 
 HOPELESS = 20  # answers in a row without one document, after which something is wrong with the settings
 Answered = Iterator[tuple[Prompt, Answer]]
@@ -59,7 +59,7 @@ def _fill(settings: WriteSettings, ledger: Ledger, missing: Iterator[Prompt]) ->
 
 def _from_server(settings: WriteSettings, prompts: Iterable[Prompt]) -> Answered:
     """Answers as they come, `at_once` in flight; after a fault those in flight are still taken."""
-    from train.data.writing.server import Server
+    from outgrow.train.data.writing.server import Server
 
     server, left = Server(settings), iter(prompts)
     running: dict[Future[Answer], Prompt] = {}
@@ -88,7 +88,7 @@ def _from_server(settings: WriteSettings, prompts: Iterable[Prompt]) -> Answered
 
 def _from_model(settings: WriteSettings, prompts: Iterable[Prompt]) -> Answered:
     """Answers of a model on this machine, in batches of `at_once`; loaded only where something is left to write."""
-    from train.data.writing.local import Local
+    from outgrow.train.data.writing.local import Local
 
     left, model = iter(prompts), None
     while batch := list(islice(left, settings.at_once)):

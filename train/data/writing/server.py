@@ -11,10 +11,10 @@ from typing import Any
 
 import httpx
 
-from model.errors import UserError
-from train.data.writing.answer import Answer
-from train.data.writing.prompts import Prompt
-from train.data.writing.settings import WriteSettings
+from outgrow.model.base.errors import UserError
+from outgrow.train.data.writing.answer import Answer
+from outgrow.train.data.writing.prompts import Prompt
+from outgrow.train.data.writing.settings import WriteSettings
 
 LARGEST = 2**24  # bytes of one response
 LONGEST_WAIT = 60.0  # seconds between two attempts, whatever the server asks for

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from model.errors import UserError
-from train.door import compose_config, plain, read
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.settings import CONF, compose_config, plain, read
 
-CONF = Path(__file__).resolve().parents[3] / "conf"
 PLACES = ("{topic}", "{audience}")
 
 

@@ -1,0 +1,50 @@
+"""The command `outgrow`: every door of the project behind one name.
+
+outgrow grow source=DIR target=phi_2 out=DIR        a checkpoint into a larger one, with a proof
+outgrow schema source=DIR                           the schema that is derived for a checkpoint, as a file
+outgrow train experiment=tiny growth=lossless       one run, or with -m a sweep
+outgrow corpus prepare data=stdlib                  from text to token shards
+outgrow study tiny                                  a whole study: source, every arm, comparison; without a name, all there are
+outgrow compare runs/tiny-*                         finished runs, held against each other
+outgrow horizons runs/NAME-t*                       decayed ends against scratch's curve
+
+`outgrow COMMAND --help` tells the keys and defaults of each.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from outgrow.model.base.interrupt import started, starting
+
+# command → the module that is its door, and what comes before the user's own arguments
+DOORS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "grow": ("outgrow.growth.__main__", ()),
+    "schema": ("outgrow.growth.__main__", ("schema",)),
+    "train": ("outgrow.train.__main__", ()),
+    "corpus": ("outgrow.train.data.__main__", ()),
+    "study": ("outgrow.experiments.__main__", ("study",)),
+    "compare": ("outgrow.experiments.__main__", ("compare",)),
+    "horizons": ("outgrow.experiments.__main__", ("horizons",)),
+    "mixtures": ("outgrow.experiments.__main__", ("mixtures",)),
+}
+
+
+def main() -> int:
+    """Go through the door that the first argument names; its exit status."""
+    starting(asked=True)
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if arguments[0] not in DOORS:
+        from outgrow.model.base.errors import did_you_mean
+
+        print(f"error: unknown command {arguments[0]!r}; {did_you_mean(arguments[0], DOORS)}", file=sys.stderr)
+        return 2
+    module, before = DOORS[arguments[0]]
+    sys.argv = [f"outgrow {arguments[0]}", *before, *arguments[1:]]  # Hydra reads it there
+    door = import_module(module)
+    started()
+    return door.main() or 0

@@ -1,0 +1,39 @@
+"""Weights that are not finite: a grown model would carry one NaN into every copy, and its logits with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from outgrow.growth.engine.bits import EXPONENT, all_finite
+from outgrow.growth.engine.execute import Reader
+from outgrow.model.base.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class FiniteReader:
+    """A reader that refuses what is not finite, as it is read."""
+
+    reader: Reader
+    dtypes: Mapping[str, str]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start:stop` of a tensor as raw bits, counted as the reader counts them.
+
+        Raises:
+            UserError: one of them holds a NaN or an infinity.
+        """
+        raw = self.reader.read(name, start, stop)
+        dtype = self.dtypes[name]
+        if dtype not in EXPONENT or all_finite(raw, dtype):  # whole numbers are copied by a growth without schema
+            return raw
+        magnitude = raw & raw.dtype.type(np.iinfo(raw.dtype).max >> 1)
+        where = np.argwhere(magnitude >= EXPONENT[dtype])[0]
+        place = ", ".join(map(str, (where[0] + start, *where[1:])))
+        kind = "infinite" if magnitude[tuple(where)] == EXPONENT[dtype] else "NaN"
+        raise UserError(
+            f"{name}: entry [{place}] is {kind}; every copy of it would be too, so nothing is grown: repair the source, or say "
+            "nonfinite=allow to copy it as it is"
+        )

@@ -1,0 +1,76 @@
+"""Randomness by name and position: the same bits for any shard size, block size, thread count or order."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from statistics import NormalDist
+
+import numpy as np
+
+from outgrow.growth.engine.runs import runs
+
+_PERIOD = 1 << 128  # of PCG64
+
+
+def generator(seed: int, *name: object) -> np.random.Generator:
+    """A generator that depends on the run's seed and a name alone."""
+    return np.random.Generator(np.random.SFC64(_key(seed, *name)))
+
+
+def _key(seed: int, *name: object) -> int:
+    digest = hashlib.blake2b("\x1f".join(map(str, (seed, *name))).encode(), digest_size=16).digest()
+    return int.from_bytes(digest, "little")
+
+
+class Draws:
+    """A matrix of random whole numbers of unlimited height, of which any rows can be drawn: PCG64, which can jump, one row after the other.
+
+    Every row starts at a 64-bit word of its own. Reading rows in order is as fast as the generator.
+    """
+
+    def __init__(self, width: int, dtype: type[np.unsignedinteger], seed: int, *name: object) -> None:
+        self.width, self.dtype = width, np.dtype(dtype).newbyteorder("<")
+        self._words = -(-width * self.dtype.itemsize // 8)  # of each row
+        self._bits = np.random.PCG64(_key(seed, *name))
+        self._row = 0
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """(len(rows), width) the rows of these numbers."""
+        drawn = [self.rows(int(rows[run.start]), run.stop - run.start) for run in runs(rows)]
+        return drawn[0] if len(drawn) == 1 else np.concatenate(drawn)
+
+    def rows(self, start: int, count: int) -> np.ndarray:
+        """(count, width) rows `start`, `start + 1`, …"""
+        if start != self._row:
+            self._bits.advance((start - self._row) * self._words % _PERIOD)
+        self._row = start + count
+        words = self._bits.random_raw(count * self._words).astype("<u8", copy=False)
+        return words.view(self.dtype).reshape(count, -1)[:, : self.width]
+
+
+@cache
+def quantiles() -> np.ndarray:
+    """(65536,) the standard normal distribution's quantiles at the middles of as many equal shares, float32.
+
+    A random 16-bit number makes of them a normal number that is finer than 16-bit formats are; |z| ≤ 4.33.
+    """
+    upper = np.array([NormalDist().inv_cdf((share + 0.5) / 65536) for share in range(32768, 65536)])
+    return np.concatenate([-upper[::-1], upper]).astype(np.float32)
+
+
+@cache
+def _knots() -> np.ndarray:
+    """(65537,) its quantiles at the ends of those shares, float64; the outermost ones such that the last share keeps its mean."""
+    upper = [NormalDist().inv_cdf(share / 65536) for share in range(32769, 65536)]
+    last_mean = NormalDist().pdf(upper[-1]) * 65536
+    upper.append(2 * last_mean - upper[-1])
+    return np.concatenate([-np.array(upper[::-1]), [0.0], upper])
+
+
+def normal(draws: np.ndarray) -> np.ndarray:
+    """Standard normal numbers, float64, from random 32-bit numbers: 16 bits choose a share, 16 the place in it."""
+    knots = _knots()
+    share, place = draws >> 16, ((draws & 0xFFFF) + 0.5) / 65536
+    low = knots[share]
+    return low + (knots[share + np.uint32(1)] - low) * place

@@ -1,0 +1,170 @@
+"""Writing a checkpoint: safetensors shards laid out beforehand and filled at known offsets."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import struct
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+from mmap import PAGESIZE
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from outgrow.model.checkpoint import INDEX, SINGLE
+from outgrow.model.dtypes import RAW
+
+MAX_SHARD_BYTES = 5_000_000_000  # what the Hugging Face hub recommends
+ON_THEIR_WAY = 32  # writes that the disk may be at while the next ones are computed: of 2 MB, 64 MB of page cache
+
+_UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)  # what a file system says that does not have a call
+_sync_file_range: Any = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
+if _sync_file_range is not None:
+    _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to be written: name, safetensors dtype and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * RAW[self.dtype].itemsize
+
+
+class ShardWriter:
+    """Shards at their final size from the start, so that a full disk is told before any work, and any thread may fill any tensor.
+
+    The disk is set to work on every write at once, and some writes later its pages are taken from the page cache, when the disk has them. A
+    checkpoint is larger than what the cache should hold, and the few pages that serve again and again are warm, where fresh ones can cost
+    more than computing the weights does. Headers are written by `finish`; a file that was not finished has none.
+    """
+
+    def __init__(self, folder: Path, shards: Mapping[str, Sequence[Entry]]) -> None:
+        self._places: dict[str, tuple[int, int]] = {}  # name → (file descriptor, byte offset)
+        self._headers: dict[int, bytes] = {}
+        self._recent: deque[tuple[int, int, int]] = deque()  # (file descriptor, byte offset, bytes) of the last writes
+        try:
+            for file, shard in shards.items():
+                self._allocate(folder / file, shard)
+        except BaseException:
+            self.close()
+            raise
+
+    def _allocate(self, path: Path, shard: Sequence[Entry]) -> None:
+        header = _header(shard)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._headers[descriptor] = header
+        _allocate(descriptor, len(header) + sum(entry.nbytes for entry in shard))
+        offset = len(header)
+        for entry in shard:
+            self._places[entry.name] = (descriptor, offset)
+            offset += entry.nbytes
+
+    def write(self, name: str, start: int, raw: np.ndarray) -> None:
+        """Write the bytes of tensor `name` from byte `start` of it on."""
+        if raw.size == 0:
+            return
+        descriptor, offset = self._places[name]
+        _write_all(descriptor, offset + start, raw.data.cast("B"))
+        first, last = ((offset + place) // PAGESIZE * PAGESIZE for place in (start, start + raw.nbytes))
+        if first == last:
+            return  # a page that is not full waits for what follows
+        written = (descriptor, first, last - first)
+        _sync_range(*written, wait=False)
+        self._recent.append(written)
+        if len(self._recent) > ON_THEIR_WAY:
+            earlier = self._recent.popleft()
+            _sync_range(*earlier, wait=True)
+            _uncache(*earlier)
+
+    def finish(self) -> None:
+        """Write the headers once every tensor is written, and wait until the disk has everything."""
+        for descriptor, header in self._headers.items():
+            _write_all(descriptor, 0, memoryview(header))
+            os.fsync(descriptor)
+            _uncache(descriptor, 0, 0)
+
+    def close(self) -> None:
+        """Close the shards."""
+        for descriptor in self._headers:
+            os.close(descriptor)
+        self._headers.clear()
+
+
+def _sync_range(descriptor: int, offset: int, nbytes: int, *, wait: bool) -> None:
+    """Have the disk begin to write a part of a file, or wait until it has what was begun (Linux's sync_file_range)."""
+    before, begin = 1, 2  # SYNC_FILE_RANGE_WAIT_BEFORE, SYNC_FILE_RANGE_WRITE
+    if _sync_file_range is None or _sync_file_range(descriptor, offset, nbytes, before if wait else begin) == 0:
+        return
+    if (fault := ctypes.get_errno()) not in _UNSUPPORTED:
+        raise OSError(fault, os.strerror(fault))
+
+
+def _uncache(descriptor: int, offset: int, nbytes: int) -> None:
+    """Take a part of a file (all that follows, for 0 bytes) from the page cache, but for what the disk does not have yet."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):  # advice that a file system need not take
+            os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def _allocate(descriptor: int, nbytes: int) -> None:
+    """Give a file its size, and the space where the file system can promise it."""
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)
+    except OSError as fault:
+        if fault.errno not in _UNSUPPORTED:
+            raise
+        os.ftruncate(descriptor, nbytes)
+
+
+def _write_all(descriptor: int, offset: int, view: memoryview) -> None:
+    done = 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], offset + done)
+
+
+def layout(entries: Sequence[Entry], max_shard_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[Entry]]:
+    """Which tensors go into which file, in the order of `entries`: file name → entries."""
+    shards: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in entries:
+        if shards[-1] and filled + entry.nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += entry.nbytes
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
+
+
+def write_index(folder: Path, shards: Mapping[str, Sequence[Entry]]) -> None:
+    """The index of several shards; one alone needs none."""
+    if len(shards) > 1:
+        weight_map = {entry.name: file for file, shard in shards.items() for entry in shard}
+        index = {"metadata": {"total_size": sum(entry.nbytes for shard in shards.values() for entry in shard)}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _header(shard: Sequence[Entry]) -> bytes:
+    """A safetensors header, padded so that the data starts at a multiple of 8 bytes."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in shard:
+        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, offset + entry.nbytes]}
+        offset += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

@@ -1,0 +1,267 @@
+"""The place of a result: made as `<out>.partial`, then renamed to `out`. Nothing is cleared or replaced there that growth did not make.
+
+`growth.json` lists the files of a finished folder; what is being written carries a mark, so that everything in it may be cleared.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from outgrow.model.base.atomic import FORMER, exchange, partial_of
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.locks import Lock
+from outgrow.model.checkpoint import names_of
+from outgrow.model.config import read_json
+
+RECIPE = "growth.json"  # the record of a finished growth; its `files` are what growth made
+MARK = "growth.partial.json"  # in a folder that growth is filling; workers keep there what they agree on
+WORKER = "worker-"  # begins the name of a file that a worker holds while it is at work
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a growth is written.
+
+    Attributes:
+        out: the folder to make.
+        overwrite: whether an `out` that growth made may be replaced.
+        reads: files and folders that the growth reads, which must not be replaced.
+    """
+
+    out: Path
+    overwrite: bool = False
+    reads: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.out.name:
+            raise UserError(f"out {str(self.out)!r}: names no folder; give out=DIR")
+
+    @property
+    def partial(self) -> Path:
+        return partial_of(self.out)
+
+    @property
+    def former(self) -> Path:
+        """Where an `out` that is replaced steps aside."""
+        return self.out.with_name(self.out.name + FORMER)
+
+    def check(self) -> None:
+        """Look whether `out` can be made without destroying anything; what a killed replacement left over is removed.
+
+        Raises:
+            UserError: `out` exists and may not be replaced, holds or is what is read, or something that growth did not make is in the way.
+        """
+        with disk_faults(self.out):
+            self._check_reads()
+            if _exists(self.former) and self.out.exists():
+                self._remove_former()
+            self._check_out()
+            self._check_partial()
+            if self.overwrite and _exists(self.former) and (others := strangers(self.former)):
+                raise UserError(f"out: {self.former} is in the way and holds {_few(others)}, which growth did not make; move it away")
+
+    def _check_reads(self) -> None:
+        for place in (self.out, self.partial, self.former):
+            for path in self.reads:
+                if _holds(place, path):
+                    raise UserError(f"out {self.out}: {place} is or holds {path}, which is read for this growth; choose another folder")
+
+    def _check_out(self) -> None:
+        out = self.out
+        if not _exists(out):
+            return
+        if not self.overwrite:
+            raise UserError(
+                f"out {out}: exists already; choose another folder, or overwrite=true to replace it once the new one is complete"
+            )
+        if not out.is_dir() or ((others := strangers(out)) and not (out / "config.json").exists()):
+            raise UserError(f"out {out}: exists and is no checkpoint folder, so it is not replaced; choose another folder")
+        if others:
+            raise UserError(
+                f"out {out}: holds {_few(others)}, which growth did not make, so it is not replaced; move that away, or choose another "
+                "folder"
+            )
+
+    def _check_partial(self) -> None:
+        partial = self.partial
+        if not _exists(partial) or (partial.is_dir() and not partial.is_symlink() and self._may_clear()):
+            return
+        raise UserError(f"out: {partial} is in the way and was not made by growth, so it is left alone; move it, or choose another folder")
+
+    def _may_clear(self) -> bool:
+        """Whether `<out>.partial` is growth's: marked, empty, or what a killed replacement had just taken out of `out`."""
+        partial = self.partial
+        return (partial / MARK).exists() or not any(partial.iterdir()) or ((self.out / MARK).exists() and not any(strangers(partial)))
+
+    def open(self) -> Lock:
+        """Make `<out>.partial` if need be; return its lock, which nobody has taken yet."""
+        self.check()
+        self.partial.mkdir(parents=True, exist_ok=True)
+        return Lock(self.partial)
+
+    def check_again(self, lock: Lock) -> None:
+        """Look again once the folder is locked: another process may have completed it between the look and the lock.
+
+        Raises:
+            UserError: as `check`, or the folder that is locked is `<out>.partial` no more.
+        """
+        self.check()
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.descriptor), self.partial.lstat()):
+                return
+        raise UserError(f"out: {self.partial} was completed by another process meanwhile; look at {self.out}")
+
+    def clear(self, mark: str = "{}") -> None:
+        """Empty `<out>.partial` and mark it; killed at any moment, it stays marked."""
+        if not (self.partial / MARK).exists():
+            (self.partial / MARK).touch()
+        for entry in self.partial.iterdir():
+            if entry.name != MARK:
+                _remove(entry)
+        beside = self.partial / f"{MARK}.writing"
+        beside.write_text(mark)
+        beside.rename(self.partial / MARK)
+
+    def discard(self) -> None:
+        """Remove `<out>.partial`, its mark last, as far as it can be removed."""
+        with suppress(OSError):
+            for entry in self.partial.iterdir():
+                if entry.name != MARK:
+                    _remove(entry)
+            (self.partial / MARK).unlink(missing_ok=True)
+            self.partial.rmdir()
+
+    def publish(self) -> None:
+        """Rename the completed folder to `out`.
+
+        A folder that is there changes places with it in one step, so that at every moment there is one of the two; who has its files mapped
+        goes on reading them. Where the system cannot do that in one step, it steps aside first.
+
+        Raises:
+            UserError: something that growth may not replace has appeared at `out`.
+        """
+        self._check_out()
+        if self.out.exists() and exchange(self.partial, self.out):
+            os.rename(self.partial, self.former)
+        else:
+            if self.out.exists():
+                os.rename(self.out, self.former)
+            os.rename(self.partial, self.out)  # fails where a folder that holds something has appeared
+        (self.out / MARK).unlink(missing_ok=True)
+        self._remove_former()
+
+    def _remove_former(self) -> None:
+        """Remove what stepped aside, or was left so by a kill: growth's own files alone."""
+        if self.former.is_symlink():
+            self.former.unlink()
+        elif self.former.is_dir() and not any(strangers(self.former)):
+            _remove_own(self.former)
+
+
+@contextmanager
+def complete_or_absent(out: Path | str, *, overwrite: bool = False, reads: Iterable[Path] = ()) -> Iterator[Path]:
+    """A folder `<out>.partial` to fill; it becomes `out` when the block ends, and is removed when the block fails.
+
+    What a killed process left in `<out>.partial` is cleared by the next one; two at once are refused.
+
+    Raises:
+        UserError: `out` may not be made or replaced (`Place.check`), another process is filling it, or the disk is full or not writable.
+    """
+    place = Place(Path(out), overwrite, tuple(reads))
+    with disk_faults(place.out), place.open() as lock:
+        if not lock.take():
+            raise UserError(f"out: another process is writing {place.partial}; wait for it, or choose another folder")
+        place.check_again(lock)
+        try:
+            place.clear()
+            yield place.partial
+            place.publish()
+        except BaseException:
+            place.discard()
+            raise
+
+
+def strangers(folder: Path) -> list[str]:
+    """Everything in a folder that growth did not make there, by its own record; all of it where there is no record."""
+    return sorted(_strangers(folder, frozenset({*_recorded(folder), MARK})))
+
+
+def _strangers(folder: Path, own: frozenset[str], before: str = "") -> Iterator[str]:
+    for entry in folder.iterdir():
+        name = before + entry.name
+        if entry.is_dir() and not entry.is_symlink() and any(file.startswith(f"{name}/") for file in own):
+            yield from _strangers(entry, own, f"{name}/")
+        elif name not in own:
+            yield name
+
+
+def files_in(folder: Path) -> list[str]:
+    """The files of a folder that is about to be completed, for its record: names relative to it."""
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+    return sorted({*(file for file in files if file != MARK and not file.startswith((WORKER, f".{WORKER}"))), RECIPE, "config.json"})
+
+
+def _recorded(folder: Path) -> list[str]:
+    try:
+        files = read_json(folder / RECIPE).get("files")
+    except UserError:
+        return []
+    return [str(file) for file in files] if isinstance(files, list) else []
+
+
+def _remove_own(folder: Path) -> None:
+    """Remove a folder that holds nothing but growth's own files, its record last, so that a kill leaves it recognisable."""
+    for entry in folder.iterdir():
+        if entry.name != RECIPE:
+            _remove(entry)
+    (folder / RECIPE).unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is anything of that name, a dangling link included."""
+    return path.exists() or path.is_symlink()
+
+
+def _holds(place: Path, path: Path) -> bool:
+    """Whether `place` is, or contains, `path`: also through links, and where a folder is mounted twice."""
+    if not place.exists():
+        return False
+    here, real = place.stat(), path.resolve()
+    return any(os.path.samestat(here, part.stat()) for part in (real, *real.parents) if part.exists())
+
+
+def _few(names: list[str]) -> str:
+    return names_of([name if len(name) <= 60 else f"{name[:57]}..." for name in names])
+
+
+@contextmanager
+def disk_faults(out: Path, kept: str = "nothing was kept") -> Iterator[None]:
+    """Tell a full or protected disk, and a path that cannot be, as a UserError that says what was kept."""
+    try:
+        yield
+    except OSError as fault:
+        if fault.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(next(parent for parent in (out, *out.absolute().parents) if parent.exists())).free
+            raise UserError(f"out {out}: the disk is full ({free:,} bytes free); {kept}; free space or choose another disk") from None
+        if fault.errno == errno.ENOTEMPTY:
+            raise UserError(f"out {out}: has appeared meanwhile and is not replaced; {kept}; choose another folder") from None
+        if fault.errno in _DENIED:
+            raise UserError(
+                f"out {out}: cannot be written ({fault.strerror}: {fault.filename}); choose a folder you may write to"
+            ) from None
+        raise

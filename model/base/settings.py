@@ -1,0 +1,344 @@
+"""From overrides to typed values: composing with Hydra, and reading plain dicts into frozen dataclasses, with every fault in one list."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from outgrow.model.base.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
+    from yaml import YAMLError
+
+T = TypeVar("T")
+CONF = Path(str(files("outgrow.model"))).parent / "conf"  # beside the rooms, in a clone and in an installed package
+MISSING = "???"  # Hydra's mark of a value that has to be given
+
+
+# ---- composing ------------------------------------------------------------------------------------------------------------------------
+
+
+def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
+    """Compose `folder/name.yaml` with the overrides that hold; return it with the faults of those that do not.
+
+    Hydra stops at the first wrong override; here all of them are told, with near matches.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    faults: list[str] = []
+    parsed = [override for text in overrides if (override := _parse(text, faults)) is not None]
+    try:
+        groups = _groups(folder, name)
+    except UserError as fault:  # the file itself is no YAML
+        return OmegaConf.create({}), [*faults, str(fault)]
+    choices = [o for o in parsed if _is_choice(groups, o) and _choice_holds(folder, o, faults)]
+    with _apart(), initialize_config_dir(str(folder), version_base="1.3"):
+        try:
+            cfg = compose(name, [str(o.input_line) for o in choices])
+            values = [o for o in parsed if not _is_choice(groups, o) and _key_holds(cfg, o, groups, faults)]
+            changes = [o for o in values if o.is_add() or o.is_force_add() or o.is_delete() or o.key_or_group.startswith("hydra")]
+            if changes:
+                cfg = compose(name, [str(o.input_line) for o in (*choices, *changes)])
+            for value in (o for o in values if o not in changes):  # as Hydra does; composing again would take longer than planning a growth
+                OmegaConf.update(cfg, value.key_or_group, value.value(), merge=True)
+            return cfg, faults
+        except (HydraException, OmegaConfBaseException) as error:
+            return OmegaConf.create({}), [*faults, str(error).strip()]
+        except YAMLError as error:
+            return OmegaConf.create({}), [*faults, yaml_fault(error)]
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Put aside the Hydra that is running: a job of a sweep composes the defaults that its name is told by, and goes on as it was."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    state = GlobalHydra.instance()
+    running, state.hydra = state.hydra, None
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = running  # leaving has put another object there
+
+
+def yaml_fault(error: YAMLError) -> str:
+    """A syntax error of a YAML file in one line: where it is, and what is wrong there."""
+    mark = getattr(error, "problem_mark", None)
+    where = "" if mark is None else f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: "
+    return f"{where}not valid YAML ({getattr(error, 'problem', None) or str(error).splitlines()[0]})"
+
+
+def load_yaml(path: Path) -> Any:
+    """The YAML file at `path` as plain values.
+
+    Raises:
+        UserError: it cannot be read, or is not valid YAML.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except YAMLError as error:
+        raise UserError(yaml_fault(error)) from None
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def plain_text(text: str) -> str:
+    """An override whose value Hydra's grammar would not read as the path that it is, quoted; a leading `~` is expanded.
+
+    `source=runs/lr=0.1/final` → `source='runs/lr=0.1/final'`. Lists, dicts, functions and what is quoted already stay as they are, unless
+    there is a file or folder of exactly that name.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser, create_functions
+    from hydra.errors import HydraException
+
+    key, equals, value = text.partition("=")
+    if not equals or not value:
+        return text
+    path = os.path.expanduser(value)
+    quoted = f"{key}='" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", path)) + "'"
+    if _SPECIAL.search(value) and os.path.lexists(path):
+        return quoted
+    function = re.fullmatch(r"(\w+)\(.*\)", value)
+    if value[0] in "'\"[{" or (function and function[1] in create_functions().functions):
+        return text
+    try:
+        OverridesParser.create().parse_override(text)
+    except HydraException:
+        return quoted
+    return text
+
+
+_SPECIAL = re.compile(r"[^\w./\\+-]|[^\x00-\x7f]")  # what makes a value more than a word to Hydra
+
+
+def _parse(text: str, faults: list[str]) -> Override | None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    key = text.partition("=")[0]
+    try:
+        override = OverridesParser.create().parse_override(plain_text(text))
+    except HydraException:
+        way = "quote values with commas or braces: 'target={hidden_size:96}'"
+        faults.append(f"{key}: override {text!r} is not of the form key=value ({way})")
+        return None
+    if override.is_sweep_override():
+        faults.append(f"{key}: override {text!r} gives several values; add -m to sweep over them")
+        return None
+    return override
+
+
+def _groups(folder: Path, name: str) -> set[str]:
+    """The groups of `folder` that the config `name` chooses from; a key of its own that is called as a group is a value."""
+    own = load_yaml(folder / f"{name}.yaml")
+    chosen = {str(key) for entry in own.get("defaults", ()) if isinstance(entry, Mapping) for key in entry}
+    groups = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_dir()}
+    return {group for group in groups if group in chosen or group not in own}
+
+
+def _is_choice(groups: set[str], override: Override) -> bool:
+    """Whether it chooses a file of a group (growth=tile) and sets no value."""
+    return not override.key_or_group.startswith("hydra/") and override.key_or_group in groups  # Hydra knows its own groups
+
+
+def _choice_holds(folder: Path, override: Override, faults: list[str]) -> bool:
+    group, chosen = override.key_or_group, override.value()
+    known = sorted(path.stem for path in (folder / group).glob("*.yaml"))
+    if override.is_delete() or chosen is None or str(chosen) in known:
+        return True
+    faults.append(f"{group}={chosen}: unknown {group}; {did_you_mean(str(chosen), known)}")
+    return False
+
+
+def _key_holds(cfg: DictConfig, override: Override, groups: set[str], faults: list[str]) -> bool:
+    if override.is_add() or override.is_force_add() or override.key_or_group.startswith(("hydra.", "hydra/")):
+        return True
+    node: Any = cfg
+    for depth, part in enumerate(parts := override.key_or_group.split(".")):
+        if not isinstance(node, Mapping) or part not in list(node):  # a DictConfig does not "contain" a missing value, but lists its key
+            known = {str(key) for key in node} if isinstance(node, Mapping) else set()
+            way = _elsewhere(cfg, parts[-1]) or did_you_mean(part, known | groups if depth == 0 else known)
+            faults.append(f"{'.'.join(parts[: depth + 1])}: unknown key; {way}")
+            return False
+        node = node._get_node(part) if hasattr(node, "_get_node") else node[part]  # the node itself: no interpolation, no missing value
+    return True
+
+
+def _elsewhere(cfg: DictConfig, name: str) -> str:
+    """A question that offers the keys of that name in a group: `train.learning_rate` is `optimizer.learning_rate`."""
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.to_container(cfg)
+    groups = values.items() if isinstance(values, dict) else ()
+    keys = [f"{group!s}.{name}" for group, inner in groups if isinstance(inner, dict) and name in inner]
+    return f"did you mean {' or '.join(map(repr, keys))}?" if keys else ""
+
+
+def plain(cfg: DictConfig | Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
+    """A composed config as plain dicts, interpolations resolved; what cannot be resolved becomes a fault and stays missing."""
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not isinstance(cfg, DictConfig):
+        return dict(cfg)
+    values: dict[str, Any] = {}
+    for key in map(str, cfg):
+        node = cfg._get_node(key)
+        try:
+            value = cfg.get(key) if not OmegaConf.is_missing(cfg, key) else MISSING
+            values[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        except OmegaConfBaseException:
+            faults.append(f"{key}: {node!s} needs a value that is missing")
+            values[key] = MISSING
+    return values
+
+
+def sweep_points(overrides: list[str]) -> list[list[str]]:
+    """The overrides of each run of a sweep, as Hydra's own sweeper makes them: lists of values, choice(), range() and glob().
+
+    `["growth=a,b", "seed=range(2)"]` → `[["growth=a", "seed=0"], ["growth=a", "seed=1"], ["growth=b", "seed=0"], …]`. An override that
+    cannot be read stays as it is, for composing to tell.
+
+    Raises:
+        UserError: it is a sweep that Hydra's sweeper does not make, such as interval().
+    """
+    from hydra import initialize_config_dir
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    readable, unreadable = [], []
+    with initialize_config_dir(str(CONF), version_base="1.3"):  # glob() looks for leaves there
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        for text in overrides:
+            try:
+                readable += parser.parse_overrides([text])
+            except HydraException:
+                unreadable.append(text)
+        try:
+            (points,) = BasicSweeper.split_arguments(readable, None)
+        except HydraException as error:
+            raise UserError(f"sweep: {error}; give its values: KEY=1,2,3, or KEY=range(…), choice(…), glob(…)") from None
+    if not points:
+        raise UserError(f"sweep: {' '.join(overrides)}: no point; a range() or glob() in it is empty")
+    return [[*point, *unreadable] for point in points]
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------------------------
+
+
+def read(cls: type[T], values: Any, path: str, faults: list[str]) -> T | None:
+    """`values` as the dataclass `cls`; None, and at least one more entry in `faults`, where they do not fit.
+
+    A field whose metadata says `rest` takes every key that is no other field's. `path` is the dotted prefix for messages.
+    """
+    before = len(faults)
+    if not isinstance(values, Mapping):
+        faults.append(f"{path.rstrip('.') or 'configuration'}: expected keys and values; found {values!r}")
+        return None
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    rest = next((name for name, field in fields.items() if field.metadata.get("rest")), None)
+    extra = {str(key): value for key, value in values.items() if str(key) not in fields or key == rest}
+    if rest is None:
+        faults += [f"{path}{key}: unknown key; {did_you_mean(key, fields)}" for key in extra]
+    hints = typing.get_type_hints(cls)
+    found: dict[str, Any] = {} if rest is None else {rest: extra}
+    missing = False
+    for name, field in fields.items():
+        if name == rest:
+            continue
+        if name in values and values[name] != MISSING:
+            found[name] = _read_value(hints[name], values[name], f"{path}{name}", faults)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            missing = True
+            if not any(fault.startswith(f"{path}{name}:") for fault in faults):  # else it is told already why it is not there
+                faults.append(f"{path}{name}: missing")
+    return cls(**found) if len(faults) == before and not missing else None
+
+
+def _read_value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
+    """`value` as the type `hint`: scalars, Literal, X | None, tuple, list, dict, or a nested dataclass."""
+    if dataclasses.is_dataclass(hint):
+        return read(hint, value, f"{path}.", faults)  # type: ignore[arg-type]
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _read_union(arguments, hint, value, path, faults)
+    if origin is Literal:
+        return _read_choice(arguments, value, path, faults)
+    if origin in (tuple, list):
+        return _read_sequence(origin, arguments, hint, value, path, faults)
+    if (origin or hint) is dict and isinstance(value, Mapping):
+        kind = arguments[1] if arguments else Any
+        return {key: _read_value(kind, item, f"{path}.{key}", faults) for key, item in value.items()}
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is int and type(value) is float and value.is_integer():
+        return int(value)
+    if hint is Any or type(value) is hint:
+        return value
+    faults.append(f"{path}: expected {_spell(hint)}; found {value!r}")
+    return None
+
+
+def _read_union(arguments: tuple[Any, ...], hint: Any, value: Any, path: str, faults: list[str]) -> Any:
+    if value is None and type(None) in arguments:
+        return None
+    options = [argument for argument in arguments if argument is not type(None)]
+    attempts: list[list[str]] = []
+    for option in options:
+        attempts.append([])
+        result = _read_value(option, value, path, attempts[-1])
+        if not attempts[-1]:
+            return result
+    faults += attempts[0] if len(options) == 1 else [f"{path}: expected {_spell(hint)}; found {value!r}"]
+    return None
+
+
+def _read_choice(choices: tuple[Any, ...], value: Any, path: str, faults: list[str]) -> Any:
+    if any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
+        return value
+    faults.append(f"{path}: unknown value {value!r}; {did_you_mean(str(value), [str(choice).lower() for choice in choices])}")
+    return None
+
+
+def _read_sequence(origin: Any, arguments: tuple[Any, ...], hint: Any, value: Any, path: str, faults: list[str]) -> Any:
+    fixed = origin is tuple and Ellipsis not in arguments
+    if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(arguments)):
+        faults.append(f"{path}: expected {_spell(hint)}; found {value!r}")
+        return None
+    kinds = arguments if fixed else (arguments[0],) * len(value)
+    return origin(_read_value(kind, item, f"{path}[{i}]", faults) for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+
+
+def _spell(hint: Any) -> str:
+    """A type as a user reads it in YAML."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values", type(None): "null"}
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_spell(argument) for argument in arguments)
+    if origin in (tuple, list):
+        return f"a list of {_spell(arguments[0])}" + (
+            f" ({len(arguments)} of them)" if Ellipsis not in arguments and origin is tuple else ""
+        )
+    if origin is Literal:
+        return " or ".join(str(argument).lower() for argument in arguments)
+    return names.get(origin or hint, str(hint))

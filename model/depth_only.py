@@ -1,0 +1,84 @@
+"""An outline: the family of one checkpoint whose `model_type` has no schema, read off its tensors' names and shapes.
+
+It knows which tensors belong to which numbered layer and nothing of what they do: every axis is a number. So it can grow in depth alone, by
+layer maps that copy whole layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from outgrow.model.base.errors import UserError
+from outgrow.model.composite import other_towers
+from outgrow.model.family import Config, Family
+
+# How configs spell the number of layers.
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "decoder_layers", "depth", "num_blocks")
+
+Shape = tuple[int, ...]
+
+
+def outline(config: Config, shapes: Mapping[str, Shape], depth_key: str | None = None) -> Family:
+    """The outline of a checkpoint.
+
+    Args:
+        config: its config.json.
+        shapes: tensor name → shape.
+        depth_key: the config key that counts the layers, where it is known; else the one whose value is the number of layers found.
+
+    Raises:
+        UserError: no numbered layers, more than one stack of them, or no config key counts them.
+    """
+    name = str(config.get("model_type"))
+    prefix, count = numbered_layers(name, shapes, {depth_key or ""} | set(DEPTH_KEYS), config)
+    keys = [depth_key] if depth_key else [key for key in DEPTH_KEYS if config.get(key) == count]
+    if not keys or config.get(keys[0]) != count:
+        raise UserError(
+            f"family {name!r} has no schema, and no config key says that {prefix}* has {count} layers "
+            f"(looked for {', '.join(keys or DEPTH_KEYS)}), so the grown config could not say it either"
+        )
+    lines = outline_lines(shapes, prefix, count)
+    return Family(name=name, norm="rms", schema="\n".join(lines), names={"num_hidden_layers": keys[0]}, rotary=None)
+
+
+def numbered_layers(name: str, shapes: Iterable[str], keys: Iterable[str], config: Config) -> tuple[str, int]:
+    """The prefix of the layers' names (`model.layers.`) and how many layers there are.
+
+    Raises:
+        UserError: there are none, numbers are missing, or there are several stacks of layers.
+    """
+    counts = {config[key] for key in keys if isinstance(config.get(key), int)}
+    found: dict[str, set[int]] = defaultdict(set)
+    for tensor in shapes:
+        if match := re.match(r"(.*?\.|)(\d+)\.", tensor):
+            found[match[1]].add(int(match[2]))
+    if not found:
+        raise UserError(f"family {name!r} has no schema, and no tensor's name has a layer's number, so its layers cannot be told apart")
+    whole = {prefix: len(numbers) for prefix, numbers in found.items() if numbers == set(range(len(numbers)))}
+    others = [tower[:3] for tower in other_towers(config)]  # vis(ion_config) has the layers of vision_tower. and of visual.
+    whole = {prefix: count for prefix, count in whole.items() if not any(re.search(rf"\b{tower}", prefix) for tower in others)} or whole
+    stacks = {prefix: count for prefix, count in whole.items() if count in counts} or whole
+    if len(stacks) != 1:
+        stories = ", ".join(f"{prefix}* ({len(numbers)} numbers)" for prefix, numbers in sorted(found.items()))
+        raise UserError(f"family {name!r} has no schema, and which numbers count its layers is not clear: {stories}")
+    return next(iter(stacks.items()))
+
+
+def outline_lines(shapes: Mapping[str, Shape], prefix: str, count: int) -> list[str]:
+    """One `tensor` line per name pattern and shape; a tensor that only some layers have says which."""
+    layers: dict[tuple[str, Shape], list[int]] = defaultdict(list)
+    for tensor, shape in shapes.items():
+        number, _, rest = tensor.removeprefix(prefix).partition(".")
+        layered = tensor.startswith(prefix) and number.isdigit()
+        layers[f"{prefix}*.{rest}" if layered else tensor, shape] += [int(number)] if layered else []
+    return [
+        f"{pattern}  tensor {', '.join(map(str, shape)) or 'scalar'}" + in_layers(numbers, count if "*" in pattern else 0)
+        for (pattern, shape), numbers in layers.items()
+    ]
+
+
+def in_layers(numbers: Sequence[int], count: int) -> str:
+    """The end of a line that only some of `count` layers have."""
+    return "" if len(numbers) == count else f" in layers {','.join(map(str, sorted(numbers)))}"

@@ -1,0 +1,247 @@
+"""Cleaning: what normalising does, which documents go, and that what goes is what brute force finds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from outgrow.model.base.errors import UserError
+from outgrow.train.data import DataSettings, prepare
+from outgrow.train.data import duplicates as module
+from outgrow.train.data.benchmarks import read_benchmarks, write_benchmarks
+from outgrow.train.data.blocks import digest_of
+from outgrow.train.data.duplicates import band_keys, bands, exact, keys, near, signature
+from outgrow.train.data.settings import CleaningSettings, disagreements
+from outgrow.train.data.text import normalised
+from outgrow.train.data.words import ngrams, word_hashes, words
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a\r\nb\rc", "a\nb\nc"),
+        ("cafe\u0301", "caf\u00e9"),
+        ("\ufeffa\x00b\x1b[0m", "ab[0m"),
+        ("def f():\n\treturn 1  \n    \n", "def f():\n\treturn 1"),
+        ("\n\n  a\n\n\n\n\nb\n", "  a\n\n\nb"),
+        (" \t\n", ""),
+        (" " * 100_000 + "x", " " * 100_000 + "x"),  # in time that grows with the text, not with its square
+    ],
+)
+def test_normalising(text: str, expected: str) -> None:
+    assert normalised(text) == expected == normalised(expected)
+
+
+def test_ngrams_are_equal_where_the_words_are() -> None:
+    hashes = word_hashes(words("One two, three! ONE two three four"))
+    runs = ngrams(hashes, 3)
+    assert len(runs) == 5
+    assert runs[0] == runs[3]
+    assert len(set(runs.tolist())) == 4
+    assert ngrams(word_hashes(["one", "two"]), 3).shape == (1,)
+    assert ngrams(word_hashes(["b", "a"]), 2) != ngrams(word_hashes(["a", "b"]), 2)
+
+
+# ---- duplicates -------------------------------------------------------------------------------------------------------------------------
+
+
+def edited(count: int, seed: int = 0) -> list[list[str]]:
+    """Texts of 200 words, each with some words of an earlier one exchanged."""
+    numbers = np.random.default_rng(seed)
+    texts = [[f"w{n}" for n in numbers.integers(0, 3000, 200)] for _ in range(count // 4)]
+    while len(texts) < count:
+        text = list(texts[numbers.integers(len(texts))])
+        for place in numbers.integers(0, 200, numbers.integers(0, 14)):
+            text[place] = f"w{numbers.integers(0, 3000)}"
+        texts.append(text)
+    return texts
+
+
+def jaccard(a: list[str], b: list[str]) -> float:
+    one, two = ({tuple(text[i : i + 5]) for i in range(len(text) - 4)} for text in (a, b))
+    return len(one & two) / len(one | two)
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[list[str]]:
+    return edited(160)
+
+
+@pytest.fixture(scope="module")
+def signatures(texts: list[list[str]]) -> np.ndarray:
+    return np.stack([signature(word_hashes(text)) for text in texts])
+
+
+def near_of(signatures: np.ndarray, folder: Path, threshold: float = 0.8) -> dict[int, tuple[int, float]]:
+    shape, documents = bands(threshold), np.arange(len(signatures))
+    rows = (band_keys(signatures[part], documents[part], shape) for part in np.array_split(documents, 3))
+    found: dict[int, tuple[int, float]] = {}
+    for match in near(rows, len(signatures) * shape[0], folder, lambda wanted: signatures[wanted], threshold):
+        for document, earlier, similarity in zip(match.documents.tolist(), match.earlier.tolist(), match.similarity.tolist(), strict=True):
+            assert earlier < document
+            found[document] = min(found.get(document, (earlier, similarity)), (earlier, similarity))
+    return found
+
+
+def test_the_estimate_is_the_similarity(texts: list[list[str]], signatures: np.ndarray) -> None:
+    pairs = [(i, j) for i in range(len(texts)) for j in range(i)]
+    true = np.array([jaccard(texts[i], texts[j]) for i, j in pairs])
+    estimate = np.array([(signatures[i] == signatures[j]).mean() for i, j in pairs])
+    assert (true > 0.3).sum() > 100
+    assert np.abs(estimate - true).max() < 0.2  # 4.5 standard deviations of 128 draws
+    assert abs((estimate - true)[true > 0.3].mean()) < 0.02
+
+
+def test_near_duplicates_are_those_that_brute_force_finds(texts: list[list[str]], signatures: np.ndarray, tmp_path: Path) -> None:
+    found = near_of(signatures, tmp_path)
+    alike = {i: max(((jaccard(texts[i], texts[j]), j) for j in range(i)), default=(0.0, -1)) for i in range(len(texts))}
+    sure = {i for i, (similarity, _) in alike.items() if similarity > 0.9}
+    assert len(sure) > 20
+    assert sure <= set(found)
+    assert all(alike[i][0] > 0.65 for i in found)
+    assert len(found) < len(texts) / 2
+    for i, (j, similarity) in found.items():
+        assert similarity == pytest.approx((signatures[i] == signatures[j]).mean())
+
+
+def test_less_memory_finds_the_same(signatures: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = near_of(signatures, tmp_path)
+    monkeypatch.setattr(module, "MEMORY_BYTES", 1000)  # some 35 files
+    seen, inner = [], np.fromfile
+    monkeypatch.setattr(np, "fromfile", lambda *given: seen.append(len(rows := inner(*given))) or rows)
+    assert near_of(signatures, tmp_path) == whole
+    assert len(seen) > 20
+    assert max(seen) * module.KEY.itemsize < 6000  # of 35,000
+    assert not list(tmp_path.iterdir())
+
+
+def test_texts_without_words_are_no_duplicates_of_each_other(tmp_path: Path) -> None:
+    assert not near_of(np.stack([signature(word_hashes([]))] * 3), tmp_path)
+
+
+def test_exact_duplicates_need_every_bit(tmp_path: Path) -> None:
+    found = list(exact([keys(np.array([5, 5, 7, 5]), np.array([1, 2, 1, 1]), np.array([10, 11, 12, 13]))], 4, tmp_path))
+    assert [(match.documents.tolist(), match.earlier.tolist()) for match in found] == [([13], [10])]
+
+
+def test_what_a_document_costs_on_disk() -> None:
+    shape = bands(0.8)
+    assert shape == (14, 9)
+    assert (module.KEY.itemsize, module.PERMUTATIONS * 4 + shape[0] * module.KEY.itemsize) == (24, 848)
+
+
+# ---- benchmarks -------------------------------------------------------------------------------------------------------------------------
+
+RUN = "a b c d e f g h i j k l m"
+
+
+def overlap(folder: Path, text: str) -> str | None:
+    write_benchmarks(str(folder), folder.parent / "ngrams.npz")
+    found = words(text)
+    return read_benchmarks(folder.parent / "ngrams.npz", len(text)).overlap(found, word_hashes(found))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    (folder / "one.jsonl").write_text(json.dumps({"id": 1, "parts": [{"prompt": f"x y {RUN}"}, "short"]}))
+    (folder / "two.txt").write_text(" ".join(f"n{i}" for i in range(20)))
+    pyarrow.parquet.write_table(pyarrow.table({"q": [" ".join(f"p{i}" for i in range(20))], "n": [1]}), folder / "three.parquet")
+    return folder
+
+
+def test_thirteen_words_in_a_row_are_an_overlap(folder: Path) -> None:
+    assert overlap(folder, f"before {RUN.upper().replace(' ', ', ')} after") == f"one.jsonl: {RUN}"
+    assert overlap(folder, f"before {RUN[:-2]} after") is None  # twelve
+    assert overlap(folder, "z " + " ".join(f"p{i}" for i in range(3, 20))) == "three.parquet: " + " ".join(f"p{i}" for i in range(3, 16))
+    assert overlap(folder, RUN.replace("g", "q")) is None
+    assert overlap(folder, "short") is None
+
+
+def test_what_cannot_be_looked_for_is_counted(folder: Path) -> None:
+    counts = write_benchmarks(str(folder), folder.parent / "ngrams.npz")
+    assert counts == {"files": 3, "texts": 4, "too_short": 1, "ngrams": 3 + 8 + 8, "ngram_words": 13}
+    for name in ("one.jsonl", "three.parquet"):
+        (folder / name).unlink()
+    (folder / "two.txt").write_text("too short")
+    with pytest.raises(UserError, match=r"data\.clean\.benchmarks=.*: not one text of 13 words in 1 files"):
+        write_benchmarks(str(folder), folder.parent / "ngrams.npz")
+    (folder / "broken.json").write_text("{")
+    with pytest.raises(UserError, match=r"broken\.json: neither JSON nor JSON lines"):
+        write_benchmarks(str(folder), folder.parent / "ngrams.npz")
+
+
+# ---- the whole --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings(tmp_path: Path, folder: Path, texts: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> DataSettings:
+    monkeypatch.setattr("outgrow.train.data.blocks.BLOCK_BYTES", 9000)
+    corpus = tmp_path / "texts"
+    corpus.mkdir()
+    lines = [" ".join(text) for text in texts[:100]]
+    lines[50] = lines[7]  # a copy,
+    lines[51] = lines[8] + "  \r\n"  # a copy once normalised,
+    lines[52] = "\ufeff"  # nothing then,
+    lines[53] = f"{RUN} {lines[53]}"  # and one that has seen the test
+    (corpus / "a.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    clean = CleaningSettings(normalise=True, exact_duplicates=True, near_duplicates=0.8, benchmarks=str(folder))
+    return DataSettings(
+        "t", "files", folder=str(tmp_path / "tokens"), path=str(corpus), vocab_size=300, validation_fraction=0.2, clean=clean
+    )
+
+
+def removed(settings: DataSettings) -> dict[str, tuple[str, str]]:
+    rows = pyarrow.parquet.read_table(settings.home / "removed.parquet").to_pylist()
+    return {row["document"]: (row["reason"], row["detail"]) for row in rows}
+
+
+def test_every_document_is_kept_or_listed_with_its_reason(settings: DataSettings) -> None:
+    data = prepare(settings, progress=False)
+    found = removed(settings)
+    assert found["a.jsonl:51"] == ("exact_duplicate", "1.000 a.jsonl:8")
+    assert found["a.jsonl:52"] == ("exact_duplicate", "1.000 a.jsonl:9")
+    assert found["a.jsonl:53"] == ("empty_after_normalising", "")
+    assert found["a.jsonl:54"] == ("benchmark_overlap", f"one.jsonl: {RUN}")
+    alike = {name: detail for name, (reason, detail) in found.items() if reason == "near_duplicate"}
+    assert len(alike) > 10
+    assert all(0.8 <= float(detail.split()[0]) <= 1 for detail in alike.values())
+    assert data.train.documents + data.validation.documents + len(found) == 100
+    counts = json.loads((settings.home / "manifest.json").read_text())["cleaning"]
+    assert {reason: count["documents"] for reason, count in counts["removed"].items()} == {
+        reason: sum(found == reason for found, _ in found.values()) for reason in dict(found.values())
+    }
+    assert counts["near_duplicates"] == {"shingle_words": 5, "permutations": 128, "bands": 14, "rows": 9}
+    assert counts["benchmarks"]["ngrams"] == 19
+
+
+def test_cleaning_is_the_same_for_any_number_of_workers(settings: DataSettings, tmp_path: Path) -> None:
+    contents = []
+    for count in (1, 3):
+        changed = replace(settings, folder=str(tmp_path / f"tokens{count}"), workers=count)
+        prepare(changed, progress=False)
+        contents.append({path.name: path.read_bytes() for path in changed.home.rglob("*") if path.is_file()})
+    assert contents[0] == contents[1]
+
+
+def test_another_benchmark_builds_again(settings: DataSettings, folder: Path) -> None:
+    prepare(settings, progress=False)
+    (folder / "four.txt").write_text(" ".join(f"q{i}" for i in range(20)))
+    prepare(settings, progress=False)
+    assert json.loads((settings.home / "manifest.json").read_text())["cleaning"]["benchmarks"]["files"] == 4
+
+
+def test_a_similarity_that_cannot_be_is_told() -> None:
+    faults = disagreements(DataSettings("t", "stdlib", clean=CleaningSettings(near_duplicates=80)))
+    assert faults == ["data.clean.near_duplicates: must be a similarity between 0.5 and 1, or null; found 80"]
+
+
+def test_equal_texts_have_equal_digests() -> None:
+    assert digest_of(b"a") == digest_of(b"a") != digest_of(b"b")
+    assert len(digest_of(b"")) == 16

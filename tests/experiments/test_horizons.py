@@ -1,0 +1,136 @@
+"""The effective speed-up, by hand: scratch's curve is drawn here, and every arm's worth is read off it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from outgrow.experiments.__main__ import main
+from outgrow.experiments.horizon_report import answer, table, write
+from outgrow.experiments.horizons import BaselineCurve, End, baseline, best_points, read_ends, worths, write_ends
+from outgrow.model.base.errors import UserError
+
+BASE = End("x", "scratch", "adamw", 1e-2, 4096, 0, 1000, 20_000, 1e12, 0.0, 3.0, 4096, "cpu", "text")
+
+
+def end(arm: str, flops: float, loss: float, **more: object) -> End:
+    fields: dict[str, object] = {"arm": arm, "flops": flops, "val_loss": loss, "tokens": round(flops / 5e7), **more}
+    return dataclasses.replace(BASE, **fields)  # type: ignore[arg-type]
+
+
+SCRATCH_ENDS = [end("scratch", 1e12, 3.0), end("scratch", 4e12, 2.5), end("scratch", 16e12, 2.2)]
+
+
+def test_the_curve_is_linear_in_log_cost() -> None:
+    curve = BaselineCurve((1e12, 4e12, 16e12), (3.0, 2.5, 2.2))
+    assert curve.cost_of(2.75) == pytest.approx(2e12)  # half way between 1 and 4 in log
+    assert curve.loss_at(8e12) == pytest.approx(2.35)
+    assert (curve.cost_of(3.0), curve.cost_of(2.2)) == pytest.approx((1e12, 16e12))
+    assert curve.cost_of(2.1) is curve.cost_of(3.1) is curve.loss_at(0.9e12) is curve.loss_at(17e12) is None
+
+
+def test_an_arm_is_worth_what_scratch_would_have_paid_for_its_loss() -> None:
+    grown = end("grown", 1.5e12, 2.5, source_flops=0.5e12)
+    worth = next(w for w in worths([*SCRATCH_ENDS, grown]) if w.point.arm == "grown")
+    assert worth.speedup_excluded == pytest.approx(4 / 1.5)
+    assert worth.speedup_included == pytest.approx(2.0)
+    assert worth.difference == pytest.approx(2.5 - 2.75)  # scratch has 2.75 for the same 2e12
+    assert worth.interval_included is None  # one seed
+
+
+def test_scratch_is_worth_itself_and_nothing_is_read_outside_of_its_range() -> None:
+    rows = {(w.point.arm, w.point.flops): w for w in worths([*SCRATCH_ENDS, end("better", 30e12, 2.0)])}
+    assert [rows["scratch", flops].speedup_included for flops in (1e12, 4e12, 16e12)] == pytest.approx([1, 1, 1])
+    assert rows["better", 30e12].speedup_included is None
+    assert rows["better", 30e12].difference is None
+
+
+def test_the_interval_is_over_the_seeds() -> None:
+    seeds = [end("grown", 1e12, loss, seed=seed) for seed, loss in enumerate((2.5, 2.6, 2.7))]
+    worth = next(w for w in worths([*SCRATCH_ENDS, *seeds]) if w.point.arm == "grown")
+    speedups = [4 ** ((3.0 - loss) / 0.5) for loss in (2.5, 2.6, 2.7)]  # one unit of log4 C for 0.5 nats
+    deviation = math.sqrt(sum((s - sum(speedups) / 3) ** 2 for s in speedups) / 2)
+    assert worth.interval_included == pytest.approx(4.302653 * deviation / math.sqrt(3), rel=1e-5)  # t of 2 degrees of freedom
+
+
+def test_the_best_rate_is_taken_and_an_edge_is_named() -> None:
+    grid = [end("grown", 1e12, loss, learning_rate=rate) for rate, loss in ((1e-3, 2.9), (2e-3, 2.7), (4e-3, 2.8))]
+    (point,) = best_points(grid)
+    assert (point.learning_rate, point.val_loss, point.at_edge) == (2e-3, 2.7, False)
+    assert best_points(grid[:2])[0].at_edge
+
+
+def test_the_baseline_is_the_best_that_scratch_can_have() -> None:
+    muon = [end("scratch", 1e12, 2.8, optimizer="muon"), end("scratch", 4e12, 2.6, optimizer="muon")]
+    curve = baseline(best_points([*SCRATCH_ENDS, *muon]))
+    assert curve == BaselineCurve((1e12, 4e12, 16e12), (2.8, 2.5, 2.2))
+    only = worths([*SCRATCH_ENDS, *muon], against=lambda point: point.optimizer == "muon")
+    adamw = next(w for w in only if w.point.optimizer == "adamw" and w.point.flops == 1e12)
+    assert adamw.speedup_included is None  # 3.0 is above all that Muon measured
+
+
+@pytest.mark.parametrize(
+    ("ends", "fault"),
+    [
+        ([end("grown", 1e12, 2.0)], "no scratch arm"),
+        ([SCRATCH_ENDS[0]], "1 horizons with falling losses; a curve needs two or more"),
+        ([*SCRATCH_ENDS, end("grown", 1e12, 2.0, data="other")], "data: 2 different ones"),
+        ([*SCRATCH_ENDS, end("grown", 1e12, 2.0, eval_tokens=1)], "eval_tokens: 2 different ones"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(ends: list[End], fault: str) -> None:
+    with pytest.raises(UserError, match=fault):
+        worths(ends)
+
+
+def test_the_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    write_ends(tmp_path / "ends.json", SCRATCH_ENDS)
+    assert read_ends(tmp_path / "ends.json") == SCRATCH_ENDS
+    (tmp_path / "ends.json").write_text("[{}]")
+    with pytest.raises(UserError, match="not a record of runs"):
+        read_ends(tmp_path / "ends.json")
+
+
+# ---- what a reader is shown -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_and_the_sentence_say_what_was_measured(tmp_path: Path) -> None:
+    grown = [end("grown", 1.5e12, 2.5, source_flops=0.5e12, seed=seed, name=f"g{seed}") for seed in (0, 1)]
+    rows = worths([*SCRATCH_ENDS, *grown])
+    line = next(line for line in table(rows).splitlines() if line.startswith("| grown"))
+    assert line == "| grown | adamw | 0.0 M | 30 | 0.01* | 2 | 2.00 | 2.5000 | 2.67 | 2.00 ± 0.00 | -0.2500 |"
+    assert answer(rows) == (
+        "At 30 tokens a parameter growth pays: grown is worth S = 2.00 ± 0.00 against scratch, everything paid (2 seeds)."
+    )
+    losing = worths([*SCRATCH_ENDS, end("grown", 4e12, 2.6)])
+    assert "growth does not pay: grown is worth S = 0.76" in answer(losing)
+    assert "nothing can be said" in answer(worths(SCRATCH_ENDS))
+
+
+def test_a_record_gives_the_files_that_its_runs_gave(tmp_path: Path) -> None:
+    write_ends(
+        tmp_path / "first.json", [*(dataclasses.replace(e, name=str(i)) for i, e in enumerate(SCRATCH_ENDS)), end("grown", 2e12, 2.5)]
+    )
+    write([str(tmp_path / "first.json")], tmp_path / "once")
+    write([str(tmp_path / "once" / "ends.json")], tmp_path / "twice")
+    for name in ("table.md", "ends.json", "horizons.png"):
+        assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["{}/nothing"], "there is nothing; expected a folder that `outgrow train` wrote"),
+        (["{}/no.json"], "not a record of runs"),
+        (["{}/ends.json", "--out", "/proc/nowhere"], "--out /proc/nowhere: cannot be written"),
+    ],
+)
+def test_the_door_tells_each_fault_in_a_line(arguments: list[str], fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_ends(tmp_path / "ends.json", [dataclasses.replace(e, name=str(i)) for i, e in enumerate(SCRATCH_ENDS)])
+    assert main(["horizons", *(argument.format(tmp_path) for argument in arguments)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert fault in message

@@ -1,0 +1,62 @@
+"""Generation configs that contradict themselves are mended, and what was changed is told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from outgrow.growth import grow
+from outgrow.model.build import load_model
+from outgrow.model.generation import FILE, generation_config, mended
+
+ENTRIES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"do_sample": True, "temperature": 0.6, "eos_token_id": [1, 2]}, {"do_sample": True, "temperature": 0.6, "eos_token_id": [1, 2]}, ""),
+    ({"temperature": 0.6, "top_p": 0.9}, {"do_sample": True, "temperature": 0.6, "top_p": 0.9}, "do_sample: true is added"),
+    ({"do_sample": False, "temperature": 0.6}, {"do_sample": False, "temperature": None}, "temperature: 0.6 left out"),
+    ({"temperature": 0.6, "pad_token_id": -1}, {"do_sample": True, "temperature": 0.6, "pad_token_id": None}, "pad_token_id: -1 left out"),
+    ({"length_penalty": 2.0, "eos_token_id": 3}, {"length_penalty": None, "eos_token_id": 3}, "length_penalty: 2.0 left out"),
+    ({"num_return_sequences": 3, "num_beams": 4}, {"num_return_sequences": 3, "num_beams": 4}, ""),
+    ({"max_new_tokens": 0, "top_k": 5, "do_sample": True}, {"max_new_tokens": None, "top_k": 5}, "max_new_tokens: 0 left out"),
+    ({"cache_implementation": "unheard of"}, {"cache_implementation": None}, "cache_implementation: 'unheard of' left out"),
+    ({"early_stopping": "perhaps"}, {"early_stopping": None}, "early_stopping: 'perhaps' left out"),
+]
+
+
+@pytest.mark.parametrize(("entries", "wanted", "told"), ENTRIES)
+def test_what_the_library_refuses_to_save_is_completed_or_dropped(
+    entries: dict[str, Any], wanted: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    made, changes = mended(entries)
+    assert {key: getattr(made, key) for key in wanted} == wanted
+    assert told in "; ".join(changes)
+    assert bool(told) == bool(changes)
+    made.save_pretrained(tmp_path)
+    assert (tmp_path / FILE).is_file()
+
+
+def test_a_file_that_is_no_json_is_left_out_and_told(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("{")
+    made, changes = generation_config(tmp_path, {"eos_token_id": 5})
+    assert made.eos_token_id == 5
+    assert "generation_config.json: not valid JSON" in changes[0]
+
+
+def test_a_source_without_that_file_is_grown_with_its_receipt(phi_folder: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(phi_folder, tmp_path / "source"))
+    (source / FILE).unlink()
+    grown = grow(source, tmp_path / "out", target={"hidden_size": 30})
+    assert grown.receipt is not None
+    assert grown.receipt.max_delta <= 1e-12
+    assert load_model(grown.folder).generation_config.to_dict().keys() >= {"eos_token_id"}
+
+
+def test_a_loaded_model_saves_again(phi_folder: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(phi_folder, tmp_path / "source"))
+    (source / FILE).write_text(json.dumps({"temperature": 0.6, "eos_token_id": 3}))
+    load_model(source).save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / FILE).read_text())
+    assert (saved["do_sample"], saved["temperature"], saved["eos_token_id"]) == (True, 0.6, 3)

@@ -1,0 +1,161 @@
+"""One lock for every room: the operating system's, and files with a heartbeat where a file system has none."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from outgrow.model.base import locks
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.locks import Lock
+
+LACKING = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.ENOLCK, errno.EINVAL)
+
+
+def lacking(number: int) -> Any:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return flock
+
+
+@pytest.fixture(params=["flock", *LACKING], ids=str)
+def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """With the operating system's locks, and with every way to say that there are none."""
+    if request.param != "flock":
+        monkeypatch.setattr(fcntl, "flock", lacking(request.param))
+    return request.param
+
+
+@pytest.mark.parametrize("name", ["folder", "file"])
+def test_one_holds_it_alone_or_any_number_together(system: Any, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+    with Lock(path) as one, Lock(path) as other, Lock(path) as third:
+        assert one.take()
+        assert not other.take()
+        assert not other.take(shared=True)
+        assert one.take(shared=True)
+        assert other.take(shared=True)
+        assert not third.take()
+        assert third.take(shared=True)
+        assert not one.take(), "two others hold it; and now this one does not"
+        assert not other.take(), "the third still holds it"
+        assert third.take(), "the last to try"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_what_another_gives_up_is_waited_for(system: Any, tmp_path: Path) -> None:
+    first, second = Lock(tmp_path / "file"), Lock(tmp_path / "file")
+    assert first.take()
+    threading.Timer(0.3, first.close).start()
+    before = time.monotonic()
+    second.wait(0.01)
+    assert time.monotonic() - before > 0.2
+    second.close()
+
+
+RACING = """
+import fcntl, os, sys, time
+def none(*_): raise OSError(38, "none")
+fcntl.flock = none
+from pathlib import Path
+from outgrow.model.base.locks import Lock
+from outgrow.model.base.errors import UserError
+path, held = Path(sys.argv[1]), 0
+for _ in range(60):
+    with Lock(path) as lock:
+        if lock.take():
+            os.close(os.open(path.with_name("inside"), os.O_CREAT | os.O_EXCL))  # fails where another is inside
+            held += 1
+            os.unlink(path.with_name("inside"))
+print(held)
+"""
+
+
+def test_of_many_that_want_it_at_once_never_two_have_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RACING, str(tmp_path / "file")]
+    racing = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    said = [process.communicate(timeout=100) for process in racing]
+    assert [process.returncode for process in racing] == [0] * 4, said
+    assert sum(int(out) for out, _ in said) >= 10
+
+
+HOLDING = "\n".join([*RACING.splitlines()[:6], "Lock(Path(sys.argv[1])).take(); print('held', flush=True); time.sleep(60)"])
+
+
+def test_a_kill_frees_it_on_its_own_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", lacking(errno.ENOSYS))
+    holder = subprocess.Popen([sys.executable, "-c", HOLDING, str(tmp_path / "file")], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with Lock(tmp_path / "file") as lock:
+        assert not lock.take()
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        assert lock.take()
+
+
+@pytest.mark.parametrize(("age", "free"), [(5, False), (locks.STALE_SECONDS + 5, True)])
+def test_a_claim_of_another_host_counts_as_long_as_its_heart_beats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float, free: bool
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", lacking(errno.ENOLCK))
+    (tmp_path / "file").touch()
+    claim = tmp_path / ".file.lock-0123456789abcdef"
+    claim.write_text('{"host": "elsewhere", "pid": 1}\nheld alone\n')
+    os.utime(claim, (time.time() - age,) * 2)
+    with Lock(tmp_path / "file") as lock:
+        assert lock.take() is free
+
+
+def test_a_claim_is_touched_while_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", lacking(errno.ENOLCK))
+    monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.02)
+    with Lock(tmp_path / "file") as lock:
+        assert lock.take()
+        (claim,) = tmp_path.glob(".file.lock-*")
+        os.utime(claim, (0, 0))
+        time.sleep(0.3)
+        assert claim.stat().st_mtime > time.time() - 10
+
+
+def test_it_is_said_once_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(fcntl, "flock", lacking(errno.EOPNOTSUPP))
+    for name in ("one", "two"):
+        with Lock(tmp_path / name) as lock:
+            assert lock.take()
+    said = capsys.readouterr().err
+    assert said == f"{tmp_path}: no file locks here (Operation not supported); files with a heartbeat stand in for them\n"
+
+
+def test_every_room_works_where_there_are_no_locks(
+    phi_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from outgrow.growth import grow
+    from outgrow.train.run import folder
+
+    monkeypatch.setattr(fcntl, "flock", lacking(errno.ENOSYS))
+    how: dict[str, Any] = {"target": {"num_hidden_layers": 4}, "receipt": False, "max_shard_bytes": 40_000}
+    grow(phi_folder, tmp_path / "one", **how)
+    for number in range(2):
+        grow(phi_folder, tmp_path / "out", worker=f"{number}/2", **how)
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    with folder.locked(tmp_path / "run", True):
+        assert len(list(tmp_path.glob(".run.lock-*"))) == 1
+        with pytest.raises(UserError, match="another process is training this run"), folder.locked(tmp_path / "run", True):
+            pass
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "out", "run"}
+    assert capsys.readouterr().err.count("no file locks here") == 2  # of this folder, and of the one that workers fill

@@ -1,0 +1,261 @@
+"""A dry run against counts that were made in other ways: a meta-device model, real saved tensors, real allocations, arithmetic by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.profiler import profile
+
+from helpers.families import config_of
+from outgrow.model.base.errors import UserError
+from outgrow.model.build import build_model, to_hf_config
+from outgrow.model.geometry import flops_per_token
+from outgrow.model.presets import preset
+from outgrow.train.loss import fused_cross_entropy
+from outgrow.train.machine.compile import layers_of
+from outgrow.train.machine.device import MEMORY_GIB, PEAK_BF16_FLOPS, named
+from outgrow.train.machine.forecast import GIB, activations, forecast, gathered, logits, sustained, tell
+from outgrow.train.optimizer import build_optimizer
+from outgrow.train.settings import CONF, Settings, compose
+from outgrow.train.start.stages import stages_of
+
+PHI_2 = ["experiment=phi_1b", "growth=lossless", "dry_run=true"]
+
+
+def phi_2(gpus: int, *more: str) -> Settings:
+    return compose([*PHI_2, f"forecast.gpus={gpus}", "train.batch_tokens=786432", *more])
+
+
+@pytest.fixture(scope="module")
+def on_meta() -> Any:
+    """Phi-2 as transformers builds it, without memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(to_hf_config(preset("phi_2")))
+
+
+@pytest.mark.parametrize(("gpus", "sharding"), [(1, "none"), (8, "none"), (8, "full"), (96, "full")])
+def test_phi_2_on_a100s_is_what_a_meta_device_counts(on_meta: Any, gpus: int, sharding: str) -> None:
+    found = forecast(phi_2(gpus, f"sharding={sharding}", "train.checkpointing=true"))
+    count = sum(p.numel() for p in on_meta.parameters())
+    shards = gpus if sharding == "full" else 1
+    assert found.parameters == count == sum(entries for _, entries in found.groups.values()) == 2_779_683_840
+    states = (found.memory.weights, found.memory.gradients, found.memory.optimizer)
+    assert states == (
+        4 * count / shards,
+        4 * count / shards,
+        8 * count / shards,
+    )
+    assert found.pieces == {1: 96, 8: 12, 96: 1}[gpus]
+    assert found.steps == 1_000_000_000 // 786432
+    head_and_ends = 51200 * 2560 * 2 + 51200 + 2 * 2560
+    layer = (count - head_and_ends) / 32
+    assert found.memory.gathered == (2 * (2 * layer + head_and_ends) if shards > 1 else 0)
+    inputs_of_layers = 32 * 4 * 2048 * 2560 * 4
+    one_layer = 20 * 4 * 2048 * 2560 * 4 + 2 * 4 * 2048 * 10240 * 4  # that is computed again: some tens of vectors of a token
+    assert inputs_of_layers + one_layer / 2 < found.memory.activations < inputs_of_layers + 2 * one_layer
+    assert found.memory.logits == 4 * 1024 * 51200 + 4 * 51200 * 2560 + 4 * 4 * 2048 * 2560
+    assert found.hours == pytest.approx(found.flops / gpus / 312e12 / 0.5 / 3600)
+    matrices = 32 * (4 * 2560**2 + 2 * 2560 * 10240) + 51200 * 2560
+    assert found.flops_per_token == pytest.approx(6 * matrices + 3 * 2 * 32 * 32 * 160 * 2049 / 2)
+
+
+def test_a_run_on_one_gpu_fits_only_with_checkpointing() -> None:
+    said = {option: tell(phi_2(1, f"train.checkpointing={option}")) for option in ("true", "false")}
+    assert ", fits in 80 GiB" in said["true"]
+    assert "does not fit in 80 GiB" in said["false"]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("family", ["phi", "llama", "gpt2"])
+def test_activations_are_what_a_real_forward_pass_keeps(family: str, bf16: bool) -> None:
+    network: Any = build_model(config_of(family), seed=0, attention="eager").train()
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network.base_model(input_ids=torch.zeros(3, 16, dtype=torch.int64), use_cache=False)
+    real = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        fake = build_model(config_of(family), seed=0, attention="eager")
+    assert activations(fake, 3, 16, bf16=bf16) == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_losses_peak_is_what_pytorch_allocates(fused: bool) -> None:
+    vocab, tokens, width = 4000, 4096, 64
+    head, hidden = nn.Linear(width, vocab), torch.randn(tokens, width, requires_grad=True)
+    targets = torch.zeros(tokens, dtype=torch.int64)
+    with profile(profile_memory=True) as profiled:
+        if fused:
+            fused_cross_entropy(hidden, head, targets, "mean").backward()
+        else:
+            functional.cross_entropy(head(hidden), targets).backward()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    peak = max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    told = logits({"vocab_size": vocab, "hidden_size": width}, tokens, fused=fused)
+    assert told == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_optimizers_state_takes_what_is_told(name: str) -> None:
+    settings = compose(["growth=scratch", "target=tiny_target", f"optimizer={name}", "forecast.gpus=1"])
+    network = build_model(preset("tiny_target"), seed=0)
+    optimizer = build_optimizer(network, settings.optimizer)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    real = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.ndim)
+    assert forecast(settings).memory.optimizer == real
+
+
+def test_a_sharded_model_holds_two_layers_and_the_ends_whole() -> None:
+    network = build_model(config_of("phi", num_hidden_layers=4), seed=0)
+    layer = sum(p.numel() for p in layers_of(network)[0].parameters())
+    ends = sum(p.numel() for name, p in network.named_parameters() if ".layers." not in name)
+    assert gathered(network, 2, reshard=True) == 2 * (2 * layer + ends)
+    assert gathered(network, 2, reshard=False) == 2 * (len(layers_of(network)) * layer + ends)
+
+
+def test_phi_2s_budget_in_the_documents_is_computed() -> None:
+    """1.4 T tokens on 96 A100 in 14 days: the rate and the utilisation that they mean."""
+    settings = phi_2(96, "forecast.days=14", "train.budget_tokens=1_400_000_000_000")
+    flops = 1_400_000_000_000 // 786432 * 786432 * forecast(settings).flops_per_token
+    rate, mfu = sustained(flops, 96, 14, 312e12)
+    assert rate == pytest.approx(flops / 96 / 14 / 24 / 3600)
+    said = tell(settings)
+    numbers = [f"{rate / 1e12:.1f} TFLOP/s", f"{mfu:.1%}", f"{flops:.4g}"]
+    page = " ".join((Path(__file__).parents[2] / "docs" / "train.md").read_text().split())
+    assert all(number in said for number in numbers)
+    assert all(number in page for number in numbers)
+
+
+def test_a_dry_run_needs_no_source_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sys
+
+    from outgrow.train.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", *PHI_2])
+    main()
+    said = capsys.readouterr().out
+    assert "2,779,683,840 parameters" in said
+    assert "(8 × 8 × 4 windows of 2048)" in said
+    assert not list(tmp_path.iterdir())
+    assert float(re.search(r"= ([\d.]+), (fits|does not fit) in 80 GiB", said)[1]) == pytest.approx(  # type: ignore[index]
+        forecast(compose(PHI_2)).memory.total / GIB, abs=0.06
+    )
+
+
+def test_what_cannot_be_forecast_is_refused() -> None:
+    with pytest.raises(UserError, match=r"forecast.gpus: 96 do not divide the 256 windows .* try train.batch_tokens=589824"):
+        forecast(compose([*PHI_2, "forecast.gpus=96"]))
+    with pytest.raises(UserError, match="no folder here"):
+        forecast(compose([*PHI_2, "growth=source"]))
+    tiny = ["growth=scratch", "target=tiny_target", "forecast.gpus=1"]
+    assert "not known for Abacus; known: B200" in tell(compose([*tiny, "forecast.device=Abacus"]))
+    hours = {device: forecast(compose([*tiny, f"forecast.device={device}"])).hours for device in ("A100", "H100")}
+    assert hours["H100"] == pytest.approx(hours["A100"] * 312 / 989)  # type: ignore[operator]
+
+
+def test_a_run_that_grows_on_its_way_is_cheaper_by_what_its_smaller_networks_save() -> None:
+    common = ["source=x", "target=phi_2", "train.context=2048", "train.batch_tokens=16384", "train.budget_tokens=1638400", "dry_run=true"]
+    leaf = next(path.stem for path in sorted((CONF / "growth").glob("*.yaml")) if "stages:" in path.read_text())
+    staged = compose([*common, f"growth={leaf}"])
+    whole = forecast(compose([*common, "growth=lossless"]))
+    stages = stages_of(staged, preset("phi_2"))
+    assert len(stages) > 1
+    told = forecast(staged)
+    by_hand = sum((stage.last - stage.first) * 16384 * flops_per_token(stage.config, 2048) for stage in stages)
+    assert told.flops == pytest.approx(by_hand)
+    assert told.flops < whole.flops
+    assert told.memory == whole.memory  # of the last, the largest
+
+
+def test_a_teacher_is_told_to_be_left_out() -> None:
+    leaf = next(path.stem for path in sorted((CONF / "transfer").glob("*.yaml")) if "teacher:\n" in path.read_text())
+    assert "not counted   the teacher" in tell(compose([*PHI_2, f"transfer={leaf}"]))
+    assert "not counted" not in tell(compose(PHI_2))
+
+
+def test_what_is_frozen_is_told_to_be_counted_whole() -> None:
+    assert "too much      what is frozen" in tell(compose([*PHI_2, "transfer=frozen"]))
+    assert "too much" not in tell(compose(PHI_2))
+
+
+@pytest.mark.parametrize("family", ["phi", "llama"])
+def test_with_checkpointing_the_layer_that_is_computed_again_is_counted(family: str) -> None:
+    """Against the peak of what PyTorch allocates in a forward and a backward pass."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = config_of(family, num_hidden_layers=4, max_position_embeddings=128, **sizes)
+    network: Any = build_model(config, seed=0, attention="eager").train()
+    network.gradient_checkpointing_enable({"use_reentrant": False})
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with profile(profile_memory=True) as profiled:
+        out = network.base_model(input_ids=torch.zeros(4, 64, dtype=torch.int64), use_cache=False).last_hidden_state
+        out.backward(torch.ones_like(out))
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    peak = max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    with FakeTensorMode():
+        fake = build_model(config, seed=0, attention="eager")
+    assert 1.0 < activations(fake, 4, 64, bf16=False, checkpointing=True) / peak < 1.3
+
+
+@pytest.mark.parametrize(
+    ("device", "peak", "memory"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12, 80),
+        ("NVIDIA A100-PCIE-40GB", 312e12, 40),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None, None),
+        ("NVIDIA L40", 181e12, 45),
+        ("NVIDIA L40S", 362e12, 45),
+        ("NVIDIA L4", 121e12, None),
+        ("NVIDIA RTX A1000", None, None),
+        ("NVIDIA A10G", None, None),
+        ("NVIDIA H100 PCIe", 756e12, 80),
+        ("NVIDIA H100 80GB HBM3", 989e12, 80),
+        ("NVIDIA GeForce RTX 4090", 165e12, 24),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
+        ("NVIDIA GeForce RTX 4090 D", None, None),
+    ],
+)
+def test_devices_are_told_by_their_exact_names(device: str, peak: float | None, memory: float | None) -> None:
+    assert (named(PEAK_BF16_FLOPS, device), named(MEMORY_GIB, device)) == (peak, memory)
+
+
+def test_the_experiment_fits_and_what_does_not_is_told_the_way_out() -> None:
+    assert ", fits in 80 GiB" in tell(compose(PHI_2))
+    whole = [*PHI_2, "train.checkpointing=false"]
+    said = tell(compose(whole))
+    assert "does not fit in 80 GiB" in said
+    for key in ("sharding=full", "train.checkpointing=true", "train.micro_batch=2"):
+        assert f"with {key}: {forecast(compose([*whole, key])).memory.total / GIB:.1f} GiB, fits" in said
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gemma3_text"])
+def test_a_dry_run_of_other_classes_needs_no_weights(kind: str) -> None:
+    from outgrow.model.twin import tiny_twin
+
+    config = tiny_twin(to_hf_config({"model_type": kind}).to_dict()).config
+    settings = compose(["growth=scratch", "target=tiny_target", "forecast.gpus=1", "train.context=32", "train.batch_tokens=128"])
+    assert forecast(dataclasses.replace(settings, target=config)).memory.activations > 0

@@ -1,0 +1,182 @@
+"""The typed door: what is wrong is told at once, with near matches, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.settings import sweep_points
+from outgrow.train.settings import Budget, compose, identity, settings_hash
+
+GOOD = ["growth=scratch", "target=tiny_target"]
+
+
+def fault(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        compose([*GOOD, *overrides])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.bugdet_tokens=5", "train.bugdet_tokens: unknown key; did you mean 'budget_tokens'"),
+        ("+train.contxt=5", "train.contxt: unknown key; did you mean 'context'"),
+        ("growth=scrach", "unknown growth; did you mean 'scratch'"),
+        ("sed=1", "sed: unknown key; did you mean 'seed'"),
+        ("train.learning_rate=0.01", "train.learning_rate: unknown key; did you mean 'optimizer.learning_rate'?"),
+        ("budget_tokens=9000", "budget_tokens: unknown key; did you mean 'train.budget_tokens'?"),
+        ("seed=a", "seed: expected a whole number; found 'a'"),
+        ("train.context=1.5", "train.context: expected a whole number; found 1.5"),
+        ("optimizer.betas=[0.9]", "optimizer.betas: expected a list of a number (2 of them)"),
+        ("optimizer.name=adamv", "optimizer.name: unknown value 'adamv'; did you mean 'adamw'"),
+        ("schedule.name=wsb", "schedule.name: unknown value 'wsb'"),
+        ("schedule.rewarm=ful", "schedule.rewarm: unknown value 'ful'; did you mean 'full'"),
+        ("train.precision=fp16", "train.precision: unknown value 'fp16'"),
+        ("data.validation_fraction=2", "data.validation_fraction: must be between 0 and 1"),
+        ("train.budget_tokens=4000", "less than one batch of 4096 tokens"),
+        ("train.batch_tokens=200", "whole number of windows of train.context=128 tokens; found 200, try 256"),
+        ("train.keep=0", "train.keep: must be positive"),
+        ("schedule.warmup_fraction=0.9", "more than the budget"),
+        ("schedule.decay_fraction=null", "schedule.decay_fraction: missing"),
+        ("growth=lossless", "source: missing; growth=lossless starts from one"),
+        ("target=null", "target: missing"),
+        ("~train.context", "train.context: missing"),
+        ("data=files", "data.path: missing"),
+        ("name=a/b", "name: must be usable as the name of a folder"),
+        ("seed=0,1", "add -m"),
+        ("seed", "not of the form key=value"),
+    ],
+)
+def test_a_fault_names_the_key_and_the_way_out(override: str, words: str) -> None:
+    assert words in fault(override)
+
+
+def test_all_faults_are_told_at_once() -> None:
+    message = fault("train.bugdet_tokens=5", "sed=1", "optimizer.learning_rate=fast", "growth=scrach")
+    assert message.startswith("4 faults:")
+    assert all(word in message for word in ("bugdet_tokens", "sed", "optimizer.learning_rate", "scrach"))
+
+
+def test_values_arrive_typed() -> None:
+    settings = compose(
+        [*GOOD, "optimizer.learning_rate=1", "train.budget_tokens=1e6", "target={model_type:phi,hidden_size:8}", "progress=false"]
+    )
+    assert settings.optimizer.learning_rate == 1.0
+    assert isinstance(settings.train.budget_tokens, int)
+    assert settings.target == {"model_type": "phi", "hidden_size": 8}
+    assert settings.progress is False
+    assert settings.optimizer.betas == (0.9, 0.95)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.seed = 3  # type: ignore[misc]
+
+
+def test_the_hash_follows_what_changes_the_result_and_nothing_else() -> None:
+    base = compose(GOOD)
+    for neutral in ("out=elsewhere", "logger=none", "progress=false", "train.keep=7", "train.save_every_tokens=null", "data.folder=/there"):
+        assert settings_hash(compose([*GOOD, neutral])) == settings_hash(base), neutral
+    for other in ("seed=1", "train.context=64", "growth=tile source=x", "optimizer.weight_decay=0", "data.vocab_size=999"):
+        assert settings_hash(compose([*GOOD, *other.split()])) != settings_hash(base), other
+    assert identity(dataclasses.asdict(base)) == identity(base)
+
+
+def test_tokens_become_steps_once() -> None:
+    loop = dataclasses.replace(
+        compose(GOOD).train,
+        budget_tokens=1050,
+        batch_tokens=100,
+        context=25,
+        eval_every_tokens=240,
+        log_every_tokens=1,
+        save_every_tokens=None,
+    )
+    budget = Budget.of(loop)
+    assert (budget.steps, budget.rows, budget.eval_every, budget.log_every, budget.save_every) == (10, 4, 2, 1, None)
+    assert [step for step in range(1, 11) if budget.due(3, step)] == [3, 6, 9, 10]
+    assert [step for step in range(1, 11) if dataclasses.replace(budget, save_every=5).saves(step)] == [5]
+
+
+def test_a_sweep_is_expanded_in_order() -> None:
+    points = sweep_points(["growth=scratch,tile", "seed=0,1", "target=tiny_target", "data.path='a,b'"])
+    assert [point[:2] for point in points] == [[f"growth={g}", f"seed={s}"] for g in ("scratch", "tile") for s in (0, 1)]
+    assert all(point[2:] == ["target=tiny_target", "data.path='a,b'"] for point in points)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "values"),
+    [
+        ("seed=range(3)", ["seed=0", "seed=1", "seed=2"]),
+        ("seed=range(1,6,2)", ["seed=1", "seed=3", "seed=5"]),
+        ("optimizer.learning_rate=choice(1e-3,2e-3)", ["optimizer.learning_rate=0.001", "optimizer.learning_rate=0.002"]),
+        ("schedule=glob(*)", ["schedule=cosine", "schedule=wsd"]),
+        ("optimizer=glob(adamw*)", ["optimizer=adamw", "optimizer=adamw_8bit"]),
+    ],
+)
+def test_a_sweep_takes_what_hydras_sweeper_takes(sweep: str, values: list[str]) -> None:
+    assert sweep_points([sweep, "growth=scratch"]) == [[value, "growth=scratch"] for value in values]
+
+
+def test_a_sweep_that_hydras_sweeper_does_not_make_is_refused_in_its_words() -> None:
+    with pytest.raises(UserError, match=r"BasicSweeper does not support sweep type : INTERVAL_SWEEP; give its values"):
+        sweep_points(["optimizer.learning_rate=interval(0,1)"])
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "outgrow.train", *arguments], cwd=cwd, capture_output=True, text=True, env=ENVIRONMENT, timeout=120
+    )
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+
+
+def test_the_door_answers_a_fault_with_status_2_and_leaves_nothing(tmp_path: Path) -> None:
+    for flags in ([], ["-m"]):
+        done = run(*flags, *GOOD, "train.bugdet_tokens=5", cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: train.bugdet_tokens: unknown key")
+        assert "Traceback" not in done.stderr
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_tells_the_fault_of_its_last_point_before_the_first_trains(tmp_path: Path) -> None:
+    done = run("-m", *GOOD, "seed=0,a", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "error: seed: expected a whole number; found 'a'\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [[], ["-m"]])
+def test_a_tracker_that_is_not_installed_is_told_before_training(flags: list[str], tmp_path: Path) -> None:
+    if find_spec("trackio") is not None:
+        pytest.skip("trackio is installed here")
+    done = run(*flags, *GOOD, "logger=trackio", cwd=tmp_path)
+    assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
+    assert done.stderr == "error: logger=trackio: not installed; pip install -e '.[trackio]', or choose logger=none\n"
+
+
+def test_extras_are_spelt_as_installers_compare_them() -> None:
+    """Old versions of pip look an extra up as it is written, and a built package has it normalised (PEP 685)."""
+    extras = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {re.sub(r"[-_.]+", "-", name).lower() for name in extras} == set(extras)
+
+
+def test_the_door_is_light() -> None:
+    code = "import sys, outgrow.train.__main__ as door; door.compose(['growth=scratch', 'target=tiny_target']); "
+    code += "print([name for name in ('torch', 'transformers', 'accelerate', 'datasets', 'wandb') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT).stdout == "[]\n"
+
+
+def test_8_bit_adam_is_refused_where_it_would_be_sharded() -> None:
+    tiny = ["growth=scratch", "target=tiny_target", "optimizer=adamw_8bit"]
+    compose(tiny)
+    with pytest.raises(UserError, match="use sharding=none, or optimizer=adamw"):
+        compose([*tiny, "sharding=full"])

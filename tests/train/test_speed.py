@@ -1,0 +1,118 @@
+"""Checkpointing, compiling and bfloat16: each does what it says, and leaves the numbers as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.families import FAMILIES, config_of
+from outgrow.model.base.errors import UserError
+from outgrow.model.build import build_model
+from outgrow.train.loss import NextTokenLoss
+from outgrow.train.machine.compile import layers_of, speed_up
+from outgrow.train.machine.device import session
+from outgrow.train.settings import LoopSettings, compose
+
+SETTINGS = compose(["growth=scratch", "target=tiny_target"]).train
+
+
+def loop(**changes: Any) -> LoopSettings:
+    return dataclasses.replace(SETTINGS, **changes)
+
+
+def windows() -> torch.Tensor:
+    return torch.randint(2, 61, (2, 17), generator=torch.Generator().manual_seed(0))
+
+
+def stepped(config: dict[str, Any], settings: LoopSettings) -> tuple[float, dict[str, torch.Tensor], int, int]:
+    """Loss, gradients, how often a layer was computed, and the bytes kept for the backward pass."""
+    network = build_model(config, seed=0, attention="eager").train()
+    speed_up(network, settings)
+    calls, kept = 0, 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += 0 if isinstance(tensor, nn.Parameter) else tensor.nbytes
+        return tensor
+
+    first = layers_of(network)[0]
+    next(
+        module for module in first.modules() if isinstance(module, nn.LayerNorm) or "RMSNorm" in type(module).__name__
+    ).register_forward_hook(count)
+    torch.manual_seed(0)  # dropout
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = NextTokenLoss(network, fused=False)(windows())
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in network.named_parameters() if p.grad is not None}, calls, kept
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointing_computes_layers_twice_keeps_less_and_changes_no_bit(family: str) -> None:
+    config = config_of(family)
+    loss, gradients, once, whole = stepped(config, loop())
+    same, again, twice, less = stepped(config, loop(checkpointing=True))
+    assert (same, once, twice) == (loss, 1, 2)
+    assert less < 0.5 * whole
+    assert gradients.keys() == again.keys()
+    assert all(torch.equal(gradients[name], again[name]) for name in gradients)
+
+
+def test_a_network_without_checkpointing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = build_model(config_of("phi"), seed=0)
+    monkeypatch.setattr(type(network), "supports_gradient_checkpointing", False)
+    with pytest.raises(UserError, match=r"PhiForCausalLM does not support it; use train.checkpointing=false"):
+        speed_up(network, loop(checkpointing=True))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_compile_once_for_all_and_compute_the_same(monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
+    """With AOTAutograd's own backend, which needs no C++ compiler."""
+    from torch._dynamo.utils import counters
+
+    compile_layer = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_layer(self, backend="aot_eager"))
+
+    def step(settings: LoopSettings) -> tuple[float, dict[str, torch.Tensor]]:
+        network = build_model(config_of("phi", num_hidden_layers=4), seed=0).train()
+        speed_up(network, settings)
+        loss = NextTokenLoss(network, fused=True)(windows())
+        loss.backward()
+        return loss.item(), {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+
+    loss, gradients = step(loop())
+    torch.compiler.reset()
+    counters.clear()
+    compiled, found = step(loop(compile=True, checkpointing=checkpointing))
+    assert counters["stats"]["unique_graphs"] in (1, 2)  # not one for each of the 4 layers
+    assert compiled == pytest.approx(loss, rel=1e-6)
+    assert found.keys() == gradients.keys()  # no name has changed
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_bfloat16_multiplies_in_bfloat16_and_keeps_weights_gradients_and_loss_in_float32() -> None:
+    network = build_model(config_of("phi"), seed=0).train()
+    seen: dict[str, torch.dtype] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out.dtype}))
+    with session("bf16") as accelerator:
+        assert accelerator.mixed_precision == "bf16"
+        model = accelerator.prepare(NextTokenLoss(network, fused=True))
+        loss = model(windows())
+        accelerator.backward(loss)
+    exact = NextTokenLoss(build_model(config_of("phi"), seed=0), fused=False)(windows()).item()
+    assert len(seen) == 12
+    assert set(seen.values()) == {torch.bfloat16}
+    assert loss.dtype is torch.float32
+    assert {p.dtype for p in network.parameters()} == {p.grad.dtype for p in network.parameters() if p.grad is not None} == {torch.float32}
+    assert loss.item() == pytest.approx(exact, rel=1e-3)
+    assert loss.item() != exact

@@ -1,0 +1,430 @@
+"""What training makes of a grown start: frozen and slower entries, Adam's state, μP's rates, a teacher, and growth on the way."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers.models import random_model
+from helpers.toy import assert_close_run, assert_same_run, ended, rows, weights
+from outgrow.growth import plan
+from outgrow.growth.adam import read_adam
+from outgrow.growth.grow import recorded_plan
+from outgrow.growth.origin import Origin, origins
+from outgrow.model.base.errors import UserError
+from outgrow.model.build import build_model
+from outgrow.model.config import read_config, read_json
+from outgrow.model.geometry import flops_per_token
+from outgrow.train import loop, trainee
+from outgrow.train.loss import NextTokenLoss
+from outgrow.train.optimizer import build_optimizer, set_learning_rate
+from outgrow.train.schedule import new_entries
+from outgrow.train.settings import OptimizerSettings, Settings, TeacherSettings, compose
+from outgrow.train.start.stages import Span, flops_after, stages_of
+from outgrow.train.start.teacher import TaughtLoss, scheduled
+from outgrow.train.start.transfer import EntryRates, width_factors
+
+WIDER = "target={hidden_size:24,intermediate_size:48,num_hidden_layers:2}"
+DEEPER = "target={num_hidden_layers:2}"
+WARMING = ["schedule.warmup_fraction=1", "schedule.decay_fraction=0"]
+
+
+@pytest.fixture(scope="module")
+def source(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The final folder of a run that kept its optimizer. Read only."""
+    settings = compose([*overrides, "train.keep_optimizer=true", f"out={tmp_path_factory.mktemp('runs') / 'source'}"])
+    return loop.train(settings) / "final"
+
+
+def grown(overrides: list[str], source: Path, out: Path, *more: str) -> Settings:
+    return compose([*overrides, f"source={source}", "growth=lossless", f"out={out}", *more])
+
+
+def trained(settings: Settings) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights that a run started from, and those that it ended with."""
+    folder = loop.train(settings)
+    return load_file(folder / "start" / "model.safetensors"), weights(folder)
+
+
+# ---- entries ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("growth", "target"), [("llama_pro", DEEPER), ("lossless", WIDER), ("random_pad", WIDER)])
+def test_frozen_entries_keep_their_bits_and_new_ones_learn(
+    overrides: list[str], source: Path, tmp_path: Path, growth: str, target: str
+) -> None:
+    start, end = trained(grown(overrides, source, tmp_path / "run", f"growth={growth}", "transfer=frozen", target))
+    made = recorded_plan(tmp_path / "run" / "start")
+    learnt = 0
+    for step in made.steps:
+        new = torch.from_numpy(origins(made, step) == Origin.NEW)
+        assert torch.equal(start[step.name][~new], end[step.name][~new]), step.name
+        learnt += int((start[step.name] != end[step.name]).sum())
+    assert learnt > 200
+    if growth == "llama_pro":  # whole tensors learn nothing, so they have no state either
+        held = {
+            key.split("/", 2)[2]
+            for file in (tmp_path / "run" / "checkpoints").rglob("*.safetensors")
+            for key in load_file(file)
+            if "exp_avg/" in key
+        }
+        assert held
+        assert all(name.startswith("model.layers.1.") for name in held)
+
+
+@pytest.mark.parametrize(("growth", "target"), [("llama_pro", DEEPER), ("lossless", WIDER)])
+def test_no_gradient_is_paid_for_what_is_frozen(overrides: list[str], source: Path, tmp_path: Path, growth: str, target: str) -> None:
+    """Of a new layer on top of one that is frozen, under a frozen head: all forward, the new layer backward, and through the head."""
+    settings = grown(overrides, source, tmp_path / "run", f"growth={growth}", "transfer=frozen", target)
+    folder = loop.train(settings)
+    config = read_json(folder / "final" / "config.json")
+    whole, shorter = (flops_per_token(config | {"num_hidden_layers": layers}, 16) for layers in (2, 1))
+    head = 2 * config["vocab_size"] * config["hidden_size"]
+    expected = whole / 3 + 2 * (whole - shorter) / 3 + head if growth == "llama_pro" else whole  # where each matrix has new entries
+    assert [row["flops"] for row in rows(folder, "eval")] == pytest.approx([expected * tokens for tokens in (0, 256, 512, 768)])
+
+
+def test_a_share_of_the_rate_is_that_share_of_the_step(overrides: list[str]) -> None:
+    settings = compose([*overrides, "source=x", "growth=lossless", WIDER, "transfer.inherited_rate=0.25", "schedule.rewarm=new"])
+    network = torch.nn.Linear(6, 4)
+    plain = copy.deepcopy(network)
+    mask = torch.arange(24).reshape(4, 6) % 3 > 0
+    rates = EntryRates(network, {"weight": mask, "bias": torch.ones(4, dtype=torch.bool)}, settings, begun=0.5)
+    before = network.weight.detach().clone()
+    for model in (network, plain):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        model(torch.ones(3, 6)).square().sum().backward()
+        if model is network:
+            with rates.applied(0.5 + 0.2 * 0.3):  # three tenths of the warm-up, which takes a fifth of the budget
+                optimizer.step()
+        else:
+            optimizer.step()
+    share = torch.where(mask, 0.25, 0.3)
+    torch.testing.assert_close(network.weight - before, share * (plain.weight - before))
+    assert (new_entries(settings.schedule, 0.2), new_entries(settings.schedule, 0.7)) == (1.0, 1.0)
+
+
+def test_new_entries_alone_warm_up(overrides: list[str], source: Path, tmp_path: Path) -> None:
+    settings = grown(overrides, source, tmp_path / "run", WIDER, "schedule.rewarm=new", "train.budget_tokens=128", *WARMING)
+    start, end = trained(settings)  # one step at half of the warm-up
+    plain = dataclasses.replace(settings, out=str(tmp_path / "plain"), schedule=dataclasses.replace(settings.schedule, rewarm="none"))
+    _, expected = trained(plain)
+    made = recorded_plan(tmp_path / "run" / "start")
+    for step in made.steps:
+        new = torch.from_numpy(origins(made, step) == Origin.NEW)
+        assert torch.equal(end[step.name][~new], expected[step.name][~new])
+        torch.testing.assert_close(
+            (end[step.name] - start[step.name])[new], 0.5 * (expected[step.name] - start[step.name])[new], atol=1e-7, rtol=1e-3
+        )
+
+
+def test_a_run_that_goes_on_from_a_frozen_one_takes_over_the_state_of_what_was_trained(
+    overrides: list[str], source: Path, tmp_path: Path
+) -> None:
+    frozen = loop.train(
+        grown(overrides, source, tmp_path / "frozen", "growth=llama_pro", "transfer=frozen", DEEPER, "train.keep_optimizer=true")
+    )
+    state = read_adam(frozen / "final", plan(read_config(frozen / "final"), {}))
+    assert state.step == 6
+    for name in ("model.layers.0.mlp.fc1.weight", "model.layers.1.mlp.fc1.weight"):
+        assert bool(torch.as_tensor(state.moments.tensors[f"exp_avg.{name}"]).any()) is ("layers.1." in name)
+    on = loop.train(grown(overrides, frozen / "final", tmp_path / "on", "growth=source", "transfer=continued"))
+    assert (on / "summary.json").is_file()
+
+
+def test_freezing_all_there_is_is_refused(overrides: list[str], source: Path, tmp_path: Path) -> None:
+    same = grown(overrides, source, tmp_path / "run", "transfer=frozen", "target={num_hidden_layers:1}")
+    with pytest.raises(UserError, match="freezes everything"):
+        loop.train(same)
+
+
+# ---- matrices --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_matrices_learn_at_the_ratio_of_their_fan_in(phi_config: dict[str, Any]) -> None:
+    target = phi_config | {"hidden_size": 72, "intermediate_size": 80}
+    network = build_model(target, seed=0)
+    factors = width_factors(network, phi_config, target)
+    layer = "model.layers.0."
+    assert factors[f"{layer}self_attn.q_proj.weight"] == factors[f"{layer}mlp.fc1.weight"] == factors["lm_head.weight"] == 24 / 72
+    assert factors[f"{layer}mlp.fc2.weight"] == 40 / 80
+    assert {factors[name] for name in factors if name.endswith("bias") or "norm" in name or "embed" in name} == {1.0}
+    settings = OptimizerSettings(name="adamw", learning_rate=0.1, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.5)
+    optimizer = build_optimizer(network, settings, factors)
+    set_learning_rate(optimizer, 0.6)
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in network.named_parameters():
+        assert rate[id(parameter)] == pytest.approx(0.6 * factors[name]), name
+        assert (decay[id(parameter)] == 0.5) == (parameter.ndim == 2 and "embed" not in name), name
+
+
+# ---- Adam ------------------------------------------------------------------------------------------------------------------------------
+
+
+def first_optimizer(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> dict[str, Any]:
+    """Adam's state by parameter when a run begins."""
+    found: dict[str, Any] = {}
+
+    def stop(self: Any) -> None:
+        names = {id(p): name for name, p in self.network.named_parameters()}
+        found.update(
+            {names[id(p)]: {key: value.clone() for key, value in slots.items()} for p, slots in self.optimizer.optimizer.state.items()}
+        )
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainee.Trainee, "train", stop)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(settings)
+    return found
+
+
+def test_adams_state_is_taken_over(overrides: list[str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = read_adam(source, plan(read_json(source / "config.json"), {}))
+    control = grown(overrides, source, tmp_path / "control", "growth=source", "transfer=continued")
+    for name, slots in first_optimizer(monkeypatch, control).items():
+        assert slots["step"] == state.step == 6
+        assert torch.equal(slots["exp_avg_sq"], state.moments.tensors[f"exp_avg_sq.{name}"])
+    larger = first_optimizer(monkeypatch, grown(overrides, source, tmp_path / "grown", DEEPER, "transfer=continued", "growth.noise=0"))
+    origin = [0 if not idle else None for idle in recorded_plan(tmp_path / "grown" / "start").layers.identity]
+    for name, slots in larger.items():
+        number = int(name.split(".")[2]) if ".layers." in name else 0
+        before = state.moments.tensors[f"exp_avg.{name.replace(f'.layers.{number}.', '.layers.0.')}"]
+        assert torch.equal(slots["exp_avg"], before if origin[number] is not None else torch.zeros_like(before)), name
+    assert larger
+
+
+# ---- the teacher -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_teaching_is_the_divergence_of_the_tempered_distributions(phi_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("outgrow.train.start.teacher.CHUNK_TOKENS", 7)  # so that chunks end unevenly
+    student, teacher = random_model(phi_config).float(), random_model(phi_config | {"num_hidden_layers": 2, "vocab_size": 90}).float()
+    windows = torch.randint(90, (3, 12), generator=torch.Generator().manual_seed(0))
+    objective = TaughtLoss(NextTokenLoss(student, fused=True), teacher)
+    assert not any("teacher" in name for name in objective.state_dict())
+    assert len(list(objective.parameters())) == len(list(student.parameters()))
+    given, text = objective(windows, reduction="sum", weight=0.3, temperature=2.0)
+    given.backward()
+    mine = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    student.zero_grad()
+    logits, taught = (model(input_ids=windows[:, :-1]).logits.flatten(0, 1) for model in (student, teacher))
+    expected_text = torch.nn.functional.cross_entropy(logits, windows[:, 1:].flatten(), reduction="sum")
+    p, q = (taught / 2).softmax(-1).detach(), (logits[:, :90] / 2).softmax(-1)
+    expected = 0.7 * expected_text + 0.3 * 4 * (p * (p.log() - q.log())).sum()
+    torch.testing.assert_close((given, text), (expected, expected_text), rtol=1e-5, atol=1e-5)
+    expected.backward()
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(mine[name], parameter.grad, rtol=1e-4, atol=1e-4)
+    assert torch.equal(objective(windows), NextTokenLoss(student, fused=True)(windows))
+
+
+def test_weight_and_temperature_go_on_straight_lines() -> None:
+    settings = TeacherSettings(model="source", weight=(0.8, 0.2), temperature=(3.0, 1.0), until=0.5)
+    assert [scheduled(settings, progress) for progress in (0.0, 0.25, 0.5, 0.9)] == [
+        (0.8, 3.0), (pytest.approx(0.5), pytest.approx(2.0)), (0.0, 1.0), (0.0, 1.0),
+    ]  # fmt: skip
+
+
+def test_a_taught_run_pays_for_its_teacher_and_ends_closer_to_it(overrides: list[str], source: Path, tmp_path: Path) -> None:
+    how = ["growth=scratch", f"source={source}", "transfer=distilled", "transfer.teacher.weight=[1.0,1.0]", "target={num_hidden_layers:1}"]
+    folder = loop.train(compose([*overrides, *how, f"out={tmp_path / 'taught'}"]))
+    config, taught = read_json(source / "config.json"), rows(folder, "eval")
+    own = flops_per_token(config, 16)
+    assert [row["flops"] for row in taught] == pytest.approx(
+        [0, 256 * own * 4 / 3, 384 * own * 4 / 3 + 128 * own, 384 * own * 4 / 3 + 384 * own]
+    )
+    plain = loop.train(
+        compose([*overrides, f"source={source}", "growth=scratch", "target={num_hidden_layers:1}", f"out={tmp_path / 'plain'}"])
+    )
+    assert rows(plain, "eval")[0]["val_loss"] == taught[0]["val_loss"]
+    assert rows(plain, "eval")[1]["val_loss"] != taught[1]["val_loss"]
+    sources = [json.loads((run / "run.json").read_text())["start"]["source"] for run in (folder, plain)]
+    assert sources[0]["flops"] == json.loads((source / "ledger.json").read_text())["flops"] > 0, "its training is what teaching needs"
+    assert sources[1] is None
+    card = (folder / "final" / "README.md").read_text()
+    assert "| started from | scratch |" in card
+    assert f"| taught by | `{source}`, for 50% of the budget |" in card
+
+
+@pytest.mark.parametrize("how", [["growth=scratch", "transfer=distilled", "target={num_hidden_layers:1}"], ["growth=source"]])
+def test_weights_replaced_between_two_starts_are_refused(
+    overrides: list[str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: list[str]
+) -> None:
+    """Of a teacher, and of a source that is trained on: the same bytes elsewhere are the same, other bytes in the same place are not."""
+    shutil.copytree(source, tmp_path / "theirs")
+    settings = compose([*overrides, *how, f"source={tmp_path / 'theirs'}", f"out={tmp_path / 'run'}"])
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Meter, "count", lambda *_: (_ for _ in ()).throw(ZeroDivisionError))
+        for _ in range(2):  # untouched, it begins again
+            with pytest.raises(ZeroDivisionError):
+                loop.train(settings)
+    file = tmp_path / "theirs" / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(UserError, match=r"the weights of the (teacher|source) has changed since this run began"):
+        loop.train(settings)
+
+
+def test_a_sources_ledger_that_is_no_json_is_told(overrides: list[str], source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "theirs")
+    for text in ("{", "[]", ""):
+        (tmp_path / "theirs" / "ledger.json").write_text(text)
+        with pytest.raises(UserError, match=r"ledger\.json"):
+            loop.train(grown(overrides, tmp_path / "theirs", tmp_path / "run"))
+
+
+def test_a_teacher_of_more_tokens_is_refused(overrides: list[str], source: Path, tmp_path: Path) -> None:
+    settings = compose(
+        [*overrides, f"source={source}", "growth=scratch", "transfer=distilled", "target={vocab_size:290}", f"out={tmp_path / 'run'}"]
+    )
+    with pytest.raises(UserError, match="has 300 tokens, the model 290"):
+        loop.train(settings)
+
+
+# ---- growth on the way ------------------------------------------------------------------------------------------------------------------
+
+FIRST, SECOND = "{until:0.34,layers:0.25}", "{until:0.67,layers:0.5,depth:stack,noise:0.0}"
+STAGES = f"growth.stages=[{FIRST},{SECOND},{{until:1.0,depth:identity,noise:0.0,moments:true}}]"
+
+
+@pytest.fixture(scope="module")
+def staged(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Six steps: two of one layer, two of two, two of four."""
+    target = next(text for text in overrides if text.startswith("target=")).replace("num_hidden_layers:1", "num_hidden_layers:4")
+    return compose([*overrides, target, "growth=g_stack", STAGES, f"out={tmp_path_factory.mktemp('runs') / 'staged'}"])
+
+
+def test_a_run_grows_on_its_way_in_one_folder_on_one_clock(staged: Settings) -> None:
+    folder = loop.train(staged)
+    assert read_json(folder / "final" / "config.json")["num_hidden_layers"] == 4
+    run, summary = json.loads((folder / "run.json").read_text()), json.loads((folder / "summary.json").read_text())
+    costs = [flops_per_token(run["target_config"] | {"num_hidden_layers": layers}, 16) for layers in (1, 2, 4)]
+    assert costs[0] < costs[1] < costs[2] == run["flops_per_token"]
+    assert summary["flops"] == pytest.approx(256 * sum(costs))
+    assert [row["flops"] for row in rows(folder, "eval")] == pytest.approx([0, 256 * costs[0], 256 * sum(costs[:2]), 256 * sum(costs)])
+    grown = rows(folder, "growth")
+    assert [row["step"] for row in grown] == [2, 4]
+    losses = {row["step"]: row["val_loss"] for row in rows(folder, "eval")}
+    assert grown[1]["val_loss"] == pytest.approx(losses[4], abs=1e-5), "an identity growth keeps the loss"
+    assert grown[0]["val_loss"] != pytest.approx(losses[2], abs=1e-5), "a stacked one does not"
+    assert sorted(path.name for path in (folder / "stages").iterdir()) == ["1", "2"]
+    growths = "at 34% of the budget: lossless; at 67% of the budget: lossless"
+    assert f"| grown on the way | {growths} |" in (folder / "final" / "README.md").read_text()
+
+
+def test_growing_on_the_way_resumes_exactly(staged: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed = loop.train(staged)
+    settings = dataclasses.replace(staged, out=str(tmp_path / "run"))
+    calls = iter(range(100))
+    real = trainee.Step.__call__
+
+    def step(self: Any, i: int) -> tuple[float, float]:
+        if next(calls) in (2, 4, 5):  # before the first step of each later stage, and in the midst of the last
+            raise KeyboardInterrupt
+        return real(self, i)
+
+    monkeypatch.setattr(trainee.Step, "__call__", step)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(settings)
+    assert_same_run(loop.train(settings), undisturbed)
+
+
+def test_adams_state_grows_from_stage_to_stage_where_that_is_asked(
+    staged: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[float] = []
+    real = trainee.Trainee.train
+
+    def train(self: Any) -> None:
+        begun.append(max((float(slots["step"]) for slots in self.optimizer.optimizer.state.values()), default=0.0))
+        real(self)
+
+    monkeypatch.setattr(trainee.Trainee, "train", train)
+    loop.train(dataclasses.replace(staged, out=str(tmp_path / "run")))
+    assert begun == [0.0, 0.0, 2.0]
+
+
+def test_stages_divide_the_budget_and_spans_add_up(staged: Settings, phi_config: dict[str, Any]) -> None:
+    found = stages_of(staged, phi_config | {"num_hidden_layers": 4})
+    assert [(stage.first, stage.last, stage.config["num_hidden_layers"], stage.growth.operator) for stage in found] == [
+        (0, 2, 1, "scratch"), (2, 4, 2, "lossless"), (4, 6, 4, "lossless"),
+    ]  # fmt: skip
+    spans = [Span(2, 1.0), Span(5, 10.0)]
+    assert [flops_after(spans, step, 100) for step in range(6)] == [0, 100, 200, 1200, 2200, 3200]
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_several_processes_give_the_losses_of_one(overrides: list[str], source: Path, staged: Settings, tmp_path: Path) -> None:
+    ways = {
+        "frozen": ["growth=lossless", "transfer=frozen", WIDER],
+        "slow": ["growth=lossless", "transfer=continued", "transfer.inherited_rate=0.3", "schedule.rewarm=new", WIDER],
+        "taught": ["growth=lossless", "transfer=distilled", WIDER],
+    }
+    runs = {name: grown(overrides, source, tmp_path / name, *way) for name, way in ways.items()} | {"staged": staged}
+    spread = [dataclasses.replace(run, out=str(tmp_path / f"{name}-2")) for name, run in runs.items()]
+    ended(*spread, processes=2)
+    for name, run in runs.items():
+        assert_close_run(tmp_path / f"{name}-2", loop.train(run))
+
+
+# ---- what cannot be --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["growth=scratch", "transfer=frozen"], "transfer.inherited_rate: growth=scratch grows nothing"),
+        (["growth=scratch", "transfer.optimizer=x.bin"], "transfer.optimizer: growth=scratch has no weights"),
+        (["growth=scratch", "transfer=distilled"], "transfer.teacher: needs a source"),
+        (["growth=scratch", "transfer.mup=true"], "transfer.mup: needs a source"),
+        (["source=x", "growth=lossless", "transfer=continued", "optimizer=muon"], "for optimizer=adamw; found muon"),
+        (["source=x", "growth=lossless", "transfer=frozen", "sharding=full"], "transfer.inherited_rate: needs whole tensors"),
+        (["source=x", "growth=lossless", "transfer.inherited_rate=-1"], "transfer.inherited_rate: a share of the learning rate"),
+        (["source=x", "growth=lossless", "transfer=distilled", "transfer.teacher.weight=[2,0]"], "weights are between 0 and 1"),
+        (["source=x", "growth=lossless", "transfer=distilled", "transfer.teacher.until=0"], "transfer.teacher.until: a share"),
+        (["growth=g_stack", "growth.stages=[{until:0.5},{until:0.4}]"], "growth.stages: each must end later than the one before"),
+        (
+            ["growth=g_stack", "growth.stages=[{until:0.5},{until:1.0,operator:scratch}]"],
+            "growth.stages[1].operator: scratch grows nothing",
+        ),
+    ],
+)
+def test_what_cannot_be_is_told(overrides: list[str], given: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        compose([*overrides, *given])
+
+
+def test_a_stage_without_a_step_is_told(staged: Settings, phi_config: dict[str, Any]) -> None:
+    short = dataclasses.replace(staged, train=dataclasses.replace(staged.train, budget_tokens=256))
+    with pytest.raises(UserError, match=r"growth.stages\[1\]: from step 1 to 1 of 2 there is no step"):
+        stages_of(short, phi_config | {"num_hidden_layers": 4})
+
+
+# ---- families without a schema ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_family_without_a_schema_is_grown_and_trained(overrides: list[str], tmp_path: Path) -> None:
+    sizes = "hidden_size:16,intermediate_size:32,num_hidden_layers:1,num_attention_heads:2,num_key_value_heads:2"
+    own = f"target={{model_type:starcoder2,vocab_size:300,max_position_embeddings:32,bos_token_id:0,eos_token_id:0,{sizes}}}"
+    bare = [text for text in overrides if not text.startswith("target=")]
+    small = loop.train(compose([*bare, own, f"out={tmp_path / 'small'}"]))
+    larger = grown(bare, small / "final", tmp_path / "large", "target={hidden_size:32,num_attention_heads:4,num_key_value_heads:4}")
+    end = rows(loop.train(larger), "eval")
+    assert end[0]["val_loss"] == pytest.approx(rows(small, "eval")[-1]["val_loss"], abs=1e-4), "the growth is lossless"
+    assert end[-1]["flops"] == pytest.approx(768 * json.loads((tmp_path / "large" / "run.json").read_text())["flops_per_token"])

@@ -1,0 +1,164 @@
+"""Processes that hang are named, and a run under torchrun ends with the status that it has alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.toy import free_port, rows
+from outgrow.train.machine.watch import HUNG, Sign, Watch, blame, standing, watching
+from outgrow.train.run import state
+from outgrow.train.run.signals import REQUEUE, overruled
+from outgrow.train.step import drawn
+
+ROOT = Path(__file__).resolve().parents[2]
+READING = "train/data/shards.py, line 9 (read)"
+
+
+def sign(beat: int, *, step: int = 7, waits: bool = True, place: str = "train/step.py, line 1 (accumulate)") -> Sign:
+    return Sign(beat, step, place, waits, "node3")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named", "words"),
+    [
+        ([sign(1), sign(4)], [sign(3), sign(4)], [1], "process 1 on node3 gives no sign of life since it was at train/step.py"),
+        ([sign(1), None], [sign(3), None], [1], "process 1 has given no sign of life"),
+        (
+            [sign(1), sign(1, waits=False, place=READING)],
+            [sign(3), sign(3, waits=False, place=READING)],
+            [1],
+            f"process 1 on node3 stands at {READING}",
+        ),
+        ([sign(1, step=6), sign(1), sign(1)], [sign(2, step=6), sign(2), sign(2)], [0], "process 0 on node3 stands at"),
+        ([sign(1), sign(1)], [sign(2), sign(2)], [0, 1], "process 0 on node3 stands at"),  # nothing tells them apart
+    ],
+)
+def test_who_keeps_the_others_waiting(before: list[Sign | None], after: list[Sign | None], named: list[int], words: str) -> None:
+    found, said = blame(before, after)
+    assert found == named
+    assert said.startswith(words)
+
+
+def test_where_the_main_thread_stands_is_read_from_another() -> None:
+    seen: list[tuple[str, bool]] = []
+    thread = threading.Thread(target=lambda: seen.append(standing()))
+    code = {"__name__": "outgrow.train.step", "thread": thread}
+    exec("def accumulate():\n    thread.start()\n    thread.join()\n", code)
+    code["accumulate"]()
+    assert seen == [("train/step.py, line 3 (accumulate)", False)]
+
+
+def test_a_process_has_given_a_sign_before_its_first_step() -> None:
+    store = torch.distributed.HashStore()
+    with watching(store, 1, 2, limit=600.0) as watch:
+        assert watch is not None
+        assert json.loads(store.get("1"))["beat"] == 0
+
+
+def test_a_watch_ends_nothing_while_steps_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(Watch, "_end", lambda self, beat: ended.append(beat))
+    watch = Watch(torch.distributed.HashStore(), 0, 1, 1.0)
+    watch.start()
+    for _ in range(8):
+        time.sleep(0.2)
+        watch.step()
+    assert not ended
+    time.sleep(1.5)
+    assert ended
+    watch.ended.set()
+    watch.thread.join()
+
+
+@pytest.mark.slow
+def test_a_process_that_stands_still_is_named_and_the_run_ends(overrides: list[str], tmp_path: Path) -> None:
+    out, port = tmp_path / "run", free_port()
+    command = [sys.executable, "-m", "outgrow.train", *overrides, "train.budget_tokens=25600000", "train.hang_seconds=5", f"out={out}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both = [
+        subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**environment, "RANK": str(i), "LOCAL_RANK": str(i)})
+        for i in range(2)
+    ]
+    until_it_trains(out, both[0])
+    both[1].send_signal(signal.SIGSTOP)
+    words = both[0].communicate(timeout=120)[1]
+    both[1].kill()
+    both[1].communicate()
+    assert both[0].returncode == HUNG
+    assert "error: no step has ended for 5 s: process 1 on " in words
+    assert "gives no sign of life since it was at train/" in words
+    assert "The same command goes on from the newest checkpoint" in words
+
+
+def until_it_trains(out: Path, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while not ((out / "metrics.jsonl").exists() and len(rows(out, "train")) > 1) and process.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [False, True])
+def test_a_run_under_the_launcher_ends_with_the_status_it_has_alone(overrides: list[str], tmp_path: Path, fault: bool) -> None:
+    out = tmp_path / "run"
+    more = ["train.budget_tokens=25600000", "train.save_every_tokens=null", f"out={out}", *(["source=nowhere/there"] if fault else [])]
+    launcher = [sys.executable, "-m", "outgrow.train.launch", "--nproc_per_node", "2", f"--master-port={free_port()}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launcher, "-m", "outgrow.train", *overrides, *more]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+    if not fault:
+        until_it_trains(out, process)
+        process.send_signal(signal.SIGTERM)
+    words = process.communicate(timeout=120)[1]
+    assert process.returncode == (2 if fault else REQUEUE), words
+    assert fault or len(state.complete(out / "checkpoints")) == 1
+
+
+@pytest.mark.slow
+def test_under_plain_torchrun_the_last_line_names_what_keeps_the_status(overrides: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    more = ["train.budget_tokens=25600000", "train.save_every_tokens=null", f"out={out}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", f"--master-port={free_port()}"]
+    command = [*launcher, "-m", "train", *overrides, *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+    until_it_trains(out, process)
+    process.send_signal(signal.SIGTERM)
+    words = process.communicate(timeout=120)[1]
+    assert process.returncode == 1
+    assert len(state.complete(out / "checkpoints")) == 1
+    assert f"ends with status 1 instead of {REQUEUE}" in words
+    assert "python -m outgrow.train.launch" in words
+
+
+@pytest.mark.parametrize(
+    ("handled", "told"), [(None, False), ("SIGTERM,SIGINT,SIGHUP,SIGQUIT", True), ("SIGINT,SIGHUP,SIGQUIT", False)], ids=str
+)
+def test_only_torchrun_overrules_a_status(monkeypatch: pytest.MonkeyPatch, handled: str | None, told: bool) -> None:
+    monkeypatch.delenv("TORCHELASTIC_SIGNALS_TO_HANDLE", raising=False)
+    if handled is not None:
+        monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", handled)
+    assert ("instead of 75" in overruled(REQUEUE)) is told
+
+
+def test_dropout_is_told_by_the_modules() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
+
+    gpt2 = GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8)
+    assert "dropout 0.1: masks are drawn for each micro-batch" in str(drawn(GPT2LMHeadModel(gpt2)))
+    phi = PhiConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    assert drawn(PhiForCausalLM(phi)) is None
+    phi.attention_dropout = 0.2
+    assert "attention_dropout 0.2" in str(drawn(PhiForCausalLM(phi)))
+    assert drawn(nn.Linear(1, 1)) is None

@@ -1,0 +1,288 @@
+"""What a run would take, before it takes it: parameters, steps, FLOPs, hours and the memory of each GPU, from configs alone.
+
+Nothing is downloaded and no weight is made: the network is built on fake tensors, which have shapes and no memory, and one of its forward
+passes is made on them to count what it keeps for the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from outgrow.model.base.errors import UserError, in_one_line
+from outgrow.model.base.quiet import quietly
+from outgrow.model.build import empty_model, known_size
+from outgrow.model.config import read_config, resolve_target
+from outgrow.model.geometry import flops_source, parameter_count
+from outgrow.train.loss import CHUNK_TOKENS
+from outgrow.train.machine.compile import layers_of, speed_up
+from outgrow.train.machine.device import MEMORY_GIB, PEAK_BF16_FLOPS, named, peak_flops
+from outgrow.train.optimizer import parameter_groups
+from outgrow.train.settings import Budget, Settings
+from outgrow.train.start.passes import passes
+from outgrow.train.start.stages import flops_after, spans_of, stages_of
+from outgrow.train.start.way import fuses
+
+GIB = 2**30
+MASTER, GRADIENT = 4, 4  # bytes of a weight and of its gradient: both float32, also where bfloat16 multiplies
+FILLED = 0.95  # of a device's memory may be planned for
+BLOCK = 256  # entries that share one float32 scale in torchao's 8-bit state
+STATE = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / BLOCK), "muon": 8.0}  # bytes of an entry's optimizer state
+MUON_STATE = 4.0  # of a hidden matrix's entry: one momentum instead of two moments
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU, part by part; together they are a little more than the peak, for not all parts are full at once."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    gathered: float  # of a sharded model: what is whole at a time
+    activations: float  # kept for the backward pass, the bfloat16 copies of weights included
+    logits: float  # with what their loss and its gradient need
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A run in numbers. `hours` are of `gpus` devices at the model-FLOPs utilisation (arXiv 2204.02311) that was assumed."""
+
+    parameters: int
+    groups: dict[str, tuple[int, int]]  # name → tensors, entries
+    tokens_per_step: int
+    steps: int
+    pieces: int  # forward passes of one GPU in one step
+    flops_per_token: float  # on average over its stages
+    flops: float  # of the network; a teacher's come on top
+    flops_from: str
+    hours: float | None  # None where the device is not known
+    memory: Memory
+
+
+def forecast(settings: Settings) -> Forecast:
+    """Count what `settings` would take on `settings.forecast.gpus` devices.
+
+    Raises:
+        UserError: the devices do not divide the batch, or the network's config is not at hand.
+    """
+    budget, plan, loop = Budget.of(settings.train), settings.forecast, settings.train
+    if budget.rows % plan.gpus:
+        raise UserError(
+            f"forecast.gpus: {plan.gpus} do not divide the {budget.rows} windows of a batch (train.batch_tokens / train.context); "
+            f"try train.batch_tokens={max(1, round(budget.rows / plan.gpus)) * plan.gpus * loop.context}"
+        )
+    config = target(settings)
+    attention = None if loop.attention in ("auto", "flash_attention_2") else loop.attention
+    with FakeTensorMode():
+        network = empty_model(config, dtype=torch.float32, attention=attention)
+    groups = {g["name"]: (len(g["params"]), sum(p.numel() for p in g["params"])) for g in parameter_groups(network, 0.0)}
+    share = budget.rows // plan.gpus
+    rows = min(loop.micro_batch or share, share)
+    peak = peak_flops(plan.device, "bf16")
+    total = flops_after(spans_of(stages_of(settings, config), settings, None, {}), budget.steps, budget.tokens_per_step)
+    return Forecast(
+        parameters=parameter_count(config),
+        groups=groups,
+        tokens_per_step=budget.tokens_per_step,
+        steps=budget.steps,
+        pieces=-(-share // rows),
+        flops_per_token=total / (budget.steps * budget.tokens_per_step),
+        flops=total,
+        flops_from=flops_source(config, loop.context),
+        hours=None if peak is None else total / (plan.gpus * peak * plan.mfu) / 3600,
+        memory=memory(settings, config, network, groups, rows),
+    )
+
+
+def target(settings: Settings) -> dict[str, Any]:
+    """The config of the network that would be trained, from what lies on this machine.
+
+    Raises:
+        UserError: it depends on a source that does not.
+    """
+    source = None if settings.source is None or not Path(settings.source).is_dir() else read_config(Path(settings.source))
+    if settings.growth.operator == "source" and source is None:
+        raise UserError(
+            f"dry_run: the source {settings.source!r} is the network, and it is no folder here; give one, or a preset as target"
+        )
+    return source if settings.growth.operator == "source" and source is not None else resolve_target(settings.target, source)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------------------------
+
+
+def memory(settings: Settings, config: dict[str, Any], network: Any, groups: dict[str, tuple[int, int]], rows: int) -> Memory:
+    """The bytes of one GPU that computes `rows` windows at a time."""
+    loop, plan, name = settings.train, settings.forecast, settings.optimizer.name
+    bf16 = loop.precision != "fp32"
+    shards = plan.gpus if settings.sharding.name == "full" else 1
+    entries = sum(count for _, count in groups.values())
+    state = sum(
+        count * (MUON_STATE if name == "muon" and group in ("hidden", "experts") else STATE[name]) for group, (_, count) in groups.items()
+    )
+    kept = activations(network, rows, loop.context, bf16=bf16, checkpointing=loop.checkpointing)
+    speed_up(network, loop)  # refuses what the class does not support
+    return Memory(
+        weights=entries * MASTER / shards,
+        gradients=entries * GRADIENT / shards,
+        optimizer=state / shards,
+        gathered=gathered(network, 2 if bf16 else 4, settings.sharding.reshard_after_forward) if shards > 1 else 0.0,
+        activations=kept,
+        logits=logits(config, rows * loop.context, fused=fuses(config, loop.loss)),
+    )
+
+
+def gathered(network: Any, width: int, reshard: bool) -> float:
+    """What FSDP holds whole, of entries of `width` bytes: two layers (one computes while the next arrives) and all that is in no layer.
+
+    Without resharding after the forward pass, every layer stays whole for the backward pass.
+    """
+    layers, everything = layers_of(network), sum(p.numel() for p in network.parameters())
+    inside = sum(p.numel() for p in layers[0].parameters())
+    return width * (everything - max(0, len(layers) - 2) * inside if reshard else everything)
+
+
+def activations(network: Any, rows: int, context: int, *, bf16: bool, checkpointing: bool = False) -> int:
+    """The bytes that the layers keep for the backward pass over (rows, context) tokens, counted on a forward pass of a fake network.
+
+    With activation checkpointing, what all layers keep is their inputs, and beside them the backward pass holds the one layer whole that it
+    is computing again (the largest), and three gradients of the size of its largest tensor.
+    A network that is compiled keeps less: the compiler fuses element-wise steps and computes some of them again.
+
+    Raises:
+        UserError: the class's forward pass depends on values, which a fake network has not.
+    """
+    weights = {p.untyped_storage()._cdata for p in network.parameters()}
+    kept: dict[int, tuple[Tensor, int | None]] = {}
+    inputs: dict[int, Tensor] = {}
+    inside: list[int | None] = [None]
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage()._cdata, (tensor, inside[-1]))
+        return tensor
+
+    def enter(number: int, given: Any) -> None:
+        inputs.update({t.untyped_storage()._cdata: t for t in given if isinstance(t, Tensor) and t.is_floating_point()})
+        inside.append(number)
+
+    def leave(*_: Any) -> None:
+        inside.pop()
+
+    hooks: list[Any] = []
+    for number, layer in enumerate(layers_of(network)):
+        hooks.append(layer.register_forward_pre_hook(lambda _, given, number=number: enter(number, given)))
+        hooks.append(layer.register_forward_hook(leave))
+    try:
+        _forward(network, rows, context, bf16, keep)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    sizes = {place: (tensor.untyped_storage().nbytes(), layer) for place, (tensor, layer) in kept.items() if place not in weights}
+    if not checkpointing:
+        return sum(size for size, _ in sizes.values())
+    entered = sum(tensor.untyped_storage().nbytes() for tensor in inputs.values())
+    outside = sum(size for place, (size, layer) in sizes.items() if layer is None and place not in inputs)
+    layers: dict[int, list[int]] = {}
+    for place, (size, within) in sizes.items():
+        if within is not None and place not in inputs:
+            layers.setdefault(within, []).append(size)
+    return entered + outside + max((sum(parts) + 3 * max(parts) for parts in layers.values()), default=0)
+
+
+def _forward(network: Any, rows: int, context: int, bf16: bool, keep: Callable[[Tensor], Tensor]) -> None:
+    """One forward pass of a fake network, every tensor that autograd saves handed to `keep`."""
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    # Experts in groups have no fake kernel in float32; the product with one of them has the shapes, and keeps what they keep.
+    grouped = patch("transformers.integrations.moe._grouped_mm", lambda given, weight, offs: given @ weight[0].to(given.dtype))
+    single = patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    try:
+        with next(network.parameters()).fake_mode, quietly(), grouped, single, autocast, hooks:
+            network.train().base_model(input_ids=torch.zeros(rows, context, dtype=torch.int64), use_cache=False)
+    except Exception as fault:  # the library's classes raise every kind
+        raise UserError(
+            f"dry_run: the memory of {type(network).__name__} cannot be forecast: its forward pass depends on values of weights or "
+            f"tokens, which there are none of here ({in_one_line(fault)})"
+        ) from None
+
+
+def logits(config: dict[str, Any], tokens: int, *, fused: bool) -> float:
+    """The bytes of the loss at its peak.
+
+    Plain, in the backward pass: log-probabilities, their gradient and the logits' gradient, (tokens, vocab) in float32 each. Fused: a
+    chunk's logits, turned into their gradient in place, and the gradients of the head and of its input, which the forward pass makes.
+    """
+    vocab, hidden = (known_size(config, name) or 0 for name in ("vocab_size", "hidden_size"))
+    if not fused:
+        return 12.0 * tokens * vocab
+    return 4.0 * min(CHUNK_TOKENS, tokens) * vocab + 4.0 * vocab * hidden + 4.0 * tokens * hidden
+
+
+# ---- telling --------------------------------------------------------------------------------------------------------------------------
+
+
+def tell(settings: Settings) -> str:
+    """The forecast as a text, every number with its arithmetic."""
+    found, plan, loop = forecast(settings), settings.forecast, settings.train
+    peak, room = peak_flops(plan.device, "bf16"), named(MEMORY_GIB, plan.device)
+    lines = [f"{settings.name}: {found.parameters:,} parameters"]
+    lines += [f"  {name:<10} {count:>14,} in {tensors} tensors" for name, (tensors, count) in found.groups.items()]
+    shape = f"{plan.gpus} × {found.pieces} × {loop.micro_batch or 'all'} windows of {loop.context}"
+    lines += [
+        f"steps         {found.steps:,} of {found.tokens_per_step:,} tokens ({shape}): {found.steps * found.tokens_per_step:,} tokens",
+        f"FLOPs         {found.flops_per_token:.4g} per token × tokens = {found.flops:.4g} ({found.flops_from})",
+    ]
+    if found.hours is None or peak is None:
+        lines.append(f"hours         not known for {plan.device}; known: {', '.join(PEAK_BF16_FLOPS)}")
+    else:
+        lines.append(f"hours         FLOPs / ({plan.gpus} × {peak / 1e12:g} TFLOP/s × MFU {plan.mfu:g}) = {found.hours:,.1f}")
+        if plan.days is not None:
+            rate, mfu = sustained(found.flops, plan.gpus, plan.days, peak)
+            lines.append(f"{plan.days:g} days       would be {rate / 1e12:.1f} TFLOP/s on each of {plan.gpus}, an MFU of {mfu:.1%}")
+    lines += [f"text          {line}" for line in passes(settings)]
+    parts = [f"{name} {size / GIB:.1f}" for name, size in vars(found.memory).items() if size]
+    verdict = "" if room is None else f", {'fits' if found.memory.total < FILLED * room * GIB else 'does not fit'} in {room:g} GiB"
+    lines.append(f"GiB per GPU   {' + '.join(parts)} = {found.memory.total / GIB:.1f}{verdict} (sharding {settings.sharding.name})")
+    if room is not None and found.memory.total >= FILLED * room * GIB:
+        lines += ways_out(settings, room)
+    if settings.transfer.inherited_rate == 0.0:
+        lines.append("too much      what is frozen has neither gradients nor state, and is counted as if it had")
+    if settings.transfer.teacher is not None:
+        lines.append("not counted   the teacher: its forward passes, a third of its training FLOPs, and its weights")
+    return "\n".join(lines)
+
+
+def ways_out(settings: Settings, room: float) -> list[str]:
+    """What each key that saves memory would leave, forecast anew with that key alone changed; the most helpful first."""
+    loop, several = settings.train, settings.forecast.gpus > 1
+    share = Budget.of(loop).rows // settings.forecast.gpus
+    rows = min(loop.micro_batch or share, share)
+    eighth = settings.sharding.name == "none" and replace(settings, optimizer=replace(settings.optimizer, name="adamw_8bit"))
+    asked = {
+        "sharding=full": several and replace(settings, sharding=replace(settings.sharding, name="full")),
+        "train.checkpointing=true": not loop.checkpointing and replace(settings, train=replace(loop, checkpointing=True)),
+        f"train.micro_batch={max(1, rows // 2)}": rows > 1 and replace(settings, train=replace(loop, micro_batch=max(1, rows // 2))),
+        "optimizer=adamw_8bit": eighth,
+    }
+    totals = {key: forecast(changed).memory.total / GIB for key, changed in asked.items() if changed and changed != settings}
+    return [
+        f"with {key}: {total:.1f} GiB, {'fits' if total < FILLED * room else 'does not fit'}"
+        for key, total in sorted(totals.items(), key=lambda pair: pair[1])
+    ]
+
+
+def sustained(flops: float, gpus: int, days: float, peak: float) -> tuple[float, float]:
+    """The FLOP/s of each GPU that does `flops` in `days`, and its share of `peak`."""
+    rate = flops / (gpus * days * 86400)
+    return rate, rate / peak

@@ -1,0 +1,141 @@
+"""A process that hangs: the others name it and end, where the library would let them wait for half an hour and name nobody.
+
+A process that dies is noticed at once. One that stands still (a file system that does not answer, a stopped process, a stuck device) leaves
+the others inside the next exchange of gradients. So each process of a distributed run has a thread that gives signs of life: which step its
+main thread is in, and at which line. Where no step ends for `train.hang_seconds`, the signs are read, and the run ends with its culprit's
+name; the same command goes on from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+PROJECT, TORCH = "outgrow.", str(Path(torch.__file__).parent)
+HUNG = 1  # the status that all processes end with
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What a process tells of itself."""
+
+    beat: int  # grows while the process lives
+    step: int  # that its main thread has come to
+    place: str  # of its main thread: the innermost line of this project
+    waits: bool  # inside the library, or for the device: for the others
+    host: str
+
+
+class Watch:
+    """Gives signs of this process, and reads those of all where no step ends in time.
+
+    Args:
+        store: that all processes share; once started, the watching thread's alone.
+        limit: seconds.
+    """
+
+    def __init__(self, store: torch.distributed.Store, process: int, processes: int, limit: float) -> None:
+        self.store, self.process, self.processes, self.limit = store, process, processes, limit
+        self.pause = min(10.0, limit / 10)
+        self.count, self.since, self.ended = 0, time.monotonic(), threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def start(self) -> None:
+        """Give the first sign before any step, so that a process that stands still in its first one can be named; then begin to watch."""
+        self._give(0)
+        self.thread.start()
+
+    def step(self) -> None:
+        """The main thread has come to its next step, or its next evaluation."""
+        self.count, self.since = self.count + 1, time.monotonic()
+
+    def _watch(self) -> None:
+        beat = 0
+        while not self.ended.wait(self.pause):
+            beat += 1
+            self._give(beat)
+            if time.monotonic() - self.since > self.limit:
+                self._end(beat)
+
+    def _give(self, beat: int) -> None:
+        place, waits = standing()
+        self.store.set(str(self.process), json.dumps(asdict(Sign(beat, self.count, place, waits, socket.gethostname()))))
+
+    def _signs(self) -> list[Sign | None]:
+        names = [str(process) for process in range(self.processes)]
+        return [Sign(**json.loads(self.store.get(name))) if self.store.check([name]) else None for name in names]
+
+    def _end(self, beat: int) -> NoReturn:
+        """Tell who keeps the others waiting, and end this process; its main thread cannot."""
+        before = self._signs()
+        for later in range(1, 4):
+            time.sleep(self.pause)
+            self._give(beat + later)
+        named, words = blame(before, self._signs())
+        waiting = [process for process in range(self.processes) if process not in named]
+        if self.process == min(waiting, default=0):
+            way_out = "The same command goes on from the newest checkpoint; where a step takes so long, raise train.hang_seconds"
+            print(f"error: no step has ended for {self.limit:g} s: {words}. {way_out}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2 * self.pause)  # the first process to end takes the others with it: let the words come first
+        os._exit(HUNG)
+
+
+def blame(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> tuple[list[int], str]:
+    """The processes that keep the others waiting, by two signs of each some time apart, and what to say of them.
+
+    A process without a new sign stands still altogether. Else one whose main thread does not wait for others is the one waited for; else
+    one that is behind. Where none of this tells, all are named with where they stand.
+    """
+    silent = [process for process, (one, two) in enumerate(zip(before, after, strict=True)) if two is None or one == two]
+    known = {process: sign for process, sign in enumerate(after) if sign is not None}
+    busy = [process for process, sign in known.items() if not sign.waits]
+    behind = [process for process, sign in known.items() if sign.step < max(other.step for other in known.values())]
+    named = silent or next((some for some in (busy, behind) if 0 < len(some) < len(known)), list(known))
+    return named, "; ".join(_told(process, known.get(process), process in silent) for process in named)
+
+
+def _told(process: int, sign: Sign | None, silent: bool) -> str:
+    if sign is None:
+        return f"process {process} has given no sign of life"
+    who = f"process {process} on {sign.host}"
+    return f"{who} gives no sign of life since it was at {sign.place}" if silent else f"{who} stands at {sign.place}"
+
+
+def standing() -> tuple[str, bool]:
+    """Where the main thread stands: its innermost line in this project, and whether it waits there."""
+    innermost = sys._current_frames().get(threading.main_thread().ident or 0)
+    frame = innermost
+    while frame is not None and not str(frame.f_globals.get("__name__")).startswith(PROJECT):
+        frame = frame.f_back
+    if innermost is None or frame is None:
+        return "its end", False
+    waits = innermost.f_code.co_filename.startswith(TORCH) or innermost.f_code.co_qualname == "Step.__call__"
+    file = frame.f_globals["__name__"].removeprefix(PROJECT).replace(".", "/") + ".py"
+    return f"{file}, line {frame.f_lineno} ({frame.f_code.co_name})", waits
+
+
+@contextmanager
+def watching(store: torch.distributed.Store | None, process: int, processes: int, limit: float | None) -> Iterator[Watch | None]:
+    """A `Watch` over the steps of the block; None for one process, or without a limit."""
+    if store is None or limit is None:
+        yield None
+        return
+    watch = Watch(store, process, processes, limit)
+    watch.start()
+    try:
+        yield watch
+    finally:
+        watch.ended.set()
+        watch.thread.join()

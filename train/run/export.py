@@ -1,0 +1,173 @@
+"""The end of a run: a Hugging Face folder that anyone can load, with what it cost and what it reached."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.files import whole_folder, write_json, write_text
+from outgrow.model.base.quiet import quietly
+from outgrow.model.build import load_model
+from outgrow.model.spelling import spell_folder
+from outgrow.train.run.folder import FINAL
+from outgrow.train.start.source import LEDGER, OPTIMIZER
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from outgrow.train.data import TokenData
+
+TRAINED = "trained"  # float32 weights on the way into another dtype
+
+
+def publish(
+    folder: Path,
+    model: PreTrainedModel,
+    weights: dict[str, Tensor] | None,
+    data: TokenData,
+    run: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    adam: Mapping[str, Any] | None,
+    dtype: str,
+) -> Path:
+    """Write `<folder>/final/`, whole or not at all: weights, config, tokenizer, generation config, ledger and model card.
+
+    Args:
+        weights: of the model, where it does not hold them whole itself.
+        adam: the optimizer's state, where it is to be kept too.
+        dtype: of the weights.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    with whole_folder(folder / FINAL) as partial:
+        write_model(partial, model, weights, data, dtype)
+        if adam is not None:
+            torch.save(adam, partial / OPTIMIZER)
+        write_json(partial / LEDGER, ledger(run, summary))
+        write_text(partial / "README.md", model_card(run, summary, dtype))
+    return folder / FINAL
+
+
+def write_model(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor] | None, data: TokenData, dtype: str = "float32") -> None:
+    """Weights (whole, where they are not the model's own), config, generation config and the data's tokenizer into an empty `folder`."""
+    model.generation_config.eos_token_id = data.end_of_text_id
+    model.generation_config.pad_token_id = data.end_of_text_id
+    trained = folder if dtype == "float32" else folder / TRAINED
+    model.save_pretrained(trained, state_dict=weights)
+    if trained != folder:
+        _round(trained, folder, dtype)
+    for file in sorted(Path(data.tokenizer_folder).iterdir()):
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+    spell_folder(folder)
+
+
+def _round(trained: Path, folder: Path, dtype: str) -> None:
+    """Move float32 weights on into `folder` as a user has them who loads them in `dtype`: some classes keep a few tensors in float32.
+
+    Raises:
+        UserError: a weight is beyond the range of `dtype`.
+    """
+    with quietly():
+        model = load_model(trained, dtype=dtype)
+    beyond = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    if beyond:
+        raise UserError(f"train.save_dtype: {', '.join(beyond[:3])} hold values beyond the range of {dtype}; use bfloat16 or float32")
+    model.save_pretrained(folder)
+    shutil.rmtree(trained)
+
+
+def ledger(run: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What it cost to make this checkpoint: `tokens` and `flops` sum up the parts listed beside them; null where one is not known."""
+    source, own = run["start"]["source"], {key: summary[key] for key in ("tokens", "flops")}
+    operator = run["start"]["operator_flops"]
+    before = {"tokens": 0, "flops": 0.0} if source is None else source
+    known = {key: before[key] is not None for key in own}
+    return {
+        "tokens": own["tokens"] + before["tokens"] if known["tokens"] else None,
+        "flops": own["flops"] + operator + before["flops"] if known["flops"] else None,
+        "val_loss": summary["final_val_loss"],
+        "study": run["study"],
+        "arm": run["arm"],
+        "seed": run["seed"],
+        "own": own,
+        "operator_flops": operator,
+        "source": source,
+    }
+
+
+def model_card(run: Mapping[str, Any], summary: Mapping[str, Any], dtype: str) -> str:
+    """README.md of the final folder: study, arm, seed, tokens, losses."""
+    start, settings = run["start"], run["settings"]
+    origin = "scratch" if start["operator"] == "scratch" else f"`{start['source']['path']}`"
+    proof = {True: "lossless", False: "not lossless", None: "not applicable"}[start["lossless"]]
+    rows = {
+        "study": run["study"],
+        "arm": run["arm"],
+        "seed": run["seed"],
+        "started from": origin,
+        "growth": f"{start['operator']}, certificate: {proof}",
+        **_on_the_way(settings),
+        "parameters": f"{run['parameters']:,}",
+        "training tokens": f"{summary['tokens']:,}",
+        "training FLOPs": f"{summary['flops']:.3e}",
+        "context": settings["train"]["context"],
+        "validation loss at the start": f"{summary['start_val_loss']:.4f} nats/token",
+        "validation loss at the end": f"{summary['final_val_loss']:.4f} nats/token, {summary['bits_per_byte']:.4f} bits/byte",
+        "device": f"{run['device']}, {run['precision']}",
+        **({} if dtype == "float32" else {"weights": f"{dtype}; the losses are those of the float32 weights that were trained"}),
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [scaled-knowledge-transfer, {run["arm"]}]
+---
+
+# {run["name"]}
+
+One arm of the study `{run["study"]}`: a language model whose start was `{run["arm"]}`.
+
+| | |
+|---|---|
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+
+`ledger.json` says what it cost to make, the source included.
+"""
+
+
+def _moment(stage: Mapping[str, Any]) -> str:
+    """When a stage ends, in words."""
+    tokens = stage.get("until_tokens")
+    return f"after {tokens:,} tokens" if tokens is not None else f"at {stage['until']:.0%} of the budget"
+
+
+def _on_the_way(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What was done to the start in training, where anything was."""
+    transfer, stages, rows = settings["transfer"], settings["growth"]["stages"], {}
+    if len(stages) > 1:
+        changes = pairwise(stages)
+        rows["grown on the way"] = "; ".join(f"{_moment(before)}: {stage['operator']}" for before, stage in changes)
+    if transfer["optimizer"] is not None:
+        rows["Adam's state"] = "the source's, grown with its weights"
+    if transfer["inherited_rate"] != 1.0:
+        rows["learning rate of inherited entries"] = f"{transfer['inherited_rate']:g} × that of new ones"
+    if transfer["teacher"] is not None:
+        named, until = transfer["teacher"]["model"], transfer["teacher"]["until"]
+        rows["taught by"] = f"`{settings['source'] if named == 'source' else named}`, for {until:.0%} of the budget"
+    return rows

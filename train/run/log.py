@@ -1,0 +1,162 @@
+"""What a run tells while it trains: metrics.jsonl is the truth; trackers mirror it and the console shows it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.files import plain_json, read_object, telling_disk_faults, write_json
+from outgrow.train.run.folder import METRICS, SAMPLES
+from outgrow.train.run.trackers import Tracker, open_trackers
+
+if TYPE_CHECKING:
+    from outgrow.train.run.samples import Sample
+    from outgrow.train.settings import Settings
+
+
+class Log:
+    """The one writer of a run's metrics, on the main process."""
+
+    def __init__(self, folder: Path, trackers: list[Tracker], console: Console) -> None:
+        self.path, self.trackers, self.console = folder / METRICS, trackers, console
+        with telling_disk_faults(self.path):
+            self.file = self.path.open("a")
+
+    def write(self, kind: str, clocks: Mapping[str, Any], **values: Any) -> None:
+        """Append one line and mirror it; what is not finite is null."""
+        row = plain_json({"kind": kind, **clocks, **values})
+        with telling_disk_faults(self.path):
+            self.file.write(json.dumps(row, allow_nan=False) + "\n")
+            self.file.flush()
+        for tracker in self.trackers:
+            tracker.log(kind, clocks, values)
+        self.console.row(kind, clocks, values)
+
+    def rows(self) -> str:
+        """All lines so far, which a checkpoint keeps beside the weights that they tell of. They are on the disk when this returns."""
+        with telling_disk_faults(self.path):
+            os.fsync(self.file.fileno())
+            return self.path.read_text()
+
+    def samples(self, when: str, clocks: Mapping[str, Any], write: Callable[[], list[Sample]]) -> None:
+        """Keep what `write` writes in samples.json under `when`, and mirror it. No fault of it stops the run: nothing else needs it."""
+        try:
+            found = write()
+        except Exception as error:
+            self.console.say(f"no samples at the {when} ({type(error).__name__}: {error})")
+            return
+        path = self.path.with_name(SAMPLES)
+        try:
+            kept = read_object(path, "it is written anew") if path.is_file() else {}
+        except UserError as error:
+            self.console.say(str(error))
+            kept = {}
+        write_json(path, kept | {when: {**clocks, "samples": [asdict(sample) for sample in found]}})
+        for tracker in self.trackers:
+            tracker.samples(when, [asdict(sample) for sample in found], clocks)
+        for sample in found[:1]:
+            self.console.say(f"continues {sample.prompt!r} with {sample.text!r}")
+
+    def close(self) -> None:
+        self.file.close()
+        self.console.close()
+        for tracker in self.trackers:
+            tracker.finish()
+
+
+@contextmanager
+def open_log(folder: Path, settings: Settings, run: Mapping[str, Any], writes: bool) -> Iterator[Log | None]:
+    """The run's log on the process that writes; None on the others."""
+    if not writes:
+        yield None
+        return
+    console = Console(settings.progress, settings.name, run["budget_tokens"])
+    log = Log(folder, open_trackers(folder, settings, run, console.say), console)
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+# ---- console --------------------------------------------------------------------------------------------------------------------------
+
+
+LONGEST_PREFIX = 48  # characters of a run's name before each of its lines
+
+
+def shortened(name: str) -> str:
+    """A run's name with its middle left out where it is longer than a line bears."""
+    return name if len(name) <= LONGEST_PREFIX else f"{name[: LONGEST_PREFIX - 13]}…{name[-12:]}"
+
+
+class Console:
+    """A bar on a terminal, one line per logged row elsewhere, or nothing."""
+
+    def __init__(self, progress: str | bool, name: str, budget_tokens: int) -> None:
+        self.silent = progress is False or os.environ.get("RANK", "0") != "0"  # of several processes, the first one speaks
+        self.name, self.budget = shortened(name), budget_tokens
+        self.bar: Any = None
+        self.losses: dict[str, str] = {}
+        if progress == "auto" and not self.silent and sys.stderr.isatty():
+            self._open_bar()
+
+    def _open_bar(self) -> None:
+        from rich.console import Console as Terminal
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = ("[bold]{task.description}", "{task.percentage:3.0f}%", "{task.fields[shown]}")
+        self.bar = Progress(
+            TextColumn(columns[0]), BarColumn(), TextColumn(columns[1]), TextColumn(columns[2]), TimeElapsedColumn(), TimeRemainingColumn(),
+            console=Terminal(stderr=True),
+        )  # fmt: skip
+        self.task = self.bar.add_task(self.name, total=self.budget, shown="")
+        self.bar.start()
+
+    def say(self, text: str) -> None:
+        """One line for the reader, above the bar where there is one."""
+        if self.bar is not None:
+            self.bar.console.print(text, markup=False, highlight=False)
+        elif not self.silent:
+            print(f"{self.name}: {text}", flush=True)
+
+    def row(self, kind: str, clocks: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+        if kind == "eval":
+            self.losses["val loss"] = f"{values['val_loss']:.4f}"
+            text = f"val loss {values['val_loss']:.4f} nats/token, {values['bits_per_byte']:.4f} bits/byte"
+        elif kind == "growth":
+            text = f"grown: val loss {values['val_loss']:.4f}"
+        elif kind == "skip":
+            text = f"{values['reason']}: passed over"
+        else:
+            self.losses["loss"] = f"{values['loss']:.4f}"
+            self.losses["tokens/s"] = f"{values['tokens_per_second']:,.0f}"
+            mfu = "" if values["mfu"] is None else f", MFU {values['mfu']:.1%}"
+            speed = f"{values['tokens_per_second']:,.0f} tokens/s{mfu}"
+            router = "" if "router_loss" not in values else f" (routers {values['router_loss']:.3f})"
+            text = f"loss {values['loss']:.4f}{router}, learning rate {values['learning_rate']:.2e}, {speed}"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=clocks["tokens"], shown=", ".join(f"{key} {value}" for key, value in self.losses.items()))
+        else:
+            self.say(f"{clocks['tokens'] / self.budget:4.0%}, step {clocks['step']}: {text}{self.left(clocks)}")
+
+    def left(self, clocks: Mapping[str, Any]) -> str:
+        """How long the rest of the budget will take at the run's speed so far; nothing where nobody can know, or nothing is left."""
+        if not clocks["tokens"] or clocks["tokens"] >= self.budget:
+            return ""
+        seconds = clocks["seconds"] / clocks["tokens"] * (self.budget - clocks["tokens"])
+        hours, minutes = divmod(round(seconds / 60), 60)
+        return f", {hours} h {minutes:02d} min left" if hours else f", {minutes} min left" if minutes else f", {seconds:.0f} s left"
+
+    def close(self) -> None:
+        if self.bar is not None:
+            with contextlib.suppress(Exception):
+                self.bar.stop()
+            self.bar = None

@@ -1,0 +1,84 @@
+"""The text as a run reads it: cut by its source's own tokenizer wherever the source has one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import log
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outgrow.train.data.build import cut_by
+from outgrow.train.data.settings import DataSettings
+from outgrow.train.data.tokenizer import TRAIN, has_tokenizer, tokenizer_identity
+
+if TYPE_CHECKING:
+    from outgrow.train.data import TokenData
+    from outgrow.train.settings import Settings
+
+TINY_PARAMETERS, TINY_RATE = 20_000_000, 1e-3  # what conf/optimizer's rates were found on has fewer, and likes more
+
+
+def reading(settings: Settings, source: Path | None, run: Mapping[str, Any] | None) -> DataSettings:
+    """The data settings with the tokenizer that is meant where none is named: that of the source; one that is trained where it has none.
+
+    Args:
+        run: the record of a run that has begun: it goes on reading as it began, and needs its source no more.
+
+    Raises:
+        UserError: the source's tokenizer cannot be loaded.
+    """
+    if settings.data.tokenizer is not None:
+        return settings.data
+    if run is not None:
+        kept = run["data"].get("cut")
+        return settings.data if kept is None else replace(settings.data, folder=kept["folder"], tokenizer=_still_there(kept))
+    if source is None or not has_tokenizer(source):
+        return settings.data
+    return cut_by(settings.data, source)
+
+
+def record(settings: DataSettings) -> dict[str, str] | None:
+    """What run.json keeps of a tokenizer that was chosen for the run; None where it trained its own."""
+    return None if settings.tokenizer in (None, TRAIN) else {"tokenizer": str(settings.tokenizer), "folder": str(settings.home)}
+
+
+def _still_there(kept: Mapping[str, str]) -> str:
+    """Where the tokenizer lies: where it was, or beside the tokens that it cut."""
+    return kept["tokenizer"] if has_tokenizer(Path(kept["tokenizer"])) else f"{kept['folder']}/tokenizer"
+
+
+def tokenizer_warnings(settings: Settings, source: Path | None, data: TokenData) -> Iterator[str]:
+    """What a reader should know before weights that have learnt one tokenizer's ids read another's."""
+    if source is None or settings.growth.operator == "scratch":
+        return
+    if not has_tokenizer(source):
+        if settings.data.tokenizer in (None, TRAIN):
+            yield (
+                f"warning: the source {settings.source} comes without a tokenizer, and one was trained on the text: unless the source has "
+                "learnt its ids, give the source's own as data.tokenizer=FOLDER"
+            )
+    elif tokenizer_identity(str(source)) != tokenizer_identity(str(data.tokenizer_folder)):
+        yield (
+            f"warning: data.tokenizer={settings.data.tokenizer} is not the tokenizer that the source {settings.source} was trained with: "
+            "its embeddings stand for other tokens, and much of what it knows is lost; data.tokenizer=null keeps the source's own"
+        )
+
+
+def rate_warnings(settings: Settings, parameters: int) -> Iterator[str]:
+    """What to know of a learning rate that fits tiny models where a larger one is trained on."""
+    rate = settings.optimizer.learning_rate
+    if settings.growth.operator != "scratch" and parameters >= TINY_PARAMETERS and rate >= TINY_RATE:
+        yield (
+            f"warning: optimizer.learning_rate={rate:g} was found on models of one or two million parameters; a pretrained model of "
+            f"{parameters:,} is usually trained on at 1e-5 to 3e-4: a rate that is too high forgets what it knows"
+        )
+
+
+def loss_warnings(settings: Settings, val_loss: float, vocab_size: int) -> Iterator[str]:
+    """What a first loss says that is above the entropy of guessing: ln V."""
+    if settings.growth.operator != "scratch" and val_loss > log(vocab_size):
+        yield (
+            f"warning: the first validation loss, {val_loss:.3f}, is above ln {vocab_size} = {log(vocab_size):.3f}, what guessing would "
+            "give: weights that are trained should start below it; are tokenizer, source and growth the ones that are meant?"
+        )

@@ -1,0 +1,56 @@
+"""What the network writes: greedy continuations of fixed pieces of the validation text, so that two runs' can be laid side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from outgrow.train.data.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+    from outgrow.train.data import TokenData
+
+COUNT, PROMPT_TOKENS, NEW_TOKENS = 3, 16, 48
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A piece of the validation text, and how the network goes on."""
+
+    prompt: str
+    text: str
+
+
+@torch.no_grad()
+def samples(network: PreTrainedModel, data: TokenData, windows: Sequence[np.ndarray], accelerator: Accelerator) -> list[Sample]:
+    """Continue the first tokens of some windows, spread over the validation text; at each place the likeliest token.
+
+    Args:
+        windows: validation batches, each (rows, context + 1).
+    """
+    rows = [row for batch in windows for row in batch]
+    chosen = [rows[i * len(rows) // COUNT] for i in range(min(COUNT, len(rows)))]
+    length = min(PROMPT_TOKENS, (len(chosen[0]) - 1) // 2)
+    prompts = torch.from_numpy(np.stack([window[:length] for window in chosen])).to(accelerator.device)
+    whole: Any = network
+    learning = whole.training
+    whole.eval()
+    with accelerator.autocast(), torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
+        written = whole.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=min(NEW_TOKENS, len(chosen[0]) - 1 - length),
+            do_sample=False,
+            pad_token_id=data.end_of_text_id,
+            eos_token_id=data.end_of_text_id,
+        )
+    whole.train(learning)
+    decode: Any = load_tokenizer(str(data.tokenizer_folder)).decode
+    return [Sample(decode(row[:length]), decode(row[length:], skip_special_tokens=True)) for row in written.tolist()]

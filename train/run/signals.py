@@ -1,0 +1,78 @@
+"""Being asked to stop: SIGTERM (preemption, scancel), SIGUSR1 (sbatch --signal=USR1@120), SIGUSR2 (submitit) and Ctrl-C (SIGINT) make a
+run save and end.
+
+The process then ends with status REQUEUE, which says: start the same command again, and it goes on where it stood. After Ctrl-C the status
+is a shell's own, 130, so that nothing starts again what a person has stopped; a second Ctrl-C does not wait for the saving.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+
+REQUEUE = 75  # sysexits.h calls it EX_TEMPFAIL: "invited to reattempt the operation later"
+INTERRUPTED = 128 + signal.SIGINT
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+
+def overruled(status: int) -> str:
+    """What torchrun (or Accelerate's launcher, which is one) makes of the status that this process ends with; empty where it has none.
+
+    It takes SIGTERM itself, hands it on, and ends by an exception of its own whatever its processes end with; nothing that they do changes
+    that. `train.launch` leaves SIGTERM to its processes, as it tells them in the variable that torchrun hands on.
+    """
+    if signal.SIGTERM.name not in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "").split(","):
+        return ""
+    return (
+        f"; torchrun, which started this process, ends with status 1 instead of {status}, and kills what has not saved 30 s after SIGTERM: "
+        "python -m outgrow.train.launch takes the same arguments, keeps the status and waits for the saving"
+    )
+
+
+class Stopped(Exception):
+    """The run was asked to stop; it has saved a checkpoint, and the same command resumes from it.
+
+    Attributes:
+        status: to end the process with.
+    """
+
+    def __init__(self, text: str, signal_name: str | None = None) -> None:
+        super().__init__(text)
+        self.status = INTERRUPTED if signal_name == signal.SIGINT.name else REQUEUE
+
+
+@contextmanager
+def watched() -> Iterator[Callable[[], str | None]]:
+    """While the block runs, SIGNALS are only noted: yields a function that names the first one that came, or None.
+
+    Python lets only a process's main thread take signals; on another thread nothing is watched.
+    """
+    came: list[str] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and signal.SIGINT.name in came:
+            raise KeyboardInterrupt
+        came.append(signal.Signals(number).name)
+
+    main = threading.current_thread() is threading.main_thread()
+    heard = [number for number in SIGNALS if main and signal.getsignal(number) != signal.SIG_IGN]  # ignored: its parent takes care of it
+    before = {number: signal.signal(number, note) for number in heard}
+    try:
+        yield lambda: came[0] if came else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether `flag` is true on any process; all of them have to ask, and all get the same answer."""
+    if accelerator.num_processes == 1:
+        return flag
+    return accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum").item() > 0

@@ -1,0 +1,272 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped, on any number of processes.
+
+checkpoints/step-00000400/
+    shard-*.safetensors  one file for each process: its part of the weights (`model/NAME`, tied tensors once) and of the optimizer's state
+                         (`optimizer/SLOT/NAME`), written by torch.distributed.checkpoint, which puts the parts together again
+    metrics.jsonl        the run's rows up to here: a resumed run's file begins as this one, whatever has become of its own
+    state.json           step, clock and the open logging interval, readable, and size and SHA-256 of each file, its own record included
+
+The text needs no state (batch i is a function of the seed and i), nor does the generator (it is seeded per step). Before a run goes on, the
+bytes of its newest checkpoint are held against these checksums; one that is damaged is set aside, and the newest intact one is taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from outgrow.model.base.atomic import PARTIAL, partial_of, remove
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.files import telling_disk_faults, whole_folder, write_json, write_text
+from outgrow.train.optimizer import set_learning_rate
+from outgrow.train.run.folder import METRICS
+
+STATE, DAMAGED = "state.json", ".damaged"
+_NAME = re.compile(r"step-(\d{8,})")
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a checkpoint of one process, which is no fault
+
+
+@dataclass
+class Position:
+    """Where a run stands, apart from its tensors."""
+
+    step: int = 0  # steps done
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0  # training clock: no evaluation, no saving
+    loss_sum: float = 0.0  # of the open logging interval
+    loss_count: int = 0
+    grad_norm: float | None = None  # before clipping, of the last step that was not passed over
+    router_sum: float | None = None  # of the routers' load-balancing term over the same steps, where there is one
+    start_val_loss: float | None = None  # at step 0
+    val_loss: float | None = None  # at the last evaluation
+    bits_per_byte: float | None = None
+    best_val_loss: float | None = None  # of the evaluations after step 0
+    best_step: int | None = None
+    stage: int = 0  # of the run, see train/stages.py
+    skipped: int = 0  # steps whose loss or gradient was not finite
+
+
+# ---- tensors --------------------------------------------------------------------------------------------------------------------------
+
+
+def tensors(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What a checkpoint holds, not copied: filling these tensors puts the run back in place.
+
+    Args:
+        objective: a network, or a `NextTokenLoss` of one; where it is sharded, this process's parts are given as `DTensor`s.
+    """
+    found: dict[str, Tensor] = {}
+    names: dict[int, str] = {}
+    for name, tensor in objective.state_dict(keep_vars=True).items():
+        if id(tensor) not in names:  # a tied tensor counts once
+            names[id(tensor)] = name.removeprefix("network.")
+            found[f"model/{names[id(tensor)]}"] = tensor.detach()
+    for parameter, slots in optimizer.state.items():
+        for slot, value in slots.items():
+            found |= {f"optimizer/{part}/{names[id(parameter)]}": tensor for part, tensor in _plain(slot, value)}
+    return found
+
+
+def _plain(slot: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor of one of torchao's kinds (8-bit optimizer state) as the plain tensors that it is made of."""
+    if is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor):
+        for part in value.__tensor_flatten__()[0]:
+            yield from _plain(f"{slot}.{part}", getattr(value, part))
+    else:
+        yield slot, value.detach()
+
+
+def _materialise(optimizer: torch.optim.Optimizer) -> None:
+    """Make the state that the optimizer's first step would make, in whatever form it keeps it; its values are of no use."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    set_learning_rate(optimizer, 0.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# ---- writing and reading --------------------------------------------------------------------------------------------------------------
+
+
+def write(
+    path: Path, position: Mapping[str, Any], held: Mapping[str, Tensor], group: Any = None, *, main: bool = True, metrics: str = ""
+) -> None:
+    """Write a checkpoint, whole or not at all. Every process of `group` calls this with its own part.
+
+    Args:
+        position: `asdict` of where the run stands.
+        held: of `tensors`, or a copy.
+        group: a gloo group of all processes; None for one process.
+        main: whether this process makes the folder.
+        metrics: the rows of metrics.jsonl so far, on the process that makes the folder.
+
+    Raises:
+        UserError: the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    with telling_disk_faults(path), whole_folder(path) if main else nullcontext(partial_of(path)) as partial:
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        with _first_fault():
+            dcp.save(dict(held), storage_writer=writer, process_group=group, no_dist=group is None)
+        digests = _all_digests(partial, group)
+        if main:
+            write_text(partial / METRICS, metrics)
+            record = {**position, "files": digests | {METRICS: _digest(partial / METRICS)}}
+            write_json(partial / STATE, record | {"sha256": _record_digest(record)})
+
+
+def _all_digests(partial: Path, group: Any) -> dict[str, dict[str, Any]]:
+    """Size and checksum of each shard. Processes share out the reading, since one alone would take long over a large checkpoint."""
+    if group is None:
+        return {file.name: _digest(file) for file in _shards(partial)}
+    process, processes = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    own = {file.name: _digest(file) for file in _shards(partial)[process::processes]}
+    gathered: list[dict[str, dict[str, Any]]] = [{}] * processes
+    torch.distributed.all_gather_object(gathered, own, group=group)
+    return {name: digest for part in gathered for name, digest in part.items()}
+
+
+def _shards(path: Path) -> list[Path]:
+    return sorted(path.glob("*.safetensors"))
+
+
+def _digest(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+
+
+def _record_digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def read(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
+    """Fill `objective` and `optimizer` from the checkpoint at `path`, whatever processes wrote it, and return where it stands.
+
+    Raises:
+        UserError: a file of it is missing or damaged.
+    """
+    with _telling_damage(path):
+        position = peek(path)
+        reader = HuggingFaceStorageReader(str(path))
+        if any(key.startswith("optimizer/") for key in reader.read_metadata().state_dict_metadata):  # there is none before the first step
+            _materialise(optimizer)
+        with _first_fault():
+            dcp.load(dict(tensors(objective, optimizer)), storage_reader=reader, no_dist=True)
+    return position
+
+
+def peek(path: Path) -> Position:
+    """Where the checkpoint at `path` stands; of its tensors, only the files' sizes are looked at.
+
+    Raises:
+        UserError: a file of it is missing or damaged.
+    """
+    with _telling_damage(path):
+        record = _record(path)
+        sizes = {file.name: file.stat().st_size for file in _shards(path)}
+        expected = {name: known["bytes"] for name, known in record["files"].items() if name != METRICS}
+        if sizes != expected:
+            raise ValueError(f"its files should be {expected}, and are {sizes}")
+        return Position(**{key: value for key, value in record.items() if key not in ("files", "sha256")})
+
+
+def check(path: Path, process: int = 0, processes: int = 1) -> None:
+    """Read the checkpoint at `path` and hold it against its checksums; of several processes, each reads its share of the files.
+
+    Raises:
+        UserError: a file of it is missing or damaged.
+    """
+    peek(path)
+    with _telling_damage(path):
+        for name, known in sorted(_record(path)["files"].items())[process::processes]:
+            if _digest(path / name) != known:
+                raise ValueError(f"the bytes of {name} are not those that were written")
+
+
+def _record(path: Path) -> dict[str, Any]:
+    record = json.loads((path / STATE).read_text())
+    unsigned = {key: value for key, value in record.items() if key != "sha256"}
+    if record["sha256"] != _record_digest(unsigned):
+        raise ValueError(f"{STATE} is not what was written")
+    return record
+
+
+@contextmanager
+def _telling_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # several libraries report a damaged file in several ways
+        reason = f"no {error}" if isinstance(error, KeyError) else (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"checkpoint {path}: cannot be loaded ({reason})") from error
+
+
+@contextmanager
+def _first_fault() -> Iterator[None]:
+    """Raise what went wrong itself, where torch.distributed.checkpoint raises a list of what went wrong on each process."""
+    try:
+        yield
+    except CheckpointException as gathered:
+        raise next(iter(gathered.failures.values()))[0] from None
+
+
+# ---- the folder of checkpoints --------------------------------------------------------------------------------------------------------
+
+
+def place(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies."""
+    return folder / f"step-{step:08d}"
+
+
+def complete(folder: Path, *, tidy: bool = False) -> list[Path]:
+    """The whole checkpoints under `folder`, oldest first; `tidy` removes what a killed process left half-written."""
+    if not folder.is_dir():
+        return []
+    for path in folder.glob(f"*{PARTIAL}") if tidy else ():
+        shutil.rmtree(path, ignore_errors=True)
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / STATE).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def drop_old(folder: Path, keep: int, best: int | None = None) -> None:
+    """Remove all checkpoints but the newest `keep` and that of step `best`."""
+    for path in complete(folder)[:-keep]:
+        if best is None or path != place(folder, best):
+            os.rename(path, partial_of(path))  # so that one which a kill leaves half removed is not taken for whole
+            shutil.rmtree(partial_of(path))
+
+
+def set_aside(path: Path) -> Path:
+    """Give a damaged checkpoint a name under which it is none, and return that."""
+    aside = path.with_name(path.name + DAMAGED)
+    remove(aside)
+    os.rename(path, aside)
+    return aside
+
+
+def restore_metrics(path: Path, saved: Path | None) -> bool:
+    """Let metrics.jsonl hold what it held at the checkpoint `saved`, or nothing; return whether rows of that had gone."""
+    kept = b"" if saved is None else (saved / METRICS).read_bytes()
+    there = path.read_bytes() if path.is_file() else b""
+    if there != kept:
+        write_text(path, kept.decode())
+    return not there.startswith(kept)

@@ -1,0 +1,227 @@
+"""The trackers that mirror metrics.jsonl, W&B, TensorBoard and Trackio through Accelerate, each kept where it can do the run no harm."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outgrow.model.base.errors import UserError
+from outgrow.train.run.folder import METRICS, PICTURE, SAMPLES
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
+    from outgrow.train.settings import Settings
+
+CLOCKS = ("step", "tokens", "flops", "seconds")
+START_S, FINISH_S = 60, 120  # that W&B's server is waited for; what it has not taken by then stays on the disk for `wandb sync`
+Say = Callable[[str], None]
+
+
+class Tracker:
+    """One of Accelerate's trackers, held so that no fault of it reaches the run: after its first fault it is left alone."""
+
+    def __init__(self, tracker: GeneralTracker, say: Say) -> None:
+        self.tracker: GeneralTracker | None = tracker
+        self.name, self.say = tracker.name, say
+        self.begun = 0  # the first step that it does not hold already
+
+    def log(self, kind: str, clocks: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+        """One row: every value over steps (W&B: over tokens), and every loss over tokens, FLOPs and seconds."""
+        if clocks["step"] < self.begun:
+            return
+        named = {f"{kind}/{key}": value for key, value in values.items() if value is not None}
+        losses = {key: value for key, value in values.items() if key.endswith("loss") and value is not None}
+        known = ("step",) if self.name == "trackio" else ()  # which it keeps itself
+        row = {**{key: clocks[key] for key in CLOCKS if key not in known}, **named}
+        if self.name == "tensorboard":  # its only x-axis is a whole number: curves over other clocks are written at their time
+            self._guard("log", row, step=clocks["step"])
+            for axis, place in (("tokens", clocks["tokens"]), ("gigaflops", clocks["flops"] / 1e9), ("seconds", clocks["seconds"])):
+                self._guard("log", {f"{kind}_by_{axis}/{key}": value for key, value in losses.items()}, step=round(place))
+        else:
+            over = {f"{kind}_by_{axis}/{key}": value for axis in ("flops", "seconds") for key, value in losses.items()}
+            self._guard("log", {**row, **over}, step=clocks["step"])
+
+    def samples(self, when: str, samples: Iterable[Mapping[str, str]], clocks: Mapping[str, Any]) -> None:
+        """What the network writes, as a table where the tracker has tables, else as text."""
+        pairs = [[sample["prompt"], sample["text"]] for sample in samples]
+        if clocks["step"] < self.begun:
+            return
+        if self.name == "wandb":
+            self._guard("log_table", f"samples/{when}", columns=["prompt", "text"], data=pairs, step=clocks["step"])
+        else:
+            told = "\n\n".join(f"**{prompt}**{text}" for prompt, text in pairs)
+            self._guard("log", {f"samples/{when}": told}, step=clocks["step"])
+
+    def picture(self, name: str, path: Path) -> None:
+        """A picture at step 0, where the tracker shows pictures."""
+        if hasattr(self.tracker, "log_images"):
+            from matplotlib.image import imread
+
+            shape = {"dataformats": "NHWC"} if self.name == "tensorboard" else {}
+            self._guard("log_images", {name: imread(path)[None, ..., :3]}, step=0, **shape)
+
+    def finish(self) -> None:
+        self._guard("finish")
+
+    def _guard(self, method: str, *arguments: Any, **options: Any) -> None:
+        if self.tracker is None:
+            return
+        try:
+            getattr(self.tracker, method)(*arguments, **options)
+        except Exception as error:
+            self.tracker = None
+            self.say(f"tracker {self.name} stopped ({type(error).__name__}: {error}); training goes on, {METRICS} is complete")
+
+
+def check_installed(names: Iterable[str]) -> None:
+    """Refuse trackers that are not installed, before anything is trained.
+
+    Raises:
+        UserError: naming each of them and the command that installs it.
+    """
+    missing = [name for name in names if find_spec(name) is None]
+    UserError.collect(f"logger={name}: not installed; pip install -e '.[{name}]', or choose logger=none" for name in missing)
+
+
+def open_trackers(folder: Path, settings: Settings, run: Mapping[str, Any], say: Say) -> list[Tracker]:
+    """The trackers that can be started, shown how the run began; the others are told and left out."""
+    opened = []
+    for name in settings.logger.trackers:
+        try:
+            opened.append(Tracker(OPENERS[name](folder, settings, run, say), say))
+        except Exception as error:
+            say(f"tracker {name} does not start ({type(error).__name__}: {error}); training goes on without it")
+    rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()] if (folder / METRICS).is_file() else []
+    for tracker in opened:
+        held = not rows if tracker.name != "wandb" else not getattr(tracker.tracker, "run").resumed  # noqa: B009
+        if held and (folder / PICTURE).is_file():
+            tracker.picture("growth/plan", folder / PICTURE)
+        if tracker.name == "wandb":
+            _catch_up(tracker, folder, rows)
+    return opened
+
+
+def _catch_up(tracker: Tracker, folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Make one record of a run that is started again: go on after what the server holds, else write all so far into this record.
+
+    A record is made of metrics.jsonl, so an earlier one on this disk that nobody has uploaded says nothing more, and is removed.
+    """
+    run: Any = getattr(tracker.tracker, "run")  # noqa: B009
+    if run.resumed:
+        tracker.begun = run.step
+        return
+    for when, told in _samples(folder).items():
+        tracker.samples(when, told["samples"], told)
+    for row in rows:
+        clocks = {key: row[key] for key in CLOCKS}
+        tracker.log(row["kind"], clocks, {key: value for key, value in row.items() if key not in (*CLOCKS, "kind")})
+    own = Path(run.dir).parent
+    for earlier in own.parent.glob(f"offline-run-*-{run.id}"):
+        if earlier != own and not list(earlier.glob("*.synced")):
+            shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _samples(folder: Path) -> dict[str, Any]:
+    """The samples of the run's start, if it has written any."""
+    try:
+        return {when: told for when, told in json.loads((folder / SAMPLES).read_text()).items() if when == "start"}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _wandb(folder: Path, settings: Settings, run: Mapping[str, Any], say: Say) -> GeneralTracker:
+    """W&B: curves grouped by study, over tokens by default, and losses over FLOPs and seconds as well.
+
+    A server that cannot be reached leaves the run offline; one that is lost later is waited for at the end, and not for ever.
+    """
+    import wandb
+
+    mode = _wandb_mode(settings.logger.mode)
+    try:
+        tracker = _wandb_in(mode, folder, settings, run)
+    except Exception as error:
+        if mode != "online":
+            raise
+        say(f"W&B cannot be reached ({type(error).__name__}: {str(error).splitlines()[0]}); it is written offline, for `wandb sync`")
+        wandb.teardown()  # its service would hold the run's name to be in use
+        tracker = _wandb_in("offline", folder, settings, run)
+    _say_where(tracker.run, say)
+    for clock in CLOCKS:
+        tracker.run.define_metric(clock, hidden=True)
+    for kind in ("train", "eval", "growth"):
+        tracker.run.define_metric(f"{kind}/*", step_metric="tokens")
+        for axis in ("flops", "seconds"):
+            tracker.run.define_metric(f"{kind}_by_{axis}/*", step_metric=axis)
+    tracker.run.define_metric("eval/val_loss", step_metric="tokens", summary="min,last")  # the best one too
+    return tracker
+
+
+def _say_where(run: Any, say: Say) -> None:
+    """Where the record is, how to look at it and how to upload it."""
+    if run.url:
+        say(f"W&B: {run.url}")
+        return
+    place = os.path.relpath(Path(run.dir).parent)
+    say(f"W&B, offline: {place}; look at it: wandb leet run {place}; upload it: wandb sync {place}")
+
+
+def _wandb_in(mode: str, folder: Path, settings: Settings, run: Mapping[str, Any]) -> Any:
+    import wandb
+    from accelerate.tracking import WandBTracker
+
+    project = os.environ.get("WANDB_PROJECT") or settings.logger.project
+    tracker: Any = WandBTracker(
+        re.sub(r"[/\\#?%:]", "_", project)[:128],
+        entity=os.environ.get("WANDB_ENTITY"),
+        name=settings.name,
+        id=f"{_clean(settings.name)[:50]}-{run['settings_hash'][:8]}",
+        resume="allow",
+        group=settings.study,
+        tags=[settings.growth.name[:64], f"seed {settings.seed}"],
+        config=dict(run),
+        dir=str(folder),
+        mode=mode,
+        settings=wandb.Settings(console="off", silent=True, init_timeout=START_S, finish_timeout=FINISH_S),
+    )
+    tracker.start()
+    return tracker
+
+
+def _clean(name: str) -> str:
+    """A name in the characters that W&B takes in the id of a run and in the name of a table."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
+
+
+def _wandb_mode(asked: str) -> str:
+    if asked != "auto":
+        return asked
+    import wandb
+
+    return os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+
+
+def _tensorboard(folder: Path, settings: Settings, run: Mapping[str, Any], say: Say) -> GeneralTracker:
+    from accelerate.tracking import TensorBoardTracker
+
+    tracker = TensorBoardTracker(settings.name, folder / "tensorboard")
+    tracker.start()
+    return tracker
+
+
+def _trackio(folder: Path, settings: Settings, run: Mapping[str, Any], say: Say) -> GeneralTracker:
+    """Trackio, on this machine unless its own variables name a server: `trackio show` opens it."""
+    from accelerate.tracking import TrackioTracker
+
+    tracker = TrackioTracker(settings.logger.project, name=settings.name, group=settings.study, resume="allow", config=dict(run))
+    tracker.start()
+    return tracker
+
+
+OPENERS = {"wandb": _wandb, "tensorboard": _tensorboard, "trackio": _trackio}

@@ -1,0 +1,148 @@
+"""Names of runs: what a run changes against its experiment's defaults is in its name, so that no two results share a folder.
+
+`experiment=tiny growth=tile optimizer.learning_rate=0.01 transfer=continued` → `tiny-tile-transfer_continued-lr0.01-s0`
+
+A label is a setting's key and value, without a "-" in it. What changes no result (NEUTRAL in train/neutral.py) or says only how it is
+computed (COMPUTED) is in no name. Hydra's own `override_dirname` names what was typed, in its order, defaults and loggers included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from outgrow.model.base.settings import CONF, compose_config, plain
+from outgrow.train.start.neutral import flatten, is_neutral
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+COMPUTED = (
+    *("train.attention", "train.loss", "train.checkpointing", "train.compile", "train.log_every_tokens"),
+    *("data.shard_tokens", "data.model_max_length"),
+)
+ELSEWHERE = ("study", "seed", "name", "changes", "growth.name")  # have a place of their own in a name
+TEXT = "data.path"  # where the same text lies changes nothing, another text does
+SHORT = {"optimizer.learning_rate": "lr"}
+LONGEST_VALUE, LONGEST = 40, 150  # characters, of 255 that a file system gives a name
+
+
+def tell_changes(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Fill in `changes` of a composed configuration, which `name` is made of, where the overrides do not give it themselves."""
+    if "changes" in cfg and "changes" not in map(_key, overrides):
+        cfg.changes = "".join(f"-{label}" for label in changes(cfg, overrides))
+
+
+def changes(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """The labels of what a run changes: chosen leaves first, then single settings, in the order of conf/train.yaml."""
+    by_key = {_key(text): text for text in overrides}
+    named = ("experiment",) if "growth.name" in by_key else ("experiment", "growth")  # whose leaves the name tells already
+    if not any(_shows(key) for key in by_key if key not in named):
+        return []
+    begun = [text for key, text in by_key.items() if key in named]
+    leaves = {key: text for key, text in by_key.items() if key not in named and not is_neutral(key) and (CONF / key).is_dir()}
+    before, after = _values(*begun), _values(*begun, *leaves.values())
+    changed = (key for key in leaves if _of(before, key) != _of(after, key))
+    labels = [f"{key.replace('/', '_')}_{_word(leaves[key].partition('=')[2])}" for key in changed]
+    asked = flatten(plain(cfg, []))
+    gone = [key for key in after if key not in asked and not any(other.startswith(f"{key}.") for other in asked)]
+    differing = [key for key in asked if key not in after or after[key] != asked[key]]
+    labels += [_label(key, asked.get(key), asked) for key in (*differing, *gone) if _shows(key)]
+    return _short(labels)
+
+
+def arm_changes(labels: str) -> list[str]:
+    """The changes that make another arm: all but the learning rate, which is a point of an arm's grid."""
+    return [label for label in labels.split("-") if label and not re.fullmatch(r"lr\d[\d.e]*", label)]
+
+
+def _key(override: str) -> str:
+    return override.split("=", 1)[0].lstrip("+~")
+
+
+@lru_cache(maxsize=64)  # the points of a sweep share what they are held against
+def _values(*overrides: str) -> dict[str, Any]:
+    cfg, _ = compose_config(CONF, "train", list(overrides))
+    return flatten(plain(cfg, []))
+
+
+def _of(values: Mapping[str, Any], group: str) -> dict[str, Any]:
+    """The settings of one group; all of them for a group within a group."""
+    top = group.split("/")[0]
+    return {key: value for key, value in values.items() if key == top or key.startswith(f"{top}.")}
+
+
+def _shows(key: str) -> bool:
+    text = key == TEXT or (key.startswith("mixture.sources.") and key.endswith(f".{TEXT}"))
+    return text or not (is_neutral(key) or key in COMPUTED or key in ELSEWHERE or key.split(".")[0] == "experiment")
+
+
+def _label(key: str, value: Any, values: Mapping[str, Any]) -> str:
+    """The end of the key that no other key shares, and the value."""
+    parts = key.split(".")
+    count = 1
+    while count < len(parts) and _shared(".".join(parts[-count:]), values) > 1:
+        count += 1
+    name = SHORT.get(key) or _word("_".join(parts[-count:]))
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return f"{name}{_word(value)}" if number else f"{name}_{_word(value)}"
+
+
+def _shared(end: str, values: Mapping[str, Any]) -> int:
+    return sum(1 for key in values if key == end or key.endswith(f".{end}"))
+
+
+def _word(value: Any) -> str:
+    """A value in letters, digits, "." and "_"; a long one ends in a hash."""
+    if value is None or isinstance(value, bool):
+        return "none" if value is None else str(value).lower()
+    if isinstance(value, int | float):
+        return _number(value)
+    if isinstance(value, list) and all(isinstance(item, int | float) for item in value):
+        return "_".join(_number(item) for item in value)
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    said = text.removeprefix("runs/").removesuffix("/final")
+    word = re.sub(r"[^A-Za-z0-9.]+", "_", said).strip("_.") or "none"
+    return word if len(word) <= LONGEST_VALUE else f"{word[-LONGEST_VALUE:].strip('_.')}_{_hash(text)}"
+
+
+def _number(value: float) -> str:
+    """Without an exponent, so without a "-": 1e-05 → 0.00001."""
+    text = format(Decimal(str(value)), "f") if value == value and abs(value) < 1e18 else str(value)
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return text.replace("-", "minus").replace("+", "")
+
+
+def _short(labels: list[str]) -> list[str]:
+    """As many as a name has room for, and a hash in place of the rest."""
+    kept: list[str] = []
+    room = LONGEST
+    for number, label in enumerate(labels):
+        room -= len(label) + 1
+        if room < 0:
+            return [*kept, f"more_{_hash(str(labels[number:]))}"]
+        kept.append(label)
+    return kept
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
+def same_folder(settings: Sequence[tuple[Sequence[str], str]]) -> list[str]:
+    """Faults of a sweep of (overrides, out): every folder that two of its points would write."""
+    points: dict[Path, list[str]] = {}
+    for overrides, out in settings:
+        points.setdefault(Path(out).resolve(), []).append(" ".join(overrides))
+    return [
+        f"sweep: {len(same)} points would train in {folder}: {'; '.join(same[:3])}; what they differ in changes no result, or name= "
+        "and out= do not hold it: put it into name=, as in name='${study}-${growth.name}-${train.compile}-s${seed}'"
+        for folder, same in points.items()
+        if len(same) > 1
+    ]

@@ -1,0 +1,221 @@
+"""The start of a run: from scratch, from the source as it is, or from the source grown."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from outgrow.growth import grow
+from outgrow.growth.grow import read_ledger
+from outgrow.growth.operators import options_of
+from outgrow.growth.resolve import resolve_family
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.files import whole_folder
+from outgrow.model.build import build_model, known_size, load_model
+from outgrow.model.checkpoint import Checkpoint, locate
+from outgrow.model.config import read_config, resolve_target
+from outgrow.model.dtypes import TORCH_NAMES, is_short
+from outgrow.model.family import has_schema
+from outgrow.model.geometry import flops_per_token
+from outgrow.model.spelling import spell_folder
+from outgrow.train.run.folder import PICTURE
+from outgrow.train.settings import UNGROWN, Settings
+from outgrow.train.start.stages import Stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from outgrow.growth.plan import Plan
+
+LEDGER, OPTIMIZER = "ledger.json", "optimizer.pt"
+
+
+def find_source(settings: Settings, *, needed: bool) -> Path | None:
+    """The source's folder, downloaded if it is a hub name; None where there is none.
+
+    A run that has begun needs its source no more (`needed` is false, and a source that is gone is no fault), unless it trains the source
+    itself.
+
+    Raises:
+        UserError: it is neither a folder nor a reachable repository.
+    """
+    if settings.source is None:
+        return None
+    if needed or settings.growth.operator == "source":
+        return locate(settings.source)
+    return Path(settings.source) if Path(settings.source).is_dir() else None
+
+
+def target_config(settings: Settings, source: Path | None) -> dict[str, Any]:
+    """The config of the network that will be trained.
+
+    Scratch lays its target over the source's config as every grown arm does, so that all of them train the same network; of the source's
+    weights it reads nothing.
+
+    Raises:
+        UserError: the target is unknown, or shorter than the context.
+    """
+    read = None if source is None else read_config(source)
+    config = read if settings.growth.operator == "source" else _laid_over(settings, source, read)
+    assert config is not None
+    context, positions = settings.train.context, known_size(config, "max_position_embeddings") or 0
+    if 0 < positions < context:
+        raise UserError(f"train.context: {context} is more than the model's max_position_embeddings={positions}; lower it")
+    return config if config.get("vocab_size") else config | {"vocab_size": known_size(config, "vocab_size")}
+
+
+def _laid_over(settings: Settings, source: Path | None, config: dict[str, Any] | None) -> dict[str, Any]:
+    """The target over the source's config, by a schema that is derived where the source's family has none."""
+    if source is None or config is None or has_schema(config):
+        return resolve_target(settings.target, config)
+    operator, given = settings.growth.operator, settings.growth.options
+    options = {name: given[name] for name in options_of(operator) if name in given}
+    with Checkpoint(source) as checkpoint:
+        known = resolve_family(checkpoint, settings.target, given.get("depth", "identity"), operator, options)
+    return resolve_target(settings.target, known.config or config, known.family)
+
+
+def source_ledger(settings: Settings, source: Path | None) -> dict[str, Any] | None:
+    """What the source cost and reached: from its ledger.json, else from `source_tokens`.
+
+    None for a run that neither starts from its weights nor is taught by it.
+    """
+    teacher = settings.transfer.teacher
+    taught = teacher is not None and teacher.model == "source"
+    if source is None or (settings.growth.operator == "scratch" and not taught):
+        return None
+    ledger: dict[str, Any] = {"path": settings.source, "tokens": settings.source_tokens, "flops": None, "val_loss": None}
+    if recorded := read_ledger(source):
+        ledger |= {key: value for key, value in recorded.items() if key in ledger and key != "path"}
+    elif settings.source_tokens is not None:
+        ledger["flops"] = settings.source_tokens * flops_per_token(read_config(source), settings.train.context)
+    return ledger
+
+
+def source_dtype(source: Path | None, run: Mapping[str, Any] | None) -> str | None:
+    """The float dtype of most of the source's bytes, by torch's name, as the record of a run that has begun says; None if there is none."""
+    if run is not None:
+        known: str | None = run["start"].get("source_dtype")
+        return known
+    if source is None:
+        return None
+    names = {stored: name for name, stored in TORCH_NAMES.items()}
+    sizes: Counter[str] = Counter()
+    with Checkpoint(source) as checkpoint:
+        for stored in checkpoint.tensors.values():
+            sizes[stored.dtype] += stored.nbytes if stored.dtype in names else 0
+    return max(((size, names[dtype]) for dtype, size in sizes.items() if size), default=(0, None))[1]
+
+
+def weights_read(settings: Settings, source: Path | None, teacher: Path | None) -> dict[str, str]:
+    """Hashes of the weights that a run reads at every start, not at its first alone: a teacher's, and those of a source trained on.
+
+    They are of the files' bytes, so that a copy elsewhere is the same, and weights replaced in place are not.
+    """
+    folders = {"teacher": teacher, "source": source if settings.growth.operator == "source" else None}
+    return {what: _fingerprint(folder) for what, folder in folders.items() if folder is not None}
+
+
+def _fingerprint(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted((*folder.glob("config.json"), *folder.glob("*.safetensors"))):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def begin(settings: Settings, stage: Stage, source: Path | None, folder: Path) -> dict[str, Any]:
+    """Make the start of a new run's first stage on disk, where it needs one (`<folder>/start/`), and return run.json's record of it.
+
+    Raises:
+        UserError: the source cannot be grown into the target.
+    """
+    operator, options = settings.growth.operator, settings.growth.options
+    record: dict[str, Any] = {
+        "operator": operator,
+        "depth": None if operator in UNGROWN else options.get("depth"),
+        "lossless": True if operator == "source" else None,
+        "reasons": [],
+        "receipt": None,
+        "operator_flops": 0.0,
+        "source": source_ledger(settings, source),
+        "source_dtype": source_dtype(source, None),
+    }
+    if operator in UNGROWN:
+        return record
+    assert source is not None
+    how: dict[str, Any] = {"operator": operator, "seed": settings.seed, "dtype": _start_dtype(source), **options}
+    (folder / PICTURE).unlink(missing_ok=True)  # of a run that was killed before it had a record; growth replaces its own files alone
+    grown = grow(source, stage.start(folder), target=stage.config, overwrite=True, optimizer=saved_optimizer(settings, source), **how)
+    _draw(grown.plan, source, folder)
+    return record | {
+        "lossless": grown.certificate.lossless,
+        "reasons": [str(reason) for reason in grown.certificate.reasons],
+        "receipt": None if grown.receipt is None else grown.receipt.to_dict(),
+    }
+
+
+def _start_dtype(source: Path) -> Literal["float32"] | None:
+    """In which to store what is grown from `source`: float32, as it will be loaded, where 16 bits would round it; None: as the source."""
+    with Checkpoint(source) as checkpoint:
+        dtypes = {stored.dtype for stored in checkpoint.tensors.values()}
+    return "float32" if any(map(is_short, dtypes)) and "F64" not in dtypes else None
+
+
+def _draw(plan: Plan, source: Path, folder: Path) -> None:
+    from outgrow.growth.figure import draw  # matplotlib takes longer to import than a small growth does
+
+    with Checkpoint(source) as reader:
+        draw(plan, folder / PICTURE, reader)
+
+
+def saved_optimizer(settings: Settings, source: Path | None) -> Path | None:
+    """Where Adam's state of the source lies, if it is to be taken over."""
+    asked = settings.transfer.optimizer
+    return source if asked == "source" else None if asked is None else Path(asked)
+
+
+def grow_on(
+    network: PreTrainedModel,
+    weights: dict[str, Tensor] | None,
+    adam: Mapping[str, Any] | None,
+    stage: Stage,
+    settings: Settings,
+    folder: Path,
+) -> None:
+    """Make the start of a later `stage` on disk by growing the `network` that the one before it has trained.
+
+    Args:
+        weights: of the network, where it does not hold them whole itself.
+        adam: its optimizer's state, to be grown too.
+
+    Raises:
+        UserError: it cannot be grown so, or the disk is full.
+    """
+    start = stage.start(folder)
+    with whole_folder(start.with_name(f"{start.name}.before")) as partial:
+        network.save_pretrained(partial, state_dict=weights)
+        spell_folder(partial)  # the stage's config may have both spellings, if its source had
+        if adam is not None:
+            torch.save(adam, partial / OPTIMIZER)
+    before = start.with_name(f"{start.name}.before")
+    moments = None if adam is None else before
+    how: dict[str, Any] = {"operator": stage.growth.operator, "seed": settings.seed, **stage.growth.options}
+    grow(before, start, target=stage.config, overwrite=True, optimizer=moments, **how)
+    shutil.rmtree(before)
+
+
+def starting_model(settings: Settings, stage: Stage, source: Path | None, folder: Path, attention: str) -> PreTrainedModel:
+    """The network at the beginning of a stage, in float32, on the CPU; the same on every process."""
+    if stage.growth.operator == "scratch":
+        return build_model(stage.config, seed=settings.seed, attention=attention)
+    start = source if stage.growth.operator == "source" else stage.start(folder)
+    assert start is not None
+    return load_model(start, attention=attention)

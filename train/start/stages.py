@@ -1,0 +1,123 @@
+"""Stages: the stretches of a run in which its network keeps its size, and what each of them costs.
+
+A run has one stage, unless its growth leaf lists several: then it trains a smaller network, grows it and goes on, in one folder, on one
+clock, with one schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from outgrow.model.base.errors import UserError
+from outgrow.model.config import resolve_target
+from outgrow.model.family import family_of
+from outgrow.model.geometry import flops_per_token, unpaid_flops_per_token
+from outgrow.train.run.folder import START
+from outgrow.train.settings import Budget, GrowthSettings, Settings, StageSettings
+
+FOLDER = "stages"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch.
+
+    Attributes:
+        number: from 0.
+        first, last: steps done before it and after it.
+        config: of its network.
+        growth: how its network comes about: the run's own growth, and later the growth of what the stage before left.
+        moments: take Adam's state over from the stage before.
+    """
+
+    number: int
+    first: int
+    last: int
+    config: dict[str, Any]
+    growth: GrowthSettings
+    moments: bool = False
+
+    def start(self, folder: Path) -> Path:
+        """Where the weights that it starts from lie, in a run's folder."""
+        return folder / START if self.number == 0 else folder / FOLDER / str(self.number)
+
+
+def stages_of(settings: Settings, config: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """The stages of a run whose last network has `config`.
+
+    Raises:
+        UserError: a stage has no step, or would not grow.
+    """
+    steps, growth = Budget.of(settings.train).steps, settings.growth
+    if not growth.stages:
+        return (Stage(0, 0, steps, dict(config), growth),)
+    stages: list[Stage] = []
+    for number, asked in enumerate(growth.stages):
+        first = stages[-1].last if stages else 0
+        last = steps if number == len(growth.stages) - 1 else _last_step(asked, settings)
+        if last <= first:
+            raise UserError(f"growth.stages[{number}]: from step {first} to {last} of {steps} there is no step; raise train.budget_tokens")
+        how = growth if number == 0 else GrowthSettings(growth.name, asked.operator, dict(asked.options))
+        stages.append(Stage(number, first, last, _config_of(config, asked.layers, asked.sizes), how, asked.moments))
+    return tuple(stages)
+
+
+def _last_step(asked: StageSettings, settings: Settings) -> int:
+    """The step after which a stage ends that another one follows."""
+    budget = Budget.of(settings.train)
+    if asked.until_tokens is not None:
+        return round(asked.until_tokens / budget.tokens_per_step)
+    assert asked.until is not None
+    return round(asked.until * budget.steps)
+
+
+def _config_of(config: Mapping[str, Any], layers: float, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's last config with a share of its layers, and with other sizes."""
+    family = family_of(config)
+    count = max(1, round(layers * family.require(config, "num_hidden_layers")))
+    own = {family.field_name("num_hidden_layers"): count, **sizes}
+    smaller = resolve_target(own, config)
+    return {key: value[:count] if isinstance(value, list) and key.startswith("layer") else value for key, value in smaller.items()}
+
+
+@dataclass(frozen=True)
+class Span:
+    """Steps that cost the same: up to step `last`, `flops_per_token` FLOPs for each token."""
+
+    last: int
+    flops_per_token: float
+
+
+def spans_of(
+    stages: Sequence[Stage], settings: Settings, teacher: Mapping[str, Any] | None, frozen: Mapping[int, Collection[str]]
+) -> list[Span]:
+    """What the steps of a run cost: its networks forward and backward, and while it teaches, the teacher forward, a third of that.
+
+    Args:
+        teacher: its config, if there is one.
+        frozen: the tensors that learn nothing, by the number of the stage; what they need no gradient for is not counted.
+    """
+    budget, context = Budget.of(settings.train), settings.train.context
+    taught, extra = 0, 0.0
+    if settings.transfer.teacher is not None and teacher is not None:
+        extra = flops_per_token(teacher, context) / 3
+        taught = sum(1 for step in range(budget.steps) if (step + 0.5) / budget.steps < settings.transfer.teacher.until)
+    ends = sorted({*(stage.last for stage in stages), *([taught] if extra else [])} - {0})
+    spans = []
+    for last in ends:
+        stage = next(stage for stage in stages if last <= stage.last)
+        own = flops_per_token(stage.config, context) - unpaid_flops_per_token(stage.config, context, frozen.get(stage.number, ()))
+        spans.append(Span(last, own + (extra if last <= taught else 0.0)))
+    return spans
+
+
+def flops_after(spans: Sequence[Span], step: int, tokens_per_step: int) -> float:
+    """All FLOPs of the first `step` steps."""
+    total, first = 0.0, 0
+    for span in spans:
+        total += max(0, min(step, span.last) - first) * tokens_per_step * span.flops_per_token
+        first = span.last
+    return total

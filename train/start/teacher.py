@@ -1,0 +1,128 @@
+"""Distillation: a frozen model whose next-token distribution is learnt beside the text (Hinton et al., 1503.02531)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from outgrow.model.base.errors import UserError
+from outgrow.model.build import known_size, load_model
+from outgrow.model.checkpoint import locate
+from outgrow.model.config import read_config
+from outgrow.model.family import Config
+from outgrow.train.loss import CHUNK_TOKENS, NextTokenLoss, balanced
+from outgrow.train.start.way import Way
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from outgrow.train.settings import Settings, TeacherSettings
+
+
+Head = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A network that teaches, its config, and whether its head is a plain matrix over its base model's output (`train.way`)."""
+
+    network: PreTrainedModel
+    config: Config
+    fused: bool
+
+
+def scheduled(settings: TeacherSettings, progress: float) -> tuple[float, float]:
+    """(weight, temperature) at `progress`: on straight lines from their first values to their last at `until`, then no weight."""
+    if progress >= settings.until:
+        return 0.0, settings.temperature[1]
+    way = progress / settings.until
+    return tuple(first + way * (last - first) for first, last in (settings.weight, settings.temperature))  # type: ignore[return-value]
+
+
+class TaughtLoss(NextTokenLoss):
+    """A `NextTokenLoss` that can also be taught. The teacher is no part of the module: it is neither trained, sharded nor saved."""
+
+    def __init__(self, student: NextTokenLoss, teacher: PreTrainedModel, *, fused: bool = True) -> None:
+        super().__init__(student.network, fused=student.fused, end_of_text=student.end_of_text)
+        self._teacher = (NextTokenLoss(teacher.requires_grad_(False), fused=fused, end_of_text=student.end_of_text).eval(),)
+
+    def forward(self, windows: Tensor, reduction: str = "mean", weight: float = 0.0, temperature: float = 1.0) -> Any:
+        """The text's loss; with a `weight` the pair (objective, text's loss), where objective = (1 - weight) · text + weight · teaching.
+
+        While a mixture of experts trains, its routers' load-balancing term is added, and stands beside them (`Losses`).
+
+        Teaching is T² · KL(teacher ‖ student) at temperature T over the teacher's vocabulary, the sum or mean over the predicted tokens.
+        """
+        if weight == 0.0:
+            return super().forward(windows, reduction)
+        student, balance = self.read(windows)
+        student, targets = student.flatten(0, 1), windows[:, 1:].flatten()
+        with torch.no_grad():
+            teacher = self._teacher[0].read(windows)[0].flatten(0, 1)
+        text = self.from_read(student, targets, reduction)
+        heads = self.logits, self._teacher[0].logits
+        teaching = divergence(student, heads[0], teacher, heads[1], temperature) / (len(student) if reduction == "mean" else 1)
+        return balanced(text, balance, targets, reduction, taught=(1.0 - weight) * text + weight * teaching)
+
+
+def divergence(student: Tensor, head: Head, teacher: Tensor, teaching_head: Head, temperature: float) -> Tensor:
+    """T² · KL(teacher ‖ student) at temperature T, the sum over tokens, `CHUNK_TOKENS` of whose log-probabilities are held at a time.
+
+    Args:
+        student, teacher: (tokens, …) each, of which the heads make logits.
+    """
+
+    def part(student: Tensor, teacher: Tensor) -> Tensor:
+        with torch.no_grad():
+            expected = (teaching_head(teacher).float() / temperature).log_softmax(-1)
+        given = (head(student)[..., : expected.shape[-1]].float() / temperature).log_softmax(-1)
+        return functional.kl_div(given, expected, reduction="sum", log_target=True)
+
+    total = torch.zeros((), device=student.device)
+    for mine, theirs in zip(student.split(CHUNK_TOKENS), teacher.split(CHUNK_TOKENS), strict=True):
+        total = total + checkpoint(part, mine, theirs, use_reentrant=False)
+    return temperature**2 * total
+
+
+def teacher_folder(settings: Settings, source: Path | None) -> Path | None:
+    """Where the network lies that teaches; None where none does.
+
+    Raises:
+        UserError: it is neither a folder nor a reachable repository.
+    """
+    if settings.transfer.teacher is None:
+        return None
+    named = settings.transfer.teacher.model
+    return source if named == "source" else locate(named)
+
+
+def find_teacher(folder: Path | None, student: Config, way: Way | None) -> Teacher | None:
+    """The network that teaches `student`, in float32 on the CPU; None where none does.
+
+    Args:
+        way: of the teacher's class.
+
+    Raises:
+        UserError: it has more tokens than the student.
+    """
+    if folder is None or way is None:
+        return None
+    config = read_config(folder)
+    theirs, own = known_size(config, "vocab_size") or 0, known_size(student, "vocab_size") or 0
+    if theirs > own:
+        raise UserError(f"transfer.teacher: has {theirs} tokens, the model {own}; a teacher must speak the same tokens")
+    return Teacher(load_model(folder, attention=way.attention), config, way.fused)
+
+
+def taught(objective: NextTokenLoss, teacher: Teacher | None, device: torch.device) -> NextTokenLoss:
+    """`objective`, taught by `teacher` where there is one."""
+    if teacher is None:
+        return objective
+    return TaughtLoss(objective, teacher.network.to(device), fused=teacher.fused)  # type: ignore[arg-type]
