@@ -6,6 +6,7 @@ and the same with every curve shifted right by what its source cost.
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +59,9 @@ def build(comparison: Comparison) -> Figure:
         _panel(axes, comparison, kind, colours)
     _finish(main, "FLOPs of training, source excluded", "What it costs when the source is already there", 12)
     _finish(tokens, "tokens trained", "The same, against tokens", 10.5)
-    _finish(included, "FLOPs, source included", "Each curve begins after its source's cost", 10.5)
+    unknown = ", ".join(_shortened(arm, 24) for arm in _unpaid(comparison))
+    left_out = textwrap.wrap(f"(unknown, so not drawn: {unknown})", 62, break_on_hyphens=False) if unknown else []
+    _finish(included, "FLOPs, source included", "\n".join(["Each curve begins after its source's cost", *left_out]), 10.5)
     main.set_ylabel("validation loss, nats/token", color=INK)
     tokens.set_ylabel("nats/token", color=INK)
     _label_curves(main, comparison, colours)
@@ -91,7 +94,8 @@ def loss_range(comparison: Comparison) -> tuple[float, float]:
 
 
 def _panel(axes: Axes, comparison: Comparison, kind: str, colours: dict[str, str]) -> None:
-    for row in reversed(comparison.best_rows):
+    unknown = _unpaid(comparison) if kind == "included" else []
+    for row in (row for row in reversed(comparison.best_rows) if row.arm not in unknown):
         style: dict[str, Any] = {"color": colours[row.arm], "linestyle": DASHES.get(row.arm, "-"), "solid_capstyle": "round"}
         runs = comparison.runs_of(row)
         for run in runs if len(runs) > 1 else ():
@@ -101,6 +105,32 @@ def _panel(axes: Axes, comparison: Comparison, kind: str, colours: dict[str, str
     axes.axhline(comparison.scratch.final_loss, color="#000000", linewidth=1, linestyle=(0, (5, 3)), zorder=1)
     axes.set_ylim(*loss_range(comparison))
     axes.set_xlim(left=0)
+
+
+def _unpaid(comparison: Comparison) -> list[str]:
+    """The arms whose source cost nobody knows how much: where their curves would begin is not known either."""
+    return sorted(row.arm for row in comparison.best_rows if row.source_flops is None)
+
+
+def _cut_off(comparison: Comparison) -> bool:
+    """Whether any loss lies above the frame."""
+    _, highest = loss_range(comparison)
+    return any(max(run.curve.losses) > highest for row in comparison.best_rows for run in comparison.runs_of(row))
+
+
+def _shortened(name: str, room: int) -> str:
+    """A name, of a long one its beginning and end."""
+    return name if len(name) <= room else f"{name[: room // 2]}…{name[room // 2 + 1 - room :]}"
+
+
+def _label(row: Row, width: int = 28) -> str:
+    """An arm's name in at most two lines, broken after what parts its words, and its final loss."""
+    lines = [""]
+    for word in re.findall(r"[^-_+,. ]{1,22}[-_+,. ]*|[-_+,. ]+", _shortened(row.arm, 2 * width - 12)):
+        if lines[-1] and len(lines[-1] + word) > width:
+            lines.append("")
+        lines[-1] += word
+    return "\n".join([*lines[:-1], f"{lines[-1]} {row.final_loss:.3f}"])
 
 
 def _positions(curve: Curve, row: Row, kind: str) -> list[float]:
@@ -126,16 +156,15 @@ def _finish(axes: Axes, xlabel: str, title: str, size: float) -> None:
 def _label_curves(axes: Axes, comparison: Comparison, colours: dict[str, str]) -> None:
     """Each arm's name and final loss at the end of its curve, pushed apart where they would overlap."""
     low, high = loss_range(comparison)
-    gap = 0.058 * (high - low)
     end = max(row.flops + row.operator_flops for row in comparison.best_rows)
     rows = sorted(comparison.best_rows, key=lambda row: row.final_loss)
-    heights = spread([row.final_loss for row in rows], gap)
+    labels, gap = [_label(row) for row in rows], 0.058 * (high - low)
+    heights = _heights(rows, labels, gap)
     heights = [height + max(0.0, low + gap / 2 - heights[0]) for height in heights]  # the lowest stays off the axis
     axes.set_xlim(0, end)
-    for row, height in zip(rows, heights, strict=True):
+    for row, label, height in zip(rows, labels, heights, strict=True):
         x = row.flops + row.operator_flops
         axes.plot([x, end * 1.018], [row.final_loss, height], color=colours[row.arm], linewidth=0.8, clip_on=False)
-        label = f"{row.arm} {row.final_loss:.3f}"
         axes.text(end * 1.023, height, label, color=colours[row.arm], va="center", **LABEL)
     level, text = comparison.scratch.final_loss, f"scratch's final loss, {comparison.scratch.final_loss:.3f}"
     axes.text(
@@ -149,6 +178,13 @@ def _label_curves(axes: Axes, comparison: Comparison, colours: dict[str, str]) -
         zorder=4,
         bbox=PAPER,
     )
+
+
+def _heights(rows: Sequence[Row], labels: Sequence[str], gap: float) -> list[float]:
+    """The middle of each label, where every line of them has room: lines are spread, and a label is in the midst of its own."""
+    counts = [label.count("\n") + 1 for label in labels]
+    lines = iter(spread([row.final_loss for row, count in zip(rows, counts, strict=True) for _ in range(count)], gap))
+    return [_middle([next(lines) for _ in range(count)]) for count in counts]
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
@@ -178,15 +214,15 @@ def _mark_saving(axes: Axes, comparison: Comparison, colours: dict[str, str]) ->
     axes.annotate("", (x, level), (end, level), arrowprops={"arrowstyle": "-|>", "color": colours[row.arm], "linewidth": 2.2}, zorder=4)
     saved = row.cost.saving_excluded or 0.0
     label = f"{abs(saved):.0%} {'fewer' if saved >= 0 else 'more'} FLOPs".replace("%", " %")
+    place, offset, ha, va = (x, (-8, -7), "right", "top") if x > 0.5 * end else ((x + end) / 2, (0, 5), "center", "bottom")
     axes.annotate(
-        label, (x, level), (-8, -7), textcoords="offset points", ha="right", va="top", color=colours[row.arm], bbox=PAPER, **LABEL
-    )
+        label, (place, level), offset, textcoords="offset points", ha=ha, va=va, color=colours[row.arm], bbox=PAPER, **LABEL
+    )  # left of the marker, where that leaves the words on scratch's line free; else above the arrow
 
 
 def _caption(comparison: Comparison) -> str:
     counts = sorted({row.n for row in comparison.best_rows})
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
     thin = "thin: each seed, thick: their mean" if counts[-1] > 1 else "one seed: no interval"
-    return (
-        f"study {comparison.study}; n = {seeds}, {thin}; each arm at its best learning rate; cut off above the frame. {comparison.machine}"
-    )
+    cut = "; cut off above the frame" if _cut_off(comparison) else ""
+    return f"study {comparison.study}; n = {seeds}, {thin}; each arm at its best learning rate{cut}. {comparison.machine}"

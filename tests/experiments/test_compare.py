@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -236,6 +237,40 @@ def test_the_picture_shows_every_seed_every_mean_and_the_line(study: list[Path])
     low, high = loss_range(comparison)
     assert low < 2.4
     assert 4.0 < high < 8.0  # scratch's first fall is cut off
+
+
+LONG = "lossless-depth_identity-noise0.5-target_hidden_size96+num_hidden_layers8"
+
+
+def test_long_names_leave_the_axes_their_room_and_no_labels_touch(tmp_path: Path) -> None:
+    arms = {"scratch": 4.0, LONG: 3.62, f"{LONG}-optimizer_muon-schedule_cosine": 3.63, "a" * 120: 3.64}
+    folders = [fabricate(tmp_path, arm, [8.0, 5.0, end], source=None if arm == "scratch" else SOURCE) for arm, end in arms.items()]
+    figure = build(compare(folders))
+    figure.draw_without_rendering()
+    main_axes = figure.axes[0]
+    assert main_axes.get_position().width * figure.get_figwidth() > 5.5
+    labels = [text for text in main_axes.texts if re.search(r" [34]\.\d{3}$", text.get_text()) and text.get_fontweight() == "bold"]
+    boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: float(box.y0))
+    assert len(boxes) == len(arms)
+    assert all(below.y1 <= above.y0 + 2 for below, above in itertools.pairwise(boxes))
+    assert all(box.x1 <= figure.bbox.x1 for box in boxes)
+    assert labels[0].get_text().replace("\n", "").startswith("lossless-depth_")
+
+
+def test_an_arm_whose_sources_cost_is_unknown_is_named_in_its_panel_and_not_drawn(tmp_path: Path) -> None:
+    unknown = {**SOURCE, "flops": None, "tokens": None}
+    folders = [fabricate(tmp_path, "scratch", SCRATCH_LOSSES)]
+    folders += [fabricate(tmp_path, arm, [4.5, 4.0, 3.7, 3.5], source=source) for arm, source in (("tile", unknown), ("lossless", SOURCE))]
+    _, tokens, included = build(compare(folders)).axes
+    thick = [sum(line.get_linewidth() > 1.5 for line in axes.lines) for axes in (tokens, included)]
+    assert thick == [3, 2]
+    assert included.get_title(loc="left").endswith("(unknown, so not drawn: tile)")
+
+
+@pytest.mark.parametrize(("first", "cut"), [(8.0, True), (4.4, False)])
+def test_a_frame_that_cuts_nothing_off_does_not_say_so(tmp_path: Path, first: float, cut: bool) -> None:
+    folders = [fabricate(tmp_path, "scratch", [first, 4.3, 4.2, 4.0]), fabricate(tmp_path, "tile", [4.4, 4.2, 3.9, 3.8], source=SOURCE)]
+    assert ("cut off above the frame" in build(compare(folders)).get_supxlabel()) is cut
 
 
 def test_labels_are_pushed_apart_and_colours_kept() -> None:
