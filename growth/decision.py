@@ -161,8 +161,9 @@ class Decision:
 
     @cached_property
     def hash(self) -> str:
-        """A fingerprint of everything that decides the result but the weights."""
-        digest = hashlib.sha256(json.dumps([self.to_dict(), self.target_config], sort_keys=True, default=str).encode())
+        """A fingerprint of everything that decides the result but the weights; of notes, nothing, which tell what was measured here."""
+        decided = {**self.to_dict(), "notes": []}
+        digest = hashlib.sha256(json.dumps([decided, self.target_config], sort_keys=True, default=str).encode())
         for step in self.steps:
             for axis in step.maps:
                 for array in (axis.index, axis.gain, axis.fill):

@@ -41,6 +41,7 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
 
     faults: list[str] = []
     parsed = [override for text in overrides if (override := _parse(text, faults)) is not None]
+    parsed = each_dict_once(parsed, faults)
     try:
         groups = _groups(folder, name)
     except UserError as fault:  # the file itself is no YAML
@@ -146,6 +147,33 @@ def _parse(text: str, faults: list[str]) -> Override | None:
     return override
 
 
+def each_dict_once(parsed: list[Override], faults: list[str]) -> list[Override]:
+    """The overrides without those that say several times what a key holds, once with keys and values: Hydra makes nothing of them.
+
+    Of two plain values the last holds, as with Hydra.
+    """
+    dicts = {override.key_or_group for override in parsed if isinstance(override.value(), Mapping)}
+    several: dict[str, list[Override]] = {}
+    for override in parsed:
+        for key in dicts:
+            plain_value = override.key_or_group == key and not isinstance(override.value(), Mapping)
+            if f"{override.key_or_group}.".startswith(f"{key}.") and not plain_value:
+                several.setdefault(key, []).append(override)
+    several = {key: given for key, given in several.items() if len(given) > 1}
+    for key, given in several.items():
+        inner = ",".join(_inner(override, key) for override in given)
+        faults.append(f"{key}: given {len(given)} times; give all its keys and values at once: '{key}={{{inner}}}'")
+    return [override for override in parsed if not any(override in given for given in several.values())]
+
+
+def _inner(override: Override, key: str) -> str:
+    """The keys and values of `key` that an override gives, as between braces."""
+    below, value = override.key_or_group.removeprefix(key).lstrip("."), str(override.input_line).partition("=")[2].strip()
+    for part in reversed(below.split(".") if below else []):
+        value = f"{{{part}:{value}}}"
+    return value[1:-1]
+
+
 def _groups(folder: Path, name: str) -> set[str]:
     """The groups of `folder` that the config `name` chooses from; a key of its own that is called as a group is a value."""
     own = load_yaml(folder / f"{name}.yaml")
@@ -218,7 +246,7 @@ def sweep_points(overrides: list[str]) -> list[list[str]]:
     cannot be read stays as it is, for composing to tell.
 
     Raises:
-        UserError: it is a sweep that Hydra's sweeper does not make, such as interval().
+        UserError: it is a sweep that Hydra's sweeper does not make, such as interval(), or a key's keys and values are given twice.
     """
     from hydra import initialize_config_dir
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -226,7 +254,8 @@ def sweep_points(overrides: list[str]) -> list[list[str]]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    readable, unreadable = [], []
+    readable: list[Override] = []
+    unreadable: list[str] = []
     with initialize_config_dir(str(CONF), version_base="1.3"):  # glob() looks for leaves there
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         for text in overrides:
@@ -234,6 +263,9 @@ def sweep_points(overrides: list[str]) -> list[list[str]]:
                 readable += parser.parse_overrides([text])
             except HydraException:
                 unreadable.append(text)
+        twice: list[str] = []
+        readable = each_dict_once(readable, twice)
+        UserError.collect(twice)
         try:
             (points,) = BasicSweeper.split_arguments(readable, None)
         except HydraException as error:

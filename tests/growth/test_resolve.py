@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,14 @@ def test_a_smaller_head_dim_is_told_in_the_users_sizes() -> None:
 )
 def test_sizes_in_miniature(tiny: int, before: int, after: int, multiple: int, size: int) -> None:
     assert scaled(tiny, before, after, multiple) == size
+
+
+def test_the_hash_of_a_derived_plan_is_the_same_where_the_rehearsal_rounds_otherwise() -> None:
+    made = plan(config_of("mixtral", **WIDE), {"intermediate_size": 48})
+    other = replace(made, notes=(made.notes[0], "confirmed: kept its logits in float64 to 3e-07 of the largest"))
+    assert other.hash == made.hash
+    assert other.to_dict()["notes"] == list(other.notes) != list(made.notes)
+    assert made.hash != plan(config_of("mixtral", **WIDE), {"intermediate_size": 40}).hash
 
 
 def test_a_derived_schema_says_what_each_axis_is() -> None:

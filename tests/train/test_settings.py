@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from outgrow.model.base.errors import UserError
-from outgrow.model.base.settings import sweep_points
+from outgrow.model.base.settings import CONF, compose_config, sweep_points
 from outgrow.train.settings import Budget, compose, identity, settings_hash
 
 GOOD = ["growth=scratch", "target=tiny_target"]
@@ -103,6 +103,30 @@ def test_tokens_become_steps_once() -> None:
     assert (budget.steps, budget.rows, budget.eval_every, budget.log_every, budget.save_every) == (10, 4, 2, 1, None)
     assert [step for step in range(1, 11) if budget.due(3, step)] == [3, 6, 9, 10]
     assert [step for step in range(1, 11) if dataclasses.replace(budget, save_every=5).saves(step)] == [5]
+
+
+@pytest.mark.parametrize(
+    ("second", "joined"),
+    [
+        ("target={vocab_size:200}", "{hidden_size:96,vocab_size:200}"),
+        ("target.vocab_size=200", "{hidden_size:96,vocab_size:200}"),
+        ("target.a.b=c", "{hidden_size:96,a:{b:c}}"),
+        ("target={hidden_size:80,vocab_size:200}", "{hidden_size:96,hidden_size:80,vocab_size:200}"),
+    ],
+)
+def test_keys_and_values_given_twice_are_told_in_our_words(second: str, joined: str) -> None:
+    words = f"target: given 2 times; give all its keys and values at once: 'target={joined}'"
+    given = ["target={hidden_size:96}", second]
+    assert fault(*given) == words
+    with pytest.raises(UserError) as caught:
+        sweep_points(["seed=0,1", *given])
+    assert str(caught.value) == words
+    assert words in compose_config(CONF, "grow", given)[1]
+
+
+def test_of_plain_values_the_last_holds() -> None:
+    assert compose([*GOOD, "seed=1", "seed=2"]).seed == 2
+    assert compose([*GOOD, "target={hidden_size:96}", "target=tiny_target"]).target == "tiny_target"
 
 
 def test_a_sweep_is_expanded_in_order() -> None:
