@@ -6,7 +6,7 @@ train(compose(["experiment=tiny", "growth=lossless"]))   # → runs/tiny-lossles
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import write_json
 from outgrow.model.config import read_config
 from outgrow.model.geometry import flops_per_token, flops_source, parameter_count
@@ -27,7 +28,7 @@ from outgrow.train.run import folder as run_folder
 from outgrow.train.run import state
 from outgrow.train.run.checkpoints import newest_intact
 from outgrow.train.run.clock import Meter
-from outgrow.train.run.export import publish
+from outgrow.train.run.export import publish, recast
 from outgrow.train.run.horizons import find_trunk, horizon_runs, take_over_trunk, trunk_record
 from outgrow.train.run.log import Console, open_log
 from outgrow.train.run.reading import rate_warnings, reading, record, tokenizer_warnings
@@ -59,14 +60,20 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
     console = Console(settings.progress and "lines", settings.name, loop.budget_tokens)
 
     # ---- 1. Is there anything to do? --------------------------------------------------------------------------------------------------
-    run = run_folder.read_run(folder)
+    run, again = run_folder.read_run(folder), None
     if run is not None:
         run_folder.check_same(folder, run, settings)
         if run_folder.is_complete(folder):
             if not (missing := run_folder.unkept(folder, run, settings)):
                 console.say(f"already complete: {folder}")
                 return folder
-            console.say(f"{folder} is complete without {missing}: it trains again from its newest checkpoint to its end, to keep it")
+            again = run_folder.recast_to(folder, run, settings)
+            if again is None:
+                check_end_left(folder, run, missing)
+            way_there = (
+                f"rounded from its {run_folder.FINAL}/" if again else "it trains again from its newest checkpoint to its end, to keep it"
+            )
+            console.say(f"{folder} is complete without {missing}: {way_there}")
     elif further := run_folder.shorter_run(settings):
         console.say(further)
 
@@ -76,6 +83,12 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
     ):
         # ---- 2. Who trains: every process, and the main one writes --------------------------------------------------------------------
         main = accelerator.is_main_process
+
+        if run is not None and again is not None:
+            if main:
+                recast(folder, run, again)
+            accelerator.wait_for_everyone()
+            return folder
 
         # ---- 3. The network, and the text that it reads -------------------------------------------------------------------------------
         source = find_source(settings, needed=run is None or needs_source(settings))
@@ -133,7 +146,7 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
             spans = [Span(**span) for span in run["spans"]]
             meter = Meter(position, accelerator.num_processes, budget.tokens_per_step, spans, peak)
             with watched() as asked:
-                made = Run(settings, folder, accelerator, data, windows, console, log, asked, meter, way)
+                made = Run(settings, folder, accelerator, data, windows, console, log, asked, meter, way, dtype)
                 for stage in stages[position.stage :]:
                     with meter.paused():
                         trainee = Trainee(made, stage, source, teacher, saved if stage.number == position.stage else None)
@@ -154,6 +167,19 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
                 console.say(f"val loss {summary['start_val_loss']:.4f} → {summary['final_val_loss']:.4f}: {folder}")
             accelerator.wait_for_everyone()
     return folder
+
+
+def check_end_left(folder: Path, run: Mapping[str, Any], missing: str) -> None:
+    """Refuse to train a complete run again from its very start for what its end was not asked to keep.
+
+    Raises:
+        UserError: no checkpoint of it is left.
+    """
+    if "trunk" not in run and not state.complete(folder / run_folder.CHECKPOINTS):
+        raise UserError(
+            f"{folder} is complete without {missing}, and no checkpoint of it is left to train its end again from (train.save_every_tokens "
+            "says when one is written); delete the folder to train the whole run again, or choose another name="
+        )
 
 
 def facts(settings: Settings, config: dict[str, Any], data: TokenData, accelerator: Accelerator, way: Way) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -142,7 +143,16 @@ class Step:
 
     def not_finite(self, tensors: dict[str, Tensor]) -> list[str]:
         """The names of those that are not finite on any process."""
-        flags = torch.stack([(~local(tensor).isfinite()).any() for tensor in tensors.values()]).float()
+        return self.flagged(tensors, lambda tensor: (~tensor.isfinite()).any())
+
+    def beyond(self, dtype: torch.dtype) -> list[str]:
+        """The names of the weights, frozen ones too, with a finite value that rounds to infinity in `dtype`."""
+        weights = {name.split("network.")[-1]: p.detach() for name, p in self.model.named_parameters()}
+        return self.flagged(weights, lambda tensor: torch.stack(tensor.aminmax()).to(dtype).isinf().any())
+
+    def flagged(self, tensors: dict[str, Tensor], test: Callable[[Tensor], Tensor]) -> list[str]:
+        """The names of those of which `test` is true on any process."""
+        flags = torch.stack([test(part) if (part := local(t)).numel() else part.new_zeros(()).bool() for t in tensors.values()]).float()
         return [name for name, flag in zip(tensors, self.accelerator.reduce(flags, reduction="sum").tolist(), strict=True) if flag]
 
 

@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import Accelerator
 
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import load_model
+from outgrow.model.checkpoint import names_of
 from outgrow.model.geometry import parameter_count
 from outgrow.train.data import TokenData
 from outgrow.train.evaluate import evaluate
@@ -58,6 +60,7 @@ class Run:
     asked: Callable[[], str | None]  # the signal that asked this process to stop
     meter: Meter
     way: Way
+    dtype: str  # that the end stores the weights in
 
 
 class Trainee:
@@ -112,6 +115,7 @@ class Trainee:
                 self.write_samples("start")
             if standing is not None and run.accelerator.is_main_process:
                 keep_stable(run.folder, settings, position.step)  # a kill may have come between the checkpoint and its copy
+            self.check_range(saver)
             self.model.train()
             while position.step < stage.last:
                 # ---- 6. One step (train/step.py) --------------------------------------------------------------------------------------
@@ -133,6 +137,7 @@ class Trainee:
                         log.write("train", meter.clocks(), learning_rate=rate, **row)
                 if budget.due(budget.eval_every, position.step):
                     self.validate()
+                    self.check_range(saver)
                 stopped = any_process(run.accelerator, run.asked() is not None) and position.step < budget.steps
                 handed_on = position.step == stage.last < budget.steps
                 branches = position.step == branch_step(settings)
@@ -155,10 +160,11 @@ class Trainee:
         """Save where the run stands, unless a weight is not finite: the checkpoint that is there stays the newest.
 
         Raises:
-            UserError: a weight is not finite.
+            UserError: a weight is not finite, or beyond what it is to be stored in at the end.
         """
         self.check_weights(saver)
         saver.save(self.run.meter.position, self.rows())
+        self.check_range(saver)
 
     def rows(self) -> str:
         """The run's metrics so far, on the disk; "" on the processes that do not write."""
@@ -170,6 +176,23 @@ class Trainee:
             self.step.check_weights(self.run.meter.position.step)
         except NotFinite as fault:
             raise self.stopping(fault, saver) from None
+
+    def check_range(self, saver: Saver) -> None:
+        """Stop the run where a weight is beyond the dtype that the end will store it in, with its state saved to go on from in another.
+
+        Raises:
+            UserError: a weight is.
+        """
+        step, dtype = self.run.meter.position.step, self.run.dtype
+        if dtype == "float32" or not (names := self.step.beyond(getattr(torch, dtype))):
+            return
+        if step:
+            saver.save(self.run.meter.position, self.rows())
+        saver.wait()
+        raise UserError(
+            f"train.save_dtype: after step {step}, {names_of(names)} hold values beyond the range of {dtype}; the same command with "
+            "train.save_dtype=bfloat16 or float32 goes on from there"
+        )
 
     def stopping(self, fault: NotFinite, saver: Saver) -> UserError:
         """The error that a run stops with; its last state with finite weights is on the disk then."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from outgrow.train.run.export import write_model
 from outgrow.train.settings import Settings, compose
 from outgrow.train.start.neutral import is_neutral
 from outgrow.train.start.rehearsal import rehearse_end
+from outgrow.train.step import Step
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,53 @@ def test_weights_beyond_the_range_of_the_dtype_are_refused(settings: Settings, t
         model.transformer.ln_f.weight[0] = 1e5
     with pytest.raises(UserError, match=r"train.save_dtype: transformer.ln_f.weight hold values beyond the range of float16; use bfloat16"):
         write_model(tmp_path, model, None, prepare(settings.data, progress=False), "float16")
+
+
+def test_a_complete_run_is_rounded_from_its_end_and_not_trained_again(
+    settings: Settings, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished, folder := tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # as where train.save_every_tokens=null wrote none
+    monkeypatch.setattr(loop, "Trainee", None)
+    loop.train(at(settings, folder, save_dtype="bfloat16"))
+    assert_rounded(folder, finished, "bfloat16")
+    trained = loop_free(tmp_path, settings, monkeypatch)
+    assert {path.name: path.read_bytes() for path in (folder / "final").iterdir()} == {
+        path.name: path.read_bytes() for path in (trained / "final").iterdir()
+    }
+    monkeypatch.setattr(loop, "Trainee", None)
+    for asked in ({"save_dtype": "float32"}, {"keep_optimizer": True}):
+        with pytest.raises(UserError, match="no checkpoint of it is left to train its end again from"):
+            loop.train(at(settings, folder, **asked))
+    assert_rounded(folder, finished, "bfloat16")
+
+
+def loop_free(tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same run, trained with its end in bfloat16."""
+    monkeypatch.undo()
+    return loop.train(at(settings, tmp_path / "trained", save_dtype="bfloat16"))
+
+
+def test_a_weight_that_outgrows_the_dtype_stops_the_run_which_goes_on_in_another(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = Step.__call__
+
+    def growing(step: Step, i: int) -> tuple[float, ...]:
+        found = trained(step, i)
+        if i == 1:
+            next(iter(step.parameters.values())).data.flatten()[0] = 65520.0  # the least that rounds to infinity
+        return found
+
+    monkeypatch.setattr(Step, "__call__", growing)
+    at_once = {"eval_every_tokens": 1, "save_every_tokens": 1}
+    with pytest.raises(
+        UserError, match=r"train\.save_dtype: after step 2, .* hold values beyond the range of float16; the same command with"
+    ):
+        loop.train(at(settings, tmp_path / "run", save_dtype="float16", **at_once))
+    assert not (tmp_path / "run/final").exists()
+    folder = loop.train(at(settings, tmp_path / "run", save_dtype="bfloat16", **at_once))
+    assert {tensor.dtype for tensor in weights(folder).values()} == {torch.bfloat16}
 
 
 def test_the_dtype_changes_no_result() -> None:

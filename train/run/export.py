@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from itertools import pairwise
@@ -11,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from outgrow.model.base.errors import UserError
-from outgrow.model.base.files import whole_folder, write_json, write_text
+from outgrow.model.base.files import read_object, whole_folder, write_json, write_text
 from outgrow.model.base.quiet import quietly
 from outgrow.model.build import load_model
 from outgrow.model.spelling import spell_folder
-from outgrow.train.run.folder import FINAL
+from outgrow.train.run.folder import FINAL, SUMMARY
 from outgrow.train.start.source import LEDGER, OPTIMIZER
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from outgrow.train.data import TokenData
 
+WEIGHTS = re.compile(r"model.*\.safetensors(\.index\.json)?")
 TRAINED = "trained"  # float32 weights on the way into another dtype
 
 
@@ -64,14 +66,31 @@ def write_model(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor]
     model.save_pretrained(trained, state_dict=weights)
     if trained != folder:
         _round(trained, folder, dtype)
+        shutil.rmtree(trained)
     for file in sorted(Path(data.tokenizer_folder).iterdir()):
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
     spell_folder(folder)
 
 
+def recast(folder: Path, run: Mapping[str, Any], dtype: str) -> None:
+    """Write a complete run's `final/` anew, its float32 weights rounded to `dtype`: the bits that training its end again would give.
+
+    Raises:
+        UserError: a weight is beyond the range of `dtype`, or the disk is full or not writable; `final/` is as it was then.
+    """
+    final, summary = folder / FINAL, read_object(folder / SUMMARY, "not a run's summary")
+    with whole_folder(final) as partial:
+        _round(final, partial, dtype)
+        for file in final.iterdir():
+            if file.is_file() and not (partial / file.name).exists() and not WEIGHTS.fullmatch(file.name):
+                shutil.copyfile(file, partial / file.name)
+        write_text(partial / "README.md", model_card(run, summary, dtype))
+        spell_folder(partial)
+
+
 def _round(trained: Path, folder: Path, dtype: str) -> None:
-    """Move float32 weights on into `folder` as a user has them who loads them in `dtype`: some classes keep a few tensors in float32.
+    """Store float32 weights in `folder` as a user has them who loads them in `dtype`: some classes keep a few tensors in float32.
 
     Raises:
         UserError: a weight is beyond the range of `dtype`.
@@ -82,7 +101,6 @@ def _round(trained: Path, folder: Path, dtype: str) -> None:
     if beyond:
         raise UserError(f"train.save_dtype: {', '.join(beyond[:3])} hold values beyond the range of {dtype}; use bfloat16 or float32")
     model.save_pretrained(folder)
-    shutil.rmtree(trained)
 
 
 def ledger(run: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,14 @@ def unkept(folder: Path, run: Mapping[str, Any], settings: Settings) -> str | No
     return None if asked == kept_dtype(folder) else f"its weights in {asked} (train.save_dtype)"
 
 
+def recast_to(folder: Path, run: Mapping[str, Any], settings: Settings) -> str | None:
+    """The dtype that a complete run's float32 weights in `final/` are to be rounded to, if that is all there is to do; else None."""
+    if settings.train.keep_optimizer and not keeps_optimizer(folder):
+        return None
+    asked = final_dtype(folder, settings, run["start"].get("source_dtype"))
+    return asked if kept_dtype(folder) == "float32" != asked else None
+
+
 def keeps_optimizer(folder: Path) -> bool:
     """Whether a run's `final/` holds Adam's state."""
     return (folder / FINAL / "optimizer.pt").is_file()
