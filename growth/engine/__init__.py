@@ -1,1 +1,3 @@
-"""The engine: a plan executed block by block in bounded memory, to the same bits for any threads, shards and hosts."""
+"""The engine: a plan executed block by block in bounded memory, to the same bits for any threads, shards,
+hosts.
+"""

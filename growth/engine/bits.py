@@ -1,6 +1,8 @@
-"""Arithmetic on raw bits. A 16-bit format has 65,536 values, so what is done to each entry alone is looked up, not computed.
+"""Arithmetic on raw bits (mixed precision: stored in 16 bits, computed in float32).
 
-Where the package was installed with a C compiler at hand, the loops over 16-bit entries are compiled (`_bits.c`); the bits are the same.
+A 16-bit format has 65,536 values, so a function of single entries is a table that is looked up. Where the
+package was installed with a C compiler at hand, the loops over 16-bit entries are compiled (`_bits.c`); the
+bits are the same.
 """
 
 from __future__ import annotations
@@ -18,37 +20,45 @@ except ImportError:
     compiled = None  # type: ignore[assignment]
 
 Factor = float | np.ndarray
-EXPONENT = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}  # the bits of infinity
+# Format → the bits of infinity: all ones in the exponent.
+EXPONENT = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}
 
 
 def all_finite(raw: np.ndarray, dtype: str) -> bool:
-    """Whether none of the raw bits is a NaN or an infinity: the exponent of those is the largest, whatever the sign."""
+    """Check that no raw entry is a NaN or an infinity, whose exponents are the largest, whatever the sign."""
     if raw.size == 0:
         return True
     if compiled is not None and is_short(dtype) and raw.flags.c_contiguous:
         return compiled.largest(raw) < EXPONENT[dtype]
     largest, sign = EXPONENT[dtype], 1 << (8 * raw.itemsize - 1)
-    return int(raw.view(f"<i{raw.itemsize}").max()) < largest and int(raw.max()) < sign + largest
+    largest_positive = int(raw.view(f"<i{raw.itemsize}").max())
+    largest_negative = int(raw.max())
+    return largest_positive < largest and largest_negative < sign + largest
 
 
 def lookup(table: np.ndarray, index: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """`table[index]` of a table for all 16-bit numbers; into `out` where given, to whose shape it broadcasts."""
+    """Look up `table[index]` in a table for all 16-bit numbers; `out` may have a shape it broadcasts to."""
     if out is None:
         out = np.empty(index.shape, table.dtype)
     if compiled is None:
         out[...] = table.take(index)
     else:
-        compiled.lookup(table, index if index.shape == out.shape else np.broadcast_to(index, out.shape), out)
+        compiled.lookup(table, _broadcast(index, out), out)
     return out
 
 
+def _broadcast(array: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Give an array the shape of another; one that has it stays itself."""
+    return array if array.shape == like.shape else np.broadcast_to(array, like.shape)
+
+
 def floats(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """Raw bits as numbers in the working type (exact)."""
+    """Decode raw bits into numbers of the working type (exact)."""
     return lookup(_numbers(dtype), raw) if is_short(dtype) else to_float(raw, dtype)
 
 
 def add(raw: np.ndarray, values: np.ndarray, dtype: str) -> None:
-    """Raw bits += numbers of the working type, rounded to nearest, ties to even."""
+    """Add numbers of the working type to raw bits in place, rounded to nearest, ties to even."""
     if compiled is None or not is_short(dtype):
         raw[...] = to_raw(to_float(raw, dtype) + values, dtype)
     else:
@@ -56,7 +66,7 @@ def add(raw: np.ndarray, values: np.ndarray, dtype: str) -> None:
 
 
 def accumulate(raw: np.ndarray, total: np.ndarray, dtype: str) -> None:
-    """`total` += rows of raw bits as numbers of the working type, one after the other: it does not matter how many come together.
+    """Add rows of raw bits to `total`, one after the other: how many come together does not matter.
 
     Args:
         raw: (rows, columns).
@@ -69,20 +79,24 @@ def accumulate(raw: np.ndarray, total: np.ndarray, dtype: str) -> None:
         compiled.accumulate(raw, dtype == "BF16", total)
 
 
-def scaled(raw: np.ndarray, factor: Factor, dtype: str, offset: float = 0.0, out: np.ndarray | None = None) -> np.ndarray:
-    """Raw bits of `factor` × the numbers, rounded once, in terms of the true value where the stored one is `offset` less.
+def scaled(
+    raw: np.ndarray, factor: Factor, dtype: str, offset: float = 0.0, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Multiply raw bits by `factor`, rounded once; the true value is the stored one plus `offset`.
 
     Args:
-        factor: one for all, or an array that broadcasts with `raw`.
-        out: where they go; else into a new array, or `raw` itself where nothing changes.
+        factor: one for all entries, or an array that broadcasts with `raw`.
+        out: the array for the result; None makes a new one, or returns `raw` itself where nothing changes.
     """
     if is_short(dtype) and isinstance(factor, float) and factor != 1:
         if compiled is None or offset:
             return lookup(_scaling(factor, dtype, offset), raw, out)
-        out = np.empty(raw.shape, raw.dtype) if out is None else out
-        compiled.scale(raw if raw.shape == out.shape else np.broadcast_to(raw, out.shape), factor, dtype == "BF16", out)
+        if out is None:
+            out = np.empty(raw.shape, raw.dtype)
+        compiled.scale(_broadcast(raw, out), factor, dtype == "BF16", out)
         return out
-    result = raw if isinstance(factor, float) and factor == 1 else rounded(floats(raw, dtype), factor, dtype, offset)
+    unchanged = isinstance(factor, float) and factor == 1
+    result = raw if unchanged else rounded(floats(raw, dtype), factor, dtype, offset)
     if out is None:
         return result
     out[...] = result
@@ -90,9 +104,10 @@ def scaled(raw: np.ndarray, factor: Factor, dtype: str, offset: float = 0.0, out
 
 
 def rounded(values: np.ndarray, factor: Factor, dtype: str, offset: float = 0.0) -> np.ndarray:
-    """Raw bits of `factor` × numbers."""
+    """Encode `factor` × numbers as raw bits; the true values are these numbers plus `offset`."""
     factors = np.asarray(factor).astype(working_type(dtype))
-    return to_raw((values + offset) * factors - offset if offset else values * factors, dtype)
+    products = (values + offset) * factors - offset if offset else values * factors
+    return to_raw(products, dtype)
 
 
 @lru_cache(2)
@@ -116,5 +131,5 @@ def normal_numbers(deviation: float) -> np.ndarray:
 
 @lru_cache(16)
 def normal_bits(deviation: float, dtype: str) -> np.ndarray:
-    """(65536,) their raw bits in a 16-bit format."""
+    """(65536,) `normal_numbers` as raw bits of a 16-bit format."""
     return to_raw(normal_numbers(deviation), dtype)

@@ -1,4 +1,16 @@
-"""Executing a plan: source rows in, target rows out, a bounded block at a time; the same bits for any blocks, threads and shards."""
+"""Execution of a plan: source rows in, target rows out, one bounded block at a time.
+
+The output is bit-identical for any block size, number of threads, and number of shards.
+
+Shapes, one letter per dimension:
+    m, n: rows and columns of a source tensor, seen as a matrix (all axes but the last count rows together)
+    M, N: rows and columns of the target tensor
+    b: rows of one block of the target
+    s, w: strips of columns that repeat, and the columns of each
+
+Words: *raw* arrays hold the stored bits as unsigned integers; the *working type* is the floating-point type
+in which they are computed (float32 for 16-bit formats), so a 16-bit result is rounded once.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +23,16 @@ from typing import Protocol
 import numpy as np
 
 from outgrow.growth.decision import Step
-from outgrow.growth.engine.bits import EXPONENT, accumulate, all_finite, floats, lookup, normal_bits, rounded, scaled
+from outgrow.growth.engine.bits import (
+    EXPONENT,
+    accumulate,
+    all_finite,
+    floats,
+    lookup,
+    normal_bits,
+    rounded,
+    scaled,
+)
 from outgrow.growth.engine.noise import Noise
 from outgrow.growth.engine.runs import Strips, consecutive, runs
 from outgrow.growth.engine.seeding import Draws, normal
@@ -22,56 +43,63 @@ from outgrow.model.dtypes import RAW, is_short, to_raw, working_type
 from outgrow.model.notation import Space, spaces
 from outgrow.model.starts import Start
 
-BLOCK_BYTES = 1 << 21  # of the target: small enough that temporaries stay in the processor's cache and their memory is used again
-NEW_TOKENS = 1e-3  # how far new tokens are from the mean of the old, and so from each other, relative to the rows' root mean square
+BLOCK_BYTES = 1 << 21  # of the target: temporaries stay in the processor's cache, and their memory is reused
+NEW_TOKENS = 1e-3  # deviation of new tokens from the mean token, relative to the rows' root mean square
 STRETCH = 32  # source rows that are summed in the working type before their sum is added up in float64
 
 
 class Reader(Protocol):
-    """Where source tensors come from: a checkpoint on disk, or tensors in memory."""
+    """A place that source tensors come from: a checkpoint on disk, or tensors in memory."""
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `start:stop` of a tensor as raw bits, in an array that the caller may write to.
+        """Read rows `start:stop` of a tensor as raw bits, into an array that the caller may write to.
 
         Returns:
-            (rows, columns), where all axes but the last count rows together; of a vector its entries.
+            (rows, n), where all axes but the last count rows together; of a vector, its entries.
         """
 
 
 class RowSum:
-    """The sum of rows that arrive in order, some at a time: a stretch is summed in the working type, stretches in float64.
+    """A running sum of rows that arrive in order, some at a time.
+
+    Each stretch of rows is summed in the working type, the stretches in float64: the total does not depend on
+    how many rows arrive together.
 
     Attributes:
-        rows: how many rows were added.
+        rows: number of rows added so far.
     """
 
     def __init__(self, columns: int, dtype: str) -> None:
         self.rows, self.dtype = 0, dtype
-        self._stretch, self._whole = np.zeros(columns, working_type(dtype)), np.zeros(columns)
+        self._stretch = np.zeros(columns, working_type(dtype))
+        self._stretches = np.zeros(columns)
 
     def add(self, raw: np.ndarray) -> None:
-        """Add the next rows, as raw bits: (b, columns)."""
+        """Add the next rows, as raw bits: (rows, n)."""
         done = 0
         while done < len(raw):
-            part = raw[done : done + STRETCH - self.rows % STRETCH]
+            missing = STRETCH - self.rows % STRETCH
+            part = raw[done : done + missing]
             accumulate(part, self._stretch, self.dtype)
             done += len(part)
             self.rows += len(part)
             if self.rows % STRETCH == 0:
-                self._whole += self._stretch
+                self._stretches += self._stretch
                 self._stretch[:] = 0
 
     @property
     def total(self) -> np.ndarray:
-        return self._whole + self._stretch
+        """(n,) the sum, float64."""
+        return self._stretches + self._stretch
 
 
 @dataclass(frozen=True, eq=False)
 class Expander:
-    """Computes one target tensor, block of rows by block of rows, for one thread at a time.
+    """The computation of one target tensor, block of rows by block of rows, in one thread at a time.
 
-    A vector is treated as a matrix of one row, and of more than two axes all but the last count rows together: a block is small however
-    large a model's experts are. Reading axes grow before writing axes: the mean row of a writer is an additional source row.
+    A vector is treated as a matrix of one row; of more than two axes all but the last count rows together, so
+    that a block stays small however large a model's experts are. The reading axis grows before the writing
+    axis: the mean row of a writer is like one more source row.
     """
 
     plan: Plan
@@ -85,124 +113,153 @@ class Expander:
 
     @cached_property
     def matrix(self) -> tuple[int, int]:
-        """(rows, columns) of the target seen as a matrix."""
+        """(M, N) of the target."""
         shape = self.step.shape
-        return (1, prod(shape)) if len(shape) < 2 else (prod(shape[:-1]), shape[-1])
+        if len(shape) < 2:
+            return 1, prod(shape)
+        return prod(shape[:-1]), shape[-1]
 
     @cached_property
     def maps(self) -> tuple[AxisMap, AxisMap]:
+        """The maps of the rows (m → M) and of the columns (n → N)."""
         maps = self.step.maps
+        if len(maps) > 1:
+            return reduce(product, maps[:-1]), maps[-1]
         unit = AxisMap.identity(1)
-        return (reduce(product, maps[:-1]), maps[-1]) if len(maps) > 1 else (unit, maps[0] if maps else unit)
+        return unit, maps[0] if maps else unit
 
     @property
     def is_blank(self) -> bool:
-        """Whether all bits of the tensor are zero."""
+        """Check whether all bits of the tensor are zero."""
         return self.step.zero and not self._zero.any()
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """(first row, row after the last) of consecutive blocks."""
+        """Yield (first row, row after the last) of consecutive blocks."""
         rows, columns = self.matrix
-        height = max(1, BLOCK_BYTES // (columns * RAW[self.dtype].itemsize))
+        row_bytes = columns * RAW[self.dtype].itemsize
+        height = max(1, BLOCK_BYTES // row_bytes)
         for start in range(0, rows, height):
             yield start, min(start + height, rows)
 
     def whole(self) -> np.ndarray:
-        """The whole tensor, raw, in its shape."""
+        """Compute the complete tensor, raw, in its own shape."""
         target = np.empty(self.matrix, RAW[self.dtype])
         for start, stop in self.blocks():
             self.fill(target[start:stop], start)
         return target.reshape(self.step.shape)
 
     def fill(self, target: np.ndarray, start: int) -> None:
-        """Compute raw rows `start`, `start + 1`, … into `target`, one of the `blocks`: (b, columns)."""
+        """Compute raw rows `start`, `start + 1`, … into `target`, one of the `blocks`: (b, N)."""
         rows = np.arange(start, start + len(target))
         self._fill_all(target, rows)
         if self.dtype in EXPONENT and not all_finite(target, self.dtype):
             self._check_source(rows)
 
     def _check_source(self, rows: np.ndarray) -> None:
-        """Rows of the target are not finite: the source's must not be either.
+        """Accept target rows that are not finite where the source rows are not finite either.
 
         Raises:
-            UserError: the source is finite, so that scaling or noise went beyond the largest number of the format.
+            UserError: the source is finite, so that scaling or noise overflowed the stored format.
         """
+        row_map = self.maps[0]
+        all_copied = (row_map.fill[rows] != Fill.MEAN).all()
+        index = np.unique(row_map.index[rows]) if all_copied else np.arange(row_map.source)
         for name in {self.step.source, self.step.next_source} - {None}:
-            copied = self.maps[0].fill[rows] != Fill.MEAN
-            index = np.unique(self.maps[0].index[rows]) if copied.all() else np.arange(self.maps[0].source)
-            if not all_finite(np.ascontiguousarray(self._gather(name, index)), self.dtype):
+            source = np.ascontiguousarray(self._gather(name, index))
+            if not all_finite(source, self.dtype):
                 return
         raise UserError(
-            f"{self.step.name}: a grown entry is infinite where the source is finite: too large for {self.dtype} once scaled; store the "
-            "result in float32 (dtype=float32), or choose a growth that scales less"
+            f"{self.step.name}: a grown entry is infinite where the source is finite: too large for "
+            f"{self.dtype} once scaled; store the result in float32 (dtype=float32), or choose a growth that "
+            "scales less"
         )
 
     def _fill_all(self, target: np.ndarray, rows: np.ndarray) -> None:
-        """Compute raw rows of these consecutive numbers, fill by fill."""
-        fills, gains = self.maps[0].fill[rows], self.maps[0].gain[rows]
-        if (fills == fills[0]).all() and (gains == gains[0]).all():
+        """Compute raw rows of these consecutive numbers, one fill and gain at a time."""
+        row_map = self.maps[0]
+        fills, gains = row_map.fill[rows], row_map.gain[rows]
+        same_fill = (fills == fills[0]).all()
+        if same_fill and (gains == gains[0]).all():
             self._fill(target, rows, Fill(int(fills[0])))
             return
-        for fill in np.unique(fills):  # copies before means, which need them
+        # In the order of `Fill`: copies before means, since the mean row is summed up from the rows copied.
+        for fill in np.unique(fills).tolist():
             for chosen in _alike(fills == fill, gains):
                 part = np.empty((int(chosen.sum()), target.shape[1]), target.dtype)
-                self._fill(part, rows[chosen], Fill(int(fill)))
+                self._fill(part, rows[chosen], Fill(fill))
                 target[chosen] = part
 
     def _fill(self, target: np.ndarray, rows: np.ndarray, fill: Fill) -> None:
-        """Compute the rows of these numbers, which rise and have one fill."""
-        index, gain = self.maps[0].index[rows], self.maps[0].gain[rows]
+        """Compute the rows of these ascending numbers, which share one fill."""
+        fresh = self.step.source is None or fill == Fill.RANDOM
         if self.step.zero or (fill == Fill.ZERO and self.step.source is not None):
             target[...] = self._zero
-        elif self.step.source is None or fill == Fill.RANDOM:
+        elif fresh:
             target[...] = self._fresh("rows", rows, target.shape[1])
         elif fill == Fill.MEAN:
-            row = self._mean_row if not self._holds_tokens else self._new_tokens(rows)
-            self._expand_columns(target, row, row, gain, rows)
+            row = self._new_tokens(rows) if self._holds_tokens else self._mean_row
+            self._expand_columns(target, row, row, self.maps[0].gain[rows], rows)
         else:
-            own, following = self.step.source, self.step.next_source
-            source = self._gather(own if fill == Fill.COPY else following, index)
-            beside = self._gather(following, index) if following is not None and fill == Fill.COPY else source
-            if self._has_mean_rows and fill == Fill.COPY and self._sums.rows == index[0]:
-                self._sums.add(source[next(runs(index))])
-            self._expand_columns(target, source, beside, gain, rows)
-            if self.step.diagonal:
-                self._keep_diagonal(target, rows)
-            if self._noise is not None:
-                self._noise.add(target, rows)
-                if self._noise.closes:
-                    close = self._close_columns if self._noise.axis == 1 else self._close_rows
-                    close(target, rows, source, gain)
+            self._copy(target, rows, fill)
 
-    # ---- the last copy of a split, where entries have 16 bits: what is left of the source, so that the sum is rounded once ----
+    def _copy(self, target: np.ndarray, rows: np.ndarray, fill: Fill) -> None:
+        """Compute rows that copy source rows, of the layer itself (COPY) or of the next layer (NEXT)."""
+        own, following = self.step.source, self.step.next_source
+        row_map = self.maps[0]
+        index, gain = row_map.index[rows], row_map.gain[rows]
+        source = beside = self._gather(own if fill == Fill.COPY else following, index)
+        if fill == Fill.COPY and following is not None:
+            beside = self._gather(following, index)
+        # Rows that come next in the mean are added to it now, while they are in the cache.
+        if self._has_mean_rows and fill == Fill.COPY and self._sums.rows == index[0]:
+            self._sums.add(source[next(runs(index))])
+        self._expand_columns(target, source, beside, gain, rows)
+        if self.step.diagonal:
+            self._keep_diagonal(target, rows)
+        if self._noise is None:
+            return
+        self._noise.add(target, rows)
+        if self._noise.closes:
+            close = self._close_columns if self._noise.axis == 1 else self._close_rows
+            close(target, rows, source, gain)
 
-    def _close_columns(self, target: np.ndarray, rows: np.ndarray, source: np.ndarray, gain: np.ndarray) -> None:
-        """Set the last copies among the columns to the source's less the stored other copies."""
-        noise, axis = self._noise, self.maps[1]
+    # ---- the last copy of a split in 16 bits: source minus the stored others, so their sum is rounded once ----
+
+    def _close_columns(
+        self, target: np.ndarray, rows: np.ndarray, source: np.ndarray, gain: np.ndarray
+    ) -> None:
+        """Set the last copies among the columns to the source minus the other copies as stored."""
+        noise, columns = self._noise, self.maps[1]
         assert noise is not None
         last = np.flatnonzero(noise.last)
-        index = axis.index[last]
-        factors = gain[:, None] * (axis.gain * axis.counts()[axis.index])[last]
-        left = floats(np.ascontiguousarray(source[:, consecutive(index)]), self.dtype) * factors.astype(working_type(self.dtype))
+        index = columns.index[last]
+        # Start from the undivided source: the gain of a copy times the number of copies.
+        undivided = columns.gain * columns.counts()[columns.index]
+        factors = gain[:, None] * undivided[last]
+        copied = np.ascontiguousarray(source[:, consecutive(index)])
+        remainder = self._decoded(copied) * factors.astype(working_type(self.dtype))
         for places in noise.places:
             others = places[index]
             there = others >= 0
+            stored = np.ascontiguousarray(target[:, others[there]])
             with np.errstate(invalid="ignore"):  # infinities, where they are allowed
-                left[:, consecutive(np.flatnonzero(there))] -= floats(np.ascontiguousarray(target[:, others[there]]), self.dtype)
-        kept = target[:, consecutive(last)]
-        target[:, consecutive(last)] = np.where(np.isfinite(left), to_raw(left, self.dtype), kept)
+                remainder[:, consecutive(np.flatnonzero(there))] -= self._decoded(stored)
+        part = target[:, consecutive(last)]
+        target[:, consecutive(last)] = np.where(np.isfinite(remainder), self._encoded(remainder), part)
 
     def _close_rows(self, target: np.ndarray, rows: np.ndarray, source: np.ndarray, gain: np.ndarray) -> None:
-        """Set the last copies among the rows to the source's less the other copies, computed again as they are stored."""
-        noise, axis = self._noise, self.maps[0]
+        """Set the last copies among the rows to the source minus the others, computed again as stored."""
+        noise, row_map = self._noise, self.maps[0]
         assert noise is not None
         last = np.flatnonzero(noise.last[rows])
         if len(last) == 0:
             return
-        index = axis.index[rows[last]]
+        # Start from the undivided source rows, expanded along the columns.
+        index = row_map.index[rows[last]]
         undivided = np.empty((len(last), target.shape[1]), target.dtype)
-        self._expand_columns(undivided, source[last], source[last], gain[last] * axis.counts()[index], rows[last])
-        left = floats(undivided, self.dtype)
+        factor = gain[last] * row_map.counts()[index]
+        self._expand_columns(undivided, source[last], source[last], factor, rows[last])
+        remainder = self._decoded(undivided)
         for places in noise.places:
             others = places[index]
             there = others >= 0
@@ -210,9 +267,10 @@ class Expander:
             if len(stored):
                 self._fill(stored, others[there], Fill.COPY)
                 with np.errstate(invalid="ignore"):
-                    left[there] -= floats(stored, self.dtype)
-        closed = np.isfinite(left) & (self.maps[1].fill != Fill.RANDOM)  # fresh ones are no copies of anything and stay
-        target[last] = np.where(closed, to_raw(left, self.dtype), target[last])
+                    remainder[there] -= self._decoded(stored)
+        # Fresh columns are no copies of anything and stay.
+        closed = np.isfinite(remainder) & (self.maps[1].fill != Fill.RANDOM)
+        target[last] = np.where(closed, self._encoded(remainder), target[last])
 
     # ---- columns ----
 
@@ -220,13 +278,23 @@ class Expander:
     def _fresh_columns(self) -> int:
         return int((self.maps[1].fill == Fill.RANDOM).sum())
 
-    def _expand_columns(self, target: np.ndarray, source: np.ndarray, beside: np.ndarray, gain: np.ndarray, rows: np.ndarray) -> None:
-        """Fill (b, N) raw target rows from (b or 1, n) raw source rows; `beside` are those of the next layer, `gain` one factor per row."""
+    def _expand_columns(
+        self, target: np.ndarray, source: np.ndarray, beside: np.ndarray, gain: np.ndarray, rows: np.ndarray
+    ) -> None:
+        """Fill raw target rows from raw source rows: (b or 1, n) → (b, N).
+
+        Args:
+            beside: the same rows of the next source layer.
+            gain: (b,) one factor per row.
+            rows: (b,) the numbers of the target rows.
+        """
         fresh = self._fresh("columns", rows, self._fresh_columns) if self._fresh_columns else None
-        row_gain = float(gain[0]) if (gain == gain[0]).all() else gain[:, None]
+        same_gain = (gain == gain[0]).all()
+        row_gain = float(gain[0]) if same_gain else gain[:, None]
         for piece in self.maps[1].pieces:
             where = piece.target
-            part = where.of(target) if isinstance(where, Strips) else np.empty((len(target), len(where)), target.dtype)
+            # Strips are a view, (b, w) or (b, s, w), written in place; scattered columns are written last.
+            part = where.of(target) if isinstance(where, Strips) else _columns(target, len(where))
             factor = row_gain * piece.gain
             if isinstance(factor, np.ndarray) and part.ndim == 3:
                 factor = factor[:, None]
@@ -238,47 +306,72 @@ class Expander:
                 assert fresh is not None
                 part[...] = piece.taken_from(fresh)
             elif piece.fill == Fill.MEAN:
-                mean = floats(source, self.dtype).sum(axis=1, dtype=working_type(self.dtype)) / source.shape[1]
-                part[...] = rounded(mean.reshape(-1, *[1] * (part.ndim - 1)), factor, self.dtype, self._offset)
+                part[...] = self._mean_column(source, factor, part.ndim)
             else:
-                scaled(piece.taken_from(source if piece.fill == Fill.COPY else beside), factor, self.dtype, self._offset, part)
+                copied = piece.taken_from(source if piece.fill == Fill.COPY else beside)
+                scaled(copied, factor, self.dtype, self._offset, part)
             if not isinstance(where, Strips):
                 target[:, where] = part
 
+    def _mean_column(self, source: np.ndarray, factor: float | np.ndarray, ndim: int) -> np.ndarray:
+        """Average all columns of raw source rows, times `factor`, raw: (b, n) → (b, 1) or (b, 1, 1)."""
+        total = self._decoded(source).sum(axis=1, dtype=working_type(self.dtype))
+        mean = total / source.shape[1]
+        mean = mean.reshape(-1, *[1] * (ndim - 1))
+        return rounded(mean, factor, self.dtype, self._offset)
+
     def _keep_diagonal(self, target: np.ndarray, rows: np.ndarray) -> None:
-        """Let the n-th copies on the writing axis read the n-th copies only, undivided; both axes take copies in turn."""
+        """Let the n-th copies on the writing axis read the n-th copies alone, undivided.
+
+        Both axes take copies in turn, so an entry is kept where the copy numbers of its row and column agree.
+        """
         reading = self.step.tensor.reads.index(True)
         count = int(self.maps[reading].counts()[0])
-        number, columns = (axis.number() for axis in self.maps)
-        here = number[rows, None]
-        met = here % count == columns[None] if reading else here == columns[None] % count
-        target[...] = scaled(target, float(count), self.dtype) * met
+        row_copies, column_copies = (axis.number() for axis in self.maps)
+        by_row, by_column = row_copies[rows, None], column_copies[None]
+        kept = by_row % count == by_column if reading else by_row == by_column % count
+        target[...] = scaled(target, float(count), self.dtype) * kept
 
-    # ---- what is taken from the source ----
+    # ---- values taken from the source ----
+
+    def _decoded(self, raw: np.ndarray) -> np.ndarray:
+        """Decode raw bits into numbers of the working type (exact)."""
+        return floats(raw, self.dtype)
+
+    def _encoded(self, values: np.ndarray) -> np.ndarray:
+        """Round numbers to the stored format, as raw bits."""
+        return to_raw(values, self.dtype)
 
     def _gather(self, name: str | None, index: np.ndarray) -> np.ndarray:
-        """(len(index), n) raw rows of the source tensor `name`, read stretch by stretch."""
+        """Read raw rows of the source tensor `name`, one read per run of rows: (len(index), n)."""
         assert name is not None
         if len(self.step.shape) < 2:
             return self._in_dtype(name, self.reader.read(name).reshape(1, -1))
-        read = [self.reader.read(name, int(index[run.start]), int(index[run.stop - 1]) + 1) for run in runs(index)]
-        return self._in_dtype(name, read[0] if len(read) == 1 else np.concatenate(read))
+        parts = []
+        for run in runs(index):
+            first = int(index[run.start])
+            parts.append(self.reader.read(name, first, first + run.stop - run.start))
+        return self._in_dtype(name, parts[0] if len(parts) == 1 else np.concatenate(parts))
 
     def _in_dtype(self, name: str, raw: np.ndarray) -> np.ndarray:
-        """Raw bits of a source tensor in the format of the target, which is the same or a wider one."""
+        """Convert raw bits of a source tensor to the target's format, which is the same or a wider one."""
         stored = self.plan.source_dtype(name)
-        return raw if stored == self.dtype else to_raw(floats(raw, stored), self.dtype)
+        return raw if stored == self.dtype else self._encoded(floats(raw, stored))
 
     @cached_property
     def _root_mean_square(self) -> float:
-        """Of the source; of a large one, of every eighth stretch of its rows."""
+        """Root mean square of the source; of more than 1,024 rows, of every eighth stretch."""
         rows, square, count = self.maps[0].source, 0.0, 0
-        first, step = (0, STRETCH) if rows <= 1024 else (7 * STRETCH // 2, 8 * STRETCH)  # in the middle of what they stand for
+        # A stretch that stands for eight lies in the middle of them.
+        first, step = 0, STRETCH
+        if rows > 1024:
+            first, step = 7 * STRETCH // 2, 8 * STRETCH
         for start in range(first, rows, step):
-            values = floats(self._gather(self.step.source, np.arange(start, min(start + STRETCH, rows))), self.dtype)
-            strange = ~np.isfinite(values)  # where they are allowed, they say nothing of the others
-            values[strange] = 0
-            count += values.size - int(strange.sum())
+            stretch = np.arange(start, min(start + STRETCH, rows))
+            values = self._decoded(self._gather(self.step.source, stretch))
+            infinite = ~np.isfinite(values)  # where they are allowed, they say nothing of the others
+            values[infinite] = 0
+            count += values.size - int(infinite.sum())
             square += float(np.square(values, out=values).sum(axis=1).sum(dtype=np.float64))
         return sqrt(square / max(count, 1))
 
@@ -292,46 +385,57 @@ class Expander:
 
     @cached_property
     def _mean_row(self) -> np.ndarray:
-        """(1, n) the mean of all source rows, rounded to the stored dtype."""
+        """(1, n) the mean of all source rows, raw, rounded to the stored format."""
         rows = self.maps[0].source
-        for start in range(self._sums.rows, rows, STRETCH):  # those that were not among the rows so far
-            self._sums.add(self._gather(self.step.source, np.arange(start, min(start + STRETCH, rows))))
-        return to_raw(self._sums.total[None] / rows, self.dtype)
+        for start in range(self._sums.rows, rows, STRETCH):  # those that no copied row has added yet
+            stretch = np.arange(start, min(start + STRETCH, rows))
+            self._sums.add(self._gather(self.step.source, stretch))
+        return self._encoded(self._sums.total[None] / rows)
 
     @property
     def _holds_tokens(self) -> bool:
-        """Whether rows are tokens, so that means among them are new ones."""
-        return Space("vocab") in set(spaces(self.step.tensor.axes[0])) and len(self.step.shape) > 1
+        """Check whether rows are tokens, so that mean rows are new tokens."""
+        row_spaces = set(spaces(self.step.tensor.axes[0]))
+        return len(self.step.shape) > 1 and Space("vocab") in row_spaces
 
     def _new_tokens(self, rows: np.ndarray) -> np.ndarray:
-        """(b, n) the mean row, for each new token with a little noise of its own, without which all would be one and the same."""
+        """(b, n) the mean row, with a little noise for each new token so that no two are the same."""
         if "tokens" not in self._draws:
-            self._draws["tokens"] = Draws(self.maps[1].source, np.uint32, self.plan.growth.seed, self.step.name, "tokens")
+            seed, name = self.plan.growth.seed, self.step.name
+            self._draws["tokens"] = Draws(self.maps[1].source, np.uint32, seed, name, "tokens")
         noise = normal(self._draws["tokens"].of(rows)) * (NEW_TOKENS * self._root_mean_square)
-        return to_raw((floats(self._mean_row, self.dtype) + noise).astype(working_type(self.dtype)), self.dtype)
+        values = self._decoded(self._mean_row) + noise
+        return self._encoded(values.astype(working_type(self.dtype)))
 
     @cached_property
     def _noise(self) -> Noise | None:
-        """The noise on a matrix that reads copies."""
+        """The noise on a matrix that reads copies; None without noise, or where no copies are read."""
         quiet = self.step.tensor.is_head and not self.plan.recipe.noisy_head
-        noisy = self.plan.noise and len(self.step.shape) > 1 and not quiet
-        reads = [axis for axis in (0, 1) if self._reads_copies(axis)] if noisy else []
-        if not reads:
+        if quiet or not self.plan.noise or len(self.step.shape) < 2:
             return None
-        deviation = self.plan.noise * self._root_mean_square
-        return Noise(reads[0], self.maps[reads[0]], self.matrix[1], deviation, self.dtype, self.plan.growth.seed, self.step.name)
+        axis = next((axis for axis in (0, 1) if self._reads_copies(axis)), None)
+        if axis is None:
+            return None
+        deviation, seed = self.plan.noise * self._root_mean_square, self.plan.growth.seed
+        columns = self.matrix[1]
+        return Noise(axis, self.maps[axis], columns, deviation, self.dtype, seed, self.step.name)
 
     def _reads_copies(self, axis: int) -> bool:
-        """Whether rows (0) or columns (1) are copies that are read, and none of them written, which would not sum to the source's."""
-        last = len(self.step.maps) - 1
-        copied = [number for number in (range(last) if axis == 0 else (last,)) if self.step.maps[number].counts().max() > 1]
+        """Check whether rows (0) or columns (1) are copies that are read.
+
+        None of them may be written: written copies do not sum to the source.
+        """
+        maps = self.step.maps
+        last = len(maps) - 1
+        own = range(last) if axis == 0 else (last,)
+        copied = [number for number in own if maps[number].counts().max() > 1]
         return bool(copied) and all(map(self.step.tensor.sums_over, copied))
 
-    # ---- what is new ----
+    # ---- fresh values ----
 
     @property
     def _offset(self) -> float:
-        """What the module adds to the stored scale of a norm; nothing to its bias."""
+        """The number that the module adds to the stored scale of a norm (not to its bias)."""
         tensor = self.step.tensor
         return 0.0 if tensor.is_bias else tensor.line.offset
 
@@ -340,21 +444,22 @@ class Expander:
         return self._constant(0.0)
 
     def _constant(self, value: float) -> np.ndarray:
-        """A true value as it is stored."""
-        return to_raw(np.full(1, value - self._offset), self.dtype)
+        """Encode a true value as it is stored."""
+        return self._encoded(np.full(1, value - self._offset))
 
     def _fresh(self, part: str, rows: np.ndarray, width: int) -> np.ndarray:
-        """Fresh raw entries, as the library's class starts them: ones in norm scales, zeros in biases, else normal (`init_deviation`).
+        """Initialise raw entries as the library's class does: norm scales 1, biases 0, else normal.
 
-        They depend on seed, tensor, part and position alone.
+        They depend on seed, tensor, part ("rows" or "columns") and position alone: (b, width).
         """
         tensor, start = self.step.tensor, self.plan.starts.get(self.step.name)
         if start is not None and start.places is not None:
             return self._placed(start.places, part, rows)
         if start is not None and len(start.quantiles) == 1:
-            return np.broadcast_to(to_raw(start.quantiles, self.dtype), (len(rows), width))
+            return np.broadcast_to(self._encoded(start.quantiles), (len(rows), width))
         if start is None and (tensor.is_bias or tensor.line.kind.endswith("norm")):
-            return np.broadcast_to(to_raw(np.zeros(1), self.dtype) if tensor.is_bias else self._constant(1.0), (len(rows), width))
+            entry = self._encoded(np.zeros(1)) if tensor.is_bias else self._constant(1.0)
+            return np.broadcast_to(entry, (len(rows), width))
         if part not in self._draws:
             kind = np.uint16 if is_short(self.dtype) else np.uint32
             self._draws[part] = Draws(width, kind, self.plan.growth.seed, self.step.name, part)
@@ -371,17 +476,26 @@ class Expander:
         return self.plan.family.init_deviation(self.plan.growth.target_config, self.step.tensor)
 
     def _placed(self, places: np.ndarray, part: str, rows: np.ndarray) -> np.ndarray:
-        """Entries that the class gives by their place in the tensor."""
+        """Encode entries that the class gives by their place in the tensor: (b, width)."""
         entries = places.reshape(self.matrix)[rows]
-        return to_raw(entries if part == "rows" else entries[:, self.maps[1].fill == Fill.RANDOM], self.dtype)
+        if part == "columns":
+            entries = entries[:, self.maps[1].fill == Fill.RANDOM]
+        return self._encoded(entries)
 
     def _drawn(self, start: Start, draws: np.ndarray) -> np.ndarray:
-        """Entries of a distribution that is not normal around 0."""
+        """Turn random integers into entries of a distribution that is not normal around 0."""
         shares = (draws + 0.5) / 2.0 ** (8 * draws.itemsize)
-        return to_raw(start.of(shares).astype(working_type(self.dtype)), self.dtype)
+        return self._encoded(start.of(shares).astype(working_type(self.dtype)))
+
+
+def _columns(target: np.ndarray, count: int) -> np.ndarray:
+    """Make an empty array for so many columns of the target: (b, count)."""
+    return np.empty((len(target), count), target.dtype)
 
 
 def _alike(rows: np.ndarray, gains: np.ndarray) -> list[np.ndarray]:
-    """Marked rows by their gain, where there are few gains; a gain for all is faster than one for each."""
-    few = np.unique(gains[rows])
-    return [rows & (gains == gain) for gain in few] if len(few) <= 4 else [rows]
+    """Group marked rows by gain where there are few gains: one factor for all is faster than one per row."""
+    distinct = np.unique(gains[rows])
+    if len(distinct) > 4:
+        return [rows]
+    return [rows & (gains == gain) for gain in distinct]

@@ -1,4 +1,4 @@
-"""Weights that are not finite: a grown model would carry one NaN into every copy, and its logits with it."""
+"""Refusal of weights that are not finite: a growth would carry one NaN into every copy and into the logits."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from outgrow.model.base.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class FiniteReader:
-    """A reader that refuses what is not finite, as it is read."""
+    """A reader that refuses entries that are not finite as it reads them."""
 
     reader: Reader
     dtypes: Mapping[str, str]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `start:stop` of a tensor as raw bits, counted as the reader counts them.
+        """Read rows `start:stop` of a tensor as raw bits, counted as the reader counts them.
 
         Raises:
             UserError: one of them holds a NaN or an infinity.
         """
         raw = self.reader.read(name, start, stop)
         dtype = self.dtypes[name]
-        if dtype not in EXPONENT or all_finite(raw, dtype):  # whole numbers are copied by a growth without schema
+        if dtype not in EXPONENT or all_finite(raw, dtype):  # integers are copied by a growth without schema
             return raw
         magnitude = raw & raw.dtype.type(np.iinfo(raw.dtype).max >> 1)
         where = np.argwhere(magnitude >= EXPONENT[dtype])[0]
-        place = ", ".join(map(str, (where[0] + start, *where[1:])))
+        coordinates = (where[0] + start, *where[1:])
+        place = ", ".join(map(str, coordinates))
         kind = "infinite" if magnitude[tuple(where)] == EXPONENT[dtype] else "NaN"
         raise UserError(
-            f"{name}: entry [{place}] is {kind}; every copy of it would be too, so nothing is grown: repair the source, or say "
-            "nonfinite=allow to copy it as it is"
+            f"{name}: entry [{place}] is {kind}; every copy of it would be too, so nothing is grown: repair the "
+            "source, or say nonfinite=allow to copy it as it is"
         )

@@ -1,4 +1,6 @@
-"""Indices that lie regularly: runs that rise by one, and runs of one width that come again after a period. Slices copy faster."""
+"""Regular patterns of indices, which slices copy faster: runs that rise by one, and runs repeated at a
+period.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,11 @@ import numpy as np
 
 
 def runs(index: np.ndarray, *same: np.ndarray) -> Iterator[slice]:
-    """Slices over which `index` rises by one and every array of `same` stays equal."""
+    """Yield slices over which `index` rises by one and every array of `same` stays equal."""
     if len(index) == 0:
         return
-    if not same and index[-1] - index[0] == len(index) - 1 and (index[1:] > index[:-1]).all():
+    span = index[-1] - index[0] + 1
+    if not same and span == len(index) and (index[1:] > index[:-1]).all():
         yield slice(0, len(index))
         return
     breaks = index[1:] != index[:-1] + 1
@@ -25,7 +28,7 @@ def runs(index: np.ndarray, *same: np.ndarray) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class Strips:
-    """Columns that lie in `count` strips of one width, `period` from one to the next."""
+    """Columns in `count` strips of one width, the next one `period` columns further."""
 
     first: int
     width: int
@@ -33,25 +36,39 @@ class Strips:
     period: int = 0
 
     def of(self, array: np.ndarray) -> np.ndarray:
-        """Those columns of (rows, columns), as a view: (rows, width), or (rows, count, width) of several strips."""
+        """View these columns of an array: (rows, columns) → (rows, width), or (rows, count, width) of
+        several.
+        """
         if self.count == 1:
             return array[:, self.first : self.first + self.width]
         row, entry = array.strides
         shape = (len(array), self.count, self.width)
-        return np.lib.stride_tricks.as_strided(array[:, self.first :], shape, (row, self.period * entry, entry))
+        strides = (row, self.period * entry, entry)
+        return np.lib.stride_tricks.as_strided(array[:, self.first :], shape, strides)
 
 
 def strips(first: np.ndarray, second: np.ndarray) -> tuple[Strips, Strips] | None:
-    """Two equally long arrays of indices as strips that are counted alike; None where they lie otherwise."""
-    starts, stops = np.transpose([(run.start, run.stop) for run in runs(first, second - first)])
-    width = int(stops[0])
-    periods = [np.diff(indices[starts]) for indices in (first, second)]
-    if (stops - starts != width).any() or any((each != each[:1]).any() for each in periods):
+    """Write two equally long arrays of indices as strips of the same count and width.
+
+    Returns:
+        None where the indices do not follow this pattern.
+    """
+    ends = [(run.start, run.stop) for run in runs(first, second - first)]
+    starts, stops = np.transpose(ends)
+    width, count = int(stops[0]), len(starts)
+    steps = [np.diff(indices[starts]) for indices in (first, second)]
+    irregular = any((step != step[:1]).any() for step in steps)
+    if irregular or (stops - starts != width).any():
         return None
-    of_first, of_second = (int(each[0]) if len(each) else 0 for each in periods)
-    return Strips(int(first[0]), width, len(starts), of_first), Strips(int(second[0]), width, len(starts), of_second)
+    periods = [int(step[0]) if count > 1 else 0 for step in steps]
+    pairs = zip((first, second), periods, strict=True)
+    one, other = (Strips(int(indices[0]), width, count, period) for indices, period in pairs)
+    return one, other
 
 
 def consecutive(indices: np.ndarray) -> slice | np.ndarray:
-    """A slice where the indices rise by one, which copies faster, else the indices."""
-    return slice(int(indices[0]), int(indices[-1]) + 1) if len(indices) and (indices[1:] == indices[:-1] + 1).all() else indices
+    """Turn indices that rise by one into a slice, which copies faster; others stay as they are."""
+    gaps = indices[1:] != indices[:-1] + 1
+    if len(indices) == 0 or gaps.any():
+        return indices
+    return slice(int(indices[0]), int(indices[-1]) + 1)

@@ -14,19 +14,21 @@ _PERIOD = 1 << 128  # of PCG64
 
 
 def generator(seed: int, *name: object) -> np.random.Generator:
-    """A generator that depends on the run's seed and a name alone."""
+    """Make a generator that depends on the run's seed and a name alone."""
     return np.random.Generator(np.random.SFC64(_key(seed, *name)))
 
 
 def _key(seed: int, *name: object) -> int:
-    digest = hashlib.blake2b("\x1f".join(map(str, (seed, *name))).encode(), digest_size=16).digest()
+    text = "\x1f".join(map(str, (seed, *name)))
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     return int.from_bytes(digest, "little")
 
 
 class Draws:
-    """A matrix of random whole numbers of unlimited height, of which any rows can be drawn: PCG64, which can jump, one row after the other.
+    """A matrix of random integers of unlimited height, of which any rows can be drawn.
 
-    Every row starts at a 64-bit word of its own. Reading rows in order is as fast as the generator.
+    The rows follow one another in a PCG64 stream, which can jump; every row starts at a 64-bit word of its
+    own. Reading rows in order is as fast as the generator.
     """
 
     def __init__(self, width: int, dtype: type[np.unsignedinteger], seed: int, *name: object) -> None:
@@ -36,32 +38,34 @@ class Draws:
         self._row = 0
 
     def of(self, rows: np.ndarray) -> np.ndarray:
-        """(len(rows), width) the rows of these numbers."""
+        """Draw the rows of these numbers: (len(rows), width)."""
         drawn = [self.rows(int(rows[run.start]), run.stop - run.start) for run in runs(rows)]
         return drawn[0] if len(drawn) == 1 else np.concatenate(drawn)
 
     def rows(self, start: int, count: int) -> np.ndarray:
-        """(count, width) rows `start`, `start + 1`, …"""
+        """Draw rows `start`, `start + 1`, …: (count, width)."""
         if start != self._row:
             self._bits.advance((start - self._row) * self._words % _PERIOD)
         self._row = start + count
         words = self._bits.random_raw(count * self._words).astype("<u8", copy=False)
-        return words.view(self.dtype).reshape(count, -1)[:, : self.width]
+        matrix = words.view(self.dtype).reshape(count, -1)
+        return matrix[:, : self.width]
 
 
 @cache
 def quantiles() -> np.ndarray:
-    """(65536,) the standard normal distribution's quantiles at the middles of as many equal shares, float32.
+    """(65536,) quantiles of the standard normal distribution at the middles of equal shares, float32.
 
-    A random 16-bit number makes of them a normal number that is finer than 16-bit formats are; |z| ≤ 4.33.
+    A random 16-bit number picks a normal number that is finer than 16-bit formats are; |z| ≤ 4.33.
     """
-    upper = np.array([NormalDist().inv_cdf((share + 0.5) / 65536) for share in range(32768, 65536)])
+    middles = [(share + 0.5) / 65536 for share in range(32768, 65536)]
+    upper = np.array([NormalDist().inv_cdf(middle) for middle in middles])
     return np.concatenate([-upper[::-1], upper]).astype(np.float32)
 
 
 @cache
 def _knots() -> np.ndarray:
-    """(65537,) its quantiles at the ends of those shares, float64; the outermost ones such that the last share keeps its mean."""
+    """(65537,) quantiles at the ends of those shares, float64; the outermost keep the last share's mean."""
     upper = [NormalDist().inv_cdf(share / 65536) for share in range(32769, 65536)]
     last_mean = NormalDist().pdf(upper[-1]) * 65536
     upper.append(2 * last_mean - upper[-1])
@@ -69,8 +73,10 @@ def _knots() -> np.ndarray:
 
 
 def normal(draws: np.ndarray) -> np.ndarray:
-    """Standard normal numbers, float64, from random 32-bit numbers: 16 bits choose a share, 16 the place in it."""
+    """Turn random 32-bit integers into standard normal numbers, float64: 16 bits choose a share, 16 the
+    place.
+    """
     knots = _knots()
     share, place = draws >> 16, ((draws & 0xFFFF) + 0.5) / 65536
-    low = knots[share]
-    return low + (knots[share + np.uint32(1)] - low) * place
+    low, high = knots[share], knots[share + np.uint32(1)]
+    return low + (high - low) * place

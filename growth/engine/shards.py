@@ -1,4 +1,4 @@
-"""Writing a checkpoint: safetensors shards laid out beforehand and filled at known offsets."""
+"""Writing of a checkpoint: safetensors shards laid out beforehand and filled at known offsets."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from outgrow.model.checkpoint import INDEX, SINGLE
 from outgrow.model.dtypes import RAW
 
 MAX_SHARD_BYTES = 5_000_000_000  # what the Hugging Face hub recommends
-ON_THEIR_WAY = 32  # writes that the disk may be at while the next ones are computed: of 2 MB, 64 MB of page cache
+PENDING = 32  # writes under way while the next ones are computed: of 2 MB each, 64 MB of page cache
 
-_UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)  # what a file system says that does not have a call
+_UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)  # from a file system without such a call
 _sync_file_range: Any = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
 if _sync_file_range is not None:
     _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
@@ -44,17 +44,20 @@ class Entry:
 
 
 class ShardWriter:
-    """Shards at their final size from the start, so that a full disk is told before any work, and any thread may fill any tensor.
+    """Shards at their final size from the start: a full disk shows before any work, any thread fills any
+    tensor.
 
-    The disk is set to work on every write at once, and some writes later its pages are taken from the page cache, when the disk has them. A
-    checkpoint is larger than what the cache should hold, and the few pages that serve again and again are warm, where fresh ones can cost
-    more than computing the weights does. Headers are written by `finish`; a file that was not finished has none.
+    The disk starts on every write at once, and some writes later its pages leave the page cache, when the
+    disk has them. A checkpoint is larger than what the cache should hold, and the few pages that are reused
+    stay warm, where fresh ones can cost more than computing the weights does. Headers are written by
+    `finish`; a file that was not finished has none.
     """
 
     def __init__(self, folder: Path, shards: Mapping[str, Sequence[Entry]]) -> None:
         self._places: dict[str, tuple[int, int]] = {}  # name → (file descriptor, byte offset)
         self._headers: dict[int, bytes] = {}
-        self._recent: deque[tuple[int, int, int]] = deque()  # (file descriptor, byte offset, bytes) of the last writes
+        # (file descriptor, byte offset, bytes) of the last writes
+        self._recent: deque[tuple[int, int, int]] = deque()
         try:
             for file, shard in shards.items():
                 self._allocate(folder / file, shard)
@@ -78,13 +81,14 @@ class ShardWriter:
             return
         descriptor, offset = self._places[name]
         _write_all(descriptor, offset + start, raw.data.cast("B"))
-        first, last = ((offset + place) // PAGESIZE * PAGESIZE for place in (start, start + raw.nbytes))
+        ends = (offset + start, offset + start + raw.nbytes)
+        first, last = (end // PAGESIZE * PAGESIZE for end in ends)
         if first == last:
             return  # a page that is not full waits for what follows
         written = (descriptor, first, last - first)
         _sync_range(*written, wait=False)
         self._recent.append(written)
-        if len(self._recent) > ON_THEIR_WAY:
+        if len(self._recent) > PENDING:
             earlier = self._recent.popleft()
             _sync_range(*earlier, wait=True)
             _uncache(*earlier)
@@ -104,16 +108,18 @@ class ShardWriter:
 
 
 def _sync_range(descriptor: int, offset: int, nbytes: int, *, wait: bool) -> None:
-    """Have the disk begin to write a part of a file, or wait until it has what was begun (Linux's sync_file_range)."""
+    """Start writing a part of a file to disk, or wait for what was started (Linux's sync_file_range)."""
     before, begin = 1, 2  # SYNC_FILE_RANGE_WAIT_BEFORE, SYNC_FILE_RANGE_WRITE
-    if _sync_file_range is None or _sync_file_range(descriptor, offset, nbytes, before if wait else begin) == 0:
+    if _sync_file_range is None:
+        return
+    if _sync_file_range(descriptor, offset, nbytes, before if wait else begin) == 0:
         return
     if (fault := ctypes.get_errno()) not in _UNSUPPORTED:
         raise OSError(fault, os.strerror(fault))
 
 
 def _uncache(descriptor: int, offset: int, nbytes: int) -> None:
-    """Take a part of a file (all that follows, for 0 bytes) from the page cache, but for what the disk does not have yet."""
+    """Drop a part of a file (0 bytes: all that follows) from the page cache, as far as the disk has it."""
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):  # advice that a file system need not take
             os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
@@ -136,7 +142,7 @@ def _write_all(descriptor: int, offset: int, view: memoryview) -> None:
 
 
 def layout(entries: Sequence[Entry], max_shard_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[Entry]]:
-    """Which tensors go into which file, in the order of `entries`: file name → entries."""
+    """Distribute tensors over files, in the order of `entries`: file name → entries."""
     shards: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries:
@@ -147,23 +153,28 @@ def layout(entries: Sequence[Entry], max_shard_bytes: int = MAX_SHARD_BYTES) -> 
         filled += entry.nbytes
     if len(shards) == 1:
         return {SINGLE: shards[0]}
-    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
+    return {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard
+        for number, shard in enumerate(shards, 1)
+    }
 
 
 def write_index(folder: Path, shards: Mapping[str, Sequence[Entry]]) -> None:
-    """The index of several shards; one alone needs none."""
+    """Write the index of several shards; one alone needs none."""
     if len(shards) > 1:
         weight_map = {entry.name: file for file, shard in shards.items() for entry in shard}
-        index = {"metadata": {"total_size": sum(entry.nbytes for shard in shards.values() for entry in shard)}, "weight_map": weight_map}
+        total = sum(entry.nbytes for shard in shards.values() for entry in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _header(shard: Sequence[Entry]) -> bytes:
-    """A safetensors header, padded so that the data starts at a multiple of 8 bytes."""
+    """Compose a safetensors header, padded so that the data starts at a multiple of 8 bytes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in shard:
-        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, offset + entry.nbytes]}
+        offsets = [offset, offset + entry.nbytes]
+        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
         offset += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

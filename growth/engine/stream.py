@@ -1,4 +1,4 @@
-"""Streaming: every tensor of a plan expanded block by block into the shards that hold it."""
+"""Streaming of a plan: every tensor is expanded block by block into the shard that holds it."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
 def shards_of(plan: Plan, max_shard_bytes: int) -> dict[str, list[Entry]]:
-    """The files of a plan's tensors."""
-    return layout([Entry(step.name, plan.dtype(step), step.shape) for step in plan.steps], max_shard_bytes)
+    """Lay out a plan's tensors in files: file name → entries."""
+    entries = [Entry(step.name, plan.dtype(step), step.shape) for step in plan.steps]
+    return layout(entries, max_shard_bytes)
 
 
 def write_config(folder: Path, plan: Plan) -> None:
-    """The target's config.json, for transformers 4 and 5; a dtype that the source's config names stays."""
+    """Write the target's config.json for transformers 4 and 5; a dtype that the source's config names stays."""
     config = both_spellings(nested(plan.target_config))
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def write_model(plan: Plan, reader: Reader, folder: Path, *, threads: int) -> None:
-    """Make `folder` with what the library needs to load a growth: shards, their index and the config. Nothing of it is verified."""
+    """Make `folder` with what the library needs to load it: shards, their index, config. Nothing is verified."""
     folder.mkdir()
     shards = shards_of(plan, MAX_SHARD_BYTES)
     write_weights(plan, reader, folder, shards, threads=threads)
@@ -40,21 +41,33 @@ def write_model(plan: Plan, reader: Reader, folder: Path, *, threads: int) -> No
     write_config(folder, plan)
 
 
-def write_weights(plan: Plan, reader: Reader, folder: Path, shards: Shards, *, threads: int, progress: Progress | None = None) -> None:
+def write_weights(
+    plan: Plan,
+    reader: Reader,
+    folder: Path,
+    shards: Shards,
+    *,
+    threads: int,
+    progress: Progress | None = None,
+) -> None:
     """Write `shards` of a plan into `folder`, the largest tensors first."""
     wanted = {entry.name for shard in shards.values() for entry in shard}
-    steps = sorted((step for step in plan.steps if step.name in wanted), key=plan.nbytes, reverse=True)
+    steps = [step for step in plan.steps if step.name in wanted]
+    steps.sort(key=plan.nbytes, reverse=True)
     writer = ShardWriter(folder, shards)
     total, done = sum(map(plan.nbytes, steps)), 0
 
     def write(expander: Expander) -> int:
-        name, raw, (_, columns) = expander.step.name, RAW[expander.dtype], expander.matrix
-        if not expander.is_blank:  # else it is as a new file is
+        """Expand one tensor into its shard and return its bytes; one array serves all its blocks."""
+        raw, columns = RAW[expander.dtype], expander.matrix[1]
+        row_bytes = columns * raw.itemsize
+        if not expander.is_blank:  # zeros are what a new file holds
             blocks = list(expander.blocks())
-            block = np.empty((blocks[0][1], columns), raw)
+            buffer = np.empty((blocks[0][1], columns), raw)
             for start, stop in blocks:
-                expander.fill(block[: stop - start], start)
-                writer.write(name, start * columns * raw.itemsize, block[: stop - start])
+                block = buffer[: stop - start]
+                expander.fill(block, start)
+                writer.write(expander.step.name, start * row_bytes, block)
         return plan.nbytes(expander.step)
 
     pool = ThreadPoolExecutor(threads)

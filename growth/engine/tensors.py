@@ -1,4 +1,4 @@
-"""Tensors in memory for the streaming engine: read as raw bits, and written back as tensors."""
+"""Tensors in memory for the streaming engine: read as raw bits, written back as tensors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 
 from outgrow.growth.engine.execute import Expander, Reader
 from outgrow.growth.plan import Plan
@@ -16,8 +17,8 @@ from outgrow.model.checkpoint import Stored
 from outgrow.model.dtypes import RAW
 
 DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
-    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # numpy knows no bfloat16
@@ -25,34 +26,40 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # n
 
 @dataclass(frozen=True, eq=False)
 class Tensors:
-    """Tensors by name, on any device, as a `Reader`."""
+    """Named tensors on any device, as a `Reader`."""
 
     tensors: Mapping[str, torch.Tensor]
 
     def stored(self) -> dict[str, Stored]:
-        """Name → format and shape, as a file would have them.
+        """Describe the tensors as a file would: name → format and shape.
 
         Raises:
             UserError: a tensor has a dtype that no file can hold.
         """
-        UserError.collect(f"{name}: {tensor.dtype} cannot be grown" for name, tensor in self.tensors.items() if tensor.dtype not in DTYPES)
-        return {name: Stored(Path(), 0, DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in self.tensors.items()}
+        unknown = [(name, held.dtype) for name, held in self.tensors.items() if held.dtype not in DTYPES]
+        UserError.collect(f"{name}: {dtype} cannot be grown" for name, dtype in unknown)
+        dtypes = self.dtypes
+        return {
+            name: Stored(Path(), 0, dtypes[name], tuple(tensor.shape))
+            for name, tensor in self.tensors.items()
+        }
 
     @property
     def dtypes(self) -> dict[str, str]:
-        """The safetensors dtype of every tensor."""
+        """Name → safetensors dtype of every tensor."""
         return {name: DTYPES[tensor.dtype] for name, tensor in self.tensors.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `start:stop` of a tensor, as a `Reader` counts them, in an array that the caller may write to."""
+        """Read raw rows `start:stop` of a tensor, as a `Reader` counts them; the caller may write to them."""
         tensor = self.tensors[name]
-        rows = (tensor.flatten(0, -2) if tensor.ndim > 2 else tensor)[start:stop].detach()
-        rows = rows.to("cpu", copy=True, memory_format=torch.contiguous_format)
-        return rows.view(_INTEGERS[rows.element_size()]).numpy().view(RAW[DTYPES[rows.dtype]])
+        matrix = rearrange(tensor, "... column -> (...) column") if tensor.ndim > 2 else tensor
+        rows = matrix[start:stop].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        integers = rows.view(_INTEGERS[rows.element_size()]).numpy()
+        return integers.view(RAW[DTYPES[rows.dtype]])
 
 
 def expand(plan: Plan, reader: Reader) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every target tensor of a plan, (name, tensor) in the plan's order."""
+    """Yield every target tensor of a plan, (name, tensor), in the plan's order."""
     kinds = {name: kind for kind, name in DTYPES.items()}
     for step in plan.steps:
         rows = Expander(plan, step, reader).whole()

@@ -1,9 +1,10 @@
-"""Several processes, on one machine or on many that share a file system, write one checkpoint: each its share of the shards.
+"""Several processes that write one checkpoint, each its share of the shards, on hosts that share a file
+system.
 
-All are started with the same arguments but for `worker=i/n`. They fill `<out>.partial` together; a shard is there under its name
-only when it is complete, and the worker that finds all shards there completes the folder. A killed worker is started again: what it had
-finished stays. Each worker holds the lock of the folder (`model.base.locks`) shared with the others; a
-growth by one process holds it alone.
+All are started with the same arguments but for `worker=i/n`. They fill `<out>.partial` together; a shard is
+there under its name only when it is complete, and the worker that finds all shards there completes the
+folder. A killed worker is started again: what it had finished stays. Each worker holds the lock of the folder
+(`model.base.locks`) shared with the others; a growth by one process holds it alone.
 """
 
 from __future__ import annotations
@@ -41,28 +42,31 @@ class Worker:
 
     @classmethod
     def parse(cls, text: str) -> Worker:
-        """From `i/n`.
+        """Parse `i/n`.
 
         Raises:
             UserError: it is not of that form.
         """
-        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-        if found is None or int(found[1]) >= int(found[2]):
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        if match is None or int(match[1]) >= int(match[2]):
             raise UserError(f"worker={text}: expected i/n, worker i of n counted from 0, such as 0/4")
-        return cls(int(found[1]), int(found[2]))
+        return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
 
     def share(self, shards: Shards) -> list[str]:
-        """The files it writes.
+        """Choose the files that this worker writes.
 
         Raises:
             UserError: there are fewer shards than workers.
         """
         if len(shards) < self.count:
-            size = sum(entry.nbytes for shard in shards.values() for entry in shard) / self.count / 1e9
-            raise UserError(f"worker={self}: {len(shards)} shards for {self.count} workers; give max_shard_gb={size:.2g} or less")
+            total = sum(entry.nbytes for shard in shards.values() for entry in shard)
+            size = total / self.count / 1e9
+            raise UserError(
+                f"worker={self}: {len(shards)} shards for {self.count} workers; give max_shard_gb={size:.2g} or less"
+            )
         return list(shards)[self.number :: self.count]
 
 
@@ -79,23 +83,27 @@ class Shared:
         return self.place.partial
 
     def is_complete(self, shards: Shards) -> bool:
-        """Whether every shard is there and no other worker is at work; from then on this one is alone in the folder.
+        """Check that every shard is there and no other worker is at work; then this one holds the folder
+        alone.
 
-        A worker gives up its hold before it tries, so of several that finish at once the last to try succeeds.
+        A worker gives up its hold before it tries, so of several that finish at once the last to try
+        succeeds.
         """
         return all((self.folder / file).exists() for file in shards) and self.lock.take()
 
 
 def agreement(plan: Plan, checkpoint: Checkpoint, shards: Shards, worker: Worker) -> dict[str, Any]:
-    """What must be the same for shards to belong together: the plan, the number of workers, the files, and the source's weights.
+    """Describe what makes shards belong together: the plan, the number of workers, the files, the source's
+    weights.
 
     Of the weights, `SAMPLES` rows of every tensor, from the first to the last.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(checkpoint.tensors):
         shape = checkpoint.tensors[name].shape
-        rows = prod(shape[:-1]) if len(shape) > 2 else shape[0] if shape else 0
-        for row in sorted({number * (rows - 1) // (SAMPLES - 1) for number in range(SAMPLES)} if rows else ()):
+        rows = prod(shape[:-1]) if len(shape) > 2 else prod(shape[:1])
+        spread = {number * (rows - 1) // (SAMPLES - 1) for number in range(SAMPLES)}
+        for row in sorted(spread) if rows and shape else ():
             digest.update(checkpoint.read(name, row, row + 1).tobytes())
         if not shape:
             digest.update(checkpoint.read(name).tobytes())
@@ -105,23 +113,25 @@ def agreement(plan: Plan, checkpoint: Checkpoint, shards: Shards, worker: Worker
 
 @contextmanager
 def shared_partial(place: Place, worker: Worker, agreed: Mapping[str, Any]) -> Iterator[Shared]:
-    """`<out>.partial`, shared with other workers that agree; what an earlier growth of another plan left there is cleared.
+    """Share `<out>.partial` with other workers that agree; the rest of another plan's growth is cleared.
 
     Raises:
-        UserError: `out` may not be made or replaced (`Place.check`), a growth of another kind is writing there, this worker is at work
-            already, or the disk is full or not writable.
+        UserError: `out` may not be made or replaced (`Place.check`), a growth of another kind is writing
+            there, this worker is at work already, or the disk is full or not writable.
     """
     kept = f"what is finished stays in {place.partial}, for the same worker to go on"
     with disk_faults(place.out, kept), place.open() as lock:
         _join(lock, place, agreed)
         with Lock(place.partial / f"{WORKER}{worker.number}") as own:
             if not own.take():
-                raise UserError(f"worker={worker}: is at work already in {place.partial}; give every worker a number of its own")
+                raise UserError(
+                    f"worker={worker}: is at work already in {place.partial}; give every worker a number of its own"
+                )
             yield Shared(place, lock, own)
 
 
 def _join(lock: Lock, place: Place, agreed: Mapping[str, Any]) -> None:
-    """Hold the folder with others that agree."""
+    """Take the folder's lock, shared with others that agree."""
     mark, partial = json.dumps(agreed), place.partial
     patience = time.monotonic() + PATIENCE
     while True:
@@ -132,9 +142,13 @@ def _join(lock: Lock, place: Place, agreed: Mapping[str, Any]) -> None:
         if lock.take(shared=True):
             if _agrees(partial, mark):
                 return
-            raise UserError(f"out: another growth is being written into {partial}; wait for it, or choose another folder")
+            raise UserError(
+                f"out: another growth is being written into {partial}; wait for it, or choose another folder"
+            )
         if time.monotonic() > patience:
-            raise UserError(f"out: another process is writing {partial}; wait for it, or choose another folder")
+            raise UserError(
+                f"out: another process is writing {partial}; wait for it, or choose another folder"
+            )
         time.sleep(0.05)
 
 
@@ -154,18 +168,19 @@ def write_share(
     threads: int,
     progress: Progress | None = None,
 ) -> None:
-    """Write this worker's shards one after the other, but for those that are there already."""
+    """Write this worker's shards one after the other, except those that are there already."""
     missing = [file for file in worker.share(shards) if not (shared.folder / file).exists()]
     for file in missing:
         unfinished = f"{file}.writing"
         (shared.folder / unfinished).unlink(missing_ok=True)  # a killed worker's
-        write_weights(plan, reader, shared.folder, {unfinished: shards[file]}, threads=threads, progress=progress)
+        shard = {unfinished: shards[file]}
+        write_weights(plan, reader, shared.folder, shard, threads=threads, progress=progress)
         checkpoint.check_unchanged()
         os.rename(shared.folder / unfinished, shared.folder / file)
 
 
 def publish_shared(shared: Shared, worker: Worker) -> None:
-    """Make a completed folder, which this worker holds alone, `out`."""
+    """Rename a completed folder, which this worker holds alone, to `out`."""
     shared.own.close()  # its lock may be a file in the folder
     for number in range(worker.count):
         (shared.folder / f"{WORKER}{number}").unlink(missing_ok=True)

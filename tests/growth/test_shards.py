@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import outgrow.growth.engine.shards
-from outgrow.growth.engine.shards import ON_THEIR_WAY, Entry, ShardWriter, layout, write_index
+from outgrow.growth.engine.shards import PENDING, Entry, ShardWriter, layout, write_index
 from outgrow.model.checkpoint import Checkpoint, read_header
 
 ROWS = {"a": 7, "b": 1, "c": 513, "d": 3, "e": 2, "f": 900, "g": 1, "h": 0}
@@ -87,12 +87,10 @@ def test_the_disk_takes_every_page_as_it_is_written_and_the_cache_keeps_few(tmp_
     for place, (kind, start, stop) in enumerate(calls):
         if kind == "begin":
             assert any(wrote == "write" and first < stop <= last for wrote, first, last in calls[:place])
-            assert (
-                sum(found == "begin" for found, *_ in calls[:place]) - sum(found == "wait" for found, *_ in calls[:place]) <= ON_THEIR_WAY
-            )
+            assert sum(found == "begin" for found, *_ in calls[:place]) - sum(found == "wait" for found, *_ in calls[:place]) <= PENDING
         if kind == "wait":
             assert calls[place + 1] == ("drop", start, stop)
-    assert of["wait"] == of["begin"][:-ON_THEIR_WAY]
+    assert of["wait"] == of["begin"][:-PENDING]
     assert calls[-3:] == [("write", 0, calls[-3][2]), ("sync", 0, 0), ("drop", 0, 0)], "the header last, and all of it on the disk"
 
 
