@@ -20,11 +20,11 @@ from outgrow.train.data.corpus import documents, open_corpus
 from outgrow.train.data.document import Tally
 from outgrow.train.data.settings import DataSettings, disagreements
 from outgrow.train.data.synthetic import corpus
+from outgrow.train.data.synthetic.checker import failures
 from outgrow.train.data.synthetic.corpus import KINDS, draw_items
 from outgrow.train.data.synthetic.item import Item
 from outgrow.train.data.synthetic.operation import KINDS as VALUES
 from outgrow.train.data.synthetic.problem import OPERATIONS, _locals, draw_problem
-from outgrow.train.data.synthetic.sandbox import failures
 from outgrow.train.data.synthetic.themes import AUDIENCES, THEMES
 
 BY_NAME = {operation.name: operation for operation in OPERATIONS}

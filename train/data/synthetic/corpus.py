@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from outgrow.model.base.errors import UserError
 from outgrow.train.data.synthetic import exercises, textbooks
+from outgrow.train.data.synthetic.checker import failures
 from outgrow.train.data.synthetic.item import Item
 from outgrow.train.data.synthetic.problem import draw_problem
-from outgrow.train.data.synthetic.sandbox import failures
 
 if TYPE_CHECKING:
     from outgrow.train.data.document import Document, Tally
@@ -73,9 +73,10 @@ class Generated:
                 tally.programs_failed += 1
 
     def stamp(self) -> str:
-        """Of the settings and of this package's source: another template is another text."""
+        """A hash of the settings and of this package's source and tables: another template is another text."""
         digest = hashlib.sha256(f"{self.settings.corpus} {self.settings.seed}".encode())
-        for file in sorted(Path(__file__).parent.glob("*.py")):
+        here = Path(__file__).parent
+        for file in sorted([*here.glob("*.py"), *here.glob("tables/*.yaml")]):
             digest.update(file.read_bytes())
         return digest.hexdigest()
 

@@ -34,7 +34,7 @@ def statement(problem: Problem, random: Random) -> Item:
 
 def explained(problem: Problem, random: Random) -> Item:
     """Problem, hints, solution, and why it works."""
-    hints = "\n".join(f"{i}. {step.operation.why}" for i, step in enumerate(problem.steps, 1))
+    hints = "\n".join(f"{i}. {why}" for i, why in enumerate(problem.whys(), 1))
     steps = "\n".join(f"- {line}." for line in trace(problem, 1))
     text = (
         f"# {capital(in_order(problem.tasks()))}\n\n{opening(problem, random)} You have {given(problem)}.\n\n## Hints\n\n{hints}\n\n"

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from random import Random
 from textwrap import indent
 from typing import Any
 
-from outgrow.train.data.synthetic import digits, lists, sums, tables, texts
-from outgrow.train.data.synthetic.operation import KINDS, Operation, fill
+from outgrow.train.data.synthetic.operation import KINDS, Operation, fill, read_operations
 from outgrow.train.data.synthetic.themes import AUDIENCES, EMPTY, THEMES, Audience, Theme
 
-OPERATIONS = (*lists.OPERATIONS, *sums.OPERATIONS, *digits.OPERATIONS, *texts.OPERATIONS, *tables.OPERATIONS)
+FILES = ("lists.yaml", "sums.yaml", "digits.yaml", "texts.yaml", "dictionaries.yaml")
+OPERATIONS = tuple(operation for file in FILES for operation in read_operations(file))
 TAKING = {kind: tuple(operation for operation in OPERATIONS if operation.takes == kind) for kind in KINDS}
 LENGTHS = (1, 2, 2, 3, 3, 3)  # of a chain of operations, drawn evenly
 LARGEST = 110  # characters of a value that is shown
@@ -75,6 +75,10 @@ class Problem:
         first = self.theme.parameter(self.takes)[1].split(",")[0]
         return [step.says(first if i == 0 else _later(step.operation.takes)) for i, step in enumerate(self.steps)]
 
+    def whys(self, style: str | None = None) -> list[str]:
+        """A sentence about each step, true beside the program in this style."""
+        return [step.operation.why[style or self.style] for step in self.steps]
+
     def code(self, style: str | None = None, *, wrong: int | None = None) -> str:
         """The statements of the function's body; step `wrong` with its slip."""
         style = style or self.style
@@ -105,7 +109,7 @@ class Problem:
 
 
 def draw_problem(random: Random) -> Problem:
-    """A problem that is worth setting: each step changes something, and no value is too large to show."""
+    """A problem that is worth setting: each step changes the result, and no value is too large to show."""
     while True:
         theme, style = random.choice(THEMES), random.choice(("loop", "short"))
         steps = _draw_steps(theme, random.choice(LENGTHS), random)
@@ -154,14 +158,33 @@ def _draw_cases(theme: Theme, steps: tuple[Step, ...], style: str, random: Rando
                 return None
             results.append(now)
         cases.append((value, tuple(results)))
-    return tuple(cases) if _worthwhile(cases[:3]) else None
+    return tuple(cases) if _worthwhile(cases[:3]) and not idle(steps, cases, OTHER[style]) else None
 
 
 def _worthwhile(cases: list[tuple[Any, tuple[Any, ...]]]) -> bool:
-    """Whether each step changes a value somewhere, and the results differ."""
-    ways = [[value, *results] for value, results in cases]
-    moving = all(any(way[i] != way[i + 1] for way in ways) for i in range(len(ways[0]) - 1))
-    return moving and len({repr(way[-1]) for way in ways}) > 1 and all(way[-1] or way[-1] == 0 for way in ways[:1])
+    """Whether the results differ, and the first is not empty."""
+    results = [way[-1] for _, way in cases]
+    return len({repr(result) for result in results}) > 1 and bool(results[0] or results[0] == 0)
+
+
+def idle(steps: Sequence[Step], cases: Sequence[tuple[Any, tuple[Any, ...]]], style: str) -> list[tuple[int, int]]:
+    """The runs of steps [i, j) that change the result of no case: left out, what remains computes the same.
+
+    A run can be left out where it gives the kind of value that it takes. Sorting before a sum is idle, and so are two
+    steps that undo each other.
+    """
+    kinds = [step.operation.takes for step in steps] + [steps[-1].operation.gives]
+    runs = [(i, j) for i in range(len(steps)) for j in range(i + 1, len(kinds)) if kinds[i] == kinds[j]]
+    return [(i, j) for i, j in runs if all(_same_without(steps[j:], case, i, style) for case in cases)]
+
+
+def _same_without(rest: Sequence[Step], case: tuple[Any, tuple[Any, ...]], first: int, style: str) -> bool:
+    """Whether `rest`, run on what the steps before `first` gave, has the result of all of them."""
+    value, results = case
+    now = results[first - 1] if first else value
+    for step in rest:
+        now = step.operation.run(style, now, step.given)
+    return bool(now == results[-1])
 
 
 def _later(kind: str) -> str:

@@ -14,7 +14,7 @@ NAMES = ("Ada", "Ben", "Chiara", "Dilan", "Edda", "Farid", "Greta", "Ivo", "Jun"
 
 def section(problem: Problem, random: Random) -> Item:
     """Idea, example, what happens inside, a question with its answer."""
-    ideas = " ".join(step.operation.why for step in problem.steps)
+    ideas = " ".join(problem.whys())
     steps = "\n".join(f"- {line}" for line in trace(problem, 0))
     last = len(problem.cases) - 1
     text = (
@@ -29,7 +29,7 @@ def section(problem: Problem, random: Random) -> Item:
 def worked(problem: Problem, random: Random) -> Item:
     """From the question to a plan, to a program, to a check."""
     plan = "\n".join(f"{i}. {capital(task)}." for i, task in enumerate(problem.tasks(), 1))
-    notes = "\n\n".join(f"*{capital(step.operation.topic)}.* {step.operation.why}" for step in problem.steps)
+    notes = "\n\n".join(f"*{capital(step.operation.topic)}.* {why}" for step, why in zip(problem.steps, problem.whys(), strict=True))
     text = (
         f"## Worked example: {problem.theme.name}\n\n{opening(problem, random)} The data is "
         f"{given(problem)}.\n\n**Plan.**\n\n{plan}\n\n**Program.** "
@@ -47,7 +47,7 @@ def two_ways(problem: Problem, random: Random) -> Item:
         f"to {in_order(problem.tasks())}. "
         f"With loops, every step is in sight:\n\n{fenced(problem.function('loop'))}\n\nThe same in a shorter form:\n\n"
         f"{fenced(problem.function('short'))}\n\nBoth return `{problem.result(1)!r}` for `{problem.cases[1][0]!r}`. "
-        f"{problem.steps[0].operation.why} "
+        f"{problem.whys()[0]} "
         "Prefer the form that you can still read in half a year.\n"
     )
     return Item(text, f"{problem.function()}\n{problem.asserts()}\n{problem.function(OTHER[problem.style])}\n{problem.asserts()}")
@@ -61,6 +61,7 @@ def pitfall(problem: Problem, random: Random) -> Item | None:
     step, case, wrong = random.choice(found)
     operation = problem.steps[step].operation
     assert operation.slip is not None
+    why = operation.why["loop"]  # in which slips are made
     effect = operation.slip.effect
     for name, value in problem.steps[step].given.items():
         effect = effect.replace(f"${name}", repr(value))
@@ -70,7 +71,7 @@ def pitfall(problem: Problem, random: Random) -> Item | None:
         f"{in_order(problem.tasks())}, and writes for "
         f"{given(problem)}:\n\n{fenced(slipped)}\n\nThis runs without an error and still is wrong: {effect}. For "
         f"`{problem.cases[case][0]!r}` it returns "
-        f"`{wrong!r}`, where `{problem.result(case)!r}` is right. {operation.why}\n\nThe right version:\n\n{fenced(right)}\n"
+        f"`{wrong!r}`, where `{problem.result(case)!r}` is right. {why}\n\nThe right version:\n\n{fenced(right)}\n"
     )
     return Item(text, f"{slipped}\nassert {problem.call(case)} == {wrong!r}\n{right}\n{problem.asserts()}")
 
@@ -79,9 +80,9 @@ def dialogue(problem: Problem, random: Random) -> Item:
     """Two people build the program step by step."""
     asks, tells = random.sample(NAMES, 2)
     turns = []
-    for i, (step, task) in enumerate(zip(problem.steps, problem.tasks(), strict=True)):
+    for i, (task, why) in enumerate(zip(problem.tasks(), problem.whys(), strict=True)):
         start = ("How do I begin?", "And then?", "What is left to do?")[i]
-        turns.append(f'{asks}: "{start}"\n\n{tells}: "{capital(task)}. {step.operation.why}"')
+        turns.append(f'{asks}: "{start}"\n\n{tells}: "{capital(task)}. {why}"')
         turns.append(
             f'{asks}: "So for `{problem.cases[0][0]!r}` I have `{problem.cases[0][1][i]!r}` after this step?"\n\n{tells}: "Exactly."'
         )
@@ -94,7 +95,8 @@ def dialogue(problem: Problem, random: Random) -> Item:
 
 def summary(problem: Problem, random: Random) -> Item:
     """Questions and answers that sum up what was learnt."""
-    questions = [f"**What is worth remembering about {step.operation.topic}?** {step.operation.why}" for step in problem.steps]
+    topics = [step.operation.topic for step in problem.steps]
+    questions = [f"**What is worth remembering about {topic}?** {why}" for topic, why in zip(topics, problem.whys(), strict=True)]
     calls = [
         f"**What is `{problem.name}` of `{problem.cases[i][0]!r}`?** It is `{problem.result(i)!r}`."
         for i in range(min(2, len(problem.cases)))

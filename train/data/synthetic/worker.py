@@ -1,4 +1,4 @@
-"""The process of train/data/synthetic/sandbox.py: reads programs, gives up what it could do harm with, runs them, tells each result.
+"""The process of train/data/synthetic/checker.py: reads programs, limits itself, runs them, tells the result of each.
 
 python -I -S worker.py SECONDS MEMORY_BYTES    stdin: [[program, what it prints], …]    stdout: a JSON line for each
 """

@@ -1,7 +1,9 @@
-"""Programs run in a process that can do nothing but compute: many in one process, so that it is fast.
+"""A check of programs by running them under limits against accidents; it is no prison for hostile code.
 
-The process can open no file and no socket (the kernel's limit on descriptors is what it already holds), writes nothing, and has little
-memory and time. That is enough for programs of this package, which mean no harm. It is no prison for hostile code: it runs as the user.
+Many run in one process, so that it is fast. The process can open no file and no socket (the kernel's limit on descriptors is what it
+already holds), writes nothing, and has little memory and time: an endless loop, a huge list or a stray `open` ends one program and nothing
+else. The programs are this package's own, and mean no harm. Whoever means harm is not held by it: the process runs as the user, reads what
+the user may read through descriptors that are open, and nothing separates it from the rest of the machine.
 """
 
 from __future__ import annotations
