@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from outgrow.model.base.errors import did_you_mean, not_installed
 from outgrow.model.base.interrupt import started, starting
 
 # command → the module that is its door, and what comes before the user's own arguments
@@ -39,12 +40,17 @@ def main() -> int:
         print(__doc__)
         return 0
     if arguments[0] not in DOORS:
-        from outgrow.model.base.errors import did_you_mean
-
         print(f"error: unknown command {arguments[0]!r}; {did_you_mean(arguments[0], DOORS)}", file=sys.stderr)
         return 2
     module, before = DOORS[arguments[0]]
     sys.argv = [f"outgrow {arguments[0]}", *before, *arguments[1:]]  # Hydra reads it there
-    door = import_module(module)
-    started()
-    return door.main() or 0
+    try:
+        door = import_module(module)
+        started()
+        return door.main() or 0
+    except ModuleNotFoundError as fault:
+        missing = not_installed(fault)
+        if missing is None:
+            raise
+        print(f"error: {missing}", file=sys.stderr)
+        return 2

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, not_installed
 from outgrow.model.base.interrupt import started
 from outgrow.model.base.settings import CONF, compose_config, plain, read
 
@@ -233,6 +233,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print_schema(given[1:])
         else:
             run(settings_from(given))
+    except ModuleNotFoundError as fault:
+        missing = not_installed(fault)
+        if missing is None:
+            raise
+        print(f"error: {missing}", file=sys.stderr)
+        sys.exit(2)
     except UserError as fault:
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -99,7 +100,7 @@ def grow(
         target, operator, depth, noise, seed, dtype, options: see `growth.plan`.
         overwrite: replace an `out` that growth made, once the new one is complete. One that holds anything else, or that is or contains the
             source, is refused.
-        receipt: measure logits of both models; None measures models of up to 100 M parameters.
+        receipt: measure logits of both models, which needs torch; None measures models of up to 100 M parameters where torch is installed.
         threads: that compute, over tensors; the bits do not depend on it.
         max_shard_bytes: size of a shard.
         optimizer: Adam's saved state of the source, a file or a folder with `optimizer.bin` or `optimizer.pt`; grown with the weights into
@@ -136,7 +137,8 @@ def grow(
             _copy_companions(checkpoint.folder, folder)
             verify_structure(folder, made)
             small = made.source_parameters + made.target_parameters <= RECEIPT_PARAMETERS
-            wanted = small and checkpoint.quantised is None if receipt is None else receipt
+            measurable = small and checkpoint.quantised is None and find_spec("torch") is not None
+            wanted = measurable if receipt is None else receipt
             measured = measure_growth(made, reader, checkpoint.folder, folder, threads=threads) if wanted else None
             if measured is not None:
                 check_receipt(measured, made, checkpoint.folder)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
 import venv
+from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,8 @@ from outgrow.experiments.command import DOORS
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("model", "growth", "train", "experiments", "conf")
-SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, SETUPTOOLS = SETTINGS["project"], SETTINGS["tool"]["setuptools"]
 
 
 def test_every_folder_with_code_is_packaged() -> None:
@@ -76,6 +80,66 @@ def test_the_wheel_has_its_compiled_loops_and_settings(installed: Path) -> None:
     assert has_settings == "True"
     assert str(installed.parent) in file
     assert compiled == str(shutil.which("gcc") is not None or shutil.which("cc") is not None)
+
+
+def with_dependencies(names: Iterable[str]) -> set[str]:
+    """The distributions of that name, and all that they need without extras."""
+    known: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name in known:
+            continue
+        known.add(name)
+        lines = [line for line in metadata.requires(name) or [] if "extra ==" not in line]
+        waiting += filter(has_distribution, (re.split(r"[^\w.-]", line)[0] for line in lines))
+    return known
+
+
+def has_distribution(name: str) -> bool:
+    """Whether it is installed: what a marker asks for on other systems is not."""
+    try:
+        metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def light(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment with the wheel and what it needs without extras; the libraries are links to those of this one."""
+    fresh = tmp_path_factory.mktemp("light")
+    venv.create(fresh, with_pip=False, symlinks=True)
+    (site,) = fresh.glob("lib/python*/site-packages")
+    (wheel,) = installed.parent.glob("lib/python*/site-packages")
+    for path in (wheel / "outgrow", *wheel.glob("scaled_knowledge_transfer*.dist-info")):
+        (site / path.name).symlink_to(path)
+    needed = [re.split(r"[^\w-]", line)[0] for line in PROJECT["dependencies"]]
+    for name in with_dependencies(needed):
+        for top in {file.parts[0] for file in metadata.files(name) or [] if file.parts[0] != ".."}:
+            link = site / top
+            if not link.exists():
+                link.symlink_to(Path(str(metadata.distribution(name).locate_file(top))))
+    return fresh / "bin/python"
+
+
+@pytest.mark.slow
+def test_growing_a_checkpoint_needs_no_extra(light: Path, tmp_path: Path, phi_folder: Path) -> None:
+    def outgrow(*arguments: str) -> subprocess.CompletedProcess[str]:
+        code = "import sys; from outgrow.experiments.command import main; sys.exit(main())"
+        return subprocess.run([light, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+
+    growth = ("grow", f"source={phi_folder}", "target={intermediate_size:80}")
+    done = outgrow(*growth, "out=grown")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "grown/growth.json").is_file()
+    for arguments in ((*growth, "out=more", "receipt=true"), ("train", "experiment=tiny_source", "logger=none")):
+        done = outgrow(*arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch(r"error: \w+ is not installed, .*pip install 'scaled-knowledge-transfer\[train\]'.*\n", done.stderr), (
+            done.stderr
+        )
+    assert not (tmp_path / "more").exists()
 
 
 def test_an_unknown_command_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from typing import NoReturn
 
 LONGEST_WORD, LONGEST_LINE = 400, 2000  # characters of a message that a stranger's file may fill
@@ -54,6 +55,21 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
 def unknown(kind: str, name: object, known: Iterable[str]) -> NoReturn:
     """Raise the error for a `name` that is no known `kind`."""
     raise UserError(f"unknown {kind} {name!r}; {did_you_mean(name, known)}")
+
+
+DISTRIBUTION = "scaled-knowledge-transfer"
+
+
+def not_installed(fault: ModuleNotFoundError) -> UserError | None:
+    """The error for a library of the extra `train` that is not there; None where another module is missing, which is no user's fault."""
+    missing = (fault.name or "").partition(".")[0]
+    extra = [line for line in metadata.requires(DISTRIBUTION) or [] if re.search("extra == .train.", line)]
+    names = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in extra}
+    if missing not in names:
+        return None
+    return UserError(
+        f"{missing} is not installed, and this needs it: pip install '{DISTRIBUTION}[train]'; growing a checkpoint does without"
+    )
 
 
 def in_one_line(fault: BaseException, length: int = 200) -> str:

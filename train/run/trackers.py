@@ -87,7 +87,10 @@ def check_installed(names: Iterable[str]) -> None:
         UserError: naming each of them and the command that installs it.
     """
     missing = [name for name in names if find_spec(name) is None]
-    UserError.collect(f"logger={name}: not installed; pip install -e '.[{name}]', or choose logger=none" for name in missing)
+    extras = {"wandb": "train"}  # which comes with all that training needs
+    UserError.collect(
+        f"logger={name}: not installed; pip install -e '.[{extras.get(name, name)}]', or choose logger=none" for name in missing
+    )
 
 
 def open_trackers(folder: Path, settings: Settings, run: Mapping[str, Any], say: Say) -> list[Tracker]:
