@@ -5,13 +5,16 @@ The end-of-text token opens the document after it: a token attends to nothing be
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
-def documents_apart(tokens: Tensor, end_of_text: int, attention: str) -> dict[str, Any]:
+
+def documents_apart(tokens: Tensor, end_of_text: int, attention: str, masked: PretrainedConfig | None = None) -> dict[str, Any]:
     """What a forward pass takes so that no token attends to another document.
 
     transformers makes the masks of SDPA, FlexAttention and its eager attention from positions that restart. flash-attn knows no masks: it
@@ -20,15 +23,27 @@ def documents_apart(tokens: Tensor, end_of_text: int, attention: str) -> dict[st
     Args:
         tokens: (rows, context).
         attention: a `transformers` attn_implementation.
+        masked: the config of a class that does not look at positions; its masks are made here and handed over, one for each kind of layer.
     """
     positions = document_positions(tokens, end_of_text)
     if attention != "flash_attention_2":
-        return {"input_ids": tokens, "position_ids": positions}
+        masks = {} if masked is None else {"attention_mask": document_masks(masked, positions)}
+        return {"input_ids": tokens, "position_ids": positions, **masks}
     starts = (positions.flatten() == 0).nonzero().flatten()
     bounds = torch.cat((starts, starts.new_tensor([tokens.numel()]))).int()
     longest = tokens.shape[1]  # an upper bound does, and needs no waiting for the device
     rows = {"input_ids": tokens.reshape(1, -1), "position_ids": positions.reshape(1, -1)}
     return {**rows, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
+def document_masks(config: PretrainedConfig, positions: Tensor) -> Any:
+    """The library's masks for documents whose positions (rows, context) restart, as it makes them for generation: one, or one for each kind
+    of attention that the config lists, sliding windows included."""
+    from transformers.masking_utils import create_masks_for_generate
+
+    blank = torch.empty((*positions.shape, 1), device=positions.device)  # whose shape and dtype alone count
+    given: dict[str, Any] = {"attention_mask": None, "past_key_values": None, "position_ids": positions}
+    return create_masks_for_generate(config=config.get_text_config(), inputs_embeds=blank, **given)
 
 
 def document_positions(tokens: Tensor, end_of_text: int) -> Tensor:

@@ -26,6 +26,7 @@ from outgrow.model.family import Config
 from outgrow.model.twin import Twin, layerless, tiny_twin
 
 ROWS, LENGTH, CUT = 2, 24, 11  # of the text that a twin reads; where the end-of-text token stands and the past ends
+WINDOW = 5  # tokens of a sliding window that ends inside of such a text
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of the largest logit, under which two logits are the same up to rounding
 CAUSAL: Mapping[str, Any] = {"is_decoder": True, "causal": True, "attn_type": "uni"}  # in which words classes are told to be causal
 SHARP = 8.0  # the head's weights are so many times larger, so that a cap on the logits shows
@@ -51,6 +52,8 @@ class Survey:
             after the head, or what the head reads.
         future: how far logits move when later tokens change. Near 0, the class is causal.
         leak: how far logits from an end-of-text token on move when what lies before it changes, with the documents of a row kept apart.
+        masked_leak: the same where that is no rounding and masks are handed over, also under a small sliding window where the class has
+            one, or how far they move a text that is one document, if that is more.
         unreached: parameters that text gives no gradient, without their layers' numbers.
         sometimes: those that one text gives a gradient and another does not, or that only some layers do.
     """
@@ -62,6 +65,7 @@ class Survey:
     head: Answer[float]
     future: Answer[float]
     leak: Answer[float]
+    masked_leak: Answer[float]
     unreached: Answer[tuple[str, ...]]
     sometimes: Answer[tuple[str, ...]]
 
@@ -129,7 +133,8 @@ def _works(twin: Twin, attention: str, device: str, precision: str) -> Answer[bo
 def _survey(twin: Twin, attention: str, device: str, precision: str) -> Survey:
     with _aside(device):
         bench = _bench(twin, attention, device, precision)
-        reached = _measured(lambda: _reached(bench))
+        reached, leak = _measured(lambda: _reached(bench)), _measured(lambda: _leak(bench))
+        holds = leak.value is not None and leak.value <= TOLERANCE[precision]
         return Survey(
             device=device if device == "cpu" else torch.cuda.get_device_name(device),
             precision=precision,
@@ -137,7 +142,8 @@ def _survey(twin: Twin, attention: str, device: str, precision: str) -> Survey:
             versions=(version("torch"), version("transformers")),
             head=_measured(lambda: _head(bench)),
             future=_measured(lambda: _future(bench)),
-            leak=_measured(lambda: _leak(bench)),
+            leak=leak,
+            masked_leak=Answer(None, "positions that restart are enough") if holds else _measured(lambda: _masked_leak(bench)),
             unreached=Answer(None if reached.value is None else reached.value[0], reached.reason),
             sometimes=Answer(None if reached.value is None else reached.value[1], reached.reason),
         )
@@ -248,12 +254,38 @@ def _future(bench: _Bench) -> float:
     return relative(bench.logits({"input_ids": changed})[:, :CUT], before)
 
 
-def _leak(bench: _Bench) -> float:
+def _masked_leak(bench: _Bench) -> float:
+    """`_leak` with masks handed over, or how far these move a text of one document, whichever is more.
+
+    Raises:
+        UserError: flash-attn takes no masks.
+    """
+    if bench.attention == "flash_attention_2":
+        raise UserError("flash-attn takes no masks")
+    benches = [bench]
+    if any(key.endswith("sliding_window") and type(value) is int for key, value in bench.twin.config.items()):
+        benches.append(_Bench(tiny_twin(_small_window(bench.twin.config)), bench.attention, str(bench.device), bench.precision))
+    return max(difference for one in benches for difference in (_leak(one, masked=True), _moved_by_masks(one)))
+
+
+def _small_window(config: Config) -> dict[str, Any]:
+    """A config whose sliding windows end inside of a text."""
+    return {key: WINDOW if key.endswith("sliding_window") and type(value) is int else value for key, value in config.items()}
+
+
+def _moved_by_masks(bench: _Bench) -> float:
+    text = bench.text(0)
+    masked = documents_apart(text, bench.end_of_text, bench.attention, bench.model.config)
+    return relative(bench.logits(masked), bench.steady({"input_ids": text}))
+
+
+def _leak(bench: _Bench, *, masked: bool = False) -> float:
     """How far the logits from an end-of-text token on move with the tokens before it, documents kept apart as the trainer does."""
     text = bench.text(0)
     text[:, CUT] = bench.end_of_text
     changed = torch.cat((bench.text(1)[:, :CUT], text[:, CUT:]), 1)
-    apart = [documents_apart(tokens, bench.end_of_text, bench.attention) for tokens in (text, changed)]
+    masks = bench.model.config if masked else None
+    apart = [documents_apart(tokens, bench.end_of_text, bench.attention, masks) for tokens in (text, changed)]
     return relative(bench.logits(apart[1])[:, CUT:], bench.steady(apart[0])[:, CUT:])
 
 

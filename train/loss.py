@@ -31,12 +31,13 @@ class NextTokenLoss(nn.Module):
         fused: take the head and the cross-entropy together, `CHUNK_TOKENS` at a time. Of 51,200 entries and 8,192 tokens, the logits with
             their gradient are 3.4 GB in float32; here they are 0.2 GB.
         end_of_text: the id that opens a document; None lets attention cross documents.
+        masked: keep documents apart by masks that are handed over, where restarting positions do not.
     """
 
-    def __init__(self, network: PreTrainedModel, *, fused: bool, end_of_text: int | None = None) -> None:
+    def __init__(self, network: PreTrainedModel, *, fused: bool, end_of_text: int | None = None, masked: bool = False) -> None:
         super().__init__()
         self.network: Any = network
-        self.fused, self.end_of_text, self.routed = fused, end_of_text, has_routers(network)
+        self.fused, self.end_of_text, self.masked, self.routed = fused, end_of_text, masked, has_routers(network)
 
     def forward(self, windows: Tensor, reduction: str = "mean") -> Any:
         """Cross-entropy of each token after the first given those before it, in nats, computed in float32.
@@ -56,7 +57,8 @@ class NextTokenLoss(nn.Module):
         tokens = windows[:, :-1]
         if self.end_of_text is None:
             return {"input_ids": tokens}
-        return documents_apart(tokens, self.end_of_text, self.network.config._attn_implementation)
+        config = self.network.config
+        return documents_apart(tokens, self.end_of_text, config._attn_implementation, config if self.masked else None)
 
     def read(self, windows: Tensor) -> tuple[Tensor, Balance | None]:
         """What the loss reads: what the head does, (rows, context, hidden), where it is fused, else the logits, (rows, context, vocab).
@@ -93,9 +95,9 @@ def balanced(text: Tensor, balance: Balance | None, targets: Tensor, reduction: 
     return Losses(objective + weight * balance.weighted, text, weight * balance.plain)
 
 
-def build_loss(network: PreTrainedModel, settings: LoopSettings, end_of_text: int, *, fused: bool) -> NextTokenLoss:
-    """The objective that `settings` ask for, fused or plain, as `train.way` has found it possible."""
-    return NextTokenLoss(network, fused=fused, end_of_text=end_of_text if settings.document_mask else None)
+def build_loss(network: PreTrainedModel, settings: LoopSettings, end_of_text: int, *, fused: bool, masked: bool = False) -> NextTokenLoss:
+    """The objective that `settings` ask for, fused or plain, as `train.start.way` has found it possible."""
+    return NextTokenLoss(network, fused=fused, end_of_text=end_of_text if settings.document_mask else None, masked=masked)
 
 
 def fused_cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor, reduction: str) -> Tensor:

@@ -73,14 +73,19 @@ def balanced_forward(network: Any, inputs: Mapping[str, Any], *, logits: bool) -
         (rows, context, vocab) or (rows, context, hidden), and the term; None where the class makes none (of dense layers alone).
     """
     read: list[Any] = []
-    hook = network.base_model.register_forward_hook(lambda module, given, out: read.append(out))
+    hooks = [network.base_model.register_forward_hook(lambda module, given, out: read.append(out))]
+    given = dict(inputs)
+    if (masks := given.pop("attention_mask", None)) is not None:  # the term takes padding from a mask of (rows, context), and there is none
+        handed = {"attention_mask": masks}
+        hook = network.base_model.register_forward_pre_hook(lambda module, args, kwargs: (args, {**kwargs, **handed}), with_kwargs=True)
+        hooks.append(hook)
     try:
         with _no_loss_on_labels(network):
-            out = network(
-                **inputs, labels=inputs["input_ids"], logits_to_keep=0 if logits else 1, output_router_logits=True, use_cache=False
-            )
+            how = {"labels": inputs["input_ids"], "logits_to_keep": 0 if logits else 1, "output_router_logits": True, "use_cache": False}
+            out = network(**given, **how)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     balance = None if out.aux_loss is None else Balance(out.loss, out.aux_loss)
     return out.logits if logits else read[-1].last_hidden_state, balance
 

@@ -82,7 +82,7 @@ class Trainee:
         rates = mup_rates(self.network, settings, stage, source)
         optimizer: Any = build_optimizer(self.network, settings.optimizer, rates)
         speed_up(self.network, loop)
-        own = build_loss(self.network, loop, run.data.end_of_text_id, fused=way.fused)
+        own = build_loss(self.network, loop, run.data.end_of_text_id, fused=way.fused, masked=way.masked)
         self.objective = taught(own, teacher, accelerator.device)
         self.model, self.optimizer = prepare_processes(self.objective, optimizer, accelerator, unused=way.partly)
         if saved is None:

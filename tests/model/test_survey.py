@@ -77,15 +77,35 @@ def test_the_switch_that_makes_a_class_causal(name: str, switch: dict[str, Any])
     ("name", "apart"), [("llama", True), ("qwen3_moe", True), ("gemma2", True), ("gpt_oss", False), ("falcon", False), ("mamba", False)]
 )
 def test_whether_documents_are_kept_apart(name: str, apart: bool) -> None:
+    """By positions that restart; where these do not, by masks that are handed over, unless a state carries on."""
     found = seen(name)
     assert found.same(found.leak) is apart
     assert found.leak.value is not None
     assert apart or found.leak.value > 0.1
+    assert found.same(found.masked_leak) is (name in ("gpt_oss", "falcon"))
+    assert bool(found.masked_leak.reason) is (found.masked_leak.value is None)
+
+
+def test_masks_that_forget_a_sliding_window_are_no_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A twin's text is shorter than the windows of real configs, so it is asked with a small one too."""
+    whole = surveys.documents_apart
+
+    def without_window(tokens: Any, end_of_text: int, attention: str, masked: Any = None) -> dict[str, Any]:
+        found = whole(tokens, end_of_text, attention, masked)
+        masks = found.get("attention_mask")
+        return found | ({"attention_mask": dict.fromkeys(masks, masks["full_attention"])} if isinstance(masks, dict) else {})
+
+    monkeypatch.setattr(surveys, "documents_apart", without_window)
+    surveys._survey.cache_clear()
+    try:
+        assert not (found := seen("gpt_oss")).same(found.masked_leak)
+    finally:
+        surveys._survey.cache_clear()
 
 
 def test_a_mask_that_is_not_sent_is_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     """The question is asked under what the trainer sends, and would notice if it sent nothing."""
-    monkeypatch.setattr(surveys, "documents_apart", lambda tokens, end_of_text, attention: {"input_ids": tokens})
+    monkeypatch.setattr(surveys, "documents_apart", lambda tokens, end_of_text, attention, masked=None: {"input_ids": tokens})
     surveys._survey.cache_clear()
     try:
         found = seen("llama")

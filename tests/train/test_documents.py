@@ -15,6 +15,7 @@ from outgrow.model.base.errors import UserError
 from outgrow.model.build import attention_backend, build_model
 from outgrow.model.documents import document_positions
 from outgrow.train.loss import NextTokenLoss, build_loss
+from outgrow.train.router import Losses
 from outgrow.train.settings import compose
 from outgrow.train.start.way import find_way
 
@@ -42,16 +43,22 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_packed_is_separate(network: Any, alone: Any, *, fused: bool, backward: bool = True) -> None:
+def text_loss(loss: NextTokenLoss) -> torch.Tensor:
+    """The summed loss on the windows, without what routers add."""
+    found = loss(windows(), "sum")
+    return found.text if isinstance(found, Losses) else found
+
+
+def assert_packed_is_separate(network: Any, alone: Any, *, fused: bool, backward: bool = True, masked: bool = False) -> None:
     """The summed loss and its gradients; `alone` computes each document by itself, with nothing of ours between."""
-    packed = NextTokenLoss(network, fused=fused, end_of_text=END)(windows(), "sum")
+    packed = text_loss(NextTokenLoss(network, fused=fused, end_of_text=END, masked=masked))
     parts = []
     for document in separate_documents(windows()):
         logits = alone(input_ids=document[:, :-1], use_cache=False).logits
         parts.append(functional.cross_entropy(logits.float().flatten(0, 1), document[:, 1:].flatten(), reduction="sum"))
     separate = torch.stack(parts).sum()
     assert packed.item() == pytest.approx(separate.item(), rel=1e-5)
-    joined = NextTokenLoss(network, fused=fused)(windows(), "sum")
+    joined = text_loss(NextTokenLoss(network, fused=fused))
     assert abs(joined.item() - separate.item()) > 1e-3  # without the mask it is another loss
     if backward:
         packed.backward()
@@ -93,6 +100,31 @@ def test_packed_documents_are_separate_documents(family: str, attention: str, fu
     if family == "gemma2" and (fused or attention == "sdpa"):
         pytest.skip("caps its logits, and its attention's")
     assert_packed_is_separate(*pair(family, attention), fused=fused)
+
+
+LEAKING: dict[str, dict[str, Any]] = {  # whose classes do not look at positions when they make their masks
+    "falcon": {"hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2},
+    "mpt": {"d_model": 24, "n_heads": 4, "n_layers": 2, "max_seq_len": 32},
+    "gpt_oss": {
+        "hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 16, "sliding_window": 4,
+        "num_hidden_layers": 2, "num_local_experts": 2, "num_experts_per_tok": 2, "layer_types": ["sliding_attention", "full_attention"],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"), [("falcon", "sdpa"), ("falcon", "eager"), ("mpt", "eager"), ("gpt_oss", "eager"), ("opt", "sdpa")]
+)
+def test_masks_that_are_handed_over_keep_documents_apart(family: str, attention: str) -> None:
+    own = {"model_type": family, "vocab_size": 61, "bos_token_id": 0, "eos_token_id": 1, **LEAKING.get(family, {})}
+    config = own if family in LEAKING else config_of(family)
+    way = find_way(config, dataclasses.replace(SETTINGS, attention=attention), CPU, "fp32")
+    assert way.masked
+    assert any("do not keep documents apart" in line and "masks are handed over" in line for line in way.lines)
+    network, alone = (spread(build_model(config, seed=0, attention=name)) for name in (attention, "eager"))
+    assert_packed_is_separate(network, alone, fused=way.fused, masked=True)
+    with pytest.raises(AssertionError):
+        assert_packed_is_separate(network, alone, fused=way.fused)
 
 
 def test_packed_documents_are_separate_documents_in_flex_attention() -> None:
@@ -153,11 +185,11 @@ def test_packed_documents_are_separate_documents_in_flash_attention(family: str,
 
 
 def test_a_family_that_cannot_keep_documents_apart_is_refused() -> None:
-    with pytest.raises(UserError, match=r"document_mask=true: .*\(opt\).* move by 0\.\d+ of the largest .* use train.document_mask=false"):
-        find_way(config_of("opt"), SETTINGS, CPU, "fp32")
-    network, alone = pair("opt", "eager")
-    with pytest.raises(AssertionError):
-        assert_packed_is_separate(network, alone, fused=True)
+    config = {"model_type": "bloom", "vocab_size": 61, "hidden_size": 24, "n_head": 4, "n_layer": 2}
+    with pytest.raises(
+        UserError, match=r"document_mask=true: .*\(bloom\).* move by 0\.\d+ of the largest .* use train.document_mask=false"
+    ):
+        find_way(config, SETTINGS, CPU, "fp32")
     find_way(config_of("phi"), SETTINGS, CPU, "fp32")
 
 
@@ -165,6 +197,7 @@ def test_the_setting_reaches_the_loss() -> None:
     config = config_of("phi")
     network = build_model(config, seed=0)
     assert build_loss(network, SETTINGS, END, fused=True).end_of_text == END
+    assert [build_loss(network, SETTINGS, END, fused=True, masked=masked).masked for masked in (False, True)] == [False, True]
     assert build_loss(network, dataclasses.replace(SETTINGS, document_mask=False), END, fused=True).end_of_text is None
 
 

@@ -87,10 +87,10 @@ def test_a_class_without_sdpa_takes_eager_and_says_so(settings: Settings, tmp_pa
         ("xlnet", {}, {}, r"\(xlnet\) is not causal: .*; use target=\{attn_type:uni\}, or attn_type in the source's config.json"),
         ("cpmant", {}, {}, r"\(cpmant\) is not causal: .*; choose a causal class"),
         (
-            "gpt_oss",
+            "bloom",
             {},
             {"document_mask": True},
-            r"train.document_mask=true: .*\(gpt_oss\), attention eager: logits after an end-of-text move",
+            r"train.document_mask=true: .*\(bloom\), attention eager: logits after an end-of-text move",
         ),
         ("mamba", {}, {"document_mask": True}, r"train.document_mask=true: .* use train.document_mask=false$"),
         ("roberta", {"is_decoder": True}, {"loss": "fused"}, "train.loss=fused: .* use train.loss=auto"),

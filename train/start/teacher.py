@@ -31,11 +31,12 @@ Head = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Teacher:
-    """A network that teaches, its config, and whether its head is a plain matrix over its base model's output (`train.way`)."""
+    """A network that teaches, its config, and of its way (`train.start.way`) whether the loss is fused and masks are handed over."""
 
     network: PreTrainedModel
     config: Config
     fused: bool
+    masked: bool = False
 
 
 def scheduled(settings: TeacherSettings, progress: float) -> tuple[float, float]:
@@ -49,9 +50,10 @@ def scheduled(settings: TeacherSettings, progress: float) -> tuple[float, float]
 class TaughtLoss(NextTokenLoss):
     """A `NextTokenLoss` that can also be taught. The teacher is no part of the module: it is neither trained, sharded nor saved."""
 
-    def __init__(self, student: NextTokenLoss, teacher: PreTrainedModel, *, fused: bool = True) -> None:
-        super().__init__(student.network, fused=student.fused, end_of_text=student.end_of_text)
-        self._teacher = (NextTokenLoss(teacher.requires_grad_(False), fused=fused, end_of_text=student.end_of_text).eval(),)
+    def __init__(self, student: NextTokenLoss, teacher: PreTrainedModel, *, fused: bool = True, masked: bool = False) -> None:
+        super().__init__(student.network, fused=student.fused, end_of_text=student.end_of_text, masked=student.masked)
+        teacher.requires_grad_(False)
+        self._teacher = (NextTokenLoss(teacher, fused=fused, end_of_text=student.end_of_text, masked=masked).eval(),)
 
     def forward(self, windows: Tensor, reduction: str = "mean", weight: float = 0.0, temperature: float = 1.0) -> Any:
         """The text's loss; with a `weight` the pair (objective, text's loss), where objective = (1 - weight) · text + weight · teaching.
@@ -118,11 +120,11 @@ def find_teacher(folder: Path | None, student: Config, way: Way | None) -> Teach
     theirs, own = known_size(config, "vocab_size") or 0, known_size(student, "vocab_size") or 0
     if theirs > own:
         raise UserError(f"transfer.teacher: has {theirs} tokens, the model {own}; a teacher must speak the same tokens")
-    return Teacher(load_model(folder, attention=way.attention), config, way.fused)
+    return Teacher(load_model(folder, attention=way.attention), config, way.fused, way.masked)
 
 
 def taught(objective: NextTokenLoss, teacher: Teacher | None, device: torch.device) -> NextTokenLoss:
     """`objective`, taught by `teacher` where there is one."""
     if teacher is None:
         return objective
-    return TaughtLoss(objective, teacher.network.to(device), fused=teacher.fused)  # type: ignore[arg-type]
+    return TaughtLoss(objective, teacher.network.to(device), fused=teacher.fused, masked=teacher.masked)  # type: ignore[arg-type]

@@ -36,6 +36,7 @@ class Way:
         fused: take the head and the loss together.
         partly: some parameters get no gradient, or not always; DDP has to look for them (`find_unused_parameters`).
         lines: what the reader should know.
+        masked: documents are kept apart by masks that are handed over, since the class does not look at positions.
     """
 
     attention: str
@@ -43,6 +44,7 @@ class Way:
     fused: bool
     partly: bool = False
     lines: tuple[str, ...] = ()
+    masked: bool = False
 
 
 def find_way(config: Config, settings: LoopSettings, device: torch.device, precision: str, *, name: str = "") -> Way:
@@ -62,11 +64,14 @@ def find_way(config: Config, settings: LoopSettings, device: torch.device, preci
         return _unmeasured(settings, title, str(fault))
     attention, why = find_attention(config, settings.attention, device, precision)
     seen = survey(config, attention=attention, device=device, precision=precision)
-    faults, lines = [], []
+    faults, lines, masked = [], [], False
     if seen.future.value is None:
         lines.append(f"{title}: not measured whether it is causal ({seen.future.reason})")
     elif not seen.same(seen.future):
         faults.append(_not_causal(config, title, seen, device, precision))
+    elif settings.document_mask and seen.same(seen.masked_leak):
+        masked = True
+        lines.append(f"{title}: positions that restart do not keep documents apart ({_said(seen, 'leak')}): their masks are handed over")
     elif settings.document_mask and not seen.same(seen.leak):
         faults.append(_leaks(config, title, seen, device, precision))
     fused = settings.loss != "plain" and seen.same(seen.head)
@@ -79,7 +84,7 @@ def find_way(config: Config, settings: LoopSettings, device: torch.device, preci
     if unreached:
         listed = ", ".join(unreached[:3]) + (f" and {len(unreached) - 3} more" if len(unreached) > 3 else "")
         lines.append(f"{title}: text gives no gradient to {listed}: they stay as they start")
-    return Way(attention, why, fused, bool(unreached or seen.sometimes.value), tuple(lines))
+    return Way(attention, why, fused, bool(unreached or seen.sometimes.value), tuple(lines), masked)
 
 
 def _unmeasured(settings: LoopSettings, title: str, reason: str) -> Way:
