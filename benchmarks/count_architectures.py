@@ -35,6 +35,7 @@ from outgrow.model.derive.schema import drafted_family
 from outgrow.model.family import Config
 
 HERE = Path(__file__).resolve().parent
+INDEXED = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 2048, "indexer_compress_ratio": 4}
 # What a default config leaves open although its class does not build or run without it; every checkpoint says it.
 SAID: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [9, 18, 27]},
@@ -43,8 +44,13 @@ SAID: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
     "lfm2_moe": {"layer_types": ["full_attention" if layer % 4 == 2 else "conv" for layer in range(32)]},
     "granitemoehybrid": {"layer_types": ["full_attention" if layer % 10 == 5 else "linear_attention" for layer in range(32)]},
+    "qwen4_exp": {"text_config": {"model_type": "qwen4_exp_text", **INDEXED}},
+    "qwen4_exp_text": INDEXED,
+    "reformer": {
+        "is_decoder": True, "axial_pos_embds": False, "num_buckets": 4, "lsh_attn_chunk_length": 4, "local_attn_chunk_length": 4
+    },
     "xmod": {"default_language": "en_XX"},
-}
+}  # fmt: skip
 Attempt = tuple[str, dict[str, int], str]  # in words, the tiny config's new sizes, the layer map
 
 

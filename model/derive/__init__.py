@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import to_hf_config
 from outgrow.model.composite import flat
+from outgrow.model.depth_only import DEPTH_KEYS
 from outgrow.model.derive.axes import Axes, Keys
 from outgrow.model.derive.probe import build, shapes, sightings
 from outgrow.model.derive.roles import Draft
@@ -25,6 +26,7 @@ from outgrow.model.derive.shrink import (
     shrunken,
     small_layers,
     stand_ins,
+    two_of_each_kind,
 )
 from outgrow.model.family import Config
 
@@ -80,6 +82,8 @@ def tiny_configs(config: Config) -> Iterator[dict[str, Any]]:
     keys = Keys.of(whole, attribute_map)
     tiny = shrunken(whole, keys.layers, kept_layers(whole, whole[keys.layers]))
     yield from _twins(tiny, keys)
+    if twice := two_of_each_kind(whole, whole[keys.layers]):
+        yield from _twins(shrunken(whole, keys.layers, twice), keys)
     if layers := small_layers(tiny):
         yield from _twins(tiny | layers, keys)
 
@@ -133,7 +137,14 @@ def _whole(config: Config) -> tuple[dict[str, Any], dict[str, str]]:
     except Exception as fault:  # the library's classes raise every kind
         reason = " ".join(str(fault).split())[:200]
         raise UserError(f"transformers' config class for {config.get('model_type')!r} refuses this config: {reason}") from None
-    return whole | _head_dim(whole, attribute_map), attribute_map
+    return whole | _head_dim(whole, attribute_map) | _layer_count(whole, made), attribute_map
+
+
+def _layer_count(whole: Config, made: Any) -> dict[str, int]:
+    """The number of layers of a class that counts a list of them (Nemotron-H), under the key that it passes over in a config."""
+    count = getattr(made, "num_hidden_layers", None)
+    known = any(key in whole for key in DEPTH_KEYS) or not isinstance(type(made).__dict__.get("num_hidden_layers"), property)
+    return {} if known or type(count) is not int else {"num_hidden_layers": count}
 
 
 def _head_dim(whole: Config, attribute_map: Mapping[str, str]) -> dict[str, int]:

@@ -29,7 +29,8 @@ SMALL: tuple[tuple[str, int], ...] = (
     (r"^mamba_(d_ssm|intermediate)|lru_width", 128),
     (r"mamba_(d_head|head_?dim)", 32),
     (r"mamba_(n|num)_heads|linear_num_value_heads|linear_num_heads|n_mamba_heads", 4),
-    (r"linear_num_key_heads|index_n_heads", 2),
+    (r"linear_num_key_heads|index(er)?_n_heads", 2),
+    (r"indexer_head_dim", 24),  # which holds the turned dims of a head
     (r"linear.*head_dim", 8),
     (r"index_head_dim|state_size|d_state", 16),
     (r"time_step_rank|dt_rank", 6),
@@ -159,7 +160,7 @@ def _small(key: str, value: Any, config: Config, depth: int, layers: tuple[int, 
         return 4 if key == "num_key_value_heads" else 2  # as many as queries; at all: which some classes do not work out
     if isinstance(value, bool) or not isinstance(value, int) or value < 1 or UNTOUCHED.search(key):
         return value
-    if value == 1 and not re.search(r"(kv|key_value)_heads", key):
+    if value == 1 and (not re.search(r"(kv|key_value)_heads", key) or key.startswith("index")):
         return value
     if repeats_hidden(key, value, config.get("hidden_size")):
         return 64
@@ -234,6 +235,13 @@ def kept_layers(config: Config, depth: int) -> tuple[int, ...]:
     if len(chosen) > MAX_LAYERS:
         raise UserError(f"{len(chosen)} kinds of layers are too many to stand for in a tiny model")
     return tuple(chosen)
+
+
+def two_of_each_kind(config: Config, depth: int) -> tuple[int, ...]:
+    """The first two layers of each kind, for classes that tie one to another (Zamba); none where there is one kind, or too many."""
+    kinds = layer_kinds(config, depth)
+    first = [layer for layer in range(depth) if kinds[:layer].count(kinds[layer]) < 2]
+    return tuple(first) if len(set(kinds)) > 1 and len(first) <= MAX_LAYERS else ()
 
 
 def stand_ins(kinds: Sequence[str], kept: tuple[int, ...]) -> tuple[int, ...]:

@@ -52,7 +52,9 @@ def test_a_tower_that_text_does_not_reach_is_unused() -> None:
     assert {parameter.kind for name, parameter in seen.items() if "vision" in name} == {"unused"}
 
 
-@pytest.mark.parametrize("name", ["llama", "helium", "deepseek_v3", "gemma4", "falcon_mamba", "zamba2", "dots3_note_text"])
+@pytest.mark.parametrize(
+    "name", ["llama", "helium", "deepseek_v3", "gemma4", "falcon_mamba", "zamba2", "dots3_note_text", "nemotron_h", "zamba"]
+)
 def test_a_twin_is_small_and_runs_as_the_library_builds_it(name: str) -> None:
     before = torch.random.get_rng_state()
     twin = tiny_twin(config_of(name))
@@ -62,6 +64,18 @@ def test_a_twin_is_small_and_runs_as_the_library_builds_it(name: str) -> None:
     with torch.no_grad():
         assert model(input_ids=twin.tokens(2, 24), use_cache=False).logits.isfinite().all()
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+INDEXED = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 64, "indexer_compress_ratio": 4}
+IN_CHUNKS = {"is_decoder": True, "axial_pos_embds": False, "num_buckets": 4, "lsh_attn_chunk_length": 4, "local_attn_chunk_length": 4}
+
+
+@pytest.mark.parametrize(("name", "said"), [("qwen4_exp_text", INDEXED), ("reformer", IN_CHUNKS)])
+def test_a_class_that_says_nothing_by_default_has_a_twin_of_what_a_checkpoint_says(name: str, said: dict[str, object]) -> None:
+    twin = tiny_twin(CONFIG_MAPPING[name](**said).to_dict())
+    assert not twin.own
+    with torch.no_grad():
+        assert twin.build()(input_ids=twin.tokens(2, 24), use_cache=False).logits.isfinite().all()
 
 
 def test_configs_that_differ_in_sizes_share_their_twin() -> None:
