@@ -190,6 +190,8 @@ def _print_plan(plan: Plan) -> None:
 
 def _print_outcome(plan: Plan, receipt: Receipt | None) -> None:
     print(f"{plan.source_parameters:,} → {plan.target_parameters:,} parameters, {plan.target_bytes:,} bytes, plan {plan.hash}")
+    if plan.change is not None:
+        print(plan.change.summary(plan))
     for note in plan.notes:
         print(note)
     print(f"certificate: {'lossless' if plan.certificate.lossless else 'not lossless'}")

@@ -79,7 +79,7 @@ def adam_state(state: Mapping[str, Any], plan: Plan) -> AdamState:
 
 def _wanted(plan: Plan) -> dict[str, tuple[int, ...]]:
     """The name and shape of every moment of the source's file."""
-    tensors = list(plan.family.tensors(plan.source_config))
+    tensors = list(plan.growth.source_family.tensors(plan.source_config))
     return {f"{moment}.{tensor.name}": tensor.shape for moment in POWERS for tensor in tensors}
 
 

@@ -75,6 +75,7 @@ def model_card(plan: Plan, source: str, receipt: Receipt | None, stated: Mapping
         "",
         f"{plan.source_parameters:,} → {plan.target_parameters:,} parameters by operator `{plan.operator}` (depth `{plan.layers.rule}`, "
         f"noise {plan.noise:g}, seed {plan.growth.seed}); an initialisation to go on training from.",
+        *([] if plan.change is None else ["", f"{plan.change.summary(plan)}."]),
         "",
         "Certificate, proved from the plan: "
         + ("**lossless** in exact arithmetic, every logit is the source's." if certificate.lossless else "not lossless:"),

@@ -17,6 +17,7 @@ import numpy as np
 from outgrow.growth.decision import Decision
 from outgrow.growth.expansion import AxisMap, Expansion, Fill
 from outgrow.growth.layers import LayerMap, follow_layers
+from outgrow.growth.routing import broken_conditions
 from outgrow.model.config import ROPE, THETA, rope_of
 from outgrow.model.family import STANDARD, Config, Family
 from outgrow.model.notation import spaces
@@ -41,6 +42,8 @@ class Certificate:
 
 def certify(plan: Decision) -> Certificate:
     """Prove `plan` lossless or say why it is not."""
+    if plan.change is not None:
+        return Certificate((*certify(plan.change.within).reasons, *broken_conditions(plan)))
     if not plan.recipe.inherits:
         return Certificate((f"operator {plan.operator!r} inherits nothing",))
     return Certificate((*_config(plan), *_layers(plan), *_steps(plan), *_spaces(plan)))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from outgrow.growth.expansion import AxisMap, Fill
 from outgrow.growth.layers import LayerMap, follow_layers
@@ -17,6 +19,56 @@ from outgrow.model.composite import of_text
 from outgrow.model.dtypes import RAW, TORCH_NAMES, config_dtype, is_float
 from outgrow.model.family import Config, Family, Tensor
 from outgrow.model.starts import Start
+
+
+class Sparse(Protocol):
+    """What a decision tells of its change into a mixture of experts; `growth.experts.Change` is one."""
+
+    @property
+    def within(self) -> Decision:
+        """The plan in the source's own family."""
+
+    @property
+    def moments_lost(self) -> Iterator[str]:
+        """Why moments of experts and routers are not those of the mixture's own gradients."""
+
+    def active_parameters(self, plan: Decision) -> int:
+        """How many parameters one token meets."""
+
+    def share_of_gradient(self, step: Step) -> float:
+        """What a target tensor's gradient is of its source's beyond what the maps say: 0 where no factor gives it."""
+
+    def repeats(self, step: Step) -> bool:
+        """Whether a target tensor is of an expert that holds what one before it holds already."""
+
+    def summary(self, plan: Decision) -> str:
+        """One line: the experts, and what a token meets of them."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+
+
+@dataclass(frozen=True, eq=False)
+class Finish:
+    """What becomes of a tensor's entries beyond its maps, in a mixture of experts.
+
+    Attributes:
+        deviation: of fresh entries; None where they start as the library's class starts them.
+        alike: so many consecutive fresh rows are one and the same.
+        redrawn: (axis, indices) whose entries are drawn anew, normal with the mean and the deviation of those that they replace.
+        jitter: on rows that are further copies, a uniform number between minus and plus this.
+        noise: normal, on every entry, relative to the source tensor's root mean square.
+    """
+
+    deviation: float | None = None
+    alike: int = 1
+    redrawn: tuple[int, np.ndarray] | None = None
+    jitter: float = 0.0
+    noise: float = 0.0
+
+    @property
+    def changes_copies(self) -> bool:
+        return self.redrawn is not None or self.jitter > 0 or self.noise > 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +82,7 @@ class Step:
         zero: the tensor starts at zero (a writer of an identity layer).
         next_source: the same tensor of the next source layer, for indices that come from there.
         diagonal: the n-th copy on the writing axis reads the n-th copies only.
+        finish: what is done to it beyond that; None where nothing is.
     """
 
     tensor: Tensor
@@ -38,6 +91,7 @@ class Step:
     zero: bool = False
     next_source: str | None = None
     diagonal: bool = False
+    finish: Finish | None = None
 
     @property
     def name(self) -> str:
@@ -50,7 +104,8 @@ class Step:
     @property
     def is_copy(self) -> bool:
         """Whether it is its source's bytes."""
-        return self.source is not None and not self.zero and all(axis.is_identity for axis in self.maps)
+        touched = self.finish is not None and self.finish.changes_copies
+        return self.source is not None and not self.zero and not touched and all(axis.is_identity for axis in self.maps)
 
     @property
     def is_fresh(self) -> bool:
@@ -75,6 +130,7 @@ class Decision:
         dtypes: source tensor name → safetensors dtype, where the weights are at hand.
         notes: what is and is not known of a family that has no schema of its own.
         starts: target tensor name → how the library's class starts it, for what is drawn fresh; a schema of its own says it by itself.
+        change: how the plan goes from one family to another, or from few experts to many; None where it does not.
     """
 
     growth: Growth
@@ -87,6 +143,7 @@ class Decision:
     dtypes: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     starts: Mapping[str, Start] = field(default_factory=dict)
+    change: Sparse | None = None
 
     @property
     def family(self) -> Family:
@@ -99,7 +156,8 @@ class Decision:
     @cached_property
     def target_config(self) -> dict[str, Any]:
         """The config that the grown folder gets: what follows a layer or an epsilon has followed."""
-        return followed(dict(self.growth.target_config), self.growth, self.recipe, self.layers)
+        config = dict(self.growth.target_config)  # a change of family has written it of one in which everything followed
+        return followed(config, self.growth, self.recipe, self.layers) if self.change is None else config
 
     @property
     def is_noisy(self) -> bool:
@@ -113,7 +171,7 @@ class Decision:
 
     @cached_property
     def source_parameters(self) -> int:
-        tensors = self.family.tensors(self.source_config)
+        tensors = self.growth.source_family.tensors(self.source_config)
         return sum(prod(tensor.shape) for tensor in tensors if not tensor.tied)
 
     def source_name(self, tensor: Tensor) -> str:
@@ -153,6 +211,7 @@ class Decision:
             "identity_layers": [number for number, idle in enumerate(self.layers.identity) if idle],
             "source_parameters": self.source_parameters,
             "target_parameters": self.target_parameters,
+            **({} if self.change is None else {"change": self.change.to_dict()}),
             "tensors": {
                 step.name: {"source": step.source, "shape": list(step.shape), "line": step.tensor.line.text} for step in self.steps
             },

@@ -103,6 +103,10 @@ class AxisMap:
         """The same map with every gain multiplied."""
         return replace(self, gain=self.gain * factor)
 
+    def cut(self, start: int, stop: int) -> AxisMap:
+        """The map of the target indices `start` to `stop` alone."""
+        return AxisMap(self.source, self.index[start:stop], self.gain[start:stop], self.fill[start:stop])
+
     def split(self) -> AxisMap:
         """The reading side of these copies: each divided by how many copies there are, so that they sum to the source."""
         return replace(self, gain=self.gain / np.maximum(self.counts()[self.index], 1))

@@ -221,7 +221,7 @@ def check_head(source: Checkpoint, plan: Plan) -> None:
     Raises:
         UserError: it is another.
     """
-    tensors = list(plan.family.tensors(plan.source_config))
+    tensors = list(plan.growth.source_family.tensors(plan.source_config))
     embedding = next((tensor.name for tensor in tensors if tensor.line.kind == "embedding" and Space("vocab") in tensor.axes), None)
     heads = [tensor.name for tensor in tensors if tensor.tied] or [name for name in plan.family.ignore if name.endswith("head.weight")]
     for name in heads:

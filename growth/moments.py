@@ -48,9 +48,11 @@ def inexact(plan: Plan) -> Iterator[str]:
         yield "the growth is not lossless"
     if plan.is_noisy:
         yield f"noise {plan.noise:g}: copies are read unevenly; each gets the mean of what the copies' gradients are"
+    if plan.change is not None:
+        yield from plan.change.moments_lost
     if growth.grows("residual") and growth.family.norm == "layer" and growth.target["residual"] % growth.source["residual"]:
         yield "residual: gradients of the new indices reach the inherited ones through LayerNorm's mean"
-    if growth.family.ties(growth.source_config) and not growth.tied:
+    if growth.source_family.ties(growth.source_config) and not growth.tied:
         yield "tie_word_embeddings: the embedding's gradients were those of the head too, which learns on its own now"
     if growth.grows("vocab"):
         yield "vocab: new tokens take part in the softmax"
@@ -66,13 +68,15 @@ RULES = {
 def _step(plan: Plan, step: Step, moment: str, power: int) -> Step:
     tensor = replace(step.tensor, pattern=f"{moment}.{step.tensor.pattern}", line=replace(step.tensor.line, offset=0.0))
     rule, origins = plan.recipe.moments, axis_origins(plan, step)
-    if rule == "reset" or step.source is None or any((origin == Origin.NEW).all() for origin in origins):
-        return replace(step, tensor=tensor, source=None, zero=True, next_source=None, diagonal=False)
+    share = 1.0 if plan.change is None else plan.change.share_of_gradient(step)
+    if rule == "reset" or share == 0 or step.source is None or any((origin == Origin.NEW).all() for origin in origins):
+        return replace(step, tensor=tensor, source=None, zero=True, next_source=None, diagonal=False, finish=None)
     if rule == "original":
         maps = tuple(_kept(axis, origin == Origin.ORIGINAL) for axis, origin in zip(step.maps, origins, strict=True))
     else:
         maps = tuple(_transposed(axis, power) for axis in step.maps)
-    return replace(step, tensor=tensor, source=f"{moment}.{step.source}", maps=maps, next_source=None, diagonal=False)
+        maps = (maps[0].scaled(share**power), *maps[1:]) if share != 1 else maps
+    return replace(step, tensor=tensor, source=f"{moment}.{step.source}", maps=maps, next_source=None, diagonal=False, finish=None)
 
 
 def _transposed(axis: AxisMap, power: int) -> AxisMap:

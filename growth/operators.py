@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from outgrow.growth.changes import CHANGES
 from outgrow.growth.engine.seeding import generator
 from outgrow.growth.expansion import AxisMap, Expansion, Fill
 from outgrow.growth.recipe import Growth, Recipe
@@ -326,7 +327,8 @@ OPERATORS: dict[str, Operator] = {
 }
 
 
-NOISE = {"lossless": 0.5, "lemon": 0.5}  # the strength of noise where none is asked for; none of the other operators has any
+# The strength of noise where none is asked for; none of the other operators has any.
+NOISE = {"lossless": 0.5, "lemon": 0.5, "upcycle": 0.5, "drop_upcycle": 0.5, "expert_copy": 0.5}
 
 
 def default_noise(operator: str) -> float:
@@ -336,7 +338,7 @@ def default_noise(operator: str) -> float:
 
 def options_of(operator: str) -> list[str]:
     """The names of an operator's own options."""
-    parameters = inspect.signature(OPERATORS[operator]).parameters
+    parameters = inspect.signature((OPERATORS | CHANGES)[operator]).parameters
     return [name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
 
 
@@ -347,7 +349,7 @@ def recipe(operator: str, growth: Growth, options: Mapping[str, Any]) -> Recipe:
         UserError: the operator or an option is unknown, or the operator cannot do this growth.
     """
     if operator not in OPERATORS:
-        unknown("operator", operator, OPERATORS)
+        unknown("operator", operator, OPERATORS | CHANGES)
     function = OPERATORS[operator]
     if not growth.family.spaces:
         if function is scratch:

@@ -29,7 +29,7 @@ def axis_origins(plan: Plan, step: Step) -> tuple[np.ndarray, ...]:
     if step.source is None or step.zero or _is_new_layer(plan, step):
         return tuple(np.zeros(axis.target, np.uint8) for axis in step.maps)
     origins = tuple(of_axis(axis) for axis in step.maps)
-    if _is_repeated_layer(plan, step):
+    if _is_repeated_layer(plan, step) or (plan.change is not None and plan.change.repeats(step)):
         return tuple(np.minimum(origin, np.uint8(Origin.COPY)) for origin in origins)
     return origins
 

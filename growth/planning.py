@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from outgrow.growth.arguments import check_arguments
-from outgrow.growth.operators import default_noise
+from outgrow.growth.changes import CHANGES
+from outgrow.growth.mixture import changed_plan
+from outgrow.growth.operators import default_noise, options_of
 from outgrow.growth.plan import Plan, decide
 from outgrow.growth.recipe import Growth
 from outgrow.growth.resolve import Resolved, resolve_family
@@ -51,6 +54,11 @@ def plan(
     """
     check_arguments(target=target, operator=operator, depth=depth, noise=noise, seed=seed, dtype=dtype)
     checkpoint = _opened(source)
+    if operator in CHANGES:
+        strength = default_noise(operator) if noise is None else noise
+        within = partial(plan, checkpoint, depth=depth, noise=strength, seed=seed, dtype=dtype)
+        config = checkpoint.config if isinstance(checkpoint, Checkpoint) else checkpoint
+        return changed_plan(config, target, operator, options, strength, within)
     target = _said_elsewhere(flat(target), dtype) if isinstance(target, Mapping) else target
     resolved = resolve_family(checkpoint, target, depth, operator, options) if family is None else Resolved(family)
     source_config = resolved.config or (checkpoint.config if isinstance(checkpoint, Checkpoint) else checkpoint)
@@ -66,6 +74,23 @@ def plan(
         notes=resolved.notes,
     )
     return decided if resolved.config is None else _as_the_class_starts(decided, _hold_against_class(decided))
+
+
+def mixture_target(source: Config, target: Any, operator: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The whole config of a target that is a mixture of experts of another family, or of more experts; None of any other target.
+
+    Args:
+        options: of the arm, its `depth` too; an arm that is no change of family (scratch) takes those of `upcycle` by default.
+
+    Raises:
+        UserError: as `plan`.
+    """
+    kind = target.get("model_type") if isinstance(target, Mapping) else None
+    if operator not in CHANGES and kind in (None, source["model_type"]):
+        return None
+    changing = operator if operator in CHANGES else "upcycle"
+    own = {name: options[name] for name in options_of(changing) if name in options and operator in CHANGES}
+    return plan(source, target, changing, depth=options.get("depth", "identity"), noise=0.0, **own).target_config
 
 
 def _said_elsewhere(target: dict[str, Any], dtype: str | None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ class Growth:
 
     Attributes:
         dtype: what the result is stored in ("float32"); None where that is the source's.
+        origin: the source's family, where the target is of another one.
     """
 
     family: Family
@@ -27,6 +28,11 @@ class Growth:
     target_config: Config
     seed: int = 0
     dtype: str | None = None
+    origin: Family | None = None
+
+    @property
+    def source_family(self) -> Family:
+        return self.origin or self.family
 
     @property
     def short(self) -> bool:
@@ -41,7 +47,7 @@ class Growth:
 
     @cached_property
     def source(self) -> dict[str, int]:
-        return self.family.sizes(self.source_config)
+        return self.source_family.sizes(self.source_config)
 
     @cached_property
     def target(self) -> dict[str, int]:

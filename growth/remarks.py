@@ -60,7 +60,7 @@ def _equal_copies(plan: Decision) -> Iterator[str]:
         return
     counts = {}
     for space, expansion in plan.recipe.expansions.items():
-        if plan.growth.grows(space) and plan.family.uses(space) and space not in ("vocab", "pos"):
+        if plan.growth.grows(space) and plan.family.uses(space) and space not in ("vocab", "pos", "expert"):
             counts[space] = _evenly_read(expansion.write, expansion.read)
     if told := ", ".join(f"{space} {count}" for space, count in counts.items() if count):
         yield (

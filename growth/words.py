@@ -10,7 +10,8 @@ from outgrow.growth.decision import Decision, Step
 
 def summary(plan: Decision, reasons: Sequence[str]) -> list[str]:
     """Five lines: what grows how, into what, and whether it is lossless."""
-    sizes, target = plan.growth.source, plan.growth.target
+    growth = plan.growth if plan.change is None else plan.change.within.growth
+    sizes, target = growth.source, growth.target
     grows = ", ".join(f"{space} {sizes[space]} → {target[space]}" for space in sizes if space != "layer" and sizes[space] != target[space])
     said = (
         "lossless" if not reasons else f"not lossless: {reasons[0]:.100}" + (f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else "")
@@ -19,6 +20,7 @@ def summary(plan: Decision, reasons: Sequence[str]) -> list[str]:
         f"Plan {plan.hash}: {plan.family.name} by {plan.operator!r}, noise {plan.noise:g}, seed {plan.growth.seed}",
         f"  {plan.source_parameters:,} → {plan.target_parameters:,} parameters, {human_bytes(plan.target_bytes)}",
         f"  {grows or 'no width grows'}",
+        *([] if plan.change is None else [f"  {plan.change.summary(plan)}"]),
         f"  layers {plan.layers.source} → {plan.layers.target} by {plan.layers.rule!r}",
         f"  certificate: {said}",
     ]

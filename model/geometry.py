@@ -16,7 +16,7 @@ from outgrow.model.flops import counted
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k")
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "numexperts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k")
 
 
 def parameter_count(config: Config) -> int:
@@ -24,6 +24,23 @@ def parameter_count(config: Config) -> int:
     if not has_schema(config):
         return sum(parameter.numel() for parameter in _class_of(config).parameters())
     return sum(prod(tensor.shape) for tensor in family_of(config).tensors(config) if not tensor.tied)
+
+
+def active_parameter_count(config: Config) -> int:
+    """How many parameters one token meets: of a stack of experts only as many as it is sent to; all of them in a dense network.
+
+    Shared experts, which every token goes through, are no part of a stack.
+    """
+    total = parameter_count(config)
+    counts = {value for key, value in config.items() if "expert" in key and type(value) is int}
+    if has_schema(config) or not counts:
+        return total
+    chosen, idle = experts_per_token(config), 0.0
+    for parameter in _class_of(config).parameters():
+        stacked = parameter.ndim == 3 and parameter.shape[0] in counts and parameter.shape[1] > 1  # a depthwise kernel has 1 there
+        if stacked and chosen < parameter.shape[0]:
+            idle += parameter.numel() * (1 - chosen / parameter.shape[0])
+    return total - round(idle)
 
 
 def matmul_parameter_count(config: Config) -> float:
@@ -131,7 +148,7 @@ def _matmul_parameters_of_class(config: Config) -> float:
     model = _class_of(config)
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings()
-    experts = _experts_per_token(config)
+    experts = experts_per_token(config)
     total = 0.0
     for parameter in model.parameters():
         if parameter.ndim >= 2 and (id(parameter) not in looked_up or parameter is getattr(head, "weight", None)):
@@ -139,7 +156,7 @@ def _matmul_parameters_of_class(config: Config) -> float:
     return total
 
 
-def _experts_per_token(config: Config) -> int:
+def experts_per_token(config: Config) -> int:
     """As the config spells it, also in a part of it (DBRX); 1 where it says nothing."""
     parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
     return next((int(part[key]) for part in parts for key in EXPERTS_PER_TOKEN if part.get(key)), 1)

@@ -26,6 +26,7 @@ from helpers.models import TINY
 from outgrow.growth import grow, plan
 from outgrow.growth.__main__ import GrowthLeaf
 from outgrow.growth.__main__ import settings_from as growth_settings
+from outgrow.growth.changes import CHANGES
 from outgrow.growth.layers import LAYER_MAPS, layer_map
 from outgrow.growth.operators import OPERATORS
 from outgrow.model.base.errors import UserError
@@ -306,15 +307,15 @@ DOUBLED = {"intermediate_size": 512}
 
 
 def test_every_operator_has_its_block() -> None:
-    assert set(BLOCKS) - {"source", "Growth on the way"} == set(OPERATORS) - {"none"}
+    assert set(BLOCKS) - {"source", "Growth on the way"} == (set(OPERATORS) | set(CHANGES)) - {"none"}
     assert "`growth.operator=none`" in BLOCKS["scratch"]
 
 
-@pytest.mark.parametrize("name", [*sorted(set(OPERATORS) - {"none"}), "source"])
+@pytest.mark.parametrize("name", [*sorted((set(OPERATORS) | set(CHANGES)) - {"none"}), "source"])
 def test_a_block_tells_idea_use_options_losslessness_and_paper(name: str) -> None:
     assert re.findall(r"^\* \*\*(\w+)\.\*\*", BLOCKS[name], re.MULTILINE) == ["Idea", "When", "Options", "Lossless", "Paper"]
-    if name in OPERATORS:
-        parameters = inspect.signature(OPERATORS[name]).parameters.values()
+    if name in OPERATORS or name in CHANGES:
+        parameters = inspect.signature((OPERATORS | CHANGES)[name]).parameters.values()
         options = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
         assert set(re.findall(r"`(\w+)=\w", BLOCKS[name].split("**Options.**")[1].split("**Lossless.**")[0])) == options
 
@@ -325,6 +326,17 @@ def test_what_a_block_says_of_losslessness_is_what_the_certificate_proves(name: 
     assert word is not None
     proved = {target: plan("tiny_source", sizes, name).certificate.lossless for target, sizes in (("all", EVERYTHING), ("ffn", DOUBLED))}
     assert proved == {"all": word[1] == "Yes", "ffn": word[1] != "No"}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_a_block_says_of_a_mixture_is_what_the_certificate_proves(name: str) -> None:
+    config = PRESETS["tiny_source"] | {"model_type": "llama", "rms_norm_eps": 1e-6}
+    target = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    if name == "expert_copy":
+        config, target = plan(config, target, "upcycle").target_config, {"num_local_experts": 8}
+    word = re.search(r"\*\*Lossless\.\*\* (Yes|No)", BLOCKS[name])
+    assert word is not None
+    assert plan(config, target, name).certificate.lossless == (word[1] == "Yes")
 
 
 def test_the_table_of_leaves_is_written_from_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import write_json
 from outgrow.model.config import read_config
-from outgrow.model.geometry import flops_per_token, flops_source, parameter_count
+from outgrow.model.geometry import active_parameter_count, flops_per_token, flops_source, parameter_count
 from outgrow.train.data import TokenData, check_vocabulary, prepare
 from outgrow.train.data.batches import validation_batches, window_count
 from outgrow.train.data.mixture import mixed, tokens_read
@@ -29,11 +29,11 @@ from outgrow.train.run import state
 from outgrow.train.run.checkpoints import newest_intact
 from outgrow.train.run.clock import Meter
 from outgrow.train.run.export import publish, recast
-from outgrow.train.run.horizons import find_trunk, take_over_trunk, trunk_record
+from outgrow.train.run.horizons import find_trunk, horizon_runs, take_over_trunk, trunk_record
 from outgrow.train.run.log import Console, open_log
 from outgrow.train.run.reading import rate_warnings, reading, record, tokenizer_warnings
 from outgrow.train.run.signals import watched
-from outgrow.train.settings import Budget, Settings, horizon_runs, needs_source
+from outgrow.train.settings import Budget, Settings, needs_source
 from outgrow.train.start.rehearsal import rehearse_end
 from outgrow.train.start.source import begin, find_source, source_dtype, source_ledger, target_config, weights_read
 from outgrow.train.start.stages import Span, spans_of, stages_of
@@ -188,6 +188,7 @@ def facts(settings: Settings, config: dict[str, Any], data: TokenData, accelerat
     read = tokens_read(data.train, settings.data.name, budget.steps * budget.rows, settings.train.context)
     return {
         "parameters": parameter_count(config),
+        "active_parameters": active_parameter_count(config),
         "flops_per_token": flops_per_token(config, settings.train.context),
         "flops_from": flops_source(config, settings.train.context),
         "tokens_per_step": budget.tokens_per_step,

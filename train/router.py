@@ -53,9 +53,15 @@ def unbalanced(network: Any) -> str | None:
 
 def _recorded(network: Any) -> bool | None:
     """Whether modules are there whose outputs the library would record as routers' logits; None where the class does not say."""
+    routers = router_class(network)
+    return None if routers is None else any(isinstance(module, routers) for module in network.modules())
+
+
+def router_class(network: Any) -> type | None:
+    """The class of the modules whose outputs the library would record as routers' logits; None where the network's class does not say."""
     recorded = (getattr(network.base_model, "_can_record_outputs", None) or {}).get("router_logits")
     routers = getattr(recorded, "target_class", recorded)
-    return any(isinstance(module, routers) for module in network.modules()) if isinstance(routers, type) else None
+    return routers if isinstance(routers, type) else None
 
 
 def balanced_forward(network: Any, inputs: Mapping[str, Any], *, logits: bool) -> tuple[Tensor, Balance | None]:

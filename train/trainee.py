@@ -14,9 +14,10 @@ from accelerate import Accelerator
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import load_model
 from outgrow.model.checkpoint import names_of
-from outgrow.model.geometry import parameter_count
+from outgrow.model.geometry import active_parameter_count, parameter_count
 from outgrow.train.data import TokenData
 from outgrow.train.evaluate import evaluate
+from outgrow.train.experts import ExpertLoad
 from outgrow.train.loss import build_loss
 from outgrow.train.machine.compile import speed_up
 from outgrow.train.machine.device import device_name, signs
@@ -91,8 +92,11 @@ class Trainee:
             state.read(saved, self.objective, self.optimizer.optimizer)
         run.meter.position.stage = stage.number
         self.step = Step(self.model, self.optimizer, accelerator, run.data.train, settings, entries)
+        self.load = ExpertLoad(self.network)
         tokens = Budget.of(loop).tokens_per_step
-        run.console.say(f"{parameters:,} parameters, steps {run.meter.position.step} to {stage.last} of {tokens:,} tokens")
+        active = active_parameter_count(stage.config)
+        met = f" ({active:,} active for each token)" if active < parameters else ""
+        run.console.say(f"{parameters:,} parameters{met}, steps {run.meter.position.step} to {stage.last} of {tokens:,} tokens")
         for line in filter(None, (unbalanced(self.network), drawn(self.network))):
             run.console.say(line)
         device, precision = device_name(accelerator.device), "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
@@ -120,6 +124,7 @@ class Trainee:
             while position.step < stage.last:
                 # ---- 6. One step (train/step.py) --------------------------------------------------------------------------------------
                 rate = self.step.rate(position.step)
+                self.load.clear()
                 self.sign()
                 try:
                     meter.count(*self.step(position.step))
@@ -132,7 +137,7 @@ class Trainee:
 
                 # ---- 7. Tell, evaluate, save ------------------------------------------------------------------------------------------
                 if budget.due(budget.log_every, position.step):
-                    row = meter.close_interval()
+                    row = meter.close_interval() | self.load.row(run.accelerator)
                     if log and row["loss"] is not None:
                         log.write("train", meter.clocks(), learning_rate=rate, **row)
                 if budget.due(budget.eval_every, position.step):

@@ -22,7 +22,7 @@ from typing import Protocol
 
 import numpy as np
 
-from outgrow.growth.decision import Step
+from outgrow.growth.decision import Finish, Step
 from outgrow.growth.engine.bits import (
     EXPONENT,
     accumulate,
@@ -152,6 +152,7 @@ class Expander:
         """Compute raw rows `start`, `start + 1`, … into `target`, one of the `blocks`: (b, N)."""
         rows = np.arange(start, start + len(target))
         self._fill_all(target, rows)
+        self._finish(target, rows)
         if self.dtype in EXPONENT and not all_finite(target, self.dtype):
             self._check_source(rows)
 
@@ -431,6 +432,68 @@ class Expander:
         copied = [number for number in own if maps[number].counts().max() > 1]
         return bool(copied) and all(map(self.step.tensor.sums_over, copied))
 
+    # ---- what a step's `finish` asks for beyond its maps (experts of a mixture) ----
+
+    def _finish(self, target: np.ndarray, rows: np.ndarray) -> None:
+        """Draw some entries anew and add noise to copies, where the step says so, in raw rows of these numbers."""
+        finish = self.step.finish
+        if finish is None or not finish.changes_copies or self.step.zero:
+            return
+        if finish.redrawn is not None:
+            self._redraw(target, rows, *finish.redrawn)
+        if finish.noise:
+            self._add(
+                target,
+                normal(self._numbers("spread", target.shape[1], rows))
+                * (finish.noise * self._root_mean_square),
+            )
+        if finish.jitter and len(further := np.flatnonzero(self.maps[0].number()[rows])):
+            part = target[further]
+            shares = self._numbers("jitter", target.shape[1], rows[further]) / (1 << 32)
+            self._add(part, (2 * shares - 1) * finish.jitter)
+            target[further] = part
+
+    def _redraw(self, target: np.ndarray, rows: np.ndarray, axis: int, indices: np.ndarray) -> None:
+        """Draw the rows (0) or columns (1) of these indices anew."""
+        mean, deviation = self._redrawn_moments
+        here = np.flatnonzero(np.isin(rows, indices)) if axis == 0 else slice(None)
+        drawn = self._numbers("redrawn", target.shape[1] if axis == 0 else len(indices), rows[here])
+        values = (normal(drawn) * deviation + mean).astype(working_type(self.dtype))
+        target[here if axis == 0 else (here, indices)] = to_raw(values, self.dtype)
+
+    @cached_property
+    def _redrawn_moments(self) -> tuple[float, float]:
+        """Mean and standard deviation of the entries that are drawn anew, as they would have been without."""
+        assert self.step.finish is not None
+        assert self.step.finish.redrawn is not None
+        axis, indices = self.step.finish.redrawn
+        count, total, square = 0, 0.0, 0.0
+        for start, stop in self.blocks():
+            rows = np.arange(start, stop)
+            block = np.empty((stop - start, self.matrix[1]), RAW[self.dtype])
+            self._fill_all(block, rows)
+            replaced = block[np.isin(rows, indices)] if axis == 0 else block[:, indices]
+            values = floats(np.ascontiguousarray(replaced), self.dtype).astype(np.float64)
+            count, total, square = (
+                count + values.size,
+                total + float(values.sum()),
+                square + float(np.square(values).sum()),
+            )
+        mean = total / max(count, 1)
+        return mean, sqrt(max(square / max(count, 1) - mean**2, 0.0))
+
+    def _numbers(self, part: str, width: int, rows: np.ndarray) -> np.ndarray:
+        """(len(rows), width) random 32-bit numbers that depend on seed, tensor, part and position alone."""
+        if part not in self._draws:
+            self._draws[part] = Draws(width, np.uint32, self.plan.growth.seed, self.step.name, part)
+        return self._draws[part].of(rows)
+
+    def _add(self, target: np.ndarray, values: np.ndarray) -> None:
+        """Add numbers to raw entries."""
+        target[...] = to_raw(
+            (floats(target, self.dtype) + values).astype(working_type(self.dtype)), self.dtype
+        )
+
     # ---- fresh values ----
 
     @property
@@ -463,10 +526,12 @@ class Expander:
         if part not in self._draws:
             kind = np.uint16 if is_short(self.dtype) else np.uint32
             self._draws[part] = Draws(width, kind, self.plan.growth.seed, self.step.name, part)
-        draws = self._draws[part].of(rows)
-        if start is not None and (start.normal is None or start.normal[0]):
+        finish = self.step.finish or Finish()
+        draws, deviation = self._draws[part].of(rows // finish.alike), finish.deviation
+        if deviation is None and start is not None and (start.normal is None or start.normal[0]):
             return self._drawn(start, draws)
-        deviation = start.normal[1] if start is not None and start.normal else self._deviation
+        if deviation is None:
+            deviation = start.normal[1] if start is not None and start.normal else self._deviation
         if is_short(self.dtype):
             return lookup(normal_bits(deviation, self.dtype), draws)
         return to_raw((normal(draws) * deviation).astype(working_type(self.dtype)), self.dtype)

@@ -13,8 +13,10 @@ from torch.nn import functional
 
 from helpers.families import config_of
 from helpers.toy import assert_close_run, at, ended, rows
-from outgrow.model.build import build_model
+from outgrow.model.build import build_model, to_hf_config
+from outgrow.model.geometry import active_parameter_count, parameter_count
 from outgrow.train import loop
+from outgrow.train.experts import ExpertLoad
 from outgrow.train.loss import NextTokenLoss
 from outgrow.train.machine.compile import speed_up
 from outgrow.train.router import has_routers, unbalanced
@@ -137,6 +139,48 @@ def test_routers_without_a_term_are_told() -> None:
     assert "no load-balancing term" in str(unbalanced(network))
     assert unbalanced(network_of("mixtral")) is None
     assert unbalanced(build_model(config_of("llama"), seed=0)) is None
+
+
+# ---- what experts get -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"])
+def test_an_experts_load_is_what_its_router_chose(kind: str) -> None:
+    """Against the experts' own inputs: (tokens, chosen) indices as the class hands them on."""
+    network = network_of(kind)
+    load, seen = ExpertLoad(network), []
+    for name, module in network.named_modules():
+        if name.endswith(".experts"):
+            module.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
+    network(input_ids=torch.arange(24).reshape(2, 12))
+    expected = [torch.bincount(chosen.flatten(), minlength=4).tolist() for chosen in seen]
+    assert [counts.tolist() for counts in load.counts.values()] == expected
+    assert sum(map(sum, expected)) == 2 * 24 * 2
+
+    class Alone:
+        def reduce(self, counts: torch.Tensor, reduction: str) -> torch.Tensor:
+            return counts
+
+    told = load.row(Alone())
+    assert told["expert_load_max"] == pytest.approx(max(map(max, expected)) / 12, abs=1e-4)
+    assert told["experts_idle"] == sum(row.count(0) for row in expected)
+    load.clear()
+    network.eval()(input_ids=torch.arange(24).reshape(2, 12))
+    assert load.row(Alone()) == {}
+
+
+@pytest.mark.parametrize("kind", [*ROUTED, "llama", "bamba"])
+def test_active_parameters_leave_out_the_experts_that_a_token_is_not_sent_to(kind: str) -> None:
+    own: dict[str, Any] = ROUTED.get(kind, {})
+    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if kind == "bamba":  # no experts, and kernels of three axes
+        own = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+    config = to_hf_config({"model_type": kind, **sizes, "num_key_value_heads": 1, "pad_token_id": 0, **own}).to_dict()
+    model = build_model(config, seed=0)
+    stacks = {name: p for name, p in model.named_parameters() if p.ndim >= 2 and p.shape[0] == 4 and ("expert" in name or p.ndim == 3)}
+    experts = sum(p.numel() for name, p in stacks.items() if p.ndim == 3) if kind in ROUTED else 0
+    assert active_parameter_count(config) == parameter_count(config) - experts // 2
+    assert (experts > 0) == (kind in ROUTED)
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------------------------

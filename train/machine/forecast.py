@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from outgrow.growth.planning import mixture_target
 from outgrow.model.base.errors import UserError, in_one_line
 from outgrow.model.base.quiet import quietly
 from outgrow.model.build import empty_model, known_size
 from outgrow.model.config import read_config, resolve_target
-from outgrow.model.geometry import flops_source, parameter_count
+from outgrow.model.geometry import active_parameter_count, flops_source, parameter_count
 from outgrow.train.loss import CHUNK_TOKENS
 from outgrow.train.machine.compile import layers_of, speed_up
 from outgrow.train.machine.device import MEMORY_GIB, PEAK_BF16_FLOPS, named, peak_flops
@@ -59,6 +60,7 @@ class Forecast:
     """A run in numbers. `hours` are of `gpus` devices at the model-FLOPs utilisation (arXiv 2204.02311) that was assumed."""
 
     parameters: int
+    active: int  # of them for each token; fewer in a mixture of experts
     groups: dict[str, tuple[int, int]]  # name → tensors, entries
     tokens_per_step: int
     steps: int
@@ -93,6 +95,7 @@ def forecast(settings: Settings) -> Forecast:
     total = flops_after(spans_of(stages_of(settings, config), settings, None, {}), budget.steps, budget.tokens_per_step)
     return Forecast(
         parameters=parameter_count(config),
+        active=active_parameter_count(config),
         groups=groups,
         tokens_per_step=budget.tokens_per_step,
         steps=budget.steps,
@@ -116,7 +119,10 @@ def target(settings: Settings) -> dict[str, Any]:
         raise UserError(
             f"dry_run: the source {settings.source!r} is the network, and it is no folder here; give one, or a preset as target"
         )
-    return source if settings.growth.operator == "source" and source is not None else resolve_target(settings.target, source)
+    if settings.growth.operator == "source" and source is not None:
+        return source
+    changed = None if source is None else mixture_target(source, settings.target, settings.growth.operator, settings.growth.options)
+    return changed or resolve_target(settings.target, source)
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------------------------
@@ -236,7 +242,8 @@ def tell(settings: Settings) -> str:
     """The forecast as a text, every number with its arithmetic."""
     found, plan, loop = forecast(settings), settings.forecast, settings.train
     peak, room = peak_flops(plan.device, "bf16"), named(MEMORY_GIB, plan.device)
-    lines = [f"{settings.name}: {found.parameters:,} parameters"]
+    met = f", {found.active:,} active for each token" if found.active < found.parameters else ""
+    lines = [f"{settings.name}: {found.parameters:,} parameters{met}"]
     lines += [f"  {name:<10} {count:>14,} in {tensors} tensors" for name, (tensors, count) in found.groups.items()]
     shape = f"{plan.gpus} × {found.pieces} × {loop.micro_batch or 'all'} windows of {loop.context}"
     lines += [

@@ -113,6 +113,8 @@ def ledger(run: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]
         "tokens": own["tokens"] + before["tokens"] if known["tokens"] else None,
         "flops": own["flops"] + operator + before["flops"] if known["flops"] else None,
         "val_loss": summary["final_val_loss"],
+        "parameters": run["parameters"],
+        "active_parameters": run.get("active_parameters", run["parameters"]),
         "study": run["study"],
         "arm": run["arm"],
         "seed": run["seed"],
@@ -134,7 +136,7 @@ def model_card(run: Mapping[str, Any], summary: Mapping[str, Any], dtype: str) -
         "started from": origin,
         "growth": f"{start['operator']}, certificate: {proof}",
         **_on_the_way(settings),
-        "parameters": f"{run['parameters']:,}",
+        "parameters": f"{run['parameters']:,}" + _active(run),
         "training tokens": f"{summary['tokens']:,}",
         "training FLOPs": f"{summary['flops']:.3e}",
         "context": settings["train"]["context"],
@@ -167,6 +169,12 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 
 `ledger.json` says what it cost to make, the source included.
 """
+
+
+def _active(run: Mapping[str, Any]) -> str:
+    """How many parameters a token meets, where those are fewer than all."""
+    active = run.get("active_parameters", run["parameters"])
+    return f", {active:,} active for each token" if active < run["parameters"] else ""
 
 
 def _moment(stage: Mapping[str, Any]) -> str:

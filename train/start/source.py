@@ -15,6 +15,7 @@ from torch import Tensor
 from outgrow.growth import grow
 from outgrow.growth.grow import read_ledger
 from outgrow.growth.operators import options_of
+from outgrow.growth.planning import mixture_target
 from outgrow.growth.resolve import resolve_family
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import whole_folder
@@ -73,9 +74,11 @@ def target_config(settings: Settings, source: Path | None) -> dict[str, Any]:
 
 def _laid_over(settings: Settings, source: Path | None, config: dict[str, Any] | None) -> dict[str, Any]:
     """The target over the source's config, by a schema that is derived where the source's family has none."""
+    operator, given = settings.growth.operator, settings.growth.options
+    if config is not None and (changed := mixture_target(config, settings.target, operator, given)) is not None:
+        return changed
     if source is None or config is None or has_schema(config):
         return resolve_target(settings.target, config)
-    operator, given = settings.growth.operator, settings.growth.options
     options = {name: given[name] for name in options_of(operator) if name in given}
     with Checkpoint(source) as checkpoint:
         known = resolve_family(checkpoint, settings.target, given.get("depth", "identity"), operator, options)

@@ -1,0 +1,148 @@
+"""Plans that end in a mixture of experts: one within the source's own family, whose tensors are then handed out to experts.
+
+Within its family the source grows as any other does, by any operator, layer map and noise. The change to the mixture's schema
+(`model.mixture`) is a mapping: every target tensor takes one tensor of that plan, cut to an expert's units, times a factor. Router
+rows are fresh or copied. Nothing of it is known to the engine but a step's maps and its `Finish`. `growth.routing` proves what it keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from outgrow.growth.certificate import NEUTRAL
+from outgrow.growth.changes import CHANGES, ExpertCopy, Upcycling
+from outgrow.growth.copying import copied
+from outgrow.growth.plan import Plan
+from outgrow.growth.upcycling import upcycled
+from outgrow.model.base.errors import UserError, did_you_mean
+from outgrow.model.composite import flat
+from outgrow.model.config import read_config
+from outgrow.model.family import STANDARD, Config
+from outgrow.model.mixture import Mixture, mixtures
+from outgrow.model.presets import PRESETS
+
+Within = Callable[..., Plan]  # (target, operator, family=…): the plan in the source's own family
+
+
+def changed_plan(source: Config, target: Any, operator: str, options: Mapping[str, Any], noise: float, within: Within) -> Plan:
+    """The plan of a growth into a mixture of experts.
+
+    Args:
+        source: the source's config.
+        target: the mixture's config, a folder with one, or overrides with `model_type` and the number of experts.
+        operator, options: of `growth.changes`.
+        noise: as the plan within the family has it, for the record.
+        within: makes the plan in the source's own family, of (target, operator).
+
+    Raises:
+        UserError: the families' other tensors differ, experts or units do not divide, a size is missing, …
+    """
+    asked = _asked(operator, options)
+    wanted = _wanted(target)
+    kind = wanted.pop("model_type", source["model_type"] if isinstance(asked, ExpertCopy) else None)
+    mixture = _mixture(source, kind, wanted, asked)
+    wanted = {mixture.count if key in mixture.aliases else key: value for key, value in wanted.items()}
+    _check_keys(source, mixture, wanted)
+    if isinstance(asked, ExpertCopy):
+        plan = copied(source, mixture, wanted, asked, within)
+    else:
+        plan = upcycled(source, mixture, wanted, asked, within)
+    return replace(plan, operator=operator, options=dict(options), noise=noise)
+
+
+def _asked(operator: str, options: Mapping[str, Any]) -> Upcycling | ExpertCopy:
+    """The operator's options, read.
+
+    Raises:
+        UserError: an option is unknown or out of range.
+    """
+    from outgrow.growth.operators import OPERATORS, options_of
+
+    known = options_of(operator)
+    faults = [f"unknown option of operator {operator!r}: {name!r}; {did_you_mean(name, known)}" for name in options if name not in known]
+    UserError.collect(faults)
+    width = options.get("width", "lossless")
+    if width not in OPERATORS:
+        raise UserError(f"width {width!r}: no operator of this name; {did_you_mean(str(width), OPERATORS)}")
+    return CHANGES[operator](**options)
+
+
+def _wanted(target: Any) -> dict[str, Any]:
+    """What the target asks for, as overrides."""
+    if hasattr(target, "to_dict"):
+        found = flat(target.to_dict())
+    elif isinstance(target, Mapping):
+        found = flat(target)
+    elif str(target) in PRESETS:
+        raise UserError(f"target {target!r}: a dense model's sizes; give target={{model_type:mixtral,num_local_experts:8,…}} or a folder")
+    elif Path(target).is_dir():
+        found = read_config(Path(target))
+    else:
+        raise UserError(f"unknown target {str(target)!r}: no folder; give target={{model_type:mixtral,num_local_experts:8,…}}")
+    return {key: value for key, value in found.items() if key not in NEUTRAL}
+
+
+def _mixture(source: Config, kind: Any, wanted: Config, asked: Upcycling | ExpertCopy) -> Mixture:
+    """The rule of the target's family.
+
+    Raises:
+        UserError: there is none, or the other tensors of the two families differ; the message names them.
+    """
+    known, own = mixtures(), source["model_type"]
+    copies = isinstance(asked, ExpertCopy)
+    if own in known and not copies:
+        raise UserError(f"upcycling: {own!r} has experts already; growth=expert_copy makes more of them, growth=lossless wider ones")
+    fits = [name for name, rule in known.items() if own in rule.of] if not copies else [name for name in known if name == own]
+    if kind is None:
+        raise UserError(f"target: model_type is missing, the family of the mixture; from {own!r}: {', '.join(fits) or 'none is known'}")
+    if kind in fits:
+        return known[kind]
+    if copies:
+        raise UserError(
+            f"expert_copy: copies the experts of a family into itself, and knows {', '.join(sorted(known))}; found {own!r} → {kind!r}"
+        )
+    differing = _differing(source, str(kind), wanted)
+    into = f"into {' or '.join(fits)}" if fits else "into no mixture that is known here"
+    raise UserError(f"{own!r} cannot be upcycled into {kind!r}: {differing}; {own!r} goes {into}")
+
+
+def _differing(source: Config, kind: str, wanted: Config) -> str:
+    """The tensors outside the MLP by which two classes differ, in words."""
+    from outgrow.model.build import to_hf_config
+    from outgrow.model.derive import library_knows
+    from outgrow.model.derive.probe import shapes
+
+    if not library_knows({"model_type": kind}):
+        return "transformers has no causal language model of that type"
+    try:
+        shared = {key: value for key, value in source.items() if key not in NEUTRAL}
+        whole = to_hf_config({**shared, **wanted, "model_type": kind}).to_dict()
+        before, after = (_starred(shapes(config)) for config in (source, flat(whole)))
+    except Exception as fault:  # the library's classes raise every kind
+        return f"its class does not build with the source's sizes ({' '.join(str(fault).split())[:160]})"
+    alone = [
+        f"{name} only in {where}" for where, names in (("the source", before - after), ("the target", after - before)) for name in names
+    ]
+    if not alone:
+        return "their other tensors have the same names, and no rule for the pair is known here"
+    return f"their other tensors differ ({'; '.join(sorted(alone)[:6])}{'; …' if len(alone) > 6 else ''})"
+
+
+def _starred(shapes: Mapping[str, Any]) -> set[str]:
+    """Names with `*` for the layer, without those of MLPs, experts and routers."""
+    words = [name.split(".") for name in shapes]
+    names = {".".join("*" if word.isdigit() else word for word in parts) for parts in words}
+    return {name for name in names if not any(part in name for part in (".mlp.", "moe", "expert", "feed_forward", "router"))}
+
+
+def _check_keys(source: Config, mixture: Mixture, wanted: Config) -> None:
+    """Refuse keys that neither the source nor the mixture's class knows, with near matches."""
+    known = {*source, *mixture.keys, *STANDARD}
+    if wanted.keys() - known:  # the class is asked only then: importing it takes longer than planning
+        from outgrow.model.derive import whole_config
+
+        known |= whole_config({"model_type": mixture.name}).keys()
+    UserError.collect(f"target: unknown config key {key!r}; {did_you_mean(key, known)}" for key in wanted if key not in known)

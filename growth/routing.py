@@ -1,0 +1,169 @@
+"""The certificate of a mixture of experts: whether what the experts of a token add up to is what the MLP, or the experts, were before.
+
+Proved from the plan's steps and the config's numbers. Of a dense MLP cut into G blocks of units, each block must reach the output with
+weight 1: Σ over the chosen experts that hold it of combine weight × scale. That needs combine weights of a known sum, whole groups of equal
+router rows chosen together, and a scale on the linear factor alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import isclose
+
+import numpy as np
+
+from outgrow.growth.changes import ExpertCopy
+from outgrow.growth.decision import Decision, Step
+from outgrow.growth.experts import FFN, Change
+from outgrow.model.notation import Space
+
+
+def broken_conditions(plan: Decision) -> Iterator[str]:
+    """Why the change of family, or of the number of experts, does not keep the function; nothing where it does."""
+    change = plan.change
+    assert isinstance(change, Change)
+    yield from _needs(change)
+    if isinstance(change.asked, ExpertCopy):
+        yield from _copies(change)
+        return
+    yield from _entries(plan)
+    yield from _scales(plan, change)
+    yield from _groups(plan, change)
+    yield from _sum_of_weights(plan, change)
+    yield from _coverage(change)
+
+
+def _needs(change: Change) -> Iterator[str]:
+    """Config values that the two classes understand differently."""
+    for key, allowed in change.mixture.needs.items():
+        if key in change.config and change.config[key] not in allowed:
+            yield f"config {key}: {change.config[key]!r} with which {change.mixture.name}'s class does not compute what the source's does"
+
+
+def _entries(plan: Decision) -> Iterator[str]:
+    """Entries of experts that are not the MLP's."""
+    finishes = [step.finish for step in plan.steps if step.finish is not None]
+    if redrawn := [finish.redrawn for finish in finishes if finish.redrawn is not None]:
+        yield f"experts: {len(redrawn[0][1])} units of each are drawn anew"
+    if noise := max((finish.noise for finish in finishes), default=0.0):
+        yield f"experts: copies carry noise of {noise:g} of each tensor's root mean square"
+
+
+def _scales(plan: Decision, change: Change) -> Iterator[str]:
+    """Every matrix of an expert must be its block of the MLP's; what reads the units undoes the combine weights, others are unscaled."""
+    dense = {step.name: step for step in change.within.steps}
+    shared = {own: name for name, own in change.mixture.shared.items()}
+    experts = {own: name for name, own in change.mixture.experts.items()}
+    told = set()
+    for step in plan.steps:
+        number, module = change.routed.get(step.name), step.tensor.line.name
+        origin = shared.get(module) or experts.get(f"{module.partition('{')[0]}#{module.partition('}')[2]}")
+        if origin is None or step.tensor.layer is None or origin in told:
+            continue
+        before = dense[f"{origin}.weight".replace("*", str(step.tensor.layer))]
+        if step.zero and before.zero:
+            continue
+        reads = before.tensor.reads[before.tensor.axes.index(Space(FFN))]
+        start = 0 if number is None else change.experts[number].start
+        scale, expected = _scale(step, before, start), _undone(change, number) if reads else 1.0
+        if scale is None:
+            told.add(origin)
+            yield f"{module}: is not a block of {origin}"
+        elif not isclose(scale, expected, rel_tol=1e-9):
+            told.add(origin)
+            yield (
+                f"{module}: is scaled by {scale:.4g}, expected {expected:.4g}: "
+                + (
+                    "the combine weights are not undone"
+                    if reads
+                    else "its nonlinearity does not pass a scale on, which belongs on the linear factor"
+                )
+            )
+
+
+def _scale(step: Step, before: Step, start: int) -> float | None:
+    """The one factor between an expert's matrix and the MLP's block from unit `start` on; None where there is none."""
+    factors = []
+    for axis, whole, named in zip(step.maps, before.maps, before.tensor.axes, strict=True):
+        part = whole.cut(start, start + axis.target) if named == Space(FFN) else whole
+        if not (np.array_equal(part.index, axis.index) and np.array_equal(part.fill, axis.fill)):
+            return None
+        taken = part.gain != 0
+        ratios = axis.gain[taken] / part.gain[taken]
+        if not np.allclose(ratios, ratios[:1], rtol=1e-12):
+            return None
+        factors.append(ratios[0] if len(ratios) else 1.0)
+    return float(np.prod(factors))
+
+
+def _undone(change: Change, number: int | None) -> float:
+    """What `down_proj` has to be multiplied by: a half of a shared expert's gate, a group's parts of its combine weight."""
+    if number is None:
+        return 2.0 if change.mixture.shared_gate is not None else 1.0
+    return change.group / _weights(change)
+
+
+def _weights(change: Change) -> float:
+    """What the combine weights of the chosen experts sum to where that is known, else on average."""
+    mixture, config = change.mixture, change.config
+    factor = float(config.get(mixture.scaled, 1.0)) if mixture.scaled else 1.0
+    return factor if mixture.normalises(config) else factor * change.chosen / len(change.experts)
+
+
+def _sum_of_weights(plan: Decision, change: Change) -> Iterator[str]:
+    """The combine weights of the chosen experts must sum to a constant."""
+    mixture, count = change.mixture, len(change.experts)
+    if mixture.normalises(change.config) or (mixture.softmax and (change.chosen == count or _all_alike(plan, change))):
+        return
+    where = f"config {mixture.normalised} is false" if isinstance(mixture.normalised, str) else f"{mixture.name}'s router"
+    yield f"{where}: the combine weights of {change.chosen} of {count} experts do not sum to a constant (scaled so that they do on average)"
+
+
+def _all_alike(plan: Decision, change: Change) -> bool:
+    """Whether the router's rows are zeros, so that every expert has the same weight."""
+    return all(step.zero for step in plan.steps if change.routed.get(step.name) == -1)
+
+
+def _groups(plan: Decision, change: Change) -> Iterator[str]:
+    """Whole groups must be chosen: as many experts as make whole ones, and no ties between groups."""
+    parts = len({(expert.start, expert.stop) for expert in change.experts})
+    if parts == 1:
+        return
+    if change.chosen % change.group:
+        yield f"{change.chosen} experts for each token are no whole groups of {change.group}, so parts of the MLP are left out"
+    if _all_alike(plan, change) and change.chosen < len(change.experts):
+        yield "router rows of zeros: all groups tie, so the experts that are chosen need not make up whole groups"
+    for step in plan.steps:
+        if step.tensor.pattern == f"{change.mixture.router}.weight" and not step.zero:
+            if step.finish is None or step.finish.alike != change.group:
+                yield f"{step.name}: the {change.group} experts of a group have rows of their own, so they are not chosen together"
+            break
+
+
+def _coverage(change: Change) -> Iterator[str]:
+    """Every unit must be held once by the shared expert, or equally often by every group."""
+    units = change.within.recipe.expansions[FFN].write.target
+    rows: dict[int, np.ndarray] = {}
+    for expert in change.experts:
+        rows.setdefault(expert.row, np.zeros(units, np.int64))[expert.start : expert.stop] += 1
+    expected = (np.arange(units) >= change.shared).astype(np.int64)
+    if any(not np.array_equal(held, expected) for held in rows.values()):
+        yield f"experts: the {units} units of the MLP are not each held once in every group"
+
+
+def _copies(change: Change) -> Iterator[str]:
+    """Copies of experts: all of an expert's are chosen together, or exactly one that has the whole weight."""
+    asked, times = change.asked, change.group
+    assert isinstance(asked, ExpertCopy)
+    normalised = change.mixture.normalises(change.config)
+    if asked.delta > 0:
+        yield f"router rows of copies are moved by up to {asked.delta:g}, so copies of one expert have other weights"
+    if change.chosen == times * change.chosen_before and (normalised or change.mixture.softmax):
+        return
+    if change.chosen == change.chosen_before == 1 and normalised:
+        return
+    yield (
+        f"{times} copies of each expert have the same router logit and are chosen together, so {change.chosen} experts for each token are "
+        f"copies of fewer than the {change.chosen_before} that it was sent to; {change.mixture.top_k}={times * change.chosen_before} keeps "
+        "the function"
+    )
