@@ -5,8 +5,9 @@ outgrow horizons runs/NAME-t* [--out DIR]            seconds: S of every arm aga
 outgrow study tiny [--jobs N]                          minutes: source, every arm, comparison; what is done is skipped
 outgrow study tiny --full                              hours: three seeds, a grid of learning rates for every arm
 outgrow mixtures tiny_mixture [--jobs N]             minutes: one network on several mixtures, judged on every source
+outgrow same REV                                     minutes: does a change alter a number? two revisions, compared to the bit
 
-Exit status: 0 done, 1 a run failed, 2 a fault in what was asked.
+Exit status: 0 done, 1 a run failed or a number differs, 2 a fault in what was asked.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The door."""
     options = parser().parse_args(arguments)
     try:
-        commands = {"compare": _compare, "horizons": _horizons, "study": _study, "run": _study, "mixtures": _mixtures}
+        commands = {"compare": _compare, "horizons": _horizons, "study": _study, "run": _study, "mixtures": _mixtures, "same": _same}
         return commands[options.command](options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -58,6 +59,8 @@ def parser() -> argparse.ArgumentParser:
     mixtures = commands.add_parser("mixtures", help="run a study of mixtures: train, judge on every source, write its README's table")
     mixtures.add_argument("study", help="a folder of experiments/ with a mixtures.yaml")
     mixtures.add_argument("--jobs", type=int, default=None, metavar="N", help="runs at a time (default: one for each core)")
+    same = commands.add_parser("same", help="compare plans, grown weights and a toy run of this tree with those of another revision")
+    same.add_argument("revision", metavar="REV", help="a commit, branch or tag of this clone")
     return doors
 
 
@@ -105,6 +108,16 @@ def _study(options: argparse.Namespace) -> int:
     if done.readme is not None:
         insert_table(done.readme, markdown(comparison))
     return 0
+
+
+def _same(options: argparse.Namespace) -> int:
+    from outgrow.experiments.same import compare
+
+    count, differences = compare(options.revision)
+    for difference in differences:
+        print(f"{difference.name}: {difference.there or 'none'} at {options.revision}, {difference.here or 'none'} here")
+    print(f"{count - len(differences)} of {count} numbers are the same to the bit as at {options.revision}")
+    return 1 if differences else 0
 
 
 def _mixtures(options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ outgrow corpus prepare data=stdlib                  from text to token shards
 outgrow study tiny                                  a whole study: source, every arm, comparison; without a name, all there are
 outgrow compare runs/tiny-*                         finished runs, held against each other
 outgrow horizons runs/NAME-t*                       decayed ends against scratch's curve
+outgrow same REV                                    does a change alter a number? this clone beside a revision of it
 
 `outgrow COMMAND --help` tells the keys and defaults of each.
 """
@@ -28,6 +29,7 @@ DOORS: dict[str, tuple[str, tuple[str, ...]]] = {
     "study": ("outgrow.experiments.__main__", ("study",)),
     "compare": ("outgrow.experiments.__main__", ("compare",)),
     "horizons": ("outgrow.experiments.__main__", ("horizons",)),
+    "same": ("outgrow.experiments.__main__", ("same",)),
     "mixtures": ("outgrow.experiments.__main__", ("mixtures",)),
 }
 

@@ -150,7 +150,7 @@ def check_experiments(command: str, arguments: list[str]) -> None:
     from outgrow.experiments.__main__ import parser
 
     options = parser().parse_args([command, *arguments])
-    assert options.command in ("compare", "horizons") or options.study in (None, *STUDIES)
+    assert options.command in ("compare", "horizons", "same") or options.study in (None, *STUDIES)
 
 
 def check_schema(arguments: list[str]) -> None:
@@ -178,6 +178,7 @@ DOORS = {
     "compare": partial(check_experiments, "compare"),
     "horizons": partial(check_experiments, "horizons"),
     "mixtures": partial(check_experiments, "mixtures"),
+    "same": partial(check_experiments, "same"),
 }
 
 
