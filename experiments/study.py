@@ -22,7 +22,7 @@ from outgrow.experiments.study_file import Job, jobs, load_study, results_folder
 from outgrow.experiments.worker import initialise, work
 from outgrow.model.base.errors import UserError
 from outgrow.train.run.folder import check_same, is_complete, read_run, unkept
-from outgrow.train.run.horizons import horizon_runs
+from outgrow.train.settings import horizon_runs
 
 if TYPE_CHECKING:
     from outgrow.train.settings import Settings

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from outgrow.experiments.runs import SOURCE
 from outgrow.model.base.errors import UserError, did_you_mean, unknown
 from outgrow.model.base.settings import load_yaml, read
-from outgrow.train.run.horizons import horizon_runs
+from outgrow.train.settings import horizon_runs
 
 if TYPE_CHECKING:
     from outgrow.train.settings import Settings

@@ -16,7 +16,7 @@ from outgrow.model.flops import counted
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-EXPERTS_PER_TOKEN = ("num_experts_per_tok", "numexperts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k")
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k")
 
 
 def parameter_count(config: Config) -> int:

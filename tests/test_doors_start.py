@@ -68,3 +68,31 @@ def test_an_out_without_a_name_is_refused_and_nothing_is_written(out: str) -> No
     if not out:
         with pytest.raises(UserError, match="out: missing"):
             settings_from(["source=x", "target=phi_2", "out=", "overwrite=true"])
+
+
+FAULTS = {
+    "grow": ["source=x", "targt=phi_2"],
+    "schema": ["sorce=x"],
+    "train": ["experiment=tiny", "growth=nope"],
+    "corpus": ["prepare", "data=nope"],
+    "study": ["nope"],
+    "compare": ["nothing"],
+    "horizons": ["nothing"],
+}
+CODE = """
+import sys
+from outgrow.experiments.command import main
+try:
+    status = main()
+except SystemExit as stop:
+    status = stop.code
+print(status, sorted({"torch", "transformers", "accelerate", "datasets", "wandb"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize("door", FAULTS)
+def test_a_fault_is_told_before_torch_is_imported(tmp_path: Path, door: str) -> None:
+    """Importing torch takes longer than anyone wants to wait for a misspelt key."""
+    done = subprocess.run([sys.executable, "-c", CODE, door, *FAULTS[door]], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stderr.startswith("error: "), done.stderr
+    assert done.stdout == "2 []\n"

@@ -29,11 +29,11 @@ from outgrow.train.run import state
 from outgrow.train.run.checkpoints import newest_intact
 from outgrow.train.run.clock import Meter
 from outgrow.train.run.export import publish, recast
-from outgrow.train.run.horizons import find_trunk, horizon_runs, take_over_trunk, trunk_record
+from outgrow.train.run.horizons import find_trunk, take_over_trunk, trunk_record
 from outgrow.train.run.log import Console, open_log
 from outgrow.train.run.reading import rate_warnings, reading, record, tokenizer_warnings
 from outgrow.train.run.signals import watched
-from outgrow.train.settings import Budget, Settings, needs_source
+from outgrow.train.settings import Budget, Settings, horizon_runs, needs_source
 from outgrow.train.start.rehearsal import rehearse_end
 from outgrow.train.start.source import begin, find_source, source_dtype, source_ledger, target_config, weights_read
 from outgrow.train.start.stages import Span, spans_of, stages_of

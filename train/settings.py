@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -385,3 +385,16 @@ def identity(settings: Settings | Mapping[str, Any]) -> dict[str, Any]:
 def settings_hash(settings: Settings | Mapping[str, Any]) -> str:
     """A fingerprint of `identity`: two runs with the same hash on the same text give the same result."""
     return hashlib.sha256(json.dumps(identity(settings), sort_keys=True).encode()).hexdigest()
+
+
+def horizon_runs(settings: Settings) -> list[Settings]:
+    """The run of each horizon, shortest first; the run itself where it has none."""
+    return [
+        replace(
+            settings,
+            name=f"{settings.name}-t{tokens}",
+            out=f"{settings.out}-t{tokens}",
+            train=replace(settings.train, budget_tokens=tokens),
+        )
+        for tokens in settings.schedule.horizons
+    ] or [settings]

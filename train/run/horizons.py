@@ -17,7 +17,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +29,6 @@ from outgrow.train.settings import Budget, Settings, identity
 
 STABLE = "stable"  # folder of the state that a run kept when its decay began
 OWN = ("name", "train.budget_tokens")  # settings in which the runs of several horizons differ
-
-
-def horizon_runs(settings: Settings) -> list[Settings]:
-    """The run of each horizon, shortest first; the run itself where it has none."""
-    return [
-        replace(
-            settings,
-            name=f"{settings.name}-t{tokens}",
-            out=f"{settings.out}-t{tokens}",
-            train=replace(settings.train, budget_tokens=tokens),
-        )
-        for tokens in settings.schedule.horizons
-    ] or [settings]
 
 
 # ---- keeping the trunk ----------------------------------------------------------------------------------------------------------------
