@@ -39,7 +39,7 @@ def open_accelerator(sharding: ShardingSettings | None, *, cpu: bool, mixed_prec
     if os.environ.get(_SWITCH, "").lower() in {"1", "true"}:
         raise UserError("accelerate launch --use_fsdp: sharding is a setting of the run; launch without it, and give sharding=full")
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    plugin = _plugin(sharding, mixed_precision) if several and sharding is not None and sharding.name == "full" else None
+    plugin = sharding_plugin(sharding, mixed_precision) if several and sharding is not None and sharding.name == "full" else None
     views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # else DDP holds every gradient twice
     accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, fsdp_plugin=plugin, kwargs_handlers=[views])
     os.environ.pop(_SWITCH, None)  # Accelerate has set it for the process, where the next run of a sweep and transformers would find it
@@ -51,7 +51,7 @@ def open_accelerator(sharding: ShardingSettings | None, *, cpu: bool, mixed_prec
     return accelerator
 
 
-def _plugin(sharding: ShardingSettings, mixed_precision: str) -> FullyShardedDataParallelPlugin:
+def sharding_plugin(sharding: ShardingSettings, mixed_precision: str) -> FullyShardedDataParallelPlugin:
     """Weights stay float32; in bf16 they are gathered and multiplied in bfloat16, and gradients are added up in float32."""
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return FullyShardedDataParallelPlugin(

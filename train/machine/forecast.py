@@ -6,53 +6,27 @@ passes is made on them to count what it keeps for the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from outgrow.growth.planning import mixture_target
-from outgrow.model.base.errors import UserError, in_one_line
-from outgrow.model.base.quiet import quietly
-from outgrow.model.build import empty_model, known_size
+from outgrow.model.base.errors import UserError
+from outgrow.model.build import empty_model
 from outgrow.model.config import read_config, resolve_target
 from outgrow.model.geometry import active_parameter_count, flops_source, parameter_count
-from outgrow.train.loss import CHUNK_TOKENS
-from outgrow.train.machine.compile import layers_of, speed_up
 from outgrow.train.machine.device import MEMORY_GIB, PEAK_BF16_FLOPS, named, peak_flops
+from outgrow.train.machine.memory import Memory, memory
 from outgrow.train.optimizer import parameter_groups
 from outgrow.train.settings import Budget, Settings
 from outgrow.train.start.passes import passes
 from outgrow.train.start.stages import flops_after, spans_of, stages_of
-from outgrow.train.start.way import fuses
 
 GIB = 2**30
-MASTER, GRADIENT = 4, 4  # bytes of a weight and of its gradient: both float32, also where bfloat16 multiplies
 FILLED = 0.95  # of a device's memory may be planned for
-BLOCK = 256  # entries that share one float32 scale in torchao's 8-bit state
-STATE = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / BLOCK), "muon": 8.0}  # bytes of an entry's optimizer state
-MUON_STATE = 4.0  # of a hidden matrix's entry: one momentum instead of two moments
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one GPU, part by part; together they are a little more than the peak, for not all parts are full at once."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    gathered: float  # of a sharded model: what is whole at a time
-    activations: float  # kept for the backward pass, the bfloat16 copies of weights included
-    logits: float  # with what their loss and its gradient need
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations + self.logits
 
 
 @dataclass(frozen=True)
@@ -123,116 +97,6 @@ def target(settings: Settings) -> dict[str, Any]:
         return source
     changed = None if source is None else mixture_target(source, settings.target, settings.growth.operator, settings.growth.options)
     return changed or resolve_target(settings.target, source)
-
-
-# ---- memory ---------------------------------------------------------------------------------------------------------------------------
-
-
-def memory(settings: Settings, config: dict[str, Any], network: Any, groups: dict[str, tuple[int, int]], rows: int) -> Memory:
-    """The bytes of one GPU that computes `rows` windows at a time."""
-    loop, plan, name = settings.train, settings.forecast, settings.optimizer.name
-    bf16 = loop.precision != "fp32"
-    shards = plan.gpus if settings.sharding.name == "full" else 1
-    entries = sum(count for _, count in groups.values())
-    state = sum(
-        count * (MUON_STATE if name == "muon" and group in ("hidden", "experts") else STATE[name]) for group, (_, count) in groups.items()
-    )
-    kept = activations(network, rows, loop.context, bf16=bf16, checkpointing=loop.checkpointing)
-    speed_up(network, loop)  # refuses what the class does not support
-    return Memory(
-        weights=entries * MASTER / shards,
-        gradients=entries * GRADIENT / shards,
-        optimizer=state / shards,
-        gathered=gathered(network, 2 if bf16 else 4, settings.sharding.reshard_after_forward) if shards > 1 else 0.0,
-        activations=kept,
-        logits=logits(config, rows * loop.context, fused=fuses(config, loop.loss)),
-    )
-
-
-def gathered(network: Any, width: int, reshard: bool) -> float:
-    """What FSDP holds whole, of entries of `width` bytes: two layers (one computes while the next arrives) and all that is in no layer.
-
-    Without resharding after the forward pass, every layer stays whole for the backward pass.
-    """
-    layers, everything = layers_of(network), sum(p.numel() for p in network.parameters())
-    inside = sum(p.numel() for p in layers[0].parameters())
-    return width * (everything - max(0, len(layers) - 2) * inside if reshard else everything)
-
-
-def activations(network: Any, rows: int, context: int, *, bf16: bool, checkpointing: bool = False) -> int:
-    """The bytes that the layers keep for the backward pass over (rows, context) tokens, counted on a forward pass of a fake network.
-
-    With activation checkpointing, what all layers keep is their inputs, and beside them the backward pass holds the one layer whole that it
-    is computing again (the largest), and three gradients of the size of its largest tensor.
-    A network that is compiled keeps less: the compiler fuses element-wise steps and computes some of them again.
-
-    Raises:
-        UserError: the class's forward pass depends on values, which a fake network has not.
-    """
-    weights = {p.untyped_storage()._cdata for p in network.parameters()}
-    kept: dict[int, tuple[Tensor, int | None]] = {}
-    inputs: dict[int, Tensor] = {}
-    inside: list[int | None] = [None]
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage()._cdata, (tensor, inside[-1]))
-        return tensor
-
-    def enter(number: int, given: Any) -> None:
-        inputs.update({t.untyped_storage()._cdata: t for t in given if isinstance(t, Tensor) and t.is_floating_point()})
-        inside.append(number)
-
-    def leave(*_: Any) -> None:
-        inside.pop()
-
-    hooks: list[Any] = []
-    for number, layer in enumerate(layers_of(network)):
-        hooks.append(layer.register_forward_pre_hook(lambda _, given, number=number: enter(number, given)))
-        hooks.append(layer.register_forward_hook(leave))
-    try:
-        _forward(network, rows, context, bf16, keep)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    sizes = {place: (tensor.untyped_storage().nbytes(), layer) for place, (tensor, layer) in kept.items() if place not in weights}
-    if not checkpointing:
-        return sum(size for size, _ in sizes.values())
-    entered = sum(tensor.untyped_storage().nbytes() for tensor in inputs.values())
-    outside = sum(size for place, (size, layer) in sizes.items() if layer is None and place not in inputs)
-    layers: dict[int, list[int]] = {}
-    for place, (size, within) in sizes.items():
-        if within is not None and place not in inputs:
-            layers.setdefault(within, []).append(size)
-    return entered + outside + max((sum(parts) + 3 * max(parts) for parts in layers.values()), default=0)
-
-
-def _forward(network: Any, rows: int, context: int, bf16: bool, keep: Callable[[Tensor], Tensor]) -> None:
-    """One forward pass of a fake network, every tensor that autograd saves handed to `keep`."""
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    # Experts in groups have no fake kernel in float32; the product with one of them has the shapes, and keeps what they keep.
-    grouped = patch("transformers.integrations.moe._grouped_mm", lambda given, weight, offs: given @ weight[0].to(given.dtype))
-    single = patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-    try:
-        with next(network.parameters()).fake_mode, quietly(), grouped, single, autocast, hooks:
-            network.train().base_model(input_ids=torch.zeros(rows, context, dtype=torch.int64), use_cache=False)
-    except Exception as fault:  # the library's classes raise every kind
-        raise UserError(
-            f"dry_run: the memory of {type(network).__name__} cannot be forecast: its forward pass depends on values of weights or "
-            f"tokens, which there are none of here ({in_one_line(fault)})"
-        ) from None
-
-
-def logits(config: dict[str, Any], tokens: int, *, fused: bool) -> float:
-    """The bytes of the loss at its peak.
-
-    Plain, in the backward pass: log-probabilities, their gradient and the logits' gradient, (tokens, vocab) in float32 each. Fused: a
-    chunk's logits, turned into their gradient in place, and the gradients of the head and of its input, which the forward pass makes.
-    """
-    vocab, hidden = (known_size(config, name) or 0 for name in ("vocab_size", "hidden_size"))
-    if not fused:
-        return 12.0 * tokens * vocab
-    return 4.0 * min(CHUNK_TOKENS, tokens) * vocab + 4.0 * vocab * hidden + 4.0 * tokens * hidden
 
 
 # ---- telling --------------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,243 @@
+"""The memory of one GPU in training, from shapes alone: what is held at each of the moments at which a step may be at its peak.
+
+loss      the forward pass has ended: every layer keeps what its backward pass needs, and the logits are turned into their gradient
+backward  the last layer goes backward first, while all others still keep theirs; with checkpointing it is computed again
+the end   the first layer goes backward last: little is kept, all gradients are there (where a step has one micro-batch, not before)
+reduced   of a sharded run: embeddings and head, which no layer holds, hand their gradients to the other processes when all is done
+
+Beside them: benchmarks/bench_memory.py, which holds these numbers against PyTorch's `FSDPMemTracker`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from outgrow.model.base.errors import UserError, in_one_line
+from outgrow.model.base.quiet import quietly
+from outgrow.model.build import empty_model, known_size
+from outgrow.train.loss import CHUNK_TOKENS
+from outgrow.train.machine.compile import layers_of, speed_up
+from outgrow.train.settings import Settings
+from outgrow.train.start.way import fuses
+
+MASTER, GRADIENT = 4, 4  # bytes of a weight and of its gradient: both float32, also where bfloat16 multiplies
+BLOCK = 256  # entries that share one float32 scale in torchao's 8-bit state
+STATE = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / BLOCK), "muon": 8.0}  # bytes of an entry's optimizer state
+MUON_STATE = 4.0  # of a hidden matrix's entry: one momentum instead of two moments
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the peak of a step, part by part."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    gathered: float  # of a sharded model: weights that are whole at a time, and gradients while they are exchanged
+    activations: float  # kept for the backward pass or made in it, with weights' bfloat16 copies and gradients before they are exchanged
+    logits: float  # with what their loss and its gradient need
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations + self.logits
+
+
+def memory(settings: Settings, config: dict[str, Any], network: Any, groups: dict[str, tuple[int, int]], rows: int) -> Memory:
+    """The bytes of one GPU that computes `rows` windows at a time, at the moment of a step when they are the most.
+
+    Args:
+        network: on fake tensors, in float32.
+        groups: the optimizer's, name → (tensors, entries).
+
+    Raises:
+        UserError: the class does not support checkpointing, or its forward pass depends on values.
+    """
+    return max(moments(settings, config, network, groups, rows).values(), key=lambda moment: moment.total)
+
+
+def moments(settings: Settings, config: dict[str, Any], network: Any, groups: dict[str, tuple[int, int]], rows: int) -> dict[str, Memory]:
+    """What is held at each moment of a step at which it may be the most; arguments as of `memory`."""
+    loop, gpus = settings.train, settings.forecast.gpus
+    sharded, bf16 = settings.sharding.name == "full" and gpus > 1, loop.precision != "fp32"
+    shards = gpus if sharded else 1
+    if sharded and bf16:
+        # As FSDP gathers them: autocast copies no weight, and layers hand on bfloat16.
+        with FakeTensorMode():
+            network = empty_model(config, dtype=torch.bfloat16, attention=network.config._attn_implementation)
+    kept = kept_by(network, rows, loop.context, bf16=bf16, checkpointing=loop.checkpointing)
+    speed_up(network, loop)  # refuses what the class does not support
+    entries = sum(count for _, count in groups.values())
+    # The gradients of the micro-batches before it stand, and DDP's buckets always do; else they begin empty.
+    several = -(-loop.batch_tokens // loop.context // gpus // rows) > 1
+    full = entries * GRADIENT / shards
+    before = full if several or (gpus > 1 and not sharded) else 0.0
+    forward, backward = logits(config, rows * loop.context, fused=fuses(config, loop.loss), bf16=bf16, sharded=sharded)
+    # Autocast's copies of the layers' weights live as long as its forward pass; without checkpointing the layers keep them.
+    copies = 2.0 * layer_entries(network) if bf16 and not sharded and loop.checkpointing else 0.0
+    none = Gathered(0.0, 0.0, 0.0, 0.0, 0.0)
+    reshard = settings.sharding.reshard_after_forward
+    whole = gathered(network, 2 if bf16 else 4, reshard, checkpointing=loop.checkpointing) if sharded else none
+    rest = Memory(entries * MASTER / shards, before, optimizer_state(settings.optimizer.name, groups) / shards, 0.0, 0.0, 0.0)
+    return {
+        "forward": replace(rest, gathered=whole.loss, activations=kept.loss + copies, logits=forward),
+        "loss": replace(rest, gathered=whole.loss, activations=kept.loss, logits=backward),
+        "backward": replace(rest, gathered=whole.backward, activations=kept.backward + whole.gradients),
+        "end": replace(rest, gradients=full, gathered=whole.end, activations=kept.end + whole.gradients),
+        "reduced": replace(rest, gradients=full, gathered=whole.reduced),
+    }
+
+
+def optimizer_state(name: str, groups: dict[str, tuple[int, int]]) -> float:
+    """The bytes of the whole optimizer state."""
+    own = {group: MUON_STATE if name == "muon" and group in ("hidden", "experts") else STATE[name] for group in groups}
+    return sum(count * own[group] for group, (_, count) in groups.items())
+
+
+# ---- sharding -------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The bytes that FSDP holds whole, moment by moment."""
+
+    loss: float
+    backward: float
+    end: float
+    reduced: float
+    gradients: float  # of weights, while a layer goes backward and before they are handed over
+
+
+def gathered(network: Any, width: int, reshard: bool, *, checkpointing: bool = True) -> Gathered:
+    """What FSDP holds whole, of entries of `width` bytes; gradients are exchanged in float32.
+
+    What lies in no layer (embeddings, head) is whole from the first layer to the last and back; of the layers, one computes while the
+    buffer of the next arrives, and in the backward pass its gradients are made while those of the layer behind it are exchanged. The
+    head's gradient waits for the embedding's, and both are exchanged when all is done. Without resharding after the forward pass, every
+    layer stays whole for the backward pass. Without checkpointing, the last layer's gradients take less than what it no longer keeps, so
+    that the peak is before them.
+    """
+    everything, inside = sum(p.numel() for p in network.parameters()), layer_entries(network)
+    one = max((sum(p.numel() for p in layer.parameters()) for layer in layers_of(network)), default=0)
+    head: Any = network.get_output_embeddings()
+    ends, top = everything - inside, 0 if head is None else head.weight.numel()
+    exchanged = GRADIENT * one
+    return Gathered(
+        loss=width * (ends + one if reshard else everything),
+        backward=width * (ends + 2 * one if reshard else everything) + (exchanged if checkpointing else 0),
+        end=width * (ends + one) + exchanged,
+        reduced=(width + GRADIENT) * ends + exchanged,
+        gradients=width * ((one if checkpointing else 0) + top),
+    )
+
+
+def layer_entries(network: Any) -> int:
+    """The entries of all weights that lie in layers."""
+    return sum(p.numel() for layer in layers_of(network) for p in layer.parameters())
+
+
+# ---- activations ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The bytes of activations, moment by moment: at the loss, where the last layer goes backward, and where the first one does."""
+
+    loss: float
+    backward: float
+    end: float
+
+
+def kept_by(network: Any, rows: int, context: int, *, bf16: bool, checkpointing: bool = False) -> Kept:
+    """The bytes that the layers keep for the backward pass over (rows, context) tokens, counted on a forward pass of a fake network.
+
+    With activation checkpointing, what all layers keep is their inputs, and the backward pass holds beside them the one layer whole that
+    it is computing again (the largest). Going backward through a layer takes three gradients of the size of its largest tensor.
+    A network that is compiled keeps less: the compiler fuses element-wise steps and computes some of them again.
+
+    Raises:
+        UserError: the class's forward pass depends on values, which a fake network has not.
+    """
+    weights = {p.untyped_storage()._cdata for p in network.parameters()}
+    kept: dict[int, tuple[Tensor, int | None]] = {}
+    inputs: dict[int, Tensor] = {}
+    inside: list[int | None] = [None]
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage()._cdata, (tensor, inside[-1]))
+        return tensor
+
+    def enter(number: int, given: Any) -> None:
+        inputs.update({t.untyped_storage()._cdata: t for t in given if isinstance(t, Tensor) and t.is_floating_point()})
+        inside.append(number)
+
+    def leave(*_: Any) -> None:
+        inside.pop()
+
+    hooks: list[Any] = []
+    for number, layer in enumerate(layers_of(network)):
+        hooks.append(layer.register_forward_pre_hook(lambda _, given, number=number: enter(number, given)))
+        hooks.append(layer.register_forward_hook(leave))
+    try:
+        _forward(network, rows, context, bf16, keep)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    sizes = {place: (tensor.untyped_storage().nbytes(), layer) for place, (tensor, layer) in kept.items() if place not in weights}
+    everything = sum(size for size, _ in sizes.values())
+    entered = sum(tensor.untyped_storage().nbytes() for tensor in inputs.values())
+    layers: dict[int, list[int]] = {}
+    for place, (size, within) in sizes.items():
+        if within is not None and place not in inputs:
+            layers.setdefault(within, []).append(size)
+    outside = sum(size for place, (size, layer) in sizes.items() if layer is None and place not in inputs)
+    once = max((sum(parts) for parts in layers.values()), default=0)
+    gradients = 3 * max((size for parts in layers.values() for size in parts), default=0)
+    first = outside + once + gradients + entered / max(1, len(layers))
+    if checkpointing:
+        return Kept(entered + outside, entered + outside + once + gradients, first)
+    return Kept(everything, everything + gradients, first)
+
+
+def _forward(network: Any, rows: int, context: int, bf16: bool, keep: Callable[[Tensor], Tensor]) -> None:
+    """One forward pass of a fake network, every tensor that autograd saves handed to `keep`."""
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    # Experts in groups have no fake kernel in float32; the product with one of them has the shapes, and keeps what they keep.
+    grouped = patch("transformers.integrations.moe._grouped_mm", lambda given, weight, offs: given @ weight[0].to(given.dtype))
+    single = patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    try:
+        with next(network.parameters()).fake_mode, quietly(), grouped, single, autocast, hooks:
+            network.train().base_model(input_ids=torch.zeros(rows, context, dtype=torch.int64), use_cache=False)
+    except Exception as fault:  # the library's classes raise every kind
+        raise UserError(
+            f"dry_run: the memory of {type(network).__name__} cannot be forecast: its forward pass depends on values of weights or "
+            f"tokens, which there are none of here ({in_one_line(fault)})"
+        ) from None
+
+
+# ---- loss -----------------------------------------------------------------------------------------------------------------------------
+
+
+def logits(config: dict[str, Any], tokens: int, *, fused: bool, bf16: bool = False, sharded: bool = False) -> tuple[float, float]:
+    """The bytes of the loss at the end of the forward pass and at the beginning of the backward pass.
+
+    Plain: forward, the logits, in float32 too where they are bfloat16, and log-probabilities, (tokens, vocab) each; backward,
+    log-probabilities, their gradient and the logits' gradient, in float32. Fused: a chunk's logits, turned into their gradient in place,
+    and the gradients of the head and of its input, which the forward pass makes and the backward pass scales.
+    bfloat16 needs copies: of the head and its input, or where both are fused, of what is not float32.
+    """
+    vocab, hidden = (known_size(config, name) or 0 for name in ("vocab_size", "hidden_size"))
+    table, head, read = float(tokens * vocab), float(vocab * hidden), float(tokens * hidden)
+    if not fused:
+        copies = 2 * ((0.0 if sharded else head) + read) if bf16 else 0.0
+        return copies + (10 if bf16 else 8) * table, copies + 12 * table
+    made = 4 * (head + read)
+    copies = 4 * (read + (head if sharded else 0.0)) if bf16 else 0.0
+    return copies + made + 4.0 * min(CHUNK_TOKENS, tokens) * vocab, 2 * made
