@@ -14,9 +14,9 @@ from outgrow.growth.mixture import changed_plan
 from outgrow.growth.operators import default_noise, options_of
 from outgrow.growth.plan import Plan, decide
 from outgrow.growth.recipe import Growth
-from outgrow.growth.resolve import Resolved, resolve_family
+from outgrow.growth.resolve import Resolved, plain_source, resolve_family
 from outgrow.model.base.errors import UserError
-from outgrow.model.checkpoint import Checkpoint, names_of
+from outgrow.model.checkpoint import Checkpoint, locate, names_of
 from outgrow.model.composite import flat
 from outgrow.model.config import DTYPES, Target, resolve_target
 from outgrow.model.family import Config, Family
@@ -54,6 +54,8 @@ def plan(
     """
     check_arguments(target=target, operator=operator, depth=depth, noise=noise, seed=seed, dtype=dtype)
     checkpoint = _opened(source)
+    if isinstance(checkpoint, Checkpoint):
+        checkpoint = plain_source(checkpoint, target, depth)
     if operator in CHANGES:
         strength = default_noise(operator) if noise is None else noise
         within = partial(plan, checkpoint, depth=depth, noise=strength, seed=seed, dtype=dtype)
@@ -115,7 +117,7 @@ def _opened(source: str | Path | Config | Checkpoint) -> Checkpoint | Config:
         )
     if str(source) in PRESETS and not Path(source).is_dir():
         return preset(str(source))
-    return Checkpoint(source)
+    return Checkpoint(locate(source) if Path(source).exists() else source)
 
 
 def _as_the_class_starts(plan: Plan, called: Mapping[str, str]) -> Plan:

@@ -11,15 +11,30 @@ from typing import TYPE_CHECKING, Any
 from outgrow.growth.layers import LAYER_MAPS
 from outgrow.growth.recipe import Growth
 from outgrow.model.base.errors import UserError
-from outgrow.model.checkpoint import Checkpoint, names_of
+from outgrow.model.checkpoint import Checkpoint, is_plain, names_of
+from outgrow.model.composite import flat
 from outgrow.model.config import Target, resolve_target
 from outgrow.model.depth_only import DEPTH_KEYS, outline
-from outgrow.model.dtypes import is_float
 from outgrow.model.family import Config, Family, family_of, has_schema
+from outgrow.model.fp8 import dequantised
 
 if TYPE_CHECKING:
     from outgrow.growth.rehearse import Rehearsal
     from outgrow.model.derive.roles import Draft
+ORIGINAL = "give the checkpoint that it was made from, since no library makes plain weights of these"
+OTHERWISE = "dequantise it first, where its library can, or give the checkpoint that it was made from"
+# How plain weights come of a quantised checkpoint, by its method.
+WAYS = {
+    "bitsandbytes": "dequantise it first (AutoModelForCausalLM.from_pretrained(DIR).dequantize().save_pretrained(NEW), with bitsandbytes)",
+    "mxfp4": "dequantise it first (AutoModelForCausalLM.from_pretrained(DIR, quantization_config=Mxfp4Config(dequantize=True), "
+    "dtype='bfloat16').save_pretrained(NEW))",
+    "gptq": ORIGINAL,
+    "awq": ORIGINAL,
+    "compressed-tensors": "dequantise it first (AutoModelForCausalLM.from_pretrained(DIR, quantization_config=CompressedTensorsConfig("
+    "dequantize=True)).save_pretrained(NEW), with compressed-tensors)",
+    "fp8": "its matrices have no scales X.weight_scale_inv beside them, without which they cannot be dequantised on the way; dequantise it "
+    "first, or give the checkpoint that it was made from",
+}
 BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # which older files carry along
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -68,19 +83,30 @@ def resolve_family(
     return _derived(config, shapes, target, depth, operator, options or {})
 
 
+def plain_source(source: Checkpoint, target: Target, depth: str | Sequence[int]) -> Checkpoint:
+    """A source as growth reads it: FP8 weights with scales dequantised on the way, unless whole layers are copied byte for byte.
+
+    Raises:
+        UserError: the scales do not fit.
+    """
+    asked = flat(target) if isinstance(target, Mapping) else target
+    if source.quantised is None or _copies_layers_only(source.config, asked, depth):
+        return source
+    return dequantised(source) or source
+
+
 def _quantised(source: Checkpoint, target: Target, depth: str | Sequence[int]) -> Resolved:
     """Whole layers of quantised weights, byte for byte.
 
     Raises:
         UserError: anything else is asked for, or the config says of layers by their numbers how they are quantised.
     """
-    config, kinds = source.config, sorted({stored.dtype for stored in source.tensors.values() if not is_float(stored.dtype)})
+    config, kinds = source.config, sorted({stored.dtype for stored in source.tensors.values() if not is_plain(stored.dtype)})
     what = f"{source.folder}: its weights are quantised ({source.quantised}; {', '.join(kinds)})"
     if not _copies_layers_only(config, target, depth):
         raise UserError(
-            f"{what}, and growth computes on plain ones: dequantise it first, where the library can "
-            "(AutoModelForCausalLM.from_pretrained(DIR).dequantize().save_pretrained(NEW)), or copy whole layers (growth.depth=stack and "
-            "no size but the number of layers)"
+            f"{what}, and growth computes on plain ones: {WAYS.get(str(source.quantised), OTHERWISE)}, or copy whole layers "
+            "(growth.depth=stack and no size but the number of layers)"
         )
     said = json.dumps({key: value for key, value in config.items() if "quantization_config" in key}, default=str)
     if re.search(r"\.\d+\b", re.sub(r"\d\.\d+", "", said)):

@@ -12,6 +12,7 @@ from outgrow.model.base.errors import UserError, unknown
 from outgrow.model.checkpoint import Checkpoint
 from outgrow.model.composite import nested
 from outgrow.model.family import Config, family_of
+from outgrow.model.fp8 import dequantised
 from outgrow.model.generation import generation_config
 
 if TYPE_CHECKING:
@@ -122,17 +123,23 @@ def empty_model(config: Config, *, dtype: torch.dtype, device: torch.device | st
 def load_model(folder: Path | str, *, dtype: str = "float32", attention: str = "auto", config: Config | None = None) -> PreTrainedModel:
     """A model from a local folder of safetensors weights, every tensor accounted for; with `config`, the folder needs none of its own.
 
+    FP8 weights with scales by block are dequantised (`model.fp8`), on any device alike.
+
     Raises:
         UserError: the folder is missing, its family unknown, or a tensor missing, unexpected or of another shape.
     """
     if not Path(folder).is_dir():
         raise UserError(f"model {str(folder)!r}: no such folder")
+    held: dict[str, torch.Tensor] | None = None
     if config is None:
-        with Checkpoint(folder) as checkpoint:
-            config = checkpoint.config
+        with Checkpoint(folder) as opened:
+            plain = dequantised(opened)
+            config, held = (opened.config, None) if plain is None else (plain.config, plain.state_dict())
     hf_config = to_hf_config(config)
-    loaded: Any = library_class(hf_config).from_pretrained(
-        str(folder),
+    kind: Any = library_class(hf_config)
+    loaded: Any = (kind if held is None else kind._model_mapping[type(hf_config)]).from_pretrained(
+        str(folder) if held is None else None,
+        state_dict=held,
         dtype=_torch_dtype(dtype),
         attn_implementation=_implementation(attention),
         use_safetensors=True,

@@ -24,6 +24,7 @@ from outgrow.model.base.errors import UserError, reading
 from outgrow.model.companions import left_behind, to_download
 from outgrow.model.config import check_values, read_config, read_json
 from outgrow.model.dtypes import PLAIN_NUMBERS, RAW, is_float
+from outgrow.model.gguf import ENDING, gguf_in, unpacked
 
 MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors library itself
 MAX_NAME_BYTES = 255  # of a file
@@ -71,7 +72,7 @@ class Checkpoint:
         self.quantised = quantisation(self.config) if any(map(_packed, self.tensors.values())) else None
         self._plain_now = self.quantised is None and quantisation(self.config) is not None
         if self._plain_now:
-            self.config = {key: value for key, value in self.config.items() if not _quantises(key)}
+            self.config = without_quantisation(self.config)
         self._stamps = {file: _stamp(file) for file in {stored.file for stored in self.tensors.values()}}
         self._files: dict[Path, int] = {}
 
@@ -114,7 +115,9 @@ class Checkpoint:
         Raises:
             UserError: the file ends early or cannot be read.
         """
-        stored = self.tensors[name]
+        return self._read_rows(name, self.tensors[name], start, stop)
+
+    def _read_rows(self, name: str, stored: Stored, start: int, stop: int | None) -> np.ndarray:
         shape = stored.shape if len(stored.shape) < 3 else (prod(stored.shape[:-1]), stored.shape[-1])
         rows = shape[0] if shape else 1
         stop = rows if stop is None else stop
@@ -150,17 +153,33 @@ def _quantises(key: str) -> bool:
     return key.lstrip(".").partition(".")[0] == "quantization_config"
 
 
+def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what it says of a quantisation."""
+    return {key: value for key, value in config.items() if not _quantises(key)}
+
+
 def _packed(stored: Stored) -> bool:
-    return not is_float(stored.dtype) and stored.dtype not in PLAIN_NUMBERS
+    return not is_plain(stored.dtype)
 
 
-def quantisation(config: Mapping[str, Any]) -> str | None:
-    """How the weights of a config are quantised, by the library's name for it; None where it says nothing of it."""
+def is_plain(dtype: str) -> bool:
+    """Whether tensors of that format are numbers as a model has them, and no packed or quantised weights."""
+    return is_float(dtype) or dtype in PLAIN_NUMBERS
+
+
+def quantisation_entries(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config, or its flat view, says of a quantisation."""
     said: dict[str, Any] = {}
     for key, value in config.items():
         if _quantises(key):
             said |= value if isinstance(value, Mapping) else {key.rpartition(".")[2]: value}
-    if said in ({}, {"quantization_config": None}):
+    return {} if said == {"quantization_config": None} else said
+
+
+def quantisation(config: Mapping[str, Any]) -> str | None:
+    """How the weights of a config are quantised, by the library's name for it; None where it says nothing of it."""
+    said = quantisation_entries(config)
+    if not said:
         return None
     if "quant_method" in said:
         return str(said["quant_method"])
@@ -341,12 +360,17 @@ def is_hub_name(source: str | Path) -> bool:
 def locate(source: str | Path, revision: str | None = None) -> Path:
     """The folder of a source: itself when it is one, else a snapshot of the Hugging Face repository of that name.
 
+    Of a GGUF file, or a folder that holds one and no other weights, it is the folder that it was unpacked into (`model.gguf`).
+
     Raises:
         UserError: neither a folder nor a reachable repository.
     """
     if not isinstance(source, str | Path):
         raise UserError(f"source {source!r:.80}: expected a folder or a Hugging Face name; found {type(source).__name__}")
     folder = Path(os.path.expanduser(source))
+    file = gguf_in(folder) if folder.is_dir() else folder
+    if file is not None and file.suffix == ENDING and file.is_file():
+        return unpacked(file)
     if folder.is_dir():
         _check_kind(folder)
         return folder

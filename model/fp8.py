@@ -1,0 +1,136 @@
+"""FP8 weights with scales by block, as plain ones: each block of rows is dequantised as it is read, as `transformers` does on loading.
+
+A matrix `X.weight` of 8-bit floats has a matrix `X.weight_scale_inv` beside it, one factor for each block of `weight_block_size` (or one
+for all); the weight is entry × factor, rounded to the dtype that the config names (bfloat16 where it names none).
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from outgrow.model.base.errors import UserError
+from outgrow.model.checkpoint import Checkpoint, Stored, is_plain, quantisation_entries, without_quantisation
+from outgrow.model.dtypes import config_dtype, to_float, to_raw
+
+if TYPE_CHECKING:
+    import torch
+
+SCALE, ACTIVATION = "_scale_inv", ".activation_scale"  # ends of the names of what stands beside a quantised matrix
+# format → (bits of the exponent, of the fraction, what is subtracted from the exponent, whether the largest exponent is an infinity's)
+FORMATS = {"F8_E4M3": (4, 3, 7, False), "F8_E5M2": (5, 2, 15, True)}
+
+
+def numbers(dtype: str) -> np.ndarray:
+    """(256,) every number of an 8-bit float format, float32."""
+    exponent_bits, fraction_bits, bias, infinite = FORMATS[dtype]
+    bits = np.arange(256)
+    exponent = bits >> fraction_bits & (1 << exponent_bits) - 1
+    fraction = (bits & (1 << fraction_bits) - 1) / (1 << fraction_bits)
+    size = np.where(exponent > 0, np.ldexp(1 + fraction, exponent - bias), np.ldexp(fraction, 1 - bias))
+    if infinite:
+        top = exponent == (1 << exponent_bits) - 1
+        size[top] = np.where(fraction[top] > 0, np.nan, np.inf)
+    else:
+        size[(bits & 0x7F) == 0x7F] = np.nan
+    return np.where(bits & 0x80, -size, size).astype(np.float32)
+
+
+class Dequantised(Checkpoint):
+    """A checkpoint of FP8 weights, seen as one of plain weights; see `Checkpoint`."""
+
+    def __init__(self, checkpoint: Checkpoint, blocks: tuple[int, int] | None) -> None:
+        vars(self).update(vars(checkpoint))
+        self._blocks, self._all = blocks, checkpoint.tensors
+        self._dtype = config_dtype(checkpoint.config) or "BF16"
+        self.config = without_quantisation(checkpoint.config)
+        self.quantised = None
+        self.tensors = {name: self._plain(name) for name in self._all if not name.endswith((SCALE, ACTIVATION))}
+        UserError.collect(self._misfits())
+
+    def _plain(self, name: str) -> Stored:
+        stored = self._all[name]
+        return stored if stored.dtype not in FORMATS else Stored(stored.file, stored.offset, self._dtype, stored.shape)
+
+    def _misfits(self) -> list[str]:
+        """What is wrong with the scales, in words."""
+        quantised = {name: stored for name, stored in self._all.items() if stored.dtype in FORMATS}
+        expected = {name: self._grid(stored.shape) for name, stored in quantised.items()}
+        found = {name: self._all[name + SCALE].shape for name in quantised}
+        wrong = [name for name in quantised if found[name] != expected[name] and prod(found[name]) != prod(expected[name])]
+        return [f"{self.folder}: {name + SCALE} has shape {found[name]} where {expected[name]} is expected" for name in wrong[:3]]
+
+    def _grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the scales of a tensor."""
+        if self._blocks is None or len(shape) < 2:
+            return ()
+        return (*shape[:-2], *(-(-size // block) for size, block in zip(shape[-2:], self._blocks, strict=True)))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        into = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}[self._dtype]
+        return (*super().notes, f"weights quantised by fp8 are dequantised into {into} as they are read; quantization_config is dropped")
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        stored = self._all[name]
+        raw = self._read_rows(name, stored, start, stop)
+        if stored.dtype not in FORMATS:
+            return raw
+        return to_raw(numbers(stored.dtype)[raw] * self._factors(name, stored, start, len(raw)), self._dtype)
+
+    def _factors(self, name: str, stored: Stored, start: int, count: int) -> np.ndarray:
+        """The scale of each entry of some rows, float32; of one scale for all, that one."""
+        held = self._all[name + SCALE]
+        raw = self._read_rows(name + SCALE, held, 0, None)
+        if held.dtype in ("F8_E8M0", "U8"):  # exponents alone
+            scales = np.ldexp(np.float32(1), raw.astype(np.int32) - 127)
+        else:
+            scales = to_float(raw, held.dtype).astype(np.float32)
+        grid = self._grid(stored.shape)
+        if not grid or self._blocks is None:
+            return scales.reshape(-1)[:1]
+        height, width = self._blocks
+        row = np.arange(start, start + count)
+        within, tile = row % stored.shape[-2], row // stored.shape[-2]
+        lines = scales.reshape(-1, grid[-1])[tile * grid[-2] + within // height]
+        return np.repeat(lines, width, axis=1)[:, : stored.shape[-1]]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Every tensor, plain, in memory."""
+        import torch
+
+        kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+        kinds |= {"I64": torch.int64, "BOOL": torch.bool}
+        held = {}
+        for name, stored in self.tensors.items():
+            raw = self.read(name)
+            held[name] = torch.from_numpy(raw.view(f"i{raw.itemsize}")).view(kinds[stored.dtype]).reshape(stored.shape)
+        return held
+
+
+def dequantised(checkpoint: Checkpoint) -> Dequantised | None:
+    """A checkpoint of FP8 weights with scales as a plain one; None of any other.
+
+    Raises:
+        UserError: the scales are not those of its blocks.
+    """
+    held = checkpoint.tensors
+    if checkpoint.quantised != "fp8" or not any(stored.dtype in FORMATS for stored in held.values()):
+        return None
+    beside = {name for name in held if name.endswith((SCALE, ACTIVATION))}
+    rest = {stored.dtype for name, stored in held.items() if name not in beside and stored.dtype not in FORMATS}
+    if not all(map(is_plain, rest)) or any(name + SCALE not in held for name, stored in held.items() if stored.dtype in FORMATS):
+        return None
+    return Dequantised(checkpoint, _blocks(checkpoint))
+
+
+def _blocks(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """The block size that a config names; None where one scale is for the whole matrix."""
+    size = quantisation_entries(checkpoint.config).get("weight_block_size")
+    if size is None:
+        return None
+    if not (isinstance(size, list) and len(size) == 2 and all(type(each) is int and each > 0 for each in size)):
+        raise UserError(f"{checkpoint.folder}: weight_block_size must be two positive whole numbers; found {size!r:.80}")
+    return size[0], size[1]
