@@ -10,6 +10,7 @@ Prints the plan's certificate, and a receipt where one was measured. Exit status
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,14 @@ class GrowthLeaf:
 
 
 @dataclass(frozen=True)
+class ReceiptLeaf:
+    """How a receipt is measured."""
+
+    measure: bool | None
+    text: str | None
+
+
+@dataclass(frozen=True)
 class Settings:
     """What the door was asked for; see conf/grow.yaml."""
 
@@ -56,7 +65,7 @@ class Settings:
     seed: int
     dtype: Literal["float32"] | None
     overwrite: bool
-    receipt: bool | None
+    receipt: ReceiptLeaf
     threads: int
     max_shard_gb: float
     revision: str | None
@@ -72,7 +81,7 @@ def settings_from(arguments: list[str]) -> Settings:
     Raises:
         UserError: every unknown, missing and mistyped key, at once.
     """
-    cfg, faults = compose_config(CONF, "grow", arguments)
+    cfg, faults = compose_config(CONF, "grow", [re.sub(r"^receipt=(?!\{)", "receipt.measure=", argument) for argument in arguments])
     values = plain(cfg, faults)
     settings = read(Settings, values, "", faults) if values else None
     if settings is not None:
@@ -93,6 +102,8 @@ def settings_from(arguments: list[str]) -> Settings:
                 Worker.parse(str(settings.worker))
             except UserError as fault:
                 faults.append(str(fault))
+        if settings.receipt.text is not None and settings.receipt.measure is False:
+            faults.append("receipt.text: is for a receipt, and receipt=false measures none; leave one of them out")
         figure = settings.figure
         if figure is not None and Path(figure).suffix not in PICTURES:
             faults.append(f"figure {figure!r}: no picture's name; end it in {', '.join(PICTURES)}")
@@ -121,7 +132,8 @@ def run(settings: Settings) -> None:
             seed=settings.seed,
             dtype=settings.dtype,
             overwrite=settings.overwrite,
-            receipt=settings.receipt,
+            receipt=settings.receipt.measure,
+            text=settings.receipt.text,
             threads=settings.threads,
             max_shard_bytes=int(settings.max_shard_gb * 1e9),
             revision=settings.revision,
@@ -200,11 +212,31 @@ def _print_outcome(plan: Plan, receipt: Receipt | None) -> None:
     for remark in plan.remarks:
         print(f"note: {remark}")
     if receipt is not None:
+        tokens = f"{receipt.tokens} {'random ' if receipt.text is None else ''}tokens"
         print(
             f"receipt: max |Δlogit| {receipt.max_delta:.3g} (largest logit {receipt.max_logit:.3g}), KL {receipt.kl:.3g}, loss "
-            f"{receipt.loss_source:.4f} → {receipt.loss_target:.4f} nats on {receipt.tokens} random tokens, in {receipt.dtype}"
+            f"{receipt.loss_source:.4f} → {receipt.loss_target:.4f} nats on {tokens}, in {receipt.dtype}"
             + (f" ({receipt.note})" if receipt.note else "")
         )
+        _print_text(receipt)
+
+
+def _print_text(receipt: Receipt) -> None:
+    """Perplexity before and after, and continuations side by side, where the receipt is of a text."""
+    if receipt.text is None:
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from outgrow.growth.card import SAME, said_alike
+
+    print(f"text: perplexity {receipt.perplexity_source:.4f} → {receipt.perplexity_target:.4f} on {receipt.text}; {said_alike(receipt)}")
+    table = Table("… the text", "the source goes on", "the grown model goes on", show_lines=True)
+    for each in receipt.continuations:
+        row = (each.prompt, each.source, SAME if each.is_same else each.target)
+        table.add_row(*(escape(" ".join(text.split())) for text in row))
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -59,6 +60,29 @@ def _licence_lines(stated: Mapping[str, str]) -> str:
     return f"Licence: the source's, {named}{link}, holds for what was grown from it."
 
 
+SAME = "the same"  # instead of a continuation that is the source's
+
+
+def said_alike(receipt: Receipt) -> str:
+    """How many of a receipt's continuations are equal, in words."""
+    return f"{receipt.same} of {len(receipt.continuations)} greedy continuations are equal"
+
+
+def _text_lines(receipt: Receipt) -> list[str]:
+    """Perplexity before and after, and both models' continuations, where the receipt is of a text."""
+    if receipt.text is None:
+        return []
+    said = f"Perplexity on that text {receipt.perplexity_source:.4f} → {receipt.perplexity_target:.4f}; {said_alike(receipt)}:"
+    rows = [(each.prompt, each.source, SAME if each.is_same else each.target) for each in receipt.continuations]
+    table = [f"| {' | '.join(map(_cell, row))} |" for row in rows]
+    return [said, "", "| … the text | the source goes on | the grown model goes on |", "|---|---|---|", *table, ""]
+
+
+def _cell(text: str) -> str:
+    """A text within one cell of a table in Markdown, its marks shown as they are."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
+
+
 def model_card(plan: Plan, source: str, receipt: Receipt | None, stated: Mapping[str, str] | None = None) -> str:
     """README.md of a grown folder; `stated` is the source's `licence`."""
     import yaml
@@ -89,6 +113,7 @@ def model_card(plan: Plan, source: str, receipt: Receipt | None, stated: Mapping
             f"(largest logit {receipt.max_logit:.3g}), KL {receipt.kl:.3g}, loss {receipt.loss_source:.4f} → {receipt.loss_target:.4f}"
             + (f" ({receipt.note})." if receipt.note else "."),
             "",
+            *_text_lines(receipt),
         ]
     lines += [_licence_lines(stated), ""]
     lines += ["| space | how it grew |", "|---|---|", *(f"| `{space}` | {rule} |" for space, rule in spaces_table(plan)), ""]

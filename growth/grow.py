@@ -23,7 +23,8 @@ from outgrow.growth.moments import OPTIMIZER, RULES, STATE, inexact, moments_pla
 from outgrow.growth.plan import Plan
 from outgrow.growth.planning import plan
 from outgrow.growth.receipt import measure_growth
-from outgrow.growth.verify import Receipt, check_receipt, verify_structure
+from outgrow.growth.resolve import plain_source
+from outgrow.growth.verify import Receipt, check_receipt, passage_for, verify_structure
 from outgrow.model.base.errors import UserError, reading
 from outgrow.model.checkpoint import Checkpoint, locate
 from outgrow.model.companions import companions
@@ -83,6 +84,7 @@ def grow(
     dtype: Literal["float32"] | None = None,
     overwrite: bool = False,
     receipt: bool | None = None,
+    text: str | Path | None = None,
     threads: int = 2,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     revision: str | None = None,
@@ -101,6 +103,8 @@ def grow(
         overwrite: replace an `out` that growth made, once the new one is complete. One that holds anything else, or that is or contains the
             source, is refused.
         receipt: measure logits of both models, which needs torch; None measures models of up to 100 M parameters where torch is installed.
+        text: a file of real text to measure the receipt on, perplexity and greedy continuations of both models with it; for that the source
+            needs its tokenizer, and a receipt is measured at any size.
         threads: that compute, over tensors; the bits do not depend on it.
         max_shard_bytes: size of a shard.
         optimizer: Adam's saved state of the source, a file or a folder with `optimizer.bin` or `optimizer.pt`; grown with the weights into
@@ -113,15 +117,17 @@ def grow(
         UserError: for everything that is wrong with what was given; nothing is left behind.
     """
     check_arguments(
-        out=out, overwrite=overwrite, receipt=receipt, threads=threads, max_shard_bytes=max_shard_bytes, revision=revision,
+        out=out, overwrite=overwrite, receipt=receipt, text=text, threads=threads, max_shard_bytes=max_shard_bytes, revision=revision,
         optimizer=optimizer, nonfinite=nonfinite, worker=worker, progress=progress,
     )  # fmt: skip
     out = Path(os.path.expanduser(out))
-    with Checkpoint(locate(source, revision)) as checkpoint:
+    with Checkpoint(locate(source, revision)) as opened:
+        checkpoint = plain_source(opened, target, depth)
         ledger = read_ledger(checkpoint.folder)
         made = plan(checkpoint, target, operator, depth=depth, noise=noise, seed=seed, dtype=dtype, **options)
         check_tokenizer(checkpoint.folder, made)
         check_head(checkpoint, made)
+        passage = None if text is None or receipt is False else passage_for(checkpoint.folder, text)
         reader = checkpoint if nonfinite == "allow" else FiniteReader(checkpoint, made.dtypes)
         adam = None if optimizer is None else _read_adam(optimizer, made)
         shards = shards_of(made, max_shard_bytes)
@@ -136,11 +142,9 @@ def grow(
                 _write_adam(folder, made, adam, max_shard_bytes, **how)
             _copy_companions(checkpoint.folder, folder)
             verify_structure(folder, made)
-            small = made.source_parameters + made.target_parameters <= RECEIPT_PARAMETERS
-            measurable = small and checkpoint.quantised is None and find_spec("torch") is not None
-            wanted = measurable if receipt is None else receipt
-            measured = measure_growth(made, reader, checkpoint.folder, folder, threads=threads) if wanted else None
-            if measured is not None:
+            measured = None
+            if _is_measured(receipt, text, made, checkpoint):
+                measured = measure_growth(made, reader, checkpoint.folder, folder, threads=threads, passage=passage)
                 check_receipt(measured, made, checkpoint.folder)
             terms = licence(checkpoint.folder / "README.md")
             _write_recipe(folder, made, str(source), revision, checkpoint, ledger, measured, terms)
@@ -154,6 +158,13 @@ def grow(
             write_weights(made, reader, folder, shards, **how)
             measured = complete(folder)
     return Grown(out, made, measured, notes=checkpoint.notes)
+
+
+def _is_measured(receipt: bool | None, text: str | Path | None, plan: Plan, checkpoint: Checkpoint) -> bool:
+    if receipt is not None:
+        return receipt
+    small = plan.source_parameters + plan.target_parameters <= RECEIPT_PARAMETERS
+    return text is not None or (small and checkpoint.quantised is None and find_spec("torch") is not None)
 
 
 def _grow_share(

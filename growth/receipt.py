@@ -10,6 +10,7 @@ from pathlib import Path
 
 from outgrow.growth.engine.execute import Reader
 from outgrow.growth.engine.stream import write_model
+from outgrow.growth.passage import Passage
 from outgrow.growth.plan import Plan
 from outgrow.growth.verify import Meter, Receipt
 from outgrow.model.dtypes import is_short
@@ -17,7 +18,7 @@ from outgrow.model.dtypes import is_short
 WIDE = "float32"  # the folder, inside the unfinished one, that the same growth in float32 lies in while it is measured
 
 
-def measure_growth(plan: Plan, reader: Reader, source: Path, folder: Path, *, threads: int = 2) -> Receipt:
+def measure_growth(plan: Plan, reader: Reader, source: Path, folder: Path, *, threads: int = 2, passage: Passage | None = None) -> Receipt:
     """Measure a grown folder against its source.
 
     Weights of 16 bits are rounded by growth, as they are by casting. So three things are measured: the folder as it is stored (which is
@@ -26,24 +27,26 @@ def measure_growth(plan: Plan, reader: Reader, source: Path, folder: Path, *, th
 
     Args:
         folder: complete but for its config and recipe; the growth in float32 lies in it for a while.
+        passage: real text to measure on instead of random tokens.
 
     Raises:
         UserError: a model does not load or run.
     """
-    meter = Meter.of(source, folder)
+    meter = Meter.of(source, folder, passage=passage)
     stored = meter.receipt(folder, config=plan.target_config, norm=plan.family.norm)
     formats = {plan.dtype(step) for step in plan.steps if is_short(plan.dtype(step))}
     if not formats:
         return stored
     with _in_float32(plan, reader, folder, threads) as wide:
-        exact = meter.receipt(wide, config=plan.target_config, norm=plan.family.norm).max_delta
+        exact = meter.delta(wide, config=plan.target_config)
     format_name = "float16" if "F16" in formats else "bfloat16"
     cast = meter.cast(format_name)
     note = (
         f"stored in {format_name}; grown in float32 the logits move by {exact:.3g}, and rounding every weight of the source once to "
-        f"{format_name}, as casting does, moves them by {cast:.3g}"
+        f"{format_name}, as casting does, moves them by {cast.max_delta:.3g} (KL {cast.kl:.3g})"
     )
-    return replace(stored, exact_delta=exact, cast_delta=cast, note=f"{note}; {stored.note}" if stored.note else note)
+    note = f"{note}; {stored.note}" if stored.note else note
+    return replace(stored, exact_delta=exact, cast_delta=cast.max_delta, cast_kl=cast.kl, cast_loss=cast.loss_target, note=note)
 
 
 @contextmanager

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from math import isfinite, prod, sqrt
+from math import exp, inf, isfinite, prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from outgrow.model.base.errors import UserError
+from outgrow.growth.passage import Continuation, Passage, continued, read_passage
+from outgrow.model.base.errors import UserError, in_one_line
 from outgrow.model.checkpoint import Checkpoint, names_of, tensor_table
 from outgrow.model.dtypes import is_float, to_float
 from outgrow.model.family import Config
@@ -37,6 +38,9 @@ class Receipt:
         note: what sets the floor of the measurement.
         exact_delta: the largest difference of two logits after the same growth in float32; None where the weights are not of 16 bits.
         cast_delta: the same where nothing is grown and every weight of the source is rounded once, as casting does.
+        cast_kl, cast_loss: mean KL and loss of that rounded source.
+        text: the file that the tokens are of; None where they are random.
+        continuations: of some places of the text, by both models.
     """
 
     max_delta: float
@@ -49,9 +53,32 @@ class Receipt:
     note: str = ""
     exact_delta: float | None = None
     cast_delta: float | None = None
+    cast_kl: float | None = None
+    cast_loss: float | None = None
+    text: str | None = None
+    continuations: tuple[Continuation, ...] = ()
+
+    @property
+    def perplexity_source(self) -> float:
+        """exp(loss) of the source."""
+        return _perplexity(self.loss_source)
+
+    @property
+    def perplexity_target(self) -> float:
+        """exp(loss) of the grown model."""
+        return _perplexity(self.loss_target)
+
+    @property
+    def same(self) -> int:
+        """Number of continuations that are equal."""
+        return sum(each.is_same for each in self.continuations)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _perplexity(loss: float) -> float:
+    return exp(loss) if loss < 700 else inf
 
 
 def verify_structure(folder: Path, plan: Plan) -> None:
@@ -77,67 +104,119 @@ def measure(
     rows: int = 2,
     length: int = 32,
     seed: int = 0,
+    text: Path | str | None = None,
 ) -> Receipt:
-    """Run both checkpoints, one after the other, on the same random tokens (`rows` × `length`) and measure how far their logits are apart.
+    """Run both checkpoints, one after the other, on the same tokens and measure how far their logits are apart.
 
     Args:
         target_config: of the target, where its folder has none yet.
         norm: of the family; the library computes RMSNorms in float32 whatever the weights are, which sets the least difference.
-        dtype: to compute in; None is float64 where the larger model fits into memory so, else float32.
+        dtype: to compute in; None is float64 where the larger model fits into memory so, else float32; on a text it is float32.
+        rows, length, seed: of random tokens.
+        text: a file whose tokens are taken instead; both models continue some of its places too.
 
     Raises:
-        UserError: a model does not load or run.
+        UserError: a model does not load or run; the text cannot be read by the source's tokenizer.
     """
-    return Meter.of(source, target, dtype=dtype, rows=rows, length=length, seed=seed).receipt(target, config=target_config, norm=norm)
+    passage = None if text is None else passage_for(source, text)
+    meter = Meter.of(source, target, dtype=dtype, rows=rows, length=length, seed=seed, passage=passage)
+    return meter.receipt(target, config=target_config, norm=norm)
+
+
+def passage_for(source: Path | str, text: Path | str) -> Passage:
+    """The text that a receipt of `source` is measured on (`growth.passage.read_passage`)."""
+    with Checkpoint(source) as checkpoint:
+        return read_passage(text, checkpoint.folder, *_text_sizes(checkpoint.config))
+
+
+def _text_sizes(config: Config) -> tuple[int, int | None]:
+    """Vocabulary and positions of a config's text model; a file leaves out what its class has by default."""
+    from outgrow.model.build import to_hf_config
+
+    known = to_hf_config(config).get_text_config()
+    return known.vocab_size, getattr(known, "max_position_embeddings", None) or None
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a model says: its logits on tokens (row, position, vocabulary), and its continuations of a passage (prompt, new)."""
+
+    logits: torch.Tensor
+    continuations: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Meter:
-    """A source's logits on random tokens, against which others are held.
+    """A source's answers on fixed tokens, against which others are held.
 
     Attributes:
         dtype: that models are run in.
         tokens: (row, position).
-        before: (row, position, vocabulary) the source's logits.
+        before: the source's answers.
+        passage: the text that the tokens are of; None where they are random.
     """
 
     source: Path | str
     dtype: str
     tokens: torch.Tensor
-    before: torch.Tensor
+    before: Answers
+    passage: Passage | None = None
 
     @classmethod
     def of(
-        cls, source: Path | str, target: Path | str, *, dtype: str | None = None, rows: int = 2, length: int = 32, seed: int = 0
+        cls,
+        source: Path | str,
+        target: Path | str,
+        *,
+        dtype: str | None = None,
+        rows: int = 2,
+        length: int = 32,
+        seed: int = 0,
+        passage: Passage | None = None,
     ) -> Meter:
         """A meter for `source` and the models that are as large as `target`; arguments as `measure` takes them."""
         import torch
 
-        from outgrow.model.build import to_hf_config
-
         with Checkpoint(source) as checkpoint:
-            known = to_hf_config(checkpoint.config).get_text_config()  # a file leaves out what its class has by default
-        computed = dtype or fitting_dtype(sum(prod(stored.shape) for stored in tensor_table(Path(target)).values()))
-        length = min(length, getattr(known, "max_position_embeddings", None) or length)
-        tokens = torch.randint(known.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
-        return cls(source, computed, tokens, _logits(source, tokens, computed, "source", "receipt=false grows without running it"))
+            vocabulary, context = _text_sizes(checkpoint.config)
+        parameters = sum(prod(stored.shape) for stored in tensor_table(Path(target)).values())
+        computed = dtype or (fitting_dtype(parameters) if passage is None else "float32")
+        if passage is None:
+            generator = torch.Generator().manual_seed(seed)
+            tokens = torch.randint(vocabulary, (rows, min(length, context or length)), generator=generator)
+        else:
+            tokens = torch.tensor(passage.windows)
+        before = _answers(source, tokens, computed, "source", "receipt=false grows without running it", passage=passage)
+        return cls(source, computed, tokens, before, passage)
 
     def receipt(self, target: Path | str, *, config: Config | None = None, norm: Literal["layer", "rms"] = "layer") -> Receipt:
-        """How far the logits of the model in `target` are from the source's."""
-        after = _logits(target, self.tokens, self.dtype, "grown model", "choose other sizes", config=config)
-        found = compare_logits(self.before, after[..., : self.before.shape[-1]], self.tokens, self.dtype)
-        return replace(found, note=_floor(norm, found))
+        """How far the answers of the model in `target` are from the source's."""
+        after = _answers(target, self.tokens, self.dtype, "grown model", "choose other sizes", config=config, passage=self.passage)
+        receipt = self._compared(after.logits)
+        receipt = replace(receipt, note=_floor(norm, receipt, "" if self.passage is None else "as it is on a text"))
+        if self.passage is None or self.before.continuations is None or after.continuations is None:
+            return receipt
+        texts = self.passage.laid_side_by_side(self.before.continuations, after.continuations)
+        return replace(receipt, text=self.passage.name, continuations=texts)
 
-    def cast(self, dtype: str) -> float:
-        """How far the logits move, at most, where every weight of the source is rounded once to `dtype`, as casting rounds it.
+    def delta(self, target: Path | str, *, config: Config | None = None) -> float:
+        """How far the logits of the model in `target` are from the source's, at most; nothing is continued."""
+        after = _answers(target, self.tokens, self.dtype, "grown model", "choose other sizes", config=config)
+        return self._compared(after.logits).max_delta
+
+    def cast(self, dtype: str) -> Receipt:
+        """How far the logits move where every weight of the source is rounded once to `dtype`, as casting rounds it.
 
         The weights may have that format already; each is scaled by √2, rounded and scaled back, so that none is on the grid any more.
         """
-        after = _logits(self.source, self.tokens, self.dtype, "source", "receipt=false grows without running it", rounded_to=dtype)
-        return float((self.before - after).abs().max())
+        after = _answers(self.source, self.tokens, self.dtype, "source", "receipt=false grows without running it", rounded_to=dtype)
+        return self._compared(after.logits)
+
+    def _compared(self, after: torch.Tensor) -> Receipt:
+        return compare_logits(self.before.logits, after[..., : self.before.logits.shape[-1]], self.tokens, self.dtype)
 
 
-def _logits(
+def _answers(
     folder: Path | str,
     tokens: torch.Tensor,
     dtype: str,
@@ -146,8 +225,9 @@ def _logits(
     *,
     config: Config | None = None,
     rounded_to: str | None = None,
-) -> torch.Tensor:
-    """The logits of the model in `folder` on `tokens`, float64; `which` model it is and the `way` out are for the error."""
+    passage: Passage | None = None,
+) -> Answers:
+    """The answers of the model in `folder`, logits in the dtype computed in; `which` model it is and the `way` out are for the error."""
     import torch
 
     from outgrow.model.base.quiet import quietly
@@ -159,12 +239,12 @@ def _logits(
             if rounded_to is not None:
                 for parameter in model.parameters():
                     parameter.copy_((parameter * sqrt(2)).to(getattr(torch, rounded_to)).to(parameter.dtype) / sqrt(2))
-            return model(input_ids=tokens).logits.double()
+            logits = torch.cat([model(input_ids=row[None]).logits for row in tokens])  # a row's activations at a time
+            return Answers(logits, None if passage is None else continued(model, torch.tensor(passage.prompts)))
     except UserError:
         raise
     except Exception as fault:  # the library's classes raise every kind
-        reason = " ".join(str(fault).split())[:200]
-        raise UserError(f"receipt: the {which} does not load or run in {dtype} ({type(fault).__name__}: {reason}); {way}") from None
+        raise UserError(f"receipt: the {which} does not load or run in {dtype} ({in_one_line(fault)}); {way}") from None
 
 
 def fitting_dtype(parameters: int) -> str:
@@ -174,10 +254,14 @@ def fitting_dtype(parameters: int) -> str:
     return "float64" if 8 * parameters <= MEMORY_SHARE * psutil.virtual_memory().available else "float32"
 
 
-def _floor(norm: str, receipt: Receipt) -> str:
-    """What sets the least difference that a measurement can show, in words, where that may be what it shows; empty in plain float64."""
+def _floor(norm: str, receipt: Receipt, reason: str = "") -> str:
+    """What sets the least difference that a measurement can show, in words, where that may be what it shows; empty in plain float64.
+
+    Args:
+        reason: for computing in another dtype than float64; else it did not fit.
+    """
     if receipt.dtype != "float64":
-        why = f"computed in {receipt.dtype}, since float64 does not fit into memory"
+        why = f"computed in {receipt.dtype}, {reason or 'since float64 does not fit into memory'}"
         return f"{why}: differences of about 1e-6 of the largest logit are rounding"
     if norm == "rms" and receipt.max_delta <= RMS_FLOOR * max(receipt.max_logit, 1.0):
         return "the library computes RMSNorm in float32: differences of about 1e-6 of the largest logit are its rounding"
@@ -185,23 +269,33 @@ def _floor(norm: str, receipt: Receipt) -> str:
 
 
 def compare_logits(source: torch.Tensor, target: torch.Tensor, tokens: torch.Tensor, dtype: str, note: str = "") -> Receipt:
-    """The receipt of two sets of logits (row, position, vocabulary) on `tokens` (row, position)."""
-    import torch.nn.functional as F
+    """The receipt of two sets of logits (row, position, vocabulary) on `tokens` (row, position), reckoned in float64 row by row."""
+    import torch
 
-    def loss(logits: torch.Tensor) -> float:
-        return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
-
-    before, after = source.log_softmax(-1), target.log_softmax(-1)
+    found = torch.stack([_compared_row(*row) for row in zip(source, target, tokens, strict=True)])
+    kl, loss_source, loss_target = found[:, 2:].mean(0).tolist()
     return Receipt(
-        max_delta=float((source - target).abs().max()),
-        max_logit=float(source.abs().max()),
-        kl=float((before.exp() * (before - after)).sum(-1).mean()),
-        loss_source=loss(source),
-        loss_target=loss(target),
+        max_delta=float(found[:, 0].max()),
+        max_logit=float(found[:, 1].max()),
+        kl=kl,
+        loss_source=loss_source,
+        loss_target=loss_target,
         tokens=tokens.numel(),
         dtype=dtype,
         note=note,
     )
+
+
+def _compared_row(source: torch.Tensor, target: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """(largest |Δlogit|, largest |logit|, mean KL, loss of both) of one row, float64."""
+    import torch
+    import torch.nn.functional as F
+
+    source, target = source.double(), target.double()
+    before, after = source.log_softmax(-1), target.log_softmax(-1)
+    kl = (before.exp() * (before - after)).sum(-1).mean()
+    losses = [F.nll_loss(each[:-1], tokens[1:]) for each in (before, after)]
+    return torch.stack([(source - target).abs().max(), source.abs().max(), kl, *losses])
 
 
 def check_receipt(receipt: Receipt, plan: Plan, source: Path) -> None:
