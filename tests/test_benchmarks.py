@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 
+from helpers.scripts import FOLDER, script
 from outgrow.model.geometry import flops_per_token
 from outgrow.model.presets import preset
 from outgrow.train.machine.forecast import GIB
-
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-
-
-def script(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module: ModuleType = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_loop_and_the_bare_loop_end_at_the_same_loss(tmp_path: Path) -> None:

