@@ -208,6 +208,12 @@ def test_a_program_can_do_nothing_but_compute(program: str, fault: str | None) -
     assert found is None if fault is None else fault in (found or "")
 
 
+def test_a_busy_machine_fails_no_program() -> None:
+    """Seconds are of computing; those in which it waits are not counted."""
+    waiting = "import time\ntime.sleep(0.5)"
+    assert failures([Item("", waiting), Item("", "x = 1")], seconds=0.3) == [None, None]
+
+
 def test_no_socket_can_be_made_even_where_the_module_is_there() -> None:
     """The kernel refuses, so nothing in Python can get round it."""
     worker = Path(corpus.__file__).with_name("worker.py")

@@ -17,7 +17,7 @@ from pathlib import Path
 from outgrow.train.data.synthetic.item import Item
 
 WORKER = Path(__file__).with_name("worker.py")
-SECONDS = 2.0  # of one program
+SECONDS = 2.0  # of computing, of one program
 BATCH_SECONDS = 600.0  # of a whole process, however its programs end
 MEMORY_BYTES = 512 * 2**20
 
