@@ -82,6 +82,7 @@ LOSSY = [
     Case("sparkling", "sparkling"),
     Case("random_pad", "random_pad"),
     Case("tile", "tile"),
+    Case("scratch", "scratch"),
 ]
 
 
@@ -173,7 +174,7 @@ def measure(work: Path) -> dict[str, Any]:
 def line(row: Mapping[str, Any]) -> str:
     """A row of the table in Markdown."""
     certificate = "lossless" if row["lossless"] else "–"
-    cells = [row["name"], f"{row['parameters'] / 1e6:.0f} M", certificate, f"{exp(min(row['loss'], 700)):,.2f}", f"{row['kl']:.1g}"]
+    cells = [row["name"], f"{row['parameters'] / 1e6:.0f} M", certificate, f"{exp(min(row['loss'], 700)):,.2f}", f"{row['kl']:.2g}"]
     return f"| {' | '.join([*cells, row['said']])} |"
 
 
