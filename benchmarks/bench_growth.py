@@ -67,13 +67,27 @@ def then_sync(command: Timed) -> Timed:
 
 def make_source(folder: Path, layers: int, vocabulary: int) -> None:
     """A checkpoint with Phi-1.5's shapes and random float16 weights."""
+    from outgrow.model.presets import preset
+
+    write_random(folder, preset("phi_1_5") | {"num_hidden_layers": layers, "vocab_size": vocabulary})
+
+
+def make_dense(folder: Path, layers: int, vocabulary: int) -> None:
+    """A Llama with Phi-1.5's sizes and random float16 weights, to be made a mixture of experts of."""
+    from outgrow.model.presets import preset
+
+    sizes = {"num_hidden_layers": layers, "vocab_size": vocabulary, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
+    sizes |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    write_random(folder, preset("phi_1_5") | sizes | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+
+
+def write_random(folder: Path, config: dict[str, Any]) -> None:
+    """A checkpoint of `config` with random float16 weights."""
     import numpy as np
 
     from outgrow.growth.engine.shards import Entry, ShardWriter, layout
     from outgrow.model.family import family_of
-    from outgrow.model.presets import preset
 
-    config = preset("phi_1_5") | {"num_hidden_layers": layers, "vocab_size": vocabulary}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     tensors = list(family_of(config).tensors(config))
@@ -101,6 +115,22 @@ def check_grown(source: Path, grown: Path) -> None:
                 raise SystemExit(f"{grown}: fc1 of layer {number} is not that of source layer {layer}")
 
 
+def check_experts(source: Path, grown: Path) -> None:
+    """Every expert of an upcycled model must be the source's MLP, bit for bit."""
+    import numpy as np
+
+    from outgrow.model.checkpoint import Checkpoint
+
+    parts = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+    with Checkpoint(source) as small, Checkpoint(grown) as large:
+        for own, dense in parts.items():
+            expected = small.read(f"model.layers.0.mlp.{dense}.weight")
+            for expert in range(8):
+                found = large.read(f"model.layers.0.block_sparse_moe.experts.{expert}.{own}.weight")
+                if not np.array_equal(found, expected):
+                    raise SystemExit(f"{grown}: {own} of expert {expert} is not the source's {dense}")
+
+
 def check_equal(first: Path, second: Path) -> None:
     """Both checkpoints must hold the same tensors, bit for bit."""
     import numpy as np
@@ -115,7 +145,13 @@ def check_equal(first: Path, second: Path) -> None:
                 raise SystemExit(f"{name} differs between {first} and {second}")
 
 
-CHILDREN = {"make-source": make_source, "check-grown": check_grown, "check-equal": check_equal}
+CHILDREN = {
+    "make-source": make_source,
+    "make-dense": make_dense,
+    "check-grown": check_grown,
+    "check-experts": check_experts,
+    "check-equal": check_equal,
+}
 
 
 def child(name: str, *arguments: object) -> list[str]:
@@ -162,13 +198,14 @@ class Bench:
 
     def __init__(self, work: Path, layers: int, mergekit: Path | None) -> None:
         self.work, self.mergekit = work, mergekit
-        self.source, self.quarter = work / "source", work / "quarter"
+        self.source, self.quarter, self.dense = work / "source", work / "quarter", work / "dense"
         self.layers, self.deeper = layers, layers * 4 // 3
         self.map = [*range(layers), *range(2 * layers - self.deeper, layers)]  # the last layers again, as they are
         self.bytes: dict[str, int] = {}
         self.log = str(work / "log.txt")
         for folder, part in ((self.source, 1), (self.quarter, 4)):
             measured(child("make-source", folder, layers // part, 51200 // part), self.log)
+        measured(child("make-dense", self.dense, layers // 4, 51200 // 4), self.log)
 
     def round(self) -> dict[str, Timed]:
         work, found = self.work, {}
@@ -212,6 +249,13 @@ class Bench:
                 measured(child("check-equal", deep, merged), self.log)
         ready(merged)
         ready(deep)
+        ready(grown, self.dense)
+        mixture = "{model_type:mixtral,num_local_experts:8,num_experts_per_tok:2}"
+        command = growth_command(self.dense, grown, mixture, "growth=upcycle", "receipt=false")
+        found["upcycling a quarter into 8 experts"] = measured(command, self.log)
+        self.bytes["upcycling a quarter into 8 experts"] = size_of(grown)
+        measured(child("check-experts", self.dense, grown), self.log)
+        ready(grown)
         found["start-up"] = measured([sys.executable, "-m", "outgrow.growth", "source=phi_1_5", "target=phi_2", "plan_only=true"])
         return found
 

@@ -32,6 +32,7 @@ def arm(overrides: list[str], source: Path, *more: str) -> list[str]:
     return [*own, MIXTURE, f"source={source}", *more]
 
 
+@pytest.mark.slow
 def test_a_dense_source_trains_on_as_a_mixture(overrides: list[str], source: Path, tmp_path: Path) -> None:
     asked = arm(overrides, source, "growth=upcycle", "growth.sparse=last_half", "transfer.optimizer=null")
     folder = loop.train(compose([*asked, f"out={tmp_path / 'run'}"]))
