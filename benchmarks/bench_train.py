@@ -30,7 +30,8 @@ import torch
 
 from outgrow.model.build import build_model
 from outgrow.train import loop
-from outgrow.train.data import TokenData, prepare
+from outgrow.train.corpus import prepare
+from outgrow.train.data import TokenData
 from outgrow.train.data.batches import batch, validation_batches
 from outgrow.train.loss import NextTokenLoss
 from outgrow.train.optimizer import build_optimizer, set_learning_rate

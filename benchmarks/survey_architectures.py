@@ -154,7 +154,7 @@ def warm(text: Path) -> None:
 
     Nothing here runs backward, which PyTorch refuses after a fork.
     """
-    from outgrow.train.data import prepare
+    from outgrow.train.corpus import prepare
     from outgrow.train.machine.forecast import forecast
     from outgrow.train.run.reading import reading
     from outgrow.train.start.rehearsal import rehearse_end

@@ -89,7 +89,7 @@ def run(name: str, *, jobs_at_once: int | None = None) -> list[Judged]:
 
 def open_texts(study: Study, display: Display) -> dict[str, TokenData]:
     """The texts to judge on, cut by the tokenizer of the runs' own."""
-    from outgrow.train.data import prepare
+    from outgrow.train.corpus import prepare
     from outgrow.train.data.mixture import source_data
     from outgrow.train.data.settings import SourceSettings
     from outgrow.train.settings import compose
@@ -106,7 +106,7 @@ def open_texts(study: Study, display: Display) -> dict[str, TokenData]:
 
 def read_by(settings: Settings) -> dict[str, int]:
     """How many tokens a run reads of each source; builds what is not built."""
-    from outgrow.train.data import prepare
+    from outgrow.train.corpus import prepare
     from outgrow.train.data.mixture import mixed, tokens_read
     from outgrow.train.settings import Budget
 

@@ -108,7 +108,7 @@ def _complete(folder: Path, settings: Settings, source: Job | None) -> bool:
 
 def prepare_text(todo: Sequence[Job], display: Display) -> None:
     """Build corpus, tokenizer and shards once, before several processes would each wait for them."""
-    from outgrow.train.data import prepare
+    from outgrow.train.corpus import prepare
     from outgrow.train.run.reading import reading
 
     begun = {(job.settings.data.home, job.settings.source): job for job in todo}

@@ -459,15 +459,6 @@ def test_the_count_of_architectures_is_the_one_that_was_measured() -> None:
         assert sentence in said
 
 
-def test_the_table_of_data_is_the_one_that_was_measured() -> None:
-    result = json.loads(text_of("benchmarks/bench_data.json"))
-    table = sections("docs/evidence.md", 2)["Data"]
-    for name, rate in result["megabytes_per_second"].items():
-        over = [result["prepare_over"][clock].get(name, 1.0) for clock in ("wall", "cpu")]
-        assert f"| {name} | {rate:.1f} | {over[0]:.2f} | {over[1]:.2f} |" in table
-    assert f"{result['machine']}, medians of {result['rounds']} rounds, {result['bytes']:,} bytes, {result['tokens']:,} tokens" in table
-
-
 def test_the_families_with_a_schema_are_those_named() -> None:
     written = next(cells[1] for cells in rows(text_of("docs/families.md")) if cells[0].startswith("[written]"))
     assert set(re.findall(r"`(\w+)`", written)) == set(outgrow.model.family.families())

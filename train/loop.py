@@ -19,7 +19,8 @@ from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import write_json
 from outgrow.model.config import read_config
 from outgrow.model.geometry import active_parameter_count, flops_per_token, flops_source, parameter_count
-from outgrow.train.data import TokenData, check_vocabulary, prepare
+from outgrow.train.corpus import prepare
+from outgrow.train.data import TokenData, check_vocabulary
 from outgrow.train.data.batches import validation_batches, window_count
 from outgrow.train.data.mixture import mixed, tokens_read
 from outgrow.train.machine.device import device_name, peak_flops, session

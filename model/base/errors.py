@@ -61,15 +61,14 @@ DISTRIBUTION = "scaled-knowledge-transfer"
 
 
 def not_installed(fault: ModuleNotFoundError) -> UserError | None:
-    """The error for a library of the extra `train` that is not there; None where another module is missing, which is no user's fault."""
+    """The error for a library of the extras `train` and `corpus` that is not there; None for another module, which is no user's fault."""
     missing = (fault.name or "").partition(".")[0]
-    extra = [line for line in metadata.requires(DISTRIBUTION) or [] if re.search("extra == .train.", line)]
-    names = {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in extra}
-    if missing not in names:
-        return None
-    return UserError(
-        f"{missing} is not installed, and this needs it: pip install '{DISTRIBUTION}[train]'; growing a checkpoint does without"
-    )
+    for extra in ("train", "corpus"):
+        lines = [line for line in metadata.requires(DISTRIBUTION) or [] if re.search(f"extra == .{extra}.", line)]
+        if missing in {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in lines}:
+            way_out = f"pip install '{DISTRIBUTION}[{extra}]'; growing a checkpoint does without"
+            return UserError(f"{missing} is not installed, and this needs it: {way_out}")
+    return None
 
 
 def in_one_line(fault: BaseException, length: int = 200) -> str:

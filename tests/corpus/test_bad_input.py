@@ -8,6 +8,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -15,9 +16,10 @@ import zstandard
 from transformers import AutoTokenizer
 
 from outgrow.model.base.errors import UserError
-from outgrow.train.data import DataSettings, prepare
-from outgrow.train.data.corpus import documents, open_corpus
-from outgrow.train.data.document import Tally
+from outgrow.train.corpus import prepare
+from outgrow.train.corpus.read.corpora import documents, open_corpus
+from outgrow.train.corpus.read.document import Tally
+from outgrow.train.data import DataSettings
 from outgrow.train.data.shards import check_data, fingerprint
 
 LINES = "".join(json.dumps({"text": f"line {i} of some text"}) + "\n" for i in range(400)).encode()
@@ -89,7 +91,7 @@ def test_json_that_is_none_is_named(tmp_path: Path, content: str, message: str) 
 
 
 def test_a_json_file_too_large_for_one_piece_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("outgrow.train.data.formats.JSON_BYTES", 20)
+    monkeypatch.setattr("outgrow.train.corpus.read.formats.JSON_BYTES", 20)
     (tmp_path / "a.json").write_text('[{"text": "longer than that"}]')
     with pytest.raises(UserError, match=r"a\.json: more than 20 bytes of JSON in one piece; write it as \.jsonl"):
         read(tmp_path)
@@ -129,7 +131,7 @@ def settings(tmp_path: Path) -> DataSettings:
 
 
 def test_a_document_longer_than_a_shard_is_cut_over_several(settings: DataSettings) -> None:
-    text = "".join(chr(97 + i * i % 26) for i in range(5000))
+    text = "".join(map(chr, np.random.default_rng(0).integers(97, 123, 5000)))
     (Path(settings.path or "") / "10.txt").write_text(text)
     data = prepare(settings, progress=False)
     split = next(split for split in (data.train, data.validation) if split.count > 1500)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +12,15 @@ import pyarrow.parquet
 import pytest
 
 from outgrow.model.base.errors import UserError
-from outgrow.train.data import DataSettings, prepare
-from outgrow.train.data import duplicates as module
-from outgrow.train.data.benchmarks import read_benchmarks, write_benchmarks
-from outgrow.train.data.blocks import digest_of
-from outgrow.train.data.duplicates import band_keys, bands, exact, keys, near, signature
+from outgrow.train.corpus import duplicates as module
+from outgrow.train.corpus import prepare
+from outgrow.train.corpus.benchmarks import read_benchmarks, write_benchmarks
+from outgrow.train.corpus.duplicates import band_keys, bands, exact, keys, near, signature
+from outgrow.train.corpus.normalise import normalised
+from outgrow.train.corpus.read.steps import digest_of
+from outgrow.train.corpus.words import ngrams, word_hashes, words
+from outgrow.train.data import DataSettings
 from outgrow.train.data.settings import CleaningSettings, disagreements
-from outgrow.train.data.text import normalised
-from outgrow.train.data.words import ngrams, word_hashes, words
 
 
 @pytest.mark.parametrize(
@@ -141,9 +143,11 @@ RUN = "a b c d e f g h i j k l m"
 
 
 def overlap(folder: Path, text: str) -> str | None:
+    """The first thing that a text has in common with the benchmarks in a folder."""
     write_benchmarks(str(folder), folder.parent / "ngrams.npz")
     found = words(text)
-    return read_benchmarks(folder.parent / "ngrams.npz", len(text)).overlap(found, word_hashes(found))
+    hits = read_benchmarks(folder.parent / "ngrams.npz", time.monotonic_ns()).overlaps(found, word_hashes(found))
+    return hits[0][1] if hits else None
 
 
 @pytest.fixture
@@ -166,11 +170,12 @@ def test_thirteen_words_in_a_row_are_an_overlap(folder: Path) -> None:
 
 def test_what_cannot_be_looked_for_is_counted(folder: Path) -> None:
     counts = write_benchmarks(str(folder), folder.parent / "ngrams.npz")
-    assert counts == {"files": 3, "texts": 4, "too_short": 1, "ngrams": 3 + 8 + 8, "ngram_words": 13}
+    ngrams = {"ngrams": 3 + 8 + 8, "ngram_words": 13, "short_words": 6}
+    assert counts == {"files": 3, "texts": 4, "short": 0, "too_short": 1, **ngrams}
     for name in ("one.jsonl", "three.parquet"):
         (folder / name).unlink()
     (folder / "two.txt").write_text("too short")
-    with pytest.raises(UserError, match=r"data\.clean\.benchmarks=.*: not one text of 13 words in 1 files"):
+    with pytest.raises(UserError, match=r"data\.clean\.benchmarks=.*: not one text of 6 words in 1 files"):
         write_benchmarks(str(folder), folder.parent / "ngrams.npz")
     (folder / "broken.json").write_text("{")
     with pytest.raises(UserError, match=r"broken\.json: neither JSON nor JSON lines"):
@@ -182,7 +187,7 @@ def test_what_cannot_be_looked_for_is_counted(folder: Path) -> None:
 
 @pytest.fixture
 def settings(tmp_path: Path, folder: Path, texts: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> DataSettings:
-    monkeypatch.setattr("outgrow.train.data.blocks.BLOCK_BYTES", 9000)
+    monkeypatch.setattr("outgrow.train.corpus.read.files.TASK_BYTES", 9000)
     corpus = tmp_path / "texts"
     corpus.mkdir()
     lines = [" ".join(text) for text in texts[:100]]
@@ -190,7 +195,8 @@ def settings(tmp_path: Path, folder: Path, texts: list[list[str]], monkeypatch: 
     lines[51] = lines[8] + "  \r\n"  # a copy once normalised,
     lines[52] = "\ufeff"  # nothing then,
     lines[53] = f"{RUN} {lines[53]}"  # and one that has seen the test
-    (corpus / "a.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    for name, part in (("a", lines[:60]), ("b", lines[60:])):
+        (corpus / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in part))
     clean = CleaningSettings(normalise=True, exact_duplicates=True, near_duplicates=0.8, benchmarks=str(folder))
     return DataSettings(
         "t", "files", folder=str(tmp_path / "tokens"), path=str(corpus), vocab_size=300, validation_fraction=0.2, clean=clean
@@ -217,7 +223,7 @@ def test_every_document_is_kept_or_listed_with_its_reason(settings: DataSettings
     assert {reason: count["documents"] for reason, count in counts["removed"].items()} == {
         reason: sum(found == reason for found, _ in found.values()) for reason in dict(found.values())
     }
-    assert counts["near_duplicates"] == {"shingle_words": 5, "permutations": 128, "bands": 14, "rows": 9}
+    assert counts["near_duplicates"] == {"words": "prose", "shingle_words": 5, "permutations": 128, "bands": 14, "rows": 9}
     assert counts["benchmarks"]["ngrams"] == 19
 
 

@@ -11,8 +11,10 @@ import pyarrow.parquet
 import pytest
 
 from outgrow.model.base.errors import UserError
-from outgrow.train.data.corpus import documents, is_validation, open_corpus
-from outgrow.train.data.document import Tally
+from outgrow.train.corpus.read.corpora import documents, open_corpus
+from outgrow.train.corpus.read.document import Tally
+from outgrow.train.corpus.read.steps import digest_of
+from outgrow.train.corpus.tokenise import held_out
 from outgrow.train.data.settings import DataSettings, disagreements
 
 
@@ -112,15 +114,15 @@ def test_the_standard_library_is_the_same_each_time() -> None:
     assert sum(document.bytes for document in found) == corpus.size > 8e6
 
 
-def test_the_split_depends_on_name_and_seed_alone() -> None:
-    names = [f"document {i}" for i in range(4000)]
+def test_the_split_depends_on_text_and_seed_alone() -> None:
+    texts = [digest_of(b"document %d" % i) for i in range(4000)]
     halves = [
-        {name for name in names if is_validation(name, DataSettings("t", "stdlib", seed=seed, validation_fraction=0.1))} for seed in (0, 1)
+        {text for text in texts if held_out(text, DataSettings("t", "stdlib", seed=seed, validation_fraction=0.1))} for seed in (0, 1)
     ]
     assert 320 < len(halves[0]) < 480
     assert 320 < len(halves[1]) < 480
     assert len(halves[0] & halves[1]) < 100  # independent: some 40
-    more = {name for name in names if is_validation(name, DataSettings("other", "hub", validation_fraction=0.2))}
+    more = {text for text in texts if held_out(text, DataSettings("other", "hub", validation_fraction=0.2))}
     assert halves[0] < more  # a larger share only adds
 
 
@@ -140,7 +142,7 @@ def jsonl(text: str) -> dict[str, bytes]:
         (jsonl('{"text": 5}'), r"a\.jsonl:1: 'text' is a int, not text"),
         ({"a.parquet": b"PAR1 this is none"}, r"a\.parquet: corrupted parquet .*fetch the file again"),
         ({"a.parquet": b""}, r"a\.parquet: corrupted parquet"),
-        ({"a.png": b""}, r"none of its 1 files ends in \.txt \.md \.py \.json \.jsonl \.parquet"),
+        ({"a.png": b""}, r"none of its 1 files ends in \.txt \.md \.py \.json \.jsonl \.csv \.tsv \.parquet"),
         ({}, "it is an empty folder"),
     ],
 )

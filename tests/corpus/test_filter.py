@@ -17,13 +17,14 @@ from sklearn.metrics import brier_score_loss, precision_score, recall_score
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 from outgrow.model.base.errors import UserError
-from outgrow.train.data import DataSettings, prepare
+from outgrow.train.corpus import prepare
+from outgrow.train.corpus.filter.embed import load_again, load_encoder
+from outgrow.train.corpus.filter.fit import FitSettings, fit, read_labels, report
+from outgrow.train.corpus.filter.forest import ARRAYS, Forest, load
+from outgrow.train.corpus.filter.rules import RULES, label, measure
+from outgrow.train.corpus.filter.score import threshold
+from outgrow.train.data import DataSettings
 from outgrow.train.data.__main__ import main
-from outgrow.train.data.filter.embed import load_again, load_encoder
-from outgrow.train.data.filter.fit import FitSettings, fit, read_labels, report
-from outgrow.train.data.filter.forest import ARRAYS, Forest, load
-from outgrow.train.data.filter.rules import RULES, label, measure
-from outgrow.train.data.filter.score import threshold
 from outgrow.train.data.settings import CleaningSettings, disagreements
 from outgrow.train.data.tokenizer import save_tokenizer, train_tokenizer
 
@@ -255,7 +256,7 @@ def filter_folder(tmp_path_factory: pytest.TempPathFactory, corpus: Path, source
 
 @pytest.fixture
 def settings(corpus: Path, filter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataSettings:
-    monkeypatch.setattr("outgrow.train.data.blocks.BLOCK_BYTES", 2000)
+    monkeypatch.setattr("outgrow.train.corpus.read.files.TASK_BYTES", 2000)
     clean = CleaningSettings(filter=str(filter_folder), keep=0.3)
     return DataSettings(
         "t", "files", folder=str(tmp_path / "tokens"), path=str(corpus), vocab_size=280, validation_fraction=0.3, clean=clean
@@ -290,7 +291,7 @@ def test_scores_are_not_computed_again_after_a_kill(settings: DataSettings, monk
 
         return scores
 
-    from outgrow.train.data.filter.score import Filter
+    from outgrow.train.corpus.filter.score import Filter
 
     inner = Filter.scores
     monkeypatch.setattr(Filter, "scores", counted(inner, 3))

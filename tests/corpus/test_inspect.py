@@ -11,9 +11,10 @@ import pyarrow.parquet
 import pytest
 
 from outgrow.model.base.errors import UserError
-from outgrow.train.data import DataSettings, prepare
+from outgrow.train.corpus import prepare
+from outgrow.train.corpus.inspect import LENGTHS, SCORES, inspect, report
+from outgrow.train.data import DataSettings
 from outgrow.train.data.__main__ import main
-from outgrow.train.data.inspect import LENGTHS, SCORES, inspect, report
 from outgrow.train.data.settings import CleaningSettings
 
 
@@ -54,7 +55,7 @@ def score(folder: Path) -> None:
 
 
 def test_samples_are_the_documents_that_they_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("outgrow.train.data.inspect.BATCH", 7)
+    monkeypatch.setattr("outgrow.train.corpus.inspect.BATCH", 7)
     found = inspect(folder, samples=50, characters=30, seed=0)
     assert len(found.samples) == 40
     for sample in found.samples:

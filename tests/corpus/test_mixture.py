@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from outgrow.model.base.errors import UserError
-from outgrow.train.data import prepare
+from outgrow.train.corpus import prepare
 from outgrow.train.data.batches import batch
 from outgrow.train.data.mixture import Mixture, mix, mixed
 from outgrow.train.data.settings import DataSettings, MixtureSettings, PhaseSettings, SourceSettings, mixture_disagreements

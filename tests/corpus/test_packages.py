@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from outgrow.model.base.errors import UserError
-from outgrow.train.data.document import Tally
-from outgrow.train.data.files import packages, stdlib
+from outgrow.train.corpus.read.document import Tally
+from outgrow.train.corpus.read.files import packages, stdlib
 from outgrow.train.data.settings import DataSettings, disagreements
 
 EINOPS = metadata.version("einops")
@@ -30,8 +30,8 @@ def test_documents_are_the_files_that_the_distribution_recorded() -> None:
 
 
 def test_the_standard_library_comes_with_them() -> None:
-    library = [f"stdlib/{name}" for name, _ in stdlib(DataSettings("stdlib", "stdlib")).files]
-    assert [name for name, _ in packages(settings(f"einops=={EINOPS}")).files if name.startswith("stdlib/")] == library
+    library = [f"stdlib/{file.name}" for file in stdlib(DataSettings("stdlib", "stdlib")).files]
+    assert [file.name for file in packages(settings(f"einops=={EINOPS}")).files if file.name.startswith("stdlib/")] == library
 
 
 def test_all_that_is_missing_or_of_another_version_is_told_at_once() -> None:

@@ -1,9 +1,11 @@
-"""The same bytes whatever the number of workers, and after kill −9 at any moment, without doing again what was whole."""
+"""The same bytes whatever the number of workers and the executor, and after kill −9 at any moment, without doing again what was whole."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -14,17 +16,18 @@ import numpy as np
 import pytest
 
 from outgrow.model.base.errors import UserError
-from outgrow.train.data import DataSettings, prepare
-from outgrow.train.data.shards import ShardWriter
-from outgrow.train.data.workers import workers
+from outgrow.train.corpus import executors, prepare
+from outgrow.train.corpus.executors import pool
+from outgrow.train.corpus.settings import ExecutorSettings
+from outgrow.train.data import DataSettings
 
 WORDS = np.array(["the", "model", "grows", "a", "wider", "layer", "and", "deeper", "one", "while", "its", "logits", "stay", "same"])
 
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataSettings:
-    """Two hundred documents in files of ten, read in some twenty blocks, packed into shards of 3,000 tokens."""
-    monkeypatch.setattr("outgrow.train.data.blocks.BLOCK_BYTES", 4000)
+    """Two hundred documents in files of ten, read by twenty tasks, packed into shards of 3,000 tokens."""
+    monkeypatch.setattr("outgrow.train.corpus.read.files.TASK_BYTES", 1000)
     texts, numbers = tmp_path / "texts", np.random.default_rng(0)
     texts.mkdir()
     for i in range(20):
@@ -39,34 +42,46 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_the_number_of_workers_changes_no_byte(settings: DataSettings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [{}, {"limit_documents": 57}, {"limit_bytes": 20_000, "limit_tokens": 4000}])
+def test_the_number_of_workers_changes_no_byte(settings: DataSettings, tmp_path: Path, limit: dict[str, int]) -> None:
     found = []
-    for count in (1, 3):
-        changed = replace(settings, folder=str(tmp_path / f"tokens{count}"), workers=count)
+    for count in (1, 2):
+        changed = replace(settings, folder=str(tmp_path / f"tokens{count}"), workers=count, **limit)
         prepare(changed, progress=False)
         found.append(contents(changed.home))
     assert found[0] == found[1]
-    assert len([name for name in found[0] if name.startswith("train-")]) > 3
+    read = json.loads(found[0]["manifest.json"])["read"]
+    assert read["documents"] == limit.get("limit_documents", read["documents"])
+    assert limit.get("limit_bytes", 0) <= read["bytes"] < limit.get("limit_bytes", 10**6) + 500
+
+
+def test_what_lies_behind_a_limit_may_be_broken_for_any_number_of_workers(settings: DataSettings, tmp_path: Path) -> None:
+    (Path(settings.path or "") / "07.jsonl").write_text("no JSON\n" * 10)
+    for count in (1, 2):
+        changed = replace(settings, folder=str(tmp_path / f"tokens{count}"), workers=count, limit_documents=70)
+        prepare(changed, progress=False)
+        with pytest.raises(UserError, match=r"07\.jsonl:1: expected a JSON object"):
+            prepare(replace(changed, limit_documents=71), progress=False)
 
 
 class Killed(BaseException):
     """Nothing catches it to clean up: what is on disk stays as at a kill."""
 
 
-def calls(settings: DataSettings, monkeypatch: pytest.MonkeyPatch, where: str, stop: int | None = None) -> int:
-    """Prepare, and count how often `where` is called; before call number `stop`, the build is killed."""
-    module, name = where.rsplit(".", 1)
-    inner, count = getattr(sys.modules[module], name), 0
+def tasks_done(settings: DataSettings, monkeypatch: pytest.MonkeyPatch, stage: str, stop: int | None = None) -> int:
+    """Prepare, and count the tasks that are done of a stage; before number `stop` of them, the build is killed."""
+    inner, count = executors._run_task, 0
 
-    def counting(*arguments: object) -> object:
+    def counting(executor: executors.LocalExecutor, rank: int) -> None:
         nonlocal count
-        if count == stop:
-            raise Killed
-        count += 1
-        return inner(*arguments)
+        if executor.logging_dir.path.endswith(f"/{stage}"):
+            if count == stop:
+                raise Killed
+            count += 1
+        inner(executor, rank)
 
     with monkeypatch.context() as patch:
-        patch.setattr(where, counting)
+        patch.setattr("outgrow.train.corpus.executors._run_task", counting)
         if stop is None:
             prepare(settings, progress=False)
         else:
@@ -75,52 +90,43 @@ def calls(settings: DataSettings, monkeypatch: pytest.MonkeyPatch, where: str, s
     return count
 
 
-@pytest.mark.parametrize("stop", [1, 7, 15])
-@pytest.mark.parametrize("where", ["train.data.build.stage", "train.data.pack.encode_block"])
-def test_blocks_that_are_whole_are_not_done_again(settings: DataSettings, monkeypatch: pytest.MonkeyPatch, where: str, stop: int) -> None:
+@pytest.mark.parametrize(("stage", "stop"), [("read", 1), ("read", 15), ("tokenise", 7), ("pack", 2)])
+def test_tasks_that_are_done_are_not_done_again(settings: DataSettings, monkeypatch: pytest.MonkeyPatch, stage: str, stop: int) -> None:
     whole = replace(settings, folder=settings.home.with_name("whole").as_posix())
-    blocks = calls(whole, monkeypatch, where)
-    assert calls(settings, monkeypatch, where, stop) == stop < blocks
+    tasks = tasks_done(whole, monkeypatch, stage)
+    assert tasks_done(settings, monkeypatch, stage, stop) == stop < tasks
     assert not settings.home.exists()
-    assert calls(settings, monkeypatch, where) == blocks - stop
+    assert tasks_done(settings, monkeypatch, stage) == tasks - stop
     assert contents(settings.home) == contents(whole.home)
 
 
-def test_shards_that_were_finished_are_kept(settings: DataSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    partial = settings.home.with_name("tokens.partial")
-    with monkeypatch.context() as patch:
-        patch.setattr(ShardWriter, "entry", lambda self: (_ for _ in ()).throw(Killed))  # between the last shard and the manifest
-        with pytest.raises(Killed):
-            prepare(settings, progress=False)
-    first = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in partial.glob("train-*.bin")}
-    assert not list(partial.glob("work/ids/000000.*"))  # in finished shards: needed no more
-    prepare(settings, progress=False)
-    again = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in settings.home.glob("train-*.bin")}
-    assert [name for name in first if first[name] != again[name]] == [max(first)]  # but the last one, which is not full
-
-
-def test_other_text_does_not_go_on_in_an_old_build(settings: DataSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("outgrow.train.data.build._tokenizer", lambda *_: (_ for _ in ()).throw(Killed))
-        with pytest.raises(Killed):
-            prepare(settings, progress=False)
-    path = Path(settings.path or "") / "00.jsonl"
+def test_after_a_change_what_other_files_were_read_to_is_kept(settings: DataSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks_done(settings, monkeypatch, "tokenise", 0)
+    path, read = Path(settings.path or "") / "03.jsonl", list[str]()
     path.write_text(path.read_text().replace("model", "modal"))
+    from outgrow.train.corpus.read import steps
+
+    inner = steps.content_of
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "content_of", lambda file: read.append(file.name) or inner(file))
+        first = prepare(settings, progress=False)
+    assert read == ["03.jsonl"]
     fresh = replace(settings, folder=settings.home.with_name("fresh").as_posix())
-    assert prepare(settings, progress=False).fingerprint == prepare(fresh, progress=False).fingerprint
+    assert first.fingerprint == prepare(fresh, progress=False).fingerprint
 
 
 PROCESS = """
 import sys
-import outgrow.train.data.blocks
+import outgrow.train.corpus.read.files
 from outgrow.train.data.settings import CleaningSettings, DataSettings
 if __name__ == "__main__":
-    train.data.blocks.BLOCK_BYTES = 4000
-    from outgrow.train.data import prepare
+    outgrow.train.corpus.read.files.TASK_BYTES = 1000
+    from outgrow.train.corpus import prepare
     prepare(eval(sys.argv[1]), progress=False)
 """
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_leaves_a_build_that_goes_on(settings: DataSettings, tmp_path: Path) -> None:
     whole = replace(settings, folder=str(tmp_path / "whole"), workers=1)
     prepare(whole, progress=False)
@@ -130,7 +136,7 @@ def test_kill_9_at_any_moment_leaves_a_build_that_goes_on(settings: DataSettings
     command = [sys.executable, str(script), repr(settings)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     partial = settings.home.with_name("tokens.partial")
-    for wanted in ("work/text/000003.json", "work/lengths/000002.npz", "train-00001.bin"):
+    for wanted in ("work/stages/read/completions/00003", "work/lengths/000002.npz", "train-00001.bin"):
         process = subprocess.Popen(command, env=environment)
         until = time.monotonic() + 60
         while not (partial / wanted).exists() and process.poll() is None and time.monotonic() < until:
@@ -142,7 +148,7 @@ def test_kill_9_at_any_moment_leaves_a_build_that_goes_on(settings: DataSettings
 
 
 def test_a_worker_that_is_killed_is_told(settings: DataSettings) -> None:
-    with pytest.raises(UserError, match=r"a worker process was killed.*data\.workers=1"), workers(2) as run:
+    with pytest.raises(UserError, match=r"a worker process was killed.*data\.workers=1"), pool(2) as run:
         list(run(os._exit, [(9,)]))
 
 
@@ -154,8 +160,84 @@ def test_jobs_are_drawn_as_they_are_needed() -> None:
             drawn.append(i)
             yield (-i,)
 
-    with workers(2) as run:
+    with pool(2) as run:
         results = run(abs, jobs())
         assert [next(results) for _ in range(3)] == [0, 1, 2]
         assert len(drawn) < 10
         assert list(results) == list(range(3, 100))
+
+
+# ---- a scheduler ------------------------------------------------------------------------------------------------------------------------
+
+SBATCH = """#!{python}
+# A stand-in for sbatch: every task of the array at once, one after another, as Slurm would start it on a node.
+import os, re, subprocess, sys
+script = open(sys.argv[-1]).read()
+last = int(re.search(r"--array=0-([0-9]+)", script).group(1))
+dependent = any(argument.startswith("--dependency") for argument in sys.argv) or "--dependency" in script
+for task in range(0 if dependent else last + 1):
+    environment = os.environ | {{"SLURM_ARRAY_TASK_ID": str(task), "SLURM_NODELIST": "here", "RUN_OFFSET": "0"}}
+    kill = os.environ.get("KILL") == f"{{re.search('job-name=(.*)', script).group(1)}} {{task}}"
+    if not kill:
+        subprocess.run(["bash", sys.argv[-1]], env=environment, capture_output=True)
+print("Submitted batch job 17")
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand-ins for Slurm's commands, in front of the path."""
+    folder = tmp_path / "bin"
+    launch = f"#!{sys.executable}\nfrom datatrove.tools.launch_pickled_pipeline import main\nmain()\n"
+    programs = {
+        "sbatch": SBATCH.format(python=sys.executable),
+        "scontrol": "#!/bin/sh\necho here\n",
+        "squeue": "#!/bin/sh\nexit 1\n",
+        "launch_pickled_pipeline": launch,
+    }
+    folder.mkdir()
+    for name, text in programs.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    return folder
+
+
+SLURM = ExecutorSettings("slurm", partition="any", poll_seconds=0.1)
+
+
+@pytest.fixture
+def few(settings: DataSettings, monkeypatch: pytest.MonkeyPatch) -> DataSettings:
+    """The same in three tasks: each is a process of its own."""
+    monkeypatch.setattr("outgrow.train.corpus.read.files.TASK_BYTES", 30_000)
+    return replace(settings, shard_tokens=40_000)
+
+
+@pytest.mark.slow
+def test_the_scheduler_makes_the_same_bytes_and_goes_on_after_a_killed_task(
+    few: DataSettings, cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = (replace(few, folder=str(tmp_path / name)) for name in ("here", "there"))
+    prepare(here, progress=False)
+    monkeypatch.setenv("KILL", "tokenise 1")
+    with pytest.raises(UserError, match=r"tokenise: Slurm job 17 has ended, and 1 of its 3 tasks are not done \(the first: 1\)"):
+        prepare(there, progress=False, executor=SLURM)
+    monkeypatch.delenv("KILL")
+    prepare(there, progress=False, executor=SLURM)
+    assert contents(here.home) == contents(there.home)
+
+
+@pytest.mark.slow
+def test_what_is_wrong_with_the_input_is_told_by_the_one_who_waits(few: DataSettings, cluster: Path) -> None:
+    (Path(few.path or "") / "05.jsonl.gz").write_bytes(b"none")
+    with pytest.raises(UserError, match=r"05\.jsonl\.gz: corrupted gz"):
+        prepare(few, progress=False, executor=SLURM)
+
+
+def test_a_scheduler_out_of_reach_is_told(settings: DataSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=r"corpus\.executor=slurm: sbatch failed .*No such file"):
+        prepare(settings, progress=False, executor=SLURM)
+    with pytest.raises(UserError, match=r"corpus\.partition: missing"):
+        prepare(settings, progress=False, executor=ExecutorSettings("slurm"))

@@ -17,10 +17,14 @@ import pytest
 from transformers import AutoTokenizer
 
 from outgrow.model.base.errors import UserError
-from outgrow.train.data import DataSettings, TokenData, open_data, prepare
-from outgrow.train.data.corpus import documents, is_validation, open_corpus
+from outgrow.train.corpus import prepare
+from outgrow.train.corpus.read.corpora import documents, open_corpus
+from outgrow.train.corpus.read.steps import digest_of
+from outgrow.train.corpus.tokenise import held_out
+from outgrow.train.data import DataSettings, TokenData, open_data
 from outgrow.train.data.shards import Tokens, dtype_of
 
+SKIPPED = ("empty_skipped", "too_long_skipped", "binary_skipped", "broken_skipped", "programs_failed")
 WORDS = ["the", "model", "grows", "a", "wider", "layer", "and", "a", "deeper", "one", "while", "its", "logits", "stay"]
 
 
@@ -42,6 +46,10 @@ def build(settings: DataSettings) -> TokenData:
     return prepare(settings, progress=False)
 
 
+def is_validation(text: str, settings: DataSettings) -> bool:
+    return held_out(digest_of(text.encode()), settings)
+
+
 def stamp(settings: DataSettings) -> int:
     return settings.home.stat().st_ino
 
@@ -54,7 +62,7 @@ def test_the_tokens_are_the_documents_each_with_its_end(settings: DataSettings) 
     tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_folder)
     seen = set()
     for split in (data.train, data.validation):
-        wanted = [d for d in documents(settings, open_corpus(settings)) if is_validation(d.name, settings) == (split.name == "validation")]
+        wanted = [d for d in documents(settings, open_corpus(settings)) if is_validation(d.text, settings) == (split.name == "validation")]
         ids = split.tokens[:]
         assert ids.dtype == np.dtype("<u2")
         assert tokenizer.decode(ids) == "".join(document.text + "<|endoftext|>" for document in wanted)
@@ -70,7 +78,15 @@ def test_the_manifest_says_what_was_read(settings: DataSettings) -> None:
     build(settings)
     manifest = json.loads((settings.home / "manifest.json").read_text())
     counts = {"documents": 41, "bytes": sum(split["bytes"] for split in manifest["splits"].values())}
-    assert manifest["read"] == {"empty_skipped": 0, "utf8_replaced": 1, "too_long_skipped": 0, "programs_failed": 0, **counts}
+    assert manifest["read"] == {
+        "empty_skipped": 0,
+        "utf8_replaced": 1,
+        "too_long_skipped": 0,
+        "binary_skipped": 0,
+        "broken_skipped": 0,
+        "programs_failed": 0,
+        **counts,
+    }
     assert manifest["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     for name, split in manifest["splits"].items():
         raw = b"".join(path.read_bytes() for path in sorted(settings.home.glob(f"{name}-*.bin")))
@@ -83,8 +99,9 @@ def test_the_manifest_says_what_was_read(settings: DataSettings) -> None:
 
 def test_the_tokenizer_never_sees_the_validation_part(settings: DataSettings) -> None:
     for path in Path(settings.path or "").iterdir():
-        if is_validation(path.name, settings):
-            path.write_text("zq" * 400)
+        text = "zq" * 200 + path.name
+        if is_validation(text, settings):
+            path.write_text(text)
     vocabulary = AutoTokenizer.from_pretrained(build(settings).tokenizer_folder).get_vocab()
     assert not [entry for entry in vocabulary if "zq" in entry]
     assert max(map(len, vocabulary.keys() - {"<|endoftext|>"})) > 3
@@ -103,9 +120,9 @@ def test_wide_vocabularies_take_four_bytes() -> None:
 
 def test_reading_stops_with_the_document_that_reaches_the_limit(settings: DataSettings) -> None:
     whole = build(settings)
-    limited = build(replace(settings, limit_tokens=1000, limit_bytes=10**6))
+    limited = build(replace(settings, limit_tokens=2500, limit_bytes=10**6))
     counts = limited.train.count + limited.validation.count
-    assert 1000 <= counts < 1000 + 200 < whole.train.count
+    assert 2500 <= counts < 2500 + 200 < whole.train.count
     assert (limited.train.tokens[:] == whole.train.tokens[: limited.train.count]).all()
 
 
@@ -125,9 +142,9 @@ def test_tokens_slice_as_one_array(lengths: list[int]) -> None:
 
 def test_what_is_there_is_opened_not_built(settings: DataSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     first, before = build(settings), stamp(settings)
-    monkeypatch.setattr("outgrow.train.data.build._build", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr("outgrow.train.corpus.build._build", lambda *_: pytest.fail("built again"))
     with monkeypatch.context() as patch:
-        patch.setattr("outgrow.train.data.build._digest", lambda *_: pytest.fail("read again"))
+        patch.setattr("outgrow.train.corpus.read.files.Files.digest", lambda *_: pytest.fail("read again"))
         assert build(replace(settings, name="other")).fingerprint == first.fingerprint
     os.utime(Path(settings.path or "") / "00.txt", (1, 1))  # touched, not changed
     moved = settings.home.parent / "moved"
@@ -146,7 +163,7 @@ def test_a_change_builds_again(settings: DataSettings, change: str) -> None:
     elif change == "new file":
         (texts / "41.md").write_text("more")
     elif change == "renamed":
-        (texts / "00.txt").rename(texts / "000.txt")
+        (texts / "00.txt").rename(texts / "zz.txt")
     else:
         value = getattr(settings, change)
         settings = replace(settings, **{change: value + 1 if isinstance(value, int) else value + 0.2})
@@ -165,7 +182,7 @@ def test_rebuilding_the_same_gives_the_same_bytes(settings: DataSettings) -> Non
 
 
 PROCESS = """
-import sys, outgrow.train.data.build as build
+import sys, outgrow.train.corpus.build as build
 from outgrow.train.data.settings import CleaningSettings, DataSettings
 inner = build._build
 build._build = lambda *all: (print("built"), inner(*all))
@@ -194,7 +211,7 @@ def test_of_several_processes_one_builds(settings: DataSettings) -> None:
 
 
 def test_a_build_that_fails_leaves_nothing_that_opens(settings: DataSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("outgrow.train.data.build._versions", lambda: 1 / 0)  # the last thing before the manifest
+    monkeypatch.setattr("outgrow.train.corpus.pipeline.short", lambda *_: 1 / 0)  # between the last shard and the manifest
     with pytest.raises(ZeroDivisionError):
         build(settings)
     assert sorted(path.name for path in settings.home.parent.iterdir()) == ["texts", "tokens.lock", "tokens.partial"]
@@ -224,7 +241,7 @@ def test_the_remains_of_a_killed_build_are_swept_away(settings: DataSettings) ->
 def test_a_full_disk_is_told_and_leaves_nothing_that_opens(settings: DataSettings, limit: int) -> None:
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
     for i in range(40):
-        (Path(settings.path or "") / f"more{i}.txt").write_text(" ".join(WORDS * 40))
+        (Path(settings.path or "") / f"more{i}.txt").write_text(" ".join([f"{i}", *WORDS * 40]))
     settings = replace(settings, shard_tokens=10**6)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, former[1]))
     try:
@@ -270,10 +287,10 @@ def test_opening_what_is_not_there(tmp_path: Path) -> None:
 def test_a_corpus_without_text_or_without_one_split_is_refused(settings: DataSettings, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.txt").write_text("")
-    with pytest.raises(UserError, match="not one training document"):
+    with pytest.raises(UserError, match=r"not one document in the text \(left out: 1 empty\)"):
         build(replace(settings, path=str(tmp_path / "empty")))
-    with pytest.raises(UserError, match=r"not one validation document .*validation_fraction=1e-09"):
-        build(replace(settings, validation_fraction=1e-9))
+    with pytest.raises(UserError, match=r"not one validation document among the first 1 tokens"):
+        build(replace(settings, limit_tokens=1))
     with pytest.raises(UserError, match=r"2 faults:\n.*validation_fraction.*\n.*vocab_size"):
         build(replace(settings, validation_fraction=0.0, vocab_size=0))
 

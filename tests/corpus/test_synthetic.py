@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from outgrow.model.base.errors import UserError
-from outgrow.train.data import prepare
-from outgrow.train.data.corpus import documents, open_corpus
-from outgrow.train.data.document import Tally
+from outgrow.train.corpus import prepare
+from outgrow.train.corpus.read.corpora import documents, open_corpus
+from outgrow.train.corpus.read.document import Tally
 from outgrow.train.data.settings import DataSettings, disagreements
 from outgrow.train.data.synthetic import corpus
 from outgrow.train.data.synthetic.checker import failures

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from outgrow.model.base.errors import UserError
+from outgrow.train.corpus import prepare
 from outgrow.train.data import __main__ as door
-from outgrow.train.data import prepare
 from outgrow.train.data.settings import DataSettings
 from outgrow.train.data.writing.prompts import Prompts
 from outgrow.train.data.writing.run import write

@@ -124,7 +124,7 @@ def test_a_whole_study_on_small_texts(tmp_path: Path, monkeypatch: pytest.Monkey
     texts = mixtures.open_texts
 
     def opened(study: Study, display: object) -> object:
-        from outgrow.train.data import prepare
+        from outgrow.train.corpus import prepare
         from outgrow.train.data.mixture import source_data
         from outgrow.train.data.settings import DataSettings, SourceSettings
 

@@ -24,7 +24,7 @@ from outgrow.model.base.errors import UserError
 from outgrow.model.build import build_model
 from outgrow.model.presets import preset
 from outgrow.train import loop
-from outgrow.train.data import prepare
+from outgrow.train.corpus import prepare
 from outgrow.train.data.batches import batch, validation_batches
 from outgrow.train.evaluate import evaluate
 from outgrow.train.loss import NextTokenLoss

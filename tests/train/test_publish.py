@@ -15,7 +15,7 @@ from helpers.toy import at, timeless, weights
 from outgrow.model.base.errors import UserError
 from outgrow.model.twin import tiny_twin
 from outgrow.train import loop
-from outgrow.train.data import prepare
+from outgrow.train.corpus import prepare
 from outgrow.train.run.export import write_model
 from outgrow.train.settings import Settings, compose
 from outgrow.train.start.neutral import is_neutral

@@ -23,7 +23,8 @@ from typing import TypeVar
 from outgrow.model.base.errors import UserError, unknown
 from outgrow.model.base.interrupt import started
 from outgrow.model.base.settings import CONF, compose_config, plain, read
-from outgrow.train.data import report
+from outgrow.train.corpus import report
+from outgrow.train.corpus.settings import ExecutorSettings, executor_faults
 from outgrow.train.data.settings import DataSettings, disagreements
 
 T = TypeVar("T")
@@ -34,6 +35,7 @@ class PrepareSettings:
     """conf/prepare.yaml."""
 
     data: DataSettings
+    corpus: ExecutorSettings
     progress: bool
 
 
@@ -78,6 +80,8 @@ def settings_from(cls: type[T], name: str, overrides: Sequence[str]) -> T:
     settings = read(cls, values, "", faults) if values else None
     if isinstance(settings, PrepareSettings | FilterSettings):
         faults += disagreements(settings.data)
+    if isinstance(settings, PrepareSettings):
+        faults += executor_faults(settings.corpus)
     if isinstance(settings, InspectSettings):
         faults += [] if settings.folders else ["folders: none; give prepared folders: 'folders=[data/stdlib]'"]
         faults += [f"{key}: must not be negative" for key in ("samples", "characters") if getattr(settings, key) < 0]
@@ -94,16 +98,16 @@ def settings_from(cls: type[T], name: str, overrides: Sequence[str]) -> T:
 
 def prepare(overrides: Sequence[str]) -> None:
     """Prepare one corpus, and say what became of its documents."""
-    from outgrow.train.data.build import prepare as build
+    from outgrow.train.corpus.build import prepare as build
 
     settings = settings_from(PrepareSettings, "prepare", overrides)
-    print(report.prepared(build(settings.data, progress=settings.progress).folder))
+    print(report.prepared(build(settings.data, progress=settings.progress, executor=settings.corpus).folder))
 
 
 def label(overrides: Sequence[str]) -> None:
     """Label a corpus of Python modules by the demonstration rules."""
-    from outgrow.train.data.filter.fit import write_labels
-    from outgrow.train.data.filter.rules import RULES
+    from outgrow.train.corpus.filter.fit import write_labels
+    from outgrow.train.corpus.filter.rules import RULES
 
     settings = settings_from(FilterSettings, "filter", overrides)
     counts = write_labels(settings.data, Path(settings.labels))
@@ -115,8 +119,8 @@ def label(overrides: Sequence[str]) -> None:
 
 def fit(overrides: Sequence[str]) -> None:
     """Fit a filter on labels, and say how it does on those held out."""
-    from outgrow.train.data.filter.fit import FitSettings
-    from outgrow.train.data.filter.fit import fit as fit_filter
+    from outgrow.train.corpus.filter.fit import FitSettings
+    from outgrow.train.corpus.filter.fit import fit as fit_filter
 
     settings = settings_from(FilterSettings, "filter", overrides)
     if settings.encoder is None:
@@ -127,13 +131,13 @@ def fit(overrides: Sequence[str]) -> None:
 
 def score(overrides: Sequence[str]) -> None:
     """Score the documents of a corpus, kept or not."""
-    from outgrow.train.data.corpus import documents, open_corpus
-    from outgrow.train.data.filter.score import Filter, write_scores
-    from outgrow.train.data.progress import bar
+    from outgrow.train.corpus.filter.score import Filter, write_scores
+    from outgrow.train.corpus.progress import bar
+    from outgrow.train.corpus.read.corpora import documents, open_corpus
 
     settings = settings_from(FilterSettings, "filter", overrides)
     corpus, fitted = open_corpus(settings.data), Filter(Path(settings.filter).expanduser(), settings.encoder)
-    with bar("scoring", corpus.size, settings.progress) as advance:
+    with bar("scoring", getattr(corpus, "size", None), settings.progress) as advance:
         histogram = write_scores(documents(settings.data, corpus), settings.data, fitted, Path(settings.scores), advance)
     print(report.scored(settings.scores, histogram))
 
@@ -149,9 +153,9 @@ def write(overrides: Sequence[str]) -> None:
 def inspect(overrides: Sequence[str]) -> None:
     """Show what prepared folders hold."""
     from outgrow.model.base.files import write_text
-    from outgrow.train.data import inspect as module
-    from outgrow.train.data.picture import draw
-    from outgrow.train.data.progress import bar
+    from outgrow.train.corpus import inspect as module
+    from outgrow.train.corpus.picture import draw
+    from outgrow.train.corpus.progress import bar
     from outgrow.train.data.shards import check_data
 
     settings = settings_from(InspectSettings, "inspect", overrides)

@@ -190,7 +190,7 @@ def mixed(settings: MixtureSettings | None, own: DataSettings, data: TokenData, 
     """
     if settings is None:
         return data
-    from outgrow.train.data.build import prepare
+    from outgrow.train.corpus.build import prepare
 
     opened = {name: prepare(s, progress=progress) for name, source in settings.sources.items() if (s := source_data(source, own, data))}
     splits = {name: opened[name].train if name in opened else data.train for name in settings.sources}

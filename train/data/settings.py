@@ -17,7 +17,8 @@ class CleaningSettings:
     normalise: bool = False  # Unicode NFC, \n line ends, no control characters, no spaces at line ends
     exact_duplicates: bool = False  # remove later copies of a text
     near_duplicates: float | None = None  # remove later texts of at least this Jaccard similarity; null: keep them
-    benchmarks: str | None = None  # a folder or glob: remove texts that share 13 words in a row with one in it
+    words: Literal["prose", "code"] = "prose"  # what a word is in shingles: train/corpus/words.py
+    benchmarks: str | None = None  # a folder or glob: remove texts that share 13 words in a row, or a short item, with one in it
     filter: str | None = None  # the folder of a fitted filter: score what is left,
     keep: float | None = None  # and keep this share of it, the best documents
     encoder: str | None = None  # where the filter's encoder lies; null: where it was when the filter was fitted
@@ -30,7 +31,7 @@ class DataSettings:
     name: str
     corpus: Literal["stdlib", "packages", "files", "hub", "exercises", "textbooks"]
     folder: str | None = None  # where the tokens are kept; null: data/<name>
-    path: str | None = None  # files: a folder, a file, or a glob (** crosses folders) of the suffixes in formats.READERS
+    path: str | None = None  # files: a folder, a file, or a glob (** crosses folders) of the suffixes in formats.READERS; or a URL
     distributions: tuple[str, ...] = ()  # packages: name==version of each
     dataset: str | None = None  # hub: owner/name, or a folder that `datasets` can read
     config: str | None = None  # hub
@@ -42,11 +43,12 @@ class DataSettings:
     limit_bytes: int | None = None  # of text: read no more; null: all, or READ_AHEAD for each token of limit_tokens
     limit_tokens: int | None = None  # of both splits, after cleaning; the document that reaches it is the last
     max_document_bytes: int = 2**24  # a longer document is skipped and counted: it has to fit in memory, with its tokens
+    max_broken: float = 0.001  # the share of records that may be left out because they cannot be read; 0: none
     clean: CleaningSettings = field(default_factory=CleaningSettings)
     tokenizer: str | None = None  # a folder or hub name; null: the one of the run's source, where it has none a byte-level BPE is trained
     vocab_size: int = 2048  # of the trained one; data.tokenizer=train trains one even where the source has its own
     model_max_length: int = 2048  # that the trained one states; a hint for its users, nothing is cut
-    validation_fraction: float = 0.05  # of the documents
+    validation_fraction: float = 0.05  # of the documents, chosen by a hash of their text
     seed: int = 0  # of the split, and of what is generated
     shard_tokens: int = 2**28  # at most, in one file
     workers: int | None = None  # processes; null: this one for a small corpus, else one a core. Nothing of the result depends on it
@@ -83,6 +85,8 @@ def disagreements(settings: DataSettings) -> list[str]:
         faults.append(f"data.validation_fraction: must be between 0 and 1; found {settings.validation_fraction}")
     if settings.tokenizer is None and settings.vocab_size < 257:
         faults.append(f"data.vocab_size: must be at least 257, for 256 bytes and the end of text; found {settings.vocab_size}")
+    if not 0 <= settings.max_broken < 1:
+        faults.append(f"data.max_broken: must be a share from 0 on, less than 1; found {settings.max_broken}")
     for key in ("limit_documents", "limit_bytes", "limit_tokens", "max_document_bytes", "shard_tokens", "model_max_length", "workers"):
         value = getattr(settings, key)
         if value is not None and value <= 0:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -83,74 +83,12 @@ class TokenData:
         return self.folder / TOKENIZER
 
 
-class ShardWriter:
-    """Appends ids to `<split>-00000.bin`, …, each of `limit` tokens but the last, under their names when they are whole and on disk.
-
-    Full shards that are there already are kept: what is written for them again is only counted, and may be left out (`skip`).
-    """
-
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, limit: int) -> None:
-        self.documents = self.bytes = self.tokens = 0
-        self._folder, self._split, self._dtype, self._limit = folder, split, dtype, limit
-        self._file: BinaryIO | None = None
-        self._digest = hashlib.sha256()
-        self._shards: list[dict[str, Any]] = []
-        while (path := folder / self._name(len(self._shards))).is_file() and path.stat().st_size == limit * dtype.itemsize:
-            self._shards.append({"file": path.name, "tokens": limit})
-            _hash_file(path, self._digest)
-        for path in folder.glob(f"{split}-*.bin*"):  # the remains of a kill
-            if path.name not in {shard["file"] for shard in self._shards}:
-                path.unlink()
-        self.kept = limit * len(self._shards)  # tokens that were there before
-
-    @property
-    def finished(self) -> int:
-        """Tokens in shards that are whole and on disk."""
-        return sum(shard["tokens"] for shard in self._shards) if self._file is None else self._limit * (len(self._shards) - 1)
-
-    def skip(self, tokens: int, documents: int, size: int) -> None:
-        """Count what is in finished shards."""
-        self.documents, self.bytes, self.tokens = self.documents + documents, self.bytes + size, self.tokens + tokens
-        assert self.tokens <= self.kept
-
-    def write(self, ids: np.ndarray, documents: int, size: int) -> None:
-        """Append ids, 1-D, of so many documents with so many bytes of text."""
-        known = min(len(ids), max(0, self.kept - self.tokens))
-        self.documents, self.bytes, self.tokens = self.documents + documents, self.bytes + size, self.tokens + len(ids)
-        ids = ids[known:]
-        while len(ids):
-            if self._file is None:
-                self._open()
-            assert self._file is not None
-            part = ids[: self._limit - self._shards[-1]["tokens"]].astype(self._dtype)
-            self._file.write(raw := part.tobytes())
-            self._digest.update(raw)
-            self._shards[-1]["tokens"] += len(part)
-            ids = ids[len(part) :]
-            if self._shards[-1]["tokens"] == self._limit:
-                self.close()
-
-    def _name(self, number: int) -> str:
-        return f"{self._split}-{number:05d}.bin"
-
-    def _open(self) -> None:
-        self._shards.append({"file": self._name(len(self._shards)), "tokens": 0})
-        self._file = (self._folder / (self._shards[-1]["file"] + ".partial")).open("wb")
-
-    def close(self) -> None:
-        """Finish the last shard, full or not."""
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
-            path = self._folder / self._shards[-1]["file"]
-            os.replace(path.with_name(path.name + ".partial"), path)
-
-    def entry(self) -> dict[str, Any]:
-        """What the manifest says of this split."""
-        counts = {"documents": self.documents, "bytes": self.bytes, "tokens": self.tokens}
-        return {**counts, "sha256": self._digest.hexdigest(), "shards": self._shards}
+def split_entry(folder: Path, shards: Sequence[Any]) -> dict[str, Any]:
+    """What the manifest says of the shards of a split: their names and tokens, and a hash of all bytes."""
+    digest = hashlib.sha256()
+    for shard in shards:
+        _hash_file(folder / shard.file, digest)
+    return {"sha256": digest.hexdigest(), "shards": [{"file": shard.file, "tokens": shard.tokens} for shard in shards]}
 
 
 def _hash_file(path: Path, digest: Any) -> None:

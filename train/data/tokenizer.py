@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 TRAIN = "train"  # as data.tokenizer: train one, even beside a source that has its own
+LONGEST_RUN = 1024  # characters that a tokenizer is trained on in one piece, where nothing interrupts them: training takes their square
+_RUN = re.compile(rf"\S{{{LONGEST_RUN}}}(?=\S)|\s{{{LONGEST_RUN}}}(?=\s)")
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
@@ -39,10 +44,19 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, model_max_length: 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in _bounded(text)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT, model_max_length=model_max_length
     )
+
+
+def _bounded(text: str) -> Iterator[str]:
+    """A text in pieces without longer runs than LONGEST_RUN; ordinary text in one."""
+    start = 0
+    for run in _RUN.finditer(text):
+        yield text[start : run.end()]
+        start = run.end()
+    yield text[start:]
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -82,25 +96,72 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         raise OSError(str(error)) from error
 
 
-def encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy that reads special tokens in a text as the text they are: only `prepare` ends a document."""
+@dataclass(frozen=True)
+class Encoder:
+    """Turns documents into ids: what the tokenizer's own call puts in front, the text, the end of text.
+
+    A special token that stands in a text is the text it is, for every kind of tokenizer: only an encoder ends a document.
+    """
+
+    tokenizer: Tokenizer
+    front: tuple[int, ...]
+    end: int
+    literal: dict[int, tuple[int, ...]]  # special id → the ids of its spelling
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text."""
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [[*self.front, *self._plain(encoding.ids), self.end] for encoding in encodings]
+
+    def _plain(self, ids: list[int]) -> list[int]:
+        if self.literal.keys().isdisjoint(ids):
+            return ids
+        return [plain for number in ids for plain in self.literal.get(number, (number,))]
+
+
+def encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
+    """The encoder of a tokenizer."""
     return read_encoder(write_encoder(tokenizer))
 
 
 def write_encoder(tokenizer: PreTrainedTokenizerFast) -> str:
     """What `read_encoder` reads, in another process perhaps."""
-    return tokenizer.backend_tokenizer.to_str()
+    special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= {str(token): int(number) for token, number in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)}
+    if tokenizer.unk_token_id != tokenizer.eos_token_id:
+        special.pop(str(tokenizer.unk_token), None)  # stands for text that has no other token
+    unknown = tokenizer.unk_token_id if str(tokenizer.unk_token) not in special else None
+    literal = {number: _spelling(content, tokenizer.get_vocab(), special, unknown) for content, number in special.items()}
+    whole, plain = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+    front: list[int] = next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
+    return json.dumps(
+        {"tokenizer": tokenizer.backend_tokenizer.to_str(), "front": front, "end": tokenizer.eos_token_id, "literal": list(literal.items())}
+    )
 
 
-def read_encoder(text: str) -> Tokenizer:
-    """The tokenizer that `write_encoder` wrote, which takes texts whole and reads special tokens in them as plain text."""
+def _spelling(content: str, vocabulary: dict[str, int], special: dict[str, int], unknown: int | None) -> list[int]:
+    """The ids of a special token's characters, the longest pieces first; bytes where a character has none."""
+    ids, start = list[int](), 0
+    while start < len(content):
+        pieces = (content[start:end] for end in range(len(content), start, -1))
+        piece = next((piece for piece in pieces if piece in vocabulary and piece not in special), None)
+        bytes_ = [vocabulary.get(f"<0x{byte:02X}>", unknown) for byte in content[start].encode()]
+        ids += [number for number in ([vocabulary[piece]] if piece else bytes_) if number is not None]
+        start += len(piece or " ")
+    return ids
+
+
+def read_encoder(text: str) -> Encoder:
+    """The encoder that `write_encoder` wrote; it takes texts whole."""
     from tokenizers import Tokenizer
 
-    copy = Tokenizer.from_str(text)
-    copy.encode_special_tokens = True
-    copy.no_truncation()
-    copy.no_padding()
-    return copy
+    values = json.loads(text)
+    tokenizer = Tokenizer.from_str(values["tokenizer"])
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    literal = {number: tuple(ids) for number, ids in values["literal"]}
+    return Encoder(tokenizer, tuple(values["front"]), values["end"], literal)
 
 
 def entries(tokenizer: PreTrainedTokenizerFast) -> int:

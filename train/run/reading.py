@@ -8,7 +8,7 @@ from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outgrow.train.data.build import cut_by
+from outgrow.train.corpus.build import cut_by
 from outgrow.train.data.settings import DataSettings
 from outgrow.train.data.tokenizer import TRAIN, has_tokenizer, tokenizer_identity
 

@@ -22,7 +22,7 @@ from outgrow.train.data.synthetic.item import Item
 from outgrow.train.data.synthetic.problem import draw_problem
 
 if TYPE_CHECKING:
-    from outgrow.train.data.document import Document, Tally
+    from outgrow.train.corpus.read.document import Document, Tally
     from outgrow.train.data.settings import DataSettings
 
 KINDS = {"exercises": exercises.TEMPLATES, "textbooks": textbooks.TEMPLATES}

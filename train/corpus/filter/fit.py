@@ -14,12 +14,12 @@ import numpy as np
 
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import whole_file, whole_folder
-from outgrow.train.data.corpus import documents, open_corpus
-from outgrow.train.data.filter import embed
-from outgrow.train.data.filter.forest import Forest
-from outgrow.train.data.filter.rules import label
+from outgrow.train.corpus.filter import embed
+from outgrow.train.corpus.filter.forest import Forest
+from outgrow.train.corpus.filter.rules import label
+from outgrow.train.corpus.normalise import normalised
+from outgrow.train.corpus.read.corpora import documents, open_corpus
 from outgrow.train.data.settings import DataSettings
-from outgrow.train.data.text import normalised
 
 if TYPE_CHECKING:
     from sklearn.ensemble import RandomForestClassifier
@@ -143,7 +143,7 @@ def _classifier(settings: FitSettings) -> RandomForestClassifier:
     try:
         from sklearn.ensemble import RandomForestClassifier
     except ImportError as error:
-        raise UserError("fitting a filter needs scikit-learn: pip install -e '.[data]'") from error
+        raise UserError("fitting a filter needs scikit-learn: pip install -e '.[corpus]'") from error
     return RandomForestClassifier(
         settings.trees, min_samples_leaf=settings.min_samples_leaf, random_state=settings.seed, n_jobs=len(os.sched_getaffinity(0))
     )

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from outgrow.model.base.errors import UserError
-from outgrow.train.data.document import Document, Tally
-from outgrow.train.data.files import hash_of
-from outgrow.train.data.formats import text_of
+from outgrow.train.corpus.read.document import Document, Tally
+from outgrow.train.corpus.read.files import hash_of
+from outgrow.train.corpus.read.formats import first_line, text_of
 from outgrow.train.data.settings import DataSettings
 
 
 @dataclass(frozen=True)
 class Hub:
-    """A dataset is what its name and revision say: once the tokens are there, no network is needed."""
+    """A dataset is what its name and revision say: once the tokens are there, no network is needed. A local folder is looked at again."""
 
     settings: DataSettings
-    size: None = None
 
     def documents(self, tally: Tally) -> Iterator[Document]:
         column = self.settings.column
         for row in self._rows(tally.item):
             place = f"{self.settings.dataset}:{self.settings.split}:{tally.item}"
             if column not in row:
-                found = ", ".join(row) or "none"
-                raise UserError(f"{place}: no column {column!r}; found {found}; name the one with the text: data.column=NAME")
+                names = ", ".join(row) or "none"
+                raise UserError(f"{place}: no column {column!r}; found {names}; name the one with the text: data.column=NAME")
             tally.item += 1
+            tally.records += 1
             yield from tally.document(place, text_of(row[column], column, place), self.settings.max_document_bytes)
 
     def _rows(self, start: int) -> Iterator[dict[str, Any]]:
@@ -39,14 +40,24 @@ class Hub:
             yield from rows.skip(start) if start else rows
         except Exception as error:  # datasets, fsspec, pyarrow, httpx and the hub's client each raise their own
             named = " ".join(f"{key}={getattr(wanted, key)}" for key in ("dataset", "config", "split", "revision") if getattr(wanted, key))
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"cannot read {named} from the Hugging Face hub ({type(error).__name__}: {reason}); check the names and "
+                f"cannot read {named} from the Hugging Face hub ({type(error).__name__}: {first_line(error)}); check the names and "
                 "the network, log in with `hf auth login` where it is gated, or read files of your own with data=files data.path=FOLDER"
             ) from error
 
     def stamp(self) -> str:
-        return hash_of([asdict(self.settings)[key] for key in ("dataset", "config", "split", "revision")])
+        """Of the name and revision; of a local folder, of its files' sizes and times too."""
+        named = [asdict(self.settings)[key] for key in ("dataset", "config", "split", "revision")]
+        return hash_of([*named, *_files_of(os.path.expanduser(self.settings.dataset or ""))])
 
     def digest(self, advance: Callable[[int], None]) -> str:
         return self.stamp()
+
+
+def _files_of(folder: str) -> Iterator[tuple[str, int, int]]:
+    """Name, size and time of each file of a local dataset; none of one on the hub."""
+    for place, inner, names in os.walk(folder):
+        inner.sort()
+        for path in (os.path.join(place, name) for name in sorted(names)):
+            found = os.stat(path)
+            yield os.path.relpath(path, folder), found.st_size, found.st_mtime_ns

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datatrove.data import Document as Step
+from datatrove.data import DocumentsPipeline as Documents
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from outgrow.model.base.files import whole_file
-from outgrow.train.data.document import Document
-from outgrow.train.data.filter import embed, forest
+from outgrow.train.corpus.filter import embed, forest
+from outgrow.train.corpus.normalise import normalised
+from outgrow.train.corpus.read.document import Document
+from outgrow.train.corpus.workshop import Workshop
 from outgrow.train.data.settings import DataSettings
-from outgrow.train.data.text import normalised
 
 BLOCK_DOCUMENTS = 256
 
@@ -30,15 +36,48 @@ class Filter:
         return self.forest.scores(self.encoder.embed(texts)).astype(np.float32)
 
 
-def filter_identity(folder: str) -> str:
-    """A hash of a filter's files."""
-    import hashlib
+@lru_cache(maxsize=1)
+def load_filter(folder: str, encoder: str | None) -> Filter:
+    """A filter, loaded once a process."""
+    return Filter(Path(folder), encoder)
 
-    digest = hashlib.sha256()
-    for name in (forest.CARD, forest.ARRAYS):
-        path = Path(folder).expanduser() / name
-        digest.update(path.read_bytes() if path.is_file() else b"")
-    return digest.hexdigest()
+
+class Educational(BaseFilter):
+    """A step that scores each document, and keeps those of `threshold` and more; all of them where there is none."""
+
+    name = "🎓 educational"
+
+    def __init__(self, folder: str, encoder: str | None = None, threshold: float | None = None) -> None:
+        super().__init__(batch_size=BLOCK_DOCUMENTS)
+        self.folder, self.encoder, self.threshold = folder, encoder, threshold
+
+    def filter(self, doc: Step) -> bool:
+        return self.filter_batch([doc])[0]
+
+    def filter_batch(self, batch: list[Step]) -> list[bool]:
+        scores = load_filter(self.folder, self.encoder).scores([document.text for document in batch])
+        for document, score in zip(batch, scores.tolist(), strict=True):
+            document.metadata["score"] = score
+        return [self.threshold is None or score >= self.threshold for score in scores.tolist()]
+
+
+class KeepScores(PipelineStep):
+    """Write down the scores of a task's documents; yield nothing."""
+
+    type, name = "💽 - WRITER", "scores"
+
+    def __init__(self, work: Workshop) -> None:
+        super().__init__()
+        self.work = work
+
+    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
+        scores = np.full(self.work.counts[rank], np.nan, np.float32)
+        for document in data or ():
+            scores[document.metadata["row"]] = document.metadata["score"]
+        with whole_file(self.work.path("scores", rank, ".npy")) as partial, partial.open("wb") as file:
+            np.save(file, scores)
+        return
+        yield
 
 
 def write_scores(found: Iterable[Document], data: DataSettings, fitted: Filter, target: Path, advance: Callable[[int], None]) -> np.ndarray:

@@ -1,13 +1,24 @@
-"""What is done to the text of a document."""
+"""The same text in one spelling, as a step of the pipeline."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 
+from datatrove.pipeline.formatters.base import BaseFormatter
+
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff]")
 _LINE_ENDS = re.compile("\r\n?")
 _BLANK_LINES = re.compile("\n{4,}")
+
+
+class Normalise(BaseFormatter):
+    """Normalise each document."""
+
+    name = "normalise"
+
+    def format(self, text: str) -> str:
+        return normalised(text)
 
 
 def normalised(text: str) -> str:

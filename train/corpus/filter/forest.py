@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -93,6 +94,15 @@ def load(folder: Path) -> tuple[Forest, dict[str, Any]]:
     if fault := _fault(forest, card["embedding"].get("dimensions")):
         raise UserError(f"{folder / ARRAYS}: damaged ({fault}); fit it again with outgrow corpus fit")
     return forest, card
+
+
+def filter_identity(folder: str) -> str:
+    """A hash of a filter's files."""
+    digest = hashlib.sha256()
+    for name in (CARD, ARRAYS):
+        path = Path(folder).expanduser() / name
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return digest.hexdigest()
 
 
 def _fault(forest: Forest, dimensions: Any) -> str | None:

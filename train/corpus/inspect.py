@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from outgrow.model.base.errors import UserError
-from outgrow.train.data.judge import REMOVED
-from outgrow.train.data.listing import LISTING
+from outgrow.train.corpus.listing import LISTING
+from outgrow.train.corpus.verdicts import REMOVED
 from outgrow.train.data.shards import SPLITS, TokenData, open_data, read_manifest
 
 LENGTHS = 2 ** np.arange(33)  # edges of the bins of tokens a document: powers of two

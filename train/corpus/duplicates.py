@@ -1,28 +1,33 @@
-"""Duplicates, exact and near. A document is removed where an earlier one is the same or near it, so one of each kind stays: the first.
+"""Duplicates, exact and near, as steps. A document is removed where an earlier one is the same or near it: the first of a kind stays.
 
 Near is a Jaccard similarity of the sets of SHINGLE_WORDS-word shingles, estimated from PERMUTATIONS MinHash values (Broder 1997).
-Candidates are found by locality-sensitive hashing, with the bands and rows that `datasketch` finds best for the threshold where a missed
-pair weighs nine times a false candidate, for candidates are checked: 14 bands of 9 rows at 0.8, which find 87 % of the pairs of similarity
-0.8 and 99.9 % of those of 0.9.
+Candidates are found by locality-sensitive hashing, with the bands and rows that are best for the threshold where a missed pair weighs nine
+times a false candidate, for candidates are checked: 14 bands of 9 rows at 0.8, which find 87 % of the pairs of similarity 0.8 and 99.9 %
+of those of 0.9. Nothing is removed for being like a document that is removed itself, so chains of small changes do not vanish.
 
-Memory is bounded whatever the corpus: nothing is indexed in memory. Keys of documents are dealt out to as many files on disk as it takes
-for one to fit into MEMORY_BYTES, and each is sorted on its own. While the build lasts, a document costs on disk 24 bytes (exact), and
-512 + 24 a band (near: 848 at 0.8), and 13 bytes of verdicts, mapped.
+Memory is bounded whatever the corpus: nothing is indexed in memory, and there is no union-find. Keys of documents are dealt out to as many
+files on disk as it takes for one to fit into MEMORY_BYTES, and each is sorted on its own; near duplicates take one task a band. While the
+build lasts, a document costs on disk 24 bytes (exact), 512 + 24 a band (near: 848 at 0.8) and 13 bytes of verdicts, mapped; a pair that is
+found costs 20 bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from datatrove.data import DocumentsPipeline as Documents
+from datatrove.pipeline.base import PipelineStep
 
 from outgrow.model.base.errors import UserError
-from outgrow.train.data.words import ngrams
+from outgrow.model.base.files import whole_file
+from outgrow.train.corpus.verdicts import Match, Verdicts
+from outgrow.train.corpus.words import ngrams, word_hashes, words
+from outgrow.train.corpus.workshop import Workshop
 
 if TYPE_CHECKING:
     from datasketch import MinHash
@@ -32,18 +37,11 @@ SHINGLE_WORDS = 5
 MISSES_WEIGH = (0.1, 0.9)  # false candidates, misses
 SEED = 1  # of the permutations
 BATCH = 4096  # shingles permuted at a time
+OPEN_FILES = 256  # of signatures, at a time
+STEPS = 256  # of the integral over similarities
 LEADERS = 64  # different documents of one bucket that the rest of it is compared with
 MEMORY_BYTES = 2**27  # of keys in memory at a time
 KEY = np.dtype([("high", "<u8"), ("low", "<u8"), ("document", "<i8")])
-
-
-@dataclass(frozen=True)
-class Match:
-    """Which documents repeat which. int64, int64, float32, each (found,)."""
-
-    documents: np.ndarray
-    earlier: np.ndarray
-    similarity: np.ndarray
 
 
 # ---- signatures -----------------------------------------------------------------------------------------------------------------------
@@ -64,17 +62,27 @@ def _empty() -> MinHash:
     return _datasketch().MinHash(num_perm=PERMUTATIONS, seed=SEED, hashfunc=int, scheme="affine32")
 
 
+@lru_cache
 def bands(threshold: float) -> tuple[int, int]:
-    """Bands and rows of the locality-sensitive hashing for a similarity."""
-    index = _datasketch().MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, weights=MISSES_WEIGH)
-    return index.b, index.r
+    """Bands and rows of the locality-sensitive hashing for a similarity: those whose candidates are false and missed least, weighed."""
+    shapes = [(b, r) for b in range(1, PERMUTATIONS + 1) for r in range(1, PERMUTATIONS // b + 1)]
+    return min(shapes, key=lambda shape: _errors(shape, threshold))
+
+
+def _errors(shape: tuple[int, int], threshold: float) -> float:
+    """The share of pairs, of any similarity alike, that are false candidates or missed, weighed."""
+    b, r = shape
+    below, above = ((np.arange(STEPS) + 0.5) / STEPS * width for width in (threshold, 1 - threshold))
+    false = (1 - (1 - below**r) ** b).mean() * threshold
+    missed = ((1 - (threshold + above) ** r) ** b).mean() * (1 - threshold)
+    return float(MISSES_WEIGH[0] * false + MISSES_WEIGH[1] * missed)
 
 
 def _datasketch() -> Any:
     try:
         import datasketch
     except ImportError as error:
-        raise UserError("data.clean.near_duplicates needs datasketch: pip install -e '.[data]'") from error
+        raise UserError("data.clean.near_duplicates needs datasketch: pip install -e '.[corpus]'") from error
     return datasketch
 
 
@@ -163,8 +171,8 @@ def _near(bucket: np.ndarray, signatures: Callable[[np.ndarray], np.ndarray], th
                 leaders, led_by = np.vstack([leaders, values]), [*led_by, document]
 
 
-def band_keys(signatures: np.ndarray, documents: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Rows of KEY, one for each band of each document; documents without words have none.
+def band_keys(signatures: np.ndarray, documents: np.ndarray, shape: tuple[int, int], which: range | None = None) -> np.ndarray:
+    """Rows of KEY, one for each band (of those in `which`) of each document; documents without words have none.
 
     Args:
         signatures: uint32 (n, PERMUTATIONS).
@@ -173,10 +181,92 @@ def band_keys(signatures: np.ndarray, documents: np.ndarray, shape: tuple[int, i
     """
     worded = (signatures != np.uint32(2**32 - 1)).any(1)
     signatures, documents = signatures[worded].astype(np.uint64), documents[worded]
-    rows = [keys(_hash(signatures[:, i * shape[1] : (i + 1) * shape[1]]), i, documents) for i in range(shape[0])]
+    rows = [keys(_hash(signatures[:, i * shape[1] : (i + 1) * shape[1]]), i, documents) for i in which or range(shape[0])]
     return np.concatenate(rows)
 
 
 def _hash(values: np.ndarray) -> np.ndarray:
     """A hash of each row. uint64 (n, r) → (n,)."""
     return ngrams(values.T, values.shape[1])[0]
+
+
+# ---- steps ------------------------------------------------------------------------------------------------------------------------------
+
+
+class Sign(PipelineStep):
+    """Give each document its MinHash signature."""
+
+    type, name = "🫂 - DEDUP", "signatures"
+
+    def __init__(self, kind: str) -> None:
+        """`kind`: what a word is (train/corpus/words.py)."""
+        super().__init__()
+        self.kind = kind
+
+    def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> Documents:
+        for document in data or ():
+            document.metadata["signature"] = signature(word_hashes(words(document.text, self.kind)))
+            yield document
+
+
+class ExactDuplicates(PipelineStep):
+    """Find later copies of a text, all in one task."""
+
+    type, name = "🫂 - DEDUP", "exact duplicates"
+
+    def __init__(self, work: Workshop) -> None:
+        super().__init__()
+        self.work = work
+
+    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
+        found = exact(self._keys(), sum(self.work.counts), self.work.folder / "sort" / "exact")
+        write_matches(self.work.path("exact", rank, ".npz"), found)
+        return
+        yield
+
+    def _keys(self) -> Iterator[np.ndarray]:
+        verdicts = Verdicts(self.work)
+        for task, where in verdicts.ranges():
+            rows = np.flatnonzero(verdicts.kept(task))
+            digests = self.work.digests(task)[: where.stop - where.start][rows]
+            yield keys(digests[:, 0], digests[:, 1], rows + where.start)
+
+
+class NearDuplicates(PipelineStep):
+    """Find later texts that are near an earlier one, by the keys of one band a task."""
+
+    type, name = "🫂 - DEDUP", "near duplicates"
+
+    def __init__(self, work: Workshop, threshold: float) -> None:
+        super().__init__()
+        self.work, self.threshold = work, threshold
+
+    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
+        folder = self.work.folder / "sort" / f"near-{rank}"
+        found = near(self._keys(rank), sum(self.work.counts), folder, self._signatures(), self.threshold)
+        write_matches(self.work.path("near", rank, ".npz"), found)
+        return
+        yield
+
+    def _keys(self, band: int) -> Iterator[np.ndarray]:
+        verdicts, shape = Verdicts(self.work), bands(self.threshold)
+        for task, where in verdicts.ranges():
+            rows = np.flatnonzero(verdicts.kept(task))
+            yield band_keys(self.work.signatures(task, PERMUTATIONS)[rows], rows + where.start, shape, range(band, band + 1))
+
+    def _signatures(self) -> Callable[[np.ndarray], np.ndarray]:
+        starts, opened = np.array(self.work.starts), lru_cache(OPEN_FILES)(lambda task: self.work.signatures(task, PERMUTATIONS))
+
+        def signatures(documents: np.ndarray) -> np.ndarray:
+            tasks = np.searchsorted(starts, documents, side="right") - 1
+            return np.stack([opened(task)[document - starts[task]] for task, document in zip(tasks, documents, strict=True)])
+
+        return signatures
+
+
+def write_matches(path: Path, found: Iterable[Match]) -> None:
+    """Write matches down as one file, whole or not at all."""
+    parts = list(found)
+    columns = {name: np.concatenate([getattr(part, name) for part in parts] or [np.empty(0)]) for name in Match.__dataclass_fields__}
+    with whole_file(path) as partial, partial.open("wb") as out:
+        np.savez(out, **columns)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from outgrow.model.base.files import whole_file
-from outgrow.train.data.inspect import LENGTHS, SCORES, Source, used_bins
+from outgrow.train.corpus.inspect import LENGTHS, SCORES, Source, used_bins
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

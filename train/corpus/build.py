@@ -1,0 +1,208 @@
+"""`prepare`: tokens that are there and current, built if need be, by one process while the others wait.
+
+A build works in `<folder>.partial` and renames it, so the folder is complete or absent. A build that was stopped, by a fault or by kill −9,
+goes on where it was; where the input has changed meanwhile, with what is still the same. Looking needs no datatrove, building does.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from outgrow.model.base.atomic import partial_of, take_place
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.files import write_json
+from outgrow.model.base.locks import Lock
+from outgrow.train.corpus.progress import bar, say
+from outgrow.train.corpus.read.corpora import Corpus, open_corpus
+from outgrow.train.corpus.read.files import Files, file_digest, files_of, hash_of
+from outgrow.train.corpus.settings import ExecutorSettings, executor_faults
+from outgrow.train.data.settings import DataSettings, disagreements, read_limit
+from outgrow.train.data.shards import TOKENIZER, TokenData, open_data, read_manifest, write_manifest
+from outgrow.train.data.tokenizer import TRAIN, tokenizer_identity
+
+if TYPE_CHECKING:
+    from outgrow.train.corpus.workshop import Workshop
+
+FORMAT = 3  # of the folder; a change of what is written, or how text is read, raises it
+EARLIER = (2,)  # formats that are read as well; their documents are split by name, not by text
+ELSEWHERE = ("name", "folder", "path", "workers")  # settings that say where and by whom, and nothing of the tokens
+LATER = ("tokenizer", "vocab_size", "model_max_length", "validation_fraction", "seed", "shard_tokens")  # what reading does not depend on
+SLOW_BYTES = 2**31  # of text, that take more than a moment to hash
+SMALL_BYTES = 2**26  # of text, that starting processes is not worth it for
+
+
+def prepare(settings: DataSettings, *, progress: bool = True, executor: ExecutorSettings | None = None) -> TokenData:
+    """The tokens of `settings`, opened; built first where they are missing or the input or a setting has changed.
+
+    Any number of processes may call this at once. `progress` shows bars on stderr; nothing of the result depends on `executor`.
+
+    Raises:
+        UserError: settings that cannot work, text that cannot be read, a split without documents, a damaged folder, a full disk.
+    """
+    settings, executor = replace(settings, tokenizer=None) if settings.tokenizer == TRAIN else settings, executor or ExecutorSettings()
+    UserError.collect([*disagreements(settings), *executor_faults(executor)])
+    folder, corpus = settings.home, open_corpus(settings)
+    if _outdated(folder, settings, corpus, progress):
+        with _only_one(folder):
+            if reason := _outdated(folder, settings, corpus, progress):  # not built by another while we waited
+                if progress:
+                    say(f"{folder}: {reason}")
+                _build(folder, settings, corpus, executor, progress)
+    return open_data(folder)
+
+
+def cut_by(settings: DataSettings, tokenizer: Path) -> DataSettings:
+    """The text of `settings`, cut by the tokenizer in a folder, in a folder of its own; what is there already serves where it is the same.
+
+    Raises:
+        UserError: the tokenizer cannot be loaded.
+    """
+    identity, there = tokenizer_identity(str(tokenizer)), settings.home / TOKENIZER
+    current = there.is_dir() and tokenizer_identity(str(there)) == identity
+    if current and _outdated(settings.home, settings, open_corpus(settings), progress=False) is None:
+        return settings
+    folder = settings.folder or f"{settings.home}-{str(identity)[:8]}"
+    return replace(settings, tokenizer=str(tokenizer), folder=folder)
+
+
+def _outdated(folder: Path, settings: DataSettings, corpus: Corpus, progress: bool) -> str | None:
+    """Why the folder has to be built; None where it is current."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return "building the tokens"
+    before, wanted = {**manifest["settings"]}, _identity(settings)
+    if before.get("format") in EARLIER:  # stays as it is, split by names, until something else changes
+        before |= {"format": FORMAT, "max_broken": wanted["max_broken"], "clean": {**before["clean"], "words": wanted["clean"]["words"]}}
+    if changed := [f"{key} {before.get(key)} → {value}" for key, value in wanted.items() if before.get(key) != value]:
+        return f"building the tokens again, for settings changed: {', '.join(changed)}"
+    if not _same_text(manifest["inputs"], corpus, progress):
+        return "building the tokens again, for the text has changed"
+    return None
+
+
+def _same_text(inputs: dict[str, Any], corpus: Corpus, progress: bool) -> bool:
+    if inputs["stamp"] == corpus.stamp():  # needs no reading
+        return True
+    if not isinstance(corpus, Files):
+        return bool(inputs["digest"] == corpus.digest(lambda size: None))
+    with bar("comparing the text", corpus.size, progress and corpus.size >= SLOW_BYTES) as advance:
+        return bool(inputs["digest"] == corpus.digest(advance, inputs.get("files")))
+
+
+def _identity(settings: DataSettings) -> dict[str, Any]:
+    """Everything but the text that decides what is written, as JSON has it: a manifest is held against it."""
+    values = {key: value for key, value in asdict(settings).items() if key not in ELSEWHERE}
+    if settings.clean.benchmarks is not None:
+        values["clean"]["benchmarks"] = file_digest(files_of(settings.clean.benchmarks, "data.clean.benchmarks"))
+    if settings.clean.filter is not None:
+        from outgrow.train.corpus.filter.forest import filter_identity
+
+        values["clean"]["filter"] = filter_identity(settings.clean.filter)
+    values["clean"].pop("encoder")  # where it lies; which one it is, the filter says
+    identity = {"format": FORMAT, **values, "tokenizer": tokenizer_identity(settings.tokenizer)}
+    return cast(dict[str, Any], json.loads(json.dumps(identity)))
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    with _writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = Lock(folder.with_name(folder.name + ".lock"))
+        lock.wait()
+    with lock:
+        yield
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); make room, or choose another data.folder") from error
+
+
+# ---- building -------------------------------------------------------------------------------------------------------------------------
+
+
+def _build(folder: Path, settings: DataSettings, corpus: Corpus, executor: ExecutorSettings, progress: bool) -> None:
+    from outgrow.train.corpus.report import short_lines
+
+    partial = partial_of(folder)
+    with _writing(folder):
+        if not _is_current(partial, settings, corpus, progress):
+            _make(partial, settings, corpus, executor, progress)
+        shutil.rmtree(partial / "work", ignore_errors=True)
+        take_place(folder)
+    for line in short_lines(read_manifest(folder)) if progress else ():
+        say(f"{folder}: {line}")
+
+
+def _is_current(partial: Path, settings: DataSettings, corpus: Corpus, progress: bool) -> bool:
+    """Whether all that is left is to rename it: killed between the manifest and that."""
+    return (partial / "manifest.json").is_file() and _outdated(partial, settings, corpus, progress) is None
+
+
+def _make(partial: Path, settings: DataSettings, corpus: Corpus, executor: ExecutorSettings, progress: bool) -> None:
+    """Go through the pipeline, and write the manifest last."""
+    try:
+        from outgrow.train.corpus import pipeline
+        from outgrow.train.corpus.executors import stages
+        from outgrow.train.corpus.workshop import Workshop
+    except ImportError as error:
+        raise UserError(f"making tokens from text needs datatrove ({error}): pip install -e '.[corpus]'") from error
+    work = Workshop(partial / "work")
+    begin(partial, work, settings, corpus, progress)
+    with stages(executor, _worker_count(settings, corpus), work.stages, progress=progress) as stage:
+        files = pipeline.as_files(work.fetched, settings, corpus, stage)
+        plan(work, settings, files)
+        manifest = pipeline.make(partial, work, settings, stage)
+        inputs = pipeline.digest(work)
+    if not isinstance(corpus, Files):
+        inputs = {"digest": corpus.digest(lambda size: None)}
+    stamp = json.loads((work.folder / "begun.json").read_text())["stamp"]
+    write_manifest(partial, {"settings": _identity(settings), "inputs": {"stamp": stamp, **inputs}, **manifest})
+
+
+def begin(partial: Path, work: Workshop, settings: DataSettings, corpus: Corpus, progress: bool) -> None:
+    """Go on in what a stopped build of the same text and settings left; of another's, keep what the same files were read to."""
+    wanted = {"settings": _identity(settings), "stamp": corpus.stamp()}  # before reading, so that a change meanwhile is noticed next time
+    path = work.folder / "begun.json"
+    before = json.loads(path.read_text()) if path.is_file() and not (partial / "manifest.json").exists() else None
+    if before == wanted:
+        if progress:
+            say(f"{partial}: going on with the build that was stopped")
+        return
+    kept = ("files", "text", "signatures", "overlaps")
+    for place in [*partial.glob("*"), *work.folder.glob("*")]:
+        if place != work.folder and not (before and place.parent == work.folder and place.name in kept):
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
+    write_json(path, wanted)
+
+
+def plan(work: Workshop, settings: DataSettings, files: Files) -> None:
+    """Deal the files to tasks, each named by what it reads and how."""
+    if work.plan.is_file():
+        return
+    identity = {key: value for key, value in _identity(settings).items() if key not in LATER}
+    how = [identity, read_limit(settings)]
+    names = []
+    for task in files.tasks:
+        entries = [[file.name, file.path, file.size, file.version] for file in task]
+        names.append(hash_of([how, entries])[:24])
+        if not (path := work.folder / "files" / f"{names[-1]}.json").is_file():
+            write_json(path, entries)
+    write_json(work.plan, {"tasks": names})
+
+
+def _worker_count(settings: DataSettings, corpus: Corpus) -> int:
+    from outgrow.train.corpus.executors import cores
+
+    if settings.workers is not None:
+        return settings.workers
+    return 1 if isinstance(corpus, Files) and corpus.size <= SMALL_BYTES else cores()

@@ -1,0 +1,244 @@
+"""Who does the tasks of a step: this machine (concurrent.futures), Slurm or Ray (datatrove's executors). The bytes are the same for each.
+
+datatrove's own local pool waits for ever when a worker is killed (so does its Ray executor's, inside a job); this one says so.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Protocol
+
+from datatrove.executor.base import DistributedEnvVars, PipelineExecutor
+from datatrove.executor.slurm import SlurmPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from datatrove.utils.logging import logger
+
+from outgrow.model.base.errors import UserError
+from outgrow.train.corpus.progress import bar
+from outgrow.train.corpus.settings import ExecutorSettings
+
+AHEAD = 2  # tasks in flight for each worker: one at work, one waiting
+Run = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
+
+
+class Stage(Protocol):
+    """Does a pipeline, once for each of its tasks; those that were done before are not done again."""
+
+    def __call__(self, name: str, pipeline: list[PipelineStep], tasks: int, *, title: str = "") -> None: ...
+
+
+@contextmanager
+def stages(settings: ExecutorSettings, workers: int, folder: Path, *, progress: bool) -> Iterator[Stage]:
+    """Yield what runs pipelines, each with its statistics and its record of tasks done in a folder of its name under `folder`.
+
+    Raises:
+        UserError: a worker was killed, a task failed, or the scheduler cannot be reached.
+    """
+    if settings.executor == "local":
+        with pool(workers) as run:
+
+            def local(name: str, pipeline: list[PipelineStep], tasks: int, *, title: str = "") -> None:
+                with bar(title, tasks, progress and bool(title)) as advance:
+                    LocalExecutor(pipeline, tasks, folder / name, run, advance).run()
+
+            yield local
+        return
+    make = _slurm if settings.executor == "slurm" else _ray
+
+    def elsewhere(name: str, pipeline: list[PipelineStep], tasks: int, *, title: str = "") -> None:
+        make(settings, workers, name, pipeline, tasks, folder / name)
+
+    yield elsewhere
+
+
+# ---- this machine -----------------------------------------------------------------------------------------------------------------------
+
+
+class LocalExecutor(PipelineExecutor):
+    """datatrove's executor over concurrent.futures, or in this process."""
+
+    def __init__(self, pipeline: list[PipelineStep], tasks: int, folder: Path, run: Run, advance: Callable[[int], None]) -> None:
+        super().__init__(pipeline, str(folder))
+        self.tasks, self._run, self._advance = tasks, run, advance
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in ("_run", "_advance")}
+
+    @property
+    def world_size(self) -> int:
+        return self.tasks
+
+    def get_distributed_env(self, node_rank: int = -1) -> DistributedEnvVars:
+        unknown = {f"datatrove_{key}": "-1" for key in ("cpus_per_task", "mem_per_cpu", "gpus_on_node")}
+        return DistributedEnvVars(datatrove_node_ips="localhost", datatrove_executor="LOCAL", **unknown)
+
+    def run(self) -> None:
+        missing = self.get_incomplete_ranks()
+        self._advance(self.tasks - len(missing))
+        for _ in self._run(_run_task, ((self, rank) for rank in missing)):
+            self._advance(1)
+
+
+def _run_task(executor: LocalExecutor, rank: int) -> None:
+    logger.disable("datatrove")  # its lines would go through the progress bars; the files of statistics stay
+    fresh = deepcopy(executor) if hasattr(executor, "_run") else executor
+    fresh._run_for_rank(rank)
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def pool(count: int) -> Iterator[Run]:
+    """Yield `run(function, jobs)`: function(*job) for each job, in order; jobs are drawn as they are needed, so memory is bounded.
+
+    One worker is this process itself. More are processes of their own that end with this one, however it ends.
+
+    Raises:
+        UserError: a worker was killed.
+    """
+    if count == 1:
+        yield lambda function, jobs: (function(*job) for job in jobs)
+        return
+    context = get_context("forkserver")
+    context.set_forkserver_preload([f"{__package__}.pipeline"])  # one process imports for all
+    executor = ProcessPoolExecutor(count, mp_context=context, initializer=_begin)
+    try:
+        yield partial(_in_order, executor, AHEAD * count)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was killed, most likely for want of memory; start the same command again with fewer of them "
+            f"(data.workers={max(1, count // 2)}): it goes on where it stopped. (A script that calls prepare has to do so under "
+            "if __name__ == '__main__', or with data.workers=1.)"
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _in_order(executor: ProcessPoolExecutor, most: int, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    waiting: deque[Future[Any]] = deque()
+    for job in jobs:
+        waiting.append(executor.submit(function, *job))
+        if len(waiting) >= most:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _begin() -> None:
+    """In a worker: leave Ctrl-C to the parent, end when it ends (a parent that is killed cannot say so), and use one core."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    if parent is not None:
+        sentinel = parent.sentinel
+        threading.Thread(target=lambda: (wait([sentinel]), os._exit(1)), daemon=True).start()
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+
+# ---- a cluster --------------------------------------------------------------------------------------------------------------------------
+
+
+class SlurmExecutor(SlurmPipelineExecutor):
+    """datatrove's, whose tasks leave what is wrong with their input where the one who waits for them finds it."""
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
+        try:
+            return super()._run_for_rank(rank, local_rank, node_rank)
+        except UserError as fault:
+            with self.logging_dir.open(f"faults/{rank:05d}", "w") as file:
+                file.write(str(fault))
+            raise
+
+    def fault(self) -> str | None:
+        """What is wrong with the input of the first task that failed for it."""
+        for path in self.logging_dir.list_files("faults") if self.logging_dir.isdir("faults") else []:
+            with self.logging_dir.open(path, "r") as file:
+                return str(file.read())
+        return None
+
+
+def _slurm(settings: ExecutorSettings, workers: int, name: str, pipeline: list[PipelineStep], tasks: int, folder: Path) -> None:
+    """Submit a job array, and wait until its tasks are done.
+
+    Raises:
+        UserError: the scheduler cannot be reached, a task failed, or the job ended with tasks undone.
+    """
+    executor = SlurmExecutor(
+        pipeline,
+        tasks,
+        time=settings.time,
+        partition=settings.partition or "",
+        mem_per_cpu_gb=settings.memory_gb,
+        cpus_per_task=settings.cpus,
+        workers=settings.at_once or -1,
+        job_name=name,
+        env_command=settings.setup,
+        sbatch_args=dict(settings.sbatch),
+        logging_dir=str(folder.absolute()),
+        with_srun=False,
+        requeue=False,
+    )
+    submitted = folder / "job"
+    if not executor.get_incomplete_ranks():
+        return
+    if not (submitted.is_file() and _is_queued(submitted.read_text())):  # else it was submitted before the one who waited was stopped
+        executor.logging_dir.rm("faults", recursive=True) if executor.logging_dir.isdir("faults") else None
+        try:
+            executor.run()
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise UserError(
+                f"corpus.executor=slurm: sbatch failed ({error}); start this where jobs can be submitted, or with corpus.executor=local"
+            ) from error
+        submitted.write_text(str(executor.job_id))
+    job = submitted.read_text()
+    while executor.get_incomplete_ranks():
+        queued = _is_queued(job)
+        if (fault := executor.fault()) is not None:
+            raise UserError(fault)
+        if not queued and (left := executor.get_incomplete_ranks()):
+            raise UserError(
+                f"{name}: Slurm job {job} has ended, and {len(left)} of its {tasks} tasks are not done (the first: {left[0]}); see "
+                f"{folder / 'slurm_logs'}. The same command goes on with them"
+            )
+        time.sleep(settings.poll_seconds if queued else 0)
+
+
+def _is_queued(job: str) -> bool:
+    """Whether Slurm still knows the job as waiting or running."""
+    try:
+        found = subprocess.run(["squeue", "--noheader", "--job", job], capture_output=True, text=True, check=False)
+    except OSError:
+        return False
+    return found.returncode == 0 and bool(found.stdout.strip())
+
+
+def _ray(settings: ExecutorSettings, workers: int, name: str, pipeline: list[PipelineStep], tasks: int, folder: Path) -> None:
+    """On the Ray cluster that RAY_ADDRESS names, or on a local one."""
+    try:
+        import ray
+        from datatrove.executor.ray import RayPipelineExecutor
+    except ImportError as error:
+        raise UserError("corpus.executor=ray needs ray: pip install -e '.[ray]'") from error
+    ray.init(ignore_reinit_error=True)
+    executor = RayPipelineExecutor(
+        pipeline, tasks, workers=settings.at_once or -1, mem_per_cpu_gb=settings.memory_gb, logging_dir=str(folder.absolute())
+    )
+    executor.run()
+    if left := executor.get_incomplete_ranks():
+        raise UserError(f"{name}: {len(left)} of {tasks} tasks are not done (the first: {left[0]}); see {folder / 'logs'}")

@@ -1,0 +1,68 @@
+"""Where documents come from, in a fixed order. A new kind of corpus is one entry of CORPORA, a new file format one of formats.READERS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from outgrow.train.corpus.read import files
+from outgrow.train.corpus.read.document import Document, Tally
+from outgrow.train.corpus.read.files import Files
+from outgrow.train.corpus.read.hub import Hub
+from outgrow.train.data.settings import DataSettings, read_limit
+from outgrow.train.data.synthetic.corpus import Generated
+
+
+class Stream(Protocol):
+    """A corpus without files: it is written down as files first (`fetch`), which then are read as any others."""
+
+    def documents(self, tally: Tally) -> Iterator[Document]:
+        """Every document from the tally's place on."""
+
+    def stamp(self) -> str:
+        """A hash that is cheap and may change without need; when it is the same, nothing has changed."""
+
+    def digest(self, advance: Callable[[int], None]) -> str:
+        """A hash that changes if and only if a document may have changed."""
+
+
+Corpus = Files | Stream
+CORPORA: dict[str, Callable[[DataSettings], Corpus]] = {
+    "stdlib": files.stdlib,
+    "files": files.files,
+    "packages": files.packages,
+    "hub": Hub,
+    "exercises": Generated,
+    "textbooks": Generated,
+}
+
+
+def open_corpus(settings: DataSettings) -> Corpus:
+    """The corpus that `settings` name; nothing is read yet.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    return CORPORA[settings.corpus](settings)
+
+
+def documents(settings: DataSettings, corpus: Corpus, tally: Tally | None = None) -> Iterator[Document]:
+    """The documents of `corpus`, one after another in this process, up to the limits; the one that reaches limit_bytes is the last.
+
+    Raises:
+        UserError: a file, or more than data.max_broken of the records, cannot be read.
+    """
+    tally = tally or Tally()
+    if is_full(settings, tally):
+        return
+    for document in corpus.documents(tally):
+        yield document
+        if is_full(settings, tally):
+            break
+    tally.check_broken(settings.max_broken)
+
+
+def is_full(settings: DataSettings, tally: Tally) -> bool:
+    """Whether a limit ends the reading here."""
+    most, size = settings.limit_documents, read_limit(settings)
+    return (most is not None and tally.documents >= most) or (size is not None and tally.bytes >= size)

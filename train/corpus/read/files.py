@@ -1,0 +1,327 @@
+"""Documents of files: of a folder, a glob, a URL that fsspec opens, the standard library, or installed packages."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+import stat
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from outgrow.model.base.errors import UserError
+from outgrow.train.corpus.read.document import Document, Tally
+from outgrow.train.corpus.read.formats import READERS, first_line, format_of, open_any, texts, unreadable
+from outgrow.train.data.settings import DataSettings
+
+TASK_BYTES = 2**22  # of files, read by one task at least,
+MOST_TASKS = 1024  # and as much more as it takes to have no more tasks than these: each leaves some files, opened together
+TOLD = 5  # of paths that are left out, named one by one
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a corpus: its name relative to the corpus (moving that changes nothing), where it lies, and what tells that it changed."""
+
+    name: str
+    path: str  # a path, or a URL
+    size: int
+    version: str | int  # the time of its last change, or what a store says of its content
+
+
+@dataclass(frozen=True)
+class Files:
+    """Documents of files, sorted by name."""
+
+    files: tuple[File, ...]
+    column: str = "text"
+    limit: int = 2**24  # bytes of one document
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def tasks(self) -> list[tuple[File, ...]]:
+        """The files dealt to tasks, in order: a function of the files alone, so that no number of workers can change a byte."""
+        wanted, tasks, size = max(TASK_BYTES, self.size / MOST_TASKS), list[list[File]](), 0
+        for file in self.files:
+            if not tasks or size >= wanted:
+                tasks.append([])
+                size = 0
+            tasks[-1].append(file)
+            size += file.size
+        return [tuple(task) for task in tasks]
+
+    def documents(self, tally: Tally, files: Iterable[File] | None = None) -> Iterator[Document]:
+        """The documents of `files`, or of all.
+
+        Raises:
+            UserError: a file cannot be read. Records that cannot are counted.
+        """
+        for file in self.files if files is None else files:
+            for place, text in texts(file.path, self.column, self.limit, tally):
+                yield from tally.document(file.name + place, text, self.limit)
+
+    def stamp(self) -> str:
+        """A hash that is cheap and may change without need; when it is the same, nothing has changed."""
+        return hash_of((file.name, file.size, file.version) for file in self.files)
+
+    def digest(self, advance: Callable[[int], None], count: int | None = None) -> str:
+        """A hash of the names and contents of the first `count` files; `advance` is told the bytes read for it."""
+        return file_digest(self.files[:count], advance)
+
+
+def file_digest(files: Iterable[File], advance: Callable[[int], None] = lambda size: None) -> str:
+    """A hash of the names and contents of files; `advance` is told the bytes read for it."""
+    return hash_of(content_of(file, advance) for file in files)
+
+
+def content_of(file: File, advance: Callable[[int], None] = lambda size: None) -> tuple[str, int, str]:
+    """Name, size and hash of a file's content; behind a URL, what the store says of it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    advance(file.size)
+    if "://" in file.path:
+        return file.name, file.size, str(file.version)
+    try:
+        with open_any(file.path) as opened:
+            return file.name, file.size, hashlib.file_digest(opened, "sha256").hexdigest()  # type: ignore[arg-type]
+    except OSError as error:
+        raise unreadable(file.path, error) from error
+
+
+def hash_of(parts: Iterable[Any]) -> str:
+    """A hash of JSON values."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(json.dumps(part).encode() + b"\n")
+    return digest.hexdigest()
+
+
+# ---- which files ------------------------------------------------------------------------------------------------------------------------
+
+
+def files(settings: DataSettings) -> Files:
+    """The readable files of a folder (hidden ones apart), of a glob, one file, or what a URL says.
+
+    Raises:
+        UserError: there is none.
+    """
+    own = {str(settings.home.absolute()), str(settings.home.absolute()) + ".partial"}
+    return Files(files_of(settings.path or "", "data.path", own), settings.column, settings.max_document_bytes)
+
+
+def files_of(path: str, key: str, own: frozenset[str] | set[str] = frozenset()) -> tuple[File, ...]:
+    """The files that READERS can read under a folder, a glob, a name or a URL, sorted by their names relative to it.
+
+    Args:
+        key: the setting that names it, for messages.
+        own: folders that are left out: what is written from this text.
+
+    Raises:
+        UserError: there is none, or a store cannot be reached.
+    """
+    if "://" in path:
+        return _remote(path, key)
+    expanded = os.path.expanduser(path)
+    root, wanted = Path(expanded), re.compile(".*", re.DOTALL)
+    if glob.has_magic(expanded) and not root.exists():
+        fixed = next(i for i, part in enumerate(root.parts) if glob.has_magic(part))
+        root, wanted = Path(*root.parts[:fixed]), re.compile(_pattern(root.parts[fixed:]), re.DOTALL)
+    listed = [str(root)] if root.is_file() else []
+    root, left_out = (root.parent if listed else root), list[str]()
+    matching = listed or [file for file in _walk(str(root), own, left_out) if wanted.fullmatch(os.path.relpath(file, root))]
+    readable = [file for file in matching if format_of(file)]
+    _tell(key, left_out)
+    if not readable:
+        raise UserError(_nothing(path, key, expanded, len(matching)))
+    return tuple(sorted((_local(root, file) for file in readable), key=lambda file: file.name))
+
+
+def _nothing(path: str, key: str, expanded: str, count: int) -> str:
+    nothing = "it is an empty folder" if os.path.isdir(expanded) else "there is no such file or folder"
+    reason = f"none of its {count} files ends in {' '.join(READERS)} (or one of these and .gz .zst)" if count else nothing
+    return f"{key}={path}: {reason}; give a folder or a glob with text in it"
+
+
+def _pattern(parts: tuple[str, ...]) -> str:
+    """A glob as a regular expression on paths: ** crosses folders, and only a leading dot matches hidden files."""
+    result = ""
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        if part == "**":
+            result += r"(?:(?!\.)[^/]+/)*" + (r"(?!\.)[^/]+" if last else "")
+            continue
+        hidden = "" if part.startswith(".") else r"(?!\.)"
+        result += hidden + _segment(part) + ("" if last else "/")
+    return result
+
+
+def _segment(part: str) -> str:
+    import fnmatch
+
+    inner = fnmatch.translate(part).removeprefix("(?s:").removesuffix(r")\Z")
+    return inner.replace(".*", "[^/]*")
+
+
+def _walk(root: str, own: frozenset[str] | set[str], left_out: list[str]) -> Iterator[str]:
+    """Every file under a folder, hidden ones apart. A link to a folder elsewhere is followed, once; to one inside or above, never."""
+    inside = os.path.realpath(root)
+    seen = {inside}
+
+    def unlisted(error: OSError) -> None:
+        left_out.append(f"{error.filename}: cannot be listed ({error.strerror})")
+
+    for folder, inner, names in os.walk(root, onerror=unlisted, followlinks=True):
+        inner[:] = [name for name in sorted(inner) if not name.startswith(".") and not _passed(folder, name, own, inside, seen, left_out)]
+        for name in (name for name in names if not name.startswith(".")):
+            path = os.path.join(folder, name)
+            if os.path.exists(path) and not os.path.isfile(path):
+                left_out.append(f"{path}: neither a file nor a folder ({_kind(path)})")
+            else:
+                yield path
+
+
+def _passed(folder: str, name: str, own: frozenset[str] | set[str], inside: str, seen: set[str], left_out: list[str]) -> bool:
+    """Whether a folder is passed over; then it is listed in `left_out`."""
+    path = os.path.join(folder, name)
+    real = os.path.realpath(path)
+    if os.path.abspath(path) in own:
+        left_out.append(f"{path}: written from this text")
+    elif real in seen or (os.path.islink(path) and (_holds(inside, real) or _holds(real, inside))):
+        left_out.append(f"{path}: a link to a folder that is read already")
+    else:
+        seen.add(real)
+        return False
+    return True
+
+
+def _holds(outer: str, inner: str) -> bool:
+    return inner == outer or inner.startswith(outer.rstrip(os.sep) + os.sep)
+
+
+def _kind(path: str) -> str:
+    mode = os.stat(path).st_mode
+    kinds = {"a FIFO": stat.S_ISFIFO, "a socket": stat.S_ISSOCK, "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode)}
+    return next((name for name, holds in kinds.items() if holds(mode)), "of another kind")
+
+
+def _tell(key: str, left_out: list[str]) -> None:
+    for line in left_out[:TOLD]:
+        print(f"{key}: left out {line}", file=sys.stderr)
+    if len(left_out) > TOLD:
+        print(f"{key}: left out {len(left_out) - TOLD} more", file=sys.stderr)
+
+
+def _local(root: Path, path: str) -> File:
+    return _file(Path(os.path.relpath(path, root)).as_posix(), path)
+
+
+def _file(name: str, path: str) -> File:
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return File(name, path, found.st_size, found.st_mtime_ns)
+
+
+def _remote(url: str, key: str) -> tuple[File, ...]:
+    """The files behind a URL: one, those of a folder, or those of a glob."""
+    from fsspec.core import url_to_fs
+
+    try:
+        system, path = url_to_fs(url)
+        if glob.has_magic(path):
+            root, found = path[: path.rindex("/", 0, re.search(r"[*?\[]", path).start()) + 1], system.glob(path, detail=True)  # type: ignore[union-attr]
+        elif format_of(path):
+            root, found = path[: path.rindex("/") + 1], {path: system.info(path)}
+        else:
+            root, found = path.rstrip("/") + "/", system.find(path.rstrip("/") + "/", detail=True)
+    except Exception as error:  # each store's client raises its own
+        raise UserError(
+            f"{key}={url}: cannot be listed ({type(error).__name__}: {first_line(error)}); check the address, the network and your rights"
+        ) from error
+    listed = [(name, info) for name, info in found.items() if info.get("type") != "directory" and format_of(name)]
+    if not listed:
+        raise UserError(f"{key}={url}: none of its {len(found)} files ends in {' '.join(READERS)}; give a folder or a glob with text in it")
+    remote = (
+        File(name.removeprefix(root), name if "://" in name else system.unstrip_protocol(name), int(info.get("size") or 0), _version(info))
+        for name, info in listed
+    )
+    return tuple(sorted(remote, key=lambda file: file.name))
+
+
+def _version(info: dict[str, Any]) -> str:
+    """What a store says of a file's content: its checksum, or the time of its last change."""
+    known = (
+        "ETag",
+        "etag",
+        "md5",
+        "md5Hash",
+        "crc32c",
+        "sha256",
+        "blob_id",
+        "xet_hash",
+        "LastModified",
+        "mtime",
+        "updated",
+        "last_modified",
+    )
+    return next((f"{key} {info[key]}" for key in known if info.get(key)), "")
+
+
+# ---- Python on this machine -------------------------------------------------------------------------------------------------------------
+
+
+def stdlib(settings: DataSettings) -> Files:
+    """The running interpreter's own library, without its tests, generated code pages (encodings) and old grammar (lib2to3)."""
+    return Files(_stdlib(""), limit=settings.max_document_bytes)
+
+
+def _stdlib(prefix: str) -> tuple[File, ...]:
+    left_out = {"test", "tests", "idlelib", "site-packages", "encodings", "lib2to3"}
+    root, found = Path(sysconfig.get_paths()["stdlib"]), list[Path]()
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in left_out]
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return tuple(sorted((_file(prefix + path.relative_to(root).as_posix(), str(path)) for path in found), key=lambda file: file.name))
+
+
+def packages(settings: DataSettings) -> Files:
+    """The Python files of installed distributions, without their tests, and the standard library's before them.
+
+    Each is named with its version (`numpy==2.4.6`), so that everyone who installed the same ones has the same text.
+
+    Raises:
+        UserError: a distribution is not installed, or in another version; all of them are named.
+    """
+    found, faults = list(_stdlib("stdlib/")), []
+    for requirement in settings.distributions:
+        name, _, version = requirement.partition("==")
+        try:
+            distribution = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            faults.append(f"data.distributions: {name} is not installed; pip install {requirement}")
+            continue
+        if distribution.version.partition("+")[0] != version:  # 2.13.0+cpu is 2.13.0, built for one kind of machine
+            faults.append(f"data.distributions: {requirement} is asked for, {distribution.version} installed; pip install {requirement}")
+        found += [_file(f"{name}/{file.as_posix()}", str(file.locate())) for file in _modules(distribution)]
+    UserError.collect(faults)
+    return Files(tuple(sorted(found, key=lambda file: file.name)), limit=settings.max_document_bytes)
+
+
+def _modules(distribution: metadata.Distribution) -> list[metadata.PackagePath]:
+    """The Python files that a distribution installed inside its packages folder; tests and generated bindings hold little prose."""
+    left_out = {"test", "tests", "testing", "_vendor", ".."}
+    files = [file for file in distribution.files or () if file.suffix == ".py" and not left_out & set(file.parts)]
+    return [file for file in files if Path(str(file.locate())).is_file()]

@@ -1,0 +1,351 @@
+"""Texts in files: txt md py, json jsonl, csv tsv, parquet; all but the last also compressed (.gz .zst). READERS takes new formats."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO, cast
+
+from outgrow.model.base.errors import UserError
+from outgrow.train.corpus.read.document import MARKS, Tally, is_binary
+
+COMPRESSED = (".gz", ".zst")
+JSON_BYTES = 2**28  # a .json file is read in one piece; a longer one belongs into lines
+ESCAPED = 6  # bytes that JSON may take to spell one
+ROWS = 8  # of a parquet file in memory at a time: a row may have max_document_bytes
+DIGITS = 4300  # of a JSON number that is read as one; Python refuses longer ones
+WINDOW_BYTES = 2**31  # of a zstd stream, the largest there is (zstd --ultra --long=31)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One file, open: what a reader needs to turn it into texts."""
+
+    path: str
+    file: BinaryIO  # decompressed
+    column: str
+    limit: int  # bytes of one text
+    tally: Tally
+
+
+def _whole(opened: Opened) -> Iterator[tuple[str, str]]:
+    raw = opened.file.read(opened.limit + 1)
+    opened.tally.records += 1
+    if len(raw) > opened.limit:
+        opened.tally.too_long_skipped += 1
+        return
+    before = opened.tally.utf8_replaced
+    if is_binary(text := opened.tally.decode(raw)):
+        opened.tally.utf8_replaced = before
+        opened.tally.binary_skipped += 1
+    else:
+        yield "", text
+
+
+def _lines(opened: Opened) -> Iterator[tuple[str, str]]:
+    """One JSON object a line; blank lines are none."""
+    number, longest = 0, ESCAPED * opened.limit + 2**20
+    while line := opened.file.readline(longest):
+        number += 1
+        opened.tally.records += bool(line.strip())
+        if len(line) == longest and not line.endswith(b"\n"):
+            opened.tally.too_long_skipped += 1
+            while line and not line.endswith(b"\n"):
+                line = opened.file.readline(longest)
+        elif line.strip():
+            yield from _counted(opened, number, partial(_line, opened, line))
+
+
+def _counted(opened: Opened, number: int, value: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
+    """The text of one JSON object, or its fault counted."""
+    place = f"{opened.path}:{number}"
+    try:
+        text = _field(value(place), opened.column, place)
+    except UserError as fault:
+        opened.tally.skip_broken(fault)
+    else:
+        yield f":{number}", text
+
+
+def _json(opened: Opened) -> Iterator[tuple[str, str]]:
+    """A list of objects, or one; a file of JSON lines under this name is read as what it is."""
+    raw = opened.file.read(JSON_BYTES + 1)
+    if len(raw) > JSON_BYTES:
+        raise UserError(f"{opened.path}: more than {JSON_BYTES:,} bytes of JSON in one piece; write it as .jsonl, one object a line")
+    text = opened.tally.decode(raw)
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        if getattr(error, "msg", "") != "Extra data":
+            raise _not_json(opened.path, text, error) from error
+        yield from _lines(replace(opened, file=io.BytesIO(text.encode())))
+        return
+    for number, item in enumerate(value if isinstance(value, list) else [value], 1):
+        opened.tally.records += 1
+        yield from _counted(opened, number, partial(_itself, item))
+
+
+def parse_json(text: str) -> Any:
+    """A JSON value; numbers too long for Python's int are infinite.
+
+    Raises:
+        ValueError: it is none, or nested deeper than Python's parser goes.
+    """
+    try:
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < DIGITS else float("inf"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _line(opened: Opened, line: bytes, place: str) -> Any:
+    return _parsed(opened.tally.decode(line), place)
+
+
+def _itself(item: Any, place: str) -> Any:
+    return item
+
+
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise _not_json(place, text, error) from error
+
+
+def _not_json(place: str, text: str, error: ValueError) -> UserError:
+    return UserError(f"{place}: expected a JSON object; found {text[:40]!r} ({error}); mend or remove the line")
+
+
+def _field(value: Any, column: str, place: str) -> str:
+    if not isinstance(value, dict) or column not in value:
+        names = ", ".join(value) if isinstance(value, dict) else type(value).__name__
+        raise UserError(f"{place}: no field {column!r}; found {names or 'none'}; name the field that holds the text: data.column=NAME")
+    return text_of(value[column], column, place)
+
+
+def text_of(value: Any, column: str, place: str) -> str:
+    """The text of a column; null is none.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"{place}: {column!r} is a {type(value).__name__}, not text; name the column that holds the text: data.column=NAME")
+    return value
+
+
+def _table(delimiter: str) -> Reader:
+    """Rows of a table as text, the first of which names the columns."""
+
+    def read(opened: Opened) -> Iterator[tuple[str, str]]:
+        csv.field_size_limit(ESCAPED * opened.limit + 2**20)
+        text = io.TextIOWrapper(cast(io.BufferedReader, opened.file), "utf-8-sig", errors="replace", newline="")
+        rows = csv.DictReader(text, delimiter=delimiter)
+        _check_names(opened.path, list(rows.fieldnames or ()), opened.column)
+        try:
+            for number, row in enumerate(rows, 1):
+                value = row[opened.column] or ""
+                opened.tally.records += 1
+                opened.tally.utf8_replaced += "\ufffd" in value
+                yield f":{number}", value
+        except csv.Error as error:
+            raise UserError(
+                f"{opened.path}: after row {rows.line_num}: no table ({error}); mend it, or leave it out of data.path"
+            ) from error
+
+    return read
+
+
+def _rows(opened: Opened) -> Iterator[tuple[str, str]]:
+    """One row a document. The bytes are decoded here, so that broken ones can be counted."""
+    import pyarrow
+    import pyarrow.parquet
+    from pyarrow import types
+
+    with pyarrow.parquet.ParquetFile(opened.file) as file:
+        _check_column(opened.path, file.schema_arrow, opened.column)
+        number = 0
+        for part in file.iter_batches(batch_size=ROWS, columns=[opened.column]):
+            column = part.column(0)
+            plain = column.dictionary_decode() if types.is_dictionary(column.type) else column
+            for raw in plain.cast(pyarrow.large_binary()).to_pylist():
+                opened.tally.records += 1
+                yield f":{number}", "" if raw is None else opened.tally.decode(raw)
+                number += 1
+
+
+def _check_names(path: str, names: list[str], column: str) -> None:
+    if column not in names:
+        raise UserError(f"{path}: no column {column!r}; found {', '.join(names) or 'none'}; name the one with the text: data.column=NAME")
+    if names.count(column) > 1:
+        raise UserError(
+            f"{path}: {names.count(column)} columns are called {column!r}; leave one under that name, or choose another: data.column=NAME"
+        )
+
+
+def _check_column(path: str, schema: Any, column: str) -> None:
+    from pyarrow import types
+
+    _check_names(path, schema.names, column)
+    kind = schema.field(column).type
+    inner = kind.value_type if types.is_dictionary(kind) else kind
+    if str(inner) not in ("string", "large_string", "string_view", "binary", "large_binary", "binary_view"):
+        raise UserError(f"{path}: column {column!r} holds {kind}, not text; name the one with the text: data.column=NAME")
+
+
+Reader = Callable[[Opened], Iterator[tuple[str, str]]]  # → (place in the file, text)
+READERS: dict[str, Reader] = {
+    ".txt": _whole,
+    ".md": _whole,
+    ".py": _whole,
+    ".json": _json,
+    ".jsonl": _lines,
+    ".csv": _table(","),
+    ".tsv": _table("\t"),
+    ".parquet": _rows,
+}
+
+
+def format_of(path: str) -> str | None:
+    """The key of READERS for this file, compressed or not; None where there is none."""
+    suffixes = [suffix.lower() for suffix in PurePosixPath(path).suffixes[-2:]]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        inner = suffixes[0] if len(suffixes) == 2 else None
+        return inner if inner in READERS and inner != ".parquet" else None  # parquet compresses its own pages
+    return suffixes[-1] if suffixes and suffixes[-1] in READERS else None
+
+
+def texts(path: str, column: str, limit: int, tally: Tally) -> Iterator[tuple[str, str]]:
+    """The (place, text) of one file; `path` may be a URL of fsspec.
+
+    Raises:
+        UserError: it cannot be read, ends early, is damaged, or has no such column; the message says which.
+    """
+    kind = str(format_of(path))
+    with reading(path) as file:
+        file = file if kind == ".parquet" else _in_utf8(file)
+        yield from READERS[kind](Opened(path, file, column, limit, tally))
+
+
+def _in_utf8(file: BinaryIO) -> BinaryIO:
+    """A file that a mark says to be UTF-16 or UTF-32, recoded; another one as it is."""
+    buffered = file if isinstance(file, io.BufferedReader) else io.BufferedReader(cast(io.RawIOBase, file), 2**20)
+    start = buffered.peek(4)[:4]
+    encoding = next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8")
+    if encoding in ("utf-8", "utf-8-sig"):
+        return buffered
+    chunks: Iterable[bytes] = iter(lambda: buffered.read(2**20), b"")
+    decoded = codecs.iterdecode(chunks, encoding, errors="replace")
+    return io.BufferedReader(_Pieces(piece.encode() for piece in decoded), 2**20)
+
+
+class _Pieces(io.RawIOBase):
+    """Bytes that come in pieces, as a file."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces, self._left = pieces, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return 0
+            self._left = piece
+        size = min(len(buffer), len(self._left))
+        buffer[:size], self._left = self._left[:size], self._left[size:]
+        return size
+
+
+@contextmanager
+def reading(path: str) -> Iterator[BinaryIO]:
+    """Open a file or a URL, decompressed.
+
+    Raises:
+        UserError: it cannot be read, or what is read inside turns out to be damaged or to end early.
+    """
+    import pyarrow
+
+    suffix = PurePosixPath(path).suffix.lower()
+    what = suffix[1:] if suffix in (*COMPRESSED, ".parquet") else ""
+    try:
+        with open_any(path) as raw:
+            yield _decompressed(raw, what)
+    except _Damaged as error:
+        raise UserError(f"{path}: corrupted {what} ({error}); fetch the file again, or remove it") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        if what and not getattr(error, "errno", None):  # the file's fault, not the system's
+            raise UserError(f"{path}: corrupted {what} ({first_line(error)}); fetch the file again, or remove it") from error
+        raise unreadable(path, error) from error
+
+
+def open_any(path: str) -> BinaryIO:
+    """A local file, or a file behind a URL, open for reading.
+
+    Raises:
+        OSError: it cannot be opened, or the store cannot be reached.
+    """
+    if "://" not in path:
+        return open(path, "rb")
+    import fsspec
+
+    try:
+        return fsspec.open(path, "rb").open()
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # each store's client raises its own
+        raise OSError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+class _Damaged(Exception):
+    """A stream that is not what its name says."""
+
+
+def _decompressed(raw: BinaryIO, what: str) -> BinaryIO:
+    """Arrow's streams tell of a gzip stream that ends early; gzip's own does not always."""
+    import pyarrow
+
+    if what == "gz":
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "gzip"), 2**20)
+    if what == "zst":
+        return io.BufferedReader(_Pieces(_zstd(raw)), 2**20)
+    return raw
+
+
+def _zstd(raw: BinaryIO) -> Iterator[bytes]:
+    """Frames of zstd of whatever window, one after another."""
+    import zstandard
+
+    decompressor, frame, left = zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES), None, b""
+    try:
+        while piece := left or raw.read(2**13):
+            frame = frame or decompressor.decompressobj()
+            yield frame.decompress(piece)
+            left = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    except zstandard.ZstdError as error:
+        raise _Damaged(first_line(error)) from error
+    if frame is not None:
+        raise _Damaged("it ends early")
+
+
+def unreadable(path: str, error: Exception) -> UserError:
+    """The error for a file that the system does not give."""
+    reason = getattr(error, "strerror", None) or first_line(error)
+    return UserError(f"{path}: cannot be read ({reason}); make it readable, or leave it out of data.path")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without what follows."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,231 @@
+"""Tokenise what was kept, task by task, and pack it into shards.
+
+A shard's bytes are a function of the text and the settings: each is cut out of the sequence of all tokens of its split, whichever task made
+them. A document is held out for validation by a hash of its text, so copies lie on one side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datatrove.data import Document
+from datatrove.data import DocumentsPipeline as Documents
+from datatrove.pipeline.base import PipelineStep
+
+from outgrow.model.base.files import whole_file
+from outgrow.train.corpus.verdicts import Verdicts
+from outgrow.train.corpus.workshop import Row, Workshop
+from outgrow.train.data.settings import DataSettings
+from outgrow.train.data.shards import SPLITS
+from outgrow.train.data.tokenizer import Encoder, read_encoder
+
+ENCODER = "encoder.json"  # in the workshop: the tokenizer as the workers load it
+BATCH_BYTES = 2**18  # of text, tokenised at a time: the library needs some 60 bytes for each
+
+
+class Kept(PipelineStep):
+    """The documents of a task that stay."""
+
+    type, name = "📖 - READER", "kept"
+
+    def __init__(self, work: Workshop) -> None:
+        super().__init__()
+        self.work = work
+
+    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
+        for row in kept_rows(self.work, Verdicts(self.work), rank):
+            yield row.document
+
+
+def kept_rows(work: Workshop, verdicts: Verdicts, task: int) -> Iterator[Row]:
+    """The documents of a task that stay, in order."""
+    kept = verdicts.kept(task)
+    for row in work.rows(task):
+        if row.number >= len(kept):  # behind a limit
+            return
+        if kept[row.number]:
+            yield row
+
+
+def held_out(digest: bytes, settings: DataSettings) -> bool:
+    """Whether the document with this digest of its text is for validation: a keyed hash, so no other document and no order plays a part."""
+    return split_key(digest, settings.seed) < settings.validation_fraction * 2**64
+
+
+def split_key(digest: bytes, seed: int) -> int:
+    """64 bits that are spread evenly."""
+    return int.from_bytes(hashlib.blake2b(digest, key=f"validation {seed}".encode(), digest_size=8).digest(), "big")
+
+
+# ---- tokens -----------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The documents of one task that were tokenised, in order; each array is 1-D, one entry a document (two of one that is cut)."""
+
+    row: np.ndarray  # its place in the task
+    tokens: np.ndarray  # with the end of text
+    bytes: np.ndarray
+    validation: np.ndarray  # bool
+
+    def __getitem__(self, where: slice | np.ndarray) -> Lengths:
+        return Lengths(self.row[where], self.tokens[where], self.bytes[where], self.validation[where])
+
+    def of(self, split: str) -> Lengths:
+        return self[self.validation == (split == "validation")]
+
+    @classmethod
+    def load(cls, work: Workshop, task: int) -> Lengths:
+        with np.load(work.path("lengths", task, ".npz")) as arrays:
+            return cls(**{name: arrays[name] for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which documents are held out. Where the hash of the texts leaves a part empty, one document is named; one alone is cut."""
+
+    settings: DataSettings
+    named: tuple[int, int] | None = None  # task and row: it goes to the other part than its hash says
+    cut: bool = False  # the one document: its last part is held out
+
+    def parts(self, task: int, document: Document) -> list[tuple[str, bool]]:
+        """The text, or both parts of it, each with whether it is held out."""
+        if self.cut:
+            place = _cut(document.text, self.settings.validation_fraction)
+            return [(document.text[:place], False), (document.text[place:], True)]
+        other = self.named == (task, document.metadata["row"])
+        return [(document.text, held_out(document.metadata["digest"], self.settings) != other)]
+
+
+def _cut(text: str, share: float) -> int:
+    """Where the last `share` of a text begins: at a paragraph, else a line, else a word."""
+    wanted = max(1, round(len(text) * (1 - share)))
+    for end in ("\n\n", "\n", " "):
+        place = text.rfind(end, len(text) // 2, wanted) + len(end)
+        if place >= len(end):
+            return place
+    return wanted
+
+
+class Tokenise(PipelineStep):
+    """Write the ids of a task's documents, a file for each split; each document ends with the end of text."""
+
+    type, name = "🔢 - TOKENIZER", "tokenise"
+
+    def __init__(self, work: Workshop, split: Split, dtype: np.dtype) -> None:
+        super().__init__()
+        self.work, self.split, self.dtype = work, split, dtype
+
+    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
+        path = self.work.folder / ENCODER
+        encoder = _encoder(path, path.stat().st_mtime_ns)
+        columns: dict[str, list[int]] = {"row": [], "tokens": [], "bytes": [], "validation": []}
+        with ExitStack() as stack:
+            files = {}
+            for name in SPLITS:
+                partial = stack.enter_context(whole_file(self.work.path("ids", rank, f".{name}.bin")))
+                files[name] = stack.enter_context(partial.open("wb"))
+            for batch in in_batches(self._parts(data, rank)):
+                for (row, text, validation), ids in zip(batch, encoder.encode([text for _, text, _ in batch]), strict=True):
+                    files["validation" if validation else "train"].write(np.array(ids, self.dtype).tobytes())
+                    for column, value in zip(columns.values(), (row, len(ids), len(text.encode()), validation), strict=True):
+                        column.append(value)
+                self.stat_update("tokens", value=sum(columns["tokens"][-len(batch) :]))
+        kinds = {"row": np.int64, "tokens": np.int64, "bytes": np.int64, "validation": bool}
+        with whole_file(self.work.path("lengths", rank, ".npz")) as partial, partial.open("wb") as file:
+            np.savez(file, **{name: np.array(columns[name], kind) for name, kind in kinds.items()})  # type: ignore[arg-type]
+        return
+        yield
+
+    def _parts(self, data: Any, task: int) -> Iterator[tuple[int, str, bool]]:
+        for document in data or ():
+            for text, validation in self.split.parts(task, document):
+                yield document.metadata["row"], text, validation
+
+
+@lru_cache(maxsize=1)
+def _encoder(path: Path, changed: int) -> Encoder:
+    return read_encoder(path.read_text())
+
+
+def in_batches(parts: Iterable[tuple[int, str, bool]]) -> Iterator[list[tuple[int, str, bool]]]:
+    """Texts in lists of some BATCH_BYTES."""
+    batch, size = list[tuple[int, str, bool]](), 0
+    for part in parts:
+        batch.append(part)
+        size += len(part[1])
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# ---- shards -----------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a split: its tokens [start, start + tokens) of all."""
+
+    split: str
+    number: int
+    start: int
+    tokens: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.split}-{self.number:05d}.bin"
+
+
+def shards_of(split: str, tokens: int, limit: int) -> list[Shard]:
+    """A split of so many tokens, cut into shards of `limit` but for the last."""
+    return [Shard(split, number, start, min(limit, tokens - start)) for number, start in enumerate(range(0, tokens, limit))]
+
+
+class Pack(PipelineStep):
+    """Write one shard a task, out of the ids of all tasks."""
+
+    type, name = "💽 - WRITER", "pack"
+
+    def __init__(self, work: Workshop, folder: Path, shards: list[Shard], ends: dict[str, list[int]], dtype: np.dtype) -> None:
+        """`ends`: of each split, how many tokens there are up to the end of each task."""
+        super().__init__()
+        self.work, self.folder, self.shards, self.ends, self.dtype = work, folder, shards, ends, dtype
+
+    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
+        shard = self.shards[rank]
+        with whole_file(self.folder / shard.file) as partial, partial.open("wb") as out:
+            for piece in self._pieces(shard):
+                out.write(piece)
+        return
+        yield
+
+    def _pieces(self, shard: Shard) -> Iterator[bytes]:
+        ends, start, stop = self.ends[shard.split], shard.start, shard.start + shard.tokens
+        task = int(np.searchsorted(ends, start, side="right"))
+        while start < stop:
+            first, end = (ends[task - 1] if task else 0), min(stop, ends[task])
+            if end > start:
+                path = self.work.path("ids", task, f".{shard.split}.bin")
+                yield from _read(path, (start - first) * self.dtype.itemsize, (end - start) * self.dtype.itemsize)
+            start, task = max(start, end), task + 1
+
+
+def _read(path: Path, start: int, size: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(start)
+        while size:
+            piece = file.read(min(size, 2**22))
+            if not piece:
+                raise EOFError(f"{path}: shorter than its lengths say")
+            size -= len(piece)
+            yield piece

@@ -1,0 +1,159 @@
+"""The workshop of a build: what each task has done, in files that are whole or absent, so that a kill costs the tasks at work.
+
+Task i reads its files and puts their documents down as one Arrow file, in batches of some BATCH_BYTES; all later steps read that. What a
+task reads is named by its files and settings (its identity), so that after a change those whose input is the same are not done again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datatrove.data import Document
+
+from outgrow.train.corpus.read.document import Tally
+from outgrow.train.corpus.read.files import File
+
+BATCH_BYTES = 2**20  # of text in memory at a time
+FIELDS = ("name", "text", "digest", "bytes")
+BY_IDENTITY = ("files", "text", "signatures", "overlaps")  # what depends on a task's own files alone
+
+
+@dataclass(frozen=True)
+class Row:
+    """A document that was put down."""
+
+    number: int  # in its task
+    name: str
+    text: str
+    digest: bytes
+    bytes: int
+
+    @property
+    def document(self) -> Document:
+        """As a pipeline hands it on."""
+        return Document(self.text, self.name, metadata={"row": self.number, "bytes": self.bytes, "digest": self.digest})
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """`<folder>.partial/work`."""
+
+    folder: Path
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        """To a worker goes the place alone, not what was read there."""
+        return Workshop, (self.folder,)
+
+    def path(self, kind: str, task: int, suffix: str) -> Path:
+        name = self.tasks[task] if kind in BY_IDENTITY else f"{task:06d}"
+        return self.folder / kind / f"{name}{suffix}"
+
+    @property
+    def plan(self) -> Path:
+        """What this build is of."""
+        return self.folder / "plan.json"
+
+    @property
+    def stages(self) -> Path:
+        """What the executors write down: tasks done, statistics, logs."""
+        return self.folder / "stages"
+
+    @property
+    def fetched(self) -> Path:
+        """A stream, written down as files."""
+        return self.folder / "fetched"
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """The identity of each task."""
+        return list(json.loads(self.plan.read_text())["tasks"])
+
+    def files(self, task: int) -> tuple[File, ...]:
+        return tuple(File(*entry) for entry in json.loads(self.path("files", task, ".json").read_text()))
+
+    # ---- what was read ------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def read(self) -> Path:
+        """Written when all is read."""
+        return self.folder / "read.json"
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """How many documents each task has; known when all are read. Tasks behind a limit are none."""
+        return tuple(json.loads(self.read.read_text())["counts"])
+
+    @cached_property
+    def tally(self) -> Tally:
+        return Tally(**json.loads(self.read.read_text())["tally"])
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """The number of each task's first document among all."""
+        return [0, *np.cumsum(self.counts, dtype=np.int64).tolist()]
+
+    def done(self, task: int) -> dict[str, Any] | None:
+        """What a task says of its reading; None where it is not done."""
+        path = self.path("text", task, ".json")
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def rows(self, task: int) -> Iterator[Row]:
+        """The documents of a task, a batch in memory at a time."""
+        number = 0
+        for batch in self._batches(task, FIELDS):
+            for values in zip(*(batch.column(field).to_pylist() for field in FIELDS), strict=True):
+                yield Row(number, spelt(values[0]), *values[1:])
+                number += 1
+
+    def names(self, task: int) -> list[str]:
+        return [spelt(raw) for raw in self._column(task, "name")]
+
+    def sizes(self, task: int) -> np.ndarray:
+        """Of each text in UTF-8, int64 (documents,)."""
+        return np.array(self._column(task, "bytes"), np.int64)
+
+    def digests(self, task: int) -> np.ndarray:
+        """Of each text: two uint64, (documents, 2)."""
+        return np.frombuffer(b"".join(self._column(task, "digest")), "<u8").reshape(-1, 2)
+
+    def signatures(self, task: int, width: int) -> np.ndarray:
+        """MinHash values, mapped: uint32 (documents, width)."""
+        path = self.path("signatures", task, ".bin")
+        return np.memmap(path, "<u4", "r").reshape(-1, width) if path.stat().st_size else np.empty((0, width), "<u4")
+
+    def overlaps(self, task: int) -> dict[str, list[Any]]:
+        """What the texts have in common with benchmarks: columns document, ngram, detail."""
+        path = self.path("overlaps", task, ".json")
+        return dict(json.loads(path.read_text())) if path.is_file() else {"document": [], "ngram": [], "detail": []}
+
+    def _column(self, task: int, name: str) -> list[Any]:
+        return [value for batch in self._batches(task, (name,)) for value in batch.column(name).to_pylist()]
+
+    def _batches(self, task: int, names: tuple[str, ...]) -> Iterator[Any]:
+        import pyarrow.ipc
+
+        options = pyarrow.ipc.IpcReadOptions(included_fields=[FIELDS.index(name) for name in names], use_threads=False)
+        with pyarrow.memory_map(str(self.path("text", task, ".arrow"))) as file:
+            batches = pyarrow.ipc.open_file(file, options=options)
+            yield from (batches.get_batch(i) for i in range(batches.num_record_batches))
+
+
+def spelt(raw: bytes) -> str:
+    """A name, which may hold bytes that are no UTF-8."""
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def tally_of(done: dict[str, Any]) -> Tally:
+    """The tally in what a task says."""
+    return Tally(**done["tally"])
+
+
+def plain(tally: Tally) -> dict[str, Any]:
+    """A tally as JSON."""
+    return asdict(tally)
