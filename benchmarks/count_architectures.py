@@ -28,10 +28,7 @@ from typing import Any
 
 from outgrow.growth.rehearse import Bench, bench
 from outgrow.model.base.errors import UserError
-from outgrow.model.derive import derive, whole_config
-from outgrow.model.derive.probe import shapes
-from outgrow.model.derive.roles import Draft
-from outgrow.model.derive.schema import drafted_family
+from outgrow.model.derive import Draft, derive, drafted_family, shapes, whole_config
 from outgrow.model.family import Config
 
 HERE = Path(__file__).resolve().parent

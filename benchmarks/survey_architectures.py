@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 from count_architectures import SAID, in_processes
 
 from outgrow.model.base.errors import UserError, in_one_line
-from outgrow.model.derive.shrink import place_tokens
+from outgrow.model.derive import place_tokens
 from outgrow.model.survey import TOLERANCE, Answer, Survey, causal_switch, survey, works
 from outgrow.model.twin import tiny_twin
 

@@ -16,10 +16,11 @@ import numpy as np
 
 from outgrow.growth.decision import Decision
 from outgrow.growth.expansion import AxisMap, Expansion, Fill
-from outgrow.growth.layers import LayerMap, follow_layers
+from outgrow.growth.layers import LayerMap
 from outgrow.growth.routing import broken_conditions
 from outgrow.model.config import ROPE, THETA, rope_of
 from outgrow.model.family import STANDARD, Config, Family
+from outgrow.model.keys import follow_layers
 from outgrow.model.notation import spaces
 
 # Config keys that are no sizes and do not change what the network computes.
@@ -71,7 +72,7 @@ def _same(key: str, before: Any, after: Any, layers: LayerMap) -> bool:
         return True
     if isinstance(before, list) and isinstance(after, list) and (len(before), len(after)) == (layers.source, layers.target):
         return all(after[number] == before[layer] for number, layer in enumerate(layers.layers) if not layers.identity[number])
-    return bool(follow_layers(key, before, layers) == after)
+    return bool(follow_layers(key, before, layers.layers, layers.source) == after)
 
 
 def _rotary(family: Family, source: Config, target: Config) -> Iterator[str]:

@@ -13,11 +13,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from outgrow.growth.expansion import AxisMap, Fill
-from outgrow.growth.layers import LayerMap, follow_layers
+from outgrow.growth.layers import LayerMap
 from outgrow.growth.recipe import Growth, Recipe
 from outgrow.model.composite import of_text
 from outgrow.model.dtypes import RAW, TORCH_NAMES, config_dtype, is_float
 from outgrow.model.family import Config, Family, Tensor
+from outgrow.model.keys import follow_layers
 from outgrow.model.starts import Start
 
 
@@ -247,4 +248,5 @@ def followed(config: dict[str, Any], growth: Growth, made: Recipe, layers: Layer
     if growth.grows("layer") and (kinds := growth.family.layer_kinds(source)):  # the class would tell them by their numbers, which move
         source["layer_types"], config["layer_types"] = kinds, config.get("layer_types") or kinds
     untouched = {key: value for key, value in source.items() if of_text(key) and config.get(key) == value}
-    return config | {key: follow_layers(key, value, layers) for key, value in untouched.items()}
+    source = layers.source
+    return config | {key: follow_layers(key, value, layers.layers, source) for key, value in untouched.items()}

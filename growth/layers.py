@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from outgrow.model.base.errors import UserError, unknown
 
@@ -172,20 +171,3 @@ def _explicit(depth: Sequence[int], source: int, target: int) -> LayerMap:
     if wrong := [layer for layer in depth if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < source]:
         raise UserError(f"depth: {wrong[0]!r} is no source layer; the source has layers 0 to {source - 1}")
     return LayerMap("list", source, tuple(depth), (False,) * target)
-
-
-def follow_layers(key: str, value: Any, layers: LayerMap) -> Any:
-    """A config value after the layers moved: a list of one entry per layer (`layer_types`) follows them, and so do a list of layers'
-    numbers (`mlp_only_layers`) and entries by layers' numbers (`per_layer_config`); anything else stays.
-    """
-    if not any(word in key for word in ("layer", "block", "pattern", "types", "idx", "indices")):
-        return value
-    if isinstance(value, dict) and value and all(str(number).isdigit() for number in value):
-        entries = {int(number): entry for number, entry in value.items()}
-        return {str(number): entries[layer] for number, layer in enumerate(layers.layers) if layer in entries}
-    if not isinstance(value, list):
-        return value
-    if len(value) == layers.source and (value != list(range(layers.source)) or layers.source == 2):  # [0, 1] may be a yes and a no
-        return [value[layer] for layer in layers.layers]
-    numbers = all(type(number) is int and 0 <= number < layers.source for number in value) and len(set(value)) == len(value)
-    return [number for number, layer in enumerate(layers.layers) if layer in value] if numbers else value

@@ -7,10 +7,9 @@ from fractions import Fraction
 from math import ceil
 
 from outgrow.growth.layers import LAYER_MAPS
-from outgrow.model.derive.axes import Keys
-from outgrow.model.derive.roles import Draft
-from outgrow.model.derive.shrink import HEAD_KEYS
+from outgrow.model.derive import Draft, Keys
 from outgrow.model.family import Config
+from outgrow.model.keys import HEAD_KEYS
 
 LARGEST = 4  # factor of a miniature: larger ones show nothing more
 MORE = 6  # tokens or positions, where there are to be more

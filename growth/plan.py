@@ -135,7 +135,7 @@ def _among_kinds(layers: LayerMap, growth: Growth) -> LayerMap:
 
 def _kinds_in_class(family: Family, config: Config) -> list[frozenset[str]]:
     """Of each layer that the library's class makes of a config, the names of its tensors without the layer's own."""
-    from outgrow.model.derive.probe import shapes
+    from outgrow.model.derive import shapes
 
     prefix = next(line.name.partition("*")[0] for line in family.lines if line.only is not None)
     kinds: dict[int, set[str]] = {}

@@ -141,7 +141,7 @@ def _hold_against_class(plan: Plan) -> Mapping[str, str]:
     Raises:
         UserError: it has others, or others' shapes; the message names the first ones.
     """
-    from outgrow.model.derive.probe import named_shapes
+    from outgrow.model.derive import named_shapes
 
     source, was_called = named_shapes(plan.source_config, {plan.source_name(step.tensor) for step in plan.steps})
     built, called = named_shapes(plan.target_config, (step.name for step in plan.steps))

@@ -14,13 +14,14 @@ from outgrow.model.base.errors import UserError
 from outgrow.model.checkpoint import Checkpoint, is_plain, names_of
 from outgrow.model.composite import flat
 from outgrow.model.config import Target, resolve_target
-from outgrow.model.depth_only import DEPTH_KEYS, outline
+from outgrow.model.depth_only import outline
 from outgrow.model.family import Config, Family, family_of, has_schema
 from outgrow.model.fp8 import dequantised
+from outgrow.model.keys import DEPTH_KEYS, HEAD_KEYS
 
 if TYPE_CHECKING:
     from outgrow.growth.rehearse import Rehearsal
-    from outgrow.model.derive.roles import Draft
+    from outgrow.model.derive import Draft
 ORIGINAL = "give the checkpoint that it was made from, since no library makes plain weights of these"
 OTHERWISE = "dequantise it first, where its library can, or give the checkpoint that it was made from"
 # How plain weights come of a quantised checkpoint, by its method.
@@ -123,8 +124,7 @@ def _check_depth(config: Config, shapes: Shapes) -> None:
 
 
 def _outlined(config: Config, shapes: Shapes) -> Resolved:
-    from outgrow.model.derive import library_knows, whole_config
-    from outgrow.model.derive.probe import passed_over
+    from outgrow.model.derive import library_knows, passed_over, whole_config
 
     known = library_knows(config)
     whole = whole_config(config) if known else config
@@ -210,8 +210,6 @@ def derived_family(source: Checkpoint | Config) -> Family:
 
 def _other_heads(draft: Draft, source: Config, target: Config) -> str:
     """What happens to head dims that a config leaves to hidden size / heads, where the growth changes them."""
-    from outgrow.model.derive.shrink import HEAD_KEYS
-
     keys = draft.axes.keys
     if not keys.heads or any(target.get(key) for key in HEAD_KEYS):
         return ""
@@ -226,8 +224,7 @@ def _other_heads(draft: Draft, source: Config, target: Config) -> str:
 
 def _family(draft: Draft, config: Config, shapes: Shapes | None) -> Family:
     """The drafted family under the names of the file: older ones call tensors otherwise and carry buffers along."""
-    from outgrow.model.derive.probe import named_shapes, passed_over, tied_names
-    from outgrow.model.derive.schema import drafted_family
+    from outgrow.model.derive import drafted_family, named_shapes, passed_over, tied_names
 
     built, called = named_shapes(config, shapes or ())
     if shapes is None:
@@ -243,7 +240,7 @@ def _family(draft: Draft, config: Config, shapes: Shapes | None) -> Family:
 
 def _check_asked(draft: Draft, source: Mapping[str, int], target: Mapping[str, int], changes: Mapping[str, int]) -> None:
     """Every space that is to grow must grow in the rehearsal, or it would be believed untested."""
-    from outgrow.model.derive.schema import drafted_family
+    from outgrow.model.derive import drafted_family
 
     tiny = drafted_family(draft, draft.axes.config, draft.axes.shapes)
     before, after = tiny.sizes(draft.axes.config), tiny.sizes({**draft.axes.config, **changes})

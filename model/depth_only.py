@@ -13,9 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from outgrow.model.base.errors import UserError
 from outgrow.model.composite import other_towers
 from outgrow.model.family import Config, Family
-
-# How configs spell the number of layers.
-DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "decoder_layers", "depth", "num_blocks")
+from outgrow.model.keys import DEPTH_KEYS
 
 Shape = tuple[int, ...]
 

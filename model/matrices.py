@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from outgrow.model.base.errors import UserError, in_one_line
 from outgrow.model.base.quiet import quietly
-from outgrow.model.derive import LENGTH, ROWS
-from outgrow.model.derive.probe import Uses, build, scramble, uses
+from outgrow.model.derive import LENGTH, ROWS, Uses, build, scramble, uses
 from outgrow.model.family import Config
 from outgrow.model.twin import Twin, layerless, tiny_twin
 

@@ -8,43 +8,50 @@ One line describes one module, in the spirit of einops:
     model.layers.*.input_layernorm     norm residual + bias
     transformer.h.*.attn.c_attn        residual -> [(kv group qk) | (kv qk*) | (kv v)] + bias
 
-`*` in a name stands for the layer's number. The arrow points from the space that is read to the space that is written, and shows the
-storage order: `out <- in` is stored (out, in), `in -> out` is stored (in, out), as embeddings and GPT-2's Conv1D are.
-An axis is a space, a product `(a b)` (row-major, as in einops) or parts laid end to end `[a | b]`; both nest.
-`qk*` is the *reading* side of the space `qk`: queries write it, keys read it, and the attention logit contracts the two.
-`norm X` is a normalisation's scale over axis X; `final norm` is the one before the output head, `post norm` one whose output is added to
-the residual stream, and `norm+1` stores the scale minus one (Gemma). `+ bias` adds `<name>.bias`, `+ bias[key]` where that config value
-is true; `scaled` marks an embedding that the model multiplies by sqrt(hidden) (Gemma), `scaled^-1` a matrix whose input or output it
-multiplies by that power of the hidden size (Gemma 3n). `if key` / `unless key` make a line depend on a
-config value; `tied to NAME if key` names the tensor that a tied one repeats.
+`*` in a name stands for the layer's number. The arrow points from the space that is read to the space that is
+written, and shows the storage order: `out <- in` is stored (out, in), `in -> out` is stored (in, out), as
+embeddings and GPT-2's Conv1D are. An axis is a space, a product `(a b)` (row-major, as in einops) or parts
+laid end to end `[a | b]`; both nest. `qk*` is the *reading* side of the space `qk`: queries write it, keys
+read it, and the attention logit contracts the two. `norm X` is a normalisation's scale over axis X; `final
+norm` is the one before the output head, `post norm` one whose output is added to the residual stream, and
+`norm+1` stores the scale minus one (Gemma). `+ bias` adds `<name>.bias`, `+ bias[key]` where that config
+value is true; `scaled` marks an embedding that the model multiplies by sqrt(hidden) (Gemma), `scaled^-1` a
+matrix whose input or output it multiplies by that power of the hidden size (Gemma 3n). `if key` / `unless
+key` make a line depend on a config value; `tied to NAME if key` names the tensor that a tied one repeats.
 
-Three spellings serve models that no line above describes. A number is an axis that never grows. `tensor A, B*` is a tensor under its own
-whole name, with its axes in storage order and a star on those that are read
-(`tensor scalar` has none). `{0..7}` in a name repeats the line for each number, as for
-experts, and `in layers 0,2` keeps it to those layers:
+Three spellings serve models that no line above describes. A number is an axis that never grows. `tensor A,
+B*` is a tensor under its own whole name, with its axes in storage order and a star on those that are read
+(`tensor scalar` has none). `{0..7}` in a name repeats the line for each number, as for experts, and `in
+layers 0,2` keeps it to those layers:
 
     model.layers.*.mlp.experts.{0..7}.w2   residual <- 1408
     model.layers.*.mamba.conv1d.weight     tensor 1536, 1, 4 in layers 0,2
+
+A line prints itself: `str(parse_line(text))` is `text`, but for spaces. In a draft (`model.derive`) a `?`
+stands for a number that follows from the checkpoint at hand.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 
 @dataclass(frozen=True)
 class Space:
-    """One named space; `dual` marks its reading side on an axis that is stored as an output. A number names an axis that never grows."""
+    """One named space; `dual` marks its reading side on an axis that is stored as an output. A number names
+    an axis that never grows.
+    """
 
     name: str
     dual: bool = False
 
     @property
     def fixed(self) -> bool:
-        """Whether it is a number: an axis that never grows."""
+        """Check whether it is a number: an axis that never grows."""
         return self.name.isdigit()
 
     def __str__(self) -> str:
@@ -72,10 +79,11 @@ class Parts:
 
 
 Axis = Space | Product | Parts
+OPEN = Space("?")  # a number that a draft leaves open
 
 
 def size(axis: Axis, sizes: Mapping[str, int]) -> int:
-    """The length of `axis` when its spaces have the given `sizes`."""
+    """Compute the length of `axis` from the sizes of its spaces."""
     if isinstance(axis, Space):
         return int(axis.name) if axis.fixed else sizes[axis.name]
     lengths = [size(part, sizes) for part in axis.parts]
@@ -83,7 +91,7 @@ def size(axis: Axis, sizes: Mapping[str, int]) -> int:
 
 
 def spaces(axis: Axis) -> Iterator[Space]:
-    """Every space named in `axis`, left to right; numbers are none."""
+    """Yield every space named in `axis`, left to right; numbers are none."""
     if isinstance(axis, Space):
         if not axis.fixed:
             yield axis
@@ -92,9 +100,21 @@ def spaces(axis: Axis) -> Iterator[Space]:
             yield from spaces(part)
 
 
+def replaced(axis: Axis, new: Callable[[Space], Axis]) -> Axis:
+    """Replace every space and number in `axis`."""
+    if isinstance(axis, Space):
+        return new(axis)
+    return type(axis)(tuple(replaced(part, new) for part in axis.parts))
+
+
+EMBEDDING_SCALE = 0.5  # `scaled` alone: the power of the hidden size by which embeddings are multiplied
+
+
 @dataclass(frozen=True)
 class Line:
-    """One module of the schema: its name (`*` = layer number), what it writes and reads, and how it is stored."""
+    """One module of the schema: its name (`*` = layer number), what it writes and reads, and how it is
+    stored.
+    """
 
     name: str
     kind: str  # "linear", "embedding", "norm", "final norm", "post norm" or "tensor"
@@ -110,7 +130,35 @@ class Line:
     tied_to: str | None = None
     tied_if: str | None = None
     only: tuple[int, ...] | None = None  # the layers that have it; None for all
-    text: str = ""
+
+    def __str__(self) -> str:
+        """Print the line as a schema has it; `parse_line` reads it back."""
+        return f"{self.name}  {self.text}"
+
+    @cached_property
+    def text(self) -> str:
+        """The line without its name: axes, bias, scale, tie, condition, layers."""
+        words = [self._axes_in_words]
+        if self.bias:
+            words.append("+ bias" if self.bias_if is None else f"+ bias[{self.bias_if}]")
+        if self.scaled:
+            words.append("scaled" if self.scaled == EMBEDDING_SCALE else f"scaled^{self.scaled:g}")
+        if self.tied_to is not None:
+            words.append(f"tied to {self.tied_to} if {self.tied_if}")
+        if self.condition is not None:
+            word = "unless" if self.condition.startswith("!") else "if"
+            words.append(f"{word} {self.condition.removeprefix('!')}")
+        if self.only is not None:
+            words.append(f"in layers {','.join(map(str, self.only))}")
+        return " ".join(words)
+
+    @property
+    def _axes_in_words(self) -> str:
+        if self.kind == "tensor":
+            return "tensor " + (", ".join(map(str, self.whole)) or "scalar")
+        if self.into is None:
+            return f"{self.kind}{'+1' if self.offset else ''} {self.out}"
+        return f"{self.into} -> {self.out}" if self.transposed else f"{self.out} <- {self.into}"
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -126,12 +174,13 @@ class Line:
         """Its name with every `{a..b}` written out."""
         names = [self.name]
         while "{" in names[0]:
-            names = [f"{head}{number}{tail}" for name in names for head, numbers, tail in [_braced(name)] for number in numbers]
+            parts = [_braced(name) for name in names]
+            names = [f"{head}{number}{tail}" for head, numbers, tail in parts for number in numbers]
         return names
 
     @property
     def layered(self) -> bool:
-        """Whether the module is repeated in every layer."""
+        """Check whether the module is repeated in every layer."""
         return "*" in self.name
 
 
@@ -159,35 +208,35 @@ def parse_line(text: str) -> Line:
     Raises:
         ValueError: the line does not follow the notation; the message quotes it.
     """
-    if whole := _TENSOR.fullmatch(text.strip()):
-        axes = tuple(parse_axis(axis) for axis in whole["axes"].split(",") if whole["axes"] != "scalar")
-        return Line(whole["name"], "tensor", Product(axes), None, axes, only=_numbers(whole["only"]), text=" ".join(text.split()[1:]))
+    if tensor := _TENSOR.fullmatch(text.strip()):
+        words = [] if tensor["axes"] == "scalar" else tensor["axes"].split(",")
+        axes = tuple(map(parse_axis, words))
+        return Line(tensor["name"], "tensor", Product(axes), None, axes, only=_numbers(tensor["only"]))
     match = _LINE.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"not a schema line: {text.strip()!r}; expected 'NAME out <- in', 'NAME in -> out' or 'NAME norm axis'")
-    found = match.groupdict()
-    condition = None if found["key"] is None else ("!" if found["when"] == "unless" else "") + found["key"]
-    if found["norm"]:
-        out, into, kind = parse_axis(found["normed"]), None, found["norm"]
+    words = match.groupdict()
+    negation = "!" if words["when"] == "unless" else ""
+    if words["norm"]:
+        out, into, kind = parse_axis(words["normed"]), None, words["norm"]
     else:
-        left, right = parse_axis(found["left"]), parse_axis(found["right"])
-        out, into = (left, right) if found["arrow"] == "<-" else (right, left)
-        kind = "embedding" if isinstance(into, Space) and into.name in ("vocab", "pos") else "linear"
+        left, right = parse_axis(words["left"]), parse_axis(words["right"])
+        out, into = (left, right) if words["arrow"] == "<-" else (right, left)
+        kind = "embedding" if into in (Space("vocab"), Space("pos")) else "linear"
     return Line(
-        name=found["name"],
+        name=words["name"],
         kind=kind,
         out=out,
         into=into,
-        transposed=found["arrow"] == "->",
-        bias=bool(found["bias"]),
-        bias_if=found["bias_if"],
-        scaled=float(found["power"] or 0.5) if found["scaled"] else 0.0,
-        offset=1.0 if found["offset"] else 0.0,
-        condition=condition,
-        tied_to=found["tied_to"],
-        tied_if=found["tied_if"],
-        only=_numbers(found["only"]),
-        text=" ".join(text.split()[1:]),
+        transposed=words["arrow"] == "->",
+        bias=bool(words["bias"]),
+        bias_if=words["bias_if"],
+        scaled=float(words["power"] or EMBEDDING_SCALE) if words["scaled"] else 0.0,
+        offset=1.0 if words["offset"] else 0.0,
+        condition=None if words["key"] is None else negation + words["key"],
+        tied_to=words["tied_to"],
+        tied_if=words["tied_if"],
+        only=_numbers(words["only"]),
     )
 
 
@@ -197,7 +246,7 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
 
 def parse_axis(text: str) -> Axis:
     """Parse `residual`, `(kv group qk)`, `[(kv qk) | (kv v)]` or any nesting of them."""
-    tokens = re.findall(r"[\w.]+\*?|[()\[\]|]", text)
+    tokens = re.findall(r"[\w.]+\*?|[?()\[\]|]", text)
     if "".join(tokens) != "".join(text.split()):
         raise ValueError(f"not an axis: {text!r}")
     axis, rest = _parse(tokens)

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from outgrow.model.base.errors import UserError, in_one_line
 from outgrow.model.base.quiet import quietly
-from outgrow.model.derive.probe import scramble
+from outgrow.model.derive import scramble
 from outgrow.model.documents import documents_apart
 from outgrow.model.family import Config
 from outgrow.model.twin import Twin, layerless, tiny_twin

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 from outgrow.model.base.errors import UserError, in_one_line
 from outgrow.model.base.quiet import quietly
 from outgrow.model.build import library_class, to_hf_config
-from outgrow.model.derive import LENGTH, ROWS, library_knows, tiny_configs, whole_config
-from outgrow.model.derive.probe import build as build_on
-from outgrow.model.derive.shrink import MAX_PARAMETERS, place_tokens
+from outgrow.model.derive import LENGTH, ROWS, Unfit, check_size, library_knows, place_tokens, tiny_configs, whole_config
+from outgrow.model.derive import build as build_on
 from outgrow.model.family import Config
 
 if TYPE_CHECKING:
@@ -100,13 +99,13 @@ def _search(config: Config) -> Twin:
         for candidate in tiny_configs(config):
             try:
                 return _checked(candidate, own=False)
-            except UserError as fault:
+            except Unfit as fault:
                 faults.append(fault)
-    except UserError as fault:  # some size that a twin needs has an unknown name
+    except Unfit as fault:  # some size that a twin needs has an unknown name
         faults.append(fault)
     try:
         return _checked(whole_config(config), own=True)
-    except UserError:
+    except Unfit:
         raise faults[0] from None
 
 
@@ -115,15 +114,14 @@ def _checked(config: Config, *, own: bool) -> Twin:
     whole = whole_config(config)
     with quietly():
         blank = build_on(whole)
-    if (count := sum(tensor.numel() for tensor in (*blank.parameters(), *blank.buffers()))) > MAX_PARAMETERS:
-        raise UserError(f"a tiny twin of it still has {count:,} parameters, so some size of its config was not recognised")
+    check_size(blank)
     known: Any = blank.config
     twin = Twin(whole, known.get_text_config().vocab_size - len(place_tokens(whole)), own)
     try:
         with quietly():
             _run(twin)
     except Exception as fault:  # the library's classes raise every kind
-        raise UserError(f"a tiny twin of it does not run on token ids alone ({in_one_line(fault)})") from None
+        raise Unfit(f"a tiny twin of it does not run on token ids alone ({in_one_line(fault)})") from None
     return twin
 
 

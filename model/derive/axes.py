@@ -1,4 +1,7 @@
-"""Which config key moves which axis: the family's tiny config built again and again on the meta device, one size changed at a time."""
+"""The config key that moves each axis: a tiny config is built again and again, one size changed at a time.
+
+Everything is built on the meta device, in no memory.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +12,34 @@ from functools import cached_property
 from math import log2
 from typing import Any
 
-from outgrow.model.base.errors import UserError
 from outgrow.model.build import to_hf_config
 from outgrow.model.composite import of_text
 from outgrow.model.derive.mixer import Mixer, find_mixer
 from outgrow.model.derive.probe import computed, factors, shapes
-from outgrow.model.derive.shrink import repeats_hidden
+from outgrow.model.derive.unfit import Unfit
 from outgrow.model.family import Config
+from outgrow.model.keys import (
+    FFN_KEYS,
+    HIDDEN_KEYS,
+    LAYER_KEYS,
+    QUERY_HEAD_KEYS,
+    is_size,
+    repeats_hidden,
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
+# sizes beside the first, as of experts
 MORE_FFN = re.compile(r"^(?!.*(multiple|encoder)).*(intermediate|ffn)")
 
 
 @dataclass(frozen=True)
 class Keys:
-    """How a config spells the sizes that a schema is about; None where it does not have one.
+    """A config's spelling of the sizes that a schema is about; None where it does not have one.
 
     Attributes:
         follows: keys that repeat the hidden size.
-        also_layers: a key that repeats the layer count, from which the library takes how many layers to remember keys and values of.
+        also_layers: a key that repeats the layer count; the library takes from it how many layers to cache
+            keys and values of.
         more: further feed-forward sizes, as of experts, each a space of its own.
     """
 
@@ -45,38 +57,43 @@ class Keys:
 
     @classmethod
     def of(cls, config: Config, attribute_map: Mapping[str, str]) -> Keys:
-        """The keys of a whole config (`PretrainedConfig.to_dict`).
+        """Find the keys of a complete config (`PretrainedConfig.to_dict`).
 
         Raises:
-            UserError: it has no hidden size, layer count or vocabulary of its own.
+            Unfit: it has no hidden size, layer count or vocabulary of its own.
         """
 
         def key(standard: str, *others: str) -> str | None:
-            decoder = tuple(name for name in others if "decoder_" in name)  # where the config has an encoder's sizes too
+            """Find the first spelling under which the config has a positive size; a decoder's before an
+            encoder's.
+            """
+            decoder = [name for name in others if "decoder_" in name]
             names = (*decoder, attribute_map.get(standard, standard), standard, *others)
-            return next((name for name in names if type(config.get(name)) is int and config[name] > 0), None)
+            return next((name for name in names if is_size(config.get(name))), None)
 
-        hidden, vocab = key("hidden_size", "d_model", "n_embd"), key("vocab_size")
-        layers = key("num_hidden_layers", "num_layers", "decoder_layers", "num_decoder_layers")
-        sizes = {"hidden size": hidden, "layer count": layers, "vocabulary": vocab}
-        missing = [word for word, found in sizes.items() if found is None]
+        hidden, vocab = key("hidden_size", *HIDDEN_KEYS), key("vocab_size")
+        layers, ffn = key("num_hidden_layers", *LAYER_KEYS), key("intermediate_size", *FFN_KEYS)
+        required = {"hidden size": hidden, "layer count": layers, "vocabulary": vocab}
+        missing = [word for word, name in required.items() if name is None]
         if hidden is None or layers is None or vocab is None:
-            raise UserError(f"its config has no {' and no '.join(missing)} at its top level or in a text_config")
-        spellings = ("decoder_ffn_dim", "ffn_dim", "ffn_hidden_size", "n_inner", "dff", "d_inner", "dim_ff", "feed_forward_size")
-        ffn = key("intermediate_size", *spellings)
-        whole = {name: value for name, value in config.items() if type(value) is int and value > 1}
+            raise Unfit(f"its config has no {' and no '.join(missing)} at its top level or in a text_config")
+        sizes = {name: value for name, value in config.items() if is_size(value) and value > 1}
+        width = config[hidden]
+        others = [name for name in sizes if name != hidden]
+        count = key("num_hidden_layers")
+        counts_too = count is not None and count != layers and config[count] == config[layers]
         return cls(
             hidden=hidden,
-            heads=key("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "num_decoder_attention_heads"),
+            heads=key("num_attention_heads", *QUERY_HEAD_KEYS),
             kv=key("num_key_value_heads", "num_kv_heads"),
             ffn=ffn,
             layers=layers,
             vocab=vocab,
             head_dim=key("head_dim", "attention_head_size", "d_head", "dim_head", "kv_channels"),
             positions=key("max_position_embeddings", "n_positions", "max_target_positions"),
-            follows=tuple(name for name, value in whole.items() if name != hidden and repeats_hidden(name, value, config[hidden])),
-            more=tuple(name for name in whole if of_text(name) and MORE_FFN.search(name) and name != ffn),
-            also_layers=count if (count := key("num_hidden_layers")) != layers and count and config[count] == config[layers] else None,
+            follows=tuple(name for name in others if repeats_hidden(name, sizes[name], width)),
+            more=tuple(name for name in sizes if of_text(name) and MORE_FFN.search(name) and name != ffn),
+            also_layers=count if counts_too else None,
         )
 
 
@@ -108,23 +125,27 @@ class Axes:
 
     @property
     def multi_query(self) -> bool:
-        """Whether a switch of the config says that all queries share one key-value head."""
+        """Check whether a switch of the config says that all queries share one key-value head (MQA)."""
         return self.config.get("multi_query") is True
 
     def changed(self, changes: Mapping[str, int]) -> Shapes | None:
-        """The shapes after changes of config keys; None where the library refuses them or other tensors come of it."""
+        """Build the shapes after changes of config keys; None where the library refuses or has other tensors
+        then.
+        """
         try:
-            found = shapes({**self.config, **changes})
-        except UserError:
+            moved = shapes({**self.config, **changes})
+        except Unfit:
             return None
-        return found if found.keys() == self.shapes.keys() else None
+        return moved if moved.keys() == self.shapes.keys() else None
 
     @cached_property
     def takes_kv(self) -> bool:
-        """Whether the class goes by the key of the key-value heads, rather than giving back there what another part of the config says."""
-        return self.keys.kv is None or self.keys.kv in {
-            field.name for field in fields(to_hf_config(self.config).get_text_config(decoder=True))
-        }
+        """Check whether the class goes by the key of the key-value heads.
+
+        Some only give back there what another part of the config says.
+        """
+        own = fields(to_hf_config(self.config).get_text_config(decoder=True))
+        return self.keys.kv is None or self.keys.kv in {field.name for field in own}
 
     @property
     def stream_keys(self) -> tuple[str, ...]:
@@ -139,73 +160,88 @@ class Axes:
 
     @property
     def width_keys(self) -> tuple[str, ...]:
-        """The keys of the residual stream's size, with the heads where their dim is hidden size / heads, and those of state spaces."""
+        """The keys of the residual stream's size, and of the heads that grow with it.
+
+        These are attention heads whose dim is hidden size / heads, and the heads of state spaces.
+        """
         mixer = (self.mixer.heads,) if self.mixer else ()
-        return tuple(dict.fromkeys((*self.stream_keys, *(self.head_keys if self.coupled else ()), *mixer)))
+        heads = self.head_keys if self.coupled else ()
+        return tuple(dict.fromkeys((*self.stream_keys, *heads, *mixer)))
 
     def times(self, factor: float, *keys: str | None) -> dict[str, int]:
-        """The change that multiplies the sizes of `keys`."""
+        """Compose the change that multiplies the sizes of `keys`."""
         return {key: int(self.config[key] * factor) for key in keys if key}
 
     @cached_property
     def coupled(self) -> bool:
-        """Whether a head's dim is hidden size / heads, so that width grows by whole heads."""
+        """Check whether a head's dim is hidden size / heads, so that width grows by whole heads."""
         moved = self.keys.heads and self.changed(self.times(2, *self.head_keys))
         if not moved:
             return self.keys.heads is not None
-        grown = [name for name in moved for a, b in zip(self.shapes[name], moved[name], strict=True) if b == 2 * a and a > 2 * self.heads]
-        return not grown
+        pairs = [pair for name in moved for pair in zip(self.shapes[name], moved[name], strict=True)]
+        return not any(after == 2 * before and before > 2 * self.heads for before, after in pairs)
 
     @cached_property
     def mixer(self) -> Mixer | None:
         """The state spaces whose heads have to grow with the hidden size."""
-        return find_mixer(self.config, self.shapes, lambda *keys: self.changed(self.times(2, *self.stream_keys, *keys)))
+
+        def wider(*keys: str) -> Shapes | None:
+            return self.changed(self.times(2, *self.stream_keys, *keys))
+
+        return find_mixer(self.config, self.shapes, wider)
 
     @cached_property
     def by_hidden(self) -> Shapes:
         """The shapes under twice the hidden size.
 
         Raises:
-            UserError: the library refuses it.
+            Unfit: the library refuses it.
         """
-        found = self.changed(self.times(2, *self.width_keys))
-        if found is None:
-            raise UserError(f"its class does not build with twice the {self.keys.hidden}")
-        return found
+        moved = self.changed(self.times(2, *self.width_keys))
+        if moved is None:
+            raise Unfit(f"its class does not build with twice the {self.keys.hidden}")
+        return moved
 
     @cached_property
     def computed(self) -> list[str]:
-        """Buffers as wide as the residual stream that no file holds, as sinusoids of positions: its class makes them from the width."""
-        wide = computed({**self.config, **self.times(2, *self.width_keys)})
-        return [name for name, shape in computed(self.config).items() if self.hidden in shape and 2 * self.hidden in wide.get(name, ())]
+        """Buffers as wide as the residual stream that the class computes and no file holds (sinusoids of
+        positions).
+        """
+        wider = computed({**self.config, **self.times(2, *self.width_keys)})
+        as_wide = [name for name, shape in computed(self.config).items() if self.hidden in shape]
+        return [name for name in as_wide if 2 * self.hidden in wider.get(name, ())]
 
     @cached_property
     def powers(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Module → the power of the hidden size by which it multiplies something, as its buffers and as its attributes tell."""
-
-        buffers, attributes = ({name.rpartition(".")[0]: power for name, power in powers.items()} for powers in self._powers)
-        return buffers, attributes
+        """Module → the power of the hidden size in its buffers, and in its attributes."""
+        buffers, attributes = self._powers
+        return _by_module(buffers), _by_module(attributes)
 
     @cached_property
     def rounded(self) -> list[str]:
         """Buffers that would be a power of the hidden size, were they not rounded (to bfloat16)."""
-        return [name for name, power in self._powers[0].items() if 1e-6 < abs(2 * power - round(2 * power)) < 1e-2]
+        doubled = {name: 2 * power for name, power in self._powers[0].items()}
+        return [name for name, power in doubled.items() if 1e-6 < abs(power - round(power)) < 1e-2]
 
     @cached_property
     def _powers(self) -> tuple[dict[str, float], dict[str, float]]:
-        def moved(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-            pairs = {name: (value, after.get(name, value)) for name, value in before.items()}
-            return {name: log2(b / a) for name, (a, b) in pairs.items() if a > 0 and b > 0 and a != b}
-
-        buffers, attributes = zip(factors(self.config), factors({**self.config, **self.times(2, *self.width_keys)}), strict=True)
-        return moved(*buffers), moved(*attributes)
+        """Number → the power of two by which it moves when the hidden size is doubled: of buffers, of
+        attributes.
+        """
+        buffers, attributes = factors(self.config)
+        wider = {**self.config, **self.times(2, *self.width_keys)}
+        wider_buffers, wider_attributes = factors(wider)
+        return _powers_of_two(buffers, wider_buffers), _powers_of_two(attributes, wider_attributes)
 
     @cached_property
     def by_queries(self) -> Shapes | None:
-        """The shapes under twice the query heads (and key-value heads, where each query head has its own), hidden size fixed."""
+        """The shapes under twice the query heads (and key-value heads, where each query head has its own),
+        hidden size fixed.
+        """
         if self.keys.heads is None:
             return None
-        return self.changed(self.times(2, self.keys.heads, self.keys.kv if self.kv == self.heads else None))
+        own_kv = self.keys.kv if self.kv == self.heads else None
+        return self.changed(self.times(2, self.keys.heads, own_kv))
 
     @cached_property
     def by_kv(self) -> Shapes | None:
@@ -216,7 +252,21 @@ class Axes:
 
     @cached_property
     def by_key(self) -> dict[str, Shapes]:
-        """The shapes under 8 more of each feed-forward size, the vocabulary and the positions, as far as the library builds them."""
+        """The shapes under 8 more of each feed-forward size, the vocabulary and the positions, as far as the
+        library builds them.
+        """
         names = [self.keys.ffn, *self.keys.more, self.keys.vocab, self.keys.positions]
-        found = {name: self.changed({name: self.config[name] + 8}) for name in names if name}
-        return {name: moved for name, moved in found.items() if moved is not None}
+        moved = {name: self.changed({name: self.config[name] + 8}) for name in names if name}
+        return {name: shapes for name, shapes in moved.items() if shapes is not None}
+
+
+def _by_module(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Key numbers by the module that has them."""
+    return {name.rpartition(".")[0]: number for name, number in numbers.items()}
+
+
+def _powers_of_two(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """Compute by which power of two each positive number moves; numbers that stay are left out."""
+    pairs = {name: (value, after.get(name, value)) for name, value in before.items()}
+    positive = {name: pair for name, pair in pairs.items() if min(pair) > 0}
+    return {name: log2(new / old) for name, (old, new) in positive.items() if new != old}

@@ -1,4 +1,6 @@
-"""State spaces with heads (Mamba 2, arXiv 2405.21060) as wide as a multiple of the hidden size: their heads grow with it."""
+"""State spaces (Mamba 2, arXiv 2405.21060) as wide as a multiple of the hidden size: their heads grow with
+it.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ class Mixer:
     Attributes:
         modules: the prefixes of their tensors.
         heads, dim: the config keys of the heads and of the channels of each.
-        groups: the config key of how many parts the heads are in, each with state projections of its own.
-        inner: how many channels there are, heads × dim.
+        groups: the config key of the number of groups of heads, each with state projections of its own.
+        inner: number of channels, heads × dim.
     """
 
     modules: tuple[str, ...]
@@ -29,33 +31,43 @@ class Mixer:
     inner: int
 
     def count(self, config: Mapping[str, Any]) -> int:
-        """How many groups of heads a config has."""
+        """Count the groups of heads of a config."""
         return int(config.get(self.groups or "") or 1)
 
 
-def find_mixer(config: Mapping[str, Any], shapes: Shapes, wider: Callable[..., Shapes | None]) -> Mixer | None:
-    """The state spaces whose heads have to grow with the hidden size; None where there are none, or they have a size of their own.
+def find_mixer(
+    config: Mapping[str, Any], shapes: Shapes, wider: Callable[..., Shapes | None]
+) -> Mixer | None:
+    """Find the state spaces whose heads have to grow with the hidden size.
 
     Args:
-        wider: the shapes under twice the hidden size and twice what further keys say; None where the class does not build so.
+        wider: builds the shapes under twice the hidden size and twice the values of further keys; None where
+            the class does not build.
+
+    Returns:
+        None where there are none, or they have a size of their own.
     """
-    modules = tuple(name.removesuffix(".A_log") for name, shape in shapes.items() if name.endswith(".A_log") and len(shape) == 1)
-    if not modules or (out := f"{modules[0]}.out_proj.weight") not in shapes:
+    logs = [name for name, shape in shapes.items() if name.endswith(".A_log") and len(shape) == 1]
+    modules = tuple(name.removesuffix(".A_log") for name in logs)
+    out = f"{modules[0]}.out_proj.weight" if modules else ""
+    if out not in shapes:
         return None
-    rates = f"{modules[0]}.A_log"
+    rates = logs[0]
     (heads,), inner = shapes[rates], shapes[out][1]
     alone = wider()
     if inner % heads or (alone and alone[out][1] == inner):
         return None
 
     def key(size: int, grown: int) -> str | None:
-        """The key of that size which, doubled with the width, makes `grown` heads."""
-        for name in (name for name, value in config.items() if type(value) is int and value == size):
+        """Find the key of that size which, doubled with the width, makes `grown` heads."""
+        names = [name for name, value in config.items() if type(value) is int and value == size]
+        for name in names:
             moved = wider(name)
             if moved and moved[rates] == (grown,) and moved[out][1] == 2 * inner:
                 return name
         return None
 
     rows, dims = key(heads, 2 * heads), key(inner // heads, heads)
-    groups = next((name for name, value in config.items() if GROUPS.search(name) and type(value) is int), None)
+    counts = [name for name, value in config.items() if GROUPS.search(name) and type(value) is int]
+    groups = counts[0] if counts else None
     return Mixer(modules, rows, dims, groups, inner) if rows and dims else None

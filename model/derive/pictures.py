@@ -1,6 +1,7 @@
-"""Showing a tiny model a picture, so that what carries it into the text model's stream is watched and confirmed too.
+"""A picture for a tiny model, so that its way into the text model's stream is watched and confirmed too.
 
-There is no common way to hand over a picture; the commonest are tried, and a model that takes none of them sees tokens alone.
+There is no common way to hand over a picture; the commonest are tried, and a model that takes none of them
+sees tokens alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ Inputs = dict[str, torch.Tensor]
 
 
 def with_picture(model: PreTrainedModel, tokens: torch.Tensor) -> Inputs | None:
-    """The first row of `tokens` (row, position) with a random picture in its middle; None where the model runs on no such thing."""
+    """Put a random picture in the middle of the first row of `tokens` (row, position); None where the model
+    takes none.
+    """
     config: Any = model.config
     eyes: Any = model if hasattr(model, "get_image_features") else model.base_model
     vision, place = getattr(config, "vision_config", None) or config, getattr(config, "image_token_id", None)
@@ -31,7 +34,9 @@ def with_picture(model: PreTrainedModel, tokens: torch.Tensor) -> Inputs | None:
             with torch.no_grad():
                 places = torch.full((1, _features(eyes.get_image_features(**picture))), place)
                 words = torch.cat([text[:, :half], places, text[:, half:]], dim=1)
-                inputs = {"input_ids": words, **picture} | ({"mm_token_type_ids": (words == place).long()} if typed else {})
+                inputs = {"input_ids": words, **picture}
+                if typed:
+                    inputs["mm_token_type_ids"] = (words == place).long()
                 model(**inputs, use_cache=False)
             return inputs
         except Exception:  # the library's classes raise every kind
@@ -40,7 +45,11 @@ def with_picture(model: PreTrainedModel, tokens: torch.Tensor) -> Inputs | None:
 
 
 def _pictures(vision: Any) -> Iterator[Inputs]:
-    """A picture: pixels (picture, channel, row, column), patches of a grid (patch, channel * frame * row * column), or patches alone."""
+    """Yield a picture in the common forms.
+
+    Pixels (picture, channel, row, column), patches of a grid (patch, channel * frame * row * column), patches
+    alone.
+    """
     numbers = torch.Generator().manual_seed(3)
     channels: int = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
     size, patch = _side(getattr(vision, "image_size", None)), _side(getattr(vision, "patch_size", None))
@@ -51,20 +60,28 @@ def _pictures(vision: Any) -> Iterator[Inputs]:
         yield {"pixel_values": pixels[None]}
     if patch and (merged := getattr(vision, "spatial_merge_size", None)):
         side, frames = 2 * int(merged), int(getattr(vision, "temporal_patch_size", 1))
-        patches = torch.randn(side * side, channels * frames * patch * patch, generator=numbers, dtype=torch.float64)
+        patches = torch.randn(
+            side * side, channels * frames * patch * patch, generator=numbers, dtype=torch.float64
+        )
         yield {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, side, side]])}
     if patch:
-        yield {"pixel_values": torch.randn(1, 4, channels * patch * patch, generator=numbers, dtype=torch.float64)}
+        yield {
+            "pixel_values": torch.randn(
+                1, 4, channels * patch * patch, generator=numbers, dtype=torch.float64
+            )
+        }
 
 
 def _side(size: object) -> int | None:
-    """Of a square whose size may be given as [side, side]."""
+    """Return the side of a square whose size may be given as [side, side]."""
     if isinstance(size, list | tuple) and size:
         size = size[0]
     return size if isinstance(size, int) else None
 
 
-def _features(found: Any) -> int:
-    """How many positions a picture's features take."""
-    features = next((part for name in ("pooler_output", "last_hidden_state") if (part := getattr(found, name, None)) is not None), found)
-    return sum(part.numel() // part.shape[-1] for part in (features if isinstance(features, list | tuple) else [features]))
+def _features(output: Any) -> int:
+    """Count the positions that a picture's features take."""
+    named = [getattr(output, name, None) for name in ("pooler_output", "last_hidden_state")]
+    features = next((part for part in named if part is not None), output)
+    parts = features if isinstance(features, list | tuple) else [features]
+    return sum(part.numel() // part.shape[-1] for part in parts)

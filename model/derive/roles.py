@@ -1,62 +1,122 @@
-"""What each axis of each tensor is: a draft of a family's schema, with a `?` where a number follows from the checkpoint at hand."""
+"""A draft of a family's schema: what each axis of each tensor is, by what the probes show of it.
+
+A `?` on an axis is a number that follows from the checkpoint at hand (`model.derive.schema`).
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from fractions import Fraction
 from functools import cached_property
+from itertools import product
+from typing import Literal, get_args, get_type_hints
 
 from outgrow.model.composite import TEXT_TYPE
-from outgrow.model.derive.axes import Axes
-from outgrow.model.derive.probe import Sighting
+from outgrow.model.derive.axes import Axes, Shapes
+from outgrow.model.derive.watch import Sighting
+from outgrow.model.notation import OPEN, Axis, Parts, Product, Space, parse_axis
 
+# What a class calls the modules of its attention (the last word of the module's name).
 _LEAF = r"(^|_|\.)(project_|w)?(?:{})(_?(lin|linear|proj))?$"
-QUERY, KEY, VALUE = (re.compile(_LEAF.format(words), re.IGNORECASE) for words in ("q|query", "k|key", "v|value"))
-FUSED = re.compile(_LEAF.format("qkv|query_key_value|c_attn|att|pack"), re.IGNORECASE)
+QUERY, KEY, VALUE, FUSED = (
+    re.compile(_LEAF.format(words), re.IGNORECASE)
+    for words in ("q|query", "k|key", "v|value", "qkv|query_key_value|c_attn|att|pack")
+)
 HEAD_NORM = re.compile(r"(^|_)(q|k|query|key)_?(norm|ln|layernorm)$", re.IGNORECASE)
-BLOCKS = 4
-IN_BLOCKS = {
-    "(kv group)": f"({BLOCKS} block)",
-    "(kv group ?)": f"({BLOCKS} block ?)",
-    "[(kv group ?) | (kv ?) | (kv ?)]": f"({BLOCKS} [(block ?) | (block ?) | (block ?)])",
+
+RESIDUAL, FFN, VOCAB, POSITIONS = Space("residual"), Space("ffn"), Space("vocab"), Space("pos")
+GROUPS = Space("groups")  # of a state space's heads: a number of the config, left out where it is 1
+BLOCKS = 4  # of heads, in CodeGen
+
+# Axes over heads (grouped-query attention: `kv` key-value heads, `group` queries for each), head dims open.
+ONE_PER_QUERY, ONE_PER_KV = parse_axis("(kv group)"), Space("kv")
+QUERIES, KEYS = parse_axis("(kv group ?)"), parse_axis("(kv ?)")
+FUSED_PARTS, FUSED_HEADS = (
+    parse_axis("[(kv group ?) | (kv ?) | (kv ?)]"),
+    parse_axis("(kv [(group ?) | ? | ?])"),
+)
+KEYS_BESIDE_QUERIES = parse_axis("[(kv group ?) | (kv ?)]")
+HEADS = (QUERIES, KEYS, FUSED_PARTS, FUSED_HEADS)
+
+# The same axes with the head dims named: queries and keys contract `qk`, values and the output `v`.
+NAMED_QUERIES, NAMED_KEYS, NAMED_VALUES = map(parse_axis, ("(kv group qk)", "(kv qk*)", "(kv v)"))
+NAMED_OUTPUT, NAMED_KEY_NORM = parse_axis("(kv group v)"), parse_axis("(kv qk)")
+NAMED_FUSED = {
+    FUSED_PARTS: Parts((NAMED_QUERIES, NAMED_KEYS, NAMED_VALUES)),
+    FUSED_HEADS: parse_axis("(kv [(group qk) | qk* | v])"),
 }
-GROUPS_OF = "groups "  # before the heads of state spaces, which are in so many parts
-HEADS = ("(kv group ?)", "(kv ?)", "[(kv group ?) | (kv ?) | (kv ?)]", "(kv [(group ?) | ? | ?])")
+# The same axes where heads lie in blocks, each with its queries, values and keys one after the other.
+IN_BLOCKS = {
+    ONE_PER_QUERY: parse_axis(f"({BLOCKS} block)"),
+    QUERIES: parse_axis(f"({BLOCKS} block ?)"),
+    FUSED_PARTS: parse_axis(f"({BLOCKS} [(block ?) | (block ?) | (block ?)])"),
+}
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What watching does not decide, to be tried in turn.
+    """Decisions that watching leaves open, each with its alternatives, the likelier first.
 
     Attributes:
-        interleaved: queries, keys and values fused head by head, not as three parts.
-        gates_interleaved: gate and up fused unit by unit, not as two parts.
-        scaled: the embeddings are multiplied by sqrt(hidden).
-        post: the norms that matrices read are the residual stream itself (normalised after each addition).
-        unscaled: attention logits are not divided by sqrt(head dim).
-        blocks: heads lie in blocks, each with its queries, values and keys one after the other (as CodeGen's, one block per TPU core).
+        fused: queries, keys and values in one matrix lie as three parts, or head by head (GPT-NeoX).
+        gates: gate and up projection in one matrix lie as two parts, or unit by unit.
+        embeddings: they enter the stream as they are, or multiplied by sqrt(hidden) (Gemma).
+        norms: matrices read a normalised stream, or the stream itself is normalised after each addition (OPT
+            350M).
+        logits: attention logits are divided by sqrt(head dim), or not (GPT-Neo).
+        heads: they lie in a row, or in blocks (CodeGen's, one block per TPU core).
     """
 
-    interleaved: bool = False
-    gates_interleaved: bool = False
-    scaled: bool = False
-    post: bool = False
-    unscaled: bool = False
-    blocks: bool = False
+    fused: Literal["parts", "heads"] = "parts"
+    gates: Literal["parts", "units"] = "parts"
+    embeddings: Literal["plain", "scaled"] = "plain"
+    norms: Literal["before", "after"] = "before"
+    logits: Literal["divided", "undivided"] = "divided"
+    heads: Literal["row", "blocks"] = "row"
+
+    @classmethod
+    def in_order(cls) -> Iterator[Choices]:
+        """Yield every combination: the first decision changes fastest, so single changes of early ones come
+        first.
+        """
+        hints = get_type_hints(cls)
+        names = [field.name for field in fields(cls)]
+        for values in product(*(get_args(hints[name]) for name in reversed(names))):
+            yield cls(*reversed(values))
+
+
+def inner(share: Fraction | int) -> Space:
+    """Name a space as wide as a multiple of the hidden size."""
+    share = Fraction(share)
+    part = "" if share.denominator == 1 else f"of{share.denominator}"
+    return Space(f"{_INNER}{share.numerator}{part}")
+
+
+def inner_share(space: Space) -> Fraction | None:
+    """Read the multiple of the hidden size that a space named by `inner` is as wide as; None of others."""
+    if not space.name.startswith(_INNER):
+        return None
+    numerator, _, denominator = space.name.removeprefix(_INNER).partition("of")
+    return Fraction(int(numerator), int(denominator or 1))
+
+
+_INNER = "inner_"
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A family as far as it was derived: tensor patterns and their axes, still without the numbers of a checkpoint.
+    """A family as far as it was derived: tensor patterns and their axes, still without the numbers of a
+    checkpoint.
 
     Attributes:
         axes: the probes; `axes.config` is the tiny config.
         seen: every tensor of the tiny model.
         head, embedding: the parameters of the output head and of the embedding; the same where they are tied.
-        choices: how what watching left open was decided.
-        stands: for each layer of the config that it was derived from, the layer of the tiny model that is of its kind; empty where the
-            config does not tell layers apart.
+        choices: the decisions on what watching leaves open.
+        stands: for each layer of the config that it was derived from, the layer of the tiny model that is of
+            its kind; empty where the config does not tell layers apart.
     """
 
     axes: Axes
@@ -66,183 +126,228 @@ class Draft:
     choices: Choices = Choices()
     stands: tuple[int, ...] = ()
 
-    def templates(self, name: str) -> tuple[str, ...]:
-        """The axes of one tensor of the tiny model, in storage order, `?` for numbers."""
-        found = self._unnamed[name]
-        if self.choices.blocks and self._may_have_blocks:
-            return tuple(IN_BLOCKS.get(axis, axis) for axis in found)
-        return tuple(self._named_axis(name, dim) or axis for dim, axis in enumerate(found)) if self._all_named else found
+    def templates(self, name: str) -> tuple[Axis, ...]:
+        """Describe the axes of one tensor of the tiny model, in storage order, `?` for numbers."""
+        axes = self._unnamed[name]
+        if self.choices.heads == "blocks" and self._may_have_blocks:
+            return tuple(IN_BLOCKS.get(axis, axis) for axis in axes)
+        if not self._all_named:
+            return axes
+        return tuple(self._named_axis(name, dim) or axis for dim, axis in enumerate(axes))
 
     @cached_property
-    def _unnamed(self) -> dict[str, tuple[str, ...]]:
-        return {name: tuple(self._template(name, dim) for dim in range(len(seen.shape))) for name, seen in self.seen.items()}
+    def _unnamed(self) -> dict[str, tuple[Axis, ...]]:
+        """Tensor → its axes, head dims as numbers."""
+        dims = {name: range(len(seen.shape)) for name, seen in self.seen.items()}
+        return {name: tuple(self._template(name, dim) for dim in dims[name]) for name in self.seen}
 
     @cached_property
     def _may_have_blocks(self) -> bool:
-        """Whether queries, keys and values are one tensor, with as many heads each, a multiple of the blocks."""
-        fused = any(HEADS[2] in axes for axes in self._unnamed.values())
+        """Check that queries, keys and values are one tensor, with as many heads each, a multiple of the
+        blocks.
+        """
+        fused = any(FUSED_PARTS in axes for axes in self._unnamed.values())
         return fused and self.axes.kv == self.axes.heads and self.axes.heads % BLOCKS == 0
 
     @cached_property
     def _all_named(self) -> bool:
-        """Whether every axis over heads is known to be that of queries, keys, values or what comes after, so that head dims can grow."""
-        over_heads = [(name, dim) for name, axes in self._unnamed.items() for dim, axis in enumerate(axes) if axis in HEADS]
-        return bool(self._head_dim and over_heads) and all(self._named_axis(name, dim) for name, dim in over_heads)
+        """Check that every axis over heads is recognised by name, so that head dims can grow."""
+        dims = [
+            (name, dim)
+            for name, axes in self._unnamed.items()
+            for dim, axis in enumerate(axes)
+            if axis in HEADS
+        ]
+        return bool(self._head_dim and dims) and all(self._named_axis(name, dim) for name, dim in dims)
 
-    def _named_axis(self, name: str, dim: int) -> str | None:
-        """The axis over heads with its head dims named; None where it has none or they are not told by the module's name."""
-        template, seen, leaf = self._unnamed[name][dim], self.seen[name], leaf_of(name)
-        heads, kv, head = self.axes.heads, self.axes.kv, self._head_dim
-        if template in HEADS[2:]:
-            whole = seen.shape[dim] == (heads + 2 * kv) * head
-            names = {HEADS[2]: "[(kv group qk) | (kv qk*) | (kv v)]", HEADS[3]: "(kv [(group qk) | qk* | v])"}
-            return names[template] if whole and FUSED.search(leaf) else None
-        if template == "?" and HEAD_NORM.search(leaf) and seen.shape == (head,):
-            return "qk"
-        if template not in HEADS:
+    def _named_axis(self, name: str, dim: int) -> Axis | None:
+        """Name the head dims of an axis over heads; None where it has none or the module's name does not tell
+        them.
+        """
+        axis, leaf = self._unnamed[name][dim], leaf_of(name)
+        length, head = self.seen[name].shape[dim], self._head_dim
+        is_head_norm = HEAD_NORM.search(leaf) is not None
+        if axis in NAMED_FUSED:
+            complete = length == (self.axes.heads + 2 * self.axes.kv) * head
+            return NAMED_FUSED[axis] if complete and FUSED.search(leaf) else None
+        if axis == OPEN and is_head_norm and self.seen[name].shape == (head,):
+            return Space("qk")
+        if axis not in HEADS:
             return None
-        if HEAD_NORM.search(leaf):
-            return "(kv group qk)" if seen.shape[dim] == heads * head else "(kv qk)"
-        queries = seen.shape[dim] == heads * head
-        if seen.reads[dim]:
-            return "(kv group v)" if queries else None
-        for pattern, fits, named in (
-            (QUERY, queries, "(kv group qk)"),
-            (KEY, seen.shape[dim] == kv * head, "(kv qk*)"),
-            (VALUE, seen.shape[dim] == kv * head, "(kv v)"),
-        ):
+        over_queries, over_keys = length == self.axes.heads * head, length == self.axes.kv * head
+        if is_head_norm:
+            return NAMED_QUERIES if over_queries else NAMED_KEY_NORM
+        if self.seen[name].reads[dim]:
+            return NAMED_OUTPUT if over_queries else None
+        projections = (
+            (QUERY, over_queries, NAMED_QUERIES),
+            (KEY, over_keys, NAMED_KEYS),
+            (VALUE, over_keys, NAMED_VALUES),
+        )
+        for pattern, fits, named in projections:
             if pattern.search(leaf):
                 return named if fits else None
         return None
 
-    def _template(self, name: str, dim: int) -> str:
+    def _template(self, name: str, dim: int) -> Axis:
+        """Recognise one axis by which config keys move its length; `?` where none or too many do."""
         axes, length = self.axes, self.seen[name].shape[dim]
-        if template := self._of_mixer(name, dim):
-            return template
+        if axis := self._of_mixer(name, dim):
+            return axis
 
-        def moved(shapes: Mapping[str, tuple[int, ...]] | None) -> int:
+        def moved(shapes: Shapes | None) -> int:
+            """How much longer the axis is in these shapes."""
             return 0 if shapes is None else shapes[name][dim] - length
 
         by_key = {key: moved(shapes) for key, shapes in axes.by_key.items() if moved(shapes)}
-        by_hidden, queries, kv = moved(axes.by_hidden), moved(axes.by_queries), moved(axes.by_kv)
+        by_hidden, queries, kv = (moved(shapes) for shapes in (axes.by_hidden, axes.by_queries, axes.by_kv))
+        by_heads = queries or kv
         if by_key:
-            return self._of_keys(by_key, length) if not (by_hidden or queries or kv) else "?"
-        if axes.coupled and by_hidden:
+            return OPEN if by_hidden or by_heads else self._of_keys(by_key, length)
+        if by_hidden and axes.coupled:
             return self._coupled(name, dim, by_hidden, queries, kv)
         if by_hidden:
-            return "?" if queries or kv else self._of_hidden(name, dim, by_hidden)
-        return self._of_heads(name, length, queries, kv) if queries > 0 or kv > 0 else "?"
+            return OPEN if by_heads else self._of_hidden(name, dim, by_hidden)
+        return self._of_heads(name, length, queries, kv) if queries > 0 or kv > 0 else OPEN
 
-    def _of_keys(self, by_key: Mapping[str, int], length: int) -> str:
+    def _of_keys(self, by_key: Mapping[str, int], length: int) -> Axis:
+        """Recognise an axis that one size of its own moves: vocabulary, positions, a feed-forward size."""
         if len(by_key) > 1:
-            return "?"
+            return OPEN
         ((key, delta),) = by_key.items()
-        keys, config = self.axes.keys, self.axes.config
+        keys, size = self.axes.keys, self.axes.config[key]
         if key == keys.vocab:
-            return "vocab" if length == config[key] else "?"
+            return VOCAB if length == size else OPEN
         if key == keys.positions:
-            return "pos" if delta == 8 else "?"
-        space = "ffn" if key == keys.ffn else key
+            return POSITIONS if delta == 8 else OPEN
         parts = delta // 8
-        return self._repeated(space, parts) if parts * config[key] == length else "?"
+        space = FFN if key == keys.ffn else Space(key)
+        return self._repeated(space, parts) if parts * size == length else OPEN
 
-    def _repeated(self, space: str, parts: int) -> str:
+    def _repeated(self, space: Space, parts: int) -> Axis:
+        """Compose an axis of several such parts: gate and up projections in one matrix."""
         if parts == 1:
             return space
-        return f"({space} {parts})" if self.choices.gates_interleaved else f"[{' | '.join([space] * parts)}]"
+        interleaved = self.choices.gates == "units"
+        return Product((space, Space(str(parts)))) if interleaved else Parts((space,) * parts)
 
-    def _of_hidden(self, name: str, dim: int, by_hidden: int) -> str:
-        """A multiple of the hidden size, or it with something beside it; what goes into a state space is two halves, channels and gates.
+    def _of_hidden(self, name: str, dim: int, by_hidden: int) -> Axis:
+        """Recognise a multiple of the hidden size, or it with something beside it.
+
+        A state space's input is two halves, channels and gates.
 
         Args:
-            by_hidden: how much longer the axis gets under twice the hidden size.
+            by_hidden: growth of the axis when the hidden size is doubled.
         """
         length, hidden = self.seen[name].shape[dim], self.axes.hidden
         parts, rest = divmod(length, hidden)
         if by_hidden == hidden < length:
-            return "[residual | ?]"
+            return Parts((RESIDUAL, OPEN))
         if by_hidden == length < hidden and hidden % length == 0:
-            return f"inner_1of{hidden // length}"
+            return inner(Fraction(1, hidden // length))
         if rest or parts == 0:
-            return "?"
+            return OPEN
         if parts in (1, 3) and self._gated(name, dim):
-            return "inner_1" if parts == 1 else "[inner_1 | inner_1 | inner_1]"
+            return inner(1) if parts == 1 else Parts((inner(1),) * 3)
         if leaf_of(name) == "in_proj" and parts % 2 == 0:
-            half = "residual" if parts == 2 else f"inner_{parts // 2}"
-            return f"[{half} | {half}]"
+            half = RESIDUAL if parts == 2 else inner(parts // 2)
+            return Parts((half, half))
         if parts == 1:
-            return "residual"
-        return f"inner_{parts}" if parts in self._written or not self.seen[name].reads[dim] else f"({parts} residual)"
+            return RESIDUAL
+        written = parts in self._written or not self.seen[name].reads[dim]
+        return inner(parts) if written else Product((Space(str(parts)), RESIDUAL))
 
     @cached_property
     def _written(self) -> set[int]:
-        """The multiples of the hidden size that some matrix writes; others are read of several streams side by side."""
+        """Multiples of the hidden size that some matrix writes; others are read of several streams side by
+        side.
+        """
         matrices = [seen for seen in self.seen.values() if any(seen.reads)]
-        lengths = {length for seen in matrices for length, reads in zip(seen.shape, seen.reads, strict=True) if not reads}
+        axes = [axis for seen in matrices for axis in zip(seen.shape, seen.reads, strict=True)]
+        lengths = {length for length, reads in axes if not reads}
         return {length // self.axes.hidden for length in lengths if length % self.axes.hidden == 0}
 
-    def _of_mixer(self, name: str, dim: int) -> str | None:
-        """An axis of a state space with heads: what goes in is gates, channels, state projections and a time step for each head."""
+    def _of_mixer(self, name: str, dim: int) -> Axis | None:
+        """Recognise an axis of a state space with heads.
+
+        Its input is gates, channels, state projections and a time step for each head.
+        """
         mixer, seen = self.axes.mixer, self.seen[name]
         if mixer is None or not name.startswith(tuple(f"{module}." for module in mixer.modules)):
             return None
-        rates, channels = f"({GROUPS_OF}{mixer.heads})", f"({GROUPS_OF}{mixer.heads} {mixer.dim})"
+        rates: Axis = Product((GROUPS, Space(mixer.heads)))
+        channels: Axis = Product((GROUPS, Space(mixer.heads), Space(mixer.dim)))
         length, heads, leaf = seen.shape[dim], int(self.axes.config[mixer.heads]), leaf_of(name)
         if leaf == "in_proj" and not seen.reads[dim]:
-            return f"[{channels} | {channels} | ? | {rates}]" if length > 2 * mixer.inner + heads else None
+            complete = length > 2 * mixer.inner + heads
+            return Parts((channels, channels, OPEN, rates)) if complete else None
         if leaf == "conv1d" and dim == 0:
-            return f"[{channels} | ?]" if length > mixer.inner else channels
+            return Parts((channels, OPEN)) if length > mixer.inner else channels
         if length == mixer.inner and (seen.reads[dim] or len(seen.shape) == 1):
             return channels
         return rates if seen.shape == (heads,) else None
 
-    def _of_heads(self, name: str, length: int, queries: int, kv: int) -> str:
-        """Of a model whose head dim is its own: `queries` and `kv` are how much longer the axis gets under twice as many of each."""
-        heads = self.axes.heads
+    def _of_heads(self, name: str, length: int, queries: int, kv: int) -> Axis:
+        """Recognise an axis over heads where the head dim is independent of the hidden size.
+
+        Args:
+            queries, kv: growth of the axis when the query heads, or the key-value heads, are doubled.
+        """
+        axes, head = self.axes, self._head_dim
         if kv and queries:
             if queries + kv != length:
-                return "?"
-            return self._fused() if kv > self.axes.kv * self._head_dim else "[(kv group ?) | (kv ?)]"
+                return OPEN
+            return self._fused() if kv > axes.kv * head else KEYS_BESIDE_QUERIES
         if kv:
-            return "(kv ?)" if kv == length and kv // self.axes.kv > 1 else "kv" if kv == length else "?"
+            if kv != length:
+                return OPEN
+            return KEYS if kv // axes.kv > 1 else ONE_PER_KV
         if queries != length:
-            return "?"
-        if length == 3 * heads * self._head_dim and self.axes.kv == heads and FUSED.search(leaf_of(name)):
+            return OPEN
+        if length == 3 * axes.heads * head and axes.kv == axes.heads and FUSED.search(leaf_of(name)):
             return self._fused()
-        return "(kv group ?)" if length > heads else "(kv group)"
+        return QUERIES if length > axes.heads else ONE_PER_QUERY
 
     @property
     def _head_dim(self) -> int:
-        given = self.axes.config.get(self.axes.keys.head_dim or "")
-        return int(given or self.axes.hidden // self.axes.heads)
+        named = self.axes.config.get(self.axes.keys.head_dim or "")
+        return int(named or self.axes.hidden // self.axes.heads)
 
-    def _fused(self) -> str:
-        return "(kv [(group ?) | ? | ?])" if self.choices.interleaved else "[(kv group ?) | (kv ?) | (kv ?)]"
+    def _fused(self) -> Axis:
+        return FUSED_HEADS if self.choices.fused == "heads" else FUSED_PARTS
 
-    def _coupled(self, name: str, dim: int, by_hidden: int, queries: int, kv: int) -> str:
-        """Of a model whose head dim is hidden size / heads, where hidden size and heads are doubled together."""
+    def _coupled(self, name: str, dim: int, by_hidden: int, queries: int, kv: int) -> Axis:
+        """Recognise an axis where the head dim is hidden size / heads, both of which are doubled together."""
         axes, length = self.axes, self.seen[name].shape[dim]
+        if kv == length:
+            return KEYS
         if kv > 0:
-            return "(kv ?)" if kv == length else self._fused() if length - kv == axes.hidden else "?"
+            return self._fused() if length - kv == axes.hidden else OPEN
         if length == axes.heads and queries > 0:
-            return "(kv group)"
+            return ONE_PER_QUERY
         if length == axes.hidden:
-            return "(kv group ?)" if self._is_heads(name, dim) else "residual"
+            return QUERIES if self._is_heads(name, dim) else RESIDUAL
         if length == (axes.heads + 2 * axes.kv) * self._head_dim and FUSED.search(leaf_of(name)):
             return self._fused()
         return self._of_hidden(name, dim, by_hidden)
 
     def _gated(self, name: str, dim: int) -> bool:
-        """Whether an axis is over the channels of a short convolution between two gates, which are as many as the hidden size."""
-        leaf, seen = leaf_of(name), self.seen[name]
-        path = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[0]
+        """Check whether an axis is over the channels of a short convolution between two gates (LFM2).
+
+        They are as many as the hidden size.
+        """
+        leaf, reads = leaf_of(name), self.seen[name].reads[dim]
+        path = module_of(name).rpartition(".")[0]
         into = self.seen.get(f"{path}.in_proj.weight")
         if into is None or into.shape[0] != 3 * self.axes.hidden or f"{path}.conv.weight" not in self.seen:
             return False
-        return leaf == "conv" or (leaf == "in_proj" and not seen.reads[dim]) or (leaf == "out_proj" and seen.reads[dim])
+        return leaf == "conv" or (leaf == "out_proj" if reads else leaf == "in_proj")
 
     def _is_heads(self, name: str, dim: int) -> bool:
-        """Whether an axis as long as the hidden size runs over heads: written by queries, keys and values, or read by what comes next."""
+        """Check whether an axis as long as the hidden size runs over heads.
+
+        Queries, keys and values write it; the output projection reads it.
+        """
         leaf, seen = leaf_of(name), self.seen[name]
         writes_heads = any(pattern.search(leaf) for pattern in (QUERY, KEY, VALUE))
         if len(seen.shape) == 1:
@@ -251,50 +356,76 @@ class Draft:
             return False
         if writes_heads:
             return not seen.reads[dim]
-        return seen.reads[dim] and seen.shape[0] == seen.shape[1] and "att" in name.rpartition(f".{leaf}")[0].lower()
+        in_attention = "att" in name.rpartition(f".{leaf}")[0].lower()
+        return seen.reads[dim] and seen.shape[0] == seen.shape[1] and in_attention
 
-    # ---- of the whole family ----------------------------------------------------------------------------------------------------------
+    # ---- the family as one ----
 
     @property
-    def norm(self) -> str:
-        """What most norms of the residual stream keep: "layer" or "rms"."""
-        kinds = [seen.norm for name, seen in self.seen.items() if seen.norm and self._unnamed[name] == ("residual",)]
-        return max(("layer", "rms"), key=kinds.count)
+    def norm(self) -> Literal["layer", "rms"]:
+        """The kind of most norms over the residual stream."""
+        over_stream = [seen for name, seen in self.seen.items() if self._unnamed[name] == (RESIDUAL,)]
+        kinds = [seen.norm for seen in over_stream if seen.norm]
+        return "layer" if kinds.count("layer") >= kinds.count("rms") else "rms"
 
     @property
     def unused(self) -> list[str]:
-        """Tensors that may grow and that no forward pass touches (cross-attention without an encoder), so that no rehearsal tests them."""
-        return [name for name, seen in self.seen.items() if not seen.used and any("?" not in axis for axis in self._unnamed[name])]
+        """Tensors that may grow and that no forward pass touches, so that no rehearsal tests them.
+
+        Cross-attention without an encoder, for one.
+        """
+        unused = [name for name, seen in self.seen.items() if not seen.used]
+        return [name for name in unused if any(not _is_open(axis) for axis in self._unnamed[name])]
 
     @property
     def unproved(self) -> list[str]:
-        """Of those beside the text model, the ones that do more than write its residual stream: they read or normalise what grows, so
-        that their own function stays for sure only where it grows by whole factors, all of it copied alike.
+        """Unused tensors beside the text model that do more than write its residual stream.
+
+        They read or normalise what grows, so their own function stays for sure only where it grows by whole
+        factors, all of it copied alike.
         """
-        around = TEXT_TYPE in self.axes.config
-        return [name for name in self.unused if around and "residual" in self._unnamed[name] and not self._writes_only(name)]
+        if TEXT_TYPE not in self.axes.config:
+            return []
+        touching = [name for name in self.unused if RESIDUAL in self._unnamed[name]]
+        return [name for name in touching if not self._writes_only(name)]
 
     def _writes_only(self, name: str) -> bool:
+        """Check that a matrix, or the one of a bias, writes the residual stream and reads something else."""
         weight = f"{name.removesuffix('.bias')}.weight" if name.endswith(".bias") else name
-        return weight in self.seen and [
-            (axis == "residual", reads) for axis, reads in zip(self._unnamed[weight], self.seen[weight].reads, strict=True)
-        ] in ([(True, False), (False, True)], [(False, True), (True, False)])
+        if weight not in self.seen:
+            return False
+        sides = zip(
+            (axis == RESIDUAL for axis in self._unnamed[weight]), self.seen[weight].reads, strict=True
+        )
+        return sorted(sides) == [(False, True), (True, False)]  # (over the stream, read)
 
     @property
     def tied(self) -> bool:
-        """Whether the output head is the embedding."""
+        """Check whether the output head is the embedding."""
         return self.head is not None and self.head == self.embedding
 
     @property
     def position_offset(self) -> int:
-        """Learned positions stored beyond what the config says."""
+        """Number of learned positions stored beyond what the config says."""
         for name, seen in self.seen.items():
-            if "pos" in self.templates(name):
-                return seen.shape[self.templates(name).index("pos")] - int(self.axes.config[self.axes.keys.positions or ""])
+            axes = self.templates(name)
+            if POSITIONS in axes:
+                stored = seen.shape[axes.index(POSITIONS)]
+                return stored - int(self.axes.config[self.axes.keys.positions or ""])
         return 0
 
 
+def _is_open(axis: Axis) -> bool:
+    """Check whether an axis has a number that is left open."""
+    return axis == OPEN if isinstance(axis, Space) else any(map(_is_open, axis.parts))
+
+
+def module_of(name: str) -> str:
+    """Name a tensor's module: `a.b.weight` → `a.b`."""
+    return name.removesuffix(".weight").removesuffix(".bias")
+
+
 def leaf_of(name: str) -> str:
-    """The last word of the name of a tensor's module."""
+    """Return the last word of the name of a tensor's module."""
     words = [word for word in name.split(".") if not word.isdigit()]
     return words[-2] if len(words) > 1 and words[-1] in ("weight", "bias") else words[-1]

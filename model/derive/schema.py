@@ -7,34 +7,56 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from itertools import product
 
-from outgrow.model.base.errors import UserError
-from outgrow.model.depth_only import in_layers
-from outgrow.model.derive.roles import BLOCKS, GROUPS_OF, Choices, Draft
+from outgrow.model.derive.roles import (
+    BLOCKS,
+    GROUPS,
+    RESIDUAL,
+    VOCAB,
+    Choices,
+    Draft,
+    inner_share,
+    module_of,
+)
+from outgrow.model.derive.unfit import Unfit
 from outgrow.model.family import Config, Family
-from outgrow.model.notation import parse_axis, size
+from outgrow.model.notation import (
+    EMBEDDING_SCALE,
+    OPEN,
+    Axis,
+    Line,
+    Product,
+    Space,
+    replaced,
+    size,
+    spaces,
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 LATENT = re.compile(r"_b_proj\.weight$")  # reads a latent vector, as DeepSeek's attention has them
-CHOICES = tuple(Choices(*flags[::-1]) for flags in product((False, True), repeat=6))  # the likeliest first
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")  # in a tensor's name: of a layer, of an expert
+BLOCK = Space("block")
 
 
-def drafted_family(draft: Draft, config: Config, shapes: Shapes, called: Mapping[str, str] | None = None) -> Family:
-    """The family that a draft describes, with the numbers of one checkpoint.
+def drafted_family(
+    draft: Draft, config: Config, shapes: Shapes, called: Mapping[str, str] | None = None
+) -> Family:
+    """Make the family that a draft describes, with the numbers of one checkpoint.
 
     Args:
         draft: the roles of its tensors' axes.
         config: of the checkpoint, as the library's class completes it.
         shapes: its tensors.
-        called: what the library calls a tensor, where the file has another name for it.
+        called: the library's name of a tensor, where the file has another one.
 
     Raises:
-        UserError: a tensor has no counterpart in the tiny model, or a shape does not fit.
+        Unfit: a tensor has no counterpart in the tiny model, or a shape does not fit.
     """
     keys = draft.axes.keys
-    lines = "\n".join(_lines(draft, config, shapes, called or {}))
-    kv = "multi_query_heads" if draft.axes.multi_query else keys.kv  # a switch says that there is one; no config has this name
+    lines = list(_lines(draft, config, shapes, called or {}))
+    # Multi-query attention: a switch says that there is one key-value head, and no config has this name.
+    one_kv = draft.axes.multi_query
+    kv = "multi_query_heads" if one_kv else keys.kv
     standard = {
         "hidden_size": keys.hidden,
         "num_attention_heads": keys.heads,
@@ -45,41 +67,47 @@ def drafted_family(draft: Draft, config: Config, shapes: Shapes, called: Mapping
         "vocab_size": keys.vocab,
         "max_position_embeddings": keys.positions,
     }
-    mixer = draft.axes.mixer
-    states: dict[str, tuple[str, int | Fraction]] = (
-        {}
-        if mixer is None
-        else {
-            mixer.heads: (mixer.heads, Fraction(1, mixer.count(config))),
-            mixer.dim: (mixer.dim, 1),
-        }
-    )
-    if keys.heads and re.search(r"\bblock\b", lines):
-        states["block"] = (keys.heads, Fraction(1, BLOCKS))
-    inner = {
-        f"inner_{times}{of}": (keys.hidden, Fraction(int(times), int(of.removeprefix("of") or 1)))
-        for times, of in re.findall(r"inner_(\d+)((?:of\d+)?)", lines)
-    }
+    follows = dict.fromkeys(keys.follows, "hidden_size")
+    if keys.also_layers:
+        follows[keys.also_layers] = "num_hidden_layers"
     return Family(
         name=str(config["model_type"]),
-        schema=lines,
-        norm="layer" if draft.norm == "layer" else "rms",
+        schema="\n".join(map(str, lines)),
+        norm=draft.norm,
         names={name: key for name, key in standard.items() if key and key != name},
-        defaults={str(kv): 1} if draft.axes.multi_query else {},
-        more={key: (key, 1) for key in keys.more if re.search(rf"\b{key}\b", lines)} | inner | states,
-        follows={key: "hidden_size" for key in keys.follows} | ({keys.also_layers: "num_hidden_layers"} if keys.also_layers else {}),
+        defaults={str(kv): 1} if one_kv else {},
+        more=_further_sizes(draft, config, lines),
+        follows=follows,
         rotary=None,
-        attention_scale="none" if draft.choices.unscaled else "head_dim",
+        attention_scale="none" if draft.choices.logits == "undivided" else "head_dim",
         pos_offset=draft.position_offset,
         tied=draft.tied,
     )
 
 
+def _further_sizes(
+    draft: Draft, config: Config, lines: Iterable[Line]
+) -> dict[str, tuple[str, int | Fraction]]:
+    """Say what the sizes of further spaces are: space → (config key, factor)."""
+    keys, mixer = draft.axes.keys, draft.axes.mixer
+    used = [space for line in lines for axis in line.axes for space in spaces(axis)]
+    named = {space.name for space in used}
+    sizes: dict[str, tuple[str, int | Fraction]] = {key: (key, 1) for key in keys.more if key in named}
+    shares = {space.name: share for space in used if (share := inner_share(space)) is not None}
+    sizes |= {name: (keys.hidden, share) for name, share in shares.items()}
+    if mixer is not None:
+        sizes[mixer.heads] = (mixer.heads, Fraction(1, mixer.count(config)))
+        sizes[mixer.dim] = (mixer.dim, 1)
+    if keys.heads and BLOCK.name in named:
+        sizes[BLOCK.name] = (keys.heads, Fraction(1, BLOCKS))
+    return sizes
+
+
 def variants(draft: Draft) -> Iterator[Draft]:
-    """`draft` under every choice that makes a difference to its schema, the likeliest first."""
+    """Yield `draft` under every choice that makes a difference to its schema, the likeliest first."""
     tried = set()
-    for chosen in CHOICES:
-        variant = replace(draft, choices=chosen)
+    for choices in Choices.in_order():
+        variant = replace(draft, choices=choices)
         family = drafted_family(variant, draft.axes.config, draft.axes.shapes)
         key = (family.schema, family.attention_scale if family.uses("qk") else "")
         if key not in tried:
@@ -87,78 +115,129 @@ def variants(draft: Draft) -> Iterator[Draft]:
             yield variant
 
 
-def _lines(draft: Draft, config: Config, shapes: Shapes, called: Mapping[str, str]) -> Iterator[str]:
+def _lines(draft: Draft, config: Config, shapes: Shapes, called: Mapping[str, str]) -> Iterator[Line]:
+    """Yield the schema's lines: one for all layers and experts whose tensors are described alike."""
     count = int(config[draft.axes.keys.layers])
     twins = _Twins(draft.seen, int(draft.axes.config[draft.axes.keys.layers]), draft.stands)
-    texts, work = {}, []
+    # One line for every tensor, by its twin in the tiny model.
+    lines: dict[str, Line] = {}
+    by_text = []
     for name in shapes:
-        if (twin := twins.of(called.get(name, name), count)) is None:
-            raise UserError(f"tensor {name!r} has no counterpart in a tiny model of family {config['model_type']!r}")
-        texts[name] = _line(draft, name, twin, config, shapes)
-        work += [name] if draft.seen[twin].by_text else []
-    stacks = {stack for stack in _stacks(shapes, count) if any(name.startswith(stack) for name in work)}  # not another tower's
-    grouped: dict[tuple[str, str], list[int | None]] = defaultdict(list)
-    for name, text in texts.items():
-        module = name.removesuffix(".weight").removesuffix(".bias")
-        if name.endswith(".bias") and texts.get(f"{module}.weight", "").split(" scaled")[0].endswith("+ bias"):
+        twin = twins.of(called.get(name, name), count)
+        if twin is None:
+            family = config["model_type"]
+            raise Unfit(f"tensor {name!r} has no counterpart in a tiny model of family {family!r}")
+        lines[name] = _line(draft, name, twin, config, shapes)
+        if draft.seen[twin].by_text:
+            by_text.append(name)
+    # The layers are the lists as long as the config says that some text goes through: not another tower's.
+    stacks = {stack for stack in _stacks(shapes, count) if any(name.startswith(stack) for name in by_text)}
+    # Lines that differ in the layer alone become one with a star.
+    grouped: dict[Line, list[int | None]] = defaultdict(list)
+    for name, line in lines.items():
+        weight = lines.get(f"{module_of(name)}.weight")
+        if name.endswith(".bias") and weight is not None and weight.bias:
             continue  # a part of its weight's line
-        star, layer = _layer_of(name if text.startswith("tensor ") else module, stacks)
-        grouped[star, text].append(layer)
+        star, layer = _layer_of(line.name, stacks)
+        grouped[replace(line, name=star)].append(layer)
     yield from _merged(grouped, count)
 
 
-def _line(draft: Draft, name: str, twin: str, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> str:
+def _line(draft: Draft, name: str, twin: str, config: Config, shapes: Shapes) -> Line:
+    """Describe one tensor by the axes of its twin: a norm, a matrix or embedding, or a tensor as it is."""
     seen, shape = draft.seen[twin], shapes[name]
-    axes = [_filled(draft, template, length, name, config) for template, length in zip(draft.templates(twin), shape, strict=True)]
-    bias = shapes.get(name.removesuffix(".weight") + ".bias") if name.endswith(".weight") else None
-    if name.endswith(".weight") and seen.norm and not axes[0].isdigit():
-        role = "norm" if axes[0] != "residual" else "post norm" if draft.choices.post and seen.role == "norm" else seen.role
-        return f"{role}{'+1' if seen.offset else ''} {axes[0]}" + " + bias" * (bias == shape)
-    if name.endswith(".weight") and len(shape) == 2 and (seen.indexed or seen.reads.count(True) == 1):
-        arrow, out = ("->", 1) if seen.indexed or seen.reads[0] else ("<-", 0)
-        scaled = " scaled" if draft.choices.scaled and seen.parameter == draft.embedding else _power(draft, seen.parameter, axes)
-        return f"{axes[0]} {arrow} {axes[1]}" + " + bias" * (bias == (shape[out],)) + scaled
-    starred = [re.sub(r"([a-z_]\w*)", r"\1*", axis) if reads else axis for axis, reads in zip(axes, seen.reads, strict=True)]
-    return "tensor " + (", ".join(starred) or "scalar")
+    templates = zip(draft.templates(twin), shape, strict=True)
+    axes = [_filled(draft, template, length, name, config) for template, length in templates]
+    is_weight, module = name.endswith(".weight"), module_of(name)
+    bias = shapes.get(f"{module}.bias") if is_weight else None
+    if is_weight and seen.norm and not _is_number(axes[0]):
+        role = "norm" if axes[0] != RESIDUAL else seen.role
+        if draft.choices.norms == "after" and role == "norm" and axes[0] == RESIDUAL:
+            role = "post norm"
+        return Line(module, role, axes[0], None, bias=bias == shape, offset=1.0 if seen.offset else 0.0)
+    if is_weight and len(shape) == 2 and (seen.indexed or seen.reads.count(True) == 1):
+        transposed = seen.indexed or seen.reads[0]  # stored (in, out)
+        out, into = (axes[1], axes[0]) if transposed else (axes[0], axes[1])
+        is_scaled = draft.choices.embeddings == "scaled" and seen.parameter == draft.embedding
+        power = EMBEDDING_SCALE if is_scaled else _power(draft, seen.parameter, axes)
+        has_bias = bias == (shape[1 if transposed else 0],)
+        return Line(module, "linear", out, into, transposed=transposed, bias=has_bias, scaled=power)
+    sides = tuple(_read(axis) if reads else axis for axis, reads in zip(axes, seen.reads, strict=True))
+    return Line(name, "tensor", Product(sides), None, sides)
 
 
-def _power(draft: Draft, parameter: str, axes: Sequence[str]) -> str:
-    """What a matrix is multiplied by, where its module says so: one that reads the stream and writes something else, or a latent vector."""
-    module = parameter.rpartition(".")[0].rpartition(".")[0]
+def _is_number(axis: Axis) -> bool:
+    return isinstance(axis, Space) and axis.fixed
+
+
+def _read(axis: Axis) -> Axis:
+    """Mark the reading side of every space of an axis."""
+    return replaced(axis, lambda space: space if space.fixed else replace(space, dual=True))
+
+
+def _power(draft: Draft, parameter: str, axes: Sequence[Axis]) -> float:
+    """Look up the power of the hidden size by which a matrix is multiplied, where its module shows one.
+
+    The matrix reads the stream and writes something else, or it reads a latent vector.
+    """
+    module = module_of(parameter).rpartition(".")[0]
     buffers, attributes = draft.axes.powers
-    reads_stream = axes[1] == "residual" != axes[0] and "vocab" not in axes
-    found = buffers.get(module) if reads_stream else attributes.get(module) if LATENT.search(parameter) else None
-    power = round(2 * (found or 0.0)) / 2
-    return f" scaled^{power:g}" if power else ""
+    power: float | None = None
+    if axes[1] == RESIDUAL != axes[0] and VOCAB not in axes:
+        power = buffers.get(module)
+    elif LATENT.search(parameter):
+        power = attributes.get(module)
+    return round(2 * (power or 0.0)) / 2
 
 
-def _filled(draft: Draft, template: str, length: int, name: str, config: Config) -> str:
-    """A template with its number, so that the axis has `length`."""
+def _filled(draft: Draft, template: Axis, length: int, name: str, config: Config) -> Axis:
+    """Fill in the number that a template leaves open, so that the axis has `length`."""
     mixer = draft.axes.mixer
     groups = mixer.count(config) if mixer else 1
-    template = template.replace(GROUPS_OF, f"{groups} " if groups > 1 else "")
-    if "?" not in template:
-        return template
+    axis = _grouped(template, groups)
     sizes = _sizes(draft, config)
-    least, more = (size(parse_axis(template.replace("?", number)), sizes) for number in "01")
+    open_spaces = [space for space in spaces(axis) if space == OPEN]
+    if not open_spaces:
+        return axis
+    least, more = (size(axis, sizes | {OPEN.name: number}) for number in (0, 1))
     number, rest = divmod(length - least, more - least)
     if rest or number < 1:
-        raise UserError(f"{name}: an axis of {length} is no multiple of {more - least} above {least} as {template!r} says")
-    return template.replace("?", str(number))
+        raise Unfit(
+            f"{name}: an axis of {length} is no multiple of {more - least} above {least} as {str(axis)!r} says"
+        )
+    return replaced(axis, lambda space: Space(str(number)) if space == OPEN else space)
+
+
+def _grouped(axis: Axis, groups: int) -> Axis:
+    """Write how many groups the heads of a state space are in; one group is left out."""
+    if isinstance(axis, Space):
+        return Space(str(groups)) if axis == GROUPS else axis
+    parts = [part for part in axis.parts if part != GROUPS or groups > 1]
+    return type(axis)(tuple(_grouped(part, groups) for part in parts))
 
 
 def _sizes(draft: Draft, config: Config) -> dict[str, int]:
+    """Compute the sizes of the spaces beside which a template has an open number."""
     keys = draft.axes.keys
     heads = int(config[keys.heads]) if keys.heads else 1
     kv = 1 if draft.axes.multi_query else int(config.get(keys.kv or "") or heads)
-    sizes = {"kv": kv, "group": heads // kv, "block": heads // BLOCKS, "residual": int(config[keys.hidden])}
+    sizes = {
+        "kv": kv,
+        "group": heads // kv,
+        BLOCK.name: heads // BLOCKS,
+        "residual": int(config[keys.hidden]),
+    }
     if mixer := draft.axes.mixer:
-        sizes |= {mixer.heads: int(config[mixer.heads]) // mixer.count(config), mixer.dim: int(config[mixer.dim])}
+        sizes[mixer.heads] = int(config[mixer.heads]) // mixer.count(config)
+        sizes[mixer.dim] = int(config[mixer.dim])
     return sizes
 
 
 class _Twins:
-    """Which tensor of the tiny model stands for a tensor of a large one: the same name in another layer, or of another expert."""
+    """The tensors of the tiny model that stand for those of a large one.
+
+    They have the same name in another layer, or of another expert.
+    """
 
     def __init__(self, names: Iterable[str], count: int, stands: tuple[int, ...]) -> None:
         self._layers: dict[str, dict[int | None, str]] = defaultdict(dict)
@@ -170,23 +249,27 @@ class _Twins:
             self._loosely.setdefault(_numberless(name), name)
 
     def of(self, name: str, count: int) -> str | None:
-        """The twin of a tensor of a model with `count` layers, in a layer of its kind; of the last layer, the last one's, which may be
-        normalised otherwise.
+        """Find the twin of a tensor of a model with `count` layers, in a layer of its kind.
+
+        Of the last layer it is the last one's, which may be normalised differently.
         """
         star, number = _first_number(name)
-        found = self._layers.get(star)
-        if not found:
+        layers = self._layers.get(star)
+        if not layers:
             return self._loosely.get(_numberless(name))
         alike = self._count - 1 if number == count - 1 else number
-        if number is not None and number < count == len(self._stands) != self._count:
+        told_apart = count == len(self._stands) != self._count
+        if told_apart and number is not None and number < count:
             alike = self._stands[number]
-        return found.get(alike) or found.get(number) or next(iter(found.values()))
+        return layers.get(alike) or layers.get(number) or next(iter(layers.values()))
 
 
 def _first_number(name: str) -> tuple[str, int | None]:
-    """(name with `*` for its first number, that number)."""
+    """Split a tensor's name into (name with `*` for its first number, that number)."""
     match = re.search(r"(?<=\.)\d+(?=\.)", name)
-    return (name, None) if match is None else (f"{name[: match.start()]}*{name[match.end() :]}", int(match[0]))
+    if match is None:
+        return name, None
+    return f"{name[: match.start()]}*{name[match.end() :]}", int(match[0])
 
 
 def _numberless(name: str) -> str:
@@ -194,37 +277,42 @@ def _numberless(name: str) -> str:
 
 
 def _stacks(names: Iterable[str], count: int) -> set[str]:
-    """The prefixes of lists with one entry per layer."""
-    found: dict[str, set[int]] = defaultdict(set)
+    """Find the prefixes of lists with one entry per layer."""
+    numbers: dict[str, set[int]] = defaultdict(set)
     for match in filter(None, (re.match(r"(.*?\.)(\d+)\.", name) for name in names)):
-        found[match[1]].add(int(match[2]))
-    return {prefix for prefix, numbers in found.items() if numbers == set(range(count))}
+        numbers[match[1]].add(int(match[2]))
+    return {prefix for prefix, present in numbers.items() if present == set(range(count))}
 
 
 def _layer_of(name: str, stacks: set[str]) -> tuple[str, int | None]:
-    """(name with `*` for its layer's number, that number)."""
+    """Split a name into (name with `*` for its layer's number, that number)."""
     match = re.match(r"(.*?\.)(\d+)(\..*)", name)
-    return (f"{match[1]}*{match[3]}", int(match[2])) if match and match[1] in stacks else (name, None)
+    if match is None or match[1] not in stacks:
+        return name, None
+    return f"{match[1]}*{match[3]}", int(match[2])
 
 
-def _merged(grouped: Mapping[tuple[str, str], list[int | None]], count: int) -> Iterator[str]:
-    """Lines, with runs of numbered siblings (experts) folded into `{a..b}`."""
-    folded: dict[tuple[str, str, tuple[int | None, ...]], list[str]] = defaultdict(list)
-    for (star, text), layers in grouped.items():
-        folded[_numberless(star), text, tuple(layers)].append(star)
-    for (_, text, found), names in folded.items():
-        numbers = [layer for layer in found if layer is not None]
-        suffix = in_layers(numbers, count) if numbers else ""
-        for name in _braced(names):
-            yield f"{name}  {text}{suffix}"
+def _merged(grouped: Mapping[Line, list[int | None]], count: int) -> Iterator[Line]:
+    """Yield lines, with runs of numbered siblings (experts) folded into `{a..b}`."""
+    folded: dict[tuple[Line, tuple[int | None, ...]], list[Line]] = defaultdict(list)
+    for line, layers in grouped.items():
+        unnumbered = replace(line, name=_numberless(line.name))
+        folded[unnumbered, tuple(layers)].append(line)
+    for (_, layers), lines in folded.items():
+        numbers = sorted(layer for layer in layers if layer is not None)
+        only = tuple(numbers) if numbers and len(numbers) != count else None
+        for name in _braced([line.name for line in lines]):
+            yield replace(lines[0], name=name, only=only)
 
 
 def _braced(names: list[str]) -> list[str]:
-    found = [re.search(r"(?<=\.)\d+(?=\.)", name + ".") for name in names]
-    heads = {name[: match.start()] + "{}" + name[match.end() :] for name, match in zip(names, found, strict=True) if match}
-    if len(names) < 2 or len(heads) != 1 or not all(found):
+    """Fold names that differ in one consecutive number into one with `{a..b}`; others stay as they are."""
+    matches = [match for name in names if (match := NUMBER.search(name))]
+    if len(names) < 2 or len(matches) != len(names):
         return names
-    numbers = sorted(int(match[0]) for match in found if match)
-    if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+    stems = {(match.string[: match.start()], match.string[match.end() :]) for match in matches}
+    numbers = sorted(int(match[0]) for match in matches)
+    if len(stems) != 1 or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
         return names
-    return [heads.pop().replace("{}", f"{{{numbers[0]}..{numbers[-1]}}}")]
+    ((head, tail),) = stems
+    return [f"{head}{{{numbers[0]}..{numbers[-1]}}}{tail}"]

@@ -1,6 +1,7 @@
-"""A tiny twin of a config: the same switches, every size small, so that a model of it can be built, run and grown in a moment.
+"""A tiny twin of a config: the same switches, every size small, so that its model is built, run and grown at
+once.
 
-The result is a guess about a stranger's config; nothing is believed of it but what the library's own classes then build.
+The result is a guess; nothing is believed of it but what the library's own classes then build.
 """
 
 from __future__ import annotations
@@ -9,18 +10,29 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from outgrow.model.base.errors import UserError
 from outgrow.model.composite import TEXT, flat, nested, of_text
 from outgrow.model.config import ROPE
-from outgrow.model.depth_only import DEPTH_KEYS
+from outgrow.model.derive.unfit import Unfit
 from outgrow.model.family import Config
+from outgrow.model.keys import (
+    DEPTH_KEYS,
+    HEAD_KEYS,
+    OUTPUT,
+    SIZES,
+    by_number,
+    follow_layers,
+    is_size,
+    numbers_layers,
+    per_layer,
+    repeats_hidden,
+)
 
 MAX_PARAMETERS = 3_000_000  # of a tiny twin; more means that some size was not recognised
 
 HEAD = 16  # hidden size / heads of the tiny twin
-HEAD_KEYS = ("head_dim", "d_head", "dim_head", "kv_channels", "attention_head_size")
 
-# Sizes of the tiny twin by the name of their key, first match wins. Sizes that meet on one axis divide each other; all others differ.
+# Sizes of the tiny twin by the name of their key; the first match wins. Sizes that meet on one axis divide
+# each other; all others differ.
 SMALL: tuple[tuple[str, int], ...] = (
     (r"^(true_)?hidden_size$|^d_model$|^n_embd$|^embedding_dim$|^emb_dim$|^dim$", 64),
     (r"embedding_size|embed_dim$", 40),
@@ -37,10 +49,16 @@ SMALL: tuple[tuple[str, int], ...] = (
     (r"(moe|expert).*(intermediate|ffn)|(intermediate|ffn).*(moe|expert)", 56),
     (r"shared.*intermediate", 72),
     (r"dense_intermediate|intermediate_size_mlp", 104),
-    (r"intermediate_size|ffn_dim|ffn_hidden|^n_inner$|^dff$|^d_inner$|dim_ff|feed_forward_size|^mlp_dim$", 88),
+    (
+        r"intermediate_size|ffn_dim|ffn_hidden|^n_inner$|^dff$|^d_inner$|dim_ff|feed_forward_size|^mlp_dim$",
+        88,
+    ),
     (r"(kv|key_value)_(n_)?heads|num_query_groups", 2),
     (r"(attention_heads|^n_heads?|^num_heads|head_count)$", 4),
-    (r"^(d_)?head_dim$|^d_head$|^dim_head$|^kv_channels$|attention_head_size|swa_head_dim|attention_head_dim", 24),
+    (
+        r"^(d_)?head_dim$|^d_head$|^dim_head$|^kv_channels$|attention_head_size|swa_head_dim|attention_head_dim",
+        24,
+    ),
     (r"^vocab_size|decoder_vocab_size", 101),
     (r"max_position|n_positions|max_seq_len|max_target_positions|context_length|n_ctx|model_max_length", 64),
     (r"q_lora_rank", 20),
@@ -65,9 +83,9 @@ FEW: tuple[tuple[str, int], ...] = (
 )
 RHYTHM = re.compile(r"period|interval|every|_step$")  # of layers that differ by their number
 RHYTHM_LIST = re.compile(r"types|pattern")  # which the layers go through again and again
-SIZES = ("_size", "_dim", "_dims", "_width", "d_model")
-OUTPUT = re.compile(r"out|text|(^|_)lm|proj")  # how other towers call the size that the text model reads
 MAX_LAYERS = 8
+TOKEN_KEYS = ("token_id", "token_index")
+WITHOUT_DEFAULT = {"num_key_value_heads": 4, "num_experts_per_tok": 2}  # some classes do not fill these in
 CLIPPED, CLIP = re.compile(r"clip_qkv"), 1.0  # so low that random queries and keys reach it
 PARTS = re.compile(r"(?<!quantization)_config$|compress_rates")  # dicts of sizes
 UNTOUCHED = re.compile(
@@ -76,45 +94,60 @@ UNTOUCHED = re.compile(
 
 
 def shrunken(config: Config, depth_key: str, layers: tuple[int, ...]) -> dict[str, Any]:
-    """`config` with every size that is recognised made small.
+    """Make every size of `config` small that is recognised.
 
     Args:
         config: as `PretrainedConfig.to_dict` gives it.
         depth_key: the key that counts the layers.
-        layers: which of its layers to keep; lists with one entry per layer follow.
+        layers: those of its layers to keep; lists with one entry per layer follow.
     """
-    if TEXT in (whole := nested(config)):
-        return _shrunken_composite(config, whole, depth_key, layers)
+    towers = nested(config)
+    if TEXT in towers:
+        return _shrunken_composite(config, towers, depth_key, layers)
     depth = config[depth_key]
     small = {key: _small(key, value, config, depth, layers) for key, value in config.items()}
     small[depth_key] = len(layers)
-    small |= {key: _small_rope(rope, small) for key in ROPE if isinstance(rope := small.get(key), Mapping)}
+    ropes = {key: small[key] for key in ROPE if isinstance(small.get(key), Mapping)}
+    small |= {key: _small_rope(rope, small) for key, rope in ropes.items()}
+    # Special tokens move into the small vocabulary.
     vocabulary = small.get("vocab_size")
-    for key, value in small.items():
-        if key.endswith(("token_id", "token_index")) and isinstance(value, int) and isinstance(vocabulary, int):
-            small[key] = min(value, vocabulary - 1)
+    tokens = {
+        key: value for key, value in small.items() if key.endswith(TOKEN_KEYS) and isinstance(value, int)
+    }
+    if isinstance(vocabulary, int):
+        small |= {key: min(value, vocabulary - 1) for key, value in tokens.items()}
     return small
 
 
-def _shrunken_composite(config: Config, whole: Config, depth_key: str, layers: tuple[int, ...]) -> dict[str, Any]:
-    """Tower by tower; what repeats the text model's hidden size in another tower goes on doing so, and what marks their places in a text
-    are the last tokens."""
-    text = shrunken(whole[TEXT], depth_key, layers)
-    towers = {key for key, value in whole.items() if isinstance(value, Mapping) and key.endswith("_config")}
-    others = {key: _small_tower(value) if key in towers else _small(key, value, text, 0, ()) for key, value in whole.items() if key != TEXT}
-    small = flat({TEXT: text, **others})
-    meets = [key for key, value in config.items() if not of_text(key) and repeats_hidden(key, value, config.get("hidden_size"))]
-    marks = {key: text["vocab_size"] - 1 - number for number, key in enumerate(place_tokens(config))}
-    return small | dict.fromkeys(meets, text["hidden_size"]) | marks
+def _shrunken_composite(
+    config: Config, parts: Config, depth_key: str, layers: tuple[int, ...]
+) -> dict[str, Any]:
+    """Make a composite config small, tower by tower.
+
+    A value that repeats the text model's hidden size in another tower goes on doing so, and the tokens that
+    hold the towers' places in a text are the last ones.
+    """
+    text = shrunken(parts[TEXT], depth_key, layers)
+    towers = {key for key, value in parts.items() if isinstance(value, Mapping) and key.endswith("_config")}
+    small: dict[str, Any] = {TEXT: text}
+    for key, value in parts.items():
+        if key != TEXT:
+            small[key] = _small_tower(value) if key in towers else _small(key, value, text, 0, ())
+    hidden = config.get("hidden_size")
+    others = {key: value for key, value in config.items() if not of_text(key)}
+    outputs = [key for key, value in others.items() if repeats_hidden(key, value, hidden)]
+    tokens = {key: text["vocab_size"] - 1 - number for number, key in enumerate(place_tokens(config))}
+    return flat(small) | dict.fromkeys(outputs, text["hidden_size"]) | tokens
 
 
 def place_tokens(config: Config) -> list[str]:
-    """The keys of tokens that hold the places of pictures and sounds in a text."""
-    return [key for key, value in config.items() if not of_text(key) and key.endswith(("token_id", "token_index")) and type(value) is int]
+    """List the keys of tokens that hold the places of pictures and sounds in a text."""
+    tokens = [key for key, value in config.items() if key.endswith(TOKEN_KEYS) and type(value) is int]
+    return [key for key in tokens if not of_text(key)]
 
 
 def _small_rope(rope: Config, small: Config) -> dict[str, Any]:
-    """Rotary positions in time, rows and columns share a head's pairs among them."""
+    """Divide a small head's pairs among rotary positions in time, rows and columns."""
     sections = rope.get("mrope_section")
     if not isinstance(sections, list) or len(sections) != 3:
         return dict(rope)
@@ -124,7 +157,7 @@ def _small_rope(rope: Config, small: Config) -> dict[str, Any]:
 
 
 def _small_tower(tower: Config) -> dict[str, Any]:
-    """A tower that tokens do not go through."""
+    """Make a tower small that tokens do not go through."""
     depth = next((key for key in DEPTH_KEYS if type(tower.get(key)) is int), None)
     if depth is None:
         small = {key: _small(key, value, tower, 0, ()) for key, value in tower.items()}
@@ -133,41 +166,64 @@ def _small_tower(tower: Config) -> dict[str, Any]:
     patch, picture = tower.get("patch_size"), {}
     if type(patch) is type(tower.get("image_size")) and isinstance(patch, int | list):
         picture = {"image_size": [4 * side for side in patch] if isinstance(patch, list) else 4 * patch}
-    given = [key for key, value in tower.items() if OUTPUT.search(key) and key.endswith((*SIZES, "_channels")) and type(value) is int]
+    sizes = [
+        key for key, value in tower.items() if key.endswith((*SIZES, "_channels")) and type(value) is int
+    ]
+    outputs = {key: min(tower[key], 40) for key in sizes if OUTPUT.search(key)}
     ratio = tower.get("pixel_shuffle_ratio")
-    shuffled = {"intermediate_size": int(64 / ratio**2)} if ratio else {}  # what Llama 4's projector reads is this and the hidden size
+    shuffled = {"intermediate_size": int(64 / ratio**2)} if ratio else {}  # Llama 4's projector reads it
     heads = {key: HEAD for key in HEAD_KEYS if type(tower.get(key)) is int}
-    return small | {key: min(tower[key], 40) for key in given} | picture | shuffled | heads
+    return small | outputs | picture | shuffled | heads
 
 
 def _small(key: str, value: Any, config: Config, depth: int, layers: tuple[int, ...]) -> Any:
-    if isinstance(value, list) and numbers_layers(key, value, depth):
-        return [layers.index(layer) for layer in value if layer in layers]
-    if isinstance(value, list) and len(value) == depth:
+    """Make one config value small.
+
+    Args:
+        config: the values beside it.
+        depth: number of layers of the config; `layers` are those to keep.
+    """
+    if per_layer(key, value, depth):
         return [_small(key, value[layer], config, depth, layers) for layer in layers]
-    if isinstance(value, Mapping) and value and all(str(entry).isdigit() and int(entry) < depth for entry in value):
-        return {str(layers.index(int(layer))): entry for layer, entry in value.items() if int(layer) in layers}
-    if isinstance(value, Mapping) and isinstance(value.get("hidden_size"), int) and isinstance(value.get("num_hidden_layers"), int):
-        return shrunken(value, "num_hidden_layers", (0, 1)[: value["num_hidden_layers"]])  # of a tower that tokens do not go through
-    if isinstance(value, Mapping) and PARTS.search(key):
-        return {
-            part: _small(key if type(part) is int or key == "compress_rates" else part, size, value, depth, layers)
-            for part, size in value.items()
-        }
+    if numbers_layers(key, value, depth) or by_number(key, value, depth):
+        return follow_layers(key, value, layers, depth)
+    if isinstance(value, Mapping):
+        return _small_part(key, value, depth, layers)
     if CLIPPED.search(key) and isinstance(value, int | float):
         return CLIP
-    if value is None and key in ("num_key_value_heads", "num_experts_per_tok"):
-        return 4 if key == "num_key_value_heads" else 2  # as many as queries; at all: which some classes do not work out
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or UNTOUCHED.search(key):
+    if value is None and key in WITHOUT_DEFAULT:
+        return WITHOUT_DEFAULT[key]
+    if not is_size(value) or UNTOUCHED.search(key):
         return value
     if value == 1 and (not re.search(r"(kv|key_value)_heads", key) or key.startswith("index")):
         return value
+    return _small_size(key, value, config)
+
+
+def _small_part(key: str, part: Mapping[Any, Any], depth: int, layers: tuple[int, ...]) -> Mapping[Any, Any]:
+    """Make a part of a config small: a tower's config, or a dict of sizes; any other stays."""
+    count = part.get("num_hidden_layers")
+    if isinstance(part.get("hidden_size"), int) and isinstance(count, int):
+        return shrunken(part, "num_hidden_layers", (0, 1)[:count])  # of a tower that tokens do not go through
+    if not PARTS.search(key):
+        return part
+    of_sizes = key == "compress_rates"
+    return {
+        name: _small(key if of_sizes or type(name) is int else name, size, part, depth, layers)
+        for name, size in part.items()
+    }
+
+
+def _small_size(key: str, value: int, config: Config) -> int:
+    """Choose the small size of a key, by its name."""
     if repeats_hidden(key, value, config.get("hidden_size")):
         return 64
     if key == "head_dim" and "qk_rope_head_dim" in config:
         return 8 if value == config["qk_rope_head_dim"] else 20
-    if (key == "head_dim" and "expand" in config) or (key == "attention_head_dim" and "attention_hidden_size" in config):
-        return 32  # of a state space: expand × hidden size / heads; of attention over its own hidden size
+    if key == "head_dim" and "expand" in config:
+        return 32  # of a state space: expand × hidden size / heads
+    if key == "attention_head_dim" and "attention_hidden_size" in config:
+        return 32  # of attention over its own hidden size
     few = next((size for pattern, size in FEW if re.search(pattern, key)), None)
     if few is not None:
         return min(value, few)
@@ -175,77 +231,91 @@ def _small(key: str, value: Any, config: Config, depth: int, layers: tuple[int, 
 
 
 def small_layers(tiny: Config) -> dict[str, Any]:
-    """The sizes that a tiny config still has of single layers (`per_layer_config`), made small."""
-    entries = {key: value for key, value in tiny.items() if isinstance(value, Mapping) and value and all(map(str.isdigit, map(str, value)))}
-    layers = {key: value for key, value in entries.items() if all(isinstance(entry, Mapping) for entry in value.values())}
-    return {key: {layer: _small_layer(entry) for layer, entry in value.items()} for key, value in layers.items()}
+    """Make the sizes small that a tiny config still has of single layers (`per_layer_config`)."""
+    small = {}
+    for key, value in tiny.items():
+        if isinstance(value, Mapping) and value and all(map(_is_layer, value.items())):
+            small[key] = {layer: _small_layer(entry) for layer, entry in value.items()}
+    return small
+
+
+def _is_layer(entry: tuple[object, object]) -> bool:
+    """Check for (a layer's number, its sizes)."""
+    number, sizes = entry
+    return str(number).isdigit() and isinstance(sizes, Mapping)
 
 
 def _small_layer(entry: Config) -> dict[str, Any]:
     small = {key: _small(key, value, entry, 0, ()) for key, value in entry.items()}
-    alike = "num_key_value_heads" in entry and entry["num_key_value_heads"] == entry.get("num_attention_heads")
-    return small | ({"num_key_value_heads": small["num_attention_heads"]} if alike else {})
-
-
-def repeats_hidden(key: str, value: int, hidden: object) -> bool:
-    """Whether a size is the hidden size once more, by its value and by a name that says nothing else (in another tower: its output)."""
-    if not of_text(key) and not OUTPUT.search(key.rpartition(".")[2]):
-        return False
-    named = key.endswith(SIZES) and not re.search(r"intermediate|ffn|head|vocab", key)
-    return value == hidden and key != "hidden_size" and named
+    kv = entry.get("num_key_value_heads")
+    if kv is not None and kv == entry.get("num_attention_heads"):
+        small["num_key_value_heads"] = small["num_attention_heads"]
+    return small
 
 
 def _words(value: object) -> bool:
     return isinstance(value, list) and len(value) > 1 and all(isinstance(word, str) for word in value)
 
 
-def numbers_layers(key: str, value: list[Any], depth: int) -> bool:
-    """Whether a list names layers by their numbers (`mlp_only_layers`)."""
-    named = any(word in key for word in ("layer", "idx", "indices"))
-    whole = all(type(number) is int and 0 <= number < depth for number in value)
-    return named and whole and len(value) > 0 and value == sorted(set(value)) and value != [0, 1]
-
-
 def _of_layers(config: Config, depth: int) -> tuple[list[list[Any]], list[list[int]]]:
-    """The lists of a config with one entry per layer, and those that name layers by their numbers."""
-    config = {key: value for key, value in config.items() if of_text(key)}
-    named = [value for key, value in config.items() if isinstance(value, list) and numbers_layers(key, value, depth)]
-    lists = [value for value in config.values() if isinstance(value, list)]
-    return [value for value in lists if len(value) == depth and value not in named], named
+    """Collect the lists of a config with one entry per layer, and those that name layers by their numbers."""
+    values = [(key, value) for key, value in config.items() if of_text(key)]
+    numbered = [value for key, value in values if numbers_layers(key, value, depth)]
+    return [value for key, value in values if per_layer(key, value, depth)], numbered
 
 
 def layer_kinds(config: Config, depth: int) -> list[str]:
-    """What the config's lists say of each layer; the same for layers that they do not tell apart."""
-    each, named = _of_layers(config, depth)
-    return [repr([[entries[layer] for entries in each], [layer in numbers for numbers in named]]) for layer in range(depth)]
+    """Describe each layer by the config's lists; the same for layers that they do not tell apart."""
+    each, numbered = _of_layers(config, depth)
+
+    def kind(layer: int) -> str:
+        entries = [listed[layer] for listed in each]
+        return repr([entries, [layer in numbers for numbers in numbered]])
+
+    return [kind(layer) for layer in range(depth)]
 
 
 def kept_layers(config: Config, depth: int) -> tuple[int, ...]:
-    """Layers that stand for all: the first of each kind that the config's lists tell apart, two at least.
+    """Choose layers that stand for all: the first of each kind that the config's lists tell apart, two at
+    least.
+
+    Where no list tells them apart, a number may: "every 4th", or a pattern that the layers go through.
 
     Raises:
-        UserError: there are too many kinds for a tiny model.
+        Unfit: there are too many kinds for a tiny model.
     """
-    config = {key: value for key, value in config.items() if of_text(key)}
+    values = [(key, value) for key, value in config.items() if of_text(key)]
     each, _ = _of_layers(config, depth)
-    first = {kind: layer for layer, kind in reversed(list(enumerate(layer_kinds(config, depth))))}
-    rhythms = [value for key, value in config.items() if RHYTHM.search(key) and type(value) is int and 1 < value <= MAX_LAYERS]
-    rhythms += [len(value) for key, value in config.items() if RHYTHM_LIST.search(key) and _words(value) and len(value) <= MAX_LAYERS]
-    chosen = sorted({*first.values(), *range(min(2, depth)), *range(min(max(rhythms, default=0) if not each else 0, depth))})
+    kinds = layer_kinds(config, depth)
+    chosen = {kinds.index(kind) for kind in kinds} | set(range(min(2, depth)))
+    if not each:
+        rhythms = [value for key, value in values if RHYTHM.search(key) and is_size(value)]
+        rhythms += [len(value) for key, value in values if RHYTHM_LIST.search(key) and _words(value)]
+        period = max((length for length in rhythms if length <= MAX_LAYERS), default=0)
+        chosen |= set(range(min(period, depth)))
     if len(chosen) > MAX_LAYERS:
-        raise UserError(f"{len(chosen)} kinds of layers are too many to stand for in a tiny model")
-    return tuple(chosen)
+        raise Unfit(f"{len(chosen)} kinds of layers are too many to stand for in a tiny model")
+    return tuple(sorted(chosen))
 
 
 def two_of_each_kind(config: Config, depth: int) -> tuple[int, ...]:
-    """The first two layers of each kind, for classes that tie one to another (Zamba); none where there is one kind, or too many."""
+    """Choose the first two layers of each kind, for classes that tie one to another (Zamba).
+
+    Returns:
+        Nothing where there is one kind, or too many.
+    """
     kinds = layer_kinds(config, depth)
     first = [layer for layer in range(depth) if kinds[:layer].count(kinds[layer]) < 2]
     return tuple(first) if len(set(kinds)) > 1 and len(first) <= MAX_LAYERS else ()
 
 
 def stand_ins(kinds: Sequence[str], kept: tuple[int, ...]) -> tuple[int, ...]:
-    """For each layer the place among the kept ones of one of its kind, for the last layer the last such; empty where there is one kind."""
+    """Find for each layer the place, among the kept ones, of one of its kind; for the last layer, of the last
+    such.
+
+    Returns:
+        Nothing where all layers are of one kind.
+    """
     if len(set(kinds)) == 1:
         return ()
     first = {kinds[layer]: place for place, layer in reversed(list(enumerate(kept)))}

@@ -1,7 +1,8 @@
-"""Watching a class start its weights: its own `_init_weights` runs at the model's real sizes, on the meta device, in no memory.
+"""Watching a class start its weights: its own `_init_weights` runs at the model's real sizes, on the meta
+device, in no memory.
 
-What it draws and sets is followed on a column of quantiles in each tensor's stead: `normal_(0, σ)` makes it a normal distribution's,
-`mul_(x)` multiplies them, `copy_` of numbers that it has worked out keeps those.
+What it draws and sets is followed on a column of quantiles in each tensor's stead: `normal_(0, σ)` makes it a
+normal distribution's, `mul_(x)` multiplies them, `copy_` of numbers that it has worked out keeps those.
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 SHARES = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
-MOVED = (aten.clone, aten._to_copy, aten.cat, aten.stack, aten.contiguous, aten.index_select, aten.empty_like)  # entries stay what they are
+# entries stay what they are
+MOVED = (aten.clone, aten._to_copy, aten.cat, aten.stack, aten.contiguous, aten.index_select, aten.empty_like)
 MADE = {aten.zeros: 0.0, aten.ones: 1.0, aten.zeros_like: 0.0, aten.ones_like: 1.0}
 MOST = 1 << 22  # entries that a tensor has which is worked out and not followed
 SEEDS = 8  # under which what the class works out by chance is seen
 
 
 def starts(config: Config) -> dict[str, Start]:
-    """Name → start of the tensors that a checkpoint of `config` has, without those that the class starts in a way that cannot be followed.
+    """Name → start of the tensors that a checkpoint of `config` has, without those that the class starts in a
+    way that cannot be followed.
 
     Raises:
         UserError: the class does not build from the config.
@@ -44,20 +47,31 @@ def starts(config: Config) -> dict[str, Start]:
     first, second = (_once(model, built, seed) for seed in (0, 1))
     by_chance = {name for name, seen in first.items() if not _same(seen, second[name])}
     more = [first, second, *(_once(model, built, seed) for seed in range(2, SEEDS) if by_chance)]
-    distinct = {id(seen): seen for seen in first.values()}  # few: tensors that start alike share their quantiles
+    # few: tensors that start alike share their quantiles
+    distinct = {id(seen): seen for seen in first.values()}
     alike = {number: _start(seen) for number, seen in distinct.items()}
-    followed = {name: _drawn([one[name] for one in more]) if name in by_chance else alike[id(seen)] for name, seen in first.items()}
+    followed = {
+        name: _drawn([one[name] for one in more]) if name in by_chance else alike[id(seen)]
+        for name, seen in first.items()
+    }
     lacking = [name for name in stored(model) if name not in followed]
     return followed | (_alike_in_twin(config, lacking) if lacking else {})
 
 
 def _alike_in_twin(config: Config, names: list[str]) -> dict[str, Start]:
-    """Those of these tensors whose entries are all alike in a tiny twin: numbers that the class has from its construction on."""
+    """Those of these tensors whose entries are all alike in a tiny twin: numbers that the class has from its
+    construction on.
+    """
     from outgrow.model.twin import layerless, tiny_twin
 
-    twin = {layerless(name): tensor.double() for name, tensor in stored(build(tiny_twin(config).config, "cpu")).items()}
+    twin = {
+        layerless(name): tensor.double()
+        for name, tensor in stored(build(tiny_twin(config).config, "cpu")).items()
+    }
     same = {name: twin.get(layerless(name), SHARES) for name in names}
-    return {name: _start(tensor) for name, tensor in same.items() if bool((tensor == tensor.flatten()[0]).all())}
+    return {
+        name: _start(tensor) for name, tensor in same.items() if bool((tensor == tensor.flatten()[0]).all())
+    }
 
 
 def _drawn(seen: list[torch.Tensor]) -> Start:
@@ -73,9 +87,15 @@ def _start(seen: torch.Tensor) -> Start:
 
 
 def _lost(model: PreTrainedModel, built: _Pen) -> list[str]:
-    """The parameters that the class starts in a way that cannot be followed on the meta device (`arange` beside them)."""
+    """The parameters that the class starts in a way that cannot be followed on the meta device (`arange`
+    beside them).
+    """
     with _started(model, built, 0) as pen:
-        return [name for name, parameter in model.named_parameters() if pen.of(parameter) is None and parameter.numel() <= MOST]
+        return [
+            name
+            for name, parameter in model.named_parameters()
+            if pen.of(parameter) is None and parameter.numel() <= MOST
+        ]
 
 
 def _hold(model: PreTrainedModel, names: list[str]) -> None:
@@ -83,7 +103,11 @@ def _hold(model: PreTrainedModel, names: list[str]) -> None:
     for name in names:
         owner, _, own = name.rpartition(".")
         shape = model.get_parameter(name).shape
-        setattr(model.get_submodule(owner), own, torch.nn.Parameter(torch.full(shape, torch.nan, dtype=torch.float64)))
+        setattr(
+            model.get_submodule(owner),
+            own,
+            torch.nn.Parameter(torch.full(shape, torch.nan, dtype=torch.float64)),
+        )
 
 
 @contextmanager
@@ -98,7 +122,9 @@ def _started(model: PreTrainedModel, built: _Pen, seed: int) -> Iterator[_Pen]:
 
 
 def _once(model: PreTrainedModel, built: _Pen, seed: int) -> dict[str, torch.Tensor]:
-    """File tensor → quantiles of its entries (`SHARES`), or the entries, which the class has worked out under `seed`."""
+    """File tensor → quantiles of its entries (`SHARES`), or the entries, which the class has worked out under
+    `seed`.
+    """
     with _started(model, built, seed) as pen:
         return {name: seen for name, tensor in stored(model).items() if (seen := pen.of(tensor)) is not None}
 
@@ -114,7 +140,9 @@ def _even(low: float, high: float) -> torch.Tensor:
     return low + SHARES * (high - low)
 
 
-def _cut(tensor: torch.Tensor, mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0) -> torch.Tensor:
+def _cut(
+    tensor: torch.Tensor, mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0
+) -> torch.Tensor:
     low, high = (NormalDist(mean, std).cdf(end) for end in (a, b))
     return _normal(mean, std, low, high)
 
@@ -143,7 +171,8 @@ class _Pen(TorchDispatchMode):
 
     def __init__(self, before: _Pen | None = None) -> None:
         super().__init__()
-        # Storage → quantiles, or all entries; None where it cannot be followed. Tensors are kept, so that no storage is used again.
+        # Storage → quantiles, or all entries; None where it cannot be followed. Tensors are kept, so that no
+        # storage is used again.
         self._seen: dict[int, torch.Tensor | None] = {} if before is None else dict(before._seen)
         self._alive: list[torch.Tensor] = [] if before is None else list(before._alive)
 
@@ -155,7 +184,9 @@ class _Pen(TorchDispatchMode):
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """With the functions of `torch.nn.init` told that draw again and again, or do nothing on the meta device."""
+        """With the functions of `torch.nn.init` told that draw again and again, or do nothing on the meta
+        device.
+        """
         own: dict[str, Any] = dict(TORCH_INIT_FUNCTIONS)
 
         def instead(name: str, seen: Callable[..., torch.Tensor | None]) -> Callable[..., torch.Tensor]:
@@ -190,7 +221,9 @@ class _Pen(TorchDispatchMode):
         seen = self._written(func, self.of(into), into, args, kwargs)
         if into.numel() * into.element_size() == into.untyped_storage().nbytes():
             self._keep(into, seen)
-        elif func.overloadpacket is not aten.zero_ and not _same(seen, self.of(into)):  # zeros in the row of padding are not learnt from
+        elif func.overloadpacket is not aten.zero_ and not _same(
+            seen, self.of(into)
+        ):  # zeros in the row of padding are not learnt from
             self._keep(into, None)
 
     def _written(
@@ -218,7 +251,9 @@ class _Pen(TorchDispatchMode):
         if packet in (aten.full, aten.full_like):
             return torch.full((1,), float(args[1]), dtype=torch.float64)
         if packet in MOVED:
-            parts = [self.of(tensor) for tensor in (args[0] if isinstance(args[0], list | tuple) else args[:1])]
+            parts = [
+                self.of(tensor) for tensor in (args[0] if isinstance(args[0], list | tuple) else args[:1])
+            ]
             return parts[0] if all(_same(part, parts[0]) for part in parts) else None
         before = self.of(args[0]) if args and isinstance(args[0], torch.Tensor) else None
         return _replayed(func, before, args[1:], kwargs)
@@ -239,7 +274,9 @@ def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 def _replayed(func: Any, seen: torch.Tensor | None, args: Any, kwargs: Any) -> torch.Tensor | None:
     """An operation entry by entry, done to quantiles; None where it is another."""
-    if seen is None or any(isinstance(value, torch.Tensor) and value.numel() > 1 for value in (*args, *kwargs.values())):
+    if seen is None or any(
+        isinstance(value, torch.Tensor) and value.numel() > 1 for value in (*args, *kwargs.values())
+    ):
         return None
     try:
         out = func(seen, *args, **kwargs)

@@ -16,7 +16,7 @@ from outgrow.model.base.errors import UserError
 from outgrow.model.build import load_model, to_hf_config
 from outgrow.model.checkpoint import Checkpoint
 from outgrow.model.composite import flat
-from outgrow.model.derive.pictures import with_picture
+from outgrow.model.derive import with_picture
 
 TEXT = {
     "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_hidden_layers": 3, "intermediate_size": 24,

@@ -14,8 +14,7 @@ import pytest
 from outgrow.growth import grow, plan
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import to_hf_config
-from outgrow.model.derive import whole_config
-from outgrow.model.derive.probe import shapes
+from outgrow.model.derive import shapes, whole_config
 
 GLM_4_5_AIR = {  # with 8 of its 128 experts, which are alike
     "model_type": "glm4_moe", "hidden_size": 4096, "intermediate_size": 10944, "num_hidden_layers": 46, "num_attention_heads": 96,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from outgrow.growth import grow, plan
 from outgrow.model.build import build_model, to_hf_config
-from outgrow.model.derive.probe import stored
+from outgrow.model.derive import stored
 from outgrow.model.derive.starts import starts
 from tests.conftest import make_checkpoint
 

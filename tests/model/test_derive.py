@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from helpers.families import config_of
+from outgrow.model import derive as package
 from outgrow.model.base.errors import UserError
-from outgrow.model.derive import derive, whole_config
-from outgrow.model.derive.probe import shapes
-from outgrow.model.derive.schema import drafted_family, variants
+from outgrow.model.derive import derive, drafted_family, shapes, variants, whole_config
+from outgrow.model.derive.roles import Choices
 from outgrow.model.derive.shrink import kept_layers, shrunken
 from outgrow.model.family import Config, Family, families, family_of
 
@@ -30,12 +30,45 @@ def roles(family: Family, config: Config) -> dict[str, tuple[str, str, float]]:
 def test_a_derived_schema_is_the_one_written_by_hand(name: str) -> None:
     config = whole_config(config_of(name) | ({"intermediate_size": None} if name == "opt" else {}))
     by_hand = family_of(config)
-    draft = next(draft for draft in variants(derive(config)) if draft.choices.interleaved == (name in INTERLEAVED))
+    draft = next(draft for draft in variants(derive(config)) if (draft.choices.fused == "heads") == (name in INTERLEAVED))
     derived = drafted_family(draft, config, shapes(config))
     assert roles(derived, config) == roles(by_hand, config)
+    assert [str(line) for line in derived.lines] == derived.schema.splitlines()
     assert derived.norm == by_hand.norm
     assert derived.ties(config) == by_hand.ties(config)
     assert {space: derived.sizes(config)[space] for space in by_hand.sizes(config)} == by_hand.sizes(config)
+
+
+def test_the_worked_example_is_what_the_class_shows() -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 3}
+    config = whole_config({"model_type": "starcoder2", **sizes, "intermediate_size": 24, "vocab_size": 61})
+    draft = derive(config)
+    probes = draft.axes
+    table = [line.split("  ") for line in str(package.__doc__).splitlines()]
+    rows = [[cell.strip() for cell in cells if cell.strip()] for cells in table]
+    shown = {row[0]: row[1:] for row in rows if row and row[0].endswith(".weight")}
+    assert len(shown) == 7
+    assert probes.keys.ffn is not None
+    assert probes.by_queries is not None
+    assert probes.by_kv is not None
+    moved = (probes.by_hidden, probes.by_queries, probes.by_kv, probes.by_key[probes.keys.ffn])
+    for ending, cells in shown.items():
+        name = next(name for name in draft.seen if name.endswith(f".{ending}"))
+        seen = draft.seen[name]
+        axes = zip(seen.shape, seen.reads, strict=True)
+        twin = ", ".join(f"[{length}]" if reads else str(length) for length, reads in axes)
+        shapes_moved = [", ".join(map(str, shapes[name])) for shapes in moved]
+        assert cells == [twin, *shapes_moved, ", ".join(map(str, draft.templates(name)))]
+    schema = drafted_family(draft, config, shapes(config)).schema.splitlines()
+    lines = [line.strip() for line in str(package.__doc__).splitlines() if line.startswith("    model.")]
+    assert len(lines) == 7
+    assert set(lines) <= set(schema)
+
+
+def test_choices_are_tried_in_their_written_order() -> None:
+    order = list(Choices.in_order())
+    assert order[:3] == [Choices(), Choices(fused="heads"), Choices(gates="units")]
+    assert len(set(order)) == len(order) == 2**6
 
 
 def test_experts_and_what_stands_behind_fused_tensors() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from outgrow.model.family import families
 from outgrow.model.notation import Parts, Product, Space, parse_axis, parse_line, parse_schema, size
 
 SIZES = {"kv": 3, "group": 2, "qk": 5, "v": 7, "residual": 11, "ffn": 13}
@@ -23,6 +24,29 @@ def test_an_axis_prints_as_it_was_written_and_has_the_length_of_its_spaces(text:
     axis = parse_axis(text)
     assert str(axis) == text
     assert size(axis, SIZES) == length
+
+
+@pytest.mark.parametrize("name", sorted(families()))
+def test_every_line_of_a_schema_prints_itself(name: str) -> None:
+    family = families()[name]
+    written = [" ".join(line.split()) for line in family.schema.splitlines() if line.strip()]
+    assert [" ".join(str(line).split()) for line in family.lines] == written
+    assert [parse_line(str(line)) for line in family.lines] == list(family.lines)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a.*.b  ffn <- residual + bias[use_bias] scaled^-1 tied to c.weight if tie unless mute in layers 0,2",
+        "a  vocab -> residual scaled",
+        "a.norm  post norm+1 residual + bias if parallel",
+        "a.{0..7}.w  [(kv group ?) | (kv ?)] <- 1408",
+        "a.*.conv.weight  tensor (2 ffn*), 1, 4 in layers 1",
+        "a.scale  tensor scalar",
+    ],
+)
+def test_all_marks_of_a_line_are_printed(text: str) -> None:
+    assert str(parse_line(text)) == text
 
 
 def test_axes_parse_into_a_tree() -> None:

@@ -15,6 +15,7 @@ from outgrow.model.base.errors import UserError
 from outgrow.model.config import resolve_target
 from outgrow.model.family import family_of
 from outgrow.model.geometry import flops_per_token, unpaid_flops_per_token
+from outgrow.model.keys import follow_layers
 from outgrow.train.run.folder import START
 from outgrow.train.settings import Budget, GrowthSettings, Settings, StageSettings
 
@@ -77,10 +78,11 @@ def _last_step(asked: StageSettings, settings: Settings) -> int:
 def _config_of(config: Mapping[str, Any], layers: float, sizes: Mapping[str, Any]) -> dict[str, Any]:
     """The run's last config with a share of its layers, and with other sizes."""
     family = family_of(config)
-    count = max(1, round(layers * family.require(config, "num_hidden_layers")))
+    depth = family.require(config, "num_hidden_layers")
+    count = max(1, round(layers * depth))
     own = {family.field_name("num_hidden_layers"): count, **sizes}
     smaller = resolve_target(own, config)
-    return {key: value[:count] if isinstance(value, list) and key.startswith("layer") else value for key, value in smaller.items()}
+    return {key: follow_layers(key, value, range(count), depth) for key, value in smaller.items()}
 
 
 @dataclass(frozen=True)

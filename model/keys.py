@@ -1,0 +1,98 @@
+"""Config keys: how configs spell the sizes, and which of their values follow the layers.
+
+One answer for growth, for derivation and for the stages of a run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
+
+from outgrow.model.composite import of_text
+
+# ---- spellings of the sizes, beside the standard ones (`model.family.STANDARD`) ----
+
+HIDDEN_KEYS = ("d_model", "n_embd")
+LAYER_KEYS = ("num_layers", "decoder_layers", "num_decoder_layers")
+QUERY_HEAD_KEYS = ("n_head", "n_heads", "num_heads", "decoder_attention_heads", "num_decoder_attention_heads")
+HEAD_KEYS = ("head_dim", "d_head", "dim_head", "kv_channels", "attention_head_size")  # of the head dim
+FFN_KEYS = (
+    "decoder_ffn_dim", "ffn_dim", "ffn_hidden_size", "n_inner", "dff", "d_inner", "dim_ff", "feed_forward_size",
+)  # fmt: skip
+DEPTH_KEYS = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "decoder_layers", "depth", "num_blocks",
+)  # fmt: skip
+
+SIZES = ("_size", "_dim", "_dims", "_width", "d_model")  # endings of keys
+OTHER_SIZES = re.compile(r"intermediate|ffn|head|vocab")  # sizes with a name of their own
+OUTPUT = re.compile(r"out|text|(^|_)lm|proj")  # in other towers, the size that the text model reads
+
+
+def is_size(value: object) -> TypeGuard[int]:
+    """Check for a positive whole number."""
+    return type(value) is int and value > 0
+
+
+def repeats_hidden(key: str, value: object, hidden: object) -> bool:
+    """Check whether a value repeats the hidden size, by its number and by a key that says nothing else.
+
+    In another tower such a value is the tower's output.
+    """
+    if value != hidden or key == "hidden_size" or not key.endswith(SIZES) or OTHER_SIZES.search(key):
+        return False
+    return of_text(key) or OUTPUT.search(key.rpartition(".")[2]) is not None
+
+
+# ---- values that follow the layers ----
+
+LAYER_WORDS = ("layer", "block", "pattern", "types", "idx", "indices", "heads", "freq")
+NUMBER_WORDS = ("layer", "idx", "indices")
+FLAG_WORDS = ("pattern", "types", "freq")  # lists of 0 and 1 that are a no and a yes
+COINCIDENCE = 3  # layers: so short a list may have this length for another reason (`mrope_section`)
+NOT_OF_LAYERS = ("token", "section", "architectures", "label")
+
+
+def numbers_layers(key: str, value: object, depth: int) -> TypeGuard[list[int]]:
+    """Check whether a value lists layers by their numbers, in ascending order (`mlp_only_layers`)."""
+    if not isinstance(value, list) or not value or not any(word in key for word in NUMBER_WORDS):
+        return False
+    # may be a no and a yes
+    if any(word in key for word in FLAG_WORDS) or value == list(range(depth)) == [0, 1]:
+        return False
+    return all(type(number) is int and 0 <= number < depth for number in value) and value == sorted(set(value))
+
+
+def per_layer(key: str, value: object, depth: int) -> TypeGuard[list[Any]]:
+    """Check whether a value is a list of one entry per layer (`layer_types`)."""
+    if not isinstance(value, list) or len(value) != depth or numbers_layers(key, value, depth):
+        return False
+    named = any(word in key for word in LAYER_WORDS)
+    return named or (depth > COINCIDENCE and not any(word in key for word in NOT_OF_LAYERS))
+
+
+def by_number(key: str, value: object, depth: int) -> TypeGuard[Mapping[str, Any]]:
+    """Check whether a value has entries by layers' numbers (`per_layer_config`)."""
+    if not isinstance(value, Mapping) or not value or any(word in key for word in NOT_OF_LAYERS):
+        return False
+    return all(str(number).isdigit() and int(number) < depth for number in value)
+
+
+def follow_layers(key: str, value: Any, layers: Sequence[int], depth: int) -> Any:
+    """Carry a config value of `depth` layers over to the layers of another model.
+
+    Args:
+        layers: for each layer of that model, the layer that it comes from.
+
+    Returns:
+        Lists of one entry per layer, lists of layers' numbers and entries by layers' numbers follow the
+        layers; anything else stays.
+    """
+    if numbers_layers(key, value, depth):
+        return [number for number, layer in enumerate(layers) if layer in value]
+    if per_layer(key, value, depth):
+        return [value[layer] for layer in layers]
+    if by_number(key, value, depth):
+        entries = {int(number): entry for number, entry in value.items()}
+        return {str(number): entries[layer] for number, layer in enumerate(layers) if layer in entries}
+    return value
