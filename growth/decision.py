@@ -248,5 +248,5 @@ def followed(config: dict[str, Any], growth: Growth, made: Recipe, layers: Layer
     if growth.grows("layer") and (kinds := growth.family.layer_kinds(source)):  # the class would tell them by their numbers, which move
         source["layer_types"], config["layer_types"] = kinds, config.get("layer_types") or kinds
     untouched = {key: value for key, value in source.items() if of_text(key) and config.get(key) == value}
-    source = layers.source
-    return config | {key: follow_layers(key, value, layers.layers, source) for key, value in untouched.items()}
+    sources, depth = layers.layers, layers.source
+    return config | {key: follow_layers(key, value, sources, depth) for key, value in untouched.items()}

@@ -1,7 +1,8 @@
-"""Expansions: how one axis grows. An axis map says, for every target index, which source index it takes, times what, or how it is new.
+"""Expansions: the growth of one axis. An axis map gives every target index a source index and a gain, or a fresh fill.
 
-An `Expansion` belongs to a space and holds a map for each side: `write` for tensors that write the space, `read` for tensors that read it.
-Growth is lossless on a space when reading after writing is the identity on what the network can observe; `growth.certificate` proves it.
+An `Expansion` belongs to a space and holds a map for each side: `write` for tensors that write the space, `read` for
+tensors that read it. Growth is lossless on a space when reading after writing is the identity on what the network can
+observe; `growth.certificate` proves it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from outgrow.model.notation import Axis, Product, Space
 
 
 class Fill(IntEnum):
-    """What a target index holds."""
+    """The content of a target index."""
 
     COPY = 0  # gain × the source index
     ZERO = 1
@@ -29,13 +30,13 @@ class Fill(IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Indices of an axis, seen as columns, that are filled alike.
+    """A group of target columns that share fill and gain.
 
     Attributes:
-        target: which target indices, as strips where they lie so, else one by one.
-        source: which source indices they take; of fresh ones, how many fresh ones come before.
+        target: the target indices, as strips where they are regular, else one by one.
+        source: the source indices they take; of fresh ones, their places among the fresh ones.
         gain: the factor on them.
-        like: target indices that come before and hold the same.
+        like: an earlier group with the same content, which is copied instead of computed.
     """
 
     fill: Fill
@@ -45,13 +46,13 @@ class Piece:
     like: Strips | None = None
 
     def taken_from(self, array: np.ndarray) -> np.ndarray:
-        """The columns it takes, of source or fresh ones."""
+        """Take its columns of the source or of the fresh ones: (rows, n) → (rows, columns)."""
         return self.source.of(array) if isinstance(self.source, Strips) else array.take(self.source, axis=1)
 
 
 @dataclass(frozen=True, eq=False)
 class AxisMap:
-    """One axis of one tensor: n source → N target indices.
+    """The growth of one axis of one tensor: n source → N target indices.
 
     Attributes:
         source: n.
@@ -67,15 +68,16 @@ class AxisMap:
 
     @classmethod
     def of(cls, source: int, index: np.ndarray, fill: Fill = Fill.RANDOM, gain: np.ndarray | float = 1.0) -> AxisMap:
-        """From an index with -1 where the target index is new and holds `fill`."""
+        """Make a map from an index with -1 where the target index is new and holds `fill`."""
         index = np.asarray(index, np.int64)
         new = index < 0
         gains = np.broadcast_to(np.asarray(gain, np.float64), index.shape).copy()
-        return cls(source, np.where(new, 0, index), gains, np.where(new, fill, Fill.COPY).astype(np.uint8))
+        fills = np.where(new, fill, Fill.COPY).astype(np.uint8)
+        return cls(source, np.where(new, 0, index), gains, fills)
 
     @classmethod
     def identity(cls, size: int) -> AxisMap:
-        """Nothing changes."""
+        """Make the map under which nothing changes."""
         return cls.of(size, np.arange(size))
 
     @property
@@ -84,23 +86,24 @@ class AxisMap:
 
     @property
     def copies(self) -> np.ndarray:
-        """(N,) whether each target index takes a source index."""
+        """(N,) mask of the target indices that take a source index."""
         return self.fill == Fill.COPY
 
     @property
     def is_identity(self) -> bool:
-        return self.source == self.target and bool(self.copies.all() and (self.gain == 1).all()) and self.same_index(range(self.source))
+        unscaled = bool(self.copies.all() and (self.gain == 1).all())
+        return self.source == self.target and unscaled and self.same_index(range(self.source))
 
     def same_index(self, index: np.ndarray | range) -> bool:
-        """Whether the copied indices are exactly `index`."""
+        """Check that the copied indices are exactly `index`."""
         return np.array_equal(self.index, np.asarray(index))
 
     def counts(self) -> np.ndarray:
-        """(n,) how often each source index is copied."""
+        """(n,) the number of copies of each source index."""
         return np.bincount(self.index[self.copies], minlength=self.source)
 
     def scaled(self, factor: float) -> AxisMap:
-        """The same map with every gain multiplied."""
+        """Multiply every gain."""
         return replace(self, gain=self.gain * factor)
 
     def cut(self, start: int, stop: int) -> AxisMap:
@@ -108,62 +111,68 @@ class AxisMap:
         return AxisMap(self.source, self.index[start:stop], self.gain[start:stop], self.fill[start:stop])
 
     def split(self) -> AxisMap:
-        """The reading side of these copies: each divided by how many copies there are, so that they sum to the source."""
-        return replace(self, gain=self.gain / np.maximum(self.counts()[self.index], 1))
+        """Make the reading side of these copies: each divided by their number, so that they sum to the source."""
+        counts = self.counts()[self.index]
+        return replace(self, gain=self.gain / np.maximum(counts, 1))
 
     def number(self) -> np.ndarray:
-        """(N,) which copy of its source index each target index is: 0 for the first, 1 for the second, …; 0 where it is none."""
+        """(N,) the number of each copy among those of its source index: 0, 1, …; 0 where it is no copy."""
         number = np.zeros(self.target, np.int64)
         copied = np.flatnonzero(self.copies)
         order = copied[np.argsort(self.index[copied], kind="stable")]
         if len(order):
+            # Sorted by source index, each run of equal indices counts from 0.
             starts = np.r_[0, np.flatnonzero(np.diff(self.index[order])) + 1]
-            number[order] = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)]))
+            lengths = np.diff(np.r_[starts, len(order)])
+            number[order] = np.arange(len(order)) - np.repeat(starts, lengths)
         return number
 
     def from_next_layer(self, new: np.ndarray) -> AxisMap:
-        """The same map with the indices marked in `new` taken from the next layer instead."""
+        """Take the indices marked in `new` from the next layer instead."""
         return replace(self, fill=np.where(new, Fill.NEXT, self.fill).astype(np.uint8))
 
     def filled(self, fill: Fill) -> AxisMap:
-        """The same map with every new index holding `fill`."""
+        """Let every new index hold `fill`."""
         return replace(self, fill=np.where(self.copies, Fill.COPY, fill).astype(np.uint8))
 
     @cached_property
     def pieces(self) -> list[Piece]:
-        """The indices, a piece per stretch, or where those are many, a piece for all that are filled with the same gain."""
+        """Pieces that cover the axis: one per run of columns, or one for all of a fill and gain where runs are many."""
         taken = (self.fill == Fill.COPY) | (self.fill == Fill.NEXT)
-        fresh_before = np.cumsum(self.fill == Fill.RANDOM) - 1
-        source = np.where(taken, self.index, np.where(self.fill == Fill.RANDOM, fresh_before, np.arange(self.target)))
+        fresh = self.fill == Fill.RANDOM
+        source = np.where(taken, self.index, np.arange(self.target))
+        source[fresh] = np.arange(fresh.sum())
         pieces: dict[tuple[Fill, float], list[Piece]] = {}
-        first: dict[tuple[Fill, float, int, int], Strips] = {}
+        first: dict[tuple[Fill, float, int, int], Strips] = {}  # the first target columns with this content
         for run in runs(source, self.gain, self.fill):
-            alike = (Fill(int(self.fill[run.start])), float(self.gain[run.start]))
-            target, taken_from = Strips(run.start, run.stop - run.start), Strips(int(source[run.start]), run.stop - run.start)
-            like = first.setdefault((*alike, taken_from.first, taken_from.width), target) if taken[run.start] else target
-            pieces.setdefault(alike, []).append(Piece(alike[0], target, taken_from, alike[1], like if like is not target else None))
+            fill, gain = Fill(int(self.fill[run.start])), float(self.gain[run.start])
+            width = run.stop - run.start
+            target, columns = Strips(run.start, width), Strips(int(source[run.start]), width)
+            like = target
+            if taken[run.start]:
+                like = first.setdefault((fill, gain, columns.first, width), target)
+            piece = Piece(fill, target, columns, gain, None if like is target else like)
+            pieces.setdefault((fill, gain), []).append(piece)
         return [piece for alike in pieces.values() for piece in self._together(alike, source)]
 
     def _together(self, pieces: list[Piece], source: np.ndarray) -> list[Piece]:
-        """Fewer pieces for many that are filled with the same gain."""
+        """Merge many pieces of the same fill and gain."""
         if len(pieces) <= 4:
             return pieces
         fill, gain = pieces[0].fill, pieces[0].gain
         chosen = np.flatnonzero((self.fill == fill) & (self.gain == gain))
-        if found := strips(chosen, source[chosen]):
-            return [Piece(fill, *found, gain)]
+        if regular := strips(chosen, source[chosen]):
+            return [Piece(fill, *regular, gain)]
         return pieces if len(pieces) <= self.target // 16 else [Piece(fill, chosen, source[chosen], gain)]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, AxisMap):
             return NotImplemented
-        mine, theirs = self.copies | (self.fill == Fill.MEAN), other.copies | (other.fill == Fill.MEAN)
-        return (
-            self.source == other.source
-            and np.array_equal(self.fill, other.fill)
-            and np.array_equal(self.index[self.copies], other.index[other.copies])
-            and np.allclose(self.gain[mine], other.gain[theirs], rtol=1e-12, atol=0)
-        )
+        if self.source != other.source or not np.array_equal(self.fill, other.fill):
+            return False
+        same_index = np.array_equal(self.index[self.copies], other.index[self.copies])
+        scaled = self.copies | (self.fill == Fill.MEAN)
+        return same_index and np.allclose(self.gain[scaled], other.gain[scaled], rtol=1e-12, atol=0)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -174,16 +183,17 @@ _TAKES = np.array([True, False, False, False, True])  # fills that take a source
 
 
 def product(left: AxisMap, right: AxisMap) -> AxisMap:
-    """The map of the flattened axis `(left right)`, row-major."""
-    index = (left.index[:, None] * right.source + right.index[None]).reshape(-1)
-    gain = (left.gain[:, None] * right.gain[None]).reshape(-1)
-    mine, theirs = np.broadcast_arrays(left.fill[:, None], right.fill[None])
-    fill = np.where(_PRECEDENCE[mine] >= _PRECEDENCE[theirs], mine, theirs).reshape(-1)
+    """Compose the map of the flattened axis `(left right)`, row-major."""
+    index = left.index[:, None] * right.source + right.index
+    gain = left.gain[:, None] * right.gain
+    one, other = np.broadcast_arrays(left.fill[:, None], right.fill)
+    fill = np.where(_PRECEDENCE[one] >= _PRECEDENCE[other], one, other)
+    index, gain, fill = (array.reshape(-1) for array in (index, gain, fill))
     return AxisMap(left.source * right.source, np.where(_TAKES[fill], index, 0), gain, fill)
 
 
 def concatenate(left: AxisMap, right: AxisMap) -> AxisMap:
-    """The map of the axis `[left | right]`."""
+    """Compose the map of the axis `[left | right]`."""
     return AxisMap(
         left.source + right.source,
         np.concatenate([left.index, np.where(_TAKES[right.fill], right.index + left.source, 0)]),
@@ -193,7 +203,7 @@ def concatenate(left: AxisMap, right: AxisMap) -> AxisMap:
 
 
 def compose(axis: Axis, of_space: Callable[[Space], AxisMap]) -> AxisMap:
-    """The map of a whole axis from the maps of its spaces; a number stays as it is."""
+    """Compose the map of an axis from the maps of its spaces; a number stays as it is."""
     if isinstance(axis, Space):
         return AxisMap.identity(int(axis.name)) if axis.fixed else of_space(axis)
     parts = (compose(part, of_space) for part in axis.parts)
@@ -202,7 +212,7 @@ def compose(axis: Axis, of_space: Callable[[Space], AxisMap]) -> AxisMap:
 
 @dataclass(frozen=True, eq=False)
 class Expansion:
-    """How one space grows, for each kind of tensor that touches it.
+    """The growth of one space, for each kind of tensor that touches it.
 
     Attributes:
         write, read: for tensors that write and read the space.
@@ -225,12 +235,12 @@ class Expansion:
 
     @classmethod
     def of(cls, write: AxisMap, read: AxisMap, rule: str, *, scale: AxisMap | None = None, shift: AxisMap | None = None) -> Expansion:
-        """An expansion whose norm maps are, unless given, the writing map."""
+        """Make an expansion whose norm maps are, by default, the writing map."""
         scale, shift = scale or write, shift or write
         return cls(write, read, read, rule, scale, shift, scale, shift, scale)
 
     @classmethod
     def identity(cls, size: int) -> Expansion:
-        """The space does not grow."""
+        """Make the expansion of a space that does not grow."""
         unchanged = AxisMap.identity(size)
         return cls.of(unchanged, unchanged, "unchanged")

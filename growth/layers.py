@@ -1,9 +1,10 @@
-"""Layer maps: which source layer feeds each target layer, and which target layers start as the identity."""
+"""Layer maps: the source layer of each target layer, and the target layers that start as the identity."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from outgrow.model.base.errors import UserError, unknown
 
@@ -16,7 +17,7 @@ class LayerMap:
         rule: the map's name.
         source: L.
         layers: (M,) the source layer of each target layer.
-        identity: (M,) whether the target layer's writers start at zero, so that it passes the residual stream on unchanged.
+        identity: (M,) True where the target layer's writers start at zero, so that it passes the residual stream on.
     """
 
     rule: str
@@ -30,13 +31,13 @@ class LayerMap:
 
     @property
     def is_lossless(self) -> bool:
-        """Whether every source layer works exactly once and in order, all others passing through."""
+        """Check that every source layer works exactly once and in order, all others passing through."""
         working = [layer for layer, idle in zip(self.layers, self.identity, strict=True) if not idle]
         return working == list(range(self.source))
 
 
 def _repeats(layers: Sequence[int]) -> tuple[bool, ...]:
-    return tuple(number > 0 and layer == layers[number - 1] for number, layer in enumerate(layers))
+    return (False, *(layer == following for layer, following in pairwise(layers)))
 
 
 def interleave(source: int, target: int) -> list[int]:
@@ -114,7 +115,7 @@ LAYER_MAPS: dict[str, tuple[Callable[[int, int], list[int]], bool]] = {
 
 
 def layer_map(depth: str | Sequence[int], source: int, target: int) -> LayerMap:
-    """The layer map named `depth`, or an explicit list of source layers (repeats work; none starts as the identity).
+    """Make the layer map named `depth`, or of a list of source layers (repeats work; none starts as the identity).
 
     Raises:
         UserError: the name is unknown, the list does not fit, or the target has fewer layers than the source.
@@ -131,7 +132,7 @@ def layer_map(depth: str | Sequence[int], source: int, target: int) -> LayerMap:
 
 
 def among_kinds(source: Sequence[Hashable], target: Sequence[Hashable]) -> LayerMap | None:
-    """The identity map where layers differ in kind: every source layer works at a place of its kind, near where `identity` has it.
+    """Make the identity map where layers differ in kind: a source layer works at a place of its kind, near `identity`'s.
 
     Every new layer is a copy of the nearest one before it of its own kind.
 
@@ -151,9 +152,11 @@ def among_kinds(source: Sequence[Hashable], target: Sequence[Hashable]) -> Layer
     working: dict[int, int] = {}  # target layer → source layer
     place = -1
     for layer, kind in enumerate(source):
-        free = [number for number in range(place + 1, latest[layer] + 1) if target[number] == kind]
-        first = kind not in source[:layer]  # at once, so that new layers of this kind come after it
-        place = free[0] if first else min(free, key=lambda number: abs(number - plain.index(layer)))
+        between = range(place + 1, latest[layer] + 1)
+        free = [number for number in between if target[number] == kind]
+        # The first of a kind works at once, so that new layers of this kind come after it.
+        wanted = plain.index(layer) if kind in source[:layer] else free[0]
+        place = min(free, key=lambda number: abs(number - wanted))
         working[place] = layer
     layers = []
     for number, kind in enumerate(target):
@@ -168,6 +171,6 @@ def among_kinds(source: Sequence[Hashable], target: Sequence[Hashable]) -> Layer
 def _explicit(depth: Sequence[int], source: int, target: int) -> LayerMap:
     if len(depth) != target:
         raise UserError(f"depth: the list names {len(depth)} layers, the target has {target}")
-    if wrong := [layer for layer in depth if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < source]:
+    if wrong := [layer for layer in depth if type(layer) is not int or not 0 <= layer < source]:
         raise UserError(f"depth: {wrong[0]!r} is no source layer; the source has layers 0 to {source - 1}")
     return LayerMap("list", source, tuple(depth), (False,) * target)

@@ -1,4 +1,4 @@
-"""A growth in miniature: the changes of a tiny twin's sizes that stand for the growth that is asked for."""
+"""A growth in miniature: changes of a tiny twin's sizes that stand for the growth that is asked for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MORE = 6  # tokens or positions, where there are to be more
 
 
 def miniature(draft: Draft, source: Config, target: Config, depth: str | Sequence[int]) -> dict[str, int]:
-    """Config key → size: the growth from `source` to `target` at the sizes of the draft's tiny config.
+    """Scale the growth from `source` to `target` down to the draft's tiny config: config key → size.
 
     Key-value heads, queries for each, head dim and hidden size keep the ratios that are asked for, so that what follows from them (a head
     dim of hidden size / heads) grows where it is to grow. Whole factors stay whole and others do not become whole; where a ratio does not
@@ -24,28 +24,33 @@ def miniature(draft: Draft, source: Config, target: Config, depth: str | Sequenc
     """
     keys, tiny = draft.axes.keys, draft.axes.config
     mixer = draft.axes.mixer
-    others = (keys.ffn, *keys.more, *((mixer.heads, mixer.dim) if mixer else ()))
+    states = (mixer.heads, mixer.dim) if mixer else ()
 
+    # Widths, each by its own ratio.
     heads = _heads(draft, source, target)
     wanted = dict.fromkeys(draft.axes.stream_keys, _hidden(draft, source, target, heads)) | heads
-    for key in filter(None, others):
-        if key in tiny and source.get(key):
-            wanted[key] = scaled(int(tiny[key]), source[key], target.get(key) or source[key])
+    for key in filter(None, (keys.ffn, *keys.more, *states)):
+        before = source.get(key)
+        if key in tiny and before:
+            wanted[key] = scaled(int(tiny[key]), before, target.get(key) or before)
     wanted |= _head_dim(draft, source, target)
-    changes = {key: size for key, size in wanted.items() if _differs(key, source, target) and size != tiny.get(key)}
+    asked = {key: size for key, size in wanted.items() if _differs(key, source, target)}
+    changes = {key: size for key, size in asked.items() if size != tiny.get(key)}
+    # A few more tokens, positions and layers.
     for key in filter(None, (keys.vocab, keys.positions)):
         if target.get(key) != source.get(key):
             changes[key] = int(tiny[key]) + MORE
-    if target[keys.layers] != source[keys.layers] and isinstance(depth, str) and LAYER_MAPS.get(depth, (None, False))[1]:
+    adds_identity = isinstance(depth, str) and LAYER_MAPS.get(depth, (None, False))[1]
+    if adds_identity and target[keys.layers] != source[keys.layers]:
         changes[keys.layers] = int(tiny[keys.layers]) + 1
     return changes
 
 
 def scaled(tiny: int, before: int, after: int, multiple: int = 1) -> int:
-    """`tiny` times after / before, at most `LARGEST` times: a whole multiple of it where that factor is whole, else none.
+    """Scale `tiny` by after / before, at most `LARGEST` times: a whole multiple where that factor is whole, else none.
 
     Args:
-        multiple: of which the result is one, unless the factor is whole.
+        multiple: a divisor of the result, unless the factor is whole.
     """
     factor = Fraction(after, before)
     if factor <= 1:
@@ -65,42 +70,50 @@ def scaled(tiny: int, before: int, after: int, multiple: int = 1) -> int:
 
 
 def _differs(key: str, source: Config, target: Config) -> bool:
-    """Whether a size is asked to be another, or one that was left to the class is named."""
-    return target.get(key) != source.get(key) and bool(source.get(key) or key in HEAD_KEYS)
+    """Check whether another size is asked for, or one is named that was left to the class."""
+    before, after = source.get(key), target.get(key)
+    return after != before and bool(before or key in HEAD_KEYS)
 
 
 def _heads(draft: Draft, source: Config, target: Config) -> dict[str, int]:
-    """Heads and key-value heads: the latter and the queries for each grow by their own ratios."""
+    """Scale key-value heads, and the queries for each (grouped-query attention), by their own ratios."""
     keys, axes = draft.axes.keys, draft.axes
     if not keys.heads:
         return {}
-    (heads, kv), (more_heads, more_kv) = (_counts(keys, config, one=axes.multi_query) for config in (source, target))
+    heads, kv = _counts(keys, source, one=axes.multi_query)
+    more_heads, more_kv = _counts(keys, target, one=axes.multi_query)
     groups = scaled(axes.kv, kv, more_kv)
     queries = scaled(axes.heads // axes.kv, heads // kv, more_heads // more_kv)
     return {keys.heads: groups * queries} | ({keys.kv: groups} if keys.kv else {})
 
 
 def _counts(keys: Keys, config: Config, *, one: bool) -> tuple[int, int]:
-    """Query heads and key-value heads; `one` of these where a switch says so."""
+    """Count query heads and key-value heads; `one` of these where a switch says so (MQA)."""
     heads = int(config[keys.heads or ""])
     return heads, 1 if one else int(config.get(keys.kv or "") or heads)
 
 
 def _head_dim(draft: Draft, source: Config, target: Config) -> dict[str, int]:
-    """The head dim that the target names, of an even number as rotary positions need it."""
+    """Scale the head dim that the target names, to an even number as rotary positions need it."""
     keys, tiny = draft.axes.keys, draft.axes.config
     named = [key for key in (keys.head_dim, *HEAD_KEYS) if key and target.get(key)]
     if not named or not keys.heads:
         return {}
-    before = source.get(named[0]) or source[keys.hidden] // source[keys.heads]
-    dim = int(tiny.get(named[0]) or draft.axes.hidden // draft.axes.heads)
-    return {named[0]: scaled(dim, before, target[named[0]], multiple=2)}
+    key = named[0]
+    before = source.get(key) or source[keys.hidden] // source[keys.heads]
+    dim = tiny.get(key) or draft.axes.hidden // draft.axes.heads
+    return {key: scaled(int(dim), before, target[key], multiple=2)}
 
 
 def _hidden(draft: Draft, source: Config, target: Config, heads: Mapping[str, int]) -> int:
-    """The hidden size: of so many heads, where their dim is hidden size / heads, else by its own ratio, a multiple of them as asked."""
+    """Scale the hidden size.
+
+    Where a head's dim is hidden size / heads it is so many heads, else it has its own ratio, a multiple of the heads
+    where the target's is one.
+    """
     keys = draft.axes.keys
-    before, after, tiny = int(source[keys.hidden]), int(target[keys.hidden]), draft.axes.hidden
+    tiny = draft.axes.hidden
+    before, after = int(source[keys.hidden]), int(target[keys.hidden])
     if before == after or not keys.heads:
         return scaled(tiny, before, after)
     count = heads[keys.heads]

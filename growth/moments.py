@@ -29,17 +29,18 @@ POWERS = {"exp_avg": 1, "exp_avg_sq": 2}  # Adam's names → the power of the gr
 
 
 def moments_plan(plan: Plan, dtypes: dict[str, str]) -> Plan:
-    """The plan by which the moments grow: steps `exp_avg.NAME` and `exp_avg_sq.NAME` for every tensor of `plan`.
+    """Make the plan by which the moments grow: steps `exp_avg.NAME` and `exp_avg_sq.NAME` for every tensor of `plan`.
 
     Args:
         dtypes: safetensors dtype of each source moment, under the same prefixed names.
     """
-    steps = tuple(_step(plan, step, moment, power) for moment, power in POWERS.items() for step in plan.steps)
+    moments = [(moment, power, step) for moment, power in POWERS.items() for step in plan.steps]
+    steps = tuple(_step(plan, step, moment, power) for moment, power, step in moments)
     return replace(plan, growth=replace(plan.growth, dtype=None), steps=steps, noise=0.0, dtypes=dtypes)
 
 
 def inexact(plan: Plan) -> Iterator[str]:
-    """Why the grown moments are not those that the grown model's own gradients would have given; nothing where they are."""
+    """Yield why the grown moments are not those that the grown model's own gradients would have given."""
     growth = plan.growth
     if plan.recipe.moments != "transpose":
         yield f"operator {plan.operator!r}: {RULES[plan.recipe.moments]}"
@@ -50,7 +51,8 @@ def inexact(plan: Plan) -> Iterator[str]:
         yield f"noise {plan.noise:g}: copies are read unevenly; each gets the mean of what the copies' gradients are"
     if plan.change is not None:
         yield from plan.change.moments_lost
-    if growth.grows("residual") and growth.family.norm == "layer" and growth.target["residual"] % growth.source["residual"]:
+    residue = growth.target["residual"] % growth.source["residual"]
+    if growth.grows("residual") and growth.family.norm == "layer" and residue:
         yield "residual: gradients of the new indices reach the inherited ones through LayerNorm's mean"
     if growth.source_family.ties(growth.source_config) and not growth.tied:
         yield "tie_word_embeddings: the embedding's gradients were those of the head too, which learns on its own now"
@@ -69,7 +71,8 @@ def _step(plan: Plan, step: Step, moment: str, power: int) -> Step:
     tensor = replace(step.tensor, pattern=f"{moment}.{step.tensor.pattern}", line=replace(step.tensor.line, offset=0.0))
     rule, origins = plan.recipe.moments, axis_origins(plan, step)
     share = 1.0 if plan.change is None else plan.change.share_of_gradient(step)
-    if rule == "reset" or share == 0 or step.source is None or any((origin == Origin.NEW).all() for origin in origins):
+    all_new = any((origin == Origin.NEW).all() for origin in origins)
+    if rule == "reset" or share == 0 or step.source is None or all_new:
         return replace(step, tensor=tensor, source=None, zero=True, next_source=None, diagonal=False, finish=None)
     if rule == "original":
         maps = tuple(_kept(axis, origin == Origin.ORIGINAL) for axis, origin in zip(step.maps, origins, strict=True))
@@ -80,10 +83,11 @@ def _step(plan: Plan, step: Step, moment: str, power: int) -> Step:
 
 
 def _transposed(axis: AxisMap, power: int) -> AxisMap:
-    """1/(copies · gain) to the `power` on copies, zero on what is new."""
+    """Map copies with the gain 1/(copies · gain) to the `power`; what is new is zero."""
     shared = axis.counts()[axis.index] * axis.gain
-    gain = np.divide(1.0, shared, out=np.zeros_like(axis.gain), where=axis.copies & (shared != 0)) ** power
-    return replace(axis.filled(Fill.ZERO), gain=gain)
+    divisible = axis.copies & (shared != 0)
+    gain = np.divide(1.0, shared, out=np.zeros_like(axis.gain), where=divisible)
+    return replace(axis.filled(Fill.ZERO), gain=gain**power)
 
 
 def _kept(axis: AxisMap, kept: np.ndarray) -> AxisMap:

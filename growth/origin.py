@@ -1,4 +1,4 @@
-"""Origins: which entries of a grown tensor are the source's own, which are copies of them, and which are new.
+"""Origins: the entries of a grown tensor that are the source's own, copies of them, or new.
 
 Training uses them to freeze what was inherited (LLaMA Pro, 2401.02415), to give new entries a learning rate of their own, and to reset the
 optimizer's state on one side only (SPARKLING, 2602.02472).
@@ -17,7 +17,7 @@ from outgrow.growth.plan import Plan
 
 
 class Origin(IntEnum):
-    """Where an entry comes from; of an entry's axes the least counts."""
+    """The origin of an entry; of an entry's axes the least counts."""
 
     NEW = 0  # fresh, zero or a mean; also every entry of a layer that starts as the identity
     COPY = 1  # a further copy of a source entry that an earlier target entry holds
@@ -25,7 +25,7 @@ class Origin(IntEnum):
 
 
 def axis_origins(plan: Plan, step: Step) -> tuple[np.ndarray, ...]:
-    """One (N,) uint8 array of `Origin` per stored axis of a target tensor; an entry's origin is the least over its axes."""
+    """Compute one (N,) uint8 array of `Origin` per stored axis; an entry's origin is the least over its axes."""
     if step.source is None or step.zero or _is_new_layer(plan, step):
         return tuple(np.zeros(axis.target, np.uint8) for axis in step.maps)
     origins = tuple(of_axis(axis) for axis in step.maps)
@@ -35,7 +35,7 @@ def axis_origins(plan: Plan, step: Step) -> tuple[np.ndarray, ...]:
 
 
 def origins(plan: Plan, step: Step) -> np.ndarray:
-    """Every entry's `Origin`, uint8, in the target tensor's shape."""
+    """Compute every entry's `Origin`, uint8, in the target tensor's shape."""
     return reduce(np.minimum.outer, axis_origins(plan, step))
 
 
@@ -43,7 +43,8 @@ def of_axis(axis: AxisMap) -> np.ndarray:
     """(N,) the `Origin` of each target index of one axis, uint8."""
     inherited = axis.copies | (axis.fill == Fill.NEXT)
     first = axis.copies & (axis.number() == 0)
-    return np.where(first, Origin.ORIGINAL, np.where(inherited, Origin.COPY, Origin.NEW)).astype(np.uint8)
+    origins = np.where(inherited, Origin.COPY, Origin.NEW)
+    return np.where(first, Origin.ORIGINAL, origins).astype(np.uint8)
 
 
 def _is_new_layer(plan: Plan, step: Step) -> bool:
@@ -51,6 +52,6 @@ def _is_new_layer(plan: Plan, step: Step) -> bool:
 
 
 def _is_repeated_layer(plan: Plan, step: Step) -> bool:
-    """Whether the source layer works in an earlier target layer already."""
-    number = step.tensor.layer
-    return number is not None and plan.layers.layers[number] in plan.layers.layers[:number]
+    """Check whether the source layer works in an earlier target layer already."""
+    number, sources = step.tensor.layer, plan.layers.layers
+    return number is not None and sources[number] in sources[:number]

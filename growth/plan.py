@@ -1,4 +1,4 @@
-"""Deciding a growth: the plan, built from configs alone, with its certificate; frozen and printable."""
+"""Decision of a growth: the plan, built from configs alone, with its certificate; frozen and printable."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from outgrow.model.config import rope_of, value_faults
 from outgrow.model.dtypes import is_float
 from outgrow.model.family import Config, Family, Tensor, initial_deviation
 
-TRUNKS = ("model", "transformer", "gpt_neox", "model.decoder")  # under what a head's class keeps the model that it is the head of
+# Prefixes under which a causal language model keeps the model without its head.
+TRUNKS = ("model", "transformer", "gpt_neox", "model.decoder")
 
 
 class Plan(Decision):
@@ -40,7 +41,7 @@ class Plan(Decision):
 
     @cached_property
     def remarks(self) -> tuple[str, ...]:
-        """What a user should know of it besides: rounding, copies that stay equal, sizes that hardware dislikes (`growth.remarks`)."""
+        """Further notes: rounding, copies that stay equal, sizes that hardware dislikes (`growth.remarks`)."""
         return remarks(self, lossless=self.certificate.lossless)
 
 
@@ -54,7 +55,7 @@ def decide(
     held: Held | None = None,
     notes: tuple[str, ...] = (),
 ) -> Plan:
-    """The plan of a growth whose family is known.
+    """Decide a growth whose family is known.
 
     Args:
         operator, options, depth, noise: as `growth.plan` takes them.
@@ -62,16 +63,17 @@ def decide(
         notes: on the family.
 
     Raises:
-        UserError: unknown names (with near matches), a target smaller than the source, tensors that do not match the schema, …
+        UserError: unknown names (with near matches), a target smaller than the source, tensors that do not match the
+            schema, …
     """
     _check_growable(growth, noise)
     layers = layer_map(depth, growth.source["layer"], growth.target["layer"])
     _check_depth(layers, growth.family)
     layers = _among_kinds(layers, growth)
-    made = recipe(operator, growth, options)
-    steps = tuple(_steps(growth, made, layers))
+    decided = recipe(operator, growth, options)
+    steps = tuple(_steps(growth, decided, layers))
     dtypes = {} if held is None else check_tensors(held, growth, steps)
-    return Plan(growth, operator, options, noise, made, layers, steps, dtypes, notes)
+    return Plan(growth, operator, options, noise, decided, layers, steps, dtypes, notes)
 
 
 def _check_growable(growth: Growth, noise: float) -> None:
@@ -89,7 +91,7 @@ def _check_growable(growth: Growth, noise: float) -> None:
 
 
 def _class_faults(growth: Growth) -> Iterator[str]:
-    """What the library's class for the target would not take or run, told before anything is written.
+    """Yield what the library's class for the target would refuse, before anything is written.
 
     Raises:
         UserError: a value is no size at all.
@@ -102,13 +104,15 @@ def _class_faults(growth: Growth) -> Iterator[str]:
         yield f"target: {hidden} {config[hidden]} is no multiple of {heads} {config[heads]}, which transformers' class insists on"
     for key, standard in family.follows.items():
         size = family.field_name(standard)
-        if growth.source_config.get(key) == growth.source_config[size] and config.get(key) not in (None, config[size]):
+        followed_before = growth.source_config.get(key) == growth.source_config[size]
+        if followed_before and config.get(key) not in (None, config[size]):
             yield f"target: {key} {config[key]} must be {size} {config[size]}, as in the source; leave it out and it follows"
     turned = family.rotary_dims(config)
     if turned % 2 and turned != family.rotary_dims(growth.source_config):
         yield f"target: {turned} dims of each head would be turned by rotary positions, which turn pairs; choose an even head dim"
-    for key, factors in rope_of(config).items():
-        if key in ("short_factor", "long_factor") and isinstance(factors, list) and len(factors) != turned // 2:
+    lists = {key: value for key, value in rope_of(config).items() if isinstance(value, list)}
+    for key, factors in lists.items():
+        if key in ("short_factor", "long_factor") and len(factors) != turned // 2:
             yield f"target: rope_parameters.{key} has {len(factors)} entries, wanted is one for each pair of {turned} rotary dims"
 
 
@@ -122,22 +126,24 @@ def _check_depth(layers: LayerMap, family: Family) -> None:
 
 
 def _among_kinds(layers: LayerMap, growth: Growth) -> LayerMap:
-    """The identity map with new layers after their own kind, where the class makes kinds by place (leading dense layers)."""
+    """Put new identity layers after their own kind, where the class makes kinds by place (leading dense layers)."""
     family = growth.family
-    if layers.rule != "identity" or layers.source == layers.target or all(line.only is None for line in family.lines):
+    one_kind = all(line.only is None for line in family.lines)
+    if layers.rule != "identity" or layers.source == layers.target or one_kind:
         return layers
     config = followed(dict(growth.target_config), growth, Recipe({}), layers)
-    source, target = (_kinds_in_class(family, which) for which in (growth.source_config, config))
-    if len(target) != layers.target or all(source[layer] == kind for layer, kind in zip(layers.layers, target, strict=True)):
+    source, target = (_kinds_in_class(family, sizes) for sizes in (growth.source_config, config))
+    if len(target) != layers.target or target == [source[layer] for layer in layers.layers]:
         return layers
     return among_kinds(source, target) or layers
 
 
 def _kinds_in_class(family: Family, config: Config) -> list[frozenset[str]]:
-    """Of each layer that the library's class makes of a config, the names of its tensors without the layer's own."""
+    """List the names of each layer's tensors, without its prefix, as the library's class makes them of a config."""
     from outgrow.model.derive import shapes
 
-    prefix = next(line.name.partition("*")[0] for line in family.lines if line.only is not None)
+    layered = next(line.name for line in family.lines if line.only is not None)
+    prefix = layered.partition("*")[0]
     kinds: dict[int, set[str]] = {}
     for name in shapes(config):
         number, _, rest = name.removeprefix(prefix).partition(".")
@@ -146,7 +152,8 @@ def _kinds_in_class(family: Family, config: Config) -> list[frozenset[str]]:
     return [frozenset(kinds[number]) for number in sorted(kinds)]
 
 
-def _steps(growth: Growth, made: Recipe, layers: LayerMap) -> Iterator[Step]:
+def _steps(growth: Growth, recipe: Recipe, layers: LayerMap) -> Iterator[Step]:
+    """Yield a step for every stored target tensor."""
     maps: dict[tuple[str, str, bool], tuple[AxisMap, ...]] = {}
     writes_residual = growth.family.writes_residual
     for tensor in growth.family.tensors(growth.target_config, layers.layers):
@@ -155,20 +162,21 @@ def _steps(growth: Growth, made: Recipe, layers: LayerMap) -> Iterator[Step]:
         name = source_name(tensor, growth, None if tensor.layer is None else layers.layers[tensor.layer])
         key = (tensor.line.name, tensor.line.text, tensor.is_bias)  # every layer shares its line's maps
         if key not in maps:
-            maps[key] = made.maps(tensor)
-        idle = made.inherits and tensor.layer is not None and layers.identity[tensor.layer] and writes_residual(tensor)
+            maps[key] = recipe.maps(tensor)
+        passes_on = tensor.layer is not None and layers.identity[tensor.layer]
+        idle = recipe.inherits and passes_on and writes_residual(tensor)
         yield Step(
             tensor,
-            source=name if made.inherits and not idle else None,
+            source=name if recipe.inherits and not idle else None,
             maps=maps[key],
             zero=idle,
             next_source=_next_source(tensor, growth, layers, maps[key]),
-            diagonal=made.diagonal and _copied_both_ways(tensor, maps[key]),
+            diagonal=recipe.diagonal and _copied_both_ways(tensor, maps[key]),
         )
 
 
 def _next_source(tensor: Tensor, growth: Growth, layers: LayerMap, maps: Sequence[AxisMap]) -> str | None:
-    """Where indices from the next layer come from: the next one that has the tensor (layers may differ in kind).
+    """Name the source of indices that come from the next layer: the next one that has the tensor.
 
     The last of them, and tensors outside the layers, stand in for themselves.
     """
@@ -182,8 +190,9 @@ def _next_source(tensor: Tensor, growth: Growth, layers: LayerMap, maps: Sequenc
 
 
 def _copied_both_ways(tensor: Tensor, maps: Sequence[AxisMap]) -> bool:
-    """Whether a matrix both writes and reads copies."""
-    return len(maps) == 2 and tensor.line.kind == "linear" and all(axis.counts().max() > 1 for axis in maps)
+    """Check whether a matrix both writes and reads copies."""
+    is_matrix = len(maps) == 2 and tensor.line.kind == "linear"
+    return is_matrix and all(axis.counts().max() > 1 for axis in maps)
 
 
 class Held(Protocol):
@@ -191,7 +200,7 @@ class Held(Protocol):
 
     @property
     def folder(self) -> Any:
-        """Where they are, for messages."""
+        """The place of the tensors, for messages."""
 
     @property
     def tensors(self) -> Mapping[str, Stored]:
@@ -199,27 +208,30 @@ class Held(Protocol):
 
 
 def check_tensors(checkpoint: Held, growth: Growth, steps: Sequence[Step]) -> dict[str, str]:
-    """Hold the stored tensors against the schema; return their dtypes."""
+    """Check the stored tensors against the schema; return their dtypes."""
     stored, config, family = checkpoint.tensors, growth.source_config, growth.family
-    changed = {step.tensor.pattern for step in steps if not step.is_copy}  # all else is copied byte for byte, of any format
+    changed = {step.tensor.pattern for step in steps if not step.is_copy}  # others are copied, of any format
     schema = {tensor.name: tensor for tensor in family.tensors(config)}
     faults = []
-    if missing := [name for name, tensor in schema.items() if name not in stored and not tensor.tied]:
+    absent = [tensor for name, tensor in schema.items() if name not in stored]
+    if missing := [tensor.name for tensor in absent if not tensor.tied]:
         faults.append(f"{checkpoint.folder}: missing {names_of(missing)}, which the {family.name} schema and this config require")
-    if missing and any(name in schema for name in (f"{trunk}.{stray}" for stray in stored for trunk in TRUNKS)):
+    in_trunk = {f"{trunk}.{name}" for name in stored for trunk in TRUNKS} if missing else set()
+    if in_trunk & schema.keys():
         raise UserError(
             f"{checkpoint.folder}: holds the trunk alone ({names_of(stored)}), as a model without its head saves it; give the checkpoint "
             "of the causal language model, saved by the class that AutoModelForCausalLM takes for it"
         )
     if strange := [name for name in stored if name not in schema and not family.ignores(name)]:
         faults.append(f"{checkpoint.folder}: unknown {names_of(strange)}, which the {family.name} schema does not have")
-    wrong: dict[tuple[str, str], list[str]] = {}  # (name with `*`, fault) → the tensors that have it: a fault of every layer is one fault
+    # (Name with `*`, fault) → the tensors that have it: a fault of every layer is reported once.
+    wrong: dict[tuple[str, str], list[str]] = {}
     for name, tensor in schema.items():
         if name not in stored:
             continue
-        expected, found, dtype = tensor.shape, stored[name].shape, stored[name].dtype
-        if expected != found:
-            fault = f"{tensor.line.text!r} and config.json give shape {expected}, the file has {found}"
+        shape, dtype = stored[name].shape, stored[name].dtype
+        if tensor.shape != shape:
+            fault = f"{tensor.line.text!r} and config.json give shape {tensor.shape}, the file has {shape}"
             wrong.setdefault((tensor.pattern, fault), []).append(name)
         elif not is_float(dtype) and tensor.pattern in changed:
             fault = f"dtype {dtype}; growth computes on F64, F32, F16 and BF16 weights (dequantise first)"
@@ -228,6 +240,7 @@ def check_tensors(checkpoint: Held, growth: Growth, steps: Sequence[Step]) -> di
         faults.append(f"{names[0]}: {fault}" if len(names) == 1 else f"{pattern} ({len(names)} tensors): {fault}")
     UserError.collect(faults)
     dtypes = {name: entry.dtype for name, entry in stored.items() if name in schema}
-    if growth.dtype is not None and (wide := [name for name, dtype in dtypes.items() if dtype == "F64"]):
+    wide = [name for name, dtype in dtypes.items() if dtype == "F64"]
+    if growth.dtype is not None and wide:
         raise UserError(f"dtype {growth.dtype}: {names_of(wide)} are stored in float64, which would lose digits; leave dtype out")
     return dtypes

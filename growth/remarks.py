@@ -1,4 +1,4 @@
-"""Remarks on a plan: what a user should know of it that is no reason against its certificate."""
+"""Remarks on a plan: notes for its user that are no reason against its certificate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from outgrow.growth.expansion import AxisMap, Fill
 from outgrow.model.dtypes import is_short
 
 NAMES = {"F16": "float16", "BF16": "bfloat16"}
-WIDTH, HEAD_DIM = 64, 8  # what matrix units and attention kernels take without padding
+WIDTH, HEAD_DIM = 64, 8  # multiples that matrix units and attention kernels take without padding
 DEVICES = (2, 4, 8)
 SIZES = ("hidden_size", "intermediate_size")
 COUNTED = ("num_attention_heads", "num_key_value_heads")
@@ -19,17 +19,18 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 
 
 def remarks(plan: Decision, *, lossless: bool) -> tuple[str, ...]:
-    """One line each: rounding, copies that stay equal, starts that are worse than they look, sizes that hardware dislikes."""
-    return (*(_rounding(plan) if lossless else ()), *_equal_copies(plan), *_starts(plan), *_sizes(plan))
+    """Write one line each: rounding, copies that stay equal, bad starts, sizes that hardware dislikes."""
+    rounding = _rounding(plan) if lossless else ()
+    return (*rounding, *_equal_copies(plan), *_starts(plan), *_sizes(plan))
 
 
 def _rounding(plan: Decision) -> Iterator[str]:
-    """The stored format's share in what becomes of an exact plan."""
-    formats = sorted({NAMES[plan.dtype(step)] for step in plan.steps if is_short(plan.dtype(step))})
+    """Name what the stored format rounds in a plan that is lossless in exact arithmetic."""
+    short = [step for step in plan.steps if is_short(plan.dtype(step))]
+    formats = sorted({NAMES[plan.dtype(step)] for step in short})
     if not formats:
         return
-    rounded = [step for step in plan.steps if step.source is not None and is_short(plan.dtype(step)) and _rounds(step)]
-    gains = sum(1 for step in rounded)
+    gains = sum(1 for step in short if step.source is not None and _rounds(step))
     causes = [f"{gains} of {len(plan.steps)} tensors are scaled by gains that are no power of two"] if gains else []
     causes += ["noise is rounded too, once in the sum over copies"] if plan.is_noisy else []
     if causes:
@@ -40,10 +41,10 @@ def _rounding(plan: Decision) -> Iterator[str]:
 
 
 def _rounds(step: Step) -> bool:
-    """Whether scaling rounds entries: some gain is no power of two."""
-    return any(bool((np.frexp(np.abs(gain))[0] != 0.5).any()) for gain in map(_gains, step.maps) if gain.size) or any(
-        bool((axis.fill == Fill.MEAN).any()) for axis in step.maps
-    )
+    """Check whether scaling rounds entries: some gain is no power of two, or a mean is taken."""
+    mantissas = [np.frexp(np.abs(_gains(axis)))[0] for axis in step.maps]
+    scaled = any(bool((mantissa != 0.5).any()) for mantissa in mantissas)
+    return scaled or any(bool((axis.fill == Fill.MEAN).any()) for axis in step.maps)
 
 
 def _gains(axis: AxisMap) -> np.ndarray:
@@ -53,9 +54,10 @@ def _gains(axis: AxisMap) -> np.ndarray:
 
 
 def _equal_copies(plan: Decision) -> Iterator[str]:
-    """Copies that are written alike and read alike get equal gradients in every step."""
+    """Name copies that are written alike and read alike, and so get equal gradients in every step."""
     config = plan.target_config
-    dropout = any("drop" in key and isinstance(value, (int, float)) and value > 0 for key, value in config.items())
+    rates = [value for key, value in config.items() if "drop" in key and isinstance(value, int | float)]
+    dropout = any(rate > 0 for rate in rates)
     if plan.noise or dropout or plan.recipe.flat is not None or not plan.recipe.inherits:
         return
     counts = {}
@@ -77,9 +79,10 @@ def _evenly_read(write: AxisMap, read: AxisMap) -> int:
 
 
 def _starts(plan: Decision) -> Iterator[str]:
-    """Growths whose start is worse than their name promises."""
+    """Name growths whose start is worse than their name promises."""
     layers, growth = plan.layers, plan.growth
-    if plan.operator == "zero_pad" and any(growth.grows(space) for space in growth.source if space not in ("layer", "vocab", "pos")):
+    widened = [space for space in growth.source if space not in ("layer", "vocab", "pos") and growth.grows(space)]
+    if plan.operator == "zero_pad" and widened:
         yield "zero_pad is a null control: nothing ever learns to read its new entries, whose gradients stay exactly 0"
     if layers.rule == "stack" and layers.target % layers.source:
         yield (
@@ -94,10 +97,11 @@ def _starts(plan: Decision) -> Iterator[str]:
 
 
 def _sizes(plan: Decision) -> Iterator[str]:
-    """Sizes that the growth chose and that hardware pays for."""
+    """Name sizes that the growth chose and that hardware pays for."""
     family, growth, config = plan.family, plan.growth, plan.target_config
-    source = {**plan.source_config}
-    widths = [f"{family.field_name(key)} {config[family.field_name(key)]}" for key in SIZES if _off(plan, family.field_name(key), WIDTH)]
+    source = plan.source_config
+    keys = [key for key in map(family.field_name, SIZES) if _off(plan, key, WIDTH)]
+    widths = [f"{key} {config[key]}" for key in keys]
     if widths:
         yield f"sizes: {', '.join(widths)}: no multiple of {WIDTH}, which matrix units pad"
     head = growth.target.get("qk")
@@ -105,11 +109,14 @@ def _sizes(plan: Decision) -> Iterator[str]:
         yield f"sizes: head dim {head} is no multiple of {HEAD_DIM}, which fused attention kernels pad or refuse"
     for key in (*map(family.field_name, COUNTED), *EXPERTS):
         count = config.get(key)
-        if type(count) is int and count != source.get(key) and (uneven := [str(number) for number in DEVICES if count % number]):
+        if type(count) is not int or count == source.get(key):
+            continue
+        if uneven := [str(number) for number in DEVICES if count % number]:
             yield f"sizes: {key} {count} cannot be shared evenly by {', '.join(uneven)} devices (tensor or expert parallelism)"
 
 
 def _off(plan: Decision, key: str, multiple: int) -> bool:
-    """Whether a size that grows is no multiple."""
+    """Check whether a size that grows is no multiple."""
     size = plan.target_config.get(key)
-    return type(size) is int and size != plan.source_config.get(key) and size % multiple != 0
+    grows = size != plan.source_config.get(key)
+    return grows and type(size) is int and size % multiple != 0

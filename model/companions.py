@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds beside its weights, told by rule: by the index, and by what a name ends in."""
+"""The files of a checkpoint folder beside its weights, told by rule: by the index, and by the ends of their names."""
 
 from __future__ import annotations
 
@@ -19,26 +19,30 @@ KNOWN = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".on
 
 
 def is_companion(name: str) -> bool:
-    """Whether a file of that path in a checkpoint folder goes with the model, whatever its sizes."""
+    """Check whether a file of that path in a checkpoint folder goes with the model, whatever its sizes."""
     path = PurePosixPath(name)
     if len(path.parts) == 2:
         return path.parts[0] == TEMPLATES and path.suffix == ".jinja"
-    return len(path.parts) == 1 and path.suffix in ENDINGS and not any(fnmatchcase(name, pattern) for pattern in OTHERS)
+    if len(path.parts) != 1 or path.suffix not in ENDINGS:
+        return False
+    return not any(fnmatchcase(name, pattern) for pattern in OTHERS)
 
 
 def companions(folder: Path) -> list[str]:
-    """The paths in `folder` of what goes with the model, sorted."""
-    found = [path for path in (*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")) if path.is_file()]
-    return sorted(name for path in found if is_companion(name := path.relative_to(folder).as_posix()))
+    """List the paths in `folder` of what goes with the model, sorted."""
+    paths = (*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*"))
+    names = [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
+    return sorted(filter(is_companion, names))
 
 
 def left_behind(folder: Path) -> list[str]:
-    """The files of `folder` that somebody may miss in a copy of it: code, and endings that nothing is known of."""
-    names = (path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    return sorted(name for name in names if PurePosixPath(name).suffix not in (*KNOWN, *ENDINGS))
+    """List the files of `folder` that somebody may miss in a copy: code, and endings that nothing is known of."""
+    paths = [path for path in folder.iterdir() if path.suffix not in (*KNOWN, *ENDINGS)]
+    return sorted(path.name for path in paths if path.is_file() and not path.name.startswith("."))
 
 
 def to_download(files: Iterable[str], weights: Iterable[str]) -> list[str]:
-    """Of a repository's `files`: config, companions, card and licence, and the `weights` named, in one format alone."""
+    """Choose a repository's files: config, companions, card and licence, and the `weights`, in one format alone."""
     wanted = {"config.json", "README.md", *weights}
-    return sorted(name for name in files if name in wanted or is_companion(name) or fnmatchcase(name, "LICENSE*"))
+    own = [name for name in files if name in wanted or is_companion(name) or fnmatchcase(name, "LICENSE*")]
+    return sorted(own)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, cached_property
-from math import sqrt
+from math import prod, sqrt
 from typing import Any, Literal
 
 from outgrow.model.base.errors import UserError, unknown
@@ -51,29 +51,32 @@ class Tensor:
         return self.pattern if self.layer is None else self.name_in(self.layer)
 
     def name_in(self, layer: int) -> str:
-        """What the same tensor is called in another layer."""
+        """Name the same tensor in another layer."""
         return self.pattern.replace("*", str(layer))
 
     @property
     def is_head(self) -> bool:
-        """Whether it is the output head's matrix."""
+        """Check whether it is the output head's matrix."""
         line = self.line
         return line.kind == "linear" and line.out == Space("vocab") and not self.is_bias
 
     def sums_over(self, axis: int) -> bool:
-        """Whether the module sums over an axis: it reads it, or has no sides and all spaces of the axis are reading ones."""
+        """Check whether the module sums over an axis.
+
+        It reads it, or it has no sides and all spaces of the axis are reading ones.
+        """
         named = list(spaces(self.axes[axis])) if self.line.kind == "tensor" else []
         return self.reads[axis] or (bool(named) and all(space.dual for space in named))
 
 
 @dataclass(frozen=True)
 class Family:
-    """What the checkpoints of one `model_type` look like, as data.
+    """The layout of the checkpoints of one `model_type`, as data.
 
     Args:
         name: the config's `model_type`.
         schema: one line per module (`model.notation`).
-        norm: what the residual stream's norms keep: "layer" removes the mean, "rms" does not.
+        norm: kind of the residual stream's norms: "layer" removes the mean, "rms" does not.
         names: standard size name → this family's config field, where they differ.
         rotary: share of each head that rotary positions turn when the config does not say; None for other positions.
         rotary_field: the config field of that share.
@@ -81,12 +84,13 @@ class Family:
         scaled_if: config switch without which attention logits are not scaled at all.
         pos_offset: learned positions stored beyond max_position_embeddings.
         follows: config field → the standard size that it repeats.
-        more: further spaces, each with the config field of its size and what that is multiplied by.
-        tied: whether the head is the embedding, where the config's `tie_word_embeddings` does not decide it.
-        small_writers: its class starts what writes to the residual stream at 1/√(2 · layers) of the others' deviation (GPT-2).
+        more: further spaces, each with the config field of its size and the factor on it.
+        tied: True or False where the config's `tie_word_embeddings` does not decide whether the head is the embedding.
+        small_writers: its class starts the writers of the residual stream at 1/√(2 · layers) of the others' deviation
+            (GPT-2).
         lacks: standard sizes that its class does not know, whatever a config says.
         whole_heads: `model_type`s whose class wants a hidden size that the heads divide, also where the head dim is given.
-        layer_types: what the class takes for `layer_types` where the config does not list them.
+        layer_types: the class's `layer_types` where the config does not list them.
         also: other `model_type`s with the same layout.
         ignore: stored names that are buffers, not weights (a `*` stands for the layer).
     """
@@ -120,21 +124,22 @@ class Family:
         return [line for line in self.lines if line.condition is None or self.flag(config, line.condition)]
 
     def flag(self, config: Config, condition: str) -> bool:
-        """Whether a config value is true; a leading "!" negates."""
+        """Check whether a config value is true; a leading "!" negates."""
         key = condition.lstrip("!")
         return bool(config.get(key, self.defaults.get(key))) != condition.startswith("!")
 
     @cached_property
     def prenorm(self) -> bool:
-        """Whether layers normalise what they read from the residual stream (OLMo 2 normalises only what they write)."""
-        return any(line.kind == "norm" and line.layered and line.out == Space("residual") for line in self.lines)
+        """Check whether layers normalise what they read from the residual stream (OLMo 2: only what they write)."""
+        norms = [line for line in self.lines if line.kind == "norm" and line.layered]
+        return any(line.out == Space("residual") for line in norms)
 
     def knows(self, standard: str) -> bool:
-        """Whether its class knows a size or list of that standard name, in whatever spelling."""
+        """Check whether its class knows a size or list of that standard name, in whatever spelling."""
         return standard not in self.lacks and (standard != "layer_types" or self.layer_types is not None)
 
     def field_name(self, standard: str) -> str:
-        """How this family's config spells a standard name."""
+        """Spell a standard name as this family's config does."""
         return self.names.get(standard, standard)
 
     def get(self, config: Config, standard: str, default: Any = None) -> Any:
@@ -149,16 +154,16 @@ class Family:
         Raises:
             UserError: it is missing, is not a positive whole number, or is none that any model has.
         """
-        return self._whole(
-            self.field_name(standard), self.get(config, standard), MAX_LAYERS if standard == "num_hidden_layers" else MAX_SIZE
-        )
+        most = MAX_LAYERS if standard == "num_hidden_layers" else MAX_SIZE
+        return self._checked(self.field_name(standard), self.get(config, standard), most)
 
-    def _whole(self, key: str, value: Any, most: int = MAX_SIZE) -> int:
+    def _checked(self, key: str, value: Any, most: int = MAX_SIZE) -> int:
+        """Check a size before anything of that size is made."""
         if type(value) is not int or value < 1:
             raise UserError(f"config of family {self.name!r}: {key} must be a positive whole number, found {value!r}")
         if value > most:
             raise UserError(
-                f"config of family {self.name!r}: {key} {value:,} is more than any model has (at most {most:,}); a slip of the pen?"
+                f"config of family {self.name!r}: {key} {value:,} is more than any model has (at most {most:,}); is this a typo?"
             )
         return value
 
@@ -167,7 +172,7 @@ class Family:
         return None if self.get(config, standard) is None else self.require(config, standard)
 
     def sizes(self, config: Config) -> dict[str, int]:
-        """The size of every space that the schema uses (`vocab residual ffn kv group qk v pos`, and `more`), and of `layer`.
+        """Compute the size of every space of the schema (`vocab residual ffn kv group qk v pos`, `more`), and of `layer`.
 
         Raises:
             UserError: a size is missing, or heads do not divide what they share.
@@ -177,11 +182,13 @@ class Family:
             if self.uses(space):
                 sizes[space] = size_of(config)
         for space, (key, factor) in self.more.items():
-            whole = self._whole(key, config.get(key)) * factor
-            if whole.denominator != 1:
-                raise UserError(f"config of family {self.name!r}: {key} {config[key]} must be a multiple of {Fraction(factor).denominator}")
-            sizes[space] = int(whole)
-        self._whole("heads × head dim", sizes.get("kv", 1) * sizes.get("group", 1) * sizes.get("qk", 1))
+            size = self._checked(key, config.get(key)) * factor
+            if size.denominator != 1:
+                multiple = f"a multiple of {size.denominator}"
+                raise UserError(f"config of family {self.name!r}: {key} {config[key]} must be {multiple}")
+            sizes[space] = int(size)
+        width = prod(sizes.get(space, 1) for space in ("kv", "group", "qk"))
+        self._checked("heads × head dim", width)
         return sizes
 
     @cached_property
@@ -189,13 +196,16 @@ class Family:
         return {
             "vocab": lambda config: self.require(config, "vocab_size"),
             "residual": lambda config: self.require(config, "hidden_size"),
-            "ffn": lambda config: self.optional(config, "intermediate_size") or 4 * self.require(config, "hidden_size"),
+            "ffn": self._ffn,
             "qk": self._head_dim,
             "v": self._head_dim,
             "kv": self._kv_heads,
             "group": self._group,
             "pos": lambda config: self.require(config, "max_position_embeddings") + self.pos_offset,
         }
+
+    def _ffn(self, config: Config) -> int:
+        return self.optional(config, "intermediate_size") or 4 * self.require(config, "hidden_size")
 
     def _kv_heads(self, config: Config) -> int:
         return self.optional(config, "num_key_value_heads") or self.require(config, "num_attention_heads")
@@ -206,18 +216,20 @@ class Family:
 
     def _head_dim(self, config: Config) -> int:
         hidden, heads = self.require(config, "hidden_size"), self.require(config, "num_attention_heads")
-        return self.optional(config, "head_dim") or _divide(hidden, heads, f"{self.field_name('hidden_size')} into {heads} heads")
+        named = self.optional(config, "head_dim")
+        return named or _divide(hidden, heads, f"{self.field_name('hidden_size')} into {heads} heads")
 
     def layer_kinds(self, config: Config) -> list[str] | None:
-        """What the class takes for `layer_types`, listed in the config or not; None where it knows no such list."""
+        """List the class's `layer_types`, named in the config or not; None where it knows no such list."""
         return config.get("layer_types") or (self.layer_types(config) if self.layer_types else None)
 
     def rotary_dims(self, config: Config) -> int:
-        """How many dimensions of each head rotary positions turn (0 without rotary positions)."""
+        """Count the dimensions of each head that rotary positions (RoPE) turn; 0 without rotary positions."""
         if self.rotary is None:
             return 0
         rope = config.get("rope_parameters") or {}
-        share = rope.get(self.rotary_field, rope.get("partial_rotary_factor", config.get(self.rotary_field)))
+        older = rope.get("partial_rotary_factor", config.get(self.rotary_field))
+        share = rope.get(self.rotary_field, older)
         return int(self.sizes(config).get("qk", 0) * (self.rotary if share is None else share))
 
     def eps(self, config: Config) -> float:
@@ -226,12 +238,13 @@ class Family:
 
     @property
     def sets_eps(self) -> bool:
-        """Whether a config key is known that sets that epsilon; some classes have a constant in their code (OPT)."""
+        """Check whether a config key is known that sets that epsilon; some classes have a constant in their code (OPT)."""
         return "norm_eps" in self.names
 
     def other_norms(self, config: Config) -> list[Line]:
         """The norms over another space than the residual stream (queries, keys), which take the config's epsilon too."""
-        return [line for line in self.lines_of(config) if line.kind == "norm" and line.out != Space("residual")]
+        norms = [line for line in self.lines_of(config) if line.kind == "norm"]
+        return [line for line in norms if line.out != Space("residual")]
 
     def init_deviation(self, config: Config, tensor: Tensor) -> float:
         """The standard deviation with which the library's class starts a matrix: by its config's own key, in the library's order.
@@ -244,16 +257,17 @@ class Family:
         return deviation / sqrt(2 * self.require(config, "num_hidden_layers")) if small else deviation
 
     def uses(self, space: str) -> bool:
-        """Whether any tensor of the schema has `space` on an axis."""
+        """Check whether any tensor of the schema has `space` on an axis."""
         return space in self.spaces
 
     @cached_property
     def spaces(self) -> frozenset[str]:
         """Every space that a tensor of the schema has on an axis; none where the schema is an outline of names and numbers."""
-        return frozenset(named.name for line in self.lines for axis in line.axes for named in spaces(axis))
+        axes = [axis for line in self.lines for axis in line.axes]
+        return frozenset(space.name for axis in axes for space in spaces(axis))
 
     def writes_residual(self, tensor: Tensor) -> bool:
-        """Whether the tensor is the last to touch what its module adds to the residual stream."""
+        """Check whether the tensor is the last to touch what its module adds to the residual stream."""
         line = tensor.line
         if any(other.kind == "post norm" and other.layered for other in self.lines):
             return line.kind == "post norm"
@@ -263,27 +277,30 @@ class Family:
         return line.kind == "linear" and line.out == Space("residual")
 
     def ties(self, config: Config) -> bool:
-        """Whether the output head is the embedding."""
+        """Check whether the output head is the embedding."""
         return self.flag(config, "tie_word_embeddings") if self.tied is None else self.tied
 
     def ignores(self, name: str) -> bool:
-        """Whether a stored name is a buffer that no schema line needs."""
-        return any(re.fullmatch(pattern.replace(".", r"\.").replace("*", r"\d+"), name) for pattern in (*self.ignore, *BUFFERS))
+        """Check whether a stored name is a buffer that no schema line needs."""
+        patterns = [pattern.replace(".", r"\.").replace("*", r"\d+") for pattern in (*self.ignore, *BUFFERS)]
+        return any(re.fullmatch(pattern, name) for pattern in patterns)
 
     def tensors(self, config: Config, layers: Sequence[int] | None = None) -> Iterator[Tensor]:
-        """Every tensor of a checkpoint with this `config`, layer by layer, tied ones included and marked.
+        """Yield every tensor of a checkpoint with this `config`, layer by layer, tied ones included and marked.
 
         `layers` names, for each layer, the one whose modules it has; None where each has its own.
         """
         sizes = self.sizes(config)
         active = self.lines_of(config)
-        before = [line for line in active[: _first_layered(active)] if not line.layered]
-        after = [line for line in active[_first_layered(active) :] if not line.layered]
+        first = _first_layered(active)
         layered = [line for line in active if line.layered]
-        numbered: list[tuple[Line, int | None]] = [(line, None) for line in before]
         kinds = range(sizes["layer"]) if layers is None else layers
-        numbered += [(line, layer) for layer, kind in enumerate(kinds) for line in layered if line.only is None or kind in line.only]
-        for line, layer in numbered + [(line, None) for line in after]:
+        # In the order of the file: what comes before the layers, layer by layer, what comes after.
+        numbered: list[tuple[Line, int | None]] = [(line, None) for line in active[:first]]
+        for number, kind in enumerate(kinds):
+            numbered += [(line, number) for line in layered if line.only is None or kind in line.only]
+        numbered += [(line, None) for line in active[first:] if not line.layered]
+        for line, layer in numbered:
             yield from self._tensors_of(line, layer, config, sizes)
 
     def _tensors_of(self, line: Line, layer: int | None, config: Config, sizes: Mapping[str, int]) -> Iterator[Tensor]:
@@ -292,13 +309,15 @@ class Family:
         reads = (False,) * len(axes) if line.into is None else (line.transposed, not line.transposed)
         weight, bias = ("", "") if line.kind == "tensor" else (".weight", ".bias")
         for name in line.names:
-            yield Tensor(name + weight, line, axes, reads, tuple(size(axis, sizes) for axis in axes), layer, tied)
+            shape = tuple(size(axis, sizes) for axis in axes)
+            yield Tensor(name + weight, line, axes, reads, shape, layer, tied)
             if line.bias and (line.bias_if is None or self.flag(config, line.bias_if)):
-                yield Tensor(name + bias, line, (line.out,), (False,), (size(line.out, sizes),), layer, False, is_bias=True)
+                width = (size(line.out, sizes),)
+                yield Tensor(name + bias, line, (line.out,), (False,), width, layer, False, is_bias=True)
 
 
 def initial_deviation(config: Config) -> float:
-    """The deviation of a fresh matrix as the library's classes have it: the first of these keys that a config has, else 0.02.
+    """Look up the deviation of a fresh matrix as the library's classes do: by the first known key, else 0.02.
 
     Raises:
         UserError: its value is no finite number of at least 0.
@@ -307,7 +326,8 @@ def initial_deviation(config: Config) -> float:
     value = config.get(key)
     if value is None:
         return 0.02
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < float("inf"):
         raise UserError(f"config: {key} must be a finite number of at least 0, the deviation of fresh weights; found {value!r:.80}")
     return float(value) or 0.02  # as the library takes a zero
 
@@ -316,10 +336,10 @@ def _first_layered(lines: list[Line]) -> int:
     return next((number for number, line in enumerate(lines) if line.layered), len(lines))
 
 
-def _divide(whole: int, by: int, what: str) -> int:
-    if whole % by:
-        raise UserError(f"cannot divide {what}: {whole} is no multiple of {by}; choose sizes that divide")
-    return whole // by
+def _divide(size: int, by: int, what: str) -> int:
+    if size % by:
+        raise UserError(f"cannot divide {what}: {size} is no multiple of {by}; choose sizes that divide")
+    return size // by
 
 
 _REGISTERED: dict[str, Family] = {}
@@ -333,9 +353,10 @@ def register(family: Family) -> Family:
     """
     known = {"vocab", "residual", "ffn", "kv", "group", "qk", "v", "pos", *family.more}
     for line in family.lines:
-        for space in (space for axis in line.axes for space in spaces(axis)):
-            if space.name not in known:
-                raise ValueError(f"{family.name}: line {line.name!r} names the space {space.name!r}; known: {', '.join(sorted(known))}")
+        named = [space.name for axis in line.axes for space in spaces(axis)]
+        if unsized := [name for name in named if name not in known]:
+            names = ", ".join(sorted(known))
+            raise ValueError(f"{family.name}: line {line.name!r} names the space {unsized[0]!r}; known: {names}")
     for name in (family.name, *family.also):
         _REGISTERED[name] = family
     return family
@@ -349,19 +370,19 @@ def _load_families() -> None:
 
 
 def families() -> dict[str, Family]:
-    """Every known family by `model_type`."""
+    """List every known family by `model_type`."""
     _load_families()
     return dict(_REGISTERED)
 
 
 def has_schema(config: Config) -> bool:
-    """Whether the config's family is known, so that every parameter of its model is one tensor of the file."""
+    """Check whether the config's family is known, so that every parameter of its model is one tensor of the file."""
     name = config.get("model_type")
     return isinstance(name, str) and name in families()
 
 
 def family_of(config: Config) -> Family:
-    """The family of a Hugging Face config (a dict).
+    """Look up the family of a Hugging Face config (a dict).
 
     Raises:
         UserError: the config names no `model_type`, or one without a schema.

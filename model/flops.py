@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-STEP = 64  # tokens: passes over one, two and three times so many tell what is constant, what grows with the context and with its square
+STEP = 64  # tokens: passes over one, two and three times so many give the constant, linear and square parts
 EXACT_CONTEXT, SAMPLES = 4096, 1024  # beyond so many positions, so many of them stand for all
 NAME = "counted"  # of the attention that only counts
 
@@ -34,7 +34,7 @@ class Count:
     """Forward FLOPs per token at one context.
 
     Attributes:
-        matrices: what does not depend on the context.
+        matrices: the part that does not depend on the context.
         attention: scores and weighted values, over the pairs of positions that attend.
     """
 
@@ -48,7 +48,7 @@ class Count:
 
 @dataclass(frozen=True)
 class _Call:
-    """One layer's attention: its FLOPs for a pair of positions, and which pairs attend (None: causal)."""
+    """One layer's attention: its FLOPs for a pair of positions, and the mask of pairs that attend (None: causal)."""
 
     flops_per_pair: float
     mask: Callable[..., Any] | None
@@ -56,11 +56,11 @@ class _Call:
 
 @dataclass(frozen=True)
 class Passes:
-    """What the forward passes of a model tell of every context.
+    """The forward passes of a model, from which every context follows.
 
     Attributes:
-        constant, linear, square: FLOPs of a pass over n tokens are constant + linear · n + square · n² beside the calls. The square is of
-            attention that a class computes itself, over all pairs.
+        constant, linear, square: FLOPs of a pass over n tokens are constant + linear · n + square · n² beside the
+            calls. The square is of attention that a class computes itself, over all pairs.
         calls: attention that goes through the library's interface, layer by layer.
     """
 
@@ -70,14 +70,15 @@ class Passes:
     calls: tuple[_Call, ...]
 
     def at(self, context: int) -> Count:
-        """FLOPs per token at `context` tokens per sequence."""
+        """Compute FLOPs per token at `context` tokens per sequence."""
         means = {id(call.mask): _mean_attended(call.mask, context) for call in self.calls}
         attention = sum(call.flops_per_pair * means[id(call.mask)] for call in self.calls)
-        return Count(self.linear + self.constant / context, attention + self.square * (context + 1) / 2)
+        own = self.square * (context + 1) / 2
+        return Count(self.linear + self.constant / context, attention + own)
 
 
 def count(model: PreTrainedModel, context: int) -> Count:
-    """The forward FLOPs per token of a built model of any size at `context` tokens per sequence; `watch` says how, and what it raises."""
+    """Count the forward FLOPs per token of a built model at `context` tokens per sequence, as `watch` does."""
     return watch(model).at(context)
 
 
@@ -136,7 +137,8 @@ def _forward_flops(model: PreTrainedModel, length: int) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    tokens = torch.zeros(1, length, dtype=torch.int64, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    tokens = torch.zeros(1, length, dtype=torch.int64, device=device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=tokens, use_cache=False)
     return counter.get_total_flops()
@@ -144,7 +146,7 @@ def _forward_flops(model: PreTrainedModel, length: int) -> int:
 
 @contextmanager
 def _counting(model: Any, calls: list[_Call]) -> Iterator[None]:
-    """With attention that only counts, and experts as products of matrices, where the class goes through the library's interfaces."""
+    """Replace attention by one that only counts, and experts by products of matrices, as far as interfaces let it."""
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
@@ -158,10 +160,11 @@ def _counting(model: Any, calls: list[_Call]) -> Iterator[None]:
         return mask
 
     def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, *_: Any, **__: Any) -> Any:
-        heads, width = query.shape[1], query.shape[-1] + value.shape[-1]
+        rows, heads, positions, qk = query.shape
+        v = value.shape[-1]
         storage = None if attention_mask is None else attention_mask.untyped_storage()._cdata
-        calls.append(_Call(2.0 * heads * width, masks.get(storage)))  # type: ignore[arg-type]
-        return query.new_zeros(query.shape[0], query.shape[2], heads, value.shape[-1]), None
+        calls.append(_Call(2.0 * heads * (qk + v), masks.get(storage)))  # type: ignore[arg-type]
+        return query.new_zeros(rows, positions, heads, v), None
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, make_mask)
@@ -171,9 +174,11 @@ def _counting(model: Any, calls: list[_Call]) -> Iterator[None]:
             stack.enter_context(patch.object(module, name, NAME if "attn" in name else "batched_mm"))
         # Each row is one sequence; whether it is would be asked of values that are not there.
         stack.enter_context(patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None))
-        # Chunks begin after the padding, of which there is none: a count of it would lie on the model's device, which has no values.
-        chunked = masking_utils.chunked_overlay
-        stack.enter_context(patch.object(masking_utils, "chunked_overlay", lambda size, _: chunked(size, torch.zeros(1, dtype=torch.long))))
+        # Chunks begin after the padding, of which there is none: a count of it would lie on the model's device, which
+        # has no values.
+        chunked, no_padding = masking_utils.chunked_overlay, torch.zeros(1, dtype=torch.long)
+        overlay = patch.object(masking_utils, "chunked_overlay", lambda size, _: chunked(size, no_padding))
+        stack.enter_context(overlay)
         # Whether there is padding in the text, which decides on a warning, would be asked of them too.
         stack.enter_context(patch("transformers.PreTrainedModel.warn_if_padding_and_no_attention_mask", lambda *_: None))
         stack.callback(model.train, training)
@@ -186,11 +191,11 @@ def _counting(model: Any, calls: list[_Call]) -> Iterator[None]:
 
 
 def _configs(model: Any) -> Iterator[tuple[str, Any]]:
-    """(attribute, config) for every implementation that the configs of a model's modules name."""
+    """Yield (attribute, config) for every implementation that the configs of a model's modules name."""
     seen: set[int] = set()
     for module in model.modules():
         config = getattr(module, "config", None)
-        if config is not None and id(config) not in seen and hasattr(config, "_attn_implementation_internal"):
+        if id(config) not in seen and hasattr(config, "_attn_implementation_internal"):
             seen.add(id(config))
             yield "_attn_implementation_internal", config
             if hasattr(config, "_experts_implementation_internal"):
@@ -198,7 +203,7 @@ def _configs(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _mean_attended(mask: Callable[..., Any] | None, context: int) -> float:
-    """Of how many positions a position reads on average over a sequence of `context`.
+    """Average the number of positions that a position reads over a sequence of `context`.
 
     Up to `EXACT_CONTEXT` every pair is asked of the mask; beyond, `SAMPLES` queries are, and what lies between them is interpolated.
     """
@@ -217,6 +222,7 @@ def _mean_attended(mask: Callable[..., Any] | None, context: int) -> float:
         return (context + 1) / 2
     if context <= EXACT_CONTEXT:
         return float(attended.mean())
-    steps = queries.diff()
-    between = (steps * (attended[1:] + attended[:-1]) / 2).sum() + (attended[0] + attended[-1]) / 2
-    return float(between / context)
+    # The sum over all positions, by the trapezoidal rule and the halves of both ends.
+    between = (queries.diff() * (attended[1:] + attended[:-1]) / 2).sum()
+    ends = (attended[0] + attended[-1]) / 2
+    return float((between + ends) / context)

@@ -53,7 +53,7 @@ COINCIDENCE = 3  # layers: so short a list may have this length for another reas
 NOT_OF_LAYERS = ("token", "section", "architectures", "label")
 
 
-def numbers_layers(key: str, value: object, depth: int) -> TypeGuard[list[int]]:
+def numbers_layers(key: str, value: object, depth: int) -> bool:
     """Check whether a value lists layers by their numbers, in ascending order (`mlp_only_layers`)."""
     if not isinstance(value, list) or not value or not any(word in key for word in NUMBER_WORDS):
         return False
@@ -63,7 +63,7 @@ def numbers_layers(key: str, value: object, depth: int) -> TypeGuard[list[int]]:
     return all(type(number) is int and 0 <= number < depth for number in value) and value == sorted(set(value))
 
 
-def per_layer(key: str, value: object, depth: int) -> TypeGuard[list[Any]]:
+def per_layer(key: str, value: object, depth: int) -> bool:
     """Check whether a value is a list of one entry per layer (`layer_types`)."""
     if not isinstance(value, list) or len(value) != depth or numbers_layers(key, value, depth):
         return False
@@ -71,7 +71,7 @@ def per_layer(key: str, value: object, depth: int) -> TypeGuard[list[Any]]:
     return named or (depth > COINCIDENCE and not any(word in key for word in NOT_OF_LAYERS))
 
 
-def by_number(key: str, value: object, depth: int) -> TypeGuard[Mapping[str, Any]]:
+def by_number(key: str, value: object, depth: int) -> bool:
     """Check whether a value has entries by layers' numbers (`per_layer_config`)."""
     if not isinstance(value, Mapping) or not value or any(word in key for word in NOT_OF_LAYERS):
         return False

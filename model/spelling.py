@@ -35,6 +35,8 @@ STRICT = {
     **{(name, kind): ("factor",) for name in ("olmo", "olmo2") for kind in ("linear", "dynamic")},
 }
 
+NO_SCALING = ("rope_theta", "partial_rotary_factor", "rope_type", "type")  # entries of rotary positions
+
 CODE = "auto_map"  # names classes in Python files of the folder, which are neither run nor copied
 
 # The tokenizer that transformers 5 makes of a tokenizer.json alone, by its name in transformers 4, which is good in both.
@@ -42,12 +44,14 @@ TOKENIZERS = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
 
 def both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config as the library nests it, with rotary positions and dtype in both spellings, and without names of code.
+    """Spell a config, as the library nests it, in both ways, rotary positions and dtype, and leave out names of code.
 
     `rope_parameters` decide where they are given; an infinity is written as transformers 4 wrote it.
     """
-    kept = {key: value for key, value in config.items() if key != CODE}
-    spelt = {key: both_spellings(value) if _is_config(key, value) else _number(value) for key, value in kept.items()}
+    spelt: dict[str, Any] = {}
+    for key, value in config.items():
+        if key != CODE:
+            spelt[key] = both_spellings(value) if _is_config(key, value) else _number(value)
     if isinstance(rope := config.get("rope_parameters"), Mapping) and rope:
         spelt |= _older_rope(config, rope)
     if dtype := config.get("dtype") or config.get("torch_dtype"):
@@ -60,20 +64,25 @@ def _is_config(key: str, value: Any) -> bool:
 
 
 def _number(value: Any) -> Any:
-    """A value without the wrapping that transformers 5 puts around infinities, which transformers 4 would take for the value."""
+    """Unwrap an infinity as transformers 5 writes it, which transformers 4 would take for the value."""
     if isinstance(value, list):
         return [_number(entry) for entry in value]
-    return float(value["__float__"]) if isinstance(value, Mapping) and value.keys() == {"__float__"} else value
+    if isinstance(value, Mapping) and value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    return value
 
 
 def _older_rope(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of transformers 4 that say what `rope_parameters` say."""
+    """Write `rope_parameters` in the keys of transformers 4."""
     kind = str(config.get("model_type"))
     by_layer = any(isinstance(value, Mapping) for value in rope.values())
     if by_layer and kind not in BASES_BY_LAYER:
         return {}
-    full, sliding = (rope.get(FULL) or {}, rope.get(SLIDING) or {}) if by_layer else (rope, {})
-    base, narrow = BASES_BY_LAYER[kind] if by_layer else (BASES.get(kind, BASE), "")
+    full, base, narrow = rope, BASES.get(kind, BASE), ""
+    sliding: Mapping[str, Any] = {}
+    if by_layer:
+        full, sliding = (rope.get(layers) or {} for layers in (FULL, SLIDING))
+        base, narrow = BASES_BY_LAYER[kind]
     entries = {base: full.get("rope_theta"), narrow: sliding.get("rope_theta") if narrow else None}
     entries[SHARES.get(kind, SHARE)] = full.get("partial_rotary_factor")
     return {key: value for key, value in entries.items() if value is not None} | _older_scaling(config, full)
@@ -81,8 +90,9 @@ def _older_rope(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str,
 
 def _older_scaling(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_scaling`: null where positions are not scaled and it is there already, or the class would scale by default."""
-    model_type, kind = str(config.get("model_type")), rope.get("rope_type", rope.get("type", "default"))
-    entries = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor", "rope_type", "type")}
+    model_type = str(config.get("model_type"))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    entries = {key: value for key, value in rope.items() if key not in NO_SCALING}
     if model_type in UNSCALED:
         return {}
     if kind not in SCALINGS or (kind == "default" and not entries):
@@ -94,18 +104,19 @@ def _older_scaling(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[s
 
 
 def spell_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A tokenizer_config.json that transformers 4 and 5 read alike."""
+    """Spell a tokenizer_config.json so that transformers 4 and 5 read it alike."""
     spelt = {key: value for key, value in config.items() if key != CODE}
     if isinstance(name := spelt.get("tokenizer_class"), str):
         spelt["tokenizer_class"] = TOKENIZERS.get(name, name)
-    if isinstance(more := spelt.get("extra_special_tokens"), list):  # transformers 4 has names for those, and this for a list
+    # transformers 4 wants names for extra tokens, and has another key for a list of them.
+    if isinstance(more := spelt.get("extra_special_tokens"), list):
         del spelt["extra_special_tokens"]
         spelt["additional_special_tokens"] = more
     return spelt
 
 
 def spell_folder(folder: Path) -> None:
-    """Rewrite the configs of a folder (model, tokenizer, processors) in both spellings, without names of code, where that changes them."""
+    """Rewrite the configs of a folder (model, tokenizer, processors) in both spellings, without names of code."""
     for path in folder.glob("*config.json"):
         before = read_json(path)
         spell = both_spellings if path.name == "config.json" else spell_tokenizer

@@ -1,4 +1,4 @@
-"""How a class starts its weights, as a distribution of each tensor's entries, without a tensor of its size."""
+"""The initialisation of a class, as a distribution of each tensor's entries, without a tensor of its size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """What the library's own initialisation puts into one tensor.
+    """The library's own initialisation of one tensor.
 
     Attributes:
         quantiles: of its entries' distribution, rising, at the middles of equal shares; one where all entries are alike.
@@ -32,15 +32,19 @@ class Start:
     @cached_property
     def normal(self) -> tuple[float, float] | None:
         """Mean and deviation of a normal distribution; None where it is another one."""
-        few = self.quantiles[:: max(1, len(self.quantiles) // 8)]
-        shares = (np.arange(len(self.quantiles))[:: max(1, len(self.quantiles) // 8)] + 0.5) / len(self.quantiles)
+        count = len(self.quantiles)
+        chosen = np.arange(count)[:: max(1, count // 8)]
+        few = self.quantiles[chosen]
         if self.places is not None or len(few) < 8:
             return None
-        standard = np.array([NormalDist().inv_cdf(share) for share in shares])
+        # Quantiles of a normal distribution are a straight line over the standard normal's.
+        standard = np.array([NormalDist().inv_cdf(share) for share in (chosen + 0.5) / count])
         slope, mean = np.polyfit(standard, few, 1)
-        if np.abs(standard * slope + mean - few).max() > 1e-9 * slope:
+        distance = np.abs(standard * slope + mean - few)
+        if distance.max() > 1e-9 * slope:
             return None
-        return (0.0 if abs(mean) < 1e-9 * slope else float(f"{mean:.12g}")), float(f"{slope:.12g}")
+        mean = 0.0 if abs(mean) < 1e-9 * slope else float(f"{mean:.12g}")
+        return mean, float(f"{slope:.12g}")
 
     def __str__(self) -> str:
         if self.places is not None:
@@ -49,6 +53,7 @@ class Start:
         return f"{mean:.4g}" if len(self.quantiles) == 1 else f"{mean:.4g} ± {self.deviation:.4g}"
 
     def of(self, shares: np.ndarray) -> np.ndarray:
-        """The entries at shares of the distribution between 0 and 1, float64."""
-        place = np.clip(shares * len(self.quantiles) - 0.5, 0, len(self.quantiles) - 1)
-        return np.interp(place, np.arange(len(self.quantiles)), self.quantiles)
+        """Look up the entries at shares of the distribution between 0 and 1, float64."""
+        last = len(self.quantiles) - 1
+        place = np.clip(shares * len(self.quantiles) - 0.5, 0, last)
+        return np.interp(place, np.arange(last + 1), self.quantiles)

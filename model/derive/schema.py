@@ -298,8 +298,8 @@ def _merged(grouped: Mapping[Line, list[int | None]], count: int) -> Iterator[Li
     for line, layers in grouped.items():
         unnumbered = replace(line, name=_numberless(line.name))
         folded[unnumbered, tuple(layers)].append(line)
-    for (_, layers), lines in folded.items():
-        numbers = sorted(layer for layer in layers if layer is not None)
+    for (_, numbered), lines in folded.items():
+        numbers = sorted(layer for layer in numbered if layer is not None)
         only = tuple(numbers) if numbers and len(numbers) != count else None
         for name in _braced([line.name for line in lines]):
             yield replace(lines[0], name=name, only=only)

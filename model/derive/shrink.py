@@ -183,10 +183,11 @@ def _small(key: str, value: Any, config: Config, depth: int, layers: tuple[int, 
         config: the values beside it.
         depth: number of layers of the config; `layers` are those to keep.
     """
+    followed = follow_layers(key, value, layers, depth)
     if per_layer(key, value, depth):
-        return [_small(key, value[layer], config, depth, layers) for layer in layers]
+        return [_small(key, entry, config, depth, layers) for entry in followed]
     if numbers_layers(key, value, depth) or by_number(key, value, depth):
-        return follow_layers(key, value, layers, depth)
+        return followed
     if isinstance(value, Mapping):
         return _small_part(key, value, depth, layers)
     if CLIPPED.search(key) and isinstance(value, int | float):
