@@ -84,7 +84,7 @@ def _wanted(plan: Plan) -> dict[str, tuple[int, ...]]:
 
 
 def _complete(moments: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """With zeros for what never had a gradient: where its moments would have begun."""
+    """Fill in zeros for what never had a gradient: where its moments would have begun."""
     import torch
 
     dtype = next(iter(moments.values())).dtype

@@ -1,4 +1,4 @@
-"""What is decided of a growth: every target tensor once, with its source, its maps and its scales. Frozen, and without weights."""
+"""The decision of a growth: every target tensor once, with its source, maps and scales; frozen, without weights."""
 
 from __future__ import annotations
 
@@ -104,13 +104,14 @@ class Step:
 
     @property
     def is_copy(self) -> bool:
-        """Whether it is its source's bytes."""
+        """Check whether it is its source's bytes."""
         touched = self.finish is not None and self.finish.changes_copies
-        return self.source is not None and not self.zero and not touched and all(axis.is_identity for axis in self.maps)
+        inherited = self.source is not None and not self.zero and not touched
+        return inherited and all(axis.is_identity for axis in self.maps)
 
     @property
     def is_fresh(self) -> bool:
-        """Whether any of its entries is drawn as the model's class starts it."""
+        """Check whether any of its entries is drawn as the model's class starts it."""
         return not self.zero and (self.source is None or any((axis.fill == Fill.RANDOM).any() for axis in self.maps))
 
     @property
@@ -162,7 +163,7 @@ class Decision:
 
     @property
     def is_noisy(self) -> bool:
-        """Whether noise falls on anything: on what reads copies."""
+        """Check whether noise falls on anything: on what reads copies."""
         spaces = (expansion for space, expansion in self.recipe.expansions.items() if self.family.uses(space))
         return self.noise > 0 and any(expansion.read.counts().max(initial=0) > 1 for expansion in spaces)
 

@@ -27,7 +27,7 @@ _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a growth is written.
+    """The folders that a growth is written to.
 
     Attributes:
         out: the folder to make.
@@ -49,7 +49,7 @@ class Place:
 
     @property
     def former(self) -> Path:
-        """Where an `out` that is replaced steps aside."""
+        """The folder to which an `out` that is replaced steps aside."""
         return self.out.with_name(self.out.name + FORMER)
 
     def check(self) -> None:
@@ -96,7 +96,7 @@ class Place:
         raise UserError(f"out: {partial} is in the way and was not made by growth, so it is left alone; move it, or choose another folder")
 
     def _may_clear(self) -> bool:
-        """Whether `<out>.partial` is growth's: marked, empty, or what a killed replacement had just taken out of `out`."""
+        """Check whether `<out>.partial` is growth's: marked, empty, or just taken out of `out` by a killed replacement."""
         partial = self.partial
         return (partial / MARK).exists() or not any(partial.iterdir()) or ((self.out / MARK).exists() and not any(strangers(partial)))
 
@@ -233,12 +233,12 @@ def _remove(path: Path) -> None:
 
 
 def _exists(path: Path) -> bool:
-    """Whether there is anything of that name, a dangling link included."""
+    """Check whether there is anything of that name, a dangling link included."""
     return path.exists() or path.is_symlink()
 
 
 def _holds(place: Path, path: Path) -> bool:
-    """Whether `place` is, or contains, `path`: also through links, and where a folder is mounted twice."""
+    """Check whether `place` is, or contains, `path`: also through links, and where a folder is mounted twice."""
     if not place.exists():
         return False
     here, real = place.stat(), path.resolve()

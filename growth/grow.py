@@ -135,7 +135,7 @@ def grow(
         reads = (*checkpoint.files, *([] if optimizer is None else [Path(os.path.expanduser(optimizer))]))
 
         def complete(folder: Path) -> Receipt | None:
-            """What a folder holds besides its shards, written and verified."""
+            """Write and verify what a folder holds besides its shards."""
             checkpoint.check_unchanged()
             write_index(folder, shards)
             if adam is not None:
@@ -246,7 +246,7 @@ def check_head(source: Checkpoint, plan: Plan) -> None:
 
 
 def _equal(source: Checkpoint, one: str, other: str) -> bool:
-    """Whether two stored tensors hold the same bits, compared some rows at a time."""
+    """Check whether two stored tensors hold the same bits, some rows at a time."""
     stored = source.tensors[one]
     if (stored.dtype, stored.shape) != (source.tensors[other].dtype, source.tensors[other].shape):
         return False
@@ -265,7 +265,7 @@ def _copy_companions(source: Path, folder: Path) -> None:
 
 
 def read_ledger(folder: Path) -> dict[str, Any] | None:
-    """What the source cost and reached, where training has written it beside the weights.
+    """Read the source's cost and loss, where training has written them beside the weights.
 
     Raises:
         UserError: ledger.json is no JSON object.

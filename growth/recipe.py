@@ -1,4 +1,4 @@
-"""What an operator is given (`Growth`) and what it decides (`Recipe`), from which every tensor's maps follow."""
+"""The input of an operator (`Growth`) and its decision (`Recipe`), from which every tensor's maps follow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from outgrow.model.notation import Axis, Parts, Product, Space
 
 @dataclass(frozen=True, eq=False)
 class Growth:
-    """What an operator is given: a family, two configs and their sizes.
+    """The input of an operator: a family, two configs and their sizes.
 
     Attributes:
         dtype: what the result is stored in ("float32"); None where that is the source's.
@@ -36,12 +36,12 @@ class Growth:
 
     @property
     def short(self) -> bool:
-        """Whether the result is stored in 16 bits, by what the source's config says: every gain but a power of two is then rounded."""
+        """Check whether the result is stored in 16 bits, as the source's config says; gains are then rounded."""
         return self.dtype is None and is_short(config_dtype(self.source_config) or "F32")
 
     @property
     def sets_eps(self) -> bool:
-        """Whether the residual stream's norms can have another epsilon: a key sets it, no other norm has it, none was asked for."""
+        """Check whether the residual stream's norms can have another epsilon: a key sets it, and for no other norm."""
         family, source = self.family, self.source_config
         return family.sets_eps and not family.other_norms(source) and family.eps(source) == family.eps(self.target_config)
 
@@ -71,17 +71,17 @@ class Growth:
 
     @property
     def embedding_gain(self) -> float:
-        """What undoes the change of a model's own factor sqrt(hidden) on its embeddings (Gemma); 1 where there is none."""
+        """The gain that undoes the change of a model's own factor sqrt(hidden) on its embeddings (Gemma); else 1."""
         return self.hidden_ratio ** max(line.scaled if line.kind == "embedding" else 0.0 for line in self.family.lines)
 
     @property
     def rotary_kept(self) -> bool:
-        """Whether exactly the same dimensions of a head are turned by the same angles."""
+        """Check that exactly the same dimensions of a head are turned by the same angles."""
         return self.family.rotary_dims(self.source_config) == self.family.rotary_dims(self.target_config)
 
     @property
     def attention_gain(self) -> float:
-        """How much larger q·k must become so that the library's scaling gives the source's attention logits."""
+        """The gain on q·k under which the library's scaling gives the source's attention logits."""
         if self.family.scaled_if is not None and not self.family.flag(self.source_config, self.family.scaled_if):
             return 1.0
         if self.family.attention_scale == "head_dim":
@@ -91,13 +91,13 @@ class Growth:
         return sqrt(self.target_config[self.family.attention_scale] / self.source_config[self.family.attention_scale])
 
     def grows(self, space: str) -> bool:
-        """Whether a space that the family has becomes larger."""
+        """Check whether a space that the family has becomes larger."""
         return self.source.get(space) != self.target.get(space)
 
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """What an operator decides.
+    """The decision of an operator.
 
     Attributes:
         expansions: one per space.

@@ -72,7 +72,7 @@ def _equal_copies(plan: Decision) -> Iterator[str]:
 
 
 def _evenly_read(write: AxisMap, read: AxisMap) -> int:
-    """How many target indices share their source index, and the gains with which they are written and read, with an earlier one."""
+    """Count target indices that share their source index and gains with an earlier one."""
     copies = np.flatnonzero(write.copies & read.copies)
     kinds = {(int(write.index[i]), float(write.gain[i]), float(read.gain[i])) for i in copies}
     return len(copies) - len(kinds)

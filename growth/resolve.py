@@ -117,7 +117,7 @@ def _quantised(source: Checkpoint, target: Target, depth: str | Sequence[int]) -
 
 
 def _check_depth(config: Config, shapes: Shapes) -> None:
-    """A config that announces more layers than the file can hold is told before anything is made of as many."""
+    """Reject a config with more layers than the file has tensors, before anything is allocated per layer."""
     for key in DEPTH_KEYS:
         if isinstance(count := config.get(key), int) and count > len(shapes):
             raise UserError(f"config.json says {key} {count:,}, but the file has {len(shapes)} tensors; is it another checkpoint's?")
@@ -140,7 +140,7 @@ def _left_out(names: Sequence[str]) -> list[str]:
 
 
 def _copies_layers_only(config: Config, target: Target, depth: str | Sequence[int]) -> bool:
-    """Whether nothing but the number of layers changes, and no new layer has to start as the identity."""
+    """Check that nothing but the number of layers changes, and no new layer has to start as the identity."""
     if not isinstance(target, Mapping) or (isinstance(depth, str) and LAYER_MAPS.get(depth, (None, False))[1]):
         return False
     return all(key in DEPTH_KEYS or config.get(key) == value for key, value in target.items())

@@ -62,7 +62,7 @@ def known_size(config: Config, name: str) -> int | None:
 
 
 def attention_backend(requested: str = "auto") -> tuple[str, str]:
-    """Which attention implementation to use, and why.
+    """Choose an attention implementation, and say why.
 
     Returns:
         (a `transformers` attn_implementation, the reason in words). "auto" takes flash-attn where it is installed on a GPU that supports

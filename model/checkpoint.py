@@ -36,7 +36,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True)
 class Stored:
-    """Where one tensor lies: file, byte offset, safetensors dtype and shape."""
+    """The place of one tensor: file, byte offset, safetensors dtype and shape."""
 
     file: Path
     offset: int
@@ -252,7 +252,7 @@ def _read_index(path: Path) -> dict[str, set[str]]:
 
 
 def shards_listed(path: Path) -> dict[str, set[str]]:
-    """Which tensors an index says are in which file, whether it is there or not.
+    """Read which tensors an index puts in which file, whether it is there or not.
 
     Raises:
         UserError: it is no index, or names anything but .safetensors files beside it.
@@ -352,7 +352,7 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def is_hub_name(source: str | Path) -> bool:
-    """Whether a source that is no folder here may be a repository of the Hugging Face hub: `owner/name`."""
+    """Check whether a source that is no folder here may be a repository of the Hugging Face hub: `owner/name`."""
     folder = Path(os.path.expanduser(source))
     return not folder.is_absolute() and not folder.exists() and _HUB_NAME.fullmatch(str(source)) is not None
 

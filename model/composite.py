@@ -55,7 +55,7 @@ def nested(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_text(key: str) -> bool:
-    """Whether a key of a flat view is the text model's own."""
+    """Check whether a key of a flat view is the text model's own."""
     return "." not in key
 
 

@@ -65,7 +65,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def value_faults(config: Config, family: Family) -> Iterator[str]:
-    """What is of another type than the engine computes with, of the values that are no sizes; sizes are checked where they are read."""
+    """List values that are no sizes and have a type that the engine does not compute with."""
     scale = family.attention_scale if family.attention_scale not in ("head_dim", "none") else None
     shares = (family.rotary_field, "partial_rotary_factor", "rope_theta")
     numbers = dict.fromkeys([family.field_name("norm_eps"), "initializer_range", *shares, *THETA, scale])
@@ -91,7 +91,7 @@ def _no_numbers(values: Config, keys: Iterable[str | None], where: str) -> Itera
 
 
 def tokenizer_size(folder: Path) -> int | None:
-    """How many token ids the tokenizer.json of a folder uses (its largest, plus one); None where there is none.
+    """Count the token ids of a folder's tokenizer.json (its largest, plus one); None where there is none.
 
     Raises:
         UserError: it is no tokenizer.json.
@@ -186,7 +186,7 @@ def _stored_as(source: Config | None, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def rope_of(config: Config) -> dict[str, Any]:
-    """What a config says of rotary positions, in today's spelling: older ones have `rope_scaling` and keep the base beside it."""
+    """Collect a config's rotary positions (RoPE) in today's spelling; older ones have `rope_scaling` and a base beside it."""
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})  # in the library's order
     theta = next(filter(None, (config.get(key) for key in THETA)), 10_000.0)
     return {"rope_type": rope.pop("type", "default"), "rope_theta": theta} | rope

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def documents_apart(tokens: Tensor, end_of_text: int, attention: str, masked: PretrainedConfig | None = None) -> dict[str, Any]:
-    """What a forward pass takes so that no token attends to another document.
+    """Compose the inputs of a forward pass under which no token attends to another document.
 
     transformers makes the masks of SDPA, FlexAttention and its eager attention from positions that restart. flash-attn knows no masks: it
     takes all documents as one row, and where each begins.

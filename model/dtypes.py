@@ -42,12 +42,12 @@ def config_dtype(config: Mapping[str, Any]) -> str | None:
 
 
 def is_short(dtype: str) -> bool:
-    """Whether it is a float format of 16 bits."""
+    """Check for a float format of 16 bits."""
     return dtype in ("F16", "BF16")
 
 
 def is_float(dtype: str) -> bool:
-    """Whether growth can do arithmetic in this format."""
+    """Check whether growth can do arithmetic in this format."""
     return dtype in FLOATS or dtype == "BF16"
 
 

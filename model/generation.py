@@ -78,7 +78,7 @@ def _valid(entries: Mapping[str, Any]) -> GenerationConfig | None:
 
 
 def _entries(config: Config) -> dict[str, Any]:
-    """What a config itself says of writing, as older files do."""
+    """Collect the generation settings that a config itself holds, as older files do."""
     from transformers import GenerationConfig
 
     known = GenerationConfig().to_dict().keys() - {"transformers_version"}

@@ -65,7 +65,7 @@ def flops_per_token(config: Config, context: int) -> float:
 
 
 def flops_source(config: Config, context: int) -> str:
-    """Where `flops_per_token` comes from, in words."""
+    """Name the source of `flops_per_token`."""
     if _by_schema(config, context):
         return "formula over the family's schema"
     if counted(config, context) is not None:
@@ -105,7 +105,7 @@ def unpaid_flops_per_token(config: Config, context: int, frozen: Collection[str]
 
 
 def _places(tensors: list[Tensor], layers: int) -> list[int]:
-    """Where each tensor works: in a layer by its number, before the layers (-1) or behind them."""
+    """Place each tensor: in a layer by its number, before the layers (-1) or behind them."""
     reached, places = -1, []
     for tensor in tensors:
         reached = layers if tensor.layer is None and reached >= 0 else reached if tensor.layer is None else tensor.layer

@@ -1,4 +1,4 @@
-"""Which parameters of a class are matrices, as its tiny twin shows: by what a forward pass over text does with them, not by their names."""
+"""The parameters of a class that are matrices, as its tiny twin shows: by their use in a forward pass, not by name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Kind = Literal["matrix", "matrices", "convolution", "embedding", "other", "unuse
 
 @dataclass(frozen=True)
 class Parameter:
-    """What a class does with one parameter, in every layer that has it.
+    """The use that a class makes of one parameter, in every layer that has it.
 
     Attributes:
         kind: "matrix": two axes, of which a product sums over one; "matrices": a stack of such, as of experts (expert, out, in);

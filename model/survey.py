@@ -44,7 +44,7 @@ class Answer(Generic[T]):
 
 @dataclass(frozen=True)
 class Survey:
-    """What one class does, under one attention implementation and precision, on one device.
+    """The behaviour of one class, under one attention implementation and precision, on one device.
 
     Attributes:
         device, precision, attention, versions: under which it was measured.
@@ -70,7 +70,7 @@ class Survey:
     sometimes: Answer[tuple[str, ...]]
 
     def same(self, difference: Answer[float]) -> bool:
-        """Whether a difference was measured and is rounding."""
+        """Check that a difference was measured and is rounding."""
         return difference.value is not None and difference.value <= TOLERANCE[self.precision]
 
 
@@ -88,7 +88,7 @@ def survey(config: Config, *, attention: str, device: torch.device | str = "cpu"
 
 
 def works(config: Config, attention: str, *, device: torch.device | str = "cpu", precision: str = "fp32") -> Answer[bool]:
-    """Whether the class of `config` runs forward and backward under an attention implementation; where not, the reason.
+    """Check whether the class of `config` runs forward and backward under an attention implementation; if not, why.
 
     Raises:
         UserError: the class does not build or run as a tiny twin.
@@ -151,7 +151,7 @@ def _survey(twin: Twin, attention: str, device: str, precision: str) -> Survey:
 
 @contextmanager
 def _aside(device: str) -> Iterator[None]:
-    """With the library silent, and the random numbers of the run left as they are."""
+    """Silence the library, and leave the random numbers of the run as they are."""
     devices = [] if device == "cpu" else [torch.device(device)]
     with quietly(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
@@ -187,7 +187,7 @@ class _Bench:
         return self.twin.tokens(ROWS, LENGTH, seed).to(self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """As the run multiplies."""
+        """Multiply in the run's precision (mixed precision under autocast)."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     @torch.no_grad()
@@ -232,7 +232,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 @torch.no_grad()
 def _head(bench: _Bench) -> float:
-    """How far the output head over what the base model gives is from the logits."""
+    """Measure how far the output head over the base model's hidden states is from the logits."""
     base, head = bench.model.base_model, bench.model.get_output_embeddings()
     if base is bench.model or head is None:
         raise UserError("its class has no base model and output head under the names that the library gives them")
@@ -247,7 +247,7 @@ def _head(bench: _Bench) -> float:
 
 
 def _future(bench: _Bench) -> float:
-    """How far the logits before CUT move with the tokens from there on."""
+    """Measure how far the logits before CUT move with the tokens from there on."""
     text = bench.text(0)
     changed = torch.cat((text[:, :CUT], bench.text(1)[:, CUT:]), 1)
     before = bench.steady({"input_ids": text})[:, :CUT]
@@ -280,7 +280,7 @@ def _moved_by_masks(bench: _Bench) -> float:
 
 
 def _leak(bench: _Bench, *, masked: bool = False) -> float:
-    """How far the logits from an end-of-text token on move with the tokens before it, documents kept apart as the trainer does."""
+    """Measure how far the logits after an end-of-text token move with the tokens before it, documents kept apart."""
     text = bench.text(0)
     text[:, CUT] = bench.end_of_text
     changed = torch.cat((bench.text(1)[:, :CUT], text[:, CUT:]), 1)

@@ -14,7 +14,7 @@ PARTIAL, FORMER = ".partial", ".former.partial"
 
 
 def partial_of(path: Path) -> Path:
-    """Where `path` is made before it takes its name."""
+    """Name the place where `path` is made before it takes its name."""
     return path.with_name(path.name + PARTIAL)
 
 

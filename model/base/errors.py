@@ -38,7 +38,7 @@ def _shortened(word: re.Match[str]) -> str:
 
 @contextmanager
 def reading(path: object) -> Iterator[None]:
-    """Tell a file that the system does not let us read as a UserError."""
+    """Turn an OSError raised while reading `path` into a UserError."""
     try:
         yield
     except OSError as fault:

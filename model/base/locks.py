@@ -154,7 +154,7 @@ class _Claim:
 
 
 def _is_left_over(age: float, lines: list[str]) -> bool:
-    """Whether a claim's process has ended: on this host, by its number; elsewhere, by the claim's age in seconds."""
+    """Check whether a claim's process has ended: on this host by its number, elsewhere by the claim's age in seconds."""
     if age > STALE_SECONDS:
         return True
     owner = json.loads(lines[0]) if len(lines) > 1 else {}

@@ -40,7 +40,8 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
     from yaml import YAMLError
 
     faults: list[str] = []
-    parsed = [override for text in overrides if (override := _parse(text, faults)) is not None]
+    attempts = [_parse(text, faults) for text in overrides]
+    parsed = [override for override in attempts if override is not None]
     parsed = each_dict_once(parsed, faults)
     try:
         groups = _groups(folder, name)
@@ -51,16 +52,23 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
         try:
             cfg = compose(name, [str(o.input_line) for o in choices])
             values = [o for o in parsed if not _is_choice(groups, o) and _key_holds(cfg, o, groups, faults)]
-            changes = [o for o in values if o.is_add() or o.is_force_add() or o.is_delete() or o.key_or_group.startswith("hydra")]
+            changes = [o for o in values if _changes_keys(o) or o.key_or_group.startswith("hydra")]
             if changes:
                 cfg = compose(name, [str(o.input_line) for o in (*choices, *changes)])
-            for value in (o for o in values if o not in changes):  # as Hydra does; composing again would take longer than planning a growth
-                OmegaConf.update(cfg, value.key_or_group, value.value(), merge=True)
+            # Plain values are set as Hydra sets them; composing again would take longer than planning a growth.
+            for value in values:
+                if value not in changes:
+                    OmegaConf.update(cfg, value.key_or_group, value.value(), merge=True)
             return cfg, faults
         except (HydraException, OmegaConfBaseException) as error:
             return OmegaConf.create({}), [*faults, str(error).strip()]
         except YAMLError as error:
             return OmegaConf.create({}), [*faults, yaml_fault(error)]
+
+
+def _changes_keys(override: Override) -> bool:
+    """Check whether an override adds or deletes a key."""
+    return bool(override.is_add() or override.is_force_add() or override.is_delete())
 
 
 @contextmanager
@@ -183,7 +191,7 @@ def _groups(folder: Path, name: str) -> set[str]:
 
 
 def _is_choice(groups: set[str], override: Override) -> bool:
-    """Whether it chooses a file of a group (growth=tile) and sets no value."""
+    """Check whether it chooses a file of a group (growth=tile) and sets no value."""
     return not override.key_or_group.startswith("hydra/") and override.key_or_group in groups  # Hydra knows its own groups
 
 
@@ -200,13 +208,18 @@ def _key_holds(cfg: DictConfig, override: Override, groups: set[str], faults: li
     if override.is_add() or override.is_force_add() or override.key_or_group.startswith(("hydra.", "hydra/")):
         return True
     node: Any = cfg
-    for depth, part in enumerate(parts := override.key_or_group.split(".")):
-        if not isinstance(node, Mapping) or part not in list(node):  # a DictConfig does not "contain" a missing value, but lists its key
-            known = {str(key) for key in node} if isinstance(node, Mapping) else set()
-            way = _elsewhere(cfg, parts[-1]) or did_you_mean(part, known | groups if depth == 0 else known)
+    parts = override.key_or_group.split(".")
+    for depth, part in enumerate(parts):
+        # A DictConfig does not "contain" a missing value, but lists its key.
+        keys = list(node) if isinstance(node, Mapping) else []
+        if part not in keys:
+            known = set(map(str, keys))
+            near = did_you_mean(part, known | groups if depth == 0 else known)
+            way = _elsewhere(cfg, parts[-1]) or near
             faults.append(f"{'.'.join(parts[: depth + 1])}: unknown key; {way}")
             return False
-        node = node._get_node(part) if hasattr(node, "_get_node") else node[part]  # the node itself: no interpolation, no missing value
+        # The node itself: no interpolation, no missing value.
+        node = node._get_node(part) if hasattr(node, "_get_node") else node[part]
     return True
 
 
@@ -293,18 +306,19 @@ def read(cls: type[T], values: Any, path: str, faults: list[str]) -> T | None:
     if rest is None:
         faults += [f"{path}{key}: unknown key; {did_you_mean(key, fields)}" for key in extra]
     hints = typing.get_type_hints(cls)
-    found: dict[str, Any] = {} if rest is None else {rest: extra}
+    fitting: dict[str, Any] = {} if rest is None else {rest: extra}
     missing = False
     for name, field in fields.items():
         if name == rest:
             continue
         if name in values and values[name] != MISSING:
-            found[name] = _read_value(hints[name], values[name], f"{path}{name}", faults)
+            fitting[name] = _read_value(hints[name], values[name], f"{path}{name}", faults)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             missing = True
-            if not any(fault.startswith(f"{path}{name}:") for fault in faults):  # else it is told already why it is not there
+            # Unless it is reported already why it is not there.
+            if not any(fault.startswith(f"{path}{name}:") for fault in faults):
                 faults.append(f"{path}{name}: missing")
-    return cls(**found) if len(faults) == before and not missing else None
+    return cls(**fitting) if len(faults) == before and not missing else None
 
 
 def _read_value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
@@ -348,7 +362,8 @@ def _read_union(arguments: tuple[Any, ...], hint: Any, value: Any, path: str, fa
 def _read_choice(choices: tuple[Any, ...], value: Any, path: str, faults: list[str]) -> Any:
     if any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
         return value
-    faults.append(f"{path}: unknown value {value!r}; {did_you_mean(str(value), [str(choice).lower() for choice in choices])}")
+    known = [str(choice).lower() for choice in choices]
+    faults.append(f"{path}: unknown value {value!r}; {did_you_mean(str(value), known)}")
     return None
 
 
@@ -358,19 +373,28 @@ def _read_sequence(origin: Any, arguments: tuple[Any, ...], hint: Any, value: An
         faults.append(f"{path}: expected {_spell(hint)}; found {value!r}")
         return None
     kinds = arguments if fixed else (arguments[0],) * len(value)
-    return origin(_read_value(kind, item, f"{path}[{i}]", faults) for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+    pairs = enumerate(zip(kinds, value, strict=True))
+    return origin(_read_value(kind, item, f"{path}[{number}]", faults) for number, (kind, item) in pairs)
+
+
+TYPE_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: "keys and values",
+    type(None): "null",
+}
 
 
 def _spell(hint: Any) -> str:
-    """A type as a user reads it in YAML."""
+    """Name a type as a user reads it in YAML."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "keys and values", type(None): "null"}
     if origin in (types.UnionType, typing.Union):
         return " or ".join(_spell(argument) for argument in arguments)
     if origin in (tuple, list):
-        return f"a list of {_spell(arguments[0])}" + (
-            f" ({len(arguments)} of them)" if Ellipsis not in arguments and origin is tuple else ""
-        )
+        fixed = origin is tuple and Ellipsis not in arguments
+        return f"a list of {_spell(arguments[0])}" + f" ({len(arguments)} of them)" * fixed
     if origin is Literal:
         return " or ".join(str(argument).lower() for argument in arguments)
-    return names.get(origin or hint, str(hint))
+    return TYPE_NAMES.get(origin or hint, str(hint))

@@ -121,7 +121,8 @@ class Axes:
 
     @cached_property
     def kv(self) -> int:
-        return 1 if self.multi_query else int(self.config.get(self.keys.kv or "") or self.heads)
+        named = self.config.get(self.keys.kv or "")
+        return 1 if self.multi_query else int(named or self.heads)
 
     @property
     def multi_query(self) -> bool:
@@ -155,8 +156,10 @@ class Axes:
     @property
     def head_keys(self) -> tuple[str, ...]:
         """The keys that multiply the heads: key-value groups where there is more than one, else query heads."""
-        groups = (self.keys.kv,) if self.keys.kv and self.kv > 1 and self.takes_kv else ()
-        return (self.keys.heads, *groups) if self.keys.heads else ()
+        heads, kv = self.keys.heads, self.keys.kv
+        if not heads:
+            return ()
+        return (heads, kv) if kv and self.kv > 1 and self.takes_kv else (heads,)
 
     @property
     def width_keys(self) -> tuple[str, ...]:
@@ -179,7 +182,8 @@ class Axes:
         if not moved:
             return self.keys.heads is not None
         pairs = [pair for name in moved for pair in zip(self.shapes[name], moved[name], strict=True)]
-        return not any(after == 2 * before and before > 2 * self.heads for before, after in pairs)
+        long = [(before, after) for before, after in pairs if before > 2 * self.heads]
+        return not any(after == 2 * before for before, after in long)
 
     @cached_property
     def mixer(self) -> Mixer | None:
@@ -246,17 +250,19 @@ class Axes:
     @cached_property
     def by_kv(self) -> Shapes | None:
         """The shapes under twice the key-value heads, where there are fewer of them than query heads."""
-        if self.keys.kv is None or self.kv == self.heads or self.heads % (self.kv * 2):
+        key, doubled = self.keys.kv, self.kv * 2
+        if key is None or self.kv == self.heads or self.heads % doubled:
             return None
-        return self.changed({self.keys.kv: self.kv * 2})
+        return self.changed({key: doubled})
 
     @cached_property
     def by_key(self) -> dict[str, Shapes]:
         """The shapes under 8 more of each feed-forward size, the vocabulary and the positions, as far as the
         library builds them.
         """
-        names = [self.keys.ffn, *self.keys.more, self.keys.vocab, self.keys.positions]
-        moved = {name: self.changed({name: self.config[name] + 8}) for name in names if name}
+        keys = self.keys
+        names = filter(None, (keys.ffn, *keys.more, keys.vocab, keys.positions))
+        moved = {name: self.changed({name: self.config[name] + 8}) for name in names}
         return {name: shapes for name, shapes in moved.items() if shapes is not None}
 
 

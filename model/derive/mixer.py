@@ -47,7 +47,8 @@ def find_mixer(
     Returns:
         None where there are none, or they have a size of their own.
     """
-    logs = [name for name, shape in shapes.items() if name.endswith(".A_log") and len(shape) == 1]
+    vectors = [name for name, shape in shapes.items() if len(shape) == 1]
+    logs = [name for name in vectors if name.endswith(".A_log")]
     modules = tuple(name.removesuffix(".A_log") for name in logs)
     out = f"{modules[0]}.out_proj.weight" if modules else ""
     if out not in shapes:
@@ -55,19 +56,19 @@ def find_mixer(
     rates = logs[0]
     (heads,), inner = shapes[rates], shapes[out][1]
     alone = wider()
+    sizes = {name: value for name, value in config.items() if type(value) is int}
     if inner % heads or (alone and alone[out][1] == inner):
         return None
 
     def key(size: int, grown: int) -> str | None:
         """Find the key of that size which, doubled with the width, makes `grown` heads."""
-        names = [name for name, value in config.items() if type(value) is int and value == size]
-        for name in names:
+        for name in [name for name, value in sizes.items() if value == size]:
             moved = wider(name)
-            if moved and moved[rates] == (grown,) and moved[out][1] == 2 * inner:
+            if moved and (moved[rates], moved[out][1]) == ((grown,), 2 * inner):
                 return name
         return None
 
     rows, dims = key(heads, 2 * heads), key(inner // heads, heads)
-    counts = [name for name, value in config.items() if GROUPS.search(name) and type(value) is int]
+    counts = [name for name in sizes if GROUPS.search(name)]
     groups = counts[0] if counts else None
     return Mixer(modules, rows, dims, groups, inner) if rows and dims else None

@@ -138,16 +138,21 @@ class Draft:
     @cached_property
     def _unnamed(self) -> dict[str, tuple[Axis, ...]]:
         """Tensor → its axes, head dims as numbers."""
-        dims = {name: range(len(seen.shape)) for name, seen in self.seen.items()}
-        return {name: tuple(self._template(name, dim) for dim in dims[name]) for name in self.seen}
+
+        def axes(name: str) -> tuple[Axis, ...]:
+            dims = range(len(self.seen[name].shape))
+            return tuple(self._template(name, dim) for dim in dims)
+
+        return {name: axes(name) for name in self.seen}
 
     @cached_property
     def _may_have_blocks(self) -> bool:
         """Check that queries, keys and values are one tensor, with as many heads each, a multiple of the
         blocks.
         """
+        heads = self.axes.heads
         fused = any(FUSED_PARTS in axes for axes in self._unnamed.values())
-        return fused and self.axes.kv == self.axes.heads and self.axes.heads % BLOCKS == 0
+        return fused and self.axes.kv == heads and heads % BLOCKS == 0
 
     @cached_property
     def _all_named(self) -> bool:
@@ -158,7 +163,8 @@ class Draft:
             for dim, axis in enumerate(axes)
             if axis in HEADS
         ]
-        return bool(self._head_dim and dims) and all(self._named_axis(name, dim) for name, dim in dims)
+        recognised = all(self._named_axis(name, dim) for name, dim in dims)
+        return bool(self._head_dim and dims) and recognised
 
     def _named_axis(self, name: str, dim: int) -> Axis | None:
         """Name the head dims of an axis over heads; None where it has none or the module's name does not tell
@@ -174,7 +180,8 @@ class Draft:
             return Space("qk")
         if axis not in HEADS:
             return None
-        over_queries, over_keys = length == self.axes.heads * head, length == self.axes.kv * head
+        over_queries = length == self.axes.heads * head
+        over_keys = length == self.axes.kv * head
         if is_head_norm:
             return NAMED_QUERIES if over_queries else NAMED_KEY_NORM
         if self.seen[name].reads[dim]:
@@ -196,11 +203,12 @@ class Draft:
             return axis
 
         def moved(shapes: Shapes | None) -> int:
-            """How much longer the axis is in these shapes."""
+            """Compute how much longer the axis is in these shapes."""
             return 0 if shapes is None else shapes[name][dim] - length
 
         by_key = {key: moved(shapes) for key, shapes in axes.by_key.items() if moved(shapes)}
-        by_hidden, queries, kv = (moved(shapes) for shapes in (axes.by_hidden, axes.by_queries, axes.by_kv))
+        by_hidden = moved(axes.by_hidden)
+        queries, kv = moved(axes.by_queries), moved(axes.by_kv)
         by_heads = queries or kv
         if by_key:
             return OPEN if by_hidden or by_heads else self._of_keys(by_key, length)
@@ -273,11 +281,13 @@ class Draft:
         Its input is gates, channels, state projections and a time step for each head.
         """
         mixer, seen = self.axes.mixer, self.seen[name]
-        if mixer is None or not name.startswith(tuple(f"{module}." for module in mixer.modules)):
+        modules = () if mixer is None else tuple(f"{module}." for module in mixer.modules)
+        if mixer is None or not name.startswith(modules):
             return None
         rates: Axis = Product((GROUPS, Space(mixer.heads)))
         channels: Axis = Product((GROUPS, Space(mixer.heads), Space(mixer.dim)))
-        length, heads, leaf = seen.shape[dim], int(self.axes.config[mixer.heads]), leaf_of(name)
+        length, leaf = seen.shape[dim], leaf_of(name)
+        heads = int(self.axes.config[mixer.heads])
         if leaf == "in_proj" and not seen.reads[dim]:
             complete = length > 2 * mixer.inner + heads
             return Parts((channels, channels, OPEN, rates)) if complete else None
@@ -304,7 +314,8 @@ class Draft:
             return KEYS if kv // axes.kv > 1 else ONE_PER_KV
         if queries != length:
             return OPEN
-        if length == 3 * axes.heads * head and axes.kv == axes.heads and FUSED.search(leaf_of(name)):
+        three_each = length == 3 * axes.heads * head and axes.kv == axes.heads
+        if three_each and FUSED.search(leaf_of(name)):
             return self._fused()
         return QUERIES if length > axes.heads else ONE_PER_QUERY
 
@@ -327,7 +338,8 @@ class Draft:
             return ONE_PER_QUERY
         if length == axes.hidden:
             return QUERIES if self._is_heads(name, dim) else RESIDUAL
-        if length == (axes.heads + 2 * axes.kv) * self._head_dim and FUSED.search(leaf_of(name)):
+        fused_heads = axes.heads + 2 * axes.kv
+        if length == fused_heads * self._head_dim and FUSED.search(leaf_of(name)):
             return self._fused()
         return self._of_hidden(name, dim, by_hidden)
 
@@ -339,7 +351,9 @@ class Draft:
         leaf, reads = leaf_of(name), self.seen[name].reads[dim]
         path = module_of(name).rpartition(".")[0]
         into = self.seen.get(f"{path}.in_proj.weight")
-        if into is None or into.shape[0] != 3 * self.axes.hidden or f"{path}.conv.weight" not in self.seen:
+        if into is None or f"{path}.conv.weight" not in self.seen:
+            return False
+        if into.shape[0] != 3 * self.axes.hidden:
             return False
         return leaf == "conv" or (leaf == "out_proj" if reads else leaf == "in_proj")
 
@@ -364,8 +378,8 @@ class Draft:
     @property
     def norm(self) -> Literal["layer", "rms"]:
         """The kind of most norms over the residual stream."""
-        over_stream = [seen for name, seen in self.seen.items() if self._unnamed[name] == (RESIDUAL,)]
-        kinds = [seen.norm for seen in over_stream if seen.norm]
+        over_stream = [name for name, axes in self._unnamed.items() if axes == (RESIDUAL,)]
+        kinds = [self.seen[name].norm for name in over_stream]
         return "layer" if kinds.count("layer") >= kinds.count("rms") else "rms"
 
     @property
@@ -375,7 +389,7 @@ class Draft:
         Cross-attention without an encoder, for one.
         """
         unused = [name for name, seen in self.seen.items() if not seen.used]
-        return [name for name in unused if any(not _is_open(axis) for axis in self._unnamed[name])]
+        return [name for name in unused if not all(map(_is_open, self._unnamed[name]))]
 
     @property
     def unproved(self) -> list[str]:
@@ -428,4 +442,6 @@ def module_of(name: str) -> str:
 def leaf_of(name: str) -> str:
     """Return the last word of the name of a tensor's module."""
     words = [word for word in name.split(".") if not word.isdigit()]
-    return words[-2] if len(words) > 1 and words[-1] in ("weight", "bias") else words[-1]
+    if len(words) > 1 and words[-1] in ("weight", "bias"):
+        return words[-2]
+    return words[-1]

@@ -33,6 +33,8 @@ from outgrow.model.notation import (
 )
 
 Shapes = Mapping[str, tuple[int, ...]]
+Size = tuple[str, int | Fraction]  # (config key, factor)
+Layers = tuple[int | None, ...]
 LATENT = re.compile(r"_b_proj\.weight$")  # reads a latent vector, as DeepSeek's attention has them
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")  # in a tensor's name: of a layer, of an expert
 BLOCK = Space("block")
@@ -85,14 +87,12 @@ def drafted_family(
     )
 
 
-def _further_sizes(
-    draft: Draft, config: Config, lines: Iterable[Line]
-) -> dict[str, tuple[str, int | Fraction]]:
+def _further_sizes(draft: Draft, config: Config, lines: Iterable[Line]) -> dict[str, Size]:
     """Say what the sizes of further spaces are: space → (config key, factor)."""
     keys, mixer = draft.axes.keys, draft.axes.mixer
     used = [space for line in lines for axis in line.axes for space in spaces(axis)]
     named = {space.name for space in used}
-    sizes: dict[str, tuple[str, int | Fraction]] = {key: (key, 1) for key in keys.more if key in named}
+    sizes: dict[str, Size] = {key: (key, 1) for key in keys.more if key in named}
     shares = {space.name: share for space in used if (share := inner_share(space)) is not None}
     sizes |= {name: (keys.hidden, share) for name, share in shares.items()}
     if mixer is not None:
@@ -118,7 +118,8 @@ def variants(draft: Draft) -> Iterator[Draft]:
 def _lines(draft: Draft, config: Config, shapes: Shapes, called: Mapping[str, str]) -> Iterator[Line]:
     """Yield the schema's lines: one for all layers and experts whose tensors are described alike."""
     count = int(config[draft.axes.keys.layers])
-    twins = _Twins(draft.seen, int(draft.axes.config[draft.axes.keys.layers]), draft.stands)
+    tiny_count = int(draft.axes.config[draft.axes.keys.layers])
+    twins = _Twins(draft.seen, tiny_count, draft.stands)
     # One line for every tensor, by its twin in the tiny model.
     lines: dict[str, Line] = {}
     by_text = []
@@ -131,7 +132,8 @@ def _lines(draft: Draft, config: Config, shapes: Shapes, called: Mapping[str, st
         if draft.seen[twin].by_text:
             by_text.append(name)
     # The layers are the lists as long as the config says that some text goes through: not another tower's.
-    stacks = {stack for stack in _stacks(shapes, count) if any(name.startswith(stack) for name in by_text)}
+    stacks = _stacks(shapes, count)
+    stacks = {stack for stack in stacks if any(name.startswith(stack) for name in by_text)}
     # Lines that differ in the layer alone become one with a star.
     grouped: dict[Line, list[int | None]] = defaultdict(list)
     for name, line in lines.items():
@@ -157,7 +159,7 @@ def _line(draft: Draft, name: str, twin: str, config: Config, shapes: Shapes) ->
         return Line(module, role, axes[0], None, bias=bias == shape, offset=1.0 if seen.offset else 0.0)
     if is_weight and len(shape) == 2 and (seen.indexed or seen.reads.count(True) == 1):
         transposed = seen.indexed or seen.reads[0]  # stored (in, out)
-        out, into = (axes[1], axes[0]) if transposed else (axes[0], axes[1])
+        out, into = reversed(axes) if transposed else axes
         is_scaled = draft.choices.embeddings == "scaled" and seen.parameter == draft.embedding
         power = EMBEDDING_SCALE if is_scaled else _power(draft, seen.parameter, axes)
         has_bias = bias == (shape[1 if transposed else 0],)
@@ -269,7 +271,8 @@ def _first_number(name: str) -> tuple[str, int | None]:
     match = re.search(r"(?<=\.)\d+(?=\.)", name)
     if match is None:
         return name, None
-    return f"{name[: match.start()]}*{name[match.end() :]}", int(match[0])
+    head, tail = _around(match)
+    return f"{head}*{tail}", int(match[0])
 
 
 def _numberless(name: str) -> str:
@@ -294,7 +297,7 @@ def _layer_of(name: str, stacks: set[str]) -> tuple[str, int | None]:
 
 def _merged(grouped: Mapping[Line, list[int | None]], count: int) -> Iterator[Line]:
     """Yield lines, with runs of numbered siblings (experts) folded into `{a..b}`."""
-    folded: dict[tuple[Line, tuple[int | None, ...]], list[Line]] = defaultdict(list)
+    folded: dict[tuple[Line, Layers], list[Line]] = defaultdict(list)
     for line, layers in grouped.items():
         unnumbered = replace(line, name=_numberless(line.name))
         folded[unnumbered, tuple(layers)].append(line)
@@ -310,9 +313,15 @@ def _braced(names: list[str]) -> list[str]:
     matches = [match for name in names if (match := NUMBER.search(name))]
     if len(names) < 2 or len(matches) != len(names):
         return names
-    stems = {(match.string[: match.start()], match.string[match.end() :]) for match in matches}
+    stems = {_around(match) for match in matches}
     numbers = sorted(int(match[0]) for match in matches)
-    if len(stems) != 1 or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+    first, last = numbers[0], numbers[-1]
+    if len(stems) != 1 or numbers != list(range(first, last + 1)):
         return names
     ((head, tail),) = stems
-    return [f"{head}{{{numbers[0]}..{numbers[-1]}}}{tail}"]
+    return [f"{head}{{{first}..{last}}}{tail}"]
+
+
+def _around(match: re.Match[str]) -> tuple[str, str]:
+    """Return what stands before and after a match."""
+    return match.string[: match.start()], match.string[match.end() :]

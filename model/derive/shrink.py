@@ -255,7 +255,10 @@ def _small_layer(entry: Config) -> dict[str, Any]:
 
 
 def _words(value: object) -> bool:
-    return isinstance(value, list) and len(value) > 1 and all(isinstance(word, str) for word in value)
+    """Check for a list of several words."""
+    if not isinstance(value, list) or len(value) < 2:
+        return False
+    return all(isinstance(word, str) for word in value)
 
 
 def _of_layers(config: Config, depth: int) -> tuple[list[list[Any]], list[list[int]]]:
@@ -321,4 +324,5 @@ def stand_ins(kinds: Sequence[str], kept: tuple[int, ...]) -> tuple[int, ...]:
         return ()
     first = {kinds[layer]: place for place, layer in reversed(list(enumerate(kept)))}
     last = {kinds[layer]: place for place, layer in enumerate(kept)}
-    return (*(first[kind] for kind in kinds[:-1]), last[kinds[-1]])
+    places = [first[kind] for kind in kinds[:-1]]
+    return (*places, last[kinds[-1]])

@@ -76,7 +76,8 @@ def _alike_in_twin(config: Config, names: list[str]) -> dict[str, Start]:
 
 def _drawn(seen: list[torch.Tensor]) -> Start:
     """The distribution of what the class works out by chance."""
-    return Start(torch.cat([one.flatten() for one in seen]).double().sort().values.numpy())
+    entries = torch.cat([one.flatten() for one in seen]).double()
+    return Start(entries.sort().values.numpy())
 
 
 def _start(seen: torch.Tensor) -> Start:
@@ -112,7 +113,7 @@ def _hold(model: PreTrainedModel, names: list[str]) -> None:
 
 @contextmanager
 def _started(model: PreTrainedModel, built: _Pen, seed: int) -> Iterator[_Pen]:
-    """With the class's own initialisation done under `seed`, and followed."""
+    """Run the class's own initialisation under `seed`, and follow it."""
     for module in model.modules():
         module.__dict__.pop("_is_hf_initialized", None)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), _Pen(built) as pen, pen.told():
@@ -154,7 +155,7 @@ def _orthogonal(tensor: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
 
 
 def _lose(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-    """What cannot be followed."""
+    """Leave out what cannot be followed."""
 
 
 TOLD: dict[str, Callable[..., torch.Tensor | None]] = {
@@ -177,7 +178,7 @@ class _Pen(TorchDispatchMode):
         self._alive: list[torch.Tensor] = [] if before is None else list(before._alive)
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """What a tensor holds: quantiles, or all entries; None where that is not known."""
+        """Look up a tensor's content: quantiles, or all entries; None where that is not known."""
         if tensor.is_meta:
             return self._seen.get(_storage(tensor))
         return tensor.detach().double().clone() if tensor.isfinite().all() else None
@@ -229,7 +230,7 @@ class _Pen(TorchDispatchMode):
     def _written(
         self, func: Any, before: torch.Tensor | None, into: torch.Tensor, args: tuple[Any, ...], kwargs: Any
     ) -> torch.Tensor | None:
-        """What a tensor holds after an operation in its place."""
+        """Compute a tensor's content after an operation in place."""
         match func.overloadpacket, args:
             case (aten.normal_, _):
                 return _normal(*_pair(args, (0.0, 1.0)))
@@ -244,7 +245,7 @@ class _Pen(TorchDispatchMode):
         return _replayed(func, None if before is None else before.clone(), args, kwargs)
 
     def _made(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
-        """What a new tensor holds."""
+        """Compute a new tensor's content."""
         packet = func.overloadpacket
         if packet in MADE:
             return torch.full((1,), MADE[packet], dtype=torch.float64)
@@ -261,7 +262,8 @@ class _Pen(TorchDispatchMode):
 
 def _pair(args: Sequence[Any], missing: Sequence[float]) -> tuple[float, float]:
     """Two numbers, of which PyTorch leaves the last ones out where they are its own."""
-    return float(args[0] if args else missing[0]), float(args[1] if len(args) > 1 else missing[1])
+    numbers = [*args[:2], *missing[len(args) :]]
+    return float(numbers[0]), float(numbers[1])
 
 
 def _storage(tensor: torch.Tensor) -> int:

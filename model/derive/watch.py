@@ -248,7 +248,8 @@ def _norms(model: PreTrainedModel, watch: _Watch) -> dict[str, tuple[str, float,
         if behaviour is None:
             continue
         out = watch.outputs[name]
-        readers = {reader for reader, read in watch.inputs if reader in matrices and _same(read, out)}
+        read = [(reader, entries) for reader, entries in watch.inputs if reader in matrices]
+        readers = {reader for reader, entries in read if _same(entries, out)}
         role = "final norm" if readers & heads else "norm" if readers else "post norm"
         for part, _ in module.named_parameters(recurse=False):
             norms[f"{name}.{part}"] = (*behaviour, role)
@@ -264,7 +265,8 @@ def _behaviour(module: torch.nn.Module, weight: torch.Tensor) -> tuple[str, floa
     numbers = torch.Generator().manual_seed(0)
     inputs = torch.randn(3, len(weight), generator=numbers, dtype=torch.float64)
     try:
-        out, doubled, shifted = module(inputs), module(2 * inputs), module(inputs + 5)
+        out, doubled = module(inputs), module(2 * inputs)
+        shifted = module(inputs + 5)
         kept = weight.detach().clone()
         weight.data.zero_()
         unscaled = module(inputs)
@@ -304,7 +306,8 @@ def _places(model: PreTrainedModel) -> dict[str, tuple[tuple[int, ...], str, tup
     places: dict[str, tuple[tuple[int, ...], str, list[int | None]]] = {}
     for axis in range(max(tensor.ndim for tensor in state.values())):
         for number, tensor in enumerate(state.values()):
-            tensor.data.copy_(torch.zeros_like(tensor) + number * PAINT + _coordinate(tensor, axis))
+            paint = number * PAINT + _coordinate(tensor, axis)
+            tensor.data.copy_(torch.zeros_like(tensor) + paint)
         for name, painted in stored(model).items():
             if not painted.is_floating_point() or painted.numel() == 0:
                 continue
