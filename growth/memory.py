@@ -55,7 +55,8 @@ def grow_model(
 
 def plan_of(model: PreTrainedModel, target: Target, operator: str = "lossless", **how: Any) -> Plan:
     """The plan that `grow_model` follows, from the model's config and the dtypes of its tensors."""
-    made, held = plan(config_of(model), target, operator, **how), _Held(_tensors(model))
+    made = plan(config_of(model), target, operator, **how)
+    held = _Held(_tensors(model))
     checked = made if made.change is None else made.change.within
     dtypes = check_tensors(held, checked.growth, checked.steps)
     return replace(made, dtypes=dtypes)

@@ -25,44 +25,57 @@ Operator = Callable[..., Recipe]
 
 
 def _wrapped(n: int, N: int) -> np.ndarray:
-    """p mod n for every position: whole and partial copies."""
+    """Index p mod n for every position: whole and partial copies."""
     return np.arange(N) % n
 
 
 def _padded(n: int, N: int) -> np.ndarray:
-    """The source first, then new indices."""
-    return np.where(np.arange(N) < n, np.arange(N), -1)
+    """Index the source first, then new indices (-1)."""
+    position = np.arange(N)
+    return np.where(position < n, position, -1)
 
 
 def _pairs_padded(n: int, N: int, turned: int, turned_target: int) -> np.ndarray:
-    """A head's dims, the source's first: where the rotary count grows too, each half of the turned dims is padded, so pairs stay pairs."""
+    """Index a head's dims, the source's first.
+
+    Where the rotary count grows too, each half of the turned dims is padded, so that pairs stay pairs.
+    """
     if turned == turned_target:
         return _padded(n, N)
     half, half_target = turned // 2, turned_target // 2
     first = _padded(half, half_target)
     second = np.where(first < 0, -1, first + half)
     rest = _padded(n - turned, N - turned_target)
-    return np.concatenate([first, second, np.where(rest < 0, -1, rest + turned)])
+    unturned = np.where(rest < 0, -1, rest + turned)
+    return np.concatenate([first, second, unturned])
 
 
 def _vocabulary(n: int, N: int) -> Expansion:
-    """New tokens start at the mean of the old ones, each 10⁻³ of the rows' RMS away from it, in embedding and head, for every operator."""
+    """Start new tokens at the mean of the old ones, 10⁻³ of the rows' RMS away from it, in embedding and head.
+
+    The rule is the same for every operator.
+    """
     kept = AxisMap.of(n, _padded(n, N), Fill.MEAN)
     return Expansion.of(kept, kept, "unchanged" if n == N else f"{N - n} new tokens: mean of the old and a little noise")
 
 
 def _positions(n: int, N: int) -> Expansion:
-    """New learned positions start fresh, for every operator."""
+    """Start new learned positions fresh, for every operator."""
     kept = AxisMap.of(n, _padded(n, N), Fill.RANDOM)
     return Expansion.of(kept, kept, "unchanged" if n == N else f"{N - n} new positions: fresh")
 
 
 def _each_space(growth: Growth, grow: Callable[[str, int, int], Expansion]) -> dict[str, Expansion]:
-    """`grow` for the spaces of the transformer, the shared rules for vocabulary and positions."""
-    sizes = {space: (growth.source[space], growth.target[space]) for space in growth.source if space != "layer"}
-    expansions = {space: Expansion.identity(n) if n == N else grow(space, n, N) for space, (n, N) in sizes.items()}
+    """Apply `grow` to the spaces of the transformer, and the shared rules to vocabulary and positions."""
     rules = {"vocab": _vocabulary, "pos": _positions}
-    return expansions | {space: rule(*sizes[space]) for space, rule in rules.items() if space in sizes}
+    expansions: dict[str, Expansion] = {}
+    for space, n in growth.source.items():
+        N = growth.target[space]
+        if space in rules:
+            expansions[space] = rules[space](n, N)
+        elif space != "layer":
+            expansions[space] = Expansion.identity(n) if n == N else grow(space, n, N)
+    return expansions
 
 
 def lossless(growth: Growth) -> Recipe:
@@ -104,18 +117,20 @@ def _average_expansion(growth: Growth, writer_gain: Callable[[float], float]) ->
 
 
 def _average_residual(growth: Growth, n: int, N: int, c: float) -> Expansion:
-    """The residual stream's lossless expansion with writers × `c`; see `lossless`."""
+    """Make the residual stream's lossless expansion with writers × `c`; see `lossless`."""
     r = N // n
     rho = r * n / N
-    index = np.where(np.arange(N) < r * n, np.arange(N) % n, -1)
+    position = np.arange(N)
+    index = np.where(position < r * n, position % n, -1)
     mean = growth.family.norm == "layer"
     scale = AxisMap.of(n, index, Fill.MEAN, gain=sqrt(rho))
     shift = AxisMap.of(n, index, Fill.ZERO)
     read = AxisMap.of(n, index, Fill.RANDOM).split()
     tied = 1 / (r * c * growth.embedding_gain) if growth.tied else 1.0
-    residue = f", {N - r * n} {'mean' if mean else 'zero'} residues" if r * n < N else ""
+    fill, word = (Fill.MEAN, "mean") if mean else (Fill.ZERO, "zero")
+    residue = f", {N - r * n} {word} residues" if r * n < N else ""
     return Expansion(
-        write=AxisMap.of(n, index, Fill.MEAN if mean else Fill.ZERO, gain=c),
+        write=AxisMap.of(n, index, fill, gain=c),
         read=read if growth.family.prenorm else read.scaled(1 / c),
         head=read,
         rule=f"{n} → {N}: {r} × copied{residue}, written × {c:.4g}, norm scale × {sqrt(rho):.4g}",
@@ -172,7 +187,8 @@ def tile(growth: Growth, *, mode: str = "middle", heads: str = "head_aware") -> 
     def tiled(n: int, N: int) -> AxisMap:
         position = np.arange(N) - (0 if mode == "edge" else (N - n) // 2)
         inside = (position >= 0) & (position < n)
-        return AxisMap.of(n, np.where(inside, position, -1) if mode == "center" else position % n)
+        index = np.where(inside, position, -1) if mode == "center" else position % n
+        return AxisMap.of(n, index)
 
     def grow(space: str, n: int, N: int) -> Expansion:
         kept = tiled(n, N)
@@ -186,7 +202,8 @@ def scratch(growth: Growth) -> Recipe:
     """Nothing is inherited: 0 in biases, 1 in norm scales, and normal matrices of the deviation that the library's class gives them."""
 
     def fresh(space: str) -> Expansion:
-        new = AxisMap.of(growth.source[space], np.full(growth.target[space], -1), Fill.RANDOM)
+        nothing = np.full(growth.target[space], -1)
+        new = AxisMap.of(growth.source[space], nothing, Fill.RANDOM)
         return Expansion.of(new, new, "fresh")
 
     return Recipe({space: fresh(space) for space in growth.source if space != "layer"}, inherits=False)
@@ -235,9 +252,10 @@ def bert2bert_aki(growth: Growth) -> Recipe:
 
 
 def _random_copies(growth: Growth, space: str, n: int, N: int) -> Expansion:
-    """Indices 0 … n-1 once each, then random ones; of a head, dims that rotary positions do not turn."""
+    """Copy indices 0 … n-1 once each, then random ones; of a head, dims that rotary positions do not turn."""
     turned = growth.family.rotary_dims(growth.source_config) if space == "qk" else 0
-    drawn = generator(growth.seed, "copies", space).integers(turned if turned < n else 0, n, N - n)
+    numbers = generator(growth.seed, "copies", space)
+    drawn = numbers.integers(turned if turned < n else 0, n, N - n)
     copies = AxisMap.of(n, np.concatenate([np.arange(n), drawn]))
     gain = growth.attention_gain if space == "qk" else 1.0
     rule = f"{n} → {N}: {N - n} random copies, readers divided" + ("" if isclose(gain, 1) else f", queries × {gain:.4g}")
@@ -256,7 +274,8 @@ def hyperclone(growth: Growth, *, form: str = "symmetric") -> Recipe:
     """
     if form not in ("symmetric", "diagonal"):
         unknown("hyperclone form", form, ("symmetric", "diagonal"))
-    grown = {space: (growth.source[space], growth.target[space]) for space in growth.source if space not in ("layer", "vocab", "pos")}
+    spaces = [space for space in growth.source if space not in ("layer", "vocab", "pos")]
+    grown = {space: (growth.source[space], growth.target[space]) for space in spaces}
     UserError.collect(
         f"hyperclone: {space} {n} → {N} is no whole factor; choose a multiple, or operator lossless, which takes any ratio"
         for space, (n, N) in grown.items()
@@ -305,8 +324,11 @@ def sparkling(growth: Growth) -> Recipe:
         line = tensor.line
         if line.kind != "linear" or line.into is None or tensor.is_bias:
             return 1.0
-        (d, out), (D, out_target) = ((size(line.into, sizes), size(line.out, sizes)) for sizes in (growth.source, growth.target))
-        return sqrt(d / D) if out == out_target else sqrt(1 / (1 + 3 * (D - d) / d))
+        d, D = (size(line.into, sizes) for sizes in (growth.source, growth.target))
+        out, out_target = (size(line.out, sizes) for sizes in (growth.source, growth.target))
+        if out == out_target:
+            return sqrt(d / D)
+        return sqrt(1 / (1 + 3 * (D - d) / d))
 
     return Recipe(_each_space(growth, grow), factor=factor, moments="original")
 
@@ -332,18 +354,18 @@ NOISE = {"lossless": 0.5, "lemon": 0.5, "upcycle": 0.5, "drop_upcycle": 0.5, "ex
 
 
 def default_noise(operator: str) -> float:
-    """The strength of noise under which an operator is meant to be used: in every door, and in its leaf in conf/growth."""
+    """Return the strength of noise with which an operator is meant to be used, as its leaf in conf/growth has it."""
     return NOISE.get(operator, 0.0)
 
 
 def options_of(operator: str) -> list[str]:
-    """The names of an operator's own options."""
+    """List the names of an operator's own options."""
     parameters = inspect.signature((OPERATORS | CHANGES)[operator]).parameters
     return [name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
 
 
 def recipe(operator: str, growth: Growth, options: Mapping[str, Any]) -> Recipe:
-    """The recipe of the operator of that name.
+    """Make the recipe of the operator of that name.
 
     Raises:
         UserError: the operator or an option is unknown, or the operator cannot do this growth.

@@ -106,10 +106,13 @@ def unpaid_flops_per_token(config: Config, context: int, frozen: Collection[str]
 
 def _places(tensors: list[Tensor], layers: int) -> list[int]:
     """Place each tensor: in a layer by its number, before the layers (-1) or behind them."""
-    reached, places = -1, []
+    place, places = -1, []
     for tensor in tensors:
-        reached = layers if tensor.layer is None and reached >= 0 else reached if tensor.layer is None else tensor.layer
-        places.append(reached)
+        if tensor.layer is not None:
+            place = tensor.layer
+        elif place >= 0:
+            place = layers
+        places.append(place)
     return places
 
 
