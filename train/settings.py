@@ -309,6 +309,8 @@ def _horizon_disagreements(settings: Settings) -> list[str]:
         faults.append(f"schedule.horizons: budgets of at least a batch, each longer than the one before; found {horizons}")
     if settings.transfer.teacher is not None or schedule.rewarm == "new":
         faults.append("schedule.horizons: not with a teacher or rewarm=new, whose course depends on the budget")
+    if settings.mixture is not None and any(phase.share is not None for phase in settings.mixture.phases):
+        faults.append("schedule.horizons: a phase of the mixture lasts a share of the run; give its tokens, the same for every horizon")
     if any(stage.until_tokens is None for stage in growth.stages[:-1]):
         faults.append("growth.stages: with horizons a stage ends after until_tokens=N, the same for every horizon")
     stable = shortest * (1.0 - (schedule.decay_fraction or 0.0))
@@ -375,11 +377,23 @@ def _transfer_disagreements(settings: Settings) -> list[str]:
     return faults
 
 
+LATER = ("data_dir", "share")  # settings, of whatever part, that came when there were runs already
+
+
 def identity(settings: Settings | Mapping[str, Any]) -> dict[str, Any]:
     """Every setting that changes the result, flat: dotted key → JSON value."""
     values = settings if isinstance(settings, Mapping) else asdict(settings)
-    flat = flatten(json.loads(json.dumps(values)))
+    flat = flatten(_without_later(json.loads(json.dumps(values))))
     return {key: value for key, value in flat.items() if not is_neutral(key)}
+
+
+def _without_later(value: Any) -> Any:
+    """Settings without those of LATER that say nothing: a run that was begun before there were any goes on."""
+    if isinstance(value, list):
+        return [_without_later(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_later(item) for key, item in value.items() if not (key in LATER and item is None)}
 
 
 def settings_hash(settings: Settings | Mapping[str, Any]) -> str:

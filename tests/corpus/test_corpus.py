@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -207,7 +208,21 @@ def test_a_dataset_is_read_as_datasets_reads_it(tmp_path: Path, monkeypatch: pyt
         list(documents(wrong := DataSettings("t", "hub", dataset=str(home), streaming=streaming), open_corpus(wrong)))
 
 
+def test_a_folder_of_a_dataset_is_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name in ("python", "java"):
+        (tmp_path / "dataset" / "data" / name).mkdir(parents=True)
+        (tmp_path / "dataset" / "data" / name / "data.json").write_text(json.dumps({"content": name}))
+    settings = DataSettings("t", "hub", dataset=str(tmp_path / "dataset"), data_dir="data/python", column="content")
+    assert [document.text for document in documents(settings, open_corpus(settings))] == ["python"]
+    assert open_corpus(settings).stamp() != open_corpus(replace(settings, data_dir=None)).stamp()
+
+
 def test_a_dataset_out_of_reach_is_named_with_the_way_out() -> None:
-    settings = DataSettings("t", "hub", dataset="nobody/nothing", config="small", revision="v1")
-    with pytest.raises(UserError, match=r"cannot read dataset=nobody/nothing config=small split=train revision=v1 .*data=files"):
+    settings = DataSettings("t", "hub", dataset="nobody/nothing", config="small", data_dir="a/b", revision="v1")
+    with pytest.raises(
+        UserError, match=r"cannot read dataset=nobody/nothing config=small data_dir=a/b split=train revision=v1 .*data=files"
+    ):
         list(documents(settings, open_corpus(settings)))

@@ -34,7 +34,7 @@ def test_a_hub_leaf_says_offline_what_cannot_be_reached(capsys: pytest.CaptureFi
         main(["prepare", "data=cosmopedia", f"data.folder={tmp_path / 'tokens'}", "progress=false"])
     assert status.value.code == 2
     message = capsys.readouterr().err
-    assert "cannot read dataset=HuggingFaceTB/cosmopedia config=stanford split=train from the Hugging Face hub" in message
+    assert "cannot read dataset=HuggingFaceTB/smollm-corpus config=cosmopedia-v2 split=train from the Hugging Face hub" in message
     assert "data=files data.path=FOLDER" in message
 
 

@@ -221,13 +221,29 @@ ALL = {"web": 0.5, "books": 0.3, "code": 0.2}
         ([weights(web=1.2, books=-0.2, code=0.0)], "weights.books: must be positive; found -0.2"),
         ([weights(0, **ALL)], "tokens: must be positive"),
         ([PhaseSettings(passes=ALL, tokens=5)], "passes say how long the phase is"),
-        ([weights(**ALL), weights(**ALL)], r"mixture.phases\[0\].tokens: missing; only the last phase"),
+        ([weights(**ALL), weights(**ALL)], r"mixture.phases\[0\].tokens: missing, and no share; only the last phase"),
+        ([PhaseSettings(weights=ALL, share=1.2)], r"mixture.phases\[0\].share: with weights and without tokens, .* found 1.2"),
+        ([PhaseSettings(weights=ALL, share=0.5, tokens=5)], "share: with weights and without tokens"),
+        ([PhaseSettings(passes=ALL, share=0.5)], "share: with weights and without tokens"),
+        ([PhaseSettings(weights=ALL, share=0.6)] * 2, "mixture.phases: their shares are 1.2 of the run together; at most 1"),
         ([weights(web=0.5, books=0.5)], "mixture.sources.code: in no phase; give it a weight, or leave it out"),
     ],
 )
 def test_what_a_mixture_cannot_be(phases: list[PhaseSettings], fault: str) -> None:
     with pytest.raises(UserError, match=fault):
         UserError.collect(faults(*phases))
+
+
+@pytest.mark.parametrize("rows", [10, 50, 1000, 999])
+def test_phases_in_shares_of_the_run_fit_any_budget(rows: int) -> None:
+    mixture = make(PhaseSettings(weights={"web": 0.5, "books": 0.5}, share=0.94), PhaseSettings(weights={"code": 1.0}), rows=rows)
+    last = rows - round(Fraction(94, 100) * rows)
+    assert mixture.counts(rows)["code"] == last
+    names = [name for name, _ in drawn(mixture, rows)]
+    assert names[-last:] == ["code"] * last
+    assert "code" not in names[:-last]
+    exact = make(PhaseSettings(weights={"web": 1.0}, share=0.3), PhaseSettings(weights={"books": 0.5, "code": 0.5}, share=0.7), rows=rows)
+    assert sum(exact.counts(rows).values()) == rows
 
 
 def test_a_mixture_that_holds_has_no_faults() -> None:
@@ -277,6 +293,17 @@ def test_where_a_source_lies_is_no_part_of_what_a_run_is() -> None:
     assert hash_of("mixture.sources.textbooks.data.folder=elsewhere") == hash_of()
     assert hash_of("mixture.sources.textbooks.data.seed=1") != hash_of()
     assert hash_of("mixture.phases=[{weights:{stdlib:0.5,textbooks:0.5}}]") != hash_of()
+
+
+def test_runs_that_were_begun_before_there_were_shares_go_on() -> None:
+    from outgrow.train.settings import compose, identity
+
+    settings = compose(["growth=scratch", "target=tiny_target", "mixture=tiny_textbooks"])
+    assert {"share", "data_dir"}.isdisjoint(key for phase in identity(settings)["mixture.phases"] for key in phase)
+    assert not any(key.endswith("data_dir") for key in identity(settings))
+    assert identity(compose(["growth=scratch", "target=tiny_target", "data=the_stack"]))["data.data_dir"] == "data/python"
+    with pytest.raises(UserError, match=r"schedule\.horizons: a phase of the mixture lasts a share of the run"):
+        compose(["experiment=when_growth_pays", "growth=scratch", "data=the_stack", "mixture=phi_1", "data.tokenizer=microsoft/phi-1_5"])
 
 
 # ---- from folders ---------------------------------------------------------------------------------------------------------------------
@@ -337,7 +364,7 @@ def test_a_run_trains_on_the_mixture_and_refuses_to_go_on_with_another(tmp_path:
     settings = dataclasses.replace(settings, mixture=MixtureSettings("m", sources, (weights(own=0.5, more=0.5),)))
     folder = train(settings)
     run = json.loads((folder / "run.json").read_text())
-    assert run["settings"]["mixture"]["phases"] == [{"weights": {"own": 0.5, "more": 0.5}, "passes": None, "tokens": None}]
+    assert run["settings"]["mixture"]["phases"] == [{"weights": {"own": 0.5, "more": 0.5}, "passes": None, "tokens": None, "share": None}]
     assert run["data"]["tokens_read"] == {"own": 128, "more": 128}
     (folder / "summary.json").unlink()
     (tmp_path / "more" / "13.txt").write_text("omega " * 100)
@@ -375,13 +402,12 @@ def test_presets_mix_as_their_papers_say(name: str, shares: list[tuple[set[str],
         assert abs(sum(counts.get(source, 0) for source in sources) - share * rows) < len(mixture.sources)
 
 
-def test_phi_1_reads_code_and_textbooks_eight_times_and_then_exercises() -> None:
+def test_phi_1_reads_code_with_textbooks_and_then_exercises_6_percent_of_the_run() -> None:
     from outgrow.train.settings import compose
 
-    mixture = compose(["growth=scratch", "target=tiny_target", "data=the_stack_smol", "mixture=phi_1"]).mixture
+    mixture = compose(["growth=scratch", "target=tiny_target", "data=the_stack", "mixture=phi_1"]).mixture
     assert mixture is not None
-    splits = {name: make_split(0, 10 * (i + 1)) for i, name in enumerate(mixture.sources)}
-    windows = {name: (split.count - 1) // CONTEXT for name, split in splits.items()}
-    first, second = mix(mixture, splits, context=CONTEXT, rows=100).phases
-    assert first.counts(first.stop or 0) == {name: 8 * windows[name] for name in ("code", "textbooks")}
-    assert second.counts((second.stop or 0) - second.start) == {"exercises": 17.5 * windows["exercises"]}
+    splits = {name: make_split(0, 1000) for name in mixture.sources}
+    first, second = mix(mixture, splits, context=CONTEXT, rows=1000).phases
+    assert first.counts(940) == {"code": 817, "textbooks": 123}  # 6 B : under 1 B tokens
+    assert (first.stop, second.start, second.stop, dict(second.weights)) == (940, 940, None, {"exercises": 1})

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from outgrow.model.base.settings import CONF
 from outgrow.train.data.settings import DataSettings, MixtureSettings, PhaseSettings, SourceSettings
 from outgrow.train.data.shards import fingerprint
-from outgrow.train.settings import Settings, compose
-from outgrow.train.start.passes import passes, shares, training_tokens
+from outgrow.train.settings import Budget, Settings, compose
+from outgrow.train.start.passes import Stock, passes, shares, stock
 
 
 def prepared(folder: Path, tokens: int) -> DataSettings:
@@ -28,32 +29,57 @@ def settings(overrides: list[str]) -> Settings:
 
 def test_passes_are_the_budget_over_the_tokens_that_are_there(settings: Settings, tmp_path: Path) -> None:
     own = replace(settings, data=prepared(tmp_path / "text", 512))
-    assert list(passes(own)) == ["files: 768 of 512 training tokens, 1.50 passes"]
+    assert list(passes(own)) == ["files: 100.0% of the run, 768 tokens of 512, 1.50 passes"]
     often = replace(settings, data=prepared(tmp_path / "short", 96))
     (line,) = passes(often)
-    assert line == "files: 768 of 96 training tokens, 8.00 passes; more than 4 passes teach little that is new (arXiv 2305.16264)"
+    assert line.startswith("files: 100.0% of the run, 768 tokens of 96, 8.00 passes; more than 4 passes teach little that is new")
 
 
 def test_a_text_that_is_not_there_yet_is_known_by_its_limit_alone(settings: Settings, tmp_path: Path) -> None:
     data = replace(settings.data, folder=str(tmp_path / "nothing"))
-    assert training_tokens(data) is None
+    assert stock(data) is None
     assert "known once it is prepared" in next(passes(replace(settings, data=data)))
-    assert training_tokens(replace(data, limit_tokens=1000, validation_fraction=0.05)) == 950
+    limited = replace(data, limit_tokens=1000, validation_fraction=0.05)
+    assert stock(limited) == Stock(950, exact=False)
+    (line,) = passes(replace(settings, data=replace(limited, limit_tokens=100)))
+    assert line.startswith("files: 100.0% of the run, 768 tokens of at most 95, at least 8.08 passes; more than 4")
 
 
 def test_tokens_cut_by_a_sources_tokenizer_are_found_beside_them(settings: Settings, tmp_path: Path) -> None:
     prepared(tmp_path / "text-0123abcd", 64)
-    assert training_tokens(replace(settings.data, folder=str(tmp_path / "text"))) == 64
+    assert stock(replace(settings.data, folder=str(tmp_path / "text"))) == Stock(64, exact=True)
 
 
 def test_every_source_of_a_mixture_has_its_line(settings: Settings, tmp_path: Path) -> None:
-    sources = {name: SourceSettings(prepared(tmp_path / name, tokens)) for name, tokens in (("a", 100), ("b", 1000))}
+    sources = {name: SourceSettings(prepared(tmp_path / name, tokens), 1.5) for name, tokens in (("a", 100), ("b", 1000))}
     phases = (PhaseSettings(weights={"a": 0.5, "b": 0.5}, tokens=400), PhaseSettings(weights={"b": 1.0}))
     mixture = MixtureSettings("two", sources, phases)
-    assert shares(mixture, 768) == {"a": 200.0, "b": 568.0}
-    assert list(passes(replace(settings, mixture=mixture))) == [
-        "a: 200 of 100 training tokens, 2.00 passes",
-        "b: 568 of 1,000 training tokens, 0.57 passes",
-    ]
+    stocks = {"a": Stock(100, exact=True), "b": None}
+    assert shares(mixture, 768, stocks) == {"a": 200.0, "b": 568.0}
+    first, second = passes(replace(settings, mixture=mixture))
+    assert first.startswith("a: 26.0% of the run, 200 tokens of 100, 2.00 passes; it is too small: max_passes=1.5 refuses the run")
+    assert second == "b: 74.0% of the run, 568 tokens of 1,000, 0.57 passes"
     by_passes = replace(mixture, phases=(PhaseSettings(passes={"a": 2.0}), PhaseSettings(weights={"b": 1.0})))
-    assert shares(by_passes, 768)["a"] is None
+    assert shares(by_passes, 768, stocks) == {"a": 200.0, "b": 568.0}
+    assert shares(by_passes, 768, {"a": None, "b": None})["a"] is None
+    by_share = replace(mixture, phases=(PhaseSettings(weights={"a": 1.0}, share=0.25), PhaseSettings(weights={"b": 1.0})))
+    assert shares(by_share, 768, stocks) == {"a": 192.0, "b": 576.0}
+
+
+PRESETS = sorted(path.stem for path in CONF.glob("mixture/phi_*.yaml"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_bounds_the_passes_of_every_source_and_fits_any_budget(name: str) -> None:
+    command = (CONF / "mixture" / f"{name}.yaml").read_text().split("# outgrow train ")[1].splitlines()[0].split("  ")[0].split()
+    for budget in ([], ["train.budget_tokens=1_400_000_000_000"]):
+        asked = compose([*command, *budget])
+        assert asked.mixture is not None
+        assert all(source.max_passes is not None for source in asked.mixture.sources.values())
+        tokens = Budget.of(asked.train).steps * Budget.of(asked.train).tokens_per_step
+        read = shares(asked.mixture, tokens, {})
+        assert sum(part or 0 for part in read.values()) == pytest.approx(tokens)
+        assert name != "phi_1" or (read["exercises"] or 0) / tokens == pytest.approx(0.06)
+        lines = list(passes(asked))
+        assert len(lines) == len(asked.mixture.sources)
+        assert next(line for line in lines if "code" in line).count("refuses the run") == bool(budget)

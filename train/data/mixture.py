@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -134,7 +135,7 @@ def mix(settings: MixtureSettings, splits: Mapping[str, TokenSplit], *, context:
     )
     phases: list[Phase] = []
     for phase in settings.phases:
-        phases.append(_phase(phase, windows, context, phases[-1] if phases else None))
+        phases.append(_phase(phase, windows, context, rows, phases[-1] if phases else None))
     mixture = Mixture(splits, tuple(phases), context)
     end = phases[-1].stop
     if end is not None and end < rows:
@@ -143,7 +144,7 @@ def mix(settings: MixtureSettings, splits: Mapping[str, TokenSplit], *, context:
     return mixture
 
 
-def _phase(settings: PhaseSettings, windows: Mapping[str, int], context: int, last: Phase | None) -> Phase:
+def _phase(settings: PhaseSettings, windows: Mapping[str, int], context: int, rows: int, last: Phase | None) -> Phase:
     start, before = 0, dict[str, int]()
     if last is not None:
         assert last.stop is not None
@@ -158,6 +159,8 @@ def _phase(settings: PhaseSettings, windows: Mapping[str, int], context: int, la
         given = {name: Fraction(str(weight)) for name, weight in settings.weights.items()}
         weights = {name: weight / sum(given.values()) for name, weight in given.items()}  # exactly 1, where 1e-9 was missing
         length = None if settings.tokens is None else max(1, round(settings.tokens / context))
+        if settings.share is not None:
+            length = max(1, round(Fraction(str(settings.share)) * rows))
     ordered = dict(sorted(weights.items(), key=lambda item: (-item[1], item[0])))
     return Phase(start, None if length is None else start + length, ordered, before)
 
@@ -195,10 +198,15 @@ def mixed(settings: MixtureSettings | None, own: DataSettings, data: TokenData, 
     opened = {name: prepare(s, progress=progress) for name, source in settings.sources.items() if (s := source_data(source, own, data))}
     splits = {name: opened[name].train if name in opened else data.train for name in settings.sources}
     parts = [data.fingerprint, *(f"{name} {(opened.get(name) or data).fingerprint}" for name in settings.sources)]
-    parts += [json.dumps(asdict(phase), sort_keys=True) for phase in settings.phases]
+    parts += [json.dumps(_told(phase), sort_keys=True) for phase in settings.phases]
     fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     assert all(isinstance(split, TokenSplit) for split in splits.values())
     return replace(data, train=mix(settings, splits, context=context, rows=rows), fingerprint=fingerprint)  # type: ignore[arg-type]
+
+
+def _told(phase: PhaseSettings) -> dict[str, Any]:
+    """A phase for the fingerprint; a share that is not given is left out, as it was before there were any."""
+    return {key: value for key, value in asdict(phase).items() if key != "share" or value is not None}
 
 
 def source_data(source: SourceSettings, own: DataSettings, data: TokenData) -> DataSettings | None:
@@ -223,7 +231,7 @@ def source_data(source: SourceSettings, own: DataSettings, data: TokenData) -> D
 
 
 def _check_held_out(source: DataSettings, own: DataSettings) -> None:
-    text = ("corpus", "path", "dataset", "config", "split", "revision", "column")
+    text = ("corpus", "path", "dataset", "config", "data_dir", "split", "revision", "column")
     if any(getattr(source, key) != getattr(own, key) for key in text):
         return
     for key in ("validation_fraction", "seed"):

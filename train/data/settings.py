@@ -35,6 +35,7 @@ class DataSettings:
     distributions: tuple[str, ...] = ()  # packages: name==version of each
     dataset: str | None = None  # hub: owner/name, or a folder that `datasets` can read
     config: str | None = None  # hub
+    data_dir: str | None = None  # hub: a folder of the dataset
     split: str = "train"  # hub
     revision: str | None = None  # hub: pin a commit or tag, for a moved branch is not noticed once the tokens are there
     streaming: bool = True  # hub: read over the network, without a copy on disk
@@ -120,11 +121,15 @@ class SourceSettings:
 
 @dataclass(frozen=True)
 class PhaseSettings:
-    """A stretch of the run over which the proportions stay as they are: give `weights`, or `passes`."""
+    """A stretch of the run over which the proportions stay as they are: give `weights`, or `passes`.
+
+    With weights it lasts `tokens`, or `share` of the run, or to the end.
+    """
 
     weights: dict[str, float] | None = None  # source → share of the phase's tokens; together 1
     passes: dict[str, float] | None = None  # source → how often it is read; the phase is as long as that takes
-    tokens: int | None = None  # how long it lasts, with weights; null: to the end of the run
+    tokens: int | None = None  # how long it lasts, with weights
+    share: float | None = None  # of the run's tokens that it lasts, with weights, whatever the budget
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,8 @@ def mixture_disagreements(mixture: MixtureSettings, data: DataSettings) -> list[
             )
     for number, phase in enumerate(mixture.phases):
         faults += _phase_faults(f"mixture.phases[{number}]", phase, mixture, last=number == len(mixture.phases) - 1)
+    if (total := fsum(phase.share or 0 for phase in mixture.phases)) > 1 + 1e-9:
+        faults.append(f"mixture.phases: their shares are {total:g} of the run together; at most 1")
     used = {name for phase in mixture.phases for name in (phase.weights or phase.passes or ())}
     faults += [f"mixture.sources.{name}: in no phase; give it a weight, or leave it out" for name in mixture.sources if name not in used]
     return faults
@@ -173,6 +180,8 @@ def _phase_faults(where: str, phase: PhaseSettings, mixture: MixtureSettings, *,
         faults.append(f"{where}.weights: must sum to 1; {listed} = {total:g}")
     if phase.tokens is not None and (phase.tokens <= 0 or key == "passes"):
         faults.append(f"{where}.tokens: " + ("must be positive" if key == "weights" else "passes say how long the phase is; leave it out"))
-    if phase.tokens is None and key == "weights" and not last:
-        faults.append(f"{where}.tokens: missing; only the last phase may last to the end of the run")
+    if phase.share is not None and (key == "passes" or phase.tokens is not None or not 0 < phase.share <= 1):
+        faults.append(f"{where}.share: with weights and without tokens, a share of the run between 0 and 1; found {phase.share}")
+    if phase.tokens is None and phase.share is None and key == "weights" and not last:
+        faults.append(f"{where}.tokens: missing, and no share; only the last phase may last to the end of the run")
     return faults

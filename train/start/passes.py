@@ -2,57 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from outgrow.train.data.settings import DataSettings, MixtureSettings
 from outgrow.train.data.shards import read_manifest
 from outgrow.train.settings import Budget, Settings
 
+OFTEN = 4  # passes, after which more of them teach little that is new (arXiv 2305.16264)
+
+
+@dataclass(frozen=True)
+class Stock:
+    """The training tokens of a text; `exact` where they are there and counted, else no more than so many."""
+
+    tokens: int
+    exact: bool
+
 
 def passes(settings: Settings) -> Iterator[str]:
-    """One line for each text that the run is trained on: its tokens, and how often they are read.
+    """One line for each text that the run is trained on: its share of the run, its tokens, and how often they are read.
 
     Tokens that are there are counted in their manifest; of a text that is not prepared yet, `limit_tokens` is what is known.
     """
     budget = Budget.of(settings.train)
     tokens = budget.steps * budget.tokens_per_step
     if settings.mixture is None:
-        yield _line(settings.data.name, tokens, training_tokens(settings.data))
+        yield _line(settings.data.name, tokens, tokens, stock(settings.data), None)
         return
-    for name, share in shares(settings.mixture, tokens).items():
-        source = settings.mixture.sources[name].data
-        yield _line(name, share, training_tokens(source))
+    stocks = {name: stock(source.data) for name, source in settings.mixture.sources.items()}
+    for name, read in shares(settings.mixture, tokens, stocks).items():
+        yield _line(name, read, tokens, stocks[name], settings.mixture.sources[name].max_passes)
 
 
-def _line(name: str, read: float | None, there: int | None) -> str:
+def _line(name: str, read: float | None, run: int, there: Stock | None, most: float | None) -> str:
     if read is None:
-        return f"{name}: as often as its phase's passes say"
+        return f"{name}: as often as its phase's passes say, of tokens that are counted once they are prepared"
+    start = f"{name}: {read / run:.1%} of the run, {read:,.0f} tokens"
     if there is None:
-        return f"{name}: {read:,.0f} tokens; how often it is read is known once it is prepared (outgrow corpus prepare)"
-    times = read / there
-    warning = "; more than 4 passes teach little that is new (arXiv 2305.16264)" if times > 4 else ""
-    return f"{name}: {read:,.0f} of {there:,} training tokens, {times:.2f} passes{warning}"
+        return f"{start}; how often it is read is known once it is prepared (outgrow corpus prepare)"
+    times = read / there.tokens
+    of, many = ("of", f"{times:.2f}") if there.exact else ("of at most", f"at least {times:.2f}")
+    return f"{start} {of} {there.tokens:,}, {many} passes{_warning(times, most)}"
 
 
-def training_tokens(data: DataSettings) -> int | None:
+def _warning(times: float, most: float | None) -> str:
+    if most is not None and times > most:
+        return f"; it is too small: max_passes={most:g} refuses the run; give more of it, lower its weight or train.budget_tokens"
+    return f"; more than {OFTEN} passes teach little that is new (arXiv 2305.16264)" if times > OFTEN else ""
+
+
+def stock(data: DataSettings) -> Stock | None:
     """The tokens of the training part; None where nobody knows yet."""
     homes = [data.home, *sorted(data.home.parent.glob(f"{data.home.name}-????????"))]  # the latter are cut by a source's tokenizer
     for home in homes:
         if home.is_dir() and (manifest := read_manifest(home)) is not None:
-            return int(manifest["splits"]["train"]["tokens"])
-    return None if data.limit_tokens is None else round(data.limit_tokens * (1 - data.validation_fraction))
+            return Stock(int(manifest["splits"]["train"]["tokens"]), True)
+    return None if data.limit_tokens is None else Stock(round(data.limit_tokens * (1 - data.validation_fraction)), False)
 
 
-def shares(mixture: MixtureSettings, tokens: int) -> dict[str, float | None]:
-    """The tokens of each source in a run of so many; None where a phase says in passes how long it is."""
+def shares(mixture: MixtureSettings, tokens: int, stocks: Mapping[str, Stock | None]) -> dict[str, float | None]:
+    """The tokens of each source in a run of so many; None where a phase gives passes of a text whose tokens are not known."""
     read: dict[str, float | None] = dict.fromkeys(mixture.sources, 0.0)
     left = float(tokens)
     for phase in mixture.phases:
-        length = left if phase.tokens is None else min(left, phase.tokens)
-        for name in phase.passes or ():
-            read[name] = None
-        for name, weight in (phase.weights or {}).items():
+        asked: dict[str, float | None] = {}
+        if phase.passes is not None:
+            asked = {name: times * there.tokens if (there := stocks[name]) else None for name, times in phase.passes.items()}
+        else:
+            length = phase.share * tokens if phase.share is not None else left if phase.tokens is None else phase.tokens
+            asked = {name: weight * min(left, length) for name, weight in (phase.weights or {}).items()}
+        for name, more in asked.items():
             before = read[name]
-            read[name] = None if before is None else before + weight * length
-        left -= length if phase.weights else 0.0
+            read[name] = None if before is None or more is None else before + more
+        left = max(0.0, left - sum(more or 0.0 for more in asked.values()))
     return read

@@ -13,6 +13,8 @@ from outgrow.train.corpus.read.files import hash_of
 from outgrow.train.corpus.read.formats import first_line, text_of
 from outgrow.train.data.settings import DataSettings
 
+NAMED = ("dataset", "config", "data_dir", "split", "revision")
+
 
 @dataclass(frozen=True)
 class Hub:
@@ -36,10 +38,11 @@ class Hub:
         try:
             from datasets import load_dataset
 
-            rows = load_dataset(wanted.dataset, wanted.config, split=wanted.split, revision=wanted.revision, streaming=wanted.streaming)
+            place = {"data_dir": wanted.data_dir, "split": wanted.split, "revision": wanted.revision}
+            rows = load_dataset(wanted.dataset, wanted.config, **place, streaming=wanted.streaming)
             yield from rows.skip(start) if start else rows
         except Exception as error:  # datasets, fsspec, pyarrow, httpx and the hub's client each raise their own
-            named = " ".join(f"{key}={getattr(wanted, key)}" for key in ("dataset", "config", "split", "revision") if getattr(wanted, key))
+            named = " ".join(f"{key}={getattr(wanted, key)}" for key in NAMED if getattr(wanted, key))
             raise UserError(
                 f"cannot read {named} from the Hugging Face hub ({type(error).__name__}: {first_line(error)}); check the names and "
                 "the network, log in with `hf auth login` where it is gated, or read files of your own with data=files data.path=FOLDER"
@@ -47,7 +50,8 @@ class Hub:
 
     def stamp(self) -> str:
         """Of the name and revision; of a local folder, of its files' sizes and times too."""
-        named = [asdict(self.settings)[key] for key in ("dataset", "config", "split", "revision")]
+        values = asdict(self.settings)
+        named = [values[key] for key in NAMED if key != "data_dir"] + [values["data_dir"]] * bool(values["data_dir"])
         return hash_of([*named, *_files_of(os.path.expanduser(self.settings.dataset or ""))])
 
     def digest(self, advance: Callable[[int], None]) -> str:
