@@ -59,7 +59,7 @@ class Stub:
                     number = len(stub.questions)
                 status, headers, body = stub.reply(number, question)
                 self.send_response(status if self.path == "/v1/chat/completions" else 404)
-                for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
                 if not stub.pause:
@@ -89,8 +89,14 @@ def stub() -> Iterator[Stub]:
 
 @pytest.fixture
 def settings(stub: Stub, tmp_path: Path) -> WriteSettings:
-    given = [f"out={tmp_path / 'made.jsonl'}", f"server={stub.url}", "model=stub", "number=12", "at_once=3", "wait_seconds=0.01"]
+    given = [f"out={tmp_path / 'made.jsonl'}", f"server={stub.url}", "model=stub", "number=12", "at_once=3"]
     return settings_from([*given, "progress=false", "dollars_per_million_prompt_tokens=100", "dollars_per_million_completion_tokens=1000"])
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client waits half a second and more before it asks again."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
 def lines(settings: WriteSettings, kind: str = "") -> list[dict[str, Any]]:
@@ -128,6 +134,8 @@ def test_topics_may_come_from_a_file(tmp_path: Path) -> None:
         ("server=127.0.0.1:8000", "server: expected a URL such as http://127.0.0.1:8000/v1"),
         ("out=made.txt", "out: expected a file name that ends in .jsonl"),
         ("top_p=0", "top_p: must be above 0"),
+        ("most_dollars=5", "most_dollars: positive, and with prices"),
+        ("dollars_per_million_prompt_tokens=-1", "must not be negative; found -1"),
         ("temperature=-1", "temperature: must not be negative"),
         ("prompts.templates=['about {topic}']", "no {audience} in 'about {topic}'"),
         ("prompts.topics=[]", "prompts.topics: none"),
@@ -173,10 +181,7 @@ def test_what_may_pass_is_tried_again(stub: Stub, settings: WriteSettings) -> No
         (429, {"Retry-After": "0.05"}, b"slow down"),
         (503, {"Retry-After": "Fri, 31 Dec 1999 23:59:59 GMT"}, b""),
         (500, {}, b"<html>"),
-        (200, {}, completion()[:-30]),  # half of an answer
         (200, {"Content-Length": "5000"}, completion()),  # the connection breaks before the end
-        (200, {}, b'{"choices": []}'),
-        (200, {}, b"[1]"),
         (200, {"Content-Encoding": "gzip"}, b"not compressed"),
     ]
     stub.reply = lambda number, question: bad[number - 1] if number <= len(bad) else told(number, question)
@@ -185,10 +190,38 @@ def test_what_may_pass_is_tried_again(stub: Stub, settings: WriteSettings) -> No
     assert len(stub.questions) == 12 + len(bad)
 
 
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ((503, {}, b"overloaded"), "503: overloaded"),
+        ((429, {}, b"slow down"), "429: slow down"),
+        ((200, {}, completion()[:-30]), "no chat completion"),  # half of an answer
+        ((200, {}, b'{"choices": []}'), "no chat completion"),
+        ((200, {}, b"[1]"), "no chat completion"),
+        ((200, {"Content-Type": "text/html"}, b"<html>"), "no chat completion"),
+        ((200, {"Content-Length": "5000"}, b"{"), "closed"),
+        ((200, {}, b"x" * (2**24 + 1)), "the response has more than 16,777,216 bytes"),
+    ],
+)
+def test_a_prompt_that_always_fails_is_put_aside_and_the_rest_goes_on(stub: Stub, settings: WriteSettings, reply: Any, reason: str) -> None:
+    bad = Prompts(settings.prompts, 0)[4].text
+    stub.reply = lambda number, question: reply if question["messages"][-1]["content"] == bad else told(number, question)
+    said = write(dataclasses.replace(settings, attempts=2))
+    assert "11 documents of 12" in said
+    assert reason in said.split("put aside, ")[1]
+    assert ": 1; the same command asks again" in said
+    assert [entry["number"] for entry in lines(settings)] != list(range(12))
+    assert not lines(settings, ".rejected")
+    stub.reply, before = told, len(stub.questions)
+    assert "12 documents of 12" in write(settings)
+    assert len(stub.questions) == before + 1
+    assert [entry["number"] for entry in lines(settings)] == list(range(12))
+
+
 def test_an_answer_that_drips_is_given_up(stub: Stub, settings: WriteSettings) -> None:
     """Each read is quick, the whole is not."""
     stub.pause = 0.02  # after each byte
-    with pytest.raises(UserError, match=r"2 attempts failed, the last with: no whole answer after 0\.3 s"):
+    with pytest.raises(UserError, match=r"(?s)no prompt was answered, after 2 attempts.*put aside, no whole answer after 0\.3 s: 1;"):
         write(dataclasses.replace(settings, number=1, attempts=2, timeout_seconds=0.3))
 
 
@@ -216,8 +249,7 @@ def test_what_cannot_pass_ends_at_once(stub: Stub, settings: WriteSettings, stat
 
 def test_a_server_that_stays_away_ends_it_and_what_is_written_is_kept(stub: Stub, settings: WriteSettings) -> None:
     stub.reply = lambda number, question: told(number, question) if number <= 5 else (503, {}, b"overloaded")
-    with pytest.raises(UserError, match="6 attempts failed, the last with: 503: overloaded; what is written is kept"):
-        write(settings)
+    assert "put aside, 503: overloaded: 7; the same command asks again" in write(settings)
     first = lines(settings)
     assert len(first) == 5
     stub.reply, before = told, len(stub.questions)
@@ -228,21 +260,21 @@ def test_a_server_that_stays_away_ends_it_and_what_is_written_is_kept(stub: Stub
     assert "12 documents of 12" in write(settings)
     assert len(stub.questions) == again
     stub.server.server_close()  # and nobody at all
-    with pytest.raises(UserError, match="6 attempts failed"):
+    with pytest.raises(UserError, match="no prompt was answered, after 6 attempts at each"):
         write(dataclasses.replace(settings, number=13))
 
 
 def test_answers_that_are_no_documents_are_set_apart_and_not_asked_again(stub: Stub, settings: WriteSettings) -> None:
     odd = {2: (200, {}, completion("Half a", "length")), 3: (200, {}, completion("  ")), 4: (400, {}, b"too long a prompt"),
-           5: (200, {}, b'{"choices": [{"message": {"content": null}}]}'), 6: (200, {}, b"x" * (2**24 + 1))}  # fmt: skip
+           5: (200, {}, b'{"choices": [{"message": {"content": null}}]}')}  # fmt: skip
     stub.reply = lambda number, question: odd.get(number) or told(number, question)
     said = write(settings)
-    assert len(lines(settings)) == 7
+    assert len(lines(settings)) == 8
     faults = Counter(entry["fault"] for entry in lines(settings, ".rejected"))
-    assert faults == {"cut off at max_tokens": 1, "empty": 2, "400: too long a prompt": 1, "the response is too large": 1}
-    assert "7 documents of 12" in said
+    assert faults == {"cut off at max_tokens": 1, "empty": 2, "400: too long a prompt": 1}
+    assert "8 documents of 12" in said
     assert "rejected, empty: 2" in said
-    assert "3 answers came without counts" in said
+    assert "2 answers came without counts" in said
     before = len(stub.questions)
     assert write(settings) == said
     assert len(stub.questions) == before
@@ -250,9 +282,7 @@ def test_answers_that_are_no_documents_are_set_apart_and_not_asked_again(stub: S
 
 def test_settings_with_which_nothing_comes_end_early(stub: Stub, settings: WriteSettings) -> None:
     stub.reply = lambda number, question: (400, {}, b"unknown field")
-    with pytest.raises(
-        UserError, match=r"20 answers in a row were no documents, the last: 400: unknown field; see .*made\.rejected\.jsonl"
-    ):
+    with pytest.raises(UserError, match=r"20 prompts in a row gave no document, the last: 400: unknown field; see .*made\.rejected\.jsonl"):
         write(dataclasses.replace(settings, number=200))
     assert len(stub.questions) < 30
 
@@ -263,6 +293,16 @@ def test_money_runs_out(stub: Stub, settings: WriteSettings) -> None:
     assert 5 <= len(lines(settings)) <= 5 + settings.at_once
     assert "stopped at most_dollars=0.03" in said
     assert "12 documents of 12" in write(dataclasses.replace(settings, most_dollars=1.0))
+
+
+def test_a_server_that_does_not_count_is_refused_where_money_is_bounded(stub: Stub, settings: WriteSettings) -> None:
+    body = json.loads(completion())
+    del body["usage"]
+    stub.reply = lambda number, question: (200, {}, json.dumps(body).encode())
+    with pytest.raises(UserError, match=r"most_dollars=5: server=.* does not tell how many tokens it used.*\n.*documents of 12"):
+        write(dataclasses.replace(settings, most_dollars=5.0))
+    assert 1 <= len(lines(settings)) <= settings.at_once + 1  # what was answered is kept
+    assert "12 documents of 12" in write(settings)
 
 
 # ---- the files ------------------------------------------------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -18,6 +20,19 @@ HOPELESS = 20  # answers in a row without one document, after which something is
 Answered = Iterator[tuple[Prompt, Answer]]
 
 
+@dataclass
+class Stop:
+    """Why no more prompts are asked, and which were put aside: nothing of it is on disk, and the same command asks them again."""
+
+    fault: str | None = None
+    money: bool = False
+    aside: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def now(self) -> bool:
+        return self.money or self.fault is not None
+
+
 def write(settings: WriteSettings) -> str:
     """Write what is missing of `settings.number` documents; return the report.
 
@@ -27,40 +42,61 @@ def write(settings: WriteSettings) -> str:
     with open_ledger(settings) as ledger:
         prompts = Prompts(settings.prompts, settings.seed)
         missing = (prompts[number] for number in range(settings.number) if number not in ledger.done)
-        stopped = _fill(settings, ledger, missing)
+        stop = _fill(settings, ledger, missing)
         complete = all(number in ledger.done for number in range(settings.number))
-        found = report(settings, ledger, stopped)
+        found = report(settings, ledger, stop)
+    if stop.fault is not None:
+        raise UserError(f"{stop.fault}\n{found}")
     if complete:
         in_order(Path(settings.out).expanduser())
     return found
 
 
-def _fill(settings: WriteSettings, ledger: Ledger, missing: Iterator[Prompt]) -> bool:
-    """Note answers as they come; True where the money stopped it."""
+def _fill(settings: WriteSettings, ledger: Ledger, missing: Iterator[Prompt]) -> Stop:
+    """Note answers as they come, until there are no more, the money is spent, or nothing but faults comes."""
+    stop, answered, vain = Stop(), 0, 0
 
-    def affordable() -> Iterator[Prompt]:
+    def wanted() -> Iterator[Prompt]:
         for prompt in missing:
-            if settings.most_dollars is not None and ledger.dollars >= settings.most_dollars:
+            stop.money = settings.most_dollars is not None and ledger.dollars >= settings.most_dollars
+            if stop.now:
                 return
             yield prompt
 
-    answered = _from_server if settings.server else _from_model
-    vain = 0
     with _bar(settings, ledger) as advance:
-        for prompt, answer in answered(settings, affordable()):
-            ledger.add(prompt, answer)
-            advance()
-            vain = 0 if answer.fault is None else vain + 1
-            if vain >= HOPELESS:
-                where = rejected_path(Path(settings.out))
-                raise UserError(f"{HOPELESS} answers in a row were no documents, the last: {answer.fault}; see {where}")
-    return settings.most_dollars is not None and ledger.dollars >= settings.most_dollars
+        for prompt, answer in (_from_server if settings.server else _from_model)(settings, wanted()):
+            vain = 0 if answer.aside is None and answer.fault is None else vain + 1
+            if answer.aside is not None:
+                stop.aside[answer.aside[:100]] += 1
+            else:
+                ledger.add(prompt, answer)
+                answered += 1
+                advance()
+            stop.fault = stop.fault or _hopeless(settings, answer, vain)
+    if stop.aside and not answered:
+        stop.fault = stop.fault or f"server={settings.server}: no prompt was answered, after {settings.attempts} attempts at each"
+    return stop
+
+
+def _hopeless(settings: WriteSettings, answer: Answer, vain: int) -> str | None:
+    """What makes going on no use; None where nothing does."""
+    if settings.most_dollars is not None and answer.uncounted:
+        return (
+            f"most_dollars={settings.most_dollars:g}: server={settings.server} does not tell how many tokens it used, so that nobody "
+            "knows what is spent; ask it to count them, or set most_dollars=null"
+        )
+    if vain >= HOPELESS:
+        last = answer.aside or answer.fault
+        return f"{HOPELESS} prompts in a row gave no document, the last: {last}; see {rejected_path(Path(settings.out))}"
+    return None
 
 
 def _from_server(settings: WriteSettings, prompts: Iterable[Prompt]) -> Answered:
     """Answers as they come, `at_once` in flight; after a fault those in flight are still taken."""
-    from outgrow.train.data.writing.server import Server
-
+    try:
+        from outgrow.train.data.writing.server import Server
+    except ImportError as absent:
+        raise UserError("server: asking one needs the package openai: pip install -e '.[write]'") from absent
     server, left = Server(settings), iter(prompts)
     running: dict[Future[Answer], Prompt] = {}
     fault: UserError | None = None
@@ -79,7 +115,6 @@ def _from_server(settings: WriteSettings, prompts: Iterable[Prompt]) -> Answered
                         raise error
                     else:
                         fault = fault or error
-                        server.stopped.set()
         finally:
             server.close()
     if fault is not None:
@@ -96,7 +131,7 @@ def _from_model(settings: WriteSettings, prompts: Iterable[Prompt]) -> Answered:
         yield from zip(batch, model.answers(batch), strict=True)
 
 
-def report(settings: WriteSettings, ledger: Ledger, stopped: bool) -> str:
+def report(settings: WriteSettings, ledger: Ledger, stop: Stop) -> str:
     """What there is now, with its counts and its price."""
     missing = sum(number not in ledger.done for number in range(settings.number))
     lines = [
@@ -107,7 +142,8 @@ def report(settings: WriteSettings, ledger: Ledger, stopped: bool) -> str:
     ]
     if ledger.uncounted:
         lines.append(f"  {ledger.uncounted:,} answers came without counts: the true numbers are higher")
-    if stopped and missing:
+    lines += [f"  put aside, {reason}: {count:,}; the same command asks again" for reason, count in sorted(stop.aside.items())]
+    if stop.money and missing:
         lines.append(f"  stopped at most_dollars={settings.most_dollars:g}; {missing:,} prompts are left: raise it to go on")
     return "\n".join(lines)
 

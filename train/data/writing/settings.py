@@ -42,7 +42,6 @@ class WriteSettings:
     at_once: int
     timeout_seconds: float
     attempts: int
-    wait_seconds: float
     dollars_per_million_prompt_tokens: float
     dollars_per_million_completion_tokens: float
     most_dollars: float | None
@@ -55,7 +54,7 @@ class WriteSettings:
 
 
 # What may differ when a run goes on: nothing of it changes what is asked.
-NEUTRAL = ("out", "server", "key_variable", "number", "at_once", "timeout_seconds", "attempts", "wait_seconds", "most_dollars", "progress",
+NEUTRAL = ("out", "server", "key_variable", "number", "at_once", "timeout_seconds", "attempts", "most_dollars", "progress",
            "dollars_per_million_prompt_tokens", "dollars_per_million_completion_tokens")  # fmt: skip
 
 
@@ -100,10 +99,15 @@ def settings_from(overrides: Sequence[str]) -> WriteSettings:
 
 
 def _disagreements(settings: WriteSettings) -> list[str]:
-    positive = ("number", "max_tokens", "at_once", "timeout_seconds", "attempts", "wait_seconds")
+    positive = ("number", "max_tokens", "at_once", "timeout_seconds", "attempts")
     faults = [f"{key}: must be positive; found {getattr(settings, key)}" for key in positive if getattr(settings, key) <= 0]
     if not 0 < settings.top_p <= 1:
         faults.append(f"top_p: must be above 0 and at most 1; found {settings.top_p}")
+    prices = (settings.dollars_per_million_prompt_tokens, settings.dollars_per_million_completion_tokens)
+    if min(prices) < 0:
+        faults.append(f"dollars_per_million_…_tokens: must not be negative; found {min(prices)}")
+    if settings.most_dollars is not None and (settings.most_dollars <= 0 or not any(prices)):
+        faults.append("most_dollars: positive, and with prices: give dollars_per_million_prompt_tokens and …_completion_tokens")
     if settings.temperature < 0:
         faults.append(f"temperature: must not be negative; found {settings.temperature}")
     if settings.server is not None and not settings.server.startswith(("http://", "https://")):
