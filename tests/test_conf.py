@@ -16,7 +16,11 @@ GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.n
 LEAVES = [(group, leaf.stem) for group in GROUPS for leaf in sorted((CONF / group).glob("*.yaml"))]
 EXPERIMENTS = [leaf for group, leaf in LEAVES if group == "experiment"]
 ARMS = [leaf for group, leaf in LEAVES if group == "growth"]
-NEEDED = {("data", "files"): ["data.path=texts"], ("data", "hub"): ["data.dataset=owner/name"]}  # what a leaf leaves to its user
+NEEDED = {  # what a leaf leaves to its user
+    ("data", "files"): ["data.path=texts"],
+    ("data", "hub"): ["data.dataset=owner/name"],
+    ("data", "tokens"): ["data.path=x.bin", "data.tokenizer=gpt2"],
+}
 
 
 def test_the_walk_finds_the_tree() -> None:

@@ -13,7 +13,11 @@ from outgrow.train.data.__main__ import CONF, PrepareSettings, main, settings_fr
 from outgrow.train.data.settings import DataSettings, disagreements
 
 LEAVES = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
-NEEDED = {"files": ["data.path=texts"], "hub": ["data.dataset=owner/name"]}  # what a leaf leaves to its user
+NEEDED = {
+    "tokens": ["data.path=x.bin", "data.tokenizer=gpt2"],
+    "files": ["data.path=texts"],
+    "hub": ["data.dataset=owner/name"],
+}  # what a leaf leaves to its user
 
 
 @pytest.mark.parametrize("leaf", LEAVES)

@@ -22,6 +22,7 @@ from outgrow.train.corpus.progress import bar, say
 from outgrow.train.corpus.read.corpora import Corpus, open_corpus
 from outgrow.train.corpus.read.files import Files, file_digest, files_of, hash_of
 from outgrow.train.corpus.settings import ExecutorSettings, executor_faults
+from outgrow.train.data.pretokenized import open_tokens
 from outgrow.train.data.settings import DataSettings, disagreements, read_limit
 from outgrow.train.data.shards import TOKENIZER, TokenData, open_data, read_manifest, write_manifest
 from outgrow.train.data.tokenizer import TRAIN, tokenizer_identity
@@ -47,6 +48,8 @@ def prepare(settings: DataSettings, *, progress: bool = True, executor: Executor
     """
     settings, executor = replace(settings, tokenizer=None) if settings.tokenizer == TRAIN else settings, executor or ExecutorSettings()
     UserError.collect([*disagreements(settings), *executor_faults(executor)])
+    if settings.corpus == "tokens":
+        return open_tokens(settings, progress=progress)
     folder, corpus = settings.home, open_corpus(settings)
     if _outdated(folder, settings, corpus, progress):
         with _only_one(folder):

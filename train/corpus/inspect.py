@@ -60,7 +60,10 @@ def inspect(folder: Path, *, samples: int, characters: int, seed: int) -> Source
     data, manifest = open_data(folder), read_manifest(folder)
     assert manifest is not None
     if not (folder / LISTING).is_file():
-        raise UserError(f"{folder}: no {LISTING} in it; prepare it again")
+        way_out = (
+            "tokens that others made have no list of documents" if manifest["settings"].get("corpus") == "tokens" else "prepare it again"
+        )
+        raise UserError(f"{folder}: no {LISTING} in it; {way_out}")
     numbers = np.random.default_rng(seed)
     wanted = {name: np.sort(numbers.choice(n := manifest["splits"][name]["documents"], min(samples, n), replace=False)) for name in SPLITS}
     lengths, scores, drawn = np.zeros(len(LENGTHS) - 1, np.int64), np.zeros(len(SCORES) - 1, np.int64), list[Sample]()

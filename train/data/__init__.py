@@ -2,7 +2,7 @@
 
 settings   what is asked for       shards     tokens on disk, and their manifest
 batches    windows of a step       mixture    several sources as one
-tokenizer  trained or taken
+tokenizer  trained or taken        pretokenized   tokens that others made, token_files their formats
 """
 
 from __future__ import annotations

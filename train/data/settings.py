@@ -29,9 +29,11 @@ class DataSettings:
     """A corpus and its tokenizer; `conf/data/*.yaml` are its leaves. Fields of other corpora than the chosen one are not read."""
 
     name: str
-    corpus: Literal["stdlib", "packages", "files", "hub", "exercises", "textbooks"]
+    corpus: Literal["stdlib", "packages", "files", "hub", "exercises", "textbooks", "tokens"]
     folder: str | None = None  # where the tokens are kept; null: data/<name>
     path: str | None = None  # files: a folder, a file, or a glob (** crosses folders) of the suffixes in formats.READERS; or a URL
+    #                          tokens: a folder, a file, or a glob of the suffixes in token_files.READERS
+    validation_path: str | None = None  # tokens: those that are validated on; null: the end of each file, validation_fraction of it
     distributions: tuple[str, ...] = ()  # packages: name==version of each
     dataset: str | None = None  # hub: owner/name, or a folder that `datasets` can read
     config: str | None = None  # hub
@@ -72,7 +74,7 @@ def read_limit(settings: DataSettings) -> int | None:
 
 def disagreements(settings: DataSettings) -> list[str]:
     """What is wrong between well-typed values, one line each."""
-    faults = []
+    faults = _token_faults(settings) if settings.corpus == "tokens" else []
     if settings.corpus == "files" and not settings.path:
         faults.append("data.path: missing; give a folder or a glob: data.path=texts or 'data.path=texts/**/*.md'")
     unpinned = [name for name in settings.distributions if len(name.split("==")) != 2]
@@ -95,6 +97,16 @@ def disagreements(settings: DataSettings) -> list[str]:
     if settings.home.name in ("", ".."):
         faults.append(f"data.folder: must be a folder of its own; found {str(settings.home)!r}")
     return faults + _cleaning_faults(settings.clean)
+
+
+def _token_faults(settings: DataSettings) -> list[str]:
+    """What cannot be asked of tokens that are cut already."""
+    faults = [] if settings.path else ["data.path: missing; give a folder, a glob or a file of tokens: data.path=tokens/*.ds"]
+    if settings.tokenizer in (None, "train"):
+        faults.append("data.tokenizer: missing; name the tokenizer that cut the tokens, a folder or a hub name: data.tokenizer=gpt2")
+    limits = [key for key in ("limit_documents", "limit_bytes", "limit_tokens") if getattr(settings, key) is not None]
+    asked = [*limits, *(["clean"] if settings.clean != CleaningSettings() else [])]
+    return faults + [f"data.{key}: tokens are read as they lie; leave it out, or prepare their text" for key in asked]
 
 
 def _cleaning_faults(clean: CleaningSettings) -> list[str]:

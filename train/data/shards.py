@@ -91,10 +91,14 @@ def split_entry(folder: Path, shards: Sequence[Any]) -> dict[str, Any]:
     return {"sha256": digest.hexdigest(), "shards": [{"file": shard.file, "tokens": shard.tokens} for shard in shards]}
 
 
-def _hash_file(path: Path, digest: Any) -> None:
+def _hash_file(path: Path, digest: Any, offset: int = 0, size: int | None = None) -> None:
+    """Add `size` bytes of a file, from `offset` on, to a hash; None for all of them."""
+    left = path.stat().st_size - offset if size is None else size
     with path.open("rb") as file:
-        while raw := file.read(2**22):
+        file.seek(offset)
+        while raw := file.read(min(left, 2**22)):
             digest.update(raw)
+            left -= len(raw)
 
 
 # ---- the manifest ---------------------------------------------------------------------------------------------------------------------
@@ -164,11 +168,12 @@ def check_data(folder: Path, advance: Callable[[int], None] = lambda size: None)
 
     manifest = read_manifest(open_data(folder).folder)
     assert manifest is not None
+    width = np.dtype(manifest["dtype"]).itemsize
     for name in SPLITS:
         digest, entry = hashlib.sha256(), manifest["splits"][name]
         for shard in entry["shards"]:
-            _hash_file(folder / shard["file"], digest)
-            advance((folder / shard["file"]).stat().st_size)
+            _hash_file(folder / shard["file"], digest, shard.get("offset", 0), size := shard["tokens"] * width)
+            advance(size)
         if digest.hexdigest() != entry["sha256"]:
             raise _damaged(folder, f"the {name} shards are not the bytes that the manifest tells of")
     try:
@@ -183,11 +188,12 @@ def _open_split(folder: Path, name: str, manifest: dict[str, Any]) -> TokenSplit
     dtype, entry = np.dtype(manifest["dtype"]), manifest["splits"][name]
     shards = []
     for shard in entry["shards"]:
-        path, expected = folder / shard["file"], shard["tokens"] * dtype.itemsize
+        path, tokens = folder / shard["file"], shard["tokens"]  # tokens that others made lie elsewhere, and may be a part of a file
+        expected = shard.get("size", tokens * dtype.itemsize)
         found = path.stat().st_size if path.is_file() else None
         if found != expected:
             raise _damaged(folder, f"{shard['file']} should have {expected} bytes, " + ("is missing" if found is None else f"has {found}"))
-        shards.append(np.memmap(path, dtype=dtype, mode="r").view(np.ndarray))
+        shards.append(np.memmap(path, dtype, "r", shard.get("offset", 0), (tokens,)).view(np.ndarray))
     return TokenSplit(name, Tokens(shards), entry["documents"], entry["bytes"])
 
 

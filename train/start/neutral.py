@@ -7,7 +7,8 @@ from typing import Any
 
 # What a run may be restarted with differently: nothing of it changes a number in the result.
 NEUTRAL = (
-    *("out", "progress", "dry_run", "forecast", "logger", "changes", "data.folder", "data.path", "data.workers"),
+    *("out", "progress", "dry_run", "forecast", "logger", "changes", "data.folder", "data.path"),
+    *("data.validation_path", "data.workers"),
     *("train.keep", "train.keep_best", "train.keep_optimizer", "train.save_every_tokens", "train.save_async", "train.save_dtype"),
     *("sharding", "train.micro_batch"),  # nothing but rounding
     "schedule.horizons",  # each of them is the run that its budget alone would give
@@ -18,7 +19,7 @@ NEUTRAL = (
 
 def is_neutral(key: str) -> bool:
     """Whether a setting, by its dotted key, changes nothing in the result."""
-    places = key.startswith("mixture.sources.") and key.endswith((".data.folder", ".data.path", ".data.workers"))
+    places = key.startswith("mixture.sources.") and key.endswith((".data.folder", ".data.path", ".data.validation_path", ".data.workers"))
     return key in NEUTRAL or key.split(".")[0] in NEUTRAL or places
 
 

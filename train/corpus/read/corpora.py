@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from outgrow.model.base.errors import UserError
 from outgrow.train.corpus.read import files
 from outgrow.train.corpus.read.document import Document, Tally
 from outgrow.train.corpus.read.files import Files
@@ -41,8 +42,10 @@ def open_corpus(settings: DataSettings) -> Corpus:
     """The corpus that `settings` name; nothing is read yet.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or no text in it.
     """
+    if settings.corpus == "tokens":
+        raise UserError("data.corpus=tokens: these are token ids, without a text to label, score or clean; give their text as data")
     return CORPORA[settings.corpus](settings)
 
 

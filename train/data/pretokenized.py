@@ -1,0 +1,301 @@
+"""Tokens that other tools made, trained on where they lie: nothing is copied, and beside the tokenizer the folder holds a manifest alone.
+
+They are read once from end to end, when they are first opened or a file has changed: every id is held against
+the tokenizer, counted and hashed. Whether the tokenizer named is the one that cut them is measured: pieces of them
+are decoded and cut again. The right tokenizer gives the same ids; one that learnt its merges from a text that is
+larger by a sixtieth gives 0.93 of them, any other fewer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.files import telling_disk_faults, whole_folder
+from outgrow.model.base.locks import Lock
+from outgrow.train.data.settings import DataSettings
+from outgrow.train.data.shards import SPLITS, TOKENIZER, TokenData, fingerprint, open_data, read_manifest, write_manifest
+from outgrow.train.data.token_files import TokenFile, common_types, find
+from outgrow.train.data.tokenizer import encoder, entries, load_tokenizer, save_tokenizer, tokenizer_hash, tokenizer_identity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+FORMAT = 1
+CHUNK = 2**18  # ids that are read at a time
+PIECES, PIECE = 64, 512  # of how many ids each, that are decoded and cut again
+SAME = 0.98  # of their ids, at least, are the same for the tokenizer that cut them
+CHECKED_ENDS = 1000  # documents of an index whose last id is looked at
+
+
+def open_tokens(settings: DataSettings, *, progress: bool = True) -> TokenData:
+    """The tokens of `settings`, checked where that has not been done or a file has changed.
+
+    Raises:
+        UserError: there are none, a file is cut off, an id is none of the tokenizer's, or another tokenizer cut them.
+    """
+    folder, files = settings.home, _files(settings)
+    wanted = {"settings": _identity(settings), "inputs": {name: _stamps(part) for name, part in files.items()}}
+    if not _is_current(folder, wanted):
+        with _only_one(folder):
+            if not _is_current(folder, wanted):  # not checked by another while we waited
+                _check(folder, settings, files, wanted, progress)
+    return open_data(folder)
+
+
+def _files(settings: DataSettings) -> dict[str, list[TokenFile]]:
+    """Those that are trained on, and those that are validated on: none, where the end of each of the former is."""
+    validation = find(settings.validation_path, "data.validation_path") if settings.validation_path else []
+    apart = {file.path for file in validation}
+    train = [file for file in find(settings.path or "", "data.path") if file.path not in apart]
+    if not train:
+        raise UserError(f"data.validation_path={settings.validation_path}: all files of data.path are among them; none is left to train on")
+    return {"train": train, "validation": validation}
+
+
+def _identity(settings: DataSettings) -> dict[str, Any]:
+    share = None if settings.validation_path else settings.validation_fraction
+    tokenizer = tokenizer_identity(settings.tokenizer)
+    return {"format": FORMAT, "corpus": settings.corpus, "tokenizer": tokenizer, "validation_fraction": share}
+
+
+def _stamps(files: Sequence[TokenFile]) -> list[list[Any]]:
+    return [[str(file.path), file.size, file.path.stat().st_mtime_ns] for file in files]
+
+
+def _is_current(folder: Path, wanted: dict[str, Any]) -> bool:
+    manifest = read_manifest(folder)
+    return manifest is not None and all(manifest[key] == value for key, value in wanted.items())
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    with telling_disk_faults(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = Lock(folder.with_name(folder.name + ".lock"))
+        lock.wait()
+    with lock:
+        yield
+
+
+# ---- checking ---------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Part:
+    """Ids [first, stop) of a file, which are of one split."""
+
+    file: TokenFile
+    first: int
+    stop: int
+
+
+@dataclass
+class Count:
+    """What the parts of a split hold."""
+
+    counts: np.ndarray  # of each id, int64 (vocab,)
+    documents: int = 0
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    digest: Any = field(default_factory=hashlib.sha256)
+
+
+def _check(folder: Path, settings: DataSettings, files: dict[str, list[TokenFile]], wanted: dict[str, Any], progress: bool) -> None:
+    """Read all files once, and write the manifest and the tokenizer."""
+    tokenizer = load_tokenizer(str(settings.tokenizer))
+    every = [*files["train"], *files["validation"]]
+    dtype = _type_of(every, tokenizer, str(settings.tokenizer))
+    _check_ends(every, dtype, tokenizer, str(settings.tokenizer))
+    parts = _parts(files, dtype, settings.validation_fraction, tokenizer.eos_token_id)
+    found = {name: Count(np.zeros(entries(tokenizer), np.int64)) for name in SPLITS}
+    if progress:
+        print(f"{folder}: checking {sum(file.size for file in every):,} bytes of tokens", file=sys.stderr)
+    for name in SPLITS:
+        for part in parts[name]:
+            _count(part, dtype, found[name], tokenizer)
+    manifest = wanted | _told(found, dtype, tokenizer)
+    with whole_folder(folder) as partial:
+        save_tokenizer(tokenizer, partial / TOKENIZER)
+        write_manifest(partial, manifest | {"fingerprint": fingerprint(manifest)})
+
+
+def _told(found: dict[str, Count], dtype: np.dtype, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What the manifest says beside whose files these are."""
+    widths = token_bytes(tokenizer)
+    splits = {
+        name: {
+            "documents": count.documents,
+            "bytes": int(count.counts @ widths),
+            "tokens": int(count.counts.sum()),
+            "sha256": count.digest.hexdigest(),
+            "shards": count.shards,
+        }
+        for name, count in found.items()
+    }
+    read = {key: sum(split[key] for split in splits.values()) for key in ("documents", "bytes")}
+    return {
+        "read": read | dict.fromkeys(("empty_skipped", "too_long_skipped", "utf8_replaced"), 0),
+        "cleaning": {"removed": {}},
+        "short": {},
+        "tokenizer": {"sha256": tokenizer_hash(tokenizer), "vocab_size": entries(tokenizer), "end_of_text_id": tokenizer.eos_token_id},
+        "dtype": dtype.str,
+        "splits": splits,
+        "versions": {name: version(name) for name in ("tokenizers", "transformers")},
+    }
+
+
+def _count(part: Part, dtype: np.dtype, found: Count, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Add a part to what is known of its split.
+
+    Raises:
+        UserError: an id is none of the tokenizer's.
+    """
+    file, ids, most = part.file, part.file.ids(dtype), len(found.counts)
+    before = int(found.counts[tokenizer.eos_token_id])
+    for first in range(part.first, part.stop, CHUNK):
+        piece = ids[first : min(part.stop, first + CHUNK)]
+        if int(piece.max()) >= most or int(piece.min()) < 0:
+            place = first + int(np.flatnonzero((piece >= most) | (piece < 0))[0])
+            raise UserError(
+                f"{file.path}: the id at place {place:,} is {ids[place]:,}, and data.tokenizer has {most:,} entries: "
+                "another tokenizer cut it, or it is damaged"
+            )
+        found.counts += np.bincount(piece, minlength=most)
+        found.digest.update(piece.tobytes())
+    if file.documents is not None:
+        documents = file.documents_before(part.stop) - file.documents_before(part.first)
+    else:  # a last document whose end is not there is one too
+        documents = int(found.counts[tokenizer.eos_token_id]) - before + (ids[part.stop - 1] != tokenizer.eos_token_id)
+    found.documents += int(documents)
+    offset, tokens = file.offset + part.first * dtype.itemsize, part.stop - part.first
+    found.shards.append({"file": str(file.path), "offset": offset, "tokens": tokens, "size": file.size})
+
+
+# ---- what is held out -------------------------------------------------------------------------------------------------------------------
+
+
+def _parts(files: dict[str, list[TokenFile]], dtype: np.dtype, share: float, end_of_text: int) -> dict[str, list[Part]]:
+    """The files as they are where some are validated on; else the end of each is, from where a document ends."""
+    lengths = {file.path: len(file.ids(dtype)) for part in files.values() for file in part}
+    if files["validation"]:
+        return {name: [Part(file, 0, lengths[file.path]) for file in part] for name, part in files.items()}
+    parts: dict[str, list[Part]] = {name: [] for name in SPLITS}
+    for file in files["train"]:
+        length = lengths[file.path]
+        cut = _cut(file, dtype, length - max(1, round(length * share)), end_of_text)
+        parts["train"] += [Part(file, 0, cut)] if cut else []
+        parts["validation"] += [Part(file, cut, length)] if cut < length else []
+    if not parts["train"]:
+        raise UserError(f"data.validation_fraction: {share} of the tokens leaves none to train on; lower it")
+    return parts
+
+
+def _cut(file: TokenFile, dtype: np.dtype, wanted: int, end_of_text: int) -> int:
+    """The end of a document that is nearest behind `wanted`, else in front of it; where there is none, `wanted` itself."""
+    ids = file.ids(dtype)
+    if file.documents is not None:
+        number = file.documents_before(wanted - 1)
+        near = [file.end(i) for i in (number, number - 1) if 0 <= i < file.documents]
+        return next((end for end in near if 0 < end < len(ids)), wanted)
+    for first in range(max(0, wanted - 1), len(ids) - 1, CHUNK):
+        if len(ends := np.flatnonzero(ids[first : min(len(ids) - 1, first + CHUNK)] == end_of_text)):
+            return first + int(ends[0]) + 1
+    for stop in range(wanted, 0, -CHUNK):
+        if len(ends := np.flatnonzero(ids[(first := max(0, stop - CHUNK)) : stop] == end_of_text)):
+            return first + int(ends[-1]) + 1
+    return wanted
+
+
+# ---- whose tokens they are --------------------------------------------------------------------------------------------------------------
+
+
+def _type_of(files: Sequence[TokenFile], tokenizer: PreTrainedTokenizerFast, name: str) -> np.dtype:
+    """The type of the ids: where no file tells it, the first in which they are the tokenizer's.
+
+    Raises:
+        UserError: in none of them they are.
+    """
+    best = 0.0
+    for dtype in common_types(files):
+        if all((file.size - file.offset) % dtype.itemsize == 0 for file in files):
+            share = agreement(_pieces(files, dtype, tokenizer.eos_token_id), tokenizer)
+            if share >= SAME:
+                return dtype
+            best = max(best, share)
+    kept = next((f"; {file.path.name} keeps the name {file.tokenizer!r}" for file in files if file.tokenizer), "")
+    raise UserError(
+        f"data.tokenizer={name}: it is not the tokenizer of {files[0].path}: of pieces that are decoded and cut again, "
+        f"{best:.0%} of the ids are the same{kept}; name the tokenizer that cut them"
+    )
+
+
+def _pieces(files: Sequence[TokenFile], dtype: np.dtype, end_of_text: int) -> Iterator[np.ndarray]:
+    """Some ids of some documents, from the documents' beginning where that is near; spread evenly over the files and in them."""
+    chosen = [files[i * len(files) // min(len(files), PIECES)] for i in range(min(len(files), PIECES))]
+    each = PIECES // len(chosen)
+    for file in chosen:
+        ids = file.ids(dtype)
+        for place in (len(ids) * i // each for i in range(each)):
+            part = ids[place : place + 8 * PIECE]
+            ends = np.flatnonzero(part == end_of_text)
+            first = int(ends[0]) + 1 if place and len(ends) and ends[0] + 1 < len(part) else 0
+            last = next((int(end) for end in ends if end >= first + 1), len(part))
+            yield part[first : min(last, first + PIECE)]
+
+
+def agreement(pieces: Iterator[np.ndarray], tokenizer: PreTrainedTokenizerFast) -> float:
+    """The share of the ids of `pieces` that are there again when they are decoded and cut anew, special ones left out; 0 … 1."""
+    cutter, special, most = encoder(tokenizer).tokenizer, set(tokenizer.all_special_ids), entries(tokenizer)
+    same = both = 0
+    for piece in pieces:
+        ids = [i for i in piece.tolist() if i not in special]
+        both += 2 * len(ids)
+        if ids and min(ids) >= 0 and max(ids) < most:
+            again = cutter.encode(cutter.decode(ids, skip_special_tokens=False), add_special_tokens=False).ids
+            blocks = SequenceMatcher(None, ids, again, autojunk=False).get_matching_blocks()
+            same += 2 * sum(block.size for block in blocks)
+            both += len(again) - len(ids)
+    return same / max(1, both)
+
+
+def _check_ends(files: Sequence[TokenFile], dtype: np.dtype, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    """Refuse documents of an index that do not end with the tokenizer's end of text."""
+    for file in files:
+        ids, documents = file.ids(dtype), file.documents or 0
+        places = np.linspace(0, documents - 1, min(documents, CHECKED_ENDS)).astype(np.int64)
+        last = [int(ids[end - 1]) for end in map(file.end, places.tolist()) if end]
+        if last and sum(i == tokenizer.eos_token_id for i in last) < 0.9 * len(last):
+            other = max(set(last), key=last.count)
+            raise UserError(
+                f"{file.path}: its documents do not end with the end of text of data.tokenizer={name} "
+                f"({tokenizer.eos_token!r}, {tokenizer.eos_token_id}), most often with {tokenizer.convert_ids_to_tokens(other)!r} "
+                f"({other}); cut them with it (datatrove: eos_token; Megatron: --append-eod), or give a tokenizer whose "
+                "eos_token is theirs"
+            )
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """The bytes of text, in UTF-8, that each id stands for, int64 (vocab,): exact for byte-level tokenizers; special tokens stand for none.
+
+    For the others, ▁ is a space and <0x41> one byte; what they change in a text before they cut it is not counted.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    byte_level = "ByteLevel" in json.dumps(state["decoder"])
+    added = {token["content"]: 0 if token["special"] else len(token["content"].encode()) for token in state["added_tokens"]}
+    widths = np.zeros(entries(tokenizer), np.int64)
+    for token, number in tokenizer.get_vocab().items():
+        plain = 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
+        widths[number] = added.get(token, len(token) if byte_level else plain)
+    return widths

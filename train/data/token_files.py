@@ -1,0 +1,248 @@
+"""Files of token ids as other tools write them, described without being read: one function a format.
+
+datatrove, nanotron    NAME.ds raw ids, NAME.ds.index where documents end (uint64), NAME.ds.metadata "tokenizer|bytes of an id", tokens
+Megatron               NAME.bin raw ids, NAME.idx their type, the length and place of each sequence, the sequences that begin documents
+OLMo-core, dolma       NAME.npy raw ids, in spite of the name; a file that NumPy saved is read by its header
+llm.c, modded-nanogpt  NAME.bin with a header of 256 int32: magic, version, tokens
+nanoGPT                NAME.bin raw ids
+
+Every length that a file tells of is held against the size of the file before anything is mapped, so that a file that was cut off is told.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from glob import glob, has_magic
+from pathlib import Path
+
+import numpy as np
+
+from outgrow.model.base.errors import UserError, reading
+
+# What raw ids may be, where nothing says it. The wider first: two of 2 bytes are hardly ever one of 4 that a vocabulary
+# has, but one of 4 is two of 2, the second of them 0, which may be a tokenizer's end of text.
+RAW = (np.dtype("<u4"), np.dtype("<u2"))
+MEGATRON_MAGIC, MEGATRON_HEADER = b"MMIDIDX\x00\x00", 34
+MEGATRON_TYPES = {3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # megatron.core.datasets.indexed_dataset.DType; the others hold no ids
+LLM_C_HEADER = 1024
+LLM_C_TYPES = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version): GPT-2's ids, Llama 3's
+NUMPY_MAGIC = b"\x93NUMPY"
+PIECE = 2**22  # sequences of an index that are checked at a time
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """One sequence of ids in a file.
+
+    Attributes:
+        offset: bytes before the first id.
+        dtypes: what an id may be; one, where the file tells it.
+        documents: how many the index tells of; None where there is no index.
+        end: the number of ids up to the end of document i of the index.
+        tokenizer: the name that the file keeps of its tokenizer.
+    """
+
+    path: Path
+    offset: int
+    dtypes: tuple[np.dtype, ...]
+    documents: int | None = None
+    end: Callable[[int], int] = int
+    tokenizer: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return self.path.stat().st_size
+
+    def ids(self, dtype: np.dtype) -> np.ndarray:
+        """The ids, mapped, (n,)."""
+        return np.memmap(self.path, dtype, "r", self.offset).view(np.ndarray)
+
+    def documents_before(self, place: int) -> int:
+        """How many documents of the index end at or before `place`, counted in ids."""
+        return bisect_left(range(self.documents or 0), place + 1, key=self.end)
+
+
+def find(path: str, key: str) -> list[TokenFile]:
+    """The token files under a folder (links are not followed), of a glob, or one file, sorted by name.
+
+    Raises:
+        UserError: there is none, or one is not what its name says; the message names the setting `key`.
+    """
+    given = Path(path).expanduser()
+    if given.is_dir():
+        names = [Path(folder, name) for folder, _, names in os.walk(given) for name in names]
+    else:
+        names = [Path(name) for name in glob(str(given), recursive=True)] if has_magic(str(given)) and not given.exists() else [given]
+    found = sorted(name for name in names if name.suffix in READERS and name.is_file())
+    if not found:
+        reason = f"none of its {len(names)} files ends in {' '.join(READERS)}" if given.is_dir() else "no such token file"
+        raise UserError(f"{key}={path}: {reason}; give a folder, a glob or a file of {', '.join(READERS)}")
+    files, faults = list[TokenFile](), list[str]()
+    for name in found:
+        try:
+            files.append(describe(name))
+        except UserError as fault:
+            faults.append(str(fault))
+    UserError.collect(faults)
+    return files
+
+
+def describe(path: Path) -> TokenFile:
+    """What lies in one file.
+
+    Raises:
+        UserError: it is cut off, empty, or not what its header or its index says.
+    """
+    with reading(path):
+        file = READERS[path.suffix](path.resolve())
+        step = min(dtype.itemsize for dtype in file.dtypes)
+        if file.size <= file.offset or (file.size - file.offset) % step:
+            raise _cut(path, f"{file.size:,} bytes are no whole number of ids")
+        return file
+
+
+# ---- one function a format --------------------------------------------------------------------------------------------------------------
+
+
+def _datatrove(path: Path) -> TokenFile:
+    index, metadata = path.with_name(path.name + ".index"), path.with_name(path.name + ".metadata")
+    if path.with_name(path.name + ".loss").exists():
+        raise UserError(f"{path}: it has a loss mask (.ds.loss), which is not read; move the mask away to train on every token")
+    tokenizer, width, tokens = _metadata(metadata) if metadata.is_file() else (None, None, None)
+    size, ends = path.stat().st_size, _index(index) if index.is_file() else None
+    if ends is not None:
+        tokens = tokens or int(ends[-1])
+        if int(ends[-1]) != tokens:
+            raise _cut(index, f"its documents end after {int(ends[-1]):,} ids, and {metadata.name} tells of {tokens:,}")
+    if tokens is None:
+        return TokenFile(path, 0, RAW, tokenizer=tokenizer)
+    kinds = tuple(kind for kind in RAW if kind.itemsize * tokens == size and width in (None, kind.itemsize))
+    if not kinds:
+        of = f" of {width} bytes" if width else " of 2 or 4 bytes"
+        raise _cut(path, f"it should have {tokens:,} ids{of}, and has {size:,} bytes")
+    if ends is None:
+        return TokenFile(path, 0, kinds, tokenizer=tokenizer)
+    return TokenFile(path, 0, kinds, len(ends), ends.item, tokenizer)
+
+
+def _metadata(path: Path) -> tuple[str, int | None, int]:
+    """The tokenizer's name, the bytes of an id, and the number of ids."""
+    try:
+        name, tokens, *_ = path.read_text(encoding="utf-8").splitlines()
+        stem, _, width = name.rpartition("|")
+        return (stem, int(width), int(tokens)) if width.isdigit() else (name, None, int(tokens))
+    except ValueError as error:
+        raise _cut(path, f"not what datatrove writes ({error})") from None
+
+
+def _index(path: Path) -> np.ndarray:
+    """Where documents end, counted in ids, (documents,)."""
+    if not path.stat().st_size or path.stat().st_size % 8:
+        raise _cut(path, f"{path.stat().st_size:,} bytes are no whole number of document ends")
+    ends = np.memmap(path, "<u8", "r").view(np.ndarray)
+    if any((np.diff(ends[first : first + PIECE + 1].astype(np.int64)) < 0).any() for first in range(0, len(ends), PIECE)):
+        raise _cut(path, "a document ends before the one in front of it")
+    return ends
+
+
+def _bin(path: Path) -> TokenFile:
+    if path.with_suffix(".idx").is_file():
+        return _megatron(path, path.with_suffix(".idx"))
+    with path.open("rb") as file:
+        head = file.read(12)
+    magic, version, tokens = struct.unpack("<3i", head) if len(head) == 12 else (0, 0, 0)
+    if (magic, version) not in LLM_C_TYPES:
+        return TokenFile(path, 0, RAW)
+    dtype, size = np.dtype(LLM_C_TYPES[magic, version]), path.stat().st_size
+    if size != (expected := LLM_C_HEADER + tokens * dtype.itemsize):
+        raise _cut(path, f"its header tells of {tokens:,} ids, {expected:,} bytes, and it has {size:,}")
+    return TokenFile(path, LLM_C_HEADER, (dtype,))
+
+
+def _megatron(path: Path, index: Path) -> TokenFile:
+    size, there = path.stat().st_size, index.stat().st_size
+    with index.open("rb") as file:
+        head = file.read(MEGATRON_HEADER)
+    if len(head) < MEGATRON_HEADER or not head.startswith(MEGATRON_MAGIC):
+        raise _cut(index, "it does not begin as an index of Megatron's (MMIDIDX)")
+    version, code, sequences, bounds = struct.unpack("<QBQQ", head[len(MEGATRON_MAGIC) :])
+    if version != 1 or code not in MEGATRON_TYPES:
+        raise UserError(f"{index}: version {version}, type {code} of an id; known: version 1, types {sorted(MEGATRON_TYPES)}")
+    expected = MEGATRON_HEADER + 12 * sequences + 8 * bounds
+    if there not in (expected, expected + sequences) or not sequences or bounds < 2:  # the latter with a mode for each sequence
+        raise _cut(index, f"its header tells of {sequences:,} sequences and {bounds:,} bounds, {expected:,} bytes; it has {there:,}")
+    dtype = np.dtype(MEGATRON_TYPES[code])
+    raw = np.memmap(index, np.uint8, "r", MEGATRON_HEADER)
+    lengths = raw[: 4 * sequences].view("<i4")
+    places = raw[4 * sequences : 12 * sequences].view("<i8")
+    documents = raw[12 * sequences : 12 * sequences + 8 * bounds].view("<i8")
+    _check_places(index, lengths, places, dtype.itemsize)
+    if (total := int(places[-1]) + int(lengths[-1]) * dtype.itemsize) != size:
+        raise _cut(path, f"{index.name} tells of {total:,} bytes, and it has {size:,}")
+    if documents[0] != 0 or documents[-1] != sequences or (np.diff(documents) < 0).any():
+        raise _cut(index, f"its documents do not run from sequence 0 to {sequences:,}")
+
+    def end(number: int) -> int:
+        """Where a document ends is where the first sequence after it begins."""
+        after = int(documents[number + 1])
+        return (size if after == sequences else int(places[after])) // dtype.itemsize
+
+    return TokenFile(path, 0, (dtype,), bounds - 1, end)
+
+
+def _check_places(index: Path, lengths: np.ndarray, places: np.ndarray, width: int) -> None:
+    """Refuse sequences that do not lie one behind the other."""
+    after = 0
+    for first in range(0, len(lengths), PIECE):
+        sizes = lengths[first : first + PIECE].astype(np.int64) * width
+        begins = after + np.concatenate([[0], np.cumsum(sizes)])
+        if (sizes < 0).any() or not np.array_equal(begins[:-1], places[first : first + PIECE]):
+            raise _cut(index, "its sequences do not lie one behind the other")
+        after = int(begins[-1])
+
+
+def _npy(path: Path) -> TokenFile:
+    with path.open("rb") as file:
+        if file.read(len(NUMPY_MAGIC)) != NUMPY_MAGIC:
+            return TokenFile(path, 0, RAW)
+        file.seek(0)
+        try:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+        except ValueError as error:
+            raise _cut(path, f"NumPy cannot read its header ({error})") from None
+        offset = file.tell()
+    if len(shape) != 1 or dtype.kind not in "iu":
+        raise UserError(f"{path}: an array of shape {shape} and type {dtype}; ids are one row of integers")
+    if path.stat().st_size != offset + shape[0] * dtype.itemsize:
+        raise _cut(path, f"its header tells of {shape[0]:,} ids of {dtype.itemsize} bytes, and it has {path.stat().st_size:,} bytes")
+    return TokenFile(path, offset, (dtype,))
+
+
+def _cut(path: Path, what: str) -> UserError:
+    return UserError(f"{path}: {what}: it is cut off or damaged; copy or write it again")
+
+
+READERS: dict[str, Callable[[Path], TokenFile]] = {".ds": _datatrove, ".bin": _bin, ".npy": _npy}
+
+
+def common_types(files: Sequence[TokenFile]) -> tuple[np.dtype, ...]:
+    """The types that the ids of all files may be.
+
+    Raises:
+        UserError: none is one of all of them.
+    """
+    common = [dtype for dtype in files[0].dtypes if all(dtype in file.dtypes for file in files)]
+    if not common:
+        other = next(file for file in files if not set(file.dtypes) & set(files[0].dtypes))
+        raise UserError(
+            f"{files[0].path}: ids of type {files[0].dtypes[0]}, and {other.path} has {other.dtypes[0]}; "
+            "read them as two sources of a mixture"
+        )
+    return tuple(common)
