@@ -7,6 +7,7 @@ import json
 import time
 import tracemalloc
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 from outgrow.model.base.errors import UserError
 from outgrow.train.corpus import prepare
 from outgrow.train.data.batches import batch
-from outgrow.train.data.mixture import Mixture, mix, mixed
+from outgrow.train.data.mixture import Mixture, apart, mix, mixed
 from outgrow.train.data.settings import DataSettings, MixtureSettings, PhaseSettings, SourceSettings, mixture_disagreements
 from outgrow.train.data.shards import Tokens, TokenSplit
 
@@ -411,3 +412,16 @@ def test_phi_1_reads_code_with_textbooks_and_then_exercises_6_percent_of_the_run
     first, second = mix(mixture, splits, context=CONTEXT, rows=1000).phases
     assert first.counts(940) == {"code": 817, "textbooks": 123}  # 6 B : under 1 B tokens
     assert (first.stop, second.start, second.stop, dict(second.weights)) == (940, 940, None, {"exercises": 1})
+
+
+def test_two_sources_of_one_leaf_have_a_folder_each() -> None:
+    leaf = DataSettings("t", "stdlib")
+    less = replace(leaf, limit_documents=3)
+    found = apart({"all": leaf, "some": less, "same": leaf})
+    assert [str(source.home) for source in found.values()] == ["data/t", "data/t-some", "data/t"]
+    assert found["some"] == replace(less, folder="data/t-some")
+
+
+def test_passes_that_are_less_than_a_window_are_told() -> None:
+    with pytest.raises(UserError, match=r"passes of code: 0\.001 × \d+ windows is less than one window; raise it"):
+        make(PhaseSettings(passes={"web": 1, "code": 0.001}))

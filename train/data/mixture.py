@@ -152,6 +152,11 @@ def _phase(settings: PhaseSettings, windows: Mapping[str, int], context: int, ro
         before = {name: last.before.get(name, 0) + counts.get(name, 0) for name in windows}
     if settings.passes is not None:
         asked = {name: round(Fraction(str(passes)) * windows[name]) for name, passes in settings.passes.items()}
+        UserError.collect(
+            f"mixture.phases: passes of {name}: {settings.passes[name]:g} × {windows[name]} windows is less than one window; raise it"
+            for name, count in asked.items()
+            if not count
+        )
         length: int | None = sum(asked.values())
         weights = {name: Fraction(count, length or 1) for name, count in asked.items()}
     else:
@@ -195,7 +200,8 @@ def mixed(settings: MixtureSettings | None, own: DataSettings, data: TokenData, 
         return data
     from outgrow.train.corpus.build import prepare
 
-    opened = {name: prepare(s, progress=progress) for name, source in settings.sources.items() if (s := source_data(source, own, data))}
+    wanted = {name: s for name, source in settings.sources.items() if (s := source_data(source, own, data))}
+    opened = {name: prepare(source, progress=progress) for name, source in apart(wanted).items()}
     splits = {name: opened[name].train if name in opened else data.train for name in settings.sources}
     parts = [data.fingerprint, *(f"{name} {(opened.get(name) or data).fingerprint}" for name in settings.sources)]
     parts += [json.dumps(_told(phase), sort_keys=True) for phase in settings.phases]
@@ -207,6 +213,17 @@ def mixed(settings: MixtureSettings | None, own: DataSettings, data: TokenData, 
 def _told(phase: PhaseSettings) -> dict[str, Any]:
     """A phase for the fingerprint; a share that is not given is left out, as it was before there were any."""
     return {key: value for key, value in asdict(phase).items() if key != "share" or value is not None}
+
+
+def apart(sources: Mapping[str, DataSettings]) -> dict[str, DataSettings]:
+    """The sources, each in a folder of its own: two of one leaf that ask for other text would build theirs in turns."""
+    first: dict[str, DataSettings] = {}
+    for source in sources.values():
+        first.setdefault(str(source.home), source)
+    return {
+        name: source if first[str(source.home)] == source else replace(source, folder=f"{source.home}-{name}")
+        for name, source in sources.items()
+    }
 
 
 def source_data(source: SourceSettings, own: DataSettings, data: TokenData) -> DataSettings | None:
