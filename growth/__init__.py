@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Grown", "Plan", "grow", "grow_adam", "grow_model", "load_adam", "plan"]
 
-_NEED_TORCH = {"grow_model": "memory", "grow_adam": "adam", "load_adam": "adam"}  # which growing a folder does without
+# which growing a folder does without
+_NEED_TORCH = {"grow_model": "memory", "grow_adam": "adam", "load_adam": "adam"}
 
 
 def __getattr__(name: str) -> Any:

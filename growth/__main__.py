@@ -1,11 +1,13 @@
-"""Grow a checkpoint into a larger initialisation: seconds for a billion parameters, in little memory, with a proof.
+"""Grow a checkpoint into a larger initialisation: seconds for a billion parameters, in little memory, with a
+proof.
 
-outgrow grow source=microsoft/phi-1_5 target=phi_2 growth=lossless out=grown/phi_2
-outgrow grow source=microsoft/phi-1_5 target=phi_2 growth=tile growth.mode=edge growth.depth=stack plan_only=true
-outgrow grow source=DIR 'target={hidden_size:2560,num_hidden_layers:32}' out=DIR
-outgrow schema source=DIR     the schema that is derived for a checkpoint, as a file of model/families
+outgrow grow source=microsoft/phi-1_5 target=phi_2 growth=lossless out=grown/phi_2 outgrow grow
+source=microsoft/phi-1_5 target=phi_2 growth=tile growth.mode=edge growth.depth=stack plan_only=true outgrow
+grow source=DIR 'target={hidden_size:2560,num_hidden_layers:32}' out=DIR outgrow schema source=DIR     the
+schema that is derived for a checkpoint, as a file of model/families
 
-Prints the plan's certificate, and a receipt where one was measured. Exit status: 0 done, 2 a fault in what was asked.
+Prints the plan's certificate, and a receipt where one was measured. Exit status: 0 done, 2 a fault in what
+was asked.
 """
 
 from __future__ import annotations
@@ -81,19 +83,27 @@ def settings_from(arguments: list[str]) -> Settings:
     Raises:
         UserError: every unknown, missing and mistyped key, at once.
     """
-    cfg, faults = compose_config(CONF, "grow", [re.sub(r"^receipt=(?!\{)", "receipt.measure=", argument) for argument in arguments])
+    cfg, faults = compose_config(
+        CONF, "grow", [re.sub(r"^receipt=(?!\{)", "receipt.measure=", argument) for argument in arguments]
+    )
     values = plain(cfg, faults)
     settings = read(Settings, values, "", faults) if values else None
     if settings is not None:
         if not settings.out and not settings.plan_only:
             faults.append("out: missing; give out=DIR, or plan_only=true to write nothing")
         if settings.growth.operator == "source":
-            faults.append("growth=source: a training arm (the source trained on), so there is nothing to grow; choose an operator")
+            faults.append(
+                "growth=source: a training arm (the source trained on), so there is nothing to grow; choose an operator"
+            )
         if "stages" in settings.growth.options:
             name = settings.growth.name
-            faults.append(f"growth={name}: a training arm that grows on its way (outgrow train growth={name}); choose an operator")
+            faults.append(
+                f"growth={name}: a training arm that grows on its way (outgrow train growth={name}); choose an operator"
+            )
         faults += [
-            f"{key}: must be positive; found {getattr(settings, key)}" for key in ("threads", "max_shard_gb") if getattr(settings, key) <= 0
+            f"{key}: must be positive; found {getattr(settings, key)}"
+            for key in ("threads", "max_shard_gb")
+            if getattr(settings, key) <= 0
         ]
         if settings.worker is not None:
             from outgrow.growth.engine.workers import Worker
@@ -103,7 +113,9 @@ def settings_from(arguments: list[str]) -> Settings:
             except UserError as fault:
                 faults.append(str(fault))
         if settings.receipt.text is not None and settings.receipt.measure is False:
-            faults.append("receipt.text: is for a receipt, and receipt=false measures none; leave one of them out")
+            faults.append(
+                "receipt.text: is for a receipt, and receipt=false measures none; leave one of them out"
+            )
         figure = settings.figure
         if figure is not None and Path(figure).suffix not in PICTURES:
             faults.append(f"figure {figure!r}: no picture's name; end it in {', '.join(PICTURES)}")
@@ -119,7 +131,9 @@ def run(settings: Settings) -> None:
 
     if settings.plan_only:
         source = _source(settings)
-        made = plan(source, settings.target, seed=settings.seed, dtype=settings.dtype, **settings.growth.arguments())
+        made = plan(
+            source, settings.target, seed=settings.seed, dtype=settings.dtype, **settings.growth.arguments()
+        )
         _print_plan(made)
         _print_outcome(made, None)
         _draw(settings, made, None if isinstance(source, str) else source)
@@ -180,12 +194,18 @@ def _print_plan(plan: Plan) -> None:
     from outgrow.growth.card import layer_map, space_bar
     from outgrow.growth.words import human_bytes, spaces_table, tensor_table
 
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, soft_wrap=True, width=120)
+    console = (
+        Console(highlight=False)
+        if sys.stdout.isatty()
+        else Console(highlight=False, soft_wrap=True, width=120)
+    )
     table = Table("module", "writes <- reads", "source → target", box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("tensors", "bytes"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, pattern, shapes, count, nbytes in tensor_table(plan):
-        table.add_row(name.replace("model.layers.*.", "*."), escape(pattern), shapes, str(count), human_bytes(nbytes))
+        table.add_row(
+            name.replace("model.layers.*.", "*."), escape(pattern), shapes, str(count), human_bytes(nbytes)
+        )
     console.print(table)
     table = Table("space", "█ source ▒ copies · new", "expansion", box=SIMPLE_HEAD, pad_edge=False)
     for space, rule in spaces_table(plan):
@@ -194,14 +214,18 @@ def _print_plan(plan: Plan) -> None:
         console.print(table)
     idle = sum(plan.layers.identity)
     note = f"; {idle} in [brackets] start as the identity" if idle else ""
-    console.print(f"layers {plan.layers.source} → {plan.layers.target} by {plan.layers.rule!r}{note}:", markup=False)
+    console.print(
+        f"layers {plan.layers.source} → {plan.layers.target} by {plan.layers.rule!r}{note}:", markup=False
+    )
     for line in layer_map(plan, console.width):
         console.print(line, markup=False)
     console.print()
 
 
 def _print_outcome(plan: Plan, receipt: Receipt | None) -> None:
-    print(f"{plan.source_parameters:,} → {plan.target_parameters:,} parameters, {plan.target_bytes:,} bytes, plan {plan.hash}")
+    print(
+        f"{plan.source_parameters:,} → {plan.target_parameters:,} parameters, {plan.target_bytes:,} bytes, plan {plan.hash}"
+    )
     if plan.change is not None:
         print(plan.change.summary(plan))
     for note in plan.notes:
@@ -231,7 +255,9 @@ def _print_text(receipt: Receipt) -> None:
 
     from outgrow.growth.card import SAME, said_alike
 
-    print(f"text: perplexity {receipt.perplexity_source:.4f} → {receipt.perplexity_target:.4f} on {receipt.text}; {said_alike(receipt)}")
+    print(
+        f"text: perplexity {receipt.perplexity_source:.4f} → {receipt.perplexity_target:.4f} on {receipt.text}; {said_alike(receipt)}"
+    )
     table = Table("… the text", "the source goes on", "the grown model goes on", show_lines=True)
     for each in receipt.continuations:
         row = (each.prompt, each.source, SAME if each.is_same else each.target)
@@ -246,9 +272,22 @@ def _progress() -> Iterator[Callable[[int, int], None] | None]:
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
-    columns = (TextColumn("growing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("growing"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("growing", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
@@ -277,7 +316,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; nothing half-written was left behind as whole: the same command begins anew", file=sys.stderr)
+        print(
+            "stopped; nothing half-written was left behind as whole: the same command begins anew",
+            file=sys.stderr,
+        )
         sys.exit(130)
 
 

@@ -1,6 +1,8 @@
-"""Adam's saved state, in and out: PyTorch's or Accelerate's file read under tensor names, and grown moments put into an optimizer.
+"""Adam's saved state, in and out: PyTorch's or Accelerate's file read under tensor names, and grown moments
+put into an optimizer.
 
-Growing itself is `growth.moments`; this file knows how PyTorch numbers parameters and what it calls the moments.
+Growing itself is `growth.moments`; this file knows how PyTorch numbers parameters and what it calls the
+moments.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class AdamState:
 
 
 def adam_state(state: Mapping[str, Any], plan: Plan) -> AdamState:
-    """A state dict as `torch.optim.Adam` and `AdamW` make it for the source's model, under the names of its file's tensors.
+    """A state dict as `torch.optim.Adam` and `AdamW` make it for the source's model, under the names of its
+    file's tensors.
 
     Raises:
         UserError: it is no Adam state, or its tensors are not the model's.
@@ -46,10 +49,14 @@ def adam_state(state: Mapping[str, Any], plan: Plan) -> AdamState:
     from outgrow.model.build import meta_model
     from outgrow.model.conversion import in_file
 
-    shapes = {name: tuple(parameter.shape) for name, parameter in meta_model(plan.source_config).named_parameters()}
+    shapes = {
+        name: tuple(parameter.shape) for name, parameter in meta_model(plan.source_config).named_parameters()
+    }
     groups, per_parameter = state.get("param_groups"), state.get("state")
     if not isinstance(groups, list) or not isinstance(per_parameter, Mapping):
-        raise UserError("optimizer state: expected the keys 'state' and 'param_groups', as optimizer.state_dict() gives them")
+        raise UserError(
+            "optimizer state: expected the keys 'state' and 'param_groups', as optimizer.state_dict() gives them"
+        )
     named: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in POWERS}
     for number, name in _numbering(groups, shapes).items():
         entry = per_parameter.get(number)
@@ -83,21 +90,31 @@ def _wanted(plan: Plan) -> dict[str, tuple[int, ...]]:
     return {f"{moment}.{tensor.name}": tensor.shape for moment in POWERS for tensor in tensors}
 
 
-def _complete(moments: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+def _complete(
+    moments: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, torch.Tensor]:
     """Fill in zeros for what never had a gradient: where its moments would have begun."""
     import torch
 
     dtype = next(iter(moments.values())).dtype
-    return {name: moments[name] if name in moments else torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
+    return {
+        name: moments[name] if name in moments else torch.zeros(shape, dtype=dtype)
+        for name, shape in shapes.items()
+    }
 
 
 def _numbering(groups: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]]) -> dict[int, str]:
-    """Parameter number → its name: by the names PyTorch saves, else in the model's order, in one group or matrices before vectors."""
+    """Parameter number → its name: by the names PyTorch saves, else in the model's order, in one group or
+    matrices before vectors.
+    """
     numbers = [number for group in groups for number in group["params"]]
-    if all("param_names" in group for group in groups):  # of those that were trained: frozen ones have no state
+    # of those that were trained: frozen ones have no state
+    if all("param_names" in group for group in groups):
         given = [_plain(name) for group in groups for name in group["param_names"]]
         if unknown := sorted(set(given) - shapes.keys()):
-            raise UserError(f"optimizer state: parameter {unknown[0]!r} is none of the source's ({len(unknown)} are not)")
+            raise UserError(
+                f"optimizer state: parameter {unknown[0]!r} is none of the source's ({len(unknown)} are not)"
+            )
         return dict(zip(numbers, given, strict=True))
     if len(numbers) != len(shapes):
         raise UserError(
@@ -107,7 +124,9 @@ def _numbering(groups: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[i
         return dict(zip(numbers, shapes, strict=True))
     matrices = [name for name, shape in shapes.items() if len(shape) > 1]
     if len(groups) == 2 and len(groups[0]["params"]) == len(matrices):
-        return dict(zip(numbers, [*matrices, *(name for name in shapes if name not in matrices)], strict=True))
+        return dict(
+            zip(numbers, [*matrices, *(name for name in shapes if name not in matrices)], strict=True)
+        )
     raise UserError(
         f"optimizer state: {len(groups)} groups without names, so which parameter is which is not known; build the optimizer from named "
         "parameters (groups of (name, parameter) pairs, which PyTorch saves along), or with one group"
@@ -122,9 +141,11 @@ def _plain(name: str) -> str:
 
 
 def read_adam(path: Path | str, plan: Plan) -> AdamState:
-    """The state of the source's optimizer from a file, or from a folder that holds one (`optimizer.bin`, `optimizer.pt`).
+    """The state of the source's optimizer from a file, or from a folder that holds one (`optimizer.bin`,
+    `optimizer.pt`).
 
-    It is opened without executing anything that it may contain (`torch.load` with `weights_only`), mapped into memory rather than read.
+    It is opened without executing anything that it may contain (`torch.load` with `weights_only`), mapped
+    into memory rather than read.
 
     Raises:
         UserError: there is no such file, or it is no Adam state of the source's model.
@@ -145,12 +166,18 @@ def read_adam(path: Path | str, plan: Plan) -> AdamState:
         reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
         raise UserError(f"optimizer {file}: cannot be read as a PyTorch file of tensors ({reason})") from None
     if not isinstance(state, Mapping):
-        raise UserError(f"optimizer {file}: expected a dict as optimizer.state_dict() gives it, found {type(state).__name__}")
+        raise UserError(
+            f"optimizer {file}: expected a dict as optimizer.state_dict() gives it, found {type(state).__name__}"
+        )
     return adam_state(state, plan)
 
 
 def grow_adam(
-    source: torch.optim.Optimizer, source_model: PreTrainedModel, target: torch.optim.Optimizer, target_model: Any, plan: Plan
+    source: torch.optim.Optimizer,
+    source_model: PreTrainedModel,
+    target: torch.optim.Optimizer,
+    target_model: Any,
+    plan: Plan,
 ) -> None:
     """Fill the optimizer of a grown model, in memory, from the source's.
 
@@ -163,7 +190,8 @@ def grow_adam(
 
 
 def load_adam(folder: Path | str, target: torch.optim.Optimizer, target_model: PreTrainedModel) -> None:
-    """Fill the optimizer of a grown model from what `grow(…, optimizer=…)` wrote beside the weights in `folder`.
+    """Fill the optimizer of a grown model from what `grow(…, optimizer=…)` wrote beside the weights in
+    `folder`.
 
     Raises:
         UserError: the folder holds no moments, or other tensors than the model's.
@@ -174,7 +202,9 @@ def load_adam(folder: Path | str, target: torch.optim.Optimizer, target_model: P
 
     folder = Path(folder) / OPTIMIZER
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; grow with optimizer=FILE to have Adam's moments grown too")
+        raise UserError(
+            f"{folder}: no such folder; grow with optimizer=FILE to have Adam's moments grown too"
+        )
     where = {name: stored.file for name, stored in tensor_table(folder).items()}
     step = json.loads((folder / STATE).read_text())["step"]
 
@@ -189,9 +219,14 @@ def load_adam(folder: Path | str, target: torch.optim.Optimizer, target_model: P
 
 
 def fill(
-    optimizer: torch.optim.Optimizer, model: PreTrainedModel, names: Sequence[str], moment: Callable[[str], torch.Tensor], step: int
+    optimizer: torch.optim.Optimizer,
+    model: PreTrainedModel,
+    names: Sequence[str],
+    moment: Callable[[str], torch.Tensor],
+    step: int,
 ) -> None:
-    """Set Adam's state of every parameter of `model` that `optimizer` has; its learning rates and groups stay.
+    """Set Adam's state of every parameter of `model` that `optimizer` has; its learning rates and groups
+    stay.
 
     Args:
         names: of the tensors in the model's file.
@@ -202,7 +237,13 @@ def fill(
     from outgrow.model.conversion import in_model
 
     numbers, state = _numbers(optimizer), optimizer.state_dict()
-    moments = {key: in_model(config_of(model), names, lambda name, key=key: moment(f"{key}.{name}")) for key in POWERS}  # type: ignore[misc]
+    config = config_of(model)
+
+    def in_parameters(key: str) -> Mapping[str, torch.Tensor]:
+        """Collect one kind of moments under the names of the model's parameters."""
+        return in_model(config, names, lambda name: moment(f"{key}.{name}"))
+
+    moments = {key: in_parameters(key) for key in POWERS}
     for name, parameter in model.named_parameters():
         if id(parameter) in numbers:
             entry = {key: moments[key][name] for key in POWERS}

@@ -1,4 +1,6 @@
-"""The arguments of `plan` and `grow`, held against what they take before anything is read; YAML's door has done so already."""
+"""The arguments of `plan` and `grow`, held against what they take before anything is read; YAML's door has
+done so already.
+"""
 
 from __future__ import annotations
 
@@ -57,5 +59,7 @@ def check_arguments(**arguments: Any) -> None:
         UserError: there are any.
     """
     UserError.collect(
-        f"{name}: expected {EXPECTED[name][1]}; found {value!r:.80}" for name, value in arguments.items() if not EXPECTED[name][0](value)
+        f"{name}: expected {EXPECTED[name][1]}; found {value!r:.80}"
+        for name, value in arguments.items()
+        if not EXPECTED[name][0](value)
     )

@@ -22,7 +22,8 @@ def bare(model: Any) -> PreTrainedModel:
     """The `transformers` model inside `torch.compile`, DDP or DataParallel.
 
     Raises:
-        UserError: it is none, or none that is whole (sharded, reparametrised, quantised, without its head, with adapters).
+        UserError: it is none, or none that is whole (sharded, reparametrised, quantised, without its head,
+            with adapters).
     """
     while isinstance(inner := _inside(model), nn.Module):
         model = inner
@@ -38,7 +39,9 @@ def _inside(model: Any) -> Any:
 
 
 def _obstacle(model: Any) -> str | None:
-    """Why the weights of a model cannot be read as those of a checkpoint, and the way out; None where they can."""
+    """Why the weights of a model cannot be read as those of a checkpoint, and the way out; None where they
+    can.
+    """
     from transformers import PreTrainedModel
 
     if hasattr(model, "merge_and_unload"):
@@ -49,7 +52,11 @@ def _obstacle(model: Any) -> str | None:
         return "expected a model of transformers; give one, or grow a folder with growth.grow"
     if getattr(model, "hf_quantizer", None) is not None:
         return "its weights are quantised; give model.dequantize()"
-    if names := [name for name, module in model.named_modules() if parametrize.is_parametrized(module) or hasattr(module, "weight_g")]:
+    if names := [
+        name
+        for name, module in model.named_modules()
+        if parametrize.is_parametrized(module) or hasattr(module, "weight_g")
+    ]:
         return (
             f"{names[0]}.weight is computed from other tensors (weight_norm or another parametrization); make it plain first with "
             "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
@@ -63,4 +70,7 @@ def _obstacle(model: Any) -> str | None:
 def _is_sharded(model: nn.Module) -> bool:
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return True
-    return any(isinstance(parameter, DTensor) or parameter.device == torch.device("meta") for parameter in model.parameters())
+    return any(
+        isinstance(parameter, DTensor) or parameter.device == torch.device("meta")
+        for parameter in model.parameters()
+    )

@@ -15,8 +15,13 @@ MAX_CARD = 1 << 20  # characters of a model card that are looked at
 
 
 def layer_map(plan: Plan, width: int = 100) -> list[str]:
-    """Two lines per stretch of layers, each source layer under the target layer that it feeds, identity layers in brackets."""
-    sources = [f"[{layer}]" if idle else f"{layer} " for layer, idle in zip(plan.layers.layers, plan.layers.identity, strict=True)]
+    """Two lines per stretch of layers, each source layer under the target layer that it feeds, identity
+    layers in brackets.
+    """
+    sources = [
+        f"[{layer}]" if idle else f"{layer} "
+        for layer, idle in zip(plan.layers.layers, plan.layers.identity, strict=True)
+    ]
     cell = max(map(len, sources)) + 1
     step = max(1, (width - len("target ")) // cell)
     lines = []
@@ -39,7 +44,9 @@ LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 def licence(card: Path) -> dict[str, str]:
-    """What the head of a model card (README.md) says of the model's licence, under the hub's keys; nothing where there is no such card."""
+    """What the head of a model card (README.md) says of the model's licence, under the hub's keys; nothing
+    where there is no such card.
+    """
     import yaml
 
     try:
@@ -54,7 +61,9 @@ def licence(card: Path) -> dict[str, str]:
 def _licence_lines(stated: Mapping[str, str]) -> str:
     """The source's licence in words."""
     if not stated:
-        return "Licence: the source's folder names none; the source's own terms hold for what was grown from it."
+        return (
+            "Licence: the source's folder names none; the source's own terms hold for what was grown from it."
+        )
     named = stated.get("license_name", stated.get("license", ""))
     link = f" ({stated['license_link']})" if "license_link" in stated else ""
     return f"Licence: the source's, {named}{link}, holds for what was grown from it."
@@ -73,9 +82,18 @@ def _text_lines(receipt: Receipt) -> list[str]:
     if receipt.text is None:
         return []
     said = f"Perplexity on that text {receipt.perplexity_source:.4f} → {receipt.perplexity_target:.4f}; {said_alike(receipt)}:"
-    rows = [(each.prompt, each.source, SAME if each.is_same else each.target) for each in receipt.continuations]
+    rows = [
+        (each.prompt, each.source, SAME if each.is_same else each.target) for each in receipt.continuations
+    ]
     table = [f"| {' | '.join(map(_cell, row))} |" for row in rows]
-    return [said, "", "| … the text | the source goes on | the grown model goes on |", "|---|---|---|", *table, ""]
+    return [
+        said,
+        "",
+        "| … the text | the source goes on | the grown model goes on |",
+        "|---|---|---|",
+        *table,
+        "",
+    ]
 
 
 def _cell(text: str) -> str:
@@ -83,7 +101,9 @@ def _cell(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
 
 
-def model_card(plan: Plan, source: str, receipt: Receipt | None, stated: Mapping[str, str] | None = None) -> str:
+def model_card(
+    plan: Plan, source: str, receipt: Receipt | None, stated: Mapping[str, str] | None = None
+) -> str:
     """README.md of a grown folder; `stated` is the source's `licence`."""
     import yaml
 
@@ -91,7 +111,9 @@ def model_card(plan: Plan, source: str, receipt: Receipt | None, stated: Mapping
     certificate = plan.certificate
     lines = [
         "---",
-        f"base_model: {source}" if source.count("/") == 1 and not source.startswith((".", "/")) else "tags: [grown]",
+        f"base_model: {source}"
+        if source.count("/") == 1 and not source.startswith((".", "/"))
+        else "tags: [grown]",
         "library_name: transformers",
         *yaml.safe_dump(dict(stated), sort_keys=False).splitlines()[: len(stated)],
         "---",
@@ -102,7 +124,11 @@ def model_card(plan: Plan, source: str, receipt: Receipt | None, stated: Mapping
         *([] if plan.change is None else ["", f"{plan.change.summary(plan)}."]),
         "",
         "Certificate, proved from the plan: "
-        + ("**lossless** in exact arithmetic, every logit is the source's." if certificate.lossless else "not lossless:"),
+        + (
+            "**lossless** in exact arithmetic, every logit is the source's."
+            if certificate.lossless
+            else "not lossless:"
+        ),
         *(f"- {reason}" for reason in certificate.reasons),
         *(f"- {note}" for note in (*plan.notes, *plan.remarks)),
         "",
@@ -116,6 +142,15 @@ def model_card(plan: Plan, source: str, receipt: Receipt | None, stated: Mapping
             *_text_lines(receipt),
         ]
     lines += [_licence_lines(stated), ""]
-    lines += ["| space | how it grew |", "|---|---|", *(f"| `{space}` | {rule} |" for space, rule in spaces_table(plan)), ""]
-    lines += [f"Layers (source of each; identity in brackets): {layer_table(plan)}", "", "The whole recipe is in `growth.json`."]
+    lines += [
+        "| space | how it grew |",
+        "|---|---|",
+        *(f"| `{space}` | {rule} |" for space, rule in spaces_table(plan)),
+        "",
+    ]
+    lines += [
+        f"Layers (source of each; identity in brackets): {layer_table(plan)}",
+        "",
+        "The whole recipe is in `growth.json`.",
+    ]
     return "\n".join(lines) + "\n"

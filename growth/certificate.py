@@ -1,8 +1,9 @@
 """The certificate: a proof from the plan alone that it keeps every logit, or every reason why not.
 
-The proof has four parts. (1) Nothing but sizes changes in the config. (2) The layer map uses every source layer once, in order, and every
-other target layer passes the residual stream on. (3) Every tensor's maps are the ones its spaces have. (4) On every space, reading after
-writing is the identity on what the network can observe; for the residual stream that includes the norms in between.
+The proof has four parts. (1) Nothing but sizes changes in the config. (2) The layer map uses every source
+layer once, in order, and every other target layer passes the residual stream on. (3) Every tensor's maps are
+the ones its spaces have. (4) On every space, reading after writing is the identity on what the network can
+observe; for the residual stream that includes the norms in between.
 """
 
 from __future__ import annotations
@@ -97,7 +98,9 @@ def _rotary(family: Family, source: Config, target: Config) -> Iterator[str]:
     before, after = rope_of(source), rope_of(target)
     for key in sorted({*before, *after} - {family.rotary_field, "partial_rotary_factor"}):
         if before.get(key) != after.get(key):
-            yield (f"config rope_parameters.{key}: {before.get(key)!r} becomes {after.get(key)!r}, which turns positions otherwise")
+            yield (
+                f"config rope_parameters.{key}: {before.get(key)!r} becomes {after.get(key)!r}, which turns positions otherwise"
+            )
     positions = family.field_name("max_position_embeddings")
     if source.get(positions) == target.get(positions):
         return
@@ -115,8 +118,12 @@ def _layers(plan: Decision) -> Iterator[str]:
     """Prove (2): every source layer works once, all other layers pass the residual stream on."""
     layers = plan.layers
     if not layers.is_lossless:
-        repeated = [number for number, layer in enumerate(layers.layers) if layers.layers.index(layer) != number]
-        yield (f"depth {layers.rule!r}: target layers {_some(repeated)} work although their source layers already do")
+        repeated = [
+            number for number, layer in enumerate(layers.layers) if layers.layers.index(layer) != number
+        ]
+        yield (
+            f"depth {layers.rule!r}: target layers {_some(repeated)} work although their source layers already do"
+        )
     for step in plan.steps:
         number = step.tensor.layer
         idle = number is not None and layers.identity[number]
@@ -160,7 +167,9 @@ def _spaces(plan: Decision) -> Iterator[str]:
 
 
 def _inner(space: str, expansion: Expansion, expected: float) -> Iterator[str]:
-    """Check that reading after writing gives `expected` × the source on every index, and nothing from new ones."""
+    """Check that reading after writing gives `expected` × the source on every index, and nothing from new
+    ones.
+    """
     write, read = expansion.write, expansion.read
     met = write.copies & read.copies  # (N,) written and read as copies
     index = read.index[met]
@@ -263,13 +272,17 @@ def _epsilon(plan: Decision, factor: float) -> Iterator[str]:
     before, after = (family.eps(config) for config in (plan.source_config, plan.target_config))
     if not family.sets_eps:
         if not isclose(factor, 1, rel_tol=1e-9):
-            yield (f"residual: norms see variance × {factor:.4g}, and no config key is known that sets their epsilon")
+            yield (
+                f"residual: norms see variance × {factor:.4g}, and no config key is known that sets their epsilon"
+            )
         return
     if not isclose(factor * before, after, rel_tol=1e-9):
         yield f"residual: norms see variance × {factor:.4g} but epsilon {before:g} becomes {after:g}"
     if before != after:
         for line in family.other_norms(plan.source_config):
-            yield (f"{line.name}: normalises over {line.out} with the config's epsilon too, which becomes {after:g}")
+            yield (
+                f"{line.name}: normalises over {line.out} with the config's epsilon too, which becomes {after:g}"
+            )
 
 
 def _norms(plan: Decision, expansion: Expansion, r: int, c: float, rho: float) -> Iterator[str]:

@@ -19,17 +19,25 @@ from outgrow.model.mixture import EXPERT, Mixture
 from outgrow.model.notation import Space
 
 
-def copied(source: Config, mixture: Mixture, wanted: dict[str, Any], asked: ExpertCopy, within: Callable[..., Plan]) -> Plan:
+def copied(
+    source: Config, mixture: Mixture, wanted: dict[str, Any], asked: ExpertCopy, within: Callable[..., Plan]
+) -> Plan:
     """The plan of a mixture into one with more experts."""
     before, count = mixture.size(source, mixture.count_key(source)), needed(wanted, mixture, mixture.count)
     chosen_before = mixture.size(source, mixture.top_k)
     if count % before or count == before:
-        raise UserError(f"target: {mixture.count} {count} is no multiple of the source's {before} above it, so experts do not divide")
+        raise UserError(
+            f"target: {mixture.count} {count} is no multiple of the source's {before} above it, so experts do not divide"
+        )
     chosen = wanted.get(mixture.top_k, chosen_before)
     if mixture.size({mixture.top_k: chosen}, mixture.top_k) > count:
         raise UserError(f"target: {mixture.top_k} {chosen} is more than {mixture.count} {count}")
     own = {mixture.count, mixture.top_k}
-    made = within({key: value for key, value in wanted.items() if key not in own}, asked.width, family=mixture.family(source))
+    made = within(
+        {key: value for key, value in wanted.items() if key not in own},
+        asked.width,
+        family=mixture.family(source),
+    )
     config = {**made.target_config, mixture.count_key(source): count, mixture.top_k: chosen}
     family, times = mixture.family(config), count // before
     units = mixture.size(config, mixture.units)
@@ -42,7 +50,9 @@ def copied(source: Config, mixture: Mixture, wanted: dict[str, Any], asked: Expe
     expansions = {space: expansion for space, expansion in made.recipe.expansions.items() if space != EXPERT}
     rule = f"{before} → {count}: {times} copies of each, router rows copied"
     expansions[EXPERT] = Expansion.of(copies, AxisMap.of(before, np.full(count, -1), Fill.ZERO), rule)
-    return replace(made, growth=growth, recipe=replace(made.recipe, expansions=expansions), steps=steps, change=change)
+    return replace(
+        made, growth=growth, recipe=replace(made.recipe, expansions=expansions), steps=steps, change=change
+    )
 
 
 def _copies(change: Change, family: Family, copies: AxisMap) -> Iterator[Step]:
@@ -56,10 +66,19 @@ def _copies(change: Change, family: Family, copies: AxisMap) -> Iterator[Step]:
         if number is None:
             yield replace(made[tensor.name], tensor=tensor)
         elif number >= 0:
-            module = numbered(tensor).replace("#", str(change.experts[number].source)).replace("*", str(tensor.layer))
+            module = (
+                numbered(tensor)
+                .replace("#", str(change.experts[number].source))
+                .replace("*", str(tensor.layer))
+            )
             yield replace(made[f"{module}.weight"], tensor=tensor)
         else:
             step = made[tensor.name]
-            maps = tuple(copies if axis == Space(EXPERT) else grown for axis, grown in zip(tensor.axes, step.maps, strict=True))
+            maps = tuple(
+                copies if axis == Space(EXPERT) else grown
+                for axis, grown in zip(tensor.axes, step.maps, strict=True)
+            )
             moved = tensor.pattern == f"{change.mixture.router}.weight" and asked.delta > 0
-            yield replace(step, tensor=tensor, maps=maps, finish=Finish(jitter=asked.delta) if moved else None)
+            yield replace(
+                step, tensor=tensor, maps=maps, finish=Finish(jitter=asked.delta) if moved else None
+            )

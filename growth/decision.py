@@ -1,4 +1,6 @@
-"""The decision of a growth: every target tensor once, with its source, maps and scales; frozen, without weights."""
+"""The decision of a growth: every target tensor once, with its source, maps and scales; frozen, without
+weights.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class Sparse(Protocol):
         """How many parameters one token meets."""
 
     def share_of_gradient(self, step: Step) -> float:
-        """What a target tensor's gradient is of its source's beyond what the maps say: 0 where no factor gives it."""
+        """What a target tensor's gradient is of its source's beyond what the maps say: 0 where no factor
+        gives it.
+        """
 
     def repeats(self, step: Step) -> bool:
         """Whether a target tensor is of an expert that holds what one before it holds already."""
@@ -56,7 +60,8 @@ class Finish:
     Attributes:
         deviation: of fresh entries; None where they start as the library's class starts them.
         alike: so many consecutive fresh rows are one and the same.
-        redrawn: (axis, indices) whose entries are drawn anew, normal with the mean and the deviation of those that they replace.
+        redrawn: (axis, indices) whose entries are drawn anew, normal with the mean and the deviation of those
+            that they replace.
         jitter: on rows that are further copies, a uniform number between minus and plus this.
         noise: normal, on every entry, relative to the source tensor's root mean square.
     """
@@ -112,7 +117,9 @@ class Step:
     @property
     def is_fresh(self) -> bool:
         """Check whether any of its entries is drawn as the model's class starts it."""
-        return not self.zero and (self.source is None or any((axis.fill == Fill.RANDOM).any() for axis in self.maps))
+        return not self.zero and (
+            self.source is None or any((axis.fill == Fill.RANDOM).any() for axis in self.maps)
+        )
 
     @property
     def source_shape(self) -> tuple[int, ...]:
@@ -131,8 +138,10 @@ class Decision:
         steps: every stored target tensor exactly once, in the order of the file.
         dtypes: source tensor name → safetensors dtype, where the weights are at hand.
         notes: what is and is not known of a family that has no schema of its own.
-        starts: target tensor name → how the library's class starts it, for what is drawn fresh; a schema of its own says it by itself.
-        change: how the plan goes from one family to another, or from few experts to many; None where it does not.
+        starts: target tensor name → how the library's class starts it, for what is drawn fresh; a schema of
+            its own says it by itself.
+        change: how the plan goes from one family to another, or from few experts to many; None where it does
+            not.
     """
 
     growth: Growth
@@ -158,7 +167,8 @@ class Decision:
     @cached_property
     def target_config(self) -> dict[str, Any]:
         """The config that the grown folder gets: what follows a layer or an epsilon has followed."""
-        config = dict(self.growth.target_config)  # a change of family has written it of one in which everything followed
+        # a change of family has written it of one in which everything followed
+        config = dict(self.growth.target_config)
         return followed(config, self.growth, self.recipe, self.layers) if self.change is None else config
 
     @property
@@ -178,7 +188,9 @@ class Decision:
 
     def source_name(self, tensor: Tensor) -> str:
         """The source tensor that a target tensor grows from."""
-        return source_name(tensor, self.growth, None if tensor.layer is None else self.layers.layers[tensor.layer])
+        return source_name(
+            tensor, self.growth, None if tensor.layer is None else self.layers.layers[tensor.layer]
+        )
 
     def dtype(self, step: Step) -> str:
         """The safetensors dtype of a target tensor: the one asked for, else its source's, else the config's."""
@@ -186,7 +198,9 @@ class Decision:
         return TORCH_NAMES[self.growth.dtype] if self.growth.dtype and is_float(stored) else stored
 
     def source_dtype(self, name: str) -> str:
-        """The safetensors dtype of a source tensor, or of what it would have where the source has none of that name."""
+        """The safetensors dtype of a source tensor, or of what it would have where the source has none of
+        that name.
+        """
         known = self.dtypes.get(name) or next(filter(is_float, self.dtypes.values()), None)
         return known or config_dtype(self.source_config) or "F32"
 
@@ -208,23 +222,32 @@ class Decision:
             **({} if self.growth.dtype is None else {"dtype": self.growth.dtype}),
             "family": self.family.name,
             "notes": list(self.notes),
-            "spaces": {space: expansion.rule for space, expansion in self.recipe.expansions.items() if self.family.uses(space)},
+            "spaces": {
+                space: expansion.rule
+                for space, expansion in self.recipe.expansions.items()
+                if self.family.uses(space)
+            },
             "layers": list(self.layers.layers),
             "identity_layers": [number for number, idle in enumerate(self.layers.identity) if idle],
             "source_parameters": self.source_parameters,
             "target_parameters": self.target_parameters,
             **({} if self.change is None else {"change": self.change.to_dict()}),
             "tensors": {
-                step.name: {"source": step.source, "shape": list(step.shape), "line": step.tensor.line.text} for step in self.steps
+                step.name: {"source": step.source, "shape": list(step.shape), "line": step.tensor.line.text}
+                for step in self.steps
             },
             **({"starts": {name: str(start) for name, start in self.starts.items()}} if self.starts else {}),
         }
 
     @cached_property
     def hash(self) -> str:
-        """A fingerprint of everything that decides the result but the weights; of notes, nothing, which tell what was measured here."""
+        """A fingerprint of everything that decides the result but the weights; of notes, nothing, which tell
+        what was measured here.
+        """
         decided = {**self.to_dict(), "notes": []}
-        digest = hashlib.sha256(json.dumps([decided, self.target_config], sort_keys=True, default=str).encode())
+        digest = hashlib.sha256(
+            json.dumps([decided, self.target_config], sort_keys=True, default=str).encode()
+        )
         for step in self.steps:
             for axis in step.maps:
                 for array in (axis.index, axis.gain, axis.fill):
@@ -246,7 +269,8 @@ def followed(config: dict[str, Any], growth: Growth, made: Recipe, layers: Layer
     if made.eps_factor != 1 and eps is not None:  # some models have a constant in their code instead (OPT)
         config[eps] = growth.family.eps(growth.source_config) * made.eps_factor
     source = dict(growth.source_config)
-    if growth.grows("layer") and (kinds := growth.family.layer_kinds(source)):  # the class would tell them by their numbers, which move
+    # the class would tell them by their numbers, which move
+    if growth.grows("layer") and (kinds := growth.family.layer_kinds(source)):
         source["layer_types"], config["layer_types"] = kinds, config.get("layer_types") or kinds
     untouched = {key: value for key, value in source.items() if of_text(key) and config.get(key) == value}
     sources, depth = layers.layers, layers.source

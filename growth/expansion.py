@@ -1,8 +1,9 @@
-"""Expansions: the growth of one axis. An axis map gives every target index a source index and a gain, or a fresh fill.
+"""Expansions: the growth of one axis. An axis map gives every target index a source index and a gain, or a
+fresh fill.
 
-An `Expansion` belongs to a space and holds a map for each side: `write` for tensors that write the space, `read` for
-tensors that read it. Growth is lossless on a space when reading after writing is the identity on what the network can
-observe; `growth.certificate` proves it.
+An `Expansion` belongs to a space and holds a map for each side: `write` for tensors that write the space,
+`read` for tensors that read it. Growth is lossless on a space when reading after writing is the identity on
+what the network can observe; `growth.certificate` proves it.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ class AxisMap:
     fill: np.ndarray
 
     @classmethod
-    def of(cls, source: int, index: np.ndarray, fill: Fill = Fill.RANDOM, gain: np.ndarray | float = 1.0) -> AxisMap:
+    def of(
+        cls, source: int, index: np.ndarray, fill: Fill = Fill.RANDOM, gain: np.ndarray | float = 1.0
+    ) -> AxisMap:
         """Make a map from an index with -1 where the target index is new and holds `fill`."""
         index = np.asarray(index, np.int64)
         new = index < 0
@@ -111,7 +114,9 @@ class AxisMap:
         return AxisMap(self.source, self.index[start:stop], self.gain[start:stop], self.fill[start:stop])
 
     def split(self) -> AxisMap:
-        """Make the reading side of these copies: each divided by their number, so that they sum to the source."""
+        """Make the reading side of these copies: each divided by their number, so that they sum to the
+        source.
+        """
         counts = self.counts()[self.index]
         return replace(self, gain=self.gain / np.maximum(counts, 1))
 
@@ -137,7 +142,9 @@ class AxisMap:
 
     @cached_property
     def pieces(self) -> list[Piece]:
-        """Pieces that cover the axis: one per run of columns, or one for all of a fill and gain where runs are many."""
+        """Pieces that cover the axis: one per run of columns, or one for all of a fill and gain where runs
+        are many.
+        """
         taken = (self.fill == Fill.COPY) | (self.fill == Fill.NEXT)
         fresh = self.fill == Fill.RANDOM
         source = np.where(taken, self.index, np.arange(self.target))
@@ -177,7 +184,8 @@ class AxisMap:
     __hash__ = None  # type: ignore[assignment]
 
 
-# A new index on one axis of a product decides for the whole product; where two are new, the stronger statement wins.
+# A new index on one axis of a product decides for the whole product; where two are new, the stronger
+# statement wins.
 _PRECEDENCE = np.array([0, 4, 2, 3, 1])  # COPY < NEXT < MEAN < RANDOM < ZERO, indexed by Fill
 _TAKES = np.array([True, False, False, False, True])  # fills that take a source index
 
@@ -234,7 +242,15 @@ class Expansion:
     post_scale: AxisMap
 
     @classmethod
-    def of(cls, write: AxisMap, read: AxisMap, rule: str, *, scale: AxisMap | None = None, shift: AxisMap | None = None) -> Expansion:
+    def of(
+        cls,
+        write: AxisMap,
+        read: AxisMap,
+        rule: str,
+        *,
+        scale: AxisMap | None = None,
+        shift: AxisMap | None = None,
+    ) -> Expansion:
         """Make an expansion whose norm maps are, by default, the writing map."""
         scale, shift = scale or write, shift or write
         return cls(write, read, read, rule, scale, shift, scale, shift, scale)

@@ -1,4 +1,6 @@
-"""How a plan goes from a dense MLP to experts, or from few experts to many: the facts that plan, proof and record share."""
+"""How a plan goes from a dense MLP to experts, or from few experts to many: the facts that plan, proof and
+record share.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ class Change:
         asked: the operator's options.
         config: of the target.
         experts: in the order of their numbers, in every layer that has them.
-        routed: target tensor → its expert's number, for the matrices of routed experts; router tensors have -1.
+        routed: target tensor → its expert's number, for the matrices of routed experts; router tensors have
+            -1.
         shared: how many of the first units every token goes through.
         chosen_before: how many experts a token was sent to; 1 of a dense MLP.
     """
@@ -83,21 +86,28 @@ class Change:
         return plan.target_parameters - self.idle_parameters(plan)
 
     def active_flops(self, plan: Decision) -> int:
-        """Forward FLOPs per token of the matrices that it meets, 2 per weight; attention's scores are not counted."""
+        """Forward FLOPs per token of the matrices that it meets, 2 per weight; attention's scores are not
+        counted.
+        """
         tensors = plan.family.tensors(self.config)
-        matrices = (prod(tensor.shape) for tensor in tensors if tensor.line.kind == "linear" and not tensor.is_bias)
+        matrices = (
+            prod(tensor.shape) for tensor in tensors if tensor.line.kind == "linear" and not tensor.is_bias
+        )
         return 2 * (sum(matrices) - self.idle_parameters(plan))
 
     def share_of_gradient(self, step: Step) -> float:
-        """What a target tensor's gradient is of its source's beyond what the maps say: 0 where no factor gives it.
+        """What a target tensor's gradient is of its source's beyond what the maps say: 0 where no factor
+        gives it.
 
-        A routed expert of a dense MLP sees the tokens that are sent to it; a copy among m that are chosen together sees each with 1/m.
+        A routed expert of a dense MLP sees the tokens that are sent to it; a copy among m that are chosen
+        together sees each with 1/m.
         """
         if step.name not in self.routed:
             return 1.0
         if isinstance(self.asked, Upcycling):
             return 0.0
-        return 1.0 if self.routed[step.name] < 0 else 1 / self.group  # of router rows the map counts the copies
+        # of router rows the map counts the copies
+        return 1.0 if self.routed[step.name] < 0 else 1 / self.group
 
     def repeats(self, step: Step) -> bool:
         """Whether a target tensor is of an expert that holds what one before it holds already."""
@@ -114,7 +124,9 @@ class Change:
     def summary(self, plan: Decision) -> str:
         """One line: the experts, and what a token meets of them."""
         count = len(self.layers)
-        where = f"in {count} of {plan.layers.target} layers" if count < plan.layers.target else "in every layer"
+        where = (
+            f"in {count} of {plan.layers.target} layers" if count < plan.layers.target else "in every layer"
+        )
         shared = f", {self.shared} units shared" if self.shared else ""
         units = self.experts[0].stop - self.experts[0].start
         return (

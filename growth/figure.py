@@ -1,4 +1,6 @@
-"""The picture of a plan: the source of every layer, the growth of every axis, one grown matrix beside its source."""
+"""The picture of a plan: the source of every layer, the growth of every axis, one grown matrix beside its
+source.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ ORIGINS = {  # Okabe and Ito's colours, which colour-blind readers tell apart
 
 
 def draw(plan: Plan, path: Path | str, reader: Reader | None = None) -> None:
-    """Write the picture to `path`, whose suffix says the format; the matrices need a `reader` of the source's weights.
+    """Write the picture to `path`, whose suffix says the format; the matrices need a `reader` of the source's
+    weights.
 
     Raises:
         UserError: the path cannot be written, or its suffix is no picture format.
@@ -38,7 +41,9 @@ def draw(plan: Plan, path: Path | str, reader: Reader | None = None) -> None:
     try:
         build(plan, reader).savefig(path, dpi=150, facecolor="white")
     except (ValueError, OSError) as fault:
-        raise UserError(f"figure {str(path)!r}: cannot be written ({fault}); give a path that ends in .png, .pdf or .svg") from None
+        raise UserError(
+            f"figure {str(path)!r}: cannot be written ({fault}); give a path that ends in .png, .pdf or .svg"
+        ) from None
 
 
 def build(plan: Plan, reader: Reader | None = None) -> Figure:
@@ -54,7 +59,13 @@ def build(plan: Plan, reader: Reader | None = None) -> Figure:
     reasons = len(plan.certificate.reasons)
     proof = f"not lossless ({reasons} reason{'s' * (reasons > 1)})" if reasons else "certified lossless"
     size = f"{_count(plan.source_parameters)} → {_count(plan.target_parameters)} parameters"
-    figure.suptitle(f"{plan.family.name} grown by {plan.operator}: {size}, {proof}", fontsize=13, color=INK, x=0.01, ha="left")
+    figure.suptitle(
+        f"{plan.family.name} grown by {plan.operator}: {size}, {proof}",
+        fontsize=13,
+        color=INK,
+        x=0.01,
+        ha="left",
+    )
     return figure
 
 
@@ -63,7 +74,9 @@ def _count(number: int) -> str:
 
 
 def shown_step(plan: Plan) -> Step:
-    """The matrix that writes the queries of the first layer; of a family whose roles are not known, its first matrix."""
+    """The matrix that writes the queries of the first layer; of a family whose roles are not known, its first
+    matrix.
+    """
     matrices = [step for step in plan.steps if step.tensor.layer == 0 and len(step.shape) == 2]
     for step in matrices:
         if "qk" in {space.name for space in spaces(step.tensor.line.out)}:
@@ -89,7 +102,9 @@ def _layers(axes: Axes, plan: Plan) -> None:
         _, colour = ORIGINS[Origin.COPY if again else Origin.ORIGINAL]
         line, inside, outside = (":", "white", IDLE) if idle else ("-", colour, colour)
         axes.plot([place[source], number], [0, 1], color=outside, linestyle=line, zorder=1)
-        axes.scatter(number, 1, s=size, marker="s", facecolor=inside, edgecolor=outside, linestyle=line, zorder=2)
+        axes.scatter(
+            number, 1, s=size, marker="s", facecolor=inside, edgecolor=outside, linestyle=line, zorder=2
+        )
         axes.text(number, 1, str(number), color=INK if idle else "white", **label)
     note = "; dotted: starts as the identity" if any(layers.identity) else ""
     counts = f"{layers.source} source layers (below) feed {layers.target} target layers"
@@ -151,7 +166,11 @@ def _matrices(figure: Any, plan: Plan, step: Step, reader: Reader | None) -> Non
     colours = ListedColormap([ORIGINS[origin][1] for origin in Origin])
     sample = _sampled(origins(plan, step))
     _show(panels[-1], step.shape, sample, cmap=colours, norm=norm)
-    what = "its entries" if columns == 3 else f"the entries of {_short(step.name)}, {step.shape[0]}×{step.shape[1]},"
+    what = (
+        "its entries"
+        if columns == 3
+        else f"the entries of {_short(step.name)}, {step.shape[0]}×{step.shape[1]},"
+    )
     panels[-1].set_title(f"where {what} come from", **_TITLE)
 
 
@@ -203,5 +222,7 @@ def _edges(length: int) -> np.ndarray:
 
 def _sampled(values: np.ndarray) -> np.ndarray:
     """Take every so many-th row and column, at most a few hundred."""
-    rows, columns = (np.linspace(0, size - 1, min(size, 2 * CELLS)).round().astype(int) for size in values.shape)
+    rows, columns = (
+        np.linspace(0, size - 1, min(size, 2 * CELLS)).round().astype(int) for size in values.shape
+    )
     return values[np.ix_(rows, columns)]

@@ -1,6 +1,8 @@
-"""The place of a result: made as `<out>.partial`, then renamed to `out`. Nothing is cleared or replaced there that growth did not make.
+"""The place of a result: made as `<out>.partial`, then renamed to `out`. Nothing is cleared or replaced there
+that growth did not make.
 
-`growth.json` lists the files of a finished folder; what is being written carries a mark, so that everything in it may be cleared.
+`growth.json` lists the files of a finished folder; what is being written carries a mark, so that everything
+in it may be cleared.
 """
 
 from __future__ import annotations
@@ -22,7 +24,16 @@ from outgrow.model.config import read_json
 RECIPE = "growth.json"  # the record of a finished growth; its `files` are what growth made
 MARK = "growth.partial.json"  # in a folder that growth is filling; workers keep there what they agree on
 WORKER = "worker-"  # begins the name of a file that a worker holds while it is at work
-_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST)
+_DENIED = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.ENOENT,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EEXIST,
+)
 
 
 @dataclass(frozen=True)
@@ -53,10 +64,12 @@ class Place:
         return self.out.with_name(self.out.name + FORMER)
 
     def check(self) -> None:
-        """Look whether `out` can be made without destroying anything; what a killed replacement left over is removed.
+        """Look whether `out` can be made without destroying anything; what a killed replacement left over is
+        removed.
 
         Raises:
-            UserError: `out` exists and may not be replaced, holds or is what is read, or something that growth did not make is in the way.
+            UserError: `out` exists and may not be replaced, holds or is what is read, or something that
+                growth did not make is in the way.
         """
         with disk_faults(self.out):
             self._check_reads()
@@ -65,13 +78,17 @@ class Place:
             self._check_out()
             self._check_partial()
             if self.overwrite and _exists(self.former) and (others := strangers(self.former)):
-                raise UserError(f"out: {self.former} is in the way and holds {_few(others)}, which growth did not make; move it away")
+                raise UserError(
+                    f"out: {self.former} is in the way and holds {_few(others)}, which growth did not make; move it away"
+                )
 
     def _check_reads(self) -> None:
         for place in (self.out, self.partial, self.former):
             for path in self.reads:
                 if _holds(place, path):
-                    raise UserError(f"out {self.out}: {place} is or holds {path}, which is read for this growth; choose another folder")
+                    raise UserError(
+                        f"out {self.out}: {place} is or holds {path}, which is read for this growth; choose another folder"
+                    )
 
     def _check_out(self) -> None:
         out = self.out
@@ -82,7 +99,9 @@ class Place:
                 f"out {out}: exists already; choose another folder, or overwrite=true to replace it once the new one is complete"
             )
         if not out.is_dir() or ((others := strangers(out)) and not (out / "config.json").exists()):
-            raise UserError(f"out {out}: exists and is no checkpoint folder, so it is not replaced; choose another folder")
+            raise UserError(
+                f"out {out}: exists and is no checkpoint folder, so it is not replaced; choose another folder"
+            )
         if others:
             raise UserError(
                 f"out {out}: holds {_few(others)}, which growth did not make, so it is not replaced; move that away, or choose another "
@@ -93,12 +112,20 @@ class Place:
         partial = self.partial
         if not _exists(partial) or (partial.is_dir() and not partial.is_symlink() and self._may_clear()):
             return
-        raise UserError(f"out: {partial} is in the way and was not made by growth, so it is left alone; move it, or choose another folder")
+        raise UserError(
+            f"out: {partial} is in the way and was not made by growth, so it is left alone; move it, or choose another folder"
+        )
 
     def _may_clear(self) -> bool:
-        """Check whether `<out>.partial` is growth's: marked, empty, or just taken out of `out` by a killed replacement."""
+        """Check whether `<out>.partial` is growth's: marked, empty, or just taken out of `out` by a killed
+        replacement.
+        """
         partial = self.partial
-        return (partial / MARK).exists() or not any(partial.iterdir()) or ((self.out / MARK).exists() and not any(strangers(partial)))
+        return (
+            (partial / MARK).exists()
+            or not any(partial.iterdir())
+            or ((self.out / MARK).exists() and not any(strangers(partial)))
+        )
 
     def open(self) -> Lock:
         """Make `<out>.partial` if need be; return its lock, which nobody has taken yet."""
@@ -107,7 +134,8 @@ class Place:
         return Lock(self.partial)
 
     def check_again(self, lock: Lock) -> None:
-        """Look again once the folder is locked: another process may have completed it between the look and the lock.
+        """Look again once the folder is locked: another process may have completed it between the look and
+        the lock.
 
         Raises:
             UserError: as `check`, or the folder that is locked is `<out>.partial` no more.
@@ -141,8 +169,9 @@ class Place:
     def publish(self) -> None:
         """Rename the completed folder to `out`.
 
-        A folder that is there changes places with it in one step, so that at every moment there is one of the two; who has its files mapped
-        goes on reading them. Where the system cannot do that in one step, it steps aside first.
+        A folder that is there changes places with it in one step, so that at every moment there is one of the
+        two; who has its files mapped goes on reading them. Where the system cannot do that in one step, it
+        steps aside first.
 
         Raises:
             UserError: something that growth may not replace has appeared at `out`.
@@ -166,18 +195,24 @@ class Place:
 
 
 @contextmanager
-def complete_or_absent(out: Path | str, *, overwrite: bool = False, reads: Iterable[Path] = ()) -> Iterator[Path]:
-    """A folder `<out>.partial` to fill; it becomes `out` when the block ends, and is removed when the block fails.
+def complete_or_absent(
+    out: Path | str, *, overwrite: bool = False, reads: Iterable[Path] = ()
+) -> Iterator[Path]:
+    """A folder `<out>.partial` to fill; it becomes `out` when the block ends, and is removed when the block
+    fails.
 
     What a killed process left in `<out>.partial` is cleared by the next one; two at once are refused.
 
     Raises:
-        UserError: `out` may not be made or replaced (`Place.check`), another process is filling it, or the disk is full or not writable.
+        UserError: `out` may not be made or replaced (`Place.check`), another process is filling it, or the
+            disk is full or not writable.
     """
     place = Place(Path(out), overwrite, tuple(reads))
     with disk_faults(place.out), place.open() as lock:
         if not lock.take():
-            raise UserError(f"out: another process is writing {place.partial}; wait for it, or choose another folder")
+            raise UserError(
+                f"out: another process is writing {place.partial}; wait for it, or choose another folder"
+            )
         place.check_again(lock)
         try:
             place.clear()
@@ -189,7 +224,9 @@ def complete_or_absent(out: Path | str, *, overwrite: bool = False, reads: Itera
 
 
 def strangers(folder: Path) -> list[str]:
-    """Everything in a folder that growth did not make there, by its own record; all of it where there is no record."""
+    """Everything in a folder that growth did not make there, by its own record; all of it where there is no
+    record.
+    """
     return sorted(_strangers(folder, frozenset({*_recorded(folder), MARK})))
 
 
@@ -205,7 +242,13 @@ def _strangers(folder: Path, own: frozenset[str], before: str = "") -> Iterator[
 def files_in(folder: Path) -> list[str]:
     """The files of a folder that is about to be completed, for its record: names relative to it."""
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
-    return sorted({*(file for file in files if file != MARK and not file.startswith((WORKER, f".{WORKER}"))), RECIPE, "config.json"})
+    return sorted(
+        {
+            *(file for file in files if file != MARK and not file.startswith((WORKER, f".{WORKER}"))),
+            RECIPE,
+            "config.json",
+        }
+    )
 
 
 def _recorded(folder: Path) -> list[str]:
@@ -217,7 +260,9 @@ def _recorded(folder: Path) -> list[str]:
 
 
 def _remove_own(folder: Path) -> None:
-    """Remove a folder that holds nothing but growth's own files, its record last, so that a kill leaves it recognisable."""
+    """Remove a folder that holds nothing but growth's own files, its record last, so that a kill leaves it
+    recognisable.
+    """
     for entry in folder.iterdir():
         if entry.name != RECIPE:
             _remove(entry)
@@ -256,10 +301,16 @@ def disk_faults(out: Path, kept: str = "nothing was kept") -> Iterator[None]:
         yield
     except OSError as fault:
         if fault.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(next(parent for parent in (out, *out.absolute().parents) if parent.exists())).free
-            raise UserError(f"out {out}: the disk is full ({free:,} bytes free); {kept}; free space or choose another disk") from None
+            free = shutil.disk_usage(
+                next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+            ).free
+            raise UserError(
+                f"out {out}: the disk is full ({free:,} bytes free); {kept}; free space or choose another disk"
+            ) from None
         if fault.errno == errno.ENOTEMPTY:
-            raise UserError(f"out {out}: has appeared meanwhile and is not replaced; {kept}; choose another folder") from None
+            raise UserError(
+                f"out {out}: has appeared meanwhile and is not replaced; {kept}; choose another folder"
+            ) from None
         if fault.errno in _DENIED:
             raise UserError(
                 f"out {out}: cannot be written ({fault.strerror}: {fault.filename}); choose a folder you may write to"

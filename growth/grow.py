@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from outgrow.growth.certificate import Certificate
 
 ROWS = 1024  # of two tensors that are compared, at a time
-RECEIPT_PARAMETERS = 100_000_000  # above this a receipt is measured only when it is asked for: both models are loaded for it
+# above this a receipt is measured only when it is asked for: both models are loaded for it
+RECEIPT_PARAMETERS = 100_000_000
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,8 +60,14 @@ class Grown:
     def __repr__(self) -> str:
         """Five lines: the folder, what its plan says in short, and the receipt."""
         plan, measured = repr(self.plan).splitlines(), self.receipt
-        state = f"Grown {self.folder}" if self.complete else f"Grown {self.folder} (in part: other workers are still to write)"
-        receipt = f"max |Δlogit| {measured.max_delta:.3g}, KL {measured.kl:.3g}" if measured else "not measured"
+        state = (
+            f"Grown {self.folder}"
+            if self.complete
+            else f"Grown {self.folder} (in part: other workers are still to write)"
+        )
+        receipt = (
+            f"max |Δlogit| {measured.max_delta:.3g}, KL {measured.kl:.3g}" if measured else "not measured"
+        )
         return "\n".join([f"{state}, {plan[0].lower()}", *plan[1:2], *plan[3:], f"  receipt: {receipt}"])
 
     def describe(self) -> str:
@@ -98,19 +105,23 @@ def grow(
 
     Args:
         source: a folder, or a Hugging Face name (then `revision` may pin a commit).
-        out: the folder to make: config, safetensors shards, tokenizer, generation config, `growth.json` (the recipe) and a model card.
+        out: the folder to make: config, safetensors shards, tokenizer, generation config, `growth.json` (the
+            recipe) and a model card.
         target, operator, depth, noise, seed, dtype, options: see `growth.plan`.
-        overwrite: replace an `out` that growth made, once the new one is complete. One that holds anything else, or that is or contains the
-            source, is refused.
-        receipt: measure logits of both models, which needs torch; None measures models of up to 100 M parameters where torch is installed.
-        text: a file of real text to measure the receipt on, perplexity and greedy continuations of both models with it; for that the source
-            needs its tokenizer, and a receipt is measured at any size.
+        overwrite: replace an `out` that growth made, once the new one is complete. One that holds anything
+            else, or that is or contains the source, is refused.
+        receipt: measure logits of both models, which needs torch; None measures models of up to 100 M
+            parameters where torch is installed.
+        text: a file of real text to measure the receipt on, perplexity and greedy continuations of both
+            models with it; for that the source needs its tokenizer, and a receipt is measured at any size.
         threads: that compute, over tensors; the bits do not depend on it.
         max_shard_bytes: size of a shard.
-        optimizer: Adam's saved state of the source, a file or a folder with `optimizer.bin` or `optimizer.pt`; grown with the weights into
-            `out/optimizer`, from where `growth.load_adam` puts it into an optimizer.
+        optimizer: Adam's saved state of the source, a file or a folder with `optimizer.bin` or
+            `optimizer.pt`; grown with the weights into `out/optimizer`, from where `growth.load_adam` puts it
+            into an optimizer.
         nonfinite: what to do with NaN and infinite weights; allow copies them like any other.
-        worker: `i/n`: write the i-th of n shares of the shards, while other processes write theirs (`growth.workers`).
+        worker: `i/n`: write the i-th of n shares of the shards, while other processes write theirs
+            (`growth.workers`).
         progress: called with (bytes done, bytes in all) after every tensor.
 
     Raises:
@@ -144,7 +155,9 @@ def grow(
             verify_structure(folder, made)
             measured = None
             if _is_measured(receipt, text, made, checkpoint):
-                measured = measure_growth(made, reader, checkpoint.folder, folder, threads=threads, passage=passage)
+                measured = measure_growth(
+                    made, reader, checkpoint.folder, folder, threads=threads, passage=passage
+                )
                 check_receipt(measured, made, checkpoint.folder)
             terms = licence(checkpoint.folder / "README.md")
             _write_recipe(folder, made, str(source), revision, checkpoint, ledger, measured, terms)
@@ -215,7 +228,8 @@ def check_tokenizer(source: Path, plan: Plan) -> None:
     """New tokens must have room for all of the tokenizer's.
 
     Raises:
-        UserError: the vocabulary grows, and the tokenizer that goes with the weights has more tokens than it then holds.
+        UserError: the vocabulary grows, and the tokenizer that goes with the weights has more tokens than it
+            then holds.
     """
     if not plan.growth.grows("vocab"):
         return
@@ -227,14 +241,24 @@ def check_tokenizer(source: Path, plan: Plan) -> None:
 
 
 def check_head(source: Checkpoint, plan: Plan) -> None:
-    """A head that is stored beside the embedding that it is tied to must be that: the library would use the one stored.
+    """A head that is stored beside the embedding that it is tied to must be that: the library would use the
+    one stored.
 
     Raises:
         UserError: it is another.
     """
     tensors = list(plan.growth.source_family.tensors(plan.source_config))
-    embedding = next((tensor.name for tensor in tensors if tensor.line.kind == "embedding" and Space("vocab") in tensor.axes), None)
-    heads = [tensor.name for tensor in tensors if tensor.tied] or [name for name in plan.family.ignore if name.endswith("head.weight")]
+    embedding = next(
+        (
+            tensor.name
+            for tensor in tensors
+            if tensor.line.kind == "embedding" and Space("vocab") in tensor.axes
+        ),
+        None,
+    )
+    heads = [tensor.name for tensor in tensors if tensor.tied] or [
+        name for name in plan.family.ignore if name.endswith("head.weight")
+    ]
     for name in heads:
         if embedding is None or name not in source.tensors or embedding not in source.tensors:
             continue
@@ -308,16 +332,30 @@ def recorded_plan(folder: Path | str) -> Plan:
     """The plan that a grown folder followed, made again from its `growth.json`; no weights are read.
 
     Raises:
-        UserError: the folder was not grown by this library, or what it records does not give the plan that it names.
+        UserError: the folder was not grown by this library, or what it records does not give the plan that it
+            names.
     """
     folder = Path(folder)
     record = read_json(folder / "growth.json")
     try:
-        made, source, target, named = record["plan"], record["source"]["config"], record["target"]["config"], record["plan_hash"]
+        made, source, target, named = (
+            record["plan"],
+            record["source"]["config"],
+            record["target"]["config"],
+            record["plan_hash"],
+        )
         depth = made["layers"] if made["depth"] == "list" else made["depth"]
-        how = {"depth": depth, "noise": made["noise"], "seed": made["seed"], "dtype": made.get("dtype"), **made["options"]}
+        how = {
+            "depth": depth,
+            "noise": made["noise"],
+            "seed": made["seed"],
+            "dtype": made.get("dtype"),
+            **made["options"],
+        }
     except (KeyError, TypeError) as fault:
-        raise UserError(f"{folder / 'growth.json'}: no record of a growth that can be followed again ({fault})") from None
+        raise UserError(
+            f"{folder / 'growth.json'}: no record of a growth that can be followed again ({fault})"
+        ) from None
     again = plan(source, target, made["operator"], **how)
     if again.hash != named:
         raise UserError(

@@ -17,7 +17,8 @@ class LayerMap:
         rule: the map's name.
         source: L.
         layers: (M,) the source layer of each target layer.
-        identity: (M,) True where the target layer's writers start at zero, so that it passes the residual stream on.
+        identity: (M,) True where the target layer's writers start at zero, so that it passes the residual
+            stream on.
     """
 
     rule: str
@@ -51,7 +52,9 @@ def stack(source: int, target: int) -> list[int]:
 
 
 def proportional(source: int, target: int) -> list[int]:
-    """round(i·L/M), half to even, clamped to L-1 (Gopher's map, 2112.11446; Javaheripi, NeurIPS 2023, for Phi-2)."""
+    """round(i·L/M), half to even, clamped to L-1 (Gopher's map, 2112.11446; Javaheripi, NeurIPS 2023, for
+    Phi-2).
+    """
     return [min(round(i * source / target), source - 1) for i in range(target)]
 
 
@@ -85,7 +88,11 @@ def llama_pro(source: int, target: int) -> list[int]:
             f"depth 'llama_pro': {extra} new layers cannot be spread evenly among {source}; use depth=identity, which spreads any number"
         )
     group = source // extra
-    return [layer for start in range(0, source, group) for layer in (*range(start, start + group), start + group - 1)]
+    return [
+        layer
+        for start in range(0, source, group)
+        for layer in (*range(start, start + group), start + group - 1)
+    ]
 
 
 def identity_top(source: int, target: int) -> list[int]:
@@ -115,13 +122,16 @@ LAYER_MAPS: dict[str, tuple[Callable[[int, int], list[int]], bool]] = {
 
 
 def layer_map(depth: str | Sequence[int], source: int, target: int) -> LayerMap:
-    """Make the layer map named `depth`, or of a list of source layers (repeats work; none starts as the identity).
+    """Make the layer map named `depth`, or of a list of source layers (repeats work; none starts as the
+    identity).
 
     Raises:
         UserError: the name is unknown, the list does not fit, or the target has fewer layers than the source.
     """
     if target < source:
-        raise UserError(f"target has {target} layers, fewer than the source's {source}; growth cannot drop layers")
+        raise UserError(
+            f"target has {target} layers, fewer than the source's {source}; growth cannot drop layers"
+        )
     if not isinstance(depth, str):
         return _explicit(depth, source, target)
     if depth not in LAYER_MAPS:
@@ -132,7 +142,8 @@ def layer_map(depth: str | Sequence[int], source: int, target: int) -> LayerMap:
 
 
 def among_kinds(source: Sequence[Hashable], target: Sequence[Hashable]) -> LayerMap | None:
-    """Make the identity map where layers differ in kind: a source layer works at a place of its kind, near `identity`'s.
+    """Make the identity map where layers differ in kind: a source layer works at a place of its kind, near
+    `identity`'s.
 
     Every new layer is a copy of the nearest one before it of its own kind.
 
@@ -165,7 +176,9 @@ def among_kinds(source: Sequence[Hashable], target: Sequence[Hashable]) -> Layer
             return None
         before = [place for place in alike if place <= number]
         layers.append(working[before[-1] if before else alike[0]])
-    return LayerMap("identity", len(source), tuple(layers), tuple(number not in working for number in range(len(target))))
+    return LayerMap(
+        "identity", len(source), tuple(layers), tuple(number not in working for number in range(len(target)))
+    )
 
 
 def _explicit(depth: Sequence[int], source: int, target: int) -> LayerMap:

@@ -40,13 +40,16 @@ def grow_model(
     nonfinite: Literal["refuse", "allow"] = "refuse",
     **options: Any,
 ) -> PreTrainedModel:
-    """A larger model from a `transformers` model, on its device and, unless `dtype` says otherwise, in its dtype; it stays as it is.
+    """A larger model from a `transformers` model, on its device and, unless `dtype` says otherwise, in its
+    dtype; it stays as it is.
 
-    Arguments as `growth.plan` takes them, `nonfinite` as `grow`. The bits are those that `grow` writes for the same seed, on any device;
-    each tensor keeps its dtype. What `torch.compile`, DDP or DataParallel have put around a model is taken off.
+    Arguments as `growth.plan` takes them, `nonfinite` as `grow`. The bits are those that `grow` writes for
+    the same seed, on any device; each tensor keeps its dtype. What `torch.compile`, DDP or DataParallel have
+    put around a model is taken off.
 
     Raises:
-        UserError: as `growth.plan`; the model's weights are not whole and plain, are not its config's, or are not finite.
+        UserError: as `growth.plan`; the model's weights are not whole and plain, are not its config's, or are
+            not finite.
     """
     model = bare(model)
     made = plan_of(model, target, operator, depth=depth, noise=noise, seed=seed, dtype=dtype, **options)
@@ -74,7 +77,9 @@ class _Held:
         return self.reader.stored()
 
 
-def follow(plan: Plan, model: PreTrainedModel, nonfinite: Literal["refuse", "allow"] = "refuse") -> PreTrainedModel:
+def follow(
+    plan: Plan, model: PreTrainedModel, nonfinite: Literal["refuse", "allow"] = "refuse"
+) -> PreTrainedModel:
     """The model that `plan` makes of `model`.
 
     Raises:
@@ -87,7 +92,10 @@ def follow(plan: Plan, model: PreTrainedModel, nonfinite: Literal["refuse", "all
 
     backend = model.config._attn_implementation
     grown = empty_model(
-        plan.target_config, dtype=model.dtype if plan.growth.dtype is None else torch.float32, device=model.device, attention=backend
+        plan.target_config,
+        dtype=model.dtype if plan.growth.dtype is None else torch.float32,
+        device=model.device,
+        attention=backend,
     )
     tensors = _tensors(model)
     reader: Reader = tensors if nonfinite == "allow" else FiniteReader(tensors, tensors.dtypes)
@@ -98,8 +106,15 @@ def follow(plan: Plan, model: PreTrainedModel, nonfinite: Literal["refuse", "all
                 parameters[name].data = values.to(model.device)
         else:
             made = dict(expand(plan, reader))
-            whole, own = in_model(plan.target_config, made, made.__getitem__), grown.state_dict(keep_vars=True)
-            kinds = {} if plan.growth.dtype else {layerless(name): tensor.dtype for name, tensor in model.state_dict().items()}
+            whole, own = (
+                in_model(plan.target_config, made, made.__getitem__),
+                grown.state_dict(keep_vars=True),
+            )
+            kinds = (
+                {}
+                if plan.growth.dtype
+                else {layerless(name): tensor.dtype for name, tensor in model.state_dict().items()}
+            )
             for name in own:
                 own[name].data = whole[name].to(model.device, kinds.get(layerless(name), own[name].dtype))
     return grown.train(model.training)
@@ -111,10 +126,14 @@ def _tensors(model: PreTrainedModel) -> Tensors:
     held, blank = _untied(model), meta_model(config_of(model))
     for name, whole in blank.all_tied_weights_keys.items():
         if name in held and whole in held and not held[name].equal(held[whole]):
-            raise UserError(f"the model in memory: its config ties {name} to {whole}, and they differ; set tie_word_embeddings to False")
+            raise UserError(
+                f"the model in memory: its config ties {name} to {whole}, and they differ; set tie_word_embeddings to False"
+            )
     known = blank.state_dict().keys()
     if strange := [name for name in held if name not in known]:
-        raise UserError(f"the model in memory: unknown {names_of(strange)}, which a {type(model).__name__} of its config does not have")
+        raise UserError(
+            f"the model in memory: unknown {names_of(strange)}, which a {type(model).__name__} of its config does not have"
+        )
     return Tensors({name: tensor.detach() for name, tensor in in_file(config_of(model), held).items()})
 
 
@@ -127,5 +146,6 @@ def _untied(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def config_of(model: PreTrainedModel) -> dict[str, Any]:
     """The model's config with everything in it, as its flat view."""
-    named = {"dtype": str(model.dtype).removeprefix("torch.")}  # a config may still say what its weights were before they were cast
+    # a config may still say what its weights were before they were cast
+    named = {"dtype": str(model.dtype).removeprefix("torch.")}
     return flat(json.loads(model.config.to_json_string(use_diff=False)) | named)

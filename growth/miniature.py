@@ -18,9 +18,10 @@ MORE = 6  # tokens or positions, where there are to be more
 def miniature(draft: Draft, source: Config, target: Config, depth: str | Sequence[int]) -> dict[str, int]:
     """Scale the growth from `source` to `target` down to the draft's tiny config: config key → size.
 
-    Key-value heads, queries for each, head dim and hidden size keep the ratios that are asked for, so that what follows from them (a head
-    dim of hidden size / heads) grows where it is to grow. Whole factors stay whole and others do not become whole; where a ratio does not
-    fit a tiny size, the next quarter does. There are a few more layers, tokens and positions where there are to be more.
+    Key-value heads, queries for each, head dim and hidden size keep the ratios that are asked for, so that
+    what follows from them (a head dim of hidden size / heads) grows where it is to grow. Whole factors stay
+    whole and others do not become whole; where a ratio does not fit a tiny size, the next quarter does. There
+    are a few more layers, tokens and positions where there are to be more.
     """
     keys, tiny = draft.axes.keys, draft.axes.config
     mixer = draft.axes.mixer
@@ -47,7 +48,8 @@ def miniature(draft: Draft, source: Config, target: Config, depth: str | Sequenc
 
 
 def scaled(tiny: int, before: int, after: int, multiple: int = 1) -> int:
-    """Scale `tiny` by after / before, at most `LARGEST` times: a whole multiple where that factor is whole, else none.
+    """Scale `tiny` by after / before, at most `LARGEST` times: a whole multiple where that factor is whole,
+    else none.
 
     Args:
         multiple: a divisor of the result, unless the factor is whole.
@@ -108,8 +110,8 @@ def _head_dim(draft: Draft, source: Config, target: Config) -> dict[str, int]:
 def _hidden(draft: Draft, source: Config, target: Config, heads: Mapping[str, int]) -> int:
     """Scale the hidden size.
 
-    Where a head's dim is hidden size / heads it is so many heads, else it has its own ratio, a multiple of the heads
-    where the target's is one.
+    Where a head's dim is hidden size / heads it is so many heads, else it has its own ratio, a multiple of
+    the heads where the target's is one.
     """
     keys = draft.axes.keys
     tiny = draft.axes.hidden

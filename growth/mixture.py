@@ -1,8 +1,10 @@
-"""Plans that end in a mixture of experts: one within the source's own family, whose tensors are then handed out to experts.
+"""Plans that end in a mixture of experts: one within the source's own family, whose tensors are then handed
+out to experts.
 
-Within its family the source grows as any other does, by any operator, layer map and noise. The change to the mixture's schema
-(`model.mixture`) is a mapping: every target tensor takes one tensor of that plan, cut to an expert's units, times a factor. Router
-rows are fresh or copied. Nothing of it is known to the engine but a step's maps and its `Finish`. `growth.routing` proves what it keeps.
+Within its family the source grows as any other does, by any operator, layer map and noise. The change to the
+mixture's schema (`model.mixture`) is a mapping: every target tensor takes one tensor of that plan, cut to an
+expert's units, times a factor. Router rows are fresh or copied. Nothing of it is known to the engine but a
+step's maps and its `Finish`. `growth.routing` proves what it keeps.
 """
 
 from __future__ import annotations
@@ -27,12 +29,15 @@ from outgrow.model.presets import PRESETS
 Within = Callable[..., Plan]  # (target, operator, family=…): the plan in the source's own family
 
 
-def changed_plan(source: Config, target: Any, operator: str, options: Mapping[str, Any], noise: float, within: Within) -> Plan:
+def changed_plan(
+    source: Config, target: Any, operator: str, options: Mapping[str, Any], noise: float, within: Within
+) -> Plan:
     """The plan of a growth into a mixture of experts.
 
     Args:
         source: the source's config.
-        target: the mixture's config, a folder with one, or overrides with `model_type` and the number of experts.
+        target: the mixture's config, a folder with one, or overrides with `model_type` and the number of
+            experts.
         operator, options: of `growth.changes`.
         noise: as the plan within the family has it, for the record.
         within: makes the plan in the source's own family, of (target, operator).
@@ -62,7 +67,11 @@ def _asked(operator: str, options: Mapping[str, Any]) -> Upcycling | ExpertCopy:
     from outgrow.growth.operators import OPERATORS, options_of
 
     known = options_of(operator)
-    faults = [f"unknown option of operator {operator!r}: {name!r}; {did_you_mean(name, known)}" for name in options if name not in known]
+    faults = [
+        f"unknown option of operator {operator!r}: {name!r}; {did_you_mean(name, known)}"
+        for name in options
+        if name not in known
+    ]
     UserError.collect(faults)
     width = options.get("width", "lossless")
     if width not in OPERATORS:
@@ -77,11 +86,15 @@ def _wanted(target: Any) -> dict[str, Any]:
     elif isinstance(target, Mapping):
         found = flat(target)
     elif str(target) in PRESETS:
-        raise UserError(f"target {target!r}: a dense model's sizes; give target={{model_type:mixtral,num_local_experts:8,…}} or a folder")
+        raise UserError(
+            f"target {target!r}: a dense model's sizes; give target={{model_type:mixtral,num_local_experts:8,…}} or a folder"
+        )
     elif Path(target).is_dir():
         found = read_config(Path(target))
     else:
-        raise UserError(f"unknown target {str(target)!r}: no folder; give target={{model_type:mixtral,num_local_experts:8,…}}")
+        raise UserError(
+            f"unknown target {str(target)!r}: no folder; give target={{model_type:mixtral,num_local_experts:8,…}}"
+        )
     return {key: value for key, value in found.items() if key not in NEUTRAL}
 
 
@@ -94,10 +107,18 @@ def _mixture(source: Config, kind: Any, wanted: Config, asked: Upcycling | Exper
     known, own = mixtures(), source["model_type"]
     copies = isinstance(asked, ExpertCopy)
     if own in known and not copies:
-        raise UserError(f"upcycling: {own!r} has experts already; growth=expert_copy makes more of them, growth=lossless wider ones")
-    fits = [name for name, rule in known.items() if own in rule.of] if not copies else [name for name in known if name == own]
+        raise UserError(
+            f"upcycling: {own!r} has experts already; growth=expert_copy makes more of them, growth=lossless wider ones"
+        )
+    fits = (
+        [name for name, rule in known.items() if own in rule.of]
+        if not copies
+        else [name for name in known if name == own]
+    )
     if kind is None:
-        raise UserError(f"target: model_type is missing, the family of the mixture; from {own!r}: {', '.join(fits) or 'none is known'}")
+        raise UserError(
+            f"target: model_type is missing, the family of the mixture; from {own!r}: {', '.join(fits) or 'none is known'}"
+        )
     if kind in fits:
         return known[kind]
     if copies:
@@ -124,7 +145,9 @@ def _differing(source: Config, kind: str, wanted: Config) -> str:
     except Exception as fault:  # the library's classes raise every kind
         return f"its class does not build with the source's sizes ({' '.join(str(fault).split())[:160]})"
     alone = [
-        f"{name} only in {where}" for where, names in (("the source", before - after), ("the target", after - before)) for name in names
+        f"{name} only in {where}"
+        for where, names in (("the source", before - after), ("the target", after - before))
+        for name in names
     ]
     if not alone:
         return "their other tensors have the same names, and no rule for the pair is known here"
@@ -135,7 +158,11 @@ def _starred(shapes: Mapping[str, Any]) -> set[str]:
     """Names with `*` for the layer, without those of MLPs, experts and routers."""
     words = [name.split(".") for name in shapes]
     names = {".".join("*" if word.isdigit() else word for word in parts) for parts in words}
-    return {name for name in names if not any(part in name for part in (".mlp.", "moe", "expert", "feed_forward", "router"))}
+    return {
+        name
+        for name in names
+        if not any(part in name for part in (".mlp.", "moe", "expert", "feed_forward", "router"))
+    }
 
 
 def _check_keys(source: Config, mixture: Mixture, wanted: Config) -> None:
@@ -145,4 +172,8 @@ def _check_keys(source: Config, mixture: Mixture, wanted: Config) -> None:
         from outgrow.model.derive import whole_config
 
         known |= whole_config({"model_type": mixture.name}).keys()
-    UserError.collect(f"target: unknown config key {key!r}; {did_you_mean(key, known)}" for key in wanted if key not in known)
+    UserError.collect(
+        f"target: unknown config key {key!r}; {did_you_mean(key, known)}"
+        for key in wanted
+        if key not in known
+    )

@@ -1,15 +1,17 @@
 """Adam's moments, grown with the weights (LEMON, 2310.07999, appendix; Net2Net's map transposed).
 
-Growth that keeps the function is a linear map of the weights, so the chain rule ties the new gradients to the old. An index that is copied
-k times with gain a sees each copy's gradient as 1/(k·a) of the source's: k copies share what flows back, and whoever is scaled by a is
-answered by 1/a. One such factor per axis gives a whole tensor:
+Growth that keeps the function is a linear map of the weights, so the chain rule ties the new gradients to the
+old. An index that is copied k times with gain a sees each copy's gradient as 1/(k·a) of the source's: k
+copies share what flows back, and whoever is scaled by a is answered by 1/a. One such factor per axis gives a
+whole tensor:
 
     m' = α·m,  v' = α²·v,  α = Π over the axes of 1/(k·a)
 
-It is exact for what is inherited where the plan is lossless, copies are evenly read (no noise) and nothing new reaches an inherited
-gradient; `inexact` names what stands against it. Under noise the k copies still share what flows back, in uneven parts: each gets the mean
-of the copies' first moments, exactly, and the square of such means for the second, which is at most the mean of the copies' own.
-New entries, and layers that start as the identity, begin at zero.
+It is exact for what is inherited where the plan is lossless, copies are evenly read (no noise) and nothing
+new reaches an inherited gradient; `inexact` names what stands against it. Under noise the k copies still
+share what flows back, in uneven parts: each gets the mean of the copies' first moments, exactly, and the
+square of such means for the second, which is at most the mean of the copies' own. New entries, and layers
+that start as the identity, begin at zero.
 """
 
 from __future__ import annotations
@@ -24,12 +26,14 @@ from outgrow.growth.expansion import AxisMap, Fill
 from outgrow.growth.origin import Origin, axis_origins
 from outgrow.growth.plan import Plan
 
-OPTIMIZER, STATE = "optimizer", "state.json"  # the folder beside the grown weights, and what says how they grew
+# the folder beside the grown weights, and what says how they grew
+OPTIMIZER, STATE = "optimizer", "state.json"
 POWERS = {"exp_avg": 1, "exp_avg_sq": 2}  # Adam's names → the power of the gradient that they average
 
 
 def moments_plan(plan: Plan, dtypes: dict[str, str]) -> Plan:
-    """Make the plan by which the moments grow: steps `exp_avg.NAME` and `exp_avg_sq.NAME` for every tensor of `plan`.
+    """Make the plan by which the moments grow: steps `exp_avg.NAME` and `exp_avg_sq.NAME` for every tensor of
+    `plan`.
 
     Args:
         dtypes: safetensors dtype of each source moment, under the same prefixed names.
@@ -68,18 +72,32 @@ RULES = {
 
 
 def _step(plan: Plan, step: Step, moment: str, power: int) -> Step:
-    tensor = replace(step.tensor, pattern=f"{moment}.{step.tensor.pattern}", line=replace(step.tensor.line, offset=0.0))
+    tensor = replace(
+        step.tensor, pattern=f"{moment}.{step.tensor.pattern}", line=replace(step.tensor.line, offset=0.0)
+    )
     rule, origins = plan.recipe.moments, axis_origins(plan, step)
     share = 1.0 if plan.change is None else plan.change.share_of_gradient(step)
     all_new = any((origin == Origin.NEW).all() for origin in origins)
     if rule == "reset" or share == 0 or step.source is None or all_new:
-        return replace(step, tensor=tensor, source=None, zero=True, next_source=None, diagonal=False, finish=None)
+        return replace(
+            step, tensor=tensor, source=None, zero=True, next_source=None, diagonal=False, finish=None
+        )
     if rule == "original":
-        maps = tuple(_kept(axis, origin == Origin.ORIGINAL) for axis, origin in zip(step.maps, origins, strict=True))
+        maps = tuple(
+            _kept(axis, origin == Origin.ORIGINAL) for axis, origin in zip(step.maps, origins, strict=True)
+        )
     else:
         maps = tuple(_transposed(axis, power) for axis in step.maps)
         maps = (maps[0].scaled(share**power), *maps[1:]) if share != 1 else maps
-    return replace(step, tensor=tensor, source=f"{moment}.{step.source}", maps=maps, next_source=None, diagonal=False, finish=None)
+    return replace(
+        step,
+        tensor=tensor,
+        source=f"{moment}.{step.source}",
+        maps=maps,
+        next_source=None,
+        diagonal=False,
+        finish=None,
+    )
 
 
 def _transposed(axis: AxisMap, power: int) -> AxisMap:

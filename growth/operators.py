@@ -1,4 +1,5 @@
-"""Operators: named recipes of one expansion per space. A new one is a function here, a line in OPERATORS and a leaf in conf/growth.
+"""Operators: named recipes of one expansion per space. A new one is a function here, a line in OPERATORS and
+a leaf in conf/growth.
 
 Notation as in the plan: a space grows n → N; r = ⌊N/n⌋ whole copies, s = N - r·n residue, ρ = r·n/N.
 """
@@ -51,12 +52,15 @@ def _pairs_padded(n: int, N: int, turned: int, turned_target: int) -> np.ndarray
 
 
 def _vocabulary(n: int, N: int) -> Expansion:
-    """Start new tokens at the mean of the old ones, 10⁻³ of the rows' RMS away from it, in embedding and head.
+    """Start new tokens at the mean of the old ones, 10⁻³ of the rows' RMS away from it, in embedding and
+    head.
 
     The rule is the same for every operator.
     """
     kept = AxisMap.of(n, _padded(n, N), Fill.MEAN)
-    return Expansion.of(kept, kept, "unchanged" if n == N else f"{N - n} new tokens: mean of the old and a little noise")
+    return Expansion.of(
+        kept, kept, "unchanged" if n == N else f"{N - n} new tokens: mean of the old and a little noise"
+    )
 
 
 def _positions(n: int, N: int) -> Expansion:
@@ -79,26 +83,34 @@ def _each_space(growth: Growth, grow: Callable[[str, int, int], Expansion]) -> d
 
 
 def lossless(growth: Growth) -> Recipe:
-    """Width growth that keeps every logit, at any ratio (LEMON's average expansion, 2310.07999; splits as in Net2Net, 1511.05641).
+    """Width growth that keeps every logit, at any ratio (LEMON's average expansion, 2310.07999; splits as in
+    Net2Net, 1511.05641).
 
-    Residual stream: writers c·[w ×r, mean(w) ×s] (zero instead of the mean under RMSNorm), norm scale √ρ·[γ ×r, mean ×s], norm shift
-    [β ×r, 0], readers r parts that sum to the source and fresh residue columns; c = 1/√ρ, which leaves the variance that norms see, and so
-    their epsilon, as it was. Feed-forward units and KV groups are copied in turn, their readers divided. Head dim: q × √(h'/h), new k rows
-    zero, new v rows fresh, new output columns zero. A tied head's gain goes into the final norm.
+    Residual stream: writers c·[w ×r, mean(w) ×s] (zero instead of the mean under RMSNorm), norm scale √ρ·[γ
+    ×r, mean ×s], norm shift [β ×r, 0], readers r parts that sum to the source and fresh residue columns; c =
+    1/√ρ, which leaves the variance that norms see, and so their epsilon, as it was. Feed-forward units and KV
+    groups are copied in turn, their readers divided. Head dim: q × √(h'/h), new k rows zero, new v rows
+    fresh, new output columns zero. A tied head's gain goes into the final norm.
 
-    Weights stored in 16 bits are rounded by every gain that is no power of two. So there c = 1, of all powers of two the nearest to 1/√ρ,
-    and the norms' epsilon × ρ instead (`lemon`'s form), where no other norm shares the epsilon and a config key sets it.
+    Weights stored in 16 bits are rounded by every gain that is no power of two. So there c = 1, of all powers
+    of two the nearest to 1/√ρ, and the norms' epsilon × ρ instead (`lemon`'s form), where no other norm
+    shares the epsilon and a config key sets it.
 
     Lossless where the rotary count stays, and where the normalised spaces (per-head q/k norms) do not grow.
     """
-    return lemon(growth) if growth.short and growth.sets_eps else _average_expansion(growth, lambda rho: 1 / sqrt(rho))
+    return (
+        lemon(growth)
+        if growth.short and growth.sets_eps
+        else _average_expansion(growth, lambda rho: 1 / sqrt(rho))
+    )
 
 
 def lemon(growth: Growth) -> Recipe:
     """`lossless` in LEMON's own form (2310.07999): writers unscaled (c = 1), the norms' epsilon × ρ instead.
 
-    Lossless where `lossless` is, unless ρ < 1 and another norm shares the config's epsilon (per-head q/k norms: Qwen3, OLMo 2), or no
-    config key sets the epsilon (a constant of OPT's code; families whose schema is derived).
+    Lossless where `lossless` is, unless ρ < 1 and another norm shares the config's epsilon (per-head q/k
+    norms: Qwen3, OLMo 2), or no config key sets the epsilon (a constant of OPT's code; families whose schema
+    is derived).
     """
     n, N = growth.source["residual"], growth.target["residual"]
     return replace(_average_expansion(growth, lambda rho: 1.0), eps_factor=(N // n) * n / N)
@@ -150,7 +162,11 @@ def _free_head_dims(growth: Growth, space: str, n: int, N: int) -> Expansion:
     kept = AxisMap.of(n, index, Fill.RANDOM)
     scaled = "" if isclose(gain, 1) else f", queries × {gain:.4g}"
     return Expansion.of(
-        write, kept.filled(Fill.ZERO), f"{n} → {N}: {N - n} new dims written fresh and read as zero{scaled}", scale=kept, shift=kept
+        write,
+        kept.filled(Fill.ZERO),
+        f"{n} → {N}: {N - n} new dims written fresh and read as zero{scaled}",
+        scale=kept,
+        shift=kept,
     )
 
 
@@ -173,11 +189,13 @@ def _pad(growth: Growth, fill: Fill, word: str) -> Recipe:
 
 
 def tile(growth: Growth, *, mode: str = "middle", heads: str = "head_aware") -> Recipe:
-    """Position p of an axis takes (p - off) mod n, with no rescaling: Phi-2's scaled knowledge transfer, ModernBERT's weight tiling.
+    """Position p of an axis takes (p - off) mod n, with no rescaling: Phi-2's scaled knowledge transfer,
+    ModernBERT's weight tiling.
 
-    `mode="edge"`: off = 0; `"middle"`: off = ⌊(N - n)/2⌋; `"center"`: the middle block only, fresh around it. `heads="head_aware"` tiles
-    each space, so a head's dims stay in its head; `"flat"` tiles the flattened axis, which at 2048 → 2560 with 32 heads mixes heads and
-    shifts rotary dims. Not lossless. Phi-2's own scale factors were never published; none is applied here.
+    `mode="edge"`: off = 0; `"middle"`: off = ⌊(N - n)/2⌋; `"center"`: the middle block only, fresh around it.
+    `heads="head_aware"` tiles each space, so a head's dims stay in its head; `"flat"` tiles the flattened
+    axis, which at 2048 → 2560 with 32 heads mixes heads and shifts rotary dims. Not lossless. Phi-2's own
+    scale factors were never published; none is applied here.
     """
     if mode not in ("edge", "middle", "center"):
         unknown("tile mode", mode, ("edge", "middle", "center"))
@@ -199,7 +217,9 @@ def tile(growth: Growth, *, mode: str = "middle", heads: str = "head_aware") -> 
 
 
 def scratch(growth: Growth) -> Recipe:
-    """Nothing is inherited: 0 in biases, 1 in norm scales, and normal matrices of the deviation that the library's class gives them."""
+    """Nothing is inherited: 0 in biases, 1 in norm scales, and normal matrices of the deviation that the
+    library's class gives them.
+    """
 
     def fresh(space: str) -> Expansion:
         nothing = np.full(growth.target[space], -1)
@@ -210,43 +230,51 @@ def scratch(growth: Growth) -> Recipe:
 
 
 def zero_pad(growth: Growth) -> Recipe:
-    """The source in a corner of every tensor, zeros everywhere else, norm scales included: a null control, never read.
+    """The source in a corner of every tensor, zeros everywhere else, norm scales included: a null control,
+    never read.
 
-    A new reader's gradient is a multiple of a new activation, which is zero, and that of a new writer or norm scale passes through a new
-    reader, which is zero: all stay exactly 0 for ever (norm scales of 1 would not help an RMSNorm, which scales a zero). Only through
-    LayerNorm's mean does a gradient reach what writes new residual dims, which still nothing reads. `random_pad` learns.
-    Lossless only on spaces without a norm; a norm over the residual stream then divides by another variance.
+    A new reader's gradient is a multiple of a new activation, which is zero, and that of a new writer or norm
+    scale passes through a new reader, which is zero: all stay exactly 0 for ever (norm scales of 1 would not
+    help an RMSNorm, which scales a zero). Only through LayerNorm's mean does a gradient reach what writes new
+    residual dims, which still nothing reads. `random_pad` learns. Lossless only on spaces without a norm; a
+    norm over the residual stream then divides by another variance.
     """
     return _pad(growth, Fill.ZERO, "zero")
 
 
 def net2net(growth: Growth) -> Recipe:
-    """Net2WiderNet (1511.05641): each new index copies a random old one, its readers divided by how many copies there are.
+    """Net2WiderNet (1511.05641): each new index copies a random old one, its readers divided by how many
+    copies there are.
 
-    Lossless on spaces without a norm. A norm over the residual stream sees other statistics unless every index happens to be copied equally
-    often, and head dims that rotary positions turn are never copied.
+    Lossless on spaces without a norm. A norm over the residual stream sees other statistics unless every
+    index happens to be copied equally often, and head dims that rotary positions turn are never copied.
     """
     expansions = _each_space(growth, lambda space, n, N: _random_copies(growth, space, n, N))
     return Recipe(expansions, hidden_ratio=growth.hidden_ratio, moments="transpose")
 
 
 def bert2bert_fpi(growth: Growth) -> Recipe:
-    """bert2BERT's function-preserving initialisation (2110.07143): Net2Net's random copies on every space of a transformer, heads whole."""
+    """bert2BERT's function-preserving initialisation (2110.07143): Net2Net's random copies on every space of
+    a transformer, heads whole.
+    """
     return net2net(growth)
 
 
 def bert2bert_aki(growth: Growth) -> Recipe:
-    """bert2BERT's advanced knowledge initialisation (2110.07143): as `bert2bert_fpi`, but new rows come from the next layer.
+    """bert2BERT's advanced knowledge initialisation (2110.07143): as `bert2bert_fpi`, but new rows come from
+    the next layer.
 
-    Readers are divided as if the new rows were copies. Not lossless, which breaks the symmetry that copies have. The last layer has no next
-    one and copies itself.
+    Readers are divided as if the new rows were copies. Not lossless, which breaks the symmetry that copies
+    have. The last layer has no next one and copies itself.
     """
     expansions = dict(net2net(growth).expansions)
     for space, expansion in expansions.items():
         if growth.grows(space) and space not in ("vocab", "pos"):
             new = np.arange(expansion.write.target) >= expansion.write.source
             expansions[space] = replace(
-                expansion, write=expansion.write.from_next_layer(new), rule=expansion.rule + ", new rows from the next layer"
+                expansion,
+                write=expansion.write.from_next_layer(new),
+                rule=expansion.rule + ", new rows from the next layer",
             )
     return Recipe(expansions, hidden_ratio=growth.hidden_ratio)
 
@@ -258,7 +286,9 @@ def _random_copies(growth: Growth, space: str, n: int, N: int) -> Expansion:
     drawn = numbers.integers(turned if turned < n else 0, n, N - n)
     copies = AxisMap.of(n, np.concatenate([np.arange(n), drawn]))
     gain = growth.attention_gain if space == "qk" else 1.0
-    rule = f"{n} → {N}: {N - n} random copies, readers divided" + ("" if isclose(gain, 1) else f", queries × {gain:.4g}")
+    rule = f"{n} → {N}: {N - n} random copies, readers divided" + (
+        "" if isclose(gain, 1) else f", queries × {gain:.4g}"
+    )
     expansion = Expansion.of(copies.scaled(gain), copies.split(), rule, scale=copies, shift=copies)
     if space == "residual" and growth.tied:  # the head is the embedding, whose copies are not divided
         expansion = replace(expansion, final_scale=copies.split(), final_shift=copies.split())
@@ -266,11 +296,13 @@ def _random_copies(growth: Growth, space: str, n: int, N: int) -> Expansion:
 
 
 def hyperclone(growth: Growth, *, form: str = "symmetric") -> Recipe:
-    """HyperCloning (2409.12903): every space grows by a whole factor m, copies side by side, their readers divided.
+    """HyperCloning (2409.12903): every space grows by a whole factor m, copies side by side, their readers
+    divided.
 
-    `form="symmetric"`: every copy reads all m copies, each × 1/m; `"diagonal"`: the n-th copy reads the n-th copies only (block-diagonal
-    matrices). With `noise` the paper's noisy forms (10 dB there: noise = 10^(-10/20) = 0.3162): what is added to the readers of one copy is
-    taken from another's, the output head's readers excepted. Attention heads are cloned whole. Lossless.
+    `form="symmetric"`: every copy reads all m copies, each × 1/m; `"diagonal"`: the n-th copy reads the n-th
+    copies only (block-diagonal matrices). With `noise` the paper's noisy forms (10 dB there: noise =
+    10^(-10/20) = 0.3162): what is added to the readers of one copy is taken from another's, the output head's
+    readers excepted. Attention heads are cloned whole. Lossless.
     """
     if form not in ("symmetric", "diagonal"):
         unknown("hyperclone form", form, ("symmetric", "diagonal"))
@@ -289,12 +321,22 @@ def hyperclone(growth: Growth, *, form: str = "symmetric") -> Recipe:
 
     def grow(space: str, n: int, N: int) -> Expansion:
         copies = AxisMap.of(n, _wrapped(n, N))
-        expansion = Expansion.of(copies, copies.split(), f"{n} → {N}: cloned {N // n} ×, readers divided", scale=copies, shift=copies)
+        expansion = Expansion.of(
+            copies,
+            copies.split(),
+            f"{n} → {N}: cloned {N // n} ×, readers divided",
+            scale=copies,
+            shift=copies,
+        )
         if space == "residual" and growth.tied:
             expansion = replace(expansion, final_scale=copies.split(), final_shift=copies.split())
         if space == "residual":
             undo = 1 / growth.embedding_gain if growth.tied else 1.0
-            expansion = replace(expansion, final_scale=expansion.final_scale.scaled(undo), final_shift=expansion.final_shift.scaled(undo))
+            expansion = replace(
+                expansion,
+                final_scale=expansion.final_scale.scaled(undo),
+                final_shift=expansion.final_shift.scaled(undo),
+            )
         return expansion
 
     return Recipe(
@@ -307,14 +349,18 @@ def hyperclone(growth: Growth, *, form: str = "symmetric") -> Recipe:
 
 
 def sparkling(growth: Growth) -> Recipe:
-    """SPARKLING's RMS-preserving copies (2602.02472): copies in turn, matrices scaled so that activations keep their root mean square.
+    """SPARKLING's RMS-preserving copies (2602.02472): copies in turn, matrices scaled so that activations
+    keep their root mean square.
 
-    A matrix whose input alone grows d → D is scaled by √(d/D), one whose input and output grow, D = (1 + c)·d with c ≤ 1, by √(1/(1 + 3c)):
-    a share c of the terms then adds up coherently. Not lossless. Meant with asymmetric resets of the optimizer's state.
+    A matrix whose input alone grows d → D is scaled by √(d/D), one whose input and output grow, D = (1 + c)·d
+    with c ≤ 1, by √(1/(1 + 3c)): a share c of the terms then adds up coherently. Not lossless. Meant with
+    asymmetric resets of the optimizer's state.
     """
     n, N = growth.source["residual"], growth.target["residual"]
     if 2 * n < N:
-        raise UserError(f"sparkling: residual {n} → {N} is more than double, which its formula does not cover; grow in two steps")
+        raise UserError(
+            f"sparkling: residual {n} → {N} is more than double, which its formula does not cover; grow in two steps"
+        )
 
     def grow(space: str, n: int, N: int) -> Expansion:
         copies = AxisMap.of(n, _wrapped(n, N))
@@ -354,7 +400,9 @@ NOISE = {"lossless": 0.5, "lemon": 0.5, "upcycle": 0.5, "drop_upcycle": 0.5, "ex
 
 
 def default_noise(operator: str) -> float:
-    """Return the strength of noise with which an operator is meant to be used, as its leaf in conf/growth has it."""
+    """Return the strength of noise with which an operator is meant to be used, as its leaf in conf/growth has
+    it.
+    """
     return NOISE.get(operator, 0.0)
 
 
@@ -375,7 +423,9 @@ def recipe(operator: str, growth: Growth, options: Mapping[str, Any]) -> Recipe:
     function = OPERATORS[operator]
     if not growth.family.spaces:
         if function is scratch:
-            raise UserError(f"operator {operator!r}: family {growth.family.name!r} has no schema, so how its tensors start is unknown")
+            raise UserError(
+                f"operator {operator!r}: family {growth.family.name!r} has no schema, so how its tensors start is unknown"
+            )
         return Recipe({})
     known = options_of(operator)
     for name in options:

@@ -1,7 +1,7 @@
 """Origins: the entries of a grown tensor that are the source's own, copies of them, or new.
 
-Training uses them to freeze what was inherited (LLaMA Pro, 2401.02415), to give new entries a learning rate of their own, and to reset the
-optimizer's state on one side only (SPARKLING, 2602.02472).
+Training uses them to freeze what was inherited (LLaMA Pro, 2401.02415), to give new entries a learning rate
+of their own, and to reset the optimizer's state on one side only (SPARKLING, 2602.02472).
 """
 
 from __future__ import annotations

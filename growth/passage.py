@@ -1,4 +1,6 @@
-"""Real text for a receipt: windows of a file in the source's own tokens, and greedy continuations of some of its places."""
+"""Real text for a receipt: windows of a file in the source's own tokens, and greedy continuations of some of
+its places.
+"""
 
 from __future__ import annotations
 
@@ -63,22 +65,28 @@ def read_passage(file: str | Path, source: Path, vocabulary: int, context: int |
         context: positions that the model has; None where nothing bounds them.
 
     Raises:
-        UserError: the file is no text, or too short; the source has no tokenizer, or one of other tokens than the model's.
+        UserError: the file is no text, or too short; the source has no tokenizer, or one of other tokens than
+            the model's.
     """
     path = Path(file).expanduser()
     text, tokenizer = _text(path), _tokenizer(source)
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if text.strip() and len(set(tokens)) < 2:  # the library makes an empty tokenizer where there are no files of one
+    # the library makes an empty tokenizer where there are no files of one
+    if text.strip() and len(set(tokens)) < 2:
         raise UserError(f"receipt.text: the folder {source} has no tokenizer that knows this text; {WAY}")
     if len(tokens) < LEAST:
-        raise UserError(f"receipt.text {str(path)!r}: has {len(tokens)} tokens; give a text of at least {LEAST}, better some thousands")
+        raise UserError(
+            f"receipt.text {str(path)!r}: has {len(tokens)} tokens; give a text of at least {LEAST}, better some thousands"
+        )
     if max(tokens) >= vocabulary:
         raise UserError(
             f"receipt.text: the tokenizer in {source} gives token {max(tokens)}, and the model has {vocabulary}; is it another model's?"
         )
     window = min(LENGTH, len(tokens), context or LENGTH)
     prompt = min(PROMPT, max(1, window - NEW))
-    return Passage(str(file), _spread(tokens, ROWS, window), _spread(tokens, PROMPTS, prompt), tokenizer.decode)
+    return Passage(
+        str(file), _spread(tokens, ROWS, window), _spread(tokens, PROMPTS, prompt), tokenizer.decode
+    )
 
 
 def _text(path: Path) -> str:
@@ -92,11 +100,16 @@ def _text(path: Path) -> str:
     with reading(path), path.open("rb") as opened:
         held = opened.read(MOST_BYTES)
     try:
-        text = getincrementaldecoder("utf-8")().decode(held, final=len(held) < MOST_BYTES)  # a long file is cut within a character
+        # a long file is cut within a character
+        text = getincrementaldecoder("utf-8")().decode(held, final=len(held) < MOST_BYTES)
     except UnicodeDecodeError as fault:
-        raise UserError(f"receipt.text {str(path)!r}: is no text in UTF-8 ({fault.reason} at byte {fault.start:,})") from None
+        raise UserError(
+            f"receipt.text {str(path)!r}: is no text in UTF-8 ({fault.reason} at byte {fault.start:,})"
+        ) from None
     if "\0" in text:
-        raise UserError(f"receipt.text {str(path)!r}: holds zero bytes, so it is no text; give a plain text file")
+        raise UserError(
+            f"receipt.text {str(path)!r}: holds zero bytes, so it is no text; give a plain text file"
+        )
     return text
 
 
@@ -109,7 +122,9 @@ def _tokenizer(source: Path) -> Any:
         with quietly():
             return AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
     except Exception as fault:  # the library raises every kind
-        raise UserError(f"receipt.text: no tokenizer could be loaded from {source} ({in_one_line(fault)}); {WAY}") from None
+        raise UserError(
+            f"receipt.text: no tokenizer could be loaded from {source} ({in_one_line(fault)}); {WAY}"
+        ) from None
 
 
 def _spread(tokens: list[int], count: int, length: int) -> list[list[int]]:
@@ -120,13 +135,17 @@ def _spread(tokens: list[int], count: int, length: int) -> list[list[int]]:
 
 
 def continued(model: Any, prompts: torch.Tensor) -> torch.Tensor:
-    """The `NEW` likeliest next tokens of each prompt, one after the other: (prompt, position) → (prompt, new).
+    """The `NEW` likeliest next tokens of each prompt, one after the other: (prompt, position) → (prompt,
+    new).
 
-    The model's own generation config is put aside: penalties and an end of text would hide what the logits say.
+    The model's own generation config is put aside: penalties and an end of text would hide what the logits
+    say.
     """
     import torch
     from transformers import GenerationConfig
 
-    model.generation_config = GenerationConfig(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    model.generation_config = GenerationConfig(
+        max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0
+    )
     written = model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts))
     return written[:, prompts.shape[1] :]

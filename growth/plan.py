@@ -63,8 +63,8 @@ def decide(
         notes: on the family.
 
     Raises:
-        UserError: unknown names (with near matches), a target smaller than the source, tensors that do not match the
-            schema, …
+        UserError: unknown names (with near matches), a target smaller than the source, tensors that do not
+            match the schema, …
     """
     _check_growable(growth, noise)
     layers = layer_map(depth, growth.source["layer"], growth.target["layer"])
@@ -79,14 +79,18 @@ def decide(
 def _check_growable(growth: Growth, noise: float) -> None:
     family = growth.family
     if (other := growth.target_config.get("model_type")) != growth.source_config["model_type"]:
-        raise UserError(f"target: model_type {other!r} differs from the source's {family.name!r}; a family grows into itself only")
+        raise UserError(
+            f"target: model_type {other!r} differs from the source's {family.name!r}; a family grows into itself only"
+        )
     faults = growth.smaller
     if growth.tied and not family.ties(growth.source_config):
         faults.append(
             "target: tie_word_embeddings is true, but the source has an output head of its own that would be lost; leave it false"
         )
     if not 0 <= noise < 10:
-        faults.append(f"noise {noise}: expected a strength relative to each tensor's root mean square, between 0 and 10")
+        faults.append(
+            f"noise {noise}: expected a strength relative to each tensor's root mean square, between 0 and 10"
+        )
     UserError.collect([*faults, *value_faults(growth.target_config, family), *_class_faults(growth)])
 
 
@@ -126,7 +130,9 @@ def _check_depth(layers: LayerMap, family: Family) -> None:
 
 
 def _among_kinds(layers: LayerMap, growth: Growth) -> LayerMap:
-    """Put new identity layers after their own kind, where the class makes kinds by place (leading dense layers)."""
+    """Put new identity layers after their own kind, where the class makes kinds by place (leading dense
+    layers).
+    """
     family = growth.family
     one_kind = all(line.only is None for line in family.lines)
     if layers.rule != "identity" or layers.source == layers.target or one_kind:
@@ -139,7 +145,9 @@ def _among_kinds(layers: LayerMap, growth: Growth) -> LayerMap:
 
 
 def _kinds_in_class(family: Family, config: Config) -> list[frozenset[str]]:
-    """List the names of each layer's tensors, without its prefix, as the library's class makes them of a config."""
+    """List the names of each layer's tensors, without its prefix, as the library's class makes them of a
+    config.
+    """
     from outgrow.model.derive import shapes
 
     layered = next(line.name for line in family.lines if line.only is not None)
@@ -215,7 +223,9 @@ def check_tensors(checkpoint: Held, growth: Growth, steps: Sequence[Step]) -> di
     faults = []
     absent = [tensor for name, tensor in schema.items() if name not in stored]
     if missing := [tensor.name for tensor in absent if not tensor.tied]:
-        faults.append(f"{checkpoint.folder}: missing {names_of(missing)}, which the {family.name} schema and this config require")
+        faults.append(
+            f"{checkpoint.folder}: missing {names_of(missing)}, which the {family.name} schema and this config require"
+        )
     in_trunk = {f"{trunk}.{name}" for name in stored for trunk in TRUNKS} if missing else set()
     if in_trunk & schema.keys():
         raise UserError(
@@ -223,7 +233,9 @@ def check_tensors(checkpoint: Held, growth: Growth, steps: Sequence[Step]) -> di
             "of the causal language model, saved by the class that AutoModelForCausalLM takes for it"
         )
     if strange := [name for name in stored if name not in schema and not family.ignores(name)]:
-        faults.append(f"{checkpoint.folder}: unknown {names_of(strange)}, which the {family.name} schema does not have")
+        faults.append(
+            f"{checkpoint.folder}: unknown {names_of(strange)}, which the {family.name} schema does not have"
+        )
     # (Name with `*`, fault) → the tensors that have it: a fault of every layer is reported once.
     wrong: dict[tuple[str, str], list[str]] = {}
     for name, tensor in schema.items():
@@ -237,10 +249,14 @@ def check_tensors(checkpoint: Held, growth: Growth, steps: Sequence[Step]) -> di
             fault = f"dtype {dtype}; growth computes on F64, F32, F16 and BF16 weights (dequantise first)"
             wrong.setdefault((tensor.pattern, fault), []).append(name)
     for (pattern, fault), names in wrong.items():
-        faults.append(f"{names[0]}: {fault}" if len(names) == 1 else f"{pattern} ({len(names)} tensors): {fault}")
+        faults.append(
+            f"{names[0]}: {fault}" if len(names) == 1 else f"{pattern} ({len(names)} tensors): {fault}"
+        )
     UserError.collect(faults)
     dtypes = {name: entry.dtype for name, entry in stored.items() if name in schema}
     wide = [name for name, dtype in dtypes.items() if dtype == "F64"]
     if growth.dtype is not None and wide:
-        raise UserError(f"dtype {growth.dtype}: {names_of(wide)} are stored in float64, which would lose digits; leave dtype out")
+        raise UserError(
+            f"dtype {growth.dtype}: {names_of(wide)} are stored in float64, which would lose digits; leave dtype out"
+        )
     return dtypes

@@ -39,18 +39,22 @@ def plan(
 
     Args:
         source: a checkpoint, a folder, a preset's name, or a config as a dict.
-        target: a preset's name, a folder, a `transformers` config, or a dict of config overrides under their Hugging Face names.
+        target: a preset's name, a folder, a `transformers` config, or a dict of config overrides under their
+            Hugging Face names.
         operator, options: the width recipe by name and its options (`growth.operators`).
         depth: a layer map's name, or a list with one source layer per target layer (`growth.layers`).
-        noise: strength of symmetry-breaking noise on what was copied, normal, relative to each tensor's root mean square (that of every
-            eighth stretch of 32 rows where there are more than 1,024); where the readers of copies were divided it sums to zero over them,
-            so that a lossless growth stays lossless. None is the operator's own (`growth.operators.NOISE`).
+        noise: strength of symmetry-breaking noise on what was copied, normal, relative to each tensor's root
+            mean square (that of every eighth stretch of 32 rows where there are more than 1,024); where the
+            readers of copies were divided it sums to zero over them, so that a lossless growth stays
+            lossless. None is the operator's own (`growth.operators.NOISE`).
         seed: of every random entry.
         dtype: what the result is stored in; None keeps the source's.
-        family: the schema to go by; None takes the one of the config's `model_type`, and derives one where there is none.
+        family: the schema to go by; None takes the one of the config's `model_type`, and derives one where
+            there is none.
 
     Raises:
-        UserError: unknown names (with near matches), a target smaller than the source, tensors that do not match the schema, …
+        UserError: unknown names (with near matches), a target smaller than the source, tensors that do not
+            match the schema, …
     """
     check_arguments(target=target, operator=operator, depth=depth, noise=noise, seed=seed, dtype=dtype)
     checkpoint = _opened(source)
@@ -62,8 +66,12 @@ def plan(
         config = checkpoint.config if isinstance(checkpoint, Checkpoint) else checkpoint
         return changed_plan(config, target, operator, options, strength, within)
     target = _said_elsewhere(flat(target), dtype) if isinstance(target, Mapping) else target
-    resolved = resolve_family(checkpoint, target, depth, operator, options) if family is None else Resolved(family)
-    source_config = resolved.config or (checkpoint.config if isinstance(checkpoint, Checkpoint) else checkpoint)
+    resolved = (
+        resolve_family(checkpoint, target, depth, operator, options) if family is None else Resolved(family)
+    )
+    source_config = resolved.config or (
+        checkpoint.config if isinstance(checkpoint, Checkpoint) else checkpoint
+    )
     target_config = _in_dtype(resolve_target(target, source_config, resolved.family), dtype)
     growth = Growth(resolved.family, source_config, target_config, seed, dtype)
     decided = decide(
@@ -78,11 +86,15 @@ def plan(
     return decided if resolved.config is None else _as_the_class_starts(decided, _hold_against_class(decided))
 
 
-def mixture_target(source: Config, target: Any, operator: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The whole config of a target that is a mixture of experts of another family, or of more experts; None of any other target.
+def mixture_target(
+    source: Config, target: Any, operator: str, options: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The whole config of a target that is a mixture of experts of another family, or of more experts; None
+    of any other target.
 
     Args:
-        options: of the arm, its `depth` too; an arm that is no change of family (scratch) takes those of `upcycle` by default.
+        options: of the arm, its `depth` too; an arm that is no change of family (scratch) takes those of
+            `upcycle` by default.
 
     Raises:
         UserError: as `plan`.
@@ -92,12 +104,18 @@ def mixture_target(source: Config, target: Any, operator: str, options: Mapping[
         return None
     changing = operator if operator in CHANGES else "upcycle"
     own = {name: options[name] for name in options_of(changing) if name in options and operator in CHANGES}
-    return plan(source, target, changing, depth=options.get("depth", "identity"), noise=0.0, **own).target_config
+    return plan(
+        source, target, changing, depth=options.get("depth", "identity"), noise=0.0, **own
+    ).target_config
 
 
 def _said_elsewhere(target: dict[str, Any], dtype: str | None) -> dict[str, Any]:
-    """A target without the dtype that it names, where that is the one asked for; another is refused as the source's contradiction."""
-    return {key: value for key, value in target.items() if key.rpartition(".")[2] not in DTYPES or value != dtype}
+    """A target without the dtype that it names, where that is the one asked for; another is refused as the
+    source's contradiction.
+    """
+    return {
+        key: value for key, value in target.items() if key.rpartition(".")[2] not in DTYPES or value != dtype
+    }
 
 
 def _in_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
@@ -128,24 +146,34 @@ def _as_the_class_starts(plan: Plan, called: Mapping[str, str]) -> Plan:
         return plan
     known = starts(plan.target_config)
     unknown = [name for name in fresh if called[name] not in known]
-    note = f"how the class starts {names_of(unknown)} could not be followed: drawn with the config's deviation"
+    note = (
+        f"how the class starts {names_of(unknown)} could not be followed: drawn with the config's deviation"
+    )
     seen = {name: known[called[name]] for name in fresh if called[name] in known}
     return replace(plan, starts=seen, notes=(*plan.notes, note) if unknown else plan.notes)
 
 
 def _hold_against_class(plan: Plan) -> Mapping[str, str]:
-    """The library's own class, built of the target's config, must have exactly the planned tensors: what it calls each of them.
+    """The library's own class, built of the target's config, must have exactly the planned tensors: what it
+    calls each of them.
 
-    Tensors that its class does not have for the source either (buffers that older files carry along) are let pass.
+    Tensors that its class does not have for the source either (buffers that older files carry along) are let
+    pass.
 
     Raises:
         UserError: it has others, or others' shapes; the message names the first ones.
     """
     from outgrow.model.derive import named_shapes
 
-    source, was_called = named_shapes(plan.source_config, {plan.source_name(step.tensor) for step in plan.steps})
+    source, was_called = named_shapes(
+        plan.source_config, {plan.source_name(step.tensor) for step in plan.steps}
+    )
     built, called = named_shapes(plan.target_config, (step.name for step in plan.steps))
-    planned = {called[step.name]: step.shape for step in plan.steps if was_called[plan.source_name(step.tensor)] in source}
+    planned = {
+        called[step.name]: step.shape
+        for step in plan.steps
+        if was_called[plan.source_name(step.tensor)] in source
+    }
     if differ := [name for name, shape in planned.items() if built.get(name) != shape]:
         first = min(differ)
         raise UserError(

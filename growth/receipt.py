@@ -1,4 +1,6 @@
-"""The receipt of a growth: its logits as stored, and where that is in 16 bits, beside those of the same growth in float32."""
+"""The receipt of a growth: its logits as stored, and where that is in 16 bits, beside those of the same
+growth in float32.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,25 @@ from outgrow.growth.plan import Plan
 from outgrow.growth.verify import Meter, Receipt
 from outgrow.model.dtypes import is_short
 
-WIDE = "float32"  # the folder, inside the unfinished one, that the same growth in float32 lies in while it is measured
+# the folder, inside the unfinished one, that the same growth in float32 lies in while it is measured
+WIDE = "float32"
 
 
-def measure_growth(plan: Plan, reader: Reader, source: Path, folder: Path, *, threads: int = 2, passage: Passage | None = None) -> Receipt:
+def measure_growth(
+    plan: Plan,
+    reader: Reader,
+    source: Path,
+    folder: Path,
+    *,
+    threads: int = 2,
+    passage: Passage | None = None,
+) -> Receipt:
     """Measure a grown folder against its source.
 
-    Weights of 16 bits are rounded by growth, as they are by casting. So three things are measured: the folder as it is stored (which is
-    what the receipt's own numbers say), the same plan followed in float32 (`exact_delta`, which a lossless certificate must hold), and the
-    source with every weight rounded once more (`cast_delta`), as casting does it.
+    Weights of 16 bits are rounded by growth, as they are by casting. So three things are measured: the folder
+    as it is stored (which is what the receipt's own numbers say), the same plan followed in float32
+    (`exact_delta`, which a lossless certificate must hold), and the source with every weight rounded once
+    more (`cast_delta`), as casting does it.
 
     Args:
         folder: complete but for its config and recipe; the growth in float32 lies in it for a while.
@@ -46,7 +58,14 @@ def measure_growth(plan: Plan, reader: Reader, source: Path, folder: Path, *, th
         f"{format_name}, as casting does, moves them by {cast.max_delta:.3g} (KL {cast.kl:.3g})"
     )
     note = f"{note}; {stored.note}" if stored.note else note
-    return replace(stored, exact_delta=exact, cast_delta=cast.max_delta, cast_kl=cast.kl, cast_loss=cast.loss_target, note=note)
+    return replace(
+        stored,
+        exact_delta=exact,
+        cast_delta=cast.max_delta,
+        cast_kl=cast.kl,
+        cast_loss=cast.loss_target,
+        note=note,
+    )
 
 
 @contextmanager

@@ -41,9 +41,15 @@ class Growth:
 
     @property
     def sets_eps(self) -> bool:
-        """Check whether the residual stream's norms can have another epsilon: a key sets it, and for no other norm."""
+        """Check whether the residual stream's norms can have another epsilon: a key sets it, and for no other
+        norm.
+        """
         family, source = self.family, self.source_config
-        return family.sets_eps and not family.other_norms(source) and family.eps(source) == family.eps(self.target_config)
+        return (
+            family.sets_eps
+            and not family.other_norms(source)
+            and family.eps(source) == family.eps(self.target_config)
+        )
 
     @cached_property
     def source(self) -> dict[str, int]:
@@ -57,8 +63,15 @@ class Growth:
     def smaller(self) -> list[str]:
         """The faults of a target that is smaller than the source somewhere."""
         source, target = self.source, self.target
-        spaces = [space for space in source if target[space] < source[space] and (space == "layer" or self.family.uses(space))]
-        return [f"target: {space} {target[space]} is smaller than the source's {source[space]}; growth only enlarges" for space in spaces]
+        spaces = [
+            space
+            for space in source
+            if target[space] < source[space] and (space == "layer" or self.family.uses(space))
+        ]
+        return [
+            f"target: {space} {target[space]} is smaller than the source's {source[space]}; growth only enlarges"
+            for space in spaces
+        ]
 
     @property
     def tied(self) -> bool:
@@ -71,8 +84,12 @@ class Growth:
 
     @property
     def embedding_gain(self) -> float:
-        """The gain that undoes the change of a model's own factor sqrt(hidden) on its embeddings (Gemma); else 1."""
-        return self.hidden_ratio ** max(line.scaled if line.kind == "embedding" else 0.0 for line in self.family.lines)
+        """The gain that undoes the change of a model's own factor sqrt(hidden) on its embeddings (Gemma);
+        else 1.
+        """
+        return self.hidden_ratio ** max(
+            line.scaled if line.kind == "embedding" else 0.0 for line in self.family.lines
+        )
 
     @property
     def rotary_kept(self) -> bool:
@@ -82,13 +99,17 @@ class Growth:
     @property
     def attention_gain(self) -> float:
         """The gain on q·k under which the library's scaling gives the source's attention logits."""
-        if self.family.scaled_if is not None and not self.family.flag(self.source_config, self.family.scaled_if):
+        if self.family.scaled_if is not None and not self.family.flag(
+            self.source_config, self.family.scaled_if
+        ):
             return 1.0
         if self.family.attention_scale == "head_dim":
             return sqrt(self.target["qk"] / self.source["qk"])
         if self.family.attention_scale == "none":
             return 1.0
-        return sqrt(self.target_config[self.family.attention_scale] / self.source_config[self.family.attention_scale])
+        return sqrt(
+            self.target_config[self.family.attention_scale] / self.source_config[self.family.attention_scale]
+        )
 
     def grows(self, space: str) -> bool:
         """Check whether a space that the family has becomes larger."""
@@ -103,12 +124,15 @@ class Recipe:
         expansions: one per space.
         flat: axes made of several spaces grow as one, whatever they are made of (`tile`'s flat variant).
         eps_factor: what the target's norm epsilon is multiplied by.
-        diagonal: the n-th copies of a writer read the n-th copies only (HyperCloning's diagonal form), not all of them evenly.
+        diagonal: the n-th copies of a writer read the n-th copies only (HyperCloning's diagonal form), not
+            all of them evenly.
         factor: one more factor on a tensor, by the spaces it reads and writes that grow.
-        hidden_ratio: what is taken to the power of the hidden size by which the model multiplies a tensor's output; 1 leaves it.
+        hidden_ratio: what is taken to the power of the hidden size by which the model multiplies a tensor's
+            output; 1 leaves it.
         inherits: False when nothing is taken from the source.
         noisy_head: whether noise falls on the output head too.
-        moments: how Adam's moments grow with the weights (`growth.moments`): by the transposed maps, kept on original entries, or reset.
+        moments: how Adam's moments grow with the weights (`growth.moments`): by the transposed maps, kept on
+            original entries, or reset.
     """
 
     expansions: Mapping[str, Expansion]
@@ -126,8 +150,12 @@ class Recipe:
         return replace(self, flat=None, factor=None)
 
     def maps(self, tensor: Tensor) -> tuple[AxisMap, ...]:
-        """One map per stored axis of `tensor`, composed from the expansions of its spaces in the role it plays for each."""
-        maps = [self._axis(axis, reads, tensor) for axis, reads in zip(tensor.axes, tensor.reads, strict=True)]
+        """One map per stored axis of `tensor`, composed from the expansions of its spaces in the role it
+        plays for each.
+        """
+        maps = [
+            self._axis(axis, reads, tensor) for axis, reads in zip(tensor.axes, tensor.reads, strict=True)
+        ]
         if self.factor is not None:
             maps[0] = maps[0].scaled(self.factor(tensor))
         if tensor.line.scaled and not tensor.is_bias:
@@ -139,7 +167,11 @@ class Recipe:
         if self.flat is not None and isinstance(axis, Parts):
             return reduce(concatenate, (self._axis(part, reads, tensor) for part in axis.parts))
         whole = compose(axis, lambda space: self._side(space, reads, tensor))
-        return self.flat(whole.source, whole.target) if self.flat is not None and isinstance(axis, Product) else whole
+        return (
+            self.flat(whole.source, whole.target)
+            if self.flat is not None and isinstance(axis, Product)
+            else whole
+        )
 
     def _side(self, space: Space, reads: bool, tensor: Tensor) -> AxisMap:
         expansion, line = self.expansions[space.name], tensor.line

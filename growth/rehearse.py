@@ -1,7 +1,7 @@
 """Rehearsal of a derived schema: a tiny random model of the family is grown by it, and its logits must stay.
 
-Where these sizes have no lossless growth, an operator that does not promise one has its shapes confirmed: the grown
-model loads and runs.
+Where these sizes have no lossless growth, an operator that does not promise one has its shapes confirmed: the
+grown model loads and runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,18 @@ from outgrow.model.base.quiet import quietly
 from outgrow.model.build import computing_in, load_model
 from outgrow.model.checkpoint import Checkpoint, names_of
 from outgrow.model.config import resolve_target
-from outgrow.model.derive import Draft, Inputs, Unfit, build, drafted_family, random_tokens, scramble, shapes, variants, with_picture
+from outgrow.model.derive import (
+    Draft,
+    Inputs,
+    Unfit,
+    build,
+    drafted_family,
+    random_tokens,
+    scramble,
+    shapes,
+    variants,
+    with_picture,
+)
 
 NOISE = 0.1  # of a lossless rehearsal, so that copies differ
 SAME = 2e-5  # of the largest logit: some library classes compute norms, routers and softmax in float32
@@ -72,7 +83,8 @@ class Bench:
         operator: str = "lossless",
         options: Mapping[str, Any] | None = None,
     ) -> Rehearsal:
-        """Grow the tiny model losslessly; where the logits move and `operator` does not promise to keep them, by that.
+        """Grow the tiny model losslessly; where the logits move and `operator` does not promise to keep them,
+        by that.
 
         Raises:
             Unfit: neither is confirmed.
@@ -87,7 +99,9 @@ class Bench:
                 raise
             return rehearsal
 
-    def rehearse_lossless(self, draft: Draft, changes: Mapping[str, int], depth: str = "identity") -> Rehearsal:
+    def rehearse_lossless(
+        self, draft: Draft, changes: Mapping[str, int], depth: str = "identity"
+    ) -> Rehearsal:
         """Grow the tiny model by each variant of `draft` in turn, until one keeps the logits.
 
         Raises:
@@ -97,7 +111,9 @@ class Bench:
         hidden = draft.axes.keys.hidden
         if changes.get(hidden, 0) % draft.axes.hidden and draft.unproved:
             untested = names_of(draft.unproved)
-            raise Unfit(f"{hidden} grows by whole factors alone, since no forward pass here goes through {untested}")
+            raise Unfit(
+                f"{hidden} grows by whole factors alone, since no forward pass here goes through {untested}"
+            )
         reason, least = "", float("inf")
         for variant in variants(draft):
             try:

@@ -31,7 +31,11 @@ def _rounding(plan: Decision) -> Iterator[str]:
     if not formats:
         return
     gains = sum(1 for step in short if step.source is not None and _rounds(step))
-    causes = [f"{gains} of {len(plan.steps)} tensors are scaled by gains that are no power of two"] if gains else []
+    causes = (
+        [f"{gains} of {len(plan.steps)} tensors are scaled by gains that are no power of two"]
+        if gains
+        else []
+    )
     causes += ["noise is rounded too, once in the sum over copies"] if plan.is_noisy else []
     if causes:
         yield (
@@ -81,7 +85,9 @@ def _evenly_read(write: AxisMap, read: AxisMap) -> int:
 def _starts(plan: Decision) -> Iterator[str]:
     """Name growths whose start is worse than their name promises."""
     layers, growth = plan.layers, plan.growth
-    widened = [space for space in growth.source if space not in ("layer", "vocab", "pos") and growth.grows(space)]
+    widened = [
+        space for space in growth.source if space not in ("layer", "vocab", "pos") and growth.grows(space)
+    ]
     if plan.operator == "zero_pad" and widened:
         yield "zero_pad is a null control: nothing ever learns to read its new entries, whose gradients stay exactly 0"
     if layers.rule == "stack" and layers.target % layers.source:

@@ -1,4 +1,6 @@
-"""Resolving what a source is: its family by the schema that is here, by one derived and rehearsed, or by an outline; else it is refused."""
+"""Resolving what a source is: its family by the schema that is here, by one derived and rehearsed, or by an
+outline; else it is refused.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ class Resolved:
     Attributes:
         family: the schema to go by.
         notes: in words; none for a family with a schema of its own.
-        config: of the source, with everything that the library's class makes of it; None where the file's own will do.
+        config: of the source, with everything that the library's class makes of it; None where the file's own
+            will do.
     """
 
     family: Family
@@ -64,19 +67,25 @@ def resolve_family(
 ) -> Resolved:
     """The family of `source` for a growth into `target`.
 
-    Without a schema: whole layers are copied by an outline (`model.outline`); for anything else a schema is derived (`model.derive`) and
-    this very growth rehearsed on a tiny random model of the family (`growth.rehearse`) before it is believed: a lossless one must keep the
-    logits; where none does, an `operator` that is not lossless must give a model that the library's class loads and runs.
+    Without a schema: whole layers are copied by an outline (`model.outline`); for anything else a schema is
+    derived (`model.derive`) and this very growth rehearsed on a tiny random model of the family
+    (`growth.rehearse`) before it is believed: a lossless one must keep the logits; where none does, an
+    `operator` that is not lossless must give a model that the library's class loads and runs.
 
     Raises:
-        UserError: the family is unknown to the library too, or the derived schema was not confirmed; the message says why.
+        UserError: the family is unknown to the library too, or the derived schema was not confirmed; the
+            message says why.
     """
     config = source.config if isinstance(source, Checkpoint) else source
     if isinstance(source, Checkpoint) and source.quantised is not None:
         return _quantised(source, target, depth)
     if not isinstance(config.get("model_type"), str) or has_schema(config):
         return Resolved(family_of(config))
-    shapes = {name: stored.shape for name, stored in source.tensors.items()} if isinstance(source, Checkpoint) else None
+    shapes = (
+        {name: stored.shape for name, stored in source.tensors.items()}
+        if isinstance(source, Checkpoint)
+        else None
+    )
     if shapes is not None:
         _check_depth(config, shapes)
     if shapes is not None and _copies_layers_only(config, target, depth):
@@ -85,7 +94,8 @@ def resolve_family(
 
 
 def plain_source(source: Checkpoint, target: Target, depth: str | Sequence[int]) -> Checkpoint:
-    """A source as growth reads it: FP8 weights with scales dequantised on the way, unless whole layers are copied byte for byte.
+    """A source as growth reads it: FP8 weights with scales dequantised on the way, unless whole layers are
+    copied byte for byte.
 
     Raises:
         UserError: the scales do not fit.
@@ -100,27 +110,42 @@ def _quantised(source: Checkpoint, target: Target, depth: str | Sequence[int]) -
     """Whole layers of quantised weights, byte for byte.
 
     Raises:
-        UserError: anything else is asked for, or the config says of layers by their numbers how they are quantised.
+        UserError: anything else is asked for, or the config says of layers by their numbers how they are
+            quantised.
     """
-    config, kinds = source.config, sorted({stored.dtype for stored in source.tensors.values() if not is_plain(stored.dtype)})
+    config, kinds = (
+        source.config,
+        sorted({stored.dtype for stored in source.tensors.values() if not is_plain(stored.dtype)}),
+    )
     what = f"{source.folder}: its weights are quantised ({source.quantised}; {', '.join(kinds)})"
     if not _copies_layers_only(config, target, depth):
         raise UserError(
             f"{what}, and growth computes on plain ones: {WAYS.get(str(source.quantised), OTHERWISE)}, or copy whole layers "
             "(growth.depth=stack and no size but the number of layers)"
         )
-    said = json.dumps({key: value for key, value in config.items() if "quantization_config" in key}, default=str)
+    said = json.dumps(
+        {key: value for key, value in config.items() if "quantization_config" in key}, default=str
+    )
     if re.search(r"\.\d+\b", re.sub(r"\d\.\d+", "", said)):
-        raise UserError(f"{what}, and quantization_config names layers by their numbers, which would move; dequantise it first")
+        raise UserError(
+            f"{what}, and quantization_config names layers by their numbers, which would move; dequantise it first"
+        )
     family = outline(config, {name: stored.shape for name, stored in source.tensors.items()})
-    return Resolved(family, (f"weights quantised by {source.quantised} are copied byte for byte, layer by layer; nothing was checked",))
+    return Resolved(
+        family,
+        (
+            f"weights quantised by {source.quantised} are copied byte for byte, layer by layer; nothing was checked",
+        ),
+    )
 
 
 def _check_depth(config: Config, shapes: Shapes) -> None:
     """Reject a config with more layers than the file has tensors, before anything is allocated per layer."""
     for key in DEPTH_KEYS:
         if isinstance(count := config.get(key), int) and count > len(shapes):
-            raise UserError(f"config.json says {key} {count:,}, but the file has {len(shapes)} tensors; is it another checkpoint's?")
+            raise UserError(
+                f"config.json says {key} {count:,}, but the file has {len(shapes)} tensors; is it another checkpoint's?"
+            )
 
 
 def _outlined(config: Config, shapes: Shapes) -> Resolved:
@@ -129,8 +154,15 @@ def _outlined(config: Config, shapes: Shapes) -> Resolved:
     known = library_knows(config)
     whole = whole_config(config) if known else config
     dropped = passed_over(whole, shapes) if known else []
-    family = replace(outline(whole, {name: shape for name, shape in shapes.items() if name not in dropped}), ignore=tuple(dropped))
-    held = "the result was held against transformers' class" if known else "transformers does not know it, so nothing could be checked"
+    family = replace(
+        outline(whole, {name: shape for name, shape in shapes.items() if name not in dropped}),
+        ignore=tuple(dropped),
+    )
+    held = (
+        "the result was held against transformers' class"
+        if known
+        else "transformers does not know it, so nothing could be checked"
+    )
     note = f"family {family.name!r} has no schema here: layers were told by their names and whole layers are copied; {held}"
     return Resolved(family, (note, *_left_out(dropped)), whole if known else None)
 
@@ -141,13 +173,20 @@ def _left_out(names: Sequence[str]) -> list[str]:
 
 def _copies_layers_only(config: Config, target: Target, depth: str | Sequence[int]) -> bool:
     """Check that nothing but the number of layers changes, and no new layer has to start as the identity."""
-    if not isinstance(target, Mapping) or (isinstance(depth, str) and LAYER_MAPS.get(depth, (None, False))[1]):
+    if not isinstance(target, Mapping) or (
+        isinstance(depth, str) and LAYER_MAPS.get(depth, (None, False))[1]
+    ):
         return False
     return all(key in DEPTH_KEYS or config.get(key) == value for key, value in target.items())
 
 
 def _derived(
-    config: Config, shapes: Shapes | None, target: Target, depth: str | Sequence[int], operator: str, options: Mapping[str, Any]
+    config: Config,
+    shapes: Shapes | None,
+    target: Target,
+    depth: str | Sequence[int],
+    operator: str,
+    options: Mapping[str, Any],
 ) -> Resolved:
     from outgrow.growth.miniature import miniature
     from outgrow.growth.rehearse import bench
@@ -163,9 +202,15 @@ def _derived(
         changes = miniature(draft, whole, grown, depth)
         _check_asked(draft, family.sizes(whole), family.sizes(grown), changes)
         if not changes:
-            return Resolved(family, (f"family {name!r} has no schema here: one was derived, and nothing is widened by it",), whole)
+            return Resolved(
+                family,
+                (f"family {name!r} has no schema here: one was derived, and nothing is widened by it",),
+                whole,
+            )
         with bench(draft) as tiny:
-            rehearsal = tiny.rehearse(draft, changes, depth if isinstance(depth, str) else "identity", operator, options)
+            rehearsal = tiny.rehearse(
+                draft, changes, depth if isinstance(depth, str) else "identity", operator, options
+            )
         family = _family(rehearsal.draft, whole, shapes)
     except UserError as fault:
         raise UserError(
@@ -176,7 +221,8 @@ def _derived(
     sizes = ", ".join(f"{key} {draft.axes.config.get(key)} → {size}" for key, size in changes.items())
     notes = [
         f"family {name!r} has no schema here: one was derived from transformers' own class ({len(family.lines)} lines)",
-        f"{_outcome(rehearsal, sizes, operator)}" + ", on tokens alone and with a picture among them" * (len(tiny.inputs) > 1),
+        f"{_outcome(rehearsal, sizes, operator)}"
+        + ", on tokens alone and with a picture among them" * (len(tiny.inputs) > 1),
     ]
     if draft.unused:
         notes.append(f"not tested: {names_of(draft.unused)}, which no forward pass here goes through")
@@ -202,7 +248,11 @@ def derived_family(source: Checkpoint | Config) -> Family:
     from outgrow.model.derive import derive, whole_config
 
     config = source.config if isinstance(source, Checkpoint) else source
-    shapes = {name: stored.shape for name, stored in source.tensors.items()} if isinstance(source, Checkpoint) else None
+    shapes = (
+        {name: stored.shape for name, stored in source.tensors.items()}
+        if isinstance(source, Checkpoint)
+        else None
+    )
     if shapes is not None:
         _check_depth(config, shapes)
     return _family(derive(config), whole_config(config), shapes)
@@ -213,7 +263,9 @@ def _other_heads(draft: Draft, source: Config, target: Config) -> str:
     keys = draft.axes.keys
     if not keys.heads or any(target.get(key) for key in HEAD_KEYS):
         return ""
-    (dim, _), (wider, more) = ((config[keys.hidden] // config[keys.heads], config[keys.heads]) for config in (source, target))
+    (dim, _), (wider, more) = (
+        (config[keys.hidden] // config[keys.heads], config[keys.heads]) for config in (source, target)
+    )
     if dim == wider:
         return ""
     return (
@@ -223,7 +275,9 @@ def _other_heads(draft: Draft, source: Config, target: Config) -> str:
 
 
 def _family(draft: Draft, config: Config, shapes: Shapes | None) -> Family:
-    """The drafted family under the names of the file: older ones call tensors otherwise and carry buffers along."""
+    """The drafted family under the names of the file: older ones call tensors otherwise and carry buffers
+    along.
+    """
     from outgrow.model.derive import drafted_family, named_shapes, passed_over, tied_names
 
     built, called = named_shapes(config, shapes or ())
@@ -232,13 +286,16 @@ def _family(draft: Draft, config: Config, shapes: Shapes | None) -> Family:
     strange = [name for name in shapes if called[name] not in built]
     dropped = set(passed_over(config, strange)) | set(tied_names(config, strange)) if strange else set()
     buffers = [name for name in strange if name in dropped or name.endswith(BUFFERS)]
-    place = {name: number for number, name in enumerate(built)}  # in the class's order, which a record has too
+    # in the class's order, which a record has too
+    place = {name: number for number, name in enumerate(built)}
     names = sorted(shapes.keys() - set(buffers), key=lambda name: (place.get(called[name], len(place)), name))
     family = drafted_family(draft, config, {name: shapes[name] for name in names}, called)
     return replace(family, ignore=tuple(buffers))
 
 
-def _check_asked(draft: Draft, source: Mapping[str, int], target: Mapping[str, int], changes: Mapping[str, int]) -> None:
+def _check_asked(
+    draft: Draft, source: Mapping[str, int], target: Mapping[str, int], changes: Mapping[str, int]
+) -> None:
     """Every space that is to grow must grow in the rehearsal, or it would be believed untested."""
     from outgrow.model.derive import drafted_family
 

@@ -1,8 +1,10 @@
-"""The certificate of a mixture of experts: whether what the experts of a token add up to is what the MLP, or the experts, were before.
+"""The certificate of a mixture of experts: whether what the experts of a token add up to is what the MLP, or
+the experts, were before.
 
-Proved from the plan's steps and the config's numbers. Of a dense MLP cut into G blocks of units, each block must reach the output with
-weight 1: Σ over the chosen experts that hold it of combine weight × scale. That needs combine weights of a known sum, whole groups of equal
-router rows chosen together, and a scale on the linear factor alone.
+Proved from the plan's steps and the config's numbers. Of a dense MLP cut into G blocks of units, each block
+must reach the output with weight 1: Σ over the chosen experts that hold it of combine weight × scale. That
+needs combine weights of a known sum, whole groups of equal router rows chosen together, and a scale on the
+linear factor alone.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from outgrow.model.notation import Space
 
 
 def broken_conditions(plan: Decision) -> Iterator[str]:
-    """Why the change of family, or of the number of experts, does not keep the function; nothing where it does."""
+    """Why the change of family, or of the number of experts, does not keep the function; nothing where it
+    does.
+    """
     change = plan.change
     assert isinstance(change, Change)
     yield from _needs(change)
@@ -50,7 +54,9 @@ def _entries(plan: Decision) -> Iterator[str]:
 
 
 def _scales(plan: Decision, change: Change) -> Iterator[str]:
-    """Every matrix of an expert must be its block of the MLP's; what reads the units undoes the combine weights, others are unscaled."""
+    """Every matrix of an expert must be its block of the MLP's; what reads the units undoes the combine
+    weights, others are unscaled.
+    """
     dense = {step.name: step for step in change.within.steps}
     shared = {own: name for name, own in change.mixture.shared.items()}
     experts = {own: name for name, own in change.mixture.experts.items()}
@@ -82,7 +88,9 @@ def _scales(plan: Decision, change: Change) -> Iterator[str]:
 
 
 def _scale(step: Step, before: Step, start: int) -> float | None:
-    """The one factor between an expert's matrix and the MLP's block from unit `start` on; None where there is none."""
+    """The one factor between an expert's matrix and the MLP's block from unit `start` on; None where there is
+    none.
+    """
     factors = []
     for axis, whole, named in zip(step.maps, before.maps, before.tensor.axes, strict=True):
         part = whole.cut(start, start + axis.target) if named == Space(FFN) else whole
@@ -97,7 +105,9 @@ def _scale(step: Step, before: Step, start: int) -> float | None:
 
 
 def _undone(change: Change, number: int | None) -> float:
-    """What `down_proj` has to be multiplied by: a half of a shared expert's gate, a group's parts of its combine weight."""
+    """What `down_proj` has to be multiplied by: a half of a shared expert's gate, a group's parts of its
+    combine weight.
+    """
     if number is None:
         return 2.0 if change.mixture.shared_gate is not None else 1.0
     return change.group / _weights(change)
@@ -113,9 +123,15 @@ def _weights(change: Change) -> float:
 def _sum_of_weights(plan: Decision, change: Change) -> Iterator[str]:
     """The combine weights of the chosen experts must sum to a constant."""
     mixture, count = change.mixture, len(change.experts)
-    if mixture.normalises(change.config) or (mixture.softmax and (change.chosen == count or _all_alike(plan, change))):
+    if mixture.normalises(change.config) or (
+        mixture.softmax and (change.chosen == count or _all_alike(plan, change))
+    ):
         return
-    where = f"config {mixture.normalised} is false" if isinstance(mixture.normalised, str) else f"{mixture.name}'s router"
+    where = (
+        f"config {mixture.normalised} is false"
+        if isinstance(mixture.normalised, str)
+        else f"{mixture.name}'s router"
+    )
     yield f"{where}: the combine weights of {change.chosen} of {count} experts do not sum to a constant (scaled so that they do on average)"
 
 

@@ -40,11 +40,27 @@ def print_schema(arguments: Sequence[str]) -> None:
 
 def family_text(family: Family) -> str:
     """A family as Python: a module that registers it."""
-    imports = ["from fractions import Fraction", ""] if any("Fraction" in line for line in _arguments(family)) else []
+    imports = (
+        ["from fractions import Fraction", ""]
+        if any("Fraction" in line for line in _arguments(family))
+        else []
+    )
     name = "".join(letter if letter.isalnum() else "_" for letter in family.name).upper()
-    lines = [*imports, "from outgrow.model.family import Family, register", "", f"{name} = register(", "    Family("]
+    lines = [
+        *imports,
+        "from outgrow.model.family import Family, register",
+        "",
+        f"{name} = register(",
+        "    Family(",
+    ]
     lines += [f"        {argument}," for argument in _arguments(family)]
-    lines += ['        schema="""', *(f"        {line}" for line in _aligned(family.schema)), '        """,', "    )", ")"]
+    lines += [
+        '        schema="""',
+        *(f"        {line}" for line in _aligned(family.schema)),
+        '        """,',
+        "    )",
+        ")",
+    ]
     return HEAD.format(name=family.name) + "\n".join(lines)
 
 

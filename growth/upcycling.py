@@ -1,4 +1,6 @@
-"""From a dense MLP to experts: units cut into blocks, each expert one of them, times what undoes the combine weights."""
+"""From a dense MLP to experts: units cut into blocks, each expert one of them, times what undoes the combine
+weights.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from outgrow.model.notation import Space
 
 @dataclass(frozen=True)
 class _Cut:
-    """How an MLP of `units` after growth in width is cut: `shared` first, then G blocks for the routed experts."""
+    """How an MLP of `units` after growth in width is cut: `shared` first, then G blocks for the routed
+    experts.
+    """
 
     units: int
     shared: int
@@ -39,12 +43,16 @@ class _Cut:
         return Expert(0, start, start + self.expert, group)
 
 
-def upcycled(source: Config, mixture: Mixture, wanted: dict[str, Any], asked: Upcycling, within: Callable[..., Plan]) -> Plan:
+def upcycled(
+    source: Config, mixture: Mixture, wanted: dict[str, Any], asked: Upcycling, within: Callable[..., Plan]
+) -> Plan:
     """The plan of a dense source into a mixture."""
     count, chosen = (needed(wanted, mixture, key) for key in (mixture.count, mixture.top_k))
     cut = _cut(source, mixture, wanted, asked.granularity)
     _check_groups(mixture, count, chosen, cut.granularity)
-    dense = {key: value for key, value in wanted.items() if key in {*source, *STANDARD} and key not in mixture.keys}
+    dense = {
+        key: value for key, value in wanted.items() if key in {*source, *STANDARD} and key not in mixture.keys
+    }
     made = within(dense | {"intermediate_size": cut.units}, asked.width)
     config = _config(made, mixture, wanted, asked, cut)
     family = mixture.family(config, made.family)
@@ -52,7 +60,13 @@ def upcycled(source: Config, mixture: Mixture, wanted: dict[str, Any], asked: Up
     growth = replace(made.growth, family=family, target_config=config, origin=made.family)
     change = Change(made, mixture, asked, config, experts, routed_tensors(mixture, config, count), cut.shared)
     steps = tuple(_handed_out(change, growth, family))
-    return replace(made, growth=growth, recipe=replace(made.recipe, expansions=_expansions(change, growth)), steps=steps, change=change)
+    return replace(
+        made,
+        growth=growth,
+        recipe=replace(made.recipe, expansions=_expansions(change, growth)),
+        steps=steps,
+        change=change,
+    )
 
 
 def _cut(source: Config, mixture: Mixture, wanted: Config, granularity: int | None) -> _Cut:
@@ -78,7 +92,9 @@ def _cut(source: Config, mixture: Mixture, wanted: Config, granularity: int | No
 
 
 def _sizes(mixture: Mixture, wanted: Config, whole: int, granularity: int) -> tuple[int, int]:
-    """The units of a routed expert and those that are shared; what the target does not say divides what is left."""
+    """The units of a routed expert and those that are shared; what the target does not say divides what is
+    left.
+    """
     given = wanted.get(mixture.units)
     expert = None if given is None else mixture.size({mixture.units: given}, mixture.units)
     if mixture.shared_of is not None:  # whole = (G + shared experts) · units of one
@@ -86,7 +102,9 @@ def _sizes(mixture: Mixture, wanted: Config, whole: int, granularity: int) -> tu
         expert = expert or _divided(whole, granularity + experts, mixture)
         return expert, experts * expert
     if mixture.shared_units is not None and mixture.shared_units not in wanted:
-        raise UserError(f"target: {mixture.shared_units} is missing: how many of the MLP's units every token goes through")
+        raise UserError(
+            f"target: {mixture.shared_units} is missing: how many of the MLP's units every token goes through"
+        )
     shared = mixture.size(wanted, mixture.shared_units) if mixture.shared_units is not None else 0
     return expert or _divided(whole - shared, granularity, mixture), shared
 
@@ -138,7 +156,16 @@ def _config(made: Plan, mixture: Mixture, wanted: Config, asked: Upcycling, cut:
         config["layer_types"] = kinds
     units = {"intermediate_size": cut.units} | {mixture.units: cut.expert}
     chosen = {key: wanted[key] for key in mixture.adds if key in wanted}
-    return {**config, **mixture.adds, **own, **chosen, **said, **units, "model_type": mixture.name, "architectures": [mixture.architecture]}
+    return {
+        **config,
+        **mixture.adds,
+        **own,
+        **chosen,
+        **said,
+        **units,
+        "model_type": mixture.name,
+        "architectures": [mixture.architecture],
+    }
 
 
 def _handed_out(change: Change, growth: Growth, family: Family) -> Iterator[Step]:
@@ -148,7 +175,9 @@ def _handed_out(change: Change, growth: Growth, family: Family) -> Iterator[Step
         UserError: tensors of the dense family have no place in the mixture.
     """
     mixture, made = change.mixture, {step.name: step for step in change.within.steps}
-    taken = {own: dense for dense, own in mixture.experts.items()} | {own: dense for dense, own in mixture.shared.items()}
+    taken = {own: dense for dense, own in mixture.experts.items()} | {
+        own: dense for dense, own in mixture.shared.items()
+    }
     used = set()
     for tensor in family.tensors(change.config):
         if tensor.tied:
@@ -159,7 +188,9 @@ def _handed_out(change: Change, growth: Growth, family: Family) -> Iterator[Step
         dense = taken.get(numbered(tensor), "")
         name = f"{dense}.weight".replace("*", str(tensor.layer)) if dense else tensor.name
         if name not in made:
-            raise UserError(f"{mixture.name!r}: needs {tensor.name}, which a {change.within.family.name!r} has no counterpart of")
+            raise UserError(
+                f"{mixture.name!r}: needs {tensor.name}, which a {change.within.family.name!r} has no counterpart of"
+            )
         used.add(name)
         yield _of_expert(change, tensor, made[name]) if dense else replace(made[name], tensor=tensor)
     if left := made.keys() - used:
@@ -169,34 +200,49 @@ def _handed_out(change: Change, growth: Growth, family: Family) -> Iterator[Step
 
 
 def _of_expert(change: Change, tensor: Tensor, step: Step) -> Step:
-    """One matrix of an expert, of the dense MLP's: its units alone, and the scale that undoes the combine weights."""
+    """One matrix of an expert, of the dense MLP's: its units alone, and the scale that undoes the combine
+    weights.
+    """
     asked = change.asked
     assert isinstance(asked, Upcycling)
     number = change.routed.get(tensor.name)
     expert = Expert(0, 0, change.shared, -1) if number is None else change.experts[number]
     units = next(axis for axis, named in enumerate(step.tensor.axes) if named == Space(FFN))
-    maps = [axis.cut(expert.start, expert.stop) if place == units else axis for place, axis in enumerate(step.maps)]
+    maps = [
+        axis.cut(expert.start, expert.stop) if place == units else axis
+        for place, axis in enumerate(step.maps)
+    ]
     gain = _gain(change, number, reads=step.tensor.reads[units])
     if gain != 1:
         out = step.tensor.reads.index(False)
         maps[out] = maps[out].scaled(gain)
-    finish = None if number is None else _finish(change, asked, tensor, number, units, expert.stop - expert.start)
+    finish = (
+        None if number is None else _finish(change, asked, tensor, number, units, expert.stop - expert.start)
+    )
     return replace(step, tensor=tensor, maps=tuple(maps), finish=finish)
 
 
 def _gain(change: Change, number: int | None, *, reads: bool) -> float:
-    """The factor on one matrix: the whole of it on what reads the units, or its third root on each (Megatron's split)."""
+    """The factor on one matrix: the whole of it on what reads the units, or its third root on each
+    (Megatron's split).
+    """
     asked, mixture = change.asked, change.mixture
     assert isinstance(asked, Upcycling)
     if number is None:
         return 2.0 if mixture.shared_gate is not None and reads else 1.0  # a gate of zeros is 1/2
-    factor = change.group / float(change.config.get(mixture.scaled, 1.0)) if mixture.scaled else float(change.group)
+    factor = (
+        change.group / float(change.config.get(mixture.scaled, 1.0))
+        if mixture.scaled
+        else float(change.group)
+    )
     if not mixture.normalises(change.config):
         factor *= len(change.experts) / change.chosen
     return (factor if reads else 1.0) if asked.scale == "down" else factor ** (1 / 3)
 
 
-def _finish(change: Change, asked: Upcycling, tensor: Tensor, number: int, axis: int, units: int) -> Finish | None:
+def _finish(
+    change: Change, asked: Upcycling, tensor: Tensor, number: int, axis: int, units: int
+) -> Finish | None:
     """Noise on further copies, and units that are drawn anew, the same in every matrix of an expert."""
     noise = asked.copy_noise if number >= change.group else 0.0
     if not asked.drop:
@@ -206,10 +252,14 @@ def _finish(change: Change, asked: Upcycling, tensor: Tensor, number: int, axis:
 
 
 def _routing(change: Change, tensor: Tensor, growth: Growth) -> Step:
-    """A router, whose rows are fresh and alike in each group; the gate of a shared expert and the correction start at zero."""
+    """A router, whose rows are fresh and alike in each group; the gate of a shared expert and the correction
+    start at zero.
+    """
     asked = change.asked
     assert isinstance(asked, Upcycling)
-    maps = tuple(_all_new(growth, axis, length) for axis, length in zip(tensor.axes, tensor.shape, strict=True))
+    maps = tuple(
+        _all_new(growth, axis, length) for axis, length in zip(tensor.axes, tensor.shape, strict=True)
+    )
     if tensor.pattern != f"{change.mixture.router}.weight" or asked.router_std == 0:
         return Step(tensor, None, maps, zero=True)
     return Step(tensor, None, maps, finish=Finish(deviation=asked.router_std, alike=change.group))
@@ -232,7 +282,9 @@ def _expansions(change: Change, growth: Growth) -> dict[str, Expansion]:
         f"{ffn.write.target - change.shared} units in {change.group} parts of {first.stop - first.start}, each {groups} times",
     )
     experts = Expansion.of(
-        AxisMap.of(1, np.zeros(count)), AxisMap.of(1, np.full(count, -1), Fill.ZERO), f"{count} of one MLP, {groups} router rows"
+        AxisMap.of(1, np.zeros(count)),
+        AxisMap.of(1, np.full(count, -1), Fill.ZERO),
+        f"{count} of one MLP, {groups} router rows",
     )
     kept |= {ROUTED: cut, EXPERT: experts}
     if change.shared:

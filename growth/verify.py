@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
     from outgrow.growth.plan import Plan
 
-# How far logits may move, relative to the largest, before a lossless certificate is contradicted: what rounding the weights may do.
+# How far logits may move, relative to the largest, before a lossless certificate is contradicted: what
+# rounding the weights may do.
 TOLERANCE = {"F64": 1e-10, "F32": 1e-3}
 EXACT = 1e-4  # the same, of a growth into 16 bits that is done in float32 once more
 RMS_FLOOR = 1e-4  # the library's RMSNorms compute in float32 whatever the weights are
-MEMORY_SHARE = 0.6  # of what is free, for the larger model in float64; the rest is for its activations and for loading it
+# of what is free, for the larger model in float64; the rest is for its activations and for loading it
+MEMORY_SHARE = 0.6
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,10 @@ class Receipt:
         loss_source, loss_target: mean next-token loss on the tokens, in nats.
         tokens: how many positions were compared.
         note: what sets the floor of the measurement.
-        exact_delta: the largest difference of two logits after the same growth in float32; None where the weights are not of 16 bits.
-        cast_delta: the same where nothing is grown and every weight of the source is rounded once, as casting does.
+        exact_delta: the largest difference of two logits after the same growth in float32; None where the
+            weights are not of 16 bits.
+        cast_delta: the same where nothing is grown and every weight of the source is rounded once, as casting
+            does.
         cast_kl, cast_loss: mean KL and loss of that rounded source.
         text: the file that the tokens are of; None where they are random.
         continuations: of some places of the text, by both models.
@@ -90,8 +94,12 @@ def verify_structure(folder: Path, plan: Plan) -> None:
     found = {name: (stored.dtype, stored.shape) for name, stored in tensor_table(folder).items()}
     expected = {step.name: (plan.dtype(step), step.shape) for step in plan.steps}
     if found != expected:
-        wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-        raise UserError(f"{folder}: {wrong[0]} is {found.get(wrong[0])} on disk, planned {expected.get(wrong[0])} ({len(wrong)} differ)")
+        wrong = sorted(
+            name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
+        )
+        raise UserError(
+            f"{folder}: {wrong[0]} is {found.get(wrong[0])} on disk, planned {expected.get(wrong[0])} ({len(wrong)} differ)"
+        )
 
 
 def measure(
@@ -106,12 +114,15 @@ def measure(
     seed: int = 0,
     text: Path | str | None = None,
 ) -> Receipt:
-    """Run both checkpoints, one after the other, on the same tokens and measure how far their logits are apart.
+    """Run both checkpoints, one after the other, on the same tokens and measure how far their logits are
+    apart.
 
     Args:
         target_config: of the target, where its folder has none yet.
-        norm: of the family; the library computes RMSNorms in float32 whatever the weights are, which sets the least difference.
-        dtype: to compute in; None is float64 where the larger model fits into memory so, else float32; on a text it is float32.
+        norm: of the family; the library computes RMSNorms in float32 whatever the weights are, which sets the
+            least difference.
+        dtype: to compute in; None is float64 where the larger model fits into memory so, else float32; on a
+            text it is float32.
         rows, length, seed: of random tokens.
         text: a file whose tokens are taken instead; both models continue some of its places too.
 
@@ -139,7 +150,9 @@ def _text_sizes(config: Config) -> tuple[int, int | None]:
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What a model says: its logits on tokens (row, position, vocabulary), and its continuations of a passage (prompt, new)."""
+    """What a model says: its logits on tokens (row, position, vocabulary), and its continuations of a passage
+    (prompt, new).
+    """
 
     logits: torch.Tensor
     continuations: torch.Tensor | None = None
@@ -174,7 +187,9 @@ class Meter:
         seed: int = 0,
         passage: Passage | None = None,
     ) -> Meter:
-        """A meter for `source` and the models that are as large as `target`; arguments as `measure` takes them."""
+        """A meter for `source` and the models that are as large as `target`; arguments as `measure` takes
+        them.
+        """
         import torch
 
         with Checkpoint(source) as checkpoint:
@@ -186,14 +201,28 @@ class Meter:
             tokens = torch.randint(vocabulary, (rows, min(length, context or length)), generator=generator)
         else:
             tokens = torch.tensor(passage.windows)
-        before = _answers(source, tokens, computed, "source", "receipt=false grows without running it", passage=passage)
+        before = _answers(
+            source, tokens, computed, "source", "receipt=false grows without running it", passage=passage
+        )
         return cls(source, computed, tokens, before, passage)
 
-    def receipt(self, target: Path | str, *, config: Config | None = None, norm: Literal["layer", "rms"] = "layer") -> Receipt:
+    def receipt(
+        self, target: Path | str, *, config: Config | None = None, norm: Literal["layer", "rms"] = "layer"
+    ) -> Receipt:
         """How far the answers of the model in `target` are from the source's."""
-        after = _answers(target, self.tokens, self.dtype, "grown model", "choose other sizes", config=config, passage=self.passage)
+        after = _answers(
+            target,
+            self.tokens,
+            self.dtype,
+            "grown model",
+            "choose other sizes",
+            config=config,
+            passage=self.passage,
+        )
         receipt = self._compared(after.logits)
-        receipt = replace(receipt, note=_floor(norm, receipt, "" if self.passage is None else "as it is on a text"))
+        receipt = replace(
+            receipt, note=_floor(norm, receipt, "" if self.passage is None else "as it is on a text")
+        )
         if self.passage is None or self.before.continuations is None or after.continuations is None:
             return receipt
         texts = self.passage.laid_side_by_side(self.before.continuations, after.continuations)
@@ -205,15 +234,26 @@ class Meter:
         return self._compared(after.logits).max_delta
 
     def cast(self, dtype: str) -> Receipt:
-        """How far the logits move where every weight of the source is rounded once to `dtype`, as casting rounds it.
+        """How far the logits move where every weight of the source is rounded once to `dtype`, as casting
+        rounds it.
 
-        The weights may have that format already; each is scaled by √2, rounded and scaled back, so that none is on the grid any more.
+        The weights may have that format already; each is scaled by √2, rounded and scaled back, so that none
+        is on the grid any more.
         """
-        after = _answers(self.source, self.tokens, self.dtype, "source", "receipt=false grows without running it", rounded_to=dtype)
+        after = _answers(
+            self.source,
+            self.tokens,
+            self.dtype,
+            "source",
+            "receipt=false grows without running it",
+            rounded_to=dtype,
+        )
         return self._compared(after.logits)
 
     def _compared(self, after: torch.Tensor) -> Receipt:
-        return compare_logits(self.before.logits, after[..., : self.before.logits.shape[-1]], self.tokens, self.dtype)
+        return compare_logits(
+            self.before.logits, after[..., : self.before.logits.shape[-1]], self.tokens, self.dtype
+        )
 
 
 def _answers(
@@ -227,7 +267,9 @@ def _answers(
     rounded_to: str | None = None,
     passage: Passage | None = None,
 ) -> Answers:
-    """The answers of the model in `folder`, logits in the dtype computed in; `which` model it is and the `way` out are for the error."""
+    """The answers of the model in `folder`, logits in the dtype computed in; `which` model it is and the
+    `way` out are for the error.
+    """
     import torch
 
     from outgrow.model.base.quiet import quietly
@@ -238,13 +280,20 @@ def _answers(
             model = load_model(folder, dtype=dtype, attention="eager", config=config).eval()
             if rounded_to is not None:
                 for parameter in model.parameters():
-                    parameter.copy_((parameter * sqrt(2)).to(getattr(torch, rounded_to)).to(parameter.dtype) / sqrt(2))
-            logits = torch.cat([model(input_ids=row[None]).logits for row in tokens])  # a row's activations at a time
-            return Answers(logits, None if passage is None else continued(model, torch.tensor(passage.prompts)))
+                    parameter.copy_(
+                        (parameter * sqrt(2)).to(getattr(torch, rounded_to)).to(parameter.dtype) / sqrt(2)
+                    )
+            # a row's activations at a time
+            logits = torch.cat([model(input_ids=row[None]).logits for row in tokens])
+            return Answers(
+                logits, None if passage is None else continued(model, torch.tensor(passage.prompts))
+            )
     except UserError:
         raise
     except Exception as fault:  # the library's classes raise every kind
-        raise UserError(f"receipt: the {which} does not load or run in {dtype} ({in_one_line(fault)}); {way}") from None
+        raise UserError(
+            f"receipt: the {which} does not load or run in {dtype} ({in_one_line(fault)}); {way}"
+        ) from None
 
 
 def fitting_dtype(parameters: int) -> str:
@@ -255,7 +304,8 @@ def fitting_dtype(parameters: int) -> str:
 
 
 def _floor(norm: str, receipt: Receipt, reason: str = "") -> str:
-    """What sets the least difference that a measurement can show, in words, where that may be what it shows; empty in plain float64.
+    """What sets the least difference that a measurement can show, in words, where that may be what it shows;
+    empty in plain float64.
 
     Args:
         reason: for computing in another dtype than float64; else it did not fit.
@@ -268,8 +318,12 @@ def _floor(norm: str, receipt: Receipt, reason: str = "") -> str:
     return ""
 
 
-def compare_logits(source: torch.Tensor, target: torch.Tensor, tokens: torch.Tensor, dtype: str, note: str = "") -> Receipt:
-    """The receipt of two sets of logits (row, position, vocabulary) on `tokens` (row, position), reckoned in float64 row by row."""
+def compare_logits(
+    source: torch.Tensor, target: torch.Tensor, tokens: torch.Tensor, dtype: str, note: str = ""
+) -> Receipt:
+    """The receipt of two sets of logits (row, position, vocabulary) on `tokens` (row, position), reckoned in
+    float64 row by row.
+    """
     import torch
 
     found = torch.stack([_compared_row(*row) for row in zip(source, target, tokens, strict=True)])
@@ -302,8 +356,9 @@ def check_receipt(receipt: Receipt, plan: Plan, source: Path) -> None:
     """A receipt must not contradict a lossless certificate.
 
     Raises:
-        UserError: the logits moved further than the stored format rounds; it is the fault of the `source` folder where the library makes
-            other weights of it than it holds, else of the schema or the operator.
+        UserError: the logits moved further than the stored format rounds; it is the fault of the `source`
+            folder where the library makes other weights of it than it holds, else of the schema or the
+            operator.
     """
     if not isfinite(receipt.max_logit) or not plan.certificate.lossless:
         return  # the source's own logits may be no numbers, where that was allowed
@@ -312,15 +367,20 @@ def check_receipt(receipt: Receipt, plan: Plan, source: Path) -> None:
         delta = receipt.exact_delta
     else:
         formats = [plan.dtype(step) for step in plan.steps]
-        single = bool(receipt.note or plan.notes)  # a family without a schema here may compute any norm in float32
-        allowed = max(TOLERANCE[name] for name in TOLERANCE.keys() & set(formats)) + (RMS_FLOOR if single else 0)
+        # a family without a schema here may compute any norm in float32
+        single = bool(receipt.note or plan.notes)
+        allowed = max(TOLERANCE[name] for name in TOLERANCE.keys() & set(formats)) + (
+            RMS_FLOOR if single else 0
+        )
     if not delta <= allowed * max(receipt.max_logit, 1.0):
         if names := loaded_otherwise(source, receipt.dtype):
             raise UserError(
                 f"{source}: transformers loads {names_of(names)} otherwise than stored, and growth goes by what is stored, so the logits "
                 f"moved by {delta:.3g}; load it with AutoModelForCausalLM, write it with save_pretrained, and grow that folder"
             )
-        grown = "logits moved" if receipt.exact_delta is None else "logits of the same growth in float32 moved"
+        grown = (
+            "logits moved" if receipt.exact_delta is None else "logits of the same growth in float32 moved"
+        )
         raise UserError(
             f"the plan is certified lossless, yet {grown} by {delta:.3g} (largest logit {receipt.max_logit:.3g}, allowed "
             f"{allowed:g} of it): this is a fault of the {plan.family.name} schema or of operator {plan.operator!r}; please report it"
@@ -338,7 +398,9 @@ def loaded_otherwise(folder: Path, dtype: str) -> list[str]:
 
     with Checkpoint(folder) as checkpoint, quietly(), computing_in(dtype):
         loaded = in_file(checkpoint.config, load_model(folder, dtype=dtype, attention="eager").state_dict())
-        known = [name for name in loaded if name in checkpoint.tensors and is_float(checkpoint.tensors[name].dtype)]
+        known = [
+            name for name in loaded if name in checkpoint.tensors and is_float(checkpoint.tensors[name].dtype)
+        ]
         return [name for name in known if not _as_stored(checkpoint, name, loaded[name])]
 
 

@@ -31,7 +31,10 @@ def describe(plan: Decision, reasons: Sequence[str]) -> str:
     """Describe a plan: spaces, layers, one line per module, certificate with its reasons, notes."""
     spaces = [f"  {space}: {rule}" for space, rule in spaces_table(plan)]
     rows = tensor_table(plan)
-    modules = [f"  {name}: {pattern}; {shapes} ({count} tensors, {human_bytes(size)})" for name, pattern, shapes, count, size in rows]
+    modules = [
+        f"  {name}: {pattern}; {shapes} ({count} tensors, {human_bytes(size)})"
+        for name, pattern, shapes, count, size in rows
+    ]
     layers = [f"  {layer_table(plan)}"]
     parts = {
         "spaces": spaces,
@@ -48,7 +51,11 @@ def describe(plan: Decision, reasons: Sequence[str]) -> str:
 
 def spaces_table(plan: Decision) -> list[tuple[str, str]]:
     """List (space, rule) for every space that the family has."""
-    return [(space, expansion.rule) for space, expansion in plan.recipe.expansions.items() if plan.family.uses(space)]
+    return [
+        (space, expansion.rule)
+        for space, expansion in plan.recipe.expansions.items()
+        if plan.family.uses(space)
+    ]
 
 
 def tensor_table(plan: Decision) -> list[tuple[str, str, str, int, int]]:

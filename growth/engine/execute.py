@@ -435,7 +435,9 @@ class Expander:
     # ---- what a step's `finish` asks for beyond its maps (experts of a mixture) ----
 
     def _finish(self, target: np.ndarray, rows: np.ndarray) -> None:
-        """Draw some entries anew and add noise to copies, where the step says so, in raw rows of these numbers."""
+        """Draw some entries anew and add noise to copies, where the step says so, in raw rows of these
+        numbers.
+        """
         finish = self.step.finish
         if finish is None or not finish.changes_copies or self.step.zero:
             return
