@@ -1,1 +1,3 @@
-"""Checkpoints: families written as named spaces, geometry, presets, and the Hugging Face models they describe."""
+"""Checkpoints: families written as named spaces, geometry, presets, and the Hugging Face models they
+describe.
+"""

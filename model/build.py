@@ -24,7 +24,9 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def to_hf_config(config: Config) -> PretrainedConfig:
-    """The `transformers` config of a plain dict, for families that the library itself defines (never remote code)."""
+    """The `transformers` config of a plain dict, for families that the library itself defines (never remote
+    code).
+    """
     from transformers import CONFIG_MAPPING
 
     fields = nested(config)
@@ -32,14 +34,15 @@ def to_hf_config(config: Config) -> PretrainedConfig:
     if model_type not in CONFIG_MAPPING:
         unknown("model_type", str(model_type), CONFIG_MAPPING.keys())
     known = CONFIG_MAPPING[model_type]
-    return known.from_dict(known._decode_special_floats(fields))  # as it does with files that it opens itself (`{"__float__": "Infinity"}`)
+    # as it does with files that it opens itself (`{"__float__": "Infinity"}`)
+    return known.from_dict(known._decode_special_floats(fields))
 
 
 def library_class(config: PretrainedConfig) -> Any:
     """The library's auto class whose models hold every tensor of a checkpoint of `config`.
 
-    That is the causal language model's; where that one takes the text model alone out of a composite config (Llama 4), or there is none, it
-    is the multimodal one's.
+    That is the causal language model's; where that one takes the text model alone out of a composite config
+    (Llama 4), or there is none, it is the multimodal one's.
     """
     from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
@@ -47,11 +50,16 @@ def library_class(config: PretrainedConfig) -> Any:
     if kind not in AutoModelForMultimodalLM._model_mapping:
         return AutoModelForCausalLM
     known: Any = AutoModelForCausalLM._model_mapping
-    return AutoModelForCausalLM if kind in known and known[kind].config_class is kind else AutoModelForMultimodalLM
+    return (
+        AutoModelForCausalLM
+        if kind in known and known[kind].config_class is kind
+        else AutoModelForMultimodalLM
+    )
 
 
 def known_size(config: Config, name: str) -> int | None:
-    """A size of the text model under its standard name, as its class fills it in where the config leaves it out; None where it has none.
+    """A size of the text model under its standard name, as its class fills it in where the config leaves it
+    out; None where it has none.
 
     `known_size({"model_type": "gpt2"}, "max_position_embeddings")` → 1024, which a GPT-2 calls n_positions.
     """
@@ -65,8 +73,9 @@ def attention_backend(requested: str = "auto") -> tuple[str, str]:
     """Choose an attention implementation, and say why.
 
     Returns:
-        (a `transformers` attn_implementation, the reason in words). "auto" takes flash-attn where it is installed on a GPU that supports
-        it (compute capability ≥ 8.0), else PyTorch's scaled_dot_product_attention, whose GPU kernel is FlashAttention.
+        (a `transformers` attn_implementation, the reason in words). "auto" takes flash-attn where it is
+        installed on a GPU that supports it (compute capability ≥ 8.0), else PyTorch's
+        scaled_dot_product_attention, whose GPU kernel is FlashAttention.
 
     Raises:
         UserError: the name is unknown, or flash-attn was asked for where it cannot run.
@@ -80,7 +89,9 @@ def attention_backend(requested: str = "auto") -> tuple[str, str]:
         return "flash_attention_2", "flash-attn is installed and the GPU supports it"
     if requested == "auto":
         return "sdpa", f"no flash-attn: {obstacle}"
-    raise UserError(f"attention flash_attention_2: {obstacle}; use attention=auto, or install the extra: pip install -e '.[flash]'")
+    raise UserError(
+        f"attention flash_attention_2: {obstacle}; use attention=auto, or install the extra: pip install -e '.[flash]'"
+    )
 
 
 def _flash_obstacle() -> str | None:
@@ -96,37 +107,52 @@ def _flash_obstacle() -> str | None:
     return None
 
 
-def build_model(config: Config, *, seed: int, dtype: str = "float32", attention: str = "auto") -> PreTrainedModel:
-    """A freshly initialised model: the library's own initialisation, drawn under `seed`, the global RNG left as it was."""
+def build_model(
+    config: Config, *, seed: int, dtype: str = "float32", attention: str = "auto"
+) -> PreTrainedModel:
+    """A freshly initialised model: the library's own initialisation, drawn under `seed`, the global RNG left
+    as it was.
+    """
     import torch
 
     hf_config = to_hf_config(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return library_class(hf_config).from_config(
-            hf_config, dtype=_torch_dtype(dtype), attn_implementation=_implementation(attention), trust_remote_code=False
+            hf_config,
+            dtype=_torch_dtype(dtype),
+            attn_implementation=_implementation(attention),
+            trust_remote_code=False,
         )
 
 
-def empty_model(config: Config, *, dtype: torch.dtype, device: torch.device | str = "cpu", attention: str | None = None) -> PreTrainedModel:
+def empty_model(
+    config: Config, *, dtype: torch.dtype, device: torch.device | str = "cpu", attention: str | None = None
+) -> PreTrainedModel:
     """A model whose parameters hold nothing yet (its buffers do), tied where its config ties, on `device`."""
     import torch
     from transformers.initialization import no_init_weights
 
     hf_config = to_hf_config(config)
     with no_init_weights(), torch.device(device):
-        model = library_class(hf_config).from_config(hf_config, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
+        model = library_class(hf_config).from_config(
+            hf_config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
     model.tie_weights()
     return model
 
 
-def load_model(folder: Path | str, *, dtype: str = "float32", attention: str = "auto", config: Config | None = None) -> PreTrainedModel:
-    """A model from a local folder of safetensors weights, every tensor accounted for; with `config`, the folder needs none of its own.
+def load_model(
+    folder: Path | str, *, dtype: str = "float32", attention: str = "auto", config: Config | None = None
+) -> PreTrainedModel:
+    """A model from a local folder of safetensors weights, every tensor accounted for; with `config`, the
+    folder needs none of its own.
 
     FP8 weights with scales by block are dequantised (`model.fp8`), on any device alike.
 
     Raises:
-        UserError: the folder is missing, its family unknown, or a tensor missing, unexpected or of another shape.
+        UserError: the folder is missing, its family unknown, or a tensor missing, unexpected or of another
+            shape.
     """
     if not Path(folder).is_dir():
         raise UserError(f"model {str(folder)!r}: no such folder")
@@ -149,7 +175,8 @@ def load_model(folder: Path | str, *, dtype: str = "float32", attention: str = "
         output_loading_info=True,
         config=hf_config,
         generation_config=generation_config(Path(folder), config)[0],
-        **({"experts_implementation": "eager"} if dtype == "float64" else {}),  # the fused kernels know no float64
+        # the fused kernels know no float64
+        **({"experts_implementation": "eager"} if dtype == "float64" else {}),
     )
     model, report = loaded
     faults = {name.replace("_", " "): sorted(map(str, found)) for name, found in report.items() if found}
@@ -159,7 +186,9 @@ def load_model(folder: Path | str, *, dtype: str = "float32", attention: str = "
 
 @contextmanager
 def computing_in(dtype: str) -> Iterator[None]:
-    """With new tensors in `dtype` unless they say otherwise: some of the library's classes compare them with those of their weights."""
+    """With new tensors in `dtype` unless they say otherwise: some of the library's classes compare them with
+    those of their weights.
+    """
     import torch
 
     before = torch.get_default_dtype()
@@ -171,7 +200,9 @@ def computing_in(dtype: str) -> Iterator[None]:
 
 
 def stored_names(model: PreTrainedModel) -> dict[str, str]:
-    """Parameter name → the name under which a checkpoint of this model stores it; `transformers` renames a few when it loads."""
+    """Parameter name → the name under which a checkpoint of this model stores it; `transformers` renames a
+    few when it loads.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     parameters = [name for name, _ in model.named_parameters()]
@@ -193,7 +224,9 @@ def meta_model(config: Config) -> PreTrainedModel:
 
 
 def _implementation(attention: str) -> str | None:
-    """What to ask the library for; None lets it choose, since some families have no SDPA (Gemma 2's capped logits)."""
+    """What to ask the library for; None lets it choose, since some families have no SDPA (Gemma 2's capped
+    logits).
+    """
     chosen, _ = attention_backend(attention)
     return None if attention == "auto" and chosen == "sdpa" else chosen
 

@@ -1,7 +1,7 @@
 """A checkpoint on disk: a config and named tensors in safetensors files, read lazily with positioned reads.
 
-Nothing that comes from the files is trusted: headers and index are bounded and checked before a byte of weights is read, paths stay inside
-the folder, and pickle files are never opened.
+Nothing that comes from the files is trusted: headers and index are bounded and checked before a byte of
+weights is read, paths stay inside the folder, and pickle files are never opened.
 """
 
 from __future__ import annotations
@@ -55,11 +55,12 @@ class Checkpoint:
         folder: the folder.
         config: its config.json, as its flat view (`model.composite`).
         tensors: name → `Stored`, over all shards.
-        quantised: how its weights are quantised ("gptq"); None where they are plain numbers, whatever config.json says (what it says of
-            a quantisation is then left out of `config`).
+        quantised: how its weights are quantised ("gptq"); None where they are plain numbers, whatever
+            config.json says (what it says of a quantisation is then left out of `config`).
 
     Raises (on opening):
-        UserError: no config, no safetensors weights, only pickle files, or a malformed header or index; the message names the file.
+        UserError: no config, no safetensors weights, only pickle files, or a malformed header or index; the
+            message names the file.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -81,7 +82,9 @@ class Checkpoint:
         """What of the folder is passed over, in words."""
         notes = []
         if (self.folder / SINGLE).exists() and (self.folder / INDEX).exists():
-            notes.append(f"{INDEX} is passed over: {SINGLE} lies beside it, which transformers takes too; one of them is stale")
+            notes.append(
+                f"{INDEX} is passed over: {SINGLE} lies beside it, which transformers takes too; one of them is stale"
+            )
         if self._plain_now:
             notes.append("quantization_config is dropped from config.json: the tensors are plain")
         if left := left_behind(self.folder):
@@ -99,12 +102,15 @@ class Checkpoint:
         """Hold every file of weights against what it was when it was opened.
 
         Raises:
-            UserError: one has another size or time of change, so that what was read may be a mixture of two checkpoints.
+            UserError: one has another size or time of change, so that what was read may be a mixture of two
+                checkpoints.
         """
         for file, stamp in self._stamps.items():
             with reading(file):
                 if _stamp(file) != stamp:
-                    raise UserError(f"{file}: changed while it was read, so the result would mix two checkpoints; grow again")
+                    raise UserError(
+                        f"{file}: changed while it was read, so the result would mix two checkpoints; grow again"
+                    )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start:stop` of a tensor as raw bits, in a new array.
@@ -123,7 +129,9 @@ class Checkpoint:
         stop = rows if stop is None else stop
         row_bytes = stored.nbytes // max(rows, 1)
         buffer = np.empty((stop - start, *shape[1:]) if shape else (), RAW[stored.dtype])
-        self._read_into(buffer.reshape(-1).data.cast("B"), stored.file, stored.offset + start * row_bytes, name)
+        self._read_into(
+            buffer.reshape(-1).data.cast("B"), stored.file, stored.offset + start * row_bytes, name
+        )
         return buffer
 
     def _read_into(self, view: memoryview, file: Path, offset: int, name: str) -> None:
@@ -134,7 +142,9 @@ class Checkpoint:
             while done < len(view) and (count := os.preadv(self._files[file], [view[done:]], offset + done)):
                 done += count
         if done < len(view):
-            raise UserError(f"{file}: ends early inside tensor {name!r}; the file changed while it was read, or is truncated")
+            raise UserError(
+                f"{file}: ends early inside tensor {name!r}; the file changed while it was read, or is truncated"
+            )
 
     def close(self) -> None:
         """Close the files; reading again reopens them."""
@@ -177,13 +187,19 @@ def quantisation_entries(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def quantisation(config: Mapping[str, Any]) -> str | None:
-    """How the weights of a config are quantised, by the library's name for it; None where it says nothing of it."""
+    """How the weights of a config are quantised, by the library's name for it; None where it says nothing of
+    it.
+    """
     said = quantisation_entries(config)
     if not said:
         return None
     if "quant_method" in said:
         return str(said["quant_method"])
-    return "bitsandbytes" if any(str(key).startswith(("load_in", "bnb")) for key in said) else "an unnamed method"
+    return (
+        "bitsandbytes"
+        if any(str(key).startswith(("load_in", "bnb")) for key in said)
+        else "an unnamed method"
+    )
 
 
 def _stamp(file: Path) -> tuple[int, int, int, int]:
@@ -237,9 +253,13 @@ def tensor_table(folder: Path) -> dict[str, Stored]:
     for file, names in listed.items():
         found = read_header(folder / file)
         if twice := sorted(found.keys() & tensors.keys()):
-            raise UserError(f"{folder}: tensor {twice[0]!r} is in {file} and in {tensors[twice[0]].file.name}; each must be in one shard")
+            raise UserError(
+                f"{folder}: tensor {twice[0]!r} is in {file} and in {tensors[twice[0]].file.name}; each must be in one shard"
+            )
         if names is not None and (missing := sorted(names - found.keys())):
-            raise UserError(f"{index}: says {missing[0]!r} is in {file}, which does not hold it; is a shard from another checkpoint?")
+            raise UserError(
+                f"{index}: says {missing[0]!r} is in {file}, which does not hold it; is a shard from another checkpoint?"
+            )
         tensors |= found
     return tensors
 
@@ -247,7 +267,9 @@ def tensor_table(folder: Path) -> dict[str, Stored]:
 def _read_index(path: Path) -> dict[str, set[str]]:
     files = shards_listed(path)
     if absent := sorted(file for file in files if not (path.parent / file).is_file()):
-        raise UserError(f"{path}: shard {absent[0]} is missing ({len(absent)} of {len(files)} are); download the checkpoint again")
+        raise UserError(
+            f"{path}: shard {absent[0]} is missing ({len(absent)} of {len(files)} are); download the checkpoint again"
+        )
     return files
 
 
@@ -258,7 +280,11 @@ def shards_listed(path: Path) -> dict[str, set[str]]:
         UserError: it is no index, or names anything but .safetensors files beside it.
     """
     weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, Mapping) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
+    if (
+        not isinstance(weight_map, Mapping)
+        or not weight_map
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
         raise UserError(f"{path}: weight_map must be an object that names a file for every tensor")
     files: dict[str, set[str]] = {}
     for name, file in weight_map.items():
@@ -276,7 +302,8 @@ def read_header(path: Path) -> dict[str, Stored]:
     """The tensor table of one safetensors file, every entry checked against the file's length.
 
     Raises:
-        UserError: the header is malformed or does not describe this file; the message names file, tensor and fault.
+        UserError: the header is malformed or does not describe this file; the message names file, tensor and
+            fault.
     """
     if not path.is_file():  # a pipe would be waited on for ever
         raise UserError(f"{path}: not a regular file")
@@ -284,13 +311,19 @@ def read_header(path: Path) -> dict[str, Stored]:
     with reading(path), path.open("rb") as file:
         prefix = file.read(8)
         if len(prefix) < 8:
-            raise UserError(f"{path}: {size} bytes is no safetensors file (8 bytes of header length expected); truncated?")
+            raise UserError(
+                f"{path}: {size} bytes is no safetensors file (8 bytes of header length expected); truncated?"
+            )
         (length,) = struct.unpack("<Q", prefix)
         if length > min(MAX_HEADER_BYTES, size - 8):
-            raise UserError(f"{path}: header of {length:,} bytes announced in a file of {size:,}; truncated, or not a safetensors file")
+            raise UserError(
+                f"{path}: header of {length:,} bytes announced in a file of {size:,}; truncated, or not a safetensors file"
+            )
         header = _parse_header(path, file.read(length))
     start = 8 + length
-    tensors = {name: _stored(path, name, entry, start) for name, entry in header.items() if name != "__metadata__"}
+    tensors = {
+        name: _stored(path, name, entry, start) for name, entry in header.items() if name != "__metadata__"
+    }
     _check_layout(path, tensors, start, size)
     return tensors
 
@@ -308,14 +341,18 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
         header = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as fault:
         why = "nested too deep" if isinstance(fault, RecursionError) else fault
-        raise UserError(f"{path}: the header is not valid JSON ({why}); truncated, or not a safetensors file") from None
+        raise UserError(
+            f"{path}: the header is not valid JSON ({why}); truncated, or not a safetensors file"
+        ) from None
     if not isinstance(header, dict):
         raise UserError(f"{path}: the header must be a JSON object, found {type(header).__name__}")
     return header
 
 
 def _whole_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values)
+    return isinstance(values, list) and all(
+        isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values
+    )
 
 
 def _stored(path: Path, name: str, entry: Any, start: int) -> Stored:
@@ -331,7 +368,9 @@ def _stored(path: Path, name: str, entry: Any, start: int) -> Stored:
         raise UserError(f"{where}: data_offsets {offsets!r:.80} are not two whole numbers")
     stored = Stored(path, start + offsets[0], dtype, tuple(shape))
     if offsets[1] - offsets[0] != stored.nbytes:
-        raise UserError(f"{where}: {offsets[1] - offsets[0]:,} bytes stored, but {dtype} {tuple(shape)} takes {stored.nbytes:,}")
+        raise UserError(
+            f"{where}: {offsets[1] - offsets[0]:,} bytes stored, but {dtype} {tuple(shape)} takes {stored.nbytes:,}"
+        )
     return stored
 
 
@@ -340,7 +379,9 @@ def _check_layout(path: Path, tensors: Mapping[str, Stored], start: int, size: i
     for name, stored in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if stored.offset != end:
             kind = "overlaps the tensor before it" if stored.offset < end else "leaves a gap before it"
-            raise UserError(f"{path}: tensor {name!r} starts at byte {stored.offset:,} where {end:,} was expected: it {kind}")
+            raise UserError(
+                f"{path}: tensor {name!r} starts at byte {stored.offset:,} where {end:,} was expected: it {kind}"
+            )
         end += stored.nbytes
     if end != size:
         raise UserError(
@@ -352,21 +393,27 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def is_hub_name(source: str | Path) -> bool:
-    """Check whether a source that is no folder here may be a repository of the Hugging Face hub: `owner/name`."""
+    """Check whether a source that is no folder here may be a repository of the Hugging Face hub:
+    `owner/name`.
+    """
     folder = Path(os.path.expanduser(source))
     return not folder.is_absolute() and not folder.exists() and _HUB_NAME.fullmatch(str(source)) is not None
 
 
 def locate(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of a source: itself when it is one, else a snapshot of the Hugging Face repository of that name.
+    """The folder of a source: itself when it is one, else a snapshot of the Hugging Face repository of that
+    name.
 
-    Of a GGUF file, or a folder that holds one and no other weights, it is the folder that it was unpacked into (`model.gguf`).
+    Of a GGUF file, or a folder that holds one and no other weights, it is the folder that it was unpacked
+    into (`model.gguf`).
 
     Raises:
         UserError: neither a folder nor a reachable repository.
     """
     if not isinstance(source, str | Path):
-        raise UserError(f"source {source!r:.80}: expected a folder or a Hugging Face name; found {type(source).__name__}")
+        raise UserError(
+            f"source {source!r:.80}: expected a folder or a Hugging Face name; found {type(source).__name__}"
+        )
     folder = Path(os.path.expanduser(source))
     file = gguf_in(folder) if folder.is_dir() else folder
     if file is not None and file.suffix == ENDING and file.is_file():
@@ -375,9 +422,13 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         _check_kind(folder)
         return folder
     if folder.is_file():
-        raise UserError(f"source {str(source)!r}: a file; give the folder that holds it with its config.json: {str(folder.parent)!r}")
+        raise UserError(
+            f"source {str(source)!r}: a file; give the folder that holds it with its config.json: {str(folder.parent)!r}"
+        )
     if not is_hub_name(source):
-        raise UserError(f"source {str(source)!r}: no such folder, and not a Hugging Face name of the form owner/name{_near(folder)}")
+        raise UserError(
+            f"source {str(source)!r}: no such folder, and not a Hugging Face name of the form owner/name{_near(folder)}"
+        )
     try:
         return _downloaded(str(source), revision)
     except UserError:
@@ -391,17 +442,24 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
 
 
 def _near(folder: Path) -> str:
-    """The end of the error about a folder that is not there: a run whose result it would be, or its neighbours of nearly that name."""
+    """The end of the error about a folder that is not there: a run whose result it would be, or its
+    neighbours of nearly that name.
+    """
     if folder.name == "final":
         return f"; it would be the result of the run {str(folder.parent)!r}: let that run end first"
-    beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+    beside = (
+        [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+    )
     near = difflib.get_close_matches(folder.name, beside, n=3, cutoff=0.7)
-    return f"; did you mean {' or '.join(repr(str(folder.with_name(name))) for name in near)}?" if near else ""
+    return (
+        f"; did you mean {' or '.join(repr(str(folder.with_name(name))) for name in near)}?" if near else ""
+    )
 
 
 def _downloaded(name: str, revision: str | None) -> Path:
     """A snapshot of a repository, with its weights in one format; offline, what an earlier download has left."""
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download  # takes long to import, and most sources are folders
+    # takes long to import, and most sources are folders
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:

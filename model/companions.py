@@ -1,4 +1,6 @@
-"""The files of a checkpoint folder beside its weights, told by rule: by the index, and by the ends of their names."""
+"""The files of a checkpoint folder beside its weights, told by rule: by the index, and by the ends of their
+names.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,23 @@ OTHERS = (
 )  # fmt: skip
 TEMPLATES = "additional_chat_templates"  # the one folder that tokenizers are saved with
 # Weights in this and other formats, and what is for people to read.
-KNOWN = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".md", ".png", ".jpg", ".svg", ".pdf", "")
+KNOWN = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+    ".md",
+    ".png",
+    ".jpg",
+    ".svg",
+    ".pdf",
+    "",
+)
 
 
 def is_companion(name: str) -> bool:
@@ -36,13 +54,17 @@ def companions(folder: Path) -> list[str]:
 
 
 def left_behind(folder: Path) -> list[str]:
-    """List the files of `folder` that somebody may miss in a copy: code, and endings that nothing is known of."""
+    """List the files of `folder` that somebody may miss in a copy: code, and endings that nothing is known
+    of.
+    """
     paths = [path for path in folder.iterdir() if path.suffix not in (*KNOWN, *ENDINGS)]
     return sorted(path.name for path in paths if path.is_file() and not path.name.startswith("."))
 
 
 def to_download(files: Iterable[str], weights: Iterable[str]) -> list[str]:
-    """Choose a repository's files: config, companions, card and licence, and the `weights`, in one format alone."""
+    """Choose a repository's files: config, companions, card and licence, and the `weights`, in one format
+    alone.
+    """
     wanted = {"config.json", "README.md", *weights}
     own = [name for name in files if name in wanted or is_companion(name) or fnmatchcase(name, "LICENSE*")]
     return sorted(own)

@@ -1,7 +1,8 @@
 """Composite configs: a text model's values nested beside those of other towers (Gemma 3, Llama 4, Qwen 3.5).
 
-Inside this project every config is flat, so that a size has one name whatever stands around it: `flat` is applied where a config comes in
-(a file, a target, a model in memory), `nested` where it goes out (to the library, into a file). The flat view of a composite config has
+Inside this project every config is flat, so that a size has one name whatever stands around it: `flat` is
+applied where a config comes in (a file, a target, a model in memory), `nested` where it goes out (to the
+library, into a file). The flat view of a composite config has
 
 - the text model's values under their own names: `hidden_size`;
 - those of another tower under their path: `vision_config.hidden_size`;
@@ -24,11 +25,16 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """The flat view of a config or of overrides of one; of a flat view, itself."""
     text = config.get(TEXT)
     if not isinstance(text, Mapping):
-        return {key if key == TEXT_TYPE else key.removeprefix(f"{TEXT}."): value for key, value in config.items()}
+        return {
+            key if key == TEXT_TYPE else key.removeprefix(f"{TEXT}."): value for key, value in config.items()
+        }
     seen = {TEXT_TYPE: text.get("model_type")} if "model_type" in config else {}  # overrides name none
     for key, value in config.items():
         if key == TEXT:
-            seen |= {f"{TEXT}.{name}" if name == "model_type" or "." in name else name: entry for name, entry in text.items()}
+            seen |= {
+                f"{TEXT}.{name}" if name == "model_type" or "." in name else name: entry
+                for name, entry in text.items()
+            }
         elif isinstance(value, Mapping) and value and key.endswith("_config"):
             seen |= {f"{key}.{name}": entry for name, entry in value.items()}
         else:

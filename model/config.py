@@ -1,4 +1,6 @@
-"""Configs as plain dicts under their Hugging Face names: read from a folder, and resolved into the config of a target."""
+"""Configs as plain dicts under their Hugging Face names: read from a folder, and resolved into the config of
+a target.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,21 @@ from outgrow.model.composite import flat
 from outgrow.model.family import STANDARD, Config, Family, family_of
 from outgrow.model.presets import PRESETS, preset, preset_sizes
 
-Target: TypeAlias = "str | Path | Mapping[str, Any] | Any"  # preset name, folder, overrides, or a transformers config
+# preset name, folder, overrides, or a transformers config
+Target: TypeAlias = "str | Path | Mapping[str, Any] | Any"
 
-ROPE, THETA = ("rope_scaling", "rope_parameters"), ("rotary_emb_base", "rope_theta")  # older configs keep the base outside
+# older configs keep the base outside
+ROPE, THETA = ("rope_scaling", "rope_parameters"), ("rotary_emb_base", "rope_theta")
 DTYPES = {"dtype", "torch_dtype"}  # how transformers 5 and 4 call what tensors are stored in
-MAX_JSON_BYTES, MAX_CONFIG_BYTES = 64 << 20, 4 << 20  # no honest index or tokenizer, no honest config is larger
-MAX_VALUES, MAX_CONFIG_VALUES = 2_000_000, 100_000  # nor holds more: of what a parser makes, a value takes a hundred times its bytes
+# no honest index or tokenizer, no honest config is larger
+MAX_JSON_BYTES, MAX_CONFIG_BYTES = 64 << 20, 4 << 20
+# nor holds more: of what a parser makes, a value takes a hundred times its bytes
+MAX_VALUES, MAX_CONFIG_VALUES = 2_000_000, 100_000
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, max_values: int = MAX_VALUES) -> dict[str, Any]:
-    """A JSON object from a file that a stranger may have written; bounded in time and memory before it is parsed.
+    """A JSON object from a file that a stranger may have written; bounded in time and memory before it is
+    parsed.
 
     Raises:
         UserError: it is missing, no regular file, too large, not JSON, or not an object.
@@ -33,13 +40,17 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, max_values: int = MAX
         if not path.is_file():  # a device never ends, a pipe is waited on for ever
             raise UserError(f"{path}: not a regular file")
         if path.stat().st_size > max_bytes:
-            raise UserError(f"{path}: {path.stat().st_size:,} bytes; no honest {path.name} is larger than {max_bytes:,}")
+            raise UserError(
+                f"{path}: {path.stat().st_size:,} bytes; no honest {path.name} is larger than {max_bytes:,}"
+            )
         content = path.read_bytes()
     check_values(path, content, max_values)
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as fault:
-        raise UserError(f"{path}: not valid JSON ({'nested too deep' if isinstance(fault, RecursionError) else fault})") from None
+        raise UserError(
+            f"{path}: not valid JSON ({'nested too deep' if isinstance(fault, RecursionError) else fault})"
+        ) from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found
@@ -105,25 +116,30 @@ def tokenizer_size(folder: Path) -> int | None:
         ids = [*range(len(vocabulary))] if isinstance(vocabulary, list) else list(vocabulary.values())
         return 1 + max([*ids, *(token["id"] for token in found.get("added_tokens") or ())])
     except (KeyError, TypeError, ValueError, AttributeError) as fault:
-        raise UserError(f"{path}: not a tokenizer of the tokenizers library ({type(fault).__name__}: {fault})") from None
+        raise UserError(
+            f"{path}: not a tokenizer of the tokenizers library ({type(fault).__name__}: {fault})"
+        ) from None
 
 
-def resolve_target(target: Target, source: Config | None = None, family: Family | None = None) -> dict[str, Any]:
+def resolve_target(
+    target: Target, source: Config | None = None, family: Family | None = None
+) -> dict[str, Any]:
     """The whole config of a growth target or of a model to build.
 
     Args:
-        target: a preset's name, a folder with a config.json, a `transformers` config, or a dict of overrides of `source` under their
-            Hugging Face names (`{"hidden_size": 2560}`). A preset is laid over the source's config too, so that everything that is not
-            a size stays the source's.
+        target: a preset's name, a folder with a config.json, a `transformers` config, or a dict of overrides
+            of `source` under their Hugging Face names (`{"hidden_size": 2560}`). A preset is laid over the
+            source's config too, so that everything that is not a size stays the source's.
         source: the source's config; None only where the target is whole by itself.
         family: the source's, where it is not the one of its `model_type`.
 
     Returns:
-        a new dict. Where the overrides change the head dim of a partly rotary model and say nothing of the rotary share, the share
-        follows, so that as many dimensions as before are turned.
+        a new dict. Where the overrides change the head dim of a partly rotary model and say nothing of the
+        rotary share, the share follows, so that as many dimensions as before are turned.
 
     Raises:
-        UserError: the preset, folder or key is unknown (with near matches), or overrides come without a source.
+        UserError: the preset, folder or key is unknown (with near matches), or overrides come without a
+            source.
     """
     if hasattr(target, "to_dict"):
         return _stored_as(source, flat(target.to_dict()))
@@ -134,28 +150,45 @@ def resolve_target(target: Target, source: Config | None = None, family: Family 
     folder = Path(os.path.expanduser(target))
     if folder.is_dir():
         return _stored_as(source, read_config(folder))
-    raise UserError(f"unknown target {str(target)!r}: neither a folder nor a preset; {did_you_mean(str(target), PRESETS)}")
+    raise UserError(
+        f"unknown target {str(target)!r}: neither a folder nor a preset; {did_you_mean(str(target), PRESETS)}"
+    )
 
 
 def _overlay(overrides: dict[str, Any], source: Config | None, family: Family | None) -> dict[str, Any]:
     if source is None:
         if "model_type" not in overrides:
-            raise UserError("a target given as overrides needs a source whose config they change; give a source, or name a preset")
+            raise UserError(
+                "a target given as overrides needs a source whose config they change; give a source, or name a preset"
+            )
         return overrides
     family = family or family_of(source)
     UserError.collect(value_faults(source, family))
     if (other := overrides.get("model_type", source["model_type"])) != source["model_type"]:
-        raise UserError(f"target: model_type {other!r} differs from the source's {source['model_type']!r}; a family grows into itself only")
-    overrides = {family.field_name(key) if key not in source else key: value for key, value in overrides.items()}
+        raise UserError(
+            f"target: model_type {other!r} differs from the source's {source['model_type']!r}; a family grows into itself only"
+        )
+    overrides = {
+        family.field_name(key) if key not in source else key: value for key, value in overrides.items()
+    }
     rotary = overrides.pop(family.rotary_field, None)
     for key in DTYPES & overrides.keys():
         if overrides[key] != next(filter(None, map(source.get, sorted(DTYPES))), None):
-            raise UserError(f"target: {key} {overrides[key]!r}: the grown tensors keep the source's dtype; leave it out here")
+            raise UserError(
+                f"target: {key} {overrides[key]!r}: the grown tensors keep the source's dtype; leave it out here"
+            )
     known = {*source, *DTYPES, *(family.field_name(name) for name in STANDARD if family.knows(name))}
     known |= {"rope_parameters"} if family.rotary is not None else set()
-    UserError.collect(f"target: unknown config key {key!r}; {did_you_mean(key, known)}" for key in overrides if key not in known)
+    UserError.collect(
+        f"target: unknown config key {key!r}; {did_you_mean(key, known)}"
+        for key in overrides
+        if key not in known
+    )
     rope = overrides.pop("rope_parameters", None) or {}
-    UserError.collect(f"target: {fault.removeprefix('config: ')}" for fault in value_faults(overrides | {"rope_parameters": rope}, family))
+    UserError.collect(
+        f"target: {fault.removeprefix('config: ')}"
+        for fault in value_faults(overrides | {"rope_parameters": rope}, family)
+    )
     rope = dict(rope)
     for key in (family.rotary_field, "partial_rotary_factor"):
         rotary = rope.pop(key, rotary)
@@ -169,7 +202,8 @@ def _overlay(overrides: dict[str, Any], source: Config | None, family: Family | 
         config["rope_parameters"] = rope_of(source) | rope
         config |= {"rope_scaling": None} if source.get("rope_scaling") else {}
     heads, kv = family.field_name("num_attention_heads"), family.field_name("num_key_value_heads")
-    if kv not in overrides and source.get(kv) == source.get(heads) is not None:  # one key-value head per query head stays so
+    # one key-value head per query head stays so
+    if kv not in overrides and source.get(kv) == source.get(heads) is not None:
         config[kv] = config.get(heads)
     turned = family.rotary_dims(source)
     if rotary is None and 0 < turned < family.sizes(source)["qk"]:
@@ -186,20 +220,26 @@ def _stored_as(source: Config | None, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def rope_of(config: Config) -> dict[str, Any]:
-    """Collect a config's rotary positions (RoPE) in today's spelling; older ones have `rope_scaling` and a base beside it."""
+    """Collect a config's rotary positions (RoPE) in today's spelling; older ones have `rope_scaling` and a
+    base beside it.
+    """
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})  # in the library's order
     theta = next(filter(None, (config.get(key) for key in THETA)), 10_000.0)
     return {"rope_type": rope.pop("type", "default"), "rope_theta": theta} | rope
 
 
 def rotary_share(turned: int, head: int) -> float:
-    """The share of a head of `head` dims whose product with it truncates to `turned`, as the library computes the rotary count."""
+    """The share of a head of `head` dims whose product with it truncates to `turned`, as the library computes
+    the rotary count.
+    """
     share = turned / head
     return share if int(head * share) == turned else (turned + 0.5) / head
 
 
 def with_rotary_share(config: Config, field: str, share: float) -> dict[str, Any]:
-    """`config` with its rotary share set wherever it keeps one (top level before transformers 5, `rope_parameters` since)."""
+    """`config` with its rotary share set wherever it keeps one (top level before transformers 5,
+    `rope_parameters` since).
+    """
     changed = dict(config)
     if field in changed:
         changed[field] = share

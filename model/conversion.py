@@ -1,4 +1,5 @@
-"""A model's own tensors and those of its file: renamed, and in some families split, joined or transposed, as the library does on saving.
+"""A model's own tensors and those of its file: renamed, and in some families split, joined or transposed, as
+the library does on saving.
 
 What goes through here need not be weights: gradients and an optimizer's moments take the same way.
 """
@@ -30,7 +31,9 @@ def in_file(config: Config, tensors: Mapping[str, torch.Tensor]) -> dict[str, to
     return revert_weight_conversion(model, dict(tensors))
 
 
-def in_model(config: Config, names: Iterable[str], tensor: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+def in_model(
+    config: Config, names: Iterable[str], tensor: Callable[[str], torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """The way back: a tensor under every name of a model's parameters.
 
     Args:
@@ -43,10 +46,18 @@ def in_model(config: Config, names: Iterable[str], tensor: Callable[[str], torch
     if has_schema(config):
         return {name: tensor(stored) for name, stored in stored_names(meta_model(config)).items()}
     hf_config, held = to_hf_config(config), {name: tensor(name) for name in names}
-    dtype = max((tensor.dtype for tensor in held.values() if tensor.is_floating_point()), key=lambda kind: kind.itemsize)  # loses none
+    # loses none
+    dtype = max(
+        (tensor.dtype for tensor in held.values() if tensor.is_floating_point()),
+        key=lambda kind: kind.itemsize,
+    )
     library: Any = library_class(hf_config)._model_mapping[type(hf_config)]
     with quietly():
-        model, report = library.from_pretrained(None, config=hf_config, state_dict=held, dtype=dtype, output_loading_info=True)
+        model, report = library.from_pretrained(
+            None, config=hf_config, state_dict=held, dtype=dtype, output_loading_info=True
+        )
     if faults := {name: found for name, found in report.items() if found}:
-        raise UserError(f"family {config['model_type']!r}: the library does not make a model of its own tensors ({str(faults)[:300]})")
+        raise UserError(
+            f"family {config['model_type']!r}: the library does not make a model of its own tensors ({str(faults)[:300]})"
+        )
     return model.state_dict()

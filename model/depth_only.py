@@ -1,7 +1,8 @@
-"""An outline: the family of one checkpoint whose `model_type` has no schema, read off its tensors' names and shapes.
+"""An outline: the family of one checkpoint whose `model_type` has no schema, read off its tensors' names and
+shapes.
 
-It knows which tensors belong to which numbered layer and nothing of what they do: every axis is a number. So it can grow in depth alone, by
-layer maps that copy whole layers.
+It knows which tensors belong to which numbered layer and nothing of what they do: every axis is a number. So
+it can grow in depth alone, by layer maps that copy whole layers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def outline(config: Config, shapes: Mapping[str, Shape], depth_key: str | None =
     Args:
         config: its config.json.
         shapes: tensor name → shape.
-        depth_key: the config key that counts the layers, where it is known; else the one whose value is the number of layers found.
+        depth_key: the config key that counts the layers, where it is known; else the one whose value is the
+            number of layers found.
 
     Raises:
         UserError: no numbered layers, more than one stack of them, or no config key counts them.
@@ -38,7 +40,9 @@ def outline(config: Config, shapes: Mapping[str, Shape], depth_key: str | None =
             f"(looked for {', '.join(keys or DEPTH_KEYS)}), so the grown config could not say it either"
         )
     lines = outline_lines(shapes, prefix, count)
-    return Family(name=name, norm="rms", schema="\n".join(lines), names={"num_hidden_layers": keys[0]}, rotary=None)
+    return Family(
+        name=name, norm="rms", schema="\n".join(lines), names={"num_hidden_layers": keys[0]}, rotary=None
+    )
 
 
 def numbered_layers(name: str, shapes: Iterable[str], keys: Iterable[str], config: Config) -> tuple[str, int]:
@@ -53,14 +57,25 @@ def numbered_layers(name: str, shapes: Iterable[str], keys: Iterable[str], confi
         if match := re.match(r"(.*?\.|)(\d+)\.", tensor):
             found[match[1]].add(int(match[2]))
     if not found:
-        raise UserError(f"family {name!r} has no schema, and no tensor's name has a layer's number, so its layers cannot be told apart")
+        raise UserError(
+            f"family {name!r} has no schema, and no tensor's name has a layer's number, so its layers cannot be told apart"
+        )
     whole = {prefix: len(numbers) for prefix, numbers in found.items() if numbers == set(range(len(numbers)))}
-    others = [tower[:3] for tower in other_towers(config)]  # vis(ion_config) has the layers of vision_tower. and of visual.
-    whole = {prefix: count for prefix, count in whole.items() if not any(re.search(rf"\b{tower}", prefix) for tower in others)} or whole
+    # vis(ion_config) has the layers of vision_tower. and of visual.
+    others = [tower[:3] for tower in other_towers(config)]
+    whole = {
+        prefix: count
+        for prefix, count in whole.items()
+        if not any(re.search(rf"\b{tower}", prefix) for tower in others)
+    } or whole
     stacks = {prefix: count for prefix, count in whole.items() if count in counts} or whole
     if len(stacks) != 1:
-        stories = ", ".join(f"{prefix}* ({len(numbers)} numbers)" for prefix, numbers in sorted(found.items()))
-        raise UserError(f"family {name!r} has no schema, and which numbers count its layers is not clear: {stories}")
+        stories = ", ".join(
+            f"{prefix}* ({len(numbers)} numbers)" for prefix, numbers in sorted(found.items())
+        )
+        raise UserError(
+            f"family {name!r} has no schema, and which numbers count its layers is not clear: {stories}"
+        )
     return next(iter(stacks.items()))
 
 
@@ -72,7 +87,8 @@ def outline_lines(shapes: Mapping[str, Shape], prefix: str, count: int) -> list[
         layered = tensor.startswith(prefix) and number.isdigit()
         layers[f"{prefix}*.{rest}" if layered else tensor, shape] += [int(number)] if layered else []
     return [
-        f"{pattern}  tensor {', '.join(map(str, shape)) or 'scalar'}" + in_layers(numbers, count if "*" in pattern else 0)
+        f"{pattern}  tensor {', '.join(map(str, shape)) or 'scalar'}"
+        + in_layers(numbers, count if "*" in pattern else 0)
         for (pattern, shape), numbers in layers.items()
     ]
 

@@ -1,6 +1,8 @@
-"""Documents packed end to end into one row and kept apart: what a `transformers` model takes so that no token attends to another document.
+"""Documents packed end to end into one row and kept apart: what a `transformers` model takes so that no token
+attends to another document.
 
-The end-of-text token opens the document after it: a token attends to nothing before its document's opening, and positions count from there.
+The end-of-text token opens the document after it: a token attends to nothing before its document's opening,
+and positions count from there.
 """
 
 from __future__ import annotations
@@ -14,16 +16,19 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def documents_apart(tokens: Tensor, end_of_text: int, attention: str, masked: PretrainedConfig | None = None) -> dict[str, Any]:
+def documents_apart(
+    tokens: Tensor, end_of_text: int, attention: str, masked: PretrainedConfig | None = None
+) -> dict[str, Any]:
     """Compose the inputs of a forward pass under which no token attends to another document.
 
-    transformers makes the masks of SDPA, FlexAttention and its eager attention from positions that restart. flash-attn knows no masks: it
-    takes all documents as one row, and where each begins.
+    transformers makes the masks of SDPA, FlexAttention and its eager attention from positions that restart.
+    flash-attn knows no masks: it takes all documents as one row, and where each begins.
 
     Args:
         tokens: (rows, context).
         attention: a `transformers` attn_implementation.
-        masked: the config of a class that does not look at positions; its masks are made here and handed over, one for each kind of layer.
+        masked: the config of a class that does not look at positions; its masks are made here and handed
+            over, one for each kind of layer.
     """
     positions = document_positions(tokens, end_of_text)
     if attention != "flash_attention_2":
@@ -33,12 +38,19 @@ def documents_apart(tokens: Tensor, end_of_text: int, attention: str, masked: Pr
     bounds = torch.cat((starts, starts.new_tensor([tokens.numel()]))).int()
     longest = tokens.shape[1]  # an upper bound does, and needs no waiting for the device
     rows = {"input_ids": tokens.reshape(1, -1), "position_ids": positions.reshape(1, -1)}
-    return {**rows, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    return {
+        **rows,
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def document_masks(config: PretrainedConfig, positions: Tensor) -> Any:
-    """The library's masks for documents whose positions (rows, context) restart, as it makes them for generation: one, or one for each kind
-    of attention that the config lists, sliding windows included."""
+    """The library's masks for documents whose positions (rows, context) restart, as it makes them for
+    generation: one, or one for each kind of attention that the config lists, sliding windows included.
+    """
     from transformers.masking_utils import create_masks_for_generate
 
     blank = torch.empty((*positions.shape, 1), device=positions.device)  # whose shape and dtype alone count

@@ -1,6 +1,7 @@
 """The number formats of safetensors files as numpy sees them: raw bits, and the floats they stand for.
 
-numpy has no bfloat16, so raw values are unsigned integers of the same width and change to floats only where arithmetic is done.
+numpy has no bfloat16, so raw values are unsigned integers of the same width and change to floats only where
+arithmetic is done.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 TORCH_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
-PLAIN_NUMBERS = ("I64", "BOOL")  # of buffers that models carry beside their weights; others are packed or quantised weights
+# of buffers that models carry beside their weights; others are packed or quantised weights
+PLAIN_NUMBERS = ("I64", "BOOL")
 
 
 def config_dtype(config: Mapping[str, Any]) -> str | None:

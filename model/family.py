@@ -35,7 +35,9 @@ BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
 
 @dataclass(frozen=True)
 class Tensor:
-    """One stored tensor of a checkpoint: its name, its axes in storage order, and the schema line it comes from."""
+    """One stored tensor of a checkpoint: its name, its axes in storage order, and the schema line it comes
+    from.
+    """
 
     pattern: str  # its name, with `*` for the layer's number
     line: Line
@@ -78,18 +80,22 @@ class Family:
         schema: one line per module (`model.notation`).
         norm: kind of the residual stream's norms: "layer" removes the mean, "rms" does not.
         names: standard size name → this family's config field, where they differ.
-        rotary: share of each head that rotary positions turn when the config does not say; None for other positions.
+        rotary: share of each head that rotary positions turn when the config does not say; None for other
+            positions.
         rotary_field: the config field of that share.
-        attention_scale: "head_dim" (logits scaled by 1/sqrt(head dim)), "none", or the config field that fixes the scale instead.
+        attention_scale: "head_dim" (logits scaled by 1/sqrt(head dim)), "none", or the config field that
+            fixes the scale instead.
         scaled_if: config switch without which attention logits are not scaled at all.
         pos_offset: learned positions stored beyond max_position_embeddings.
         follows: config field → the standard size that it repeats.
         more: further spaces, each with the config field of its size and the factor on it.
-        tied: True or False where the config's `tie_word_embeddings` does not decide whether the head is the embedding.
-        small_writers: its class starts the writers of the residual stream at 1/√(2 · layers) of the others' deviation
-            (GPT-2).
+        tied: True or False where the config's `tie_word_embeddings` does not decide whether the head is the
+            embedding.
+        small_writers: its class starts the writers of the residual stream at 1/√(2 · layers) of the others'
+            deviation (GPT-2).
         lacks: standard sizes that its class does not know, whatever a config says.
-        whole_heads: `model_type`s whose class wants a hidden size that the heads divide, also where the head dim is given.
+        whole_heads: `model_type`s whose class wants a hidden size that the heads divide, also where the head
+            dim is given.
         layer_types: the class's `layer_types` where the config does not list them.
         also: other `model_type`s with the same layout.
         ignore: stored names that are buffers, not weights (a `*` stands for the layer).
@@ -130,7 +136,9 @@ class Family:
 
     @cached_property
     def prenorm(self) -> bool:
-        """Check whether layers normalise what they read from the residual stream (OLMo 2: only what they write)."""
+        """Check whether layers normalise what they read from the residual stream (OLMo 2: only what they
+        write).
+        """
         norms = [line for line in self.lines if line.kind == "norm" and line.layered]
         return any(line.out == Space("residual") for line in norms)
 
@@ -160,7 +168,9 @@ class Family:
     def _checked(self, key: str, value: Any, most: int = MAX_SIZE) -> int:
         """Check a size before anything of that size is made."""
         if type(value) is not int or value < 1:
-            raise UserError(f"config of family {self.name!r}: {key} must be a positive whole number, found {value!r}")
+            raise UserError(
+                f"config of family {self.name!r}: {key} must be a positive whole number, found {value!r}"
+            )
         if value > most:
             raise UserError(
                 f"config of family {self.name!r}: {key} {value:,} is more than any model has (at most {most:,}); is this a typo?"
@@ -172,7 +182,8 @@ class Family:
         return None if self.get(config, standard) is None else self.require(config, standard)
 
     def sizes(self, config: Config) -> dict[str, int]:
-        """Compute the size of every space of the schema (`vocab residual ffn kv group qk v pos`, `more`), and of `layer`.
+        """Compute the size of every space of the schema (`vocab residual ffn kv group qk v pos`, `more`), and
+        of `layer`.
 
         Raises:
             UserError: a size is missing, or heads do not divide what they share.
@@ -238,16 +249,21 @@ class Family:
 
     @property
     def sets_eps(self) -> bool:
-        """Check whether a config key is known that sets that epsilon; some classes have a constant in their code (OPT)."""
+        """Check whether a config key is known that sets that epsilon; some classes have a constant in their
+        code (OPT).
+        """
         return "norm_eps" in self.names
 
     def other_norms(self, config: Config) -> list[Line]:
-        """The norms over another space than the residual stream (queries, keys), which take the config's epsilon too."""
+        """The norms over another space than the residual stream (queries, keys), which take the config's
+        epsilon too.
+        """
         norms = [line for line in self.lines_of(config) if line.kind == "norm"]
         return [line for line in norms if line.out != Space("residual")]
 
     def init_deviation(self, config: Config, tensor: Tensor) -> float:
-        """The standard deviation with which the library's class starts a matrix: by its config's own key, in the library's order.
+        """The standard deviation with which the library's class starts a matrix: by its config's own key, in
+        the library's order.
 
         Raises:
             UserError: the config's value is no number of at least 0.
@@ -262,7 +278,9 @@ class Family:
 
     @cached_property
     def spaces(self) -> frozenset[str]:
-        """Every space that a tensor of the schema has on an axis; none where the schema is an outline of names and numbers."""
+        """Every space that a tensor of the schema has on an axis; none where the schema is an outline of
+        names and numbers.
+        """
         axes = [axis for line in self.lines for axis in line.axes]
         return frozenset(space.name for axis in axes for space in spaces(axis))
 
@@ -286,7 +304,8 @@ class Family:
         return any(re.fullmatch(pattern, name) for pattern in patterns)
 
     def tensors(self, config: Config, layers: Sequence[int] | None = None) -> Iterator[Tensor]:
-        """Yield every tensor of a checkpoint with this `config`, layer by layer, tied ones included and marked.
+        """Yield every tensor of a checkpoint with this `config`, layer by layer, tied ones included and
+        marked.
 
         `layers` names, for each layer, the one whose modules it has; None where each has its own.
         """
@@ -303,7 +322,9 @@ class Family:
         for line, layer in numbered:
             yield from self._tensors_of(line, layer, config, sizes)
 
-    def _tensors_of(self, line: Line, layer: int | None, config: Config, sizes: Mapping[str, int]) -> Iterator[Tensor]:
+    def _tensors_of(
+        self, line: Line, layer: int | None, config: Config, sizes: Mapping[str, int]
+    ) -> Iterator[Tensor]:
         tied = line.tied_if is not None and self.flag(config, line.tied_if)
         axes = line.axes
         reads = (False,) * len(axes) if line.into is None else (line.transposed, not line.transposed)
@@ -328,7 +349,9 @@ def initial_deviation(config: Config) -> float:
         return 0.02
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 <= value < float("inf"):
-        raise UserError(f"config: {key} must be a finite number of at least 0, the deviation of fresh weights; found {value!r:.80}")
+        raise UserError(
+            f"config: {key} must be a finite number of at least 0, the deviation of fresh weights; found {value!r:.80}"
+        )
     return float(value) or 0.02  # as the library takes a zero
 
 
@@ -356,7 +379,9 @@ def register(family: Family) -> Family:
         named = [space.name for axis in line.axes for space in spaces(axis)]
         if unsized := [name for name in named if name not in known]:
             names = ", ".join(sorted(known))
-            raise ValueError(f"{family.name}: line {line.name!r} names the space {unsized[0]!r}; known: {names}")
+            raise ValueError(
+                f"{family.name}: line {line.name!r} names the space {unsized[0]!r}; known: {names}"
+            )
     for name in (family.name, *family.also):
         _REGISTERED[name] = family
     return family
@@ -376,7 +401,9 @@ def families() -> dict[str, Family]:
 
 
 def has_schema(config: Config) -> bool:
-    """Check whether the config's family is known, so that every parameter of its model is one tensor of the file."""
+    """Check whether the config's family is known, so that every parameter of its model is one tensor of the
+    file.
+    """
     name = config.get("model_type")
     return isinstance(name, str) and name in families()
 
@@ -390,7 +417,9 @@ def family_of(config: Config) -> Family:
     known = families()
     name = config.get("model_type")
     if name is None:
-        raise UserError("the config names no model_type, so its tensors' roles are unknown; is this a Hugging Face config.json?")
+        raise UserError(
+            "the config names no model_type, so its tensors' roles are unknown; is this a Hugging Face config.json?"
+        )
     if not isinstance(name, str):
         raise UserError(f"config: model_type must be a name; found {name!r:.80}")
     return known[name] if name in known else unknown("model family", str(name), known)

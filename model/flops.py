@@ -1,8 +1,10 @@
-"""FLOPs by PyTorch's own counter: a forward pass of a model of any class is watched, at its real size on the meta device.
+"""FLOPs by PyTorch's own counter: a forward pass of a model of any class is watched, at its real size on the
+meta device.
 
-`torch.utils.flop_counter.FlopCounterMode` counts every multiplication of matrices by its shapes. Two things are set right here: attention
-is counted over the pairs of positions that its mask lets through (causal, sliding windows, chunks), not over all of them; and of experts
-only those that a token is sent to are computed (`batched_mm`). Towers that text does not go through are not counted.
+`torch.utils.flop_counter.FlopCounterMode` counts every multiplication of matrices by its shapes. Two things
+are set right here: attention is counted over the pairs of positions that its mask lets through (causal,
+sliding windows, chunks), not over all of them; and of experts only those that a token is sent to are computed
+(`batched_mm`). Towers that text does not go through are not counted.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ class Count:
 
 @dataclass(frozen=True)
 class _Call:
-    """One layer's attention: its FLOPs for a pair of positions, and the mask of pairs that attend (None: causal)."""
+    """One layer's attention: its FLOPs for a pair of positions, and the mask of pairs that attend (None:
+    causal).
+    """
 
     flops_per_pair: float
     mask: Callable[..., Any] | None
@@ -59,8 +63,8 @@ class Passes:
     """The forward passes of a model, from which every context follows.
 
     Attributes:
-        constant, linear, square: FLOPs of a pass over n tokens are constant + linear · n + square · n² beside the
-            calls. The square is of attention that a class computes itself, over all pairs.
+        constant, linear, square: FLOPs of a pass over n tokens are constant + linear · n + square · n² beside
+            the calls. The square is of attention that a class computes itself, over all pairs.
         calls: attention that goes through the library's interface, layer by layer.
     """
 
@@ -85,8 +89,8 @@ def count(model: PreTrainedModel, context: int) -> Count:
 def watch(model: PreTrainedModel) -> Passes:
     """Count the forward passes of a built model of any size.
 
-    The model runs on text, on at most 192 tokens; it may lie on the meta device. Its attention and experts are computed by other
-    implementations meanwhile, and it is in eval mode.
+    The model runs on text, on at most 192 tokens; it may lie on the meta device. Its attention and experts
+    are computed by other implementations meanwhile, and it is in eval mode.
 
     Raises:
         Exception: of any kind, as the library's classes raise them where they do not run.
@@ -146,20 +150,26 @@ def _forward_flops(model: PreTrainedModel, length: int) -> int:
 
 @contextmanager
 def _counting(model: Any, calls: list[_Call]) -> Iterator[None]:
-    """Replace attention by one that only counts, and experts by products of matrices, as far as interfaces let it."""
+    """Replace attention by one that only counts, and experts by products of matrices, as far as interfaces
+    let it.
+    """
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
     masks: dict[int, Callable[..., Any]] = {}
     alive: list[torch.Tensor] = []  # so that no storage is used again
 
-    def make_mask(batch_size: int, q_length: int, kv_length: int, mask_function: Any, device: Any = "cpu", **_: Any) -> Any:
+    def make_mask(
+        batch_size: int, q_length: int, kv_length: int, mask_function: Any, device: Any = "cpu", **_: Any
+    ) -> Any:
         mask = torch.zeros(batch_size, 1, q_length, kv_length, device=device)
         masks[mask.untyped_storage()._cdata] = mask_function
         alive.append(mask)
         return mask
 
-    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, *_: Any, **__: Any) -> Any:
+    def attend(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, *_: Any, **__: Any
+    ) -> Any:
         rows, heads, positions, qk = query.shape
         v = value.shape[-1]
         storage = None if attention_mask is None else attention_mask.untyped_storage()._cdata
@@ -173,14 +183,18 @@ def _counting(model: Any, calls: list[_Call]) -> Iterator[None]:
         for name, module in _configs(model):
             stack.enter_context(patch.object(module, name, NAME if "attn" in name else "batched_mm"))
         # Each row is one sequence; whether it is would be asked of values that are not there.
-        stack.enter_context(patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None))
-        # Chunks begin after the padding, of which there is none: a count of it would lie on the model's device, which
-        # has no values.
+        stack.enter_context(
+            patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+        )
+        # Chunks begin after the padding, of which there is none: a count of it would lie on the model's
+        # device, which has no values.
         chunked, no_padding = masking_utils.chunked_overlay, torch.zeros(1, dtype=torch.long)
         overlay = patch.object(masking_utils, "chunked_overlay", lambda size, _: chunked(size, no_padding))
         stack.enter_context(overlay)
         # Whether there is padding in the text, which decides on a warning, would be asked of them too.
-        stack.enter_context(patch("transformers.PreTrainedModel.warn_if_padding_and_no_attention_mask", lambda *_: None))
+        stack.enter_context(
+            patch("transformers.PreTrainedModel.warn_if_padding_and_no_attention_mask", lambda *_: None)
+        )
         stack.callback(model.train, training)
         model.eval()
         try:
@@ -205,7 +219,8 @@ def _configs(model: Any) -> Iterator[tuple[str, Any]]:
 def _mean_attended(mask: Callable[..., Any] | None, context: int) -> float:
     """Average the number of positions that a position reads over a sequence of `context`.
 
-    Up to `EXACT_CONTEXT` every pair is asked of the mask; beyond, `SAMPLES` queries are, and what lies between them is interpolated.
+    Up to `EXACT_CONTEXT` every pair is asked of the mask; beyond, `SAMPLES` queries are, and what lies
+    between them is interpolated.
     """
     import torch
 

@@ -1,7 +1,9 @@
-"""FP8 weights with scales by block, as plain ones: each block of rows is dequantised as it is read, as `transformers` does on loading.
+"""FP8 weights with scales by block, as plain ones: each block of rows is dequantised as it is read, as
+`transformers` does on loading.
 
-A matrix `X.weight` of 8-bit floats has a matrix `X.weight_scale_inv` beside it, one factor for each block of `weight_block_size` (or one
-for all); the weight is entry × factor, rounded to the dtype that the config names (bfloat16 where it names none).
+A matrix `X.weight` of 8-bit floats has a matrix `X.weight_scale_inv` beside it, one factor for each block of
+`weight_block_size` (or one for all); the weight is entry × factor, rounded to the dtype that the config names
+(bfloat16 where it names none).
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from outgrow.model.dtypes import config_dtype, to_float, to_raw
 if TYPE_CHECKING:
     import torch
 
-SCALE, ACTIVATION = "_scale_inv", ".activation_scale"  # ends of the names of what stands beside a quantised matrix
-# format → (bits of the exponent, of the fraction, what is subtracted from the exponent, whether the largest exponent is an infinity's)
+# ends of the names of what stands beside a quantised matrix
+SCALE, ACTIVATION = "_scale_inv", ".activation_scale"
+# format → (bits of the exponent, of the fraction, what is subtracted from the exponent, whether the largest
+# exponent is an infinity's)
 FORMATS = {"F8_E4M3": (4, 3, 7, False), "F8_E5M2": (5, 2, 15, True)}
 
 
@@ -47,31 +51,50 @@ class Dequantised(Checkpoint):
         self._dtype = config_dtype(checkpoint.config) or "BF16"
         self.config = without_quantisation(checkpoint.config)
         self.quantised = None
-        self.tensors = {name: self._plain(name) for name in self._all if not name.endswith((SCALE, ACTIVATION))}
+        self.tensors = {
+            name: self._plain(name) for name in self._all if not name.endswith((SCALE, ACTIVATION))
+        }
         UserError.collect(self._misfits())
 
     def _plain(self, name: str) -> Stored:
         stored = self._all[name]
-        return stored if stored.dtype not in FORMATS else Stored(stored.file, stored.offset, self._dtype, stored.shape)
+        return (
+            stored
+            if stored.dtype not in FORMATS
+            else Stored(stored.file, stored.offset, self._dtype, stored.shape)
+        )
 
     def _misfits(self) -> list[str]:
         """What is wrong with the scales, in words."""
         quantised = {name: stored for name, stored in self._all.items() if stored.dtype in FORMATS}
         expected = {name: self._grid(stored.shape) for name, stored in quantised.items()}
         found = {name: self._all[name + SCALE].shape for name in quantised}
-        wrong = [name for name in quantised if found[name] != expected[name] and prod(found[name]) != prod(expected[name])]
-        return [f"{self.folder}: {name + SCALE} has shape {found[name]} where {expected[name]} is expected" for name in wrong[:3]]
+        wrong = [
+            name
+            for name in quantised
+            if found[name] != expected[name] and prod(found[name]) != prod(expected[name])
+        ]
+        return [
+            f"{self.folder}: {name + SCALE} has shape {found[name]} where {expected[name]} is expected"
+            for name in wrong[:3]
+        ]
 
     def _grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the scales of a tensor."""
         if self._blocks is None or len(shape) < 2:
             return ()
-        return (*shape[:-2], *(-(-size // block) for size, block in zip(shape[-2:], self._blocks, strict=True)))
+        return (
+            *shape[:-2],
+            *(-(-size // block) for size, block in zip(shape[-2:], self._blocks, strict=True)),
+        )
 
     @property
     def notes(self) -> tuple[str, ...]:
         into = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}[self._dtype]
-        return (*super().notes, f"weights quantised by fp8 are dequantised into {into} as they are read; quantization_config is dropped")
+        return (
+            *super().notes,
+            f"weights quantised by fp8 are dequantised into {into} as they are read; quantization_config is dropped",
+        )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         stored = self._all[name]
@@ -106,7 +129,9 @@ class Dequantised(Checkpoint):
         held = {}
         for name, stored in self.tensors.items():
             raw = self.read(name)
-            held[name] = torch.from_numpy(raw.view(f"i{raw.itemsize}")).view(kinds[stored.dtype]).reshape(stored.shape)
+            held[name] = (
+                torch.from_numpy(raw.view(f"i{raw.itemsize}")).view(kinds[stored.dtype]).reshape(stored.shape)
+            )
         return held
 
 
@@ -120,8 +145,12 @@ def dequantised(checkpoint: Checkpoint) -> Dequantised | None:
     if checkpoint.quantised != "fp8" or not any(stored.dtype in FORMATS for stored in held.values()):
         return None
     beside = {name for name in held if name.endswith((SCALE, ACTIVATION))}
-    rest = {stored.dtype for name, stored in held.items() if name not in beside and stored.dtype not in FORMATS}
-    if not all(map(is_plain, rest)) or any(name + SCALE not in held for name, stored in held.items() if stored.dtype in FORMATS):
+    rest = {
+        stored.dtype for name, stored in held.items() if name not in beside and stored.dtype not in FORMATS
+    }
+    if not all(map(is_plain, rest)) or any(
+        name + SCALE not in held for name, stored in held.items() if stored.dtype in FORMATS
+    ):
         return None
     return Dequantised(checkpoint, _blocks(checkpoint))
 
@@ -131,6 +160,10 @@ def _blocks(checkpoint: Checkpoint) -> tuple[int, int] | None:
     size = quantisation_entries(checkpoint.config).get("weight_block_size")
     if size is None:
         return None
-    if not (isinstance(size, list) and len(size) == 2 and all(type(each) is int and each > 0 for each in size)):
-        raise UserError(f"{checkpoint.folder}: weight_block_size must be two positive whole numbers; found {size!r:.80}")
+    if not (
+        isinstance(size, list) and len(size) == 2 and all(type(each) is int and each > 0 for each in size)
+    ):
+        raise UserError(
+            f"{checkpoint.folder}: weight_block_size must be two positive whole numbers; found {size!r:.80}"
+        )
     return size[0], size[1]

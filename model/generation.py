@@ -1,6 +1,8 @@
-"""Generation configs: how a model writes unless it is told otherwise, mended so that the library saves them again.
+"""Generation configs: how a model writes unless it is told otherwise, mended so that the library saves them
+again.
 
-The library loads a generation_config.json that contradicts itself (a temperature, and no sampling) and refuses to save it.
+The library loads a generation_config.json that contradicts itself (a temperature, and no sampling) and
+refuses to save it.
 """
 
 from __future__ import annotations
@@ -38,13 +40,21 @@ def generation_config(folder: Path, config: Config) -> tuple[GenerationConfig, t
 
 
 def mended(entries: Mapping[str, Any]) -> tuple[GenerationConfig, tuple[str, ...]]:
-    """`generation_config`, from the entries of a file: the switch that they lack is added, and what still contradicts is dropped."""
+    """`generation_config`, from the entries of a file: the switch that they lack is added, and what still
+    contradicts is dropped.
+    """
     if (whole := _valid(entries)) is not None:
         return whole, ()
     changes: tuple[str, ...] = ()
     kept = _consistent(entries)
-    if "do_sample" not in entries and len(sampled := _consistent({"do_sample": True, **entries})) > len(kept) + 1:
-        kept, changes = sampled, ("do_sample: true is added, without which what it says of sampling is refused",)
+    if (
+        "do_sample" not in entries
+        and len(sampled := _consistent({"do_sample": True, **entries})) > len(kept) + 1
+    ):
+        kept, changes = (
+            sampled,
+            ("do_sample: true is added, without which what it says of sampling is refused",),
+        )
     if dropped := [f"{key}: {value!r:.40}" for key, value in entries.items() if key not in kept]:
         changes = (*changes, f"{', '.join(dropped)} left out, which the library refuses to save")
     made = _valid(kept)

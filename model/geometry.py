@@ -1,7 +1,9 @@
-"""What a config costs: parameters and training FLOPs, counted from the schema, or from the library's class where there is no schema.
+"""What a config costs: parameters and training FLOPs, counted from the schema, or from the library's class
+where there is no schema.
 
-FLOPs have two sources. A formula over a family's schema, which PyTorch's counter confirms; and the counter itself (`model.flops`), for
-classes without a schema and for windowed attention. Where a class cannot be traced without weights, a formula over its parameters is left.
+FLOPs have two sources. A formula over a family's schema, which PyTorch's counter confirms; and the counter
+itself (`model.flops`), for classes without a schema and for windowed attention. Where a class cannot be
+traced without weights, a formula over its parameters is left.
 """
 
 from __future__ import annotations
@@ -16,7 +18,14 @@ from outgrow.model.flops import counted
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k")
+EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k",
+)
 
 
 def parameter_count(config: Config) -> int:
@@ -27,7 +36,8 @@ def parameter_count(config: Config) -> int:
 
 
 def active_parameter_count(config: Config) -> int:
-    """How many parameters one token meets: of a stack of experts only as many as it is sent to; all of them in a dense network.
+    """How many parameters one token meets: of a stack of experts only as many as it is sent to; all of them
+    in a dense network.
 
     Shared experts, which every token goes through, are no part of a stack.
     """
@@ -37,16 +47,19 @@ def active_parameter_count(config: Config) -> int:
         return total
     chosen, idle = experts_per_token(config), 0.0
     for parameter in _class_of(config).parameters():
-        stacked = parameter.ndim == 3 and parameter.shape[0] in counts and parameter.shape[1] > 1  # a depthwise kernel has 1 there
+        # a depthwise kernel has 1 there
+        stacked = parameter.ndim == 3 and parameter.shape[0] in counts and parameter.shape[1] > 1
         if stacked and chosen < parameter.shape[0]:
             idle += parameter.numel() * (1 - chosen / parameter.shape[0])
     return total - round(idle)
 
 
 def matmul_parameter_count(config: Config) -> float:
-    """Parameters that multiply an activation for every token: all matrices but the embedding look-ups (a tied head multiplies too).
+    """Parameters that multiply an activation for every token: all matrices but the embedding look-ups (a tied
+    head multiplies too).
 
-    Without a schema, of a stack of experts (three axes, the experts first) only as many as a token is sent to.
+    Without a schema, of a stack of experts (three axes, the experts first) only as many as a token is sent
+    to.
     """
     if not has_schema(config):
         return _matmul_parameters_of_class(config)
@@ -56,12 +69,15 @@ def matmul_parameter_count(config: Config) -> float:
 def flops_per_token(config: Config, context: int) -> float:
     """Training FLOPs (forward and backward) per token at `context` tokens per sequence.
 
-    Forward: 2 per matrix weight, and 2·heads·(qk + v) per attended position, of which causal attention has (context + 1) / 2 on average and
-    a sliding window at most its width. Backward is twice the forward (Kaplan et al., 2001.08361; the attention term as in PaLM, 2204.02311,
-    halved for the causal mask). Norms, activations, softmax and the optimizer are left out.
+    Forward: 2 per matrix weight, and 2·heads·(qk + v) per attended position, of which causal attention has
+    (context + 1) / 2 on average and a sliding window at most its width. Backward is twice the forward (Kaplan
+    et al., 2001.08361; the attention term as in PaLM, 2204.02311, halved for the causal mask). Norms,
+    activations, softmax and the optimizer are left out.
     """
     found = None if _by_schema(config, context) else counted(config, context)
-    return 3.0 * (2 * matmul_parameter_count(config) + _attention(config, context) if found is None else found.total)
+    return 3.0 * (
+        2 * matmul_parameter_count(config) + _attention(config, context) if found is None else found.total
+    )
 
 
 def flops_source(config: Config, context: int) -> str:
@@ -70,7 +86,9 @@ def flops_source(config: Config, context: int) -> str:
         return "formula over the family's schema"
     if counted(config, context) is not None:
         return "PyTorch's counter, over the class's forward pass"
-    return "formula over the class's parameters: the class does not run without weights, so nothing was counted"
+    return (
+        "formula over the class's parameters: the class does not run without weights, so nothing was counted"
+    )
 
 
 def _by_schema(config: Config, context: int) -> bool:
@@ -85,10 +103,12 @@ def _attention(config: Config, context: int) -> float:
 
 
 def unpaid_flops_per_token(config: Config, context: int, frozen: Collection[str]) -> float:
-    """What of `flops_per_token` is not computed where the tensors named in `frozen` (as stored, so without tied ones) learn nothing.
+    """What of `flops_per_token` is not computed where the tensors named in `frozen` (as stored, so without
+    tied ones) learn nothing.
 
-    A frozen matrix has no gradient of its own, 2 per weight; below the first layer in which anything learns, none is passed on either: 2
-    more per weight, and all that the attention's backward pass costs. Nothing for a network without a schema, whose tensors have no order.
+    A frozen matrix has no gradient of its own, 2 per weight; below the first layer in which anything learns,
+    none is passed on either: 2 more per weight, and all that the attention's backward pass costs. Nothing for
+    a network without a schema, whose tensors have no order.
     """
     if not frozen or not has_schema(config):
         return 0.0
@@ -154,8 +174,12 @@ def _matmul_parameters_of_class(config: Config) -> float:
     experts = experts_per_token(config)
     total = 0.0
     for parameter in model.parameters():
-        if parameter.ndim >= 2 and (id(parameter) not in looked_up or parameter is getattr(head, "weight", None)):
-            total += parameter.numel() * (min(1.0, experts / parameter.shape[0]) if parameter.ndim == 3 else 1.0)
+        if parameter.ndim >= 2 and (
+            id(parameter) not in looked_up or parameter is getattr(head, "weight", None)
+        ):
+            total += parameter.numel() * (
+                min(1.0, experts / parameter.shape[0]) if parameter.ndim == 3 else 1.0
+            )
     return total
 
 

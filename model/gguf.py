@@ -1,7 +1,9 @@
-"""GGUF files as folders of plain weights. `transformers` reads them with the package `gguf`; the result is kept in a cache.
+"""GGUF files as folders of plain weights. `transformers` reads them with the package `gguf`; the result is
+kept in a cache.
 
-A GGUF file holds weights in blocks of a few bits, a config and a tokenizer. They are unpacked into float32, which holds every value of
-every such block exactly, and written as any other checkpoint, without a `quantization_config`.
+A GGUF file holds weights in blocks of a few bits, a config and a tokenizer. They are unpacked into float32,
+which holds every value of every such block exactly, and written as any other checkpoint, without a
+`quantization_config`.
 """
 
 from __future__ import annotations
@@ -33,17 +35,21 @@ def gguf_in(folder: Path) -> Path | None:
         return None
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:5])
-        raise UserError(f"source {str(folder)!r}: holds {len(files)} GGUF files ({names}); give one of them: source={files[0]}")
+        raise UserError(
+            f"source {str(folder)!r}: holds {len(files)} GGUF files ({names}); give one of them: source={files[0]}"
+        )
     return files[0]
 
 
 def unpacked(file: Path) -> Path:
-    """The folder of plain weights that a GGUF file holds, from the cache where the same file was unpacked before.
+    """The folder of plain weights that a GGUF file holds, from the cache where the same file was unpacked
+    before.
 
     The whole model is in memory meanwhile, at four bytes a weight.
 
     Raises:
-        UserError: the file is no GGUF, of an architecture that the library does not know, or lacks weights; `gguf` is not installed.
+        UserError: the file is no GGUF, of an architecture that the library does not know, or lacks weights;
+            `gguf` is not installed.
     """
     _check(file)
     folder = _cache() / f"{file.stem[:100]}-{_identity(file)}"
@@ -56,7 +62,9 @@ def unpacked(file: Path) -> Path:
                 with whole(folder) as partial:
                     _unpack(file, partial)
     except OSError as fault:
-        raise UserError(f"{folder}: cannot be written ({fault.strerror}); set XDG_CACHE_HOME to a folder with room") from None
+        raise UserError(
+            f"{folder}: cannot be written ({fault.strerror}); set XDG_CACHE_HOME to a folder with room"
+        ) from None
     return folder
 
 
@@ -75,9 +83,13 @@ def _check(file: Path) -> None:
     with reading(file), file.open("rb") as opened:
         begin = opened.read(len(MAGIC))
     if begin != MAGIC:
-        raise UserError(f"{file}: is no GGUF file (it begins with {begin!r}, not {MAGIC!r}); was it downloaded whole?")
+        raise UserError(
+            f"{file}: is no GGUF file (it begins with {begin!r}, not {MAGIC!r}); was it downloaded whole?"
+        )
     if find_spec("gguf") is None:
-        raise UserError(f"{file}: reading GGUF needs the package gguf; install the extra: pip install -e '.[gguf]'")
+        raise UserError(
+            f"{file}: reading GGUF needs the package gguf; install the extra: pip install -e '.[gguf]'"
+        )
 
 
 def _unpack(file: Path, folder: Path) -> None:
@@ -88,23 +100,33 @@ def _unpack(file: Path, folder: Path) -> None:
     from outgrow.model.base.quiet import quietly
 
     where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
-    plain = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32, "output_loading_info": True}
+    plain = {
+        "quantization_config": GgufConfig(dequantize=True),
+        "dtype": torch.float32,
+        "output_loading_info": True,
+    }
     try:
         with quietly():
             loaded: Any = AutoModelForCausalLM.from_pretrained(str(file.parent), **where, **plain)
     except Exception as fault:  # the library raises every kind
-        raise UserError(f"{file}: transformers cannot read this GGUF file ({in_one_line(fault)}); {WAY}") from None
+        raise UserError(
+            f"{file}: transformers cannot read this GGUF file ({in_one_line(fault)}); {WAY}"
+        ) from None
     model, report = loaded
     faults = {name.replace("_", " "): sorted(map(str, found)) for name, found in report.items() if found}
     UserError.collect(f"{file}: {name}: {', '.join(found)[:200]}; {WAY}" for name, found in faults.items())
     model.hf_quantizer = None  # with which the library refuses to save, though the weights are plain now
-    for entry in ("quantization_config", "_model_name_or_path"):  # what the weights were, and the file's own title, which is no path
+    # what the weights were, and the file's own title, which is no path
+    for entry in ("quantization_config", "_model_name_or_path"):
         vars(model.config).pop(entry, None)
     with quietly():
         model.save_pretrained(folder)
         try:
             AutoTokenizer.from_pretrained(str(file.parent), **where).save_pretrained(folder)
         except Exception as fault:
-            print(f"note: {file}: its tokenizer could not be read ({in_one_line(fault)}); the weights are whole", file=sys.stderr)
+            print(
+                f"note: {file}: its tokenizer could not be read ({in_one_line(fault)}); the weights are whole",
+                file=sys.stderr,
+            )
     if (card := file.with_name("README.md")).is_file():  # it names the licence
         shutil.copyfile(card, folder / card.name)

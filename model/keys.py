@@ -60,7 +60,9 @@ def numbers_layers(key: str, value: object, depth: int) -> bool:
     # may be a no and a yes
     if any(word in key for word in FLAG_WORDS) or value == list(range(depth)) == [0, 1]:
         return False
-    return all(type(number) is int and 0 <= number < depth for number in value) and value == sorted(set(value))
+    return all(type(number) is int and 0 <= number < depth for number in value) and value == sorted(
+        set(value)
+    )
 
 
 def per_layer(key: str, value: object, depth: int) -> bool:

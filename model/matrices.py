@@ -1,4 +1,6 @@
-"""The parameters of a class that are matrices, as its tiny twin shows: by their use in a forward pass, not by name."""
+"""The parameters of a class that are matrices, as its tiny twin shows: by their use in a forward pass, not by
+name.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,10 @@ class Parameter:
     """The use that a class makes of one parameter, in every layer that has it.
 
     Attributes:
-        kind: "matrix": two axes, of which a product sums over one; "matrices": a stack of such, as of experts (expert, out, in);
-            "convolution": a kernel over positions, depthwise or not; "embedding": rows are looked up (a tied head too); "other": added,
-            multiplied by, exponentiated (norms, biases, A_log); "unused": text does not reach it.
+        kind: "matrix": two axes, of which a product sums over one; "matrices": a stack of such, as of experts
+            (expert, out, in); "convolution": a kernel over positions, depthwise or not; "embedding": rows are
+            looked up (a tied head too); "other": added, multiplied by, exponentiated (norms, biases, A_log);
+            "unused": text does not reach it.
         reads: the axes that are summed over.
     """
 
@@ -37,7 +40,8 @@ class Parameter:
 def parameters_of(config: Config) -> dict[str, Parameter]:
     """Parameter's name without its layer's number (`layerless`) → what the class of `config` does with it.
 
-    `parameters_of(config)[layerless("model.layers.17.mlp.experts.down_proj")]` → `Parameter("matrices", (2,))`.
+    `parameters_of(config)[layerless("model.layers.17.mlp.experts.down_proj")]` → `Parameter("matrices",
+    (2,))`.
 
     Raises:
         UserError: the class does not build or run as a tiny twin.
@@ -55,12 +59,18 @@ def _parameters(twin: Twin) -> dict[str, Parameter]:
     except UserError:
         raise
     except Exception as fault:  # the library's classes raise every kind
-        raise UserError(f"a tiny twin of {twin.config.get('model_type')!r} does not run in float64 ({in_one_line(fault)})") from None
+        raise UserError(
+            f"a tiny twin of {twin.config.get('model_type')!r} does not run in float64 ({in_one_line(fault)})"
+        ) from None
     alike: dict[str, list[Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
-        alike[layerless(name)].append(Parameter(_kind(name, parameter, seen), tuple(sorted(seen.contracted.get(name, ())))))
+        alike[layerless(name)].append(
+            Parameter(_kind(name, parameter, seen), tuple(sorted(seen.contracted.get(name, ()))))
+        )
     # Where some layers use it and others do not, it is what it is used as.
-    return {name: min(kinds, key=lambda parameter: parameter.kind == "unused") for name, kinds in alike.items()}
+    return {
+        name: min(kinds, key=lambda parameter: parameter.kind == "unused") for name, kinds in alike.items()
+    }
 
 
 def _kind(name: str, parameter: torch.nn.Parameter, seen: Uses) -> Kind:

@@ -1,7 +1,9 @@
-"""Mixtures of experts (MoE): how a family with routed experts differs from the dense family whose other tensors it shares, as data.
+"""Mixtures of experts (MoE): how a family with routed experts differs from the dense family whose other
+tensors it shares, as data.
 
-A rule names, for each matrix of the dense MLP, what the experts' matrices are called, and the config keys of the number of experts, of
-how many a token is sent to and of their units. From it and from the dense family's schema follows the mixture's own, in the same notation:
+A rule names, for each matrix of the dense MLP, what the experts' matrices are called, and the config keys of
+the number of experts, of how many a token is sent to and of their units. From it and from the dense family's
+schema follows the mixture's own, in the same notation:
 
     model.layers.*.mlp.gate_proj              ffn <- residual     (in the layers that stay dense)
     model.layers.*.mlp.experts.{0..7}.gate_proj   unit <- residual
@@ -22,7 +24,8 @@ from outgrow.model.base.errors import UserError
 from outgrow.model.family import Config, Family, families
 from outgrow.model.notation import Line
 
-ROUTED, SHARED, EXPERT = "unit", "shared", "expert"  # spaces: the units of a routed and of the shared expert; the experts
+# spaces: the units of a routed and of the shared expert; the experts
+ROUTED, SHARED, EXPERT = "unit", "shared", "expert"
 
 
 @dataclass(frozen=True)
@@ -35,19 +38,25 @@ class Mixture:
         of: `model_type`s of the dense families whose other tensors agree, the one with a schema here first.
         experts: module of the dense MLP → that of an expert, `#` for the expert's number.
         router: the module whose rows give an expert's logit each.
-        count, top_k, units: the config keys of the number of experts, of those that a token is sent to, and of an expert's units.
+        count, top_k, units: the config keys of the number of experts, of those that a token is sent to, and
+            of an expert's units.
         shared: module of the dense MLP → that of the expert that every token goes through.
         shared_units: the config key of that expert's units.
         shared_of: the config key of how many experts' units those are, where they have no key of their own.
-        shared_gate: the module by whose sigmoid the shared expert is multiplied; None where it is added as it is.
-        normalised: whether the weights of the chosen experts are divided by their sum, or the config key that decides it.
-        softmax: whether the weights are a softmax over all experts, so that without that division those of all experts sum to 1.
+        shared_gate: the module by whose sigmoid the shared expert is multiplied; None where it is added as it
+            is.
+        normalised: whether the weights of the chosen experts are divided by their sum, or the config key that
+            decides it.
+        softmax: whether the weights are a softmax over all experts, so that without that division those of
+            all experts sum to 1.
         scaled: the config key by which the combined weights are multiplied.
         correction: the tensor that is added to the router's scores for choosing alone; it starts at zero.
-        dense_layers: how the config says which layers stay dense: by a list, by how many come first, or not at all.
+        dense_layers: how the config says which layers stay dense: by a list, by how many come first, or not
+            at all.
         aliases: other names under which the library saves the number of experts.
         adds: config values that make the other tensors those of the dense family.
-        lacks: keys of a dense config that the class does not know → the values under which they do nothing; None: any value.
+        lacks: keys of a dense config that the class does not know → the values under which they do nothing;
+            None: any value.
         needs: keys that both know and understand differently → the values under which they agree.
     """
 
@@ -76,7 +85,16 @@ class Mixture:
     @property
     def keys(self) -> set[str]:
         """The config keys that a dense config does not have."""
-        own = {self.count, self.top_k, self.units, self.shared_units, self.shared_of, self.scaled, self.dense_layers, *self.adds}
+        own = {
+            self.count,
+            self.top_k,
+            self.units,
+            self.shared_units,
+            self.shared_of,
+            self.scaled,
+            self.dense_layers,
+            *self.adds,
+        }
         own |= {self.normalised} if isinstance(self.normalised, str) else set()
         return {key for key in own if key is not None}
 
@@ -88,7 +106,9 @@ class Mixture:
         """
         value = config.get(key)
         if type(value) is not int or value < 1:
-            raise UserError(f"config of family {self.name!r}: {key} must be a positive whole number, found {value!r}")
+            raise UserError(
+                f"config of family {self.name!r}: {key} must be a positive whole number, found {value!r}"
+            )
         return value
 
     def count_key(self, config: Config) -> str:
@@ -99,7 +119,11 @@ class Mixture:
         """The units of the shared expert; 0 where the family has none."""
         if self.shared_units is not None:
             return self.size(config, self.shared_units)
-        return self.size(config, self.shared_of) * self.size(config, self.units) if self.shared_of is not None else 0
+        return (
+            self.size(config, self.shared_of) * self.size(config, self.units)
+            if self.shared_of is not None
+            else 0
+        )
 
     def normalises(self, config: Config) -> bool:
         """Whether the weights of the chosen experts are divided by their sum."""
@@ -132,7 +156,9 @@ class Mixture:
                 f"family {self.name!r}: only the first layers can stay dense, not layers {dense}; choose sparse=last_half or all"
             )
         if dense:
-            raise UserError(f"family {self.name!r}: every layer has experts, so layers {dense} cannot stay dense; choose sparse=all")
+            raise UserError(
+                f"family {self.name!r}: every layer has experts, so layers {dense} cannot stay dense; choose sparse=all"
+            )
         return {}
 
     def family(self, config: Config, dense: Family | None = None) -> Family:
@@ -143,21 +169,27 @@ class Mixture:
         """
         dense = dense or families().get(self.of[0])
         if dense is None:
-            raise UserError(f"family {self.name!r}: made of {self.of[0]!r}, which has no schema here; give the dense family")
+            raise UserError(
+                f"family {self.name!r}: made of {self.of[0]!r}, which has no schema here; give the dense family"
+            )
         shared = self.size(config, self.shared_of) if self.shared_of is not None else 1
         more: dict[str, tuple[str, int]] = {EXPERT: (self.count_key(config), 1), ROUTED: (self.units, 1)}
         more |= {SHARED: (self.shared_units or self.units, shared)} if self.shared else {}
         lines = "\n".join(self._lines(config, dense))
         used = {space: rule for space, rule in more.items() if re.search(rf"\b{space}\b", lines)}
         kinds = dense.layer_types if "layer_types" not in self.lacks else None
-        return replace(dense, name=self.name, also=(), schema=lines, more={**dense.more, **used}, layer_types=kinds)
+        return replace(
+            dense, name=self.name, also=(), schema=lines, more={**dense.more, **used}, layer_types=kinds
+        )
 
     def _lines(self, config: Config, dense: Family) -> Iterator[str]:
         """The dense family's lines, those of its MLP followed or replaced by those of router and experts."""
         sparse, layers = self.sparse_layers(config), self.size(config, "num_hidden_layers")
         some = len(sparse) < layers
         inside = f" in layers {','.join(map(str, sparse))}" * some
-        outside = f" in layers {','.join(str(layer) for layer in range(layers) if layer not in sparse)}" * some
+        outside = (
+            f" in layers {','.join(str(layer) for layer in range(layers) if layer not in sparse)}" * some
+        )
         last = [line for line in dense.lines if line.name in self.experts][-1:]
         for line in dense.lines:
             if line.name not in self.experts:
@@ -185,7 +217,9 @@ class Mixture:
 def _axes(line: Line, space: str) -> str:
     """A dense MLP's line with its units' space replaced, without its bias."""
     arrow = "->" if line.transposed else "<-"
-    return " ".join(space if word == "ffn" else word for word in (str(line.axes[0]), arrow, str(line.axes[1])))
+    return " ".join(
+        space if word == "ffn" else word for word in (str(line.axes[0]), arrow, str(line.axes[1]))
+    )
 
 
 _REGISTERED: dict[str, Mixture] = {}

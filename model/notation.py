@@ -214,7 +214,9 @@ def parse_line(text: str) -> Line:
         return Line(tensor["name"], "tensor", Product(axes), None, axes, only=_numbers(tensor["only"]))
     match = _LINE.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"not a schema line: {text.strip()!r}; expected 'NAME out <- in', 'NAME in -> out' or 'NAME norm axis'")
+        raise ValueError(
+            f"not a schema line: {text.strip()!r}; expected 'NAME out <- in', 'NAME in -> out' or 'NAME norm axis'"
+        )
     words = match.groupdict()
     negation = "!" if words["when"] == "unless" else ""
     if words["norm"]:

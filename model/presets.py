@@ -51,23 +51,49 @@ def _phi(
 # Only sizes: as a growth target they are laid over the source's own config.
 PRESETS: dict[str, dict[str, Any]] = {
     "phi_1_5": _phi(
-        hidden_size=2048, num_hidden_layers=24, num_attention_heads=32, intermediate_size=8192, rotary=0.5, vocab_size=51200, context=2048
+        hidden_size=2048,
+        num_hidden_layers=24,
+        num_attention_heads=32,
+        intermediate_size=8192,
+        rotary=0.5,
+        vocab_size=51200,
+        context=2048,
     ),
     "phi_2": _phi(
-        hidden_size=2560, num_hidden_layers=32, num_attention_heads=32, intermediate_size=10240, rotary=0.4, vocab_size=51200, context=2048
+        hidden_size=2560,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        intermediate_size=10240,
+        rotary=0.4,
+        vocab_size=51200,
+        context=2048,
     ),
-    # The same ratios as phi_1_5 → phi_2: width, head dim and ffn × 1.25, depth × 4/3, heads and rotary count fixed.
+    # The same ratios as phi_1_5 → phi_2: width, head dim and ffn × 1.25, depth × 4/3, heads and rotary count
+    # fixed.
     "tiny_source": _phi(
-        hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256, rotary=0.5, vocab_size=2048, context=256
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=256,
+        rotary=0.5,
+        vocab_size=2048,
+        context=256,
     ),
     "tiny_target": _phi(
-        hidden_size=80, num_hidden_layers=4, num_attention_heads=4, intermediate_size=320, rotary=0.4, vocab_size=2048, context=256
+        hidden_size=80,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=320,
+        rotary=0.4,
+        vocab_size=2048,
+        context=256,
     ),
 }
 
 
 def preset_sizes(name: str) -> dict[str, Any]:
-    """The sizes of preset `name`, to be laid over a source's config: of its rotary positions, the share alone.
+    """The sizes of preset `name`, to be laid over a source's config: of its rotary positions, the share
+    alone.
 
     Raises:
         UserError: there is no such preset; the message names near matches.
@@ -75,7 +101,9 @@ def preset_sizes(name: str) -> dict[str, Any]:
     if name not in PRESETS:
         unknown("preset", name, PRESETS)
     sizes = dict(PRESETS[name])
-    return sizes | {"rope_parameters": {"partial_rotary_factor": sizes["rope_parameters"]["partial_rotary_factor"]}}
+    return sizes | {
+        "rope_parameters": {"partial_rotary_factor": sizes["rope_parameters"]["partial_rotary_factor"]}
+    }
 
 
 def preset(name: str) -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""Configs in two spellings: that of transformers 5, and beside it that of transformers 4, which most servers and tools still read.
+"""Configs in two spellings: that of transformers 5, and beside it that of transformers 4, which most servers
+and tools still read.
 
-transformers 5 keeps all of a model's rotary positions in `rope_parameters`, which transformers 4 does not look into: it would turn by its
-defaults. It takes the older keys too, so a file with both is the same model for either.
+transformers 5 keeps all of a model's rotary positions in `rope_parameters`, which transformers 4 does not
+look into: it would turn by its defaults. It takes the older keys too, so a file with both is the same model
+for either.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from outgrow.model.config import read_json
 BASE, SHARE = "rope_theta", "partial_rotary_factor"
 BASES = {"gpt_neox": "rotary_emb_base", "gpt_neox_japanese": "rotary_emb_base"}
 SHARES = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}
-# Where they differ by the kind of layer: of those that see everything and of those that see a window. Other classes are younger.
+# Where they differ by the kind of layer: of those that see everything and of those that see a window. Other
+# classes are younger.
 FULL, SLIDING = "full_attention", "sliding_attention"
 BASES_BY_LAYER = {
     "gemma3_text": (BASE, "rope_local_base_freq"),
@@ -26,8 +29,10 @@ BASES_BY_LAYER = {
     "modernbert-decoder": ("global_rope_theta", "local_rope_theta"),
     "olmo3": (BASE, ""),
 }
-SCALINGS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "mrope")  # that transformers 4 knows
-UNSCALED = ("bamba", "modernbert", "modernbert-decoder", "zaya")  # whose classes there do not scale, or are younger
+# that transformers 4 knows
+SCALINGS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "mrope")
+# whose classes there do not scale, or are younger
+UNSCALED = ("bamba", "modernbert", "modernbert-decoder", "zaya")
 SCALED = ("apertus", "gpt_oss")  # whose classes there scale unless they are told not to
 # Whose classes there want these entries and no other, and the rest outside.
 STRICT = {
@@ -39,12 +44,14 @@ NO_SCALING = ("rope_theta", "partial_rotary_factor", "rope_type", "type")  # ent
 
 CODE = "auto_map"  # names classes in Python files of the folder, which are neither run nor copied
 
-# The tokenizer that transformers 5 makes of a tokenizer.json alone, by its name in transformers 4, which is good in both.
+# The tokenizer that transformers 5 makes of a tokenizer.json alone, by its name in transformers 4, which is
+# good in both.
 TOKENIZERS = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
 
 def both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Spell a config, as the library nests it, in both ways, rotary positions and dtype, and leave out names of code.
+    """Spell a config, as the library nests it, in both ways, rotary positions and dtype, and leave out names
+    of code.
 
     `rope_parameters` decide where they are given; an infinity is written as transformers 4 wrote it.
     """
@@ -89,7 +96,9 @@ def _older_rope(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str,
 
 
 def _older_scaling(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_scaling`: null where positions are not scaled and it is there already, or the class would scale by default."""
+    """`rope_scaling`: null where positions are not scaled and it is there already, or the class would scale
+    by default.
+    """
     model_type = str(config.get("model_type"))
     kind = rope.get("rope_type", rope.get("type", "default"))
     entries = {key: value for key, value in rope.items() if key not in NO_SCALING}
@@ -116,7 +125,9 @@ def spell_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def spell_folder(folder: Path) -> None:
-    """Rewrite the configs of a folder (model, tokenizer, processors) in both spellings, without names of code."""
+    """Rewrite the configs of a folder (model, tokenizer, processors) in both spellings, without names of
+    code.
+    """
     for path in folder.glob("*config.json"):
         before = read_json(path)
         spell = both_spellings if path.name == "config.json" else spell_tokenizer

@@ -14,8 +14,10 @@ class Start:
     """The library's own initialisation of one tensor.
 
     Attributes:
-        quantiles: of its entries' distribution, rising, at the middles of equal shares; one where all entries are alike.
-        places: the value of each entry, in the tensor's shape, where that depends on its place and not on chance (`A_log`).
+        quantiles: of its entries' distribution, rising, at the middles of equal shares; one where all entries
+            are alike.
+        places: the value of each entry, in the tensor's shape, where that depends on its place and not on
+            chance (`A_log`).
     """
 
     quantiles: np.ndarray

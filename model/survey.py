@@ -1,8 +1,10 @@
-"""A survey of a model class: what it does, measured on its tiny twin on the device and under the attention and precision of the run.
+"""A survey of a model class: what it does, measured on its tiny twin on the device and under the attention
+and precision of the run.
 
-Nothing here goes by a model's name. Every answer is a measured value, or None with the reason why it was not measured; an answer from one
-device or kernel says nothing about another. Logits are compared by their largest difference relative to the largest logit, of a twin with
-random weights so large that whatever reaches a logit moves it.
+Nothing here goes by a model's name. Every answer is a measured value, or None with the reason why it was not
+measured; an answer from one device or kernel says nothing about another. Logits are compared by their largest
+difference relative to the largest logit, of a twin with random weights so large that whatever reaches a logit
+moves it.
 """
 
 from __future__ import annotations
@@ -25,10 +27,13 @@ from outgrow.model.documents import documents_apart
 from outgrow.model.family import Config
 from outgrow.model.twin import Twin, layerless, tiny_twin
 
-ROWS, LENGTH, CUT = 2, 24, 11  # of the text that a twin reads; where the end-of-text token stands and the past ends
+# of the text that a twin reads; where the end-of-text token stands and the past ends
+ROWS, LENGTH, CUT = 2, 24, 11
 WINDOW = 5  # tokens of a sliding window that ends inside of such a text
-TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # of the largest logit, under which two logits are the same up to rounding
-CAUSAL: Mapping[str, Any] = {"is_decoder": True, "causal": True, "attn_type": "uni"}  # in which words classes are told to be causal
+# of the largest logit, under which two logits are the same up to rounding
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+# in which words classes are told to be causal
+CAUSAL: Mapping[str, Any] = {"is_decoder": True, "causal": True, "attn_type": "uni"}
 SHARP = 8.0  # the head's weights are so many times larger, so that a cap on the logits shows
 
 T = TypeVar("T")
@@ -48,12 +53,13 @@ class Survey:
 
     Attributes:
         device, precision, attention, versions: under which it was measured.
-        head: how far head(base(x)) is from the logits. Near 0, the fused loss computes the objective; else the class changes its logits
-            after the head, or what the head reads.
+        head: how far head(base(x)) is from the logits. Near 0, the fused loss computes the objective; else
+            the class changes its logits after the head, or what the head reads.
         future: how far logits move when later tokens change. Near 0, the class is causal.
-        leak: how far logits from an end-of-text token on move when what lies before it changes, with the documents of a row kept apart.
-        masked_leak: the same where that is no rounding and masks are handed over, also under a small sliding window where the class has
-            one, or how far they move a text that is one document, if that is more.
+        leak: how far logits from an end-of-text token on move when what lies before it changes, with the
+            documents of a row kept apart.
+        masked_leak: the same where that is no rounding and masks are handed over, also under a small sliding
+            window where the class has one, or how far they move a text that is one document, if that is more.
         unreached: parameters that text gives no gradient, without their layers' numbers.
         sometimes: those that one text gives a gradient and another does not, or that only some layers do.
     """
@@ -74,7 +80,9 @@ class Survey:
         return difference.value is not None and difference.value <= TOLERANCE[self.precision]
 
 
-def survey(config: Config, *, attention: str, device: torch.device | str = "cpu", precision: str = "fp32") -> Survey:
+def survey(
+    config: Config, *, attention: str, device: torch.device | str = "cpu", precision: str = "fp32"
+) -> Survey:
     """The survey of the class of `config`; asked again for a config with the same twin, it is remembered.
 
     Args:
@@ -87,8 +95,11 @@ def survey(config: Config, *, attention: str, device: torch.device | str = "cpu"
     return _survey(tiny_twin(config), attention, _place(device), precision)
 
 
-def works(config: Config, attention: str, *, device: torch.device | str = "cpu", precision: str = "fp32") -> Answer[bool]:
-    """Check whether the class of `config` runs forward and backward under an attention implementation; if not, why.
+def works(
+    config: Config, attention: str, *, device: torch.device | str = "cpu", precision: str = "fp32"
+) -> Answer[bool]:
+    """Check whether the class of `config` runs forward and backward under an attention implementation; if
+    not, why.
 
     Raises:
         UserError: the class does not build or run as a tiny twin.
@@ -96,8 +107,11 @@ def works(config: Config, attention: str, *, device: torch.device | str = "cpu",
     return _works(tiny_twin(config), attention, _place(device), precision)
 
 
-def causal_switch(config: Config, *, attention: str, device: torch.device | str = "cpu", precision: str = "fp32") -> dict[str, Any]:
-    """The key and value under which the class of `config` is causal, as measured: {"is_decoder": True}; empty where none that it has helps.
+def causal_switch(
+    config: Config, *, attention: str, device: torch.device | str = "cpu", precision: str = "fp32"
+) -> dict[str, Any]:
+    """The key and value under which the class of `config` is causal, as measured: {"is_decoder": True}; empty
+    where none that it has helps.
 
     Raises:
         UserError: the class does not build or run as a tiny twin.
@@ -106,7 +120,9 @@ def causal_switch(config: Config, *, attention: str, device: torch.device | str 
     for key, value in CAUSAL.items():
         if key in known and known[key] != value:
             try:
-                other = survey({**config, key: value}, attention=attention, device=device, precision=precision)
+                other = survey(
+                    {**config, key: value}, attention=attention, device=device, precision=precision
+                )
             except UserError:  # it does not build so
                 continue
             if other.same(other.future):
@@ -143,7 +159,9 @@ def _survey(twin: Twin, attention: str, device: str, precision: str) -> Survey:
             head=_measured(lambda: _head(bench)),
             future=_measured(lambda: _future(bench)),
             leak=leak,
-            masked_leak=Answer(None, "positions that restart are enough") if holds else _measured(lambda: _masked_leak(bench)),
+            masked_leak=Answer(None, "positions that restart are enough")
+            if holds
+            else _measured(lambda: _masked_leak(bench)),
             unreached=Answer(None if reached.value is None else reached.value[0], reached.reason),
             sometimes=Answer(None if reached.value is None else reached.value[1], reached.reason),
         )
@@ -173,7 +191,12 @@ class _Bench:
     """
 
     def __init__(self, twin: Twin, attention: str, device: str, precision: str) -> None:
-        self.twin, self.attention, self.device, self.precision = twin, attention, torch.device(device), precision
+        self.twin, self.attention, self.device, self.precision = (
+            twin,
+            attention,
+            torch.device(device),
+            precision,
+        )
         self.model: Any = twin.build(device=device, attention=attention)
         scramble(self.model)
         head = self.model.get_output_embeddings()
@@ -200,7 +223,9 @@ class _Bench:
         with self.autocast():
             found = self.model(**inputs, use_cache=False).logits
         if found.shape[:-1].numel() != ROWS * LENGTH:
-            raise UserError(f"its logits have the shape {tuple(found.shape)} for {ROWS} rows of {LENGTH} tokens")
+            raise UserError(
+                f"its logits have the shape {tuple(found.shape)} for {ROWS} rows of {LENGTH} tokens"
+            )
         if not found.isfinite().all():
             raise UserError("its logits are not finite under large random weights")
         return found.float().reshape(ROWS, LENGTH, -1)
@@ -235,13 +260,17 @@ def _head(bench: _Bench) -> float:
     """Measure how far the output head over the base model's hidden states is from the logits."""
     base, head = bench.model.base_model, bench.model.get_output_embeddings()
     if base is bench.model or head is None:
-        raise UserError("its class has no base model and output head under the names that the library gives them")
+        raise UserError(
+            "its class has no base model and output head under the names that the library gives them"
+        )
     inputs = {"input_ids": bench.text(0)}
     expected = bench.steady(inputs)
     with bench.autocast():
         hidden = base(**inputs, use_cache=False).last_hidden_state
         if hidden.shape[-1] != head.weight.shape[-1]:
-            raise UserError(f"its head reads {head.weight.shape[-1]} entries, and its base model gives {hidden.shape[-1]}")
+            raise UserError(
+                f"its head reads {head.weight.shape[-1]} entries, and its base model gives {hidden.shape[-1]}"
+            )
         found = head(hidden)
     return relative(found.float(), expected)
 
@@ -264,13 +293,25 @@ def _masked_leak(bench: _Bench) -> float:
         raise UserError("flash-attn takes no masks")
     benches = [bench]
     if any(key.endswith("sliding_window") and type(value) is int for key, value in bench.twin.config.items()):
-        benches.append(_Bench(tiny_twin(_small_window(bench.twin.config)), bench.attention, str(bench.device), bench.precision))
-    return max(difference for one in benches for difference in (_leak(one, masked=True), _moved_by_masks(one)))
+        benches.append(
+            _Bench(
+                tiny_twin(_small_window(bench.twin.config)),
+                bench.attention,
+                str(bench.device),
+                bench.precision,
+            )
+        )
+    return max(
+        difference for one in benches for difference in (_leak(one, masked=True), _moved_by_masks(one))
+    )
 
 
 def _small_window(config: Config) -> dict[str, Any]:
     """A config whose sliding windows end inside of a text."""
-    return {key: WINDOW if key.endswith("sliding_window") and type(value) is int else value for key, value in config.items()}
+    return {
+        key: WINDOW if key.endswith("sliding_window") and type(value) is int else value
+        for key, value in config.items()
+    }
 
 
 def _moved_by_masks(bench: _Bench) -> float:
@@ -280,7 +321,9 @@ def _moved_by_masks(bench: _Bench) -> float:
 
 
 def _leak(bench: _Bench, *, masked: bool = False) -> float:
-    """Measure how far the logits after an end-of-text token move with the tokens before it, documents kept apart."""
+    """Measure how far the logits after an end-of-text token move with the tokens before it, documents kept
+    apart.
+    """
     text = bench.text(0)
     text[:, CUT] = bench.end_of_text
     changed = torch.cat((bench.text(1)[:, :CUT], text[:, CUT:]), 1)
@@ -290,7 +333,9 @@ def _leak(bench: _Bench, *, masked: bool = False) -> float:
 
 
 def _reached(bench: _Bench) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The parameters that get no gradient from any of two texts, in any layer; and those that get one only here or there."""
+    """The parameters that get no gradient from any of two texts, in any layer; and those that get one only
+    here or there.
+    """
     seen = [_backward(bench, seed) for seed in (0, 1)]
     always, ever = set(seen[0]) & set(seen[1]), set(seen[0]) | set(seen[1])
     names = [name for name, _ in bench.model.named_parameters()]

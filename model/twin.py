@@ -1,7 +1,8 @@
-"""A tiny twin of a model class: the same `transformers` class and switches, every size small, built and run in a moment.
+"""A tiny twin of a model class: the same `transformers` class and switches, every size small, built and run
+in a moment.
 
-Questions about a class (does its mask hold, which parameters are matrices, what are its FLOPs) are asked of its twin, on the device and
-under the attention implementation that the answer is wanted for.
+Questions about a class (does its mask hold, which parameters are matrices, what are its FLOPs) are asked of
+its twin, on the device and under the attention implementation that the answer is wanted for.
 
 twin = tiny_twin(config)
 twin.build(device="cuda", attention="sdpa")(**twin.inputs(tokens)).logits
@@ -17,7 +18,16 @@ from typing import TYPE_CHECKING, Any
 from outgrow.model.base.errors import UserError, in_one_line
 from outgrow.model.base.quiet import quietly
 from outgrow.model.build import library_class, to_hf_config
-from outgrow.model.derive import LENGTH, ROWS, Unfit, check_size, library_knows, place_tokens, tiny_configs, whole_config
+from outgrow.model.derive import (
+    LENGTH,
+    ROWS,
+    Unfit,
+    check_size,
+    library_knows,
+    place_tokens,
+    tiny_configs,
+    whole_config,
+)
 from outgrow.model.derive import build as build_on
 from outgrow.model.family import Config
 
@@ -42,19 +52,24 @@ class Twin:
 
     @property
     def plain(self) -> range:
-        """Token ids away from both ends of the vocabulary, where classes have padding and other tokens that they treat in another way."""
+        """Token ids away from both ends of the vocabulary, where classes have padding and other tokens that
+        they treat in another way.
+        """
         margin = self.vocabulary // 8
         return range(margin, self.vocabulary - margin)
 
     def tokens(self, rows: int, length: int, seed: int = 0) -> torch.Tensor:
-        """Random text, (rows, length), without the first of the `plain` ids, which may stand for the end of a text."""
+        """Random text, (rows, length), without the first of the `plain` ids, which may stand for the end of a
+        text.
+        """
         import torch
 
         drawn = torch.Generator().manual_seed(seed)
         return torch.randint(self.plain.start + 1, self.plain.stop, (rows, length), generator=drawn)
 
     def build(self, *, device: torch.device | str = "cpu", attention: str | None = None) -> PreTrainedModel:
-        """The twin in float32 under `attention` (None: the library's choice), random, in eval mode; the global RNG stays as it was.
+        """The twin in float32 under `attention` (None: the library's choice), random, in eval mode; the
+        global RNG stays as it was.
 
         Raises:
             Exception: of any kind, as the library's classes raise them.
@@ -64,7 +79,11 @@ class Twin:
         hf_config = to_hf_config(self.config)
         with torch.random.fork_rng(devices=[]), quietly():
             torch.manual_seed(0)
-            how: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention, "trust_remote_code": False}
+            how: dict[str, Any] = {
+                "dtype": torch.float32,
+                "attn_implementation": attention,
+                "trust_remote_code": False,
+            }
             return library_class(hf_config).from_config(hf_config, **how).eval().to(device)
 
 
@@ -75,7 +94,8 @@ _TWINS: dict[str, Twin] = {}
 
 
 def tiny_twin(config: Config) -> Twin:
-    """The twin of a config of any model type that the library itself defines; the same object for all configs that share it.
+    """The twin of a config of any model type that the library itself defines; the same object for all configs
+    that share it.
 
     Raises:
         UserError: its class does not build or run as a tiny twin; the message says why.
@@ -134,5 +154,7 @@ def _run(twin: Twin) -> None:
 
 
 def layerless(name: str) -> str:
-    """A parameter's name without its layer's number, under which the twin's few layers stand for all: `model.layers.*.mlp.fc1.weight`."""
+    """A parameter's name without its layer's number, under which the twin's few layers stand for all:
+    `model.layers.*.mlp.fc1.weight`.
+    """
     return LAYER.sub("*", name)

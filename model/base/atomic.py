@@ -1,4 +1,6 @@
-"""Whatever exists is complete: a file or a folder is made as `<name>.partial` and takes its name when it is whole."""
+"""Whatever exists is complete: a file or a folder is made as `<name>.partial` and takes its name when it is
+whole.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def partial_of(path: Path) -> Path:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Yield `<path>.partial`, of which the block makes a file or folder; it becomes `path` when the block ends well, else it is removed."""
+    """Yield `<path>.partial`, of which the block makes a file or folder; it becomes `path` when the block
+    ends well, else it is removed.
+    """
     partial = partial_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,8 +38,9 @@ def whole(path: Path) -> Iterator[Path]:
 def take_place(path: Path) -> None:
     """Rename `<path>.partial` to `path`.
 
-    A folder that is there changes places with it in one step, so that at every moment there is one of the two, and is removed last: who has
-    its files mapped goes on reading them. Where the system cannot do that in one step, it steps aside first.
+    A folder that is there changes places with it in one step, so that at every moment there is one of the
+    two, and is removed last: who has its files mapped goes on reading them. Where the system cannot do that
+    in one step, it steps aside first.
     """
     partial, former = partial_of(path), path.with_name(path.name + FORMER)
     if not partial.is_dir():
@@ -52,7 +57,9 @@ def take_place(path: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two paths change places in one step; False where the system or the file system cannot (Linux's renameat2 can)."""
+    """Let two paths change places in one step; False where the system or the file system cannot (Linux's
+    renameat2 can).
+    """
     rename: Any = getattr(ctypes.CDLL(None), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0

@@ -13,14 +13,17 @@ LONGEST_WORD, LONGEST_LINE = 400, 2000  # characters of a message that a strange
 
 
 class UserError(Exception):
-    """A fault in what the user gave: its message names the thing, what was expected and found, and the way out.
+    """A fault in what the user gave: its message names the thing, what was expected and found, and the way
+    out.
 
     Names come from files of strangers: of a word or a line without end, the middle is left out.
     """
 
     def __init__(self, message: str) -> None:
         lines = (re.sub(rf"\S{{{LONGEST_WORD},}}", _shortened, line) for line in message.split("\n"))
-        super().__init__("\n".join(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} …" for line in lines))
+        super().__init__(
+            "\n".join(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} …" for line in lines)
+        )
 
     @classmethod
     def collect(cls, faults: Iterable[str]) -> None:
@@ -61,10 +64,14 @@ DISTRIBUTION = "scaled-knowledge-transfer"
 
 
 def not_installed(fault: ModuleNotFoundError) -> UserError | None:
-    """The error for a library of the extras `train` and `corpus` that is not there; None for another module, which is no user's fault."""
+    """The error for a library of the extras `train` and `corpus` that is not there; None for another module,
+    which is no user's fault.
+    """
     missing = (fault.name or "").partition(".")[0]
     for extra in ("train", "corpus"):
-        lines = [line for line in metadata.requires(DISTRIBUTION) or [] if re.search(f"extra == .{extra}.", line)]
+        lines = [
+            line for line in metadata.requires(DISTRIBUTION) or [] if re.search(f"extra == .{extra}.", line)
+        ]
         if missing in {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in lines}:
             way_out = f"pip install '{DISTRIBUTION}[{extra}]'; growing a checkpoint does without"
             return UserError(f"{missing} is not installed, and this needs it: {way_out}")

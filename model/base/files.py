@@ -38,7 +38,8 @@ _DISK = {
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield `<folder>.partial`, empty; it becomes `folder`, on the disk, when the block ends well, else it is removed.
+    """Yield `<folder>.partial`, empty; it becomes `folder`, on the disk, when the block ends well, else it is
+    removed.
 
     Raises:
         UserError: the disk is full or not writable; what was there before is untouched.
@@ -55,7 +56,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield `<path>.partial` to write to; it becomes `path`, on the disk, when the block ends well, else it is removed.
+    """Yield `<path>.partial` to write to; it becomes `path`, on the disk, when the block ends well, else it
+    is removed.
 
     Raises:
         UserError: the disk is full or not writable; what was there before is untouched.
@@ -77,7 +79,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def plain_json(value: Any) -> Any:
-    """`value` with null for each number that is not finite: JSON has no NaN, and strict readers refuse the whole file for one."""
+    """`value` with null for each number that is not finite: JSON has no NaN, and strict readers refuse the
+    whole file for one.
+    """
     if isinstance(value, Mapping):
         return {key: plain_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -102,7 +106,9 @@ def read_object(path: Path, way_out: str) -> dict[str, Any]:
 
 @contextmanager
 def telling_disk_faults(path: Path) -> Iterator[None]:
-    """Turn a full or unwritable disk, in whatever way a library reports it, into one UserError that names `path`."""
+    """Turn a full or unwritable disk, in whatever way a library reports it, into one UserError that names
+    `path`.
+    """
     try:
         yield
     except UserError:
@@ -123,7 +129,9 @@ def _is_disk_fault(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error).strip().splitlines()[0]
+    return (
+        (error.strerror or str(error)) if isinstance(error, OSError) else str(error).strip().splitlines()[0]
+    )
 
 
 def _flush(path: Path) -> None:

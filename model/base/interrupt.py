@@ -1,4 +1,6 @@
-"""Ctrl-C in a program's first moments, while it imports its libraries: it ends as ever, without a traceback of theirs."""
+"""Ctrl-C in a program's first moments, while it imports its libraries: it ends as ever, without a traceback
+of theirs.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,15 @@ import sys
 
 
 def starting(asked: bool = False) -> None:
-    """Let Ctrl-C end the process in silence until `started`; called first by packages that are run as `python -m`, and idle elsewhere.
+    """Let Ctrl-C end the process in silence until `started`; called first by packages that are run as `python
+    -m`, and idle elsewhere.
 
     Args:
         asked: the process is ours whatever it was started as: the console command.
     """
     module = sys.argv[:1] == ["-m"]  # as Python has it while it looks for the module that it was asked to run
-    if (asked or module) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have switched Ctrl-C off
+    # a shell may have switched Ctrl-C off
+    if (asked or module) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

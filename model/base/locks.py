@@ -1,9 +1,11 @@
-"""Locks between processes and hosts: the operating system's where the file system has them, else files with a heartbeat.
+"""Locks between processes and hosts: the operating system's where the file system has them, else files with a
+heartbeat.
 
-The operating system's lock (`flock`) is on a folder or file itself, leaves nothing behind and ends with its process. Many network file
-systems have none. There a lock is a file `.<name>.lock-…` beside what is locked: who wants the lock puts a claim there, looks at the
-others' claims, and holds the lock when none stands against it; of several that want it at once the lowest number gets it. A claim is
-touched every few seconds by its process, so that one which was left by a kill is known by its age (on its own host, at once).
+The operating system's lock (`flock`) is on a folder or file itself, leaves nothing behind and ends with its
+process. Many network file systems have none. There a lock is a file `.<name>.lock-…` beside what is locked:
+who wants the lock puts a claim there, looks at the others' claims, and holds the lock when none stands
+against it; of several that want it at once the lowest number gets it. A claim is touched every few seconds by
+its process, so that one which was left by a kill is known by its age (on its own host, at once).
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ _told: set[Path] = set()  # folders that were said to have no locks
 
 
 class Lock:
-    """A lock on a folder or a file (which is made if need be), exclusive or shared, until it is closed or its process ends.
+    """A lock on a folder or a file (which is made if need be), exclusive or shared, until it is closed or its
+    process ends.
 
     Raises (on opening, and on taking):
         OSError: the path cannot be opened, or no claim can be written beside it.
@@ -52,7 +55,9 @@ class Lock:
                 return True
             except (BlockingIOError, PermissionError):
                 return False
-            except OSError as fault:  # ENOSYS, EOPNOTSUPP, EBADF, ENOLCK, …: as many as there are file systems
+            except (
+                OSError
+            ) as fault:  # ENOSYS, EOPNOTSUPP, EBADF, ENOLCK, …: as many as there are file systems
                 _tell(self.path.parent, fault)
                 self._claim = _Claim(self.path)
         return self._claim.take(shared)
@@ -73,14 +78,19 @@ class Lock:
     def __enter__(self) -> Lock:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
 def _tell(folder: Path, fault: OSError) -> None:
     if folder not in _told:
         _told.add(folder)
-        print(f"{folder}: no file locks here ({fault.strerror}); files with a heartbeat stand in for them", file=sys.stderr)
+        print(
+            f"{folder}: no file locks here ({fault.strerror}); files with a heartbeat stand in for them",
+            file=sys.stderr,
+        )
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,8 @@ class _Other:
 
 
 class _Claim:
-    """A claim by one process: a file beside what is locked, whose first line says who, whose last what is wanted or held.
+    """A claim by one process: a file beside what is locked, whose first line says who, whose last what is
+    wanted or held.
 
     Its name never changes, since a folder that is listed while a file is renamed may show neither name.
     """
@@ -117,7 +128,8 @@ class _Claim:
             if not against:
                 self._write("held", shared)
                 return True
-            time.sleep(POLL_SECONDS)  # until those with a higher number have seen this one, or hold the lock already
+            # until those with a higher number have seen this one, or hold the lock already
+            time.sleep(POLL_SECONDS)
 
     def withdraw(self) -> None:
         self._ended.set()
@@ -150,11 +162,17 @@ class _Claim:
                     path.unlink()
                 else:
                     state = lines[-1].split() if len(lines) > 1 else ["want", "alone"]  # not yet written
-                    yield _Other(path.name.removeprefix(self._prefix), held=state[0] == "held", shared=state[-1] == "shared")
+                    yield _Other(
+                        path.name.removeprefix(self._prefix),
+                        held=state[0] == "held",
+                        shared=state[-1] == "shared",
+                    )
 
 
 def _is_left_over(age: float, lines: list[str]) -> bool:
-    """Check whether a claim's process has ended: on this host by its number, elsewhere by the claim's age in seconds."""
+    """Check whether a claim's process has ended: on this host by its number, elsewhere by the claim's age in
+    seconds.
+    """
     if age > STALE_SECONDS:
         return True
     owner = json.loads(lines[0]) if len(lines) > 1 else {}

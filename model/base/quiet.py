@@ -8,7 +8,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without the library's progress bars and load reports: what is wrong with a model is told by whoever loads it."""
+    """Without the library's progress bars and load reports: what is wrong with a model is told by whoever
+    loads it.
+    """
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

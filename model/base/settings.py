@@ -1,4 +1,6 @@
-"""From overrides to typed values: composing with Hydra, and reading plain dicts into frozen dataclasses, with every fault in one list."""
+"""From overrides to typed values: composing with Hydra, and reading plain dicts into frozen dataclasses, with
+every fault in one list.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
     from yaml import YAMLError
 
 T = TypeVar("T")
-CONF = Path(str(files("outgrow.model"))).parent / "conf"  # beside the rooms, in a clone and in an installed package
+# beside the rooms, in a clone and in an installed package
+CONF = Path(str(files("outgrow.model"))).parent / "conf"
 MISSING = "???"  # Hydra's mark of a value that has to be given
 
 
@@ -29,7 +32,8 @@ MISSING = "???"  # Hydra's mark of a value that has to be given
 
 
 def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
-    """Compose `folder/name.yaml` with the overrides that hold; return it with the faults of those that do not.
+    """Compose `folder/name.yaml` with the overrides that hold; return it with the faults of those that do
+    not.
 
     Hydra stops at the first wrong override; here all of them are told, with near matches.
     """
@@ -55,7 +59,8 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
             changes = [o for o in values if _changes_keys(o) or o.key_or_group.startswith("hydra")]
             if changes:
                 cfg = compose(name, [str(o.input_line) for o in (*choices, *changes)])
-            # Plain values are set as Hydra sets them; composing again would take longer than planning a growth.
+            # Plain values are set as Hydra sets them; composing again would take longer than planning a
+            # growth.
             for value in values:
                 if value not in changes:
                     OmegaConf.update(cfg, value.key_or_group, value.value(), merge=True)
@@ -73,7 +78,9 @@ def _changes_keys(override: Override) -> bool:
 
 @contextmanager
 def _apart() -> Iterator[None]:
-    """Put aside the Hydra that is running: a job of a sweep composes the defaults that its name is told by, and goes on as it was."""
+    """Put aside the Hydra that is running: a job of a sweep composes the defaults that its name is told by,
+    and goes on as it was.
+    """
     from hydra.core.global_hydra import GlobalHydra
 
     state = GlobalHydra.instance()
@@ -110,10 +117,11 @@ def load_yaml(path: Path) -> Any:
 
 
 def plain_text(text: str) -> str:
-    """An override whose value Hydra's grammar would not read as the path that it is, quoted; a leading `~` is expanded.
+    """An override whose value Hydra's grammar would not read as the path that it is, quoted; a leading `~` is
+    expanded.
 
-    `source=runs/lr=0.1/final` → `source='runs/lr=0.1/final'`. Lists, dicts, functions and what is quoted already stay as they are, unless
-    there is a file or folder of exactly that name.
+    `source=runs/lr=0.1/final` → `source='runs/lr=0.1/final'`. Lists, dicts, functions and what is quoted
+    already stay as they are, unless there is a file or folder of exactly that name.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser, create_functions
     from hydra.errors import HydraException
@@ -156,7 +164,8 @@ def _parse(text: str, faults: list[str]) -> Override | None:
 
 
 def each_dict_once(parsed: list[Override], faults: list[str]) -> list[Override]:
-    """The overrides without those that say several times what a key holds, once with keys and values: Hydra makes nothing of them.
+    """The overrides without those that say several times what a key holds, once with keys and values: Hydra
+    makes nothing of them.
 
     Of two plain values the last holds, as with Hydra.
     """
@@ -170,20 +179,27 @@ def each_dict_once(parsed: list[Override], faults: list[str]) -> list[Override]:
     several = {key: given for key, given in several.items() if len(given) > 1}
     for key, given in several.items():
         inner = ",".join(_inner(override, key) for override in given)
-        faults.append(f"{key}: given {len(given)} times; give all its keys and values at once: '{key}={{{inner}}}'")
+        faults.append(
+            f"{key}: given {len(given)} times; give all its keys and values at once: '{key}={{{inner}}}'"
+        )
     return [override for override in parsed if not any(override in given for given in several.values())]
 
 
 def _inner(override: Override, key: str) -> str:
     """The keys and values of `key` that an override gives, as between braces."""
-    below, value = override.key_or_group.removeprefix(key).lstrip("."), str(override.input_line).partition("=")[2].strip()
+    below, value = (
+        override.key_or_group.removeprefix(key).lstrip("."),
+        str(override.input_line).partition("=")[2].strip(),
+    )
     for part in reversed(below.split(".") if below else []):
         value = f"{{{part}:{value}}}"
     return value[1:-1]
 
 
 def _groups(folder: Path, name: str) -> set[str]:
-    """The groups of `folder` that the config `name` chooses from; a key of its own that is called as a group is a value."""
+    """The groups of `folder` that the config `name` chooses from; a key of its own that is called as a group
+    is a value.
+    """
     own = load_yaml(folder / f"{name}.yaml")
     chosen = {str(key) for entry in own.get("defaults", ()) if isinstance(entry, Mapping) for key in entry}
     groups = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_dir()}
@@ -192,7 +208,8 @@ def _groups(folder: Path, name: str) -> set[str]:
 
 def _is_choice(groups: set[str], override: Override) -> bool:
     """Check whether it chooses a file of a group (growth=tile) and sets no value."""
-    return not override.key_or_group.startswith("hydra/") and override.key_or_group in groups  # Hydra knows its own groups
+    # Hydra knows its own groups
+    return not override.key_or_group.startswith("hydra/") and override.key_or_group in groups
 
 
 def _choice_holds(folder: Path, override: Override, faults: list[str]) -> bool:
@@ -224,7 +241,9 @@ def _key_holds(cfg: DictConfig, override: Override, groups: set[str], faults: li
 
 
 def _elsewhere(cfg: DictConfig, name: str) -> str:
-    """A question that offers the keys of that name in a group: `train.learning_rate` is `optimizer.learning_rate`."""
+    """A question that offers the keys of that name in a group: `train.learning_rate` is
+    `optimizer.learning_rate`.
+    """
     from omegaconf import OmegaConf
 
     values = OmegaConf.to_container(cfg)
@@ -234,7 +253,9 @@ def _elsewhere(cfg: DictConfig, name: str) -> str:
 
 
 def plain(cfg: DictConfig | Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
-    """A composed config as plain dicts, interpolations resolved; what cannot be resolved becomes a fault and stays missing."""
+    """A composed config as plain dicts, interpolations resolved; what cannot be resolved becomes a fault and
+    stays missing.
+    """
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -253,13 +274,15 @@ def plain(cfg: DictConfig | Mapping[str, Any], faults: list[str]) -> dict[str, A
 
 
 def sweep_points(overrides: list[str]) -> list[list[str]]:
-    """The overrides of each run of a sweep, as Hydra's own sweeper makes them: lists of values, choice(), range() and glob().
+    """The overrides of each run of a sweep, as Hydra's own sweeper makes them: lists of values, choice(),
+    range() and glob().
 
-    `["growth=a,b", "seed=range(2)"]` → `[["growth=a", "seed=0"], ["growth=a", "seed=1"], ["growth=b", "seed=0"], …]`. An override that
-    cannot be read stays as it is, for composing to tell.
+    `["growth=a,b", "seed=range(2)"]` → `[["growth=a", "seed=0"], ["growth=a", "seed=1"], ["growth=b",
+    "seed=0"], …]`. An override that cannot be read stays as it is, for composing to tell.
 
     Raises:
-        UserError: it is a sweep that Hydra's sweeper does not make, such as interval(), or a key's keys and values are given twice.
+        UserError: it is a sweep that Hydra's sweeper does not make, such as interval(), or a key's keys and
+            values are given twice.
     """
     from hydra import initialize_config_dir
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -282,7 +305,9 @@ def sweep_points(overrides: list[str]) -> list[list[str]]:
         try:
             (points,) = BasicSweeper.split_arguments(readable, None)
         except HydraException as error:
-            raise UserError(f"sweep: {error}; give its values: KEY=1,2,3, or KEY=range(…), choice(…), glob(…)") from None
+            raise UserError(
+                f"sweep: {error}; give its values: KEY=1,2,3, or KEY=range(…), choice(…), glob(…)"
+            ) from None
     if not points:
         raise UserError(f"sweep: {' '.join(overrides)}: no point; a range() or glob() in it is empty")
     return [[*point, *unreadable] for point in points]
@@ -294,7 +319,8 @@ def sweep_points(overrides: list[str]) -> list[list[str]]:
 def read(cls: type[T], values: Any, path: str, faults: list[str]) -> T | None:
     """`values` as the dataclass `cls`; None, and at least one more entry in `faults`, where they do not fit.
 
-    A field whose metadata says `rest` takes every key that is no other field's. `path` is the dotted prefix for messages.
+    A field whose metadata says `rest` takes every key that is no other field's. `path` is the dotted prefix
+    for messages.
     """
     before = len(faults)
     if not isinstance(values, Mapping):
@@ -367,7 +393,9 @@ def _read_choice(choices: tuple[Any, ...], value: Any, path: str, faults: list[s
     return None
 
 
-def _read_sequence(origin: Any, arguments: tuple[Any, ...], hint: Any, value: Any, path: str, faults: list[str]) -> Any:
+def _read_sequence(
+    origin: Any, arguments: tuple[Any, ...], hint: Any, value: Any, path: str, faults: list[str]
+) -> Any:
     fixed = origin is tuple and Ellipsis not in arguments
     if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(arguments)):
         faults.append(f"{path}: expected {_spell(hint)}; found {value!r}")

@@ -170,7 +170,9 @@ def _completed(config: Config) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _layer_count(config: Config, hf_config: Any) -> dict[str, int]:
-    """Fill in the number of layers of a class that counts a list of them (Nemotron-H) and does not take the key."""
+    """Fill in the number of layers of a class that counts a list of them (Nemotron-H) and does not take the
+    key.
+    """
     count = getattr(hf_config, "num_hidden_layers", None)
     counted = isinstance(type(hf_config).__dict__.get("num_hidden_layers"), property)
     if not counted or type(count) is not int or any(key in config for key in DEPTH_KEYS):

@@ -1,4 +1,6 @@
-"""dots.llm1: Qwen3's attention, DeepSeek-V3's experts: sigmoid scores, a correction for choosing, a shared expert, dense layers first."""
+"""dots.llm1: Qwen3's attention, DeepSeek-V3's experts: sigmoid scores, a correction for choosing, a shared
+expert, dense layers first.
+"""
 
 from outgrow.model.mixture import Mixture, register_mixture
 

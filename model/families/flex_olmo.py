@@ -11,7 +11,9 @@ FLEX_OLMO = register_mixture(
         of=("olmo2",),
         units="intermediate_size",
         router=f"{MLP}.gate",
-        experts={f"{MLP}.{part}": f"{MLP}.experts.#.{part}" for part in ("gate_proj", "up_proj", "down_proj")},
+        experts={
+            f"{MLP}.{part}": f"{MLP}.experts.#.{part}" for part in ("gate_proj", "up_proj", "down_proj")
+        },
         adds={"norm_topk_prob": True},
         lacks={"layer_types": None},
     )

@@ -1,4 +1,6 @@
-"""Gemma 2: as Gemma, with norms after attention and MLP too, an attention scale fixed in the config, and capped logits."""
+"""Gemma 2: as Gemma, with norms after attention and MLP too, an attention scale fixed in the config, and
+capped logits.
+"""
 
 from outgrow.model.family import Family, register
 
@@ -10,7 +12,9 @@ GEMMA2 = register(
         defaults={"tie_word_embeddings": True, "query_pre_attn_scalar": 256},
         attention_scale="query_pre_attn_scalar",
         whole_heads=("gemma2",),
-        layer_types=lambda config: ["full_attention" if i % 2 else "sliding_attention" for i in range(config["num_hidden_layers"])],
+        layer_types=lambda config: [
+            "full_attention" if i % 2 else "sliding_attention" for i in range(config["num_hidden_layers"])
+        ],
         schema="""
         model.embed_tokens                         vocab -> residual scaled
         model.layers.*.input_layernorm             norm+1 residual

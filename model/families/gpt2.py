@@ -1,4 +1,6 @@
-"""GPT-2: LayerNorm, learned positions, Conv1D matrices stored (in, out), queries, keys and values in one, tied head."""
+"""GPT-2: LayerNorm, learned positions, Conv1D matrices stored (in, out), queries, keys and values in one,
+tied head.
+"""
 
 from outgrow.model.family import Family, register
 

@@ -1,4 +1,6 @@
-"""GPT-NeoX and Pythia: LayerNorm, queries, keys and values fused per head, partial rotary positions, untied head."""
+"""GPT-NeoX and Pythia: LayerNorm, queries, keys and values fused per head, partial rotary positions, untied
+head.
+"""
 
 from outgrow.model.family import Family, register
 

@@ -1,4 +1,6 @@
-"""Llama, Mistral, TinyLlama, SmolLM and others of the same layout: RMSNorm, SwiGLU, grouped-query attention, rotary positions."""
+"""Llama, Mistral, TinyLlama, SmolLM and others of the same layout: RMSNorm, SwiGLU, grouped-query attention,
+rotary positions.
+"""
 
 from outgrow.model.family import Family, register
 

@@ -1,4 +1,6 @@
-"""Mixtral: Mistral or Llama with eight experts in every layer, of which a token takes two, their weights divided by their sum."""
+"""Mixtral: Mistral or Llama with eight experts in every layer, of which a token takes two, their weights
+divided by their sum.
+"""
 
 from outgrow.model.mixture import Mixture, register_mixture
 
@@ -19,6 +21,11 @@ MIXTRAL = register_mixture(
             f"{MLP}.up_proj": f"{BLOCK}.experts.#.w3",
             f"{MLP}.down_proj": f"{BLOCK}.experts.#.w2",
         },
-        lacks={"attention_bias": (False, None), "mlp_bias": (False, None), "pretraining_tp": None, "layer_types": None},
+        lacks={
+            "attention_bias": (False, None),
+            "mlp_bias": (False, None),
+            "pretraining_tp": None,
+            "layer_types": None,
+        },
     )
 )

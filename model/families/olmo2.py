@@ -1,4 +1,6 @@
-"""OLMo 2: no norm before attention and MLP, one after each; queries and keys normalised over all heads together."""
+"""OLMo 2: no norm before attention and MLP, one after each; queries and keys normalised over all heads
+together.
+"""
 
 from outgrow.model.family import Family, register
 

@@ -1,4 +1,6 @@
-"""Phi-1, Phi-1.5, Phi-2: attention and MLP in parallel behind one LayerNorm, partial rotary positions, biases everywhere."""
+"""Phi-1, Phi-1.5, Phi-2: attention and MLP in parallel behind one LayerNorm, partial rotary positions, biases
+everywhere.
+"""
 
 from outgrow.model.family import Family, register
 

@@ -10,7 +10,9 @@ QWEN3_MOE = register_mixture(
         architecture="Qwen3MoeForCausalLM",
         of=("qwen3",),
         router=f"{MLP}.gate",
-        experts={f"{MLP}.{part}": f"{MLP}.experts.#.{part}" for part in ("gate_proj", "up_proj", "down_proj")},
+        experts={
+            f"{MLP}.{part}": f"{MLP}.experts.#.{part}" for part in ("gate_proj", "up_proj", "down_proj")
+        },
         dense_layers="mlp_only_layers",
         aliases=("num_local_experts",),
         adds={"norm_topk_prob": True},
