@@ -8,6 +8,7 @@ outgrow study tiny                                  a whole study: source, every
 outgrow compare runs/tiny-*                         finished runs, held against each other
 outgrow horizons runs/NAME-t*                       decayed ends against scratch's curve
 outgrow same REV                                    does a change alter a number? this clone beside a revision of it
+outgrow evaluate runs/NAME suite=phi_2              benchmarks, beside published rows
 
 `outgrow COMMAND --help` tells the keys and defaults of each.
 """
@@ -31,6 +32,7 @@ DOORS: dict[str, tuple[str, tuple[str, ...]]] = {
     "horizons": ("outgrow.experiments.__main__", ("horizons",)),
     "same": ("outgrow.experiments.__main__", ("same",)),
     "mixtures": ("outgrow.experiments.__main__", ("mixtures",)),
+    "evaluate": ("outgrow.experiments.suite.__main__", ()),
 }
 
 

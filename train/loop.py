@@ -109,6 +109,11 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
         windows = list(validation_batches(data.validation, context=loop.context, tokens=loop.eval_tokens))
         window_count(data.train, loop.context)  # refuses a text that is too short before anything is grown
 
+        benchmarks = None
+        if main and settings.evaluate.suite is not None:
+            from outgrow.train.suite.during import Benchmarks
+
+            benchmarks = Benchmarks(settings.evaluate, data)
         if main:
             for note in rehearse_end(config, source, data, sharded=accelerator.is_fsdp2, dtype=dtype):
                 console.say(note)
@@ -147,7 +152,7 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
             spans = [Span(**span) for span in run["spans"]]
             meter = Meter(position, accelerator.num_processes, budget.tokens_per_step, spans, peak)
             with watched() as asked:
-                made = Run(settings, folder, accelerator, data, windows, console, log, asked, meter, way, dtype)
+                made = Run(settings, folder, accelerator, data, windows, console, log, asked, meter, way, dtype, benchmarks)
                 for stage in stages[position.stage :]:
                     with meter.paused():
                         trainee = Trainee(made, stage, source, teacher, saved if stage.number == position.stage else None)

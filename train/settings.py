@@ -18,6 +18,7 @@ from outgrow.train.data.settings import DataSettings, MixtureSettings, mixture_d
 from outgrow.train.data.settings import disagreements as data_disagreements
 from outgrow.train.schedule import REWARM, SCHEDULES, ScheduleSettings
 from outgrow.train.start.neutral import flatten, is_neutral
+from outgrow.train.suite.suite import load_suite
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -137,6 +138,17 @@ class ForecastSettings:
 
 
 @dataclass(frozen=True)
+class BenchmarkSettings:
+    """Benchmarks on the way: they change nothing in the result."""
+
+    suite: str | None  # conf/suite
+    tasks: str | None
+    only: tuple[str, ...] | None
+    every_tokens: int | None
+    limit: int | None  # items of each
+
+
+@dataclass(frozen=True)
 class Settings:
     """A whole run, as conf/train.yaml and its groups compose it."""
 
@@ -158,6 +170,7 @@ class Settings:
     progress: Literal["auto", "lines", False]  # auto: a bar on a terminal, else lines
     dry_run: bool  # tell what the run would take, and stop
     forecast: ForecastSettings
+    evaluate: BenchmarkSettings
     mixture: MixtureSettings | None = None  # what is trained on; null: the training part of `data`
     changes: str = ""  # of the experiment's defaults, as train.naming tells them; part of the name
 
@@ -288,10 +301,28 @@ def _disagreements(settings: Settings) -> list[str]:
             faults.append(f"{key}: must be usable as the name of a folder; found {getattr(settings, key)!r}")
     if Path(settings.out).name in ("", ".."):
         faults.append(f"out: must be a folder of its own; found {settings.out!r}; leave it away for runs/{settings.name}")
+    faults += _benchmark_disagreements(settings)
     faults += _transfer_disagreements(settings) + (_stage_disagreements(growth) if growth.stages else [])
     if settings.mixture is not None:
         faults += mixture_disagreements(settings.mixture, settings.data)
     return faults + data_disagreements(settings.data)
+
+
+def _benchmark_disagreements(settings: Settings) -> list[str]:
+    """What is wrong with the benchmarks on the way."""
+    asked = settings.evaluate
+    counts = ("every_tokens", "limit")
+    given = {key: value for key in counts if (value := getattr(asked, key)) is not None}
+    faults = [f"evaluate.{key}: must be positive, or null; found {value}" for key, value in given.items() if value <= 0]
+    if asked.suite is None:
+        return faults + (["evaluate.every_tokens: of which suite? give evaluate.suite=NAME"] if asked.every_tokens else [])
+    if settings.sharding.name == "full":
+        faults.append("evaluate.suite: needs the whole network on a process (sharding=none); outgrow evaluate RUN measures it at the end")
+    try:
+        load_suite(asked.suite).of(asked.only)
+    except UserError as fault:
+        faults.append(f"evaluate: {fault}")
+    return faults
 
 
 def _horizon_disagreements(settings: Settings) -> list[str]:

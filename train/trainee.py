@@ -44,7 +44,7 @@ from outgrow.train.start.way import Way
 from outgrow.train.step import NotFinite, Step, drawn
 
 if TYPE_CHECKING:
-    pass
+    from outgrow.train.suite.during import Benchmarks
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Run:
     meter: Meter
     way: Way
     dtype: str  # that the end stores the weights in
+    benchmarks: Benchmarks | None = None  # on the process that writes
 
 
 class Trainee:
@@ -143,6 +144,8 @@ class Trainee:
                 if budget.due(budget.eval_every, position.step):
                     self.validate()
                     self.check_range(saver)
+                if self.benchmarks_due():
+                    self.benchmark()
                 stopped = any_process(run.accelerator, run.asked() is not None) and position.step < budget.steps
                 handed_on = position.step == stage.last < budget.steps
                 branches = position.step == branch_step(settings)
@@ -228,6 +231,23 @@ class Trainee:
                 position.best_val_loss, position.best_step = found.val_loss, position.step
         if run.log:
             run.log.write(kind, run.meter.clocks(), **asdict(found))
+
+    def benchmarks_due(self) -> bool:
+        """Whether benchmarks are due after the step that was just done."""
+        run, loop = self.run, self.run.settings.train
+        every = run.settings.evaluate.every_tokens
+        steps = None if every is None else max(1, round(every / loop.batch_tokens))
+        return run.benchmarks is not None and Budget.of(loop).due(steps, run.meter.position.step)
+
+    def benchmark(self) -> None:
+        """Measure the suite, off the training clock, on the process that writes; the others wait for it in their next step."""
+        run = self.run
+        assert run.benchmarks is not None
+        self.sign()
+        with run.meter.paused():
+            scores = run.benchmarks.measure(self.network, run.accelerator)
+        if run.log:
+            run.log.write("benchmark", run.meter.clocks(), **scores)
 
     def write_samples(self, when: str, final: Path | None = None) -> None:
         """Tell what the network writes, off the training clock; the one in the folder `final` where this one is not whole."""

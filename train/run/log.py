@@ -133,6 +133,8 @@ class Console:
             text = f"val loss {values['val_loss']:.4f} nats/token, {values['bits_per_byte']:.4f} bits/byte"
         elif kind == "growth":
             text = f"grown: val loss {values['val_loss']:.4f}"
+        elif kind == "benchmark":
+            text = ", ".join(f"{task} {score:.1%}" for task, score in values.items())
         elif kind == "skip":
             text = f"{values['reason']}: passed over"
         else:

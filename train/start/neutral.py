@@ -7,7 +7,7 @@ from typing import Any
 
 # What a run may be restarted with differently: nothing of it changes a number in the result.
 NEUTRAL = (
-    *("out", "progress", "dry_run", "forecast", "logger", "changes", "data.folder", "data.path"),
+    *("out", "progress", "dry_run", "forecast", "evaluate", "logger", "changes", "data.folder", "data.path"),
     *("data.validation_path", "data.workers"),
     *("train.keep", "train.keep_best", "train.keep_optimizer", "train.save_every_tokens", "train.save_async", "train.save_dtype"),
     *("sharding", "train.micro_batch"),  # nothing but rounding

@@ -22,20 +22,25 @@ BATCH_SECONDS = 600.0  # of a whole process, however its programs end
 MEMORY_BYTES = 512 * 2**20
 
 
-def failures(items: Sequence[Item], *, seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES) -> list[str | None]:
+def failures(
+    items: Sequence[Item], *, seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES, modules: Sequence[str] = ()
+) -> list[str | None]:
     """For each item None where its program ran through and printed what it should, else what went wrong.
 
     A program that takes the process down with it costs itself alone: the others are run in a new one.
+
+    Args:
+        modules: that programs may import beside the worker's own list.
     """
     found: list[str | None] = []
     while len(found) < len(items):
-        found += _batch(items[len(found) :], seconds, memory_bytes)
+        found += _batch(items[len(found) :], seconds, memory_bytes, modules)
     return found
 
 
-def _batch(items: Sequence[Item], seconds: float, memory_bytes: int) -> list[str | None]:
+def _batch(items: Sequence[Item], seconds: float, memory_bytes: int, modules: Sequence[str]) -> list[str | None]:
     """The results of as many items as one process managed, and at least of one."""
-    command = [sys.executable, "-I", "-S", str(WORKER), str(seconds), str(memory_bytes)]
+    command = [sys.executable, "-I", "-S", str(WORKER), str(seconds), str(memory_bytes), *modules]
     given = json.dumps([[item.program, item.prints] for item in items])
     try:
         done = subprocess.run(

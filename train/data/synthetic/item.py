@@ -12,11 +12,14 @@ from outgrow.train.data.synthetic.problem import Problem
 
 @dataclass(frozen=True)
 class Item:
-    """`program` holds all code of the text and asserts what the text says; where it prints, `prints` is what it has to print."""
+    """`program` holds all code of the text and asserts what the text says.
+
+    Where it prints, `prints` is what it has to print; None: anything.
+    """
 
     text: str
     program: str
-    prints: str = ""
+    prints: str | None = ""
 
 
 def opening(problem: Problem, random: Random) -> str:

@@ -1,0 +1,1 @@
+"""Benchmarks of finished runs and checkpoints, beside published ones."""

@@ -1,0 +1,158 @@
+"""`outgrow evaluate` on local tasks: each score measured once, published rows beside ours, the same score after a lossless growth."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from outgrow.experiments.suite.__main__ import main
+from outgrow.experiments.suite.evaluate import Evaluated, checkpoint_of, evaluate, settings_from
+from outgrow.experiments.suite.figure import draw
+from outgrow.experiments.suite.table import markdown, published
+from outgrow.model.base.errors import UserError
+from outgrow.train.suite.suite import load_suite
+
+ITEMS = [
+    {"question": "The list has", "choices": [" three items", " a value"], "answer": 0},
+    {"question": "A function returns", "choices": [" three items", " a value"], "answer": 1},
+    {"question": "The sum of", "choices": [" numbers", " three"], "answer": 1},
+]
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {name}.jsonl}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny network, tasks, and the network grown without loss."""
+    from outgrow.growth import grow
+    from outgrow.model.build import build_model
+    from outgrow.model.presets import preset
+    from outgrow.train.data.tokenizer import save_tokenizer, train_tokenizer
+
+    place = tmp_path_factory.mktemp("place")
+    text = " ".join(f"{item['question']}{''.join(item['choices'])}" for item in ITEMS) * 20  # type: ignore[arg-type]
+    tokenizer = train_tokenizer([text], vocab_size=300, model_max_length=128)
+    build_model(preset("tiny_source") | {"vocab_size": 512}, seed=0).save_pretrained(place / "small")
+    save_tokenizer(tokenizer, place / "small")
+    grow(place / "small", place / "large", target={"intermediate_size": 2 * preset("tiny_source")["intermediate_size"]})
+    (place / "tasks").mkdir()
+    for name in ("piqa", "boolq"):
+        (place / "tasks" / f"{name}.yaml").write_text(TASK.format(name=name))
+        (place / "tasks" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
+    return place
+
+
+def keys(place: Path, *more: str) -> list[str]:
+    return [f"tasks={place / 'tasks'}", f"out={place / 'out'}", "only=[piqa,boolq]", *more]
+
+
+@pytest.mark.slow
+def test_a_lossless_growth_keeps_every_score_and_none_is_measured_twice(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    runs = [str(place / "small"), str(place / "large")]
+    assert main([*runs, *keys(place)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("piqa ") == said.count("boolq ") == 3  # measured twice, and a line of the table
+    result = json.loads((place / "out" / "phi_2.json").read_text())
+    small, large = result["runs"]
+    assert small["scores"] == large["scores"]
+    assert set(small["scores"]) == {"piqa", "boolq"}
+    assert (place / "out" / "phi_2.png").stat().st_size > 10_000
+    from outgrow.train.suite.harness import Harness
+
+    monkeypatch.setattr(Harness, "load", lambda *_, **__: pytest.fail("measured again"))
+    again = evaluate(runs, settings_from(keys(place)))
+    assert [each.scores for each in again] == [small["scores"]] * 2
+
+
+@pytest.mark.slow
+def test_what_stops_keeps_what_was_measured(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval")
+    from outgrow.train.suite.harness import Harness
+
+    measured: list[str] = []
+    score: Any = Harness.score
+
+    def once(self: Any, asked: Any, *rest: Any, **more: Any) -> Any:
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(asked.task)
+        return score(self, asked, *rest, **more)
+
+    monkeypatch.setattr(Harness, "score", once)
+    assert main([str(place / "small"), *keys(place, f"out={place / 'stopped'}")]) == 130
+    assert [path.stem for path in (place / "stopped" / "scores").rglob("*.json")] == ["piqa"]
+
+
+def test_the_table_sets_ours_beside_what_was_published() -> None:
+    suite = load_suite("phi_2")
+    ours = Evaluated("mine", Path("x"), {"gsm8k_cot": 0.125}, {task.group: None for task in suite.tasks} | {"math": 0.125}, 10)
+    told = markdown(suite, [ours])
+    assert "| Phi-2 | 59.2 | 68.8 | 62.0 | 61.1 | 53.7 | – |" in told
+    assert "| **mine** | – | – | – | 12.5 | – | – |" in told
+    assert "| gsm8k_cot | – | 40.2 | 44.6 | 12.5 |" in told
+    assert "the first 10 items" in told
+
+
+def test_published_rows_name_their_source_and_columns_of_the_suite() -> None:
+    suite = load_suite("phi_2")
+    tasks, groups = {task.task for task in suite.tasks}, {task.group for task in suite.tasks}
+    for row in published():
+        assert row.source.startswith(("https://", "arXiv "))
+        assert row.note
+        assert set(row.tasks) <= tasks
+        assert set(row.groups) <= groups
+        assert all(0 < value < 100 and math.isfinite(value) for value in (*row.groups.values(), *row.tasks.values()))
+
+
+def test_the_picture_has_a_panel_for_each_group_that_has_a_number(tmp_path: Path) -> None:
+    suite = load_suite("phi_2")
+    draw(suite, [Evaluated("mine", tmp_path, {}, {task.group: None for task in suite.tasks}, None)], tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["limt=3"], "did you mean 'limit'"),
+        (["batch=0"], "must be positive"),
+        (["limit=0"], "must be positive"),
+        (["suite=phi_3"], "phi_2"),
+        (["dtype=int8"], "float32"),
+    ],
+)
+def test_wrong_settings_are_told(given: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        settings_from(given)
+
+
+def test_what_is_no_checkpoint_or_has_no_tokenizer_is_refused(tmp_path: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lm_eval")
+    with pytest.raises(UserError, match=r"neither a run's folder nor a checkpoint"):
+        checkpoint_of(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="the run has not ended"):
+        checkpoint_of(tmp_path)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in (place / "small").glob("*"):
+        if "token" not in file.name:
+            (bare / file.name).write_bytes(file.read_bytes())
+    assert main([str(bare), *keys(place)]) == 2
+    assert "it has no tokenizer" in capsys.readouterr().err
+    assert main([]) == 2
+    assert "give runs or checkpoints" in capsys.readouterr().err

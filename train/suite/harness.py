@@ -1,0 +1,218 @@
+"""lm-evaluation-harness, asked for one score at a time: its tasks or task files of the user's, on a network in memory.
+
+It is an extra (`pip install -e '.[eval]'`) and imported only here, when something is to be measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from outgrow.model.base.errors import UserError, in_one_line
+from outgrow.model.base.quiet import quietly
+from outgrow.train.suite.metrics import check_allowed, running_code
+from outgrow.train.suite.suite import BenchmarkTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SEED = 1234  # the harness's own
+OWN = Path(__file__).with_name("tasks")  # where the harness's would fetch a metric when it is imported
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a benchmark gave, of 1, on so many items."""
+
+    value: float
+    items: int
+    metric: str  # with the harness's filter
+
+
+class Harness:
+    """The tasks that can be asked, of the harness, of this project and of the folder `tasks`, the last first.
+
+    Raises:
+        UserError: the harness is not installed, or a file of `tasks` is no task.
+    """
+
+    def __init__(self, tasks: Path | None = None) -> None:
+        _installed()
+        if tasks is not None:
+            check_tasks(tasks)
+        self.tasks = tasks
+        self.local = set() if tasks is None else {name for path in _files(tasks) for name in _names(path)}
+        self.managers: dict[bool, Any] = {}
+
+    def model(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int) -> Any:
+        """`network` as the harness asks it."""
+        from lm_eval.models.huggingface import HFLM
+
+        with _silent():
+            return HFLM(pretrained=network, tokenizer=tokenizer, batch_size=batch)
+
+    def load(self, asked: Sequence[BenchmarkTask], *, run_code: bool) -> dict[str, Any]:
+        """Task → what the harness makes of it, data included: what cannot be measured is told before anything is.
+
+        Raises:
+            UserError: with every task that the harness does not know, whose data cannot be reached, or that would run code where that is
+                not allowed.
+        """
+        loaded: dict[str, Any] = {}
+        faults: list[str] = []
+        for task in asked:
+            try:
+                loaded[task.task] = self._load(task, run_code)
+            except UserError as fault:
+                faults.append(str(fault))
+        UserError.collect(faults)
+        return loaded
+
+    def score(self, asked: BenchmarkTask, loaded: Any, model: Any, *, limit: int | None, run_code: bool) -> Score:
+        """Measure one benchmark that was loaded.
+
+        Raises:
+            UserError: it has no such metric, or fails.
+        """
+        from lm_eval import evaluate
+
+        try:
+            with running_code(run_code), _silent(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(SEED)
+                found: Any = evaluate(
+                    lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=False, confirm_run_unsafe_code=run_code
+                )
+        except UserError:
+            raise
+        except Exception as fault:  # the harness and its tasks raise every kind
+            raise UserError(f"task {asked.task}: it cannot be measured ({in_one_line(fault)})") from fault
+        return _read(asked, found)
+
+    def _load(self, asked: BenchmarkTask, run_code: bool) -> Any:
+        """One task with its data, its shots set."""
+        task = asked.task
+        manager = self._manager(task)
+        if task not in manager.all_tasks:
+            raise UserError(f"task {task}: neither lm-evaluation-harness nor {self.tasks or 'a folder tasks=DIR'} has one of this name")
+        try:
+            with _silent(), self._beside_its_files(task):
+                loaded = manager.load([task])
+        except Exception as fault:  # the harness, its tasks and `datasets` raise every kind
+            where, way_out = "its data set is on the Hugging Face hub", (
+                f"with no network give a folder tasks=DIR that holds {task} as a task file with local data, or leave it out with only=[…]"
+            )  # fmt: skip
+            if task in self.local:
+                where, way_out = "its file or its data", f"correct what is in {self.tasks}"
+            raise UserError(f"task {task}: {where} and cannot be read ({in_one_line(fault)}); {way_out}") from fault
+        with running_code(run_code):
+            if any(getattr(part, "UNSAFE_CODE", False) for part in loaded["tasks"].values()):
+                check_allowed(task)
+        for part in loaded["tasks"].values():
+            own = part.get_config("num_fewshot")
+            part.set_config(key="num_fewshot", value=(own or 0) if asked.shots is None or own == 0 else asked.shots)
+            part.set_fewshot_seed(seed=SEED)
+        return loaded
+
+    def _manager(self, task: str) -> Any:
+        """The index of tasks that has this one: of the folders here, or of the thousands of the harness too, whose files take a while."""
+        from lm_eval.tasks import TaskManager
+
+        folders = [str(folder) for folder in (OWN, self.tasks) if folder is not None]
+        for everything in (False, True):
+            if everything not in self.managers:
+                with _silent():
+                    self.managers[everything] = TaskManager(include_path=folders, include_defaults=everything)
+            if task in self.managers[everything].all_tasks:
+                break
+        return self.managers[everything]
+
+    def _beside_its_files(self, task: str) -> contextlib.AbstractContextManager[Any]:
+        """In the folder of a local task's file: its data's paths are told from there."""
+        entry = self._manager(task).task_index.get(task)
+        local = task in self.local and entry is not None and entry.yaml_path is not None
+        return contextlib.chdir(Path(entry.yaml_path).parent) if local else contextlib.nullcontext()
+
+
+def _read(asked: BenchmarkTask, found: Any) -> Score:
+    """The score that was asked for among all that the harness tells."""
+    told = found["results"].get(asked.task) or found.get("groups", {}).get(asked.task) or {}
+    values = {key: value for key, value in told.items() if isinstance(value, float | int) and "_stderr" not in key and "," in key}
+    metric = next((key for key in values if key.split(",")[0] == asked.metric), None)
+    if metric is None:
+        raise UserError(f"task {asked.task}: it has no metric {asked.metric!r}; it has {', '.join(sorted(values)) or 'none'}")
+    value = float(values[metric])
+    if not math.isfinite(value):
+        raise UserError(f"task {asked.task}: its {asked.metric} is {value}")
+    return Score(value, sum(counts["effective"] for counts in found["n-samples"].values()), metric)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------------------------
+
+
+def check_tasks(folder: Path) -> None:
+    """Refuse a folder whose YAML files are no tasks: the harness passes over them without a word.
+
+    Raises:
+        UserError: with every file that is none.
+    """
+    if not folder.is_dir():
+        raise UserError(f"tasks={folder}: no such folder; give one with task files in lm-evaluation-harness's YAML format")
+    files = _files(folder)
+    if not files:
+        raise UserError(f"tasks={folder}: it holds no *.yaml; give task files in lm-evaluation-harness's format")
+    UserError.collect(fault for path in files if (fault := _fault(path)))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.yaml") if not path.name.startswith("_"))
+
+
+def _config(path: Path) -> Any:
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    return load_yaml(path, resolve_func=False, recursive=True)
+
+
+def _names(path: Path) -> list[str]:
+    config = _config(path)
+    return [str(config[key]) for key in ("task", "group") if isinstance(config.get(key), str)]
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a task file, or None."""
+    try:
+        config = _config(path)
+    except Exception as fault:  # PyYAML's, and the harness's own
+        return f"{path}: no task file ({in_one_line(fault)})"
+    if not isinstance(config, dict) or not ({"task", "group"} & set(config)):
+        return f"{path}: no task file: expected task: NAME, or group: NAME, in lm-evaluation-harness's format"
+    if isinstance(config.get("task"), str) and not ({"dataset_path", "class", "custom_dataset"} & set(config)):
+        return f"{path}: task {config['task']} says nothing of its data; expected dataset_path"
+    return None
+
+
+def _installed() -> None:
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise UserError("benchmarks are measured by lm-evaluation-harness, which is not installed; pip install -e '.[eval]'") from error
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without the harness's and the libraries' own lines and bars."""
+    with quietly(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
