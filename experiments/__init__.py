@@ -1,4 +1,4 @@
-"""What did we find? Studies, one folder each, and the comparison they all share."""
+"""Studies, one folder each, and the comparison that they all share."""
 
 from outgrow.model.base.interrupt import starting
 

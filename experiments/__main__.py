@@ -30,7 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The door."""
     options = parser().parse_args(arguments)
     try:
-        commands = {"compare": _compare, "horizons": _horizons, "study": _study, "run": _study, "mixtures": _mixtures, "same": _same}
+        commands = {
+            "compare": _compare,
+            "horizons": _horizons,
+            "study": _study,
+            "run": _study,
+            "mixtures": _mixtures,
+            "same": _same,
+        }
         return commands[options.command](options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -42,21 +49,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The commands and their flags."""
-    doors = argparse.ArgumentParser(prog="outgrow", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    doors = argparse.ArgumentParser(
+        prog="outgrow",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = doors.add_subparsers(dest="command", required=True)
     compare = commands.add_parser("compare", help="compare finished runs")
     compare.add_argument("runs", nargs="+", metavar="RUN", help="run folders, as `outgrow train` writes them")
-    compare.add_argument("--out", type=Path, default=None, help="where the files go (default: runs/comparison-<study>)")
-    compare.add_argument("--wandb", action="store_true", help="mirror table and picture into W&B, offline unless WANDB_MODE says otherwise")
-    horizons = commands.add_parser("horizons", help="hold decayed ends against scratch's curve: the effective speed-up S of every arm")
-    horizons.add_argument("runs", nargs="+", metavar="RUN", help="run folders that decayed to their ends, or records of such (ends.json)")
-    horizons.add_argument("--out", type=Path, default=Path("runs/horizons"), help="where table, picture and record go")
+    compare.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        help="where the files go (default: runs/comparison-<study>)",
+    )
+    compare.add_argument(
+        "--wandb",
+        action="store_true",
+        help="mirror table and picture into W&B, offline unless WANDB_MODE says otherwise",
+    )
+    horizons = commands.add_parser(
+        "horizons",
+        help="hold decayed ends against scratch's curve: the effective speed-up S of every arm",
+    )
+    horizons.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="run folders that decayed to their ends, or records of such (ends.json)",
+    )
+    horizons.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/horizons"),
+        help="where table, picture and record go",
+    )
     run = commands.add_parser("study", aliases=["run"], help="run a study: source, arms, comparison")
     run.add_argument("study", nargs="?", help="such as tiny; without it, all are listed")
     run.add_argument("--full", action="store_true", help="all seeds and the whole grid of learning rates")
     run.add_argument("--jobs", type=int, default=None, metavar="N", help="runs at a time (default: one for each core)")
     run.add_argument("--wandb", action="store_true", help="mirror the comparison into W&B")
-    mixtures = commands.add_parser("mixtures", help="run a study of mixtures: train, judge on every source, write its README's table")
+    mixtures = commands.add_parser(
+        "mixtures",
+        help="run a study of mixtures: train, judge on every source, write its README's table",
+    )
     mixtures.add_argument("study", help="a folder of experiments/ with a mixtures.yaml")
     mixtures.add_argument("--jobs", type=int, default=None, metavar="N", help="runs at a time (default: one for each core)")
     same = commands.add_parser("same", help="compare plans, grown weights and a toy run of this tree with those of another revision")

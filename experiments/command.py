@@ -44,7 +44,10 @@ def main() -> int:
         print(__doc__)
         return 0
     if arguments[0] not in DOORS:
-        print(f"error: unknown command {arguments[0]!r}; {did_you_mean(arguments[0], DOORS)}", file=sys.stderr)
+        print(
+            f"error: unknown command {arguments[0]!r}; {did_you_mean(arguments[0], DOORS)}",
+            file=sys.stderr,
+        )
         return 2
     module, before = DOORS[arguments[0]]
     sys.argv = [f"outgrow {arguments[0]}", *before, *arguments[1:]]  # Hydra reads it there

@@ -1,8 +1,9 @@
-"""May these runs be compared? Every arm must have been given the same chances.
+"""Check that runs may be compared: every arm must have been given the same chances.
 
-Where runs answer different questions (another text, another budget, another mask of attention) the comparison is refused, and the thing is
-named. Where they answer one question with different means (another optimizer, schedule or clipping) it is made, and the difference is told
-at its top: what a growth gained cannot be told from what the other setting gained.
+Where runs answer different questions (another text, another budget, another mask of attention) the comparison
+is refused, and the thing is named. Where they answer one question by different means (another optimizer,
+schedule or clipping) it is made, and the difference stands at its top: what a growth gained cannot be told
+from what the other setting gained.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from outgrow.experiments.runs import SCRATCH, SOURCE, Run, listed, setting
+from outgrow.experiments.runs import SCRATCH, SOURCE, Run, listed
 from outgrow.model.base.errors import UserError
 from outgrow.model.spelling import both_spellings
 from outgrow.train.settings import identity
@@ -20,47 +21,75 @@ Read = Callable[[Run], Any]
 
 # What every run of a comparison must share, the control arm included.
 SHARED: dict[str, Read] = {
-    "data fingerprint (run.json data.fingerprint)": lambda run: run.record["data"]["fingerprint"],
-    "evaluation budget (train.eval_tokens)": lambda run: setting(run.record, "train.eval_tokens"),
-    "mixture (mixture.phases)": lambda run: setting(run.record, "mixture.phases"),  # of runs whose fingerprint did not tell it
-    "document mask (train.document_mask)": lambda run: bool(setting(run.record, "train.document_mask")),
-    "context (train.context)": lambda run: setting(run.record, "train.context"),
-    "tokens per step": lambda run: run.record["tokens_per_step"],
-    "precision": lambda run: run.record.get("precision"),
+    "data fingerprint (run.json data.fingerprint)": lambda run: run.record.data.fingerprint,
+    "evaluation budget (train.eval_tokens)": lambda run: run.record.setting("train.eval_tokens"),
+    # of runs whose fingerprint did not tell it
+    "mixture (mixture.phases)": lambda run: run.record.setting("mixture.phases"),
+    "document mask (train.document_mask)": lambda run: bool(run.record.setting("train.document_mask")),
+    "context (train.context)": lambda run: run.record.setting("train.context"),
+    "tokens per step": lambda run: run.record.tokens_per_step,
+    "precision": lambda run: run.record.precision,
 }
-# What the arms share, but not the control arm: it trains the source's own config, as far as the same FLOPs carry it.
+# What the arms share, but not the control arm: it trains the source's own config, as far as the same FLOPs
+# carry it.
 SHARED_BY_ARMS: dict[str, Read] = {
-    "training budget (train.budget_tokens)": lambda run: run.record["budget_tokens"],
-    "FLOPs per token": lambda run: run.record["flops_per_token"],
+    "training budget (train.budget_tokens)": lambda run: run.record.budget_tokens,
+    "FLOPs per token": lambda run: run.record.flops_per_token,
 }
-# A seed may have its own name and source; every other setting that changes a result is the same within an arm at one learning rate.
+# A seed may have its own name and source; every other setting that changes a result is the same within an arm
+# at one learning rate.
 OF_ONE_SEED = ("seed", "name", "study", "source")
 # How an arm starts, which is what is compared; its rate, which is tuned; and names.
-THE_QUESTION = (*OF_ONE_SEED, "growth", "target", "source_tokens", "optimizer.learning_rate", "transfer.name", "data.name", "mixture.name")
-# What the library writes into a config about itself, and settings of inference: no part of the network that is trained.
-NOT_TRAINED = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures", "return_dict")
+THE_QUESTION = (
+    *OF_ONE_SEED,
+    "growth",
+    "target",
+    "source_tokens",
+    "optimizer.learning_rate",
+    "transfer.name",
+    "data.name",
+    "mixture.name",
+)
+# What the library writes into a config about itself, and settings of inference: no part of the network that
+# is trained.
+NOT_TRAINED = (
+    "_name_or_path",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "use_cache",
+    "architectures",
+    "return_dict",
+)
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
     """Raise UserError naming two runs and the thing in which they differ, every such thing at once."""
     arms = [run for run in runs if run.arm != SOURCE]
-    faults = [fault for what, read in SHARED.items() for fault in _differing(runs, what, read)]
-    faults += [fault for what, read in SHARED_BY_ARMS.items() for fault in _differing(arms, what, read)]
+    faults = []
+    for name, read in SHARED.items():
+        faults += _differing(runs, name, read)
+    for name, read in SHARED_BY_ARMS.items():
+        faults += _differing(arms, name, read)
     faults += _differing_configs(arms) + _twice(runs) + _differing_within_arms(runs)
     UserError.collect(faults)
     if not any(run.arm == SCRATCH for run in runs):
         named = listed([run.name for run in runs])
-        raise UserError(f"no complete {SCRATCH} run among {named}: every cost is measured against it. Train it: growth={SCRATCH}")
+        raise UserError(
+            f"no complete {SCRATCH} run among {named}: every cost is measured against it. Train it: growth={SCRATCH}",
+        )
 
 
-def differences(runs: Sequence[Run], told: Sequence[tuple[str, str]] = ()) -> list[str]:
-    """Settings beside the growth in which runs of a comparison differ, each with its values and the arms that have them.
+def differences(runs: Sequence[Run], stated: Sequence[tuple[str, str]] = ()) -> list[str]:
+    """Settings beside the growth in which runs of a comparison differ, each with its values and the arms that
+    have them.
 
     Args:
-        told: (arm, setting) pairs that the comparison tells elsewhere, as the change that it measures.
+        stated: (arm, setting) pairs that the comparison states elsewhere, as the change that it measures.
     """
-    settings = sorted(((run.arm, _beside_the_question(run)) for run in runs), key=lambda pair: pair[0])
-    elsewhere = {*told, (SOURCE, "train.budget_tokens")}  # the control arm trains for equal FLOPs
+    ordered = sorted(runs, key=lambda run: run.arm)
+    settings = [(run.arm, _beside_the_question(run)) for run in ordered]
+    elsewhere = {*stated, (SOURCE, "train.budget_tokens")}  # the control arm trains for equal FLOPs
     sentences = []
     for key in sorted({key for _, values in settings for key in values}):
         arms: dict[str, list[str]] = {}
@@ -68,13 +97,15 @@ def differences(runs: Sequence[Run], told: Sequence[tuple[str, str]] = ()) -> li
             if not elsewhere & {(arm, part) for part in (key, *_parents(key))}:
                 arms.setdefault(_value(values.get(key)), []).append(arm)
         if len(arms) > 1:
-            sentences.append(f"{key}: " + "; ".join(f"{value} ({', '.join(dict.fromkeys(having))})" for value, having in arms.items()))
+            parts = [f"{value} ({', '.join(dict.fromkeys(having))})" for value, having in arms.items()]
+            sentences.append(f"{key}: " + "; ".join(parts))
     return sentences
 
 
 def _beside_the_question(run: Run) -> dict[str, Any]:
-    values = identity(run.record["settings"])
-    return {key: value for key, value in values.items() if not {key, *_parents(key)} & {*THE_QUESTION}}
+    values = identity(run.record.settings)
+    beside = [key for key in values if {*THE_QUESTION}.isdisjoint((key, *_parents(key)))]
+    return {key: values[key] for key in beside}
 
 
 def _parents(key: str) -> list[str]:
@@ -87,24 +118,29 @@ def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _differing(runs: Sequence[Run], what: str, read: Read) -> list[str]:
+def _differing(runs: Sequence[Run], name: str, read: Read) -> list[str]:
     """At most one sentence: the first run that differs from the first of all."""
     for run in runs[1:]:
-        if read(run) != read(runs[0]):
-            return [f"{runs[0].folder} and {run.folder} cannot be compared: their {what} is {read(runs[0])} and {read(run)}"]
+        one, other = read(runs[0]), read(run)
+        if one != other:
+            pair = f"{runs[0].folder} and {run.folder}"
+            return [f"{pair} cannot be compared: their {name} is {one} and {other}"]
     return []
 
 
 def _differing_configs(runs: Sequence[Run]) -> list[str]:
     for run in runs[1:]:
-        if differing := _told(_network(runs[0]), _network(run)):
+        if differing := _list_differing(_network(runs[0]), _network(run)):
             return [f"{runs[0].folder} and {run.folder} cannot be compared: their target configs differ in {differing}"]
     return []
 
 
 def _network(run: Run) -> dict[str, Any]:
-    """A target's config in both spellings: a folder that was grown before the run has them, a config made for the run has not."""
-    return {key: value for key, value in flat(both_spellings(run.record["target_config"])).items() if key not in NOT_TRAINED}
+    """A target's config in both spellings: a folder that was grown before the run has them, a config made for
+    the run has not.
+    """
+    config = flat(both_spellings(run.record.target_config))
+    return {key: value for key, value in config.items() if key not in NOT_TRAINED}
 
 
 def _twice(runs: Sequence[Run]) -> list[str]:
@@ -114,7 +150,9 @@ def _twice(runs: Sequence[Run]) -> list[str]:
         first = seen.setdefault((run.arm, run.learning_rate, run.seed), run)
         if first is not run:
             same = f"arm {run.arm}, learning rate {run.learning_rate:g}, seed {run.seed}"
-            faults.append(f"{first.folder} and {run.folder} are both {same}: leave one out, or give their arms different names")
+            faults.append(
+                f"{first.folder} and {run.folder} are both {same}: leave one out, or give their arms different names",
+            )
     return faults
 
 
@@ -124,28 +162,35 @@ def _differing_within_arms(runs: Sequence[Run]) -> list[str]:
     faults: dict[str, list[str]] = {}
     for run in runs:
         other = first.setdefault((run.arm, run.learning_rate), run)
-        if differing := _told(_measured(other), _measured(run)):
+        if differing := _list_differing(_measured(other), _measured(run)):
             faults.setdefault(differing, []).append(f"{other.folder} and {run.folder}")
-    return [f"{listed(pairs, 1)} are no two seeds of one arm: their settings differ in {told}" for told, pairs in faults.items()]
+    return [f"{listed(pairs, 1)} are no two seeds of one arm: their settings differ in {keys}" for keys, pairs in faults.items()]
 
 
 def _measured(run: Run) -> dict[str, Any]:
-    return {key: value for key, value in identity(run.record["settings"]).items() if key not in OF_ONE_SEED}
+    settings = identity(run.record.settings)
+    return {key: value for key, value in settings.items() if key not in OF_ONE_SEED}
 
 
 def differing_keys(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """The keys at which two flat dicts differ; a missing value is None."""
-    return [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
+    keys = sorted(one.keys() | other.keys())
+    return [key for key in keys if one.get(key) != other.get(key)]
 
 
-def _told(one: dict[str, Any], other: dict[str, Any]) -> str:
-    """What differs, with both values; "" where nothing does."""
-    return "; ".join(f"{key} ({one.get(key, 'absent')} and {other.get(key, 'absent')})" for key in differing_keys(one, other))
+def _list_differing(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """The keys that differ, with both values; "" where none does."""
+    parts = []
+    for key in differing_keys(one, other):
+        before, after = one.get(key, "absent"), other.get(key, "absent")
+        parts.append(f"{key} ({before} and {after})")
+    return "; ".join(parts)
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested dict as one level of dotted keys."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        path = f"{prefix}{key}"
+        leaves |= flat(value, f"{path}.") if isinstance(value, dict) else {path: value}
     return leaves

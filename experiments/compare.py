@@ -1,4 +1,4 @@
-"""From run folders to one frozen comparison: best learning rate of each arm, the whole grid, what it cost to reach scratch.
+"""The comparison of run folders: the best learning rate of each arm, the grid, the cost to reach scratch.
 
 outgrow compare runs/tiny-*      seconds; prints the table, writes it with convergence.png and report.html
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from outgrow.experiments.changes import Change, changes
 from outgrow.experiments.comparable import check_comparable, differences
-from outgrow.experiments.cost import Cost, Curve, cost, half_interval, mean_curve, saving
+from outgrow.experiments.cost import Cost, Curve, cost, half_interval, mean_curve
 from outgrow.experiments.runs import SCRATCH, SOURCE, LeftOut, Run, read_runs
 from outgrow.model.base.errors import UserError
 
@@ -39,7 +39,8 @@ class Row:
 
     arm: str
     learning_rate: float
-    best: bool  # of this arm's learning rates, the one with the lowest mean final loss over the seeds they share
+    # of this arm's learning rates, the one with the lowest mean final loss over the seeds they share
+    best: bool
     seeds: tuple[int, ...]
     start_loss: float
     final_loss: float
@@ -66,7 +67,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was compared, and what came out. `rows` holds the whole grid, best rows first, lowest final loss first."""
+    """The result of comparing runs.
+
+    `rows` holds the whole grid, best rows first, lowest final loss first.
+    """
 
     study: str
     rows: tuple[Row, ...]
@@ -88,7 +92,9 @@ class Comparison:
         return next(row for row in self.best_rows if row.arm == SCRATCH)
 
     def runs_of(self, row: Row) -> tuple[Run, ...]:
-        return tuple(run for run in self.runs if (run.arm, run.learning_rate) == (row.arm, row.learning_rate))
+        """The runs of one row, one for each seed."""
+        arm = [run for run in self.runs if run.arm == row.arm]
+        return tuple(run for run in arm if run.learning_rate == row.learning_rate)
 
 
 def compare(folders: Iterable[str | Path]) -> Comparison:
@@ -100,17 +106,23 @@ def compare(folders: Iterable[str | Path]) -> Comparison:
         groups[run.arm, run.learning_rate].append(run)
     curves = {key: _mean_curve(group) for key, group in groups.items()}
     best = _best_learning_rates(groups)
-    scratch = groups[SCRATCH, best[SCRATCH]]
-    rows = [_row(group, curves[key], best[key[0]] == key[1], scratch, curves[SCRATCH, best[SCRATCH]]) for key, group in groups.items()]
+    baseline = (SCRATCH, best[SCRATCH])
+    scratch, scratch_curve = groups[baseline], curves[baseline]
+    rows = []
+    for (arm, rate), group in groups.items():
+        is_best = rate == best[arm]
+        rows.append(_row(group, curves[arm, rate], is_best, scratch, scratch_curve))
     rows.sort(key=lambda row: (not row.best, row.final_loss))
-    changed = changes({arm: groups[arm, rate] for arm, rate in best.items()})
+    tuned = {arm: groups[arm, rate] for arm, rate in best.items()}
+    measured = changes(tuned)
+    stated = [(change.arm, key) for change in measured for key in change.settings]
     return Comparison(
         study=", ".join(sorted({run.study for run in runs})),
         rows=tuple(rows),
-        scratch_curve=curves[SCRATCH, best[SCRATCH]],
+        scratch_curve=scratch_curve,
         curves=curves,
-        changes=changed,
-        differences=tuple(differences(runs, [(change.arm, key) for change in changed for key in change.settings])),
+        changes=measured,
+        differences=tuple(differences(runs, stated)),
         runs=tuple(runs),
         left_out=tuple(left_out),
         notes=tuple(_notes(rows, runs, left_out)),
@@ -119,17 +131,26 @@ def compare(folders: Iterable[str | Path]) -> Comparison:
 
 
 def _best_learning_rates(groups: Mapping[tuple[str, float], Sequence[Run]]) -> dict[str, float]:
-    """For every arm the learning rate with the lowest mean final loss over the seeds that all its learning rates share.
+    """The learning rate of every arm with the lowest mean final loss over the seeds that all its rates share.
 
-    So a lucky seed that one rate alone was run with decides nothing. Where no seed is shared, each rate's own seeds count; of two equals
-    the smaller rate is taken.
+    So a lucky seed that one rate alone was run with decides nothing. Where no seed is shared, each rate's own
+    seeds count; of two equals the smaller rate is taken.
     """
-    best: dict[str, float] = {}
-    for arm in {arm for arm, _ in groups}:
-        rates = {rate: {run.seed: run.curve.losses[-1] for run in group} for (name, rate), group in groups.items() if name == arm}
-        shared = set.intersection(*(set(losses) for losses in rates.values()))
-        best[arm] = min(sorted(rates), key=lambda rate: fmean(rates[rate][seed] for seed in shared or rates[rate]))
-    return best
+    grids: dict[str, dict[float, dict[int, float]]] = defaultdict(dict)  # arm → rate → seed → final loss
+    for (arm, rate), group in groups.items():
+        grids[arm][rate] = {run.seed: run.final_loss for run in group}
+    return {arm: _best_of(grid) for arm, grid in grids.items()}
+
+
+def _best_of(grid: Mapping[float, Mapping[int, float]]) -> float:
+    """The learning rate with the lowest mean, of each rate's losses by seed."""
+    shared = set.intersection(*(set(losses) for losses in grid.values()))
+
+    def mean_loss(rate: float) -> float:
+        losses = grid[rate]
+        return fmean(losses[seed] for seed in shared or losses)
+
+    return min(sorted(grid), key=mean_loss)
 
 
 def _mean_curve(group: Sequence[Run]) -> Curve:
@@ -141,10 +162,10 @@ def _mean_curve(group: Sequence[Run]) -> Curve:
 
 
 def _row(group: Sequence[Run], curve: Curve, best: bool, scratch: Sequence[Run], scratch_curve: Curve) -> Row:
-    first, finals = group[0], [run.curve.losses[-1] for run in group]
+    first, finals = group[0], [run.final_loss for run in group]
     source_flops = _mean_or_none([run.source_flops for run in group])
     operator_flops = fmean(run.operator_flops for run in group)
-    receipts = [run.receipt for run in group if run.receipt is not None]
+    receipts = [delta for run in group if (delta := run.record.start.max_delta) is not None]
     return Row(
         arm=first.arm,
         learning_rate=first.learning_rate,
@@ -153,16 +174,16 @@ def _row(group: Sequence[Run], curve: Curve, best: bool, scratch: Sequence[Run],
         start_loss=curve.losses[0],
         final_loss=curve.losses[-1],
         final_loss_interval=half_interval(finals),
-        bits_per_byte=fmean(float(run.summary["bits_per_byte"]) for run in group),
+        bits_per_byte=fmean(run.summary.bits_per_byte for run in group),
         tokens=curve.tokens[-1],
         flops=curve.flops[-1],
         operator_flops=operator_flops,
-        source_tokens=_mean_or_none([0 if run.source is None else run.source.get("tokens") for run in group]),
+        source_tokens=_mean_or_none([0 if run.source is None else run.source.tokens for run in group]),
         source_flops=source_flops,
         cost=cost(curve, scratch_curve, operator_flops=operator_flops, source_flops=source_flops),
         seed_savings=_seed_savings(group, scratch),
         receipt=max(receipts, default=None),
-        lossless=first.lossless,
+        lossless=first.record.start.lossless,
     )
 
 
@@ -170,9 +191,9 @@ def _seed_savings(group: Sequence[Run], scratch: Sequence[Run]) -> tuple[float, 
     """Each seed against scratch's run of the same seed, source excluded; () unless all of them have a ratio."""
     by_seed = {run.seed: run for run in scratch}
     pairs = [(run, by_seed[run.seed]) for run in group if run.seed in by_seed]
-    savings = [saving(cost(run.curve, other.curve, operator_flops=run.operator_flops).speedup_excluded) for run, other in pairs]
-    found = tuple(value for value in savings if value is not None)
-    return found if len(found) == len(group) else ()
+    costs = [cost(run.curve, other.curve, operator_flops=run.operator_flops) for run, other in pairs]
+    savings = tuple(one.saving_excluded for one in costs if one.saving_excluded is not None)
+    return savings if len(savings) == len(group) else ()
 
 
 def _mean_or_none(values: Sequence[Any]) -> float | None:
@@ -185,11 +206,13 @@ def _notes(rows: Sequence[Row], runs: Sequence[Run], left_out: Sequence[LeftOut]
     best = [row for row in rows if row.best]
     notes += _notes_on_seeds(best) + _notes_on_tuning(rows)
     notes += _notes_on_control(best)
-    sources = {(run.source.get("tokens"), run.source.get("flops"), run.source.get("val_loss")) for run in runs if run.source}
+    sources = {replace(run.source, path=None) for run in runs if run.source}
     if len(sources) > 1:
-        notes.append(f"the runs start from {len(sources)} different sources; the source's cost is the mean of an arm's own")
+        notes.append(
+            f"the runs start from {len(sources)} different sources; the source's cost is the mean of an arm's own",
+        )
     notes += [f"{row.arm}: its source's FLOPs are unknown, so nothing with the source included" for row in best if row.source_flops is None]
-    devices = sorted({str(run.record.get("device")) for run in runs})
+    devices = sorted({str(run.record.device) for run in runs})
     return notes + ([f"the runs were made on different devices ({', '.join(devices)}): compare no seconds"] if len(devices) > 1 else [])
 
 
@@ -198,11 +221,10 @@ def _notes_on_control(best: Sequence[Row]) -> list[str]:
     control = next((row for row in best if row.arm == SOURCE), None)
     if control is None:
         return [f"no {SOURCE} arm: nothing here separates a bigger model from one that was trained longer"]
-    losing = [row.arm for row in best if row.arm not in (SCRATCH, SOURCE) and row.final_loss >= control.final_loss]
-    said = (
-        f"the {SOURCE} arm, trained longer and not bigger, ends at {control.final_loss:.3f} after the same FLOPs, lower than or equal to: "
-    )
-    return [said + ", ".join(losing)] if losing else []
+    grown = [row for row in best if row.arm not in (SCRATCH, SOURCE)]
+    losing = [row.arm for row in grown if row.final_loss >= control.final_loss]
+    end = f"ends at {control.final_loss:.3f} after the same FLOPs, lower than or equal to"
+    return [f"the {SOURCE} arm, trained longer and not bigger, {end}: {', '.join(losing)}"] if losing else []
 
 
 def _notes_on_seeds(best: Sequence[Row]) -> list[str]:
@@ -211,7 +233,8 @@ def _notes_on_seeds(best: Sequence[Row]) -> list[str]:
     if few:
         notes.append(f"fewer than 3 seeds ({', '.join(few)}): an impression, no headline number")
     if len({row.seeds for row in best}) > 1:
-        notes.append("the arms have different seeds: " + "; ".join(f"{row.arm} {_list(row.seeds)}" for row in best))
+        parts = [f"{row.arm} {_list(row.seeds)}" for row in best]
+        notes.append("the arms have different seeds: " + "; ".join(parts))
     return notes
 
 
@@ -224,16 +247,21 @@ def _notes_on_tuning(rows: Sequence[Row]) -> list[str]:
     notes = [f"one learning rate only, not tuned here: {', '.join(alone)}"] if alone else []
     for row in rows:
         grid = sorted(rates[row.arm])
-        if row.best and len(grid) > 1 and row.learning_rate in (grid[0], grid[-1]):
-            notes.append(f"{row.arm}: the best learning rate, {row.learning_rate:g}, is at the edge of its grid ({_list(grid)}): widen it")
+        at_edge = row.learning_rate in (grid[0], grid[-1])
+        if row.best and at_edge and len(grid) > 1:
+            notes.append(
+                f"{row.arm}: the best learning rate, {row.learning_rate:g}, is at the edge of its grid ({_list(grid)}): widen it",
+            )
     return notes
 
 
 def machine(runs: Sequence[Run]) -> str:
     """The devices, threads and library versions the runs name."""
-    seen = {f"{run.record.get('device')}, threads {run.record.get('threads')}, {run.record.get('precision')}" for run in runs}
-    versions = runs[0].record.get("versions") or {}
-    return "; ".join(sorted(seen)) + "".join(f", {name} {version}" for name, version in sorted(versions.items()))
+    records = [run.record for run in runs]
+    machines = {f"{record.device}, threads {record.threads}, {record.precision}" for record in records}
+    versions = sorted(records[0].versions.items())
+    parts = [f"{name} {version}" for name, version in versions]
+    return ", ".join(["; ".join(sorted(machines)), *parts])
 
 
 def answer(comparison: Comparison) -> str:
@@ -248,7 +276,8 @@ def answer(comparison: Comparison) -> str:
     if reached:
         row = max(reached, key=lambda row: row.cost.speedup_excluded or 0.0)
         excluded = percent(row.cost.saving_excluded or 0.0)
-        every = row.seed_savings or row.n == 1 or not set(row.seeds) <= set(comparison.scratch.seeds)
+        paired = set(row.seeds) <= set(comparison.scratch.seeds)
+        every = row.seed_savings or row.n == 1 or not paired
         seeds = "" if every else " in the mean, though not in every seed,"
         return f"{row.arm} reaches scratch's final loss{seeds} with {excluded} FLOPs ({_with_source(row)})"
     if grown:

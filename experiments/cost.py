@@ -1,7 +1,10 @@
-"""The arithmetic of a convergence claim: curves, crossings, costs, intervals. Numbers in, numbers out; no files.
+"""The arithmetic of a convergence claim: curves, crossings, costs, intervals.
 
-Everything follows the ledger's rules: cost in FLOPs counted from the model, read at scratch's final validation loss,
-with the source excluded and included; S = C_scratch / C_grown; saving = 1 − 1/S. A speed-up and a saving are two words.
+Numbers in, numbers out; no files.
+
+Everything follows the ledger's rules: cost in FLOPs counted from the model, read at scratch's final
+validation loss, with the source excluded and included; S = C_scratch / C_grown; saving = 1 − 1/S. A speed-up
+and a saving are two words.
 """
 
 from __future__ import annotations
@@ -14,12 +17,15 @@ from typing import Literal
 
 Outcome = Literal["reached", "starts below", "not reached"]
 VERDICTS = ("lower", "higher", "no change that the seeds can tell")
-AT_THE_END = 0.01  # a curve that ends within 1 % of the wanted cost is read at its end: budgets are whole batches
+# a curve that ends within 1 % of the wanted cost is read at its end: budgets are whole batches
+AT_THE_END = 0.01
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Validation losses (nats/token) of one run or of a mean over seeds, against its own training tokens and FLOPs."""
+    """Validation losses (nats/token) of one run or of a mean over seeds, against its own training tokens and
+    FLOPs.
+    """
 
     tokens: tuple[float, ...]
     flops: tuple[float, ...]
@@ -28,11 +34,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one arm paid to reach scratch's final loss, or why no ratio can be given.
+    """The cost of one arm to reach scratch's final loss, or the reason why no ratio can be given.
 
-    FLOPs include the operator's own steps; `_included` adds the source's. None: undefined, or the source's cost is unknown.
-    The loss differences (arm − scratch's final loss, nats; negative is better) are read where both have paid the same FLOPs, None where
-    the arm ended before that; and at the arm's own end.
+    FLOPs include the operator's own steps; `_included` adds the source's. None: undefined, or the source's
+    cost is unknown. The loss differences (arm − scratch's final loss, nats; negative is better) are read
+    where both have paid the same FLOPs, None where the arm ended before that; and at the arm's own end.
     """
 
     outcome: Outcome
@@ -60,15 +66,21 @@ def saving(speedup: float | None) -> float | None:
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:
-    """The mean over seeds, evaluation by evaluation. Raises ValueError unless all were evaluated at the same tokens."""
+    """The mean over seeds, evaluation by evaluation.
+
+    Raises ValueError unless all were evaluated at the same tokens.
+    """
     if any(curve.tokens != curves[0].tokens for curve in curves):
         raise ValueError("curves of one arm were evaluated at different tokens")
-    losses = tuple(fmean(column) for column in zip(*(curve.losses for curve in curves), strict=True))
+    columns = zip(*(curve.losses for curve in curves), strict=True)
+    losses = tuple(map(fmean, columns))
     return Curve(curves[0].tokens, curves[0].flops, losses)
 
 
 def reach(positions: Sequence[float], losses: Sequence[float], level: float) -> float | None:
-    """Where the curve comes down to `level` for good, linear in the loss between two evaluations; None if it ends above.
+    """The position at which the curve comes down to `level` for good, linear in between.
+
+    None if it ends above.
 
     A dip that rises again reaches nothing: what it cost to get there is not what it costs to stay.
     """
@@ -78,8 +90,10 @@ def reach(positions: Sequence[float], losses: Sequence[float], level: float) -> 
     i = above[-1] + 1
     if i == len(losses):
         return None
-    share = (losses[i - 1] - level) / (losses[i - 1] - losses[i])
-    return positions[i - 1] + share * (positions[i] - positions[i - 1])
+    before, after = losses[i - 1], losses[i]
+    start, end = positions[i - 1], positions[i]
+    share = (before - level) / (before - after)
+    return start + share * (end - start)
 
 
 def loss_at(positions: Sequence[float], losses: Sequence[float], at: float) -> float | None:
@@ -87,44 +101,62 @@ def loss_at(positions: Sequence[float], losses: Sequence[float], at: float) -> f
     if at < positions[0] or at > positions[-1] * (1 + AT_THE_END):
         return None
     for i in range(1, len(positions)):
-        if at <= positions[i]:
-            share = (at - positions[i - 1]) / (positions[i] - positions[i - 1])
-            return losses[i - 1] + share * (losses[i] - losses[i - 1])
+        start, end = positions[i - 1], positions[i]
+        if at <= end:
+            before, after = losses[i - 1], losses[i]
+            share = (at - start) / (end - start)
+            return before + share * (after - before)
     return losses[-1]
 
 
 def half_interval(values: Sequence[float], level: float = 0.95) -> float | None:
-    """Half the width of the mean's confidence interval, Student t with n − 1 degrees of freedom; None for one value."""
+    """Half the width of the mean's confidence interval, Student t with n − 1 degrees of freedom.
+
+    None for one value.
+    """
     if len(values) < 2:
         return None
     from scipy.special import stdtrit  # half a second to import, and only wanted here
 
-    return float(stdtrit(len(values) - 1, 0.5 + level / 2)) * stdev(values) / math.sqrt(len(values))
+    count = len(values)
+    quantile = float(stdtrit(count - 1, 0.5 + level / 2))
+    return quantile * stdev(values) / math.sqrt(count)
 
 
 def verdict(difference: float, interval: float | None) -> str:
-    """In words: a change that its interval does not tell from none is called so."""
-    lower, higher, untold = VERDICTS
+    """A change in words; one that its interval does not tell from none is called so."""
+    lower, higher, unclear = VERDICTS
     if interval is None or abs(difference) <= interval:
-        return untold
+        return unclear
     return lower if difference < 0 else higher
 
 
-def cost(curve: Curve, scratch: Curve, *, operator_flops: float = 0.0, source_flops: float | None = 0.0) -> Cost:
-    """Hold one arm's curve against scratch's.
+def cost(
+    curve: Curve,
+    scratch: Curve,
+    *,
+    operator_flops: float = 0.0,
+    source_flops: float | None = 0.0,
+) -> Cost:
+    """Compare one arm's curve with scratch's.
 
-    C_scratch is where scratch's own curve reaches its final loss for good: the rule every arm is read by. An arm that starts and ends
-    there paid nothing, so it gets no ratio with the source excluded, only the loss difference. One that ends above has not reached it.
+    C_scratch is where scratch's own curve reaches its final loss for good: the rule every arm is read by. An
+    arm that starts and ends there paid nothing, so it gets no ratio with the source excluded, only the loss
+    difference. One that ends above has not reached it.
     """
-    level, whole = scratch.losses[-1], scratch.flops[-1]
+    level, paid_by_scratch = scratch.losses[-1], scratch.flops[-1]
     c_scratch = reach(scratch.flops, scratch.losses, level)
     starts_below = max(curve.losses[0], curve.losses[-1]) <= level
-    tokens, own = (xs[0] if starts_below else reach(xs, curve.losses, level) for xs in (curve.tokens, curve.flops))
+    tokens: float | None = curve.tokens[0]
+    own: float | None = curve.flops[0]
+    if not starts_below:
+        tokens = reach(curve.tokens, curve.losses, level)
+        own = reach(curve.flops, curve.losses, level)
     excluded = None if own is None else own + operator_flops
     included = None if excluded is None or source_flops is None else excluded + source_flops
 
     def difference(already_paid: float | None) -> float | None:
-        loss = None if already_paid is None else loss_at(curve.flops, curve.losses, whole - already_paid)
+        loss = None if already_paid is None else loss_at(curve.flops, curve.losses, paid_by_scratch - already_paid)
         return None if loss is None else loss - level
 
     return Cost(

@@ -1,7 +1,8 @@
-"""What the horizons of a study say: a table, a sentence and a picture, all of them made of its ends."""
+"""The report on a study's horizons: a table, a sentence and a picture, all of them made of its ends."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 TABLE, PICTURE = "table.md", "horizons.png"
 MARKERS = {"adamw": "o", "muon": "s", "adamw_8bit": "^"}
 DASHES = {"adamw": (0, (3, 2))}
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#8B5A2B", "#6A3D9A", "#999999")  # scratch is black
+# scratch is black
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#8B5A2B", "#6A3D9A", "#999999")
 HEADINGS = (
     *("arm", "optimizer", "tokens", "tokens a parameter", "learning rate", "seeds", "TFLOP", "loss"),
     *("S, source excluded", "S, source included", "nats against scratch at equal FLOPs"),
@@ -27,34 +29,44 @@ HEADINGS = (
 
 
 def write(inputs: Sequence[str], out: Path) -> list[str]:
-    """Write table, picture and record of the ends in `inputs` into `out`, and return what a reader should see of them.
+    """Write table, picture and record of the ends in `inputs` into `out`, and return what a reader should see
+    of them.
 
     Args:
         inputs: run folders, or records of ends that an earlier call wrote.
 
     Raises:
-        UserError: a folder is no run, an end has not decayed, the ends cannot be compared, or `out` cannot be written.
+        UserError: a folder is no run, an end has not decayed, the ends cannot be compared, or `out` cannot be
+            written.
     """
     records = [Path(name) for name in inputs if name.endswith(".json")]
     folders = [name for name in inputs if not name.endswith(".json")]
     runs, left_out = read_runs(folders) if folders else ([], [])
-    ends = {end.name: end for record in records for end in read_ends(record)} | {run.name: end_of(run) for run in runs}
+    recorded = [end for record in records for end in read_ends(record)]
+    ends = {end.name: end for end in (*recorded, *map(end_of, runs))}
     rows = worths(list(ends.values()))
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_ends(out / RECORD, ends.values())
         draw(rows, out / PICTURE)
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror or error}); choose another folder") from error
+        raise UserError(
+            f"--out {out}: cannot be written ({error.strerror or error}); choose another folder",
+        ) from error
     write_text(out / TABLE, f"{answer(rows)}\n\n{table(rows)}")
     notes = [f"left out: {item.folder.name}, {item.reason}" for item in left_out]
-    return [table(rows), answer(rows), *notes, *(f"  {out / name}" for name in (TABLE, PICTURE, RECORD))]
+    paths = [f"  {out / name}" for name in (TABLE, PICTURE, RECORD)]
+    return [table(rows), answer(rows), *notes, *paths]
 
 
 def table(rows: Sequence[Worth]) -> str:
-    """A Markdown table, one row for each arm, optimizer and horizon. A star: the best rate is at the edge of its grid."""
-    lines = [f"| {' | '.join(HEADINGS)} |", f"|{'---|' * 2}{'---:|' * (len(HEADINGS) - 2)}"]
-    return "\n".join([*lines, *map(_row, rows)]) + "\n"
+    """A Markdown table, one row for each arm, optimizer and horizon.
+
+    A star: the best rate is at the edge of its grid.
+    """
+    alignment = "---|" * 2 + "---:|" * (len(HEADINGS) - 2)
+    lines = [f"| {' | '.join(HEADINGS)} |", f"|{alignment}", *map(_row, rows)]
+    return "\n".join(lines) + "\n"
 
 
 def _row(worth: Worth) -> str:
@@ -80,12 +92,15 @@ def _number(value: float | None, form: str) -> str:
 
 
 def answer(rows: Sequence[Worth]) -> str:
-    """The finding in one sentence: what the best grown arm is worth at the longest horizon that grown arms have in range."""
+    """The finding in one sentence: what the best grown arm is worth at the longest horizon that grown arms
+    have in range.
+    """
     grown = [row for row in rows if row.point.arm != SCRATCH and row.speedup_included is not None]
     if not grown:
         return "No arm ends within the range of scratch's curve, so nothing can be said of a speed-up."
     longest = max(row.point.tokens for row in grown)
-    best = max((row for row in grown if row.point.tokens == longest), key=lambda row: row.speedup_included or 0.0)
+    ends = [row for row in grown if row.point.tokens == longest]
+    best = max(ends, key=lambda row: row.speedup_included or 0.0)
     point, speedup = best.point, best.speedup_included or 0.0
     seeds = f"{len(point.ends)} seed" + ("s" if len(point.ends) > 1 else "")
     interval = "" if best.interval_included is None else f" ± {best.interval_included:.2f}"
@@ -108,24 +123,45 @@ def build(rows: Sequence[Worth]) -> Figure:
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     losses, speedups = figure.subplots(1, 2)
     others = sorted({row.point.arm for row in rows} - {SCRATCH})
-    colours = {SCRATCH: "#000000"} | {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(others)}
+    colours = {SCRATCH: "#000000"} | dict(zip(others, itertools.cycle(COLOURS), strict=False))
     for arm, optimizer in sorted({(row.point.arm, row.point.optimizer) for row in rows}):
-        own = [row for row in rows if (row.point.arm, row.point.optimizer) == (arm, optimizer)]
+        of_arm = [row for row in rows if row.point.arm == arm]
+        own = [row for row in of_arm if row.point.optimizer == optimizer]
         own.sort(key=lambda row: row.point.tokens)
-        style: dict[str, Any] = {"color": colours[arm], "linestyle": DASHES.get(optimizer, "-"), "linewidth": 1.4}
-        style |= {"marker": MARKERS.get(optimizer, "o"), "markersize": 5, "label": f"{arm}, {optimizer}"}
-        losses.plot([row.point.paid for row in own], [row.point.val_loss for row in own], **style)
+        style: dict[str, Any] = {"color": colours[arm], "linestyle": DASHES.get(optimizer, "-")}
+        style |= {"marker": MARKERS.get(optimizer, "o"), "label": f"{arm}, {optimizer}"}
+        style |= {"linewidth": 1.4, "markersize": 5}
+        points = [row.point for row in own]
+        losses.plot([point.paid for point in points], [point.val_loss for point in points], **style)
         worth = [row for row in own if row.speedup_included is not None]
         places = [row.point.tokens_per_parameter for row in worth]
         bars = [row.interval_included or 0.0 for row in worth]
         if arm != SCRATCH:
             speedups.errorbar(places, [row.speedup_included for row in worth], yerr=bars, capsize=3, **style)
     speedups.axhline(1.0, color=INK, linewidth=1, linestyle=(0, (4, 2)))
-    speedups.annotate("scratch", (0.99, 1.0), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9, color=INK)
-    _finish(losses, "FLOPs, the source included", "validation loss, nats/token", "Decayed ends: lower and further left is better")
-    _finish(speedups, "tokens a parameter", "S: scratch's FLOPs for the same loss / own FLOPs", "What each end is worth")
+    speedups.annotate(
+        "scratch",
+        (0.99, 1.0),
+        xycoords=("axes fraction", "data"),
+        ha="right",
+        va="bottom",
+        fontsize=9,
+        color=INK,
+    )
+    _finish(
+        losses,
+        "FLOPs, the source included",
+        "validation loss, nats/token",
+        "Decayed ends: lower and further left is better",
+    )
+    _finish(
+        speedups,
+        "tokens a parameter",
+        "S: scratch's FLOPs for the same loss / own FLOPs",
+        "What each end is worth",
+    )
     per_parameter = sorted({round(row.point.tokens_per_parameter) for row in rows if row.speedup_included is not None})
-    speedups.set_xticks(per_parameter, [f"{place}" for place in per_parameter])
+    speedups.set_xticks(per_parameter, [f"{count}" for count in per_parameter])
     speedups.minorticks_off()
     losses.legend(fontsize=7.5, frameon=False)
     figure.suptitle(answer(rows), fontsize=11.5, fontweight="bold", color=INK, x=0.01, ha="left", wrap=True)

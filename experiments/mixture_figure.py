@@ -1,4 +1,6 @@
-"""The picture of a study of mixtures: the loss on the first text as it falls, and the final losses on each text, every seed a point."""
+"""The picture of a study of mixtures: the loss on the first text as it falls, and the final losses on each
+text, every seed a point.
+"""
 
 from __future__ import annotations
 
@@ -24,26 +26,35 @@ class Judged:
     bits_per_byte: dict[str, tuple[float, ...]]
 
 
-def draw(found: Sequence[Judged], path: Path) -> None:
+def draw(arms: Sequence[Judged], path: Path) -> None:
     """Write the picture to `path`."""
     from matplotlib.figure import Figure
 
-    texts = list(found[0].losses)
+    texts = list(arms[0].losses)
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    panels: Any = figure.subplots(1, len(texts) + 1, width_ratios=[1.8, *[1] * len(texts)])
-    for judged, colour in zip(found, COLOURS, strict=False):
+    widths = [1.8] + [1.0] * len(texts)
+    panels: Any = figure.subplots(1, len(widths), width_ratios=widths)
+    for judged, colour in zip(arms, COLOURS, strict=False):
         for curve in judged.curves:
             panels[0].plot(*zip(*curve, strict=True), color=colour, linewidth=0.8, alpha=0.35)
-        mean = [(points[0][0], fmean(loss for _, loss in points)) for points in zip(*judged.curves, strict=True)]
-        panels[0].plot(*zip(*mean, strict=True), color=colour, linewidth=1.8, label=judged.arm)
-    panels[0].set(xlabel="tokens trained", ylabel="nats/token", title=f"{texts[0]}, held out", ylim=_range(found))
+        tokens = [tokens for tokens, _ in judged.curves[0]]
+        columns = zip(*([loss for _, loss in curve] for curve in judged.curves), strict=True)
+        means = list(map(fmean, columns))
+        panels[0].plot(tokens, means, color=colour, linewidth=1.8, label=judged.arm)
+    panels[0].set(
+        xlabel="tokens trained",
+        ylabel="nats/token",
+        title=f"{texts[0]}, held out",
+        ylim=_range(arms),
+    )
     panels[0].xaxis.set_major_formatter("{x:,.0f}")
     panels[0].legend(frameon=False, labelcolor=INK)
     for text, axes in zip(texts, panels[1:], strict=True):
-        for place, (judged, colour) in enumerate(zip(found, COLOURS, strict=False)):
-            axes.plot([place] * len(judged.losses[text]), judged.losses[text], "o", color=colour, markersize=4, alpha=0.7)
-            axes.plot([place - 0.3, place + 0.3], [fmean(judged.losses[text])] * 2, color=colour, linewidth=2)
-        axes.set_xticks(range(len(found)), [judged.arm for judged in found], rotation=40, ha="right")
+        for column, (judged, colour) in enumerate(zip(arms, COLOURS, strict=False)):
+            losses = judged.losses[text]
+            axes.plot([column] * len(losses), losses, "o", color=colour, markersize=4, alpha=0.7)
+            axes.hlines(fmean(losses), column - 0.3, column + 0.3, color=colour, linewidth=2)
+        axes.set_xticks(range(len(arms)), [judged.arm for judged in arms], rotation=40, ha="right")
         axes.set_title(f"final, {text}")
     for axes in panels:
         axes.grid(color=GRID)
@@ -52,7 +63,10 @@ def draw(found: Sequence[Judged], path: Path) -> None:
     figure.savefig(path, dpi=150, facecolor="white")
 
 
-def _range(found: Sequence[Judged]) -> tuple[float, float]:
-    """From below the lowest loss to where the curves have come together: the start would flatten all the rest."""
-    losses = [loss for judged in found for curve in judged.curves for _, loss in (curve[2:] or curve[-1:])]
+def _range(arms: Sequence[Judged]) -> tuple[float, float]:
+    """The range from below the lowest loss to where the curves have come together: the start would flatten
+    the rest.
+    """
+    curves = [curve for judged in arms for curve in judged.curves]
+    losses = [loss for curve in curves for _, loss in (curve[2:] or curve[-1:])]
     return min(losses) - 0.05, max(losses) + 0.05

@@ -1,4 +1,5 @@
-"""A study of data: the same network trained on different mixtures with equal tokens, judged on held-out text of every source.
+"""A study of data: the same network trained on different mixtures with equal tokens, judged on held-out text
+of every source.
 
 outgrow mixtures tiny_mixture
 """
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from outgrow.experiments.cost import half_interval, verdict
 from outgrow.experiments.mixture_figure import Judged, draw
 from outgrow.experiments.progress import Display
-from outgrow.experiments.runs import read_evaluations
+from outgrow.experiments.runs import RUN_AGAIN
 from outgrow.experiments.study import complete, cores, run_jobs
 from outgrow.experiments.study_file import Job, folder_of, results_folder
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.settings import load_yaml, read
+from outgrow.train.run.record import RunRecord, read_evaluations
 
 if TYPE_CHECKING:
     from outgrow.train.data import TokenData
@@ -30,7 +32,10 @@ FILE = "mixtures.yaml"
 
 @dataclass(frozen=True)
 class Study:
-    """What `mixtures.yaml` says. The first arm is the baseline; the first text is the one that the runs are validated on."""
+    """The content of `mixtures.yaml`.
+
+    The first arm is the baseline; the first text is the one that the runs are validated on.
+    """
 
     question: str
     runs: tuple[str, ...]  # Hydra overrides of all runs
@@ -41,7 +46,10 @@ class Study:
 
 
 def load(name: str) -> Study:
-    """The study called `name`. Raises UserError for an unknown one, and for every misspelt, missing or mistyped key at once."""
+    """The study called `name`.
+
+    Raises UserError for an unknown one, and for every misspelt, missing or mistyped key at once.
+    """
     path = folder_of(name, FILE) / FILE
     faults: list[str] = []
     study = read(Study, load_yaml(path), "", faults)
@@ -51,20 +59,22 @@ def load(name: str) -> Study:
 
 
 def jobs(study: Study) -> list[Job]:
-    """Every run, seed by seed."""
+    """The runs, seed by seed."""
     from outgrow.train.settings import compose
 
-    found = []
+    todo = []
     for seed in study.seeds:
-        for arm, overrides in study.arms.items():
-            given = (*study.runs, *overrides, f"growth.name={arm}", f"seed={seed}", "changes=''", "progress=false")
-            settings = compose(list(given))
-            found.append(Job(settings.name, arm, given, settings))
-    return found
+        for arm, changes in study.arms.items():
+            names = (f"growth.name={arm}", f"seed={seed}", "changes=''", "progress=false")
+            overrides = (*study.runs, *changes, *names)
+            settings = compose(list(overrides))
+            todo.append(Job(settings.name, arm, overrides, settings))
+    return todo
 
 
 def run(name: str, *, jobs_at_once: int | None = None) -> list[Judged]:
-    """Train what is not trained yet, judge it, and write results.json, losses.png and the table of the study's README.
+    """Train what is not trained yet, judge it, and write results.json, losses.png and the table of the
+    study's README.
 
     Raises:
         UserError: the study or its settings are at fault.
@@ -78,13 +88,22 @@ def run(name: str, *, jobs_at_once: int | None = None) -> list[Judged]:
     if missing:
         for settings in {job.arm: job.settings for job in missing}.values():
             read_by(settings)  # builds what is not built, before several processes would wait for it
-        run_jobs(missing, cores() if jobs_at_once is None else jobs_at_once, Path("runs") / f"logs-{name}", display)
-    found = [judge(arm, [job for job in todo if job.arm == arm], study, texts, display) for arm in study.arms]
-    publish(study, found, [json.loads((job.folder / "run.json").read_text()) for job in todo], results_folder(name, True, FILE))
-    return found
+        run_jobs(
+            missing,
+            cores() if jobs_at_once is None else jobs_at_once,
+            Path("runs") / f"logs-{name}",
+            display,
+        )
+    results = []
+    for arm in study.arms:
+        own = [job for job in todo if job.arm == arm]
+        results.append(judge(arm, own, study, texts, display))
+    records = [RunRecord.read(job.folder / "run.json", RUN_AGAIN) for job in todo]
+    publish(study, results, records, results_folder(name, True, FILE))
+    return results
 
 
-# ---- judging --------------------------------------------------------------------------------------------------------------------------
+# ---- judging -----------------------------------------------------------------------------------------------
 
 
 def open_texts(study: Study, display: Display) -> dict[str, TokenData]:
@@ -96,38 +115,47 @@ def open_texts(study: Study, display: Display) -> dict[str, TokenData]:
 
     own = compose(list(study.runs)).data
     data = prepare(own)
-    found = {}
+    texts = {}
     for leaf in study.judged_on:
         display.say(f"text: {leaf}")
-        wanted = source_data(SourceSettings(compose([*study.runs, f"data={leaf}"]).data), own, data)
-        found[leaf] = data if wanted is None else prepare(wanted)
-    return found
+        settings = compose([*study.runs, f"data={leaf}"]).data
+        other = source_data(SourceSettings(settings), own, data)
+        texts[leaf] = data if other is None else prepare(other)
+    return texts
 
 
 def read_by(settings: Settings) -> dict[str, int]:
-    """How many tokens a run reads of each source; builds what is not built."""
+    """The tokens that a run reads of each source; builds what is not built."""
     from outgrow.train.corpus import prepare
     from outgrow.train.data.mixture import mixed, tokens_read
-    from outgrow.train.settings import Budget
 
-    budget, context = Budget.of(settings.train), settings.train.context
+    budget, context = settings.budget, settings.train.context
     rows, data = budget.steps * budget.rows, prepare(settings.data)
     train = mixed(settings.mixture, settings.data, data, context=context, rows=rows, progress=True).train
     return tokens_read(train, settings.data.name, rows, context)
 
 
-def judge(arm: str, done: Sequence[Job], study: Study, texts: dict[str, TokenData], display: Display) -> Judged:
+def judge(
+    arm: str,
+    done: Sequence[Job],
+    study: Study,
+    texts: dict[str, TokenData],
+    display: Display,
+) -> Judged:
     """The losses of an arm's final models."""
-    results = [[evaluation(job.folder / "final", job.settings, data, study.eval_tokens) for job in done] for data in texts.values()]
-    display.say(f"{arm}: " + ", ".join(f"{name} {fmean(r.val_loss for r in row):.3f}" for name, row in zip(texts, results, strict=True)))
-    curves = (read_evaluations(job.folder / "metrics.jsonl") for job in done)
-    return Judged(
-        arm,
-        read_by(done[0].settings),
-        tuple(tuple((entry["tokens"], entry["val_loss"]) for entry in curve) for curve in curves),
-        {name: tuple(r.val_loss for r in row) for name, row in zip(texts, results, strict=True)},
-        {name: tuple(r.bits_per_byte for r in row) for name, row in zip(texts, results, strict=True)},
-    )
+    losses: dict[str, tuple[float, ...]] = {}
+    bits: dict[str, tuple[float, ...]] = {}
+    for name, data in texts.items():
+        results = [evaluation(job.folder / "final", job.settings, data, study.eval_tokens) for job in done]
+        losses[name] = tuple(result.val_loss for result in results)
+        bits[name] = tuple(result.bits_per_byte for result in results)
+    means = [f"{name} {fmean(values):.3f}" for name, values in losses.items()]
+    display.say(f"{arm}: " + ", ".join(means))
+    curves = []
+    for job in done:
+        evaluations = read_evaluations(job.folder / "metrics.jsonl", RUN_AGAIN)
+        curves.append(tuple((evaluation.tokens, evaluation.val_loss) for evaluation in evaluations))
+    return Judged(arm, read_by(done[0].settings), tuple(curves), losses, bits)
 
 
 def evaluation(final: Path, settings: Settings, data: TokenData, tokens: int) -> Any:
@@ -142,54 +170,73 @@ def evaluation(final: Path, settings: Settings, data: TokenData, tokens: int) ->
 
     logging.disable_progress_bar()
     windows = list(validation_batches(data.validation, context=settings.train.context, tokens=tokens))
-    return evaluate(NextTokenLoss(load_model(final), fused=False), windows, Accelerator(cpu=True), data.validation.bytes_per_token)
+    return evaluate(
+        NextTokenLoss(load_model(final), fused=False),
+        windows,
+        Accelerator(cpu=True),
+        data.validation.bytes_per_token,
+    )
 
 
-# ---- publishing -----------------------------------------------------------------------------------------------------------------------
+# ---- publishing --------------------------------------------------------------------------------------------
 
 
-def publish(study: Study, found: Sequence[Judged], records: Sequence[dict[str, Any]], folder: Path) -> None:
+def publish(study: Study, arms: Sequence[Judged], records: Sequence[RunRecord], folder: Path) -> None:
     """Write results.json and losses.png, and the table into README.md."""
     from outgrow.experiments.table import insert_table
 
-    machine = sorted({f"{r['device']}, threads {r['threads']}, {r['precision']}" for r in records})
-    results = {"question": study.question, "seeds": study.seeds, "arms": [asdict(judged) for judged in found], "machine": machine}
+    machine = sorted({f"{record.device}, threads {record.threads}, {record.precision}" for record in records})
+    results = {
+        "question": study.question,
+        "seeds": study.seeds,
+        "arms": list(map(asdict, arms)),
+        "machine": machine,
+    }
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    draw(found, folder / "losses.png")
+    draw(arms, folder / "losses.png")
     if (folder / "README.md").is_file():
-        insert_table(folder / "README.md", markdown(study, found, machine))
+        insert_table(folder / "README.md", markdown(study, arms, machine))
 
 
 def change(judged: Judged, baseline: Judged, text: str) -> tuple[float, float | None]:
-    """What an arm changed in the loss on `text`, seed by seed against the baseline: (mean, half of the 95 % interval)."""
-    pairs = [a - b for a, b in zip(judged.losses[text], baseline.losses[text], strict=True)]
-    return fmean(pairs), half_interval(pairs)
+    """The change of an arm in the loss on `text`, seed by seed against the baseline: (mean, half its 95 %
+    interval).
+    """
+    pairs = zip(judged.losses[text], baseline.losses[text], strict=True)
+    differences = [own - other for own, other in pairs]
+    return fmean(differences), half_interval(differences)
 
 
-def markdown(study: Study, found: Sequence[Judged], machine: Sequence[str]) -> str:
-    """The answer, the table, and what a reader should know."""
-    baseline, texts = found[0], study.judged_on
+def markdown(study: Study, arms: Sequence[Judged], machine: Sequence[str]) -> str:
+    """The answer, the table, and the method in a sentence."""
+    baseline, texts = arms[0], study.judged_on
     lines = [f"Against `{baseline.arm}`, at equal tokens:", ""]
-    for judged in found[1:]:
-        said = []
+    for judged in arms[1:]:
+        parts = []
         for text in texts:
             difference, interval = change(judged, baseline, text)
-            said.append(f"{text} {_signed(difference)}{_plus_minus(interval)} ({verdict(difference, interval)})")
-        lines.append(f"- `{judged.arm}`: " + ", ".join(said))
-    lines += ["", "| arm | tokens read | " + " | ".join(f"{text}: loss (95 %), change" for text in texts) + " |"]
+            measured = f"{_signed(difference)}{_plus_minus(interval)}"
+            parts.append(f"{text} {measured} ({verdict(difference, interval)})")
+        lines.append(f"- `{judged.arm}`: " + ", ".join(parts))
+    lines += [
+        "",
+        "| arm | tokens read | " + " | ".join(f"{text}: loss (95 %), change" for text in texts) + " |",
+    ]
     lines.append("| --- " * (len(texts) + 2) + "|")
-    for judged in found:
-        cells = [judged.arm, ", ".join(f"{name} {count:,}" for name, count in judged.tokens.items())]
+    for judged in arms:
+        counts = [f"{name} {count:,}" for name, count in judged.tokens.items()]
+        cells = [judged.arm, ", ".join(counts)]
         for text in texts:
             values = judged.losses[text]
             own = f"{fmean(values):.3f}{_plus_minus(half_interval(values))}"
-            cells.append(own if judged is baseline else f"{own}, {_signed(change(judged, baseline, text)[0])}")
+            difference, _ = change(judged, baseline, text)
+            cells.append(own if judged is baseline else f"{own}, {_signed(difference)}")
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
         f"Losses in nats/token on held-out documents, {study.eval_tokens:,} tokens of each text; {len(study.seeds)} seeds; 95 %, "
         "Student's t over seeds, those of changes over pairs of one seed, not corrected for the "
-        f"{(len(found) - 1) * len(texts)} changes that are looked at. Machine: {'; '.join(machine)}.",
+        f"{(len(arms) - 1) * len(texts)} changes that are looked at. Machine: {'; '.join(machine)}.",
     ]
     return "\n".join(lines)
 

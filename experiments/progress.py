@@ -1,4 +1,4 @@
-"""How far each run is, read from its metrics.jsonl: bars on a terminal, one line for each finished run elsewhere."""
+"""Progress of runs, read from metrics.jsonl: bars on a terminal, else one line for each finished run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class Display:
             return
         with _bars(self.console) as self.bars:
             add = self.bars.add_task
-            self.tasks = {add(job.name, start=False, total=job.settings.train.budget_tokens, shown="waiting"): job for job in todo}
+            for job in todo:
+                task = add(job.name, start=False, total=job.settings.train.budget_tokens, shown="waiting")
+                self.tasks[task] = job
             yield
         self.bars, self.tasks = None, {}
 
@@ -44,7 +46,8 @@ class Display:
         for task, job in self.tasks.items() if self.bars else ():
             tokens, shown = position(job.folder / "metrics.jsonl")
             if self.bars and shown:
-                self.bars.start_task(task)  # its clock starts with its first evaluation, not while it waits for a core
+                # its clock starts with its first evaluation, not while it waits for a core
+                self.bars.start_task(task)
                 self.bars.update(task, completed=tokens, shown=shown)
 
     def finished(self, job: Job, seconds: float) -> None:
@@ -79,5 +82,9 @@ def _parsed(line: str) -> dict[str, Any]:
 def _bars(console: Any) -> Progress:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}% {task.fields[shown]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}% {task.fields[shown]}"),
+    )
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)

@@ -1,4 +1,4 @@
-"""Where a comparison goes: the terminal, its files, W&B."""
+"""Publish a comparison: on the terminal, as files, in W&B."""
 
 from __future__ import annotations
 
@@ -61,19 +61,31 @@ def show(comparison: Comparison, console: Console) -> None:
     if comparison.changes:
         console.print(_table(CHANGES, CHANGE_HEADER, [change_cells(change) for change in comparison.changes]))
     if len(comparison.rows) > len(comparison.best_rows):
-        console.print(_table("the whole grid, ★ the best of its arm", GRID_HEADER, [grid_cells(row) for row in comparison.rows]))
+        console.print(
+            _table(
+                "the whole grid, ★ the best of its arm",
+                GRID_HEADER,
+                [grid_cells(row) for row in comparison.rows],
+            )
+        )
     for note in comparison.notes:
         console.print(f"note: {note}", style="dim", markup=False, highlight=False, soft_wrap=True)
     console.print(METHOD, style="dim", markup=False, highlight=False)
-    console.print(f"\n{capital(answer(comparison))}.", style="bold", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"\n{capital(answer(comparison))}.",
+        style="bold",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def console() -> Console:
     """A console wide enough for the table where nobody watches: a log file has no width."""
     from rich.console import Console
 
-    found = Console()
-    return found if found.is_terminal else Console(width=170)
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=170)
 
 
 def _table(title: str, header: tuple[str, ...], rows: list[list[str]]) -> object:
@@ -88,7 +100,10 @@ def _table(title: str, header: tuple[str, ...], rows: list[list[str]]) -> object
 
 
 def to_wandb(comparison: Comparison, out: Path, project: str) -> None:
-    """Mirror table and picture into W&B, grouped with the study's runs. Offline unless WANDB_MODE says otherwise."""
+    """Mirror table and picture into W&B, grouped with the study's runs.
+
+    Offline unless WANDB_MODE says otherwise.
+    """
     import wandb
 
     run = wandb.init(
@@ -96,7 +111,8 @@ def to_wandb(comparison: Comparison, out: Path, project: str) -> None:
         mode=cast(Any, os.environ.get("WANDB_MODE", "offline")), settings=wandb.Settings(silent=True),
     )  # fmt: skip
     lines = [flat_row(row) for row in comparison.rows]
-    table = wandb.Table(columns=list(lines[0]), data=[[_plain(value) for value in line.values()] for line in lines])
+    values = [list(map(_plain, line.values())) for line in lines]
+    table = wandb.Table(columns=list(lines[0]), data=values)
     run.log({"comparison": table, "convergence": wandb.Image(str(out / "convergence.png"))})
     run.summary["answer"] = answer(comparison)
     run.summary["differences"] = list(comparison.differences)
@@ -105,4 +121,5 @@ def to_wandb(comparison: Comparison, out: Path, project: str) -> None:
 
 
 def _plain(value: object) -> object:
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+    plain = value is None or isinstance(value, bool | int | float | str)
+    return value if plain else str(value)

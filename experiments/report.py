@@ -1,4 +1,7 @@
-"""report.html: one file a reader can open anywhere; picture inside, no network, every number from the comparison."""
+"""report.html: one file a reader can open anywhere.
+
+Picture inside, no network, every number from the comparison.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +39,22 @@ tr.scratch td { background: #f3f3f3; } tr.best td { font-weight: 600; }
 """
 WORDS = [
     ("S", "speed-up: scratch's FLOPs to its final loss, over the arm's FLOPs to the same loss"),
-    ("saving", "1 − 1/S, the share of scratch's FLOPs that need not be paid; not the same number as the speed-up"),
-    ("source excluded / included", "whether the arm also pays for the training of the checkpoint it started from"),
-    ("starts below", "at scratch's final loss before the arm's first step: no ratio, which would be infinite, but the loss at equal FLOPs"),
-    ("max |Δlogit|", "the receipt: how far the grown model's logits are from the source's before the first step"),
+    (
+        "saving",
+        "1 − 1/S, the share of scratch's FLOPs that need not be paid; not the same number as the speed-up",
+    ),
+    (
+        "source excluded / included",
+        "whether the arm also pays for the training of the checkpoint it started from",
+    ),
+    (
+        "starts below",
+        "at scratch's final loss before the arm's first step: no ratio, which would be infinite, but the loss at equal FLOPs",
+    ),
+    (
+        "max |Δlogit|",
+        "the receipt: how far the grown model's logits are from the source's before the first step",
+    ),
     (SCRATCH, "the target with the library's own initialisation"),
     (SOURCE, "the source itself, trained on for the same FLOPs: trained longer, not bigger"),
 ]
@@ -60,17 +75,28 @@ def html(comparison: Comparison, picture: Path) -> str:
             *_differences(comparison.differences),
             f'<img alt="{escape(title)}" src="data:image/png;base64,{image}">',
             "<h2>Each arm at its best learning rate</h2>",
-            table(HEADER, [cells(row) for row in comparison.best_rows], [row.arm for row in comparison.best_rows]),
+            table(
+                HEADER,
+                [cells(row) for row in comparison.best_rows],
+                [row.arm for row in comparison.best_rows],
+            ),
             _notes(comparison.notes),
             *_changes(comparison),
             "<h2>The words</h2>",
             "<dl>" + "".join(f"<dt><b>{escape(word)}</b></dt><dd>{escape(meaning)}</dd>" for word, meaning in WORDS) + "</dl>",
             "<h2>The whole grid</h2>",
-            table(GRID_HEADER, [grid_cells(row) for row in comparison.rows], ["best" if row.best else "" for row in comparison.rows]),
+            table(
+                GRID_HEADER,
+                [grid_cells(row) for row in comparison.rows],
+                ["best" if row.best else "" for row in comparison.rows],
+            ),
             "<h2>The ledger: what one run paid</h2>",
             table(LEDGER_HEADER, [ledger_cells(row) for row in comparison.best_rows]),
             "<h2>Every run</h2>",
-            table(("run", "arm", "seed", "peak lr", "step-0 loss", "final loss", "minutes"), _runs(comparison)),
+            table(
+                ("run", "arm", "seed", "peak lr", "step-0 loss", "final loss", "minutes"),
+                _runs(comparison),
+            ),
             f"<h2>Method</h2><p>{escape(METHOD)}</p>",
             f"<h2>Machine</h2><p>{escape(comparison.machine)}. Minutes belong to this machine; everything else is counted.</p>",
             "</body></html>\n",
@@ -79,13 +105,13 @@ def html(comparison: Comparison, picture: Path) -> str:
 
 
 def what(comparison: Comparison) -> str:
-    """What was compared, in a sentence or two."""
+    """Describe what was compared, in a sentence or two."""
     record = comparison.runs_of(comparison.scratch)[0].record
     arms = ", ".join(row.arm for row in comparison.best_rows)
     return (
         f"Study {comparison.study}: {len(comparison.runs)} complete runs of {len(comparison.best_rows)} arms ({arms}). "
-        f"The target has {record['parameters']:,} parameters and is trained on {amount(record['budget_tokens'])} tokens, "
-        f"{amount(record['flops_per_token'])} FLOPs each. Losses in nats/token on held-out documents."
+        f"The target has {record.parameters:,} parameters and is trained on {amount(record.budget_tokens)} tokens, "
+        f"{amount(record.flops_per_token)} FLOPs each. Losses in nats/token on held-out documents."
     )
 
 
@@ -93,15 +119,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequenc
     """An HTML table; `classes` name a class for each row."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
-    body = "".join(f'<tr class="{escape(name)}">{line}</tr>' for name, line in zip(classes or [""] * len(lines), lines, strict=True))
+    pairs = zip(classes or [""] * len(lines), lines, strict=True)
+    body = "".join(f'<tr class="{escape(name)}">{line}</tr>' for name, line in pairs)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _changes(comparison: Comparison) -> list[str]:
     if not comparison.changes:
         return []
-    said = f"<p>{escape(summary(comparison.changes))}.</p>"
-    return [f"<h2>{escape(CHANGES)}</h2>", said, table(CHANGE_HEADER, [change_cells(change) for change in comparison.changes])]
+    sentence = f"<p>{escape(summary(comparison.changes))}.</p>"
+    rows = [change_cells(change) for change in comparison.changes]
+    return [f"<h2>{escape(CHANGES)}</h2>", sentence, table(CHANGE_HEADER, rows)]
 
 
 def _differences(differences: Sequence[str]) -> list[str]:
@@ -122,7 +150,7 @@ def _runs(comparison: Comparison) -> list[list[str]]:
             f"{run.learning_rate:g}",
             f"{run.curve.losses[0]:.4f}",
             f"{run.curve.losses[-1]:.4f}",
-            f"{run.summary.get('seconds', 0) / 60:.1f}",
+            f"{run.summary.seconds / 60:.1f}",
         ]
         for run in runs
     ]

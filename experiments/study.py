@@ -39,7 +39,7 @@ class RunFailed(Exception):
 
 @dataclass(frozen=True)
 class Done:
-    """What a study left behind: its run folders, where its comparison belongs, and the README that shows it, if any."""
+    """The products of a study: run folders, the place of the comparison, and the README that shows it, if any."""
 
     folders: tuple[Path, ...]
     out: Path
@@ -52,7 +52,8 @@ def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None)
 
     Raises:
         UserError: the study, its settings or a run folder is at fault.
-        RunFailed: a run ended with an error; what was complete stays, and the same command goes on from there.
+        RunFailed: a run ended with an error; what was complete stays, and the same command goes on from
+            there.
     """
     study = load_study(name)
     extent = study.full if full else study.demo
@@ -85,12 +86,14 @@ def cores() -> int:
 
 
 def complete(job: Job, source: Job | None = None) -> bool:
-    """Whether the job's run is done, under these settings and from this source.
+    """True if the job's run is complete, under these settings and from this source.
 
-    Raises UserError where the folder holds another run, or one that was grown from a source that has been retrained since.
+    Raises UserError where the folder holds another run, or one that was grown from a source that has been
+    retrained since.
     """
-    parts = [_complete(folder, run, source) for folder, run in zip(job.folders, horizon_runs(job.settings), strict=True)]
-    return all(parts)
+    runs = zip(job.folders, horizon_runs(job.settings), strict=True)
+    # each of them, to report what is at fault
+    return all([_complete(folder, run, source) for folder, run in runs])
 
 
 def _complete(folder: Path, settings: Settings, source: Job | None) -> bool:
@@ -98,11 +101,13 @@ def _complete(folder: Path, settings: Settings, source: Job | None) -> bool:
     if record is None:
         return False
     check_same(folder, record, settings)
-    started = record["start"].get("source")
+    started = record.start.source
     if source is not None and started is not None and settings.source == str(source.folder / "final"):
         ledger = json.loads((source.folder / "final" / "ledger.json").read_text(encoding="utf-8"))
-        if any(started.get(key) != ledger.get(key) for key in ("tokens", "flops", "val_loss")):
-            raise UserError(f"{folder} started from a source that {source.folder} no longer holds; delete {folder} to run it again")
+        if any(getattr(started, key) != ledger.get(key) for key in ("tokens", "flops", "val_loss")):
+            raise UserError(
+                f"{folder} started from a source that {source.folder} no longer holds; delete {folder} to run it again",
+            )
     return is_complete(folder) and not unkept(folder, record, settings)
 
 
@@ -114,7 +119,8 @@ def prepare_text(todo: Sequence[Job], display: Display) -> None:
     begun = {(job.settings.data.home, job.settings.source): job for job in todo}
     for job in begun.values():
         source = Path(job.settings.source or "")
-        text = reading(job.settings, source if job.settings.source and source.is_dir() else None, read_run(job.folder))
+        own_source = source if job.settings.source and source.is_dir() else None
+        text = reading(job.settings, own_source, read_run(job.folder))
         display.say(f"text: {text.home}")
         prepare(text, progress=True)
 
@@ -122,10 +128,11 @@ def prepare_text(todo: Sequence[Job], display: Display) -> None:
 def run_jobs(todo: Sequence[Job], at_once: int, logs: Path, display: Display, train: Train = work) -> None:
     """Run the jobs in fresh processes, `at_once` at a time; one that fails leaves the others their turn.
 
-    Each process gets its share of the cores. With one run for each core that is one thread, whatever the machine,
-    so that a result does not depend on how many cores there were; run.json records the number.
+    Each process gets its share of the cores. With one run for each core that is one thread, whatever the
+    machine, so that a result does not depend on how many cores there were; run.json records the number.
 
-    Ctrl-C reaches this process alone, which starts nothing new, asks the runs to save and end (SIGTERM), and waits GRACE_S for them.
+    Ctrl-C reaches this process alone, which starts nothing new, asks the runs to save and end (SIGTERM), and
+    waits GRACE_S for them.
 
     Raises:
         RunFailed: naming every run that failed, why, and its log.
@@ -134,19 +141,28 @@ def run_jobs(todo: Sequence[Job], at_once: int, logs: Path, display: Display, tr
     logs.mkdir(parents=True, exist_ok=True)
     threads = max(1, cores() // at_once)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(at_once, mp_context=context, initializer=initialise, initargs=(threads,)) as pool, display.watching(todo):
+    pool = ProcessPoolExecutor(at_once, mp_context=context, initializer=initialise, initargs=(threads,))
+
+    def submit(job: Job) -> Future[str]:
+        return pool.submit(train, job.overrides, str(log_of(job, logs)))
+
+    with pool, display.watching(todo):
         try:
-            failed = _follow(lambda job: pool.submit(train, job.overrides, str(log_of(job, logs))), todo, at_once, logs, display)
+            failed = _follow(submit, todo, at_once, logs, display)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             _end(multiprocessing.active_children())  # those of this pool: nothing else here starts any
             raise
     if failed:
-        raise RunFailed("\n".join((f"{len(failed)} of {len(todo)} runs failed:", *failed)) if len(failed) > 1 else failed[0])
+        count = f"{len(failed)} of {len(todo)} runs failed:"
+        raise RunFailed("\n".join((count, *failed)) if len(failed) > 1 else failed[0])
 
 
 def _end(processes: Sequence[BaseProcess]) -> None:
-    """Ask the processes to save and end; what has not within GRACE_S is killed (its newest checkpoint is whole)."""
+    """Ask the processes to save and end.
+
+    What has not within GRACE_S is killed (its newest checkpoint is whole).
+    """
     for process in processes:
         process.terminate()
     until = time.monotonic() + GRACE_S
@@ -157,17 +173,25 @@ def _end(processes: Sequence[BaseProcess]) -> None:
 
 
 def log_of(job: Job, logs: Path) -> Path:
-    """Where a run's own words go while the bars have the terminal."""
+    """The file of a run's own output while the bars have the terminal."""
     return logs / f"{job.name}.log"
 
 
-def _follow(start: Callable[[Job], Future[str]], todo: Sequence[Job], at_once: int, logs: Path, display: Display) -> list[str]:
-    """Until all are done: start what has a free place, move the bars, tell what has ended. What failed is returned, in words.
+def _follow(
+    start: Callable[[Job], Future[str]],
+    todo: Sequence[Job],
+    at_once: int,
+    logs: Path,
+    display: Display,
+) -> list[str]:
+    """Start jobs as places get free and move the bars, until all are done; return what failed, in words.
 
     Raises:
         RunFailed: a process was ended from outside, and the pool with it.
     """
-    waiting, running, failed, began = list(todo), dict[Future[str], Job](), list[str](), time.monotonic()
+    waiting, began = list(todo), time.monotonic()
+    running: dict[Future[str], Job] = {}
+    failed: list[str] = []
     while waiting or running:
         while waiting and len(running) < at_once:  # none waits in the pool, where it would begin after Ctrl-C
             job = waiting.pop(0)

@@ -1,6 +1,8 @@
-"""A study as data: `experiments/<name>/study.yaml` becomes a frozen value, and the value becomes a list of runs to do.
+"""A study as data: `experiments/<name>/study.yaml` becomes a frozen value, and the value becomes a list of
+runs to do.
 
-A study is a source, arms with their learning rates, and two extents: `demo` (minutes) and `full` (what the README shows).
+A study is a source, arms with their learning rates, and two extents: `demo` (minutes) and `full` (what the
+README shows).
 """
 
 from __future__ import annotations
@@ -27,9 +29,12 @@ DEFINITION = "study.yaml"
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to start, and to go on from there. `growth` is its leaf in conf/growth, by default its own name; `overrides` are Hydra's.
+    """One way to start, and to go on from there.
 
-    `counts_as` is the arm that a comparison counts its runs under, by default itself: scratch with another batch size is scratch.
+    `growth` is its leaf in conf/growth, by default its own name; `overrides` are Hydra's.
+
+    `counts_as` is the arm that a comparison counts its runs under, by default itself: scratch with another
+    batch size is scratch.
     """
 
     learning_rate: float
@@ -40,20 +45,22 @@ class Arm:
 
 @dataclass(frozen=True)
 class Extent:
-    """How much of the study is run."""
+    """The part of the study that is run."""
 
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
     learning_rate_factors: tuple[float, ...]  # of each arm's own learning rate
-    tuning_seeds: tuple[int, ...] | None = None  # seeds on which every factor is run, the others at factor 1 only; null: all of them
+    # seeds on which every factor is run, the others at factor 1 only; null: all of them
+    tuning_seeds: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study's definition: Hydra overrides of the `source` that every grown arm starts from, and of all `runs` of the arms.
+    """A study's definition: Hydra overrides of the `source` that every grown arm starts from, and of all
+    `runs` of the arms.
 
-    `source` may also be a checkpoint that is there already: a folder, or owner/name on the Hugging Face hub; or empty, where every arm
-    starts from scratch, and what grows does so on its way.
+    `source` may also be a checkpoint that is there already: a folder, or owner/name on the Hugging Face hub;
+    or empty, where every arm starts from scratch, and what grows does so on its way.
     """
 
     name: str
@@ -76,18 +83,21 @@ class Job:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Of its horizons, shortest first; one where it has none."""
+        """The folders of its horizons, shortest first; one where it has none."""
         return tuple(Path(run.out) for run in horizon_runs(self.settings))
 
     @property
     def folder(self) -> Path:
-        """Of its longest horizon, which ends last."""
+        """The folder of its longest horizon, which ends last."""
         return self.folders[-1]
 
 
 def studies(definition: str = DEFINITION) -> dict[str, Path]:
-    """Name → folder of every study: the project's, and those in `experiments/` of the working directory, which come first."""
-    folders = [path.parent for room in (HERE, Path("experiments")) for path in sorted(room.glob(f"*/{definition}"))]
+    """Name → folder of every study: the project's, and those in `experiments/` of the working directory,
+    which come first.
+    """
+    paths = [path for room in (HERE, Path("experiments")) for path in sorted(room.glob(f"*/{definition}"))]
+    folders = [path.parent for path in paths]
     return {folder.name: folder for folder in folders}
 
 
@@ -100,14 +110,17 @@ def folder_of(name: str, definition: str = DEFINITION) -> Path:
 
 
 def results_folder(name: str, full: bool, definition: str = DEFINITION) -> Path:
-    """Where the comparison of a study goes: of its full extent into its own folder, where that is the user's to write to."""
+    """The folder of a study's comparison: of its full extent the study's own, if the user may write there."""
     folder = folder_of(name, definition)
     own = folder.resolve().is_relative_to(Path.cwd())
     return folder if full and own else Path("runs") / f"comparison-{name}"
 
 
 def load_study(name: str) -> Study:
-    """The study called `name`. Raises UserError for an unknown study, and every misspelt, missing or mistyped key at once."""
+    """The study called `name`.
+
+    Raises UserError for an unknown study, and every misspelt, missing or mistyped key at once.
+    """
     path = folder_of(name, DEFINITION) / DEFINITION
     faults: list[str] = []
     values = load_yaml(path)
@@ -126,9 +139,10 @@ def source_job(study: Study) -> Job | None:
 
 
 def jobs(study: Study, extent: Extent) -> list[Job]:
-    """Every run of an extent, seed by seed. The source must be complete: its config says how far the control arm's FLOPs carry.
+    """The runs of an extent, seed by seed. The source must be complete: its config decides the control's budget.
 
-    The learning rate is part of a run's name, so that a grid has a folder for each point and a larger extent goes on from a smaller one.
+    The learning rate is part of a run's name, so that a grid has a folder for each point and a larger extent
+    goes on from a smaller one.
 
     Raises:
         UserError: what the arms say composes to no run; every such arm is named.
@@ -141,7 +155,8 @@ def jobs(study: Study, extent: Extent) -> list[Job]:
             _job(name, shared[name])
         except UserError as fault:
             faults.setdefault(str(fault), []).append(name)
-    UserError.collect(f"{folder_of(study.name) / DEFINITION}, arms {', '.join(names)}: {fault}" for fault, names in faults.items())
+    path = folder_of(study.name) / DEFINITION
+    UserError.collect(f"{path}, arms {', '.join(names)}: {fault}" for fault, names in faults.items())
     tuning = extent.seeds if extent.tuning_seeds is None else extent.tuning_seeds
     points = itertools.product(extent.seeds, extent.arms, extent.learning_rate_factors)
     return [
@@ -152,10 +167,11 @@ def jobs(study: Study, extent: Extent) -> list[Job]:
 
 
 def _arm_overrides(study: Study, name: str) -> list[str]:
-    """What all runs of an arm share."""
+    """The overrides that all runs of an arm share."""
     arm = study.arms[name]
     start = [f"source={study.source}"] if isinstance(study.source, str) else []
-    overrides = [*study.runs, *start, f"growth={arm.growth or name}", f"growth.name={arm.counts_as or name}", *arm.overrides]
+    growth = [f"growth={arm.growth or name}", f"growth.name={arm.counts_as or name}"]
+    overrides = [*study.runs, *start, *growth, *arm.overrides]
     if (arm.growth or name) == SOURCE:
         overrides.append(f"train.budget_tokens={equal_flops_budget(overrides)}")
     return overrides
@@ -164,22 +180,31 @@ def _arm_overrides(study: Study, name: str) -> list[str]:
 def _point_overrides(arm: str, rate: float, seed: int) -> list[str]:
     """One point of an arm's grid."""
     rate = float(f"{rate:.6g}")  # 3 × 0.1 is 0.30000000000000004
-    return [f"seed={seed}", f"optimizer.learning_rate={rate!r}", "changes=''", f"name='${{study}}-{arm}-lr{rate:g}-s${{seed}}'"]
+    return [
+        f"seed={seed}",
+        f"optimizer.learning_rate={rate!r}",
+        "changes=''",
+        f"name='${{study}}-{arm}-lr{rate:g}-s${{seed}}'",
+    ]
 
 
 def equal_flops_budget(overrides: list[str]) -> int:
-    """The tokens on which the source pays the FLOPs that the target pays on its own budget, rounded up to whole steps."""
+    """The tokens on which the source pays the FLOPs that the target pays on its own budget, rounded up to
+    whole steps.
+    """
     from outgrow.model.config import resolve_target
     from outgrow.model.geometry import flops_per_token
-    from outgrow.train.settings import Budget, compose
+    from outgrow.train.settings import compose
 
     settings = compose(overrides)
     path = Path(settings.source or "") / "config.json"
     if not path.is_file():
-        raise UserError(f"source={settings.source}: no {path.name} there, and the control arm's budget needs it; train the source first")
+        raise UserError(
+            f"source={settings.source}: no {path.name} there, and the control arm's budget needs it; train the source first",
+        )
     source = json.loads(path.read_text(encoding="utf-8"))
     target = resolve_target(settings.target, source)
-    budget, context = Budget.of(settings.train), settings.train.context
+    budget, context = settings.budget, settings.train.context
     tokens = budget.steps * budget.tokens_per_step * flops_per_token(target, context) / flops_per_token(source, context)
     return math.ceil(tokens / budget.tokens_per_step) * budget.tokens_per_step
 

@@ -1,8 +1,11 @@
-"""A comparison as text: the cells every table shares, and the files comparison.csv, comparison.json and table.md."""
+"""A comparison as text: the cells every table shares, and the files comparison.csv, comparison.json and
+table.md.
+"""
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,8 +31,17 @@ HEADER = (
     "Δ loss at equal FLOPs (excl. / incl.)",
     "max |Δlogit|",
 )
-GRID_HEADER = ("arm", "peak lr", "step-0 loss", "final loss (95 %)", "n", "source excluded: S, saving", "source included: S, saving")
+GRID_HEADER = (
+    "arm",
+    "peak lr",
+    "step-0 loss",
+    "final loss (95 %)",
+    "n",
+    "source excluded: S, saving",
+    "source included: S, saving",
+)
 UNDEFINED = "–"
+UNITS = {1e18: "E", 1e15: "P", 1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k"}
 CHANGES = "Against the arm that starts alike and is trained on plainly (each at its best learning rate, at equal tokens, paired by seed)"
 
 
@@ -53,8 +65,9 @@ def cells(row: Row) -> list[str]:
 
 def grid_cells(row: Row) -> list[str]:
     """One row under GRID_HEADER; the best learning rate of an arm is marked."""
-    whole = cells(row)
-    return [whole[0], whole[1] + (" ★" if row.best else ""), *whole[2:5], *whole[7:9]]
+    arm, rate, first, final, count, _, _, excluded, included, *_ = cells(row)
+    star = " ★" if row.best else ""
+    return [arm, rate + star, first, final, count, excluded, included]
 
 
 def final_loss(row: Row) -> str:
@@ -63,7 +76,10 @@ def final_loss(row: Row) -> str:
 
 
 def ratio(row: Row, side: Literal["excluded", "included"]) -> str:
-    """'1.70 ×, 41 ± 6 %': speed-up and saving with the source on one `side`; or what there is instead of a ratio."""
+    """'1.70 ×, 41 ± 6 %': speed-up and saving with the source on one `side`.
+
+    Or what there is instead of a ratio.
+    """
     speedup = row.cost.speedup_excluded if side == "excluded" else row.cost.speedup_included
     if row.cost.outcome == "not reached":
         return f"not reached, ends {signed(row.cost.difference_at_end)}"
@@ -71,7 +87,8 @@ def ratio(row: Row, side: Literal["excluded", "included"]) -> str:
         return "source's cost unknown" if side == "included" and row.source_flops is None else "starts below"
     interval = row.saving_interval if side == "excluded" and row.arm != SCRATCH else None
     spread = "" if interval is None else f" ± {100 * interval:.0f}"
-    return f"{speedup:.2f} ×, {round(100 * (saving(speedup) or 0.0))}{spread} %".replace("-", "−")
+    percent = round(100 * (saving(speedup) or 0.0))
+    return f"{speedup:.2f} ×, {percent}{spread} %".replace("-", "−")
 
 
 def signed(difference: float | None) -> str:
@@ -81,20 +98,28 @@ def signed(difference: float | None) -> str:
 
 def amount(value: float) -> str:
     """Tokens and FLOPs at three digits: 1.64 M, 48.2 T."""
-    for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for limit, unit in UNITS.items():
         if abs(value) >= limit:
             return f"{value / limit:#.3g}".rstrip(".") + f" {unit}"
     return f"{value:.3g}"
 
 
 def ledger_cells(row: Row) -> list[str]:
-    """What one run of this row paid: training, operator, source, all of it."""
-    whole = None if row.source_flops is None else row.flops + row.operator_flops + row.source_flops
-    costs = (row.tokens, row.flops, row.operator_flops, row.source_tokens, row.source_flops, whole)
+    """The cost of one run of this row: training, operator, source, total."""
+    total = None if row.source_flops is None else row.flops + row.operator_flops + row.source_flops
+    costs = (row.tokens, row.flops, row.operator_flops, row.source_tokens, row.source_flops, total)
     return [row.arm, *("unknown" if cost is None else amount(cost) for cost in costs)]
 
 
-CHANGE_HEADER = ("arm", "starts as", "differs in", "FLOPs of training", "Δ final loss (95 %)", "n", "the seeds tell")
+CHANGE_HEADER = (
+    "arm",
+    "starts as",
+    "differs in",
+    "FLOPs of training",
+    "Δ final loss (95 %)",
+    "n",
+    "the seeds tell",
+)
 
 
 def change_cells(change: Change) -> list[str]:
@@ -111,29 +136,50 @@ def change_cells(change: Change) -> list[str]:
     ]
 
 
-LEDGER_HEADER = ("arm", "tokens trained", "FLOPs trained", "operator's FLOPs", "source's tokens", "source's FLOPs", "FLOPs in all")
+LEDGER_HEADER = (
+    "arm",
+    "tokens trained",
+    "FLOPs trained",
+    "operator's FLOPs",
+    "source's tokens",
+    "source's FLOPs",
+    "FLOPs in all",
+)
 
 
 def markdown(comparison: Comparison) -> str:
-    """The block that READMEs carry: what differs beside the growth, the answer, the best of every arm, the grid if there is one, notes."""
-    parts = [f"**{capital(answer(comparison))}.**", markdown_table(HEADER, [cells(row) for row in comparison.best_rows])]
+    """The block that READMEs carry: what differs beside the growth, the answer, the best of every arm, the
+    grid if there is one, notes.
+    """
+    best = markdown_table(HEADER, list(map(cells, comparison.best_rows)))
+    parts = [f"**{capital(answer(comparison))}.**", best]
     if comparison.differences:
-        parts.insert(0, f"**{UNLIKE}:**\n\n" + "\n".join(f"- {difference}" for difference in comparison.differences))
+        lines = [f"- {difference}" for difference in comparison.differences]
+        parts.insert(0, f"**{UNLIKE}:**\n\n" + "\n".join(lines))
     if comparison.changes:
         parts.insert(-1, f"**{summary(comparison.changes)}.**")
-        parts += [f"{CHANGES}:", markdown_table(CHANGE_HEADER, [change_cells(change) for change in comparison.changes])]
+        parts += [
+            f"{CHANGES}:",
+            markdown_table(CHANGE_HEADER, [change_cells(change) for change in comparison.changes]),
+        ]
     if len(comparison.rows) > len(comparison.best_rows):
-        parts += ["The whole grid (★: the best of its arm):", markdown_table(GRID_HEADER, [grid_cells(row) for row in comparison.rows])]
+        parts += [
+            "The whole grid (★: the best of its arm):",
+            markdown_table(GRID_HEADER, [grid_cells(row) for row in comparison.rows]),
+        ]
     if comparison.notes:
         parts.append("\n".join(f"- {note}" for note in comparison.notes))
-    parts.append(f"Losses in nats/token. A tiny model's result is a tiny-scale result. Machine: {comparison.machine}.")
+    parts.append(
+        f"Losses in nats/token. A tiny model's result is a tiny-scale result. Machine: {comparison.machine}.",
+    )
     return "\n\n".join(parts) + "\n"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, bars in cells escaped."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
 def capital(sentence: str) -> str:
@@ -144,7 +190,10 @@ def capital(sentence: str) -> str:
 def flat_row(row: Row) -> dict[str, Any]:
     """A row as one level of plain values, at full precision: a line of comparison.csv."""
     fields = asdict(row)
-    fields |= fields.pop("cost") | {"saving_excluded": row.cost.saving_excluded, "saving_included": row.cost.saving_included}
+    fields |= fields.pop("cost") | {
+        "saving_excluded": row.cost.saving_excluded,
+        "saving_included": row.cost.saving_included,
+    }
     fields["seeds"] = " ".join(map(str, row.seeds))
     fields["seed_savings"] = " ".join(map(repr, row.seed_savings))
     return fields | {"n": row.n, "saving_excluded_interval": row.saving_interval}
@@ -176,14 +225,20 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def _curve(run: Run) -> dict[str, Any]:
-    return {"name": run.name, "arm": run.arm, "seed": run.seed, "learning_rate": run.learning_rate, **asdict(run.curve)}
+    return {
+        "name": run.name,
+        "arm": run.arm,
+        "seed": run.seed,
+        "learning_rate": run.learning_rate,
+        **asdict(run.curve),
+    }
 
 
 def write_json(comparison: Comparison, path: Path) -> None:
     """Indented, but each run's curve on one line: a file to read and to diff."""
-    whole = as_json(comparison)
-    runs = ",\n  ".join(json.dumps(run) for run in whole["runs"])
-    text = json.dumps(whole | {"runs": []}, indent=1, ensure_ascii=False)
+    values = as_json(comparison)
+    runs = ",\n  ".join(json.dumps(run) for run in values["runs"])
+    text = json.dumps(values | {"runs": []}, indent=1, ensure_ascii=False)
     path.write_text(text.replace('"runs": []', f'"runs": [\n  {runs}\n ]') + "\n", encoding="utf-8")
 
 
@@ -191,17 +246,19 @@ BEGIN, END = "<!-- table: written by experiments, do not edit -->", "<!-- end of
 
 
 def insert_table(readme: Path, table: str) -> None:
-    """Replace what stands between the markers of `readme` by `table`. Raises UserError when the markers are not there once."""
+    """Replace what stands between the markers of `readme` by `table`.
+
+    Raises UserError when the markers are not there once.
+    """
     before, _, after = _block(readme)
     readme.write_text(f"{before}{BEGIN}\n{table.strip()}\n{END}{after}", encoding="utf-8")
 
 
 def check_table(readme: Path, table: str) -> None:
     """Raise UserError naming the first line in which the table in `readme` is not the one the runs gave."""
-    _, found, _ = _block(readme)
-    written, expected = found.strip().splitlines(), table.strip().splitlines()
-    for number in range(max(len(written), len(expected))):
-        one, other = (lines[number] if number < len(lines) else "nothing" for lines in (written, expected))
+    _, block, _ = _block(readme)
+    pairs = itertools.zip_longest(block.strip().splitlines(), table.strip().splitlines(), fillvalue="nothing")
+    for number, (one, other) in enumerate(pairs):
         if one != other:
             where = f"{readme}: the table is not what the runs gave; its line {number + 1}"
             raise UserError(f"{where} is {one!r}, expected {other!r}. Write it with insert_table")
@@ -209,8 +266,11 @@ def check_table(readme: Path, table: str) -> None:
 
 def _block(readme: Path) -> tuple[str, str, str]:
     text = readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise UserError(f"{readme}: expected one line {BEGIN!r} and, below it, one line {END!r} around the table")
+    once = text.count(BEGIN) == text.count(END) == 1
+    if not once or text.index(BEGIN) > text.index(END):
+        raise UserError(
+            f"{readme}: expected one line {BEGIN!r} and, below it, one line {END!r} around the table",
+        )
     before, rest = text.split(BEGIN)
-    found, after = rest.split(END)
-    return before, found, after
+    block, after = rest.split(END)
+    return before, block, after

@@ -1,4 +1,4 @@
-"""What runs in a process of the pool: one training run, its words sent to a log file."""
+"""A process of the pool: one training run, its output sent to a log file."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from outgrow.model.base.errors import UserError
 
 
 def initialise(threads: int) -> None:
-    """Give this process its share of the cores, before torch is imported and again after; end it when the study is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the study's own process says what becomes of the runs
+    """Give this process its share of the cores, before torch is imported and again after.
+
+    End it when the study is killed.
+    """
+    # a terminal sends Ctrl-C to all; the study's own process says what becomes of the runs
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -23,14 +27,19 @@ def initialise(threads: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Wait until `parent` is gone, however it ended, then end this process: a run that nobody waits for takes cores from the next."""
+    """Wait until `parent` is gone, however it ended, then end this process: a run that nobody waits for takes
+    cores from the next.
+    """
     while os.getppid() == parent:
         time.sleep(2)
     os._exit(1)
 
 
 def work(overrides: tuple[str, ...], log: str) -> str:
-    """Train the run that `overrides` compose; return its folder. Everything it prints goes to the file `log`."""
+    """Train the run that `overrides` compose; return its folder.
+
+    Everything it prints goes to the file `log`.
+    """
     from outgrow.train.loop import train_horizons
     from outgrow.train.run.signals import Stopped
     from outgrow.train.settings import compose

@@ -1,4 +1,4 @@
-"""How a model goes on learning: a typed door, one loop, exact checkpoints, and a ledger of tokens and FLOPs."""
+"""Training: typed settings, one loop, exact checkpoints, and a ledger of tokens and FLOPs."""
 
 from outgrow.model.base.interrupt import starting
 

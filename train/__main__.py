@@ -6,12 +6,12 @@ outgrow train -m experiment=tiny growth=scratch,lossless,tile,random_pad seed=0,
 torchrun --nproc_per_node 2 -m outgrow.train experiment=tiny growth=lossless seed=0      the same losses on two processes
 outgrow train -m hydra/launcher=slurm experiment=tiny growth=scratch,lossless  each point of the sweep as a Slurm job
 
-Every run writes runs/<study>-<growth><changes>-s<seed>/ and resumes there when started again; <changes> is what differs from the
-experiment's defaults and changes the result, such as -transfer_continued-lr0.01. A sweep takes lists, choice(), range() and glob(),
-and goes on where one of its points fails.
+Every run writes runs/<study>-<growth><changes>-s<seed>/ and resumes there when started again; <changes> is
+what differs from the experiment's defaults and changes the result, such as -transfer_continued-lr0.01. A
+sweep takes lists, choice(), range() and glob(), and goes on where one of its points fails.
 
-Exit status: 0 done, 1 a point of a sweep failed, 2 a fault in what was asked, 75 (EX_TEMPFAIL) stopped by SIGTERM or SIGUSR1 with
-everything saved: start the same command again, 130 the same by Ctrl-C.
+Exit status: 0 done, 1 a point of a sweep failed, 2 a fault in what was asked, 75 (EX_TEMPFAIL) stopped by
+SIGTERM or SIGUSR1 with everything saved: start the same command again, 130 the same by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FAILED: list[str] = []  # the points of this process' sweep that ended with an e
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def _hydra(cfg: DictConfig) -> None:
-    """One job as Hydra composed it: of a sweep, or of a call with Hydra's own flags."""
+    """Run one job as Hydra composed it: of a sweep, or of a call with Hydra's own flags."""
     from outgrow.train.machine import slurm
 
     running = HydraConfig.get()
@@ -54,19 +54,23 @@ def _hydra(cfg: DictConfig) -> None:
     try:
         _train(settings_from(cfg))
     except Exception as error:  # a rate that diverges is what sweeps are for: the other points have their turn
-        told = isinstance(error, UserError)
+        expected = isinstance(error, UserError)
         if running.mode != RunMode.MULTIRUN or slurm.in_job():
-            if not told:
+            if not expected:
                 raise
             _fail(str(error))
-        if not told:
+        if not expected:
             traceback.print_exc()
-        FAILED.append(f"{cfg.name}: {error if told else f'{type(error).__name__}: {error}'}")
+        reason = str(error) if expected else f"{type(error).__name__}: {error}"
+        FAILED.append(f"{cfg.name}: {reason}")
         _say(f"error: {FAILED[-1]}; the sweep goes on")
 
 
 def main() -> None:
-    """The door. Calls and sweeps are composed here first, so that all faults are told with near matches; any other flag is Hydra's."""
+    """Train one run or a sweep.
+
+    Both are composed here first, to report all faults; any other flag is Hydra's.
+    """
     arguments = sys.argv[1:] = [plain_text(argument) for argument in sys.argv[1:]]
     flags = [argument for argument in arguments if argument.startswith("-")]
     overrides = [argument for argument in arguments if argument not in flags]
@@ -85,21 +89,27 @@ def main() -> None:
 
 
 def _sweep(overrides: list[str]) -> None:
-    """Every point, one after another or as jobs; status 1 where one of them failed."""
+    """Train every point, one after another or as jobs; exit with status 1 where one of them failed."""
     points = _check_sweep(overrides)
     if any(override.startswith("hydra/launcher=") for override in overrides):
-        _say("\n".join((f"submitting {len(points)} jobs:", *(f"  {point.name} → {point.out}" for point in points))))
-        _say("their logs: runs/.submitit/JOB/, unless hydra.launcher.submitit_folder says otherwise; `squeue --me` lists the jobs")
-    with tempfile.TemporaryDirectory() as nowhere:  # a local sweep writes one multirun.yaml, and the runs have no use for it
+        names = [f"  {point.name} → {point.out}" for point in points]
+        _say("\n".join((f"submitting {len(points)} jobs:", *names)))
+        _say(
+            "their logs: runs/.submitit/JOB/, unless hydra.launcher.submitit_folder says otherwise; `squeue --me` lists the jobs",
+        )
+    # a local sweep writes one multirun.yaml, and the runs have no use for it
+    with tempfile.TemporaryDirectory() as nowhere:
         if not any(override.startswith(("hydra.sweep.dir=", "hydra/launcher=")) for override in overrides):
             sys.argv.append(f"hydra.sweep.dir={nowhere}")
         _hydra()
     if FAILED:
-        _fail("".join((f"{len(FAILED)} of {len(points)} points failed:", *(f"\n  - {line}" for line in FAILED))), status=1)
+        lines = [f"  - {line}" for line in FAILED]
+        summary = f"{len(FAILED)} of {len(points)} points failed:"
+        _fail("\n".join((summary, *lines)), status=1)
 
 
 def _check_sweep(overrides: list[str]) -> list[Settings]:
-    """The points of a sweep; the faults of all of them are told before the first one trains.
+    """Compose the points of a sweep, and report the faults of all of them before the first one trains.
 
     Raises:
         UserError: a point is at fault, two would train in one folder, or what starts the jobs is missing.
@@ -116,7 +126,8 @@ def _check_sweep(overrides: list[str]) -> list[Settings]:
         except UserError as error:
             faults.append(str(error))
     if not faults:
-        faults = same_folder([(point, one.out) for point, one in zip(asked, settings, strict=True)])
+        folders = [one.out for one in settings]
+        faults = same_folder(list(zip(asked, folders, strict=True)))
     UserError.collect(dict.fromkeys(faults))
     return settings
 
@@ -125,7 +136,9 @@ def _check_launcher(overrides: list[str]) -> None:
     """Refuse a launcher whose means are not here."""
     launchers = [override.partition("=")[2] for override in overrides if override.startswith("hydra/launcher=")]
     if launchers and find_spec("submitit") is None:
-        raise UserError("hydra/launcher: submitit, which starts the jobs, is not installed; pip install -e '.[slurm]'")
+        raise UserError(
+            "hydra/launcher: submitit, which starts the jobs, is not installed; pip install -e '.[slurm]'",
+        )
     if any("slurm" in launcher for launcher in launchers) and shutil.which("srun") is None:
         raise UserError(
             f"hydra/launcher={launchers[-1]}: no srun on this machine, so it submits no Slurm jobs; start the sweep on a login node of the "
@@ -143,7 +156,8 @@ def _train(settings: Settings) -> None:
     from outgrow.train.start.early import check_source
 
     check_source(settings)
-    from outgrow.train.loop import train_horizons  # torch, transformers and accelerate are loaded only for settings and sources that hold
+    # torch, transformers and accelerate are loaded only for settings and sources that hold
+    from outgrow.train.loop import train_horizons
     from outgrow.train.machine import slurm
     from outgrow.train.run.signals import Stopped, overruled
 

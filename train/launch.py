@@ -2,9 +2,9 @@
 
 python -m outgrow.train.launch --nproc_per_node 2 -m outgrow.train experiment=tiny growth=lossless      the arguments are torchrun's
 
-torchrun itself ends with status 1 and a traceback whatever its processes ended with, and gives them 30 s after a SIGTERM. Here SIGTERM,
-SIGUSR1 and SIGUSR2 go to the processes, which save, however long that takes, and the status is theirs: 75 asked to stop, everything saved;
-2 a fault in what was asked; 0 done.
+torchrun itself ends with status 1 and a traceback whatever its processes ended with, and gives them 30 s
+after a SIGTERM. Here SIGTERM, SIGUSR1 and SIGUSR2 go to the processes, which save, however long that takes,
+and the status is theirs: 75 asked to stop, everything saved; 2 a fault in what was asked; 0 done.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = list(sys.argv[1:] if arguments is None else arguments)
     for number in PASSED_ON:
         signal.signal(number, pass_on)
     try:
-        torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *given])
+        torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *options])
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode

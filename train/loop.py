@@ -1,4 +1,4 @@
-"""The training loop: one function that tells the whole story of a run, in order.
+"""The training loop: one function that tells a run from its start to its end, under eight banners.
 
 from outgrow.train.loop import train
 train(compose(["experiment=tiny", "growth=lossless"]))   # → runs/tiny-lossless-s0
@@ -6,7 +6,8 @@ train(compose(["experiment=tiny", "growth=lossless"]))   # → runs/tiny-lossles
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -17,64 +18,84 @@ from accelerate import Accelerator
 
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import write_json
+from outgrow.model.build import load_model
+from outgrow.model.checkpoint import names_of
 from outgrow.model.config import read_config
 from outgrow.model.geometry import active_parameter_count, flops_per_token, flops_source, parameter_count
 from outgrow.train.corpus import prepare
 from outgrow.train.data import TokenData, check_vocabulary
 from outgrow.train.data.batches import validation_batches, window_count
 from outgrow.train.data.mixture import mixed, tokens_read
-from outgrow.train.machine.device import device_name, peak_flops, session
+from outgrow.train.evaluate import evaluate
+from outgrow.train.machine.device import device_name, peak_flops, session, signs
 from outgrow.train.machine.distribute import whole_weights
+from outgrow.train.machine.watch import watching
+from outgrow.train.objects import RunContext, TrainingObjects, build_objects, fill_state
+from outgrow.train.router import unbalanced
 from outgrow.train.run import folder as run_folder
 from outgrow.train.run import state
-from outgrow.train.run.checkpoints import newest_intact
+from outgrow.train.run.checkpoints import Saver, newest_intact, saving
 from outgrow.train.run.clock import Meter
 from outgrow.train.run.export import publish, recast
-from outgrow.train.run.horizons import find_trunk, take_over_trunk, trunk_record
+from outgrow.train.run.horizons import branch_step, find_trunk, keep_stable, take_over_trunk, trunk_record
 from outgrow.train.run.log import Console, open_log
-from outgrow.train.run.reading import rate_warnings, reading, record, tokenizer_warnings
-from outgrow.train.run.signals import watched
-from outgrow.train.settings import Budget, Settings, horizon_runs, needs_source
+from outgrow.train.run.reading import cut_record, loss_warnings, rate_warnings, reading, tokenizer_warnings
+from outgrow.train.run.record import RunRecord, Summary, TextRecord
+from outgrow.train.run.samples import samples
+from outgrow.train.run.signals import Stopped, any_process, watched
+from outgrow.train.settings import Settings, horizon_runs, needs_source
 from outgrow.train.start.rehearsal import rehearse_end
-from outgrow.train.start.source import begin, find_source, source_dtype, source_ledger, target_config, weights_read
-from outgrow.train.start.stages import Span, spans_of, stages_of
+from outgrow.train.start.source import (
+    begin,
+    find_source,
+    grow_on,
+    source_cost,
+    source_dtype,
+    target_config,
+    weights_read,
+)
+from outgrow.train.start.stages import Stage, spans_of, stages_of
 from outgrow.train.start.teacher import find_teacher, teacher_folder
 from outgrow.train.start.transfer import frozen_tensors
 from outgrow.train.start.way import Way, find_ways, precision_of
-from outgrow.train.trainee import Run, Trainee
+from outgrow.train.step import NotFinite, drawn
 
 
 def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
-    """Train the run that `settings` describe, from its start or from its newest checkpoint, and return its folder.
+    """Train the run that `settings` describe, from its start or from its newest checkpoint, and return its
+    folder.
 
-    A complete run returns at once. Every process of a distributed run calls this with the same settings; process 0 writes.
+    A complete run returns at once. Every process of a distributed run calls this with the same settings;
+    process 0 writes.
 
     Args:
-        trunks: folders of the same run with shorter budgets, whose trunk it goes on from (train/horizons.py).
+        trunks: folders of the same run with shorter budgets, whose trunk it goes on from
+            (train/run/horizons.py).
 
     Raises:
-        UserError: the settings, the text, the source and the folder do not go together, the disk is full, no checkpoint is intact, or a
-            loss or a weight is not finite.
+        UserError: the settings, the text, the source and the folder do not go together, the disk is full, no
+            checkpoint is intact, or a loss or a weight is not finite.
         Stopped: SIGTERM or SIGUSR1 came; a checkpoint of the last step is saved.
     """
-    folder, loop, budget = Path(settings.out), settings.train, Budget.of(settings.train)
+    folder, loop, budget = Path(settings.out), settings.train, settings.budget
+    checkpoints = folder / run_folder.CHECKPOINTS
     console = Console(settings.progress and "lines", settings.name, loop.budget_tokens)
 
-    # ---- 1. Is there anything to do? --------------------------------------------------------------------------------------------------
-    run, again = run_folder.read_run(folder), None
+    # ---- 1. Is there anything to do? -----------------------------------------------------------------------
+    run, new_dtype = run_folder.read_run(folder), None
     if run is not None:
         run_folder.check_same(folder, run, settings)
         if run_folder.is_complete(folder):
-            if not (missing := run_folder.unkept(folder, run, settings)):
+            missing = run_folder.unkept(folder, run, settings)
+            if not missing:
                 console.say(f"already complete: {folder}")
                 return folder
-            again = run_folder.recast_to(folder, run, settings)
-            if again is None:
+            new_dtype = run_folder.recast_to(folder, run, settings)
+            if new_dtype is None:
                 check_end_left(folder, run, missing)
-            way_there = (
-                f"rounded from its {run_folder.FINAL}/" if again else "it trains again from its newest checkpoint to its end, to keep it"
-            )
-            console.say(f"{folder} is complete without {missing}: {way_there}")
+            again = "it trains again from its newest checkpoint to its end, to keep it"
+            plan = again if new_dtype is None else f"rounded from its {run_folder.FINAL}/"
+            console.say(f"{folder} is complete without {missing}: {plan}")
     elif further := run_folder.shorter_run(settings):
         console.say(further)
 
@@ -82,30 +103,34 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
         session(loop.precision, settings.sharding, loop.hang_seconds) as accelerator,
         run_folder.locked(folder, accelerator.is_main_process),
     ):
-        # ---- 2. Who trains: every process, and the main one writes --------------------------------------------------------------------
+        # ---- 2. Who trains: every process, and the main one writes -----------------------------------------
         main = accelerator.is_main_process
-
-        if run is not None and again is not None:
+        if run is not None and new_dtype is not None:
             if main:
-                recast(folder, run, again)
+                recast(folder, run, new_dtype)
             accelerator.wait_for_everyone()
             return folder
 
-        # ---- 3. The network, and the text that it reads -------------------------------------------------------------------------------
+        # ---- 3. The network's config, and the text that it reads -------------------------------------------
         source = find_source(settings, needed=run is None or needs_source(settings))
-        config = target_config(settings, source) if run is None else run["target_config"]
+        config = target_config(settings, source) if run is None else run.target_config
         stages, teaching = stages_of(settings, config), teacher_folder(settings, source)
         dtype = run_folder.final_dtype(folder, settings, source_dtype(source, run))
         digests = weights_read(settings, source, teaching) if main else {}
-        told = main and settings.progress is not False
         text = reading(settings, source, run)
-        data = prepare(text, progress=told)
-        data = mixed(settings.mixture, text, data, context=loop.context, rows=budget.steps * budget.rows, progress=told)
+        bars, rows = main and settings.progress is not False, budget.steps * budget.rows
+        data = prepare(text, progress=bars)
+        data = mixed(settings.mixture, text, data, context=loop.context, rows=rows, progress=bars)
         check_vocabulary(data, config["vocab_size"])
-        way, teachers = find_ways(config, None if teaching is None else read_config(teaching), loop, accelerator)
-        for line in (*way.lines, *(teachers.lines if teachers else ())):
+        way, teacher_way = find_ways(
+            config,
+            None if teaching is None else read_config(teaching),
+            loop,
+            accelerator,
+        )
+        for line in (*way.lines, *(teacher_way.lines if teacher_way else ())):
             console.say(line)
-        teacher = find_teacher(teaching, config, teachers)
+        teacher = find_teacher(teaching, config, teacher_way)
         windows = list(validation_batches(data.validation, context=loop.context, tokens=loop.eval_tokens))
         window_count(data.train, loop.context)  # refuses a text that is too short before anything is grown
 
@@ -118,88 +143,344 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
             for note in rehearse_end(config, source, data, sharded=accelerator.is_fsdp2, dtype=dtype):
                 console.say(note)
 
-        # ---- 4. The start: scratch, the source, or the source grown -------------------------------------------------------------------
+        # ---- 4. A new run: its start on disk, then its record ----------------------------------------------
         if run is None:
             if main:
                 trunk = find_trunk(trunks, settings)
-                start = begin(settings, stages[0], source, folder) if trunk is None else trunk_record(trunk)["start"]
+                start = begin(settings, stages[0], source, folder) if trunk is None else trunk_record(trunk).start
                 taught_by = None if teacher is None else teacher.config
                 spans = spans_of(stages, settings, taught_by, frozen_tensors(stages, settings, source))
-                known = facts(settings, config, data, accelerator, way)
-                known |= {"spans": [asdict(span) for span in spans], "weights": digests}
-                known |= {} if trunk is None else {"trunk": trunk}
-                known["data"]["cut"] = record(text)
-                for line in (*tokenizer_warnings(settings, source, data), *rate_warnings(settings, known["parameters"])):
+                known = measured(settings, config, data, accelerator, way, cut_record(text))
+                run = RunRecord.of(
+                    settings,
+                    start=start,
+                    spans=tuple(spans),
+                    weights=digests,
+                    trunk=trunk,
+                    **known,
+                )
+                for line in (
+                    *tokenizer_warnings(settings, source, data),
+                    *rate_warnings(settings, run.parameters),
+                ):
                     console.say(line)
-                write_json(folder / run_folder.RUN, run_folder.new_run(settings, start=start, **known))
+                write_json(folder / run_folder.RUN, run.to_json())
             accelerator.wait_for_everyone()
             run = run_folder.read_run(folder)
             assert run is not None
-        run_folder.check_same_inputs(folder, run, data.fingerprint, source_ledger(settings, source), digests)
+        run_folder.check_same_inputs(folder, run, data.fingerprint, source_cost(settings, source), digests)
 
-        # ---- 5. Where it stands, and on from there, stage by stage (one, unless it grows on its way) ----------------------------------
-        if "trunk" in run and main and not state.complete(folder / run_folder.CHECKPOINTS, tidy=True):
-            take_over_trunk(folder, run)
+        # ---- 5. Where weights, optimizer state and clocks come from ----------------------------------------
+        # The order matters:
+        # 1. a checkpoint of this run, the newest intact one: the run goes on to the bit as if never stopped;
+        # 2. a shorter horizon's trunk, which is first copied in and then such a checkpoint;
+        # 3. the stage before, grown, with Adam's state where the stage has `moments` (growth on the way);
+        # 4. the source, grown or as it is, with Adam's state where transfer.optimizer asks for it;
+        # 5. scratch: the library's own initialisation, from the seed.
+        if run.trunk is not None and main and not state.complete(checkpoints, tidy=True):
+            take_over_trunk(folder, run.trunk)
         accelerator.wait_for_everyone()
-        saved = newest_intact(folder / run_folder.CHECKPOINTS, accelerator, console.say)
+        saved = newest_intact(checkpoints, accelerator, console.say)
         position = state.Position() if saved is None else state.peek(saved)
         if main and state.restore_metrics(folder / run_folder.METRICS, saved):
-            console.say(f"{run_folder.METRICS} was cut, deleted or changed; its rows are those that the checkpoint keeps")
+            console.say(
+                f"{run_folder.METRICS} was cut, deleted or changed; its rows are those that the checkpoint keeps",
+            )
         if main:
-            (folder / run_folder.SUMMARY).unlink(missing_ok=True)  # there where a complete run trains its end again
-        with open_log(folder, settings, run, writes=main) as log:
-            peak = peak_flops(device_name(accelerator.device), run["precision"])
-            spans = [Span(**span) for span in run["spans"]]
-            meter = Meter(position, accelerator.num_processes, budget.tokens_per_step, spans, peak)
-            with watched() as asked:
-                made = Run(settings, folder, accelerator, data, windows, console, log, asked, meter, way, dtype, benchmarks)
-                for stage in stages[position.stage :]:
-                    with meter.paused():
-                        trainee = Trainee(made, stage, source, teacher, saved if stage.number == position.stage else None)
-                    trainee.train()
-                    if stage is not stages[-1]:
-                        trainee.grow(stages[stage.number + 1])
+            (folder / run_folder.SUMMARY).unlink(missing_ok=True)  # a complete run may train its end again
+        peak = peak_flops(device_name(accelerator.device), run.precision)
+        clock = Meter(position, accelerator.num_processes, budget.tokens_per_step, run.spans, peak)
 
-            # ---- 8. The end: a Hugging Face folder, and last the summary, which makes the run complete --------------------------------
+        with open_log(folder, settings, run, writes=main) as log:
+            context = RunContext(settings, folder, source, teacher, accelerator, data, windows, way, dtype, console, log, clock, benchmarks)
+            with watched() as asked:
+                for stage in stages[position.stage :]:  # one, unless the run grows on its way
+                    resumed = saved if stage.number == position.stage else None
+                    with clock.paused():
+                        objects = build_objects(context, stage)
+                        fill_state(context, objects, stage, resumed)
+                        position.stage = stage.number
+                        for line in introduction(context, objects, stage):
+                            console.say(line)
+                    newest = None if resumed is None else position.step
+                    processes = accelerator.process_index, accelerator.num_processes
+                    tensors = objects.objective, objects.optimizer.optimizer
+                    with (
+                        watching(signs(), *processes, loop.hang_seconds) as alive,
+                        saving(checkpoints, *tensors, accelerator, loop, newest) as saver,
+                    ):
+                        if resumed is None:
+                            alive()
+                            validate(context, objects, "eval" if stage.number == 0 else "growth")
+                        # a sharded network samples at its end
+                        if resumed is None and stage.number == 0 and not accelerator.is_fsdp2:
+                            write_samples(context, objects, "start")
+                        if resumed is not None and main:
+                            # a kill may have come before the copy
+                            keep_stable(folder, settings, position.step)
+                        check_range(context, objects, saver)
+                        objects.step.model.train()
+                        while position.step < stage.last:
+                            # ---- 6. One optimizer step (train/step.py) -------------------------------------
+                            rate = objects.step.rate(position.step)
+                            objects.load.clear()
+                            alive()
+                            try:
+                                clock.count(*objects.step(position.step))
+                            except NotFinite as fault:
+                                if fault.weights or position.skipped == loop.skip_nonfinite:
+                                    raise stopping(context, saver, fault) from None
+                                clock.skip()
+                                if log:
+                                    log.write("skip", clock.clocks(), reason=str(fault))
+
+                            # ---- 7. Log, evaluate, save ----------------------------------------------------
+                            if budget.due(budget.log_every, position.step):
+                                row = clock.close_interval() | objects.load.row(accelerator)
+                                if log and row["loss"] is not None:
+                                    log.write("train", clock.clocks(), learning_rate=rate, **row)
+                            if budget.due(budget.eval_every, position.step):
+                                alive()
+                                validate(context, objects)
+                                check_range(context, objects, saver)
+                            if benchmarks is not None and budget.due(benchmark_every(settings), position.step):
+                                alive()
+                                measure_benchmarks(context, objects)
+                            stop = any_process(accelerator, asked() is not None) and position.step < budget.steps
+                            grows = position.step == stage.last < budget.steps
+                            branches = position.step == branch_step(settings)
+                            if stop or grows or branches or budget.saves(position.step, best=position.best_step):
+                                with clock.paused():
+                                    save(context, objects, saver)
+                                    if branches:
+                                        saver.wait()
+                                        if main:
+                                            keep_stable(folder, settings, position.step)
+                            if stop:
+                                saver.wait()
+                                # the first process to end may take the others with it
+                                accelerator.wait_for_everyone()
+                                raise stopped(asked(), position.step)
+                        check_weights(context, objects, saver)
+                    if stage is not stages[-1]:
+                        grow_into(context, objects, stages[stage.number + 1])
+
+            # ---- 8. The end: a Hugging Face folder, and last the summary, which makes the run complete -----
             accelerator.wait_for_everyone()
-            weights = whole_weights(trainee.objective, accelerator)
+            weights = whole_weights(objects.objective, accelerator)
             if main:
                 summary = summarise(position)
-                adam = trainee.adam() if loop.keep_optimizer or run_folder.keeps_optimizer(folder) else None
-                final = publish(folder, trainee.network, weights, data, run, summary, adam, dtype)
-                trainee.write_samples("end", None if weights is None else final)
-                trainee.rows()  # are on the disk before the summary says that they are whole
-                write_json(folder / run_folder.SUMMARY, summary)
-                console.say(f"val loss {summary['start_val_loss']:.4f} → {summary['final_val_loss']:.4f}: {folder}")
+                adam = objects.adam() if loop.keep_optimizer or run_folder.keeps_optimizer(folder) else None
+                final = publish(folder, objects.network, weights, data, run, summary, adam, dtype)
+                write_samples(context, objects, "end", None if weights is None else final)
+                metrics_so_far(context)  # are on the disk before the summary says that they are complete
+                write_json(folder / run_folder.SUMMARY, summary.to_json())
+                console.say(f"val loss {summary.start_val_loss:.4f} → {summary.final_val_loss:.4f}: {folder}")
             accelerator.wait_for_everyone()
     return folder
 
 
-def check_end_left(folder: Path, run: Mapping[str, Any], missing: str) -> None:
+def train_horizons(settings: Settings) -> list[Path]:
+    """Train the run of every horizon in turn, each from the longest trunk before it, and return their
+    folders.
+
+    Raises:
+        UserError, Stopped: as `train` does.
+    """
+    folders: list[Path] = []
+    for run in horizon_runs(settings):
+        folders.append(train(run, trunks=folders))
+    return folders
+
+
+# ---- what the banners call ---------------------------------------------------------------------------------
+
+
+def check_end_left(folder: Path, run: RunRecord, missing: str) -> None:
     """Refuse to train a complete run again from its very start for what its end was not asked to keep.
 
     Raises:
         UserError: no checkpoint of it is left.
     """
-    if "trunk" not in run and not state.complete(folder / run_folder.CHECKPOINTS):
+    if run.trunk is None and not state.complete(folder / run_folder.CHECKPOINTS):
         raise UserError(
             f"{folder} is complete without {missing}, and no checkpoint of it is left to train its end again from (train.save_every_tokens "
             "says when one is written); delete the folder to train the whole run again, or choose another name="
         )
 
 
-def facts(settings: Settings, config: dict[str, Any], data: TokenData, accelerator: Accelerator, way: Way) -> dict[str, Any]:
-    """What run.json records beside the settings: the counted network, the text, the machine."""
-    budget = Budget.of(settings.train)
-    read = tokens_read(data.train, settings.data.name, budget.steps * budget.rows, settings.train.context)
+def introduction(context: RunContext, objects: TrainingObjects, stage: Stage) -> Iterator[str]:
+    """Lines on what is about to train, and on what."""
+    accelerator, way, position = context.accelerator, context.way, context.clock.position
+    count, active = parameter_count(stage.config), active_parameter_count(stage.config)
+    used = f" ({active:,} active for each token)" if active < count else ""
+    tokens = context.settings.budget.tokens_per_step
+    yield f"{count:,} parameters{used}, steps {position.step} to {stage.last} of {tokens:,} tokens"
+    yield from filter(None, (unbalanced(objects.network), drawn(objects.network)))
+    device, precision = device_name(accelerator.device), precision_of(accelerator.mixed_precision)
+    processes = f"{accelerator.num_processes} process(es)"
+    yield f"{device}, {processes}, {precision}, attention {way.attention} ({way.why})"
+
+
+def validate(context: RunContext, objects: TrainingObjects, kind: str = "eval") -> None:
+    """Take the validation loss, off the training clock, and log it.
+
+    Args:
+        kind: "growth" for the loss of a network that has just grown, which is not the run's own.
+    """
+    position, console = context.clock.position, context.console
+    with context.clock.paused():
+        result = evaluate(
+            objects.objective,
+            context.windows,
+            context.accelerator,
+            context.data.validation.bytes_per_token,
+        )
+    if kind == "eval":
+        if position.start_val_loss is None:
+            position.start_val_loss = result.val_loss
+            for line in loss_warnings(context.settings, result.val_loss, context.data.vocab_size):
+                console.say(line)
+        position.val_loss, position.bits_per_byte = result.val_loss, result.bits_per_byte
+        best = math.inf if position.best_val_loss is None else position.best_val_loss
+        if position.step > 0 and result.val_loss < best:  # false for NaN
+            position.best_val_loss, position.best_step = result.val_loss, position.step
+    if context.log:
+        context.log.write(kind, context.clock.clocks(), **asdict(result))
+
+
+def write_samples(
+    context: RunContext,
+    objects: TrainingObjects,
+    when: str,
+    final: Path | None = None,
+) -> None:
+    """Log what the network writes, off the training clock.
+
+    Args:
+        final: the folder to load the network from, where its own weights are sharded.
+    """
+    if context.log is None:
+        return
+    with context.clock.paused():
+        network = objects.network if final is None else load_model(final).to(context.accelerator.device)
+        arguments = network, context.data, context.windows, context.accelerator
+        context.log.samples(when, context.clock.clocks(), lambda: samples(*arguments))
+
+
+def benchmark_every(settings: Settings) -> int | None:
+    """The number of steps between two measurements of the benchmarks; None: at the end alone."""
+    every = settings.evaluate.every_tokens
+    return None if every is None else max(1, round(every / settings.train.batch_tokens))
+
+
+def measure_benchmarks(context: RunContext, objects: TrainingObjects) -> None:
+    """Measure the benchmarks, off the training clock, on the process that writes; the others wait in their next step."""
+    assert context.benchmarks is not None
+    with context.clock.paused():
+        scores = context.benchmarks.measure(objects.network, context.accelerator)
+    if context.log:
+        context.log.write("benchmark", context.clock.clocks(), **scores)
+
+
+def metrics_so_far(context: RunContext) -> str:
+    """The rows of metrics.jsonl, which are on the disk when this returns; "" on processes that do not write."""
+    return context.log.rows() if context.log else ""
+
+
+def save(context: RunContext, objects: TrainingObjects, saver: Saver) -> None:
+    """Save a checkpoint, unless a weight is not finite: then the one before stays the newest.
+
+    Raises:
+        UserError: a weight is not finite, or out of range of the dtype that it will be stored in at the end.
+    """
+    check_weights(context, objects, saver)
+    saver.save(context.clock.position, metrics_so_far(context))
+    check_range(context, objects, saver)
+
+
+def check_weights(context: RunContext, objects: TrainingObjects, saver: Saver) -> None:
+    """Stop the run where a weight is not finite: nothing that it trains from here on is of any use.
+
+    Raises:
+        UserError: a weight is not finite.
+    """
+    try:
+        objects.step.check_weights(context.clock.position.step)
+    except NotFinite as fault:
+        raise stopping(context, saver, fault) from None
+
+
+def check_range(context: RunContext, objects: TrainingObjects, saver: Saver) -> None:
+    """Stop the run where a weight is out of range of the dtype that it will be stored in (train.save_dtype).
+
+    The state is saved, so that the run can go on under another dtype.
+
+    Raises:
+        UserError: naming such weights.
+    """
+    step, dtype = context.clock.position.step, context.dtype
+    if dtype == "float32":
+        return
+    names = objects.step.beyond(getattr(torch, dtype))
+    if not names:
+        return
+    if step:
+        saver.save(context.clock.position, metrics_so_far(context))
+    saver.wait()
+    raise UserError(
+        f"train.save_dtype: after step {step}, {names_of(names)} hold values beyond the range of {dtype}; the same command with "
+        "train.save_dtype=bfloat16 or float32 goes on from there"
+    )
+
+
+def stopping(context: RunContext, saver: Saver, fault: NotFinite) -> UserError:
+    """The error to stop the run with, once its last state with finite weights is on the disk."""
+    if not fault.weights:
+        saver.save(context.clock.position, metrics_so_far(context))
+    saver.wait()
+    return fault.with_way_out(saver.newest)
+
+
+def stopped(signal: str | None, step: int) -> Stopped:
+    """The end of a run that a signal stopped after `step`; None: the signal came to another process."""
+    return Stopped(
+        f"stopped by {signal or 'a signal to another process'} after step {step}, which is saved",
+        signal,
+    )
+
+
+def grow_into(context: RunContext, objects: TrainingObjects, following: Stage) -> None:
+    """Grow the trained network into the start of the `following` stage, on disk, and free its memory."""
+    accelerator = context.accelerator
+    with context.clock.paused():
+        weights = whole_weights(objects.objective, accelerator)
+        if accelerator.is_main_process:
+            adam = objects.adam() if following.moments else None
+            grow_on(objects.network, weights, adam, following, context.settings, context.folder)
+        accelerator.wait_for_everyone()
+        accelerator.free_memory()
+
+
+def measured(
+    settings: Settings,
+    config: dict[str, Any],
+    data: TokenData,
+    accelerator: Accelerator,
+    way: Way,
+    cut: dict[str, str] | None,
+) -> dict[str, Any]:
+    """The entries of the run's record that settings do not tell: the counted network, the text, the machine."""
+    budget, context = settings.budget, settings.train.context
+    read = tokens_read(data.train, settings.data.name, budget.steps * budget.rows, context)
     return {
         "parameters": parameter_count(config),
         "active_parameters": active_parameter_count(config),
-        "flops_per_token": flops_per_token(config, settings.train.context),
-        "flops_from": flops_source(config, settings.train.context),
+        "flops_per_token": flops_per_token(config, context),
+        "flops_from": flops_source(config, context),
         "tokens_per_step": budget.tokens_per_step,
         "budget_tokens": budget.steps * budget.tokens_per_step,
-        "data": {"fingerprint": data.fingerprint, "bytes_per_token": data.validation.bytes_per_token, "tokens_read": read},
+        "data": TextRecord(data.fingerprint, data.validation.bytes_per_token, read, cut),
         "target_config": config,
         "device": device_name(accelerator.device),
         "processes": accelerator.num_processes,
@@ -210,27 +491,14 @@ def facts(settings: Settings, config: dict[str, Any], data: TokenData, accelerat
     }
 
 
-def summarise(position: state.Position) -> dict[str, Any]:
-    """What summary.json says."""
-    return {
-        "start_val_loss": position.start_val_loss,
-        "final_val_loss": position.val_loss,
-        "bits_per_byte": position.bits_per_byte,
-        "tokens": position.tokens,
-        "flops": position.flops,
-        "seconds": round(position.seconds, 3),
-        "steps": position.step,
-        "skipped_steps": position.skipped,
-    }
-
-
-def train_horizons(settings: Settings) -> list[Path]:
-    """Train the run of every horizon in turn, each from the longest trunk before it, and return their folders.
-
-    Raises:
-        UserError, Stopped: as `train` does.
-    """
-    folders: list[Path] = []
-    for run in horizon_runs(settings):
-        folders.append(train(run, trunks=folders))
-    return folders
+def summarise(position: state.Position) -> Summary:
+    """The summary of a run that stands at `position`, its end."""
+    losses = position.start_val_loss, position.val_loss, position.bits_per_byte
+    return Summary(
+        *losses,  # type: ignore[arg-type]  # measured at step 0 and after the last step
+        tokens=position.tokens,
+        flops=position.flops,
+        seconds=round(position.seconds, 3),
+        steps=position.step,
+        skipped_steps=position.skipped,
+    )

@@ -1,8 +1,9 @@
-"""The training objective as a module: token windows in, nats per token out, with or without the logits ever being whole.
+"""The training objective as a module: token windows in, nats per token out, with or without the logits ever
+being whole.
 
-Documents are packed end to end into windows. Where they are to be kept apart, the end-of-text token opens the document after it: a token
-attends to nothing before its document's opening, and positions count from there. Every token is still predicted, the first of a document
-from its opening alone.
+Documents are packed end to end into windows. Where they are to be kept apart, the end-of-text token opens the
+document after it: a token attends to nothing before its document's opening, and positions count from there.
+Every token is still predicted, the first of a document from its opening alone.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ CHUNK_TOKENS = 1024  # whose logits are held at a time by the fused loss
 
 
 class NextTokenLoss(nn.Module):
-    """A language model with its loss on top, so that whatever wraps a forward pass (DDP, FSDP, autocast) wraps the loss too.
+    """A language model with its loss on top, so that whatever wraps a forward pass (DDP, FSDP, autocast)
+    wraps the loss too.
 
     Attributes:
         network: the Hugging Face model; its names and its weights are what is saved.
-        fused: take the head and the cross-entropy together, `CHUNK_TOKENS` at a time. Of 51,200 entries and 8,192 tokens, the logits with
-            their gradient are 3.4 GB in float32; here they are 0.2 GB.
+        fused: take the head and the cross-entropy together, `CHUNK_TOKENS` at a time. Of 51,200 entries and
+            8,192 tokens, the logits with their gradient are 3.4 GB in float32; here they are 0.2 GB.
         end_of_text: the id that opens a document; None lets attention cross documents.
         masked: keep documents apart by masks that are handed over, where restarting positions do not.
     """
@@ -42,7 +44,8 @@ class NextTokenLoss(nn.Module):
     def forward(self, windows: Tensor, reduction: str = "mean") -> Any:
         """Cross-entropy of each token after the first given those before it, in nats, computed in float32.
 
-        While a mixture of experts trains, its routers' load-balancing term stands beside it (`Losses`); it is never in a validation loss.
+        While a mixture of experts trains, its routers' load-balancing term stands beside it (`Losses`); it is
+        never in a validation loss.
 
         Args:
             windows: token ids, (rows, context + 1).
@@ -53,7 +56,7 @@ class NextTokenLoss(nn.Module):
         return balanced(self.from_read(read.flatten(0, 1), targets, reduction), balance, targets, reduction)
 
     def inputs(self, windows: Tensor) -> dict[str, Any]:
-        """What the network takes: all tokens but the last of each window, documents apart where they are to be."""
+        """The network's inputs: all tokens but the last of each window, with a document mask if asked for."""
         tokens = windows[:, :-1]
         if self.end_of_text is None:
             return {"input_ids": tokens}
@@ -61,7 +64,7 @@ class NextTokenLoss(nn.Module):
         return documents_apart(tokens, self.end_of_text, config._attn_implementation, config if self.masked else None)
 
     def read(self, windows: Tensor) -> tuple[Tensor, Balance | None]:
-        """What the loss reads: what the head does, (rows, context, hidden), where it is fused, else the logits, (rows, context, vocab).
+        """The input of the loss: hidden states (rows, context, hidden) if fused, else logits (rows, context, vocab).
 
         While a mixture of experts trains, with its routers' load-balancing term.
         """
@@ -82,7 +85,13 @@ class NextTokenLoss(nn.Module):
         return self.network.get_output_embeddings()(read) if self.fused else read
 
 
-def balanced(text: Tensor, balance: Balance | None, targets: Tensor, reduction: str, taught: Tensor | None = None) -> Any:
+def balanced(
+    text: Tensor,
+    balance: Balance | None,
+    targets: Tensor,
+    reduction: str,
+    taught: Tensor | None = None,
+) -> Any:
     """The text's loss with the load-balancing term, which weighs as many tokens as the text does.
 
     Args:
@@ -95,16 +104,24 @@ def balanced(text: Tensor, balance: Balance | None, targets: Tensor, reduction: 
     return Losses(objective + weight * balance.weighted, text, weight * balance.plain)
 
 
-def build_loss(network: PreTrainedModel, settings: LoopSettings, end_of_text: int, *, fused: bool, masked: bool = False) -> NextTokenLoss:
+def build_loss(
+    network: PreTrainedModel,
+    settings: LoopSettings,
+    end_of_text: int,
+    *,
+    fused: bool,
+    masked: bool = False,
+) -> NextTokenLoss:
     """The objective that `settings` ask for, fused or plain, as `train.start.way` has found it possible."""
-    return NextTokenLoss(network, fused=fused, end_of_text=end_of_text if settings.document_mask else None, masked=masked)
+    opening = end_of_text if settings.document_mask else None
+    return NextTokenLoss(network, fused=fused, end_of_text=opening, masked=masked)
 
 
 def fused_cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor, reduction: str) -> Tensor:
     """`cross_entropy(head(hidden), targets)` without the logits of more than `CHUNK_TOKENS` tokens in memory.
 
-    The operands are float32 also under autocast (on a GPU, TF32 multiplies them): of bfloat16 ones, torch 2.13 returns the loss rounded to
-    bfloat16, which is 1 % off.
+    The operands are float32 also under autocast (on a GPU, TF32 multiplies them): of bfloat16 ones, torch
+    2.13 returns the loss rounded to bfloat16, which is 1 % off.
 
     Args:
         hidden: (tokens, hidden).
@@ -113,5 +130,10 @@ def fused_cross_entropy(hidden: Tensor, head: nn.Linear, targets: Tensor, reduct
     bias = None if head.bias is None else head.bias.float()
     options = LinearCrossEntropyOptions(batch_chunk_size=min(CHUNK_TOKENS, len(targets)))
     return functional.linear_cross_entropy(
-        hidden.float(), head.weight.float(), targets, linear_bias=bias, reduction=reduction, options=options
+        hidden.float(),
+        head.weight.float(),
+        targets,
+        linear_bias=bias,
+        reduction=reduction,
+        options=options,
     )

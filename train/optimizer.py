@@ -4,8 +4,8 @@ hidden     matrices between the embeddings and the head: Muon's own where Muon t
 experts    stacks of such matrices, (expert, out, in): Muon takes each by itself
 decayed    the other matrices: the output head, where it is untied
 untouched  vectors (norm weights, all biases), kernels of convolutions and embeddings. A norm's weight should stay near 1 and not
-           near 0; an embedding row is only updated when its token occurs, so decay would pull rare tokens towards 0 at the rate of
-           frequent ones.
+           near 0; an embedding row is only updated when its token occurs, so decay would pull rare tokens
+           towards 0 at the rate of frequent ones.
 """
 
 from __future__ import annotations
@@ -32,20 +32,32 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz iteration, PyTo
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
-    """The parameters that learn, in the groups above that are not empty; a tied tensor counts once, as the embedding it is."""
-    embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    """The parameters that learn, in the groups above that are not empty.
+
+    A tied tensor counts once, as the embedding it is.
+    """
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    embeddings = {id(p) for table in tables for p in table.parameters()}
     find_head: Any = getattr(model, "get_output_embeddings", None)
     head = None if find_head is None else find_head()
     ends = embeddings | (set() if head is None else {id(p) for p in head.parameters()})
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    multiplied = matrix_names(model)
-    matrices = [p for name, p in learning.items() if name in multiplied and id(p) not in embeddings]
-    chosen = {id(p) for p in matrices}
+    multiplied = [learning[name] for name in learning.keys() & matrix_names(model)]
+    matrices = {id(p) for p in multiplied} - embeddings
+    hidden = matrices - ends
+
+    def group(name: str, weight_decay: float, test: Callable[[Tensor], bool]) -> dict[str, Any]:
+        return {
+            "name": name,
+            "params": [p for p in learning.values() if test(p)],
+            "weight_decay": weight_decay,
+        }
+
     groups: Groups = [
-        {"name": "hidden", "params": [p for p in matrices if id(p) not in ends and p.ndim == 2], "weight_decay": weight_decay},
-        {"name": "experts", "params": [p for p in matrices if id(p) not in ends and p.ndim > 2], "weight_decay": weight_decay},
-        {"name": "decayed", "params": [p for p in matrices if id(p) in ends], "weight_decay": weight_decay},
-        {"name": "untouched", "params": [p for p in learning.values() if id(p) not in chosen], "weight_decay": 0.0},
+        group("hidden", weight_decay, lambda p: id(p) in hidden and p.ndim == 2),
+        group("experts", weight_decay, lambda p: id(p) in hidden and p.ndim > 2),
+        group("decayed", weight_decay, lambda p: id(p) in matrices and id(p) in ends),
+        group("untouched", 0.0, lambda p: id(p) not in matrices),
     ]
     check_cover(model, groups)
     return [group for group in groups if group["params"]]
@@ -54,8 +66,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
 def matrix_names(model: nn.Module) -> set[str]:
     """The parameters by which activations are multiplied as matrices, stacks of experts among them.
 
-    Of a family with a schema, and where no tiny twin of the class runs, those of two axes or more. Else what the twin shows: kernels of
-    depthwise convolutions, `A_log` and experts' biases have several axes too, and are no matrices.
+    Of a family with a schema, and where no tiny twin of the class runs, those of two axes or more. Else what
+    the twin shows: kernels of depthwise convolutions, `A_log` and experts' biases have several axes too, and
+    are no matrices.
     """
     several = {name for name, p in model.named_parameters() if p.ndim >= 2}
     config: Any = getattr(model, "config", None)
@@ -65,8 +78,8 @@ def matrix_names(model: nn.Module) -> set[str]:
         seen = parameters_of(known)
     except UserError:
         return several
-    kinds = {name: seen.get(layerless(name)) for name in several}
-    return {name for name, use in kinds.items() if use is None or use.kind in ("matrix", "matrices", "unused")}
+    others = {name for name, use in seen.items() if use.kind not in ("matrix", "matrices", "unused")}
+    return {name for name in several if layerless(name) not in others}
 
 
 def check_cover(model: nn.Module, groups: Groups) -> None:
@@ -75,15 +88,26 @@ def check_cover(model: nn.Module, groups: Groups) -> None:
     for group in groups:
         for parameter in group["params"]:
             count[id(parameter)] = count.get(id(parameter), 0) + 1
-    wrong = {name: count.get(id(p), 0) for name, p in model.named_parameters() if p.requires_grad and count.get(id(p), 0) != 1}
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    counts = {name: count.get(id(p), 0) for name, p in learning.items()}
+    wrong = {name: groups_of for name, groups_of in counts.items() if groups_of != 1}
     if wrong:
-        raise AssertionError(f"each parameter must be in exactly one optimizer group; found (name: groups) {wrong}")
+        raise AssertionError(
+            f"each parameter must be in exactly one optimizer group; found (name: groups) {wrong}",
+        )
 
 
 def adamw(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101), in one fused kernel where the parameters' device has one."""
-    fused = all(p.device.type in {"cpu", "cuda"} and p.is_floating_point() for group in groups for p in group["params"])
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=fused)
+    parameters = [p for group in groups for p in group["params"]]
+    fused = all(p.is_floating_point() and p.device.type in {"cpu", "cuda"} for p in parameters)
+    return torch.optim.AdamW(
+        groups,
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.epsilon,
+        fused=fused,
+    )
 
 
 def adamw_8bit(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
@@ -95,28 +119,42 @@ def adamw_8bit(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optim
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
-        raise UserError("optimizer=adamw_8bit: it is torchao's, which is not installed; pip install -e '.[low-bit]'") from error
+        raise UserError(
+            "optimizer=adamw_8bit: it is torchao's, which is not installed; pip install -e '.[low-bit]'",
+        ) from error
     return AdamW8bit(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon)
 
 
 def muon(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the hidden matrices, AdamW for the rest, at one learning rate.
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the hidden matrices, AdamW for the
+    rest, at one learning rate.
 
-    Muon's step is scaled to the RMS of AdamW's, so that AdamW's learning rate and decay serve both (arXiv 2502.16982, section 2.2).
+    Muon's step is scaled to the RMS of AdamW's, so that AdamW's learning rate and decay serve both (arXiv
+    2502.16982, section 2.2).
     """
     assert settings.momentum is not None
-    hidden, experts = ([g for g in groups if g["name"] == name] for name in ("hidden", "experts"))
-    rest = [g for g in groups if g["name"] not in ("hidden", "experts")]
+    hidden = [group for group in groups if group["name"] == "hidden"]
+    experts = [group for group in groups if group["name"] == "experts"]
+    rest = [group for group in groups if group["name"] not in ("hidden", "experts")]
     parts: list[torch.optim.Optimizer] = []
     if hidden:
-        parts.append(torch.optim.Muon(hidden, lr=settings.learning_rate, momentum=settings.momentum, adjust_lr_fn="match_rms_adamw"))
+        parts.append(
+            torch.optim.Muon(
+                hidden,
+                lr=settings.learning_rate,
+                momentum=settings.momentum,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
     if experts:
         parts.append(StackedMuon(experts, settings))
     return Joined([*parts, adamw(rest, settings)] if rest else parts)
 
 
 class StackedMuon(torch.optim.Optimizer):
-    """PyTorch's Muon for stacks of matrices, (expert, out, in): each expert's matrix is orthogonalised by itself."""
+    """PyTorch's Muon for stacks of matrices, (expert, out, in): each expert's matrix is orthogonalised by
+    itself.
+    """
 
     def __init__(self, groups: Groups, settings: OptimizerSettings) -> None:
         super().__init__(groups, {"lr": settings.learning_rate, "momentum": settings.momentum})
@@ -140,7 +178,9 @@ class StackedMuon(torch.optim.Optimizer):
 
 
 class Joined(torch.optim.Optimizer):
-    """Several optimizers that step as one: the same groups and the same state, so that it is saved, loaded and sharded as one."""
+    """Several optimizers that step as one: the same groups and the same state, so that it is saved, loaded
+    and sharded as one.
+    """
 
     def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
         self.parts = parts
@@ -151,9 +191,10 @@ class Joined(torch.optim.Optimizer):
         """Let every part work on this optimizer's own groups and state; loading replaces both."""
         first = 0
         for part in self.parts:
-            count = len(part.param_groups)
-            part.param_groups, part.state = self.param_groups[first : first + count], self.state
-            first += count
+            last = first + len(part.param_groups)
+            part.param_groups = self.param_groups[first:last]
+            part.state = self.state
+            first = last
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         assert closure is None
@@ -166,10 +207,15 @@ class Joined(torch.optim.Optimizer):
         self._share()
 
 
-OPTIMIZERS: dict[str, Callable[[Groups, Any], torch.optim.Optimizer]] = {"adamw": adamw, "adamw_8bit": adamw_8bit, "muon": muon}
+Build = Callable[[Groups, Any], torch.optim.Optimizer]
+OPTIMIZERS: dict[str, Build] = {"adamw": adamw, "adamw_8bit": adamw_8bit, "muon": muon}
 
 
-def build_optimizer(model: nn.Module, settings: OptimizerSettings, rates: Mapping[str, float] | None = None) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module,
+    settings: OptimizerSettings,
+    rates: Mapping[str, float] | None = None,
+) -> torch.optim.Optimizer:
     """The optimizer that `settings.name` asks for, over the groups above.
 
     Args:
@@ -182,15 +228,20 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings, rates: Mappin
 def _by_rate(model: nn.Module, groups: Groups, rates: Mapping[str, float]) -> Groups:
     """The groups split so that each has one rate."""
     share = {id(parameter): rates[name] for name, parameter in model.named_parameters()}
-    return [
-        group | {"params": [p for p in group["params"] if share[id(p)] == rate], "rate": rate}
-        for group in groups
-        for rate in sorted({share[id(p)] for p in group["params"]})
-    ]
+    split: Groups = []
+    for group in groups:
+        by_rate: dict[float, list[Any]] = defaultdict(list)
+        for parameter in group["params"]:
+            by_rate[share[id(parameter)]].append(parameter)
+        split += [group | {"params": by_rate[rate], "rate": rate} for rate in sorted(by_rate)]
+    return split
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Write `rate`, times a group's own share of it, into every group; in place where it is a tensor, which compiled steps read."""
+    """Write `rate`, times a group's own share of it, into every group.
+
+    In place where it is a tensor, which compiled steps read.
+    """
     for group in optimizer.param_groups:
         own = rate * group.get("rate", 1.0)
         if isinstance(group["lr"], Tensor):

@@ -1,9 +1,11 @@
-"""The load-balancing term of a mixture of experts: what its routers are trained on beside the text (Fedus et al., 2101.03961, eq. 4).
+"""The load-balancing term of a mixture of experts: what its routers are trained on beside the text (Fedus et
+al., 2101.03961, eq. 4).
 
-Where a class of the library computes such a term, its own forward pass does it here too, with the coefficient that the class reads from the
-config (`router_aux_loss_coef` in most; 0 switches it off). The term is no mean over tokens: it is taken over the rows of one forward
-pass, and the passes of a step (gradient accumulation, processes) weigh as many tokens as they have. So it moves a little with
-`train.micro_batch` and with the number of processes, as in the library's own trainer; the loss on the text does not.
+Where a class of the library computes such a term, its own forward pass does it here too, with the coefficient
+that the class reads from the config (`router_aux_loss_coef` in most; 0 switches it off). The term is no mean
+over tokens: it is taken over the rows of one forward pass, and the passes of a step (gradient accumulation,
+processes) weigh as many tokens as they have. So it moves a little with `train.micro_batch` and with the
+number of processes, as in the library's own trainer; the loss on the text does not.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 
 
 class Losses(NamedTuple):
-    """What a training forward pass gives where there is more than the text's loss; all of one reduction over the tokens.
+    """Losses of a training forward pass that has more than the text's; all of one reduction over tokens.
 
     Attributes:
         objective: what is trained on.
@@ -40,7 +42,7 @@ class Balance:
 
 
 def has_routers(network: Any) -> bool:
-    """Whether a network has routers, and its class's forward pass can be asked for their logits, of which the class may make a loss."""
+    """True if a network has routers whose logits its class's forward pass can return for a loss."""
     return "output_router_logits" in inspect.signature(network.forward).parameters and _recorded(network) is not False
 
 
@@ -52,23 +54,28 @@ def unbalanced(network: Any) -> str | None:
 
 
 def _recorded(network: Any) -> bool | None:
-    """Whether modules are there whose outputs the library would record as routers' logits; None where the class does not say."""
+    """True if the library records some modules' outputs as routers' logits; None if the class is silent."""
     routers = router_class(network)
     return None if routers is None else any(isinstance(module, routers) for module in network.modules())
 
 
 def router_class(network: Any) -> type | None:
-    """The class of the modules whose outputs the library would record as routers' logits; None where the network's class does not say."""
+    """The class of modules whose outputs the library records as routers' logits; None if the network's is silent."""
     recorded = (getattr(network.base_model, "_can_record_outputs", None) or {}).get("router_logits")
     routers = getattr(recorded, "target_class", recorded)
     return routers if isinstance(routers, type) else None
 
 
-def balanced_forward(network: Any, inputs: Mapping[str, Any], *, logits: bool) -> tuple[Tensor, Balance | None]:
+def balanced_forward(
+    network: Any,
+    inputs: Mapping[str, Any],
+    *,
+    logits: bool,
+) -> tuple[Tensor, Balance | None]:
     """One forward pass with the class's own load-balancing term.
 
-    The class adds coefficient · term to the loss of labels that it is given. That loss is replaced by zero, so what it returns is the
-    weighted term.
+    The class adds coefficient · term to the loss of labels that it is given. That loss is replaced by zero,
+    so what it returns is the weighted term.
 
     Args:
         network: a causal language model with `has_routers`.
@@ -76,19 +83,30 @@ def balanced_forward(network: Any, inputs: Mapping[str, Any], *, logits: bool) -
         logits: return the logits, else what the head reads; the head then goes over one position alone.
 
     Returns:
-        (rows, context, vocab) or (rows, context, hidden), and the term; None where the class makes none (of dense layers alone).
+        (rows, context, vocab) or (rows, context, hidden), and the term; None where the class makes none (of
+        dense layers alone).
     """
     read: list[Any] = []
-    hooks = [network.base_model.register_forward_hook(lambda module, given, out: read.append(out))]
-    given = dict(inputs)
-    if (masks := given.pop("attention_mask", None)) is not None:  # the term takes padding from a mask of (rows, context), and there is none
-        handed = {"attention_mask": masks}
-        hook = network.base_model.register_forward_pre_hook(lambda module, args, kwargs: (args, {**kwargs, **handed}), with_kwargs=True)
+    base = network.base_model
+    hooks = [base.register_forward_hook(lambda module, arguments, output: read.append(output))]
+    options = dict(inputs)
+    # The term takes padding from a mask of (rows, context), and there is none: masks of documents go past it.
+    if (masks := options.pop("attention_mask", None)) is not None:
+        masked = {"attention_mask": masks}
+        hook = base.register_forward_pre_hook(
+            lambda module, arguments, named: (arguments, {**named, **masked}),
+            with_kwargs=True,
+        )
         hooks.append(hook)
     try:
         with _no_loss_on_labels(network):
-            how = {"labels": inputs["input_ids"], "logits_to_keep": 0 if logits else 1, "output_router_logits": True, "use_cache": False}
-            out = network(**given, **how)
+            out = network(
+                **options,
+                labels=inputs["input_ids"],
+                logits_to_keep=0 if logits else 1,
+                output_router_logits=True,
+                use_cache=False,
+            )
     finally:
         for hook in hooks:
             hook.remove()
@@ -98,7 +116,7 @@ def balanced_forward(network: Any, inputs: Mapping[str, Any], *, logits: bool) -
 
 @contextmanager
 def _no_loss_on_labels(network: Any) -> Iterator[None]:
-    """With zero for the class's loss on labels."""
+    """Replace the class's loss on labels by zero in the block."""
     before = network.loss_function
     network.loss_function = lambda logits, *_, **__: logits.new_zeros(())
     try:

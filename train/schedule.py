@@ -1,10 +1,12 @@
-"""The learning rate as a pure function of progress: no state, no scheduler object, the same for every world size and restart.
+"""The learning rate as a pure function of progress: no state, no scheduler object, the same for every world
+size and restart.
 
-Progress is the share of the token budget, in [0, 1]. A step is taken at its middle, (step + ½) / steps, so that neither the first
-nor the last step is wasted on a rate of zero.
+Progress is the share of the token budget, in [0, 1]. A step is taken at its middle, (step + ½) / steps, so
+that neither the first nor the last step is wasted on a rate of zero.
 
-A warm-up of so many tokens (`warmup_tokens`) does not depend on the budget: until the decay of the shorter one begins, two WSD runs
-that differ in their budget alone have the same rate at every step, to the bit. Horizons rest on this (train/horizons.py).
+A warm-up of so many tokens (`warmup_tokens`) does not depend on the budget: until the decay of the shorter
+one begins, two WSD runs that differ in their budget alone have the same rate at every step, to the bit.
+Horizons rest on this (train/horizons.py).
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-# The share of the warm-up that a run repeats when it does not start from scratch; "new" repeats it for new entries alone.
+# The share of the warm-up that a run repeats when it does not start from scratch; "new" repeats it for new
+# entries alone.
 REWARM = {"full": 1.0, "short": 0.25, "none": 0.0, "new": 0.0}
 
 
@@ -25,15 +28,18 @@ class ScheduleSettings:
     name: str  # a key of train.schedule.SCHEDULES
     warmup_fraction: float  # of the budget
     floor: float  # the last rate, as a share of the peak
-    rewarm: str  # a key of train.schedule.REWARM: how much of the warm-up a run repeats that starts from trained weights
+    # a key of train.schedule.REWARM: how much of the warm-up a run repeats that starts from trained weights
+    rewarm: str
     decay_fraction: float | None = None  # of the budget; wsd only
     warmup_tokens: int | None = None  # instead of warmup_fraction: the same for every budget
     decay: Literal["linear", "sqrt"] = "linear"  # the shape of WSD's decay; sqrt: 1 − √share
-    horizons: tuple[int, ...] = ()  # budgets in tokens, each decayed from one stable trunk, see train/horizons.py
+    # budgets in tokens, each decayed from one stable trunk, see train/horizons.py
+    horizons: tuple[int, ...] = ()
 
 
 def warmup_stable_decay(progress: float, warmup: float, settings: ScheduleSettings) -> float:
-    """Linear from 0 to 1, flat, then down to `floor` over the last `decay_fraction` of the budget (WSD, arXiv 2404.06395).
+    """Linear from 0 to 1, flat, then down to `floor` over the last `decay_fraction` of the budget (WSD, arXiv
+    2404.06395).
 
     The decay is linear, or 1 − √(share of the decay that is over) (arXiv 2405.18392).
     """
@@ -46,20 +52,31 @@ def warmup_stable_decay(progress: float, warmup: float, settings: ScheduleSettin
 
 
 def cosine(progress: float, warmup: float, settings: ScheduleSettings) -> float:
-    """Linear from 0 to 1, then half a cosine down to `floor` at the end of the budget (arXiv 1608.03983, one cycle)."""
+    """Linear from 0 to 1, then half a cosine down to `floor` at the end of the budget (arXiv 1608.03983, one
+    cycle).
+    """
     if progress < warmup or warmup == 1.0:
         return progress / warmup
     turn = (progress - warmup) / (1.0 - warmup)
-    return settings.floor + (1.0 - settings.floor) * 0.5 * (1.0 + math.cos(math.pi * turn))
+    wave = 1.0 + math.cos(math.pi * turn)
+    return settings.floor + (1.0 - settings.floor) * 0.5 * wave
 
 
-SCHEDULES: dict[str, Callable[[float, float, ScheduleSettings], float]] = {"wsd": warmup_stable_decay, "cosine": cosine}
+Schedule = Callable[[float, float, ScheduleSettings], float]
+SCHEDULES: dict[str, Schedule] = {"wsd": warmup_stable_decay, "cosine": cosine}
 
 
-def factor(settings: ScheduleSettings, progress: float, *, from_scratch: bool, tokens: float | None = None) -> float:
+def factor(
+    settings: ScheduleSettings,
+    progress: float,
+    *,
+    from_scratch: bool,
+    tokens: float | None = None,
+) -> float:
     """The learning rate at `progress` as a share of its peak.
 
-    A run that starts from trained weights warms up for `REWARM[settings.rewarm]` of the warm-up that scratch gets.
+    A run that starts from trained weights warms up for `REWARM[settings.rewarm]` of the warm-up that scratch
+    gets.
 
     Args:
         tokens: at `progress`; needed where the warm-up is given in tokens.
@@ -81,7 +98,9 @@ def stable_steps(settings: ScheduleSettings, steps: int) -> int:
 
 
 def new_entries(settings: ScheduleSettings, progress: float) -> float:
-    """The rate of entries that growth made, as a share of the others': they warm up alone where the schedule rewarms "new"."""
+    """The rate of entries that growth made, as a share of the others': they warm up alone where the schedule
+    rewarms "new".
+    """
     if settings.rewarm != "new" or settings.warmup_fraction == 0.0:
         return 1.0
     return min(1.0, progress / settings.warmup_fraction)

@@ -1,6 +1,7 @@
-"""The typed door of training: a composed configuration becomes frozen values, or one error that names every fault.
+"""The settings of a run: a composed configuration becomes frozen values, or one error that names every fault.
 
-Nothing here imports torch, so that a misspelt key is answered at once. Nobody past this file sees a `DictConfig`.
+Nothing here imports torch, so that a misspelt key is answered at once. No code beyond this file sees a
+`DictConfig`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +25,8 @@ from outgrow.train.suite.suite import load_suite
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-UNGROWN = ("scratch", "source")  # the operators that grow nothing: build the target afresh; train the source itself on
+# the operators that grow nothing: build the target afresh; train the source itself on
+UNGROWN = ("scratch", "source")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class StageSettings:
     until: float | None = None  # the share of the budget at which it ends
     until_tokens: int | None = None  # or the tokens after which it ends, whatever the budget
     layers: float = 1.0  # of the target's, at least one
-    sizes: dict[str, Any] = field(default_factory=dict)  # other sizes than the target's, under their Hugging Face names
+    # other sizes than the target's, under their Hugging Face names
+    sizes: dict[str, Any] = field(default_factory=dict)
     operator: str = "lossless"  # by which it grows from what the stage before left
     moments: bool = False  # Adam's state grows too; else it begins anew
     options: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
@@ -41,12 +45,13 @@ class StageSettings:
 
 @dataclass(frozen=True)
 class GrowthSettings:
-    """How the run starts. `options` are the operator's own, handed to `growth.grow` as they are."""
+    """The start of the run. `options` are the operator's own, handed to `growth.grow` as they are."""
 
     name: str
     operator: str
     options: dict[str, Any] = field(metadata={"rest": True})
-    stages: tuple[StageSettings, ...] = ()  # where it grows on its way; the first one starts as `operator` says
+    # where it grows on its way; the first one starts as `operator` says
+    stages: tuple[StageSettings, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class TeacherSettings:
 
 @dataclass(frozen=True)
 class TransferSettings:
-    """conf/transfer: what training makes of a grown start."""
+    """conf/transfer: the use that training makes of a grown start."""
 
     name: str
     optimizer: str | None
@@ -84,10 +89,11 @@ class TransferSettings:
 
 @dataclass(frozen=True)
 class ShardingSettings:
-    """conf/sharding: what each of several processes holds, see train/distribute.py."""
+    """conf/sharding: the part that each of several processes holds, see train/machine/distribute.py."""
 
     name: Literal["none", "full"]
-    reshard_after_forward: bool  # free a gathered layer until the backward pass needs it: less memory, more traffic
+    # free a gathered layer until the backward pass needs it: less memory, more traffic
+    reshard_after_forward: bool
 
 
 @dataclass(frozen=True)
@@ -101,27 +107,33 @@ class LoggerSettings:
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """Budget and bookkeeping. Whatever ends in `_tokens` is rounded to whole steps once, in `Budget`; null means never (or all of it)."""
+    """Budget and bookkeeping.
+
+    What ends in `_tokens` is rounded to whole steps once, in `Budget`; null means never.
+    """
 
     budget_tokens: int
     batch_tokens: int  # per step, over all processes
     context: int
-    micro_batch: int | None  # windows per forward pass on one process
+    micro_batch: int | None  # windows per forward pass on one process; gradients accumulate over a step's
     eval_every_tokens: int | None
     eval_tokens: int
     log_every_tokens: int
     save_every_tokens: int | None
     keep: int  # newest checkpoints
     keep_optimizer: bool  # Adam's state beside the final model, for a growth that takes it over
-    save_dtype: Literal["source", "float32", "bfloat16", "float16"] | None  # of the final model's weights; null: float32
+    # of the final model's weights; null: float32
+    save_dtype: Literal["source", "float32", "bfloat16", "float16"] | None
     keep_best: bool  # the checkpoint of the lowest validation loss too, saved when it is measured
     save_async: bool  # write from a copy while training goes on
-    hang_seconds: float | None  # of several processes: without the end of a step, the one that hangs is named, and the run ends
+    # of several processes: without the end of a step, the one that hangs is named, and the run ends
+    hang_seconds: float | None
     skip_nonfinite: int  # steps whose loss or gradient is not finite that a run passes over before it stops
-    precision: Literal["auto", "bf16", "fp32"]
+    precision: Literal["auto", "bf16", "fp32"]  # bf16: mixed precision, weights and sums stay float32
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
     document_mask: bool  # no attention across documents, positions restart in each
-    loss: Literal["auto", "fused", "plain"]  # fused: the logits are never whole; auto: fused where the network allows it
+    # fused: the logits are never whole; auto: fused where the network allows it
+    loss: Literal["auto", "fused", "plain"]
     checkpointing: bool  # activations are computed again in the backward pass
     compile: bool  # torch.compile, layer by layer
     gradient_clip: float | None
@@ -129,7 +141,7 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class ForecastSettings:
-    """The machine that dry_run reckons with."""
+    """The machine that dry_run counts with."""
 
     device: str  # a name that holds a key of train.device.PEAK_BF16_FLOPS
     gpus: int
@@ -174,6 +186,11 @@ class Settings:
     mixture: MixtureSettings | None = None  # what is trained on; null: the training part of `data`
     changes: str = ""  # of the experiment's defaults, as train.naming tells them; part of the name
 
+    @cached_property
+    def budget(self) -> Budget:
+        """All counts of tokens as numbers of steps, converted once."""
+        return Budget.of(self.train)
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -202,12 +219,20 @@ class Budget:
             keep_best=loop.keep_best,
         )
 
+    def progress(self, step: int) -> float:
+        """The share of the budget that is spent in the middle of step `step`."""
+        return (step + 0.5) / self.steps
+
     def due(self, every: int | None, step: int) -> bool:
-        """Whether something done `every` so many steps is due after `step` steps; whatever is done at all is done at the end."""
+        """True if what is done `every` so many steps is due after `step` steps; all of it is due at the end."""
         return step == self.steps or (every is not None and step % every == 0)
 
     def saves(self, step: int, best: int | None = None) -> bool:
-        """Whether a checkpoint is due after `step` steps, the best so far at step `best`; after the last step, there is the final model."""
+        """True if a checkpoint is due after `step` steps, the best evaluation so far being that of step
+        `best`.
+
+        None is due after the last step: there is the final model.
+        """
         regular = self.save_every is not None and step % self.save_every == 0
         return (regular or (self.keep_best and step == best)) and step < self.steps
 
@@ -234,7 +259,8 @@ def settings_from(cfg: DictConfig | Mapping[str, Any], faults: list[str] | None 
         faults: faults that are already known; they are told with the ones found here.
 
     Raises:
-        UserError: unknown (with near matches), missing or mistyped keys and values that cannot work together, all at once.
+        UserError: unknown (with near matches), missing or mistyped keys and values that cannot work together,
+            all at once.
     """
     faults = list(faults or [])
     values = plain(cfg, faults)
@@ -247,12 +273,14 @@ def settings_from(cfg: DictConfig | Mapping[str, Any], faults: list[str] | None 
 
 
 def _disagreements(settings: Settings) -> list[str]:
-    """What is wrong between well-typed values."""
+    """List the faults between well-typed values."""
     loop, schedule, growth = settings.train, settings.schedule, settings.growth
     counts = ("budget_tokens", "batch_tokens", "context", "eval_tokens", "log_every_tokens", "keep")
     optional = ("micro_batch", "eval_every_tokens", "save_every_tokens", "gradient_clip", "hang_seconds")
-    faults = [f"train.{key}: must be positive; found {getattr(loop, key)}" for key in counts if getattr(loop, key) <= 0]
-    faults += [f"train.{key}: must be positive, or null; found {getattr(loop, key)}" for key in optional if (getattr(loop, key) or 1) <= 0]
+    low = {key: value for key in counts if (value := getattr(loop, key)) <= 0}
+    negative = {key: value for key in optional if (value := getattr(loop, key) or 0) < 0}
+    faults = [f"train.{key}: must be positive; found {value}" for key, value in low.items()]
+    faults += [f"train.{key}: must be positive, or null; found {value}" for key, value in negative.items()]
     if not faults:
         if loop.batch_tokens % loop.context:
             nearest = max(1, round(loop.batch_tokens / loop.context)) * loop.context
@@ -265,24 +293,33 @@ def _disagreements(settings: Settings) -> list[str]:
                 f"train.budget_tokens: {loop.budget_tokens} is less than one batch of {loop.batch_tokens} tokens; "
                 "raise it, or lower train.batch_tokens"
             )
-    for key, known in (("name", SCHEDULES), ("rewarm", REWARM)):
-        if getattr(schedule, key) not in known:
-            faults.append(f"schedule.{key}: unknown value {getattr(schedule, key)!r}; {did_you_mean(getattr(schedule, key), known)}")
+    names: list[tuple[str, str, Mapping[str, Any]]] = [
+        ("name", schedule.name, SCHEDULES),
+        ("rewarm", schedule.rewarm, REWARM),
+    ]
+    for key, name, known in names:
+        if name not in known:
+            faults.append(f"schedule.{key}: unknown value {name!r}; {did_you_mean(name, known)}")
     for key in ("warmup_fraction", "floor", "decay_fraction"):
         value = getattr(schedule, key)
         if value is not None and not 0 <= value <= 1:
             faults.append(f"schedule.{key}: must be between 0 and 1; found {value}")
     if schedule.name == "wsd" and schedule.decay_fraction is None:
-        faults.append("schedule.decay_fraction: missing; wsd decays over the last decay_fraction of the budget")
+        faults.append(
+            "schedule.decay_fraction: missing; wsd decays over the last decay_fraction of the budget",
+        )
     faults += _horizon_disagreements(settings)
     if schedule.warmup_tokens is None and (together := schedule.warmup_fraction + (schedule.decay_fraction or 0)) > 1:
-        faults.append(f"schedule: warmup_fraction and decay_fraction are {together} together, more than the budget")
+        faults.append(
+            f"schedule: warmup_fraction and decay_fraction are {together} together, more than the budget",
+        )
     if loop.skip_nonfinite < 0:
         faults.append(f"train.skip_nonfinite: must not be negative; found {loop.skip_nonfinite}")
     if settings.optimizer.learning_rate <= 0:
         faults.append(f"optimizer.learning_rate: must be positive; found {settings.optimizer.learning_rate}")
-    if settings.forecast.gpus <= 0 or not 0 < settings.forecast.mfu <= 1:
-        faults.append(f"forecast: gpus must be positive and mfu between 0 and 1; found {settings.forecast.gpus}, {settings.forecast.mfu}")
+    gpus, mfu = settings.forecast.gpus, settings.forecast.mfu
+    if gpus <= 0 or not 0 < mfu <= 1:
+        faults.append(f"forecast: gpus must be positive and mfu between 0 and 1; found {gpus}, {mfu}")
     if settings.optimizer.name == "adamw_8bit" and settings.sharding.name == "full":
         faults.append(
             "optimizer=adamw_8bit with sharding=full: torchao quantises each process's part by itself, unlike on one process, and a "
@@ -293,12 +330,16 @@ def _disagreements(settings: Settings) -> list[str]:
     if settings.optimizer.name == "muon" and settings.optimizer.momentum is None:
         faults.append("optimizer.momentum: missing; muon needs one (optimizer.momentum=0.95)")
     if growth.operator != "scratch" and settings.source is None:
-        faults.append(f"source: missing; growth={growth.name} starts from one: source=FOLDER or source=owner/name on the Hugging Face hub")
+        faults.append(
+            f"source: missing; growth={growth.name} starts from one: source=FOLDER or source=owner/name on the Hugging Face hub",
+        )
     if growth.operator != "source" and settings.target is None:
-        faults.append("target: missing; give a preset (target=tiny_target), a folder, or overrides of the source (target={hidden_size:96})")
-    for key in ("study", "name"):
-        if not getattr(settings, key) or Path(getattr(settings, key)).name != getattr(settings, key):
-            faults.append(f"{key}: must be usable as the name of a folder; found {getattr(settings, key)!r}")
+        faults.append(
+            "target: missing; give a preset (target=tiny_target), a folder, or overrides of the source (target={hidden_size:96})",
+        )
+    for key, name in (("study", settings.study), ("name", settings.name)):
+        if not name or Path(name).name != name:
+            faults.append(f"{key}: must be usable as the name of a folder; found {name!r}")
     if Path(settings.out).name in ("", ".."):
         faults.append(f"out: must be a folder of its own; found {settings.out!r}; leave it away for runs/{settings.name}")
     faults += _benchmark_disagreements(settings)
@@ -326,18 +367,24 @@ def _benchmark_disagreements(settings: Settings) -> list[str]:
 
 
 def _horizon_disagreements(settings: Settings) -> list[str]:
-    """What is wrong with a warm-up in tokens and with horizons."""
+    """List the faults of a warm-up in tokens and of horizons."""
     schedule, loop, growth = settings.schedule, settings.train, settings.growth
     faults, horizons = [], list(schedule.horizons)
     shortest = min(horizons, default=loop.budget_tokens)
     if schedule.warmup_tokens is not None and not 0 <= schedule.warmup_tokens <= shortest:
-        faults.append(f"schedule.warmup_tokens: between 0 and the budget of {shortest}; found {schedule.warmup_tokens}")
+        faults.append(
+            f"schedule.warmup_tokens: between 0 and the budget of {shortest}; found {schedule.warmup_tokens}",
+        )
     if not horizons:
         return faults
     if schedule.name != "wsd" or schedule.warmup_tokens is None:
-        faults.append("schedule.horizons: need schedule=wsd and schedule.warmup_tokens=N, a warm-up that all of them share")
+        faults.append(
+            "schedule.horizons: need schedule=wsd and schedule.warmup_tokens=N, a warm-up that all of them share",
+        )
     if horizons != sorted(set(horizons)) or horizons[0] < loop.batch_tokens:
-        faults.append(f"schedule.horizons: budgets of at least a batch, each longer than the one before; found {horizons}")
+        faults.append(
+            f"schedule.horizons: budgets of at least a batch, each longer than the one before; found {horizons}",
+        )
     if settings.transfer.teacher is not None or schedule.rewarm == "new":
         faults.append("schedule.horizons: not with a teacher or rewarm=new, whose course depends on the budget")
     if settings.mixture is not None and any(phase.share is not None for phase in settings.mixture.phases):
@@ -345,49 +392,63 @@ def _horizon_disagreements(settings: Settings) -> list[str]:
     if any(stage.until_tokens is None for stage in growth.stages[:-1]):
         faults.append("growth.stages: with horizons a stage ends after until_tokens=N, the same for every horizon")
     stable = shortest * (1.0 - (schedule.decay_fraction or 0.0))
-    late = [stage.until_tokens for stage in growth.stages[:-1] if (stage.until_tokens or 0) > stable]
+    ends = [stage.until_tokens or 0 for stage in growth.stages[:-1]]
+    late = [tokens for tokens in ends if tokens > stable]
     decay = f"is inside the decay of the shortest horizon, from {stable:.0f}"
     return faults + [f"growth.stages: growth after {tokens} tokens {decay}" for tokens in late]
 
 
 def needs_source(settings: Settings) -> bool:
-    """Whether a run needs its source after it has begun, too."""
+    """True for a run that needs its source also after it has begun."""
     teacher = settings.transfer.teacher
     return settings.transfer.mup or (teacher is not None and teacher.model == "source")
 
 
 def _stage_disagreements(growth: GrowthSettings) -> list[str]:
+    """List the faults of a growth on the way."""
     faults: list[str] = []
-    shares = [stage for stage in growth.stages[:-1] if (stage.until is None) == (stage.until_tokens is None)]
-    if shares or growth.stages[-1].until_tokens is not None:
+    ways = [[stage.until, stage.until_tokens] for stage in growth.stages[:-1]]
+    unclear = [way for way in ways if way.count(None) != 1]
+    if unclear or growth.stages[-1].until_tokens is not None:
         return ["growth.stages: each ends at until=SHARE or after until_tokens=N, one of them; the last at until=1.0"]
     tokens = [stage.until_tokens for stage in growth.stages if stage.until_tokens is not None]
     if tokens != sorted(set(tokens)) or any(end <= 0 for end in tokens):
         faults.append(f"growth.stages: each must end later than the one before; found until_tokens={tokens}")
     ends = [stage.until for stage in growth.stages if stage.until is not None]
-    if ends != sorted(set(ends)) or not all(0.0 < end <= 1.0 for end in ends) or ends[-1] != 1.0:
-        faults.append(f"growth.stages: each must end later than the one before, the last at 1.0; found until={ends}")
+    rising = ends == sorted(set(ends))
+    if not ends or not rising or ends[0] <= 0.0 or ends[-1] != 1.0:
+        faults.append(
+            f"growth.stages: each must end later than the one before, the last at 1.0; found until={ends}",
+        )
     for number, stage in enumerate(growth.stages):
         if number and stage.operator in UNGROWN:
-            faults.append(f"growth.stages[{number}].operator: {stage.operator} grows nothing; choose one that grows what there is")
+            faults.append(
+                f"growth.stages[{number}].operator: {stage.operator} grows nothing; choose one that grows what there is",
+            )
     return faults
 
 
 def _transfer_disagreements(settings: Settings) -> list[str]:
-    transfer, teacher, faults = settings.transfer, settings.transfer.teacher, []
-    needs_source = {
+    """List the faults of what a grown start brings along."""
+    transfer, teacher = settings.transfer, settings.transfer.teacher
+    faults: list[str] = []
+    from_source = {
         "transfer.optimizer": transfer.optimizer == "source",
         "transfer.mup": transfer.mup,
         "transfer.teacher": teacher is not None and teacher.model == "source",
     }
-    faults += [f"{key}: needs a source (source=FOLDER)" for key, asked in needs_source.items() if asked and settings.source is None]
+    if settings.source is None:
+        faults += [f"{key}: needs a source (source=FOLDER)" for key, asked in from_source.items() if asked]
     if settings.growth.operator in UNGROWN and transfer.inherited_rate != 1.0:
-        faults.append(f"transfer.inherited_rate: growth={settings.growth.name} grows nothing, so entries are neither inherited nor new")
+        faults.append(
+            f"transfer.inherited_rate: growth={settings.growth.name} grows nothing, so entries are neither inherited nor new",
+        )
     if settings.growth.operator == "scratch" and transfer.optimizer is not None:
         faults.append("transfer.optimizer: growth=scratch has no weights that the source's moments belong to")
-    if settings.optimizer.name != "adamw" and (transfer.optimizer is not None or transfer.mup or settings.train.keep_optimizer):
+    of_adam = transfer.optimizer is not None or transfer.mup or settings.train.keep_optimizer
+    if of_adam and settings.optimizer.name != "adamw":
         faults.append(f"transfer.optimizer, transfer.mup, train.keep_optimizer: for optimizer=adamw; found {settings.optimizer.name}")
-    whole = {
+    unsharded = {
         "transfer.inherited_rate": transfer.inherited_rate != 1.0,
         "schedule.rewarm=new": settings.schedule.rewarm == "new",
         "transfer.optimizer": transfer.optimizer is not None,
@@ -395,16 +456,21 @@ def _transfer_disagreements(settings: Settings) -> list[str]:
         "growth.stages.moments": any(stage.moments for stage in settings.growth.stages),
     }
     if settings.sharding.name == "full":
-        faults += [f"{key}: needs whole tensors on each process (sharding=none)" for key, asked in whole.items() if asked]
+        faults += [f"{key}: needs whole tensors on each process (sharding=none)" for key, asked in unsharded.items() if asked]
     if not 0.0 <= transfer.inherited_rate <= 10.0:
-        faults.append(f"transfer.inherited_rate: a share of the learning rate, at least 0; found {transfer.inherited_rate}")
+        faults.append(
+            f"transfer.inherited_rate: a share of the learning rate, at least 0; found {transfer.inherited_rate}",
+        )
     if teacher is not None:
-        if not all(0.0 <= weight <= 1.0 for weight in teacher.weight) or not all(value > 0 for value in teacher.temperature):
+        in_range = 0.0 <= min(teacher.weight) <= max(teacher.weight) <= 1.0
+        if not in_range or min(teacher.temperature) <= 0:
             faults.append(
-                f"transfer.teacher: weights are between 0 and 1, temperatures positive; found {teacher.weight}, {teacher.temperature}"
+                f"transfer.teacher: weights are between 0 and 1, temperatures positive; found {teacher.weight}, {teacher.temperature}",
             )
         if not 0.0 < teacher.until <= 1.0:
-            faults.append(f"transfer.teacher.until: a share of the budget, above 0 and at most 1; found {teacher.until}")
+            faults.append(
+                f"transfer.teacher.until: a share of the budget, above 0 and at most 1; found {teacher.until}",
+            )
     return faults
 
 
@@ -412,7 +478,7 @@ LATER = ("data_dir", "share")  # settings, of whatever part, that came when ther
 
 
 def identity(settings: Settings | Mapping[str, Any]) -> dict[str, Any]:
-    """Every setting that changes the result, flat: dotted key → JSON value."""
+    """All settings that change the result, flat: dotted key → JSON value."""
     values = settings if isinstance(settings, Mapping) else asdict(settings)
     flat = flatten(_without_later(json.loads(json.dumps(values))))
     return {key: value for key, value in flat.items() if not is_neutral(key)}

@@ -1,4 +1,7 @@
-"""One optimizer step: batch i → forward and loss → backward, piece by piece → clip → update. The loop around it knows nothing of these."""
+"""One optimizer step: batch i → forward and loss → backward, piece by piece → clip → update.
+
+The loop around it knows nothing of these.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from outgrow.train.machine.distribute import accumulating, local, total_norm
 from outgrow.train.optimizer import set_learning_rate
 from outgrow.train.router import Losses
 from outgrow.train.schedule import factor
-from outgrow.train.settings import Budget, Settings
+from outgrow.train.settings import Settings
 from outgrow.train.start.teacher import scheduled
 from outgrow.train.start.transfer import EntryRates
 
@@ -35,13 +38,29 @@ class Step:
     """
 
     def __init__(
-        self, model: Any, optimizer: Any, accelerator: Accelerator, split: TokenSplit, settings: Settings, entries: EntryRates | None = None
+        self,
+        model: Any,
+        optimizer: Any,
+        accelerator: Accelerator,
+        split: TokenSplit,
+        settings: Settings,
+        entries: EntryRates | None = None,
     ) -> None:
-        self.model, self.optimizer, self.accelerator, self.split, self.settings = model, optimizer, accelerator, split, settings
-        self.entries = entries
-        self.budget = Budget.of(settings.train)
-        self.share = Share.of(self.budget.rows, settings.train.micro_batch, accelerator.process_index, accelerator.num_processes)
-        self.parameters = {name.split("network.")[-1]: p for name, p in model.named_parameters() if p.requires_grad}
+        self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
+        self.split, self.settings, self.entries = split, settings, entries
+        self.budget = settings.budget
+        self.share = Share.of(
+            self.budget.rows,
+            settings.train.micro_batch,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        weights = self.weights()
+        self.parameters = {name: parameter for name, parameter in weights.items() if parameter.requires_grad}
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """All parameters, frozen ones too, by the network's own names."""
+        return {name.split("network.")[-1]: parameter for name, parameter in self.model.named_parameters()}
 
     def rate(self, i: int) -> float:
         """The learning rate of step `i`."""
@@ -52,7 +71,7 @@ class Step:
 
     def progress(self, i: int) -> float:
         """The share of the budget that is spent in the middle of step `i`."""
-        return (i + 0.5) / self.budget.steps
+        return self.budget.progress(i)
 
     def teaching(self, i: int) -> dict[str, float]:
         """The weight and temperature of the teacher in step `i`; nothing where none teaches."""
@@ -62,25 +81,31 @@ class Step:
 
     def windows(self, i: int, rows: range) -> Tensor:
         """These rows of batch `i`, (rows, context + 1), on this process's device."""
-        loop = self.settings.train
-        found = batch(
-            self.split, seed=self.settings.seed, step=i, batch_size=self.budget.rows, context=loop.context, start=rows.start, stop=rows.stop
+        windows = batch(
+            self.split,
+            seed=self.settings.seed,
+            step=i,
+            batch_size=self.budget.rows,
+            context=self.settings.train.context,
+            start=rows.start,
+            stop=rows.stop,
         )
-        return torch.from_numpy(found).to(self.accelerator.device, non_blocking=True)
+        return torch.from_numpy(windows).to(self.accelerator.device)
 
     def __call__(self, i: int) -> tuple[float, ...]:
         """Train on batch `i`.
 
         Returns:
-            the mean loss over the batch, the gradient's norm before clipping, and where there is one, the routers' load-balancing term
-            without its coefficient, all of all processes.
+            the mean loss over the batch, the gradient's norm before clipping, and where there is one, the
+            routers' load-balancing term without its coefficient, all of all processes.
 
         Raises:
             NotFinite: one of them is not finite. Weights and optimizer state are as they were before.
         """
         set_learning_rate(self.optimizer, self.rate(i))
         text, router = self.accumulate(i)
-        losses = self.accelerator.reduce(torch.stack((text, *([] if router is None else [router]))), reduction="sum")
+        parts = [text] if router is None else [text, router]
+        losses = self.accelerator.reduce(torch.stack(parts), reduction="sum")
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         total = total_norm(gradients)
         # The one place where a step waits for the device: what is not finite must not be used.
@@ -90,31 +115,39 @@ class Step:
             self.optimizer.zero_grad()
             raise fault
         if self.settings.train.gradient_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.settings.train.gradient_clip, total)
+            torch.nn.utils.clip_grads_with_norm_(
+                list(self.parameters.values()),
+                self.settings.train.gradient_clip,
+                total,
+            )
         with nullcontext() if self.entries is None else self.entries.applied(self.progress(i)):
             self.optimizer.step()
         self.optimizer.zero_grad()
         return loss, norm, *balance
 
     def accumulate(self, i: int) -> tuple[Tensor, Tensor | None]:
-        """Add up the gradient of the mean loss over batch `i`, a micro-batch at a time (gradient accumulation).
+        """Add up the gradient of the mean loss over batch `i`, a micro-batch at a time (gradient
+        accumulation).
 
-        Each micro-batch weighs as many tokens as it has, whatever its process and their number.
+        The loss is averaged over tokens, not over micro-batches, on any number of processes.
 
         Returns:
-            this process's part of the mean loss on the text, and of the routers' load-balancing term where there is one.
+            this process's part of the mean loss on the text, and of the routers' load-balancing term where
+            there is one.
         """
         teaching = self.teaching(i)
         mean, router = torch.zeros((), device=self.accelerator.device), None
-        windows = self.windows(i, self.share.rows)
+        windows, begin = self.windows(i, self.share.rows), self.share.rows.start
         for piece in self.share.pieces:
             last = piece is self.share.pieces[-1]
             torch.manual_seed(step_seed(self.settings.seed, i, piece.start))  # dropout, where a model has any
-            rows = windows[piece.start - self.share.rows.start : piece.stop - self.share.rows.start]
+            rows = windows[piece.start - begin : piece.stop - begin]
+            # take part with a row that counts nothing: sharded processes run the layers together
+            if not len(piece):
+                rows = self.windows(i, range(1))
             with nullcontext() if last else accumulating(self.model, self.accelerator):
-                # A piece without rows takes part with one that counts nothing: sharded processes have to go through the layers together.
-                found = self.model(rows if len(piece) else self.windows(i, range(1)), reduction="sum", **teaching)
-                losses = Losses(*found) if isinstance(found, tuple) else Losses(found, found)
+                output = self.model(rows, reduction="sum", **teaching)
+                losses = Losses(*output) if isinstance(output, tuple) else Losses(output, output)
                 share = bool(len(piece)) / self.budget.tokens_per_step
                 # Gradients are averaged over the processes.
                 self.accelerator.backward(losses.objective * share * self.accelerator.num_processes)
@@ -124,16 +157,21 @@ class Step:
         return mean, router
 
     def fault(self, step: int, loss: float, norm: float) -> NotFinite:
-        """Tell which tensor is not finite: a weight, else the gradient nearest to the loss, where the backward pass met it first."""
-        said = f"step {step}: the loss is {loss} and the gradient norm {norm}; not finite: "
+        """Name the tensor that is not finite: a weight, else the gradient nearest to the loss, where backward
+        met it first.
+        """
+        story = f"step {step}: the loss is {loss} and the gradient norm {norm}; not finite: "
         if names := self.broken_weights():
-            return NotFinite(f"{said}weight {names[0]}", weights=True)
-        names = self.not_finite({name: p.grad for name, p in self.parameters.items() if p.grad is not None})
+            return NotFinite(f"{story}weight {names[0]}", weights=True)
+        gradients = {name: parameter.grad for name, parameter in self.parameters.items()}
+        names = self.not_finite({name: gradient for name, gradient in gradients.items() if gradient is not None})
         more = f"{len(names) - 1} more of {len(self.parameters)} tensors"
-        return NotFinite(said + (f"gradient of {names[-1]}, and of {more}" if names else "loss alone"))
+        return NotFinite(story + (f"gradient of {names[-1]}, and of {more}" if names else "loss alone"))
 
     def check_weights(self, step: int) -> None:
-        """Raise NotFinite where a weight is not finite after `step` steps: no loss has met it yet, and such a state is not to be kept."""
+        """Raise NotFinite where a weight is not finite after `step` steps: no loss has met it yet, and such a
+        state is not to be kept.
+        """
         if names := self.broken_weights():
             raise NotFinite(f"after step {step}: not finite: weight {names[0]}", weights=True)
 
@@ -147,13 +185,20 @@ class Step:
 
     def beyond(self, dtype: torch.dtype) -> list[str]:
         """The names of the weights, frozen ones too, with a finite value that rounds to infinity in `dtype`."""
-        weights = {name.split("network.")[-1]: p.detach() for name, p in self.model.named_parameters()}
-        return self.flagged(weights, lambda tensor: torch.stack(tensor.aminmax()).to(dtype).isinf().any())
+
+        def rounds_to_infinity(tensor: Tensor) -> Tensor:
+            extremes = torch.stack(tensor.aminmax())
+            return extremes.to(dtype).isinf().any()
+
+        weights = {name: parameter.detach() for name, parameter in self.weights().items()}
+        return self.flagged(weights, rounds_to_infinity)
 
     def flagged(self, tensors: dict[str, Tensor], test: Callable[[Tensor], Tensor]) -> list[str]:
         """The names of those of which `test` is true on any process."""
-        flags = torch.stack([test(part) if (part := local(t)).numel() else part.new_zeros(()).bool() for t in tensors.values()]).float()
-        return [name for name, flag in zip(tensors, self.accelerator.reduce(flags, reduction="sum").tolist(), strict=True) if flag]
+        parts = [local(tensor) for tensor in tensors.values()]
+        flags = [test(part) if part.numel() else part.new_zeros(()).bool() for part in parts]
+        counts = self.accelerator.reduce(torch.stack(flags).float(), reduction="sum").tolist()
+        return [name for name, count in zip(tensors, counts, strict=True) if count]
 
 
 class NotFinite(UserError):
@@ -168,7 +213,9 @@ class NotFinite(UserError):
         self.weights = weights
 
     def with_way_out(self, saved: int | None) -> UserError:
-        """The same for a run that stops at it, the newest state with finite weights saved after step `saved`, if any is."""
+        """The same for a run that stops at it, the newest state with finite weights saved after step `saved`,
+        if any is.
+        """
         kept = "has saved no state before it" if saved is None else f"has saved the state after step {saved}"
         passing = "" if self.weights else ", or pass over such steps with train.skip_nonfinite=N"
         return UserError(
@@ -179,38 +226,49 @@ class NotFinite(UserError):
 
 @dataclass(frozen=True)
 class Share:
-    """What one process computes of each batch: `rows`, split into as many `pieces` as every other process has."""
+    """The part of each batch that one process computes: `rows`, in as many `pieces` (micro-batches) as every
+    process has.
+    """
 
     rows: range
     pieces: tuple[range, ...]
 
     @classmethod
     def of(cls, rows: int, micro_batch: int | None, process: int, processes: int) -> Share:
-        """Shares differ by at most one row; a piece has up to `micro_batch` rows, the last ones fewer or none.
+        """Divide `rows` so that shares differ by at most one.
+
+        A piece has up to `micro_batch` rows, the last fewer or none.
 
         8 rows by 2 on processes 0 and 1 of 3: 0‥2 as (0‥1, 2‥2) and 2‥5 as (2‥4, 4‥5).
         """
         own = range(rows * process // processes, rows * (process + 1) // processes)
         most = -(-rows // processes)
         size = min(micro_batch or most, most)
-        return cls(own, tuple(own[first : first + size] for first in range(0, most, size)))
+        pieces = [own[first : first + size] for first in range(0, most, size)]
+        return cls(own, tuple(pieces))
 
 
 def step_seed(seed: int, step: int, row: int) -> int:
     """The seed of the generator for the micro-batch that begins at `row` of a step's batch.
 
-    A resumed run draws what an undisturbed one would have drawn, and so does a run on other processes whose micro-batches are the same.
+    A resumed run draws what an undisturbed one would have drawn, and so does a run on other processes whose
+    micro-batches are the same.
     """
-    return int.from_bytes(hashlib.sha256(f"{seed} {step} {row}".encode()).digest()[:8]) >> 1
+    digest = hashlib.sha256(f"{seed} {step} {row}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
 
 
 def drawn(network: nn.Module) -> str | None:
-    """The line that a run says of a network with dropout; None of one without. The modules tell it, whatever a config calls it."""
+    """A line on a network with dropout; None for one without.
+
+    Its modules are asked, whatever a config calls it.
+    """
     rates: dict[str, float] = {}
     for module in network.modules():
         own = {"dropout": module.p} if isinstance(module, nn.Dropout) else vars(module)
-        rates |= {key: value for key, value in own.items() if "drop" in key and isinstance(value, float) and 0.0 < value <= 1.0}
+        numbers = {key: value for key, value in own.items() if "drop" in key and isinstance(value, float)}
+        rates |= {key: numbers[key] for key in numbers if 0.0 < numbers[key] <= 1.0}
     if not rates:
         return None
-    told = ", ".join(f"{key} {value:g}" for key, value in sorted(rates.items()))
-    return f"{told}: masks are drawn for each micro-batch, so losses depend on train.micro_batch and on the number of processes"
+    listed = ", ".join(f"{key} {rates[key]:g}" for key in sorted(rates))
+    return f"{listed}: masks are drawn for each micro-batch, so losses depend on train.micro_batch and on the number of processes"

@@ -18,7 +18,13 @@ def test_a_run_is_read_whole(tmp_path: Path) -> None:
     start = {"lossless": True, "receipt": {"max_delta": 2e-13}, "operator_flops": 7.0, "source": SOURCE}
     run = read_run(fabricate(tmp_path, "lossless", [4.0, 3.0, 2.0], seed=3, rate=5e-4, start=start))
     assert isinstance(run, Run)
-    assert (run.arm, run.seed, run.learning_rate, run.receipt, run.lossless) == ("lossless", 3, 5e-4, 2e-13, True)
+    assert (run.arm, run.seed, run.learning_rate, run.record.start.max_delta, run.record.start.lossless) == (
+        "lossless",
+        3,
+        5e-4,
+        2e-13,
+        True,
+    )
     assert (run.curve.tokens, run.curve.flops, run.curve.losses) == ((0, 100, 200), (0, 1000, 2000), (4.0, 3.0, 2.0))
     assert (run.operator_flops, run.source_flops) == (7.0, 1500.0)
 
@@ -86,7 +92,7 @@ def test_damaged_folders_are_refused_all_at_once(tmp_path: Path) -> None:
     for words in (
         "nothing: there is nothing",
         "line 2: not a JSON object",
-        "entry 'arm' is missing",
+        "run.json: arm: missing",
         "1 evaluations",
         "do not increase",
     ):

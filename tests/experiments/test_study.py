@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.runs import record_of
 from outgrow.experiments import study_file as definition
 from outgrow.experiments.cost import Curve, cost, mean_curve
 from outgrow.experiments.horizon_report import answer, table
@@ -21,7 +22,8 @@ from outgrow.experiments.table import check_table
 from outgrow.model.base.errors import UserError
 from outgrow.model.geometry import flops_per_token
 from outgrow.model.presets import preset
-from outgrow.train.settings import identity, settings_hash
+from outgrow.train.run.record import SourceCost, Start
+from outgrow.train.settings import identity
 
 STUDIES = sorted(path.parent.name for path in HERE.glob("*/study.yaml"))
 
@@ -46,10 +48,9 @@ def finish(job: Job | None) -> None:
     ledger = {"tokens": 100, "flops": 5.0, "val_loss": 4.0}
     (final / "ledger.json").write_text(json.dumps(ledger))
     (final / "optimizer.pt").touch()
-    start = {"source": None if job.arm == "scratch" or job.settings.source is None else ledger}
-    record = {"settings": asdict(job.settings), "settings_hash": settings_hash(job.settings), "start": start}
-    record |= {"data": {}, "target_config": {}, "precision": "fp32"}
-    (job.folder / "run.json").write_text(json.dumps(record))
+    source = None if job.arm == "scratch" or job.settings.source is None else SourceCost(None, 100, 5.0, 4.0)
+    record = record_of(job.settings, start=Start(source=source))
+    (job.folder / "run.json").write_text(json.dumps(record.to_json()))
     (job.folder / "summary.json").write_text("{}")
 
 

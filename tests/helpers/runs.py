@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from outgrow.experiments.runs import planned_flops
+from outgrow.train.run.record import RunRecord, Start, TextRecord
+from outgrow.train.settings import Settings
 
 FLOPS_PER_TOKEN = 10.0
 SOURCE = {"path": "runs/s/final", "tokens": 300, "flops": 1500.0, "val_loss": 4.0}
@@ -41,6 +42,7 @@ def fabricate(
         "arm": arm,
         "seed": seed,
         "settings": settings,
+        "settings_hash": "c0ffee",
         "parameters": 1234,
         "flops_per_token": FLOPS_PER_TOKEN,
         "tokens_per_step": 50,
@@ -59,14 +61,21 @@ def fabricate(
         for parent in parents:
             node = node[parent]
         node[last] = value
-    flops = [planned_flops(record, t) for t in tokens] if "spans" in record else [t * record["flops_per_token"] for t in tokens]
+    (folder / "run.json").write_text(json.dumps(record))
+    flops = [RunRecord.read(folder / "run.json", "").planned_flops(t) for t in tokens]
     evaluations = [
         {"kind": "eval", "step": t // 50, "tokens": t, "flops": paid, "val_loss": x}
         for t, paid, x in zip(tokens, flops, losses, strict=True)
     ]
     noise = {"kind": "train", "step": 1, "tokens": 50, "loss": 9.0}
     summary = {"start_val_loss": losses[0], "final_val_loss": losses[-1], "bits_per_byte": 1.5, "tokens": tokens[-1], "seconds": 60.0}
-    (folder / "run.json").write_text(json.dumps(record))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in [evaluations[0], noise, *evaluations[1:]]))
     (folder / "summary.json").write_text(json.dumps(summary | {"flops": flops[-1]}))
     return folder
+
+
+def record_of(settings: Settings, **measured: Any) -> RunRecord:
+    """The record of a run that was not trained; `measured` are entries beside the settings."""
+    counted = {"parameters": 1234, "flops_per_token": 2.0, "tokens_per_step": 10, "budget_tokens": 20, "precision": "fp32"}
+    known = counted | {"start": Start(), "data": TextRecord("f00d"), "target_config": {}}
+    return RunRecord.of(settings, **(known | measured))

@@ -79,7 +79,7 @@ def assert_close_run(folder: Path, other: Path) -> None:
 
 # Each is a fork of one that has imported everything and started no thread, so that it is there at once.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train.loop", "transformers.models.phi.modeling_phi"])
+FORKS.set_forkserver_preload(["outgrow.train.loop", "transformers.models.phi.modeling_phi"])
 
 
 def begun(*runs: Settings, process: int = 0, processes: int = 1, port: int = 0, limit: int = resource.RLIM_INFINITY) -> BaseProcess:

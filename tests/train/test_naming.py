@@ -9,15 +9,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from helpers.runs import record_of
 from helpers.toy import at, timeless, weights
 from outgrow.experiments.runs import read_runs
 from outgrow.model.base.errors import UserError
 from outgrow.train import loop
-from outgrow.train.run.folder import check_same, new_run, shorter_run
+from outgrow.train.run.folder import check_same, shorter_run
+from outgrow.train.run.record import RunRecord
 from outgrow.train.settings import compose, identity
 from outgrow.train.start.naming import arm_changes, same_folder
 from outgrow.train.start.neutral import is_neutral
@@ -74,7 +75,8 @@ def test_what_is_in_no_name_is_told_by_the_sweep_before_it_trains() -> None:
 
 def readme_commands() -> list[str]:
     texts = [(ROOT / "README.md").read_text(), *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
-    found = re.findall(r"^(?:torchrun \S+ \d+ )?(?:python )?-m train (?!-m)([^#\n]*?)\s*(?:#.*)?$", "\n".join(texts), re.MULTILINE)
+    door = r"^(?:torchrun \S+ \d+ -m outgrow\.train|outgrow train) (?!-m)"
+    found = re.findall(door + r"([^#\n]*?)\s*(?:#.*)?$", "\n".join(texts), re.MULTILINE)
     return [command for command in found if "\\" not in command and "'" not in command]
 
 
@@ -99,9 +101,7 @@ def finished(folder: Path, *overrides: str) -> Path:
     settings = replace(compose([*GIVEN, *overrides]), out=str(folder / compose([*GIVEN, *overrides]).name))
     out = Path(settings.out)
     out.mkdir()
-    facts: dict[str, Any] = {"tokens_per_step": 10, "budget_tokens": 20, "flops_per_token": 2.0, "start": {"source": None}, "data": {}}
-    facts |= {"target_config": {}, "precision": "fp32"}
-    (out / "run.json").write_text(json.dumps(new_run(settings, **facts)))
+    (out / "run.json").write_text(json.dumps(record_of(settings).to_json()))
     rows = [{"kind": "eval", "tokens": t, "flops": 2.0 * t, "val_loss": 5 - t / 10} for t in (0, 20)]
     (out / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     summary = {"start_val_loss": 5.0, "final_val_loss": 3.0, "tokens": 20, "flops": 40.0, "bits_per_byte": 1.0}
@@ -167,7 +167,7 @@ def test_a_longer_budget_of_a_complete_run_is_told_the_way(tmp_path: Path) -> No
     )
     assert shorter_run(compose([*GIVEN])) is None
     with pytest.raises(UserError, match=r"growth=source source=\S+/final transfer=continued"):
-        check_same(done, json.loads((done / "run.json").read_text()), replace(asked, name=done.name, out=str(done)))
+        check_same(done, RunRecord.read(done / "run.json", ""), replace(asked, name=done.name, out=str(done)))
 
 
 # ---- sweeps ---------------------------------------------------------------------------------------------------------------------------

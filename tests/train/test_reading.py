@@ -17,6 +17,7 @@ from outgrow.train import loop
 from outgrow.train.corpus import prepare
 from outgrow.train.data.tokenizer import has_tokenizer, save_tokenizer, tokenizer_identity, train_tokenizer
 from outgrow.train.run.reading import loss_warnings, rate_warnings, reading
+from outgrow.train.run.record import RunRecord
 from outgrow.train.settings import Settings, compose
 
 
@@ -52,7 +53,7 @@ def test_a_source_with_a_tokenizer_keeps_it_also_when_it_is_gone_later(settings:
     run = json.loads((folder / "run.json").read_text())
     assert run["data"]["cut"] == {"tokenizer": str(copy), "folder": str(tmp_path / "tokens")}
     shutil.rmtree(copy)
-    again = prepare(reading(asked, None, run), progress=False)
+    again = prepare(reading(asked, None, RunRecord.read(folder / "run.json", "")), progress=False)
     assert again.fingerprint == run["data"]["fingerprint"]
 
 

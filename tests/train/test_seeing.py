@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from helpers.toy import assert_same_run, at, rows
-from outgrow.train import loop, trainee
+from outgrow.train import loop
 from outgrow.train.run import trackers
 from outgrow.train.run.log import Console
 from outgrow.train.settings import Settings, compose
@@ -66,7 +66,7 @@ def test_samples_are_what_the_final_model_writes_at_the_likeliest(finished: Path
 def test_samples_that_cannot_be_written_stop_nothing(
     settings: Settings, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trainee, "samples", lambda *_: 1 / 0)
+    monkeypatch.setattr(loop, "samples", lambda *_: 1 / 0)
     loop.train(dataclasses.replace(at(settings, tmp_path / "run"), progress="lines"))
     said = capsys.readouterr().out
     assert "no samples at the start (ZeroDivisionError" in said

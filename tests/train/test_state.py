@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from helpers.runs import record_of
 from outgrow.model.base.atomic import remove
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import read_object, whole_folder, write_json, write_text
@@ -26,8 +27,8 @@ from outgrow.train.machine.device import peak_flops
 from outgrow.train.optimizer import build_optimizer
 from outgrow.train.run import folder, state
 from outgrow.train.run.clock import Meter
+from outgrow.train.run.record import RunRecord, Span
 from outgrow.train.settings import OptimizerSettings, compose
-from outgrow.train.start.stages import Span
 
 SETTINGS = OptimizerSettings(name="adamw", learning_rate=0.1, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.5)
 
@@ -269,9 +270,10 @@ def test_a_folder_of_other_files_is_no_run_folder(tmp_path: Path) -> None:
 
 def test_a_run_is_its_own_and_no_other(tmp_path: Path) -> None:
     settings = compose(["growth=scratch", "target=tiny_target"])
-    run = json.loads(json.dumps(folder.new_run(settings)))
+    (tmp_path / "run.json").write_text(json.dumps(record_of(settings).to_json()))
+    run = RunRecord.read(tmp_path / "run.json", "")
     folder.check_same(tmp_path, run, settings)
-    assert (run["study"], run["arm"], run["seed"], run["name"]) == ("run", "scratch", 0, "run-scratch-target_tiny_target-s0")
+    assert (run.study, run.arm, run.seed, run.name) == ("run", "scratch", 0, "run-scratch-target_tiny_target-s0")
     with pytest.raises(UserError, match=r"optimizer\.learning_rate: the run has 0\.003, asked is 0\.1"):
         folder.check_same(tmp_path, run, compose(["growth=scratch", "target=tiny_target", "optimizer.learning_rate=0.1"]))
 

@@ -24,14 +24,16 @@ from outgrow.model.base.errors import UserError
 from outgrow.model.build import build_model
 from outgrow.model.config import read_config, read_json
 from outgrow.model.geometry import flops_per_token
-from outgrow.train import loop, trainee
+from outgrow.train import loop
 from outgrow.train.loss import NextTokenLoss
 from outgrow.train.optimizer import build_optimizer, set_learning_rate
+from outgrow.train.run.record import Span, flops_after
 from outgrow.train.schedule import new_entries
 from outgrow.train.settings import OptimizerSettings, Settings, TeacherSettings, compose
-from outgrow.train.start.stages import Span, flops_after, stages_of
+from outgrow.train.start.stages import stages_of
 from outgrow.train.start.teacher import TaughtLoss, scheduled
 from outgrow.train.start.transfer import EntryRates, width_factors
+from outgrow.train.step import Step
 
 WIDER = "target={hidden_size:24,intermediate_size:48,num_hidden_layers:2}"
 DEEPER = "target={num_hidden_layers:2}"
@@ -46,7 +48,9 @@ def source(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def grown(overrides: list[str], source: Path, out: Path, *more: str) -> Settings:
-    return compose([*overrides, f"source={source}", "growth=lossless", f"out={out}", *more])
+    named = any(text.startswith("target=") for text in more)
+    own = [text for text in overrides if not (named and text.startswith("target="))]
+    return compose([*own, f"source={source}", "growth=lossless", f"out={out}", *more])
 
 
 def trained(settings: Settings) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -175,15 +179,17 @@ def first_optimizer(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> dict
     """Adam's state by parameter when a run begins."""
     found: dict[str, Any] = {}
 
-    def stop(self: Any) -> None:
-        names = {id(p): name for name, p in self.network.named_parameters()}
-        found.update(
-            {names[id(p)]: {key: value.clone() for key, value in slots.items()} for p, slots in self.optimizer.optimizer.state.items()}
-        )
+    real = loop.fill_state
+
+    def stop(context: Any, objects: Any, *rest: Any) -> None:
+        real(context, objects, *rest)
+        names = {id(p): name for name, p in objects.network.named_parameters()}
+        for parameter, slots in objects.optimizer.optimizer.state.items():
+            found[names[id(parameter)]] = {key: value.clone() for key, value in slots.items()}
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainee.Trainee, "train", stop)
+        patch.setattr(loop, "fill_state", stop)
         with pytest.raises(KeyboardInterrupt):
             loop.train(settings)
     return found
@@ -303,8 +309,8 @@ STAGES = f"growth.stages=[{FIRST},{SECOND},{{until:1.0,depth:identity,noise:0.0,
 @pytest.fixture(scope="module")
 def staged(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Six steps: two of one layer, two of two, two of four."""
-    target = next(text for text in overrides if text.startswith("target=")).replace("num_hidden_layers:1", "num_hidden_layers:4")
-    return compose([*overrides, target, "growth=g_stack", STAGES, f"out={tmp_path_factory.mktemp('runs') / 'staged'}"])
+    own = [text.replace("num_hidden_layers:1", "num_hidden_layers:4") for text in overrides]
+    return compose([*own, "growth=g_stack", STAGES, f"out={tmp_path_factory.mktemp('runs') / 'staged'}"])
 
 
 def test_a_run_grows_on_its_way_in_one_folder_on_one_clock(staged: Settings) -> None:
@@ -329,14 +335,14 @@ def test_growing_on_the_way_resumes_exactly(staged: Settings, tmp_path: Path, mo
     undisturbed = loop.train(staged)
     settings = dataclasses.replace(staged, out=str(tmp_path / "run"))
     calls = iter(range(100))
-    real = trainee.Step.__call__
+    real = Step.__call__
 
     def step(self: Any, i: int) -> tuple[float, float]:
         if next(calls) in (2, 4, 5):  # before the first step of each later stage, and in the midst of the last
             raise KeyboardInterrupt
         return real(self, i)
 
-    monkeypatch.setattr(trainee.Step, "__call__", step)
+    monkeypatch.setattr(Step, "__call__", step)
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             loop.train(settings)
@@ -347,13 +353,13 @@ def test_adams_state_grows_from_stage_to_stage_where_that_is_asked(
     staged: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[float] = []
-    real = trainee.Trainee.train
+    real = loop.fill_state
 
-    def train(self: Any) -> None:
-        begun.append(max((float(slots["step"]) for slots in self.optimizer.optimizer.state.values()), default=0.0))
-        real(self)
+    def fill(context: Any, objects: Any, *rest: Any) -> None:
+        real(context, objects, *rest)
+        begun.append(max((float(slots["step"]) for slots in objects.optimizer.optimizer.state.values()), default=0.0))
 
-    monkeypatch.setattr(trainee.Trainee, "train", train)
+    monkeypatch.setattr(loop, "fill_state", fill)
     loop.train(dataclasses.replace(staged, out=str(tmp_path / "run")))
     assert begun == [0.0, 0.0, 2.0]
 

@@ -1,1 +1,1 @@
-"""What a run runs on: devices, processes, Slurm, compiled layers, memory forecasts, and a watch for processes that hang."""
+"""The machine: devices, processes, Slurm, compiled layers, memory forecasts, a watch over hanging processes."""

@@ -1,4 +1,4 @@
-"""What makes a step faster or smaller and computes the same: compiled layers, recomputed activations."""
+"""Speed and memory at equal numbers: compiled layers, activations that are recomputed."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ def speed_up(network: PreTrainedModel, settings: LoopSettings) -> None:
     Raises:
         UserError: the network's family does not support checkpointing.
     """
-    whole: Any = network
+    model: Any = network
     if settings.checkpointing:
-        if not whole.supports_gradient_checkpointing:
-            raise UserError(f"train.checkpointing: {type(network).__name__} does not support it; use train.checkpointing=false")
-        enable = getattr(whole, "activation_checkpointing_enable", None) or whole.gradient_checkpointing_enable  # older name
+        if not model.supports_gradient_checkpointing:
+            raise UserError(
+                f"train.checkpointing: {type(network).__name__} does not support it; use train.checkpointing=false",
+            )
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # older name
         enable({"use_reentrant": False})
     if settings.compile:
-        for layer in layers_of(network) or [whole.base_model]:
+        for layer in layers_of(network) or [model.base_model]:
             layer.compile()

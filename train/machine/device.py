@@ -1,4 +1,4 @@
-"""What the run runs on: one Accelerate session that leaves nothing behind, precision, and the peak rate that MFU is a share of."""
+"""One Accelerate session that leaves nothing behind, mixed precision, and the peak FLOP/s of devices."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from outgrow.train.machine.distribute import open_accelerator
 if TYPE_CHECKING:
     from outgrow.train.settings import ShardingSettings
 
-# Dense bf16 matrix FLOP/s of one device, from the vendor's data sheets; the first whose words all occur in the device's own name counts.
+# Dense bf16 matrix FLOP/s of one device, from the vendor's data sheets; the first whose words all occur in
+# the device's own name counts.
 PEAK_BF16_FLOPS = {
     "B200": 2250e12,
     "GH200": 989e12,
@@ -58,26 +59,40 @@ MEMORY_GIB = {
 
 
 @contextmanager
-def session(precision: str, sharding: ShardingSettings | None = None, hang_seconds: float | None = None) -> Iterator[Accelerator]:
-    """An `Accelerator` for one run. Its process group and its singletons end with the block, also when the run fails.
+def session(
+    precision: str,
+    sharding: ShardingSettings | None = None,
+    hang_seconds: float | None = None,
+) -> Iterator[Accelerator]:
+    """An `Accelerator` for one run.
+
+    Its process group and its singletons end with the block, also when the run fails.
 
     Args:
-        hang_seconds: after which train/watch.py ends a run whose processes wait for one another; the library's own limit comes later.
+        hang_seconds: after which train/watch.py ends a run whose processes wait for one another; the
+            library's own limit comes later.
 
     Raises:
         UserError: bf16 was asked for on a GPU that lacks it, or FSDP from Accelerate's launcher.
     """
-    cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
-    threads, generator, bars = torch.get_num_threads(), torch.random.get_rng_state(), logging.is_progress_bar_enabled()
+    forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
+    cpu = forced or not torch.accelerator.is_available()
+    threads, generator, bars = (
+        torch.get_num_threads(),
+        torch.random.get_rng_state(),
+        logging.is_progress_bar_enabled(),
+    )
     matmul = torch.get_float32_matmul_precision()
     _reset()
-    logging.disable_progress_bar()  # a bar for each model that is read or written would break up the run's own lines
+    # a bar for each model that is read or written would break up the run's own lines
+    logging.disable_progress_bar()
     _join_processes(cpu, hang_seconds)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
         accelerator = open_accelerator(sharding, cpu=cpu, mixed_precision=_mixed_precision(precision, cpu))
     if accelerator.mixed_precision == "bf16" and not cpu:
-        torch.set_float32_matmul_precision("high")  # what autocast leaves in float32, the fused loss, is multiplied in TF32
+        # what autocast leaves in float32, the fused loss, is multiplied in TF32
+        torch.set_float32_matmul_precision("high")
     try:
         yield accelerator
         accelerator.end_training()
@@ -99,17 +114,27 @@ LIBRARY_S = 1800.0  # that torch.distributed waits at least
 def _join_processes(cpu: bool, hang_seconds: float | None) -> None:
     """Start the process group of a distributed run under a name of its own, in a store that outlives it.
 
-    In a sweep, the next run would else find this one's addresses in the launcher's store, or meet a store that ends with this run.
+    In a sweep, the next run would else find this one's addresses in the launcher's store, or meet a store
+    that ends with this run.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         store, rank, world = _meeting_place()
         store = torch.distributed.PrefixStore(f"session-{next(_sessions)}", store)
         limit = None if hang_seconds is None else timedelta(seconds=max(LIBRARY_S, 2 * hang_seconds))
-        torch.distributed.init_process_group("gloo" if cpu else "nccl", store=store, rank=rank, world_size=world, timeout=limit)
+        torch.distributed.init_process_group(
+            "gloo" if cpu else "nccl",
+            store=store,
+            rank=rank,
+            world_size=world,
+            timeout=limit,
+        )
 
 
 def signs() -> torch.distributed.Store | None:
-    """A connection of its own to where the processes of this session meet, for train/watch.py; None for one process."""
+    """A connection of its own to where the processes of this session meet, for train/watch.py.
+
+    None for one process.
+    """
     if not torch.distributed.is_initialized():
         return None
     store: Any = _meeting_place()[0]
@@ -130,12 +155,14 @@ def _reset() -> None:
 def _mixed_precision(asked: str, cpu: bool) -> str:
     able = not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     if asked == "bf16" and not cpu and not able:
-        raise UserError(f"train.precision=bf16: {torch.cuda.get_device_name()} has no bf16; use train.precision=fp32")
+        raise UserError(
+            f"train.precision=bf16: {torch.cuda.get_device_name()} has no bf16; use train.precision=fp32",
+        )
     return "bf16" if asked == "bf16" or (asked == "auto" and able) else "no"
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
+    """The device's own name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return _processor() if device.type == "cpu" else str(device)
@@ -150,16 +177,26 @@ def _processor() -> str:
 
 
 def peak_flops(name: str, precision: str) -> float | None:
-    """Dense bf16 FLOP/s of the device called `name`; None where it is not known, or the run does not compute in bf16."""
+    """Dense bf16 FLOP/s of the device called `name`.
+
+    None where it is not known, or the run does not compute in bf16.
+    """
     if precision != "bf16":
         return None
     return named(PEAK_BF16_FLOPS, name)
 
 
 def named(table: Mapping[str, float], name: str) -> float | None:
-    """The entry of the first key whose words all occur in the device's own name; None where none does, or where it is a part of a device
-    or another one than the key's: `NVIDIA L40` is no L4, `RTX A1000` no A100, and a MIG slice or a laptop's chip not the whole card."""
-    words = re.findall(r"[a-z0-9]+", name.lower())
-    if {"mig", "laptop", "mobile", "d"} & set(words):
+    """The entry of the first key whose words all occur in the device's own name; None where no key's do.
+
+    `NVIDIA L40` is no L4, `RTX A1000` no A100, and a MIG slice or a laptop's chip is not the entire card.
+    """
+    words = _words(name)
+    if words & {"mig", "laptop", "mobile", "d"}:
         return None
-    return next((value for key, value in table.items() if set(re.findall(r"[a-z0-9]+", key.lower())) <= set(words)), None)
+    return next((value for key, value in table.items() if _words(key) <= words), None)
+
+
+def _words(name: str) -> set[str]:
+    """The words and numbers of a device's name."""
+    return set(re.findall(r"[a-z0-9]+", name.lower()))

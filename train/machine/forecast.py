@@ -21,9 +21,10 @@ from outgrow.model.geometry import active_parameter_count, flops_source, paramet
 from outgrow.train.machine.device import MEMORY_GIB, PEAK_BF16_FLOPS, named, peak_flops
 from outgrow.train.machine.memory import Memory, memory
 from outgrow.train.optimizer import parameter_groups
+from outgrow.train.run.record import flops_after
 from outgrow.train.settings import Budget, Settings
 from outgrow.train.start.passes import passes
-from outgrow.train.start.stages import flops_after, spans_of, stages_of
+from outgrow.train.start.stages import spans_of, stages_of
 
 GIB = 2**30
 FILLED = 0.95  # of a device's memory may be planned for

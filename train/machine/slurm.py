@@ -1,4 +1,7 @@
-"""A run as a job that submitit started (hydra/launcher=slurm): its processes find each other; it is queued again when its time is over."""
+"""A run as a job that submitit started (hydra/launcher=slurm): its processes find each other.
+
+It is queued again when its time is over.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,15 @@ import signal
 
 
 def in_job() -> bool:
-    """Whether submitit started this process."""
+    """True if submitit started this process."""
     return "SUBMITIT_EXECUTOR" in os.environ and "SUBMITIT_FOLDER" in os.environ
 
 
 def join() -> None:
-    """Name the job's other processes to torch.distributed, in the variables that torchrun sets; each keeps to its own GPU."""
+    """Name the job's other processes to torch.distributed, in the variables that torchrun sets.
+
+    Each keeps to its own GPU.
+    """
     from submitit import JobEnvironment
     from submitit.helpers import TorchDistributedEnvironment
 
@@ -21,7 +27,8 @@ def join() -> None:
 
 
 def requeue() -> None:
-    """Hand this job, which has saved, to submitit's own handler: it queues the job again, and Hydra's launcher runs the same point there.
+    """Hand this job, which has saved, to submitit's own handler: it queues the job again, and Hydra's
+    launcher runs the same point there.
 
     The handler ends process 0; the others return, and end with it.
     """

@@ -1,9 +1,11 @@
-"""A process that hangs: the others name it and end, where the library would let them wait for half an hour and name nobody.
+"""A process that hangs: the others name it and end, where the library would let them wait for half an hour
+and name nobody.
 
-A process that dies is noticed at once. One that stands still (a file system that does not answer, a stopped process, a stuck device) leaves
-the others inside the next exchange of gradients. So each process of a distributed run has a thread that gives signs of life: which step its
-main thread is in, and at which line. Where no step ends for `train.hang_seconds`, the signs are read, and the run ends with its culprit's
-name; the same command goes on from the newest checkpoint.
+A process that dies is noticed at once. One that stands still (a file system that does not answer, a stopped
+process, a stuck device) leaves the others inside the next exchange of gradients. So each process of a
+distributed run has a thread that gives signs of life: which step its main thread is in, and at which line.
+Where no step ends for `train.hang_seconds`, the signs are read, and the run ends with its culprit's name; the
+same command goes on from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +30,7 @@ HUNG = 1  # the status that all processes end with
 
 @dataclass(frozen=True)
 class Sign:
-    """What a process tells of itself."""
+    """A sign of life of one process."""
 
     beat: int  # grows while the process lives
     step: int  # that its main thread has come to
@@ -52,7 +54,9 @@ class Watch:
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def start(self) -> None:
-        """Give the first sign before any step, so that a process that stands still in its first one can be named; then begin to watch."""
+        """Give the first sign before any step, so that a process that stands still in its first one can be
+        named; then begin to watch.
+        """
         self._give(0)
         self.thread.start()
 
@@ -69,15 +73,21 @@ class Watch:
                 self._end(beat)
 
     def _give(self, beat: int) -> None:
-        place, waits = standing()
-        self.store.set(str(self.process), json.dumps(asdict(Sign(beat, self.count, place, waits, socket.gethostname()))))
+        line, waits = standing()
+        sign = Sign(beat, self.count, line, waits, socket.gethostname())
+        self.store.set(str(self.process), json.dumps(asdict(sign)))
 
     def _signs(self) -> list[Sign | None]:
-        names = [str(process) for process in range(self.processes)]
-        return [Sign(**json.loads(self.store.get(name))) if self.store.check([name]) else None for name in names]
+        return [self._sign(str(process)) for process in range(self.processes)]
+
+    def _sign(self, process: str) -> Sign | None:
+        """The newest sign of a process; None where it has given none."""
+        if not self.store.check([process]):
+            return None
+        return Sign(**json.loads(self.store.get(process)))
 
     def _end(self, beat: int) -> NoReturn:
-        """Tell who keeps the others waiting, and end this process; its main thread cannot."""
+        """Name the process that keeps the others waiting, and end this one, as its main thread cannot."""
         before = self._signs()
         for later in range(1, 4):
             time.sleep(self.pause)
@@ -86,27 +96,41 @@ class Watch:
         waiting = [process for process in range(self.processes) if process not in named]
         if self.process == min(waiting, default=0):
             way_out = "The same command goes on from the newest checkpoint; where a step takes so long, raise train.hang_seconds"
-            print(f"error: no step has ended for {self.limit:g} s: {words}. {way_out}", file=sys.stderr, flush=True)
+            print(
+                f"error: no step has ended for {self.limit:g} s: {words}. {way_out}",
+                file=sys.stderr,
+                flush=True,
+            )
         else:
-            time.sleep(2 * self.pause)  # the first process to end takes the others with it: let the words come first
+            # the first process to end takes the others with it: let the words come first
+            time.sleep(2 * self.pause)
         os._exit(HUNG)
 
 
 def blame(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> tuple[list[int], str]:
-    """The processes that keep the others waiting, by two signs of each some time apart, and what to say of them.
+    """The processes that keep the others waiting, by two signs of each some time apart, and what to say of
+    them.
 
-    A process without a new sign stands still altogether. Else one whose main thread does not wait for others is the one waited for; else
-    one that is behind. Where none of this tells, all are named with where they stand.
+    A process without a new sign stands still altogether. Else one whose main thread does not wait for others
+    is the one waited for; else one that is behind. Where none of this tells, all are named with where they
+    stand.
     """
-    silent = [process for process, (one, two) in enumerate(zip(before, after, strict=True)) if two is None or one == two]
+    silent = []
+    for process, (earlier, later) in enumerate(zip(before, after, strict=True)):
+        if later is None or later == earlier:
+            silent.append(process)
     known = {process: sign for process, sign in enumerate(after) if sign is not None}
+    newest = max((sign.step for sign in known.values()), default=0)
     busy = [process for process, sign in known.items() if not sign.waits]
-    behind = [process for process, sign in known.items() if sign.step < max(other.step for other in known.values())]
-    named = silent or next((some for some in (busy, behind) if 0 < len(some) < len(known)), list(known))
-    return named, "; ".join(_told(process, known.get(process), process in silent) for process in named)
+    behind = [process for process, sign in known.items() if sign.step < newest]
+    # a group of all tells nothing
+    telling = (group for group in (busy, behind) if 0 < len(group) < len(known))
+    named = silent or next(telling, list(known))
+    sentences = [_sentence(process, known.get(process), process in silent) for process in named]
+    return named, "; ".join(sentences)
 
 
-def _told(process: int, sign: Sign | None, silent: bool) -> str:
+def _sentence(process: int, sign: Sign | None, silent: bool) -> str:
     if sign is None:
         return f"process {process} has given no sign of life"
     who = f"process {process} on {sign.host}"
@@ -114,7 +138,7 @@ def _told(process: int, sign: Sign | None, silent: bool) -> str:
 
 
 def standing() -> tuple[str, bool]:
-    """Where the main thread stands: its innermost line in this project, and whether it waits there."""
+    """The innermost line of this project that the main thread is in, and whether it waits there."""
     innermost = sys._current_frames().get(threading.main_thread().ident or 0)
     frame = innermost
     while frame is not None and not str(frame.f_globals.get("__name__")).startswith(PROJECT):
@@ -127,15 +151,23 @@ def standing() -> tuple[str, bool]:
 
 
 @contextmanager
-def watching(store: torch.distributed.Store | None, process: int, processes: int, limit: float | None) -> Iterator[Watch | None]:
-    """A `Watch` over the steps of the block; None for one process, or without a limit."""
+def watching(
+    store: torch.distributed.Store | None,
+    process: int,
+    processes: int,
+    limit: float | None,
+) -> Iterator[Callable[[], None]]:
+    """Watch over the block, which calls what is yielded before each step and evaluation.
+
+    One process, or no limit: no watch.
+    """
     if store is None or limit is None:
-        yield None
+        yield lambda: None
         return
     watch = Watch(store, process, processes, limit)
     watch.start()
     try:
-        yield watch
+        yield watch.step
     finally:
         watch.ended.set()
         watch.thread.join()

@@ -1,1 +1,1 @@
-"""What a run keeps and tells: its folder, checkpoints, log, trackers, samples, and the model that it exports."""
+"""The products of a run: its folder, checkpoints, log, trackers, samples, and the model that it exports."""

@@ -1,4 +1,6 @@
-"""Checkpoints that a run writes and takes up: writing goes on beside the training, and only what is intact is taken up."""
+"""Checkpoints that a run writes and takes up: writing goes on beside the training, and only what is intact is
+taken up.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +41,15 @@ class Saver:
     ) -> None:
         self.folder, self.objective, self.optimizer, self.settings = folder, objective, optimizer, settings
         self.main, self.newest = accelerator.is_main_process, newest
-        # A group of its own: the thread's messages must not get between those of the training, nor need a GPU.
+        # A group of its own: the thread's messages must not get between those of the training, nor need a
+        # GPU.
         self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
         self.thread: Thread | None = None
         self.fault: BaseException | None = None
 
     def save(self, position: state.Position, metrics: str) -> None:
-        """Begin to write the checkpoint of `position`, and see it written where saving is not to be asynchronous.
+        """Begin to write the checkpoint of `position`, and see it written where saving is not to be
+        asynchronous.
 
         The newest checkpoint is not written again.
 
@@ -68,7 +72,7 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Until what was begun is on the disk.
+        """Wait until what was begun is on the disk.
 
         Raises:
             UserError: it could not be written.
@@ -85,14 +89,20 @@ class Saver:
             path = state.place(self.folder, position["step"])
             state.write(path, position, held, self.group, main=self.main, metrics=metrics)
             if self.main:
-                state.drop_old(self.folder, self.settings.keep, position["best_step"] if self.settings.keep_best else None)
+                state.drop_old(
+                    self.folder,
+                    self.settings.keep,
+                    position["best_step"] if self.settings.keep_best else None,
+                )
         except BaseException as fault:
             self.fault = fault
 
 
 @contextmanager
 def saving(*arguments: Any) -> Iterator[Saver]:
-    """A `Saver` of these arguments, whose last checkpoint is on the disk when the block ends, also when it ends with an error."""
+    """A `Saver` of these arguments, whose last checkpoint is on the disk when the block ends, also when it
+    ends with an error.
+    """
     saver = Saver(*arguments)
     try:
         yield saver
@@ -103,7 +113,9 @@ def saving(*arguments: Any) -> Iterator[Saver]:
 
 
 def newest_intact(folder: Path, accelerator: Accelerator, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint under `folder` whose bytes are those that were written; None where there is no checkpoint.
+    """The newest checkpoint under `folder` whose bytes are those that were written.
+
+    None where there is no checkpoint.
 
     Damaged ones that are newer are told and set aside. Every process has to ask, and all get the same answer.
 
@@ -118,8 +130,10 @@ def newest_intact(folder: Path, accelerator: Accelerator, say: Callable[[str], N
             return path
         faults[path] = fault
     if faults:
-        told = "".join(f"\n  - {fault}" for fault in faults.values())
-        raise UserError(f"{folder}: no checkpoint is intact; delete this folder to train the run from its start again:{told}")
+        lines = "".join(f"\n  - {fault}" for fault in faults.values())
+        raise UserError(
+            f"{folder}: no checkpoint is intact; delete this folder to train the run from its start again:{lines}",
+        )
     return None
 
 
@@ -131,7 +145,14 @@ def _fault(path: Path, accelerator: Accelerator) -> str | None:
     return None
 
 
-def _set_aside(faults: Mapping[Path, str], taken: Path, accelerator: Accelerator, say: Callable[[str], None]) -> None:
-    """Let the main process move damaged checkpoints away, so that they no longer count among the newest, and tell of it."""
+def _set_aside(
+    faults: Mapping[Path, str],
+    taken: Path,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+) -> None:
+    """Let the main process move damaged checkpoints away, so that they no longer count among the newest, and
+    tell of it.
+    """
     for path, fault in faults.items() if accelerator.is_main_process else ():
         say(f"{fault}: {state.set_aside(path).name} is of no use, and the run goes on from {taken.name}")

@@ -7,21 +7,36 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from outgrow.train.run.record import Span, flops_after
 from outgrow.train.run.state import Position
-from outgrow.train.start.stages import Span, flops_after
 
 
 class Meter:
-    """Counts steps, tokens, FLOPs and training seconds in `position`, and sums up losses until a logging interval closes."""
+    """Counts steps, tokens, FLOPs and training seconds in `position`, and sums up losses until a logging
+    interval closes.
+    """
 
-    def __init__(self, position: Position, processes: int, tokens_per_step: int, spans: Sequence[Span], peak: float | None) -> None:
+    def __init__(
+        self,
+        position: Position,
+        processes: int,
+        tokens_per_step: int,
+        spans: Sequence[Span],
+        peak: float | None,
+    ) -> None:
         self.position, self.processes = position, processes
         self.tokens_per_step, self.spans, self.peak = tokens_per_step, spans, peak
         self.since = time.perf_counter()
         self.interval = (position.tokens, position.flops, position.seconds)
 
     def count(self, loss: float, norm: float, router: float | None = None) -> None:
-        """One optimizer step is done: its mean loss, the gradient norm before clipping, and the routers' load-balancing term if any."""
+        """Count an optimizer step.
+
+        Args:
+            loss: its mean loss.
+            norm: the gradient's, before clipping.
+            router: the routers' load-balancing term, if any.
+        """
         self.position.loss_sum += loss
         if router is not None:
             self.position.router_sum = router + (self.position.router_sum or 0.0)
@@ -30,7 +45,7 @@ class Meter:
         self._advance()
 
     def skip(self) -> None:
-        """One batch was passed over: its tokens were processed, and nothing was learned from them."""
+        """Count a batch that was skipped: its tokens were processed, and nothing was learned from them."""
         self.position.skipped += 1
         self._advance()
 
@@ -53,18 +68,32 @@ class Meter:
         self.since = time.perf_counter()
 
     def clocks(self) -> dict[str, Any]:
-        p = self.position
-        return {"step": p.step, "tokens": p.tokens, "flops": p.flops, "seconds": round(p.seconds, 3)}
+        """The clocks, as every row of the metrics has them."""
+        position = self.position
+        seconds = round(position.seconds, 3)
+        return {"step": position.step, "tokens": position.tokens, "flops": position.flops, "seconds": seconds}
 
     def close_interval(self) -> dict[str, Any]:
-        """Settle, and return the interval's mean loss, its last gradient norm and its speed over all processes; a new interval begins."""
+        """Return the interval's mean loss, last gradient norm and throughput over all processes, and begin a
+        new one.
+
+        MFU is model-FLOPs utilisation: counted FLOPs over the devices' peak.
+        """
         self.settle()
-        p, (tokens, flops, seconds) = self.position, self.interval
-        passed = max(p.seconds - seconds, 1e-9)
-        speed = (p.tokens - tokens) / passed
-        mfu = None if self.peak is None else (p.flops - flops) / passed / (self.peak * self.processes)
-        loss = p.loss_sum / p.loss_count if p.loss_count else None  # None: every step of the interval was passed over
-        balance = {} if p.router_sum is None or not p.loss_count else {"router_loss": p.router_sum / p.loss_count}
-        row = {"loss": loss, **balance, "grad_norm": p.grad_norm, "tokens_per_second": round(speed, 1), "mfu": mfu}
-        p.loss_sum, p.loss_count, p.router_sum, self.interval = 0.0, 0, None, (p.tokens, p.flops, p.seconds)
+        position, (tokens, flops, seconds) = self.position, self.interval
+        passed = max(position.seconds - seconds, 1e-9)
+
+        row: dict[str, Any] = {"loss": None}  # None: every step of the interval was skipped
+        if position.loss_count:
+            row["loss"] = position.loss_sum / position.loss_count
+            if position.router_sum is not None:
+                row["router_loss"] = position.router_sum / position.loss_count
+        row["grad_norm"] = position.grad_norm
+        row["tokens_per_second"] = round((position.tokens - tokens) / passed, 1)
+        row["mfu"] = None
+        if self.peak is not None:
+            row["mfu"] = (position.flops - flops) / passed / (self.peak * self.processes)
+
+        position.loss_sum, position.loss_count, position.router_sum = 0.0, 0, None
+        self.interval = (position.tokens, position.flops, position.seconds)
         return row

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from outgrow.model.base.errors import UserError
-from outgrow.model.base.files import read_object, whole_folder, write_json, write_text
+from outgrow.model.base.files import whole_folder, write_json, write_text
 from outgrow.model.base.quiet import quietly
 from outgrow.model.build import load_model
 from outgrow.model.spelling import spell_folder
 from outgrow.train.run.folder import FINAL, SUMMARY
+from outgrow.train.run.record import RunRecord, SourceCost, Summary
 from outgrow.train.start.source import LEDGER, OPTIMIZER
 
 if TYPE_CHECKING:
@@ -34,12 +36,13 @@ def publish(
     model: PreTrainedModel,
     weights: dict[str, Tensor] | None,
     data: TokenData,
-    run: Mapping[str, Any],
-    summary: Mapping[str, Any],
+    run: RunRecord,
+    summary: Summary,
     adam: Mapping[str, Any] | None,
     dtype: str,
 ) -> Path:
-    """Write `<folder>/final/`, whole or not at all: weights, config, tokenizer, generation config, ledger and model card.
+    """Write `<folder>/final/`, whole or not at all: weights, config, tokenizer, generation config, ledger and
+    model card.
 
     Args:
         weights: of the model, where it does not hold them whole itself.
@@ -58,8 +61,16 @@ def publish(
     return folder / FINAL
 
 
-def write_model(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor] | None, data: TokenData, dtype: str = "float32") -> None:
-    """Weights (whole, where they are not the model's own), config, generation config and the data's tokenizer into an empty `folder`."""
+def write_model(
+    folder: Path,
+    model: PreTrainedModel,
+    weights: dict[str, Tensor] | None,
+    data: TokenData,
+    dtype: str = "float32",
+) -> None:
+    """Weights (whole, where they are not the model's own), config, generation config and the data's tokenizer
+    into an empty `folder`.
+    """
     model.generation_config.eos_token_id = data.end_of_text_id
     model.generation_config.pad_token_id = data.end_of_text_id
     trained = folder if dtype == "float32" else folder / TRAINED
@@ -73,24 +84,28 @@ def write_model(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor]
     spell_folder(folder)
 
 
-def recast(folder: Path, run: Mapping[str, Any], dtype: str) -> None:
-    """Write a complete run's `final/` anew, its float32 weights rounded to `dtype`: the bits that training its end again would give.
+def recast(folder: Path, run: RunRecord, dtype: str) -> None:
+    """Write a complete run's `final/` anew, its float32 weights rounded to `dtype`: the bits that training
+    its end again would give.
 
     Raises:
-        UserError: a weight is beyond the range of `dtype`, or the disk is full or not writable; `final/` is as it was then.
+        UserError: a weight is beyond the range of `dtype`, or the disk is full or not writable; `final/` is
+            as it was then.
     """
-    final, summary = folder / FINAL, read_object(folder / SUMMARY, "not a run's summary")
+    final, summary = folder / FINAL, Summary.read(folder / SUMMARY, "not a run's summary")
     with whole_folder(final) as partial:
         _round(final, partial, dtype)
-        for file in final.iterdir():
-            if file.is_file() and not (partial / file.name).exists() and not WEIGHTS.fullmatch(file.name):
+        files = [file for file in final.iterdir() if file.is_file()]
+        for file in files:
+            if not WEIGHTS.fullmatch(file.name) and not (partial / file.name).exists():
                 shutil.copyfile(file, partial / file.name)
         write_text(partial / "README.md", model_card(run, summary, dtype))
         spell_folder(partial)
 
 
 def _round(trained: Path, folder: Path, dtype: str) -> None:
-    """Store float32 weights in `folder` as a user has them who loads them in `dtype`: some classes keep a few tensors in float32.
+    """Store float32 weights in `folder` as a user has them who loads them in `dtype`: some classes keep a few
+    tensors in float32.
 
     Raises:
         UserError: a weight is beyond the range of `dtype`.
@@ -99,62 +114,66 @@ def _round(trained: Path, folder: Path, dtype: str) -> None:
         model = load_model(trained, dtype=dtype)
     beyond = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     if beyond:
-        raise UserError(f"train.save_dtype: {', '.join(beyond[:3])} hold values beyond the range of {dtype}; use bfloat16 or float32")
+        raise UserError(
+            f"train.save_dtype: {', '.join(beyond[:3])} hold values beyond the range of {dtype}; use bfloat16 or float32",
+        )
     model.save_pretrained(folder)
 
 
-def ledger(run: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What it cost to make this checkpoint: `tokens` and `flops` sum up the parts listed beside them; null where one is not known."""
-    source, own = run["start"]["source"], {key: summary[key] for key in ("tokens", "flops")}
-    operator = run["start"]["operator_flops"]
-    before = {"tokens": 0, "flops": 0.0} if source is None else source
-    known = {key: before[key] is not None for key in own}
+def ledger(run: RunRecord, summary: Summary) -> dict[str, Any]:
+    """The cost of making this checkpoint: `tokens` and `flops` add up the parts beside them.
+
+    Null where one is unknown.
+    """
+    source, operator_flops = run.start.source, run.start.operator_flops
+    before = SourceCost(None, tokens=0, flops=0.0) if source is None else source
     return {
-        "tokens": own["tokens"] + before["tokens"] if known["tokens"] else None,
-        "flops": own["flops"] + operator + before["flops"] if known["flops"] else None,
-        "val_loss": summary["final_val_loss"],
-        "parameters": run["parameters"],
-        "active_parameters": run.get("active_parameters", run["parameters"]),
-        "study": run["study"],
-        "arm": run["arm"],
-        "seed": run["seed"],
-        "own": own,
-        "operator_flops": operator,
-        "source": source,
+        "tokens": None if before.tokens is None else summary.tokens + before.tokens,
+        "flops": None if before.flops is None else summary.flops + operator_flops + before.flops,
+        "val_loss": summary.final_val_loss,
+        "parameters": run.parameters,
+        "active_parameters": run.active,
+        "study": run.study,
+        "arm": run.arm,
+        "seed": run.seed,
+        "own": {"tokens": summary.tokens, "flops": summary.flops},
+        "operator_flops": operator_flops,
+        "source": None if source is None else asdict(source),
     }
 
 
-def model_card(run: Mapping[str, Any], summary: Mapping[str, Any], dtype: str) -> str:
+def model_card(run: RunRecord, summary: Summary, dtype: str) -> str:
     """README.md of the final folder: study, arm, seed, tokens, losses."""
-    start, settings = run["start"], run["settings"]
-    origin = "scratch" if start["operator"] == "scratch" else f"`{start['source']['path']}`"
-    proof = {True: "lossless", False: "not lossless", None: "not applicable"}[start["lossless"]]
+    start = run.start
+    source = None if start.operator == "scratch" else start.source
+    origin = "scratch" if source is None else f"`{source.path}`"
+    proof = {True: "lossless", False: "not lossless", None: "not applicable"}[start.lossless]
     rows = {
-        "study": run["study"],
-        "arm": run["arm"],
-        "seed": run["seed"],
+        "study": run.study,
+        "arm": run.arm,
+        "seed": run.seed,
         "started from": origin,
-        "growth": f"{start['operator']}, certificate: {proof}",
-        **_on_the_way(settings),
-        "parameters": f"{run['parameters']:,}" + _active(run),
-        "training tokens": f"{summary['tokens']:,}",
-        "training FLOPs": f"{summary['flops']:.3e}",
-        "context": settings["train"]["context"],
-        "validation loss at the start": f"{summary['start_val_loss']:.4f} nats/token",
-        "validation loss at the end": f"{summary['final_val_loss']:.4f} nats/token, {summary['bits_per_byte']:.4f} bits/byte",
-        "device": f"{run['device']}, {run['precision']}",
+        "growth": f"{start.operator}, certificate: {proof}",
+        **_on_the_way(run.settings),
+        "parameters": f"{run.parameters:,}" + _active(run),
+        "training tokens": f"{summary.tokens:,}",
+        "training FLOPs": f"{summary.flops:.3e}",
+        "context": run.setting("train.context"),
+        "validation loss at the start": f"{summary.start_val_loss:.4f} nats/token",
+        "validation loss at the end": f"{summary.final_val_loss:.4f} nats/token, {summary.bits_per_byte:.4f} bits/byte",
+        "device": f"{run.device}, {run.precision}",
         **({} if dtype == "float32" else {"weights": f"{dtype}; the losses are those of the float32 weights that were trained"}),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [scaled-knowledge-transfer, {run["arm"]}]
+tags: [scaled-knowledge-transfer, {run.arm}]
 ---
 
-# {run["name"]}
+# {run.name}
 
-One arm of the study `{run["study"]}`: a language model whose start was `{run["arm"]}`.
+One arm of the study `{run.study}`: a language model whose start was `{run.arm}`.
 
 | | |
 |---|---|
@@ -171,29 +190,29 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 """
 
 
-def _active(run: Mapping[str, Any]) -> str:
-    """How many parameters a token meets, where those are fewer than all."""
-    active = run.get("active_parameters", run["parameters"])
-    return f", {active:,} active for each token" if active < run["parameters"] else ""
+def _active(run: RunRecord) -> str:
+    """The number of parameters that a token meets, where those are fewer than all."""
+    return f", {run.active:,} active for each token" if run.active < run.parameters else ""
 
 
 def _moment(stage: Mapping[str, Any]) -> str:
-    """When a stage ends, in words."""
+    """The end of a stage, in words."""
     tokens = stage.get("until_tokens")
     return f"after {tokens:,} tokens" if tokens is not None else f"at {stage['until']:.0%} of the budget"
 
 
 def _on_the_way(settings: Mapping[str, Any]) -> dict[str, str]:
-    """What was done to the start in training, where anything was."""
+    """Rows on what was done to the start in training, if anything was."""
     transfer, stages, rows = settings["transfer"], settings["growth"]["stages"], {}
     if len(stages) > 1:
-        changes = pairwise(stages)
-        rows["grown on the way"] = "; ".join(f"{_moment(before)}: {stage['operator']}" for before, stage in changes)
+        growths = [f"{_moment(before)}: {stage['operator']}" for before, stage in pairwise(stages)]
+        rows["grown on the way"] = "; ".join(growths)
     if transfer["optimizer"] is not None:
         rows["Adam's state"] = "the source's, grown with its weights"
     if transfer["inherited_rate"] != 1.0:
         rows["learning rate of inherited entries"] = f"{transfer['inherited_rate']:g} × that of new ones"
     if transfer["teacher"] is not None:
-        named, until = transfer["teacher"]["model"], transfer["teacher"]["until"]
-        rows["taught by"] = f"`{settings['source'] if named == 'source' else named}`, for {until:.0%} of the budget"
+        teacher, until = transfer["teacher"]["model"], transfer["teacher"]["until"]
+        model = settings["source"] if teacher == "source" else teacher
+        rows["taught by"] = f"`{model}`, for {until:.0%} of the budget"
     return rows

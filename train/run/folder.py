@@ -1,10 +1,11 @@
-"""The run folder: which run it holds, whether that run is complete, and that only one process group works in it."""
+"""The run folder: identify the run in it, tell whether it is complete, and lock it for one group of
+processes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,43 +13,47 @@ from outgrow.model.base.atomic import FORMER, PARTIAL
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import read_object, telling_disk_faults
 from outgrow.model.base.locks import Lock
+from outgrow.train.run.record import RunRecord, SourceCost
 from outgrow.train.settings import Settings, identity, settings_hash
-from outgrow.train.start.naming import arm_changes
 
-RUN, METRICS, SUMMARY, START, CHECKPOINTS, FINAL = "run.json", "metrics.jsonl", "summary.json", "start", "checkpoints", "final"
+RUN, METRICS, SUMMARY, START, CHECKPOINTS, FINAL = (
+    "run.json",
+    "metrics.jsonl",
+    "summary.json",
+    "start",
+    "checkpoints",
+    "final",
+)
 SAMPLES, PICTURE = "samples.json", f"{START}/plan.png"
 
-NEEDED = ("settings", "settings_hash", "data", "start", "target_config", "precision")  # of a run's record, to go on with the run
 
-
-def read_run(folder: Path) -> dict[str, Any] | None:
-    """The run.json of a run folder; None where no run has begun.
+def read_run(folder: Path) -> RunRecord | None:
+    """The record of the run in `folder`; None where no run has begun.
 
     Raises:
         UserError: run.json cannot be read, or the folder holds files and none of them is a run's.
     """
     if (folder / RUN).is_file():
-        way_out = "not a run's record; choose another out=, or delete the folder"
-        run = read_object(folder / RUN, way_out)
-        if missing := [key for key in NEEDED if not isinstance(run.get(key), (dict, str))]:
-            raise UserError(f"{folder / RUN}: has no {', '.join(missing)}; {way_out}")
-        return run
+        return RunRecord.read(folder / RUN, "not a run's record; choose another out=, or delete the folder")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"out: {folder} is a file; choose another out=")
-    known = {name + suffix for name in (START, RUN) for suffix in ("", PARTIAL, FORMER)}
-    strangers = sorted(path.name for path in folder.iterdir() if path.name not in known) if folder.is_dir() else []
-    if strangers:
-        raise UserError(f"out: {folder} holds {', '.join(strangers[:3])} and no {RUN}, so it is no run's folder; choose another out=")
+    ours = {name + suffix for name in (START, RUN) for suffix in ("", PARTIAL, FORMER)}
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = sorted(names - ours)
+    if others:
+        raise UserError(
+            f"out: {folder} holds {', '.join(others[:3])} and no {RUN}, so it is no run's folder; choose another out=",
+        )
     return None
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the run in `folder` has ended (its summary is written last)."""
+    """True once the run in `folder` has ended: its summary is written last."""
     return (folder / SUMMARY).is_file()
 
 
-def unkept(folder: Path, run: Mapping[str, Any], settings: Settings) -> str | None:
-    """What a complete run was not asked to keep and now is, in words; None where it has all.
+def unkept(folder: Path, run: RunRecord, settings: Settings) -> str | None:
+    """Name what a complete run was not asked to keep and now is; None where it has all.
 
     Raises:
         UserError: its weights are wanted in the source's dtype, which its record does not tell.
@@ -57,25 +62,28 @@ def unkept(folder: Path, run: Mapping[str, Any], settings: Settings) -> str | No
         return "Adam's state (train.keep_optimizer)"
     if settings.train.save_dtype is None:
         return None
-    asked = final_dtype(folder, settings, run["start"].get("source_dtype"))
+    asked = final_dtype(folder, settings, run.start.source_dtype)
     return None if asked == kept_dtype(folder) else f"its weights in {asked} (train.save_dtype)"
 
 
-def recast_to(folder: Path, run: Mapping[str, Any], settings: Settings) -> str | None:
-    """The dtype that a complete run's float32 weights in `final/` are to be rounded to, if that is all there is to do; else None."""
+def recast_to(folder: Path, run: RunRecord, settings: Settings) -> str | None:
+    """The dtype that a complete run's float32 weights in `final/` are to be rounded to, if that is all there
+    is to do; else None.
+    """
     if settings.train.keep_optimizer and not keeps_optimizer(folder):
         return None
-    asked = final_dtype(folder, settings, run["start"].get("source_dtype"))
+    asked = final_dtype(folder, settings, run.start.source_dtype)
     return asked if kept_dtype(folder) == "float32" != asked else None
 
 
 def keeps_optimizer(folder: Path) -> bool:
-    """Whether a run's `final/` holds Adam's state."""
+    """True if a run's `final/` holds Adam's state."""
     return (folder / FINAL / "optimizer.pt").is_file()
 
 
 def final_dtype(folder: Path, settings: Settings, source: str | None) -> str:
-    """The dtype that the weights in `final/` are to have: where none is asked for, that of a `final/` that is there.
+    """The dtype of the weights in `final/`: the one asked for, else that of a `final/` that is there, else
+    float32.
 
     Args:
         source: the dtype of the source's weights.
@@ -85,7 +93,9 @@ def final_dtype(folder: Path, settings: Settings, source: str | None) -> str:
     """
     asked = settings.train.save_dtype
     if asked == "source" and source is None:
-        raise UserError("train.save_dtype=source: the dtype of the source's weights is not known; give float32, bfloat16 or float16")
+        raise UserError(
+            "train.save_dtype=source: the dtype of the source's weights is not known; give float32, bfloat16 or float16",
+        )
     return (source if asked == "source" else asked) or kept_dtype(folder) or "float32"
 
 
@@ -103,39 +113,61 @@ def _further(folder: Path) -> str:
 
 
 def shorter_run(settings: Settings) -> str | None:
-    """A line on the complete run that differs in nothing but a smaller budget; None where there is none beside the run's folder."""
+    """A line on the complete run that differs in nothing but a smaller budget.
+
+    None where there is none beside the run's folder.
+    """
     label = f"-budget_tokens{settings.train.budget_tokens}"
     folder = Path(settings.out).with_name(Path(settings.out).name.replace(label, ""))
     if label not in settings.name or not is_complete(folder):
         return None
     try:
-        there = (read_run(folder) or {}).get("settings", {})
+        run = read_run(folder)
     except UserError:  # another run's damage is no fault of this one
         return None
-    one, other = identity(there), identity(settings)
-    same = {key for key in {**one, **other} if one.get(key) != other.get(key)} <= {"name", "train.budget_tokens"}
+    one, other = identity({} if run is None else run.settings), identity(settings)
+    same = set(differing_settings(one, other)) <= {"name", "train.budget_tokens"}
     return f"{folder} trained this for {one['train.budget_tokens']:,} tokens; {_further(folder)}" if same else None
 
 
-def check_same(folder: Path, run: Mapping[str, Any], settings: Settings) -> None:
+def check_same(folder: Path, run: RunRecord, settings: Settings) -> None:
     """Refuse a folder that holds another run.
 
     Raises:
         UserError: naming each setting that differs, with both values.
     """
-    if run.get("settings_hash") == settings_hash(settings):
+    if run.settings_hash == settings_hash(settings):
         return
-    there, asked = identity(run.get("settings", {})), identity(settings)
-    absent = object()
-    differing = [key for key in {**there, **asked} if there.get(key, absent) != asked.get(key, absent)]
-    lines = "".join(f"\n  - {key}: the run has {there.get(key, 'nothing')!r}, asked is {asked.get(key, 'nothing')!r}" for key in differing)
-    longer = set(differing) <= {"train.budget_tokens", "name"} and is_complete(folder)
-    way = f"\n  {_further(folder)}" if longer else ""
-    raise UserError(f"{folder} holds a run under other settings; choose another name= or out=, or delete the folder:{lines}{way}")
+    differing = differing_settings(identity(run.settings), identity(settings), absent="nothing")
+    lines = []
+    for key, (there, asked) in differing.items():
+        lines.append(f"\n  - {key}: the run has {there!r}, asked is {asked!r}")
+    if differing.keys() <= {"train.budget_tokens", "name"} and is_complete(folder):
+        lines.append(f"\n  {_further(folder)}")
+    refusal = f"{folder} holds a run under other settings; choose another name= or out=, or delete the folder:"
+    raise UserError(refusal + "".join(lines))
+
+
+def differing_settings(
+    one: Mapping[str, Any],
+    other: Mapping[str, Any],
+    absent: Any = None,
+) -> dict[str, tuple[Any, Any]]:
+    """The keys at which two flat settings differ, with both values; `absent` stands for a missing one."""
+    differing = {}
+    for key in {**one, **other}:
+        pair = one.get(key, absent), other.get(key, absent)
+        if pair[0] != pair[1]:
+            differing[key] = pair
+    return differing
 
 
 def check_same_inputs(
-    folder: Path, run: Mapping[str, Any], fingerprint: str, source: Mapping[str, Any] | None, weights: Mapping[str, str]
+    folder: Path,
+    run: RunRecord,
+    fingerprint: str,
+    source: SourceCost | None,
+    weights: Mapping[str, str],
 ) -> None:
     """Refuse to go on with a run whose text, source or teacher has changed since it began.
 
@@ -146,26 +178,20 @@ def check_same_inputs(
     Raises:
         UserError: naming what changed.
     """
-    changed = ["data"] if run["data"]["fingerprint"] != fingerprint else []
-    if source is not None and run["start"]["source"] != source:  # a source that is gone by now is not needed any more
+    changed = ["data"] if run.data.fingerprint != fingerprint else []
+    # a source that is gone by now is not needed any more
+    if source is not None and run.start.source != source:
         changed.append("source")
-    begun_with = run.get("weights", {})
-    changed += [f"weights of the {what}" for what, digest in weights.items() if begun_with.get(what, digest) != digest]
-    UserError.collect(
-        f"{folder}: the {what} has changed since this run began; delete the folder to begin anew, or put it back" for what in changed
-    )
-
-
-def new_run(settings: Settings, **more: Any) -> dict[str, Any]:
-    """What run.json says: who the run is, every setting, and `more`."""
-    who: dict[str, Any] = {"study": settings.study, "arm": settings.growth.name, "seed": settings.seed, "name": settings.name}
-    who["changes"] = arm_changes(settings.changes)
-    return who | {"settings": asdict(settings), "settings_hash": settings_hash(settings)} | more
+    for name, digest in weights.items():
+        if run.weights.get(name, digest) != digest:
+            changed.append(f"weights of the {name}")
+    advice = "has changed since this run began; delete the folder to begin anew, or put it back"
+    UserError.collect(f"{folder}: the {name} {advice}" for name in changed)
 
 
 @contextmanager
 def locked(folder: Path, holds: bool) -> Iterator[None]:
-    """Hold `folder` for this process group while the block runs; `holds` is true on the one process that takes the lock.
+    """Lock `folder` for this group of processes in the block; `holds` is true on the one that takes the lock.
 
     The lock (`model.base.locks`) ends with the process.
 

@@ -1,41 +1,48 @@
-"""Horizons: one stable trunk at a constant learning rate, and a decayed end at each of several budgets (arXiv 2405.18392).
+"""Horizons: one stable trunk at a constant learning rate, and a decayed end at each of several budgets (arXiv
+2405.18392).
 
-outgrow train experiment=tiny growth=scratch schedule.warmup_tokens=40960 'schedule.horizons=[512000,1024000,2048000]'
+outgrow train experiment=tiny growth=scratch schedule.warmup_tokens=40960
+'schedule.horizons=[512000,1024000,2048000]'
 
-Every horizon is a whole WSD run with a folder of its own, `<out>-t<tokens>`, and is to the bit the run that its budget alone would have
-given. It only begins later: with a warm-up in tokens, two budgets have the same rates until the shorter one's decay, so the longer run
-takes over the state that the shorter one kept when its decay began (`stable/`), and trains from there.
+Every horizon is a whole WSD run with a folder of its own, `<out>-t<tokens>`, and is to the bit the run that
+its budget alone would have given. It only begins later: with a warm-up in tokens, two budgets have the same
+rates until the shorter one's decay, so the longer run takes over the state that the shorter one kept when its
+decay began (`stable/`), and trains from there.
 
     <out>-t512000/stable/step-00000094      the state before the first decay
     <out>-t1024000/run.json  "trunk": {...} whose state this run took over, and what it had cost by then
 
-Tokens, FLOPs and seconds of a horizon count from the very beginning: its cost is the trunk up to it and its own decay.
+Tokens, FLOPs and seconds of a horizon count from the very beginning: its cost is the trunk up to it and its
+own decay.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import whole_folder, write_text
 from outgrow.train.run import folder as run_folder
 from outgrow.train.run import state
+from outgrow.train.run.record import RunRecord, Trunk
 from outgrow.train.schedule import stable_steps
-from outgrow.train.settings import Budget, Settings, identity
+from outgrow.train.settings import Settings, identity
 
 STABLE = "stable"  # folder of the state that a run kept when its decay began
 OWN = ("name", "train.budget_tokens")  # settings in which the runs of several horizons differ
 
 
-# ---- keeping the trunk ----------------------------------------------------------------------------------------------------------------
+# ---- keeping the trunk -------------------------------------------------------------------------------------
 
 
 def keep_stable(folder: Path, settings: Settings, step: int) -> None:
-    """Keep the checkpoint of `step` beside the others if it is the one that longer horizons go on from; they are dropped, it is not."""
+    """Keep the checkpoint of `step` beside the others if it is the one that longer horizons go on from.
+
+    They are dropped, it is not.
+    """
     if step != branch_step(settings) or stable_checkpoint(folder) is not None:
         return
     checkpoint = state.place(folder / run_folder.CHECKPOINTS, step)
@@ -47,7 +54,7 @@ def branch_step(settings: Settings) -> int | None:
     """The step after which the decay of a horizon's run begins; None for a run without horizons."""
     if not settings.schedule.horizons:
         return None
-    return stable_steps(settings.schedule, Budget.of(settings.train).steps)
+    return stable_steps(settings.schedule, settings.budget.steps)
 
 
 def stable_checkpoint(folder: Path) -> Path | None:
@@ -56,11 +63,11 @@ def stable_checkpoint(folder: Path) -> Path | None:
     return kept[-1] if kept else None
 
 
-# ---- taking it over -------------------------------------------------------------------------------------------------------------------
+# ---- taking it over ----------------------------------------------------------------------------------------
 
 
-def find_trunk(trunks: Sequence[Path], settings: Settings) -> dict[str, Any] | None:
-    """The longest trunk among `trunks` that a new run can go on from, as run.json records it; None where there is none.
+def find_trunk(trunks: Sequence[Path], settings: Settings) -> Trunk | None:
+    """The longest trunk among `trunks` that a new run can go on from; None where there is none.
 
     Raises:
         UserError: a trunk is another run than this one, apart from its budget.
@@ -77,36 +84,44 @@ def find_trunk(trunks: Sequence[Path], settings: Settings) -> dict[str, Any] | N
     if not usable:
         return None
     position, folder = max(usable, key=lambda pair: pair[0].step)
-    return {"folder": str(folder), "step": position.step, "tokens": position.tokens, "flops": position.flops, "seconds": position.seconds}
+    return Trunk(str(folder), position.step, position.tokens, position.flops, position.seconds)
 
 
-def _check_trunk(folder: Path, record: Mapping[str, Any], settings: Settings) -> None:
-    theirs, ours = identity(record["settings"]), identity(settings)
-    differing = [key for key in {**theirs, **ours} if key not in OWN and theirs.get(key) != ours.get(key)]
-    if differing:
-        lines = "".join(f"\n  - {key}: the trunk has {theirs.get(key)!r}, asked is {ours.get(key)!r}" for key in differing)
-        raise UserError(f"{folder}: another trunk than the one of {settings.name}; choose another name= or out=:{lines}")
+def _check_trunk(folder: Path, record: RunRecord, settings: Settings) -> None:
+    theirs, ours = identity(record.settings), identity(settings)
+    differing = run_folder.differing_settings(theirs, ours)
+    lines = []
+    for key, (there, asked) in differing.items():
+        if key not in OWN:
+            lines.append(f"\n  - {key}: the trunk has {there!r}, asked is {asked!r}")
+    if lines:
+        raise UserError(
+            f"{folder}: another trunk than the one of {settings.name}; choose another name= or out=:{''.join(lines)}",
+        )
 
 
-def trunk_record(trunk: Mapping[str, Any]) -> dict[str, Any]:
-    """The run.json of a trunk."""
-    record = run_folder.read_run(Path(trunk["folder"]))
+def trunk_record(trunk: Trunk) -> RunRecord:
+    """The record of the run that a trunk belongs to."""
+    record = run_folder.read_run(Path(trunk.folder))
     assert record is not None
     return record
 
 
-def take_over_trunk(folder: Path, run: Mapping[str, Any]) -> None:
-    """Put a new run where its trunk was when its decay began: metrics, samples, starts, and last the checkpoint.
+def take_over_trunk(folder: Path, record: Trunk) -> None:
+    """Put a new run where its trunk was when its decay began: metrics, samples, starts, and last the
+    checkpoint.
 
     A kill in between leaves no checkpoint, so that the next start does all of it again.
 
     Raises:
         UserError: the trunk has gone since the run began.
     """
-    trunk, checkpoints = Path(run["trunk"]["folder"]), folder / run_folder.CHECKPOINTS
-    kept = state.place(trunk / STABLE, run["trunk"]["step"])
+    trunk, checkpoints = Path(record.folder), folder / run_folder.CHECKPOINTS
+    kept = state.place(trunk / STABLE, record.step)
     if not (kept / state.STATE).is_file():
-        raise UserError(f"{folder}: it goes on from {kept}, which is gone; delete the folder to train it from its beginning")
+        raise UserError(
+            f"{folder}: it goes on from {kept}, which is gone; delete the folder to train it from its beginning",
+        )
     write_text(folder / run_folder.METRICS, (trunk / run_folder.METRICS).read_text())
     if (trunk / run_folder.SAMPLES).is_file():
         write_text(folder / run_folder.SAMPLES, (trunk / run_folder.SAMPLES).read_text())
@@ -114,19 +129,21 @@ def take_over_trunk(folder: Path, run: Mapping[str, Any]) -> None:
         if (trunk / name).is_dir() and not (folder / name).exists():
             with whole_folder(folder / name) as partial:
                 _copy(trunk / name, partial)
-    with whole_folder(state.place(checkpoints, run["trunk"]["step"])) as partial:
+    with whole_folder(state.place(checkpoints, record.step)) as partial:
         _copy(kept, partial)
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a folder's files, as hard links where the file system has them: nothing of ours changes a file in place."""
+    """Copy a folder's files, as hard links where the file system has them: nothing of ours changes a file in
+    place.
+    """
     for path in sorted(source.rglob("*")):
-        place = target / path.relative_to(source)
+        copy = target / path.relative_to(source)
         if path.is_dir():
-            place.mkdir(parents=True, exist_ok=True)
+            copy.mkdir(parents=True, exist_ok=True)
             continue
-        place.parent.mkdir(parents=True, exist_ok=True)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.link(path, place)
+            os.link(path, copy)
         except OSError:
-            shutil.copy2(path, place)
+            shutil.copy2(path, copy)

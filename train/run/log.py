@@ -1,4 +1,4 @@
-"""What a run tells while it trains: metrics.jsonl is the truth; trackers mirror it and the console shows it."""
+"""The logs of a run: metrics.jsonl is the truth; trackers mirror it and the console shows it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from outgrow.train.run.folder import METRICS, SAMPLES
 from outgrow.train.run.trackers import Tracker, open_trackers
 
 if TYPE_CHECKING:
+    from outgrow.train.run.record import RunRecord
     from outgrow.train.run.samples import Sample
     from outgrow.train.settings import Settings
 
@@ -41,15 +42,21 @@ class Log:
         self.console.row(kind, clocks, values)
 
     def rows(self) -> str:
-        """All lines so far, which a checkpoint keeps beside the weights that they tell of. They are on the disk when this returns."""
+        """All lines so far, which a checkpoint keeps beside the weights that they tell of.
+
+        They are on the disk when this returns.
+        """
         with telling_disk_faults(self.path):
             os.fsync(self.file.fileno())
             return self.path.read_text()
 
     def samples(self, when: str, clocks: Mapping[str, Any], write: Callable[[], list[Sample]]) -> None:
-        """Keep what `write` writes in samples.json under `when`, and mirror it. No fault of it stops the run: nothing else needs it."""
+        """Keep what `write` writes in samples.json under `when`, and mirror it.
+
+        No fault of it stops the run: nothing else needs it.
+        """
         try:
-            found = write()
+            written = write()
         except Exception as error:
             self.console.say(f"no samples at the {when} ({type(error).__name__}: {error})")
             return
@@ -59,10 +66,10 @@ class Log:
         except UserError as error:
             self.console.say(str(error))
             kept = {}
-        write_json(path, kept | {when: {**clocks, "samples": [asdict(sample) for sample in found]}})
+        write_json(path, kept | {when: {**clocks, "samples": [asdict(sample) for sample in written]}})
         for tracker in self.trackers:
-            tracker.samples(when, [asdict(sample) for sample in found], clocks)
-        for sample in found[:1]:
+            tracker.samples(when, [asdict(sample) for sample in written], clocks)
+        for sample in written[:1]:
             self.console.say(f"continues {sample.prompt!r} with {sample.text!r}")
 
     def close(self) -> None:
@@ -73,12 +80,12 @@ class Log:
 
 
 @contextmanager
-def open_log(folder: Path, settings: Settings, run: Mapping[str, Any], writes: bool) -> Iterator[Log | None]:
+def open_log(folder: Path, settings: Settings, run: RunRecord, writes: bool) -> Iterator[Log | None]:
     """The run's log on the process that writes; None on the others."""
     if not writes:
         yield None
         return
-    console = Console(settings.progress, settings.name, run["budget_tokens"])
+    console = Console(settings.progress, settings.name, run.budget_tokens)
     log = Log(folder, open_trackers(folder, settings, run, console.say), console)
     try:
         yield log
@@ -86,7 +93,7 @@ def open_log(folder: Path, settings: Settings, run: Mapping[str, Any], writes: b
         log.close()
 
 
-# ---- console --------------------------------------------------------------------------------------------------------------------------
+# ---- console -----------------------------------------------------------------------------------------------
 
 
 LONGEST_PREFIX = 48  # characters of a run's name before each of its lines
@@ -94,14 +101,18 @@ LONGEST_PREFIX = 48  # characters of a run's name before each of its lines
 
 def shortened(name: str) -> str:
     """A run's name with its middle left out where it is longer than a line bears."""
-    return name if len(name) <= LONGEST_PREFIX else f"{name[: LONGEST_PREFIX - 13]}…{name[-12:]}"
+    if len(name) <= LONGEST_PREFIX:
+        return name
+    end = name[-12:]
+    return f"{name[: LONGEST_PREFIX - len(end) - 1]}…{end}"
 
 
 class Console:
     """A bar on a terminal, one line per logged row elsewhere, or nothing."""
 
     def __init__(self, progress: str | bool, name: str, budget_tokens: int) -> None:
-        self.silent = progress is False or os.environ.get("RANK", "0") != "0"  # of several processes, the first one speaks
+        # of several processes, the first one speaks
+        self.silent = progress is False or os.environ.get("RANK", "0") != "0"
         self.name, self.budget = shortened(name), budget_tokens
         self.bar: Any = None
         self.losses: dict[str, str] = {}
@@ -128,6 +139,7 @@ class Console:
             print(f"{self.name}: {text}", flush=True)
 
     def row(self, kind: str, clocks: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+        """Show a row of the metrics: on the bar where there is one, else as a line."""
         if kind == "eval":
             self.losses["val loss"] = f"{values['val_loss']:.4f}"
             text = f"val loss {values['val_loss']:.4f} nats/token, {values['bits_per_byte']:.4f} bits/byte"
@@ -145,17 +157,24 @@ class Console:
             router = "" if "router_loss" not in values else f" (routers {values['router_loss']:.3f})"
             text = f"loss {values['loss']:.4f}{router}, learning rate {values['learning_rate']:.2e}, {speed}"
         if self.bar is not None:
-            self.bar.update(self.task, completed=clocks["tokens"], shown=", ".join(f"{key} {value}" for key, value in self.losses.items()))
+            shown = ", ".join(f"{key} {value}" for key, value in self.losses.items())
+            self.bar.update(self.task, completed=clocks["tokens"], shown=shown)
         else:
-            self.say(f"{clocks['tokens'] / self.budget:4.0%}, step {clocks['step']}: {text}{self.left(clocks)}")
+            share, step = clocks["tokens"] / self.budget, clocks["step"]
+            self.say(f"{share:4.0%}, step {step}: {text}{self.left(clocks)}")
 
     def left(self, clocks: Mapping[str, Any]) -> str:
-        """How long the rest of the budget will take at the run's speed so far; nothing where nobody can know, or nothing is left."""
+        """The time that the rest of the budget will take at the run's speed so far.
+
+        "" where it is unknown or over.
+        """
         if not clocks["tokens"] or clocks["tokens"] >= self.budget:
             return ""
         seconds = clocks["seconds"] / clocks["tokens"] * (self.budget - clocks["tokens"])
         hours, minutes = divmod(round(seconds / 60), 60)
-        return f", {hours} h {minutes:02d} min left" if hours else f", {minutes} min left" if minutes else f", {seconds:.0f} s left"
+        if hours:
+            return f", {hours} h {minutes:02d} min left"
+        return f", {minutes} min left" if minutes else f", {seconds:.0f} s left"
 
     def close(self) -> None:
         if self.bar is not None:

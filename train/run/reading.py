@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import log
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from outgrow.train.corpus.build import cut_by
 from outgrow.train.data.settings import DataSettings
@@ -14,13 +14,17 @@ from outgrow.train.data.tokenizer import TRAIN, has_tokenizer, tokenizer_identit
 
 if TYPE_CHECKING:
     from outgrow.train.data import TokenData
+    from outgrow.train.run.record import RunRecord
     from outgrow.train.settings import Settings
 
-TINY_PARAMETERS, TINY_RATE = 20_000_000, 1e-3  # what conf/optimizer's rates were found on has fewer, and likes more
+# what conf/optimizer's rates were found on has fewer, and likes more
+TINY_PARAMETERS, TINY_RATE = 20_000_000, 1e-3
 
 
-def reading(settings: Settings, source: Path | None, run: Mapping[str, Any] | None) -> DataSettings:
-    """The data settings with the tokenizer that is meant where none is named: that of the source; one that is trained where it has none.
+def reading(settings: Settings, source: Path | None, run: RunRecord | None) -> DataSettings:
+    """The data settings with a tokenizer where none is named: the source's own.
+
+    A trained one where it has none.
 
     Args:
         run: the record of a run that has begun: it goes on reading as it began, and needs its source no more.
@@ -31,25 +35,30 @@ def reading(settings: Settings, source: Path | None, run: Mapping[str, Any] | No
     if settings.data.tokenizer is not None:
         return settings.data
     if run is not None:
-        kept = run["data"].get("cut")
+        kept = run.data.cut
         return settings.data if kept is None else replace(settings.data, folder=kept["folder"], tokenizer=_still_there(kept))
     if source is None or not has_tokenizer(source):
         return settings.data
     return cut_by(settings.data, source)
 
 
-def record(settings: DataSettings) -> dict[str, str] | None:
-    """What run.json keeps of a tokenizer that was chosen for the run; None where it trained its own."""
-    return None if settings.tokenizer in (None, TRAIN) else {"tokenizer": str(settings.tokenizer), "folder": str(settings.home)}
+def cut_record(settings: DataSettings) -> dict[str, str] | None:
+    """The tokenizer that was chosen for the run, and the folder of its tokens.
+
+    None where the run trains its own.
+    """
+    if settings.tokenizer in (None, TRAIN):
+        return None
+    return {"tokenizer": str(settings.tokenizer), "folder": str(settings.home)}
 
 
 def _still_there(kept: Mapping[str, str]) -> str:
-    """Where the tokenizer lies: where it was, or beside the tokens that it cut."""
+    """The tokenizer's folder: where it was, or beside the tokens that it cut."""
     return kept["tokenizer"] if has_tokenizer(Path(kept["tokenizer"])) else f"{kept['folder']}/tokenizer"
 
 
 def tokenizer_warnings(settings: Settings, source: Path | None, data: TokenData) -> Iterator[str]:
-    """What a reader should know before weights that have learnt one tokenizer's ids read another's."""
+    """Warn before weights that have learnt one tokenizer's ids read another's."""
     if source is None or settings.growth.operator == "scratch":
         return
     if not has_tokenizer(source):
@@ -66,7 +75,7 @@ def tokenizer_warnings(settings: Settings, source: Path | None, data: TokenData)
 
 
 def rate_warnings(settings: Settings, parameters: int) -> Iterator[str]:
-    """What to know of a learning rate that fits tiny models where a larger one is trained on."""
+    """Warn of a learning rate that fits tiny models where a larger one is trained on."""
     rate = settings.optimizer.learning_rate
     if settings.growth.operator != "scratch" and parameters >= TINY_PARAMETERS and rate >= TINY_RATE:
         yield (
@@ -76,7 +85,7 @@ def rate_warnings(settings: Settings, parameters: int) -> Iterator[str]:
 
 
 def loss_warnings(settings: Settings, val_loss: float, vocab_size: int) -> Iterator[str]:
-    """What a first loss says that is above the entropy of guessing: ln V."""
+    """Warn of a first loss above the entropy of guessing, ln V (a perplexity above the number of tokens)."""
     if settings.growth.operator != "scratch" and val_loss > log(vocab_size):
         yield (
             f"warning: the first validation loss, {val_loss:.3f}, is above ln {vocab_size} = {log(vocab_size):.3f}, what guessing would "

@@ -1,4 +1,6 @@
-"""What the network writes: greedy continuations of fixed pieces of the validation text, so that two runs' can be laid side by side."""
+"""Samples: greedy continuations of fixed pieces of the validation text, so that two runs can be laid side by
+side.
+"""
 
 from __future__ import annotations
 
@@ -29,28 +31,40 @@ class Sample:
 
 
 @torch.no_grad()
-def samples(network: PreTrainedModel, data: TokenData, windows: Sequence[np.ndarray], accelerator: Accelerator) -> list[Sample]:
-    """Continue the first tokens of some windows, spread over the validation text; at each place the likeliest token.
+def samples(
+    network: PreTrainedModel,
+    data: TokenData,
+    windows: Sequence[np.ndarray],
+    accelerator: Accelerator,
+) -> list[Sample]:
+    """Continue the first tokens of some windows, spread over the validation text, greedily.
 
     Args:
         windows: validation batches, each (rows, context + 1).
     """
     rows = [row for batch in windows for row in batch]
-    chosen = [rows[i * len(rows) // COUNT] for i in range(min(COUNT, len(rows)))]
-    length = min(PROMPT_TOKENS, (len(chosen[0]) - 1) // 2)
-    prompts = torch.from_numpy(np.stack([window[:length] for window in chosen])).to(accelerator.device)
-    whole: Any = network
-    learning = whole.training
-    whole.eval()
-    with accelerator.autocast(), torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
-        written = whole.generate(
+    numbers = range(min(COUNT, len(rows)))
+    chosen = np.stack([rows[number * len(rows) // COUNT] for number in numbers])
+    context = chosen.shape[1] - 1
+    length = min(PROMPT_TOKENS, context // 2)
+    prompts = torch.from_numpy(chosen[:, :length]).to(accelerator.device)
+    model: Any = network
+    training = model.training
+    model.eval()
+    # each length would be compiled anew
+    with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+        written = model.generate(
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
-            max_new_tokens=min(NEW_TOKENS, len(chosen[0]) - 1 - length),
+            max_new_tokens=min(NEW_TOKENS, context - length),
             do_sample=False,
             pad_token_id=data.end_of_text_id,
             eos_token_id=data.end_of_text_id,
         )
-    whole.train(learning)
+    model.train(training)
     decode: Any = load_tokenizer(str(data.tokenizer_folder)).decode
-    return [Sample(decode(row[:length]), decode(row[length:], skip_special_tokens=True)) for row in written.tolist()]
+    continuations = []
+    for row in written.tolist():
+        text = decode(row[length:], skip_special_tokens=True)
+        continuations.append(Sample(decode(row[:length]), text))
+    return continuations

@@ -1,8 +1,10 @@
-"""Being asked to stop: SIGTERM (preemption, scancel), SIGUSR1 (sbatch --signal=USR1@120), SIGUSR2 (submitit) and Ctrl-C (SIGINT) make a
-run save and end.
+"""Stopping on request, as a preempted job has to: a signal makes a run save and end.
 
-The process then ends with status REQUEUE, which says: start the same command again, and it goes on where it stood. After Ctrl-C the status
-is a shell's own, 130, so that nothing starts again what a person has stopped; a second Ctrl-C does not wait for the saving.
+SIGTERM (preemption, scancel), SIGUSR1 (sbatch --signal=USR1@120), SIGUSR2 (submitit) and Ctrl-C (SIGINT) do so.
+
+The process then ends with status REQUEUE, which says: start the same command again, and it goes on where it
+stood. After Ctrl-C the status is a shell's own, 130, so that nothing starts again what a person has stopped;
+a second Ctrl-C does not wait for the saving.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 def overruled(status: int) -> str:
-    """What torchrun (or Accelerate's launcher, which is one) makes of the status that this process ends with; empty where it has none.
+    """Say what torchrun (or Accelerate's launcher) makes of this process's status; "" where neither runs.
 
-    It takes SIGTERM itself, hands it on, and ends by an exception of its own whatever its processes end with; nothing that they do changes
-    that. `train.launch` leaves SIGTERM to its processes, as it tells them in the variable that torchrun hands on.
+    It takes SIGTERM itself, hands it on, and ends by an exception of its own whatever its processes end with;
+    nothing that they do changes that. `train.launch` leaves SIGTERM to its processes, as it tells them in the
+    variable that torchrun hands on.
     """
     if signal.SIGTERM.name not in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "").split(","):
         return ""
@@ -50,7 +53,7 @@ class Stopped(Exception):
 
 @contextmanager
 def watched() -> Iterator[Callable[[], str | None]]:
-    """While the block runs, SIGNALS are only noted: yields a function that names the first one that came, or None.
+    """Note SIGNALS during the block; yields a function that names the first one that came, or None.
 
     Python lets only a process's main thread take signals; on another thread nothing is watched.
     """
@@ -62,7 +65,8 @@ def watched() -> Iterator[Callable[[], str | None]]:
         came.append(signal.Signals(number).name)
 
     main = threading.current_thread() is threading.main_thread()
-    heard = [number for number in SIGNALS if main and signal.getsignal(number) != signal.SIG_IGN]  # ignored: its parent takes care of it
+    # ignored: its parent takes care of it
+    heard = [number for number in SIGNALS if main and signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, note) for number in heard}
     try:
         yield lambda: came[0] if came else None
@@ -72,7 +76,7 @@ def watched() -> Iterator[Callable[[], str | None]]:
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether `flag` is true on any process; all of them have to ask, and all get the same answer."""
+    """True if `flag` is true on any process; all of them have to ask, and all get the same answer."""
     if accelerator.num_processes == 1:
         return flag
     return accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum").item() > 0

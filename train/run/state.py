@@ -2,12 +2,14 @@
 
 checkpoints/step-00000400/
     shard-*.safetensors  one file for each process: its part of the weights (`model/NAME`, tied tensors once) and of the optimizer's state
-                         (`optimizer/SLOT/NAME`), written by torch.distributed.checkpoint, which puts the parts together again
+                         (`optimizer/SLOT/NAME`), written by torch.distributed.checkpoint, which puts the
+                         parts together again
     metrics.jsonl        the run's rows up to here: a resumed run's file begins as this one, whatever has become of its own
     state.json           step, clock and the open logging interval, readable, and size and SHA-256 of each file, its own record included
 
-The text needs no state (batch i is a function of the seed and i), nor does the generator (it is seeded per step). Before a run goes on, the
-bytes of its newest checkpoint are held against these checksums; one that is damaged is set aside, and the newest intact one is taken.
+The text needs no state (batch i is a function of the seed and i), nor does the generator (it is seeded per
+step). Before a run goes on, the bytes of its newest checkpoint are held against these checksums; one that is
+damaged is set aside, and the newest intact one is taken.
 """
 
 from __future__ import annotations
@@ -40,12 +42,13 @@ from outgrow.train.run.folder import METRICS
 
 STATE, DAMAGED = "state.json", ".damaged"
 _NAME = re.compile(r"step-(\d{8,})")
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a checkpoint of one process, which is no fault
+# a checkpoint of one process, which is no fault
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 @dataclass
 class Position:
-    """Where a run stands, apart from its tensors."""
+    """The state of a run apart from its tensors: clocks, losses, and the open logging interval."""
 
     step: int = 0  # steps done
     tokens: int = 0
@@ -54,7 +57,8 @@ class Position:
     loss_sum: float = 0.0  # of the open logging interval
     loss_count: int = 0
     grad_norm: float | None = None  # before clipping, of the last step that was not passed over
-    router_sum: float | None = None  # of the routers' load-balancing term over the same steps, where there is one
+    # of the routers' load-balancing term over the same steps, where there is one
+    router_sum: float | None = None
     start_val_loss: float | None = None  # at step 0
     val_loss: float | None = None  # at the last evaluation
     bits_per_byte: float | None = None
@@ -64,25 +68,27 @@ class Position:
     skipped: int = 0  # steps whose loss or gradient was not finite
 
 
-# ---- tensors --------------------------------------------------------------------------------------------------------------------------
+# ---- tensors -----------------------------------------------------------------------------------------------
 
 
 def tensors(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What a checkpoint holds, not copied: filling these tensors puts the run back in place.
+    """The tensors of a checkpoint, not copied: filling them restores the run.
 
     Args:
-        objective: a network, or a `NextTokenLoss` of one; where it is sharded, this process's parts are given as `DTensor`s.
+        objective: a network, or a `NextTokenLoss` of one; where it is sharded, this process's parts are given
+            as `DTensor`s.
     """
-    found: dict[str, Tensor] = {}
+    held: dict[str, Tensor] = {}
     names: dict[int, str] = {}
     for name, tensor in objective.state_dict(keep_vars=True).items():
         if id(tensor) not in names:  # a tied tensor counts once
             names[id(tensor)] = name.removeprefix("network.")
-            found[f"model/{names[id(tensor)]}"] = tensor.detach()
+            held[f"model/{names[id(tensor)]}"] = tensor.detach()
     for parameter, slots in optimizer.state.items():
+        name = names[id(parameter)]
         for slot, value in slots.items():
-            found |= {f"optimizer/{part}/{names[id(parameter)]}": tensor for part, tensor in _plain(slot, value)}
-    return found
+            held |= {f"optimizer/{part}/{name}": tensor for part, tensor in _plain(slot, value)}
+    return held
 
 
 def _plain(slot: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -95,7 +101,10 @@ def _plain(slot: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _materialise(optimizer: torch.optim.Optimizer) -> None:
-    """Make the state that the optimizer's first step would make, in whatever form it keeps it; its values are of no use."""
+    """Make the state that the optimizer's first step would make, in whatever form it keeps it.
+
+    Its values are of no use.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
@@ -104,13 +113,21 @@ def _materialise(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
-# ---- writing and reading --------------------------------------------------------------------------------------------------------------
+# ---- writing and reading -----------------------------------------------------------------------------------
 
 
 def write(
-    path: Path, position: Mapping[str, Any], held: Mapping[str, Tensor], group: Any = None, *, main: bool = True, metrics: str = ""
+    path: Path,
+    position: Mapping[str, Any],
+    held: Mapping[str, Tensor],
+    group: Any = None,
+    *,
+    main: bool = True,
+    metrics: str = "",
 ) -> None:
-    """Write a checkpoint, whole or not at all. Every process of `group` calls this with its own part.
+    """Write a checkpoint atomically: all of it or nothing.
+
+    Every process of `group` calls this with its own part.
 
     Args:
         position: `asdict` of where the run stands.
@@ -134,12 +151,15 @@ def write(
 
 
 def _all_digests(partial: Path, group: Any) -> dict[str, dict[str, Any]]:
-    """Size and checksum of each shard. Processes share out the reading, since one alone would take long over a large checkpoint."""
+    """Size and checksum of each shard.
+
+    Processes share out the reading, since one alone would take long over a large checkpoint.
+    """
     if group is None:
         return {file.name: _digest(file) for file in _shards(partial)}
     process, processes = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     own = {file.name: _digest(file) for file in _shards(partial)[process::processes]}
-    gathered: list[dict[str, dict[str, Any]]] = [{}] * processes
+    gathered: list[Any] = [None] * processes
     torch.distributed.all_gather_object(gathered, own, group=group)
     return {name: digest for part in gathered for name, digest in part.items()}
 
@@ -158,7 +178,8 @@ def _record_digest(record: Mapping[str, Any]) -> str:
 
 
 def read(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
-    """Fill `objective` and `optimizer` from the checkpoint at `path`, whatever processes wrote it, and return where it stands.
+    """Fill `objective` and `optimizer` from the checkpoint at `path`, whatever processes wrote it, and return
+    where it stands.
 
     Raises:
         UserError: a file of it is missing or damaged.
@@ -166,7 +187,8 @@ def read(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -> 
     with _telling_damage(path):
         position = peek(path)
         reader = HuggingFaceStorageReader(str(path))
-        if any(key.startswith("optimizer/") for key in reader.read_metadata().state_dict_metadata):  # there is none before the first step
+        # there is none before the first step
+        if any(key.startswith("optimizer/") for key in reader.read_metadata().state_dict_metadata):
             _materialise(optimizer)
         with _first_fault():
             dcp.load(dict(tensors(objective, optimizer)), storage_reader=reader, no_dist=True)
@@ -174,7 +196,7 @@ def read(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 
 def peek(path: Path) -> Position:
-    """Where the checkpoint at `path` stands; of its tensors, only the files' sizes are looked at.
+    """Read where the checkpoint at `path` stands; of its tensors, only the files' sizes are checked.
 
     Raises:
         UserError: a file of it is missing or damaged.
@@ -182,22 +204,26 @@ def peek(path: Path) -> Position:
     with _telling_damage(path):
         record = _record(path)
         sizes = {file.name: file.stat().st_size for file in _shards(path)}
-        expected = {name: known["bytes"] for name, known in record["files"].items() if name != METRICS}
+        expected = {name: digest["bytes"] for name, digest in record["files"].items()}
+        expected.pop(METRICS, None)
         if sizes != expected:
             raise ValueError(f"its files should be {expected}, and are {sizes}")
         return Position(**{key: value for key, value in record.items() if key not in ("files", "sha256")})
 
 
 def check(path: Path, process: int = 0, processes: int = 1) -> None:
-    """Read the checkpoint at `path` and hold it against its checksums; of several processes, each reads its share of the files.
+    """Read the checkpoint at `path` and hold it against its checksums.
+
+    Of several processes, each reads its share of the files.
 
     Raises:
         UserError: a file of it is missing or damaged.
     """
     peek(path)
     with _telling_damage(path):
-        for name, known in sorted(_record(path)["files"].items())[process::processes]:
-            if _digest(path / name) != known:
+        files = sorted(_record(path)["files"].items())
+        for name, digest in files[process::processes]:
+            if _digest(path / name) != digest:
                 raise ValueError(f"the bytes of {name} are not those that were written")
 
 
@@ -216,42 +242,50 @@ def _telling_damage(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # several libraries report a damaged file in several ways
-        reason = f"no {error}" if isinstance(error, KeyError) else (str(error).strip().splitlines() or [type(error).__name__])[0]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = f"no {error}" if isinstance(error, KeyError) else lines[0]
         raise UserError(f"checkpoint {path}: cannot be loaded ({reason})") from error
 
 
 @contextmanager
 def _first_fault() -> Iterator[None]:
-    """Raise what went wrong itself, where torch.distributed.checkpoint raises a list of what went wrong on each process."""
+    """Raise what went wrong itself, where torch.distributed.checkpoint raises a list of what went wrong on
+    each process.
+    """
     try:
         yield
     except CheckpointException as gathered:
         raise next(iter(gathered.failures.values()))[0] from None
 
 
-# ---- the folder of checkpoints --------------------------------------------------------------------------------------------------------
+# ---- the folder of checkpoints -----------------------------------------------------------------------------
 
 
 def place(folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies."""
+    """The folder of the checkpoint of `step`."""
     return folder / f"step-{step:08d}"
 
 
 def complete(folder: Path, *, tidy: bool = False) -> list[Path]:
-    """The whole checkpoints under `folder`, oldest first; `tidy` removes what a killed process left half-written."""
+    """The complete checkpoints under `folder`, oldest first.
+
+    `tidy` removes what a killed process left half-written.
+    """
     if not folder.is_dir():
         return []
     for path in folder.glob(f"*{PARTIAL}") if tidy else ():
         shutil.rmtree(path, ignore_errors=True)
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / STATE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    finished = [path for path in named if (path / STATE).is_file()]
+    return sorted(finished, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def drop_old(folder: Path, keep: int, best: int | None = None) -> None:
     """Remove all checkpoints but the newest `keep` and that of step `best`."""
     for path in complete(folder)[:-keep]:
         if best is None or path != place(folder, best):
-            os.rename(path, partial_of(path))  # so that one which a kill leaves half removed is not taken for whole
+            # so that one which a kill leaves half removed is not taken for whole
+            os.rename(path, partial_of(path))
             shutil.rmtree(partial_of(path))
 
 
@@ -264,7 +298,10 @@ def set_aside(path: Path) -> Path:
 
 
 def restore_metrics(path: Path, saved: Path | None) -> bool:
-    """Let metrics.jsonl hold what it held at the checkpoint `saved`, or nothing; return whether rows of that had gone."""
+    """Let metrics.jsonl hold what it held at the checkpoint `saved`, or nothing.
+
+    Return whether rows of that had gone.
+    """
     kept = b"" if saved is None else (saved / METRICS).read_bytes()
     there = path.read_bytes() if path.is_file() else b""
     if there != kept:

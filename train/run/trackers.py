@@ -1,4 +1,6 @@
-"""The trackers that mirror metrics.jsonl, W&B, TensorBoard and Trackio through Accelerate, each kept where it can do the run no harm."""
+"""The trackers that mirror metrics.jsonl, W&B, TensorBoard and Trackio through Accelerate, each kept where it
+can do the run no harm.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,19 @@ from outgrow.train.run.folder import METRICS, PICTURE, SAMPLES
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
+    from outgrow.train.run.record import RunRecord
     from outgrow.train.settings import Settings
 
 CLOCKS = ("step", "tokens", "flops", "seconds")
-START_S, FINISH_S = 60, 120  # that W&B's server is waited for; what it has not taken by then stays on the disk for `wandb sync`
+# that W&B's server is waited for; what it has not taken by then stays on the disk for `wandb sync`
+START_S, FINISH_S = 60, 120
 Say = Callable[[str], None]
 
 
 class Tracker:
-    """One of Accelerate's trackers, held so that no fault of it reaches the run: after its first fault it is left alone."""
+    """One of Accelerate's trackers, held so that no fault of it reaches the run: after its first fault it is
+    left alone.
+    """
 
     def __init__(self, tracker: GeneralTracker, say: Say) -> None:
         self.tracker: GeneralTracker | None = tracker
@@ -36,28 +42,45 @@ class Tracker:
         """One row: every value over steps (W&B: over tokens), and every loss over tokens, FLOPs and seconds."""
         if clocks["step"] < self.begun:
             return
-        named = {f"{kind}/{key}": value for key, value in values.items() if value is not None}
-        losses = {key: value for key, value in values.items() if key.endswith("loss") and value is not None}
+        known_values = {key: value for key, value in values.items() if value is not None}
+        named = {f"{kind}/{key}": value for key, value in known_values.items()}
+        losses = {key: value for key, value in known_values.items() if key.endswith("loss")}
         known = ("step",) if self.name == "trackio" else ()  # which it keeps itself
         row = {**{key: clocks[key] for key in CLOCKS if key not in known}, **named}
-        if self.name == "tensorboard":  # its only x-axis is a whole number: curves over other clocks are written at their time
+        # its only x-axis is a whole number: curves over other clocks are written at their time
+        if self.name == "tensorboard":
             self._guard("log", row, step=clocks["step"])
-            for axis, place in (("tokens", clocks["tokens"]), ("gigaflops", clocks["flops"] / 1e9), ("seconds", clocks["seconds"])):
-                self._guard("log", {f"{kind}_by_{axis}/{key}": value for key, value in losses.items()}, step=round(place))
+            axes = {
+                "tokens": clocks["tokens"],
+                "gigaflops": clocks["flops"] / 1e9,
+                "seconds": clocks["seconds"],
+            }
+            for axis, position in axes.items():
+                over = {f"{kind}_by_{axis}/{key}": value for key, value in losses.items()}
+                self._guard("log", over, step=round(position))
         else:
-            over = {f"{kind}_by_{axis}/{key}": value for axis in ("flops", "seconds") for key, value in losses.items()}
+            over = {}
+            for axis in ("flops", "seconds"):
+                label = f"{kind}_by_{axis}"
+                over |= {f"{label}/{key}": value for key, value in losses.items()}
             self._guard("log", {**row, **over}, step=clocks["step"])
 
     def samples(self, when: str, samples: Iterable[Mapping[str, str]], clocks: Mapping[str, Any]) -> None:
-        """What the network writes, as a table where the tracker has tables, else as text."""
+        """Log samples, as a table where the tracker has tables, else as text."""
         pairs = [[sample["prompt"], sample["text"]] for sample in samples]
         if clocks["step"] < self.begun:
             return
         if self.name == "wandb":
-            self._guard("log_table", f"samples/{when}", columns=["prompt", "text"], data=pairs, step=clocks["step"])
+            self._guard(
+                "log_table",
+                f"samples/{when}",
+                columns=["prompt", "text"],
+                data=pairs,
+                step=clocks["step"],
+            )
         else:
-            told = "\n\n".join(f"**{prompt}**{text}" for prompt, text in pairs)
-            self._guard("log", {f"samples/{when}": told}, step=clocks["step"])
+            listing = "\n\n".join(f"**{prompt}**{text}" for prompt, text in pairs)
+            self._guard("log", {f"samples/{when}": listing}, step=clocks["step"])
 
     def picture(self, name: str, path: Path) -> None:
         """A picture at step 0, where the tracker shows pictures."""
@@ -77,7 +100,8 @@ class Tracker:
             getattr(self.tracker, method)(*arguments, **options)
         except Exception as error:
             self.tracker = None
-            self.say(f"tracker {self.name} stopped ({type(error).__name__}: {error}); training goes on, {METRICS} is complete")
+            reason = f"{type(error).__name__}: {error}"
+            self.say(f"tracker {self.name} stopped ({reason}); training goes on, {METRICS} is complete")
 
 
 def check_installed(names: Iterable[str]) -> None:
@@ -93,15 +117,18 @@ def check_installed(names: Iterable[str]) -> None:
     )
 
 
-def open_trackers(folder: Path, settings: Settings, run: Mapping[str, Any], say: Say) -> list[Tracker]:
+def open_trackers(folder: Path, settings: Settings, run: RunRecord, say: Say) -> list[Tracker]:
     """The trackers that can be started, shown how the run began; the others are told and left out."""
     opened = []
     for name in settings.logger.trackers:
         try:
             opened.append(Tracker(OPENERS[name](folder, settings, run, say), say))
         except Exception as error:
-            say(f"tracker {name} does not start ({type(error).__name__}: {error}); training goes on without it")
-    rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()] if (folder / METRICS).is_file() else []
+            say(
+                f"tracker {name} does not start ({type(error).__name__}: {error}); training goes on without it",
+            )
+    text = (folder / METRICS).read_text() if (folder / METRICS).is_file() else ""
+    rows = [json.loads(line) for line in text.splitlines()]
     for tracker in opened:
         held = not rows if tracker.name != "wandb" else not getattr(tracker.tracker, "run").resumed  # noqa: B009
         if held and (folder / PICTURE).is_file():
@@ -112,19 +139,22 @@ def open_trackers(folder: Path, settings: Settings, run: Mapping[str, Any], say:
 
 
 def _catch_up(tracker: Tracker, folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Make one record of a run that is started again: go on after what the server holds, else write all so far into this record.
+    """Make one record of a run that is started again: go on after what the server holds, else write all so
+    far into this record.
 
-    A record is made of metrics.jsonl, so an earlier one on this disk that nobody has uploaded says nothing more, and is removed.
+    A record is made of metrics.jsonl, so an earlier one on this disk that nobody has uploaded says nothing
+    more, and is removed.
     """
     run: Any = getattr(tracker.tracker, "run")  # noqa: B009
     if run.resumed:
         tracker.begun = run.step
         return
-    for when, told in _samples(folder).items():
-        tracker.samples(when, told["samples"], told)
+    for when, written in _samples(folder).items():
+        tracker.samples(when, written["samples"], written)
     for row in rows:
         clocks = {key: row[key] for key in CLOCKS}
-        tracker.log(row["kind"], clocks, {key: value for key, value in row.items() if key not in (*CLOCKS, "kind")})
+        values = {key: row[key] for key in row if key not in (*CLOCKS, "kind")}
+        tracker.log(row["kind"], clocks, values)
     own = Path(run.dir).parent
     for earlier in own.parent.glob(f"offline-run-*-{run.id}"):
         if earlier != own and not list(earlier.glob("*.synced")):
@@ -134,15 +164,17 @@ def _catch_up(tracker: Tracker, folder: Path, rows: Iterable[Mapping[str, Any]])
 def _samples(folder: Path) -> dict[str, Any]:
     """The samples of the run's start, if it has written any."""
     try:
-        return {when: told for when, told in json.loads((folder / SAMPLES).read_text()).items() if when == "start"}
+        samples = json.loads((folder / SAMPLES).read_text())
+        return {when: written for when, written in samples.items() if when == "start"}
     except (OSError, ValueError, AttributeError):
         return {}
 
 
-def _wandb(folder: Path, settings: Settings, run: Mapping[str, Any], say: Say) -> GeneralTracker:
+def _wandb(folder: Path, settings: Settings, run: RunRecord, say: Say) -> GeneralTracker:
     """W&B: curves grouped by study, over tokens by default, and losses over FLOPs and seconds as well.
 
-    A server that cannot be reached leaves the run offline; one that is lost later is waited for at the end, and not for ever.
+    A server that cannot be reached leaves the run offline; one that is lost later is waited for at the end,
+    and not for ever.
     """
     import wandb
 
@@ -167,15 +199,15 @@ def _wandb(folder: Path, settings: Settings, run: Mapping[str, Any], say: Say) -
 
 
 def _say_where(run: Any, say: Say) -> None:
-    """Where the record is, how to look at it and how to upload it."""
+    """Say where the record is, how to look at it and how to upload it."""
     if run.url:
         say(f"W&B: {run.url}")
         return
-    place = os.path.relpath(Path(run.dir).parent)
-    say(f"W&B, offline: {place}; look at it: wandb leet run {place}; upload it: wandb sync {place}")
+    folder = os.path.relpath(Path(run.dir).parent)
+    say(f"W&B, offline: {folder}; look at it: wandb leet run {folder}; upload it: wandb sync {folder}")
 
 
-def _wandb_in(mode: str, folder: Path, settings: Settings, run: Mapping[str, Any]) -> Any:
+def _wandb_in(mode: str, folder: Path, settings: Settings, run: RunRecord) -> Any:
     import wandb
     from accelerate.tracking import WandBTracker
 
@@ -184,11 +216,11 @@ def _wandb_in(mode: str, folder: Path, settings: Settings, run: Mapping[str, Any
         re.sub(r"[/\\#?%:]", "_", project)[:128],
         entity=os.environ.get("WANDB_ENTITY"),
         name=settings.name,
-        id=f"{_clean(settings.name)[:50]}-{run['settings_hash'][:8]}",
+        id=f"{_clean(settings.name)[:50]}-{run.settings_hash[:8]}",
         resume="allow",
         group=settings.study,
         tags=[settings.growth.name[:64], f"seed {settings.seed}"],
-        config=dict(run),
+        config=run.to_json(),
         dir=str(folder),
         mode=mode,
         settings=wandb.Settings(console="off", silent=True, init_timeout=START_S, finish_timeout=FINISH_S),
@@ -210,7 +242,7 @@ def _wandb_mode(asked: str) -> str:
     return os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
 
 
-def _tensorboard(folder: Path, settings: Settings, run: Mapping[str, Any], say: Say) -> GeneralTracker:
+def _tensorboard(folder: Path, settings: Settings, run: RunRecord, say: Say) -> GeneralTracker:
     from accelerate.tracking import TensorBoardTracker
 
     tracker = TensorBoardTracker(settings.name, folder / "tensorboard")
@@ -218,11 +250,17 @@ def _tensorboard(folder: Path, settings: Settings, run: Mapping[str, Any], say: 
     return tracker
 
 
-def _trackio(folder: Path, settings: Settings, run: Mapping[str, Any], say: Say) -> GeneralTracker:
+def _trackio(folder: Path, settings: Settings, run: RunRecord, say: Say) -> GeneralTracker:
     """Trackio, on this machine unless its own variables name a server: `trackio show` opens it."""
     from accelerate.tracking import TrackioTracker
 
-    tracker = TrackioTracker(settings.logger.project, name=settings.name, group=settings.study, resume="allow", config=dict(run))
+    tracker = TrackioTracker(
+        settings.logger.project,
+        name=settings.name,
+        group=settings.study,
+        resume="allow",
+        config=run.to_json(),
+    )
     tracker.start()
     return tracker
 

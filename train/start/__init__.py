@@ -1,1 +1,1 @@
-"""What a run starts from: its name, its source, grown or not, its stages, and what is checked before step 1."""
+"""The start of a run: its name, its source, grown or not, its stages, and the checks before step 1."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from outgrow.model.checkpoint import Checkpoint, is_hub_name, locate
 from outgrow.model.family import has_schema
 from outgrow.train.run.folder import RUN
-from outgrow.train.settings import UNGROWN, Settings
+from outgrow.train.settings import UNGROWN, Settings, horizon_runs
 
 
 def check_source(settings: Settings) -> None:
@@ -22,7 +22,8 @@ def check_source(settings: Settings) -> None:
         return
     growth = settings.growth
     with Checkpoint(locate(settings.source)) as checkpoint:
-        if growth.operator in UNGROWN or growth.stages or settings.target is None or not has_schema(checkpoint.config):
+        planned = growth.operator not in UNGROWN and not growth.stages and settings.target is not None
+        if not planned or not has_schema(checkpoint.config):
             return
         from outgrow.growth.planning import plan  # numpy takes its time too
 
@@ -30,6 +31,5 @@ def check_source(settings: Settings) -> None:
 
 
 def _has_begun(settings: Settings) -> bool:
-    """Whether a run is there, which may need its source no more: that of any horizon, where there are several."""
-    outs = [f"{settings.out}-t{tokens}" for tokens in settings.schedule.horizons] or [settings.out]
-    return any((Path(out) / RUN).is_file() for out in outs)
+    """True where a run is there, of any horizon: it may need its source no more."""
+    return any((Path(run.out) / RUN).is_file() for run in horizon_runs(settings))

@@ -1,9 +1,12 @@
-"""Names of runs: what a run changes against its experiment's defaults is in its name, so that no two results share a folder.
+"""Names of runs: what a run changes against its experiment's defaults is in its name, so that no two results
+share a folder.
 
-`experiment=tiny growth=tile optimizer.learning_rate=0.01 transfer=continued` → `tiny-tile-transfer_continued-lr0.01-s0`
+`experiment=tiny growth=tile optimizer.learning_rate=0.01 transfer=continued` →
+`tiny-tile-transfer_continued-lr0.01-s0`
 
-A label is a setting's key and value, without a "-" in it. What changes no result (NEUTRAL in train/neutral.py) or says only how it is
-computed (COMPUTED) is in no name. Hydra's own `override_dirname` names what was typed, in its order, defaults and loggers included.
+A label is a setting's key and value, without a "-" in it. What changes no result (NEUTRAL in
+train/neutral.py) or says only how it is computed (COMPUTED) is in no name. Hydra's own `override_dirname`
+names what was typed, in its order, defaults and loggers included.
 """
 
 from __future__ import annotations
@@ -34,27 +37,47 @@ LONGEST_VALUE, LONGEST = 40, 150  # characters, of 255 that a file system gives 
 
 
 def tell_changes(cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Fill in `changes` of a composed configuration, which `name` is made of, where the overrides do not give it themselves."""
+    """Fill in `changes` of a composed configuration, which `name` is made of, where the overrides do not give
+    it themselves.
+    """
     if "changes" in cfg and "changes" not in map(_key, overrides):
         cfg.changes = "".join(f"-{label}" for label in changes(cfg, overrides))
 
 
 def changes(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
-    """The labels of what a run changes: chosen leaves first, then single settings, in the order of conf/train.yaml."""
+    """The labels of what a run changes: chosen leaves first, then single settings, in the order of
+    conf/train.yaml.
+    """
     by_key = {_key(text): text for text in overrides}
-    named = ("experiment",) if "growth.name" in by_key else ("experiment", "growth")  # whose leaves the name tells already
+    # whose leaves the name tells already
+    named = ("experiment",) if "growth.name" in by_key else ("experiment", "growth")
     if not any(_shows(key) for key in by_key if key not in named):
         return []
-    begun = [text for key, text in by_key.items() if key in named]
-    leaves = {key: text for key, text in by_key.items() if key not in named and not is_neutral(key) and (CONF / key).is_dir()}
-    before, after = _values(*begun), _values(*begun, *leaves.values())
-    changed = (key for key in leaves if _of(before, key) != _of(after, key))
-    labels = [f"{key.replace('/', '_')}_{_word(leaves[key].partition('=')[2])}" for key in changed]
+    # Leaves of groups that were chosen beside the experiment and change something.
+    base = [text for key, text in by_key.items() if key in named]
+    groups = [key for key in by_key if (CONF / key).is_dir() and not is_neutral(key)]
+    leaves = {key: by_key[key] for key in groups if key not in named}
+    before, after = _values(*base), _values(*base, *leaves.values())
+    labels = []
+    for key, text in leaves.items():
+        if _of(before, key) != _of(after, key):
+            labels.append(f"{key.replace('/', '_')}_{_word(text.partition('=')[2])}")
+
+    # Single settings that differ from what experiment and leaves say, and those that are gone.
     asked = flatten(plain(cfg, []))
-    gone = [key for key in after if key not in asked and not any(other.startswith(f"{key}.") for other in asked)]
-    differing = [key for key in asked if key not in after or after[key] != asked[key]]
-    labels += [_label(key, asked.get(key), asked) for key in (*differing, *gone) if _shows(key)]
+    parents = {parent for key in asked for parent in _parents(key)}
+    gone = [key for key in after if key not in asked and key not in parents]
+    absent = object()
+    differing = [key for key, value in asked.items() if after.get(key, absent) != value]
+    shown = [key for key in (*differing, *gone) if _shows(key)]
+    labels += [_label(key, asked.get(key), asked) for key in shown]
     return _short(labels)
+
+
+def _parents(key: str) -> list[str]:
+    """`a.b.c` → `a`, `a.b`."""
+    parts = key.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def arm_changes(labels: str) -> list[str]:
@@ -75,21 +98,23 @@ def _values(*overrides: str) -> dict[str, Any]:
 def _of(values: Mapping[str, Any], group: str) -> dict[str, Any]:
     """The settings of one group; all of them for a group within a group."""
     top = group.split("/")[0]
-    return {key: value for key, value in values.items() if key == top or key.startswith(f"{top}.")}
+    return {key: values[key] for key in values if key.split(".")[0] == top}
 
 
 def _shows(key: str) -> bool:
-    text = key == TEXT or (key.startswith("mixture.sources.") and key.endswith(f".{TEXT}"))
-    return text or not (is_neutral(key) or key in COMPUTED or key in ELSEWHERE or key.split(".")[0] == "experiment")
+    """True for a setting that is told in a name."""
+    if key == TEXT or (key.startswith("mixture.sources.") and key.endswith(f".{TEXT}")):
+        return True
+    silent = is_neutral(key) or key in COMPUTED or key in ELSEWHERE
+    return not silent and key.split(".")[0] != "experiment"
 
 
 def _label(key: str, value: Any, values: Mapping[str, Any]) -> str:
     """The end of the key that no other key shares, and the value."""
     parts = key.split(".")
-    count = 1
-    while count < len(parts) and _shared(".".join(parts[-count:]), values) > 1:
-        count += 1
-    name = SHORT.get(key) or _word("_".join(parts[-count:]))
+    ends = [parts[-count:] for count in range(1, len(parts))]
+    unique = (end for end in ends if _shared(".".join(end), values) <= 1)
+    name = SHORT.get(key) or _word("_".join(next(unique, parts)))
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return f"{name}{_word(value)}" if number else f"{name}_{_word(value)}"
 
@@ -107,20 +132,25 @@ def _word(value: Any) -> str:
     if isinstance(value, list) and all(isinstance(item, int | float) for item in value):
         return "_".join(_number(item) for item in value)
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-    said = text.removeprefix("runs/").removesuffix("/final")
-    word = re.sub(r"[^A-Za-z0-9.]+", "_", said).strip("_.") or "none"
-    return word if len(word) <= LONGEST_VALUE else f"{word[-LONGEST_VALUE:].strip('_.')}_{_hash(text)}"
+    short = text.removeprefix("runs/").removesuffix("/final")
+    word = re.sub(r"[^A-Za-z0-9.]+", "_", short).strip("_.") or "none"
+    if len(word) <= LONGEST_VALUE:
+        return word
+    end = word[-LONGEST_VALUE:].strip("_.")
+    return f"{end}_{_hash(text)}"
 
 
 def _number(value: float) -> str:
     """Without an exponent, so without a "-": 1e-05 → 0.00001."""
-    text = format(Decimal(str(value)), "f") if value == value and abs(value) < 1e18 else str(value)
+    text = str(value)
+    if abs(value) < 1e18:  # false for NaN
+        text = format(Decimal(text), "f")
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return text.replace("-", "minus").replace("+", "")
 
 
 def _short(labels: list[str]) -> list[str]:
-    """As many as a name has room for, and a hash in place of the rest."""
+    """Shorten a list of labels to the room that a name has, with a hash in place of the rest."""
     kept: list[str] = []
     room = LONGEST
     for number, label in enumerate(labels):

@@ -18,7 +18,7 @@ NEUTRAL = (
 
 
 def is_neutral(key: str) -> bool:
-    """Whether a setting, by its dotted key, changes nothing in the result."""
+    """True for a setting, by its dotted key, that changes nothing in the result."""
     places = key.startswith("mixture.sources.") and key.endswith((".data.folder", ".data.path", ".data.validation_path", ".data.workers"))
     return key in NEUTRAL or key.split(".")[0] in NEUTRAL or places
 

@@ -1,4 +1,4 @@
-"""How often a run reads its text, from manifests and limits alone: no token is read, nothing is built."""
+"""Count how often a run reads its text (epochs), from manifests and limits alone: no token is read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from outgrow.train.data.settings import DataSettings, MixtureSettings
 from outgrow.train.data.shards import read_manifest
-from outgrow.train.settings import Budget, Settings
+from outgrow.train.settings import Settings
 
 OFTEN = 4  # passes, after which more of them teach little that is new (arXiv 2305.16264)
 
@@ -23,9 +23,10 @@ class Stock:
 def passes(settings: Settings) -> Iterator[str]:
     """One line for each text that the run is trained on: its share of the run, its tokens, and how often they are read.
 
-    Tokens that are there are counted in their manifest; of a text that is not prepared yet, `limit_tokens` is what is known.
+    Tokens that are there are counted in their manifest; of a text that is not prepared yet, `limit_tokens` is
+    what is known.
     """
-    budget = Budget.of(settings.train)
+    budget = settings.budget
     tokens = budget.steps * budget.tokens_per_step
     if settings.mixture is None:
         yield _line(settings.data.name, tokens, tokens, stock(settings.data), None)
@@ -54,8 +55,8 @@ def _warning(times: float, most: float | None) -> str:
 
 def stock(data: DataSettings) -> Stock | None:
     """The tokens of the training part; None where nobody knows yet."""
-    homes = [data.home, *sorted(data.home.parent.glob(f"{data.home.name}-????????"))]  # the latter are cut by a source's tokenizer
-    for home in homes:
+    own_tokenizer = sorted(data.home.parent.glob(f"{data.home.name}-????????"))  # cut by a source's tokenizer
+    for home in (data.home, *own_tokenizer):
         if home.is_dir() and (manifest := read_manifest(home)) is not None:
             return Stock(int(manifest["splits"]["train"]["tokens"]), True)
     return None if data.limit_tokens is None else Stock(round(data.limit_tokens * (1 - data.validation_fraction)), False)

@@ -1,7 +1,8 @@
-"""The end of a run, once before its beginning: a tiny twin of the network is published, loaded again and evaluated.
+"""The end of a run, rehearsed before its beginning: a tiny twin of the network is exported, loaded again and
+evaluated.
 
-What would fail when everything is trained (a generation config that the library does not save, a tokenizer that it does not load, weights
-that come back under other names) fails before the first step.
+Whatever would fail when everything is trained fails before the first step: a generation config that the
+library does not save, a tokenizer that it does not load, weights that come back under other names.
 """
 
 from __future__ import annotations
@@ -33,8 +34,16 @@ SAME = 1e-4  # nats; a model that is saved and loaded gives the same loss up to 
 ROUNDED = 0.1  # nats; one whose weights are stored in 16 bits
 
 
-def rehearse_end(config: Mapping[str, Any], source: Path | None, data: TokenData, *, sharded: bool, dtype: str = "float32") -> list[str]:
-    """Publish a tiny twin of the network of `config` with the run's own tokenizer and generation config, and load it as a user would.
+def rehearse_end(
+    config: Mapping[str, Any],
+    source: Path | None,
+    data: TokenData,
+    *,
+    sharded: bool,
+    dtype: str = "float32",
+) -> list[str]:
+    """Publish a tiny twin of the network of `config` with the run's own tokenizer and generation config, and
+    load it as a user would.
 
     Args:
         source: the folder whose generation config the network will have.
@@ -42,7 +51,7 @@ def rehearse_end(config: Mapping[str, Any], source: Path | None, data: TokenData
         sharded: the weights will come as a dictionary of whole tensors, put together from shards.
 
     Returns:
-        what is to be told, in words.
+        notes for the reader.
 
     Raises:
         UserError: something of it fails.
@@ -55,7 +64,10 @@ def rehearse_end(config: Mapping[str, Any], source: Path | None, data: TokenData
     notes: tuple[str, ...] = ()
     if source is not None:
         model.generation_config, notes = generation_config(source, config)
-    weights = tied_again({name: tensor.clone() for name, tensor in model.state_dict().items()}, model) if sharded else None
+    weights = None
+    if sharded:
+        tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        weights = tied_again(tensors, model)
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
         try:
             with quietly():
@@ -78,9 +90,15 @@ def _hold(twin: Twin, model: PreTrainedModel, loaded: PreTrainedModel, apart: fl
         UserError: it does not.
     """
     tokens = twin.tokens(ROWS, LENGTH)
-    with torch.no_grad():
-        logits = [each.eval()(input_ids=tokens, use_cache=False).logits for each in (model, loaded)]
-    # Not the class's own loss, which may be that of a text with pictures (GIT).
-    before, after = (float(cross_entropy(found[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())) for found in logits)
+
+    @torch.no_grad()
+    def loss(network: PreTrainedModel) -> float:
+        # Not the class's own loss, which may be that of a text with pictures (GIT).
+        logits = network.eval()(input_ids=tokens, use_cache=False).logits[:, :-1]
+        return float(cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+
+    before, after = loss(model), loss(loaded)
     if not abs(before - after) <= apart:
-        raise UserError(f"loaded again, its loss is {after:.4f} nats a token, and {before:.4f} before it was saved")
+        raise UserError(
+            f"loaded again, its loss is {after:.4f} nats a token, and {before:.4f} before it was saved",
+        )

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +28,7 @@ from outgrow.model.family import has_schema
 from outgrow.model.geometry import flops_per_token
 from outgrow.model.spelling import spell_folder
 from outgrow.train.run.folder import PICTURE
+from outgrow.train.run.record import RunRecord, SourceCost, Start
 from outgrow.train.settings import UNGROWN, Settings
 from outgrow.train.start.stages import Stage
 
@@ -41,8 +43,8 @@ LEDGER, OPTIMIZER = "ledger.json", "optimizer.pt"
 def find_source(settings: Settings, *, needed: bool) -> Path | None:
     """The source's folder, downloaded if it is a hub name; None where there is none.
 
-    A run that has begun needs its source no more (`needed` is false, and a source that is gone is no fault), unless it trains the source
-    itself.
+    A run that has begun needs its source no more (`needed` is false, and a source that is gone is no fault),
+    unless it trains the source itself.
 
     Raises:
         UserError: it is neither a folder nor a reachable repository.
@@ -57,36 +59,45 @@ def find_source(settings: Settings, *, needed: bool) -> Path | None:
 def target_config(settings: Settings, source: Path | None) -> dict[str, Any]:
     """The config of the network that will be trained.
 
-    Scratch lays its target over the source's config as every grown arm does, so that all of them train the same network; of the source's
-    weights it reads nothing.
+    Scratch lays its target over the source's config as every grown arm does, so that all of them train the
+    same network; of the source's weights it reads nothing.
 
     Raises:
         UserError: the target is unknown, or shorter than the context.
     """
-    read = None if source is None else read_config(source)
-    config = read if settings.growth.operator == "source" else _laid_over(settings, source, read)
+    own = None if source is None else read_config(source)
+    config = own if settings.growth.operator == "source" else _laid_over(settings, source, own)
     assert config is not None
     context, positions = settings.train.context, known_size(config, "max_position_embeddings") or 0
     if 0 < positions < context:
-        raise UserError(f"train.context: {context} is more than the model's max_position_embeddings={positions}; lower it")
+        raise UserError(
+            f"train.context: {context} is more than the model's max_position_embeddings={positions}; lower it",
+        )
     return config if config.get("vocab_size") else config | {"vocab_size": known_size(config, "vocab_size")}
 
 
 def _laid_over(settings: Settings, source: Path | None, config: dict[str, Any] | None) -> dict[str, Any]:
     """The target over the source's config, by a schema that is derived where the source's family has none."""
-    operator, given = settings.growth.operator, settings.growth.options
-    if config is not None and (changed := mixture_target(config, settings.target, operator, given)) is not None:
+    operator, choices = settings.growth.operator, settings.growth.options
+    changed = None if config is None else mixture_target(config, settings.target, operator, choices)
+    if changed is not None:
         return changed
     if source is None or config is None or has_schema(config):
         return resolve_target(settings.target, config)
-    options = {name: given[name] for name in options_of(operator) if name in given}
+    options = {name: choices[name] for name in options_of(operator) if name in choices}
     with Checkpoint(source) as checkpoint:
-        known = resolve_family(checkpoint, settings.target, given.get("depth", "identity"), operator, options)
+        known = resolve_family(
+            checkpoint,
+            settings.target,
+            choices.get("depth", "identity"),
+            operator,
+            options,
+        )
     return resolve_target(settings.target, known.config or config, known.family)
 
 
-def source_ledger(settings: Settings, source: Path | None) -> dict[str, Any] | None:
-    """What the source cost and reached: from its ledger.json, else from `source_tokens`.
+def source_cost(settings: Settings, source: Path | None) -> SourceCost | None:
+    """Cost and loss of the source: from its ledger.json, else from `source_tokens`.
 
     None for a run that neither starts from its weights nor is taught by it.
     """
@@ -94,19 +105,26 @@ def source_ledger(settings: Settings, source: Path | None) -> dict[str, Any] | N
     taught = teacher is not None and teacher.model == "source"
     if source is None or (settings.growth.operator == "scratch" and not taught):
         return None
-    ledger: dict[str, Any] = {"path": settings.source, "tokens": settings.source_tokens, "flops": None, "val_loss": None}
-    if recorded := read_ledger(source):
-        ledger |= {key: value for key, value in recorded.items() if key in ledger and key != "path"}
-    elif settings.source_tokens is not None:
-        ledger["flops"] = settings.source_tokens * flops_per_token(read_config(source), settings.train.context)
-    return ledger
+    cost = SourceCost(settings.source, settings.source_tokens)
+    if ledger := read_ledger(source):
+        recorded = {key: ledger[key] for key in ("tokens", "flops", "val_loss") if key in ledger}
+        return replace(cost, **recorded)
+    if settings.source_tokens is None:
+        return cost
+    return replace(
+        cost,
+        flops=settings.source_tokens * flops_per_token(read_config(source), settings.train.context),
+    )
 
 
-def source_dtype(source: Path | None, run: Mapping[str, Any] | None) -> str | None:
-    """The float dtype of most of the source's bytes, by torch's name, as the record of a run that has begun says; None if there is none."""
+def source_dtype(source: Path | None, run: RunRecord | None) -> str | None:
+    """The float dtype of most of the source's bytes, by torch's name; None if there is none.
+
+    Args:
+        run: the record of a run that has begun, which says it.
+    """
     if run is not None:
-        known: str | None = run["start"].get("source_dtype")
-        return known
+        return run.start.source_dtype
     if source is None:
         return None
     names = {stored: name for name, stored in TORCH_NAMES.items()}
@@ -114,16 +132,18 @@ def source_dtype(source: Path | None, run: Mapping[str, Any] | None) -> str | No
     with Checkpoint(source) as checkpoint:
         for stored in checkpoint.tensors.values():
             sizes[stored.dtype] += stored.nbytes if stored.dtype in names else 0
-    return max(((size, names[dtype]) for dtype, size in sizes.items() if size), default=(0, None))[1]
+    known = [(size, names[dtype]) for dtype, size in sizes.items() if size]
+    return max(known, default=(0, None))[1]
 
 
 def weights_read(settings: Settings, source: Path | None, teacher: Path | None) -> dict[str, str]:
-    """Hashes of the weights that a run reads at every start, not at its first alone: a teacher's, and those of a source trained on.
+    """Hashes of the weights that a run reads at every start, not at its first alone: a teacher's, and those
+    of a source trained on.
 
     They are of the files' bytes, so that a copy elsewhere is the same, and weights replaced in place are not.
     """
     folders = {"teacher": teacher, "source": source if settings.growth.operator == "source" else None}
-    return {what: _fingerprint(folder) for what, folder in folders.items() if folder is not None}
+    return {name: _fingerprint(folder) for name, folder in folders.items() if folder is not None}
 
 
 def _fingerprint(folder: Path) -> str:
@@ -134,39 +154,48 @@ def _fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def begin(settings: Settings, stage: Stage, source: Path | None, folder: Path) -> dict[str, Any]:
-    """Make the start of a new run's first stage on disk, where it needs one (`<folder>/start/`), and return run.json's record of it.
+def begin(settings: Settings, stage: Stage, source: Path | None, folder: Path) -> Start:
+    """Make the start of a new run's first stage on disk, where it needs one (`<folder>/start/`), and return
+    the record of it.
 
     Raises:
         UserError: the source cannot be grown into the target.
     """
     operator, options = settings.growth.operator, settings.growth.options
-    record: dict[str, Any] = {
-        "operator": operator,
-        "depth": None if operator in UNGROWN else options.get("depth"),
-        "lossless": True if operator == "source" else None,
-        "reasons": [],
-        "receipt": None,
-        "operator_flops": 0.0,
-        "source": source_ledger(settings, source),
-        "source_dtype": source_dtype(source, None),
-    }
+    record = Start(
+        operator=operator,
+        depth=None if operator in UNGROWN else options.get("depth"),
+        lossless=True if operator == "source" else None,
+        source=source_cost(settings, source),
+        source_dtype=source_dtype(source, None),
+    )
     if operator in UNGROWN:
         return record
     assert source is not None
-    how: dict[str, Any] = {"operator": operator, "seed": settings.seed, "dtype": _start_dtype(source), **options}
-    (folder / PICTURE).unlink(missing_ok=True)  # of a run that was killed before it had a record; growth replaces its own files alone
-    grown = grow(source, stage.start(folder), target=stage.config, overwrite=True, optimizer=saved_optimizer(settings, source), **how)
-    _draw(grown.plan, source, folder)
-    return record | {
-        "lossless": grown.certificate.lossless,
-        "reasons": [str(reason) for reason in grown.certificate.reasons],
-        "receipt": None if grown.receipt is None else grown.receipt.to_dict(),
+    choices: dict[str, Any] = {
+        "operator": operator,
+        "seed": settings.seed,
+        "dtype": _start_dtype(source),
+        **options,
     }
+    choices |= {"optimizer": saved_optimizer(settings, source), "overwrite": True}
+    # of a run that was killed before it had a record; growth replaces its own files alone
+    (folder / PICTURE).unlink(missing_ok=True)
+    grown = grow(source, stage.start(folder), target=stage.config, **choices)
+    _draw(grown.plan, source, folder)
+    return replace(
+        record,
+        lossless=grown.certificate.lossless,
+        reasons=tuple(map(str, grown.certificate.reasons)),
+        receipt=None if grown.receipt is None else grown.receipt.to_dict(),
+    )
 
 
 def _start_dtype(source: Path) -> Literal["float32"] | None:
-    """In which to store what is grown from `source`: float32, as it will be loaded, where 16 bits would round it; None: as the source."""
+    """The dtype of what is grown from `source`: float32, as it is loaded, where 16 bits would round it.
+
+    None: its own.
+    """
     with Checkpoint(source) as checkpoint:
         dtypes = {stored.dtype for stored in checkpoint.tensors.values()}
     return "float32" if any(map(is_short, dtypes)) and "F64" not in dtypes else None
@@ -180,7 +209,7 @@ def _draw(plan: Plan, source: Path, folder: Path) -> None:
 
 
 def saved_optimizer(settings: Settings, source: Path | None) -> Path | None:
-    """Where Adam's state of the source lies, if it is to be taken over."""
+    """The place of the source's Adam state, if it is to be taken over."""
     asked = settings.transfer.optimizer
     return source if asked == "source" else None if asked is None else Path(asked)
 
@@ -210,12 +239,19 @@ def grow_on(
             torch.save(adam, partial / OPTIMIZER)
     before = start.with_name(f"{start.name}.before")
     moments = None if adam is None else before
-    how: dict[str, Any] = {"operator": stage.growth.operator, "seed": settings.seed, **stage.growth.options}
-    grow(before, start, target=stage.config, overwrite=True, optimizer=moments, **how)
+    growth = stage.growth
+    choices: dict[str, Any] = {"operator": growth.operator, "seed": settings.seed, **growth.options}
+    grow(before, start, target=stage.config, overwrite=True, optimizer=moments, **choices)
     shutil.rmtree(before)
 
 
-def starting_model(settings: Settings, stage: Stage, source: Path | None, folder: Path, attention: str) -> PreTrainedModel:
+def starting_model(
+    settings: Settings,
+    stage: Stage,
+    source: Path | None,
+    folder: Path,
+    attention: str,
+) -> PreTrainedModel:
     """The network at the beginning of a stage, in float32, on the CPU; the same on every process."""
     if stage.growth.operator == "scratch":
         return build_model(stage.config, seed=settings.seed, attention=attention)

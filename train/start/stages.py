@@ -1,7 +1,7 @@
 """Stages: the stretches of a run in which its network keeps its size, and what each of them costs.
 
-A run has one stage, unless its growth leaf lists several: then it trains a smaller network, grows it and goes on, in one folder, on one
-clock, with one schedule.
+A run has one stage, unless its growth leaf lists several: then it trains a smaller network, grows it and goes
+on, in one folder, on one clock, with one schedule.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from outgrow.model.family import family_of
 from outgrow.model.geometry import flops_per_token, unpaid_flops_per_token
 from outgrow.model.keys import follow_layers
 from outgrow.train.run.folder import START
-from outgrow.train.settings import Budget, GrowthSettings, Settings, StageSettings
+from outgrow.train.run.record import Span
+from outgrow.train.settings import GrowthSettings, Settings, StageSettings
 
 FOLDER = "stages"
 
@@ -30,7 +31,8 @@ class Stage:
         number: from 0.
         first, last: steps done before it and after it.
         config: of its network.
-        growth: how its network comes about: the run's own growth, and later the growth of what the stage before left.
+        growth: the growth that makes its network: the run's own, and later that of what the stage before
+            left.
         moments: take Adam's state over from the stage before.
     """
 
@@ -42,7 +44,7 @@ class Stage:
     moments: bool = False
 
     def start(self, folder: Path) -> Path:
-        """Where the weights that it starts from lie, in a run's folder."""
+        """The folder of the weights that it starts from, in a run's folder."""
         return folder / START if self.number == 0 else folder / FOLDER / str(self.number)
 
 
@@ -52,7 +54,7 @@ def stages_of(settings: Settings, config: Mapping[str, Any]) -> tuple[Stage, ...
     Raises:
         UserError: a stage has no step, or would not grow.
     """
-    steps, growth = Budget.of(settings.train).steps, settings.growth
+    steps, growth = settings.budget.steps, settings.growth
     if not growth.stages:
         return (Stage(0, 0, steps, dict(config), growth),)
     stages: list[Stage] = []
@@ -60,15 +62,18 @@ def stages_of(settings: Settings, config: Mapping[str, Any]) -> tuple[Stage, ...
         first = stages[-1].last if stages else 0
         last = steps if number == len(growth.stages) - 1 else _last_step(asked, settings)
         if last <= first:
-            raise UserError(f"growth.stages[{number}]: from step {first} to {last} of {steps} there is no step; raise train.budget_tokens")
-        how = growth if number == 0 else GrowthSettings(growth.name, asked.operator, dict(asked.options))
-        stages.append(Stage(number, first, last, _config_of(config, asked.layers, asked.sizes), how, asked.moments))
+            raise UserError(
+                f"growth.stages[{number}]: from step {first} to {last} of {steps} there is no step; raise train.budget_tokens",
+            )
+        own = growth if number == 0 else GrowthSettings(growth.name, asked.operator, dict(asked.options))
+        own_config = _config_of(config, asked.layers, asked.sizes)
+        stages.append(Stage(number, first, last, own_config, own, asked.moments))
     return tuple(stages)
 
 
 def _last_step(asked: StageSettings, settings: Settings) -> int:
     """The step after which a stage ends that another one follows."""
-    budget = Budget.of(settings.train)
+    budget = settings.budget
     if asked.until_tokens is not None:
         return round(asked.until_tokens / budget.tokens_per_step)
     assert asked.until is not None
@@ -85,41 +90,35 @@ def _config_of(config: Mapping[str, Any], layers: float, sizes: Mapping[str, Any
     return {key: follow_layers(key, value, range(count), depth) for key, value in smaller.items()}
 
 
-@dataclass(frozen=True)
-class Span:
-    """Steps that cost the same: up to step `last`, `flops_per_token` FLOPs for each token."""
-
-    last: int
-    flops_per_token: float
-
-
 def spans_of(
-    stages: Sequence[Stage], settings: Settings, teacher: Mapping[str, Any] | None, frozen: Mapping[int, Collection[str]]
+    stages: Sequence[Stage],
+    settings: Settings,
+    teacher: Mapping[str, Any] | None,
+    frozen: Mapping[int, Collection[str]],
 ) -> list[Span]:
-    """What the steps of a run cost: its networks forward and backward, and while it teaches, the teacher forward, a third of that.
+    """FLOPs of a run's steps: its networks forward and backward, and while it teaches, the teacher forward.
+
+    A forward pass is a third of both.
 
     Args:
         teacher: its config, if there is one.
-        frozen: the tensors that learn nothing, by the number of the stage; what they need no gradient for is not counted.
+        frozen: the tensors that learn nothing, by the number of the stage; what they need no gradient for is
+            not counted.
     """
-    budget, context = Budget.of(settings.train), settings.train.context
-    taught, extra = 0, 0.0
+    budget, context = settings.budget, settings.train.context
+    taught_steps, teaching = 0, 0.0
     if settings.transfer.teacher is not None and teacher is not None:
-        extra = flops_per_token(teacher, context) / 3
-        taught = sum(1 for step in range(budget.steps) if (step + 0.5) / budget.steps < settings.transfer.teacher.until)
-    ends = sorted({*(stage.last for stage in stages), *([taught] if extra else [])} - {0})
+        until = settings.transfer.teacher.until
+        teaching = flops_per_token(teacher, context) / 3
+        taught_steps = sum(budget.progress(step) < until for step in range(budget.steps))
+
+    ends = {stage.last for stage in stages}
+    if teaching:
+        ends.add(taught_steps)
     spans = []
-    for last in ends:
+    for last in sorted(ends - {0}):
         stage = next(stage for stage in stages if last <= stage.last)
-        own = flops_per_token(stage.config, context) - unpaid_flops_per_token(stage.config, context, frozen.get(stage.number, ()))
-        spans.append(Span(last, own + (extra if last <= taught else 0.0)))
+        unpaid = unpaid_flops_per_token(stage.config, context, frozen.get(stage.number, ()))
+        own = flops_per_token(stage.config, context) - unpaid
+        spans.append(Span(last, own + (teaching if last <= taught_steps else 0.0)))
     return spans
-
-
-def flops_after(spans: Sequence[Span], step: int, tokens_per_step: int) -> float:
-    """All FLOPs of the first `step` steps."""
-    total, first = 0.0, 0
-    for span in spans:
-        total += max(0, min(step, span.last) - first) * tokens_per_step * span.flops_per_token
-        first = span.last
-    return total

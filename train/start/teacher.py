@@ -1,4 +1,6 @@
-"""Distillation: a frozen model whose next-token distribution is learnt beside the text (Hinton et al., 1503.02531)."""
+"""Distillation: a frozen model whose next-token distribution is learnt beside the text (Hinton et al.,
+1503.02531).
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ Head = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Teacher:
-    """A network that teaches, its config, and of its way (`train.start.way`) whether the loss is fused and masks are handed over."""
+    """A network that teaches, its config, and of its way (`train.start.way`) the loss and the document masks."""
 
     network: PreTrainedModel
     config: Config
@@ -40,27 +42,44 @@ class Teacher:
 
 
 def scheduled(settings: TeacherSettings, progress: float) -> tuple[float, float]:
-    """(weight, temperature) at `progress`: on straight lines from their first values to their last at `until`, then no weight."""
+    """(weight, temperature) at `progress`: linear from their first values to their last at `until`, then no
+    weight.
+    """
     if progress >= settings.until:
         return 0.0, settings.temperature[1]
-    way = progress / settings.until
-    return tuple(first + way * (last - first) for first, last in (settings.weight, settings.temperature))  # type: ignore[return-value]
+    share = progress / settings.until
+    (weight, last_weight), (temperature, last_temperature) = settings.weight, settings.temperature
+    weight += share * (last_weight - weight)
+    temperature += share * (last_temperature - temperature)
+    return weight, temperature
 
 
 class TaughtLoss(NextTokenLoss):
-    """A `NextTokenLoss` that can also be taught. The teacher is no part of the module: it is neither trained, sharded nor saved."""
+    """A `NextTokenLoss` that can also be taught.
+
+    The teacher is no part of the module: it is neither trained, sharded nor saved.
+    """
 
     def __init__(self, student: NextTokenLoss, teacher: PreTrainedModel, *, fused: bool = True, masked: bool = False) -> None:
         super().__init__(student.network, fused=student.fused, end_of_text=student.end_of_text, masked=student.masked)
         teacher.requires_grad_(False)
         self._teacher = (NextTokenLoss(teacher, fused=fused, end_of_text=student.end_of_text, masked=masked).eval(),)
 
-    def forward(self, windows: Tensor, reduction: str = "mean", weight: float = 0.0, temperature: float = 1.0) -> Any:
-        """The text's loss; with a `weight` the pair (objective, text's loss), where objective = (1 - weight) · text + weight · teaching.
+    def forward(
+        self,
+        windows: Tensor,
+        reduction: str = "mean",
+        weight: float = 0.0,
+        temperature: float = 1.0,
+    ) -> Any:
+        """The text's loss; with a `weight` the pair (objective, text's loss), where objective = (1 - weight)
+        · text + weight · teaching.
 
-        While a mixture of experts trains, its routers' load-balancing term is added, and stands beside them (`Losses`).
+        While a mixture of experts trains, its routers' load-balancing term is added, and stands beside them
+        (`Losses`).
 
-        Teaching is T² · KL(teacher ‖ student) at temperature T over the teacher's vocabulary, the sum or mean over the predicted tokens.
+        Teaching is T² · KL(teacher ‖ student) at temperature T over the teacher's vocabulary, the sum or mean
+        over the predicted tokens.
         """
         if weight == 0.0:
             return super().forward(windows, reduction)
@@ -69,13 +88,21 @@ class TaughtLoss(NextTokenLoss):
         with torch.no_grad():
             teacher = self._teacher[0].read(windows)[0].flatten(0, 1)
         text = self.from_read(student, targets, reduction)
-        heads = self.logits, self._teacher[0].logits
-        teaching = divergence(student, heads[0], teacher, heads[1], temperature) / (len(student) if reduction == "mean" else 1)
+        teaching = divergence(student, self.logits, teacher, self._teacher[0].logits, temperature)
+        if reduction == "mean":
+            teaching = teaching / len(student)
         return balanced(text, balance, targets, reduction, taught=(1.0 - weight) * text + weight * teaching)
 
 
-def divergence(student: Tensor, head: Head, teacher: Tensor, teaching_head: Head, temperature: float) -> Tensor:
-    """T² · KL(teacher ‖ student) at temperature T, the sum over tokens, `CHUNK_TOKENS` of whose log-probabilities are held at a time.
+def divergence(
+    student: Tensor,
+    head: Head,
+    teacher: Tensor,
+    teaching_head: Head,
+    temperature: float,
+) -> Tensor:
+    """T² · KL(teacher ‖ student) at temperature T, the sum over tokens, `CHUNK_TOKENS` of whose
+    log-probabilities are held at a time.
 
     Args:
         student, teacher: (tokens, …) each, of which the heads make logits.
@@ -84,8 +111,9 @@ def divergence(student: Tensor, head: Head, teacher: Tensor, teaching_head: Head
     def part(student: Tensor, teacher: Tensor) -> Tensor:
         with torch.no_grad():
             expected = (teaching_head(teacher).float() / temperature).log_softmax(-1)
-        given = (head(student)[..., : expected.shape[-1]].float() / temperature).log_softmax(-1)
-        return functional.kl_div(given, expected, reduction="sum", log_target=True)
+        logits = head(student)[..., : expected.shape[-1]].float()
+        predicted = (logits / temperature).log_softmax(-1)
+        return functional.kl_div(predicted, expected, reduction="sum", log_target=True)
 
     total = torch.zeros((), device=student.device)
     for mine, theirs in zip(student.split(CHUNK_TOKENS), teacher.split(CHUNK_TOKENS), strict=True):
@@ -94,7 +122,7 @@ def divergence(student: Tensor, head: Head, teacher: Tensor, teaching_head: Head
 
 
 def teacher_folder(settings: Settings, source: Path | None) -> Path | None:
-    """Where the network lies that teaches; None where none does.
+    """The folder of the network that teaches; None where none does.
 
     Raises:
         UserError: it is neither a folder nor a reachable repository.
@@ -119,7 +147,9 @@ def find_teacher(folder: Path | None, student: Config, way: Way | None) -> Teach
     config = read_config(folder)
     theirs, own = known_size(config, "vocab_size") or 0, known_size(student, "vocab_size") or 0
     if theirs > own:
-        raise UserError(f"transfer.teacher: has {theirs} tokens, the model {own}; a teacher must speak the same tokens")
+        raise UserError(
+            f"transfer.teacher: has {theirs} tokens, the model {own}; a teacher must speak the same tokens",
+        )
     return Teacher(load_model(folder, attention=way.attention), config, way.fused, way.masked)
 
 

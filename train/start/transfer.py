@@ -1,4 +1,6 @@
-"""What a grown start brings into training: Adam's moments, how fast each entry learns, and at what rate each matrix does."""
+"""Transfer from a grown start into training: Adam's moments, and learning rates of single entries and of
+matrices.
+"""
 
 from __future__ import annotations
 
@@ -21,44 +23,57 @@ from outgrow.model.config import read_config
 from outgrow.model.family import Config, family_of, has_schema
 from outgrow.model.notation import size
 from outgrow.train.schedule import new_entries
-from outgrow.train.settings import UNGROWN, Budget, Settings
+from outgrow.train.settings import UNGROWN, Settings
 from outgrow.train.start.source import saved_optimizer
 from outgrow.train.start.stages import Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from outgrow.growth.decision import Step
+    from outgrow.growth.plan import Plan
 
-# ---- entries ---------------------------------------------------------------------------------------------------------------------------
+
+# ---- entries -----------------------------------------------------------------------------------------------
 
 
 class EntryRates:
-    """Inherited and new entries of one tensor learning at different rates, whatever the optimizer.
+    """Learning rates of inherited and new entries of one tensor, whatever the optimizer.
 
-    After its step, an entry whose rate is a share of the step's keeps that share of its change: w = before + share · (after - before).
-    What stays as it is in every entry is frozen altogether and costs neither gradient nor state.
+    After its step, an entry whose rate is a share of the step's keeps that share of its change: w = before +
+    share · (after - before). What stays as it is in every entry is frozen altogether and costs neither
+    gradient nor state.
 
     Args:
         network: whose parameters are frozen where nothing in them learns.
-        inherited: for parameters by name, whether each entry came from the source, in the parameter's shape.
+        inherited: by parameter name, in its shape: true where an entry came from the source.
         begun: the progress at which the new entries came.
     """
 
-    def __init__(self, network: nn.Module, inherited: Mapping[str, Tensor], settings: Settings, begun: float = 0.0) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        inherited: Mapping[str, Tensor],
+        settings: Settings,
+        begun: float = 0.0,
+    ) -> None:
         self.settings, self.begun = settings, begun
         self.inherited: list[tuple[nn.Parameter, Tensor]] = []
         for name, parameter in network.named_parameters():
-            whole = bool(inherited[name].all())
-            if whole and settings.transfer.inherited_rate == 0.0:
+            mask = inherited[name]
+            every = bool(mask.all())
+            if every and settings.transfer.inherited_rate == 0.0:
                 parameter.requires_grad_(False)
-            else:
-                mask = inherited[name] if inherited[name].any() and not whole else torch.tensor(whole)  # one kind of entries: one truth
-                self.inherited.append((parameter, mask.to(parameter.device)))
+                continue
+            if every or not mask.any():
+                mask = torch.tensor(every)  # one value stands for all entries
+            self.inherited.append((parameter, mask.to(parameter.device)))
 
     @contextmanager
     def applied(self, progress: float) -> Iterator[None]:
-        """Let the optimizer's step in the block count as much for each entry as it should at `progress`."""
-        old, new = self.settings.transfer.inherited_rate, new_entries(self.settings.schedule, progress - self.begun)
+        """Scale what the optimizer's step in the block changes, entry by entry, to the rates at `progress`."""
+        old = self.settings.transfer.inherited_rate
+        new = new_entries(self.settings.schedule, progress - self.begun)
         if old == new == 1.0:
             yield
             return
@@ -70,46 +85,76 @@ class EntryRates:
                 parameter.copy_(torch.lerp(start, parameter, share))
 
 
-def entry_rates(network: PreTrainedModel, settings: Settings, stage: Stage, folder: Path) -> EntryRates | None:
+def entry_rates(
+    network: PreTrainedModel,
+    settings: Settings,
+    stage: Stage,
+    folder: Path,
+) -> EntryRates | None:
     """The rates that `settings` ask for in a stage; None where every entry learns alike.
 
     Raises:
         UserError: nothing would learn.
     """
-    if stage.growth.operator in UNGROWN or (settings.transfer.inherited_rate == 1.0 and settings.schedule.rewarm != "new"):
+    alike = settings.transfer.inherited_rate == 1.0 and settings.schedule.rewarm != "new"
+    if alike or stage.growth.operator in UNGROWN:
         return None
-    made, names = recorded_plan(stage.start(folder)), stored_names(network)
-    steps = {step.name: step for step in made.steps}
-    inherited = {name: torch.from_numpy(origins(made, steps[names[name]]) != Origin.NEW) for name, _ in network.named_parameters()}
-    rates = EntryRates(network, inherited, settings, stage.first / Budget.of(settings.train).steps)
+    growth_plan, names = recorded_plan(stage.start(folder)), stored_names(network)
+    steps = {step.name: step for step in growth_plan.steps}
+    inherited = {}
+    for name, _ in network.named_parameters():
+        origin = origins(growth_plan, steps[names[name]])
+        inherited[name] = torch.from_numpy(origin != Origin.NEW)
+    rates = EntryRates(network, inherited, settings, stage.first / settings.budget.steps)
     if not any(parameter.requires_grad for parameter in network.parameters()):
-        raise UserError(f"transfer.inherited_rate: 0 freezes everything, since growth={settings.growth.name} makes nothing new; raise it")
+        raise UserError(
+            f"transfer.inherited_rate: 0 freezes everything, since growth={settings.growth.name} makes nothing new; raise it",
+        )
     return rates
 
 
-def frozen_tensors(stages: Sequence[Stage], settings: Settings, source: Path | None) -> dict[int, frozenset[str]]:
-    """The stored tensors in which nothing learns, by the number of the stage: those that are inherited whole, at a rate of 0.
+def frozen_tensors(
+    stages: Sequence[Stage],
+    settings: Settings,
+    source: Path | None,
+) -> dict[int, frozenset[str]]:
+    """The stored tensors in which nothing learns, by the number of the stage: those that are inherited whole,
+    at a rate of 0.
 
     A family without a schema counts as one that learns everywhere.
     """
-    found: dict[int, frozenset[str]] = {}
+    frozen: dict[int, frozenset[str]] = {}
     if settings.transfer.inherited_rate != 0.0:
-        return found
+        return frozen
     before = None if source is None else read_config(source)
     for stage in stages:
         if stage.growth.operator not in UNGROWN and before is not None and has_schema(stage.config):
-            made = plan(before, stage.config, stage.growth.operator, seed=settings.seed, **stage.growth.options)
-            whole = (step.name for step in made.steps if all(axis.min() > Origin.NEW for axis in axis_origins(made, step)))
-            found[stage.number] = frozenset(whole)
+            growth = stage.growth
+            growth_plan = plan(before, stage.config, growth.operator, seed=settings.seed, **growth.options)
+            inherited = [step.name for step in growth_plan.steps if _is_inherited(growth_plan, step)]
+            frozen[stage.number] = frozenset(inherited)
         before = stage.config
-    return found
+    return frozen
 
 
-# ---- matrices --------------------------------------------------------------------------------------------------------------------------
+def _is_inherited(growth_plan: Plan, step: Step) -> bool:
+    """True for a tensor in which no entry is new."""
+    return all(axis.min() > Origin.NEW for axis in axis_origins(growth_plan, step))
 
 
-def mup_rates(network: PreTrainedModel, settings: Settings, stage: Stage, source: Path | None) -> dict[str, float] | None:
-    """Parameter → share of the learning rate, as `width_factors` has it from the source; None where that is not asked for."""
+# ---- matrices ----------------------------------------------------------------------------------------------
+
+
+def mup_rates(
+    network: PreTrainedModel,
+    settings: Settings,
+    stage: Stage,
+    source: Path | None,
+) -> dict[str, float] | None:
+    """Parameter → share of the learning rate, as `width_factors` has it from the source.
+
+    None where that is not asked for.
+    """
     if not settings.transfer.mup:
         return None
     assert source is not None
@@ -117,28 +162,37 @@ def mup_rates(network: PreTrainedModel, settings: Settings, stage: Stage, source
 
 
 def width_factors(network: PreTrainedModel, source: Config, target: Config) -> dict[str, float]:
-    """Parameter → source fan-in / target fan-in, the share of the source's learning rate at which it learns under Adam.
+    """Parameter → source fan-in / target fan-in, the share of the source's learning rate at which it learns
+    under Adam.
 
-    Matrices read wider inputs, so the same change of each entry moves their output further; embeddings and vectors read single indices
-    (μP: Yang et al., 2203.03466, table 8).
+    Matrices read wider inputs, so the same change of each entry moves their output further; embeddings and
+    vectors read single indices (μP: Yang et al., 2203.03466, table 8).
     """
     family, names = family_of(target), stored_names(network)
     sizes = [family.sizes(config) for config in (source, target)]
     factors = {}
     for tensor in family.tensors(target):
-        read = [axis for axis, reads in zip(tensor.axes, tensor.reads, strict=True) if reads and tensor.line.kind == "linear"]
-        before, after = (prod(size(axis, of) for axis in read) for of in sizes)
+        axes = zip(tensor.axes, tensor.reads, strict=True)
+        inputs = [axis for axis, reads in axes if reads] if tensor.line.kind == "linear" else []
+        before, after = (prod(size(axis, of) for axis in inputs) for of in sizes)
         factors[tensor.name] = before / after
     return {name: factors[stored] for name, stored in names.items()}
 
 
-# ---- the optimizer's state --------------------------------------------------------------------------------------------------------------
+# ---- the optimizer's state ---------------------------------------------------------------------------------
 
 
 def take_over(
-    optimizer: torch.optim.Optimizer, network: PreTrainedModel, settings: Settings, stage: Stage, source: Path | None, folder: Path
+    optimizer: torch.optim.Optimizer,
+    network: PreTrainedModel,
+    settings: Settings,
+    stage: Stage,
+    source: Path | None,
+    folder: Path,
 ) -> None:
-    """Put moments that were grown with the weights into the optimizer of a stage that begins; the source's own where nothing grew.
+    """Put moments that were grown with the weights into the optimizer of a stage that begins.
+
+    The source's own where nothing grew.
 
     Raises:
         UserError: they cannot be read, or are not of the source's model.
@@ -149,13 +203,16 @@ def take_over(
     if saved is None or stage.growth.operator != "source":
         return
     assert source is not None
-    kept = plan(read_config(source), {})
-    state = read_adam(saved, kept)
-    fill(optimizer, network, [step.name for step in kept.steps], state.moments.tensors.__getitem__, state.step)
+    same = plan(read_config(source), {})  # of a growth that changes nothing
+    names = [step.name for step in same.steps]
+    state = read_adam(saved, same)
+    fill(optimizer, network, names, state.moments.tensors.__getitem__, state.step)
 
 
 def named_state(optimizer: torch.optim.Optimizer, network: PreTrainedModel) -> dict[str, Any]:
-    """The optimizer's state dict, with the parameters' names beside their numbers, as a growth wants to find it."""
+    """The optimizer's state dict, with the parameters' names beside their numbers, as a growth wants to find
+    it.
+    """
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     state = optimizer.state_dict()
     for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):

@@ -1,7 +1,9 @@
-"""The way in which a run trains its class, asked of the class's survey before step 1: which attention and loss, what text does not reach.
+"""The way in which a run trains its class, asked of the class's survey before step 1: which attention and
+loss, what text does not reach.
 
-The survey (model/survey.py) measures on the process's own device; what a class cannot do is refused here with the number and the key that
-helps, all faults together, and what it does in another way than usual is said in a line.
+The survey (model/survey.py) measures on the process's own device; what a class cannot do is refused here with
+the number and the key that helps, all faults together, and what it does in another way than usual is said in
+a line.
 """
 
 from __future__ import annotations
@@ -28,13 +30,14 @@ PLAIN_SDPA, EAGER = "sdpa", "eager"
 
 @dataclass(frozen=True)
 class Way:
-    """How a class is trained.
+    """The attention and loss that a class is trained with.
 
     Attributes:
         attention: a `transformers` attn_implementation; "auto" leaves it to the library.
         why: that one, in words.
         fused: take the head and the loss together.
-        partly: some parameters get no gradient, or not always; DDP has to look for them (`find_unused_parameters`).
+        partly: some parameters get no gradient, or not always; DDP has to look for them
+            (`find_unused_parameters`).
         lines: what the reader should know.
         masked: documents are kept apart by masks that are handed over, since the class does not look at positions.
     """
@@ -47,7 +50,14 @@ class Way:
     masked: bool = False
 
 
-def find_way(config: Config, settings: LoopSettings, device: torch.device, precision: str, *, name: str = "") -> Way:
+def find_way(
+    config: Config,
+    settings: LoopSettings,
+    device: torch.device,
+    precision: str,
+    *,
+    name: str = "",
+) -> Way:
     """The way to train (or to be taught by) a network of `config`.
 
     Args:
@@ -55,7 +65,8 @@ def find_way(config: Config, settings: LoopSettings, device: torch.device, preci
         name: the setting that brings the network, for messages; "" for the one that trains.
 
     Raises:
-        UserError: no attention runs that was asked for, the class is not causal, or the fused loss or the document mask cannot be had.
+        UserError: no attention runs that was asked for, the class is not causal, or the fused loss or the
+            document mask cannot be had.
     """
     title = f"{name or 'the network'} ({config.get('model_type')})"
     try:
@@ -71,38 +82,48 @@ def find_way(config: Config, settings: LoopSettings, device: torch.device, preci
         faults.append(_not_causal(config, title, seen, device, precision))
     elif settings.document_mask and seen.same(seen.masked_leak):
         masked = True
-        lines.append(f"{title}: positions that restart do not keep documents apart ({_said(seen, 'leak')}): their masks are handed over")
+        leak = f"positions that restart do not keep documents apart ({_difference(seen, 'leak')})"
+        lines.append(f"{title}: {leak}: their masks are handed over")
     elif settings.document_mask and not seen.same(seen.leak):
         faults.append(_leaks(config, title, seen, device, precision))
     fused = settings.loss != "plain" and seen.same(seen.head)
     if settings.loss != "plain" and not fused:
-        story = f"{title}: the head over the base model's output is not its logits ({_said(seen, 'head')})"
+        story = f"{title}: the head over the base model's output is not its logits ({_difference(seen, 'head')})"
         faults += [f"train.loss=fused: {story}; use train.loss=auto"] if settings.loss == "fused" else []
         lines.append(f"{story}: loss plain, the logits are whole in memory")
     UserError.collect(faults)
     unreached = () if name else seen.unreached.value or ()
     if unreached:
-        listed = ", ".join(unreached[:3]) + (f" and {len(unreached) - 3} more" if len(unreached) > 3 else "")
+        more = f" and {len(unreached) - 3} more" if len(unreached) > 3 else ""
+        listed = ", ".join(unreached[:3]) + more
         lines.append(f"{title}: text gives no gradient to {listed}: they stay as they start")
     return Way(attention, why, fused, bool(unreached or seen.sometimes.value), tuple(lines), masked)
 
 
 def _unmeasured(settings: LoopSettings, title: str, reason: str) -> Way:
-    """Of a class that has no tiny twin: nothing is taken for granted.
+    """The way to train a class that has no tiny twin to measure: nothing is taken for granted.
 
     Raises:
         UserError: what was asked for needs to be measured.
     """
-    asked = {"train.document_mask=true": settings.document_mask, "train.loss=fused": settings.loss == "fused"}
-    UserError.collect(f"{key}: not measured for {title}, so not granted ({reason})" for key, wanted in asked.items() if wanted)
+    needs = {"train.document_mask=true": settings.document_mask, "train.loss=fused": settings.loss == "fused"}
+    asked = [key for key, wanted in needs.items() if wanted]
+    UserError.collect(f"{key}: not measured for {title}, so not granted ({reason})" for key in asked)
     attention, why = attention_backend(settings.attention)
     if settings.attention == "auto":
         attention, why = "auto", "the library's choice"
-    return Way(attention, why, fused=False, partly=True, lines=(f"{title}: its class was not surveyed ({reason}); loss plain",))
+    return Way(
+        attention,
+        why,
+        fused=False,
+        partly=True,
+        lines=(f"{title}: its class was not surveyed ({reason}); loss plain",),
+    )
 
 
 def find_attention(config: Config, asked: str, device: torch.device, precision: str) -> tuple[str, str]:
-    """The attention implementation that a class is trained with, and why: what is asked for, else the first that runs forward and backward.
+    """The attention implementation that a class is trained with, and why: what is asked for, else the first
+    that runs forward and backward.
 
     Raises:
         UserError: it cannot run here, or the class does not run with it; the message says what works.
@@ -112,16 +133,20 @@ def find_attention(config: Config, asked: str, device: torch.device, precision: 
     for attention in dict.fromkeys((first, PLAIN_SDPA, EAGER)):
         answer = works(config, attention, device=device, precision=precision)
         if answer.value and (attention == first or asked == "auto"):
-            return attention, why if not tried else f"no {', no '.join(tried)}: {'; '.join(tried.values())}"
+            if not tried:
+                return attention, why
+            return attention, f"no {', no '.join(tried)}: {'; '.join(tried.values())}"
         if not answer.value:
             tried[attention] = answer.reason
     running = [attention for attention in (PLAIN_SDPA, EAGER) if attention not in tried]
     help_ = f"use train.attention={' or '.join(running)}" if running else "no other one runs either"
-    raise UserError(f"train.attention={asked}: {config.get('model_type')} does not train with it here ({tried[first]}); {help_}")
+    raise UserError(
+        f"train.attention={asked}: {config.get('model_type')} does not train with it here ({tried[first]}); {help_}",
+    )
 
 
 def fuses(config: Config, asked: str) -> bool:
-    """Whether the fused loss would be taken for a network of `config`, as measured on this machine's CPU.
+    """True if the fused loss would be taken for a network of `config`, as measured on this machine's CPU.
 
     Args:
         asked: train.loss.
@@ -136,8 +161,14 @@ def fuses(config: Config, asked: str) -> bool:
     return seen.same(seen.head)
 
 
-def find_ways(config: Config, teacher: Config | None, settings: LoopSettings, accelerator: Accelerator) -> tuple[Way, Way | None]:
-    """The ways of a run's network and of its teacher, as every process has measured them on its own device, all of them the same.
+def find_ways(
+    config: Config,
+    teacher: Config | None,
+    settings: LoopSettings,
+    accelerator: Accelerator,
+) -> tuple[Way, Way | None]:
+    """The ways of a run's network and of its teacher, as every process has measured them on its own device,
+    all of them the same.
 
     Raises:
         UserError: the faults of any process, on all of them; or they differ.
@@ -153,28 +184,30 @@ def find_ways(config: Config, teacher: Config | None, settings: LoopSettings, ac
     several = accelerator.num_processes > 1
     UserError.collect(dict.fromkeys(gather_object(faults) if several else faults))
     everyone = gather_object([ways]) if several else [ways]
-    if any(found != ways for found in everyone):
-        told = "; ".join(f"process {number}: {found}" for number, found in enumerate(everyone))
-        raise UserError(f"the processes measured different things of this class; give train.attention and train.loss ({told})")
+    if any(theirs != ways for theirs in everyone):
+        each = "; ".join(f"process {number}: {theirs}" for number, theirs in enumerate(everyone))
+        raise UserError(
+            f"the processes measured different things of this class; give train.attention and train.loss ({each})",
+        )
     return ways[""], ways.get("transfer.teacher")
 
 
 def precision_of(mixed_precision: str) -> str:
-    """In which a run multiplies, "bf16" or "fp32", by Accelerate's word for it."""
+    """The precision of matrix products, "bf16" (mixed precision) or "fp32", from Accelerate's word for it."""
     return "bf16" if mixed_precision == "bf16" else "fp32"
 
 
-# ---- refusals -------------------------------------------------------------------------------------------------------------------------
+# ---- refusals ----------------------------------------------------------------------------------------------
 
 
-def _said(seen: Survey, question: str) -> str:
+def _difference(seen: Survey, question: str) -> str:
     """A difference in words."""
     answer = getattr(seen, question)
     return f"not measured: {answer.reason}" if answer.value is None else f"{answer.value:.2g} of the largest logit apart, on a tiny twin"
 
 
 def _not_causal(config: Config, title: str, seen: Survey, device: torch.device, precision: str) -> str:
-    """That tokens are predicted from later ones, and the key that helps."""
+    """Say that tokens are predicted from later ones, and name the key that helps."""
     story = f"{title} is not causal: logits move by {seen.future.value:.2g} of the largest when later tokens change"
     helps = causal_switch(config, attention=seen.attention, device=device, precision=precision)
     if not helps:
@@ -184,7 +217,7 @@ def _not_causal(config: Config, title: str, seen: Survey, device: torch.device, 
 
 
 def _leaks(config: Config, title: str, seen: Survey, device: torch.device, precision: str) -> str:
-    """That documents are not kept apart, and which attention would."""
+    """Say that documents are not kept apart, and name an attention that would."""
     if seen.leak.value is None:
         return f"train.document_mask=true: not measured for {title} ({seen.leak.reason}); use train.document_mask=false"
     story = f"logits after an end-of-text move by {seen.leak.value:.2g} of the largest when what lies before it changes"

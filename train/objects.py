@@ -1,0 +1,103 @@
+"""The objects that train in one stage of a run: built first, then filled with the state that they start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
+
+from outgrow.model.geometry import parameter_count
+from outgrow.train.data import TokenData
+from outgrow.train.experts import ExpertLoad
+from outgrow.train.loss import NextTokenLoss, build_loss
+from outgrow.train.machine.compile import speed_up
+from outgrow.train.machine.distribute import prepare
+from outgrow.train.optimizer import build_optimizer
+from outgrow.train.run import state
+from outgrow.train.run.clock import Meter
+from outgrow.train.run.log import Console, Log
+from outgrow.train.settings import Settings
+from outgrow.train.start.source import starting_model
+from outgrow.train.start.stages import Stage
+from outgrow.train.start.teacher import Teacher, taught
+from outgrow.train.start.transfer import entry_rates, mup_rates, named_state, take_over
+from outgrow.train.start.way import Way
+from outgrow.train.step import Step
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedModel
+
+    from outgrow.train.suite.during import Benchmarks
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Everything that all stages of a run share."""
+
+    settings: Settings
+    folder: Path
+    source: Path | None
+    teacher: Teacher | None  # a network that teaches beside the text (distillation)
+    accelerator: Accelerator
+    data: TokenData
+    windows: list[np.ndarray]  # the validation batches, (rows, context + 1) each
+    way: Way  # attention and loss
+    dtype: str  # that the final weights are stored in
+    console: Console
+    log: Log | None  # on the process that writes
+    clock: Meter
+    benchmarks: Benchmarks | None = None  # on the process that writes
+
+
+@dataclass(frozen=True)
+class TrainingObjects:
+    """A network with its loss, its optimizer and the step that trains it."""
+
+    network: PreTrainedModel  # what is saved
+    objective: NextTokenLoss  # the network with the loss on top
+    optimizer: Any  # prepared by Accelerate
+    step: Step
+    load: ExpertLoad  # of a mixture of experts, for the log
+
+    def adam(self) -> dict[str, Any]:
+        """The optimizer's state with the parameters' names."""
+        return named_state(self.optimizer.optimizer, self.network)
+
+
+def build_objects(context: RunContext, stage: Stage) -> TrainingObjects:
+    """Build the network of `stage` with its starting weights, and around it loss, optimizer and step."""
+    settings, accelerator, way = context.settings, context.accelerator, context.way
+    network = starting_model(settings, stage, context.source, context.folder, way.attention)
+    count = sum(parameter.numel() for parameter in network.parameters())
+    assert count == parameter_count(stage.config), "geometry and the built model count different parameters"
+
+    # Frozen entries and learning rates are settled before the optimizer sorts the parameters into groups.
+    entries = entry_rates(network, settings, stage, context.folder)
+    rates = mup_rates(network, settings, stage, context.source)
+    optimizer = build_optimizer(network, settings.optimizer, rates)
+
+    # Layers are compiled and checkpointed in place, and only then wrapped for several processes.
+    speed_up(network, settings.train)
+    plain = build_loss(network, settings.train, context.data.end_of_text_id, fused=way.fused, masked=way.masked)
+    objective = taught(plain, context.teacher, accelerator.device)
+    model, prepared = prepare(objective, optimizer, accelerator, unused=way.partly)
+    step = Step(model, prepared, accelerator, context.data.train, settings, entries)
+    return TrainingObjects(network, objective, prepared, step, ExpertLoad(network))
+
+
+def fill_state(context: RunContext, objects: TrainingObjects, stage: Stage, saved: Path | None) -> None:
+    """Restore everything from the checkpoint `saved`.
+
+    Where the stage begins, take over Adam's state, if any is to be.
+
+    Raises:
+        UserError: the checkpoint, or the optimizer's state of the source, cannot be read.
+    """
+    optimizer = objects.optimizer.optimizer
+    if saved is None:
+        take_over(optimizer, objects.network, context.settings, stage, context.source, context.folder)
+    else:
+        state.read(saved, objects.objective, optimizer)
