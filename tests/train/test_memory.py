@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -73,3 +74,13 @@ def test_a_wrong_category_is_told() -> None:
     tracked = {"weights": 50.0, "work": 50.0}
     assert close({"weights": 62.0, "work": 38.0}, tracked, 0.1) == ["weights: 62 for 50", "work: 38 for 50"]
     assert close({"weights": 58.0, "work": 58.0}, tracked, 0.1) == ["116 for 100"]
+
+
+def test_the_published_comparison_holds_what_is_claimed(bench: Any) -> None:
+    result = json.loads((BENCHMARKS / "bench_memory.json").read_text())
+    ways = {(row["gpus"], row["sharding"], row["checkpointing"], row["loss"]) for row in result["rows"]}
+    machines = [(1, "none"), (8, "none"), (8, "full"), (96, "none"), (96, "full")]
+    assert ways == {(*machine, *way) for machine in machines for way in WAYS}
+    assert all(not close(row["forecast"], row["tracked"], 0.1) for row in result["rows"])
+    page = (BENCHMARKS.parent / "docs" / "evidence.md").read_text()
+    assert all(line in page for line in bench.table(result["rows"]).splitlines())
