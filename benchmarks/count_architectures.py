@@ -1,7 +1,7 @@
 """Over how many of transformers' causal language models is lossless growth.rehearseed, without a schema written for them?
 
 python benchmarks/count_architectures.py                     10 minutes on 2 cores: a table, and count_architectures.json here
-python benchmarks/count_architectures.py --types mpt falcon  some of them
+python benchmarks/count_architectures.py --types mpt falcon  some of them; with --out FILE they replace theirs in a file that is there
 
 Every model type of the library gets its default config shrunken (a few with what their class insists on: `SAID`), a schema derived from the
 library's own class (also where the project has one: it is not used), and a tiny random model in float64 grown by it, axis by axis. An axis
@@ -211,7 +211,8 @@ def main() -> None:
     for name, story in in_processes(_child, options.types, options.jobs, options.seconds):
         found[name] = story
         print(f"{len(found)}/{len(options.types)} {name}: {story.get('refused', 'confirmed')[:100]}", file=sys.stderr, flush=True)
-    stories = {name: found[name] for name in options.types}
+    earlier = json.loads(options.out.read_text())["types"] if options.out and options.out.exists() else {}
+    stories = earlier | {name: found[name] for name in options.types}
     counts = summary(stories)
     versions = {package: importlib.metadata.version(package) for package in ("transformers", "torch")}
     print(table(stories), "\n", json.dumps(counts), sep="\n")

@@ -23,7 +23,7 @@ import numpy as np
 from outgrow.model.base.errors import UserError, reading
 from outgrow.model.companions import left_behind, to_download
 from outgrow.model.config import check_values, read_config, read_json
-from outgrow.model.dtypes import PLAIN_NUMBERS, RAW, is_float
+from outgrow.model.dtypes import PACKED, PLAIN_NUMBERS, RAW, is_float
 from outgrow.model.gguf import ENDING, gguf_in, unpacked
 
 MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors library itself
@@ -360,6 +360,11 @@ def _stored(path: Path, name: str, entry: Any, start: int) -> Stored:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise UserError(f"{where}: expected dtype, shape and data_offsets, found {entry!r:.80}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype in PACKED:
+        raise UserError(
+            f"{where}: dtype {dtype} packs several numbers into a byte, and growth copies formats of whole bytes alone: dequantise it "
+            "first, where the library can (AutoModelForCausalLM.from_pretrained(DIR).dequantize().save_pretrained(NEW))"
+        )
     if not isinstance(dtype, str) or dtype not in RAW:
         raise UserError(f"{where}: dtype {dtype!r} is not supported; supported: {', '.join(RAW)}")
     if not _whole_numbers(shape):

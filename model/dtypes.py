@@ -30,6 +30,7 @@ RAW: dict[str, np.dtype] = {
     "C64": np.dtype("<u8"),
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), np.dtype("u1")),
 }
+PACKED = ("F4", "F6_E2M3", "F6_E3M2")  # safetensors' formats of less than a byte
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 TORCH_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 

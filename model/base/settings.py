@@ -99,7 +99,7 @@ def yaml_fault(error: YAMLError) -> str:
 
 
 def load_yaml(path: Path) -> Any:
-    """The YAML file at `path` as plain values.
+    """The YAML file at `path` as plain values, a leading `~/` expanded.
 
     Raises:
         UserError: it cannot be read, or is not valid YAML.
@@ -109,7 +109,7 @@ def load_yaml(path: Path) -> Any:
     from yaml import YAMLError
 
     try:
-        return OmegaConf.to_container(OmegaConf.load(path))
+        return at_home(OmegaConf.to_container(OmegaConf.load(path)))
     except YAMLError as error:
         raise UserError(yaml_fault(error)) from None
     except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
@@ -252,9 +252,19 @@ def _elsewhere(cfg: DictConfig, name: str) -> str:
     return f"did you mean {' or '.join(map(repr, keys))}?" if keys else ""
 
 
+def at_home(value: Any) -> Any:
+    """A value, or all that lists and dicts hold, with paths under `~/` as paths that are there."""
+    if isinstance(value, dict):
+        return {key: at_home(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [at_home(inner) for inner in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+
 def plain(cfg: DictConfig | Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
-    """A composed config as plain dicts, interpolations resolved; what cannot be resolved becomes a fault and
-    stays missing.
+    """A composed config as plain dicts, interpolations resolved and a leading `~/` expanded, wherever it was written.
+
+    What cannot be resolved becomes a fault and stays missing.
     """
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -270,7 +280,7 @@ def plain(cfg: DictConfig | Mapping[str, Any], faults: list[str]) -> dict[str, A
         except OmegaConfBaseException:
             faults.append(f"{key}: {node!s} needs a value that is missing")
             values[key] = MISSING
-    return values
+    return {key: at_home(value) for key, value in values.items()}
 
 
 def sweep_points(overrides: list[str]) -> list[list[str]]:

@@ -254,9 +254,15 @@ CASES: dict[str, tuple[Spoil, str]] = {
         "SOURCE/model.safetensors: tensor 'lm_head.bias': expected dtype, shape and data_offsets, found {'dtype': "
         "'F64', 'shape': [96], 'data_offsets': [0, 768], 'code': 'x'}",
     ),
-    "unknown dtype": (
+    "a dtype of less than a byte": (
         entry(dtype="F4"),
-        "SOURCE/model.safetensors: tensor 'lm_head.bias': dtype 'F4' is not supported; supported: F64, F32, F16, "
+        "SOURCE/model.safetensors: tensor 'lm_head.bias': dtype F4 packs several numbers into a byte, and growth copies formats of whole "
+        "bytes alone: dequantise it first, where the library can "
+        "(AutoModelForCausalLM.from_pretrained(DIR).dequantize().save_pretrained(NEW))",
+    ),
+    "unknown dtype": (
+        entry(dtype="F7"),
+        "SOURCE/model.safetensors: tensor 'lm_head.bias': dtype 'F7' is not supported; supported: F64, F32, F16, "
         "BF16, I64, I32, I16, I8, U8, BOOL, U64, U32, U16, C64, F8_E4M3, F8_E5M2, F8_E8M0, F8_E4M3FNUZ, F8_E5M2FNUZ",
     ),
     "dtype is a list": (

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from outgrow.model.base.errors import UserError
-from outgrow.model.base.settings import CONF, compose_config, sweep_points
+from outgrow.model.base.settings import CONF, compose_config, load_yaml, sweep_points
 from outgrow.train.settings import Budget, compose, identity, settings_hash
 
 GOOD = ["growth=scratch", "target=tiny_target"]
@@ -78,6 +78,24 @@ def test_values_arrive_typed() -> None:
     assert settings.optimizer.betas == (0.9, 0.95)
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.seed = 3  # type: ignore[misc]
+
+
+def test_a_leading_tilde_is_expanded_wherever_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = [
+        "growth=lossless",
+        "target=tiny_target",
+        "source=~/lr=0.1",
+        "transfer.teacher={model:'~/big',weight:[0.5,0.5],temperature:[1.0,1.0],until:0.5}",
+        "data.path=~/texts",
+        "data=files",
+    ]
+    settings = compose(given)
+    assert (settings.source, settings.data.path) == (f"{tmp_path}/lr=0.1", f"{tmp_path}/texts")
+    assert settings.transfer.teacher is not None
+    assert settings.transfer.teacher.model == f"{tmp_path}/big"
+    (tmp_path / "study.yaml").write_text("{source: ~/a, runs: [~/b, ~c], nothing: ~}")
+    assert load_yaml(tmp_path / "study.yaml") == {"source": f"{tmp_path}/a", "runs": [f"{tmp_path}/b", "~c"], "nothing": None}
 
 
 def test_the_hash_follows_what_changes_the_result_and_nothing_else() -> None:
