@@ -122,14 +122,14 @@ def test_a_complete_run_is_rounded_from_its_end_and_not_trained_again(
 ) -> None:
     shutil.copytree(finished, folder := tmp_path / "run")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # as where train.save_every_tokens=null wrote none
-    monkeypatch.setattr(loop, "Trainee", None)
+    monkeypatch.setattr(loop, "build_objects", None)
     loop.train(at(settings, folder, save_dtype="bfloat16"))
     assert_rounded(folder, finished, "bfloat16")
     trained = loop_free(tmp_path, settings, monkeypatch)
     assert {path.name: path.read_bytes() for path in (folder / "final").iterdir()} == {
         path.name: path.read_bytes() for path in (trained / "final").iterdir()
     }
-    monkeypatch.setattr(loop, "Trainee", None)
+    monkeypatch.setattr(loop, "build_objects", None)
     for asked in ({"save_dtype": "float32"}, {"keep_optimizer": True}):
         with pytest.raises(UserError, match="no checkpoint of it is left to train its end again from"):
             loop.train(at(settings, folder, **asked))
