@@ -1,13 +1,11 @@
-"""Grow a checkpoint into a larger initialisation: seconds for a billion parameters, in little memory, with a
-proof.
+"""Grow a checkpoint into a larger initialisation: seconds for a billion parameters, in little memory, with a proof.
 
-outgrow grow source=microsoft/phi-1_5 target=phi_2 growth=lossless out=grown/phi_2 outgrow grow
-source=microsoft/phi-1_5 target=phi_2 growth=tile growth.mode=edge growth.depth=stack plan_only=true outgrow
-grow source=DIR 'target={hidden_size:2560,num_hidden_layers:32}' out=DIR outgrow schema source=DIR     the
-schema that is derived for a checkpoint, as a file of model/families
+outgrow grow source=microsoft/phi-1_5 target=phi_2 growth=lossless out=grown/phi_2
+outgrow grow source=microsoft/phi-1_5 target=phi_2 growth=tile growth.mode=edge growth.depth=stack plan_only=true
+outgrow grow source=DIR 'target={hidden_size:2560,num_hidden_layers:32}' out=DIR
+outgrow schema source=DIR     the schema that is derived for a checkpoint, as a file of model/families
 
-Prints the plan's certificate, and a receipt where one was measured. Exit status: 0 done, 2 a fault in what
-was asked.
+Prints the plan's certificate, and a receipt where one was measured. Exit status: 0 done, 2 a fault in what was asked.
 """
 
 from __future__ import annotations

@@ -25,8 +25,10 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """The flat view of a config or of overrides of one; of a flat view, itself."""
     text = config.get(TEXT)
     if not isinstance(text, Mapping):
+        prefix = f"{TEXT}."  # which a key that is no text, a fault told later, does not begin with
         return {
-            key if key == TEXT_TYPE else key.removeprefix(f"{TEXT}."): value for key, value in config.items()
+            key.removeprefix(prefix) if isinstance(key, str) and key != TEXT_TYPE else key: value
+            for key, value in config.items()
         }
     seen = {TEXT_TYPE: text.get("model_type")} if "model_type" in config else {}  # overrides name none
     for key, value in config.items():

@@ -278,7 +278,7 @@ def _disagreements(settings: Settings) -> list[str]:
     counts = ("budget_tokens", "batch_tokens", "context", "eval_tokens", "log_every_tokens", "keep")
     optional = ("micro_batch", "eval_every_tokens", "save_every_tokens", "gradient_clip", "hang_seconds")
     low = {key: value for key in counts if (value := getattr(loop, key)) <= 0}
-    negative = {key: value for key in optional if (value := getattr(loop, key) or 0) < 0}
+    negative = {key: value for key in optional if (value := getattr(loop, key)) is not None and value <= 0}
     faults = [f"train.{key}: must be positive; found {value}" for key, value in low.items()]
     faults += [f"train.{key}: must be positive, or null; found {value}" for key, value in negative.items()]
     if not faults:

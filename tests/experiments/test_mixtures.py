@@ -74,7 +74,7 @@ def test_a_study_that_cannot_be_is_told_at_once(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(study_file, "HERE", tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / FILE).write_text("question: why\nruns: []\narms: {a: 1}\nseeds: [x]\njudged: []\neval_tokens: 5\n")
-    with pytest.raises(UserError, match="unknown study of mixtures 'mime'; did you mean 'mine'"):
+    with pytest.raises(UserError, match="unknown study 'mime'; did you mean 'mine'"):
         load("mime")
     with pytest.raises(UserError) as caught:
         load("mine")

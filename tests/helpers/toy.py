@@ -41,6 +41,11 @@ def toy_overrides(folder: Path) -> list[str]:
     return [*data, *train, "growth=scratch", TARGET, "logger=none", "progress=false", "study=t", "schedule.warmup_fraction=0.2"]
 
 
+def without_target(overrides: Sequence[str]) -> list[str]:
+    """The overrides, to be given another target: keys and values of one key are given once."""
+    return [override for override in overrides if not override.startswith("target=")]
+
+
 def at(settings: Settings, out: Path, **train: Any) -> Settings:
     return dataclasses.replace(settings, out=str(out), train=dataclasses.replace(settings.train, **train))
 

@@ -46,6 +46,8 @@ def fault(*overrides: str) -> str:
         ("train.budget_tokens=4000", "less than one batch of 4096 tokens"),
         ("train.batch_tokens=200", "whole number of windows of train.context=128 tokens; found 200, try 256"),
         ("train.keep=0", "train.keep: must be positive"),
+        ("train.micro_batch=0", "train.micro_batch: must be positive, or null"),
+        ("train.gradient_clip=0", "train.gradient_clip: must be positive, or null"),
         ("schedule.warmup_fraction=0.9", "more than the budget"),
         ("schedule.decay_fraction=null", "schedule.decay_fraction: missing"),
         ("growth=lossless", "source: missing; growth=lossless starts from one"),

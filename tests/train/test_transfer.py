@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.models import random_model
-from helpers.toy import assert_close_run, assert_same_run, ended, rows, weights
+from helpers.toy import assert_close_run, assert_same_run, ended, rows, weights, without_target
 from outgrow.growth import plan
 from outgrow.growth.adam import read_adam
 from outgrow.growth.grow import recorded_plan
@@ -245,14 +245,17 @@ def test_weight_and_temperature_go_on_straight_lines() -> None:
 
 def test_a_taught_run_pays_for_its_teacher_and_ends_closer_to_it(overrides: list[str], source: Path, tmp_path: Path) -> None:
     how = ["growth=scratch", f"source={source}", "transfer=distilled", "transfer.teacher.weight=[1.0,1.0]", "target={num_hidden_layers:1}"]
-    folder = loop.train(compose([*overrides, *how, f"out={tmp_path / 'taught'}"]))
+    bare = without_target(overrides)
+    folder = loop.train(compose([*bare, *how, f"out={tmp_path / 'taught'}"]))
     config, taught = read_json(source / "config.json"), rows(folder, "eval")
     own = flops_per_token(config, 16)
     assert [row["flops"] for row in taught] == pytest.approx(
         [0, 256 * own * 4 / 3, 384 * own * 4 / 3 + 128 * own, 384 * own * 4 / 3 + 384 * own]
     )
     plain = loop.train(
-        compose([*overrides, f"source={source}", "growth=scratch", "target={num_hidden_layers:1}", f"out={tmp_path / 'plain'}"])
+        compose(
+            [*without_target(overrides), f"source={source}", "growth=scratch", "target={num_hidden_layers:1}", f"out={tmp_path / 'plain'}"]
+        )
     )
     assert rows(plain, "eval")[0]["val_loss"] == taught[0]["val_loss"]
     assert rows(plain, "eval")[1]["val_loss"] != taught[1]["val_loss"]
@@ -270,7 +273,8 @@ def test_weights_replaced_between_two_starts_are_refused(
 ) -> None:
     """Of a teacher, and of a source that is trained on: the same bytes elsewhere are the same, other bytes in the same place are not."""
     shutil.copytree(source, tmp_path / "theirs")
-    settings = compose([*overrides, *how, f"source={tmp_path / 'theirs'}", f"out={tmp_path / 'run'}"])
+    own = without_target(overrides) if any(text.startswith("target=") for text in how) else overrides
+    settings = compose([*own, *how, f"source={tmp_path / 'theirs'}", f"out={tmp_path / 'run'}"])
     with monkeypatch.context() as patch:
         patch.setattr(loop.Meter, "count", lambda *_: (_ for _ in ()).throw(ZeroDivisionError))
         for _ in range(2):  # untouched, it begins again
@@ -293,8 +297,16 @@ def test_a_sources_ledger_that_is_no_json_is_told(overrides: list[str], source: 
 
 
 def test_a_teacher_of_more_tokens_is_refused(overrides: list[str], source: Path, tmp_path: Path) -> None:
+    bare = without_target(overrides)
     settings = compose(
-        [*overrides, f"source={source}", "growth=scratch", "transfer=distilled", "target={vocab_size:290}", f"out={tmp_path / 'run'}"]
+        [
+            *bare,
+            f"source={source}",
+            "growth=scratch",
+            "transfer=distilled",
+            "target={vocab_size:290}",
+            f"out={tmp_path / 'run'}",
+        ]
     )
     with pytest.raises(UserError, match="has 300 tokens, the model 290"):
         loop.train(settings)
