@@ -8,6 +8,7 @@ outgrow study tiny                                  a whole study: source, every
 outgrow compare runs/tiny-*                         finished runs, held against each other
 outgrow horizons runs/NAME-t*                       decayed ends against scratch's curve
 outgrow same REV                                    does a change alter a number? this clone beside a revision of it
+outgrow mixtures tiny_mixture                       a study of mixtures: one network on several texts
 outgrow evaluate runs/NAME suite=phi_2              benchmarks, beside published rows
 
 `outgrow COMMAND --help` tells the keys and defaults of each.
@@ -26,7 +27,7 @@ DOORS: dict[str, tuple[str, tuple[str, ...]]] = {
     "grow": ("outgrow.growth.__main__", ()),
     "schema": ("outgrow.growth.__main__", ("schema",)),
     "train": ("outgrow.train.__main__", ()),
-    "corpus": ("outgrow.train.data.__main__", ()),
+    "corpus": ("outgrow.train.corpus.__main__", ()),
     "study": ("outgrow.experiments.__main__", ("study",)),
     "compare": ("outgrow.experiments.__main__", ("compare",)),
     "horizons": ("outgrow.experiments.__main__", ("horizons",)),

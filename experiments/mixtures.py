@@ -131,7 +131,7 @@ def read_by(settings: Settings) -> dict[str, int]:
 
     budget, context = settings.budget, settings.train.context
     rows, data = budget.steps * budget.rows, prepare(settings.data)
-    train = mixed(settings.mixture, settings.data, data, context=context, rows=rows, progress=True).train
+    train = mixed(settings.mixture, settings.data, data, prepare, context=context, rows=rows).train
     return tokens_read(train, settings.data.name, rows, context)
 
 

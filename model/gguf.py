@@ -18,7 +18,7 @@ from typing import Any
 
 from outgrow.model.base.atomic import whole
 from outgrow.model.base.errors import UserError, in_one_line, reading
-from outgrow.model.base.locks import Lock
+from outgrow.model.base.files import one_at_a_time
 
 ENDING, MAGIC = ".gguf", b"GGUF"
 WAY = "give the checkpoint that it was made from, as safetensors, or convert it where it can be read"
@@ -54,9 +54,7 @@ def unpacked(file: Path) -> Path:
     _check(file)
     folder = _cache() / f"{file.stem[:100]}-{_identity(file)}"
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with Lock(folder.with_name(f"{folder.name}.lock")) as lock:
-            lock.wait()  # another process may be unpacking it just now
+        with one_at_a_time(folder):
             if not folder.exists():
                 print(f"unpacking {file} into {folder}", file=sys.stderr)
                 with whole(folder) as partial:

@@ -134,8 +134,8 @@ def check_train(arguments: list[str]) -> None:
 
 
 def check_data(arguments: list[str]) -> None:
-    from outgrow.train.data.__main__ import FilterSettings, InspectSettings, PrepareSettings, settings_from
-    from outgrow.train.data.writing.settings import settings_from as write_settings
+    from outgrow.train.corpus.__main__ import FilterSettings, InspectSettings, PrepareSettings, settings_from
+    from outgrow.train.corpus.writing.settings import settings_from as write_settings
 
     command, *overrides = arguments
     kinds: dict[str, tuple[Any, str]] = {

@@ -60,6 +60,15 @@ def test_a_room_imports_from_lower_rooms_alone(room: str) -> None:
     assert len(paths) > 10
 
 
+def test_reading_tokens_imports_no_maker_of_tokens() -> None:
+    makers = f"{NAME}.train.corpus"
+    readers = {name: path for name, path in modules(HOUSE, "train").items() if name.startswith(f"{NAME}.train.data")}
+    door = readers.pop(f"{NAME}.train.data.__main__")  # the makers' door under its former name
+    assert any(target.startswith(makers) for target in imported("", door))
+    assert not [f"{name} → {target}" for name, path in readers.items() for target in imported(name, path) if target.startswith(makers)]
+    assert len(readers) > 5
+
+
 @pytest.mark.parametrize("room", [*ROOMS, "tests", "benchmarks", "docs"])
 def test_rooms_are_imported_by_their_one_name(room: str) -> None:
     """Under a second name a module would be loaded twice."""

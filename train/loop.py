@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,8 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
         digests = weights_read(settings, source, teaching) if main else {}
         text = reading(settings, source, run)
         bars, rows = main and settings.progress is not False, budget.steps * budget.rows
-        data = prepare(text, progress=bars)
-        data = mixed(settings.mixture, text, data, context=loop.context, rows=rows, progress=bars)
+        tokens_of = partial(prepare, progress=bars)
+        data = mixed(settings.mixture, text, tokens_of(text), tokens_of, context=loop.context, rows=rows)
         check_vocabulary(data, config["vocab_size"])
         way, teacher_way = find_ways(
             config,

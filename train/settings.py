@@ -274,79 +274,97 @@ def settings_from(cfg: DictConfig | Mapping[str, Any], faults: list[str] | None 
 
 def _disagreements(settings: Settings) -> list[str]:
     """List the faults between well-typed values."""
-    loop, schedule, growth = settings.train, settings.schedule, settings.growth
+    faults = _loop_disagreements(settings.train)
+    faults += _schedule_disagreements(settings.schedule) + _horizon_disagreements(settings)
+    faults += _optimizer_disagreements(settings) + _start_disagreements(settings)
+    for key, name in (("study", settings.study), ("name", settings.name)):
+        if not name or Path(name).name != name:
+            faults.append(f"{key}: must be usable as the name of a folder; found {name!r}")
+    if Path(settings.out).name in ("", ".."):
+        faults.append(f"out: must be a folder of its own; found {settings.out!r}; leave it away for runs/{settings.name}")
+    gpus, mfu = settings.forecast.gpus, settings.forecast.mfu
+    if gpus <= 0 or not 0 < mfu <= 1:
+        faults.append(f"forecast: gpus must be positive and mfu between 0 and 1; found {gpus}, {mfu}")
+    faults += _benchmark_disagreements(settings) + _transfer_disagreements(settings)
+    faults += _stage_disagreements(settings.growth) if settings.growth.stages else []
+    if settings.mixture is not None:
+        faults += mixture_disagreements(settings.mixture, settings.data)
+    return faults + data_disagreements(settings.data)
+
+
+def _loop_disagreements(loop: LoopSettings) -> list[str]:
+    """List what is wrong with the counts of tokens and steps."""
     counts = ("budget_tokens", "batch_tokens", "context", "eval_tokens", "log_every_tokens", "keep")
     optional = ("micro_batch", "eval_every_tokens", "save_every_tokens", "gradient_clip", "hang_seconds")
     low = {key: value for key in counts if (value := getattr(loop, key)) <= 0}
     negative = {key: value for key in optional if (value := getattr(loop, key)) is not None and value <= 0}
     faults = [f"train.{key}: must be positive; found {value}" for key, value in low.items()]
     faults += [f"train.{key}: must be positive, or null; found {value}" for key, value in negative.items()]
-    if not faults:
-        if loop.batch_tokens % loop.context:
-            nearest = max(1, round(loop.batch_tokens / loop.context)) * loop.context
-            faults.append(
-                f"train.batch_tokens: must be a whole number of windows of train.context={loop.context} tokens; "
-                f"found {loop.batch_tokens}, try {nearest}"
-            )
-        elif loop.budget_tokens < loop.batch_tokens:
-            faults.append(
-                f"train.budget_tokens: {loop.budget_tokens} is less than one batch of {loop.batch_tokens} tokens; "
-                "raise it, or lower train.batch_tokens"
-            )
+    if loop.skip_nonfinite < 0:
+        faults.append(f"train.skip_nonfinite: must not be negative; found {loop.skip_nonfinite}")
+    if faults:  # what follows divides by them
+        return faults
+    if loop.batch_tokens % loop.context:
+        nearest = max(1, round(loop.batch_tokens / loop.context)) * loop.context
+        faults.append(
+            f"train.batch_tokens: must be a whole number of windows of train.context={loop.context} tokens; "
+            f"found {loop.batch_tokens}, try {nearest}"
+        )
+    elif loop.budget_tokens < loop.batch_tokens:
+        faults.append(
+            f"train.budget_tokens: {loop.budget_tokens} is less than one batch of {loop.batch_tokens} tokens; "
+            "raise it, or lower train.batch_tokens"
+        )
+    return faults
+
+
+def _schedule_disagreements(schedule: ScheduleSettings) -> list[str]:
+    """List what is wrong with the learning rate's course."""
     names: list[tuple[str, str, Mapping[str, Any]]] = [
         ("name", schedule.name, SCHEDULES),
         ("rewarm", schedule.rewarm, REWARM),
     ]
-    for key, name, known in names:
-        if name not in known:
-            faults.append(f"schedule.{key}: unknown value {name!r}; {did_you_mean(name, known)}")
+    strange = [(key, name, known) for key, name, known in names if name not in known]
+    faults = [f"schedule.{key}: unknown value {name!r}; {did_you_mean(name, known)}" for key, name, known in strange]
     for key in ("warmup_fraction", "floor", "decay_fraction"):
         value = getattr(schedule, key)
         if value is not None and not 0 <= value <= 1:
             faults.append(f"schedule.{key}: must be between 0 and 1; found {value}")
     if schedule.name == "wsd" and schedule.decay_fraction is None:
-        faults.append(
-            "schedule.decay_fraction: missing; wsd decays over the last decay_fraction of the budget",
-        )
-    faults += _horizon_disagreements(settings)
-    if schedule.warmup_tokens is None and (together := schedule.warmup_fraction + (schedule.decay_fraction or 0)) > 1:
-        faults.append(
-            f"schedule: warmup_fraction and decay_fraction are {together} together, more than the budget",
-        )
-    if loop.skip_nonfinite < 0:
-        faults.append(f"train.skip_nonfinite: must not be negative; found {loop.skip_nonfinite}")
-    if settings.optimizer.learning_rate <= 0:
-        faults.append(f"optimizer.learning_rate: must be positive; found {settings.optimizer.learning_rate}")
-    gpus, mfu = settings.forecast.gpus, settings.forecast.mfu
-    if gpus <= 0 or not 0 < mfu <= 1:
-        faults.append(f"forecast: gpus must be positive and mfu between 0 and 1; found {gpus}, {mfu}")
-    if settings.optimizer.name == "adamw_8bit" and settings.sharding.name == "full":
+        faults.append("schedule.decay_fraction: missing; wsd decays over the last decay_fraction of the budget")
+    together = schedule.warmup_fraction + (schedule.decay_fraction or 0)
+    if schedule.warmup_tokens is None and together > 1:
+        faults.append(f"schedule: warmup_fraction and decay_fraction are {together} together, more than the budget")
+    return faults
+
+
+def _optimizer_disagreements(settings: Settings) -> list[str]:
+    """List what is wrong with the optimizer, and with it under the sharding that is asked for."""
+    faults, optimizer = [], settings.optimizer
+    if optimizer.learning_rate <= 0:
+        faults.append(f"optimizer.learning_rate: must be positive; found {optimizer.learning_rate}")
+    if optimizer.name == "adamw_8bit" and settings.sharding.name == "full":
         faults.append(
             "optimizer=adamw_8bit with sharding=full: torchao quantises each process's part by itself, unlike on one process, and a "
             "checkpoint cannot put the parts together; use sharding=none, or optimizer=adamw"
         )
-    if loop.save_dtype == "source" and settings.source is None:
-        faults.append("train.save_dtype=source: there is no source; give float32, bfloat16 or float16")
-    if settings.optimizer.name == "muon" and settings.optimizer.momentum is None:
+    if optimizer.name == "muon" and optimizer.momentum is None:
         faults.append("optimizer.momentum: missing; muon needs one (optimizer.momentum=0.95)")
+    return faults
+
+
+def _start_disagreements(settings: Settings) -> list[str]:
+    """List what is missing of source and target."""
+    faults, growth = [], settings.growth
+    if settings.train.save_dtype == "source" and settings.source is None:
+        faults.append("train.save_dtype=source: there is no source; give float32, bfloat16 or float16")
     if growth.operator != "scratch" and settings.source is None:
-        faults.append(
-            f"source: missing; growth={growth.name} starts from one: source=FOLDER or source=owner/name on the Hugging Face hub",
-        )
+        way = "source=FOLDER or source=owner/name on the Hugging Face hub"
+        faults.append(f"source: missing; growth={growth.name} starts from one: {way}")
     if growth.operator != "source" and settings.target is None:
-        faults.append(
-            "target: missing; give a preset (target=tiny_target), a folder, or overrides of the source (target={hidden_size:96})",
-        )
-    for key, name in (("study", settings.study), ("name", settings.name)):
-        if not name or Path(name).name != name:
-            faults.append(f"{key}: must be usable as the name of a folder; found {name!r}")
-    if Path(settings.out).name in ("", ".."):
-        faults.append(f"out: must be a folder of its own; found {settings.out!r}; leave it away for runs/{settings.name}")
-    faults += _benchmark_disagreements(settings)
-    faults += _transfer_disagreements(settings) + (_stage_disagreements(growth) if growth.stages else [])
-    if settings.mixture is not None:
-        faults += mixture_disagreements(settings.mixture, settings.data)
-    return faults + data_disagreements(settings.data)
+        way = "give a preset (target=tiny_target), a folder, or overrides of the source (target={hidden_size:96})"
+        faults.append(f"target: missing; {way}")
+    return faults
 
 
 def _benchmark_disagreements(settings: Settings) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from outgrow.model.base.atomic import remove, whole
 from outgrow.model.base.errors import UserError
+from outgrow.model.base.locks import Lock
 
 _SIGNS = (
     "No space left on device",
@@ -65,6 +66,22 @@ def whole_file(path: Path) -> Iterator[Path]:
     with telling_disk_faults(path), whole(path) as partial:
         yield partial
         _flush(partial)
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let one process make `folder` in the block, while others that come wait their turn; the lock lies
+    beside it.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    with telling_disk_faults(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = Lock(folder.with_name(folder.name + ".lock"))
+        lock.wait()
+    with lock:
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

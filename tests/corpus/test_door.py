@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from outgrow.model.base.errors import UserError
-from outgrow.train.data.__main__ import CONF, PrepareSettings, main, settings_from
+from outgrow.train.corpus.__main__ import CONF, PrepareSettings, main, settings_from
 from outgrow.train.data.settings import DataSettings, disagreements
 
 LEAVES = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))

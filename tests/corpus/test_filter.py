@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertMo
 
 from outgrow.model.base.errors import UserError
 from outgrow.train.corpus import prepare
+from outgrow.train.corpus.__main__ import main
 from outgrow.train.corpus.filter.embed import load_again, load_encoder
 from outgrow.train.corpus.filter.fit import FitSettings, fit, read_labels, report
 from outgrow.train.corpus.filter.forest import ARRAYS, Forest, load
 from outgrow.train.corpus.filter.rules import RULES, label, measure
 from outgrow.train.corpus.filter.score import threshold
 from outgrow.train.data import DataSettings
-from outgrow.train.data.__main__ import main
 from outgrow.train.data.settings import CleaningSettings, disagreements
 from outgrow.train.data.tokenizer import save_tokenizer, train_tokenizer
 

@@ -12,9 +12,9 @@ import pytest
 
 from outgrow.model.base.errors import UserError
 from outgrow.train.corpus import prepare
+from outgrow.train.corpus.__main__ import main
 from outgrow.train.corpus.inspect import LENGTHS, SCORES, inspect, report
 from outgrow.train.data import DataSettings
-from outgrow.train.data.__main__ import main
 from outgrow.train.data.settings import CleaningSettings
 
 

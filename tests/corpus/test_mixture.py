@@ -9,6 +9,7 @@ import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -321,7 +322,8 @@ def test_sources_are_cut_by_the_tokenizer_of_the_data_and_only_their_training_pa
     own, other = text("own", "alpha"), text("other", "omega")
     data = prepare(own, progress=False)
     settings = MixtureSettings("m", {"mine": SourceSettings(own), "more": SourceSettings(other)}, (weights(mine=0.5, more=0.5),))
-    both = mixed(settings, own, data, context=16, rows=50, progress=False)
+    quietly = partial(prepare, progress=False)
+    both = mixed(settings, own, data, quietly, context=16, rows=50)
     assert isinstance(both.train, Mixture)
     assert both.train.splits["mine"].count == data.train.count
     assert (both.validation, both.vocab_size) == (data.validation, data.vocab_size)
@@ -332,13 +334,13 @@ def test_sources_are_cut_by_the_tokenizer_of_the_data_and_only_their_training_pa
     tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_folder)
     lines = [tokenizer.decode(row) for row in batch(both.train, seed=0, step=0, batch_size=8, context=16)]
     assert sum("omega" in line for line in lines) == sum("alpha" in line for line in lines) == 4
-    assert mixed(None, own, data, context=16, rows=50, progress=False) is data
-    assert mixed(settings, own, data, context=16, rows=50, progress=False).fingerprint == both.fingerprint
+    assert mixed(None, own, data, quietly, context=16, rows=50) is data
+    assert mixed(settings, own, data, quietly, context=16, rows=50).fingerprint == both.fingerprint
     less = dataclasses.replace(settings, phases=(weights(mine=0.2, more=0.8),))
-    assert mixed(less, own, data, context=16, rows=50, progress=False).fingerprint != both.fingerprint
+    assert mixed(less, own, data, quietly, context=16, rows=50).fingerprint != both.fingerprint
     leaking = dataclasses.replace(own, seed=1)
     with pytest.raises(UserError, match=r"reads the same text as data=own with another seed \(1, not 0\): text held out"):
-        mixed(MixtureSettings("m", {"mine": SourceSettings(leaking)}, (weights(mine=1),)), own, data, context=16, rows=50, progress=False)
+        mixed(MixtureSettings("m", {"mine": SourceSettings(leaking)}, (weights(mine=1),)), own, data, quietly, context=16, rows=50)
 
 
 def test_weights_are_the_numbers_as_written() -> None:

@@ -18,14 +18,14 @@ from outgrow.model.base.errors import UserError
 from outgrow.train.corpus import prepare
 from outgrow.train.corpus.read.corpora import documents, open_corpus
 from outgrow.train.corpus.read.document import Tally
+from outgrow.train.corpus.synthetic import corpus
+from outgrow.train.corpus.synthetic.checker import failures
+from outgrow.train.corpus.synthetic.corpus import KINDS, draw_items
+from outgrow.train.corpus.synthetic.item import Item
+from outgrow.train.corpus.synthetic.operation import KINDS as VALUES
+from outgrow.train.corpus.synthetic.problem import OPERATIONS, _locals, draw_problem
+from outgrow.train.corpus.synthetic.themes import AUDIENCES, THEMES
 from outgrow.train.data.settings import DataSettings, disagreements
-from outgrow.train.data.synthetic import corpus
-from outgrow.train.data.synthetic.checker import failures
-from outgrow.train.data.synthetic.corpus import KINDS, draw_items
-from outgrow.train.data.synthetic.item import Item
-from outgrow.train.data.synthetic.operation import KINDS as VALUES
-from outgrow.train.data.synthetic.problem import OPERATIONS, _locals, draw_problem
-from outgrow.train.data.synthetic.themes import AUDIENCES, THEMES
 
 BY_NAME = {operation.name: operation for operation in OPERATIONS}
 TYPES: dict[str, Any] = {"numbers": list, "number": int, "text": str, "words": list, "table": dict, "grid": list}
@@ -150,7 +150,7 @@ def test_items_are_a_function_of_kind_and_seed() -> None:
     first = list(islice(draw_items("exercises", 0), 60))
     assert list(islice(draw_items("exercises", 0), 30)) == first[:30]
     assert not {item.text for _, item in first} & {item.text for _, item in islice(draw_items("exercises", 1), 60)}
-    code = "from itertools import islice; from outgrow.train.data.synthetic.corpus import draw_items; import hashlib; "
+    code = "from itertools import islice; from outgrow.train.corpus.synthetic.corpus import draw_items; import hashlib; "
     code += "print(hashlib.sha256(repr(list(islice(draw_items('exercises', 0), 60))).encode()).hexdigest())"
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True)

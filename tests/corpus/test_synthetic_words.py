@@ -10,11 +10,11 @@ from random import Random
 
 import pytest
 
-from outgrow.train.data.synthetic.corpus import KINDS, draw_items
-from outgrow.train.data.synthetic.item import Item
-from outgrow.train.data.synthetic.operation import KINDS as VALUES
-from outgrow.train.data.synthetic.operation import Operation
-from outgrow.train.data.synthetic.problem import OPERATIONS, OTHER, Problem, Step, draw_problem, idle
+from outgrow.train.corpus.synthetic.corpus import KINDS, draw_items
+from outgrow.train.corpus.synthetic.item import Item
+from outgrow.train.corpus.synthetic.operation import KINDS as VALUES
+from outgrow.train.corpus.synthetic.operation import Operation
+from outgrow.train.corpus.synthetic.problem import OPERATIONS, OTHER, Problem, Step, draw_problem, idle
 
 Holds = Callable[[ast.AST], bool]
 

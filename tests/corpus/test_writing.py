@@ -19,11 +19,11 @@ import pytest
 
 from outgrow.model.base.errors import UserError
 from outgrow.train.corpus import prepare
+from outgrow.train.corpus.writing.prompts import Prompts
+from outgrow.train.corpus.writing.run import write
+from outgrow.train.corpus.writing.settings import CONF, WriteSettings, settings_from
 from outgrow.train.data import __main__ as door
 from outgrow.train.data.settings import DataSettings
-from outgrow.train.data.writing.prompts import Prompts
-from outgrow.train.data.writing.run import write
-from outgrow.train.data.writing.settings import CONF, WriteSettings, settings_from
 
 LEAVES = sorted(path.stem for path in (CONF / "prompts").glob("*.yaml"))
 Reply = Callable[[int, dict[str, Any]], tuple[int, dict[str, str], bytes]]  # (requests so far, question) → status, headers, body
@@ -365,7 +365,7 @@ def test_files_that_do_not_fit_are_refused(stub: Stub, settings: WriteSettings) 
 
 
 def test_two_writers_of_one_file_are_one_too_many(stub: Stub, settings: WriteSettings) -> None:
-    from outgrow.train.data.writing.ledger import open_ledger
+    from outgrow.train.corpus.writing.ledger import open_ledger
 
     with open_ledger(settings), pytest.raises(UserError, match="another process is writing it right now"):
         write(settings)
@@ -430,7 +430,7 @@ def test_a_local_model_answers_as_transformers_does(model: Path, settings: Write
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from outgrow.train.data.writing.local import Local
+    from outgrow.train.corpus.writing.local import Local
 
     given = dataclasses.replace(settings, server=None, model=str(model), max_tokens=6, temperature=0.0)
     prompts = [Prompts(settings.prompts, 0)[i] for i in range(4)]

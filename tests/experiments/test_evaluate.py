@@ -9,28 +9,13 @@ from typing import Any
 
 import pytest
 
+from helpers.tasks import QUESTIONS, write_task
 from outgrow.experiments.suite.__main__ import main
 from outgrow.experiments.suite.evaluate import Evaluated, checkpoint_of, evaluate, settings_from
 from outgrow.experiments.suite.figure import draw
 from outgrow.experiments.suite.table import markdown, published
 from outgrow.model.base.errors import UserError
 from outgrow.train.suite.suite import load_suite
-
-ITEMS = [
-    {"question": "The list has", "choices": [" three items", " a value"], "answer": 0},
-    {"question": "A function returns", "choices": [" three items", " a value"], "answer": 1},
-    {"question": "The sum of", "choices": [" numbers", " three"], "answer": 1},
-]
-TASK = """task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {name}.jsonl}}}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
-"""
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +27,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from outgrow.train.data.tokenizer import save_tokenizer, train_tokenizer
 
     place = tmp_path_factory.mktemp("place")
-    text = " ".join(f"{item['question']}{''.join(item['choices'])}" for item in ITEMS) * 20  # type: ignore[arg-type]
+    text = " ".join(f"{item['question']}{''.join(item['choices'])}" for item in QUESTIONS) * 20  # type: ignore[arg-type]
     tokenizer = train_tokenizer([text], vocab_size=300, model_max_length=128)
     build_model(preset("tiny_source") | {"vocab_size": 512}, seed=0).save_pretrained(place / "small")
     save_tokenizer(tokenizer, place / "small")
     grow(place / "small", place / "large", target={"intermediate_size": 2 * preset("tiny_source")["intermediate_size"]})
     (place / "tasks").mkdir()
     for name in ("piqa", "boolq"):
-        (place / "tasks" / f"{name}.yaml").write_text(TASK.format(name=name))
-        (place / "tasks" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
+        write_task(place / "tasks", name)
     return place
 
 

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from outgrow.model.base.atomic import partial_of, take_place
 from outgrow.model.base.errors import UserError
-from outgrow.model.base.files import write_json
-from outgrow.model.base.locks import Lock
+from outgrow.model.base.files import one_at_a_time, telling_disk_faults, write_json
 from outgrow.train.corpus.progress import bar, say
 from outgrow.train.corpus.read.corpora import Corpus, open_corpus
 from outgrow.train.corpus.read.files import Files, file_digest, files_of, hash_of
@@ -52,7 +49,7 @@ def prepare(settings: DataSettings, *, progress: bool = True, executor: Executor
         return open_tokens(settings, progress=progress)
     folder, corpus = settings.home, open_corpus(settings)
     if _outdated(folder, settings, corpus, progress):
-        with _only_one(folder):
+        with one_at_a_time(folder):
             if reason := _outdated(folder, settings, corpus, progress):  # not built by another while we waited
                 if progress:
                     say(f"{folder}: {reason}")
@@ -112,24 +109,6 @@ def _identity(settings: DataSettings) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(json.dumps(identity)))
 
 
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    with _writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = Lock(folder.with_name(folder.name + ".lock"))
-        lock.wait()
-    with lock:
-        yield
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); make room, or choose another data.folder") from error
-
-
 # ---- building -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -137,7 +116,7 @@ def _build(folder: Path, settings: DataSettings, corpus: Corpus, executor: Execu
     from outgrow.train.corpus.report import short_lines
 
     partial = partial_of(folder)
-    with _writing(folder):
+    with telling_disk_faults(folder):
         if not _is_current(partial, settings, corpus, progress):
             _make(partial, settings, corpus, executor, progress)
         shutil.rmtree(partial / "work", ignore_errors=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -190,7 +190,15 @@ def _over(end: int, rows: int, context: int) -> UserError:
     )
 
 
-def mixed(settings: MixtureSettings | None, own: DataSettings, data: TokenData, *, context: int, rows: int, progress: bool) -> TokenData:
+def mixed(
+    settings: MixtureSettings | None,
+    own: DataSettings,
+    data: TokenData,
+    prepare: Callable[[DataSettings], TokenData],
+    *,
+    context: int,
+    rows: int,
+) -> TokenData:
     """`data`, prepared from the settings `own`, with the mixture as its training part; as it is where there is none.
 
     Every source is cut by the tokenizer of `data`; only training parts are read. The fingerprint tells the sources' texts, and how much of
@@ -198,10 +206,8 @@ def mixed(settings: MixtureSettings | None, own: DataSettings, data: TokenData, 
     """
     if settings is None:
         return data
-    from outgrow.train.corpus.build import prepare
-
     wanted = {name: s for name, source in settings.sources.items() if (s := source_data(source, own, data))}
-    opened = {name: prepare(source, progress=progress) for name, source in apart(wanted).items()}
+    opened = {name: prepare(source) for name, source in apart(wanted).items()}
     splits = {name: opened[name].train if name in opened else data.train for name in settings.sources}
     parts = [data.fingerprint, *(f"{name} {(opened.get(name) or data).fingerprint}" for name in settings.sources)]
     parts += [json.dumps(_told(phase), sort_keys=True) for phase in settings.phases]

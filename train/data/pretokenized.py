@@ -13,7 +13,6 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from importlib.metadata import version
@@ -23,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from outgrow.model.base.errors import UserError
-from outgrow.model.base.files import telling_disk_faults, whole_folder
-from outgrow.model.base.locks import Lock
+from outgrow.model.base.files import one_at_a_time, whole_folder
 from outgrow.train.data.settings import DataSettings
 from outgrow.train.data.shards import SPLITS, TOKENIZER, TokenData, fingerprint, open_data, read_manifest, write_manifest
 from outgrow.train.data.token_files import TokenFile, common_types, find
@@ -49,7 +47,7 @@ def open_tokens(settings: DataSettings, *, progress: bool = True) -> TokenData:
     folder, files = settings.home, _files(settings)
     wanted = {"settings": _identity(settings), "inputs": {name: _stamps(part) for name, part in files.items()}}
     if not _is_current(folder, wanted):
-        with _only_one(folder):
+        with one_at_a_time(folder):
             if not _is_current(folder, wanted):  # not checked by another while we waited
                 _check(folder, settings, files, wanted, progress)
     return open_data(folder)
@@ -78,16 +76,6 @@ def _stamps(files: Sequence[TokenFile]) -> list[list[Any]]:
 def _is_current(folder: Path, wanted: dict[str, Any]) -> bool:
     manifest = read_manifest(folder)
     return manifest is not None and all(manifest[key] == value for key, value in wanted.items())
-
-
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    with telling_disk_faults(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = Lock(folder.with_name(folder.name + ".lock"))
-        lock.wait()
-    with lock:
-        yield
 
 
 # ---- checking ---------------------------------------------------------------------------------------------------------------------------

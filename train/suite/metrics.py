@@ -1,6 +1,6 @@
 """Metrics of HumanEval, MBPP and SQuAD 2.0, which lm-evaluation-harness would fetch from a hub.
 
-pass@1 runs what the model wrote in the project's own checker (train/data/synthetic/checker.py), and only where it is allowed.
+pass@1 runs what the model wrote in the project's own checker (train/corpus/synthetic/checker.py), and only where it is allowed.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from outgrow.model.base.errors import UserError
-from outgrow.train.data.synthetic.checker import failures
-from outgrow.train.data.synthetic.item import Item
+from outgrow.train.corpus.synthetic.checker import failures
+from outgrow.train.corpus.synthetic.item import Item
 
 SECONDS = 3.0  # of one program, as the benchmarks' own checkers give
 # What the benchmarks' solutions import, loaded before the program is locked in.

@@ -10,8 +10,8 @@ from outgrow.train.corpus.read import files
 from outgrow.train.corpus.read.document import Document, Tally
 from outgrow.train.corpus.read.files import Files
 from outgrow.train.corpus.read.hub import Hub
+from outgrow.train.corpus.synthetic.corpus import Generated
 from outgrow.train.data.settings import DataSettings, read_limit
-from outgrow.train.data.synthetic.corpus import Generated
 
 
 class Stream(Protocol):

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from outgrow.train.data.synthetic.item import Item
+from outgrow.train.corpus.synthetic.item import Item
 
 WORKER = Path(__file__).with_name("worker.py")
 SECONDS = 2.0  # of computing, of one program

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from random import Random
 from textwrap import indent
 
-from outgrow.train.data.synthetic.item import Item, capital, fenced, given, in_order, opening, shown, slips, trace
-from outgrow.train.data.synthetic.problem import OTHER, Problem
+from outgrow.train.corpus.synthetic.item import Item, capital, fenced, given, in_order, opening, shown, slips, trace
+from outgrow.train.corpus.synthetic.problem import OTHER, Problem
 
 
 def docstring(problem: Problem, random: Random) -> Item:

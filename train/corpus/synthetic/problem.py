@@ -11,8 +11,8 @@ from random import Random
 from textwrap import indent
 from typing import Any
 
-from outgrow.train.data.synthetic.operation import KINDS, Operation, fill, read_operations
-from outgrow.train.data.synthetic.themes import AUDIENCES, EMPTY, THEMES, Audience, Theme
+from outgrow.train.corpus.synthetic.operation import KINDS, Operation, fill, read_operations
+from outgrow.train.corpus.synthetic.themes import AUDIENCES, EMPTY, THEMES, Audience, Theme
 
 FILES = ("lists.yaml", "sums.yaml", "digits.yaml", "texts.yaml", "dictionaries.yaml")
 OPERATIONS = tuple(operation for file in FILES for operation in read_operations(file))

@@ -16,10 +16,10 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from outgrow.model.base.errors import UserError
-from outgrow.train.data.synthetic import exercises, textbooks
-from outgrow.train.data.synthetic.checker import failures
-from outgrow.train.data.synthetic.item import Item
-from outgrow.train.data.synthetic.problem import draw_problem
+from outgrow.train.corpus.synthetic import exercises, textbooks
+from outgrow.train.corpus.synthetic.checker import failures
+from outgrow.train.corpus.synthetic.item import Item
+from outgrow.train.corpus.synthetic.problem import draw_problem
 
 if TYPE_CHECKING:
     from outgrow.train.corpus.read.document import Document, Tally

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from outgrow.train.corpus.writing.settings import PromptSettings, topics
 from outgrow.train.data.batches import permuted
-from outgrow.train.data.writing.settings import PromptSettings, topics
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import hashlib
 from typing import Any
 
 from outgrow.model.base.errors import UserError
-from outgrow.train.data.writing.answer import Answer
-from outgrow.train.data.writing.prompts import Prompt
-from outgrow.train.data.writing.settings import WriteSettings
+from outgrow.train.corpus.writing.answer import Answer
+from outgrow.train.corpus.writing.prompts import Prompt
+from outgrow.train.corpus.writing.settings import WriteSettings
 
 
 class Local:

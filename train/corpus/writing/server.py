@@ -14,9 +14,9 @@ import httpx2
 from openai import APIConnectionError, APIStatusError, DefaultHttpxClient, OpenAI, OpenAIError
 
 from outgrow.model.base.errors import UserError
-from outgrow.train.data.writing.answer import Answer
-from outgrow.train.data.writing.prompts import Prompt
-from outgrow.train.data.writing.settings import WriteSettings
+from outgrow.train.corpus.writing.answer import Answer
+from outgrow.train.corpus.writing.prompts import Prompt
+from outgrow.train.corpus.writing.settings import WriteSettings
 
 LARGEST = 2**24  # bytes of one response
 PASSING = (408, 409, 425, 429)  # statuses of faults that may pass, beside those of 500 and more

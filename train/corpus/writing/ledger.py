@@ -18,9 +18,9 @@ from typing import Any, BinaryIO
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import telling_disk_faults, whole_file, write_json
 from outgrow.model.base.locks import Lock
-from outgrow.train.data.writing.answer import Answer
-from outgrow.train.data.writing.prompts import Prompt
-from outgrow.train.data.writing.settings import WriteSettings, identity
+from outgrow.train.corpus.writing.answer import Answer
+from outgrow.train.corpus.writing.prompts import Prompt
+from outgrow.train.corpus.writing.settings import WriteSettings, identity
 
 
 class Ledger:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from outgrow.train.data.synthetic.operation import read_table
+from outgrow.train.corpus.synthetic.operation import read_table
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from outgrow.train.data.synthetic.item import Item, capital, fenced, given, in_order, opening, shown, slips, trace
-from outgrow.train.data.synthetic.operation import KINDS
-from outgrow.train.data.synthetic.problem import OTHER, Problem
+from outgrow.train.corpus.synthetic.item import Item, capital, fenced, given, in_order, opening, shown, slips, trace
+from outgrow.train.corpus.synthetic.operation import KINDS
+from outgrow.train.corpus.synthetic.problem import OTHER, Problem
 
 NAMES = ("Ada", "Ben", "Chiara", "Dilan", "Edda", "Farid", "Greta", "Ivo", "Jun", "Kofi", "Lena", "Noor")
 

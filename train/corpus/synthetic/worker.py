@@ -1,4 +1,4 @@
-"""The process of train/data/synthetic/checker.py: reads programs, limits itself, runs them, tells the result of each.
+"""The process of train/corpus/synthetic/checker.py: reads programs, limits itself, runs them, tells the result of each.
 
 python -I -S worker.py SECONDS MEMORY_BYTES [MODULE…]    stdin: [[program, what it prints], …]    stdout: a JSON line for each
 

@@ -11,10 +11,10 @@ from itertools import islice
 from pathlib import Path
 
 from outgrow.model.base.errors import UserError
-from outgrow.train.data.writing.answer import Answer
-from outgrow.train.data.writing.ledger import Ledger, in_order, open_ledger, rejected_path
-from outgrow.train.data.writing.prompts import Prompt, Prompts
-from outgrow.train.data.writing.settings import WriteSettings
+from outgrow.train.corpus.writing.answer import Answer
+from outgrow.train.corpus.writing.ledger import Ledger, in_order, open_ledger, rejected_path
+from outgrow.train.corpus.writing.prompts import Prompt, Prompts
+from outgrow.train.corpus.writing.settings import WriteSettings
 
 HOPELESS = 20  # answers in a row without one document, after which something is wrong with the settings
 Answered = Iterator[tuple[Prompt, Answer]]
@@ -94,7 +94,7 @@ def _hopeless(settings: WriteSettings, answer: Answer, vain: int) -> str | None:
 def _from_server(settings: WriteSettings, prompts: Iterable[Prompt]) -> Answered:
     """Answers as they come, `at_once` in flight; after a fault those in flight are still taken."""
     try:
-        from outgrow.train.data.writing.server import Server
+        from outgrow.train.corpus.writing.server import Server
     except ImportError as absent:
         raise UserError("server: asking one needs the package openai: pip install -e '.[write]'") from absent
     server, left = Server(settings), iter(prompts)
@@ -123,7 +123,7 @@ def _from_server(settings: WriteSettings, prompts: Iterable[Prompt]) -> Answered
 
 def _from_model(settings: WriteSettings, prompts: Iterable[Prompt]) -> Answered:
     """Answers of a model on this machine, in batches of `at_once`; loaded only where something is left to write."""
-    from outgrow.train.data.writing.local import Local
+    from outgrow.train.corpus.writing.local import Local
 
     left, model = iter(prompts), None
     while batch := list(islice(left, settings.at_once)):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from outgrow.train.data.synthetic.operation import fill
-from outgrow.train.data.synthetic.problem import Problem
+from outgrow.train.corpus.synthetic.operation import fill
+from outgrow.train.corpus.synthetic.problem import Problem
 
 
 @dataclass(frozen=True)

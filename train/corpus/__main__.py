@@ -1,0 +1,206 @@
+"""From text to token shards.
+
+outgrow corpus prepare data=stdlib
+outgrow corpus prepare data=files 'data.path=texts/**/*.jsonl.zst' data.clean.normalise=true data.clean.exact_duplicates=true
+outgrow corpus label data=stdlib                                            demonstration labels, from stated rules
+outgrow corpus fit data=stdlib encoder=runs/tiny_source-scratch-s0/final    the filter of phi-1, from a file of labels
+outgrow corpus score data=stdlib
+outgrow corpus prepare data=stdlib data.clean.filter=filters/stdlib data.clean.keep=0.5
+outgrow corpus write model=Qwen/Qwen2.5-7B-Instruct server=http://127.0.0.1:8000/v1      texts by a language model: conf/write.yaml
+outgrow corpus inspect 'folders=[data/stdlib]' out=inspection                samples, shares, lengths, scores: a table and a picture
+
+A stopped or killed preparation goes on where it was. Exit status: 0 done, 2 a fault in what was asked.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from outgrow.model.base.errors import UserError, unknown
+from outgrow.model.base.interrupt import started
+from outgrow.model.base.settings import CONF, compose_config, plain, read
+from outgrow.train.corpus import report
+from outgrow.train.corpus.settings import ExecutorSettings, executor_faults
+from outgrow.train.data.settings import DataSettings, disagreements
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """conf/prepare.yaml."""
+
+    data: DataSettings
+    corpus: ExecutorSettings
+    progress: bool
+
+
+@dataclass(frozen=True)
+class FilterSettings:
+    """conf/filter.yaml: of label, fit and score."""
+
+    data: DataSettings
+    labels: str
+    filter: str
+    scores: str
+    encoder: str | None
+    revision: str | None
+    max_tokens: int
+    trees: int
+    min_samples_leaf: int
+    held_out: float
+    seed: int
+    progress: bool
+
+
+@dataclass(frozen=True)
+class InspectSettings:
+    """conf/inspect.yaml."""
+
+    folders: tuple[str, ...]
+    out: str | None
+    samples: int
+    characters: int
+    seed: int
+    check: bool
+
+
+def settings_from(cls: type[T], name: str, overrides: Sequence[str]) -> T:
+    """conf/<name>.yaml under `key=value` overrides, as the dataclass `cls`.
+
+    Raises:
+        UserError: every unknown, missing and mistyped key, and data settings that cannot work, at once.
+    """
+    cfg, faults = compose_config(CONF, name, list(overrides))
+    values = plain(cfg, faults)
+    settings = read(cls, values, "", faults) if values else None
+    if isinstance(settings, PrepareSettings | FilterSettings):
+        faults += disagreements(settings.data)
+    if isinstance(settings, PrepareSettings):
+        faults += executor_faults(settings.corpus)
+    if isinstance(settings, InspectSettings):
+        faults += [] if settings.folders else ["folders: none; give prepared folders: 'folders=[data/stdlib]'"]
+        faults += [f"{key}: must not be negative" for key in ("samples", "characters") if getattr(settings, key) < 0]
+    if isinstance(settings, FilterSettings):
+        faults += [f"{key}: must be positive" for key in ("max_tokens", "trees", "min_samples_leaf") if getattr(settings, key) <= 0]
+        faults += [] if 0 < settings.held_out < 1 else [f"held_out: must be a share between 0 and 1; found {settings.held_out}"]
+    UserError.collect(dict.fromkeys(faults))
+    assert settings is not None
+    return settings
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------------------------
+
+
+def prepare(overrides: Sequence[str]) -> None:
+    """Prepare one corpus, and say what became of its documents."""
+    from outgrow.train.corpus.build import prepare as build
+
+    settings = settings_from(PrepareSettings, "prepare", overrides)
+    print(report.prepared(build(settings.data, progress=settings.progress, executor=settings.corpus).folder))
+
+
+def label(overrides: Sequence[str]) -> None:
+    """Label a corpus of Python modules by the demonstration rules."""
+    from outgrow.train.corpus.filter.fit import write_labels
+    from outgrow.train.corpus.filter.rules import RULES
+
+    settings = settings_from(FilterSettings, "filter", overrides)
+    counts = write_labels(settings.data, Path(settings.labels))
+    print(
+        f"{settings.labels}: {counts[1]} documents labelled 1, {counts[0]} labelled 0. Demonstration labels; 1 is where every rule holds:"
+    )
+    print("\n".join(f"  {rule}" for rule in RULES))
+
+
+def fit(overrides: Sequence[str]) -> None:
+    """Fit a filter on labels, and say how it does on those held out."""
+    from outgrow.train.corpus.filter.fit import FitSettings
+    from outgrow.train.corpus.filter.fit import fit as fit_filter
+
+    settings = settings_from(FilterSettings, "filter", overrides)
+    if settings.encoder is None:
+        raise UserError("encoder: missing; give the source checkpoint's folder, or any encoder of the Hugging Face hub: encoder=owner/name")
+    chosen = FitSettings(**{key: getattr(settings, key) for key in FitSettings.__dataclass_fields__})
+    print(report.fitted(settings.filter, fit_filter(chosen, settings.data, Path(settings.labels), Path(settings.filter))))
+
+
+def score(overrides: Sequence[str]) -> None:
+    """Score the documents of a corpus, kept or not."""
+    from outgrow.train.corpus.filter.score import Filter, write_scores
+    from outgrow.train.corpus.progress import bar
+    from outgrow.train.corpus.read.corpora import documents, open_corpus
+
+    settings = settings_from(FilterSettings, "filter", overrides)
+    corpus, fitted = open_corpus(settings.data), Filter(Path(settings.filter).expanduser(), settings.encoder)
+    with bar("scoring", getattr(corpus, "size", None), settings.progress) as advance:
+        histogram = write_scores(documents(settings.data, corpus), settings.data, fitted, Path(settings.scores), advance)
+    print(report.scored(settings.scores, histogram))
+
+
+def write(overrides: Sequence[str]) -> None:
+    """Have a language model write documents, and say what they cost."""
+    from outgrow.train.corpus.writing.run import write as run
+    from outgrow.train.corpus.writing.settings import settings_from as write_settings
+
+    print(run(write_settings(overrides)))
+
+
+def inspect(overrides: Sequence[str]) -> None:
+    """Show what prepared folders hold."""
+    from outgrow.model.base.files import write_text
+    from outgrow.train.corpus import inspect as module
+    from outgrow.train.corpus.picture import draw
+    from outgrow.train.corpus.progress import bar
+    from outgrow.train.data.shards import check_data
+
+    settings = settings_from(InspectSettings, "inspect", overrides)
+    sources = []
+    for folder in map(Path, settings.folders):
+        if settings.check:
+            with bar(f"checking {folder.name}", None, True) as advance:
+                check_data(folder, advance)
+        sources.append(module.inspect(folder, samples=settings.samples, characters=settings.characters, seed=settings.seed))
+    text = module.report(sources)
+    if settings.out is not None:
+        write_text(Path(settings.out) / "inspection.md", text)
+        draw(sources, Path(settings.out) / "inspection.png")
+    print(text)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "prepare": prepare,
+    "label": label,
+    "fit": fit,
+    "score": score,
+    "inspect": inspect,
+    "write": write,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The door: a UserError is one message on stderr and exit status 2."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or any(argument in ("-h", "--help") for argument in given):
+        keys = "\n\n".join((CONF / name).read_text() for name in ("prepare.yaml", "filter.yaml", "inspect.yaml", "data/base/all.yaml"))
+        print(f"{__doc__}\nKeys and defaults:\n\n{keys}")
+        return
+    try:
+        if given[0] not in COMMANDS:
+            unknown("command", given[0], COMMANDS)
+        COMMANDS[given[0]](given[1:])
+    except UserError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where this one was", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    started()
+    main()
