@@ -180,6 +180,8 @@ def _walk(root: str, own: frozenset[str] | set[str], left_out: list[str]) -> Ite
     seen = {inside}
 
     def unlisted(error: OSError) -> None:
+        if error.filename == root and isinstance(error, FileNotFoundError):
+            return  # that there is nothing at all is told by whoever asks
         left_out.append(f"{error.filename}: cannot be listed ({error.strerror})")
 
     for folder, inner, names in os.walk(root, onerror=unlisted, followlinks=True):
