@@ -1,17 +1,26 @@
-# make setup: .venv alone; make demo: the whole study on this machine; make test: the suite; make lint: ruff and mypy. All set up .venv first.
+# make setup: .venv alone; make demo: the whole study on this machine; make lint: ruff and mypy. All set up .venv first.
+# make test: what is quick, in three minutes; make test-slow: runs, kills, processes and environments of their own; make test-all: both.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-slow test-all lint clean
 setup: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/outgrow study tiny
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	$(PYTEST) -m "not slow"
+
+test-slow: $(STAMP)
+	$(PYTEST) -m slow
+
+test-all: $(STAMP)
+	$(PYTEST)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

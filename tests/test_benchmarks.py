@@ -15,6 +15,7 @@ from outgrow.model.presets import preset
 from outgrow.train.machine.forecast import GIB
 
 
+@pytest.mark.slow
 def test_the_loop_and_the_bare_loop_end_at_the_same_loss(tmp_path: Path) -> None:
     bench = script("bench_train")
     work = bench.work_of(tmp_path, 4)
@@ -38,6 +39,7 @@ def test_the_published_result_holds_what_is_claimed() -> None:
     assert all(line in page for line in script("bench_train").table(result).splitlines() if line.startswith("| "))
 
 
+@pytest.mark.slow
 def test_a_gpu_gets_what_fits_it(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = script("bench_gpu")
     monkeypatch.setattr(bench, "LAYERS", (4, 1))  # 9.2 and 5.4 GB of weights, gradients and moments
@@ -49,6 +51,7 @@ def test_a_gpu_gets_what_fits_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bench.fitting(config, lean, 2048, 8 * GIB) == 0
 
 
+@pytest.mark.slow
 def test_utilisation_is_model_flops_over_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = script("bench_gpu")
     monkeypatch.setattr(bench, "peak_flops", lambda *_: 1e12)
@@ -59,6 +62,7 @@ def test_utilisation_is_model_flops_over_the_peak(monkeypatch: pytest.MonkeyPatc
     assert 6 < found["last_loss"] < 8.5
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_at_toy_size_and_says_what_it_could_not_run(tmp_path: Path) -> None:
     choices = ["--attention", "sdpa", "flash_attention_2", "--compile", "false", "--checkpointing", "true", "--loss", "fused"]
     command = [sys.executable, str(FOLDER / "bench_gpu.py"), "--toy", *choices, "--out", str(tmp_path / "result.json")]

@@ -28,6 +28,7 @@ def test_the_walk_finds_the_tree() -> None:
     assert len(LEAVES) >= 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("group", "leaf"), [leaf for leaf in LEAVES if leaf[0] != "suite"]
 )  # of conf/evaluate.yaml: tests/train/test_suite.py
@@ -74,6 +75,7 @@ def test_an_experiment_is_a_delta_that_opens_with_its_command(experiment: str) -
     assert compose([f"experiment={experiment}"]).study == experiment
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_arms_of_an_experiment_differ_only_in_growth_and_name(experiment: str) -> None:
     given = [f"experiment={experiment}", "source=x"]
@@ -87,6 +89,7 @@ def test_the_arms_of_an_experiment_differ_only_in_growth_and_name(experiment: st
         assert other["name"] == f"{experiment}-{arm}-source_x-s0"
 
 
+@pytest.mark.slow
 def test_runs_are_named_without_a_clock() -> None:
     settings = compose(["experiment=tiny", "growth=tile", "seed=2"])
     assert (settings.name, settings.out) == ("tiny-tile-s2", "runs/tiny-tile-s2")
@@ -100,6 +103,7 @@ def test_hydra_leaves_nothing_behind() -> None:
     assert (hydra.run.dir, hydra.sweep.dir, hydra.sweep.subdir) == (".", ".", ".")
 
 
+@pytest.mark.slow
 def test_the_tiny_study_starts_from_what_the_tiny_source_leaves() -> None:
     assert compose(["experiment=tiny"]).source == str(Path(compose(["experiment=tiny_source"]).out) / "final")
     assert compose(["experiment=tiny"]).data == compose(["experiment=tiny_source"]).data

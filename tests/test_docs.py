@@ -222,6 +222,7 @@ def conf_of_a_reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
 def test_every_command_is_one_that_the_doors_take(words: list[str], conf_of_a_reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for room in ("model.base.settings", "train.start.naming", "train.settings"):
@@ -255,6 +256,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint_maker: An
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_the_snippets_of_a_page_run_in_their_order(page: str, reader: Path) -> None:
     known = set(OPERATORS)
@@ -371,6 +373,7 @@ def test_every_layer_map_is_drawn(name: str) -> None:
 # ---- grow.md, notation.md ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_table_of_sizes_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = script("benchmarks/grow_sizes.py", monkeypatch)
     peaks, bench = (json.loads(text_of(f"benchmarks/{name}.json")) for name in ("grow_sizes", "bench_growth"))
@@ -407,6 +410,7 @@ def test_the_picture_of_the_notation_shows_four_lines(monkeypatch: pytest.Monkey
     assert drawing.PICTURE.is_file()
 
 
+@pytest.mark.slow
 def test_the_schema_of_the_example_is_the_derived_one() -> None:
     indented = re.findall(r"^   ```schema\n(.*?)^   ```", text_of("docs/families.md"), re.DOTALL | re.MULTILINE)
     config = to_hf_config({"model_type": "falcon"}).to_dict()

@@ -22,6 +22,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("door", "library"), [("growth", "numpy"), ("train", "hydra"), ("train.data", "numpy"), ("experiments", "argparse")]
 )
@@ -90,6 +91,7 @@ print(status, sorted({"torch", "transformers", "accelerate", "datasets", "wandb"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("door", FAULTS)
 def test_a_fault_is_told_before_torch_is_imported(tmp_path: Path, door: str) -> None:
     """Importing torch takes longer than anyone wants to wait for a misspelt key."""

@@ -43,6 +43,7 @@ def graph(house: Path, room: str) -> dict[str, set[str]]:
     return edges
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", ROOMS)
 def test_no_module_of_a_room_imports_itself_by_a_detour(room: str) -> None:
     try:
@@ -69,6 +70,7 @@ def test_reading_tokens_imports_no_maker_of_tokens() -> None:
     assert len(readers) > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [*ROOMS, "tests", "benchmarks", "docs"])
 def test_rooms_are_imported_by_their_one_name(room: str) -> None:
     """Under a second name a module would be loaded twice."""

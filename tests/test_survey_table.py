@@ -123,6 +123,7 @@ def test_the_page_has_a_place_for_the_table(bench: ModuleType) -> None:
     assert text.index(bench.BEGIN) < text.index(bench.END)
 
 
+@pytest.mark.slow
 def test_one_class_is_asked_everything(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     story = bench.examine("gpt_neo", ["trained"], "cpu", "fp32", bench.write_text(tmp_path))

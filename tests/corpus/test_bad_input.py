@@ -130,6 +130,7 @@ def settings(tmp_path: Path) -> DataSettings:
     )
 
 
+@pytest.mark.slow
 def test_a_document_longer_than_a_shard_is_cut_over_several(settings: DataSettings) -> None:
     text = "".join(map(chr, np.random.default_rng(0).integers(97, 123, 5000)))
     (Path(settings.path or "") / "10.txt").write_text(text)
@@ -141,6 +142,7 @@ def test_a_document_longer_than_a_shard_is_cut_over_several(settings: DataSettin
     assert text in AutoTokenizer.from_pretrained(data.tokenizer_folder).decode(split.tokens[:])
 
 
+@pytest.mark.slow
 def test_a_source_that_ends_early_is_told(settings: DataSettings, capsys: pytest.CaptureFixture[str]) -> None:
     prepare(replace(settings, limit_documents=50, limit_tokens=10**6))
     err = capsys.readouterr().err

@@ -90,6 +90,7 @@ def near_of(signatures: np.ndarray, folder: Path, threshold: float = 0.8) -> dic
     return found
 
 
+@pytest.mark.slow
 def test_the_estimate_is_the_similarity(texts: list[list[str]], signatures: np.ndarray) -> None:
     pairs = [(i, j) for i in range(len(texts)) for j in range(i)]
     true = np.array([jaccard(texts[i], texts[j]) for i, j in pairs])
@@ -99,6 +100,7 @@ def test_the_estimate_is_the_similarity(texts: list[list[str]], signatures: np.n
     assert abs((estimate - true)[true > 0.3].mean()) < 0.02
 
 
+@pytest.mark.slow
 def test_near_duplicates_are_those_that_brute_force_finds(texts: list[list[str]], signatures: np.ndarray, tmp_path: Path) -> None:
     found = near_of(signatures, tmp_path)
     alike = {i: max(((jaccard(texts[i], texts[j]), j) for j in range(i)), default=(0.0, -1)) for i in range(len(texts))}
@@ -208,6 +210,7 @@ def removed(settings: DataSettings) -> dict[str, tuple[str, str]]:
     return {row["document"]: (row["reason"], row["detail"]) for row in rows}
 
 
+@pytest.mark.slow
 def test_every_document_is_kept_or_listed_with_its_reason(settings: DataSettings) -> None:
     data = prepare(settings, progress=False)
     found = removed(settings)
@@ -227,6 +230,7 @@ def test_every_document_is_kept_or_listed_with_its_reason(settings: DataSettings
     assert counts["benchmarks"]["ngrams"] == 19
 
 
+@pytest.mark.slow
 def test_cleaning_is_the_same_for_any_number_of_workers(settings: DataSettings, tmp_path: Path) -> None:
     contents = []
     for count in (1, 3):
@@ -236,6 +240,7 @@ def test_cleaning_is_the_same_for_any_number_of_workers(settings: DataSettings, 
     assert contents[0] == contents[1]
 
 
+@pytest.mark.slow
 def test_another_benchmark_builds_again(settings: DataSettings, folder: Path) -> None:
     prepare(settings, progress=False)
     (folder / "four.txt").write_text(" ".join(f"q{i}" for i in range(20)))

@@ -188,6 +188,7 @@ def test_settings_that_cannot_work_are_told_together() -> None:
 # ---- hub ------------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_dataset_is_read_as_datasets_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool) -> None:
     import datasets

@@ -33,6 +33,7 @@ def test_what_the_leaves_share_is_what_holds_where_nothing_is_said() -> None:
     assert composed == asdict(DataSettings("files", "files", path="x"))
 
 
+@pytest.mark.slow
 def test_a_hub_leaf_says_offline_what_cannot_be_reached(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as status:
         main(["prepare", "data=cosmopedia", f"data.folder={tmp_path / 'tokens'}", "progress=false"])

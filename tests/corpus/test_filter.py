@@ -120,6 +120,7 @@ def source(
     return folder
 
 
+@pytest.mark.slow
 def test_a_text_is_the_mean_hidden_state_of_the_causal_model(source: Path) -> None:
     found = load_encoder(str(source), None, 48).embed(TEXTS)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(source)
@@ -263,6 +264,7 @@ def settings(corpus: Path, filter_folder: Path, tmp_path: Path, monkeypatch: pyt
     )
 
 
+@pytest.mark.slow
 def test_the_best_share_is_kept_and_the_rest_listed(settings: DataSettings) -> None:
     data = prepare(settings, progress=False)
     assert data.train.documents + data.validation.documents == 30
@@ -278,6 +280,7 @@ def test_the_best_share_is_kept_and_the_rest_listed(settings: DataSettings) -> N
     assert found["threshold"] == min(row["score"] for row in kept)
 
 
+@pytest.mark.slow
 def test_scores_are_not_computed_again_after_a_kill(settings: DataSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = prepare(replace(settings, folder=settings.home.with_name("whole").as_posix()), progress=False)
     calls: list[int] = []
@@ -302,6 +305,7 @@ def test_scores_are_not_computed_again_after_a_kill(settings: DataSettings, monk
     assert sum(calls) == 100
 
 
+@pytest.mark.slow
 def test_another_filter_builds_again(settings: DataSettings, filter_folder: Path, tmp_path: Path) -> None:
     prepare(settings, progress=False)
     before = settings.home.stat().st_ino
@@ -333,6 +337,7 @@ def test_filter_and_keep_go_together() -> None:
     assert [fault.split(":")[0] for fault in faults] == ["data.clean", "data.clean.keep"]
 
 
+@pytest.mark.slow
 def test_the_commands_label_fit_and_score(corpus: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [json.dumps({"document": f"{i:02d}.txt", "label": i % 2}) for i in range(100)]
     (tmp_path / "labels.jsonl").write_text("\n".join(lines))

@@ -110,6 +110,7 @@ def served(tmp_path: Path) -> Iterator[str]:
     server.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_url_is_read_as_a_folder_is(tmp_path: Path, served: str, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("outgrow.train.corpus.read.files.TASK_BYTES", 1500)
@@ -118,6 +119,7 @@ def test_a_url_is_read_as_a_folder_is(tmp_path: Path, served: str, workers: int,
     assert prepare(there, progress=False).fingerprint == prepare(here, progress=False).fingerprint
 
 
+@pytest.mark.slow
 def test_a_store_that_refuses_is_told(served: str) -> None:
     with pytest.raises(UserError, match=r"http://127\.0\.0\.1:\d+/none\.jsonl: cannot be (listed|read)"):
         read(f"{served}/none.jsonl")
@@ -181,6 +183,7 @@ def test_a_zstd_stream_of_a_wide_window_is_read(tmp_path: Path) -> None:
     assert read(tmp_path) == {"a.txt.zst": "wide"}
 
 
+@pytest.mark.slow
 def test_large_rows_of_a_small_parquet_file_take_a_few_of_them_at_a_time(tmp_path: Path) -> None:
     row = "x" * 2**20
     pyarrow.parquet.write_table(pyarrow.table({"text": [row] * 256}), tmp_path / "a.parquet")

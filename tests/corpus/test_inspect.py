@@ -82,6 +82,7 @@ def test_scores_of_kept_and_removed_are_counted(folder: Path) -> None:
     assert "| 0.1–0.2 | 5 | 0 |" in report([found])
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_and_a_picture(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     score(folder)
     main(["inspect", f"folders=[{folder},{folder}]", f"out={tmp_path / 'seen'}", "check=true"])

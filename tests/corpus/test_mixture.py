@@ -236,6 +236,7 @@ def test_what_a_mixture_cannot_be(phases: list[PhaseSettings], fault: str) -> No
         UserError.collect(faults(*phases))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [10, 50, 1000, 999])
 def test_phases_in_shares_of_the_run_fit_any_budget(rows: int) -> None:
     mixture = make(PhaseSettings(weights={"web": 0.5, "books": 0.5}, share=0.94), PhaseSettings(weights={"code": 1.0}), rows=rows)
@@ -266,6 +267,7 @@ def test_a_source_that_ends_early_is_told_before_the_run() -> None:
         make(weights(a=0.5, b=0.5), splits={"a": SPLITS["web"], "b": TokenSplit("train", Tokens([np.arange(8)]), 1, 8)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "fault"),
     [
@@ -286,6 +288,7 @@ def test_faults_are_told_at_the_door_under_their_whole_names(override: str, faul
     assert fault in str(caught.value)
 
 
+@pytest.mark.slow
 def test_where_a_source_lies_is_no_part_of_what_a_run_is() -> None:
     from outgrow.train.settings import compose, settings_hash
 
@@ -297,6 +300,7 @@ def test_where_a_source_lies_is_no_part_of_what_a_run_is() -> None:
     assert hash_of("mixture.phases=[{weights:{stdlib:0.5,textbooks:0.5}}]") != hash_of()
 
 
+@pytest.mark.slow
 def test_runs_that_were_begun_before_there_were_shares_go_on() -> None:
     from outgrow.train.settings import compose, identity
 
@@ -348,6 +352,7 @@ def test_weights_are_the_numbers_as_written() -> None:
     assert dict(phase.weights) == {"web": Fraction(857, 1000), "books": Fraction(143, 1000)}
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_the_mixture_and_refuses_to_go_on_with_another(tmp_path: Path) -> None:
     from outgrow.train.loop import train
     from outgrow.train.settings import compose
@@ -380,6 +385,7 @@ def test_a_run_trains_on_the_mixture_and_refuses_to_go_on_with_another(tmp_path:
 SYNTHETIC, NATURAL, CODE, PHI_1 = {"synthetic"}, {"web"}, {"code"}, {"code", "textbooks", "exercises"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shares"),
     [
@@ -405,6 +411,7 @@ def test_presets_mix_as_their_papers_say(name: str, shares: list[tuple[set[str],
         assert abs(sum(counts.get(source, 0) for source in sources) - share * rows) < len(mixture.sources)
 
 
+@pytest.mark.slow
 def test_phi_1_reads_code_with_textbooks_and_then_exercises_6_percent_of_the_run() -> None:
     from outgrow.train.settings import compose
 

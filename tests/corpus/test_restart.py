@@ -42,6 +42,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [{}, {"limit_documents": 57}, {"limit_bytes": 20_000, "limit_tokens": 4000}])
 def test_the_number_of_workers_changes_no_byte(settings: DataSettings, tmp_path: Path, limit: dict[str, int]) -> None:
     found = []
@@ -55,6 +56,7 @@ def test_the_number_of_workers_changes_no_byte(settings: DataSettings, tmp_path:
     assert limit.get("limit_bytes", 0) <= read["bytes"] < limit.get("limit_bytes", 10**6) + 500
 
 
+@pytest.mark.slow
 def test_what_lies_behind_a_limit_may_be_broken_for_any_number_of_workers(settings: DataSettings, tmp_path: Path) -> None:
     (Path(settings.path or "") / "07.jsonl").write_text("no JSON\n" * 10)
     for count in (1, 2):
@@ -90,6 +92,7 @@ def tasks_done(settings: DataSettings, monkeypatch: pytest.MonkeyPatch, stage: s
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "stop"), [("read", 1), ("read", 15), ("tokenise", 7), ("pack", 2)])
 def test_tasks_that_are_done_are_not_done_again(settings: DataSettings, monkeypatch: pytest.MonkeyPatch, stage: str, stop: int) -> None:
     whole = replace(settings, folder=settings.home.with_name("whole").as_posix())
@@ -100,6 +103,7 @@ def test_tasks_that_are_done_are_not_done_again(settings: DataSettings, monkeypa
     assert contents(settings.home) == contents(whole.home)
 
 
+@pytest.mark.slow
 def test_after_a_change_what_other_files_were_read_to_is_kept(settings: DataSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks_done(settings, monkeypatch, "tokenise", 0)
     path, read = Path(settings.path or "") / "03.jsonl", list[str]()

@@ -57,6 +57,7 @@ def stamp(settings: DataSettings) -> int:
 # ---- what is written --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_tokens_are_the_documents_each_with_its_end(settings: DataSettings) -> None:
     data = build(settings)
     tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_folder)
@@ -74,6 +75,7 @@ def test_the_tokens_are_the_documents_each_with_its_end(settings: DataSettings) 
     assert data.vocab_size == 280
 
 
+@pytest.mark.slow
 def test_the_manifest_says_what_was_read(settings: DataSettings) -> None:
     build(settings)
     manifest = json.loads((settings.home / "manifest.json").read_text())
@@ -97,6 +99,7 @@ def test_the_manifest_says_what_was_read(settings: DataSettings) -> None:
     assert sorted(path.name for path in settings.home.parent.iterdir()) == ["texts", "tokens", "tokens.lock"]
 
 
+@pytest.mark.slow
 def test_the_tokenizer_never_sees_the_validation_part(settings: DataSettings) -> None:
     for path in Path(settings.path or "").iterdir():
         text = "zq" * 200 + path.name
@@ -107,6 +110,7 @@ def test_the_tokenizer_never_sees_the_validation_part(settings: DataSettings) ->
     assert max(map(len, vocabulary.keys() - {"<|endoftext|>"})) > 3
 
 
+@pytest.mark.slow
 def test_a_given_tokenizer_is_taken(settings: DataSettings, tmp_path: Path) -> None:
     first = build(settings)
     own = shutil.copytree(first.tokenizer_folder, tmp_path / "own")
@@ -118,6 +122,7 @@ def test_wide_vocabularies_take_four_bytes() -> None:
     assert [dtype_of(size).itemsize for size in (2048, 65536, 65537)] == [2, 2, 4]
 
 
+@pytest.mark.slow
 def test_reading_stops_with_the_document_that_reaches_the_limit(settings: DataSettings) -> None:
     whole = build(settings)
     limited = build(replace(settings, limit_tokens=2500, limit_bytes=10**6))
@@ -140,6 +145,7 @@ def test_tokens_slice_as_one_array(lengths: list[int]) -> None:
 # ---- built once, and again when it has to be --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_there_is_opened_not_built(settings: DataSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     first, before = build(settings), stamp(settings)
     monkeypatch.setattr("outgrow.train.corpus.build._build", lambda *_: pytest.fail("built again"))
@@ -153,6 +159,7 @@ def test_what_is_there_is_opened_not_built(settings: DataSettings, monkeypatch: 
     assert stamp(settings) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["content", "new file", "renamed", "vocab_size", "seed", "validation_fraction", "shard_tokens"])
 def test_a_change_builds_again(settings: DataSettings, change: str) -> None:
     first, before, texts = build(settings), stamp(settings), Path(settings.path or "")
@@ -173,6 +180,7 @@ def test_a_change_builds_again(settings: DataSettings, change: str) -> None:
     assert (first.train.tokens[:] == kept).all()  # who has it open goes on reading what it had
 
 
+@pytest.mark.slow
 def test_rebuilding_the_same_gives_the_same_bytes(settings: DataSettings) -> None:
     build(settings)
     before = {path: path.read_bytes() for path in settings.home.rglob("*") if path.is_file()}
@@ -192,6 +200,7 @@ print(build.prepare(settings, progress=False).fingerprint)
 """
 
 
+@pytest.mark.slow
 def test_of_several_processes_one_builds(settings: DataSettings) -> None:
     command = [sys.executable, "-c", PROCESS, repr(settings)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
@@ -220,6 +229,7 @@ def test_a_build_that_fails_leaves_nothing_that_opens(settings: DataSettings, mo
             open_data(folder)
 
 
+@pytest.mark.slow
 def test_a_rebuild_that_fails_keeps_the_former(settings: DataSettings) -> None:
     first, texts = build(settings), Path(settings.path or "")
     (texts / "broken.jsonl").write_text("no JSON")
@@ -295,6 +305,7 @@ def test_a_corpus_without_text_or_without_one_split_is_refused(settings: DataSet
         build(replace(settings, validation_fraction=0.0, vocab_size=0))
 
 
+@pytest.mark.slow
 def test_progress_is_shown_on_stderr_or_not_at_all(settings: DataSettings, capfd: pytest.CaptureFixture[str]) -> None:
     build(settings)
     assert capfd.readouterr() == ("", "")

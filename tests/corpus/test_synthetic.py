@@ -146,6 +146,7 @@ def spoil(item: Item) -> str:
     return f"{head}\nassert not ({claim})"
 
 
+@pytest.mark.slow
 def test_items_are_a_function_of_kind_and_seed() -> None:
     first = list(islice(draw_items("exercises", 0), 60))
     assert list(islice(draw_items("exercises", 0), 30)) == first[:30]
@@ -157,6 +158,7 @@ def test_items_are_a_function_of_kind_and_seed() -> None:
     assert done.stdout.strip() == hashlib.sha256(repr(first).encode()).hexdigest(), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_items_are_distinct_and_seldom_near(kind: str) -> None:
     """`train.data prepare` with data.clean.near_duplicates counts them at full size."""
@@ -183,6 +185,7 @@ def test_a_generator_that_has_no_more_says_so(monkeypatch: pytest.MonkeyPatch) -
 # ---- the process that runs programs ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "fault"),
     [
@@ -208,6 +211,7 @@ def test_a_program_can_do_nothing_but_compute(program: str, fault: str | None) -
     assert found is None if fault is None else fault in (found or "")
 
 
+@pytest.mark.slow
 def test_a_busy_machine_fails_no_program() -> None:
     """Seconds are of computing; those in which it waits are not counted."""
     waiting = "import time\ntime.sleep(0.5)"
@@ -232,6 +236,7 @@ def settings(tmp_path: Path, **more: Any) -> DataSettings:
     return DataSettings(**given | {"validation_fraction": 0.2} | more)
 
 
+@pytest.mark.slow
 def test_the_generator_is_a_source_like_any_other(tmp_path: Path) -> None:
     data = prepare(settings(tmp_path), progress=False)
     assert data.train.documents + data.validation.documents == 60
@@ -251,6 +256,7 @@ def test_an_item_whose_program_fails_is_left_out_and_counted(monkeypatch: pytest
     assert [document.name for document in documents(given, open_corpus(given))][1:7] == names[:6]
 
 
+@pytest.mark.slow
 def test_reading_goes_on_from_any_place(tmp_path: Path) -> None:
     given, tally = settings(tmp_path, limit_documents=30), Tally()
     whole = list(documents(given, open_corpus(given)))

@@ -141,6 +141,7 @@ def counted(items: Iterator[Item]) -> tuple[int, int]:
     return all_of_them, wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_no_text_has_a_remark_about_another_program(kind: str) -> None:
     """Once four in ten and more such remarks stood beside a program without what they name."""

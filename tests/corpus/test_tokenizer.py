@@ -43,6 +43,7 @@ def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return found[:-1]
 
 
+@pytest.mark.slow
 def test_another_process_with_another_order_and_thread_count_trains_the_same(trained: PreTrainedTokenizerFast) -> None:
     environment = {
         "RAYON_NUM_THREADS": "1",

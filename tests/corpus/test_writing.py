@@ -107,6 +107,7 @@ def lines(settings: WriteSettings, kind: str = "") -> list[dict[str, Any]]:
 # ---- prompts --------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_every_leaf_has_each_of_its_prompts_once(leaf: str) -> None:
     settings = settings_from([f"prompts={leaf}", "model=x"])
@@ -218,6 +219,7 @@ def test_a_prompt_that_always_fails_is_put_aside_and_the_rest_goes_on(stub: Stub
     assert [entry["number"] for entry in lines(settings)] == list(range(12))
 
 
+@pytest.mark.slow
 def test_an_answer_that_drips_is_given_up(stub: Stub, settings: WriteSettings) -> None:
     """Each read is quick, the whole is not."""
     stub.pause = 0.02  # after each byte
@@ -225,6 +227,7 @@ def test_an_answer_that_drips_is_given_up(stub: Stub, settings: WriteSettings) -
         write(dataclasses.replace(settings, number=1, attempts=2, timeout_seconds=0.3))
 
 
+@pytest.mark.slow
 def test_a_rate_limit_is_waited_for(stub: Stub, settings: WriteSettings) -> None:
     stub.reply = lambda number, question: (429, {"Retry-After": "0.4"}, b"") if number == 1 else told(number, question)
     start = time.monotonic()
@@ -247,6 +250,7 @@ def test_what_cannot_pass_ends_at_once(stub: Stub, settings: WriteSettings, stat
     assert len(stub.questions) <= settings.at_once
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_away_ends_it_and_what_is_written_is_kept(stub: Stub, settings: WriteSettings) -> None:
     stub.reply = lambda number, question: told(number, question) if number <= 5 else (503, {}, b"overloaded")
     assert "put aside, 503: overloaded: 7; the same command asks again" in write(settings)
@@ -308,6 +312,7 @@ def test_a_server_that_does_not_count_is_refused_where_money_is_bounded(stub: St
 # ---- the files ------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_line_that_a_kill_cut_off_is_written_again(stub: Stub, settings: WriteSettings) -> None:
     write(dataclasses.replace(settings, number=6))
     path = Path(settings.out)
@@ -320,6 +325,7 @@ def test_a_line_that_a_kill_cut_off_is_written_again(stub: Stub, settings: Write
         assert len(stub.questions) == before + 1
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_every_prompt_is_written_once(stub: Stub, tmp_path: Path) -> None:
     """Kill −9 while answers come in, three times; in the end the file is the one of an undisturbed run."""
 
@@ -371,6 +377,7 @@ def test_two_writers_of_one_file_are_one_too_many(stub: Stub, settings: WriteSet
         write(settings)
 
 
+@pytest.mark.slow
 def test_what_is_written_is_a_source(stub: Stub, settings: WriteSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = [f"out={settings.out}", f"server={stub.url}", "model=stub", "number=30", "progress=true", "system=null"]
     door.main(["write", *more])
@@ -397,6 +404,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, checkpoint_maker: Callable[.
     return folder
 
 
+@pytest.mark.slow
 def test_a_local_model_writes_the_same_again(model: Path, settings: WriteSettings, tmp_path: Path) -> None:
     given = dataclasses.replace(settings, server=None, model=str(model), number=5, max_tokens=8)
     write(given)

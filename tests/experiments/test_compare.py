@@ -141,6 +141,7 @@ def test_the_control_arm_is_a_row_but_never_the_answer(study: list[Path], tmp_pa
     assert answer(comparison).startswith("lossless reaches")
 
 
+@pytest.mark.slow
 def test_csv_round_trip(study: list[Path], tmp_path: Path) -> None:
     comparison = compare(study)
     write(comparison, tmp_path / "out")
@@ -157,6 +158,7 @@ def test_csv_round_trip(study: list[Path], tmp_path: Path) -> None:
     assert len(whole["runs"]) == 12
 
 
+@pytest.mark.slow
 def test_the_door_writes_every_file_and_a_page_that_needs_no_network(
     study: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +176,7 @@ def test_the_door_writes_every_file_and_a_page_that_needs_no_network(
     assert (out / "convergence.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_what_differs_beside_the_growth_stands_at_the_top_everywhere(
     study: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,6 +245,7 @@ def test_the_picture_shows_every_seed_every_mean_and_the_line(study: list[Path])
 LONG = "lossless-depth_identity-noise0.5-target_hidden_size96+num_hidden_layers8"
 
 
+@pytest.mark.slow
 def test_long_names_leave_the_axes_their_room_and_no_labels_touch(tmp_path: Path) -> None:
     arms = {"scratch": 4.0, LONG: 3.62, f"{LONG}-optimizer_muon-schedule_cosine": 3.63, "a" * 120: 3.64}
     folders = [fabricate(tmp_path, arm, [8.0, 5.0, end], source=None if arm == "scratch" else SOURCE) for arm, end in arms.items()]
@@ -281,6 +285,7 @@ def test_labels_are_pushed_apart_and_colours_kept() -> None:
     assert len(set(chosen.values())) == len(chosen)
 
 
+@pytest.mark.slow
 def test_wandb_gets_table_and_picture_offline(study: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 

@@ -103,6 +103,7 @@ def test_published_rows_name_their_source_and_columns_of_the_suite() -> None:
         assert all(0 < value < 100 and math.isfinite(value) for value in (*row.groups.values(), *row.tasks.values()))
 
 
+@pytest.mark.slow
 def test_the_picture_has_a_panel_for_each_group_that_has_a_number(tmp_path: Path) -> None:
     suite = load_suite("phi_2")
     draw(suite, [Evaluated("mine", tmp_path, {}, {task.group: None for task in suite.tasks}, None)], tmp_path / "p.png")

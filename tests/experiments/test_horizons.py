@@ -110,6 +110,7 @@ def test_the_table_and_the_sentence_say_what_was_measured(tmp_path: Path) -> Non
     assert "nothing can be said" in answer(worths(SCRATCH_ENDS))
 
 
+@pytest.mark.slow
 def test_a_record_gives_the_files_that_its_runs_gave(tmp_path: Path) -> None:
     write_ends(
         tmp_path / "first.json", [*(dataclasses.replace(e, name=str(i)) for i, e in enumerate(SCRATCH_ENDS)), end("grown", 2e12, 2.5)]

@@ -47,6 +47,7 @@ def test_the_table_says_what_was_read_and_what_changed() -> None:
     assert lines[-1].endswith("Machine: a machine.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_arms_of_a_study_differ_in_their_mixture_alone(name: str) -> None:
     study = dataclasses.replace(load(name), seeds=(0, 1))
@@ -87,6 +88,7 @@ def test_a_study_that_cannot_be_is_told_at_once(tmp_path: Path, monkeypatch: pyt
         assert fault in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_whole_study_on_small_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two arms, two seeds, four steps. The text that only one arm reads is the one it is better at."""
     from outgrow.train.loop import train as train_run

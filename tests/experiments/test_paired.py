@@ -112,6 +112,7 @@ def test_an_arm_without_a_source_has_none_to_pay_for(tmp_path: Path) -> None:
     assert answer(compare(folders)) == "stacked reaches scratch's final loss with 40 % fewer FLOPs (it has no source to pay for)"
 
 
+@pytest.mark.slow
 def test_what_the_trainer_counted_is_what_the_comparison_reads(overrides: list[str], tmp_path: Path) -> None:
     """Six steps of real toy runs: taught for three of them by the source; frozen under a new layer; stacked after two."""
     source = loop.train(compose([*overrides, "train.keep_optimizer=true", f"out={tmp_path / 'source'}"])) / "final"

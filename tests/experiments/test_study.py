@@ -66,6 +66,7 @@ def grids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Job]]:
         return {study.name: jobs(study, replace(study.full, seeds=study.full.seeds[:1])) for study in studies}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_composes(name: str, elsewhere: Path, grids: dict[str, list[Job]]) -> None:
     study = load_study(name)
@@ -82,6 +83,7 @@ def test_every_study_composes(name: str, elsewhere: Path, grids: dict[str, list[
     assert all(job.name == f"{job.settings.study}-{job.arm}-lr{job.settings.optimizer.learning_rate:g}-s0" for job in grids[name])
 
 
+@pytest.mark.slow
 def test_the_grid_is_run_on_the_tuning_seeds_only(elsewhere: Path, grids: dict[str, list[Job]]) -> None:
     study = load_study("tiny")
     extent = replace(study.full, arms=("scratch",), seeds=(0, 1, 2), learning_rate_factors=(0.5, 1, 2), tuning_seeds=(0,))
@@ -90,6 +92,7 @@ def test_the_grid_is_run_on_the_tuning_seeds_only(elsewhere: Path, grids: dict[s
     assert points == list(zip((0, 0, 0, 1, 2), rates, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_what_is_committed_are_the_runs_that_the_study_defines(name: str, grids: dict[str, list[Job]]) -> None:
     if not load_study(name).source:
@@ -123,6 +126,7 @@ def test_what_is_committed_follows_from_its_own_curves(name: str) -> None:
         assert row["seed_savings"] == ("" if None in pairs else " ".join(map(repr, pairs))), row["arm"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_arms_differ_in_growth_learning_rate_and_what_they_say_only(name: str, grids: dict[str, list[Job]]) -> None:
     arms, (first, *others) = load_study(name).arms, [job for job in grids[name] if job.arm != "source"]
@@ -135,6 +139,7 @@ def test_arms_differ_in_growth_learning_rate_and_what_they_say_only(name: str, g
         assert all(any(key.startswith(word) for key in differing) for word in said), "an override that changes nothing"
 
 
+@pytest.mark.slow
 def test_the_control_arm_pays_scratchs_flops(elsewhere: Path) -> None:
     study = load_study("tiny")
     by_arm = {job.arm: job.settings.train for job in jobs(study, study.demo)}
@@ -176,6 +181,7 @@ def test_a_wrong_definition_names_every_fault(tmp_path: Path, monkeypatch: pytes
         load_study("tiny")
 
 
+@pytest.mark.slow
 def test_an_arm_may_be_a_growth_and_overrides(elsewhere: Path) -> None:
     study = load_study("tiny")
     arm = Arm(growth="lossless", overrides=("transfer=distilled", "schedule.rewarm=new"), learning_rate=2e-3)
@@ -187,6 +193,7 @@ def test_an_arm_may_be_a_growth_and_overrides(elsewhere: Path) -> None:
     assert (job.settings.schedule.rewarm, job.settings.optimizer.learning_rate) == ("new", 2e-3)
 
 
+@pytest.mark.slow
 def test_an_arm_that_composes_to_no_run_is_named_with_all_its_faults(elsewhere: Path) -> None:
     study = load_study("tiny")
     wrong = {
@@ -213,6 +220,7 @@ def tiny() -> tuple[Study, Job, list[Job]]:
     return study, source, jobs(study, study.demo)
 
 
+@pytest.mark.slow
 def test_a_stage_is_skipped_only_when_it_is_done_and_the_same(elsewhere: Path) -> None:
     _, source, (job, *_) = tiny()
     assert complete(source)
@@ -226,6 +234,7 @@ def test_a_stage_is_skipped_only_when_it_is_done_and_the_same(elsewhere: Path) -
         complete(other, source)
 
 
+@pytest.mark.slow
 def test_a_run_from_a_retrained_source_is_refused(elsewhere: Path) -> None:
     _, source, todo = tiny()
     job = next(job for job in todo if job.arm == "lossless")
@@ -237,6 +246,7 @@ def test_a_run_from_a_retrained_source_is_refused(elsewhere: Path) -> None:
         complete(job, source)
 
 
+@pytest.mark.slow
 def test_a_complete_study_trains_nothing(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import outgrow.experiments.study as module
 
@@ -271,6 +281,7 @@ def obey(overrides: tuple[str, ...], log: str) -> str:
     return log
 
 
+@pytest.mark.slow
 def test_runs_are_spread_over_processes_and_one_that_fails_leaves_the_others_their_turn(
     elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -319,6 +330,7 @@ def sleeper(overrides: tuple[str, ...], log: str) -> str:
     return log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_ctrl_c_stops_a_study_within_seconds_and_nothing_new_starts(at_once: int, tmp_path: Path) -> None:
     import multiprocessing
@@ -339,6 +351,7 @@ def test_ctrl_c_stops_a_study_within_seconds_and_nothing_new_starts(at_once: int
     assert len(list(tmp_path.glob("logs/*.begun"))) == len(list(tmp_path.glob("logs/*.saved"))) == at_once
 
 
+@pytest.mark.slow
 def test_a_source_may_be_a_checkpoint_that_is_there(elsewhere: Path) -> None:
     study = replace(load_study("tiny"), source="runs/tiny_source-scratch-s0/final")
     assert source_job(study) is None

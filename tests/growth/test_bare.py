@@ -25,6 +25,7 @@ def target(model: Any) -> dict[str, int]:
     return {"intermediate_size": model.config.intermediate_size + 8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("around", [torch.compile, nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model))])
 def test_what_is_around_a_model_is_taken_off(model: Any, around: Callable[[Any], Any]) -> None:
     plain, wrapped = grow_model(model, target(model)), grow_model(around(model), target(model))

@@ -78,6 +78,7 @@ GROWN: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "target", "depth"), GROWN, ids=str)
 def test_the_text_model_grows_and_what_is_around_it_stays(
     tmp_path: Path, checkpoint_maker: Any, name: str, target: dict[str, Any], depth: str
@@ -104,6 +105,7 @@ def test_the_text_model_grows_and_what_is_around_it_stays(
         assert {tensor for tensor in large.tensors if tensor.startswith(TOWERS[name])} == set(towers)
 
 
+@pytest.mark.slow
 def test_whole_layers_are_copied_and_lists_of_layers_follow(tmp_path: Path, checkpoint_maker: Any) -> None:
     source = checkpoint_maker(tmp_path / "source", config_of("gemma3"))
     grown = grow(source, tmp_path / "out", target={"num_hidden_layers": 5}, depth=[0, 1, 1, 2, 2])
@@ -117,12 +119,14 @@ def test_whole_layers_are_copied_and_lists_of_layers_follow(tmp_path: Path, chec
     AutoModelForCausalLM.from_pretrained(grown.folder)
 
 
+@pytest.mark.slow
 def test_the_plan_says_what_the_projector_writes() -> None:
     lines = plan(config_of("gemma3"), {"hidden_size": 24}).family.schema.splitlines()
     assert "multi_modal_projector.mm_input_projection_weight  tensor 12, residual" in lines
     assert "multi_modal_projector.mm_soft_emb_norm.weight  tensor 12" in lines
 
 
+@pytest.mark.slow
 def test_a_config_as_the_hub_has_it_says_little_and_is_completed() -> None:
     """Gemma 3's 4B: no vocabulary, no heads, no layer_types in its text_config."""
     text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34, "sliding_window": 1024}
@@ -138,6 +142,7 @@ def test_a_config_as_the_hub_has_it_says_little_and_is_completed() -> None:
     assert shapes["vision_tower.encoder.layers.26.mlp.fc1.weight"] == (4304, 1152)
 
 
+@pytest.mark.slow
 def test_a_projector_that_no_picture_went_through_grows_by_whole_factors_alone() -> None:
     """Mllama's cross-attention reads what its projector writes without a norm in between."""
     text = TEXT | {"num_key_value_heads": 2, "num_hidden_layers": 4, "cross_attention_layers": [1, 3]}
@@ -152,6 +157,7 @@ def test_a_projector_that_no_picture_went_through_grows_by_whole_factors_alone()
     assert any(note.startswith("not tested: language_model.model.layers.1.cross_attn") for note in made.notes)
 
 
+@pytest.mark.slow
 def test_a_projector_that_computes_in_the_text_models_width_is_seen_with_a_picture() -> None:
     """LLaVA's has an activation between two matrices as wide as the text model: copies pass through it, residues' scale does not."""
     config = {"text_config": TEXT | {"model_type": "llama"}, "vision_config": EYES | {"model_type": "clip_vision_model"}}
@@ -163,6 +169,7 @@ def test_a_projector_that_computes_in_the_text_models_width_is_seen_with_a_pictu
     assert "with a picture among them" in made.notes[1]
 
 
+@pytest.mark.slow
 def test_a_file_with_the_names_of_an_older_library(tmp_path: Path, checkpoint_maker: Any) -> None:
     """As on the hub: today's library calls the picture tower's tensors otherwise, and knows the older names when it loads."""
     source = checkpoint_maker(tmp_path / "source", config_of("gemma3"))
@@ -176,6 +183,7 @@ def test_a_file_with_the_names_of_an_older_library(tmp_path: Path, checkpoint_ma
         assert (now - then).abs().max() <= 2e-5 * max(1, then.abs().max())
 
 
+@pytest.mark.slow
 def test_in_memory_as_on_disk(tmp_path: Path, checkpoint_maker: Any) -> None:
     source = checkpoint_maker(tmp_path / "source", config_of("llama4"))
     grown = grow(source, tmp_path / "out", target={"hidden_size": 24}, noise=0.2)

@@ -41,6 +41,7 @@ def moved(source: Path, grown: Path, length: int = 28) -> float:
     return float((before - after).abs().max() / before.abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theta", [10000.0, 5e5])
 def test_a_config_of_transformers_4_takes_a_preset(theta: float) -> None:
     made = plan(PHI | {"rope_theta": theta}, "phi_2")
@@ -69,6 +70,7 @@ OLDER: dict[str, dict[str, Any]] = {  # families whose older configs leave out w
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OLDER)
 def test_layers_keep_their_kind_where_the_config_does_not_list_it(tmp_path: Path, name: str) -> None:
     source = make_checkpoint(tmp_path / "source", config_of(name, **OLDER[name]))
@@ -89,6 +91,7 @@ def test_attention_that_is_not_scaled(tmp_path: Path) -> None:
     assert moved(source, grown.folder) <= FLOOR["layer"]
 
 
+@pytest.mark.slow
 def test_attention_scaled_by_a_layers_number_is_exact_where_no_layer_moves(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", config_of("gpt2", scale_attn_by_inverse_layer_idx=True))
     for depth, exact in (("identity_top", True), ("identity", False)):
@@ -166,6 +169,7 @@ def test_mistral_may_have_a_width_that_its_heads_do_not_divide(tmp_path: Path) -
     assert grow(source, tmp_path / "out", target={"hidden_size": 30}).certificate.lossless
 
 
+@pytest.mark.slow
 def test_a_head_that_becomes_its_own_keeps_the_function(tmp_path: Path) -> None:
     for name in ("gemma", "gpt2"):
         source = make_checkpoint(tmp_path / name, config_of(name, tie_word_embeddings=True))

@@ -191,6 +191,7 @@ def a_pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [many_keys, many_numbers, many_lists, much_text, a_device, a_pipe])
 def test_a_config_without_bound_is_refused_in_bounded_time_and_memory(source: Path, make: Callable[[Path], None]) -> None:
     make(source / "config.json")

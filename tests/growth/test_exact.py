@@ -63,6 +63,7 @@ def test_lemon_is_lossless_only_where_no_other_norm_has_its_epsilon(name: str, c
     assert plan(config, target, "lossless").certificate.lossless
 
 
+@pytest.mark.slow
 def test_small_queries_show_that_a_shared_epsilon_is_not_lossless(tmp_path: Path) -> None:
     config = config_of("qwen3") | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     small = {
@@ -74,6 +75,7 @@ def test_small_queries_show_that_a_shared_epsilon_is_not_lossless(tmp_path: Path
     assert relative[0] < 1e-5 < 1e-4 < relative[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["opt", "mixtral"])
 def test_lemon_is_refused_its_certificate_where_no_key_sets_the_epsilon(name: str) -> None:
     if name == "opt":
@@ -94,6 +96,7 @@ NEMOTRON = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("hidden", [48, 64])
 def test_a_bias_beside_a_scale_that_is_stored_minus_one_is_stored_as_it_is(tmp_path: Path, tied: bool, hidden: int) -> None:
@@ -104,6 +107,7 @@ def test_a_bias_beside_a_scale_that_is_stored_minus_one_is_stored_as_it_is(tmp_p
     assert grown.receipt.max_delta < 1e-12
 
 
+@pytest.mark.slow
 def test_new_rows_come_from_the_next_layer_of_the_same_kind(tmp_path: Path) -> None:
     from transformers import Qwen2MoeConfig
 
@@ -157,6 +161,7 @@ def test_what_is_too_large_for_float16_once_scaled_is_an_error_that_names_the_te
 # ---- operators that are what they say -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["hyperclone_noisy", "hyperclone_noisy_diagonal"])
 def test_noisy_hyperclones_are_ten_decibels_below_and_leave_the_head(tmp_path: Path, form: str) -> None:
     from outgrow.growth.__main__ import CONF
@@ -239,6 +244,7 @@ def test_sixteen_bit_sources_keep_their_writers_bits_where_the_epsilon_is_free()
     assert asked.recipe.eps_factor == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "phi"])
 def test_a_result_in_float32_is_exact_where_bfloat16_rounds(tmp_path: Path, name: str) -> None:
     random_model(config_of(name)).to(torch.bfloat16).save_pretrained(tmp_path / "source")
@@ -263,6 +269,7 @@ def test_a_result_in_float32_is_exact_where_bfloat16_rounds(tmp_path: Path, name
     assert all(torch.equal(values, outside.get_parameter(key)) for key, values in inside.named_parameters())
 
 
+@pytest.mark.slow
 def test_a_matrix_that_is_five_percent_too_large_does_not_pass_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     random_model(config_of("llama")).to(torch.bfloat16).save_pretrained(tmp_path / "source")
     target = {"hidden_size": 48, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -382,6 +389,7 @@ def test_new_layers_are_copies_of_their_own_kind(source: str, target: str, layer
         assert " ".join(f"{layer}*" if idle else f"{layer}" for layer, idle in zip(found.layers, found.identity, strict=True)) == layers
 
 
+@pytest.mark.slow
 def test_depth_grows_where_the_first_layer_alone_is_dense(tmp_path: Path) -> None:
     from transformers import DeepseekV3Config
 

@@ -208,6 +208,7 @@ def test_normal_numbers_are_normal() -> None:
     np.testing.assert_array_equal(normal_bits(0.5, "F16"), (quantiles() / 2).astype(np.float16).view(np.uint16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [("float16", {"noise": 0.5}), ("float32", {"operator": "random_pad"}), ("bfloat16", {"operator": "net2net", "noise": 0.5})],
@@ -227,6 +228,7 @@ def test_bits_do_not_depend_on_the_size_of_blocks_nor_on_compiled_loops(
                 np.testing.assert_array_equal(small.read(name), large.read(name), err_msg=name)
 
 
+@pytest.mark.slow
 def test_experts_in_one_tensor_are_grown_a_few_rows_at_a_time(tmp_path: Path, monkeypatch: Any, checkpoint_maker: Any) -> None:
     """(expert, in, out): an expert's matrix is never held whole, and the bits are those of one block."""
 

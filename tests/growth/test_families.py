@@ -33,6 +33,7 @@ def test_the_schema_covers_the_real_model_exactly(tmp_path: Path, name: str, cha
     assert parameter_count(config) == sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_lossless_on_every_axis(tmp_path: Path, checkpoint_maker: Any, name: str, tied: bool) -> None:
@@ -91,6 +92,7 @@ def test_layer_types_follow_the_layer_map() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_certificate_and_logits_agree(name: str) -> None:
     """Over operators × ratios: whatever is certified keeps every logit, and whatever is not does not."""

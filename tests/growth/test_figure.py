@@ -41,6 +41,7 @@ def test_bars_show_shares(phi_config: dict[str, Any]) -> None:
     assert space_bar(made, "vocab") == "█" * 20
 
 
+@pytest.mark.slow
 def test_the_matrix_in_the_picture_is_the_one_that_is_written(phi_folder: Path, tmp_path: Path) -> None:
     grown = grow(phi_folder, tmp_path / "out", target=BIGGER, noise=0.2)
     with Checkpoint(phi_folder) as source, Checkpoint(tmp_path / "out") as written:
@@ -60,6 +61,7 @@ def test_the_matrix_in_the_picture_is_the_one_that_is_written(phi_folder: Path, 
     assert "24 → 30" in texts
 
 
+@pytest.mark.slow
 def test_a_small_source_beside_a_large_result_is_shown_by_magnitude_too(phi_folder: Path) -> None:
     """Were its signs kept, the negative half of it would be black on a scale that begins at zero."""
     with Checkpoint(phi_folder) as source:
@@ -76,6 +78,7 @@ def test_a_small_source_beside_a_large_result_is_shown_by_magnitude_too(phi_fold
     assert f"{made.source_parameters:,} → " in texts
 
 
+@pytest.mark.slow
 def test_a_picture_without_weights_and_a_name_that_is_no_picture(phi_config: dict[str, Any], tmp_path: Path) -> None:
     made = plan(phi_config, BIGGER, "tile")
     draw(made, tmp_path / "plan.svg")
@@ -85,6 +88,7 @@ def test_a_picture_without_weights_and_a_name_that_is_no_picture(phi_config: dic
             draw(made, tmp_path / name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "target"), [("mpt", {"n_layers": 5}), ("starcoder2", {"hidden_size": 32, "num_attention_heads": 4})])
 def test_a_family_without_a_schema_has_its_picture_too(tmp_path: Path, checkpoint_maker: Any, name: str, target: dict[str, int]) -> None:
     source = checkpoint_maker(tmp_path / "source", strangers.config_of(name))

@@ -48,6 +48,7 @@ def source(phi_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_grown_folder_loads_with_transformers_alone(source: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -69,6 +70,7 @@ def test_a_grown_folder_loads_with_transformers_alone(source: Path, tmp_path: Pa
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
 
 
+@pytest.mark.slow
 def test_an_existing_folder_is_replaced_only_when_asked_and_only_by_a_whole_one(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
     out = grow(source, tmp_path / "out", target=BIGGER).folder
     before = (out / "growth.json").read_bytes()
@@ -84,6 +86,7 @@ def test_an_existing_folder_is_replaced_only_when_asked_and_only_by_a_whole_one(
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
 
 
+@pytest.mark.slow
 def test_at_every_moment_there_is_the_old_folder_or_the_new_one(tmp_path: Path) -> None:
     out, missing, done = tmp_path / "out", 0, False
     out.mkdir()
@@ -184,6 +187,7 @@ def test_a_wrong_schema_is_caught_by_the_receipt(source: Path, tmp_path: Path, m
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
+@pytest.mark.slow
 def test_a_folder_that_the_library_loads_otherwise_is_blamed_itself(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
     import outgrow.model.build
 
@@ -245,6 +249,7 @@ grow(sys.argv[1], sys.argv[2], target={"hidden_size": 30, "intermediate_size": 5
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [0, 20, 40])
 def test_kill_9_leaves_no_folder_and_the_next_growth_succeeds(source: Path, tmp_path: Path, limit: int) -> None:
     out = tmp_path / "out"
@@ -265,6 +270,7 @@ def test_two_growths_into_one_folder_are_refused_and_the_first_goes_on(source: P
         assert first.exists()
 
 
+@pytest.mark.slow
 def test_the_engine_does_not_import_torch() -> None:
     code = "import sys, outgrow.growth, outgrow.growth.__main__; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -280,6 +286,7 @@ def door(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "outgrow.growth", *arguments], capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_the_door_grows_and_says_what_it_did(source: Path, tmp_path: Path) -> None:
     target = "target={hidden_size:30,intermediate_size:50,num_hidden_layers:4}"
     done = door(f"source={source}", target, "growth=lossless", f"out={tmp_path / 'out'}", "growth.depth=stack")
@@ -289,6 +296,7 @@ def test_the_door_grows_and_says_what_it_did(source: Path, tmp_path: Path) -> No
     assert (tmp_path / "out" / "growth.json").exists()
 
 
+@pytest.mark.slow
 def test_the_door_prints_a_plan_of_phi_without_weights() -> None:
     started = time.perf_counter()
     done = door("source=phi_1_5", "target=phi_2", "plan_only=true")
@@ -299,6 +307,7 @@ def test_the_door_prints_a_plan_of_phi_without_weights() -> None:
     assert time.perf_counter() - started < 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "messages"),
     [

@@ -476,6 +476,7 @@ def test_the_largest_finite_numbers_pass(phi_folder: Path, tmp_path: Path, dtype
     assert (stored[0, 0], stored[1, 1]) == (torch.finfo(dtype).max, torch.finfo(dtype).min)
 
 
+@pytest.mark.slow
 def test_shards_that_are_links_are_read_as_the_hubs_cache_lays_them_out(phi_folder: Path, tmp_path: Path) -> None:
     snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
     blobs.mkdir()

@@ -25,6 +25,7 @@ def bits(model: Any) -> dict[str, torch.Tensor]:
     return {names[name]: parameter.detach().view(torch.uint8) for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "operator"), [("llama", "lossless"), ("gpt_neox", "net2net"), ("gpt2", "tile"), ("phi", "scratch")])
 def test_memory_and_disk_give_the_same_bits(tmp_path: Path, name: str, operator: str, dtype: torch.dtype) -> None:

@@ -235,6 +235,7 @@ def test_a_shared_expert_behind_a_gate_of_zeros_is_doubled(tmp_path: Path) -> No
     assert not after[f"{name}.shared_expert_gate.weight"].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bits_do_not_depend_on_threads_or_shards(tmp_path: Path, dtype: str) -> None:
     dense("qwen2").to(getattr(torch, dtype)).save_pretrained(tmp_path / "source")
@@ -257,6 +258,7 @@ def mixture(pair: str, **changes: Any) -> Any:
     return random_model(to_hf_config(config).to_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{}, {"hidden_size": 40, "num_hidden_layers": 3}])
 @pytest.mark.parametrize("pair", ["llama", "qwen3", "olmo2"])
 def test_copies_chosen_together_keep_the_function(pair: str, sizes: dict[str, int]) -> None:

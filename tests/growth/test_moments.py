@@ -69,6 +69,7 @@ def furthest(source: Any, made: Plan, least: Origin = Origin.COPY) -> float:
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_moments_are_those_of_the_grown_models_own_gradients(name: str, tied: bool) -> None:
@@ -82,6 +83,7 @@ def test_moments_are_those_of_the_grown_models_own_gradients(name: str, tied: bo
     assert bool(list(inexact(uneven))) == (families()[name].norm == "layer")
 
 
+@pytest.mark.slow
 def test_noise_and_new_tokens_are_named_as_what_makes_moments_inexact() -> None:
     source = random_model(config_of("llama"))
     for sizes, options, reason in (({"intermediate_size": 80}, {"noise": 0.3}, "noise 0.3"), ({"vocab_size": 64}, {}, "vocab")):
@@ -100,6 +102,7 @@ def means(values: torch.Tensor, step: Step) -> torch.Tensor:
     return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_under_noise_copies_get_the_mean_of_their_own_moments(name: str, tied: bool) -> None:
@@ -129,6 +132,7 @@ STRANGERS: dict[str, dict[str, int]] = {  # experts in one tensor of three axes,
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STRANGERS)
 def test_moments_of_a_derived_family(tmp_path: Path, name: str) -> None:
     source = random_model(stranger(name))
@@ -166,6 +170,7 @@ def test_moments_of_a_derived_family(tmp_path: Path, name: str) -> None:
         assert all(torch.equal(from_disk.state[there][key], optimizer.state[here][key]) for key in ("exp_avg", "exp_avg_sq"))
 
 
+@pytest.mark.slow
 def test_operators_that_do_not_keep_the_function_reset_or_keep_originals_only() -> None:
     source = random_model(config_of("gpt2"))
     target = renamed("gpt2", {"hidden_size": 32, "intermediate_size": 60})
@@ -220,6 +225,7 @@ def saved(tmp_path: Path, model: Any, form: str) -> Path:
     return tmp_path / "optimizer.pt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["one group", "named, shuffled", "matrices and vectors", "accelerate"])
 @pytest.mark.parametrize("name", ["phi", "gpt_neox"])
 def test_saved_states_grow_on_disk_as_in_memory(tmp_path: Path, name: str, form: str) -> None:

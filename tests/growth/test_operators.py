@@ -54,6 +54,7 @@ def test_head_norms_forbid_lossless_head_growth(phi_config: dict[str, Any]) -> N
     assert all("normalises over it" in reason for reason in reasons)
 
 
+@pytest.mark.slow
 def test_certificate_and_receipt_agree(tmp_path: Path, phi_folder: Path) -> None:
     targets = [
         BIGGER,
@@ -78,6 +79,7 @@ def test_certificate_and_receipt_agree(tmp_path: Path, phi_folder: Path) -> None
     assert checked[False] >= 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_in_low_precision_growth_adds_no_more_error_than_the_cast(
     tmp_path: Path, phi_config: dict[str, Any], checkpoint_maker: Any, dtype: str
@@ -298,6 +300,7 @@ def test_split_readers_sum_to_the_source_over_all_small_sizes() -> None:
     assert Expansion.identity(4).write.is_identity
 
 
+@pytest.mark.slow
 def test_randomness_goes_by_name_not_by_threads_or_shards(tmp_path: Path, phi_folder: Path) -> None:
     one = grow(phi_folder, tmp_path / "one", target=BIGGER, noise=0.4, threads=1)
     many = grow(phi_folder, tmp_path / "many", target=BIGGER, noise=0.4, threads=5, max_shard_bytes=20_000)

@@ -55,6 +55,7 @@ def test_a_passage_is_spread_over_the_whole_text(spoken: Path, file: Path) -> No
     assert len({tuple(prompt) for prompt in passage.prompts}) == PROMPTS
 
 
+@pytest.mark.slow
 def test_a_receipt_on_a_text_has_its_perplexity_and_continuations(spoken: Path, file: Path, tmp_path: Path) -> None:
     grown = grow(spoken, tmp_path / "out", target={"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4}, text=file)
     receipt = grown.receipt
@@ -138,6 +139,7 @@ def test_a_source_without_a_tokenizer_or_with_another_models_is_told(phi_folder:
         read_passage(file, spoken, 96, 64)
 
 
+@pytest.mark.slow
 def test_the_door_prints_them_side_by_side(spoken: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = "target={intermediate_size:80}"
     main([f"source={spoken}", f"out={tmp_path / 'out'}", target, f"receipt.text={file}"])

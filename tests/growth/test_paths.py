@@ -86,6 +86,7 @@ def test_the_door_takes_an_optimizer_by_its_file(here: Path) -> None:
     assert settings_from(["source=a", "target=phi_2", "out=x", "optimizer=adamw"]).optimizer == "adamw"
 
 
+@pytest.mark.slow
 def test_training_still_chooses_its_optimizer_by_group(here: Path) -> None:
     from outgrow.train.settings import compose
 
@@ -100,6 +101,7 @@ def test_a_sweep_passes_paths_on(here: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert sweep_points(["growth=tile,stack", text]) == [["growth=tile", text], ["growth=stack", text]]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_its_optimizer_through_the_door(phi_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import torch
     from transformers import AutoModelForCausalLM

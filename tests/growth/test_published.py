@@ -64,6 +64,7 @@ def hollow_checkpoint(folder: Path, config: Mapping[str, Any], tensors: Mapping[
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_size_is_planned_from_its_headers(tmp_path: Path, name: str) -> None:
     config, target = PUBLISHED[name]
@@ -73,6 +74,7 @@ def test_a_published_size_is_planned_from_its_headers(tmp_path: Path, name: str)
     assert {step.name: step.shape for step in made.steps} == shapes(made.target_config)
 
 
+@pytest.mark.slow
 def test_layers_for_further_tokens_are_left_out_as_the_library_leaves_them(tmp_path: Path) -> None:
     """GLM-4.5's files have one layer more than its config says, which predicts the token after the next."""
     built = shapes(whole_config(GLM_4_5_AIR))
@@ -169,6 +171,7 @@ GROWN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # model type → ti
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GROWN)
 def test_a_published_family_grows_losslessly(tmp_path: Path, checkpoint_maker: Any, name: str) -> None:
     config, target = GROWN[name]
@@ -185,6 +188,7 @@ REFUSED: dict[str, dict[str, Any]] = {name: config for name, (config, _) in GROW
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "target", "message"),
     [

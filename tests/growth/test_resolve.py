@@ -30,6 +30,7 @@ def layers_of(model: Any) -> torch.nn.ModuleList:
     return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STRANGERS)
 @pytest.mark.parametrize("depth", ["stack", "proportional", [0, 1, 1, 2, 2]], ids=str)
 def test_depth_grows_without_a_schema(tmp_path: Path, checkpoint_maker: Any, name: str, depth: Any) -> None:
@@ -124,6 +125,7 @@ DERIVED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DERIVED)
 def test_a_derived_schema_grows_losslessly(tmp_path: Path, checkpoint_maker: Any, name: str) -> None:
     source = checkpoint_maker(tmp_path / "source", config_of(name))
@@ -134,6 +136,7 @@ def test_a_derived_schema_grows_losslessly(tmp_path: Path, checkpoint_maker: Any
     assert "confirmed: a tiny random model of the family" in grown.plan.notes[1]
 
 
+@pytest.mark.slow
 def test_a_file_without_the_base_models_prefix_and_with_old_buffers(tmp_path: Path, checkpoint_maker: Any) -> None:
     source = checkpoint_maker(tmp_path / "source", config_of("bloom"))
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(source / "model.safetensors").items()}
@@ -145,6 +148,7 @@ def test_a_file_without_the_base_models_prefix_and_with_old_buffers(tmp_path: Pa
         assert "h.3.mlp.dense_h_to_4h.weight" in out.tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "target", "depth", "message"),
     [
@@ -163,6 +167,7 @@ def test_what_is_not_confirmed_is_refused(tmp_path: Path, checkpoint_maker: Any,
 WIDE = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", ["tile", "random_pad", "scratch"])
 def test_an_operator_that_is_not_lossless_grows_head_dims_of_a_derived_family(operator: str) -> None:
     """As it does where the family has a schema of its own: full rotary positions turn other dims, and nobody said otherwise."""
@@ -175,6 +180,7 @@ def test_an_operator_that_is_not_lossless_grows_head_dims_of_a_derived_family(op
     assert not derived.certificate.lossless
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", ["lossless", "net2net"])
 def test_an_operator_that_claims_to_be_lossless_is_held_to_it(operator: str) -> None:
     """By a derived schema, which knows of no rotary positions, the certificate would be lossless."""
@@ -182,6 +188,7 @@ def test_an_operator_that_claims_to_be_lossless_is_held_to_it(operator: str) -> 
         plan(config_of("mixtral", **WIDE), {"head_dim": 16}, operator)
 
 
+@pytest.mark.slow
 def test_hidden_size_and_heads_grow_by_ratios_of_their_own() -> None:
     target = {"hidden_size": 80, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 8}
     grown = plan(config_of("mixtral", **WIDE), target)
@@ -217,6 +224,7 @@ def test_sizes_in_miniature(tiny: int, before: int, after: int, multiple: int, s
     assert scaled(tiny, before, after, multiple) == size
 
 
+@pytest.mark.slow
 def test_the_hash_of_a_derived_plan_is_the_same_where_the_rehearsal_rounds_otherwise() -> None:
     made = plan(config_of("mixtral", **WIDE), {"intermediate_size": 48})
     other = replace(made, notes=(made.notes[0], "confirmed: kept its logits in float64 to 3e-07 of the largest"))
@@ -225,6 +233,7 @@ def test_the_hash_of_a_derived_plan_is_the_same_where_the_rehearsal_rounds_other
     assert made.hash != plan(config_of("mixtral", **WIDE), {"intermediate_size": 40}).hash
 
 
+@pytest.mark.slow
 def test_a_derived_schema_says_what_each_axis_is() -> None:
     assert plan(config_of("gpt_oss"), {"hidden_size": 24}).family.schema.splitlines() == [
         "model.embed_tokens  vocab -> residual",
@@ -245,6 +254,7 @@ def test_a_derived_schema_says_what_each_axis_is() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_depth_that_the_librarys_class_would_not_take_is_refused(tmp_path: Path, checkpoint_maker: Any) -> None:
     """DeepSeek's first layers are dense by their number, so a repeated first layer is no layer that its class builds in second place."""
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24}
@@ -274,6 +284,7 @@ def test_a_config_with_more_layers_than_the_file_has_tensors_builds_nothing(tmp_
         grow(source, tmp_path / "out", target={"hidden_size": 32})
 
 
+@pytest.mark.slow
 def test_a_deeper_decoder_remembers_keys_and_values_of_all_its_layers(tmp_path: Path) -> None:
     """The library counts them by the encoder's layers, which a decoder alone does not have, so that count follows."""
     sizes = {"d_model": 16, "decoder_attention_heads": 2, "decoder_ffn_dim": 24, "decoder_layers": 2, "encoder_layers": 2}
@@ -292,6 +303,7 @@ def test_a_config_with_infinities_as_the_library_writes_them(tmp_path: Path) -> 
     assert to_hf_config(json.loads((tmp_path / "config.json").read_text())).time_step_limit[1] == float("inf")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -307,6 +319,7 @@ def test_a_tiny_twin_stands_for_all_kinds_of_layers_and_is_tiny(name: str, chang
         assert any("q_proj" in tensor for tensor in draft.seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["starcoder2", "gpt_oss"])
 def test_a_growth_by_a_derived_schema_can_be_followed_again(tmp_path: Path, checkpoint_maker: Any, name: str) -> None:
     from outgrow.growth.grow import recorded_plan

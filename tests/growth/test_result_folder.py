@@ -246,6 +246,7 @@ grow(sys.argv[1], sys.argv[2], target={"intermediate_size": 80}, overwrite=True,
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchanges", [True, False])
 @pytest.mark.parametrize(("call", "number"), [("rename", 0), ("rename", 1), ("unlink", 0), ("unlink", 2), ("rmdir", 0)])
 def test_what_a_kill_leaves_while_a_folder_is_replaced_is_cleaned_by_the_next_growth(

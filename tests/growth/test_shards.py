@@ -56,6 +56,7 @@ def test_every_byte_is_in_its_place(tmp_path: Path, max_shard_bytes: int, thread
     assert all(read_header(file) for file in tmp_path.glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_the_disk_takes_every_page_as_it_is_written_and_the_cache_keeps_few(tmp_path: Path, monkeypatch: Any) -> None:
     """Each whole page is begun once, after it was written; some writes later it is waited for and leaves the cache."""
     calls: list[tuple[str, int, int]] = []

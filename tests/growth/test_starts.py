@@ -66,6 +66,7 @@ def test_starts_are_those_of_the_class(name: str) -> None:
             agree(start.quantiles, expected, tensor_name)
 
 
+@pytest.mark.slow
 def test_starts_take_the_sizes_of_the_model_and_not_of_a_twin() -> None:
     """Mamba's projections: uniform within 1/√fan-in, divided by √layers where they write to the residual stream."""
     known = starts(config_of("mamba2", hidden_size=128, head_dim=64, num_hidden_layers=8))
@@ -79,6 +80,7 @@ def test_a_normal_start_is_told_from_others() -> None:
     assert known["backbone.layers.0.mixer.out_proj.weight"].normal is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("name", "target"),
@@ -100,6 +102,7 @@ def test_scratch_starts_a_derived_family_as_its_class_does(tmp_path: Path, name:
             agree(found.numpy(), expected, tensor_name)
 
 
+@pytest.mark.slow
 def test_fresh_entries_take_the_values_of_their_place(tmp_path: Path) -> None:
     """Mamba 2's A_log counts its heads: those that are added go on counting, and no norm scale is drawn."""
     source = make_checkpoint(tmp_path / "source", config_of("mamba2"))
@@ -111,5 +114,6 @@ def test_fresh_entries_take_the_values_of_their_place(tmp_path: Path) -> None:
     assert torch.equal(found["backbone.norm_f.weight"][32:], torch.ones(32).double())
 
 
+@pytest.mark.slow
 def test_a_plan_that_draws_nothing_asks_for_no_starts() -> None:
     assert not plan(config_of("mixtral"), {"intermediate_size": 48}).starts

@@ -35,6 +35,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 def test_shares_written_one_after_the_other_are_the_bytes_of_one_process(
     phi_folder: Path, tmp_path: Path, one: dict[str, bytes], order: tuple[int, ...]
@@ -56,6 +57,7 @@ def start(source: Path, out: Path, worker: str, *more: str) -> subprocess.Popen[
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_workers_at_once_through_the_door(phi_folder: Path, tmp_path: Path, one: dict[str, bytes]) -> None:
     started = [start(phi_folder, tmp_path / "out", f"{number}/3") for number in range(3)]
     said = [process.communicate(timeout=120) for process in started]
@@ -83,6 +85,7 @@ grow(sys.argv[1], sys.argv[2], worker="0/2", threads=1, **json.loads(sys.argv[4]
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [0, 10, 20])
 def test_a_killed_worker_goes_on_where_it_was(phi_folder: Path, tmp_path: Path, one: dict[str, bytes], limit: int) -> None:
     out, partial = tmp_path / "out", tmp_path / "out.partial"
@@ -98,6 +101,7 @@ def test_a_killed_worker_goes_on_where_it_was(phi_folder: Path, tmp_path: Path, 
     assert {path.name for path in tmp_path.iterdir()} == FOLDERS
 
 
+@pytest.mark.slow
 def test_a_worker_killed_while_it_completes_the_folder(phi_folder: Path, tmp_path: Path, one: dict[str, bytes], monkeypatch: Any) -> None:
     out = tmp_path / "out"
     grow(phi_folder, out, worker="0/2", **HOW)
@@ -123,6 +127,7 @@ def test_a_wrong_result_is_not_kept(phi_folder: Path, tmp_path: Path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["seed", "workers", "shards", "weights"])
 def test_shards_of_another_growth_are_never_mixed_in(phi_folder: Path, tmp_path: Path, one: dict[str, bytes], change: str) -> None:
     other = {"seed": {"seed": 1}, "shards": {"max_shard_bytes": 45_000}}.get(change, {})
@@ -196,6 +201,7 @@ def test_the_door_tells_a_wrong_worker_with_all_else_that_is_wrong(worker: str) 
     assert "such as 0/4" in str(told.value)
 
 
+@pytest.mark.slow
 def test_a_folder_that_exists_is_kept_from_workers_too(phi_folder: Path, tmp_path: Path, one: dict[str, bytes]) -> None:
     with pytest.raises(UserError, match="exists already"):
         grow(phi_folder, tmp_path / "one", worker="0/2", **HOW)

@@ -101,6 +101,7 @@ def test_a_tiny_twin_is_as_deep_as_the_rhythm_of_its_layers() -> None:
     assert kept_layers({"full_attention_interval": 4, "layer_types": ["linear", "linear", "linear", "full"] * 2}, 8) == (0, 1, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "message"),
     [

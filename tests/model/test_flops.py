@@ -54,6 +54,7 @@ def pairs(context: int, window: int) -> int:
     return sum(min(place + 1, window) for place in range(context))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", [8, 33, 400])
 @pytest.mark.parametrize(
     ("kind", "more", "windowed"),
@@ -90,6 +91,7 @@ def test_chunks_attend_within_themselves() -> None:
     assert found.attention == pytest.approx(64 * (3 * 4 * pairs(16, 16) + pairs(64, 64)) / 64)
 
 
+@pytest.mark.slow
 def test_a_long_window_is_told_between_its_samples() -> None:
     config = to_hf_config({"model_type": "mistral", **SIZES, "max_position_embeddings": 1 << 17, "sliding_window": 4096}).to_dict()
     found = counted(config, 1 << 15)
@@ -108,6 +110,7 @@ def test_a_built_model_is_left_as_it_was() -> None:
     assert isinstance(count(meta_model(twin.config), LENGTH), Count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["roformer", "prophetnet"])
 def test_text_without_values_and_the_end_of_the_positions_are_counted_too(kind: str) -> None:
     """RoFormer looks for padding in its text; the last of ProphetNet's positions are its own."""
@@ -134,6 +137,7 @@ def test_where_nothing_is_traced_the_formula_stays_and_says_so() -> None:
     assert "formula" in flops_source(llama, LENGTH)
 
 
+@pytest.mark.slow
 def test_what_is_frozen_saves_no_more_than_windows_cost() -> None:
     gemma = {"model_type": "gemma2", **SIZES, "sliding_window": 16, "layer_types": ["sliding_attention"] * 4, "pad_token_id": 0}
     config = to_hf_config(gemma).to_dict()

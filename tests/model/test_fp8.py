@@ -96,6 +96,7 @@ def test_blocks_that_the_sizes_are_no_multiple_of_and_rows_read_in_parts(tmp_pat
         assert torch.equal(rows, expected[start:stop])
 
 
+@pytest.mark.slow
 def test_growth_dequantises_on_the_way_and_its_receipt_holds(tmp_path: Path) -> None:
     source = quantised(tmp_path / "source", (16, 16))
     load_model(source, dtype="bfloat16").save_pretrained(tmp_path / "plain")

@@ -158,6 +158,7 @@ def test_building_does_not_touch_the_global_random_state(phi_config: dict[str, A
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["phi", "llama", "gpt2", "gemma2"])
 def test_without_a_schema_the_librarys_class_is_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = to_hf_config({"model_type": name}).to_dict()

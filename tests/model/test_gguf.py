@@ -107,6 +107,7 @@ def test_a_gguf_is_unpacked_to_the_values_of_its_blocks(file: Path, weights: dic
     assert (folder / "tokenizer.json").exists()
 
 
+@pytest.mark.slow
 def test_it_grows_from_its_path_and_from_its_folder(file: Path, tmp_path: Path) -> None:
     target = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 3}
     one, other = (grow(source, tmp_path / f"out{number}", target=target) for number, source in enumerate((file, file.parent)))

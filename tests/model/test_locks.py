@@ -84,6 +84,7 @@ print(held)
 """
 
 
+@pytest.mark.slow
 def test_of_many_that_want_it_at_once_never_two_have_it(tmp_path: Path) -> None:
     command = [sys.executable, "-c", RACING, str(tmp_path / "file")]
     racing = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]

@@ -21,6 +21,7 @@ def seen(name: str, **changes: Any) -> Survey:
     return survey(config_of(name, **changes), attention=attention)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes", "same"),
     [
@@ -56,6 +57,7 @@ def test_a_head_that_does_not_read_what_a_base_model_gives_is_not_measured(name:
     assert not found.same(found.head)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes", "causal"), [("llama", {}, True), ("mamba", {}, True), ("bert", {}, False), ("bert", {"is_decoder": True}, True)]
 )
@@ -115,6 +117,7 @@ def test_a_mask_that_is_not_sent_is_a_leak(monkeypatch: pytest.MonkeyPatch) -> N
         surveys._survey.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "part"), [("llama", None), ("bart", "encoder_attn"), ("gemma3", "vision_tower"), ("afmoe", "expert_bias")]
 )

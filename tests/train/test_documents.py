@@ -112,6 +112,7 @@ LEAKING: dict[str, dict[str, Any]] = {  # whose classes do not look at positions
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "attention"), [("falcon", "sdpa"), ("falcon", "eager"), ("mpt", "eager"), ("gpt_oss", "eager"), ("opt", "sdpa")]
 )
@@ -127,6 +128,7 @@ def test_masks_that_are_handed_over_keep_documents_apart(family: str, attention:
         assert_packed_is_separate(network, alone, fused=way.fused)
 
 
+@pytest.mark.slow
 def test_packed_documents_are_separate_documents_in_flex_attention() -> None:
     """Forward only: PyTorch's FlexAttention has no backward pass on a CPU, and training with it there is refused."""
     with pytest.raises(

@@ -39,6 +39,7 @@ def run(text: list[str], out: Path, source: Path | str, *more: str) -> Settings:
     return compose([*text, f"source={source}", f"out={out}", "growth=lossless", LARGER, *more])
 
 
+@pytest.mark.slow
 def test_faults_of_the_source_and_of_its_growth_are_told_without_torch(text: list[str], phi_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "README").touch()
@@ -64,6 +65,7 @@ def test_faults_of_the_source_and_of_its_growth_are_told_without_torch(text: lis
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_what_can_be_grown_is_let_through(text: list[str], phi_folder: Path, phi_config: dict[str, Any], tmp_path: Path) -> None:
     check_source(run(text, tmp_path / "run", phi_folder))
     check_source(run(text, tmp_path / "run", phi_folder, "growth=scratch"))

@@ -51,12 +51,14 @@ def test_a_dense_source_trains_on_as_a_mixture(overrides: list[str], source: Pat
     assert "active for each token" in (folder / "final" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_scratch_of_the_same_target_is_the_same_network(overrides: list[str], source: Path) -> None:
     of = {name: target_config(compose(arm(overrides, source, f"growth={name}")), source) for name in ("upcycle", "scratch")}
     assert of["scratch"] == of["upcycle"]
     assert of["scratch"]["model_type"] == "qwen3_moe"
 
 
+@pytest.mark.slow
 def test_the_forecast_tells_active_parameters(overrides: list[str], source: Path) -> None:
     settings = compose(arm(overrides, source, "growth=upcycle"))
     found = forecast(settings)

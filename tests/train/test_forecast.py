@@ -44,6 +44,7 @@ def on_meta() -> Any:
         return AutoModelForCausalLM.from_config(to_hf_config(preset("phi_2")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gpus", "sharding"), [(1, "none"), (8, "none"), (8, "full"), (96, "full")])
 def test_phi_2_on_a100s_is_what_a_meta_device_counts(on_meta: Any, gpus: int, sharding: str) -> None:
     found = forecast(phi_2(gpus, f"sharding={sharding}", "train.checkpointing=true"))
@@ -74,6 +75,7 @@ def test_phi_2_on_a100s_is_what_a_meta_device_counts(on_meta: Any, gpus: int, sh
     assert found.flops_per_token == pytest.approx(6 * matrices + 3 * 2 * 32 * 32 * 160 * 2049 / 2)
 
 
+@pytest.mark.slow
 def test_a_run_on_one_gpu_fits_only_with_checkpointing() -> None:
     said = {option: tell(phi_2(1, f"train.checkpointing={option}")) for option in ("true", "false")}
     assert ", fits in 80 GiB" in said["true"]
@@ -117,6 +119,7 @@ def test_the_losses_peak_is_what_pytorch_allocates(fused: bool) -> None:
     assert told == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_the_optimizers_state_takes_what_is_told(name: str) -> None:
     settings = compose(["growth=scratch", "target=tiny_target", f"optimizer={name}", "forecast.gpus=1"])
@@ -142,6 +145,7 @@ def test_a_sharded_model_holds_two_layers_and_the_ends_whole() -> None:
     assert held.reduced == (2 + 4) * ends + exchanged
 
 
+@pytest.mark.slow
 def test_phi_2s_budget_in_the_documents_is_computed() -> None:
     """1.4 T tokens on 96 A100 in 14 days: the rate and the utilisation that they mean."""
     settings = phi_2(96, "forecast.days=14", "train.budget_tokens=1_400_000_000_000")
@@ -155,6 +159,7 @@ def test_phi_2s_budget_in_the_documents_is_computed() -> None:
     assert all(number in page for number in numbers)
 
 
+@pytest.mark.slow
 def test_a_dry_run_needs_no_source_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +179,7 @@ def test_a_dry_run_needs_no_source_and_leaves_nothing(
     )
 
 
+@pytest.mark.slow
 def test_what_cannot_be_forecast_is_refused() -> None:
     with pytest.raises(UserError, match=r"forecast.gpus: 96 do not divide the 256 windows .* try train.batch_tokens=589824"):
         forecast(compose([*PHI_2, "forecast.gpus=96"]))
@@ -185,6 +191,7 @@ def test_what_cannot_be_forecast_is_refused() -> None:
     assert hours["H100"] == pytest.approx(hours["A100"] * 312 / 989)  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_a_run_that_grows_on_its_way_is_cheaper_by_what_its_smaller_networks_save() -> None:
     common = ["source=x", "target=phi_2", "train.context=2048", "train.batch_tokens=16384", "train.budget_tokens=1638400", "dry_run=true"]
     leaf = next(path.stem for path in sorted((CONF / "growth").glob("*.yaml")) if "stages:" in path.read_text())
@@ -199,17 +206,20 @@ def test_a_run_that_grows_on_its_way_is_cheaper_by_what_its_smaller_networks_sav
     assert told.memory == whole.memory  # of the last, the largest
 
 
+@pytest.mark.slow
 def test_a_teacher_is_told_to_be_left_out() -> None:
     leaf = next(path.stem for path in sorted((CONF / "transfer").glob("*.yaml")) if "teacher:\n" in path.read_text())
     assert "not counted   the teacher" in tell(compose([*PHI_2, f"transfer={leaf}"]))
     assert "not counted" not in tell(compose(PHI_2))
 
 
+@pytest.mark.slow
 def test_what_is_frozen_is_told_to_be_counted_whole() -> None:
     assert "too much      what is frozen" in tell(compose([*PHI_2, "transfer=frozen"]))
     assert "too much" not in tell(compose(PHI_2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["phi", "llama"])
 def test_with_checkpointing_the_layer_that_is_computed_again_is_counted(family: str) -> None:
     """Against the peak of what PyTorch allocates in a forward and a backward pass."""
@@ -253,6 +263,7 @@ def test_devices_are_told_by_their_exact_names(device: str, peak: float | None, 
     assert (named(PEAK_BF16_FLOPS, device), named(MEMORY_GIB, device)) == (peak, memory)
 
 
+@pytest.mark.slow
 def test_the_experiment_fits_and_what_does_not_is_told_the_way_out() -> None:
     assert ", fits in 80 GiB" in tell(compose(PHI_2))
     whole = [*PHI_2, "train.checkpointing=false"]
@@ -262,6 +273,7 @@ def test_the_experiment_fits_and_what_does_not_is_told_the_way_out() -> None:
         assert f"with {key}: {forecast(compose([*whole, key])).memory.total / GIB:.1f} GiB, fits" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mixtral", "gemma3_text"])
 def test_a_dry_run_of_other_classes_needs_no_weights(kind: str) -> None:
     from outgrow.model.twin import tiny_twin

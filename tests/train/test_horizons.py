@@ -40,12 +40,14 @@ def horizons(trunk: Settings, tmp_path_factory: pytest.TempPathFactory) -> list[
     return train_horizons(placed(trunk, tmp_path_factory.mktemp("horizons")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(3))
 def test_a_horizon_is_the_run_that_its_budget_alone_gives(trunk: Settings, horizons: list[Path], number: int, tmp_path: Path) -> None:
     alone = horizon_runs(placed(trunk, tmp_path))[number]
     assert_same_run(horizons[number], loop.train(alone))
 
 
+@pytest.mark.slow
 def test_each_goes_on_from_the_longest_trunk_before_it_and_pays_for_it(horizons: list[Path]) -> None:
     records = [json.loads((folder / "run.json").read_text()) for folder in horizons]
     assert "trunk" not in records[0]
@@ -62,6 +64,7 @@ def test_each_goes_on_from_the_longest_trunk_before_it_and_pays_for_it(horizons:
     assert rates[3] == 3e-3 > rates[-1]  # step 8: still at the peak; the last: decayed
 
 
+@pytest.mark.slow
 def test_a_longer_horizon_is_added_to_a_trunk_that_exists(trunk: Settings, horizons: list[Path], tmp_path: Path) -> None:
     for folder in horizons[:2]:
         shutil.copytree(folder, tmp_path / folder.name)

@@ -50,6 +50,7 @@ def finished(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Pa
 # ---- what a run leaves ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_leaves_the_folder_that_others_read(finished: Path) -> None:
     assert sorted(path.name for path in finished.iterdir()) == [
         "checkpoints",
@@ -248,6 +249,7 @@ def train_and_kill(settings: Settings, step: int) -> None:
             loop.train(settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("log_every", [256, 640])  # at and across the checkpoint of step 3
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_killed_run_resumes_bit_identically(settings: Settings, tmp_path: Path, log_every: int, dropout: float) -> None:
@@ -292,12 +294,14 @@ def test_a_changed_text_is_refused(settings: Settings, tmp_path: Path, finished:
 # ---- the same losses however the work is split ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [1, 3, 4])  # 3 + 3 + 2 windows: uneven pieces weigh what they hold
 def test_accumulation_gives_the_losses_of_the_whole_batch(settings: Settings, tmp_path: Path, finished: Path, micro_batch: int) -> None:
     loop.train(at(settings, tmp_path / "run", micro_batch=micro_batch))
     assert_close_run(tmp_path / "run", finished)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one_in_two_runs_of_a_sweep(overrides: list[str], tmp_path: Path, finished: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "outgrow.train", "-m"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
@@ -338,6 +342,7 @@ def start_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run.json").read_text())["start"]
 
 
+@pytest.mark.slow
 def test_a_lossless_arm_starts_at_the_loss_of_its_source(arms: dict[str, Path], finished: Path) -> None:
     assert rows(arms["lossless"])[0]["val_loss"] == pytest.approx(rows(finished)[-1]["val_loss"], abs=1e-5)
     start = start_of(arms["lossless"])
@@ -374,6 +379,7 @@ def test_the_ledger_adds_up_what_a_checkpoint_cost(arms: dict[str, Path], finish
     assert (grown["study"], grown["arm"], grown["seed"], grown["val_loss"]) == ("t", "lossless", 0, own["val_loss"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -408,6 +414,7 @@ def losing(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     monkeypatch.setattr(NextTokenLoss, "forward", lambda *a, **o: forward(*a, **o) * (math.nan if lost[0] else 1.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 4, 5])
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path, step: int
@@ -488,6 +495,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_published(
         json.loads(line, parse_constant=pytest.fail)
 
 
+@pytest.mark.slow
 def test_the_gradient_norm_of_an_interval_outlives_a_skip_and_a_kill(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -515,6 +523,7 @@ def test_broken_samples_are_told_and_written_anew(
     assert json.loads((tmp_path / "run/samples.json").read_text()).keys() == {"end"}
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_leaves_the_earlier_checkpoint(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path
 ) -> None:
@@ -534,6 +543,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_earlier_checkpoint(
     assert_same_run(tmp_path / "run", finished)
 
 
+@pytest.mark.slow
 def test_trackers_mirror_the_metrics_and_a_broken_one_does_not_stop_the_run(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: Path
 ) -> None:

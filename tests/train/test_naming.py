@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GIVEN = ["experiment=tiny", "growth=lossless"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "changes"),
     [
@@ -51,11 +52,13 @@ def test_a_name_holds_what_changes_the_result(overrides: str, changes: str) -> N
     assert compose([*GIVEN, *overrides.split()]).name == f"tiny-lossless{changes}-s0"
 
 
+@pytest.mark.slow
 def test_a_name_that_is_given_stays(tmp_path: Path) -> None:
     assert compose([*GIVEN, "transfer=continued", "name=mine"]).name == "mine"
     assert compose([*GIVEN, "transfer=continued", "changes=''"]).name == "tiny-lossless-s0"
 
 
+@pytest.mark.slow
 def test_a_long_list_of_changes_ends_in_a_hash_and_stays_a_folder() -> None:
     target = ",".join(f"some_very_long_setting_{number}:{number}" for number in range(20))
     names = [compose([*GIVEN, f"target={{{target},last:{last}}}"]).name for last in (1, 2)]
@@ -65,6 +68,7 @@ def test_a_long_list_of_changes_ends_in_a_hash_and_stays_a_folder() -> None:
     assert source[0] != source[1]
 
 
+@pytest.mark.slow
 def test_what_is_in_no_name_is_told_by_the_sweep_before_it_trains() -> None:
     points = [["train.compile=true", "seed=0"], ["train.compile=false", "seed=0"]]
     (fault,) = same_folder([(point, compose([*GIVEN, *point]).out) for point in points])
@@ -80,6 +84,7 @@ def readme_commands() -> list[str]:
     return [command for command in found if "\\" not in command and "'" not in command]
 
 
+@pytest.mark.slow
 def test_no_two_commands_of_the_documents_share_a_folder_with_different_results() -> None:
     results: dict[str, tuple[str, str]] = {}
     commands = readme_commands()
@@ -109,6 +114,7 @@ def finished(folder: Path, *overrides: str) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_arms_are_told_apart_by_what_not_all_of_them_change(tmp_path: Path) -> None:
     shared = "schedule=cosine"
     folders = [
@@ -128,6 +134,7 @@ def test_arms_are_told_apart_by_what_not_all_of_them_change(tmp_path: Path) -> N
     assert is_neutral("changes")
 
 
+@pytest.mark.slow
 def test_keeping_adams_state_of_a_complete_run_does_what_it_says(tmp_path: Path, overrides: list[str]) -> None:
     settings = at(compose(overrides), tmp_path / "run")
     folder = loop.train(settings)
@@ -143,6 +150,7 @@ def test_keeping_adams_state_of_a_complete_run_does_what_it_says(tmp_path: Path,
     assert (folder / "final/optimizer.pt").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scratch", "arms"),
     [
@@ -157,6 +165,7 @@ def test_scratch_with_settings_of_its_own_is_still_scratch(tmp_path: Path, scrat
     assert [run.arm for run in runs] == [*arms, "lossless", "lossless-inherited_rate0.1"]
 
 
+@pytest.mark.slow
 def test_a_longer_budget_of_a_complete_run_is_told_the_way(tmp_path: Path) -> None:
     done = finished(tmp_path)
     asked = compose([*GIVEN, "train.budget_tokens=2_048_000"])
@@ -173,6 +182,7 @@ def test_a_longer_budget_of_a_complete_run_is_told_the_way(tmp_path: Path) -> No
 # ---- sweeps ---------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_a_point_fails_and_ends_with_what_failed(tmp_path: Path, overrides: list[str]) -> None:
     """The first point's rate diverges."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -69,6 +69,7 @@ def test_every_source_of_a_mixture_has_its_line(settings: Settings, tmp_path: Pa
 PRESETS = sorted(path.stem for path in CONF.glob("mixture/phi_*.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_bounds_the_passes_of_every_source_and_fits_any_budget(name: str) -> None:
     command = (CONF / "mixture" / f"{name}.yaml").read_text().split("# outgrow train ")[1].splitlines()[0].split("  ")[0].split()

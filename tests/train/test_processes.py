@@ -48,6 +48,7 @@ def assert_close_weights(folder: Path, other: Path) -> None:
         torch.testing.assert_close(tensor, theirs[name], msg=name, **TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_any_number_of_processes_gives_the_losses_of_one(
     settings: Settings, sharded: Settings, tmp_path: Path, finished: Path, processes: int
@@ -80,6 +81,7 @@ def interrupted(folder: Path, copy: Path) -> Path:
     return copy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_a_checkpoint_of_two_processes_is_resumed_on_any_number(
     settings: Settings, sharded: Settings, tmp_path: Path, finished: Path, on_two: Path, processes: int
@@ -95,6 +97,7 @@ def test_a_checkpoint_of_two_processes_is_resumed_on_any_number(
         assert_close_weights(folder, finished)
 
 
+@pytest.mark.slow
 def test_each_process_holds_and_writes_its_part(on_two: Path) -> None:
     """Sharded, either file has half of every matrix; not sharded, the tensors are dealt out whole."""
     held = {}
@@ -108,6 +111,7 @@ def test_each_process_holds_and_writes_its_part(on_two: Path) -> None:
     assert all(first[key][0] + second[key][0] == whole[key][0] and first[key][0] == second[key][0] for key in matrices)
 
 
+@pytest.mark.slow
 def test_a_missing_part_of_a_checkpoint_is_told(sharded: Settings, tmp_path: Path, on_two: Path) -> None:
     folder = interrupted(on_two / "full", tmp_path / "run")
     sorted(folder.glob("checkpoints/*/shard-*"))[0].unlink()
@@ -115,6 +119,7 @@ def test_a_missing_part_of_a_checkpoint_is_told(sharded: Settings, tmp_path: Pat
         loop.train(at(sharded, folder))
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_and_another_number_goes_on(overrides: list[str], tmp_path: Path) -> None:
     longer = compose([*overrides, "train.budget_tokens=25600", "train.save_every_tokens=null", "sharding=full"])
     run = at(longer, tmp_path / "run")
@@ -145,6 +150,7 @@ def failed(*limits: int, run: Settings) -> str:
     return Path(f"{run.out}.error").read_text()
 
 
+@pytest.mark.slow
 def test_a_disk_that_one_process_finds_full_stops_all_and_leaves_the_earlier_checkpoint(
     sharded: Settings, tmp_path: Path, finished: Path, on_two: Path
 ) -> None:
@@ -154,6 +160,7 @@ def test_a_disk_that_one_process_finds_full_stops_all_and_leaves_the_earlier_che
     assert_close_run(ended(run), finished)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_what_is_not_finite_stops_all_processes_with_the_last_good_state_saved(overrides: list[str], tmp_path: Path, sharding: str) -> None:
     run = at(compose([*overrides, f"sharding={sharding}", "optimizer.learning_rate=1e36"]), tmp_path / "run")
@@ -165,6 +172,7 @@ def test_what_is_not_finite_stops_all_processes_with_the_last_good_state_saved(o
     assert all(tensor.isfinite().all() for shard in saved.glob("*.safetensors") for tensor in load_file(shard).values())
 
 
+@pytest.mark.slow
 def test_dropout_is_the_same_on_any_number_of_processes(overrides: list[str], tmp_path: Path) -> None:
     """Where micro-batches are: each draws under a seed of its own."""
     given = compose([*overrides, "train.micro_batch=2"])

@@ -48,6 +48,7 @@ def assert_rounded(folder: Path, exact: Path, dtype: str) -> None:
     assert (config_of(folder)["dtype"], config_of(folder)["torch_dtype"]) == (dtype, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_final_weights_are_those_that_were_trained_rounded_once(settings: Settings, finished: Path, tmp_path: Path, dtype: str) -> None:
     from transformers import AutoModelForCausalLM
@@ -61,6 +62,7 @@ def test_the_final_weights_are_those_that_were_trained_rounded_once(settings: Se
     assert "| weights |" not in (finished / "final/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_complete_run_gives_its_weights_in_another_dtype_and_keeps_the_rest(settings: Settings, finished: Path, tmp_path: Path) -> None:
     folder = loop.train(at(settings, tmp_path / "run", keep_optimizer=True))
     loop.train(at(settings, folder, save_dtype="bfloat16"))
@@ -75,6 +77,7 @@ def test_a_complete_run_gives_its_weights_in_another_dtype_and_keeps_the_rest(se
     assert timeless(folder) == timeless(finished)
 
 
+@pytest.mark.slow
 def test_the_sources_dtype_is_that_of_its_tensors_and_outlives_it(
     overrides: list[str], phi_config: dict[str, Any], checkpoint_maker: Any, tmp_path: Path
 ) -> None:
@@ -102,6 +105,7 @@ def test_what_a_class_keeps_in_float32_is_stored_so(settings: Settings, tmp_path
     assert {tensor.dtype for name, tensor in stored.items() if name not in wide} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 def test_another_dtype_is_rehearsed_too(settings: Settings, sharded: bool) -> None:
     data = prepare(settings.data, progress=False)
@@ -142,6 +146,7 @@ def loop_free(tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatc
     return loop.train(at(settings, tmp_path / "trained", save_dtype="bfloat16"))
 
 
+@pytest.mark.slow
 def test_a_weight_that_outgrows_the_dtype_stops_the_run_which_goes_on_in_another(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,7 @@ def trained_on(settings: Settings, source: Path, out: Path, **data: Any) -> Sett
     return replace(at(settings, out / "run"), growth=growth, source=str(source), data=text, progress="lines")
 
 
+@pytest.mark.slow
 def test_a_source_with_a_tokenizer_keeps_it_also_when_it_is_gone_later(settings: Settings, source: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(source, tmp_path / "copy")
     asked = trained_on(settings, copy, tmp_path)
@@ -76,6 +77,7 @@ def test_tokens_that_the_source_was_trained_on_serve_as_they_are(settings: Setti
     assert prepare(reading(asked, own, None), progress=False).fingerprint == data.fingerprint
 
 
+@pytest.mark.slow
 def test_training_another_tokenizer_is_asked_for_and_warned_of(
     settings: Settings, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

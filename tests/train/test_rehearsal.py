@@ -29,6 +29,7 @@ def settings(overrides: list[str]) -> Settings:
     return compose(overrides)
 
 
+@pytest.mark.slow
 def test_a_generation_config_that_contradicts_itself_trains_to_its_end(
     settings: Settings, phi_config: dict[str, Any], checkpoint_maker: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,6 +40,7 @@ def being_written(checkpoints: Path) -> bool:
     return any(path.name.removesuffix(".partial") > newest for path in checkpoints.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_twenty_moments_ends_with_the_bits_of_an_undisturbed_one(
     settings: Settings, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -69,6 +70,7 @@ def test_a_run_killed_at_twenty_moments_ends_with_the_bits_of_an_undisturbed_one
     assert_same_run(ended(settings), undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, REQUEUE), (signal.SIGUSR1, REQUEUE), (signal.SIGINT, 130)])
 def test_a_run_that_is_asked_to_stop_saves_its_last_step_and_goes_on_from_there(
     settings: Settings, undisturbed: Path, tmp_path: Path, number: signal.Signals, status: int
@@ -88,6 +90,7 @@ def test_a_run_that_is_asked_to_stop_saves_its_last_step_and_goes_on_from_there(
     assert_same_run(folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_signals_mean_again_what_they_meant_before_the_run(settings: Settings, undisturbed: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     with watched() as asked:
@@ -105,6 +108,7 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_no_more_stops_the_run_and_leaves_the_earlier_checkpoint_whole(
     settings: Settings, undisturbed: Path, tmp_path: Path
 ) -> None:

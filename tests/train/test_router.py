@@ -97,6 +97,7 @@ def test_pieces_weigh_as_many_tokens_as_they_have() -> None:
     assert total == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
 def test_activation_checkpointing_changes_no_gradient(kind: str) -> None:
     found = []
@@ -193,6 +194,7 @@ def routed(overrides: list[str]) -> Settings:
     return compose([*(one for one in overrides if not one.startswith("target=")), f"target={{{target}}}"])
 
 
+@pytest.mark.slow
 def test_a_run_tells_the_term_by_itself(routed: Settings, tmp_path: Path) -> None:
     folder = loop.train(at(routed, tmp_path / "run"))
     trained = rows(folder, "train")

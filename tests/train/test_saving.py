@@ -26,6 +26,7 @@ class Killed(BaseException):
     """Stands for a process that ends without warning."""
 
 
+@pytest.mark.slow
 def test_a_checkpoint_written_late_holds_the_step_that_asked_for_it(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,6 +79,7 @@ def bits_lost(checkpoint: Path) -> None:
     file.write_bytes(raw)
 
 
+@pytest.mark.slow
 def test_the_newest_intact_checkpoint_is_taken_and_said_and_the_run_ends_as_ever(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,6 +46,7 @@ def tracked(settings: Settings, out: Path, *names: Any, mode: Any = "offline") -
 # ---- samples --------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_samples_are_what_the_final_model_writes_at_the_likeliest(finished: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -88,6 +89,7 @@ def test_a_line_says_how_long_the_rest_takes(tokens: int, seconds: float, left: 
 # ---- trackers -------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tensorboard_has_curves_over_every_clock_samples_and_the_plan(settings: Settings, tmp_path: Path, finished: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -119,6 +121,7 @@ def compose_grown(settings: Settings, source: Path) -> Settings:
     return dataclasses.replace(settings, growth=growth, source=f"{source}/final", target=sizes)
 
 
+@pytest.mark.slow
 def test_trackio_is_told_who_the_run_is_and_every_row(
     settings: Settings, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +164,7 @@ def wandb_record(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return [record["history"]["item"] for record in records if record["type"] == "history"], json.loads(summary)
 
 
+@pytest.mark.slow
 def test_an_offline_record_is_one_across_restarts_says_where_it_is_and_holds_no_step_twice(
     settings: Settings, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,6 +239,7 @@ def wandb_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.Thread
         thread.join()
 
 
+@pytest.mark.slow
 def test_a_wandb_server_that_is_lost_does_not_stop_the_run_nor_keep_it_from_ending(
     settings: Settings, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -256,6 +261,7 @@ def test_a_wandb_server_that_is_lost_does_not_stop_the_run_nor_keep_it_from_endi
     assert_same_run(tmp_path / "run", finished)
 
 
+@pytest.mark.slow
 def test_a_wandb_server_that_is_not_there_leaves_the_run_offline(
     settings: Settings, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

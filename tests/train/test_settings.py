@@ -26,6 +26,7 @@ def fault(*overrides: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -100,6 +101,7 @@ def test_a_leading_tilde_is_expanded_wherever_it_is_written(tmp_path: Path, monk
     assert load_yaml(tmp_path / "study.yaml") == {"source": f"{tmp_path}/a", "runs": [f"{tmp_path}/b", "~c"], "nothing": None}
 
 
+@pytest.mark.slow
 def test_the_hash_follows_what_changes_the_result_and_nothing_else() -> None:
     base = compose(GOOD)
     for neutral in ("out=elsewhere", "logger=none", "progress=false", "train.keep=7", "train.save_every_tokens=null", "data.folder=/there"):
@@ -144,6 +146,7 @@ def test_keys_and_values_given_twice_are_told_in_our_words(second: str, joined: 
     assert words in compose_config(CONF, "grow", given)[1]
 
 
+@pytest.mark.slow
 def test_of_plain_values_the_last_holds() -> None:
     assert compose([*GOOD, "seed=1", "seed=2"]).seed == 2
     assert compose([*GOOD, "target={hidden_size:96}", "target=tiny_target"]).target == "tiny_target"
@@ -183,6 +186,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 
 
+@pytest.mark.slow
 def test_the_door_answers_a_fault_with_status_2_and_leaves_nothing(tmp_path: Path) -> None:
     for flags in ([], ["-m"]):
         done = run(*flags, *GOOD, "train.bugdet_tokens=5", cwd=tmp_path)
@@ -192,12 +196,14 @@ def test_the_door_answers_a_fault_with_status_2_and_leaves_nothing(tmp_path: Pat
         assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_sweep_tells_the_fault_of_its_last_point_before_the_first_trains(tmp_path: Path) -> None:
     done = run("-m", *GOOD, "seed=0,a", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (2, "error: seed: expected a whole number; found 'a'\n")
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["-m"]])
 def test_a_tracker_that_is_not_installed_is_told_before_training(flags: list[str], tmp_path: Path) -> None:
     if find_spec("trackio") is not None:
@@ -213,12 +219,14 @@ def test_extras_are_spelt_as_installers_compare_them() -> None:
     assert {re.sub(r"[-_.]+", "-", name).lower() for name in extras} == set(extras)
 
 
+@pytest.mark.slow
 def test_the_door_is_light() -> None:
     code = "import sys, outgrow.train.__main__ as door; door.compose(['growth=scratch', 'target=tiny_target']); "
     code += "print([name for name in ('torch', 'transformers', 'accelerate', 'datasets', 'wandb') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT).stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_8_bit_adam_is_refused_where_it_would_be_sharded() -> None:
     tiny = ["growth=scratch", "target=tiny_target", "optimizer=adamw_8bit"]
     compose(tiny)

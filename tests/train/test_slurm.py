@@ -60,6 +60,7 @@ def logs(folder: Path) -> str:
     return "".join(path.read_text() for path in sorted(folder.rglob("*_log.*")))
 
 
+@pytest.mark.slow
 def test_two_points_of_two_tasks_give_the_losses_of_one_process(overrides: list[str], tmp_path: Path) -> None:
     process = launched(overrides, tmp_path, "seed=0,1")
     said = output(process)
@@ -84,6 +85,7 @@ def tasks_of(folder: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the job's tasks in /proc")
 def test_a_job_whose_time_is_over_saves_is_queued_again_and_resumes(overrides: list[str], tmp_path: Path) -> None:
     steps = ["budget_tokens=38400", "log_every_tokens=1280", "eval_every_tokens=null", "save_every_tokens=null"]
@@ -108,6 +110,7 @@ def test_a_job_whose_time_is_over_saves_is_queued_again_and_resumes(overrides: l
     assert_close_run(tmp_path / "s0", loop.train(compose([*long, f"out={tmp_path}/alone"])))
 
 
+@pytest.mark.slow
 def test_the_slurm_leaf_asks_for_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plugin and submitit make the sbatch file themselves; only `srun`, which they look for, is a stand-in."""
     from hydra import compose as compose_whole

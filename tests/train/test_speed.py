@@ -72,6 +72,7 @@ def test_a_network_without_checkpointing_is_refused(monkeypatch: pytest.MonkeyPa
         speed_up(network, loop(checkpointing=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_layers_compile_once_for_all_and_compute_the_same(monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
     """With AOTAutograd's own backend, which needs no C++ compiler."""

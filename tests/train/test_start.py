@@ -29,6 +29,7 @@ def begun(overrides: list[str], source: Path, folder: Path) -> Path:
     return first.start(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "stored"), [("bfloat16", "float32"), ("float16", "float32"), ("float32", None), ("float64", None)])
 def test_a_start_is_stored_so_that_nothing_of_it_is_rounded(
     overrides: list[str], phi_config: dict[str, Any], checkpoint_maker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -268,6 +268,7 @@ def test_a_folder_of_other_files_is_no_run_folder(tmp_path: Path) -> None:
             folder.read_run(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_is_its_own_and_no_other(tmp_path: Path) -> None:
     settings = compose(["growth=scratch", "target=tiny_target"])
     (tmp_path / "run.json").write_text(json.dumps(record_of(settings).to_json()))
@@ -278,6 +279,7 @@ def test_a_run_is_its_own_and_no_other(tmp_path: Path) -> None:
         folder.check_same(tmp_path, run, compose(["growth=scratch", "target=tiny_target", "optimizer.learning_rate=0.1"]))
 
 
+@pytest.mark.slow
 def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:
     code = "import sys, pathlib; from outgrow.train.run.folder import locked\nwith locked(pathlib.Path(sys.argv[1]), True): pass"
     command = [sys.executable, "-c", code, str(tmp_path)]

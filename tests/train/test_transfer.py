@@ -62,6 +62,7 @@ def trained(settings: Settings) -> tuple[dict[str, torch.Tensor], dict[str, torc
 # ---- entries ---------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("growth", "target"), [("llama_pro", DEEPER), ("lossless", WIDER), ("random_pad", WIDER)])
 def test_frozen_entries_keep_their_bits_and_new_ones_learn(
     overrides: list[str], source: Path, tmp_path: Path, growth: str, target: str
@@ -85,6 +86,7 @@ def test_frozen_entries_keep_their_bits_and_new_ones_learn(
         assert all(name.startswith("model.layers.1.") for name in held)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("growth", "target"), [("llama_pro", DEEPER), ("lossless", WIDER)])
 def test_no_gradient_is_paid_for_what_is_frozen(overrides: list[str], source: Path, tmp_path: Path, growth: str, target: str) -> None:
     """Of a new layer on top of one that is frozen, under a frozen head: all forward, the new layer backward, and through the head."""
@@ -98,7 +100,7 @@ def test_no_gradient_is_paid_for_what_is_frozen(overrides: list[str], source: Pa
 
 
 def test_a_share_of_the_rate_is_that_share_of_the_step(overrides: list[str]) -> None:
-    settings = compose([*overrides, "source=x", "growth=lossless", WIDER, "transfer.inherited_rate=0.25", "schedule.rewarm=new"])
+    settings = grown(overrides, Path("x"), Path("run"), WIDER, "transfer.inherited_rate=0.25", "schedule.rewarm=new")
     network = torch.nn.Linear(6, 4)
     plain = copy.deepcopy(network)
     mask = torch.arange(24).reshape(4, 6) % 3 > 0
@@ -117,6 +119,7 @@ def test_a_share_of_the_rate_is_that_share_of_the_step(overrides: list[str]) -> 
     assert (new_entries(settings.schedule, 0.2), new_entries(settings.schedule, 0.7)) == (1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_new_entries_alone_warm_up(overrides: list[str], source: Path, tmp_path: Path) -> None:
     settings = grown(overrides, source, tmp_path / "run", WIDER, "schedule.rewarm=new", "train.budget_tokens=128", *WARMING)
     start, end = trained(settings)  # one step at half of the warm-up
@@ -131,6 +134,7 @@ def test_new_entries_alone_warm_up(overrides: list[str], source: Path, tmp_path:
         )
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_from_a_frozen_one_takes_over_the_state_of_what_was_trained(
     overrides: list[str], source: Path, tmp_path: Path
 ) -> None:
@@ -145,6 +149,7 @@ def test_a_run_that_goes_on_from_a_frozen_one_takes_over_the_state_of_what_was_t
     assert (on / "summary.json").is_file()
 
 
+@pytest.mark.slow
 def test_freezing_all_there_is_is_refused(overrides: list[str], source: Path, tmp_path: Path) -> None:
     same = grown(overrides, source, tmp_path / "run", "transfer=frozen", "target={num_hidden_layers:1}")
     with pytest.raises(UserError, match="freezes everything"):
@@ -195,6 +200,7 @@ def first_optimizer(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> dict
     return found
 
 
+@pytest.mark.slow
 def test_adams_state_is_taken_over(overrides: list[str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = read_adam(source, plan(read_json(source / "config.json"), {}))
     control = grown(overrides, source, tmp_path / "control", "growth=source", "transfer=continued")
@@ -267,6 +273,7 @@ def test_a_taught_run_pays_for_its_teacher_and_ends_closer_to_it(overrides: list
     assert f"| taught by | `{source}`, for 50% of the budget |" in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [["growth=scratch", "transfer=distilled", "target={num_hidden_layers:1}"], ["growth=source"]])
 def test_weights_replaced_between_two_starts_are_refused(
     overrides: list[str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: list[str]
@@ -288,6 +295,7 @@ def test_weights_replaced_between_two_starts_are_refused(
         loop.train(settings)
 
 
+@pytest.mark.slow
 def test_a_sources_ledger_that_is_no_json_is_told(overrides: list[str], source: Path, tmp_path: Path) -> None:
     shutil.copytree(source, tmp_path / "theirs")
     for text in ("{", "[]", ""):
@@ -325,6 +333,7 @@ def staged(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Se
     return compose([*own, "growth=g_stack", STAGES, f"out={tmp_path_factory.mktemp('runs') / 'staged'}"])
 
 
+@pytest.mark.slow
 def test_a_run_grows_on_its_way_in_one_folder_on_one_clock(staged: Settings) -> None:
     folder = loop.train(staged)
     assert read_json(folder / "final" / "config.json")["num_hidden_layers"] == 4
@@ -343,6 +352,7 @@ def test_a_run_grows_on_its_way_in_one_folder_on_one_clock(staged: Settings) -> 
     assert f"| grown on the way | {growths} |" in (folder / "final" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_growing_on_the_way_resumes_exactly(staged: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = loop.train(staged)
     settings = dataclasses.replace(staged, out=str(tmp_path / "run"))
@@ -361,6 +371,7 @@ def test_growing_on_the_way_resumes_exactly(staged: Settings, tmp_path: Path, mo
     assert_same_run(loop.train(settings), undisturbed)
 
 
+@pytest.mark.slow
 def test_adams_state_grows_from_stage_to_stage_where_that_is_asked(
     staged: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,6 +399,7 @@ def test_stages_divide_the_budget_and_spans_add_up(staged: Settings, phi_config:
 # ---- processes -------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_several_processes_give_the_losses_of_one(overrides: list[str], source: Path, staged: Settings, tmp_path: Path) -> None:
     ways = {
         "frozen": ["growth=lossless", "transfer=frozen", WIDER],
@@ -404,6 +416,7 @@ def test_several_processes_give_the_losses_of_one(overrides: list[str], source: 
 # ---- what cannot be --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -437,6 +450,7 @@ def test_a_stage_without_a_step_is_told(staged: Settings, phi_config: dict[str, 
 # ---- families without a schema ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_family_without_a_schema_is_grown_and_trained(overrides: list[str], tmp_path: Path) -> None:
     sizes = "hidden_size:16,intermediate_size:32,num_hidden_layers:1,num_attention_heads:2,num_key_value_heads:2"
     own = f"target={{model_type:starcoder2,vocab_size:300,max_position_embeddings:32,bos_token_id:0,eos_token_id:0,{sizes}}}"

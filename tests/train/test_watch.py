@@ -68,6 +68,7 @@ def test_a_process_has_given_a_sign_before_its_first_step() -> None:
         assert json.loads(store.get("1"))["beat"] == 0
 
 
+@pytest.mark.slow
 def test_a_watch_ends_nothing_while_steps_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
     monkeypatch.setattr(Watch, "_end", lambda self, beat: ended.append(beat))

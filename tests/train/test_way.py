@@ -50,6 +50,7 @@ def of(settings: Settings, name: str, out: Path, **changes: Any) -> Settings:
     return dataclasses.replace(at(settings, out, **changes), target=target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["roberta", "gemma2", "mamba", "gemma4_text", "gpt2"])
 def test_a_class_trains_and_its_loss_is_the_librarys_own(name: str, settings: Settings, tmp_path: Path) -> None:
     """What the run reports at its end is what the library's own loss says of its final/ on the same windows."""
@@ -80,6 +81,7 @@ def test_a_class_without_sdpa_takes_eager_and_says_so(settings: Settings, tmp_pa
         loop.train(of(settings, "gemma2", tmp_path / "other", attention="sdpa"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes", "asked", "message"),
     [
@@ -126,6 +128,7 @@ def test_what_was_not_measured_is_not_granted(settings: Settings, monkeypatch: p
         find_way({"model_type": "phi"}, dataclasses.replace(settings.train, document_mask=True), CPU, "fp32")
 
 
+@pytest.mark.slow
 def test_parameters_without_gradient_are_told_and_do_not_stop_two_processes(settings: Settings, tmp_path: Path) -> None:
     """Of a BART decoder alone, text does not reach the attention to an encoder."""
     alone = loop.train(of(settings, "bart", tmp_path / "one"))
