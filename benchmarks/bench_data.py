@@ -1,12 +1,14 @@
-"""From files of text to tokens on disk, end to end: `prepare` beside plain datatrove and `datasets.map`, with one process and with two.
+"""From files of text to tokens on disk, end to end: `prepare` beside plain datatrove and `datasets.map`, with
+one process and with two.
 
 make bench-data                                        some minutes: a table, and benchmarks/bench_data.json
 python benchmarks/bench_data.py --megabytes 8 --rounds 1      a quick look
 
-The text is the Python source of this interpreter and its packages, as JSON lines in 16 files; the tokenizer a byte-level BPE trained on it.
-Each contestant is a fresh process that reads the files, cuts the text with that tokenizer and writes tokens; the clock starts before its
-imports. The second task removes near duplicates first: datatrove's four MinHash steps, given the same splitter into words, and ours.
-Memory is the most that a process and its workers hold together (proportional set size where the system tells it), sampled.
+The text is the Python source of this interpreter and its packages, as JSON lines in 16 files; the tokenizer a
+byte-level BPE trained on it. Each contestant is a fresh process that reads the files, cuts the text with that
+tokenizer and writes tokens; the clock starts before its imports. The second task removes near duplicates
+first: datatrove's four MinHash steps, given the same splitter into words, and ours. Memory is the most that a
+process and its workers hold together (proportional set size where the system tells it), sampled.
 """
 
 from __future__ import annotations
@@ -52,11 +54,13 @@ def put_down(folder: Path, megabytes: int, vocab_size: int) -> int:
     for number in range(FILES):
         lines = [json.dumps({"text": text}) for text in documents[number::FILES]]
         (folder / "texts" / f"{number:02d}.jsonl").write_text("\n".join(lines))
-    save_tokenizer(train_tokenizer(documents, vocab_size=vocab_size, model_max_length=2048), folder / "tokenizer")
+    save_tokenizer(
+        train_tokenizer(documents, vocab_size=vocab_size, model_max_length=2048), folder / "tokenizer"
+    )
     return sum(len(text.encode()) for text in documents)
 
 
-# ---- contestants ------------------------------------------------------------------------------------------------------------------------
+# ---- contestants -------------------------------------------------------------------------------------------
 
 
 def ours(folder: Path, processes: int, near: float | None) -> None:
@@ -64,13 +68,23 @@ def ours(folder: Path, processes: int, near: float | None) -> None:
     from outgrow.train.data.settings import CleaningSettings, DataSettings
 
     clean, tokenizer = CleaningSettings(near_duplicates=near), str(folder / "tokenizer")
-    out = {"folder": str(folder / "out"), "path": str(folder / "texts"), "tokenizer": tokenizer, "workers": processes}
+    out = {
+        "folder": str(folder / "out"),
+        "path": str(folder / "texts"),
+        "tokenizer": tokenizer,
+        "workers": processes,
+    }
     prepare(DataSettings("bench", "files", clean=clean, **out), progress=False)  # type: ignore[arg-type]
 
 
 def datatrove(folder: Path, processes: int, near: float | None) -> None:
     from datatrove.executor import LocalPipelineExecutor
-    from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter
+    from datatrove.pipeline.dedup.minhash import (
+        MinhashConfig,
+        MinhashDedupBuckets,
+        MinhashDedupCluster,
+        MinhashDedupFilter,
+    )
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.tokens import DocumentTokenizer
     from datatrove.utils.hashing import HashConfig
@@ -82,13 +96,20 @@ def datatrove(folder: Path, processes: int, near: float | None) -> None:
 
     keep: list[Any] = []
     if near is not None:
-        config = MinhashConfig(num_buckets=14, hashes_per_bucket=9, hash_config=HashConfig(hash_fc="sha1"))  # its xxhash is one below 4
+        # its xxhash is one below 4
+        config = MinhashConfig(num_buckets=14, hashes_per_bucket=9, hash_config=HashConfig(hash_fc="sha1"))
         run("sign", [reader(), signature(str(work / "sig"), config)], FILES)
-        run("buckets", [MinhashDedupBuckets(str(work / "sig"), str(work / "buckets"), config=config)], config.num_buckets)
+        run(
+            "buckets",
+            [MinhashDedupBuckets(str(work / "sig"), str(work / "buckets"), config=config)],
+            config.num_buckets,
+        )
         run("cluster", [MinhashDedupCluster(str(work / "buckets"), str(work / "remove"), config=config)], 1)
         keep = [MinhashDedupFilter(str(work / "remove"))]
     options = {"eos_token": "<|endoftext|>", "shuffle_documents": False, "batch_size": 1000}
-    tokens = DocumentTokenizer(str(work / "tokens"), tokenizer_name_or_path=str(folder / "tokenizer" / "tokenizer.json"), **options)
+    tokens = DocumentTokenizer(
+        str(work / "tokens"), tokenizer_name_or_path=str(folder / "tokenizer" / "tokenizer.json"), **options
+    )
     run("tokenise", [reader(), *keep, tokens], FILES)
 
 
@@ -116,7 +137,13 @@ def datasets(folder: Path, processes: int, near: float | None) -> None:
     disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     files, cache = sorted(map(str, (folder / "texts").glob("*"))), str(folder / "out" / "cache")
-    rows = load_dataset("json", data_files=files, split="train", cache_dir=cache, num_proc=processes if processes > 1 else None)
+    rows = load_dataset(
+        "json",
+        data_files=files,
+        split="train",
+        cache_dir=cache,
+        num_proc=processes if processes > 1 else None,
+    )
     cut = rows.map(
         lambda batch: {"ids": tokenizer(batch["text"], add_special_tokens=False)["input_ids"]},
         batched=True,
@@ -126,31 +153,53 @@ def datasets(folder: Path, processes: int, near: float | None) -> None:
     cut.save_to_disk(folder / "out" / "saved")
 
 
-CONTESTANTS: dict[str, Callable[[Path, int, float | None], None]] = {"prepare": ours, "datatrove": datatrove, "datasets.map": datasets}
+CONTESTANTS: dict[str, Callable[[Path, int, float | None], None]] = {
+    "prepare": ours,
+    "datatrove": datatrove,
+    "datasets.map": datasets,
+}
 TASKS = {
     "tokenise": (None, ("prepare", "datatrove", "datasets.map")),
     "near duplicates, tokenise": (SIMILARITY, ("prepare", "datatrove")),
 }
 
 
-# ---- measuring --------------------------------------------------------------------------------------------------------------------------
+# ---- measuring ---------------------------------------------------------------------------------------------
 
 
 def timed(name: str, processes: int, near: float | None, folder: Path) -> tuple[float, float, float]:
-    """Seconds of wall time and of CPU time (which tells more on a busy machine), and megabytes at most, of one contestant's processes."""
+    """Seconds of wall time and of CPU time (which tells more on a busy machine), and megabytes at most, of
+    one contestant's processes."""
     import resource
 
     import psutil
 
     shutil.rmtree(folder / "out", ignore_errors=True)
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--one", name, "--processes", str(processes), "--near", str(near or 0), "--work", str(folder)]
+    environment = os.environ | {
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAYON_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable,
+        __file__,
+        "--one",
+        name,
+        "--processes",
+        str(processes),
+        "--near",
+        str(near or 0),
+        "--work",
+        str(folder),
+    ]
     started, before, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN), 0.0
     log = folder / "log.txt"
     with log.open("wb") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
     while process.poll() is None:
-        peak = max(peak, sum(map(memory, [(root := psutil.Process(process.pid)), *root.children(recursive=True)])))
+        peak = max(
+            peak, sum(map(memory, [(root := psutil.Process(process.pid)), *root.children(recursive=True)]))
+        )
         time.sleep(0.2)
     if process.returncode:
         raise SystemExit(f"{name} failed:\n{log.read_text()[-2000:]}")
@@ -169,8 +218,15 @@ def memory(process: Any) -> int:
 
 
 def machine() -> str:
-    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} cores, Linux {platform.release()}"
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return (
+        f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} cores, Linux "
+        f"{platform.release()}"
+    )
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -184,7 +240,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for number in range(options.rounds):
                 for name in names:
                     taken[name].append(timed(name, processes, near, folder))
-                    print(f"{task}, {processes}: round {number}, {name} {taken[name][-1][0]:.1f} s", file=sys.stderr, flush=True)
+                    print(
+                        f"{task}, {processes}: round {number}, {name} {taken[name][-1][0]:.1f} s",
+                        file=sys.stderr,
+                        flush=True,
+                    )
             for name, values in taken.items():
                 seconds, cpu = (statistics.median(value[i] for value in values) for i in (0, 1))
                 rows.append(
@@ -204,11 +264,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """The door."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--megabytes", type=int, default=64)
     parser.add_argument("--vocab-size", type=int, default=32_768)
-    parser.add_argument("--work", type=Path, default=Path("build/bench-data"), help="a folder for some hundred MB, removed at the end")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("build/bench-data"),
+        help="a folder for some hundred MB, removed at the end",
+    )
     parser.add_argument("--out", type=Path, default=HERE / "bench_data.json")
     for hidden in ("--one", "--processes", "--near"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -221,8 +288,14 @@ def main() -> None:
     finally:
         shutil.rmtree(options.work, ignore_errors=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{result['machine']}, load {result['load_average'][0]:.1f}, medians of {result['rounds']} rounds, {result['bytes']:,} bytes\n")
-    print("| task | processes | | MB of text a second | MB a second of CPU | peak MB |\n|---|---:|---|---:|---:|---:|")
+    print(
+        f"{result['machine']}, load {result['load_average'][0]:.1f}, medians of {result['rounds']} rounds, "
+        f"{result['bytes']:,} bytes\n"
+    )
+    print(
+        "| task | processes | | MB of text a second | MB a second of CPU | peak MB "
+        "|\n|---|---:|---|---:|---:|---:|"
+    )
     for row in result["rows"]:
         rates = f"{row['megabytes_per_second']:.2f} | {result['bytes'] / 1e6 / row['cpu_seconds']:.2f}"
         print(f"| {row['task']} | {row['processes']} | {row['who']} | {rates} | {row['peak_megabytes']:,} |")

@@ -1,10 +1,12 @@
-"""Near duplicates by our step and by datatrove's, against brute force; and what each does when a worker is killed.
+"""Near duplicates by our step and by datatrove's, against brute force; and what each does when a worker is
+killed.
 
 python benchmarks/bench_duplicates.py        a minute: a table, and benchmarks/bench_duplicates.json
 
-Texts of 200 words, each with some words of an earlier one exchanged, so that similarities (Jaccard, 5-word shingles) of 0.3 to 1 occur.
-A document *is* near where an earlier one has a similarity of 0.8 or more. Recall: of those, how many are removed. Precision: of those
-removed, how many have a document that stays and has a similarity of 0.75 or more (an estimate from 128 values is some 0.04 off).
+Texts of 200 words, each with some words of an earlier one exchanged, so that similarities (Jaccard, 5-word
+shingles) of 0.3 to 1 occur. A document *is* near where an earlier one has a similarity of 0.8 or more.
+Recall: of those, how many are removed. Precision: of those removed, how many have a document that stays and
+has a similarity of 0.75 or more (an estimate from 128 values is some 0.04 off).
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def spelt(number: int) -> str:
 def similarities(texts: list[list[str]]) -> np.ndarray:
     """Jaccard similarity of every pair, (n, n)."""
     shingles = [{tuple(text[i : i + 5]) for i in range(len(text) - 4)} for text in texts]
-    numbers = {shingle: number for number, shingle in enumerate(dict.fromkeys(s for each in shingles for s in each))}
+    numbers = {
+        shingle: number for number, shingle in enumerate(dict.fromkeys(s for each in shingles for s in each))
+    }
     from scipy.sparse import csr_matrix
 
     rows = [row for row, each in enumerate(shingles) for _ in each]
@@ -63,14 +67,19 @@ def judged(removed: set[int], alike: np.ndarray) -> dict[str, Any]:
     near = {i for i in range(count) if (alike[i, :i] >= NEAR).any()}
     stays = np.array([i not in removed for i in range(count)])
     right = {i for i in removed if (alike[i, stays] >= ALMOST).any()}
-    return {"near": len(near), "removed": len(removed), "recall": share(removed & near, near), "precision": share(right, removed)}
+    return {
+        "near": len(near),
+        "removed": len(removed),
+        "recall": share(removed & near, near),
+        "precision": share(right, removed),
+    }
 
 
 def share(part: set[int], whole: set[int]) -> float:
     return round(len(part) / max(1, len(whole)), 3)
 
 
-# ---- whose ------------------------------------------------------------------------------------------------------------------------------
+# ---- whose -------------------------------------------------------------------------------------------------
 
 
 def ours(lines: list[str], folder: Path) -> set[int]:
@@ -80,7 +89,10 @@ def ours(lines: list[str], folder: Path) -> set[int]:
     from outgrow.train.corpus import prepare
     from outgrow.train.data.settings import CleaningSettings, DataSettings
 
-    clean, place = CleaningSettings(near_duplicates=NEAR), {"path": str(folder / "a.jsonl"), "folder": str(folder / "ours")}
+    clean, place = (
+        CleaningSettings(near_duplicates=NEAR),
+        {"path": str(folder / "a.jsonl"), "folder": str(folder / "ours")},
+    )
     prepare(DataSettings("t", "files", clean=clean, workers=1, vocab_size=300, **place), progress=False)  # type: ignore[arg-type]
     names = pyarrow.parquet.read_table(folder / "ours" / "removed.parquet")["document"].to_pylist()
     return {int(name.split(":")[1]) - 1 for name in names}
@@ -90,7 +102,12 @@ def datatrove(lines: list[str], folder: Path, rows: int) -> set[int]:
     """Numbers of the lines that datatrove's four steps remove, with 14 buckets of so many hashes."""
     from bench_data import signature
     from datatrove.executor import LocalPipelineExecutor
-    from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter
+    from datatrove.pipeline.dedup.minhash import (
+        MinhashConfig,
+        MinhashDedupBuckets,
+        MinhashDedupCluster,
+        MinhashDedupFilter,
+    )
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.writers import JsonlWriter
     from datatrove.utils.hashing import HashConfig
@@ -107,11 +124,15 @@ def datatrove(lines: list[str], folder: Path, rows: int) -> set[int]:
     ]
     for number, (pipeline, tasks) in enumerate(steps):
         LocalPipelineExecutor(pipeline, tasks=tasks, workers=1, logging_dir=str(work / str(number))).run()
-    stays = [json.loads(line)["id"] for path in (work / "kept").glob("*.jsonl") for line in path.read_text().splitlines()]
+    stays = [
+        json.loads(line)["id"]
+        for path in (work / "kept").glob("*.jsonl")
+        for line in path.read_text().splitlines()
+    ]
     return set(range(len(lines))) - {int(name.rsplit("/", 1)[1]) for name in stays}
 
 
-# ---- a worker that is killed ------------------------------------------------------------------------------------------------------------
+# ---- a worker that is killed -------------------------------------------------------------------------------
 
 
 def killed(data: Any, rank: int, world_size: int) -> Any:
@@ -153,7 +174,9 @@ def seconds_until_told(work: Callable[[str], None]) -> float | None:
 
 def main() -> None:
     """The door."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--documents", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=HERE / "bench_duplicates.json")
     options = parser.parse_args()
@@ -174,7 +197,10 @@ def main() -> None:
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     for script, rows in result["scripts"].items():
         for name, row in rows.items():
-            print(f"| {script} | {name} | {row['near']} | {row['removed']} | {row['recall']:.3f} | {row['precision']:.3f} |")
+            print(
+                f"| {script} | {name} | {row['near']} | {row['removed']} | {row['recall']:.3f} | "
+                f"{row['precision']:.3f} |"
+            )
     print(f"a killed worker is told after so many seconds (None: not within {PATIENCE_SECONDS}): {told}")
 
 

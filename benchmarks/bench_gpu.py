@@ -1,12 +1,16 @@
-"""What a GPU reaches: tokens/s, model-FLOPs utilisation and peak memory of a training step, for every way to make it.
+"""What a GPU reaches: tokens/s, model-FLOPs utilisation and peak memory of a training step, for every way to
+make it.
 
-make bench-gpu                                          about half an hour on one H100: a table, and benchmarks/bench_gpu.json
+make bench-gpu                                          about half an hour on one H100: a table, and
+                                                        benchmarks/bench_gpu.json
 python benchmarks/bench_gpu.py --attention sdpa --compile true --checkpointing false --loss fused     one way
-python benchmarks/bench_gpu.py --toy                    the same on any machine, at toy size: proves the script, measures nothing
+python benchmarks/bench_gpu.py --toy                    the same on any machine, at toy size: proves the
+                                                        script, measures nothing
 
-The network is Phi-2, or as many of its layers as the device holds with AdamW in float32; it trains on random tokens in bf16, so nothing is
-downloaded. Every way runs in a process of its own, with the most windows a step that `train.forecast` finds room for (powers of two).
-MFU counts the model's FLOPs (train.forecast's), not what checkpointing computes again, over the device's dense bf16 peak.
+The network is Phi-2, or as many of its layers as the device holds with AdamW in float32; it trains on random
+tokens in bf16, so nothing is downloaded. Every way runs in a process of its own, with the most windows a step
+that `train.forecast` finds room for (powers of two). MFU counts the model's FLOPs (train.forecast's), not
+what checkpointing computes again, over the device's dense bf16 peak.
 """
 
 from __future__ import annotations
@@ -73,22 +77,27 @@ def settings_of(config: dict[str, Any], way: Way, rows: int, context: int) -> Se
     """A run of this way, `rows` windows a step."""
     whole = compose(["growth=scratch", "target=phi_2", "logger=none", "forecast.gpus=1"])
     loop = dataclasses.replace(
-        whole.train, context=context, batch_tokens=rows * context, budget_tokens=rows * context * (WARM + COUNTED), precision="bf16",
+        whole.train, context=context, batch_tokens=rows * context,
+        budget_tokens=rows * context * (WARM + COUNTED), precision="bf16",
         **dataclasses.asdict(way),
     )  # fmt: skip
     return dataclasses.replace(whole, target=config, train=loop)
 
 
 def fitting(config: dict[str, Any], way: Way, context: int, room: float) -> int:
-    """The most windows a step, a power of two, whose forecast fits `room` bytes; 0 where not even one does."""
+    """The most windows a step, a power of two, whose forecast fits `room` bytes; 0 where not even one
+    does."""
     rows = 0
-    while (next_rows := max(1, 2 * rows)) <= 64 and forecast(settings_of(config, way, next_rows, context)).memory.total < ROOM * room:
+    while (next_rows := max(1, 2 * rows)) <= 64 and forecast(
+        settings_of(config, way, next_rows, context)
+    ).memory.total < ROOM * room:
         rows = next_rows
     return rows
 
 
 def shape(room: float, context: int, toy: bool) -> dict[str, Any]:
-    """Phi-2, or its first layers: the most that trains in `room` bytes with checkpointing and the fused loss."""
+    """Phi-2, or its first layers: the most that trains in `room` bytes with checkpointing and the fused
+    loss."""
     if toy:
         return preset("tiny_target")
     least = Way("sdpa", compile=False, checkpointing=True, loss="fused")
@@ -102,7 +111,9 @@ def shape(room: float, context: int, toy: bool) -> dict[str, Any]:
 def measure(config: dict[str, Any], way: Way, rows: int, context: int) -> dict[str, Any]:
     """Train a few steps this way, in this process."""
     settings = settings_of(config, way, rows, context)
-    tokens = np.random.default_rng(0).integers(0, config["vocab_size"], rows * context * (WARM + COUNTED) + 1, dtype=np.int64)
+    tokens = np.random.default_rng(0).integers(
+        0, config["vocab_size"], rows * context * (WARM + COUNTED) + 1, dtype=np.int64
+    )
     split = TokenSplit("train", Tokens([tokens]), 1, len(tokens))
     with session("bf16") as accelerator:
         cuda = accelerator.device.type == "cuda"
@@ -110,7 +121,9 @@ def measure(config: dict[str, Any], way: Way, rows: int, context: int) -> dict[s
             network = build_model(config, seed=0, attention=way.attention).train()
         speed_up(network, settings.train)
         optimizer = build_optimizer(network, settings.optimizer)
-        model, optimizer = accelerator.prepare(build_loss(network, settings.train, 0, fused=fuses(config, settings.train.loss)), optimizer)
+        model, optimizer = accelerator.prepare(
+            build_loss(network, settings.train, 0, fused=fuses(config, settings.train.loss)), optimizer
+        )
         step, taken, loss = Step(model, optimizer, accelerator, split, settings), [], 0.0
         for i in range(WARM + COUNTED):
             start = time.perf_counter()
@@ -129,10 +142,13 @@ def measure(config: dict[str, Any], way: Way, rows: int, context: int) -> dict[s
 
 
 def in_a_process(config: dict[str, Any], way: Way, rows: int, context: int) -> dict[str, Any]:
-    """`measure` in a child, so that no way inherits another's memory or compiled code; what fails there is told in the result."""
+    """`measure` in a child, so that no way inherits another's memory or compiled code; what fails there is
+    told in the result."""
     order = json.dumps({"config": config, "way": dataclasses.asdict(way), "rows": rows, "context": context})
     try:
-        done = subprocess.run([sys.executable, __file__, "--one", order], capture_output=True, text=True, timeout=LIMIT_S)
+        done = subprocess.run(
+            [sys.executable, __file__, "--one", order], capture_output=True, text=True, timeout=LIMIT_S
+        )
     except subprocess.TimeoutExpired:
         return {"rows": rows, "failed": f"took longer than {LIMIT_S} s"}
     if done.returncode:
@@ -143,15 +159,27 @@ def in_a_process(config: dict[str, Any], way: Way, rows: int, context: int) -> d
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['device']}, {result['parameters']:,} parameters ({result['layers']} layers), context {result['context']}, bf16, AdamW\n",
-        "| attention | compile | checkpointing | loss | windows | tokens/s | MFU | peak GiB |\n|---|---|---|---|---:|---:|---:|---:|",
+        (
+            f"{result['device']}, {result['parameters']:,} parameters ({result['layers']} layers), context "
+            f"{result['context']}, bf16, AdamW\n"
+        ),
+        (
+            "| attention | compile | checkpointing | loss | windows | tokens/s | MFU | peak GiB "
+            "|\n|---|---|---|---|---:|---:|---:|---:|"
+        ),
     ]
     for row in result["ways"]:
-        names = f"| {row['attention']} | {row['compile']} | {row['checkpointing']} | {row['loss']} | {row['rows']} |"
+        names = (
+            f"| {row['attention']} | {row['compile']} | {row['checkpointing']} | {row['loss']} | "
+            f"{row['rows']} |"
+        )
         if "failed" in row:
             lines.append(f"{names} {row['failed']} | | |")
         else:
-            mfu, peak = ("–" if row[key] is None else text.format(row[key]) for key, text in (("mfu", "{:.1%}"), ("peak_gib", "{:.1f}")))
+            mfu, peak = (
+                "–" if row[key] is None else text.format(row[key])
+                for key, text in (("mfu", "{:.1%}"), ("peak_gib", "{:.1f}"))
+            )
             lines.append(f"{names} {row['tokens_per_second']:,.0f} | {mfu} | {peak} |")
     return "\n".join([*lines, *(f"\nnot run: {reason}" for reason in result["not_run"])])
 
@@ -184,7 +212,9 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """The door."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     known = ["sdpa", "flash_attention_2", "flex_attention", "eager"]
     parser.add_argument("--attention", nargs="+", choices=known, default=["sdpa", "flash_attention_2"])
     parser.add_argument("--compile", nargs="+", choices=["true", "false"], default=["false", "true"])
@@ -192,7 +222,11 @@ def main() -> None:
     parser.add_argument("--loss", nargs="+", choices=["plain", "fused"], default=["plain", "fused"])
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--toy", action="store_true", help="a tiny network on whatever device there is")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/bench_gpu.json; with --toy nothing is written unless this is given")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="default: benchmarks/bench_gpu.json; with --toy nothing is written unless this is given",
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:

@@ -1,15 +1,19 @@
 """Growth against `cp`, the disk and mergekit, at the size of Phi-1.5 → Phi-2, in interleaved rounds.
 
-make bench-growth                                   about 10 minutes and 25 GB of disk: a table, and benchmarks/bench_growth.json
+make bench-growth                                   about 10 minutes and 25 GB of disk: a table, and
+                                                    benchmarks/bench_growth.json
 python benchmarks/bench_growth.py --rounds 1 --layers 6 --without-mergekit      a quick look
-python benchmarks/bench_growth.py --page            the same, and its table into docs/evidence.md; with --rounds 0 that of bench_growth.json
+python benchmarks/bench_growth.py --page            the same, and its table into docs/evidence.md; with
+                                                    --rounds 0 that of bench_growth.json
 
-The source has random weights in float16. A round runs every command once, each a whole process on `--cores` cores whose wall time and
-peak resident memory are those that the operating system counts. Before a command runs, what it writes is removed and what it reads is in
-the page cache, for `cp` as for growth, and nothing is left to be written back. `cp` leaves its copy in the page cache, growth ends when the
-disk has all of it; "then sync" is that for both. Fresh cache pages can cost far more than the disk does, above all in a virtual machine, so
-`cp` varies from run to run; `dd` does not depend on them. Growth verifies what it wrote by reading every header entry back and holding it
-against the plan; that is in its time. The weights themselves are compared after the timing, with the source and with mergekit's.
+The source has random weights in float16. A round runs every command once, each a whole process on `--cores`
+cores whose wall time and peak resident memory are those that the operating system counts. Before a command
+runs, what it writes is removed and what it reads is in the page cache, for `cp` as for growth, and nothing is
+left to be written back. `cp` leaves its copy in the page cache, growth ends when the disk has all of it;
+"then sync" is that for both. Fresh cache pages can cost far more than the disk does, above all in a virtual
+machine, so `cp` varies from run to run; `dd` does not depend on them. Growth verifies what it wrote by
+reading every header entry back and holding it against the plan; that is in its time. The weights themselves
+are compared after the timing, with the source and with mergekit's.
 """
 
 from __future__ import annotations
@@ -46,23 +50,35 @@ class Timed:
 def measured(command: Sequence[str | Path], output: str = os.devnull) -> Timed:
     """Run a command in a child of its own, so that its peak memory is its own."""
     arguments = [str(part) for part in command]
-    opened = [(os.POSIX_SPAWN_OPEN, number, output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) for number in (1, 2)]
+    opened = [
+        (os.POSIX_SPAWN_OPEN, number, output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        for number in (1, 2)
+    ]
     started = time.perf_counter()
-    pid = os.posix_spawn(shutil.which(arguments[0]) or arguments[0], arguments, os.environ, file_actions=opened)
+    pid = os.posix_spawn(
+        shutil.which(arguments[0]) or arguments[0], arguments, os.environ, file_actions=opened
+    )
     _, status, usage = os.wait4(pid, 0)
     seconds = time.perf_counter() - started
     if code := os.waitstatus_to_exitcode(status):
-        raise SystemExit(f"{' '.join(arguments)} ended with status {code}{'' if output == os.devnull else f'; see {output}'}")
+        raise SystemExit(
+            f"{' '.join(arguments)} ended with status "
+            f"{code}{'' if output == os.devnull else f'; see {output}'}"
+        )
     return Timed(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
 def then_sync(command: Timed) -> Timed:
     """A finished process and the wait until the disk has what it wrote."""
     waited = measured(["sync"])
-    return Timed(command.seconds + waited.seconds, command.processor_seconds + waited.processor_seconds, command.peak_bytes)
+    return Timed(
+        command.seconds + waited.seconds,
+        command.processor_seconds + waited.processor_seconds,
+        command.peak_bytes,
+    )
 
 
-# ---- what runs in children ------------------------------------------------------------------------------------------------------------
+# ---- what runs in children ---------------------------------------------------------------------------------
 
 
 def make_source(folder: Path, layers: int, vocabulary: int) -> None:
@@ -76,9 +92,16 @@ def make_dense(folder: Path, layers: int, vocabulary: int) -> None:
     """A Llama with Phi-1.5's sizes and random float16 weights, to be made a mixture of experts of."""
     from outgrow.model.presets import preset
 
-    sizes = {"num_hidden_layers": layers, "vocab_size": vocabulary, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
+    sizes = {
+        "num_hidden_layers": layers,
+        "vocab_size": vocabulary,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+    }
     sizes |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-    write_random(folder, preset("phi_1_5") | sizes | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    write_random(
+        folder, preset("phi_1_5") | sizes | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    )
 
 
 def write_random(folder: Path, config: dict[str, Any]) -> None:
@@ -94,14 +117,17 @@ def write_random(folder: Path, config: dict[str, Any]) -> None:
     writer = ShardWriter(folder, layout([Entry(tensor.name, "F16", tensor.shape) for tensor in tensors]))
     numbers = np.random.default_rng(0)
     for tensor in tensors:
-        values = numbers.standard_normal(int(np.prod(tensor.shape)), np.float32) * 0.02 + ("norm" in tensor.name)
+        values = numbers.standard_normal(int(np.prod(tensor.shape)), np.float32) * 0.02 + (
+            "norm" in tensor.name
+        )
         writer.write(tensor.name, 0, values.astype(np.float16))
     writer.finish()
     writer.close()
 
 
 def check_grown(source: Path, grown: Path) -> None:
-    """What growth copies without a factor must be the source's bits: fc1's first rows and columns, in every layer that is a first copy."""
+    """What growth copies without a factor must be the source's bits: fc1's first rows and columns, in every
+    layer that is a first copy."""
     import numpy as np
 
     from outgrow.model.checkpoint import Checkpoint
@@ -110,7 +136,9 @@ def check_grown(source: Path, grown: Path) -> None:
     with Checkpoint(source) as small, Checkpoint(grown) as large:
         for number, layer in enumerate(layers):
             expected = small.read(f"model.layers.{layer}.mlp.fc1.weight")
-            found = large.read(f"model.layers.{number}.mlp.fc1.weight")[: expected.shape[0], : expected.shape[1]]
+            found = large.read(f"model.layers.{number}.mlp.fc1.weight")[
+                : expected.shape[0], : expected.shape[1]
+            ]
             if not np.array_equal(found, expected):
                 raise SystemExit(f"{grown}: fc1 of layer {number} is not that of source layer {layer}")
 
@@ -139,7 +167,10 @@ def check_equal(first: Path, second: Path) -> None:
 
     with Checkpoint(first) as a, Checkpoint(second) as b:
         if a.tensors.keys() != b.tensors.keys():
-            raise SystemExit(f"{first} and {second} hold different tensors: {sorted(a.tensors.keys() ^ b.tensors.keys())[:3]}")
+            raise SystemExit(
+                f"{first} and {second} hold different tensors: "
+                f"{sorted(a.tensors.keys() ^ b.tensors.keys())[:3]}"
+            )
         for name in a.tensors:
             if not np.array_equal(a.read(name), b.read(name)):
                 raise SystemExit(f"{name} differs between {first} and {second}")
@@ -158,11 +189,20 @@ def child(name: str, *arguments: object) -> list[str]:
     return [sys.executable, __file__, "--child", name, *map(str, arguments)]
 
 
-# ---- the rounds ------------------------------------------------------------------------------------------------------------------------
+# ---- the rounds --------------------------------------------------------------------------------------------
 
 
 def growth_command(source: Path, out: Path, target: str, *more: str) -> list[str]:
-    return [sys.executable, "-m", "outgrow.growth", f"source={source}", f"target={target}", f"out={out}", "threads=2", *more]
+    return [
+        sys.executable,
+        "-m",
+        "outgrow.growth",
+        f"source={source}",
+        f"target={target}",
+        f"out={out}",
+        "threads=2",
+        *more,
+    ]
 
 
 # The door of an installation without a C compiler.
@@ -181,7 +221,8 @@ def size_of(folder: Path) -> int:
 
 
 def ready(output: Path, *inputs: Path) -> None:
-    """Remove what a command will write, write back what others wrote, and read what it will read into the page cache."""
+    """Remove what a command will write, write back what others wrote, and read what it will read into the
+    page cache."""
     if output.is_dir():
         shutil.rmtree(output)
     output.unlink(missing_ok=True)
@@ -200,7 +241,8 @@ class Bench:
         self.work, self.mergekit = work, mergekit
         self.source, self.quarter, self.dense = work / "source", work / "quarter", work / "dense"
         self.layers, self.deeper = layers, layers * 4 // 3
-        self.map = [*range(layers), *range(2 * layers - self.deeper, layers)]  # the last layers again, as they are
+        # the last layers again, as they are
+        self.map = [*range(layers), *range(2 * layers - self.deeper, layers)]
         self.bytes: dict[str, int] = {}
         self.log = str(work / "log.txt")
         for folder, part in ((self.source, 1), (self.quarter, 4)):
@@ -209,7 +251,9 @@ class Bench:
 
     def round(self) -> dict[str, Timed]:
         work, found = self.work, {}
-        grown, copy, direct, deep, merged = (work / name for name in ("grown", "copy", "direct", "deep", "merged"))
+        grown, copy, direct, deep, merged = (
+            work / name for name in ("grown", "copy", "direct", "deep", "merged")
+        )
         width = "hidden_size:2560,intermediate_size:10240"
         target = f"{{{width},num_hidden_layers:{self.deeper}}}"
 
@@ -225,7 +269,9 @@ class Bench:
         ready(copy)
         ready(direct)
         count = f"count={self.bytes['growth'] >> 20}"
-        found["dd of as many bytes"] = measured(["dd", "if=/dev/zero", f"of={direct}", "bs=1M", count, "oflag=direct", "status=none"])
+        found["dd of as many bytes"] = measured(
+            ["dd", "if=/dev/zero", f"of={direct}", "bs=1M", count, "oflag=direct", "status=none"]
+        )
         ready(direct)
         ready(grown, self.source)
         found["growth in numpy alone"] = measured([command[0], "-c", IN_NUMPY, *command[3:]], self.log)
@@ -244,7 +290,9 @@ class Bench:
             if self.mergekit is not None:
                 ready(merged, self.source)
                 recipe = passthrough.recipe(work, self.source, self.map)
-                found[name] = measured(passthrough.command(self.mergekit, recipe, merged, small=small), self.log)
+                found[name] = measured(
+                    passthrough.command(self.mergekit, recipe, merged, small=small), self.log
+                )
                 self.bytes[name] = size_of(merged)
                 measured(child("check-equal", deep, merged), self.log)
         ready(merged)
@@ -256,22 +304,35 @@ class Bench:
         self.bytes["upcycling a quarter into 8 experts"] = size_of(grown)
         measured(child("check-experts", self.dense, grown), self.log)
         ready(grown)
-        found["start-up"] = measured([sys.executable, "-m", "outgrow.growth", "source=phi_1_5", "target=phi_2", "plan_only=true"])
+        found["start-up"] = measured(
+            [sys.executable, "-m", "outgrow.growth", "source=phi_1_5", "target=phi_2", "plan_only=true"]
+        )
         return found
 
 
 def machine(cores: int) -> str:
     """The processor's name, how much of it was used, and the system."""
-    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return f"{names[0] if names else platform.processor()}, {cores} of {os.cpu_count()} cores, {memory:.0f} GB, Linux {platform.release()}"
+    return (
+        f"{names[0] if names else platform.processor()}, {cores} of {os.cpu_count()} cores, {memory:.0f} "
+        f"GB, Linux {platform.release()}"
+    )
 
 
 def summary(rounds: list[dict[str, Timed]], sizes: dict[str, int], layers: int, cores: int) -> dict[str, Any]:
     """What bench_growth.json holds: medians, ratios within rounds, and every measurement."""
 
     def ratio(above: str, below: str) -> float | None:
-        return statistics.median(run[above].seconds / run[below].seconds for run in rounds) if {above, below} <= rounds[0].keys() else None
+        return (
+            statistics.median(run[above].seconds / run[below].seconds for run in rounds)
+            if {above, below} <= rounds[0].keys()
+            else None
+        )
 
     names = list(rounds[0])
     start = statistics.median(run["start-up"].seconds for run in rounds)
@@ -282,7 +343,9 @@ def summary(rounds: list[dict[str, Timed]], sizes: dict[str, int], layers: int, 
         "layers": layers,
         "bytes": sizes,
         "seconds": {name: statistics.median(run[name].seconds for run in rounds) for name in names},
-        "processor_seconds": {name: statistics.median(run[name].processor_seconds for run in rounds) for name in names},
+        "processor_seconds": {
+            name: statistics.median(run[name].processor_seconds for run in rounds) for name in names
+        },
         "peak_bytes": {name: max(run[name].peak_bytes for run in rounds) for name in names},
         "ratios": {
             "growth / cp": ratio("growth", "cp of its result"),
@@ -303,16 +366,32 @@ def summary(rounds: list[dict[str, Timed]], sizes: dict[str, int], layers: int, 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     others = f"; load average of other work before: {result['load_before']:.0f}"
-    lines = [f"{result['machine']}{others if result['load_before'] > 0.5 else ''}; whole processes, 2 computing threads;"]
+    lines = [
+        (
+            f"{result['machine']}{others if result['load_before'] > 0.5 else ''}; whole processes, 2 "
+            "computing threads;"
+        )
+    ]
     lines += [f"medians over the interleaved rounds ({result['rounds']}):", ""]
-    lines += ["| | writes | seconds | fastest to slowest | processor seconds | peak memory |", "|---|---:|---:|---:|---:|---:|"]
-    whole = ("growth, then sync", "growth in numpy alone", "cp of its result", "cp of its result, then sync", "dd of as many bytes")
+    lines += [
+        "| | writes | seconds | fastest to slowest | processor seconds | peak memory |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    whole = (
+        "growth, then sync",
+        "growth in numpy alone",
+        "cp of its result",
+        "cp of its result, then sync",
+        "dd of as many bytes",
+    )
     sizes = result["bytes"] | dict.fromkeys(whole, result["bytes"]["growth"])
     for name, seconds in result["seconds"].items():
         written = f"{sizes[name] / 1e9:.2f} GB" if name in sizes else ""
         every = [run[name]["seconds"] for run in result["runs"]]
         cost = f"{result['processor_seconds'][name]:.1f} | {result['peak_bytes'][name] / 1e6:,.0f} MB"
-        lines.append(f"| {name} | {written} | {seconds:.1f} | {min(every):.1f} to {max(every):.1f} | {cost} |")
+        lines.append(
+            f"| {name} | {written} | {seconds:.1f} | {min(every):.1f} to {max(every):.1f} | {cost} |"
+        )
     ratios = "; ".join(f"{name} {value:.2f}" for name, value in result["ratios"].items() if value is not None)
     return "\n".join([*lines, "", f"Medians of the rounds' ratios: {ratios}.", ""])
 
@@ -326,11 +405,17 @@ def write_page(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """The door."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=24, help="of the source, a multiple of 12; 24 is Phi-1.5")
+    parser.add_argument(
+        "--layers", type=int, default=24, help="of the source, a multiple of 12; 24 is Phi-1.5"
+    )
     parser.add_argument("--cores", type=int, default=2, help="that every command may use")
-    parser.add_argument("--work", type=Path, default=Path("build/bench-growth"), help="a folder for 20 GB, removed at the end")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/bench-growth"), help="a folder for 20 GB, removed at the end"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "bench_growth.json")
     parser.add_argument("--without-mergekit", action="store_true")
     parser.add_argument("--page", action="store_true", help="write the table into docs/evidence.md")
@@ -341,7 +426,9 @@ def main() -> None:
         CHILDREN[name](*(int(value) if value.isdecimal() else Path(value) for value in arguments))  # type: ignore[operator]
         return
     if options.layers % 12:
-        parser.error("--layers must be a multiple of 12: depth grows by a third, and a quarter of it is grown too")
+        parser.error(
+            "--layers must be a multiple of 12: depth grows by a third, and a quarter of it is grown too"
+        )
     if options.rounds:
         result = run(options)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -352,7 +439,11 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """The rounds, in a working folder that is removed at the end."""
-    mergekit = None if options.without_mergekit else passthrough.environment(options.work.absolute().parent / "mergekit")
+    mergekit = (
+        None
+        if options.without_mergekit
+        else passthrough.environment(options.work.absolute().parent / "mergekit")
+    )
     load = os.getloadavg()[1]
     cores = sorted(os.sched_getaffinity(0))[: options.cores]
     os.sched_setaffinity(0, cores)
@@ -364,7 +455,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         rounds = []
         for number in range(options.rounds + 1):  # the first round warms up and does not count
             rounds.append(bench.round())
-            print(f"round {number}: " + ", ".join(f"{name} {run.seconds:.1f} s" for name, run in rounds[-1].items()), flush=True)
+            print(
+                f"round {number}: "
+                + ", ".join(f"{name} {run.seconds:.1f} s" for name, run in rounds[-1].items()),
+                flush=True,
+            )
     finally:
         shutil.rmtree(options.work, ignore_errors=True)
     return {"load_before": load} | summary(rounds[1:], bench.bytes, options.layers, len(cores))

@@ -1,13 +1,16 @@
-"""The memory that a dry run tells of, held against PyTorch's own trackers, for Phi-2 on 1, 8 and 96 devices. No GPU is needed.
+"""The memory that a dry run tells of, held against PyTorch's own trackers, for Phi-2 on 1, 8 and 96 devices.
+No GPU is needed.
 
-python benchmarks/bench_memory.py                   about 15 minutes: a table, and benchmarks/bench_memory.json
+python benchmarks/bench_memory.py                   about 15 minutes: a table, and
+                                                    benchmarks/bench_memory.json
 python benchmarks/bench_memory.py --layers 4        two minutes: the same of a shallower network
 
-Each way of training (activation checkpointing, sharding, fused loss) takes one step of a micro-batch on fake tensors, in a group of as many
-processes as there are devices, of which this one is the first and the others are not there (PyTorch's fake process group): what
-`FSDPMemTracker`, or without sharding its base `MemTracker`, has counted at the peak is what one device would hold. Gradients and the
-optimizer's state exist before it, as in every step after the first; of a step of one micro-batch, the gradients begin empty.
-The trackers do not see into `linear_cross_entropy`, whose logits of one chunk the forecast counts.
+Each way of training (activation checkpointing, sharding, fused loss) takes one step of a micro-batch on fake
+tensors, in a group of as many processes as there are devices, of which this one is the first and the others
+are not there (PyTorch's fake process group): what `FSDPMemTracker`, or without sharding its base
+`MemTracker`, has counted at the peak is what one device would hold. Gradients and the optimizer's state exist
+before it, as in every step after the first; of a step of one micro-batch, the gradients begin empty. The
+trackers do not see into `linear_cross_entropy`, whose logits of one chunk the forecast counts.
 """
 
 from __future__ import annotations
@@ -59,7 +62,8 @@ def forecast_parts(memory: Memory) -> dict[str, float]:
 
 
 def tracked_parts(settings: Settings) -> dict[str, float]:
-    """The bytes of each category at the peak of one step, as PyTorch's tracker counts them on fake tensors."""
+    """The bytes of each category at the peak of one step, as PyTorch's tracker counts them on fake
+    tensors."""
     loop, gpus = settings.train, settings.forecast.gpus
     rows, several, sharded = shares(settings)
     config, fused = target(settings), loop.loss != "plain"
@@ -113,7 +117,8 @@ def shard(objective: Any, settings: Settings, mesh: Any) -> None:
 
 
 def settle(network: Any, optimizer: Any, *, gradients: bool) -> None:
-    """Take one step, so that the optimizer has its state (and DTensor its plans of operators); leave gradients where asked."""
+    """Take one step, so that the optimizer has its state (and DTensor its plans of operators); leave
+    gradients where asked."""
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -121,20 +126,28 @@ def settle(network: Any, optimizer: Any, *, gradients: bool) -> None:
         optimizer.zero_grad()
 
 
-# ---- all ways -------------------------------------------------------------------------------------------------------------------------
+# ---- all ways ----------------------------------------------------------------------------------------------
 
 
 def ways(gpus: Sequence[int], layers: int | None) -> Iterator[Settings]:
     """Phi-2 trained in every way on every number of devices, with fewer layers where asked."""
     config = preset("phi_2") | ({} if layers is None else {"num_hidden_layers": layers})
-    for count, sharding, checkpointing, loss in product(gpus, ("none", "full"), ("false", "true"), ("plain", "fused")):
+    for count, sharding, checkpointing, loss in product(
+        gpus, ("none", "full"), ("false", "true"), ("plain", "fused")
+    ):
         if count > 1 or sharding == "none":
-            keys = (f"forecast.gpus={count}", f"sharding={sharding}", f"train.checkpointing={checkpointing}", f"train.loss={loss}")
+            keys = (
+                f"forecast.gpus={count}",
+                f"sharding={sharding}",
+                f"train.checkpointing={checkpointing}",
+                f"train.loss={loss}",
+            )
             yield replace(compose([*PHI_2, *keys]), target=config)
 
 
 def alike(settings: Settings) -> tuple[Any, ...]:
-    """What tells one device's step from another's: without sharding, each of several devices holds what a single one does."""
+    """What tells one device's step from another's: without sharding, each of several devices holds what a
+    single one does."""
     loop, (rows, several, sharded) = settings.train, shares(settings)
     kept = several or (settings.forecast.gpus > 1 and not sharded)
     return loop.checkpointing, loop.loss, rows, kept, settings.forecast.gpus if sharded else 1
@@ -160,7 +173,10 @@ def compared(settings: Settings, tracked: dict[str, float]) -> dict[str, Any]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The result in Markdown."""
     lines = [
-        "| GPUs | sharding | checkpointing | loss | forecast, GiB | tracked, GiB | off by | category most off, of the peak |",
+        (
+            "| GPUs | sharding | checkpointing | loss | forecast, GiB | tracked, GiB | off by | category "
+            "most off, of the peak |"
+        ),
         "|---:|---|---|---|---:|---:|---:|---|",
     ]
     for row in rows:
@@ -173,7 +189,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The door."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 96])
     options.add_argument("--layers", type=int, default=None, help="a shallower network; nothing is written")
     asked = options.parse_args(arguments)

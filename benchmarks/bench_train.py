@@ -1,14 +1,15 @@
-"""One run's speed beside a bare PyTorch loop and transformers.Trainer, on the same network and the same batches, in interleaved rounds.
+"""One run's speed beside a bare PyTorch loop and transformers.Trainer, on the same network and the same
+batches, in interleaved rounds.
 
 make bench-train                                     about 5 minutes: a table, and benchmarks/bench_train.json
 python benchmarks/bench_train.py --rounds 1 --steps 6   a quick look
 
-`ours` is `outgrow.train.loop.train` as a user calls it: reading batches from disk, logging every 5 steps, and a validation half-way.
-`bare` has its batches in memory and does nothing but forward, backward, clip and step, with the same loss and the same validation, and
-prints nothing: the limit. `bare, library's loss` is the same with the loss that the model itself computes. `Trainer` logs every 5 steps
-and validates nothing.
-Of every round the first steps warm up and do not count. Times are wall seconds and CPU seconds of the process; a machine that others use
-disturbs the second less. Ratios are medians over the rounds.
+`ours` is `outgrow.train.loop.train` as a user calls it: reading batches from disk, logging every 5 steps, and
+a validation half-way. `bare` has its batches in memory and does nothing but forward, backward, clip and step,
+with the same loss and the same validation, and prints nothing: the limit. `bare, library's loss` is the same
+with the loss that the model itself computes. `Trainer` logs every 5 steps and validates nothing. Of every
+round the first steps warm up and do not count. Times are wall seconds and CPU seconds of the process; a
+machine that others use disturbs the second less. Ratios are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -86,12 +87,15 @@ class Work:
     @property
     def validation(self) -> list[torch.Tensor]:
         settings = self.settings.train
-        found = validation_batches(self.data.validation, context=settings.context, tokens=settings.eval_tokens)
+        found = validation_batches(
+            self.data.validation, context=settings.context, tokens=settings.eval_tokens
+        )
         return [torch.from_numpy(windows) for windows in found]
 
 
 def ours(work: Work, folder: Path) -> Timed:
-    """`outgrow.train.loop.train`; the clock is told of each step's start, and of the end of the loop by what follows it."""
+    """`outgrow.train.loop.train`; the clock is told of each step's start, and of the end of the loop by what
+    follows it."""
     clock, step, publish = Clock(), Step.__call__, loop.publish
 
     def marked(self: Step, i: int) -> Any:
@@ -162,11 +166,14 @@ def trainer(work: Work, folder: Path) -> Timed:
 
     rows = [{"input_ids": row, "labels": row} for windows in work.windows for row in windows]
     arguments = TrainingArguments(
-        str(folder), max_steps=work.steps, per_device_train_batch_size=len(work.windows[0]), max_grad_norm=1.0, logging_steps=LOG_EVERY,
+        str(folder), max_steps=work.steps, per_device_train_batch_size=len(work.windows[0]),
+        max_grad_norm=1.0, logging_steps=LOG_EVERY,
         save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, remove_unused_columns=False,
         train_sampling_strategy="sequential",
     )  # fmt: skip
-    run = Trainer(network, arguments, train_dataset=rows, optimizers=(optimizer, schedule), callbacks=[Marks()])  # type: ignore[arg-type]
+    run = Trainer(
+        network, arguments, train_dataset=rows, optimizers=(optimizer, schedule), callbacks=[Marks()]
+    )  # type: ignore[arg-type]
     result = run.train()
     clock.mark()
     return clock.timed(result.training_loss)
@@ -181,14 +188,23 @@ def work_of(folder: Path, steps: int) -> Work:
     """The tiny target from scratch, on the standard library's text."""
     tokens = 4096
     settings = compose([
-        "growth=scratch", "target=tiny_target", "logger=none", "progress=false", "data=stdlib", f"data.folder={folder / 'tokens'}",
-        f"train.batch_tokens={tokens}", f"train.budget_tokens={tokens * steps}", f"train.log_every_tokens={tokens * LOG_EVERY}",
-        f"train.eval_every_tokens={tokens * (steps // 2)}", "train.eval_tokens=8192", "train.save_every_tokens=null",
+        "growth=scratch", "target=tiny_target", "logger=none", "progress=false", "data=stdlib",
+        f"data.folder={folder / 'tokens'}",
+        f"train.batch_tokens={tokens}", f"train.budget_tokens={tokens * steps}",
+        f"train.log_every_tokens={tokens * LOG_EVERY}",
+        f"train.eval_every_tokens={tokens * (steps // 2)}",
+        "train.eval_tokens=8192", "train.save_every_tokens=null",
     ])  # fmt: skip
     data = prepare(settings.data, progress=False)
     rows, context = tokens // settings.train.context, settings.train.context
-    windows = [torch.from_numpy(batch(data.train, seed=settings.seed, step=i, batch_size=rows, context=context)) for i in range(steps)]
-    rates = [factor(settings.schedule, (i + 0.5) / steps, from_scratch=True) * settings.optimizer.learning_rate for i in range(steps)]
+    windows = [
+        torch.from_numpy(batch(data.train, seed=settings.seed, step=i, batch_size=rows, context=context))
+        for i in range(steps)
+    ]
+    rates = [
+        factor(settings.schedule, (i + 0.5) / steps, from_scratch=True) * settings.optimizer.learning_rate
+        for i in range(steps)
+    ]
     return Work(settings, data, steps, windows, rates)
 
 
@@ -198,13 +214,16 @@ def loading(work: Work) -> float:
     rows = settings.batch_tokens // settings.context
     for i in range(1000, 1200):
         start = time.process_time()
-        torch.from_numpy(batch(work.data.train, seed=work.settings.seed, step=i, batch_size=rows, context=settings.context))
+        torch.from_numpy(
+            batch(work.data.train, seed=work.settings.seed, step=i, batch_size=rows, context=settings.context)
+        )
         taken.append(time.process_time() - start)
     return settings.batch_tokens / statistics.median(taken)
 
 
 def rounds(work: Work, folder: Path, count: int) -> dict[str, list[Timed]]:
-    """Every contender once a round, in an order that turns, so that a machine that slows down slows them all."""
+    """Every contender once a round, in an order that turns, so that a machine that slows down slows them
+    all."""
     taken: dict[str, list[Timed]] = {name: [] for name in CONTENDERS}
     for number in range(count + 1):  # the first round warms up and does not count
         names = list(CONTENDERS)
@@ -214,7 +233,10 @@ def rounds(work: Work, folder: Path, count: int) -> dict[str, list[Timed]]:
             found = CONTENDERS[name](work, out)
             if number:
                 taken[name].append(found)
-            print(f"round {number}: {name} {found.wall:.2f} s, {found.cpu:.2f} s of CPU, loss {found.loss:.5f}", flush=True)
+            print(
+                f"round {number}: {name} {found.wall:.2f} s, {found.cpu:.2f} s of CPU, loss {found.loss:.5f}",
+                flush=True,
+            )
     return taken
 
 
@@ -238,7 +260,9 @@ def summary(work: Work, taken: dict[str, list[Timed]], threads: int) -> dict[str
         "counted_steps": work.steps - WARM,
         "tokens_per_second": speed,
         "ours_over": {
-            name: {kind: ratio(taken["ours"], taken[name], kind) for kind in ("wall", "cpu")} for name in taken if name != "ours"
+            name: {kind: ratio(taken["ours"], taken[name], kind) for kind in ("wall", "cpu")}
+            for name in taken
+            if name != "ours"
         },
         "loading_tokens_per_second": alone,
         "loading_over_training": alone / speed["ours"]["cpu"],
@@ -248,29 +272,48 @@ def summary(work: Work, taken: dict[str, list[Timed]], threads: int) -> dict[str
 
 def machine() -> str:
     """The processor's name and how many threads of it there are."""
-    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} cores, Linux {platform.release()}"
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return (
+        f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} cores, Linux "
+        f"{platform.release()}"
+    )
 
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['machine']}, {result['threads']} thread(s), medians of {result['rounds']} rounds of {result['counted_steps']} steps\n",
-        "| | tokens/s | tokens per CPU second | ours is, in wall time | ours is, in CPU time |\n|---|---:|---:|---:|---:|",
+        (
+            f"{result['machine']}, {result['threads']} thread(s), medians of {result['rounds']} rounds of "
+            f"{result['counted_steps']} steps\n"
+        ),
+        (
+            "| | tokens/s | tokens per CPU second | ours is, in wall time | ours is, in CPU time "
+            "|\n|---|---:|---:|---:|---:|"
+        ),
     ]
     for name, speed in result["tokens_per_second"].items():
         over = result["ours_over"].get(name)
         more = " | |" if over is None else f" {over['wall']:.2f} × | {over['cpu']:.2f} × |"
         lines.append(f"| {name} | {speed['wall']:,.0f} | {speed['cpu']:,.0f} |{more}")
-    return "\n".join([*lines, f"\nreading batches alone: {result['loading_over_training']:,.0f} × what training consumes"])
+    return "\n".join(
+        [*lines, f"\nreading batches alone: {result['loading_over_training']:,.0f} × what training consumes"]
+    )
 
 
 def main() -> None:
     """The door."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=22, help=f"of each round, {WARM} of them uncounted")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--work", type=Path, default=Path("build/bench-train"), help="a folder that is removed at the end")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/bench-train"), help="a folder that is removed at the end"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "bench_train.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

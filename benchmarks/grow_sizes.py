@@ -1,12 +1,17 @@
-"""What growing a checkpoint of 0.1, 1, 7 and 70 B parameters takes: sizes from geometry, memory measured, minutes from bench_growth.json.
+"""What growing a checkpoint of 0.1, 1, 7 and 70 B parameters takes: sizes from geometry, memory measured,
+minutes from bench_growth.json.
 
-python benchmarks/grow_sizes.py            seconds: the table of docs/grow.md, from grow_sizes.json and bench_growth.json
-python benchmarks/grow_sizes.py --measure  about a minute and 6 GB of disk at a time: measures the peak memory again
+python benchmarks/grow_sizes.py            seconds: the table of docs/grow.md, from grow_sizes.json and
+                                           bench_growth.json
+python benchmarks/grow_sizes.py --measure  about a minute and 6 GB of disk at a time: measures the peak memory
+                                           again
 
-Every row grows a Llama-shaped checkpoint in bfloat16 by Phi-1.5 → Phi-2's ratios: 1.25 × the width by whole heads, 4/3 × the depth. Nothing
-of that size is downloaded: the source is a sparse file of the full shape, and where the result is larger than 6 GB one worker writes its
-share of the shards, at full width and depth. Peak memory is the operating system's count for the whole process. Minutes are not measured at
-these sizes: they are start-up plus bytes written at the rate that bench_growth.json has for a 5.6 GB result, and all bytes at 1 GB/s.
+Every row grows a Llama-shaped checkpoint in bfloat16 by Phi-1.5 → Phi-2's ratios: 1.25 × the width by whole
+heads, 4/3 × the depth. Nothing of that size is downloaded: the source is a sparse file of the full shape, and
+where the result is larger than 6 GB one worker writes its share of the shards, at full width and depth. Peak
+memory is the operating system's count for the whole process. Minutes are not measured at these sizes: they
+are start-up plus bytes written at the rate that bench_growth.json has for a 5.6 GB result, and all bytes at 1
+GB/s.
 """
 
 from __future__ import annotations
@@ -27,7 +32,17 @@ PAGE = HERE.parent / "docs" / "grow.md"
 MARKS = ("<!-- sizes: written by benchmarks/grow_sizes.py -->\n", "<!-- /sizes -->\n")
 DISK_RATE = 1e9  # bytes a second, an assumption that the page states
 SHARE_BYTES = 6e9  # a larger result is written in shares
-HEADINGS = ("source", "grown", "reads", "writes", "files of 5 GB", "peak memory", "minutes, computing", "minutes, disk", "receipt runs in")
+HEADINGS = (
+    "source",
+    "grown",
+    "reads",
+    "writes",
+    "files of 5 GB",
+    "peak memory",
+    "minutes, computing",
+    "minutes, disk",
+    "receipt runs in",
+)
 
 # name → hidden size, layers, heads, KV heads, feed-forward size
 SOURCES: dict[str, tuple[int, int, int, int, int]] = {
@@ -83,11 +98,12 @@ def figures(name: str) -> dict[str, Any]:
     }
 
 
-# ---- measuring ------------------------------------------------------------------------------------------------------------------------
+# ---- measuring ---------------------------------------------------------------------------------------------
 
 
 def make_source(folder: Path, name: str) -> None:
-    """A checkpoint of the full shape whose weights are one hole in a sparse file: they read as zeros and take no disk."""
+    """A checkpoint of the full shape whose weights are one hole in a sparse file: they read as zeros and take
+    no disk."""
     from outgrow.model.family import family_of
 
     config, _ = growth_of(name)
@@ -108,7 +124,16 @@ def grow_share(source: Path, out: Path, name: str, count: int) -> None:
     from outgrow.growth import grow
 
     worker = None if count == 1 else f"0/{count}"
-    grow(source, out, target=growth_of(name)[1], operator="lossless", noise=0.5, receipt=False, threads=2, worker=worker)
+    grow(
+        source,
+        out,
+        target=growth_of(name)[1],
+        operator="lossless",
+        noise=0.5,
+        receipt=False,
+        threads=2,
+        worker=worker,
+    )
 
 
 CHILDREN = {"make-source": make_source, "grow-share": grow_share}
@@ -123,7 +148,18 @@ def measure(work: Path) -> dict[str, Any]:
         count = 1 if row["target_bytes"] < SHARE_BYTES else row["shards"]
         try:
             measured([sys.executable, __file__, "--child", "make-source", str(work / "source"), name])
-            run = measured([sys.executable, __file__, "--child", "grow-share", str(work / "source"), str(work / "out"), name, str(count)])
+            run = measured(
+                [
+                    sys.executable,
+                    __file__,
+                    "--child",
+                    "grow-share",
+                    str(work / "source"),
+                    str(work / "out"),
+                    name,
+                    str(count),
+                ]
+            )
         finally:
             shutil.rmtree(work, ignore_errors=True)
         rows[name] = {"peak_bytes": run.peak_bytes, "workers": count}
@@ -131,7 +167,7 @@ def measure(work: Path) -> dict[str, Any]:
     return {"machine": machine(2), "rows": rows}
 
 
-# ---- the table ------------------------------------------------------------------------------------------------------------------------
+# ---- the table ---------------------------------------------------------------------------------------------
 
 
 def minutes(nbytes: int, bench: Mapping[str, Any]) -> float:
@@ -165,20 +201,38 @@ def table(peaks: Mapping[str, Any], bench: Mapping[str, Any]) -> str:
             f"{4 * target / 1e9:,.0f} GB in float32, {8 * target / 1e9:,.0f} GB in float64",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    rates = f"{rate:.2f} GB/s of result, measured at {bench['bytes']['growth'] / 1e9:.1f} GB in float16 with the source in the page cache"
-    return "\n".join([*lines, "", f"Rate: {rates}. Machine: {bench['machine']}; memory measured on: {peaks['machine']}.", ""])
+    rates = (
+        f"{rate:.2f} GB/s of result, measured at {bench['bytes']['growth'] / 1e9:.1f} GB in float16 with "
+        "the source in the page cache"
+    )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Rate: {rates}. Machine: {bench['machine']}; memory measured on: {peaks['machine']}.",
+            "",
+        ]
+    )
 
 
 def main() -> None:
     """Measure where asked to, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", action="store_true", help="measure the peak memory again, into grow_sizes.json")
-    parser.add_argument("--work", type=Path, default=Path("build/grow-sizes"), help="a folder for 6 GB, removed at the end")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--measure", action="store_true", help="measure the peak memory again, into grow_sizes.json"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/grow-sizes"), help="a folder for 6 GB, removed at the end"
+    )
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         command, *arguments = options.child
-        paths = [Path(value) if "/" in value else int(value) if value.isdecimal() else value for value in arguments]
+        paths = [
+            Path(value) if "/" in value else int(value) if value.isdecimal() else value for value in arguments
+        ]
         CHILDREN[command](*paths)  # type: ignore[operator]
         return
     stored = HERE / "grow_sizes.json"

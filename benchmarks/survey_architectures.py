@@ -1,14 +1,16 @@
 """What can be trained, and how? The survey of every causal language model class of transformers, as a table.
 
-python benchmarks/survey_architectures.py                    10 minutes of one core: survey_architectures.json, docs/families.md
+python benchmarks/survey_architectures.py                    10 minutes of one core:
+                                                             survey_architectures.json, docs/families.md
 python benchmarks/survey_architectures.py --device cuda      the same on a GPU, and under its kernels
 python benchmarks/survey_architectures.py --types mpt falcon some of them
 python benchmarks/survey_architectures.py --types            none: only writes the table anew
 
-Each class is built as a tiny twin of its default config (`model.twin`) in a process of its own, under a time limit; classes and
-columns that the file has already under the same versions and device are passed over, so that a stopped call goes on. A class that is
-bidirectional by default is asked with the switch that makes it causal where it has one. Each cell of the table is a measured value or the
-beginning of the reason why there is none; how far a class grows is measured by count_architectures.py.
+Each class is built as a tiny twin of its default config (`model.twin`) in a process of its own, under a time
+limit; classes and columns that the file has already under the same versions and device are passed over, so
+that a stopped call goes on. A class that is bidirectional by default is asked with the switch that makes it
+causal where it has one. Each cell of the table is a measured value or the beginning of the reason why there
+is none; how far a class grows is measured by count_architectures.py.
 """
 
 from __future__ import annotations
@@ -42,7 +44,11 @@ if TYPE_CHECKING:
     from outgrow.train.settings import Settings
 
 HERE = Path(__file__).resolve().parent
-RESULTS, GROWN, PAGE = HERE / "survey_architectures.json", HERE / "count_architectures.json", HERE.parent / "docs" / "families.md"
+RESULTS, GROWN, PAGE = (
+    HERE / "survey_architectures.json",
+    HERE / "count_architectures.json",
+    HERE.parent / "docs" / "families.md",
+)
 BEGIN, END = "<!-- survey_architectures.py -->", "<!-- end of survey_architectures.py -->"
 ATTENTIONS = {"cpu": ("sdpa", "eager"), "cuda": ("flash_attention_2", "sdpa", "flex_attention", "eager")}
 COLUMNS = ("flops", "dry run", "trained")
@@ -51,7 +57,7 @@ VOCABULARY, CONTEXTS = 300, (16, 48)
 Story = dict[str, Any]
 
 
-# ---- one class ------------------------------------------------------------------------------------------------------------------------
+# ---- one class ---------------------------------------------------------------------------------------------
 
 
 def examine(name: str, columns: list[str], device: str, precision: str, text: Path) -> Story:
@@ -68,7 +74,10 @@ def examine(name: str, columns: list[str], device: str, precision: str, text: Pa
     if running is None:
         return {**story, "refused": "no attention implementation runs"}
     seen, story["said"] = _causal(twin.config, running, device, precision)
-    story |= {question: _plain(getattr(seen, question)) for question in ("head", "future", "leak", "unreached", "sometimes")}
+    story |= {
+        question: _plain(getattr(seen, question))
+        for question in ("head", "future", "leak", "unreached", "sometimes")
+    }
     whole = {**twin.config, **story["said"]}
     tried: dict[str, Callable[[], Any]] = {
         "flops": partial(_flops, whole),
@@ -79,12 +88,18 @@ def examine(name: str, columns: list[str], device: str, precision: str, text: Pa
 
 
 def _attentions(config: dict[str, Any], device: str, precision: str) -> dict[str, Any]:
-    found = {attention: works(config, attention, device=device, precision=precision) for attention in ATTENTIONS[device]}
+    found = {
+        attention: works(config, attention, device=device, precision=precision)
+        for attention in ATTENTIONS[device]
+    }
     return {attention: answer.value or answer.reason for attention, answer in found.items()}
 
 
-def _causal(config: dict[str, Any], attention: str, device: str, precision: str) -> tuple[Survey, dict[str, Any]]:
-    """The survey, under the switch that makes a bidirectional class causal where it has one, and that switch."""
+def _causal(
+    config: dict[str, Any], attention: str, device: str, precision: str
+) -> tuple[Survey, dict[str, Any]]:
+    """The survey, under the switch that makes a bidirectional class causal where it has one, and that
+    switch."""
     under: dict[str, Any] = {"attention": attention, "device": device, "precision": precision}
     seen = survey(config, **under)
     switch = {} if seen.future.value is None or seen.same(seen.future) else causal_switch(config, **under)
@@ -101,16 +116,23 @@ def _tried(ask: Callable[[], Any]) -> Any:
         with contextlib.redirect_stdout(None):
             return ask()
     except Exception as fault:  # the library's classes raise every kind
-        return {"refused": " ".join(str(fault).split())[:300] if isinstance(fault, UserError) else in_one_line(fault)}
+        return {
+            "refused": " ".join(str(fault).split())[:300]
+            if isinstance(fault, UserError)
+            else in_one_line(fault)
+        }
 
 
 def _flops(config: dict[str, Any]) -> Story:
-    """How far the ledger's FLOPs are from PyTorch's counter at two contexts, and where the ledger has them from."""
+    """How far the ledger's FLOPs are from PyTorch's counter at two contexts, and where the ledger has them
+    from."""
     from outgrow.model.flops import counted
     from outgrow.model.geometry import flops_per_token, flops_source
 
     counts = {context: counted(config, context) for context in CONTEXTS}
-    apart = [flops_per_token(config, context) / (3 * count.total) - 1 for context, count in counts.items() if count]
+    apart = [
+        flops_per_token(config, context) / (3 * count.total) - 1 for context, count in counts.items() if count
+    ]
     return {"source": flops_source(config, CONTEXTS[0]), "apart": max(map(abs, apart)) if apart else None}
 
 
@@ -119,10 +141,29 @@ def _run_of_two_steps(text: Path) -> Settings:
     """A run of two steps of 8 windows of 16 tokens on the text, of any network."""
     from outgrow.train.settings import compose
 
-    sizes = "context=16 batch_tokens=128 budget_tokens=256 eval_tokens=128 eval_every_tokens=null save_every_tokens=null"
+    sizes = (
+        "context=16 batch_tokens=128 budget_tokens=256 eval_tokens=128 eval_every_tokens=null "
+        "save_every_tokens=null"
+    )
     asked = [f"train.{size}" for size in sizes.split()]
-    data = ["data=files", f"data.path={text}", f"data.folder={text}-tokens", "data.vocab_size=280", "data.validation_fraction=0.3"]
-    return compose([*asked, *data, "growth=scratch", "target=tiny_target", "logger=none", "progress=false", "study=survey"])
+    data = [
+        "data=files",
+        f"data.path={text}",
+        f"data.folder={text}-tokens",
+        "data.vocab_size=280",
+        "data.validation_fraction=0.3",
+    ]
+    return compose(
+        [
+            *asked,
+            *data,
+            "growth=scratch",
+            "target=tiny_target",
+            "logger=none",
+            "progress=false",
+            "study=survey",
+        ]
+    )
 
 
 def _settings(config: dict[str, Any], text: Path, out: str) -> Settings:
@@ -150,7 +191,8 @@ def _trained(config: dict[str, Any], text: Path) -> list[float]:
 
 
 def warm(text: Path) -> None:
-    """Do once, for the processes of all types: imports, settings, the text's tokens, the library's tables of names.
+    """Do once, for the processes of all types: imports, settings, the text's tokens, the library's tables of
+    names.
 
     Nothing here runs backward, which PyTorch refuses after a fork.
     """
@@ -171,15 +213,20 @@ def write_text(folder: Path) -> Path:
     draw, text = random.Random(0), folder / "text"
     text.mkdir()
     for number in range(40):
-        words = (draw.choice(["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "dogs"]) for _ in range(120))
+        words = (
+            draw.choice(["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "dogs"])
+            for _ in range(120)
+        )
         (text / f"{number}.txt").write_text(" ".join(words))
     return text
 
 
-# ---- all of them ----------------------------------------------------------------------------------------------------------------------
+# ---- all of them -------------------------------------------------------------------------------------------
 
 
-def _child(name: str, pipe: Connection, *, missing: dict[str, list[str]], device: str, precision: str, text: Path) -> None:
+def _child(
+    name: str, pipe: Connection, *, missing: dict[str, list[str]], device: str, precision: str, text: Path
+) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the library's own warnings
     started = time.perf_counter()
     story = examine(name, missing[name], device, precision, text)
@@ -203,11 +250,13 @@ def saved(path: Path, under: dict[str, Any]) -> dict[str, Story]:
 def save(path: Path, under: dict[str, Any], types: dict[str, Story]) -> None:
     """All of it, whole or not at all."""
     partial_file = path.with_suffix(".partial")
-    partial_file.write_text(json.dumps({"under": under, "types": dict(sorted(types.items()))}, indent=1) + "\n")
+    partial_file.write_text(
+        json.dumps({"under": under, "types": dict(sorted(types.items()))}, indent=1) + "\n"
+    )
     partial_file.replace(path)
 
 
-# ---- the table ------------------------------------------------------------------------------------------------------------------------
+# ---- the table ---------------------------------------------------------------------------------------------
 
 
 def cell(found: Any, words: Callable[[Any], str]) -> str:
@@ -240,7 +289,9 @@ def row(name: str, story: Story, grown: Story, rounding: float) -> str:
     growth = [axes.get(axis, {}).get("confirmed", "no") for axis in ("hidden width", "heads", "depth")]
     if "refused" in story:
         return f"| {name} | {' | '.join(growth)} | {cell(story, str)} |" + " |" * 6
-    mask = story["future"] if isinstance(story["future"], dict) or story["future"] > rounding else story["leak"]
+    mask = (
+        story["future"] if isinstance(story["future"], dict) or story["future"] > rounding else story["leak"]
+    )
     cells = [
         cell(story.get("trained"), lambda losses: " → ".join(f"{loss:.2f}" for loss in losses))
         + "".join(f" ({key})" for key in story["said"]),
@@ -273,13 +324,18 @@ def table(under: dict[str, Any], types: dict[str, Story]) -> str:
         "document mask holds": number(lambda story: close(story["leak"]) and close(story["future"])),
         "text reaches all parameters": number(lambda story: story["unreached"] == []),
         "SDPA": number(lambda story: story["attention"].get("sdpa") is True),
-        "FLOPs counted, or a formula that is exact": number(lambda story: flops_are_exact(story.get("flops") or {})),
+        "FLOPs counted, or a formula that is exact": number(
+            lambda story: flops_are_exact(story.get("flops") or {})
+        ),
         "dry run": number(lambda story: isinstance(story.get("dry run"), int)),
     }
     where = f"{under['device']}, {under['precision']}"
     versions = ", ".join(f"{package} {version}" for package, version in under["versions"].items())
     told = "\n".join(f"* {what}: {count} of {len(types)}" for what, count in counts.items())
-    head = "model type | width | heads | depth | trained, 2 steps | loss | document mask | without gradient | attention | FLOPs | dry run"
+    head = (
+        "model type | width | heads | depth | trained, 2 steps | loss | document mask | without gradient | "
+        "attention | FLOPs | dry run"
+    )
     return "\n".join([
         f"Of {len(types)} model types ({versions}; {where}):",
         "",
@@ -309,9 +365,13 @@ def main() -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.utils import logging
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--types", nargs="*", default=list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-    parser.add_argument("--columns", nargs="*", choices=COLUMNS, default=list(COLUMNS), help="beside the survey's own")
+    parser.add_argument(
+        "--columns", nargs="*", choices=COLUMNS, default=list(COLUMNS), help="beside the survey's own"
+    )
     parser.add_argument("--device", choices=list(ATTENTIONS), default="cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--jobs", type=int, default=1)
@@ -324,14 +384,23 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_CPU": "1"} if options.device == "cpu" else {})
     under = conditions(options.device, options.precision)
     found = saved(options.out, under)
-    missing = {name: [column for column in options.columns if options.again or column not in found.get(name, {})] for name in options.types}
-    waiting = [name for name in options.types if options.again or name not in found or (missing[name] and "refused" not in found[name])]
+    missing = {
+        name: [column for column in options.columns if options.again or column not in found.get(name, {})]
+        for name in options.types
+    }
+    waiting = [
+        name
+        for name in options.types
+        if options.again or name not in found or (missing[name] and "refused" not in found[name])
+    ]
     with tempfile.TemporaryDirectory() as folder:
         text = write_text(Path(folder))
         if waiting:
             with contextlib.suppress(ImportError):  # an older PyTorch: the columns that need it say so
                 warm(text)
-        child = partial(_child, missing=missing, device=options.device, precision=options.precision, text=text)
+        child = partial(
+            _child, missing=missing, device=options.device, precision=options.precision, text=text
+        )
         for name, story in in_processes(child, waiting, options.jobs, options.seconds):
             found[name] = found.get(name, {}) | story
             save(options.out, under, found)

@@ -1,6 +1,8 @@
-"""Draws docs/notation.png: four lines of a schema, the tensor that each describes, and the tensor that growth makes of it.
+"""Draws docs/notation.png: four lines of a schema, the tensor that each describes, and the tensor that growth
+makes of it.
 
-python docs/draw_notation.py    seconds: rewrites docs/notation.png from a plan at toy size; nothing in the picture is drawn by hand
+python docs/draw_notation.py    seconds: rewrites docs/notation.png from a plan at toy size; nothing in the
+                                picture is drawn by hand
 """
 
 from __future__ import annotations
@@ -23,9 +25,20 @@ from outgrow.model.notation import Axis, Product, size
 from outgrow.model.presets import preset
 
 PICTURE = Path(__file__).resolve().parent / "notation.png"
-SOURCE = {"hidden_size": 4, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 6, "vocab_size": 5}
+SOURCE = {
+    "hidden_size": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 6,
+    "vocab_size": 5,
+}
 TARGET = {"hidden_size": 6, "num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 9}
-MODULES = ("model.embed_tokens", "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.fc1", "model.layers.0.mlp.fc2")
+MODULES = (
+    "model.embed_tokens",
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.0.mlp.fc1",
+    "model.layers.0.mlp.fc2",
+)
 CELL = 0.28  # inches
 TITLE = "A line of the schema, its tensor, and its growth. Numbers say which source row or column is taken."
 MARK = {Fill.ZERO: "0", Fill.MEAN: "mean", Fill.RANDOM: "new"}
@@ -38,7 +51,10 @@ def drawn_plan() -> Plan:
 
 def labels(axis: AxisMap) -> list[str]:
     """Which source index each target index takes, or how it is new."""
-    return [str(index) if fill == Fill.COPY else MARK[Fill(fill)] for index, fill in zip(axis.index, axis.fill, strict=True)]
+    return [
+        str(index) if fill == Fill.COPY else MARK[Fill(fill)]
+        for index, fill in zip(axis.index, axis.fill, strict=True)
+    ]
 
 
 def inner(axis: Axis, sizes: Any) -> int:
@@ -67,11 +83,17 @@ def row(figure: Figure, top: float, made: Plan, step: Step) -> None:
     line, tensor = step.tensor.line, step.tensor
     rows, columns = tensor.axes
     said = line.text.split(" +")[0].split(" tied")[0]
-    texts = [(step.name.removesuffix(".weight"), 10, "normal"), (said, 12, "bold"), (f"stored as {rows} × {columns}", 10, "normal")]
+    texts = [
+        (step.name.removesuffix(".weight"), 10, "normal"),
+        (said, 12, "bold"),
+        (f"stored as {rows} × {columns}", 10, "normal"),
+    ]
     width, height = figure.get_size_inches()
     for number, (text, points, weight) in enumerate(texts):
         y = 1 - (top + 0.3 + 0.3 * number) / height
-        figure.text(0.2 / width, y, text, fontsize=points, weight=weight, color=INK, family="monospace", va="center")
+        figure.text(
+            0.2 / width, y, text, fontsize=points, weight=weight, color=INK, family="monospace", va="center"
+        )
     heads = inner(rows, made.growth.source), inner(rows, made.growth.target)
     source_labels = [list(map(str, range(length))) for length in step.source_shape]
     matrices = (
@@ -80,7 +102,9 @@ def row(figure: Figure, top: float, made: Plan, step: Step) -> None:
     )
     for left, values, head, (down, across), name in matrices:
         n, m = values.shape
-        axes = figure.add_axes((left / width, 1 - (top + n * CELL) / height, m * CELL / width, n * CELL / height))
+        axes = figure.add_axes(
+            (left / width, 1 - (top + n * CELL) / height, m * CELL / width, n * CELL / height)
+        )
         grid(axes, values, head, f"{name}: {n} × {m}")
         axes.set_xticks(range(m), across, rotation=90 if "new" in across or "mean" in across else 0)
         axes.set_yticks(range(n), down)

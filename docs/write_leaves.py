@@ -19,7 +19,10 @@ COLUMNS = ("name", "operator", "depth", "noise", "stages")  # what is no option 
 def table() -> str:
     """One row for each leaf, by name."""
     rows = [row(yaml.safe_load(path.read_text(encoding="utf-8"))) for path in sorted(LEAVES.glob("*.yaml"))]
-    return "\n".join(["| `growth=` | operator | depth | noise | options |", "|---|---|---|---|---|", *rows]) + "\n"
+    return (
+        "\n".join(["| `growth=` | operator | depth | noise | options |", "|---|---|---|---|---|", *rows])
+        + "\n"
+    )
 
 
 def row(leaf: dict[str, Any]) -> str:
@@ -28,7 +31,9 @@ def row(leaf: dict[str, Any]) -> str:
         options = f"[{len(leaf['stages'])} stages](#growth-on-the-way)"
     else:
         options = ", ".join(f"`{key}={value}`" for key, value in leaf.items() if key not in COLUMNS)
-    return f"| `{leaf['name']}` | `{leaf['operator']}` | `{leaf['depth']}` | {leaf['noise']:.4g} | {options} |"
+    return (
+        f"| `{leaf['name']}` | `{leaf['operator']}` | `{leaf['depth']}` | {leaf['noise']:.4g} | {options} |"
+    )
 
 
 def main() -> None:

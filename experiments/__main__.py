@@ -2,10 +2,14 @@
 
 outgrow compare runs/tiny-* [--out DIR] [--wandb]    seconds: a table, convergence.png, report.html
 outgrow horizons runs/NAME-t* [--out DIR]            seconds: S of every arm against scratch's decayed ends
-outgrow study tiny [--jobs N]                          minutes: source, every arm, comparison; what is done is skipped
-outgrow study tiny --full                              hours: three seeds, a grid of learning rates for every arm
-outgrow mixtures tiny_mixture [--jobs N]             minutes: one network on several mixtures, judged on every source
-outgrow same REV                                     minutes: does a change alter a number? two revisions, compared to the bit
+outgrow study tiny [--jobs N]                          minutes: source, every arm, comparison; what is done is
+                                                       skipped
+outgrow study tiny --full                              hours: three seeds, a grid of learning rates for every
+                                                       arm
+outgrow mixtures tiny_mixture [--jobs N]             minutes: one network on several mixtures, judged on every
+                                                     source
+outgrow same REV                                     minutes: does a change alter a number? two revisions,
+                                                     compared to the bit
 
 Exit status: 0 done, 1 a run failed or a number differs, 2 a fault in what was asked.
 """
@@ -87,15 +91,21 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("study", aliases=["run"], help="run a study: source, arms, comparison")
     run.add_argument("study", nargs="?", help="such as tiny; without it, all are listed")
     run.add_argument("--full", action="store_true", help="all seeds and the whole grid of learning rates")
-    run.add_argument("--jobs", type=int, default=None, metavar="N", help="runs at a time (default: one for each core)")
+    run.add_argument(
+        "--jobs", type=int, default=None, metavar="N", help="runs at a time (default: one for each core)"
+    )
     run.add_argument("--wandb", action="store_true", help="mirror the comparison into W&B")
     mixtures = commands.add_parser(
         "mixtures",
         help="run a study of mixtures: train, judge on every source, write its README's table",
     )
     mixtures.add_argument("study", help="a folder of experiments/ with a mixtures.yaml")
-    mixtures.add_argument("--jobs", type=int, default=None, metavar="N", help="runs at a time (default: one for each core)")
-    same = commands.add_parser("same", help="compare plans, grown weights and a toy run of this tree with those of another revision")
+    mixtures.add_argument(
+        "--jobs", type=int, default=None, metavar="N", help="runs at a time (default: one for each core)"
+    )
+    same = commands.add_parser(
+        "same", help="compare plans, grown weights and a toy run of this tree with those of another revision"
+    )
     same.add_argument("revision", metavar="REV", help="a commit, branch or tag of this clone")
     return doors
 
@@ -151,7 +161,10 @@ def _same(options: argparse.Namespace) -> int:
 
     count, differences = compare(options.revision)
     for difference in differences:
-        print(f"{difference.name}: {difference.there or 'none'} at {options.revision}, {difference.here or 'none'} here")
+        print(
+            f"{difference.name}: {difference.there or 'none'} at {options.revision}, "
+            f"{difference.here or 'none'} here"
+        )
     print(f"{count - len(differences)} of {count} numbers are the same to the bit as at {options.revision}")
     return 1 if differences else 0
 

@@ -4,10 +4,12 @@ outgrow grow source=DIR target=phi_2 out=DIR        a checkpoint into a larger o
 outgrow schema source=DIR                           the schema that is derived for a checkpoint, as a file
 outgrow train experiment=tiny growth=lossless       one run, or with -m a sweep
 outgrow corpus prepare data=stdlib                  from text to token shards
-outgrow study tiny                                  a whole study: source, every arm, comparison; without a name, all there are
+outgrow study tiny                                  a whole study: source, every arm, comparison; without a
+                                                    name, all there are
 outgrow compare runs/tiny-*                         finished runs, held against each other
 outgrow horizons runs/NAME-t*                       decayed ends against scratch's curve
-outgrow same REV                                    does a change alter a number? this clone beside a revision of it
+outgrow same REV                                    does a change alter a number? this clone beside a revision
+                                                    of it
 outgrow mixtures tiny_mixture                       a study of mixtures: one network on several texts
 outgrow evaluate runs/NAME suite=phi_2              benchmarks, beside published rows
 

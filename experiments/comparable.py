@@ -76,7 +76,8 @@ def check_comparable(runs: Sequence[Run]) -> None:
     if not any(run.arm == SCRATCH for run in runs):
         named = listed([run.name for run in runs])
         raise UserError(
-            f"no complete {SCRATCH} run among {named}: every cost is measured against it. Train it: growth={SCRATCH}",
+            f"no complete {SCRATCH} run among {named}: every cost is measured against it. Train it: "
+            f"growth={SCRATCH}",
         )
 
 
@@ -131,7 +132,12 @@ def _differing(runs: Sequence[Run], name: str, read: Read) -> list[str]:
 def _differing_configs(runs: Sequence[Run]) -> list[str]:
     for run in runs[1:]:
         if differing := _list_differing(_network(runs[0]), _network(run)):
-            return [f"{runs[0].folder} and {run.folder} cannot be compared: their target configs differ in {differing}"]
+            return [
+                (
+                    f"{runs[0].folder} and {run.folder} cannot be compared: their target configs differ in "
+                    f"{differing}"
+                )
+            ]
     return []
 
 
@@ -151,7 +157,8 @@ def _twice(runs: Sequence[Run]) -> list[str]:
         if first is not run:
             same = f"arm {run.arm}, learning rate {run.learning_rate:g}, seed {run.seed}"
             faults.append(
-                f"{first.folder} and {run.folder} are both {same}: leave one out, or give their arms different names",
+                f"{first.folder} and {run.folder} are both {same}: leave one out, or give their arms "
+                "different names",
             )
     return faults
 
@@ -164,7 +171,10 @@ def _differing_within_arms(runs: Sequence[Run]) -> list[str]:
         other = first.setdefault((run.arm, run.learning_rate), run)
         if differing := _list_differing(_measured(other), _measured(run)):
             faults.setdefault(differing, []).append(f"{other.folder} and {run.folder}")
-    return [f"{listed(pairs, 1)} are no two seeds of one arm: their settings differ in {keys}" for keys, pairs in faults.items()]
+    return [
+        f"{listed(pairs, 1)} are no two seeds of one arm: their settings differ in {keys}"
+        for keys, pairs in faults.items()
+    ]
 
 
 def _measured(run: Run) -> dict[str, Any]:

@@ -19,17 +19,20 @@ from outgrow.experiments.runs import SCRATCH, SOURCE, LeftOut, Run, read_runs
 from outgrow.model.base.errors import UserError
 
 METHOD = (
-    "All arms train the same target on the same batches of one data set; validation text is held out by document and is the same in "
-    "every evaluation. A cost is read where the arm's mean curve comes down for good to scratch's final loss (mean over seeds, best "
-    "learning rate), linear in the loss between two evaluations; a dip that rises above it again counts for nothing, and an arm that ends "
-    "above has not reached it; scratch is read by the same rule. FLOPs are counted from the model, "
-    "attention included, for the tokens really processed, plus the operator's own steps and a teacher's forward passes; a run that grows "
-    "on its way pays for the network it has at each step, and for no gradient of what is frozen. S = C_scratch / C_arm; saving = 1 − 1/S. "
-    "Source excluded: the checkpoint was already there. Source included: it had to be trained first. Loss at equal FLOPs: the arm's "
-    "loss where it has paid what scratch paid in all, minus scratch's final loss (negative is better). Where an arm is read before "
-    "the end of its own schedule, its learning rate has not yet decayed as far as scratch's had: that is to the arm's disadvantage. "
-    "Intervals are 95 %, Student t over seeds; a saving's interval holds each seed against scratch's run of the same seed. "
-    "A change is the mean difference of final losses over pairs of one seed; no interval is corrected for how many are looked at."
+    "All arms train the same target on the same batches of one data set; validation text is held out by "
+    "document and is the same in every evaluation. A cost is read where the arm's mean curve comes down "
+    "for good to scratch's final loss (mean over seeds, best learning rate), linear in the loss between "
+    "two evaluations; a dip that rises above it again counts for nothing, and an arm that ends above has "
+    "not reached it; scratch is read by the same rule. FLOPs are counted from the model, attention "
+    "included, for the tokens really processed, plus the operator's own steps and a teacher's forward "
+    "passes; a run that grows on its way pays for the network it has at each step, and for no gradient of "
+    "what is frozen. S = C_scratch / C_arm; saving = 1 − 1/S. Source excluded: the checkpoint was already "
+    "there. Source included: it had to be trained first. Loss at equal FLOPs: the arm's loss where it has "
+    "paid what scratch paid in all, minus scratch's final loss (negative is better). Where an arm is read "
+    "before the end of its own schedule, its learning rate has not yet decayed as far as scratch's had: "
+    "that is to the arm's disadvantage. Intervals are 95 %, Student t over seeds; a saving's interval "
+    "holds each seed against scratch's run of the same seed. A change is the mean difference of final "
+    "losses over pairs of one seed; no interval is corrected for how many are looked at."
 )
 
 
@@ -188,7 +191,8 @@ def _row(group: Sequence[Run], curve: Curve, best: bool, scratch: Sequence[Run],
 
 
 def _seed_savings(group: Sequence[Run], scratch: Sequence[Run]) -> tuple[float, ...]:
-    """Each seed against scratch's run of the same seed, source excluded; () unless all of them have a ratio."""
+    """Each seed against scratch's run of the same seed, source excluded; () unless all of them have a
+    ratio."""
     by_seed = {run.seed: run for run in scratch}
     pairs = [(run, by_seed[run.seed]) for run in group if run.seed in by_seed]
     costs = [cost(run.curve, other.curve, operator_flops=run.operator_flops) for run, other in pairs]
@@ -209,11 +213,20 @@ def _notes(rows: Sequence[Row], runs: Sequence[Run], left_out: Sequence[LeftOut]
     sources = {replace(run.source, path=None) for run in runs if run.source}
     if len(sources) > 1:
         notes.append(
-            f"the runs start from {len(sources)} different sources; the source's cost is the mean of an arm's own",
+            f"the runs start from {len(sources)} different sources; the source's cost is the mean of an "
+            "arm's own",
         )
-    notes += [f"{row.arm}: its source's FLOPs are unknown, so nothing with the source included" for row in best if row.source_flops is None]
+    notes += [
+        f"{row.arm}: its source's FLOPs are unknown, so nothing with the source included"
+        for row in best
+        if row.source_flops is None
+    ]
     devices = sorted({str(run.record.device) for run in runs})
-    return notes + ([f"the runs were made on different devices ({', '.join(devices)}): compare no seconds"] if len(devices) > 1 else [])
+    return notes + (
+        [f"the runs were made on different devices ({', '.join(devices)}): compare no seconds"]
+        if len(devices) > 1
+        else []
+    )
 
 
 def _notes_on_control(best: Sequence[Row]) -> list[str]:
@@ -250,7 +263,8 @@ def _notes_on_tuning(rows: Sequence[Row]) -> list[str]:
         at_edge = row.learning_rate in (grid[0], grid[-1])
         if row.best and at_edge and len(grid) > 1:
             notes.append(
-                f"{row.arm}: the best learning rate, {row.learning_rate:g}, is at the edge of its grid ({_list(grid)}): widen it",
+                f"{row.arm}: the best learning rate, {row.learning_rate:g}, is at the edge of its grid "
+                f"({_list(grid)}): widen it",
             )
     return notes
 
@@ -291,10 +305,15 @@ def _with_source(row: Row) -> str:
     included = row.cost.saving_included
     if row.source_flops == 0.0:
         return "it has no source to pay for"
-    return "source excluded; " + ("its cost is unknown" if included is None else f"{percent(included)} FLOPs with it included")
+    return "source excluded; " + (
+        "its cost is unknown" if included is None else f"{percent(included)} FLOPs with it included"
+    )
 
 
-UNLIKE = "Not like with like: beside the growth, the arms differ in settings, and what each of them does cannot be told apart here"
+UNLIKE = (
+    "Not like with like: beside the growth, the arms differ in settings, and what each of them does cannot "
+    "be told apart here"
+)
 
 
 def percent(share: float) -> str:

@@ -156,7 +156,11 @@ def cost(
     included = None if excluded is None or source_flops is None else excluded + source_flops
 
     def difference(already_paid: float | None) -> float | None:
-        loss = None if already_paid is None else loss_at(curve.flops, curve.losses, paid_by_scratch - already_paid)
+        loss = (
+            None
+            if already_paid is None
+            else loss_at(curve.flops, curve.losses, paid_by_scratch - already_paid)
+        )
         return None if loss is None else loss - level
 
     return Cost(

@@ -63,7 +63,9 @@ def build(comparison: Comparison) -> Figure:
     _finish(main, "FLOPs of training, source excluded", "What it costs when the source is already there", 12)
     _finish(tokens, "tokens trained", "The same, against tokens", 10.5)
     unknown = ", ".join(_shortened(arm, 24) for arm in _unpaid(comparison))
-    left_out = textwrap.wrap(f"(unknown, so not drawn: {unknown})", 62, break_on_hyphens=False) if unknown else []
+    left_out = (
+        textwrap.wrap(f"(unknown, so not drawn: {unknown})", 62, break_on_hyphens=False) if unknown else []
+    )
     _finish(
         included,
         "FLOPs, source included",
@@ -140,7 +142,8 @@ def _panel(axes: Axes, comparison: Comparison, kind: str, colours: dict[str, str
 
 
 def _unpaid(comparison: Comparison) -> list[str]:
-    """The arms whose source cost nobody knows how much: where their curves would begin is not known either."""
+    """The arms whose source cost nobody knows how much: where their curves would begin is not known
+    either."""
     return sorted(row.arm for row in comparison.best_rows if row.source_flops is None)
 
 
@@ -288,4 +291,7 @@ def _caption(comparison: Comparison) -> str:
     seeds = f"{least}" if least == most else f"{least}–{most}"
     thin = "thin: each seed, thick: their mean" if counts[-1] > 1 else "one seed: no interval"
     cut = "; cut off above the frame" if _cut_off(comparison) else ""
-    return f"study {comparison.study}; n = {seeds}, {thin}; each arm at its best learning rate{cut}. {comparison.machine}"
+    return (
+        f"study {comparison.study}; n = {seeds}, {thin}; each arm at its best learning rate{cut}. "
+        f"{comparison.machine}"
+    )

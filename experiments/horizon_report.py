@@ -106,13 +106,14 @@ def answer(rows: Sequence[Worth]) -> str:
     interval = "" if best.interval_included is None else f" ± {best.interval_included:.2f}"
     verdict = "pays" if speedup > 1.0 else "does not pay"
     return (
-        f"At {point.tokens_per_parameter:.0f} tokens a parameter growth {verdict}: {point.arm} is worth S = {speedup:.2f}{interval} "
-        f"against scratch, everything paid ({seeds})."
+        f"At {point.tokens_per_parameter:.0f} tokens a parameter growth {verdict}: {point.arm} is worth S "
+        f"= {speedup:.2f}{interval} against scratch, everything paid ({seeds})."
     )
 
 
 def draw(rows: Sequence[Worth], path: Path) -> None:
-    """Write the picture: where each arm's decayed ends lie against scratch's curve, and what they are worth."""
+    """Write the picture: where each arm's decayed ends lie against scratch's curve, and what they are
+    worth."""
     build(rows).savefig(path, dpi=150, facecolor="white")
 
 
@@ -160,7 +161,9 @@ def build(rows: Sequence[Worth]) -> Figure:
         "S: scratch's FLOPs for the same loss / own FLOPs",
         "What each end is worth",
     )
-    per_parameter = sorted({round(row.point.tokens_per_parameter) for row in rows if row.speedup_included is not None})
+    per_parameter = sorted(
+        {round(row.point.tokens_per_parameter) for row in rows if row.speedup_included is not None}
+    )
     speedups.set_xticks(per_parameter, [f"{count}" for count in per_parameter])
     speedups.minorticks_off()
     losses.legend(fontsize=7.5, frameon=False)

@@ -66,7 +66,8 @@ def end_of(run: Run) -> End:
     schedule = run.record.settings["schedule"]
     if schedule["name"] != "wsd" or not schedule.get("decay_fraction") or schedule["floor"] != 0.0:
         raise UserError(
-            f"{run.folder}: its learning rate does not decay to zero, so its end is no end of a horizon (schedule=wsd)",
+            f"{run.folder}: its learning rate does not decay to zero, so its end is no end of a horizon "
+            "(schedule=wsd)",
         )
     if run.source_flops is None:
         raise UserError(f"{run.folder}: nobody counted the FLOPs of its source; give source_tokens")
@@ -109,7 +110,8 @@ def check_alike(ends: Sequence[End]) -> None:
             faults.append(f"{key}: {len(values)} different ones ({short}); compare runs on one text only")
     if not any(end.arm == SCRATCH for end in ends):
         faults.append(
-            f"no {SCRATCH} arm: there is no curve to hold the others against; run growth=scratch at two horizons or more",
+            f"no {SCRATCH} arm: there is no curve to hold the others against; run growth=scratch at two "
+            "horizons or more",
         )
     UserError.collect(faults)
 
@@ -119,7 +121,8 @@ def check_alike(ends: Sequence[End]) -> None:
 
 @dataclass(frozen=True)
 class Point:
-    """An arm at one horizon: the ends of all seeds at the rate and batch that gave it the lowest mean loss."""
+    """An arm at one horizon: the ends of all seeds at the rate and batch that gave it the lowest mean
+    loss."""
 
     arm: str
     optimizer: str
@@ -226,7 +229,8 @@ def baseline(points: Iterable[Point]) -> BaselineCurve:
             kept.append((flops, loss))
     if len(kept) < 2:
         raise UserError(
-            f"{SCRATCH}: {len(kept)} horizons with falling losses; a curve needs two or more (schedule.horizons)",
+            f"{SCRATCH}: {len(kept)} horizons with falling losses; a curve needs two or more "
+            "(schedule.horizons)",
         )
     costs, losses = zip(*kept, strict=True)
     return BaselineCurve(costs, losses)

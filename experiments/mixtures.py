@@ -234,9 +234,12 @@ def markdown(study: Study, arms: Sequence[Judged], machine: Sequence[str]) -> st
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        f"Losses in nats/token on held-out documents, {study.eval_tokens:,} tokens of each text; {len(study.seeds)} seeds; 95 %, "
-        "Student's t over seeds, those of changes over pairs of one seed, not corrected for the "
-        f"{(len(arms) - 1) * len(texts)} changes that are looked at. Machine: {'; '.join(machine)}.",
+        (
+            f"Losses in nats/token on held-out documents, {study.eval_tokens:,} tokens of each text; "
+            f"{len(study.seeds)} seeds; 95 %, Student's t over seeds, those of changes over pairs of one "
+            f"seed, not corrected for the {(len(arms) - 1) * len(texts)} changes that are looked at. "
+            f"Machine: {'; '.join(machine)}."
+        ),
     ]
     return "\n".join(lines)
 

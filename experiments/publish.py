@@ -57,7 +57,9 @@ def show(comparison: Comparison, console: Console) -> None:
     console.print()
     for line in (f"{UNLIKE}:", *comparison.differences) if comparison.differences else ():
         console.print(line, style="bold", markup=False, highlight=False, soft_wrap=True)
-    console.print(_table("best learning rate of each arm", HEADER, [cells(row) for row in comparison.best_rows]))
+    console.print(
+        _table("best learning rate of each arm", HEADER, [cells(row) for row in comparison.best_rows])
+    )
     if comparison.changes:
         console.print(_table(CHANGES, CHANGE_HEADER, [change_cells(change) for change in comparison.changes]))
     if len(comparison.rows) > len(comparison.best_rows):
@@ -107,7 +109,8 @@ def to_wandb(comparison: Comparison, out: Path, project: str) -> None:
     import wandb
 
     run = wandb.init(
-        project=project, group=comparison.study, job_type="comparison", name=f"{comparison.study}-comparison", dir=str(out),
+        project=project, group=comparison.study, job_type="comparison", name=f"{comparison.study}-comparison",
+        dir=str(out),
         mode=cast(Any, os.environ.get("WANDB_MODE", "offline")), settings=wandb.Settings(silent=True),
     )  # fmt: skip
     lines = [flat_row(row) for row in comparison.rows]

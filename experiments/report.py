@@ -28,11 +28,14 @@ from outgrow.experiments.table import (
 )
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.55rem; line-height: 1.25; margin-bottom: .3rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222;
+       max-width: 1180px; margin: 2rem auto; padding: 0 1.2rem; }
+h1 { font-size: 1.55rem; line-height: 1.25; margin-bottom: .3rem; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
 img { width: 100%; height: auto; } .wide { overflow-x: auto; } .quiet { color: #666; }
 table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; width: 100%; }
-th { text-align: right; vertical-align: bottom; border-bottom: 2px solid #222; padding: .3rem .5rem; font-weight: 600; line-height: 1.25; }
+th { text-align: right; vertical-align: bottom; border-bottom: 2px solid #222; padding: .3rem .5rem;
+     font-weight: 600; line-height: 1.25; }
 td { text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; padding: .3rem .5rem; }
 td:first-child, th:first-child { text-align: left; font-weight: 600; }
 tr.scratch td { background: #f3f3f3; } tr.best td { font-weight: 600; }
@@ -49,7 +52,10 @@ WORDS = [
     ),
     (
         "starts below",
-        "at scratch's final loss before the arm's first step: no ratio, which would be infinite, but the loss at equal FLOPs",
+        (
+            "at scratch's final loss before the arm's first step: no ratio, which would be infinite, but "
+            "the loss at equal FLOPs"
+        ),
     ),
     (
         "max |Δlogit|",
@@ -83,7 +89,9 @@ def html(comparison: Comparison, picture: Path) -> str:
             _notes(comparison.notes),
             *_changes(comparison),
             "<h2>The words</h2>",
-            "<dl>" + "".join(f"<dt><b>{escape(word)}</b></dt><dd>{escape(meaning)}</dd>" for word, meaning in WORDS) + "</dl>",
+            "<dl>"
+            + "".join(f"<dt><b>{escape(word)}</b></dt><dd>{escape(meaning)}</dd>" for word, meaning in WORDS)
+            + "</dl>",
             "<h2>The whole grid</h2>",
             table(
                 GRID_HEADER,
@@ -98,7 +106,10 @@ def html(comparison: Comparison, picture: Path) -> str:
                 _runs(comparison),
             ),
             f"<h2>Method</h2><p>{escape(METHOD)}</p>",
-            f"<h2>Machine</h2><p>{escape(comparison.machine)}. Minutes belong to this machine; everything else is counted.</p>",
+            (
+                f"<h2>Machine</h2><p>{escape(comparison.machine)}. Minutes belong to this machine; "
+                "everything else is counted.</p>"
+            ),
             "</body></html>\n",
         ]
     )
@@ -109,9 +120,10 @@ def what(comparison: Comparison) -> str:
     record = comparison.runs_of(comparison.scratch)[0].record
     arms = ", ".join(row.arm for row in comparison.best_rows)
     return (
-        f"Study {comparison.study}: {len(comparison.runs)} complete runs of {len(comparison.best_rows)} arms ({arms}). "
-        f"The target has {record.parameters:,} parameters and is trained on {amount(record.budget_tokens)} tokens, "
-        f"{amount(record.flops_per_token)} FLOPs each. Losses in nats/token on held-out documents."
+        f"Study {comparison.study}: {len(comparison.runs)} complete runs of {len(comparison.best_rows)} "
+        f"arms ({arms}). The target has {record.parameters:,} parameters and is trained on "
+        f"{amount(record.budget_tokens)} tokens, {amount(record.flops_per_token)} FLOPs each. Losses in "
+        "nats/token on held-out documents."
     )
 
 

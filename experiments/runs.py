@@ -100,7 +100,8 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[LeftOut]]:
         reasons = grouped([(item.folder, f"{item.folder}: {item.reason}") for item in left_out])
         listing = "; ".join(reasons) or "no folder was given"
         raise UserError(
-            f"no complete run to compare ({listing}). Finish a run with the command that started it: it resumes",
+            f"no complete run to compare ({listing}). Finish a run with the command that started it: it "
+            "resumes",
         )
     return _told_apart(runs), left_out
 
@@ -221,7 +222,8 @@ def check_run(run: Run) -> None:
             faults.append(f"{claim} {value:.10g}, but {other} {expected:.10g}")
     if faults:
         raise UserError(
-            f"{run.folder} contradicts itself: {'; '.join(faults)}. Its files were edited or mixed; run it again elsewhere",
+            f"{run.folder} contradicts itself: {'; '.join(faults)}. Its files were edited or mixed; run it "
+            "again elsewhere",
         )
 
 
@@ -236,7 +238,8 @@ def _read_curve(path: Path) -> Curve:
     losses = tuple(evaluation.val_loss for evaluation in evaluations)
     if any(after <= before for before, after in itertools.pairwise(tokens)):
         raise UserError(
-            f"{path}: tokens do not increase from evaluation to evaluation; two runs were written into one file",
+            f"{path}: tokens do not increase from evaluation to evaluation; two runs were written into one "
+            "file",
         )
     return Curve(tokens, flops, losses)
 

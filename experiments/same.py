@@ -1,10 +1,11 @@
-"""Show that a change alters no number: plans, grown weights and a toy run at two revisions, compared to the bit.
+"""Show that a change alters no number: plans, grown weights and a toy run at two revisions, compared to the
+bit.
 
 outgrow same REV          one or two minutes: this working tree beside the commit REV
 
-Every operator of conf/growth plans Phi-1.5 → Phi-2 and grows a tiny Phi with random weights; a toy run trains a tiny source and goes on
-from it, grown. Plan hashes, checksums of weights and rows of metrics.jsonl are held against each other. REV is in the history of this
-clone, and is as young as the package `outgrow`.
+Every operator of conf/growth plans Phi-1.5 → Phi-2 and grows a tiny Phi with random weights; a toy run trains
+a tiny source and goes on from it, grown. Plan hashes, checksums of weights and rows of metrics.jsonl are held
+against each other. REV is in the history of this clone, and is as young as the package `outgrow`.
 """
 
 from __future__ import annotations
@@ -22,12 +23,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOMS = ("model", "growth", "train", "experiments", "conf")
-CLOCKS = ("seconds", "tokens_per_second")  # of a row of metrics.jsonl: what two equal runs may tell differently
-SOURCE = {"vocab_size": 96, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3}
+# of a row of metrics.jsonl: what two equal runs may tell differently
+CLOCKS = ("seconds", "tokens_per_second")
+SOURCE = {
+    "vocab_size": 96,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+}
 TARGET = "target={hidden_size:48,intermediate_size:80,num_hidden_layers:6,num_attention_heads:6}"
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "dogs")
-SIZES = "vocab_size:300,max_position_embeddings:32,hidden_size:16,intermediate_size:32,num_attention_heads:2,num_key_value_heads:2"
-RUN = ("context=16", "batch_tokens=128", "budget_tokens=1024", "eval_tokens=320", "eval_every_tokens=256", "log_every_tokens=128")
+SIZES = (
+    "vocab_size:300,max_position_embeddings:32,hidden_size:16,intermediate_size:32,"
+    "num_attention_heads:2,num_key_value_heads:2"
+)
+RUN = (
+    "context=16",
+    "batch_tokens=128",
+    "budget_tokens=1024",
+    "eval_tokens=320",
+    "eval_every_tokens=256",
+    "log_every_tokens=128",
+)
 
 
 @dataclass(frozen=True)
@@ -52,19 +70,30 @@ def compare(revision: str) -> tuple[int, list[Difference]]:
         work = Path(name)
         there = work / "there"
         done = subprocess.run(
-            ["git", "-C", str(here), "worktree", "add", "--detach", str(there), revision], capture_output=True, text=True, check=False
+            ["git", "-C", str(here), "worktree", "add", "--detach", str(there), revision],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             raise UserError(f"same {revision}: git says: {done.stderr.strip()}; give a commit of this clone")
         try:
             if not (there / "experiments" / "command.py").is_file():
-                raise UserError(f"same {revision}: it is older than the package outgrow, whose names it does not know")
+                raise UserError(
+                    f"same {revision}: it is older than the package outgrow, whose names it does not know"
+                )
             write_text(work / "text")
             old, new = (_numbers_of(tree, work) for tree in (there, here))
         finally:
-            subprocess.run(["git", "-C", str(here), "worktree", "remove", "--force", str(there)], capture_output=True, check=False)
+            subprocess.run(
+                ["git", "-C", str(here), "worktree", "remove", "--force", str(there)],
+                capture_output=True,
+                check=False,
+            )
     names = sorted(old.keys() | new.keys())
-    return len(names), [Difference(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
+    return len(names), [
+        Difference(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)
+    ]
 
 
 def write_text(folder: Path) -> None:
@@ -86,24 +115,38 @@ def _numbers_of(tree: Path, work: Path) -> dict[str, str]:
         (site / "outgrow" / room).symlink_to(tree / room)
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, __file__, str(work / "text")], cwd=own, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, __file__, str(work / "text")],
+        cwd=own,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
-        raise UserError(f"same: {tree} does not run: {(done.stderr.strip().splitlines() or ['no words'])[-1]}")
+        raise UserError(
+            f"same: {tree} does not run: {(done.stderr.strip().splitlines() or ['no words'])[-1]}"
+        )
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-# ---- what the process of a tree measures ------------------------------------------------------------------------------------------------
+# ---- what the process of a tree measures -------------------------------------------------------------------
 
 
 def numbers(text: Path) -> Iterator[tuple[str, str]]:
     """Name and value of every number; made by whatever tree `outgrow` leads to."""
-    leaves = [path.stem for path in sorted(_conf().glob("growth/*.yaml")) if "stages:" not in path.read_text() and path.stem != "source"]
+    leaves = [
+        path.stem
+        for path in sorted(_conf().glob("growth/*.yaml"))
+        if "stages:" not in path.read_text() and path.stem != "source"
+    ]
     _random_source(Path("source"))
     for leaf in leaves:
         yield f"plan of {leaf}", _plan_hash(leaf)
         yield f"weights of {leaf}", _grown(leaf)
-    for name, overrides in (("source", ["growth=scratch"]), ("grown", ["growth=lossless", "source=run-source/final"])):
+    for name, overrides in (
+        ("source", ["growth=scratch"]),
+        ("grown", ["growth=lossless", "source=run-source/final"]),
+    ):
         yield from _trained(name, overrides, text)
 
 
@@ -119,7 +162,11 @@ def _random_source(folder: Path) -> None:
     from outgrow.model.build import build_model
     from outgrow.model.presets import preset
 
-    config = preset("tiny_source") | SOURCE | {"num_key_value_heads": 3, "max_position_embeddings": 64, "dtype": "float32"}
+    config = (
+        preset("tiny_source")
+        | SOURCE
+        | {"num_key_value_heads": 3, "max_position_embeddings": 64, "dtype": "float32"}
+    )
     model = build_model(config, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -160,10 +207,23 @@ def _trained(name: str, overrides: list[str], text: Path) -> Iterator[tuple[str,
     from outgrow.train.loop import train
     from outgrow.train.settings import compose
 
-    data = ["data=files", f"data.path={text}", "data.folder=tokens", "data.vocab_size=280", "data.validation_fraction=0.3"]
+    data = [
+        "data=files",
+        f"data.path={text}",
+        "data.folder=tokens",
+        "data.vocab_size=280",
+        "data.validation_fraction=0.3",
+    ]
     layers = 1 if name == "source" else 2
     target = f"target={{model_type:phi,tie_word_embeddings:false,num_hidden_layers:{layers},{SIZES}}}"
-    rest = [target, "logger=none", "progress=false", "study=same", f"out=run-{name}", *(f"train.{setting}" for setting in RUN)]
+    rest = [
+        target,
+        "logger=none",
+        "progress=false",
+        "study=same",
+        f"out=run-{name}",
+        *(f"train.{setting}" for setting in RUN),
+    ]
     train(compose([*data, *rest, *overrides]))
     for line in Path(f"run-{name}/metrics.jsonl").read_text().splitlines():
         row = {key: value for key, value in json.loads(line).items() if key not in CLOCKS}

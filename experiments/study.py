@@ -39,7 +39,8 @@ class RunFailed(Exception):
 
 @dataclass(frozen=True)
 class Done:
-    """The products of a study: run folders, the place of the comparison, and the README that shows it, if any."""
+    """The products of a study: run folders, the place of the comparison, and the README that shows it, if
+    any."""
 
     folders: tuple[Path, ...]
     out: Path
@@ -106,7 +107,8 @@ def _complete(folder: Path, settings: Settings, source: Job | None) -> bool:
         ledger = json.loads((source.folder / "final" / "ledger.json").read_text(encoding="utf-8"))
         if any(getattr(started, key) != ledger.get(key) for key in ("tokens", "flops", "val_loss")):
             raise UserError(
-                f"{folder} started from a source that {source.folder} no longer holds; delete {folder} to run it again",
+                f"{folder} started from a source that {source.folder} no longer holds; delete {folder} to "
+                "run it again",
             )
     return is_complete(folder) and not unkept(folder, record, settings)
 

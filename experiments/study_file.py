@@ -139,7 +139,8 @@ def source_job(study: Study) -> Job | None:
 
 
 def jobs(study: Study, extent: Extent) -> list[Job]:
-    """The runs of an extent, seed by seed. The source must be complete: its config decides the control's budget.
+    """The runs of an extent, seed by seed. The source must be complete: its config decides the control's
+    budget.
 
     The learning rate is part of a run's name, so that a grid has a folder for each point and a larger extent
     goes on from a smaller one.
@@ -200,12 +201,18 @@ def equal_flops_budget(overrides: list[str]) -> int:
     path = Path(settings.source or "") / "config.json"
     if not path.is_file():
         raise UserError(
-            f"source={settings.source}: no {path.name} there, and the control arm's budget needs it; train the source first",
+            f"source={settings.source}: no {path.name} there, and the control arm's budget needs it; train "
+            "the source first",
         )
     source = json.loads(path.read_text(encoding="utf-8"))
     target = resolve_target(settings.target, source)
     budget, context = settings.budget, settings.train.context
-    tokens = budget.steps * budget.tokens_per_step * flops_per_token(target, context) / flops_per_token(source, context)
+    tokens = (
+        budget.steps
+        * budget.tokens_per_step
+        * flops_per_token(target, context)
+        / flops_per_token(source, context)
+    )
     return math.ceil(tokens / budget.tokens_per_step) * budget.tokens_per_step
 
 

@@ -42,7 +42,10 @@ GRID_HEADER = (
 )
 UNDEFINED = "–"
 UNITS = {1e18: "E", 1e15: "P", 1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k"}
-CHANGES = "Against the arm that starts alike and is trained on plainly (each at its best learning rate, at equal tokens, paired by seed)"
+CHANGES = (
+    "Against the arm that starts alike and is trained on plainly (each at its best learning rate, at equal "
+    "tokens, paired by seed)"
+)
 
 
 def cells(row: Row) -> list[str]:
@@ -72,7 +75,9 @@ def grid_cells(row: Row) -> list[str]:
 
 def final_loss(row: Row) -> str:
     """The mean with its interval, or the word that one seed has none."""
-    return f"{row.final_loss:.3f} " + ("(one seed)" if row.final_loss_interval is None else f"± {row.final_loss_interval:.3f}")
+    return f"{row.final_loss:.3f} " + (
+        "(one seed)" if row.final_loss_interval is None else f"± {row.final_loss_interval:.3f}"
+    )
 
 
 def ratio(row: Row, side: Literal["excluded", "included"]) -> str:

@@ -55,7 +55,9 @@ def work(overrides: tuple[str, ...], log: str) -> str:
     except Stopped as stopped:  # it has saved; this process must not wait for another run
         print(stopped, flush=True)
         os._exit(stopped.status)
-    except Exception as error:  # an error of a library may not survive the way between processes; its words do
+    except (
+        Exception
+    ) as error:  # an error of a library may not survive the way between processes; its words do
         import traceback
 
         traceback.print_exc()

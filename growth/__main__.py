@@ -1,11 +1,13 @@
-"""Grow a checkpoint into a larger initialisation: seconds for a billion parameters, in little memory, with a proof.
+"""Grow a checkpoint into a larger initialisation: seconds for a billion parameters, in little memory, with a
+proof.
 
 outgrow grow source=microsoft/phi-1_5 target=phi_2 growth=lossless out=grown/phi_2
-outgrow grow source=microsoft/phi-1_5 target=phi_2 growth=tile growth.mode=edge growth.depth=stack plan_only=true
-outgrow grow source=DIR 'target={hidden_size:2560,num_hidden_layers:32}' out=DIR
+outgrow grow source=microsoft/phi-1_5 target=phi_2 growth=tile growth.mode=edge growth.depth=stack
+plan_only=true outgrow grow source=DIR 'target={hidden_size:2560,num_hidden_layers:32}' out=DIR
 outgrow schema source=DIR     the schema that is derived for a checkpoint, as a file of model/families
 
-Prints the plan's certificate, and a receipt where one was measured. Exit status: 0 done, 2 a fault in what was asked.
+Prints the plan's certificate, and a receipt where one was measured. Exit status: 0 done, 2 a fault in what
+was asked.
 """
 
 from __future__ import annotations
@@ -91,12 +93,14 @@ def settings_from(arguments: list[str]) -> Settings:
             faults.append("out: missing; give out=DIR, or plan_only=true to write nothing")
         if settings.growth.operator == "source":
             faults.append(
-                "growth=source: a training arm (the source trained on), so there is nothing to grow; choose an operator"
+                "growth=source: a training arm (the source trained on), so there is nothing to grow; "
+                "choose an operator"
             )
         if "stages" in settings.growth.options:
             name = settings.growth.name
             faults.append(
-                f"growth={name}: a training arm that grows on its way (outgrow train growth={name}); choose an operator"
+                f"growth={name}: a training arm that grows on its way (outgrow train growth={name}); "
+                "choose an operator"
             )
         faults += [
             f"{key}: must be positive; found {getattr(settings, key)}"
@@ -222,7 +226,8 @@ def _print_plan(plan: Plan) -> None:
 
 def _print_outcome(plan: Plan, receipt: Receipt | None) -> None:
     print(
-        f"{plan.source_parameters:,} → {plan.target_parameters:,} parameters, {plan.target_bytes:,} bytes, plan {plan.hash}"
+        f"{plan.source_parameters:,} → {plan.target_parameters:,} parameters, {plan.target_bytes:,} bytes, "
+        f"plan {plan.hash}"
     )
     if plan.change is not None:
         print(plan.change.summary(plan))
@@ -236,8 +241,11 @@ def _print_outcome(plan: Plan, receipt: Receipt | None) -> None:
     if receipt is not None:
         tokens = f"{receipt.tokens} {'random ' if receipt.text is None else ''}tokens"
         print(
-            f"receipt: max |Δlogit| {receipt.max_delta:.3g} (largest logit {receipt.max_logit:.3g}), KL {receipt.kl:.3g}, loss "
-            f"{receipt.loss_source:.4f} → {receipt.loss_target:.4f} nats on {tokens}, in {receipt.dtype}"
+            (
+                f"receipt: max |Δlogit| {receipt.max_delta:.3g} (largest logit {receipt.max_logit:.3g}), "
+                f"KL {receipt.kl:.3g}, loss {receipt.loss_source:.4f} → {receipt.loss_target:.4f} nats on "
+                f"{tokens}, in {receipt.dtype}"
+            )
             + (f" ({receipt.note})" if receipt.note else "")
         )
         _print_text(receipt)
@@ -254,7 +262,8 @@ def _print_text(receipt: Receipt) -> None:
     from outgrow.growth.card import SAME, said_alike
 
     print(
-        f"text: perplexity {receipt.perplexity_source:.4f} → {receipt.perplexity_target:.4f} on {receipt.text}; {said_alike(receipt)}"
+        f"text: perplexity {receipt.perplexity_source:.4f} → {receipt.perplexity_target:.4f} on "
+        f"{receipt.text}; {said_alike(receipt)}"
     )
     table = Table("… the text", "the source goes on", "the grown model goes on", show_lines=True)
     for each in receipt.continuations:

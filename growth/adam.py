@@ -55,7 +55,8 @@ def adam_state(state: Mapping[str, Any], plan: Plan) -> AdamState:
     groups, per_parameter = state.get("param_groups"), state.get("state")
     if not isinstance(groups, list) or not isinstance(per_parameter, Mapping):
         raise UserError(
-            "optimizer state: expected the keys 'state' and 'param_groups', as optimizer.state_dict() gives them"
+            "optimizer state: expected the keys 'state' and 'param_groups', as optimizer.state_dict() "
+            "gives them"
         )
     named: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in POWERS}
     for number, name in _numbering(groups, shapes).items():
@@ -65,12 +66,14 @@ def adam_state(state: Mapping[str, Any], plan: Plan) -> AdamState:
         for moment in POWERS:
             if moment not in entry:
                 raise UserError(
-                    f"optimizer state: parameter {number} ({name}) has no {moment!r}, found {sorted(entry)}; only Adam's state grows"
+                    f"optimizer state: parameter {number} ({name}) has no {moment!r}, found "
+                    f"{sorted(entry)}; only Adam's state grows"
                 )
             if tuple(entry[moment].shape) != shapes[name]:
                 raise UserError(
-                    f"optimizer state: {moment} of parameter {number} has shape {tuple(entry[moment].shape)}, {name} has {shapes[name]}; "
-                    "is it the state of another model, or were its groups filled in another order?"
+                    f"optimizer state: {moment} of parameter {number} has shape "
+                    f"{tuple(entry[moment].shape)}, {name} has {shapes[name]}; is it the state of another "
+                    "model, or were its groups filled in another order?"
                 )
             named[moment][name] = entry[moment]
     if not any(named.values()):
@@ -118,7 +121,8 @@ def _numbering(groups: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[i
         return dict(zip(numbers, given, strict=True))
     if len(numbers) != len(shapes):
         raise UserError(
-            f"optimizer state: {len(numbers)} parameters, the source's model has {len(shapes)}; is it the state of another model?"
+            f"optimizer state: {len(numbers)} parameters, the source's model has {len(shapes)}; is it the "
+            "state of another model?"
         )
     if len(groups) == 1:
         return dict(zip(numbers, shapes, strict=True))
@@ -128,8 +132,9 @@ def _numbering(groups: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[i
             zip(numbers, [*matrices, *(name for name in shapes if name not in matrices)], strict=True)
         )
     raise UserError(
-        f"optimizer state: {len(groups)} groups without names, so which parameter is which is not known; build the optimizer from named "
-        "parameters (groups of (name, parameter) pairs, which PyTorch saves along), or with one group"
+        f"optimizer state: {len(groups)} groups without names, so which parameter is which is not known; "
+        "build the optimizer from named parameters (groups of (name, parameter) pairs, which PyTorch "
+        "saves along), or with one group"
     )
 
 
@@ -167,7 +172,8 @@ def read_adam(path: Path | str, plan: Plan) -> AdamState:
         raise UserError(f"optimizer {file}: cannot be read as a PyTorch file of tensors ({reason})") from None
     if not isinstance(state, Mapping):
         raise UserError(
-            f"optimizer {file}: expected a dict as optimizer.state_dict() gives it, found {type(state).__name__}"
+            f"optimizer {file}: expected a dict as optimizer.state_dict() gives it, found "
+            f"{type(state).__name__}"
         )
     return adam_state(state, plan)
 

@@ -47,7 +47,10 @@ def _obstacle(model: Any) -> str | None:
     if hasattr(model, "merge_and_unload"):
         return "adapters lie beside its weights; give model.merge_and_unload()"
     if isinstance(model, nn.Module) and _is_sharded(model):
-        return "its weights are sharded over processes; save it whole (a full state dict) and grow the folder with growth.grow"
+        return (
+            "its weights are sharded over processes; save it whole (a full state dict) and grow the folder "
+            "with growth.grow"
+        )
     if not isinstance(model, PreTrainedModel):
         return "expected a model of transformers; give one, or grow a folder with growth.grow"
     if getattr(model, "hf_quantizer", None) is not None:
@@ -58,8 +61,8 @@ def _obstacle(model: Any) -> str | None:
         if parametrize.is_parametrized(module) or hasattr(module, "weight_g")
     ]:
         return (
-            f"{names[0]}.weight is computed from other tensors (weight_norm or another parametrization); make it plain first with "
-            "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+            f"{names[0]}.weight is computed from other tensors (weight_norm or another parametrization); "
+            "make it plain first with torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
         )
     whole = library_class(model.config)._model_mapping.get(type(model.config), None)
     if whole is not None and not isinstance(model, whole):

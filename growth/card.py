@@ -81,7 +81,10 @@ def _text_lines(receipt: Receipt) -> list[str]:
     """Perplexity before and after, and both models' continuations, where the receipt is of a text."""
     if receipt.text is None:
         return []
-    said = f"Perplexity on that text {receipt.perplexity_source:.4f} → {receipt.perplexity_target:.4f}; {said_alike(receipt)}:"
+    said = (
+        f"Perplexity on that text {receipt.perplexity_source:.4f} → {receipt.perplexity_target:.4f}; "
+        f"{said_alike(receipt)}:"
+    )
     rows = [
         (each.prompt, each.source, SAME if each.is_same else each.target) for each in receipt.continuations
     ]
@@ -119,8 +122,11 @@ def model_card(
         "---",
         f"# Grown from {source}",
         "",
-        f"{plan.source_parameters:,} → {plan.target_parameters:,} parameters by operator `{plan.operator}` (depth `{plan.layers.rule}`, "
-        f"noise {plan.noise:g}, seed {plan.growth.seed}); an initialisation to go on training from.",
+        (
+            f"{plan.source_parameters:,} → {plan.target_parameters:,} parameters by operator "
+            f"`{plan.operator}` (depth `{plan.layers.rule}`, noise {plan.noise:g}, seed "
+            f"{plan.growth.seed}); an initialisation to go on training from."
+        ),
         *([] if plan.change is None else ["", f"{plan.change.summary(plan)}."]),
         "",
         "Certificate, proved from the plan: "
@@ -135,8 +141,11 @@ def model_card(
     ]
     if receipt is not None:
         lines += [
-            f"Receipt, measured on {receipt.tokens} tokens in {receipt.dtype}: max |Δlogit| {receipt.max_delta:.3g} "
-            f"(largest logit {receipt.max_logit:.3g}), KL {receipt.kl:.3g}, loss {receipt.loss_source:.4f} → {receipt.loss_target:.4f}"
+            (
+                f"Receipt, measured on {receipt.tokens} tokens in {receipt.dtype}: max |Δlogit| "
+                f"{receipt.max_delta:.3g} (largest logit {receipt.max_logit:.3g}), KL {receipt.kl:.3g}, "
+                f"loss {receipt.loss_source:.4f} → {receipt.loss_target:.4f}"
+            )
             + (f" ({receipt.note})." if receipt.note else "."),
             "",
             *_text_lines(receipt),

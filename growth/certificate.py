@@ -26,7 +26,8 @@ from outgrow.model.notation import spaces
 
 # Config keys that are no sizes and do not change what the network computes.
 NEUTRAL = {
-    "architectures", "auto_map", "dtype", "initializer_range", "torch_dtype", "transformers_version", "use_cache", "_name_or_path",
+    "architectures", "auto_map", "dtype", "initializer_range", "torch_dtype", "transformers_version",
+    "use_cache", "_name_or_path",
 }  # fmt: skip
 SCALED_BY_LENGTH = ("yarn", "longrope", "llama3")  # rotary positions, unless the config says by how much
 
@@ -99,7 +100,8 @@ def _rotary(family: Family, source: Config, target: Config) -> Iterator[str]:
     for key in sorted({*before, *after} - {family.rotary_field, "partial_rotary_factor"}):
         if before.get(key) != after.get(key):
             yield (
-                f"config rope_parameters.{key}: {before.get(key)!r} becomes {after.get(key)!r}, which turns positions otherwise"
+                f"config rope_parameters.{key}: {before.get(key)!r} becomes {after.get(key)!r}, which "
+                "turns positions otherwise"
             )
     positions = family.field_name("max_position_embeddings")
     if source.get(positions) == target.get(positions):
@@ -122,7 +124,8 @@ def _layers(plan: Decision) -> Iterator[str]:
             number for number, layer in enumerate(layers.layers) if layers.layers.index(layer) != number
         ]
         yield (
-            f"depth {layers.rule!r}: target layers {_some(repeated)} work although their source layers already do"
+            f"depth {layers.rule!r}: target layers {_some(repeated)} work although their source layers "
+            "already do"
         )
     for step in plan.steps:
         number = step.tensor.layer
@@ -144,7 +147,10 @@ def _steps(plan: Decision) -> Iterator[str]:
             expected[key] = plan.recipe.spaces_only().maps(step.tensor)
         pairs = zip(step.maps, expected[key], strict=True)
         if not all(own is wanted or own == wanted for own, wanted in pairs):
-            fault = f"{line.name}: axes of {line.text!r} are not grown space by space, so its neighbours do not undo it"
+            fault = (
+                f"{line.name}: axes of {line.text!r} are not grown space by space, so its neighbours do "
+                "not undo it"
+            )
             faults[fault] = faults.get(fault, 0) + 1
         if not step.zero and step.source != plan.source_name(step.tensor):
             faults[f"{step.name}: takes {step.source or 'nothing'}, not its own source"] = 1
@@ -205,7 +211,10 @@ def _special(space: str, expansion: Expansion, plan: Decision) -> Iterator[str]:
             after = growth.family.rotary_dims(growth.target_config)
             yield f"qk: {turned} rotary dims become {after}, so positions turn by other angles"
         elif not _turned_stay(write, turned):
-            yield f"qk: the {turned} rotary dims of each head do not stay where they are, so they turn by other angles"
+            yield (
+                f"qk: the {turned} rotary dims of each head do not stay where they are, so they turn by "
+                "other angles"
+            )
     if not growth.grows(space) or _uniform(write):
         return
     norms = [line for line in growth.family.lines_of(growth.source_config) if line.kind == "norm"]
@@ -215,7 +224,8 @@ def _special(space: str, expansion: Expansion, plan: Decision) -> Iterator[str]:
 
 
 def _turned_stay(write: AxisMap, turned: int) -> bool:
-    """Check that the dims that rotary positions turn stay first in their head, and nothing else copies them."""
+    """Check that the dims that rotary positions turn stay first in their head, and nothing else copies
+    them."""
     first = write.index[:turned]
     stay = write.copies[:turned].all() and (first == np.arange(turned)).all()
     others = write.index[turned:][write.copies[turned:]]
@@ -249,14 +259,19 @@ def _residual(plan: Decision, expansion: Expansion) -> Iterator[str]:
     r = int(counts[0])
     if (counts != r).any():
         least, most = counts.min(), counts.max()
-        yield f"residual: its {n} indices are copied {least} to {most} times, which changes the norms' statistics"
+        yield (
+            f"residual: its {n} indices are copied {least} to {most} times, which changes the norms' "
+            "statistics"
+        )
         return
     if r == 0:
         yield f"residual: all {n} source indices are lost"
         return
     kept = Fill.MEAN if growth.family.norm == "layer" else Fill.ZERO
     if (write.fill[~write.copies] != kept).any():
-        yield f"residual: new indices hold other than {kept.name.lower()}, which changes the norms' statistics"
+        yield (
+            f"residual: new indices hold other than {kept.name.lower()}, which changes the norms' statistics"
+        )
     scaled = write.copies | (write.fill == Fill.MEAN)
     c = float(write.gain[write.copies][0])
     if not np.allclose(write.gain[scaled], c, rtol=1e-12):
@@ -273,7 +288,8 @@ def _epsilon(plan: Decision, factor: float) -> Iterator[str]:
     if not family.sets_eps:
         if not isclose(factor, 1, rel_tol=1e-9):
             yield (
-                f"residual: norms see variance × {factor:.4g}, and no config key is known that sets their epsilon"
+                f"residual: norms see variance × {factor:.4g}, and no config key is known that sets their "
+                "epsilon"
             )
         return
     if not isclose(factor * before, after, rel_tol=1e-9):
@@ -281,7 +297,8 @@ def _epsilon(plan: Decision, factor: float) -> Iterator[str]:
     if before != after:
         for line in family.other_norms(plan.source_config):
             yield (
-                f"{line.name}: normalises over {line.out} with the config's epsilon too, which becomes {after:g}"
+                f"{line.name}: normalises over {line.out} with the config's epsilon too, which becomes "
+                f"{after:g}"
             )
 
 

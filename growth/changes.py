@@ -146,7 +146,8 @@ def _check_numbers(**numbers: float) -> None:
 def _checked_granularity(granularity: int | None) -> int | None:
     if granularity is not None and (type(granularity) is not int or granularity < 1):
         raise UserError(
-            f"granularity {granularity!r}: expected a positive whole number, into how many experts an MLP is cut"
+            f"granularity {granularity!r}: expected a positive whole number, into how many experts an MLP "
+            "is cut"
         )
     return granularity
 

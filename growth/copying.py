@@ -27,7 +27,8 @@ def copied(
     chosen_before = mixture.size(source, mixture.top_k)
     if count % before or count == before:
         raise UserError(
-            f"target: {mixture.count} {count} is no multiple of the source's {before} above it, so experts do not divide"
+            f"target: {mixture.count} {count} is no multiple of the source's {before} above it, so experts "
+            "do not divide"
         )
     chosen = wanted.get(mixture.top_k, chosen_before)
     if mixture.size({mixture.top_k: chosen}, mixture.top_k) > count:

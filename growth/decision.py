@@ -193,7 +193,8 @@ class Decision:
         )
 
     def dtype(self, step: Step) -> str:
-        """The safetensors dtype of a target tensor: the one asked for, else its source's, else the config's."""
+        """The safetensors dtype of a target tensor: the one asked for, else its source's, else the
+        config's."""
         stored = self.source_dtype(step.source or self.source_name(step.tensor))
         return TORCH_NAMES[self.growth.dtype] if self.growth.dtype and is_float(stored) else stored
 

@@ -118,8 +118,13 @@ class Change:
     def moments_lost(self) -> Iterator[str]:
         """Why moments of experts and routers are not those of the mixture's own gradients."""
         if isinstance(self.asked, Upcycling):
-            yield "experts and routers start with moments of zero: each expert sees the tokens that are sent to it, the MLP saw all"
-        yield "the routers' load-balancing term, where one is trained on, has gradients that the source had not"
+            yield (
+                "experts and routers start with moments of zero: each expert sees the tokens that are sent "
+                "to it, the MLP saw all"
+            )
+        yield (
+            "the routers' load-balancing term, where one is trained on, has gradients that the source had not"
+        )
 
     def summary(self, plan: Decision) -> str:
         """One line: the experts, and what a token meets of them."""
@@ -130,8 +135,9 @@ class Change:
         shared = f", {self.shared} units shared" if self.shared else ""
         units = self.experts[0].stop - self.experts[0].start
         return (
-            f"{self.mixture.name}: {len(self.experts)} experts of {units} units {where}, {self.chosen} for each token{shared}; "
-            f"{self.active_parameters(plan):,} parameters active, {self.active_flops(plan):.3g} forward FLOPs in their matrices"
+            f"{self.mixture.name}: {len(self.experts)} experts of {units} units {where}, {self.chosen} for "
+            f"each token{shared}; {self.active_parameters(plan):,} parameters active, "
+            f"{self.active_flops(plan):.3g} forward FLOPs in their matrices"
         )
 
     def to_dict(self) -> dict[str, Any]:

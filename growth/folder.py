@@ -79,7 +79,8 @@ class Place:
             self._check_partial()
             if self.overwrite and _exists(self.former) and (others := strangers(self.former)):
                 raise UserError(
-                    f"out: {self.former} is in the way and holds {_few(others)}, which growth did not make; move it away"
+                    f"out: {self.former} is in the way and holds {_few(others)}, which growth did not "
+                    "make; move it away"
                 )
 
     def _check_reads(self) -> None:
@@ -87,7 +88,8 @@ class Place:
             for path in self.reads:
                 if _holds(place, path):
                     raise UserError(
-                        f"out {self.out}: {place} is or holds {path}, which is read for this growth; choose another folder"
+                        f"out {self.out}: {place} is or holds {path}, which is read for this growth; "
+                        "choose another folder"
                     )
 
     def _check_out(self) -> None:
@@ -96,7 +98,8 @@ class Place:
             return
         if not self.overwrite:
             raise UserError(
-                f"out {out}: exists already; choose another folder, or overwrite=true to replace it once the new one is complete"
+                f"out {out}: exists already; choose another folder, or overwrite=true to replace it once "
+                "the new one is complete"
             )
         if not out.is_dir() or ((others := strangers(out)) and not (out / "config.json").exists()):
             raise UserError(
@@ -104,8 +107,8 @@ class Place:
             )
         if others:
             raise UserError(
-                f"out {out}: holds {_few(others)}, which growth did not make, so it is not replaced; move that away, or choose another "
-                "folder"
+                f"out {out}: holds {_few(others)}, which growth did not make, so it is not replaced; move "
+                "that away, or choose another folder"
             )
 
     def _check_partial(self) -> None:
@@ -113,7 +116,8 @@ class Place:
         if not _exists(partial) or (partial.is_dir() and not partial.is_symlink() and self._may_clear()):
             return
         raise UserError(
-            f"out: {partial} is in the way and was not made by growth, so it is left alone; move it, or choose another folder"
+            f"out: {partial} is in the way and was not made by growth, so it is left alone; move it, or "
+            "choose another folder"
         )
 
     def _may_clear(self) -> bool:
@@ -283,7 +287,8 @@ def _exists(path: Path) -> bool:
 
 
 def _holds(place: Path, path: Path) -> bool:
-    """Check whether `place` is, or contains, `path`: also through links, and where a folder is mounted twice."""
+    """Check whether `place` is, or contains, `path`: also through links, and where a folder is mounted
+    twice."""
     if not place.exists():
         return False
     here, real = place.stat(), path.resolve()
@@ -305,7 +310,8 @@ def disk_faults(out: Path, kept: str = "nothing was kept") -> Iterator[None]:
                 next(parent for parent in (out, *out.absolute().parents) if parent.exists())
             ).free
             raise UserError(
-                f"out {out}: the disk is full ({free:,} bytes free); {kept}; free space or choose another disk"
+                f"out {out}: the disk is full ({free:,} bytes free); {kept}; free space or choose another "
+                "disk"
             ) from None
         if fault.errno == errno.ENOTEMPTY:
             raise UserError(
@@ -313,6 +319,7 @@ def disk_faults(out: Path, kept: str = "nothing was kept") -> Iterator[None]:
             ) from None
         if fault.errno in _DENIED:
             raise UserError(
-                f"out {out}: cannot be written ({fault.strerror}: {fault.filename}); choose a folder you may write to"
+                f"out {out}: cannot be written ({fault.strerror}: {fault.filename}); choose a folder you "
+                "may write to"
             ) from None
         raise

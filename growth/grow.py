@@ -128,7 +128,8 @@ def grow(
         UserError: for everything that is wrong with what was given; nothing is left behind.
     """
     check_arguments(
-        out=out, overwrite=overwrite, receipt=receipt, text=text, threads=threads, max_shard_bytes=max_shard_bytes, revision=revision,
+        out=out, overwrite=overwrite, receipt=receipt, text=text, threads=threads,
+        max_shard_bytes=max_shard_bytes, revision=revision,
         optimizer=optimizer, nonfinite=nonfinite, worker=worker, progress=progress,
     )  # fmt: skip
     out = Path(os.path.expanduser(out))
@@ -236,7 +237,8 @@ def check_tokenizer(source: Path, plan: Plan) -> None:
     tokens, held = tokenizer_size(source), plan.growth.target["vocab"]
     if tokens is not None and tokens > held:
         raise UserError(
-            f"target: vocab_size {held} is less than the {tokens} tokens of {source / 'tokenizer.json'}; give at least vocab_size:{tokens}"
+            f"target: vocab_size {held} is less than the {tokens} tokens of {source / 'tokenizer.json'}; "
+            f"give at least vocab_size:{tokens}"
         )
 
 
@@ -264,8 +266,9 @@ def check_head(source: Checkpoint, plan: Plan) -> None:
             continue
         if not _equal(source, name, embedding):
             raise UserError(
-                f"{source.folder}: config.json ties the head to {embedding}, but {name} is stored too and differs, and transformers uses "
-                "what is stored; say tie_word_embeddings: false in config.json, or remove that tensor"
+                f"{source.folder}: config.json ties the head to {embedding}, but {name} is stored too and "
+                "differs, and transformers uses what is stored; say tie_word_embeddings: false in "
+                "config.json, or remove that tensor"
             )
 
 
@@ -307,7 +310,8 @@ def _write_recipe(
     receipt: Receipt | None,
     terms: Mapping[str, str],
 ) -> None:
-    """`growth.json`, and a model card that says the same in words, under the `terms` of the source's licence."""
+    """`growth.json`, and a model card that says the same in words, under the `terms` of the source's
+    licence."""
     recipe = {
         "source": {
             "name": source,
@@ -359,6 +363,7 @@ def recorded_plan(folder: Path | str) -> Plan:
     again = plan(source, target, made["operator"], **how)
     if again.hash != named:
         raise UserError(
-            f"{folder / 'growth.json'}: gives plan {again.hash}, but records plan {named}; was it edited, or grown by another version?"
+            f"{folder / 'growth.json'}: gives plan {again.hash}, but records plan {named}; was it edited, "
+            "or grown by another version?"
         )
     return again

@@ -42,7 +42,8 @@ def _repeats(layers: Sequence[int]) -> tuple[bool, ...]:
 
 
 def interleave(source: int, target: int) -> list[int]:
-    """Target layer i ← ⌊i·L/M⌋: every layer repeated in place (interleaved stacking; G_direct of 2405.15319)."""
+    """Target layer i ← ⌊i·L/M⌋: every layer repeated in place (interleaved stacking; G_direct of
+    2405.15319)."""
     return [i * source // target for i in range(target)]
 
 
@@ -85,7 +86,8 @@ def llama_pro(source: int, target: int) -> list[int]:
     extra = target - source
     if source % extra:
         raise UserError(
-            f"depth 'llama_pro': {extra} new layers cannot be spread evenly among {source}; use depth=identity, which spreads any number"
+            f"depth 'llama_pro': {extra} new layers cannot be spread evenly among {source}; use "
+            "depth=identity, which spreads any number"
         )
     group = source // extra
     return [
@@ -103,7 +105,8 @@ def identity_top(source: int, target: int) -> list[int]:
 def _at_most_double(rule: str, source: int, target: int) -> None:
     if target > 2 * source:
         raise UserError(
-            f"depth {rule!r}: repeats layers once, so at most {2 * source} layers come of {source}, not {target}; use stack or interleave"
+            f"depth {rule!r}: repeats layers once, so at most {2 * source} layers come of {source}, not "
+            f"{target}; use stack or interleave"
         )
 
 

@@ -127,12 +127,14 @@ def _tensors(model: PreTrainedModel) -> Tensors:
     for name, whole in blank.all_tied_weights_keys.items():
         if name in held and whole in held and not held[name].equal(held[whole]):
             raise UserError(
-                f"the model in memory: its config ties {name} to {whole}, and they differ; set tie_word_embeddings to False"
+                f"the model in memory: its config ties {name} to {whole}, and they differ; set "
+                "tie_word_embeddings to False"
             )
     known = blank.state_dict().keys()
     if strange := [name for name in held if name not in known]:
         raise UserError(
-            f"the model in memory: unknown {names_of(strange)}, which a {type(model).__name__} of its config does not have"
+            f"the model in memory: unknown {names_of(strange)}, which a {type(model).__name__} of its "
+            "config does not have"
         )
     return Tensors({name: tensor.detach() for name, tensor in in_file(config_of(model), held).items()})
 

@@ -87,13 +87,15 @@ def _wanted(target: Any) -> dict[str, Any]:
         found = flat(target)
     elif str(target) in PRESETS:
         raise UserError(
-            f"target {target!r}: a dense model's sizes; give target={{model_type:mixtral,num_local_experts:8,…}} or a folder"
+            f"target {target!r}: a dense model's sizes; give "
+            f"target={{model_type:mixtral,num_local_experts:8,…}} or a folder"
         )
     elif Path(target).is_dir():
         found = read_config(Path(target))
     else:
         raise UserError(
-            f"unknown target {str(target)!r}: no folder; give target={{model_type:mixtral,num_local_experts:8,…}}"
+            f"unknown target {str(target)!r}: no folder; give "
+            f"target={{model_type:mixtral,num_local_experts:8,…}}"
         )
     return {key: value for key, value in found.items() if key not in NEUTRAL}
 
@@ -108,7 +110,8 @@ def _mixture(source: Config, kind: Any, wanted: Config, asked: Upcycling | Exper
     copies = isinstance(asked, ExpertCopy)
     if own in known and not copies:
         raise UserError(
-            f"upcycling: {own!r} has experts already; growth=expert_copy makes more of them, growth=lossless wider ones"
+            f"upcycling: {own!r} has experts already; growth=expert_copy makes more of them, "
+            "growth=lossless wider ones"
         )
     fits = (
         [name for name, rule in known.items() if own in rule.of]
@@ -117,13 +120,15 @@ def _mixture(source: Config, kind: Any, wanted: Config, asked: Upcycling | Exper
     )
     if kind is None:
         raise UserError(
-            f"target: model_type is missing, the family of the mixture; from {own!r}: {', '.join(fits) or 'none is known'}"
+            f"target: model_type is missing, the family of the mixture; from {own!r}: "
+            f"{', '.join(fits) or 'none is known'}"
         )
     if kind in fits:
         return known[kind]
     if copies:
         raise UserError(
-            f"expert_copy: copies the experts of a family into itself, and knows {', '.join(sorted(known))}; found {own!r} → {kind!r}"
+            "expert_copy: copies the experts of a family into itself, and knows "
+            f"{', '.join(sorted(known))}; found {own!r} → {kind!r}"
         )
     differing = _differing(source, str(kind), wanted)
     into = f"into {' or '.join(fits)}" if fits else "into no mixture that is known here"

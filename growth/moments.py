@@ -52,14 +52,20 @@ def inexact(plan: Plan) -> Iterator[str]:
     if not plan.certificate.lossless:
         yield "the growth is not lossless"
     if plan.is_noisy:
-        yield f"noise {plan.noise:g}: copies are read unevenly; each gets the mean of what the copies' gradients are"
+        yield (
+            f"noise {plan.noise:g}: copies are read unevenly; each gets the mean of what the copies' "
+            "gradients are"
+        )
     if plan.change is not None:
         yield from plan.change.moments_lost
     residue = growth.target["residual"] % growth.source["residual"]
     if growth.grows("residual") and growth.family.norm == "layer" and residue:
         yield "residual: gradients of the new indices reach the inherited ones through LayerNorm's mean"
     if growth.source_family.ties(growth.source_config) and not growth.tied:
-        yield "tie_word_embeddings: the embedding's gradients were those of the head too, which learns on its own now"
+        yield (
+            "tie_word_embeddings: the embedding's gradients were those of the head too, which learns on "
+            "its own now"
+        )
     if growth.grows("vocab"):
         yield "vocab: new tokens take part in the softmax"
 

@@ -309,12 +309,18 @@ def hyperclone(growth: Growth, *, form: str = "symmetric") -> Recipe:
     spaces = [space for space in growth.source if space not in ("layer", "vocab", "pos")]
     grown = {space: (growth.source[space], growth.target[space]) for space in spaces}
     UserError.collect(
-        f"hyperclone: {space} {n} → {N} is no whole factor; choose a multiple, or operator lossless, which takes any ratio"
+        (
+            f"hyperclone: {space} {n} → {N} is no whole factor; choose a multiple, or operator lossless, "
+            "which takes any ratio"
+        )
         for space, (n, N) in grown.items()
         if N % n
     )
     UserError.collect(
-        f"hyperclone: clones whole heads, but {space} grows {n} → {N}; keep the head dim and multiply the heads"
+        (
+            f"hyperclone: clones whole heads, but {space} grows {n} → {N}; keep the head dim and multiply "
+            "the heads"
+        )
         for space, (n, N) in grown.items()
         if space in ("qk", "v") and n != N
     )
@@ -359,7 +365,8 @@ def sparkling(growth: Growth) -> Recipe:
     n, N = growth.source["residual"], growth.target["residual"]
     if 2 * n < N:
         raise UserError(
-            f"sparkling: residual {n} → {N} is more than double, which its formula does not cover; grow in two steps"
+            f"sparkling: residual {n} → {N} is more than double, which its formula does not cover; grow in "
+            "two steps"
         )
 
     def grow(space: str, n: int, N: int) -> Expansion:
@@ -424,7 +431,8 @@ def recipe(operator: str, growth: Growth, options: Mapping[str, Any]) -> Recipe:
     if not growth.family.spaces:
         if function is scratch:
             raise UserError(
-                f"operator {operator!r}: family {growth.family.name!r} has no schema, so how its tensors start is unknown"
+                f"operator {operator!r}: family {growth.family.name!r} has no schema, so how its tensors "
+                "start is unknown"
             )
         return Recipe({})
     known = options_of(operator)

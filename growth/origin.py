@@ -25,7 +25,8 @@ class Origin(IntEnum):
 
 
 def axis_origins(plan: Plan, step: Step) -> tuple[np.ndarray, ...]:
-    """Compute one (N,) uint8 array of `Origin` per stored axis; an entry's origin is the least over its axes."""
+    """Compute one (N,) uint8 array of `Origin` per stored axis; an entry's origin is the least over its
+    axes."""
     if step.source is None or step.zero or _is_new_layer(plan, step):
         return tuple(np.zeros(axis.target, np.uint8) for axis in step.maps)
     origins = tuple(of_axis(axis) for axis in step.maps)

@@ -76,11 +76,13 @@ def read_passage(file: str | Path, source: Path, vocabulary: int, context: int |
         raise UserError(f"receipt.text: the folder {source} has no tokenizer that knows this text; {WAY}")
     if len(tokens) < LEAST:
         raise UserError(
-            f"receipt.text {str(path)!r}: has {len(tokens)} tokens; give a text of at least {LEAST}, better some thousands"
+            f"receipt.text {str(path)!r}: has {len(tokens)} tokens; give a text of at least {LEAST}, "
+            "better some thousands"
         )
     if max(tokens) >= vocabulary:
         raise UserError(
-            f"receipt.text: the tokenizer in {source} gives token {max(tokens)}, and the model has {vocabulary}; is it another model's?"
+            f"receipt.text: the tokenizer in {source} gives token {max(tokens)}, and the model has "
+            f"{vocabulary}; is it another model's?"
         )
     window = min(LENGTH, len(tokens), context or LENGTH)
     prompt = min(PROMPT, max(1, window - NEW))

@@ -41,7 +41,8 @@ class Plan(Decision):
 
     @cached_property
     def remarks(self) -> tuple[str, ...]:
-        """Further notes: rounding, copies that stay equal, sizes that hardware dislikes (`growth.remarks`)."""
+        """Further notes: rounding, copies that stay equal, sizes that hardware dislikes
+        (`growth.remarks`)."""
         return remarks(self, lossless=self.certificate.lossless)
 
 
@@ -80,12 +81,14 @@ def _check_growable(growth: Growth, noise: float) -> None:
     family = growth.family
     if (other := growth.target_config.get("model_type")) != growth.source_config["model_type"]:
         raise UserError(
-            f"target: model_type {other!r} differs from the source's {family.name!r}; a family grows into itself only"
+            f"target: model_type {other!r} differs from the source's {family.name!r}; a family grows into "
+            "itself only"
         )
     faults = growth.smaller
     if growth.tied and not family.ties(growth.source_config):
         faults.append(
-            "target: tie_word_embeddings is true, but the source has an output head of its own that would be lost; leave it false"
+            "target: tie_word_embeddings is true, but the source has an output head of its own that would "
+            "be lost; leave it false"
         )
     if not 0 <= noise < 10:
         faults.append(
@@ -105,27 +108,39 @@ def _class_faults(growth: Growth) -> Iterator[str]:
     initial_deviation(config)
     hidden, heads = (family.field_name(name) for name in ("hidden_size", "num_attention_heads"))
     if config["model_type"] in family.whole_heads and config[hidden] % config[heads]:
-        yield f"target: {hidden} {config[hidden]} is no multiple of {heads} {config[heads]}, which transformers' class insists on"
+        yield (
+            f"target: {hidden} {config[hidden]} is no multiple of {heads} {config[heads]}, which "
+            "transformers' class insists on"
+        )
     for key, standard in family.follows.items():
         size = family.field_name(standard)
         followed_before = growth.source_config.get(key) == growth.source_config[size]
         if followed_before and config.get(key) not in (None, config[size]):
-            yield f"target: {key} {config[key]} must be {size} {config[size]}, as in the source; leave it out and it follows"
+            yield (
+                f"target: {key} {config[key]} must be {size} {config[size]}, as in the source; leave it "
+                "out and it follows"
+            )
     turned = family.rotary_dims(config)
     if turned % 2 and turned != family.rotary_dims(growth.source_config):
-        yield f"target: {turned} dims of each head would be turned by rotary positions, which turn pairs; choose an even head dim"
+        yield (
+            f"target: {turned} dims of each head would be turned by rotary positions, which turn pairs; "
+            "choose an even head dim"
+        )
     lists = {key: value for key, value in rope_of(config).items() if isinstance(value, list)}
     for key, factors in lists.items():
         if key in ("short_factor", "long_factor") and len(factors) != turned // 2:
-            yield f"target: rope_parameters.{key} has {len(factors)} entries, wanted is one for each pair of {turned} rotary dims"
+            yield (
+                f"target: rope_parameters.{key} has {len(factors)} entries, wanted is one for each pair of "
+                f"{turned} rotary dims"
+            )
 
 
 def _check_depth(layers: LayerMap, family: Family) -> None:
     if any(layers.identity) and not family.spaces:
         raise UserError(
-            f"depth {layers.rule!r}: new layers start as the identity where what writes to the residual stream is zero, and family "
-            f"{family.name!r} has no schema that says what does; choose growth.depth=stack, interleave, proportional, top, solar, midas or "
-            "a list of layers"
+            f"depth {layers.rule!r}: new layers start as the identity where what writes to the residual "
+            f"stream is zero, and family {family.name!r} has no schema that says what does; choose "
+            "growth.depth=stack, interleave, proportional, top, solar, midas or a list of layers"
         )
 
 
@@ -224,13 +239,15 @@ def check_tensors(checkpoint: Held, growth: Growth, steps: Sequence[Step]) -> di
     absent = [tensor for name, tensor in schema.items() if name not in stored]
     if missing := [tensor.name for tensor in absent if not tensor.tied]:
         faults.append(
-            f"{checkpoint.folder}: missing {names_of(missing)}, which the {family.name} schema and this config require"
+            f"{checkpoint.folder}: missing {names_of(missing)}, which the {family.name} schema and this "
+            "config require"
         )
     in_trunk = {f"{trunk}.{name}" for name in stored for trunk in TRUNKS} if missing else set()
     if in_trunk & schema.keys():
         raise UserError(
-            f"{checkpoint.folder}: holds the trunk alone ({names_of(stored)}), as a model without its head saves it; give the checkpoint "
-            "of the causal language model, saved by the class that AutoModelForCausalLM takes for it"
+            f"{checkpoint.folder}: holds the trunk alone ({names_of(stored)}), as a model without its head "
+            "saves it; give the checkpoint of the causal language model, saved by the class that "
+            "AutoModelForCausalLM takes for it"
         )
     if strange := [name for name in stored if name not in schema and not family.ignores(name)]:
         faults.append(
@@ -257,6 +274,7 @@ def check_tensors(checkpoint: Held, growth: Growth, steps: Sequence[Step]) -> di
     wide = [name for name, dtype in dtypes.items() if dtype == "F64"]
     if growth.dtype is not None and wide:
         raise UserError(
-            f"dtype {growth.dtype}: {names_of(wide)} are stored in float64, which would lose digits; leave dtype out"
+            f"dtype {growth.dtype}: {names_of(wide)} are stored in float64, which would lose digits; leave "
+            "dtype out"
         )
     return dtypes

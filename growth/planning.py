@@ -131,7 +131,8 @@ def _opened(source: str | Path | Config | Checkpoint) -> Checkpoint | Config:
         return flat(source)
     if not isinstance(source, str | Path):
         raise UserError(
-            f"source {source!r:.80}: expected a folder, a preset's name, a checkpoint or a config as a dict; found {type(source).__name__}"
+            f"source {source!r:.80}: expected a folder, a preset's name, a checkpoint or a config as a "
+            f"dict; found {type(source).__name__}"
         )
     if str(source) in PRESETS and not Path(source).is_dir():
         return preset(str(source))
@@ -177,12 +178,14 @@ def _hold_against_class(plan: Plan) -> Mapping[str, str]:
     if differ := [name for name, shape in planned.items() if built.get(name) != shape]:
         first = min(differ)
         raise UserError(
-            f"family {plan.family.name!r} has no schema here, and {first} would become {planned[first]} where transformers' class wants "
-            f"{built.get(first, 'none')} ({names_of(differ)}); what follows the sizes or layers that change was not recognised"
+            f"family {plan.family.name!r} has no schema here, and {first} would become {planned[first]} "
+            f"where transformers' class wants {built.get(first, 'none')} ({names_of(differ)}); what "
+            "follows the sizes or layers that change was not recognised"
         )
     if lacking := [name for name in built if name not in planned]:
         raise UserError(
-            f"family {plan.family.name!r} has no schema here, and transformers' class would want {names_of(lacking)} too, which no source "
-            "layer in that place has; choose another growth.depth, such as identity_top"
+            f"family {plan.family.name!r} has no schema here, and transformers' class would want "
+            f"{names_of(lacking)} too, which no source layer in that place has; choose another "
+            "growth.depth, such as identity_top"
         )
     return called

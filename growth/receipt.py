@@ -54,8 +54,9 @@ def measure_growth(
     format_name = "float16" if "F16" in formats else "bfloat16"
     cast = meter.cast(format_name)
     note = (
-        f"stored in {format_name}; grown in float32 the logits move by {exact:.3g}, and rounding every weight of the source once to "
-        f"{format_name}, as casting does, moves them by {cast.max_delta:.3g} (KL {cast.kl:.3g})"
+        f"stored in {format_name}; grown in float32 the logits move by {exact:.3g}, and rounding every "
+        f"weight of the source once to {format_name}, as casting does, moves them by {cast.max_delta:.3g} "
+        f"(KL {cast.kl:.3g})"
     )
     note = f"{note}; {stored.note}" if stored.note else note
     return replace(

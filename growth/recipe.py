@@ -36,7 +36,8 @@ class Growth:
 
     @property
     def short(self) -> bool:
-        """Check whether the result is stored in 16 bits, as the source's config says; gains are then rounded."""
+        """Check whether the result is stored in 16 bits, as the source's config says; gains are then
+        rounded."""
         return self.dtype is None and is_short(config_dtype(self.source_config) or "F32")
 
     @property
@@ -69,7 +70,10 @@ class Growth:
             if target[space] < source[space] and (space == "layer" or self.family.uses(space))
         ]
         return [
-            f"target: {space} {target[space]} is smaller than the source's {source[space]}; growth only enlarges"
+            (
+                f"target: {space} {target[space]} is smaller than the source's {source[space]}; growth "
+                "only enlarges"
+            )
             for space in spaces
         ]
 

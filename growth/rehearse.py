@@ -192,8 +192,8 @@ class Bench:
         if differing:
             name = differing[0]
             raise Unfit(
-                f"{name} would become {planned.get(name, 'none')} where transformers' class wants {wanted[name]}: "
-                f"how it follows {', '.join(changes)} was not recognised"
+                f"{name} would become {planned.get(name, 'none')} where transformers' class wants "
+                f"{wanted[name]}: how it follows {', '.join(changes)} was not recognised"
             )
         return plan
 
@@ -236,7 +236,10 @@ def _with_cause(draft: Draft, changes: Mapping[str, int], reason: str) -> str:
         return reason
     hidden, computed, rounded = axes.keys.hidden, axes.computed, axes.rounded
     if computed:
-        return f"{computed[0]} is in no file: transformers computes it from {hidden}, so a wider model's would be another's ({reason})"
+        return (
+            f"{computed[0]} is in no file: transformers computes it from {hidden}, so a wider model's "
+            f"would be another's ({reason})"
+        )
     if rounded:
         return f"{reason}; {rounded[0]}, which transformers computes from {hidden}, is rounded to few digits"
     return reason
@@ -249,7 +252,8 @@ def _relative_error(grown: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 
 
 def _logits(folder: Path, inputs: Sequence[Inputs]) -> list[torch.Tensor]:
-    """Load a model and run it on each input; keys and values are cached where the library does so by itself."""
+    """Load a model and run it on each input; keys and values are cached where the library does so by
+    itself."""
     try:
         model = load_model(folder, dtype="float64", attention="eager").eval()
         with torch.no_grad(), computing_in("float64"):

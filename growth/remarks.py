@@ -39,8 +39,9 @@ def _rounding(plan: Decision) -> Iterator[str]:
     causes += ["noise is rounded too, once in the sum over copies"] if plan.is_noisy else []
     if causes:
         yield (
-            f"rounding: the certificate speaks of exact arithmetic, the weights are stored in {' and '.join(formats)}, where "
-            f"{'; '.join(causes)} (dtype=float32 stores the result without that)"
+            "rounding: the certificate speaks of exact arithmetic, the weights are stored in "
+            f"{' and '.join(formats)}, where {'; '.join(causes)} (dtype=float32 stores the result without "
+            "that)"
         )
 
 
@@ -70,8 +71,8 @@ def _equal_copies(plan: Decision) -> Iterator[str]:
             counts[space] = _evenly_read(expansion.write, expansion.read)
     if told := ", ".join(f"{space} {count}" for space, count in counts.items() if count):
         yield (
-            f"{sum(counts.values())} copies are read evenly ({told}); without dropout or noise they stay equal, and training uses no more "
-            "than the source's width (growth.noise=0.5 sets them apart)"
+            f"{sum(counts.values())} copies are read evenly ({told}); without dropout or noise they stay "
+            "equal, and training uses no more than the source's width (growth.noise=0.5 sets them apart)"
         )
 
 
@@ -89,16 +90,20 @@ def _starts(plan: Decision) -> Iterator[str]:
         space for space in growth.source if space not in ("layer", "vocab", "pos") and growth.grows(space)
     ]
     if plan.operator == "zero_pad" and widened:
-        yield "zero_pad is a null control: nothing ever learns to read its new entries, whose gradients stay exactly 0"
+        yield (
+            "zero_pad is a null control: nothing ever learns to read its new entries, whose gradients stay "
+            "exactly 0"
+        )
     if layers.rule == "stack" and layers.target % layers.source:
         yield (
-            f"depth 'stack': {layers.target} layers are no whole multiple of {layers.source}, so the last copy of the network is cut off "
-            f"after layer {layers.layers[-1]}, and the output head follows a layer that it does not know"
+            f"depth 'stack': {layers.target} layers are no whole multiple of {layers.source}, so the last "
+            f"copy of the network is cut off after layer {layers.layers[-1]}, and the output head follows "
+            "a layer that it does not know"
         )
     if plan.operator == "tile" and growth.tied and growth.grows("residual"):
         yield (
-            "tile on tied embeddings: the head repeats the embedding unscaled, so logits are too large and the loss starts above "
-            "ln(vocabulary)"
+            "tile on tied embeddings: the head repeats the embedding unscaled, so logits are too large and "
+            "the loss starts above ln(vocabulary)"
         )
 
 
@@ -112,13 +117,19 @@ def _sizes(plan: Decision) -> Iterator[str]:
         yield f"sizes: {', '.join(widths)}: no multiple of {WIDTH}, which matrix units pad"
     head = growth.target.get("qk")
     if head and growth.grows("qk") and head % HEAD_DIM:
-        yield f"sizes: head dim {head} is no multiple of {HEAD_DIM}, which fused attention kernels pad or refuse"
+        yield (
+            f"sizes: head dim {head} is no multiple of {HEAD_DIM}, which fused attention kernels pad or "
+            "refuse"
+        )
     for key in (*map(family.field_name, COUNTED), *EXPERTS):
         count = config.get(key)
         if type(count) is not int or count == source.get(key):
             continue
         if uneven := [str(number) for number in DEVICES if count % number]:
-            yield f"sizes: {key} {count} cannot be shared evenly by {', '.join(uneven)} devices (tensor or expert parallelism)"
+            yield (
+                f"sizes: {key} {count} cannot be shared evenly by {', '.join(uneven)} devices (tensor or "
+                "expert parallelism)"
+            )
 
 
 def _off(plan: Decision, key: str, multiple: int) -> bool:

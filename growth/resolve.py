@@ -28,15 +28,25 @@ ORIGINAL = "give the checkpoint that it was made from, since no library makes pl
 OTHERWISE = "dequantise it first, where its library can, or give the checkpoint that it was made from"
 # How plain weights come of a quantised checkpoint, by its method.
 WAYS = {
-    "bitsandbytes": "dequantise it first (AutoModelForCausalLM.from_pretrained(DIR).dequantize().save_pretrained(NEW), with bitsandbytes)",
-    "mxfp4": "dequantise it first (AutoModelForCausalLM.from_pretrained(DIR, quantization_config=Mxfp4Config(dequantize=True), "
-    "dtype='bfloat16').save_pretrained(NEW))",
+    "bitsandbytes": (
+        "dequantise it first (AutoModelForCausalLM.from_pretrained(DIR).dequantize().save_pretrained(NEW), "
+        "with bitsandbytes)"
+    ),
+    "mxfp4": (
+        "dequantise it first (AutoModelForCausalLM.from_pretrained(DIR, "
+        "quantization_config=Mxfp4Config(dequantize=True), dtype='bfloat16').save_pretrained(NEW))"
+    ),
     "gptq": ORIGINAL,
     "awq": ORIGINAL,
-    "compressed-tensors": "dequantise it first (AutoModelForCausalLM.from_pretrained(DIR, quantization_config=CompressedTensorsConfig("
-    "dequantize=True)).save_pretrained(NEW), with compressed-tensors)",
-    "fp8": "its matrices have no scales X.weight_scale_inv beside them, without which they cannot be dequantised on the way; dequantise it "
-    "first, or give the checkpoint that it was made from",
+    "compressed-tensors": (
+        "dequantise it first (AutoModelForCausalLM.from_pretrained(DIR, "
+        "quantization_config=CompressedTensorsConfig(dequantize=True)).save_pretrained(NEW), with "
+        "compressed-tensors)"
+    ),
+    "fp8": (
+        "its matrices have no scales X.weight_scale_inv beside them, without which they cannot be "
+        "dequantised on the way; dequantise it first, or give the checkpoint that it was made from"
+    ),
 }
 BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # which older files carry along
 Shapes = Mapping[str, tuple[int, ...]]
@@ -120,21 +130,23 @@ def _quantised(source: Checkpoint, target: Target, depth: str | Sequence[int]) -
     what = f"{source.folder}: its weights are quantised ({source.quantised}; {', '.join(kinds)})"
     if not _copies_layers_only(config, target, depth):
         raise UserError(
-            f"{what}, and growth computes on plain ones: {WAYS.get(str(source.quantised), OTHERWISE)}, or copy whole layers "
-            "(growth.depth=stack and no size but the number of layers)"
+            f"{what}, and growth computes on plain ones: {WAYS.get(str(source.quantised), OTHERWISE)}, or "
+            "copy whole layers (growth.depth=stack and no size but the number of layers)"
         )
     said = json.dumps(
         {key: value for key, value in config.items() if "quantization_config" in key}, default=str
     )
     if re.search(r"\.\d+\b", re.sub(r"\d\.\d+", "", said)):
         raise UserError(
-            f"{what}, and quantization_config names layers by their numbers, which would move; dequantise it first"
+            f"{what}, and quantization_config names layers by their numbers, which would move; dequantise "
+            "it first"
         )
     family = outline(config, {name: stored.shape for name, stored in source.tensors.items()})
     return Resolved(
         family,
         (
-            f"weights quantised by {source.quantised} are copied byte for byte, layer by layer; nothing was checked",
+            f"weights quantised by {source.quantised} are copied byte for byte, layer by layer; nothing "
+            "was checked",
         ),
     )
 
@@ -144,7 +156,8 @@ def _check_depth(config: Config, shapes: Shapes) -> None:
     for key in DEPTH_KEYS:
         if isinstance(count := config.get(key), int) and count > len(shapes):
             raise UserError(
-                f"config.json says {key} {count:,}, but the file has {len(shapes)} tensors; is it another checkpoint's?"
+                f"config.json says {key} {count:,}, but the file has {len(shapes)} tensors; is it another "
+                "checkpoint's?"
             )
 
 
@@ -163,7 +176,10 @@ def _outlined(config: Config, shapes: Shapes) -> Resolved:
         if known
         else "transformers does not know it, so nothing could be checked"
     )
-    note = f"family {family.name!r} has no schema here: layers were told by their names and whole layers are copied; {held}"
+    note = (
+        f"family {family.name!r} has no schema here: layers were told by their names and whole layers are "
+        f"copied; {held}"
+    )
     return Resolved(family, (note, *_left_out(dropped)), whole if known else None)
 
 
@@ -214,13 +230,16 @@ def _derived(
         family = _family(rehearsal.draft, whole, shapes)
     except UserError as fault:
         raise UserError(
-            f"family {name!r} has no schema here, and none could be derived and confirmed for this growth: {fault}{head}; what is left: "
-            "whole layers copied (growth.depth=stack and no size but the number of layers), or a schema of your own (docs/families.md, "
-            "'Add a family')"
+            f"family {name!r} has no schema here, and none could be derived and confirmed for this growth: "
+            f"{fault}{head}; what is left: whole layers copied (growth.depth=stack and no size but the "
+            "number of layers), or a schema of your own (docs/families.md, 'Add a family')"
         ) from None
     sizes = ", ".join(f"{key} {draft.axes.config.get(key)} → {size}" for key, size in changes.items())
     notes = [
-        f"family {name!r} has no schema here: one was derived from transformers' own class ({len(family.lines)} lines)",
+        (
+            f"family {name!r} has no schema here: one was derived from transformers' own class "
+            f"({len(family.lines)} lines)"
+        ),
         f"{_outcome(rehearsal, sizes, operator)}"
         + ", on tokens alone and with a picture among them" * (len(tiny.inputs) > 1),
     ]
@@ -234,8 +253,8 @@ def _outcome(rehearsal: Rehearsal, sizes: str, operator: str) -> str:
         how = f"grown by {operator} ({sizes}), loads and runs in transformers"
         return f"shapes confirmed, not logits: a tiny random model of the family, {how}"
     return (
-        f"confirmed: a tiny random model of the family, grown by it ({sizes}), kept its logits in float64 to {rehearsal.error:.1g} of the "
-        "largest"
+        f"confirmed: a tiny random model of the family, grown by it ({sizes}), kept its logits in float64 "
+        f"to {rehearsal.error:.1g} of the largest"
     )
 
 
@@ -259,7 +278,8 @@ def derived_family(source: Checkpoint | Config) -> Family:
 
 
 def _other_heads(draft: Draft, source: Config, target: Config) -> str:
-    """What happens to head dims that a config leaves to hidden size / heads, where the growth changes them."""
+    """What happens to head dims that a config leaves to hidden size / heads, where the growth changes
+    them."""
     keys = draft.axes.keys
     if not keys.heads or any(target.get(key) for key in HEAD_KEYS):
         return ""
@@ -269,8 +289,9 @@ def _other_heads(draft: Draft, source: Config, target: Config) -> str:
     if dim == wider:
         return ""
     return (
-        f"; head_dim is not given, so with {keys.hidden} {target[keys.hidden]} each of {more} heads would have {wider} dims instead of "
-        f"{dim}, and rotary positions would turn other dims by other angles: give head_dim:{dim} in the target to keep them"
+        f"; head_dim is not given, so with {keys.hidden} {target[keys.hidden]} each of {more} heads would "
+        f"have {wider} dims instead of {dim}, and rotary positions would turn other dims by other angles: "
+        f"give head_dim:{dim} in the target to keep them"
     )
 
 

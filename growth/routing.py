@@ -41,7 +41,10 @@ def _needs(change: Change) -> Iterator[str]:
     """Config values that the two classes understand differently."""
     for key, allowed in change.mixture.needs.items():
         if key in change.config and change.config[key] not in allowed:
-            yield f"config {key}: {change.config[key]!r} with which {change.mixture.name}'s class does not compute what the source's does"
+            yield (
+                f"config {key}: {change.config[key]!r} with which {change.mixture.name}'s class does not "
+                "compute what the source's does"
+            )
 
 
 def _entries(plan: Decision) -> Iterator[str]:
@@ -132,7 +135,10 @@ def _sum_of_weights(plan: Decision, change: Change) -> Iterator[str]:
         if isinstance(mixture.normalised, str)
         else f"{mixture.name}'s router"
     )
-    yield f"{where}: the combine weights of {change.chosen} of {count} experts do not sum to a constant (scaled so that they do on average)"
+    yield (
+        f"{where}: the combine weights of {change.chosen} of {count} experts do not sum to a constant "
+        "(scaled so that they do on average)"
+    )
 
 
 def _all_alike(plan: Decision, change: Change) -> bool:
@@ -146,13 +152,22 @@ def _groups(plan: Decision, change: Change) -> Iterator[str]:
     if parts == 1:
         return
     if change.chosen % change.group:
-        yield f"{change.chosen} experts for each token are no whole groups of {change.group}, so parts of the MLP are left out"
+        yield (
+            f"{change.chosen} experts for each token are no whole groups of {change.group}, so parts of "
+            "the MLP are left out"
+        )
     if _all_alike(plan, change) and change.chosen < len(change.experts):
-        yield "router rows of zeros: all groups tie, so the experts that are chosen need not make up whole groups"
+        yield (
+            "router rows of zeros: all groups tie, so the experts that are chosen need not make up whole "
+            "groups"
+        )
     for step in plan.steps:
         if step.tensor.pattern == f"{change.mixture.router}.weight" and not step.zero:
             if step.finish is None or step.finish.alike != change.group:
-                yield f"{step.name}: the {change.group} experts of a group have rows of their own, so they are not chosen together"
+                yield (
+                    f"{step.name}: the {change.group} experts of a group have rows of their own, so they "
+                    "are not chosen together"
+                )
             break
 
 
@@ -173,13 +188,16 @@ def _copies(change: Change) -> Iterator[str]:
     assert isinstance(asked, ExpertCopy)
     normalised = change.mixture.normalises(change.config)
     if asked.delta > 0:
-        yield f"router rows of copies are moved by up to {asked.delta:g}, so copies of one expert have other weights"
+        yield (
+            f"router rows of copies are moved by up to {asked.delta:g}, so copies of one expert have other "
+            "weights"
+        )
     if change.chosen == times * change.chosen_before and (normalised or change.mixture.softmax):
         return
     if change.chosen == change.chosen_before == 1 and normalised:
         return
     yield (
-        f"{times} copies of each expert have the same router logit and are chosen together, so {change.chosen} experts for each token are "
-        f"copies of fewer than the {change.chosen_before} that it was sent to; {change.mixture.top_k}={times * change.chosen_before} keeps "
-        "the function"
+        f"{times} copies of each expert have the same router logit and are chosen together, so "
+        f"{change.chosen} experts for each token are copies of fewer than the {change.chosen_before} that "
+        f"it was sent to; {change.mixture.top_k}={times * change.chosen_before} keeps the function"
     )

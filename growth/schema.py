@@ -14,9 +14,12 @@ from outgrow.model.checkpoint import Checkpoint, locate
 from outgrow.model.family import Family
 
 KEYS = ("source", "revision")
-HEAD = '''"""{name}: derived from transformers' own class, and not rehearsed: the receipt of a first growth tells whether it is right.
+HEAD = '''"""{name}: derived from transformers' own class, and not rehearsed.
 
-Plain numbers are this checkpoint's own; name the space that they belong to where another size of the family has other ones.
+The receipt of a first growth tells whether it is right.
+
+Plain numbers are this checkpoint's own; name the space that they belong to
+where another size of the family has other ones.
 """
 
 '''

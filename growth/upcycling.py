@@ -85,8 +85,8 @@ def _cut(source: Config, mixture: Mixture, wanted: Config, granularity: int | No
     total = granularity * expert + shared
     if total < units or (named and total != whole):
         raise UserError(
-            f"target: {granularity} × {mixture.units} {expert} + {shared} shared units are {total}, and the MLP has {whole}; experts "
-            "that do not divide it lose units"
+            f"target: {granularity} × {mixture.units} {expert} + {shared} shared units are {total}, and "
+            f"the MLP has {whole}; experts that do not divide it lose units"
         )
     return _Cut(total, shared, granularity, expert)
 
@@ -120,13 +120,15 @@ def _check_groups(mixture: Mixture, count: int, chosen: int, granularity: int) -
     faults = []
     if count % granularity:
         faults.append(
-            f"target: {mixture.count} {count} is no multiple of the granularity {granularity}, so experts do not make whole groups"
+            f"target: {mixture.count} {count} is no multiple of the granularity {granularity}, so experts "
+            "do not make whole groups"
         )
     if chosen > count:
         faults.append(f"target: {mixture.top_k} {chosen} is more than {mixture.count} {count}")
     elif chosen % granularity:
         faults.append(
-            f"target: {mixture.top_k} {chosen} is no multiple of the granularity {granularity}, so a token would meet parts of an MLP"
+            f"target: {mixture.top_k} {chosen} is no multiple of the granularity {granularity}, so a token "
+            "would meet parts of an MLP"
         )
     UserError.collect(faults)
 
@@ -189,13 +191,15 @@ def _handed_out(change: Change, growth: Growth, family: Family) -> Iterator[Step
         name = f"{dense}.weight".replace("*", str(tensor.layer)) if dense else tensor.name
         if name not in made:
             raise UserError(
-                f"{mixture.name!r}: needs {tensor.name}, which a {change.within.family.name!r} has no counterpart of"
+                f"{mixture.name!r}: needs {tensor.name}, which a {change.within.family.name!r} has no "
+                "counterpart of"
             )
         used.add(name)
         yield _of_expert(change, tensor, made[name]) if dense else replace(made[name], tensor=tensor)
     if left := made.keys() - used:
         raise UserError(
-            f"{change.within.family.name!r} → {mixture.name!r}: their other tensors differ: {names_of(sorted(left))} have no place"
+            f"{change.within.family.name!r} → {mixture.name!r}: their other tensors differ: "
+            f"{names_of(sorted(left))} have no place"
         )
 
 
@@ -279,7 +283,10 @@ def _expansions(change: Change, growth: Growth) -> dict[str, Expansion]:
     cut = Expansion.of(
         ffn.write.cut(first.start, first.stop),
         ffn.read.cut(first.start, first.stop),
-        f"{ffn.write.target - change.shared} units in {change.group} parts of {first.stop - first.start}, each {groups} times",
+        (
+            f"{ffn.write.target - change.shared} units in {change.group} parts of "
+            f"{first.stop - first.start}, each {groups} times"
+        ),
     )
     experts = Expansion.of(
         AxisMap.of(1, np.zeros(count)),

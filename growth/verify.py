@@ -98,7 +98,8 @@ def verify_structure(folder: Path, plan: Plan) -> None:
             name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
         )
         raise UserError(
-            f"{folder}: {wrong[0]} is {found.get(wrong[0])} on disk, planned {expected.get(wrong[0])} ({len(wrong)} differ)"
+            f"{folder}: {wrong[0]} is {found.get(wrong[0])} on disk, planned {expected.get(wrong[0])} "
+            f"({len(wrong)} differ)"
         )
 
 
@@ -229,7 +230,8 @@ class Meter:
         return replace(receipt, text=self.passage.name, continuations=texts)
 
     def delta(self, target: Path | str, *, config: Config | None = None) -> float:
-        """How far the logits of the model in `target` are from the source's, at most; nothing is continued."""
+        """How far the logits of the model in `target` are from the source's, at most; nothing is
+        continued."""
         after = _answers(target, self.tokens, self.dtype, "grown model", "choose other sizes", config=config)
         return self._compared(after.logits).max_delta
 
@@ -314,7 +316,10 @@ def _floor(norm: str, receipt: Receipt, reason: str = "") -> str:
         why = f"computed in {receipt.dtype}, {reason or 'since float64 does not fit into memory'}"
         return f"{why}: differences of about 1e-6 of the largest logit are rounding"
     if norm == "rms" and receipt.max_delta <= RMS_FLOOR * max(receipt.max_logit, 1.0):
-        return "the library computes RMSNorm in float32: differences of about 1e-6 of the largest logit are its rounding"
+        return (
+            "the library computes RMSNorm in float32: differences of about 1e-6 of the largest logit are "
+            "its rounding"
+        )
     return ""
 
 
@@ -375,15 +380,17 @@ def check_receipt(receipt: Receipt, plan: Plan, source: Path) -> None:
     if not delta <= allowed * max(receipt.max_logit, 1.0):
         if names := loaded_otherwise(source, receipt.dtype):
             raise UserError(
-                f"{source}: transformers loads {names_of(names)} otherwise than stored, and growth goes by what is stored, so the logits "
-                f"moved by {delta:.3g}; load it with AutoModelForCausalLM, write it with save_pretrained, and grow that folder"
+                f"{source}: transformers loads {names_of(names)} otherwise than stored, and growth goes by "
+                f"what is stored, so the logits moved by {delta:.3g}; load it with AutoModelForCausalLM, "
+                "write it with save_pretrained, and grow that folder"
             )
         grown = (
             "logits moved" if receipt.exact_delta is None else "logits of the same growth in float32 moved"
         )
         raise UserError(
-            f"the plan is certified lossless, yet {grown} by {delta:.3g} (largest logit {receipt.max_logit:.3g}, allowed "
-            f"{allowed:g} of it): this is a fault of the {plan.family.name} schema or of operator {plan.operator!r}; please report it"
+            f"the plan is certified lossless, yet {grown} by {delta:.3g} (largest logit "
+            f"{receipt.max_logit:.3g}, allowed {allowed:g} of it): this is a fault of the "
+            f"{plan.family.name} schema or of operator {plan.operator!r}; please report it"
         )
 
 

@@ -18,8 +18,14 @@ def summary(plan: Decision, reasons: Sequence[str]) -> list[str]:
     if len(reasons) > 1:
         verdict += f" (and {len(reasons) - 1} more)"
     return [
-        f"Plan {plan.hash}: {plan.family.name} by {plan.operator!r}, noise {plan.noise:g}, seed {plan.growth.seed}",
-        f"  {plan.source_parameters:,} → {plan.target_parameters:,} parameters, {human_bytes(plan.target_bytes)}",
+        (
+            f"Plan {plan.hash}: {plan.family.name} by {plan.operator!r}, noise {plan.noise:g}, seed "
+            f"{plan.growth.seed}"
+        ),
+        (
+            f"  {plan.source_parameters:,} → {plan.target_parameters:,} parameters, "
+            f"{human_bytes(plan.target_bytes)}"
+        ),
         f"  {grows or 'no width grows'}",
         *([] if plan.change is None else [f"  {plan.change.summary(plan)}"]),
         f"  layers {plan.layers.source} → {plan.layers.target} by {plan.layers.rule!r}",
@@ -59,7 +65,8 @@ def spaces_table(plan: Decision) -> list[tuple[str, str]]:
 
 
 def tensor_table(plan: Decision) -> list[tuple[str, str, str, int, int]]:
-    """List (module with `*` for the layer, spaces, shapes, tensors, bytes), one row per line of the schema."""
+    """List (module with `*` for the layer, spaces, shapes, tensors, bytes), one row per line of the
+    schema."""
     rows: dict[str, list[Step]] = defaultdict(list)
     for step in plan.steps:
         rows[step.tensor.line.name].append(step)

@@ -90,7 +90,8 @@ def attention_backend(requested: str = "auto") -> tuple[str, str]:
     if requested == "auto":
         return "sdpa", f"no flash-attn: {obstacle}"
     raise UserError(
-        f"attention flash_attention_2: {obstacle}; use attention=auto, or install the extra: pip install -e '.[flash]'"
+        f"attention flash_attention_2: {obstacle}; use attention=auto, or install the extra: pip install "
+        "-e '.[flash]'"
     )
 
 

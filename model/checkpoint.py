@@ -83,7 +83,8 @@ class Checkpoint:
         notes = []
         if (self.folder / SINGLE).exists() and (self.folder / INDEX).exists():
             notes.append(
-                f"{INDEX} is passed over: {SINGLE} lies beside it, which transformers takes too; one of them is stale"
+                f"{INDEX} is passed over: {SINGLE} lies beside it, which transformers takes too; one of "
+                "them is stale"
             )
         if self._plain_now:
             notes.append("quantization_config is dropped from config.json: the tensors are plain")
@@ -109,7 +110,8 @@ class Checkpoint:
             with reading(file):
                 if _stamp(file) != stamp:
                     raise UserError(
-                        f"{file}: changed while it was read, so the result would mix two checkpoints; grow again"
+                        f"{file}: changed while it was read, so the result would mix two checkpoints; grow "
+                        "again"
                     )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -143,7 +145,8 @@ class Checkpoint:
                 done += count
         if done < len(view):
             raise UserError(
-                f"{file}: ends early inside tensor {name!r}; the file changed while it was read, or is truncated"
+                f"{file}: ends early inside tensor {name!r}; the file changed while it was read, or is "
+                "truncated"
             )
 
     def close(self) -> None:
@@ -219,8 +222,9 @@ def _check_kind(folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         raise UserError(
-            f"source {str(folder)!r}: an adapter of {base!r}, which has no weights of its own to grow; merge it into its base first "
-            "(peft: merge_and_unload, then save_pretrained) and give that folder"
+            f"source {str(folder)!r}: an adapter of {base!r}, which has no weights of its own to grow; "
+            "merge it into its base first (peft: merge_and_unload, then save_pretrained) and give that "
+            "folder"
         )
     inside = sorted(path.parent for path in folder.glob("*/config.json"))
     meant = [path for path in inside if path.name == "final"] or inside[-1:]
@@ -245,8 +249,9 @@ def tensor_table(folder: Path) -> dict[str, Stored]:
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         if pickles:
             raise UserError(
-                f"{folder}: only pickle weights ({', '.join(pickles[:3])}), which can run code and are never loaded; convert them where "
-                "you trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
+                f"{folder}: only pickle weights ({', '.join(pickles[:3])}), which can run code and are "
+                "never loaded; convert them where you trust them: "
+                "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
             )
         raise UserError(f"{folder}: no weights; expected {SINGLE} or {INDEX}")
     tensors: dict[str, Stored] = {}
@@ -254,11 +259,13 @@ def tensor_table(folder: Path) -> dict[str, Stored]:
         found = read_header(folder / file)
         if twice := sorted(found.keys() & tensors.keys()):
             raise UserError(
-                f"{folder}: tensor {twice[0]!r} is in {file} and in {tensors[twice[0]].file.name}; each must be in one shard"
+                f"{folder}: tensor {twice[0]!r} is in {file} and in {tensors[twice[0]].file.name}; each "
+                "must be in one shard"
             )
         if names is not None and (missing := sorted(names - found.keys())):
             raise UserError(
-                f"{index}: says {missing[0]!r} is in {file}, which does not hold it; is a shard from another checkpoint?"
+                f"{index}: says {missing[0]!r} is in {file}, which does not hold it; is a shard from "
+                "another checkpoint?"
             )
         tensors |= found
     return tensors
@@ -268,7 +275,8 @@ def _read_index(path: Path) -> dict[str, set[str]]:
     files = shards_listed(path)
     if absent := sorted(file for file in files if not (path.parent / file).is_file()):
         raise UserError(
-            f"{path}: shard {absent[0]} is missing ({len(absent)} of {len(files)} are); download the checkpoint again"
+            f"{path}: shard {absent[0]} is missing ({len(absent)} of {len(files)} are); download the "
+            "checkpoint again"
         )
     return files
 
@@ -290,7 +298,8 @@ def shards_listed(path: Path) -> dict[str, set[str]]:
     for name, file in weight_map.items():
         if file != Path(file).name or not file.endswith(".safetensors"):
             raise UserError(
-                f"{path}: {name!r} points to {file!r}; shards are .safetensors files in the same folder, nothing else is opened"
+                f"{path}: {name!r} points to {file!r}; shards are .safetensors files in the same folder, "
+                "nothing else is opened"
             )
         files.setdefault(file, set()).add(name)
     if overlong := [file for file in files if len(os.fsencode(file)) > MAX_NAME_BYTES]:
@@ -317,7 +326,8 @@ def read_header(path: Path) -> dict[str, Stored]:
         (length,) = struct.unpack("<Q", prefix)
         if length > min(MAX_HEADER_BYTES, size - 8):
             raise UserError(
-                f"{path}: header of {length:,} bytes announced in a file of {size:,}; truncated, or not a safetensors file"
+                f"{path}: header of {length:,} bytes announced in a file of {size:,}; truncated, or not a "
+                "safetensors file"
             )
         header = _parse_header(path, file.read(length))
     start = 8 + length
@@ -362,8 +372,9 @@ def _stored(path: Path, name: str, entry: Any, start: int) -> Stored:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype in PACKED:
         raise UserError(
-            f"{where}: dtype {dtype} packs several numbers into a byte, and growth copies formats of whole bytes alone: dequantise it "
-            "first, where the library can (AutoModelForCausalLM.from_pretrained(DIR).dequantize().save_pretrained(NEW))"
+            f"{where}: dtype {dtype} packs several numbers into a byte, and growth copies formats of whole "
+            "bytes alone: dequantise it first, where the library can "
+            "(AutoModelForCausalLM.from_pretrained(DIR).dequantize().save_pretrained(NEW))"
         )
     if not isinstance(dtype, str) or dtype not in RAW:
         raise UserError(f"{where}: dtype {dtype!r} is not supported; supported: {', '.join(RAW)}")
@@ -374,7 +385,8 @@ def _stored(path: Path, name: str, entry: Any, start: int) -> Stored:
     stored = Stored(path, start + offsets[0], dtype, tuple(shape))
     if offsets[1] - offsets[0] != stored.nbytes:
         raise UserError(
-            f"{where}: {offsets[1] - offsets[0]:,} bytes stored, but {dtype} {tuple(shape)} takes {stored.nbytes:,}"
+            f"{where}: {offsets[1] - offsets[0]:,} bytes stored, but {dtype} {tuple(shape)} takes "
+            f"{stored.nbytes:,}"
         )
     return stored
 
@@ -385,12 +397,14 @@ def _check_layout(path: Path, tensors: Mapping[str, Stored], start: int, size: i
         if stored.offset != end:
             kind = "overlaps the tensor before it" if stored.offset < end else "leaves a gap before it"
             raise UserError(
-                f"{path}: tensor {name!r} starts at byte {stored.offset:,} where {end:,} was expected: it {kind}"
+                f"{path}: tensor {name!r} starts at byte {stored.offset:,} where {end:,} was expected: it "
+                f"{kind}"
             )
         end += stored.nbytes
     if end != size:
         raise UserError(
-            f"{path}: the header describes {end:,} bytes, the file has {size:,}; {'truncated' if size < end else 'trailing bytes'}"
+            f"{path}: the header describes {end:,} bytes, the file has {size:,}; "
+            f"{'truncated' if size < end else 'trailing bytes'}"
         )
 
 
@@ -428,21 +442,26 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         return folder
     if folder.is_file():
         raise UserError(
-            f"source {str(source)!r}: a file; give the folder that holds it with its config.json: {str(folder.parent)!r}"
+            f"source {str(source)!r}: a file; give the folder that holds it with its config.json: "
+            f"{str(folder.parent)!r}"
         )
     if not is_hub_name(source):
         raise UserError(
-            f"source {str(source)!r}: no such folder, and not a Hugging Face name of the form owner/name{_near(folder)}"
+            f"source {str(source)!r}: no such folder, and not a Hugging Face name of the form "
+            f"owner/name{_near(folder)}"
         )
     try:
         return _downloaded(str(source), revision)
     except UserError:
         raise
     except Exception as fault:  # the library raises many kinds; the user needs one answer
-        reason = f"{type(fault).__name__}: {str(fault).strip().splitlines()[0] if str(fault).strip() else 'no details'}"
+        reason = (
+            f"{type(fault).__name__}: "
+            f"{str(fault).strip().splitlines()[0] if str(fault).strip() else 'no details'}"
+        )
         raise UserError(
-            f"source {str(source)!r}: no such folder, and the Hugging Face hub did not give it ({reason}); check name and network, or "
-            f"download it elsewhere (`hf download {source}`) and give the folder"
+            f"source {str(source)!r}: no such folder, and the Hugging Face hub did not give it ({reason}); "
+            f"check name and network, or download it elsewhere (`hf download {source}`) and give the folder"
         ) from None
 
 
@@ -462,7 +481,8 @@ def _near(folder: Path) -> str:
 
 
 def _downloaded(name: str, revision: str | None) -> Path:
-    """A snapshot of a repository, with its weights in one format; offline, what an earlier download has left."""
+    """A snapshot of a repository, with its weights in one format; offline, what an earlier download has
+    left."""
     # takes long to import, and most sources are folders
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import OfflineModeIsEnabled

@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 ENDINGS = (".json", ".jinja", ".txt", ".model", ".spm", ".tiktoken", ".vocab", ".bpe")
 # Of such endings what describes these very weights, another format of them, or how they were made.
 OTHERS = (
-    "config.json", "*.index.json", "growth.json", "growth.partial.json", "ledger.json", "params.json", "adapter_*", "trainer_state.json",
+    "config.json", "*.index.json", "growth.json", "growth.partial.json", "ledger.json", "params.json",
+    "adapter_*", "trainer_state.json",
     "*_results.json", "quant*_config.json", "requirements*.txt",
 )  # fmt: skip
 TEMPLATES = "additional_chat_templates"  # the one folder that tokenizers are saved with

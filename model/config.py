@@ -159,14 +159,16 @@ def _overlay(overrides: dict[str, Any], source: Config | None, family: Family | 
     if source is None:
         if "model_type" not in overrides:
             raise UserError(
-                "a target given as overrides needs a source whose config they change; give a source, or name a preset"
+                "a target given as overrides needs a source whose config they change; give a source, or "
+                "name a preset"
             )
         return overrides
     family = family or family_of(source)
     UserError.collect(value_faults(source, family))
     if (other := overrides.get("model_type", source["model_type"])) != source["model_type"]:
         raise UserError(
-            f"target: model_type {other!r} differs from the source's {source['model_type']!r}; a family grows into itself only"
+            f"target: model_type {other!r} differs from the source's {source['model_type']!r}; a family "
+            "grows into itself only"
         )
     overrides = {
         family.field_name(key) if key not in source else key: value for key, value in overrides.items()
@@ -175,7 +177,8 @@ def _overlay(overrides: dict[str, Any], source: Config | None, family: Family | 
     for key in DTYPES & overrides.keys():
         if overrides[key] != next(filter(None, map(source.get, sorted(DTYPES))), None):
             raise UserError(
-                f"target: {key} {overrides[key]!r}: the grown tensors keep the source's dtype; leave it out here"
+                f"target: {key} {overrides[key]!r}: the grown tensors keep the source's dtype; leave it "
+                "out here"
             )
     known = {*source, *DTYPES, *(family.field_name(name) for name in STANDARD if family.knows(name))}
     known |= {"rope_parameters"} if family.rotary is not None else set()

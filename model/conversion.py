@@ -58,6 +58,7 @@ def in_model(
         )
     if faults := {name: found for name, found in report.items() if found}:
         raise UserError(
-            f"family {config['model_type']!r}: the library does not make a model of its own tensors ({str(faults)[:300]})"
+            f"family {config['model_type']!r}: the library does not make a model of its own tensors "
+            f"({str(faults)[:300]})"
         )
     return model.state_dict()

@@ -58,7 +58,8 @@ def numbered_layers(name: str, shapes: Iterable[str], keys: Iterable[str], confi
             found[match[1]].add(int(match[2]))
     if not found:
         raise UserError(
-            f"family {name!r} has no schema, and no tensor's name has a layer's number, so its layers cannot be told apart"
+            f"family {name!r} has no schema, and no tensor's name has a layer's number, so its layers "
+            "cannot be told apart"
         )
     whole = {prefix: len(numbers) for prefix, numbers in found.items() if numbers == set(range(len(numbers)))}
     # vis(ion_config) has the layers of vision_tower. and of visual.

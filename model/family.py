@@ -19,7 +19,8 @@ Config = Mapping[str, Any]
 
 # The field's standard names of the sizes; a family lists only those that its config spells differently.
 STANDARD = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim",
     "max_position_embeddings", "layer_types", "norm_eps",
 )  # fmt: skip
 
@@ -173,7 +174,8 @@ class Family:
             )
         if value > most:
             raise UserError(
-                f"config of family {self.name!r}: {key} {value:,} is more than any model has (at most {most:,}); is this a typo?"
+                f"config of family {self.name!r}: {key} {value:,} is more than any model has (at most "
+                f"{most:,}); is this a typo?"
             )
         return value
 
@@ -350,7 +352,8 @@ def initial_deviation(config: Config) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 <= value < float("inf"):
         raise UserError(
-            f"config: {key} must be a finite number of at least 0, the deviation of fresh weights; found {value!r:.80}"
+            f"config: {key} must be a finite number of at least 0, the deviation of fresh weights; found "
+            f"{value!r:.80}"
         )
     return float(value) or 0.02  # as the library takes a zero
 
@@ -418,7 +421,8 @@ def family_of(config: Config) -> Family:
     name = config.get("model_type")
     if name is None:
         raise UserError(
-            "the config names no model_type, so its tensors' roles are unknown; is this a Hugging Face config.json?"
+            "the config names no model_type, so its tensors' roles are unknown; is this a Hugging Face "
+            "config.json?"
         )
     if not isinstance(name, str):
         raise UserError(f"config: model_type must be a name; found {name!r:.80}")

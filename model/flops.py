@@ -82,7 +82,8 @@ class Passes:
 
 
 def count(model: PreTrainedModel, context: int) -> Count:
-    """Count the forward FLOPs per token of a built model at `context` tokens per sequence, as `watch` does."""
+    """Count the forward FLOPs per token of a built model at `context` tokens per sequence, as `watch`
+    does."""
     return watch(model).at(context)
 
 
@@ -112,7 +113,8 @@ def watch(model: PreTrainedModel) -> Passes:
 
 
 def counted(config: Config, context: int) -> Count | None:
-    """`count` of a model of `config` at its own size, without memory; None where its class does not run so."""
+    """`count` of a model of `config` at its own size, without memory; None where its class does not run
+    so."""
     passes = _watched(json.dumps(config, sort_keys=True, default=repr), _Held(config))
     return None if passes is None else passes.at(context)
 

@@ -93,7 +93,10 @@ class Dequantised(Checkpoint):
         into = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}[self._dtype]
         return (
             *super().notes,
-            f"weights quantised by fp8 are dequantised into {into} as they are read; quantization_config is dropped",
+            (
+                f"weights quantised by fp8 are dequantised into {into} as they are read; "
+                "quantization_config is dropped"
+            ),
         )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:

@@ -36,7 +36,8 @@ def gguf_in(folder: Path) -> Path | None:
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:5])
         raise UserError(
-            f"source {str(folder)!r}: holds {len(files)} GGUF files ({names}); give one of them: source={files[0]}"
+            f"source {str(folder)!r}: holds {len(files)} GGUF files ({names}); give one of them: "
+            f"source={files[0]}"
         )
     return files[0]
 
@@ -123,7 +124,8 @@ def _unpack(file: Path, folder: Path) -> None:
             AutoTokenizer.from_pretrained(str(file.parent), **where).save_pretrained(folder)
         except Exception as fault:
             print(
-                f"note: {file}: its tokenizer could not be read ({in_one_line(fault)}); the weights are whole",
+                f"note: {file}: its tokenizer could not be read ({in_one_line(fault)}); the weights are "
+                "whole",
                 file=sys.stderr,
             )
     if (card := file.with_name("README.md")).is_file():  # it names the licence

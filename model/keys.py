@@ -18,10 +18,12 @@ LAYER_KEYS = ("num_layers", "decoder_layers", "num_decoder_layers")
 QUERY_HEAD_KEYS = ("n_head", "n_heads", "num_heads", "decoder_attention_heads", "num_decoder_attention_heads")
 HEAD_KEYS = ("head_dim", "d_head", "dim_head", "kv_channels", "attention_head_size")  # of the head dim
 FFN_KEYS = (
-    "decoder_ffn_dim", "ffn_dim", "ffn_hidden_size", "n_inner", "dff", "d_inner", "dim_ff", "feed_forward_size",
+    "decoder_ffn_dim", "ffn_dim", "ffn_hidden_size", "n_inner", "dff", "d_inner", "dim_ff",
+    "feed_forward_size",
 )  # fmt: skip
 DEPTH_KEYS = (
-    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "decoder_layers", "depth", "num_blocks",
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "decoder_layers", "depth",
+    "num_blocks",
 )  # fmt: skip
 
 SIZES = ("_size", "_dim", "_dims", "_width", "d_model")  # endings of keys

@@ -153,11 +153,13 @@ class Mixture:
             return {"first_k_dense_replace": len(dense)}
         if dense and self.dense_layers is not None:
             raise UserError(
-                f"family {self.name!r}: only the first layers can stay dense, not layers {dense}; choose sparse=last_half or all"
+                f"family {self.name!r}: only the first layers can stay dense, not layers {dense}; choose "
+                "sparse=last_half or all"
             )
         if dense:
             raise UserError(
-                f"family {self.name!r}: every layer has experts, so layers {dense} cannot stay dense; choose sparse=all"
+                f"family {self.name!r}: every layer has experts, so layers {dense} cannot stay dense; "
+                "choose sparse=all"
             )
         return {}
 
@@ -170,7 +172,8 @@ class Mixture:
         dense = dense or families().get(self.of[0])
         if dense is None:
             raise UserError(
-                f"family {self.name!r}: made of {self.of[0]!r}, which has no schema here; give the dense family"
+                f"family {self.name!r}: made of {self.of[0]!r}, which has no schema here; give the dense "
+                "family"
             )
         shared = self.size(config, self.shared_of) if self.shared_of is not None else 1
         more: dict[str, tuple[str, int]] = {EXPERT: (self.count_key(config), 1), ROUTED: (self.units, 1)}

@@ -194,7 +194,8 @@ def _braced(name: str) -> tuple[str, range, str]:
 _TENSOR = re.compile(r"(?P<name>\S+)\s+tensor (?P<axes>.+?)(?:\s+in layers (?P<only>[\d,]+))?")
 _LINE = re.compile(
     r"(?P<name>\S+)\s+"
-    r"(?:(?P<norm>(?:final |post )?norm)(?P<offset>\+1)?\s+(?P<normed>[^+]+?)|(?P<left>[^+]+?)\s*(?P<arrow><-|->)\s*(?P<right>[^+]+?))"
+    r"(?:(?P<norm>(?:final |post )?norm)(?P<offset>\+1)?\s+(?P<normed>[^+]+?)|"
+    r"(?P<left>[^+]+?)\s*(?P<arrow><-|->)\s*(?P<right>[^+]+?))"
     r"(?P<bias>\s*\+ bias(?:\[(?P<bias_if>\w+)\])?)?(?P<scaled>\s+scaled(?:\^(?P<power>-?[\d.]+))?)?"
     r"(?:\s+tied to (?P<tied_to>\S+) if (?P<tied_if>\S+))?"
     r"(?:\s+(?P<when>if|unless) (?P<key>\S+))?"
@@ -215,7 +216,8 @@ def parse_line(text: str) -> Line:
     match = _LINE.fullmatch(text.strip())
     if match is None:
         raise ValueError(
-            f"not a schema line: {text.strip()!r}; expected 'NAME out <- in', 'NAME in -> out' or 'NAME norm axis'"
+            f"not a schema line: {text.strip()!r}; expected 'NAME out <- in', 'NAME in -> out' or 'NAME "
+            "norm axis'"
         )
     words = match.groupdict()
     negation = "!" if words["when"] == "unless" else ""

@@ -252,7 +252,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-# ---- the questions --------------------------------------------------------------------------------------------------------------------
+# ---- the questions -----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""Shared fixtures: tiny checkpoints with weights far from their initialisation, so that no error hides behind a zero or a one."""
+"""Shared fixtures: tiny checkpoints with weights far from their initialisation, so that no error hides behind
+a zero or a one."""
 
 from __future__ import annotations
 

@@ -43,7 +43,9 @@ def test_medians_and_ratios_are_those_of_the_rounds(bench: ModuleType) -> None:
         return {name: bench.Timed(taken, 2 * taken, int(1e6 * taken)) for name, taken in seconds.items()}
 
     sizes = {"source": 10, "growth": 4_000_000_000, "growth of a quarter": 1_000_000_000}
-    result = {"load_before": 3.2} | bench.summary([round_of(1.0, 2.0), round_of(8.0, 2.0), round_of(3.0, 3.0)], sizes, 24, 2)
+    result = {"load_before": 3.2} | bench.summary(
+        [round_of(1.0, 2.0), round_of(8.0, 2.0), round_of(3.0, 3.0)], sizes, 24, 2
+    )
     assert result["seconds"]["growth"] == 3.0
     assert result["peak_bytes"]["growth"] == 8_000_000
     assert result["ratios"]["growth / cp"] == 1.0  # of 0.5, 4 and 1

@@ -1,4 +1,5 @@
-"""The benchmarks' own arithmetic, and that what they set side by side does the same work. No time is asserted: machines differ."""
+"""The benchmarks' own arithmetic, and that what they set side by side does the same work. No time is
+asserted: machines differ."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def test_the_loop_and_the_bare_loop_end_at_the_same_loss(tmp_path: Path) -> None
 
 def test_a_ratio_says_how_many_times_as_fast_we_are() -> None:
     bench = script("bench_train")
-    mine, other = ([bench.Timed(wall, wall, 0.0) for wall in walls] for walls in ((2.0, 2.0, 2.0), (4.0, 1.0, 3.0)))
+    mine, other = (
+        [bench.Timed(wall, wall, 0.0) for wall in walls] for walls in ((2.0, 2.0, 2.0), (4.0, 1.0, 3.0))
+    )
     assert bench.ratio(mine, other, "wall") == 1.5
 
 
@@ -36,7 +39,9 @@ def test_the_published_result_holds_what_is_claimed() -> None:
     assert result["ours_over"]["Trainer"]["cpu"] > 1
     assert result["loading_over_training"] >= 100
     page = (FOLDER.parent / "docs" / "evidence.md").read_text()
-    assert all(line in page for line in script("bench_train").table(result).splitlines() if line.startswith("| "))
+    assert all(
+        line in page for line in script("bench_train").table(result).splitlines() if line.startswith("| ")
+    )
 
 
 @pytest.mark.slow
@@ -46,7 +51,10 @@ def test_a_gpu_gets_what_fits_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bench.shape(8 * GIB, 2048, toy=False)["num_hidden_layers"] == 1
     config = bench.shape(16 * GIB, 2048, toy=False)
     assert config["num_hidden_layers"] == 4
-    lean, lavish = (bench.Way("sdpa", compile=False, checkpointing=c, loss=loss) for c, loss in ((True, "fused"), (False, "plain")))
+    lean, lavish = (
+        bench.Way("sdpa", compile=False, checkpointing=c, loss=loss)
+        for c, loss in ((True, "fused"), (False, "plain"))
+    )
     assert bench.fitting(config, lean, 2048, 16 * GIB) > bench.fitting(config, lavish, 2048, 16 * GIB) >= 1
     assert bench.fitting(config, lean, 2048, 8 * GIB) == 0
 
@@ -64,9 +72,28 @@ def test_utilisation_is_model_flops_over_the_peak(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 def test_the_gpu_benchmark_runs_at_toy_size_and_says_what_it_could_not_run(tmp_path: Path) -> None:
-    choices = ["--attention", "sdpa", "flash_attention_2", "--compile", "false", "--checkpointing", "true", "--loss", "fused"]
-    command = [sys.executable, str(FOLDER / "bench_gpu.py"), "--toy", *choices, "--out", str(tmp_path / "result.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=FOLDER.parent, env=environment())
+    choices = [
+        "--attention",
+        "sdpa",
+        "flash_attention_2",
+        "--compile",
+        "false",
+        "--checkpointing",
+        "true",
+        "--loss",
+        "fused",
+    ]
+    command = [
+        sys.executable,
+        str(FOLDER / "bench_gpu.py"),
+        "--toy",
+        *choices,
+        "--out",
+        str(tmp_path / "result.json"),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=100, cwd=FOLDER.parent, env=environment()
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     (row,) = result["ways"]

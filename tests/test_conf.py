@@ -1,4 +1,5 @@
-"""The conf tree, globbed and never listed: every leaf composes, and the arms of a study differ in nothing but growth and name."""
+"""The conf tree, globbed and never listed: every leaf composes, and the arms of a study differ in nothing but
+growth and name."""
 
 from __future__ import annotations
 
@@ -29,36 +30,51 @@ def test_the_walk_finds_the_tree() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("group", "leaf"), [leaf for leaf in LEAVES if leaf[0] != "suite"]
-)  # of conf/evaluate.yaml: tests/train/test_suite.py
+# of conf/evaluate.yaml: tests/train/test_suite.py
+@pytest.mark.parametrize(("group", "leaf"), [leaf for leaf in LEAVES if leaf[0] != "suite"])
 def test_every_leaf_composes(group: str, leaf: str) -> None:
-    needed = NEEDED.get((group, leaf), ["data=fineweb_edu"] if group == "mixture" else [])  # its sources name a tokenizer
-    settings = compose([*([] if group == "experiment" else ["source=x", "target=tiny_target"]), f"{group}={leaf}", *needed])
+    # its sources name a tokenizer
+    needed = NEEDED.get((group, leaf), ["data=fineweb_edu"] if group == "mixture" else [])
+    settings = compose(
+        [*([] if group == "experiment" else ["source=x", "target=tiny_target"]), f"{group}={leaf}", *needed]
+    )
     if group != "experiment":
         assert (
-            getattr(settings, group).name == leaf if group in ("growth", "optimizer", "schedule", "mixture") else getattr(settings, group)
+            getattr(settings, group).name == leaf
+            if group in ("growth", "optimizer", "schedule", "mixture")
+            else getattr(settings, group)
         )
 
 
-ALTERNATIVES = re.compile(r"^( *)(\w+): \S+ # .*? \| (.+)$")  # key: value # the default in words | another: in words | a third
+# key: value # the default in words | another: in words | a third
+ALTERNATIVES = re.compile(r"^( *)(\w+): \S+ # .*? \| (.+)$")
 
 
 def alternatives() -> list[tuple[str, str]]:
-    """What the comments of conf/train.yaml and conf/schedule offer instead of a default, as (leaf, override)."""
+    """What the comments of conf/train.yaml and conf/schedule offer instead of a default, as (leaf,
+    override)."""
     offered = []
     for file in (CONF / "train.yaml", *sorted((CONF / "schedule").glob("*.yaml"))):
         group, lines = "" if file.parent == CONF else "schedule.", file.read_text().splitlines()
         for i, line in enumerate(lines):
             if match := ALTERNATIVES.match(line):
-                over = next((above for above in reversed(lines[:i]) if match[1] and re.match(r"\w", above)), "")
+                over = next(
+                    (above for above in reversed(lines[:i]) if match[1] and re.match(r"\w", above)), ""
+                )
                 parent = f"{over.partition(':')[0]}." if over else group
-                offered += [(file.stem, f"{parent}{match[2]}={words.split()[0].rstrip(':')}") for words in match[3].split(" | ")]
+                offered += [
+                    (file.stem, f"{parent}{match[2]}={words.split()[0].rstrip(':')}")
+                    for words in match[3].split(" | ")
+                ]
     return offered
 
 
 def test_comments_offer_alternatives() -> None:
-    assert {("train", "train.attention=eager"), ("train", "progress=false"), ("wsd", "schedule.decay=sqrt")} <= {*alternatives()}
+    assert {
+        ("train", "train.attention=eager"),
+        ("train", "progress=false"),
+        ("wsd", "schedule.decay=sqrt"),
+    } <= {*alternatives()}
 
 
 @pytest.mark.parametrize(("leaf", "override"), alternatives())
@@ -79,7 +95,9 @@ def test_an_experiment_is_a_delta_that_opens_with_its_command(experiment: str) -
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_arms_of_an_experiment_differ_only_in_growth_and_name(experiment: str) -> None:
     given = [f"experiment={experiment}", "source=x"]
-    if compose([*given, "growth=scratch"]).schedule.horizons:  # with them, growth on the way is placed by tokens
+    if compose(
+        [*given, "growth=scratch"]
+    ).schedule.horizons:  # with them, growth on the way is placed by tokens
         given.append("schedule.horizons=[]")
     scratch = identity(compose([*given, "growth=scratch"]))
     for arm in ARMS:

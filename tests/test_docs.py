@@ -1,4 +1,5 @@
-"""What README and docs/ show is run, what they count is what scripts and studies wrote, and every link leads somewhere."""
+"""What README and docs/ show is run, what they count is what scripts and studies wrote, and every link leads
+somewhere."""
 
 from __future__ import annotations
 
@@ -37,8 +38,15 @@ from outgrow.model.presets import PRESETS, preset
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
-STUDIES = sorted(path.parent.name for kind in ("study", "mixtures") for path in ROOT.glob(f"experiments/*/{kind}.yaml"))
-PAGES = ["README.md", "CONTRIBUTING.md", "experiments/README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
+STUDIES = sorted(
+    path.parent.name for kind in ("study", "mixtures") for path in ROOT.glob(f"experiments/*/{kind}.yaml")
+)
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "experiments/README.md",
+    *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md")),
+]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -64,7 +72,11 @@ def sections(page: str, level: int) -> dict[str, str]:
 
 def rows(text: str) -> list[list[str]]:
     """The cells of every row of a Markdown table."""
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("| ")]
+    return [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in text.splitlines()
+        if line.startswith("| ")
+    ]
 
 
 def script(path: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -79,7 +91,7 @@ def script(path: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-# ---- links ------------------------------------------------------------------------------------------------------------------------------
+# ---- links -------------------------------------------------------------------------------------------------
 
 
 def anchors(page: Path) -> set[str]:
@@ -104,10 +116,12 @@ def test_every_relative_link_leads_somewhere(page: str) -> None:
 
 def test_the_readme_is_short_and_leads_to_every_page() -> None:
     assert len(text_of("README.md").splitlines()) <= 130
-    assert {f"({page})" for page in PAGES if page != "README.md"} <= set(re.findall(r"\([\w/.]+\)", text_of("README.md")))
+    assert {f"({page})" for page in PAGES if page != "README.md"} <= set(
+        re.findall(r"\([\w/.]+\)", text_of("README.md"))
+    )
 
 
-# ---- commands ---------------------------------------------------------------------------------------------------------------------------
+# ---- commands ----------------------------------------------------------------------------------------------
 
 
 def commands(page: str) -> Iterator[list[str]]:
@@ -130,7 +144,8 @@ def check_train(arguments: list[str]) -> None:
     points = sweep_points(overrides) if swept else [overrides]
     assert len(points) > swept
     assert compose(points[0])
-    assert not swept or compose(points[-1])  # what lies between differs in one leaf, and tests/test_conf.py composes every leaf
+    # what lies between differs in one leaf, and tests/test_conf.py composes every leaf
+    assert not swept or compose(points[-1])
 
 
 def check_data(arguments: list[str]) -> None:
@@ -185,7 +200,9 @@ DOORS = {
 def check(words: list[str]) -> None:
     """Read a command by the door that it would go through."""
     launched = {"torchrun": 1, "python -m outgrow.train.launch": 3}
-    start = next((start for start in launched if shlex.join(words).startswith(f"{start} --nproc_per_node")), None)
+    start = next(
+        (start for start in launched if shlex.join(words).startswith(f"{start} --nproc_per_node")), None
+    )
     if start is not None:
         number, *module = words[launched[start] + 1 : launched[start] + 4]
         assert number.isdecimal()
@@ -210,7 +227,8 @@ def check(words: list[str]) -> None:
             pytest.fail(f"a command that no test reads: {shlex.join(words)}")
 
 
-COMMANDS = {shlex.join(words): words for page in PAGES for words in commands(page)}  # one that two pages show is read once
+# one that two pages show is read once
+COMMANDS = {shlex.join(words): words for page in PAGES for words in commands(page)}
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +242,9 @@ def conf_of_a_reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
-def test_every_command_is_one_that_the_doors_take(words: list[str], conf_of_a_reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_is_one_that_the_doors_take(
+    words: list[str], conf_of_a_reader: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for room in ("model.base.settings", "train.start.naming", "train.settings"):
         monkeypatch.setattr(f"outgrow.{room}.CONF", conf_of_a_reader)
     check(words)
@@ -236,15 +256,20 @@ def test_a_wrong_command_is_found(words: list[str]) -> None:
         check(words)
 
 
-# ---- snippets ---------------------------------------------------------------------------------------------------------------------------
+# ---- snippets ----------------------------------------------------------------------------------------------
 
 SMALL = PRESETS["tiny_source"] | TINY | {"num_key_value_heads": 3}
-LARGE = PRESETS["tiny_target"] | TINY | {"num_key_value_heads": 3, "hidden_size": 30, "intermediate_size": 50, "num_hidden_layers": 4}
+LARGE = (
+    PRESETS["tiny_target"]
+    | TINY
+    | {"num_key_value_heads": 3, "hidden_size": 30, "intermediate_size": 50, "num_hidden_layers": 4}
+)
 
 
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint_maker: Any) -> Path:
-    """Where a reader stands: a tiny checkpoint under the name of a large one, presets of its sizes, registries that forget."""
+    """Where a reader stands: a tiny checkpoint under the name of a large one, presets of its sizes,
+    registries that forget."""
     outgrow.model.family.families()
     monkeypatch.setattr(outgrow.model.family, "_REGISTERED", dict(outgrow.model.family._REGISTERED))
     for name in list(OPERATORS):
@@ -276,10 +301,24 @@ def test_the_schema_of_ones_own_is_right(tmp_path: Path, checkpoint_maker: Any, 
     outgrow.model.family.families()
     monkeypatch.setattr(outgrow.model.family, "_REGISTERED", dict(outgrow.model.family._REGISTERED))
     exec(example, {})
-    sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24}
-    config = to_hf_config({"model_type": "starcoder2", "vocab_size": 61, "bos_token_id": 0, "eos_token_id": 1, **sizes}).to_dict()
+    sizes = {
+        "hidden_size": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "intermediate_size": 24,
+    }
+    config = to_hf_config(
+        {"model_type": "starcoder2", "vocab_size": 61, "bos_token_id": 0, "eos_token_id": 1, **sizes}
+    ).to_dict()
     source = checkpoint_maker(tmp_path / "source", config)
-    target = {"hidden_size": 40, "num_attention_heads": 10, "num_key_value_heads": 5, "num_hidden_layers": 3, "intermediate_size": 31}
+    target = {
+        "hidden_size": 40,
+        "num_attention_heads": 10,
+        "num_key_value_heads": 5,
+        "num_hidden_layers": 3,
+        "intermediate_size": 31,
+    }
     grown = grow(source, tmp_path / "out", target=target, noise=0.3)
     assert grown.plan.notes == ()
     assert grown.certificate.lossless, grown.certificate.reasons
@@ -291,7 +330,9 @@ def test_the_leaf_of_the_operator_that_is_added_is_read(tmp_path: Path) -> None:
     (leaf,) = blocks("docs/add_an_operator.md", "yaml")
     (tmp_path / "growth").mkdir()
     (tmp_path / "growth" / "mirror.yaml").write_text(leaf)
-    (tmp_path / "grow.yaml").write_text((CONF / "grow.yaml").read_text().replace("growth: lossless", "growth: mirror"))
+    (tmp_path / "grow.yaml").write_text(
+        (CONF / "grow.yaml").read_text().replace("growth: lossless", "growth: mirror")
+    )
     faults: list[str] = []
     cfg, faults = compose_config(tmp_path, "grow", ["source=x", "target=y"])
     arm = read(GrowthLeaf, plain(cfg, faults)["growth"], "growth.", faults)
@@ -300,12 +341,17 @@ def test_the_leaf_of_the_operator_that_is_added_is_read(tmp_path: Path) -> None:
     assert arm.arguments() == {"operator": "mirror", "depth": "identity", "noise": 0.0, "split": True}
 
 
-# ---- operators.md -----------------------------------------------------------------------------------------------------------------------
+# ---- operators.md ------------------------------------------------------------------------------------------
 
 PAGE = "docs/operators.md"
 BLOCKS = {title.strip("`"): body for title, body in sections(PAGE, 3).items()}
 LEAVES = sorted(path.stem for path in (CONF / "growth").glob("*.yaml"))
-EVERYTHING = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 512}
+EVERYTHING = {
+    "hidden_size": 128,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "intermediate_size": 512,
+}
 DOUBLED = {"intermediate_size": 512}
 
 
@@ -316,18 +362,30 @@ def test_every_operator_has_its_block() -> None:
 
 @pytest.mark.parametrize("name", [*sorted((set(OPERATORS) | set(CHANGES)) - {"none"}), "source"])
 def test_a_block_tells_idea_use_options_losslessness_and_paper(name: str) -> None:
-    assert re.findall(r"^\* \*\*(\w+)\.\*\*", BLOCKS[name], re.MULTILINE) == ["Idea", "When", "Options", "Lossless", "Paper"]
+    assert re.findall(r"^\* \*\*(\w+)\.\*\*", BLOCKS[name], re.MULTILINE) == [
+        "Idea",
+        "When",
+        "Options",
+        "Lossless",
+        "Paper",
+    ]
     if name in OPERATORS or name in CHANGES:
         parameters = inspect.signature((OPERATORS | CHANGES)[name]).parameters.values()
         options = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-        assert set(re.findall(r"`(\w+)=\w", BLOCKS[name].split("**Options.**")[1].split("**Lossless.**")[0])) == options
+        assert (
+            set(re.findall(r"`(\w+)=\w", BLOCKS[name].split("**Options.**")[1].split("**Lossless.**")[0]))
+            == options
+        )
 
 
 @pytest.mark.parametrize("name", sorted(set(OPERATORS) - {"none"}))
 def test_what_a_block_says_of_losslessness_is_what_the_certificate_proves(name: str) -> None:
     word = re.search(r"\*\*Lossless\.\*\* (Yes|No|On spaces without a norm)", BLOCKS[name])
     assert word is not None
-    proved = {target: plan("tiny_source", sizes, name).certificate.lossless for target, sizes in (("all", EVERYTHING), ("ffn", DOUBLED))}
+    proved = {
+        target: plan("tiny_source", sizes, name).certificate.lossless
+        for target, sizes in (("all", EVERYTHING), ("ffn", DOUBLED))
+    }
     assert proved == {"all": word[1] == "Yes", "ffn": word[1] != "No"}
 
 
@@ -361,7 +419,10 @@ def test_every_leaf_has_its_paper(name: str) -> None:
 def layers_row(name: str) -> str:
     """How a layer map's row begins."""
     layers = layer_map(name, 4, 6)
-    cells = (f"[{layer}]" if idle else str(layer) for layer, idle in zip(layers.layers, layers.identity, strict=True))
+    cells = (
+        f"[{layer}]" if idle else str(layer)
+        for layer, idle in zip(layers.layers, layers.identity, strict=True)
+    )
     return f"| `{name}` | {' '.join(cells)} | {'yes' if layers.is_lossless else 'no'} |"
 
 
@@ -370,7 +431,7 @@ def test_every_layer_map_is_drawn(name: str) -> None:
     assert layers_row(name) in text_of(PAGE)
 
 
-# ---- grow.md, notation.md ---------------------------------------------------------------------------------------------------------------
+# ---- grow.md, notation.md ----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -384,15 +445,25 @@ def test_the_table_of_sizes_is_computed(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_what_is_said_of_learning_rates_and_losses_is_what_the_study_found() -> None:
-    best = {row["arm"]: row for row in json.loads(text_of("experiments/tiny/comparison.json"))["rows"] if row["best"]}
-    ratios = {arm: row["learning_rate"] / best["scratch"]["learning_rate"] for arm, row in best.items() if arm not in ("scratch", "source")}
+    best = {
+        row["arm"]: row
+        for row in json.loads(text_of("experiments/tiny/comparison.json"))["rows"]
+        if row["best"]
+    }
+    ratios = {
+        arm: row["learning_rate"] / best["scratch"]["learning_rate"]
+        for arm, row in best.items()
+        if arm not in ("scratch", "source")
+    }
     said = flowing("docs/grow.md")
     for ratio, words in (
         (1, "× 1 for `random_pad`, `tile` and `lossless_proportional`"),
         (2, "× 2 for `lossless`, `lossless_stack` and `tile_flat`"),
     ):
         assert words in said
-        assert set(re.findall(r"`(\w+)`", words)) == {arm for arm, found in ratios.items() if found == pytest.approx(ratio)}
+        assert set(re.findall(r"`(\w+)`", words)) == {
+            arm for arm, found in ratios.items() if found == pytest.approx(ratio)
+        }
     near = ("random_pad", "lossless_stack", "lossless", "lossless_proportional")
     ends = [best[arm]["final_loss"] for arm in near]
     assert max(ends) - min(ends) < 0.02
@@ -412,7 +483,9 @@ def test_the_picture_of_the_notation_shows_four_lines(monkeypatch: pytest.Monkey
 
 @pytest.mark.slow
 def test_the_schema_of_the_example_is_the_derived_one() -> None:
-    indented = re.findall(r"^   ```schema\n(.*?)^   ```", text_of("docs/families.md"), re.DOTALL | re.MULTILINE)
+    indented = re.findall(
+        r"^   ```schema\n(.*?)^   ```", text_of("docs/families.md"), re.DOTALL | re.MULTILINE
+    )
     config = to_hf_config({"model_type": "falcon"}).to_dict()
     falcon = plan(config, {"hidden_size": 9088, "num_attention_heads": 142})
     assert outgrow.model.notation.parse_schema(indented[0]) == falcon.family.lines
@@ -421,7 +494,7 @@ def test_the_schema_of_the_example_is_the_derived_one() -> None:
     assert config["num_attention_heads"] == 71
 
 
-# ---- what is counted --------------------------------------------------------------------------------------------------------------------
+# ---- what is counted ---------------------------------------------------------------------------------------
 
 
 def test_what_is_said_of_training_is_what_the_study_found() -> None:
@@ -437,7 +510,8 @@ def test_what_is_said_of_training_is_what_the_study_found() -> None:
     assert all(len(change["seeds"]) == 3 for change in found)
     said = flowing("docs/train.md")
     for sentence in (
-        "three seeds tell neither `continued` nor `distilled` nor slower inherited entries from plain training, and `frozen` ends higher",
+        "three seeds tell neither `continued` nor `distilled` nor slower inherited entries from plain "
+        "training, and `frozen` ends higher",
         "nor do they tell `g_stack` and `gradual_stacking` from scratch, which paid more FLOPs",
     ):
         assert sentence in said
@@ -449,14 +523,21 @@ def test_the_count_of_architectures_is_the_one_that_was_measured() -> None:
     confirmed = [story["axes"] for story in result["types"].values() if "refused" not in story]
     counts = result["summary"]
     assert counts["types"] == len(result["types"])
-    assert counts["hidden width"] == len(confirmed) == sum("confirmed" in axes["hidden width"] for axes in confirmed)
+    assert (
+        counts["hidden width"]
+        == len(confirmed)
+        == sum("confirmed" in axes["hidden width"] for axes in confirmed)
+    )
     assert all(axes["hidden width"]["error"] <= 2e-5 for axes in confirmed)
     version = result["versions"]["transformers"].rpartition(".")[0]
     said = flowing("docs/families.md")
     for sentence in (
         f"Of the {counts['types']} causal language model types of transformers {version}",
         f"confirmed for **{counts['hidden width']}**; for {counts['hidden width at any ratio']} of them",
-        f"Heads grow too in {counts['heads too']}, feed-forward or expert sizes in {counts['feed-forward too']},",
+        (
+            f"Heads grow too in {counts['heads too']}, feed-forward or expert sizes in "
+            f"{counts['feed-forward too']},"
+        ),
         f"depth in {counts['depth too']}.",
         f"{counts['held against the default config']} of the schemas were also held against",
     ):
@@ -464,7 +545,9 @@ def test_the_count_of_architectures_is_the_one_that_was_measured() -> None:
 
 
 def test_the_families_with_a_schema_are_those_named() -> None:
-    written = next(cells[1] for cells in rows(text_of("docs/families.md")) if cells[0].startswith("[written]"))
+    written = next(
+        cells[1] for cells in rows(text_of("docs/families.md")) if cells[0].startswith("[written]")
+    )
     assert set(re.findall(r"`(\w+)`", written)) == set(outgrow.model.family.families())
 
 
@@ -478,7 +561,11 @@ def test_the_tour_names_files_that_are_there() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_tests_that_a_page_names_are_there(page: str) -> None:
-    functions = {name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
+    functions = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    }
     assert set(re.findall(r"`(test_\w+)`", text_of(page))) <= functions
     assert all((ROOT / path).is_file() for path in re.findall(r"`(tests/[\w/]+\.py)`", text_of(page)))
 
@@ -491,10 +578,13 @@ def test_the_extras_that_a_page_names_are_there(page: str) -> None:
 
 def test_the_hash_that_contributing_shows_is_todays() -> None:
     leaf = yaml.safe_load((CONF / "growth" / "lossless.yaml").read_text())
-    assert f"hash: {plan('phi_1_5', 'phi_2', 'lossless', depth=leaf['depth'], noise=leaf['noise']).hash}" in text_of("CONTRIBUTING.md")
+    assert (
+        f"hash: {plan('phi_1_5', 'phi_2', 'lossless', depth=leaf['depth'], noise=leaf['noise']).hash}"
+        in text_of("CONTRIBUTING.md")
+    )
 
 
-# ---- studies ----------------------------------------------------------------------------------------------------------------------------
+# ---- studies -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -508,8 +598,16 @@ def test_every_study_has_its_row(name: str) -> None:
         result = json.loads(comparison.read_text())
         assert row[2].startswith(result["answer"])
         assert all(f"`{change['arm']}`" in row[2] for change in result["changes"])
-    log = subprocess.run(["git", "log", "--format=%h %as", "--", str(folder)], cwd=ROOT, capture_output=True, text=True, check=False)
-    if log.returncode == 0 and len(log.stdout.splitlines()) > 1:  # a shallow clone has one commit, an archive none
+    log = subprocess.run(
+        ["git", "log", "--format=%h %as", "--", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if (
+        log.returncode == 0 and len(log.stdout.splitlines()) > 1
+    ):  # a shallow clone has one commit, an archive none
         assert any(line.startswith(row[4][:7]) and line.endswith(row[3]) for line in log.stdout.splitlines())
 
 
@@ -517,4 +615,6 @@ def test_the_citation_names_the_project_and_its_version() -> None:
     citation = yaml.safe_load(text_of("CITATION.cff"))
     project = tomllib.loads(text_of("pyproject.toml"))["project"]
     assert (citation["version"], citation["license"]) == (project["version"], project["license"])
-    assert [author["name"] for author in citation["authors"]] == [re.search(r"\d{4} (.+)", text_of("LICENSE"))[1]]  # type: ignore[index]
+    assert [author["name"] for author in citation["authors"]] == [
+        re.search(r"\d{4} (.+)", text_of("LICENSE"))[1]
+    ]  # type: ignore[index]

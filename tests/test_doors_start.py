@@ -1,4 +1,5 @@
-"""A program's first moments: Ctrl-C while it imports, files of settings that are no YAML, and folders without a name."""
+"""A program's first moments: Ctrl-C while it imports, files of settings that are no YAML, and folders without
+a name."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ time.sleep(60)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("door", "library"), [("growth", "numpy"), ("train", "hydra"), ("train.data", "numpy"), ("experiments", "argparse")]
+    ("door", "library"),
+    [("growth", "numpy"), ("train", "hydra"), ("train.data", "numpy"), ("experiments", "argparse")],
 )
 def test_ctrl_c_while_a_door_imports_leaves_no_traceback(tmp_path: Path, door: str, library: str) -> None:
     """A stand-in for a library that the door imports sends the signal: the moment is the same every time."""
@@ -32,7 +34,12 @@ def test_ctrl_c_while_a_door_imports_leaves_no_traceback(tmp_path: Path, door: s
     stands_in.write_text(INTERRUPTED)
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     done = subprocess.run(
-        [sys.executable, "-m", f"outgrow.{door}", "compare", "x"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", f"outgrow.{door}", "compare", "x"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert "Traceback" not in done.stderr
     assert done.returncode in (-signal.SIGINT, 130)
@@ -42,7 +49,10 @@ def test_a_shell_that_has_switched_ctrl_c_off_keeps_it_off() -> None:
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.argv = ['-m']; "
     code += "from outgrow.model.base.interrupt import starting, started; starting(); started(); "
     code += "print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "True\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
+        == "True\n"
+    )
 
 
 @pytest.mark.parametrize("text", ["a: [1\nb: {", "a: b: c", "a:\n\t- 1", '"', "a: *nothing"])
@@ -95,6 +105,12 @@ print(status, sorted({"torch", "transformers", "accelerate", "datasets", "wandb"
 @pytest.mark.parametrize("door", FAULTS)
 def test_a_fault_is_told_before_torch_is_imported(tmp_path: Path, door: str) -> None:
     """Importing torch takes longer than anyone wants to wait for a misspelt key."""
-    done = subprocess.run([sys.executable, "-c", CODE, door, *FAULTS[door]], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, door, *FAULTS[door]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.stderr.startswith("error: "), done.stderr
     assert done.stdout == "2 []\n"

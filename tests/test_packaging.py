@@ -24,8 +24,12 @@ PROJECT, SETUPTOOLS = SETTINGS["project"], SETTINGS["tool"]["setuptools"]
 
 
 def test_every_folder_with_code_is_packaged() -> None:
-    folders = {path.parent.relative_to(ROOT) for room in ROOMS[:-1] for path in (ROOT / room).rglob("__init__.py")}
-    assert {"outgrow.conf", *(f"outgrow.{'.'.join(folder.parts)}" for folder in folders)} == set(SETUPTOOLS["packages"])
+    folders = {
+        path.parent.relative_to(ROOT) for room in ROOMS[:-1] for path in (ROOT / room).rglob("__init__.py")
+    }
+    assert {"outgrow.conf", *(f"outgrow.{'.'.join(folder.parts)}" for folder in folders)} == set(
+        SETUPTOOLS["packages"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +41,16 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, clone / name)
     venv.create(fresh, with_pip=True, symlinks=True)
-    install = [fresh / "bin/python", "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check", clone]
+    install = [
+        fresh / "bin/python",
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--disable-pip-version-check",
+        clone,
+    ]
     done = subprocess.run(install, capture_output=True, text=True, check=False)
     if "No matching distribution found for setuptools" in done.stderr or "Connection" in done.stderr:
         pytest.skip("no package index can be reached, and building a wheel needs setuptools from it")
@@ -58,14 +71,22 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("python -m outgrow.growth source=phi_1_5 target=phi_2 plan_only=true", "certificate: lossless"),
     ],
 )
-def test_every_door_starts_where_a_users_files_have_our_names(installed: Path, tmp_path: Path, command: str, words: str) -> None:
+def test_every_door_starts_where_a_users_files_have_our_names(
+    installed: Path, tmp_path: Path, command: str, words: str
+) -> None:
     for name in ("train.py", "growth.py", "conf.py"):
         (tmp_path / name).write_text("raise SystemExit('the wrong module')")
     (tmp_path / "model").mkdir()
     program, *arguments = command.split()
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
-        [installed / program, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+        [installed / program, *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert words in done.stdout
@@ -107,7 +128,8 @@ def has_distribution(name: str) -> bool:
 
 @pytest.fixture(scope="module")
 def light(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment with the wheel and what it needs without extras; the libraries are links to those of this one."""
+    """The Python of an environment with the wheel and what it needs without extras; the libraries are links
+    to those of this one."""
     fresh = tmp_path_factory.mktemp("light")
     venv.create(fresh, with_pip=False, symlinks=True)
     (site,) = fresh.glob("lib/python*/site-packages")
@@ -127,22 +149,35 @@ def light(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_growing_a_checkpoint_needs_no_extra(light: Path, tmp_path: Path, phi_folder: Path) -> None:
     def outgrow(*arguments: str) -> subprocess.CompletedProcess[str]:
         code = "import sys; from outgrow.experiments.command import main; sys.exit(main())"
-        return subprocess.run([light, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+        return subprocess.run(
+            [light, "-c", code, *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
 
     growth = ("grow", f"source={phi_folder}", "target={intermediate_size:80}")
     done = outgrow(*growth, "out=grown")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "grown/growth.json").is_file()
-    for arguments in ((*growth, "out=more", "receipt=true"), ("train", "experiment=tiny_source", "logger=none")):
+    for arguments in (
+        (*growth, "out=more", "receipt=true"),
+        ("train", "experiment=tiny_source", "logger=none"),
+    ):
         done = outgrow(*arguments)
         assert (done.returncode, done.stdout) == (2, "")
-        assert re.fullmatch(r"error: \w+ is not installed, .*pip install 'scaled-knowledge-transfer\[train\]'.*\n", done.stderr), (
-            done.stderr
-        )
+        assert re.fullmatch(
+            r"error: \w+ is not installed, .*pip install 'scaled-knowledge-transfer\[train\]'.*\n",
+            done.stderr,
+        ), done.stderr
     assert not (tmp_path / "more").exists()
 
 
-def test_an_unknown_command_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from outgrow.experiments.command import main
 
     monkeypatch.setattr(sys, "argv", ["outgrow", "grwo"])

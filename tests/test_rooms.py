@@ -1,4 +1,5 @@
-"""The rooms of the house: imports run one way between them, and in no circle within one. Imports in functions and for types count too."""
+"""The rooms of the house: imports run one way between them, and in no circle within one. Imports in functions
+and for types count too."""
 
 from __future__ import annotations
 
@@ -17,7 +18,10 @@ NAME = "outgrow"  # of the installed package, whose folders the rooms are
 def modules(house: Path, room: str) -> dict[str, Path]:
     """Dotted name → file; of an extension, its C source."""
     files = [path for ending in ("py", "c") for path in (house / room).rglob(f"*.{ending}")]
-    return {".".join((NAME, *path.relative_to(house).with_suffix("").parts)).removesuffix(".__init__"): path for path in files}
+    return {
+        ".".join((NAME, *path.relative_to(house).with_suffix("").parts)).removesuffix(".__init__"): path
+        for path in files
+    }
 
 
 def imported(name: str, path: Path) -> Iterator[str]:
@@ -56,17 +60,29 @@ def test_no_module_of_a_room_imports_itself_by_a_detour(room: str) -> None:
 def test_a_room_imports_from_lower_rooms_alone(room: str) -> None:
     higher = [[other] for other in ROOMS[ROOMS.index(room) + 1 :]]
     paths = {name: path for name, path in modules(HOUSE, room).items() if path.suffix == ".py"}
-    upward = [f"{name} → {target}" for name, path in paths.items() for target in imported(name, path) if target.split(".")[1:2] in higher]
+    upward = [
+        f"{name} → {target}"
+        for name, path in paths.items()
+        for target in imported(name, path)
+        if target.split(".")[1:2] in higher
+    ]
     assert not upward
     assert len(paths) > 10
 
 
 def test_reading_tokens_imports_no_maker_of_tokens() -> None:
     makers = f"{NAME}.train.corpus"
-    readers = {name: path for name, path in modules(HOUSE, "train").items() if name.startswith(f"{NAME}.train.data")}
+    readers = {
+        name: path for name, path in modules(HOUSE, "train").items() if name.startswith(f"{NAME}.train.data")
+    }
     door = readers.pop(f"{NAME}.train.data.__main__")  # the makers' door under its former name
     assert any(target.startswith(makers) for target in imported("", door))
-    assert not [f"{name} → {target}" for name, path in readers.items() for target in imported(name, path) if target.startswith(makers)]
+    assert not [
+        f"{name} → {target}"
+        for name, path in readers.items()
+        for target in imported(name, path)
+        if target.startswith(makers)
+    ]
     assert len(readers) > 5
 
 
@@ -74,7 +90,12 @@ def test_reading_tokens_imports_no_maker_of_tokens() -> None:
 @pytest.mark.parametrize("room", [*ROOMS, "tests", "benchmarks", "docs"])
 def test_rooms_are_imported_by_their_one_name(room: str) -> None:
     """Under a second name a module would be loaded twice."""
-    bare = [f"{path}: {target}" for path in (HOUSE / room).rglob("*.py") for target in imported("", path) if target.split(".")[0] in ROOMS]
+    bare = [
+        f"{path}: {target}"
+        for path in (HOUSE / room).rglob("*.py")
+        for target in imported("", path)
+        if target.split(".")[0] in ROOMS
+    ]
     assert not bare
 
 
@@ -82,7 +103,9 @@ def test_circles_through_functions_types_and_relative_imports_are_seen(tmp_path:
     (tmp_path / "room").mkdir()
     (tmp_path / "room/__init__.py").write_text("")
     (tmp_path / "room/a.py").write_text("def late():\n    from .b import thing\n")
-    (tmp_path / "room/b.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from outgrow.room import c\n")
+    (tmp_path / "room/b.py").write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from outgrow.room import c\n"
+    )
     (tmp_path / "room/c.py").write_text("import outgrow.room.a\n")
     assert graph(tmp_path, "room") == {
         "outgrow.room": set(),

@@ -35,7 +35,9 @@ ASKED: dict[str, Any] = {
 def bench() -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
-        spec = importlib.util.spec_from_file_location("survey_architectures", ROOT / "benchmarks" / "survey_architectures.py")
+        spec = importlib.util.spec_from_file_location(
+            "survey_architectures", ROOT / "benchmarks" / "survey_architectures.py"
+        )
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -47,11 +49,22 @@ def bench() -> ModuleType:
 def test_a_row_has_a_value_or_a_refusal_in_each_cell(bench: ModuleType) -> None:
     grown = {"axes": {"hidden width": {"confirmed": "any ratio"}, "depth": {"refused": "no"}}}
     assert bench.row("gpt_oss", ASKED, grown, 1e-4) == (
-        "| gpt_oss | any ratio | no | no | 5.70 → 5.00 | fused | leaks 1.2 | 1 | eager | counter | no: RuntimeError: a   pipe |"
+        "| gpt_oss | any ratio | no | no | 5.70 → 5.00 | fused | leaks 1.2 | 1 | eager | counter | no: "
+        "RuntimeError: a   pipe |"
     )
-    bidirectional = {**ASKED, "future": 0.5, "head": {"refused": "AttributeError"}, "said": {"is_decoder": True}}
-    assert "| 5.70 → 5.00 (is_decoder) | no: AttributeError | leaks 0.5 |" in bench.row("bert", bidirectional, {}, 1e-4)
-    assert bench.row("blt", {"refused": "no hidden size"}, {}, 1e-4) == "| blt | no | no | no | no: no hidden size | | | | | | |"
+    bidirectional = {
+        **ASKED,
+        "future": 0.5,
+        "head": {"refused": "AttributeError"},
+        "said": {"is_decoder": True},
+    }
+    assert "| 5.70 → 5.00 (is_decoder) | no: AttributeError | leaks 0.5 |" in bench.row(
+        "bert", bidirectional, {}, 1e-4
+    )
+    assert (
+        bench.row("blt", {"refused": "no hidden size"}, {}, 1e-4)
+        == "| blt | no | no | no | no: no hidden size | | | | | | |"
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,7 +76,9 @@ def test_a_row_has_a_value_or_a_refusal_in_each_cell(bench: ModuleType) -> None:
         ("formula over the class's parameters: nothing was counted", None, "formula alone"),
     ],
 )
-def test_flops_are_told_with_their_source(bench: ModuleType, source: str, apart: float | None, words: str) -> None:
+def test_flops_are_told_with_their_source(
+    bench: ModuleType, source: str, apart: float | None, words: str
+) -> None:
     assert bench.flops_from({"source": source, "apart": apart}) == words
 
 
@@ -76,7 +91,10 @@ def test_all_rows_are_as_wide_as_their_head(bench: ModuleType) -> None:
 
 def test_the_counts_are_of_all_types(bench: ModuleType) -> None:
     text = bench.table(UNDER, {"gpt_oss": ASKED, "blt": {"refused": "no"}})
-    assert text.startswith("Of 2 model types (transformers 5, torch 2; cpu, fp32):\n\n* built as a tiny twin: 1 of 2\n* trained for two")
+    assert text.startswith(
+        "Of 2 model types (transformers 5, torch 2; cpu, fp32):\n\n* built as a tiny twin: 1 of 2\n* "
+        "trained for two"
+    )
     counts = dict(line[2:].split(": ") for line in text.splitlines() if line.startswith("* "))
     assert {what: int(count.removesuffix(" of 2")) for what, count in counts.items()} == {
         "built as a tiny twin": 1,
@@ -124,11 +142,15 @@ def test_the_page_has_a_place_for_the_table(bench: ModuleType) -> None:
 
 
 @pytest.mark.slow
-def test_one_class_is_asked_everything(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_class_is_asked_everything(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     story = bench.examine("gpt_neo", ["trained"], "cpu", "fp32", bench.write_text(tmp_path))
     assert story["attention"]["eager"] is True
     assert "does not support" in story["attention"]["sdpa"]
     assert (story["head"], story["future"], story["leak"], story["unreached"]) == (0.0, 0.0, 0.0, [])
     assert len(story["trained"]) == 2
-    assert bench.examine("musicgen", [], "cpu", "fp32", tmp_path)["refused"].startswith("its config has no hidden size")
+    assert bench.examine("musicgen", [], "cpu", "fp32", tmp_path)["refused"].startswith(
+        "its config has no hidden size"
+    )

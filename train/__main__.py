@@ -1,10 +1,13 @@
 """Train one run, or sweep several.
 
-outgrow train experiment=tiny_source                                           a tiny source from scratch, on one CPU
+outgrow train experiment=tiny_source                                           a tiny source from scratch, on
+                                                                               one CPU
 outgrow train experiment=tiny growth=lossless seed=0                           grow it and go on training
 outgrow train -m experiment=tiny growth=scratch,lossless,tile,random_pad seed=0,1,2
-torchrun --nproc_per_node 2 -m outgrow.train experiment=tiny growth=lossless seed=0      the same losses on two processes
-outgrow train -m hydra/launcher=slurm experiment=tiny growth=scratch,lossless  each point of the sweep as a Slurm job
+torchrun --nproc_per_node 2 -m outgrow.train experiment=tiny growth=lossless seed=0
+    (the same losses on two processes)
+outgrow train -m hydra/launcher=slurm experiment=tiny growth=scratch,lossless  each point of the sweep as a
+                                                                               Slurm job
 
 Every run writes runs/<study>-<growth><changes>-s<seed>/ and resumes there when started again; <changes> is
 what differs from the experiment's defaults and changes the result, such as -transfer_continued-lr0.01. A
@@ -53,7 +56,9 @@ def _hydra(cfg: DictConfig) -> None:
     tell_changes(cfg, running.overrides.task)
     try:
         _train(settings_from(cfg))
-    except Exception as error:  # a rate that diverges is what sweeps are for: the other points have their turn
+    except (
+        Exception
+    ) as error:  # a rate that diverges is what sweeps are for: the other points have their turn
         expected = isinstance(error, UserError)
         if running.mode != RunMode.MULTIRUN or slurm.in_job():
             if not expected:
@@ -95,7 +100,8 @@ def _sweep(overrides: list[str]) -> None:
         names = [f"  {point.name} → {point.out}" for point in points]
         _say("\n".join((f"submitting {len(points)} jobs:", *names)))
         _say(
-            "their logs: runs/.submitit/JOB/, unless hydra.launcher.submitit_folder says otherwise; `squeue --me` lists the jobs",
+            "their logs: runs/.submitit/JOB/, unless hydra.launcher.submitit_folder says otherwise; "
+            "`squeue --me` lists the jobs",
         )
     # a local sweep writes one multirun.yaml, and the runs have no use for it
     with tempfile.TemporaryDirectory() as nowhere:
@@ -134,15 +140,18 @@ def _check_sweep(overrides: list[str]) -> list[Settings]:
 
 def _check_launcher(overrides: list[str]) -> None:
     """Refuse a launcher whose means are not here."""
-    launchers = [override.partition("=")[2] for override in overrides if override.startswith("hydra/launcher=")]
+    launchers = [
+        override.partition("=")[2] for override in overrides if override.startswith("hydra/launcher=")
+    ]
     if launchers and find_spec("submitit") is None:
         raise UserError(
             "hydra/launcher: submitit, which starts the jobs, is not installed; pip install -e '.[slurm]'",
         )
     if any("slurm" in launcher for launcher in launchers) and shutil.which("srun") is None:
         raise UserError(
-            f"hydra/launcher={launchers[-1]}: no srun on this machine, so it submits no Slurm jobs; start the sweep on a login node of the "
-            "cluster, or leave hydra/launcher out (hydra/launcher=submitit_local: jobs on this machine)"
+            f"hydra/launcher={launchers[-1]}: no srun on this machine, so it submits no Slurm jobs; start "
+            "the sweep on a login node of the cluster, or leave hydra/launcher out "
+            "(hydra/launcher=submitit_local: jobs on this machine)"
         )
 
 

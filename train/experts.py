@@ -1,4 +1,5 @@
-"""How evenly the tokens of a step go to experts (MoE): what the routers' load-balancing term is to bring about, measured."""
+"""How evenly the tokens of a step go to experts (MoE): what the routers' load-balancing term is to bring
+about, measured."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ class ExpertLoad:
     """Counts the tokens that every expert of a network gets, layer by layer, while it trains.
 
     Attributes:
-        counts: router's name → (experts,) how many tokens each expert got since `clear`. What is computed twice for the backward pass
+        counts: router's name → (experts,) how many tokens each expert got since `clear`. What is computed
+        twice for the backward pass
             (activation checkpointing) counts twice, of every expert alike.
     """
 
@@ -33,7 +35,10 @@ class ExpertLoad:
         parts = out if isinstance(out, tuple) else (out,)
         with torch.no_grad():
             logits = parts[0].detach()
-            whole = next((part for part in parts[1:] if isinstance(part, Tensor) and not part.is_floating_point()), None)
+            whole = next(
+                (part for part in parts[1:] if isinstance(part, Tensor) and not part.is_floating_point()),
+                None,
+            )
             indices = logits.topk(self.chosen, dim=-1).indices if whole is None else whole
             counts = torch.zeros(logits.shape[-1], device=logits.device)
             counts.index_add_(0, indices.flatten(), torch.ones(indices.numel(), device=logits.device))
@@ -44,13 +49,16 @@ class ExpertLoad:
         self.counts = {}
 
     def row(self, accelerator: Any) -> dict[str, float]:
-        """The largest and the smallest load of an expert in any layer, where 1 is an even share, and how many experts had no token.
+        """The largest and the smallest load of an expert in any layer, where 1 is an even share, and how many
+        experts had no token.
 
         Of all processes, which all have to ask; nothing where there are no routers.
         """
         if not self.counts:
             return {}
-        counts = accelerator.reduce(torch.stack([self.counts[name] for name in sorted(self.counts)]), reduction="sum")
+        counts = accelerator.reduce(
+            torch.stack([self.counts[name] for name in sorted(self.counts)]), reduction="sum"
+        )
         load = counts / counts.mean(dim=1, keepdim=True)
         return {
             "expert_load_max": round(float(load.max()), 4),

@@ -1,6 +1,8 @@
 """torchrun with this trainer's exit status: a run under it ends with what it ends with alone.
 
-python -m outgrow.train.launch --nproc_per_node 2 -m outgrow.train experiment=tiny growth=lossless      the arguments are torchrun's
+python -m outgrow.train.launch --nproc_per_node 2 -m outgrow.train experiment=tiny growth=lossless
+
+The arguments are torchrun's.
 
 torchrun itself ends with status 1 and a traceback whatever its processes ended with, and gives them 30 s
 after a SIGTERM. Here SIGTERM, SIGUSR1 and SIGUSR2 go to the processes, which save, however long that takes,

@@ -148,7 +148,9 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
         if run is None:
             if main:
                 trunk = find_trunk(trunks, settings)
-                start = begin(settings, stages[0], source, folder) if trunk is None else trunk_record(trunk).start
+                start = (
+                    begin(settings, stages[0], source, folder) if trunk is None else trunk_record(trunk).start
+                )
                 taught_by = None if teacher is None else teacher.config
                 spans = spans_of(stages, settings, taught_by, frozen_tensors(stages, settings, source))
                 known = measured(settings, config, data, accelerator, way, cut_record(text))
@@ -185,7 +187,8 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
         position = state.Position() if saved is None else state.peek(saved)
         if main and state.restore_metrics(folder / run_folder.METRICS, saved):
             console.say(
-                f"{run_folder.METRICS} was cut, deleted or changed; its rows are those that the checkpoint keeps",
+                f"{run_folder.METRICS} was cut, deleted or changed; its rows are those that the checkpoint "
+                "keeps",
             )
         if main:
             (folder / run_folder.SUMMARY).unlink(missing_ok=True)  # a complete run may train its end again
@@ -193,7 +196,21 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
         clock = Meter(position, accelerator.num_processes, budget.tokens_per_step, run.spans, peak)
 
         with open_log(folder, settings, run, writes=main) as log:
-            context = RunContext(settings, folder, source, teacher, accelerator, data, windows, way, dtype, console, log, clock, benchmarks)
+            context = RunContext(
+                settings,
+                folder,
+                source,
+                teacher,
+                accelerator,
+                data,
+                windows,
+                way,
+                dtype,
+                console,
+                log,
+                clock,
+                benchmarks,
+            )
             with watched() as asked:
                 for stage in stages[position.stage :]:  # one, unless the run grows on its way
                     resumed = saved if stage.number == position.stage else None
@@ -244,13 +261,22 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
                                 alive()
                                 validate(context, objects)
                                 check_range(context, objects, saver)
-                            if benchmarks is not None and budget.due(benchmark_every(settings), position.step):
+                            if benchmarks is not None and budget.due(
+                                benchmark_every(settings), position.step
+                            ):
                                 alive()
                                 measure_benchmarks(context, objects)
-                            stop = any_process(accelerator, asked() is not None) and position.step < budget.steps
+                            stop = (
+                                any_process(accelerator, asked() is not None) and position.step < budget.steps
+                            )
                             grows = position.step == stage.last < budget.steps
                             branches = position.step == branch_step(settings)
-                            if stop or grows or branches or budget.saves(position.step, best=position.best_step):
+                            if (
+                                stop
+                                or grows
+                                or branches
+                                or budget.saves(position.step, best=position.best_step)
+                            ):
                                 with clock.paused():
                                     save(context, objects, saver)
                                     if branches:
@@ -305,8 +331,9 @@ def check_end_left(folder: Path, run: RunRecord, missing: str) -> None:
     """
     if run.trunk is None and not state.complete(folder / run_folder.CHECKPOINTS):
         raise UserError(
-            f"{folder} is complete without {missing}, and no checkpoint of it is left to train its end again from (train.save_every_tokens "
-            "says when one is written); delete the folder to train the whole run again, or choose another name="
+            f"{folder} is complete without {missing}, and no checkpoint of it is left to train its end "
+            "again from (train.save_every_tokens says when one is written); delete the folder to train "
+            "the whole run again, or choose another name="
         )
 
 
@@ -376,7 +403,8 @@ def benchmark_every(settings: Settings) -> int | None:
 
 
 def measure_benchmarks(context: RunContext, objects: TrainingObjects) -> None:
-    """Measure the benchmarks, off the training clock, on the process that writes; the others wait in their next step."""
+    """Measure the benchmarks, off the training clock, on the process that writes; the others wait in their
+    next step."""
     assert context.benchmarks is not None
     with context.clock.paused():
         scores = context.benchmarks.measure(objects.network, context.accelerator)
@@ -385,7 +413,8 @@ def measure_benchmarks(context: RunContext, objects: TrainingObjects) -> None:
 
 
 def metrics_so_far(context: RunContext) -> str:
-    """The rows of metrics.jsonl, which are on the disk when this returns; "" on processes that do not write."""
+    """The rows of metrics.jsonl, which are on the disk when this returns; "" on processes that do not
+    write."""
     return context.log.rows() if context.log else ""
 
 
@@ -430,8 +459,8 @@ def check_range(context: RunContext, objects: TrainingObjects, saver: Saver) -> 
         saver.save(context.clock.position, metrics_so_far(context))
     saver.wait()
     raise UserError(
-        f"train.save_dtype: after step {step}, {names_of(names)} hold values beyond the range of {dtype}; the same command with "
-        "train.save_dtype=bfloat16 or float32 goes on from there"
+        f"train.save_dtype: after step {step}, {names_of(names)} hold values beyond the range of {dtype}; "
+        "the same command with train.save_dtype=bfloat16 or float32 goes on from there"
     )
 
 
@@ -471,7 +500,8 @@ def measured(
     way: Way,
     cut: dict[str, str] | None,
 ) -> dict[str, Any]:
-    """The entries of the run's record that settings do not tell: the counted network, the text, the machine."""
+    """The entries of the run's record that settings do not tell: the counted network, the text, the
+    machine."""
     budget, context = settings.budget, settings.train.context
     read = tokens_read(data.train, settings.data.name, budget.steps * budget.rows, context)
     return {

@@ -36,10 +36,17 @@ class NextTokenLoss(nn.Module):
         masked: keep documents apart by masks that are handed over, where restarting positions do not.
     """
 
-    def __init__(self, network: PreTrainedModel, *, fused: bool, end_of_text: int | None = None, masked: bool = False) -> None:
+    def __init__(
+        self, network: PreTrainedModel, *, fused: bool, end_of_text: int | None = None, masked: bool = False
+    ) -> None:
         super().__init__()
         self.network: Any = network
-        self.fused, self.end_of_text, self.masked, self.routed = fused, end_of_text, masked, has_routers(network)
+        self.fused, self.end_of_text, self.masked, self.routed = (
+            fused,
+            end_of_text,
+            masked,
+            has_routers(network),
+        )
 
     def forward(self, windows: Tensor, reduction: str = "mean") -> Any:
         """Cross-entropy of each token after the first given those before it, in nats, computed in float32.
@@ -61,10 +68,13 @@ class NextTokenLoss(nn.Module):
         if self.end_of_text is None:
             return {"input_ids": tokens}
         config = self.network.config
-        return documents_apart(tokens, self.end_of_text, config._attn_implementation, config if self.masked else None)
+        return documents_apart(
+            tokens, self.end_of_text, config._attn_implementation, config if self.masked else None
+        )
 
     def read(self, windows: Tensor) -> tuple[Tensor, Balance | None]:
-        """The input of the loss: hidden states (rows, context, hidden) if fused, else logits (rows, context, vocab).
+        """The input of the loss: hidden states (rows, context, hidden) if fused, else logits (rows, context,
+        vocab).
 
         While a mixture of experts trains, with its routers' load-balancing term.
         """

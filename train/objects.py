@@ -1,4 +1,5 @@
-"""The objects that train in one stage of a run: built first, then filled with the state that they start from."""
+"""The objects that train in one stage of a run: built first, then filled with the state that they start
+from."""
 
 from __future__ import annotations
 
@@ -81,7 +82,9 @@ def build_objects(context: RunContext, stage: Stage) -> TrainingObjects:
 
     # Layers are compiled and checkpointed in place, and only then wrapped for several processes.
     speed_up(network, settings.train)
-    plain = build_loss(network, settings.train, context.data.end_of_text_id, fused=way.fused, masked=way.masked)
+    plain = build_loss(
+        network, settings.train, context.data.end_of_text_id, fused=way.fused, masked=way.masked
+    )
     objective = taught(plain, context.teacher, accelerator.device)
     model, prepared = prepare(objective, optimizer, accelerator, unused=way.partly)
     step = Step(model, prepared, accelerator, context.data.train, settings, entries)

@@ -1,11 +1,12 @@
 """The optimizers and their parameter groups, with the proof that these cover every parameter exactly once.
 
-hidden     matrices between the embeddings and the head: Muon's own where Muon trains, decayed like any matrix elsewhere
+hidden     matrices between the embeddings and the head: Muon's own where Muon trains, decayed like any matrix
+           elsewhere
 experts    stacks of such matrices, (expert, out, in): Muon takes each by itself
 decayed    the other matrices: the output head, where it is untied
-untouched  vectors (norm weights, all biases), kernels of convolutions and embeddings. A norm's weight should stay near 1 and not
-           near 0; an embedding row is only updated when its token occurs, so decay would pull rare tokens
-           towards 0 at the rate of frequent ones.
+untouched  vectors (norm weights, all biases), kernels of convolutions and embeddings. A norm's weight should
+           stay near 1 and not near 0; an embedding row is only updated when its token occurs, so decay would
+           pull rare tokens towards 0 at the rate of frequent ones.
 """
 
 from __future__ import annotations
@@ -172,8 +173,10 @@ class StackedMuon(torch.optim.Optimizer):
                 stacks = (parameter, parameter.grad, state["momentum_buffer"])
                 muon_step(
                     *(list(stack.flatten(0, -3).unbind(0)) for stack in stacks),
-                    lr=group["lr"], weight_decay=group["weight_decay"], momentum=group["momentum"], nesterov=True,
-                    ns_coefficients=COEFFICIENTS, ns_steps=5, eps=1e-7, adjust_lr_fn="match_rms_adamw", has_complex=False,
+                    lr=group["lr"], weight_decay=group["weight_decay"], momentum=group["momentum"],
+                    nesterov=True,
+                    ns_coefficients=COEFFICIENTS, ns_steps=5, eps=1e-7, adjust_lr_fn="match_rms_adamw",
+                    has_complex=False,
                 )  # fmt: skip
 
 

@@ -43,13 +43,19 @@ class Balance:
 
 def has_routers(network: Any) -> bool:
     """True if a network has routers whose logits its class's forward pass can return for a loss."""
-    return "output_router_logits" in inspect.signature(network.forward).parameters and _recorded(network) is not False
+    return (
+        "output_router_logits" in inspect.signature(network.forward).parameters
+        and _recorded(network) is not False
+    )
 
 
 def unbalanced(network: Any) -> str | None:
     """A line for the reader where a network has routers and its class no load-balancing term for them."""
     if _recorded(network) and not has_routers(network):
-        return f"the library's {type(network).__name__} has no load-balancing term for its routers: the text alone is trained on"
+        return (
+            f"the library's {type(network).__name__} has no load-balancing term for its routers: the text "
+            "alone is trained on"
+        )
     return None
 
 
@@ -60,7 +66,8 @@ def _recorded(network: Any) -> bool | None:
 
 
 def router_class(network: Any) -> type | None:
-    """The class of modules whose outputs the library records as routers' logits; None if the network's is silent."""
+    """The class of modules whose outputs the library records as routers' logits; None if the network's is
+    silent."""
     recorded = (getattr(network.base_model, "_can_record_outputs", None) or {}).get("router_logits")
     routers = getattr(recorded, "target_class", recorded)
     return routers if isinstance(routers, type) else None

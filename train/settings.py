@@ -224,7 +224,8 @@ class Budget:
         return (step + 0.5) / self.steps
 
     def due(self, every: int | None, step: int) -> bool:
-        """True if what is done `every` so many steps is due after `step` steps; all of it is due at the end."""
+        """True if what is done `every` so many steps is due after `step` steps; all of it is due at the
+        end."""
         return step == self.steps or (every is not None and step % every == 0)
 
     def saves(self, step: int, best: int | None = None) -> bool:
@@ -281,7 +282,10 @@ def _disagreements(settings: Settings) -> list[str]:
         if not name or Path(name).name != name:
             faults.append(f"{key}: must be usable as the name of a folder; found {name!r}")
     if Path(settings.out).name in ("", ".."):
-        faults.append(f"out: must be a folder of its own; found {settings.out!r}; leave it away for runs/{settings.name}")
+        faults.append(
+            f"out: must be a folder of its own; found {settings.out!r}; leave it away for "
+            f"runs/{settings.name}"
+        )
     gpus, mfu = settings.forecast.gpus, settings.forecast.mfu
     if gpus <= 0 or not 0 < mfu <= 1:
         faults.append(f"forecast: gpus must be positive and mfu between 0 and 1; found {gpus}, {mfu}")
@@ -312,8 +316,8 @@ def _loop_disagreements(loop: LoopSettings) -> list[str]:
         )
     elif loop.budget_tokens < loop.batch_tokens:
         faults.append(
-            f"train.budget_tokens: {loop.budget_tokens} is less than one batch of {loop.batch_tokens} tokens; "
-            "raise it, or lower train.batch_tokens"
+            f"train.budget_tokens: {loop.budget_tokens} is less than one batch of {loop.batch_tokens} "
+            "tokens; raise it, or lower train.batch_tokens"
         )
     return faults
 
@@ -325,16 +329,22 @@ def _schedule_disagreements(schedule: ScheduleSettings) -> list[str]:
         ("rewarm", schedule.rewarm, REWARM),
     ]
     strange = [(key, name, known) for key, name, known in names if name not in known]
-    faults = [f"schedule.{key}: unknown value {name!r}; {did_you_mean(name, known)}" for key, name, known in strange]
+    faults = [
+        f"schedule.{key}: unknown value {name!r}; {did_you_mean(name, known)}" for key, name, known in strange
+    ]
     for key in ("warmup_fraction", "floor", "decay_fraction"):
         value = getattr(schedule, key)
         if value is not None and not 0 <= value <= 1:
             faults.append(f"schedule.{key}: must be between 0 and 1; found {value}")
     if schedule.name == "wsd" and schedule.decay_fraction is None:
-        faults.append("schedule.decay_fraction: missing; wsd decays over the last decay_fraction of the budget")
+        faults.append(
+            "schedule.decay_fraction: missing; wsd decays over the last decay_fraction of the budget"
+        )
     together = schedule.warmup_fraction + (schedule.decay_fraction or 0)
     if schedule.warmup_tokens is None and together > 1:
-        faults.append(f"schedule: warmup_fraction and decay_fraction are {together} together, more than the budget")
+        faults.append(
+            f"schedule: warmup_fraction and decay_fraction are {together} together, more than the budget"
+        )
     return faults
 
 
@@ -345,8 +355,9 @@ def _optimizer_disagreements(settings: Settings) -> list[str]:
         faults.append(f"optimizer.learning_rate: must be positive; found {optimizer.learning_rate}")
     if optimizer.name == "adamw_8bit" and settings.sharding.name == "full":
         faults.append(
-            "optimizer=adamw_8bit with sharding=full: torchao quantises each process's part by itself, unlike on one process, and a "
-            "checkpoint cannot put the parts together; use sharding=none, or optimizer=adamw"
+            "optimizer=adamw_8bit with sharding=full: torchao quantises each process's part by itself, "
+            "unlike on one process, and a checkpoint cannot put the parts together; use sharding=none, or "
+            "optimizer=adamw"
         )
     if optimizer.name == "muon" and optimizer.momentum is None:
         faults.append("optimizer.momentum: missing; muon needs one (optimizer.momentum=0.95)")
@@ -362,7 +373,10 @@ def _start_disagreements(settings: Settings) -> list[str]:
         way = "source=FOLDER or source=owner/name on the Hugging Face hub"
         faults.append(f"source: missing; growth={growth.name} starts from one: {way}")
     if growth.operator != "source" and settings.target is None:
-        way = "give a preset (target=tiny_target), a folder, or overrides of the source (target={hidden_size:96})"
+        way = (
+            "give a preset (target=tiny_target), a folder, or overrides of the source "
+            "(target={hidden_size:96})"
+        )
         faults.append(f"target: missing; {way}")
     return faults
 
@@ -372,11 +386,20 @@ def _benchmark_disagreements(settings: Settings) -> list[str]:
     asked = settings.evaluate
     counts = ("every_tokens", "limit")
     given = {key: value for key in counts if (value := getattr(asked, key)) is not None}
-    faults = [f"evaluate.{key}: must be positive, or null; found {value}" for key, value in given.items() if value <= 0]
+    faults = [
+        f"evaluate.{key}: must be positive, or null; found {value}"
+        for key, value in given.items()
+        if value <= 0
+    ]
     if asked.suite is None:
-        return faults + (["evaluate.every_tokens: of which suite? give evaluate.suite=NAME"] if asked.every_tokens else [])
+        return faults + (
+            ["evaluate.every_tokens: of which suite? give evaluate.suite=NAME"] if asked.every_tokens else []
+        )
     if settings.sharding.name == "full":
-        faults.append("evaluate.suite: needs the whole network on a process (sharding=none); outgrow evaluate RUN measures it at the end")
+        faults.append(
+            "evaluate.suite: needs the whole network on a process (sharding=none); outgrow evaluate RUN "
+            "measures it at the end"
+        )
     try:
         load_suite(asked.suite).of(asked.only)
     except UserError as fault:
@@ -397,18 +420,27 @@ def _horizon_disagreements(settings: Settings) -> list[str]:
         return faults
     if schedule.name != "wsd" or schedule.warmup_tokens is None:
         faults.append(
-            "schedule.horizons: need schedule=wsd and schedule.warmup_tokens=N, a warm-up that all of them share",
+            "schedule.horizons: need schedule=wsd and schedule.warmup_tokens=N, a warm-up that all of them "
+            "share",
         )
     if horizons != sorted(set(horizons)) or horizons[0] < loop.batch_tokens:
         faults.append(
-            f"schedule.horizons: budgets of at least a batch, each longer than the one before; found {horizons}",
+            "schedule.horizons: budgets of at least a batch, each longer than the one before; found "
+            f"{horizons}",
         )
     if settings.transfer.teacher is not None or schedule.rewarm == "new":
-        faults.append("schedule.horizons: not with a teacher or rewarm=new, whose course depends on the budget")
+        faults.append(
+            "schedule.horizons: not with a teacher or rewarm=new, whose course depends on the budget"
+        )
     if settings.mixture is not None and any(phase.share is not None for phase in settings.mixture.phases):
-        faults.append("schedule.horizons: a phase of the mixture lasts a share of the run; give its tokens, the same for every horizon")
+        faults.append(
+            "schedule.horizons: a phase of the mixture lasts a share of the run; give its tokens, the same "
+            "for every horizon"
+        )
     if any(stage.until_tokens is None for stage in growth.stages[:-1]):
-        faults.append("growth.stages: with horizons a stage ends after until_tokens=N, the same for every horizon")
+        faults.append(
+            "growth.stages: with horizons a stage ends after until_tokens=N, the same for every horizon"
+        )
     stable = shortest * (1.0 - (schedule.decay_fraction or 0.0))
     ends = [stage.until_tokens or 0 for stage in growth.stages[:-1]]
     late = [tokens for tokens in ends if tokens > stable]
@@ -428,7 +460,12 @@ def _stage_disagreements(growth: GrowthSettings) -> list[str]:
     ways = [[stage.until, stage.until_tokens] for stage in growth.stages[:-1]]
     unclear = [way for way in ways if way.count(None) != 1]
     if unclear or growth.stages[-1].until_tokens is not None:
-        return ["growth.stages: each ends at until=SHARE or after until_tokens=N, one of them; the last at until=1.0"]
+        return [
+            (
+                "growth.stages: each ends at until=SHARE or after until_tokens=N, one of them; the last at "
+                "until=1.0"
+            )
+        ]
     tokens = [stage.until_tokens for stage in growth.stages if stage.until_tokens is not None]
     if tokens != sorted(set(tokens)) or any(end <= 0 for end in tokens):
         faults.append(f"growth.stages: each must end later than the one before; found until_tokens={tokens}")
@@ -441,7 +478,8 @@ def _stage_disagreements(growth: GrowthSettings) -> list[str]:
     for number, stage in enumerate(growth.stages):
         if number and stage.operator in UNGROWN:
             faults.append(
-                f"growth.stages[{number}].operator: {stage.operator} grows nothing; choose one that grows what there is",
+                f"growth.stages[{number}].operator: {stage.operator} grows nothing; choose one that grows "
+                "what there is",
             )
     return faults
 
@@ -459,13 +497,17 @@ def _transfer_disagreements(settings: Settings) -> list[str]:
         faults += [f"{key}: needs a source (source=FOLDER)" for key, asked in from_source.items() if asked]
     if settings.growth.operator in UNGROWN and transfer.inherited_rate != 1.0:
         faults.append(
-            f"transfer.inherited_rate: growth={settings.growth.name} grows nothing, so entries are neither inherited nor new",
+            f"transfer.inherited_rate: growth={settings.growth.name} grows nothing, so entries are neither "
+            "inherited nor new",
         )
     if settings.growth.operator == "scratch" and transfer.optimizer is not None:
         faults.append("transfer.optimizer: growth=scratch has no weights that the source's moments belong to")
     of_adam = transfer.optimizer is not None or transfer.mup or settings.train.keep_optimizer
     if of_adam and settings.optimizer.name != "adamw":
-        faults.append(f"transfer.optimizer, transfer.mup, train.keep_optimizer: for optimizer=adamw; found {settings.optimizer.name}")
+        faults.append(
+            "transfer.optimizer, transfer.mup, train.keep_optimizer: for optimizer=adamw; found "
+            f"{settings.optimizer.name}"
+        )
     unsharded = {
         "transfer.inherited_rate": transfer.inherited_rate != 1.0,
         "schedule.rewarm=new": settings.schedule.rewarm == "new",
@@ -474,20 +516,27 @@ def _transfer_disagreements(settings: Settings) -> list[str]:
         "growth.stages.moments": any(stage.moments for stage in settings.growth.stages),
     }
     if settings.sharding.name == "full":
-        faults += [f"{key}: needs whole tensors on each process (sharding=none)" for key, asked in unsharded.items() if asked]
+        faults += [
+            f"{key}: needs whole tensors on each process (sharding=none)"
+            for key, asked in unsharded.items()
+            if asked
+        ]
     if not 0.0 <= transfer.inherited_rate <= 10.0:
         faults.append(
-            f"transfer.inherited_rate: a share of the learning rate, at least 0; found {transfer.inherited_rate}",
+            "transfer.inherited_rate: a share of the learning rate, at least 0; found "
+            f"{transfer.inherited_rate}",
         )
     if teacher is not None:
         in_range = 0.0 <= min(teacher.weight) <= max(teacher.weight) <= 1.0
         if not in_range or min(teacher.temperature) <= 0:
             faults.append(
-                f"transfer.teacher: weights are between 0 and 1, temperatures positive; found {teacher.weight}, {teacher.temperature}",
+                "transfer.teacher: weights are between 0 and 1, temperatures positive; found "
+                f"{teacher.weight}, {teacher.temperature}",
             )
         if not 0.0 < teacher.until <= 1.0:
             faults.append(
-                f"transfer.teacher.until: a share of the budget, above 0 and at most 1; found {teacher.until}",
+                "transfer.teacher.until: a share of the budget, above 0 and at most 1; found "
+                f"{teacher.until}",
             )
     return faults
 
@@ -503,7 +552,8 @@ def identity(settings: Settings | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_later(value: Any) -> Any:
-    """Settings without those of LATER that say nothing: a run that was begun before there were any goes on."""
+    """Settings without those of LATER that say nothing: a run that was begun before there were any goes
+    on."""
     if isinstance(value, list):
         return [_without_later(item) for item in value]
     if not isinstance(value, dict):

@@ -164,7 +164,9 @@ class Step:
         if names := self.broken_weights():
             return NotFinite(f"{story}weight {names[0]}", weights=True)
         gradients = {name: parameter.grad for name, parameter in self.parameters.items()}
-        names = self.not_finite({name: gradient for name, gradient in gradients.items() if gradient is not None})
+        names = self.not_finite(
+            {name: gradient for name, gradient in gradients.items() if gradient is not None}
+        )
         more = f"{len(names) - 1} more of {len(self.parameters)} tensors"
         return NotFinite(story + (f"gradient of {names[-1]}, and of {more}" if names else "loss alone"))
 
@@ -184,7 +186,8 @@ class Step:
         return self.flagged(tensors, lambda tensor: (~tensor.isfinite()).any())
 
     def beyond(self, dtype: torch.dtype) -> list[str]:
-        """The names of the weights, frozen ones too, with a finite value that rounds to infinity in `dtype`."""
+        """The names of the weights, frozen ones too, with a finite value that rounds to infinity in
+        `dtype`."""
 
         def rounds_to_infinity(tensor: Tensor) -> Tensor:
             extremes = torch.stack(tensor.aminmax())
@@ -219,8 +222,8 @@ class NotFinite(UserError):
         kept = "has saved no state before it" if saved is None else f"has saved the state after step {saved}"
         passing = "" if self.weights else ", or pass over such steps with train.skip_nonfinite=N"
         return UserError(
-            f"{self}. The run stops here and {kept}: lower optimizer.learning_rate or lengthen schedule.warmup_fraction under a new "
-            f"name={passing}"
+            f"{self}. The run stops here and {kept}: lower optimizer.learning_rate or lengthen "
+            f"schedule.warmup_fraction under a new name={passing}"
         )
 
 
@@ -271,4 +274,7 @@ def drawn(network: nn.Module) -> str | None:
     if not rates:
         return None
     listed = ", ".join(f"{key} {rates[key]:g}" for key in sorted(rates))
-    return f"{listed}: masks are drawn for each micro-batch, so losses depend on train.micro_batch and on the number of processes"
+    return (
+        f"{listed}: masks are drawn for each micro-batch, so losses depend on train.micro_batch and on the "
+        "number of processes"
+    )

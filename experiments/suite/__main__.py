@@ -1,8 +1,11 @@
 """Benchmarks of runs and checkpoints, beside published ones.
 
-outgrow evaluate runs/phi_1b-* suite=phi_2                                the table of Phi-2, as far as the hub's data sets can be reached
-outgrow evaluate CHECKPOINT suite=phi_2 tasks=DIR only=[piqa,boolq]       offline, from task files in lm-evaluation-harness's YAML format
-outgrow evaluate CHECKPOINT only=[humaneval,mbpp] run_code=true           runs the programs that the model writes
+outgrow evaluate runs/phi_1b-* suite=phi_2                                the table of Phi-2, as far as the
+                                                                          hub's data sets can be reached
+outgrow evaluate CHECKPOINT suite=phi_2 tasks=DIR only=[piqa,boolq]       offline, from task files in
+                                                                          lm-evaluation-harness's YAML format
+outgrow evaluate CHECKPOINT only=[humaneval,mbpp] run_code=true           runs the programs that the model
+                                                                          writes
 
 Scores are kept task by task in out/scores, so that a command that was stopped goes on. Keys and defaults:
 
@@ -42,7 +45,9 @@ def _evaluate(runs: Sequence[str], overrides: Sequence[str]) -> int:
 
     settings = settings_from(overrides)
     if not runs:
-        raise UserError("evaluate: give runs or checkpoints, such as outgrow evaluate runs/phi_1b-lossless-s0 suite=phi_2")
+        raise UserError(
+            "evaluate: give runs or checkpoints, such as outgrow evaluate runs/phi_1b-lossless-s0 suite=phi_2"
+        )
     found = evaluate(runs, settings)
     out = Path(settings.out)
     text = markdown(settings.suite, found)

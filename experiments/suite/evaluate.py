@@ -1,4 +1,5 @@
-"""Measure a suite on runs and checkpoints, task by task: each score is a file of its own, and is not measured again."""
+"""Measure a suite on runs and checkpoints, task by task: each score is a file of its own, and is not measured
+again."""
 
 from __future__ import annotations
 
@@ -57,11 +58,14 @@ def settings_from(overrides: Sequence[str]) -> EvaluateSettings:
     return settings
 
 
-def evaluate(runs: Sequence[str], settings: EvaluateSettings, say: Callable[[str], None] = print) -> list[Evaluated]:
+def evaluate(
+    runs: Sequence[str], settings: EvaluateSettings, say: Callable[[str], None] = print
+) -> list[Evaluated]:
     """Every run's scores on the suite; those that lie in `settings.out` are read.
 
     Raises:
-        UserError: a run has no checkpoint or no tokenizer, or a task cannot be measured; scores that were made until then are kept.
+        UserError: a run has no checkpoint or no tokenizer, or a task cannot be measured; scores that were
+        made until then are kept.
     """
     suite = settings.suite.of(settings.only)
     folders = [checkpoint_of(Path(run)) for run in runs]
@@ -71,9 +75,12 @@ def evaluate(runs: Sequence[str], settings: EvaluateSettings, say: Callable[[str
         _measure(missing, folders, scores, settings, say)
     found = []
     for folder, each in zip(folders, scores, strict=True):
-        values = {task.task: each.get(task) for task in settings.suite.tasks}  # also what `only` leaves out and was measured before
+        # also what `only` leaves out and was measured before
+        values = {task.task: each.get(task) for task in settings.suite.tasks}
         known = {task: value for task, value in values.items() if value is not None}
-        found.append(Evaluated(title(folder), folder, known, group_averages(settings.suite, known), settings.limit))
+        found.append(
+            Evaluated(title(folder), folder, known, group_averages(settings.suite, known), settings.limit)
+        )
     return found
 
 
@@ -94,7 +101,9 @@ def _measure(
         model: Any = None
         for task in todo:
             model = model or harness.model(*network_of(folder, settings), settings.batch)
-            score = harness.score(task, loaded[task.task], model, limit=settings.limit, run_code=settings.run_code)
+            score = harness.score(
+                task, loaded[task.task], model, limit=settings.limit, run_code=settings.run_code
+            )
             each.put(task, asdict(score))
             say(f"{title(folder)}: {task.task} {score.value:.1%} of {score.items} ({score.metric})")
 
@@ -108,7 +117,9 @@ def checkpoint_of(run: Path) -> Path:
     folder = run.resolve()
     if (folder / RUN).is_file():
         if not (folder / FINAL).is_dir():
-            raise UserError(f"{run}: the run has not ended: it has no {FINAL}/; the command that started it goes on")
+            raise UserError(
+                f"{run}: the run has not ended: it has no {FINAL}/; the command that started it goes on"
+            )
         return folder / FINAL
     if not (folder / "config.json").is_file():
         raise UserError(f"{run}: neither a run's folder nor a checkpoint: it has no {RUN} and no config.json")
@@ -132,7 +143,10 @@ def network_of(folder: Path, settings: EvaluateSettings) -> tuple[Any, Any]:
     from outgrow.train.data.tokenizer import entries, has_tokenizer, load_tokenizer
 
     if not has_tokenizer(folder):
-        raise UserError(f"{folder}: it has no tokenizer, so no text can be read; put its tokenizer.json and tokenizer_config.json there")
+        raise UserError(
+            f"{folder}: it has no tokenizer, so no text can be read; put its tokenizer.json and "
+            "tokenizer_config.json there"
+        )
     tokenizer = load_tokenizer(str(folder))
     cuda = torch.cuda.is_available()
     device = ("cuda" if cuda else "cpu") if settings.device == "auto" else settings.device
@@ -140,7 +154,8 @@ def network_of(folder: Path, settings: EvaluateSettings) -> tuple[Any, Any]:
     rows = network.get_input_embeddings().weight.shape[0]
     if entries(tokenizer) > rows:
         raise UserError(
-            f"{folder}: its tokenizer has {entries(tokenizer)} entries, its network {rows}; give it the tokenizer it was trained with"
+            f"{folder}: its tokenizer has {entries(tokenizer)} entries, its network {rows}; give it the "
+            "tokenizer it was trained with"
         )
     return network.to(device), tokenizer
 
@@ -151,7 +166,11 @@ class Scores:
     def __init__(self, out: Path, checkpoint: Path, settings: EvaluateSettings) -> None:
         place = hashlib.sha256(str(checkpoint).encode()).hexdigest()[:8]
         self.folder = out / "scores" / f"{title(checkpoint)}-{place}"
-        self.conditions = {"limit": settings.limit, "dtype": settings.dtype, "weights": weights_of(checkpoint)}
+        self.conditions = {
+            "limit": settings.limit,
+            "dtype": settings.dtype,
+            "weights": weights_of(checkpoint),
+        }
 
     def get(self, task: BenchmarkTask) -> float | None:
         """What was measured under the same conditions, of the same weights; None where nothing was."""
@@ -159,12 +178,18 @@ class Scores:
         if not path.is_file():
             return None
         kept = read_object(path, "delete it, and it is measured again")
-        return float(kept["value"]) if kept.get("asked") == asdict(task) and kept.get("conditions") == self.conditions else None
+        return (
+            float(kept["value"])
+            if kept.get("asked") == asdict(task) and kept.get("conditions") == self.conditions
+            else None
+        )
 
     def put(self, task: BenchmarkTask, score: Mapping[str, Any]) -> None:
         """Keep a score."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / f"{task.task}.json", {**score, "asked": asdict(task), "conditions": self.conditions})
+        write_json(
+            self.folder / f"{task.task}.json", {**score, "asked": asdict(task), "conditions": self.conditions}
+        )
 
 
 def weights_of(folder: Path) -> dict[str, list[int]]:

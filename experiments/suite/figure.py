@@ -19,7 +19,11 @@ def draw(suite: Suite, found: Sequence[Evaluated], path: Path) -> None:
     from matplotlib.figure import Figure
 
     told = rows(suite, found, groups=True)[::-1]
-    columns = [name for name in columns_of(suite, groups=True) if any(values[name] is not None for _, values, _ in told)]
+    columns = [
+        name
+        for name in columns_of(suite, groups=True)
+        if any(values[name] is not None for _, values, _ in told)
+    ]
     figure = Figure(figsize=(2 + 2.1 * len(columns), 0.9 + 0.34 * len(told)), layout="constrained")
     panels: Any = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for axes, column in zip(panels, columns, strict=True):
@@ -27,7 +31,9 @@ def draw(suite: Suite, found: Sequence[Evaluated], path: Path) -> None:
         colours = [OURS if ours else PUBLISHED for _, _, ours in told]
         axes.barh(range(len(told)), [value or 0.0 for value in values], color=colours, height=0.68)
         for place, value in enumerate(values):
-            axes.text((value or 0.0) + 1.5, place, "–" if value is None else f"{value:.1f}", va="center", fontsize=8)
+            axes.text(
+                (value or 0.0) + 1.5, place, "–" if value is None else f"{value:.1f}", va="center", fontsize=8
+            )
         axes.set(title=column, xlim=(0, 100), xlabel="%")
         axes.grid(axis="x", color=GRID)
         axes.set_axisbelow(True)

@@ -1,4 +1,5 @@
-"""The table of a suite: groups as in Phi-2's, published rows first, ours below them; and each benchmark by itself."""
+"""The table of a suite: groups as in Phi-2's, published rows first, ours below them; and each benchmark by
+itself."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def published() -> list[Published]:
     return [Published(**row) for row in yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))]
 
 
-def rows(suite: Suite, found: Sequence[Evaluated], *, groups: bool) -> list[tuple[str, dict[str, float | None], bool]]:
+def rows(
+    suite: Suite, found: Sequence[Evaluated], *, groups: bool
+) -> list[tuple[str, dict[str, float | None], bool]]:
     """(name, column → percent, ours) of every row that has a value, by group or by benchmark."""
     columns = columns_of(suite, groups=groups)
     theirs = [(row.name, row.groups if groups else row.tasks) for row in published()]
@@ -56,9 +59,16 @@ def columns_of(suite: Suite, *, groups: bool) -> list[str]:
 
 def markdown(suite: Suite, found: Sequence[Evaluated]) -> str:
     """Both tables in Markdown, with what must be known to read them."""
-    parts = [f"# {suite.name}", _table(suite, found, groups=True), "## Each benchmark", _table(suite, found, groups=False)]
+    parts = [
+        f"# {suite.name}",
+        _table(suite, found, groups=True),
+        "## Each benchmark",
+        _table(suite, found, groups=False),
+    ]
     limits = {each.limit for each in found if each.limit is not None}
-    notes = ["Percent. A group is the plain mean of its benchmarks, and has no number where one of them has none."]
+    notes = [
+        "Percent. A group is the plain mean of its benchmarks, and has no number where one of them has none."
+    ]
     notes += [f"Ours: the first {limit} items of each benchmark." for limit in sorted(limits)]
     sources: dict[tuple[str, str], list[str]] = {}
     for row in published():
@@ -71,7 +81,10 @@ def _table(suite: Suite, found: Sequence[Evaluated], *, groups: bool) -> str:
     """Groups as columns; the many benchmarks as lines."""
     columns, told = columns_of(suite, groups=groups), rows(suite, found, groups=groups)
     names = [f"**{name}**" if ours else name for name, _, ours in told]
-    cells = [[NONE if (value := values[column]) is None else f"{value:.1f}" for column in columns] for _, values, _ in told]
+    cells = [
+        [NONE if (value := values[column]) is None else f"{value:.1f}" for column in columns]
+        for _, values, _ in told
+    ]
     if not groups:
         names, columns, cells = columns, names, [list(line) for line in zip(*cells, strict=True)]
     lines = [f"| {name} | {' | '.join(line)} |" for name, line in zip(names, cells, strict=True)]
@@ -80,5 +93,8 @@ def _table(suite: Suite, found: Sequence[Evaluated], *, groups: bool) -> str:
 
 def as_json(suite: Suite, found: Sequence[Evaluated]) -> dict[str, Any]:
     """What the table shows of ours, of 1."""
-    runs = [{"name": each.name, "scores": each.scores, "groups": each.groups, "limit": each.limit} for each in found]
+    runs = [
+        {"name": each.name, "scores": each.scores, "groups": each.groups, "limit": each.limit}
+        for each in found
+    ]
     return {"suite": suite.name, "runs": runs}

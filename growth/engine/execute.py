@@ -224,7 +224,7 @@ class Expander:
             close = self._close_columns if self._noise.axis == 1 else self._close_rows
             close(target, rows, source, gain)
 
-    # ---- the last copy of a split in 16 bits: source minus the stored others, so their sum is rounded once ----
+    # ---- the last copy of a split in 16 bits: source minus the stored others, so their sum rounds once ----
 
     def _close_columns(
         self, target: np.ndarray, rows: np.ndarray, source: np.ndarray, gain: np.ndarray

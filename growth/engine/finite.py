@@ -1,4 +1,5 @@
-"""Refusal of weights that are not finite: a growth would carry one NaN into every copy and into the logits."""
+"""Refusal of weights that are not finite: a growth would carry one NaN into every copy and into the
+logits."""
 
 from __future__ import annotations
 
@@ -35,6 +36,6 @@ class FiniteReader:
         place = ", ".join(map(str, coordinates))
         kind = "infinite" if magnitude[tuple(where)] == EXPONENT[dtype] else "NaN"
         raise UserError(
-            f"{name}: entry [{place}] is {kind}; every copy of it would be too, so nothing is grown: repair the "
-            "source, or say nonfinite=allow to copy it as it is"
+            f"{name}: entry [{place}] is {kind}; every copy of it would be too, so nothing is grown: "
+            "repair the source, or say nonfinite=allow to copy it as it is"
         )

@@ -27,13 +27,15 @@ def shards_of(plan: Plan, max_shard_bytes: int) -> dict[str, list[Entry]]:
 
 
 def write_config(folder: Path, plan: Plan) -> None:
-    """Write the target's config.json for transformers 4 and 5; a dtype that the source's config names stays."""
+    """Write the target's config.json for transformers 4 and 5; a dtype that the source's config names
+    stays."""
     config = both_spellings(nested(plan.target_config))
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def write_model(plan: Plan, reader: Reader, folder: Path, *, threads: int) -> None:
-    """Make `folder` with what the library needs to load it: shards, their index, config. Nothing is verified."""
+    """Make `folder` with what the library needs to load it: shards, their index, config. Nothing is
+    verified."""
     folder.mkdir()
     shards = shards_of(plan, MAX_SHARD_BYTES)
     write_weights(plan, reader, folder, shards, threads=threads)

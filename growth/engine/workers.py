@@ -65,7 +65,8 @@ class Worker:
             total = sum(entry.nbytes for shard in shards.values() for entry in shard)
             size = total / self.count / 1e9
             raise UserError(
-                f"worker={self}: {len(shards)} shards for {self.count} workers; give max_shard_gb={size:.2g} or less"
+                f"worker={self}: {len(shards)} shards for {self.count} workers; give "
+                f"max_shard_gb={size:.2g} or less"
             )
         return list(shards)[self.number :: self.count]
 
@@ -125,7 +126,8 @@ def shared_partial(place: Place, worker: Worker, agreed: Mapping[str, Any]) -> I
         with Lock(place.partial / f"{WORKER}{worker.number}") as own:
             if not own.take():
                 raise UserError(
-                    f"worker={worker}: is at work already in {place.partial}; give every worker a number of its own"
+                    f"worker={worker}: is at work already in {place.partial}; give every worker a number "
+                    "of its own"
                 )
             yield Shared(place, lock, own)
 

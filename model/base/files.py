@@ -15,13 +15,14 @@ from outgrow.model.base.atomic import remove, whole
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.locks import Lock
 
+# of libraries
 _SIGNS = (
     "No space left on device",
     "Disk quota exceeded",
     "File too large",
     "PytorchStreamWriter failed",
     "iostream error",
-)  # of libraries
+)
 _DISK = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -134,8 +135,8 @@ def telling_disk_faults(path: Path) -> Iterator[None]:
         if not _is_disk_fault(error):
             raise
         raise UserError(
-            f"{path}: could not be written ({_reason(error)}); whatever was complete before is untouched: free space, or write "
-            "elsewhere, and start the same command again"
+            f"{path}: could not be written ({_reason(error)}); whatever was complete before is untouched: "
+            "free space, or write elsewhere, and start the same command again"
         ) from error
 
 

@@ -28,7 +28,7 @@ CONF = Path(str(files("outgrow.model"))).parent / "conf"
 MISSING = "???"  # Hydra's mark of a value that has to be given
 
 
-# ---- composing ------------------------------------------------------------------------------------------------------------------------
+# ---- composing ---------------------------------------------------------------------------------------------
 
 
 def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
@@ -262,7 +262,8 @@ def at_home(value: Any) -> Any:
 
 
 def plain(cfg: DictConfig | Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
-    """A composed config as plain dicts, interpolations resolved and a leading `~/` expanded, wherever it was written.
+    """A composed config as plain dicts, interpolations resolved and a leading `~/` expanded, wherever it was
+    written.
 
     What cannot be resolved becomes a fault and stays missing.
     """
@@ -323,7 +324,7 @@ def sweep_points(overrides: list[str]) -> list[list[str]]:
     return [[*point, *unreadable] for point in points]
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 
 def read(cls: type[T], values: Any, path: str, faults: list[str]) -> T | None:

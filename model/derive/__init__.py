@@ -3,9 +3,10 @@
 Nothing here is proof: a draft is believed only after `growth.rehearse` has grown a tiny model by it and found
 the same logits.
 
-A worked example, Starcoder 2. Its config is shrunk to a tiny twin (`shrink`): hidden size 64, 4 query heads and 2
-key-value heads, feed-forward size 88, vocabulary 101. Its class is built again and again on the meta device with one
-size changed (`axes`), and run once under watch (`watch`), which shows the axes that are summed over (in brackets):
+A worked example, Starcoder 2. Its config is shrunk to a tiny twin (`shrink`): hidden size 64, 4 query heads
+and 2 key-value heads, feed-forward size 88, vocabulary 101. Its class is built again and again on the meta
+device with one size changed (`axes`), and run once under watch (`watch`), which shows the axes that are
+summed over (in brackets):
 
     tensor                     twin         width ×2    queries ×2  kv heads ×2  ffn + 8   axes
     embed_tokens.weight        101, [64]    101, 128    101, 64     101, 64      101, 64   vocab, residual
@@ -16,11 +17,12 @@ size changed (`axes`), and run once under watch (`watch`), which shows the axes 
     mlp.c_proj.weight          64, [88]     128, 88     64, 88      64, 88       64, 96    residual, ffn
     norm.weight                64           128         64          64           64        residual
 
-The width takes the heads with it, since `q_proj` keeps its length when there are more of them: a head's dim is
-hidden size / heads. The vocabulary moves the first axis of the embedding in the same way as the feed-forward size
-moves `c_fc`. What no size tells, the class's own names of the projections do: `q_proj` and `o_proj` run over heads
-(`roles`). What nothing tells is a choice, to be tried in turn (`roles.Choices`). The last module behaves as a norm
-that removes the mean, and the output head reads it. So the lines are (`schema`):
+The width takes the heads with it, since `q_proj` keeps its length when there are more of them: a head's dim
+is hidden size / heads. The vocabulary moves the first axis of the embedding in the same way as the
+feed-forward size moves `c_fc`. What no size tells, the class's own names of the projections do: `q_proj` and
+`o_proj` run over heads (`roles`). What nothing tells is a choice, to be tried in turn (`roles.Choices`). The
+last module behaves as a norm that removes the mean, and the output head reads it. So the lines are
+(`schema`):
 
     model.embed_tokens  vocab -> residual
     model.layers.*.self_attn.q_proj  (kv group qk) <- residual + bias

@@ -155,7 +155,8 @@ class Axes:
 
     @property
     def head_keys(self) -> tuple[str, ...]:
-        """The keys that multiply the heads: key-value groups where there is more than one, else query heads."""
+        """The keys that multiply the heads: key-value groups where there is more than one, else query
+        heads."""
         heads, kv = self.keys.heads, self.keys.kv
         if not heads:
             return ()

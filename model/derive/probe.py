@@ -93,7 +93,8 @@ def named_shapes(config: Config, names: Iterable[str]) -> tuple[dict[str, Shape]
         parts[loaded(name)].append(name)
 
     def called(name: str) -> str:
-        """Find today's name of a tensor: of the parts of its parameter, the one whose name ends most like it."""
+        """Find today's name of a tensor: of the parts of its parameter, the one whose name ends most like
+        it."""
         if name in own:
             return name
         return max(parts.get(loaded(name), [name]), key=lambda other: _common_ending(name, other))

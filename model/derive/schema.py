@@ -205,7 +205,8 @@ def _filled(draft: Draft, template: Axis, length: int, name: str, config: Config
     number, rest = divmod(length - least, more - least)
     if rest or number < 1:
         raise Unfit(
-            f"{name}: an axis of {length} is no multiple of {more - least} above {least} as {str(axis)!r} says"
+            f"{name}: an axis of {length} is no multiple of {more - least} above {least} as {str(axis)!r} "
+            "says"
         )
     return replaced(axis, lambda space: Space(str(number)) if space == OPEN else space)
 

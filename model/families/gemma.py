@@ -1,4 +1,5 @@
-"""Gemma: RMSNorm stored minus one, embeddings multiplied by sqrt(hidden), a head dim of its own, tied head."""
+"""Gemma: RMSNorm stored minus one, embeddings multiplied by sqrt(hidden), a head dim of its own, tied
+head."""
 
 from outgrow.model.family import Family, register
 

@@ -30,34 +30,51 @@ def read(path: Path, tally: Tally | None = None, **settings: object) -> dict[str
     return {name: text for name, text, _ in documents(wanted, open_corpus(wanted), tally)}
 
 
-# ---- files ------------------------------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
 def test_compressed_files_are_read_as_what_they_hold(tmp_path: Path, suffix: str) -> None:
     pack = gzip.compress if suffix == "gz" else zstandard.compress
-    (tmp_path / f"a.jsonl.{suffix}").write_bytes(pack(LINES[: len(LINES) // 2]) + pack(LINES[len(LINES) // 2 :]))  # in two pieces
+    # in two pieces
+    (tmp_path / f"a.jsonl.{suffix}").write_bytes(
+        pack(LINES[: len(LINES) // 2]) + pack(LINES[len(LINES) // 2 :])
+    )
     (tmp_path / f"b.txt.{suffix}").write_bytes(pack(b"text"))
     (tmp_path / f"c.json.{suffix}").write_bytes(pack(b'[{"text": "one"}, {"text": "two"}]'))
     (tmp_path / f"d.png.{suffix}").write_bytes(pack(b"picture"))
     found = read(tmp_path)
     assert list(found)[:2] == [f"a.jsonl.{suffix}:1", f"a.jsonl.{suffix}:2"]
-    assert list(found.items())[400:] == [(f"b.txt.{suffix}", "text"), (f"c.json.{suffix}:1", "one"), (f"c.json.{suffix}:2", "two")]
+    assert list(found.items())[400:] == [
+        (f"b.txt.{suffix}", "text"),
+        (f"c.json.{suffix}:1", "one"),
+        (f"c.json.{suffix}:2", "two"),
+    ]
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
 @pytest.mark.parametrize("damage", ["ends early", "other bytes", "none of it"])
 def test_damaged_and_truncated_streams_are_named(tmp_path: Path, suffix: str, damage: str) -> None:
-    raw = gzip.compress(LINES) if suffix == "gz" else zstandard.ZstdCompressor(write_checksum=True).compress(LINES)
+    raw = (
+        gzip.compress(LINES)
+        if suffix == "gz"
+        else zstandard.ZstdCompressor(write_checksum=True).compress(LINES)
+    )
     middle = len(raw) // 2
-    raw = {"ends early": raw[:-9], "other bytes": raw[:middle] + b"\xff" * 40 + raw[middle + 40 :], "none of it": b"text"}[damage]
+    raw = {
+        "ends early": raw[:-9],
+        "other bytes": raw[:middle] + b"\xff" * 40 + raw[middle + 40 :],
+        "none of it": b"text",
+    }[damage]
     (tmp_path / f"a.jsonl.{suffix}").write_bytes(raw)
     with pytest.raises(UserError, match=rf"a\.jsonl\.{suffix}: corrupted {suffix} .*fetch the file again"):
         read(tmp_path)
 
 
 def test_a_truncated_parquet_file_is_named(tmp_path: Path) -> None:
-    pyarrow.parquet.write_table(pyarrow.table({"text": [f"row {i}" for i in range(1000)]}), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": [f"row {i}" for i in range(1000)]}), tmp_path / "a.parquet"
+    )
     os.truncate(tmp_path / "a.parquet", 900)
     with pytest.raises(UserError, match=r"a\.parquet: corrupted parquet"):
         read(tmp_path)
@@ -90,10 +107,14 @@ def test_json_that_is_none_is_named(tmp_path: Path, content: str, message: str) 
         read(tmp_path)
 
 
-def test_a_json_file_too_large_for_one_piece_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_json_file_too_large_for_one_piece_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("outgrow.train.corpus.read.formats.JSON_BYTES", 20)
     (tmp_path / "a.json").write_text('[{"text": "longer than that"}]')
-    with pytest.raises(UserError, match=r"a\.json: more than 20 bytes of JSON in one piece; write it as \.jsonl"):
+    with pytest.raises(
+        UserError, match=r"a\.json: more than 20 bytes of JSON in one piece; write it as \.jsonl"
+    ):
         read(tmp_path)
 
 
@@ -105,18 +126,26 @@ def test_documents_too_long_are_skipped_and_counted_in_every_format(tmp_path: Pa
     (tmp_path / "d.md.gz").write_bytes(gzip.compress(b"z" * 10**6))
     pyarrow.parquet.write_table(pyarrow.table({"text": [long, "short"]}), tmp_path / "e.parquet")
     tally = Tally()
-    assert list(read(tmp_path, tally, max_document_bytes=100)) == ["b.jsonl:2", "b.jsonl:3", "c.json:2", "c.json:3", "e.parquet:1"]
+    assert list(read(tmp_path, tally, max_document_bytes=100)) == [
+        "b.jsonl:2",
+        "b.jsonl:3",
+        "c.json:2",
+        "c.json:3",
+        "e.parquet:1",
+    ]
     assert tally == Tally(too_long_skipped=5)
 
 
 def test_a_line_too_long_for_memory_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + b"x" * 3 * 2**20 + b'"}\n{"text": "next"}\n{"text": "' + b"y" * 2**21)
+    (tmp_path / "a.jsonl").write_bytes(
+        b'{"text": "' + b"x" * 3 * 2**20 + b'"}\n{"text": "next"}\n{"text": "' + b"y" * 2**21
+    )
     tally = Tally()
     assert read(tmp_path, tally, max_document_bytes=100) == {"a.jsonl:2": "next"}
     assert tally.too_long_skipped == 2
 
 
-# ---- the build --------------------------------------------------------------------------------------------------------------------------
+# ---- the build ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -126,7 +155,13 @@ def settings(tmp_path: Path) -> DataSettings:
     for i in range(20):
         (texts / f"{i:02d}.txt").write_text(f"number {i} of some short texts " * 3)
     return DataSettings(
-        "t", "files", folder=str(tmp_path / "tokens"), path=str(texts), vocab_size=280, validation_fraction=0.3, shard_tokens=100
+        "t",
+        "files",
+        folder=str(tmp_path / "tokens"),
+        path=str(texts),
+        vocab_size=280,
+        validation_fraction=0.3,
+        shard_tokens=100,
     )
 
 
@@ -137,7 +172,13 @@ def test_a_document_longer_than_a_shard_is_cut_over_several(settings: DataSettin
     data = prepare(settings, progress=False)
     split = next(split for split in (data.train, data.validation) if split.count > 1500)
     assert (
-        max(shard["tokens"] for shard in json.loads((settings.home / "manifest.json").read_text())["splits"][split.name]["shards"]) == 100
+        max(
+            shard["tokens"]
+            for shard in json.loads((settings.home / "manifest.json").read_text())["splits"][split.name][
+                "shards"
+            ]
+        )
+        == 100
     )
     assert text in AutoTokenizer.from_pretrained(data.tokenizer_folder).decode(split.tokens[:])
 

@@ -13,14 +13,19 @@ from outgrow.train.data.shards import Tokens, TokenSplit
 def make_split(count: int, shard: int | None = None) -> TokenSplit:
     """Token i has id i."""
     ids = np.arange(count, dtype=np.uint16)
-    return TokenSplit("train", Tokens(np.split(ids, range(shard, count, shard)) if shard else [ids]), documents=1, bytes=count)
+    return TokenSplit(
+        "train",
+        Tokens(np.split(ids, range(shard, count, shard)) if shard else [ids]),
+        documents=1,
+        bytes=count,
+    )
 
 
 def first_tokens(split: TokenSplit, steps: range, **settings: int) -> list[int]:
     return [int(row[0]) for step in steps for row in batch(split, step=step, **settings)]  # type: ignore[arg-type]
 
 
-# ---- the permutation --------------------------------------------------------------------------------------------------------------------
+# ---- the permutation ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [*range(1, 66), 255, 256, 257, 1000, 4097])
@@ -34,7 +39,9 @@ def test_an_index_is_permuted_on_its_own() -> None:
     index = np.array([[0, 1, 2], [size - 1, size // 2, 7]])
     together = permuted(index, size, 3, 4)
     assert together.shape == index.shape
-    assert together.tolist() == [[int(permuted(np.array([i]), size, 3, 4)[0]) for i in row] for row in index.tolist()]
+    assert together.tolist() == [
+        [int(permuted(np.array([i]), size, 3, 4)[0]) for i in row] for row in index.tolist()
+    ]
     assert ((together >= 0) & (together < size)).all()
 
 
@@ -62,7 +69,7 @@ def test_large_permutations_spread_evenly_without_repeats() -> None:
     assert (np.abs(counts - 10**4) < 500).all()  # five standard deviations
 
 
-# ---- batches ----------------------------------------------------------------------------------------------------------------------------
+# ---- batches -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shard", [None, 5, 16, 37])
@@ -85,14 +92,19 @@ def test_every_window_comes_once_per_epoch_whatever_the_batch_size(batch_size: i
 
 
 def test_another_seed_is_another_order() -> None:
-    orders = [first_tokens(make_split(1000), range(1), seed=seed, batch_size=99, context=10) for seed in range(4)]
+    orders = [
+        first_tokens(make_split(1000), range(1), seed=seed, batch_size=99, context=10) for seed in range(4)
+    ]
     assert len(set(map(tuple, orders))) == 4
 
 
 def test_shares_of_a_batch_are_the_batch() -> None:
     split, settings = make_split(1000, 64), {"seed": 1, "step": 41, "batch_size": 7, "context": 10}
     whole = batch(split, **settings)
-    shares = [batch(split, **settings, start=start, stop=stop) for start, stop in ((0, 0), (0, 3), (3, 5), (5, None))]
+    shares = [
+        batch(split, **settings, start=start, stop=stop)
+        for start, stop in ((0, 0), (0, 3), (3, 5), (5, None))
+    ]
     assert [len(share) for share in shares] == [0, 3, 2, 2]
     assert (np.concatenate(shares) == whole).all()
 

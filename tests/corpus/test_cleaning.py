@@ -49,7 +49,7 @@ def test_ngrams_are_equal_where_the_words_are() -> None:
     assert ngrams(word_hashes(["b", "a"]), 2) != ngrams(word_hashes(["a", "b"]), 2)
 
 
-# ---- duplicates -------------------------------------------------------------------------------------------------------------------------
+# ---- duplicates --------------------------------------------------------------------------------------------
 
 
 def edited(count: int, seed: int = 0) -> list[list[str]]:
@@ -84,7 +84,9 @@ def near_of(signatures: np.ndarray, folder: Path, threshold: float = 0.8) -> dic
     rows = (band_keys(signatures[part], documents[part], shape) for part in np.array_split(documents, 3))
     found: dict[int, tuple[int, float]] = {}
     for match in near(rows, len(signatures) * shape[0], folder, lambda wanted: signatures[wanted], threshold):
-        for document, earlier, similarity in zip(match.documents.tolist(), match.earlier.tolist(), match.similarity.tolist(), strict=True):
+        for document, earlier, similarity in zip(
+            match.documents.tolist(), match.earlier.tolist(), match.similarity.tolist(), strict=True
+        ):
             assert earlier < document
             found[document] = min(found.get(document, (earlier, similarity)), (earlier, similarity))
     return found
@@ -101,9 +103,14 @@ def test_the_estimate_is_the_similarity(texts: list[list[str]], signatures: np.n
 
 
 @pytest.mark.slow
-def test_near_duplicates_are_those_that_brute_force_finds(texts: list[list[str]], signatures: np.ndarray, tmp_path: Path) -> None:
+def test_near_duplicates_are_those_that_brute_force_finds(
+    texts: list[list[str]], signatures: np.ndarray, tmp_path: Path
+) -> None:
     found = near_of(signatures, tmp_path)
-    alike = {i: max(((jaccard(texts[i], texts[j]), j) for j in range(i)), default=(0.0, -1)) for i in range(len(texts))}
+    alike = {
+        i: max(((jaccard(texts[i], texts[j]), j) for j in range(i)), default=(0.0, -1))
+        for i in range(len(texts))
+    }
     sure = {i for i, (similarity, _) in alike.items() if similarity > 0.9}
     assert len(sure) > 20
     assert sure <= set(found)
@@ -113,7 +120,9 @@ def test_near_duplicates_are_those_that_brute_force_finds(texts: list[list[str]]
         assert similarity == pytest.approx((signatures[i] == signatures[j]).mean())
 
 
-def test_less_memory_finds_the_same(signatures: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_less_memory_finds_the_same(
+    signatures: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = near_of(signatures, tmp_path)
     monkeypatch.setattr(module, "MEMORY_BYTES", 1000)  # some 35 files
     seen, inner = [], np.fromfile
@@ -129,7 +138,9 @@ def test_texts_without_words_are_no_duplicates_of_each_other(tmp_path: Path) -> 
 
 
 def test_exact_duplicates_need_every_bit(tmp_path: Path) -> None:
-    found = list(exact([keys(np.array([5, 5, 7, 5]), np.array([1, 2, 1, 1]), np.array([10, 11, 12, 13]))], 4, tmp_path))
+    found = list(
+        exact([keys(np.array([5, 5, 7, 5]), np.array([1, 2, 1, 1]), np.array([10, 11, 12, 13]))], 4, tmp_path)
+    )
     assert [(match.documents.tolist(), match.earlier.tolist()) for match in found] == [([13], [10])]
 
 
@@ -139,7 +150,7 @@ def test_what_a_document_costs_on_disk() -> None:
     assert (module.KEY.itemsize, module.PERMUTATIONS * 4 + shape[0] * module.KEY.itemsize) == (24, 848)
 
 
-# ---- benchmarks -------------------------------------------------------------------------------------------------------------------------
+# ---- benchmarks --------------------------------------------------------------------------------------------
 
 RUN = "a b c d e f g h i j k l m"
 
@@ -148,7 +159,9 @@ def overlap(folder: Path, text: str) -> str | None:
     """The first thing that a text has in common with the benchmarks in a folder."""
     write_benchmarks(str(folder), folder.parent / "ngrams.npz")
     found = words(text)
-    hits = read_benchmarks(folder.parent / "ngrams.npz", time.monotonic_ns()).overlaps(found, word_hashes(found))
+    hits = read_benchmarks(folder.parent / "ngrams.npz", time.monotonic_ns()).overlaps(
+        found, word_hashes(found)
+    )
     return hits[0][1] if hits else None
 
 
@@ -158,14 +171,18 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "one.jsonl").write_text(json.dumps({"id": 1, "parts": [{"prompt": f"x y {RUN}"}, "short"]}))
     (folder / "two.txt").write_text(" ".join(f"n{i}" for i in range(20)))
-    pyarrow.parquet.write_table(pyarrow.table({"q": [" ".join(f"p{i}" for i in range(20))], "n": [1]}), folder / "three.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"q": [" ".join(f"p{i}" for i in range(20))], "n": [1]}), folder / "three.parquet"
+    )
     return folder
 
 
 def test_thirteen_words_in_a_row_are_an_overlap(folder: Path) -> None:
     assert overlap(folder, f"before {RUN.upper().replace(' ', ', ')} after") == f"one.jsonl: {RUN}"
     assert overlap(folder, f"before {RUN[:-2]} after") is None  # twelve
-    assert overlap(folder, "z " + " ".join(f"p{i}" for i in range(3, 20))) == "three.parquet: " + " ".join(f"p{i}" for i in range(3, 16))
+    assert overlap(folder, "z " + " ".join(f"p{i}" for i in range(3, 20))) == "three.parquet: " + " ".join(
+        f"p{i}" for i in range(3, 16)
+    )
     assert overlap(folder, RUN.replace("g", "q")) is None
     assert overlap(folder, "short") is None
 
@@ -184,11 +201,13 @@ def test_what_cannot_be_looked_for_is_counted(folder: Path) -> None:
         write_benchmarks(str(folder), folder.parent / "ngrams.npz")
 
 
-# ---- the whole --------------------------------------------------------------------------------------------------------------------------
+# ---- the whole ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def settings(tmp_path: Path, folder: Path, texts: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> DataSettings:
+def settings(
+    tmp_path: Path, folder: Path, texts: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> DataSettings:
     monkeypatch.setattr("outgrow.train.corpus.read.files.TASK_BYTES", 9000)
     corpus = tmp_path / "texts"
     corpus.mkdir()
@@ -199,9 +218,17 @@ def settings(tmp_path: Path, folder: Path, texts: list[list[str]], monkeypatch: 
     lines[53] = f"{RUN} {lines[53]}"  # and one that has seen the test
     for name, part in (("a", lines[:60]), ("b", lines[60:])):
         (corpus / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in part))
-    clean = CleaningSettings(normalise=True, exact_duplicates=True, near_duplicates=0.8, benchmarks=str(folder))
+    clean = CleaningSettings(
+        normalise=True, exact_duplicates=True, near_duplicates=0.8, benchmarks=str(folder)
+    )
     return DataSettings(
-        "t", "files", folder=str(tmp_path / "tokens"), path=str(corpus), vocab_size=300, validation_fraction=0.2, clean=clean
+        "t",
+        "files",
+        folder=str(tmp_path / "tokens"),
+        path=str(corpus),
+        vocab_size=300,
+        validation_fraction=0.2,
+        clean=clean,
     )
 
 
@@ -226,7 +253,13 @@ def test_every_document_is_kept_or_listed_with_its_reason(settings: DataSettings
     assert {reason: count["documents"] for reason, count in counts["removed"].items()} == {
         reason: sum(found == reason for found, _ in found.values()) for reason in dict(found.values())
     }
-    assert counts["near_duplicates"] == {"words": "prose", "shingle_words": 5, "permutations": 128, "bands": 14, "rows": 9}
+    assert counts["near_duplicates"] == {
+        "words": "prose",
+        "shingle_words": 5,
+        "permutations": 128,
+        "bands": 14,
+        "rows": 9,
+    }
     assert counts["benchmarks"]["ngrams"] == 19
 
 

@@ -1,4 +1,5 @@
-"""Documents: which, in what order, split how, and what happens to those that cannot be taken as they stand."""
+"""Documents: which, in what order, split how, and what happens to those that cannot be taken as they
+stand."""
 
 from __future__ import annotations
 
@@ -87,7 +88,14 @@ def test_broken_utf8_is_replaced_and_counted_in_every_format(tmp_path: Path) -> 
     broken = pyarrow.array([b"caf\xe9", b"good"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": broken}), tmp_path / "c.parquet")
     tally = Tally()
-    assert list(read(tmp_path, tally).values()) == ["caf\ufffd", "caf\ufffd", "?x", "café", "caf\ufffd", "good"]
+    assert list(read(tmp_path, tally).values()) == [
+        "caf\ufffd",
+        "caf\ufffd",
+        "?x",
+        "café",
+        "caf\ufffd",
+        "good",
+    ]
     assert tally == Tally(utf8_replaced=4)
 
 
@@ -109,16 +117,25 @@ def test_the_standard_library_is_the_same_each_time() -> None:
     corpus = open_corpus(settings)
     found = list(documents(settings, corpus))
     names = [document.name for document in found]
-    assert names == sorted(names) == [document.name for document in documents(settings, open_corpus(settings))]
+    assert (
+        names == sorted(names) == [document.name for document in documents(settings, open_corpus(settings))]
+    )
     assert {"json/decoder.py", "argparse.py"} < set(names)
-    assert not [name for name in names if {"test", "tests", "idlelib", "site-packages"} & set(name.split("/"))]
+    assert not [
+        name for name in names if {"test", "tests", "idlelib", "site-packages"} & set(name.split("/"))
+    ]
     assert sum(document.bytes for document in found) == corpus.size > 8e6
 
 
 def test_the_split_depends_on_text_and_seed_alone() -> None:
     texts = [digest_of(b"document %d" % i) for i in range(4000)]
     halves = [
-        {text for text in texts if held_out(text, DataSettings("t", "stdlib", seed=seed, validation_fraction=0.1))} for seed in (0, 1)
+        {
+            text
+            for text in texts
+            if held_out(text, DataSettings("t", "stdlib", seed=seed, validation_fraction=0.1))
+        }
+        for seed in (0, 1)
     ]
     assert 320 < len(halves[0]) < 480
     assert 320 < len(halves[1]) < 480
@@ -127,7 +144,7 @@ def test_the_split_depends_on_text_and_seed_alone() -> None:
     assert halves[0] < more  # a larger share only adds
 
 
-# ---- faults ---------------------------------------------------------------------------------------------------------------------------
+# ---- faults ------------------------------------------------------------------------------------------------
 
 
 def jsonl(text: str) -> dict[str, bytes]:
@@ -180,17 +197,24 @@ def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
 def test_settings_that_cannot_work_are_told_together() -> None:
     settings = DataSettings("t", "files", validation_fraction=1.0, vocab_size=256, limit_tokens=0)
     faults = disagreements(settings)
-    assert [fault.split(":")[0] for fault in faults] == ["data.path", "data.validation_fraction", "data.vocab_size", "data.limit_tokens"]
+    assert [fault.split(":")[0] for fault in faults] == [
+        "data.path",
+        "data.validation_fraction",
+        "data.vocab_size",
+        "data.limit_tokens",
+    ]
     assert disagreements(DataSettings("t", "hub"))[0].startswith("data.dataset: missing")
     assert not disagreements(DataSettings("t", "stdlib"))
 
 
-# ---- hub ------------------------------------------------------------------------------------------------------------------------------
+# ---- hub ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_dataset_is_read_as_datasets_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool) -> None:
+def test_a_dataset_is_read_as_datasets_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
     import datasets
 
     datasets.disable_progress_bars()
@@ -199,14 +223,23 @@ def test_a_dataset_is_read_as_datasets_reads_it(tmp_path: Path, monkeypatch: pyt
     home.mkdir()
     lines = [{"body": text, "n": 1} for text in ("one", "", "three", "four")]
     (home / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    settings = DataSettings("t", "hub", dataset=str(home), column="body", streaming=streaming, limit_documents=2)
+    settings = DataSettings(
+        "t", "hub", dataset=str(home), column="body", streaming=streaming, limit_documents=2
+    )
     found = list(documents(settings, open_corpus(settings)))
-    assert [(document.name.rsplit(":", 2)[1:], document.text) for document in found] == [(["train", "0"], "one"), (["train", "2"], "three")]
+    assert [(document.name.rsplit(":", 2)[1:], document.text) for document in found] == [
+        (["train", "0"], "one"),
+        (["train", "2"], "three"),
+    ]
     assert any((tmp_path / "cache").glob("**/*.arrow")) is not streaming
     rest = list(documents(settings, open_corpus(settings), Tally(documents=1, item=1)))  # as after a kill
     assert [document.text for document in rest] == ["three"]
     with pytest.raises(UserError, match=r"no column 'text'; found body, n"):
-        list(documents(wrong := DataSettings("t", "hub", dataset=str(home), streaming=streaming), open_corpus(wrong)))
+        list(
+            documents(
+                wrong := DataSettings("t", "hub", dataset=str(home), streaming=streaming), open_corpus(wrong)
+            )
+        )
 
 
 def test_a_folder_of_a_dataset_is_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,14 +249,22 @@ def test_a_folder_of_a_dataset_is_read_alone(tmp_path: Path, monkeypatch: pytest
     for name in ("python", "java"):
         (tmp_path / "dataset" / "data" / name).mkdir(parents=True)
         (tmp_path / "dataset" / "data" / name / "data.json").write_text(json.dumps({"content": name}))
-    settings = DataSettings("t", "hub", dataset=str(tmp_path / "dataset"), data_dir="data/python", column="content")
+    settings = DataSettings(
+        "t", "hub", dataset=str(tmp_path / "dataset"), data_dir="data/python", column="content"
+    )
     assert [document.text for document in documents(settings, open_corpus(settings))] == ["python"]
     assert open_corpus(settings).stamp() != open_corpus(replace(settings, data_dir=None)).stamp()
 
 
 def test_a_dataset_out_of_reach_is_named_with_the_way_out() -> None:
-    settings = DataSettings("t", "hub", dataset="nobody/nothing", config="small", data_dir="a/b", revision="v1")
+    settings = DataSettings(
+        "t", "hub", dataset="nobody/nothing", config="small", data_dir="a/b", revision="v1"
+    )
     with pytest.raises(
-        UserError, match=r"cannot read dataset=nobody/nothing config=small data_dir=a/b split=train revision=v1 .*data=files"
+        UserError,
+        match=(
+            r"cannot read dataset=nobody/nothing config=small data_dir=a/b split=train revision=v1 "
+            r".*data=files"
+        ),
     ):
         list(documents(settings, open_corpus(settings)))

@@ -13,11 +13,12 @@ from outgrow.train.corpus.__main__ import CONF, PrepareSettings, main, settings_
 from outgrow.train.data.settings import DataSettings, disagreements
 
 LEAVES = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
+# what a leaf leaves to its user
 NEEDED = {
     "tokens": ["data.path=x.bin", "data.tokenizer=gpt2"],
     "files": ["data.path=texts"],
     "hub": ["data.dataset=owner/name"],
-}  # what a leaf leaves to its user
+}
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
@@ -25,7 +26,12 @@ def test_every_leaf_can_be_prepared(leaf: str) -> None:
     settings = settings_from(PrepareSettings, "prepare", [f"data={leaf}", *NEEDED.get(leaf, [])])
     assert not disagreements(settings.data)
     assert settings.data.home == Path("data", settings.data.name)
-    assert settings_from(PrepareSettings, "prepare", [f"data={leaf}", *NEEDED.get(leaf, []), "data.workers=2"]).data.workers == 2
+    assert (
+        settings_from(
+            PrepareSettings, "prepare", [f"data={leaf}", *NEEDED.get(leaf, []), "data.workers=2"]
+        ).data.workers
+        == 2
+    )
 
 
 def test_what_the_leaves_share_is_what_holds_where_nothing_is_said() -> None:
@@ -34,31 +40,59 @@ def test_what_the_leaves_share_is_what_holds_where_nothing_is_said() -> None:
 
 
 @pytest.mark.slow
-def test_a_hub_leaf_says_offline_what_cannot_be_reached(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_hub_leaf_says_offline_what_cannot_be_reached(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     with pytest.raises(SystemExit) as status:
         main(["prepare", "data=cosmopedia", f"data.folder={tmp_path / 'tokens'}", "progress=false"])
     assert status.value.code == 2
     message = capsys.readouterr().err
-    assert "cannot read dataset=HuggingFaceTB/smollm-corpus config=cosmopedia-v2 split=train from the Hugging Face hub" in message
+    assert (
+        "cannot read dataset=HuggingFaceTB/smollm-corpus config=cosmopedia-v2 split=train from the "
+        "Hugging Face hub"
+    ) in message
     assert "data=files data.path=FOLDER" in message
 
 
 def test_faults_are_told_together(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match=r"(?s)3 faults:.*data\.pth.*data\.clean\.nearduplicates.*did you mean.*data\.workers: expected"):
-        settings_from(PrepareSettings, "prepare", ["data=files", "data.pth=x", "data.clean.nearduplicates=1", "data.workers=many"])
+    with pytest.raises(
+        UserError,
+        match=r"(?s)3 faults:.*data\.pth.*data\.clean\.nearduplicates.*did you mean.*data\.workers: expected",
+    ):
+        settings_from(
+            PrepareSettings,
+            "prepare",
+            ["data=files", "data.pth=x", "data.clean.nearduplicates=1", "data.workers=many"],
+        )
     with pytest.raises(SystemExit):
         main(["prepair"])
     assert "did you mean 'prepare'?" in capsys.readouterr().err
 
 
-def test_prepare_says_what_became_of_the_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_says_what_became_of_the_documents(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     texts = tmp_path / "texts"
     texts.mkdir()
     for i in range(30):
         (texts / f"{i}.txt").write_text(f"document number {i // 2} with some words\r\n" * 3)
     (texts / "empty.txt").write_text(" ")
-    arguments = [f"data.path={texts}", f"data.folder={tmp_path / 'tokens'}", "data.vocab_size=300", "data.validation_fraction=0.5"]
-    main(["prepare", "data=files", *arguments, "data.clean.normalise=true", "data.clean.exact_duplicates=true", "progress=false"])
+    arguments = [
+        f"data.path={texts}",
+        f"data.folder={tmp_path / 'tokens'}",
+        "data.vocab_size=300",
+        "data.validation_fraction=0.5",
+    ]
+    main(
+        [
+            "prepare",
+            "data=files",
+            *arguments,
+            "data.clean.normalise=true",
+            "data.clean.exact_duplicates=true",
+            "progress=false",
+        ]
+    )
     out = capsys.readouterr().out
     assert "read 30 documents" in out
     assert "empty skipped: 1" in out

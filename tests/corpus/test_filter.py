@@ -1,4 +1,5 @@
-"""The educational-value filter: the stored forest is scikit-learn's, the embedding is the model's, and the best share is exactly that."""
+"""The educational-value filter: the stored forest is scikit-learn's, the embedding is the model's, and the
+best share is exactly that."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from outgrow.train.data.tokenizer import save_tokenizer, train_tokenizer
 NUMBERS = np.random.default_rng(0)
 
 
-# ---- the forest -------------------------------------------------------------------------------------------------------------------------
+# ---- the forest --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +40,17 @@ def fitted() -> tuple[RandomForestClassifier, np.ndarray]:
     features = NUMBERS.standard_normal((400, 6)).astype(np.float32)
     labels = (features[:, 0] * features[:, 1] + 0.5 * NUMBERS.standard_normal(400) > 0).astype(int)
     forest = RandomForestClassifier(30, min_samples_leaf=2, random_state=0).fit(features[:300], labels[:300])
-    return forest, np.concatenate([features, np.round(features, 1), forest.estimators_[0].tree_.threshold[:6][None].astype(np.float32)])
+    return forest, np.concatenate(
+        [features, np.round(features, 1), forest.estimators_[0].tree_.threshold[:6][None].astype(np.float32)]
+    )
 
 
 CARD: dict[str, Any] = {"embedding": {"dimensions": 6}}
 
 
-def test_a_stored_forest_scores_as_scikit_learn_does_to_the_bit(fitted: tuple[RandomForestClassifier, np.ndarray], tmp_path: Path) -> None:
+def test_a_stored_forest_scores_as_scikit_learn_does_to_the_bit(
+    fitted: tuple[RandomForestClassifier, np.ndarray], tmp_path: Path
+) -> None:
     classifier, features = fitted
     Forest.of(classifier).save(tmp_path, CARD)
     stored, card = load(tmp_path)
@@ -67,7 +72,11 @@ def test_a_stored_forest_scores_as_scikit_learn_does_to_the_bit(fitted: tuple[Ra
     ],
 )
 def test_a_damaged_forest_is_refused_before_it_is_followed(
-    fitted: tuple[RandomForestClassifier, np.ndarray], tmp_path: Path, name: str, change: Callable[[np.ndarray], None], message: str
+    fitted: tuple[RandomForestClassifier, np.ndarray],
+    tmp_path: Path,
+    name: str,
+    change: Callable[[np.ndarray], None],
+    message: str,
 ) -> None:
     forest = Forest.of(fitted[0])
     change(getattr(forest, name))
@@ -98,9 +107,12 @@ def test_the_best_share_is_exact_with_ties(keep: float, distinct: int) -> None:
     assert threshold(lambda: [scores[:0]], keep)["kept"] == 0
 
 
-# ---- embeddings -------------------------------------------------------------------------------------------------------------------------
+# ---- embeddings --------------------------------------------------------------------------------------------
 
-TEXTS = [f"def function_{i}(argument):\n    '''Return {i}.'''\n    return argument + {i}\n" * (1 + i % 5) for i in range(40)] + [""]
+TEXTS = [
+    f"def function_{i}(argument):\n    '''Return {i}.'''\n    return argument + {i}\n" * (1 + i % 5)
+    for i in range(40)
+] + [""]
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +124,14 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(
-    tmp_path_factory: pytest.TempPathFactory, phi_config: dict[str, Any], checkpoint_maker: Callable[..., Path], tokenizer_folder: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    phi_config: dict[str, Any],
+    checkpoint_maker: Callable[..., Path],
+    tokenizer_folder: Path,
 ) -> Path:
-    folder = checkpoint_maker(tmp_path_factory.mktemp("source") / "model", {**phi_config, "vocab_size": 280}, "float32")
+    folder = checkpoint_maker(
+        tmp_path_factory.mktemp("source") / "model", {**phi_config, "vocab_size": 280}, "float32"
+    )
     for path in tokenizer_folder.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     return folder
@@ -123,7 +140,10 @@ def source(
 @pytest.mark.slow
 def test_a_text_is_the_mean_hidden_state_of_the_causal_model(source: Path) -> None:
     found = load_encoder(str(source), None, 48).embed(TEXTS)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(source)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval(),
+        AutoTokenizer.from_pretrained(source),
+    )
     for text, vector in zip(TEXTS, found, strict=True):
         ids = tokenizer(text)["input_ids"][:48]
         if ids:
@@ -142,13 +162,25 @@ def test_a_long_text_is_read_in_windows(source: Path) -> None:
     parts = []
     for start in (0, 64, 128):
         with torch.no_grad():
-            parts.append(encoder.model(input_ids=torch.tensor([ids[start : start + 64]])[:, : 150 - start]).last_hidden_state[0])
+            parts.append(
+                encoder.model(
+                    input_ids=torch.tensor([ids[start : start + 64]])[:, : 150 - start]
+                ).last_hidden_state[0]
+            )
     expected = torch.cat(parts)[:150].mean(0).numpy()
-    np.testing.assert_allclose(encoder.embed([text])[0], expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        encoder.embed([text])[0], expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max()
+    )
 
 
 def test_any_encoder_of_hugging_face_will_do(tmp_path: Path, tokenizer_folder: Path) -> None:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 32}
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 32,
+    }
     BertModel(BertConfig(vocab_size=280, **sizes)).save_pretrained(tmp_path / "bert")
     for path in tokenizer_folder.iterdir():
         (tmp_path / "bert" / path.name).write_bytes(path.read_bytes())
@@ -157,7 +189,12 @@ def test_any_encoder_of_hugging_face_will_do(tmp_path: Path, tokenizer_folder: P
 
 
 def test_an_encoder_that_changed_or_is_not_whole_is_refused(source: Path, tmp_path: Path) -> None:
-    embedding = {"encoder": str(source), "revision": None, "max_tokens": 48, "sha256": load_encoder(str(source), None, 48).digest}
+    embedding = {
+        "encoder": str(source),
+        "revision": None,
+        "max_tokens": 48,
+        "sha256": load_encoder(str(source), None, 48).digest,
+    }
     assert load_again(embedding).digest == embedding["sha256"]
     with pytest.raises(UserError, match="not the one that the filter was fitted on"):
         load_again(embedding | {"sha256": "0" * 64})
@@ -174,7 +211,7 @@ def test_an_encoder_that_changed_or_is_not_whole_is_refused(source: Path, tmp_pa
         load_encoder(str(tmp_path), None, 48)
 
 
-# ---- labels -----------------------------------------------------------------------------------------------------------------------------
+# ---- labels ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -200,10 +237,19 @@ def test_the_report_is_what_scikit_learn_reports() -> None:
     assert found["recall"] == pytest.approx(recall_score(labels, scores >= 0.5), abs=1e-4)
     assert found["brier"] == pytest.approx(brier_score_loss(labels, scores), abs=1e-4)
     best = np.argsort(-scores)[:50]
-    assert found["best"][0] == {"kept": 0.1, "precision": pytest.approx(labels[best].mean()), "recall": found["best"][0]["recall"]}
+    assert found["best"][0] == {
+        "kept": 0.1,
+        "precision": pytest.approx(labels[best].mean()),
+        "recall": found["best"][0]["recall"],
+    }
     assert sum(row["samples"] for row in found["calibration"]) == 500
     perfect = report(np.array([0] * 50 + [1] * 50), np.array([0.0] * 50 + [1.0] * 50))
-    assert (perfect["precision"], perfect["recall"], perfect["brier"], perfect["calibration_error"]) == (1, 1, 0, 0)
+    assert (perfect["precision"], perfect["recall"], perfect["brier"], perfect["calibration_error"]) == (
+        1,
+        1,
+        0,
+        0,
+    )
 
 
 def test_the_rules_measure_what_they_say() -> None:
@@ -230,7 +276,7 @@ def test_the_rules_measure_what_they_say() -> None:
     assert set(label("x = 1")[2]) <= set(RULES)
 
 
-# ---- the whole --------------------------------------------------------------------------------------------------------------------------
+# ---- the whole ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -246,21 +292,35 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def filter_folder(tmp_path_factory: pytest.TempPathFactory, corpus: Path, source: Path) -> Path:
     folder = tmp_path_factory.mktemp("filter")
-    lines = [json.dumps({"document": f"{i:02d}.txt", "label": i % 2, "annotator": "a test"}) for i in range(80)]
+    lines = [
+        json.dumps({"document": f"{i:02d}.txt", "label": i % 2, "annotator": "a test"}) for i in range(80)
+    ]
     (folder / "labels.jsonl").write_text("\n".join(lines))
-    settings = FitSettings(str(source), None, max_tokens=48, trees=20, min_samples_leaf=2, held_out=0.4, seed=0)
-    card = fit(settings, DataSettings("t", "files", path=str(corpus)), folder / "labels.jsonl", folder / "fitted")
+    settings = FitSettings(
+        str(source), None, max_tokens=48, trees=20, min_samples_leaf=2, held_out=0.4, seed=0
+    )
+    card = fit(
+        settings, DataSettings("t", "files", path=str(corpus)), folder / "labels.jsonl", folder / "fitted"
+    )
     assert card["held_out"]["precision"] == card["held_out"]["recall"] == 1  # numbers are told from code
     assert 20 <= card["held_out"]["samples"] <= 44
     return folder / "fitted"
 
 
 @pytest.fixture
-def settings(corpus: Path, filter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataSettings:
+def settings(
+    corpus: Path, filter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> DataSettings:
     monkeypatch.setattr("outgrow.train.corpus.read.files.TASK_BYTES", 2000)
     clean = CleaningSettings(filter=str(filter_folder), keep=0.3)
     return DataSettings(
-        "t", "files", folder=str(tmp_path / "tokens"), path=str(corpus), vocab_size=280, validation_fraction=0.3, clean=clean
+        "t",
+        "files",
+        folder=str(tmp_path / "tokens"),
+        path=str(corpus),
+        vocab_size=280,
+        validation_fraction=0.3,
+        clean=clean,
     )
 
 
@@ -281,7 +341,9 @@ def test_the_best_share_is_kept_and_the_rest_listed(settings: DataSettings) -> N
 
 
 @pytest.mark.slow
-def test_scores_are_not_computed_again_after_a_kill(settings: DataSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_not_computed_again_after_a_kill(
+    settings: DataSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = prepare(replace(settings, folder=settings.home.with_name("whole").as_posix()), progress=False)
     calls: list[int] = []
 
@@ -309,7 +371,8 @@ def test_scores_are_not_computed_again_after_a_kill(settings: DataSettings, monk
 def test_another_filter_builds_again(settings: DataSettings, filter_folder: Path, tmp_path: Path) -> None:
     prepare(settings, progress=False)
     before = settings.home.stat().st_ino
-    prepare(replace(settings, clean=replace(settings.clean, encoder="/nowhere/it/matters")), progress=False)  # only a place
+    # only a place
+    prepare(replace(settings, clean=replace(settings.clean, encoder="/nowhere/it/matters")), progress=False)
     assert settings.home.stat().st_ino == before
     other = tmp_path / "other"
     other.mkdir()
@@ -321,7 +384,9 @@ def test_another_filter_builds_again(settings: DataSettings, filter_folder: Path
 
 
 def test_too_few_labels_and_unknown_documents_are_told(corpus: Path, source: Path, tmp_path: Path) -> None:
-    settings = FitSettings(str(source), None, max_tokens=48, trees=5, min_samples_leaf=2, held_out=0.4, seed=0)
+    settings = FitSettings(
+        str(source), None, max_tokens=48, trees=5, min_samples_leaf=2, held_out=0.4, seed=0
+    )
     data, labels = DataSettings("t", "files", path=str(corpus)), tmp_path / "l"
     labels.write_text('{"document": "01.txt", "label": 1}\n{"document": "elsewhere.txt", "label": 0}')
     with pytest.raises(UserError, match=r"1 of its documents are not in data=t, such as elsewhere\.txt"):
@@ -338,10 +403,20 @@ def test_filter_and_keep_go_together() -> None:
 
 
 @pytest.mark.slow
-def test_the_commands_label_fit_and_score(corpus: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_label_fit_and_score(
+    corpus: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = [json.dumps({"document": f"{i:02d}.txt", "label": i % 2}) for i in range(100)]
     (tmp_path / "labels.jsonl").write_text("\n".join(lines))
-    common = ["data=files", f"data.path={corpus}", f"filter={tmp_path / 'f'}", "max_tokens=48", "trees=5", "held_out=0.4", "progress=false"]
+    common = [
+        "data=files",
+        f"data.path={corpus}",
+        f"filter={tmp_path / 'f'}",
+        "max_tokens=48",
+        "trees=5",
+        "held_out=0.4",
+        "progress=false",
+    ]
     main(["fit", *common, f"encoder={source}", f"labels={tmp_path / 'labels.jsonl'}"])
     assert "held out:" in capsys.readouterr().out
     main(["score", *common, f"scores={tmp_path / 's.parquet'}"])

@@ -1,4 +1,5 @@
-"""Text as it is found: links, devices, encodings, tables, deep JSON, tokens spelt out. Each is read right, or told."""
+"""Text as it is found: links, devices, encodings, tables, deep JSON, tokens spelt out. Each is read right, or
+told."""
 
 from __future__ import annotations
 
@@ -39,12 +40,14 @@ def read(path: Path | str, tally: Tally | None = None, **settings: object) -> di
 
 def prepared(folder: Path, **settings: object) -> dict[str, object]:
     """The manifest of the texts in `folder`."""
-    wanted = DataSettings("t", "files", path=str(folder), folder=f"{folder}-tokens", vocab_size=280, **settings)  # type: ignore[arg-type]
+    wanted = DataSettings(
+        "t", "files", path=str(folder), folder=f"{folder}-tokens", vocab_size=280, **settings
+    )  # type: ignore[arg-type]
     prepare(wanted, progress=False)
     return dict(json.loads((wanted.home / "manifest.json").read_text()))
 
 
-# ---- which files ------------------------------------------------------------------------------------------------------------------------
+# ---- which files -------------------------------------------------------------------------------------------
 
 
 def test_links_multiply_nothing_and_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,12 +64,15 @@ def test_links_multiply_nothing_and_end(tmp_path: Path, capsys: pytest.CaptureFi
     assert read(inside) == {"a/x.txt": "x", "again/y.txt": "y"}
     told = capsys.readouterr().err
     assert all(
-        f"left out {inside / name}: a link to a folder that is read already" in told for name in ("a/up", "b", "other", "again/back")
+        f"left out {inside / name}: a link to a folder that is read already" in told
+        for name in ("a/up", "b", "other", "again/back")
     )
     assert read(inside / "**/*.txt") == {"a/x.txt": "x", "again/y.txt": "y"}
 
 
-def test_what_is_no_file_or_not_the_text_is_told_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_file_or_not_the_text_is_told_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     texts = tmp_path / "texts"
     (texts / "tokens").mkdir(parents=True)
     (texts / "tokens.partial").mkdir()
@@ -112,9 +118,18 @@ def served(tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_url_is_read_as_a_folder_is(tmp_path: Path, served: str, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url_is_read_as_a_folder_is(
+    tmp_path: Path, served: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("outgrow.train.corpus.read.files.TASK_BYTES", 1500)
-    here = DataSettings("t", "files", path=str(tmp_path / "www"), folder=str(tmp_path / "here"), vocab_size=280, validation_fraction=0.3)
+    here = DataSettings(
+        "t",
+        "files",
+        path=str(tmp_path / "www"),
+        folder=str(tmp_path / "here"),
+        vocab_size=280,
+        validation_fraction=0.3,
+    )
     there = replace(here, path=f"{served}/", folder=str(tmp_path / "there"), workers=workers)
     assert prepare(there, progress=False).fingerprint == prepare(here, progress=False).fingerprint
 
@@ -123,11 +138,14 @@ def test_a_url_is_read_as_a_folder_is(tmp_path: Path, served: str, workers: int,
 def test_a_store_that_refuses_is_told(served: str) -> None:
     with pytest.raises(UserError, match=r"http://127\.0\.0\.1:\d+/none\.jsonl: cannot be (listed|read)"):
         read(f"{served}/none.jsonl")
-    with pytest.raises(UserError, match=r"data\.path=nosuch://bucket/x: cannot be listed \(ValueError: Protocol not known: nosuch"):
+    with pytest.raises(
+        UserError,
+        match=r"data\.path=nosuch://bucket/x: cannot be listed \(ValueError: Protocol not known: nosuch",
+    ):
         read("nosuch://bucket/x")
 
 
-# ---- what is in them --------------------------------------------------------------------------------------------------------------------
+# ---- what is in them ---------------------------------------------------------------------------------------
 
 LINES = '{"text": "Grüße"}\n{"text": "世界"}\n'
 
@@ -143,7 +161,9 @@ def test_a_byte_order_mark_says_the_encoding(tmp_path: Path, encoding: str) -> N
     assert tally == Tally()
 
 
-@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "text".encode("utf-16-le"), bytes(range(128, 256)) * 3])
+@pytest.mark.parametrize(
+    "content", [b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "text".encode("utf-16-le"), bytes(range(128, 256)) * 3]
+)
 def test_binary_files_are_counted_not_read(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.txt").write_bytes(content)
     (tmp_path / "b.txt").write_text("text")
@@ -155,11 +175,24 @@ def test_binary_files_are_counted_not_read(tmp_path: Path, content: bytes) -> No
 def test_tables_and_strange_json_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('text,n\n"two\nlines",1\n"with, comma",2\n')
     (tmp_path / "b.tsv").write_text("n\ttext\n1\ttabbed\n")
-    (tmp_path / "c.jsonl").write_text(f'{{"n": {"9" * 10_000}, "text": "long number"}}\n{{"text": "line\u2028separator"}}\n')
-    assert list(read(tmp_path).values()) == ["two\nlines", "with, comma", "tabbed", "long number", "line\u2028separator"]
+    (tmp_path / "c.jsonl").write_text(
+        f'{{"n": {"9" * 10_000}, "text": "long number"}}\n{{"text": "line\u2028separator"}}\n'
+    )
+    assert list(read(tmp_path).values()) == [
+        "two\nlines",
+        "with, comma",
+        "tabbed",
+        "long number",
+        "line\u2028separator",
+    ]
 
 
-KINDS = [pyarrow.string_view(), pyarrow.binary_view(), pyarrow.large_binary(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())]
+KINDS = [
+    pyarrow.string_view(),
+    pyarrow.binary_view(),
+    pyarrow.large_binary(),
+    pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -199,10 +232,12 @@ def test_large_rows_of_a_small_parquet_file_take_a_few_of_them_at_a_time(tmp_pat
     assert python < 40 * 2**20
 
 
-# ---- the split --------------------------------------------------------------------------------------------------------------------------
+# ---- the split ---------------------------------------------------------------------------------------------
 
 
-def test_copies_lie_on_one_side_of_the_split_and_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_copies_lie_on_one_side_of_the_split_and_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     texts = tmp_path / "texts"
     texts.mkdir()
     for i in range(60):
@@ -218,10 +253,14 @@ def test_copies_lie_on_one_side_of_the_split_and_are_told(tmp_path: Path, capsys
 def test_a_book_is_split_at_a_paragraph(tmp_path: Path) -> None:
     book = "\n\n".join(f"Paragraph {i}. It says something of its own, {i * i}." for i in range(200))
     (tmp_path / "book.txt").write_text(book)
-    settings = DataSettings("t", "files", path=str(tmp_path / "book.txt"), folder=str(tmp_path / "tokens"), vocab_size=280)
+    settings = DataSettings(
+        "t", "files", path=str(tmp_path / "book.txt"), folder=str(tmp_path / "tokens"), vocab_size=280
+    )
     data = prepare(settings, progress=False)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(data.tokenizer_folder)
-    first, last = (tokenizer.decode(split.tokens[: split.count - 1]) for split in (data.train, data.validation))
+    first, last = (
+        tokenizer.decode(split.tokens[: split.count - 1]) for split in (data.train, data.validation)
+    )
     assert first + last == book
     assert first.endswith("\n\n")
     assert 0.03 < len(last) / len(book) < 0.06
@@ -245,7 +284,7 @@ def test_cleaning_that_leaves_nothing_says_so(tmp_path: Path) -> None:
         prepared(texts, clean=CleaningSettings(normalise=True))
 
 
-# ---- duplicates and benchmarks ----------------------------------------------------------------------------------------------------------
+# ---- duplicates and benchmarks -----------------------------------------------------------------------------
 
 
 def similarity(one: str, other: str, kind: str) -> float:
@@ -261,8 +300,14 @@ def test_code_that_differs_in_operators_numbers_or_indentation_is_not_the_same()
         "indentation": one.replace("\n        ", "\n    "),
     }
     assert similarity(one, one.replace("(x)", "( x )"), "code") == 1  # spaces within a line play no part
-    assert {name: similarity(one, other, "code") < 0.8 for name, other in changes.items()} == dict.fromkeys(changes, True)
-    assert similarity(one, changes["operators"], "prose") == similarity(one, changes["indentation"], "prose") == 1
+    assert {name: similarity(one, other, "code") < 0.8 for name, other in changes.items()} == dict.fromkeys(
+        changes, True
+    )
+    assert (
+        similarity(one, changes["operators"], "prose")
+        == similarity(one, changes["indentation"], "prose")
+        == 1
+    )
 
 
 def test_near_copies_are_found_in_scripts_without_spaces() -> None:
@@ -279,7 +324,9 @@ def test_a_similarity_of_almost_one_finds_the_copies(tmp_path: Path, threshold: 
     texts.mkdir()
     for i in range(12):
         (texts / f"{i:02d}.txt").write_text(" ".join(f"word{i % 6}x{j}" for j in range(50)) + "." * (i // 6))
-    removed = prepared(texts, validation_fraction=0.3, clean=CleaningSettings(near_duplicates=threshold))["cleaning"]["removed"]  # type: ignore[index]
+    removed = prepared(texts, validation_fraction=0.3, clean=CleaningSettings(near_duplicates=threshold))[
+        "cleaning"
+    ]["removed"]  # type: ignore[index]
     assert removed["near_duplicate"]["documents"] == 6
     assert bands(threshold)[0] == 1
 
@@ -296,7 +343,9 @@ FORMS = {
 
 def overlaps(folder: Path, text: str) -> list[str]:
     write_benchmarks(str(folder), folder.parent / "n.npz")
-    hits = read_benchmarks(folder.parent / "n.npz", time.monotonic_ns()).overlaps(words(text), word_hashes(words(text)))
+    hits = read_benchmarks(folder.parent / "n.npz", time.monotonic_ns()).overlaps(
+        words(text), word_hashes(words(text))
+    )
     return [detail for _, detail in hits]
 
 
@@ -313,8 +362,12 @@ def test_a_benchmark_is_found_in_every_spelling(tmp_path: Path, form: str, encod
 def test_short_items_and_items_without_spaces_are_looked_for_as_a_whole(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     items = ["What is the capital of France?", "他是从哪里来的\u2028谁知道他要去哪里", "too short"]
-    (tmp_path / "b" / "a.jsonl").write_text("\n".join(json.dumps({"q": item}, ensure_ascii=False) for item in items))
-    assert overlaps(tmp_path / "b", "He asked what is the capital of France, and left") == ["a.jsonl: what is the capital of france"]
+    (tmp_path / "b" / "a.jsonl").write_text(
+        "\n".join(json.dumps({"q": item}, ensure_ascii=False) for item in items)
+    )
+    assert overlaps(tmp_path / "b", "He asked what is the capital of France, and left") == [
+        "a.jsonl: what is the capital of france"
+    ]
     assert overlaps(tmp_path / "b", "what is the capital of Spain") == []
     assert overlaps(tmp_path / "b", "问：他是从哪里来的谁知道他要去哪里。")
     assert write_benchmarks(str(tmp_path / "b"), tmp_path / "n.npz")["too_short"] == 1
@@ -329,22 +382,29 @@ def test_boilerplate_removes_nothing_and_is_told(tmp_path: Path, capsys: pytest.
     (tests / "a.txt").write_text(f"{licence} {secret}")
     for i in range(40):
         (texts / f"{i:02d}.txt").write_text(f"{licence}. Text number {i}. {secret if i == 7 else ''}")
-    cleaning = prepared(texts, validation_fraction=0.3, clean=CleaningSettings(benchmarks=str(tests)))["cleaning"]
+    cleaning = prepared(texts, validation_fraction=0.3, clean=CleaningSettings(benchmarks=str(tests)))[
+        "cleaning"
+    ]
     assert cleaning["removed"]["benchmark_overlap"]["documents"] == 1  # type: ignore[index]
     assert "boilerplate, in more than 10 documents, removes none: a.txt: " in capsys.readouterr().err
 
 
-# ---- tokens -----------------------------------------------------------------------------------------------------------------------------
+# ---- tokens ------------------------------------------------------------------------------------------------
 
 
 def unigram() -> PreTrainedTokenizerFast:
-    """A tokenizer of SentencePiece's kind, whose vocabulary holds the end of text, and whose own call begins with <s>."""
+    """A tokenizer of SentencePiece's kind, whose vocabulary holds the end of text, and whose own call begins
+    with <s>."""
     pieces = ["<s>", "</s>", "<unk>", "▁", *"abc<s>/", "▁a", "▁b"]
-    scores = [(piece, 0.0 if i < 3 else -1.0 - len(piece) / 10) for i, piece in enumerate(dict.fromkeys(pieces))]
+    scores = [
+        (piece, 0.0 if i < 3 else -1.0 - len(piece) / 10) for i, piece in enumerate(dict.fromkeys(pieces))
+    ]
     inner = Tokenizer(models.Unigram(scores, unk_id=2))
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
     inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def test_an_end_of_text_that_is_spelt_out_is_text_for_unigram_too() -> None:
@@ -360,7 +420,9 @@ def test_what_the_tokenizers_own_call_puts_in_front_is_written(tmp_path: Path) -
     texts.mkdir()
     for i in range(12):
         (texts / f"{i:02d}.txt").write_text("a b " * (i + 1))
-    settings = DataSettings("t", "files", path=str(texts), folder=str(tmp_path / "tokens"), tokenizer=str(tmp_path / "tokenizer"))
+    settings = DataSettings(
+        "t", "files", path=str(texts), folder=str(tmp_path / "tokens"), tokenizer=str(tmp_path / "tokenizer")
+    )
     data = prepare(replace(settings, validation_fraction=0.3), progress=False)
     ids = data.train.tokens[:]
     starts = np.concatenate([[0], np.flatnonzero(ids == 1)[:-1] + 1])

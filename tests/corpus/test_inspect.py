@@ -47,10 +47,18 @@ def score(folder: Path) -> None:
     kept = pyarrow.parquet.read_table(folder / "documents.parquet")
     scores = pyarrow.array(np.linspace(0.5, 1, kept.num_rows), pyarrow.float32())
     pyarrow.parquet.write_table(kept.set_column(4, "score", scores), folder / "documents.parquet")
-    gone = [{"document": f"{i}", "bytes": 1, "reason": "low_score", "detail": f"{i / 50:.3f}"} for i in range(20)]
+    gone = [
+        {"document": f"{i}", "bytes": 1, "reason": "low_score", "detail": f"{i / 50:.3f}"} for i in range(20)
+    ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(gone), folder / "removed.parquet")
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["cleaning"]["filter"] = {"keep": 0.5, "kept": kept.num_rows, "scored": 20 + kept.num_rows, "threshold": 0.5, "ties": 1}
+    manifest["cleaning"]["filter"] = {
+        "keep": 0.5,
+        "kept": kept.num_rows,
+        "scored": 20 + kept.num_rows,
+        "threshold": 0.5,
+        "ties": 1,
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -83,7 +91,9 @@ def test_scores_of_kept_and_removed_are_counted(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_writes_a_table_and_a_picture(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_a_table_and_a_picture(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     score(folder)
     main(["inspect", f"folders=[{folder},{folder}]", f"out={tmp_path / 'seen'}", "check=true"])
     text = capsys.readouterr().out
@@ -95,7 +105,9 @@ def test_the_command_writes_a_table_and_a_picture(folder: Path, tmp_path: Path, 
     assert (tmp_path / "seen" / "inspection.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_cannot_be_inspected_is_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_inspected_is_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UserError, match="no tokens here"):
         inspect(tmp_path / "nowhere", samples=1, characters=1, seed=0)
     (folder / "documents.parquet").unlink()

@@ -1,4 +1,5 @@
-"""Mixtures: whose turn a row is, counted exactly; every window once per pass; and what a mixture cannot be."""
+"""Mixtures: whose turn a row is, counted exactly; every window once per pass; and what a mixture cannot
+be."""
 
 from __future__ import annotations
 
@@ -20,7 +21,13 @@ from outgrow.model.base.errors import UserError
 from outgrow.train.corpus import prepare
 from outgrow.train.data.batches import batch
 from outgrow.train.data.mixture import Mixture, apart, mix, mixed
-from outgrow.train.data.settings import DataSettings, MixtureSettings, PhaseSettings, SourceSettings, mixture_disagreements
+from outgrow.train.data.settings import (
+    DataSettings,
+    MixtureSettings,
+    PhaseSettings,
+    SourceSettings,
+    mixture_disagreements,
+)
 from outgrow.train.data.shards import Tokens, TokenSplit
 
 CONTEXT = 8
@@ -37,7 +44,9 @@ def make_split(first: int, windows: int) -> TokenSplit:
 SPLITS = {name: make_split(1000 * i, windows) for i, (name, windows) in enumerate(WINDOWS.items())}
 
 
-def make(*phases: PhaseSettings, rows: int = 0, splits: dict[str, TokenSplit] | None = None, **most: float) -> Mixture:
+def make(
+    *phases: PhaseSettings, rows: int = 0, splits: dict[str, TokenSplit] | None = None, **most: float
+) -> Mixture:
     splits = splits or SPLITS
     sources = {name: SourceSettings(UNUSED, most.get(name)) for name in splits}
     return mix(MixtureSettings("m", sources, phases), splits, context=CONTEXT, rows=rows)
@@ -51,13 +60,15 @@ def drawn(mixture: Mixture, rows: int, *, batch_size: int = 1, seed: int = 0) ->
     """(source, window) of each of the first rows."""
     names = list(WINDOWS)
     found = [
-        row for step in range(rows // batch_size) for row in batch(mixture, seed=seed, step=step, batch_size=batch_size, context=CONTEXT)
+        row
+        for step in range(rows // batch_size)
+        for row in batch(mixture, seed=seed, step=step, batch_size=batch_size, context=CONTEXT)
     ]
     assert all((np.diff(row) == 1).all() for row in found)
     return [(names[int(row[0]) // 1000], int(row[0]) % 1000 // CONTEXT) for row in found]
 
 
-# ---- whose turn it is -----------------------------------------------------------------------------------------------------------------
+# ---- whose turn it is --------------------------------------------------------------------------------------
 
 
 def test_turns_are_spread_as_evenly_as_they_can() -> None:
@@ -66,7 +77,12 @@ def test_turns_are_spread_as_evenly_as_they_can() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"web": 0.4, "books": 0.4, "code": 0.2}, {"web": 0.857, "books": 0.143}, {"web": 0.98, "books": 0.013, "code": 0.007}]
+    "given",
+    [
+        {"web": 0.4, "books": 0.4, "code": 0.2},
+        {"web": 0.857, "books": 0.143},
+        {"web": 0.98, "books": 0.013, "code": 0.007},
+    ],
 )
 def test_after_any_number_of_rows_each_source_has_its_share(given: dict[str, float]) -> None:
     mixture, rows = make(weights(**given)), 3000
@@ -84,17 +100,24 @@ def test_after_any_number_of_rows_each_source_has_its_share(given: dict[str, flo
 
 
 def test_any_rows_in_any_order_are_the_rows_of_the_whole() -> None:
-    mixture, settings = make(weights(200, web=0.6, code=0.4), weights(books=1.0)), {"seed": 1, "batch_size": 12, "context": CONTEXT}
+    mixture, settings = (
+        make(weights(200, web=0.6, code=0.4), weights(books=1.0)),
+        {"seed": 1, "batch_size": 12, "context": CONTEXT},
+    )
     whole = [batch(mixture, step=step, **settings) for step in range(6)]
     for step in (4, 0, 5, 2):
-        shares = [batch(mixture, step=step, start=start, stop=stop, **settings) for start, stop in ((0, 3), (3, 6), (6, 6), (6, None))]
+        shares = [
+            batch(mixture, step=step, start=start, stop=stop, **settings)
+            for start, stop in ((0, 3), (3, 6), (6, 6), (6, None))
+        ]
         assert (np.concatenate(shares) == whole[step]).all()
     assert drawn(mixture, 72, batch_size=12) == drawn(mixture, 72)
     assert drawn(mixture, 72, seed=1) != drawn(mixture, 72)
 
 
 def test_rounding_of_thirds_is_exact_far_out() -> None:
-    """Floats would be wrong here: 0.1 × 10**15 rows is not a whole number of them, and a sum of 10**15 steps drifts."""
+    """Floats would be wrong here: 0.1 × 10**15 rows is not a whole number of them, and a sum of 10**15 steps
+    drifts."""
     mixture = make(weights(web=0.7000000001, books=0.2, code=0.0999999999))
     start = 10**15
     assert mixture.counts(start) == {"web": 7 * 10**14 + 10**5, "books": 2 * 10**14, "code": 10**14 - 10**5}
@@ -102,7 +125,7 @@ def test_rounding_of_thirds_is_exact_far_out() -> None:
     assert first == {id(SPLITS[name]): count for name, count in mixture.counts(start).items()}
 
 
-# ---- passes and phases ----------------------------------------------------------------------------------------------------------------
+# ---- passes and phases -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 31])
@@ -122,7 +145,12 @@ def test_every_window_comes_once_per_pass_before_any_comes_again(batch_size: int
 
 
 def test_phases_follow_each_other_and_a_source_goes_on_where_it_was() -> None:
-    mixture = make(weights(80, web=1.0), weights(80, books=0.5, web=0.5), PhaseSettings(passes={"code": 1, "web": 0.5}), weights(books=1.0))
+    mixture = make(
+        weights(80, web=1.0),
+        weights(80, books=0.5, web=0.5),
+        PhaseSettings(passes={"code": 1, "web": 0.5}),
+        weights(books=1.0),
+    )
     order = drawn(mixture, 60)
     parts = [order[:10], order[10:20], order[20:47], order[47:]]
     assert [dict(Counter(name for name, _ in part)) for part in parts] == [
@@ -144,13 +172,15 @@ def test_two_sources_of_one_text_are_read_in_different_orders() -> None:
     orders: dict[int, list[int]] = {}
     for i in range(80):
         [share] = mixture.shares(np.array([i]))
-        orders.setdefault(share.key, []).append(int(batch(mixture, seed=0, step=i, batch_size=1, context=CONTEXT)[0, 0]))
+        orders.setdefault(share.key, []).append(
+            int(batch(mixture, seed=0, step=i, batch_size=1, context=CONTEXT)[0, 0])
+        )
     first, second = orders.values()
     assert sorted(first) == sorted(second)
     assert first != second
 
 
-# ---- 10**12 tokens --------------------------------------------------------------------------------------------------------------------
+# ---- 10**12 tokens -----------------------------------------------------------------------------------------
 
 
 class Counting:
@@ -174,7 +204,9 @@ def test_a_batch_of_a_trillion_tokens_costs_what_a_batch_costs() -> None:
     splits = {name: TokenSplit("train", Counting(size), 1, size) for name, size in sizes.items()}  # type: ignore[arg-type]
     sources = {name: SourceSettings(UNUSED) for name in sizes}
     settings = MixtureSettings(
-        "m", sources, (PhaseSettings(weights={"web": 0.7, "code": 0.2, "books": 0.1}, tokens=10**12), weights(web=1))
+        "m",
+        sources,
+        (PhaseSettings(weights={"web": 0.7, "code": 0.2, "books": 0.1}, tokens=10**12), weights(web=1)),
     )
     mixture = mix(settings, splits, context=context, rows=2 * 10**12 // context)
     tracemalloc.start()
@@ -192,20 +224,32 @@ def test_a_batch_of_a_trillion_tokens_costs_what_a_batch_costs() -> None:
 
 
 def test_windows_of_a_large_source_are_drawn_evenly_and_differently() -> None:
-    splits = {"web": TokenSplit("train", Counting(8 * 10**11 + 1), 1, 1), "code": TokenSplit("train", Counting(8 * 10**6 + 1), 1, 1)}  # type: ignore[arg-type]
+    splits = {
+        "web": TokenSplit("train", Counting(8 * 10**11 + 1), 1, 1),
+        "code": TokenSplit("train", Counting(8 * 10**6 + 1), 1, 1),
+    }  # type: ignore[arg-type]
     mixture = make(weights(web=0.5, code=0.5), splits=splits)
     rows = batch(mixture, seed=0, step=3, batch_size=40_000, context=CONTEXT)
-    web = np.concatenate([rows[share.rows, 0] for share in mixture.shares(np.arange(120_000, 160_000)) if share.split is splits["web"]])
+    web = np.concatenate(
+        [
+            rows[share.rows, 0]
+            for share in mixture.shares(np.arange(120_000, 160_000))
+            if share.split is splits["web"]
+        ]
+    )
     assert len(np.unique(web)) == len(web) == 20_000
     counts = np.histogram(web, bins=10, range=(0, 8 * 10**11))[0]
     assert (np.abs(counts - 2000) < 5 * np.sqrt(2000)).all()
 
 
-# ---- faults ---------------------------------------------------------------------------------------------------------------------------
+# ---- faults ------------------------------------------------------------------------------------------------
 
 
 def faults(*phases: PhaseSettings, tokenizer: str | None = None, **most: Any) -> list[str]:
-    sources = {name: SourceSettings(dataclasses.replace(UNUSED, tokenizer=tokenizer), most.get(name)) for name in WINDOWS}
+    sources = {
+        name: SourceSettings(dataclasses.replace(UNUSED, tokenizer=tokenizer), most.get(name))
+        for name in WINDOWS
+    }
     return mixture_disagreements(MixtureSettings("m", sources, phases), UNUSED)
 
 
@@ -218,17 +262,35 @@ ALL = {"web": 0.5, "books": 0.3, "code": 0.2}
         ([], "mixture.phases: none"),
         ([PhaseSettings()], r"mixture.phases\[0\]: give either weights or passes"),
         ([PhaseSettings(weights=ALL, passes=ALL)], "give either weights or passes"),
-        ([weights(web=0.5, books=0.3, code=0.1)], r"mixture.phases\[0\].weights: must sum to 1; 0.5 \+ 0.3 \+ 0.1 = 0.9"),
-        ([weights(web=0.5, books=0.3, cod=0.2), weights(**ALL)], r"weights: unknown source 'cod'; did you mean 'code'\?"),
+        (
+            [weights(web=0.5, books=0.3, code=0.1)],
+            r"mixture.phases\[0\].weights: must sum to 1; 0.5 \+ 0.3 \+ 0.1 = 0.9",
+        ),
+        (
+            [weights(web=0.5, books=0.3, cod=0.2), weights(**ALL)],
+            r"weights: unknown source 'cod'; did you mean 'code'\?",
+        ),
         ([weights(web=1.2, books=-0.2, code=0.0)], "weights.books: must be positive; found -0.2"),
         ([weights(0, **ALL)], "tokens: must be positive"),
         ([PhaseSettings(passes=ALL, tokens=5)], "passes say how long the phase is"),
-        ([weights(**ALL), weights(**ALL)], r"mixture.phases\[0\].tokens: missing, and no share; only the last phase"),
-        ([PhaseSettings(weights=ALL, share=1.2)], r"mixture.phases\[0\].share: with weights and without tokens, .* found 1.2"),
+        (
+            [weights(**ALL), weights(**ALL)],
+            r"mixture.phases\[0\].tokens: missing, and no share; only the last phase",
+        ),
+        (
+            [PhaseSettings(weights=ALL, share=1.2)],
+            r"mixture.phases\[0\].share: with weights and without tokens, .* found 1.2",
+        ),
         ([PhaseSettings(weights=ALL, share=0.5, tokens=5)], "share: with weights and without tokens"),
         ([PhaseSettings(passes=ALL, share=0.5)], "share: with weights and without tokens"),
-        ([PhaseSettings(weights=ALL, share=0.6)] * 2, "mixture.phases: their shares are 1.2 of the run together; at most 1"),
-        ([weights(web=0.5, books=0.5)], "mixture.sources.code: in no phase; give it a weight, or leave it out"),
+        (
+            [PhaseSettings(weights=ALL, share=0.6)] * 2,
+            "mixture.phases: their shares are 1.2 of the run together; at most 1",
+        ),
+        (
+            [weights(web=0.5, books=0.5)],
+            "mixture.sources.code: in no phase; give it a weight, or leave it out",
+        ),
     ],
 )
 def test_what_a_mixture_cannot_be(phases: list[PhaseSettings], fault: str) -> None:
@@ -239,44 +301,82 @@ def test_what_a_mixture_cannot_be(phases: list[PhaseSettings], fault: str) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [10, 50, 1000, 999])
 def test_phases_in_shares_of_the_run_fit_any_budget(rows: int) -> None:
-    mixture = make(PhaseSettings(weights={"web": 0.5, "books": 0.5}, share=0.94), PhaseSettings(weights={"code": 1.0}), rows=rows)
+    mixture = make(
+        PhaseSettings(weights={"web": 0.5, "books": 0.5}, share=0.94),
+        PhaseSettings(weights={"code": 1.0}),
+        rows=rows,
+    )
     last = rows - round(Fraction(94, 100) * rows)
     assert mixture.counts(rows)["code"] == last
     names = [name for name, _ in drawn(mixture, rows)]
     assert names[-last:] == ["code"] * last
     assert "code" not in names[:-last]
-    exact = make(PhaseSettings(weights={"web": 1.0}, share=0.3), PhaseSettings(weights={"books": 0.5, "code": 0.5}, share=0.7), rows=rows)
+    exact = make(
+        PhaseSettings(weights={"web": 1.0}, share=0.3),
+        PhaseSettings(weights={"books": 0.5, "code": 0.5}, share=0.7),
+        rows=rows,
+    )
     assert sum(exact.counts(rows).values()) == rows
 
 
 def test_a_mixture_that_holds_has_no_faults() -> None:
     assert faults(weights(100, **ALL), PhaseSettings(passes={"web": 1, "books": 2.5})) == []
     assert "max_passes: must be positive" in faults(weights(**ALL), web=0)[0]
-    assert "a model reads with one only; set data.tokenizer=other" in faults(weights(**ALL), tokenizer="other")[0]
+    assert (
+        "a model reads with one only; set data.tokenizer=other"
+        in faults(weights(**ALL), tokenizer="other")[0]
+    )
 
 
 def test_a_source_that_ends_early_is_told_before_the_run() -> None:
     make(weights(**ALL), rows=70, code=2)
     with pytest.raises(
-        UserError, match=r"mixture.sources.code: it ends early: the run asks for 128 of its tokens, and it has 56 × max_passes=2;"
+        UserError,
+        match=(
+            r"mixture.sources.code: it ends early: the run asks for 128 of its tokens, and it has 56 × "
+            r"max_passes=2;"
+        ),
     ):
         make(weights(**ALL), rows=75, code=2)
     with pytest.raises(UserError, match="its phases end after 80 tokens, and the run reads 88; lower"):
         make(weights(80, **ALL), rows=11)
-    with pytest.raises(UserError, match=r"mixture.sources.b: its training part has 8 tokens, less than one window of 8 \+ 1"):
-        make(weights(a=0.5, b=0.5), splits={"a": SPLITS["web"], "b": TokenSplit("train", Tokens([np.arange(8)]), 1, 8)})
+    with pytest.raises(
+        UserError, match=r"mixture.sources.b: its training part has 8 tokens, less than one window of 8 \+ 1"
+    ):
+        make(
+            weights(a=0.5, b=0.5),
+            splits={"a": SPLITS["web"], "b": TokenSplit("train", Tokens([np.arange(8)]), 1, 8)},
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "fault"),
     [
-        ("+mixture.sources.stdlib.max_pases=3", "mixture.sources.stdlib.max_pases: unknown key; did you mean 'max_passes'?"),
-        ("+mixture.sources.stdlib.max_passes=often", "mixture.sources.stdlib.max_passes: expected a number; found 'often'"),
-        ("mixture.sources.textbooks.data.corpus=textbook", "mixture.sources.textbooks.data.corpus: unknown value 'textbook'"),
-        ("mixture.phases=[{weights:{stdlib:half,textbooks:0.5}}]", "mixture.phases[0].weights.stdlib: expected a number; found 'half'"),
-        ("mixture.phases=[{weights:{stdlib:0.6,textbooks:0.3}}]", "mixture.phases[0].weights: must sum to 1; 0.6 + 0.3 = 0.9"),
-        ("mixture.sources.textbooks.data.limit_documents=null", "mixture.sources.textbooks.data.limit_documents: missing"),
+        (
+            "+mixture.sources.stdlib.max_pases=3",
+            "mixture.sources.stdlib.max_pases: unknown key; did you mean 'max_passes'?",
+        ),
+        (
+            "+mixture.sources.stdlib.max_passes=often",
+            "mixture.sources.stdlib.max_passes: expected a number; found 'often'",
+        ),
+        (
+            "mixture.sources.textbooks.data.corpus=textbook",
+            "mixture.sources.textbooks.data.corpus: unknown value 'textbook'",
+        ),
+        (
+            "mixture.phases=[{weights:{stdlib:half,textbooks:0.5}}]",
+            "mixture.phases[0].weights.stdlib: expected a number; found 'half'",
+        ),
+        (
+            "mixture.phases=[{weights:{stdlib:0.6,textbooks:0.3}}]",
+            "mixture.phases[0].weights: must sum to 1; 0.6 + 0.3 = 0.9",
+        ),
+        (
+            "mixture.sources.textbooks.data.limit_documents=null",
+            "mixture.sources.textbooks.data.limit_documents: missing",
+        ),
         ("mixture=tiny_textbook", "unknown mixture; did you mean 'tiny_textbooks'"),
     ],
 )
@@ -293,7 +393,9 @@ def test_where_a_source_lies_is_no_part_of_what_a_run_is() -> None:
     from outgrow.train.settings import compose, settings_hash
 
     def hash_of(*more: str) -> str:
-        return settings_hash(compose(["growth=scratch", "target=tiny_target", "mixture=tiny_textbooks", *more]))
+        return settings_hash(
+            compose(["growth=scratch", "target=tiny_target", "mixture=tiny_textbooks", *more])
+        )
 
     assert hash_of("mixture.sources.textbooks.data.folder=elsewhere") == hash_of()
     assert hash_of("mixture.sources.textbooks.data.seed=1") != hash_of()
@@ -305,17 +407,34 @@ def test_runs_that_were_begun_before_there_were_shares_go_on() -> None:
     from outgrow.train.settings import compose, identity
 
     settings = compose(["growth=scratch", "target=tiny_target", "mixture=tiny_textbooks"])
-    assert {"share", "data_dir"}.isdisjoint(key for phase in identity(settings)["mixture.phases"] for key in phase)
+    assert {"share", "data_dir"}.isdisjoint(
+        key for phase in identity(settings)["mixture.phases"] for key in phase
+    )
     assert not any(key.endswith("data_dir") for key in identity(settings))
-    assert identity(compose(["growth=scratch", "target=tiny_target", "data=the_stack"]))["data.data_dir"] == "data/python"
-    with pytest.raises(UserError, match=r"schedule\.horizons: a phase of the mixture lasts a share of the run"):
-        compose(["experiment=when_growth_pays", "growth=scratch", "data=the_stack", "mixture=phi_1", "data.tokenizer=microsoft/phi-1_5"])
+    assert (
+        identity(compose(["growth=scratch", "target=tiny_target", "data=the_stack"]))["data.data_dir"]
+        == "data/python"
+    )
+    with pytest.raises(
+        UserError, match=r"schedule\.horizons: a phase of the mixture lasts a share of the run"
+    ):
+        compose(
+            [
+                "experiment=when_growth_pays",
+                "growth=scratch",
+                "data=the_stack",
+                "mixture=phi_1",
+                "data.tokenizer=microsoft/phi-1_5",
+            ]
+        )
 
 
-# ---- from folders ---------------------------------------------------------------------------------------------------------------------
+# ---- from folders ------------------------------------------------------------------------------------------
 
 
-def test_sources_are_cut_by_the_tokenizer_of_the_data_and_only_their_training_parts_are_read(tmp_path: Path) -> None:
+def test_sources_are_cut_by_the_tokenizer_of_the_data_and_only_their_training_parts_are_read(
+    tmp_path: Path,
+) -> None:
     def text(name: str, word: str) -> DataSettings:
         (tmp_path / name).mkdir()
         for i in range(12):
@@ -325,14 +444,18 @@ def test_sources_are_cut_by_the_tokenizer_of_the_data_and_only_their_training_pa
 
     own, other = text("own", "alpha"), text("other", "omega")
     data = prepare(own, progress=False)
-    settings = MixtureSettings("m", {"mine": SourceSettings(own), "more": SourceSettings(other)}, (weights(mine=0.5, more=0.5),))
+    settings = MixtureSettings(
+        "m", {"mine": SourceSettings(own), "more": SourceSettings(other)}, (weights(mine=0.5, more=0.5),)
+    )
     quietly = partial(prepare, progress=False)
     both = mixed(settings, own, data, quietly, context=16, rows=50)
     assert isinstance(both.train, Mixture)
     assert both.train.splits["mine"].count == data.train.count
     assert (both.validation, both.vocab_size) == (data.validation, data.vocab_size)
     assert both.fingerprint != data.fingerprint
-    assert sorted(path.name[:10] for path in tmp_path.iterdir() if path.is_dir() and "tokens" in path.name) == ["other-toke", "own-tokens"]
+    assert sorted(
+        path.name[:10] for path in tmp_path.iterdir() if path.is_dir() and "tokens" in path.name
+    ) == ["other-toke", "own-tokens"]
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_folder)
@@ -343,8 +466,17 @@ def test_sources_are_cut_by_the_tokenizer_of_the_data_and_only_their_training_pa
     less = dataclasses.replace(settings, phases=(weights(mine=0.2, more=0.8),))
     assert mixed(less, own, data, quietly, context=16, rows=50).fingerprint != both.fingerprint
     leaking = dataclasses.replace(own, seed=1)
-    with pytest.raises(UserError, match=r"reads the same text as data=own with another seed \(1, not 0\): text held out"):
-        mixed(MixtureSettings("m", {"mine": SourceSettings(leaking)}, (weights(mine=1),)), own, data, quietly, context=16, rows=50)
+    with pytest.raises(
+        UserError, match=r"reads the same text as data=own with another seed \(1, not 0\): text held out"
+    ):
+        mixed(
+            MixtureSettings("m", {"mine": SourceSettings(leaking)}, (weights(mine=1),)),
+            own,
+            data,
+            quietly,
+            context=16,
+            rows=50,
+        )
 
 
 def test_weights_are_the_numbers_as_written() -> None:
@@ -361,18 +493,38 @@ def test_a_run_trains_on_the_mixture_and_refuses_to_go_on_with_another(tmp_path:
         (tmp_path / name).mkdir()
         for i in range(12):
             (tmp_path / name / f"{i}.txt").write_text(f"{word}{i} " * 60)
-    sizes = "hidden_size:16,intermediate_size:32,num_hidden_layers:1,num_attention_heads:2,num_key_value_heads:2"
+    sizes = (
+        "hidden_size:16,intermediate_size:32,num_hidden_layers:1,num_attention_heads:2,num_key_value_heads:2"
+    )
     target = f"target={{model_type:phi,vocab_size:300,max_position_embeddings:32,tie_word_embeddings:false,{sizes}}}"
     small = ["context=16", "batch_tokens=64", "budget_tokens=256", "eval_tokens=64", "save_every_tokens=128"]
-    given = ["data=files", f"data.path={tmp_path / 'own'}", f"data.folder={tmp_path / 'tokens'}", "data.vocab_size=270"]
-    given += ["data.validation_fraction=0.3", "growth=scratch", target, "logger=none", "progress=false", *(f"train.{x}" for x in small)]
+    given = [
+        "data=files",
+        f"data.path={tmp_path / 'own'}",
+        f"data.folder={tmp_path / 'tokens'}",
+        "data.vocab_size=270",
+    ]
+    given += [
+        "data.validation_fraction=0.3",
+        "growth=scratch",
+        target,
+        "logger=none",
+        "progress=false",
+        *(f"train.{x}" for x in small),
+    ]
     settings = dataclasses.replace(compose(given), out=str(tmp_path / "run"))
-    more = dataclasses.replace(settings.data, name="more", path=str(tmp_path / "more"), folder=str(tmp_path / "more-tokens"))
+    more = dataclasses.replace(
+        settings.data, name="more", path=str(tmp_path / "more"), folder=str(tmp_path / "more-tokens")
+    )
     sources = {"own": SourceSettings(settings.data), "more": SourceSettings(more, max_passes=5)}
-    settings = dataclasses.replace(settings, mixture=MixtureSettings("m", sources, (weights(own=0.5, more=0.5),)))
+    settings = dataclasses.replace(
+        settings, mixture=MixtureSettings("m", sources, (weights(own=0.5, more=0.5),))
+    )
     folder = train(settings)
     run = json.loads((folder / "run.json").read_text())
-    assert run["settings"]["mixture"]["phases"] == [{"weights": {"own": 0.5, "more": 0.5}, "passes": None, "tokens": None, "share": None}]
+    assert run["settings"]["mixture"]["phases"] == [
+        {"weights": {"own": 0.5, "more": 0.5}, "passes": None, "tokens": None, "share": None}
+    ]
     assert run["data"]["tokens_read"] == {"own": 128, "more": 128}
     (folder / "summary.json").unlink()
     (tmp_path / "more" / "13.txt").write_text("omega " * 100)
@@ -380,7 +532,7 @@ def test_a_run_trains_on_the_mixture_and_refuses_to_go_on_with_another(tmp_path:
         train(settings)
 
 
-# ---- the presets -------------------------------------------------------------------------------------------------------------------------
+# ---- the presets -------------------------------------------------------------------------------------------
 
 SYNTHETIC, NATURAL, CODE, PHI_1 = {"synthetic"}, {"web"}, {"code"}, {"code", "textbooks", "exercises"}
 
@@ -432,5 +584,7 @@ def test_two_sources_of_one_leaf_have_a_folder_each() -> None:
 
 
 def test_passes_that_are_less_than_a_window_are_told() -> None:
-    with pytest.raises(UserError, match=r"passes of code: 0\.001 × \d+ windows is less than one window; raise it"):
+    with pytest.raises(
+        UserError, match=r"passes of code: 0\.001 × \d+ windows is less than one window; raise it"
+    ):
         make(PhaseSettings(passes={"web": 1, "code": 0.001}))

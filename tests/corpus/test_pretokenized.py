@@ -1,4 +1,5 @@
-"""Tokens that other tools made: every format read bit for bit, where it lies; the tokenizer is checked, cut files are told."""
+"""Tokens that other tools made: every format read bit for bit, where it lies; the tokenizer is checked, cut
+files are told."""
 
 from __future__ import annotations
 
@@ -40,14 +41,17 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 def cut(tokenizer: str, texts: list[str] = TEXTS) -> list[list[int]]:
     """The ids of each text, with their end of text."""
     loaded = load_tokenizer(tokenizer)
-    return [[*encoder(loaded).tokenizer.encode(text, add_special_tokens=False).ids, loaded.eos_token_id] for text in texts]
+    return [
+        [*encoder(loaded).tokenizer.encode(text, add_special_tokens=False).ids, loaded.eos_token_id]
+        for text in texts
+    ]
 
 
 def flat(documents: list[list[int]], dtype: str = "<u2") -> np.ndarray:
     return np.concatenate(documents).astype(dtype)
 
 
-# ---- the formats, written as their tools write them -----------------------------------------------------------------------------------
+# ---- the formats, written as their tools write them --------------------------------------------------------
 
 
 def raw(path: Path, documents: list[list[int]], dtype: str = "<u2") -> Path:
@@ -107,7 +111,17 @@ def datatrove_wide(folder: Path, documents: list[list[int]]) -> Path:
 
 
 Writer = Callable[[Path, list[list[int]]], Path]
-FORMATS: list[Writer] = [datatrove, datatrove_wide, megatron, megatron_wide, olmo, numpy_saved, nanogpt, nanogpt_wide, llm_c]
+FORMATS: list[Writer] = [
+    datatrove,
+    datatrove_wide,
+    megatron,
+    megatron_wide,
+    olmo,
+    numpy_saved,
+    nanogpt,
+    nanogpt_wide,
+    llm_c,
+]
 
 
 @pytest.fixture(params=FORMATS, ids=lambda writer: writer.__name__)
@@ -116,7 +130,14 @@ def writer(request: pytest.FixtureRequest) -> Writer:
 
 
 def settings(tmp_path: Path, tokenizer: str, path: Path, **more: object) -> DataSettings:
-    plain = DataSettings("t", "tokens", folder=str(tmp_path / "opened"), path=str(path), tokenizer=tokenizer, validation_fraction=0.2)
+    plain = DataSettings(
+        "t",
+        "tokens",
+        folder=str(tmp_path / "opened"),
+        path=str(path),
+        tokenizer=tokenizer,
+        validation_fraction=0.2,
+    )
     return replace(plain, **more)  # type: ignore[arg-type]
 
 
@@ -135,7 +156,8 @@ def test_every_format_is_read_where_it_lies(tmp_path: Path, tokenizer: str, writ
     kept = int(np.searchsorted(ends, held_out)) + 1
     assert (data.train.documents, data.validation.documents) == (kept, 60 - kept)
     assert data.train.bytes == sum(len(text.encode()) for text in TEXTS[:kept])
-    assert sorted(file.name for file in (tmp_path / "opened").iterdir()) == ["manifest.json", "tokenizer"]  # nothing is copied
+    # nothing is copied
+    assert sorted(file.name for file in (tmp_path / "opened").iterdir()) == ["manifest.json", "tokenizer"]
     assert data.end_of_text_id == 0
     assert data.vocab_size == VOCAB
     rows = batch(data.train, seed=0, step=0, batch_size=4, context=16)
@@ -158,7 +180,9 @@ def test_the_same_ids_have_the_same_fingerprint_wherever_they_lie(tmp_path: Path
     assert other.fingerprint != first.fingerprint
 
 
-def test_several_files_each_give_their_end_or_some_are_given_to_validate_on(tmp_path: Path, tokenizer: str) -> None:
+def test_several_files_each_give_their_end_or_some_are_given_to_validate_on(
+    tmp_path: Path, tokenizer: str
+) -> None:
     documents = cut(tokenizer)
     raw(tmp_path / "train.bin", documents[:40])
     raw(tmp_path / "val.bin", documents[40:])
@@ -181,7 +205,8 @@ def test_a_text_without_an_end_is_one_document(tmp_path: Path, tokenizer: str) -
 
 
 def test_megatron_s_own_writer_is_read(tmp_path: Path) -> None:
-    """Two documents, [5 6 | 7 8 0] of two sequences and [9 10 0], as megatron-core 0.16.1's IndexedDatasetBuilder wrote them."""
+    """Two documents, [5 6 | 7 8 0] of two sequences and [9 10 0], as megatron-core 0.16.1's
+    IndexedDatasetBuilder wrote them."""
     (tmp_path / "a.bin").write_bytes(bytes.fromhex("0500060007000800000009000a000000"))
     index = (
         "4d4d494449445800000100000000000000080300000000000000030000000000000002000000030000000300000000000000000000000400000000000000"
@@ -195,9 +220,14 @@ def test_megatron_s_own_writer_is_read(tmp_path: Path) -> None:
 
 
 def test_datatrove_s_own_files_are_read_as_it_reads_them(tmp_path: Path, tokenizer: str) -> None:
-    writing, reading = pytest.importorskip("datatrove.pipeline.tokens.tokenizer"), pytest.importorskip("datatrove.utils.dataset")
+    writing, reading = (
+        pytest.importorskip("datatrove.pipeline.tokens.tokenizer"),
+        pytest.importorskip("datatrove.utils.dataset"),
+    )
     documents = cut(tokenizer)
-    file = writing.TokenizedFile(str(tmp_path), "00000.ds", tokenizer_name_or_path=tokenizer, save_final_metadata=True)
+    file = writing.TokenizedFile(
+        str(tmp_path), "00000.ds", tokenizer_name_or_path=tokenizer, save_final_metadata=True
+    )
     for document in documents:
         file.write(document, None)
     file.close()
@@ -209,7 +239,7 @@ def test_datatrove_s_own_files_are_read_as_it_reads_them(tmp_path: Path, tokeniz
     assert len(read) > 500
 
 
-# ---- whose tokens -----------------------------------------------------------------------------------------------------------------------
+# ---- whose tokens ------------------------------------------------------------------------------------------
 
 
 def test_another_tokenizer_is_told(tmp_path: Path, tokenizer: str, writer: Writer) -> None:
@@ -217,7 +247,9 @@ def test_another_tokenizer_is_told(tmp_path: Path, tokenizer: str, writer: Write
     other = train_tokenizer(TEXTS[30:], vocab_size=VOCAB, model_max_length=256)
     other.save_pretrained(tmp_path / "other")
     path = writer(tmp_path, cut(tokenizer))
-    with pytest.raises(UserError, match=r"data\.tokenizer=.*other: it is not the tokenizer of .*of the ids are the same"):
+    with pytest.raises(
+        UserError, match=r"data\.tokenizer=.*other: it is not the tokenizer of .*of the ids are the same"
+    ):
         opened(tmp_path, str(tmp_path / "other"), path)
     assert not (tmp_path / "opened").exists()
 
@@ -227,22 +259,31 @@ def test_the_share_that_is_the_same_tells_tokenizers_apart(tokenizer: str) -> No
     pieces = [np.array(document) for document in cut(tokenizer, TEXTS[30:])]
     assert agreement(iter(pieces), load_tokenizer(tokenizer)) == 1.0
     assert agreement(iter(pieces), near) < SAME
-    assert agreement(iter([np.array([VOCAB - 1, VOCAB])]), load_tokenizer(tokenizer)) == 0.0  # an id of nobody
+    # an id of nobody
+    assert agreement(iter([np.array([VOCAB - 1, VOCAB])]), load_tokenizer(tokenizer)) == 0.0
 
 
 def test_an_id_that_the_tokenizer_has_not_is_told_with_its_place(tmp_path: Path, tokenizer: str) -> None:
     ids = flat(cut(tokenizer))
     ids[1234] = VOCAB
     ids.tofile(tmp_path / "a.bin")
-    with pytest.raises(UserError, match=r"a\.bin: the id at place 1,234 is 400, and data\.tokenizer has 400 entries"):
+    with pytest.raises(
+        UserError, match=r"a\.bin: the id at place 1,234 is 400, and data\.tokenizer has 400 entries"
+    ):
         opened(tmp_path, tokenizer, tmp_path / "a.bin")
 
 
 @pytest.mark.parametrize("writer", [datatrove, megatron])
-def test_documents_that_end_with_another_token_are_told(tmp_path: Path, tokenizer: str, writer: Writer) -> None:
+def test_documents_that_end_with_another_token_are_told(
+    tmp_path: Path, tokenizer: str, writer: Writer
+) -> None:
     documents = [[*document[:-1], 5] for document in cut(tokenizer)]
     with pytest.raises(
-        UserError, match=r"do not end with the end of text .*'<\|endoftext\|>', 0\), most often with .* \(5\).*--append-eod"
+        UserError,
+        match=(
+            r"do not end with the end of text .*'<\|endoftext\|>', 0\), most often with .* "
+            r"\(5\).*--append-eod"
+        ),
     ):
         opened(tmp_path, tokenizer, writer(tmp_path, documents))
 
@@ -261,7 +302,7 @@ def test_bytes_are_counted_from_ids(tokenizer: str) -> None:
     assert loaded.eos_token_id == 0
 
 
-# ---- what is refused --------------------------------------------------------------------------------------------------------------------
+# ---- what is refused ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("writer", [datatrove, datatrove_wide, megatron, megatron_wide, numpy_saved, llm_c])
@@ -310,7 +351,9 @@ def test_what_is_no_row_of_ids_is_told(tmp_path: Path, tokenizer: str) -> None:
     np.save(tmp_path / "real.npy", np.zeros(4, np.float32))
     np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
     (tmp_path / "empty.bin").write_bytes(b"")
-    with pytest.raises(UserError, match=r"(?s)4 faults:.*empty\.bin.*objects\.npy: an array.*real\.npy.*two\.npy"):
+    with pytest.raises(
+        UserError, match=r"(?s)4 faults:.*empty\.bin.*objects\.npy: an array.*real\.npy.*two\.npy"
+    ):
         opened(tmp_path, tokenizer, tmp_path)
     with pytest.raises(UserError, match="no such token file"):
         opened(tmp_path, tokenizer, tmp_path / "none.bin")
@@ -330,13 +373,20 @@ def test_a_loss_mask_is_not_passed_over(tmp_path: Path, tokenizer: str) -> None:
 def test_types_that_differ_are_told(tmp_path: Path, tokenizer: str) -> None:
     llm_c(tmp_path, cut(tokenizer))
     numpy_saved(tmp_path, cut(tokenizer))
-    with pytest.raises(UserError, match=r"ids of type uint16, and .*saved\.npy has int32; read them as two sources"):
+    with pytest.raises(
+        UserError, match=r"ids of type uint16, and .*saved\.npy has int32; read them as two sources"
+    ):
         opened(tmp_path, tokenizer, tmp_path)
 
 
 def test_what_cannot_be_asked_of_tokens_is_told_at_once() -> None:
     asked = DataSettings("t", "tokens", limit_tokens=5, clean=CleaningSettings(normalise=True))
-    assert [fault.split(":")[0] for fault in disagreements(asked)] == ["data.path", "data.tokenizer", "data.limit_tokens", "data.clean"]
+    assert [fault.split(":")[0] for fault in disagreements(asked)] == [
+        "data.path",
+        "data.tokenizer",
+        "data.limit_tokens",
+        "data.clean",
+    ]
 
 
 def test_a_file_that_changes_is_checked_again(tmp_path: Path, tokenizer: str) -> None:

@@ -1,4 +1,5 @@
-"""The same bytes whatever the number of workers and the executor, and after kill −9 at any moment, without doing again what was whole."""
+"""The same bytes whatever the number of workers and the executor, and after kill −9 at any moment, without
+doing again what was whole."""
 
 from __future__ import annotations
 
@@ -21,7 +22,24 @@ from outgrow.train.corpus.executors import pool
 from outgrow.train.corpus.settings import ExecutorSettings
 from outgrow.train.data import DataSettings
 
-WORDS = np.array(["the", "model", "grows", "a", "wider", "layer", "and", "deeper", "one", "while", "its", "logits", "stay", "same"])
+WORDS = np.array(
+    [
+        "the",
+        "model",
+        "grows",
+        "a",
+        "wider",
+        "layer",
+        "and",
+        "deeper",
+        "one",
+        "while",
+        "its",
+        "logits",
+        "stay",
+        "same",
+    ]
+)
 
 
 @pytest.fixture
@@ -34,17 +52,31 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataSettings:
         lines = [f'{{"text": "{" ".join(numbers.choice(WORDS, 60 + i))}"}}' for _ in range(10)]
         (texts / f"{i:02d}.jsonl").write_text("\n".join(lines))
     return DataSettings(
-        "t", "files", folder=str(tmp_path / "tokens"), path=str(texts), vocab_size=300, validation_fraction=0.2, shard_tokens=3000
+        "t",
+        "files",
+        folder=str(tmp_path / "tokens"),
+        path=str(texts),
+        vocab_size=300,
+        validation_fraction=0.2,
+        shard_tokens=3000,
     )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", [{}, {"limit_documents": 57}, {"limit_bytes": 20_000, "limit_tokens": 4000}])
-def test_the_number_of_workers_changes_no_byte(settings: DataSettings, tmp_path: Path, limit: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "limit", [{}, {"limit_documents": 57}, {"limit_bytes": 20_000, "limit_tokens": 4000}]
+)
+def test_the_number_of_workers_changes_no_byte(
+    settings: DataSettings, tmp_path: Path, limit: dict[str, int]
+) -> None:
     found = []
     for count in (1, 2):
         changed = replace(settings, folder=str(tmp_path / f"tokens{count}"), workers=count, **limit)
@@ -57,10 +89,14 @@ def test_the_number_of_workers_changes_no_byte(settings: DataSettings, tmp_path:
 
 
 @pytest.mark.slow
-def test_what_lies_behind_a_limit_may_be_broken_for_any_number_of_workers(settings: DataSettings, tmp_path: Path) -> None:
+def test_what_lies_behind_a_limit_may_be_broken_for_any_number_of_workers(
+    settings: DataSettings, tmp_path: Path
+) -> None:
     (Path(settings.path or "") / "07.jsonl").write_text("no JSON\n" * 10)
     for count in (1, 2):
-        changed = replace(settings, folder=str(tmp_path / f"tokens{count}"), workers=count, limit_documents=70)
+        changed = replace(
+            settings, folder=str(tmp_path / f"tokens{count}"), workers=count, limit_documents=70
+        )
         prepare(changed, progress=False)
         with pytest.raises(UserError, match=r"07\.jsonl:1: expected a JSON object"):
             prepare(replace(changed, limit_documents=71), progress=False)
@@ -70,8 +106,11 @@ class Killed(BaseException):
     """Nothing catches it to clean up: what is on disk stays as at a kill."""
 
 
-def tasks_done(settings: DataSettings, monkeypatch: pytest.MonkeyPatch, stage: str, stop: int | None = None) -> int:
-    """Prepare, and count the tasks that are done of a stage; before number `stop` of them, the build is killed."""
+def tasks_done(
+    settings: DataSettings, monkeypatch: pytest.MonkeyPatch, stage: str, stop: int | None = None
+) -> int:
+    """Prepare, and count the tasks that are done of a stage; before number `stop` of them, the build is
+    killed."""
     inner, count = executors._run_task, 0
 
     def counting(executor: executors.LocalExecutor, rank: int) -> None:
@@ -94,7 +133,9 @@ def tasks_done(settings: DataSettings, monkeypatch: pytest.MonkeyPatch, stage: s
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "stop"), [("read", 1), ("read", 15), ("tokenise", 7), ("pack", 2)])
-def test_tasks_that_are_done_are_not_done_again(settings: DataSettings, monkeypatch: pytest.MonkeyPatch, stage: str, stop: int) -> None:
+def test_tasks_that_are_done_are_not_done_again(
+    settings: DataSettings, monkeypatch: pytest.MonkeyPatch, stage: str, stop: int
+) -> None:
     whole = replace(settings, folder=settings.home.with_name("whole").as_posix())
     tasks = tasks_done(whole, monkeypatch, stage)
     assert tasks_done(settings, monkeypatch, stage, stop) == stop < tasks
@@ -104,7 +145,9 @@ def test_tasks_that_are_done_are_not_done_again(settings: DataSettings, monkeypa
 
 
 @pytest.mark.slow
-def test_after_a_change_what_other_files_were_read_to_is_kept(settings: DataSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_change_what_other_files_were_read_to_is_kept(
+    settings: DataSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tasks_done(settings, monkeypatch, "tokenise", 0)
     path, read = Path(settings.path or "") / "03.jsonl", list[str]()
     path.write_text(path.read_text().replace("model", "modal"))
@@ -171,7 +214,7 @@ def test_jobs_are_drawn_as_they_are_needed() -> None:
         assert list(results) == list(range(3, 100))
 
 
-# ---- a scheduler ------------------------------------------------------------------------------------------------------------------------
+# ---- a scheduler -------------------------------------------------------------------------------------------
 
 SBATCH = """#!{python}
 # A stand-in for sbatch: every task of the array at once, one after another, as Slurm would start it on a node.
@@ -225,7 +268,10 @@ def test_the_scheduler_makes_the_same_bytes_and_goes_on_after_a_killed_task(
     here, there = (replace(few, folder=str(tmp_path / name)) for name in ("here", "there"))
     prepare(here, progress=False)
     monkeypatch.setenv("KILL", "tokenise 1")
-    with pytest.raises(UserError, match=r"tokenise: Slurm job 17 has ended, and 1 of its 3 tasks are not done \(the first: 1\)"):
+    with pytest.raises(
+        UserError,
+        match=r"tokenise: Slurm job 17 has ended, and 1 of its 3 tasks are not done \(the first: 1\)",
+    ):
         prepare(there, progress=False, executor=SLURM)
     monkeypatch.delenv("KILL")
     prepare(there, progress=False, executor=SLURM)

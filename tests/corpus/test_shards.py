@@ -1,4 +1,5 @@
-"""Tokens on disk: what is written is the text, it is built once, whole or not at all, and rebuilt when it has to be."""
+"""Tokens on disk: what is written is the text, it is built once, whole or not at all, and rebuilt when it has
+to be."""
 
 from __future__ import annotations
 
@@ -25,7 +26,22 @@ from outgrow.train.data import DataSettings, TokenData, open_data
 from outgrow.train.data.shards import Tokens, dtype_of
 
 SKIPPED = ("empty_skipped", "too_long_skipped", "binary_skipped", "broken_skipped", "programs_failed")
-WORDS = ["the", "model", "grows", "a", "wider", "layer", "and", "a", "deeper", "one", "while", "its", "logits", "stay"]
+WORDS = [
+    "the",
+    "model",
+    "grows",
+    "a",
+    "wider",
+    "layer",
+    "and",
+    "a",
+    "deeper",
+    "one",
+    "while",
+    "its",
+    "logits",
+    "stay",
+]
 
 
 @pytest.fixture
@@ -38,7 +54,13 @@ def settings(tmp_path: Path) -> DataSettings:
         (texts / f"{i:02d}.txt").write_text(" ".join(numbers.choice(WORDS, 60)))
     (texts / "99.txt").write_bytes(b"caf\xe9")
     return DataSettings(
-        "t", "files", folder=str(tmp_path / "tokens"), path=str(texts), vocab_size=280, validation_fraction=0.2, shard_tokens=500
+        "t",
+        "files",
+        folder=str(tmp_path / "tokens"),
+        path=str(texts),
+        vocab_size=280,
+        validation_fraction=0.2,
+        shard_tokens=500,
     )
 
 
@@ -54,7 +76,7 @@ def stamp(settings: DataSettings) -> int:
     return settings.home.stat().st_ino
 
 
-# ---- what is written --------------------------------------------------------------------------------------------------------------------
+# ---- what is written ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -63,11 +85,18 @@ def test_the_tokens_are_the_documents_each_with_its_end(settings: DataSettings) 
     tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_folder)
     seen = set()
     for split in (data.train, data.validation):
-        wanted = [d for d in documents(settings, open_corpus(settings)) if is_validation(d.text, settings) == (split.name == "validation")]
+        wanted = [
+            d
+            for d in documents(settings, open_corpus(settings))
+            if is_validation(d.text, settings) == (split.name == "validation")
+        ]
         ids = split.tokens[:]
         assert ids.dtype == np.dtype("<u2")
         assert tokenizer.decode(ids) == "".join(document.text + "<|endoftext|>" for document in wanted)
-        assert (split.documents, split.bytes) == (len(wanted), sum(len(document.text.encode()) for document in wanted))
+        assert (split.documents, split.bytes) == (
+            len(wanted),
+            sum(len(document.text.encode()) for document in wanted),
+        )
         assert np.count_nonzero(ids == data.end_of_text_id) == len(wanted) > 1
         assert split.bytes_per_token == split.bytes / len(ids)
         seen |= {document.name for document in wanted}
@@ -142,7 +171,7 @@ def test_tokens_slice_as_one_array(lengths: list[int]) -> None:
     assert tokens[-2:].tolist() == whole[-2:].tolist()
 
 
-# ---- built once, and again when it has to be --------------------------------------------------------------------------------------------
+# ---- built once, and again when it has to be ---------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -160,7 +189,9 @@ def test_what_is_there_is_opened_not_built(settings: DataSettings, monkeypatch: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", ["content", "new file", "renamed", "vocab_size", "seed", "validation_fraction", "shard_tokens"])
+@pytest.mark.parametrize(
+    "change", ["content", "new file", "renamed", "vocab_size", "seed", "validation_fraction", "shard_tokens"]
+)
 def test_a_change_builds_again(settings: DataSettings, change: str) -> None:
     first, before, texts = build(settings), stamp(settings), Path(settings.path or "")
     kept = first.train.tokens[:].copy()
@@ -176,7 +207,8 @@ def test_a_change_builds_again(settings: DataSettings, change: str) -> None:
         settings = replace(settings, **{change: value + 1 if isinstance(value, int) else value + 0.2})
     second = build(settings)
     assert stamp(settings) != before
-    assert (second.fingerprint == first.fingerprint) == (change == "shard_tokens")  # how the tokens are laid out is not what they are
+    # how the tokens are laid out is not what they are
+    assert (second.fingerprint == first.fingerprint) == (change == "shard_tokens")
     assert (first.train.tokens[:] == kept).all()  # who has it open goes on reading what it had
 
 
@@ -204,7 +236,10 @@ print(build.prepare(settings, progress=False).fingerprint)
 def test_of_several_processes_one_builds(settings: DataSettings) -> None:
     command = [sys.executable, "-c", PROCESS, repr(settings)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    running = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(3)]
+    running = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(3)
+    ]
     for process in running:
         assert process.stdin is not None
         process.stdin.flush()
@@ -216,14 +251,21 @@ def test_of_several_processes_one_builds(settings: DataSettings) -> None:
     assert {output[-1] for output in outputs} == {build(settings).fingerprint}
 
 
-# ---- faults -----------------------------------------------------------------------------------------------------------------------------
+# ---- faults ------------------------------------------------------------------------------------------------
 
 
-def test_a_build_that_fails_leaves_nothing_that_opens(settings: DataSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("outgrow.train.corpus.pipeline.short", lambda *_: 1 / 0)  # between the last shard and the manifest
+def test_a_build_that_fails_leaves_nothing_that_opens(
+    settings: DataSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # between the last shard and the manifest
+    monkeypatch.setattr("outgrow.train.corpus.pipeline.short", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build(settings)
-    assert sorted(path.name for path in settings.home.parent.iterdir()) == ["texts", "tokens.lock", "tokens.partial"]
+    assert sorted(path.name for path in settings.home.parent.iterdir()) == [
+        "texts",
+        "tokens.lock",
+        "tokens.partial",
+    ]
     for folder in (settings.home, settings.home.with_name("tokens.partial")):
         with pytest.raises(UserError, match=r"no tokens here|no token folder"):
             open_data(folder)
@@ -266,7 +308,10 @@ def test_a_full_disk_is_told_and_leaves_nothing_that_opens(settings: DataSetting
 def test_a_folder_that_is_something_else_is_left_alone(settings: DataSettings) -> None:
     settings.home.mkdir()
     build(settings)  # an empty one serves
-    for changed in (replace(settings, folder=settings.path), replace(settings, folder=f"{settings.path}/00.txt")):
+    for changed in (
+        replace(settings, folder=settings.path),
+        replace(settings, folder=f"{settings.path}/00.txt"),
+    ):
         with pytest.raises(UserError, match="there, but no token folder"):
             build(changed)
     assert (Path(settings.path or "") / "00.txt").is_file()
@@ -275,11 +320,20 @@ def test_a_folder_that_is_something_else_is_left_alone(settings: DataSettings) -
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda home: os.truncate(home / "train-00001.bin", 998), r"train-00001\.bin should have 1000 bytes, has 998; delete the folder"),
-        (lambda home: (home / "validation-00000.bin").unlink(), r"validation-00000\.bin should have 1000 bytes, is missing"),
+        (
+            lambda home: os.truncate(home / "train-00001.bin", 998),
+            r"train-00001\.bin should have 1000 bytes, has 998; delete the folder",
+        ),
+        (
+            lambda home: (home / "validation-00000.bin").unlink(),
+            r"validation-00000\.bin should have 1000 bytes, is missing",
+        ),
         (lambda home: (home / "manifest.json").write_text('{"settings": '), r"manifest\.json cannot be read"),
         (lambda home: (home / "manifest.json").write_text("[]"), r"manifest\.json is not a manifest"),
-        (lambda home: (home / "tokenizer" / "tokenizer.json").unlink(), r"tokenizer/tokenizer\.json is missing"),
+        (
+            lambda home: (home / "tokenizer" / "tokenizer.json").unlink(),
+            r"tokenizer/tokenizer\.json is missing",
+        ),
     ],
 )
 def test_damage_is_told_before_anything_is_read(settings: DataSettings, damage: object, message: str) -> None:
@@ -294,7 +348,9 @@ def test_opening_what_is_not_there(tmp_path: Path) -> None:
         open_data(tmp_path / "nowhere")
 
 
-def test_a_corpus_without_text_or_without_one_split_is_refused(settings: DataSettings, tmp_path: Path) -> None:
+def test_a_corpus_without_text_or_without_one_split_is_refused(
+    settings: DataSettings, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.txt").write_text("")
     with pytest.raises(UserError, match=r"not one document in the text \(left out: 1 empty\)"):
@@ -306,7 +362,9 @@ def test_a_corpus_without_text_or_without_one_split_is_refused(settings: DataSet
 
 
 @pytest.mark.slow
-def test_progress_is_shown_on_stderr_or_not_at_all(settings: DataSettings, capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_shown_on_stderr_or_not_at_all(
+    settings: DataSettings, capfd: pytest.CaptureFixture[str]
+) -> None:
     build(settings)
     assert capfd.readouterr() == ("", "")
     prepare(replace(settings, vocab_size=290))

@@ -1,4 +1,5 @@
-"""Generated textbooks and exercises: two ways to compute agree, programs are really run, and a seed says everything."""
+"""Generated textbooks and exercises: two ways to compute agree, programs are really run, and a seed says
+everything."""
 
 from __future__ import annotations
 
@@ -28,7 +29,14 @@ from outgrow.train.corpus.synthetic.themes import AUDIENCES, THEMES
 from outgrow.train.data.settings import DataSettings, disagreements
 
 BY_NAME = {operation.name: operation for operation in OPERATIONS}
-TYPES: dict[str, Any] = {"numbers": list, "number": int, "text": str, "words": list, "table": dict, "grid": list}
+TYPES: dict[str, Any] = {
+    "numbers": list,
+    "number": int,
+    "text": str,
+    "words": list,
+    "table": dict,
+    "grid": list,
+}
 
 
 def drawn(kind: str, random: Random) -> Any:
@@ -47,7 +55,7 @@ def drawn(kind: str, random: Random) -> Any:
     return [[random.randint(-5, 15) for _ in range(random.randint(1, 4))] for _ in range(length)]
 
 
-# ---- operations -----------------------------------------------------------------------------------------------------------------------
+# ---- operations --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -118,10 +126,12 @@ def test_problems_are_of_all_grades_and_every_step_does_something() -> None:
         assert len({repr(way[-1]) for way in ways}) > 1
 
 
-# ---- items ----------------------------------------------------------------------------------------------------------------------------
+# ---- items -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, templates in KINDS.items() for name in templates])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind, templates in KINDS.items() for name in templates]
+)
 def test_the_programs_of_every_template_run_and_prove_what_the_text_says(kind: str, name: str) -> None:
     random, items = Random(name), list[Item]()
     while len(items) < 40:
@@ -130,7 +140,8 @@ def test_the_programs_of_every_template_run_and_prove_what_the_text_says(kind: s
         if item is None:
             continue
         items.append(item)
-        assert problem.code() in item.text.replace("\n    ", "\n") or name in ("bug", "pitfall")  # these show the loops
+        # these show the loops
+        assert problem.code() in item.text.replace("\n    ", "\n") or name in ("bug", "pitfall")
         assert "$" not in item.text
         assert problem.name in item.program
     assert failures(items) == [None] * len(items)
@@ -150,11 +161,22 @@ def spoil(item: Item) -> str:
 def test_items_are_a_function_of_kind_and_seed() -> None:
     first = list(islice(draw_items("exercises", 0), 60))
     assert list(islice(draw_items("exercises", 0), 30)) == first[:30]
-    assert not {item.text for _, item in first} & {item.text for _, item in islice(draw_items("exercises", 1), 60)}
-    code = "from itertools import islice; from outgrow.train.corpus.synthetic.corpus import draw_items; import hashlib; "
+    assert not {item.text for _, item in first} & {
+        item.text for _, item in islice(draw_items("exercises", 1), 60)
+    }
+    code = (
+        "from itertools import islice; from outgrow.train.corpus.synthetic.corpus import draw_items; "
+        "import hashlib; "
+    )
     code += "print(hashlib.sha256(repr(list(islice(draw_items('exercises', 0), 60))).encode()).hexdigest())"
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.strip() == hashlib.sha256(repr(first).encode()).hexdigest(), done.stderr
 
 
@@ -164,7 +186,9 @@ def test_items_are_distinct_and_seldom_near(kind: str) -> None:
     """`train.data prepare` with data.clean.near_duplicates counts them at full size."""
     texts = [item.text for _, item in islice(draw_items(kind, 0), 500)]
     assert len(set(texts)) == len(texts)
-    pieces = [{tuple(words[i : i + 5]) for i in range(len(words) - 4)} for text in texts if (words := text.split())]
+    pieces = [
+        {tuple(words[i : i + 5]) for i in range(len(words) - 4)} for text in texts if (words := text.split())
+    ]
     near = sum(len(a & b) >= 0.8 * len(a | b) for a, b in combinations(pieces, 2))
     assert near <= 2
 
@@ -172,17 +196,23 @@ def test_items_are_distinct_and_seldom_near(kind: str) -> None:
 def test_a_generator_that_has_no_more_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing comes twice with the same template, operations and theme."""
     problems = [draw_problem(Random(str(i))) for i in range(2)]
-    problems.append(dataclasses.replace(problems[0], theme=next(theme for theme in THEMES if theme != problems[0].theme)))
+    problems.append(
+        dataclasses.replace(problems[0], theme=next(theme for theme in THEMES if theme != problems[0].theme))
+    )
     monkeypatch.setattr(corpus, "PATIENCE", 200)
     monkeypatch.setattr(corpus, "draw_problem", lambda random: random.choice(problems))
-    monkeypatch.setitem(KINDS, "exercises", {name: KINDS["exercises"][name] for name in ("statement", "predict")})
+    monkeypatch.setitem(
+        KINDS, "exercises", {name: KINDS["exercises"][name] for name in ("statement", "predict")}
+    )
     drawn = draw_items("exercises", 0)
     assert len({item.text for _, item in islice(drawn, 6)}) == 6
-    with pytest.raises(UserError, match="the generator of exercises has no more than 6 distinct items; lower"):
+    with pytest.raises(
+        UserError, match="the generator of exercises has no more than 6 distinct items; lower"
+    ):
         next(drawn)
 
 
-# ---- the process that runs programs ---------------------------------------------------------------------------------------------------
+# ---- the process that runs programs ------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -202,11 +232,14 @@ def test_a_generator_that_has_no_more_says_so(monkeypatch: pytest.MonkeyPatch) -
         ("import posix\nposix.fork()", "PermissionError: a program may not use os.fork"),
         ("import posix\nposix.system('true')", "PermissionError: a program may not use os.system"),
         ("import posix\nposix._exit(3)", "it ended its process (3)"),
-        ("sum(range(10**13))", "it ended its process (-24)"),  # the kernel's limit: C code does not hear the alarm
+        # the kernel's limit: C code does not hear the alarm
+        ("sum(range(10**13))", "it ended its process (-24)"),
     ],
 )
 def test_a_program_can_do_nothing_but_compute(program: str, fault: str | None) -> None:
-    before, found, after = failures([Item("", "x = 1"), Item("", program), Item("", "print(2)", "2\n")], seconds=0.3)
+    before, found, after = failures(
+        [Item("", "x = 1"), Item("", program), Item("", "print(2)", "2\n")], seconds=0.3
+    )
     assert (before, after) == (None, None)
     assert found is None if fault is None else fault in (found or "")
 
@@ -222,17 +255,26 @@ def test_no_socket_can_be_made_even_where_the_module_is_there() -> None:
     """The kernel refuses, so nothing in Python can get round it."""
     worker = Path(corpus.__file__).with_name("worker.py")
     code = f"import runpy, socket; limit = runpy.run_path({str(worker)!r})['limit']; limit(1.0, 2**30)\n"
-    code += "for make in (socket.socket, lambda: socket.create_connection(('127.0.0.1', 9)), lambda: __import__('os').dup(1)):\n"
+    code += (
+        "for make in (socket.socket, lambda: socket.create_connection(('127.0.0.1', 9)), lambda: "
+        "__import__('os').dup(1)):\n"
+    )
     code += "    try: make(); print('made')\n    except OSError as error: print(error.errno)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["24", "24", "24"], done.stderr  # EMFILE
 
 
-# ---- as a corpus ----------------------------------------------------------------------------------------------------------------------
+# ---- as a corpus -------------------------------------------------------------------------------------------
 
 
 def settings(tmp_path: Path, **more: Any) -> DataSettings:
-    given = {"name": "made", "corpus": "exercises", "folder": str(tmp_path / "tokens"), "limit_documents": 60, "vocab_size": 400}
+    given = {
+        "name": "made",
+        "corpus": "exercises",
+        "folder": str(tmp_path / "tokens"),
+        "limit_documents": 60,
+        "vocab_size": 400,
+    }
     return DataSettings(**given | {"validation_fraction": 0.2} | more)
 
 
@@ -245,8 +287,12 @@ def test_the_generator_is_a_source_like_any_other(tmp_path: Path) -> None:
     assert "data.limit_documents: missing" in disagreements(settings(tmp_path, limit_documents=None))[0]
 
 
-def test_an_item_whose_program_fails_is_left_out_and_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(corpus, "failures", lambda items: ["wrong" if i in (0, 7) else None for i in range(len(items))])
+def test_an_item_whose_program_fails_is_left_out_and_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        corpus, "failures", lambda items: ["wrong" if i in (0, 7) else None for i in range(len(items))]
+    )
     monkeypatch.setattr(corpus, "BATCH", 10)
     tally, given = Tally(), settings(tmp_path, limit_documents=25)
     names = [document.name for document in documents(given, open_corpus(given), tally)]

@@ -1,4 +1,5 @@
-"""What generated texts say of their programs: a remark names what stands in the program beside it, and each step matters to the result."""
+"""What generated texts say of their programs: a remark names what stands in the program beside it, and each
+step matters to the result."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ def name(*names: str) -> Holds:
 
     def holds(tree: ast.AST) -> bool:
         parts = list(ast.walk(tree))
-        plain = {part.id for part in parts if isinstance(part, ast.Name)} | {part.arg for part in parts if isinstance(part, ast.keyword)}
+        plain = {part.id for part in parts if isinstance(part, ast.Name)} | {
+            part.arg for part in parts if isinstance(part, ast.keyword)
+        }
         return bool({*plain, *(part.attr for part in parts if isinstance(part, ast.Attribute))} & set(names))
 
     return holds
@@ -48,7 +51,21 @@ def annotated(kind: str) -> Holds:
 
 COMPREHENSION = (ast.ListComp, ast.DictComp, ast.SetComp, ast.GeneratorExp)
 NAMED = (
-    *("zip", "enumerate", "min", "sorted", "bin", "ord", "chr", "translate", "groupby", "Counter", "insert", "append", "pop"),
+    *(
+        "zip",
+        "enumerate",
+        "min",
+        "sorted",
+        "bin",
+        "ord",
+        "chr",
+        "translate",
+        "groupby",
+        "Counter",
+        "insert",
+        "append",
+        "pop",
+    ),
     *("bit_length", "gcd", "str", "int", "len", "dict"),
 )
 # The words of a remark that name a construct → what then stands in the program.
@@ -65,11 +82,15 @@ CONSTRUCTS: dict[str, Holds] = {
     r"\bbreak\b": node(ast.Break),
     r"\ba % b\b|\boperator %|\bi % n\b|\bremainder (by|of the index)\b|\bquotient\b": operator(ast.Mod),
     r"\b[Aa] set\b": either(name("set"), node(ast.Set)),
-    r"\bdictionar(y|ies)\b|\bkeys? of a dictionary\b": either(node(ast.Dict, ast.DictComp), name("dict"), annotated("dict")),
+    r"\bdictionar(y|ies)\b|\bkeys? of a dictionary\b": either(
+        node(ast.Dict, ast.DictComp), name("dict"), annotated("dict")
+    ),
     r"\b[Tt]uples?\b": node(ast.Tuple),
     r"\bminus sign\b": operator(ast.USub),
     r"\boperator in\b": node(ast.In, ast.NotIn),
-    r"\bNone\b": lambda tree: any(isinstance(part, ast.Constant) and part.value is None for part in ast.walk(tree)),
+    r"\bNone\b": lambda tree: any(
+        isinstance(part, ast.Constant) and part.value is None for part in ast.walk(tree)
+    ),
     r"\bTrue counts\b|\btrue counts as 1\b": name("sum"),
     r"\bindex (0|1|k|-1)\b": either(node(ast.Subscript), name("insert")),
     r"\bkey: what to compare\b|\bas its key\b|\b[Aa] key (can|with|is computed)\b": name("key"),
@@ -133,7 +154,9 @@ def counted(items: Iterator[Item]) -> tuple[int, int]:
     """Remarks that name a construct; and those of them that stand in a text whose code has it not."""
     all_of_them = wrong = 0
     for item in items:
-        code = "\n".join(line for line in shown(item).splitlines() if line.startswith(("def ", "import ", " ")))
+        code = "\n".join(
+            line for line in shown(item).splitlines() if line.startswith(("def ", "import ", " "))
+        )
         for remark in REMARKS:
             if remark in item.text and named(remark):
                 all_of_them += 1
@@ -150,7 +173,7 @@ def test_no_text_has_a_remark_about_another_program(kind: str) -> None:
     assert wrong == 0
 
 
-# ---- steps ------------------------------------------------------------------------------------------------------------------------------
+# ---- steps -------------------------------------------------------------------------------------------------
 
 
 def without(problem: Problem, left_out: tuple[int, int], case: int) -> object:
@@ -163,7 +186,8 @@ def without(problem: Problem, left_out: tuple[int, int], case: int) -> object:
 
 
 def test_no_chain_has_a_step_that_changes_nothing_in_the_result() -> None:
-    """Once one chain in eight had one; each run of steps that could be left out changes the result of a case."""
+    """Once one chain in eight had one; each run of steps that could be left out changes the result of a
+    case."""
     chains = 0
     for number in range(600):
         problem = draw_problem(Random(f"idle {number}"))
@@ -173,7 +197,9 @@ def test_no_chain_has_a_step_that_changes_nothing_in_the_result() -> None:
                 if kinds[i] == kinds[j]:
                     chains += 1
                     results = [without(problem, (i, j), case) for case in range(len(problem.cases))]
-                    assert results != [problem.result(case) for case in range(len(problem.cases))], problem.name
+                    assert results != [problem.result(case) for case in range(len(problem.cases))], (
+                        problem.name
+                    )
     assert chains > 500
 
 
@@ -191,7 +217,10 @@ BY_NAME = {operation.name: operation for operation in OPERATIONS}
     ],
 )
 def test_steps_that_change_nothing_are_found(names: tuple[str, ...], found: list[tuple[int, int]]) -> None:
-    steps = tuple(Step(BY_NAME[name], {key: choices[0] for key, choices in BY_NAME[name].values.items()}, "x", "y") for name in names)
+    steps = tuple(
+        Step(BY_NAME[name], {key: choices[0] for key, choices in BY_NAME[name].values.items()}, "x", "y")
+        for name in names
+    )
     cases = []
     for value in ([3, 1, 2], [5, 9, 4]) if steps[0].operation.takes == "numbers" else ("abc", "de"):
         results, now = [], value

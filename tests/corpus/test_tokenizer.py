@@ -44,7 +44,9 @@ def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 @pytest.mark.slow
-def test_another_process_with_another_order_and_thread_count_trains_the_same(trained: PreTrainedTokenizerFast) -> None:
+def test_another_process_with_another_order_and_thread_count_trains_the_same(
+    trained: PreTrainedTokenizerFast,
+) -> None:
     environment = {
         "RAYON_NUM_THREADS": "1",
         "PYTHONHASHSEED": "7",
@@ -53,7 +55,11 @@ def test_another_process_with_another_order_and_thread_count_trains_the_same(tra
         "PYTHONUTF8": "1",
     }
     result = subprocess.run(
-        [sys.executable, "-c", AGAIN], input="\0".join(TEXTS[::-1]).encode(), env=environment, capture_output=True, check=True
+        [sys.executable, "-c", AGAIN],
+        input="\0".join(TEXTS[::-1]).encode(),
+        env=environment,
+        capture_output=True,
+        check=True,
     )
     assert result.stdout.decode().strip() == tokenizer_hash(trained)
 
@@ -67,7 +73,12 @@ def test_the_folder_is_a_tokenizer_to_others(trained: PreTrainedTokenizerFast, t
     save_tokenizer(trained, tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert isinstance(loaded, PreTrainedTokenizerFast)
-    assert (loaded.eos_token, loaded.eos_token_id, loaded.model_max_length, entries(loaded)) == ("<|endoftext|>", 0, 64, 400)
+    assert (loaded.eos_token, loaded.eos_token_id, loaded.model_max_length, entries(loaded)) == (
+        "<|endoftext|>",
+        0,
+        64,
+        400,
+    )
     assert loaded(TEXTS[1]).input_ids == ids(trained, TEXTS[1])
     assert tokenizer_hash(load_tokenizer(str(tmp_path))) == tokenizer_hash(trained)
 
@@ -79,7 +90,9 @@ def test_an_end_of_text_in_a_text_is_text(trained: PreTrainedTokenizerFast) -> N
     assert not trained.backend_tokenizer.encode_special_tokens  # the tokenizer itself is not changed
 
 
-def test_identity_follows_how_a_folders_tokenizer_cuts(trained: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_identity_follows_how_a_folders_tokenizer_cuts(
+    trained: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     save_tokenizer(trained, tmp_path)
     before = tokenizer_identity(str(tmp_path))
     (tmp_path / "README.md").write_text("about")

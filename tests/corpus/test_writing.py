@@ -1,4 +1,5 @@
-"""A language model writes: against a stub of an OpenAI-compatible server on 127.0.0.1, and a tiny local model."""
+"""A language model writes: against a stub of an OpenAI-compatible server on 127.0.0.1, and a tiny local
+model."""
 
 from __future__ import annotations
 
@@ -26,12 +27,15 @@ from outgrow.train.data import __main__ as door
 from outgrow.train.data.settings import DataSettings
 
 LEAVES = sorted(path.stem for path in (CONF / "prompts").glob("*.yaml"))
-Reply = Callable[[int, dict[str, Any]], tuple[int, dict[str, str], bytes]]  # (requests so far, question) → status, headers, body
+# (requests so far, question) → status, headers, body
+Reply = Callable[[int, dict[str, Any]], tuple[int, dict[str, str], bytes]]
 
 
 def completion(text: str = "A text.", finish: str = "stop", **usage: int) -> bytes:
     counts = usage or {"prompt_tokens": 10, "completion_tokens": 5}
-    return json.dumps({"choices": [{"message": {"content": text}, "finish_reason": finish}], "usage": counts}).encode()
+    return json.dumps(
+        {"choices": [{"message": {"content": text}, "finish_reason": finish}], "usage": counts}
+    ).encode()
 
 
 def told(number: int, question: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
@@ -59,7 +63,11 @@ class Stub:
                     number = len(stub.questions)
                 status, headers, body = stub.reply(number, question)
                 self.send_response(status if self.path == "/v1/chat/completions" else 404)
-                for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
+                for name, value in {
+                    "Content-Type": "application/json",
+                    "Content-Length": str(len(body)),
+                    **headers,
+                }.items():
                     self.send_header(name, value)
                 self.end_headers()
                 if not stub.pause:
@@ -90,7 +98,14 @@ def stub() -> Iterator[Stub]:
 @pytest.fixture
 def settings(stub: Stub, tmp_path: Path) -> WriteSettings:
     given = [f"out={tmp_path / 'made.jsonl'}", f"server={stub.url}", "model=stub", "number=12", "at_once=3"]
-    return settings_from([*given, "progress=false", "dollars_per_million_prompt_tokens=100", "dollars_per_million_completion_tokens=1000"])
+    return settings_from(
+        [
+            *given,
+            "progress=false",
+            "dollars_per_million_prompt_tokens=100",
+            "dollars_per_million_completion_tokens=1000",
+        ]
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +119,7 @@ def lines(settings: WriteSettings, kind: str = "") -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-# ---- prompts --------------------------------------------------------------------------------------------------------------------------
+# ---- prompts -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -121,7 +136,9 @@ def test_every_leaf_has_each_of_its_prompts_once(leaf: str) -> None:
 def test_topics_may_come_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "topics.txt").write_text("owls\n\n  variables and assignment\nowls\n")
     settings = settings_from([f"prompts.topics_file={tmp_path / 'topics.txt'}", "model=x"])
-    with_file, without = (Prompts(s, 0) for s in (settings.prompts, dataclasses.replace(settings.prompts, topics_file=None)))
+    with_file, without = (
+        Prompts(s, 0) for s in (settings.prompts, dataclasses.replace(settings.prompts, topics_file=None))
+    )
     assert (*without.topics, "owls") == with_file.topics
 
 
@@ -131,7 +148,10 @@ def test_topics_may_come_from_a_file(tmp_path: Path) -> None:
         ("prompts=textbook", "prompts=textbook: unknown prompts; did you mean 'textbooks'"),
         ("nummer=3", "nummer: unknown key; did you mean 'number'"),
         ("number=0", "number: must be positive"),
-        ("number=100000", "there are 4900 prompts of topic × audience × template, 100000 are asked for; give more topics"),
+        (
+            "number=100000",
+            "there are 4900 prompts of topic × audience × template, 100000 are asked for; give more topics",
+        ),
         ("server=127.0.0.1:8000", "server: expected a URL such as http://127.0.0.1:8000/v1"),
         ("out=made.txt", "out: expected a file name that ends in .jsonl"),
         ("top_p=0", "top_p: must be above 0"),
@@ -150,10 +170,12 @@ def test_faults_are_told_before_anything_is_asked(override: str, fault: str) -> 
     assert fault in str(caught.value)
 
 
-# ---- a server -------------------------------------------------------------------------------------------------------------------------
+# ---- a server ----------------------------------------------------------------------------------------------
 
 
-def test_every_prompt_is_asked_once_and_counted(stub: Stub, settings: WriteSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_prompt_is_asked_once_and_counted(
+    stub: Stub, settings: WriteSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "a key")
     said = write(dataclasses.replace(settings, system="Be exact."))
     prompts = Prompts(settings.prompts, 0)
@@ -204,9 +226,13 @@ def test_what_may_pass_is_tried_again(stub: Stub, settings: WriteSettings) -> No
         ((200, {}, b"x" * (2**24 + 1)), "the response has more than 16,777,216 bytes"),
     ],
 )
-def test_a_prompt_that_always_fails_is_put_aside_and_the_rest_goes_on(stub: Stub, settings: WriteSettings, reply: Any, reason: str) -> None:
+def test_a_prompt_that_always_fails_is_put_aside_and_the_rest_goes_on(
+    stub: Stub, settings: WriteSettings, reply: Any, reason: str
+) -> None:
     bad = Prompts(settings.prompts, 0)[4].text
-    stub.reply = lambda number, question: reply if question["messages"][-1]["content"] == bad else told(number, question)
+    stub.reply = lambda number, question: (
+        reply if question["messages"][-1]["content"] == bad else told(number, question)
+    )
     said = write(dataclasses.replace(settings, attempts=2))
     assert "11 documents of 12" in said
     assert reason in said.split("put aside, ")[1]
@@ -223,13 +249,18 @@ def test_a_prompt_that_always_fails_is_put_aside_and_the_rest_goes_on(stub: Stub
 def test_an_answer_that_drips_is_given_up(stub: Stub, settings: WriteSettings) -> None:
     """Each read is quick, the whole is not."""
     stub.pause = 0.02  # after each byte
-    with pytest.raises(UserError, match=r"(?s)no prompt was answered, after 2 attempts.*put aside, no whole answer after 0\.3 s: 1;"):
+    with pytest.raises(
+        UserError,
+        match=r"(?s)no prompt was answered, after 2 attempts.*put aside, no whole answer after 0\.3 s: 1;",
+    ):
         write(dataclasses.replace(settings, number=1, attempts=2, timeout_seconds=0.3))
 
 
 @pytest.mark.slow
 def test_a_rate_limit_is_waited_for(stub: Stub, settings: WriteSettings) -> None:
-    stub.reply = lambda number, question: (429, {"Retry-After": "0.4"}, b"") if number == 1 else told(number, question)
+    stub.reply = lambda number, question: (
+        (429, {"Retry-After": "0.4"}, b"") if number == 1 else told(number, question)
+    )
     start = time.monotonic()
     write(dataclasses.replace(settings, number=1))
     assert 0.4 <= time.monotonic() - start < 5
@@ -251,7 +282,9 @@ def test_what_cannot_pass_ends_at_once(stub: Stub, settings: WriteSettings, stat
 
 
 @pytest.mark.slow
-def test_a_server_that_stays_away_ends_it_and_what_is_written_is_kept(stub: Stub, settings: WriteSettings) -> None:
+def test_a_server_that_stays_away_ends_it_and_what_is_written_is_kept(
+    stub: Stub, settings: WriteSettings
+) -> None:
     stub.reply = lambda number, question: told(number, question) if number <= 5 else (503, {}, b"overloaded")
     assert "put aside, 503: overloaded: 7; the same command asks again" in write(settings)
     first = lines(settings)
@@ -259,7 +292,9 @@ def test_a_server_that_stays_away_ends_it_and_what_is_written_is_kept(stub: Stub
     stub.reply, before = told, len(stub.questions)
     assert "12 documents of 12" in write(settings)
     assert len(stub.questions) - before == 7  # nothing is asked twice
-    assert [entry for entry in lines(settings) if entry in first] == sorted(first, key=lambda entry: entry["number"])
+    assert [entry for entry in lines(settings) if entry in first] == sorted(
+        first, key=lambda entry: entry["number"]
+    )
     again = len(stub.questions)
     assert "12 documents of 12" in write(settings)
     assert len(stub.questions) == again
@@ -268,7 +303,9 @@ def test_a_server_that_stays_away_ends_it_and_what_is_written_is_kept(stub: Stub
         write(dataclasses.replace(settings, number=13))
 
 
-def test_answers_that_are_no_documents_are_set_apart_and_not_asked_again(stub: Stub, settings: WriteSettings) -> None:
+def test_answers_that_are_no_documents_are_set_apart_and_not_asked_again(
+    stub: Stub, settings: WriteSettings
+) -> None:
     odd = {2: (200, {}, completion("Half a", "length")), 3: (200, {}, completion("  ")), 4: (400, {}, b"too long a prompt"),
            5: (200, {}, b'{"choices": [{"message": {"content": null}}]}')}  # fmt: skip
     stub.reply = lambda number, question: odd.get(number) or told(number, question)
@@ -286,7 +323,13 @@ def test_answers_that_are_no_documents_are_set_apart_and_not_asked_again(stub: S
 
 def test_settings_with_which_nothing_comes_end_early(stub: Stub, settings: WriteSettings) -> None:
     stub.reply = lambda number, question: (400, {}, b"unknown field")
-    with pytest.raises(UserError, match=r"20 prompts in a row gave no document, the last: 400: unknown field; see .*made\.rejected\.jsonl"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"20 prompts in a row gave no document, the last: 400: unknown field; see "
+            r".*made\.rejected\.jsonl"
+        ),
+    ):
         write(dataclasses.replace(settings, number=200))
     assert len(stub.questions) < 30
 
@@ -299,17 +342,22 @@ def test_money_runs_out(stub: Stub, settings: WriteSettings) -> None:
     assert "12 documents of 12" in write(dataclasses.replace(settings, most_dollars=1.0))
 
 
-def test_a_server_that_does_not_count_is_refused_where_money_is_bounded(stub: Stub, settings: WriteSettings) -> None:
+def test_a_server_that_does_not_count_is_refused_where_money_is_bounded(
+    stub: Stub, settings: WriteSettings
+) -> None:
     body = json.loads(completion())
     del body["usage"]
     stub.reply = lambda number, question: (200, {}, json.dumps(body).encode())
-    with pytest.raises(UserError, match=r"most_dollars=5: server=.* does not tell how many tokens it used.*\n.*documents of 12"):
+    with pytest.raises(
+        UserError,
+        match=r"most_dollars=5: server=.* does not tell how many tokens it used.*\n.*documents of 12",
+    ):
         write(dataclasses.replace(settings, most_dollars=5.0))
     assert 1 <= len(lines(settings)) <= settings.at_once + 1  # what was answered is kept
     assert "12 documents of 12" in write(settings)
 
 
-# ---- the files ------------------------------------------------------------------------------------------------------------------------
+# ---- the files ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -339,9 +387,16 @@ def test_killed_at_any_moment_every_prompt_is_written_once(stub: Stub, tmp_path:
     killed = 0
     for wanted in (5, 21, 40):
         before = len(stub.questions)
-        process = subprocess.Popen([sys.executable, "-m", "outgrow.train.data", "write", f"out={tmp_path / 'cut.jsonl'}", *given], cwd=root)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "outgrow.train.data", "write", f"out={tmp_path / 'cut.jsonl'}", *given],
+            cwd=root,
+        )
         deadline = time.monotonic() + 120
-        while len(stub.questions) - before < wanted - killed and process.poll() is None and time.monotonic() < deadline:
+        while (
+            len(stub.questions) - before < wanted - killed
+            and process.poll() is None
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.005)
         process.kill()
         process.wait()
@@ -356,13 +411,23 @@ def test_killed_at_any_moment_every_prompt_is_written_once(stub: Stub, tmp_path:
 def test_files_that_do_not_fit_are_refused(stub: Stub, settings: WriteSettings) -> None:
     write(dataclasses.replace(settings, number=3))
     path = Path(settings.out)
-    for changed in ({"temperature": 0.5}, {"model": "other"}, {"prompts": dataclasses.replace(settings.prompts, audiences=("you",))}):
-        with pytest.raises(UserError, match=r"it was begun with another .*(temperature|model|prompts.audiences); choose another out"):
+    for changed in (
+        {"temperature": 0.5},
+        {"model": "other"},
+        {"prompts": dataclasses.replace(settings.prompts, audiences=("you",))},
+    ):
+        with pytest.raises(
+            UserError,
+            match=r"it was begun with another .*(temperature|model|prompts.audiences); choose another out",
+        ):
             write(dataclasses.replace(settings, **changed))  # type: ignore[arg-type]
-    assert "5 documents" in write(dataclasses.replace(settings, number=5, at_once=1, timeout_seconds=9.0))  # these change nothing
+    # these change nothing
+    assert "5 documents" in write(dataclasses.replace(settings, number=5, at_once=1, timeout_seconds=9.0))
     first, *rest = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b'{"text": 1}\n' + b"".join(rest))
-    with pytest.raises(UserError, match=r"made.jsonl:1: damaged \(an entry of a ledger has number, dollars and tokens\)"):
+    with pytest.raises(
+        UserError, match=r"made.jsonl:1: damaged \(an entry of a ledger has number, dollars and tokens\)"
+    ):
         write(settings)
     path.write_bytes(first + b"".join(rest))
     path.with_suffix(".settings.json").unlink()
@@ -378,15 +443,26 @@ def test_two_writers_of_one_file_are_one_too_many(stub: Stub, settings: WriteSet
 
 
 @pytest.mark.slow
-def test_what_is_written_is_a_source(stub: Stub, settings: WriteSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = [f"out={settings.out}", f"server={stub.url}", "model=stub", "number=30", "progress=true", "system=null"]
+def test_what_is_written_is_a_source(
+    stub: Stub, settings: WriteSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [
+        f"out={settings.out}",
+        f"server={stub.url}",
+        "model=stub",
+        "number=30",
+        "progress=true",
+        "system=null",
+    ]
     door.main(["write", *more])
     assert "30 documents of 30" in capsys.readouterr().out
-    data = DataSettings("made", "files", str(tmp_path / "tokens"), path=settings.out, vocab_size=300, validation_fraction=0.3)
+    data = DataSettings(
+        "made", "files", str(tmp_path / "tokens"), path=settings.out, vocab_size=300, validation_fraction=0.3
+    )
     assert prepare(data, progress=False).train.documents < 30
 
 
-# ---- a model on this machine ----------------------------------------------------------------------------------------------------------
+# ---- a model on this machine -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -396,8 +472,16 @@ def model(tmp_path_factory: pytest.TempPathFactory, checkpoint_maker: Callable[.
     from outgrow.train.data.tokenizer import save_tokenizer, train_tokenizer
 
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = train_tokenizer(["Write a section about owls for everybody. " * 20], vocab_size=300, model_max_length=512)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    tokenizer = train_tokenizer(
+        ["Write a section about owls for everybody. " * 20], vocab_size=300, model_max_length=512
+    )
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
     config = preset("tiny_source") | sizes | {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
     checkpoint_maker(folder, config, "float32")
     save_tokenizer(tokenizer, folder)
@@ -414,7 +498,9 @@ def test_a_local_model_writes_the_same_again(model: Path, settings: WriteSetting
     other = dataclasses.replace(given, out=str(tmp_path / "other.jsonl"))
     write(other)
     assert lines(other) + lines(other, ".rejected") == entries
-    with pytest.raises(UserError, match=r"max_tokens: 500 after a prompt of \d+ tokens are more than the 512 positions"):
+    with pytest.raises(
+        UserError, match=r"max_tokens: 500 after a prompt of \d+ tokens are more than the 512 positions"
+    ):
         write(dataclasses.replace(given, out=str(tmp_path / "long.jsonl"), max_tokens=500))
     with pytest.raises(UserError, match="nowhere: cannot be loaded"):
         write(dataclasses.replace(given, out=str(tmp_path / "third.jsonl"), model=str(model / "nowhere")))
@@ -445,6 +531,8 @@ def test_a_local_model_answers_as_transformers_does(model: Path, settings: Write
     tokenizer, reference = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
     for prompt, answer in zip(prompts, Local(given).answers(prompts), strict=True):
         ids = tokenizer(prompt.text, return_tensors="pt")["input_ids"]
-        found = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0)
+        found = reference.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0
+        )
         assert answer.text == tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip()
         assert (answer.prompt_tokens, answer.cut) == (ids.shape[1], 0 not in found[0, ids.shape[1] :])

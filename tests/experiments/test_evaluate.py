@@ -1,4 +1,5 @@
-"""`outgrow evaluate` on local tasks: each score measured once, published rows beside ours, the same score after a lossless growth."""
+"""`outgrow evaluate` on local tasks: each score measured once, published rows beside ours, the same score
+after a lossless growth."""
 
 from __future__ import annotations
 
@@ -31,7 +32,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_tokenizer([text], vocab_size=300, model_max_length=128)
     build_model(preset("tiny_source") | {"vocab_size": 512}, seed=0).save_pretrained(place / "small")
     save_tokenizer(tokenizer, place / "small")
-    grow(place / "small", place / "large", target={"intermediate_size": 2 * preset("tiny_source")["intermediate_size"]})
+    grow(
+        place / "small",
+        place / "large",
+        target={"intermediate_size": 2 * preset("tiny_source")["intermediate_size"]},
+    )
     (place / "tasks").mkdir()
     for name in ("piqa", "boolq"):
         write_task(place / "tasks", name)
@@ -84,7 +89,13 @@ def test_what_stops_keeps_what_was_measured(place: Path, monkeypatch: pytest.Mon
 
 def test_the_table_sets_ours_beside_what_was_published() -> None:
     suite = load_suite("phi_2")
-    ours = Evaluated("mine", Path("x"), {"gsm8k_cot": 0.125}, {task.group: None for task in suite.tasks} | {"math": 0.125}, 10)
+    ours = Evaluated(
+        "mine",
+        Path("x"),
+        {"gsm8k_cot": 0.125},
+        {task.group: None for task in suite.tasks} | {"math": 0.125},
+        10,
+    )
     told = markdown(suite, [ours])
     assert "| Phi-2 | 59.2 | 68.8 | 62.0 | 61.1 | 53.7 | – |" in told
     assert "| **mine** | – | – | – | 12.5 | – | – |" in told
@@ -100,13 +111,19 @@ def test_published_rows_name_their_source_and_columns_of_the_suite() -> None:
         assert row.note
         assert set(row.tasks) <= tasks
         assert set(row.groups) <= groups
-        assert all(0 < value < 100 and math.isfinite(value) for value in (*row.groups.values(), *row.tasks.values()))
+        assert all(
+            0 < value < 100 and math.isfinite(value) for value in (*row.groups.values(), *row.tasks.values())
+        )
 
 
 @pytest.mark.slow
 def test_the_picture_has_a_panel_for_each_group_that_has_a_number(tmp_path: Path) -> None:
     suite = load_suite("phi_2")
-    draw(suite, [Evaluated("mine", tmp_path, {}, {task.group: None for task in suite.tasks}, None)], tmp_path / "p.png")
+    draw(
+        suite,
+        [Evaluated("mine", tmp_path, {}, {task.group: None for task in suite.tasks}, None)],
+        tmp_path / "p.png",
+    )
     assert (tmp_path / "p.png").stat().st_size > 10_000
 
 
@@ -125,7 +142,9 @@ def test_wrong_settings_are_told(given: list[str], said: str) -> None:
         settings_from(given)
 
 
-def test_what_is_no_checkpoint_or_has_no_tokenizer_is_refused(tmp_path: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_checkpoint_or_has_no_tokenizer_is_refused(
+    tmp_path: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("lm_eval")
     with pytest.raises(UserError, match=r"neither a run's folder nor a checkpoint"):
         checkpoint_of(tmp_path)

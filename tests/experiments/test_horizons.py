@@ -10,14 +10,28 @@ import pytest
 
 from outgrow.experiments.__main__ import main
 from outgrow.experiments.horizon_report import answer, table, write
-from outgrow.experiments.horizons import BaselineCurve, End, baseline, best_points, read_ends, worths, write_ends
+from outgrow.experiments.horizons import (
+    BaselineCurve,
+    End,
+    baseline,
+    best_points,
+    read_ends,
+    worths,
+    write_ends,
+)
 from outgrow.model.base.errors import UserError
 
 BASE = End("x", "scratch", "adamw", 1e-2, 4096, 0, 1000, 20_000, 1e12, 0.0, 3.0, 4096, "cpu", "text")
 
 
 def end(arm: str, flops: float, loss: float, **more: object) -> End:
-    fields: dict[str, object] = {"arm": arm, "flops": flops, "val_loss": loss, "tokens": round(flops / 5e7), **more}
+    fields: dict[str, object] = {
+        "arm": arm,
+        "flops": flops,
+        "val_loss": loss,
+        "tokens": round(flops / 5e7),
+        **more,
+    }
     return dataclasses.replace(BASE, **fields)  # type: ignore[arg-type]
 
 
@@ -43,7 +57,9 @@ def test_an_arm_is_worth_what_scratch_would_have_paid_for_its_loss() -> None:
 
 def test_scratch_is_worth_itself_and_nothing_is_read_outside_of_its_range() -> None:
     rows = {(w.point.arm, w.point.flops): w for w in worths([*SCRATCH_ENDS, end("better", 30e12, 2.0)])}
-    assert [rows["scratch", flops].speedup_included for flops in (1e12, 4e12, 16e12)] == pytest.approx([1, 1, 1])
+    assert [rows["scratch", flops].speedup_included for flops in (1e12, 4e12, 16e12)] == pytest.approx(
+        [1, 1, 1]
+    )
     assert rows["better", 30e12].speedup_included is None
     assert rows["better", 30e12].difference is None
 
@@ -53,11 +69,14 @@ def test_the_interval_is_over_the_seeds() -> None:
     worth = next(w for w in worths([*SCRATCH_ENDS, *seeds]) if w.point.arm == "grown")
     speedups = [4 ** ((3.0 - loss) / 0.5) for loss in (2.5, 2.6, 2.7)]  # one unit of log4 C for 0.5 nats
     deviation = math.sqrt(sum((s - sum(speedups) / 3) ** 2 for s in speedups) / 2)
-    assert worth.interval_included == pytest.approx(4.302653 * deviation / math.sqrt(3), rel=1e-5)  # t of 2 degrees of freedom
+    # t of 2 degrees of freedom
+    assert worth.interval_included == pytest.approx(4.302653 * deviation / math.sqrt(3), rel=1e-5)
 
 
 def test_the_best_rate_is_taken_and_an_edge_is_named() -> None:
-    grid = [end("grown", 1e12, loss, learning_rate=rate) for rate, loss in ((1e-3, 2.9), (2e-3, 2.7), (4e-3, 2.8))]
+    grid = [
+        end("grown", 1e12, loss, learning_rate=rate) for rate, loss in ((1e-3, 2.9), (2e-3, 2.7), (4e-3, 2.8))
+    ]
     (point,) = best_points(grid)
     assert (point.learning_rate, point.val_loss, point.at_edge) == (2e-3, 2.7, False)
     assert best_points(grid[:2])[0].at_edge
@@ -94,7 +113,7 @@ def test_the_record_is_read_as_it_was_written(tmp_path: Path) -> None:
         read_ends(tmp_path / "ends.json")
 
 
-# ---- what a reader is shown -----------------------------------------------------------------------------------------------------------
+# ---- what a reader is shown --------------------------------------------------------------------------------
 
 
 def test_the_table_and_the_sentence_say_what_was_measured(tmp_path: Path) -> None:
@@ -103,7 +122,8 @@ def test_the_table_and_the_sentence_say_what_was_measured(tmp_path: Path) -> Non
     line = next(line for line in table(rows).splitlines() if line.startswith("| grown"))
     assert line == "| grown | adamw | 0.0 M | 30 | 0.01* | 2 | 2.00 | 2.5000 | 2.67 | 2.00 ± 0.00 | -0.2500 |"
     assert answer(rows) == (
-        "At 30 tokens a parameter growth pays: grown is worth S = 2.00 ± 0.00 against scratch, everything paid (2 seeds)."
+        "At 30 tokens a parameter growth pays: grown is worth S = 2.00 ± 0.00 against scratch, everything "
+        "paid (2 seeds)."
     )
     losing = worths([*SCRATCH_ENDS, end("grown", 4e12, 2.6)])
     assert "growth does not pay: grown is worth S = 0.76" in answer(losing)
@@ -113,7 +133,8 @@ def test_the_table_and_the_sentence_say_what_was_measured(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_a_record_gives_the_files_that_its_runs_gave(tmp_path: Path) -> None:
     write_ends(
-        tmp_path / "first.json", [*(dataclasses.replace(e, name=str(i)) for i, e in enumerate(SCRATCH_ENDS)), end("grown", 2e12, 2.5)]
+        tmp_path / "first.json",
+        [*(dataclasses.replace(e, name=str(i)) for i, e in enumerate(SCRATCH_ENDS)), end("grown", 2e12, 2.5)],
     )
     write([str(tmp_path / "first.json")], tmp_path / "once")
     write([str(tmp_path / "once" / "ends.json")], tmp_path / "twice")
@@ -129,8 +150,12 @@ def test_a_record_gives_the_files_that_its_runs_gave(tmp_path: Path) -> None:
         (["{}/ends.json", "--out", "/proc/nowhere"], "--out /proc/nowhere: cannot be written"),
     ],
 )
-def test_the_door_tells_each_fault_in_a_line(arguments: list[str], fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_ends(tmp_path / "ends.json", [dataclasses.replace(e, name=str(i)) for i, e in enumerate(SCRATCH_ENDS)])
+def test_the_door_tells_each_fault_in_a_line(
+    arguments: list[str], fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_ends(
+        tmp_path / "ends.json", [dataclasses.replace(e, name=str(i)) for i, e in enumerate(SCRATCH_ENDS)]
+    )
     assert main(["horizons", *(argument.format(tmp_path) for argument in arguments)]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1

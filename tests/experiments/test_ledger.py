@@ -30,20 +30,34 @@ def test_a_crossing_is_linear_in_the_loss() -> None:
 
 def test_a_loss_is_read_between_evaluations_and_not_beyond() -> None:
     positions, losses = (0, 100, 200), (8.0, 6.0, 2.0)
-    assert [loss_at(positions, losses, at) for at in (0, 50, 100, 175, 200, 201)] == [8.0, 7.0, 6.0, 3.0, 2.0, 2.0]
+    assert [loss_at(positions, losses, at) for at in (0, 50, 100, 175, 200, 201)] == [
+        8.0,
+        7.0,
+        6.0,
+        3.0,
+        2.0,
+        2.0,
+    ]
     assert loss_at(positions, losses, 203) is None
     assert loss_at(positions, losses, -1) is None
 
 
 def test_speed_up_and_saving_both_ways() -> None:
-    """The arm reaches 4.0 half-way between 100 and 200 tokens: 1,500 of scratch's 3,000 FLOPs; its source cost 900."""
+    """The arm reaches 4.0 half-way between 100 and 200 tokens: 1,500 of scratch's 3,000 FLOPs; its source
+    cost 900."""
     found = cost(curve(7.0, 5.0, 3.0, 2.0), SCRATCH, source_flops=900.0)
-    assert (found.outcome, found.tokens, found.flops_excluded, found.flops_included) == ("reached", 150, 1500, 2400)
+    assert (found.outcome, found.tokens, found.flops_excluded, found.flops_included) == (
+        "reached",
+        150,
+        1500,
+        2400,
+    )
     assert (found.speedup_excluded, found.speedup_included) == (2.0, 1.25)
     assert found.saving_excluded == 0.5
     assert found.saving_included == pytest.approx(0.2)
     assert found.difference_excluded == -2.0
-    assert found.difference_included == pytest.approx(2.9 - 4.0)  # it had 2,100 FLOPs left for itself: a tenth of the way from 3.0 to 2.0
+    # it had 2,100 FLOPs left for itself: a tenth of the way from 3.0 to 2.0
+    assert found.difference_included == pytest.approx(2.9 - 4.0)
 
 
 def test_the_operators_own_steps_are_paid() -> None:
@@ -63,7 +77,12 @@ def test_a_source_can_cost_more_than_it_saves() -> None:
 
 def test_an_arm_that_starts_below_gets_a_difference_and_no_ratio() -> None:
     found = cost(curve(3.9, 3.8, 3.7, 3.5), SCRATCH, source_flops=1500.0)
-    assert (found.outcome, found.tokens, found.speedup_excluded, found.saving_excluded) == ("starts below", 0, None, None)
+    assert (found.outcome, found.tokens, found.speedup_excluded, found.saving_excluded) == (
+        "starts below",
+        0,
+        None,
+        None,
+    )
     assert found.difference_excluded == -0.5
     assert found.speedup_included == 2.0  # its source has to be paid, so that ratio is finite
     assert cost(curve(4.0, 3.8, 3.7, 3.5), SCRATCH).outcome == "starts below"
@@ -73,7 +92,13 @@ def test_an_arm_that_starts_below_gets_a_difference_and_no_ratio() -> None:
 
 def test_an_arm_that_never_gets_there_says_so() -> None:
     found = cost(curve(8.0, 7.0, 6.0, 4.25), SCRATCH, source_flops=100.0)
-    assert (found.outcome, found.tokens, found.flops_excluded, found.speedup_excluded, found.speedup_included) == (
+    assert (
+        found.outcome,
+        found.tokens,
+        found.flops_excluded,
+        found.speedup_excluded,
+        found.speedup_included,
+    ) == (
         "not reached",
         *[None] * 4,
     )
@@ -81,17 +106,22 @@ def test_an_arm_that_never_gets_there_says_so() -> None:
 
 
 def test_a_dip_saves_nothing() -> None:
-    """Below scratch's final loss once, and 0.2 nats above it at the end; and the same for an arm that starts there."""
+    """Below scratch's final loss once, and 0.2 nats above it at the end; and the same for an arm that starts
+    there."""
     for dipped in (curve(8.0, 3.9, 4.5, 4.2), curve(3.9, 4.5, 4.3, 4.2)):
         found = cost(dipped, SCRATCH)
-        assert (found.outcome, found.tokens, found.speedup_excluded, found.speedup_included) == ("not reached", *[None] * 3)
+        assert (found.outcome, found.tokens, found.speedup_excluded, found.speedup_included) == (
+            "not reached",
+            *[None] * 3,
+        )
         assert found.difference_at_end == pytest.approx(0.2)
     assert cost(curve(8.0, 3.9, 4.5, 3.5), SCRATCH).flops_excluded == 2500  # it comes back for good
 
 
 def test_scratch_is_read_by_its_own_rule() -> None:
     assert cost(SCRATCH, SCRATCH).speedup_excluded == 1.0
-    early = curve(8.0, 4.0, 3.0, 4.0)  # had its final loss at 1,000 FLOPs already: the later ones are no merit of a rival
+    # had its final loss at 1,000 FLOPs already: the later ones are no merit of a rival
+    early = curve(8.0, 4.0, 3.0, 4.0)
     assert cost(curve(8.0, 6.0, 4.0, 3.0), early).speedup_excluded == 0.5
 
 
@@ -104,7 +134,9 @@ def test_the_interval_is_students() -> None:
     """t(0.975) from the printed tables: 12.7062 at 1, 4.3027 at 2, 2.7764 at 4 degrees of freedom."""
     assert half_interval([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
     assert half_interval([1.0, 2.0]) == pytest.approx(12.7062 * math.sqrt(0.5) / math.sqrt(2), rel=1e-4)
-    assert half_interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2.7764 * math.sqrt(2.5) / math.sqrt(5), rel=1e-4)
+    assert half_interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(
+        2.7764 * math.sqrt(2.5) / math.sqrt(5), rel=1e-4
+    )
     assert half_interval([1.0]) is None
 
 

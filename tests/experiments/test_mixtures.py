@@ -1,4 +1,5 @@
-"""Studies of mixtures: which runs, what a change is, and that the committed table is what the committed results say."""
+"""Studies of mixtures: which runs, what a change is, and that the committed table is what the committed
+results say."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def test_a_change_is_between_runs_of_one_seed() -> None:
     baseline, other = judged("plain", 5.0, 5.2, 5.4), judged("other", 4.9, 5.1, 5.31)
     difference, interval = change(other, baseline, "text")
     assert difference == pytest.approx(-0.29 / 3)
-    assert interval == pytest.approx(4.302653 * 0.0057735 / 3**0.5, rel=1e-4)  # far less than the spread of either
+    # far less than the spread of either
+    assert interval == pytest.approx(4.302653 * 0.0057735 / 3**0.5, rel=1e-4)
     assert verdict(difference, interval) == "lower"
     assert verdict(0.1, 0.05) == "higher"
     assert verdict(-0.1, 0.2) == verdict(-0.1, None) == "no change that the seeds can tell"
@@ -39,7 +41,9 @@ def test_a_change_is_between_runs_of_one_seed() -> None:
 
 def test_the_table_says_what_was_read_and_what_changed() -> None:
     study = Study("?", (), {"plain": (), "other": ()}, (0, 1), ("text",), 100)
-    lines = markdown(study, [judged("plain", 5.0, 5.2), judged("other", 5.5, 5.7)], ["a machine"]).splitlines()
+    lines = markdown(
+        study, [judged("plain", 5.0, 5.2), judged("other", 5.5, 5.7)], ["a machine"]
+    ).splitlines()
     assert lines[2] == "- `other`: text +0.500 ± 0.000 (higher)"
     assert lines[6] == "| plain | a 20 | 5.100 ± 1.271 |"
     assert lines[7] == "| other | a 20 | 5.600 ± 1.271, +0.500 |"
@@ -74,7 +78,9 @@ def test_the_committed_table_is_what_the_committed_results_say(name: str) -> Non
 def test_a_study_that_cannot_be_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study_file, "HERE", tmp_path)
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / FILE).write_text("question: why\nruns: []\narms: {a: 1}\nseeds: [x]\njudged: []\neval_tokens: 5\n")
+    (tmp_path / "mine" / FILE).write_text(
+        "question: why\nruns: []\narms: {a: 1}\nseeds: [x]\njudged: []\neval_tokens: 5\n"
+    )
     with pytest.raises(UserError, match="unknown study 'mime'; did you mean 'mine'"):
         load("mime")
     with pytest.raises(UserError) as caught:
@@ -97,12 +103,20 @@ def test_a_whole_study_on_small_texts(tmp_path: Path, monkeypatch: pytest.Monkey
     for name, letters in (("own", "abcd"), ("more", "wxyz")):
         (tmp_path / name).mkdir()
         for i in range(30):
-            (tmp_path / name / f"{i}.txt").write_text(" ".join("".join(draw.choices(letters, k=3)) for _ in range(100)))
+            (tmp_path / name / f"{i}.txt").write_text(
+                " ".join("".join(draw.choices(letters, k=3)) for _ in range(100))
+            )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study_file, "HERE", tmp_path)
-    monkeypatch.setattr(mixtures, "run_jobs", lambda todo, *rest: [train_run(job.settings) for job in todo])  # here, without a pool
-    sizes = "hidden_size:16,intermediate_size:32,num_hidden_layers:1,num_attention_heads:2,num_key_value_heads:2"
-    train = "context=16 batch_tokens=512 budget_tokens=8192 eval_tokens=160 eval_every_tokens=4096 log_every_tokens=4096"
+    # here, without a pool
+    monkeypatch.setattr(mixtures, "run_jobs", lambda todo, *rest: [train_run(job.settings) for job in todo])
+    sizes = (
+        "hidden_size:16,intermediate_size:32,num_hidden_layers:1,num_attention_heads:2,num_key_value_heads:2"
+    )
+    train = (
+        "context=16 batch_tokens=512 budget_tokens=8192 eval_tokens=160 eval_every_tokens=4096 "
+        "log_every_tokens=4096"
+    )
     runs = [
         "study=m",
         "growth=scratch",
@@ -112,12 +126,25 @@ def test_a_whole_study_on_small_texts(tmp_path: Path, monkeypatch: pytest.Monkey
         "data.vocab_size=270",
         "logger=none",
     ]
-    runs += [f"target={{model_type:phi,vocab_size:300,max_position_embeddings:32,{sizes}}}", "data.validation_fraction=0.3"]
+    runs += [
+        f"target={{model_type:phi,vocab_size:300,max_position_embeddings:32,{sizes}}}",
+        "data.validation_fraction=0.3",
+    ]
     runs += ["optimizer.learning_rate=0.01", *(f"train.{x}" for x in train.split())]
-    more = {"name": "more", "corpus": "files", "path": str(tmp_path / "more"), "folder": "data/more", "validation_fraction": 0.3}
+    more = {
+        "name": "more",
+        "corpus": "files",
+        "path": str(tmp_path / "more"),
+        "folder": "data/more",
+        "validation_fraction": 0.3,
+    }
     own = more | {"name": "own", "path": str(tmp_path / "own"), "folder": "data/own"}
     other = ["mixture=tiny_textbooks", "mixture.phases=[{weights:{stdlib:0.25,textbooks:0.75}}]"]
-    other += [f"++mixture.sources.{k}.data.{key}={v}" for k, data in (("stdlib", own), ("textbooks", more)) for key, v in data.items()]
+    other += [
+        f"++mixture.sources.{k}.data.{key}={v}"
+        for k, data in (("stdlib", own), ("textbooks", more))
+        for key, v in data.items()
+    ]
     study = {"question": "why", "runs": runs, "arms": {"plain": [], "other": other}, "seeds": [0, 1]}
     study |= {"judged_on": ["own", "more"], "eval_tokens": 320}
     (tmp_path / "m").mkdir()

@@ -1,4 +1,5 @@
-"""Arms that differ in training alone are found, and held against each other seed by seed; what they pay is what their trainer counted."""
+"""Arms that differ in training alone are found, and held against each other seed by seed; what they pay is
+what their trainer counted."""
 
 from __future__ import annotations
 
@@ -18,13 +19,29 @@ from outgrow.model.geometry import flops_per_token
 from outgrow.train import loop
 from outgrow.train.settings import compose
 
-PLAIN: dict[str, Any] = {"name": "plain", "optimizer": None, "inherited_rate": 1.0, "mup": False, "teacher": None}
+PLAIN: dict[str, Any] = {
+    "name": "plain",
+    "optimizer": None,
+    "inherited_rate": 1.0,
+    "mup": False,
+    "teacher": None,
+}
 TEACHER = {"model": "source", "weight": [0.5, 0.0], "until": 0.5}
 CURVE = [8.0, 6.0, 5.0]
 
 
-def arm(tmp: Path, name: str, ends: list[float], operator: str, *, rate: float = 1e-3, stages: Any = (), **changes: Any) -> list[Path]:
-    """One run for each final loss, seeds from 0. `changes` are entries of its transfer settings, and a schedule's `rewarm`."""
+def arm(
+    tmp: Path,
+    name: str,
+    ends: list[float],
+    operator: str,
+    *,
+    rate: float = 1e-3,
+    stages: Any = (),
+    **changes: Any,
+) -> list[Path]:
+    """One run for each final loss, seeds from 0. `changes` are entries of its transfer settings, and a
+    schedule's `rewarm`."""
     schedule = {"rewarm": changes.pop("rewarm", "full")}
     spans = {"spans": changes.pop("spans")} if "spans" in changes else {}
     settings = {
@@ -32,7 +49,10 @@ def arm(tmp: Path, name: str, ends: list[float], operator: str, *, rate: float =
         "settings.transfer": PLAIN | changes,
         "settings.schedule": schedule,
     }
-    return [fabricate(tmp, name, [*CURVE, end], seed=seed, rate=rate, **settings, **spans) for seed, end in enumerate(ends)]
+    return [
+        fabricate(tmp, name, [*CURVE, end], seed=seed, rate=rate, **settings, **spans)
+        for seed, end in enumerate(ends)
+    ]
 
 
 @pytest.fixture
@@ -60,10 +80,17 @@ def test_each_arm_is_held_against_the_plain_one_of_its_start(folders: list[Path]
         ("scratch", "stacked", ("growth.stages",), (0, 1)),
     ]
     assert [change.difference for change in found] == pytest.approx([-0.1, 0.0, 0.05, 0.55])
-    assert [change.flops for change in found] == pytest.approx([1.0, (200 * 12.5 + 1000) / 3000, 1.0, (800 + 1000) / 3000])
-    assert [change.interval for change in found[:3]] == [pytest.approx(0, abs=1e-9), pytest.approx(half_interval([0.2, -0.2])), None]
+    assert [change.flops for change in found] == pytest.approx(
+        [1.0, (200 * 12.5 + 1000) / 3000, 1.0, (800 + 1000) / 3000]
+    )
+    assert [change.interval for change in found[:3]] == [
+        pytest.approx(0, abs=1e-9),
+        pytest.approx(half_interval([0.2, -0.2])),
+        None,
+    ]
     words = ["lower", "no change that the seeds can tell", "no change that the seeds can tell", "higher"]
-    assert [change.verdict for change in found] == [*words[:3], "no change that the seeds can tell"]  # 0.5 and 0.6 from two seeds
+    # 0.5 and 0.6 from two seeds
+    assert [change.verdict for change in found] == [*words[:3], "no change that the seeds can tell"]
     assert Change("a", "b", (), (0, 1, 2), 1.0, 0.5, 0.1).verdict == words[3]
 
 
@@ -77,15 +104,24 @@ def test_the_table_the_page_and_the_json_have_the_changes(folders: list[Path], t
         assert "| " + " | ".join(change_cells(change)) + " |" in table
         assert "".join(f"<td>{cell}</td>" for cell in change_cells(change)) in page
     shown = dict(zip(CHANGE_HEADER, change_cells(comparison.changes[1]), strict=True))
-    assert (shown["differs in"], shown["FLOPs of training"], shown["n"]) == ("transfer.teacher", "1.17 ×", "2")
+    assert (shown["differs in"], shown["FLOPs of training"], shown["n"]) == (
+        "transfer.teacher",
+        "1.17 ×",
+        "2",
+    )
     assert as_json(comparison)["changes"][0]["verdict"] == "lower"
     json.dumps(as_json(comparison))
-    assert not compare([folder for folder in folders if "scratch" in folder.name or "tile" in folder.name]).changes
+    assert not compare(
+        [folder for folder in folders if "scratch" in folder.name or "tile" in folder.name]
+    ).changes
 
 
 def test_what_the_changes_did_is_said_in_a_sentence_each(folders: list[Path]) -> None:
     untold = "no change that the seeds can tell"
-    said = f"Final loss against lossless, lower for continued; {untold} for taught, warm. Final loss against scratch, {untold} for stacked"
+    said = (
+        f"Final loss against lossless, lower for continued; {untold} for taught, warm. Final loss against "
+        f"scratch, {untold} for stacked"
+    )
     comparison = compare(folders)
     assert summary(comparison.changes) == said
     assert f"**{said}.**" in markdown(comparison)
@@ -93,29 +129,47 @@ def test_what_the_changes_did_is_said_in_a_sentence_each(folders: list[Path]) ->
 
 def test_a_saving_that_not_every_seed_has_is_called_so(tmp_path: Path) -> None:
     folders = [*arm(tmp_path, "scratch", [4.0, 4.2], "scratch"), *arm(tmp_path, "tile", [3.6, 4.3], "tile")]
-    assert answer(compare(folders)).startswith("tile reaches scratch's final loss in the mean, though not in every seed, with 5 % fewer")
-    again = [*arm(tmp_path / "more", "scratch", [4.0, 4.2], "scratch"), *arm(tmp_path / "more", "tile", [3.6, 4.1], "tile")]
+    assert answer(compare(folders)).startswith(
+        "tile reaches scratch's final loss in the mean, though not in every seed, with 5 % fewer"
+    )
+    again = [
+        *arm(tmp_path / "more", "scratch", [4.0, 4.2], "scratch"),
+        *arm(tmp_path / "more", "tile", [3.6, 4.1], "tile"),
+    ]
     assert answer(compare(again)).startswith("tile reaches scratch's final loss with")
 
 
 def test_an_arm_that_paid_less_in_all_says_where_it_ended(folders: list[Path]) -> None:
-    """It paid 1,800 of scratch's 3,000 FLOPs, so there is no loss at equal FLOPs, and its end is 0.55 above scratch's."""
+    """It paid 1,800 of scratch's 3,000 FLOPs, so there is no loss at equal FLOPs, and its end is 0.55 above
+    scratch's."""
     stacked = next(row for row in compare(folders).best_rows if row.arm == "stacked")
     shown = dict(zip(HEADER, cells(stacked), strict=True))
-    assert shown["source excluded: S, saving"] == shown["source included: S, saving"] == "not reached, ends +0.550"
+    assert (
+        shown["source excluded: S, saving"]
+        == shown["source included: S, saving"]
+        == "not reached, ends +0.550"
+    )
     assert shown["Δ loss at equal FLOPs (excl. / incl.)"] == "– / –"
 
 
 def test_an_arm_without_a_source_has_none_to_pay_for(tmp_path: Path) -> None:
     spans = [{"last": 4, "flops_per_token": 4.0}, {"last": 6, "flops_per_token": 10.0}]
-    folders = arm(tmp_path, "scratch", [4.0], "scratch") + arm(tmp_path, "stacked", [4.0], "scratch", stages=[{}], spans=spans)
-    assert answer(compare(folders)) == "stacked reaches scratch's final loss with 40 % fewer FLOPs (it has no source to pay for)"
+    folders = arm(tmp_path, "scratch", [4.0], "scratch") + arm(
+        tmp_path, "stacked", [4.0], "scratch", stages=[{}], spans=spans
+    )
+    assert (
+        answer(compare(folders))
+        == "stacked reaches scratch's final loss with 40 % fewer FLOPs (it has no source to pay for)"
+    )
 
 
 @pytest.mark.slow
 def test_what_the_trainer_counted_is_what_the_comparison_reads(overrides: list[str], tmp_path: Path) -> None:
-    """Six steps of real toy runs: taught for three of them by the source; frozen under a new layer; stacked after two."""
-    source = loop.train(compose([*overrides, "train.keep_optimizer=true", f"out={tmp_path / 'source'}"])) / "final"
+    """Six steps of real toy runs: taught for three of them by the source; frozen under a new layer; stacked
+    after two."""
+    source = (
+        loop.train(compose([*overrides, "train.keep_optimizer=true", f"out={tmp_path / 'source'}"])) / "final"
+    )
     toy = [override for override in overrides if not override.startswith("target=")]
     deeper = [f"source={source}", "target={num_hidden_layers:2}"]
     stages = "growth.stages=[{until:0.34,layers:0.5},{until:1.0,depth:stack,noise:0.0}]"
@@ -128,7 +182,8 @@ def test_what_the_trainer_counted_is_what_the_comparison_reads(overrides: list[s
         "g_stack": ["growth=g_stack", stages],
     }
     folders = [
-        loop.train(compose([*toy, *deeper, *given, f"growth.name={name}", f"out={tmp_path / name}"])) for name, given in arms.items()
+        loop.train(compose([*toy, *deeper, *given, f"growth.name={name}", f"out={tmp_path / name}"]))
+        for name, given in arms.items()
     ]
     comparison = compare(folders)
     config = json.loads((folders[0] / "final" / "config.json").read_text())
@@ -140,7 +195,9 @@ def test_what_the_trainer_counted_is_what_the_comparison_reads(overrides: list[s
         "frozen": 6 * (large / 3 + 2 * (large - small) / 3 + head),
         "g_stack": 2 * small + 4 * large,
     }
-    assert {row.arm: row.flops for row in comparison.rows} == {name: pytest.approx(128 * paid) for name, paid in expected.items()}
+    assert {row.arm: row.flops for row in comparison.rows} == {
+        name: pytest.approx(128 * paid) for name, paid in expected.items()
+    }
     cost = 768 * small
     assert {row.arm: row.source_flops for row in comparison.rows} == {
         name: 0.0 if name in ("scratch", "g_stack") else pytest.approx(cost) for name in expected

@@ -25,15 +25,23 @@ def test_a_run_is_read_whole(tmp_path: Path) -> None:
         2e-13,
         True,
     )
-    assert (run.curve.tokens, run.curve.flops, run.curve.losses) == ((0, 100, 200), (0, 1000, 2000), (4.0, 3.0, 2.0))
+    assert (run.curve.tokens, run.curve.flops, run.curve.losses) == (
+        (0, 100, 200),
+        (0, 1000, 2000),
+        (4.0, 3.0, 2.0),
+    )
     assert (run.operator_flops, run.source_flops) == (7.0, 1500.0)
 
 
 def test_unfinished_and_diverged_runs_are_left_out_by_name(tmp_path: Path) -> None:
-    whole, unfinished = fabricate(tmp_path, "scratch", [5.0, 3.0]), fabricate(tmp_path, "tile", [5.0, 4.0, 3.0])
+    whole, unfinished = (
+        fabricate(tmp_path, "scratch", [5.0, 3.0]),
+        fabricate(tmp_path, "tile", [5.0, 4.0, 3.0]),
+    )
     (unfinished / "summary.json").unlink()
     lines = (unfinished / "metrics.jsonl").read_text().splitlines()
-    (unfinished / "metrics.jsonl").write_text("\n".join(lines[:-1]) + '\n{"kind": "ev')  # killed while writing
+    # killed while writing
+    (unfinished / "metrics.jsonl").write_text("\n".join(lines[:-1]) + '\n{"kind": "ev')
     diverged = fabricate(tmp_path, "random_pad", [5.0, float("nan")])
     runs, left_out = read_runs([whole, unfinished, diverged, whole])  # naming one twice reads it once
     assert [run.arm for run in runs] == ["scratch"]
@@ -52,7 +60,12 @@ def test_unfinished_and_diverged_runs_are_left_out_by_name(tmp_path: Path) -> No
         ("summary.json", "start_val_loss", 4.9, r"start_val_loss is 4\.9, but the first evaluation says 5"),
         ("summary.json", "tokens", 150, "tokens are 150, but the last evaluation was at 100"),
         ("summary.json", "flops", 1001.0, "FLOPs are 1001, but the last evaluation was at 1000"),
-        ("run.json", "flops_per_token", 11.0, r"FLOPs counted are 1000, but tokens × FLOPs per token give 1100"),
+        (
+            "run.json",
+            "flops_per_token",
+            11.0,
+            r"FLOPs counted are 1000, but tokens × FLOPs per token give 1100",
+        ),
     ],
 )
 def test_a_wrong_number_is_caught(tmp_path: Path, file: str, key: str, value: float, complaint: str) -> None:
@@ -65,7 +78,8 @@ def test_a_wrong_number_is_caught(tmp_path: Path, file: str, key: str, value: fl
 
 
 def test_the_flops_of_stages_and_teachers_are_held_against_the_curve(tmp_path: Path) -> None:
-    """Two steps of 50 tokens at 3 FLOPs each, then 10: a run that grew on its way, or that was taught less and less."""
+    """Two steps of 50 tokens at 3 FLOPs each, then 10: a run that grew on its way, or that was taught less
+    and less."""
     spans = [{"last": 2, "flops_per_token": 3.0}, {"last": 6, "flops_per_token": 10.0}]
     folder = fabricate(tmp_path, "g_stack", [5.0, 4.0, 3.0, 2.0], spans=spans)
     run = read_run(folder)
@@ -116,7 +130,16 @@ def test_what_lies_beside_runs_is_passed_over_with_one_line_each(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "row", ["[]", "3", "null", '"eval"', '{"kind": "eval"}', '{"kind": "eval", "val_loss": "x", "tokens": 1}', "[" * 10_000]
+    "row",
+    [
+        "[]",
+        "3",
+        "null",
+        '"eval"',
+        '{"kind": "eval"}',
+        '{"kind": "eval", "val_loss": "x", "tokens": 1}',
+        "[" * 10_000,
+    ],
 )
 def test_a_line_that_is_no_row_is_one_clear_error(tmp_path: Path, row: str) -> None:
     folder = fabricate(tmp_path, "scratch", [5.0, 4.0, 3.0])
@@ -155,7 +178,8 @@ def test_one_fault_of_many_runs_is_one_line(tmp_path: Path) -> None:
     first, *faults = str(caught.value).splitlines()
     assert first == "2 faults:"
     assert faults[1].startswith(
-        "  - 16 runs (st-tile-lr0.001-s0, st-tile-lr0.001-s1, st-tile-lr0.001-s2, st-tile-lr0.001-s3 and 12 more): "
+        "  - 16 runs (st-tile-lr0.001-s0, st-tile-lr0.001-s1, st-tile-lr0.001-s2, st-tile-lr0.001-s3 and "
+        "12 more): "
     )
 
 
@@ -171,15 +195,23 @@ def comparable(*folders: Path) -> None:
         ({"settings.train.context": 16}, r"context.* 8 and 16"),
         ({"tokens_per_step": 25}, "tokens per step is 50 and 25"),
         ({"settings.train.document_mask": True}, "document mask .* is False and True"),
-        ({"settings.mixture": {"phases": [{"weights": {"a": 0.2, "b": 0.8}}]}}, r"mixture .* is None and .*'a': 0\.2"),
+        (
+            {"settings.mixture": {"phases": [{"weights": {"a": 0.2, "b": 0.8}}]}},
+            r"mixture .* is None and .*'a': 0\.2",
+        ),
         ({"precision": "bf16"}, "precision is fp32 and bf16"),
         ({"budget_tokens": 300}, r"budget.* 200 and 300"),
         ({"flops_per_token": 20.0}, r"FLOPs per token is 10\.0 and 20\.0"),
         ({"target_config.hidden_size": 96}, r"target configs differ in hidden_size \(80 and 96\)"),
     ],
 )
-def test_incomparable_runs_are_refused_by_name(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
-    scratch, other = fabricate(tmp_path, "scratch", [5.0, 4.0, 3.0]), fabricate(tmp_path, "tile", [5.0, 4.0, 3.0], **changes)
+def test_incomparable_runs_are_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], complaint: str
+) -> None:
+    scratch, other = (
+        fabricate(tmp_path, "scratch", [5.0, 4.0, 3.0]),
+        fabricate(tmp_path, "tile", [5.0, 4.0, 3.0], **changes),
+    )
     with pytest.raises(UserError, match=complaint) as caught:
         comparable(scratch, other)
     assert str(scratch) in str(caught.value)
@@ -189,17 +221,26 @@ def test_incomparable_runs_are_refused_by_name(tmp_path: Path, changes: dict[str
 def test_the_control_arm_may_train_another_network_on_other_tokens(tmp_path: Path) -> None:
     changes = {"target_config": {"model_type": "phi", "hidden_size": 64}, "flops_per_token": 5.0}
     scratch = fabricate(tmp_path, "scratch", [5.0, 4.0, 3.0])
-    tile = fabricate(tmp_path, "tile", [5.0, 4.0, 3.0], **{"target_config.transformers_version": "5.0"})  # the library's own mark
+    # the library's own mark
+    tile = fabricate(tmp_path, "tile", [5.0, 4.0, 3.0], **{"target_config.transformers_version": "5.0"})
     comparable(scratch, tile, fabricate(tmp_path, "source", [4.0, 3.9, 3.8, 3.7, 3.6], **changes))
-    with pytest.raises(UserError, match="target configs differ"):  # what the control arm may, no other arm may
-        comparable(scratch, fabricate(tmp_path, "random_pad", [4.0, 3.9, 3.8], target_config=changes["target_config"]))
+    with pytest.raises(
+        UserError, match="target configs differ"
+    ):  # what the control arm may, no other arm may
+        comparable(
+            scratch,
+            fabricate(tmp_path, "random_pad", [4.0, 3.9, 3.8], target_config=changes["target_config"]),
+        )
 
 
 def test_a_config_in_both_spellings_is_the_network_that_one_spelling_says(tmp_path: Path) -> None:
     config = {"model_type": "llama", "hidden_size": 80, "dtype": "float32"}
     turned = config | {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}}
     scratch = fabricate(tmp_path, "scratch", [5.0, 4.0, 3.0], target_config=turned)
-    comparable(scratch, fabricate(tmp_path, "lossless", [5.0, 4.0, 3.0], target_config=turned | {"rope_theta": 500_000.0}))
+    comparable(
+        scratch,
+        fabricate(tmp_path, "lossless", [5.0, 4.0, 3.0], target_config=turned | {"rope_theta": 500_000.0}),
+    )
     other = config | {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
     with pytest.raises(UserError, match=r"target configs differ in .*rope_theta"):
         comparable(scratch, fabricate(tmp_path, "tile", [5.0, 4.0, 3.0], target_config=other))
@@ -208,8 +249,16 @@ def test_a_config_in_both_spellings_is_the_network_that_one_spelling_says(tmp_pa
 def test_seeds_repeat_and_nothing_else_differs(tmp_path: Path) -> None:
     first, second = (fabricate(tmp_path, "scratch", [5.0, 3.0], seed=seed) for seed in (0, 1))
     comparable(first, second)
-    other = fabricate(tmp_path, "scratch", [5.0, 3.0], seed=2, **{"settings.optimizer": {"learning_rate": 1e-3, "weight_decay": 0.1}})
-    with pytest.raises(UserError, match=r"no two seeds of one arm.*optimizer\.weight_decay \(absent and 0\.1\)"):
+    other = fabricate(
+        tmp_path,
+        "scratch",
+        [5.0, 3.0],
+        seed=2,
+        **{"settings.optimizer": {"learning_rate": 1e-3, "weight_decay": 0.1}},
+    )
+    with pytest.raises(
+        UserError, match=r"no two seeds of one arm.*optimizer\.weight_decay \(absent and 0\.1\)"
+    ):
         comparable(first, second, other)
     twice = fabricate(tmp_path, "scratch", [5.0, 3.0], seed=0, folder="again")
     with pytest.raises(UserError, match=r"again are both arm scratch, learning rate 0\.001, seed 0"):
@@ -217,11 +266,21 @@ def test_seeds_repeat_and_nothing_else_differs(tmp_path: Path) -> None:
 
 
 def test_what_differs_beside_the_growth_is_told_with_its_values(tmp_path: Path) -> None:
-    """Every setting that changes a result, in whatever group it is; not the rate, which is tuned, nor the growth, which is compared."""
-    plain = {"settings.optimizer": {"name": "adamw", "weight_decay": 0.1, "learning_rate": 1e-3}, "settings.schedule": {"name": "wsd"}}
-    other = {"settings.optimizer": {"name": "muon", "weight_decay": 0.1, "learning_rate": 1e-3}, "settings.train.gradient_clip": 1.0}
+    """Every setting that changes a result, in whatever group it is; not the rate, which is tuned, nor the
+    growth, which is compared."""
+    plain = {
+        "settings.optimizer": {"name": "adamw", "weight_decay": 0.1, "learning_rate": 1e-3},
+        "settings.schedule": {"name": "wsd"},
+    }
+    other = {
+        "settings.optimizer": {"name": "muon", "weight_decay": 0.1, "learning_rate": 1e-3},
+        "settings.train.gradient_clip": 1.0,
+    }
     folders = [fabricate(tmp_path, "scratch", [5.0, 3.0], seed=seed, **plain) for seed in (0, 1)]
-    folders += [fabricate(tmp_path, "tile", [5.0, 3.0], **plain), fabricate(tmp_path, "lossless", [5.0, 3.0], **other)]
+    folders += [
+        fabricate(tmp_path, "tile", [5.0, 3.0], **plain),
+        fabricate(tmp_path, "lossless", [5.0, 3.0], **other),
+    ]
     folders += [fabricate(tmp_path, "source", [5.0, 4.0, 3.0], **plain)]  # its budget is its own
     runs = sorted(read_runs(folders)[0], key=lambda run: run.folder)
     assert differences(runs) == [
@@ -229,7 +288,13 @@ def test_what_differs_beside_the_growth_is_told_with_its_values(tmp_path: Path) 
         "schedule.name: null (lossless); wsd (scratch, source, tile)",
         "train.gradient_clip: 1.0 (lossless); null (scratch, source, tile)",
     ]
-    assert differences(runs, [("lossless", "optimizer"), ("lossless", "schedule.name"), ("lossless", "train.gradient_clip")]) == []
+    assert (
+        differences(
+            runs,
+            [("lossless", "optimizer"), ("lossless", "schedule.name"), ("lossless", "train.gradient_clip")],
+        )
+        == []
+    )
 
 
 def test_without_scratch_there_is_no_comparison(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ ROOT = Path(same.__file__).resolve().parents[1]
 
 
 def worktrees() -> str:
-    return subprocess.run(["git", "-C", str(ROOT), "worktree", "list"], capture_output=True, text=True, check=False).stdout
+    return subprocess.run(
+        ["git", "-C", str(ROOT), "worktree", "list"], capture_output=True, text=True, check=False
+    ).stdout
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +27,10 @@ def in_a_clone() -> None:
 
 
 def test_what_differs_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    numbers = {"there": {"plan of tile": "a", "gone": "1", "loss": "2.5"}, ROOT.name: {"plan of tile": "b", "fresh": "2", "loss": "2.5"}}
+    numbers = {
+        "there": {"plan of tile": "a", "gone": "1", "loss": "2.5"},
+        ROOT.name: {"plan of tile": "b", "fresh": "2", "loss": "2.5"},
+    }
     monkeypatch.setattr(same, "_numbers_of", lambda tree, work: numbers[tree.name])
     before = worktrees()
     assert main(["same", "HEAD"]) == 1

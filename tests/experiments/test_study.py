@@ -1,4 +1,5 @@
-"""A study's definition composes, its stages are skipped when done, a failing run leaves the others their turn, and Ctrl-C stops it."""
+"""A study's definition composes, its stages are skipped when done, a failing run leaves the others their
+turn, and Ctrl-C stops it."""
 
 from __future__ import annotations
 
@@ -17,7 +18,16 @@ from outgrow.experiments.horizon_report import answer, table
 from outgrow.experiments.horizons import RECORD, read_ends, worths
 from outgrow.experiments.progress import Display, position
 from outgrow.experiments.study import RunFailed, complete, run_jobs, run_study
-from outgrow.experiments.study_file import HERE, Arm, Job, Study, equal_flops_budget, jobs, load_study, source_job
+from outgrow.experiments.study_file import (
+    HERE,
+    Arm,
+    Job,
+    Study,
+    equal_flops_budget,
+    jobs,
+    load_study,
+    source_job,
+)
 from outgrow.experiments.table import check_table
 from outgrow.model.base.errors import UserError
 from outgrow.model.geometry import flops_per_token
@@ -74,19 +84,29 @@ def test_every_study_composes(name: str, elsewhere: Path, grids: dict[str, list[
     assert study.question
     demo = jobs(study, study.demo)
     for extent, todo, seeds in ((study.demo, demo, len(study.demo.seeds)), (study.full, grids[name], 1)):
-        assert len({job.folder for job in todo}) == len(todo) == len(extent.arms) * seeds * len(extent.learning_rate_factors)
+        assert (
+            len({job.folder for job in todo})
+            == len(todo)
+            == len(extent.arms) * seeds * len(extent.learning_rate_factors)
+        )
         control = "source" if study.source else "small"  # trained longer but not bigger
         assert {"scratch", control} <= {job.arm for job in todo}
     assert len(study.full.seeds) >= 3
     assert len(study.full.learning_rate_factors) >= 3
-    assert {job.folder for job in demo} <= {job.folder for job in grids[name]}  # a full run goes on from the demo
-    assert all(job.name == f"{job.settings.study}-{job.arm}-lr{job.settings.optimizer.learning_rate:g}-s0" for job in grids[name])
+    # a full run goes on from the demo
+    assert {job.folder for job in demo} <= {job.folder for job in grids[name]}
+    assert all(
+        job.name == f"{job.settings.study}-{job.arm}-lr{job.settings.optimizer.learning_rate:g}-s0"
+        for job in grids[name]
+    )
 
 
 @pytest.mark.slow
 def test_the_grid_is_run_on_the_tuning_seeds_only(elsewhere: Path, grids: dict[str, list[Job]]) -> None:
     study = load_study("tiny")
-    extent = replace(study.full, arms=("scratch",), seeds=(0, 1, 2), learning_rate_factors=(0.5, 1, 2), tuning_seeds=(0,))
+    extent = replace(
+        study.full, arms=("scratch",), seeds=(0, 1, 2), learning_rate_factors=(0.5, 1, 2), tuning_seeds=(0,)
+    )
     rates = [study.arms["scratch"].learning_rate * share for share in (0.5, 1, 2, 1, 1)]
     points = [(job.settings.seed, job.settings.optimizer.learning_rate) for job in jobs(study, extent)]
     assert points == list(zip((0, 0, 0, 1, 2), rates, strict=True))
@@ -94,7 +114,9 @@ def test_the_grid_is_run_on_the_tuning_seeds_only(elsewhere: Path, grids: dict[s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
-def test_what_is_committed_are_the_runs_that_the_study_defines(name: str, grids: dict[str, list[Job]]) -> None:
+def test_what_is_committed_are_the_runs_that_the_study_defines(
+    name: str, grids: dict[str, list[Job]]
+) -> None:
     if not load_study(name).source:
         ends = read_ends(HERE / name / RECORD)
         assert {end.name for end in ends} <= {folder.name for job in grids[name] for folder in job.folders}
@@ -103,7 +125,11 @@ def test_what_is_committed_are_the_runs_that_the_study_defines(name: str, grids:
     found = json.loads((HERE / name / "comparison.json").read_text())
     assert {run["name"] for run in found["runs"] if run["seed"] == 0} == {job.name for job in grids[name]}
     study = load_study(name)
-    repeated = {(row["arm"], float(row["learning_rate"])) for row in found["rows"] if row["n"] == len(study.full.seeds)}
+    repeated = {
+        (row["arm"], float(row["learning_rate"]))
+        for row in found["rows"]
+        if row["n"] == len(study.full.seeds)
+    }
     assert repeated == {(arm, study.arms[arm].learning_rate) for arm in study.full.arms}
     check_table(HERE / name / "README.md", (HERE / name / "table.md").read_text())
 
@@ -119,24 +145,41 @@ def test_what_is_committed_follows_from_its_own_curves(name: str) -> None:
     best = {row["arm"]: row["learning_rate"] for row in found["rows"] if row["best"]}
     scratch = curves["scratch", best["scratch"]]
     for row in found["rows"]:
-        own, paid = curves[row["arm"], row["learning_rate"]], {key: row[key] for key in ("operator_flops", "source_flops")}
+        own, paid = (
+            curves[row["arm"], row["learning_rate"]],
+            {key: row[key] for key in ("operator_flops", "source_flops")},
+        )
         reached = cost(mean_curve(list(own.values())), mean_curve(list(scratch.values())), **paid)
         assert asdict(reached) == {key: row[key] for key in asdict(reached)}, row["arm"]
-        pairs = [cost(own[seed], scratch[seed], operator_flops=row["operator_flops"]).saving_excluded for seed in own]
+        pairs = [
+            cost(own[seed], scratch[seed], operator_flops=row["operator_flops"]).saving_excluded
+            for seed in own
+        ]
         assert row["seed_savings"] == ("" if None in pairs else " ".join(map(repr, pairs))), row["arm"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
-def test_arms_differ_in_growth_learning_rate_and_what_they_say_only(name: str, grids: dict[str, list[Job]]) -> None:
+def test_arms_differ_in_growth_learning_rate_and_what_they_say_only(
+    name: str, grids: dict[str, list[Job]]
+) -> None:
     arms, (first, *others) = load_study(name).arms, [job for job in grids[name] if job.arm != "source"]
     assert not arms[first.arm].overrides
     for other in others:
         one, two = identity(first.settings), identity(other.settings)
         differing = {key for key in one.keys() | two.keys() if one.get(key) != two.get(key)}
-        said = tuple(override.split("=")[0] for override in arms[other.arm].overrides if not override.startswith("schedule.horizons"))
-        assert all(key.startswith(("growth.", *said)) or key in ("name", "optimizer.learning_rate") for key in differing)
-        assert all(any(key.startswith(word) for key in differing) for word in said), "an override that changes nothing"
+        said = tuple(
+            override.split("=")[0]
+            for override in arms[other.arm].overrides
+            if not override.startswith("schedule.horizons")
+        )
+        assert all(
+            key.startswith(("growth.", *said)) or key in ("name", "optimizer.learning_rate")
+            for key in differing
+        )
+        assert all(any(key.startswith(word) for key in differing) for word in said), (
+            "an override that changes nothing"
+        )
 
 
 @pytest.mark.slow
@@ -144,7 +187,12 @@ def test_the_control_arm_pays_scratchs_flops(elsewhere: Path) -> None:
     study = load_study("tiny")
     by_arm = {job.arm: job.settings.train for job in jobs(study, study.demo)}
     scratch, source = by_arm["scratch"], by_arm["source"]
-    paid = scratch.budget_tokens // scratch.batch_tokens * scratch.batch_tokens * flops_per_token(preset("tiny_target"), scratch.context)
+    paid = (
+        scratch.budget_tokens
+        // scratch.batch_tokens
+        * scratch.batch_tokens
+        * flops_per_token(preset("tiny_target"), scratch.context)
+    )
     per_step = source.batch_tokens * flops_per_token(preset("tiny_source"), source.context)
     steps = source.budget_tokens / source.batch_tokens
     assert steps == int(steps)
@@ -172,10 +220,16 @@ def test_a_wrong_definition_names_every_fault(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
         load_study("tiny")
-    for words in ("querstion: unknown key; did you mean 'question'", "question: missing", "arms.tile.learning_rat: unknown key"):
+    for words in (
+        "querstion: unknown key; did you mean 'question'",
+        "question: missing",
+        "arms.tile.learning_rat: unknown key",
+    ):
         assert words in str(caught.value)
     (tmp_path / "tiny" / "study.yaml").write_text(
-        (HERE / "tiny" / "study.yaml").read_text().replace("arms: [scratch, lossless,", "arms: [scratch, losless,")
+        (HERE / "tiny" / "study.yaml")
+        .read_text()
+        .replace("arms: [scratch, lossless,", "arms: [scratch, losless,")
     )
     with pytest.raises(UserError, match=r"demo\.arms: unknown arm 'losless'; did you mean 'lossless'"):
         load_study("tiny")
@@ -187,8 +241,15 @@ def test_an_arm_may_be_a_growth_and_overrides(elsewhere: Path) -> None:
     arm = Arm(growth="lossless", overrides=("transfer=distilled", "schedule.rewarm=new"), learning_rate=2e-3)
     study = replace(study, arms=study.arms | {"taught": arm})
     (job,) = jobs(study, replace(study.demo, arms=("taught",)))
-    assert (job.arm, job.settings.name, job.settings.growth.name) == ("taught", "tiny-taught-lr0.002-s0", "taught")
-    assert job.settings.growth.options == jobs(study, replace(study.demo, arms=("lossless",)))[0].settings.growth.options
+    assert (job.arm, job.settings.name, job.settings.growth.name) == (
+        "taught",
+        "tiny-taught-lr0.002-s0",
+        "taught",
+    )
+    assert (
+        job.settings.growth.options
+        == jobs(study, replace(study.demo, arms=("lossless",)))[0].settings.growth.options
+    )
     assert job.settings.transfer.teacher is not None
     assert (job.settings.schedule.rewarm, job.settings.optimizer.learning_rate) == ("new", 2e-3)
 
@@ -197,7 +258,9 @@ def test_an_arm_may_be_a_growth_and_overrides(elsewhere: Path) -> None:
 def test_an_arm_that_composes_to_no_run_is_named_with_all_its_faults(elsewhere: Path) -> None:
     study = load_study("tiny")
     wrong = {
-        "taught": Arm(growth="lossless", overrides=("transfer=distiled", "train.contxt=3"), learning_rate=1e-3),
+        "taught": Arm(
+            growth="lossless", overrides=("transfer=distiled", "train.contxt=3"), learning_rate=1e-3
+        ),
         "grown": Arm(growth="losless", learning_rate=1e-3),
         "again": Arm(growth="losless", learning_rate=2e-3),
     }
@@ -247,13 +310,19 @@ def test_a_run_from_a_retrained_source_is_refused(elsewhere: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_complete_study_trains_nothing(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_study_trains_nothing(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import outgrow.experiments.study as module
 
     _, source, todo = tiny()
     began: list[list[str]] = []
     monkeypatch.setattr(module, "prepare_text", lambda *_: None)
-    monkeypatch.setattr(module, "run_jobs", lambda jobs, *_: began.append([job.name for job in jobs]) or [finish(job) for job in jobs])
+    monkeypatch.setattr(
+        module,
+        "run_jobs",
+        lambda jobs, *_: began.append([job.name for job in jobs]) or [finish(job) for job in jobs],
+    )
     finish(todo[1])
     done = run_study("tiny")
     assert began == [[job.name for job in todo if job is not todo[1]]]
@@ -264,7 +333,9 @@ def test_a_complete_study_trains_nothing(elsewhere: Path, monkeypatch: pytest.Mo
     assert f"{len(todo)} runs, {len(todo)} of them complete" in capsys.readouterr().out
     (source.folder / "summary.json").unlink()
     monkeypatch.setattr(
-        module, "run_jobs", lambda jobs, *_: began.append([job.name for job in jobs]) or (source.folder / "summary.json").touch()
+        module,
+        "run_jobs",
+        lambda jobs, *_: began.append([job.name for job in jobs]) or (source.folder / "summary.json").touch(),
     )
     run_study("tiny")
     assert began[-1] == [source.name]
@@ -294,7 +365,9 @@ def test_runs_are_spread_over_processes_and_one_that_fails_leaves_the_others_the
     assert done == [f"{job.overrides} 1" for job in todo[:2]]  # one core for each
     assert capsys.readouterr().out.count("done") == 2
     wrong, bad = replace(source, overrides=("seed=13",)), replace(todo[0], overrides=("seed=13",))
-    with pytest.raises(RunFailed, match=rf"{source.name}: source: missing\n.*its log: .*{source.name}\.log") as caught:
+    with pytest.raises(
+        RunFailed, match=rf"{source.name}: source: missing\n.*its log: .*{source.name}\.log"
+    ) as caught:
         run_jobs([wrong, bad, todo[1]], 1, elsewhere / "more", Display(), obey)
     assert str(caught.value).startswith("2 of 3 runs failed:")
     assert (elsewhere / "more" / f"{todo[1].name}.done").exists()
@@ -337,7 +410,9 @@ def test_ctrl_c_stops_a_study_within_seconds_and_nothing_new_starts(at_once: int
     import os
     import signal
 
-    study = multiprocessing.get_context("spawn").Process(target=study_of_sleepers, args=(str(tmp_path), at_once))
+    study = multiprocessing.get_context("spawn").Process(
+        target=study_of_sleepers, args=(str(tmp_path), at_once)
+    )
     study.start()
     until = time.monotonic() + 120
     while len(list(tmp_path.glob("logs/*.begun"))) < at_once and time.monotonic() < until:
@@ -355,11 +430,16 @@ def test_ctrl_c_stops_a_study_within_seconds_and_nothing_new_starts(at_once: int
 def test_a_source_may_be_a_checkpoint_that_is_there(elsewhere: Path) -> None:
     study = replace(load_study("tiny"), source="runs/tiny_source-scratch-s0/final")
     assert source_job(study) is None
-    assert {job.settings.source for job in jobs(study, replace(study.demo, arms=("scratch", "lossless")))} == {study.source}
+    assert {
+        job.settings.source for job in jobs(study, replace(study.demo, arms=("scratch", "lossless")))
+    } == {study.source}
 
 
 def test_progress_is_read_from_the_metrics(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert position(path) == (0.0, "")
-    path.write_text('{"kind": "eval", "tokens": 0, "val_loss": 7.5}\n{"kind": "train", "tokens": 4096, "loss": 7.0}\n{"kind": "tr')
+    path.write_text(
+        '{"kind": "eval", "tokens": 0, "val_loss": 7.5}\n{"kind": "train", "tokens": 4096, "loss": '
+        '7.0}\n{"kind": "tr'
+    )
     assert position(path) == (4096, "val loss 7.500")

@@ -1,4 +1,5 @@
-"""Models in memory: what is around them is taken off or named, and what is in them is checked as a folder is."""
+"""Models in memory: what is around them is taken off or named, and what is in them is checked as a folder
+is."""
 
 from __future__ import annotations
 
@@ -26,11 +27,15 @@ def target(model: Any) -> dict[str, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("around", [torch.compile, nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model))])
+@pytest.mark.parametrize(
+    "around", [torch.compile, nn.DataParallel, lambda model: torch.compile(nn.DataParallel(model))]
+)
 def test_what_is_around_a_model_is_taken_off(model: Any, around: Callable[[Any], Any]) -> None:
     plain, wrapped = grow_model(model, target(model)), grow_model(around(model), target(model))
     assert type(wrapped) is type(model)
-    assert all(torch.equal(one, other) for one, other in zip(plain.parameters(), wrapped.parameters(), strict=True))
+    assert all(
+        torch.equal(one, other) for one, other in zip(plain.parameters(), wrapped.parameters(), strict=True)
+    )
 
 
 def normed(model: Any) -> Any:
@@ -79,7 +84,10 @@ BARRED: list[tuple[Callable[[Any], Any], str]] = [
     (normed, r"mlp\.up_proj\.weight is computed from other tensors \(weight_norm"),
     (old_normed, r"mlp\.up_proj\.weight is computed from other tensors \(weight_norm"),
     (sharded, "its weights are sharded over processes; save it whole"),
-    (lambda model: model.model, "a language model with its head is grown; give the LlamaForCausalLM that it is a part of"),
+    (
+        lambda model: model.model,
+        "a language model with its head is grown; give the LlamaForCausalLM that it is a part of",
+    ),
     (lambda model: model.lm_head, "Linear: expected a model of transformers"),
     (resized, r"embed_tokens\.weight: .* config\.json give shape \(\d+, \d+\), the file has"),
     (untied, "its config ties lm_head.weight to model.embed_tokens.weight, and they differ"),
@@ -106,7 +114,10 @@ def test_a_model_of_mixed_dtypes_keeps_each(model: Any) -> None:
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if "norm" in name else torch.bfloat16)
     grown = grow_model(model, target(model))
-    assert {"norm" in name: parameter.dtype for name, parameter in grown.named_parameters()} == {True: torch.float32, False: torch.bfloat16}
+    assert {"norm" in name: parameter.dtype for name, parameter in grown.named_parameters()} == {
+        True: torch.float32,
+        False: torch.bfloat16,
+    }
     kept = dict(model.named_parameters())
     assert torch.equal(grown.model.norm.weight, kept["model.norm.weight"])
     assert len(stored_names(grown)) == len(kept)

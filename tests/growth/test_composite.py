@@ -1,4 +1,5 @@
-"""Growth of checkpoints whose language model stands beside other towers: the text model grows, the others stay, pictures included."""
+"""Growth of checkpoints whose language model stands beside other towers: the text model grows, the others
+stay, pictures included."""
 
 from __future__ import annotations
 
@@ -22,7 +23,14 @@ TEXT = {
     "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_hidden_layers": 3, "intermediate_size": 24,
     "vocab_size": 61, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
 }  # fmt: skip
-EYES = {"hidden_size": 12, "num_attention_heads": 2, "num_hidden_layers": 3, "intermediate_size": 20, "image_size": 28, "patch_size": 7}
+EYES = {
+    "hidden_size": 12,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 3,
+    "intermediate_size": 20,
+    "image_size": 28,
+    "patch_size": 7,
+}
 COMPOSITE: dict[str, dict[str, Any]] = {
     "gemma3": {
         "text_config": TEXT | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
@@ -30,7 +38,9 @@ COMPOSITE: dict[str, dict[str, Any]] = {
         "mm_tokens_per_image": 4,
         "image_token_index": 60,
     },
-    "llama4": {  # whose causal class takes the text model alone; every other layer has experts, the last does not turn positions
+    # whose causal class takes the text model alone; every other layer has experts, the last does not turn
+    # positions
+    "llama4": {
         "text_config": TEXT
         | {"intermediate_size_mlp": 28, "num_local_experts": 3, "moe_layers": [1], "no_rope_layers": [1, 1, 0], "attention_chunk_size": 4},
         "vision_config": EYES
@@ -71,9 +81,17 @@ def logits_of(folder: Path) -> list[torch.Tensor]:
 
 
 GROWN: list[tuple[str, dict[str, Any], str]] = [
-    ("gemma3", {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 31}, "identity"),
+    (
+        "gemma3",
+        {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 31},
+        "identity",
+    ),
     ("gemma3", {"text_config": {"hidden_size": 32, "num_hidden_layers": 5}}, "identity"),
-    ("llama4", {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4}, "identity_top"),
+    (
+        "llama4",
+        {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4},
+        "identity_top",
+    ),
     ("qwen3_5", {"text_config.hidden_size": 24, "intermediate_size": 30, "num_hidden_layers": 5}, "identity"),
 ]
 
@@ -93,7 +111,10 @@ def test_the_text_model_grows_and_what_is_around_it_stays(
     asked = flat(target)
     written = json.loads((grown.folder / "config.json").read_text())
     assert {key: written["text_config"][key] for key in asked} == asked
-    before, after = (to_hf_config(json.loads((folder / "config.json").read_text())).to_dict() for folder in (source, grown.folder))
+    before, after = (
+        to_hf_config(json.loads((folder / "config.json").read_text())).to_dict()
+        for folder in (source, grown.folder)
+    )
     assert after.pop("text_config") != before.pop("text_config")
     if name == "qwen3_5":
         before["vision_config"]["out_hidden_size"] = 24
@@ -110,7 +131,9 @@ def test_whole_layers_are_copied_and_lists_of_layers_follow(tmp_path: Path, chec
     source = checkpoint_maker(tmp_path / "source", config_of("gemma3"))
     grown = grow(source, tmp_path / "out", target={"num_hidden_layers": 5}, depth=[0, 1, 1, 2, 2])
     written = json.loads((grown.folder / "config.json").read_text())
-    assert written["text_config"]["layer_types"] == [["sliding_attention", "full_attention"][kind] for kind in (0, 1, 1, 0, 0)]
+    assert written["text_config"]["layer_types"] == [
+        ["sliding_attention", "full_attention"][kind] for kind in (0, 1, 1, 0, 0)
+    ]
     assert written["vision_config"]["num_hidden_layers"] == 3
     with Checkpoint(source) as small, Checkpoint(grown.folder) as large:
         name = "language_model.model.layers.{}.self_attn.q_proj.weight"
@@ -129,10 +152,27 @@ def test_the_plan_says_what_the_projector_writes() -> None:
 @pytest.mark.slow
 def test_a_config_as_the_hub_has_it_says_little_and_is_completed() -> None:
     """Gemma 3's 4B: no vocabulary, no heads, no layer_types in its text_config."""
-    text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34, "sliding_window": 1024}
-    eyes = {"hidden_size": 1152, "image_size": 896, "intermediate_size": 4304, "model_type": "siglip_vision_model"}
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "sliding_window": 1024,
+    }
+    eyes = {
+        "hidden_size": 1152,
+        "image_size": 896,
+        "intermediate_size": 4304,
+        "model_type": "siglip_vision_model",
+    }
     eyes |= {"num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False}
-    config = {"model_type": "gemma3", "text_config": text, "vision_config": eyes, "image_token_index": 262144, "mm_tokens_per_image": 256}
+    config = {
+        "model_type": "gemma3",
+        "text_config": text,
+        "vision_config": eyes,
+        "image_token_index": 262144,
+        "mm_tokens_per_image": 256,
+    }
     made = plan(config, {"hidden_size": 5120, "num_hidden_layers": 40})
     assert made.certificate.lossless, made.certificate.reasons
     assert made.source_parameters == 4_300_079_472
@@ -147,10 +187,18 @@ def test_a_projector_that_no_picture_went_through_grows_by_whole_factors_alone()
     """Mllama's cross-attention reads what its projector writes without a norm in between."""
     text = TEXT | {"num_key_value_heads": 2, "num_hidden_layers": 4, "cross_attention_layers": [1, 3]}
     del text["head_dim"]  # which its class does not know
-    eyes = {"hidden_size": 16, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2, "intermediate_size": 24}
+    eyes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_global_layers": 1,
+        "attention_heads": 2,
+        "intermediate_size": 24,
+    }
     eyes |= {"image_size": 28, "patch_size": 14, "intermediate_layers_indices": [1], "vision_output_dim": 32}
     config = to_hf_config({"model_type": "mllama", "text_config": text, "vision_config": eyes}).to_dict()
-    with pytest.raises(UserError, match=r"hidden_size grows by whole factors alone, since no forward pass here"):
+    with pytest.raises(
+        UserError, match=r"hidden_size grows by whole factors alone, since no forward pass here"
+    ):
         plan(config, {"hidden_size": 24, "num_attention_heads": 3})
     made = plan(config, {"hidden_size": 32, "num_attention_heads": 4})
     assert made.certificate.lossless
@@ -159,8 +207,12 @@ def test_a_projector_that_no_picture_went_through_grows_by_whole_factors_alone()
 
 @pytest.mark.slow
 def test_a_projector_that_computes_in_the_text_models_width_is_seen_with_a_picture() -> None:
-    """LLaVA's has an activation between two matrices as wide as the text model: copies pass through it, residues' scale does not."""
-    config = {"text_config": TEXT | {"model_type": "llama"}, "vision_config": EYES | {"model_type": "clip_vision_model"}}
+    """LLaVA's has an activation between two matrices as wide as the text model: copies pass through it,
+    residues' scale does not."""
+    config = {
+        "text_config": TEXT | {"model_type": "llama"},
+        "vision_config": EYES | {"model_type": "clip_vision_model"},
+    }
     config = to_hf_config({"model_type": "llava", **config, "image_token_index": 60}).to_dict()
     with pytest.raises(UserError, match="the logits of a tiny random model move by"):
         plan(config, {"hidden_size": 24})
@@ -171,11 +223,15 @@ def test_a_projector_that_computes_in_the_text_models_width_is_seen_with_a_pictu
 
 @pytest.mark.slow
 def test_a_file_with_the_names_of_an_older_library(tmp_path: Path, checkpoint_maker: Any) -> None:
-    """As on the hub: today's library calls the picture tower's tensors otherwise, and knows the older names when it loads."""
+    """As on the hub: today's library calls the picture tower's tensors otherwise, and knows the older names
+    when it loads."""
     source = checkpoint_maker(tmp_path / "source", config_of("gemma3"))
     before = logits_of(source)
     tensors = load_file(source / "model.safetensors")
-    older = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in tensors.items()}
+    older = {
+        name.replace("vision_tower.", "vision_tower.vision_model."): tensor
+        for name, tensor in tensors.items()
+    }
     save_file(older, source / "model.safetensors", metadata={"format": "pt"})
     grown = grow(source, tmp_path / "out", target={"hidden_size": 32, "num_hidden_layers": 4})
     assert {step.name for step in grown.plan.steps if step.tensor.layer != 3} == set(older)

@@ -1,4 +1,5 @@
-"""Configs as they are found: older spellings, switches, layers told apart by their numbers, sizes that a class does not know."""
+"""Configs as they are found: older spellings, switches, layers told apart by their numbers, sizes that a
+class does not know."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ PHI = {  # as a Phi of transformers 4 is saved
 def respelled(folder: Path, lacking: tuple[str, ...] = (), **values: Any) -> Path:
     """The folder with its config.json changed."""
     config = json.loads((folder / "config.json").read_text()) | values
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key not in lacking}))
+    (folder / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if key not in lacking})
+    )
     return folder
 
 
@@ -37,7 +40,10 @@ def moved(source: Path, grown: Path, length: int = 28) -> float:
     """How far the logits of a longer text lie apart, relative to the largest."""
     tokens = torch.randint(60, (2, length), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        before, after = (load_model(folder, dtype="float64", attention="eager").eval()(tokens).logits for folder in (source, grown))
+        before, after = (
+            load_model(folder, dtype="float64", attention="eager").eval()(tokens).logits
+            for folder in (source, grown)
+        )
     return float((before - after).abs().max() / before.abs().max())
 
 
@@ -48,7 +54,8 @@ def test_a_config_of_transformers_4_takes_a_preset(theta: float) -> None:
     assert made.certificate.lossless, made.certificate.reasons
     assert made.target_parameters == 2_779_683_840
     rope = to_hf_config(made.target_config).rope_parameters
-    assert (rope["rope_theta"], rope["partial_rotary_factor"]) == (theta, 0.4)  # a preset is sizes, and the base is none
+    # a preset is sizes, and the base is none
+    assert (rope["rope_theta"], rope["partial_rotary_factor"]) == (theta, 0.4)
 
 
 def test_rotary_overrides_of_a_config_of_transformers_4() -> None:
@@ -60,13 +67,28 @@ def test_rotary_overrides_of_a_config_of_transformers_4() -> None:
     ):
         made = plan(source, {"rope_parameters": rope})
         assert reason in str(made.certificate)
-        assert to_hf_config(made.target_config).rope_parameters.items() >= {"partial_rotary_factor": 0.5, **rope}.items()
+        assert (
+            to_hf_config(made.target_config).rope_parameters.items()
+            >= {"partial_rotary_factor": 0.5, **rope}.items()
+        )
 
 
-OLDER: dict[str, dict[str, Any]] = {  # families whose older configs leave out what follows from a layer's number
+OLDER: dict[
+    str, dict[str, Any]
+] = {  # families whose older configs leave out what follows from a layer's number
     "gemma2": {"sliding_window": 4},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "num_hidden_layers": 3},
-    "qwen3": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "num_hidden_layers": 3},
+    "qwen2": {
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+        "num_hidden_layers": 3,
+    },
+    "qwen3": {
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+        "num_hidden_layers": 3,
+    },
 }
 
 
@@ -108,37 +130,90 @@ def test_attention_scaled_by_a_layers_number_is_exact_where_no_layer_moves(tmp_p
         ({"rope_type": "yarn", "factor": 4.0}, True),
         ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}, True),
         ({"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2], "long_factor": [2.0, 2.1, 2.2]}, False),
-        ({"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2], "long_factor": [2.0, 2.1, 2.2], "factor": 4.0}, True),
+        (
+            {
+                "rope_type": "longrope",
+                "short_factor": [1.0, 1.1, 1.2],
+                "long_factor": [2.0, 2.1, 2.2],
+                "factor": 4.0,
+            },
+            True,
+        ),
     ],
     ids=str,
 )
-def test_more_positions_where_rotary_angles_depend_on_how_many(tmp_path: Path, rope: dict[str, Any], exact: bool) -> None:
-    source = make_checkpoint(tmp_path / "source", config_of("llama", max_position_embeddings=16, rope_parameters=ROPE | rope))
+def test_more_positions_where_rotary_angles_depend_on_how_many(
+    tmp_path: Path, rope: dict[str, Any], exact: bool
+) -> None:
+    source = make_checkpoint(
+        tmp_path / "source", config_of("llama", max_position_embeddings=16, rope_parameters=ROPE | rope)
+    )
     grown = grow(source, tmp_path / "out", target={"max_position_embeddings": 64}, receipt=False)
-    assert grown.certificate.lossless == exact == (moved(source, grown.folder) <= FLOOR["rms"]), grown.certificate.reasons
+    assert grown.certificate.lossless == exact == (moved(source, grown.folder) <= FLOOR["rms"]), (
+        grown.certificate.reasons
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "target", "message"),
     [
         ("gpt2", {"head_dim": 8}, "unknown config key 'head_dim'"),
-        ("gpt2", {"num_key_value_heads": 8, "n_head": 8, "n_embd": 48}, "unknown config key 'num_key_value_heads'"),
+        (
+            "gpt2",
+            {"num_key_value_heads": 8, "n_head": 8, "n_embd": 48},
+            "unknown config key 'num_key_value_heads'",
+        ),
         ("opt", {"head_dim": 8}, "unknown config key 'head_dim'"),
-        ("opt", {"word_embed_proj_dim": 48}, "word_embed_proj_dim 48 must be hidden_size 24, as in the source; leave it out"),
+        (
+            "opt",
+            {"word_embed_proj_dim": 48},
+            "word_embed_proj_dim 48 must be hidden_size 24, as in the source; leave it out",
+        ),
         ("gpt_neox", {"head_dim": 8}, "unknown config key 'head_dim'"),
         ("llama", {"layer_types": ["full_attention"] * 2}, "unknown config key 'layer_types'"),
-        ("gemma2", {"hidden_size": 30}, "hidden_size 30 is no multiple of num_attention_heads 4, which transformers' class insists on"),
+        (
+            "gemma2",
+            {"hidden_size": 30},
+            "hidden_size 30 is no multiple of num_attention_heads 4, which transformers' class insists on",
+        ),
         ("llama", {"hidden_size": 30}, "hidden_size 30 is no multiple of num_attention_heads 4"),
-        ("qwen3", {"head_dim": 7}, "7 dims of each head would be turned by rotary positions, which turn pairs; choose an even head dim"),
-        ("phi", {"intermediate_size": "abc"}, "intermediate_size must be a positive whole number, found 'abc'"),
+        (
+            "qwen3",
+            {"head_dim": 7},
+            (
+                "7 dims of each head would be turned by rotary positions, which turn pairs; choose an even "
+                "head dim"
+            ),
+        ),
+        (
+            "phi",
+            {"intermediate_size": "abc"},
+            "intermediate_size must be a positive whole number, found 'abc'",
+        ),
         ("phi", {"intermediate_size": 50.5}, "intermediate_size must be a positive whole number, found 50.5"),
         ("phi", {"head_dim": "x"}, "head_dim must be a positive whole number, found 'x'"),
         ("llama", {"num_key_value_heads": 0}, "num_key_value_heads must be a positive whole number, found 0"),
-        ("llama", {"max_position_embeddings": "x"}, "max_position_embeddings must be a positive whole number, found 'x'"),
+        (
+            "llama",
+            {"max_position_embeddings": "x"},
+            "max_position_embeddings must be a positive whole number, found 'x'",
+        ),
         ("gpt2", {"n_positions": "x"}, "n_positions must be a positive whole number, found 'x'"),
-        ("phi", {"hidden_size": 10**12}, "hidden_size 1,000,000,000,000 is more than any model has (at most 16,777,216)"),
-        ("phi", {"num_hidden_layers": 10**9}, "num_hidden_layers 1,000,000,000 is more than any model has (at most 16,384)"),
-        ("phi", {"num_attention_heads": 10**5, "head_dim": 10**5}, "heads × head dim 10,000,000,000 is more than any model has"),
+        (
+            "phi",
+            {"hidden_size": 10**12},
+            "hidden_size 1,000,000,000,000 is more than any model has (at most 16,777,216)",
+        ),
+        (
+            "phi",
+            {"num_hidden_layers": 10**9},
+            "num_hidden_layers 1,000,000,000 is more than any model has (at most 16,384)",
+        ),
+        (
+            "phi",
+            {"num_attention_heads": 10**5, "head_dim": 10**5},
+            "heads × head dim 10,000,000,000 is more than any model has",
+        ),
         ("gpt2", {"rope_parameters": {"rope_theta": 1.0}}, "unknown config key 'rope_parameters'"),
     ],
 )
@@ -158,7 +233,9 @@ def test_a_source_config_with_absurd_sizes_makes_nothing_of_them(tmp_path: Path)
 def test_factors_of_each_rotary_pair_must_be_as_many_as_pairs() -> None:
     factors = {"short_factor": [1.0, 1.1, 1.2], "long_factor": [2.0, 2.1, 2.2]}
     config = config_of("phi3", rope_parameters=ROPE | factors | {"rope_type": "longrope"})
-    with pytest.raises(UserError, match=r"long_factor has 3 entries, wanted is one for each pair of 8 rotary dims"):
+    with pytest.raises(
+        UserError, match=r"long_factor has 3 entries, wanted is one for each pair of 8 rotary dims"
+    ):
         plan(config, {"hidden_size": 32})
     more = {"rope_parameters": {key: [*values, 3.0] for key, values in factors.items()}}
     to_hf_config(plan(config, {"hidden_size": 32, **more}).target_config)
@@ -174,7 +251,9 @@ def test_a_head_that_becomes_its_own_keeps_the_function(tmp_path: Path) -> None:
     for name in ("gemma", "gpt2"):
         source = make_checkpoint(tmp_path / name, config_of(name, tie_word_embeddings=True))
         width = families()[name].field_name("hidden_size")
-        grown = grow(source, tmp_path / f"{name}-out", target={"tie_word_embeddings": False, width: 48}, noise=0.2)
+        grown = grow(
+            source, tmp_path / f"{name}-out", target={"tie_word_embeddings": False, width: 48}, noise=0.2
+        )
         assert grown.certificate.lossless, grown.certificate.reasons
         assert moved(source, grown.folder) <= FLOOR[families()[name].norm]
         assert "the head too, which learns on its own now" in " ".join(inexact(grown.plan))
@@ -182,7 +261,10 @@ def test_a_head_that_becomes_its_own_keeps_the_function(tmp_path: Path) -> None:
 
 def test_a_source_that_does_not_run_in_float64_is_told(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", config_of("gpt2", reorder_and_upcast_attn=True))
-    with pytest.raises(UserError, match=r"receipt: the source does not load or run in float64 \(RuntimeError: .*\); receipt=false grows"):
+    with pytest.raises(
+        UserError,
+        match=r"receipt: the source does not load or run in float64 \(RuntimeError: .*\); receipt=false grows",
+    ):
         grow(source, tmp_path / "out", target={"n_inner": 50})
     assert not (tmp_path / "out").exists()
     assert grow(source, tmp_path / "out", target={"n_inner": 50}, receipt=False).certificate.lossless

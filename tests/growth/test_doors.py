@@ -1,4 +1,5 @@
-"""The doors of growth: whatever comes in, wrong types and sizes without bound included, is answered by one error of a few words."""
+"""The doors of growth: whatever comes in, wrong types and sizes without bound included, is answered by one
+error of a few words."""
 
 from __future__ import annotations
 
@@ -70,8 +71,13 @@ def test_a_config_value_of_another_type_is_told(source: Path, tmp_path: Path, ke
 @pytest.mark.parametrize("value", ["x", [1], True], ids=repr)
 @pytest.mark.parametrize("key", ["partial_rotary_factor", "rope_theta"])
 def test_what_rope_parameters_hold_is_told(source: Path, tmp_path: Path, key: str, value: Any) -> None:
-    with_config(source, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, key: value})
-    assert f"config: rope_parameters: {key} must be a number, or null" in refusal(source, tmp_path / "out", target=TARGET)
+    with_config(
+        source,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, key: value},
+    )
+    assert f"config: rope_parameters: {key} must be a number, or null" in refusal(
+        source, tmp_path / "out", target=TARGET
+    )
 
 
 @pytest.mark.parametrize(
@@ -126,16 +132,22 @@ def test_a_target_of_another_type_is_told(source: Path, tmp_path: Path, target: 
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_an_argument_of_another_type_is_told(source: Path, tmp_path: Path, how: dict[str, Any], words: str) -> None:
+def test_an_argument_of_another_type_is_told(
+    source: Path, tmp_path: Path, how: dict[str, Any], words: str
+) -> None:
     arguments = {"source": source, "out": tmp_path / "out", "target": TARGET} | how
     assert words.replace("\\", "") in refusal(arguments.pop("source"), arguments.pop("out"), **arguments)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "\xff"])
-def test_a_ledger_that_is_none_is_told_before_anything_is_made(source: Path, tmp_path: Path, content: str) -> None:
+def test_a_ledger_that_is_none_is_told_before_anything_is_made(
+    source: Path, tmp_path: Path, content: str
+) -> None:
     (source / "ledger.json").write_text(content)
     told: list[int] = []
-    assert "ledger.json: " in refusal(source, tmp_path / "out", target=TARGET, progress=lambda done, _: told.append(done))
+    assert "ledger.json: " in refusal(
+        source, tmp_path / "out", target=TARGET, progress=lambda done, _: told.append(done)
+    )
     assert not told
 
 
@@ -145,7 +157,9 @@ def test_a_file_in_the_way_of_the_partial_folder_is_told(source: Path, tmp_path:
     assert (tmp_path / "out.partial").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["model.layers.*.x", "*", "a" * 5000, "model.layers.999999999999999999999.x", "\n", "", "[red]"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.*.x", "*", "a" * 5000, "model.layers.999999999999999999999.x", "\n", "", "[red]"]
+)
 def test_a_tensor_name_of_any_kind_is_told_in_few_words(source: Path, tmp_path: Path, name: str) -> None:
     weights = load_file(source / "model.safetensors")
     save_file(weights | {name: weights["lm_head.bias"].clone()}, source / "model.safetensors")
@@ -156,13 +170,15 @@ def test_a_tensor_name_of_any_kind_is_told_in_few_words(source: Path, tmp_path: 
 
 def test_an_index_that_names_a_file_of_five_thousand_characters(source: Path, tmp_path: Path) -> None:
     (source / "model.safetensors").unlink()
-    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "x" * 5000 + ".safetensors"}}))
+    (source / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "x" * 5000 + ".safetensors"}})
+    )
     words = refusal(source, tmp_path / "out", target=TARGET)
     assert "which is longer than a file's name can be" in words
     assert len(words) < 600
 
 
-# ---- bounds -----------------------------------------------------------------------------------------------------------------------------
+# ---- bounds ------------------------------------------------------------------------------------------------
 
 
 def many_keys(path: Path) -> None:
@@ -193,7 +209,9 @@ def a_pipe(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [many_keys, many_numbers, many_lists, much_text, a_device, a_pipe])
-def test_a_config_without_bound_is_refused_in_bounded_time_and_memory(source: Path, make: Callable[[Path], None]) -> None:
+def test_a_config_without_bound_is_refused_in_bounded_time_and_memory(
+    source: Path, make: Callable[[Path], None]
+) -> None:
     make(source / "config.json")
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(UserError, match=r"no honest config\.json|not a regular file"):
@@ -203,8 +221,12 @@ def test_a_config_without_bound_is_refused_in_bounded_time_and_memory(source: Pa
 
 
 @pytest.mark.parametrize("make", [a_device, a_pipe])
-@pytest.mark.parametrize("name", ["model.safetensors.index.json", "model.safetensors", "tokenizer.json", "ledger.json"])
-def test_devices_and_pipes_are_not_waited_for(source: Path, tmp_path: Path, name: str, make: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize(
+    "name", ["model.safetensors.index.json", "model.safetensors", "tokenizer.json", "ledger.json"]
+)
+def test_devices_and_pipes_are_not_waited_for(
+    source: Path, tmp_path: Path, name: str, make: Callable[[Path], None]
+) -> None:
     if name.endswith("index.json"):
         (source / "model.safetensors").unlink()  # which would be taken before it
     make(source / name)
@@ -213,19 +235,25 @@ def test_devices_and_pipes_are_not_waited_for(source: Path, tmp_path: Path, name
 
 
 def test_as_many_values_as_an_honest_config_holds_are_read(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"id2label": {str(n): "x" for n in range(MAX_CONFIG_VALUES - 10)}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"id2label": {str(n): "x" for n in range(MAX_CONFIG_VALUES - 10)}})
+    )
     assert len(read_config(tmp_path)["id2label"]) == MAX_CONFIG_VALUES - 10
 
 
 @pytest.mark.slow
 def test_an_index_of_as_many_tensors_as_the_largest_models_have_is_read(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {str(n): "a.safetensors" for n in range(500_000)}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {str(n): "a.safetensors" for n in range(500_000)}})
+    )
     assert len(read_json(tmp_path / "model.safetensors.index.json")["weight_map"]) == 500_000
 
 
 @pytest.mark.slow
 def test_a_header_of_millions_of_tensors_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
-    entries = ",".join(f'"t{number:07d}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for number in range(1_700_000))
+    entries = ",".join(
+        f'"t{number:07d}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for number in range(1_700_000)
+    )
     text = f"{{{entries}}}".encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()

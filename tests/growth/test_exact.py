@@ -1,4 +1,5 @@
-"""Exactness at the edges: epsilons that norms share, layers that differ in kind, weights that are not finite or too large."""
+"""Exactness at the edges: epsilons that norms share, layers that differ in kind, weights that are not finite
+or too large."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def saved(folder: Path, config: dict[str, Any], **changes: torch.Tensor) -> Path
     return folder
 
 
-# ---- norms that share an epsilon ------------------------------------------------------------------------------------------------------
+# ---- norms that share an epsilon ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -52,25 +53,45 @@ def saved(folder: Path, config: dict[str, Any], **changes: torch.Tensor) -> Path
         ("phi", {}, []),
     ],
 )
-def test_lemon_is_lossless_only_where_no_other_norm_has_its_epsilon(name: str, change: dict[str, Any], shared: list[str]) -> None:
-    config = config_of(name) | change | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+def test_lemon_is_lossless_only_where_no_other_norm_has_its_epsilon(
+    name: str, change: dict[str, Any], shared: list[str]
+) -> None:
+    config = (
+        config_of(name)
+        | change
+        | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    )
     config |= {"num_key_value_heads": 4} if name == "phi" else {}
-    target = {"hidden_size": 48} if name != "phi" else {"hidden_size": 48, "num_attention_heads": 6, "head_dim": 8}
+    target = (
+        {"hidden_size": 48} if name != "phi" else {"hidden_size": 48, "num_attention_heads": 6, "head_dim": 8}
+    )
     reasons = plan(config, target, "lemon").certificate.reasons
     assert len(reasons) == len(shared), reasons
     assert all(f"{norm}: normalises over" in reason for norm, reason in zip(shared, reasons, strict=True))
-    assert plan(config, target | {"hidden_size": 64} | ({"num_attention_heads": 8} if name == "phi" else {}), "lemon").certificate.lossless
+    assert plan(
+        config, target | {"hidden_size": 64} | ({"num_attention_heads": 8} if name == "phi" else {}), "lemon"
+    ).certificate.lossless
     assert plan(config, target, "lossless").certificate.lossless
 
 
 @pytest.mark.slow
 def test_small_queries_show_that_a_shared_epsilon_is_not_lossless(tmp_path: Path) -> None:
-    config = config_of("qwen3") | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = config_of("qwen3") | {
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
     small = {
-        name: 0.002 * tensor for name, tensor in tensors(saved(tmp_path / "s", config)).items() if "q_proj" in name or "k_proj" in name
+        name: 0.002 * tensor
+        for name, tensor in tensors(saved(tmp_path / "s", config)).items()
+        if "q_proj" in name or "k_proj" in name
     }
     source = saved(tmp_path / "source", config, **small)
-    moved = [grow(source, tmp_path / operator, target=WIDER, operator=operator).receipt for operator in ("lossless", "lemon")]
+    moved = [
+        grow(source, tmp_path / operator, target=WIDER, operator=operator).receipt
+        for operator in ("lossless", "lemon")
+    ]
     relative = [receipt.max_delta / receipt.max_logit for receipt in moved if receipt is not None]
     assert relative[0] < 1e-5 < 1e-4 < relative[1]
 
@@ -83,12 +104,24 @@ def test_lemon_is_refused_its_certificate_where_no_key_sets_the_epsilon(name: st
     else:
         from transformers import MixtralConfig
 
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-        made = plan(MixtralConfig(vocab_size=96, num_hidden_layers=2, num_local_experts=2, **sizes).to_dict(), {"hidden_size": 48}, "lemon")
-    assert any("no config key is known that sets their epsilon" in reason for reason in made.certificate.reasons)
+        sizes = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+        }
+        made = plan(
+            MixtralConfig(vocab_size=96, num_hidden_layers=2, num_local_experts=2, **sizes).to_dict(),
+            {"hidden_size": 48},
+            "lemon",
+        )
+    assert any(
+        "no config key is known that sets their epsilon" in reason for reason in made.certificate.reasons
+    )
 
 
-# ---- families at the edges ------------------------------------------------------------------------------------------------------------
+# ---- families at the edges ---------------------------------------------------------------------------------
 
 NEMOTRON = {
     "model_type": "nemotron", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8,
@@ -99,7 +132,9 @@ NEMOTRON = {
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("hidden", [48, 64])
-def test_a_bias_beside_a_scale_that_is_stored_minus_one_is_stored_as_it_is(tmp_path: Path, tied: bool, hidden: int) -> None:
+def test_a_bias_beside_a_scale_that_is_stored_minus_one_is_stored_as_it_is(
+    tmp_path: Path, tied: bool, hidden: int
+) -> None:
     source = saved(tmp_path / "source", NEMOTRON | {"tie_word_embeddings": tied})
     grown = grow(source, tmp_path / "out", target={"hidden_size": hidden, "head_dim": 8})
     assert grown.certificate.lossless
@@ -111,25 +146,46 @@ def test_a_bias_beside_a_scale_that_is_stored_minus_one_is_stored_as_it_is(tmp_p
 def test_new_rows_come_from_the_next_layer_of_the_same_kind(tmp_path: Path) -> None:
     from transformers import Qwen2MoeConfig
 
-    sizes = {"hidden_size": 32, "intermediate_size": 40, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}
-    more = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 2, "num_experts_per_tok": 1, "decoder_sparse_step": 2}
-    source = saved(tmp_path / "source", Qwen2MoeConfig(vocab_size=96, num_hidden_layers=4, **sizes, **more).to_dict())
-    made = grow(source, tmp_path / "out", target={"intermediate_size": 80}, operator="bert2bert_aki", receipt=False).plan
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+    }
+    more = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "decoder_sparse_step": 2,
+    }
+    source = saved(
+        tmp_path / "source", Qwen2MoeConfig(vocab_size=96, num_hidden_layers=4, **sizes, **more).to_dict()
+    )
+    made = grow(
+        source, tmp_path / "out", target={"intermediate_size": 80}, operator="bert2bert_aki", receipt=False
+    ).plan
     following = {step.name: step.next_source for step in made.steps if step.next_source}
-    assert following["model.layers.0.mlp.up_proj.weight"] == "model.layers.2.mlp.up_proj.weight", "layers 1 and 3 have experts instead"
-    assert following["model.layers.2.mlp.up_proj.weight"] == "model.layers.2.mlp.up_proj.weight", "no other one is left"
+    assert following["model.layers.0.mlp.up_proj.weight"] == "model.layers.2.mlp.up_proj.weight", (
+        "layers 1 and 3 have experts instead"
+    )
+    assert following["model.layers.2.mlp.up_proj.weight"] == "model.layers.2.mlp.up_proj.weight", (
+        "no other one is left"
+    )
     old, new = tensors(source), tensors(tmp_path / "out")
     rows = new["model.layers.0.mlp.up_proj.weight"][40:]
     choices = torch.cdist(rows, old["model.layers.2.mlp.up_proj.weight"])
     assert (choices.min(1).values < 1e-6).all()
 
 
-# ---- weights that are not finite, or too large ----------------------------------------------------------------------------------------
+# ---- weights that are not finite, or too large -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_where_it_is_under_noise(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
+def test_what_is_not_finite_stays_where_it_is_under_noise(
+    tmp_path: Path, dtype: torch.dtype, value: float
+) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     random_model(config_of("llama")).to(dtype).save_pretrained(tmp_path / "source")
     held = tensors(tmp_path / "source")
@@ -143,14 +199,19 @@ def test_what_is_not_finite_stays_where_it_is_under_noise(tmp_path: Path, dtype:
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])
-def test_what_is_too_large_for_float16_once_scaled_is_an_error_that_names_the_tensor(tmp_path: Path, noise: float) -> None:
+def test_what_is_too_large_for_float16_once_scaled_is_an_error_that_names_the_tensor(
+    tmp_path: Path, noise: float
+) -> None:
     source = tmp_path / "source"
     random_model(config_of("phi") | {"qk_layernorm": True}).to(torch.float16).save_pretrained(source)
     held = tensors(source)
     held["model.layers.0.mlp.fc2.weight"][3, 1] = 60_000.0
     save_file(held, source / "model.safetensors", metadata={"format": "pt"})
     wider = {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 6}  # of 24: writers × 1.22
-    with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.fc2\.weight: a grown entry is infinite where the source is finite"):
+    with pytest.raises(
+        UserError,
+        match=r"model\.layers\.0\.mlp\.fc2\.weight: a grown entry is infinite where the source is finite",
+    ):
         grow(source, tmp_path / "out", target=wider, noise=noise, receipt=False)
     assert not (tmp_path / "out").exists()
     held["model.layers.0.mlp.fc2.weight"][3, 1] = 600.0
@@ -158,7 +219,7 @@ def test_what_is_too_large_for_float16_once_scaled_is_an_error_that_names_the_te
     grow(source, tmp_path / "out", target=wider, noise=noise, receipt=False)
 
 
-# ---- operators that are what they say -------------------------------------------------------------------------------------------------
+# ---- operators that are what they say ----------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -168,9 +229,15 @@ def test_noisy_hyperclones_are_ten_decibels_below_and_leave_the_head(tmp_path: P
 
     leaf = compose_config(CONF, "grow", [f"growth={form}"])[0]["growth"]
     source = saved(tmp_path / "source", config_of("llama") | {"tie_word_embeddings": False})
-    sizes = {key: 2 * config_of("llama")[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")}
+    sizes = {
+        key: 2 * config_of("llama")[key]
+        for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    }
     how: dict[str, Any] = {"target": sizes, "operator": "hyperclone", "form": leaf["form"], "receipt": False}
-    quiet, noisy = (tensors(grow(source, tmp_path / f"{noise}", noise=noise, **how).folder) for noise in (0.0, float(leaf["noise"])))
+    quiet, noisy = (
+        tensors(grow(source, tmp_path / f"{noise}", noise=noise, **how).folder)
+        for noise in (0.0, float(leaf["noise"]))
+    )
     assert torch.equal(noisy["lm_head.weight"], quiet["lm_head.weight"])
     name = "model.layers.0.mlp.down_proj.weight"
     added = (noisy[name] - quiet[name])[:, : noisy[name].shape[1] // 2].double()
@@ -194,13 +261,14 @@ def test_zero_pad_never_learns_in_its_new_entries(tmp_path: Path, name: str) -> 
         assert parameter.grad is not None
         new = np.ones(parameter.shape, bool)
         new[tuple(slice(0, size) for size in old[parameter_name].shape)] = False
-        through_mean = ("wte", "wpe", "embed", "dense", "fc2", "c_proj") if name != "llama" else ()  # LayerNorm's, which reaches writers
+        # LayerNorm's, which reaches writers
+        through_mean = ("wte", "wpe", "embed", "dense", "fc2", "c_proj") if name != "llama" else ()
         apart = ("c_attn",)  # whose parts each have a corner of their own
         if not any(part in parameter_name for part in (*through_mean, *apart)):
             assert (parameter.grad.numpy()[new] == 0).all(), parameter_name
 
 
-# ---- sixteen bits ---------------------------------------------------------------------------------------------------------------------
+# ---- sixteen bits ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -211,7 +279,9 @@ def test_the_copies_of_a_noisy_split_sum_to_the_source_but_for_one_rounding(
 ) -> None:
     random_model(config_of(name)).to(dtype).save_pretrained(tmp_path / "source")
     key, tensor = (
-        ("n_inner", "transformer.h.1.mlp.c_proj.weight") if name == "gpt2" else ("intermediate_size", "model.layers.1.mlp.down_proj.weight")
+        ("n_inner", "transformer.h.1.mlp.c_proj.weight")
+        if name == "gpt2"
+        else ("intermediate_size", "model.layers.1.mlp.down_proj.weight")
     )
     width = config_of(name)[key]
     grow(tmp_path / "source", tmp_path / "out", target={key: times * width}, noise=0.5, receipt=False)
@@ -227,7 +297,9 @@ def test_sixteen_bit_sources_keep_their_writers_bits_where_the_epsilon_is_free()
     def gain_and_epsilon(name: str, **change: Any) -> tuple[float, float]:
         made = plan(
             config_of(name, **change),
-            {"hidden_size": 36, "head_dim": 6} if name != "opt" else {"hidden_size": 36, "num_attention_heads": 6},
+            {"hidden_size": 36, "head_dim": 6}
+            if name != "opt"
+            else {"hidden_size": 36, "num_attention_heads": 6},
         )
         assert made.certificate.lossless
         before, after = (made.family.eps(config) for config in (made.source_config, made.target_config))
@@ -238,7 +310,9 @@ def test_sixteen_bit_sources_keep_their_writers_bits_where_the_epsilon_is_free()
     assert gain_and_epsilon("llama", dtype="float16") == pytest.approx((1.0, 24 / 36))
     assert gain_and_epsilon("llama", dtype="float32") == pytest.approx((root, 1.0))
     assert gain_and_epsilon("llama") == pytest.approx((root, 1.0))
-    assert gain_and_epsilon("qwen3", dtype="bfloat16") == pytest.approx((root, 1.0)), "queries and keys have the epsilon too"
+    assert gain_and_epsilon("qwen3", dtype="bfloat16") == pytest.approx((root, 1.0)), (
+        "queries and keys have the epsilon too"
+    )
     assert gain_and_epsilon("opt", dtype="bfloat16") == pytest.approx((root, 1.0)), "no key sets the epsilon"
     asked = plan(config_of("llama", dtype="bfloat16"), {"hidden_size": 36, "head_dim": 6}, dtype="float32")
     assert asked.recipe.eps_factor == 1
@@ -270,7 +344,9 @@ def test_a_result_in_float32_is_exact_where_bfloat16_rounds(tmp_path: Path, name
 
 
 @pytest.mark.slow
-def test_a_matrix_that_is_five_percent_too_large_does_not_pass_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_matrix_that_is_five_percent_too_large_does_not_pass_in_bfloat16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     random_model(config_of("llama")).to(torch.bfloat16).save_pretrained(tmp_path / "source")
     target = {"hidden_size": 48, "num_attention_heads": 8, "num_key_value_heads": 4}
     grow(tmp_path / "source", tmp_path / "right", target=target)
@@ -286,24 +362,44 @@ def test_a_matrix_that_is_five_percent_too_large_does_not_pass_in_bfloat16(tmp_p
     assert not (tmp_path / "wrong").exists()
 
 
-# ---- noise, and what a plan is remarked on --------------------------------------------------------------------------------------------
+# ---- noise, and what a plan is remarked on -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("operator", sorted(OPERATORS.keys() - {"none"}))
 def test_every_door_has_the_same_default_noise(operator: str) -> None:
     from outgrow.growth.__main__ import CONF
 
-    leaf = compose_config(CONF, "grow", [f"growth={operator}"])[0]["growth"] if operator != "hyperclone" else {"noise": 0.0}
-    assert plan(config_of("llama"), {"intermediate_size": 80}, operator).noise == leaf["noise"] == default_noise(operator)
-    assert inspect.signature(grow).parameters["noise"].default is inspect.signature(grow_model).parameters["noise"].default is None
+    leaf = (
+        compose_config(CONF, "grow", [f"growth={operator}"])[0]["growth"]
+        if operator != "hyperclone"
+        else {"noise": 0.0}
+    )
+    assert (
+        plan(config_of("llama"), {"intermediate_size": 80}, operator).noise
+        == leaf["noise"]
+        == default_noise(operator)
+    )
+    assert (
+        inspect.signature(grow).parameters["noise"].default
+        is inspect.signature(grow_model).parameters["noise"].default
+        is None
+    )
 
 
 def test_copies_that_stay_equal_are_counted(tmp_path: Path) -> None:
-    config, target = config_of("llama"), {"intermediate_size": 57, "hidden_size": 48, "num_attention_heads": 8, "num_key_value_heads": 4}
+    config, target = (
+        config_of("llama"),
+        {"intermediate_size": 57, "hidden_size": 48, "num_attention_heads": 8, "num_key_value_heads": 4},
+    )
     told = plan(config, target, noise=0.0).remarks[0]
-    assert told.startswith("43 copies are read evenly (residual 24, ffn 17, kv 2); without dropout or noise they stay equal")
+    assert told.startswith(
+        "43 copies are read evenly (residual 24, ffn 17, kv 2); without dropout or noise they stay equal"
+    )
     assert not any("read evenly" in remark for remark in plan(config, target).remarks)
-    assert not any("read evenly" in remark for remark in plan(config | {"attention_dropout": 0.1}, target, noise=0.0).remarks)
+    assert not any(
+        "read evenly" in remark
+        for remark in plan(config | {"attention_dropout": 0.1}, target, noise=0.0).remarks
+    )
     saved(tmp_path / "source", config)
     grow(tmp_path / "source", tmp_path / "out", target=target, noise=0.0)
     assert told in (tmp_path / "out" / "README.md").read_text()
@@ -334,8 +430,21 @@ def test_remarks(change: dict[str, Any], target: dict[str, Any], how: dict[str, 
 
 
 def test_a_growth_without_a_fault_has_no_remarks() -> None:
-    config = config_of("llama", hidden_size=64, intermediate_size=128, num_attention_heads=8, num_key_value_heads=8, head_dim=8)
-    target = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 16, "num_key_value_heads": 16, "num_hidden_layers": 4}
+    config = config_of(
+        "llama",
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=8,
+    )
+    target = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_hidden_layers": 4,
+    }
     assert plan(config, target).remarks == ()
     assert plan(config, target, operator="lossless", depth="stack").remarks == ()
 
@@ -364,7 +473,7 @@ def test_the_card_carries_the_licence_of_the_source(
     assert ("license" in front) == (head is not None)
 
 
-# ---- layers that differ in kind -------------------------------------------------------------------------------------------------------
+# ---- layers that differ in kind ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -386,7 +495,13 @@ def test_new_layers_are_copies_of_their_own_kind(source: str, target: str, layer
     assert found.is_lossless
     assert all(source[layer] == kind for layer, kind in zip(found.layers, target, strict=True))
     if layers != "0 0 0 0":
-        assert " ".join(f"{layer}*" if idle else f"{layer}" for layer, idle in zip(found.layers, found.identity, strict=True)) == layers
+        assert (
+            " ".join(
+                f"{layer}*" if idle else f"{layer}"
+                for layer, idle in zip(found.layers, found.identity, strict=True)
+            )
+            == layers
+        )
 
 
 @pytest.mark.slow
@@ -407,9 +522,15 @@ def test_depth_grows_where_the_first_layer_alone_is_dense(tmp_path: Path) -> Non
     assert grown.receipt.max_delta < 2e-5 * grown.receipt.max_logit
 
 
-# ---- fresh entries --------------------------------------------------------------------------------------------------------------------
+# ---- fresh entries -----------------------------------------------------------------------------------------
 
-LARGE = {"vocab_size": 400, "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 6}
+LARGE = {
+    "vocab_size": 400,
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+}
 
 
 @pytest.mark.parametrize("name", sorted({family.name for family in families().values()}))
@@ -422,7 +543,10 @@ def test_scratch_starts_every_tensor_as_the_class_does(tmp_path: Path, name: str
     sizes |= {"num_key_value_heads": 6} if name == "phi" else {}
     source = saved(tmp_path / "source", config)
     made = grow(source, tmp_path / "out", target=sizes, operator="scratch", receipt=False).plan
-    mine, theirs = load_model(tmp_path / "out").state_dict(), build_model(made.target_config, seed=1).state_dict()
+    mine, theirs = (
+        load_model(tmp_path / "out").state_dict(),
+        build_model(made.target_config, seed=1).state_dict(),
+    )
     for tensor_name, expected in theirs.items():
         found = mine[tensor_name]
         assert float(found.mean()) == pytest.approx(float(expected.mean()), abs=0.01), tensor_name

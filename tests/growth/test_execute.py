@@ -16,7 +16,16 @@ import outgrow.growth.engine.bits
 import outgrow.growth.engine.execute
 from helpers.unwritten import EXPERTS
 from outgrow.growth import grow, plan
-from outgrow.growth.engine.bits import accumulate, add, all_finite, floats, lookup, normal_bits, rounded, scaled
+from outgrow.growth.engine.bits import (
+    accumulate,
+    add,
+    all_finite,
+    floats,
+    lookup,
+    normal_bits,
+    rounded,
+    scaled,
+)
 from outgrow.growth.engine.execute import Expander
 from outgrow.growth.engine.seeding import Draws, normal, quantiles
 from outgrow.model.build import to_hf_config
@@ -39,13 +48,19 @@ def strided(values: np.ndarray, axes: int) -> np.ndarray:
 
 @pytest.mark.parametrize("axes", [1, 2, 3])
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
-@pytest.mark.parametrize(("factor", "offset"), [(0.5, 0.0), (1 / np.sqrt(0.8), 0.0), (-1e-6, 0.0), (3e4, 0.0), (1.1, 1.0)])
-def test_products_are_rounded_once_to_nearest(dtype: str, factor: float, offset: float, axes: int, loops: str) -> None:
+@pytest.mark.parametrize(
+    ("factor", "offset"), [(0.5, 0.0), (1 / np.sqrt(0.8), 0.0), (-1e-6, 0.0), (3e4, 0.0), (1.1, 1.0)]
+)
+def test_products_are_rounded_once_to_nearest(
+    dtype: str, factor: float, offset: float, axes: int, loops: str
+) -> None:
     """Of every number of the format, against PyTorch's rounding; infinite and subnormal ones too."""
     torch_type = {"F16": torch.float16, "BF16": torch.bfloat16}[dtype]
     stored = torch.from_numpy(ALL.view(np.int16).copy()).view(torch_type)
     factors = torch.tensor(factor, dtype=torch.float32)
-    exact = ((stored.float() + offset) * factors - offset if offset else stored.float() * factors).to(torch_type)
+    exact = ((stored.float() + offset) * factors - offset if offset else stored.float() * factors).to(
+        torch_type
+    )
     values, out = strided(ALL, axes), strided(np.zeros_like(ALL), axes)
     with np.errstate(all="ignore"):
         each = rounded(floats(values, dtype), np.full(values.shape, factor), dtype, offset)
@@ -98,7 +113,8 @@ def test_sums_are_rounded_to_nearest_with_ties_to_even(dtype: str, axes: int, lo
         same = torch.from_numpy(found.reshape(-1).view(np.int16).copy()).view(torch_type)
         assert torch.equal(torch.isnan(same), torch.isnan(exact))
         assert torch.equal(same.nan_to_num(1.0), exact.nan_to_num(1.0))
-    between = np.array([0x3C00, 0x3C01, 0xBC00, 0xBC01], np.uint16)  # ± 1 and its successor, half a step up: ties
+    # ± 1 and its successor, half a step up: ties
+    between = np.array([0x3C00, 0x3C01, 0xBC00, 0xBC01], np.uint16)
     add(between, np.array([1, 1, -1, -1], np.float32) * np.float32(2.0**-11), "F16")
     np.testing.assert_array_equal(between, [0x3C00, 0x3C02, 0xBC00, 0xBC02])
 
@@ -150,10 +166,19 @@ def test_compiled_loops_refuse_what_they_cannot_go_over() -> None:
             outgrow.growth.engine.bits.compiled.lookup(*arguments)
     frozen = index.copy()
     frozen.flags.writeable = False
-    for stored, values in ((frozen, np.zeros((4, 6), np.float32)), (index, np.zeros((4, 6))), (index, np.zeros((4, 5), np.float32))):
+    for stored, values in (
+        (frozen, np.zeros((4, 6), np.float32)),
+        (index, np.zeros((4, 6))),
+        (index, np.zeros((4, 5), np.float32)),
+    ):
         with pytest.raises((ValueError, BufferError)):
             outgrow.growth.engine.bits.compiled.add(stored, values, False)
-    for source, out in ((index, frozen), (index, index[:3].copy()), (index.astype(np.uint32), index.copy()), (index, np.zeros((4, 6)))):
+    for source, out in (
+        (index, frozen),
+        (index, index[:3].copy()),
+        (index.astype(np.uint32), index.copy()),
+        (index, np.zeros((4, 6))),
+    ):
         with pytest.raises((ValueError, BufferError)):
             outgrow.growth.engine.bits.compiled.scale(source, 0.5, False, out)
     total = np.zeros(6, np.float32)
@@ -205,16 +230,27 @@ def test_normal_numbers_are_normal() -> None:
     np.testing.assert_array_less(normal(shares), normal(shares | 0xFFFF))
     np.testing.assert_allclose(normal(shares | 0xFFFF)[:-1], normal(shares)[1:], atol=1e-4)
     assert np.abs(normal(np.array([0, 0xFFFFFFFF], np.uint32))).max() < 5
-    np.testing.assert_array_equal(normal_bits(0.5, "F16"), (quantiles() / 2).astype(np.float16).view(np.uint16))
+    np.testing.assert_array_equal(
+        normal_bits(0.5, "F16"), (quantiles() / 2).astype(np.float16).view(np.uint16)
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "options"),
-    [("float16", {"noise": 0.5}), ("float32", {"operator": "random_pad"}), ("bfloat16", {"operator": "net2net", "noise": 0.5})],
+    [
+        ("float16", {"noise": 0.5}),
+        ("float32", {"operator": "random_pad"}),
+        ("bfloat16", {"operator": "net2net", "noise": 0.5}),
+    ],
 )
 def test_bits_do_not_depend_on_the_size_of_blocks_nor_on_compiled_loops(
-    tmp_path: Path, monkeypatch: Any, checkpoint_maker: Any, phi_config: dict[str, Any], dtype: str, options: dict[str, Any]
+    tmp_path: Path,
+    monkeypatch: Any,
+    checkpoint_maker: Any,
+    phi_config: dict[str, Any],
+    dtype: str,
+    options: dict[str, Any],
 ) -> None:
     source = checkpoint_maker(tmp_path / "source", phi_config, dtype)
     target = BIGGER | {"vocab_size": 101}
@@ -229,7 +265,9 @@ def test_bits_do_not_depend_on_the_size_of_blocks_nor_on_compiled_loops(
 
 
 @pytest.mark.slow
-def test_experts_in_one_tensor_are_grown_a_few_rows_at_a_time(tmp_path: Path, monkeypatch: Any, checkpoint_maker: Any) -> None:
+def test_experts_in_one_tensor_are_grown_a_few_rows_at_a_time(
+    tmp_path: Path, monkeypatch: Any, checkpoint_maker: Any
+) -> None:
     """(expert, in, out): an expert's matrix is never held whole, and the bits are those of one block."""
 
     class Recording:
@@ -240,7 +278,9 @@ def test_experts_in_one_tensor_are_grown_a_few_rows_at_a_time(tmp_path: Path, mo
             self.largest = max(self.largest, rows.nbytes)
             return rows
 
-    config = to_hf_config({"model_type": "gpt_oss", **EXPERTS["gpt_oss"], "vocab_size": 61, "pad_token_id": None}).to_dict()
+    config = to_hf_config(
+        {"model_type": "gpt_oss", **EXPERTS["gpt_oss"], "vocab_size": 61, "pad_token_id": None}
+    ).to_dict()
     with Checkpoint(checkpoint_maker(tmp_path / "source", config, "float16")) as checkpoint:
         made = plan(checkpoint, {"hidden_size": 32, "intermediate_size": 18}, noise=0.1)
         steps = [step for step in made.steps if len(step.shape) == 3]
@@ -249,7 +289,10 @@ def test_experts_in_one_tensor_are_grown_a_few_rows_at_a_time(tmp_path: Path, mo
         silent = [Expander(replace(made, noise=0.0), step, checkpoint).whole() for step in steps]
         for noisy, plain, step in zip(whole, silent, steps, strict=True):
             added = to_float(noisy, "F16").astype(np.float64) - to_float(plain, "F16")
-            first, second = (added[:, :6], added[:, 12:]) if "down" in step.name else (added[:, :16], added[:, 16:])  # copies that are read
+            # copies that are read
+            first, second = (
+                (added[:, :6], added[:, 12:]) if "down" in step.name else (added[:, :16], added[:, 16:])
+            )
             assert min(np.abs(first).max(), np.abs(second).max()) > 1e-2
             np.testing.assert_allclose(first + second, 0, atol=1e-3)
         monkeypatch.setattr(outgrow.growth.engine.execute, "BLOCK_BYTES", 200)
@@ -262,30 +305,49 @@ def test_experts_in_one_tensor_are_grown_a_few_rows_at_a_time(tmp_path: Path, mo
             assert 0 < reader.largest <= 200
 
 
-def test_new_tokens_are_the_mean_of_the_old_also_where_columns_come_from_the_next_layer(tmp_path: Path, phi_folder: Path) -> None:
-    out = grow(phi_folder, tmp_path / "out", target=BIGGER | {"vocab_size": 101}, operator="bert2bert_aki").folder
+def test_new_tokens_are_the_mean_of_the_old_also_where_columns_come_from_the_next_layer(
+    tmp_path: Path, phi_folder: Path
+) -> None:
+    out = grow(
+        phi_folder, tmp_path / "out", target=BIGGER | {"vocab_size": 101}, operator="bert2bert_aki"
+    ).folder
     with Checkpoint(out) as grown:
         embedding = to_float(grown.read("model.embed_tokens.weight"), "F64")
-    np.testing.assert_allclose(embedding[96:], np.broadcast_to(embedding[:96].mean(0), (5, 30)), atol=1.5e-3)  # 10⁻³ of their RMS apart
+    # 10⁻³ of their RMS apart
+    np.testing.assert_allclose(embedding[96:], np.broadcast_to(embedding[:96].mean(0), (5, 30)), atol=1.5e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_noise_has_the_strength_that_was_asked_for(tmp_path: Path, checkpoint_maker: Any, phi_config: dict[str, Any], dtype: str) -> None:
-    """fc1 is tall enough for its root mean square to be taken from some of its rows, which is where strength is measured against."""
+def test_noise_has_the_strength_that_was_asked_for(
+    tmp_path: Path, checkpoint_maker: Any, phi_config: dict[str, Any], dtype: str
+) -> None:
+    """fc1 is tall enough for its root mean square to be taken from some of its rows, which is where strength
+    is measured against."""
     source = checkpoint_maker(tmp_path / "source", phi_config | {"intermediate_size": 2048}, dtype)
     stored = load_file(source / "model.safetensors")
-    stored["model.layers.0.mlp.fc1.weight"] *= torch.linspace(0, 2, 2048, dtype=getattr(torch, dtype))[:, None]
+    stored["model.layers.0.mlp.fc1.weight"] *= torch.linspace(0, 2, 2048, dtype=getattr(torch, dtype))[
+        :, None
+    ]
     save_file(stored, source / "model.safetensors")
     double = {"hidden_size": 48, "num_attention_heads": 6}
     for name, noise in (("plain", 0.0), ("noisy", 0.5)):
         grow(source, tmp_path / name, target=double, noise=noise, receipt=False)
     code = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}[dtype]
-    with Checkpoint(source) as old, Checkpoint(tmp_path / "plain") as plain, Checkpoint(tmp_path / "noisy") as noisy:
+    with (
+        Checkpoint(source) as old,
+        Checkpoint(tmp_path / "plain") as plain,
+        Checkpoint(tmp_path / "noisy") as noisy,
+    ):
         name = "model.layers.0.mlp.fc1.weight"
-        weights, before, after = (to_float(file.read(name), code).astype(np.float64) for file in (old, plain, noisy))
+        weights, before, after = (
+            to_float(file.read(name), code).astype(np.float64) for file in (old, plain, noisy)
+        )
     added = after - before
-    strength = 0.5 * np.sqrt(np.square(weights).mean()) / 2  # half of it, as the weights of a reader of two copies are halved
+    # half of it, as the weights of a reader of two copies are halved
+    strength = 0.5 * np.sqrt(np.square(weights).mean()) / 2
     np.testing.assert_allclose(added[:, :24].std(), strength, rtol=0.05)
     assert abs(added[:, :24].mean()) < 0.02 * strength
     resolution = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}[dtype]
-    np.testing.assert_allclose(after[:, :24] + after[:, 24:], weights, atol=2 * resolution * np.abs(after).max())
+    np.testing.assert_allclose(
+        after[:, :24] + after[:, 24:], weights, atol=2 * resolution * np.abs(after).max()
+    )

@@ -1,4 +1,5 @@
-"""Every family against the real transformers class: covered exactly, grown losslessly on every axis that it allows."""
+"""Every family against the real transformers class: covered exactly, grown losslessly on every axis that it
+allows."""
 
 from __future__ import annotations
 
@@ -21,15 +22,22 @@ from outgrow.model.geometry import parameter_count
 
 
 @pytest.mark.parametrize("name", sorted(families()))
-@pytest.mark.parametrize("change", [{}, {"tie_word_embeddings": True}, {"tie_word_embeddings": False}, {"attention_bias": True}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"tie_word_embeddings": True}, {"tie_word_embeddings": False}, {"attention_bias": True}],
+    ids=str,
+)
 def test_the_schema_covers_the_real_model_exactly(tmp_path: Path, name: str, change: dict[str, Any]) -> None:
     if not change.keys() <= config_of(name).keys():
         pytest.skip("this family has no such choice")
     config = config_of(name, **change)
     model = build_model(config, seed=0)
-    model.save_pretrained(tmp_path)  # files keep names that the library's own modules have given up, such as GPT-NeoX's embed_out
+    # files keep names that the library's own modules have given up, such as GPT-NeoX's embed_out
+    model.save_pretrained(tmp_path)
     stored = {key: value.shape for key, value in Checkpoint(tmp_path).tensors.items()}
-    assert {tensor.name: tensor.shape for tensor in family_of(config).tensors(config) if not tensor.tied} == stored
+    assert {
+        tensor.name: tensor.shape for tensor in family_of(config).tensors(config) if not tensor.tied
+    } == stored
     assert parameter_count(config) == sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -50,13 +58,20 @@ def test_lossless_on_every_axis(tmp_path: Path, checkpoint_maker: Any, name: str
 def test_more_query_heads_per_group(tmp_path: Path, checkpoint_maker: Any, name: str) -> None:
     source = checkpoint_maker(tmp_path / "source", config_of(name))
     head = {} if name == "gemma2" else {"hidden_size": 48}
-    grown = grow(source, tmp_path / "out", target={"num_attention_heads": 8, "num_key_value_heads": 2, **head}, noise=0.2)
+    grown = grow(
+        source,
+        tmp_path / "out",
+        target={"num_attention_heads": 8, "num_key_value_heads": 2, **head},
+        noise=0.2,
+    )
     assert grown.certificate.lossless, grown.certificate.reasons
     assert grown.receipt.max_delta <= FLOOR["rms"] * max(1, grown.receipt.max_logit)
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "phi"])
-def test_head_dims_grow_where_part_of_a_head_is_turned(tmp_path: Path, checkpoint_maker: Any, name: str) -> None:
+def test_head_dims_grow_where_part_of_a_head_is_turned(
+    tmp_path: Path, checkpoint_maker: Any, name: str
+) -> None:
     source = checkpoint_maker(tmp_path / "source", config_of(name))
     grown = grow(source, tmp_path / "out", target={"hidden_size": 32})
     assert grown.certificate.lossless, grown.certificate.reasons
@@ -64,7 +79,9 @@ def test_head_dims_grow_where_part_of_a_head_is_turned(tmp_path: Path, checkpoin
 
 
 @pytest.mark.parametrize(("name", "grown"), [("gpt2", {"n_embd": 32}), ("opt", {"hidden_size": 32})])
-def test_head_dims_grow_without_rotary_positions(tmp_path: Path, checkpoint_maker: Any, name: str, grown: dict[str, int]) -> None:
+def test_head_dims_grow_without_rotary_positions(
+    tmp_path: Path, checkpoint_maker: Any, name: str, grown: dict[str, int]
+) -> None:
     source = checkpoint_maker(tmp_path / "source", config_of(name))
     assert grow(source, tmp_path / "out", target=grown).receipt.max_delta <= FLOOR["layer"]
 
@@ -74,7 +91,11 @@ def test_head_dims_grow_without_rotary_positions(tmp_path: Path, checkpoint_make
     [
         ("llama", {"hidden_size": 32, "head_dim": 8}, "6 rotary dims become 8"),
         ("qwen3", {"head_dim": 8}, "q_norm normalises over it"),
-        ("olmo2", {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 36}, "q_norm normalises over it"),
+        (
+            "olmo2",
+            {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 36},
+            "q_norm normalises over it",
+        ),
     ],
 )
 def test_where_exactness_is_impossible_the_certificate_says_so_and_growth_works(
@@ -101,12 +122,18 @@ def test_certificate_and_logits_agree(name: str) -> None:
     heads = {"num_attention_heads": 8, **({} if name in MULTI_HEAD else {"num_key_value_heads": 4})}
     doubled = {"hidden_size": 48, "intermediate_size": 80, **heads}
     with torch.no_grad():
-        if families()[name].other_norms(config_of(name)):  # queries and keys as small as fresh ones: where their norms feel an epsilon
+        if families()[name].other_norms(
+            config_of(name)
+        ):  # queries and keys as small as fresh ones: where their norms feel an epsilon
             for called, parameter in source.named_parameters():
                 parameter.mul_(1e-3 if called.endswith(("q_proj.weight", "k_proj.weight")) else 1.0)
         expected = source(input_ids=tokens).logits
-        for operator, (ratio, sizes) in itertools.product(OPERATORS, {"doubled": doubled, "uneven": growths(name)["width"]}.items()):
-            if ratio == "uneven" and (operator == "hyperclone" or (operator == "sparkling" and sizes["hidden_size"] > 2 * 24)):
+        for operator, (ratio, sizes) in itertools.product(
+            OPERATORS, {"doubled": doubled, "uneven": growths(name)["width"]}.items()
+        ):
+            if ratio == "uneven" and (
+                operator == "hyperclone" or (operator == "sparkling" and sizes["hidden_size"] > 2 * 24)
+            ):
                 continue  # neither takes such a ratio
             made = plan_of(source, renamed(name, sizes), operator, noise=0.2)
             # At an uneven ratio LEMON's form scales epsilon, which OPT has in its code, not in its config.

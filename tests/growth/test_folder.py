@@ -57,7 +57,9 @@ def test_a_grown_folder_loads_with_transformers_alone(source: Path, tmp_path: Pa
     assert not any(report.values()), report
     assert loaded.config.num_hidden_layers == 4
     assert loaded.config.rope_parameters["partial_rotary_factor"] == 0.4
-    assert AutoTokenizer.from_pretrained(out).decode([1, 2]) == AutoTokenizer.from_pretrained(source).decode([1, 2])
+    assert AutoTokenizer.from_pretrained(out).decode([1, 2]) == AutoTokenizer.from_pretrained(source).decode(
+        [1, 2]
+    )
     assert loaded.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False).shape == (1, 6)
     recipe = json.loads((out / "growth.json").read_text())
     assert recipe["source"]["ledger"] == {"tokens": 7}
@@ -71,7 +73,9 @@ def test_a_grown_folder_loads_with_transformers_alone(source: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_an_existing_folder_is_replaced_only_when_asked_and_only_by_a_whole_one(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_an_existing_folder_is_replaced_only_when_asked_and_only_by_a_whole_one(
+    source: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     out = grow(source, tmp_path / "out", target=BIGGER).folder
     before = (out / "growth.json").read_bytes()
     with pytest.raises(UserError, match="exists already"):
@@ -109,7 +113,9 @@ def test_at_every_moment_there_is_the_old_folder_or_the_new_one(tmp_path: Path) 
     assert (out / "config.json").read_text() == "499"
 
 
-def test_a_file_system_that_cannot_exchange_folders_replaces_them_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_that_cannot_exchange_folders_replaces_them_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(outgrow.model.base.atomic, "exchange", lambda *_: False)
     for text in ("old", "new"):
         with whole(tmp_path / "out") as partial:
@@ -119,7 +125,9 @@ def test_a_file_system_that_cannot_exchange_folders_replaces_them_all_the_same(t
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_is_not_verified_does_not_load(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_verified_does_not_load(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Were it killed while the receipt is measured, the folder that stays would have no config."""
     measured, right = [], growth_module.measure_growth
 
@@ -181,14 +189,21 @@ def test_a_wrong_schema_is_caught_by_the_receipt(source: Path, tmp_path: Path, m
     import outgrow.growth.engine.execute
 
     right = outgrow.growth.engine.execute.scaled
-    monkeypatch.setattr(outgrow.growth.engine.execute, "scaled", lambda raw, factor, *more: right(raw, factor * 1.01, *more))
-    with pytest.raises(UserError, match=r"certified lossless, yet logits moved .* fault of the phi schema or of operator 'lossless'"):
+    monkeypatch.setattr(
+        outgrow.growth.engine.execute, "scaled", lambda raw, factor, *more: right(raw, factor * 1.01, *more)
+    )
+    with pytest.raises(
+        UserError,
+        match=r"certified lossless, yet logits moved .* fault of the phi schema or of operator 'lossless'",
+    ):
         grow(source, tmp_path / "out", target=BIGGER)
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
 @pytest.mark.slow
-def test_a_folder_that_the_library_loads_otherwise_is_blamed_itself(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_folder_that_the_library_loads_otherwise_is_blamed_itself(
+    source: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     import outgrow.model.build
 
     right = outgrow.model.build.load_model
@@ -200,17 +215,24 @@ def test_a_folder_that_the_library_loads_otherwise_is_blamed_itself(source: Path
         return loaded
 
     monkeypatch.setattr(outgrow.model.build, "load_model", otherwise)
-    with pytest.raises(UserError, match=r"source: transformers loads model\.layers\.1\.mlp\.fc1\.bias otherwise than stored") as told:
+    with pytest.raises(
+        UserError, match=r"source: transformers loads model\.layers\.1\.mlp\.fc1\.bias otherwise than stored"
+    ) as told:
         grow(source, tmp_path / "out", target=BIGGER)
     assert "schema" not in str(told.value)
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
 @pytest.mark.parametrize("config", [config_of("llama"), stranger("mixtral")], ids=["written", "derived"])
-def test_every_stored_tensor_is_held_against_what_the_library_loads(config: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
+def test_every_stored_tensor_is_held_against_what_the_library_loads(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: Any
+) -> None:
     import outgrow.model.build
 
-    folder, right = make_checkpoint(tmp_path / "source", config, dtype="bfloat16"), outgrow.model.build.load_model
+    folder, right = (
+        make_checkpoint(tmp_path / "source", config, dtype="bfloat16"),
+        outgrow.model.build.load_model,
+    )
     assert loaded_otherwise(folder, "float64") == []
 
     def otherwise(folder: Path, **how: Any) -> Any:
@@ -251,7 +273,9 @@ grow(sys.argv[1], sys.argv[2], target={"hidden_size": 30, "intermediate_size": 5
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [0, 20, 40])
-def test_kill_9_leaves_no_folder_and_the_next_growth_succeeds(source: Path, tmp_path: Path, limit: int) -> None:
+def test_kill_9_leaves_no_folder_and_the_next_growth_succeeds(
+    source: Path, tmp_path: Path, limit: int
+) -> None:
     out = tmp_path / "out"
     killed = subprocess.run([sys.executable, "-c", KILLED, source, out, str(limit)], timeout=60, check=False)
     assert killed.returncode == -signal.SIGKILL
@@ -272,24 +296,38 @@ def test_two_growths_into_one_folder_are_refused_and_the_first_goes_on(source: P
 
 @pytest.mark.slow
 def test_the_engine_does_not_import_torch() -> None:
-    code = "import sys, outgrow.growth, outgrow.growth.__main__; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys, outgrow.growth, outgrow.growth.__main__; sys.exit('torch' in sys.modules or "
+        "'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_buffers_of_older_checkpoints_are_passed_over(source: Path, tmp_path: Path) -> None:
     tensors = load_file(source / "model.safetensors")
-    save_file(tensors | {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(2)}, source / "model.safetensors")
+    save_file(
+        tensors | {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(2)},
+        source / "model.safetensors",
+    )
     assert grow_function(source, tmp_path / "out", target=BIGGER).certificate.lossless
 
 
 def door(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "outgrow.growth", *arguments], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "outgrow.growth", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 @pytest.mark.slow
 def test_the_door_grows_and_says_what_it_did(source: Path, tmp_path: Path) -> None:
     target = "target={hidden_size:30,intermediate_size:50,num_hidden_layers:4}"
-    done = door(f"source={source}", target, "growth=lossless", f"out={tmp_path / 'out'}", "growth.depth=stack")
+    done = door(
+        f"source={source}", target, "growth=lossless", f"out={tmp_path / 'out'}", "growth.depth=stack"
+    )
     assert done.returncode == 0, done.stderr
     assert "certificate: not lossless" in done.stdout
     assert "target layers 3 work although" in done.stdout
@@ -312,14 +350,29 @@ def test_the_door_prints_a_plan_of_phi_without_weights() -> None:
     ("arguments", "messages"),
     [
         ([], ["source: missing", "target: missing"]),
-        (["sorce=x", "growth=losless", "treads=2"], ["did you mean 'source'", "did you mean 'lossless'", "did you mean 'threads'"]),
+        (
+            ["sorce=x", "growth=losless", "treads=2"],
+            ["did you mean 'source'", "did you mean 'lossless'", "did you mean 'threads'"],
+        ),
         (["source=phi_1_5", "target=phi_2"], ["out: missing"]),
-        (["source=phi_1_5", "target=phi_2", "plan_only=maybe"], ["plan_only: expected true or false; found 'maybe'"]),
+        (
+            ["source=phi_1_5", "target=phi_2", "plan_only=maybe"],
+            ["plan_only: expected true or false; found 'maybe'"],
+        ),
         (["source=phi_1_5", "target=phi_2", "out=x", "growth=source"], ["growth=source: a training arm"]),
-        (["source=phi_1_5", "target=phi_2", "plan_only=true", "figure=x.docx"], ["no picture's name; end it in .png, .pdf, .svg"]),
+        (
+            ["source=phi_1_5", "target=phi_2", "plan_only=true", "figure=x.docx"],
+            ["no picture's name; end it in .png, .pdf, .svg"],
+        ),
         (["source=phi_1_5", "target=phi_2", "plan_only=true", "threads=0"], ["threads: must be positive"]),
-        (["source=phi_2", "target=phi_1_5", "plan_only=true"], ["residual 2048 is smaller", "layer 24 is smaller", "ffn 8192 is smaller"]),
-        (["source=microsoft/phi-1_5", "target=phi_2", "out=x"], ["source 'microsoft/phi-1_5'", "check name and network"]),
+        (
+            ["source=phi_2", "target=phi_1_5", "plan_only=true"],
+            ["residual 2048 is smaller", "layer 24 is smaller", "ffn 8192 is smaller"],
+        ),
+        (
+            ["source=microsoft/phi-1_5", "target=phi_2", "out=x"],
+            ["source 'microsoft/phi-1_5'", "check name and network"],
+        ),
     ],
 )
 def test_the_door_tells_every_fault_at_once(arguments: list[str], messages: list[str]) -> None:

@@ -44,7 +44,9 @@ def test_every_map_at_every_small_size(rule: str) -> None:
                 continue
             assert len(found.layers) == target
             assert set(found.layers) == set(range(source)), "every source layer is used"
-            assert found.is_lossless == (target == source or rule in ("identity", "identity_top", "llama_pro"))
+            assert found.is_lossless == (
+                target == source or rule in ("identity", "identity_top", "llama_pro")
+            )
 
 
 @pytest.mark.parametrize("rule", ["identity", "identity_top", "interleave", "stack", "proportional"])

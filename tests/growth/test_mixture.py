@@ -1,4 +1,5 @@
-"""Mixtures of experts: the certificate against logits of the library's own classes, the experts against matrices cut by hand."""
+"""Mixtures of experts: the certificate against logits of the library's own classes, the experts against
+matrices cut by hand."""
 
 from __future__ import annotations
 
@@ -63,14 +64,19 @@ def moved(before: Any, after: Any) -> float:
     return float((one - other).abs().max() / one.abs().max())
 
 
-# ---- the certificate and the receipt --------------------------------------------------------------------------------------------------
+# ---- the certificate and the receipt -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("normalised", [True, False])
-@pytest.mark.parametrize(("granularity", "rate", "groups"), [(1, 4, 1), (1, 4, 2), (2, 2, 1), (2, 4, 3), (3, 2, 2), (4, 2, 1)])
+@pytest.mark.parametrize(
+    ("granularity", "rate", "groups"), [(1, 4, 1), (1, 4, 2), (2, 2, 1), (2, 4, 3), (3, 2, 2), (4, 2, 1)]
+)
 @pytest.mark.parametrize("pair", PAIRS)
-def test_certificate_and_logits_agree(pair: str, granularity: int, rate: int, groups: int, normalised: bool) -> None:
-    """Families × granularity G × expansion rate E × experts for each token T = groups · G × weights divided by their sum or not."""
+def test_certificate_and_logits_agree(
+    pair: str, granularity: int, rate: int, groups: int, normalised: bool
+) -> None:
+    """Families × granularity G × expansion rate E × experts for each token T = groups · G × weights divided
+    by their sum or not."""
     name, experts, chosen = PAIRS[pair][0], granularity * rate, granularity * groups
     if name == "mixtral" and not normalised:
         pytest.skip("Mixtral always divides by the sum")
@@ -95,7 +101,9 @@ WIDER = {"hidden_size": 40, "num_hidden_layers": 3, "num_attention_heads": 8, "n
 @pytest.mark.parametrize(("depth", "noise"), [("identity", 0.5), ("identity", 0.0), ("stack", 0.5)])
 @pytest.mark.parametrize("pair", ["llama", "qwen2", "qwen3", "olmo2"])
 def test_width_depth_heads_and_noise_grow_in_the_same_plan(pair: str, depth: str, noise: float) -> None:
-    units = {"llama": {"intermediate_size": 20}, "olmo2": {"intermediate_size": 20}}.get(pair, {"moe_intermediate_size": 20})
+    units = {"llama": {"intermediate_size": 20}, "olmo2": {"intermediate_size": 20}}.get(
+        pair, {"moe_intermediate_size": 20}
+    )
     sizes = WIDER
     source, target = dense(pair), wanted(pair, 6, 2, **sizes, **units)
     made = plan(source.config.to_dict(), target, "upcycle", granularity=2, depth=depth, noise=noise)
@@ -111,13 +119,17 @@ def test_width_depth_heads_and_noise_grow_in_the_same_plan(pair: str, depth: str
 def test_some_layers_stay_dense(pair: str, sparse: str | list[int]) -> None:
     source = dense(pair, num_hidden_layers=3)
     after = grow_model(source, wanted(pair, 4, 2), "upcycle", sparse=sparse)
-    kept = {"every_other": [0, 2], "last_half": [0]}.get(str(sparse)) or [layer for layer in range(3) if layer not in sparse]
+    kept = {"every_other": [0, 2], "last_half": [0]}.get(str(sparse)) or [
+        layer for layer in range(3) if layer not in sparse
+    ]
     assert after.config.mlp_only_layers == kept
-    assert [hasattr(layer.mlp, "experts") for layer in after.model.layers] == [number not in kept for number in range(3)]
+    assert [hasattr(layer.mlp, "experts") for layer in after.model.layers] == [
+        number not in kept for number in range(3)
+    ]
     assert moved(source, after) < EXACT
 
 
-# ---- what stands in the way ------------------------------------------------------------------------------------------------------------
+# ---- what stands in the way --------------------------------------------------------------------------------
 
 
 def test_the_factor_split_over_three_matrices_is_not_lossless() -> None:
@@ -125,7 +137,10 @@ def test_the_factor_split_over_three_matrices_is_not_lossless() -> None:
     source, target = dense("llama"), wanted("llama", 8, 4)
     made = plan(source.config.to_dict(), target, "upcycle", granularity=4, scale="split")
     assert not made.certificate.lossless
-    assert "experts.{0..7}.w1: is scaled by 1.587, expected 1: its nonlinearity does not pass a scale on" in made.certificate.reasons[0]
+    assert (
+        "experts.{0..7}.w1: is scaled by 1.587, expected 1: its nonlinearity does not pass a scale on"
+        in made.certificate.reasons[0]
+    )
     assert moved(source, grow_model(source, target, "upcycle", granularity=4, scale="split")) > 0.05
 
 
@@ -147,7 +162,9 @@ def test_every_condition_that_fails_is_named(operator: str, options: dict[str, A
 
 def test_groups_that_tie_are_not_certified() -> None:
     """Which of equal logits are chosen is the library's affair."""
-    reasons = plan(dense("llama").config.to_dict(), wanted("llama", 4, 2), "upcycle", granularity=2, router_std=0.0).certificate.reasons
+    reasons = plan(
+        dense("llama").config.to_dict(), wanted("llama", 4, 2), "upcycle", granularity=2, router_std=0.0
+    ).certificate.reasons
     assert [reason[:40] for reason in reasons] == ["router rows of zeros: all groups tie, so"]
 
 
@@ -176,7 +193,7 @@ def test_windows_of_mistral_and_of_some_layers_of_qwen2_stay() -> None:
         assert moved(source, grow_model(source, wanted(pair, 4, 2), "upcycle")) < EXACT
 
 
-# ---- the experts themselves ------------------------------------------------------------------------------------------------------------
+# ---- the experts themselves --------------------------------------------------------------------------------
 
 
 def of_file(folder: Path) -> dict[str, np.ndarray]:
@@ -184,13 +201,18 @@ def of_file(folder: Path) -> dict[str, np.ndarray]:
 
 
 def test_experts_are_the_blocks_of_the_mlp(tmp_path: Path) -> None:
-    """Granularity 2, 6 experts: e holds block e mod 2 of 12 units, down × 2; the router's rows are alike in twos."""
+    """Granularity 2, 6 experts: e holds block e mod 2 of 12 units, down × 2; the router's rows are alike in
+    twos."""
     source = dense("llama")
     source.save_pretrained(tmp_path / "source")
-    grow(tmp_path / "source", tmp_path / "out", target=wanted("llama", 6, 2), operator="upcycle", granularity=2)
+    grow(
+        tmp_path / "source", tmp_path / "out", target=wanted("llama", 6, 2), operator="upcycle", granularity=2
+    )
     before, after = of_file(tmp_path / "source"), of_file(tmp_path / "out")
     for layer in range(2):
-        gate, up, down = (before[f"model.layers.{layer}.mlp.{part}_proj.weight"] for part in ("gate", "up", "down"))
+        gate, up, down = (
+            before[f"model.layers.{layer}.mlp.{part}_proj.weight"] for part in ("gate", "up", "down")
+        )
         for expert in range(6):
             held = slice(12 * (expert % 2), 12 * (expert % 2) + 12)
             name = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
@@ -206,19 +228,34 @@ def test_experts_are_the_blocks_of_the_mlp(tmp_path: Path) -> None:
 def test_units_that_are_dropped_are_the_same_in_gate_up_and_down(tmp_path: Path) -> None:
     source = dense("llama", intermediate_size=400, hidden_size=32, num_attention_heads=8)
     source.save_pretrained(tmp_path / "source")
-    grow(tmp_path / "source", tmp_path / "out", target=wanted("llama", 2, 1), operator="drop_upcycle", drop=0.25)
+    grow(
+        tmp_path / "source",
+        tmp_path / "out",
+        target=wanted("llama", 2, 1),
+        operator="drop_upcycle",
+        drop=0.25,
+    )
     before, after = of_file(tmp_path / "source"), of_file(tmp_path / "out")
     drawn = {}
     for layer in range(2):
-        gate, up, down = (before[f"model.layers.{layer}.mlp.{part}_proj.weight"] for part in ("gate", "up", "down"))
+        gate, up, down = (
+            before[f"model.layers.{layer}.mlp.{part}_proj.weight"] for part in ("gate", "up", "down")
+        )
         for expert in range(2):
             name = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
             w1, w3, w2 = (after[f"{name}.{part}.weight"] for part in ("w1", "w3", "w2"))
-            units = [frozenset(np.flatnonzero(changed)) for changed in ((w1 != gate).any(1), (w3 != up).any(1), (w2 != down).any(0))]
+            units = [
+                frozenset(np.flatnonzero(changed))
+                for changed in ((w1 != gate).any(1), (w3 != up).any(1), (w2 != down).any(0))
+            ]
             assert len(set(units)) == 1
             chosen = sorted(drawn.setdefault((layer, expert), units[0]))
             assert len(chosen) == 100
-            for new, old in ((w1[chosen], gate[chosen]), (w3[chosen], up[chosen]), (w2[:, chosen], down[:, chosen])):
+            for new, old in (
+                (w1[chosen], gate[chosen]),
+                (w3[chosen], up[chosen]),
+                (w2[:, chosen], down[:, chosen]),
+            ):
                 assert new.mean() == pytest.approx(old.mean(), abs=4 * old.std() / np.sqrt(old.size))
                 assert new.std() == pytest.approx(old.std(), rel=0.06)
     assert len(set(drawn.values())) == 4  # each layer and expert its own
@@ -249,7 +286,7 @@ def test_bits_do_not_depend_on_threads_or_shards(tmp_path: Path, dtype: str) -> 
     assert one.keys() == many.keys()
 
 
-# ---- copies of experts -----------------------------------------------------------------------------------------------------------------
+# ---- copies of experts -------------------------------------------------------------------------------------
 
 
 def mixture(pair: str, **changes: Any) -> Any:
@@ -288,7 +325,7 @@ def test_router_rows_of_further_copies_are_moved_a_little(tmp_path: Path) -> Non
     assert (apart > 0).all()
 
 
-# ---- what is written -------------------------------------------------------------------------------------------------------------------
+# ---- what is written ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -298,12 +335,16 @@ def test_the_folder_loads_generates_and_can_be_planned_again(tmp_path: Path, pai
     dense(pair).save_pretrained(tmp_path / "source")
     sizes = {"moe_intermediate_size": 8, "n_shared_experts": 1} if "dots1" in pair else {}
     how = {"sparse": "last_half"} if pair in ("qwen2", "qwen3", "qwen3 to dots1") else {}
-    grown = grow(tmp_path / "source", tmp_path / "out", target=wanted(pair, 4, 2, **sizes), operator="upcycle", **how)
+    grown = grow(
+        tmp_path / "source", tmp_path / "out", target=wanted(pair, 4, 2, **sizes), operator="upcycle", **how
+    )
     assert grown.certificate.lossless
     assert grown.receipt is not None
     assert grown.receipt.max_delta < EXACT * grown.receipt.max_logit
     assert recorded_plan(tmp_path / "out").hash == grown.plan.hash
-    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True, experts_implementation="eager")
+    model, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, experts_implementation="eager"
+    )
     assert not any(report.values())
     assert type(model).__name__ == model.config.architectures[0]
     generated = model.generate(TOKENS[:1, :4], max_new_tokens=3, do_sample=False)
@@ -315,10 +356,10 @@ def test_the_folder_loads_generates_and_can_be_planned_again(tmp_path: Path, pai
 def test_a_plan_needs_no_torch() -> None:
     """So that growing a large model into experts takes little memory."""
     code = (
-        "import sys; from outgrow.growth import plan; from outgrow.model.presets import PRESETS; "
-        "config = PRESETS['tiny_source'] | {'model_type': 'llama', 'rms_norm_eps': 1e-6}; "
-        "made = plan(config, {'model_type': 'mixtral', 'num_local_experts': 4, 'num_experts_per_tok': 2}, 'upcycle'); "
-        "assert made.certificate.lossless; assert 'torch' not in sys.modules"
+        "import sys; from outgrow.growth import plan; from outgrow.model.presets import PRESETS; config = "
+        "PRESETS['tiny_source'] | {'model_type': 'llama', 'rms_norm_eps': 1e-6}; made = plan(config, "
+        "{'model_type': 'mixtral', 'num_local_experts': 4, 'num_experts_per_tok': 2}, 'upcycle'); assert "
+        "made.certificate.lossless; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
@@ -337,7 +378,7 @@ def test_active_and_total_parameters_are_those_of_the_model() -> None:
     assert made.change.active_flops(made) == pytest.approx(attention.matrices, rel=1e-3)
 
 
-# ---- Adam's moments --------------------------------------------------------------------------------------------------------------------
+# ---- Adam's moments ----------------------------------------------------------------------------------------
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
@@ -357,7 +398,11 @@ def grown_gradients(
     from outgrow.growth.adam import Tensors, expand
 
     made = plan(source.config.to_dict(), target, operator, noise=0.0, **how)
-    first = {f"{moment}.{name}": tensor for moment in ("exp_avg", "exp_avg_sq") for name, tensor in gradients(source).items()}
+    first = {
+        f"{moment}.{name}": tensor
+        for moment in ("exp_avg", "exp_avg_sq")
+        for name, tensor in gradients(source).items()
+    }
     moments = dict(expand(moments_plan(made, Tensors(first).dtypes), Tensors(first)))
     own = gradients(grow_model(source, target, operator, noise=0.0, **how))
     assert moments.keys() == {f"{moment}.{name}" for moment in ("exp_avg", "exp_avg_sq") for name in own}
@@ -383,7 +428,7 @@ def test_copies_of_experts_share_their_gradients() -> None:
         assert torch.allclose(moments[f"exp_avg.{name}"], gradient, rtol=1e-3, atol=1e-6), name
 
 
-# ---- bad input -------------------------------------------------------------------------------------------------------------------------
+# ---- bad input ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -411,7 +456,9 @@ def test_copies_of_experts_share_their_gradients() -> None:
         ("qwen3", wanted("qwen3", 4, 2), {"sparse": [5]}, "5 is no target layer"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_clear_error(pair: str, target: dict[str, Any], options: dict[str, Any], message: str) -> None:
+def test_bad_input_is_one_clear_error(
+    pair: str, target: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
     config = to_hf_config({"model_type": pair, **SIZES}).to_dict()
     with pytest.raises(UserError) as fault:
         plan(config, target, "upcycle", **options)
@@ -435,5 +482,11 @@ def test_experts_that_do_not_divide_are_refused() -> None:
 def test_nothing_is_written_where_a_growth_is_refused(tmp_path: Path) -> None:
     dense("llama").save_pretrained(tmp_path / "source")
     with pytest.raises(UserError):
-        grow(tmp_path / "source", tmp_path / "out", target=wanted("llama", 6, 4), operator="upcycle", granularity=4)
+        grow(
+            tmp_path / "source",
+            tmp_path / "out",
+            target=wanted("llama", 6, 4),
+            operator="upcycle",
+            granularity=4,
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]

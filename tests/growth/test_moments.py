@@ -28,7 +28,12 @@ from outgrow.model.conversion import in_file
 from outgrow.model.family import families
 
 FLOOR = {"layer": 1e-8, "rms": 1e-4}  # of the largest moment; the library's RMSNorms compute in float32
-EXACT = [{"operator": "lossless"}, {"operator": "lemon"}, {"operator": "hyperclone"}, {"operator": "hyperclone", "form": "diagonal"}]
+EXACT = [
+    {"operator": "lossless"},
+    {"operator": "lemon"},
+    {"operator": "hyperclone"},
+    {"operator": "hyperclone", "form": "diagonal"},
+]
 
 
 def adam(model: Any) -> torch.optim.AdamW:
@@ -36,7 +41,9 @@ def adam(model: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
 
 
-def trained(model: Any, optimizer: torch.optim.Optimizer | None = None, *, seed: int = 7) -> torch.optim.Optimizer:
+def trained(
+    model: Any, optimizer: torch.optim.Optimizer | None = None, *, seed: int = 7
+) -> torch.optim.Optimizer:
     """The optimizer after three batches."""
     optimizer, numbers = optimizer or adam(model), torch.Generator().manual_seed(seed)
     for _ in range(3):
@@ -53,7 +60,8 @@ def doubled(name: str) -> dict[str, int]:
 
 
 def furthest(source: Any, made: Plan, least: Origin = Origin.COPY) -> float:
-    """How far the moments grown from the source's lie from those the grown model's own gradients give, relative to the tensor's largest."""
+    """How far the moments grown from the source's lie from those the grown model's own gradients give,
+    relative to the tensor's largest."""
     grown = follow(made, source)
     expected, optimizer = trained(grown), adam(grown)
     grow_adam(trained(source), source, optimizer, grown, made)
@@ -63,9 +71,14 @@ def furthest(source: Any, made: Plan, least: Origin = Origin.COPY) -> float:
         assert mine["step"] == theirs["step"] == 3
         inherited = torch.from_numpy(origins(made, steps[names[name]]) >= least)
         for key in ("exp_avg", "exp_avg_sq"):
-            assert not mine[key][torch.from_numpy(origins(made, steps[names[name]]) == Origin.NEW)].any(), "what is new starts at zero"
+            assert not mine[key][torch.from_numpy(origins(made, steps[names[name]]) == Origin.NEW)].any(), (
+                "what is new starts at zero"
+            )
             scale = float(theirs[key].abs().max()) or 1.0
-            worst = max(worst, float((mine[key] - theirs[key])[inherited].abs().max()) / scale if inherited.any() else 0.0)
+            worst = max(
+                worst,
+                float((mine[key] - theirs[key])[inherited].abs().max()) / scale if inherited.any() else 0.0,
+            )
     return worst
 
 
@@ -86,7 +99,10 @@ def test_moments_are_those_of_the_grown_models_own_gradients(name: str, tied: bo
 @pytest.mark.slow
 def test_noise_and_new_tokens_are_named_as_what_makes_moments_inexact() -> None:
     source = random_model(config_of("llama"))
-    for sizes, options, reason in (({"intermediate_size": 80}, {"noise": 0.3}, "noise 0.3"), ({"vocab_size": 64}, {}, "vocab")):
+    for sizes, options, reason in (
+        ({"intermediate_size": 80}, {"noise": 0.3}, "noise 0.3"),
+        ({"vocab_size": 64}, {}, "vocab"),
+    ):
         made = plan_of(source, sizes, **options)
         assert [fault.split(":")[0] for fault in inexact(made)] == [reason]
         assert furthest(source, made) > 1e-3
@@ -107,7 +123,8 @@ def means(values: torch.Tensor, step: Step) -> torch.Tensor:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_under_noise_copies_get_the_mean_of_their_own_moments(name: str, tied: bool) -> None:
     source = random_model(config_of(name, tie_word_embeddings=tied))
-    floor = max(FLOOR[families()[name].norm], 1e-6)  # most eager attentions take the softmax in float32, and copies are rounded apart
+    # most eager attentions take the softmax in float32, and copies are rounded apart
+    floor = max(FLOOR[families()[name].norm], 1e-6)
     made = plan_of(source, doubled(name), noise=0.5)
     assert [fault.split(":")[0] for fault in inexact(made)] == ["noise 0.5"]
     grown = follow(made, source)
@@ -115,19 +132,34 @@ def test_under_noise_copies_get_the_mean_of_their_own_moments(name: str, tied: b
     grow_adam(trained(source), source, optimizer, grown, made)
     steps, names, uneven = {step.name: step for step in made.steps}, stored_names(grown), 0
     for parameter_name, parameter in grown.named_parameters():
-        step, mine, theirs = steps[names[parameter_name]], optimizer.state[parameter], expected.state[parameter]
+        step, mine, theirs = (
+            steps[names[parameter_name]],
+            optimizer.state[parameter],
+            expected.state[parameter],
+        )
         if step.source is None or (step.tensor.layer is not None and made.layers.identity[step.tensor.layer]):
             continue
-        first, second = ((means(mine[key], step), means(theirs[key], step)) for key in ("exp_avg", "exp_avg_sq"))
-        assert (first[0] - first[1]).abs().max() <= floor * max(first[1].abs().max(), 1e-3), parameter_name  # OPT's key biases have none
+        first, second = (
+            (means(mine[key], step), means(theirs[key], step)) for key in ("exp_avg", "exp_avg_sq")
+        )
+        # OPT's key biases have none
+        assert (first[0] - first[1]).abs().max() <= floor * max(first[1].abs().max(), 1e-3), parameter_name
         assert (second[0] - second[1]).max() <= floor * max(second[1].max(), 1e-6), parameter_name
         uneven += int((second[1] - second[0]).max() > 1e-2 * second[1].max())
     assert uneven > 10
 
 
-STRANGERS: dict[str, dict[str, int]] = {  # experts in one tensor of three axes, experts that the library joins as it loads, all in one
+STRANGERS: dict[
+    str, dict[str, int]
+] = {  # experts in one tensor of three axes, experts that the library joins as it loads, all in one
     "gpt_oss": {"hidden_size": 32, "intermediate_size": 24},
-    "mixtral": {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24, "num_hidden_layers": 3},
+    "mixtral": {
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 24,
+        "num_hidden_layers": 3,
+    },
     "falcon": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4},
 }
 
@@ -147,7 +179,10 @@ def test_moments_of_a_derived_family(tmp_path: Path, name: str) -> None:
     steps, shapes = {step.name: step for step in made.steps}, set()
     for key in ("exp_avg", "exp_avg_sq"):
         mine, theirs = (
-            in_file(config_of_model(grown), {name: state.state[parameter][key] for name, parameter in grown.named_parameters()})
+            in_file(
+                config_of_model(grown),
+                {name: state.state[parameter][key] for name, parameter in grown.named_parameters()},
+            )
             for state in (optimizer, expected)
         )
         assert mine.keys() == steps.keys()
@@ -155,19 +190,30 @@ def test_moments_of_a_derived_family(tmp_path: Path, name: str) -> None:
             inherited = torch.from_numpy(origins(made, step) >= Origin.COPY)
             if inherited.any():
                 apart = (mine[tensor] - theirs[tensor])[inherited].abs().max()
-                assert apart <= FLOOR["rms"] * theirs[tensor].abs().max(), tensor  # routers and norms compute in float32
+                # routers and norms compute in float32
+                assert apart <= FLOOR["rms"] * theirs[tensor].abs().max(), tensor
                 shapes.add(len(step.shape))
     assert shapes == {"gpt_oss": {1, 2, 3}}.get(name, {1, 2})
 
     source.save_pretrained(tmp_path / "source")
     torch.save(trained(source).state_dict(), tmp_path / "optimizer.pt")
-    grow(tmp_path / "source", tmp_path / "out", target=STRANGERS[name], noise=0.0, optimizer=tmp_path / "optimizer.pt", receipt=False)
+    grow(
+        tmp_path / "source",
+        tmp_path / "out",
+        target=STRANGERS[name],
+        noise=0.0,
+        optimizer=tmp_path / "optimizer.pt",
+        receipt=False,
+    )
     loaded = load_model(tmp_path / "out", dtype="float64", attention="eager")
     from_disk = adam(loaded)
     load_adam(tmp_path / "out", from_disk, loaded)
     for there, here in zip(loaded.parameters(), grown.parameters(), strict=True):
         assert torch.equal(there, here)
-        assert all(torch.equal(from_disk.state[there][key], optimizer.state[here][key]) for key in ("exp_avg", "exp_avg_sq"))
+        assert all(
+            torch.equal(from_disk.state[there][key], optimizer.state[here][key])
+            for key in ("exp_avg", "exp_avg_sq")
+        )
 
 
 @pytest.mark.slow
@@ -201,7 +247,11 @@ def test_origins_of_copies_new_layers_and_repeated_layers(phi_config: dict[str, 
         whole = origins(made, steps[f"model.layers.{number}.mlp.fc2.weight"])
         assert (whole == (Origin.NEW if number in new else np.broadcast_to(expected, (24, 90)))).all()
     stacked = plan(phi_config, {"num_hidden_layers": 5}, depth="stack")
-    of_layer = {step.tensor.layer: int(origins(stacked, step).max()) for step in stacked.steps if step.tensor.layer is not None}
+    of_layer = {
+        step.tensor.layer: int(origins(stacked, step).max())
+        for step in stacked.steps
+        if step.tensor.layer is not None
+    }
     assert of_layer == {0: 2, 1: 2, 2: 2, 3: 1, 4: 1}
     vocabulary = next(step for step in plan(phi_config, {"vocab_size": 99}).steps if "embed" in step.name)
     assert origins(made, vocabulary)[:, 0].tolist() == [Origin.ORIGINAL] * 96 + [Origin.NEW] * 3
@@ -212,16 +262,24 @@ def saved(tmp_path: Path, model: Any, form: str) -> Path:
     named = list(model.named_parameters())
     if form == "accelerate":
         accelerator = Accelerator(cpu=True)
-        prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0))
+        prepared, optimizer = accelerator.prepare(
+            model, torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+        )
         trained(prepared, optimizer)
         accelerator.save_state(str(tmp_path / "state"))
         return tmp_path / "state"
     groups: Any = {
         "one group": [parameter for _, parameter in named],
         "named, shuffled": [{"params": named[3:]}, {"params": named[:3]}],
-        "matrices and vectors": [{"params": [p for _, p in named if p.ndim > 1]}, {"params": [p for _, p in named if p.ndim == 1]}],
+        "matrices and vectors": [
+            {"params": [p for _, p in named if p.ndim > 1]},
+            {"params": [p for _, p in named if p.ndim == 1]},
+        ],
     }[form]
-    torch.save(trained(model, torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0)).state_dict(), tmp_path / "optimizer.pt")
+    torch.save(
+        trained(model, torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0)).state_dict(),
+        tmp_path / "optimizer.pt",
+    )
     return tmp_path / "optimizer.pt"
 
 
@@ -232,14 +290,24 @@ def test_saved_states_grow_on_disk_as_in_memory(tmp_path: Path, name: str, form:
     source, target = random_model(config_of(name)), doubled(name)
     source.save_pretrained(tmp_path / "source")
     optimizer = saved(tmp_path, source, form)
-    grown = grow(tmp_path / "source", tmp_path / "out", target=target, noise=0.0, optimizer=optimizer, max_shard_bytes=200_000)
+    grown = grow(
+        tmp_path / "source",
+        tmp_path / "out",
+        target=target,
+        noise=0.0,
+        optimizer=optimizer,
+        max_shard_bytes=200_000,
+    )
     loaded = load_model(tmp_path / "out", dtype="float64", attention="eager")
     mine, expected = adam(loaded), adam(loaded)
     load_adam(tmp_path / "out", mine, loaded)
     source = random_model(config_of(name))
     grow_adam(trained(source), source, expected, loaded, grown.plan)
     for parameter in loaded.parameters():
-        assert all(torch.equal(mine.state[parameter][key], expected.state[parameter][key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+        assert all(
+            torch.equal(mine.state[parameter][key], expected.state[parameter][key])
+            for key in ("step", "exp_avg", "exp_avg_sq")
+        )
     assert json.loads((tmp_path / "out/optimizer/state.json").read_text()) == {
         "step": 3,
         "rule": "grown by the transposed maps",
@@ -253,11 +321,25 @@ def test_saved_states_grow_on_disk_as_in_memory(tmp_path: Path, name: str, form:
     [
         (lambda state: state.pop("param_groups"), "expected the keys 'state' and 'param_groups'"),
         (lambda state: state["state"].clear(), "empty; was it saved before the first step?"),
-        (lambda state: state["state"][0].pop("exp_avg_sq"), "parameter 0 (model.embed_tokens.weight) has no 'exp_avg_sq'"),
-        (lambda state: state["state"][0].update(exp_avg=torch.zeros(2)), "exp_avg of parameter 0 has shape (2,)"),
+        (
+            lambda state: state["state"][0].pop("exp_avg_sq"),
+            "parameter 0 (model.embed_tokens.weight) has no 'exp_avg_sq'",
+        ),
+        (
+            lambda state: state["state"][0].update(exp_avg=torch.zeros(2)),
+            "exp_avg of parameter 0 has shape (2,)",
+        ),
         (lambda state: state["param_groups"][0]["params"].pop(), "is it the state of another model?"),
-        (lambda state: state["param_groups"][0].update(param_names=["nobody"] * 99), "parameter 'nobody' is none of the source's"),
-        (lambda state: state.update(param_groups=[{"params": [n]} for n in state["param_groups"][0]["params"]]), "groups without names"),
+        (
+            lambda state: state["param_groups"][0].update(param_names=["nobody"] * 99),
+            "parameter 'nobody' is none of the source's",
+        ),
+        (
+            lambda state: state.update(
+                param_groups=[{"params": [n]} for n in state["param_groups"][0]["params"]]
+            ),
+            "groups without names",
+        ),
     ],
 )
 def test_states_that_do_not_fit(phi_folder: Path, tmp_path: Path, spoil: Any, message: str) -> None:
@@ -277,7 +359,12 @@ def test_a_state_that_would_run_code_is_refused(phi_folder: Path, tmp_path: Path
 
     torch.save({"state": Trap()}, tmp_path / "optimizer.bin")
     with pytest.raises(UserError, match="cannot be read as a PyTorch file of tensors"):
-        grow(phi_folder, tmp_path / "out", target={"intermediate_size": 80}, optimizer=tmp_path / "optimizer.bin")
+        grow(
+            phi_folder,
+            tmp_path / "out",
+            target={"intermediate_size": 80},
+            optimizer=tmp_path / "optimizer.bin",
+        )
     assert not (tmp_path / "sprung").exists()
     for path in (tmp_path / "nowhere", tmp_path):
         (tmp_path / "optimizer.bin").unlink(missing_ok=True)

@@ -31,7 +31,9 @@ TARGETS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("options", [{}, {"noise": 0.5}, {"operator": "lemon"}], ids=str)
-def test_lossless_keeps_every_logit(tmp_path: Path, phi_folder: Path, name: str, options: dict[str, Any]) -> None:
+def test_lossless_keeps_every_logit(
+    tmp_path: Path, phi_folder: Path, name: str, options: dict[str, Any]
+) -> None:
     grown = grow(phi_folder, tmp_path / "out", target=TARGETS[name], **options)
     assert grown.certificate.lossless, grown.certificate.reasons
     assert grown.receipt is not None
@@ -39,11 +41,24 @@ def test_lossless_keeps_every_logit(tmp_path: Path, phi_folder: Path, name: str,
     assert grown.receipt.max_logit > 1, "the logits are large enough for the difference to mean something"
 
 
-@pytest.mark.parametrize("change", [{"tie_word_embeddings": True}, {"num_key_value_heads": 1}, {"qk_layernorm": True}], ids=str)
-def test_lossless_on_other_phis(tmp_path: Path, phi_config: dict[str, Any], checkpoint_maker: Any, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "change", [{"tie_word_embeddings": True}, {"num_key_value_heads": 1}, {"qk_layernorm": True}], ids=str
+)
+def test_lossless_on_other_phis(
+    tmp_path: Path, phi_config: dict[str, Any], checkpoint_maker: Any, change: dict[str, Any]
+) -> None:
     source = checkpoint_maker(tmp_path / "source", phi_config | change)
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 2} if "num_key_value_heads" in change else {"num_attention_heads": 6}
-    grown = grow(source, tmp_path / "out", target={"hidden_size": 48, "intermediate_size": 57, "num_hidden_layers": 5, **heads}, noise=0.3)
+    heads = (
+        {"num_attention_heads": 6, "num_key_value_heads": 2}
+        if "num_key_value_heads" in change
+        else {"num_attention_heads": 6}
+    )
+    grown = grow(
+        source,
+        tmp_path / "out",
+        target={"hidden_size": 48, "intermediate_size": 57, "num_hidden_layers": 5, **heads},
+        noise=0.3,
+    )
     assert grown.certificate.lossless, grown.certificate.reasons
     assert grown.receipt.max_delta <= 1e-12
 
@@ -66,14 +81,27 @@ def test_certificate_and_receipt_agree(tmp_path: Path, phi_folder: Path) -> None
     depths = ["identity", "stack", "proportional", "interleave", "top"]
     checked = {True: 0, False: 0}
     grid = [(operator, target, "identity") for operator in OPERATORS for target in targets]
-    grid += [("lossless", target, depth) for target in targets if "num_hidden_layers" in target for depth in depths[1:]]
+    grid += [
+        ("lossless", target, depth)
+        for target in targets
+        if "num_hidden_layers" in target
+        for depth in depths[1:]
+    ]
     for operator, target, depth in grid:
         try:
-            grown = grow(phi_folder, tmp_path / "out", target=target, operator=operator, depth=depth, overwrite=True)
+            grown = grow(
+                phi_folder, tmp_path / "out", target=target, operator=operator, depth=depth, overwrite=True
+            )
         except UserError as fault:
             assert "no whole factor" in str(fault)  # noqa: PT017
             continue
-        assert grown.certificate.lossless == (grown.receipt.max_delta < 1e-9), (operator, target, depth, grown.certificate, grown.receipt)
+        assert grown.certificate.lossless == (grown.receipt.max_delta < 1e-9), (
+            operator,
+            target,
+            depth,
+            grown.certificate,
+            grown.receipt,
+        )
         checked[grown.certificate.lossless] += 1
     assert checked[True] >= 10
     assert checked[False] >= 20
@@ -89,7 +117,9 @@ def test_in_low_precision_growth_adds_no_more_error_than_the_cast(
     full = checkpoint_maker(tmp_path / "full", phi_config)
     cast = checkpoint_maker(tmp_path / "cast", phi_config, dtype)
     grown = grow(cast, tmp_path / "grown", target=BIGGER)
-    assert {stored.dtype for stored in Checkpoint(grown.folder).tensors.values()} == {"BF16" if dtype == "bfloat16" else "F16"}
+    assert {stored.dtype for stored in Checkpoint(grown.folder).tensors.values()} == {
+        "BF16" if dtype == "bfloat16" else "F16"
+    }
     assert measure(cast, grown.folder).max_delta <= measure(full, cast).max_delta
 
 
@@ -98,32 +128,48 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def test_lossless_blocks_are_the_specified_ones(tmp_path: Path, phi_folder: Path) -> None:
-    """growth.md's table, checked entry by entry at 24 → 30 (r = 1, s = 6, ρ = 0.8), head 8 → 10, ffn 40 → 50."""
-    old, new = tensors(phi_folder), tensors(grow(phi_folder, tmp_path / "out", target=BIGGER, noise=0.0).folder)
+    """growth.md's table, checked entry by entry at 24 → 30 (r = 1, s = 6, ρ = 0.8), head 8 → 10, ffn 40 →
+    50."""
+    old, new = (
+        tensors(phi_folder),
+        tensors(grow(phi_folder, tmp_path / "out", target=BIGGER, noise=0.0).folder),
+    )
     c, root_rho = 1 / math.sqrt(0.8), math.sqrt(0.8)
     embed = old["model.embed_tokens.weight"]
     expected = np.concatenate([embed, np.repeat(embed.mean(1, keepdims=True), 6, 1)], 1) * c
     np.testing.assert_allclose(new["model.embed_tokens.weight"], expected, rtol=1e-12)
 
     gamma, beta = old["model.final_layernorm.weight"], old["model.final_layernorm.bias"]
-    np.testing.assert_allclose(new["model.final_layernorm.weight"], np.r_[gamma, np.full(6, gamma.mean())] * root_rho, rtol=1e-12)
+    np.testing.assert_allclose(
+        new["model.final_layernorm.weight"], np.r_[gamma, np.full(6, gamma.mean())] * root_rho, rtol=1e-12
+    )
     np.testing.assert_allclose(new["model.final_layernorm.bias"], np.r_[beta, np.zeros(6)], rtol=1e-12)
     np.testing.assert_array_equal(new["lm_head.weight"][:, :24], old["lm_head.weight"])
     assert new["lm_head.weight"][:, 24:].std() > 0
 
     layer = "model.layers.3."  # ← source layer 2
     source = "model.layers.2."
-    q_old, q_new = old[source + "self_attn.q_proj.weight"].reshape(3, 8, 24), new[layer + "self_attn.q_proj.weight"].reshape(3, 10, 30)
+    q_old, q_new = (
+        old[source + "self_attn.q_proj.weight"].reshape(3, 8, 24),
+        new[layer + "self_attn.q_proj.weight"].reshape(3, 10, 30),
+    )
     np.testing.assert_allclose(q_new[:, :8, :24], q_old * math.sqrt(10 / 8), rtol=1e-12)
     assert q_new[:, 8:].std() > 0
     k_new = new[layer + "self_attn.k_proj.weight"].reshape(3, 10, 30)
-    np.testing.assert_array_equal(k_new[:, :8, :24], old[source + "self_attn.k_proj.weight"].reshape(3, 8, 24))
+    np.testing.assert_array_equal(
+        k_new[:, :8, :24], old[source + "self_attn.k_proj.weight"].reshape(3, 8, 24)
+    )
     assert (k_new[:, 8:] == 0).all()
-    o_old, o_new = old[source + "self_attn.dense.weight"].reshape(24, 3, 8), new[layer + "self_attn.dense.weight"].reshape(30, 3, 10)
+    o_old, o_new = (
+        old[source + "self_attn.dense.weight"].reshape(24, 3, 8),
+        new[layer + "self_attn.dense.weight"].reshape(30, 3, 10),
+    )
     np.testing.assert_allclose(o_new[:24, :, :8], o_old * c, rtol=1e-12)
     np.testing.assert_allclose(o_new[24:, :, :8], np.broadcast_to(o_old.mean(0), (6, 3, 8)) * c, rtol=1e-12)
     assert (o_new[:, :, 8:] == 0).all()
-    np.testing.assert_array_equal(new[layer + "mlp.fc1.weight"][40:, :24], old[source + "mlp.fc1.weight"][:10])
+    np.testing.assert_array_equal(
+        new[layer + "mlp.fc1.weight"][40:, :24], old[source + "mlp.fc1.weight"][:10]
+    )
     fc2_old, fc2_new = old[source + "mlp.fc2.weight"], new[layer + "mlp.fc2.weight"]
     np.testing.assert_allclose(fc2_new[:24, :10], fc2_old[:, :10] * c / 2, rtol=1e-12)
     np.testing.assert_allclose(fc2_new[:24, 40:], fc2_old[:, :10] * c / 2, rtol=1e-12)
@@ -138,7 +184,9 @@ def test_lossless_blocks_are_the_specified_ones(tmp_path: Path, phi_folder: Path
 
 def test_noise_breaks_the_symmetry_of_copies_and_sums_to_zero(tmp_path: Path, phi_folder: Path) -> None:
     old = tensors(phi_folder)["model.layers.0.mlp.fc2.weight"]
-    new = tensors(grow(phi_folder, tmp_path / "out", target={"intermediate_size": 100}, noise=0.5).folder)["model.layers.0.mlp.fc2.weight"]
+    new = tensors(grow(phi_folder, tmp_path / "out", target={"intermediate_size": 100}, noise=0.5).folder)[
+        "model.layers.0.mlp.fc2.weight"
+    ]
     first, second, third = new[:, :20], new[:, 40:60], new[:, 80:]  # units 0…19 have three copies, 20…39 two
     np.testing.assert_allclose(first + second + third, old[:, :20], atol=1e-12)
     np.testing.assert_allclose(new[:, 20:40] + new[:, 60:80], old[:, 20:], atol=1e-12)
@@ -163,14 +211,21 @@ def test_tiles_of_the_feed_forward_units(phi_config: dict[str, Any], mode: str) 
 
 def test_tile_writes_the_drawn_matrix_without_rescaling(tmp_path: Path, phi_folder: Path) -> None:
     old = tensors(phi_folder)
-    new = tensors(grow(phi_folder, tmp_path / "out", target=BIGGER, operator="tile", depth="proportional").folder)
+    new = tensors(
+        grow(phi_folder, tmp_path / "out", target=BIGGER, operator="tile", depth="proportional").folder
+    )
     rows, columns = (np.arange(50) - 5) % 40, (np.arange(30) - 3) % 24
-    np.testing.assert_array_equal(new["model.layers.0.mlp.fc1.weight"], old["model.layers.0.mlp.fc1.weight"][np.ix_(rows, columns)])
-    np.testing.assert_array_equal(new["model.layers.3.input_layernorm.weight"], old["model.layers.2.input_layernorm.weight"][columns])
+    np.testing.assert_array_equal(
+        new["model.layers.0.mlp.fc1.weight"], old["model.layers.0.mlp.fc1.weight"][np.ix_(rows, columns)]
+    )
+    np.testing.assert_array_equal(
+        new["model.layers.3.input_layernorm.weight"], old["model.layers.2.input_layernorm.weight"][columns]
+    )
     head = (np.arange(10) - 1) % 8
     q_rows = (np.arange(3)[:, None] * 8 + head).reshape(-1)
     np.testing.assert_array_equal(
-        new["model.layers.0.self_attn.q_proj.weight"], old["model.layers.0.self_attn.q_proj.weight"][np.ix_(q_rows, columns)]
+        new["model.layers.0.self_attn.q_proj.weight"],
+        old["model.layers.0.self_attn.q_proj.weight"][np.ix_(q_rows, columns)],
     )
 
 
@@ -179,13 +234,17 @@ def test_flat_tiles_mix_heads(tmp_path: Path, phi_folder: Path) -> None:
     old, new = tensors(phi_folder), tensors(grown.folder)
     flat = (np.arange(30) - 3) % 24
     np.testing.assert_array_equal(
-        new["model.layers.0.self_attn.q_proj.weight"], old["model.layers.0.self_attn.q_proj.weight"][np.ix_(flat, flat)]
+        new["model.layers.0.self_attn.q_proj.weight"],
+        old["model.layers.0.self_attn.q_proj.weight"][np.ix_(flat, flat)],
     )
     assert any("not grown space by space" in reason for reason in grown.certificate.reasons)
 
 
 def test_random_pad_keeps_the_corner_and_draws_the_rest(tmp_path: Path, phi_folder: Path) -> None:
-    old, new = tensors(phi_folder), tensors(grow(phi_folder, tmp_path / "out", target=BIGGER, operator="random_pad").folder)
+    old, new = (
+        tensors(phi_folder),
+        tensors(grow(phi_folder, tmp_path / "out", target=BIGGER, operator="random_pad").folder),
+    )
     fc1 = new["model.layers.0.mlp.fc1.weight"]
     np.testing.assert_array_equal(fc1[:40, :24], old["model.layers.0.mlp.fc1.weight"])
     fresh = np.r_[fc1[40:].reshape(-1), fc1[:40, 24:].reshape(-1)]
@@ -231,15 +290,27 @@ def test_a_plan_broken_on_purpose_is_caught(phi_config: dict[str, Any]) -> None:
         "the final norm: scale": with_expansion("residual", final_scale=residual.scale.scaled(2)),
         "norms: shift": with_expansion("residual", shift=residual.shift.scaled(2)),
         "shift on new indices is read": with_expansion("residual", shift=residual.shift.filled(Fill.RANDOM)),
-        "must be zero": replace(good, steps=tuple(replace(step, zero=False, source="lm_head.bias") for step in good.steps)),
-        "takes lm_head.bias": replace(good, steps=tuple(replace(step, source="lm_head.bias") for step in good.steps)),
-        "although its layer is to work": replace(good, steps=tuple(replace(step, zero=True) for step in good.steps)),
+        "must be zero": replace(
+            good, steps=tuple(replace(step, zero=False, source="lm_head.bias") for step in good.steps)
+        ),
+        "takes lm_head.bias": replace(
+            good, steps=tuple(replace(step, source="lm_head.bias") for step in good.steps)
+        ),
+        "although its layer is to work": replace(
+            good, steps=tuple(replace(step, zero=True) for step in good.steps)
+        ),
         "not grown space by space": replace(
-            good, steps=tuple(replace(step, maps=tuple(axis.scaled(1.01) for axis in step.maps)) for step in good.steps)
+            good,
+            steps=tuple(
+                replace(step, maps=tuple(axis.scaled(1.01) for axis in step.maps)) for step in good.steps
+            ),
         ),
     }
     for words, plan_ in broken.items():
-        assert any(words in reason for reason in plan_.certificate.reasons), (words, plan_.certificate.reasons)
+        assert any(words in reason for reason in plan_.certificate.reasons), (
+            words,
+            plan_.certificate.reasons,
+        )
 
 
 def test_a_changed_value_that_is_no_size_is_a_reason(phi_config: dict[str, Any]) -> None:
@@ -270,7 +341,9 @@ def test_a_changed_value_that_is_no_size_is_a_reason(phi_config: dict[str, Any])
         ({}, {"noise": -1.0}, "noise -1"),
     ],
 )
-def test_growths_that_cannot_be(phi_config: dict[str, Any], target: dict[str, Any], options: dict[str, Any], message: str) -> None:
+def test_growths_that_cannot_be(
+    phi_config: dict[str, Any], target: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         plan(phi_config, target, **options)
 
@@ -281,7 +354,10 @@ def test_axis_maps_compose_like_kronecker_products_and_block_sums() -> None:
         made[np.arange(grown.target), grown.index] = grown.gain * grown.copies
         return made
 
-    left, right = AxisMap.of(2, np.array([0, 1, 0]), gain=[1.0, 2.0, 3.0]), AxisMap.of(3, np.array([2, -1, 0, 1]), Fill.ZERO, gain=0.5)
+    left, right = (
+        AxisMap.of(2, np.array([0, 1, 0]), gain=[1.0, 2.0, 3.0]),
+        AxisMap.of(3, np.array([2, -1, 0, 1]), Fill.ZERO, gain=0.5),
+    )
     np.testing.assert_array_equal(matrix(product(left, right)), np.kron(matrix(left), matrix(right)))
     joined = matrix(concatenate(left, right))
     np.testing.assert_array_equal(joined[:3, :2], matrix(left))
@@ -311,5 +387,6 @@ def test_randomness_goes_by_name_not_by_threads_or_shards(tmp_path: Path, phi_fo
         assert any(not np.array_equal(a.read(name), c.read(name)) for name in a.tensors)
     assert one.plan.hash == many.plan.hash != other.plan.hash
     assert torch.equal(
-        load_file(one.folder / "model.safetensors")["lm_head.bias"], load_file(phi_folder / "model.safetensors")["lm_head.bias"]
+        load_file(one.folder / "model.safetensors")["lm_head.bias"],
+        load_file(phi_folder / "model.safetensors")["lm_head.bias"],
     )

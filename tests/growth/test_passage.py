@@ -22,7 +22,11 @@ from outgrow.model.build import load_model
 from outgrow.model.checkpoint import SINGLE
 from outgrow.train.data.tokenizer import save_tokenizer, train_tokenizer
 
-TEXT = " ".join(f"the {a} cat saw {b} dogs on a mat, and then it sat." for a in ["red", "blue", "old", "young", "big"] for b in range(40))
+TEXT = " ".join(
+    f"the {a} cat saw {b} dogs on a mat, and then it sat."
+    for a in ["red", "blue", "old", "young", "big"]
+    for b in range(40)
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +60,15 @@ def test_a_passage_is_spread_over_the_whole_text(spoken: Path, file: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_receipt_on_a_text_has_its_perplexity_and_continuations(spoken: Path, file: Path, tmp_path: Path) -> None:
-    grown = grow(spoken, tmp_path / "out", target={"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4}, text=file)
+def test_a_receipt_on_a_text_has_its_perplexity_and_continuations(
+    spoken: Path, file: Path, tmp_path: Path
+) -> None:
+    grown = grow(
+        spoken,
+        tmp_path / "out",
+        target={"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4},
+        text=file,
+    )
     receipt = grown.receipt
     assert receipt is not None
     assert (receipt.text, receipt.tokens, receipt.dtype) == (str(file), ROWS * 64, "float32")
@@ -87,7 +98,11 @@ def test_another_model_says_something_else(spoken: Path, file: Path, tmp_path: P
     other.mkdir()
     (other / "config.json").write_text((spoken / "config.json").read_text())
     tensors = load_file(spoken / SINGLE)
-    save_file({name: tensor.flip(0).contiguous() for name, tensor in tensors.items()}, other / SINGLE, {"format": "pt"})
+    save_file(
+        {name: tensor.flip(0).contiguous() for name, tensor in tensors.items()},
+        other / SINGLE,
+        {"format": "pt"},
+    )
     receipt = measure(spoken, other, text=file)
     assert receipt.same < PROMPTS
     assert abs(receipt.loss_target - receipt.loss_source) > 0.1
@@ -102,7 +117,12 @@ def test_continuations_pass_over_what_the_generation_config_asks_for() -> None:
 
     model = SimpleNamespace(generation_config="penalties", generate=generate)
     assert continued(model, torch.arange(6).reshape(2, 3)).tolist() == [[0], [3]]
-    assert (seen[0].do_sample, seen[0].max_new_tokens, seen[0].eos_token_id, seen[0].repetition_penalty) == (False, NEW, None, None)
+    assert (seen[0].do_sample, seen[0].max_new_tokens, seen[0].eos_token_id, seen[0].repetition_penalty) == (
+        False,
+        NEW,
+        None,
+        None,
+    )
 
 
 def test_losses_of_many_rows_are_their_mean() -> None:
@@ -124,7 +144,9 @@ def test_losses_of_many_rows_are_their_mean() -> None:
         (None, "no such file"),
     ],
 )
-def test_what_is_no_text_is_told_before_anything_is_grown(spoken: Path, tmp_path: Path, content: bytes | None, words: str) -> None:
+def test_what_is_no_text_is_told_before_anything_is_grown(
+    spoken: Path, tmp_path: Path, content: bytes | None, words: str
+) -> None:
     if content is not None:
         (tmp_path / "text").write_bytes(content)
     with pytest.raises(UserError, match=words):
@@ -132,15 +154,21 @@ def test_what_is_no_text_is_told_before_anything_is_grown(spoken: Path, tmp_path
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_source_without_a_tokenizer_or_with_another_models_is_told(phi_folder: Path, spoken: Path, file: Path) -> None:
-    with pytest.raises(UserError, match=r"receipt\.text: the folder .* has no tokenizer that knows this text; put"):
+def test_a_source_without_a_tokenizer_or_with_another_models_is_told(
+    phi_folder: Path, spoken: Path, file: Path
+) -> None:
+    with pytest.raises(
+        UserError, match=r"receipt\.text: the folder .* has no tokenizer that knows this text; put"
+    ):
         read_passage(file, phi_folder, 96, 64)
     with pytest.raises(UserError, match=r"gives token \d+, and the model has 96; is it another model's"):
         read_passage(file, spoken, 96, 64)
 
 
 @pytest.mark.slow
-def test_the_door_prints_them_side_by_side(spoken: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_door_prints_them_side_by_side(
+    spoken: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = "target={intermediate_size:80}"
     main([f"source={spoken}", f"out={tmp_path / 'out'}", target, f"receipt.text={file}"])
     printed = capsys.readouterr().out
@@ -148,7 +176,9 @@ def test_the_door_prints_them_side_by_side(spoken: Path, file: Path, tmp_path: P
     assert "10 of 10 greedy continuations are equal" in printed
     assert "the grown model goes on" in printed
     with pytest.raises(SystemExit):
-        main([f"source={spoken}", f"out={tmp_path / 'none'}", target, f"receipt.text={file}", "receipt=false"])
+        main(
+            [f"source={spoken}", f"out={tmp_path / 'none'}", target, f"receipt.text={file}", "receipt=false"]
+        )
     assert "receipt=false measures none" in capsys.readouterr().err
     main([f"source={spoken}", f"out={tmp_path / 'none'}", target, "receipt=false"])
     assert "receipt:" not in capsys.readouterr().out

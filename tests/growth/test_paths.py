@@ -1,4 +1,5 @@
-"""Paths at the doors: whatever a folder is called, unquoted and with a leading `~`, it is that folder; settings keep their meaning."""
+"""Paths at the doors: whatever a folder is called, unquoted and with a leading `~`, it is that folder;
+settings keep their meaning."""
 
 from __future__ import annotations
 
@@ -82,7 +83,10 @@ def test_what_cannot_be_read_is_told_by_its_key_and_not_as_missing(here: Path, t
 
 def test_the_door_takes_an_optimizer_by_its_file(here: Path) -> None:
     """conf/optimizer is a group of training; here it is a value."""
-    assert settings_from(["source=a", "target=phi_2", "out=x", "optimizer=runs/lr=1/final"]).optimizer == "runs/lr=1/final"
+    assert (
+        settings_from(["source=a", "target=phi_2", "out=x", "optimizer=runs/lr=1/final"]).optimizer
+        == "runs/lr=1/final"
+    )
     assert settings_from(["source=a", "target=phi_2", "out=x", "optimizer=adamw"]).optimizer == "adamw"
 
 
@@ -91,7 +95,9 @@ def test_training_still_chooses_its_optimizer_by_group(here: Path) -> None:
     from outgrow.train.settings import compose
 
     assert compose(["experiment=tiny_source", "optimizer=muon"]).optimizer.name == "muon"
-    assert compose(["experiment=tiny", "source=~/models/lr=0.1 (best)"]).source == str(here / "home/models/lr=0.1 (best)")
+    assert compose(["experiment=tiny", "source=~/models/lr=0.1 (best)"]).source == str(
+        here / "home/models/lr=0.1 (best)"
+    )
 
 
 def test_a_sweep_passes_paths_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +108,9 @@ def test_a_sweep_passes_paths_on(here: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
-def test_a_checkpoint_with_its_optimizer_through_the_door(phi_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_with_its_optimizer_through_the_door(
+    phi_folder: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -112,18 +120,29 @@ def test_a_checkpoint_with_its_optimizer_through_the_door(phi_folder: Path, here
     model(input_ids=torch.ones(1, 2, dtype=torch.int64)).logits.sum().backward()
     optimizer.step()
     torch.save(optimizer.state_dict(), source / "optimizer.pt")
-    main(["source=~/lr=0.1 [best]", "target={intermediate_size:80}", "out=~/größer (1)", "optimizer=~/lr=0.1 [best]"])
+    main(
+        [
+            "source=~/lr=0.1 [best]",
+            "target={intermediate_size:80}",
+            "out=~/größer (1)",
+            "optimizer=~/lr=0.1 [best]",
+        ]
+    )
     assert (here / "home" / "größer (1)" / "optimizer" / "state.json").is_file()
     assert "certificate: lossless" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_a_config_never_contradicts_its_tensors(phi_folder: Path, here: Path, key: str) -> None:
-    with pytest.raises(UserError, match=f"target: {key} 'float32': the grown tensors keep the source's dtype"):
+    with pytest.raises(
+        UserError, match=f"target: {key} 'float32': the grown tensors keep the source's dtype"
+    ):
         grow(phi_folder, here / "out", target={"intermediate_size": 80, key: "float32"})
     config = json.loads((phi_folder / "config.json").read_text())
     (here / "target").mkdir()
-    (here / "target" / "config.json").write_text(json.dumps(config | {"intermediate_size": 80, "dtype": "bfloat16"}))
+    (here / "target" / "config.json").write_text(
+        json.dumps(config | {"intermediate_size": 80, "dtype": "bfloat16"})
+    )
     out = grow(phi_folder, here / "out", target=here / "target").folder
     written = json.loads((out / "config.json").read_text())
     assert {written[name] for name in ("dtype", "torch_dtype") if name in written} == {config["dtype"]}

@@ -1,4 +1,5 @@
-"""Configs as they were published: sizes of real checkpoints, planned from the config and the headers of a file that holds no numbers."""
+"""Configs as they were published: sizes of real checkpoints, planned from the config and the headers of a
+file that holds no numbers."""
 
 from __future__ import annotations
 
@@ -44,19 +45,29 @@ CODEGEN_2B = {
 }  # fmt: skip
 PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # name → config, what it grows into
     "DBRX": (DBRX, {"d_model": 12288, "n_heads": 96}),
-    "Bamba-9B": (BAMBA_9B, {"hidden_size": 8192, "num_attention_heads": 64, "num_key_value_heads": 16, "mamba_n_heads": 256}),
+    "Bamba-9B": (
+        BAMBA_9B,
+        {"hidden_size": 8192, "num_attention_heads": 64, "num_key_value_heads": 16, "mamba_n_heads": 256},
+    ),
     "Codestral-Mamba": (CODESTRAL_MAMBA, {"hidden_size": 8192, "num_heads": 256}),
     "CodeGen-2B": (CODEGEN_2B, {"n_embd": 5120, "n_head": 64}),
 }
 
 
-def hollow_checkpoint(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> Path:
-    """A checkpoint whose header says everything and whose numbers are a hole in the file, so that it takes no room on the disk."""
+def hollow_checkpoint(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]
+) -> Path:
+    """A checkpoint whose header says everything and whose numbers are a hole in the file, so that it takes no
+    room on the disk."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     header, offset = {}, 0
     for name, shape in tensors.items():
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset := offset + 2 * prod(shape)]}
+        header[name] = {
+            "dtype": "BF16",
+            "shape": shape,
+            "data_offsets": [offset, offset := offset + 2 * prod(shape)],
+        }
     text = json.dumps(header).encode()
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -90,7 +101,12 @@ def test_layers_for_further_tokens_are_left_out_as_the_library_leaves_them(tmp_p
 SMALL = {"vocab_size": 61, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
 STATES = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 6, "mamba_expand": 2}
 HEADS = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
-EXPERTS = {"moe_intermediate_size": 12, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
+EXPERTS = {
+    "moe_intermediate_size": 12,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+}
 
 GROWN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # model type → tiny config, what it grows into
     "glm4_moe": (
@@ -175,7 +191,9 @@ GROWN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # model type → ti
 @pytest.mark.parametrize("name", GROWN)
 def test_a_published_family_grows_losslessly(tmp_path: Path, checkpoint_maker: Any, name: str) -> None:
     config, target = GROWN[name]
-    source = checkpoint_maker(tmp_path / "source", to_hf_config({"model_type": name, **SMALL, **config}).to_dict())
+    source = checkpoint_maker(
+        tmp_path / "source", to_hf_config({"model_type": name, **SMALL, **config}).to_dict()
+    )
     grown = grow(source, tmp_path / "out", target=target, noise=0.2)
     assert grown.certificate.lossless, grown.certificate.reasons
     assert grown.receipt.max_logit > 0.1
@@ -184,7 +202,13 @@ def test_a_published_family_grows_losslessly(tmp_path: Path, checkpoint_maker: A
 
 REFUSED: dict[str, dict[str, Any]] = {name: config for name, (config, _) in GROWN.items()} | {
     "recurrent_gemma": {**HEADS, "num_hidden_layers": 3, "intermediate_size": 24},
-    "roc_bert": {**HEADS, "intermediate_size": 24, "num_hidden_layers": 2, "pronunciation_embed_dim": 16, "shape_embed_dim": 6},
+    "roc_bert": {
+        **HEADS,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "pronunciation_embed_dim": 16,
+        "shape_embed_dim": 6,
+    },
 }
 
 
@@ -192,18 +216,33 @@ REFUSED: dict[str, dict[str, Any]] = {name: config for name, (config, _) in GROW
 @pytest.mark.parametrize(
     ("name", "target", "message"),
     [
-        ("recurrent_gemma", {"hidden_size": 32, "num_attention_heads": 4}, r"model\.normalizer, which .* from hidden_size, is rounded"),
+        (
+            "recurrent_gemma",
+            {"hidden_size": 32, "num_attention_heads": 4},
+            r"model\.normalizer, which .* from hidden_size, is rounded",
+        ),
         (
             "roc_bert",
             {"hidden_size": 32, "num_attention_heads": 4},
             r"map_inputs_layer\.weight would become .* where transformers' class wants",
         ),
-        ("xglm", {"d_model": 32}, r"model\.embed_positions\.weights is in no file: transformers computes it from d_model"),
-        ("bamba", {"hidden_size": 24, "num_attention_heads": 3, "mamba_n_heads": 6}, "mamba.norm normalises over it"),
-        ("dbrx", {"d_model": 48}, "logits of a tiny random model move by"),  # wider heads would be clipped otherwise
+        (
+            "xglm",
+            {"d_model": 32},
+            r"model\.embed_positions\.weights is in no file: transformers computes it from d_model",
+        ),
+        (
+            "bamba",
+            {"hidden_size": 24, "num_attention_heads": 3, "mamba_n_heads": 6},
+            "mamba.norm normalises over it",
+        ),
+        # wider heads would be clipped otherwise
+        ("dbrx", {"d_model": 48}, "logits of a tiny random model move by"),
     ],
 )
-def test_what_a_published_family_cannot_do_is_told(tmp_path: Path, name: str, target: dict[str, Any], message: str) -> None:
+def test_what_a_published_family_cannot_do_is_told(
+    tmp_path: Path, name: str, target: dict[str, Any], message: str
+) -> None:
     config = to_hf_config({"model_type": name, **SMALL, **REFUSED[name]}).to_dict()
     with pytest.raises(UserError, match=message):
         plan(config, target)

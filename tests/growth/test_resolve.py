@@ -27,7 +27,11 @@ from outgrow.model.derive import derive
 
 def layers_of(model: Any) -> torch.nn.ModuleList:
     count = model.config.num_hidden_layers
-    return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
+    return next(
+        module
+        for module in model.modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count
+    )
 
 
 @pytest.mark.slow
@@ -50,7 +54,9 @@ def test_depth_grows_without_a_schema(tmp_path: Path, checkpoint_maker: Any, nam
     assert any("has no schema" in note for note in grown.plan.notes)
 
 
-def test_a_family_that_the_library_does_not_know_grows_in_depth(tmp_path: Path, checkpoint_maker: Any) -> None:
+def test_a_family_that_the_library_does_not_know_grows_in_depth(
+    tmp_path: Path, checkpoint_maker: Any
+) -> None:
     source = checkpoint_maker(tmp_path / "source", config_of("mpt"))
     config = json.loads((source / "config.json").read_text()) | {
         "model_type": "mine",
@@ -64,7 +70,9 @@ def test_a_family_that_the_library_does_not_know_grows_in_depth(tmp_path: Path, 
     assert written["mlp_only_layers"] == [1, 2]
     assert written["block_kinds"] == ["a", "c", "c", "b"]
     with Checkpoint(source) as before, Checkpoint(grown.folder) as after:
-        assert len(after.tensors) == len(before.tensors) + sum(".blocks.0." in name for name in before.tensors)
+        assert len(after.tensors) == len(before.tensors) + sum(
+            ".blocks.0." in name for name in before.tensors
+        )
         for number, layer in enumerate([0, 2, 2, 1]):
             name = "transformer.blocks.{}.ffn.up_proj.weight"
             assert (after.read(name.format(number)) == before.read(name.format(layer))).all()
@@ -74,7 +82,12 @@ def test_tensors_that_only_some_layers_have_move_with_their_layer(tmp_path: Path
     folder = Path(tmp_path / "odd")
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "odd", "n_layer": 2, "dtype": "float64"}')
-    tensors = {"h.0.a": torch.ones(2, 3, 4), "h.1.a": torch.full((2, 5), 2.0), "h.1.b": torch.tensor(7), "wte": torch.ones(2)}
+    tensors = {
+        "h.0.a": torch.ones(2, 3, 4),
+        "h.1.a": torch.full((2, 5), 2.0),
+        "h.1.b": torch.tensor(7),
+        "wte": torch.ones(2),
+    }
     save_file(tensors, folder / "model.safetensors")
     grown = grow(folder, tmp_path / "out", target={"n_layer": 4}, depth=[0, 1, 1, 0], receipt=False)
     with Checkpoint(grown.folder) as out:
@@ -89,14 +102,27 @@ def test_tensors_that_only_some_layers_have_move_with_their_layer(tmp_path: Path
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("target", "depth"), [({"n_layers": 5}, "identity"), ({"d_model": 32}, "stack"), ("phi_2", "stack")])
-def test_a_family_that_nobody_knows_grows_by_whole_layers_alone(tmp_path: Path, target: Any, depth: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "depth"), [({"n_layers": 5}, "identity"), ({"d_model": 32}, "stack"), ("phi_2", "stack")]
+)
+def test_a_family_that_nobody_knows_grows_by_whole_layers_alone(
+    tmp_path: Path, target: Any, depth: str
+) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mine", "n_layers": 2, "d_model": 2}')
     save_file({"h.0.a": torch.ones(2), "h.1.a": torch.ones(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"transformers has no causal language model of that type.*what is left: whole layers copied"):
+    with pytest.raises(
+        UserError,
+        match=r"transformers has no causal language model of that type.*what is left: whole layers copied",
+    ):
         plan(tmp_path, target, depth=depth)
-    with pytest.raises(UserError, match="new layers start as the identity where what writes to the residual stream is zero"):
-        plan(tmp_path, {"n_layers": 3}, family=outline({"model_type": "mine", "n_layers": 2}, {"h.0.a": (2,), "h.1.a": (2,)}))
+    with pytest.raises(
+        UserError, match="new layers start as the identity where what writes to the residual stream is zero"
+    ):
+        plan(
+            tmp_path,
+            {"n_layers": 3},
+            family=outline({"model_type": "mine", "n_layers": 2}, {"h.0.a": (2,), "h.1.a": (2,)}),
+        )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +131,11 @@ def test_a_family_that_nobody_knows_grows_by_whole_layers_alone(tmp_path: Path, 
         (["wte"], 2, "no tensor's name has a layer's number"),
         (["h.0.a", "h.1.a"], 3, "no config key says that h.* has 2 layers"),
         (["h.0.a", "h.2.a"], 2, r"not clear: h\.\* \(2 numbers\)"),
-        (["encoder.0.a", "encoder.1.a", "decoder.0.a", "decoder.1.a"], 2, r"not clear: decoder\.\* .*, encoder\.\*"),
+        (
+            ["encoder.0.a", "encoder.1.a", "decoder.0.a", "decoder.1.a"],
+            2,
+            r"not clear: decoder\.\* .*, encoder\.\*",
+        ),
     ],
 )
 def test_layers_that_cannot_be_told_apart_are_refused(names: list[str], layers: int, message: str) -> None:
@@ -117,11 +147,13 @@ DERIVED: dict[str, dict[str, Any]] = {
     "mpt": {"d_model": 24, "n_layers": 4},  # ALiBi's slopes belong to the heads, so head dims grow
     "falcon": {"hidden_size": 24, "num_attention_heads": 3},  # multi-query, fused
     "starcoder2": {"hidden_size": 40, "num_attention_heads": 5, "intermediate_size": 31},
-    "cohere": {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 4},  # one norm for two blocks, logits scaled, tied
+    # one norm for two blocks, logits scaled, tied
+    "cohere": {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 4},
     "gpt_oss": {  # experts in one tensor
         "hidden_size": 24, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 20, "num_hidden_layers": 4,
     },
-    "mixtral": {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 20},  # experts in many
+    # experts in many
+    "mixtral": {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 20},
 }  # fmt: skip
 
 
@@ -137,10 +169,18 @@ def test_a_derived_schema_grows_losslessly(tmp_path: Path, checkpoint_maker: Any
 
 
 @pytest.mark.slow
-def test_a_file_without_the_base_models_prefix_and_with_old_buffers(tmp_path: Path, checkpoint_maker: Any) -> None:
+def test_a_file_without_the_base_models_prefix_and_with_old_buffers(
+    tmp_path: Path, checkpoint_maker: Any
+) -> None:
     source = checkpoint_maker(tmp_path / "source", config_of("bloom"))
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(source / "model.safetensors").items()}
-    save_file(tensors | {"h.0.self_attention.masked_bias": torch.ones(1, dtype=torch.bool)}, source / "model.safetensors")
+    tensors = {
+        name.removeprefix("transformer."): tensor
+        for name, tensor in load_file(source / "model.safetensors").items()
+    }
+    save_file(
+        tensors | {"h.0.self_attention.masked_bias": torch.ones(1, dtype=torch.bool)},
+        source / "model.safetensors",
+    )
     grown = grow(source, tmp_path / "out", target={"hidden_size": 32, "n_layer": 4}, receipt=False)
     save_file(tensors, source / "model.safetensors")
     assert measure(source, grown.folder).max_delta <= 1e-12
@@ -153,13 +193,19 @@ def test_a_file_without_the_base_models_prefix_and_with_old_buffers(tmp_path: Pa
     ("name", "target", "depth", "message"),
     [
         ("mpt", {"d_model": 24, "n_heads": 3}, "identity", "logits of a tiny random model move by"),
-        ("bloom", {"hidden_size": 24}, "identity", "logits of a tiny random model move by"),  # a norm behind the embedding: whole factors
-        ("cohere", {"head_dim": 16}, "identity", "logits of a tiny random model move by"),  # all of a head is turned
+        # a norm behind the embedding: whole factors
+        ("bloom", {"hidden_size": 24}, "identity", "logits of a tiny random model move by"),
+        # all of a head is turned
+        ("cohere", {"head_dim": 16}, "identity", "logits of a tiny random model move by"),
     ],
 )
-def test_what_is_not_confirmed_is_refused(tmp_path: Path, checkpoint_maker: Any, name: str, target: Any, depth: str, message: str) -> None:
+def test_what_is_not_confirmed_is_refused(
+    tmp_path: Path, checkpoint_maker: Any, name: str, target: Any, depth: str, message: str
+) -> None:
     source = checkpoint_maker(tmp_path / "source", config_of(name))
-    with pytest.raises(UserError, match=f"none could be derived and confirmed for this growth: .*({message})"):
+    with pytest.raises(
+        UserError, match=f"none could be derived and confirmed for this growth: .*({message})"
+    ):
         grow(source, tmp_path / "out", target=target, depth=depth)
     assert not (tmp_path / "out").exists()
 
@@ -170,13 +216,16 @@ WIDE = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 @pytest.mark.slow
 @pytest.mark.parametrize("operator", ["tile", "random_pad", "scratch"])
 def test_an_operator_that_is_not_lossless_grows_head_dims_of_a_derived_family(operator: str) -> None:
-    """As it does where the family has a schema of its own: full rotary positions turn other dims, and nobody said otherwise."""
+    """As it does where the family has a schema of its own: full rotary positions turn other dims, and nobody
+    said otherwise."""
     derived = plan(config_of("mixtral", **WIDE), {"head_dim": 16}, operator)
     llama = {"model_type": "llama", **TINY, **WIDE, "intermediate_size": 12, "num_hidden_layers": 2}
     written = plan(to_hf_config(llama).to_dict(), {"head_dim": 16}, operator)
     attention = {step.name: step.shape for step in written.steps if "self_attn" in step.name}
     assert attention == {step.name: step.shape for step in derived.steps if step.name in attention}
-    assert derived.notes[1].startswith(f"shapes confirmed, not logits: a tiny random model of the family, grown by {operator} (head_dim")
+    assert derived.notes[1].startswith(
+        f"shapes confirmed, not logits: a tiny random model of the family, grown by {operator} (head_dim"
+    )
     assert not derived.certificate.lossless
 
 
@@ -184,7 +233,10 @@ def test_an_operator_that_is_not_lossless_grows_head_dims_of_a_derived_family(op
 @pytest.mark.parametrize("operator", ["lossless", "net2net"])
 def test_an_operator_that_claims_to_be_lossless_is_held_to_it(operator: str) -> None:
     """By a derived schema, which knows of no rotary positions, the certificate would be lossless."""
-    with pytest.raises(UserError, match="none could be derived and confirmed for this growth: the logits of a tiny random model move by"):
+    with pytest.raises(
+        UserError,
+        match="none could be derived and confirmed for this growth: the logits of a tiny random model move by",
+    ):
         plan(config_of("mixtral", **WIDE), {"head_dim": 16}, operator)
 
 
@@ -196,9 +248,12 @@ def test_hidden_size_and_heads_grow_by_ratios_of_their_own() -> None:
     assert sizes in grown.notes[1]
     assert grown.certificate.lossless
     coupled = plan(
-        config_of("mixtral", **WIDE), {key: size for key, size in target.items() if key != "head_dim"} | {"hidden_size": 120}, "tile"
+        config_of("mixtral", **WIDE),
+        {key: size for key, size in target.items() if key != "head_dim"} | {"hidden_size": 120},
+        "tile",
     )
-    assert "hidden_size 64 → 240, num_attention_heads 4 → 12" in coupled.notes[1]  # head dim 8 → 10, as 16 → 20
+    # head dim 8 → 10, as 16 → 20
+    assert "hidden_size 64 → 240, num_attention_heads 4 → 12" in coupled.notes[1]
 
 
 def test_a_smaller_head_dim_is_told_in_the_users_sizes() -> None:
@@ -227,7 +282,9 @@ def test_sizes_in_miniature(tiny: int, before: int, after: int, multiple: int, s
 @pytest.mark.slow
 def test_the_hash_of_a_derived_plan_is_the_same_where_the_rehearsal_rounds_otherwise() -> None:
     made = plan(config_of("mixtral", **WIDE), {"intermediate_size": 48})
-    other = replace(made, notes=(made.notes[0], "confirmed: kept its logits in float64 to 3e-07 of the largest"))
+    other = replace(
+        made, notes=(made.notes[0], "confirmed: kept its logits in float64 to 3e-07 of the largest")
+    )
     assert other.hash == made.hash
     assert other.to_dict()["notes"] == list(other.notes) != list(made.notes)
     assert made.hash != plan(config_of("mixtral", **WIDE), {"intermediate_size": 40}).hash
@@ -255,10 +312,25 @@ def test_a_derived_schema_says_what_each_axis_is() -> None:
 
 
 @pytest.mark.slow
-def test_a_depth_that_the_librarys_class_would_not_take_is_refused(tmp_path: Path, checkpoint_maker: Any) -> None:
-    """DeepSeek's first layers are dense by their number, so a repeated first layer is no layer that its class builds in second place."""
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24}
-    latent = {"q_lora_rank": 6, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 6}
+def test_a_depth_that_the_librarys_class_would_not_take_is_refused(
+    tmp_path: Path, checkpoint_maker: Any
+) -> None:
+    """DeepSeek's first layers are dense by their number, so a repeated first layer is no layer that its class
+    builds in second place."""
+    sizes = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "intermediate_size": 24,
+    }
+    latent = {
+        "q_lora_rank": 6,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 6,
+        "v_head_dim": 6,
+    }
     experts = {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
@@ -271,12 +343,16 @@ def test_a_depth_that_the_librarys_class_would_not_take_is_refused(tmp_path: Pat
     source = checkpoint_maker(tmp_path / "source", config)
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp.*transformers' class wants none"):
         grow(source, tmp_path / "out", target={"num_hidden_layers": 3}, depth=[0, 0, 1])
-    grown = grow(source, tmp_path / "out", target={"num_hidden_layers": 3, "hidden_size": 24}, depth="identity_top")
+    grown = grow(
+        source, tmp_path / "out", target={"num_hidden_layers": 3, "hidden_size": 24}, depth="identity_top"
+    )
     assert grown.certificate.lossless
     assert grown.receipt.max_delta <= 2e-5 * max(1, grown.receipt.max_logit)
 
 
-def test_a_config_with_more_layers_than_the_file_has_tensors_builds_nothing(tmp_path: Path, checkpoint_maker: Any) -> None:
+def test_a_config_with_more_layers_than_the_file_has_tensors_builds_nothing(
+    tmp_path: Path, checkpoint_maker: Any
+) -> None:
     source = checkpoint_maker(tmp_path / "source", config_of("bloom"))
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"n_layer": 10**9}))
@@ -286,8 +362,15 @@ def test_a_config_with_more_layers_than_the_file_has_tensors_builds_nothing(tmp_
 
 @pytest.mark.slow
 def test_a_deeper_decoder_remembers_keys_and_values_of_all_its_layers(tmp_path: Path) -> None:
-    """The library counts them by the encoder's layers, which a decoder alone does not have, so that count follows."""
-    sizes = {"d_model": 16, "decoder_attention_heads": 2, "decoder_ffn_dim": 24, "decoder_layers": 2, "encoder_layers": 2}
+    """The library counts them by the encoder's layers, which a decoder alone does not have, so that count
+    follows."""
+    sizes = {
+        "d_model": 16,
+        "decoder_attention_heads": 2,
+        "decoder_ffn_dim": 24,
+        "decoder_layers": 2,
+        "encoder_layers": 2,
+    }
     config = to_hf_config({"model_type": "pegasus", **TINY, **sizes, "max_position_embeddings": 32}).to_dict()
     source = make_checkpoint(tmp_path / "source", config)
     grown = grow(source, tmp_path / "out", target={"decoder_layers": 4, "decoder_ffn_dim": 30})
@@ -307,7 +390,8 @@ def test_a_config_with_infinities_as_the_library_writes_them(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("recurrent_gemma", {"num_hidden_layers": 6}),  # attention in every third layer only, as a list of three words says
+        # attention in every third layer only, as a list of three words says
+        ("recurrent_gemma", {"num_hidden_layers": 6}),
         ("git", {}),  # beside a tower for pictures
         ("deepseek_v2", {}),  # whose default config has no number of experts for each token
     ],
@@ -321,10 +405,17 @@ def test_a_tiny_twin_stands_for_all_kinds_of_layers_and_is_tiny(name: str, chang
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["starcoder2", "gpt_oss"])
-def test_a_growth_by_a_derived_schema_can_be_followed_again(tmp_path: Path, checkpoint_maker: Any, name: str) -> None:
+def test_a_growth_by_a_derived_schema_can_be_followed_again(
+    tmp_path: Path, checkpoint_maker: Any, name: str
+) -> None:
     from outgrow.growth.grow import recorded_plan
 
     target = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
-    grown = grow(checkpoint_maker(tmp_path / "source", config_of(name)), tmp_path / "out", target=target, receipt=False)
+    grown = grow(
+        checkpoint_maker(tmp_path / "source", config_of(name)), tmp_path / "out", target=target, receipt=False
+    )
     again = recorded_plan(tmp_path / "out")
-    assert (again.hash, [step.name for step in again.steps]) == (grown.plan.hash, [step.name for step in grown.plan.steps])
+    assert (again.hash, [step.name for step in again.steps]) == (
+        grown.plan.hash,
+        [step.name for step in grown.plan.steps],
+    )

@@ -1,4 +1,5 @@
-"""Nothing is deleted that growth did not make: not the source, not what lies beside a result, not a folder of the same name."""
+"""Nothing is deleted that growth did not make: not the source, not what lies beside a result, not a folder of
+the same name."""
 
 from __future__ import annotations
 
@@ -25,7 +26,10 @@ Contents = dict[str, bytes | str]
 def contents(folder: Path) -> Contents:
     """Everything under a folder: files by their bytes, links by where they point."""
     paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
-    return {str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes() for path in paths}
+    return {
+        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes()
+        for path in paths
+    }
 
 
 @pytest.fixture
@@ -89,7 +93,9 @@ def a_name_whose_partial_it_is(source: Path, tmp_path: Path) -> Path:
         a_name_whose_partial_it_is,
     ],
 )
-def test_what_is_read_is_never_replaced(source: Path, tmp_path: Path, place: Callable[[Path, Path], Path], worker: str | None) -> None:
+def test_what_is_read_is_never_replaced(
+    source: Path, tmp_path: Path, place: Callable[[Path, Path], Path], worker: str | None
+) -> None:
     shutil.copytree(source, tmp_path / "kept")
     out = place(source, tmp_path)
     before = contents(tmp_path)
@@ -98,14 +104,18 @@ def test_what_is_read_is_never_replaced(source: Path, tmp_path: Path, place: Cal
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "runs/phi/metrics.jsonl", "optimizer.bin", "optimizer/optimizer.bin", ".git/HEAD"])
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "runs/phi/metrics.jsonl", "optimizer.bin", "optimizer/optimizer.bin", ".git/HEAD"]
+)
 def test_a_result_with_something_else_in_it_is_not_replaced(source: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
     grown_there(source, out)
     (out / name).parent.mkdir(parents=True, exist_ok=True)
     (out / name).write_text("years of work")
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=rf"holds {name.split('/')[0]}.*, which growth did not make, so it is not replaced"):
+    with pytest.raises(
+        UserError, match=rf"holds {name.split('/')[0]}.*, which growth did not make, so it is not replaced"
+    ):
         grow(source, out, target=TARGET, overwrite=True)
     assert contents(tmp_path) == before
     shutil.rmtree(out / name.split("/")[0]) if "/" in name else (out / name).unlink()
@@ -115,7 +125,10 @@ def test_a_result_with_something_else_in_it_is_not_replaced(source: Path, tmp_pa
 def test_a_checkpoint_that_growth_did_not_make_is_not_replaced(source: Path, tmp_path: Path) -> None:
     shutil.copytree(source, tmp_path / "mine")
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=r"holds config\.json, generation_config\.json, model\.safetensors, which growth did not make"):
+    with pytest.raises(
+        UserError,
+        match=r"holds config\.json, generation_config\.json, model\.safetensors, which growth did not make",
+    ):
         grow(source, tmp_path / "mine", target=TARGET, overwrite=True)
     assert contents(tmp_path) == before
 
@@ -151,11 +164,15 @@ def dangling_link(partial: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("worker", [None, "0/1"])
 @pytest.mark.parametrize("make", [own_folder, own_checkpoint, own_file, link_to_a_folder, dangling_link])
-def test_a_users_own_partial_is_left_alone(source: Path, tmp_path: Path, make: Callable[[Path, Path], None], worker: str | None) -> None:
+def test_a_users_own_partial_is_left_alone(
+    source: Path, tmp_path: Path, make: Callable[[Path, Path], None], worker: str | None
+) -> None:
     grown_there(source, tmp_path / "grown")
     make(tmp_path / "out.partial", tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=r"out\.partial is in the way and was not made by growth, so it is left alone"):
+    with pytest.raises(
+        UserError, match=r"out\.partial is in the way and was not made by growth, so it is left alone"
+    ):
         grow(source, tmp_path / "out", target=TARGET, worker=worker)
     assert contents(tmp_path) == before
 
@@ -164,7 +181,10 @@ def test_a_users_own_former_is_left_alone(source: Path, tmp_path: Path) -> None:
     grown_there(source, tmp_path / "out")
     own_folder(tmp_path / "out.former.partial", tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=r"out\.former\.partial is in the way and holds chapter\.tex, which growth did not make"):
+    with pytest.raises(
+        UserError,
+        match=r"out\.former\.partial is in the way and holds chapter\.tex, which growth did not make",
+    ):
         grow(source, tmp_path / "out", target=TARGET, overwrite=True)
     assert contents(tmp_path) == before
 
@@ -188,7 +208,9 @@ def test_a_folder_that_appears_between_look_and_lock_is_kept(
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("name", ["out/chapter.tex", "out"])
-def test_what_appears_while_it_is_written_is_kept(source: Path, tmp_path: Path, name: str, overwrite: bool) -> None:
+def test_what_appears_while_it_is_written_is_kept(
+    source: Path, tmp_path: Path, name: str, overwrite: bool
+) -> None:
     def write() -> None:
         with complete_or_absent(tmp_path / "out", overwrite=overwrite) as partial:
             (partial / "config.json").write_text("{}")
@@ -248,7 +270,9 @@ grow(sys.argv[1], sys.argv[2], target={"intermediate_size": 80}, overwrite=True,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("exchanges", [True, False])
-@pytest.mark.parametrize(("call", "number"), [("rename", 0), ("rename", 1), ("unlink", 0), ("unlink", 2), ("rmdir", 0)])
+@pytest.mark.parametrize(
+    ("call", "number"), [("rename", 0), ("rename", 1), ("unlink", 0), ("unlink", 2), ("rmdir", 0)]
+)
 def test_what_a_kill_leaves_while_a_folder_is_replaced_is_cleaned_by_the_next_growth(
     source: Path, tmp_path: Path, call: str, number: int, exchanges: bool
 ) -> None:
@@ -267,7 +291,9 @@ def test_what_a_kill_leaves_while_a_folder_is_replaced_is_cleaned_by_the_next_gr
     assert MARK not in contents(out)
 
 
-def test_what_a_kill_left_of_the_replaced_folder_goes_although_the_next_growth_is_refused(source: Path, tmp_path: Path) -> None:
+def test_what_a_kill_left_of_the_replaced_folder_goes_although_the_next_growth_is_refused(
+    source: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     grown_there(source, out)
     shutil.copytree(out, tmp_path / "out.former.partial")
@@ -277,7 +303,9 @@ def test_what_a_kill_left_of_the_replaced_folder_goes_although_the_next_growth_i
 
 
 @pytest.mark.parametrize("length", [241, 247, 248, 255, 300])
-def test_a_name_that_is_too_long_is_told_before_anything_is_made(source: Path, tmp_path: Path, length: int) -> None:
+def test_a_name_that_is_too_long_is_told_before_anything_is_made(
+    source: Path, tmp_path: Path, length: int
+) -> None:
     with pytest.raises(UserError, match="File name too long"):
         grow(source, tmp_path / ("o" * length), target=TARGET)
     assert {path.name for path in tmp_path.iterdir()} == {"models"}

@@ -18,7 +18,15 @@ from outgrow.growth.schema import family_text
 from outgrow.model.build import to_hf_config
 from outgrow.model.family import Family
 
-MAMBA = {"hidden_size": 32, "num_heads": 4, "head_dim": 16, "state_size": 8, "num_hidden_layers": 2, "n_groups": 1, "expand": 2}
+MAMBA = {
+    "hidden_size": 32,
+    "num_heads": 4,
+    "head_dim": 16,
+    "state_size": 8,
+    "num_hidden_layers": 2,
+    "n_groups": 1,
+    "expand": 2,
+}
 
 
 def read_again(text: str, monkeypatch: Any) -> Family:
@@ -59,7 +67,11 @@ def test_the_command_prints_it(tmp_path: Path, capsys: Any, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "source: missing"), (["sources=x"], "did you mean 'source'"), (["source=nowhere/at/all"], "nowhere/at/all")],
+    [
+        ([], "source: missing"),
+        (["sources=x"], "did you mean 'source'"),
+        (["source=nowhere/at/all"], "nowhere/at/all"),
+    ],
 )
 def test_what_cannot_be_printed_is_told_in_one_line(arguments: list[str], message: str, capsys: Any) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -1,4 +1,5 @@
-"""Shards: every byte in its place, whatever the sizes, the order and the file system, and on the disk before it is said to be there."""
+"""Shards: every byte in its place, whatever the sizes, the order and the file system, and on the disk before
+it is said to be there."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ COLUMNS = {"a": 3, "b": 5, "c": 1024, "d": 2048, "e": 1 << 21, "f": 1111, "g": 2
 
 def expected() -> dict[str, np.ndarray]:
     numbers = np.random.default_rng(0)
-    return {name: numbers.integers(0, 256, (rows, COLUMNS[name])).astype(np.uint8) for name, rows in ROWS.items()}
+    return {
+        name: numbers.integers(0, 256, (rows, COLUMNS[name])).astype(np.uint8) for name, rows in ROWS.items()
+    }
 
 
 def fill(folder: Path, max_shard_bytes: int, threads: int) -> None:
@@ -40,7 +43,9 @@ def fill(folder: Path, max_shard_bytes: int, threads: int) -> None:
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(write, reversed(values)))
-    assert not any(path.read_bytes()[:8].strip(b"\0") for path in folder.glob("*.safetensors")), "a header before everything is written"
+    assert not any(path.read_bytes()[:8].strip(b"\0") for path in folder.glob("*.safetensors")), (
+        "a header before everything is written"
+    )
     writer.finish()
     writer.close()
     write_index(folder, shards)
@@ -49,7 +54,9 @@ def fill(folder: Path, max_shard_bytes: int, threads: int) -> None:
 @pytest.mark.parametrize(("max_shard_bytes", "threads"), [(1 << 40, 1), (1 << 40, 4), (2_000_000, 3), (1, 2)])
 def test_every_byte_is_in_its_place(tmp_path: Path, max_shard_bytes: int, threads: int) -> None:
     fill(tmp_path, max_shard_bytes, threads)
-    found = {name: value for file in tmp_path.glob("*.safetensors") for name, value in load_file(file).items()}
+    found = {
+        name: value for file in tmp_path.glob("*.safetensors") for name, value in load_file(file).items()
+    }
     for name, value in expected().items():
         np.testing.assert_array_equal(found.pop(name), value, err_msg=name)
     assert not found
@@ -57,8 +64,11 @@ def test_every_byte_is_in_its_place(tmp_path: Path, max_shard_bytes: int, thread
 
 
 @pytest.mark.slow
-def test_the_disk_takes_every_page_as_it_is_written_and_the_cache_keeps_few(tmp_path: Path, monkeypatch: Any) -> None:
-    """Each whole page is begun once, after it was written; some writes later it is waited for and leaves the cache."""
+def test_the_disk_takes_every_page_as_it_is_written_and_the_cache_keeps_few(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Each whole page is begun once, after it was written; some writes later it is waited for and leaves the
+    cache."""
     calls: list[tuple[str, int, int]] = []
     right, dropped, synced = os.pwrite, os.posix_fadvise, os.fsync
 
@@ -80,7 +90,10 @@ def test_the_disk_takes_every_page_as_it_is_written_and_the_cache_keeps_few(tmp_
     monkeypatch.setattr(os, "fsync", lambda descriptor: (calls.append(("sync", 0, 0)), synced(descriptor))[1])
     monkeypatch.setattr(outgrow.growth.engine.shards, "_sync_file_range", sync_file_range)
     fill(tmp_path, 1 << 40, 1)
-    of = {kind: [(start, stop) for found, start, stop in calls if found == kind] for kind in ("write", "begin", "wait", "drop")}
+    of = {
+        kind: [(start, stop) for found, start, stop in calls if found == kind]
+        for kind in ("write", "begin", "wait", "drop")
+    }
     assert all(start % PAGESIZE == stop % PAGESIZE == 0 for start, stop in of["begin"])
     pages = [page for start, stop in of["begin"] for page in range(start, stop, PAGESIZE)]
     assert len(pages) == len(set(pages))
@@ -88,15 +101,23 @@ def test_the_disk_takes_every_page_as_it_is_written_and_the_cache_keeps_few(tmp_
     for place, (kind, start, stop) in enumerate(calls):
         if kind == "begin":
             assert any(wrote == "write" and first < stop <= last for wrote, first, last in calls[:place])
-            assert sum(found == "begin" for found, *_ in calls[:place]) - sum(found == "wait" for found, *_ in calls[:place]) <= PENDING
+            assert (
+                sum(found == "begin" for found, *_ in calls[:place])
+                - sum(found == "wait" for found, *_ in calls[:place])
+                <= PENDING
+            )
         if kind == "wait":
             assert calls[place + 1] == ("drop", start, stop)
     assert of["wait"] == of["begin"][:-PENDING]
-    assert calls[-3:] == [("write", 0, calls[-3][2]), ("sync", 0, 0), ("drop", 0, 0)], "the header last, and all of it on the disk"
+    assert calls[-3:] == [("write", 0, calls[-3][2]), ("sync", 0, 0), ("drop", 0, 0)], (
+        "the header last, and all of it on the disk"
+    )
 
 
 @pytest.mark.parametrize("where", ["sync_file_range", "posix_fadvise", "platform", "fallocate"])
-def test_a_system_without_these_calls_gets_the_same_bytes(tmp_path: Path, monkeypatch: Any, where: str) -> None:
+def test_a_system_without_these_calls_gets_the_same_bytes(
+    tmp_path: Path, monkeypatch: Any, where: str
+) -> None:
     def refusing(*_: int) -> int:
         raise OSError(errno.EINVAL, "Invalid argument")
 

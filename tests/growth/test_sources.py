@@ -63,10 +63,18 @@ def an_adapter(source: Path) -> Path:
         (unfinished, "a run that has no run/final yet; finish it first"),
         (the_folder_around, r"did you mean '.*around/snapshot'\?"),
         (the_file, "a file; give the folder that holds it with its config.json: '.*source'"),
-        (an_adapter, "an adapter of 'microsoft/phi-2', which has no weights of its own to grow; merge it into its base first"),
+        (
+            an_adapter,
+            (
+                "an adapter of 'microsoft/phi-2', which has no weights of its own to grow; merge it into "
+                "its base first"
+            ),
+        ),
     ],
 )
-def test_a_wrong_folder_is_told_with_the_one_that_was_meant(source: Path, tmp_path: Path, make: Callable[[Path], Path], words: str) -> None:
+def test_a_wrong_folder_is_told_with_the_one_that_was_meant(
+    source: Path, tmp_path: Path, make: Callable[[Path], Path], words: str
+) -> None:
     wrong = make(source)
     with pytest.raises(UserError, match=words):
         grow(wrong, tmp_path / "out", target=TARGET)
@@ -77,7 +85,8 @@ def test_a_wrong_folder_is_told_with_the_one_that_was_meant(source: Path, tmp_pa
 def test_a_checkpoint_of_the_trunk_is_told(source: Path, tmp_path: Path) -> None:
     weights = load_file(source / "model.safetensors")
     save_file(
-        {name.removeprefix("model."): tensor for name, tensor in weights.items() if "lm_head" not in name}, source / "model.safetensors"
+        {name.removeprefix("model."): tensor for name, tensor in weights.items() if "lm_head" not in name},
+        source / "model.safetensors",
     )
     with pytest.raises(UserError, match="holds the trunk alone"):
         grow(source, tmp_path / "out", target=TARGET)
@@ -85,7 +94,9 @@ def test_a_checkpoint_of_the_trunk_is_told(source: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("worker", [None, "0/1"])
 @pytest.mark.parametrize("change", ["in place", "touched", "replaced"])
-def test_a_source_that_changes_while_it_is_read_is_told(source: Path, tmp_path: Path, change: str, worker: str | None) -> None:
+def test_a_source_that_changes_while_it_is_read_is_told(
+    source: Path, tmp_path: Path, change: str, worker: str | None
+) -> None:
     file = source / "model.safetensors"
 
     def meanwhile(done: int, total: int) -> None:
@@ -113,7 +124,9 @@ def test_workers_agree_on_more_than_the_first_row(source: Path, tmp_path: Path, 
     weights = load_file(source / "model.safetensors")
     weights["model.layers.1.self_attn.dense.weight"][row] *= 2
     save_file(weights, source / "model.safetensors")
-    assert not grow(source, tmp_path / "out", worker="1/2", **how).complete, "the other's shards were cleared away"
+    assert not grow(source, tmp_path / "out", worker="1/2", **how).complete, (
+        "the other's shards were cleared away"
+    )
 
 
 def test_a_plan_and_a_growth_say_of_themselves_five_lines(source: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Fresh entries of families without a schema here: as the class itself starts them, tensor by tensor, at the sizes of the target."""
+"""Fresh entries of families without a schema here: as the class itself starts them, tensor by tensor, at the
+sizes of the target."""
 
 from __future__ import annotations
 
@@ -16,7 +17,14 @@ from outgrow.model.derive import stored
 from outgrow.model.derive.starts import starts
 from tests.conftest import make_checkpoint
 
-TINY = {"vocab_size": 97, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "num_hidden_layers": 2, "initializer_range": 0.05}
+TINY = {
+    "vocab_size": 97,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "num_hidden_layers": 2,
+    "initializer_range": 0.05,
+}
 CLASSES: dict[str, dict[str, Any]] = {
     "mixtral": {
         "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24, "num_local_experts": 3,
@@ -43,16 +51,24 @@ def config_of(name: str, **changes: Any) -> dict[str, Any]:
 
 
 def sampled(config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The entries that the class itself draws, of every tensor of the file, under several seeds: (seed, …)."""
+    """The entries that the class itself draws, of every tensor of the file, under several seeds: (seed,
+    …)."""
     files = [stored(build_model(config, seed=seed, attention="eager")) for seed in range(20, 26)]
-    return {name: torch.stack([file[name].detach().double() for file in files]) for name in files[0] if files[0][name].is_floating_point()}
+    return {
+        name: torch.stack([file[name].detach().double() for file in files])
+        for name in files[0]
+        if files[0][name].is_floating_point()
+    }
 
 
 def agree(found: np.ndarray, expected: torch.Tensor, name: str) -> None:
-    """The deviation within a fiftieth, or what its number of entries lets one know; the mean within five such errors."""
+    """The deviation within a fiftieth, or what its number of entries lets one know; the mean within five such
+    errors."""
     count, deviation = min(found.size, expected.numel()), float(expected.std())
     assert float(found.std()) == pytest.approx(deviation, rel=0.02 + 4 / count**0.5, abs=1e-7), name
-    assert float(found.mean()) == pytest.approx(float(expected.mean()), abs=0.01 * deviation + 6 * deviation / count**0.5 + 1e-7), name
+    assert float(found.mean()) == pytest.approx(
+        float(expected.mean()), abs=0.01 * deviation + 6 * deviation / count**0.5 + 1e-7
+    ), name
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -68,9 +84,12 @@ def test_starts_are_those_of_the_class(name: str) -> None:
 
 @pytest.mark.slow
 def test_starts_take_the_sizes_of_the_model_and_not_of_a_twin() -> None:
-    """Mamba's projections: uniform within 1/√fan-in, divided by √layers where they write to the residual stream."""
+    """Mamba's projections: uniform within 1/√fan-in, divided by √layers where they write to the residual
+    stream."""
     known = starts(config_of("mamba2", hidden_size=128, head_dim=64, num_hidden_layers=8))
-    assert known["backbone.layers.7.mixer.out_proj.weight"].deviation == pytest.approx((3 * 256 * 8) ** -0.5, rel=1e-4)
+    assert known["backbone.layers.7.mixer.out_proj.weight"].deviation == pytest.approx(
+        (3 * 256 * 8) ** -0.5, rel=1e-4
+    )
     assert known["backbone.layers.0.mixer.in_proj.weight"].deviation == pytest.approx(0.05, rel=1e-3)
 
 
@@ -85,15 +104,23 @@ def test_a_normal_start_is_told_from_others() -> None:
 @pytest.mark.parametrize(
     ("name", "target"),
     [
-        ("mixtral", {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 48}),
+        (
+            "mixtral",
+            {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 48},
+        ),
         ("mamba2", {"hidden_size": 64, "num_heads": 8, "num_hidden_layers": 4}),
         ("modernbert-decoder", {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 48}),
     ],
 )
-def test_scratch_starts_a_derived_family_as_its_class_does(tmp_path: Path, name: str, target: dict[str, int], dtype: str) -> None:
+def test_scratch_starts_a_derived_family_as_its_class_does(
+    tmp_path: Path, name: str, target: dict[str, int], dtype: str
+) -> None:
     source = make_checkpoint(tmp_path / "source", config_of(name), dtype=dtype)
     made = grow(source, tmp_path / "out", target=target, operator="scratch", receipt=False, seed=3).plan
-    mine, theirs = load_file(tmp_path / "out" / "model.safetensors"), sampled({**made.target_config, "dtype": "float32"})
+    mine, theirs = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        sampled({**made.target_config, "dtype": "float32"}),
+    )
     for tensor_name, expected in theirs.items():
         found, start = mine[tensor_name].double(), made.starts[tensor_name]
         if start.places is not None or start.deviation == 0:
@@ -106,7 +133,13 @@ def test_scratch_starts_a_derived_family_as_its_class_does(tmp_path: Path, name:
 def test_fresh_entries_take_the_values_of_their_place(tmp_path: Path) -> None:
     """Mamba 2's A_log counts its heads: those that are added go on counting, and no norm scale is drawn."""
     source = make_checkpoint(tmp_path / "source", config_of("mamba2"))
-    grow(source, tmp_path / "out", target={"hidden_size": 64, "num_heads": 8}, operator="random_pad", receipt=False)
+    grow(
+        source,
+        tmp_path / "out",
+        target={"hidden_size": 64, "num_heads": 8},
+        operator="random_pad",
+        receipt=False,
+    )
     found, kept = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", source))
     name = "backbone.layers.0.mixer.A_log"
     assert torch.equal(found[name][:4], kept[name])

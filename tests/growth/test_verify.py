@@ -33,7 +33,8 @@ def test_float64_is_used_where_the_larger_model_fits_and_the_receipt_says_when_i
 def test_a_float32_norm_is_named_as_the_floor(tmp_path: Path) -> None:
     random_model(config_of("llama")).save_pretrained(tmp_path / "source")
     kept, moved = (
-        grow(tmp_path / "source", tmp_path / f"{head}", target={"hidden_size": 48, "head_dim": head}).receipt for head in (6, 12)
+        grow(tmp_path / "source", tmp_path / f"{head}", target={"hidden_size": 48, "head_dim": head}).receipt
+        for head in (6, 12)
     )
     assert kept is not None
     assert moved is not None

@@ -1,4 +1,5 @@
-"""Several processes that write one checkpoint: the bytes of one process, whoever is killed, and nobody writes twice."""
+"""Several processes that write one checkpoint: the bytes of one process, whoever is killed, and nobody writes
+twice."""
 
 from __future__ import annotations
 
@@ -52,7 +53,15 @@ def test_shares_written_one_after_the_other_are_the_bytes_of_one_process(
 
 def start(source: Path, out: Path, worker: str, *more: str) -> subprocess.Popen[str]:
     target = "target={hidden_size:30,intermediate_size:50,num_hidden_layers:4}"
-    arguments = [f"source={source}", target, f"out={out}", "growth.noise=0.3", "max_shard_gb=0.00004", f"worker={worker}", *more]
+    arguments = [
+        f"source={source}",
+        target,
+        f"out={out}",
+        "growth.noise=0.3",
+        "max_shard_gb=0.00004",
+        f"worker={worker}",
+        *more,
+    ]
     command = [sys.executable, "-m", "outgrow.growth", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -87,28 +96,35 @@ grow(sys.argv[1], sys.argv[2], worker="0/2", threads=1, **json.loads(sys.argv[4]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [0, 10, 20])
-def test_a_killed_worker_goes_on_where_it_was(phi_folder: Path, tmp_path: Path, one: dict[str, bytes], limit: int) -> None:
+def test_a_killed_worker_goes_on_where_it_was(
+    phi_folder: Path, tmp_path: Path, one: dict[str, bytes], limit: int
+) -> None:
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     grow(phi_folder, out, worker="1/2", **HOW)
-    killed = subprocess.run([sys.executable, "-c", KILLED, phi_folder, out, str(limit), json.dumps(HOW)], timeout=60, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, phi_folder, out, str(limit), json.dumps(HOW)], timeout=60, check=False
+    )
     assert killed.returncode == -signal.SIGKILL
     assert not out.exists()
     finished = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}
     assert list(partial.glob("*.writing")), "it was killed inside a shard"
     assert grow(phi_folder, out, worker="0/2", **HOW).complete
     assert contents(out) == one
-    assert finished == {name: (out / name).stat().st_mtime_ns for name in finished}, "finished shards are not written again"
+    assert finished == {name: (out / name).stat().st_mtime_ns for name in finished}, (
+        "finished shards are not written again"
+    )
     assert {path.name for path in tmp_path.iterdir()} == FOLDERS
 
 
 @pytest.mark.slow
-def test_a_worker_killed_while_it_completes_the_folder(phi_folder: Path, tmp_path: Path, one: dict[str, bytes], monkeypatch: Any) -> None:
+def test_a_worker_killed_while_it_completes_the_folder(
+    phi_folder: Path, tmp_path: Path, one: dict[str, bytes], monkeypatch: Any
+) -> None:
     out = tmp_path / "out"
     grow(phi_folder, out, worker="0/2", **HOW)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            importlib.import_module("outgrow.growth.grow"), "verify_structure", lambda *_: 1 / 0
-        )  # as good as a kill: no handler removes anything
+        # as good as a kill: no handler removes anything
+        patch.setattr(importlib.import_module("outgrow.growth.grow"), "verify_structure", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             grow(phi_folder, out, worker="1/2", **HOW)
     assert not out.exists()
@@ -120,7 +136,9 @@ def test_a_wrong_result_is_not_kept(phi_folder: Path, tmp_path: Path, monkeypatc
     import outgrow.growth.engine.execute
 
     right = outgrow.growth.engine.execute.scaled
-    monkeypatch.setattr(outgrow.growth.engine.execute, "scaled", lambda raw, factor, *more: right(raw, factor * 1.01, *more))
+    monkeypatch.setattr(
+        outgrow.growth.engine.execute, "scaled", lambda raw, factor, *more: right(raw, factor * 1.01, *more)
+    )
     grow(phi_folder, tmp_path / "out", worker="0/2", **HOW)
     with pytest.raises(UserError, match="certified lossless, yet logits moved"):
         grow(phi_folder, tmp_path / "out", worker="1/2", **HOW)
@@ -129,7 +147,9 @@ def test_a_wrong_result_is_not_kept(phi_folder: Path, tmp_path: Path, monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", ["seed", "workers", "shards", "weights"])
-def test_shards_of_another_growth_are_never_mixed_in(phi_folder: Path, tmp_path: Path, one: dict[str, bytes], change: str) -> None:
+def test_shards_of_another_growth_are_never_mixed_in(
+    phi_folder: Path, tmp_path: Path, one: dict[str, bytes], change: str
+) -> None:
     other = {"seed": {"seed": 1}, "shards": {"max_shard_bytes": 45_000}}.get(change, {})
     source = phi_folder
     if change == "weights":
@@ -138,7 +158,9 @@ def test_shards_of_another_growth_are_never_mixed_in(phi_folder: Path, tmp_path:
         weights["model.layers.1.mlp.fc1.weight"] *= 2
         save_file(weights, source / "model.safetensors")
     grow(source, tmp_path / "out", worker="0/3" if change == "workers" else "0/2", **(HOW | other))
-    assert not grow(phi_folder, tmp_path / "out", worker="1/2", **HOW).complete, "the other growth's shards were cleared away"
+    assert not grow(phi_folder, tmp_path / "out", worker="1/2", **HOW).complete, (
+        "the other growth's shards were cleared away"
+    )
     assert grow(phi_folder, tmp_path / "out", worker="0/2", **HOW).complete
     assert contents(tmp_path / "out") == one
 
@@ -196,13 +218,19 @@ def test_workers_that_cannot_be(phi_folder: Path, tmp_path: Path, worker: str, m
 def test_the_door_tells_a_wrong_worker_with_all_else_that_is_wrong(worker: str) -> None:
     from outgrow.growth.__main__ import settings_from
 
-    with pytest.raises(UserError, match=rf"3 faults:(?s:.*)threads(?s:.*)worker={worker}: expected i/n(?s:.*)plan.txt") as told:
-        settings_from(["source=a", "target=phi_2", "plan_only=true", f"worker={worker}", "threads=0", "figure=plan.txt"])
+    with pytest.raises(
+        UserError, match=rf"3 faults:(?s:.*)threads(?s:.*)worker={worker}: expected i/n(?s:.*)plan.txt"
+    ) as told:
+        settings_from(
+            ["source=a", "target=phi_2", "plan_only=true", f"worker={worker}", "threads=0", "figure=plan.txt"]
+        )
     assert "such as 0/4" in str(told.value)
 
 
 @pytest.mark.slow
-def test_a_folder_that_exists_is_kept_from_workers_too(phi_folder: Path, tmp_path: Path, one: dict[str, bytes]) -> None:
+def test_a_folder_that_exists_is_kept_from_workers_too(
+    phi_folder: Path, tmp_path: Path, one: dict[str, bytes]
+) -> None:
     with pytest.raises(UserError, match="exists already"):
         grow(phi_folder, tmp_path / "one", worker="0/2", **HOW)
     before = os.stat(tmp_path / "one").st_ino

@@ -26,7 +26,11 @@ def random_model(config: dict[str, Any]) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             drawn = torch.randn(parameter.shape, generator=numbers, dtype=torch.float64)
-            parameter.copy_(drawn * 0.2 + 1 if "norm" in name and parameter.ndim == 1 and "bias" not in name else drawn * 0.2)
+            parameter.copy_(
+                drawn * 0.2 + 1
+                if "norm" in name and parameter.ndim == 1 and "bias" not in name
+                else drawn * 0.2
+            )
     return model
 
 

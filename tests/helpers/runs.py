@@ -24,7 +24,8 @@ def fabricate(
     source: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Path:
-    """A run folder with one evaluation every `every` tokens, 10 FLOPs a token. `changes` are dotted entries of run.json."""
+    """A run folder with one evaluation every `every` tokens, 10 FLOPs a token. `changes` are dotted entries
+    of run.json."""
     folder = tmp / changes.pop("folder", f"st-{arm}-lr{rate:g}-s{seed}")
     folder.mkdir(parents=True)
     tokens = [every * i for i in range(len(losses))]
@@ -68,14 +69,28 @@ def fabricate(
         for t, paid, x in zip(tokens, flops, losses, strict=True)
     ]
     noise = {"kind": "train", "step": 1, "tokens": 50, "loss": 9.0}
-    summary = {"start_val_loss": losses[0], "final_val_loss": losses[-1], "bits_per_byte": 1.5, "tokens": tokens[-1], "seconds": 60.0}
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in [evaluations[0], noise, *evaluations[1:]]))
+    summary = {
+        "start_val_loss": losses[0],
+        "final_val_loss": losses[-1],
+        "bits_per_byte": 1.5,
+        "tokens": tokens[-1],
+        "seconds": 60.0,
+    }
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(entry) + "\n" for entry in [evaluations[0], noise, *evaluations[1:]])
+    )
     (folder / "summary.json").write_text(json.dumps(summary | {"flops": flops[-1]}))
     return folder
 
 
 def record_of(settings: Settings, **measured: Any) -> RunRecord:
     """The record of a run that was not trained; `measured` are entries beside the settings."""
-    counted = {"parameters": 1234, "flops_per_token": 2.0, "tokens_per_step": 10, "budget_tokens": 20, "precision": "fp32"}
+    counted = {
+        "parameters": 1234,
+        "flops_per_token": 2.0,
+        "tokens_per_step": 10,
+        "budget_tokens": 20,
+        "precision": "fp32",
+    }
     known = counted | {"start": Start(), "data": TextRecord("f00d"), "target_config": {}}
     return RunRecord.of(settings, **(known | measured))

@@ -25,7 +25,9 @@ from outgrow.train.run.signals import Stopped
 from outgrow.train.settings import Settings
 
 SIZES = "hidden_size:16,intermediate_size:32,num_hidden_layers:1,num_attention_heads:2,num_key_value_heads:2"
-TARGET = f"target={{model_type:phi,vocab_size:300,max_position_embeddings:32,tie_word_embeddings:false,{SIZES}}}"
+TARGET = (
+    f"target={{model_type:phi,vocab_size:300,max_position_embeddings:32,tie_word_embeddings:false,{SIZES}}}"
+)
 CLOCKS = ("seconds", "tokens_per_second")  # the only numbers that two equal runs may tell differently
 
 
@@ -33,12 +35,37 @@ def toy_overrides(folder: Path) -> list[str]:
     """A run of 6 steps of 8 windows of 16 tokens on a text of some sentences."""
     draw = random.Random(0)
     for i in range(40):
-        words = (draw.choice(["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "dogs"]) for _ in range(120))
+        words = (
+            draw.choice(["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "dogs"])
+            for _ in range(120)
+        )
         (folder / f"{i}.txt").write_text(" ".join(words))
-    data = ["data=files", f"data.path={folder}", f"data.folder={folder}-tokens", "data.vocab_size=280", "data.validation_fraction=0.3"]
-    sizes = ["context=16", "batch_tokens=128", "budget_tokens=768", "eval_tokens=320", "eval_every_tokens=256", "log_every_tokens=256"]
+    data = [
+        "data=files",
+        f"data.path={folder}",
+        f"data.folder={folder}-tokens",
+        "data.vocab_size=280",
+        "data.validation_fraction=0.3",
+    ]
+    sizes = [
+        "context=16",
+        "batch_tokens=128",
+        "budget_tokens=768",
+        "eval_tokens=320",
+        "eval_every_tokens=256",
+        "log_every_tokens=256",
+    ]
     train = [f"train.{size}" for size in [*sizes, "save_every_tokens=384", "gradient_clip=0.5"]]
-    return [*data, *train, "growth=scratch", TARGET, "logger=none", "progress=false", "study=t", "schedule.warmup_fraction=0.2"]
+    return [
+        *data,
+        *train,
+        "growth=scratch",
+        TARGET,
+        "logger=none",
+        "progress=false",
+        "study=t",
+        "schedule.warmup_fraction=0.2",
+    ]
 
 
 def without_target(overrides: Sequence[str]) -> list[str]:
@@ -77,17 +104,21 @@ def assert_close_run(folder: Path, other: Path) -> None:
     for ours, theirs in zip(timeless(folder), timeless(other), strict=True):
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
-            assert value == (pytest.approx(theirs[key], rel=2e-5) if isinstance(value, float) else theirs[key]), (ours["step"], key)
+            assert value == (
+                pytest.approx(theirs[key], rel=2e-5) if isinstance(value, float) else theirs[key]
+            ), (ours["step"], key)
 
 
-# ---- processes of their own -----------------------------------------------------------------------------------------------------------
+# ---- processes of their own --------------------------------------------------------------------------------
 
 # Each is a fork of one that has imported everything and started no thread, so that it is there at once.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["outgrow.train.loop", "transformers.models.phi.modeling_phi"])
 
 
-def begun(*runs: Settings, process: int = 0, processes: int = 1, port: int = 0, limit: int = resource.RLIM_INFINITY) -> BaseProcess:
+def begun(
+    *runs: Settings, process: int = 0, processes: int = 1, port: int = 0, limit: int = resource.RLIM_INFINITY
+) -> BaseProcess:
     """The runs, one after the other, in a process of their own; the first error is left in `<out>.error`.
 
     Args:
@@ -115,17 +146,24 @@ def wait_for(condition: Callable[[], bool], process: BaseProcess, seconds: float
 
 
 def ended(*runs: Settings, processes: int = 1) -> Path:
-    """The folder of the last run, all of them trained to their ends by so many processes, of one thread each: threads decide the bits."""
+    """The folder of the last run, all of them trained to their ends by so many processes, of one thread each:
+    threads decide the bits."""
     port = free_port()
     started = [begun(*runs, process=i, processes=processes, port=port) for i in range(processes)]
     end = time.monotonic() + 120
-    while any(one.is_alive() for one in started) and not any(one.exitcode for one in started) and time.monotonic() < end:
+    while (
+        any(one.is_alive() for one in started)
+        and not any(one.exitcode for one in started)
+        and time.monotonic() < end
+    ):
         time.sleep(0.01)
     codes = [one.exitcode for one in started]
     for one in started:
         one.kill()  # where one has failed, the others wait for it
         one.join()
-    assert codes == [0] * processes, [path.read_text() for run in runs if (path := Path(f"{run.out}.error")).exists()]
+    assert codes == [0] * processes, [
+        path.read_text() for run in runs if (path := Path(f"{run.out}.error")).exists()
+    ]
     return Path(runs[-1].out)
 
 
@@ -136,8 +174,16 @@ def _train(runs: Sequence[Settings], process: int, processes: int, port: int, li
     os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     torch.set_num_threads(1)
     if processes > 1:
-        ranks = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-        os.environ |= {key: str(value) for key, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ranks = {
+            "RANK": process,
+            "LOCAL_RANK": process,
+            "WORLD_SIZE": processes,
+            "LOCAL_WORLD_SIZE": processes,
+        }
+        os.environ |= {key: str(value) for key, value in ranks.items()} | {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
     for settings in runs:
         try:
             loop.train(settings)

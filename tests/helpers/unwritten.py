@@ -11,9 +11,27 @@ STRANGERS: dict[str, dict[str, Any]] = {
     "mpt": {"d_model": 16, "n_heads": 2, "n_layers": 3, "max_seq_len": 32},
     "falcon": {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3},
     "bloom": {"hidden_size": 16, "n_head": 2, "n_layer": 3},
-    "starcoder2": {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 3, "intermediate_size": 24},
-    "stablelm": {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 3, "intermediate_size": 24},
-    "cohere": {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 3, "intermediate_size": 24},
+    "starcoder2": {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 3,
+        "intermediate_size": 24,
+    },
+    "stablelm": {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 3,
+        "intermediate_size": 24,
+    },
+    "cohere": {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 3,
+        "intermediate_size": 24,
+    },
 }
 EXPERTS: dict[str, dict[str, Any]] = {
     "gpt_oss": {

@@ -1,4 +1,5 @@
-"""Reading checkpoints: where they are looked for, and that their numbers are read as the safetensors library reads them."""
+"""Reading checkpoints: where they are looked for, and that their numbers are read as the safetensors library
+reads them."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def test_a_missing_source_is_told_with_what_it_may_be(tmp_path: Path, source: st
 
 
 def test_a_hub_name_without_network_is_told() -> None:
-    with pytest.raises(UserError, match=r"'someone/some-model'.*hub did not give it.*hf download someone/some-model"):
+    with pytest.raises(
+        UserError, match=r"'someone/some-model'.*hub did not give it.*hf download someone/some-model"
+    ):
         locate("someone/some-model")
 
 
@@ -72,7 +75,9 @@ def test_a_file_that_shrinks_while_it_is_read_is_told(phi_folder: Path, tmp_path
 
 
 @pytest.mark.parametrize("name", ["config.json", SINGLE])
-def test_a_file_of_somebody_elses_is_told(phi_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_file_of_somebody_elses_is_told(
+    phi_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """As on a shared machine; the tests themselves may run as a user who may read everything."""
     opened = Path.open
 
@@ -87,7 +92,9 @@ def test_a_file_of_somebody_elses_is_told(phi_folder: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("call", ["open", "preadv"])
-def test_a_disk_that_does_not_give_the_weights_is_told(phi_folder: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_a_disk_that_does_not_give_the_weights_is_told(
+    phi_folder: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
     def failing(*_: Any) -> int:
         raise OSError(errno.EIO, "Input/output error")
 

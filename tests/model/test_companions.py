@@ -1,4 +1,5 @@
-"""What goes with a model beside its weights, in a folder and in a repository to download; which weights are taken where there are two."""
+"""What goes with a model beside its weights, in a folder and in a repository to download; which weights are
+taken where there are two."""
 
 from __future__ import annotations
 
@@ -41,28 +42,38 @@ def test_weights_code_and_records_stay_behind(name: str) -> None:
     assert not is_companion(name)
 
 
-def test_a_grown_folder_has_every_companion_and_says_what_it_has_not(phi_folder: Path, tmp_path: Path) -> None:
+def test_a_grown_folder_has_every_companion_and_says_what_it_has_not(
+    phi_folder: Path, tmp_path: Path
+) -> None:
     source = Path(shutil.copytree(phi_folder, tmp_path / "source"))
     for name in ({*GOES, *STAYS} - {path.name for path in source.iterdir()}) - {INDEX}:
         (source / name).parent.mkdir(exist_ok=True)
-        (source / name).write_text('{"auto_map": {"AutoX": "own.X"}, "a": 1}' if name.endswith("config.json") else "{}")
+        (source / name).write_text(
+            '{"auto_map": {"AutoX": "own.X"}, "a": 1}' if name.endswith("config.json") else "{}"
+        )
     config = json.loads((source / "config.json").read_text()) | {"auto_map": {"AutoConfig": "own.Config"}}
     (source / "config.json").write_text(json.dumps(config))
     grown = grow(source, tmp_path / "out", target={"hidden_size": 30}, receipt=False)
     names = {path.relative_to(grown.folder).as_posix() for path in grown.folder.rglob("*") if path.is_file()}
     assert names == {*GOES, "config.json", "growth.json", "README.md", SINGLE}
-    assert all("auto_map" not in (grown.folder / name).read_text() for name in names if name.endswith("config.json"))
+    assert all(
+        "auto_map" not in (grown.folder / name).read_text() for name in names if name.endswith("config.json")
+    )
     notes = "\n".join(grown.notes)
     assert "left behind: modeling_own.py; code of a checkpoint is never run" in notes
     assert "auto_map is dropped" in notes
     assert json.loads((grown.folder / "growth.json").read_text())["source"]["notes"] == list(grown.notes)
 
 
-def test_of_a_single_file_and_an_index_the_librarys_choice_is_taken_and_told(phi_folder: Path, tmp_path: Path) -> None:
+def test_of_a_single_file_and_an_index_the_librarys_choice_is_taken_and_told(
+    phi_folder: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(phi_folder, tmp_path / "source"))
     other = {name: tensor + 1 for name, tensor in load_file(folder / SINGLE).items()}
     save_file(other, folder / "model-00001-of-00001.safetensors", {"format": "pt"})
-    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(other, "model-00001-of-00001.safetensors")}))
+    (folder / INDEX).write_text(
+        json.dumps({"weight_map": dict.fromkeys(other, "model-00001-of-00001.safetensors")})
+    )
     with Checkpoint(folder) as checkpoint:
         assert {stored.file.name for stored in checkpoint.tensors.values()} == {SINGLE}
         assert "model.safetensors.index.json is passed over" in checkpoint.notes[0]
@@ -71,13 +82,21 @@ def test_of_a_single_file_and_an_index_the_librarys_choice_is_taken_and_told(phi
 
 
 @pytest.mark.parametrize("single", [True, False])
-def test_a_download_takes_one_format_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single: bool) -> None:
+def test_a_download_takes_one_format_of_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single: bool
+) -> None:
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict(zip("ab", shards, strict=True))}))
     weights = [SINGLE] if single else [INDEX, *shards]
     asked: list[Any] = []
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: [*GOES, *STAYS, *CARD, *shards, *weights])
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: [*GOES, *STAYS, *CARD, *shards, *weights]
+    )
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(tmp_path / INDEX))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **how: asked.extend(how["allow_patterns"]) or tmp_path)
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda *_, **how: asked.extend(how["allow_patterns"]) or tmp_path,
+    )
     assert locate("someone/some-model") == tmp_path
     assert set(asked) == {*GOES, *CARD, *weights, "config.json"}

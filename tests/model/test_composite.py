@@ -13,8 +13,18 @@ NESTED: dict[str, Any] = {
     "image_token_index": 9,
     "tie_word_embeddings": True,
     "audio_config": None,
-    "text_config": {"model_type": "gemma3_text", "hidden_size": 8, "tie_word_embeddings": False, "rope_parameters": {"full": {"x": 2}}},
-    "vision_config": {"model_type": "siglip", "hidden_size": 6, "rope.scale": 1, "deeper_config": {"depth": 1}},
+    "text_config": {
+        "model_type": "gemma3_text",
+        "hidden_size": 8,
+        "tie_word_embeddings": False,
+        "rope_parameters": {"full": {"x": 2}},
+    },
+    "vision_config": {
+        "model_type": "siglip",
+        "hidden_size": 6,
+        "rope.scale": 1,
+        "deeper_config": {"depth": 1},
+    },
 }
 FLAT = {
     "model_type": "gemma3",
@@ -42,7 +52,12 @@ def test_the_flat_view_of_a_composite_config_and_the_way_back() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        {"model_type": "llama", "hidden_size": 8, "rope_parameters": {"factor": 2}, "quantization_config": {"bits": 4}},
+        {
+            "model_type": "llama",
+            "hidden_size": 8,
+            "rope_parameters": {"factor": 2},
+            "quantization_config": {"bits": 4},
+        },
         {"model_type": "mine", "text_config": None},
         {},
     ],
@@ -54,7 +69,8 @@ def test_any_other_config_is_its_own_flat_view(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        {"model_type": "mine", "text_config": {"hidden_size": 8}},  # as some files leave the text model's type out
+        # as some files leave the text model's type out
+        {"model_type": "mine", "text_config": {"hidden_size": 8}},
         {"model_type": "mine", "text_config": {"a.b": 1, "model_type": "own"}, "c.d": 2, "empty_config": {}},
     ],
 )

@@ -20,7 +20,11 @@ INTERLEAVED = {"gpt_neox"}
 def roles(family: Family, config: Config) -> dict[str, tuple[str, str, float]]:
     """Tensor → what it is and over which axes; one query per key-value head has no group to speak of."""
     return {
-        tensor.name: (tensor.line.kind, " x ".join(map(str, tensor.axes)).replace("(group qk)", "qk"), tensor.line.offset)
+        tensor.name: (
+            tensor.line.kind,
+            " x ".join(map(str, tensor.axes)).replace("(group qk)", "qk"),
+            tensor.line.offset,
+        )
         for tensor in family.tensors(config)
         if not tensor.tied
     }
@@ -30,7 +34,11 @@ def roles(family: Family, config: Config) -> dict[str, tuple[str, str, float]]:
 def test_a_derived_schema_is_the_one_written_by_hand(name: str) -> None:
     config = whole_config(config_of(name) | ({"intermediate_size": None} if name == "opt" else {}))
     by_hand = family_of(config)
-    draft = next(draft for draft in variants(derive(config)) if (draft.choices.fused == "heads") == (name in INTERLEAVED))
+    draft = next(
+        draft
+        for draft in variants(derive(config))
+        if (draft.choices.fused == "heads") == (name in INTERLEAVED)
+    )
     derived = drafted_family(draft, config, shapes(config))
     assert roles(derived, config) == roles(by_hand, config)
     assert [str(line) for line in derived.lines] == derived.schema.splitlines()
@@ -72,8 +80,16 @@ def test_choices_are_tried_in_their_written_order() -> None:
 
 
 def test_experts_and_what_stands_behind_fused_tensors() -> None:
-    small = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24, "vocab_size": 61}
-    config = whole_config({"model_type": "mixtral", **small, "num_key_value_heads": 2, "num_local_experts": 5})
+    small = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "intermediate_size": 24,
+        "vocab_size": 61,
+    }
+    config = whole_config(
+        {"model_type": "mixtral", **small, "num_key_value_heads": 2, "num_local_experts": 5}
+    )
     schema = drafted_family(derive(config), config, shapes(config)).schema.splitlines()
     assert sorted(line for line in schema if "moe" in line) == [
         "model.layers.*.block_sparse_moe.experts.{0..4}.w1  ffn <- residual",
@@ -97,8 +113,12 @@ def test_a_tiny_twin_keeps_a_layer_of_each_kind() -> None:
 
 
 def test_a_tiny_twin_is_as_deep_as_the_rhythm_of_its_layers() -> None:
-    assert kept_layers({"attn_layer_period": 5, "attn_layer_offset": 4, "expert_layer_period": 2}, 32) == tuple(range(5))
-    assert kept_layers({"full_attention_interval": 4, "layer_types": ["linear", "linear", "linear", "full"] * 2}, 8) == (0, 1, 3)
+    assert kept_layers(
+        {"attn_layer_period": 5, "attn_layer_offset": 4, "expert_layer_period": 2}, 32
+    ) == tuple(range(5))
+    assert kept_layers(
+        {"full_attention_interval": 4, "layer_types": ["linear", "linear", "linear", "full"] * 2}, 8
+    ) == (0, 1, 3)
 
 
 @pytest.mark.slow
@@ -109,7 +129,8 @@ def test_a_tiny_twin_is_as_deep_as_the_rhythm_of_its_layers() -> None:
         ({"model_type": "bert", "hidden_size": "wide"}, "refuses this config"),
         ({"model_type": "blt"}, "its config has no hidden size"),
         ({"model_type": "inkling2_text"}, "does not run on token ids alone in float64"),
-        ({"model_type": "dots1"}, r"does not build from this config \(TypeError: empty\(\)"),  # it wants numbers of experts
+        # it wants numbers of experts
+        ({"model_type": "dots1"}, r"does not build from this config \(TypeError: empty\(\)"),
     ],
 )
 def test_what_cannot_be_derived_is_told(config: dict[str, Any], message: str) -> None:

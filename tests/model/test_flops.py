@@ -1,4 +1,5 @@
-"""FLOPs of any class: against PyTorch's counter on real tensors, and against pairs of positions counted by hand."""
+"""FLOPs of any class: against PyTorch's counter on real tensors, and against pairs of positions counted by
+hand."""
 
 from __future__ import annotations
 
@@ -14,16 +15,29 @@ from outgrow.model.geometry import flops_per_token, flops_source, unpaid_flops_p
 from outgrow.model.twin import tiny_twin
 
 LENGTH = 32
-TYPES = ["bloom", "falcon", "gpt2", "llama", "mpt", "glm4_moe_lite", "mixtral", "hunyuan_v1_moe", "ernie4_5_moe", "mamba"]
+TYPES = [
+    "bloom",
+    "falcon",
+    "gpt2",
+    "llama",
+    "mpt",
+    "glm4_moe_lite",
+    "mixtral",
+    "hunyuan_v1_moe",
+    "ernie4_5_moe",
+    "mamba",
+]
 MORE = [
     "codegen", "gpt_neox", "gptj", "opt", "phi", "stablelm", "deepseek_v2", "deepseek_v3", "minicpm3", "qwen2_moe", "olmoe", "granitemoe",
     "glm4_moe", "dots1", "gpt_oss", "llama4", "gemma3", "gemma4_text", "rembert",
 ]  # fmt: skip
-SAID = {"dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2}}  # its class leaves them open
+# its class leaves them open
+SAID = {"dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2}}
 
 
 def dense(config: dict[str, Any]) -> int:
-    """Forward FLOPs of one sequence on real tensors: eager attention, over masked pairs too, and each expert on its tokens."""
+    """Forward FLOPs of one sequence on real tensors: eager attention, over masked pairs too, and each expert
+    on its tokens."""
     network = tiny_twin(config).build(attention="eager")
     if network._can_set_experts_implementation():
         network.set_experts_implementation("eager")
@@ -63,17 +77,30 @@ def pairs(context: int, window: int) -> int:
         ("phi3", {}, 4),
         ("gemma2", {"layer_types": ["sliding_attention", "full_attention"] * 2}, 2),
         ("gemma3_text", {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}, 3),
-        ("qwen2", {"use_sliding_window": True, "layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, 1),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "layer_types": ["full_attention"] * 3 + ["sliding_attention"]},
+            1,
+        ),
         ("qwen2", {"use_sliding_window": False}, 0),
         (
             "gpt_oss",
-            {**ROPE, "num_local_experts": 2, "num_experts_per_tok": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
+            {
+                **ROPE,
+                "num_local_experts": 2,
+                "num_experts_per_tok": 2,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
             2,
         ),
     ],
 )
-def test_sliding_windows_attend_as_counted_by_hand(kind: str, more: dict[str, Any], windowed: int, context: int) -> None:
-    config = to_hf_config({"model_type": kind, **SIZES, "sliding_window": 16, "pad_token_id": 0, **more}).to_dict()
+def test_sliding_windows_attend_as_counted_by_hand(
+    kind: str, more: dict[str, Any], windowed: int, context: int
+) -> None:
+    config = to_hf_config(
+        {"model_type": kind, **SIZES, "sliding_window": 16, "pad_token_id": 0, **more}
+    ).to_dict()
     found = counted(config, context)
     assert found is not None
     per_pair = 2 * 2 * (8 + 8)
@@ -85,7 +112,14 @@ def test_sliding_windows_attend_as_counted_by_hand(kind: str, more: dict[str, An
 def test_chunks_attend_within_themselves() -> None:
     layers = ["chunked_attention"] * 3 + ["full_attention"]
     experts = {"num_local_experts": 2, "intermediate_size_mlp": 24, "interleave_moe_layer_step": 2}
-    config = {"model_type": "llama4_text", **SIZES, "attention_chunk_size": 16, "layer_types": layers, **experts, "pad_token_id": 0}
+    config = {
+        "model_type": "llama4_text",
+        **SIZES,
+        "attention_chunk_size": 16,
+        "layer_types": layers,
+        **experts,
+        "pad_token_id": 0,
+    }
     found = counted(to_hf_config(config).to_dict(), 64)
     assert found is not None
     assert found.attention == pytest.approx(64 * (3 * 4 * pairs(16, 16) + pairs(64, 64)) / 64)
@@ -93,7 +127,9 @@ def test_chunks_attend_within_themselves() -> None:
 
 @pytest.mark.slow
 def test_a_long_window_is_told_between_its_samples() -> None:
-    config = to_hf_config({"model_type": "mistral", **SIZES, "max_position_embeddings": 1 << 17, "sliding_window": 4096}).to_dict()
+    config = to_hf_config(
+        {"model_type": "mistral", **SIZES, "max_position_embeddings": 1 << 17, "sliding_window": 4096}
+    ).to_dict()
     found = counted(config, 1 << 15)
     assert found is not None
     assert found.attention == pytest.approx(4 * 64 * pairs(1 << 15, 4096) / (1 << 15), rel=1e-4)
@@ -139,7 +175,13 @@ def test_where_nothing_is_traced_the_formula_stays_and_says_so() -> None:
 
 @pytest.mark.slow
 def test_what_is_frozen_saves_no_more_than_windows_cost() -> None:
-    gemma = {"model_type": "gemma2", **SIZES, "sliding_window": 16, "layer_types": ["sliding_attention"] * 4, "pad_token_id": 0}
+    gemma = {
+        "model_type": "gemma2",
+        **SIZES,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention"] * 4,
+        "pad_token_id": 0,
+    }
     config = to_hf_config(gemma).to_dict()
     names = {name for name, _ in meta_model(config).named_parameters()}
     frozen = {name for name in names if "layers.3" not in name}

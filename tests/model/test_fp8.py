@@ -1,4 +1,5 @@
-"""FP8 sources: blocks dequantised as they are read, held against PyTorch's formats and against what `transformers` loads."""
+"""FP8 sources: blocks dequantised as they are read, held against PyTorch's formats and against what
+`transformers` loads."""
 
 from __future__ import annotations
 
@@ -19,13 +20,28 @@ from outgrow.model.build import load_model
 from outgrow.model.checkpoint import SINGLE, Checkpoint
 from outgrow.model.fp8 import SCALE, Dequantised, dequantised, numbers
 
-SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-LLAMA = {"model_type": "llama", "num_key_value_heads": 2, "max_position_embeddings": 32, "tie_word_embeddings": False, **SIZES}
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+LLAMA = {
+    "model_type": "llama",
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "tie_word_embeddings": False,
+    **SIZES,
+}
 WIDER = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 3}
 
 
-def quantised(folder: Path, blocks: tuple[int, int] | None, scale: torch.dtype = torch.float32, **said: Any) -> Path:
-    """A checkpoint in bfloat16 whose layers' matrices are stored in 8 bits, with a factor for each block (or one for all)."""
+def quantised(
+    folder: Path, blocks: tuple[int, int] | None, scale: torch.dtype = torch.float32, **said: Any
+) -> Path:
+    """A checkpoint in bfloat16 whose layers' matrices are stored in 8 bits, with a factor for each block (or
+    one for all)."""
     make_checkpoint(folder, LLAMA, "bfloat16")
     tensors = load_file(folder / SINGLE)
     for name in [name for name, tensor in tensors.items() if ".layers." in name and tensor.ndim == 2]:
@@ -35,14 +51,25 @@ def quantised(folder: Path, blocks: tuple[int, int] | None, scale: torch.dtype =
         padded = torch.zeros(rows * height, columns * width)
         padded[: weight.shape[0], : weight.shape[1]] = weight
         tiles = padded.reshape(rows, height, columns, width)
-        factors = (tiles.abs().amax((1, 3)) / 448).log2().ceil().exp2() if scale != torch.float32 else tiles.abs().amax((1, 3)) / 448
-        small = (tiles / factors[:, None, :, None]).reshape(padded.shape)[: weight.shape[0], : weight.shape[1]]
+        factors = (
+            (tiles.abs().amax((1, 3)) / 448).log2().ceil().exp2()
+            if scale != torch.float32
+            else tiles.abs().amax((1, 3)) / 448
+        )
+        small = (tiles / factors[:, None, :, None]).reshape(padded.shape)[
+            : weight.shape[0], : weight.shape[1]
+        ]
         tensors[name] = small.contiguous().to(torch.float8_e4m3fn)
         stored = factors if scale != torch.uint8 else factors.log2().add(127)
         tensors[name + SCALE] = stored.to(scale) if blocks else stored.reshape(()).clone()
     save_file(tensors, folder / SINGLE, {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    entry = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": blocks and list(blocks), **said}
+    entry = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": blocks and list(blocks),
+        **said,
+    }
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": entry}))
     return folder
 
@@ -100,7 +127,9 @@ def test_blocks_that_the_sizes_are_no_multiple_of_and_rows_read_in_parts(tmp_pat
 def test_growth_dequantises_on_the_way_and_its_receipt_holds(tmp_path: Path) -> None:
     source = quantised(tmp_path / "source", (16, 16))
     load_model(source, dtype="bfloat16").save_pretrained(tmp_path / "plain")
-    grown, other = (grow(tmp_path / name, tmp_path / f"{name} grown", target=WIDER) for name in ("source", "plain"))
+    grown, other = (
+        grow(tmp_path / name, tmp_path / f"{name} grown", target=WIDER) for name in ("source", "plain")
+    )
     assert grown.certificate.lossless
     assert grown.receipt is not None
     assert (grown.receipt.exact_delta or 1) < 1e-5 * grown.receipt.max_logit
@@ -110,7 +139,9 @@ def test_growth_dequantises_on_the_way_and_its_receipt_holds(tmp_path: Path) -> 
     assert plan(source, WIDER).hash == grown.plan.hash
     assert measure(source, grown.folder).kl < 1e-3
     deeper = grow(source, tmp_path / "deeper", target={"num_hidden_layers": 3}, depth="stack")
-    assert load_file(deeper.folder / SINGLE)["model.layers.2.mlp.up_proj.weight"].dtype == torch.float8_e4m3fn, "byte for byte"
+    assert (
+        load_file(deeper.folder / SINGLE)["model.layers.2.mlp.up_proj.weight"].dtype == torch.float8_e4m3fn
+    ), "byte for byte"
 
 
 @pytest.mark.parametrize(
@@ -120,7 +151,10 @@ def test_growth_dequantises_on_the_way_and_its_receipt_holds(tmp_path: Path) -> 
         ({"weight_block_size": [16, 0]}, "weight_block_size must be two positive whole numbers; found"),
         ({"weight_block_size": [64, 16]}, r"_scale_inv has shape \(.*\) where \(.*\) is expected"),
         ({"quant_method": "mxfp4"}, r"quantised \(mxfp4; F8_E4M3\).*Mxfp4Config\(dequantize=True\)"),
-        ({"quant_method": "gptq"}, "give the checkpoint that it was made from, since no library makes plain weights"),
+        (
+            {"quant_method": "gptq"},
+            "give the checkpoint that it was made from, since no library makes plain weights",
+        ),
     ],
     ids=str,
 )

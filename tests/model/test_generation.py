@@ -14,14 +14,42 @@ from outgrow.model.build import load_model
 from outgrow.model.generation import FILE, generation_config, mended
 
 ENTRIES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    ({"do_sample": True, "temperature": 0.6, "eos_token_id": [1, 2]}, {"do_sample": True, "temperature": 0.6, "eos_token_id": [1, 2]}, ""),
-    ({"temperature": 0.6, "top_p": 0.9}, {"do_sample": True, "temperature": 0.6, "top_p": 0.9}, "do_sample: true is added"),
-    ({"do_sample": False, "temperature": 0.6}, {"do_sample": False, "temperature": None}, "temperature: 0.6 left out"),
-    ({"temperature": 0.6, "pad_token_id": -1}, {"do_sample": True, "temperature": 0.6, "pad_token_id": None}, "pad_token_id: -1 left out"),
-    ({"length_penalty": 2.0, "eos_token_id": 3}, {"length_penalty": None, "eos_token_id": 3}, "length_penalty: 2.0 left out"),
+    (
+        {"do_sample": True, "temperature": 0.6, "eos_token_id": [1, 2]},
+        {"do_sample": True, "temperature": 0.6, "eos_token_id": [1, 2]},
+        "",
+    ),
+    (
+        {"temperature": 0.6, "top_p": 0.9},
+        {"do_sample": True, "temperature": 0.6, "top_p": 0.9},
+        "do_sample: true is added",
+    ),
+    (
+        {"do_sample": False, "temperature": 0.6},
+        {"do_sample": False, "temperature": None},
+        "temperature: 0.6 left out",
+    ),
+    (
+        {"temperature": 0.6, "pad_token_id": -1},
+        {"do_sample": True, "temperature": 0.6, "pad_token_id": None},
+        "pad_token_id: -1 left out",
+    ),
+    (
+        {"length_penalty": 2.0, "eos_token_id": 3},
+        {"length_penalty": None, "eos_token_id": 3},
+        "length_penalty: 2.0 left out",
+    ),
     ({"num_return_sequences": 3, "num_beams": 4}, {"num_return_sequences": 3, "num_beams": 4}, ""),
-    ({"max_new_tokens": 0, "top_k": 5, "do_sample": True}, {"max_new_tokens": None, "top_k": 5}, "max_new_tokens: 0 left out"),
-    ({"cache_implementation": "unheard of"}, {"cache_implementation": None}, "cache_implementation: 'unheard of' left out"),
+    (
+        {"max_new_tokens": 0, "top_k": 5, "do_sample": True},
+        {"max_new_tokens": None, "top_k": 5},
+        "max_new_tokens: 0 left out",
+    ),
+    (
+        {"cache_implementation": "unheard of"},
+        {"cache_implementation": None},
+        "cache_implementation: 'unheard of' left out",
+    ),
     ({"early_stopping": "perhaps"}, {"early_stopping": None}, "early_stopping: 'perhaps' left out"),
 ]
 

@@ -1,4 +1,5 @@
-"""GGUF sources: unpacked by the library into plain weights, kept in a cache, grown like any other; what cannot be read is told."""
+"""GGUF sources: unpacked by the library into plain weights, kept in a cache, grown like any other; what
+cannot be read is told."""
 
 from __future__ import annotations
 
@@ -29,7 +30,11 @@ NAMES = {
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }  # fmt: skip
-OUTSIDE = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
+OUTSIDE = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
 WORDS = [*map(chr, range(33, 126)), "ab", "<s>", "</s>"]
 
 
@@ -98,7 +103,9 @@ def test_a_gguf_is_unpacked_to_the_values_of_its_blocks(file: Path, weights: dic
     assert held.keys() == weights.keys()
     for name, tensor in weights.items():
         blocks = gguf.quants.quantize(tensor, gguf.GGMLQuantizationType.Q8_0) if tensor.ndim == 2 else tensor
-        values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0) if tensor.ndim == 2 else blocks
+        values = (
+            gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0) if tensor.ndim == 2 else blocks
+        )
         assert torch.equal(held[name], torch.from_numpy(values)), name
         assert held[name].dtype == torch.float32
     config = json.loads((folder / "config.json").read_text())
@@ -110,14 +117,19 @@ def test_a_gguf_is_unpacked_to_the_values_of_its_blocks(file: Path, weights: dic
 @pytest.mark.slow
 def test_it_grows_from_its_path_and_from_its_folder(file: Path, tmp_path: Path) -> None:
     target = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 3}
-    one, other = (grow(source, tmp_path / f"out{number}", target=target) for number, source in enumerate((file, file.parent)))
+    one, other = (
+        grow(source, tmp_path / f"out{number}", target=target)
+        for number, source in enumerate((file, file.parent))
+    )
     assert one.certificate.lossless
     assert one.receipt is not None
     assert one.receipt.max_delta < 1e-5 * one.receipt.max_logit
     assert (one.folder / SINGLE).read_bytes() == (other.folder / SINGLE).read_bytes()
 
 
-def test_it_is_unpacked_once_and_again_when_it_changes(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_unpacked_once_and_again_when_it_changes(
+    file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def once(*_: Any) -> None:
         raise AssertionError("unpacked twice")
 
@@ -139,15 +151,22 @@ def test_what_is_no_gguf_or_of_an_unknown_architecture_is_one_error(
     with pytest.raises(UserError, match=r"text\.gguf: is no GGUF file \(it begins with b'no m'"):
         locate(tmp_path / "text.gguf")
     strange = write_gguf(tmp_path / "strange.gguf", weights, "nonsuch")
-    with pytest.raises(UserError, match=r"strange\.gguf: transformers cannot read this GGUF file \(.*nonsuch.*\); give the checkpoint"):
+    with pytest.raises(
+        UserError,
+        match=r"strange\.gguf: transformers cannot read this GGUF file \(.*nonsuch.*\); give the checkpoint",
+    ):
         locate(strange)
     (tmp_path / "cut.gguf").write_bytes(strange.read_bytes()[:500])
     with pytest.raises(UserError, match=r"cut\.gguf: transformers cannot read this GGUF file"):
         locate(tmp_path / "cut.gguf")
-    with pytest.raises(UserError, match=r"holds 3 GGUF files \(cut\.gguf, strange\.gguf, text\.gguf\); give one of them"):
+    with pytest.raises(
+        UserError, match=r"holds 3 GGUF files \(cut\.gguf, strange\.gguf, text\.gguf\); give one of them"
+    ):
         locate(tmp_path)
     monkeypatch.setattr(outgrow.model.gguf, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs the package gguf; install the extra: pip install -e '\.\[gguf\]'"):
+    with pytest.raises(
+        UserError, match=r"needs the package gguf; install the extra: pip install -e '\.\[gguf\]'"
+    ):
         locate(strange)
 
 

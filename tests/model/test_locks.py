@@ -1,4 +1,5 @@
-"""One lock for every room: the operating system's, and files with a heartbeat where a file system has none."""
+"""One lock for every room: the operating system's, and files with a heartbeat where a file system has
+none."""
 
 from __future__ import annotations
 
@@ -87,18 +88,24 @@ print(held)
 @pytest.mark.slow
 def test_of_many_that_want_it_at_once_never_two_have_it(tmp_path: Path) -> None:
     command = [sys.executable, "-c", RACING, str(tmp_path / "file")]
-    racing = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    racing = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)
+    ]
     said = [process.communicate(timeout=100) for process in racing]
     assert [process.returncode for process in racing] == [0] * 4, said
     assert sum(int(out) for out, _ in said) >= 10
 
 
-HOLDING = "\n".join([*RACING.splitlines()[:6], "Lock(Path(sys.argv[1])).take(); print('held', flush=True); time.sleep(60)"])
+HOLDING = "\n".join(
+    [*RACING.splitlines()[:6], "Lock(Path(sys.argv[1])).take(); print('held', flush=True); time.sleep(60)"]
+)
 
 
 def test_a_kill_frees_it_on_its_own_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", lacking(errno.ENOSYS))
-    holder = subprocess.Popen([sys.executable, "-c", HOLDING, str(tmp_path / "file")], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(tmp_path / "file")], stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     with Lock(tmp_path / "file") as lock:
@@ -132,13 +139,18 @@ def test_a_claim_is_touched_while_it_is_held(tmp_path: Path, monkeypatch: pytest
         assert claim.stat().st_mtime > time.time() - 10
 
 
-def test_it_is_said_once_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_said_once_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(fcntl, "flock", lacking(errno.EOPNOTSUPP))
     for name in ("one", "two"):
         with Lock(tmp_path / name) as lock:
             assert lock.take()
     said = capsys.readouterr().err
-    assert said == f"{tmp_path}: no file locks here (Operation not supported); files with a heartbeat stand in for them\n"
+    assert said == (
+        f"{tmp_path}: no file locks here (Operation not supported); files with a heartbeat stand in "
+        "for them\n"
+    )
 
 
 def test_every_room_works_where_there_are_no_locks(
@@ -156,7 +168,11 @@ def test_every_room_works_where_there_are_no_locks(
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     with folder.locked(tmp_path / "run", True):
         assert len(list(tmp_path.glob(".run.lock-*"))) == 1
-        with pytest.raises(UserError, match="another process is training this run"), folder.locked(tmp_path / "run", True):
+        with (
+            pytest.raises(UserError, match="another process is training this run"),
+            folder.locked(tmp_path / "run", True),
+        ):
             pass
     assert {path.name for path in tmp_path.iterdir()} == {"one", "out", "run"}
-    assert capsys.readouterr().err.count("no file locks here") == 2  # of this folder, and of the one that workers fill
+    # of this folder, and of the one that workers fill
+    assert capsys.readouterr().err.count("no file locks here") == 2

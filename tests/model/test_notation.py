@@ -56,28 +56,44 @@ def test_axes_parse_into_a_tree() -> None:
 def test_the_arrow_gives_direction_and_storage_order() -> None:
     stored_out_in = parse_line("mlp.fc1  ffn <- residual + bias")
     stored_in_out = parse_line("mlp.c_fc  residual -> ffn")
-    assert (stored_out_in.out, stored_out_in.into) == (stored_in_out.out, stored_in_out.into) == (Space("ffn"), Space("residual"))
+    assert (
+        (stored_out_in.out, stored_out_in.into)
+        == (stored_in_out.out, stored_in_out.into)
+        == (Space("ffn"), Space("residual"))
+    )
     assert (stored_out_in.transposed, stored_in_out.transposed) == (False, True)
     assert (stored_out_in.bias, stored_in_out.bias) == (True, False)
 
 
 def test_marks_of_a_line() -> None:
-    line = parse_line("lm_head  vocab <- residual + bias tied to wte.weight if tie_word_embeddings unless headless")
-    assert (line.bias, line.tied_to, line.tied_if, line.condition) == (True, "wte.weight", "tie_word_embeddings", "!headless")
+    line = parse_line(
+        "lm_head  vocab <- residual + bias tied to wte.weight if tie_word_embeddings unless headless"
+    )
+    assert (line.bias, line.tied_to, line.tied_if, line.condition) == (
+        True,
+        "wte.weight",
+        "tie_word_embeddings",
+        "!headless",
+    )
     assert parse_line("ln_f  final norm+1 residual").kind == "final norm"
     assert parse_line("ln_f  final norm+1 residual").offset == 1.0
     assert parse_line("embed  vocab -> residual scaled").scaled
     assert parse_line("embed  vocab -> residual").kind == "embedding"
 
 
-@pytest.mark.parametrize("text", ["fc1 ffn residual", "fc1 ffn <- (residual", "fc1 ffn <- [residual ffn]", "fc1 ffn <- ()x)", "fc1"])
+@pytest.mark.parametrize(
+    "text",
+    ["fc1 ffn residual", "fc1 ffn <- (residual", "fc1 ffn <- [residual ffn]", "fc1 ffn <- ()x)", "fc1"],
+)
 def test_what_is_no_line_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"schema line|axis|closed|expected"):
         parse_line(text)
 
 
 def test_a_schema_skips_comments_and_blank_lines() -> None:
-    assert [line.name for line in parse_schema("# a comment\n\n a ffn <- residual # why\n b residual <- ffn\n")] == ["a", "b"]
+    assert [
+        line.name for line in parse_schema("# a comment\n\n a ffn <- residual # why\n b residual <- ffn\n")
+    ] == ["a", "b"]
 
 
 def test_numbers_whole_tensors_repeated_names_and_kept_layers() -> None:
@@ -86,10 +102,17 @@ def test_numbers_whole_tensors_repeated_names_and_kept_layers() -> None:
     assert line.only == (0, 3)
     assert size(line.axes[1], {"ffn": 5}) == 10
     whole = parse_line("experts.down_proj  tensor 4, ffn*, residual")
-    assert (whole.kind, whole.into, [str(axis) for axis in whole.axes]) == ("tensor", None, ["4", "ffn*", "residual"])
+    assert (whole.kind, whole.into, [str(axis) for axis in whole.axes]) == (
+        "tensor",
+        None,
+        ["4", "ffn*", "residual"],
+    )
     assert parse_line("gate  tensor scalar").axes == ()
 
 
 def test_a_matrix_may_be_multiplied_by_a_power_of_the_hidden_size() -> None:
-    powers = [parse_line(f"a.router  4 <- residual{text}").scaled for text in ("", " scaled", " scaled^-1", " scaled^-0.5")]
+    powers = [
+        parse_line(f"a.router  4 <- residual{text}").scaled
+        for text in ("", " scaled", " scaled^-1", " scaled^-0.5")
+    ]
     assert powers == [0.0, 0.5, -1.0, -0.5]

@@ -27,7 +27,8 @@ def seen(name: str, **changes: Any) -> Survey:
     [
         ("llama", {}, True),
         ("gpt2", {}, True),
-        ("roberta", {"is_decoder": True}, False),  # a dense layer and a norm stand before its decoder's matrix
+        # a dense layer and a norm stand before its decoder's matrix
+        ("roberta", {"is_decoder": True}, False),
         ("modernbert-decoder", {}, False),
         ("gemma2", {}, False),
         ("falcon_h1", {}, True),
@@ -38,7 +39,9 @@ def seen(name: str, **changes: Any) -> Survey:
         ("cohere", {}, False),
     ],
 )
-def test_whether_the_head_over_the_base_model_gives_the_logits(name: str, changes: dict[str, Any], same: bool) -> None:
+def test_whether_the_head_over_the_base_model_gives_the_logits(
+    name: str, changes: dict[str, Any], same: bool
+) -> None:
     found = seen(name, **changes)
     assert found.same(found.head) is same
     assert found.head.value is not None
@@ -47,7 +50,10 @@ def test_whether_the_head_over_the_base_model_gives_the_logits(name: str, change
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("llama4_text", "its class has no base model and output head under the names that the library gives them"),
+        (
+            "llama4_text",
+            "its class has no base model and output head under the names that the library gives them",
+        ),
         ("rembert", "its head reads 40 entries, and its base model gives 64"),
     ],
 )
@@ -59,7 +65,8 @@ def test_a_head_that_does_not_read_what_a_base_model_gives_is_not_measured(name:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "changes", "causal"), [("llama", {}, True), ("mamba", {}, True), ("bert", {}, False), ("bert", {"is_decoder": True}, True)]
+    ("name", "changes", "causal"),
+    [("llama", {}, True), ("mamba", {}, True), ("bert", {}, False), ("bert", {"is_decoder": True}, True)],
 )
 def test_whether_logits_move_with_later_tokens(name: str, changes: dict[str, Any], causal: bool) -> None:
     found = seen(name, **changes)
@@ -67,19 +74,35 @@ def test_whether_logits_move_with_later_tokens(name: str, changes: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("name", "switch"), [("bert", {"is_decoder": True}), ("xlm", {"causal": True}), ("xlnet", {"attn_type": "uni"}), ("cpmant", {})]
+    ("name", "switch"),
+    [
+        ("bert", {"is_decoder": True}),
+        ("xlm", {"causal": True}),
+        ("xlnet", {"attn_type": "uni"}),
+        ("cpmant", {}),
+    ],
 )
 def test_the_switch_that_makes_a_class_causal(name: str, switch: dict[str, Any]) -> None:
     assert not (found := seen(name)).same(found.future)
     assert causal_switch(config_of(name), attention="eager") == switch
-    assert causal_switch({"model_type": name}, attention="eager") == switch  # as a config.json has it, without the class's defaults
+    # as a config.json has it, without the class's defaults
+    assert causal_switch({"model_type": name}, attention="eager") == switch
 
 
 @pytest.mark.parametrize(
-    ("name", "apart"), [("llama", True), ("qwen3_moe", True), ("gemma2", True), ("gpt_oss", False), ("falcon", False), ("mamba", False)]
+    ("name", "apart"),
+    [
+        ("llama", True),
+        ("qwen3_moe", True),
+        ("gemma2", True),
+        ("gpt_oss", False),
+        ("falcon", False),
+        ("mamba", False),
+    ],
 )
 def test_whether_documents_are_kept_apart(name: str, apart: bool) -> None:
-    """By positions that restart; where these do not, by masks that are handed over, unless a state carries on."""
+    """By positions that restart; where these do not, by masks that are handed over, unless a state carries
+    on."""
     found = seen(name)
     assert found.same(found.leak) is apart
     assert found.leak.value is not None
@@ -95,7 +118,11 @@ def test_masks_that_forget_a_sliding_window_are_no_cure(monkeypatch: pytest.Monk
     def without_window(tokens: Any, end_of_text: int, attention: str, masked: Any = None) -> dict[str, Any]:
         found = whole(tokens, end_of_text, attention, masked)
         masks = found.get("attention_mask")
-        return found | ({"attention_mask": dict.fromkeys(masks, masks["full_attention"])} if isinstance(masks, dict) else {})
+        return found | (
+            {"attention_mask": dict.fromkeys(masks, masks["full_attention"])}
+            if isinstance(masks, dict)
+            else {}
+        )
 
     monkeypatch.setattr(surveys, "documents_apart", without_window)
     surveys._survey.cache_clear()
@@ -107,7 +134,9 @@ def test_masks_that_forget_a_sliding_window_are_no_cure(monkeypatch: pytest.Monk
 
 def test_a_mask_that_is_not_sent_is_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     """The question is asked under what the trainer sends, and would notice if it sent nothing."""
-    monkeypatch.setattr(surveys, "documents_apart", lambda tokens, end_of_text, attention, masked=None: {"input_ids": tokens})
+    monkeypatch.setattr(
+        surveys, "documents_apart", lambda tokens, end_of_text, attention, masked=None: {"input_ids": tokens}
+    )
     surveys._survey.cache_clear()
     try:
         found = seen("llama")
@@ -119,7 +148,8 @@ def test_a_mask_that_is_not_sent_is_a_leak(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "part"), [("llama", None), ("bart", "encoder_attn"), ("gemma3", "vision_tower"), ("afmoe", "expert_bias")]
+    ("name", "part"),
+    [("llama", None), ("bart", "encoder_attn"), ("gemma3", "vision_tower"), ("afmoe", "expert_bias")],
 )
 def test_the_parameters_that_text_does_not_reach(name: str, part: str | None) -> None:
     unreached = seen(name).unreached.value
@@ -127,7 +157,10 @@ def test_the_parameters_that_text_does_not_reach(name: str, part: str | None) ->
     assert any(part in parameter for parameter in unreached) if part else unreached == ()
 
 
-@pytest.mark.parametrize(("name", "attention", "runs"), [("llama", "sdpa", True), ("gemma2", "sdpa", False), ("gemma2", "eager", True)])
+@pytest.mark.parametrize(
+    ("name", "attention", "runs"),
+    [("llama", "sdpa", True), ("gemma2", "sdpa", False), ("gemma2", "eager", True)],
+)
 def test_which_attention_implementations_train(name: str, attention: str, runs: bool) -> None:
     answer = works(config_of(name), attention)
     assert answer.value is runs
@@ -138,7 +171,12 @@ def test_a_survey_says_under_what_it_was_made_is_remembered_and_draws_no_random_
     before = torch.random.get_rng_state()
     surveys._survey.cache_clear()
     found = survey(config_of("phi"), attention="sdpa", precision="bf16")
-    assert (found.device, found.precision, found.attention, found.versions[0]) == ("cpu", "bf16", "sdpa", torch.__version__)
+    assert (found.device, found.precision, found.attention, found.versions[0]) == (
+        "cpu",
+        "bf16",
+        "sdpa",
+        torch.__version__,
+    )
     assert found.same(found.future)
     assert found.same(found.leak)
     assert survey(config_of("phi", hidden_size=1024), attention="sdpa", precision="bf16") is found

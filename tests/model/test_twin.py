@@ -12,10 +12,24 @@ from outgrow.model.matrices import parameters_of
 from outgrow.model.twin import layerless, tiny_twin
 
 KINDS = {
-    "llama": {"model.layers.*.self_attn.q_proj.weight": "matrix", "model.norm.weight": "other", "lm_head.weight": "matrix"},
-    "gpt2": {"transformer.h.*.attn.c_attn.weight": "matrix", "transformer.wpe.weight": "embedding", "transformer.wte.weight": "embedding"},
-    "mixtral": {"model.layers.*.mlp.experts.down_proj": "matrices", "model.layers.*.mlp.gate.weight": "matrix"},
-    "gpt_oss": {"model.layers.*.mlp.experts.gate_up_proj": "matrices", "model.layers.*.mlp.experts.gate_up_proj_bias": "other"},
+    "llama": {
+        "model.layers.*.self_attn.q_proj.weight": "matrix",
+        "model.norm.weight": "other",
+        "lm_head.weight": "matrix",
+    },
+    "gpt2": {
+        "transformer.h.*.attn.c_attn.weight": "matrix",
+        "transformer.wpe.weight": "embedding",
+        "transformer.wte.weight": "embedding",
+    },
+    "mixtral": {
+        "model.layers.*.mlp.experts.down_proj": "matrices",
+        "model.layers.*.mlp.gate.weight": "matrix",
+    },
+    "gpt_oss": {
+        "model.layers.*.mlp.experts.gate_up_proj": "matrices",
+        "model.layers.*.mlp.experts.gate_up_proj_bias": "other",
+    },
     "mamba": {
         "backbone.layers.*.mixer.A_log": "other",
         "backbone.layers.*.mixer.conv1d.weight": "convolution",
@@ -53,7 +67,18 @@ def test_a_tower_that_text_does_not_reach_is_unused() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "helium", "deepseek_v3", "gemma4", "falcon_mamba", "zamba2", "dots3_note_text", "nemotron_h", "zamba"]
+    "name",
+    [
+        "llama",
+        "helium",
+        "deepseek_v3",
+        "gemma4",
+        "falcon_mamba",
+        "zamba2",
+        "dots3_note_text",
+        "nemotron_h",
+        "zamba",
+    ],
 )
 def test_a_twin_is_small_and_runs_as_the_library_builds_it(name: str) -> None:
     before = torch.random.get_rng_state()
@@ -66,12 +91,26 @@ def test_a_twin_is_small_and_runs_as_the_library_builds_it(name: str) -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-INDEXED = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 64, "indexer_compress_ratio": 4}
-IN_CHUNKS = {"is_decoder": True, "axial_pos_embds": False, "num_buckets": 4, "lsh_attn_chunk_length": 4, "local_attn_chunk_length": 4}
+INDEXED = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 256,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+}
+IN_CHUNKS = {
+    "is_decoder": True,
+    "axial_pos_embds": False,
+    "num_buckets": 4,
+    "lsh_attn_chunk_length": 4,
+    "local_attn_chunk_length": 4,
+}
 
 
 @pytest.mark.parametrize(("name", "said"), [("qwen4_exp_text", INDEXED), ("reformer", IN_CHUNKS)])
-def test_a_class_that_says_nothing_by_default_has_a_twin_of_what_a_checkpoint_says(name: str, said: dict[str, object]) -> None:
+def test_a_class_that_says_nothing_by_default_has_a_twin_of_what_a_checkpoint_says(
+    name: str, said: dict[str, object]
+) -> None:
     twin = tiny_twin(CONFIG_MAPPING[name](**said).to_dict())
     assert not twin.own
     with torch.no_grad():
@@ -106,5 +145,7 @@ def test_a_layer_number_is_left_out_of_a_name() -> None:
         ({"model_type": "phi", "vocab_size": 7}, "vocab_size", 7),
     ],
 )
-def test_a_size_that_a_config_leaves_out_is_the_classs_own(config: dict[str, object], name: str, size: int | None) -> None:
+def test_a_size_that_a_config_leaves_out_is_the_classs_own(
+    config: dict[str, object], name: str, size: int | None
+) -> None:
     assert known_size(config, name) == size

@@ -1,4 +1,5 @@
-"""A real model grown: SmolLM2-135M-Instruct, whose weights hide nothing that random ones do. `make test-real` runs it."""
+"""A real model grown: SmolLM2-135M-Instruct, whose weights hide nothing that random ones do. `make test-real`
+runs it."""
 
 from __future__ import annotations
 
@@ -68,7 +69,11 @@ def work(tmp_path: Path) -> Iterator[Path]:
 
 def bits(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a folder, over all its shards."""
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -76,7 +81,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     assert not [name for name, tensor in one.items() if not torch.equal(tensor, other[name])]
 
 
-# ---- what is kept ----------------------------------------------------------------------------------------------------------------------
+# ---- what is kept ------------------------------------------------------------------------------------------
 
 
 def test_the_model_that_was_unpacked_speaks(source: Path) -> None:
@@ -100,7 +105,9 @@ def test_a_lossless_growth_in_float32_says_the_same(case: Any, source: Path, hel
     assert row["said"] == "10 of 10"
 
 
-@pytest.mark.parametrize("case", [case for case in real.LOSSLESS if case.name in real.STORED_SHORT], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in real.LOSSLESS if case.name in real.STORED_SHORT], ids=lambda case: case.name
+)
 def test_in_bfloat16_it_costs_what_casting_costs(case: Any, short: Path, work: Path) -> None:
     held = real.meter(short)
     row, cast = real.measured(case, short, held, work), held.cast("bfloat16")
@@ -131,7 +138,11 @@ def test_the_derived_schema_gives_the_bits_of_the_written_one(source: Path) -> N
         assert derived.certificate.lossless
         steps = {step.name: step for step in derived.steps}
         assert {step.name for step in written.steps} == steps.keys()
-        some = [step for step in written.steps if ".layers." not in step.name or ".layers.3." in step.name or ".layers.30." in step.name]
+        some = [
+            step
+            for step in written.steps
+            if ".layers." not in step.name or ".layers.3." in step.name or ".layers.30." in step.name
+        ]
         for step in some:
             expected = Expander(written, step, reader).whole()
             assert (expected == Expander(derived, steps[step.name], reader).whole()).all(), step.name
@@ -147,7 +158,7 @@ def test_shards_in_and_out_hold_the_same_bits(source: Path, work: Path) -> None:
     assert load_model(work / "out").num_parameters() == plan(source, SMALL).target_parameters
 
 
-# ---- tokens ----------------------------------------------------------------------------------------------------------------------------
+# ---- tokens ------------------------------------------------------------------------------------------------
 
 
 def test_tokens_that_were_added_to_the_tokenizer_have_room(source: Path, held: Meter, work: Path) -> None:
@@ -171,7 +182,7 @@ def test_tokens_that_were_added_to_the_tokenizer_have_room(source: Path, held: M
     assert not torch.equal(rows[49152], rows[49153])
 
 
-# ---- training --------------------------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 
 def step(model: Any, optimizer: torch.optim.Optimizer, tokens: torch.Tensor) -> float:
@@ -191,7 +202,10 @@ def test_adams_state_grows_with_the_weights(source: Path, held: Meter, work: Pat
     adam = torch.optim.AdamW(model.parameters(), lr=0.0)
     larger = follow(made, model)
     step(model, adam, tokens)
-    grown, own = torch.optim.AdamW(larger.parameters(), lr=0.0), torch.optim.AdamW(larger.parameters(), lr=0.0)
+    grown, own = (
+        torch.optim.AdamW(larger.parameters(), lr=0.0),
+        torch.optim.AdamW(larger.parameters(), lr=0.0),
+    )
     grow_adam(adam, model, grown, larger, made)
     torch.save(adam.state_dict(), work / "optimizer.bin")
     del adam, model
@@ -199,7 +213,9 @@ def test_adams_state_grows_with_the_weights(source: Path, held: Meter, work: Pat
     for name, parameter in larger.named_parameters():
         ours, theirs = (optimizer.state[parameter]["exp_avg"] for optimizer in (grown, own))
         inherited = ours != 0
-        assert torch.allclose(ours[inherited], theirs[inherited], rtol=1e-2, atol=1e-3 * float(theirs.abs().max())), name
+        assert torch.allclose(
+            ours[inherited], theirs[inherited], rtol=1e-2, atol=1e-3 * float(theirs.abs().max())
+        ), name
     del own
     grow(source, work / "out", target=SMALL, noise=0.0, receipt=False, optimizer=work / "optimizer.bin")
     loaded = torch.optim.AdamW(larger.parameters(), lr=0.0)
@@ -220,13 +236,37 @@ def test_a_grown_model_trains_on_a_mix_of_documents(source: Path, work: Path) ->
             for start in range(0, 6000, 1000):
                 (work / name / f"{file.stem}{start}.txt").write_text(file.read_text()[start : start + 1000])
     sizes = ",".join(f"{key}:{size}" for key, size in SMALL.items())
-    small = ["context=96", "batch_tokens=192", "budget_tokens=768", "eval_tokens=192", "eval_every_tokens=384", "log_every_tokens=192"]
-    given = ["data=files", f"data.path={work / 'prose'}", f"data.folder={work / 'tokens'}", "data.validation_fraction=0.3"]
-    given += [f"source={source}", "growth=lossless", f"target={{{sizes}}}", "optimizer.learning_rate=1e-4", "logger=none", "progress=false"]
+    small = [
+        "context=96",
+        "batch_tokens=192",
+        "budget_tokens=768",
+        "eval_tokens=192",
+        "eval_every_tokens=384",
+        "log_every_tokens=192",
+    ]
+    given = [
+        "data=files",
+        f"data.path={work / 'prose'}",
+        f"data.folder={work / 'tokens'}",
+        "data.validation_fraction=0.3",
+    ]
+    given += [
+        f"source={source}",
+        "growth=lossless",
+        f"target={{{sizes}}}",
+        "optimizer.learning_rate=1e-4",
+        "logger=none",
+        "progress=false",
+    ]
     small += ["document_mask=true", "save_every_tokens=null"]
     settings = compose([*given, *(f"train.{entry}" for entry in small)])
-    code = dataclasses.replace(settings.data, name="code", path=str(work / "code"), folder=str(work / "code-tokens"))
-    sources = {"prose": SourceSettings(settings.data, max_passes=9), "code": SourceSettings(code, max_passes=9)}
+    code = dataclasses.replace(
+        settings.data, name="code", path=str(work / "code"), folder=str(work / "code-tokens")
+    )
+    sources = {
+        "prose": SourceSettings(settings.data, max_passes=9),
+        "code": SourceSettings(code, max_passes=9),
+    }
     mixture = MixtureSettings("mix", sources, (PhaseSettings(weights={"prose": 0.5, "code": 0.5}),))
     run = train(dataclasses.replace(settings, mixture=mixture, out=str(work / "run")))
     read = json.loads((run / "run.json").read_text())["data"]["tokens_read"]
@@ -238,13 +278,21 @@ def test_a_grown_model_trains_on_a_mix_of_documents(source: Path, work: Path) ->
     assert load_model(run / "final").config.hidden_size == SMALL["hidden_size"]
 
 
-# ---- killed ----------------------------------------------------------------------------------------------------------------------------
+# ---- killed ------------------------------------------------------------------------------------------------
 
 
 def test_kill_9_at_random_moments_leaves_nothing_that_loads(source: Path, work: Path) -> None:
     out, draw = work / "out", random.Random(0)
     sizes = ",".join(f"{key}:{size}" for key, size in SMALL.items())
-    command = [sys.executable, "-m", "outgrow.growth", f"source={source}", f"out={out}", f"target={{{sizes}}}", "overwrite=true"]
+    command = [
+        sys.executable,
+        "-m",
+        "outgrow.growth",
+        f"source={source}",
+        f"out={out}",
+        f"target={{{sizes}}}",
+        "overwrite=true",
+    ]
     began = time.monotonic()
     subprocess.run(command, check=True, timeout=300)
     whole = time.monotonic() - began

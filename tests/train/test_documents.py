@@ -1,4 +1,5 @@
-"""Documents packed into one window and kept apart give what each would give alone, under every attention and for every family."""
+"""Documents packed into one window and kept apart give what each would give alone, under every attention and
+for every family."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from outgrow.train.start.way import find_way
 END = 1
 CPU = torch.device("cpu")
 SETTINGS = dataclasses.replace(compose(["growth=scratch", "target=tiny_target"]).train, document_mask=True)
-MASKED = [family for family in FAMILIES if family != "opt"]  # which makes its masks without looking at positions
+# which makes its masks without looking at positions
+MASKED = [family for family in FAMILIES if family != "opt"]
 
 
 def windows() -> torch.Tensor:
@@ -49,13 +51,18 @@ def text_loss(loss: NextTokenLoss) -> torch.Tensor:
     return found.text if isinstance(found, Losses) else found
 
 
-def assert_packed_is_separate(network: Any, alone: Any, *, fused: bool, backward: bool = True, masked: bool = False) -> None:
-    """The summed loss and its gradients; `alone` computes each document by itself, with nothing of ours between."""
+def assert_packed_is_separate(
+    network: Any, alone: Any, *, fused: bool, backward: bool = True, masked: bool = False
+) -> None:
+    """The summed loss and its gradients; `alone` computes each document by itself, with nothing of ours
+    between."""
     packed = text_loss(NextTokenLoss(network, fused=fused, end_of_text=END, masked=masked))
     parts = []
     for document in separate_documents(windows()):
         logits = alone(input_ids=document[:, :-1], use_cache=False).logits
-        parts.append(functional.cross_entropy(logits.float().flatten(0, 1), document[:, 1:].flatten(), reduction="sum"))
+        parts.append(
+            functional.cross_entropy(logits.float().flatten(0, 1), document[:, 1:].flatten(), reduction="sum")
+        )
     separate = torch.stack(parts).sum()
     assert packed.item() == pytest.approx(separate.item(), rel=1e-5)
     joined = text_loss(NextTokenLoss(network, fused=fused))
@@ -73,16 +80,20 @@ def spread(network: Any) -> Any:
     """Weights so large that what a token attends to changes its logits."""
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            parameter += 0.2 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
+            )
     return network.eval()  # GPT-2 has dropout
 
 
 def pair(family: str, attention: str) -> tuple[Any, Any]:
     """The same network twice: under `attention`, and under the library's plain one."""
-    return tuple(spread(build_model(config_of(family), seed=0, attention=name)) for name in (attention, "eager"))  # type: ignore[return-value]
+    return tuple(
+        spread(build_model(config_of(family), seed=0, attention=name)) for name in (attention, "eager")
+    )  # type: ignore[return-value]
 
 
-# ---- positions ------------------------------------------------------------------------------------------------------------------------
+# ---- positions ---------------------------------------------------------------------------------------------
 
 
 def test_positions_restart_at_every_end_of_text() -> None:
@@ -90,7 +101,7 @@ def test_positions_restart_at_every_end_of_text() -> None:
     assert document_positions(tokens, END).tolist() == [[0, 1, 0, 1, 0, 0, 1], [0, 1, 2, 3, 4, 5, 0]]
 
 
-# ---- equality -------------------------------------------------------------------------------------------------------------------------
+# ---- equality ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -114,14 +125,23 @@ LEAKING: dict[str, dict[str, Any]] = {  # whose classes do not look at positions
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "attention"), [("falcon", "sdpa"), ("falcon", "eager"), ("mpt", "eager"), ("gpt_oss", "eager"), ("opt", "sdpa")]
+    ("family", "attention"),
+    [("falcon", "sdpa"), ("falcon", "eager"), ("mpt", "eager"), ("gpt_oss", "eager"), ("opt", "sdpa")],
 )
 def test_masks_that_are_handed_over_keep_documents_apart(family: str, attention: str) -> None:
-    own = {"model_type": family, "vocab_size": 61, "bos_token_id": 0, "eos_token_id": 1, **LEAKING.get(family, {})}
+    own = {
+        "model_type": family,
+        "vocab_size": 61,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        **LEAKING.get(family, {}),
+    }
     config = own if family in LEAKING else config_of(family)
     way = find_way(config, dataclasses.replace(SETTINGS, attention=attention), CPU, "fp32")
     assert way.masked
-    assert any("do not keep documents apart" in line and "masks are handed over" in line for line in way.lines)
+    assert any(
+        "do not keep documents apart" in line and "masks are handed over" in line for line in way.lines
+    )
     network, alone = (spread(build_model(config, seed=0, attention=name)) for name in (attention, "eager"))
     assert_packed_is_separate(network, alone, fused=way.fused, masked=True)
     with pytest.raises(AssertionError):
@@ -130,9 +150,14 @@ def test_masks_that_are_handed_over_keep_documents_apart(family: str, attention:
 
 @pytest.mark.slow
 def test_packed_documents_are_separate_documents_in_flex_attention() -> None:
-    """Forward only: PyTorch's FlexAttention has no backward pass on a CPU, and training with it there is refused."""
+    """Forward only: PyTorch's FlexAttention has no backward pass on a CPU, and training with it there is
+    refused."""
     with pytest.raises(
-        UserError, match=r"train.attention=flex_attention: phi does not train with it here \(.*; use train.attention=sdpa or"
+        UserError,
+        match=(
+            r"train.attention=flex_attention: phi does not train with it here \(.*; use "
+            r"train.attention=sdpa or"
+        ),
     ):
         find_way(config_of("phi"), dataclasses.replace(SETTINGS, attention="flex_attention"), CPU, "fp32")
     network, alone = pair("phi", "flex_attention")
@@ -140,14 +165,26 @@ def test_packed_documents_are_separate_documents_in_flex_attention() -> None:
         assert_packed_is_separate(network, alone, fused=True, backward=False)
 
 
-@pytest.mark.parametrize("family", [family for family in MASKED if family not in ("gemma2", "gpt2")])  # gpt2: only under autocast
-def test_packed_documents_are_separate_documents_in_flash_attention(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library's whole flash path, with flash-attn's two functions replaced by PyTorch that follows their documentation."""
+# gpt2: only under autocast
+@pytest.mark.parametrize("family", [family for family in MASKED if family not in ("gemma2", "gpt2")])
+def test_packed_documents_are_separate_documents_in_flash_attention(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's whole flash path, with flash-attn's two functions replaced by PyTorch that follows their
+    documentation."""
     from transformers import modeling_flash_attention_utils as flash
 
     calls = []
 
-    def flash_attn_func(q: Any, k: Any, v: Any, dropout_p: float = 0.0, softmax_scale: Any = None, causal: bool = False, **_: Any) -> Any:
+    def flash_attn_func(
+        q: Any,
+        k: Any,
+        v: Any,
+        dropout_p: float = 0.0,
+        softmax_scale: Any = None,
+        causal: bool = False,
+        **_: Any,
+    ) -> Any:
         calls.append("whole")
         return varlen(q[0], k[0], v[0], softmax_scale, causal, [0, q.shape[1]])[None]
 
@@ -164,14 +201,18 @@ def test_packed_documents_are_separate_documents_in_flash_attention(family: str,
         parts = []
         for first, last in itertools.pairwise(bounds):
             heads = (x[first:last].transpose(0, 1)[None] for x in (q, k, v))
-            out = functional.scaled_dot_product_attention(*heads, is_causal=causal, scale=scale, enable_gqa=True)
+            out = functional.scaled_dot_product_attention(
+                *heads, is_causal=causal, scale=scale, enable_gqa=True
+            )
             parts.append(out[0].transpose(0, 1))
         return torch.cat(parts)
 
     monkeypatch.setattr(flash, "_loaded_implementation", "flash_attention_2")
     monkeypatch.setattr(flash, "_flash_fn", flash_attn_func)
     monkeypatch.setattr(flash, "_flash_varlen_fn", flash_attn_varlen_func)
-    monkeypatch.setattr(flash, "_process_flash_kwargs_fn", flash._lazy_define_process_function(flash_attn_varlen_func))
+    monkeypatch.setattr(
+        flash, "_process_flash_kwargs_fn", flash._lazy_define_process_function(flash_attn_varlen_func)
+    )
     network, alone = pair(family, "eager")
     network.config._attn_implementation = "flash_attention_2"
     packed = NextTokenLoss(network, fused=True, end_of_text=END)(windows(), "sum")
@@ -189,7 +230,11 @@ def test_packed_documents_are_separate_documents_in_flash_attention(family: str,
 def test_a_family_that_cannot_keep_documents_apart_is_refused() -> None:
     config = {"model_type": "bloom", "vocab_size": 61, "hidden_size": 24, "n_head": 4, "n_layer": 2}
     with pytest.raises(
-        UserError, match=r"document_mask=true: .*\(bloom\).* move by 0\.\d+ of the largest .* use train.document_mask=false"
+        UserError,
+        match=(
+            r"document_mask=true: .*\(bloom\).* move by 0\.\d+ of the largest .* use "
+            r"train.document_mask=false"
+        ),
     ):
         find_way(config, SETTINGS, CPU, "fp32")
     find_way(config_of("phi"), SETTINGS, CPU, "fp32")
@@ -199,11 +244,16 @@ def test_the_setting_reaches_the_loss() -> None:
     config = config_of("phi")
     network = build_model(config, seed=0)
     assert build_loss(network, SETTINGS, END, fused=True).end_of_text == END
-    assert [build_loss(network, SETTINGS, END, fused=True, masked=masked).masked for masked in (False, True)] == [False, True]
-    assert build_loss(network, dataclasses.replace(SETTINGS, document_mask=False), END, fused=True).end_of_text is None
+    assert [
+        build_loss(network, SETTINGS, END, fused=True, masked=masked).masked for masked in (False, True)
+    ] == [False, True]
+    assert (
+        build_loss(network, dataclasses.replace(SETTINGS, document_mask=False), END, fused=True).end_of_text
+        is None
+    )
 
 
-# ---- which attention ------------------------------------------------------------------------------------------------------------------
+# ---- which attention ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -217,7 +267,12 @@ def test_the_setting_reaches_the_loss() -> None:
     ],
 )
 def test_flash_attention_is_taken_where_it_runs(
-    monkeypatch: pytest.MonkeyPatch, gpu: bool, package: bool, capability: tuple[int, int], chosen: str, reason: str
+    monkeypatch: pytest.MonkeyPatch,
+    gpu: bool,
+    package: bool,
+    capability: tuple[int, int],
+    chosen: str,
+    reason: str,
 ) -> None:
     import importlib.util
 
@@ -225,7 +280,11 @@ def test_flash_attention_is_taken_where_it_runs(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Turing")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: package or None if name == "flash_attn" else find(name, *more))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *more: package or None if name == "flash_attn" else find(name, *more),
+    )
     assert attention_backend("auto") == (chosen, reason)
     assert attention_backend("sdpa") == ("sdpa", "asked for")
     assert attention_backend("flex_attention")[0] == "flex_attention"

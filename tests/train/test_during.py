@@ -23,7 +23,10 @@ doc_to_choice: "{{choices}}"
 doc_to_target: "{{answer}}"
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
-ITEMS = [{"question": "def", "choices": ["name", "import"], "answer": 0}, {"question": "import", "choices": ["return", "os"], "answer": 1}]
+ITEMS = [
+    {"question": "def", "choices": ["name", "import"], "answer": 0},
+    {"question": "import", "choices": ["return", "os"], "answer": 1},
+]
 
 
 @pytest.mark.slow
@@ -33,7 +36,9 @@ def test_benchmarks_are_logged_and_change_nothing(overrides: list[str], tmp_path
     (tmp_path / "tasks" / "piqa.yaml").write_text(TASK)
     (tmp_path / "tasks" / "piqa.jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
     plain = dataclasses.replace(compose(overrides), out=str(tmp_path / "plain"))
-    asked = BenchmarkSettings("commonsense", str(tmp_path / "tasks"), ("piqa",), 2 * plain.train.batch_tokens, None)
+    asked = BenchmarkSettings(
+        "commonsense", str(tmp_path / "tasks"), ("piqa",), 2 * plain.train.batch_tokens, None
+    )
     measured = dataclasses.replace(plain, out=str(tmp_path / "measured"), evaluate=asked)
     assert settings_hash(plain) == settings_hash(measured)
     folders = [loop.train(plain), loop.train(measured)]

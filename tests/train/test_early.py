@@ -40,7 +40,9 @@ def run(text: list[str], out: Path, source: Path | str, *more: str) -> Settings:
 
 
 @pytest.mark.slow
-def test_faults_of_the_source_and_of_its_growth_are_told_without_torch(text: list[str], phi_folder: Path, tmp_path: Path) -> None:
+def test_faults_of_the_source_and_of_its_growth_are_told_without_torch(
+    text: list[str], phi_folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "README").touch()
     cut = Path(shutil.copytree(phi_folder, tmp_path / "cut"))
@@ -55,7 +57,9 @@ def test_faults_of_the_source_and_of_its_growth_are_told_without_torch(text: lis
         "growth.depth=[0,1,2,9]": "4 layers",
     }
     given = [*text, f"source={phi_folder}", f"out={tmp_path / 'run'}", "growth=lossless"]
-    asked = json.dumps([[*given, *([] if fault.startswith("target") else [LARGER]), fault] for fault in faults])
+    asked = json.dumps(
+        [[*given, *([] if fault.startswith("target") else [LARGER]), fault] for fault in faults]
+    )
     done = subprocess.run([sys.executable, "-c", CODE, asked], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
     told = done.stderr.split("error: ")[1:]
@@ -66,7 +70,9 @@ def test_faults_of_the_source_and_of_its_growth_are_told_without_torch(text: lis
 
 
 @pytest.mark.slow
-def test_what_can_be_grown_is_let_through(text: list[str], phi_folder: Path, phi_config: dict[str, Any], tmp_path: Path) -> None:
+def test_what_can_be_grown_is_let_through(
+    text: list[str], phi_folder: Path, phi_config: dict[str, Any], tmp_path: Path
+) -> None:
     check_source(run(text, tmp_path / "run", phi_folder))
     check_source(run(text, tmp_path / "run", phi_folder, "growth=scratch"))
     check_source(run(text, tmp_path / "run", phi_folder, "growth=source"))
@@ -74,7 +80,9 @@ def test_what_can_be_grown_is_let_through(text: list[str], phi_folder: Path, phi
 
 
 @pytest.mark.parametrize("horizon", [None, 512])
-def test_a_run_that_has_begun_needs_its_source_no_more(text: list[str], tmp_path: Path, horizon: int | None) -> None:
+def test_a_run_that_has_begun_needs_its_source_no_more(
+    text: list[str], tmp_path: Path, horizon: int | None
+) -> None:
     horizons = [] if horizon is None else ["schedule.warmup_tokens=128", f"schedule.horizons=[{horizon},768]"]
     settings = run(text, tmp_path / "run", tmp_path / "gone", *horizons)
     with pytest.raises(UserError, match="no such folder"):

@@ -1,4 +1,5 @@
-"""Training a mixture of experts grown from a dense source: its start, its experts' load, and the parameters that a token meets."""
+"""Training a mixture of experts grown from a dense source: its start, its experts' load, and the parameters
+that a token meets."""
 
 from __future__ import annotations
 
@@ -47,13 +48,19 @@ def test_a_dense_source_trains_on_as_a_mixture(overrides: list[str], source: Pat
     assert all(row["experts_idle"] == 0 or row["expert_load_min"] == 0 for row in trained)
     assert all(row["router_loss"] > 0 for row in trained)
     ledger = json.loads((folder / "final" / "ledger.json").read_text())
-    assert (ledger["parameters"], ledger["active_parameters"]) == (run["parameters"], run["active_parameters"])
+    assert (ledger["parameters"], ledger["active_parameters"]) == (
+        run["parameters"],
+        run["active_parameters"],
+    )
     assert "active for each token" in (folder / "final" / "README.md").read_text()
 
 
 @pytest.mark.slow
 def test_scratch_of_the_same_target_is_the_same_network(overrides: list[str], source: Path) -> None:
-    of = {name: target_config(compose(arm(overrides, source, f"growth={name}")), source) for name in ("upcycle", "scratch")}
+    of = {
+        name: target_config(compose(arm(overrides, source, f"growth={name}")), source)
+        for name in ("upcycle", "scratch")
+    }
     assert of["scratch"] == of["upcycle"]
     assert of["scratch"]["model_type"] == "qwen3_moe"
 

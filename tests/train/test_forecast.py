@@ -1,4 +1,5 @@
-"""A dry run against counts that were made in other ways: a meta-device model, real saved tensors, real allocations, arithmetic by hand."""
+"""A dry run against counts that were made in other ways: a meta-device model, real saved tensors, real
+allocations, arithmetic by hand."""
 
 from __future__ import annotations
 
@@ -93,7 +94,10 @@ def test_activations_are_what_a_real_forward_pass_keeps(family: str, bf16: bool)
         kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
         return tensor
 
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         network.base_model(input_ids=torch.zeros(3, 16, dtype=torch.int64), use_cache=False)
     real = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -181,26 +185,41 @@ def test_a_dry_run_needs_no_source_and_leaves_nothing(
 
 @pytest.mark.slow
 def test_what_cannot_be_forecast_is_refused() -> None:
-    with pytest.raises(UserError, match=r"forecast.gpus: 96 do not divide the 256 windows .* try train.batch_tokens=589824"):
+    with pytest.raises(
+        UserError, match=r"forecast.gpus: 96 do not divide the 256 windows .* try train.batch_tokens=589824"
+    ):
         forecast(compose([*PHI_2, "forecast.gpus=96"]))
     with pytest.raises(UserError, match="no folder here"):
         forecast(compose([*PHI_2, "growth=source"]))
     tiny = ["growth=scratch", "target=tiny_target", "forecast.gpus=1"]
     assert "not known for Abacus; known: B200" in tell(compose([*tiny, "forecast.device=Abacus"]))
-    hours = {device: forecast(compose([*tiny, f"forecast.device={device}"])).hours for device in ("A100", "H100")}
+    hours = {
+        device: forecast(compose([*tiny, f"forecast.device={device}"])).hours for device in ("A100", "H100")
+    }
     assert hours["H100"] == pytest.approx(hours["A100"] * 312 / 989)  # type: ignore[operator]
 
 
 @pytest.mark.slow
 def test_a_run_that_grows_on_its_way_is_cheaper_by_what_its_smaller_networks_save() -> None:
-    common = ["source=x", "target=phi_2", "train.context=2048", "train.batch_tokens=16384", "train.budget_tokens=1638400", "dry_run=true"]
-    leaf = next(path.stem for path in sorted((CONF / "growth").glob("*.yaml")) if "stages:" in path.read_text())
+    common = [
+        "source=x",
+        "target=phi_2",
+        "train.context=2048",
+        "train.batch_tokens=16384",
+        "train.budget_tokens=1638400",
+        "dry_run=true",
+    ]
+    leaf = next(
+        path.stem for path in sorted((CONF / "growth").glob("*.yaml")) if "stages:" in path.read_text()
+    )
     staged = compose([*common, f"growth={leaf}"])
     whole = forecast(compose([*common, "growth=lossless"]))
     stages = stages_of(staged, preset("phi_2"))
     assert len(stages) > 1
     told = forecast(staged)
-    by_hand = sum((stage.last - stage.first) * 16384 * flops_per_token(stage.config, 2048) for stage in stages)
+    by_hand = sum(
+        (stage.last - stage.first) * 16384 * flops_per_token(stage.config, 2048) for stage in stages
+    )
     assert told.flops == pytest.approx(by_hand)
     assert told.flops < whole.flops
     assert told.memory == whole.memory  # of the last, the largest
@@ -208,7 +227,9 @@ def test_a_run_that_grows_on_its_way_is_cheaper_by_what_its_smaller_networks_sav
 
 @pytest.mark.slow
 def test_a_teacher_is_told_to_be_left_out() -> None:
-    leaf = next(path.stem for path in sorted((CONF / "transfer").glob("*.yaml")) if "teacher:\n" in path.read_text())
+    leaf = next(
+        path.stem for path in sorted((CONF / "transfer").glob("*.yaml")) if "teacher:\n" in path.read_text()
+    )
     assert "not counted   the teacher" in tell(compose([*PHI_2, f"transfer={leaf}"]))
     assert "not counted" not in tell(compose(PHI_2))
 
@@ -232,7 +253,9 @@ def test_with_checkpointing_the_layer_that_is_computed_again_is_counted(family: 
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     with profile(profile_memory=True) as profiled:
-        out = network.base_model(input_ids=torch.zeros(4, 64, dtype=torch.int64), use_cache=False).last_hidden_state
+        out = network.base_model(
+            input_ids=torch.zeros(4, 64, dtype=torch.int64), use_cache=False
+        ).last_hidden_state
         out.backward(torch.ones_like(out))
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     peak = max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
@@ -279,5 +302,13 @@ def test_a_dry_run_of_other_classes_needs_no_weights(kind: str) -> None:
     from outgrow.model.twin import tiny_twin
 
     config = tiny_twin(to_hf_config({"model_type": kind}).to_dict()).config
-    settings = compose(["growth=scratch", "target=tiny_target", "forecast.gpus=1", "train.context=32", "train.batch_tokens=128"])
+    settings = compose(
+        [
+            "growth=scratch",
+            "target=tiny_target",
+            "forecast.gpus=1",
+            "train.context=32",
+            "train.batch_tokens=128",
+        ]
+    )
     assert forecast(dataclasses.replace(settings, target=config)).memory.activations > 0

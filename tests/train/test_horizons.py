@@ -25,9 +25,23 @@ DEEPER += "intermediate_size:32,num_hidden_layers:4,num_attention_heads:2,num_ke
 @pytest.fixture(scope="session")
 def trunk(overrides: list[str]) -> Settings:
     """A run with three horizons that grows from two to four layers in its stable phase."""
-    asked = [f"schedule.horizons={list(HORIZONS)}", "schedule.warmup_tokens=192", "schedule.decay_fraction=0.5", "growth=g_stack", DEEPER]
-    stages = "growth.stages=[{until_tokens:256,layers:0.5},{until:1.0,operator:lossless,depth:stack,noise:0.0}]"
-    return compose([*[o for o in overrides if not o.startswith(("target", "growth", "train.eval_every"))], *asked, stages])
+    asked = [
+        f"schedule.horizons={list(HORIZONS)}",
+        "schedule.warmup_tokens=192",
+        "schedule.decay_fraction=0.5",
+        "growth=g_stack",
+        DEEPER,
+    ]
+    stages = (
+        "growth.stages=[{until_tokens:256,layers:0.5},{until:1.0,operator:lossless,depth:stack,noise:0.0}]"
+    )
+    return compose(
+        [
+            *[o for o in overrides if not o.startswith(("target", "growth", "train.eval_every"))],
+            *asked,
+            stages,
+        ]
+    )
 
 
 def placed(settings: Settings, folder: Path) -> Settings:
@@ -42,7 +56,9 @@ def horizons(trunk: Settings, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(3))
-def test_a_horizon_is_the_run_that_its_budget_alone_gives(trunk: Settings, horizons: list[Path], number: int, tmp_path: Path) -> None:
+def test_a_horizon_is_the_run_that_its_budget_alone_gives(
+    trunk: Settings, horizons: list[Path], number: int, tmp_path: Path
+) -> None:
     alone = horizon_runs(placed(trunk, tmp_path))[number]
     assert_same_run(horizons[number], loop.train(alone))
 
@@ -59,13 +75,17 @@ def test_each_goes_on_from_the_longest_trunk_before_it_and_pays_for_it(horizons:
         summary = json.loads((folder / "summary.json").read_text())
         assert (summary["tokens"], record["budget_tokens"]) == (tokens, tokens)
         first, last = record["spans"]
-        assert summary["flops"] == pytest.approx(256 * first["flops_per_token"] + (tokens - 256) * last["flops_per_token"])
+        assert summary["flops"] == pytest.approx(
+            256 * first["flops_per_token"] + (tokens - 256) * last["flops_per_token"]
+        )
     rates = [row["learning_rate"] for row in rows(horizons[2], "train")]
     assert rates[3] == 3e-3 > rates[-1]  # step 8: still at the peak; the last: decayed
 
 
 @pytest.mark.slow
-def test_a_longer_horizon_is_added_to_a_trunk_that_exists(trunk: Settings, horizons: list[Path], tmp_path: Path) -> None:
+def test_a_longer_horizon_is_added_to_a_trunk_that_exists(
+    trunk: Settings, horizons: list[Path], tmp_path: Path
+) -> None:
     for folder in horizons[:2]:
         shutil.copytree(folder, tmp_path / folder.name)
     folders = train_horizons(placed(trunk, tmp_path))
@@ -73,7 +93,9 @@ def test_a_longer_horizon_is_added_to_a_trunk_that_exists(trunk: Settings, horiz
     assert json.loads((folders[2] / "run.json").read_text())["trunk"]["step"] == 5
 
 
-def test_a_run_whose_trunk_is_gone_before_it_took_it_over_says_so(trunk: Settings, horizons: list[Path], tmp_path: Path) -> None:
+def test_a_run_whose_trunk_is_gone_before_it_took_it_over_says_so(
+    trunk: Settings, horizons: list[Path], tmp_path: Path
+) -> None:
     for folder in horizons[:2]:
         shutil.copytree(folder, tmp_path / folder.name)
     begun = tmp_path / horizons[1].name
@@ -86,7 +108,9 @@ def test_a_run_whose_trunk_is_gone_before_it_took_it_over_says_so(trunk: Setting
         train_horizons(placed(trunk, tmp_path))
 
 
-def test_another_trunk_is_refused_with_what_differs(trunk: Settings, horizons: list[Path], tmp_path: Path) -> None:
+def test_another_trunk_is_refused_with_what_differs(
+    trunk: Settings, horizons: list[Path], tmp_path: Path
+) -> None:
     other = dataclasses.replace(trunk, optimizer=dataclasses.replace(trunk.optimizer, learning_rate=1e-3))
     longer = horizon_runs(placed(other, tmp_path))[2]
     with pytest.raises(UserError, match=r"optimizer.learning_rate: the trunk has 0.003, asked is 0.001"):
@@ -94,12 +118,19 @@ def test_another_trunk_is_refused_with_what_differs(trunk: Settings, horizons: l
 
 
 def test_the_kept_state_is_the_last_before_the_decay(horizons: list[Path]) -> None:
-    assert [kept.name for folder in horizons if (kept := stable_checkpoint(folder))] == ["step-00000003", "step-00000005", "step-00000008"]
+    assert [kept.name for folder in horizons if (kept := stable_checkpoint(folder))] == [
+        "step-00000003",
+        "step-00000005",
+        "step-00000008",
+    ]
 
 
 def test_the_rates_of_two_budgets_are_equal_until_the_shorter_one_decays() -> None:
     settings = ScheduleSettings("wsd", 0.05, 0.0, "full", 0.25, warmup_tokens=1000)
-    rates = [[factor(settings, (i + 0.5) / n, from_scratch=True, tokens=100 * (i + 0.5)) for i in range(n)] for n in (37, 61)]
+    rates = [
+        [factor(settings, (i + 0.5) / n, from_scratch=True, tokens=100 * (i + 0.5)) for i in range(n)]
+        for n in (37, 61)
+    ]
     shared = stable_steps(settings, 37)
     assert shared == 28
     assert rates[0][:shared] == rates[1][:shared]
@@ -120,12 +151,23 @@ def test_decay_is_linear_or_one_minus_root(shape: str, expected: float) -> None:
         (["schedule.horizons=[1280,768]", "schedule.warmup_tokens=128"], "each longer than the one before"),
         (["schedule.horizons=[64]", "schedule.warmup_tokens=0"], "at least a batch"),
         (["schedule.warmup_tokens=9999"], "schedule.warmup_tokens: between 0 and the budget of 768"),
-        (["growth=g_stack", "schedule.horizons=[768]", "schedule.warmup_tokens=128"], "a stage ends after until_tokens=N"),
         (
-            ["growth=g_stack", "schedule.horizons=[768]", "schedule.warmup_tokens=128", "growth.stages=[{until_tokens:700},{until:1.0}]"],
+            ["growth=g_stack", "schedule.horizons=[768]", "schedule.warmup_tokens=128"],
+            "a stage ends after until_tokens=N",
+        ),
+        (
+            [
+                "growth=g_stack",
+                "schedule.horizons=[768]",
+                "schedule.warmup_tokens=128",
+                "growth.stages=[{until_tokens:700},{until:1.0}]",
+            ],
             "growth after 700 tokens is inside the decay of the shortest horizon, from 576",
         ),
-        (["growth=g_stack", "growth.stages=[{layers:0.5},{until:1.0}]"], "each ends at until=SHARE or after until_tokens=N"),
+        (
+            ["growth=g_stack", "growth.stages=[{layers:0.5},{until:1.0}]"],
+            "each ends at until=SHARE or after until_tokens=N",
+        ),
     ],
 )
 def test_horizons_that_cannot_be_are_refused(overrides: list[str], asked: list[str], fault: str) -> None:

@@ -1,4 +1,5 @@
-"""The fused loss against the plain one, family by family: values, gradients, and what it never holds in memory."""
+"""The fused loss against the plain one, family by family: values, gradients, and what it never holds in
+memory."""
 
 from __future__ import annotations
 
@@ -27,11 +28,17 @@ def windows(rows: int = 3) -> torch.Tensor:
     return torch.randint(2, VOCAB, (rows, CONTEXT + 1), generator=torch.Generator().manual_seed(0))
 
 
-def value_and_gradients(config: dict[str, Any], *, fused: bool, reduction: str = "mean") -> tuple[float, dict[str, torch.Tensor]]:
-    model = NextTokenLoss(build_model(config, seed=0, attention="eager"), fused=fused).eval()  # GPT-2 and OPT have dropout
+def value_and_gradients(
+    config: dict[str, Any], *, fused: bool, reduction: str = "mean"
+) -> tuple[float, dict[str, torch.Tensor]]:
+    model = NextTokenLoss(
+        build_model(config, seed=0, attention="eager"), fused=fused
+    ).eval()  # GPT-2 and OPT have dropout
     with torch.no_grad():
         for parameter in model.parameters():  # no zero biases, no weight at 1
-            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            parameter += 0.1 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
+            )
     found = model(windows(), reduction)
     found.backward()
     return found.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -40,7 +47,9 @@ def value_and_gradients(config: dict[str, Any], *, fused: bool, reduction: str =
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fused_is_plain_in_value_and_every_gradient(family: str, tied: bool, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_is_plain_in_value_and_every_gradient(
+    family: str, tied: bool, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loss, "CHUNK_TOKENS", 20)  # 48 tokens in 20 + 20 + 8
     config = config_of(family, tie_word_embeddings=tied)
     if not fuses(config, "auto"):
@@ -50,7 +59,8 @@ def test_fused_is_plain_in_value_and_every_gradient(family: str, tied: bool, red
     assert fused == pytest.approx(plain, rel=1e-6)
     assert found.keys() == expected.keys()
     assert any("embed" in name or "wte" in name for name in found)
-    rounding = 1e-6 * max(gradient.abs().max().item() for gradient in expected.values())  # a key's bias has no gradient but that
+    # a key's bias has no gradient but that
+    rounding = 1e-6 * max(gradient.abs().max().item() for gradient in expected.values())
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=rounding, msg=name)
 
@@ -67,7 +77,10 @@ def test_a_network_that_caps_its_logits_is_not_fused() -> None:
     assert config_of("gemma2")["final_logit_softcapping"]
     config = config_of("gemma2", final_logit_softcapping=0.5)
     assert not fuses(config, "auto")
-    with pytest.raises(UserError, match=r"train.loss=fused: .*the head over the base model's output is not its logits \(.* apart"):
+    with pytest.raises(
+        UserError,
+        match=r"train.loss=fused: .*the head over the base model's output is not its logits \(.* apart",
+    ):
         find_way(config, dataclasses.replace(SETTINGS, loss="fused"), CPU, "fp32")
     assert not find_way(config, SETTINGS, CPU, "fp32").fused
     plain, _ = value_and_gradients(config, fused=False)

@@ -1,4 +1,5 @@
-"""The memory forecast against PyTorch's own trackers, in a fake process group, at a small shape of every way of training."""
+"""The memory forecast against PyTorch's own trackers, in a fake process group, at a small shape of every way
+of training."""
 
 from __future__ import annotations
 
@@ -18,7 +19,13 @@ from outgrow.train.machine.forecast import forecast
 from outgrow.train.settings import Settings, compose
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-SMALL = {"hidden_size": 160, "intermediate_size": 640, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2}
+SMALL = {
+    "hidden_size": 160,
+    "intermediate_size": 640,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 WAYS = list(itertools.product((False, True), ("plain", "fused")))
 
 
@@ -34,14 +41,22 @@ def bench() -> Any:
 
 
 def small(gpus: int, sharding: str, checkpointing: bool, loss: str, *more: str) -> Settings:
-    way = (f"forecast.gpus={gpus}", f"sharding={sharding}", f"train.checkpointing={checkpointing}", f"train.loss={loss}")
+    way = (
+        f"forecast.gpus={gpus}",
+        f"sharding={sharding}",
+        f"train.checkpointing={checkpointing}",
+        f"train.loss={loss}",
+    )
     step = ("train.context=128", "train.micro_batch=4", "train.batch_tokens=49152", "train.precision=bf16")
     settings = compose(["experiment=phi_1b", "growth=lossless", *way, *step, *more])
     return replace(settings, target=preset("phi_2") | SMALL | {"vocab_size": 2048})
 
 
-def held(bench: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, float], dict[str, float]]:
-    # The trackers do not see a chunk's logits inside `linear_cross_entropy`; of few tokens they would be most of the peak.
+def held(
+    bench: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict[str, float], dict[str, float]]:
+    # The trackers do not see a chunk's logits inside `linear_cross_entropy`; of few tokens they would be most
+    # of the peak.
     monkeypatch.setattr(memory, "CHUNK_TOKENS", 1)
     return bench.forecast_parts(forecast(settings).memory), bench.tracked_parts(settings)
 
@@ -49,8 +64,14 @@ def held(bench: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> tup
 def close(told: dict[str, float], tracked: dict[str, float], share: float) -> list[str]:
     """The categories, or the total, that are further off than this share of the tracked peak."""
     peak = sum(tracked.values())
-    faults = [f"{part}: {told[part]:.0f} for {size:.0f}" for part, size in tracked.items() if abs(told[part] - size) > share * peak]
-    return faults + ([f"{sum(told.values()):.0f} for {peak:.0f}"] if abs(sum(told.values()) - peak) > share * peak else [])
+    faults = [
+        f"{part}: {told[part]:.0f} for {size:.0f}"
+        for part, size in tracked.items()
+        if abs(told[part] - size) > share * peak
+    ]
+    return faults + (
+        [f"{sum(told.values()):.0f} for {peak:.0f}"] if abs(sum(told.values()) - peak) > share * peak else []
+    )
 
 
 @pytest.mark.slow
@@ -64,7 +85,9 @@ def test_the_forecast_is_what_pytorchs_tracker_counts(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", ["sharding.reshard_after_forward=false", "train.precision=fp32", "optimizer=muon"])
+@pytest.mark.parametrize(
+    "change", ["sharding.reshard_after_forward=false", "train.precision=fp32", "optimizer=muon"]
+)
 def test_other_settings_are_forecast_too(bench: Any, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     told, tracked = held(bench, small(8, "full", True, "plain", change), monkeypatch)
     assert not close(told, tracked, 0.1)

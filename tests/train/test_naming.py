@@ -1,4 +1,5 @@
-"""A run's name holds what changes its result; a sweep has a folder for each point, and survives one that fails."""
+"""A run's name holds what changes its result; a sweep has a folder for each point, and survives one that
+fails."""
 
 from __future__ import annotations
 
@@ -45,7 +46,11 @@ GIVEN = ["experiment=tiny", "growth=lossless"]
         ("growth.noise=0.25", "-noise0.25"),
         ("target={hidden_size:96,num_hidden_layers:4}", "-hidden_size96-num_hidden_layers4"),
         ("mixture=tiny_textbooks", "-mixture_tiny_textbooks"),
-        ("train.micro_batch=2 train.compile=true logger=none sharding=full train.attention=sdpa train.log_every_tokens=4096", ""),
+        (
+            "train.micro_batch=2 train.compile=true logger=none sharding=full train.attention=sdpa "
+            "train.log_every_tokens=4096",
+            "",
+        ),
     ],
 )
 def test_a_name_holds_what_changes_the_result(overrides: str, changes: str) -> None:
@@ -64,7 +69,10 @@ def test_a_long_list_of_changes_ends_in_a_hash_and_stays_a_folder() -> None:
     names = [compose([*GIVEN, f"target={{{target},last:{last}}}"]).name for last in (1, 2)]
     assert names[0] != names[1]
     assert all(len(name) < 200 and re.search(r"-more_[0-9a-f]{6}-s0$", name) for name in names)
-    source = compose([*GIVEN, f"source={'/long' * 20}/a"]).name, compose([*GIVEN, f"source={'/long' * 20}x/a"]).name
+    source = (
+        compose([*GIVEN, f"source={'/long' * 20}/a"]).name,
+        compose([*GIVEN, f"source={'/long' * 20}x/a"]).name,
+    )
     assert source[0] != source[1]
 
 
@@ -78,7 +86,10 @@ def test_what_is_in_no_name_is_told_by_the_sweep_before_it_trains() -> None:
 
 
 def readme_commands() -> list[str]:
-    texts = [(ROOT / "README.md").read_text(), *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
+    texts = [
+        (ROOT / "README.md").read_text(),
+        *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))),
+    ]
     door = r"^(?:torchrun \S+ \d+ -m outgrow\.train|outgrow train) (?!-m)"
     found = re.findall(door + r"([^#\n]*?)\s*(?:#.*)?$", "\n".join(texts), re.MULTILINE)
     return [command for command in found if "\\" not in command and "'" not in command]
@@ -95,10 +106,13 @@ def test_no_two_commands_of_the_documents_share_a_folder_with_different_results(
         except UserError:
             continue  # a placeholder stands in it
         result = json.dumps(identity(settings), sort_keys=True)
-        assert results.setdefault(settings.out, (command, result))[1] == result, (command, results[settings.out][0])
+        assert results.setdefault(settings.out, (command, result))[1] == result, (
+            command,
+            results[settings.out][0],
+        )
 
 
-# ---- the comparison -------------------------------------------------------------------------------------------------------------------
+# ---- the comparison ----------------------------------------------------------------------------------------
 
 
 def finished(folder: Path, *overrides: str) -> Path:
@@ -109,7 +123,13 @@ def finished(folder: Path, *overrides: str) -> Path:
     (out / "run.json").write_text(json.dumps(record_of(settings).to_json()))
     rows = [{"kind": "eval", "tokens": t, "flops": 2.0 * t, "val_loss": 5 - t / 10} for t in (0, 20)]
     (out / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    summary = {"start_val_loss": 5.0, "final_val_loss": 3.0, "tokens": 20, "flops": 40.0, "bits_per_byte": 1.0}
+    summary = {
+        "start_val_loss": 5.0,
+        "final_val_loss": 3.0,
+        "tokens": 20,
+        "flops": 40.0,
+        "bits_per_byte": 1.0,
+    }
     (out / "summary.json").write_text(json.dumps(summary))
     return out
 
@@ -135,7 +155,9 @@ def test_arms_are_told_apart_by_what_not_all_of_them_change(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_keeping_adams_state_of_a_complete_run_does_what_it_says(tmp_path: Path, overrides: list[str]) -> None:
+def test_keeping_adams_state_of_a_complete_run_does_what_it_says(
+    tmp_path: Path, overrides: list[str]
+) -> None:
     settings = at(compose(overrides), tmp_path / "run")
     folder = loop.train(settings)
     before = timeless(folder), weights(folder)
@@ -155,11 +177,21 @@ def test_keeping_adams_state_of_a_complete_run_does_what_it_says(tmp_path: Path,
     ("scratch", "arms"),
     [
         ([["schedule=cosine"]], ["scratch"]),
-        ([["schedule=cosine"], ["schedule=cosine", "seed=1"], ["schedule=cosine", "optimizer.learning_rate=0.01"]], ["scratch"] * 3),
-        ([[], ["schedule=cosine"]], ["scratch", "scratch-schedule_cosine"]),  # two arms, and one of them is plain
+        (
+            [
+                ["schedule=cosine"],
+                ["schedule=cosine", "seed=1"],
+                ["schedule=cosine", "optimizer.learning_rate=0.01"],
+            ],
+            ["scratch"] * 3,
+        ),
+        # two arms, and one of them is plain
+        ([[], ["schedule=cosine"]], ["scratch", "scratch-schedule_cosine"]),
     ],
 )
-def test_scratch_with_settings_of_its_own_is_still_scratch(tmp_path: Path, scratch: list[list[str]], arms: list[str]) -> None:
+def test_scratch_with_settings_of_its_own_is_still_scratch(
+    tmp_path: Path, scratch: list[list[str]], arms: list[str]
+) -> None:
     folders = [finished(tmp_path, *own, "growth=scratch") for own in scratch]
     runs, _ = read_runs([*folders, finished(tmp_path), finished(tmp_path, "transfer.inherited_rate=0.1")])
     assert [run.arm for run in runs] == [*arms, "lossless", "lossless-inherited_rate0.1"]
@@ -170,23 +202,31 @@ def test_a_longer_budget_of_a_complete_run_is_told_the_way(tmp_path: Path) -> No
     done = finished(tmp_path)
     asked = compose([*GIVEN, "train.budget_tokens=2_048_000"])
     assert shorter_run(replace(asked, out=str(tmp_path / asked.name))) == (
-        f"{done} trained this for 1,024,000 tokens; to train what it reached further, and not the whole again: growth=source "
-        f"source={done}/final transfer=continued (after train.keep_optimizer=true, which makes a complete run keep Adam's state), "
-        "under a study= of its own"
+        f"{done} trained this for 1,024,000 tokens; to train what it reached further, and not the whole "
+        f"again: growth=source source={done}/final transfer=continued (after train.keep_optimizer=true, "
+        "which makes a complete run keep Adam's state), under a study= of its own"
     )
     assert shorter_run(compose([*GIVEN])) is None
     with pytest.raises(UserError, match=r"growth=source source=\S+/final transfer=continued"):
         check_same(done, RunRecord.read(done / "run.json", ""), replace(asked, name=done.name, out=str(done)))
 
 
-# ---- sweeps ---------------------------------------------------------------------------------------------------------------------------
+# ---- sweeps ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_sweep_goes_on_where_a_point_fails_and_ends_with_what_failed(tmp_path: Path, overrides: list[str]) -> None:
+def test_a_sweep_goes_on_where_a_point_fails_and_ends_with_what_failed(
+    tmp_path: Path, overrides: list[str]
+) -> None:
     """The first point's rate diverges."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    given = [*overrides, "train.gradient_clip=null", "optimizer.learning_rate=1e30,1e-3", "logger=none", "progress=lines"]
+    given = [
+        *overrides,
+        "train.gradient_clip=null",
+        "optimizer.learning_rate=1e30,1e-3",
+        "logger=none",
+        "progress=lines",
+    ]
     command = [sys.executable, "-m", "outgrow.train", "-m", *given, "out='here/${name}'"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=200)
     assert done.returncode == 1, done.stderr

@@ -15,10 +15,18 @@ from torch import nn
 
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import build_model
-from outgrow.train.optimizer import OPTIMIZERS, build_optimizer, check_cover, parameter_groups, set_learning_rate
+from outgrow.train.optimizer import (
+    OPTIMIZERS,
+    build_optimizer,
+    check_cover,
+    parameter_groups,
+    set_learning_rate,
+)
 from outgrow.train.settings import OptimizerSettings
 
-SETTINGS = OptimizerSettings(name="adamw", learning_rate=0.1, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.5)
+SETTINGS = OptimizerSettings(
+    name="adamw", learning_rate=0.1, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.5
+)
 
 
 def names(model: nn.Module, group: dict[str, Any]) -> set[str]:
@@ -30,12 +38,19 @@ def test_matrices_decay_and_vectors_and_embeddings_do_not(phi_config: dict[str, 
     model = build_model(phi_config | {"num_hidden_layers": 1}, seed=0)
     hidden, decayed, untouched = parameter_groups(model, 0.5)
     layer = "model.layers.0."
-    matrices = {f"{layer}{part}.weight" for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.dense")}
+    matrices = {
+        f"{layer}{part}.weight"
+        for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.dense")
+    }
     assert names(model, hidden) == matrices | {f"{layer}mlp.fc1.weight", f"{layer}mlp.fc2.weight"}
     assert names(model, decayed) == {"lm_head.weight"}
     assert [group["weight_decay"] for group in (hidden, decayed, untouched)] == [0.5, 0.5, 0.0]
-    assert {"model.embed_tokens.weight", "lm_head.bias", f"{layer}input_layernorm.weight"} <= names(model, untouched)
-    assert names(model, hidden) | names(model, decayed) | names(model, untouched) == {name for name, _ in model.named_parameters()}
+    assert {"model.embed_tokens.weight", "lm_head.bias", f"{layer}input_layernorm.weight"} <= names(
+        model, untouched
+    )
+    assert names(model, hidden) | names(model, decayed) | names(model, untouched) == {
+        name for name, _ in model.named_parameters()
+    }
 
 
 def test_a_tied_head_is_one_parameter_and_an_embedding(phi_config: dict[str, Any]) -> None:
@@ -74,7 +89,7 @@ def test_without_a_gradient_only_decayed_weights_shrink() -> None:
     assert model.bias.tolist() == [1.0, 1.0]
 
 
-# ---- AdamW in one kernel --------------------------------------------------------------------------------------------------------------
+# ---- AdamW in one kernel -----------------------------------------------------------------------------------
 
 
 def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> nn.Module:
@@ -100,7 +115,7 @@ def test_adamw_runs_in_one_kernel_and_computes_adamw(phi_config: dict[str, Any])
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-# ---- Muon -----------------------------------------------------------------------------------------------------------------------------
+# ---- Muon --------------------------------------------------------------------------------------------------
 
 MUON = dataclasses.replace(SETTINGS, name="muon", momentum=0.95, learning_rate=0.01)
 
@@ -124,7 +139,8 @@ def test_muon_trains_hidden_matrices_and_adamw_the_rest(phi_config: dict[str, An
 
 
 def test_muons_first_step_is_orthogonal_and_as_large_as_adamws(phi_config: dict[str, Any]) -> None:
-    """All singular values of the update near 0.2 · √max(rows, columns) · rate (arXiv 2502.16982, equation 4): an RMS of 0.2 · rate."""
+    """All singular values of the update near 0.2 · √max(rows, columns) · rate (arXiv 2502.16982, equation 4):
+    an RMS of 0.2 · rate."""
     model = build_model(phi_config, seed=0)
     weight: Any = model.model.layers[0].mlp.fc1.weight
     before = weight.detach().clone()
@@ -162,7 +178,7 @@ def test_a_rate_set_on_muon_reaches_both_parts(phi_config: dict[str, Any]) -> No
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
-# ---- 8 bits ---------------------------------------------------------------------------------------------------------------------------
+# ---- 8 bits ------------------------------------------------------------------------------------------------
 
 
 def test_without_torchao_8_bits_are_refused_naming_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +200,9 @@ def test_8_bits_take_a_quarter_of_the_memory_and_train_alike() -> None:
     def losses(name: Any) -> tuple[list[float], int]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64))
-        optimizer = build_optimizer(model, dataclasses.replace(SETTINGS, name=name, learning_rate=3e-3, weight_decay=0.0))
+        optimizer = build_optimizer(
+            model, dataclasses.replace(SETTINGS, name=name, learning_rate=3e-3, weight_decay=0.0)
+        )
         inputs, found = torch.randn(256, 64), []
         for _ in range(30):
             loss = (model(inputs) - inputs.roll(1, 1)).square().mean()
@@ -210,14 +228,26 @@ def test_every_name_of_the_door_has_an_optimizer() -> None:
 
 def test_muon_orthogonalises_each_experts_matrix_by_itself() -> None:
     """Against PyTorch's Muon over the same matrices apart."""
-    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = build_model({"model_type": "mixtral", **sizes, "num_key_value_heads": 2, "num_local_experts": 3}, seed=0)
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    model = build_model(
+        {"model_type": "mixtral", **sizes, "num_key_value_heads": 2, "num_local_experts": 3}, seed=0
+    )
     groups = {group["name"]: names(model, group) for group in parameter_groups(model, 0.5)}
-    assert groups["experts"] == {f"model.layers.0.mlp.experts.{part}" for part in ("gate_up_proj", "down_proj")}
+    assert groups["experts"] == {
+        f"model.layers.0.mlp.experts.{part}" for part in ("gate_up_proj", "down_proj")
+    }
     optimizer = build_optimizer(model, MUON)
     stack = model.model.layers[0].mlp.experts.down_proj
     apart = [nn.Parameter(matrix.detach().clone()) for matrix in stack]
-    reference = torch.optim.Muon(apart, lr=0.01, momentum=0.95, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
+    reference = torch.optim.Muon(
+        apart, lr=0.01, momentum=0.95, weight_decay=0.5, adjust_lr_fn="match_rms_adamw"
+    )
     for step in range(2):
         draw = torch.Generator().manual_seed(step)
         for parameter in model.parameters():
@@ -230,7 +260,13 @@ def test_muon_orthogonalises_each_experts_matrix_by_itself() -> None:
 
 
 def test_convolutions_and_state_spaces_decay_nowhere() -> None:
-    sizes = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 2}
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "state_size": 4,
+        "time_step_rank": 2,
+    }
     model = build_model({"model_type": "mamba", **sizes}, seed=0)
     groups = {group["name"]: names(model, group) for group in parameter_groups(model, 0.5)}
     mixer = "backbone.layers.0.mixer."

@@ -17,7 +17,11 @@ from outgrow.train.start.passes import Stock, passes, shares, stock
 
 def prepared(folder: Path, tokens: int) -> DataSettings:
     folder.mkdir()
-    manifest = {"splits": {"train": {"tokens": tokens, "sha256": ""}}, "tokenizer": {"sha256": ""}, "dtype": "<u2"}
+    manifest = {
+        "splits": {"train": {"tokens": tokens, "sha256": ""}},
+        "tokenizer": {"sha256": ""},
+        "dtype": "<u2",
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": fingerprint(manifest)}))
     return DataSettings("files", "files", path="texts", folder=str(folder))
 
@@ -32,7 +36,9 @@ def test_passes_are_the_budget_over_the_tokens_that_are_there(settings: Settings
     assert list(passes(own)) == ["files: 100.0% of the run, 768 tokens of 512, 1.50 passes"]
     often = replace(settings, data=prepared(tmp_path / "short", 96))
     (line,) = passes(often)
-    assert line.startswith("files: 100.0% of the run, 768 tokens of 96, 8.00 passes; more than 4 passes teach little that is new")
+    assert line.startswith(
+        "files: 100.0% of the run, 768 tokens of 96, 8.00 passes; more than 4 passes teach little that is new"
+    )
 
 
 def test_a_text_that_is_not_there_yet_is_known_by_its_limit_alone(settings: Settings, tmp_path: Path) -> None:
@@ -42,7 +48,9 @@ def test_a_text_that_is_not_there_yet_is_known_by_its_limit_alone(settings: Sett
     limited = replace(data, limit_tokens=1000, validation_fraction=0.05)
     assert stock(limited) == Stock(950, exact=False)
     (line,) = passes(replace(settings, data=replace(limited, limit_tokens=100)))
-    assert line.startswith("files: 100.0% of the run, 768 tokens of at most 95, at least 8.08 passes; more than 4")
+    assert line.startswith(
+        "files: 100.0% of the run, 768 tokens of at most 95, at least 8.08 passes; more than 4"
+    )
 
 
 def test_tokens_cut_by_a_sources_tokenizer_are_found_beside_them(settings: Settings, tmp_path: Path) -> None:
@@ -51,18 +59,25 @@ def test_tokens_cut_by_a_sources_tokenizer_are_found_beside_them(settings: Setti
 
 
 def test_every_source_of_a_mixture_has_its_line(settings: Settings, tmp_path: Path) -> None:
-    sources = {name: SourceSettings(prepared(tmp_path / name, tokens), 1.5) for name, tokens in (("a", 100), ("b", 1000))}
+    sources = {
+        name: SourceSettings(prepared(tmp_path / name, tokens), 1.5)
+        for name, tokens in (("a", 100), ("b", 1000))
+    }
     phases = (PhaseSettings(weights={"a": 0.5, "b": 0.5}, tokens=400), PhaseSettings(weights={"b": 1.0}))
     mixture = MixtureSettings("two", sources, phases)
     stocks = {"a": Stock(100, exact=True), "b": None}
     assert shares(mixture, 768, stocks) == {"a": 200.0, "b": 568.0}
     first, second = passes(replace(settings, mixture=mixture))
-    assert first.startswith("a: 26.0% of the run, 200 tokens of 100, 2.00 passes; it is too small: max_passes=1.5 refuses the run")
+    assert first.startswith(
+        "a: 26.0% of the run, 200 tokens of 100, 2.00 passes; it is too small: max_passes=1.5 refuses the run"
+    )
     assert second == "b: 74.0% of the run, 568 tokens of 1,000, 0.57 passes"
     by_passes = replace(mixture, phases=(PhaseSettings(passes={"a": 2.0}), PhaseSettings(weights={"b": 1.0})))
     assert shares(by_passes, 768, stocks) == {"a": 200.0, "b": 568.0}
     assert shares(by_passes, 768, {"a": None, "b": None})["a"] is None
-    by_share = replace(mixture, phases=(PhaseSettings(weights={"a": 1.0}, share=0.25), PhaseSettings(weights={"b": 1.0})))
+    by_share = replace(
+        mixture, phases=(PhaseSettings(weights={"a": 1.0}, share=0.25), PhaseSettings(weights={"b": 1.0}))
+    )
     assert shares(by_share, 768, stocks) == {"a": 192.0, "b": 576.0}
 
 
@@ -72,7 +87,14 @@ PRESETS = sorted(path.stem for path in CONF.glob("mixture/phi_*.yaml"))
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_bounds_the_passes_of_every_source_and_fits_any_budget(name: str) -> None:
-    command = (CONF / "mixture" / f"{name}.yaml").read_text().split("# outgrow train ")[1].splitlines()[0].split("  ")[0].split()
+    command = (
+        (CONF / "mixture" / f"{name}.yaml")
+        .read_text()
+        .split("# outgrow train ")[1]
+        .splitlines()[0]
+        .split("  ")[0]
+        .split()
+    )
     for budget in ([], ["train.budget_tokens=1_400_000_000_000"]):
         asked = compose([*command, *budget])
         assert asked.mixture is not None

@@ -1,4 +1,5 @@
-"""Several processes: the losses of one, sharded or not, and checkpoints that any number of processes takes up."""
+"""Several processes: the losses of one, sharded or not, and checkpoints that any number of processes takes
+up."""
 
 from __future__ import annotations
 
@@ -16,7 +17,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from helpers.toy import assert_close_run, assert_same_run, at, begun, ended, free_port, rows, wait_for, weights
+from helpers.toy import (
+    assert_close_run,
+    assert_same_run,
+    at,
+    begun,
+    ended,
+    free_port,
+    rows,
+    wait_for,
+    weights,
+)
 from outgrow.model.base.errors import UserError
 from outgrow.train import loop
 from outgrow.train.run import state
@@ -53,7 +64,8 @@ def assert_close_weights(folder: Path, other: Path) -> None:
 def test_any_number_of_processes_gives_the_losses_of_one(
     settings: Settings, sharded: Settings, tmp_path: Path, finished: Path, processes: int
 ) -> None:
-    """8 windows: shared out evenly or not, in micro-batches or not, with the whole model everywhere or a part of it."""
+    """8 windows: shared out evenly or not, in micro-batches or not, with the whole model everywhere or a part
+    of it."""
     runs = {
         f"{name}-{micro_batch}": at(kind, tmp_path / f"{name}-{micro_batch}", micro_batch=micro_batch)
         for name, kind in (("whole", settings), ("sharded", sharded))
@@ -64,7 +76,9 @@ def test_any_number_of_processes_gives_the_losses_of_one(
         assert json.loads((tmp_path / name / "run.json").read_text())["processes"] == processes
         assert_close_run(tmp_path / name, finished)
         assert_close_weights(tmp_path / name, finished)
-        assert type(AutoModelForCausalLM.from_pretrained(tmp_path / name / "final")).__name__ == "PhiForCausalLM"
+        assert (
+            type(AutoModelForCausalLM.from_pretrained(tmp_path / name / "final")).__name__ == "PhiForCausalLM"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +101,11 @@ def test_a_checkpoint_of_two_processes_is_resumed_on_any_number(
     settings: Settings, sharded: Settings, tmp_path: Path, finished: Path, on_two: Path, processes: int
 ) -> None:
     kinds = {"none": settings, "full": sharded}
-    runs = {(was, name): at(kind, interrupted(on_two / was, tmp_path / f"{was}-{name}")) for was in kinds for name, kind in kinds.items()}
+    runs = {
+        (was, name): at(kind, interrupted(on_two / was, tmp_path / f"{was}-{name}"))
+        for was in kinds
+        for name, kind in kinds.items()
+    }
     ended(*runs.values(), processes=processes)
     for (was, name), run in runs.items():
         folder = Path(run.out)
@@ -108,24 +126,40 @@ def test_each_process_holds_and_writes_its_part(on_two: Path) -> None:
     assert not held["none"][0].keys() & held["none"][1].keys()
     matrices = [key for key, shape in whole.items() if len(shape) == 2]
     assert len(matrices) > 20
-    assert all(first[key][0] + second[key][0] == whole[key][0] and first[key][0] == second[key][0] for key in matrices)
+    assert all(
+        first[key][0] + second[key][0] == whole[key][0] and first[key][0] == second[key][0]
+        for key in matrices
+    )
 
 
 @pytest.mark.slow
 def test_a_missing_part_of_a_checkpoint_is_told(sharded: Settings, tmp_path: Path, on_two: Path) -> None:
     folder = interrupted(on_two / "full", tmp_path / "run")
     sorted(folder.glob("checkpoints/*/shard-*"))[0].unlink()
-    with pytest.raises(UserError, match=r"no checkpoint is intact; delete this folder .*\n.*step-00000003: cannot be loaded"):
+    with pytest.raises(
+        UserError, match=r"no checkpoint is intact; delete this folder .*\n.*step-00000003: cannot be loaded"
+    ):
         loop.train(at(sharded, folder))
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_all_and_another_number_goes_on(overrides: list[str], tmp_path: Path) -> None:
-    longer = compose([*overrides, "train.budget_tokens=25600", "train.save_every_tokens=null", "sharding=full"])
+def test_a_signal_to_one_process_stops_all_and_another_number_goes_on(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    longer = compose(
+        [*overrides, "train.budget_tokens=25600", "train.save_every_tokens=null", "sharding=full"]
+    )
     run = at(longer, tmp_path / "run")
     port = free_port()
     both = [begun(run, process=i, processes=2, port=port) for i in range(2)]
-    wait_for(lambda: len(rows(tmp_path / "run", "train")) > 2 if (tmp_path / "run" / "metrics.jsonl").exists() else False, both[0])
+    wait_for(
+        lambda: (
+            len(rows(tmp_path / "run", "train")) > 2
+            if (tmp_path / "run" / "metrics.jsonl").exists()
+            else False
+        ),
+        both[0],
+    )
     os.kill(both[1].pid or 0, signal.SIGUSR1)
     for one in both:
         one.join(60)
@@ -134,16 +168,21 @@ def test_a_signal_to_one_process_stops_all_and_another_number_goes_on(overrides:
     assert_close_run(ended(run), ended(at(longer, tmp_path / "whole")))
 
 
-def test_fsdp_from_the_launcher_is_refused(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsdp_from_the_launcher_is_refused(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="give sharding=full"):
         loop.train(at(settings, tmp_path / "run"))
 
 
 def failed(*limits: int, run: Settings) -> str:
-    """What the run says when it fails on processes that may write files of so many bytes; all of them have to end with status 2."""
+    """What the run says when it fails on processes that may write files of so many bytes; all of them have to
+    end with status 2."""
     port = free_port()
-    started = [begun(run, process=i, processes=len(limits), port=port, limit=limit) for i, limit in enumerate(limits)]
+    started = [
+        begun(run, process=i, processes=len(limits), port=port, limit=limit) for i, limit in enumerate(limits)
+    ]
     for one in started:
         one.join(60)
     assert [one.exitcode for one in started] == [2] * len(limits)
@@ -155,21 +194,33 @@ def test_a_disk_that_one_process_finds_full_stops_all_and_leaves_the_earlier_che
     sharded: Settings, tmp_path: Path, finished: Path, on_two: Path
 ) -> None:
     run = at(sharded, interrupted(on_two / "full", tmp_path / "run"), save_every_tokens=128)
-    assert "step-00000004: could not be written (File too large)" in failed(resource.RLIM_INFINITY, 1000, run=run)
+    assert "step-00000004: could not be written (File too large)" in failed(
+        resource.RLIM_INFINITY, 1000, run=run
+    )
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
     assert_close_run(ended(run), finished)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["none", "full"])
-def test_what_is_not_finite_stops_all_processes_with_the_last_good_state_saved(overrides: list[str], tmp_path: Path, sharding: str) -> None:
+def test_what_is_not_finite_stops_all_processes_with_the_last_good_state_saved(
+    overrides: list[str], tmp_path: Path, sharding: str
+) -> None:
     run = at(compose([*overrides, f"sharding={sharding}", "optimizer.learning_rate=1e36"]), tmp_path / "run")
     words = failed(resource.RLIM_INFINITY, resource.RLIM_INFINITY, run=run)
-    found = re.match(r"step (\d): the loss is .*; not finite: .*\. The run stops here and has saved the state after step (\d)", words)
+    found = re.match(
+        r"step (\d): the loss is .*; not finite: .*\. The run stops here and has saved the state after "
+        r"step (\d)",
+        words,
+    )
     assert found, words
     assert int(found[1]) == int(found[2]) + 1 > 1
     (saved,) = state.complete(tmp_path / "run" / "checkpoints")
-    assert all(tensor.isfinite().all() for shard in saved.glob("*.safetensors") for tensor in load_file(shard).values())
+    assert all(
+        tensor.isfinite().all()
+        for shard in saved.glob("*.safetensors")
+        for tensor in load_file(shard).values()
+    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""The dtype of a run's final weights (train.save_dtype): what is stored, what stays, and a complete run that is asked for another."""
+"""The dtype of a run's final weights (train.save_dtype): what is stored, what stays, and a complete run that
+is asked for another."""
 
 from __future__ import annotations
 
@@ -50,20 +51,29 @@ def assert_rounded(folder: Path, exact: Path, dtype: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_final_weights_are_those_that_were_trained_rounded_once(settings: Settings, finished: Path, tmp_path: Path, dtype: str) -> None:
+def test_the_final_weights_are_those_that_were_trained_rounded_once(
+    settings: Settings, finished: Path, tmp_path: Path, dtype: str
+) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = loop.train(at(settings, tmp_path / "run", save_dtype=dtype))
     assert_rounded(folder, finished, dtype)
     assert timeless(folder) == timeless(finished)
-    assert sorted(path.name for path in (folder / "final").iterdir()) == sorted(path.name for path in (finished / "final").iterdir())
+    assert sorted(path.name for path in (folder / "final").iterdir()) == sorted(
+        path.name for path in (finished / "final").iterdir()
+    )
     assert AutoModelForCausalLM.from_pretrained(folder / "final").dtype == getattr(torch, dtype)
-    assert f"| weights | {dtype}; the losses are those of the float32 weights" in (folder / "final/README.md").read_text()
+    assert (
+        f"| weights | {dtype}; the losses are those of the float32 weights"
+        in (folder / "final/README.md").read_text()
+    )
     assert "| weights |" not in (finished / "final/README.md").read_text()
 
 
 @pytest.mark.slow
-def test_a_complete_run_gives_its_weights_in_another_dtype_and_keeps_the_rest(settings: Settings, finished: Path, tmp_path: Path) -> None:
+def test_a_complete_run_gives_its_weights_in_another_dtype_and_keeps_the_rest(
+    settings: Settings, finished: Path, tmp_path: Path
+) -> None:
     folder = loop.train(at(settings, tmp_path / "run", keep_optimizer=True))
     loop.train(at(settings, folder, save_dtype="bfloat16"))
     assert_rounded(folder, finished, "bfloat16")
@@ -83,7 +93,13 @@ def test_the_sources_dtype_is_that_of_its_tensors_and_outlives_it(
 ) -> None:
     source = checkpoint_maker(tmp_path / "source", phi_config | {"vocab_size": 300}, "bfloat16")
     text = [given for given in overrides if not given.startswith("target=")]
-    asked = [*text, f"source={source}", "growth=lossless", "target={num_hidden_layers:4}", "train.budget_tokens=256"]
+    asked = [
+        *text,
+        f"source={source}",
+        "growth=lossless",
+        "target={num_hidden_layers:4}",
+        "train.budget_tokens=256",
+    ]
     settings = at(compose(asked), tmp_path / "run")
     folder = loop.train(settings)
     assert json.loads((folder / "run.json").read_text())["start"]["source_dtype"] == "bfloat16"
@@ -91,7 +107,9 @@ def test_the_sources_dtype_is_that_of_its_tensors_and_outlives_it(
     source.rename(tmp_path / "gone")
     loop.train(at(settings, folder, save_dtype="source"))
     assert {tensor.dtype for tensor in weights(folder).values()} == {torch.bfloat16}
-    with pytest.raises(UserError, match=r"train\.save_dtype=source: there is no source; give float32, bfloat16 or float16"):
+    with pytest.raises(
+        UserError, match=r"train\.save_dtype=source: there is no source; give float32, bfloat16 or float16"
+    ):
         compose([*overrides, "train.save_dtype=source"])
 
 
@@ -109,7 +127,11 @@ def test_what_a_class_keeps_in_float32_is_stored_so(settings: Settings, tmp_path
 @pytest.mark.parametrize("sharded", [False, True])
 def test_another_dtype_is_rehearsed_too(settings: Settings, sharded: bool) -> None:
     data = prepare(settings.data, progress=False)
-    for model_type in ("gpt2", "mixtral", "gemma3_text"):  # a tied head, experts that are stored one by one, two kinds of layers
+    for model_type in (
+        "gpt2",
+        "mixtral",
+        "gemma3_text",
+    ):  # a tied head, experts that are stored one by one, two kinds of layers
         assert rehearse_end({"model_type": model_type}, None, data, sharded=sharded, dtype="bfloat16") == []
 
 
@@ -117,7 +139,13 @@ def test_weights_beyond_the_range_of_the_dtype_are_refused(settings: Settings, t
     model = tiny_twin({"model_type": "gpt2"}).build()
     with torch.no_grad():
         model.transformer.ln_f.weight[0] = 1e5
-    with pytest.raises(UserError, match=r"train.save_dtype: transformer.ln_f.weight hold values beyond the range of float16; use bfloat16"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"train.save_dtype: transformer.ln_f.weight hold values beyond the range of float16; use "
+            r"bfloat16"
+        ),
+    ):
         write_model(tmp_path, model, None, prepare(settings.data, progress=False), "float16")
 
 
@@ -125,7 +153,8 @@ def test_a_complete_run_is_rounded_from_its_end_and_not_trained_again(
     settings: Settings, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(finished, folder := tmp_path / "run")
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # as where train.save_every_tokens=null wrote none
+    # as where train.save_every_tokens=null wrote none
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     monkeypatch.setattr(loop, "build_objects", None)
     loop.train(at(settings, folder, save_dtype="bfloat16"))
     assert_rounded(folder, finished, "bfloat16")
@@ -155,13 +184,19 @@ def test_a_weight_that_outgrows_the_dtype_stops_the_run_which_goes_on_in_another
     def growing(step: Step, i: int) -> tuple[float, ...]:
         found = trained(step, i)
         if i == 1:
-            next(iter(step.parameters.values())).data.flatten()[0] = 65520.0  # the least that rounds to infinity
+            next(iter(step.parameters.values())).data.flatten()[0] = (
+                65520.0  # the least that rounds to infinity
+            )
         return found
 
     monkeypatch.setattr(Step, "__call__", growing)
     at_once = {"eval_every_tokens": 1, "save_every_tokens": 1}
     with pytest.raises(
-        UserError, match=r"train\.save_dtype: after step 2, .* hold values beyond the range of float16; the same command with"
+        UserError,
+        match=(
+            r"train\.save_dtype: after step 2, .* hold values beyond the range of float16; the same "
+            r"command with"
+        ),
     ):
         loop.train(at(settings, tmp_path / "run", save_dtype="float16", **at_once))
     assert not (tmp_path / "run/final").exists()

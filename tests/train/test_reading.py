@@ -34,7 +34,9 @@ def source(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path
     for file in final.iterdir():
         if file.name.startswith(("tokenizer", "special")):
             file.unlink()
-    save_tokenizer(train_tokenizer(["zebras quack", "quack zebras"] * 9, vocab_size=266, model_max_length=32), final)
+    save_tokenizer(
+        train_tokenizer(["zebras quack", "quack zebras"] * 9, vocab_size=266, model_max_length=32), final
+    )
     return final
 
 
@@ -45,7 +47,9 @@ def trained_on(settings: Settings, source: Path, out: Path, **data: Any) -> Sett
 
 
 @pytest.mark.slow
-def test_a_source_with_a_tokenizer_keeps_it_also_when_it_is_gone_later(settings: Settings, source: Path, tmp_path: Path) -> None:
+def test_a_source_with_a_tokenizer_keeps_it_also_when_it_is_gone_later(
+    settings: Settings, source: Path, tmp_path: Path
+) -> None:
     copy = shutil.copytree(source, tmp_path / "copy")
     asked = trained_on(settings, copy, tmp_path)
     asked = replace(asked, data=replace(asked.data, folder=str(tmp_path / "tokens")))
@@ -58,15 +62,21 @@ def test_a_source_with_a_tokenizer_keeps_it_also_when_it_is_gone_later(settings:
     assert again.fingerprint == run["data"]["fingerprint"]
 
 
-def test_the_tokens_of_another_tokenizer_lie_in_a_folder_of_their_own(settings: Settings, source: Path, tmp_path: Path) -> None:
+def test_the_tokens_of_another_tokenizer_lie_in_a_folder_of_their_own(
+    settings: Settings, source: Path, tmp_path: Path
+) -> None:
     asked = trained_on(settings, source, tmp_path)
     text = reading(asked, source, None)
-    assert (text.tokenizer, str(text.home)) == (str(source), f"{asked.data.home}-{str(tokenizer_identity(str(source)))[:8]}")
+    assert (text.tokenizer, str(text.home)) == (
+        str(source),
+        f"{asked.data.home}-{str(tokenizer_identity(str(source)))[:8]}",
+    )
 
 
 def test_a_leaf_leaves_tokens_of_another_tokenizer_where_they_are() -> None:
     data = compose(["growth=scratch", "target=tiny_source"]).data
-    assert (data.folder, str(data.home)) == (None, "data/stdlib")  # a folder that is given would be built anew
+    # a folder that is given would be built anew
+    assert (data.folder, str(data.home)) == (None, "data/stdlib")
 
 
 def test_tokens_that_the_source_was_trained_on_serve_as_they_are(settings: Settings, tmp_path: Path) -> None:
@@ -84,7 +94,9 @@ def test_training_another_tokenizer_is_asked_for_and_warned_of(
     asked = trained_on(settings, source, tmp_path, tokenizer="train")
     assert reading(asked, source, None) == asked.data
     folder = loop.train(asked)
-    assert tokenizer_identity(str(folder / "final")) == tokenizer_identity(str(prepare(settings.data, progress=False).tokenizer_folder))
+    assert tokenizer_identity(str(folder / "final")) == tokenizer_identity(
+        str(prepare(settings.data, progress=False).tokenizer_folder)
+    )
     said = capsys.readouterr().out
     assert "warning: data.tokenizer=train is not the tokenizer that the source" in said
     assert rows(folder, "eval")
@@ -104,8 +116,17 @@ def test_a_tokenizer_that_cannot_be_loaded_names_the_way_out(settings: Settings,
 
 def test_a_first_loss_above_guessing_and_a_rate_of_tiny_models_deserve_a_line(settings: Settings) -> None:
     grown = replace(settings, growth=compose(["growth=lossless", "source=x", "target=tiny_target"]).growth)
-    assert next(loss_warnings(grown, 6.0, 300)).startswith("warning: the first validation loss, 6.000, is above ln 300 = 5.704")
+    assert next(loss_warnings(grown, 6.0, 300)).startswith(
+        "warning: the first validation loss, 6.000, is above ln 300 = 5.704"
+    )
     assert list(loss_warnings(grown, log(300), 300)) == list(loss_warnings(settings, 6.0, 300)) == []
-    assert next(rate_warnings(grown, 135_000_000)).startswith("warning: optimizer.learning_rate=0.003 was found on models of one or two")
+    assert next(rate_warnings(grown, 135_000_000)).startswith(
+        "warning: optimizer.learning_rate=0.003 was found on models of one or two"
+    )
     slow = replace(grown, optimizer=replace(grown.optimizer, learning_rate=2e-4))
-    assert list(rate_warnings(slow, 10**9)) == list(rate_warnings(grown, 10**6)) == list(rate_warnings(settings, 10**9)) == []
+    assert (
+        list(rate_warnings(slow, 10**9))
+        == list(rate_warnings(grown, 10**6))
+        == list(rate_warnings(settings, 10**9))
+        == []
+    )

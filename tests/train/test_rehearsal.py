@@ -31,7 +31,11 @@ def settings(overrides: list[str]) -> Settings:
 
 @pytest.mark.slow
 def test_a_generation_config_that_contradicts_itself_trains_to_its_end(
-    settings: Settings, phi_config: dict[str, Any], checkpoint_maker: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: Settings,
+    phi_config: dict[str, Any],
+    checkpoint_maker: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = checkpoint_maker(tmp_path / "source", phi_config | {"vocab_size": 300}, "float32")
     (source / FILE).write_text(json.dumps({"temperature": 0.6}))
@@ -41,7 +45,11 @@ def test_a_generation_config_that_contradicts_itself_trains_to_its_end(
     assert "do_sample: true is added" in capsys.readouterr().out
     assert json.loads((folder / "final" / FILE).read_text())["temperature"] == 0.6
     config = json.loads((folder / "final" / "config.json").read_text())
-    assert (config["rope_theta"], config["partial_rotary_factor"], config["torch_dtype"]) == (10000.0, 0.5, "float32")
+    assert (config["rope_theta"], config["partial_rotary_factor"], config["torch_dtype"]) == (
+        10000.0,
+        0.5,
+        "float32",
+    )
 
 
 BREAKS: dict[str, tuple[str, Any]] = {
@@ -52,7 +60,9 @@ BREAKS: dict[str, tuple[str, Any]] = {
 
 
 def _renamed(folder: Path, model: Any, weights: Any, data: Any, dtype: str) -> None:
-    write_model(folder, model, {f"other.{name}": tensor for name, tensor in model.state_dict().items()}, data, dtype)
+    write_model(
+        folder, model, {f"other.{name}": tensor for name, tensor in model.state_dict().items()}, data, dtype
+    )
 
 
 def tiny_twin_of_another_seed(folder: str) -> Any:
@@ -69,26 +79,48 @@ def test_what_would_fail_at_the_end_fails_before_anything_is_written(
     name: str, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rehearsal, *BREAKS[name])
-    with pytest.raises(UserError, match="the end of this run, rehearsed on a tiny model of family 'phi' before anything is trained, fails"):
+    with pytest.raises(
+        UserError,
+        match=(
+            "the end of this run, rehearsed on a tiny model of family 'phi' before anything is trained, fails"
+        ),
+    ):
         loop.train(at(settings, tmp_path / "run"))
     assert not (tmp_path / "run" / "run.json").exists()
 
 
 @pytest.mark.parametrize("name", ["xlstm", "git"])
 def test_a_class_is_rehearsed_whatever_its_own_loss_and_cache_want(name: str, settings: Settings) -> None:
-    """xLSTM's cache has other sizes than its tiny twin; GIT's loss takes the places of a picture off the text."""
-    assert rehearse_end({"model_type": name}, None, prepare(settings.data, progress=False), sharded=False) == []
+    """xLSTM's cache has other sizes than its tiny twin; GIT's loss takes the places of a picture off the
+    text."""
+    assert (
+        rehearse_end({"model_type": name}, None, prepare(settings.data, progress=False), sharded=False) == []
+    )
 
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_tied_head_is_saved_once(
-    settings: Settings, phi_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharded: bool, tied: bool
+    settings: Settings,
+    phi_config: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sharded: bool,
+    tied: bool,
 ) -> None:
     kept = []
-    monkeypatch.setattr(rehearsal, "write_model", lambda folder, *given: (write_model(folder, *given), kept.append(_names(folder))))
+    monkeypatch.setattr(
+        rehearsal,
+        "write_model",
+        lambda folder, *given: (write_model(folder, *given), kept.append(_names(folder))),
+    )
     data = prepare(settings.data, progress=False)
-    assert rehearse_end(phi_config | {"model_type": "llama", "tie_word_embeddings": tied}, None, data, sharded=sharded) == []
+    assert (
+        rehearse_end(
+            phi_config | {"model_type": "llama", "tie_word_embeddings": tied}, None, data, sharded=sharded
+        )
+        == []
+    )
     assert ("lm_head.weight" in kept[0]) != tied
 
 

@@ -1,4 +1,5 @@
-"""Runs that are stopped: killed at any moment, asked to stop, out of disk; each ends where an undisturbed run ends."""
+"""Runs that are stopped: killed at any moment, asked to stop, out of disk; each ends where an undisturbed run
+ends."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ STEPS = 60
 @pytest.fixture(scope="module")
 def settings(overrides: list[str]) -> Settings:
     """60 steps with a checkpoint after each."""
-    return compose([*overrides, f"train.budget_tokens={STEPS * 128}", "train.save_every_tokens=128", "train.keep=2"])
+    return compose(
+        [*overrides, f"train.budget_tokens={STEPS * 128}", "train.save_every_tokens=128", "train.keep=2"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +47,13 @@ def being_written(checkpoints: Path) -> bool:
 def test_a_run_killed_at_twenty_moments_ends_with_the_bits_of_an_undisturbed_one(
     settings: Settings, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Every other time while a checkpoint is being written; else at any moment, start-up included. A run that has ended begins anew."""
-    draw, settings, checkpoints = random.Random(0), at(settings, tmp_path / "run"), tmp_path / "run" / "checkpoints"
+    """Every other time while a checkpoint is being written; else at any moment, start-up included. A run that
+    has ended begins anew."""
+    draw, settings, checkpoints = (
+        random.Random(0),
+        at(settings, tmp_path / "run"),
+        tmp_path / "run" / "checkpoints",
+    )
     kills, half_written = 0, 0
     for attempt in range(60):
         if kills == 20:
@@ -71,13 +79,18 @@ def test_a_run_killed_at_twenty_moments_ends_with_the_bits_of_an_undisturbed_one
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, REQUEUE), (signal.SIGUSR1, REQUEUE), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, REQUEUE), (signal.SIGUSR1, REQUEUE), (signal.SIGINT, 130)]
+)
 def test_a_run_that_is_asked_to_stop_saves_its_last_step_and_goes_on_from_there(
     settings: Settings, undisturbed: Path, tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
     folder, settings = tmp_path / "run", at(settings, tmp_path / "run", save_every_tokens=None)
     process = begun(settings)
-    wait_for(lambda: (folder / "metrics.jsonl").exists() and "train" in (folder / "metrics.jsonl").read_text(), process)
+    wait_for(
+        lambda: (folder / "metrics.jsonl").exists() and "train" in (folder / "metrics.jsonl").read_text(),
+        process,
+    )
     os.kill(process.pid or 0, number)
     process.join()
     assert REQUEUE == 75
@@ -85,7 +98,9 @@ def test_a_run_that_is_asked_to_stop_saves_its_last_step_and_goes_on_from_there(
     (saved,) = state.complete(folder / "checkpoints")
     step = int(saved.name.removeprefix("step-"))
     assert 0 < step < STEPS
-    assert Path(f"{folder}.error").read_text() == f"stopped by {number.name} after step {step}, which is saved"
+    assert (
+        Path(f"{folder}.error").read_text() == f"stopped by {number.name} after step {step}, which is saved"
+    )
     ended(settings)
     assert_same_run(folder, undisturbed)
 
@@ -123,7 +138,11 @@ def test_a_disk_that_takes_no_more_stops_the_run_and_leaves_the_earlier_checkpoi
     process.join()
     assert process.exitcode == 2
     words = Path(f"{folder}.error").read_text()
-    assert re.search(r"checkpoints/step-\d{8}: could not be written \(.*\); whatever was complete before is untouched: free space", words)
+    assert re.search(
+        r"checkpoints/step-\d{8}: could not be written \(.*\); whatever was complete before is untouched: "
+        r"free space",
+        words,
+    )
     assert state.complete(folder / "checkpoints")[-1] == newest
     assert not list((folder / "checkpoints").glob("*.partial"))
     ended(at(settings, folder))

@@ -28,17 +28,35 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
 }  # fmt: skip
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
-# Experts under the name that each class gives them. The coefficients are far from the defaults, so that a forgotten one is seen.
+# Experts under the name that each class gives them. The coefficients are far from the defaults, so that a
+# forgotten one is seen.
 ROUTED: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "router_aux_loss_coef": 0.3},
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 20, "router_aux_loss_coef": 0.3},
     "qwen3_moe": {**EXPERTS, "head_dim": 8, "router_aux_loss_coef": 0.3},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.3},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.3},
-    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.3, "router_jitter_noise": 0.0},
-    "jetmoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8, "num_key_value_heads": 1, "aux_loss_coef": 0.3},
+    "phimoe": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.3,
+        "router_jitter_noise": 0.0,
+    },
+    "jetmoe": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "kv_channels": 8,
+        "num_key_value_heads": 1,
+        "aux_loss_coef": 0.3,
+    },
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "router_aux_loss_coef": 0.3},
-    "ernie4_5_moe": {**EXPERTS, "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1, "router_aux_loss_coef": 0.3},
+    "ernie4_5_moe": {
+        **EXPERTS,
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_layer_start_index": 1,
+        "router_aux_loss_coef": 0.3,
+    },
 }
 WINDOWS = torch.randint(2, 61, (3, 17), generator=torch.Generator().manual_seed(0))
 
@@ -47,7 +65,9 @@ def network_of(kind: str, **changes: Any) -> Any:
     network = build_model({"model_type": kind, **SIZES, **ROUTED[kind], **changes}, seed=0, attention="eager")
     with torch.no_grad():
         for parameter in network.parameters():  # routers far from even
-            parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            parameter += 0.3 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
+            )
     return network.train()
 
 
@@ -58,9 +78,12 @@ def gradients(network: Any) -> dict[str, torch.Tensor]:
 
 
 def library(network: Any, windows: torch.Tensor) -> Any:
-    """The class's own loss with its load-balancing term; labels are shifted by nobody, since they are given shifted."""
+    """The class's own loss with its load-balancing term; labels are shifted by nobody, since they are given
+    shifted."""
     shifted = windows[:, 1:].contiguous()
-    return network(input_ids=windows[:, :-1], labels=windows[:, :-1], shift_labels=shifted, output_router_logits=True)
+    return network(
+        input_ids=windows[:, :-1], labels=windows[:, :-1], shift_labels=shifted, output_router_logits=True
+    )
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -74,7 +97,9 @@ def test_the_objective_is_the_librarys_loss_in_value_and_every_gradient(kind: st
     found.objective.backward()
     assert found.objective.item() == pytest.approx(expected.loss.item(), rel=1e-6)
     assert found.router.item() == pytest.approx(expected.aux_loss.item(), rel=1e-6)
-    assert found.objective.item() - found.text.item() == pytest.approx(0.3 * expected.aux_loss.item(), rel=1e-4)
+    assert found.objective.item() - found.text.item() == pytest.approx(
+        0.3 * expected.aux_loss.item(), rel=1e-4
+    )
     for name, gradient in gradients(network).items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
 
@@ -82,7 +107,9 @@ def test_the_objective_is_the_librarys_loss_in_value_and_every_gradient(kind: st
 def test_validation_is_the_plain_token_loss() -> None:
     network = network_of("mixtral").eval()
     with torch.no_grad():
-        expected = functional.cross_entropy(network(input_ids=WINDOWS[:, :-1]).logits.flatten(0, 1), WINDOWS[:, 1:].flatten()).item()
+        expected = functional.cross_entropy(
+            network(input_ids=WINDOWS[:, :-1]).logits.flatten(0, 1), WINDOWS[:, 1:].flatten()
+        ).item()
         found = [NextTokenLoss(network, fused=fused).eval()(WINDOWS).item() for fused in (True, False)]
     assert found == pytest.approx([expected] * 2, rel=1e-6)
 
@@ -93,7 +120,10 @@ def test_pieces_weigh_as_many_tokens_as_they_have() -> None:
     objective = NextTokenLoss(network, fused=True).train()
     pieces = (WINDOWS[:2], WINDOWS[2:])
     total = sum(objective(piece, reduction="sum").objective for piece in pieces).item() / (3 * 16)
-    expected = sum(share * library(network, piece).loss.item() for share, piece in zip((2 / 3, 1 / 3), pieces, strict=True))
+    expected = sum(
+        share * library(network, piece).loss.item()
+        for share, piece in zip((2 / 3, 1 / 3), pieces, strict=True)
+    )
     assert total == pytest.approx(expected, rel=1e-6)
 
 
@@ -103,7 +133,9 @@ def test_activation_checkpointing_changes_no_gradient(kind: str) -> None:
     found = []
     for checkpointing in (False, True):
         network = network_of(kind)
-        loop = dataclasses.replace(compose(["growth=scratch", "target=tiny_target"]).train, checkpointing=checkpointing)
+        loop = dataclasses.replace(
+            compose(["growth=scratch", "target=tiny_target"]).train, checkpointing=checkpointing
+        )
         speed_up(network, loop)
         NextTokenLoss(network, fused=True).train()(WINDOWS).objective.backward()
         found.append(gradients(network))
@@ -117,7 +149,9 @@ def test_a_taught_network_keeps_its_balance() -> None:
     taught = objective(WINDOWS, weight=0.4, temperature=2.0)
     student.router_aux_loss_coef = 0.0
     without = objective(WINDOWS, weight=0.4, temperature=2.0)
-    assert taught.objective.item() - without.objective.item() == pytest.approx(0.3 * taught.router.item(), rel=1e-4)
+    assert taught.objective.item() - without.objective.item() == pytest.approx(
+        0.3 * taught.router.item(), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("change", [{"router_aux_loss_coef": 0.0}, {"mlp_only_layers": [0, 1]}])
@@ -134,7 +168,15 @@ def test_dense_networks_have_no_such_term() -> None:
 
 
 def test_routers_without_a_term_are_told() -> None:
-    sizes = {**SIZES, **EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1}
+    sizes = {
+        **SIZES,
+        **EXPERTS,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 0,
+        "n_group": 1,
+        "topk_group": 1,
+    }
     network = build_model({"model_type": "glm4_moe", **sizes}, seed=0)
     assert not has_routers(network)
     assert "no load-balancing term" in str(unbalanced(network))
@@ -142,7 +184,7 @@ def test_routers_without_a_term_are_told() -> None:
     assert unbalanced(build_model(config_of("llama"), seed=0)) is None
 
 
-# ---- what experts get -----------------------------------------------------------------------------------------------------------------
+# ---- what experts get --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"])
@@ -173,23 +215,38 @@ def test_an_experts_load_is_what_its_router_chose(kind: str) -> None:
 @pytest.mark.parametrize("kind", [*ROUTED, "llama", "bamba"])
 def test_active_parameters_leave_out_the_experts_that_a_token_is_not_sent_to(kind: str) -> None:
     own: dict[str, Any] = ROUTED.get(kind, {})
-    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     if kind == "bamba":  # no experts, and kernels of three axes
         own = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
-    config = to_hf_config({"model_type": kind, **sizes, "num_key_value_heads": 1, "pad_token_id": 0, **own}).to_dict()
+    config = to_hf_config(
+        {"model_type": kind, **sizes, "num_key_value_heads": 1, "pad_token_id": 0, **own}
+    ).to_dict()
     model = build_model(config, seed=0)
-    stacks = {name: p for name, p in model.named_parameters() if p.ndim >= 2 and p.shape[0] == 4 and ("expert" in name or p.ndim == 3)}
+    stacks = {
+        name: p
+        for name, p in model.named_parameters()
+        if p.ndim >= 2 and p.shape[0] == 4 and ("expert" in name or p.ndim == 3)
+    }
     experts = sum(p.numel() for name, p in stacks.items() if p.ndim == 3) if kind in ROUTED else 0
     assert active_parameter_count(config) == parameter_count(config) - experts // 2
     assert (experts > 0) == (kind in ROUTED)
 
 
-# ---- runs -----------------------------------------------------------------------------------------------------------------------------
+# ---- runs --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def routed(overrides: list[str]) -> Settings:
-    sizes = {key: value for key, value in SIZES.items() if "token_id" not in key} | {"vocab_size": 300, **ROUTED["mixtral"]}
+    sizes = {key: value for key, value in SIZES.items() if "token_id" not in key} | {
+        "vocab_size": 300,
+        **ROUTED["mixtral"],
+    }
     target = ",".join(f"{key}:{value}" for key, value in {"model_type": "mixtral", **sizes}.items())
     return compose([*(one for one in overrides if not one.startswith("target=")), f"target={{{target}}}"])
 

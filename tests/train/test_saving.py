@@ -1,4 +1,5 @@
-"""Checkpoints while training goes on: what is saved is the step that asked for it, and which checkpoints stay."""
+"""Checkpoints while training goes on: what is saved is the step that asked for it, and which checkpoints
+stay."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class Killed(BaseException):
 def test_a_checkpoint_written_late_holds_the_step_that_asked_for_it(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Saving waits until training has gone two steps on; the run that resumes from it ends like one that stood still to save."""
+    """Saving waits until training has gone two steps on; the run that resumes from it ends like one that
+    stood still to save."""
     moved, write, count = Event(), state.write, loop.Meter.count
 
     def late(*arguments: Any, **options: Any) -> None:
@@ -60,7 +62,13 @@ def test_the_checkpoint_of_the_lowest_validation_loss_is_saved_when_it_is_measur
     losses = iter([9.0, 4.0, 5.0, 3.0, 6.0, 7.0])
     monkeypatch.setattr(loop, "evaluate", lambda *_: Evaluation(next(losses), 1.0))
     loop.train(at(settings, tmp_path / "run", keep_best=True, budget_tokens=1280, save_every_tokens=512))
-    assert [(row["step"], row["val_loss"]) for row in rows(tmp_path / "run", "eval")][1:] == [(2, 4), (4, 5), (6, 3), (8, 6), (10, 7)]
+    assert [(row["step"], row["val_loss"]) for row in rows(tmp_path / "run", "eval")][1:] == [
+        (2, 4),
+        (4, 5),
+        (6, 3),
+        (8, 6),
+        (10, 7),
+    ]
     names = [path.name for path in state.complete(tmp_path / "run" / "checkpoints")]
     assert names == ["step-00000006", "step-00000008"]  # the best, and the newest of steps 4 and 8
 
@@ -106,7 +114,10 @@ def test_a_run_without_an_intact_checkpoint_does_not_begin_anew_unasked(
     run = at(settings, tmp_path / "run")
     killed_at(6, run, monkeypatch)
     bits_lost(tmp_path / "run/checkpoints/step-00000003")
-    with pytest.raises(UserError, match=r"checkpoints: no checkpoint is intact; delete this folder .*\n  - checkpoint .*step-00000003"):
+    with pytest.raises(
+        UserError,
+        match=r"checkpoints: no checkpoint is intact; delete this folder .*\n  - checkpoint .*step-00000003",
+    ):
         loop.train(run)
 
 

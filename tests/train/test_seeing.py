@@ -43,7 +43,7 @@ def tracked(settings: Settings, out: Path, *names: Any, mode: Any = "offline") -
     return dataclasses.replace(at(settings, out), logger=logger, progress="lines")
 
 
-# ---- samples --------------------------------------------------------------------------------------------------------------------------
+# ---- samples -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -60,12 +60,18 @@ def test_samples_are_what_the_final_model_writes_at_the_likeliest(finished: Path
         tokens = tokenizer(sample["prompt"], return_tensors="pt")["input_ids"]
         assert tokens.shape == (1, 8)
         for _ in range(8):  # by hand, without a cache
-            tokens = torch.cat((tokens, model(input_ids=tokens, use_cache=False).logits[:, -1:].argmax(-1)), 1)
+            tokens = torch.cat(
+                (tokens, model(input_ids=tokens, use_cache=False).logits[:, -1:].argmax(-1)), 1
+            )
         assert sample["text"] == tokenizer.decode(tokens[0, 8:], skip_special_tokens=True)
 
 
 def test_samples_that_cannot_be_written_stop_nothing(
-    settings: Settings, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    settings: Settings,
+    tmp_path: Path,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(loop, "samples", lambda *_: 1 / 0)
     loop.train(dataclasses.replace(at(settings, tmp_path / "run"), progress="lines"))
@@ -75,22 +81,30 @@ def test_samples_that_cannot_be_written_stop_nothing(
     assert_same_run(tmp_path / "run", finished)
 
 
-# ---- console --------------------------------------------------------------------------------------------------------------------------
+# ---- console -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("tokens", "seconds", "left"),
-    [(100, 1.0, ", 9 s left"), (100, 20.0, ", 3 min left"), (500, 7260.0, ", 2 h 01 min left"), (0, 0.0, ""), (1000, 9.0, "")],
+    [
+        (100, 1.0, ", 9 s left"),
+        (100, 20.0, ", 3 min left"),
+        (500, 7260.0, ", 2 h 01 min left"),
+        (0, 0.0, ""),
+        (1000, 9.0, ""),
+    ],
 )
 def test_a_line_says_how_long_the_rest_takes(tokens: int, seconds: float, left: str) -> None:
     assert Console(False, "run", 1000).left({"tokens": tokens, "seconds": seconds}) == left
 
 
-# ---- trackers -------------------------------------------------------------------------------------------------------------------------
+# ---- trackers ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_tensorboard_has_curves_over_every_clock_samples_and_the_plan(settings: Settings, tmp_path: Path, finished: Path) -> None:
+def test_tensorboard_has_curves_over_every_clock_samples_and_the_plan(
+    settings: Settings, tmp_path: Path, finished: Path
+) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -148,7 +162,10 @@ def test_trackio_is_told_who_the_run_is_and_every_row(
     assert [(row["at"], row["tokens"], row["eval/val_loss"]) for row in told] == [
         (row["step"], row["tokens"], row["val_loss"]) for row in rows(finished, "eval")
     ]
-    assert all(row["eval_by_flops/val_loss"] == row["eval_by_seconds/val_loss"] == row["eval/val_loss"] for row in told)
+    assert all(
+        row["eval_by_flops/val_loss"] == row["eval_by_seconds/val_loss"] == row["eval/val_loss"]
+        for row in told
+    )
     assert any("samples/end" in row for row in logged)
     assert logged[-1] == {"finished": True}
 
@@ -161,12 +178,18 @@ def wandb_record(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     how: Any = {"capture_output": True, "text": True, "check": True, "env": elsewhere}
     records = [json.loads(line) for line in subprocess.run(inspect, **how).stdout.splitlines()]
     summary = subprocess.run([*inspect, "--summary"], **how).stdout
-    return [record["history"]["item"] for record in records if record["type"] == "history"], json.loads(summary)
+    return [record["history"]["item"] for record in records if record["type"] == "history"], json.loads(
+        summary
+    )
 
 
 @pytest.mark.slow
 def test_an_offline_record_is_one_across_restarts_says_where_it_is_and_holds_no_step_twice(
-    settings: Settings, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    settings: Settings,
+    tmp_path: Path,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("WANDB_PROJECT", "mine:own")
     monkeypatch.setenv("WANDB_ENTITY", "us")
@@ -186,7 +209,9 @@ def test_an_offline_record_is_one_across_restarts_says_where_it_is_and_holds_no_
     assert whole["run_id"].startswith("a_b_c-")
     said = capsys.readouterr().out
     (folder,) = (tmp_path / "run/wandb").glob("offline-run-*")
-    assert f"wandb leet run {os.path.relpath(folder)}; upload it: wandb sync {os.path.relpath(folder)}" in said
+    assert (
+        f"wandb leet run {os.path.relpath(folder)}; upload it: wandb sync {os.path.relpath(folder)}" in said
+    )
 
 
 def killed_at(step: int) -> Any:
@@ -200,11 +225,12 @@ def killed_at(step: int) -> Any:
     return killing
 
 
-# ---- a server that goes away ----------------------------------------------------------------------------------------------------------
+# ---- a server that goes away -------------------------------------------------------------------------------
 
 PROJECT = {"id": "p", "name": "p", "entity": {"name": "e"}}
 BUCKET = {"id": "b", "name": "r", "displayName": "r", "config": "{}", "project": PROJECT}
-ANSWERS = {"UpsertBucket": {"upsertBucket": {"bucket": BUCKET, "inserted": True}}}  # of W&B's server, as much as a run needs to begin
+# of W&B's server, as much as a run needs to begin
+ANSWERS = {"UpsertBucket": {"upsertBucket": {"bucket": BUCKET, "inserted": True}}}
 
 
 @contextmanager
@@ -214,8 +240,12 @@ def wandb_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.Thread
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            text = (gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body).decode(errors="replace")
-            answer = json.dumps({"data": next((data for name, data in ANSWERS.items() if name in text), {})}).encode()
+            text = (gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body).decode(
+                errors="replace"
+            )
+            answer = json.dumps(
+                {"data": next((data for name, data in ANSWERS.items() if name in text), {})}
+            ).encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(answer)))
@@ -241,7 +271,11 @@ def wandb_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.Thread
 
 @pytest.mark.slow
 def test_a_wandb_server_that_is_lost_does_not_stop_the_run_nor_keep_it_from_ending(
-    settings: Settings, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    settings: Settings,
+    tmp_path: Path,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(trackers, "FINISH_S", 2)
     with wandb_server(monkeypatch) as server:
@@ -263,7 +297,11 @@ def test_a_wandb_server_that_is_lost_does_not_stop_the_run_nor_keep_it_from_endi
 
 @pytest.mark.slow
 def test_a_wandb_server_that_is_not_there_leaves_the_run_offline(
-    settings: Settings, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    settings: Settings,
+    tmp_path: Path,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(trackers, "START_S", 2)
     with wandb_server(monkeypatch) as server:

@@ -34,7 +34,10 @@ def fault(*overrides: str) -> str:
         ("+train.contxt=5", "train.contxt: unknown key; did you mean 'context'"),
         ("growth=scrach", "unknown growth; did you mean 'scratch'"),
         ("sed=1", "sed: unknown key; did you mean 'seed'"),
-        ("train.learning_rate=0.01", "train.learning_rate: unknown key; did you mean 'optimizer.learning_rate'?"),
+        (
+            "train.learning_rate=0.01",
+            "train.learning_rate: unknown key; did you mean 'optimizer.learning_rate'?",
+        ),
         ("budget_tokens=9000", "budget_tokens: unknown key; did you mean 'train.budget_tokens'?"),
         ("seed=a", "seed: expected a whole number; found 'a'"),
         ("train.context=1.5", "train.context: expected a whole number; found 1.5"),
@@ -72,7 +75,13 @@ def test_all_faults_are_told_at_once() -> None:
 
 def test_values_arrive_typed() -> None:
     settings = compose(
-        [*GOOD, "optimizer.learning_rate=1", "train.budget_tokens=1e6", "target={model_type:phi,hidden_size:8}", "progress=false"]
+        [
+            *GOOD,
+            "optimizer.learning_rate=1",
+            "train.budget_tokens=1e6",
+            "target={model_type:phi,hidden_size:8}",
+            "progress=false",
+        ]
     )
     assert settings.optimizer.learning_rate == 1.0
     assert isinstance(settings.train.budget_tokens, int)
@@ -83,7 +92,9 @@ def test_values_arrive_typed() -> None:
         settings.seed = 3  # type: ignore[misc]
 
 
-def test_a_leading_tilde_is_expanded_wherever_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leading_tilde_is_expanded_wherever_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     given = [
         "growth=lossless",
@@ -98,15 +109,32 @@ def test_a_leading_tilde_is_expanded_wherever_it_is_written(tmp_path: Path, monk
     assert settings.transfer.teacher is not None
     assert settings.transfer.teacher.model == f"{tmp_path}/big"
     (tmp_path / "study.yaml").write_text("{source: ~/a, runs: [~/b, ~c], nothing: ~}")
-    assert load_yaml(tmp_path / "study.yaml") == {"source": f"{tmp_path}/a", "runs": [f"{tmp_path}/b", "~c"], "nothing": None}
+    assert load_yaml(tmp_path / "study.yaml") == {
+        "source": f"{tmp_path}/a",
+        "runs": [f"{tmp_path}/b", "~c"],
+        "nothing": None,
+    }
 
 
 @pytest.mark.slow
 def test_the_hash_follows_what_changes_the_result_and_nothing_else() -> None:
     base = compose(GOOD)
-    for neutral in ("out=elsewhere", "logger=none", "progress=false", "train.keep=7", "train.save_every_tokens=null", "data.folder=/there"):
+    for neutral in (
+        "out=elsewhere",
+        "logger=none",
+        "progress=false",
+        "train.keep=7",
+        "train.save_every_tokens=null",
+        "data.folder=/there",
+    ):
         assert settings_hash(compose([*GOOD, neutral])) == settings_hash(base), neutral
-    for other in ("seed=1", "train.context=64", "growth=tile source=x", "optimizer.weight_decay=0", "data.vocab_size=999"):
+    for other in (
+        "seed=1",
+        "train.context=64",
+        "growth=tile source=x",
+        "optimizer.weight_decay=0",
+        "data.vocab_size=999",
+    ):
         assert settings_hash(compose([*GOOD, *other.split()])) != settings_hash(base), other
     assert identity(dataclasses.asdict(base)) == identity(base)
 
@@ -122,7 +150,13 @@ def test_tokens_become_steps_once() -> None:
         save_every_tokens=None,
     )
     budget = Budget.of(loop)
-    assert (budget.steps, budget.rows, budget.eval_every, budget.log_every, budget.save_every) == (10, 4, 2, 1, None)
+    assert (budget.steps, budget.rows, budget.eval_every, budget.log_every, budget.save_every) == (
+        10,
+        4,
+        2,
+        1,
+        None,
+    )
     assert [step for step in range(1, 11) if budget.due(3, step)] == [3, 6, 9, 10]
     assert [step for step in range(1, 11) if dataclasses.replace(budget, save_every=5).saves(step)] == [5]
 
@@ -154,7 +188,9 @@ def test_of_plain_values_the_last_holds() -> None:
 
 def test_a_sweep_is_expanded_in_order() -> None:
     points = sweep_points(["growth=scratch,tile", "seed=0,1", "target=tiny_target", "data.path='a,b'"])
-    assert [point[:2] for point in points] == [[f"growth={g}", f"seed={s}"] for g in ("scratch", "tile") for s in (0, 1)]
+    assert [point[:2] for point in points] == [
+        [f"growth={g}", f"seed={s}"] for g in ("scratch", "tile") for s in (0, 1)
+    ]
     assert all(point[2:] == ["target=tiny_target", "data.path='a,b'"] for point in points)
 
 
@@ -163,7 +199,10 @@ def test_a_sweep_is_expanded_in_order() -> None:
     [
         ("seed=range(3)", ["seed=0", "seed=1", "seed=2"]),
         ("seed=range(1,6,2)", ["seed=1", "seed=3", "seed=5"]),
-        ("optimizer.learning_rate=choice(1e-3,2e-3)", ["optimizer.learning_rate=0.001", "optimizer.learning_rate=0.002"]),
+        (
+            "optimizer.learning_rate=choice(1e-3,2e-3)",
+            ["optimizer.learning_rate=0.001", "optimizer.learning_rate=0.002"],
+        ),
         ("schedule=glob(*)", ["schedule=cosine", "schedule=wsd"]),
         ("optimizer=glob(adamw*)", ["optimizer=adamw", "optimizer=adamw_8bit"]),
     ],
@@ -173,13 +212,20 @@ def test_a_sweep_takes_what_hydras_sweeper_takes(sweep: str, values: list[str]) 
 
 
 def test_a_sweep_that_hydras_sweeper_does_not_make_is_refused_in_its_words() -> None:
-    with pytest.raises(UserError, match=r"BasicSweeper does not support sweep type : INTERVAL_SWEEP; give its values"):
+    with pytest.raises(
+        UserError, match=r"BasicSweeper does not support sweep type : INTERVAL_SWEEP; give its values"
+    ):
         sweep_points(["optimizer.learning_rate=interval(0,1)"])
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "outgrow.train", *arguments], cwd=cwd, capture_output=True, text=True, env=ENVIRONMENT, timeout=120
+        [sys.executable, "-m", "outgrow.train", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=120,
     )
 
 
@@ -210,20 +256,34 @@ def test_a_tracker_that_is_not_installed_is_told_before_training(flags: list[str
         pytest.skip("trackio is installed here")
     done = run(*flags, *GOOD, "logger=trackio", cwd=tmp_path)
     assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
-    assert done.stderr == "error: logger=trackio: not installed; pip install -e '.[trackio]', or choose logger=none\n"
+    assert (
+        done.stderr
+        == "error: logger=trackio: not installed; pip install -e '.[trackio]', or choose logger=none\n"
+    )
 
 
 def test_extras_are_spelt_as_installers_compare_them() -> None:
-    """Old versions of pip look an extra up as it is written, and a built package has it normalised (PEP 685)."""
-    extras = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    """Old versions of pip look an extra up as it is written, and a built package has it normalised (PEP
+    685)."""
+    extras = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     assert {re.sub(r"[-_.]+", "-", name).lower() for name in extras} == set(extras)
 
 
 @pytest.mark.slow
 def test_the_door_is_light() -> None:
-    code = "import sys, outgrow.train.__main__ as door; door.compose(['growth=scratch', 'target=tiny_target']); "
-    code += "print([name for name in ('torch', 'transformers', 'accelerate', 'datasets', 'wandb') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT).stdout == "[]\n"
+    code = (
+        "import sys, outgrow.train.__main__ as door; door.compose(['growth=scratch', 'target=tiny_target']); "
+    )
+    code += (
+        "print([name for name in ('torch', 'transformers', 'accelerate', 'datasets', 'wandb') if name in "
+        "sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT).stdout
+        == "[]\n"
+    )
 
 
 @pytest.mark.slow

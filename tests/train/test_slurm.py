@@ -1,4 +1,5 @@
-"""Sweeps as jobs: Hydra's submitit launcher on submitit's own local executor, and the sbatch file that the Slurm leaf makes."""
+"""Sweeps as jobs: Hydra's submitit launcher on submitit's own local executor, and the sbatch file that the
+Slurm leaf makes."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def launched(overrides: list[str], folder: Path, *more: str) -> subprocess.Popen
         f"out='{folder}/${{name}}'",
         *more,
     ]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def output(process: subprocess.Popen[str]) -> str:
@@ -80,20 +83,35 @@ def tasks_of(folder: Path) -> list[int]:
             words, variables = (path / "cmdline").read_bytes(), (path / "environ").read_bytes()
         except OSError:
             continue
-        if b"submitit.core._submit" in words and str(folder).encode() in words and b"SUBMITIT_LOCAL_GLOBALID=" in variables:
+        if (
+            b"submitit.core._submit" in words
+            and str(folder).encode() in words
+            and b"SUBMITIT_LOCAL_GLOBALID=" in variables
+        ):
             found.append(int(path.name))
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the job's tasks in /proc")
-def test_a_job_whose_time_is_over_saves_is_queued_again_and_resumes(overrides: list[str], tmp_path: Path) -> None:
-    steps = ["budget_tokens=38400", "log_every_tokens=1280", "eval_every_tokens=null", "save_every_tokens=null"]
+def test_a_job_whose_time_is_over_saves_is_queued_again_and_resumes(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    steps = [
+        "budget_tokens=38400",
+        "log_every_tokens=1280",
+        "eval_every_tokens=null",
+        "save_every_tokens=null",
+    ]
     long = [*overrides, *(f"train.{key}" for key in steps)]
     process, metrics = launched(long, tmp_path, "seed=0"), tmp_path / "s0/metrics.jsonl"
     try:
         end = time.monotonic() + WAIT
-        while not (metrics.exists() and '"step": 20,' in metrics.read_text()) and time.monotonic() < end and process.poll() is None:
+        while (
+            not (metrics.exists() and '"step": 20,' in metrics.read_text())
+            and time.monotonic() < end
+            and process.poll() is None
+        ):
             time.sleep(0.05)
         tasks = tasks_of(tmp_path)
         assert len(tasks) == 2, logs(tmp_path)
@@ -112,7 +130,8 @@ def test_a_job_whose_time_is_over_saves_is_queued_again_and_resumes(overrides: l
 
 @pytest.mark.slow
 def test_the_slurm_leaf_asks_for_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plugin and submitit make the sbatch file themselves; only `srun`, which they look for, is a stand-in."""
+    """The plugin and submitit make the sbatch file themselves; only `srun`, which they look for, is a
+    stand-in."""
     from hydra import compose as compose_whole
     from hydra import initialize_config_dir
     from hydra.core.plugins import Plugins
@@ -121,7 +140,13 @@ def test_the_slurm_leaf_asks_for_what_it_says(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "srun").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
-    overrides = ["hydra/launcher=slurm", "hydra.launcher.partition=gpu", "hydra.launcher.nodes=2", "experiment=phi_1b", "growth=lossless"]
+    overrides = [
+        "hydra/launcher=slurm",
+        "hydra.launcher.partition=gpu",
+        "hydra.launcher.nodes=2",
+        "experiment=phi_1b",
+        "growth=lossless",
+    ]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose_whole("train", [*overrides, f"hydra.sweep.dir={tmp_path}"], return_hydra_config=True)
     cfg.hydra.job.name = "train"

@@ -28,7 +28,9 @@ def windows() -> torch.Tensor:
     return torch.randint(2, 61, (2, 17), generator=torch.Generator().manual_seed(0))
 
 
-def stepped(config: dict[str, Any], settings: LoopSettings) -> tuple[float, dict[str, torch.Tensor], int, int]:
+def stepped(
+    config: dict[str, Any], settings: LoopSettings
+) -> tuple[float, dict[str, torch.Tensor], int, int]:
     """Loss, gradients, how often a layer was computed, and the bytes kept for the backward pass."""
     network = build_model(config, seed=0, attention="eager").train()
     speed_up(network, settings)
@@ -45,13 +47,20 @@ def stepped(config: dict[str, Any], settings: LoopSettings) -> tuple[float, dict
 
     first = layers_of(network)[0]
     next(
-        module for module in first.modules() if isinstance(module, nn.LayerNorm) or "RMSNorm" in type(module).__name__
+        module
+        for module in first.modules()
+        if isinstance(module, nn.LayerNorm) or "RMSNorm" in type(module).__name__
     ).register_forward_hook(count)
     torch.manual_seed(0)  # dropout
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = NextTokenLoss(network, fused=False)(windows())
     loss.backward()
-    return loss.item(), {name: p.grad for name, p in network.named_parameters() if p.grad is not None}, calls, kept
+    return (
+        loss.item(),
+        {name: p.grad for name, p in network.named_parameters() if p.grad is not None},
+        calls,
+        kept,
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,7 +83,9 @@ def test_a_network_without_checkpointing_is_refused(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_layers_compile_once_for_all_and_compute_the_same(monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
+def test_layers_compile_once_for_all_and_compute_the_same(
+    monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
     """With AOTAutograd's own backend, which needs no C++ compiler."""
     from torch._dynamo.utils import counters
 
@@ -114,6 +125,10 @@ def test_bfloat16_multiplies_in_bfloat16_and_keeps_weights_gradients_and_loss_in
     assert len(seen) == 12
     assert set(seen.values()) == {torch.bfloat16}
     assert loss.dtype is torch.float32
-    assert {p.dtype for p in network.parameters()} == {p.grad.dtype for p in network.parameters() if p.grad is not None} == {torch.float32}
+    assert (
+        {p.dtype for p in network.parameters()}
+        == {p.grad.dtype for p in network.parameters() if p.grad is not None}
+        == {torch.float32}
+    )
     assert loss.item() == pytest.approx(exact, rel=1e-3)
     assert loss.item() != exact

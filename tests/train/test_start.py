@@ -1,4 +1,5 @@
-"""In which dtype the start of a run is stored: what it is loaded in loses nothing of a 16-bit source, and a float32 one's plan stays."""
+"""In which dtype the start of a run is stored: what it is loaded in loses nothing of a 16-bit source, and a
+float32 one's plan stays."""
 
 from __future__ import annotations
 
@@ -30,7 +31,10 @@ def begun(overrides: list[str], source: Path, folder: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "stored"), [("bfloat16", "float32"), ("float16", "float32"), ("float32", None), ("float64", None)])
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [("bfloat16", "float32"), ("float16", "float32"), ("float32", None), ("float64", None)],
+)
 def test_a_start_is_stored_so_that_nothing_of_it_is_rounded(
     overrides: list[str], phi_config: dict[str, Any], checkpoint_maker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     dtype: str, stored: Any,
@@ -48,4 +52,6 @@ def test_a_start_is_stored_so_that_nothing_of_it_is_rounded(
     if stored is None:
         assert "dtype" not in json.loads((folder / "growth.json").read_text())["plan"]
     else:  # which rounding to the source's dtype would have changed
-        assert any(not torch.equal(tensor, tensor.to(getattr(torch, dtype)).float()) for tensor in found.values())
+        assert any(
+            not torch.equal(tensor, tensor.to(getattr(torch, dtype)).float()) for tensor in found.values()
+        )

@@ -30,7 +30,9 @@ from outgrow.train.run.clock import Meter
 from outgrow.train.run.record import RunRecord, Span
 from outgrow.train.settings import OptimizerSettings, compose
 
-SETTINGS = OptimizerSettings(name="adamw", learning_rate=0.1, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.5)
+SETTINGS = OptimizerSettings(
+    name="adamw", learning_rate=0.1, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.5
+)
 
 
 def trained(model: nn.Module, seed: int = 0) -> torch.optim.Optimizer:
@@ -47,7 +49,16 @@ def test_a_checkpoint_brings_everything_back(tmp_path: Path, phi_config: dict[st
     config = phi_config | {"tie_word_embeddings": tied}
     model, other = build_model(config, seed=0), build_model(config, seed=1)
     optimizer, fresh = trained(model), build_optimizer(other, SETTINGS)
-    position = state.Position(step=7, tokens=70, best_val_loss=1 / 3, best_step=6, flops=1e9 / 3, seconds=0.1, loss_sum=2 / 3, loss_count=2)
+    position = state.Position(
+        step=7,
+        tokens=70,
+        best_val_loss=1 / 3,
+        best_step=6,
+        flops=1e9 / 3,
+        seconds=0.1,
+        loss_sum=2 / 3,
+        loss_count=2,
+    )
     path = state.place(tmp_path, 7)
     state.write(path, asdict(position), state.tensors(model, optimizer))
     assert state.read(path, other, fresh) == position
@@ -61,7 +72,12 @@ def checkpoint(folder: Path, step: int, model: nn.Module | None = None) -> Path:
     """A checkpoint of `model` with an optimizer that has moments."""
     model = model or nn.Linear(2, 2)
     held = state.tensors(model, trained(model))
-    state.write(state.place(folder, step), asdict(state.Position(step=step)), held, metrics=f'{{"kind": "eval", "step": {step}}}\n')
+    state.write(
+        state.place(folder, step),
+        asdict(state.Position(step=step)),
+        held,
+        metrics=f'{{"kind": "eval", "step": {step}}}\n',
+    )
     return state.place(folder, step)
 
 
@@ -71,13 +87,19 @@ def test_the_newest_and_the_best_are_kept_and_the_half_written_are_no_checkpoint
     state.drop_old(tmp_path, keep=2, best=8)
     (tmp_path / "step-00000011.partial").mkdir()
     (tmp_path / "step-00000012").mkdir()  # as a copy that was cut off leaves it: no state.json
-    assert [path.name for path in state.complete(tmp_path)] == ["step-00000008", "step-99999999", "step-100000000"]
+    assert [path.name for path in state.complete(tmp_path)] == [
+        "step-00000008",
+        "step-99999999",
+        "step-100000000",
+    ]
     assert (tmp_path / "step-00000011.partial").exists()
     state.complete(tmp_path, tidy=True)
     assert not (tmp_path / "step-00000011.partial").exists()
 
 
-def test_a_checkpoint_that_a_kill_leaves_half_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_a_kill_leaves_half_removed_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old, new = checkpoint(tmp_path, 1), checkpoint(tmp_path, 2)
 
     def half(path: Path, **_: Any) -> None:
@@ -114,7 +136,9 @@ def edited(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut_off, Path.unlink, flipped, zeroed])
 @pytest.mark.parametrize("pattern", ["*.safetensors", "metrics.jsonl"])
-def test_every_damage_to_a_file_of_a_checkpoint_is_found(tmp_path: Path, damage: Callable[[Path], None], pattern: str) -> None:
+def test_every_damage_to_a_file_of_a_checkpoint_is_found(
+    tmp_path: Path, damage: Callable[[Path], None], pattern: str
+) -> None:
     path = checkpoint(tmp_path, 1)
     state.check(path)
     (file,) = path.glob(pattern)
@@ -123,8 +147,13 @@ def test_every_damage_to_a_file_of_a_checkpoint_is_found(tmp_path: Path, damage:
         state.check(path)
 
 
-@pytest.mark.parametrize("damage", [cut_off, zeroed, edited, lambda file: file.write_text("[]"), lambda file: file.write_text("{}")])
-def test_every_damage_to_the_record_of_a_checkpoint_is_found(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [cut_off, zeroed, edited, lambda file: file.write_text("[]"), lambda file: file.write_text("{}")],
+)
+def test_every_damage_to_the_record_of_a_checkpoint_is_found(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
     path = checkpoint(tmp_path, 1)
     damage(path / state.STATE)
     with pytest.raises(UserError, match=r"checkpoint .*step-00000001: cannot be loaded \(.+\)"):
@@ -149,8 +178,11 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
         state.read(path, model, build_optimizer(model, SETTINGS))
 
 
-def test_a_checkpoint_holds_readable_tensors_and_text_alone(tmp_path: Path, phi_config: dict[str, Any]) -> None:
-    """No pickle, which could hold code; tied tensors once; every parameter and its moments under its own name."""
+def test_a_checkpoint_holds_readable_tensors_and_text_alone(
+    tmp_path: Path, phi_config: dict[str, Any]
+) -> None:
+    """No pickle, which could hold code; tied tensors once; every parameter and its moments under its own
+    name."""
     model = build_model(phi_config | {"tie_word_embeddings": True}, seed=0)
     path = checkpoint(tmp_path, 1, model)
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json", ".jsonl"}
@@ -165,7 +197,8 @@ def test_a_checkpoint_holds_readable_tensors_and_text_alone(tmp_path: Path, phi_
     ("there", "lost"),
     [
         ('{"kind": "eval", "step": 5}\n', False),
-        ('{"kind": "eval", "step": 5}\n{"kind": "train", "step": 7}\n{"st', False),  # rows after the checkpoint, the last cut off
+        # rows after the checkpoint, the last cut off
+        ('{"kind": "eval", "step": 5}\n{"kind": "train", "step": 7}\n{"st', False),
         ('{"kind": "ev', True),
         ("", True),
         (None, True),
@@ -182,7 +215,7 @@ def test_metrics_are_those_of_the_checkpoint(tmp_path: Path, there: str | None, 
     assert path.read_text() == ""
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
@@ -201,7 +234,10 @@ def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
 
 def test_what_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
     write_json(tmp_path / "f", {"a": [math.nan, 1.5], "b": {"c": -math.inf, "d": (True, "NaN")}})
-    assert json.loads((tmp_path / "f").read_text(), parse_constant=pytest.fail) == {"a": [None, 1.5], "b": {"c": None, "d": [True, "NaN"]}}
+    assert json.loads((tmp_path / "f").read_text(), parse_constant=pytest.fail) == {
+        "a": [None, 1.5],
+        "b": {"c": None, "d": [True, "NaN"]},
+    }
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", "[" * 100_000])
@@ -215,20 +251,30 @@ FULL = "No space left on device"
 
 
 @pytest.mark.parametrize(
-    "fault", [OSError(errno.ENOSPC, FULL), OSError(errno.EROFS, "Read-only file system"), RuntimeError(f"I/O error: {FULL} (os error 28)")]
+    "fault",
+    [
+        OSError(errno.ENOSPC, FULL),
+        OSError(errno.EROFS, "Read-only file system"),
+        RuntimeError(f"I/O error: {FULL} (os error 28)"),
+    ],
 )
 def test_a_full_or_unwritable_disk_is_one_clear_error_and_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
 ) -> None:
     (tmp_path / "f").write_text("before")
     monkeypatch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(fault))
-    with pytest.raises(UserError, match=r"/f: could not be written \(.*(No space left on device|Read-only file system).* free space"):
+    with pytest.raises(
+        UserError,
+        match=r"/f: could not be written \(.*(No space left on device|Read-only file system).* free space",
+    ):
         write_text(tmp_path / "f", "after")
     assert (tmp_path / "f").read_text() == "before"
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_folder_that_another_process_has_begun_meanwhile_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_another_process_has_begun_meanwhile_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of several processes that write one checkpoint, any may be the first to make its folder."""
     with monkeypatch.context() as patch:
         patch.setattr(Path, "is_dir", lambda _: False)  # as it was a moment ago
@@ -244,7 +290,7 @@ def test_other_faults_stay_what_they_are(tmp_path: Path) -> None:
         raise RuntimeError("a bug")
 
 
-# ---- the run folder -------------------------------------------------------------------------------------------------------------------
+# ---- the run folder ----------------------------------------------------------------------------------------
 
 
 def test_a_folder_of_other_files_is_no_run_folder(tmp_path: Path) -> None:
@@ -274,14 +320,24 @@ def test_a_run_is_its_own_and_no_other(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps(record_of(settings).to_json()))
     run = RunRecord.read(tmp_path / "run.json", "")
     folder.check_same(tmp_path, run, settings)
-    assert (run.study, run.arm, run.seed, run.name) == ("run", "scratch", 0, "run-scratch-target_tiny_target-s0")
+    assert (run.study, run.arm, run.seed, run.name) == (
+        "run",
+        "scratch",
+        0,
+        "run-scratch-target_tiny_target-s0",
+    )
     with pytest.raises(UserError, match=r"optimizer\.learning_rate: the run has 0\.003, asked is 0\.1"):
-        folder.check_same(tmp_path, run, compose(["growth=scratch", "target=tiny_target", "optimizer.learning_rate=0.1"]))
+        folder.check_same(
+            tmp_path, run, compose(["growth=scratch", "target=tiny_target", "optimizer.learning_rate=0.1"])
+        )
 
 
 @pytest.mark.slow
 def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:
-    code = "import sys, pathlib; from outgrow.train.run.folder import locked\nwith locked(pathlib.Path(sys.argv[1]), True): pass"
+    code = (
+        "import sys, pathlib; from outgrow.train.run.folder import locked\nwith "
+        "locked(pathlib.Path(sys.argv[1]), True): pass"
+    )
     command = [sys.executable, "-c", code, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     with folder.locked(tmp_path, True):
@@ -293,7 +349,7 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# ---- speed ----------------------------------------------------------------------------------------------------------------------------
+# ---- speed -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Benchmarks on tiny tasks in the harness's own format: scores against plain PyTorch, metrics against arithmetic by hand, refusals."""
+"""Benchmarks on tiny tasks in the harness's own format: scores against plain PyTorch, metrics against
+arithmetic by hand, refusals."""
 
 from __future__ import annotations
 
@@ -54,7 +55,10 @@ def by_hand(network: Path) -> float:
     for item in QUESTIONS:
         sums = []
         for choice in item["choices"]:  # type: ignore[attr-defined]
-            prompt, whole = tokenizer(item["question"])["input_ids"], tokenizer(item["question"] + choice)["input_ids"]
+            prompt, whole = (
+                tokenizer(item["question"])["input_ids"],
+                tokenizer(item["question"] + choice)["input_ids"],
+            )
             with torch.no_grad():
                 logs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
             sums.append(sum(float(logs[place - 1, whole[place]]) for place in range(len(prompt), len(whole))))
@@ -62,7 +66,7 @@ def by_hand(network: Path) -> float:
     return right / len(QUESTIONS)
 
 
-# ---- suites ---------------------------------------------------------------------------------------------------------------------------
+# ---- suites ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "suite").glob("*.yaml")))
@@ -86,7 +90,7 @@ def test_a_group_with_a_hole_has_no_average() -> None:
     assert group_averages(suite, {"a": 0.25, "c": 1.0}) == {"one": None, "two": 1.0}
 
 
-# ---- metrics --------------------------------------------------------------------------------------------------------------------------
+# ---- metrics -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -100,8 +104,13 @@ def test_a_group_with_a_hole_has_no_average() -> None:
         ("unanswerable", ["France"], 0.0, 0.0),
     ],
 )
-def test_squad_is_scored_as_its_script_does(written: str, answers: list[str], exact: float, f1: float) -> None:
-    assert metrics.squad({"answers": {"text": answers}}, [written]) == {"exact": exact, "f1": pytest.approx(f1)}
+def test_squad_is_scored_as_its_script_does(
+    written: str, answers: list[str], exact: float, f1: float
+) -> None:
+    assert metrics.squad({"answers": {"text": answers}}, [written]) == {
+        "exact": exact,
+        "f1": pytest.approx(f1),
+    }
 
 
 HUMANEVAL = {
@@ -125,14 +134,23 @@ def test_a_program_passes_where_its_tests_do(written: str, right: float) -> None
     with metrics.running_code(True):
         assert metrics.humaneval(HUMANEVAL, [written]) == {"pass_at_1": right}
         assert metrics.mbpp(MBPP, [f"def last(items):\n{written}"]) == {"pass_at_1": right}
-        assert metrics.mbpp(MBPP, [f"```python\ndef last(items):\n{written}```\nSo it is."]) == {"pass_at_1": right}
+        assert metrics.mbpp(MBPP, [f"```python\ndef last(items):\n{written}```\nSo it is."]) == {
+            "pass_at_1": right
+        }
 
 
 @pytest.mark.parametrize(
     "written",
-    ["    while True: pass\n", "    open('/tmp/x', 'w')\n    return 2\n", "    import os\n    os._exit(0)\n", "    raise SystemExit(0)\n"],
+    [
+        "    while True: pass\n",
+        "    open('/tmp/x', 'w')\n    return 2\n",
+        "    import os\n    os._exit(0)\n",
+        "    raise SystemExit(0)\n",
+    ],
 )
-def test_a_program_that_does_not_come_back_or_touches_the_machine_fails(written: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_that_does_not_come_back_or_touches_the_machine_fails(
+    written: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(metrics, "SECONDS", 0.3)
     with metrics.running_code(True):
         assert metrics.humaneval(HUMANEVAL, [written]) == {"pass_at_1": 0.0}
@@ -144,7 +162,7 @@ def test_no_program_runs_unless_it_is_allowed() -> None:
             call()
 
 
-# ---- the harness ----------------------------------------------------------------------------------------------------------------------
+# ---- the harness -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

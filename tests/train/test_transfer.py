@@ -1,4 +1,5 @@
-"""What training makes of a grown start: frozen and slower entries, Adam's state, μP's rates, a teacher, and growth on the way."""
+"""What training makes of a grown start: frozen and slower entries, Adam's state, μP's rates, a teacher, and
+growth on the way."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ WARMING = ["schedule.warmup_fraction=1", "schedule.decay_fraction=0"]
 @pytest.fixture(scope="module")
 def source(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The final folder of a run that kept its optimizer. Read only."""
-    settings = compose([*overrides, "train.keep_optimizer=true", f"out={tmp_path_factory.mktemp('runs') / 'source'}"])
+    settings = compose(
+        [*overrides, "train.keep_optimizer=true", f"out={tmp_path_factory.mktemp('runs') / 'source'}"]
+    )
     return loop.train(settings) / "final"
 
 
@@ -59,15 +62,19 @@ def trained(settings: Settings) -> tuple[dict[str, torch.Tensor], dict[str, torc
     return load_file(folder / "start" / "model.safetensors"), weights(folder)
 
 
-# ---- entries ---------------------------------------------------------------------------------------------------------------------------
+# ---- entries -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("growth", "target"), [("llama_pro", DEEPER), ("lossless", WIDER), ("random_pad", WIDER)])
+@pytest.mark.parametrize(
+    ("growth", "target"), [("llama_pro", DEEPER), ("lossless", WIDER), ("random_pad", WIDER)]
+)
 def test_frozen_entries_keep_their_bits_and_new_ones_learn(
     overrides: list[str], source: Path, tmp_path: Path, growth: str, target: str
 ) -> None:
-    start, end = trained(grown(overrides, source, tmp_path / "run", f"growth={growth}", "transfer=frozen", target))
+    start, end = trained(
+        grown(overrides, source, tmp_path / "run", f"growth={growth}", "transfer=frozen", target)
+    )
     made = recorded_plan(tmp_path / "run" / "start")
     learnt = 0
     for step in made.steps:
@@ -88,29 +95,41 @@ def test_frozen_entries_keep_their_bits_and_new_ones_learn(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("growth", "target"), [("llama_pro", DEEPER), ("lossless", WIDER)])
-def test_no_gradient_is_paid_for_what_is_frozen(overrides: list[str], source: Path, tmp_path: Path, growth: str, target: str) -> None:
-    """Of a new layer on top of one that is frozen, under a frozen head: all forward, the new layer backward, and through the head."""
+def test_no_gradient_is_paid_for_what_is_frozen(
+    overrides: list[str], source: Path, tmp_path: Path, growth: str, target: str
+) -> None:
+    """Of a new layer on top of one that is frozen, under a frozen head: all forward, the new layer backward,
+    and through the head."""
     settings = grown(overrides, source, tmp_path / "run", f"growth={growth}", "transfer=frozen", target)
     folder = loop.train(settings)
     config = read_json(folder / "final" / "config.json")
     whole, shorter = (flops_per_token(config | {"num_hidden_layers": layers}, 16) for layers in (2, 1))
     head = 2 * config["vocab_size"] * config["hidden_size"]
-    expected = whole / 3 + 2 * (whole - shorter) / 3 + head if growth == "llama_pro" else whole  # where each matrix has new entries
-    assert [row["flops"] for row in rows(folder, "eval")] == pytest.approx([expected * tokens for tokens in (0, 256, 512, 768)])
+    # where each matrix has new entries
+    expected = whole / 3 + 2 * (whole - shorter) / 3 + head if growth == "llama_pro" else whole
+    assert [row["flops"] for row in rows(folder, "eval")] == pytest.approx(
+        [expected * tokens for tokens in (0, 256, 512, 768)]
+    )
 
 
 def test_a_share_of_the_rate_is_that_share_of_the_step(overrides: list[str]) -> None:
-    settings = grown(overrides, Path("x"), Path("run"), WIDER, "transfer.inherited_rate=0.25", "schedule.rewarm=new")
+    settings = grown(
+        overrides, Path("x"), Path("run"), WIDER, "transfer.inherited_rate=0.25", "schedule.rewarm=new"
+    )
     network = torch.nn.Linear(6, 4)
     plain = copy.deepcopy(network)
     mask = torch.arange(24).reshape(4, 6) % 3 > 0
-    rates = EntryRates(network, {"weight": mask, "bias": torch.ones(4, dtype=torch.bool)}, settings, begun=0.5)
+    rates = EntryRates(
+        network, {"weight": mask, "bias": torch.ones(4, dtype=torch.bool)}, settings, begun=0.5
+    )
     before = network.weight.detach().clone()
     for model in (network, plain):
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         model(torch.ones(3, 6)).square().sum().backward()
         if model is network:
-            with rates.applied(0.5 + 0.2 * 0.3):  # three tenths of the warm-up, which takes a fifth of the budget
+            with rates.applied(
+                0.5 + 0.2 * 0.3
+            ):  # three tenths of the warm-up, which takes a fifth of the budget
                 optimizer.step()
         else:
             optimizer.step()
@@ -121,16 +140,23 @@ def test_a_share_of_the_rate_is_that_share_of_the_step(overrides: list[str]) -> 
 
 @pytest.mark.slow
 def test_new_entries_alone_warm_up(overrides: list[str], source: Path, tmp_path: Path) -> None:
-    settings = grown(overrides, source, tmp_path / "run", WIDER, "schedule.rewarm=new", "train.budget_tokens=128", *WARMING)
+    settings = grown(
+        overrides, source, tmp_path / "run", WIDER, "schedule.rewarm=new", "train.budget_tokens=128", *WARMING
+    )
     start, end = trained(settings)  # one step at half of the warm-up
-    plain = dataclasses.replace(settings, out=str(tmp_path / "plain"), schedule=dataclasses.replace(settings.schedule, rewarm="none"))
+    plain = dataclasses.replace(
+        settings, out=str(tmp_path / "plain"), schedule=dataclasses.replace(settings.schedule, rewarm="none")
+    )
     _, expected = trained(plain)
     made = recorded_plan(tmp_path / "run" / "start")
     for step in made.steps:
         new = torch.from_numpy(origins(made, step) == Origin.NEW)
         assert torch.equal(end[step.name][~new], expected[step.name][~new])
         torch.testing.assert_close(
-            (end[step.name] - start[step.name])[new], 0.5 * (expected[step.name] - start[step.name])[new], atol=1e-7, rtol=1e-3
+            (end[step.name] - start[step.name])[new],
+            0.5 * (expected[step.name] - start[step.name])[new],
+            atol=1e-7,
+            rtol=1e-3,
         )
 
 
@@ -139,13 +165,23 @@ def test_a_run_that_goes_on_from_a_frozen_one_takes_over_the_state_of_what_was_t
     overrides: list[str], source: Path, tmp_path: Path
 ) -> None:
     frozen = loop.train(
-        grown(overrides, source, tmp_path / "frozen", "growth=llama_pro", "transfer=frozen", DEEPER, "train.keep_optimizer=true")
+        grown(
+            overrides,
+            source,
+            tmp_path / "frozen",
+            "growth=llama_pro",
+            "transfer=frozen",
+            DEEPER,
+            "train.keep_optimizer=true",
+        )
     )
     state = read_adam(frozen / "final", plan(read_config(frozen / "final"), {}))
     assert state.step == 6
     for name in ("model.layers.0.mlp.fc1.weight", "model.layers.1.mlp.fc1.weight"):
         assert bool(torch.as_tensor(state.moments.tensors[f"exp_avg.{name}"]).any()) is ("layers.1." in name)
-    on = loop.train(grown(overrides, frozen / "final", tmp_path / "on", "growth=source", "transfer=continued"))
+    on = loop.train(
+        grown(overrides, frozen / "final", tmp_path / "on", "growth=source", "transfer=continued")
+    )
     assert (on / "summary.json").is_file()
 
 
@@ -156,7 +192,7 @@ def test_freezing_all_there_is_is_refused(overrides: list[str], source: Path, tm
         loop.train(same)
 
 
-# ---- matrices --------------------------------------------------------------------------------------------------------------------------
+# ---- matrices ----------------------------------------------------------------------------------------------
 
 
 def test_matrices_learn_at_the_ratio_of_their_fan_in(phi_config: dict[str, Any]) -> None:
@@ -164,10 +200,19 @@ def test_matrices_learn_at_the_ratio_of_their_fan_in(phi_config: dict[str, Any])
     network = build_model(target, seed=0)
     factors = width_factors(network, phi_config, target)
     layer = "model.layers.0."
-    assert factors[f"{layer}self_attn.q_proj.weight"] == factors[f"{layer}mlp.fc1.weight"] == factors["lm_head.weight"] == 24 / 72
+    assert (
+        factors[f"{layer}self_attn.q_proj.weight"]
+        == factors[f"{layer}mlp.fc1.weight"]
+        == factors["lm_head.weight"]
+        == 24 / 72
+    )
     assert factors[f"{layer}mlp.fc2.weight"] == 40 / 80
-    assert {factors[name] for name in factors if name.endswith("bias") or "norm" in name or "embed" in name} == {1.0}
-    settings = OptimizerSettings(name="adamw", learning_rate=0.1, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.5)
+    assert {
+        factors[name] for name in factors if name.endswith("bias") or "norm" in name or "embed" in name
+    } == {1.0}
+    settings = OptimizerSettings(
+        name="adamw", learning_rate=0.1, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.5
+    )
     optimizer = build_optimizer(network, settings, factors)
     set_learning_rate(optimizer, 0.6)
     rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -177,7 +222,7 @@ def test_matrices_learn_at_the_ratio_of_their_fan_in(phi_config: dict[str, Any])
         assert (decay[id(parameter)] == 0.5) == (parameter.ndim == 2 and "embed" not in name), name
 
 
-# ---- Adam ------------------------------------------------------------------------------------------------------------------------------
+# ---- Adam --------------------------------------------------------------------------------------------------
 
 
 def first_optimizer(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> dict[str, Any]:
@@ -201,27 +246,39 @@ def first_optimizer(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> dict
 
 
 @pytest.mark.slow
-def test_adams_state_is_taken_over(overrides: list[str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adams_state_is_taken_over(
+    overrides: list[str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state = read_adam(source, plan(read_json(source / "config.json"), {}))
     control = grown(overrides, source, tmp_path / "control", "growth=source", "transfer=continued")
     for name, slots in first_optimizer(monkeypatch, control).items():
         assert slots["step"] == state.step == 6
         assert torch.equal(slots["exp_avg_sq"], state.moments.tensors[f"exp_avg_sq.{name}"])
-    larger = first_optimizer(monkeypatch, grown(overrides, source, tmp_path / "grown", DEEPER, "transfer=continued", "growth.noise=0"))
+    larger = first_optimizer(
+        monkeypatch,
+        grown(overrides, source, tmp_path / "grown", DEEPER, "transfer=continued", "growth.noise=0"),
+    )
     origin = [0 if not idle else None for idle in recorded_plan(tmp_path / "grown" / "start").layers.identity]
     for name, slots in larger.items():
         number = int(name.split(".")[2]) if ".layers." in name else 0
         before = state.moments.tensors[f"exp_avg.{name.replace(f'.layers.{number}.', '.layers.0.')}"]
-        assert torch.equal(slots["exp_avg"], before if origin[number] is not None else torch.zeros_like(before)), name
+        assert torch.equal(
+            slots["exp_avg"], before if origin[number] is not None else torch.zeros_like(before)
+        ), name
     assert larger
 
 
-# ---- the teacher -----------------------------------------------------------------------------------------------------------------------
+# ---- the teacher -------------------------------------------------------------------------------------------
 
 
-def test_teaching_is_the_divergence_of_the_tempered_distributions(phi_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_teaching_is_the_divergence_of_the_tempered_distributions(
+    phi_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("outgrow.train.start.teacher.CHUNK_TOKENS", 7)  # so that chunks end unevenly
-    student, teacher = random_model(phi_config).float(), random_model(phi_config | {"num_hidden_layers": 2, "vocab_size": 90}).float()
+    student, teacher = (
+        random_model(phi_config).float(),
+        random_model(phi_config | {"num_hidden_layers": 2, "vocab_size": 90}).float(),
+    )
     windows = torch.randint(90, (3, 12), generator=torch.Generator().manual_seed(0))
     objective = TaughtLoss(NextTokenLoss(student, fused=True), teacher)
     assert not any("teacher" in name for name in objective.state_dict())
@@ -249,8 +306,16 @@ def test_weight_and_temperature_go_on_straight_lines() -> None:
     ]  # fmt: skip
 
 
-def test_a_taught_run_pays_for_its_teacher_and_ends_closer_to_it(overrides: list[str], source: Path, tmp_path: Path) -> None:
-    how = ["growth=scratch", f"source={source}", "transfer=distilled", "transfer.teacher.weight=[1.0,1.0]", "target={num_hidden_layers:1}"]
+def test_a_taught_run_pays_for_its_teacher_and_ends_closer_to_it(
+    overrides: list[str], source: Path, tmp_path: Path
+) -> None:
+    how = [
+        "growth=scratch",
+        f"source={source}",
+        "transfer=distilled",
+        "transfer.teacher.weight=[1.0,1.0]",
+        "target={num_hidden_layers:1}",
+    ]
     bare = without_target(overrides)
     folder = loop.train(compose([*bare, *how, f"out={tmp_path / 'taught'}"]))
     config, taught = read_json(source / "config.json"), rows(folder, "eval")
@@ -260,13 +325,21 @@ def test_a_taught_run_pays_for_its_teacher_and_ends_closer_to_it(overrides: list
     )
     plain = loop.train(
         compose(
-            [*without_target(overrides), f"source={source}", "growth=scratch", "target={num_hidden_layers:1}", f"out={tmp_path / 'plain'}"]
+            [
+                *without_target(overrides),
+                f"source={source}",
+                "growth=scratch",
+                "target={num_hidden_layers:1}",
+                f"out={tmp_path / 'plain'}",
+            ]
         )
     )
     assert rows(plain, "eval")[0]["val_loss"] == taught[0]["val_loss"]
     assert rows(plain, "eval")[1]["val_loss"] != taught[1]["val_loss"]
     sources = [json.loads((run / "run.json").read_text())["start"]["source"] for run in (folder, plain)]
-    assert sources[0]["flops"] == json.loads((source / "ledger.json").read_text())["flops"] > 0, "its training is what teaching needs"
+    assert sources[0]["flops"] == json.loads((source / "ledger.json").read_text())["flops"] > 0, (
+        "its training is what teaching needs"
+    )
     assert sources[1] is None
     card = (folder / "final" / "README.md").read_text()
     assert "| started from | scratch |" in card
@@ -274,11 +347,14 @@ def test_a_taught_run_pays_for_its_teacher_and_ends_closer_to_it(overrides: list
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [["growth=scratch", "transfer=distilled", "target={num_hidden_layers:1}"], ["growth=source"]])
+@pytest.mark.parametrize(
+    "how", [["growth=scratch", "transfer=distilled", "target={num_hidden_layers:1}"], ["growth=source"]]
+)
 def test_weights_replaced_between_two_starts_are_refused(
     overrides: list[str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: list[str]
 ) -> None:
-    """Of a teacher, and of a source that is trained on: the same bytes elsewhere are the same, other bytes in the same place are not."""
+    """Of a teacher, and of a source that is trained on: the same bytes elsewhere are the same, other bytes in
+    the same place are not."""
     shutil.copytree(source, tmp_path / "theirs")
     own = without_target(overrides) if any(text.startswith("target=") for text in how) else overrides
     settings = compose([*own, *how, f"source={tmp_path / 'theirs'}", f"out={tmp_path / 'run'}"])
@@ -291,7 +367,9 @@ def test_weights_replaced_between_two_starts_are_refused(
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
     file.write_bytes(raw)
-    with pytest.raises(UserError, match=r"the weights of the (teacher|source) has changed since this run began"):
+    with pytest.raises(
+        UserError, match=r"the weights of the (teacher|source) has changed since this run began"
+    ):
         loop.train(settings)
 
 
@@ -320,7 +398,7 @@ def test_a_teacher_of_more_tokens_is_refused(overrides: list[str], source: Path,
         loop.train(settings)
 
 
-# ---- growth on the way ------------------------------------------------------------------------------------------------------------------
+# ---- growth on the way -------------------------------------------------------------------------------------
 
 FIRST, SECOND = "{until:0.34,layers:0.25}", "{until:0.67,layers:0.5,depth:stack,noise:0.0}"
 STAGES = f"growth.stages=[{FIRST},{SECOND},{{until:1.0,depth:identity,noise:0.0,moments:true}}]"
@@ -337,11 +415,18 @@ def staged(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Se
 def test_a_run_grows_on_its_way_in_one_folder_on_one_clock(staged: Settings) -> None:
     folder = loop.train(staged)
     assert read_json(folder / "final" / "config.json")["num_hidden_layers"] == 4
-    run, summary = json.loads((folder / "run.json").read_text()), json.loads((folder / "summary.json").read_text())
-    costs = [flops_per_token(run["target_config"] | {"num_hidden_layers": layers}, 16) for layers in (1, 2, 4)]
+    run, summary = (
+        json.loads((folder / "run.json").read_text()),
+        json.loads((folder / "summary.json").read_text()),
+    )
+    costs = [
+        flops_per_token(run["target_config"] | {"num_hidden_layers": layers}, 16) for layers in (1, 2, 4)
+    ]
     assert costs[0] < costs[1] < costs[2] == run["flops_per_token"]
     assert summary["flops"] == pytest.approx(256 * sum(costs))
-    assert [row["flops"] for row in rows(folder, "eval")] == pytest.approx([0, 256 * costs[0], 256 * sum(costs[:2]), 256 * sum(costs)])
+    assert [row["flops"] for row in rows(folder, "eval")] == pytest.approx(
+        [0, 256 * costs[0], 256 * sum(costs[:2]), 256 * sum(costs)]
+    )
     grown = rows(folder, "growth")
     assert [row["step"] for row in grown] == [2, 4]
     losses = {row["step"]: row["val_loss"] for row in rows(folder, "eval")}
@@ -353,14 +438,20 @@ def test_a_run_grows_on_its_way_in_one_folder_on_one_clock(staged: Settings) -> 
 
 
 @pytest.mark.slow
-def test_growing_on_the_way_resumes_exactly(staged: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growing_on_the_way_resumes_exactly(
+    staged: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     undisturbed = loop.train(staged)
     settings = dataclasses.replace(staged, out=str(tmp_path / "run"))
     calls = iter(range(100))
     real = Step.__call__
 
     def step(self: Any, i: int) -> tuple[float, float]:
-        if next(calls) in (2, 4, 5):  # before the first step of each later stage, and in the midst of the last
+        if next(calls) in (
+            2,
+            4,
+            5,
+        ):  # before the first step of each later stage, and in the midst of the last
             raise KeyboardInterrupt
         return real(self, i)
 
@@ -380,7 +471,9 @@ def test_adams_state_grows_from_stage_to_stage_where_that_is_asked(
 
     def fill(context: Any, objects: Any, *rest: Any) -> None:
         real(context, objects, *rest)
-        begun.append(max((float(slots["step"]) for slots in objects.optimizer.optimizer.state.values()), default=0.0))
+        begun.append(
+            max((float(slots["step"]) for slots in objects.optimizer.optimizer.state.values()), default=0.0)
+        )
 
     monkeypatch.setattr(loop, "fill_state", fill)
     loop.train(dataclasses.replace(staged, out=str(tmp_path / "run")))
@@ -396,24 +489,34 @@ def test_stages_divide_the_budget_and_spans_add_up(staged: Settings, phi_config:
     assert [flops_after(spans, step, 100) for step in range(6)] == [0, 100, 200, 1200, 2200, 3200]
 
 
-# ---- processes -------------------------------------------------------------------------------------------------------------------------
+# ---- processes ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_several_processes_give_the_losses_of_one(overrides: list[str], source: Path, staged: Settings, tmp_path: Path) -> None:
+def test_several_processes_give_the_losses_of_one(
+    overrides: list[str], source: Path, staged: Settings, tmp_path: Path
+) -> None:
     ways = {
         "frozen": ["growth=lossless", "transfer=frozen", WIDER],
-        "slow": ["growth=lossless", "transfer=continued", "transfer.inherited_rate=0.3", "schedule.rewarm=new", WIDER],
+        "slow": [
+            "growth=lossless",
+            "transfer=continued",
+            "transfer.inherited_rate=0.3",
+            "schedule.rewarm=new",
+            WIDER,
+        ],
         "taught": ["growth=lossless", "transfer=distilled", WIDER],
     }
-    runs = {name: grown(overrides, source, tmp_path / name, *way) for name, way in ways.items()} | {"staged": staged}
+    runs = {name: grown(overrides, source, tmp_path / name, *way) for name, way in ways.items()} | {
+        "staged": staged
+    }
     spread = [dataclasses.replace(run, out=str(tmp_path / f"{name}-2")) for name, run in runs.items()]
     ended(*spread, processes=2)
     for name, run in runs.items():
         assert_close_run(tmp_path / f"{name}-2", loop.train(run))
 
 
-# ---- what cannot be --------------------------------------------------------------------------------------------------------------------
+# ---- what cannot be ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -424,12 +527,30 @@ def test_several_processes_give_the_losses_of_one(overrides: list[str], source: 
         (["growth=scratch", "transfer.optimizer=x.bin"], "transfer.optimizer: growth=scratch has no weights"),
         (["growth=scratch", "transfer=distilled"], "transfer.teacher: needs a source"),
         (["growth=scratch", "transfer.mup=true"], "transfer.mup: needs a source"),
-        (["source=x", "growth=lossless", "transfer=continued", "optimizer=muon"], "for optimizer=adamw; found muon"),
-        (["source=x", "growth=lossless", "transfer=frozen", "sharding=full"], "transfer.inherited_rate: needs whole tensors"),
-        (["source=x", "growth=lossless", "transfer.inherited_rate=-1"], "transfer.inherited_rate: a share of the learning rate"),
-        (["source=x", "growth=lossless", "transfer=distilled", "transfer.teacher.weight=[2,0]"], "weights are between 0 and 1"),
-        (["source=x", "growth=lossless", "transfer=distilled", "transfer.teacher.until=0"], "transfer.teacher.until: a share"),
-        (["growth=g_stack", "growth.stages=[{until:0.5},{until:0.4}]"], "growth.stages: each must end later than the one before"),
+        (
+            ["source=x", "growth=lossless", "transfer=continued", "optimizer=muon"],
+            "for optimizer=adamw; found muon",
+        ),
+        (
+            ["source=x", "growth=lossless", "transfer=frozen", "sharding=full"],
+            "transfer.inherited_rate: needs whole tensors",
+        ),
+        (
+            ["source=x", "growth=lossless", "transfer.inherited_rate=-1"],
+            "transfer.inherited_rate: a share of the learning rate",
+        ),
+        (
+            ["source=x", "growth=lossless", "transfer=distilled", "transfer.teacher.weight=[2,0]"],
+            "weights are between 0 and 1",
+        ),
+        (
+            ["source=x", "growth=lossless", "transfer=distilled", "transfer.teacher.until=0"],
+            "transfer.teacher.until: a share",
+        ),
+        (
+            ["growth=g_stack", "growth.stages=[{until:0.5},{until:0.4}]"],
+            "growth.stages: each must end later than the one before",
+        ),
         (
             ["growth=g_stack", "growth.stages=[{until:0.5},{until:1.0,operator:scratch}]"],
             "growth.stages[1].operator: scratch grows nothing",
@@ -447,16 +568,27 @@ def test_a_stage_without_a_step_is_told(staged: Settings, phi_config: dict[str, 
         stages_of(short, phi_config | {"num_hidden_layers": 4})
 
 
-# ---- families without a schema ---------------------------------------------------------------------------------------------------------
+# ---- families without a schema -----------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_a_family_without_a_schema_is_grown_and_trained(overrides: list[str], tmp_path: Path) -> None:
-    sizes = "hidden_size:16,intermediate_size:32,num_hidden_layers:1,num_attention_heads:2,num_key_value_heads:2"
+    sizes = (
+        "hidden_size:16,intermediate_size:32,num_hidden_layers:1,num_attention_heads:2,num_key_value_heads:2"
+    )
     own = f"target={{model_type:starcoder2,vocab_size:300,max_position_embeddings:32,bos_token_id:0,eos_token_id:0,{sizes}}}"
     bare = [text for text in overrides if not text.startswith("target=")]
     small = loop.train(compose([*bare, own, f"out={tmp_path / 'small'}"]))
-    larger = grown(bare, small / "final", tmp_path / "large", "target={hidden_size:32,num_attention_heads:4,num_key_value_heads:4}")
+    larger = grown(
+        bare,
+        small / "final",
+        tmp_path / "large",
+        "target={hidden_size:32,num_attention_heads:4,num_key_value_heads:4}",
+    )
     end = rows(loop.train(larger), "eval")
-    assert end[0]["val_loss"] == pytest.approx(rows(small, "eval")[-1]["val_loss"], abs=1e-4), "the growth is lossless"
-    assert end[-1]["flops"] == pytest.approx(768 * json.loads((tmp_path / "large" / "run.json").read_text())["flops_per_token"])
+    assert end[0]["val_loss"] == pytest.approx(rows(small, "eval")[-1]["val_loss"], abs=1e-4), (
+        "the growth is lossless"
+    )
+    assert end[-1]["flops"] == pytest.approx(
+        768 * json.loads((tmp_path / "large" / "run.json").read_text())["flops_per_token"]
+    )

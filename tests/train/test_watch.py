@@ -26,14 +26,21 @@ ROOT = Path(__file__).resolve().parents[2]
 READING = "train/data/shards.py, line 9 (read)"
 
 
-def sign(beat: int, *, step: int = 7, waits: bool = True, place: str = "train/step.py, line 1 (accumulate)") -> Sign:
+def sign(
+    beat: int, *, step: int = 7, waits: bool = True, place: str = "train/step.py, line 1 (accumulate)"
+) -> Sign:
     return Sign(beat, step, place, waits, "node3")
 
 
 @pytest.mark.parametrize(
     ("before", "after", "named", "words"),
     [
-        ([sign(1), sign(4)], [sign(3), sign(4)], [1], "process 1 on node3 gives no sign of life since it was at train/step.py"),
+        (
+            [sign(1), sign(4)],
+            [sign(3), sign(4)],
+            [1],
+            "process 1 on node3 gives no sign of life since it was at train/step.py",
+        ),
         ([sign(1), None], [sign(3), None], [1], "process 1 has given no sign of life"),
         (
             [sign(1), sign(1, waits=False, place=READING)],
@@ -41,11 +48,19 @@ def sign(beat: int, *, step: int = 7, waits: bool = True, place: str = "train/st
             [1],
             f"process 1 on node3 stands at {READING}",
         ),
-        ([sign(1, step=6), sign(1), sign(1)], [sign(2, step=6), sign(2), sign(2)], [0], "process 0 on node3 stands at"),
-        ([sign(1), sign(1)], [sign(2), sign(2)], [0, 1], "process 0 on node3 stands at"),  # nothing tells them apart
+        (
+            [sign(1, step=6), sign(1), sign(1)],
+            [sign(2, step=6), sign(2), sign(2)],
+            [0],
+            "process 0 on node3 stands at",
+        ),
+        # nothing tells them apart
+        ([sign(1), sign(1)], [sign(2), sign(2)], [0, 1], "process 0 on node3 stands at"),
     ],
 )
-def test_who_keeps_the_others_waiting(before: list[Sign | None], after: list[Sign | None], named: list[int], words: str) -> None:
+def test_who_keeps_the_others_waiting(
+    before: list[Sign | None], after: list[Sign | None], named: list[int], words: str
+) -> None:
     found, said = blame(before, after)
     assert found == named
     assert said.startswith(words)
@@ -58,7 +73,8 @@ def test_where_the_main_thread_stands_is_read_from_another() -> None:
     exec("def accumulate():\n    thread.start()\n    thread.join()\n", code)
     code["accumulate"]()
     ((place, waits),) = seen
-    assert re.fullmatch(r"train/step\.py, line [23] \(accumulate\)", place)  # it may look before its start has returned
+    # it may look before its start has returned
+    assert re.fullmatch(r"train/step\.py, line [23] \(accumulate\)", place)
     assert not waits
 
 
@@ -87,10 +103,30 @@ def test_a_watch_ends_nothing_while_steps_go_on(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.slow
 def test_a_process_that_stands_still_is_named_and_the_run_ends(overrides: list[str], tmp_path: Path) -> None:
     out, port = tmp_path / "run", free_port()
-    command = [sys.executable, "-m", "outgrow.train", *overrides, "train.budget_tokens=25600000", "train.hang_seconds=5", f"out={out}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [
+        sys.executable,
+        "-m",
+        "outgrow.train",
+        *overrides,
+        "train.budget_tokens=25600000",
+        "train.hang_seconds=5",
+        f"out={out}",
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     both = [
-        subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**environment, "RANK": str(i), "LOCAL_RANK": str(i)})
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**environment, "RANK": str(i), "LOCAL_RANK": str(i)},
+        )
         for i in range(2)
     ]
     until_it_trains(out, both[0])
@@ -113,10 +149,24 @@ def until_it_trains(out: Path, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [False, True])
-def test_a_run_under_the_launcher_ends_with_the_status_it_has_alone(overrides: list[str], tmp_path: Path, fault: bool) -> None:
+def test_a_run_under_the_launcher_ends_with_the_status_it_has_alone(
+    overrides: list[str], tmp_path: Path, fault: bool
+) -> None:
     out = tmp_path / "run"
-    more = ["train.budget_tokens=25600000", "train.save_every_tokens=null", f"out={out}", *(["source=nowhere/there"] if fault else [])]
-    launcher = [sys.executable, "-m", "outgrow.train.launch", "--nproc_per_node", "2", f"--master-port={free_port()}"]
+    more = [
+        "train.budget_tokens=25600000",
+        "train.save_every_tokens=null",
+        f"out={out}",
+        *(["source=nowhere/there"] if fault else []),
+    ]
+    launcher = [
+        sys.executable,
+        "-m",
+        "outgrow.train.launch",
+        "--nproc_per_node",
+        "2",
+        f"--master-port={free_port()}",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [*launcher, "-m", "outgrow.train", *overrides, *more]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
@@ -129,10 +179,19 @@ def test_a_run_under_the_launcher_ends_with_the_status_it_has_alone(overrides: l
 
 
 @pytest.mark.slow
-def test_under_plain_torchrun_the_last_line_names_what_keeps_the_status(overrides: list[str], tmp_path: Path) -> None:
+def test_under_plain_torchrun_the_last_line_names_what_keeps_the_status(
+    overrides: list[str], tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     more = ["train.budget_tokens=25600000", "train.save_every_tokens=null", f"out={out}"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", f"--master-port={free_port()}"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        f"--master-port={free_port()}",
+    ]
     command = [*launcher, "-m", "train", *overrides, *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
@@ -146,9 +205,13 @@ def test_under_plain_torchrun_the_last_line_names_what_keeps_the_status(override
 
 
 @pytest.mark.parametrize(
-    ("handled", "told"), [(None, False), ("SIGTERM,SIGINT,SIGHUP,SIGQUIT", True), ("SIGINT,SIGHUP,SIGQUIT", False)], ids=str
+    ("handled", "told"),
+    [(None, False), ("SIGTERM,SIGINT,SIGHUP,SIGQUIT", True), ("SIGINT,SIGHUP,SIGQUIT", False)],
+    ids=str,
 )
-def test_only_torchrun_overrules_a_status(monkeypatch: pytest.MonkeyPatch, handled: str | None, told: bool) -> None:
+def test_only_torchrun_overrules_a_status(
+    monkeypatch: pytest.MonkeyPatch, handled: str | None, told: bool
+) -> None:
     monkeypatch.delenv("TORCHELASTIC_SIGNALS_TO_HANDLE", raising=False)
     if handled is not None:
         monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", handled)
@@ -160,7 +223,9 @@ def test_dropout_is_told_by_the_modules() -> None:
 
     gpt2 = GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8)
     assert "dropout 0.1: masks are drawn for each micro-batch" in str(drawn(GPT2LMHeadModel(gpt2)))
-    phi = PhiConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    phi = PhiConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
     assert drawn(PhiForCausalLM(phi)) is None
     phi.attention_dropout = 0.2
     assert "attention_dropout 0.2" in str(drawn(PhiForCausalLM(phi)))

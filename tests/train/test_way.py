@@ -1,4 +1,5 @@
-"""A run asks what its class can do before step 1, and takes that way or refuses with the number and the key that helps."""
+"""A run asks what its class can do before step 1, and takes that way or refuses with the number and the key
+that helps."""
 
 from __future__ import annotations
 
@@ -23,7 +24,13 @@ from outgrow.train.start.teacher import TaughtLoss
 from outgrow.train.start.way import find_way
 
 CPU = torch.device("cpu")
-BERT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 40}
+BERT = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 40,
+}
 SMALL = {**BERT, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": False}
 TARGETS: dict[str, dict[str, Any]] = {
     "roberta": {**BERT, "is_decoder": True, "vocab_size": 300},
@@ -52,8 +59,11 @@ def of(settings: Settings, name: str, out: Path, **changes: Any) -> Settings:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["roberta", "gemma2", "mamba", "gemma4_text", "gpt2"])
-def test_a_class_trains_and_its_loss_is_the_librarys_own(name: str, settings: Settings, tmp_path: Path) -> None:
-    """What the run reports at its end is what the library's own loss says of its final/ on the same windows."""
+def test_a_class_trains_and_its_loss_is_the_librarys_own(
+    name: str, settings: Settings, tmp_path: Path
+) -> None:
+    """What the run reports at its end is what the library's own loss says of its final/ on the same
+    windows."""
     kept: dict[str, Any] = {}
 
     def keep(model: Any, batches: Any, *rest: Any) -> Any:
@@ -71,13 +81,18 @@ def test_a_class_trains_and_its_loss_is_the_librarys_own(name: str, settings: Se
     assert rows(folder, "eval")[-1]["val_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_class_without_sdpa_takes_eager_and_says_so(settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_class_without_sdpa_takes_eager_and_says_so(
+    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = loop.train(dataclasses.replace(of(settings, "gemma2", tmp_path / "run"), progress="lines"))
     assert read_json(folder / "run.json")["attention"] == "eager"
     told = capsys.readouterr().out
     assert "attention eager (no sdpa: ValueError: Gemma2ForCausalLM does not support" in told
     assert "the head over the base model's output is not its logits" in told
-    with pytest.raises(UserError, match=r"train.attention=sdpa: gemma2 does not train with it here .*; use train.attention=eager"):
+    with pytest.raises(
+        UserError,
+        match=r"train.attention=sdpa: gemma2 does not train with it here .*; use train.attention=eager",
+    ):
         loop.train(of(settings, "gemma2", tmp_path / "other", attention="sdpa"))
 
 
@@ -85,8 +100,24 @@ def test_a_class_without_sdpa_takes_eager_and_says_so(settings: Settings, tmp_pa
 @pytest.mark.parametrize(
     ("name", "changes", "asked", "message"),
     [
-        ("bert", {}, {}, r"\(bert\) is not causal: logits move by 0\.\d+ of the largest .*; use target=\{is_decoder:true\}"),
-        ("xlnet", {}, {}, r"\(xlnet\) is not causal: .*; use target=\{attn_type:uni\}, or attn_type in the source's config.json"),
+        (
+            "bert",
+            {},
+            {},
+            (
+                r"\(bert\) is not causal: logits move by 0\.\d+ of the largest .*; use "
+                r"target=\{is_decoder:true\}"
+            ),
+        ),
+        (
+            "xlnet",
+            {},
+            {},
+            (
+                r"\(xlnet\) is not causal: .*; use target=\{attn_type:uni\}, or attn_type in the source's "
+                r"config.json"
+            ),
+        ),
         ("cpmant", {}, {}, r"\(cpmant\) is not causal: .*; choose a causal class"),
         (
             "bloom",
@@ -94,9 +125,19 @@ def test_a_class_without_sdpa_takes_eager_and_says_so(settings: Settings, tmp_pa
             {"document_mask": True},
             r"train.document_mask=true: .*\(bloom\), attention eager: logits after an end-of-text move",
         ),
-        ("mamba", {}, {"document_mask": True}, r"train.document_mask=true: .* use train.document_mask=false$"),
+        (
+            "mamba",
+            {},
+            {"document_mask": True},
+            r"train.document_mask=true: .* use train.document_mask=false$",
+        ),
         ("roberta", {"is_decoder": True}, {"loss": "fused"}, "train.loss=fused: .* use train.loss=auto"),
-        ("phi", {}, {"attention": "flex_attention"}, r"train.attention=flex_attention: .* use train.attention=sdpa or eager"),
+        (
+            "phi",
+            {},
+            {"attention": "flex_attention"},
+            r"train.attention=flex_attention: .* use train.attention=sdpa or eager",
+        ),
     ],
 )
 def test_what_a_class_cannot_do_is_refused_with_the_key_that_helps(
@@ -124,12 +165,17 @@ def test_what_was_not_measured_is_not_granted(settings: Settings, monkeypatch: p
     found = find_way({"model_type": "phi"}, settings.train, CPU, "fp32")
     assert (found.attention, found.fused, found.partly) == ("auto", False, True)
     assert "was not surveyed (its sizes have unknown names); loss plain" in found.lines[0]
-    with pytest.raises(UserError, match=r"document_mask=true: not measured for .*, so not granted \(its sizes have unknown names\)"):
+    with pytest.raises(
+        UserError,
+        match=r"document_mask=true: not measured for .*, so not granted \(its sizes have unknown names\)",
+    ):
         find_way({"model_type": "phi"}, dataclasses.replace(settings.train, document_mask=True), CPU, "fp32")
 
 
 @pytest.mark.slow
-def test_parameters_without_gradient_are_told_and_do_not_stop_two_processes(settings: Settings, tmp_path: Path) -> None:
+def test_parameters_without_gradient_are_told_and_do_not_stop_two_processes(
+    settings: Settings, tmp_path: Path
+) -> None:
     """Of a BART decoder alone, text does not reach the attention to an encoder."""
     alone = loop.train(of(settings, "bart", tmp_path / "one"))
     found = find_way({"model_type": "bart", **TARGETS["bart"]}, settings.train, CPU, "fp32")
@@ -142,9 +188,17 @@ def test_parameters_without_gradient_are_told_and_do_not_stop_two_processes(sett
 
 def test_a_teacher_that_caps_its_logits_teaches_by_its_logits() -> None:
     student = build_model({"model_type": "gemma2", **TARGETS["gemma2"]}, seed=0, attention="eager").eval()
-    teacher = build_model({"model_type": "gemma2", **TARGETS["gemma2"], "final_logit_softcapping": 0.1}, seed=1, attention="eager").eval()
+    teacher = build_model(
+        {"model_type": "gemma2", **TARGETS["gemma2"], "final_logit_softcapping": 0.1},
+        seed=1,
+        attention="eager",
+    ).eval()
     windows = torch.randint(300, (3, 12), generator=torch.Generator().manual_seed(0))
-    objective, _ = TaughtLoss(NextTokenLoss(student, fused=False), teacher, fused=False)(windows, weight=1.0, temperature=2.0)
+    objective, _ = TaughtLoss(NextTokenLoss(student, fused=False), teacher, fused=False)(
+        windows, weight=1.0, temperature=2.0
+    )
     mine, theirs = (model(input_ids=windows[:, :-1]).logits.flatten(0, 1) / 2 for model in (student, teacher))
-    expected = 4 * torch.nn.functional.kl_div(mine.log_softmax(-1), theirs.log_softmax(-1), reduction="batchmean", log_target=True)
+    expected = 4 * torch.nn.functional.kl_div(
+        mine.log_softmax(-1), theirs.log_softmax(-1), reduction="batchmean", log_target=True
+    )
     torch.testing.assert_close(objective, expected)

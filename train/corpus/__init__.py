@@ -1,10 +1,16 @@
-"""From text to token shards, as steps of datatrove's in the order of pipeline.py: that file is the whole way, read top to bottom.
+"""From text to token shards, as steps of datatrove's in the order of pipeline.py: that file is the whole way,
+read top to bottom.
 
-read/      files, datasets and generators, as documents       normalise   one spelling
-duplicates exact and near                                    benchmarks  overlaps with tests
-filter/    the educational filter                             tokenise    ids of each document, and their shards
-workshop   where all this lies until it is done               verdicts    what became of each document
-executors  this machine, Slurm or Ray                         build       `prepare`: built once, whole or absent
+read/       files, datasets and generators, as documents
+normalise   one spelling
+duplicates  exact and near
+benchmarks  overlaps with tests
+filter/     the educational filter
+tokenise    ids of each document, and their shards
+workshop    where all this lies until it is done
+verdicts    what became of each document
+executors   this machine, Slurm or Ray
+build       `prepare`: built once, whole or absent
 
 Training reads what this writes (train/data) and needs none of it.
 """

@@ -1,13 +1,18 @@
 """From text to token shards.
 
 outgrow corpus prepare data=stdlib
-outgrow corpus prepare data=files 'data.path=texts/**/*.jsonl.zst' data.clean.normalise=true data.clean.exact_duplicates=true
-outgrow corpus label data=stdlib                                            demonstration labels, from stated rules
-outgrow corpus fit data=stdlib encoder=runs/tiny_source-scratch-s0/final    the filter of phi-1, from a file of labels
+outgrow corpus prepare data=files 'data.path=texts/**/*.jsonl.zst' data.clean.normalise=true
+data.clean.exact_duplicates=true
+outgrow corpus label data=stdlib                                            demonstration labels, from stated
+                                                                            rules
+outgrow corpus fit data=stdlib encoder=runs/tiny_source-scratch-s0/final    the filter of phi-1, from a file
+                                                                            of labels
 outgrow corpus score data=stdlib
 outgrow corpus prepare data=stdlib data.clean.filter=filters/stdlib data.clean.keep=0.5
-outgrow corpus write model=Qwen/Qwen2.5-7B-Instruct server=http://127.0.0.1:8000/v1      texts by a language model: conf/write.yaml
-outgrow corpus inspect 'folders=[data/stdlib]' out=inspection                samples, shares, lengths, scores: a table and a picture
+outgrow corpus write model=Qwen/Qwen2.5-7B-Instruct server=http://127.0.0.1:8000/v1
+    (texts by a language model: conf/write.yaml)
+outgrow corpus inspect 'folders=[data/stdlib]' out=inspection                samples, shares, lengths, scores:
+                                                                             a table and a picture
 
 A stopped or killed preparation goes on where it was. Exit status: 0 done, 2 a fault in what was asked.
 """
@@ -83,17 +88,29 @@ def settings_from(cls: type[T], name: str, overrides: Sequence[str]) -> T:
     if isinstance(settings, PrepareSettings):
         faults += executor_faults(settings.corpus)
     if isinstance(settings, InspectSettings):
-        faults += [] if settings.folders else ["folders: none; give prepared folders: 'folders=[data/stdlib]'"]
-        faults += [f"{key}: must not be negative" for key in ("samples", "characters") if getattr(settings, key) < 0]
+        faults += (
+            [] if settings.folders else ["folders: none; give prepared folders: 'folders=[data/stdlib]'"]
+        )
+        faults += [
+            f"{key}: must not be negative" for key in ("samples", "characters") if getattr(settings, key) < 0
+        ]
     if isinstance(settings, FilterSettings):
-        faults += [f"{key}: must be positive" for key in ("max_tokens", "trees", "min_samples_leaf") if getattr(settings, key) <= 0]
-        faults += [] if 0 < settings.held_out < 1 else [f"held_out: must be a share between 0 and 1; found {settings.held_out}"]
+        faults += [
+            f"{key}: must be positive"
+            for key in ("max_tokens", "trees", "min_samples_leaf")
+            if getattr(settings, key) <= 0
+        ]
+        faults += (
+            []
+            if 0 < settings.held_out < 1
+            else [f"held_out: must be a share between 0 and 1; found {settings.held_out}"]
+        )
     UserError.collect(dict.fromkeys(faults))
     assert settings is not None
     return settings
 
 
-# ---- commands -------------------------------------------------------------------------------------------------------------------------
+# ---- commands ----------------------------------------------------------------------------------------------
 
 
 def prepare(overrides: Sequence[str]) -> None:
@@ -112,7 +129,8 @@ def label(overrides: Sequence[str]) -> None:
     settings = settings_from(FilterSettings, "filter", overrides)
     counts = write_labels(settings.data, Path(settings.labels))
     print(
-        f"{settings.labels}: {counts[1]} documents labelled 1, {counts[0]} labelled 0. Demonstration labels; 1 is where every rule holds:"
+        f"{settings.labels}: {counts[1]} documents labelled 1, {counts[0]} labelled 0. Demonstration "
+        "labels; 1 is where every rule holds:"
     )
     print("\n".join(f"  {rule}" for rule in RULES))
 
@@ -124,9 +142,16 @@ def fit(overrides: Sequence[str]) -> None:
 
     settings = settings_from(FilterSettings, "filter", overrides)
     if settings.encoder is None:
-        raise UserError("encoder: missing; give the source checkpoint's folder, or any encoder of the Hugging Face hub: encoder=owner/name")
+        raise UserError(
+            "encoder: missing; give the source checkpoint's folder, or any encoder of the Hugging Face "
+            "hub: encoder=owner/name"
+        )
     chosen = FitSettings(**{key: getattr(settings, key) for key in FitSettings.__dataclass_fields__})
-    print(report.fitted(settings.filter, fit_filter(chosen, settings.data, Path(settings.labels), Path(settings.filter))))
+    print(
+        report.fitted(
+            settings.filter, fit_filter(chosen, settings.data, Path(settings.labels), Path(settings.filter))
+        )
+    )
 
 
 def score(overrides: Sequence[str]) -> None:
@@ -138,7 +163,9 @@ def score(overrides: Sequence[str]) -> None:
     settings = settings_from(FilterSettings, "filter", overrides)
     corpus, fitted = open_corpus(settings.data), Filter(Path(settings.filter).expanduser(), settings.encoder)
     with bar("scoring", getattr(corpus, "size", None), settings.progress) as advance:
-        histogram = write_scores(documents(settings.data, corpus), settings.data, fitted, Path(settings.scores), advance)
+        histogram = write_scores(
+            documents(settings.data, corpus), settings.data, fitted, Path(settings.scores), advance
+        )
     print(report.scored(settings.scores, histogram))
 
 
@@ -164,7 +191,11 @@ def inspect(overrides: Sequence[str]) -> None:
         if settings.check:
             with bar(f"checking {folder.name}", None, True) as advance:
                 check_data(folder, advance)
-        sources.append(module.inspect(folder, samples=settings.samples, characters=settings.characters, seed=settings.seed))
+        sources.append(
+            module.inspect(
+                folder, samples=settings.samples, characters=settings.characters, seed=settings.seed
+            )
+        )
     text = module.report(sources)
     if settings.out is not None:
         write_text(Path(settings.out) / "inspection.md", text)
@@ -186,7 +217,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The door: a UserError is one message on stderr and exit status 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or any(argument in ("-h", "--help") for argument in given):
-        keys = "\n\n".join((CONF / name).read_text() for name in ("prepare.yaml", "filter.yaml", "inspect.yaml", "data/base/all.yaml"))
+        keys = "\n\n".join(
+            (CONF / name).read_text()
+            for name in ("prepare.yaml", "filter.yaml", "inspect.yaml", "data/base/all.yaml")
+        )
         print(f"{__doc__}\nKeys and defaults:\n\n{keys}")
         return
     try:

@@ -1,8 +1,10 @@
-"""Decontamination: documents that share NGRAM_WORDS words in a row with a benchmark (the rule of GPT-3, arXiv 2005.14165, appendix C).
+"""Decontamination: documents that share NGRAM_WORDS words in a row with a benchmark (the rule of GPT-3, arXiv
+2005.14165, appendix C).
 
-Words are those of prose, whatever the corpus: spelling in Unicode (NFD, full-width, soft hyphens), case and spacing play no part, and each
-letter of a script without spaces is one. An item of fewer words, but of SHORT_WORDS at least, is looked for as a whole; shorter ones are
-counted and told. A run that more than COMMON_DOCUMENTS documents, and COMMON_SHARE of them, have is boilerplate: told, and no reason.
+Words are those of prose, whatever the corpus: spelling in Unicode (NFD, full-width, soft hyphens), case and
+spacing play no part, and each letter of a script without spaces is one. An item of fewer words, but of
+SHORT_WORDS at least, is looked for as a whole; shorter ones are counted and told. A run that more than
+COMMON_DOCUMENTS documents, and COMMON_SHARE of them, have is boilerplate: told, and no reason.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class Benchmarks:
     files: tuple[str, ...]
 
     def overlaps(self, found: list[str], hashes: np.ndarray) -> list[tuple[int, str]]:
-        """The common runs of a text's words, each once, in order: the number of the n-gram, and what it is and where from.
+        """The common runs of a text's words, each once, in order: the number of the n-gram, and what it is
+        and where from.
 
         Args:
             found: its words.
@@ -57,17 +60,23 @@ class Benchmarks:
                 same = (self.hashes[places] == runs) & (self.lengths[places] == length)
                 for start in np.flatnonzero(same).tolist():
                     hits.setdefault(int(places[start]), start)
-        return [(number, self._spelt(number, found, start)) for number, start in sorted(hits.items(), key=lambda hit: hit[1])]
+        return [
+            (number, self._spelt(number, found, start))
+            for number, start in sorted(hits.items(), key=lambda hit: hit[1])
+        ]
 
     def _spelt(self, number: int, found: list[str], start: int) -> str:
-        return f"{self.files[self.owners[number]]}: {' '.join(found[start : start + int(self.lengths[number])])}"
+        return (
+            f"{self.files[self.owners[number]]}: {' '.join(found[start : start + int(self.lengths[number])])}"
+        )
 
 
 def write_benchmarks(path: str, target: Path) -> dict[str, Any]:
-    """Collect the n-grams of every text in the files under `path` into the file `target`; return what there was.
+    """Collect the n-grams of every text in the files under `path` into the file `target`; return what there
+    was.
 
-    Texts of json, jsonl, csv, tsv and parquet are all their text fields, each on its own. A text of fewer than SHORT_WORDS words cannot be
-    looked for: it is counted.
+    Texts of json, jsonl, csv, tsv and parquet are all their text fields, each on its own. A text of fewer
+    than SHORT_WORDS words cannot be looked for: it is counted.
 
     Raises:
         UserError: there is no file, one cannot be read, or not one text is long enough.
@@ -82,14 +91,19 @@ def write_benchmarks(path: str, target: Path) -> dict[str, Any]:
             counts["too_short"] += len(found) < SHORT_WORDS
             counts["short"] += SHORT_WORDS <= len(found) < NGRAM_WORDS
             if len(found) >= SHORT_WORDS:
-                columns.append((np.unique(ngrams(word_hashes(found), NGRAM_WORDS)), min(len(found), NGRAM_WORDS), number))
+                columns.append(
+                    (np.unique(ngrams(word_hashes(found), NGRAM_WORDS)), min(len(found), NGRAM_WORDS), number)
+                )
     if not columns:
         raise UserError(
-            f"data.clean.benchmarks={path}: not one text of {SHORT_WORDS} words in {len(files)} files; name the benchmarks' folder"
+            f"data.clean.benchmarks={path}: not one text of {SHORT_WORDS} words in {len(files)} files; "
+            "name the benchmarks' folder"
         )
     sizes = [len(hashes) for hashes, _, _ in columns]
     unique, first = np.unique(np.concatenate([hashes for hashes, _, _ in columns]), return_index=True)
-    lengths, owners = (np.repeat(np.array([column[i] for column in columns], np.int32), sizes)[first] for i in (1, 2))
+    lengths, owners = (
+        np.repeat(np.array([column[i] for column in columns], np.int32), sizes)[first] for i in (1, 2)
+    )
     listed = np.frombuffer(json.dumps([file.name for file in files]).encode(), np.uint8)
     with whole_file(target) as partial, partial.open("wb") as out:
         np.savez(out, hashes=unique, lengths=lengths, owners=owners, files=listed)
@@ -100,7 +114,12 @@ def write_benchmarks(path: str, target: Path) -> dict[str, Any]:
 def read_benchmarks(path: Path, changed: int) -> Benchmarks:
     """What `write_benchmarks` wrote; `changed` is the file's time, so that a new file is read."""
     with np.load(path) as arrays:
-        return Benchmarks(arrays["hashes"], arrays["lengths"], arrays["owners"], tuple(json.loads(arrays["files"].tobytes())))
+        return Benchmarks(
+            arrays["hashes"],
+            arrays["lengths"],
+            arrays["owners"],
+            tuple(json.loads(arrays["files"].tobytes())),
+        )
 
 
 def benchmarks_identity(path: str) -> str:
@@ -139,7 +158,10 @@ def _every_text(path: str) -> Iterator[str]:
             yield from _strings(_json_values(path, Tally().decode(file.read())))
     elif kind in (".csv", ".tsv"):
         with reading(path) as file:
-            table = csv.reader(io.StringIO(Tally().decode(file.read()), newline=""), delimiter="," if kind == ".csv" else "\t")
+            table = csv.reader(
+                io.StringIO(Tally().decode(file.read()), newline=""),
+                delimiter="," if kind == ".csv" else "\t",
+            )
             yield from (field for row in table for field in row)
     else:
         yield from (text for _, text in texts(path, "", LARGEST_BYTES, Tally()))
@@ -153,7 +175,9 @@ def _json_values(path: str, text: str) -> list[Any]:
     try:
         return [parse_json(line) for line in text.split("\n") if line.strip()]
     except ValueError as error:
-        raise UserError(f"{path}: neither JSON nor JSON lines ({error}); mend it, or take it out of data.clean.benchmarks") from error
+        raise UserError(
+            f"{path}: neither JSON nor JSON lines ({error}); mend it, or take it out of data.clean.benchmarks"
+        ) from error
 
 
 def _strings(value: Any) -> Iterator[str]:

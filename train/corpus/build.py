@@ -1,7 +1,8 @@
 """`prepare`: tokens that are there and current, built if need be, by one process while the others wait.
 
-A build works in `<folder>.partial` and renames it, so the folder is complete or absent. A build that was stopped, by a fault or by kill −9,
-goes on where it was; where the input has changed meanwhile, with what is still the same. Looking needs no datatrove, building does.
+A build works in `<folder>.partial` and renames it, so the folder is complete or absent. A build that was
+stopped, by a fault or by kill −9, goes on where it was; where the input has changed meanwhile, with what is
+still the same. Looking needs no datatrove, building does.
 """
 
 from __future__ import annotations
@@ -29,28 +30,40 @@ if TYPE_CHECKING:
 
 FORMAT = 3  # of the folder; a change of what is written, or how text is read, raises it
 EARLIER = (2,)  # formats that are read as well; their documents are split by name, not by text
-ELSEWHERE = ("name", "folder", "path", "workers")  # settings that say where and by whom, and nothing of the tokens
-LATER = ("tokenizer", "vocab_size", "model_max_length", "validation_fraction", "seed", "shard_tokens")  # what reading does not depend on
+# settings that say where and by whom, and nothing of the tokens
+ELSEWHERE = ("name", "folder", "path", "workers")
+# what reading does not depend on
+LATER = ("tokenizer", "vocab_size", "model_max_length", "validation_fraction", "seed", "shard_tokens")
 SLOW_BYTES = 2**31  # of text, that take more than a moment to hash
 SMALL_BYTES = 2**26  # of text, that starting processes is not worth it for
 
 
-def prepare(settings: DataSettings, *, progress: bool = True, executor: ExecutorSettings | None = None) -> TokenData:
-    """The tokens of `settings`, opened; built first where they are missing or the input or a setting has changed.
+def prepare(
+    settings: DataSettings, *, progress: bool = True, executor: ExecutorSettings | None = None
+) -> TokenData:
+    """The tokens of `settings`, opened; built first where they are missing or the input or a setting has
+    changed.
 
-    Any number of processes may call this at once. `progress` shows bars on stderr; nothing of the result depends on `executor`.
+    Any number of processes may call this at once. `progress` shows bars on stderr; nothing of the result
+    depends on `executor`.
 
     Raises:
-        UserError: settings that cannot work, text that cannot be read, a split without documents, a damaged folder, a full disk.
+        UserError: settings that cannot work, text that cannot be read, a split without documents, a damaged
+        folder, a full disk.
     """
-    settings, executor = replace(settings, tokenizer=None) if settings.tokenizer == TRAIN else settings, executor or ExecutorSettings()
+    settings, executor = (
+        replace(settings, tokenizer=None) if settings.tokenizer == TRAIN else settings,
+        executor or ExecutorSettings(),
+    )
     UserError.collect([*disagreements(settings), *executor_faults(executor)])
     if settings.corpus == "tokens":
         return open_tokens(settings, progress=progress)
     folder, corpus = settings.home, open_corpus(settings)
     if _outdated(folder, settings, corpus, progress):
         with one_at_a_time(folder):
-            if reason := _outdated(folder, settings, corpus, progress):  # not built by another while we waited
+            if reason := _outdated(
+                folder, settings, corpus, progress
+            ):  # not built by another while we waited
                 if progress:
                     say(f"{folder}: {reason}")
                 _build(folder, settings, corpus, executor, progress)
@@ -58,7 +71,8 @@ def prepare(settings: DataSettings, *, progress: bool = True, executor: Executor
 
 
 def cut_by(settings: DataSettings, tokenizer: Path) -> DataSettings:
-    """The text of `settings`, cut by the tokenizer in a folder, in a folder of its own; what is there already serves where it is the same.
+    """The text of `settings`, cut by the tokenizer in a folder, in a folder of its own; what is there already
+    serves where it is the same.
 
     Raises:
         UserError: the tokenizer cannot be loaded.
@@ -78,8 +92,14 @@ def _outdated(folder: Path, settings: DataSettings, corpus: Corpus, progress: bo
         return "building the tokens"
     before, wanted = {**manifest["settings"]}, _identity(settings)
     if before.get("format") in EARLIER:  # stays as it is, split by names, until something else changes
-        before |= {"format": FORMAT, "max_broken": wanted["max_broken"], "clean": {**before["clean"], "words": wanted["clean"]["words"]}}
-    if changed := [f"{key} {before.get(key)} → {value}" for key, value in wanted.items() if before.get(key) != value]:
+        before |= {
+            "format": FORMAT,
+            "max_broken": wanted["max_broken"],
+            "clean": {**before["clean"], "words": wanted["clean"]["words"]},
+        }
+    if changed := [
+        f"{key} {before.get(key)} → {value}" for key, value in wanted.items() if before.get(key) != value
+    ]:
         return f"building the tokens again, for settings changed: {', '.join(changed)}"
     if not _same_text(manifest["inputs"], corpus, progress):
         return "building the tokens again, for the text has changed"
@@ -99,7 +119,9 @@ def _identity(settings: DataSettings) -> dict[str, Any]:
     """Everything but the text that decides what is written, as JSON has it: a manifest is held against it."""
     values = {key: value for key, value in asdict(settings).items() if key not in ELSEWHERE}
     if settings.clean.benchmarks is not None:
-        values["clean"]["benchmarks"] = file_digest(files_of(settings.clean.benchmarks, "data.clean.benchmarks"))
+        values["clean"]["benchmarks"] = file_digest(
+            files_of(settings.clean.benchmarks, "data.clean.benchmarks")
+        )
     if settings.clean.filter is not None:
         from outgrow.train.corpus.filter.forest import filter_identity
 
@@ -109,10 +131,12 @@ def _identity(settings: DataSettings) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(json.dumps(identity)))
 
 
-# ---- building -------------------------------------------------------------------------------------------------------------------------
+# ---- building ----------------------------------------------------------------------------------------------
 
 
-def _build(folder: Path, settings: DataSettings, corpus: Corpus, executor: ExecutorSettings, progress: bool) -> None:
+def _build(
+    folder: Path, settings: DataSettings, corpus: Corpus, executor: ExecutorSettings, progress: bool
+) -> None:
     from outgrow.train.corpus.report import short_lines
 
     partial = partial_of(folder)
@@ -130,14 +154,18 @@ def _is_current(partial: Path, settings: DataSettings, corpus: Corpus, progress:
     return (partial / "manifest.json").is_file() and _outdated(partial, settings, corpus, progress) is None
 
 
-def _make(partial: Path, settings: DataSettings, corpus: Corpus, executor: ExecutorSettings, progress: bool) -> None:
+def _make(
+    partial: Path, settings: DataSettings, corpus: Corpus, executor: ExecutorSettings, progress: bool
+) -> None:
     """Go through the pipeline, and write the manifest last."""
     try:
         from outgrow.train.corpus import pipeline
         from outgrow.train.corpus.executors import stages
         from outgrow.train.corpus.workshop import Workshop
     except ImportError as error:
-        raise UserError(f"making tokens from text needs datatrove ({error}): pip install -e '.[corpus]'") from error
+        raise UserError(
+            f"making tokens from text needs datatrove ({error}): pip install -e '.[corpus]'"
+        ) from error
     work = Workshop(partial / "work")
     begin(partial, work, settings, corpus, progress)
     with stages(executor, _worker_count(settings, corpus), work.stages, progress=progress) as stage:
@@ -148,14 +176,20 @@ def _make(partial: Path, settings: DataSettings, corpus: Corpus, executor: Execu
     if not isinstance(corpus, Files):
         inputs = {"digest": corpus.digest(lambda size: None)}
     stamp = json.loads((work.folder / "begun.json").read_text())["stamp"]
-    write_manifest(partial, {"settings": _identity(settings), "inputs": {"stamp": stamp, **inputs}, **manifest})
+    write_manifest(
+        partial, {"settings": _identity(settings), "inputs": {"stamp": stamp, **inputs}, **manifest}
+    )
 
 
 def begin(partial: Path, work: Workshop, settings: DataSettings, corpus: Corpus, progress: bool) -> None:
-    """Go on in what a stopped build of the same text and settings left; of another's, keep what the same files were read to."""
-    wanted = {"settings": _identity(settings), "stamp": corpus.stamp()}  # before reading, so that a change meanwhile is noticed next time
+    """Go on in what a stopped build of the same text and settings left; of another's, keep what the same
+    files were read to."""
+    # before reading, so that a change meanwhile is noticed next time
+    wanted = {"settings": _identity(settings), "stamp": corpus.stamp()}
     path = work.folder / "begun.json"
-    before = json.loads(path.read_text()) if path.is_file() and not (partial / "manifest.json").exists() else None
+    before = (
+        json.loads(path.read_text()) if path.is_file() and not (partial / "manifest.json").exists() else None
+    )
     if before == wanted:
         if progress:
             say(f"{partial}: going on with the build that was stopped")

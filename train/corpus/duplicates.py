@@ -1,14 +1,17 @@
-"""Duplicates, exact and near, as steps. A document is removed where an earlier one is the same or near it: the first of a kind stays.
+"""Duplicates, exact and near, as steps. A document is removed where an earlier one is the same or near it:
+the first of a kind stays.
 
-Near is a Jaccard similarity of the sets of SHINGLE_WORDS-word shingles, estimated from PERMUTATIONS MinHash values (Broder 1997).
-Candidates are found by locality-sensitive hashing, with the bands and rows that are best for the threshold where a missed pair weighs nine
-times a false candidate, for candidates are checked: 14 bands of 9 rows at 0.8, which find 87 % of the pairs of similarity 0.8 and 99.9 %
-of those of 0.9. Nothing is removed for being like a document that is removed itself, so chains of small changes do not vanish.
+Near is a Jaccard similarity of the sets of SHINGLE_WORDS-word shingles, estimated from PERMUTATIONS MinHash
+values (Broder 1997). Candidates are found by locality-sensitive hashing, with the bands and rows that are
+best for the threshold where a missed pair weighs nine times a false candidate, for candidates are checked: 14
+bands of 9 rows at 0.8, which find 87 % of the pairs of similarity 0.8 and 99.9 % of those of 0.9. Nothing is
+removed for being like a document that is removed itself, so chains of small changes do not vanish.
 
-Memory is bounded whatever the corpus: nothing is indexed in memory, and there is no union-find. Keys of documents are dealt out to as many
-files on disk as it takes for one to fit into MEMORY_BYTES, and each is sorted on its own; near duplicates take one task a band. While the
-build lasts, a document costs on disk 24 bytes (exact), 512 + 24 a band (near: 848 at 0.8) and 13 bytes of verdicts, mapped; a pair that is
-found costs 20 bytes.
+Memory is bounded whatever the corpus: nothing is indexed in memory, and there is no union-find. Keys of
+documents are dealt out to as many files on disk as it takes for one to fit into MEMORY_BYTES, and each is
+sorted on its own; near duplicates take one task a band. While the build lasts, a document costs on disk 24
+bytes (exact), 512 + 24 a band (near: 848 at 0.8) and 13 bytes of verdicts, mapped; a pair that is found costs
+20 bytes.
 """
 
 from __future__ import annotations
@@ -44,11 +47,12 @@ MEMORY_BYTES = 2**27  # of keys in memory at a time
 KEY = np.dtype([("high", "<u8"), ("low", "<u8"), ("document", "<i8")])
 
 
-# ---- signatures -----------------------------------------------------------------------------------------------------------------------
+# ---- signatures --------------------------------------------------------------------------------------------
 
 
 def signature(hashes: np.ndarray) -> np.ndarray:
-    """MinHash values of the shingles of a text, from the hashes of its words: uint32, (PERMUTATIONS,); no words: all the largest."""
+    """MinHash values of the shingles of a text, from the hashes of its words: uint32, (PERMUTATIONS,); no
+    words: all the largest."""
     sketch = _empty().copy()
     if len(hashes):
         shingles = np.unique(ngrams(hashes, SHINGLE_WORDS)).astype(np.uint32)
@@ -64,7 +68,8 @@ def _empty() -> MinHash:
 
 @lru_cache
 def bands(threshold: float) -> tuple[int, int]:
-    """Bands and rows of the locality-sensitive hashing for a similarity: those whose candidates are false and missed least, weighed."""
+    """Bands and rows of the locality-sensitive hashing for a similarity: those whose candidates are false and
+    missed least, weighed."""
     shapes = [(b, r) for b in range(1, PERMUTATIONS + 1) for r in range(1, PERMUTATIONS // b + 1)]
     return min(shapes, key=lambda shape: _errors(shape, threshold))
 
@@ -86,7 +91,7 @@ def _datasketch() -> Any:
     return datasketch
 
 
-# ---- keys, sorted on disk -------------------------------------------------------------------------------------------------------------
+# ---- keys, sorted on disk ----------------------------------------------------------------------------------
 
 
 def keys(high: np.ndarray, low: np.ndarray | int, documents: np.ndarray) -> np.ndarray:
@@ -105,7 +110,8 @@ def buckets(found: Iterable[np.ndarray], count: int, folder: Path) -> Iterator[t
         folder: for temporary files; emptied again.
 
     Yields:
-        The documents of one file's buckets with at least two, int64 (n,), ascending within a bucket, and where each bucket starts (b,).
+        The documents of one file's buckets with at least two, int64 (n,), ascending within a bucket, and
+        where each bucket starts (b,).
     """
     parts = -(-count * KEY.itemsize // MEMORY_BYTES) or 1
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,22 +147,35 @@ def exact(found: Iterable[np.ndarray], count: int, folder: Path) -> Iterator[Mat
 
 
 def near(
-    found: Iterable[np.ndarray], count: int, folder: Path, signatures: Callable[[np.ndarray], np.ndarray], threshold: float
+    found: Iterable[np.ndarray],
+    count: int,
+    folder: Path,
+    signatures: Callable[[np.ndarray], np.ndarray],
+    threshold: float,
 ) -> Iterator[Match]:
-    """Documents whose signature agrees in `threshold` of its values with that of an earlier one in a common bucket.
+    """Documents whose signature agrees in `threshold` of its values with that of an earlier one in a common
+    bucket.
 
     Args:
         signatures: of document numbers (n,), uint32 (n, PERMUTATIONS).
     """
     for documents, starts in buckets(found, count, folder):
         ends = (*starts, len(documents))[1:]
-        matches = (match for start, end in zip(starts, ends, strict=True) for match in _near(documents[start:end], signatures, threshold))
+        matches = (
+            match
+            for start, end in zip(starts, ends, strict=True)
+            for match in _near(documents[start:end], signatures, threshold)
+        )
         while part := list(islice(matches, BATCH)):
             later, earlier, similarity = zip(*part, strict=True)
-            yield Match(np.array(later, np.int64), np.array(earlier, np.int64), np.array(similarity, np.float32))
+            yield Match(
+                np.array(later, np.int64), np.array(earlier, np.int64), np.array(similarity, np.float32)
+            )
 
 
-def _near(bucket: np.ndarray, signatures: Callable[[np.ndarray], np.ndarray], threshold: float) -> Iterator[tuple[int, int, float]]:
+def _near(
+    bucket: np.ndarray, signatures: Callable[[np.ndarray], np.ndarray], threshold: float
+) -> Iterator[tuple[int, int, float]]:
     """A bucket's first document leads; whoever is like no leader leads too."""
     leaders = np.empty((0, PERMUTATIONS), np.uint32)
     led_by: list[int] = []
@@ -171,8 +190,11 @@ def _near(bucket: np.ndarray, signatures: Callable[[np.ndarray], np.ndarray], th
                 leaders, led_by = np.vstack([leaders, values]), [*led_by, document]
 
 
-def band_keys(signatures: np.ndarray, documents: np.ndarray, shape: tuple[int, int], which: range | None = None) -> np.ndarray:
-    """Rows of KEY, one for each band (of those in `which`) of each document; documents without words have none.
+def band_keys(
+    signatures: np.ndarray, documents: np.ndarray, shape: tuple[int, int], which: range | None = None
+) -> np.ndarray:
+    """Rows of KEY, one for each band (of those in `which`) of each document; documents without words have
+    none.
 
     Args:
         signatures: uint32 (n, PERMUTATIONS).
@@ -181,7 +203,10 @@ def band_keys(signatures: np.ndarray, documents: np.ndarray, shape: tuple[int, i
     """
     worded = (signatures != np.uint32(2**32 - 1)).any(1)
     signatures, documents = signatures[worded].astype(np.uint64), documents[worded]
-    rows = [keys(_hash(signatures[:, i * shape[1] : (i + 1) * shape[1]]), i, documents) for i in which or range(shape[0])]
+    rows = [
+        keys(_hash(signatures[:, i * shape[1] : (i + 1) * shape[1]]), i, documents)
+        for i in which or range(shape[0])
+    ]
     return np.concatenate(rows)
 
 
@@ -190,7 +215,7 @@ def _hash(values: np.ndarray) -> np.ndarray:
     return ngrams(values.T, values.shape[1])[0]
 
 
-# ---- steps ------------------------------------------------------------------------------------------------------------------------------
+# ---- steps -------------------------------------------------------------------------------------------------
 
 
 class Sign(PipelineStep):
@@ -252,14 +277,27 @@ class NearDuplicates(PipelineStep):
         verdicts, shape = Verdicts(self.work), bands(self.threshold)
         for task, where in verdicts.ranges():
             rows = np.flatnonzero(verdicts.kept(task))
-            yield band_keys(self.work.signatures(task, PERMUTATIONS)[rows], rows + where.start, shape, range(band, band + 1))
+            yield band_keys(
+                self.work.signatures(task, PERMUTATIONS)[rows],
+                rows + where.start,
+                shape,
+                range(band, band + 1),
+            )
 
     def _signatures(self) -> Callable[[np.ndarray], np.ndarray]:
-        starts, opened = np.array(self.work.starts), lru_cache(OPEN_FILES)(lambda task: self.work.signatures(task, PERMUTATIONS))
+        starts, opened = (
+            np.array(self.work.starts),
+            lru_cache(OPEN_FILES)(lambda task: self.work.signatures(task, PERMUTATIONS)),
+        )
 
         def signatures(documents: np.ndarray) -> np.ndarray:
             tasks = np.searchsorted(starts, documents, side="right") - 1
-            return np.stack([opened(task)[document - starts[task]] for task, document in zip(tasks, documents, strict=True)])
+            return np.stack(
+                [
+                    opened(task)[document - starts[task]]
+                    for task, document in zip(tasks, documents, strict=True)
+                ]
+            )
 
         return signatures
 
@@ -267,6 +305,9 @@ class NearDuplicates(PipelineStep):
 def write_matches(path: Path, found: Iterable[Match]) -> None:
     """Write matches down as one file, whole or not at all."""
     parts = list(found)
-    columns = {name: np.concatenate([getattr(part, name) for part in parts] or [np.empty(0)]) for name in Match.__dataclass_fields__}
+    columns = {
+        name: np.concatenate([getattr(part, name) for part in parts] or [np.empty(0)])
+        for name in Match.__dataclass_fields__
+    }
     with whole_file(path) as partial, partial.open("wb") as out:
         np.savez(out, **columns)  # type: ignore[arg-type]

@@ -1,6 +1,8 @@
-"""Who does the tasks of a step: this machine (concurrent.futures), Slurm or Ray (datatrove's executors). The bytes are the same for each.
+"""Who does the tasks of a step: this machine (concurrent.futures), Slurm or Ray (datatrove's executors). The
+bytes are the same for each.
 
-datatrove's own local pool waits for ever when a worker is killed (so does its Ray executor's, inside a job); this one says so.
+datatrove's own local pool waits for ever when a worker is killed (so does its Ray executor's, inside a job);
+this one says so.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class Stage(Protocol):
 
 @contextmanager
 def stages(settings: ExecutorSettings, workers: int, folder: Path, *, progress: bool) -> Iterator[Stage]:
-    """Yield what runs pipelines, each with its statistics and its record of tasks done in a folder of its name under `folder`.
+    """Yield what runs pipelines, each with its statistics and its record of tasks done in a folder of its
+    name under `folder`.
 
     Raises:
         UserError: a worker was killed, a task failed, or the scheduler cannot be reached.
@@ -65,13 +68,15 @@ def stages(settings: ExecutorSettings, workers: int, folder: Path, *, progress: 
     yield elsewhere
 
 
-# ---- this machine -----------------------------------------------------------------------------------------------------------------------
+# ---- this machine ------------------------------------------------------------------------------------------
 
 
 class LocalExecutor(PipelineExecutor):
     """datatrove's executor over concurrent.futures, or in this process."""
 
-    def __init__(self, pipeline: list[PipelineStep], tasks: int, folder: Path, run: Run, advance: Callable[[int], None]) -> None:
+    def __init__(
+        self, pipeline: list[PipelineStep], tasks: int, folder: Path, run: Run, advance: Callable[[int], None]
+    ) -> None:
         super().__init__(pipeline, str(folder))
         self.tasks, self._run, self._advance = tasks, run, advance
 
@@ -106,9 +111,11 @@ def cores() -> int:
 
 @contextmanager
 def pool(count: int) -> Iterator[Run]:
-    """Yield `run(function, jobs)`: function(*job) for each job, in order; jobs are drawn as they are needed, so memory is bounded.
+    """Yield `run(function, jobs)`: function(*job) for each job, in order; jobs are drawn as they are needed,
+    so memory is bounded.
 
-    One worker is this process itself. More are processes of their own that end with this one, however it ends.
+    One worker is this process itself. More are processes of their own that end with this one, however it
+    ends.
 
     Raises:
         UserError: a worker was killed.
@@ -123,15 +130,18 @@ def pool(count: int) -> Iterator[Run]:
         yield partial(_in_order, executor, AHEAD * count)
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process was killed, most likely for want of memory; start the same command again with fewer of them "
-            f"(data.workers={max(1, count // 2)}): it goes on where it stopped. (A script that calls prepare has to do so under "
-            "if __name__ == '__main__', or with data.workers=1.)"
+            "a worker process was killed, most likely for want of memory; start the same command again "
+            f"with fewer of them (data.workers={max(1, count // 2)}): it goes on where it stopped. (A "
+            "script that calls prepare has to do so under if __name__ == '__main__', or with "
+            "data.workers=1.)"
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)
 
 
-def _in_order(executor: ProcessPoolExecutor, most: int, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+def _in_order(
+    executor: ProcessPoolExecutor, most: int, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]
+) -> Iterator[Any]:
     waiting: deque[Future[Any]] = deque()
     for job in jobs:
         waiting.append(executor.submit(function, *job))
@@ -142,7 +152,8 @@ def _in_order(executor: ProcessPoolExecutor, most: int, function: Callable[..., 
 
 
 def _begin() -> None:
-    """In a worker: leave Ctrl-C to the parent, end when it ends (a parent that is killed cannot say so), and use one core."""
+    """In a worker: leave Ctrl-C to the parent, end when it ends (a parent that is killed cannot say so), and
+    use one core."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     if parent is not None:
@@ -151,11 +162,12 @@ def _begin() -> None:
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
-# ---- a cluster --------------------------------------------------------------------------------------------------------------------------
+# ---- a cluster ---------------------------------------------------------------------------------------------
 
 
 class SlurmExecutor(SlurmPipelineExecutor):
-    """datatrove's, whose tasks leave what is wrong with their input where the one who waits for them finds it."""
+    """datatrove's, whose tasks leave what is wrong with their input where the one who waits for them finds
+    it."""
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
         try:
@@ -173,7 +185,14 @@ class SlurmExecutor(SlurmPipelineExecutor):
         return None
 
 
-def _slurm(settings: ExecutorSettings, workers: int, name: str, pipeline: list[PipelineStep], tasks: int, folder: Path) -> None:
+def _slurm(
+    settings: ExecutorSettings,
+    workers: int,
+    name: str,
+    pipeline: list[PipelineStep],
+    tasks: int,
+    folder: Path,
+) -> None:
     """Submit a job array, and wait until its tasks are done.
 
     Raises:
@@ -197,13 +216,16 @@ def _slurm(settings: ExecutorSettings, workers: int, name: str, pipeline: list[P
     submitted = folder / "job"
     if not executor.get_incomplete_ranks():
         return
-    if not (submitted.is_file() and _is_queued(submitted.read_text())):  # else it was submitted before the one who waited was stopped
+    if not (
+        submitted.is_file() and _is_queued(submitted.read_text())
+    ):  # else it was submitted before the one who waited was stopped
         executor.logging_dir.rm("faults", recursive=True) if executor.logging_dir.isdir("faults") else None
         try:
             executor.run()
         except (OSError, subprocess.CalledProcessError) as error:
             raise UserError(
-                f"corpus.executor=slurm: sbatch failed ({error}); start this where jobs can be submitted, or with corpus.executor=local"
+                f"corpus.executor=slurm: sbatch failed ({error}); start this where jobs can be submitted, "
+                "or with corpus.executor=local"
             ) from error
         submitted.write_text(str(executor.job_id))
     job = submitted.read_text()
@@ -213,8 +235,8 @@ def _slurm(settings: ExecutorSettings, workers: int, name: str, pipeline: list[P
             raise UserError(fault)
         if not queued and (left := executor.get_incomplete_ranks()):
             raise UserError(
-                f"{name}: Slurm job {job} has ended, and {len(left)} of its {tasks} tasks are not done (the first: {left[0]}); see "
-                f"{folder / 'slurm_logs'}. The same command goes on with them"
+                f"{name}: Slurm job {job} has ended, and {len(left)} of its {tasks} tasks are not done "
+                f"(the first: {left[0]}); see {folder / 'slurm_logs'}. The same command goes on with them"
             )
         time.sleep(settings.poll_seconds if queued else 0)
 
@@ -222,13 +244,22 @@ def _slurm(settings: ExecutorSettings, workers: int, name: str, pipeline: list[P
 def _is_queued(job: str) -> bool:
     """Whether Slurm still knows the job as waiting or running."""
     try:
-        found = subprocess.run(["squeue", "--noheader", "--job", job], capture_output=True, text=True, check=False)
+        found = subprocess.run(
+            ["squeue", "--noheader", "--job", job], capture_output=True, text=True, check=False
+        )
     except OSError:
         return False
     return found.returncode == 0 and bool(found.stdout.strip())
 
 
-def _ray(settings: ExecutorSettings, workers: int, name: str, pipeline: list[PipelineStep], tasks: int, folder: Path) -> None:
+def _ray(
+    settings: ExecutorSettings,
+    workers: int,
+    name: str,
+    pipeline: list[PipelineStep],
+    tasks: int,
+    folder: Path,
+) -> None:
     """On the Ray cluster that RAY_ADDRESS names, or on a local one."""
     try:
         import ray
@@ -237,8 +268,14 @@ def _ray(settings: ExecutorSettings, workers: int, name: str, pipeline: list[Pip
         raise UserError("corpus.executor=ray needs ray: pip install -e '.[ray]'") from error
     ray.init(ignore_reinit_error=True)
     executor = RayPipelineExecutor(
-        pipeline, tasks, workers=settings.at_once or -1, mem_per_cpu_gb=settings.memory_gb, logging_dir=str(folder.absolute())
+        pipeline,
+        tasks,
+        workers=settings.at_once or -1,
+        mem_per_cpu_gb=settings.memory_gb,
+        logging_dir=str(folder.absolute()),
     )
     executor.run()
     if left := executor.get_incomplete_ranks():
-        raise UserError(f"{name}: {len(left)} of {tasks} tasks are not done (the first: {left[0]}); see {folder / 'logs'}")
+        raise UserError(
+            f"{name}: {len(left)} of {tasks} tasks are not done (the first: {left[0]}); see {folder / 'logs'}"
+        )

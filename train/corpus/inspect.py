@@ -1,4 +1,5 @@
-"""What prepared folders hold: shares, lengths, filter scores, samples. Documents are read in batches, so memory does not grow with them."""
+"""What prepared folders hold: shares, lengths, filter scores, samples. Documents are read in batches, so
+memory does not grow with them."""
 
 from __future__ import annotations
 
@@ -61,12 +62,23 @@ def inspect(folder: Path, *, samples: int, characters: int, seed: int) -> Source
     assert manifest is not None
     if not (folder / LISTING).is_file():
         way_out = (
-            "tokens that others made have no list of documents" if manifest["settings"].get("corpus") == "tokens" else "prepare it again"
+            "tokens that others made have no list of documents"
+            if manifest["settings"].get("corpus") == "tokens"
+            else "prepare it again"
         )
         raise UserError(f"{folder}: no {LISTING} in it; {way_out}")
     numbers = np.random.default_rng(seed)
-    wanted = {name: np.sort(numbers.choice(n := manifest["splits"][name]["documents"], min(samples, n), replace=False)) for name in SPLITS}
-    lengths, scores, drawn = np.zeros(len(LENGTHS) - 1, np.int64), np.zeros(len(SCORES) - 1, np.int64), list[Sample]()
+    wanted = {
+        name: np.sort(
+            numbers.choice(n := manifest["splits"][name]["documents"], min(samples, n), replace=False)
+        )
+        for name in SPLITS
+    }
+    lengths, scores, drawn = (
+        np.zeros(len(LENGTHS) - 1, np.int64),
+        np.zeros(len(SCORES) - 1, np.int64),
+        list[Sample](),
+    )
     seen, starts = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
     for part in _batches(folder / LISTING):
         lengths += np.histogram(part["tokens"], LENGTHS)[0]
@@ -74,8 +86,19 @@ def inspect(folder: Path, *, samples: int, characters: int, seed: int) -> Source
         for name in SPLITS:
             rows = np.flatnonzero(part["split"] == name)
             ends = starts[name] + np.cumsum(part["tokens"][rows])
-            for place in wanted[name][(wanted[name] >= seen[name]) & (wanted[name] < seen[name] + len(rows))] - seen[name]:
-                drawn.append(_sample(data, name, {key: column[rows[place]] for key, column in part.items()}, int(ends[place]), characters))
+            for place in (
+                wanted[name][(wanted[name] >= seen[name]) & (wanted[name] < seen[name] + len(rows))]
+                - seen[name]
+            ):
+                drawn.append(
+                    _sample(
+                        data,
+                        name,
+                        {key: column[rows[place]] for key, column in part.items()},
+                        int(ends[place]),
+                        characters,
+                    )
+                )
             seen[name], starts[name] = seen[name] + len(rows), int(ends[-1]) if len(rows) else starts[name]
     drawn.sort(key=lambda sample: SPLITS.index(sample.split))
     return Source(folder.name, manifest, lengths, scores, _low_scores(folder / REMOVED), tuple(drawn))
@@ -86,7 +109,10 @@ def _batches(path: Path) -> Iterator[dict[str, np.ndarray]]:
 
     with pyarrow.parquet.ParquetFile(path) as file:
         for part in file.iter_batches(batch_size=BATCH):
-            columns = {name: part.column(name).to_numpy(zero_copy_only=False) for name in ("document", "split", "tokens", "score")}
+            columns = {
+                name: part.column(name).to_numpy(zero_copy_only=False)
+                for name in ("document", "split", "tokens", "score")
+            }
             yield columns | {"score": columns["score"].astype(np.float32)}
 
 
@@ -95,7 +121,9 @@ def _sample(data: TokenData, split: str, row: dict[str, Any], end: int, characte
 
     tokens = int(row["tokens"])
     first = getattr(data, split).tokens[end - tokens : end - 1][: 4 * characters]  # without its end of text
-    text = Tokenizer.from_file(str(data.tokenizer_folder / "tokenizer.json")).decode(first.tolist(), skip_special_tokens=False)
+    text = Tokenizer.from_file(str(data.tokenizer_folder / "tokenizer.json")).decode(
+        first.tolist(), skip_special_tokens=False
+    )
     score = None if np.isnan(row["score"]) else float(row["score"])
     return Sample(str(row["document"]), split, tokens, score, text[:characters])
 
@@ -108,7 +136,9 @@ def _low_scores(path: Path) -> np.ndarray:
     with pyarrow.parquet.ParquetFile(path) as file:
         for part in file.iter_batches(batch_size=BATCH, columns=["reason", "detail"]):
             low = part.filter(pyarrow.compute.equal(part.column("reason"), "low_score"))
-            found += np.histogram(low.column("detail").to_numpy(zero_copy_only=False).astype(np.float64), SCORES)[0]
+            found += np.histogram(
+                low.column("detail").to_numpy(zero_copy_only=False).astype(np.float64), SCORES
+            )[0]
     return found
 
 
@@ -118,12 +148,18 @@ def used_bins(sources: Sequence[Source]) -> tuple[int, int]:
     return int(used[0]), int(used[-1])
 
 
-# ---- as text ----------------------------------------------------------------------------------------------------------------------------
+# ---- as text -----------------------------------------------------------------------------------------------
 
 
 def report(sources: Sequence[Source]) -> str:
-    """Tables in Markdown: what each source holds and what was left out of it, how long its documents are, what they scored; samples."""
-    return "\n\n".join([_shares(sources), _removed(sources), _lengths(sources), *_scores(sources), _samples(sources)]) + "\n"
+    """Tables in Markdown: what each source holds and what was left out of it, how long its documents are,
+    what they scored; samples."""
+    return (
+        "\n\n".join(
+            [_shares(sources), _removed(sources), _lengths(sources), *_scores(sources), _samples(sources)]
+        )
+        + "\n"
+    )
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -145,14 +181,29 @@ def _shares(sources: Sequence[Source]) -> str:
         ]
         for source in sources
     ]
-    return _table(["source", "documents", "bytes", "tokens", "share of tokens", "bytes/token", "documents kept of those read"], rows)
+    return _table(
+        [
+            "source",
+            "documents",
+            "bytes",
+            "tokens",
+            "share of tokens",
+            "bytes/token",
+            "documents kept of those read",
+        ],
+        rows,
+    )
 
 
 def _removed(sources: Sequence[Source]) -> str:
     rows: list[list[object]] = []
     for source in sources:
         read = source.manifest["read"]
-        rows += [[source.name, key.replace("_", " "), f"{read[key]:,}", ""] for key in ("empty_skipped", "too_long_skipped") if read[key]]
+        rows += [
+            [source.name, key.replace("_", " "), f"{read[key]:,}", ""]
+            for key in ("empty_skipped", "too_long_skipped")
+            if read[key]
+        ]
         rows += [
             [source.name, reason.replace("_", " "), f"{count['documents']:,}", f"{count['bytes']:,}"]
             for reason, count in source.manifest["cleaning"]["removed"].items()
@@ -162,7 +213,10 @@ def _removed(sources: Sequence[Source]) -> str:
 
 def _lengths(sources: Sequence[Source]) -> str:
     first, last = used_bins(sources)
-    rows = [[f"{LENGTHS[i]:,}–{LENGTHS[i + 1] - 1:,}", *(f"{source.lengths[i]:,}" for source in sources)] for i in range(first, last + 1)]
+    rows = [
+        [f"{LENGTHS[i]:,}–{LENGTHS[i + 1] - 1:,}", *(f"{source.lengths[i]:,}" for source in sources)]
+        for i in range(first, last + 1)
+    ]
     return _table(["tokens in a document", *(source.name for source in sources)], rows)
 
 
@@ -170,9 +224,17 @@ def _scores(sources: Sequence[Source]) -> Iterator[str]:
     for source in sources:
         if source.scored:
             found = source.manifest["cleaning"]["filter"]
-            bins = zip(source.low_scores.reshape(10, 4).sum(1), source.kept_scores.reshape(10, 4).sum(1), strict=True)
-            rows = [[f"{i / 10:.1f}–{(i + 1) / 10:.1f}", f"{low:,}", f"{kept:,}"] for i, (low, kept) in enumerate(bins)]
-            heading = f"{source.name}: {found['kept']:,} of {found['scored']:,} documents kept, from a score of {found['threshold']:.3f} on"
+            bins = zip(
+                source.low_scores.reshape(10, 4).sum(1), source.kept_scores.reshape(10, 4).sum(1), strict=True
+            )
+            rows = [
+                [f"{i / 10:.1f}–{(i + 1) / 10:.1f}", f"{low:,}", f"{kept:,}"]
+                for i, (low, kept) in enumerate(bins)
+            ]
+            heading = (
+                f"{source.name}: {found['kept']:,} of {found['scored']:,} documents kept, from a score of "
+                f"{found['threshold']:.3f} on"
+            )
             yield heading + "\n\n" + _table(["score", "removed", "kept"], rows)
 
 
@@ -182,5 +244,8 @@ def _samples(sources: Sequence[Source]) -> str:
         for sample in source.samples:
             score = "" if sample.score is None else f", score {sample.score:.3f}"
             text = "\n".join(f"    {line}" for line in sample.text.splitlines())
-            parts.append(f"{source.name}, {sample.split}: {sample.document} ({sample.tokens:,} tokens{score})\n\n{text}")
+            parts.append(
+                f"{source.name}, {sample.split}: {sample.document} ({sample.tokens:,} "
+                f"tokens{score})\n\n{text}"
+            )
     return "\n\n".join(parts)

@@ -1,4 +1,5 @@
-"""The documents of a prepared folder, in the order of their tokens: which text a token is of, and what `inspect` draws."""
+"""The documents of a prepared folder, in the order of their tokens: which text a token is of, and what
+`inspect` draws."""
 
 from __future__ import annotations
 
@@ -15,12 +16,17 @@ from outgrow.train.corpus.verdicts import scores_of
 from outgrow.train.corpus.workshop import Workshop
 
 LISTING = "documents.parquet"
-SCHEMA = pyarrow.schema([("document", "string"), ("split", "string"), ("tokens", "int64"), ("bytes", "int64"), ("score", "float")])
+SCHEMA = pyarrow.schema(
+    [("document", "string"), ("split", "string"), ("tokens", "int64"), ("bytes", "int64"), ("score", "float")]
+)
 
 
 def write_listing(work: Workshop, folder: Path, taken: Iterable[tuple[int, Lengths]]) -> None:
     """List what was taken of each task in a file in `folder`, whole or not at all."""
-    with whole_file(folder / LISTING) as partial, pyarrow.parquet.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
+    with (
+        whole_file(folder / LISTING) as partial,
+        pyarrow.parquet.ParquetWriter(partial, SCHEMA, compression="zstd") as writer,
+    ):
         for task, lengths in taken:
             names, scores = work.names(task), scores_of(work, task)[lengths.row]
             columns = [

@@ -22,8 +22,9 @@ class Normalise(BaseFormatter):
 
 
 def normalised(text: str) -> str:
-    """The same text in one spelling: Unicode NFC, \\n line ends, no control characters or byte order marks, no spaces at line ends,
-    at most two blank lines in a row (Python's own style) and none at both ends. Indentation stays as it is."""
+    """The same text in one spelling: Unicode NFC, \\n line ends, no control characters or byte order marks,
+    no spaces at line ends, at most two blank lines in a row (Python's own style) and none at both ends.
+    Indentation stays as it is."""
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
     text = _CONTROL.sub("", _LINE_ENDS.sub("\n", text))

@@ -25,7 +25,9 @@ def draw(sources: Sequence[Source], path: Path) -> None:
 
     scored = [(source, COLOURS[i % len(COLOURS)]) for i, source in enumerate(sources) if source.scored]
     figure = Figure(figsize=(10, 3.6 + 0.25 * len(sources) + 2.2 * len(scored)), layout="constrained")
-    rows: Any = figure.subfigures(1 + len(scored), 1, height_ratios=[1.3 + 0.1 * len(sources), *[1] * len(scored)], squeeze=False)
+    rows: Any = figure.subfigures(
+        1 + len(scored), 1, height_ratios=[1.3 + 0.1 * len(sources), *[1] * len(scored)], squeeze=False
+    )
     shares, lengths = rows[0, 0].subplots(1, 2)
     _shares(shares, sources)
     _lengths(lengths, sources)
@@ -38,9 +40,21 @@ def draw(sources: Sequence[Source], path: Path) -> None:
 def _shares(axes: Axes, sources: Sequence[Source]) -> None:
     tokens = np.array([source.total("tokens") for source in sources], float)
     places = np.arange(len(sources))[::-1]
-    axes.barh(places, 100 * tokens / tokens.sum(), color=[COLOURS[i % len(COLOURS)] for i in range(len(sources))], height=0.65)
+    axes.barh(
+        places,
+        100 * tokens / tokens.sum(),
+        color=[COLOURS[i % len(COLOURS)] for i in range(len(sources))],
+        height=0.65,
+    )
     for place, count in zip(places, tokens, strict=True):
-        axes.text(100 * count / tokens.sum() + 1, place, f"{_short(count)} tokens", va="center", fontsize=9, color=INK)
+        axes.text(
+            100 * count / tokens.sum() + 1,
+            place,
+            f"{_short(count)} tokens",
+            va="center",
+            fontsize=9,
+            color=INK,
+        )
     axes.set_yticks(places, [source.name for source in sources])
     axes.set_xlim(0, 130)
     axes.set_xticks(range(0, 101, 25))
@@ -71,7 +85,10 @@ def _scores(axes: Axes, source: Source, colour: str) -> None:
     axes.set_xlim(0, 1)
     axes.set_ylabel("documents", color=INK)
     axes.legend(frameon=False, fontsize=9)
-    title = f"{source.name}: the best {found['keep']:.0%} of {found['scored']:,} documents, from a score of {found['threshold']:.2f} on"
+    title = (
+        f"{source.name}: the best {found['keep']:.0%} of {found['scored']:,} documents, from a score of "
+        f"{found['threshold']:.2f} on"
+    )
     _finish(axes, "score of the filter", title)
 
 

@@ -1,10 +1,11 @@
-"""The way from text to shards, read from top to bottom: read → normalise → exact duplicates → near duplicates → benchmarks →
-educational filter → tokenise → shards and manifest.
+"""The way from text to shards, read from top to bottom: read → normalise → exact duplicates → near duplicates
+→ benchmarks → educational filter → tokenise → shards and manifest.
 
-Each step is a `PipelineStep` of datatrove; `stage(name, steps, tasks)` does it once for each task, on this machine or a cluster
-(executors.py). How many tasks there are comes from the input alone, so neither workers nor executors can change a byte. What each task
-did lies in the workshop, whole or absent: a build that is killed does again what was at work, and no more. Between the stages, this
-process reads what the tasks found out and decides what concerns all documents.
+Each step is a `PipelineStep` of datatrove; `stage(name, steps, tasks)` does it once for each task, on this
+machine or a cluster (executors.py). How many tasks there are comes from the input alone, so neither workers
+nor executors can change a byte. What each task did lies in the workshop, whole or absent: a build that is
+killed does again what was at work, and no more. Between the stages, this process reads what the tasks found
+out and decides what concerns all documents.
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import write_json, write_text
 from outgrow.train.corpus import benchmarks as tests
 from outgrow.train.corpus.benchmarks import FindOverlaps, write_benchmarks
-from outgrow.train.corpus.duplicates import PERMUTATIONS, SHINGLE_WORDS, ExactDuplicates, NearDuplicates, Sign, bands
+from outgrow.train.corpus.duplicates import (
+    PERMUTATIONS,
+    SHINGLE_WORDS,
+    ExactDuplicates,
+    NearDuplicates,
+    Sign,
+    bands,
+)
 from outgrow.train.corpus.executors import Stage
 from outgrow.train.corpus.filter.score import Educational, KeepScores, threshold
 from outgrow.train.corpus.listing import write_listing
@@ -34,17 +42,46 @@ from outgrow.train.corpus.read.corpora import Corpus, is_full
 from outgrow.train.corpus.read.document import Tally
 from outgrow.train.corpus.read.files import File, Files, hash_of
 from outgrow.train.corpus.read.steps import Fetch, PutDown, Read
-from outgrow.train.corpus.tokenise import ENCODER, Kept, Lengths, Pack, Split, Tokenise, kept_rows, shards_of, split_key
-from outgrow.train.corpus.verdicts import EXACT, KEPT, NEAR, REMOVED, Match, Verdicts, remove_low, remove_overlaps, scores_of, write_removed
+from outgrow.train.corpus.tokenise import (
+    ENCODER,
+    Kept,
+    Lengths,
+    Pack,
+    Split,
+    Tokenise,
+    kept_rows,
+    shards_of,
+    split_key,
+)
+from outgrow.train.corpus.verdicts import (
+    EXACT,
+    KEPT,
+    NEAR,
+    REMOVED,
+    Match,
+    Verdicts,
+    remove_low,
+    remove_overlaps,
+    scores_of,
+    write_removed,
+)
 from outgrow.train.corpus.workshop import Workshop, plain, tally_of
 from outgrow.train.data.settings import CleaningSettings, DataSettings
 from outgrow.train.data.shards import SPLITS, TOKENIZER, dtype_of, fingerprint, split_entry
-from outgrow.train.data.tokenizer import entries, load_tokenizer, save_tokenizer, tokenizer_hash, train_tokenizer, write_encoder
+from outgrow.train.data.tokenizer import (
+    entries,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_hash,
+    train_tokenizer,
+    write_encoder,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TRAINING_BYTES = 2**28  # of text, at most, that a tokenizer is trained on: the first documents of the training part
+# of text, at most, that a tokenizer is trained on: the first documents of the training part
+TRAINING_BYTES = 2**28
 NGRAMS = "benchmarks.npz"  # in the workshop
 
 
@@ -68,18 +105,27 @@ def make(partial: Path, work: Workshop, settings: DataSettings, stage: Stage) ->
     stage("tokenise", [Kept(work), Tokenise(work, split, dtype)], len(work.counts), title="tokenising")
     splits = pack(partial, work, settings, dtype, stage)
     manifest = {
-        "read": {key: value for key, value in plain(work.tally).items() if key not in ("item", "records", "broken")},
+        "read": {
+            key: value for key, value in plain(work.tally).items() if key not in ("item", "records", "broken")
+        },
         "cleaning": cleaning,
         "short": short(settings, work.tally, sum(split["tokens"] for split in splits.values())),
-        "tokenizer": {"sha256": tokenizer_hash(tokenizer), "vocab_size": entries(tokenizer), "end_of_text_id": tokenizer.eos_token_id},
+        "tokenizer": {
+            "sha256": tokenizer_hash(tokenizer),
+            "vocab_size": entries(tokenizer),
+            "end_of_text_id": tokenizer.eos_token_id,
+        },
         "dtype": dtype.str,
         "splits": splits,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("tokenizers", "transformers", "datatrove")}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("tokenizers", "transformers", "datatrove")},
+        },
     }
     return manifest | {"fingerprint": fingerprint(manifest)}
 
 
-# ---- read -------------------------------------------------------------------------------------------------------------------------------
+# ---- read --------------------------------------------------------------------------------------------------
 
 
 def as_files(folder: Path, settings: DataSettings, corpus: Corpus, stage: Stage) -> Files:
@@ -88,12 +134,16 @@ def as_files(folder: Path, settings: DataSettings, corpus: Corpus, stage: Stage)
         return corpus
     if not (folder / "done.json").is_file():
         stage("fetch", [Fetch(folder, settings, corpus)], 1, title="fetching")
-    pieces = (folder / f"{number:06d}.piece.parquet" for number in range(json.loads((folder / "done.json").read_text())["pieces"]))
+    pieces = (
+        folder / f"{number:06d}.piece.parquet"
+        for number in range(json.loads((folder / "done.json").read_text())["pieces"])
+    )
     return Files(tuple(File(path.name, str(path), path.stat().st_size, "") for path in pieces))
 
 
 def read(work: Workshop, settings: DataSettings, stage: Stage) -> None:
-    """Put all documents down, normalised, with their signatures and what they have in common with the benchmarks."""
+    """Put all documents down, normalised, with their signatures and what they have in common with the
+    benchmarks."""
     if work.read.is_file():
         return
     clean = settings.clean
@@ -111,14 +161,20 @@ def reading(work: Workshop, settings: DataSettings, task: int | None = None) -> 
     normalise = [Normalise()] if clean.normalise else []
     sign = [Sign(clean.words)] if clean.near_duplicates is not None else []
     compare = [FindOverlaps(work.folder / NGRAMS)] if clean.benchmarks is not None else []
-    return [reader, *normalise, *sign, *compare, PutDown(work, reader, signed=bool(sign), compared=bool(compare))]
+    return [
+        reader,
+        *normalise,
+        *sign,
+        *compare,
+        PutDown(work, reader, signed=bool(sign), compared=bool(compare)),
+    ]
 
 
 def settle(work: Workshop, settings: DataSettings, stage: Stage) -> tuple[list[int], Tally]:
     """How many documents each task has, up to the limits, and what was read altogether.
 
-    Tasks at work side by side do not know what those before them read, so the one in which a limit lies may have read too much: it reads
-    again. What lies behind it does not count, be it broken.
+    Tasks at work side by side do not know what those before them read, so the one in which a limit lies may
+    have read too much: it reads again. What lies behind it does not count, be it broken.
 
     Raises:
         UserError: a file cannot be read.
@@ -128,7 +184,10 @@ def settle(work: Workshop, settings: DataSettings, stage: Stage) -> tuple[list[i
         if is_full(settings, tally):
             break
         done = work.done(task)
-        if done is None or (done["before"] != {"documents": tally.documents, "bytes": tally.bytes} and _reaches(settings, tally, done)):
+        if done is None or (
+            done["before"] != {"documents": tally.documents, "bytes": tally.bytes}
+            and _reaches(settings, tally, done)
+        ):
             work.path("text", task, ".json").unlink(missing_ok=True)
             shutil.rmtree(work.stages / f"again-{task}", ignore_errors=True)
             stage(f"again-{task}", reading(work, settings, task), 1)
@@ -143,7 +202,8 @@ def settle(work: Workshop, settings: DataSettings, stage: Stage) -> tuple[list[i
 
 
 def _reaches(settings: DataSettings, before: Tally, done: dict[str, Any]) -> bool:
-    """Whether a limit may lie in what a task read after so much; then it depends on that how far it had to."""
+    """Whether a limit may lie in what a task read after so much; then it depends on that how far it had
+    to."""
     both = replace(before)
     both.add(tally_of(done))
     return done["fault"] is not None or is_full(settings, both)
@@ -153,20 +213,34 @@ def skipped_in_fetching(work: Workshop) -> Tally:
     """What was left out when a stream was written down; its documents are counted when they are read."""
     if not (work.fetched / "done.json").is_file():
         return Tally()
-    return replace(tally_of(json.loads((work.fetched / "done.json").read_text())), documents=0, bytes=0, records=0, item=0)
+    return replace(
+        tally_of(json.loads((work.fetched / "done.json").read_text())),
+        documents=0,
+        bytes=0,
+        records=0,
+        item=0,
+    )
 
 
 def digest(work: Workshop) -> dict[str, Any]:
-    """A hash of the names and contents of the files that were read; how many these are, where a limit ended the reading before the last."""
-    contents = [content for task in range(len(work.counts)) for content in (work.done(task) or {})["contents"]]
-    return {"digest": hash_of(contents)} | ({"files": len(contents)} if len(work.counts) < len(work.tasks) else {})
+    """A hash of the names and contents of the files that were read; how many these are, where a limit ended
+    the reading before the last."""
+    contents = [
+        content for task in range(len(work.counts)) for content in (work.done(task) or {})["contents"]
+    ]
+    return {"digest": hash_of(contents)} | (
+        {"files": len(contents)} if len(work.counts) < len(work.tasks) else {}
+    )
 
 
-# ---- clean ------------------------------------------------------------------------------------------------------------------------------
+# ---- clean -------------------------------------------------------------------------------------------------
 
 
-def remove_duplicates(work: Workshop, verdicts: Verdicts, clean: CleaningSettings, stage: Stage) -> dict[str, Any]:
-    """Leave out later copies and later near copies, as far as that is asked for; where it is not, say how many copies there are."""
+def remove_duplicates(
+    work: Workshop, verdicts: Verdicts, clean: CleaningSettings, stage: Stage
+) -> dict[str, Any]:
+    """Leave out later copies and later near copies, as far as that is asked for; where it is not, say how
+    many copies there are."""
     stage("exact", [ExactDuplicates(work)], 1)
     copies = Match.load(work.path("exact", 0, ".npz"))
     if clean.exact_duplicates:
@@ -192,8 +266,9 @@ def _copies(work: Workshop, count: int, clean: CleaningSettings) -> dict[str, An
     if clean.exact_duplicates or not count:
         return {}
     say(
-        f"{count:,} of {sum(work.counts):,} documents are exact copies of an earlier one (on its side of the split); near copies are not "
-        "looked for; data.clean.exact_duplicates=true data.clean.near_duplicates=0.8 remove them"
+        f"{count:,} of {sum(work.counts):,} documents are exact copies of an earlier one (on its side of "
+        "the split); near copies are not looked for; data.clean.exact_duplicates=true "
+        "data.clean.near_duplicates=0.8 remove them"
     )
     return {"copies_kept": count}
 
@@ -205,8 +280,8 @@ def remove_tests(work: Workshop, verdicts: Verdicts, clean: CleaningSettings) ->
     counts = json.loads((work.folder / "benchmarks.json").read_text())
     if counts["too_short"]:
         say(
-            f"data.clean.benchmarks: {counts['too_short']:,} of {counts['texts']:,} texts have less than {tests.SHORT_WORDS} words and are "
-            "not looked for"
+            f"data.clean.benchmarks: {counts['too_short']:,} of {counts['texts']:,} texts have less than "
+            f"{tests.SHORT_WORDS} words and are not looked for"
         )
     found = remove_overlaps(work, verdicts, tests.COMMON_DOCUMENTS, tests.COMMON_SHARE)
     return {"benchmarks": counts | {"boilerplate": found["told"]}, "boilerplate": found["ngrams"]}
@@ -227,7 +302,7 @@ def keep_best(work: Workshop, verdicts: Verdicts, clean: CleaningSettings, stage
     return {"filter": {"keep": clean.keep, **found}}
 
 
-# ---- tokenise ---------------------------------------------------------------------------------------------------------------------------
+# ---- tokenise ----------------------------------------------------------------------------------------------
 
 
 def split_of(work: Workshop, verdicts: Verdicts, settings: DataSettings) -> Split:
@@ -257,17 +332,28 @@ def split_of(work: Workshop, verdicts: Verdicts, settings: DataSettings) -> Spli
 def _nothing_left(work: Workshop, settings: DataSettings) -> UserError:
     if sum(work.counts):
         return UserError(
-            f"data {settings.name!r}: cleaning removed all {sum(work.counts):,} documents; loosen data.clean, or give other text"
+            f"data {settings.name!r}: cleaning removed all {sum(work.counts):,} documents; loosen "
+            "data.clean, or give other text"
         )
-    return UserError(f"data {settings.name!r}: not one document in the text (left out: {_left_out(work.tally)}); give more text")
+    return UserError(
+        f"data {settings.name!r}: not one document in the text (left out: {_left_out(work.tally)}); give "
+        "more text"
+    )
 
 
 def _left_out(tally: Tally) -> str:
     counts = {key: value for key, value in plain(tally).items() if key.endswith("_skipped") and value}
-    return ", ".join(f"{value:,} {key.removesuffix('_skipped').replace('_', ' ')}" for key, value in counts.items()) or "nothing"
+    return (
+        ", ".join(
+            f"{value:,} {key.removesuffix('_skipped').replace('_', ' ')}" for key, value in counts.items()
+        )
+        or "nothing"
+    )
 
 
-def make_tokenizer(partial: Path, work: Workshop, verdicts: Verdicts, split: Split, settings: DataSettings) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    partial: Path, work: Workshop, verdicts: Verdicts, split: Split, settings: DataSettings
+) -> PreTrainedTokenizerFast:
     """The tokenizer, saved in the folder, and in the workshop as the workers read it."""
     if (work.folder / ENCODER).is_file():
         return load_tokenizer(str(partial / TOKENIZER))
@@ -275,7 +361,9 @@ def make_tokenizer(partial: Path, work: Workshop, verdicts: Verdicts, split: Spl
         tokenizer = load_tokenizer(settings.tokenizer)
     else:
         texts = training_texts(work, verdicts, split)
-        tokenizer = train_tokenizer(texts, vocab_size=settings.vocab_size, model_max_length=settings.model_max_length)
+        tokenizer = train_tokenizer(
+            texts, vocab_size=settings.vocab_size, model_max_length=settings.model_max_length
+        )
     save_tokenizer(tokenizer, partial / TOKENIZER)
     write_text(work.folder / ENCODER, write_encoder(tokenizer))
     return tokenizer
@@ -294,17 +382,22 @@ def training_texts(work: Workshop, verdicts: Verdicts, split: Split) -> Iterator
                 return
 
 
-# ---- shards -----------------------------------------------------------------------------------------------------------------------------
+# ---- shards ------------------------------------------------------------------------------------------------
 
 
-def pack(partial: Path, work: Workshop, settings: DataSettings, dtype: np.dtype, stage: Stage) -> dict[str, Any]:
-    """Write the shards of both splits up to limit_tokens, and the list of their documents; return what the manifest says of the splits."""
+def pack(
+    partial: Path, work: Workshop, settings: DataSettings, dtype: np.dtype, stage: Stage
+) -> dict[str, Any]:
+    """Write the shards of both splits up to limit_tokens, and the list of their documents; return what the
+    manifest says of the splits."""
     ends: dict[str, list[int]] = {name: [] for name in SPLITS}
     counts = {name: {"documents": 0, "bytes": 0, "tokens": 0} for name in SPLITS}
 
     def taken() -> Iterator[tuple[int, Lengths]]:
         for task in range(len(work.counts)):
-            lengths = up_to_the_limit(Lengths.load(work, task), settings, sum(split["tokens"] for split in counts.values()))
+            lengths = up_to_the_limit(
+                Lengths.load(work, task), settings, sum(split["tokens"] for split in counts.values())
+            )
             for name, split in counts.items():
                 part = lengths.of(name)
                 split["documents"] += len(part.row)
@@ -317,12 +410,17 @@ def pack(partial: Path, work: Workshop, settings: DataSettings, dtype: np.dtype,
     for name, split in counts.items():
         if not split["documents"]:
             raise UserError(
-                f"data {settings.name!r}: not one {'training' if name == 'train' else name} document among the first "
-                f"{settings.limit_tokens} tokens; raise data.limit_tokens, or data.validation_fraction={settings.validation_fraction}"
+                f"data {settings.name!r}: not one {'training' if name == 'train' else name} document among "
+                f"the first {settings.limit_tokens} tokens; raise data.limit_tokens, or "
+                f"data.validation_fraction={settings.validation_fraction}"
             )
-    shards = [shard for name in SPLITS for shard in shards_of(name, counts[name]["tokens"], settings.shard_tokens)]
+    shards = [
+        shard for name in SPLITS for shard in shards_of(name, counts[name]["tokens"], settings.shard_tokens)
+    ]
     stage("pack", [Pack(work, partial, shards, ends, dtype)], len(shards), title="packing")
-    return {name: counts[name] | split_entry(partial, [s for s in shards if s.split == name]) for name in SPLITS}
+    return {
+        name: counts[name] | split_entry(partial, [s for s in shards if s.split == name]) for name in SPLITS
+    }
 
 
 def up_to_the_limit(lengths: Lengths, settings: DataSettings, before: int) -> Lengths:
@@ -335,7 +433,10 @@ def up_to_the_limit(lengths: Lengths, settings: DataSettings, before: int) -> Le
 
 def short(settings: DataSettings, tally: Tally, tokens: int) -> dict[str, dict[str, int]]:
     """The limits that the text ended before, with what was asked for and what there was."""
-    read = {"limit_documents": (settings.limit_documents, tally.documents), "limit_bytes": (settings.limit_bytes, tally.bytes)}
+    read = {
+        "limit_documents": (settings.limit_documents, tally.documents),
+        "limit_bytes": (settings.limit_bytes, tally.bytes),
+    }
     if is_full(settings, tally):  # one of the limits ended the reading, not the text
         read = {}
     return {

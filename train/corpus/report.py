@@ -13,7 +13,10 @@ from outgrow.train.data.shards import read_manifest
 def short_lines(manifest: Any) -> list[str]:
     """What was asked for and not there."""
     short = manifest["short"].items()
-    return [f"the text ended early: data.{key}={found['asked']:,}, and there were {found['found']:,}" for key, found in short]
+    return [
+        f"the text ended early: data.{key}={found['asked']:,}, and there were {found['found']:,}"
+        for key, found in short
+    ]
 
 
 def prepared(folder: Path) -> str:
@@ -22,14 +25,27 @@ def prepared(folder: Path) -> str:
     assert manifest is not None
     read, cleaning = manifest["read"], manifest["cleaning"]
     lines = [f"{folder}: read {read['documents']:,} documents, {read['bytes']:,} bytes of text"]
-    lines += [f"  {key.replace('_', ' ')}: {read[key]:,}" for key in ("empty_skipped", "too_long_skipped", "utf8_replaced") if read[key]]
+    lines += [
+        f"  {key.replace('_', ' ')}: {read[key]:,}"
+        for key in ("empty_skipped", "too_long_skipped", "utf8_replaced")
+        if read[key]
+    ]
     lines += [f"  {line}" for line in short_lines(manifest)]
     for reason, count in cleaning["removed"].items():
-        lines.append(f"  removed, {reason.replace('_', ' ')}: {count['documents']:,} documents, {count['bytes']:,} bytes (removed.parquet)")
+        lines.append(
+            f"  removed, {reason.replace('_', ' ')}: {count['documents']:,} documents, {count['bytes']:,} "
+            "bytes (removed.parquet)"
+        )
     if found := cleaning.get("filter"):
-        lines.append(f"  filter: kept {found['kept']:,} of {found['scored']:,} documents, those of score {found['threshold']:.3f} and more")
+        lines.append(
+            f"  filter: kept {found['kept']:,} of {found['scored']:,} documents, those of score "
+            f"{found['threshold']:.3f} and more"
+        )
     for name, split in manifest["splits"].items():
-        lines.append(f"  {name}: {split['documents']:,} documents, {split['tokens']:,} tokens in {len(split['shards'])} shards")
+        lines.append(
+            f"  {name}: {split['documents']:,} documents, {split['tokens']:,} tokens in "
+            f"{len(split['shards'])} shards"
+        )
     return "\n".join([*lines, f"  fingerprint {manifest['fingerprint']}"])
 
 
@@ -37,15 +53,27 @@ def fitted(folder: str, card: dict[str, Any]) -> str:
     """How a filter does on the labels held out."""
     found, labels = card["held_out"], card["labels"]
     lines = [
-        f"{folder}: {card['forest']['trees']} trees on {card['embedding']['dimensions']} dimensions of {card['embedding']['encoder']}; "
-        f"{labels['samples']} labels, {labels['positive']} of them 1",
-        f"  held out: {found['samples']} samples, {found['positive']} of them 1; at a score of 0.5 precision {found['precision']}, "
-        f"recall {found['recall']}",
+        (
+            f"{folder}: {card['forest']['trees']} trees on {card['embedding']['dimensions']} dimensions of "
+            f"{card['embedding']['encoder']}; {labels['samples']} labels, {labels['positive']} of them 1"
+        ),
+        (
+            f"  held out: {found['samples']} samples, {found['positive']} of them 1; at a score of 0.5 "
+            f"precision {found['precision']}, recall {found['recall']}"
+        ),
     ]
-    lines += [f"  the best {row['kept']:.0%}: precision {row['precision']}, recall {row['recall']}" for row in found["best"]]
-    lines.append(f"  calibration: Brier score {found['brier']}, mean |score − share of 1| {found['calibration_error']}")
     lines += [
-        f"    mean score {row['mean_score']:.2f}: {row['share_positive']:.2f} are 1, of {row['samples']} samples"
+        f"  the best {row['kept']:.0%}: precision {row['precision']}, recall {row['recall']}"
+        for row in found["best"]
+    ]
+    lines.append(
+        f"  calibration: Brier score {found['brier']}, mean |score − share of 1| {found['calibration_error']}"
+    )
+    lines += [
+        (
+            f"    mean score {row['mean_score']:.2f}: {row['share_positive']:.2f} are 1, of "
+            f"{row['samples']} samples"
+        )
         for row in found["calibration"]
     ]
     return "\n".join(lines)
@@ -54,5 +82,8 @@ def fitted(folder: str, card: dict[str, Any]) -> str:
 def scored(place: str, histogram: np.ndarray) -> str:
     """The histogram of scores, 20 bins from 0 to 1, as text."""
     most, total = max(1, int(histogram.max())), int(histogram.sum())
-    rows = [f"  {i / 20:.2f}–{(i + 1) / 20:.2f} {count:>9,} {'█' * round(40 * count / most)}" for i, count in enumerate(histogram.tolist())]
+    rows = [
+        f"  {i / 20:.2f}–{(i + 1) / 20:.2f} {count:>9,} {'█' * round(40 * count / most)}"
+        for i, count in enumerate(histogram.tolist())
+    ]
     return "\n".join([f"{place}: {total:,} documents", *rows])

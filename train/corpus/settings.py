@@ -8,7 +8,8 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ExecutorSettings:
-    """conf/prepare.yaml, `corpus`. Nothing of the result depends on it; all but `executor` is for a cluster."""
+    """conf/prepare.yaml, `corpus`. Nothing of the result depends on it; all but `executor` is for a
+    cluster."""
 
     executor: Literal["local", "slurm", "ray"] = "local"
     partition: str | None = None  # slurm: needed
@@ -16,7 +17,10 @@ class ExecutorSettings:
     memory_gb: int = 4  # a core
     cpus: int = 1  # a task
     at_once: int | None = None  # tasks that run at a time; null: all
-    setup: str | None = None  # slurm: a shell line that makes this environment ready on a node, such as `source …/bin/activate`
+    setup: str | None = (
+        # slurm: a shell line that makes this environment ready on a node, such as `source …/bin/activate`
+        None
+    )
     sbatch: dict[str, str] = field(default_factory=dict)  # slurm: more options of sbatch
     poll_seconds: float = 10.0  # between two looks at what is done
 

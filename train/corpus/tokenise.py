@@ -1,7 +1,8 @@
 """Tokenise what was kept, task by task, and pack it into shards.
 
-A shard's bytes are a function of the text and the settings: each is cut out of the sequence of all tokens of its split, whichever task made
-them. A document is held out for validation by a hash of its text, so copies lie on one side.
+A shard's bytes are a function of the text and the settings: each is cut out of the sequence of all tokens of
+its split, whichever task made them. A document is held out for validation by a hash of its text, so copies
+lie on one side.
 """
 
 from __future__ import annotations
@@ -55,21 +56,25 @@ def kept_rows(work: Workshop, verdicts: Verdicts, task: int) -> Iterator[Row]:
 
 
 def held_out(digest: bytes, settings: DataSettings) -> bool:
-    """Whether the document with this digest of its text is for validation: a keyed hash, so no other document and no order plays a part."""
+    """Whether the document with this digest of its text is for validation: a keyed hash, so no other document
+    and no order plays a part."""
     return split_key(digest, settings.seed) < settings.validation_fraction * 2**64
 
 
 def split_key(digest: bytes, seed: int) -> int:
     """64 bits that are spread evenly."""
-    return int.from_bytes(hashlib.blake2b(digest, key=f"validation {seed}".encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(digest, key=f"validation {seed}".encode(), digest_size=8).digest(), "big"
+    )
 
 
-# ---- tokens -----------------------------------------------------------------------------------------------------------------------------
+# ---- tokens ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """The documents of one task that were tokenised, in order; each array is 1-D, one entry a document (two of one that is cut)."""
+    """The documents of one task that were tokenised, in order; each array is 1-D, one entry a document (two
+    of one that is cut)."""
 
     row: np.ndarray  # its place in the task
     tokens: np.ndarray  # with the end of text
@@ -90,7 +95,8 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Split:
-    """Which documents are held out. Where the hash of the texts leaves a part empty, one document is named; one alone is cut."""
+    """Which documents are held out. Where the hash of the texts leaves a part empty, one document is named;
+    one alone is cut."""
 
     settings: DataSettings
     named: tuple[int, int] | None = None  # task and row: it goes to the other part than its hash says
@@ -134,9 +140,13 @@ class Tokenise(PipelineStep):
                 partial = stack.enter_context(whole_file(self.work.path("ids", rank, f".{name}.bin")))
                 files[name] = stack.enter_context(partial.open("wb"))
             for batch in in_batches(self._parts(data, rank)):
-                for (row, text, validation), ids in zip(batch, encoder.encode([text for _, text, _ in batch]), strict=True):
+                for (row, text, validation), ids in zip(
+                    batch, encoder.encode([text for _, text, _ in batch]), strict=True
+                ):
                     files["validation" if validation else "train"].write(np.array(ids, self.dtype).tobytes())
-                    for column, value in zip(columns.values(), (row, len(ids), len(text.encode()), validation), strict=True):
+                    for column, value in zip(
+                        columns.values(), (row, len(ids), len(text.encode()), validation), strict=True
+                    ):
                         column.append(value)
                 self.stat_update("tokens", value=sum(columns["tokens"][-len(batch) :]))
         kinds = {"row": np.int64, "tokens": np.int64, "bytes": np.int64, "validation": bool}
@@ -169,7 +179,7 @@ def in_batches(parts: Iterable[tuple[int, str, bool]]) -> Iterator[list[tuple[in
         yield batch
 
 
-# ---- shards -----------------------------------------------------------------------------------------------------------------------------
+# ---- shards ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -188,7 +198,10 @@ class Shard:
 
 def shards_of(split: str, tokens: int, limit: int) -> list[Shard]:
     """A split of so many tokens, cut into shards of `limit` but for the last."""
-    return [Shard(split, number, start, min(limit, tokens - start)) for number, start in enumerate(range(0, tokens, limit))]
+    return [
+        Shard(split, number, start, min(limit, tokens - start))
+        for number, start in enumerate(range(0, tokens, limit))
+    ]
 
 
 class Pack(PipelineStep):
@@ -196,7 +209,9 @@ class Pack(PipelineStep):
 
     type, name = "💽 - WRITER", "pack"
 
-    def __init__(self, work: Workshop, folder: Path, shards: list[Shard], ends: dict[str, list[int]], dtype: np.dtype) -> None:
+    def __init__(
+        self, work: Workshop, folder: Path, shards: list[Shard], ends: dict[str, list[int]], dtype: np.dtype
+    ) -> None:
         """`ends`: of each split, how many tokens there are up to the end of each task."""
         super().__init__()
         self.work, self.folder, self.shards, self.ends, self.dtype = work, folder, shards, ends, dtype
@@ -216,7 +231,9 @@ class Pack(PipelineStep):
             first, end = (ends[task - 1] if task else 0), min(stop, ends[task])
             if end > start:
                 path = self.work.path("ids", task, f".{shard.split}.bin")
-                yield from _read(path, (start - first) * self.dtype.itemsize, (end - start) * self.dtype.itemsize)
+                yield from _read(
+                    path, (start - first) * self.dtype.itemsize, (end - start) * self.dtype.itemsize
+                )
             start, task = max(start, end), task + 1
 
 

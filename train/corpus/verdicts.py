@@ -41,11 +41,16 @@ class Match:
     @classmethod
     def load(cls, path: Path) -> Match:
         with np.load(path) as arrays:
-            return cls(arrays["documents"].astype(np.int64), arrays["earlier"].astype(np.int64), arrays["similarity"].astype(np.float32))
+            return cls(
+                arrays["documents"].astype(np.int64),
+                arrays["earlier"].astype(np.int64),
+                arrays["similarity"].astype(np.float32),
+            )
 
 
 class Verdicts:
-    """Of every document of a build, in files that are mapped: what became of it, and which earlier one it repeats (-1: none)."""
+    """Of every document of a build, in files that are mapped: what became of it, and which earlier one it
+    repeats (-1: none)."""
 
     def __init__(self, work: Workshop, mode: Any = "r") -> None:
         folder, count = work.folder / "verdicts", sum(work.counts)
@@ -54,7 +59,11 @@ class Verdicts:
         def array(name: str, dtype: str) -> np.ndarray:
             return np.memmap(folder / name, dtype, mode, shape=(count,)) if count else np.empty(0, dtype)
 
-        self.verdict, self.earlier, self.similarity = array("verdict", "u1"), array("earlier", "<i8"), array("similarity", "<f4")
+        self.verdict, self.earlier, self.similarity = (
+            array("verdict", "u1"),
+            array("earlier", "<i8"),
+            array("similarity", "<f4"),
+        )
 
     @classmethod
     def begin(cls, work: Workshop) -> Verdicts:
@@ -80,14 +89,21 @@ class Verdicts:
         documents, earlier, similarity = found.documents[order], found.earlier[order], found.similarity[order]
         better = (self.verdict[documents] == KEPT) | (earlier < self.earlier[documents])
         documents, earlier, similarity = documents[better], earlier[better], similarity[better]
-        self.verdict[documents], self.earlier[documents], self.similarity[documents] = verdict, earlier, similarity
+        self.verdict[documents], self.earlier[documents], self.similarity[documents] = (
+            verdict,
+            earlier,
+            similarity,
+        )
 
 
-# ---- benchmarks -------------------------------------------------------------------------------------------------------------------------
+# ---- benchmarks --------------------------------------------------------------------------------------------
 
 
-def remove_overlaps(work: Workshop, verdicts: Verdicts, common_documents: int, common_share: float) -> dict[str, Any]:
-    """Leave out what overlaps a benchmark, but for boilerplate: runs of words in more than so many, and such a share, of the documents.
+def remove_overlaps(
+    work: Workshop, verdicts: Verdicts, common_documents: int, common_share: float
+) -> dict[str, Any]:
+    """Leave out what overlaps a benchmark, but for boilerplate: runs of words in more than so many, and such
+    a share, of the documents.
 
     Returns:
         the numbers of the n-grams that are boilerplate, and the first few of them as words.
@@ -103,24 +119,31 @@ def remove_overlaps(work: Workshop, verdicts: Verdicts, common_documents: int, c
             verdicts.verdict[work.starts[task] + row] = OVERLAP
     told = sorted(spelt.values())[:TOLD]
     for detail in told:
-        print(f"data.clean.benchmarks: boilerplate, in more than {most:.0f} documents, removes none: {detail}", file=sys.stderr)
+        print(
+            f"data.clean.benchmarks: boilerplate, in more than {most:.0f} documents, removes none: {detail}",
+            file=sys.stderr,
+        )
     return {"ngrams": sorted(spelt), "told": told}
 
 
 def _overlaps(work: Workshop, verdicts: Verdicts) -> Iterator[tuple[int, int, int, str]]:
     """Task, document in it, n-gram and detail of every overlap of a document that is kept so far."""
     for task, _ in verdicts.ranges():
-        kept, columns = verdicts.kept(task) | (verdicts.verdict[work.starts[task] : work.starts[task + 1]] == OVERLAP), work.overlaps(task)
+        kept, columns = (
+            verdicts.kept(task) | (verdicts.verdict[work.starts[task] : work.starts[task + 1]] == OVERLAP),
+            work.overlaps(task),
+        )
         for row, ngram, detail in zip(columns["document"], columns["ngram"], columns["detail"], strict=True):
             if row < len(kept) and kept[row]:
                 yield task, row, ngram, detail
 
 
-# ---- the filter -------------------------------------------------------------------------------------------------------------------------
+# ---- the filter --------------------------------------------------------------------------------------------
 
 
 def remove_low(work: Workshop, verdicts: Verdicts, found: dict[str, Any]) -> None:
-    """Leave out what scored less than the threshold that was found; of documents with just that score, keep the first."""
+    """Leave out what scored less than the threshold that was found; of documents with just that score, keep
+    the first."""
     ties = found["ties"]
     for task, where in verdicts.ranges():
         scores = scores_of(work, task)
@@ -137,10 +160,12 @@ def scores_of(work: Workshop, task: int) -> np.ndarray:
     return np.load(path) if path.is_file() else np.full(work.counts[task], np.nan, np.float32)
 
 
-# ---- the report -------------------------------------------------------------------------------------------------------------------------
+# ---- the report --------------------------------------------------------------------------------------------
 
 
-def write_removed(work: Workshop, verdicts: Verdicts, target: Path, boilerplate: set[int]) -> dict[str, dict[str, int]]:
+def write_removed(
+    work: Workshop, verdicts: Verdicts, target: Path, boilerplate: set[int]
+) -> dict[str, dict[str, int]]:
     """List the documents that are left out in the parquet file `target`: document, bytes, reason, detail.
 
     Args:
@@ -152,10 +177,15 @@ def write_removed(work: Workshop, verdicts: Verdicts, target: Path, boilerplate:
     import pyarrow
     import pyarrow.parquet
 
-    schema = pyarrow.schema([("document", "string"), ("bytes", "int64"), ("reason", "string"), ("detail", "string")])
+    schema = pyarrow.schema(
+        [("document", "string"), ("bytes", "int64"), ("reason", "string"), ("detail", "string")]
+    )
     counts = {reason: {"documents": 0, "bytes": 0} for reason in REASONS.values()}
     names_of = lru_cache(OPEN_FILES)(work.names)
-    with whole_file(target) as partial, pyarrow.parquet.ParquetWriter(partial, schema, compression="zstd") as writer:
+    with (
+        whole_file(target) as partial,
+        pyarrow.parquet.ParquetWriter(partial, schema, compression="zstd") as writer,
+    ):
         for task, where in verdicts.ranges():
             if verdicts.verdict[where].any():
                 listed = list(_removed(work, verdicts, task, names_of, boilerplate))
@@ -170,10 +200,16 @@ def _removed(
     work: Workshop, verdicts: Verdicts, task: int, names_of: Callable[[int], list[str]], boilerplate: set[int]
 ) -> Iterator[dict[str, Any]]:
     """A row for each document of a task that is left out."""
-    starts, names, sizes, scores = np.array(work.starts), names_of(task), work.sizes(task), scores_of(work, task)
+    starts, names, sizes, scores = (
+        np.array(work.starts),
+        names_of(task),
+        work.sizes(task),
+        scores_of(work, task),
+    )
     first, columns = work.starts[task], work.overlaps(task)
     hits = zip(columns["document"], columns["ngram"], columns["detail"], strict=True)
-    overlaps = dict(reversed([(row, detail) for row, ngram, detail in hits if ngram not in boilerplate]))  # the first of each stays
+    # the first of each stays
+    overlaps = dict(reversed([(row, detail) for row, ngram, detail in hits if ngram not in boilerplate]))
     for row in np.flatnonzero(~verdicts.kept(task)).tolist():
         verdict, earlier, detail = int(verdicts.verdict[first + row]), int(verdicts.earlier[first + row]), ""
         if earlier >= 0:
@@ -188,4 +224,7 @@ def _removed(
 
 def _spelt(row: dict[str, Any]) -> dict[str, Any]:
     """Names of files may hold bytes that are no UTF-8."""
-    return {key: value.encode(errors="replace").decode() if isinstance(value, str) else value for key, value in row.items()}
+    return {
+        key: value.encode(errors="replace").decode() if isinstance(value, str) else value
+        for key, value in row.items()
+    }

@@ -2,9 +2,11 @@
 
 A word is told per kind of text (`data.clean.words`):
 
-prose   a run of letters, digits and underscores; in scripts that put no spaces between words (Han, Kana, Thai, Lao, Khmer, Burmese,
-        Tibetan) each letter. Case, punctuation, spacing, full-width forms, soft hyphens and other invisible characters play no part.
-code    an identifier or number, each other character that is no space, and the indentation of a line: `a+b` and `a-b` differ.
+prose   a run of letters, digits and underscores; in scripts that put no spaces between words (Han, Kana,
+        Thai, Lao, Khmer, Burmese, Tibetan) each letter. Case, punctuation, spacing, full-width forms, soft
+        hyphens and other invisible characters play no part.
+code    an identifier or number, each other character that is no space, and the indentation of a line: `a+b`
+        and `a-b` differ.
 """
 
 from __future__ import annotations
@@ -15,9 +17,13 @@ import unicodedata
 import numpy as np
 
 # Blocks of scripts without spaces: Thai and Lao, Tibetan, Burmese, Khmer, Kana, Han with its extensions.
-_SPACELESS = "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_SPACELESS += "\U00020000-\U000323af"
-_WORD = re.compile(rf"(?=\w)[{_SPACELESS}]|[^\W{_SPACELESS}]+")  # marks above and below letters are no letters
+_SPACELESS = (
+    "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff"
+    "\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U000323af"
+)
+# marks above and below letters are no letters
+_WORD = re.compile(rf"(?=\w)[{_SPACELESS}]|[^\W{_SPACELESS}]+")
 _CODE = re.compile(r"^[ \t]+(?=\S)|\w+|[^\w\s]", re.MULTILINE)
 _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]"
@@ -45,7 +51,8 @@ def word_hashes(found: list[str]) -> np.ndarray:
 
 
 def ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
-    """A hash of each `n` consecutive words; of all of them together where there are fewer. uint64, (max(1, w - n + 1),)."""
+    """A hash of each `n` consecutive words; of all of them together where there are fewer. uint64, (max(1, w
+    - n + 1),)."""
     n = min(n, len(hashes))
     result = np.zeros(len(hashes) - n + 1, np.uint64)
     for i in range(n):

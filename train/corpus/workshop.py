@@ -1,7 +1,9 @@
-"""The workshop of a build: what each task has done, in files that are whole or absent, so that a kill costs the tasks at work.
+"""The workshop of a build: what each task has done, in files that are whole or absent, so that a kill costs
+the tasks at work.
 
-Task i reads its files and puts their documents down as one Arrow file, in batches of some BATCH_BYTES; all later steps read that. What a
-task reads is named by its files and settings (its identity), so that after a change those whose input is the same are not done again.
+Task i reads its files and puts their documents down as one Arrow file, in batches of some BATCH_BYTES; all
+later steps read that. What a task reads is named by its files and settings (its identity), so that after a
+change those whose input is the same are not done again.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ class Row:
     @property
     def document(self) -> Document:
         """As a pipeline hands it on."""
-        return Document(self.text, self.name, metadata={"row": self.number, "bytes": self.bytes, "digest": self.digest})
+        return Document(
+            self.text, self.name, metadata={"row": self.number, "bytes": self.bytes, "digest": self.digest}
+        )
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Workshop:
     def files(self, task: int) -> tuple[File, ...]:
         return tuple(File(*entry) for entry in json.loads(self.path("files", task, ".json").read_text()))
 
-    # ---- what was read ------------------------------------------------------------------------------------------------------------------
+    # ---- what was read -------------------------------------------------------------------------------------
 
     @property
     def read(self) -> Path:
@@ -125,12 +129,20 @@ class Workshop:
     def signatures(self, task: int, width: int) -> np.ndarray:
         """MinHash values, mapped: uint32 (documents, width)."""
         path = self.path("signatures", task, ".bin")
-        return np.memmap(path, "<u4", "r").reshape(-1, width) if path.stat().st_size else np.empty((0, width), "<u4")
+        return (
+            np.memmap(path, "<u4", "r").reshape(-1, width)
+            if path.stat().st_size
+            else np.empty((0, width), "<u4")
+        )
 
     def overlaps(self, task: int) -> dict[str, list[Any]]:
         """What the texts have in common with benchmarks: columns document, ngram, detail."""
         path = self.path("overlaps", task, ".json")
-        return dict(json.loads(path.read_text())) if path.is_file() else {"document": [], "ngram": [], "detail": []}
+        return (
+            dict(json.loads(path.read_text()))
+            if path.is_file()
+            else {"document": [], "ngram": [], "detail": []}
+        )
 
     def _column(self, task: int, name: str) -> list[Any]:
         return [value for batch in self._batches(task, (name,)) for value in batch.column(name).to_pylist()]
@@ -138,7 +150,9 @@ class Workshop:
     def _batches(self, task: int, names: tuple[str, ...]) -> Iterator[Any]:
         import pyarrow.ipc
 
-        options = pyarrow.ipc.IpcReadOptions(included_fields=[FIELDS.index(name) for name in names], use_threads=False)
+        options = pyarrow.ipc.IpcReadOptions(
+            included_fields=[FIELDS.index(name) for name in names], use_threads=False
+        )
         with pyarrow.memory_map(str(self.path("text", task, ".arrow"))) as file:
             batches = pyarrow.ipc.open_file(file, options=options)
             yield from (batches.get_batch(i) for i in range(batches.num_record_batches))

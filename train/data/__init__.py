@@ -1,4 +1,5 @@
-"""What training reads: token shards, windows of them as batches, several sources as one. Text is made by train/corpus.
+"""What training reads: token shards, windows of them as batches, several sources as one. Text is made by
+train/corpus.
 
 settings   what is asked for       shards     tokens on disk, and their manifest
 batches    windows of a step       mixture    several sources as one

@@ -1,8 +1,9 @@
 """Which tokens a step sees: a pure function of (seed, step), the same for every arm, world size and restart.
 
-A split of n tokens has ⌊(n − 1) / context⌋ windows of context + 1 tokens, each starting on the last token of the one before, so a token
-is predicted at most once per epoch. An epoch is a keyed permutation of the windows, computed for one index at a time: a Feistel network,
-walked along its cycles until it falls inside (Black & Rogaway 2002, "Ciphers with arbitrary finite domains"). No permutation is in memory.
+A split of n tokens has ⌊(n − 1) / context⌋ windows of context + 1 tokens, each starting on the last token of
+the one before, so a token is predicted at most once per epoch. An epoch is a keyed permutation of the
+windows, computed for one index at a time: a Feistel network, walked along its cycles until it falls inside
+(Black & Rogaway 2002, "Ciphers with arbitrary finite domains"). No permutation is in memory.
 """
 
 from __future__ import annotations
@@ -67,7 +68,14 @@ def window_count(split: TokenSplit | Mixture, context: int) -> int:
 
 
 def batch(
-    split: TokenSplit | Mixture, *, seed: int, step: int, batch_size: int, context: int, start: int = 0, stop: int | None = None
+    split: TokenSplit | Mixture,
+    *,
+    seed: int,
+    step: int,
+    batch_size: int,
+    context: int,
+    start: int = 0,
+    stop: int | None = None,
 ) -> np.ndarray:
     """Rows [start, stop) of the global batch of `step`; a batch may reach into the next epoch.
 
@@ -93,7 +101,8 @@ def batch(
 
 
 def _drawn(split: TokenSplit, draws: np.ndarray, context: int, *key: int) -> np.ndarray:
-    """The windows that come at the places `draws` of the endless sequence of epochs, each in its own order."""
+    """The windows that come at the places `draws` of the endless sequence of epochs, each in its own
+    order."""
     windows = window_count(split, context)
     epochs, places = np.divmod(draws, windows)
     chosen = np.empty_like(draws)
@@ -102,8 +111,11 @@ def _drawn(split: TokenSplit, draws: np.ndarray, context: int, *key: int) -> np.
     return _read(split, chosen, context)
 
 
-def validation_batches(split: TokenSplit, *, context: int, tokens: int, batch_size: int | None = None) -> Iterator[np.ndarray]:
-    """Fixed windows spread evenly over the split, in order, together ⌊tokens / context⌋ of them, or all there are.
+def validation_batches(
+    split: TokenSplit, *, context: int, tokens: int, batch_size: int | None = None
+) -> Iterator[np.ndarray]:
+    """Fixed windows spread evenly over the split, in order, together ⌊tokens / context⌋ of them, or all there
+    are.
 
     Args:
         tokens: to be predicted.
@@ -118,7 +130,9 @@ def validation_batches(split: TokenSplit, *, context: int, tokens: int, batch_si
     windows = window_count(split, context)
     wanted = min(windows, tokens // context)
     if wanted == 0:
-        raise UserError(f"train.eval_tokens: {tokens} is less than one window of train.context={context} tokens; raise it")
+        raise UserError(
+            f"train.eval_tokens: {tokens} is less than one window of train.context={context} tokens; raise it"
+        )
     size = batch_size or max(1, EVALUATION_TOKENS // context)
     chosen = np.arange(wanted, dtype=np.int64) * windows // wanted
     return (_read(split, chosen[first : first + size], context) for first in range(0, wanted, size))

@@ -1,10 +1,13 @@
-"""Which source each row of a run comes from: a pure function of the row's number, exact, and the same for every world size and restart.
+"""Which source each row of a run comes from: a pure function of the row's number, exact, and the same for
+every world size and restart.
 
-A source with weight w has had ⌊n · w⌋ of the first n rows: its turns lie as evenly as they can (a balanced, or Sturmian, sequence). With
-several sources the first takes its turns so, the second out of the rows that are left, and so on. Counting is exact rational arithmetic on
-one index at a time, so that nothing is accumulated and nothing is in memory: after any n rows, each source is within (number of sources)
-rows of n · w, and a phase given in passes ends with exactly the windows asked for. Which window a turn reads is train/data/batches.py's:
-epochs of a keyed permutation, one after another, so that every window is read once before any is read twice.
+A source with weight w has had ⌊n · w⌋ of the first n rows: its turns lie as evenly as they can (a balanced,
+or Sturmian, sequence). With several sources the first takes its turns so, the second out of the rows that are
+left, and so on. Counting is exact rational arithmetic on one index at a time, so that nothing is accumulated
+and nothing is in memory: after any n rows, each source is within (number of sources) rows of n · w, and a
+phase given in passes ends with exactly the windows asked for. Which window a turn reads is
+train/data/batches.py's: epochs of a keyed permutation, one after another, so that every window is read once
+before any is read twice.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ class Share:
     split: TokenSplit
     key: int  # of the source: its windows come in an order of its own
     rows: np.ndarray  # places in the batch, int64 (r,)
-    draws: np.ndarray  # which of the source's turns each row is, counted from the start of the run, int64 (r,)
+    # which of the source's turns each row is, counted from the start of the run, int64 (r,)
+    draws: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class Phase:
     before: Mapping[str, int]  # turns that each source has had before `start`
 
     def turns(self, rows: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """Per source the places in `rows` that are its turns, and which turns they are. `rows`: numbers of rows of this phase, (r,)."""
+        """Per source the places in `rows` that are its turns, and which turns they are. `rows`: numbers of
+        rows of this phase, (r,)."""
         left, places, remaining = rows - self.start, np.arange(len(rows)), Fraction(1)
         for name, weight in self.weights.items():
             had, its = _taken(left, weight / remaining)
@@ -61,9 +66,14 @@ class Phase:
 
 def _taken(index: np.ndarray, share: Fraction) -> tuple[np.ndarray, np.ndarray]:
     """Of the rows before each `index`, how many have been taken; and whether this one is."""
-    if (int(index.max(initial=0)) + 1) * share.numerator >= 2**63:  # where the product needs more than 64 bits
+    if (
+        int(index.max(initial=0)) + 1
+    ) * share.numerator >= 2**63:  # where the product needs more than 64 bits
         index = index.astype(object)
-    had, then = index * share.numerator // share.denominator, (index + 1) * share.numerator // share.denominator
+    had, then = (
+        index * share.numerator // share.denominator,
+        (index + 1) * share.numerator // share.denominator,
+    )
     return had.astype(np.int64), (then > had).astype(bool)
 
 
@@ -88,7 +98,9 @@ class Mixture:
             UserError: the last phase ends before.
         """
         for phase in self.phases:
-            within = (index >= phase.start) & (index < (np.iinfo(np.int64).max if phase.stop is None else phase.stop))
+            within = (index >= phase.start) & (
+                index < (np.iinfo(np.int64).max if phase.stop is None else phase.stop)
+            )
             places = np.flatnonzero(within)
             for name, rows, draws in phase.turns(index[places]):
                 if len(rows):
@@ -108,7 +120,8 @@ class Mixture:
 
 
 def tokens_read(split: TokenSplit | Mixture, name: str, rows: int, context: int) -> dict[str, int]:
-    """How many tokens a run of `rows` windows is trained on from each source; `name` is that of a split that is no mixture."""
+    """How many tokens a run of `rows` windows is trained on from each source; `name` is that of a split that
+    is no mixture."""
     counts = split.counts(rows) if isinstance(split, Mixture) else {name: rows}
     return {source: count * context for source, count in counts.items()}
 
@@ -118,18 +131,22 @@ def source_key(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
-# ---- opening ----------------------------------------------------------------------------------------------------------------------------
+# ---- opening -----------------------------------------------------------------------------------------------
 
 
 def mix(settings: MixtureSettings, splits: Mapping[str, TokenSplit], *, context: int, rows: int) -> Mixture:
     """The mixture of `splits` as `settings` say, checked against a run of `rows` windows of `context` tokens.
 
     Raises:
-        UserError: a source has not one window or ends early, or the phases do, each with what there is and what is asked for.
+        UserError: a source has not one window or ends early, or the phases do, each with what there is and
+        what is asked for.
     """
     windows = {name: max(0, split.count - 1) // context for name, split in splits.items()}
     UserError.collect(
-        f"mixture.sources.{name}: its training part has {splits[name].count} tokens, less than one window of {context} + 1; give more text"
+        (
+            f"mixture.sources.{name}: its training part has {splits[name].count} tokens, less than one "
+            f"window of {context} + 1; give more text"
+        )
         for name, found in windows.items()
         if not found
     )
@@ -144,16 +161,23 @@ def mix(settings: MixtureSettings, splits: Mapping[str, TokenSplit], *, context:
     return mixture
 
 
-def _phase(settings: PhaseSettings, windows: Mapping[str, int], context: int, rows: int, last: Phase | None) -> Phase:
+def _phase(
+    settings: PhaseSettings, windows: Mapping[str, int], context: int, rows: int, last: Phase | None
+) -> Phase:
     start, before = 0, dict[str, int]()
     if last is not None:
         assert last.stop is not None
         start, counts = last.stop, last.counts(last.stop - last.start)
         before = {name: last.before.get(name, 0) + counts.get(name, 0) for name in windows}
     if settings.passes is not None:
-        asked = {name: round(Fraction(str(passes)) * windows[name]) for name, passes in settings.passes.items()}
+        asked = {
+            name: round(Fraction(str(passes)) * windows[name]) for name, passes in settings.passes.items()
+        }
         UserError.collect(
-            f"mixture.phases: passes of {name}: {settings.passes[name]:g} × {windows[name]} windows is less than one window; raise it"
+            (
+                f"mixture.phases: passes of {name}: {settings.passes[name]:g} × {windows[name]} windows is "
+                "less than one window; raise it"
+            )
             for name, count in asked.items()
             if not count
         )
@@ -162,7 +186,8 @@ def _phase(settings: PhaseSettings, windows: Mapping[str, int], context: int, ro
     else:
         assert settings.weights is not None
         given = {name: Fraction(str(weight)) for name, weight in settings.weights.items()}
-        weights = {name: weight / sum(given.values()) for name, weight in given.items()}  # exactly 1, where 1e-9 was missing
+        # exactly 1, where 1e-9 was missing
+        weights = {name: weight / sum(given.values()) for name, weight in given.items()}
         length = None if settings.tokens is None else max(1, round(settings.tokens / context))
         if settings.share is not None:
             length = max(1, round(Fraction(str(settings.share)) * rows))
@@ -176,17 +201,17 @@ def _check_passes(settings: MixtureSettings, mixture: Mixture, windows: Mapping[
         most = settings.sources[name].max_passes
         if most is not None and asked > most * windows[name]:
             faults.append(
-                f"mixture.sources.{name}: it ends early: the run asks for {asked * mixture.context:,} of its tokens, and it has "
-                f"{windows[name] * mixture.context:,} × max_passes={most:g}; lower its weight or train.budget_tokens, allow more passes, "
-                "or give more text"
+                f"mixture.sources.{name}: it ends early: the run asks for {asked * mixture.context:,} of "
+                f"its tokens, and it has {windows[name] * mixture.context:,} × max_passes={most:g}; lower "
+                "its weight or train.budget_tokens, allow more passes, or give more text"
             )
     UserError.collect(faults)
 
 
 def _over(end: int, rows: int, context: int) -> UserError:
     return UserError(
-        f"mixture: its phases end after {end * context:,} tokens, and the run reads {rows * context:,}; lower train.budget_tokens, "
-        "lengthen the last phase, or leave out its tokens"
+        f"mixture: its phases end after {end * context:,} tokens, and the run reads {rows * context:,}; "
+        "lower train.budget_tokens, lengthen the last phase, or leave out its tokens"
     )
 
 
@@ -199,17 +224,22 @@ def mixed(
     context: int,
     rows: int,
 ) -> TokenData:
-    """`data`, prepared from the settings `own`, with the mixture as its training part; as it is where there is none.
+    """`data`, prepared from the settings `own`, with the mixture as its training part; as it is where there
+    is none.
 
-    Every source is cut by the tokenizer of `data`; only training parts are read. The fingerprint tells the sources' texts, and how much of
-    each is read when: other weights are another text. Raises UserError as `prepare` and `mix` do.
+    Every source is cut by the tokenizer of `data`; only training parts are read. The fingerprint tells the
+    sources' texts, and how much of each is read when: other weights are another text. Raises UserError as
+    `prepare` and `mix` do.
     """
     if settings is None:
         return data
     wanted = {name: s for name, source in settings.sources.items() if (s := source_data(source, own, data))}
     opened = {name: prepare(source) for name, source in apart(wanted).items()}
     splits = {name: opened[name].train if name in opened else data.train for name in settings.sources}
-    parts = [data.fingerprint, *(f"{name} {(opened.get(name) or data).fingerprint}" for name in settings.sources)]
+    parts = [
+        data.fingerprint,
+        *(f"{name} {(opened.get(name) or data).fingerprint}" for name in settings.sources),
+    ]
     parts += [json.dumps(_told(phase), sort_keys=True) for phase in settings.phases]
     fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     assert all(isinstance(split, TokenSplit) for split in splits.values())
@@ -222,7 +252,8 @@ def _told(phase: PhaseSettings) -> dict[str, Any]:
 
 
 def apart(sources: Mapping[str, DataSettings]) -> dict[str, DataSettings]:
-    """The sources, each in a folder of its own: two of one leaf that ask for other text would build theirs in turns."""
+    """The sources, each in a folder of its own: two of one leaf that ask for other text would build theirs in
+    turns."""
     first: dict[str, DataSettings] = {}
     for source in sources.values():
         first.setdefault(str(source.home), source)
@@ -233,13 +264,23 @@ def apart(sources: Mapping[str, DataSettings]) -> dict[str, DataSettings]:
 
 
 def source_data(source: SourceSettings, own: DataSettings, data: TokenData) -> DataSettings | None:
-    """What to prepare for a source; None where it is `own`, which is there. A folder for each tokenizer, so that none replaces another's.
+    """What to prepare for a source; None where it is `own`, which is there. A folder for each tokenizer, so
+    that none replaces another's.
 
     Raises:
-        UserError: it is the text of `own`, with another part held out: what is validated on would be trained on.
+        UserError: it is the text of `own`, with another part held out: what is validated on would be trained
+        on.
     """
-    if replace(source.data, tokenizer=own.tokenizer, name=own.name, folder=own.folder, vocab_size=own.vocab_size,
-               model_max_length=own.model_max_length, shard_tokens=own.shard_tokens, workers=own.workers) == own:  # fmt: skip
+    not_of_the_text = (
+        "tokenizer",
+        "name",
+        "folder",
+        "vocab_size",
+        "model_max_length",
+        "shard_tokens",
+        "workers",
+    )
+    if replace(source.data, **{name: getattr(own, name) for name in not_of_the_text}) == own:
         return None
     _check_held_out(source.data, own)
     if source.data.tokenizer is not None:
@@ -260,6 +301,7 @@ def _check_held_out(source: DataSettings, own: DataSettings) -> None:
     for key in ("validation_fraction", "seed"):
         if getattr(source, key) != getattr(own, key):
             raise UserError(
-                f"mixture: the source {source.name!r} reads the same text as data={own.name} with another {key} "
-                f"({getattr(source, key)}, not {getattr(own, key)}): text held out for validation would be trained on; make them equal"
+                f"mixture: the source {source.name!r} reads the same text as data={own.name} with another "
+                f"{key} ({getattr(source, key)}, not {getattr(own, key)}): text held out for validation "
+                "would be trained on; make them equal"
             )

@@ -1,9 +1,10 @@
-"""Tokens that other tools made, trained on where they lie: nothing is copied, and beside the tokenizer the folder holds a manifest alone.
+"""Tokens that other tools made, trained on where they lie: nothing is copied, and beside the tokenizer the
+folder holds a manifest alone.
 
 They are read once from end to end, when they are first opened or a file has changed: every id is held against
-the tokenizer, counted and hashed. Whether the tokenizer named is the one that cut them is measured: pieces of them
-are decoded and cut again. The right tokenizer gives the same ids; one that learnt its merges from a text that is
-larger by a sixtieth gives 0.93 of them, any other fewer.
+the tokenizer, counted and hashed. Whether the tokenizer named is the one that cut them is measured: pieces of
+them are decoded and cut again. The right tokenizer gives the same ids; one that learnt its merges from a text
+that is larger by a sixtieth gives 0.93 of them, any other fewer.
 """
 
 from __future__ import annotations
@@ -24,9 +25,24 @@ import numpy as np
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import one_at_a_time, whole_folder
 from outgrow.train.data.settings import DataSettings
-from outgrow.train.data.shards import SPLITS, TOKENIZER, TokenData, fingerprint, open_data, read_manifest, write_manifest
+from outgrow.train.data.shards import (
+    SPLITS,
+    TOKENIZER,
+    TokenData,
+    fingerprint,
+    open_data,
+    read_manifest,
+    write_manifest,
+)
 from outgrow.train.data.token_files import TokenFile, common_types, find
-from outgrow.train.data.tokenizer import encoder, entries, load_tokenizer, save_tokenizer, tokenizer_hash, tokenizer_identity
+from outgrow.train.data.tokenizer import (
+    encoder,
+    entries,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_hash,
+    tokenizer_identity,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -42,10 +58,14 @@ def open_tokens(settings: DataSettings, *, progress: bool = True) -> TokenData:
     """The tokens of `settings`, checked where that has not been done or a file has changed.
 
     Raises:
-        UserError: there are none, a file is cut off, an id is none of the tokenizer's, or another tokenizer cut them.
+        UserError: there are none, a file is cut off, an id is none of the tokenizer's, or another tokenizer
+        cut them.
     """
     folder, files = settings.home, _files(settings)
-    wanted = {"settings": _identity(settings), "inputs": {name: _stamps(part) for name, part in files.items()}}
+    wanted = {
+        "settings": _identity(settings),
+        "inputs": {name: _stamps(part) for name, part in files.items()},
+    }
     if not _is_current(folder, wanted):
         with one_at_a_time(folder):
             if not _is_current(folder, wanted):  # not checked by another while we waited
@@ -54,12 +74,16 @@ def open_tokens(settings: DataSettings, *, progress: bool = True) -> TokenData:
 
 
 def _files(settings: DataSettings) -> dict[str, list[TokenFile]]:
-    """Those that are trained on, and those that are validated on: none, where the end of each of the former is."""
+    """Those that are trained on, and those that are validated on: none, where the end of each of the former
+    is."""
     validation = find(settings.validation_path, "data.validation_path") if settings.validation_path else []
     apart = {file.path for file in validation}
     train = [file for file in find(settings.path or "", "data.path") if file.path not in apart]
     if not train:
-        raise UserError(f"data.validation_path={settings.validation_path}: all files of data.path are among them; none is left to train on")
+        raise UserError(
+            f"data.validation_path={settings.validation_path}: all files of data.path are among them; none "
+            "is left to train on"
+        )
     return {"train": train, "validation": validation}
 
 
@@ -78,7 +102,7 @@ def _is_current(folder: Path, wanted: dict[str, Any]) -> bool:
     return manifest is not None and all(manifest[key] == value for key, value in wanted.items())
 
 
-# ---- checking ---------------------------------------------------------------------------------------------------------------------------
+# ---- checking ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -100,7 +124,13 @@ class Count:
     digest: Any = field(default_factory=hashlib.sha256)
 
 
-def _check(folder: Path, settings: DataSettings, files: dict[str, list[TokenFile]], wanted: dict[str, Any], progress: bool) -> None:
+def _check(
+    folder: Path,
+    settings: DataSettings,
+    files: dict[str, list[TokenFile]],
+    wanted: dict[str, Any],
+    progress: bool,
+) -> None:
     """Read all files once, and write the manifest and the tokenizer."""
     tokenizer = load_tokenizer(str(settings.tokenizer))
     every = [*files["train"], *files["validation"]]
@@ -137,7 +167,11 @@ def _told(found: dict[str, Count], dtype: np.dtype, tokenizer: PreTrainedTokeniz
         "read": read | dict.fromkeys(("empty_skipped", "too_long_skipped", "utf8_replaced"), 0),
         "cleaning": {"removed": {}},
         "short": {},
-        "tokenizer": {"sha256": tokenizer_hash(tokenizer), "vocab_size": entries(tokenizer), "end_of_text_id": tokenizer.eos_token_id},
+        "tokenizer": {
+            "sha256": tokenizer_hash(tokenizer),
+            "vocab_size": entries(tokenizer),
+            "end_of_text_id": tokenizer.eos_token_id,
+        },
         "dtype": dtype.str,
         "splits": splits,
         "versions": {name: version(name) for name in ("tokenizers", "transformers")},
@@ -157,25 +191,32 @@ def _count(part: Part, dtype: np.dtype, found: Count, tokenizer: PreTrainedToken
         if int(piece.max()) >= most or int(piece.min()) < 0:
             place = first + int(np.flatnonzero((piece >= most) | (piece < 0))[0])
             raise UserError(
-                f"{file.path}: the id at place {place:,} is {ids[place]:,}, and data.tokenizer has {most:,} entries: "
-                "another tokenizer cut it, or it is damaged"
+                f"{file.path}: the id at place {place:,} is {ids[place]:,}, and data.tokenizer has "
+                f"{most:,} entries: another tokenizer cut it, or it is damaged"
             )
         found.counts += np.bincount(piece, minlength=most)
         found.digest.update(piece.tobytes())
     if file.documents is not None:
         documents = file.documents_before(part.stop) - file.documents_before(part.first)
     else:  # a last document whose end is not there is one too
-        documents = int(found.counts[tokenizer.eos_token_id]) - before + (ids[part.stop - 1] != tokenizer.eos_token_id)
+        documents = (
+            int(found.counts[tokenizer.eos_token_id])
+            - before
+            + (ids[part.stop - 1] != tokenizer.eos_token_id)
+        )
     found.documents += int(documents)
     offset, tokens = file.offset + part.first * dtype.itemsize, part.stop - part.first
     found.shards.append({"file": str(file.path), "offset": offset, "tokens": tokens, "size": file.size})
 
 
-# ---- what is held out -------------------------------------------------------------------------------------------------------------------
+# ---- what is held out --------------------------------------------------------------------------------------
 
 
-def _parts(files: dict[str, list[TokenFile]], dtype: np.dtype, share: float, end_of_text: int) -> dict[str, list[Part]]:
-    """The files as they are where some are validated on; else the end of each is, from where a document ends."""
+def _parts(
+    files: dict[str, list[TokenFile]], dtype: np.dtype, share: float, end_of_text: int
+) -> dict[str, list[Part]]:
+    """The files as they are where some are validated on; else the end of each is, from where a document
+    ends."""
     lengths = {file.path: len(file.ids(dtype)) for part in files.values() for file in part}
     if files["validation"]:
         return {name: [Part(file, 0, lengths[file.path]) for file in part] for name, part in files.items()}
@@ -191,7 +232,8 @@ def _parts(files: dict[str, list[TokenFile]], dtype: np.dtype, share: float, end
 
 
 def _cut(file: TokenFile, dtype: np.dtype, wanted: int, end_of_text: int) -> int:
-    """The end of a document that is nearest behind `wanted`, else in front of it; where there is none, `wanted` itself."""
+    """The end of a document that is nearest behind `wanted`, else in front of it; where there is none,
+    `wanted` itself."""
     ids = file.ids(dtype)
     if file.documents is not None:
         number = file.documents_before(wanted - 1)
@@ -206,7 +248,7 @@ def _cut(file: TokenFile, dtype: np.dtype, wanted: int, end_of_text: int) -> int
     return wanted
 
 
-# ---- whose tokens they are --------------------------------------------------------------------------------------------------------------
+# ---- whose tokens they are ---------------------------------------------------------------------------------
 
 
 def _type_of(files: Sequence[TokenFile], tokenizer: PreTrainedTokenizerFast, name: str) -> np.dtype:
@@ -222,15 +264,18 @@ def _type_of(files: Sequence[TokenFile], tokenizer: PreTrainedTokenizerFast, nam
             if share >= SAME:
                 return dtype
             best = max(best, share)
-    kept = next((f"; {file.path.name} keeps the name {file.tokenizer!r}" for file in files if file.tokenizer), "")
+    kept = next(
+        (f"; {file.path.name} keeps the name {file.tokenizer!r}" for file in files if file.tokenizer), ""
+    )
     raise UserError(
-        f"data.tokenizer={name}: it is not the tokenizer of {files[0].path}: of pieces that are decoded and cut again, "
-        f"{best:.0%} of the ids are the same{kept}; name the tokenizer that cut them"
+        f"data.tokenizer={name}: it is not the tokenizer of {files[0].path}: of pieces that are decoded "
+        f"and cut again, {best:.0%} of the ids are the same{kept}; name the tokenizer that cut them"
     )
 
 
 def _pieces(files: Sequence[TokenFile], dtype: np.dtype, end_of_text: int) -> Iterator[np.ndarray]:
-    """Some ids of some documents, from the documents' beginning where that is near; spread evenly over the files and in them."""
+    """Some ids of some documents, from the documents' beginning where that is near; spread evenly over the
+    files and in them."""
     chosen = [files[i * len(files) // min(len(files), PIECES)] for i in range(min(len(files), PIECES))]
     each = PIECES // len(chosen)
     for file in chosen:
@@ -244,7 +289,8 @@ def _pieces(files: Sequence[TokenFile], dtype: np.dtype, end_of_text: int) -> It
 
 
 def agreement(pieces: Iterator[np.ndarray], tokenizer: PreTrainedTokenizerFast) -> float:
-    """The share of the ids of `pieces` that are there again when they are decoded and cut anew, special ones left out; 0 … 1."""
+    """The share of the ids of `pieces` that are there again when they are decoded and cut anew, special ones
+    left out; 0 … 1."""
     cutter, special, most = encoder(tokenizer).tokenizer, set(tokenizer.all_special_ids), entries(tokenizer)
     same = both = 0
     for piece in pieces:
@@ -258,7 +304,9 @@ def agreement(pieces: Iterator[np.ndarray], tokenizer: PreTrainedTokenizerFast) 
     return same / max(1, both)
 
 
-def _check_ends(files: Sequence[TokenFile], dtype: np.dtype, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+def _check_ends(
+    files: Sequence[TokenFile], dtype: np.dtype, tokenizer: PreTrainedTokenizerFast, name: str
+) -> None:
     """Refuse documents of an index that do not end with the tokenizer's end of text."""
     for file in files:
         ids, documents = file.ids(dtype), file.documents or 0
@@ -268,20 +316,25 @@ def _check_ends(files: Sequence[TokenFile], dtype: np.dtype, tokenizer: PreTrain
             other = max(set(last), key=last.count)
             raise UserError(
                 f"{file.path}: its documents do not end with the end of text of data.tokenizer={name} "
-                f"({tokenizer.eos_token!r}, {tokenizer.eos_token_id}), most often with {tokenizer.convert_ids_to_tokens(other)!r} "
-                f"({other}); cut them with it (datatrove: eos_token; Megatron: --append-eod), or give a tokenizer whose "
-                "eos_token is theirs"
+                f"({tokenizer.eos_token!r}, {tokenizer.eos_token_id}), most often with "
+                f"{tokenizer.convert_ids_to_tokens(other)!r} ({other}); cut them with it (datatrove: "
+                "eos_token; Megatron: --append-eod), or give a tokenizer whose eos_token is theirs"
             )
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """The bytes of text, in UTF-8, that each id stands for, int64 (vocab,): exact for byte-level tokenizers; special tokens stand for none.
+    """The bytes of text, in UTF-8, that each id stands for, int64 (vocab,): exact for byte-level tokenizers;
+    special tokens stand for none.
 
-    For the others, ▁ is a space and <0x41> one byte; what they change in a text before they cut it is not counted.
+    For the others, ▁ is a space and <0x41> one byte; what they change in a text before they cut it is not
+    counted.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     byte_level = "ByteLevel" in json.dumps(state["decoder"])
-    added = {token["content"]: 0 if token["special"] else len(token["content"].encode()) for token in state["added_tokens"]}
+    added = {
+        token["content"]: 0 if token["special"] else len(token["content"].encode())
+        for token in state["added_tokens"]
+    }
     widths = np.zeros(entries(tokenizer), np.int64)
     for token, number in tokenizer.get_vocab().items():
         plain = 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())

@@ -12,49 +12,80 @@ from outgrow.model.base.errors import did_you_mean
 
 @dataclass(frozen=True)
 class CleaningSettings:
-    """What is done to documents, and which are left out, in this order; all of it off where nothing is said."""
+    """What is done to documents, and which are left out, in this order; all of it off where nothing is
+    said."""
 
     normalise: bool = False  # Unicode NFC, \n line ends, no control characters, no spaces at line ends
     exact_duplicates: bool = False  # remove later copies of a text
-    near_duplicates: float | None = None  # remove later texts of at least this Jaccard similarity; null: keep them
+    near_duplicates: float | None = (
+        None  # remove later texts of at least this Jaccard similarity; null: keep them
+    )
     words: Literal["prose", "code"] = "prose"  # what a word is in shingles: train/corpus/words.py
-    benchmarks: str | None = None  # a folder or glob: remove texts that share 13 words in a row, or a short item, with one in it
+    benchmarks: str | None = (
+        None  # a folder or glob: remove texts that share 13 words in a row, or a short item, with one in it
+    )
     filter: str | None = None  # the folder of a fitted filter: score what is left,
     keep: float | None = None  # and keep this share of it, the best documents
-    encoder: str | None = None  # where the filter's encoder lies; null: where it was when the filter was fitted
+    encoder: str | None = (
+        None  # where the filter's encoder lies; null: where it was when the filter was fitted
+    )
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """A corpus and its tokenizer; `conf/data/*.yaml` are its leaves. Fields of other corpora than the chosen one are not read."""
+    """A corpus and its tokenizer; `conf/data/*.yaml` are its leaves. Fields of other corpora than the chosen
+    one are not read."""
 
     name: str
     corpus: Literal["stdlib", "packages", "files", "hub", "exercises", "textbooks", "tokens"]
     folder: str | None = None  # where the tokens are kept; null: data/<name>
-    path: str | None = None  # files: a folder, a file, or a glob (** crosses folders) of the suffixes in formats.READERS; or a URL
+    path: str | None = (
+        # files: a folder, a file, or a glob (** crosses folders) of the suffixes in formats.READERS; or a URL
+        None
+    )
     #                          tokens: a folder, a file, or a glob of the suffixes in token_files.READERS
-    validation_path: str | None = None  # tokens: those that are validated on; null: the end of each file, validation_fraction of it
+    validation_path: str | None = (
+        None  # tokens: those that are validated on; null: the end of each file, validation_fraction of it
+    )
     distributions: tuple[str, ...] = ()  # packages: name==version of each
     dataset: str | None = None  # hub: owner/name, or a folder that `datasets` can read
     config: str | None = None  # hub
     data_dir: str | None = None  # hub: a folder of the dataset
     split: str = "train"  # hub
-    revision: str | None = None  # hub: pin a commit or tag, for a moved branch is not noticed once the tokens are there
+    revision: str | None = (
+        None  # hub: pin a commit or tag, for a moved branch is not noticed once the tokens are there
+    )
     streaming: bool = True  # hub: read over the network, without a copy on disk
     column: str = "text"  # of a parquet file or dataset; the field of a json or jsonl object
     limit_documents: int | None = None  # read no more than these; exercises, textbooks: make so many
-    limit_bytes: int | None = None  # of text: read no more; null: all, or READ_AHEAD for each token of limit_tokens
-    limit_tokens: int | None = None  # of both splits, after cleaning; the document that reaches it is the last
-    max_document_bytes: int = 2**24  # a longer document is skipped and counted: it has to fit in memory, with its tokens
-    max_broken: float = 0.001  # the share of records that may be left out because they cannot be read; 0: none
+    limit_bytes: int | None = (
+        None  # of text: read no more; null: all, or READ_AHEAD for each token of limit_tokens
+    )
+    limit_tokens: int | None = (
+        None  # of both splits, after cleaning; the document that reaches it is the last
+    )
+    # a longer document is skipped and counted: it has to fit in memory, with its tokens
+    max_document_bytes: int = 2**24
+    max_broken: float = (
+        0.001  # the share of records that may be left out because they cannot be read; 0: none
+    )
     clean: CleaningSettings = field(default_factory=CleaningSettings)
-    tokenizer: str | None = None  # a folder or hub name; null: the one of the run's source, where it has none a byte-level BPE is trained
-    vocab_size: int = 2048  # of the trained one; data.tokenizer=train trains one even where the source has its own
+    tokenizer: str | None = (
+        # a folder or hub name; null: the one of the run's source, where it has none a byte-level BPE is
+        # trained
+        None
+    )
+    vocab_size: int = (
+        2048  # of the trained one; data.tokenizer=train trains one even where the source has its own
+    )
     model_max_length: int = 2048  # that the trained one states; a hint for its users, nothing is cut
     validation_fraction: float = 0.05  # of the documents, chosen by a hash of their text
     seed: int = 0  # of the split, and of what is generated
     shard_tokens: int = 2**28  # at most, in one file
-    workers: int | None = None  # processes; null: this one for a small corpus, else one a core. Nothing of the result depends on it
+    workers: int | None = (
+        # processes; null: this one for a small corpus, else one a core. Nothing of the result depends on it
+        None
+    )
 
     @property
     def home(self) -> Path:
@@ -62,7 +93,9 @@ class DataSettings:
         return Path(self.folder or f"data/{self.name}").expanduser()
 
 
-READ_AHEAD = 8  # bytes of text read for each token of limit_tokens: about twice what English or Python needs, the rest is for cleaning
+# bytes of text read for each token of limit_tokens: about twice what English or Python needs, the rest is for
+# cleaning
+READ_AHEAD = 8
 
 
 def read_limit(settings: DataSettings) -> int | None:
@@ -76,21 +109,40 @@ def disagreements(settings: DataSettings) -> list[str]:
     """What is wrong between well-typed values, one line each."""
     faults = _token_faults(settings) if settings.corpus == "tokens" else []
     if settings.corpus == "files" and not settings.path:
-        faults.append("data.path: missing; give a folder or a glob: data.path=texts or 'data.path=texts/**/*.md'")
+        faults.append(
+            "data.path: missing; give a folder or a glob: data.path=texts or 'data.path=texts/**/*.md'"
+        )
     unpinned = [name for name in settings.distributions if len(name.split("==")) != 2]
     if settings.corpus == "packages" and (unpinned or not settings.distributions):
-        faults.append(f"data.distributions: name each with its version, numpy==2.4.6; found {unpinned or 'none'}")
+        faults.append(
+            f"data.distributions: name each with its version, numpy==2.4.6; found {unpinned or 'none'}"
+        )
     if settings.corpus == "hub" and not settings.dataset:
         faults.append("data.dataset: missing; give a name on the Hugging Face hub: data.dataset=owner/name")
     if settings.corpus in ("exercises", "textbooks") and settings.limit_documents is None:
-        faults.append("data.limit_documents: missing; the generator goes on for long: data.limit_documents=20_000")
+        faults.append(
+            "data.limit_documents: missing; the generator goes on for long: data.limit_documents=20_000"
+        )
     if not 0 < settings.validation_fraction < 1:
-        faults.append(f"data.validation_fraction: must be between 0 and 1; found {settings.validation_fraction}")
+        faults.append(
+            f"data.validation_fraction: must be between 0 and 1; found {settings.validation_fraction}"
+        )
     if settings.tokenizer is None and settings.vocab_size < 257:
-        faults.append(f"data.vocab_size: must be at least 257, for 256 bytes and the end of text; found {settings.vocab_size}")
+        faults.append(
+            "data.vocab_size: must be at least 257, for 256 bytes and the end of text; found "
+            f"{settings.vocab_size}"
+        )
     if not 0 <= settings.max_broken < 1:
         faults.append(f"data.max_broken: must be a share from 0 on, less than 1; found {settings.max_broken}")
-    for key in ("limit_documents", "limit_bytes", "limit_tokens", "max_document_bytes", "shard_tokens", "model_max_length", "workers"):
+    for key in (
+        "limit_documents",
+        "limit_bytes",
+        "limit_tokens",
+        "max_document_bytes",
+        "shard_tokens",
+        "model_max_length",
+        "workers",
+    ):
         value = getattr(settings, key)
         if value is not None and value <= 0:
             faults.append(f"data.{key}: must be positive; found {value}")
@@ -101,26 +153,44 @@ def disagreements(settings: DataSettings) -> list[str]:
 
 def _token_faults(settings: DataSettings) -> list[str]:
     """What cannot be asked of tokens that are cut already."""
-    faults = [] if settings.path else ["data.path: missing; give a folder, a glob or a file of tokens: data.path=tokens/*.ds"]
+    faults = (
+        []
+        if settings.path
+        else ["data.path: missing; give a folder, a glob or a file of tokens: data.path=tokens/*.ds"]
+    )
     if settings.tokenizer in (None, "train"):
-        faults.append("data.tokenizer: missing; name the tokenizer that cut the tokens, a folder or a hub name: data.tokenizer=gpt2")
-    limits = [key for key in ("limit_documents", "limit_bytes", "limit_tokens") if getattr(settings, key) is not None]
+        faults.append(
+            "data.tokenizer: missing; name the tokenizer that cut the tokens, a folder or a hub name: "
+            "data.tokenizer=gpt2"
+        )
+    limits = [
+        key
+        for key in ("limit_documents", "limit_bytes", "limit_tokens")
+        if getattr(settings, key) is not None
+    ]
     asked = [*limits, *(["clean"] if settings.clean != CleaningSettings() else [])]
-    return faults + [f"data.{key}: tokens are read as they lie; leave it out, or prepare their text" for key in asked]
+    return faults + [
+        f"data.{key}: tokens are read as they lie; leave it out, or prepare their text" for key in asked
+    ]
 
 
 def _cleaning_faults(clean: CleaningSettings) -> list[str]:
     near, faults = clean.near_duplicates, []
     if near is not None and not 0.5 <= near <= 1:
-        faults.append(f"data.clean.near_duplicates: must be a similarity between 0.5 and 1, or null; found {near}")
+        faults.append(
+            f"data.clean.near_duplicates: must be a similarity between 0.5 and 1, or null; found {near}"
+        )
     if (clean.filter is None) != (clean.keep is None):
-        faults.append("data.clean: filter and keep go together: the folder of a fitted filter, and the share of documents to keep")
+        faults.append(
+            "data.clean: filter and keep go together: the folder of a fitted filter, and the share of "
+            "documents to keep"
+        )
     if clean.keep is not None and not 0 < clean.keep <= 1:
         faults.append(f"data.clean.keep: must be a share between 0 and 1; found {clean.keep}")
     return faults
 
 
-# ---- a mixture ------------------------------------------------------------------------------------------------------------------------
+# ---- a mixture ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -128,7 +198,9 @@ class SourceSettings:
     """One source of a mixture."""
 
     data: DataSettings  # a leaf of conf/data
-    max_passes: float | None = None  # over its training part, in the whole run; null: as many as the weights ask for
+    max_passes: float | None = (
+        None  # over its training part, in the whole run; null: as many as the weights ask for
+    )
 
 
 @dataclass(frozen=True)
@@ -139,16 +211,20 @@ class PhaseSettings:
     """
 
     weights: dict[str, float] | None = None  # source → share of the phase's tokens; together 1
-    passes: dict[str, float] | None = None  # source → how often it is read; the phase is as long as that takes
+    passes: dict[str, float] | None = (
+        None  # source → how often it is read; the phase is as long as that takes
+    )
     tokens: int | None = None  # how long it lasts, with weights
     share: float | None = None  # of the run's tokens that it lasts, with weights, whatever the budget
 
 
 @dataclass(frozen=True)
 class MixtureSettings:
-    """What is trained on, where that is not the training part of `data` alone; conf/mixture/*.yaml are its leaves.
+    """What is trained on, where that is not the training part of `data` alone; conf/mixture/*.yaml are its
+    leaves.
 
-    Validation text and tokenizer stay those of `data`, so that runs on different mixtures have comparable losses.
+    Validation text and tokenizer stay those of `data`, so that runs on different mixtures have comparable
+    losses.
     """
 
     name: str
@@ -157,7 +233,8 @@ class MixtureSettings:
 
 
 def mixture_disagreements(mixture: MixtureSettings, data: DataSettings) -> list[str]:
-    """What is wrong with a mixture beside the validation text and tokenizer of `data`, one line each; no text is read for it."""
+    """What is wrong with a mixture beside the validation text and tokenizer of `data`, one line each; no text
+    is read for it."""
     faults = [] if mixture.phases else ["mixture.phases: none; give at least one, with weights or passes"]
     for name, source in mixture.sources.items():
         where = f"mixture.sources.{name}"
@@ -166,15 +243,22 @@ def mixture_disagreements(mixture: MixtureSettings, data: DataSettings) -> list[
             faults.append(f"{where}.max_passes: must be positive, or null; found {source.max_passes}")
         if source.data.tokenizer not in (None, data.tokenizer):
             faults.append(
-                f"{where}.data.tokenizer: {source.data.tokenizer} is not the run's data.tokenizer={data.tokenizer}, "
-                f"and a model reads with one only; set data.tokenizer={source.data.tokenizer}, or this one to null"
+                f"{where}.data.tokenizer: {source.data.tokenizer} is not the run's "
+                f"data.tokenizer={data.tokenizer}, and a model reads with one only; set "
+                f"data.tokenizer={source.data.tokenizer}, or this one to null"
             )
     for number, phase in enumerate(mixture.phases):
-        faults += _phase_faults(f"mixture.phases[{number}]", phase, mixture, last=number == len(mixture.phases) - 1)
+        faults += _phase_faults(
+            f"mixture.phases[{number}]", phase, mixture, last=number == len(mixture.phases) - 1
+        )
     if (total := fsum(phase.share or 0 for phase in mixture.phases)) > 1 + 1e-9:
         faults.append(f"mixture.phases: their shares are {total:g} of the run together; at most 1")
     used = {name for phase in mixture.phases for name in (phase.weights or phase.passes or ())}
-    faults += [f"mixture.sources.{name}: in no phase; give it a weight, or leave it out" for name in mixture.sources if name not in used]
+    faults += [
+        f"mixture.sources.{name}: in no phase; give it a weight, or leave it out"
+        for name in mixture.sources
+        if name not in used
+    ]
     return faults
 
 
@@ -184,16 +268,30 @@ def _phase_faults(where: str, phase: PhaseSettings, mixture: MixtureSettings, *,
     key, parts = ("passes", phase.passes) if phase.passes is not None else ("weights", phase.weights)
     assert parts is not None
     faults = [
-        f"{where}.{key}: unknown source {name!r}; {did_you_mean(name, mixture.sources)}" for name in parts if name not in mixture.sources
+        f"{where}.{key}: unknown source {name!r}; {did_you_mean(name, mixture.sources)}"
+        for name in parts
+        if name not in mixture.sources
     ]
-    faults += [f"{where}.{key}.{name}: must be positive; found {value}" for name, value in parts.items() if not value > 0]
+    faults += [
+        f"{where}.{key}.{name}: must be positive; found {value}"
+        for name, value in parts.items()
+        if not value > 0
+    ]
     if key == "weights" and abs((total := fsum(parts.values())) - 1) > 1e-9:
         listed = " + ".join(f"{value:g}" for value in parts.values()) or "nothing"
         faults.append(f"{where}.weights: must sum to 1; {listed} = {total:g}")
     if phase.tokens is not None and (phase.tokens <= 0 or key == "passes"):
-        faults.append(f"{where}.tokens: " + ("must be positive" if key == "weights" else "passes say how long the phase is; leave it out"))
+        faults.append(
+            f"{where}.tokens: "
+            + ("must be positive" if key == "weights" else "passes say how long the phase is; leave it out")
+        )
     if phase.share is not None and (key == "passes" or phase.tokens is not None or not 0 < phase.share <= 1):
-        faults.append(f"{where}.share: with weights and without tokens, a share of the run between 0 and 1; found {phase.share}")
+        faults.append(
+            f"{where}.share: with weights and without tokens, a share of the run between 0 and 1; found "
+            f"{phase.share}"
+        )
     if phase.tokens is None and phase.share is None and key == "weights" and not last:
-        faults.append(f"{where}.tokens: missing, and no share; only the last phase may last to the end of the run")
+        faults.append(
+            f"{where}.tokens: missing, and no share; only the last phase may last to the end of the run"
+        )
     return faults

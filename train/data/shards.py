@@ -1,4 +1,5 @@
-"""Tokens on disk: per split one sequence of ids, cut into raw little-endian files, described by a manifest that is written last."""
+"""Tokens on disk: per split one sequence of ids, cut into raw little-endian files, described by a manifest
+that is written last."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def dtype_of(vocab_size: int) -> np.dtype:
 
 
 class Tokens:
-    """The ids of one split, 1-D, as if its shards were one array; a slice is a view where it stays within a shard."""
+    """The ids of one split, 1-D, as if its shards were one array; a slice is a view where it stays within a
+    shard."""
 
     def __init__(self, shards: Sequence[np.ndarray]) -> None:
         self._shards = list(shards)
@@ -76,7 +78,9 @@ class TokenData:
     validation: TokenSplit
     vocab_size: int  # one more than the largest id
     end_of_text_id: int
-    fingerprint: str  # of the tokens and the tokenizer: the same text cut the same way has the same, wherever it lies
+    fingerprint: (
+        str  # of the tokens and the tokenizer: the same text cut the same way has the same, wherever it lies
+    )
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -88,7 +92,10 @@ def split_entry(folder: Path, shards: Sequence[Any]) -> dict[str, Any]:
     digest = hashlib.sha256()
     for shard in shards:
         _hash_file(folder / shard.file, digest)
-    return {"sha256": digest.hexdigest(), "shards": [{"file": shard.file, "tokens": shard.tokens} for shard in shards]}
+    return {
+        "sha256": digest.hexdigest(),
+        "shards": [{"file": shard.file, "tokens": shard.tokens} for shard in shards],
+    }
 
 
 def _hash_file(path: Path, digest: Any, offset: int = 0, size: int | None = None) -> None:
@@ -101,7 +108,7 @@ def _hash_file(path: Path, digest: Any, offset: int = 0, size: int | None = None
             left -= len(raw)
 
 
-# ---- the manifest ---------------------------------------------------------------------------------------------------------------------
+# ---- the manifest ------------------------------------------------------------------------------------------
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -121,8 +128,15 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (FileNotFoundError, NotADirectoryError):
-        if folder.exists() and not (folder / MANIFEST).exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder}: there, but no token folder (no {MANIFEST}); move it away, or choose another data.folder") from None
+        if (
+            folder.exists()
+            and not (folder / MANIFEST).exists()
+            and (not folder.is_dir() or any(folder.iterdir()))
+        ):
+            raise UserError(
+                f"{folder}: there, but no token folder (no {MANIFEST}); move it away, or choose another "
+                "data.folder"
+            ) from None
         return None
     except (OSError, ValueError) as error:
         raise _damaged(folder, f"{MANIFEST} cannot be read: {error}") from error
@@ -137,8 +151,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def fingerprint(manifest: dict[str, Any]) -> str:
     """A hash of the ids and what they mean, whatever the shards' size and the corpus' place."""
-    splits = {name: {key: value for key, value in split.items() if key != "shards"} for name, split in manifest["splits"].items()}
-    return hashlib.sha256(json.dumps([manifest["tokenizer"], manifest["dtype"], splits], sort_keys=True).encode()).hexdigest()
+    splits = {
+        name: {key: value for key, value in split.items() if key != "shards"}
+        for name, split in manifest["splits"].items()
+    }
+    return hashlib.sha256(
+        json.dumps([manifest["tokenizer"], manifest["dtype"], splits], sort_keys=True).encode()
+    ).hexdigest()
 
 
 def open_data(folder: str | Path) -> TokenData:
@@ -155,11 +174,19 @@ def open_data(folder: str | Path) -> TokenData:
         raise _damaged(folder, f"{TOKENIZER}/tokenizer.json is missing")
     train, validation = (_open_split(folder, name, manifest) for name in SPLITS)
     tokenizer = manifest["tokenizer"]
-    return TokenData(folder, train, validation, tokenizer["vocab_size"], tokenizer["end_of_text_id"], manifest["fingerprint"])
+    return TokenData(
+        folder,
+        train,
+        validation,
+        tokenizer["vocab_size"],
+        tokenizer["end_of_text_id"],
+        manifest["fingerprint"],
+    )
 
 
 def check_data(folder: Path, advance: Callable[[int], None] = lambda size: None) -> None:
-    """Read every shard and the tokenizer, and compare them with the manifest; `advance` is told the bytes read.
+    """Read every shard and the tokenizer, and compare them with the manifest; `advance` is told the bytes
+    read.
 
     Raises:
         UserError: something is not what was written.
@@ -172,7 +199,9 @@ def check_data(folder: Path, advance: Callable[[int], None] = lambda size: None)
     for name in SPLITS:
         digest, entry = hashlib.sha256(), manifest["splits"][name]
         for shard in entry["shards"]:
-            _hash_file(folder / shard["file"], digest, shard.get("offset", 0), size := shard["tokens"] * width)
+            _hash_file(
+                folder / shard["file"], digest, shard.get("offset", 0), size := shard["tokens"] * width
+            )
             advance(size)
         if digest.hexdigest() != entry["sha256"]:
             raise _damaged(folder, f"the {name} shards are not the bytes that the manifest tells of")
@@ -188,11 +217,19 @@ def _open_split(folder: Path, name: str, manifest: dict[str, Any]) -> TokenSplit
     dtype, entry = np.dtype(manifest["dtype"]), manifest["splits"][name]
     shards = []
     for shard in entry["shards"]:
-        path, tokens = folder / shard["file"], shard["tokens"]  # tokens that others made lie elsewhere, and may be a part of a file
+        # tokens that others made lie elsewhere, and may be a part of a file
+        path, tokens = (
+            folder / shard["file"],
+            shard["tokens"],
+        )
         expected = shard.get("size", tokens * dtype.itemsize)
         found = path.stat().st_size if path.is_file() else None
         if found != expected:
-            raise _damaged(folder, f"{shard['file']} should have {expected} bytes, " + ("is missing" if found is None else f"has {found}"))
+            raise _damaged(
+                folder,
+                f"{shard['file']} should have {expected} bytes, "
+                + ("is missing" if found is None else f"has {found}"),
+            )
         shards.append(np.memmap(path, dtype, "r", shard.get("offset", 0), (tokens,)).view(np.ndarray))
     return TokenSplit(name, Tokens(shards), entry["documents"], entry["bytes"])
 

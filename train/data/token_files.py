@@ -1,12 +1,15 @@
 """Files of token ids as other tools write them, described without being read: one function a format.
 
-datatrove, nanotron    NAME.ds raw ids, NAME.ds.index where documents end (uint64), NAME.ds.metadata "tokenizer|bytes of an id", tokens
-Megatron               NAME.bin raw ids, NAME.idx their type, the length and place of each sequence, the sequences that begin documents
+datatrove, nanotron    NAME.ds raw ids, NAME.ds.index where documents end (uint64), NAME.ds.metadata
+                       "tokenizer|bytes of an id", tokens
+Megatron               NAME.bin raw ids, NAME.idx their type, the length and place of each sequence, the
+                       sequences that begin documents
 OLMo-core, dolma       NAME.npy raw ids, in spite of the name; a file that NumPy saved is read by its header
 llm.c, modded-nanogpt  NAME.bin with a header of 256 int32: magic, version, tokens
 nanoGPT                NAME.bin raw ids
 
-Every length that a file tells of is held against the size of the file before anything is mapped, so that a file that was cut off is told.
+Every length that a file tells of is held against the size of the file before anything is mapped, so that a
+file that was cut off is told.
 """
 
 from __future__ import annotations
@@ -23,11 +26,12 @@ import numpy as np
 
 from outgrow.model.base.errors import UserError, reading
 
-# What raw ids may be, where nothing says it. The wider first: two of 2 bytes are hardly ever one of 4 that a vocabulary
-# has, but one of 4 is two of 2, the second of them 0, which may be a tokenizer's end of text.
+# What raw ids may be, where nothing says it. The wider first: two of 2 bytes are hardly ever one of 4 that a
+# vocabulary has, but one of 4 is two of 2, the second of them 0, which may be a tokenizer's end of text.
 RAW = (np.dtype("<u4"), np.dtype("<u2"))
 MEGATRON_MAGIC, MEGATRON_HEADER = b"MMIDIDX\x00\x00", 34
-MEGATRON_TYPES = {3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # megatron.core.datasets.indexed_dataset.DType; the others hold no ids
+# megatron.core.datasets.indexed_dataset.DType; the others hold no ids
+MEGATRON_TYPES = {3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 LLM_C_HEADER = 1024
 LLM_C_TYPES = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version): GPT-2's ids, Llama 3's
 NUMPY_MAGIC = b"\x93NUMPY"
@@ -77,10 +81,18 @@ def find(path: str, key: str) -> list[TokenFile]:
     if given.is_dir():
         names = [Path(folder, name) for folder, _, names in os.walk(given) for name in names]
     else:
-        names = [Path(name) for name in glob(str(given), recursive=True)] if has_magic(str(given)) and not given.exists() else [given]
+        names = (
+            [Path(name) for name in glob(str(given), recursive=True)]
+            if has_magic(str(given)) and not given.exists()
+            else [given]
+        )
     found = sorted(name for name in names if name.suffix in READERS and name.is_file())
     if not found:
-        reason = f"none of its {len(names)} files ends in {' '.join(READERS)}" if given.is_dir() else "no such token file"
+        reason = (
+            f"none of its {len(names)} files ends in {' '.join(READERS)}"
+            if given.is_dir()
+            else "no such token file"
+        )
         raise UserError(f"{key}={path}: {reason}; give a folder, a glob or a file of {', '.join(READERS)}")
     files, faults = list[TokenFile](), list[str]()
     for name in found:
@@ -106,19 +118,25 @@ def describe(path: Path) -> TokenFile:
         return file
 
 
-# ---- one function a format --------------------------------------------------------------------------------------------------------------
+# ---- one function a format ---------------------------------------------------------------------------------
 
 
 def _datatrove(path: Path) -> TokenFile:
     index, metadata = path.with_name(path.name + ".index"), path.with_name(path.name + ".metadata")
     if path.with_name(path.name + ".loss").exists():
-        raise UserError(f"{path}: it has a loss mask (.ds.loss), which is not read; move the mask away to train on every token")
+        raise UserError(
+            f"{path}: it has a loss mask (.ds.loss), which is not read; move the mask away to train on "
+            "every token"
+        )
     tokenizer, width, tokens = _metadata(metadata) if metadata.is_file() else (None, None, None)
     size, ends = path.stat().st_size, _index(index) if index.is_file() else None
     if ends is not None:
         tokens = tokens or int(ends[-1])
         if int(ends[-1]) != tokens:
-            raise _cut(index, f"its documents end after {int(ends[-1]):,} ids, and {metadata.name} tells of {tokens:,}")
+            raise _cut(
+                index,
+                f"its documents end after {int(ends[-1]):,} ids, and {metadata.name} tells of {tokens:,}",
+            )
     if tokens is None:
         return TokenFile(path, 0, RAW, tokenizer=tokenizer)
     kinds = tuple(kind for kind in RAW if kind.itemsize * tokens == size and width in (None, kind.itemsize))
@@ -145,7 +163,10 @@ def _index(path: Path) -> np.ndarray:
     if not path.stat().st_size or path.stat().st_size % 8:
         raise _cut(path, f"{path.stat().st_size:,} bytes are no whole number of document ends")
     ends = np.memmap(path, "<u8", "r").view(np.ndarray)
-    if any((np.diff(ends[first : first + PIECE + 1].astype(np.int64)) < 0).any() for first in range(0, len(ends), PIECE)):
+    if any(
+        (np.diff(ends[first : first + PIECE + 1].astype(np.int64)) < 0).any()
+        for first in range(0, len(ends), PIECE)
+    ):
         raise _cut(path, "a document ends before the one in front of it")
     return ends
 
@@ -172,10 +193,21 @@ def _megatron(path: Path, index: Path) -> TokenFile:
         raise _cut(index, "it does not begin as an index of Megatron's (MMIDIDX)")
     version, code, sequences, bounds = struct.unpack("<QBQQ", head[len(MEGATRON_MAGIC) :])
     if version != 1 or code not in MEGATRON_TYPES:
-        raise UserError(f"{index}: version {version}, type {code} of an id; known: version 1, types {sorted(MEGATRON_TYPES)}")
+        raise UserError(
+            f"{index}: version {version}, type {code} of an id; known: version 1, types "
+            f"{sorted(MEGATRON_TYPES)}"
+        )
     expected = MEGATRON_HEADER + 12 * sequences + 8 * bounds
-    if there not in (expected, expected + sequences) or not sequences or bounds < 2:  # the latter with a mode for each sequence
-        raise _cut(index, f"its header tells of {sequences:,} sequences and {bounds:,} bounds, {expected:,} bytes; it has {there:,}")
+    if (
+        there not in (expected, expected + sequences) or not sequences or bounds < 2
+    ):  # the latter with a mode for each sequence
+        raise _cut(
+            index,
+            (
+                f"its header tells of {sequences:,} sequences and {bounds:,} bounds, {expected:,} bytes; "
+                f"it has {there:,}"
+            ),
+        )
     dtype = np.dtype(MEGATRON_TYPES[code])
     raw = np.memmap(index, np.uint8, "r", MEGATRON_HEADER)
     lengths = raw[: 4 * sequences].view("<i4")
@@ -213,7 +245,11 @@ def _npy(path: Path) -> TokenFile:
         file.seek(0)
         try:
             version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            read = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
             shape, _, dtype = read(file)
         except ValueError as error:
             raise _cut(path, f"NumPy cannot read its header ({error})") from None
@@ -221,7 +257,13 @@ def _npy(path: Path) -> TokenFile:
     if len(shape) != 1 or dtype.kind not in "iu":
         raise UserError(f"{path}: an array of shape {shape} and type {dtype}; ids are one row of integers")
     if path.stat().st_size != offset + shape[0] * dtype.itemsize:
-        raise _cut(path, f"its header tells of {shape[0]:,} ids of {dtype.itemsize} bytes, and it has {path.stat().st_size:,} bytes")
+        raise _cut(
+            path,
+            (
+                f"its header tells of {shape[0]:,} ids of {dtype.itemsize} bytes, and it has "
+                f"{path.stat().st_size:,} bytes"
+            ),
+        )
     return TokenFile(path, offset, (dtype,))
 
 

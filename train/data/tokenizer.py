@@ -20,12 +20,23 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 TRAIN = "train"  # as data.tokenizer: train one, even beside a source that has its own
-LONGEST_RUN = 1024  # characters that a tokenizer is trained on in one piece, where nothing interrupts them: training takes their square
+# characters that a tokenizer is trained on in one piece, where nothing interrupts them: training takes their
+# square
+LONGEST_RUN = 1024
 _RUN = re.compile(rf"\S{{{LONGEST_RUN}}}(?=\S)|\s{{{LONGEST_RUN}}}(?=\s)")
-FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], *, vocab_size: int, model_max_length: int
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE (GPT-2's kind): any text can be spelt, and decoding gives it back.
 
     Args:
@@ -46,7 +57,11 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, model_max_length: 
     )
     tokenizer.train_from_iterator((piece for text in texts for piece in _bounded(text)), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT, model_max_length=model_max_length
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        model_max_length=model_max_length,
     )
 
 
@@ -72,13 +87,19 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     except Exception as error:  # transformers, tokenizers and the hub's client each raise their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"data.tokenizer={name}: cannot be loaded ({reason}); give a folder with tokenizer files, or a name on the Hugging Face hub "
-            f"that can be reached; data.tokenizer={TRAIN} trains one"
+            f"data.tokenizer={name}: cannot be loaded ({reason}); give a folder with tokenizer files, or a "
+            f"name on the Hugging Face hub that can be reached; data.tokenizer={TRAIN} trains one"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"data.tokenizer={name}: it has no fast form (tokenizer.json); convert it, or train one (data.tokenizer={TRAIN})")
+        raise UserError(
+            f"data.tokenizer={name}: it has no fast form (tokenizer.json); convert it, or train one "
+            f"(data.tokenizer={TRAIN})"
+        )
     if tokenizer.eos_token_id is None:
-        raise UserError(f"data.tokenizer={name}: it has no eos token to end a document with; set one in its tokenizer_config.json")
+        raise UserError(
+            f"data.tokenizer={name}: it has no eos token to end a document with; set one in its "
+            "tokenizer_config.json"
+        )
     return tokenizer
 
 
@@ -100,7 +121,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 class Encoder:
     """Turns documents into ids: what the tokenizer's own call puts in front, the text, the end of text.
 
-    A special token that stands in a text is the text it is, for every kind of tokenizer: only an encoder ends a document.
+    A special token that stands in a text is the text it is, for every kind of tokenizer: only an encoder ends
+    a document.
     """
 
     tokenizer: Tokenizer
@@ -126,20 +148,35 @@ def encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
 
 def write_encoder(tokenizer: PreTrainedTokenizerFast) -> str:
     """What `read_encoder` reads, in another process perhaps."""
-    special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= {str(token): int(number) for token, number in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)}
+    special = {
+        token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    special |= {
+        str(token): int(number)
+        for token, number in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    }
     if tokenizer.unk_token_id != tokenizer.eos_token_id:
         special.pop(str(tokenizer.unk_token), None)  # stands for text that has no other token
     unknown = tokenizer.unk_token_id if str(tokenizer.unk_token) not in special else None
-    literal = {number: _spelling(content, tokenizer.get_vocab(), special, unknown) for content, number in special.items()}
+    literal = {
+        number: _spelling(content, tokenizer.get_vocab(), special, unknown)
+        for content, number in special.items()
+    }
     whole, plain = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
     front: list[int] = next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
     return json.dumps(
-        {"tokenizer": tokenizer.backend_tokenizer.to_str(), "front": front, "end": tokenizer.eos_token_id, "literal": list(literal.items())}
+        {
+            "tokenizer": tokenizer.backend_tokenizer.to_str(),
+            "front": front,
+            "end": tokenizer.eos_token_id,
+            "literal": list(literal.items()),
+        }
     )
 
 
-def _spelling(content: str, vocabulary: dict[str, int], special: dict[str, int], unknown: int | None) -> list[int]:
+def _spelling(
+    content: str, vocabulary: dict[str, int], special: dict[str, int], unknown: int | None
+) -> list[int]:
     """The ids of a special token's characters, the longest pieces first; bytes where a character has none."""
     ids, start = list[int](), 0
     while start < len(content):
@@ -175,7 +212,8 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def tokenizer_identity(name: str | None) -> str | None:
-    """What may change under the same `name`: how a folder's tokenizer cuts text and ends it; a hub name stands for itself."""
+    """What may change under the same `name`: how a folder's tokenizer cuts text and ends it; a hub name
+    stands for itself."""
     if name is None or _folder(name) is None:
         return name
     tokenizer = load_tokenizer(name)
@@ -196,8 +234,9 @@ def check_vocabulary(data: TokenData, vocab_size: int) -> None:
     if data.vocab_size > vocab_size:
         raise UserError(
             f"data: the tokenizer has {data.vocab_size} entries, the model's vocab_size is {vocab_size}; "
-            "give the tokenizer that the model was trained with (data.tokenizer=FOLDER; where the source's folder has none, one is "
-            "trained here), a smaller data.vocab_size for one that is trained here, or a larger model"
+            "give the tokenizer that the model was trained with (data.tokenizer=FOLDER; where the "
+            "source's folder has none, one is trained here), a smaller data.vocab_size for one that is "
+            "trained here, or a larger model"
         )
 
 

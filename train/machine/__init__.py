@@ -1,1 +1,2 @@
-"""The machine: devices, processes, Slurm, compiled layers, memory forecasts, a watch over hanging processes."""
+"""The machine: devices, processes, Slurm, compiled layers, memory forecasts, a watch over hanging
+processes."""

@@ -171,7 +171,9 @@ def device_name(device: torch.device) -> str:
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo") as file:
-            return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "cpu")
+            return next(
+                (line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "cpu"
+            )
     except OSError:
         return "cpu"
 

@@ -1,8 +1,8 @@
 """Distributed training: this file decides between DDP and FSDP2, and Accelerate does it.
 
 sharding=none  DDP: each process holds the whole network and its optimizer state
-sharding=full  FSDP2 (`fully_shard`; arXiv 2304.11277): each process holds a part of weights, gradients and optimizer state, and gathers
-               one layer at a time
+sharding=full  FSDP2 (`fully_shard`; arXiv 2304.11277): each process holds a part of weights, gradients and
+               optimizer state, and gathers one layer at a time
 
 A run of one process needs neither.
 """
@@ -38,10 +38,15 @@ def open_accelerator(sharding: ShardingSettings | None, *, cpu: bool, mixed_prec
     """
     if os.environ.get(_SWITCH, "").lower() in {"1", "true"}:
         raise UserError(
-            "accelerate launch --use_fsdp: sharding is a setting of the run; launch without it, and give sharding=full",
+            "accelerate launch --use_fsdp: sharding is a setting of the run; launch without it, and give "
+            "sharding=full",
         )
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    plugin = sharding_plugin(sharding, mixed_precision) if several and sharding is not None and sharding.name == "full" else None
+    plugin = (
+        sharding_plugin(sharding, mixed_precision)
+        if several and sharding is not None and sharding.name == "full"
+        else None
+    )
     views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # else DDP holds every gradient twice
     accelerator = Accelerator(
         cpu=cpu,

@@ -1,7 +1,8 @@
-"""What a run would take, before it takes it: parameters, steps, FLOPs, hours and the memory of each GPU, from configs alone.
+"""What a run would take, before it takes it: parameters, steps, FLOPs, hours and the memory of each GPU, from
+configs alone.
 
-Nothing is downloaded and no weight is made: the network is built on fake tensors, which have shapes and no memory, and one of its forward
-passes is made on them to count what it keeps for the backward pass.
+Nothing is downloaded and no weight is made: the network is built on fake tensors, which have shapes and no
+memory, and one of its forward passes is made on them to count what it keeps for the backward pass.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ FILLED = 0.95  # of a device's memory may be planned for
 
 @dataclass(frozen=True)
 class Forecast:
-    """A run in numbers. `hours` are of `gpus` devices at the model-FLOPs utilisation (arXiv 2204.02311) that was assumed."""
+    """A run in numbers. `hours` are of `gpus` devices at the model-FLOPs utilisation (arXiv 2204.02311) that
+    was assumed."""
 
     parameters: int
     active: int  # of them for each token; fewer in a mixture of experts
@@ -56,18 +58,24 @@ def forecast(settings: Settings) -> Forecast:
     budget, plan, loop = Budget.of(settings.train), settings.forecast, settings.train
     if budget.rows % plan.gpus:
         raise UserError(
-            f"forecast.gpus: {plan.gpus} do not divide the {budget.rows} windows of a batch (train.batch_tokens / train.context); "
-            f"try train.batch_tokens={max(1, round(budget.rows / plan.gpus)) * plan.gpus * loop.context}"
+            f"forecast.gpus: {plan.gpus} do not divide the {budget.rows} windows of a batch "
+            "(train.batch_tokens / train.context); try "
+            f"train.batch_tokens={max(1, round(budget.rows / plan.gpus)) * plan.gpus * loop.context}"
         )
     config = target(settings)
     attention = None if loop.attention in ("auto", "flash_attention_2") else loop.attention
     with FakeTensorMode():
         network = empty_model(config, dtype=torch.float32, attention=attention)
-    groups = {g["name"]: (len(g["params"]), sum(p.numel() for p in g["params"])) for g in parameter_groups(network, 0.0)}
+    groups = {
+        g["name"]: (len(g["params"]), sum(p.numel() for p in g["params"]))
+        for g in parameter_groups(network, 0.0)
+    }
     share = budget.rows // plan.gpus
     rows = min(loop.micro_batch or share, share)
     peak = peak_flops(plan.device, "bf16")
-    total = flops_after(spans_of(stages_of(settings, config), settings, None, {}), budget.steps, budget.tokens_per_step)
+    total = flops_after(
+        spans_of(stages_of(settings, config), settings, None, {}), budget.steps, budget.tokens_per_step
+    )
     return Forecast(
         parameters=parameter_count(config),
         active=active_parameter_count(config),
@@ -89,18 +97,27 @@ def target(settings: Settings) -> dict[str, Any]:
     Raises:
         UserError: it depends on a source that does not.
     """
-    source = None if settings.source is None or not Path(settings.source).is_dir() else read_config(Path(settings.source))
+    source = (
+        None
+        if settings.source is None or not Path(settings.source).is_dir()
+        else read_config(Path(settings.source))
+    )
     if settings.growth.operator == "source" and source is None:
         raise UserError(
-            f"dry_run: the source {settings.source!r} is the network, and it is no folder here; give one, or a preset as target"
+            f"dry_run: the source {settings.source!r} is the network, and it is no folder here; give one, "
+            "or a preset as target"
         )
     if settings.growth.operator == "source" and source is not None:
         return source
-    changed = None if source is None else mixture_target(source, settings.target, settings.growth.operator, settings.growth.options)
+    changed = (
+        None
+        if source is None
+        else mixture_target(source, settings.target, settings.growth.operator, settings.growth.options)
+    )
     return changed or resolve_target(settings.target, source)
 
 
-# ---- telling --------------------------------------------------------------------------------------------------------------------------
+# ---- telling -----------------------------------------------------------------------------------------------
 
 
 def tell(settings: Settings) -> str:
@@ -109,45 +126,79 @@ def tell(settings: Settings) -> str:
     peak, room = peak_flops(plan.device, "bf16"), named(MEMORY_GIB, plan.device)
     met = f", {found.active:,} active for each token" if found.active < found.parameters else ""
     lines = [f"{settings.name}: {found.parameters:,} parameters{met}"]
-    lines += [f"  {name:<10} {count:>14,} in {tensors} tensors" for name, (tensors, count) in found.groups.items()]
+    lines += [
+        f"  {name:<10} {count:>14,} in {tensors} tensors" for name, (tensors, count) in found.groups.items()
+    ]
     shape = f"{plan.gpus} × {found.pieces} × {loop.micro_batch or 'all'} windows of {loop.context}"
     lines += [
-        f"steps         {found.steps:,} of {found.tokens_per_step:,} tokens ({shape}): {found.steps * found.tokens_per_step:,} tokens",
-        f"FLOPs         {found.flops_per_token:.4g} per token × tokens = {found.flops:.4g} ({found.flops_from})",
+        (
+            f"steps         {found.steps:,} of {found.tokens_per_step:,} tokens ({shape}): "
+            f"{found.steps * found.tokens_per_step:,} tokens"
+        ),
+        (
+            f"FLOPs         {found.flops_per_token:.4g} per token × tokens = {found.flops:.4g} "
+            f"({found.flops_from})"
+        ),
     ]
     if found.hours is None or peak is None:
         lines.append(f"hours         not known for {plan.device}; known: {', '.join(PEAK_BF16_FLOPS)}")
     else:
-        lines.append(f"hours         FLOPs / ({plan.gpus} × {peak / 1e12:g} TFLOP/s × MFU {plan.mfu:g}) = {found.hours:,.1f}")
+        lines.append(
+            f"hours         FLOPs / ({plan.gpus} × {peak / 1e12:g} TFLOP/s × MFU {plan.mfu:g}) = "
+            f"{found.hours:,.1f}"
+        )
         if plan.days is not None:
             rate, mfu = sustained(found.flops, plan.gpus, plan.days, peak)
-            lines.append(f"{plan.days:g} days       would be {rate / 1e12:.1f} TFLOP/s on each of {plan.gpus}, an MFU of {mfu:.1%}")
+            lines.append(
+                f"{plan.days:g} days       would be {rate / 1e12:.1f} TFLOP/s on each of {plan.gpus}, an "
+                f"MFU of {mfu:.1%}"
+            )
     lines += [f"text          {line}" for line in passes(settings)]
     parts = [f"{name} {size / GIB:.1f}" for name, size in vars(found.memory).items() if size]
-    verdict = "" if room is None else f", {'fits' if found.memory.total < FILLED * room * GIB else 'does not fit'} in {room:g} GiB"
-    lines.append(f"GiB per GPU   {' + '.join(parts)} = {found.memory.total / GIB:.1f}{verdict} (sharding {settings.sharding.name})")
+    verdict = (
+        ""
+        if room is None
+        else f", {'fits' if found.memory.total < FILLED * room * GIB else 'does not fit'} in {room:g} GiB"
+    )
+    lines.append(
+        f"GiB per GPU   {' + '.join(parts)} = {found.memory.total / GIB:.1f}{verdict} (sharding "
+        f"{settings.sharding.name})"
+    )
     if room is not None and found.memory.total >= FILLED * room * GIB:
         lines += ways_out(settings, room)
     if settings.transfer.inherited_rate == 0.0:
-        lines.append("too much      what is frozen has neither gradients nor state, and is counted as if it had")
+        lines.append(
+            "too much      what is frozen has neither gradients nor state, and is counted as if it had"
+        )
     if settings.transfer.teacher is not None:
-        lines.append("not counted   the teacher: its forward passes, a third of its training FLOPs, and its weights")
+        lines.append(
+            "not counted   the teacher: its forward passes, a third of its training FLOPs, and its weights"
+        )
     return "\n".join(lines)
 
 
 def ways_out(settings: Settings, room: float) -> list[str]:
-    """What each key that saves memory would leave, forecast anew with that key alone changed; the most helpful first."""
+    """What each key that saves memory would leave, forecast anew with that key alone changed; the most
+    helpful first."""
     loop, several = settings.train, settings.forecast.gpus > 1
     share = Budget.of(loop).rows // settings.forecast.gpus
     rows = min(loop.micro_batch or share, share)
-    eighth = settings.sharding.name == "none" and replace(settings, optimizer=replace(settings.optimizer, name="adamw_8bit"))
+    eighth = settings.sharding.name == "none" and replace(
+        settings, optimizer=replace(settings.optimizer, name="adamw_8bit")
+    )
     asked = {
         "sharding=full": several and replace(settings, sharding=replace(settings.sharding, name="full")),
-        "train.checkpointing=true": not loop.checkpointing and replace(settings, train=replace(loop, checkpointing=True)),
-        f"train.micro_batch={max(1, rows // 2)}": rows > 1 and replace(settings, train=replace(loop, micro_batch=max(1, rows // 2))),
+        "train.checkpointing=true": not loop.checkpointing
+        and replace(settings, train=replace(loop, checkpointing=True)),
+        f"train.micro_batch={max(1, rows // 2)}": rows > 1
+        and replace(settings, train=replace(loop, micro_batch=max(1, rows // 2))),
         "optimizer=adamw_8bit": eighth,
     }
-    totals = {key: forecast(changed).memory.total / GIB for key, changed in asked.items() if changed and changed != settings}
+    totals = {
+        key: forecast(changed).memory.total / GIB
+        for key, changed in asked.items()
+        if changed and changed != settings
+    }
     return [
         f"with {key}: {total:.1f} GiB, {'fits' if total < FILLED * room else 'does not fit'}"
         for key, total in sorted(totals.items(), key=lambda pair: pair[1])

@@ -1,9 +1,14 @@
-"""The memory of one GPU in training, from shapes alone: what is held at each of the moments at which a step may be at its peak.
+"""The memory of one GPU in training, from shapes alone: what is held at each of the moments at which a step
+may be at its peak.
 
-loss      the forward pass has ended: every layer keeps what its backward pass needs, and the logits are turned into their gradient
-backward  the last layer goes backward first, while all others still keep theirs; with checkpointing it is computed again
-the end   the first layer goes backward last: little is kept, all gradients are there (where a step has one micro-batch, not before)
-reduced   of a sharded run: embeddings and head, which no layer holds, hand their gradients to the other processes when all is done
+loss      the forward pass has ended: every layer keeps what its backward pass needs, and the logits are
+          turned into their gradient
+backward  the last layer goes backward first, while all others still keep theirs; with checkpointing it is
+          computed again
+the end   the first layer goes backward last: little is kept, all gradients are there (where a step has one
+          micro-batch, not before)
+reduced   of a sharded run: embeddings and head, which no layer holds, hand their gradients to the other
+          processes when all is done
 
 Beside them: benchmarks/bench_memory.py, which holds these numbers against PyTorch's `FSDPMemTracker`.
 """
@@ -40,8 +45,12 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
-    gathered: float  # of a sharded model: weights that are whole at a time, and gradients while they are exchanged
-    activations: float  # kept for the backward pass or made in it, with weights' bfloat16 copies and gradients before they are exchanged
+    gathered: (
+        float  # of a sharded model: weights that are whole at a time, and gradients while they are exchanged
+    )
+    # kept for the backward pass or made in it, with weights' bfloat16 copies and gradients before they are
+    # exchanged
+    activations: float
     logits: float  # with what their loss and its gradient need
 
     @property
@@ -49,8 +58,11 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.gathered + self.activations + self.logits
 
 
-def memory(settings: Settings, config: dict[str, Any], network: Any, groups: dict[str, tuple[int, int]], rows: int) -> Memory:
-    """The bytes of one GPU that computes `rows` windows at a time, at the moment of a step when they are the most.
+def memory(
+    settings: Settings, config: dict[str, Any], network: Any, groups: dict[str, tuple[int, int]], rows: int
+) -> Memory:
+    """The bytes of one GPU that computes `rows` windows at a time, at the moment of a step when they are the
+    most.
 
     Args:
         network: on fake tensors, in float32.
@@ -62,7 +74,9 @@ def memory(settings: Settings, config: dict[str, Any], network: Any, groups: dic
     return max(moments(settings, config, network, groups, rows).values(), key=lambda moment: moment.total)
 
 
-def moments(settings: Settings, config: dict[str, Any], network: Any, groups: dict[str, tuple[int, int]], rows: int) -> dict[str, Memory]:
+def moments(
+    settings: Settings, config: dict[str, Any], network: Any, groups: dict[str, tuple[int, int]], rows: int
+) -> dict[str, Memory]:
     """What is held at each moment of a step at which it may be the most; arguments as of `memory`."""
     loop, gpus = settings.train, settings.forecast.gpus
     sharded, bf16 = settings.sharding.name == "full" and gpus > 1, loop.precision != "fp32"
@@ -78,13 +92,25 @@ def moments(settings: Settings, config: dict[str, Any], network: Any, groups: di
     several = -(-loop.batch_tokens // loop.context // gpus // rows) > 1
     full = entries * GRADIENT / shards
     before = full if several or (gpus > 1 and not sharded) else 0.0
-    forward, backward = logits(config, rows * loop.context, fused=fuses(config, loop.loss), bf16=bf16, sharded=sharded)
-    # Autocast's copies of the layers' weights live as long as its forward pass; without checkpointing the layers keep them.
+    forward, backward = logits(
+        config, rows * loop.context, fused=fuses(config, loop.loss), bf16=bf16, sharded=sharded
+    )
+    # Autocast's copies of the layers' weights live as long as its forward pass; without checkpointing the
+    # layers keep them.
     copies = 2.0 * layer_entries(network) if bf16 and not sharded and loop.checkpointing else 0.0
     none = Gathered(0.0, 0.0, 0.0, 0.0, 0.0)
     reshard = settings.sharding.reshard_after_forward
-    whole = gathered(network, 2 if bf16 else 4, reshard, checkpointing=loop.checkpointing) if sharded else none
-    rest = Memory(entries * MASTER / shards, before, optimizer_state(settings.optimizer.name, groups) / shards, 0.0, 0.0, 0.0)
+    whole = (
+        gathered(network, 2 if bf16 else 4, reshard, checkpointing=loop.checkpointing) if sharded else none
+    )
+    rest = Memory(
+        entries * MASTER / shards,
+        before,
+        optimizer_state(settings.optimizer.name, groups) / shards,
+        0.0,
+        0.0,
+        0.0,
+    )
     return {
         "forward": replace(rest, gathered=whole.loss, activations=kept.loss + copies, logits=forward),
         "loss": replace(rest, gathered=whole.loss, activations=kept.loss, logits=backward),
@@ -96,11 +122,14 @@ def moments(settings: Settings, config: dict[str, Any], network: Any, groups: di
 
 def optimizer_state(name: str, groups: dict[str, tuple[int, int]]) -> float:
     """The bytes of the whole optimizer state."""
-    own = {group: MUON_STATE if name == "muon" and group in ("hidden", "experts") else STATE[name] for group in groups}
+    own = {
+        group: MUON_STATE if name == "muon" and group in ("hidden", "experts") else STATE[name]
+        for group in groups
+    }
     return sum(count * own[group] for group, (_, count) in groups.items())
 
 
-# ---- sharding -------------------------------------------------------------------------------------------------------------------------
+# ---- sharding ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -117,11 +146,12 @@ class Gathered:
 def gathered(network: Any, width: int, reshard: bool, *, checkpointing: bool = True) -> Gathered:
     """What FSDP holds whole, of entries of `width` bytes; gradients are exchanged in float32.
 
-    What lies in no layer (embeddings, head) is whole from the first layer to the last and back; of the layers, one computes while the
-    buffer of the next arrives, and in the backward pass its gradients are made while those of the layer behind it are exchanged. The
-    head's gradient waits for the embedding's, and both are exchanged when all is done. Without resharding after the forward pass, every
-    layer stays whole for the backward pass. Without checkpointing, the last layer's gradients take less than what it no longer keeps, so
-    that the peak is before them.
+    What lies in no layer (embeddings, head) is whole from the first layer to the last and back; of the
+    layers, one computes while the buffer of the next arrives, and in the backward pass its gradients are made
+    while those of the layer behind it are exchanged. The head's gradient waits for the embedding's, and both
+    are exchanged when all is done. Without resharding after the forward pass, every layer stays whole for the
+    backward pass. Without checkpointing, the last layer's gradients take less than what it no longer keeps,
+    so that the peak is before them.
     """
     everything, inside = sum(p.numel() for p in network.parameters()), layer_entries(network)
     one = max((sum(p.numel() for p in layer.parameters()) for layer in layers_of(network)), default=0)
@@ -142,12 +172,13 @@ def layer_entries(network: Any) -> int:
     return sum(p.numel() for layer in layers_of(network) for p in layer.parameters())
 
 
-# ---- activations ----------------------------------------------------------------------------------------------------------------------
+# ---- activations -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The bytes of activations, moment by moment: at the loss, where the last layer goes backward, and where the first one does."""
+    """The bytes of activations, moment by moment: at the loss, where the last layer goes backward, and where
+    the first one does."""
 
     loss: float
     backward: float
@@ -155,11 +186,13 @@ class Kept:
 
 
 def kept_by(network: Any, rows: int, context: int, *, bf16: bool, checkpointing: bool = False) -> Kept:
-    """The bytes that the layers keep for the backward pass over (rows, context) tokens, counted on a forward pass of a fake network.
+    """The bytes that the layers keep for the backward pass over (rows, context) tokens, counted on a forward
+    pass of a fake network.
 
-    With activation checkpointing, what all layers keep is their inputs, and the backward pass holds beside them the one layer whole that
-    it is computing again (the largest). Going backward through a layer takes three gradients of the size of its largest tensor.
-    A network that is compiled keeps less: the compiler fuses element-wise steps and computes some of them again.
+    With activation checkpointing, what all layers keep is their inputs, and the backward pass holds beside
+    them the one layer whole that it is computing again (the largest). Going backward through a layer takes
+    three gradients of the size of its largest tensor. A network that is compiled keeps less: the compiler
+    fuses element-wise steps and computes some of them again.
 
     Raises:
         UserError: the class's forward pass depends on values, which a fake network has not.
@@ -174,7 +207,9 @@ def kept_by(network: Any, rows: int, context: int, *, bf16: bool, checkpointing:
         return tensor
 
     def enter(number: int, given: Any) -> None:
-        inputs.update({t.untyped_storage()._cdata: t for t in given if isinstance(t, Tensor) and t.is_floating_point()})
+        inputs.update(
+            {t.untyped_storage()._cdata: t for t in given if isinstance(t, Tensor) and t.is_floating_point()}
+        )
         inside.append(number)
 
     def leave(*_: Any) -> None:
@@ -189,7 +224,11 @@ def kept_by(network: Any, rows: int, context: int, *, bf16: bool, checkpointing:
     finally:
         for hook in hooks:
             hook.remove()
-    sizes = {place: (tensor.untyped_storage().nbytes(), layer) for place, (tensor, layer) in kept.items() if place not in weights}
+    sizes = {
+        place: (tensor.untyped_storage().nbytes(), layer)
+        for place, (tensor, layer) in kept.items()
+        if place not in weights
+    }
     everything = sum(size for size, _ in sizes.values())
     entered = sum(tensor.untyped_storage().nbytes() for tensor in inputs.values())
     layers: dict[int, list[int]] = {}
@@ -208,30 +247,39 @@ def kept_by(network: Any, rows: int, context: int, *, bf16: bool, checkpointing:
 def _forward(network: Any, rows: int, context: int, bf16: bool, keep: Callable[[Tensor], Tensor]) -> None:
     """One forward pass of a fake network, every tensor that autograd saves handed to `keep`."""
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    # Experts in groups have no fake kernel in float32; the product with one of them has the shapes, and keeps what they keep.
-    grouped = patch("transformers.integrations.moe._grouped_mm", lambda given, weight, offs: given @ weight[0].to(given.dtype))
+    # Experts in groups have no fake kernel in float32; the product with one of them has the shapes, and keeps
+    # what they keep.
+    grouped = patch(
+        "transformers.integrations.moe._grouped_mm",
+        lambda given, weight, offs: given @ weight[0].to(given.dtype),
+    )
     single = patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
     try:
         with next(network.parameters()).fake_mode, quietly(), grouped, single, autocast, hooks:
-            network.train().base_model(input_ids=torch.zeros(rows, context, dtype=torch.int64), use_cache=False)
+            network.train().base_model(
+                input_ids=torch.zeros(rows, context, dtype=torch.int64), use_cache=False
+            )
     except Exception as fault:  # the library's classes raise every kind
         raise UserError(
-            f"dry_run: the memory of {type(network).__name__} cannot be forecast: its forward pass depends on values of weights or "
-            f"tokens, which there are none of here ({in_one_line(fault)})"
+            f"dry_run: the memory of {type(network).__name__} cannot be forecast: its forward pass depends "
+            f"on values of weights or tokens, which there are none of here ({in_one_line(fault)})"
         ) from None
 
 
-# ---- loss -----------------------------------------------------------------------------------------------------------------------------
+# ---- loss --------------------------------------------------------------------------------------------------
 
 
-def logits(config: dict[str, Any], tokens: int, *, fused: bool, bf16: bool = False, sharded: bool = False) -> tuple[float, float]:
+def logits(
+    config: dict[str, Any], tokens: int, *, fused: bool, bf16: bool = False, sharded: bool = False
+) -> tuple[float, float]:
     """The bytes of the loss at the end of the forward pass and at the beginning of the backward pass.
 
-    Plain: forward, the logits, in float32 too where they are bfloat16, and log-probabilities, (tokens, vocab) each; backward,
-    log-probabilities, their gradient and the logits' gradient, in float32. Fused: a chunk's logits, turned into their gradient in place,
-    and the gradients of the head and of its input, which the forward pass makes and the backward pass scales.
-    bfloat16 needs copies: of the head and its input, or where both are fused, of what is not float32.
+    Plain: forward, the logits, in float32 too where they are bfloat16, and log-probabilities, (tokens, vocab)
+    each; backward, log-probabilities, their gradient and the logits' gradient, in float32. Fused: a chunk's
+    logits, turned into their gradient in place, and the gradients of the head and of its input, which the
+    forward pass makes and the backward pass scales. bfloat16 needs copies: of the head and its input, or
+    where both are fused, of what is not float32.
     """
     vocab, hidden = (known_size(config, name) or 0 for name in ("vocab_size", "hidden_size"))
     table, head, read = float(tokens * vocab), float(vocab * hidden), float(tokens * hidden)

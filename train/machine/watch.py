@@ -95,7 +95,10 @@ class Watch:
         named, words = blame(before, self._signs())
         waiting = [process for process in range(self.processes) if process not in named]
         if self.process == min(waiting, default=0):
-            way_out = "The same command goes on from the newest checkpoint; where a step takes so long, raise train.hang_seconds"
+            way_out = (
+                "The same command goes on from the newest checkpoint; where a step takes so long, raise "
+                "train.hang_seconds"
+            )
             print(
                 f"error: no step has ended for {self.limit:g} s: {words}. {way_out}",
                 file=sys.stderr,
@@ -134,7 +137,11 @@ def _sentence(process: int, sign: Sign | None, silent: bool) -> str:
     if sign is None:
         return f"process {process} has given no sign of life"
     who = f"process {process} on {sign.host}"
-    return f"{who} gives no sign of life since it was at {sign.place}" if silent else f"{who} stands at {sign.place}"
+    return (
+        f"{who} gives no sign of life since it was at {sign.place}"
+        if silent
+        else f"{who} stands at {sign.place}"
+    )
 
 
 def standing() -> tuple[str, bool]:

@@ -132,7 +132,8 @@ def newest_intact(folder: Path, accelerator: Accelerator, say: Callable[[str], N
     if faults:
         lines = "".join(f"\n  - {fault}" for fault in faults.values())
         raise UserError(
-            f"{folder}: no checkpoint is intact; delete this folder to train the run from its start again:{lines}",
+            f"{folder}: no checkpoint is intact; delete this folder to train the run from its start "
+            f"again:{lines}",
         )
     return None
 

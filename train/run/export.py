@@ -115,7 +115,8 @@ def _round(trained: Path, folder: Path, dtype: str) -> None:
     beyond = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     if beyond:
         raise UserError(
-            f"train.save_dtype: {', '.join(beyond[:3])} hold values beyond the range of {dtype}; use bfloat16 or float32",
+            f"train.save_dtype: {', '.join(beyond[:3])} hold values beyond the range of {dtype}; use "
+            "bfloat16 or float32",
         )
     model.save_pretrained(folder)
 
@@ -160,9 +161,14 @@ def model_card(run: RunRecord, summary: Summary, dtype: str) -> str:
         "training FLOPs": f"{summary.flops:.3e}",
         "context": run.setting("train.context"),
         "validation loss at the start": f"{summary.start_val_loss:.4f} nats/token",
-        "validation loss at the end": f"{summary.final_val_loss:.4f} nats/token, {summary.bits_per_byte:.4f} bits/byte",
+        "validation loss at the end": f"{summary.final_val_loss:.4f} nats/token, "
+        f"{summary.bits_per_byte:.4f} bits/byte",
         "device": f"{run.device}, {run.precision}",
-        **({} if dtype == "float32" else {"weights": f"{dtype}; the losses are those of the float32 weights that were trained"}),
+        **(
+            {}
+            if dtype == "float32"
+            else {"weights": f"{dtype}; the losses are those of the float32 weights that were trained"}
+        ),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---

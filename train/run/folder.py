@@ -42,7 +42,8 @@ def read_run(folder: Path) -> RunRecord | None:
     others = sorted(names - ours)
     if others:
         raise UserError(
-            f"out: {folder} holds {', '.join(others[:3])} and no {RUN}, so it is no run's folder; choose another out=",
+            f"out: {folder} holds {', '.join(others[:3])} and no {RUN}, so it is no run's folder; choose "
+            "another out=",
         )
     return None
 
@@ -94,7 +95,8 @@ def final_dtype(folder: Path, settings: Settings, source: str | None) -> str:
     asked = settings.train.save_dtype
     if asked == "source" and source is None:
         raise UserError(
-            "train.save_dtype=source: the dtype of the source's weights is not known; give float32, bfloat16 or float16",
+            "train.save_dtype=source: the dtype of the source's weights is not known; give float32, "
+            "bfloat16 or float16",
         )
     return (source if asked == "source" else asked) or kept_dtype(folder) or "float32"
 
@@ -102,13 +104,16 @@ def final_dtype(folder: Path, settings: Settings, source: str | None) -> str:
 def kept_dtype(folder: Path) -> str | None:
     """The dtype of the weights in a run's `final/`; None where there is none."""
     config = folder / FINAL / "config.json"
-    return read_object(config, "not a model's config; delete final/").get("dtype") if config.is_file() else None
+    return (
+        read_object(config, "not a model's config; delete final/").get("dtype") if config.is_file() else None
+    )
 
 
 def _further(folder: Path) -> str:
     return (
-        f"to train what it reached further, and not the whole again: growth=source source={folder / FINAL} transfer=continued "
-        "(after train.keep_optimizer=true, which makes a complete run keep Adam's state), under a study= of its own"
+        f"to train what it reached further, and not the whole again: growth=source source={folder / FINAL} "
+        "transfer=continued (after train.keep_optimizer=true, which makes a complete run keep Adam's "
+        "state), under a study= of its own"
     )
 
 
@@ -127,7 +132,11 @@ def shorter_run(settings: Settings) -> str | None:
         return None
     one, other = identity({} if run is None else run.settings), identity(settings)
     same = set(differing_settings(one, other)) <= {"name", "train.budget_tokens"}
-    return f"{folder} trained this for {one['train.budget_tokens']:,} tokens; {_further(folder)}" if same else None
+    return (
+        f"{folder} trained this for {one['train.budget_tokens']:,} tokens; {_further(folder)}"
+        if same
+        else None
+    )
 
 
 def check_same(folder: Path, run: RunRecord, settings: Settings) -> None:
@@ -144,7 +153,9 @@ def check_same(folder: Path, run: RunRecord, settings: Settings) -> None:
         lines.append(f"\n  - {key}: the run has {there!r}, asked is {asked!r}")
     if differing.keys() <= {"train.budget_tokens", "name"} and is_complete(folder):
         lines.append(f"\n  {_further(folder)}")
-    refusal = f"{folder} holds a run under other settings; choose another name= or out=, or delete the folder:"
+    refusal = (
+        f"{folder} holds a run under other settings; choose another name= or out=, or delete the folder:"
+    )
     raise UserError(refusal + "".join(lines))
 
 

@@ -96,7 +96,8 @@ def _check_trunk(folder: Path, record: RunRecord, settings: Settings) -> None:
             lines.append(f"\n  - {key}: the trunk has {there!r}, asked is {asked!r}")
     if lines:
         raise UserError(
-            f"{folder}: another trunk than the one of {settings.name}; choose another name= or out=:{''.join(lines)}",
+            f"{folder}: another trunk than the one of {settings.name}; choose another name= or "
+            f"out=:{''.join(lines)}",
         )
 
 
@@ -120,7 +121,8 @@ def take_over_trunk(folder: Path, record: Trunk) -> None:
     kept = state.place(trunk / STABLE, record.step)
     if not (kept / state.STATE).is_file():
         raise UserError(
-            f"{folder}: it goes on from {kept}, which is gone; delete the folder to train it from its beginning",
+            f"{folder}: it goes on from {kept}, which is gone; delete the folder to train it from its "
+            "beginning",
         )
     write_text(folder / run_folder.METRICS, (trunk / run_folder.METRICS).read_text())
     if (trunk / run_folder.SAMPLES).is_file():

@@ -125,7 +125,8 @@ class Console:
 
         columns = ("[bold]{task.description}", "{task.percentage:3.0f}%", "{task.fields[shown]}")
         self.bar = Progress(
-            TextColumn(columns[0]), BarColumn(), TextColumn(columns[1]), TextColumn(columns[2]), TimeElapsedColumn(), TimeRemainingColumn(),
+            TextColumn(columns[0]), BarColumn(), TextColumn(columns[1]), TextColumn(columns[2]),
+            TimeElapsedColumn(), TimeRemainingColumn(),
             console=Terminal(stderr=True),
         )  # fmt: skip
         self.task = self.bar.add_task(self.name, total=self.budget, shown="")

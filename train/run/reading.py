@@ -36,7 +36,11 @@ def reading(settings: Settings, source: Path | None, run: RunRecord | None) -> D
         return settings.data
     if run is not None:
         kept = run.data.cut
-        return settings.data if kept is None else replace(settings.data, folder=kept["folder"], tokenizer=_still_there(kept))
+        return (
+            settings.data
+            if kept is None
+            else replace(settings.data, folder=kept["folder"], tokenizer=_still_there(kept))
+        )
     if source is None or not has_tokenizer(source):
         return settings.data
     return cut_by(settings.data, source)
@@ -64,13 +68,15 @@ def tokenizer_warnings(settings: Settings, source: Path | None, data: TokenData)
     if not has_tokenizer(source):
         if settings.data.tokenizer in (None, TRAIN):
             yield (
-                f"warning: the source {settings.source} comes without a tokenizer, and one was trained on the text: unless the source has "
-                "learnt its ids, give the source's own as data.tokenizer=FOLDER"
+                f"warning: the source {settings.source} comes without a tokenizer, and one was trained on "
+                "the text: unless the source has learnt its ids, give the source's own as "
+                "data.tokenizer=FOLDER"
             )
     elif tokenizer_identity(str(source)) != tokenizer_identity(str(data.tokenizer_folder)):
         yield (
-            f"warning: data.tokenizer={settings.data.tokenizer} is not the tokenizer that the source {settings.source} was trained with: "
-            "its embeddings stand for other tokens, and much of what it knows is lost; data.tokenizer=null keeps the source's own"
+            f"warning: data.tokenizer={settings.data.tokenizer} is not the tokenizer that the source "
+            f"{settings.source} was trained with: its embeddings stand for other tokens, and much of what "
+            "it knows is lost; data.tokenizer=null keeps the source's own"
         )
 
 
@@ -79,8 +85,9 @@ def rate_warnings(settings: Settings, parameters: int) -> Iterator[str]:
     rate = settings.optimizer.learning_rate
     if settings.growth.operator != "scratch" and parameters >= TINY_PARAMETERS and rate >= TINY_RATE:
         yield (
-            f"warning: optimizer.learning_rate={rate:g} was found on models of one or two million parameters; a pretrained model of "
-            f"{parameters:,} is usually trained on at 1e-5 to 3e-4: a rate that is too high forgets what it knows"
+            f"warning: optimizer.learning_rate={rate:g} was found on models of one or two million "
+            f"parameters; a pretrained model of {parameters:,} is usually trained on at 1e-5 to 3e-4: a "
+            "rate that is too high forgets what it knows"
         )
 
 
@@ -88,6 +95,7 @@ def loss_warnings(settings: Settings, val_loss: float, vocab_size: int) -> Itera
     """Warn of a first loss above the entropy of guessing, ln V (a perplexity above the number of tokens)."""
     if settings.growth.operator != "scratch" and val_loss > log(vocab_size):
         yield (
-            f"warning: the first validation loss, {val_loss:.3f}, is above ln {vocab_size} = {log(vocab_size):.3f}, what guessing would "
-            "give: weights that are trained should start below it; are tokenizer, source and growth the ones that are meant?"
+            f"warning: the first validation loss, {val_loss:.3f}, is above ln {vocab_size} = "
+            f"{log(vocab_size):.3f}, what guessing would give: weights that are trained should start below "
+            "it; are tokenizer, source and growth the ones that are meant?"
         )

@@ -1,6 +1,7 @@
 """Stopping on request, as a preempted job has to: a signal makes a run save and end.
 
-SIGTERM (preemption, scancel), SIGUSR1 (sbatch --signal=USR1@120), SIGUSR2 (submitit) and Ctrl-C (SIGINT) do so.
+SIGTERM (preemption, scancel), SIGUSR1 (sbatch --signal=USR1@120), SIGUSR2 (submitit) and Ctrl-C (SIGINT) do
+so.
 
 The process then ends with status REQUEUE, which says: start the same command again, and it goes on where it
 stood. After Ctrl-C the status is a shell's own, 130, so that nothing starts again what a person has stopped;
@@ -34,8 +35,9 @@ def overruled(status: int) -> str:
     if signal.SIGTERM.name not in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "").split(","):
         return ""
     return (
-        f"; torchrun, which started this process, ends with status 1 instead of {status}, and kills what has not saved 30 s after SIGTERM: "
-        "python -m outgrow.train.launch takes the same arguments, keeps the status and waits for the saving"
+        f"; torchrun, which started this process, ends with status 1 instead of {status}, and kills what "
+        "has not saved 30 s after SIGTERM: python -m outgrow.train.launch takes the same arguments, keeps "
+        "the status and waits for the saving"
     )
 
 
@@ -79,4 +81,6 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
     """True if `flag` is true on any process; all of them have to ask, and all get the same answer."""
     if accelerator.num_processes == 1:
         return flag
-    return accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum").item() > 0
+    return (
+        accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum").item() > 0
+    )

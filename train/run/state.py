@@ -1,11 +1,13 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, on any number of processes.
 
 checkpoints/step-00000400/
-    shard-*.safetensors  one file for each process: its part of the weights (`model/NAME`, tied tensors once) and of the optimizer's state
-                         (`optimizer/SLOT/NAME`), written by torch.distributed.checkpoint, which puts the
-                         parts together again
-    metrics.jsonl        the run's rows up to here: a resumed run's file begins as this one, whatever has become of its own
-    state.json           step, clock and the open logging interval, readable, and size and SHA-256 of each file, its own record included
+    shard-*.safetensors  one file for each process: its part of the weights (`model/NAME`, tied tensors once)
+                         and of the optimizer's state (`optimizer/SLOT/NAME`), written by
+                         torch.distributed.checkpoint, which puts the parts together again
+    metrics.jsonl        the run's rows up to here: a resumed run's file begins as this one, whatever has
+                         become of its own
+    state.json           step, clock and the open logging interval, readable, and size and SHA-256 of each
+                         file, its own record included
 
 The text needs no state (batch i is a function of the seed and i), nor does the generator (it is seeded per
 step). Before a run goes on, the bytes of its newest checkpoint are held against these checksums; one that is

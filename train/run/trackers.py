@@ -39,7 +39,8 @@ class Tracker:
         self.begun = 0  # the first step that it does not hold already
 
     def log(self, kind: str, clocks: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-        """One row: every value over steps (W&B: over tokens), and every loss over tokens, FLOPs and seconds."""
+        """One row: every value over steps (W&B: over tokens), and every loss over tokens, FLOPs and
+        seconds."""
         if clocks["step"] < self.begun:
             return
         known_values = {key: value for key, value in values.items() if value is not None}
@@ -113,7 +114,8 @@ def check_installed(names: Iterable[str]) -> None:
     missing = [name for name in names if find_spec(name) is None]
     extras = {"wandb": "train"}  # which comes with all that training needs
     UserError.collect(
-        f"logger={name}: not installed; pip install -e '.[{extras.get(name, name)}]', or choose logger=none" for name in missing
+        f"logger={name}: not installed; pip install -e '.[{extras.get(name, name)}]', or choose logger=none"
+        for name in missing
     )
 
 
@@ -125,7 +127,8 @@ def open_trackers(folder: Path, settings: Settings, run: RunRecord, say: Say) ->
             opened.append(Tracker(OPENERS[name](folder, settings, run, say), say))
         except Exception as error:
             say(
-                f"tracker {name} does not start ({type(error).__name__}: {error}); training goes on without it",
+                f"tracker {name} does not start ({type(error).__name__}: {error}); training goes on "
+                "without it",
             )
     text = (folder / METRICS).read_text() if (folder / METRICS).is_file() else ""
     rows = [json.loads(line) for line in text.splitlines()]
@@ -184,7 +187,10 @@ def _wandb(folder: Path, settings: Settings, run: RunRecord, say: Say) -> Genera
     except Exception as error:
         if mode != "online":
             raise
-        say(f"W&B cannot be reached ({type(error).__name__}: {str(error).splitlines()[0]}); it is written offline, for `wandb sync`")
+        say(
+            f"W&B cannot be reached ({type(error).__name__}: {str(error).splitlines()[0]}); it is written "
+            "offline, for `wandb sync`"
+        )
         wandb.teardown()  # its service would hold the run's name to be in use
         tracker = _wandb_in("offline", folder, settings, run)
     _say_where(tracker.run, say)
@@ -239,7 +245,9 @@ def _wandb_mode(asked: str) -> str:
         return asked
     import wandb
 
-    return os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+    return os.environ.get("WANDB_MODE") or (
+        "online" if wandb.login(prompt=False, verify=False) else "offline"
+    )
 
 
 def _tensorboard(folder: Path, settings: Settings, run: RunRecord, say: Say) -> GeneralTracker:

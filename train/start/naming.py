@@ -171,8 +171,11 @@ def same_folder(settings: Sequence[tuple[Sequence[str], str]]) -> list[str]:
     for overrides, out in settings:
         points.setdefault(Path(out).resolve(), []).append(" ".join(overrides))
     return [
-        f"sweep: {len(same)} points would train in {folder}: {'; '.join(same[:3])}; what they differ in changes no result, or name= "
-        "and out= do not hold it: put it into name=, as in name='${study}-${growth.name}-${train.compile}-s${seed}'"
+        (
+            f"sweep: {len(same)} points would train in {folder}: {'; '.join(same[:3])}; what they differ "
+            "in changes no result, or name= and out= do not hold it: put it into name=, as in "
+            f"name='${{study}}-${{growth.name}}-${{train.compile}}-s${{seed}}'"
+        )
         for folder, same in points.items()
         if len(same) > 1
     ]

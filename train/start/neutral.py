@@ -9,7 +9,14 @@ from typing import Any
 NEUTRAL = (
     *("out", "progress", "dry_run", "forecast", "evaluate", "logger", "changes", "data.folder", "data.path"),
     *("data.validation_path", "data.workers"),
-    *("train.keep", "train.keep_best", "train.keep_optimizer", "train.save_every_tokens", "train.save_async", "train.save_dtype"),
+    *(
+        "train.keep",
+        "train.keep_best",
+        "train.keep_optimizer",
+        "train.save_every_tokens",
+        "train.save_async",
+        "train.save_dtype",
+    ),
     *("sharding", "train.micro_batch"),  # nothing but rounding
     "schedule.horizons",  # each of them is the run that its budget alone would give
     "train.hang_seconds",
@@ -19,7 +26,9 @@ NEUTRAL = (
 
 def is_neutral(key: str) -> bool:
     """True for a setting, by its dotted key, that changes nothing in the result."""
-    places = key.startswith("mixture.sources.") and key.endswith((".data.folder", ".data.path", ".data.validation_path", ".data.workers"))
+    places = key.startswith("mixture.sources.") and key.endswith(
+        (".data.folder", ".data.path", ".data.validation_path", ".data.workers")
+    )
     return key in NEUTRAL or key.split(".")[0] in NEUTRAL or places
 
 

@@ -21,7 +21,8 @@ class Stock:
 
 
 def passes(settings: Settings) -> Iterator[str]:
-    """One line for each text that the run is trained on: its share of the run, its tokens, and how often they are read.
+    """One line for each text that the run is trained on: its share of the run, its tokens, and how often they
+    are read.
 
     Tokens that are there are counted in their manifest; of a text that is not prepared yet, `limit_tokens` is
     what is known.
@@ -38,7 +39,9 @@ def passes(settings: Settings) -> Iterator[str]:
 
 def _line(name: str, read: float | None, run: int, there: Stock | None, most: float | None) -> str:
     if read is None:
-        return f"{name}: as often as its phase's passes say, of tokens that are counted once they are prepared"
+        return (
+            f"{name}: as often as its phase's passes say, of tokens that are counted once they are prepared"
+        )
     start = f"{name}: {read / run:.1%} of the run, {read:,.0f} tokens"
     if there is None:
         return f"{start}; how often it is read is known once it is prepared (outgrow corpus prepare)"
@@ -49,7 +52,10 @@ def _line(name: str, read: float | None, run: int, there: Stock | None, most: fl
 
 def _warning(times: float, most: float | None) -> str:
     if most is not None and times > most:
-        return f"; it is too small: max_passes={most:g} refuses the run; give more of it, lower its weight or train.budget_tokens"
+        return (
+            f"; it is too small: max_passes={most:g} refuses the run; give more of it, lower its weight or "
+            "train.budget_tokens"
+        )
     return f"; more than {OFTEN} passes teach little that is new (arXiv 2305.16264)" if times > OFTEN else ""
 
 
@@ -59,19 +65,35 @@ def stock(data: DataSettings) -> Stock | None:
     for home in (data.home, *own_tokenizer):
         if home.is_dir() and (manifest := read_manifest(home)) is not None:
             return Stock(int(manifest["splits"]["train"]["tokens"]), True)
-    return None if data.limit_tokens is None else Stock(round(data.limit_tokens * (1 - data.validation_fraction)), False)
+    return (
+        None
+        if data.limit_tokens is None
+        else Stock(round(data.limit_tokens * (1 - data.validation_fraction)), False)
+    )
 
 
-def shares(mixture: MixtureSettings, tokens: int, stocks: Mapping[str, Stock | None]) -> dict[str, float | None]:
-    """The tokens of each source in a run of so many; None where a phase gives passes of a text whose tokens are not known."""
+def shares(
+    mixture: MixtureSettings, tokens: int, stocks: Mapping[str, Stock | None]
+) -> dict[str, float | None]:
+    """The tokens of each source in a run of so many; None where a phase gives passes of a text whose tokens
+    are not known."""
     read: dict[str, float | None] = dict.fromkeys(mixture.sources, 0.0)
     left = float(tokens)
     for phase in mixture.phases:
         asked: dict[str, float | None] = {}
         if phase.passes is not None:
-            asked = {name: times * there.tokens if (there := stocks[name]) else None for name, times in phase.passes.items()}
+            asked = {
+                name: times * there.tokens if (there := stocks[name]) else None
+                for name, times in phase.passes.items()
+            }
         else:
-            length = phase.share * tokens if phase.share is not None else left if phase.tokens is None else phase.tokens
+            length = (
+                phase.share * tokens
+                if phase.share is not None
+                else left
+                if phase.tokens is None
+                else phase.tokens
+            )
             asked = {name: weight * min(left, length) for name, weight in (phase.weights or {}).items()}
         for name, more in asked.items():
             before = read[name]

@@ -77,8 +77,8 @@ def rehearse_end(
         except Exception as fault:  # the library's classes raise every kind
             reason = str(fault) if isinstance(fault, UserError) else in_one_line(fault, 400)
             raise UserError(
-                f"the end of this run, rehearsed on a tiny model of family {config.get('model_type')!r} before anything is trained, fails: "
-                f"{reason}"
+                f"the end of this run, rehearsed on a tiny model of family {config.get('model_type')!r} "
+                f"before anything is trained, fails: {reason}"
             ) from fault
     return list(notes)
 

@@ -71,7 +71,8 @@ def target_config(settings: Settings, source: Path | None) -> dict[str, Any]:
     context, positions = settings.train.context, known_size(config, "max_position_embeddings") or 0
     if 0 < positions < context:
         raise UserError(
-            f"train.context: {context} is more than the model's max_position_embeddings={positions}; lower it",
+            f"train.context: {context} is more than the model's max_position_embeddings={positions}; lower "
+            "it",
         )
     return config if config.get("vocab_size") else config | {"vocab_size": known_size(config, "vocab_size")}
 

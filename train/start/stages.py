@@ -63,7 +63,8 @@ def stages_of(settings: Settings, config: Mapping[str, Any]) -> tuple[Stage, ...
         last = steps if number == len(growth.stages) - 1 else _last_step(asked, settings)
         if last <= first:
             raise UserError(
-                f"growth.stages[{number}]: from step {first} to {last} of {steps} there is no step; raise train.budget_tokens",
+                f"growth.stages[{number}]: from step {first} to {last} of {steps} there is no step; raise "
+                "train.budget_tokens",
             )
         own = growth if number == 0 else GrowthSettings(growth.name, asked.operator, dict(asked.options))
         own_config = _config_of(config, asked.layers, asked.sizes)

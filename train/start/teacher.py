@@ -33,7 +33,8 @@ Head = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Teacher:
-    """A network that teaches, its config, and of its way (`train.start.way`) the loss and the document masks."""
+    """A network that teaches, its config, and of its way (`train.start.way`) the loss and the document
+    masks."""
 
     network: PreTrainedModel
     config: Config
@@ -60,10 +61,16 @@ class TaughtLoss(NextTokenLoss):
     The teacher is no part of the module: it is neither trained, sharded nor saved.
     """
 
-    def __init__(self, student: NextTokenLoss, teacher: PreTrainedModel, *, fused: bool = True, masked: bool = False) -> None:
-        super().__init__(student.network, fused=student.fused, end_of_text=student.end_of_text, masked=student.masked)
+    def __init__(
+        self, student: NextTokenLoss, teacher: PreTrainedModel, *, fused: bool = True, masked: bool = False
+    ) -> None:
+        super().__init__(
+            student.network, fused=student.fused, end_of_text=student.end_of_text, masked=student.masked
+        )
         teacher.requires_grad_(False)
-        self._teacher = (NextTokenLoss(teacher, fused=fused, end_of_text=student.end_of_text, masked=masked).eval(),)
+        self._teacher = (
+            NextTokenLoss(teacher, fused=fused, end_of_text=student.end_of_text, masked=masked).eval(),
+        )
 
     def forward(
         self,

@@ -71,7 +71,8 @@ class EntryRates:
 
     @contextmanager
     def applied(self, progress: float) -> Iterator[None]:
-        """Scale what the optimizer's step in the block changes, entry by entry, to the rates at `progress`."""
+        """Scale what the optimizer's step in the block changes, entry by entry, to the rates at
+        `progress`."""
         old = self.settings.transfer.inherited_rate
         new = new_entries(self.settings.schedule, progress - self.begun)
         if old == new == 1.0:
@@ -108,7 +109,8 @@ def entry_rates(
     rates = EntryRates(network, inherited, settings, stage.first / settings.budget.steps)
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise UserError(
-            f"transfer.inherited_rate: 0 freezes everything, since growth={settings.growth.name} makes nothing new; raise it",
+            f"transfer.inherited_rate: 0 freezes everything, since growth={settings.growth.name} makes "
+            "nothing new; raise it",
         )
     return rates
 

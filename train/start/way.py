@@ -39,7 +39,8 @@ class Way:
         partly: some parameters get no gradient, or not always; DDP has to look for them
             (`find_unused_parameters`).
         lines: what the reader should know.
-        masked: documents are kept apart by masks that are handed over, since the class does not look at positions.
+        masked: documents are kept apart by masks that are handed over, since the class does not look at
+        positions.
     """
 
     attention: str
@@ -88,7 +89,9 @@ def find_way(
         faults.append(_leaks(config, title, seen, device, precision))
     fused = settings.loss != "plain" and seen.same(seen.head)
     if settings.loss != "plain" and not fused:
-        story = f"{title}: the head over the base model's output is not its logits ({_difference(seen, 'head')})"
+        story = (
+            f"{title}: the head over the base model's output is not its logits ({_difference(seen, 'head')})"
+        )
         faults += [f"train.loss=fused: {story}; use train.loss=auto"] if settings.loss == "fused" else []
         lines.append(f"{story}: loss plain, the logits are whole in memory")
     UserError.collect(faults)
@@ -141,7 +144,8 @@ def find_attention(config: Config, asked: str, device: torch.device, precision: 
     running = [attention for attention in (PLAIN_SDPA, EAGER) if attention not in tried]
     help_ = f"use train.attention={' or '.join(running)}" if running else "no other one runs either"
     raise UserError(
-        f"train.attention={asked}: {config.get('model_type')} does not train with it here ({tried[first]}); {help_}",
+        f"train.attention={asked}: {config.get('model_type')} does not train with it here "
+        f"({tried[first]}); {help_}",
     )
 
 
@@ -178,7 +182,9 @@ def find_ways(
     faults: list[str] = []
     for network, name in ((config, ""), (teacher, "transfer.teacher")):
         try:
-            ways |= {} if network is None else {name: find_way(network, settings, device, precision, name=name)}
+            ways |= (
+                {} if network is None else {name: find_way(network, settings, device, precision, name=name)}
+            )
         except UserError as fault:
             faults.append(str(fault))
     several = accelerator.num_processes > 1
@@ -187,7 +193,8 @@ def find_ways(
     if any(theirs != ways for theirs in everyone):
         each = "; ".join(f"process {number}: {theirs}" for number, theirs in enumerate(everyone))
         raise UserError(
-            f"the processes measured different things of this class; give train.attention and train.loss ({each})",
+            "the processes measured different things of this class; give train.attention and train.loss "
+            f"({each})",
         )
     return ways[""], ways.get("transfer.teacher")
 
@@ -203,12 +210,19 @@ def precision_of(mixed_precision: str) -> str:
 def _difference(seen: Survey, question: str) -> str:
     """A difference in words."""
     answer = getattr(seen, question)
-    return f"not measured: {answer.reason}" if answer.value is None else f"{answer.value:.2g} of the largest logit apart, on a tiny twin"
+    return (
+        f"not measured: {answer.reason}"
+        if answer.value is None
+        else f"{answer.value:.2g} of the largest logit apart, on a tiny twin"
+    )
 
 
 def _not_causal(config: Config, title: str, seen: Survey, device: torch.device, precision: str) -> str:
     """Say that tokens are predicted from later ones, and name the key that helps."""
-    story = f"{title} is not causal: logits move by {seen.future.value:.2g} of the largest when later tokens change"
+    story = (
+        f"{title} is not causal: logits move by {seen.future.value:.2g} of the largest when later tokens "
+        "change"
+    )
     helps = causal_switch(config, attention=seen.attention, device=device, precision=precision)
     if not helps:
         return f"{story}, so it cannot be trained on the next token; choose a causal class"
@@ -219,11 +233,20 @@ def _not_causal(config: Config, title: str, seen: Survey, device: torch.device, 
 def _leaks(config: Config, title: str, seen: Survey, device: torch.device, precision: str) -> str:
     """Say that documents are not kept apart, and name an attention that would."""
     if seen.leak.value is None:
-        return f"train.document_mask=true: not measured for {title} ({seen.leak.reason}); use train.document_mask=false"
-    story = f"logits after an end-of-text move by {seen.leak.value:.2g} of the largest when what lies before it changes"
+        return (
+            f"train.document_mask=true: not measured for {title} ({seen.leak.reason}); use "
+            "train.document_mask=false"
+        )
+    story = (
+        f"logits after an end-of-text move by {seen.leak.value:.2g} of the largest when what lies before "
+        "it changes"
+    )
     others = []
     for attention in (PLAIN_SDPA, EAGER):
         if attention != seen.attention and works(config, attention, device=device, precision=precision).value:
             other = survey(config, attention=attention, device=device, precision=precision)
             others += [f" or train.attention={attention}"] if other.same(other.leak) else []
-    return f"train.document_mask=true: {title}, attention {seen.attention}: {story}; use train.document_mask=false{''.join(others)}"
+    return (
+        f"train.document_mask=true: {title}, attention {seen.attention}: {story}; use "
+        f"train.document_mask=false{''.join(others)}"
+    )

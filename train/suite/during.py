@@ -1,4 +1,5 @@
-"""Benchmarks while a network trains: a small suite, measured every so many tokens and told beside the loss."""
+"""Benchmarks while a network trains: a small suite, measured every so many tokens and told beside the
+loss."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ class Benchmarks:
     def __init__(self, settings: BenchmarkSettings, data: TokenData) -> None:
         assert settings.suite is not None
         self.suite, self.limit = load_suite(settings.suite).of(settings.only), settings.limit
-        self.harness = Harness(None if settings.tasks is None else Path(settings.tasks).expanduser().resolve())
+        self.harness = Harness(
+            None if settings.tasks is None else Path(settings.tasks).expanduser().resolve()
+        )
         self.loaded = self.harness.load(self.suite.tasks, run_code=False)
         self.tokenizer = load_tokenizer(str(data.tokenizer_folder))
 
@@ -42,7 +45,9 @@ class Benchmarks:
             with torch.no_grad(), accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                 model = self.harness.model(network, self.tokenizer, BATCH)
                 return {
-                    task.task: self.harness.score(task, self.loaded[task.task], model, limit=self.limit, run_code=False).value
+                    task.task: self.harness.score(
+                        task, self.loaded[task.task], model, limit=self.limit, run_code=False
+                    ).value
                     for task in self.suite.tasks
                 }
         finally:

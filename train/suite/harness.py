@@ -1,4 +1,5 @@
-"""lm-evaluation-harness, asked for one score at a time: its tasks or task files of the user's, on a network in memory.
+"""lm-evaluation-harness, asked for one score at a time: its tasks or task files of the user's, on a network
+in memory.
 
 It is an extra (`pip install -e '.[eval]'`) and imported only here, when something is to be measured.
 """
@@ -60,10 +61,12 @@ class Harness:
             return HFLM(pretrained=network, tokenizer=tokenizer, batch_size=batch)
 
     def load(self, asked: Sequence[BenchmarkTask], *, run_code: bool) -> dict[str, Any]:
-        """Task → what the harness makes of it, data included: what cannot be measured is told before anything is.
+        """Task → what the harness makes of it, data included: what cannot be measured is told before anything
+        is.
 
         Raises:
-            UserError: with every task that the harness does not know, whose data cannot be reached, or that would run code where that is
+            UserError: with every task that the harness does not know, whose data cannot be reached, or that
+            would run code where that is
                 not allowed.
         """
         loaded: dict[str, Any] = {}
@@ -76,7 +79,9 @@ class Harness:
         UserError.collect(faults)
         return loaded
 
-    def score(self, asked: BenchmarkTask, loaded: Any, model: Any, *, limit: int | None, run_code: bool) -> Score:
+    def score(
+        self, asked: BenchmarkTask, loaded: Any, model: Any, *, limit: int | None, run_code: bool
+    ) -> Score:
         """Measure one benchmark that was loaded.
 
         Raises:
@@ -88,7 +93,12 @@ class Harness:
             with running_code(run_code), _silent(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(SEED)
                 found: Any = evaluate(
-                    lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=False, confirm_run_unsafe_code=run_code
+                    lm=model,
+                    task_dict=loaded,
+                    limit=limit,
+                    bootstrap_iters=0,
+                    log_samples=False,
+                    confirm_run_unsafe_code=run_code,
                 )
         except UserError:
             raise
@@ -101,28 +111,37 @@ class Harness:
         task = asked.task
         manager = self._manager(task)
         if task not in manager.all_tasks:
-            raise UserError(f"task {task}: neither lm-evaluation-harness nor {self.tasks or 'a folder tasks=DIR'} has one of this name")
+            raise UserError(
+                f"task {task}: neither lm-evaluation-harness nor {self.tasks or 'a folder tasks=DIR'} has "
+                "one of this name"
+            )
         try:
             with _silent(), self._beside_its_files(task):
                 loaded = manager.load([task])
         except Exception as fault:  # the harness, its tasks and `datasets` raise every kind
             where, way_out = "its data set is on the Hugging Face hub", (
-                f"with no network give a folder tasks=DIR that holds {task} as a task file with local data, or leave it out with only=[…]"
+                f"with no network give a folder tasks=DIR that holds {task} as a task file with local "
+                "data, or leave it out with only=[…]"
             )  # fmt: skip
             if task in self.local:
                 where, way_out = "its file or its data", f"correct what is in {self.tasks}"
-            raise UserError(f"task {task}: {where} and cannot be read ({in_one_line(fault)}); {way_out}") from fault
+            raise UserError(
+                f"task {task}: {where} and cannot be read ({in_one_line(fault)}); {way_out}"
+            ) from fault
         with running_code(run_code):
             if any(getattr(part, "UNSAFE_CODE", False) for part in loaded["tasks"].values()):
                 check_allowed(task)
         for part in loaded["tasks"].values():
             own = part.get_config("num_fewshot")
-            part.set_config(key="num_fewshot", value=(own or 0) if asked.shots is None or own == 0 else asked.shots)
+            part.set_config(
+                key="num_fewshot", value=(own or 0) if asked.shots is None or own == 0 else asked.shots
+            )
             part.set_fewshot_seed(seed=SEED)
         return loaded
 
     def _manager(self, task: str) -> Any:
-        """The index of tasks that has this one: of the folders here, or of the thousands of the harness too, whose files take a while."""
+        """The index of tasks that has this one: of the folders here, or of the thousands of the harness too,
+        whose files take a while."""
         from lm_eval.tasks import TaskManager
 
         folders = [str(folder) for folder in (OWN, self.tasks) if folder is not None]
@@ -144,17 +163,24 @@ class Harness:
 def _read(asked: BenchmarkTask, found: Any) -> Score:
     """The score that was asked for among all that the harness tells."""
     told = found["results"].get(asked.task) or found.get("groups", {}).get(asked.task) or {}
-    values = {key: value for key, value in told.items() if isinstance(value, float | int) and "_stderr" not in key and "," in key}
+    values = {
+        key: value
+        for key, value in told.items()
+        if isinstance(value, float | int) and "_stderr" not in key and "," in key
+    }
     metric = next((key for key in values if key.split(",")[0] == asked.metric), None)
     if metric is None:
-        raise UserError(f"task {asked.task}: it has no metric {asked.metric!r}; it has {', '.join(sorted(values)) or 'none'}")
+        raise UserError(
+            f"task {asked.task}: it has no metric {asked.metric!r}; it has "
+            f"{', '.join(sorted(values)) or 'none'}"
+        )
     value = float(values[metric])
     if not math.isfinite(value):
         raise UserError(f"task {asked.task}: its {asked.metric} is {value}")
     return Score(value, sum(counts["effective"] for counts in found["n-samples"].values()), metric)
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def check_tasks(folder: Path) -> None:
@@ -164,10 +190,14 @@ def check_tasks(folder: Path) -> None:
         UserError: with every file that is none.
     """
     if not folder.is_dir():
-        raise UserError(f"tasks={folder}: no such folder; give one with task files in lm-evaluation-harness's YAML format")
+        raise UserError(
+            f"tasks={folder}: no such folder; give one with task files in lm-evaluation-harness's YAML format"
+        )
     files = _files(folder)
     if not files:
-        raise UserError(f"tasks={folder}: it holds no *.yaml; give task files in lm-evaluation-harness's format")
+        raise UserError(
+            f"tasks={folder}: it holds no *.yaml; give task files in lm-evaluation-harness's format"
+        )
     UserError.collect(fault for path in files if (fault := _fault(path)))
 
 
@@ -194,7 +224,9 @@ def _fault(path: Path) -> str | None:
         return f"{path}: no task file ({in_one_line(fault)})"
     if not isinstance(config, dict) or not ({"task", "group"} & set(config)):
         return f"{path}: no task file: expected task: NAME, or group: NAME, in lm-evaluation-harness's format"
-    if isinstance(config.get("task"), str) and not ({"dataset_path", "class", "custom_dataset"} & set(config)):
+    if isinstance(config.get("task"), str) and not (
+        {"dataset_path", "class", "custom_dataset"} & set(config)
+    ):
         return f"{path}: task {config['task']} says nothing of its data; expected dataset_path"
     return None
 
@@ -203,7 +235,10 @@ def _installed() -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
-        raise UserError("benchmarks are measured by lm-evaluation-harness, which is not installed; pip install -e '.[eval]'") from error
+        raise UserError(
+            "benchmarks are measured by lm-evaluation-harness, which is not installed; pip install -e "
+            "'.[eval]'"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Metrics of HumanEval, MBPP and SQuAD 2.0, which lm-evaluation-harness would fetch from a hub.
 
-pass@1 runs what the model wrote in the project's own checker (train/corpus/synthetic/checker.py), and only where it is allowed.
+pass@1 runs what the model wrote in the project's own checker (train/corpus/synthetic/checker.py), and only
+where it is allowed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,20 @@ from outgrow.train.corpus.synthetic.item import Item
 
 SECONDS = 3.0  # of one program, as the benchmarks' own checkers give
 # What the benchmarks' solutions import, loaded before the program is locked in.
-MODULES = ("array", "calendar", "cmath", "copy", "datetime", "decimal", "fractions", "hashlib", "random", "statistics", "sys", "typing")
+MODULES = (
+    "array",
+    "calendar",
+    "cmath",
+    "copy",
+    "datetime",
+    "decimal",
+    "fractions",
+    "hashlib",
+    "random",
+    "statistics",
+    "sys",
+    "typing",
+)
 _allowed = False
 
 
@@ -41,8 +55,9 @@ def check_allowed(task: str) -> None:
     """
     if not _allowed:
         raise UserError(
-            f"task {task}: it runs programs that the model wrote, with this user's rights; give run_code=true where that is acceptable "
-            "(a container is better), or leave the task out with only=[…]"
+            f"task {task}: it runs programs that the model wrote, with this user's rights; give "
+            "run_code=true where that is acceptable (a container is better), or leave the task out with "
+            "only=[…]"
         )
 
 
@@ -52,17 +67,21 @@ def passes(program: str) -> bool:
     return failures([Item("", program, None)], seconds=SECONDS, modules=MODULES) == [None]
 
 
-# ---- code -----------------------------------------------------------------------------------------------------------------------------
+# ---- code --------------------------------------------------------------------------------------------------
 
 
 def humaneval(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, float]:
-    """pass@1 of HumanEval (arXiv 2107.03374): the prompt goes on with what was written, and the tests of the item run."""
+    """pass@1 of HumanEval (arXiv 2107.03374): the prompt goes on with what was written, and the tests of the
+    item run."""
     written = first(results)
-    return {"pass_at_1": float(passes(f"{doc['prompt']}{written}\n{doc['test']}\ncheck({doc['entry_point']})\n"))}
+    return {
+        "pass_at_1": float(passes(f"{doc['prompt']}{written}\n{doc['test']}\ncheck({doc['entry_point']})\n"))
+    }
 
 
 def mbpp(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, float]:
-    """pass@1 of MBPP (arXiv 2108.07732): what was written, in a code block or without, and the assertions of the item."""
+    """pass@1 of MBPP (arXiv 2108.07732): what was written, in a code block or without, and the assertions of
+    the item."""
     tests = "\n".join(doc["test_list"])
     setup = doc.get("test_setup_code") or ""
     return {"pass_at_1": float(passes(f"{setup}\n{without_fence(first(results))}\n{tests}\n"))}
@@ -74,7 +93,7 @@ def without_fence(text: str) -> str:
     return block.group(1) if block else text
 
 
-# ---- SQuAD 2.0 ------------------------------------------------------------------------------------------------------------------------
+# ---- SQuAD 2.0 ---------------------------------------------------------------------------------------------
 
 NO_ANSWER = "unanswerable"
 
@@ -82,13 +101,17 @@ NO_ANSWER = "unanswerable"
 def squad(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, float]:
     """Exact match and F1 of SQuAD 2.0 (arXiv 1806.03822), the best over the answers of an item.
 
-    The right answer to a question without one is `unanswerable`, as in the examples of the prompt, or nothing.
+    The right answer to a question without one is `unanswerable`, as in the examples of the prompt, or
+    nothing.
     """
     written = normalized(first(results))
     written = "" if written == NO_ANSWER else written
     answers = [normalized(answer) for answer in doc["answers"]["text"]]
     answers = [answer for answer in answers if answer] or [""]
-    return {"exact": max(float(written == answer) for answer in answers), "f1": max(overlap(written, answer) for answer in answers)}
+    return {
+        "exact": max(float(written == answer) for answer in answers),
+        "f1": max(overlap(written, answer) for answer in answers),
+    }
 
 
 def normalized(text: str) -> str:

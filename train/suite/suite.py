@@ -1,4 +1,5 @@
-"""A suite of benchmarks as data: conf/suite/NAME.yaml says which tasks, in which groups, with how many shots and which metric."""
+"""A suite of benchmarks as data: conf/suite/NAME.yaml says which tasks, in which groups, with how many shots
+and which metric."""
 
 from __future__ import annotations
 
@@ -45,7 +46,11 @@ class Suite:
         for name in only or ():
             if name not in names:
                 unknown(f"task of the suite {self.name}", name, names)
-        return self if only is None else Suite(self.name, tuple(task for task in self.tasks if task.task in only))
+        return (
+            self
+            if only is None
+            else Suite(self.name, tuple(task for task in self.tasks if task.task in only))
+        )
 
 
 def load_suite(name: str) -> Suite:
@@ -72,7 +77,8 @@ def load_suite(name: str) -> Suite:
 
 
 def group_averages(suite: Suite, scores: Mapping[str, float]) -> dict[str, float | None]:
-    """The mean score of each group of the suite, None where one of its tasks has none: an average of a part is another number."""
+    """The mean score of each group of the suite, None where one of its tasks has none: an average of a part
+    is another number."""
     groups: dict[str, list[Any]] = {}
     for task in suite.tasks:
         groups.setdefault(task.group, []).append(scores.get(task.task))

@@ -1,4 +1,5 @@
-"""A text as a vector: the mean of the last hidden states of any Hugging Face model over the text's first tokens."""
+"""A text as a vector: the mean of the last hidden states of any Hugging Face model over the text's first
+tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ WINDOW = 512  # tokens that see each other, at most
 
 @dataclass(frozen=True)
 class Encoder:
-    """A loaded model: a causal language model (the source checkpoint itself will do), an encoder, or the encoder of a model with both."""
+    """A loaded model: a causal language model (the source checkpoint itself will do), an encoder, or the
+    encoder of a model with both."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -44,7 +46,9 @@ class Encoder:
         """The mean over a text's tokens: float32 (texts, dimensions); a text without a token is all zeros."""
         pieces: list[tuple[int, list[int]]] = []
         for row, text in enumerate(texts):
-            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: self.max_tokens]
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][
+                : self.max_tokens
+            ]
             pieces += [(row, ids[start : start + self.window]) for start in range(0, len(ids), self.window)]
         total, count = np.zeros((len(texts), self.dimensions)), np.zeros(len(texts))
         for batch in _batches([len(ids) for _, ids in pieces]):
@@ -79,7 +83,8 @@ def _batches(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def load_encoder(name: str, revision: str | None, max_tokens: int) -> Encoder:
-    """A model and its tokenizer, from a folder or the hub, its weights in safetensors; no code of theirs is run.
+    """A model and its tokenizer, from a folder or the hub, its weights in safetensors; no code of theirs is
+    run.
 
     Raises:
         UserError: it cannot be reached or read, or lacks weights.
@@ -92,27 +97,37 @@ def load_encoder(name: str, revision: str | None, max_tokens: int) -> Encoder:
     try:
         with quietly():
             tokenizer = AutoTokenizer.from_pretrained(place, **asked)
-            loaded: Any = AutoModel.from_pretrained(place, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **asked)
+            loaded: Any = AutoModel.from_pretrained(
+                place, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **asked
+            )
     except Exception as error:  # transformers, safetensors and the hub's client each raise their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"encoder={name}: cannot be loaded ({reason}); give a folder with config.json, model.safetensors and its tokenizer, "
-            "or a name on the Hugging Face hub that can be reached"
+            f"encoder={name}: cannot be loaded ({reason}); give a folder with config.json, "
+            "model.safetensors and its tokenizer, or a name on the Hugging Face hub that can be reached"
         ) from error
     model, found = loaded
-    drawn = {key for key in found["missing_keys"] if not key.startswith("pooler.")}  # the pooler comes after the hidden states
+    # the pooler comes after the hidden states
+    drawn = {key for key in found["missing_keys"] if not key.startswith("pooler.")}
     if drawn or found["mismatched_keys"]:
-        raise UserError(f"encoder={name}: {len(drawn)} weights are missing, such as {min(drawn, default='')}; give a complete checkpoint")
+        raise UserError(
+            f"encoder={name}: {len(drawn)} weights are missing, such as {min(drawn, default='')}; give a "
+            "complete checkpoint"
+        )
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
     model.config.use_cache = False  # keys and values that nobody reads again
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    )
     assert device is not None
     return Encoder(model.to(device).eval(), tokenizer, max_tokens, device, _digest(model, tokenizer))
 
 
 def _digest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode() if tokenizer.is_fast else repr(tokenizer).encode())
+    digest = hashlib.sha256(
+        tokenizer.backend_tokenizer.to_str().encode() if tokenizer.is_fast else repr(tokenizer).encode()
+    )
     for name, tensor in sorted(model.state_dict().items()):
         if not name.startswith("pooler."):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -139,10 +154,13 @@ def load_again(embedding: dict[str, Any], instead: str | None = None) -> Encoder
         UserError: it cannot be loaded, or is not the same.
     """
     name = instead or str(embedding["encoder"])
-    encoder = load_encoder(name, embedding["revision"] if instead is None else None, int(embedding["max_tokens"]))
+    encoder = load_encoder(
+        name, embedding["revision"] if instead is None else None, int(embedding["max_tokens"])
+    )
     if (found := encoder.digest) != embedding["sha256"]:
         raise UserError(
-            f"encoder {name}: not the one that the filter was fitted on (sha256 {found[:12]}…, expected {str(embedding['sha256'])[:12]}…); "
-            "name its place with encoder=FOLDER, or fit the filter again"
+            f"encoder {name}: not the one that the filter was fitted on (sha256 {found[:12]}…, expected "
+            f"{str(embedding['sha256'])[:12]}…); name its place with encoder=FOLDER, or fit the filter "
+            "again"
         )
     return encoder

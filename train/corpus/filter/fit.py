@@ -1,4 +1,5 @@
-"""From labels to a filter: embed the labelled texts, fit a random forest on most of them, judge it on the rest."""
+"""From labels to a filter: embed the labelled texts, fit a random forest on most of them, judge it on the
+rest."""
 
 from __future__ import annotations
 
@@ -42,17 +43,23 @@ class FitSettings:
     seed: int
 
 
-# ---- labels ---------------------------------------------------------------------------------------------------------------------------
+# ---- labels ------------------------------------------------------------------------------------------------
 
 
 def write_labels(data: DataSettings, target: Path) -> dict[int, int]:
-    """Label the documents of a corpus of Python modules by the demonstration rules, one JSON object a line; count both labels."""
+    """Label the documents of a corpus of Python modules by the demonstration rules, one JSON object a line;
+    count both labels."""
     counts = {0: 0, 1: 0}
     with whole_file(target) as partial, partial.open("w") as file:
         for name, text in texts_of(data):
             value, measured, broken = label(text)
             counts[value] += 1
-            file.write(json.dumps({"document": name, "label": value, "measured": measured, "rules_that_do_not_hold": broken}) + "\n")
+            file.write(
+                json.dumps(
+                    {"document": name, "label": value, "measured": measured, "rules_that_do_not_hold": broken}
+                )
+                + "\n"
+            )
     return counts
 
 
@@ -63,8 +70,8 @@ def texts_of(data: DataSettings) -> Iterator[tuple[str, str]]:
 
 
 def read_labels(path: Path) -> dict[str, int]:
-    """The labels of a file: a JSON object a line, with `document`, a name in the corpus, and `label`, 0 or 1; other fields are the
-    annotator's own.
+    """The labels of a file: a JSON object a line, with `document`, a name in the corpus, and `label`, 0 or 1;
+    other fields are the annotator's own.
 
     Raises:
         UserError: a line is something else, or names a document again with another label.
@@ -73,7 +80,9 @@ def read_labels(path: Path) -> dict[str, int]:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"labels={path}: cannot be read ({error}); write one with outgrow corpus label") from error
+        raise UserError(
+            f"labels={path}: cannot be read ({error}); write one with outgrow corpus label"
+        ) from error
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line) if line.strip() else None
@@ -81,41 +90,60 @@ def read_labels(path: Path) -> dict[str, int]:
             raise UserError(f"{path}:{number}: not JSON ({error})") from error
         if row is None:
             continue
-        if not isinstance(row, dict) or not isinstance(row.get("document"), str) or row.get("label") not in (0, 1):
-            raise UserError(f'{path}:{number}: expected {{"document": NAME, "label": 0 or 1}}; found {line[:60]}')
+        if (
+            not isinstance(row, dict)
+            or not isinstance(row.get("document"), str)
+            or row.get("label") not in (0, 1)
+        ):
+            raise UserError(
+                f'{path}:{number}: expected {{"document": NAME, "label": 0 or 1}}; found {line[:60]}'
+            )
         if labels.setdefault(row["document"], int(row["label"])) != row["label"]:
             raise UserError(f"{path}:{number}: {row['document']} has another label above; keep one of them")
     return labels
 
 
-# ---- fitting --------------------------------------------------------------------------------------------------------------------------
+# ---- fitting -----------------------------------------------------------------------------------------------
 
 
 def fit(settings: FitSettings, data: DataSettings, labels: Path, out: Path) -> dict[str, Any]:
-    """Fit a filter on the labelled documents of a corpus and write it into the folder `out`; return its card, with the report.
+    """Fit a filter on the labelled documents of a corpus and write it into the folder `out`; return its card,
+    with the report.
 
     Raises:
-        UserError: labels that cannot be read, that name no document, or too few of either kind; an encoder that cannot be loaded.
+        UserError: labels that cannot be read, that name no document, or too few of either kind; an encoder
+        that cannot be loaded.
     """
     given = read_labels(labels)
     encoder = embed.load_encoder(settings.encoder, settings.revision, settings.max_tokens)
     names, features = _embedded(encoder, ((name, text) for name, text in texts_of(data) if name in given))
     if missing := sorted(set(given) - set(names)):
-        raise UserError(f"labels={labels}: {len(missing)} of its documents are not in data={data.name}, such as {missing[0]}")
+        raise UserError(
+            f"labels={labels}: {len(missing)} of its documents are not in data={data.name}, such as "
+            f"{missing[0]}"
+        )
     values = np.array([given[name] for name in names], np.int64)
     held_out = np.array([_is_held_out(name, settings) for name in names], bool)
     for part, what in ((~held_out, "to fit on"), (held_out, "held out")):
         counts = np.bincount(values[part], minlength=2)
         if counts.min() < FEWEST:
             raise UserError(
-                f"labels={labels}: {counts[1]} samples labelled 1 and {counts[0]} labelled 0 {what}, at least {FEWEST} of each are needed; "
-                "label more, or change held_out"
+                f"labels={labels}: {counts[1]} samples labelled 1 and {counts[0]} labelled 0 {what}, at "
+                f"least {FEWEST} of each are needed; label more, or change held_out"
             )
     forest = Forest.of(_classifier(settings).fit(features[~held_out], values[~held_out]))
     card = {
         "embedding": embed.card(encoder, settings.encoder, settings.revision),
-        "forest": {"trees": settings.trees, "min_samples_leaf": settings.min_samples_leaf, "seed": settings.seed},
-        "labels": {"sha256": hashlib.sha256(labels.read_bytes()).hexdigest(), "samples": len(names), "positive": int(values.sum())},
+        "forest": {
+            "trees": settings.trees,
+            "min_samples_leaf": settings.min_samples_leaf,
+            "seed": settings.seed,
+        },
+        "labels": {
+            "sha256": hashlib.sha256(labels.read_bytes()).hexdigest(),
+            "samples": len(names),
+            "positive": int(values.sum()),
+        },
         "held_out": report(values[held_out], forest.scores(features[held_out])),
     }
     with whole_folder(out) as partial:
@@ -135,7 +163,9 @@ def _embedded(encoder: embed.Encoder, found: Iterable[tuple[str, str]]) -> tuple
 
 
 def _is_held_out(name: str, settings: FitSettings) -> bool:
-    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), key=f"held out {settings.seed}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(
+        name.encode("utf-8", "surrogateescape"), key=f"held out {settings.seed}".encode(), digest_size=8
+    ).digest()
     return int.from_bytes(digest, "big") < settings.held_out * 2**64
 
 
@@ -145,25 +175,31 @@ def _classifier(settings: FitSettings) -> RandomForestClassifier:
     except ImportError as error:
         raise UserError("fitting a filter needs scikit-learn: pip install -e '.[corpus]'") from error
     return RandomForestClassifier(
-        settings.trees, min_samples_leaf=settings.min_samples_leaf, random_state=settings.seed, n_jobs=len(os.sched_getaffinity(0))
+        settings.trees,
+        min_samples_leaf=settings.min_samples_leaf,
+        random_state=settings.seed,
+        n_jobs=len(os.sched_getaffinity(0)),
     )
 
 
-# ---- judging --------------------------------------------------------------------------------------------------------------------------
+# ---- judging -----------------------------------------------------------------------------------------------
 
 
 def report(labels: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
-    """How scores (n,) in [0, 1] do against labels (n,): precision and recall at 0.5 and of the best so many per cent, and calibration.
+    """How scores (n,) in [0, 1] do against labels (n,): precision and recall at 0.5 and of the best so many
+    per cent, and calibration.
 
-    `brier` is the mean squared difference of score and label (0.25 for a constant 0.5), `calibration_error` the mean difference of score
-    and frequency over BINS bins of score, weighted by their samples.
+    `brier` is the mean squared difference of score and label (0.25 for a constant 0.5), `calibration_error`
+    the mean difference of score and frequency over BINS bins of score, weighted by their samples.
     """
     chosen = scores >= 0.5
     order, positive = np.argsort(-scores, kind="stable"), int(labels.sum())
     best = []
     for share in SHARES:
         top = labels[order[: max(1, round(share * len(labels)))]]
-        best.append({"kept": share, "precision": _share(top.sum(), len(top)), "recall": _share(top.sum(), positive)})
+        best.append(
+            {"kept": share, "precision": _share(top.sum(), len(top)), "recall": _share(top.sum(), positive)}
+        )
     bins = np.minimum((scores * BINS).astype(int), BINS - 1)
     calibration = [
         {
@@ -174,7 +210,9 @@ def report(labels: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
         for i in range(BINS)
         if (bins == i).any()
     ]
-    error = sum(row["samples"] * abs(row["mean_score"] - row["share_positive"]) for row in calibration) / len(labels)
+    error = sum(row["samples"] * abs(row["mean_score"] - row["share_positive"]) for row in calibration) / len(
+        labels
+    )
     return {
         "samples": len(labels),
         "positive": positive,

@@ -1,4 +1,5 @@
-"""A fitted random forest as plain arrays: stored in safetensors and JSON, never pickled, scored as scikit-learn scores it."""
+"""A fitted random forest as plain arrays: stored in safetensors and JSON, never pickled, scored as
+scikit-learn scores it."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ LEAF = -1
 class Forest:
     """Binary decision trees, one after another; each array is 1-D over all their nodes, but `roots`.
 
-    At an inner node a sample goes left where its `feature` is ≤ `threshold`; `left` and `right` are nodes, LEAF at a leaf, whose `value`
-    is the share of positive samples that came there in fitting.
+    At an inner node a sample goes left where its `feature` is ≤ `threshold`; `left` and `right` are nodes,
+    LEAF at a leaf, whose `value` is the share of positive samples that came there in fitting.
     """
 
     roots: np.ndarray  # int64, (trees,)
@@ -43,7 +44,12 @@ class Forest:
 
         def moved(name: str) -> np.ndarray:
             children = [np.asarray(getattr(tree, name), np.int64) for tree in trees]
-            return np.concatenate([np.where(nodes == LEAF, LEAF, nodes + root) for nodes, root in zip(children, roots, strict=True)])
+            return np.concatenate(
+                [
+                    np.where(nodes == LEAF, LEAF, nodes + root)
+                    for nodes, root in zip(children, roots, strict=True)
+                ]
+            )
 
         return cls(
             roots=roots.astype(np.int64),
@@ -89,8 +95,14 @@ def load(folder: Path) -> tuple[Forest, dict[str, Any]]:
         forest = Forest(**arrays)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: no filter ({error}); fit one with outgrow corpus fit") from error
-    if not isinstance(card, dict) or card.get("format") != FORMAT or not isinstance(card.get("embedding"), dict):
-        raise UserError(f"{folder / CARD}: no card of a filter of format {FORMAT}; fit it again with outgrow corpus fit")
+    if (
+        not isinstance(card, dict)
+        or card.get("format") != FORMAT
+        or not isinstance(card.get("embedding"), dict)
+    ):
+        raise UserError(
+            f"{folder / CARD}: no card of a filter of format {FORMAT}; fit it again with outgrow corpus fit"
+        )
     if fault := _fault(forest, card["embedding"].get("dimensions")):
         raise UserError(f"{folder / ARRAYS}: damaged ({fault}); fit it again with outgrow corpus fit")
     return forest, card
@@ -107,15 +119,21 @@ def filter_identity(folder: str) -> str:
 
 def _fault(forest: Forest, dimensions: Any) -> str | None:
     nodes = len(forest.left)
-    if any(array.shape != (nodes,) for array in (forest.right, forest.feature, forest.threshold, forest.value)):
+    if any(
+        array.shape != (nodes,) for array in (forest.right, forest.feature, forest.threshold, forest.value)
+    ):
         return "its arrays differ in length"
     if not len(forest.roots) or forest.roots.min() < 0 or forest.roots.max() >= nodes:
         return "a root is no node"
     inner = np.flatnonzero(forest.left != LEAF)
     for children in (forest.left[inner], forest.right[inner]):
-        if (children <= inner).any() or (children >= nodes).any():  # a child comes after its parent, so every path ends
+        if (children <= inner).any() or (
+            children >= nodes
+        ).any():  # a child comes after its parent, so every path ends
             return "a child is no node that follows"
-    if not isinstance(dimensions, int) or (len(inner) and (forest.feature[inner].min() < 0 or forest.feature[inner].max() >= dimensions)):
+    if not isinstance(dimensions, int) or (
+        len(inner) and (forest.feature[inner].min() < 0 or forest.feature[inner].max() >= dimensions)
+    ):
         return "a feature is none of the embedding's"
     if not np.isfinite(forest.value).all() or forest.value.min() < 0 or forest.value.max() > 1:
         return "a value is no probability"

@@ -1,7 +1,8 @@
 """Demonstration labels for Python modules: rules that anyone can read and dispute.
 
-They are no judgement of educational value by a person or a language model, and neither is a filter learnt from them; they show the filter's
-working where there is no annotator. A module is labelled 1 where every rule holds, and each label comes with what was measured.
+They are no judgement of educational value by a person or a language model, and neither is a filter learnt
+from them; they show the filter's working where there is no annotator. A module is labelled 1 where every rule
+holds, and each label comes with what was measured.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ RULES: Mapping[str, Callable[[Measures], bool]] = {
     "Python can parse it": lambda found: found["parses"],
     "between 1,000 and 60,000 characters": lambda found: 1_000 <= found["characters"] <= 60_000,
     "at least 3 functions and classes": lambda found: found["definitions"] >= 3,
-    "half of its functions and classes, the module counted in, have a docstring of 20 characters": lambda found: (
+    "half of its functions and classes, the module counted in, have a docstring of 20 characters": lambda found: (  # noqa: E501
         found["docstring_share"] >= 0.5
     ),
     "the names that it gives have 4 letters on average": lambda found: found["name_length"] >= 4,
-    "less than a quarter of its lines are tables: numbers, quoted text and punctuation alone": lambda found: found["table_share"] < 0.25,
+    "less than a quarter of its lines are tables: numbers, quoted text and punctuation alone": lambda found: (
+        found["table_share"] < 0.25
+    ),
 }
 _QUOTED = re.compile(r"""'[^']*'|"[^"]*"|0[xX][0-9a-fA-F]+""")
 _LETTERS = re.compile(r"[A-Za-z]{2}")
@@ -32,7 +35,13 @@ def measure(source: str) -> Measures:
     """What the rules look at."""
     lines = [line for line in source.splitlines() if line.strip()]
     tables = [line for line in lines if _is_table(line)]
-    found: Measures = {"parses": False, "characters": len(source), "definitions": 0, "docstring_share": 0.0, "name_length": 0.0}
+    found: Measures = {
+        "parses": False,
+        "characters": len(source),
+        "definitions": 0,
+        "docstring_share": 0.0,
+        "name_length": 0.0,
+    }
     found["table_share"] = round(len(tables) / max(1, len(lines)), 3)
     try:
         with warnings.catch_warnings():
@@ -42,7 +51,9 @@ def measure(source: str) -> Measures:
         return found
     defined = [node for node in ast.walk(tree) if isinstance(node, _DEFINITIONS)]
     documented = [node for node in [tree, *defined] if len(ast.get_docstring(node) or "") >= 20]
-    names = [node.name for node in defined] + [node.arg for node in ast.walk(tree) if isinstance(node, ast.arg) and node.arg != "self"]
+    names = [node.name for node in defined] + [
+        node.arg for node in ast.walk(tree) if isinstance(node, ast.arg) and node.arg != "self"
+    ]
     return found | {
         "parses": True,
         "definitions": len(defined),

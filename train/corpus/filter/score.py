@@ -27,7 +27,8 @@ class Filter:
     """A forest and the encoder that it was fitted on, loaded."""
 
     def __init__(self, folder: Path, encoder: str | None = None) -> None:
-        """Raises UserError where one of them is missing, damaged, or not the one it was; `encoder` is where it lies now."""
+        """Raises UserError where one of them is missing, damaged, or not the one it was; `encoder` is where
+        it lies now."""
         self.forest, self.card = forest.load(folder)
         self.encoder = embed.load_again(self.card["embedding"], encoder)
 
@@ -43,7 +44,8 @@ def load_filter(folder: str, encoder: str | None) -> Filter:
 
 
 class Educational(BaseFilter):
-    """A step that scores each document, and keeps those of `threshold` and more; all of them where there is none."""
+    """A step that scores each document, and keeps those of `threshold` and more; all of them where there is
+    none."""
 
     name = "🎓 educational"
 
@@ -80,18 +82,29 @@ class KeepScores(PipelineStep):
         yield
 
 
-def write_scores(found: Iterable[Document], data: DataSettings, fitted: Filter, target: Path, advance: Callable[[int], None]) -> np.ndarray:
-    """Score documents, normalised as preparing them would, into the parquet file `target`: document, bytes, score. Returns a histogram of
-    20 equal bins of the scores, int64 (20,)."""
+def write_scores(
+    found: Iterable[Document],
+    data: DataSettings,
+    fitted: Filter,
+    target: Path,
+    advance: Callable[[int], None],
+) -> np.ndarray:
+    """Score documents, normalised as preparing them would, into the parquet file `target`: document, bytes,
+    score. Returns a histogram of 20 equal bins of the scores, int64 (20,)."""
     import pyarrow
     import pyarrow.parquet
 
     schema = pyarrow.schema([("document", "string"), ("bytes", "int64"), ("score", "float")])
     histogram, rows = np.zeros(20, np.int64), list[Document]()
-    with whole_file(target) as partial, pyarrow.parquet.ParquetWriter(partial, schema, compression="zstd") as writer:
+    with (
+        whole_file(target) as partial,
+        pyarrow.parquet.ParquetWriter(partial, schema, compression="zstd") as writer,
+    ):
 
         def flush() -> None:
-            scores = fitted.scores([normalised(row.text) if data.clean.normalise else row.text for row in rows])
+            scores = fitted.scores(
+                [normalised(row.text) if data.clean.normalise else row.text for row in rows]
+            )
             names = [row.name.encode(errors="replace").decode() for row in rows]
             writer.write_table(pyarrow.table([names, [row.bytes for row in rows], scores], schema=schema))
             histogram[:] += np.histogram(scores, 20, (0, 1))[0]
@@ -106,17 +119,19 @@ def write_scores(found: Iterable[Document], data: DataSettings, fitted: Filter, 
     return histogram
 
 
-# ---- the best share -------------------------------------------------------------------------------------------------------------------
+# ---- the best share ----------------------------------------------------------------------------------------
 
 
 def threshold(blocks: Callable[[], Iterable[np.ndarray]], keep: float) -> dict[str, Any]:
-    """The score that the best `keep` of all documents have, exactly, with two looks at the scores and 2 × 65,536 counts in memory.
+    """The score that the best `keep` of all documents have, exactly, with two looks at the scores and 2 ×
+    65,536 counts in memory.
 
     Args:
         blocks: yields the scores (n,) in [0, 1] of each block, NaN for a document without one; called twice.
 
     Returns:
-        scored; kept, ⌈keep · scored⌉ of them; threshold, the lowest score kept; ties, how many of those with just that score are kept.
+        scored; kept, ⌈keep · scored⌉ of them; threshold, the lowest score kept; ties, how many of those with
+        just that score are kept.
     """
     upper, lower = np.zeros(2**16, np.int64), np.zeros(2**16, np.int64)
     for keys in map(_ordered, blocks()):

@@ -1,4 +1,5 @@
-"""Where documents come from, in a fixed order. A new kind of corpus is one entry of CORPORA, a new file format one of formats.READERS."""
+"""Where documents come from, in a fixed order. A new kind of corpus is one entry of CORPORA, a new file
+format one of formats.READERS."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from outgrow.train.data.settings import DataSettings, read_limit
 
 
 class Stream(Protocol):
-    """A corpus without files: it is written down as files first (`fetch`), which then are read as any others."""
+    """A corpus without files: it is written down as files first (`fetch`), which then are read as any
+    others."""
 
     def documents(self, tally: Tally) -> Iterator[Document]:
         """Every document from the tally's place on."""
@@ -45,12 +47,16 @@ def open_corpus(settings: DataSettings) -> Corpus:
         UserError: there is no such file, or no text in it.
     """
     if settings.corpus == "tokens":
-        raise UserError("data.corpus=tokens: these are token ids, without a text to label, score or clean; give their text as data")
+        raise UserError(
+            "data.corpus=tokens: these are token ids, without a text to label, score or clean; give their "
+            "text as data"
+        )
     return CORPORA[settings.corpus](settings)
 
 
 def documents(settings: DataSettings, corpus: Corpus, tally: Tally | None = None) -> Iterator[Document]:
-    """The documents of `corpus`, one after another in this process, up to the limits; the one that reaches limit_bytes is the last.
+    """The documents of `corpus`, one after another in this process, up to the limits; the one that reaches
+    limit_bytes is the last.
 
     Raises:
         UserError: a file, or more than data.max_broken of the records, cannot be read.

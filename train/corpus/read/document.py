@@ -31,7 +31,8 @@ class Document(NamedTuple):
 
 @dataclass
 class Tally:
-    """What was read, what was not taken as it stood, and how far the reading of a stream is: all that it takes to go on after a kill.
+    """What was read, what was not taken as it stood, and how far the reading of a stream is: all that it
+    takes to go on after a kill.
 
     It ends up in the manifest, apart from the place.
     """
@@ -41,12 +42,15 @@ class Tally:
     too_long_skipped: int = 0  # larger than data.max_document_bytes
     binary_skipped: int = 0  # files that hold no text: NUL bytes, or mostly bytes that are no UTF-8
     broken_skipped: int = 0  # records that cannot be read, up to data.max_broken of all
-    programs_failed: int = 0  # generated documents left out because their program did not do what the text says
+    programs_failed: int = (
+        0  # generated documents left out because their program did not do what the text says
+    )
     documents: int = field(default=0, compare=False)  # taken
     bytes: int = field(default=0, compare=False)  # of their text
     records: int = field(default=0, compare=False)  # looked at, taken or not
     item: int = field(default=0, compare=False)  # the place in a stream: texts taken from it
-    broken: list[str] = field(default_factory=list, compare=False)  # what is wrong with the first of those that cannot be read
+    # what is wrong with the first of those that cannot be read
+    broken: list[str] = field(default_factory=list, compare=False)
 
     def decode(self, raw: builtins.bytes) -> str:
         """UTF-8, or what a byte order mark says; broken bytes become U+FFFD and are counted."""
@@ -58,7 +62,8 @@ class Tally:
             return raw.decode(encoding, errors="replace")
 
     def skip_broken(self, fault: UserError) -> None:
-        """Count a record that cannot be read; who reads decides at the end whether they are too many (`check_broken`)."""
+        """Count a record that cannot be read; who reads decides at the end whether they are too many
+        (`check_broken`)."""
         self.broken_skipped += 1
         self.broken = [*self.broken, str(fault)][:PLACES]
         if self.broken_skipped >= MANY and 2 * self.broken_skipped > self.records:
@@ -71,9 +76,17 @@ class Tally:
             UserError: it is so; the first of them are named.
         """
         if self.broken_skipped > most * self.records:
-            more = f"\n… {self.broken_skipped - len(self.broken)} more" if self.broken_skipped > len(self.broken) else ""
+            more = (
+                f"\n… {self.broken_skipped - len(self.broken)} more"
+                if self.broken_skipped > len(self.broken)
+                else ""
+            )
             share = f"{self.broken_skipped:,} of {self.records:,} records cannot be read"
-            way_out = f"data.max_broken={most:g} of them may be left out" if most else "data.max_broken=0.001 leaves out up to that share"
+            way_out = (
+                f"data.max_broken={most:g} of them may be left out"
+                if most
+                else "data.max_broken=0.001 leaves out up to that share"
+            )
             raise UserError("\n".join(self.broken) + f"{more}\n{share}; {way_out}")
 
     def document(self, name: str, text: str, limit: int) -> Iterator[Document]:

@@ -1,4 +1,5 @@
-"""Documents of files: of a folder, a glob, a URL that fsspec opens, the standard library, or installed packages."""
+"""Documents of files: of a folder, a glob, a URL that fsspec opens, the standard library, or installed
+packages."""
 
 from __future__ import annotations
 
@@ -22,13 +23,15 @@ from outgrow.train.corpus.read.formats import READERS, first_line, format_of, op
 from outgrow.train.data.settings import DataSettings
 
 TASK_BYTES = 2**22  # of files, read by one task at least,
-MOST_TASKS = 1024  # and as much more as it takes to have no more tasks than these: each leaves some files, opened together
+# and as much more as it takes to have no more tasks than these: each leaves some files, opened together
+MOST_TASKS = 1024
 TOLD = 5  # of paths that are left out, named one by one
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of a corpus: its name relative to the corpus (moving that changes nothing), where it lies, and what tells that it changed."""
+    """A file of a corpus: its name relative to the corpus (moving that changes nothing), where it lies, and
+    what tells that it changed."""
 
     name: str
     path: str  # a path, or a URL
@@ -50,7 +53,8 @@ class Files:
 
     @property
     def tasks(self) -> list[tuple[File, ...]]:
-        """The files dealt to tasks, in order: a function of the files alone, so that no number of workers can change a byte."""
+        """The files dealt to tasks, in order: a function of the files alone, so that no number of workers can
+        change a byte."""
         wanted, tasks, size = max(TASK_BYTES, self.size / MOST_TASKS), list[list[File]](), 0
         for file in self.files:
             if not tasks or size >= wanted:
@@ -75,7 +79,8 @@ class Files:
         return hash_of((file.name, file.size, file.version) for file in self.files)
 
     def digest(self, advance: Callable[[int], None], count: int | None = None) -> str:
-        """A hash of the names and contents of the first `count` files; `advance` is told the bytes read for it."""
+        """A hash of the names and contents of the first `count` files; `advance` is told the bytes read for
+        it."""
         return file_digest(self.files[:count], advance)
 
 
@@ -108,7 +113,7 @@ def hash_of(parts: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-# ---- which files ------------------------------------------------------------------------------------------------------------------------
+# ---- which files -------------------------------------------------------------------------------------------
 
 
 def files(settings: DataSettings) -> Files:
@@ -118,11 +123,14 @@ def files(settings: DataSettings) -> Files:
         UserError: there is none.
     """
     own = {str(settings.home.absolute()), str(settings.home.absolute()) + ".partial"}
-    return Files(files_of(settings.path or "", "data.path", own), settings.column, settings.max_document_bytes)
+    return Files(
+        files_of(settings.path or "", "data.path", own), settings.column, settings.max_document_bytes
+    )
 
 
 def files_of(path: str, key: str, own: frozenset[str] | set[str] = frozenset()) -> tuple[File, ...]:
-    """The files that READERS can read under a folder, a glob, a name or a URL, sorted by their names relative to it.
+    """The files that READERS can read under a folder, a glob, a name or a URL, sorted by their names relative
+    to it.
 
     Args:
         key: the setting that names it, for messages.
@@ -140,7 +148,9 @@ def files_of(path: str, key: str, own: frozenset[str] | set[str] = frozenset()) 
         root, wanted = Path(*root.parts[:fixed]), re.compile(_pattern(root.parts[fixed:]), re.DOTALL)
     listed = [str(root)] if root.is_file() else []
     root, left_out = (root.parent if listed else root), list[str]()
-    matching = listed or [file for file in _walk(str(root), own, left_out) if wanted.fullmatch(os.path.relpath(file, root))]
+    matching = listed or [
+        file for file in _walk(str(root), own, left_out) if wanted.fullmatch(os.path.relpath(file, root))
+    ]
     readable = [file for file in matching if format_of(file)]
     _tell(key, left_out)
     if not readable:
@@ -150,12 +160,17 @@ def files_of(path: str, key: str, own: frozenset[str] | set[str] = frozenset()) 
 
 def _nothing(path: str, key: str, expanded: str, count: int) -> str:
     nothing = "it is an empty folder" if os.path.isdir(expanded) else "there is no such file or folder"
-    reason = f"none of its {count} files ends in {' '.join(READERS)} (or one of these and .gz .zst)" if count else nothing
+    reason = (
+        f"none of its {count} files ends in {' '.join(READERS)} (or one of these and .gz .zst)"
+        if count
+        else nothing
+    )
     return f"{key}={path}: {reason}; give a folder or a glob with text in it"
 
 
 def _pattern(parts: tuple[str, ...]) -> str:
-    """A glob as a regular expression on paths: ** crosses folders, and only a leading dot matches hidden files."""
+    """A glob as a regular expression on paths: ** crosses folders, and only a leading dot matches hidden
+    files."""
     result = ""
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
@@ -175,7 +190,8 @@ def _segment(part: str) -> str:
 
 
 def _walk(root: str, own: frozenset[str] | set[str], left_out: list[str]) -> Iterator[str]:
-    """Every file under a folder, hidden ones apart. A link to a folder elsewhere is followed, once; to one inside or above, never."""
+    """Every file under a folder, hidden ones apart. A link to a folder elsewhere is followed, once; to one
+    inside or above, never."""
     inside = os.path.realpath(root)
     seen = {inside}
 
@@ -185,7 +201,11 @@ def _walk(root: str, own: frozenset[str] | set[str], left_out: list[str]) -> Ite
         left_out.append(f"{error.filename}: cannot be listed ({error.strerror})")
 
     for folder, inner, names in os.walk(root, onerror=unlisted, followlinks=True):
-        inner[:] = [name for name in sorted(inner) if not name.startswith(".") and not _passed(folder, name, own, inside, seen, left_out)]
+        inner[:] = [
+            name
+            for name in sorted(inner)
+            if not name.startswith(".") and not _passed(folder, name, own, inside, seen, left_out)
+        ]
         for name in (name for name in names if not name.startswith(".")):
             path = os.path.join(folder, name)
             if os.path.exists(path) and not os.path.isfile(path):
@@ -194,7 +214,9 @@ def _walk(root: str, own: frozenset[str] | set[str], left_out: list[str]) -> Ite
                 yield path
 
 
-def _passed(folder: str, name: str, own: frozenset[str] | set[str], inside: str, seen: set[str], left_out: list[str]) -> bool:
+def _passed(
+    folder: str, name: str, own: frozenset[str] | set[str], inside: str, seen: set[str], left_out: list[str]
+) -> bool:
     """Whether a folder is passed over; then it is listed in `left_out`."""
     path = os.path.join(folder, name)
     real = os.path.realpath(path)
@@ -214,7 +236,11 @@ def _holds(outer: str, inner: str) -> bool:
 
 def _kind(path: str) -> str:
     mode = os.stat(path).st_mode
-    kinds = {"a FIFO": stat.S_ISFIFO, "a socket": stat.S_ISSOCK, "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode)}
+    kinds = {
+        "a FIFO": stat.S_ISFIFO,
+        "a socket": stat.S_ISSOCK,
+        "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+    }
     return next((name for name, holds in kinds.items() if holds(mode)), "of another kind")
 
 
@@ -244,20 +270,32 @@ def _remote(url: str, key: str) -> tuple[File, ...]:
     try:
         system, path = url_to_fs(url)
         if glob.has_magic(path):
-            root, found = path[: path.rindex("/", 0, re.search(r"[*?\[]", path).start()) + 1], system.glob(path, detail=True)  # type: ignore[union-attr]
+            literal = re.split(r"[*?\[]", path, maxsplit=1)[0]
+            root, found = literal[: literal.rindex("/") + 1], system.glob(path, detail=True)
         elif format_of(path):
             root, found = path[: path.rindex("/") + 1], {path: system.info(path)}
         else:
             root, found = path.rstrip("/") + "/", system.find(path.rstrip("/") + "/", detail=True)
     except Exception as error:  # each store's client raises its own
         raise UserError(
-            f"{key}={url}: cannot be listed ({type(error).__name__}: {first_line(error)}); check the address, the network and your rights"
+            f"{key}={url}: cannot be listed ({type(error).__name__}: {first_line(error)}); check the "
+            "address, the network and your rights"
         ) from error
-    listed = [(name, info) for name, info in found.items() if info.get("type") != "directory" and format_of(name)]
+    listed = [
+        (name, info) for name, info in found.items() if info.get("type") != "directory" and format_of(name)
+    ]
     if not listed:
-        raise UserError(f"{key}={url}: none of its {len(found)} files ends in {' '.join(READERS)}; give a folder or a glob with text in it")
+        raise UserError(
+            f"{key}={url}: none of its {len(found)} files ends in {' '.join(READERS)}; give a folder or a "
+            "glob with text in it"
+        )
     remote = (
-        File(name.removeprefix(root), name if "://" in name else system.unstrip_protocol(name), int(info.get("size") or 0), _version(info))
+        File(
+            name.removeprefix(root),
+            name if "://" in name else system.unstrip_protocol(name),
+            int(info.get("size") or 0),
+            _version(info),
+        )
         for name, info in listed
     )
     return tuple(sorted(remote, key=lambda file: file.name))
@@ -282,11 +320,12 @@ def _version(info: dict[str, Any]) -> str:
     return next((f"{key} {info[key]}" for key in known if info.get(key)), "")
 
 
-# ---- Python on this machine -------------------------------------------------------------------------------------------------------------
+# ---- Python on this machine --------------------------------------------------------------------------------
 
 
 def stdlib(settings: DataSettings) -> Files:
-    """The running interpreter's own library, without its tests, generated code pages (encodings) and old grammar (lib2to3)."""
+    """The running interpreter's own library, without its tests, generated code pages (encodings) and old
+    grammar (lib2to3)."""
     return Files(_stdlib(""), limit=settings.max_document_bytes)
 
 
@@ -296,13 +335,20 @@ def _stdlib(prefix: str) -> tuple[File, ...]:
     for folder, inner, names in os.walk(root):
         inner[:] = [name for name in inner if name not in left_out]
         found += [Path(folder, name) for name in names if name.endswith(".py")]
-    return tuple(sorted((_file(prefix + path.relative_to(root).as_posix(), str(path)) for path in found), key=lambda file: file.name))
+    return tuple(
+        sorted(
+            (_file(prefix + path.relative_to(root).as_posix(), str(path)) for path in found),
+            key=lambda file: file.name,
+        )
+    )
 
 
 def packages(settings: DataSettings) -> Files:
-    """The Python files of installed distributions, without their tests, and the standard library's before them.
+    """The Python files of installed distributions, without their tests, and the standard library's before
+    them.
 
-    Each is named with its version (`numpy==2.4.6`), so that everyone who installed the same ones has the same text.
+    Each is named with its version (`numpy==2.4.6`), so that everyone who installed the same ones has the same
+    text.
 
     Raises:
         UserError: a distribution is not installed, or in another version; all of them are named.
@@ -315,15 +361,23 @@ def packages(settings: DataSettings) -> Files:
         except metadata.PackageNotFoundError:
             faults.append(f"data.distributions: {name} is not installed; pip install {requirement}")
             continue
-        if distribution.version.partition("+")[0] != version:  # 2.13.0+cpu is 2.13.0, built for one kind of machine
-            faults.append(f"data.distributions: {requirement} is asked for, {distribution.version} installed; pip install {requirement}")
+        if (
+            distribution.version.partition("+")[0] != version
+        ):  # 2.13.0+cpu is 2.13.0, built for one kind of machine
+            faults.append(
+                f"data.distributions: {requirement} is asked for, {distribution.version} installed; pip "
+                f"install {requirement}"
+            )
         found += [_file(f"{name}/{file.as_posix()}", str(file.locate())) for file in _modules(distribution)]
     UserError.collect(faults)
     return Files(tuple(sorted(found, key=lambda file: file.name)), limit=settings.max_document_bytes)
 
 
 def _modules(distribution: metadata.Distribution) -> list[metadata.PackagePath]:
-    """The Python files that a distribution installed inside its packages folder; tests and generated bindings hold little prose."""
+    """The Python files that a distribution installed inside its packages folder; tests and generated bindings
+    hold little prose."""
     left_out = {"test", "tests", "testing", "_vendor", ".."}
-    files = [file for file in distribution.files or () if file.suffix == ".py" and not left_out & set(file.parts)]
+    files = [
+        file for file in distribution.files or () if file.suffix == ".py" and not left_out & set(file.parts)
+    ]
     return [file for file in files if Path(str(file.locate())).is_file()]

@@ -1,4 +1,5 @@
-"""Texts in files: txt md py, json jsonl, csv tsv, parquet; all but the last also compressed (.gz .zst). READERS takes new formats."""
+"""Texts in files: txt md py, json jsonl, csv tsv, parquet; all but the last also compressed (.gz .zst).
+READERS takes new formats."""
 
 from __future__ import annotations
 
@@ -78,7 +79,10 @@ def _json(opened: Opened) -> Iterator[tuple[str, str]]:
     """A list of objects, or one; a file of JSON lines under this name is read as what it is."""
     raw = opened.file.read(JSON_BYTES + 1)
     if len(raw) > JSON_BYTES:
-        raise UserError(f"{opened.path}: more than {JSON_BYTES:,} bytes of JSON in one piece; write it as .jsonl, one object a line")
+        raise UserError(
+            f"{opened.path}: more than {JSON_BYTES:,} bytes of JSON in one piece; write it as .jsonl, one "
+            "object a line"
+        )
     text = opened.tally.decode(raw)
     try:
         value = parse_json(text)
@@ -99,7 +103,9 @@ def parse_json(text: str) -> Any:
         ValueError: it is none, or nested deeper than Python's parser goes.
     """
     try:
-        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < DIGITS else float("inf"))
+        return json.loads(
+            text, parse_int=lambda digits: int(digits) if len(digits) < DIGITS else float("inf")
+        )
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
@@ -120,13 +126,18 @@ def _parsed(text: str, place: str) -> Any:
 
 
 def _not_json(place: str, text: str, error: ValueError) -> UserError:
-    return UserError(f"{place}: expected a JSON object; found {text[:40]!r} ({error}); mend or remove the line")
+    return UserError(
+        f"{place}: expected a JSON object; found {text[:40]!r} ({error}); mend or remove the line"
+    )
 
 
 def _field(value: Any, column: str, place: str) -> str:
     if not isinstance(value, dict) or column not in value:
         names = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-        raise UserError(f"{place}: no field {column!r}; found {names or 'none'}; name the field that holds the text: data.column=NAME")
+        raise UserError(
+            f"{place}: no field {column!r}; found {names or 'none'}; name the field that holds the text: "
+            "data.column=NAME"
+        )
     return text_of(value[column], column, place)
 
 
@@ -139,7 +150,10 @@ def text_of(value: Any, column: str, place: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise UserError(f"{place}: {column!r} is a {type(value).__name__}, not text; name the column that holds the text: data.column=NAME")
+        raise UserError(
+            f"{place}: {column!r} is a {type(value).__name__}, not text; name the column that holds the "
+            "text: data.column=NAME"
+        )
     return value
 
 
@@ -148,7 +162,9 @@ def _table(delimiter: str) -> Reader:
 
     def read(opened: Opened) -> Iterator[tuple[str, str]]:
         csv.field_size_limit(ESCAPED * opened.limit + 2**20)
-        text = io.TextIOWrapper(cast(io.BufferedReader, opened.file), "utf-8-sig", errors="replace", newline="")
+        text = io.TextIOWrapper(
+            cast(io.BufferedReader, opened.file), "utf-8-sig", errors="replace", newline=""
+        )
         rows = csv.DictReader(text, delimiter=delimiter)
         _check_names(opened.path, list(rows.fieldnames or ()), opened.column)
         try:
@@ -159,7 +175,8 @@ def _table(delimiter: str) -> Reader:
                 yield f":{number}", value
         except csv.Error as error:
             raise UserError(
-                f"{opened.path}: after row {rows.line_num}: no table ({error}); mend it, or leave it out of data.path"
+                f"{opened.path}: after row {rows.line_num}: no table ({error}); mend it, or leave it out "
+                "of data.path"
             ) from error
 
     return read
@@ -185,10 +202,14 @@ def _rows(opened: Opened) -> Iterator[tuple[str, str]]:
 
 def _check_names(path: str, names: list[str], column: str) -> None:
     if column not in names:
-        raise UserError(f"{path}: no column {column!r}; found {', '.join(names) or 'none'}; name the one with the text: data.column=NAME")
+        raise UserError(
+            f"{path}: no column {column!r}; found {', '.join(names) or 'none'}; name the one with the "
+            "text: data.column=NAME"
+        )
     if names.count(column) > 1:
         raise UserError(
-            f"{path}: {names.count(column)} columns are called {column!r}; leave one under that name, or choose another: data.column=NAME"
+            f"{path}: {names.count(column)} columns are called {column!r}; leave one under that name, or "
+            "choose another: data.column=NAME"
         )
 
 
@@ -199,7 +220,9 @@ def _check_column(path: str, schema: Any, column: str) -> None:
     kind = schema.field(column).type
     inner = kind.value_type if types.is_dictionary(kind) else kind
     if str(inner) not in ("string", "large_string", "string_view", "binary", "large_binary", "binary_view"):
-        raise UserError(f"{path}: column {column!r} holds {kind}, not text; name the one with the text: data.column=NAME")
+        raise UserError(
+            f"{path}: column {column!r} holds {kind}, not text; name the one with the text: data.column=NAME"
+        )
 
 
 Reader = Callable[[Opened], Iterator[tuple[str, str]]]  # → (place in the file, text)
@@ -238,7 +261,9 @@ def texts(path: str, column: str, limit: int, tally: Tally) -> Iterator[tuple[st
 
 def _in_utf8(file: BinaryIO) -> BinaryIO:
     """A file that a mark says to be UTF-16 or UTF-32, recoded; another one as it is."""
-    buffered = file if isinstance(file, io.BufferedReader) else io.BufferedReader(cast(io.RawIOBase, file), 2**20)
+    buffered = (
+        file if isinstance(file, io.BufferedReader) else io.BufferedReader(cast(io.RawIOBase, file), 2**20)
+    )
     start = buffered.peek(4)[:4]
     encoding = next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8")
     if encoding in ("utf-8", "utf-8-sig"):
@@ -286,7 +311,9 @@ def reading(path: str) -> Iterator[BinaryIO]:
         raise UserError(f"{path}: corrupted {what} ({error}); fetch the file again, or remove it") from error
     except (pyarrow.ArrowException, OSError) as error:
         if what and not getattr(error, "errno", None):  # the file's fault, not the system's
-            raise UserError(f"{path}: corrupted {what} ({first_line(error)}); fetch the file again, or remove it") from error
+            raise UserError(
+                f"{path}: corrupted {what} ({first_line(error)}); fetch the file again, or remove it"
+            ) from error
         raise unreadable(path, error) from error
 
 
@@ -317,7 +344,9 @@ def _decompressed(raw: BinaryIO, what: str) -> BinaryIO:
     import pyarrow
 
     if what == "gz":
-        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "gzip"), 2**20)
+        return io.BufferedReader(
+            pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "gzip"), 2**20
+        )
     if what == "zst":
         return io.BufferedReader(_Pieces(_zstd(raw)), 2**20)
     return raw

@@ -18,7 +18,8 @@ NAMED = ("dataset", "config", "data_dir", "split", "revision")
 
 @dataclass(frozen=True)
 class Hub:
-    """A dataset is what its name and revision say: once the tokens are there, no network is needed. A local folder is looked at again."""
+    """A dataset is what its name and revision say: once the tokens are there, no network is needed. A local
+    folder is looked at again."""
 
     settings: DataSettings
 
@@ -28,10 +29,15 @@ class Hub:
             place = f"{self.settings.dataset}:{self.settings.split}:{tally.item}"
             if column not in row:
                 names = ", ".join(row) or "none"
-                raise UserError(f"{place}: no column {column!r}; found {names}; name the one with the text: data.column=NAME")
+                raise UserError(
+                    f"{place}: no column {column!r}; found {names}; name the one with the text: "
+                    "data.column=NAME"
+                )
             tally.item += 1
             tally.records += 1
-            yield from tally.document(place, text_of(row[column], column, place), self.settings.max_document_bytes)
+            yield from tally.document(
+                place, text_of(row[column], column, place), self.settings.max_document_bytes
+            )
 
     def _rows(self, start: int) -> Iterator[dict[str, Any]]:
         wanted = self.settings
@@ -41,17 +47,22 @@ class Hub:
             place = {"data_dir": wanted.data_dir, "split": wanted.split, "revision": wanted.revision}
             rows = load_dataset(wanted.dataset, wanted.config, **place, streaming=wanted.streaming)
             yield from rows.skip(start) if start else rows
-        except Exception as error:  # datasets, fsspec, pyarrow, httpx and the hub's client each raise their own
+        except (
+            Exception
+        ) as error:  # datasets, fsspec, pyarrow, httpx and the hub's client each raise their own
             named = " ".join(f"{key}={getattr(wanted, key)}" for key in NAMED if getattr(wanted, key))
             raise UserError(
-                f"cannot read {named} from the Hugging Face hub ({type(error).__name__}: {first_line(error)}); check the names and "
-                "the network, log in with `hf auth login` where it is gated, or read files of your own with data=files data.path=FOLDER"
+                f"cannot read {named} from the Hugging Face hub ({type(error).__name__}: "
+                f"{first_line(error)}); check the names and the network, log in with `hf auth login` where "
+                "it is gated, or read files of your own with data=files data.path=FOLDER"
             ) from error
 
     def stamp(self) -> str:
         """Of the name and revision; of a local folder, of its files' sizes and times too."""
         values = asdict(self.settings)
-        named = [values[key] for key in NAMED if key != "data_dir"] + [values["data_dir"]] * bool(values["data_dir"])
+        named = [values[key] for key in NAMED if key != "data_dir"] + [values["data_dir"]] * bool(
+            values["data_dir"]
+        )
         return hash_of([*named, *_files_of(os.path.expanduser(self.settings.dataset or ""))])
 
     def digest(self, advance: Callable[[int], None]) -> str:

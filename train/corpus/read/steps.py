@@ -1,4 +1,5 @@
-"""The first step and the last of what one task does with its files: read them, and put their documents down in the workshop."""
+"""The first step and the last of what one task does with its files: read them, and put their documents down
+in the workshop."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ PIECE_COLUMNS = ("name", "text")
 
 
 class Read(PipelineStep):
-    """The documents of a task's files, up to the limits that are left by the tasks before it, as far as these are done."""
+    """The documents of a task's files, up to the limits that are left by the tasks before it, as far as these
+    are done."""
 
     type, name = "📖 - READER", "read"
 
@@ -38,7 +40,10 @@ class Read(PipelineStep):
 
     def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
         task = rank if self.task is None else self.task
-        files, self.before = self.work.files(task), read_before(self.work, task) if limited(self.settings) else Tally()
+        files, self.before = (
+            self.work.files(task),
+            read_before(self.work, task) if limited(self.settings) else Tally(),
+        )
         if is_full(self.settings, self.before):
             return
         self.contents = [content_of(file) for file in files]
@@ -49,7 +54,9 @@ class Read(PipelineStep):
 
     @property
     def full(self) -> bool:
-        both = Tally(documents=self.before.documents + self.tally.documents, bytes=self.before.bytes + self.tally.bytes)
+        both = Tally(
+            documents=self.before.documents + self.tally.documents, bytes=self.before.bytes + self.tally.bytes
+        )
         return is_full(self.settings, both)
 
 
@@ -72,7 +79,7 @@ def _documents(files: tuple[File, ...], settings: DataSettings, tally: Tally) ->
     return Files(files, settings.column, settings.max_document_bytes).documents(tally)
 
 
-# ---- a corpus without files -------------------------------------------------------------------------------------------------------------
+# ---- a corpus without files --------------------------------------------------------------------------------
 
 
 class Fetch(PipelineStep):
@@ -132,11 +139,12 @@ def _from_piece(file: File, settings: DataSettings, tally: Tally) -> Iterator[An
                 yield from tally.document(name, text, settings.max_document_bytes)
 
 
-# ---- putting down -----------------------------------------------------------------------------------------------------------------------
+# ---- putting down ------------------------------------------------------------------------------------------
 
 
 class PutDown(PipelineStep):
-    """Write a task's documents, with what the steps before found out about them, into the workshop; hand none on.
+    """Write a task's documents, with what the steps before found out about them, into the workshop; hand none
+    on.
 
     A fault behind a limit may not matter: there it is written down, and told where the reading comes to it.
     """
@@ -159,7 +167,12 @@ class PutDown(PipelineStep):
                 raise
             fault = str(error)
         before = {"documents": self.reader.before.documents, "bytes": self.reader.before.bytes}
-        record = {"before": before, "tally": plain(self.reader.tally), "contents": self.reader.contents, "fault": fault}
+        record = {
+            "before": before,
+            "tally": plain(self.reader.tally),
+            "contents": self.reader.contents,
+            "fault": fault,
+        }
         write_json(self.work.path("text", task, ".json"), record)  # the last: now the task is done
         return
         yield

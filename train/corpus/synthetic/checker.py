@@ -1,9 +1,10 @@
 """A check of programs by running them under limits against accidents; it is no prison for hostile code.
 
-Many run in one process, so that it is fast. The process can open no file and no socket (the kernel's limit on descriptors is what it
-already holds), writes nothing, and has little memory and time: an endless loop, a huge list or a stray `open` ends one program and nothing
-else. The programs are this package's own, and mean no harm. Whoever means harm is not held by it: the process runs as the user, reads what
-the user may read through descriptors that are open, and nothing separates it from the rest of the machine.
+Many run in one process, so that it is fast. The process can open no file and no socket (the kernel's limit on
+descriptors is what it already holds), writes nothing, and has little memory and time: an endless loop, a huge
+list or a stray `open` ends one program and nothing else. The programs are this package's own, and mean no
+harm. Whoever means harm is not held by it: the process runs as the user, reads what the user may read through
+descriptors that are open, and nothing separates it from the rest of the machine.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ MEMORY_BYTES = 512 * 2**20
 
 
 def failures(
-    items: Sequence[Item], *, seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES, modules: Sequence[str] = ()
+    items: Sequence[Item],
+    *,
+    seconds: float = SECONDS,
+    memory_bytes: int = MEMORY_BYTES,
+    modules: Sequence[str] = (),
 ) -> list[str | None]:
     """For each item None where its program ran through and printed what it should, else what went wrong.
 
@@ -38,13 +43,21 @@ def failures(
     return found
 
 
-def _batch(items: Sequence[Item], seconds: float, memory_bytes: int, modules: Sequence[str]) -> list[str | None]:
+def _batch(
+    items: Sequence[Item], seconds: float, memory_bytes: int, modules: Sequence[str]
+) -> list[str | None]:
     """The results of as many items as one process managed, and at least of one."""
     command = [sys.executable, "-I", "-S", str(WORKER), str(seconds), str(memory_bytes), *modules]
     given = json.dumps([[item.program, item.prints] for item in items])
     try:
         done = subprocess.run(
-            command, input=given, capture_output=True, text=True, timeout=BATCH_SECONDS, env={"PYTHONHASHSEED": "0"}, cwd="/"
+            command,
+            input=given,
+            capture_output=True,
+            text=True,
+            timeout=BATCH_SECONDS,
+            env={"PYTHONHASHSEED": "0"},
+            cwd="/",
         )
         output, end = done.stdout, f"it ended its process ({done.returncode}): {done.stderr.strip()[-200:]}"
     except subprocess.TimeoutExpired as error:

@@ -1,6 +1,8 @@
-"""Generated documents as a corpus: item i is a function of (kind, seed, i), and only items whose program ran as the text says are taken.
+"""Generated documents as a corpus: item i is a function of (kind, seed, i), and only items whose program ran
+as the text says are taken.
 
-Python's `random` draws, whose sequences are the same for every process and machine; another version of Python may draw otherwise.
+Python's `random` draws, whose sequences are the same for every process and machine; another version of Python
+may draw otherwise.
 """
 
 from __future__ import annotations
@@ -51,7 +53,10 @@ def draw_items(kind: str, seed: int) -> Iterator[tuple[int, Item]]:
             last = i
             yield i, item
         elif i - last > PATIENCE:
-            raise UserError(f"data: the generator of {kind} has no more than {len(seen):,} distinct items; lower data.limit_documents")
+            raise UserError(
+                f"data: the generator of {kind} has no more than {len(seen):,} distinct items; lower "
+                "data.limit_documents"
+            )
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class Generated:
     def documents(self, tally: Tally) -> Iterator[Document]:
         kind, seed, limit = self.settings.corpus, self.settings.seed, self.settings.max_document_bytes
         batch = min(BATCH, self.settings.limit_documents or BATCH)
-        left = dropwhile(lambda drawn: drawn[0] < tally.item, draw_items(kind, seed))  # drawn again, for the sake of what is distinct
+        # drawn again, for the sake of what is distinct
+        left = dropwhile(lambda drawn: drawn[0] < tally.item, draw_items(kind, seed))
         for number, item, failure in _checked(left, batch):
             tally.item = number + 1
             if failure is None:
@@ -73,7 +79,8 @@ class Generated:
                 tally.programs_failed += 1
 
     def stamp(self) -> str:
-        """A hash of the settings and of this package's source and tables: another template is another text."""
+        """A hash of the settings and of this package's source and tables: another template is another
+        text."""
         digest = hashlib.sha256(f"{self.settings.corpus} {self.settings.seed}".encode())
         here = Path(__file__).parent
         for file in sorted([*here.glob("*.py"), *here.glob("tables/*.yaml")]):
@@ -85,7 +92,8 @@ class Generated:
 
 
 def _checked(drawn: Iterator[tuple[int, Item]], size: int) -> Iterator[tuple[int, Item, str | None]]:
-    """Each item with what went wrong in its program, in order; batches are run in processes of their own meanwhile."""
+    """Each item with what went wrong in its program, in order; batches are run in processes of their own
+    meanwhile."""
     waiting: deque[tuple[list[tuple[int, Item]], Future[list[str | None]]]] = deque()
     with ThreadPoolExecutor(AT_ONCE) as pool:
         while True:
@@ -94,6 +102,9 @@ def _checked(drawn: Iterator[tuple[int, Item]], size: int) -> Iterator[tuple[int
                 waiting.append((batch, pool.submit(failures, [item for _, item in batch])))
             if waiting and (len(waiting) > AT_ONCE or not batch):
                 done, results = waiting.popleft()
-                yield from ((number, item, failure) for (number, item), failure in zip(done, results.result(), strict=True))
+                yield from (
+                    (number, item, failure)
+                    for (number, item), failure in zip(done, results.result(), strict=True)
+                )
             elif not batch:
                 return

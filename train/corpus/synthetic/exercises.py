@@ -1,4 +1,5 @@
-"""Templates of exercises with their solutions. Each is given a problem and returns an item, or None where the problem does not suit it."""
+"""Templates of exercises with their solutions. Each is given a problem and returns an item, or None where the
+problem does not suit it."""
 
 from __future__ import annotations
 
@@ -6,7 +7,17 @@ from collections.abc import Callable
 from random import Random
 from textwrap import indent
 
-from outgrow.train.corpus.synthetic.item import Item, capital, fenced, given, in_order, opening, shown, slips, trace
+from outgrow.train.corpus.synthetic.item import (
+    Item,
+    capital,
+    fenced,
+    given,
+    in_order,
+    opening,
+    shown,
+    slips,
+    trace,
+)
 from outgrow.train.corpus.synthetic.problem import OTHER, Problem
 
 
@@ -21,13 +32,18 @@ def docstring(problem: Problem, random: Random) -> Item:
 def statement(problem: Problem, random: Random) -> Item:
     """Problem, solution, tests."""
     ask = random.choice(
-        ("Write a function", "Your task is to write a function", "Define a function", "Complete the program with a function")
+        (
+            "Write a function",
+            "Your task is to write a function",
+            "Define a function",
+            "Complete the program with a function",
+        )
     )
     text = (
-        f"# Exercise (level {problem.level})\n\n{opening(problem, random)} {ask} `{problem.name}`. It is given {given(problem)}. "
-        f"It shall {in_order(problem.tasks())}. The result is returned.\n\n"
-        f"For example, `{problem.call(0)}` gives `{problem.result(0)!r}`.\n\n## Solution\n\n{fenced(problem.function())}\n\n"
-        f"## Tests\n\n{fenced(problem.asserts())}\n"
+        f"# Exercise (level {problem.level})\n\n{opening(problem, random)} {ask} `{problem.name}`. It is "
+        f"given {given(problem)}. It shall {in_order(problem.tasks())}. The result is returned.\n\nFor "
+        f"example, `{problem.call(0)}` gives `{problem.result(0)!r}`.\n\n## "
+        f"Solution\n\n{fenced(problem.function())}\n\n## Tests\n\n{fenced(problem.asserts())}\n"
     )
     return Item(text, f"{problem.function()}\n{problem.asserts()}")
 
@@ -37,9 +53,10 @@ def explained(problem: Problem, random: Random) -> Item:
     hints = "\n".join(f"{i}. {why}" for i, why in enumerate(problem.whys(), 1))
     steps = "\n".join(f"- {line}." for line in trace(problem, 1))
     text = (
-        f"# {capital(in_order(problem.tasks()))}\n\n{opening(problem, random)} You have {given(problem)}.\n\n## Hints\n\n{hints}\n\n"
-        f"## Solution\n\n{fenced(problem.function())}\n\n## Why it works\n\nFollow the call `{problem.call(1)}`:\n\n{steps}\n\n"
-        f"So the function returns `{problem.result(1)!r}`.\n"
+        f"# {capital(in_order(problem.tasks()))}\n\n{opening(problem, random)} You have "
+        f"{given(problem)}.\n\n## Hints\n\n{hints}\n\n## Solution\n\n{fenced(problem.function())}\n\n## "
+        f"Why it works\n\nFollow the call `{problem.call(1)}`:\n\n{steps}\n\nSo the function returns "
+        f"`{problem.result(1)!r}`.\n"
     )
     return Item(text, f"{problem.function()}\n{problem.asserts()}")
 
@@ -57,10 +74,11 @@ def bug(problem: Problem, random: Random) -> Item | None:
     for name, value in problem.steps[step].given.items():
         effect = effect.replace(f"${name}", repr(value))
     text = (
-        f"# Find the mistake (level {problem.level})\n\n{opening(problem, random)} The following function is given "
-        f"{given(problem)} and shall "
-        f"{in_order(problem.tasks())}.\n\n{fenced(slipped)}\n\nIt is almost right, but `{problem.call(case)}` gives `{wrong!r}` and "
-        f"should give `{problem.result(case)!r}`.\n\n## Answer\n\nWhat is wrong: {effect}. The corrected function:\n\n{fenced(right)}\n"
+        f"# Find the mistake (level {problem.level})\n\n{opening(problem, random)} The following function "
+        f"is given {given(problem)} and shall {in_order(problem.tasks())}.\n\n{fenced(slipped)}\n\nIt is "
+        f"almost right, but `{problem.call(case)}` gives `{wrong!r}` and should give "
+        f"`{problem.result(case)!r}`.\n\n## Answer\n\nWhat is wrong: {effect}. The corrected "
+        f"function:\n\n{fenced(right)}\n"
     )
     program = f"{slipped}\nassert {problem.call(case)} == {wrong!r}\n{right}\n{problem.asserts()}"
     return Item(text, program)
@@ -72,9 +90,9 @@ def predict(problem: Problem, random: Random) -> Item:
     program = f"{problem.function()}\n\n\nprint({problem.call(case)})"
     steps = "\n".join(f"{i}. {line}." for i, line in enumerate(trace(problem, case), 1))
     text = (
-        f"# What is printed?\n\n{opening(problem, random)} Read the program and say what it prints before you run "
-        f"it.\n\n{fenced(program)}\n\n"
-        f"## Answer\n\n{steps}\n\nThe program prints:\n\n```\n{problem.result(case)}\n```\n"
+        f"# What is printed?\n\n{opening(problem, random)} Read the program and say what it prints before "
+        f"you run it.\n\n{fenced(program)}\n\n## Answer\n\n{steps}\n\nThe program "
+        f"prints:\n\n```\n{problem.result(case)}\n```\n"
     )
     return Item(text, program, f"{problem.result(case)}\n")
 
@@ -83,7 +101,9 @@ def fill_in(problem: Problem, random: Random) -> Item | None:
     """One line is missing."""
     lines = problem.function().splitlines()
     inner = [
-        i for i, line in enumerate(lines) if i > 0 and line.strip() not in ("else:", "break") and not line.startswith(("def", "import"))
+        i
+        for i, line in enumerate(lines)
+        if i > 0 and line.strip() not in ("else:", "break") and not line.startswith(("def", "import"))
     ]
     if len(inner) < 3:
         return None
@@ -91,10 +111,10 @@ def fill_in(problem: Problem, random: Random) -> Item | None:
     blank = lines[missing][: len(lines[missing]) - len(lines[missing].lstrip())] + "..."
     holed = "\n".join([*lines[:missing], blank, *lines[missing + 1 :]])
     text = (
-        f"# Fill in the missing line\n\n{opening(problem, random)} A function is given {given(problem)}; it shall "
-        f"{in_order(problem.tasks())}. "
-        f"One line of it got lost:\n\n{fenced(holed)}\n\nAn example of what it has to do:\n\n{fenced(shown(problem, 0))}\n\n"
-        f"## Answer\n\nThe line is `{lines[missing].strip()}`. The whole function:\n\n{fenced(problem.function())}\n"
+        f"# Fill in the missing line\n\n{opening(problem, random)} A function is given {given(problem)}; "
+        f"it shall {in_order(problem.tasks())}. One line of it got lost:\n\n{fenced(holed)}\n\nAn example "
+        f"of what it has to do:\n\n{fenced(shown(problem, 0))}\n\n## Answer\n\nThe line is "
+        f"`{lines[missing].strip()}`. The whole function:\n\n{fenced(problem.function())}\n"
     )
     return Item(text, f"{problem.function()}\n{problem.asserts()}")
 
@@ -102,26 +122,35 @@ def fill_in(problem: Problem, random: Random) -> Item | None:
 def rewrite(problem: Problem, random: Random) -> Item:
     """The same function, written the other way."""
     other = OTHER[problem.style]
-    wish = {"short": "in as few lines as you can", "loop": "with plain loops and conditions, step by step"}[other]
+    wish = {"short": "in as few lines as you can", "loop": "with plain loops and conditions, step by step"}[
+        other
+    ]
     text = (
-        f"# Say it differently\n\n{opening(problem, random)} This function is given {given(problem)} and does the following: "
-        f"{in_order(problem.tasks())}.\n\n{fenced(problem.function())}\n\nWrite it again, {wish}.\n\n## Solution\n\n"
-        f"{fenced(problem.function(other))}\n\nBoth pass the same tests:\n\n{fenced(problem.asserts())}\n"
+        f"# Say it differently\n\n{opening(problem, random)} This function is given {given(problem)} and "
+        f"does the following: {in_order(problem.tasks())}.\n\n{fenced(problem.function())}\n\nWrite it "
+        f"again, {wish}.\n\n## Solution\n\n{fenced(problem.function(other))}\n\nBoth pass the same "
+        f"tests:\n\n{fenced(problem.asserts())}\n"
     )
-    return Item(text, f"{problem.function()}\n{problem.asserts()}\n{problem.function(other)}\n{problem.asserts()}")
+    return Item(
+        text, f"{problem.function()}\n{problem.asserts()}\n{problem.function(other)}\n{problem.asserts()}"
+    )
 
 
 def cover(problem: Problem, random: Random) -> Item:
     """The function is there; tests are wanted."""
     text = (
-        f"# Write the tests\n\n{opening(problem, random)} A colleague has written this function; it is given {given(problem)}.\n\n"
-        f"{fenced(problem.function(doc=capital(in_order(problem.tasks())) + '.'))}\n\nWrite tests for it that a "
-        "wrong version would be unlikely to "
-        f"pass.\n\n## Answer\n\n{fenced(problem.asserts())}\n"
+        f"# Write the tests\n\n{opening(problem, random)} A colleague has written this "
+        f"function; it is given {given(problem)}.\n\n"
+        f"{fenced(problem.function(doc=capital(in_order(problem.tasks())) + '.'))}\n\n"
+        "Write tests for it that a wrong version would be unlikely to pass.\n\n"
+        f"## Answer\n\n{fenced(problem.asserts())}\n"
     )
-    return Item(text, f"{problem.function(doc=capital(in_order(problem.tasks())) + '.')}\n{problem.asserts()}")
+    return Item(
+        text, f"{problem.function(doc=capital(in_order(problem.tasks())) + '.')}\n{problem.asserts()}"
+    )
 
 
 TEMPLATES: dict[str, Callable[[Problem, Random], Item | None]] = {
-    template.__name__: template for template in (docstring, statement, explained, bug, predict, fill_in, rewrite, cover)
+    template.__name__: template
+    for template in (docstring, statement, explained, bug, predict, fill_in, rewrite, cover)
 }

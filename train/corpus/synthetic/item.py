@@ -69,11 +69,14 @@ def trace(problem: Problem, case: int) -> list[str]:
     """What the variables hold, step by step."""
     argument, results = problem.cases[case]
     lines = [f"`{problem.parameter}` is `{argument!r}`"]
-    return lines + [f"`{step.y}` becomes `{result!r}`" for step, result in zip(problem.steps, results, strict=True)]
+    return lines + [
+        f"`{step.y}` becomes `{result!r}`" for step, result in zip(problem.steps, results, strict=True)
+    ]
 
 
 def slips(problem: Problem) -> list[tuple[int, int, Any]]:
-    """(step, case, wrong result) where a step has a slip, and the first case in which it shows without an error."""
+    """(step, case, wrong result) where a step has a slip, and the first case in which it shows without an
+    error."""
     found = []
     for i, step in enumerate(problem.steps):
         if step.operation.slip is None:

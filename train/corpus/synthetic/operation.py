@@ -1,4 +1,5 @@
-"""One small thing a program does to a value, written twice: as a loop and as a short expression. The one checks the other.
+"""One small thing a program does to a value, written twice: as a loop and as a short expression. The one
+checks the other.
 
 The operations are data: tables/*.yaml, an entry of them one `Operation`.
 """
@@ -29,7 +30,8 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Slip:
-    """A mistake that is often made: `right` in the loop becomes `wrong`, and `effect` says what comes of it."""
+    """A mistake that is often made: `right` in the loop becomes `wrong`, and `effect` says what comes of
+    it."""
 
     right: str
     wrong: str
@@ -38,7 +40,8 @@ class Slip:
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """`$x` is the value taken, `$y` the name of the value given, `$items` what the values are, and `$k`, `$m` the parameters."""
+    """`$x` is the value taken, `$y` the name of the value given, `$items` what the values are, and `$k`, `$m`
+    the parameters."""
 
     name: str  # a verb phrase, as in a function's name
     takes: str  # a key of KINDS
@@ -48,7 +51,8 @@ class Operation:
     out: str  # what the result is called in a program
     loop: str  # statements that end with $y set
     short: str  # an expression
-    why: Mapping[str, str]  # "loop", "short" → a sentence that is true beside the program so written; it names what stands there
+    # "loop", "short" → a sentence that is true beside the program so written; it names what stands there
+    why: Mapping[str, str]
     level: int = 1  # 1 to 3
     values: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # parameter → what it may be
     slip: Slip | None = None
@@ -66,7 +70,9 @@ class Operation:
 
     def run(self, style: str, value: Any, given: Mapping[str, Any]) -> Any:
         """The result on `value`, computed by the code in `style`: "loop", "short" or "slipped"."""
-        code = {"loop": self.loop_code, "short": self.short_code, "slipped": self.slipped_code}[style]("x", "y", given)
+        code = {"loop": self.loop_code, "short": self.short_code, "slipped": self.slipped_code}[style](
+            "x", "y", given
+        )
         return _function(code, self.module)(value)
 
 
@@ -82,7 +88,8 @@ def read_operations(name: str) -> tuple[Operation, ...]:
 
 
 def _operation(*, loop: str, why: Any, slip: Any = None, values: Any = None, **plain: Any) -> Operation:
-    """An operation as a file spells it: a `why` that holds for both ways of writing it is one sentence there."""
+    """An operation as a file spells it: a `why` that holds for both ways of writing it is one sentence
+    there."""
     return Operation(
         loop=loop.rstrip("\n"),
         why=why if isinstance(why, dict) else {"loop": why, "short": why},
@@ -93,7 +100,8 @@ def _operation(*, loop: str, why: Any, slip: Any = None, values: Any = None, **p
 
 
 def fill(template: str, **names: Any) -> str:
-    """`template` with every `$name` replaced; the longest names first, so that none is the start of another."""
+    """`template` with every `$name` replaced; the longest names first, so that none is the start of
+    another."""
     for name in sorted(names, key=len, reverse=True):
         template = template.replace(f"${name}", str(names[name]))
     return template
@@ -105,7 +113,8 @@ def _spelt(given: Mapping[str, Any]) -> dict[str, str]:
 
 @cache
 def _function(code: str, module: str | None) -> Callable[[Any], Any]:
-    """Code of this package's own tables as a function of x. What a program in a document does is run by checker.py."""
+    """Code of this package's own tables as a function of x. What a program in a document does is run by
+    checker.py."""
     space: dict[str, Any] = {module: import_module(module)} if module else {}
     exec(f"def f(x):\n{indent(code, '    ')}\n    return y\n", space)
     return space["f"]

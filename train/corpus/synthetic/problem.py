@@ -1,4 +1,5 @@
-"""A problem: one to three operations in a row on a value of a theme, with cases whose results come from the other way of writing them."""
+"""A problem: one to three operations in a row on a value of a theme, with cases whose results come from the
+other way of writing them."""
 
 from __future__ import annotations
 
@@ -32,7 +33,12 @@ class Step:
     y: str
 
     def says(self, items: str) -> str:
-        return fill(self.operation.says, items=items, it=items, **{name: repr(value) for name, value in self.given.items()})
+        return fill(
+            self.operation.says,
+            items=items,
+            it=items,
+            **{name: repr(value) for name, value in self.given.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,9 @@ class Problem:
     def tasks(self) -> list[str]:
         """What each step does, as an instruction."""
         first = self.theme.parameter(self.takes)[1].split(",")[0]
-        return [step.says(first if i == 0 else _later(step.operation.takes)) for i, step in enumerate(self.steps)]
+        return [
+            step.says(first if i == 0 else _later(step.operation.takes)) for i, step in enumerate(self.steps)
+        ]
 
     def whys(self, style: str | None = None) -> list[str]:
         """A sentence about each step, true beside the program in this style."""
@@ -94,7 +102,13 @@ class Problem:
 
     def function(self, style: str | None = None, *, doc: str = "", wrong: int | None = None) -> str:
         """The function, after the imports that it needs."""
-        needed = sorted({step.operation.module for step in self.steps if step.operation.module and (style or self.style) == "short"})
+        needed = sorted(
+            {
+                step.operation.module
+                for step in self.steps
+                if step.operation.module and (style or self.style) == "short"
+            }
+        )
         body = (f'"""{doc}"""\n' if doc else "") + self.code(style, wrong=wrong)
         return "".join(f"import {name}\n" for name in needed) + f"{self.signature}\n{indent(body, '    ')}"
 
@@ -127,7 +141,10 @@ def _draw_steps(theme: Theme, length: int, random: Random) -> tuple[Step, ...]:
         kind = chain[-1].gives
     for i, operation in enumerate(chain):
         given = {name: random.choice(values) for name, values in operation.values.items()}
-        y = _free_name(operation.out, {x, theme.parameter(chain[0].takes)[0], *(_locals(chain[i + 1]) if i + 1 < length else ())})
+        y = _free_name(
+            operation.out,
+            {x, theme.parameter(chain[0].takes)[0], *(_locals(chain[i + 1]) if i + 1 < length else ())},
+        )
         steps.append(Step(operation, given, x, y))
         x = y
     return tuple(steps)
@@ -143,8 +160,11 @@ def _locals(operation: Operation) -> frozenset[str]:
     return frozenset(re.findall(r"(?<![\w$.])[a-z_]+\b", operation.loop)) - frozenset(keyword.kwlist)
 
 
-def _draw_cases(theme: Theme, steps: tuple[Step, ...], style: str, random: Random) -> tuple[tuple[Any, tuple[Any, ...]], ...] | None:
-    """Three drawn cases, and often the empty one; the results come from the style that the solution is *not* written in."""
+def _draw_cases(
+    theme: Theme, steps: tuple[Step, ...], style: str, random: Random
+) -> tuple[tuple[Any, tuple[Any, ...]], ...] | None:
+    """Three drawn cases, and often the empty one; the results come from the style that the solution is *not*
+    written in."""
     kind = steps[0].operation.takes
     values = [theme.draw(kind, random) for _ in range(3)]
     if kind in EMPTY and random.random() < 0.5:
@@ -167,11 +187,13 @@ def _worthwhile(cases: list[tuple[Any, tuple[Any, ...]]]) -> bool:
     return len({repr(result) for result in results}) > 1 and bool(results[0] or results[0] == 0)
 
 
-def idle(steps: Sequence[Step], cases: Sequence[tuple[Any, tuple[Any, ...]]], style: str) -> list[tuple[int, int]]:
+def idle(
+    steps: Sequence[Step], cases: Sequence[tuple[Any, tuple[Any, ...]]], style: str
+) -> list[tuple[int, int]]:
     """The runs of steps [i, j) that change the result of no case: left out, what remains computes the same.
 
-    A run can be left out where it gives the kind of value that it takes. Sorting before a sum is idle, and so are two
-    steps that undo each other.
+    A run can be left out where it gives the kind of value that it takes. Sorting before a sum is idle, and so
+    are two steps that undo each other.
     """
     kinds = [step.operation.takes for step in steps] + [steps[-1].operation.gives]
     runs = [(i, j) for i in range(len(steps)) for j in range(i + 1, len(kinds)) if kinds[i] == kinds[j]]
@@ -189,4 +211,11 @@ def _same_without(rest: Sequence[Step], case: tuple[Any, tuple[Any, ...]], first
 
 def _later(kind: str) -> str:
     """What the values of a later step are called."""
-    return {"numbers": "numbers", "words": "words", "number": "the number", "text": "the text", "table": "entries", "grid": "rows"}[kind]
+    return {
+        "numbers": "numbers",
+        "words": "words",
+        "number": "the number",
+        "text": "the text",
+        "table": "entries",
+        "grid": "rows",
+    }[kind]

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from outgrow.train.corpus.synthetic.item import Item, capital, fenced, given, in_order, opening, shown, slips, trace
+from outgrow.train.corpus.synthetic.item import (
+    Item,
+    capital,
+    fenced,
+    given,
+    in_order,
+    opening,
+    shown,
+    slips,
+    trace,
+)
 from outgrow.train.corpus.synthetic.operation import KINDS
 from outgrow.train.corpus.synthetic.problem import OTHER, Problem
 
@@ -18,10 +28,11 @@ def section(problem: Problem, random: Random) -> Item:
     steps = "\n".join(f"- {line}" for line in trace(problem, 0))
     last = len(problem.cases) - 1
     text = (
-        f"## {_title(problem)}\n\n{opening(problem, random)} {ideas}\n\nAs an example, take {given(problem)}. We "
-        f"want to {in_order(problem.tasks())}. "
-        f"In Python:\n\n{fenced(problem.function())}\n\nWhat happens inside, for one argument:\n\n{steps}\n\n**Question.** What does "
-        f"`{problem.call(last)}` return?\n\n**Answer.** `{problem.result(last)!r}`.\n"
+        f"## {_title(problem)}\n\n{opening(problem, random)} {ideas}\n\nAs an example, take "
+        f"{given(problem)}. We want to {in_order(problem.tasks())}. In "
+        f"Python:\n\n{fenced(problem.function())}\n\nWhat happens inside, for one "
+        f"argument:\n\n{steps}\n\n**Question.** What does `{problem.call(last)}` return?\n\n**Answer.** "
+        f"`{problem.result(last)!r}`.\n"
     )
     return Item(text, f"{problem.function()}\n{problem.asserts()}")
 
@@ -29,7 +40,10 @@ def section(problem: Problem, random: Random) -> Item:
 def worked(problem: Problem, random: Random) -> Item:
     """From the question to a plan, to a program, to a check."""
     plan = "\n".join(f"{i}. {capital(task)}." for i, task in enumerate(problem.tasks(), 1))
-    notes = "\n\n".join(f"*{capital(step.operation.topic)}.* {why}" for step, why in zip(problem.steps, problem.whys(), strict=True))
+    notes = "\n\n".join(
+        f"*{capital(step.operation.topic)}.* {why}"
+        for step, why in zip(problem.steps, problem.whys(), strict=True)
+    )
     text = (
         f"## Worked example: {problem.theme.name}\n\n{opening(problem, random)} The data is "
         f"{given(problem)}.\n\n**Plan.**\n\n{plan}\n\n**Program.** "
@@ -43,14 +57,17 @@ def worked(problem: Problem, random: Random) -> Item:
 def two_ways(problem: Problem, random: Random) -> Item:
     """A loop and an expression side by side."""
     text = (
-        f"## Two ways to write it: {_topics(problem)}\n\n{opening(problem, random)} Given {given(problem)}, we want "
-        f"to {in_order(problem.tasks())}. "
-        f"With loops, every step is in sight:\n\n{fenced(problem.function('loop'))}\n\nThe same in a shorter form:\n\n"
-        f"{fenced(problem.function('short'))}\n\nBoth return `{problem.result(1)!r}` for `{problem.cases[1][0]!r}`. "
-        f"{problem.whys()[0]} "
-        "Prefer the form that you can still read in half a year.\n"
+        f"## Two ways to write it: {_topics(problem)}\n\n{opening(problem, random)} Given "
+        f"{given(problem)}, we want to {in_order(problem.tasks())}. With loops, every step is in "
+        f"sight:\n\n{fenced(problem.function('loop'))}\n\nThe same in a shorter "
+        f"form:\n\n{fenced(problem.function('short'))}\n\nBoth return `{problem.result(1)!r}` for "
+        f"`{problem.cases[1][0]!r}`. {problem.whys()[0]} Prefer the form that you can still read in half a "
+        "year.\n"
     )
-    return Item(text, f"{problem.function()}\n{problem.asserts()}\n{problem.function(OTHER[problem.style])}\n{problem.asserts()}")
+    return Item(
+        text,
+        f"{problem.function()}\n{problem.asserts()}\n{problem.function(OTHER[problem.style])}\n{problem.asserts()}",
+    )
 
 
 def pitfall(problem: Problem, random: Random) -> Item | None:
@@ -68,10 +85,10 @@ def pitfall(problem: Problem, random: Random) -> Item | None:
     slipped, right = problem.function("loop", wrong=step), problem.function("loop")
     text = (
         f"## A common mistake: {operation.topic}\n\n{opening(problem, random)} Somebody wants to "
-        f"{in_order(problem.tasks())}, and writes for "
-        f"{given(problem)}:\n\n{fenced(slipped)}\n\nThis runs without an error and still is wrong: {effect}. For "
-        f"`{problem.cases[case][0]!r}` it returns "
-        f"`{wrong!r}`, where `{problem.result(case)!r}` is right. {why}\n\nThe right version:\n\n{fenced(right)}\n"
+        f"{in_order(problem.tasks())}, and writes for {given(problem)}:\n\n{fenced(slipped)}\n\nThis runs "
+        f"without an error and still is wrong: {effect}. For `{problem.cases[case][0]!r}` it returns "
+        f"`{wrong!r}`, where `{problem.result(case)!r}` is right. {why}\n\nThe right "
+        f"version:\n\n{fenced(right)}\n"
     )
     return Item(text, f"{slipped}\nassert {problem.call(case)} == {wrong!r}\n{right}\n{problem.asserts()}")
 
@@ -84,11 +101,16 @@ def dialogue(problem: Problem, random: Random) -> Item:
         start = ("How do I begin?", "And then?", "What is left to do?")[i]
         turns.append(f'{asks}: "{start}"\n\n{tells}: "{capital(task)}. {why}"')
         turns.append(
-            f'{asks}: "So for `{problem.cases[0][0]!r}` I have `{problem.cases[0][1][i]!r}` after this step?"\n\n{tells}: "Exactly."'
+            f'{asks}: "So for `{problem.cases[0][0]!r}` I have `{problem.cases[0][1][i]!r}` after this '
+            f'step?"\n\n{tells}: "Exactly."'
         )
     text = (
-        f"## A conversation about {_topics(problem)}\n\n{opening(problem, random)} {asks} has {given(problem)} and "
-        f"asks {tells} for help.\n\n" + "\n\n".join(turns) + f"\n\nIn the end they have written:\n\n{fenced(problem.function())}\n"
+        (
+            f"## A conversation about {_topics(problem)}\n\n{opening(problem, random)} {asks} has "
+            f"{given(problem)} and asks {tells} for help.\n\n"
+        )
+        + "\n\n".join(turns)
+        + f"\n\nIn the end they have written:\n\n{fenced(problem.function())}\n"
     )
     return Item(text, f"{problem.function()}\n{problem.asserts()}")
 
@@ -96,7 +118,10 @@ def dialogue(problem: Problem, random: Random) -> Item:
 def summary(problem: Problem, random: Random) -> Item:
     """Questions and answers that sum up what was learnt."""
     topics = [step.operation.topic for step in problem.steps]
-    questions = [f"**What is worth remembering about {topic}?** {why}" for topic, why in zip(topics, problem.whys(), strict=True)]
+    questions = [
+        f"**What is worth remembering about {topic}?** {why}"
+        for topic, why in zip(topics, problem.whys(), strict=True)
+    ]
     calls = [
         f"**What is `{problem.name}` of `{problem.cases[i][0]!r}`?** It is `{problem.result(i)!r}`."
         for i in range(min(2, len(problem.cases)))
@@ -104,9 +129,13 @@ def summary(problem: Problem, random: Random) -> Item:
     mixed = questions + calls
     random.shuffle(mixed)
     text = (
-        f"## Summary and questions: {_topics(problem)}\n\n{opening(problem, random)} The function of this section is "
-        f"given {given(problem)}; its task was to "
-        f"{in_order(problem.tasks())}.\n\n{fenced(problem.function())}\n\n" + "\n\n".join(mixed) + "\n"
+        (
+            f"## Summary and questions: {_topics(problem)}\n\n{opening(problem, random)} The function of "
+            f"this section is given {given(problem)}; its task was to "
+            f"{in_order(problem.tasks())}.\n\n{fenced(problem.function())}\n\n"
+        )
+        + "\n\n".join(mixed)
+        + "\n"
     )
     return Item(text, f"{problem.function()}\n{problem.asserts()}")
 

@@ -1,4 +1,5 @@
-"""Where exercises play, and whom they are for. A theme gives every kind of value a name, a description and words to be made of."""
+"""Where exercises play, and whom they are for. A theme gives every kind of value a name, a description and
+words to be made of."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def _numbers(theme: Theme, random: Random) -> list[int]:
 
 def _text(theme: Theme, random: Random) -> str:
     return " ".join(
-        random.choice((str.lower, str.lower, str.capitalize))(word) for word in random.choices(theme.vocabulary, k=random.randint(2, 4))
+        random.choice((str.lower, str.lower, str.capitalize))(word)
+        for word in random.choices(theme.vocabulary, k=random.randint(2, 4))
     )
 
 

@@ -1,6 +1,8 @@
-"""The process of train/corpus/synthetic/checker.py: reads programs, limits itself, runs them, tells the result of each.
+"""The process of train/corpus/synthetic/checker.py: reads programs, limits itself, runs them, tells the
+result of each.
 
-python -I -S worker.py SECONDS MEMORY_BYTES [MODULE…]    stdin: [[program, what it prints], …]    stdout: a JSON line for each
+python -I -S worker.py SECONDS MEMORY_BYTES [MODULE…]
+    stdin: [[program, what it prints], …]    stdout: a JSON line for each
 
 A program that may print anything has null there; one may import the modules named here and those named to it.
 """
@@ -13,9 +15,21 @@ import signal
 import sys
 from importlib import import_module
 
-ALLOWED = ("bisect", "collections", "functools", "heapq", "itertools", "math", "operator", "re", "string")  # loaded before the limits
+# loaded before the limits
+ALLOWED = ("bisect", "collections", "functools", "heapq", "itertools", "math", "operator", "re", "string")
 
-FORBIDDEN = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "open", "pty.", "webbrowser.", "urllib.", "sys.addaudithook")
+FORBIDDEN = (
+    "os.",
+    "subprocess.",
+    "socket.",
+    "shutil.",
+    "ctypes.",
+    "open",
+    "pty.",
+    "webbrowser.",
+    "urllib.",
+    "sys.addaudithook",
+)
 PRINTED = 10_000  # characters of output that are kept
 
 
@@ -24,7 +38,8 @@ class TooLong(BaseException):
 
 
 def limit(seconds: float, memory_bytes: int) -> None:
-    """No new descriptors, nothing written to files, bounded memory; each program has `seconds`, and the kernel watches over that."""
+    """No new descriptors, nothing written to files, bounded memory; each program has `seconds`, and the
+    kernel watches over that."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -52,7 +67,8 @@ def run(program: str, prints: str | None, seconds: float) -> str | None:
     output, sys.stdout = sys.stdout, io.StringIO()
     signal.setitimer(signal.ITIMER_PROF, seconds)  # of its own computing: a busy machine fails no program
     cpu = resource.getrusage(resource.RUSAGE_SELF)
-    hard = int(cpu.ru_utime + cpu.ru_stime + seconds) + 2  # where a program holds off the signal, in C code for instance
+    # where a program holds off the signal, in C code for instance
+    hard = int(cpu.ru_utime + cpu.ru_stime + seconds) + 2
     resource.setrlimit(resource.RLIMIT_CPU, (hard, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     try:
         running = True
@@ -70,7 +86,8 @@ def run(program: str, prints: str | None, seconds: float) -> str | None:
 
 
 def main() -> None:
-    """Run the programs that standard input lists under the limits of the command line, and print a line of JSON for each result."""
+    """Run the programs that standard input lists under the limits of the command line, and print a line of
+    JSON for each result."""
     seconds, memory_bytes = float(sys.argv[1]), int(sys.argv[2])
     programs = json.load(sys.stdin)
     for name in (*ALLOWED, *sys.argv[3:]):

@@ -1,6 +1,8 @@
-"""What has been written: a line a document, on disk as soon as it is there, and beside it what was asked and what was no document.
+"""What has been written: a line a document, on disk as soon as it is there, and beside it what was asked and
+what was no document.
 
-out.jsonl             {"number", "topic", "audience", "template", "text", "model", "prompt_tokens", "completion_tokens", "dollars"}
+out.jsonl             {"number", "topic", "audience", "template", "text", "model", "prompt_tokens",
+                      "completion_tokens", "dollars"}
 out.rejected.jsonl    the same with "fault" for "text"
 out.settings.json     what was asked of whom: going on under other settings is refused
 """
@@ -45,8 +47,19 @@ class Ledger:
         """Note an answer, and see it on disk."""
         counts = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
         result = {"text": answer.text} if answer.fault is None else {"fault": answer.fault}
-        asked = {"number": prompt.number, "topic": prompt.topic, "audience": prompt.audience, "template": prompt.template}
-        entry = {**asked, **result, "model": self.settings.model, **counts, "dollars": self.settings.cost(**counts)}
+        asked = {
+            "number": prompt.number,
+            "topic": prompt.topic,
+            "audience": prompt.audience,
+            "template": prompt.template,
+        }
+        entry = {
+            **asked,
+            **result,
+            "model": self.settings.model,
+            **counts,
+            "dollars": self.settings.cost(**counts),
+        }
         file = self.files[answer.fault is not None]
         with telling_disk_faults(Path(self.settings.out)):
             file.write(json.dumps(entry, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
@@ -89,16 +102,26 @@ def _check_settings(settings: WriteSettings, out: Path) -> None:
     path, asked = out.with_suffix(".settings.json"), json.loads(json.dumps(identity(settings)))
     if not path.exists():
         if out.exists() and out.stat().st_size:
-            raise UserError(f"out={out}: it is there, and no {path.name} says what was asked for it; choose another out")
+            raise UserError(
+                f"out={out}: it is there, and no {path.name} says what was asked for it; choose another out"
+            )
         write_json(path, asked)
         return
     try:
         there = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path}: not what was written there ({error}); move {out.name} and this file away to begin anew") from error
-    flat, found = ({**values, **{f"prompts.{k}": v for k, v in values.pop("prompts").items()}} for values in (asked, there))
+        raise UserError(
+            f"{path}: not what was written there ({error}); move {out.name} and this file away to begin anew"
+        ) from error
+    flat, found = (
+        {**values, **{f"prompts.{k}": v for k, v in values.pop("prompts").items()}}
+        for values in (asked, there)
+    )
     if changed := sorted(key for key in {*flat, *found} if flat.get(key) != found.get(key)):
-        raise UserError(f"out={out}: it was begun with another {', '.join(changed)}; choose another out, or move it away to begin anew")
+        raise UserError(
+            f"out={out}: it was begun with another {', '.join(changed)}; choose another out, or move it "
+            "away to begin anew"
+        )
 
 
 def _whole_lines(file: BinaryIO) -> Iterator[dict[str, Any]]:
@@ -110,10 +133,15 @@ def _whole_lines(file: BinaryIO) -> Iterator[dict[str, Any]]:
             break
         try:
             entry = json.loads(line)
-            if not isinstance(entry, dict) or not {"number", "dollars", "prompt_tokens", "completion_tokens"} <= entry.keys():
+            if (
+                not isinstance(entry, dict)
+                or not {"number", "dollars", "prompt_tokens", "completion_tokens"} <= entry.keys()
+            ):
                 raise ValueError("an entry of a ledger has number, dollars and tokens")
         except ValueError as error:
-            raise UserError(f"{file.name}:{number}: damaged ({error}); remove the line, and its prompt is asked again") from error
+            raise UserError(
+                f"{file.name}:{number}: damaged ({error}); remove the line, and its prompt is asked again"
+            ) from error
         end += len(line)
         yield entry
     file.truncate(end)
@@ -121,7 +149,8 @@ def _whole_lines(file: BinaryIO) -> Iterator[dict[str, Any]]:
 
 
 def in_order(out: Path) -> None:
-    """Put the lines of a finished file into the order of their numbers, so that the same answers make the same file."""
+    """Put the lines of a finished file into the order of their numbers, so that the same answers make the
+    same file."""
     lines = sorted(out.read_bytes().splitlines(keepends=True), key=lambda line: json.loads(line)["number"])
     with whole_file(out) as partial:
         partial.write_bytes(b"".join(lines))

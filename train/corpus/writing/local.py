@@ -22,16 +22,19 @@ class Local:
         self.settings = settings
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=False)
-            safely: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}  # no code of theirs, and no pickle
+            # no code of theirs, and no pickle
+            safely: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
             self.model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype="auto", **safely)
         except Exception as error:  # transformers and the hub's client each raise their own
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"model={settings.model}: cannot be loaded ({reason}); give a folder or a name on the Hugging Face hub that can be "
-                "reached, or server=URL for a model that a server holds"
+                f"model={settings.model}: cannot be loaded ({reason}); give a folder or a name on the "
+                "Hugging Face hub that can be reached, or server=URL for a model that a server holds"
             ) from error
         if self.tokenizer.eos_token_id is None:
-            raise UserError(f"model={settings.model}: its tokenizer has no eos token, so that no text would end; set one")
+            raise UserError(
+                f"model={settings.model}: its tokenizer has no eos token, so that no text would end; set one"
+            )
         self.model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def answers(self, prompts: list[Prompt]) -> list[Answer]:
@@ -39,14 +42,26 @@ class Local:
         import torch
 
         numbers = ",".join(str(prompt.number) for prompt in prompts)
-        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{self.settings.seed} {numbers}".encode()).digest()[:8], "little") >> 1)
+        torch.manual_seed(
+            int.from_bytes(hashlib.sha256(f"{self.settings.seed} {numbers}".encode()).digest()[:8], "little")
+            >> 1
+        )
         plain = self.tokenizer.chat_template is None
-        given = [self.tokenizer(self._worded(prompt), add_special_tokens=plain)["input_ids"] for prompt in prompts]
+        given = [
+            self.tokenizer(self._worded(prompt), add_special_tokens=plain)["input_ids"] for prompt in prompts
+        ]
         width, end = max(map(len, given)), self.tokenizer.eos_token_id
         self._check_length(width)
         ids = torch.tensor([[end] * (width - len(row)) + row for row in given], device=self.model.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in given], device=self.model.device)
-        drawing = {"do_sample": True, "temperature": self.settings.temperature, "top_p": self.settings.top_p, "top_k": 0}
+        mask = torch.tensor(
+            [[0] * (width - len(row)) + [1] * len(row) for row in given], device=self.model.device
+        )
+        drawing = {
+            "do_sample": True,
+            "temperature": self.settings.temperature,
+            "top_p": self.settings.top_p,
+            "top_k": 0,
+        }
         with torch.no_grad():
             found = self.model.generate(
                 input_ids=ids,
@@ -56,14 +71,17 @@ class Local:
                 pad_token_id=end,
                 **(drawing if self.settings.temperature > 0 else {"do_sample": False}),
             )
-        return [self._answer(row, written, end) for row, written in zip(given, found[:, width:].tolist(), strict=True)]
+        return [
+            self._answer(row, written, end)
+            for row, written in zip(given, found[:, width:].tolist(), strict=True)
+        ]
 
     def _check_length(self, width: int) -> None:
         positions = getattr(self.model.config, "max_position_embeddings", None)
         if positions is not None and width + self.settings.max_tokens > positions:
             raise UserError(
-                f"max_tokens: {self.settings.max_tokens} after a prompt of {width} tokens are more than the {positions} positions of "
-                f"model={self.settings.model}; lower it"
+                f"max_tokens: {self.settings.max_tokens} after a prompt of {width} tokens are more than "
+                f"the {positions} positions of model={self.settings.model}; lower it"
             )
 
     def _answer(self, given: list[int], written: list[int], end: int) -> Answer:
@@ -77,5 +95,8 @@ class Local:
         system = self.settings.system
         if self.tokenizer.chat_template is None:
             return prompt.text if system is None else f"{system}\n\n{prompt.text}"
-        messages = [*([] if system is None else [{"role": "system", "content": system}]), {"role": "user", "content": prompt.text}]
+        messages = [
+            *([] if system is None else [{"role": "system", "content": system}]),
+            {"role": "user", "content": prompt.text},
+        ]
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

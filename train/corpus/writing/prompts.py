@@ -1,7 +1,7 @@
 """The prompt of a number: topic × audience × template, in an order that the seed decides, none of them twice.
 
-What makes a model's texts differ is what it is told to differ in: the topic and the reader (phi-1, arXiv 2306.11644 §2.2; TinyStories,
-arXiv 2305.07759, does it with words).
+What makes a model's texts differ is what it is told to differ in: the topic and the reader (phi-1, arXiv
+2306.11644 §2.2; TinyStories, arXiv 2305.07759, does it with words).
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ class Prompts:
     def __getitem__(self, number: int) -> Prompt:
         place = int(permuted(np.array([number]), len(self), self.seed)[0])
         place, template = divmod(place, len(self.templates))
-        topic, audience = self.topics[place // len(self.audiences)], self.audiences[place % len(self.audiences)]
+        topic, audience = (
+            self.topics[place // len(self.audiences)],
+            self.audiences[place % len(self.audiences)],
+        )
         text = self.templates[template].replace("{topic}", topic).replace("{audience}", audience)
         return Prompt(number, topic, audience, template, text)

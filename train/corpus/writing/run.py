@@ -1,4 +1,5 @@
-"""`write`: every prompt answered once, several at a time, however often the command is stopped and started again."""
+"""`write`: every prompt answered once, several at a time, however often the command is stopped and started
+again."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ Answered = Iterator[tuple[Prompt, Answer]]
 
 @dataclass
 class Stop:
-    """Why no more prompts are asked, and which were put aside: nothing of it is on disk, and the same command asks them again."""
+    """Why no more prompts are asked, and which were put aside: nothing of it is on disk, and the same command
+    asks them again."""
 
     fault: str | None = None
     money: bool = False
@@ -37,7 +39,8 @@ def write(settings: WriteSettings) -> str:
     """Write what is missing of `settings.number` documents; return the report.
 
     Raises:
-        UserError: the settings, the server, the model or the files are at fault; what was answered by then is on disk.
+        UserError: the settings, the server, the model or the files are at fault; what was answered by then is
+        on disk.
     """
     with open_ledger(settings) as ledger:
         prompts = Prompts(settings.prompts, settings.seed)
@@ -74,7 +77,10 @@ def _fill(settings: WriteSettings, ledger: Ledger, missing: Iterator[Prompt]) ->
                 advance()
             stop.fault = stop.fault or _hopeless(settings, answer, vain)
     if stop.aside and not answered:
-        stop.fault = stop.fault or f"server={settings.server}: no prompt was answered, after {settings.attempts} attempts at each"
+        stop.fault = (
+            stop.fault
+            or f"server={settings.server}: no prompt was answered, after {settings.attempts} attempts at each"
+        )
     return stop
 
 
@@ -82,12 +88,16 @@ def _hopeless(settings: WriteSettings, answer: Answer, vain: int) -> str | None:
     """What makes going on no use; None where nothing does."""
     if settings.most_dollars is not None and answer.uncounted:
         return (
-            f"most_dollars={settings.most_dollars:g}: server={settings.server} does not tell how many tokens it used, so that nobody "
-            "knows what is spent; ask it to count them, or set most_dollars=null"
+            f"most_dollars={settings.most_dollars:g}: server={settings.server} does not tell how many "
+            "tokens it used, so that nobody knows what is spent; ask it to count them, or set "
+            "most_dollars=null"
         )
     if vain >= HOPELESS:
         last = answer.aside or answer.fault
-        return f"{HOPELESS} prompts in a row gave no document, the last: {last}; see {rejected_path(Path(settings.out))}"
+        return (
+            f"{HOPELESS} prompts in a row gave no document, the last: {last}; see "
+            f"{rejected_path(Path(settings.out))}"
+        )
     return None
 
 
@@ -104,7 +114,10 @@ def _from_server(settings: WriteSettings, prompts: Iterable[Prompt]) -> Answered
         try:
             while True:
                 if fault is None:
-                    running |= {pool.submit(server.answer, prompt): prompt for prompt in islice(left, settings.at_once - len(running))}
+                    running |= {
+                        pool.submit(server.answer, prompt): prompt
+                        for prompt in islice(left, settings.at_once - len(running))
+                    }
                 if not running:
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -122,7 +135,8 @@ def _from_server(settings: WriteSettings, prompts: Iterable[Prompt]) -> Answered
 
 
 def _from_model(settings: WriteSettings, prompts: Iterable[Prompt]) -> Answered:
-    """Answers of a model on this machine, in batches of `at_once`; loaded only where something is left to write."""
+    """Answers of a model on this machine, in batches of `at_once`; loaded only where something is left to
+    write."""
     from outgrow.train.corpus.writing.local import Local
 
     left, model = iter(prompts), None
@@ -137,14 +151,23 @@ def report(settings: WriteSettings, ledger: Ledger, stop: Stop) -> str:
     lines = [
         f"{settings.out}: {ledger.documents:,} documents of {settings.number:,}",
         *(f"  rejected, {fault}: {count:,}" for fault, count in sorted(ledger.faults.items())),
-        f"  tokens: {ledger.tokens['prompt_tokens']:,} of prompts, {ledger.tokens['completion_tokens']:,} written",
+        (
+            f"  tokens: {ledger.tokens['prompt_tokens']:,} of prompts, "
+            f"{ledger.tokens['completion_tokens']:,} written"
+        ),
         f"  cost: ${ledger.dollars:.4f}",
     ]
     if ledger.uncounted:
         lines.append(f"  {ledger.uncounted:,} answers came without counts: the true numbers are higher")
-    lines += [f"  put aside, {reason}: {count:,}; the same command asks again" for reason, count in sorted(stop.aside.items())]
+    lines += [
+        f"  put aside, {reason}: {count:,}; the same command asks again"
+        for reason, count in sorted(stop.aside.items())
+    ]
     if stop.money and missing:
-        lines.append(f"  stopped at most_dollars={settings.most_dollars:g}; {missing:,} prompts are left: raise it to go on")
+        lines.append(
+            f"  stopped at most_dollars={settings.most_dollars:g}; {missing:,} prompts are left: raise it "
+            "to go on"
+        )
     return "\n".join(lines)
 
 
@@ -157,7 +180,12 @@ def _bar(settings: WriteSettings, ledger: Ledger) -> Iterator[Callable[[], None]
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("writing, ${task.fields[dollars]:.2f}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("writing, ${task.fields[dollars]:.2f}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as shown:
         done = sum(number < settings.number for number in ledger.done)
         task = shown.add_task("", total=settings.number, completed=done, dollars=ledger.dollars)

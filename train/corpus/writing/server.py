@@ -1,6 +1,8 @@
-"""Answers from a server that speaks OpenAI's chat completions (vLLM, llama.cpp, TGI, Ollama, or a paid one), by OpenAI's own client.
+"""Answers from a server that speaks OpenAI's chat completions (vLLM, llama.cpp, TGI, Ollama, or a paid one),
+by OpenAI's own client.
 
-The client waits and asks again where a fault may pass: rate limits, broken connections, a server that starts again.
+The client waits and asks again where a fault may pass: rate limits, broken connections, a server that starts
+again.
 """
 
 from __future__ import annotations
@@ -20,12 +22,17 @@ from outgrow.train.corpus.writing.settings import WriteSettings
 
 LARGEST = 2**24  # bytes of one response
 PASSING = (408, 409, 425, 429)  # statuses of faults that may pass, beside those of 500 and more
-FATAL = {401: "the key was refused; put it into the variable {key}", 403: "the key may not use this model; put another into {key}",
-         404: "there is no such model or address; check model={model} and server={server} (it often ends in /v1)"}  # fmt: skip
+FATAL = {401: "the key was refused; put it into the variable {key}",
+         403: "the key may not use this model; put another into {key}",
+         404: (
+             "there is no such model or address; check model={model} and server={server} (it often ends in "
+             "/v1)"
+         )}  # fmt: skip
 
 
 class Bounded(httpx2.SyncByteStream):
-    """The body of a response, given up after `seconds` or LARGEST bytes: the client's own timeout is of each read."""
+    """The body of a response, given up after `seconds` or LARGEST bytes: the client's own timeout is of each
+    read."""
 
     def __init__(self, body: Any, seconds: float) -> None:
         self.body, self.seconds, self.end = body, seconds, time.monotonic() + seconds
@@ -54,7 +61,9 @@ class Server:
             api_key=os.environ.get(settings.key_variable) or "none",  # servers of one's own ask for none
             timeout=settings.timeout_seconds,
             max_retries=settings.attempts - 1,
-            http_client=DefaultHttpxClient(event_hooks={"response": [self._bound]}, timeout=settings.timeout_seconds),
+            http_client=DefaultHttpxClient(
+                event_hooks={"response": [self._bound]}, timeout=settings.timeout_seconds
+            ),
         )
 
     def close(self) -> None:
@@ -74,7 +83,9 @@ class Server:
         except APIStatusError as error:
             status, said = error.status_code, _said(error.response.text)
             if status in FATAL:
-                way_out = FATAL[status].format(key=self.settings.key_variable, model=self.settings.model, server=self.settings.server)
+                way_out = FATAL[status].format(
+                    key=self.settings.key_variable, model=self.settings.model, server=self.settings.server
+                )
                 raise UserError(f"server={self.settings.server}: {status}, {way_out}: {said}") from error
             if status in PASSING or status >= 500:
                 return Answer.put_aside(f"{status}: {said}")
@@ -105,7 +116,9 @@ def _read(completion: Any) -> Answer:
         counts = (_count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
         return Answer(text.strip(), *counts, cut=choice.finish_reason == "length")
     except (AttributeError, IndexError, KeyError, TypeError) as error:
-        return Answer.put_aside(f"no chat completion ({type(error).__name__}: {error}): {_said(str(completion))}")
+        return Answer.put_aside(
+            f"no chat completion ({type(error).__name__}: {error}): {_said(str(completion))}"
+        )
 
 
 def _count(usage: Any, key: str) -> int | None:

@@ -54,7 +54,8 @@ class WriteSettings:
 
 
 # What may differ when a run goes on: nothing of it changes what is asked.
-NEUTRAL = ("out", "server", "key_variable", "number", "at_once", "timeout_seconds", "attempts", "most_dollars", "progress",
+NEUTRAL = ("out", "server", "key_variable", "number", "at_once", "timeout_seconds", "attempts",
+           "most_dollars", "progress",
            "dollars_per_million_prompt_tokens", "dollars_per_million_completion_tokens")  # fmt: skip
 
 
@@ -62,7 +63,9 @@ def identity(settings: WriteSettings) -> dict[str, Any]:
     """Everything that decides what is asked of whom; the topics of a file as they are now."""
     values = {key: value for key, value in asdict(settings).items() if key not in NEUTRAL}
     values["prompts"] |= {"topics": list(topics(settings.prompts)), "topics_file": None}
-    return values | {"prompts": {key: list(v) if isinstance(v, tuple) else v for key, v in values["prompts"].items()}}
+    return values | {
+        "prompts": {key: list(v) if isinstance(v, tuple) else v for key, v in values["prompts"].items()}
+    }
 
 
 def topics(settings: PromptSettings) -> tuple[str, ...]:
@@ -77,7 +80,8 @@ def topics(settings: PromptSettings) -> tuple[str, ...]:
         lines = Path(settings.topics_file).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"prompts.topics_file={settings.topics_file}: cannot be read ({error}); give a text file, one topic a line"
+            f"prompts.topics_file={settings.topics_file}: cannot be read ({error}); give a text file, one "
+            "topic a line"
         ) from error
     return tuple(dict.fromkeys([*settings.topics, *(line.strip() for line in lines if line.strip())]))
 
@@ -100,27 +104,52 @@ def settings_from(overrides: Sequence[str]) -> WriteSettings:
 
 def _disagreements(settings: WriteSettings) -> list[str]:
     positive = ("number", "max_tokens", "at_once", "timeout_seconds", "attempts")
-    faults = [f"{key}: must be positive; found {getattr(settings, key)}" for key in positive if getattr(settings, key) <= 0]
+    faults = [
+        f"{key}: must be positive; found {getattr(settings, key)}"
+        for key in positive
+        if getattr(settings, key) <= 0
+    ]
     if not 0 < settings.top_p <= 1:
         faults.append(f"top_p: must be above 0 and at most 1; found {settings.top_p}")
     prices = (settings.dollars_per_million_prompt_tokens, settings.dollars_per_million_completion_tokens)
     if min(prices) < 0:
         faults.append(f"dollars_per_million_…_tokens: must not be negative; found {min(prices)}")
     if settings.most_dollars is not None and (settings.most_dollars <= 0 or not any(prices)):
-        faults.append("most_dollars: positive, and with prices: give dollars_per_million_prompt_tokens and …_completion_tokens")
+        faults.append(
+            "most_dollars: positive, and with prices: give dollars_per_million_prompt_tokens and "
+            "…_completion_tokens"
+        )
     if settings.temperature < 0:
         faults.append(f"temperature: must not be negative; found {settings.temperature}")
     if settings.server is not None and not settings.server.startswith(("http://", "https://")):
         faults.append(
-            f"server: expected a URL such as http://127.0.0.1:8000/v1; found {settings.server!r}; null for a model on this machine"
+            f"server: expected a URL such as http://127.0.0.1:8000/v1; found {settings.server!r}; null for "
+            "a model on this machine"
         )
     if not settings.out.endswith(".jsonl"):
         faults.append(f"out: expected a file name that ends in .jsonl; found {settings.out!r}")
-    lists = {"topics": topics(settings.prompts), "audiences": settings.prompts.audiences, "templates": settings.prompts.templates}
+    lists = {
+        "topics": topics(settings.prompts),
+        "audiences": settings.prompts.audiences,
+        "templates": settings.prompts.templates,
+    }
     faults += [f"prompts.{key}: none; give at least one" for key, entries in lists.items() if not entries]
-    faults += [f"prompts.{key}: twice {e!r}" for key, entries in lists.items() for e in dict.fromkeys(entries) if entries.count(e) > 1]
-    faults += [f"prompts.templates: no {place} in {t!r}" for t in settings.prompts.templates for place in PLACES if place not in t]
+    faults += [
+        f"prompts.{key}: twice {e!r}"
+        for key, entries in lists.items()
+        for e in dict.fromkeys(entries)
+        if entries.count(e) > 1
+    ]
+    faults += [
+        f"prompts.templates: no {place} in {t!r}"
+        for t in settings.prompts.templates
+        for place in PLACES
+        if place not in t
+    ]
     most = len(lists["topics"]) * len(settings.prompts.audiences) * len(settings.prompts.templates)
     if 0 < most < settings.number:
-        faults.append(f"number: there are {most} prompts of topic × audience × template, {settings.number} are asked for; give more topics")
+        faults.append(
+            f"number: there are {most} prompts of topic × audience × template, {settings.number} are asked "
+            "for; give more topics"
+        )
     return faults
