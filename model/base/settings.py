@@ -4,6 +4,7 @@ every fault in one list.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import re
@@ -11,6 +12,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -37,7 +39,6 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
 
     Hydra stops at the first wrong override; here all of them are told, with near matches.
     """
-    from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -47,28 +48,55 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
     attempts = [_parse(text, faults) for text in overrides]
     parsed = [override for override in attempts if override is not None]
     parsed = each_dict_once(parsed, faults)
+    tree = _tree(folder)
     try:
-        groups = _groups(folder, name)
+        groups = _groups(tree, name)
     except UserError as fault:  # the file itself is no YAML
         return OmegaConf.create({}), [*faults, str(fault)]
     choices = [o for o in parsed if _is_choice(groups, o) and _choice_holds(folder, o, faults)]
-    with _apart(), initialize_config_dir(str(folder), version_base="1.3"):
-        try:
-            cfg = compose(name, [str(o.input_line) for o in choices])
-            values = [o for o in parsed if not _is_choice(groups, o) and _key_holds(cfg, o, groups, faults)]
-            changes = [o for o in values if _changes_keys(o) or o.key_or_group.startswith("hydra")]
-            if changes:
-                cfg = compose(name, [str(o.input_line) for o in (*choices, *changes)])
-            # Plain values are set as Hydra sets them; composing again would take longer than planning a
-            # growth.
-            for value in values:
-                if value not in changes:
-                    OmegaConf.update(cfg, value.key_or_group, value.value(), merge=True)
-            return cfg, faults
-        except (HydraException, OmegaConfBaseException) as error:
-            return OmegaConf.create({}), [*faults, str(error).strip()]
-        except YAMLError as error:
-            return OmegaConf.create({}), [*faults, yaml_fault(error)]
+    try:
+        cfg = _chosen(tree, name, choices)
+        values = [o for o in parsed if not _is_choice(groups, o) and _key_holds(cfg, o, groups, faults)]
+        changes = [o for o in values if _changes_keys(o) or o.key_or_group.startswith("hydra")]
+        if changes:
+            cfg = _chosen(tree, name, [*choices, *changes])
+        # Plain values are set as Hydra sets them; composing again would take longer than planning a growth.
+        for value in values:
+            if value not in changes:
+                OmegaConf.update(cfg, value.key_or_group, value.value(), merge=True)
+        return cfg, faults
+    except (HydraException, OmegaConfBaseException) as error:
+        return OmegaConf.create({}), [*faults, str(error).strip()]
+    except YAMLError as error:
+        return OmegaConf.create({}), [*faults, yaml_fault(error)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """A folder of configurations as it is now: every file and folder below it, each with the time of its last
+    change. Equal trees compose to equal configurations.
+    """
+
+    folder: Path
+    entries: tuple[tuple[str, int], ...]
+
+
+def _tree(folder: Path) -> Tree:
+    stamps = [(str(path), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.exists()]
+    return Tree(folder, tuple(sorted(stamps)))
+
+
+def _chosen(tree: Tree, name: str, overrides: list[Override]) -> DictConfig:
+    """The configuration that Hydra composes of these overrides; the caller may change it."""
+    return copy.deepcopy(_composed(tree, name, tuple(str(override.input_line) for override in overrides)))
+
+
+@lru_cache(maxsize=128)  # the runs of a study or sweep choose the same leaves again and again
+def _composed(tree: Tree, name: str, lines: tuple[str, ...]) -> DictConfig:
+    from hydra import compose, initialize_config_dir
+
+    with _apart(), initialize_config_dir(str(tree.folder), version_base="1.3"):
+        return compose(name, list(lines))
 
 
 def _changes_keys(override: Override) -> bool:
@@ -123,7 +151,7 @@ def plain_text(text: str) -> str:
     `source=runs/lr=0.1/final` → `source='runs/lr=0.1/final'`. Lists, dicts, functions and what is quoted
     already stay as they are, unless there is a file or folder of exactly that name.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser, create_functions
+    from hydra.core.override_parser.overrides_parser import create_functions
     from hydra.errors import HydraException
 
     key, equals, value = text.partition("=")
@@ -137,7 +165,7 @@ def plain_text(text: str) -> str:
     if value[0] in "'\"[{" or (function and function[1] in create_functions().functions):
         return text
     try:
-        OverridesParser.create().parse_override(text)
+        _by_grammar(text)
     except HydraException:
         return quoted
     return text
@@ -146,13 +174,19 @@ def plain_text(text: str) -> str:
 _SPECIAL = re.compile(r"[^\w./\\+-]|[^\x00-\x7f]")  # what makes a value more than a word to Hydra
 
 
-def _parse(text: str, faults: list[str]) -> Override | None:
+@lru_cache(maxsize=256)
+def _by_grammar(text: str) -> Override:
     from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create().parse_override(text)
+
+
+def _parse(text: str, faults: list[str]) -> Override | None:
     from hydra.errors import HydraException
 
     key = text.partition("=")[0]
     try:
-        override = OverridesParser.create().parse_override(plain_text(text))
+        override = _by_grammar(plain_text(text))
     except HydraException:
         way = "quote values with commas or braces: 'target={hidden_size:96}'"
         faults.append(f"{key}: override {text!r} is not of the form key=value ({way})")
@@ -196,10 +230,12 @@ def _inner(override: Override, key: str) -> str:
     return value[1:-1]
 
 
-def _groups(folder: Path, name: str) -> set[str]:
-    """The groups of `folder` that the config `name` chooses from; a key of its own that is called as a group
+@lru_cache(maxsize=16)
+def _groups(tree: Tree, name: str) -> set[str]:
+    """The groups of a folder that its config `name` chooses from; a key of its own that is called as a group
     is a value.
     """
+    folder = tree.folder
     own = load_yaml(folder / f"{name}.yaml")
     chosen = {str(key) for entry in own.get("defaults", ()) if isinstance(entry, Mapping) for key in entry}
     groups = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_dir()}

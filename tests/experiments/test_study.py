@@ -102,6 +102,22 @@ def test_every_study_composes(name: str, elsewhere: Path, grids: dict[str, list[
 
 
 @pytest.mark.slow
+def test_the_settings_of_each_run_are_those_that_hydra_composes(
+    elsewhere: Path, grids: dict[str, list[Job]]
+) -> None:
+    """Runs of a study share what was composed once; here every override of each goes through Hydra itself."""
+    from hydra import compose, initialize_config_dir
+
+    from outgrow.model.base.settings import CONF
+    from outgrow.train.settings import settings_from
+
+    for job in grids["tiny_rewarm"]:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose("train", list(job.overrides))
+        assert job.settings == settings_from(composed), job.name
+
+
+@pytest.mark.slow
 def test_the_grid_is_run_on_the_tuning_seeds_only(elsewhere: Path, grids: dict[str, list[Job]]) -> None:
     study = load_study("tiny")
     extent = replace(

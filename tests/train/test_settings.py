@@ -180,6 +180,19 @@ def test_keys_and_values_given_twice_are_told_in_our_words(second: str, joined: 
     assert words in compose_config(CONF, "grow", given)[1]
 
 
+def test_a_file_that_changes_is_composed_anew_and_nothing_composed_is_shared(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("defaults:\n  - size: small\n  - _self_\nsteps: [1]\n")
+    (tmp_path / "size").mkdir()
+    (tmp_path / "size" / "small.yaml").write_text("width: 8\n")
+    first, _ = compose_config(tmp_path, "run", ["steps=[2]"])
+    first.size.width = 9  # by a caller, on its own copy
+    assert compose_config(tmp_path, "run", [])[0] == {"size": {"width": 8}, "steps": [1]}
+    (tmp_path / "size" / "small.yaml").write_text("width: 16\n")
+    assert compose_config(tmp_path, "run", [])[0].size.width == 16
+    (tmp_path / "size" / "large.yaml").write_text("width: 32\n")
+    assert compose_config(tmp_path, "run", ["size=large"])[0].size.width == 32
+
+
 @pytest.mark.slow
 def test_of_plain_values_the_last_holds() -> None:
     assert compose([*GOOD, "seed=1", "seed=2"]).seed == 2
