@@ -4,11 +4,11 @@ arithmetic by hand, refusals."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from helpers.tasks import QUESTIONS, write_task
+from helpers.tasks import CHOICE, QUESTIONS, write_task
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.settings import CONF
 from outgrow.train.suite import metrics
@@ -186,6 +186,55 @@ def test_a_local_tasks_score_is_what_pytorch_gives(tmp_path: Path, network: Path
     assert harness.score(programs, loaded["humaneval"], model, limit=None, run_code=True).value == 0.0
     with pytest.raises(UserError, match="no metric 'f1'; it has acc,none"):
         harness.score(BenchmarkTask("piqa", "g", 0, "f1"), loaded["piqa"], model, limit=None, run_code=False)
+
+
+@pytest.mark.slow
+def test_all_that_needs_the_hub_is_told_in_one_line_when_there_is_no_network(tmp_path: Path) -> None:
+    """The tests run with HF_HUB_OFFLINE=1."""
+    pytest.importorskip("lm_eval")
+    from outgrow.train.suite.harness import Harness
+
+    write_task(tmp_path / "tasks", "boolq")
+    names = ("piqa", "boolq", "winogrande", "arc_easy")
+    for name in set(names) - {"boolq"}:
+        write_task(tmp_path / "tasks", name, CHOICE.replace("path: json", "path: owner/{name}"))
+    asked = [BenchmarkTask(task, "g", 0, "acc") for task in names]
+    with pytest.raises(UserError) as caught:
+        Harness(tmp_path / "tasks").load(asked, run_code=False)
+    said = str(caught.value)
+    assert said.startswith("piqa, winogrande, arc_easy: benchmarks whose data are on the Hugging Face hub")
+    assert "give tasks=DIR" in said
+    assert "\n" not in said
+
+
+def test_only_the_first_request_waits_for_a_hub_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval")
+    from huggingface_hub import constants
+
+    from outgrow.train.suite import harness
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    offline: list[bool] = []
+
+    class Refused:
+        """An index of tasks whose data lie behind a connection that is refused."""
+
+        all_tasks: ClassVar = ["a", "b", "c"]
+        task_index: ClassVar[dict[str, Any]] = {}
+
+        def load(self, _: list[str]) -> None:
+            offline.append(constants.HF_HUB_OFFLINE)
+            try:
+                raise ConnectionRefusedError(111, "Connection refused")
+            except OSError as fault:
+                raise RuntimeError("no data") from fault
+
+    monkeypatch.setattr(harness.Harness, "_manager", lambda *_: Refused())
+    with pytest.raises(
+        UserError, match=r"^a, b, c: .* cannot be reached \(RuntimeError: no data\); .*tasks=DIR"
+    ):
+        harness.Harness().load([BenchmarkTask(task, "g", 0, "acc") for task in "abc"], run_code=False)
+    assert offline == [False, True, True]
 
 
 @pytest.mark.parametrize(

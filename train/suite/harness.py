@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 
@@ -66,16 +67,26 @@ class Harness:
 
         Raises:
             UserError: with every task that the harness does not know, whose data cannot be reached, or that
-            would run code where that is
-                not allowed.
+                would run code where that is not allowed.
         """
         loaded: dict[str, Any] = {}
         faults: list[str] = []
+        unreachable: dict[str, str] = {}
         for task in asked:
             try:
-                loaded[task.task] = self._load(task, run_code)
+                # each request to a hub that is not there would wait for half a minute
+                with _offline() if unreachable else contextlib.nullcontext():
+                    loaded[task.task] = self._load(task, run_code)
+            except _Unreachable as fault:
+                unreachable[task.task] = str(fault)
             except UserError as fault:
                 faults.append(str(fault))
+        if unreachable:
+            faults.append(
+                f"{', '.join(unreachable)}: benchmarks whose data are on the Hugging Face hub, which cannot "
+                f"be reached ({next(iter(unreachable.values()))}); with no network give tasks=DIR, a folder "
+                "that holds each as a task file with local data, or leave them out with only=[…]"
+            )
         UserError.collect(faults)
         return loaded
 
@@ -119,14 +130,13 @@ class Harness:
             with _silent(), self._beside_its_files(task):
                 loaded = manager.load([task])
         except Exception as fault:  # the harness, its tasks and `datasets` raise every kind
-            where, way_out = "its data set is on the Hugging Face hub", (
-                f"with no network give a folder tasks=DIR that holds {task} as a task file with local "
-                "data, or leave it out with only=[…]"
-            )  # fmt: skip
-            if task in self.local:
-                where, way_out = "its file or its data", f"correct what is in {self.tasks}"
+            if _no_network(fault):
+                raise _Unreachable(in_one_line(fault)) from fault
+            way_out = (
+                f"correct what is in {self.tasks}" if task in self.local else "leave it out with only=[…]"
+            )
             raise UserError(
-                f"task {task}: {where} and cannot be read ({in_one_line(fault)}); {way_out}"
+                f"task {task}: its file or its data cannot be read ({in_one_line(fault)}); {way_out}"
             ) from fault
         with running_code(run_code):
             if any(getattr(part, "UNSAFE_CODE", False) for part in loaded["tasks"].values()):
@@ -178,6 +188,35 @@ def _read(asked: BenchmarkTask, found: Any) -> Score:
     if not math.isfinite(value):
         raise UserError(f"task {asked.task}: its {asked.metric} is {value}")
     return Score(value, sum(counts["effective"] for counts in found["n-samples"].values()), metric)
+
+
+# ---- without a network -------------------------------------------------------------------------------------
+
+
+class _Unreachable(Exception):
+    """The hub with a task's data cannot be reached: the message says why."""
+
+
+def _no_network(fault: BaseException | None) -> bool:
+    """True if a fault, or one that led to it, is of a connection."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    while fault is not None:
+        if isinstance(fault, ConnectionError | TimeoutError | LocalEntryNotFoundError):
+            return True
+        fault = fault.__cause__ or fault.__context__
+    return False
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Data of earlier times alone, without a request."""
+    import datasets
+    from huggingface_hub import constants
+
+    key = "HF_HUB_OFFLINE"
+    with patch.object(constants, key, True), patch.object(datasets.config, key, True):
+        yield
 
 
 # ---- files -------------------------------------------------------------------------------------------------
