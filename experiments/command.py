@@ -12,6 +12,8 @@ outgrow same REV                                    does a change alter a number
                                                     of it
 outgrow mixtures tiny_mixture                       a study of mixtures: one network on several texts
 outgrow evaluate runs/NAME suite=phi_2              benchmarks, beside published rows
+outgrow cost runs/NAME devices=[H100]               GPU-hours, memory and time of a token, beside
+                                                    published rows
 
 `outgrow COMMAND --help` tells the keys and defaults of each.
 """
@@ -36,6 +38,7 @@ DOORS: dict[str, tuple[str, tuple[str, ...]]] = {
     "same": ("outgrow.experiments.__main__", ("same",)),
     "mixtures": ("outgrow.experiments.__main__", ("mixtures",)),
     "evaluate": ("outgrow.experiments.suite.__main__", ()),
+    "cost": ("outgrow.experiments.footprint.__main__", ()),
 }
 
 

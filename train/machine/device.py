@@ -1,4 +1,5 @@
-"""One Accelerate session that leaves nothing behind, mixed precision, and the peak FLOP/s of devices."""
+"""One Accelerate session that leaves nothing behind, mixed precision, and what devices can do: peak FLOP/s,
+memory and its bandwidth."""
 
 from __future__ import annotations
 
@@ -55,6 +56,26 @@ MEMORY_GIB = {
     "L40": 45,
     "RTX 4090": 24,
     "RTX 3090": 24,
+}
+
+# Bytes/s between a device's memory and its cores, from the vendor's data sheets. An A100 whose name says no
+# more is the one with 80 GB for SXM.
+BANDWIDTH = {
+    "B200": 8000e9,
+    "H200": 4800e9,
+    "H100 PCIe": 2000e9,
+    "H100 NVL": 3900e9,
+    "H100": 3350e9,
+    "A100 PCIe 80GB": 1935e9,
+    "A100 40GB": 1555e9,
+    "A100": 2039e9,
+    "L40S": 864e9,
+    "L40": 864e9,
+    "L4": 300e9,
+    "A40": 696e9,
+    "A10": 600e9,
+    "RTX 4090": 1008e9,
+    "RTX 3090": 936e9,
 }
 
 

@@ -8,8 +8,9 @@ memory, and one of its forward passes is made on them to count what it keeps for
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,9 +24,12 @@ from outgrow.train.machine.device import MEMORY_GIB, PEAK_BF16_FLOPS, named, pea
 from outgrow.train.machine.memory import Memory, memory
 from outgrow.train.optimizer import parameter_groups
 from outgrow.train.run.record import flops_after
-from outgrow.train.settings import Budget, Settings
+from outgrow.train.settings import Budget, Settings, compose
 from outgrow.train.start.passes import passes
 from outgrow.train.start.stages import spans_of, stages_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 GIB = 2**30
 FILLED = 0.95  # of a device's memory may be planned for
@@ -66,10 +70,7 @@ def forecast(settings: Settings) -> Forecast:
     attention = None if loop.attention in ("auto", "flash_attention_2") else loop.attention
     with FakeTensorMode():
         network = empty_model(config, dtype=torch.float32, attention=attention)
-    groups = {
-        g["name"]: (len(g["params"]), sum(p.numel() for p in g["params"]))
-        for g in parameter_groups(network, 0.0)
-    }
+    groups = groups_of(network)
     share = budget.rows // plan.gpus
     rows = min(loop.micro_batch or share, share)
     peak = peak_flops(plan.device, "bf16")
@@ -89,6 +90,52 @@ def forecast(settings: Settings) -> Forecast:
         hours=None if peak is None else total / (plan.gpus * peak * plan.mfu) / 3600,
         memory=memory(settings, config, network, groups, rows),
     )
+
+
+def groups_of(network: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """The optimizer's groups of a network: name → tensors, entries."""
+    return {
+        group["name"]: (len(group["params"]), sum(weight.numel() for weight in group["params"]))
+        for group in parameter_groups(network, 0.0)
+    }
+
+
+def largest_micro_batch(config: dict[str, Any], context: int, room: float) -> int:
+    """The most windows of `context` tokens that a device of `room` GiB trains at a time, alone: AdamW, mixed
+    precision in bfloat16, gradient accumulation, no checkpointing. 0 where not even one fits.
+
+    Raises:
+        UserError: the class's forward pass depends on values.
+    """
+    start = ["growth=scratch", "target=tiny_target", "forecast.gpus=1", "train.precision=bf16"]
+    settings = compose([*start, f"train.context={context}", f"train.batch_tokens={2 * context}"])
+    with FakeTensorMode():
+        network = empty_model(config, dtype=torch.float32)
+    groups = groups_of(network)
+
+    @cache
+    def needed(rows: int) -> float:
+        loop = replace(settings.train, batch_tokens=2 * rows * context)
+        return memory(replace(settings, train=loop), config, network, groups, rows).total
+
+    limit = FILLED * room * GIB
+    if needed(1) >= limit:
+        return 0
+    # A window more costs about as much as the one before it: a few lines through two points come near, and
+    # what is left is searched.
+    fits = 2
+    for _ in range(3):
+        each = (needed(fits) - needed(1)) / (fits - 1)
+        fits = max(2, 1 + int((limit - needed(1)) / each))
+    fails, step = fits + 1, 1
+    while needed(fits) >= limit:
+        fails, fits, step = fits, max(1, fits - step), 2 * step
+    while needed(fails) < limit:
+        fits, fails, step = fails, fails + step, 2 * step
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        fits, fails = (middle, fails) if needed(middle) < limit else (fits, middle)
+    return fits
 
 
 def target(settings: Settings) -> dict[str, Any]:

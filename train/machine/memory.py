@@ -15,7 +15,8 @@ Beside them: benchmarks/bench_memory.py, which holds these numbers against PyTor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
@@ -247,6 +248,18 @@ def kept_by(network: Any, rows: int, context: int, *, bf16: bool, checkpointing:
 def _forward(network: Any, rows: int, context: int, bf16: bool, keep: Callable[[Tensor], Tensor]) -> None:
     """One forward pass of a fake network, every tensor that autograd saves handed to `keep`."""
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    with on_fakes(network), autocast, hooks:
+        network.train().base_model(input_ids=torch.zeros(rows, context, dtype=torch.int64), use_cache=False)
+
+
+@contextmanager
+def on_fakes(network: Any) -> Iterator[None]:
+    """Run a fake network's forward pass in the block.
+
+    Raises:
+        UserError: the class's forward pass depends on values, which a fake network has not.
+    """
     # Experts in groups have no fake kernel in float32; the product with one of them has the shapes, and keeps
     # what they keep.
     grouped = patch(
@@ -254,15 +267,12 @@ def _forward(network: Any, rows: int, context: int, bf16: bool, keep: Callable[[
         lambda given, weight, offs: given @ weight[0].to(given.dtype),
     )
     single = patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
     try:
-        with next(network.parameters()).fake_mode, quietly(), grouped, single, autocast, hooks:
-            network.train().base_model(
-                input_ids=torch.zeros(rows, context, dtype=torch.int64), use_cache=False
-            )
+        with next(network.parameters()).fake_mode, quietly(), grouped, single:
+            yield
     except Exception as fault:  # the library's classes raise every kind
         raise UserError(
-            f"dry_run: the memory of {type(network).__name__} cannot be forecast: its forward pass depends "
+            f"the memory of {type(network).__name__} cannot be forecast: its forward pass depends "
             f"on values of weights or tokens, which there are none of here ({in_one_line(fault)})"
         ) from None
 

@@ -1,0 +1,1 @@
+"""What models cost to train and to run, beside published costs."""

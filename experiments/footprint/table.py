@@ -1,0 +1,145 @@
+"""The table of costs: published rows first, ours below them, with what must be known to read them."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from outgrow.experiments.footprint.footprint import CostSettings, Footprint
+from outgrow.experiments.table import UNDEFINED, amount
+from outgrow.train.machine.inference import ALLOWANCE
+
+PUBLISHED = Path(__file__).with_name("published.yaml")
+HEADER = (
+    "model",
+    "parameters",
+    "device",
+    "GPU-hours",
+    "largest micro-batch",
+    "ms per token",
+    "GB at the context",
+    "context",
+    "data, tokens",
+    "trained on, tokens",
+)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row that others published, as printed there; None where no source that was read has it."""
+
+    name: str
+    parameters: str
+    device: str
+    gpu_hours: str
+    ms_per_token: str
+    memory_gb: str
+    context: int
+    data_tokens: str | None
+    tokens: str
+    source: str
+    note: str
+    micro_batch: str | None = None
+
+
+def published() -> list[Published]:
+    """All published rows."""
+    return [Published(**row) for row in yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))]
+
+
+def markdown(rows: Sequence[Footprint], settings: CostSettings) -> str:
+    """The table in Markdown, with its conditions."""
+    theirs = [_published_cells(row) for row in published()]
+    lines = [f"| {' | '.join(cells)} |" for cells in (HEADER, *theirs, *map(_cells, rows))]
+    lines.insert(1, f"|---|---:|---|{'---:|' * (len(HEADER) - 3)}")
+    return "\n".join(["# What it costs", "", *lines, "", *(f"* {note}" for note in _notes(settings))]) + "\n"
+
+
+def _published_cells(row: Published) -> list[str]:
+    values = [
+        row.name,
+        row.parameters,
+        row.device,
+        row.gpu_hours,
+        row.micro_batch,
+        row.ms_per_token,
+        row.memory_gb,
+        f"{row.context:,}",
+        row.data_tokens,
+        row.tokens,
+    ]
+    return [UNDEFINED if value is None else value for value in values]
+
+
+def _cells(row: Footprint) -> list[str]:
+    """A row of ours: ≈ before a forecast, ≥ before a bound."""
+    forecast = row.kind == "forecast"
+    return [
+        f"**{row.name}**",
+        amount(row.parameters),
+        row.device + " (forecast)" * forecast,
+        _hours(row, "≈ " * forecast),
+        UNDEFINED if row.micro_batch is None else f"≈ {row.micro_batch}",
+        _number(row.ms_per_token, "≥ " * forecast),
+        _number(row.memory_gb, "≈ "),
+        f"{row.context:,}",
+        UNDEFINED if row.data_tokens is None else amount(row.data_tokens),
+        UNDEFINED if row.tokens is None else amount(row.tokens),
+    ]
+
+
+def _hours(row: Footprint, mark: str) -> str:
+    own, everything = row.gpu_hours, row.gpu_hours_in_all
+    if own is None or everything is None or everything == own:
+        return _number(own, mark)
+    return f"{_number(own, mark)} ({_number(everything, '')} with its source)"
+
+
+def _number(value: float | None, mark: str) -> str:
+    return UNDEFINED if value is None else f"{mark}{value:,.0f}" if value >= 100 else f"{mark}{value:.3g}"
+
+
+def _notes(settings: CostSettings) -> list[str]:
+    """The conditions of every number."""
+    notes = [
+        "≈ and ≥: forecast from the config and the device's data sheet. Without a mark: measured.",
+        "GPU-hours ≈: the ledger's FLOPs / (the device's peak in bfloat16 × a utilisation of "
+        f"{settings.mfu:g}); measured: seconds of the training clock × processes.",
+        "Largest micro-batch ≈: windows of the context that one device trains at a time, by the memory "
+        "forecast: AdamW, mixed precision in bfloat16, gradient accumulation, no checkpointing, no sharding.",
+        "ms per token ≥: a lower bound for one sequence, bytes of weights and cache in float16 / the "
+        "device's memory bandwidth; measured: greedy, until the context is full, the median after a "
+        "warm-up, in float16 on a GPU and in float32 on a processor.",
+        "GB at the context ≈: weights and the cache of a full context in float16, and "
+        f"{ALLOWANCE / 1e9:g} GB for all else.",
+    ]
+    sources: dict[tuple[str, str], list[str]] = {}
+    for row in published():
+        sources.setdefault((row.source, row.note), []).append(row.name)
+    return notes + [f"{', '.join(names)}: {source}; {note}." for (source, note), names in sources.items()]
+
+
+def as_csv(rows: Sequence[Footprint]) -> str:
+    """Our rows, a column for each field; empty where there is no number."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Footprint)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return text.getvalue()
+
+
+def as_json(rows: Sequence[Footprint], settings: CostSettings) -> dict[str, Any]:
+    """Our rows and the published ones, with the conditions."""
+    return {
+        "context": settings.context,
+        "mfu": settings.mfu,
+        "allowance_bytes": ALLOWANCE,
+        "rows": [asdict(row) for row in rows],
+        "published": [asdict(row) for row in published()],
+    }

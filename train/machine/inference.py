@@ -1,0 +1,88 @@
+"""The cost of writing text, from a model's config alone: the memory at a full context, and the least time of
+a token.
+
+Writing one token reads every weight once and the whole cache, and multiplies little: the bandwidth of the
+device's memory is what bounds it (arXiv 2211.05102).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from outgrow.model.build import empty_model
+from outgrow.model.geometry import matmul_parameter_count, parameter_count
+from outgrow.train.machine.memory import on_fakes
+
+HALF = 2  # bytes of a weight and of an entry of the cache in float16
+# Bytes for the driver and the activations of one token: what weights and cache of Phi-1.5 leave of the 3.5 GB
+# that its report gives (arXiv 2309.05463, table 1).
+ALLOWANCE = 0.3e9
+
+
+@dataclass(frozen=True)
+class InferenceMemory:
+    """Bytes of one sequence at a full context, in float16."""
+
+    weights: float
+    cache: float  # keys and values of every token, or what else the class keeps of them
+    allowance: float = ALLOWANCE
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.cache + self.allowance
+
+
+def inference_memory(config: dict[str, Any], context: int) -> InferenceMemory:
+    """The memory of writing the last of `context` tokens.
+
+    Raises:
+        UserError: the class's forward pass depends on values, so that its cache cannot be counted.
+    """
+    return InferenceMemory(HALF * parameter_count(config), cache_bytes(config, context))
+
+
+def cache_bytes(config: dict[str, Any], context: int) -> int:
+    """The bytes of the KV cache after `context` tokens in float16, counted on a forward pass of a fake
+    network: what grouped queries, windows and states save is in it.
+
+    Raises:
+        UserError: the class's forward pass depends on values.
+    """
+    with FakeTensorMode():
+        network: Any = empty_model(config, dtype=torch.float16).eval()
+    with on_fakes(network), torch.no_grad():
+        out = network(input_ids=torch.zeros(1, context, dtype=torch.int64), use_cache=True)
+    kept = [out.get(name) for name in ("past_key_values", "cache_params")]
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(kept, set()))
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Every tensor with axes in a cache, once: the library has a class of cache for each kind of layer, which
+    counts in tensors without axes."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        if value.ndim:
+            yield value
+        return
+    inside = value.values() if isinstance(value, dict) else getattr(value, "__dict__", {}).values()
+    for part in value if isinstance(value, list | tuple) else inside:
+        yield from _tensors(part, seen)
+
+
+def least_seconds_per_token(config: dict[str, Any], cache: float, bandwidth: float) -> float:
+    """A lower bound on the time of one token of one sequence in float16: (weights that multiply + `cache`) /
+    `bandwidth`.
+
+    Args:
+        cache: bytes that are read for the token.
+        bandwidth: of the device's memory, bytes/s.
+    """
+    return (HALF * matmul_parameter_count(config) + cache) / bandwidth
