@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outgrow.model.base.errors import UserError, unknown
+from outgrow.model.base.errors import UserError, loading_faults, unknown
 from outgrow.model.checkpoint import Checkpoint
 from outgrow.model.composite import nested
 from outgrow.model.family import Config, family_of
@@ -161,7 +161,9 @@ def load_model(
     if config is None:
         with Checkpoint(folder) as opened:
             plain = dequantised(opened)
-            config, held = (opened.config, None) if plain is None else (plain.config, plain.state_dict())
+            config = opened.config
+            if plain is not None:
+                config, held = plain.config, plain.state_dict()
     hf_config = to_hf_config(config)
     kind: Any = library_class(hf_config)
     loaded: Any = (kind if held is None else kind._model_mapping[type(hf_config)]).from_pretrained(
@@ -180,8 +182,7 @@ def load_model(
         **({"experts_implementation": "eager"} if dtype == "float64" else {}),
     )
     model, report = loaded
-    faults = {name.replace("_", " "): sorted(map(str, found)) for name, found in report.items() if found}
-    UserError.collect(f"model {folder}: {name}: {', '.join(found)[:200]}" for name, found in faults.items())
+    UserError.collect(f"model {folder}: {fault}" for fault in loading_faults(report))
     return model
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -74,7 +74,8 @@ class Checkpoint:
         self._plain_now = self.quantised is None and quantisation(self.config) is not None
         if self._plain_now:
             self.config = without_quantisation(self.config)
-        self._stamps = {file: _stamp(file) for file in {stored.file for stored in self.tensors.values()}}
+        files = {stored.file for stored in self.tensors.values()}
+        self._stamps = {file: _stamp(file) for file in files}
         self._files: dict[Path, int] = {}
 
     @property
@@ -126,11 +127,14 @@ class Checkpoint:
         return self._read_rows(name, self.tensors[name], start, stop)
 
     def _read_rows(self, name: str, stored: Stored, start: int, stop: int | None) -> np.ndarray:
-        shape = stored.shape if len(stored.shape) < 3 else (prod(stored.shape[:-1]), stored.shape[-1])
+        shape = stored.shape
+        if len(shape) > 2:
+            shape = (prod(shape[:-1]), shape[-1])
         rows = shape[0] if shape else 1
         stop = rows if stop is None else stop
         row_bytes = stored.nbytes // max(rows, 1)
-        buffer = np.empty((stop - start, *shape[1:]) if shape else (), RAW[stored.dtype])
+        block = (stop - start, *shape[1:]) if shape else ()
+        buffer = np.empty(block, RAW[stored.dtype])
         self._read_into(
             buffer.reshape(-1).data.cast("B"), stored.file, stored.offset + start * row_bytes, name
         )
@@ -141,7 +145,11 @@ class Checkpoint:
             if file not in self._files:
                 self._files[file] = os.open(file, os.O_RDONLY)
             done = 0
-            while done < len(view) and (count := os.preadv(self._files[file], [view[done:]], offset + done)):
+            while done < len(view):
+                rest = view[done:]
+                count = os.preadv(self._files[file], [rest], offset + done)
+                if count == 0:  # the end of the file
+                    break
                 done += count
         if done < len(view):
             raise UserError(
@@ -281,6 +289,13 @@ def _read_index(path: Path) -> dict[str, set[str]]:
     return files
 
 
+def _names_files(weight_map: object) -> TypeGuard[Mapping[str, str]]:
+    """Check for an object that is not empty and has a text for every key."""
+    if not isinstance(weight_map, Mapping) or not weight_map:
+        return False
+    return all(isinstance(file, str) for file in weight_map.values())
+
+
 def shards_listed(path: Path) -> dict[str, set[str]]:
     """Read which tensors an index puts in which file, whether it is there or not.
 
@@ -288,11 +303,7 @@ def shards_listed(path: Path) -> dict[str, set[str]]:
         UserError: it is no index, or names anything but .safetensors files beside it.
     """
     weight_map = read_json(path).get("weight_map")
-    if (
-        not isinstance(weight_map, Mapping)
-        or not weight_map
-        or not all(isinstance(file, str) for file in weight_map.values())
-    ):
+    if not _names_files(weight_map):
         raise UserError(f"{path}: weight_map must be an object that names a file for every tensor")
     files: dict[str, set[str]] = {}
     for name, file in weight_map.items():
@@ -392,8 +403,12 @@ def _stored(path: Path, name: str, entry: Any, start: int) -> Stored:
 
 
 def _check_layout(path: Path, tensors: Mapping[str, Stored], start: int, size: int) -> None:
+    def extent(name: str) -> tuple[int, int]:
+        return tensors[name].offset, tensors[name].nbytes
+
     end = start
-    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+    for name in sorted(tensors, key=extent):
+        stored = tensors[name]
         if stored.offset != end:
             kind = "overlaps the tensor before it" if stored.offset < end else "leaves a gap before it"
             raise UserError(
@@ -500,4 +515,5 @@ def _downloaded(name: str, revision: str | None) -> Path:
 def names_of(checkpoints: Iterable[str]) -> str:
     """The first few of many names, for an error message."""
     names = sorted(checkpoints)
-    return ", ".join(names[:3]) + (f", … ({len(names)} in all)" if len(names) > 3 else "")
+    rest = f", … ({len(names)} in all)" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest

@@ -59,7 +59,8 @@ def left_behind(folder: Path) -> list[str]:
     of.
     """
     paths = [path for path in folder.iterdir() if path.suffix not in (*KNOWN, *ENDINGS)]
-    return sorted(path.name for path in paths if path.is_file() and not path.name.startswith("."))
+    files = [path.name for path in paths if path.is_file()]
+    return sorted(name for name in files if not name.startswith("."))
 
 
 def to_download(files: Iterable[str], weights: Iterable[str]) -> list[str]:

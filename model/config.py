@@ -88,7 +88,8 @@ def value_faults(config: Config, family: Family) -> Iterator[str]:
         elif rope is not None:
             yield f"config: {key} must be keys and values, or null; found {rope!r:.80}"
     kinds = config.get("layer_types")
-    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+    are_names = isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)
+    if kinds is not None and not are_names:
         yield f"config: layer_types must be a list of names, or null; found {kinds!r:.80}"
     if not isinstance(tied := config.get("tie_word_embeddings"), bool | None):
         yield f"config: tie_word_embeddings must be true, false or null; found {tied!r:.80}"
@@ -110,11 +111,12 @@ def tokenizer_size(folder: Path) -> int | None:
     path = folder / "tokenizer.json"
     if not path.exists():
         return None
-    found = read_json(path)
+    tokenizer = read_json(path)
     try:
-        vocabulary = found["model"]["vocab"]
-        ids = [*range(len(vocabulary))] if isinstance(vocabulary, list) else list(vocabulary.values())
-        return 1 + max([*ids, *(token["id"] for token in found.get("added_tokens") or ())])
+        vocabulary = tokenizer["model"]["vocab"]
+        ids = range(len(vocabulary)) if isinstance(vocabulary, list) else vocabulary.values()
+        added = [token["id"] for token in tokenizer.get("added_tokens") or ()]
+        return 1 + max([*ids, *added])
     except (KeyError, TypeError, ValueError, AttributeError) as fault:
         raise UserError(
             f"{path}: not a tokenizer of the tokenizers library ({type(fault).__name__}: {fault})"
@@ -180,7 +182,8 @@ def _overlay(overrides: dict[str, Any], source: Config | None, family: Family | 
                 f"target: {key} {overrides[key]!r}: the grown tensors keep the source's dtype; leave it "
                 "out here"
             )
-    known = {*source, *DTYPES, *(family.field_name(name) for name in STANDARD if family.knows(name))}
+    spellings = {family.field_name(name) for name in STANDARD if family.knows(name)}
+    known = {*source, *DTYPES, *spellings}
     known |= {"rope_parameters"} if family.rotary is not None else set()
     UserError.collect(
         f"target: unknown config key {key!r}; {did_you_mean(key, known)}"

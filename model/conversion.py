@@ -25,7 +25,8 @@ def in_file(config: Config, tensors: Mapping[str, torch.Tensor]) -> dict[str, to
     """
     model = meta_model(config)
     if has_schema(config):
-        return {stored: tensors[name] for name, stored in stored_names(model).items() if name in tensors}
+        names = {name: stored for name, stored in stored_names(model).items() if name in tensors}
+        return {stored: tensors[name] for name, stored in names.items()}
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(model, dict(tensors))

@@ -52,28 +52,28 @@ def numbered_layers(name: str, shapes: Iterable[str], keys: Iterable[str], confi
         UserError: there are none, numbers are missing, or there are several stacks of layers.
     """
     counts = {config[key] for key in keys if isinstance(config.get(key), int)}
-    found: dict[str, set[int]] = defaultdict(set)
+    numbers: dict[str, set[int]] = defaultdict(set)  # by prefix
     for tensor in shapes:
         if match := re.match(r"(.*?\.|)(\d+)\.", tensor):
-            found[match[1]].add(int(match[2]))
-    if not found:
+            numbers[match[1]].add(int(match[2]))
+    if not numbers:
         raise UserError(
             f"family {name!r} has no schema, and no tensor's name has a layer's number, so its layers "
             "cannot be told apart"
         )
-    whole = {prefix: len(numbers) for prefix, numbers in found.items() if numbers == set(range(len(numbers)))}
+    lengths = {prefix: len(layers) for prefix, layers in numbers.items()}
+    # from 0 on, with none missing
+    complete = {prefix: count for prefix, count in lengths.items() if max(numbers[prefix]) == count - 1}
     # vis(ion_config) has the layers of vision_tower. and of visual.
     others = [tower[:3] for tower in other_towers(config)]
-    whole = {
+    of_text = {
         prefix: count
-        for prefix, count in whole.items()
+        for prefix, count in complete.items()
         if not any(re.search(rf"\b{tower}", prefix) for tower in others)
-    } or whole
-    stacks = {prefix: count for prefix, count in whole.items() if count in counts} or whole
+    } or complete
+    stacks = {prefix: count for prefix, count in of_text.items() if count in counts} or of_text
     if len(stacks) != 1:
-        stories = ", ".join(
-            f"{prefix}* ({len(numbers)} numbers)" for prefix, numbers in sorted(found.items())
-        )
+        stories = ", ".join(f"{prefix}* ({lengths[prefix]} numbers)" for prefix in sorted(lengths))
         raise UserError(
             f"family {name!r} has no schema, and which numbers count its layers is not clear: {stories}"
         )
@@ -85,8 +85,10 @@ def outline_lines(shapes: Mapping[str, Shape], prefix: str, count: int) -> list[
     layers: dict[tuple[str, Shape], list[int]] = defaultdict(list)
     for tensor, shape in shapes.items():
         number, _, rest = tensor.removeprefix(prefix).partition(".")
-        layered = tensor.startswith(prefix) and number.isdigit()
-        layers[f"{prefix}*.{rest}" if layered else tensor, shape] += [int(number)] if layered else []
+        if tensor.startswith(prefix) and number.isdigit():
+            layers[f"{prefix}*.{rest}", shape].append(int(number))
+        else:
+            layers.setdefault((tensor, shape), [])
     return [
         f"{pattern}  tensor {', '.join(map(str, shape)) or 'scalar'}"
         + in_layers(numbers, count if "*" in pattern else 0)

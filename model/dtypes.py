@@ -71,5 +71,6 @@ def to_raw(values: np.ndarray, dtype: str) -> np.ndarray:
     if dtype != "BF16":
         return np.ascontiguousarray(values.astype(FLOATS[dtype], copy=False)).view(RAW[dtype])
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+    is_odd = (bits >> 16) & np.uint32(1)
+    rounded = (bits + np.uint32(0x7FFF) + is_odd) >> 16
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded.astype(np.uint16))

@@ -68,8 +68,10 @@ class Tensor:
 
         It reads it, or it has no sides and all spaces of the axis are reading ones.
         """
+        if self.reads[axis]:
+            return True
         named = list(spaces(self.axes[axis])) if self.line.kind == "tensor" else []
-        return self.reads[axis] or (bool(named) and all(space.dual for space in named))
+        return bool(named) and all(space.dual for space in named)
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,11 @@ class Family:
 
     def lines_of(self, config: Config) -> list[Line]:
         """The lines that apply under `config`."""
-        return [line for line in self.lines if line.condition is None or self.flag(config, line.condition)]
+
+        def applies(line: Line) -> bool:
+            return line.condition is None or self.flag(config, line.condition)
+
+        return list(filter(applies, self.lines))
 
     def flag(self, config: Config, condition: str) -> bool:
         """Check whether a config value is true; a leading "!" negates."""
@@ -302,8 +308,11 @@ class Family:
 
     def ignores(self, name: str) -> bool:
         """Check whether a stored name is a buffer that no schema line needs."""
-        patterns = [pattern.replace(".", r"\.").replace("*", r"\d+") for pattern in (*self.ignore, *BUFFERS)]
-        return any(re.fullmatch(pattern, name) for pattern in patterns)
+        for stars in (*self.ignore, *BUFFERS):
+            pattern = stars.replace(".", r"\.").replace("*", r"\d+")
+            if re.fullmatch(pattern, name):
+                return True
+        return False
 
     def tensors(self, config: Config, layers: Sequence[int] | None = None) -> Iterator[Tensor]:
         """Yield every tensor of a checkpoint with this `config`, layer by layer, tied ones included and
@@ -317,19 +326,24 @@ class Family:
         layered = [line for line in active if line.layered]
         kinds = range(sizes["layer"]) if layers is None else layers
         # In the order of the file: what comes before the layers, layer by layer, what comes after.
-        numbered: list[tuple[Line, int | None]] = [(line, None) for line in active[:first]]
+        for line in active[:first]:
+            yield from self._tensors_of(line, None, config, sizes)
         for number, kind in enumerate(kinds):
-            numbered += [(line, number) for line in layered if line.only is None or kind in line.only]
-        numbered += [(line, None) for line in active[first:] if not line.layered]
-        for line, layer in numbered:
-            yield from self._tensors_of(line, layer, config, sizes)
+            for line in layered:
+                if line.only is None or kind in line.only:
+                    yield from self._tensors_of(line, number, config, sizes)
+        for line in active[first:]:
+            if not line.layered:
+                yield from self._tensors_of(line, None, config, sizes)
 
     def _tensors_of(
         self, line: Line, layer: int | None, config: Config, sizes: Mapping[str, int]
     ) -> Iterator[Tensor]:
         tied = line.tied_if is not None and self.flag(config, line.tied_if)
         axes = line.axes
-        reads = (False,) * len(axes) if line.into is None else (line.transposed, not line.transposed)
+        reads: tuple[bool, ...] = (line.transposed, not line.transposed)
+        if line.into is None:
+            reads = (False,) * len(axes)
         weight, bias = ("", "") if line.kind == "tensor" else (".weight", ".bias")
         for name in line.names:
             shape = tuple(size(axis, sizes) for axis in axes)

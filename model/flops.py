@@ -109,7 +109,8 @@ def watch(model: PreTrainedModel) -> Passes:
     first, second, third = totals
     square = (third - 2 * second + first) / (2 * step**2)
     linear = (second - first) / step - 3 * square * step
-    return Passes(first - linear * step - square * step**2, linear, square, tuple(calls))
+    constant = first - linear * step - square * step**2
+    return Passes(constant, linear, square, tuple(calls))
 
 
 def counted(config: Config, context: int) -> Count | None:
@@ -231,15 +232,18 @@ def _mean_attended(mask: Callable[..., Any] | None, context: int) -> float:
     queries = torch.arange(context)
     if context > EXACT_CONTEXT:
         queries = torch.linspace(0, context - 1, SAMPLES).round().long()
-    zero, keys = torch.zeros((), dtype=torch.int64), torch.arange(context)[None, :]
+    zero = torch.zeros((), dtype=torch.int64)
+    keys = torch.arange(context)[None, :]
     try:
         parts = [mask(zero, zero, part[:, None], keys) for part in queries.split(128)]
-        attended = torch.cat([part.expand(-1, context).sum(1) for part in parts]).double()
+        sums = [part.expand(-1, context).sum(1) for part in parts]
+        attended = torch.cat(sums).double()
     except Exception:  # a mask that takes no whole rows of positions
         return (context + 1) / 2
     if context <= EXACT_CONTEXT:
         return float(attended.mean())
     # The sum over all positions, by the trapezoidal rule and the halves of both ends.
-    between = (queries.diff() * (attended[1:] + attended[:-1]) / 2).sum()
+    neighbours = attended[1:] + attended[:-1]
+    between = (queries.diff() * neighbours / 2).sum()
     ends = (attended[0] + attended[-1]) / 2
     return float((between + ends) / context)

@@ -16,6 +16,7 @@ import numpy as np
 from outgrow.model.base.errors import UserError
 from outgrow.model.checkpoint import Checkpoint, Stored, is_plain, quantisation_entries, without_quantisation
 from outgrow.model.dtypes import config_dtype, to_float, to_raw
+from outgrow.model.keys import is_size
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,9 @@ def numbers(dtype: str) -> np.ndarray:
     bits = np.arange(256)
     exponent = bits >> fraction_bits & (1 << exponent_bits) - 1
     fraction = (bits & (1 << fraction_bits) - 1) / (1 << fraction_bits)
-    size = np.where(exponent > 0, np.ldexp(1 + fraction, exponent - bias), np.ldexp(fraction, 1 - bias))
+    normal = np.ldexp(1 + fraction, exponent - bias)
+    subnormal = np.ldexp(fraction, 1 - bias)
+    size = np.where(exponent > 0, normal, subnormal)
     if infinite:
         top = exponent == (1 << exponent_bits) - 1
         size[top] = np.where(fraction[top] > 0, np.nan, np.inf)
@@ -58,24 +61,22 @@ class Dequantised(Checkpoint):
 
     def _plain(self, name: str) -> Stored:
         stored = self._all[name]
-        return (
-            stored
-            if stored.dtype not in FORMATS
-            else Stored(stored.file, stored.offset, self._dtype, stored.shape)
-        )
+        if stored.dtype not in FORMATS:
+            return stored
+        return Stored(stored.file, stored.offset, self._dtype, stored.shape)
 
     def _misfits(self) -> list[str]:
         """What is wrong with the scales, in words."""
         quantised = {name: stored for name, stored in self._all.items() if stored.dtype in FORMATS}
         expected = {name: self._grid(stored.shape) for name, stored in quantised.items()}
-        found = {name: self._all[name + SCALE].shape for name in quantised}
+        grids = {name: self._all[name + SCALE].shape for name in quantised}
         wrong = [
             name
             for name in quantised
-            if found[name] != expected[name] and prod(found[name]) != prod(expected[name])
+            if grids[name] != expected[name] and prod(grids[name]) != prod(expected[name])
         ]
         return [
-            f"{self.folder}: {name + SCALE} has shape {found[name]} where {expected[name]} is expected"
+            f"{self.folder}: {name + SCALE} has shape {grids[name]} where {expected[name]} is expected"
             for name in wrong[:3]
         ]
 
@@ -104,7 +105,8 @@ class Dequantised(Checkpoint):
         raw = self._read_rows(name, stored, start, stop)
         if stored.dtype not in FORMATS:
             return raw
-        return to_raw(numbers(stored.dtype)[raw] * self._factors(name, stored, start, len(raw)), self._dtype)
+        factors = self._factors(name, stored, start, len(raw))
+        return to_raw(numbers(stored.dtype)[raw] * factors, self._dtype)
 
     def _factors(self, name: str, stored: Stored, start: int, count: int) -> np.ndarray:
         """The scale of each entry of some rows, float32; of one scale for all, that one."""
@@ -118,10 +120,12 @@ class Dequantised(Checkpoint):
         if not grid or self._blocks is None:
             return scales.reshape(-1)[:1]
         height, width = self._blocks
+        rows, columns = stored.shape[-2:]
         row = np.arange(start, start + count)
-        within, tile = row % stored.shape[-2], row // stored.shape[-2]
-        lines = scales.reshape(-1, grid[-1])[tile * grid[-2] + within // height]
-        return np.repeat(lines, width, axis=1)[:, : stored.shape[-1]]
+        matrix, row_of_matrix = row // rows, row % rows
+        row_of_grid = matrix * grid[-2] + row_of_matrix // height
+        lines = scales.reshape(-1, grid[-1])[row_of_grid]
+        return np.repeat(lines, width, axis=1)[:, :columns]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Every tensor, plain, in memory."""
@@ -145,15 +149,13 @@ def dequantised(checkpoint: Checkpoint) -> Dequantised | None:
         UserError: the scales are not those of its blocks.
     """
     held = checkpoint.tensors
-    if checkpoint.quantised != "fp8" or not any(stored.dtype in FORMATS for stored in held.values()):
+    quantised = {name for name, stored in held.items() if stored.dtype in FORMATS}
+    if checkpoint.quantised != "fp8" or not quantised:
         return None
     beside = {name for name in held if name.endswith((SCALE, ACTIVATION))}
-    rest = {
-        stored.dtype for name, stored in held.items() if name not in beside and stored.dtype not in FORMATS
-    }
-    if not all(map(is_plain, rest)) or any(
-        name + SCALE not in held for name, stored in held.items() if stored.dtype in FORMATS
-    ):
+    rest = {held[name].dtype for name in held.keys() - beside - quantised}
+    has_scales = all(name + SCALE in held for name in quantised)
+    if not has_scales or not all(map(is_plain, rest)):
         return None
     return Dequantised(checkpoint, _blocks(checkpoint))
 
@@ -163,9 +165,8 @@ def _blocks(checkpoint: Checkpoint) -> tuple[int, int] | None:
     size = quantisation_entries(checkpoint.config).get("weight_block_size")
     if size is None:
         return None
-    if not (
-        isinstance(size, list) and len(size) == 2 and all(type(each) is int and each > 0 for each in size)
-    ):
+    is_pair = isinstance(size, list) and len(size) == 2
+    if not is_pair or not all(map(is_size, size)):
         raise UserError(
             f"{checkpoint.folder}: weight_block_size must be two positive whole numbers; found {size!r:.80}"
         )

@@ -31,11 +31,12 @@ def generation_config(folder: Path, config: Config) -> tuple[GenerationConfig, t
     Returns:
         (what the library saves as it is, what had to be changed for that, in words).
     """
+    file = folder / FILE
     try:
-        entries = read_json(folder / FILE) if (folder / FILE).is_file() else _entries(config)
+        entries = read_json(file) if file.is_file() else _entries(config)
     except UserError as fault:
-        made, changes = mended(_entries(config))
-        return made, (f"{fault}; left out", *changes)
+        generation, changes = mended(_entries(config))
+        return generation, (f"{fault}; left out", *changes)
     return mended(entries)
 
 
@@ -43,23 +44,23 @@ def mended(entries: Mapping[str, Any]) -> tuple[GenerationConfig, tuple[str, ...
     """`generation_config`, from the entries of a file: the switch that they lack is added, and what still
     contradicts is dropped.
     """
-    if (whole := _valid(entries)) is not None:
-        return whole, ()
-    changes: tuple[str, ...] = ()
+    generation = _valid(entries)
+    if generation is not None:
+        return generation, ()
+    changes: list[str] = []
     kept = _consistent(entries)
-    if (
-        "do_sample" not in entries
-        and len(sampled := _consistent({"do_sample": True, **entries})) > len(kept) + 1
-    ):
-        kept, changes = (
-            sampled,
-            ("do_sample: true is added, without which what it says of sampling is refused",),
-        )
-    if dropped := [f"{key}: {value!r:.40}" for key, value in entries.items() if key not in kept]:
-        changes = (*changes, f"{', '.join(dropped)} left out, which the library refuses to save")
-    made = _valid(kept)
-    assert made is not None
-    return made, tuple(f"{FILE}: {change}" for change in changes)
+    if "do_sample" not in entries:
+        sampled = _consistent({"do_sample": True, **entries})
+        if len(sampled) > len(kept) + 1:
+            kept = sampled
+            changes.append("do_sample: true is added, without which what it says of sampling is refused")
+    dropped = [key for key in entries if key not in kept]
+    if dropped:
+        listing = ", ".join(f"{key}: {entries[key]!r:.40}" for key in dropped)
+        changes.append(f"{listing} left out, which the library refuses to save")
+    generation = _valid(kept)
+    assert generation is not None
+    return generation, tuple(f"{FILE}: {change}" for change in changes)
 
 
 def _consistent(entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,12 +80,12 @@ def _valid(entries: Mapping[str, Any]) -> GenerationConfig | None:
 
     try:
         with quietly():
-            made = GenerationConfig.from_dict(dict(entries))
-            made.validate(strict=True)
-            made.to_json_string()
+            generation = GenerationConfig.from_dict(dict(entries))
+            generation.validate(strict=True)
+            generation.to_json_string()
     except Exception:  # the library's checks raise every kind
         return None
-    return made
+    return generation
 
 
 def _entries(config: Config) -> dict[str, Any]:

@@ -32,7 +32,8 @@ def parameter_count(config: Config) -> int:
     """The number of parameters of the model that `config` describes; tied tensors count once."""
     if not has_schema(config):
         return sum(parameter.numel() for parameter in _class_of(config).parameters())
-    return sum(prod(tensor.shape) for tensor in family_of(config).tensors(config) if not tensor.tied)
+    tensors = family_of(config).tensors(config)
+    return sum(prod(tensor.shape) for tensor in tensors if not tensor.tied)
 
 
 def active_parameter_count(config: Config) -> int:
@@ -42,16 +43,24 @@ def active_parameter_count(config: Config) -> int:
     Shared experts, which every token goes through, are no part of a stack.
     """
     total = parameter_count(config)
-    counts = {value for key, value in config.items() if "expert" in key and type(value) is int}
+    counts = set(_whole_numbers(config, "expert"))
     if has_schema(config) or not counts:
         return total
     chosen, idle = experts_per_token(config), 0.0
     for parameter in _class_of(config).parameters():
-        # a depthwise kernel has 1 there
-        stacked = parameter.ndim == 3 and parameter.shape[0] in counts and parameter.shape[1] > 1
-        if stacked and chosen < parameter.shape[0]:
-            idle += parameter.numel() * (1 - chosen / parameter.shape[0])
+        if parameter.ndim != 3:
+            continue
+        experts, rows, _ = parameter.shape
+        is_stack = experts in counts and rows > 1  # a depthwise kernel has 1 there
+        if is_stack and chosen < experts:
+            idle += parameter.numel() * (1 - chosen / experts)
     return total - round(idle)
+
+
+def _whole_numbers(config: Config, word: str) -> list[int]:
+    """The whole numbers under keys that have a word in them."""
+    values = [value for key, value in config.items() if word in key]
+    return [value for value in values if type(value) is int]
 
 
 def matmul_parameter_count(config: Config) -> float:
@@ -74,10 +83,10 @@ def flops_per_token(config: Config, context: int) -> float:
     et al., 2001.08361; the attention term as in PaLM, 2204.02311, halved for the causal mask). Norms,
     activations, softmax and the optimizer are left out.
     """
-    found = None if _by_schema(config, context) else counted(config, context)
-    return 3.0 * (
-        2 * matmul_parameter_count(config) + _attention(config, context) if found is None else found.total
-    )
+    count = None if _by_schema(config, context) else counted(config, context)
+    if count is not None:
+        return 3.0 * count.total
+    return 3.0 * (2 * matmul_parameter_count(config) + _attention(config, context))
 
 
 def flops_source(config: Config, context: int) -> str:
@@ -92,14 +101,13 @@ def flops_source(config: Config, context: int) -> str:
 
 
 def _by_schema(config: Config, context: int) -> bool:
-    windows = (value for key, value in config.items() if "window" in key and type(value) is int)
-    return has_schema(config) and all(window >= context for window in windows)
+    return has_schema(config) and all(window >= context for window in _whole_numbers(config, "window"))
 
 
 def _attention(config: Config, context: int) -> float:
     """Forward FLOPs per token of the scores and the weighted values."""
-    found = None if _by_schema(config, context) else counted(config, context)
-    return _attention_width(config) * (context + 1) if found is None else found.attention
+    count = None if _by_schema(config, context) else counted(config, context)
+    return _attention_width(config) * (context + 1) if count is None else count.attention
 
 
 def unpaid_flops_per_token(config: Config, context: int, frozen: Collection[str]) -> float:
@@ -116,7 +124,8 @@ def unpaid_flops_per_token(config: Config, context: int, frozen: Collection[str]
     layers = 1 + max(tensor.layer for tensor in tensors if tensor.layer is not None)
     places = _places(tensors, layers)
     still = [(tensor.line.tied_to if tensor.tied else tensor.name) in frozen for tensor in tensors]
-    first = min((place for place, stays in zip(places, still, strict=True) if not stays), default=layers + 1)
+    learning = [place for place, stays in zip(places, still, strict=True) if not stays]
+    first = min(learning, default=layers + 1)
     unpaid = 2.0 * _attention(config, context) / layers * min(max(first, 0), layers)
     for tensor, place, stays in zip(tensors, places, still, strict=True):
         if _multiplies(tensor):
@@ -144,7 +153,8 @@ def _attention_width(config: Config) -> int:
     """layers · heads · (qk + v)."""
     if has_schema(config):
         sizes = family_of(config).sizes(config)
-        return sizes["layer"] * sizes["kv"] * sizes["group"] * (sizes["qk"] + sizes["v"])
+        heads = sizes["kv"] * sizes["group"]
+        return sizes["layer"] * heads * (sizes["qk"] + sizes["v"])
     from outgrow.model.build import to_hf_config
 
     known = to_hf_config(config).get_text_config()  # under the library's standard names
@@ -170,20 +180,23 @@ def _matmul_parameters_of_class(config: Config) -> float:
 
     model = _class_of(config)
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = model.get_output_embeddings()
+    head = getattr(model.get_output_embeddings(), "weight", None)
     experts = experts_per_token(config)
     total = 0.0
     for parameter in model.parameters():
-        if parameter.ndim >= 2 and (
-            id(parameter) not in looked_up or parameter is getattr(head, "weight", None)
-        ):
-            total += parameter.numel() * (
-                min(1.0, experts / parameter.shape[0]) if parameter.ndim == 3 else 1.0
-            )
+        multiplies = id(parameter) not in looked_up or parameter is head
+        if parameter.ndim < 2 or not multiplies:
+            continue
+        share = min(1.0, experts / parameter.shape[0]) if parameter.ndim == 3 else 1.0
+        total += parameter.numel() * share
     return total
 
 
 def experts_per_token(config: Config) -> int:
     """As the config spells it, also in a part of it (DBRX); 1 where it says nothing."""
     parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
-    return next((int(part[key]) for part in parts for key in EXPERTS_PER_TOKEN if part.get(key)), 1)
+    for part in parts:
+        for key in EXPERTS_PER_TOKEN:
+            if part.get(key):
+                return int(part[key])
+    return 1

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from outgrow.model.base.atomic import whole
-from outgrow.model.base.errors import UserError, in_one_line, reading
+from outgrow.model.base.errors import UserError, in_one_line, loading_faults, reading
 from outgrow.model.base.files import one_at_a_time
 
 ENDING, MAGIC = ".gguf", b"GGUF"
@@ -112,8 +112,7 @@ def _unpack(file: Path, folder: Path) -> None:
             f"{file}: transformers cannot read this GGUF file ({in_one_line(fault)}); {WAY}"
         ) from None
     model, report = loaded
-    faults = {name.replace("_", " "): sorted(map(str, found)) for name, found in report.items() if found}
-    UserError.collect(f"{file}: {name}: {', '.join(found)[:200]}; {WAY}" for name, found in faults.items())
+    UserError.collect(f"{file}: {fault}; {WAY}" for fault in loading_faults(report))
     model.hf_quantizer = None  # with which the library refuses to save, though the weights are plain now
     # what the weights were, and the file's own title, which is no path
     for entry in ("quantization_config", "_model_name_or_path"):

@@ -6,7 +6,7 @@ One answer for growth, for derivation and for the stages of a run.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from outgrow.model.composite import of_text
@@ -55,29 +55,32 @@ COINCIDENCE = 3  # layers: so short a list may have this length for another reas
 NOT_OF_LAYERS = ("token", "section", "architectures", "label")
 
 
+def _has_word(key: str, words: Iterable[str]) -> bool:
+    """Check whether a key has one of some words in it."""
+    return any(word in key for word in words)
+
+
 def numbers_layers(key: str, value: object, depth: int) -> bool:
     """Check whether a value lists layers by their numbers, in ascending order (`mlp_only_layers`)."""
-    if not isinstance(value, list) or not value or not any(word in key for word in NUMBER_WORDS):
+    if not isinstance(value, list) or not value or not _has_word(key, NUMBER_WORDS):
         return False
     # may be a no and a yes
-    if any(word in key for word in FLAG_WORDS) or value == list(range(depth)) == [0, 1]:
+    if _has_word(key, FLAG_WORDS) or value == list(range(depth)) == [0, 1]:
         return False
-    return all(type(number) is int and 0 <= number < depth for number in value) and value == sorted(
-        set(value)
-    )
+    in_range = all(type(number) is int and 0 <= number < depth for number in value)
+    return in_range and value == sorted(set(value))
 
 
 def per_layer(key: str, value: object, depth: int) -> bool:
     """Check whether a value is a list of one entry per layer (`layer_types`)."""
     if not isinstance(value, list) or len(value) != depth or numbers_layers(key, value, depth):
         return False
-    named = any(word in key for word in LAYER_WORDS)
-    return named or (depth > COINCIDENCE and not any(word in key for word in NOT_OF_LAYERS))
+    return _has_word(key, LAYER_WORDS) or (depth > COINCIDENCE and not _has_word(key, NOT_OF_LAYERS))
 
 
 def by_number(key: str, value: object, depth: int) -> bool:
     """Check whether a value has entries by layers' numbers (`per_layer_config`)."""
-    if not isinstance(value, Mapping) or not value or any(word in key for word in NOT_OF_LAYERS):
+    if not isinstance(value, Mapping) or not value or _has_word(key, NOT_OF_LAYERS):
         return False
     return all(str(number).isdigit() and int(number) < depth for number in value)
 
@@ -98,5 +101,6 @@ def follow_layers(key: str, value: Any, layers: Sequence[int], depth: int) -> An
         return [value[layer] for layer in layers]
     if by_number(key, value, depth):
         entries = {int(number): entry for number, entry in value.items()}
-        return {str(number): entries[layer] for number, layer in enumerate(layers) if layer in entries}
+        origins = {number: layer for number, layer in enumerate(layers) if layer in entries}
+        return {str(number): entries[layer] for number, layer in origins.items()}
     return value

@@ -135,7 +135,8 @@ class Mixture:
         match self.dense_layers:
             case "mlp_only_layers":
                 step, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or ()
-                return tuple(layer for layer in layers if layer not in dense and (layer + 1) % step == 0)
+                others = [layer for layer in layers if layer not in dense]
+                return tuple(layer for layer in others if (layer + 1) % step == 0)
             case "first_k_dense_replace":
                 return tuple(layers[config.get("first_k_dense_replace") or 0 :])
         return tuple(layers)
@@ -176,10 +177,12 @@ class Mixture:
                 "family"
             )
         shared = self.size(config, self.shared_of) if self.shared_of is not None else 1
-        more: dict[str, tuple[str, int]] = {EXPERT: (self.count_key(config), 1), ROUTED: (self.units, 1)}
-        more |= {SHARED: (self.shared_units or self.units, shared)} if self.shared else {}
+        more = {EXPERT: (self.count_key(config), 1), ROUTED: (self.units, 1)}
+        if self.shared:
+            more[SHARED] = (self.shared_units or self.units, shared)
         lines = "\n".join(self._lines(config, dense))
-        used = {space: rule for space, rule in more.items() if re.search(rf"\b{space}\b", lines)}
+        words = set(re.findall(r"\w+", lines))
+        used = {space: rule for space, rule in more.items() if space in words}
         kinds = dense.layer_types if "layer_types" not in self.lacks else None
         return replace(
             dense, name=self.name, also=(), schema=lines, more={**dense.more, **used}, layer_types=kinds
@@ -203,7 +206,8 @@ class Mixture:
             if not sparse:
                 continue
             numbers = f"{{0..{self.size(config, self.count_key(config)) - 1}}}"
-            yield f"{self.experts[line.name].replace('#', numbers)}  {_axes(line, ROUTED)}{inside}"
+            name = self.experts[line.name].replace("#", numbers)
+            yield f"{name}  {_axes(line, ROUTED)}{inside}"
             if line.name in self.shared:
                 yield f"{self.shared[line.name]}  {_axes(line, SHARED)}{inside}"
             if line in last:

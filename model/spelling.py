@@ -92,7 +92,8 @@ def _older_rope(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str,
         base, narrow = BASES_BY_LAYER[kind]
     entries = {base: full.get("rope_theta"), narrow: sliding.get("rope_theta") if narrow else None}
     entries[SHARES.get(kind, SHARE)] = full.get("partial_rotary_factor")
-    return {key: value for key, value in entries.items() if value is not None} | _older_scaling(config, full)
+    spelt = {key: value for key, value in entries.items() if value is not None}
+    return spelt | _older_scaling(config, full)
 
 
 def _older_scaling(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +109,8 @@ def _older_scaling(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[s
         return {"rope_scaling": None} if "rope_scaling" in config or model_type in SCALED else {}
     if (model_type, kind) not in STRICT:
         return {"rope_scaling": {"rope_type": kind, **entries}}
-    own = {key: entries.pop(key) for key in STRICT[model_type, kind] if key in entries}
+    strict = STRICT[model_type, kind]
+    own = {key: entries.pop(key) for key in strict if key in entries}
     return {"rope_scaling": {"type": kind, **own}, **entries}
 
 

@@ -52,7 +52,9 @@ class Start:
         if self.places is not None:
             return "by place"
         mean = 0.0 if abs(self.mean) < 1e-9 * self.deviation else self.mean
-        return f"{mean:.4g}" if len(self.quantiles) == 1 else f"{mean:.4g} ± {self.deviation:.4g}"
+        if len(self.quantiles) == 1:
+            return f"{mean:.4g}"
+        return f"{mean:.4g} ± {self.deviation:.4g}"
 
     def of(self, shares: np.ndarray) -> np.ndarray:
         """Look up the entries at shares of the distribution between 0 and 1, float64."""

@@ -221,14 +221,14 @@ class _Bench:
             UserError: it gives no logits for each token, or they are not finite.
         """
         with self.autocast():
-            found = self.model(**inputs, use_cache=False).logits
-        if found.shape[:-1].numel() != ROWS * LENGTH:
+            logits = self.model(**inputs, use_cache=False).logits
+        if logits.shape[:-1].numel() != ROWS * LENGTH:
             raise UserError(
-                f"its logits have the shape {tuple(found.shape)} for {ROWS} rows of {LENGTH} tokens"
+                f"its logits have the shape {tuple(logits.shape)} for {ROWS} rows of {LENGTH} tokens"
             )
-        if not found.isfinite().all():
+        if not logits.isfinite().all():
             raise UserError("its logits are not finite under large random weights")
-        return found.float().reshape(ROWS, LENGTH, -1)
+        return logits.float().reshape(ROWS, LENGTH, -1)
 
     def steady(self, inputs: Mapping[str, Any]) -> Tensor:
         """`logits`, twice the same.
@@ -271,14 +271,20 @@ def _head(bench: _Bench) -> float:
             raise UserError(
                 f"its head reads {head.weight.shape[-1]} entries, and its base model gives {hidden.shape[-1]}"
             )
-        found = head(hidden)
-    return relative(found.float(), expected)
+        logits = head(hidden)
+    return relative(logits.float(), expected)
+
+
+def _spliced(first: Tensor, second: Tensor) -> Tensor:
+    """(ROWS, LENGTH) tokens: of one text up to CUT, of another from there on."""
+    past, rest = first[:, :CUT], second[:, CUT:]
+    return torch.cat((past, rest), 1)
 
 
 def _future(bench: _Bench) -> float:
     """Measure how far the logits before CUT move with the tokens from there on."""
     text = bench.text(0)
-    changed = torch.cat((text[:, :CUT], bench.text(1)[:, CUT:]), 1)
+    changed = _spliced(text, bench.text(1))
     before = bench.steady({"input_ids": text})[:, :CUT]
     return relative(bench.logits({"input_ids": changed})[:, :CUT], before)
 
@@ -292,7 +298,7 @@ def _masked_leak(bench: _Bench) -> float:
     if bench.attention == "flash_attention_2":
         raise UserError("flash-attn takes no masks")
     benches = [bench]
-    if any(key.endswith("sliding_window") and type(value) is int for key, value in bench.twin.config.items()):
+    if any(_is_window(key, value) for key, value in bench.twin.config.items()):
         benches.append(
             _Bench(
                 tiny_twin(_small_window(bench.twin.config)),
@@ -306,12 +312,14 @@ def _masked_leak(bench: _Bench) -> float:
     )
 
 
+def _is_window(key: str, value: object) -> bool:
+    """Check whether a config's value is the width of a sliding window, in tokens."""
+    return key.endswith("sliding_window") and type(value) is int
+
+
 def _small_window(config: Config) -> dict[str, Any]:
     """A config whose sliding windows end inside of a text."""
-    return {
-        key: WINDOW if key.endswith("sliding_window") and type(value) is int else value
-        for key, value in config.items()
-    }
+    return {key: WINDOW if _is_window(key, value) else value for key, value in config.items()}
 
 
 def _moved_by_masks(bench: _Bench) -> float:
@@ -326,18 +334,20 @@ def _leak(bench: _Bench, *, masked: bool = False) -> float:
     """
     text = bench.text(0)
     text[:, CUT] = bench.end_of_text
-    changed = torch.cat((bench.text(1)[:, :CUT], text[:, CUT:]), 1)
+    changed = _spliced(bench.text(1), text)
     masks = bench.model.config if masked else None
-    apart = [documents_apart(tokens, bench.end_of_text, bench.attention, masks) for tokens in (text, changed)]
-    return relative(bench.logits(apart[1])[:, CUT:], bench.steady(apart[0])[:, CUT:])
+    inputs = documents_apart(text, bench.end_of_text, bench.attention, masks)
+    changed_inputs = documents_apart(changed, bench.end_of_text, bench.attention, masks)
+    after = bench.logits(changed_inputs)[:, CUT:]
+    return relative(after, bench.steady(inputs)[:, CUT:])
 
 
 def _reached(bench: _Bench) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The parameters that get no gradient from any of two texts, in any layer; and those that get one only
     here or there.
     """
-    seen = [_backward(bench, seed) for seed in (0, 1)]
-    always, ever = set(seen[0]) & set(seen[1]), set(seen[0]) | set(seen[1])
+    first, second = (set(_backward(bench, seed)) for seed in (0, 1))
+    always, ever = first & second, first | second
     names = [name for name, _ in bench.model.named_parameters()]
     reached = {layerless(name) for name in ever}
     missing = {layerless(name) for name in names} - reached
@@ -350,7 +360,9 @@ def _backward(bench: _Bench, seed: int) -> list[str]:
     text = bench.text(seed)
     with bench.autocast():
         logits = bench.model(input_ids=text, use_cache=False).logits
-    functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), text[:, 1:].flatten()).backward()
+    predicted = logits[:, :-1].float().flatten(0, 1)
+    loss = functional.cross_entropy(predicted, text[:, 1:].flatten())
+    loss.backward()
     names = [name for name, parameter in bench.model.named_parameters() if parameter.grad is not None]
     bench.model.zero_grad(set_to_none=True)
     return names

@@ -62,7 +62,10 @@ def exchange(one: Path, other: Path) -> bool:
     """
     rename: Any = getattr(ctypes.CDLL(None), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+    if rename is None:
+        return False
+    status = rename(here, os.fsencode(one), here, os.fsencode(other), exchange)
+    return bool(status == 0)
 
 
 def remove(path: Path) -> None:

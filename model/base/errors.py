@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from typing import NoReturn
@@ -36,7 +36,8 @@ class UserError(Exception):
 
 
 def _shortened(word: re.Match[str]) -> str:
-    return f"{word[0][:100]}… ({len(word[0]):,} characters) …{word[0][-50:]}"
+    text = word[0]
+    return f"{text[:100]}… ({len(text):,} characters) …{text[-50:]}"
 
 
 @contextmanager
@@ -52,7 +53,9 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     """The end of an error about an unknown `name`: its near matches, else everything that is known."""
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known) or 'none'}"
+    if near:
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    return f"known: {', '.join(known) or 'none'}"
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> NoReturn:
@@ -76,6 +79,16 @@ def not_installed(fault: ModuleNotFoundError) -> UserError | None:
             way_out = f"pip install '{DISTRIBUTION}[{extra}]'; growing a checkpoint does without"
             return UserError(f"{missing} is not installed, and this needs it: {way_out}")
     return None
+
+
+def loading_faults(report: Mapping[str, Iterable[object]]) -> list[str]:
+    """The library's report of how a model was loaded, in words: `missing keys: a, b`."""
+    faults = []
+    for kind, names in report.items():
+        listing = ", ".join(sorted(map(str, names)))
+        if listing:
+            faults.append(f"{kind.replace('_', ' ')}: {listing[:200]}")
+    return faults
 
 
 def in_one_line(fault: BaseException, length: int = 200) -> str:

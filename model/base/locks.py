@@ -39,8 +39,10 @@ class Lock:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        how = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW if path.is_dir() else os.O_RDWR | os.O_CREAT
-        self.descriptor = os.open(path, how, 0o644)
+        flags = os.O_RDWR | os.O_CREAT
+        if path.is_dir():
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+        self.descriptor = os.open(path, flags, 0o644)
         self._claim: _Claim | None = None
 
     def take(self, *, shared: bool = False) -> bool:
@@ -141,7 +143,8 @@ class _Claim:
             with self._file.open("a") as file:
                 file.write(line)
             return
-        self._file.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n" + line)
+        owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
+        self._file.write_text(f"{owner}\n{line}")
         self._ended = threading.Event()
         threading.Thread(target=self._beat, args=(self._ended,), daemon=True).start()
 

@@ -56,7 +56,8 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
     choices = [o for o in parsed if _is_choice(groups, o) and _choice_holds(folder, o, faults)]
     try:
         cfg = _chosen(tree, name, choices)
-        values = [o for o in parsed if not _is_choice(groups, o) and _key_holds(cfg, o, groups, faults)]
+        assignments = [o for o in parsed if not _is_choice(groups, o)]
+        values = [o for o in assignments if _key_holds(cfg, o, groups, faults)]
         changes = [o for o in values if _changes_keys(o) or o.key_or_group.startswith("hydra")]
         if changes:
             cfg = _chosen(tree, name, [*choices, *changes])
@@ -122,7 +123,10 @@ def _apart() -> Iterator[None]:
 def yaml_fault(error: YAMLError) -> str:
     """A syntax error of a YAML file in one line: where it is, and what is wrong there."""
     mark = getattr(error, "problem_mark", None)
-    where = "" if mark is None else f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: "
+    where = ""
+    if mark is not None:
+        line, column = mark.line + 1, mark.column + 1
+        where = f"{mark.name}, line {line}, column {column}: "
     return f"{where}not valid YAML ({getattr(error, 'problem', None) or str(error).splitlines()[0]})"
 
 
@@ -237,7 +241,8 @@ def _groups(tree: Tree, name: str) -> set[str]:
     """
     folder = tree.folder
     own = load_yaml(folder / f"{name}.yaml")
-    chosen = {str(key) for entry in own.get("defaults", ()) if isinstance(entry, Mapping) for key in entry}
+    choices = [entry for entry in own.get("defaults", ()) if isinstance(entry, Mapping)]
+    chosen = {str(key) for entry in choices for key in entry}
     groups = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_dir()}
     return {group for group in groups if group in chosen or group not in own}
 
@@ -283,8 +288,9 @@ def _elsewhere(cfg: DictConfig, name: str) -> str:
     from omegaconf import OmegaConf
 
     values = OmegaConf.to_container(cfg)
-    groups = values.items() if isinstance(values, dict) else ()
-    keys = [f"{group!s}.{name}" for group, inner in groups if isinstance(inner, dict) and name in inner]
+    entries = values if isinstance(values, dict) else {}
+    groups = {group: inner for group, inner in entries.items() if isinstance(inner, dict)}
+    keys = [f"{group!s}.{name}" for group, inner in groups.items() if name in inner]
     return f"did you mean {' or '.join(map(repr, keys))}?" if keys else ""
 
 
@@ -375,7 +381,8 @@ def read(cls: type[T], values: Any, path: str, faults: list[str]) -> T | None:
         return None
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     rest = next((name for name, field in fields.items() if field.metadata.get("rest")), None)
-    extra = {str(key): value for key, value in values.items() if str(key) not in fields or key == rest}
+    by_name = {str(key): value for key, value in values.items()}
+    extra = {key: value for key, value in by_name.items() if key not in fields or key == rest}
     if rest is None:
         faults += [f"{path}{key}: unknown key; {did_you_mean(key, fields)}" for key in extra]
     hints = typing.get_type_hints(cls)
@@ -385,7 +392,8 @@ def read(cls: type[T], values: Any, path: str, faults: list[str]) -> T | None:
         if name == rest:
             continue
         if name in values and values[name] != MISSING:
-            fitting[name] = _read_value(hints[name], values[name], f"{path}{name}", faults)
+            dotted = f"{path}{name}"
+            fitting[name] = _read_value(hints[name], values[name], dotted, faults)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             missing = True
             # Unless it is reported already why it is not there.
@@ -407,7 +415,7 @@ def _read_value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
         return _read_sequence(origin, arguments, hint, value, path, faults)
     if (origin or hint) is dict and isinstance(value, Mapping):
         kind = arguments[1] if arguments else Any
-        return {key: _read_value(kind, item, f"{path}.{key}", faults) for key, item in value.items()}
+        return {key: _read_value(kind, value[key], f"{path}.{key}", faults) for key in value}
     if hint is float and type(value) is int:
         return float(value)
     if hint is int and type(value) is float and value.is_integer():
@@ -428,12 +436,20 @@ def _read_union(arguments: tuple[Any, ...], hint: Any, value: Any, path: str, fa
         result = _read_value(option, value, path, attempts[-1])
         if not attempts[-1]:
             return result
-    faults += attempts[0] if len(options) == 1 else [f"{path}: expected {_spell(hint)}; found {value!r}"]
+    if len(options) == 1:
+        faults += attempts[0]
+    else:
+        faults.append(f"{path}: expected {_spell(hint)}; found {value!r}")
     return None
 
 
+def _is_same(value: Any, choice: Any) -> bool:
+    """Check that two values are equal and of one type: true is not 1."""
+    return value is choice or (type(value) is type(choice) and value == choice)
+
+
 def _read_choice(choices: tuple[Any, ...], value: Any, path: str, faults: list[str]) -> Any:
-    if any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
+    if any(_is_same(value, choice) for choice in choices):
         return value
     known = [str(choice).lower() for choice in choices]
     faults.append(f"{path}: unknown value {value!r}; {did_you_mean(str(value), known)}")
@@ -444,12 +460,14 @@ def _read_sequence(
     origin: Any, arguments: tuple[Any, ...], hint: Any, value: Any, path: str, faults: list[str]
 ) -> Any:
     fixed = origin is tuple and Ellipsis not in arguments
-    if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(arguments)):
+    is_list = isinstance(value, (list, tuple))
+    if not is_list or (fixed and len(value) != len(arguments)):
         faults.append(f"{path}: expected {_spell(hint)}; found {value!r}")
         return None
     kinds = arguments if fixed else (arguments[0],) * len(value)
-    pairs = enumerate(zip(kinds, value, strict=True))
-    return origin(_read_value(kind, item, f"{path}[{number}]", faults) for number, (kind, item) in pairs)
+    paths = [f"{path}[{number}]" for number in range(len(value))]
+    entries = zip(kinds, value, paths, strict=True)
+    return origin(_read_value(kind, item, place, faults) for kind, item, place in entries)
 
 
 TYPE_NAMES: dict[Any, str] = {

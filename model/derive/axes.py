@@ -182,7 +182,9 @@ class Axes:
         moved = self.keys.heads and self.changed(self.times(2, *self.head_keys))
         if not moved:
             return self.keys.heads is not None
-        pairs = [pair for name in moved for pair in zip(self.shapes[name], moved[name], strict=True)]
+        pairs: list[tuple[int, int]] = []
+        for name in moved:
+            pairs += zip(self.shapes[name], moved[name], strict=True)
         long = [(before, after) for before, after in pairs if before > 2 * self.heads]
         return not any(after == 2 * before for before, after in long)
 
@@ -226,7 +228,8 @@ class Axes:
     def rounded(self) -> list[str]:
         """Buffers that would be a power of the hidden size, were they not rounded (to bfloat16)."""
         doubled = {name: 2 * power for name, power in self._powers[0].items()}
-        return [name for name, power in doubled.items() if 1e-6 < abs(power - round(power)) < 1e-2]
+        misses = {name: abs(power - round(power)) for name, power in doubled.items()}
+        return [name for name, miss in misses.items() if 1e-6 < miss < 1e-2]
 
     @cached_property
     def _powers(self) -> tuple[dict[str, float], dict[str, float]]:
@@ -274,6 +277,9 @@ def _by_module(numbers: Mapping[str, float]) -> dict[str, float]:
 
 def _powers_of_two(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
     """Compute by which power of two each positive number moves; numbers that stay are left out."""
-    pairs = {name: (value, after.get(name, value)) for name, value in before.items()}
-    positive = {name: pair for name, pair in pairs.items() if min(pair) > 0}
-    return {name: log2(new / old) for name, (old, new) in positive.items() if new != old}
+    powers = {}
+    for name, old in before.items():
+        new = after.get(name, old)
+        if min(old, new) > 0 and new != old:
+            powers[name] = log2(new / old)
+    return powers

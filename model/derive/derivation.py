@@ -116,7 +116,8 @@ def check_size(blank: PreTrainedModel) -> None:
     Raises:
         Unfit: it is not.
     """
-    count = sum(tensor.numel() for tensor in (*blank.parameters(), *blank.buffers()))
+    tensors = (*blank.parameters(), *blank.buffers())
+    count = sum(tensor.numel() for tensor in tensors)
     if count > MAX_PARAMETERS:
         raise Unfit(
             f"a tiny twin of it still has {count:,} parameters, so some size of its config was not recognised"
@@ -175,7 +176,8 @@ def _layer_count(config: Config, hf_config: Any) -> dict[str, int]:
     """
     count = getattr(hf_config, "num_hidden_layers", None)
     counted = isinstance(type(hf_config).__dict__.get("num_hidden_layers"), property)
-    if not counted or type(count) is not int or any(key in config for key in DEPTH_KEYS):
+    is_named = any(key in config for key in DEPTH_KEYS)
+    if is_named or not counted or type(count) is not int:
         return {}
     return {"num_hidden_layers": count}
 
@@ -186,6 +188,7 @@ def _head_dim(config: Config, attribute_map: Mapping[str, str]) -> dict[str, int
     """
     names = ("hidden_size", "num_attention_heads")
     hidden, heads = (config.get(attribute_map.get(name, name)) for name in names)
-    if type(hidden) is not int or type(heads) is not int or any(config.get(key) for key in HEAD_KEYS):
+    is_named = any(config.get(key) for key in HEAD_KEYS)
+    if is_named or type(hidden) is not int or type(heads) is not int:
         return {}
     return {"head_dim": hidden // heads} if heads and hidden % heads else {}

@@ -64,7 +64,7 @@ def find_mixer(
         """Find the key of that size which, doubled with the width, makes `grown` heads."""
         for name in [name for name, value in sizes.items() if value == size]:
             moved = wider(name)
-            if moved and (moved[rates], moved[out][1]) == ((grown,), 2 * inner):
+            if moved and moved[rates] == (grown,) and moved[out][1] == 2 * inner:
                 return name
         return None
 

@@ -33,7 +33,8 @@ def with_picture(model: PreTrainedModel, tokens: torch.Tensor) -> Inputs | None:
         try:
             with torch.no_grad():
                 places = torch.full((1, _features(eyes.get_image_features(**picture))), place)
-                words = torch.cat([text[:, :half], places, text[:, half:]], dim=1)
+                before, after = text[:, :half], text[:, half:]
+                words = torch.cat([before, places, after], dim=1)
                 inputs = {"input_ids": words, **picture}
                 if typed:
                     inputs["mm_token_type_ids"] = (words == place).long()

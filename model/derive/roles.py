@@ -293,7 +293,8 @@ class Draft:
             return Parts((channels, channels, OPEN, rates)) if complete else None
         if leaf == "conv1d" and dim == 0:
             return Parts((channels, OPEN)) if length > mixer.inner else channels
-        if length == mixer.inner and (seen.reads[dim] or len(seen.shape) == 1):
+        is_of_channels = seen.reads[dim] or len(seen.shape) == 1
+        if is_of_channels and length == mixer.inner:
             return channels
         return rates if seen.shape == (heads,) else None
 

@@ -164,7 +164,8 @@ def _line(draft: Draft, name: str, twin: str, config: Config, shapes: Shapes) ->
         power = EMBEDDING_SCALE if is_scaled else _power(draft, seen.parameter, axes)
         has_bias = bias == (shape[1 if transposed else 0],)
         return Line(module, "linear", out, into, transposed=transposed, bias=has_bias, scaled=power)
-    sides = tuple(_read(axis) if reads else axis for axis, reads in zip(axes, seen.reads, strict=True))
+    pairs = zip(axes, seen.reads, strict=True)
+    sides = tuple(_read(axis) if reads else axis for axis, reads in pairs)
     return Line(name, "tensor", Product(sides), None, sides)
 
 
@@ -201,7 +202,8 @@ def _filled(draft: Draft, template: Axis, length: int, name: str, config: Config
     open_spaces = [space for space in spaces(axis) if space == OPEN]
     if not open_spaces:
         return axis
-    least, more = (size(axis, sizes | {OPEN.name: number}) for number in (0, 1))
+    least = size(axis, sizes | {OPEN.name: 0})
+    more = size(axis, sizes | {OPEN.name: 1})
     number, rest = divmod(length - least, more - least)
     if rest or number < 1:
         raise Unfit(

@@ -128,22 +128,24 @@ def _shrunken_composite(
     hold the towers' places in a text are the last ones.
     """
     text = shrunken(parts[TEXT], depth_key, layers)
-    towers = {key for key, value in parts.items() if isinstance(value, Mapping) and key.endswith("_config")}
     small: dict[str, Any] = {TEXT: text}
     for key, value in parts.items():
-        if key != TEXT:
-            small[key] = _small_tower(value) if key in towers else _small(key, value, text, 0, ())
+        if key == TEXT:
+            continue
+        is_tower = isinstance(value, Mapping) and key.endswith("_config")
+        small[key] = _small_tower(value) if is_tower else _small(key, value, text, 0, ())
     hidden = config.get("hidden_size")
     others = {key: value for key, value in config.items() if not of_text(key)}
     outputs = [key for key, value in others.items() if repeats_hidden(key, value, hidden)]
-    tokens = {key: text["vocab_size"] - 1 - number for number, key in enumerate(place_tokens(config))}
+    last = text["vocab_size"] - 1
+    tokens = {key: last - number for number, key in enumerate(place_tokens(config))}
     return flat(small) | dict.fromkeys(outputs, text["hidden_size"]) | tokens
 
 
 def place_tokens(config: Config) -> list[str]:
     """List the keys of tokens that hold the places of pictures and sounds in a text."""
-    tokens = [key for key, value in config.items() if key.endswith(TOKEN_KEYS) and type(value) is int]
-    return [key for key in tokens if not of_text(key)]
+    tokens = [key for key in config if key.endswith(TOKEN_KEYS) and not of_text(key)]
+    return [key for key in tokens if type(config[key]) is int]
 
 
 def _small_rope(rope: Config, small: Config) -> dict[str, Any]:
@@ -294,7 +296,8 @@ def kept_layers(config: Config, depth: int) -> tuple[int, ...]:
     chosen = {kinds.index(kind) for kind in kinds} | set(range(min(2, depth)))
     if not each:
         rhythms = [value for key, value in values if RHYTHM.search(key) and is_size(value)]
-        rhythms += [len(value) for key, value in values if RHYTHM_LIST.search(key) and _words(value)]
+        lists = [value for key, value in values if RHYTHM_LIST.search(key) and _words(value)]
+        rhythms += map(len, lists)
         period = max((length for length in rhythms if length <= MAX_LAYERS), default=0)
         chosen |= set(range(min(period, depth)))
     if len(chosen) > MAX_LAYERS:
@@ -309,8 +312,9 @@ def two_of_each_kind(config: Config, depth: int) -> tuple[int, ...]:
         Nothing where there is one kind, or too many.
     """
     kinds = layer_kinds(config, depth)
-    first = [layer for layer in range(depth) if kinds[:layer].count(kinds[layer]) < 2]
-    return tuple(first) if len(set(kinds)) > 1 and len(first) <= MAX_LAYERS else ()
+    first = [layer for layer, kind in enumerate(kinds) if kinds[:layer].count(kind) < 2]
+    several = len(set(kinds)) > 1
+    return tuple(first) if several and len(first) <= MAX_LAYERS else ()
 
 
 def stand_ins(kinds: Sequence[str], kept: tuple[int, ...]) -> tuple[int, ...]:

@@ -45,8 +45,9 @@ def starts(config: Config) -> dict[str, Start]:
         model = build({**config, "tie_word_embeddings": False})
     _hold(model, _lost(model, built))
     first, second = (_once(model, built, seed) for seed in (0, 1))
-    by_chance = {name for name, seen in first.items() if not _same(seen, second[name])}
-    more = [first, second, *(_once(model, built, seed) for seed in range(2, SEEDS) if by_chance)]
+    by_chance = {name for name in first if not _same(first[name], second[name])}
+    seeds = range(2, SEEDS) if by_chance else ()
+    more = [first, second, *(_once(model, built, seed) for seed in seeds)]
     # few: tensors that start alike share their quantiles
     distinct = {id(seen): seen for seen in first.values()}
     alike = {number: _start(seen) for number, seen in distinct.items()}
@@ -127,7 +128,8 @@ def _once(model: PreTrainedModel, built: _Pen, seed: int) -> dict[str, torch.Ten
     `seed`.
     """
     with _started(model, built, seed) as pen:
-        return {name: seen for name, tensor in stored(model).items() if (seen := pen.of(tensor)) is not None}
+        contents = {name: pen.of(tensor) for name, tensor in stored(model).items()}
+    return {name: seen for name, seen in contents.items() if seen is not None}
 
 
 @lru_cache(maxsize=64)
@@ -174,8 +176,11 @@ class _Pen(TorchDispatchMode):
         super().__init__()
         # Storage → quantiles, or all entries; None where it cannot be followed. Tensors are kept, so that no
         # storage is used again.
-        self._seen: dict[int, torch.Tensor | None] = {} if before is None else dict(before._seen)
-        self._alive: list[torch.Tensor] = [] if before is None else list(before._alive)
+        self._seen: dict[int, torch.Tensor | None] = {}
+        self._alive: list[torch.Tensor] = []
+        if before is not None:
+            self._seen |= before._seen
+            self._alive += before._alive
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Look up a tensor's content: quantiles, or all entries; None where that is not known."""
@@ -256,7 +261,8 @@ class _Pen(TorchDispatchMode):
                 self.of(tensor) for tensor in (args[0] if isinstance(args[0], list | tuple) else args[:1])
             ]
             return parts[0] if all(_same(part, parts[0]) for part in parts) else None
-        before = self.of(args[0]) if args and isinstance(args[0], torch.Tensor) else None
+        first = args[0] if args else None
+        before = self.of(first) if isinstance(first, torch.Tensor) else None
         return _replayed(func, before, args[1:], kwargs)
 
 
@@ -276,9 +282,9 @@ def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 def _replayed(func: Any, seen: torch.Tensor | None, args: Any, kwargs: Any) -> torch.Tensor | None:
     """An operation entry by entry, done to quantiles; None where it is another."""
-    if seen is None or any(
-        isinstance(value, torch.Tensor) and value.numel() > 1 for value in (*args, *kwargs.values())
-    ):
+    values = (*args, *kwargs.values())
+    others = [value for value in values if isinstance(value, torch.Tensor)]
+    if seen is None or any(other.numel() > 1 for other in others):
         return None
     try:
         out = func(seen, *args, **kwargs)

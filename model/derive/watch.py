@@ -110,14 +110,15 @@ def sightings(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Sightin
             ) from None
     norms = _norms(model, watch)
     seen = {}
-    for name, (shape, parameter, axes) in places.items():
+    for name, place in places.items():
+        parameter = place.parameter
         contracted = watch.contracted[parameter]
-        reads = tuple(axis is not None and axis in contracted for axis in axes)
+        reads = tuple(axis is not None and axis in contracted for axis in place.axes)
         if parameter not in watch.touched:
             reads = _by_class(model, parameter, reads)
         norm, offset, role = norms.get(parameter, (None, 0.0, ""))
         seen[name] = Sighting(
-            shape=shape,
+            shape=place.shape,
             parameter=parameter,
             reads=reads,
             indexed=parameter in watch.indexed,
@@ -286,13 +287,26 @@ def _behaviour(module: torch.nn.Module, weight: torch.Tensor) -> tuple[str, floa
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Check that two tensors hold the same entries, in rows of the same length."""
-    if one.shape[-1] != other.shape[-1] or one.numel() != other.numel():
+    if one.shape[-1] != other.shape[-1]:
+        return False
+    if one.numel() != other.numel():
         return False
     return bool(torch.equal(one.flatten(), other.flatten()))
 
 
-def _places(model: PreTrainedModel) -> dict[str, tuple[tuple[int, ...], str, tuple[int | None, ...]]]:
-    """Find file tensor → (shape, parameter, the parameter's axis for each of its axes).
+@dataclass
+class _Place:
+    """One stored tensor: its shape, the parameter that it becomes, and the parameter's axis for each of its
+    axes.
+    """
+
+    shape: tuple[int, ...]
+    parameter: str
+    axes: list[int | None]
+
+
+def _places(model: PreTrainedModel) -> dict[str, _Place]:
+    """Find the place of each stored tensor in the model.
 
     Every parameter is painted with its own number plus the coordinate along one axis; what the library then
     would save shows where parameter and axis went, through whatever it splits, joins, transposes and renames.
@@ -303,7 +317,7 @@ def _places(model: PreTrainedModel) -> dict[str, tuple[tuple[int, ...], str, tup
     state = {name: tensor for name, tensor in paintable if tensor.data_ptr() in saved}
     names = list(state)
     kept = {name: tensor.detach().clone() for name, tensor in state.items()}
-    places: dict[str, tuple[tuple[int, ...], str, list[int | None]]] = {}
+    places: dict[str, _Place] = {}
     for axis in range(max(tensor.ndim for tensor in state.values())):
         for number, tensor in enumerate(state.values()):
             paint = number * PAINT + _coordinate(tensor, axis)
@@ -313,12 +327,13 @@ def _places(model: PreTrainedModel) -> dict[str, tuple[tuple[int, ...], str, tup
                 continue
             number = int(painted.flatten()[0].item() // PAINT)
             parameter = names[min(number, len(names) - 1)]
-            place = places.setdefault(name, (tuple(painted.shape), parameter, [None] * painted.ndim))
+            unknown = _Place(tuple(painted.shape), parameter, [None] * painted.ndim)
+            place = places.setdefault(name, unknown)
             for dim in _varying(painted):
-                place[2][dim] = axis
+                place.axes[dim] = axis
     for name, tensor in kept.items():
         state[name].data.copy_(tensor)
-    return {name: (shape, parameter, tuple(axes)) for name, (shape, parameter, axes) in places.items()}
+    return places
 
 
 def _coordinate(tensor: torch.Tensor, axis: int) -> torch.Tensor | int:
@@ -332,5 +347,7 @@ def _coordinate(tensor: torch.Tensor, axis: int) -> torch.Tensor | int:
 def _varying(tensor: torch.Tensor) -> Iterator[int]:
     """Yield the dims along which entries differ."""
     for dim in range(tensor.ndim):
-        if tensor.shape[dim] > 1 and bool((tensor.amax(dim) != tensor.amin(dim)).any()):
-            yield dim
+        if tensor.shape[dim] > 1:
+            differ = tensor.amax(dim) != tensor.amin(dim)
+            if bool(differ.any()):
+                yield dim
