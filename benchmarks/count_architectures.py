@@ -1,4 +1,4 @@
-"""Over how many of transformers' causal language models is lossless growth.rehearseed, without a schema
+"""Over how many of transformers' causal language models is lossless growth confirmed, without a schema
 written for them?
 
 python benchmarks/count_architectures.py                     10 minutes on 2 cores: a table, and

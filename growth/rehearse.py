@@ -35,6 +35,7 @@ from outgrow.model.derive import (
     scramble,
     shapes,
     variants,
+    whole_config,
     with_picture,
 )
 
@@ -179,7 +180,7 @@ class Bench:
             Unfit: it does not grow, or into other shapes than the class wants.
         """
         family = drafted_family(draft, draft.axes.config, draft.axes.shapes)
-        config = self.source.config
+        config = whole_config(self.source.config)  # with the layer count of a class that saves none
         try:
             growth = Growth(family, config, resolve_target(changes, config, family))
             plan = decide(growth, operator, options, depth=depth, noise=noise, held=self.source)

@@ -23,6 +23,7 @@ ASKED: dict[str, Any] = {
     "head": 0.0,
     "future": 0.0,
     "leak": 1.2,
+    "masked_leak": 1.1,
     "unreached": ["model.vision.*.weight"],
     "sometimes": [],
     "flops": {"source": "PyTorch's counter", "apart": 0.0},
@@ -49,7 +50,7 @@ def bench() -> ModuleType:
 def test_a_row_has_a_value_or_a_refusal_in_each_cell(bench: ModuleType) -> None:
     grown = {"axes": {"hidden width": {"confirmed": "any ratio"}, "depth": {"refused": "no"}}}
     assert bench.row("gpt_oss", ASKED, grown, 1e-4) == (
-        "| gpt_oss | any ratio | no | no | 5.70 → 5.00 | fused | leaks 1.2 | 1 | eager | counter | no: "
+        "| gpt_oss | any ratio | no | no | 5.70 → 5.00 | fused | leaks 1.1 | 1 | eager | counter | no: "
         "RuntimeError: a   pipe |"
     )
     bidirectional = {
@@ -58,13 +59,29 @@ def test_a_row_has_a_value_or_a_refusal_in_each_cell(bench: ModuleType) -> None:
         "head": {"refused": "AttributeError"},
         "said": {"is_decoder": True},
     }
-    assert "| 5.70 → 5.00 (is_decoder) | no: AttributeError | leaks 0.5 |" in bench.row(
+    assert "| 5.70 → 5.00 (is_decoder) | no: AttributeError | sees later tokens: 0.5 |" in bench.row(
         "bert", bidirectional, {}, 1e-4
     )
     assert (
         bench.row("blt", {"refused": "no hidden size"}, {}, 1e-4)
         == "| blt | no | no | no | no: no hidden size | | | | | | |"
     )
+
+
+@pytest.mark.parametrize(
+    ("leak", "masked", "words"),
+    [
+        (0.0, {"refused": "positions that restart are enough"}, "holds"),
+        (0.9, 1e-7, "holds by masks"),
+        (0.9, 0.8, "leaks 0.8"),
+        (0.9, {"refused": "flash-attn takes no masks"}, "leaks 0.9"),
+        ({"refused": "TypeError"}, {"refused": "TypeError"}, "no: TypeError"),
+    ],
+)
+def test_documents_are_kept_apart_by_positions_or_by_masks(
+    bench: ModuleType, leak: Any, masked: Any, words: str
+) -> None:
+    assert bench.document_mask({**ASKED, "leak": leak, "masked_leak": masked}, 1e-4) == words
 
 
 @pytest.mark.parametrize(
@@ -101,6 +118,7 @@ def test_the_counts_are_of_all_types(bench: ModuleType) -> None:
         "trained for two steps": 1,
         "fused loss": 1,
         "document mask holds": 0,
+        "document mask holds by masks handed over": 0,
         "text reaches all parameters": 0,
         "SDPA": 0,
         "FLOPs counted, or a formula that is exact": 1,

@@ -23,6 +23,7 @@ from outgrow.model.build import build_model, load_model, to_hf_config
 from outgrow.model.checkpoint import Checkpoint
 from outgrow.model.depth_only import outline
 from outgrow.model.derive import derive
+from outgrow.model.twin import tiny_twin
 
 
 def layers_of(model: Any) -> torch.nn.ModuleList:
@@ -378,6 +379,22 @@ def test_a_deeper_decoder_remembers_keys_and_values_of_all_its_layers(tmp_path: 
     assert grown.receipt is not None  # which the model was run for, as anybody runs it
     assert grown.receipt.max_delta <= 1e-12
     assert grown.plan.target_config["encoder_layers"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [{"hidden_size": 128}, {"num_hidden_layers": 8}], ids=str)
+def test_a_class_that_counts_the_list_of_its_layers_and_saves_no_count(
+    tmp_path: Path, target: dict[str, int]
+) -> None:
+    """Nemotron-H: state spaces, experts, attention and an MLP take turns."""
+    config = dict(tiny_twin(to_hf_config({"model_type": "nemotron_h"}).to_dict()).config)
+    assert config.pop("num_hidden_layers") == len(config["layers_block_type"]) == 4
+    source = make_checkpoint(tmp_path / "source", config)
+    assert "num_hidden_layers" not in json.loads((source / "config.json").read_text())
+    grown = grow(source, tmp_path / "out", target=target)
+    assert grown.certificate.lossless, grown.certificate.reasons
+    assert grown.receipt is not None
+    assert grown.receipt.max_delta <= 2e-5 * max(1, grown.receipt.max_logit)
 
 
 def test_a_config_with_infinities_as_the_library_writes_them(tmp_path: Path) -> None:
