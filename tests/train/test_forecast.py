@@ -78,7 +78,8 @@ def test_phi_2_on_a100s_is_what_a_meta_device_counts(on_meta: Any, gpus: int, sh
 
 @pytest.mark.slow
 def test_a_run_on_one_gpu_fits_only_with_checkpointing() -> None:
-    said = {option: tell(phi_2(1, f"train.checkpointing={option}")) for option in ("true", "false")}
+    eight = ("train.micro_batch=8",)
+    said = {option: tell(phi_2(1, f"train.checkpointing={option}", *eight)) for option in ("true", "false")}
     assert ", fits in 80 GiB" in said["true"]
     assert "does not fit in 80 GiB" in said["false"]
 
@@ -289,10 +290,10 @@ def test_devices_are_told_by_their_exact_names(device: str, peak: float | None, 
 @pytest.mark.slow
 def test_the_experiment_fits_and_what_does_not_is_told_the_way_out() -> None:
     assert ", fits in 80 GiB" in tell(compose(PHI_2))
-    whole = [*PHI_2, "train.checkpointing=false"]
+    whole = [*PHI_2, "train.checkpointing=false", "train.micro_batch=8"]
     said = tell(compose(whole))
     assert "does not fit in 80 GiB" in said
-    for key in ("sharding=full", "train.checkpointing=true", "train.micro_batch=2"):
+    for key in ("sharding=full", "train.checkpointing=true", "train.micro_batch=4"):
         assert f"with {key}: {forecast(compose([*whole, key])).memory.total / GIB:.1f} GiB, fits" in said
 
 

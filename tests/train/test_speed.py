@@ -1,4 +1,4 @@
-"""Checkpointing, compiling and bfloat16: each does what it says, and leaves the numbers as they are."""
+"""Fused activations, checkpointing, compiling and bfloat16: each does what it says, and leaves the numbers as they are."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.activations import ACT2CLS, ACT2FN
 
 from helpers.families import FAMILIES, config_of
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import build_model
 from outgrow.train.loss import NextTokenLoss
-from outgrow.train.machine.compile import layers_of, speed_up
+from outgrow.train.machine.compile import SAME, fuse_activations, layers_of, speed_up
 from outgrow.train.machine.device import session
 from outgrow.train.settings import LoopSettings, compose
 
@@ -132,3 +133,68 @@ def test_bfloat16_multiplies_in_bfloat16_and_keeps_weights_gradients_and_loss_in
     )
     assert loss.item() == pytest.approx(exact, rel=1e-3)
     assert loss.item() != exact
+
+
+# ---- activation functions in one kernel --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(ACT2CLS))
+def test_an_activation_is_replaced_by_a_kernel_that_computes_the_same_function(name: str) -> None:
+    network = nn.Sequential(ACT2FN[name])
+    library = network[0]
+    fuse_activations(network)
+    chains = {
+        **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), "tanh"),
+        "gelu_python": "none",
+    }
+    assert (network[0] is not library) == (name in chains)
+    if name in chains:
+        assert network[0].approximate == chains[name]
+        at = torch.linspace(-20, 20, 999)
+        assert torch.allclose(network[0](at), library(at), rtol=1e-6, atol=1e-6)
+
+
+class Almost(nn.Module):
+    """GELU, a little off."""
+
+    def __init__(self, off: float) -> None:
+        super().__init__()
+        self.off = off
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.gelu(given) + self.off * torch.tanh(given)
+
+
+class Drawn(nn.Module):
+    """A module that draws."""
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        return given * torch.rand(given.shape)
+
+
+@pytest.mark.parametrize(
+    ("module", "replaced"),
+    [(Almost(0.1 * SAME), True), (Almost(100 * SAME), False), (Drawn(), False), (nn.Dropout(0.5), False)],
+)
+def test_only_the_same_function_is_replaced_and_nothing_is_drawn(module: nn.Module, replaced: bool) -> None:
+    network, before = nn.Sequential(nn.Sequential(module)), torch.random.get_rng_state()
+    fuse_activations(network)
+    assert (network[0][0] is not module) == replaced
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("family", ["phi", "gpt2", "bloom"])
+def test_a_network_with_fused_activations_has_its_losses_and_gradients(family: str) -> None:
+    config = config_of(family, **({"n_layer": 2, "n_head": 4} if family == "bloom" else {}))
+    plain, fused = (build_model(config, seed=0, attention="eager").double().eval() for _ in range(2))
+    fuse_activations(fused)
+    assert any(isinstance(module, nn.GELU) for module in fused.modules())
+    assert fused.config.to_dict() == plain.config.to_dict()
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    losses = [NextTokenLoss(network, fused=False)(windows()) for network in (plain, fused)]
+    for loss in losses:
+        loss.backward()
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-9)
+    for one, other in zip(plain.parameters(), fused.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None)
+        assert one.grad is None or torch.allclose(one.grad, other.grad, rtol=1e-6, atol=1e-9)

@@ -29,7 +29,7 @@ from outgrow.model.base.errors import UserError, in_one_line
 from outgrow.model.base.quiet import quietly
 from outgrow.model.build import empty_model, known_size
 from outgrow.train.loss import CHUNK_TOKENS
-from outgrow.train.machine.compile import layers_of, speed_up
+from outgrow.train.machine.compile import fuse_activations, layers_of, speed_up
 from outgrow.train.settings import Settings
 from outgrow.train.start.way import fuses
 
@@ -86,6 +86,7 @@ def moments(
         # As FSDP gathers them: autocast copies no weight, and layers hand on bfloat16.
         with FakeTensorMode():
             network = empty_model(config, dtype=torch.bfloat16, attention=network.config._attn_implementation)
+    fuse_activations(network)  # as in a run: a chain of kernels keeps more
     kept = kept_by(network, rows, loop.context, bf16=bf16, checkpointing=loop.checkpointing)
     speed_up(network, loop)  # refuses what the class does not support
     entries = sum(count for _, count in groups.values())
@@ -192,7 +193,7 @@ def kept_by(network: Any, rows: int, context: int, *, bf16: bool, checkpointing:
 
     With activation checkpointing, what all layers keep is their inputs, and the backward pass holds beside
     them the one layer whole that it is computing again (the largest). Going backward through a layer takes
-    three gradients of the size of its largest tensor. A network that is compiled keeps less: the compiler
+    one gradient of the size of its largest tensor. A network that is compiled keeps less: the compiler
     fuses element-wise steps and computes some of them again.
 
     Raises:
@@ -238,7 +239,7 @@ def kept_by(network: Any, rows: int, context: int, *, bf16: bool, checkpointing:
             layers.setdefault(within, []).append(size)
     outside = sum(size for place, (size, layer) in sizes.items() if layer is None and place not in inputs)
     once = max((sum(parts) for parts in layers.values()), default=0)
-    gradients = 3 * max((size for parts in layers.values() for size in parts), default=0)
+    gradients = max((size for parts in layers.values() for size in parts), default=0)
     first = outside + once + gradients + entered / max(1, len(layers))
     if checkpointing:
         return Kept(entered + outside, entered + outside + once + gradients, first)

@@ -20,6 +20,7 @@ from outgrow.model.checkpoint import locate
 from outgrow.model.config import read_config
 from outgrow.model.family import Config
 from outgrow.train.loss import CHUNK_TOKENS, NextTokenLoss, balanced
+from outgrow.train.machine.compile import fuse_activations
 from outgrow.train.start.way import Way
 
 if TYPE_CHECKING:
@@ -157,7 +158,9 @@ def find_teacher(folder: Path | None, student: Config, way: Way | None) -> Teach
         raise UserError(
             f"transfer.teacher: has {theirs} tokens, the model {own}; a teacher must speak the same tokens",
         )
-    return Teacher(load_model(folder, attention=way.attention), config, way.fused, way.masked)
+    network = load_model(folder, attention=way.attention)
+    fuse_activations(network)
+    return Teacher(network, config, way.fused, way.masked)
 
 
 def taught(objective: NextTokenLoss, teacher: Teacher | None, device: torch.device) -> NextTokenLoss:
