@@ -149,7 +149,7 @@ def run(settings: Settings) -> None:
             dtype=settings.dtype,
             overwrite=settings.overwrite,
             receipt=settings.receipt.measure,
-            text=settings.receipt.text,
+            receipt_text=settings.receipt.text,
             threads=settings.threads,
             max_shard_bytes=int(settings.max_shard_gb * 1e9),
             revision=settings.revision,
@@ -163,6 +163,12 @@ def run(settings: Settings) -> None:
         print(f"worker {settings.worker} wrote its shards; the last worker to finish makes {grown.folder}")
         return
     _print_outcome(grown.plan, grown.receipt)
+    if (learned := grown.learned) is not None:
+        losses = " → ".join(f"{learned[f'loss_{when}']:.4f}" for when in ("before", "after"))
+        print(
+            f"learned on {learned['tokens']} tokens of {learned['text']}, {learned['flops']:.3g} FLOPs: loss "
+            f"{losses} nats on {learned['held_out_tokens']} held out (source {learned['loss_source']:.4f})"
+        )
     _draw(settings, grown.plan, _source(settings))
     for note in grown.notes:
         print(f"note: {note}")

@@ -42,6 +42,10 @@ EXPECTED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "overwrite": (lambda value: isinstance(value, bool), "True or False"),
     "receipt": (lambda value: isinstance(value, bool | None), "True, False or None"),
     "text": (lambda value: isinstance(value, str | Path | None), "a text file's path, or None"),
+    "receipt_text": (
+        lambda value: isinstance(value, str | Path | None),
+        "a text file's path, or None",
+    ),
     "threads": (lambda value: _is_whole(value) and value > 0, "a positive whole number"),
     "max_shard_bytes": (lambda value: _is_whole(value) and value > 0, "a positive whole number"),
     "revision": (lambda value: isinstance(value, str | None), "a commit or branch, or None"),

@@ -48,6 +48,13 @@ class Certificate:
 
 def certify(plan: Decision) -> Certificate:
     """Prove `plan` lossless or say why it is not."""
+    if plan.lesson is not None:
+        return Certificate((plan.lesson.reason, *_proof(plan).reasons))
+    return _proof(plan)
+
+
+def _proof(plan: Decision) -> Certificate:
+    """Prove what the steps alone keep."""
     if plan.change is not None:
         return Certificate((*certify(plan.change.within).reasons, *broken_conditions(plan)))
     if not plan.recipe.inherits:

@@ -53,6 +53,18 @@ class Sparse(Protocol):
         """As JSON values."""
 
 
+class Lesson(Protocol):
+    """What is fitted on text once the steps are written; `growth.learned.lessons` has them."""
+
+    @property
+    def text(self) -> str:
+        """The file or folder that it is fitted on."""
+
+    @property
+    def reason(self) -> str:
+        """The part that is learned, as a reason of the certificate."""
+
+
 @dataclass(frozen=True, eq=False)
 class Finish:
     """What becomes of a tensor's entries beyond its maps, in a mixture of experts.
@@ -142,6 +154,7 @@ class Decision:
             its own says it by itself.
         change: how the plan goes from one family to another, or from few experts to many; None where it does
             not.
+        lesson: what is learned on text once the steps are written; None where nothing is.
     """
 
     growth: Growth
@@ -155,6 +168,7 @@ class Decision:
     notes: tuple[str, ...] = ()
     starts: Mapping[str, Start] = field(default_factory=dict)
     change: Sparse | None = None
+    lesson: Lesson | None = None
 
     @property
     def family(self) -> Family:

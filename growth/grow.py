@@ -19,6 +19,7 @@ from outgrow.growth.engine.shards import MAX_SHARD_BYTES, write_index
 from outgrow.growth.engine.stream import Shards, shards_of, write_config, write_weights
 from outgrow.growth.engine.workers import Worker, agreement, publish_shared, shared_partial, write_share
 from outgrow.growth.folder import RECIPE, Place, complete_or_absent, files_in
+from outgrow.growth.learned.lessons import LEARNED
 from outgrow.growth.moments import OPTIMIZER, RULES, STATE, inexact, moments_plan
 from outgrow.growth.plan import Plan
 from outgrow.growth.planning import plan
@@ -36,6 +37,7 @@ from outgrow.model.spelling import spell_folder
 if TYPE_CHECKING:
     from outgrow.growth.adam import AdamState
     from outgrow.growth.certificate import Certificate
+    from outgrow.growth.learned.text import Calibration
 
 ROWS = 1024  # of two tensors that are compared, at a time
 # above this a receipt is measured only when it is asked for: both models are loaded for it
@@ -49,6 +51,7 @@ class Grown:
     Attributes:
         complete: False where other workers are still to write their shards; the last one makes the folder.
         notes: what of the source was passed over, in words.
+        learned: what was learned on text, and what that took (`growth.learned.learn`); None where nothing is.
     """
 
     folder: Path
@@ -56,6 +59,7 @@ class Grown:
     receipt: Receipt | None
     complete: bool = True
     notes: tuple[str, ...] = ()
+    learned: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         """Five lines: the folder, what its plan says in short, and the receipt."""
@@ -92,6 +96,7 @@ def grow(
     overwrite: bool = False,
     receipt: bool | None = None,
     text: str | Path | None = None,
+    receipt_text: str | Path | None = None,
     threads: int = 2,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     revision: str | None = None,
@@ -114,6 +119,8 @@ def grow(
             parameters where torch is installed.
         text: a file of real text to measure the receipt on, perplexity and greedy continuations of both
             models with it; for that the source needs its tokenizer, and a receipt is measured at any size.
+            Of an operator that learns (`least_squares`) it is what it learns on.
+        receipt_text: the receipt's text, beside an operator's own.
         threads: that compute, over tensors; the bits do not depend on it.
         max_shard_bytes: size of a shard.
         optimizer: Adam's saved state of the source, a file or a folder with `optimizer.bin` or
@@ -128,10 +135,14 @@ def grow(
         UserError: for everything that is wrong with what was given; nothing is left behind.
     """
     check_arguments(
+        receipt_text=receipt_text,
         out=out, overwrite=overwrite, receipt=receipt, text=text, threads=threads,
         max_shard_bytes=max_shard_bytes, revision=revision,
         optimizer=optimizer, nonfinite=nonfinite, worker=worker, progress=progress,
     )  # fmt: skip
+    if operator in LEARNED:
+        options, text = {**options, "text": None if text is None else str(text)}, None
+    text = text if receipt_text is None else receipt_text
     out = Path(os.path.expanduser(out))
     with Checkpoint(locate(source, revision)) as opened:
         checkpoint = plain_source(opened, target, depth)
@@ -142,17 +153,19 @@ def grow(
         passage = None if text is None or receipt is False else passage_for(checkpoint.folder, text)
         reader = checkpoint if nonfinite == "allow" else FiniteReader(checkpoint, made.dtypes)
         adam = None if optimizer is None else _read_adam(optimizer, made)
+        lesson = None if made.lesson is None else _read_lesson(made, checkpoint, text)
         shards = shards_of(made, max_shard_bytes)
         how: dict[str, Any] = {"threads": threads, "progress": progress}
         reads = (*checkpoint.files, *([] if optimizer is None else [Path(os.path.expanduser(optimizer))]))
 
-        def complete(folder: Path) -> Receipt | None:
+        def complete(folder: Path) -> tuple[Receipt | None, dict[str, Any] | None]:
             """Write and verify what a folder holds besides its shards."""
             checkpoint.check_unchanged()
             write_index(folder, shards)
             if adam is not None:
                 _write_adam(folder, made, adam, max_shard_bytes, **how)
             _copy_companions(checkpoint.folder, folder)
+            learned = None if lesson is None else _learn(made, reader, checkpoint, folder, lesson, progress)
             verify_structure(folder, made)
             measured = None
             if _is_measured(receipt, text, made, checkpoint):
@@ -161,17 +174,17 @@ def grow(
                 )
                 check_receipt(measured, made, checkpoint.folder)
             terms = licence(checkpoint.folder / "README.md")
-            _write_recipe(folder, made, str(source), revision, checkpoint, ledger, measured, terms)
+            _write_recipe(folder, made, str(source), revision, checkpoint, ledger, measured, terms, learned)
             write_config(folder, made)  # last: without it nothing loads the folder, were it to stay as it is
-            return measured
+            return measured, learned
 
         if worker is not None:
             place = Place(out, overwrite, reads)
             return _grow_share(place, made, reader, checkpoint, shards, Worker.parse(worker), complete, **how)
         with complete_or_absent(out, overwrite=overwrite, reads=reads) as folder:
             write_weights(made, reader, folder, shards, **how)
-            measured = complete(folder)
-    return Grown(out, made, measured, notes=checkpoint.notes)
+            measured, learned = complete(folder)
+    return Grown(out, made, measured, notes=checkpoint.notes, learned=learned)
 
 
 def _is_measured(receipt: bool | None, text: str | Path | None, plan: Plan, checkpoint: Checkpoint) -> bool:
@@ -188,7 +201,7 @@ def _grow_share(
     checkpoint: Checkpoint,
     shards: Shards,
     worker: Worker,
-    complete: Callable[[Path], Receipt | None],
+    complete: Callable[[Path], tuple[Receipt | None, dict[str, Any] | None]],
     **how: Any,
 ) -> Grown:
     """One worker's part; the folder too when it is the last."""
@@ -199,12 +212,35 @@ def _grow_share(
         if not shared.is_complete(shards):
             return Grown(place.out, plan, None, complete=False)
         try:
-            measured = complete(shared.folder)
+            measured, learned = complete(shared.folder)
             publish_shared(shared, worker)
         except UserError:
             place.discard()
             raise
-    return Grown(place.out, plan, measured, notes=checkpoint.notes)
+    return Grown(place.out, plan, measured, notes=checkpoint.notes, learned=learned)
+
+
+def _read_lesson(plan: Plan, source: Checkpoint, text: str | Path | None) -> Calibration:
+    """The text that a plan learns on.
+
+    Raises:
+        UserError: it cannot be read, or is the `text` that the receipt is measured on.
+    """
+    from outgrow.growth.learned.learn import calibration  # imports torch
+
+    assert plan.lesson is not None
+    learned, measured = (Path(os.path.expanduser(each)) for each in (plan.lesson.text, text or ""))
+    if text is not None and learned.exists() and measured.exists() and learned.samefile(measured):
+        raise UserError(
+            f"receipt.text {str(text)!r}: is growth.text, which is learned on; measure on another text"
+        )
+    return calibration(plan, source.folder)
+
+
+def _learn(*of: Any) -> dict[str, Any]:
+    from outgrow.growth.learned.learn import learn  # imports torch
+
+    return learn(*of)
 
 
 def _read_adam(path: str | Path, plan: Plan) -> AdamState:
@@ -309,6 +345,7 @@ def _write_recipe(
     ledger: dict[str, Any] | None,
     receipt: Receipt | None,
     terms: Mapping[str, str],
+    learned: dict[str, Any] | None,
 ) -> None:
     """`growth.json`, and a model card that says the same in words, under the `terms` of the source's
     licence."""
@@ -325,6 +362,7 @@ def _write_recipe(
         "certificate": {"lossless": plan.certificate.lossless, "reasons": list(plan.certificate.reasons)},
         "remarks": list(plan.remarks),
         "receipt": None if receipt is None else receipt.to_dict(),
+        **({} if learned is None else {"learned": learned}),
         "plan": plan.to_dict(),
     }
     (folder / "README.md").write_text(model_card(plan, source, receipt, terms))

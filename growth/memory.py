@@ -59,6 +59,10 @@ def grow_model(
 def plan_of(model: PreTrainedModel, target: Target, operator: str = "lossless", **how: Any) -> Plan:
     """The plan that `grow_model` follows, from the model's config and the dtypes of its tensors."""
     made = plan(config_of(model), target, operator, **how)
+    if made.lesson is not None:
+        raise UserError(
+            f"operator {operator!r}: learns on text, in a folder; save the model and use growth.grow"
+        )
     held = _Held(_tensors(model))
     checked = made if made.change is None else made.change.within
     dtypes = check_tensors(held, checked.growth, checked.steps)

@@ -17,6 +17,7 @@ import numpy as np
 from outgrow.growth.changes import CHANGES
 from outgrow.growth.engine.seeding import generator
 from outgrow.growth.expansion import AxisMap, Expansion, Fill
+from outgrow.growth.learned.lessons import LEARNED
 from outgrow.growth.recipe import Growth, Recipe
 from outgrow.model.base.errors import UserError, unknown
 from outgrow.model.family import Tensor
@@ -403,7 +404,7 @@ OPERATORS: dict[str, Operator] = {
 
 
 # The strength of noise where none is asked for; none of the other operators has any.
-NOISE = {"lossless": 0.5, "lemon": 0.5, "upcycle": 0.5, "drop_upcycle": 0.5, "expert_copy": 0.5}
+NOISE = dict.fromkeys(("lossless", "lemon", "upcycle", "drop_upcycle", "expert_copy", "least_squares"), 0.5)
 
 
 def default_noise(operator: str) -> float:
@@ -415,7 +416,7 @@ def default_noise(operator: str) -> float:
 
 def options_of(operator: str) -> list[str]:
     """List the names of an operator's own options."""
-    parameters = inspect.signature((OPERATORS | CHANGES)[operator]).parameters
+    parameters = inspect.signature((OPERATORS | CHANGES | LEARNED)[operator]).parameters
     return [name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
 
 
@@ -426,7 +427,7 @@ def recipe(operator: str, growth: Growth, options: Mapping[str, Any]) -> Recipe:
         UserError: the operator or an option is unknown, or the operator cannot do this growth.
     """
     if operator not in OPERATORS:
-        unknown("operator", operator, OPERATORS | CHANGES)
+        unknown("operator", operator, OPERATORS | CHANGES | LEARNED)
     function = OPERATORS[operator]
     if not growth.family.spaces:
         if function is scratch:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 ROWS, LENGTH = 4, 256  # windows whose logits are compared, and tokens of each
 PROMPTS, PROMPT, NEW = 10, 24, 24  # places that are continued, tokens before each, and tokens written
 LEAST = PROMPT + PROMPTS  # tokens that a text must have
+KEY = "receipt.text"  # the setting that names the text
 WAY = "put the model's tokenizer files there, or leave receipt.text out: random tokens need none"
 MOST_BYTES = 16 << 20  # of the file that are read
 
@@ -69,7 +70,7 @@ def read_passage(file: str | Path, source: Path, vocabulary: int, context: int |
             the model's.
     """
     path = Path(file).expanduser()
-    text, tokenizer = _text(path), _tokenizer(source)
+    text, tokenizer = text_of(path), tokenizer_of(source)
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     # the library makes an empty tokenizer where there are no files of one
     if text.strip() and len(set(tokens)) < 2:
@@ -91,14 +92,14 @@ def read_passage(file: str | Path, source: Path, vocabulary: int, context: int |
     )
 
 
-def _text(path: Path) -> str:
-    """The text at the beginning of a file.
+def text_of(path: Path, key: str = KEY) -> str:
+    """The text at the beginning of a file; `key` is the setting that names it, for messages.
 
     Raises:
         UserError: it cannot be read, or is no text in UTF-8.
     """
     if not path.is_file():  # a pipe would be waited on for ever
-        raise UserError(f"receipt.text {str(path)!r}: no such file; give a plain text file")
+        raise UserError(f"{key} {str(path)!r}: no such file; give a plain text file")
     with reading(path), path.open("rb") as opened:
         held = opened.read(MOST_BYTES)
     try:
@@ -106,16 +107,19 @@ def _text(path: Path) -> str:
         text = getincrementaldecoder("utf-8")().decode(held, final=len(held) < MOST_BYTES)
     except UnicodeDecodeError as fault:
         raise UserError(
-            f"receipt.text {str(path)!r}: is no text in UTF-8 ({fault.reason} at byte {fault.start:,})"
+            f"{key} {str(path)!r}: is no text in UTF-8 ({fault.reason} at byte {fault.start:,})"
         ) from None
     if "\0" in text:
-        raise UserError(
-            f"receipt.text {str(path)!r}: holds zero bytes, so it is no text; give a plain text file"
-        )
+        raise UserError(f"{key} {str(path)!r}: holds zero bytes, so it is no text; give a plain text file")
     return text
 
 
-def _tokenizer(source: Path) -> Any:
+def tokenizer_of(source: Path, key: str = KEY) -> Any:
+    """The tokenizer in a folder; `key` is the setting that needs it, for messages.
+
+    Raises:
+        UserError: none could be loaded.
+    """
     from transformers import AutoTokenizer
 
     from outgrow.model.base.quiet import quietly
@@ -125,7 +129,8 @@ def _tokenizer(source: Path) -> Any:
             return AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
     except Exception as fault:  # the library raises every kind
         raise UserError(
-            f"receipt.text: no tokenizer could be loaded from {source} ({in_one_line(fault)}); {WAY}"
+            f"{key}: no tokenizer could be loaded from {source} ({in_one_line(fault)}); "
+            + (WAY if key == KEY else "put the model's tokenizer files there")
         ) from None
 
 

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from outgrow.growth.arguments import check_arguments
 from outgrow.growth.changes import CHANGES
+from outgrow.growth.learned.lessons import LEARNED
+from outgrow.growth.learned.planned import learned_plan
 from outgrow.growth.mixture import changed_plan
 from outgrow.growth.operators import default_noise, options_of
 from outgrow.growth.plan import Plan, decide
@@ -65,6 +67,12 @@ def plan(
         within = partial(plan, checkpoint, depth=depth, noise=strength, seed=seed, dtype=dtype)
         config = checkpoint.config if isinstance(checkpoint, Checkpoint) else checkpoint
         return changed_plan(config, target, operator, options, strength, within)
+    if operator in LEARNED:
+        strength = default_noise(operator) if noise is None else noise
+        fixed = partial(
+            plan, checkpoint, target, depth=depth, noise=strength, seed=seed, dtype=dtype, family=family
+        )
+        return learned_plan(operator, options, fixed)
     target = _said_elsewhere(flat(target), dtype) if isinstance(target, Mapping) else target
     resolved = (
         resolve_family(checkpoint, target, depth, operator, options) if family is None else Resolved(family)

@@ -47,7 +47,7 @@ def measure_growth(
     meter = Meter.of(source, folder, passage=passage)
     stored = meter.receipt(folder, config=plan.target_config, norm=plan.family.norm)
     formats = {plan.dtype(step) for step in plan.steps if is_short(plan.dtype(step))}
-    if not formats:
+    if not formats or plan.lesson is not None:  # what was learned is not in the plan's steps
         return stored
     with _in_float32(plan, reader, folder, threads) as wide:
         exact = meter.delta(wide, config=plan.target_config)

@@ -29,6 +29,7 @@ from outgrow.growth.__main__ import GrowthLeaf
 from outgrow.growth.__main__ import settings_from as growth_settings
 from outgrow.growth.changes import CHANGES
 from outgrow.growth.layers import LAYER_MAPS, layer_map
+from outgrow.growth.learned.lessons import LEARNED
 from outgrow.growth.operators import OPERATORS
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.settings import compose_config, plain, read
@@ -356,11 +357,15 @@ DOUBLED = {"intermediate_size": 512}
 
 
 def test_every_operator_has_its_block() -> None:
-    assert set(BLOCKS) - {"source", "Growth on the way"} == (set(OPERATORS) | set(CHANGES)) - {"none"}
+    assert set(BLOCKS) - {"source", "Growth on the way"} == (set(OPERATORS) | set(CHANGES) | set(LEARNED)) - {
+        "none"
+    }
     assert "`growth.operator=none`" in BLOCKS["scratch"]
 
 
-@pytest.mark.parametrize("name", [*sorted((set(OPERATORS) | set(CHANGES)) - {"none"}), "source"])
+@pytest.mark.parametrize(
+    "name", [*sorted((set(OPERATORS) | set(CHANGES) | set(LEARNED)) - {"none"}), "source"]
+)
 def test_a_block_tells_idea_use_options_losslessness_and_paper(name: str) -> None:
     assert re.findall(r"^\* \*\*(\w+)\.\*\*", BLOCKS[name], re.MULTILINE) == [
         "Idea",
@@ -369,8 +374,8 @@ def test_a_block_tells_idea_use_options_losslessness_and_paper(name: str) -> Non
         "Lossless",
         "Paper",
     ]
-    if name in OPERATORS or name in CHANGES:
-        parameters = inspect.signature((OPERATORS | CHANGES)[name]).parameters.values()
+    if name != "source":
+        parameters = inspect.signature((OPERATORS | CHANGES | LEARNED)[name]).parameters.values()
         options = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
         assert (
             set(re.findall(r"`(\w+)=\w", BLOCKS[name].split("**Options.**")[1].split("**Lossless.**")[0]))
@@ -398,6 +403,14 @@ def test_what_a_block_says_of_a_mixture_is_what_the_certificate_proves(name: str
     word = re.search(r"\*\*Lossless\.\*\* (Yes|No)", BLOCKS[name])
     assert word is not None
     assert plan(config, target, name).certificate.lossless == (word[1] == "Yes")
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_learned_operator_promises_nothing(name: str) -> None:
+    assert "**Lossless.** No" in BLOCKS[name]
+    learned = plan("tiny_source", DOUBLED, name, text="any")
+    assert not learned.certificate.lossless
+    assert "text" in learned.certificate.reasons[0]
 
 
 def test_the_table_of_leaves_is_written_from_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,7 @@ from outgrow.train.run.record import RunRecord, Summary, TextRecord
 from outgrow.train.run.samples import samples
 from outgrow.train.run.signals import Stopped, any_process, watched
 from outgrow.train.settings import Settings, horizon_runs, needs_source
+from outgrow.train.start.lesson import check_text
 from outgrow.train.start.rehearsal import rehearse_end
 from outgrow.train.start.source import (
     begin,
@@ -148,6 +149,7 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
         if run is None:
             if main:
                 trunk = find_trunk(trunks, settings)
+                check_text(settings, stages[0], source, data)
                 start = (
                     begin(settings, stages[0], source, folder) if trunk is None else trunk_record(trunk).start
                 )

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from outgrow.growth.learned.lessons import LEARNED
 from outgrow.model.base.errors import UserError, did_you_mean
 from outgrow.model.base.settings import CONF, compose_config, plain, read
 from outgrow.train.data.settings import DataSettings, MixtureSettings, mixture_disagreements
@@ -480,6 +481,11 @@ def _stage_disagreements(growth: GrowthSettings) -> list[str]:
             faults.append(
                 f"growth.stages[{number}].operator: {stage.operator} grows nothing; choose one that grows "
                 "what there is",
+            )
+        if stage.operator in LEARNED:
+            faults.append(
+                f"growth.stages[{number}].operator: {stage.operator} learns on text of its own, which begins "
+                "a run and does not go on in it; grow first (outgrow grow), or choose a fixed operator",
             )
     return faults
 

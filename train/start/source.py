@@ -15,6 +15,7 @@ from torch import Tensor
 
 from outgrow.growth import grow
 from outgrow.growth.grow import read_ledger
+from outgrow.growth.learned.lessons import LEARNED
 from outgrow.growth.operators import options_of
 from outgrow.growth.planning import mixture_target
 from outgrow.growth.resolve import resolve_family
@@ -86,6 +87,8 @@ def _laid_over(settings: Settings, source: Path | None, config: dict[str, Any] |
     if source is None or config is None or has_schema(config):
         return resolve_target(settings.target, config)
     options = {name: choices[name] for name in options_of(operator) if name in choices}
+    if operator in LEARNED:
+        operator, options = choices.get("width", "lossless"), {}  # the operator that writes what is fitted
     with Checkpoint(source) as checkpoint:
         known = resolve_family(
             checkpoint,
@@ -189,6 +192,7 @@ def begin(settings: Settings, stage: Stage, source: Path | None, folder: Path) -
         lossless=grown.certificate.lossless,
         reasons=tuple(map(str, grown.certificate.reasons)),
         receipt=None if grown.receipt is None else grown.receipt.to_dict(),
+        operator_flops=0.0 if grown.learned is None else grown.learned["flops"],
     )
 
 

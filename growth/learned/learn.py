@@ -1,0 +1,82 @@
+"""The lesson of a plan, learned in the folder that its steps are written in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from outgrow.growth.engine.execute import Reader
+from outgrow.growth.learned.lessons import LeastSquares
+from outgrow.growth.learned.on_disk import OnDisk, Written, values_of
+from outgrow.growth.learned.squares import fit
+from outgrow.growth.learned.text import Calibration, read_calibration
+from outgrow.growth.plan import Plan
+from outgrow.model.build import known_size
+from outgrow.model.checkpoint import Checkpoint
+
+
+def calibration(plan: Plan, source: Path) -> Calibration:
+    """The text of a plan's lesson, in the tokens of the source.
+
+    Raises:
+        UserError: there is no such text, it is empty or too short, or the source has no tokenizer for it.
+    """
+    lesson, config = plan.lesson, plan.source_config
+    assert isinstance(lesson, LeastSquares)
+    vocabulary, context = (known_size(config, name) for name in ("vocab_size", "max_position_embeddings"))
+    assert vocabulary is not None
+    return read_calibration(
+        lesson.text, source, vocabulary, context, tokens=lesson.tokens, window=lesson.window
+    )
+
+
+def learn(
+    plan: Plan,
+    reader: Reader,
+    source: Checkpoint,
+    folder: Path,
+    text: Calibration,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Fit what a plan has written in `folder`, and return the record of it.
+
+    Args:
+        reader: of the `source`'s tensors.
+        progress: called with (bytes done, bytes in all), as if the target were written once more.
+
+    Returns:
+        text, its hash, tokens, steps, FLOPs, and the losses (nats per token) on the windows held out: the
+        source's, that of what was written, and that of what was learned.
+    """
+    lesson, written, layers = plan.lesson, Written(folder), plan.layers
+    assert isinstance(lesson, LeastSquares)
+
+    def models() -> tuple[OnDisk, OnDisk]:
+        values = values_of(reader, source.tensors)
+        return (
+            OnDisk(plan.source_config, values, source.tensors, layers.source),
+            OnDisk(plan.target_config, written.values, written.tensors, layers.target),
+        )
+
+    def tell(layer: int) -> None:
+        if progress is not None:
+            progress(plan.target_bytes * (layer + 1) // layers.target, plan.target_bytes)
+
+    held = torch.from_numpy(text.held)
+    with torch.no_grad():
+        losses = [model.loss(held) for model in models()]
+        took = fit(plan, lesson.ridge, *models(), written, text, folder, tell)
+        losses.append(models()[1].loss(held))
+    return {
+        "operator": plan.operator,
+        "text": text.name,
+        "sha256": text.sha256,
+        "tokens": prod(text.fit.shape),
+        "held_out_tokens": prod(text.held.shape),
+        **dict(zip(("loss_source", "loss_before", "loss_after"), losses, strict=True)),
+        **took,
+    }

@@ -1,0 +1,173 @@
+"""Models whose weights stay on disk: a layer's are read when it is called, and let go when it has answered.
+
+So a forward pass over all calibration text needs one layer of weights, and the activations of that layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from outgrow.model.base.errors import UserError
+from outgrow.model.build import empty_model, stored_names
+from outgrow.model.checkpoint import names_of, tensor_table
+from outgrow.model.dtypes import RAW, is_float, to_float, to_raw
+from outgrow.model.family import Config, has_schema
+
+Values = Callable[[str], np.ndarray]  # a stored tensor's values by its name, in its own shape
+
+
+class AtHead(Exception):
+    """The forward pass has come to the output head."""
+
+    def __init__(self, inputs: Tensor) -> None:
+        super().__init__("the output head")
+        self.inputs = inputs
+
+
+class Written:
+    """The tensors of a folder that is being made, read and written in place."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tensors = tensor_table(folder)
+
+    def values(self, name: str) -> np.ndarray:
+        """A tensor's values, in the working type."""
+        stored = self.tensors[name]
+        raw = np.fromfile(stored.file, RAW[stored.dtype], prod(stored.shape), offset=stored.offset)
+        return to_float(raw, stored.dtype).reshape(stored.shape)
+
+    def write(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Put values in a tensor's place; return them as they are stored, rounded."""
+        stored = self.tensors[name]
+        raw = np.ascontiguousarray(to_raw(values, stored.dtype))
+        with stored.file.open("r+b") as file:
+            file.seek(stored.offset)
+            file.write(raw.data.cast("B"))
+        return to_float(raw, stored.dtype).reshape(stored.shape)
+
+
+class OnDisk:
+    """A `transformers` model of a config whose parameters are read when they are needed.
+
+    Attributes:
+        values: of a stored tensor, by its name.
+        model: whose parameters are on the meta device between calls.
+        layers: its decoder layers.
+        names: parameter name → stored name.
+
+    Raises (on opening):
+        UserError: the class's parameters are not those of the file.
+    """
+
+    def __init__(self, config: Config, values: Values, stored: Mapping[str, Any], depth: int) -> None:
+        wide = any(entry.dtype == "F64" for entry in stored.values())
+        self.dtype = torch.float64 if wide else torch.float32
+        self.model = empty_model(config, dtype=self.dtype).eval().requires_grad_(False)
+        own = [name for name, _ in self.model.named_parameters()]
+        self.names = stored_names(self.model) if has_schema(config) else {name: name for name in own}
+        if lacking := [name for name in self.names.values() if name not in stored]:
+            raise UserError(
+                f"family {config['model_type']!r}: the library makes {names_of(lacking)} of what is stored, "
+                "which learned growth does not follow; choose a fixed operator"
+            )
+        self.values = values
+        self.layers: list[nn.Module] = next(
+            list(module)
+            for module in self.model.modules()
+            if isinstance(module, nn.ModuleList) and len(module) == depth
+        )
+        self._let_all_go(own)
+
+    def _let_all_go(self, own: list[str]) -> None:
+        """Empty every parameter, and have each layer, and each module outside of them, fill its own."""
+        first = {id(self.model.get_parameter(name)): name for name in own}
+        self._places: dict[nn.Module, list[tuple[nn.Module, str, str]]] = {}
+        inside = {id(module) for layer in self.layers for module in layer.modules()}
+        units = [*self.layers, *(module for module in self.model.modules() if id(module) not in inside)]
+        for unit in units:
+            modules = unit.modules() if unit in self.layers else [unit]
+            places = [
+                (module, key, self.names[first[id(parameter)]])
+                for module in modules
+                for key, parameter in module._parameters.items()
+                if parameter is not None
+            ]
+            if places:
+                self._places[unit] = places
+                unit.register_forward_pre_hook(lambda unit, _: self.fill(unit))
+                unit.register_forward_hook(lambda unit, *_: self.let_go(unit))
+        for unit in self._places:
+            self.let_go(unit)
+
+    def fill(self, unit: nn.Module) -> None:
+        """Read a unit's parameters."""
+        for module, key, name in self._places[unit]:
+            module._parameters[key] = self._parameter(torch.from_numpy(self.values(name)).to(self.dtype))
+
+    def let_go(self, unit: nn.Module) -> None:
+        """Leave a unit's parameters without values."""
+        for module, key, _ in self._places[unit]:
+            parameter = module._parameters[key]
+            assert parameter is not None
+            module._parameters[key] = self._parameter(torch.empty_like(parameter, device="meta"))
+
+    @staticmethod
+    def _parameter(values: Tensor) -> nn.Parameter:
+        return nn.Parameter(values, requires_grad=False)
+
+    def matrices(self, unit: nn.Module) -> dict[nn.Module, str]:
+        """The modules of a unit that hold a matrix, and the stored name of it."""
+        places = self._places.get(unit, ())
+        return {
+            module: name
+            for module, key, name in places
+            if key == "weight" and module.get_parameter("weight").ndim == 2
+        }
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The output head, None where it is the embedding."""
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if head is None or self._places[head][0][2] == self._places[embedding][0][2]:
+            return None
+        return head
+
+    def to_head(self, tokens: Tensor) -> Tensor | None:
+        """Run (row, position) tokens up to the output head: its inputs, None where the class has none."""
+        head = self.model.get_output_embeddings()
+
+        def stop(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            raise AtHead(arguments[0])
+
+        hook = None if head is None else head.register_forward_pre_hook(stop, prepend=True)
+        try:
+            self.model(input_ids=tokens, use_cache=False)
+        except AtHead as reached:
+            return reached.inputs
+        finally:
+            if hook is not None:
+                hook.remove()
+        return None
+
+    def loss(self, tokens: Tensor) -> float:
+        """The mean loss of the next token, nats per token: (row, position)."""
+        logits = self.model(input_ids=tokens, use_cache=False).logits[:, :-1]
+        return float(nn.functional.cross_entropy(logits.flatten(0, 1).double(), tokens[:, 1:].flatten()))
+
+
+def values_of(reader: Any, stored: Mapping[str, Any]) -> Values:
+    """The values of a reader's tensors by name."""
+
+    def values(name: str) -> np.ndarray:
+        entry = stored[name]
+        assert is_float(entry.dtype)
+        return to_float(reader.read(name), entry.dtype).reshape(entry.shape)
+
+    return values

@@ -1,0 +1,294 @@
+"""Least squares: each matrix of a grown model is fitted to the source's activations, in closed form.
+
+One forward pass of the target over all calibration text does it: when the pass comes to a matrix, its inputs
+are known; it is fitted, written in its place and used. The source's layer of the same weights runs just
+before, on its own inputs, which a first pass of the source has left on disk. Memory: a layer of each model,
+the activations of the text in it, and three square matrices in float64 as large as the widest input (the
+feed-forward size) squared. A pass that was stopped begins anew.
+
+Shapes:
+    t: tokens of calibration text
+    i, o: inputs and outputs of a target's matrix, a bias counted as one more input that is always 1
+    s: inputs of the source's matrix
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from outgrow.growth.decision import Step
+from outgrow.growth.expansion import AxisMap, Fill
+from outgrow.growth.learned.on_disk import OnDisk, Values, Written
+from outgrow.growth.learned.text import Calibration
+from outgrow.growth.plan import Plan
+from outgrow.model.geometry import flops_per_token
+
+CHUNK = 1024  # tokens that are summed in float64 at a time
+FITTED = (Fill.COPY, Fill.MEAN, Fill.ZERO)  # rows that the source says something about
+
+
+def products(one: Tensor, other: Tensor) -> Tensor:
+    """Σ over tokens of one·otherᵀ, float64: (t, i), (t, s) → (i, s)."""
+    total = torch.zeros(one.shape[1], other.shape[1], dtype=torch.float64)
+    for left, right in zip(one.split(CHUNK), other.split(CHUNK), strict=True):
+        total += left.double().T @ right.double()
+    return total
+
+
+@dataclass
+class Inputs:
+    """What all matrices share that read the same.
+
+    Args:
+        read: (t, i) the target's inputs.
+        seen: (t, s) the source's.
+        ridge: λ, relative to the mean square of an input, summed over tokens.
+    """
+
+    read: Tensor
+    seen: Tensor
+    ridge: float
+
+    def __post_init__(self) -> None:
+        self._gram, self._cross = products(self.read, self.read), products(self.read, self.seen)
+        pull = self.ridge * float(self._gram.diagonal().mean()) or 1.0  # inputs may be all zero
+        self._factor = torch.linalg.cholesky(self._gram + pull * torch.eye(len(self._gram)).double())
+
+    def fit(self, start: Tensor, wanted: Tensor) -> Tensor:
+        """Minimise ‖W x − wanted y‖² + λ‖W − start‖² over the tokens' inputs x, y: (o, i), (o, s) → (o,
+        i)."""
+        residual = self._cross @ wanted.T - self._gram @ start.T
+        return start + torch.cholesky_solve(residual, self._factor).T
+
+    def flops(self, rows: int) -> float:
+        """Of the sums and the factor (`rows` 0), or of fitting one matrix of so many rows."""
+        size, tokens = len(self._gram), len(self.read)
+        return 4.0 * rows * size**2 if rows else 2.0 * tokens * size * sum(self._cross.shape) + size**3 / 3
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A matrix of the target, its bias as one more column, and what it is fitted to.
+
+    Attributes:
+        outputs: the map of its outputs.
+        shifts: that of its bias.
+        share: of the source's outputs that it is to give.
+    """
+
+    weight: Step
+    bias: Step | None
+    outputs: AxisMap
+    shifts: AxisMap | None
+    share: float
+
+    @property
+    def source(self) -> str:
+        assert self.weight.source is not None
+        return self.weight.source
+
+    def joined(self, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+        """(outputs, inputs) of a stored weight and its bias."""
+        rows = weight.T if self.weight.tensor.reads[0] else weight
+        return rows if bias is None else np.concatenate([rows, bias[:, None]], 1)
+
+    def parted(self, rows: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
+        """(parameter, stored name, values) of the weight and its bias, as they are stored."""
+        weight = rows if self.bias is None else rows[:, :-1]
+        yield "weight", self.weight.name, weight.T if self.weight.tensor.reads[0] else weight
+        if self.bias is not None:
+            yield "bias", self.bias.name, rows[:, -1]
+
+    def wanted(self, values: Values) -> np.ndarray:
+        """(outputs, source inputs): the source's rows as the target's, as large a share as is wanted."""
+        bias = None
+        if self.bias is not None and self.bias.source is not None and self.shifts is not None:
+            bias = _mapped(values(self.bias.source)[:, None], self.shifts)[:, 0]
+        source = values(self.source)
+        rows = _mapped(source.T if self.weight.tensor.reads[0] else source, self.outputs)
+        return self.share * (rows if bias is None else np.concatenate([rows, bias[:, None]], 1))
+
+
+def _mapped(rows: np.ndarray, axis: AxisMap) -> np.ndarray:
+    """Copy or average rows as a map says; what it draws is zero here."""
+    copied = rows[np.where(axis.copies, axis.index, 0)]
+    copied[axis.fill == Fill.MEAN] = rows.mean(0)
+    copied[~(axis.copies | (axis.fill == Fill.MEAN))] = 0
+    return copied.astype(np.float64) * axis.gain[:, None]
+
+
+def matrices(plan: Plan) -> dict[str, Matrix]:
+    """Every matrix that is fitted, by the name of its weight: not those of layers that start as the
+    identity."""
+    steps, layers, family = {step.name: step for step in plan.steps}, plan.layers, plan.family
+    working = Counter(layer for layer, idle in zip(layers.layers, layers.identity, strict=True) if not idle)
+    normed = any(line.kind == "post norm" for line in family.lines)  # which undoes any factor before it
+    recipe, fitted = plan.recipe.spaces_only(), {}
+    for step in plan.steps:
+        tensor = step.tensor
+        matrix = tensor.line.kind == "linear" and sorted(tensor.reads) == [False, True]
+        idle = tensor.layer is not None and layers.identity[tensor.layer]
+        if not matrix or idle or step.source is None:
+            continue
+        bias = steps.get(f"{step.name.removesuffix('weight')}bias")
+        bias = None if bias is None or bias.source is None else bias
+        share = 1.0
+        if tensor.layer is not None and family.writes_residual(tensor) and not normed:
+            share = 1 / working[layers.layers[tensor.layer]]
+        outputs = recipe.maps(tensor)[tensor.reads.index(False)]
+        shifts = None if bias is None else recipe.maps(bias.tensor)[0]
+        fitted[step.name] = Matrix(step, bias, outputs, shifts, share)
+    return fitted
+
+
+@dataclass
+class Fitting:
+    """One pass over the target.
+
+    Attributes:
+        place: a folder for the inputs of the source's layers.
+        fitted, flops: matrices so far, and what fitting them took.
+    """
+
+    plan: Plan
+    ridge: float
+    source: OnDisk
+    target: OnDisk
+    written: Written
+    place: Path
+    fitted: int = 0
+    flops: float = 0.0
+    _calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    _seen: dict[str, Tensor] = field(default_factory=dict)  # source tensor → what its module read
+    _last: tuple[Tensor, Tensor, Inputs] | None = None
+
+    def run(self, tokens: Tensor, progress: Callable[[int], None]) -> None:
+        """Fit every matrix of the layers, and the output head where it is a matrix of its own."""
+        matrix_of = matrices(self.plan)
+        with self._keeping_inputs():
+            source_end = self.source.to_head(tokens)
+        for number, layer in enumerate(self.target.layers):
+            layer.register_forward_pre_hook(self._source_first(number, progress), prepend=True)
+            for module, weight in self.target.matrices(layer).items():
+                if weight in matrix_of:
+                    module.register_forward_pre_hook(self._fitted_first(matrix_of[weight]))
+        end, head = self.target.to_head(tokens), self.target.head
+        if head is None or self.source.head is None or end is None or source_end is None:
+            return
+        matrix = matrix_of[self.target.matrices(head)[head]]
+        self.target.fill(head)
+        self._seen[matrix.source] = source_end
+        self._fit(matrix, head, end)
+        self.target.let_go(head)
+
+    @contextmanager
+    def _keeping_inputs(self) -> Iterator[None]:
+        """Keep how every layer of the source is called, its hidden states on disk."""
+
+        def keeper(number: int) -> Any:
+            def keep(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+                hidden, *rest = arguments if arguments else (named["hidden_states"],)
+                np.save(self.place / f"{number}.npy", hidden.numpy())
+                others = {key: value for key, value in named.items() if key != "hidden_states"}
+                self._calls[number] = (tuple(rest), others)
+
+            return keep
+
+        layers = enumerate(self.source.layers)
+        hooks = [
+            layer.register_forward_pre_hook(keeper(number), with_kwargs=True) for number, layer in layers
+        ]
+        yield
+        for hook in hooks:
+            hook.remove()
+
+    def _source_first(self, number: int, progress: Callable[[int], None]) -> Any:
+        """Run the source's layer before the target's layer of that number, and keep what its matrices
+        read."""
+
+        def run(*_: Any) -> None:
+            progress(number)
+            source = self.plan.layers.layers[number]
+            layer, (rest, named) = self.source.layers[source], self._calls[source]
+            self._seen, self._last = {}, None
+            hooks = [
+                module.register_forward_pre_hook(
+                    lambda _, arguments, weight=weight: self._seen.update({weight: arguments[0]})
+                )
+                for module, weight in self.source.matrices(layer).items()
+            ]
+            hidden = torch.from_numpy(np.load(self.place / f"{source}.npy", allow_pickle=False))
+            layer(hidden, *rest, **named)
+            for hook in hooks:
+                hook.remove()
+
+        return run
+
+    def _fitted_first(self, matrix: Matrix) -> Any:
+        def run(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            seen = self._seen.get(matrix.source)
+            # an expert sees a share of the tokens, and not the source's
+            if seen is not None and seen.shape[:-1] == arguments[0].shape[:-1]:
+                self._fit(matrix, module, arguments[0])
+
+        return run
+
+    def _fit(self, matrix: Matrix, module: Any, read: Tensor) -> None:
+        """Fit a module's matrix to what it reads, write it, and use it as it is stored."""
+        bias = None if matrix.bias is None else module.bias.double().numpy()
+        before = matrix.joined(module.weight.double().numpy(), bias)
+        inputs = self._inputs(read, self._seen[matrix.source], bias is not None)
+        after = inputs.fit(torch.from_numpy(before), torch.from_numpy(matrix.wanted(self.source.values)))
+        self.flops += inputs.flops(len(after))
+        fresh = ~np.isin(matrix.outputs.fill, FITTED)
+        after[fresh] = torch.from_numpy(before[fresh])
+        for parameter, name, values in matrix.parted(after.numpy()):
+            getattr(module, parameter).copy_(torch.from_numpy(self.written.write(name, values)))
+        self.fitted += 1
+
+    def _inputs(self, read: Tensor, seen: Tensor, biased: bool) -> Inputs:
+        """The sums over tokens, made once for matrices that read the same."""
+        if self._last is not None and self._last[0] is read and self._last[1] is seen:
+            return self._last[2]
+        inputs = Inputs(_rows(read, biased), _rows(seen, biased), self.ridge)
+        self.flops += inputs.flops(0)
+        self._last = (read, seen, inputs)
+        return inputs
+
+
+def _rows(inputs: Tensor, biased: bool) -> Tensor:
+    """(t, i) of a module's inputs, with a constant 1 where it has a bias."""
+    rows = inputs.flatten(0, -2)
+    return torch.cat([rows, torch.ones_like(rows[:, :1])], 1) if biased else rows
+
+
+def fit(
+    plan: Plan,
+    ridge: float,
+    source: OnDisk,
+    target: OnDisk,
+    written: Written,
+    text: Calibration,
+    folder: Path,
+    progress: Callable[[int], None],
+) -> dict[str, Any]:
+    """Fit the matrices that are written in `folder`; return what it took, for the record."""
+    with TemporaryDirectory(prefix="activations-", dir=folder) as place, torch.no_grad():
+        fitting = Fitting(plan, ridge, source, target, written, Path(place))
+        fitting.run(torch.from_numpy(text.fit), progress)
+    configs = (plan.source_config, plan.target_config)
+    once, grown = (flops_per_token(config, text.fit.shape[1]) / 3 for config in configs)
+    again = once * plan.layers.target / plan.layers.source  # the source's layers run for each of their copies
+    passes = prod(text.fit.shape) * (once + again + grown)
+    return {"steps": 0, "matrices": fitting.fitted, "flops": fitting.flops + passes}

@@ -1,0 +1,111 @@
+"""Calibration text: windows of tokens that a learned growth is fitted on, and others that are held out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from outgrow.growth.passage import MOST_BYTES, text_of, tokenizer_of
+from outgrow.model.base.errors import UserError, reading
+
+KEY = "growth.text"
+MANIFEST = "manifest.json"  # of a folder of tokens
+ENDINGS = (".txt", ".md", ".rst", ".py")
+SHARE, MOST_HELD_OUT = 8, 8  # for so many windows one more is held out, so many in all
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Windows of text in the source's tokens.
+
+    Attributes:
+        name: of the file or folder.
+        fit, held: (row, position) int64; what is fitted on, and what the loss is measured on.
+    """
+
+    name: str
+    fit: np.ndarray
+    held: np.ndarray
+
+    @property
+    def sha256(self) -> str:
+        """Of the tokens, those that are fitted on first."""
+        return hashlib.sha256(self.fit.tobytes() + self.held.tobytes()).hexdigest()
+
+
+def read_calibration(
+    text: str, source: Path, vocabulary: int, context: int | None, *, tokens: int, window: int
+) -> Calibration:
+    """Windows spread evenly over a text.
+
+    Args:
+        text: a text file, a folder of text files, or a folder of tokens, of which the training part is taken.
+        source: the folder with the tokenizer.
+        vocabulary, context: the source's tokens and positions; None where nothing bounds those.
+
+    Raises:
+        UserError: there is no such text, it is empty or too short, or its tokens are not the source's.
+    """
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise UserError(f"{KEY} {text!r}: no such file or folder; give a text that is there")
+    ids = _token_folder(path) if (path / MANIFEST).is_file() else _tokenised(path, source)
+    window = min(window, context or window)
+    rows = max(1, tokens // window)
+    count = min(rows + _held_out(rows), len(ids) // window)
+    if count < 2:
+        raise UserError(
+            f"{KEY} {text!r}: has {len(ids)} tokens; give a text of at least {2 * window}, better {tokens}"
+        )
+    starts = [number * (len(ids) - window) // (count - 1) for number in range(count)]
+    windows = np.stack([np.asarray(ids[start : start + window], np.int64) for start in starts])
+    if (largest := int(windows.max())) >= vocabulary:
+        raise UserError(
+            f"{KEY} {text!r}: has token {largest}, and the source has {vocabulary} tokens; is it another "
+            "tokenizer's?"
+        )
+    held = _held_out(count * SHARE // (SHARE + 1))
+    out = np.isin(np.arange(count), (2 * np.arange(held) + 1) * count // (2 * held))
+    return Calibration(text, windows[~out], windows[out])
+
+
+def _held_out(rows: int) -> int:
+    """How many windows are held out beside so many that are fitted on."""
+    return min(MOST_HELD_OUT, max(1, rows // SHARE))
+
+
+def _tokenised(path: Path, source: Path) -> np.ndarray:
+    """The tokens of a text file, or of the text files of a folder in the order of their names."""
+    files = [path] if not path.is_dir() else sorted(p for p in path.rglob("*") if p.suffix in ENDINGS)
+    if not files:
+        raise UserError(f"{KEY} {str(path)!r}: holds no text file ({', '.join(ENDINGS)}) and no {MANIFEST}")
+    parts, size = [], 0
+    for file in files:
+        parts.append(text_of(file, KEY))
+        size += len(parts[-1])
+        if size > MOST_BYTES:
+            break
+    whole = "\n\n".join(parts)
+    if not whole.strip():
+        raise UserError(f"{KEY} {str(path)!r}: is empty; give some thousands of words of text")
+    ids = tokenizer_of(source, KEY)(whole, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(set(ids)) < 2:
+        raise UserError(f"{KEY}: the folder {source} has no tokenizer that knows this text")
+    return np.asarray(ids, np.int64)
+
+
+def _token_folder(folder: Path) -> np.ndarray:
+    """The training tokens that a run's text was cut into; the validation part is never read."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        dtype, shards = np.dtype(manifest["dtype"]), manifest["splits"]["train"]["shards"]
+        with reading(folder):
+            first = shards[0]
+            return np.memmap(folder / first["file"], dtype, "r", first.get("offset", 0), (first["tokens"],))
+    except (ValueError, KeyError, TypeError, IndexError) as fault:
+        raise UserError(f"{KEY} {str(folder)!r}: {MANIFEST} is not one of tokens ({fault})") from None

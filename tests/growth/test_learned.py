@@ -1,0 +1,256 @@
+"""Learned growth: least squares on text, against numpy and against what was written before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.families import config_of
+from helpers.models import make_checkpoint
+from helpers.unwritten import STRANGERS
+from outgrow.growth import grow, plan
+from outgrow.growth.__main__ import main
+from outgrow.growth.grow import recorded_plan
+from outgrow.growth.learned.lessons import LEARNED
+from outgrow.growth.learned.on_disk import OnDisk, values_of
+from outgrow.growth.learned.squares import Inputs
+from outgrow.growth.learned.text import read_calibration
+from outgrow.growth.memory import grow_model
+from outgrow.model.base.errors import UserError
+from outgrow.model.build import build_model, load_model, to_hf_config
+from outgrow.model.checkpoint import SINGLE, Checkpoint
+from outgrow.train.data.tokenizer import save_tokenizer, train_tokenizer
+
+TEXT = " ".join(
+    f"the {a} cat saw {b} dogs on a mat, and then it sat."
+    for a in ["red", "blue", "old", "young", "big"]
+    for b in range(60)
+)
+VOCABULARY = 300
+
+
+def spoken(folder: Path, config: dict[str, Any]) -> Path:
+    """A tiny random float64 model with a tokenizer."""
+    make_checkpoint(folder, config | {"vocab_size": VOCABULARY})
+    save_tokenizer(train_tokenizer([TEXT], vocab_size=290, model_max_length=32), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "cats.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer. Read only."""
+    return spoken(tmp_path_factory.mktemp("llama") / "source", config_of("llama"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """A tiny Llama that has learnt something of the text. Read only."""
+    folder = spoken(tmp_path_factory.mktemp("trained") / "source", config_of("llama"))
+    tokens = read_calibration(str(text), folder, VOCABULARY, 32, tokens=3200, window=32).fit
+    model = build_model(config_of("llama", vocab_size=VOCABULARY), seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    for step in range(80):
+        rows = torch.from_numpy(tokens[np.arange(16 * step, 16 * step + 16) % len(tokens)])
+        model(rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return folder
+
+
+def ridged(read: np.ndarray, wanted: np.ndarray, start: np.ndarray, ridge: float) -> np.ndarray:
+    """The same minimum by numpy: rows of √λ beside the inputs, the distance from `start` as the unknown."""
+    pull = np.sqrt(ridge * (read**2).sum() / read.shape[1])
+    rows = np.concatenate([read, pull * np.eye(read.shape[1])])
+    missing = np.concatenate([wanted - read @ start.T, np.zeros((read.shape[1], len(start)))])
+    return start + np.linalg.lstsq(rows, missing, rcond=None)[0].T
+
+
+@pytest.mark.parametrize("tokens", [3, 40])  # fewer and more than inputs
+def test_a_fit_is_the_least_squares_solution(tokens: int) -> None:
+    draw = np.random.default_rng(0)
+    read, seen, start, wanted = (
+        draw.normal(size=size) for size in ((tokens, 7), (tokens, 5), (4, 7), (4, 5))
+    )
+    fitted = Inputs(torch.tensor(read), torch.tensor(seen), 0.1).fit(
+        torch.tensor(start), torch.tensor(wanted)
+    )
+    assert np.allclose(fitted, ridged(read, seen @ wanted.T, start, 0.1), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("tokens", "fit", "held"), [(32, 1, 1), (320, 10, 1), (1280, 40, 5), (3200, 100, 8)])
+def test_windows_are_held_out(llama: Path, text: Path, tokens: int, fit: int, held: int) -> None:
+    windows = read_calibration(str(text), llama, VOCABULARY, 32, tokens=tokens, window=256)
+    assert windows.fit.shape == (fit, 32)
+    assert windows.held.shape == (held, 32)
+
+
+@pytest.mark.slow
+def test_a_repeated_layer_gives_its_share_of_the_source(llama: Path, text: Path, tmp_path: Path) -> None:
+    """After `stack`, layer 0 reads what the source's does: its readers stay, its writers give half."""
+    how: dict[str, Any] = {"depth": "stack", "text": text, "tokens": 640, "ridge": 0.1}
+    grow(llama, tmp_path / "out", target={"num_hidden_layers": 4}, operator="least_squares", **how)
+    windows = read_calibration(str(text), llama, VOCABULARY, 32, tokens=640, window=256).fit
+    model, read = load_model(llama, dtype="float64").eval(), []
+    writer: Any = model.get_submodule("model.layers.0.self_attn.o_proj")
+    writer.register_forward_hook(lambda _, arguments, out: read.append(arguments[0]))
+    with torch.no_grad():
+        model(torch.from_numpy(windows))
+    inputs, own = read[0].flatten(0, 1).numpy(), writer.weight.detach().numpy()
+    with Checkpoint(llama) as source, Checkpoint(tmp_path / "out") as grown:
+        before, after = (values_of(each, each.tensors) for each in (source, grown))
+        reader = "model.layers.0.self_attn.q_proj.weight"
+        assert np.allclose(after(reader), before(reader), rtol=1e-10, atol=1e-12)
+        expected = ridged(inputs, 0.5 * inputs @ own.T, own, 0.1)
+        assert np.allclose(after("model.layers.0.self_attn.o_proj.weight"), expected, rtol=1e-5, atol=1e-7)
+        assert np.abs(expected - own).max() > 0.01
+
+
+UNTIED = {"tie_word_embeddings": False}
+CASES = {
+    "llama": config_of("llama"),
+    "phi": config_of("phi"),
+    "gpt2": config_of("gpt2", **UNTIED),
+    "gpt_neox": config_of("gpt_neox"),
+    "qwen3": config_of("qwen3", **UNTIED),
+    "starcoder2": to_hf_config({"model_type": "starcoder2", **STRANGERS["starcoder2"], **UNTIED}).to_dict(),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_tiling_is_repaired(name: str, text: Path, tmp_path: Path) -> None:
+    source = spoken(tmp_path / "source", CASES[name])
+    ffn = "n_inner" if name == "gpt2" else "intermediate_size"
+    target = {ffn: CASES[name][ffn] * 2}
+    grow(source, tmp_path / "tiled", target=target, operator="tile", receipt=False)
+    how: dict[str, Any] = {
+        "width": "tile",
+        "depth": "identity",
+        "text": text,
+        "ridge": 1e-4,
+        "receipt": False,
+    }
+    learned = grow(source, tmp_path / "out", target=target, operator="least_squares", **how).learned
+    assert learned is not None
+    assert learned["matrices"] == sum(step.tensor.line.kind == "linear" for step in matrices(source))
+    windows = torch.from_numpy(
+        read_calibration(str(text), source, VOCABULARY, 32, tokens=16384, window=32).held
+    )
+    with torch.no_grad():
+        own, tiled, fitted = (
+            load_model(folder, dtype="float64").eval()(windows).logits
+            for folder in (source, tmp_path / "tiled", tmp_path / "out")
+        )
+    assert (fitted - own).abs().mean() < 0.05 * (tiled - own).abs().mean()
+
+
+def matrices(source: Path) -> list[Any]:
+    """The steps of everything that is a matrix."""
+    return [step for step in plan(source, {}).steps if len(step.shape) == 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", ["stack", "proportional"])
+def test_a_layer_map_is_repaired_and_recorded(trained: Path, text: Path, tmp_path: Path, depth: str) -> None:
+    told: list[tuple[int, int]] = []
+    grown = grow(
+        trained, tmp_path / "out", target={"num_hidden_layers": 4}, operator="least_squares", depth=depth, text=text,
+        progress=lambda *done: told.append(done),
+    )  # fmt: skip
+    assert grown.learned is not None
+    assert grown.receipt is not None
+    losses = [grown.learned[f"loss_{when}"] for when in ("source", "before", "after")]
+    assert losses[2] < 0.5 * (losses[0] + losses[1])
+    assert told[-1][0] == told[-1][1]
+    record = json.loads((tmp_path / "out" / "growth.json").read_text())
+    assert record["learned"] == grown.learned
+    assert record["learned"]["flops"] > 0
+    assert len(record["learned"]["sha256"]) == 64
+    assert not record["certificate"]["lossless"]
+    assert recorded_plan(tmp_path / "out").hash == grown.plan.hash
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(record["files"])
+    assert "learned on" in grown.describe()
+
+
+def test_a_model_on_disk_holds_one_layer_at_a_time(llama: Path) -> None:
+    with Checkpoint(llama) as source:
+        model = OnDisk(source.config, values_of(source, source.tensors), source.tensors, 2)
+        held: list[list[bool]] = []
+
+        def look(*_: Any) -> None:
+            held.append([all(not p.is_meta for p in layer.parameters()) for layer in model.layers])
+
+        for layer in model.layers:
+            layer.get_submodule("mlp").register_forward_pre_hook(look)
+        tokens = torch.arange(12)[None]
+        with torch.no_grad():
+            logits = model.model(tokens, use_cache=False).logits
+            whole = load_model(llama, dtype="float64").eval()(tokens).logits
+    assert held == [[True, False], [False, True]]
+    assert all(parameter.is_meta for parameter in model.model.parameters())
+    assert torch.equal(logits, whole)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({}, "growth.text is missing"),
+        ({"text": "nowhere"}, "growth.text 'nowhere': no such file or folder"),
+        ({"text": "EMPTY"}, "is empty"),
+        ({"text": "SHORT"}, "tokens; give a text of at least"),
+        ({"text": "BYTES"}, "is no text in UTF-8"),
+        ({"text": "FOLDER"}, "holds no text file"),
+        ({"text": "TEXT", "receipt_text": "TEXT"}, "is growth.text, which is learned on"),
+        ({"text": "TEXT", "ridge": 0}, "ridge 0: expected a number above 0"),
+        ({"text": "TEXT", "tokens": 1.5}, "tokens 1.5: expected a whole number"),
+        ({"text": "TEXT", "width": "scratch"}, "width=scratch inherits nothing"),
+        ({"text": "TEXT", "width": "tiel"}, "did you mean 'tile'"),
+        ({"text": "TEXT", "rigde": 1}, "did you mean 'ridge'"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_cannot_be_learned_on_is_told_before_anything_is_written(
+    llama: Path, text: Path, tmp_path: Path, how: dict[str, Any], words: str
+) -> None:
+    places = {"TEXT": text, **{name: tmp_path / name for name in ("EMPTY", "SHORT", "BYTES", "FOLDER")}}
+    places["EMPTY"].write_text(" \n")
+    places["SHORT"].write_text("the cat sat")
+    places["BYTES"].write_bytes(b"\xff\xfe\xff")
+    places["FOLDER"].mkdir()
+    how = {key: places.get(value, value) if isinstance(value, str) else value for key, value in how.items()}
+    with pytest.raises(UserError, match=words):
+        grow(llama, tmp_path / "out", target={"num_hidden_layers": 4}, operator="least_squares", **how)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.slow
+def test_the_door_learns_and_tells_what_came_of_it(
+    llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [f"source={llama}", "target={num_hidden_layers:3}", "growth=least_squares", "receipt=false"]
+    main([*asked, f"growth.text={text}", "growth.tokens=320", f"out={tmp_path / 'out'}"])
+    assert "learned on 320 tokens" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "out" / SINGLE).exists()
+    with pytest.raises(SystemExit):
+        main([f"source={llama}", "target={num_hidden_layers:3}", f"growth.text={text}", "plan_only=true"])
+    assert "growth.text: unknown key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_model_in_memory_is_refused(llama: Path, name: str) -> None:
+    with pytest.raises(UserError, match="learns on text, in a folder"):
+        grow_model(load_model(llama), {"num_hidden_layers": 3}, name, text="any")
+    assert not plan(llama, {"num_hidden_layers": 3}, name, text="any").certificate.lossless
