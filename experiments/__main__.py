@@ -6,8 +6,6 @@ outgrow study tiny [--jobs N]                          minutes: source, every ar
                                                        skipped
 outgrow study tiny --full                              hours: three seeds, a grid of learning rates for every
                                                        arm
-outgrow mixtures tiny_mixture [--jobs N]             minutes: one network on several mixtures, judged on every
-                                                     source
 outgrow same REV                                     minutes: does a change alter a number? two revisions,
                                                      compared to the bit
 
@@ -24,10 +22,12 @@ from typing import TYPE_CHECKING
 
 from outgrow.experiments.study_file import load_study, studies
 from outgrow.model.base.errors import UserError
+from outgrow.model.base.files import write_text
 from outgrow.model.base.interrupt import started
 
 if TYPE_CHECKING:
     from outgrow.experiments.compare import Comparison
+    from outgrow.experiments.study import Done
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "horizons": _horizons,
             "study": _study,
             "run": _study,
-            "mixtures": _mixtures,
             "same": _same,
         }
         return commands[options.command](options)
@@ -95,14 +94,6 @@ def parser() -> argparse.ArgumentParser:
         "--jobs", type=int, default=None, metavar="N", help="runs at a time (default: one for each core)"
     )
     run.add_argument("--wandb", action="store_true", help="mirror the comparison into W&B")
-    mixtures = commands.add_parser(
-        "mixtures",
-        help="run a study of mixtures: train, judge on every source, write its README's table",
-    )
-    mixtures.add_argument("study", help="a folder of experiments/ with a mixtures.yaml")
-    mixtures.add_argument(
-        "--jobs", type=int, default=None, metavar="N", help="runs at a time (default: one for each core)"
-    )
     same = commands.add_parser(
         "same", help="compare plans, grown weights and a toy run of this tree with those of another revision"
     )
@@ -132,28 +123,47 @@ def _study(options: argparse.Namespace) -> int:
         for name in studies():
             print(f"{name}: {load_study(name).question}")
         return 0
-    from outgrow.experiments.compare import compare
     from outgrow.experiments.study import RunFailed, run_study
-    from outgrow.experiments.table import insert_table, markdown
+    from outgrow.experiments.table import insert_table
 
     try:
         done = run_study(options.study, full=options.full, jobs_at_once=options.jobs)
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if done.horizons:
-        from outgrow.experiments.horizon_report import write
-
-        for line in write([str(folder) for folder in done.folders], done.out):
-            print(line)
-        if done.readme is not None:
-            insert_table(done.readme, (done.out / "table.md").read_text(encoding="utf-8"))
-        return 0
-    comparison = compare(done.folders)
-    publish(comparison, done.out, wandb=options.wandb)
+    table = compare_arms(done, wandb=options.wandb)
     if done.readme is not None:
-        insert_table(done.readme, markdown(comparison))
+        insert_table(done.readme, table)
     return 0
+
+
+def compare_arms(done: Done, *, wandb: bool) -> str:
+    """Compare a study's arms in every way that it asks for, and write `table.md`; return that table."""
+    table, parts = done.out / "table.md", []
+    if done.costs:
+        compare_costs(done, wandb=wandb)
+        parts.append(table.read_text(encoding="utf-8"))
+    if done.texts:
+        from outgrow.experiments.judgement import judge
+        from outgrow.experiments.judgement_report import write
+
+        parts.append(write(judge(done.folders, done.texts), done.out))
+        print(parts[-1])
+        write_text(table, "\n".join(parts))
+    return "\n".join(parts)
+
+
+def compare_costs(done: Done, *, wandb: bool) -> None:
+    """Hold the arms' costs against scratch's: those of decayed ends where the study has horizons."""
+    if not done.horizons:
+        from outgrow.experiments.compare import compare
+
+        publish(compare(done.folders), done.out, wandb=wandb)
+        return
+    from outgrow.experiments.horizon_report import write
+
+    for line in write([str(folder) for folder in done.folders], done.out):
+        print(line)
 
 
 def _same(options: argparse.Namespace) -> int:
@@ -167,18 +177,6 @@ def _same(options: argparse.Namespace) -> int:
         )
     print(f"{count - len(differences)} of {count} numbers are the same to the bit as at {options.revision}")
     return 1 if differences else 0
-
-
-def _mixtures(options: argparse.Namespace) -> int:
-    from outgrow.experiments.mixtures import run
-    from outgrow.experiments.study import RunFailed
-
-    try:
-        run(options.study, jobs_at_once=options.jobs)
-    except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 def publish(comparison: Comparison, out: Path, *, wandb: bool) -> None:

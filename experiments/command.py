@@ -10,7 +10,6 @@ outgrow compare runs/tiny-*                         finished runs, held against 
 outgrow horizons runs/NAME-t*                       decayed ends against scratch's curve
 outgrow same REV                                    does a change alter a number? this clone beside a revision
                                                     of it
-outgrow mixtures tiny_mixture                       a study of mixtures: one network on several texts
 outgrow evaluate runs/NAME suite=phi_2              benchmarks, beside published rows
 outgrow cost runs/NAME devices=[H100]               GPU-hours, memory and time of a token, beside
                                                     published rows
@@ -36,10 +35,11 @@ DOORS: dict[str, tuple[str, tuple[str, ...]]] = {
     "compare": ("outgrow.experiments.__main__", ("compare",)),
     "horizons": ("outgrow.experiments.__main__", ("horizons",)),
     "same": ("outgrow.experiments.__main__", ("same",)),
-    "mixtures": ("outgrow.experiments.__main__", ("mixtures",)),
     "evaluate": ("outgrow.experiments.suite.__main__", ()),
     "cost": ("outgrow.experiments.footprint.__main__", ()),
 }
+# commands of earlier versions → what does their work
+GONE = {"mixtures": "a study of mixtures is a study.yaml with judged_on: outgrow study NAME --full"}
 
 
 def main() -> int:
@@ -50,10 +50,8 @@ def main() -> int:
         print(__doc__)
         return 0
     if arguments[0] not in DOORS:
-        print(
-            f"error: unknown command {arguments[0]!r}; {did_you_mean(arguments[0], DOORS)}",
-            file=sys.stderr,
-        )
+        way = GONE.get(arguments[0]) or did_you_mean(arguments[0], DOORS)
+        print(f"error: unknown command {arguments[0]!r}; {way}", file=sys.stderr)
         return 2
     module, before = DOORS[arguments[0]]
     sys.argv = [f"outgrow {arguments[0]}", *before, *arguments[1:]]  # Hydra reads it there

@@ -104,11 +104,9 @@ def compare(folders: Iterable[str | Path]) -> Comparison:
     """Read, check and compare run folders. Raises UserError when they cannot be compared."""
     runs, left_out = read_runs(folders)
     check_comparable(runs)
-    groups: dict[tuple[str, float], list[Run]] = defaultdict(list)
-    for run in sorted(runs, key=lambda run: (run.arm, run.learning_rate, run.seed)):
-        groups[run.arm, run.learning_rate].append(run)
+    groups = by_rate(runs)
     curves = {key: _mean_curve(group) for key, group in groups.items()}
-    best = _best_learning_rates(groups)
+    best = best_learning_rates(groups)
     baseline = (SCRATCH, best[SCRATCH])
     scratch, scratch_curve = groups[baseline], curves[baseline]
     rows = []
@@ -133,7 +131,15 @@ def compare(folders: Iterable[str | Path]) -> Comparison:
     )
 
 
-def _best_learning_rates(groups: Mapping[tuple[str, float], Sequence[Run]]) -> dict[str, float]:
+def by_rate(runs: Iterable[Run]) -> dict[tuple[str, float], list[Run]]:
+    """The runs of each arm at each learning rate, by seed."""
+    groups: dict[tuple[str, float], list[Run]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: (run.arm, run.learning_rate, run.seed)):
+        groups[run.arm, run.learning_rate].append(run)
+    return groups
+
+
+def best_learning_rates(groups: Mapping[tuple[str, float], Sequence[Run]]) -> dict[str, float]:
     """The learning rate of every arm with the lowest mean final loss over the seeds that all its rates share.
 
     So a lucky seed that one rate alone was run with decides nothing. Where no seed is shared, each rate's own

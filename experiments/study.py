@@ -9,7 +9,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outgrow.experiments.progress import Display
-from outgrow.experiments.study_file import Job, jobs, load_study, results_folder, source_job
+from outgrow.experiments.runs import SCRATCH
+from outgrow.experiments.study_file import Job, Study, jobs, load_study, results_folder, source_job
 from outgrow.experiments.worker import initialise, work
 from outgrow.model.base.errors import UserError
 from outgrow.train.run.folder import check_same, is_complete, read_run, unkept
 from outgrow.train.settings import horizon_runs
 
 if TYPE_CHECKING:
+    from outgrow.train.data import TokenData
+    from outgrow.train.data.settings import DataSettings
     from outgrow.train.settings import Settings
 
 Train = Callable[[tuple[str, ...], str], str]
@@ -40,12 +43,20 @@ class RunFailed(Exception):
 @dataclass(frozen=True)
 class Done:
     """The products of a study: run folders, the place of the comparison, and the README that shows it, if
-    any."""
+    any.
+
+    Attributes:
+        horizons: its runs are decayed ends, to be held against scratch's curve.
+        costs: scratch is among the arms and all read the same, so that their costs can be compared.
+        texts: the texts that the arms are judged on.
+    """
 
     folders: tuple[Path, ...]
     out: Path
     readme: Path | None
-    horizons: bool  # its runs are decayed ends, to be held against scratch's curve
+    horizons: bool
+    costs: bool
+    texts: Mapping[str, TokenData]
 
 
 def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None) -> Done:
@@ -70,6 +81,7 @@ def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None)
         run_jobs([source], 1, logs, display)
     display.say(f"source: {study.source or 'none'}" if source is None else f"source: {source.folder}")
     todo = jobs(study, extent)
+    texts = judged_texts(study, todo[0], display) if study.judged_on else {}
     missing = [job for job in todo if not complete(job, source)]
     display.say(f"{len(todo)} runs, {len(todo) - len(missing)} of them complete")
     if missing:
@@ -77,8 +89,28 @@ def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None)
         run_jobs(missing, at_once, logs, display)
     readme = out / "README.md"
     folders = tuple(folder for job in todo for folder in job.folders)
-    horizons = any(job.settings.schedule.horizons for job in todo)
-    return Done(folders, out, readme if full and readme.is_file() else None, horizons)
+    return Done(
+        folders,
+        out,
+        readme if full and readme.is_file() else None,
+        horizons=any(job.settings.schedule.horizons for job in todo),
+        costs=not texts or comparable_costs(study, todo),
+        texts=texts,
+    )
+
+
+def comparable_costs(study: Study, todo: Sequence[Job]) -> bool:
+    """True if scratch is among the arms and all read the same."""
+    texts = {repr((job.settings.data, job.settings.mixture)) for job in todo}
+    return len(texts) == 1 and any(study.counts_as(job.arm) == SCRATCH for job in todo)
+
+
+def judged_texts(study: Study, job: Job, display: Display) -> dict[str, TokenData]:
+    """The texts that the study's arms are judged on, built where they are missing."""
+    from outgrow.experiments.judgement import open_texts
+
+    display.say(f"texts to judge on: {', '.join(study.judged_on)}")
+    return open_texts(study.judged_on, job, text_of(job))
 
 
 def cores() -> int:
@@ -113,18 +145,29 @@ def _complete(folder: Path, settings: Settings, source: Job | None) -> bool:
     return is_complete(folder) and not unkept(folder, record, settings)
 
 
-def prepare_text(todo: Sequence[Job], display: Display) -> None:
-    """Build corpus, tokenizer and shards once, before several processes would each wait for them."""
-    from outgrow.train.corpus import prepare
+def text_of(job: Job) -> DataSettings:
+    """The text that a job reads, cut by its source's tokenizer where that has one."""
     from outgrow.train.run.reading import reading
 
-    begun = {(job.settings.data.home, job.settings.source): job for job in todo}
-    for job in begun.values():
-        source = Path(job.settings.source or "")
-        own_source = source if job.settings.source and source.is_dir() else None
-        text = reading(job.settings, own_source, read_run(job.folder))
-        display.say(f"text: {text.home}")
-        prepare(text, progress=True)
+    source = Path(job.settings.source or "")
+    own_source = source if job.settings.source and source.is_dir() else None
+    return reading(job.settings, own_source, read_run(job.folder))
+
+
+def prepare_text(todo: Sequence[Job], display: Display) -> None:
+    """Build corpus, tokenizer and shards once, those of a mixture's sources too, before several processes
+    would each wait for them.
+    """
+    from outgrow.train.corpus import prepare
+    from outgrow.train.data.mixture import mixed
+
+    runs = [job.settings for job in todo]
+    keys = [(run.data.home, run.source, repr(run.mixture)) for run in runs]
+    for job in dict(zip(keys, todo, strict=True)).values():
+        text, run, budget = text_of(job), job.settings, job.settings.budget
+        display.say(f"text: {text.home}" + (f", {run.mixture.name}" if run.mixture else ""))
+        rows = budget.steps * budget.rows
+        mixed(run.mixture, text, prepare(text), prepare, context=run.train.context, rows=rows)
 
 
 def run_jobs(todo: Sequence[Job], at_once: int, logs: Path, display: Display, train: Train = work) -> None:

@@ -2,7 +2,8 @@
 runs to do.
 
 A study is a source, arms with their learning rates, and two extents: `demo` (minutes) and `full` (what the
-README shows).
+README shows). Its arms are compared by what they cost to reach scratch's loss, or by their decayed ends, and
+by their losses on the texts of `judged_on`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from outgrow.experiments.runs import SOURCE
+from outgrow.experiments.runs import SCRATCH, SOURCE
 from outgrow.model.base.errors import UserError, did_you_mean, unknown
-from outgrow.model.base.settings import load_yaml, read
+from outgrow.model.base.settings import CONF, load_yaml, read
 from outgrow.train.settings import horizon_runs
 
 if TYPE_CHECKING:
@@ -31,13 +32,14 @@ DEFINITION = "study.yaml"
 class Arm:
     """One way to start, and to go on from there.
 
-    `growth` is its leaf in conf/growth, by default its own name; `overrides` are Hydra's.
+    `learning_rate` is the middle of its grid; null: that of `runs`, without a grid and without a place in the
+    names. `growth` is its leaf in conf/growth, by default its own name; `overrides` are Hydra's.
 
     `counts_as` is the arm that a comparison counts its runs under, by default itself: scratch with another
     batch size is scratch.
     """
 
-    learning_rate: float
+    learning_rate: float | None = None
     growth: str | None = None
     overrides: tuple[str, ...] = ()
     counts_as: str | None = None
@@ -49,7 +51,7 @@ class Extent:
 
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
-    learning_rate_factors: tuple[float, ...]  # of each arm's own learning rate
+    learning_rate_factors: tuple[float, ...] = (1.0,)  # of each arm's own learning rate
     # seeds on which every factor is run, the others at factor 1 only; null: all of them
     tuning_seeds: tuple[int, ...] | None = None
 
@@ -61,6 +63,8 @@ class Study:
 
     `source` may also be a checkpoint that is there already: a folder, or owner/name on the Hugging Face hub;
     or empty, where every arm starts from scratch, and what grows does so on its way.
+
+    `judged_on` are leaves of conf/data: the final models' losses on each of these texts are compared too.
     """
 
     name: str
@@ -70,6 +74,11 @@ class Study:
     arms: dict[str, Arm]
     demo: Extent
     full: Extent
+    judged_on: tuple[str, ...] = ()
+
+    def counts_as(self, arm: str) -> str:
+        """The arm that a comparison counts the runs of `arm` under."""
+        return self.arms[arm].counts_as or arm
 
 
 @dataclass(frozen=True)
@@ -92,26 +101,26 @@ class Job:
         return self.folders[-1]
 
 
-def studies(definition: str = DEFINITION) -> dict[str, Path]:
+def studies() -> dict[str, Path]:
     """Name → folder of every study: the project's, and those in `experiments/` of the working directory,
     which come first.
     """
-    paths = [path for room in (HERE, Path("experiments")) for path in sorted(room.glob(f"*/{definition}"))]
+    paths = [path for room in (HERE, Path("experiments")) for path in sorted(room.glob(f"*/{DEFINITION}"))]
     folders = [path.parent for path in paths]
     return {folder.name: folder for folder in folders}
 
 
-def folder_of(name: str, definition: str = DEFINITION) -> Path:
+def folder_of(name: str) -> Path:
     """The folder of the study called `name`. Raises UserError where there is none of that name."""
-    known = studies(definition)
+    known = studies()
     if name not in known:
         unknown("study", name, known)
     return known[name]
 
 
-def results_folder(name: str, full: bool, definition: str = DEFINITION) -> Path:
+def results_folder(name: str, full: bool) -> Path:
     """The folder of a study's comparison: of its full extent the study's own, if the user may write there."""
-    folder = folder_of(name, definition)
+    folder = folder_of(name)
     own = folder.resolve().is_relative_to(Path.cwd())
     return folder if full and own else Path("runs") / f"comparison-{name}"
 
@@ -121,11 +130,11 @@ def load_study(name: str) -> Study:
 
     Raises UserError for an unknown study, and every misspelt, missing or mistyped key at once.
     """
-    path = folder_of(name, DEFINITION) / DEFINITION
+    path = folder_of(name) / DEFINITION
     faults: list[str] = []
     values = load_yaml(path)
     study = read(Study, {**(values if isinstance(values, dict) else {}), "name": name}, "", faults)
-    faults += [] if study is None else _unknown_arms(study)
+    faults += [] if study is None else _disagreements(study)
     UserError.collect(f"{path}: {fault}" for fault in faults)
     assert study is not None
     return study
@@ -161,7 +170,7 @@ def jobs(study: Study, extent: Extent) -> list[Job]:
     tuning = extent.seeds if extent.tuning_seeds is None else extent.tuning_seeds
     points = itertools.product(extent.seeds, extent.arms, extent.learning_rate_factors)
     return [
-        _job(name, shared[name] + _point_overrides(name, study.arms[name].learning_rate * share, seed))
+        _job(name, shared[name] + _point_overrides(name, study.arms[name].learning_rate, share, seed))
         for seed, name, share in points
         if share == 1 or seed in tuning
     ]
@@ -171,22 +180,20 @@ def _arm_overrides(study: Study, name: str) -> list[str]:
     """The overrides that all runs of an arm share."""
     arm = study.arms[name]
     start = [f"source={study.source}"] if isinstance(study.source, str) else []
-    growth = [f"growth={arm.growth or name}", f"growth.name={arm.counts_as or name}"]
+    growth = [f"growth={arm.growth or name}", f"growth.name={study.counts_as(name)}"]
     overrides = [*study.runs, *start, *growth, *arm.overrides]
     if (arm.growth or name) == SOURCE:
         overrides.append(f"train.budget_tokens={equal_flops_budget(overrides)}")
     return overrides
 
 
-def _point_overrides(arm: str, rate: float, seed: int) -> list[str]:
-    """One point of an arm's grid."""
-    rate = float(f"{rate:.6g}")  # 3 × 0.1 is 0.30000000000000004
-    return [
-        f"seed={seed}",
-        f"optimizer.learning_rate={rate!r}",
-        "changes=''",
-        f"name='${{study}}-{arm}-lr{rate:g}-s${{seed}}'",
-    ]
+def _point_overrides(arm: str, middle: float | None, share: float, seed: int) -> list[str]:
+    """One point of an arm's grid: a share of its own learning rate."""
+    tuned, label = [], ""
+    if middle is not None:
+        rate = float(f"{middle * share:.6g}")  # 3 × 0.1 is 0.30000000000000004
+        tuned, label = [f"optimizer.learning_rate={rate!r}"], f"-lr{rate:g}"
+    return [f"seed={seed}", *tuned, "changes=''", f"name='${{study}}-{arm}{label}-s${{seed}}'"]
 
 
 def equal_flops_budget(overrides: list[str]) -> int:
@@ -223,9 +230,22 @@ def _job(arm: str, overrides: list[str]) -> Job:
     return Job(settings.name, arm, (*overrides, "progress=false"), settings)
 
 
-def _unknown_arms(study: Study) -> list[str]:
-    faults = []
+def _disagreements(study: Study) -> list[str]:
+    """List the faults between well-typed values."""
+    leaves = {path.stem for path in (CONF / "data").glob("*.yaml")}
+    strange_texts = [leaf for leaf in study.judged_on if leaf not in leaves]
+    faults = [f"judged_on: unknown data {leaf!r}; {did_you_mean(leaf, leaves)}" for leaf in strange_texts]
     for key in ("demo", "full"):
-        strangers = [arm for arm in getattr(study, key).arms if arm not in study.arms]
+        extent: Extent = getattr(study, key)
+        strangers = [arm for arm in extent.arms if arm not in study.arms]
         faults += [f"{key}.arms: unknown arm {arm!r}; {did_you_mean(arm, study.arms)}" for arm in strangers]
+        known = [arm for arm in extent.arms if arm in study.arms]
+        if extent.learning_rate_factors != (1.0,):
+            without = [arm for arm in known if study.arms[arm].learning_rate is None]
+            faults += [f"arms.{arm}.learning_rate: missing; {key} has a grid around it" for arm in without]
+        if not (study.judged_on or strangers or any(study.counts_as(arm) == SCRATCH for arm in known)):
+            faults.append(
+                f"{key}.arms: none counts as {SCRATCH}, which costs are measured against; add it, or "
+                "judged_on, the texts to compare the arms' losses on"
+            )
     return faults

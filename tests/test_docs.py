@@ -39,9 +39,7 @@ from outgrow.model.presets import PRESETS, preset
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
-STUDIES = sorted(
-    path.parent.name for kind in ("study", "mixtures") for path in ROOT.glob(f"experiments/*/{kind}.yaml")
-)
+STUDIES = sorted(path.parent.name for path in ROOT.glob("experiments/*/study.yaml"))
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
@@ -193,7 +191,6 @@ DOORS = {
     "study": partial(check_experiments, "study"),
     "compare": partial(check_experiments, "compare"),
     "horizons": partial(check_experiments, "horizons"),
-    "mixtures": partial(check_experiments, "mixtures"),
     "same": partial(check_experiments, "same"),
 }
 
@@ -604,8 +601,7 @@ def test_the_hash_that_contributing_shows_is_todays() -> None:
 def test_every_study_has_its_row(name: str) -> None:
     (row,) = (cells for cells in rows(text_of("experiments/README.md")) if cells[0].startswith(f"[{name}]"))
     folder = ROOT / "experiments" / name
-    (definition,) = (path for kind in ("study", "mixtures") if (path := folder / f"{kind}.yaml").is_file())
-    assert row[1] == yaml.safe_load(definition.read_text())["question"]
+    assert row[1] == yaml.safe_load((folder / "study.yaml").read_text())["question"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", row[3])
     if (comparison := folder / "comparison.json").is_file():
         result = json.loads(comparison.read_text())

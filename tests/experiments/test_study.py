@@ -80,7 +80,6 @@ def grids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Job]]:
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_composes(name: str, elsewhere: Path, grids: dict[str, list[Job]]) -> None:
     study = load_study(name)
-    assert study.arms["scratch"]
     assert study.question
     demo = jobs(study, study.demo)
     for extent, todo, seeds in ((study.demo, demo, len(study.demo.seeds)), (study.full, grids[name], 1)):
@@ -90,15 +89,15 @@ def test_every_study_composes(name: str, elsewhere: Path, grids: dict[str, list[
             == len(extent.arms) * seeds * len(extent.learning_rate_factors)
         )
         control = "source" if study.source else "small"  # trained longer but not bigger
-        assert {"scratch", control} <= {job.arm for job in todo}
+        assert study.judged_on or {"scratch", control} <= {job.arm for job in todo}
     assert len(study.full.seeds) >= 3
-    assert len(study.full.learning_rate_factors) >= 3
+    assert study.judged_on or len(study.full.learning_rate_factors) >= 3
     # a full run goes on from the demo
     assert {job.folder for job in demo} <= {job.folder for job in grids[name]}
-    assert all(
-        job.name == f"{job.settings.study}-{job.arm}-lr{job.settings.optimizer.learning_rate:g}-s0"
-        for job in grids[name]
-    )
+    for job in grids[name]:
+        tuned = study.arms[job.arm].learning_rate is not None
+        rate = f"-lr{job.settings.optimizer.learning_rate:g}" if tuned else ""
+        assert job.name == f"{job.settings.study}-{job.arm}{rate}-s0"
 
 
 @pytest.mark.slow
@@ -133,6 +132,10 @@ def test_the_grid_is_run_on_the_tuning_seeds_only(elsewhere: Path, grids: dict[s
 def test_what_is_committed_are_the_runs_that_the_study_defines(
     name: str, grids: dict[str, list[Job]]
 ) -> None:
+    if load_study(name).judged_on:
+        results = json.loads((HERE / name / "results.json").read_text())
+        assert [arm["arm"] for arm in results["arms"]] == [job.arm for job in grids[name]]
+        return
     if not load_study(name).source:
         ends = read_ends(HERE / name / RECORD)
         assert {end.name for end in ends} <= {folder.name for job in grids[name] for folder in job.folders}
@@ -248,6 +251,19 @@ def test_a_wrong_definition_names_every_fault(tmp_path: Path, monkeypatch: pytes
         .replace("arms: [scratch, lossless,", "arms: [scratch, losless,")
     )
     with pytest.raises(UserError, match=r"demo\.arms: unknown arm 'losless'; did you mean 'lossless'"):
+        load_study("tiny")
+    (tmp_path / "tiny" / "study.yaml").write_text(
+        "question: why\nsource: []\nruns: []\narms: {plain: {growth: scratch}}\n"
+        "demo: {arms: [plain], seeds: [0]}\n"
+        "full: {arms: [plain], seeds: [0], learning_rate_factors: [1, 2]}\njudged_on: [stdlb]\n"
+    )
+    with pytest.raises(UserError) as caught:
+        load_study("tiny")
+    assert "judged_on: unknown data 'stdlb'; did you mean 'stdlib'" in str(caught.value)
+    assert "arms.plain.learning_rate: missing; full has a grid around it" in str(caught.value)
+    text = (tmp_path / "tiny" / "study.yaml").read_text().replace("judged_on: [stdlb]\n", "")
+    (tmp_path / "tiny" / "study.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"demo\.arms: none counts as scratch, .* add it, or judged_on"):
         load_study("tiny")
 
 
