@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         default=Path("runs/horizons"),
-        help="where table, picture and record go",
+        help="where table, picture and record go; a README.md there gets the table between its markers",
     )
     run = commands.add_parser("study", aliases=["run"], help="run a study: source, arms, comparison")
     run.add_argument("study", nargs="?", help="such as tiny; without it, all are listed")
@@ -111,10 +111,14 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _horizons(options: argparse.Namespace) -> int:
-    from outgrow.experiments.horizon_report import write
+    from outgrow.experiments.horizon_report import TABLE, write
+    from outgrow.experiments.table import insert_table
 
     for line in write(options.runs, options.out):
         print(line)
+    readme = options.out / "README.md"
+    if readme.is_file():  # a study's folder, whose page shows the table
+        insert_table(readme, (options.out / TABLE).read_text(encoding="utf-8"))
     return 0
 
 

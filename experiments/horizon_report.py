@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 TABLE, PICTURE = "table.md", "horizons.png"
 MARKERS = {"adamw": "o", "muon": "s", "adamw_8bit": "^"}
 DASHES = {"adamw": (0, (3, 2))}
+FEW = 6  # lines whose names stand at their ends
 # scratch is black
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#8B5A2B", "#6A3D9A", "#999999")
 HEADINGS = (
@@ -92,10 +95,10 @@ def _number(value: float | None, form: str) -> str:
 
 
 def answer(rows: Sequence[Worth]) -> str:
-    """The finding in one sentence: what the best grown arm is worth at the longest horizon that grown arms
-    have in range.
+    """The finding in two sentences: what the best grown arm is worth at the longest horizon that grown arms
+    have in range, and where the control ends for the same FLOPs.
     """
-    grown = [row for row in rows if row.point.arm != SCRATCH and row.speedup_included is not None]
+    grown = [row for row in rows if is_grown(row, rows) and row.speedup_included is not None]
     if not grown:
         return "No arm ends within the range of scratch's curve, so nothing can be said of a speed-up."
     longest = max(row.point.tokens for row in grown)
@@ -107,7 +110,31 @@ def answer(rows: Sequence[Worth]) -> str:
     verdict = "pays" if speedup > 1.0 else "does not pay"
     return (
         f"At {point.tokens_per_parameter:.0f} tokens a parameter growth {verdict}: {point.arm} is worth S "
-        f"= {speedup:.2f}{interval} against scratch, everything paid ({seeds})."
+        f"= {speedup:.2f}{interval} against scratch, everything paid ({seeds}). {_control(best, rows)}"
+    )
+
+
+def is_grown(row: Worth, rows: Sequence[Worth]) -> bool:
+    """True for an arm that is neither scratch nor the control."""
+    return row.point.arm != SCRATCH and not is_control(row, rows)
+
+
+def is_control(row: Worth, rows: Sequence[Worth]) -> bool:
+    """True for a network that stays smaller than scratch's: trained longer, not bigger."""
+    return row.point.parameters < max(other.point.parameters for other in rows)
+
+
+def _control(best: Worth, rows: Sequence[Worth]) -> str:
+    """The control's end that cost most nearly what `best` did, against it."""
+    controls = [row.point for row in rows if is_control(row, rows)]
+    if not controls:
+        return "No control was run (the small network trained on): bigger, or only trained longer?"
+    own = best.point
+    near = min(controls, key=lambda point: (abs(math.log(point.paid / own.paid)), point.val_loss))
+    apart = near.val_loss - own.val_loss
+    return (
+        f"The control, {near.arm} trained on for {near.paid / 1e12:.2f} TFLOP, ends {abs(apart):.3f} nats "
+        f"{'higher' if apart > 0 else 'lower'} than {own.arm} for {own.paid / 1e12:.2f}."
     )
 
 
@@ -121,29 +148,38 @@ def build(rows: Sequence[Worth]) -> Figure:
     """The figure itself, without any state of pyplot."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    figure = Figure(figsize=(10, 5.0), layout="constrained")
     losses, speedups = figure.subplots(1, 2)
     others = sorted({row.point.arm for row in rows} - {SCRATCH})
     colours = {SCRATCH: "#000000"} | dict(zip(others, itertools.cycle(COLOURS), strict=False))
-    for arm, optimizer in sorted({(row.point.arm, row.point.optimizer) for row in rows}):
+    lines = sorted({(row.point.arm, row.point.optimizer) for row in rows})
+    # the arms' names stand at their ends, as far as there is room for them
+    named_at_ends = len(lines) <= FEW
+    for arm, optimizer in lines:
         of_arm = [row for row in rows if row.point.arm == arm]
         own = [row for row in of_arm if row.point.optimizer == optimizer]
         own.sort(key=lambda row: row.point.tokens)
         style: dict[str, Any] = {"color": colours[arm], "linestyle": DASHES.get(optimizer, "-")}
         style |= {"marker": MARKERS.get(optimizer, "o"), "label": f"{arm}, {optimizer}"}
-        style |= {"linewidth": 1.4, "markersize": 5}
+        style |= {"linewidth": 2.6 if arm == SCRATCH else 1.4, "markersize": 7}
         points = [row.point for row in own]
-        losses.plot([point.paid for point in points], [point.val_loss for point in points], **style)
+        losses.plot([point.paid / 1e12 for point in points], [point.val_loss for point in points], **style)
         worth = [row for row in own if row.speedup_included is not None]
         places = [row.point.tokens_per_parameter for row in worth]
         bars = [row.interval_included or 0.0 for row in worth]
         if arm != SCRATCH:
             speedups.errorbar(places, [row.speedup_included for row in worth], yerr=bars, capsize=3, **style)
-    speedups.axhline(1.0, color=INK, linewidth=1, linestyle=(0, (4, 2)))
+        if named_at_ends:
+            _name(losses, points[-1].paid / 1e12, points[-1].val_loss, _title(own[-1]), colours[arm])
+            if worth and arm != SCRATCH:
+                _name(speedups, places[-1], worth[-1].speedup_included or 0.0, arm, colours[arm])
+    speedups.axhline(1.0, color=INK, linewidth=2.6)
     speedups.annotate(
         "scratch",
         (0.99, 1.0),
         xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
         ha="right",
         va="bottom",
         fontsize=9,
@@ -151,24 +187,49 @@ def build(rows: Sequence[Worth]) -> Figure:
     )
     _finish(
         losses,
-        "FLOPs, the source included",
+        "TFLOP, the source included",
         "validation loss, nats/token",
-        "Decayed ends: lower and further left is better",
+        "Decayed ends: below scratch's line is cheaper than scratch",
     )
     _finish(
         speedups,
         "tokens a parameter",
         "S: scratch's FLOPs for the same loss / own FLOPs",
-        "What each end is worth",
+        "What each end is worth: above 1 is cheaper than scratch",
     )
+    paid = sorted({round(row.point.paid / 1e12, 2) for row in rows if row.point.arm == SCRATCH})
+    losses.set_xticks(paid, [f"{cost:g}" for cost in paid])
     per_parameter = sorted(
         {round(row.point.tokens_per_parameter) for row in rows if row.speedup_included is not None}
     )
     speedups.set_xticks(per_parameter, [f"{count}" for count in per_parameter])
-    speedups.minorticks_off()
-    losses.legend(fontsize=7.5, frameon=False)
-    figure.suptitle(answer(rows), fontsize=11.5, fontweight="bold", color=INK, x=0.01, ha="left", wrap=True)
+    for axes in (losses, speedups):
+        axes.minorticks_off()
+        axes.margins(x=0.22 if named_at_ends else 0.05, y=0.12)
+    if not named_at_ends:
+        losses.legend(fontsize=7.5, frameon=False)
+    title = "\n".join(textwrap.wrap(answer(rows), 105))
+    figure.suptitle(title, fontsize=11.5, fontweight="bold", color=INK, x=0.01, ha="left")
     return figure
+
+
+def _title(row: Worth) -> str:
+    """An arm's name, and what its end is worth where that is known."""
+    arm, speedup = row.point.arm, row.speedup_included
+    return arm if arm == SCRATCH or speedup is None else f"{arm}, S = {speedup:.2f}"
+
+
+def _name(axes: Axes, across: float, up: float, text: str, colour: str) -> None:
+    """Write `text` beside a point."""
+    axes.annotate(
+        text,
+        (across, up),
+        xytext=(7, 3),
+        textcoords="offset points",
+        fontsize=9,
+        color=colour,
+        fontweight="bold",
+    )
 
 
 def _finish(axes: Axes, across: str, up: str, title: str) -> None:

@@ -145,8 +145,12 @@ class Point:
         return fmean(end.paid for end in self.ends)
 
     @property
+    def parameters(self) -> int:
+        return self.ends[0].parameters
+
+    @property
     def tokens_per_parameter(self) -> float:
-        return self.tokens / self.ends[0].parameters
+        return self.tokens / self.parameters
 
 
 def best_points(ends: Iterable[End]) -> list[Point]:

@@ -78,7 +78,7 @@ def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None)
     source = source_job(study)
     if source is not None and not complete(source):
         prepare_text([source], display)
-        run_jobs([source], 1, logs, display)
+        run_jobs([source], at_once, logs, display)
     display.say(f"source: {study.source or 'none'}" if source is None else f"source: {source.folder}")
     todo = jobs(study, extent)
     texts = judged_texts(study, todo[0], display) if study.judged_on else {}
@@ -173,8 +173,9 @@ def prepare_text(todo: Sequence[Job], display: Display) -> None:
 def run_jobs(todo: Sequence[Job], at_once: int, logs: Path, display: Display, train: Train = work) -> None:
     """Run the jobs in fresh processes, `at_once` at a time; one that fails leaves the others their turn.
 
-    Each process gets its share of the cores. With one run for each core that is one thread, whatever the
-    machine, so that a result does not depend on how many cores there were; run.json records the number.
+    Each process gets its share of the cores, a run that is alone too: with one run for each core that is one
+    thread, whatever the machine, so that a result does not depend on how many cores there were; run.json
+    records the number.
 
     Ctrl-C reaches this process alone, which starts nothing new, asks the runs to save and end (SIGTERM), and
     waits GRACE_S for them.
@@ -182,9 +183,9 @@ def run_jobs(todo: Sequence[Job], at_once: int, logs: Path, display: Display, tr
     Raises:
         RunFailed: naming every run that failed, why, and its log.
     """
+    threads = max(1, cores() // at_once)
     at_once = min(at_once, len(todo))
     logs.mkdir(parents=True, exist_ok=True)
-    threads = max(1, cores() // at_once)
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(at_once, mp_context=context, initializer=initialise, initargs=(threads,))
 

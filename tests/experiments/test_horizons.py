@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from outgrow.experiments.__main__ import main
-from outgrow.experiments.horizon_report import answer, table, write
+from outgrow.experiments.horizon_report import answer, build, table, write
 from outgrow.experiments.horizons import (
     BaselineCurve,
     End,
@@ -123,11 +123,32 @@ def test_the_table_and_the_sentence_say_what_was_measured(tmp_path: Path) -> Non
     assert line == "| grown | adamw | 0.0 M | 30 | 0.01* | 2 | 2.00 | 2.5000 | 2.67 | 2.00 ± 0.00 | -0.2500 |"
     assert answer(rows) == (
         "At 30 tokens a parameter growth pays: grown is worth S = 2.00 ± 0.00 against scratch, everything "
-        "paid (2 seeds)."
+        "paid (2 seeds). No control was run (the small network trained on): bigger, or only trained longer?"
     )
     losing = worths([*SCRATCH_ENDS, end("grown", 4e12, 2.6)])
     assert "growth does not pay: grown is worth S = 0.76" in answer(losing)
     assert "nothing can be said" in answer(worths(SCRATCH_ENDS))
+
+
+@pytest.mark.parametrize(("loss", "word"), [(2.6, "0.100 nats higher"), (2.35, "0.150 nats lower")])
+def test_the_control_stands_in_the_headline_and_is_no_grown_arm(loss: float, word: str) -> None:
+    """The control is the network with fewer parameters, whatever its name: here it is worth more than growth."""
+    grown = end("grown", 2e12, 2.5)
+    controls = [end("longer", flops, loss, parameters=300) for flops in (0.5e12, 1.9e12, 8e12)]
+    assert answer(worths([*SCRATCH_ENDS, grown, *controls])) == (
+        "At 40 tokens a parameter growth pays: grown is worth S = 2.00 against scratch, everything paid (1 "
+        f"seed). The control, longer trained on for 1.90 TFLOP, ends {word} than grown for 2.00."
+    )
+
+
+def test_the_picture_names_each_arm_at_its_end(tmp_path: Path) -> None:
+    figure = build(worths([*SCRATCH_ENDS, end("grown", 2e12, 2.5)]))
+    losses, speedups = figure.axes
+    assert [text.get_text() for text in losses.texts] == ["grown, S = 2.00", "scratch"]
+    assert [text.get_text() for text in speedups.texts] == ["grown", "scratch"]
+    assert losses.get_legend() is None
+    many = [end(f"arm{number}", 2e12, 2.5 + number / 100) for number in range(7)]
+    assert build(worths([*SCRATCH_ENDS, *many])).axes[0].get_legend() is not None
 
 
 @pytest.mark.slow
