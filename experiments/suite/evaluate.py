@@ -4,6 +4,7 @@ again."""
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any, Literal
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import read_object, write_json
 from outgrow.model.base.settings import CONF, compose_config, plain, read
+from outgrow.model.checkpoint import locate
+from outgrow.model.gguf import gguf_in
 from outgrow.train.run.folder import FINAL, RUN
 from outgrow.train.suite.suite import BenchmarkTask, Suite, group_averages
 
@@ -33,13 +36,14 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The scores of one checkpoint, of 1."""
+    """The scores of one checkpoint, of 1; those of `local` are on the items of local task files."""
 
     name: str
     folder: Path
     scores: dict[str, float]
     groups: dict[str, float | None]
     limit: int | None
+    local: tuple[str, ...] = ()
 
 
 def settings_from(overrides: Sequence[str]) -> EvaluateSettings:
@@ -78,9 +82,9 @@ def evaluate(
         # also what `only` leaves out and was measured before
         values = {task.task: each.get(task) for task in settings.suite.tasks}
         known = {task: value for task, value in values.items() if value is not None}
-        found.append(
-            Evaluated(title(folder), folder, known, group_averages(settings.suite, known), settings.limit)
-        )
+        groups = group_averages(settings.suite, known)
+        local = tuple(task for task in known if local_items(each.tasks, task) is not None)
+        found.append(Evaluated(title(folder), folder, known, groups, settings.limit, local))
     return found
 
 
@@ -115,6 +119,8 @@ def checkpoint_of(run: Path) -> Path:
         UserError: there is none.
     """
     folder = run.resolve()
+    if gguf_in(folder) is not None:
+        return locate(folder)
     if (folder / RUN).is_file():
         if not (folder / FINAL).is_dir():
             raise UserError(
@@ -166,10 +172,17 @@ class Scores:
     def __init__(self, out: Path, checkpoint: Path, settings: EvaluateSettings) -> None:
         place = hashlib.sha256(str(checkpoint).encode()).hexdigest()[:8]
         self.folder = out / "scores" / f"{title(checkpoint)}-{place}"
-        self.conditions = {
-            "limit": settings.limit,
-            "dtype": settings.dtype,
-            "weights": weights_of(checkpoint),
+        self.tasks = None if settings.tasks is None else Path(settings.tasks).expanduser()
+        self.weights = weights_of(checkpoint)
+        self.settings = settings
+
+    def conditions(self, task: BenchmarkTask) -> dict[str, Any]:
+        """All that a score of the task depends on beside the task: another item is another score."""
+        return {
+            "limit": self.settings.limit,
+            "dtype": self.settings.dtype,
+            "weights": self.weights,
+            "items": local_items(self.tasks, task.task),
         }
 
     def get(self, task: BenchmarkTask) -> float | None:
@@ -180,7 +193,7 @@ class Scores:
         kept = read_object(path, "delete it, and it is measured again")
         return (
             float(kept["value"])
-            if kept.get("asked") == asdict(task) and kept.get("conditions") == self.conditions
+            if kept.get("asked") == asdict(task) and kept.get("conditions") == self.conditions(task)
             else None
         )
 
@@ -188,8 +201,24 @@ class Scores:
         """Keep a score."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(
-            self.folder / f"{task.task}.json", {**score, "asked": asdict(task), "conditions": self.conditions}
+            self.folder / f"{task.task}.json",
+            {**score, "asked": asdict(task), "conditions": self.conditions(task)},
         )
+
+
+def local_items(tasks: Path | None, task: str) -> str | None:
+    """A hash of the local file of a task, and of when the data files that it names were written; None where
+    there is none."""
+    digest = hashlib.sha256()
+    asks = re.compile(rf"^(task|group): *[\"']?{re.escape(task)}[\"']?\s*$", re.MULTILINE)
+    texts = {path: path.read_bytes() for path in sorted(tasks.rglob("*.yaml"))} if tasks else {}
+    named = {path: text for path, text in texts.items() if asks.search(text.decode(errors="replace"))}
+    for path, text in named.items():
+        digest.update(text)
+        for data in sorted(path.parent.iterdir()):
+            if data.is_file() and data not in texts and data.name.encode() in text:
+                digest.update(f"{data.stat().st_size} {data.stat().st_mtime_ns}".encode())
+    return digest.hexdigest() if named else None
 
 
 def weights_of(folder: Path) -> dict[str, list[int]]:

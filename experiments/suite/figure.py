@@ -24,7 +24,8 @@ def draw(suite: Suite, found: Sequence[Evaluated], path: Path) -> None:
         for name in columns_of(suite, groups=True)
         if any(values[name] is not None for _, values, _ in told)
     ]
-    figure = Figure(figsize=(2 + 2.1 * len(columns), 0.9 + 0.34 * len(told)), layout="constrained")
+    names = 0.09 * max(len(name) for name, _, _ in told)  # inches
+    figure = Figure(figsize=(names + 2.1 * len(columns), 0.9 + 0.34 * len(told)), layout="constrained")
     panels: Any = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for axes, column in zip(panels, columns, strict=True):
         values = [values[column] for _, values, _ in told]

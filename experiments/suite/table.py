@@ -44,7 +44,8 @@ def rows(
     ]
     for each in found:
         ours: Mapping[str, float | None] = each.groups if groups else each.scores
-        told.append((each.name, {column: _percent(ours.get(column)) for column in columns}, True))
+        name = f"{each.name} (local items)" if each.local else each.name
+        told.append((name, {column: _percent(ours.get(column)) for column in columns}, True))
     return [row for row in told if row[2] or any(value is not None for value in row[1].values())]
 
 
@@ -70,6 +71,12 @@ def markdown(suite: Suite, found: Sequence[Evaluated]) -> str:
         "Percent. A group is the plain mean of its benchmarks, and has no number where one of them has none."
     ]
     notes += [f"Ours: the first {limit} items of each benchmark." for limit in sorted(limits)]
+    local = sorted({task for each in found for task in each.local})
+    if local:
+        notes.append(
+            f"Local items: {', '.join(local)} of ours were measured on local task files, which say nothing "
+            "beside a published row unless they hold the items that it was measured on."
+        )
     sources: dict[tuple[str, str], list[str]] = {}
     for row in published():
         sources.setdefault((row.source, row.note), []).append(row.name)
@@ -94,7 +101,13 @@ def _table(suite: Suite, found: Sequence[Evaluated], *, groups: bool) -> str:
 def as_json(suite: Suite, found: Sequence[Evaluated]) -> dict[str, Any]:
     """What the table shows of ours, of 1."""
     runs = [
-        {"name": each.name, "scores": each.scores, "groups": each.groups, "limit": each.limit}
+        {
+            "name": each.name,
+            "scores": each.scores,
+            "groups": each.groups,
+            "limit": each.limit,
+            "local": list(each.local),
+        }
         for each in found
     ]
     return {"suite": suite.name, "runs": runs}

@@ -12,7 +12,7 @@ import pytest
 
 from helpers.tasks import QUESTIONS, write_task
 from outgrow.experiments.suite.__main__ import main
-from outgrow.experiments.suite.evaluate import Evaluated, checkpoint_of, evaluate, settings_from
+from outgrow.experiments.suite.evaluate import Evaluated, Scores, checkpoint_of, evaluate, settings_from
 from outgrow.experiments.suite.figure import draw
 from outgrow.experiments.suite.table import markdown, published
 from outgrow.model.base.errors import UserError
@@ -55,7 +55,7 @@ def test_a_lossless_growth_keeps_every_score_and_none_is_measured_twice(
     runs = [str(place / "small"), str(place / "large")]
     assert main([*runs, *keys(place)]) == 0
     said = capsys.readouterr().out
-    assert said.count("piqa ") == said.count("boolq ") == 3  # measured twice, and a line of the table
+    assert said.count(": piqa ") == said.count(": boolq ") == 2
     result = json.loads((place / "out" / "phi_2.json").read_text())
     small, large = result["runs"]
     assert small["scores"] == large["scores"]
@@ -66,6 +66,33 @@ def test_a_lossless_growth_keeps_every_score_and_none_is_measured_twice(
     monkeypatch.setattr(Harness, "load", lambda *_, **__: pytest.fail("measured again"))
     again = evaluate(runs, settings_from(keys(place)))
     assert [each.scores for each in again] == [small["scores"]] * 2
+
+
+def test_a_score_on_local_items_is_none_of_the_published_benchmark(place: Path, tmp_path: Path) -> None:
+    suite, tasks = load_suite("phi_2"), tmp_path / "tasks"
+    piqa = next(task for task in suite.tasks if task.task == "piqa")
+    for name in ("piqa", "boolq"):
+        write_task(tasks, name)
+
+    def scores(*given: str) -> Scores:
+        return Scores(tmp_path / "out", place / "small", settings_from(given))
+
+    scores(f"tasks={tasks}").put(piqa, {"value": 0.5})
+    assert scores(f"tasks={tasks}").get(piqa) == 0.5
+    assert scores().get(piqa) is None
+    assert scores(f"tasks={place / 'out'}").get(piqa) is None
+    (tasks / "boolq.jsonl").write_text("{}")
+    assert scores(f"tasks={tasks}").get(piqa) == 0.5
+    (tasks / "piqa.jsonl").write_text("{}")
+    assert scores(f"tasks={tasks}").get(piqa) is None
+
+
+def test_local_items_are_told_in_every_table() -> None:
+    suite = load_suite("commonsense")
+    ours = Evaluated("mine", Path("x"), {"piqa": 0.5}, {"commonsense": None}, None, ("piqa",))
+    told = markdown(suite, [ours])
+    assert told.count("**mine (local items)**") == 2
+    assert "Local items: piqa of ours" in told
 
 
 @pytest.mark.slow
@@ -117,11 +144,15 @@ def test_published_rows_name_their_source_and_columns_of_the_suite() -> None:
 
 
 @pytest.mark.slow
-def test_the_picture_has_a_panel_for_each_group_that_has_a_number(tmp_path: Path) -> None:
-    suite = load_suite("phi_2")
+@pytest.mark.filterwarnings("error:constrained_layout not applied")
+@pytest.mark.parametrize("name", ["mine", "SmolLM2-135M-Instruct.Q4_1-b4c0df2190a1"])
+def test_the_picture_has_room_for_names_and_a_panel_for_each_group_that_has_a_number(
+    tmp_path: Path, name: str
+) -> None:
+    suite = load_suite("commonsense")
     draw(
         suite,
-        [Evaluated("mine", tmp_path, {}, {task.group: None for task in suite.tasks}, None)],
+        [Evaluated(name, tmp_path, {}, {task.group: None for task in suite.tasks}, None, ("piqa",))],
         tmp_path / "p.png",
     )
     assert (tmp_path / "p.png").stat().st_size > 10_000
