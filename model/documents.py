@@ -3,6 +3,9 @@ attends to another document.
 
 The end-of-text token opens the document after it: a token attends to nothing before its document's opening,
 and positions count from there.
+
+Shapes: rows, the windows of a batch; context, the tokens of each; (rows context), all as one row, as
+flash-attn takes them.
 """
 
 from __future__ import annotations

@@ -5,6 +5,9 @@ meta device.
 are set right here: attention is counted over the pairs of positions that its mask lets through (causal,
 sliding windows, chunks), not over all of them; and of experts only those that a token is sent to are computed
 (`batched_mm`). Towers that text does not go through are not counted.
+
+Shapes in attention: queries (rows, heads, positions, qk), values (rows, heads, positions, v), as the library
+hands them over; the result is (rows, positions, heads, v).
 """
 
 from __future__ import annotations

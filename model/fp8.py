@@ -4,6 +4,9 @@
 A matrix `X.weight` of 8-bit floats has a matrix `X.weight_scale_inv` beside it, one factor for each block of
 `weight_block_size` (or one for all); the weight is entry × factor, rounded to the dtype that the config names
 (bfloat16 where it names none).
+
+Shapes: a block is (height, width); the scales of weights (…, rows, columns) are (…, ⌈rows / height⌉,
+⌈columns / width⌉).
 """
 
 from __future__ import annotations

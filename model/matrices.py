@@ -1,5 +1,8 @@
 """The parameters of a class that are matrices, as its tiny twin shows: by their use in a forward pass, not by
 name.
+
+Shapes: a matrix is (out, in) or, where a class multiplies from the other side, (in, out); a stack of experts
+is (expert, out, in) or (expert, in, out). `Parameter.reads` says which axis is in.
 """
 
 from __future__ import annotations

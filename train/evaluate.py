@@ -1,4 +1,7 @@
-"""Validation loss over fixed windows: the same text for every arm, step and world size."""
+"""Validation loss over fixed windows: the same text for every arm, step and world size.
+
+Shapes, as in train/loss.py: a batch is (rows, context + 1) token ids, of which (rows context) are predicted.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,13 @@ being whole.
 Documents are packed end to end into windows. Where they are to be kept apart, the end-of-text token opens the
 document after it: a token attends to nothing before its document's opening, and positions count from there.
 Every token is still predicted, the first of a document from its opening alone.
+
+Shapes, one word per dimension, as in einops:
+    rows: windows of one forward pass
+    context: tokens that are read of each window, which has context + 1; those after the first are predicted
+    tokens: (rows context), both as one dimension, window after window
+    hidden: entries of the vector that the head reads
+    vocab: entries of the head, one for each token of the vocabulary
 """
 
 from __future__ import annotations
@@ -56,14 +63,16 @@ class NextTokenLoss(nn.Module):
 
         Args:
             windows: token ids, (rows, context + 1).
-            reduction: "mean" or "sum" over the rows · context predicted tokens.
+            reduction: "mean" or "sum" over the predicted tokens, (rows context) of them.
         """
         read, balance = self.read(windows)
         targets = windows[:, 1:].flatten()
         return balanced(self.from_read(read.flatten(0, 1), targets, reduction), balance, targets, reduction)
 
     def inputs(self, windows: Tensor) -> dict[str, Any]:
-        """The network's inputs: all tokens but the last of each window, with a document mask if asked for."""
+        """The network's inputs: all tokens but the last of each window, (rows, context), with a document
+        mask if asked for.
+        """
         tokens = windows[:, :-1]
         if self.end_of_text is None:
             return {"input_ids": tokens}
@@ -85,7 +94,12 @@ class NextTokenLoss(nn.Module):
         return self.network(**self.inputs(windows), use_cache=False).logits, None
 
     def from_read(self, read: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        """Cross-entropy from what `read` gives of (tokens); where it is fused, the logits are never whole."""
+        """Cross-entropy from what `read` gives; where it is fused, the logits are never whole.
+
+        Args:
+            read: (tokens, hidden) if fused, else (tokens, vocab).
+            targets: ids of the predicted tokens, (tokens,).
+        """
         if self.fused:
             return fused_cross_entropy(read, self.network.get_output_embeddings(), targets, reduction)
         return functional.cross_entropy(read.float(), targets, reduction=reduction)

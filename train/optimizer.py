@@ -7,6 +7,9 @@ decayed    the other matrices: the output head, where it is untied
 untouched  vectors (norm weights, all biases), kernels of convolutions and embeddings. A norm's weight should
            stay near 1 and not near 0; an embedding row is only updated when its token occurs, so decay would
            pull rare tokens towards 0 at the rate of frequent ones.
+
+Shapes are those of the parameters: matrices (out, in), as a linear layer holds them; their stacks (expert,
+out, in), which Muon takes as so many matrices. Moments and momentum have their parameter's shape.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ that the class reads from the config (`router_aux_loss_coef` in most; 0 switches
 over tokens: it is taken over the rows of one forward pass, and the passes of a step (gradient accumulation,
 processes) weigh as many tokens as they have. So it moves a little with `train.micro_batch` and with the
 number of processes, as in the library's own trainer; the loss on the text does not.
+
+Shapes, as in train/loss.py: rows of context tokens; hidden, what the head reads; vocab, what it makes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """One optimizer step: batch i → forward and loss → backward, piece by piece → clip → update.
 
 The loop around it knows nothing of these.
+
+Shapes: a batch is (rows, context + 1) token ids over all processes. Each process takes a range of its rows,
+a piece of them (a micro-batch) at a time; a loss is a sum over a piece's (rows context) predicted tokens.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ The output is bit-identical for any block size, number of threads, and number of
 Shapes, one letter per dimension:
     m, n: rows and columns of a source tensor, seen as a matrix (all axes but the last count rows together)
     M, N: rows and columns of the target tensor
+    r: rows of the source that are read at a time
     b: rows of one block of the target
     s, w: strips of columns that repeat, and the columns of each
 
@@ -55,7 +56,7 @@ class Reader(Protocol):
         """Read rows `start:stop` of a tensor as raw bits, into an array that the caller may write to.
 
         Returns:
-            (rows, n), where all axes but the last count rows together; of a vector, its entries.
+            (r, n), where all axes but the last count rows together; of a vector, its entries.
         """
 
 
@@ -75,7 +76,7 @@ class RowSum:
         self._stretches = np.zeros(columns)
 
     def add(self, raw: np.ndarray) -> None:
-        """Add the next rows, as raw bits: (rows, n)."""
+        """Add the next rows, as raw bits: (r, n)."""
         done = 0
         while done < len(raw):
             missing = STRETCH - self.rows % STRETCH

@@ -1,5 +1,8 @@
 """Distillation: a frozen model whose next-token distribution is learnt beside the text (Hinton et al.,
 1503.02531).
+
+Shapes, as in train/loss.py: tokens is (rows context), the predicted tokens of all windows as one dimension.
+Student and teacher may differ in hidden, what a head reads, and in vocab, of which the teacher's is compared.
 """
 
 from __future__ import annotations
@@ -113,7 +116,7 @@ def divergence(
     log-probabilities are held at a time.
 
     Args:
-        student, teacher: (tokens, …) each, of which the heads make logits.
+        student, teacher: (tokens, hidden) or (tokens, vocab) each, of which the heads make (tokens, vocab).
     """
 
     def part(student: Tensor, teacher: Tensor) -> Tensor:
