@@ -161,7 +161,8 @@ def score(overrides: Sequence[str]) -> None:
     from outgrow.train.corpus.read.corpora import documents, open_corpus
 
     settings = settings_from(FilterSettings, "filter", overrides)
-    corpus, fitted = open_corpus(settings.data), Filter(Path(settings.filter).expanduser(), settings.encoder)
+    corpus = open_corpus(settings.data)
+    fitted = Filter(Path(settings.filter).expanduser(), settings.encoder)
     with bar("scoring", getattr(corpus, "size", None), settings.progress) as advance:
         histogram = write_scores(
             documents(settings.data, corpus), settings.data, fitted, Path(settings.scores), advance

@@ -100,7 +100,8 @@ def write_benchmarks(path: str, target: Path) -> dict[str, Any]:
             "name the benchmarks' folder"
         )
     sizes = [len(hashes) for hashes, _, _ in columns]
-    unique, first = np.unique(np.concatenate([hashes for hashes, _, _ in columns]), return_index=True)
+    every = np.concatenate([hashes for hashes, _, _ in columns])
+    unique, first = np.unique(every, return_index=True)
     lengths, owners = (
         np.repeat(np.array([column[i] for column in columns], np.int32), sizes)[first] for i in (1, 2)
     )

@@ -97,10 +97,10 @@ def _outdated(folder: Path, settings: DataSettings, corpus: Corpus, progress: bo
             "max_broken": wanted["max_broken"],
             "clean": {**before["clean"], "words": wanted["clean"]["words"]},
         }
-    if changed := [
-        f"{key} {before.get(key)} → {value}" for key, value in wanted.items() if before.get(key) != value
-    ]:
-        return f"building the tokens again, for settings changed: {', '.join(changed)}"
+    changed = [key for key, value in wanted.items() if before.get(key) != value]
+    if changed:
+        changes = ", ".join(f"{key} {before.get(key)} → {wanted[key]}" for key in changed)
+        return f"building the tokens again, for settings changed: {changes}"
     if not _same_text(manifest["inputs"], corpus, progress):
         return "building the tokens again, for the text has changed"
     return None
@@ -196,7 +196,8 @@ def begin(partial: Path, work: Workshop, settings: DataSettings, corpus: Corpus,
         return
     kept = ("files", "text", "signatures", "overlaps")
     for place in [*partial.glob("*"), *work.folder.glob("*")]:
-        if place != work.folder and not (before and place.parent == work.folder and place.name in kept):
+        stays = before and place.parent == work.folder and place.name in kept
+        if place != work.folder and not stays:
             shutil.rmtree(place) if place.is_dir() else place.unlink()
     write_json(path, wanted)
 

@@ -70,14 +70,17 @@ def _empty() -> MinHash:
 def bands(threshold: float) -> tuple[int, int]:
     """Bands and rows of the locality-sensitive hashing for a similarity: those whose candidates are false and
     missed least, weighed."""
-    shapes = [(b, r) for b in range(1, PERMUTATIONS + 1) for r in range(1, PERMUTATIONS // b + 1)]
+    shapes: list[tuple[int, int]] = []
+    for count in range(1, PERMUTATIONS + 1):
+        shapes += [(count, rows) for rows in range(1, PERMUTATIONS // count + 1)]
     return min(shapes, key=lambda shape: _errors(shape, threshold))
 
 
 def _errors(shape: tuple[int, int], threshold: float) -> float:
     """The share of pairs, of any similarity alike, that are false candidates or missed, weighed."""
     b, r = shape
-    below, above = ((np.arange(STEPS) + 0.5) / STEPS * width for width in (threshold, 1 - threshold))
+    middles = (np.arange(STEPS) + 0.5) / STEPS
+    below, above = middles * threshold, middles * (1 - threshold)
     false = (1 - (1 - below**r) ** b).mean() * threshold
     missed = ((1 - (threshold + above) ** r) ** b).mean() * (1 - threshold)
     return float(MISSES_WEIGH[0] * false + MISSES_WEIGH[1] * missed)
@@ -133,7 +136,9 @@ def _sorted(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     order = np.lexsort((rows["document"], rows["low"], rows["high"]))
     rows = rows[order]
     new = np.ones(len(rows) + 1, bool)
-    new[1:-1] = (rows["high"][1:] != rows["high"][:-1]) | (rows["low"][1:] != rows["low"][:-1])
+    high, low = rows["high"], rows["low"]
+    other_high, other_low = high[1:] != high[:-1], low[1:] != low[:-1]
+    new[1:-1] = other_high | other_low
     shared = ~(new[:-1] & new[1:])  # not alone
     return rows["document"][shared], np.flatnonzero(new[:-1][shared])
 
@@ -143,7 +148,8 @@ def exact(found: Iterable[np.ndarray], count: int, folder: Path) -> Iterator[Mat
     for documents, starts in buckets(found, count, folder):
         firsts = np.repeat(documents[starts], np.diff([*starts, len(documents)]))
         later = documents != firsts
-        yield Match(documents[later], firsts[later], np.ones(int(later.sum()), np.float32))
+        similarity = np.ones(int(later.sum()), np.float32)
+        yield Match(documents[later], firsts[later], similarity)
 
 
 def near(
@@ -244,8 +250,9 @@ class ExactDuplicates(PipelineStep):
         self.work = work
 
     def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
-        found = exact(self._keys(), sum(self.work.counts), self.work.folder / "sort" / "exact")
-        write_matches(self.work.path("exact", rank, ".npz"), found)
+        folder = self.work.folder / "sort" / "exact"
+        matches = exact(self._keys(), sum(self.work.counts), folder)
+        write_matches(self.work.path("exact", rank, ".npz"), matches)
         return
         yield
 
@@ -268,8 +275,9 @@ class NearDuplicates(PipelineStep):
 
     def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
         folder = self.work.folder / "sort" / f"near-{rank}"
-        found = near(self._keys(rank), sum(self.work.counts), folder, self._signatures(), self.threshold)
-        write_matches(self.work.path("near", rank, ".npz"), found)
+        count = sum(self.work.counts)
+        matches = near(self._keys(rank), count, folder, self._signatures(), self.threshold)
+        write_matches(self.work.path("near", rank, ".npz"), matches)
         return
         yield
 

@@ -34,7 +34,8 @@ from outgrow.train.corpus.progress import bar
 from outgrow.train.corpus.settings import ExecutorSettings
 
 AHEAD = 2  # tasks in flight for each worker: one at work, one waiting
-Run = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
+Arguments = Iterable[tuple[Any, ...]]  # of each call
+Run = Callable[[Callable[..., Any], Arguments], Iterator[Any]]
 
 
 class Stage(Protocol):

@@ -68,38 +68,29 @@ def inspect(folder: Path, *, samples: int, characters: int, seed: int) -> Source
         )
         raise UserError(f"{folder}: no {LISTING} in it; {way_out}")
     numbers = np.random.default_rng(seed)
-    wanted = {
-        name: np.sort(
-            numbers.choice(n := manifest["splits"][name]["documents"], min(samples, n), replace=False)
-        )
-        for name in SPLITS
-    }
-    lengths, scores, drawn = (
-        np.zeros(len(LENGTHS) - 1, np.int64),
-        np.zeros(len(SCORES) - 1, np.int64),
-        list[Sample](),
-    )
+    wanted: dict[str, np.ndarray] = {}  # the numbers of the documents to show of each split, in order
+    for name in SPLITS:
+        count = manifest["splits"][name]["documents"]
+        wanted[name] = np.sort(numbers.choice(count, min(samples, count), replace=False))
+    lengths = np.zeros(len(LENGTHS) - 1, np.int64)
+    scores = np.zeros(len(SCORES) - 1, np.int64)
+    drawn: list[Sample] = []
+    # of each split, how many documents and tokens the earlier parts of the list have
     seen, starts = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
     for part in _batches(folder / LISTING):
         lengths += np.histogram(part["tokens"], LENGTHS)[0]
-        scores += np.histogram(part["score"][~np.isnan(part["score"])], SCORES)[0]
+        is_scored = ~np.isnan(part["score"])
+        scores += np.histogram(part["score"][is_scored], SCORES)[0]
         for name in SPLITS:
             rows = np.flatnonzero(part["split"] == name)
             ends = starts[name] + np.cumsum(part["tokens"][rows])
-            for place in (
-                wanted[name][(wanted[name] >= seen[name]) & (wanted[name] < seen[name] + len(rows))]
-                - seen[name]
-            ):
-                drawn.append(
-                    _sample(
-                        data,
-                        name,
-                        {key: column[rows[place]] for key, column in part.items()},
-                        int(ends[place]),
-                        characters,
-                    )
-                )
-            seen[name], starts[name] = seen[name] + len(rows), int(ends[-1]) if len(rows) else starts[name]
+            places = wanted[name] - seen[name]
+            for place in places[(places >= 0) & (places < len(rows))]:
+                row = {key: column[rows[place]] for key, column in part.items()}
+                drawn.append(_sample(data, name, row, int(ends[place]), characters))
+            seen[name] += len(rows)
+            if len(rows):
+                starts[name] = int(ends[-1])
     drawn.sort(key=lambda sample: SPLITS.index(sample.split))
     return Source(folder.name, manifest, lengths, scores, _low_scores(folder / REMOVED), tuple(drawn))
 
@@ -120,10 +111,10 @@ def _sample(data: TokenData, split: str, row: dict[str, Any], end: int, characte
     from tokenizers import Tokenizer
 
     tokens = int(row["tokens"])
-    first = getattr(data, split).tokens[end - tokens : end - 1][: 4 * characters]  # without its end of text
-    text = Tokenizer.from_file(str(data.tokenizer_folder / "tokenizer.json")).decode(
-        first.tolist(), skip_special_tokens=False
-    )
+    ids = getattr(data, split).tokens[end - tokens : end - 1]  # without its end of text
+    tokenizer = Tokenizer.from_file(str(data.tokenizer_folder / "tokenizer.json"))
+    first = ids[: 4 * characters].tolist()
+    text = tokenizer.decode(first, skip_special_tokens=False)
     score = None if np.isnan(row["score"]) else float(row["score"])
     return Sample(str(row["document"]), split, tokens, score, text[:characters])
 
@@ -163,8 +154,11 @@ def report(sources: Sequence[Source]) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+    def line(cells: Sequence[object]) -> str:
+        return "| " + " | ".join(map(str, cells)) + " |"
+
+    rule = "|---|" + "---:|" * (len(heads) - 1)
+    return "\n".join([line(heads), rule, *map(line, rows)])
 
 
 def _shares(sources: Sequence[Source]) -> str:

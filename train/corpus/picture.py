@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,10 @@ def draw(sources: Sequence[Source], path: Path) -> None:
     """Write the picture to `path`, a png."""
     from matplotlib.figure import Figure
 
-    scored = [(source, COLOURS[i % len(COLOURS)]) for i, source in enumerate(sources) if source.scored]
-    figure = Figure(figsize=(10, 3.6 + 0.25 * len(sources) + 2.2 * len(scored)), layout="constrained")
+    coloured = zip(sources, cycle(COLOURS), strict=False)
+    scored = [(source, colour) for source, colour in coloured if source.scored]
+    height = 3.6 + 0.25 * len(sources) + 2.2 * len(scored)
+    figure = Figure(figsize=(10, height), layout="constrained")
     rows: Any = figure.subfigures(
         1 + len(scored), 1, height_ratios=[1.3 + 0.1 * len(sources), *[1] * len(scored)], squeeze=False
     )
@@ -64,9 +67,9 @@ def _shares(axes: Axes, sources: Sequence[Source]) -> None:
 
 def _lengths(axes: Axes, sources: Sequence[Source]) -> None:
     first, last = used_bins(sources)
-    for i, source in enumerate(sources):
+    for source, colour in zip(sources, cycle(COLOURS), strict=False):
         shares = 100 * source.lengths / max(1, source.lengths.sum())
-        axes.stairs(shares, LENGTHS, color=COLOURS[i % len(COLOURS)], lw=1.8, label=source.name)
+        axes.stairs(shares, LENGTHS, color=colour, lw=1.8, label=source.name)
     axes.set_xscale("log", base=2)
     axes.set_xlim(LENGTHS[first], LENGTHS[last + 1])
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

@@ -138,7 +138,8 @@ def as_files(folder: Path, settings: DataSettings, corpus: Corpus, stage: Stage)
         folder / f"{number:06d}.piece.parquet"
         for number in range(json.loads((folder / "done.json").read_text())["pieces"])
     )
-    return Files(tuple(File(path.name, str(path), path.stat().st_size, "") for path in pieces))
+    files = [File(path.name, str(path), path.stat().st_size, "") for path in pieces]
+    return Files(tuple(files))
 
 
 def read(work: Workshop, settings: DataSettings, stage: Stage) -> None:
@@ -184,10 +185,8 @@ def settle(work: Workshop, settings: DataSettings, stage: Stage) -> tuple[list[i
         if is_full(settings, tally):
             break
         done = work.done(task)
-        if done is None or (
-            done["before"] != {"documents": tally.documents, "bytes": tally.bytes}
-            and _reaches(settings, tally, done)
-        ):
+        before = {"documents": tally.documents, "bytes": tally.bytes}
+        if done is None or (done["before"] != before and _reaches(settings, tally, done)):
             work.path("text", task, ".json").unlink(missing_ok=True)
             shutil.rmtree(work.stages / f"again-{task}", ignore_errors=True)
             stage(f"again-{task}", reading(work, settings, task), 1)
@@ -297,9 +296,13 @@ def keep_best(work: Workshop, verdicts: Verdicts, clean: CleaningSettings, stage
         return {}
     score = Educational(str(Path(clean.filter).expanduser()), clean.encoder)
     stage("score", [Kept(work), score, KeepScores(work)], len(work.counts), title="scoring")
-    found = threshold(lambda: (scores_of(work, task) for task in range(len(work.counts))), clean.keep)
-    remove_low(work, verdicts, found)
-    return {"filter": {"keep": clean.keep, **found}}
+
+    def scores() -> Iterator[np.ndarray]:
+        return (scores_of(work, task) for task in range(len(work.counts)))
+
+    limit = threshold(scores, clean.keep)
+    remove_low(work, verdicts, limit)
+    return {"filter": {"keep": clean.keep, **limit}}
 
 
 # ---- tokenise ----------------------------------------------------------------------------------------------
@@ -315,16 +318,18 @@ def split_of(work: Workshop, verdicts: Verdicts, settings: DataSettings) -> Spli
     for task, where in verdicts.ranges():
         rows = np.flatnonzero(verdicts.kept(task))
         digests = work.digests(task)[: where.stop - where.start][rows]
-        keys.append(np.array([split_key(digest.tobytes(), settings.seed) for digest in digests], np.uint64))
-    found, numbers = np.concatenate(keys), np.flatnonzero(verdicts.verdict == KEPT)
-    if not len(found):
+        keys_of_task = [split_key(digest.tobytes(), settings.seed) for digest in digests]
+        keys.append(np.array(keys_of_task, np.uint64))
+    every, numbers = np.concatenate(keys), np.flatnonzero(verdicts.verdict == KEPT)
+    if not len(every):
         raise _nothing_left(work, settings)
-    if len(found) == 1:
+    if len(every) == 1:
         return Split(settings, cut=True)
-    validation = found < np.uint64(min(settings.validation_fraction * 2**64, 2**64 - 1))
+    bound = min(settings.validation_fraction * 2**64, 2**64 - 1)
+    validation = every < np.uint64(bound)
     if validation.any() and not validation.all():
         return Split(settings)
-    number = int(numbers[found.argmax() if validation.all() else found.argmin()])
+    number = int(numbers[every.argmax() if validation.all() else every.argmin()])
     task = int(np.searchsorted(work.starts, number, side="right")) - 1
     return Split(settings, named=(task, number - work.starts[task]))
 
@@ -342,13 +347,12 @@ def _nothing_left(work: Workshop, settings: DataSettings) -> UserError:
 
 
 def _left_out(tally: Tally) -> str:
-    counts = {key: value for key, value in plain(tally).items() if key.endswith("_skipped") and value}
-    return (
-        ", ".join(
-            f"{value:,} {key.removesuffix('_skipped').replace('_', ' ')}" for key, value in counts.items()
-        )
-        or "nothing"
-    )
+    parts = []
+    for key, count in plain(tally).items():
+        if key.endswith("_skipped") and count:
+            reason = key.removesuffix("_skipped").replace("_", " ")
+            parts.append(f"{count:,} {reason}")
+    return ", ".join(parts) or "nothing"
 
 
 def make_tokenizer(

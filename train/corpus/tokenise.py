@@ -82,7 +82,8 @@ class Lengths:
     validation: np.ndarray  # bool
 
     def __getitem__(self, where: slice | np.ndarray) -> Lengths:
-        return Lengths(self.row[where], self.tokens[where], self.bytes[where], self.validation[where])
+        columns = (self.row, self.tokens, self.bytes, self.validation)
+        return Lengths(*(column[where] for column in columns))
 
     def of(self, split: str) -> Lengths:
         return self[self.validation == (split == "validation")]
@@ -133,25 +134,26 @@ class Tokenise(PipelineStep):
     def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
         path = self.work.folder / ENCODER
         encoder = _encoder(path, path.stat().st_mtime_ns)
-        columns: dict[str, list[int]] = {"row": [], "tokens": [], "bytes": [], "validation": []}
+        kinds = {"row": np.int64, "tokens": np.int64, "bytes": np.int64, "validation": bool}
+        columns: dict[str, list[int]] = {name: [] for name in kinds}
         with ExitStack() as stack:
             files = {}
             for name in SPLITS:
                 partial = stack.enter_context(whole_file(self.work.path("ids", rank, f".{name}.bin")))
                 files[name] = stack.enter_context(partial.open("wb"))
             for batch in in_batches(self._parts(data, rank)):
-                for (row, text, validation), ids in zip(
-                    batch, encoder.encode([text for _, text, _ in batch]), strict=True
-                ):
-                    files["validation" if validation else "train"].write(np.array(ids, self.dtype).tobytes())
-                    for column, value in zip(
-                        columns.values(), (row, len(ids), len(text.encode()), validation), strict=True
-                    ):
-                        column.append(value)
+                encoded = encoder.encode([text for _, text, _ in batch])
+                for (row, text, validation), ids in zip(batch, encoded, strict=True):
+                    split = "validation" if validation else "train"
+                    files[split].write(np.array(ids, self.dtype).tobytes())
+                    columns["row"].append(row)
+                    columns["tokens"].append(len(ids))
+                    columns["bytes"].append(len(text.encode()))
+                    columns["validation"].append(validation)
                 self.stat_update("tokens", value=sum(columns["tokens"][-len(batch) :]))
-        kinds = {"row": np.int64, "tokens": np.int64, "bytes": np.int64, "validation": bool}
+        arrays = {name: np.array(columns[name], kind) for name, kind in kinds.items()}
         with whole_file(self.work.path("lengths", rank, ".npz")) as partial, partial.open("wb") as file:
-            np.savez(file, **{name: np.array(columns[name], kind) for name, kind in kinds.items()})  # type: ignore[arg-type]
+            np.savez(file, **arrays)  # type: ignore[arg-type]
         return
         yield
 
@@ -225,10 +227,12 @@ class Pack(PipelineStep):
         yield
 
     def _pieces(self, shard: Shard) -> Iterator[bytes]:
-        ends, start, stop = self.ends[shard.split], shard.start, shard.start + shard.tokens
+        ends = self.ends[shard.split]
+        start, stop = shard.start, shard.start + shard.tokens
         task = int(np.searchsorted(ends, start, side="right"))
         while start < stop:
-            first, end = (ends[task - 1] if task else 0), min(stop, ends[task])
+            first = ends[task - 1] if task else 0
+            end = min(stop, ends[task])
             if end > start:
                 path = self.work.path("ids", task, f".{shard.split}.bin")
                 yield from _read(

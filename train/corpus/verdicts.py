@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ class Verdicts:
         self._starts = work.starts
 
         def array(name: str, dtype: str) -> np.ndarray:
-            return np.memmap(folder / name, dtype, mode, shape=(count,)) if count else np.empty(0, dtype)
+            if not count:
+                return np.empty(0, dtype)
+            return np.memmap(folder / name, dtype, mode, shape=(count,))
 
         self.verdict, self.earlier, self.similarity = (
             array("verdict", "u1"),
@@ -77,23 +80,22 @@ class Verdicts:
 
     def ranges(self) -> Iterator[tuple[int, slice]]:
         """Each task, and the numbers of its documents."""
-        return ((task, slice(*self._starts[task : task + 2])) for task in range(len(self._starts) - 1))
+        return ((task, slice(*bounds)) for task, bounds in enumerate(pairwise(self._starts)))
 
     def kept(self, task: int) -> np.ndarray:
         """Of a task's documents, bool (documents,)."""
-        return self.verdict[self._starts[task] : self._starts[task + 1]] == KEPT
+        first, stop = self._starts[task : task + 2]
+        return self.verdict[first:stop] == KEPT
 
     def match(self, found: Match, verdict: int) -> None:
         """Of several earlier documents, the first counts."""
         order = np.lexsort((-found.earlier, found.documents))  # the first is written last
-        documents, earlier, similarity = found.documents[order], found.earlier[order], found.similarity[order]
+        documents, earlier = found.documents[order], found.earlier[order]
         better = (self.verdict[documents] == KEPT) | (earlier < self.earlier[documents])
-        documents, earlier, similarity = documents[better], earlier[better], similarity[better]
-        self.verdict[documents], self.earlier[documents], self.similarity[documents] = (
-            verdict,
-            earlier,
-            similarity,
-        )
+        documents = documents[better]
+        self.verdict[documents] = verdict
+        self.earlier[documents] = earlier[better]
+        self.similarity[documents] = found.similarity[order][better]
 
 
 # ---- benchmarks --------------------------------------------------------------------------------------------
@@ -129,11 +131,11 @@ def remove_overlaps(
 def _overlaps(work: Workshop, verdicts: Verdicts) -> Iterator[tuple[int, int, int, str]]:
     """Task, document in it, n-gram and detail of every overlap of a document that is kept so far."""
     for task, _ in verdicts.ranges():
-        kept, columns = (
-            verdicts.kept(task) | (verdicts.verdict[work.starts[task] : work.starts[task + 1]] == OVERLAP),
-            work.overlaps(task),
-        )
-        for row, ngram, detail in zip(columns["document"], columns["ngram"], columns["detail"], strict=True):
+        first, stop = work.starts[task : task + 2]
+        kept = verdicts.kept(task) | (verdicts.verdict[first:stop] == OVERLAP)
+        columns = work.overlaps(task)
+        hits = zip(columns["document"], columns["ngram"], columns["detail"], strict=True)
+        for row, ngram, detail in hits:
             if row < len(kept) and kept[row]:
                 yield task, row, ngram, detail
 
@@ -145,9 +147,10 @@ def remove_low(work: Workshop, verdicts: Verdicts, found: dict[str, Any]) -> Non
     """Leave out what scored less than the threshold that was found; of documents with just that score, keep
     the first."""
     ties = found["ties"]
+    least = np.inf if found["threshold"] is None else np.float32(found["threshold"])
     for task, where in verdicts.ranges():
         scores = scores_of(work, task)
-        low = scores < (np.inf if found["threshold"] is None else np.float32(found["threshold"]))
+        low = scores < least
         tied = np.flatnonzero(scores == np.float32(found["threshold"]))
         low[tied[ties:]] = True
         ties = max(0, ties - len(tied))
@@ -157,7 +160,9 @@ def remove_low(work: Workshop, verdicts: Verdicts, found: dict[str, Any]) -> Non
 def scores_of(work: Workshop, task: int) -> np.ndarray:
     """Of a task's documents, float32 (documents,): NaN for one that was not scored."""
     path = work.path("scores", task, ".npy")
-    return np.load(path) if path.is_file() else np.full(work.counts[task], np.nan, np.float32)
+    if path.is_file():
+        return np.load(path)
+    return np.full(work.counts[task], np.nan, np.float32)
 
 
 # ---- the report --------------------------------------------------------------------------------------------
@@ -200,21 +205,21 @@ def _removed(
     work: Workshop, verdicts: Verdicts, task: int, names_of: Callable[[int], list[str]], boilerplate: set[int]
 ) -> Iterator[dict[str, Any]]:
     """A row for each document of a task that is left out."""
-    starts, names, sizes, scores = (
-        np.array(work.starts),
-        names_of(task),
-        work.sizes(task),
-        scores_of(work, task),
-    )
+    starts, names = np.array(work.starts), names_of(task)
+    sizes, scores = work.sizes(task), scores_of(work, task)
     first, columns = work.starts[task], work.overlaps(task)
-    hits = zip(columns["document"], columns["ngram"], columns["detail"], strict=True)
-    # the first of each stays
-    overlaps = dict(reversed([(row, detail) for row, ngram, detail in hits if ngram not in boilerplate]))
+    overlaps: dict[int, str] = {}  # the first of each document
+    for row, ngram, detail in zip(columns["document"], columns["ngram"], columns["detail"], strict=True):
+        if ngram not in boilerplate:
+            overlaps.setdefault(row, detail)
     for row in np.flatnonzero(~verdicts.kept(task)).tolist():
-        verdict, earlier, detail = int(verdicts.verdict[first + row]), int(verdicts.earlier[first + row]), ""
+        number = first + row
+        verdict, earlier = int(verdicts.verdict[number]), int(verdicts.earlier[number])
+        detail = ""
         if earlier >= 0:
             other = int(np.searchsorted(starts, earlier, side="right")) - 1
-            detail = f"{verdicts.similarity[first + row]:.3f} {names_of(other)[earlier - starts[other]]}"
+            name = names_of(other)[earlier - starts[other]]
+            detail = f"{verdicts.similarity[number]:.3f} {name}"
         elif verdict == OVERLAP:
             detail = overlaps[row]
         elif verdict == LOW:

@@ -54,7 +54,8 @@ def ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
     """A hash of each `n` consecutive words; of all of them together where there are fewer. uint64, (max(1, w
     - n + 1),)."""
     n = min(n, len(hashes))
-    result = np.zeros(len(hashes) - n + 1, np.uint64)
+    count = len(hashes) - n + 1
+    result = np.zeros(count, np.uint64)
     for i in range(n):
-        result = result * np.uint64(_FACTOR) + hashes[i : len(hashes) - n + 1 + i]
+        result = result * np.uint64(_FACTOR) + hashes[i : i + count]
     return result

@@ -79,7 +79,8 @@ class Workshop:
         return list(json.loads(self.plan.read_text())["tasks"])
 
     def files(self, task: int) -> tuple[File, ...]:
-        return tuple(File(*entry) for entry in json.loads(self.path("files", task, ".json").read_text()))
+        entries = json.loads(self.path("files", task, ".json").read_text())
+        return tuple(File(*entry) for entry in entries)
 
     # ---- what was read -------------------------------------------------------------------------------------
 
@@ -145,7 +146,10 @@ class Workshop:
         )
 
     def _column(self, task: int, name: str) -> list[Any]:
-        return [value for batch in self._batches(task, (name,)) for value in batch.column(name).to_pylist()]
+        values = []
+        for batch in self._batches(task, (name,)):
+            values += batch.column(name).to_pylist()
+        return values
 
     def _batches(self, task: int, names: tuple[str, ...]) -> Iterator[Any]:
         import pyarrow.ipc

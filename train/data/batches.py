@@ -29,8 +29,9 @@ def permuted(index: np.ndarray, size: int, *key: int) -> np.ndarray:
         size: up to 2**62.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
-    digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8 * ROUNDS).digest()
-    keys = np.frombuffer(digest, "<u8")
+    text = ",".join(map(str, key))
+    digest = hashlib.blake2b(text.encode(), digest_size=8 * ROUNDS)
+    keys = np.frombuffer(digest.digest(), "<u8")
     result = _feistel(np.asarray(index, np.uint64), half, keys)
     while (outside := result >= size).any():  # the network covers less than 4 · size numbers: a few turns
         result[outside] = _feistel(result[outside], half, keys)
@@ -42,7 +43,8 @@ def _feistel(index: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
     bits, mask = np.uint64(half), np.uint64(2**half - 1)
     left, right = index >> bits, index & mask
     for i in range(ROUNDS):
-        left, right = right, left ^ (_mixed(right ^ keys[i : i + 1]) & mask)
+        hashed = _mixed(right ^ keys[i : i + 1]) & mask
+        left, right = right, left ^ hashed
     return (left << bits) | right
 
 
@@ -91,7 +93,8 @@ def batch(
     Raises:
         UserError: the split has fewer tokens than one window.
     """
-    index = step * batch_size + np.arange(start, batch_size if stop is None else stop, dtype=np.int64)
+    stop = batch_size if stop is None else stop
+    index = step * batch_size + np.arange(start, stop, dtype=np.int64)
     if isinstance(split, TokenSplit):
         return _drawn(split, index, context, seed)
     rows = np.empty((len(index), context + 1), np.int64)
@@ -107,7 +110,8 @@ def _drawn(split: TokenSplit, draws: np.ndarray, context: int, *key: int) -> np.
     epochs, places = np.divmod(draws, windows)
     chosen = np.empty_like(draws)
     for epoch in np.unique(epochs):
-        chosen[epochs == epoch] = permuted(places[epochs == epoch], windows, *key, int(epoch))
+        here = epochs == epoch
+        chosen[here] = permuted(places[here], windows, *key, int(epoch))
     return _read(split, chosen, context)
 
 
@@ -135,11 +139,13 @@ def validation_batches(
         )
     size = batch_size or max(1, EVALUATION_TOKENS // context)
     chosen = np.arange(wanted, dtype=np.int64) * windows // wanted
-    return (_read(split, chosen[first : first + size], context) for first in range(0, wanted, size))
+    pieces = (chosen[first : first + size] for first in range(0, wanted, size))
+    return (_read(split, piece, context) for piece in pieces)
 
 
 def _read(split: TokenSplit, windows: np.ndarray, context: int) -> np.ndarray:
     rows = np.empty((len(windows), context + 1), np.int64)
     for row, window in zip(rows, windows.tolist(), strict=True):
-        row[:] = split.tokens[window * context : window * context + context + 1]
+        first = window * context
+        row[:] = split.tokens[first : first + context + 1]
     return rows

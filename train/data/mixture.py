@@ -49,19 +49,21 @@ class Phase:
     def turns(self, rows: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """Per source the places in `rows` that are its turns, and which turns they are. `rows`: numbers of
         rows of this phase, (r,)."""
-        left, places, remaining = rows - self.start, np.arange(len(rows)), Fraction(1)
+        left, places = rows - self.start, np.arange(len(rows))
+        remaining = Fraction(1)
         for name, weight in self.weights.items():
             had, its = _taken(left, weight / remaining)
             yield name, places[its], had[its] + self.before.get(name, 0)
-            left, places, remaining = (left - had)[~its], places[~its], remaining - weight
+            left, places = (left - had)[~its], places[~its]
+            remaining -= weight
 
     def counts(self, rows: int) -> dict[str, int]:
         """How many of the phase's first `rows` rows each source fills."""
-        found, remaining = {}, Fraction(1)
+        turns, remaining = {}, Fraction(1)
         for name, weight in self.weights.items():
-            found[name] = rows * weight // remaining
-            rows, remaining = rows - found[name], remaining - weight
-        return found
+            turns[name] = rows * weight // remaining
+            rows, remaining = rows - turns[name], remaining - weight
+        return turns
 
 
 def _taken(index: np.ndarray, share: Fraction) -> tuple[np.ndarray, np.ndarray]:
@@ -98,10 +100,8 @@ class Mixture:
             UserError: the last phase ends before.
         """
         for phase in self.phases:
-            within = (index >= phase.start) & (
-                index < (np.iinfo(np.int64).max if phase.stop is None else phase.stop)
-            )
-            places = np.flatnonzero(within)
+            stop = np.iinfo(np.int64).max if phase.stop is None else phase.stop
+            places = np.flatnonzero((index >= phase.start) & (index < stop))
             for name, rows, draws in phase.turns(index[places]):
                 if len(rows):
                     yield Share(self.splits[name], source_key(name), places[rows], draws)
@@ -111,12 +111,13 @@ class Mixture:
 
     def counts(self, rows: int) -> dict[str, int]:
         """How many of the first `rows` rows of the run each source fills."""
-        found = dict.fromkeys(self.splits, 0)
+        turns = dict.fromkeys(self.splits, 0)
         for phase in self.phases:
-            length = max(0, (rows if phase.stop is None else min(rows, phase.stop)) - phase.start)
+            stop = rows if phase.stop is None else min(rows, phase.stop)
+            length = max(0, stop - phase.start)
             for name, count in phase.counts(length).items():
-                found[name] += count
-        return found
+                turns[name] += count
+        return turns
 
 
 def tokens_read(split: TokenSplit | Mixture, name: str, rows: int, context: int) -> dict[str, int]:
@@ -141,14 +142,15 @@ def mix(settings: MixtureSettings, splits: Mapping[str, TokenSplit], *, context:
         UserError: a source has not one window or ends early, or the phases do, each with what there is and
         what is asked for.
     """
-    windows = {name: max(0, split.count - 1) // context for name, split in splits.items()}
+    counts = {name: split.count for name, split in splits.items()}
+    windows = {name: max(0, count - 1) // context for name, count in counts.items()}
     UserError.collect(
         (
-            f"mixture.sources.{name}: its training part has {splits[name].count} tokens, less than one "
+            f"mixture.sources.{name}: its training part has {counts[name]} tokens, less than one "
             f"window of {context} + 1; give more text"
         )
-        for name, found in windows.items()
-        if not found
+        for name in windows
+        if not windows[name]
     )
     phases: list[Phase] = []
     for phase in settings.phases:
@@ -191,7 +193,11 @@ def _phase(
         length = None if settings.tokens is None else max(1, round(settings.tokens / context))
         if settings.share is not None:
             length = max(1, round(Fraction(str(settings.share)) * rows))
-    ordered = dict(sorted(weights.items(), key=lambda item: (-item[1], item[0])))
+
+    def rank(name: str) -> tuple[Fraction, str]:
+        return -weights[name], name
+
+    ordered = {name: weights[name] for name in sorted(weights, key=rank)}
     return Phase(start, None if length is None else start + length, ordered, before)
 
 
@@ -233,22 +239,25 @@ def mixed(
     """
     if settings is None:
         return data
-    wanted = {name: s for name, source in settings.sources.items() if (s := source_data(source, own, data))}
-    opened = {name: prepare(source) for name, source in apart(wanted).items()}
-    splits = {name: opened[name].train if name in opened else data.train for name in settings.sources}
-    parts = [
-        data.fingerprint,
-        *(f"{name} {(opened.get(name) or data).fingerprint}" for name in settings.sources),
-    ]
-    parts += [json.dumps(_told(phase), sort_keys=True) for phase in settings.phases]
+    asked = {name: source_data(source, own, data) for name, source in settings.sources.items()}
+    wanted = {name: source for name, source in asked.items() if source is not None}
+    prepared = {name: prepare(source) for name, source in apart(wanted).items()}
+    opened = {name: prepared.get(name, data) for name in settings.sources}
+    splits = {name: source.train for name, source in opened.items()}
+    parts = [data.fingerprint]
+    parts += [f"{name} {source.fingerprint}" for name, source in opened.items()]
+    parts += [json.dumps(_phase_entries(phase), sort_keys=True) for phase in settings.phases]
     fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     assert all(isinstance(split, TokenSplit) for split in splits.values())
     return replace(data, train=mix(settings, splits, context=context, rows=rows), fingerprint=fingerprint)  # type: ignore[arg-type]
 
 
-def _told(phase: PhaseSettings) -> dict[str, Any]:
+def _phase_entries(phase: PhaseSettings) -> dict[str, Any]:
     """A phase for the fingerprint; a share that is not given is left out, as it was before there were any."""
-    return {key: value for key, value in asdict(phase).items() if key != "share" or value is not None}
+    entries = asdict(phase)
+    if entries["share"] is None:
+        del entries["share"]
+    return entries
 
 
 def apart(sources: Mapping[str, DataSettings]) -> dict[str, DataSettings]:

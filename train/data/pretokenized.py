@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +100,9 @@ def _stamps(files: Sequence[TokenFile]) -> list[list[Any]]:
 
 def _is_current(folder: Path, wanted: dict[str, Any]) -> bool:
     manifest = read_manifest(folder)
-    return manifest is not None and all(manifest[key] == value for key, value in wanted.items())
+    if manifest is None:
+        return False
+    return all(manifest[key] == value for key, value in wanted.items())
 
 
 # ---- checking ----------------------------------------------------------------------------------------------
@@ -137,19 +140,22 @@ def _check(
     dtype = _type_of(every, tokenizer, str(settings.tokenizer))
     _check_ends(every, dtype, tokenizer, str(settings.tokenizer))
     parts = _parts(files, dtype, settings.validation_fraction, tokenizer.eos_token_id)
-    found = {name: Count(np.zeros(entries(tokenizer), np.int64)) for name in SPLITS}
+    counts = {name: Count(np.zeros(entries(tokenizer), np.int64)) for name in SPLITS}
     if progress:
-        print(f"{folder}: checking {sum(file.size for file in every):,} bytes of tokens", file=sys.stderr)
+        size = sum(file.size for file in every)
+        print(f"{folder}: checking {size:,} bytes of tokens", file=sys.stderr)
     for name in SPLITS:
         for part in parts[name]:
-            _count(part, dtype, found[name], tokenizer)
-    manifest = wanted | _told(found, dtype, tokenizer)
+            _count(part, dtype, counts[name], tokenizer)
+    manifest = wanted | _contents(counts, dtype, tokenizer)
     with whole_folder(folder) as partial:
         save_tokenizer(tokenizer, partial / TOKENIZER)
         write_manifest(partial, manifest | {"fingerprint": fingerprint(manifest)})
 
 
-def _told(found: dict[str, Count], dtype: np.dtype, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def _contents(
+    counts: dict[str, Count], dtype: np.dtype, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, Any]:
     """What the manifest says beside whose files these are."""
     widths = token_bytes(tokenizer)
     splits = {
@@ -160,9 +166,13 @@ def _told(found: dict[str, Count], dtype: np.dtype, tokenizer: PreTrainedTokeniz
             "sha256": count.digest.hexdigest(),
             "shards": count.shards,
         }
-        for name, count in found.items()
+        for name, count in counts.items()
     }
-    read = {key: sum(split[key] for split in splits.values()) for key in ("documents", "bytes")}
+
+    def total(key: str) -> int:
+        return sum(split[key] for split in splits.values())
+
+    read = {"documents": total("documents"), "bytes": total("bytes")}
     return {
         "read": read | dict.fromkeys(("empty_skipped", "too_long_skipped", "utf8_replaced"), 0),
         "cleaning": {"removed": {}},
@@ -178,35 +188,35 @@ def _told(found: dict[str, Count], dtype: np.dtype, tokenizer: PreTrainedTokeniz
     }
 
 
-def _count(part: Part, dtype: np.dtype, found: Count, tokenizer: PreTrainedTokenizerFast) -> None:
+def _count(part: Part, dtype: np.dtype, count: Count, tokenizer: PreTrainedTokenizerFast) -> None:
     """Add a part to what is known of its split.
 
     Raises:
         UserError: an id is none of the tokenizer's.
     """
-    file, ids, most = part.file, part.file.ids(dtype), len(found.counts)
-    before = int(found.counts[tokenizer.eos_token_id])
+    file, end_of_text = part.file, tokenizer.eos_token_id
+    ids, most = file.ids(dtype), len(count.counts)
+    before = int(count.counts[end_of_text])
     for first in range(part.first, part.stop, CHUNK):
         piece = ids[first : min(part.stop, first + CHUNK)]
         if int(piece.max()) >= most or int(piece.min()) < 0:
-            place = first + int(np.flatnonzero((piece >= most) | (piece < 0))[0])
+            is_unknown = (piece >= most) | (piece < 0)
+            place = first + int(np.flatnonzero(is_unknown)[0])
             raise UserError(
                 f"{file.path}: the id at place {place:,} is {ids[place]:,}, and data.tokenizer has "
                 f"{most:,} entries: another tokenizer cut it, or it is damaged"
             )
-        found.counts += np.bincount(piece, minlength=most)
-        found.digest.update(piece.tobytes())
+        count.counts += np.bincount(piece, minlength=most)
+        count.digest.update(piece.tobytes())
     if file.documents is not None:
         documents = file.documents_before(part.stop) - file.documents_before(part.first)
     else:  # a last document whose end is not there is one too
-        documents = (
-            int(found.counts[tokenizer.eos_token_id])
-            - before
-            + (ids[part.stop - 1] != tokenizer.eos_token_id)
-        )
-    found.documents += int(documents)
-    offset, tokens = file.offset + part.first * dtype.itemsize, part.stop - part.first
-    found.shards.append({"file": str(file.path), "offset": offset, "tokens": tokens, "size": file.size})
+        is_open = ids[part.stop - 1] != end_of_text
+        documents = int(count.counts[end_of_text]) - before + int(is_open)
+    count.documents += int(documents)
+    offset = file.offset + part.first * dtype.itemsize
+    tokens = part.stop - part.first
+    count.shards.append({"file": str(file.path), "offset": offset, "tokens": tokens, "size": file.size})
 
 
 # ---- what is held out --------------------------------------------------------------------------------------
@@ -217,9 +227,13 @@ def _parts(
 ) -> dict[str, list[Part]]:
     """The files as they are where some are validated on; else the end of each is, from where a document
     ends."""
-    lengths = {file.path: len(file.ids(dtype)) for part in files.values() for file in part}
+    lengths = {file.path: len(file.ids(dtype)) for file in chain(*files.values())}
+
+    def all_of(file: TokenFile) -> Part:
+        return Part(file, 0, lengths[file.path])
+
     if files["validation"]:
-        return {name: [Part(file, 0, lengths[file.path]) for file in part] for name, part in files.items()}
+        return {name: list(map(all_of, part)) for name, part in files.items()}
     parts: dict[str, list[Part]] = {name: [] for name in SPLITS}
     for file in files["train"]:
         length = lengths[file.path]
@@ -237,14 +251,22 @@ def _cut(file: TokenFile, dtype: np.dtype, wanted: int, end_of_text: int) -> int
     ids = file.ids(dtype)
     if file.documents is not None:
         number = file.documents_before(wanted - 1)
-        near = [file.end(i) for i in (number, number - 1) if 0 <= i < file.documents]
+        numbers = [i for i in (number, number - 1) if 0 <= i < file.documents]
+        near = [file.end(i) for i in numbers]
         return next((end for end in near if 0 < end < len(ids)), wanted)
+
+    def ends_in(first: int, stop: int) -> np.ndarray:
+        """Where documents end whose end of text is in [first, stop)."""
+        return first + 1 + np.flatnonzero(ids[first:stop] == end_of_text)
+
     for first in range(max(0, wanted - 1), len(ids) - 1, CHUNK):
-        if len(ends := np.flatnonzero(ids[first : min(len(ids) - 1, first + CHUNK)] == end_of_text)):
-            return first + int(ends[0]) + 1
+        ends = ends_in(first, min(len(ids) - 1, first + CHUNK))
+        if len(ends):
+            return int(ends[0])
     for stop in range(wanted, 0, -CHUNK):
-        if len(ends := np.flatnonzero(ids[(first := max(0, stop - CHUNK)) : stop] == end_of_text)):
-            return first + int(ends[-1]) + 1
+        ends = ends_in(max(0, stop - CHUNK), stop)
+        if len(ends):
+            return int(ends[-1])
     return wanted
 
 
@@ -276,15 +298,19 @@ def _type_of(files: Sequence[TokenFile], tokenizer: PreTrainedTokenizerFast, nam
 def _pieces(files: Sequence[TokenFile], dtype: np.dtype, end_of_text: int) -> Iterator[np.ndarray]:
     """Some ids of some documents, from the documents' beginning where that is near; spread evenly over the
     files and in them."""
-    chosen = [files[i * len(files) // min(len(files), PIECES)] for i in range(min(len(files), PIECES))]
-    each = PIECES // len(chosen)
+    count = min(len(files), PIECES)
+    chosen = [files[i * len(files) // count] for i in range(count)]
+    each = PIECES // count
     for file in chosen:
         ids = file.ids(dtype)
         for place in (len(ids) * i // each for i in range(each)):
             part = ids[place : place + 8 * PIECE]
             ends = np.flatnonzero(part == end_of_text)
-            first = int(ends[0]) + 1 if place and len(ends) and ends[0] + 1 < len(part) else 0
-            last = next((int(end) for end in ends if end >= first + 1), len(part))
+            first = 0
+            if place and len(ends) and ends[0] + 1 < len(part):  # the rest of a document goes before
+                first = int(ends[0]) + 1
+            later = ends[ends > first]
+            last = int(later[0]) if len(later) else len(part)
             yield part[first : min(last, first + PIECE)]
 
 
@@ -311,8 +337,9 @@ def _check_ends(
     for file in files:
         ids, documents = file.ids(dtype), file.documents or 0
         places = np.linspace(0, documents - 1, min(documents, CHECKED_ENDS)).astype(np.int64)
-        last = [int(ids[end - 1]) for end in map(file.end, places.tolist()) if end]
-        if last and sum(i == tokenizer.eos_token_id for i in last) < 0.9 * len(last):
+        ends = [file.end(number) for number in places.tolist()]
+        last = [int(ids[end - 1]) for end in ends if end]
+        if last and last.count(tokenizer.eos_token_id) < 0.9 * len(last):
             other = max(set(last), key=last.count)
             raise UserError(
                 f"{file.path}: its documents do not end with the end of text of data.tokenizer={name} "

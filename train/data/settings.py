@@ -285,7 +285,8 @@ def _phase_faults(where: str, phase: PhaseSettings, mixture: MixtureSettings, *,
             f"{where}.tokens: "
             + ("must be positive" if key == "weights" else "passes say how long the phase is; leave it out")
         )
-    if phase.share is not None and (key == "passes" or phase.tokens is not None or not 0 < phase.share <= 1):
+    has_length = key == "passes" or phase.tokens is not None
+    if phase.share is not None and (has_length or not 0 < phase.share <= 1):
         faults.append(
             f"{where}.share: with weights and without tokens, a share of the run between 0 and 1; found "
             f"{phase.share}"

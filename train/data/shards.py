@@ -44,10 +44,13 @@ class Tokens:
         first = int(np.searchsorted(self._ends, start, side="right"))
         parts = []
         while start < stop:
-            base, end = int(self._ends[first]) - len(self._shards[first]), min(stop, int(self._ends[first]))
-            parts.append(self._shards[first][start - base : end - base])
+            shard, shard_end = self._shards[first], int(self._ends[first])
+            base, end = shard_end - len(shard), min(stop, shard_end)
+            parts.append(shard[start - base : end - base])
             start, first = end, first + 1
-        return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, self.dtype)])
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([*parts, np.empty(0, self.dtype)])
 
 
 @dataclass(frozen=True)
@@ -128,11 +131,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (FileNotFoundError, NotADirectoryError):
-        if (
-            folder.exists()
-            and not (folder / MANIFEST).exists()
-            and (not folder.is_dir() or any(folder.iterdir()))
-        ):
+        if folder.exists() and not (folder / MANIFEST).exists() and _holds_something(folder):
             raise UserError(
                 f"{folder}: there, but no token folder (no {MANIFEST}); move it away, or choose another "
                 "data.folder"
@@ -147,6 +146,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not matches:
         raise _damaged(folder, f"{MANIFEST} does not match its own fingerprint: it has been changed")
     return manifest
+
+
+def _holds_something(path: Path) -> bool:
+    """Check for a file, or a folder that is not empty."""
+    return not path.is_dir() or any(path.iterdir())
 
 
 def fingerprint(manifest: dict[str, Any]) -> str:
@@ -206,10 +210,10 @@ def check_data(folder: Path, advance: Callable[[int], None] = lambda size: None)
         if digest.hexdigest() != entry["sha256"]:
             raise _damaged(folder, f"the {name} shards are not the bytes that the manifest tells of")
     try:
-        found = Tokenizer.from_file(str(folder / TOKENIZER / "tokenizer.json")).to_str()
+        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER / "tokenizer.json")).to_str()
     except Exception as error:  # the library raises a bare one
         raise _damaged(folder, f"{TOKENIZER}/tokenizer.json cannot be read ({error})") from error
-    if hashlib.sha256(found.encode()).hexdigest() != manifest["tokenizer"]["sha256"]:
+    if hashlib.sha256(tokenizer.encode()).hexdigest() != manifest["tokenizer"]["sha256"]:
         raise _damaged(folder, f"{TOKENIZER}/tokenizer.json is not the tokenizer that the manifest tells of")
 
 
@@ -218,19 +222,14 @@ def _open_split(folder: Path, name: str, manifest: dict[str, Any]) -> TokenSplit
     shards = []
     for shard in entry["shards"]:
         # tokens that others made lie elsewhere, and may be a part of a file
-        path, tokens = (
-            folder / shard["file"],
-            shard["tokens"],
-        )
+        path, tokens = folder / shard["file"], shard["tokens"]
         expected = shard.get("size", tokens * dtype.itemsize)
-        found = path.stat().st_size if path.is_file() else None
-        if found != expected:
-            raise _damaged(
-                folder,
-                f"{shard['file']} should have {expected} bytes, "
-                + ("is missing" if found is None else f"has {found}"),
-            )
-        shards.append(np.memmap(path, dtype, "r", shard.get("offset", 0), (tokens,)).view(np.ndarray))
+        size = path.stat().st_size if path.is_file() else None
+        if size != expected:
+            fault = "is missing" if size is None else f"has {size}"
+            raise _damaged(folder, f"{shard['file']} should have {expected} bytes, {fault}")
+        mapped = np.memmap(path, dtype, "r", shard.get("offset", 0), (tokens,))
+        shards.append(mapped.view(np.ndarray))
     return TokenSplit(name, Tokens(shards), entry["documents"], entry["bytes"])
 
 

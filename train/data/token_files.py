@@ -77,25 +77,23 @@ def find(path: str, key: str) -> list[TokenFile]:
     Raises:
         UserError: there is none, or one is not what its name says; the message names the setting `key`.
     """
-    given = Path(path).expanduser()
-    if given.is_dir():
-        names = [Path(folder, name) for folder, _, names in os.walk(given) for name in names]
+    root = Path(path).expanduser()
+    names: list[Path] = []
+    if root.is_dir():
+        for folder, _, entries in os.walk(root):
+            names += [Path(folder, name) for name in entries]
+    elif has_magic(str(root)) and not root.exists():
+        names += map(Path, glob(str(root), recursive=True))
     else:
-        names = (
-            [Path(name) for name in glob(str(given), recursive=True)]
-            if has_magic(str(given)) and not given.exists()
-            else [given]
-        )
-    found = sorted(name for name in names if name.suffix in READERS and name.is_file())
-    if not found:
-        reason = (
-            f"none of its {len(names)} files ends in {' '.join(READERS)}"
-            if given.is_dir()
-            else "no such token file"
-        )
+        names.append(root)
+    token_files = sorted(name for name in names if name.suffix in READERS and name.is_file())
+    if not token_files:
+        reason = "no such token file"
+        if root.is_dir():
+            reason = f"none of its {len(names)} files ends in {' '.join(READERS)}"
         raise UserError(f"{key}={path}: {reason}; give a folder, a glob or a file of {', '.join(READERS)}")
     files, faults = list[TokenFile](), list[str]()
-    for name in found:
+    for name in token_files:
         try:
             files.append(describe(name))
         except UserError as fault:
@@ -122,8 +120,10 @@ def describe(path: Path) -> TokenFile:
 
 
 def _datatrove(path: Path) -> TokenFile:
-    index, metadata = path.with_name(path.name + ".index"), path.with_name(path.name + ".metadata")
-    if path.with_name(path.name + ".loss").exists():
+    index, metadata, mask = (
+        path.with_name(path.name + ending) for ending in (".index", ".metadata", ".loss")
+    )
+    if mask.exists():
         raise UserError(
             f"{path}: it has a loss mask (.ds.loss), which is not read; move the mask away to train on "
             "every token"
@@ -139,7 +139,8 @@ def _datatrove(path: Path) -> TokenFile:
             )
     if tokens is None:
         return TokenFile(path, 0, RAW, tokenizer=tokenizer)
-    kinds = tuple(kind for kind in RAW if kind.itemsize * tokens == size and width in (None, kind.itemsize))
+    fitting = [kind for kind in RAW if kind.itemsize * tokens == size]
+    kinds = tuple(kind for kind in fitting if width in (None, kind.itemsize))
     if not kinds:
         of = f" of {width} bytes" if width else " of 2 or 4 bytes"
         raise _cut(path, f"it should have {tokens:,} ids{of}, and has {size:,} bytes")
@@ -153,7 +154,9 @@ def _metadata(path: Path) -> tuple[str, int | None, int]:
     try:
         name, tokens, *_ = path.read_text(encoding="utf-8").splitlines()
         stem, _, width = name.rpartition("|")
-        return (stem, int(width), int(tokens)) if width.isdigit() else (name, None, int(tokens))
+        if width.isdigit():
+            return stem, int(width), int(tokens)
+        return name, None, int(tokens)
     except ValueError as error:
         raise _cut(path, f"not what datatrove writes ({error})") from None
 
@@ -163,11 +166,10 @@ def _index(path: Path) -> np.ndarray:
     if not path.stat().st_size or path.stat().st_size % 8:
         raise _cut(path, f"{path.stat().st_size:,} bytes are no whole number of document ends")
     ends = np.memmap(path, "<u8", "r").view(np.ndarray)
-    if any(
-        (np.diff(ends[first : first + PIECE + 1].astype(np.int64)) < 0).any()
-        for first in range(0, len(ends), PIECE)
-    ):
-        raise _cut(path, "a document ends before the one in front of it")
+    for first in range(0, len(ends), PIECE):
+        piece = ends[first : first + PIECE + 1].astype(np.int64)
+        if (np.diff(piece) < 0).any():
+            raise _cut(path, "a document ends before the one in front of it")
     return ends
 
 
@@ -176,10 +178,13 @@ def _bin(path: Path) -> TokenFile:
         return _megatron(path, path.with_suffix(".idx"))
     with path.open("rb") as file:
         head = file.read(12)
-    magic, version, tokens = struct.unpack("<3i", head) if len(head) == 12 else (0, 0, 0)
+    magic = version = tokens = 0
+    if len(head) == 12:
+        magic, version, tokens = struct.unpack("<3i", head)
     if (magic, version) not in LLM_C_TYPES:
         return TokenFile(path, 0, RAW)
-    dtype, size = np.dtype(LLM_C_TYPES[magic, version]), path.stat().st_size
+    dtype = np.dtype(LLM_C_TYPES[magic, version])
+    size = path.stat().st_size
     if size != (expected := LLM_C_HEADER + tokens * dtype.itemsize):
         raise _cut(path, f"its header tells of {tokens:,} ids, {expected:,} bytes, and it has {size:,}")
     return TokenFile(path, LLM_C_HEADER, (dtype,))
@@ -214,9 +219,11 @@ def _megatron(path: Path, index: Path) -> TokenFile:
     places = raw[4 * sequences : 12 * sequences].view("<i8")
     documents = raw[12 * sequences : 12 * sequences + 8 * bounds].view("<i8")
     _check_places(index, lengths, places, dtype.itemsize)
-    if (total := int(places[-1]) + int(lengths[-1]) * dtype.itemsize) != size:
+    last = int(lengths[-1]) * dtype.itemsize  # bytes of the last sequence
+    if (total := int(places[-1]) + last) != size:
         raise _cut(path, f"{index.name} tells of {total:,} bytes, and it has {size:,}")
-    if documents[0] != 0 or documents[-1] != sequences or (np.diff(documents) < 0).any():
+    bounds_of_all = (int(documents[0]), int(documents[-1]))
+    if bounds_of_all != (0, sequences) or (np.diff(documents) < 0).any():
         raise _cut(index, f"its documents do not run from sequence 0 to {sequences:,}")
 
     def end(number: int) -> int:
@@ -233,7 +240,8 @@ def _check_places(index: Path, lengths: np.ndarray, places: np.ndarray, width: i
     for first in range(0, len(lengths), PIECE):
         sizes = lengths[first : first + PIECE].astype(np.int64) * width
         begins = after + np.concatenate([[0], np.cumsum(sizes)])
-        if (sizes < 0).any() or not np.array_equal(begins[:-1], places[first : first + PIECE]):
+        stored = places[first : first + PIECE]
+        if (sizes < 0).any() or not np.array_equal(begins[:-1], stored):
             raise _cut(index, "its sequences do not lie one behind the other")
         after = int(begins[-1])
 
@@ -271,7 +279,8 @@ def _cut(path: Path, what: str) -> UserError:
     return UserError(f"{path}: {what}: it is cut off or damaged; copy or write it again")
 
 
-READERS: dict[str, Callable[[Path], TokenFile]] = {".ds": _datatrove, ".bin": _bin, ".npy": _npy}
+Reader = Callable[[Path], TokenFile]
+READERS: dict[str, Reader] = {".ds": _datatrove, ".bin": _bin, ".npy": _npy}
 
 
 def common_types(files: Sequence[TokenFile]) -> tuple[np.dtype, ...]:
@@ -280,9 +289,11 @@ def common_types(files: Sequence[TokenFile]) -> tuple[np.dtype, ...]:
     Raises:
         UserError: none is one of all of them.
     """
-    common = [dtype for dtype in files[0].dtypes if all(dtype in file.dtypes for file in files)]
+    first = files[0].dtypes
+    shared = set(first).intersection(*(file.dtypes for file in files))
+    common = [dtype for dtype in first if dtype in shared]
     if not common:
-        other = next(file for file in files if not set(file.dtypes) & set(files[0].dtypes))
+        other = next(file for file in files if not set(file.dtypes) & set(first))
         raise UserError(
             f"{files[0].path}: ids of type {files[0].dtypes[0]}, and {other.path} has {other.dtypes[0]}; "
             "read them as two sources of a mixture"

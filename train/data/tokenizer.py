@@ -162,16 +162,23 @@ def write_encoder(tokenizer: PreTrainedTokenizerFast) -> str:
         number: _spelling(content, tokenizer.get_vocab(), special, unknown)
         for content, number in special.items()
     }
-    whole, plain = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
-    front: list[int] = next((whole[:i] for i in range(len(whole)) if whole[i : i + len(plain)] == plain), [])
+    ids, plain = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
     return json.dumps(
         {
             "tokenizer": tokenizer.backend_tokenizer.to_str(),
-            "front": front,
+            "front": _before(plain, ids),
             "end": tokenizer.eos_token_id,
             "literal": list(literal.items()),
         }
     )
+
+
+def _before(part: list[int], ids: list[int]) -> list[int]:
+    """The ids in front of `part`; none where it is not among them."""
+    for start in range(len(ids)):
+        if ids[start : start + len(part)] == part:
+            return ids[:start]
+    return []
 
 
 def _spelling(
@@ -182,8 +189,12 @@ def _spelling(
     while start < len(content):
         pieces = (content[start:end] for end in range(len(content), start, -1))
         piece = next((piece for piece in pieces if piece in vocabulary and piece not in special), None)
-        bytes_ = [vocabulary.get(f"<0x{byte:02X}>", unknown) for byte in content[start].encode()]
-        ids += [number for number in ([vocabulary[piece]] if piece else bytes_) if number is not None]
+        if piece:
+            ids.append(vocabulary[piece])
+        else:
+            names = [f"<0x{byte:02X}>" for byte in content[start].encode()]
+            numbers = [vocabulary.get(name, unknown) for name in names]
+            ids += [number for number in numbers if number is not None]
         start += len(piece or " ")
     return ids
 

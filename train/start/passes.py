@@ -46,7 +46,9 @@ def _line(name: str, read: float | None, run: int, there: Stock | None, most: fl
     if there is None:
         return f"{start}; how often it is read is known once it is prepared (outgrow corpus prepare)"
     times = read / there.tokens
-    of, many = ("of", f"{times:.2f}") if there.exact else ("of at most", f"at least {times:.2f}")
+    of, many = "of", f"{times:.2f}"
+    if not there.exact:
+        of, many = "of at most", f"at least {times:.2f}"
     return f"{start} {of} {there.tokens:,}, {many} passes{_warning(times, most)}"
 
 

@@ -51,7 +51,8 @@ class Harness:
         if tasks is not None:
             check_tasks(tasks)
         self.tasks = tasks
-        self.local = set() if tasks is None else {name for path in _files(tasks) for name in _names(path)}
+        files = () if tasks is None else _files(tasks)
+        self.local = {name for path in files for name in _names(path)}
         self.managers: dict[bool, Any] = {}
 
     def model(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int) -> Any:
@@ -172,10 +173,11 @@ class Harness:
 
 def _read(asked: BenchmarkTask, found: Any) -> Score:
     """The score that was asked for among all that the harness tells."""
-    told = found["results"].get(asked.task) or found.get("groups", {}).get(asked.task) or {}
+    groups = found.get("groups", {})
+    entries = found["results"].get(asked.task) or groups.get(asked.task) or {}
     values = {
         key: value
-        for key, value in told.items()
+        for key, value in entries.items()
         if isinstance(value, float | int) and "_stderr" not in key and "," in key
     }
     metric = next((key for key in values if key.split(",")[0] == asked.metric), None)

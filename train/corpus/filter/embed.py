@@ -49,8 +49,10 @@ class Encoder:
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][
                 : self.max_tokens
             ]
-            pieces += [(row, ids[start : start + self.window]) for start in range(0, len(ids), self.window)]
-        total, count = np.zeros((len(texts), self.dimensions)), np.zeros(len(texts))
+            starts = range(0, len(ids), self.window)
+            pieces += [(row, ids[start : start + self.window]) for start in starts]
+        total = np.zeros((len(texts), self.dimensions))
+        count = np.zeros(len(texts))
         for batch in _batches([len(ids) for _, ids in pieces]):
             sums = self._sums([pieces[place][1] for place in batch])
             for place, values in zip(batch, sums, strict=True):
@@ -62,8 +64,10 @@ class Encoder:
         import torch
 
         width = max(map(len, ids))
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=self.device)
-        tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=self.device)
+        masks = [[1] * len(row) + [0] * (width - len(row)) for row in ids]
+        padded = [row + [0] * (width - len(row)) for row in ids]
+        mask = torch.tensor(masks, device=self.device)
+        tokens = torch.tensor(padded, device=self.device)
         with torch.inference_mode():
             states = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
             sums = (states * mask[..., None]).sum(1)
@@ -75,10 +79,12 @@ class Encoder:
 def _batches(lengths: Sequence[int]) -> list[list[int]]:
     """Pieces that share a forward pass: alike in length, at most BATCH_TOKENS with their padding."""
     batches: list[list[int]] = []
+    batch: list[int] = []
     for place in sorted(range(len(lengths)), key=lambda place: (lengths[place], place)):
-        if not batches or (len(batches[-1]) + 1) * lengths[place] > BATCH_TOKENS:
-            batches.append([])
-        batches[-1].append(place)
+        if not batches or (len(batch) + 1) * lengths[place] > BATCH_TOKENS:
+            batch = []
+            batches.append(batch)
+        batch.append(place)
     return batches
 
 

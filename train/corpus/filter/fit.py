@@ -90,11 +90,8 @@ def read_labels(path: Path) -> dict[str, int]:
             raise UserError(f"{path}:{number}: not JSON ({error})") from error
         if row is None:
             continue
-        if (
-            not isinstance(row, dict)
-            or not isinstance(row.get("document"), str)
-            or row.get("label") not in (0, 1)
-        ):
+        is_label = isinstance(row, dict) and isinstance(row.get("document"), str)
+        if not is_label or row.get("label") not in (0, 1):
             raise UserError(
                 f'{path}:{number}: expected {{"document": NAME, "label": 0 or 1}}; found {line[:60]}'
             )
@@ -116,7 +113,8 @@ def fit(settings: FitSettings, data: DataSettings, labels: Path, out: Path) -> d
     """
     given = read_labels(labels)
     encoder = embed.load_encoder(settings.encoder, settings.revision, settings.max_tokens)
-    names, features = _embedded(encoder, ((name, text) for name, text in texts_of(data) if name in given))
+    labelled = ((name, text) for name, text in texts_of(data) if name in given)
+    names, features = _embedded(encoder, labelled)
     if missing := sorted(set(given) - set(names)):
         raise UserError(
             f"labels={labels}: {len(missing)} of its documents are not in data={data.name}, such as "
@@ -131,7 +129,8 @@ def fit(settings: FitSettings, data: DataSettings, labels: Path, out: Path) -> d
                 f"labels={labels}: {counts[1]} samples labelled 1 and {counts[0]} labelled 0 {what}, at "
                 f"least {FEWEST} of each are needed; label more, or change held_out"
             )
-    forest = Forest.of(_classifier(settings).fit(features[~held_out], values[~held_out]))
+    classifier = _classifier(settings)
+    forest = Forest.of(classifier.fit(features[~held_out], values[~held_out]))
     card = {
         "embedding": embed.card(encoder, settings.encoder, settings.revision),
         "forest": {
@@ -152,7 +151,8 @@ def fit(settings: FitSettings, data: DataSettings, labels: Path, out: Path) -> d
 
 
 def _embedded(encoder: embed.Encoder, found: Iterable[tuple[str, str]]) -> tuple[list[str], np.ndarray]:
-    names, features, part = list[str](), [np.empty((0, encoder.dimensions), np.float32)], list[str]()
+    names, part = list[str](), list[str]()
+    features = [np.empty((0, encoder.dimensions), np.float32)]
     for name, text in found:
         names.append(name)
         part.append(text)

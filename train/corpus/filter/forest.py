@@ -67,8 +67,10 @@ class Forest:
         for root in self.roots:
             node = np.full(len(features), root)
             while (inner := self.left[node] != LEAF).any():
-                goes_left = features[rows, np.where(inner, self.feature[node], 0)] <= self.threshold[node]
-                node = np.where(inner, np.where(goes_left, self.left[node], self.right[node]), node)
+                feature = np.where(inner, self.feature[node], 0)
+                goes_left = features[rows, feature] <= self.threshold[node]
+                child = np.where(goes_left, self.left[node], self.right[node])
+                node = np.where(inner, child, node)
             total += self.value[node]
         return total / len(self.roots)
 
@@ -76,7 +78,8 @@ class Forest:
         """Write the arrays, and a JSON card about them, into `folder`."""
         from safetensors.numpy import save_file
 
-        save_file({field.name: getattr(self, field.name) for field in fields(self)}, folder / ARRAYS)
+        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+        save_file(arrays, folder / ARRAYS)
         (folder / CARD).write_text(json.dumps({"format": FORMAT, **card}, indent=1) + "\n")
 
 
@@ -95,11 +98,8 @@ def load(folder: Path) -> tuple[Forest, dict[str, Any]]:
         forest = Forest(**arrays)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: no filter ({error}); fit one with outgrow corpus fit") from error
-    if (
-        not isinstance(card, dict)
-        or card.get("format") != FORMAT
-        or not isinstance(card.get("embedding"), dict)
-    ):
+    is_card = isinstance(card, dict) and isinstance(card.get("embedding"), dict)
+    if not is_card or card.get("format") != FORMAT:
         raise UserError(
             f"{folder / CARD}: no card of a filter of format {FORMAT}; fit it again with outgrow corpus fit"
         )
@@ -119,22 +119,25 @@ def filter_identity(folder: str) -> str:
 
 def _fault(forest: Forest, dimensions: Any) -> str | None:
     nodes = len(forest.left)
-    if any(
-        array.shape != (nodes,) for array in (forest.right, forest.feature, forest.threshold, forest.value)
-    ):
+    arrays = (forest.right, forest.feature, forest.threshold, forest.value)
+    if any(array.shape != (nodes,) for array in arrays):
         return "its arrays differ in length"
-    if not len(forest.roots) or forest.roots.min() < 0 or forest.roots.max() >= nodes:
+    if not len(forest.roots) or not _within(forest.roots, 0, nodes - 1):
         return "a root is no node"
     inner = np.flatnonzero(forest.left != LEAF)
     for children in (forest.left[inner], forest.right[inner]):
-        if (children <= inner).any() or (
-            children >= nodes
-        ).any():  # a child comes after its parent, so every path ends
+        # a child comes after its parent, so every path ends
+        if (children <= inner).any() or (children >= nodes).any():
             return "a child is no node that follows"
-    if not isinstance(dimensions, int) or (
-        len(inner) and (forest.feature[inner].min() < 0 or forest.feature[inner].max() >= dimensions)
-    ):
+    if not isinstance(dimensions, int):
         return "a feature is none of the embedding's"
-    if not np.isfinite(forest.value).all() or forest.value.min() < 0 or forest.value.max() > 1:
+    if not _within(forest.feature[inner], 0, dimensions - 1):
+        return "a feature is none of the embedding's"
+    if not np.isfinite(forest.value).all() or not _within(forest.value, 0, 1):
         return "a value is no probability"
     return None
+
+
+def _within(values: np.ndarray, least: int, most: int) -> bool:
+    """Check that no value is below `least` or above `most`."""
+    return not ((values < least).any() or (values > most).any())

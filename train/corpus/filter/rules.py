@@ -50,7 +50,8 @@ def measure(source: str) -> Measures:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return found
     defined = [node for node in ast.walk(tree) if isinstance(node, _DEFINITIONS)]
-    documented = [node for node in [tree, *defined] if len(ast.get_docstring(node) or "") >= 20]
+    docstrings = [ast.get_docstring(node) or "" for node in [tree, *defined]]
+    documented = [text for text in docstrings if len(text) >= 20]
     names = [node.name for node in defined] + [
         node.arg for node in ast.walk(tree) if isinstance(node, ast.arg) and node.arg != "self"
     ]
@@ -66,7 +67,9 @@ def _is_table(line: str) -> bool:
     if '"""' in line or "'''" in line:  # a docstring
         return False
     bare = _QUOTED.sub("", line)
-    return not _LETTERS.search(bare) and (bare != line or any(map(str.isdigit, line)))
+    if _LETTERS.search(bare):
+        return False
+    return bare != line or any(map(str.isdigit, line))
 
 
 def label(source: str) -> tuple[int, Measures, list[str]]:

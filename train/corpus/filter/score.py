@@ -133,7 +133,7 @@ def threshold(blocks: Callable[[], Iterable[np.ndarray]], keep: float) -> dict[s
         scored; kept, ⌈keep · scored⌉ of them; threshold, the lowest score kept; ties, how many of those with
         just that score are kept.
     """
-    upper, lower = np.zeros(2**16, np.int64), np.zeros(2**16, np.int64)
+    upper = np.zeros(2**16, np.int64)  # how many scores have each upper half of bits
     for keys in map(_ordered, blocks()):
         upper += np.bincount(keys >> 16, minlength=2**16)
     scored = int(upper.sum())
@@ -141,20 +141,26 @@ def threshold(blocks: Callable[[], Iterable[np.ndarray]], keep: float) -> dict[s
     if not kept:
         return {"scored": scored, "kept": 0, "threshold": None, "ties": 0}
     high, above = _place(upper, kept)
+    lower = np.zeros(2**16, np.int64)  # and of those, each lower half
     for keys in map(_ordered, blocks()):
-        lower += np.bincount(keys[keys >> 16 == high] & 0xFFFF, minlength=2**16)
+        in_bin = keys[keys >> 16 == high]
+        lower += np.bincount(in_bin & 0xFFFF, minlength=2**16)
     low, above_too = _place(lower, kept - above)
-    value = np.array([high << 16 | low], np.uint32).view(np.float32)[0]
-    return {"scored": scored, "kept": kept, "threshold": float(value), "ties": kept - above - above_too}
+    bits = np.array([high << 16 | low], np.uint32)
+    value = float(bits.view(np.float32)[0])
+    return {"scored": scored, "kept": kept, "threshold": value, "ties": kept - above - above_too}
 
 
 def _ordered(scores: np.ndarray) -> np.ndarray:
     """Integers in the order of the scores: the bits of a float that is not negative are."""
-    return scores[~np.isnan(scores)].astype(np.float32).view(np.uint32).astype(np.int64)
+    numbers = scores[~np.isnan(scores)].astype(np.float32)
+    return numbers.view(np.uint32).astype(np.int64)
 
 
 def _place(counts: np.ndarray, wanted: int) -> tuple[int, int]:
     """The bin, from above, that holds number `wanted`, and how many are in the bins above it."""
-    from_above = np.cumsum(counts[::-1])
+    descending = counts[::-1]
+    from_above = np.cumsum(descending)
     place = int(np.searchsorted(from_above, wanted))
-    return len(counts) - 1 - place, int(from_above[place] - counts[::-1][place])
+    above = from_above[place] - descending[place]
+    return len(counts) - 1 - place, int(above)

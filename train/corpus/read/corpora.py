@@ -74,4 +74,6 @@ def documents(settings: DataSettings, corpus: Corpus, tally: Tally | None = None
 def is_full(settings: DataSettings, tally: Tally) -> bool:
     """Whether a limit ends the reading here."""
     most, size = settings.limit_documents, read_limit(settings)
-    return (most is not None and tally.documents >= most) or (size is not None and tally.bytes >= size)
+    if most is not None and tally.documents >= most:
+        return True
+    return size is not None and tally.bytes >= size

@@ -55,7 +55,8 @@ class Files:
     def tasks(self) -> list[tuple[File, ...]]:
         """The files dealt to tasks, in order: a function of the files alone, so that no number of workers can
         change a byte."""
-        wanted, tasks, size = max(TASK_BYTES, self.size / MOST_TASKS), list[list[File]](), 0
+        wanted, size = max(TASK_BYTES, self.size / MOST_TASKS), 0
+        tasks: list[list[File]] = []
         for file in self.files:
             if not tasks or size >= wanted:
                 tasks.append([])
@@ -145,7 +146,8 @@ def files_of(path: str, key: str, own: frozenset[str] | set[str] = frozenset()) 
     root, wanted = Path(expanded), re.compile(".*", re.DOTALL)
     if glob.has_magic(expanded) and not root.exists():
         fixed = next(i for i, part in enumerate(root.parts) if glob.has_magic(part))
-        root, wanted = Path(*root.parts[:fixed]), re.compile(_pattern(root.parts[fixed:]), re.DOTALL)
+        pattern = _pattern(root.parts[fixed:])
+        root, wanted = Path(*root.parts[:fixed]), re.compile(pattern, re.DOTALL)
     listed = [str(root)] if root.is_file() else []
     root, left_out = (root.parent if listed else root), list[str]()
     matching = listed or [
@@ -222,12 +224,17 @@ def _passed(
     real = os.path.realpath(path)
     if os.path.abspath(path) in own:
         left_out.append(f"{path}: written from this text")
-    elif real in seen or (os.path.islink(path) and (_holds(inside, real) or _holds(real, inside))):
+    elif real in seen or (os.path.islink(path) and _overlap(inside, real)):
         left_out.append(f"{path}: a link to a folder that is read already")
     else:
         seen.add(real)
         return False
     return True
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Check whether one of two folders is, or is in, the other."""
+    return _holds(one, other) or _holds(other, one)
 
 
 def _holds(outer: str, inner: str) -> bool:
@@ -271,11 +278,14 @@ def _remote(url: str, key: str) -> tuple[File, ...]:
         system, path = url_to_fs(url)
         if glob.has_magic(path):
             literal = re.split(r"[*?\[]", path, maxsplit=1)[0]
-            root, found = literal[: literal.rindex("/") + 1], system.glob(path, detail=True)
+            root = literal[: literal.rindex("/") + 1]
+            found = system.glob(path, detail=True)
         elif format_of(path):
-            root, found = path[: path.rindex("/") + 1], {path: system.info(path)}
+            root = path[: path.rindex("/") + 1]
+            found = {path: system.info(path)}
         else:
-            root, found = path.rstrip("/") + "/", system.find(path.rstrip("/") + "/", detail=True)
+            root = path.rstrip("/") + "/"
+            found = system.find(root, detail=True)
     except Exception as error:  # each store's client raises its own
         raise UserError(
             f"{key}={url}: cannot be listed ({type(error).__name__}: {first_line(error)}); check the "

@@ -289,7 +289,8 @@ class _Pieces(io.RawIOBase):
                 return 0
             self._left = piece
         size = min(len(buffer), len(self._left))
-        buffer[:size], self._left = self._left[:size], self._left[size:]
+        buffer[:size] = self._left[:size]
+        self._left = self._left[size:]
         return size
 
 

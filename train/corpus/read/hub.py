@@ -50,7 +50,8 @@ class Hub:
         except (
             Exception
         ) as error:  # datasets, fsspec, pyarrow, httpx and the hub's client each raise their own
-            named = " ".join(f"{key}={getattr(wanted, key)}" for key in NAMED if getattr(wanted, key))
+            values = {key: getattr(wanted, key) for key in NAMED}
+            named = " ".join(f"{key}={value}" for key, value in values.items() if value)
             raise UserError(
                 f"cannot read {named} from the Hugging Face hub ({type(error).__name__}: "
                 f"{first_line(error)}); check the names and the network, log in with `hf auth login` where "
@@ -60,10 +61,11 @@ class Hub:
     def stamp(self) -> str:
         """Of the name and revision; of a local folder, of its files' sizes and times too."""
         values = asdict(self.settings)
-        named = [values[key] for key in NAMED if key != "data_dir"] + [values["data_dir"]] * bool(
-            values["data_dir"]
-        )
-        return hash_of([*named, *_files_of(os.path.expanduser(self.settings.dataset or ""))])
+        named = [values[key] for key in NAMED if key != "data_dir"]
+        if values["data_dir"]:
+            named.append(values["data_dir"])
+        folder = os.path.expanduser(self.settings.dataset or "")
+        return hash_of([*named, *_files_of(folder)])
 
     def digest(self, advance: Callable[[int], None]) -> str:
         return self.stamp()

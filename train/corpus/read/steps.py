@@ -36,7 +36,8 @@ class Read(PipelineStep):
         """`task`: the one to read whatever the rank."""
         super().__init__()
         self.work, self.settings, self.task = work, settings, task
-        self.tally, self.before, self.contents = Tally(), Tally(), list[tuple[str, int, str]]()
+        self.tally, self.before = Tally(), Tally()
+        self.contents: list[tuple[str, int, str]] = []
 
     def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
         task = rank if self.task is None else self.task

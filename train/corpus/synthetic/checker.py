@@ -59,7 +59,8 @@ def _batch(
             env={"PYTHONHASHSEED": "0"},
             cwd="/",
         )
-        output, end = done.stdout, f"it ended its process ({done.returncode}): {done.stderr.strip()[-200:]}"
+        output, last_words = done.stdout, done.stderr.strip()[-200:]
+        end = f"it ended its process ({done.returncode}): {last_words}"
     except subprocess.TimeoutExpired as error:
         raw = error.stdout or b""
         output, end = raw.decode() if isinstance(raw, bytes) else raw, "it kept its process from ending"

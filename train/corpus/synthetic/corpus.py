@@ -46,7 +46,8 @@ def draw_items(kind: str, seed: int) -> Iterator[tuple[int, Item]]:
         random = Random(f"{kind} {seed} {i}")
         problem = draw_problem(random)
         name, template = random.choice(templates)
-        key = hashlib.blake2b(f"{name} {problem.name} {problem.theme.name}".encode(), digest_size=8).digest()
+        kind_of_item = f"{name} {problem.name} {problem.theme.name}"
+        key = hashlib.blake2b(kind_of_item.encode(), digest_size=8).digest()
         item = None if key in seen else template(problem, random)
         if item is not None:
             seen.add(key)

@@ -13,6 +13,7 @@ from outgrow.train.corpus.synthetic.item import (
     fenced,
     given,
     in_order,
+    numbered,
     opening,
     shown,
     slips,
@@ -24,7 +25,8 @@ from outgrow.train.corpus.synthetic.problem import OTHER, Problem
 def docstring(problem: Problem, random: Random) -> Item:
     """A Python file: signature and docstring, completed by the body (the form of phi-1's CodeExercises)."""
     lines = "\n".join(f"    {capital(task)}." for task in problem.tasks())
-    examples = "\n\n".join(indent(shown(problem, i), "    ") for i in range(min(2, len(problem.cases))))
+    first = range(min(2, len(problem.cases)))
+    examples = "\n\n".join(indent(shown(problem, case), "    ") for case in first)
     code = problem.function(doc=f"\n{lines}\n\n{examples}\n".replace("\n    ", "\n").rstrip() + "\n")
     return Item(f"{code}\n\n\n{problem.asserts()}\n", f"{code}\n{problem.asserts()}")
 
@@ -50,7 +52,7 @@ def statement(problem: Problem, random: Random) -> Item:
 
 def explained(problem: Problem, random: Random) -> Item:
     """Problem, hints, solution, and why it works."""
-    hints = "\n".join(f"{i}. {why}" for i, why in enumerate(problem.whys(), 1))
+    hints = numbered(problem.whys())
     steps = "\n".join(f"- {line}." for line in trace(problem, 1))
     text = (
         f"# {capital(in_order(problem.tasks()))}\n\n{opening(problem, random)} You have "
@@ -80,15 +82,15 @@ def bug(problem: Problem, random: Random) -> Item | None:
         f"`{problem.result(case)!r}`.\n\n## Answer\n\nWhat is wrong: {effect}. The corrected "
         f"function:\n\n{fenced(right)}\n"
     )
-    program = f"{slipped}\nassert {problem.call(case)} == {wrong!r}\n{right}\n{problem.asserts()}"
-    return Item(text, program)
+    mistake = f"{slipped}\nassert {problem.call(case)} == {wrong!r}"
+    return Item(text, f"{mistake}\n{right}\n{problem.asserts()}")
 
 
 def predict(problem: Problem, random: Random) -> Item:
     """What does this program print?"""
     case = random.randrange(3)
     program = f"{problem.function()}\n\n\nprint({problem.call(case)})"
-    steps = "\n".join(f"{i}. {line}." for i, line in enumerate(trace(problem, case), 1))
+    steps = numbered(f"{line}." for line in trace(problem, case))
     text = (
         f"# What is printed?\n\n{opening(problem, random)} Read the program and say what it prints before "
         f"you run it.\n\n{fenced(program)}\n\n## Answer\n\n{steps}\n\nThe program "
@@ -108,8 +110,9 @@ def fill_in(problem: Problem, random: Random) -> Item | None:
     if len(inner) < 3:
         return None
     missing = random.choice(inner[:-1])
-    blank = lines[missing][: len(lines[missing]) - len(lines[missing].lstrip())] + "..."
-    holed = "\n".join([*lines[:missing], blank, *lines[missing + 1 :]])
+    line = lines[missing]
+    margin = line[: len(line) - len(line.lstrip())]
+    holed = "\n".join([*lines[:missing], f"{margin}...", *lines[missing + 1 :]])
     text = (
         f"# Fill in the missing line\n\n{opening(problem, random)} A function is given {given(problem)}; "
         f"it shall {in_order(problem.tasks())}. One line of it got lost:\n\n{fenced(holed)}\n\nAn example "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -47,7 +48,13 @@ def in_order(tasks: list[str]) -> str:
         return tasks[0]
     if len(tasks) == 2:
         return f"first {tasks[0]}; then {tasks[1]}"
-    return f"first {tasks[0]}; then {'; then '.join(tasks[1:-1])}; finally {tasks[-1]}"
+    first, *between, last = tasks
+    return f"first {first}; then {'; then '.join(between)}; finally {last}"
+
+
+def numbered(entries: Iterable[str]) -> str:
+    """A numbered list in Markdown."""
+    return "\n".join(f"{number}. {entry}" for number, entry in enumerate(entries, 1))
 
 
 def capital(sentence: str) -> str:

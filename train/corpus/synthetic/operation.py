@@ -66,7 +66,8 @@ class Operation:
 
     def slipped_code(self, x: str, y: str, given: Mapping[str, Any]) -> str:
         assert self.slip is not None
-        return fill(self.loop.replace(self.slip.right, self.slip.wrong), x=x, y=y, **_spelt(given))
+        slipped = self.loop.replace(self.slip.right, self.slip.wrong)
+        return fill(slipped, x=x, y=y, **_spelt(given))
 
     def run(self, style: str, value: Any, given: Mapping[str, Any]) -> Any:
         """The result on `value`, computed by the code in `style`: "loop", "short" or "slipped"."""

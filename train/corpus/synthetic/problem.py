@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import combinations
 from random import Random
 from textwrap import indent
 from typing import Any
@@ -69,12 +70,14 @@ class Problem:
 
     @property
     def signature(self) -> str:
-        return f"def {self.name}({self.parameter}: {KINDS[self.takes]}) -> {KINDS[self.gives]}:"
+        takes, gives = KINDS[self.takes], KINDS[self.gives]
+        return f"def {self.name}({self.parameter}: {takes}) -> {gives}:"
 
     @property
     def level(self) -> int:
         """1 (one easy step) to 5."""
-        return min(5, max(step.operation.level for step in self.steps) + len(self.steps) - 1)
+        hardest = max(step.operation.level for step in self.steps)
+        return min(5, hardest + len(self.steps) - 1)
 
     def tasks(self) -> list[str]:
         """What each step does, as an instruction."""
@@ -110,7 +113,8 @@ class Problem:
             }
         )
         body = (f'"""{doc}"""\n' if doc else "") + self.code(style, wrong=wrong)
-        return "".join(f"import {name}\n" for name in needed) + f"{self.signature}\n{indent(body, '    ')}"
+        imports = "".join(f"import {name}\n" for name in needed)
+        return f"{imports}{self.signature}\n{indent(body, '    ')}"
 
     def call(self, case: int) -> str:
         return f"{self.name}({self.cases[case][0]!r})"
@@ -119,7 +123,8 @@ class Problem:
         return self.cases[case][1][-1]
 
     def asserts(self) -> str:
-        return "\n".join(f"assert {self.call(i)} == {self.result(i)!r}" for i in range(len(self.cases)))
+        numbers = range(len(self.cases))
+        return "\n".join(f"assert {self.call(case)} == {self.result(case)!r}" for case in numbers)
 
 
 def draw_problem(random: Random) -> Problem:
@@ -178,13 +183,16 @@ def _draw_cases(
                 return None
             results.append(now)
         cases.append((value, tuple(results)))
-    return tuple(cases) if _worthwhile(cases[:3]) and not idle(steps, cases, OTHER[style]) else None
+    if not _worthwhile(cases[:3]) or idle(steps, cases, OTHER[style]):
+        return None
+    return tuple(cases)
 
 
 def _worthwhile(cases: list[tuple[Any, tuple[Any, ...]]]) -> bool:
     """Whether the results differ, and the first is not empty."""
     results = [way[-1] for _, way in cases]
-    return len({repr(result) for result in results}) > 1 and bool(results[0] or results[0] == 0)
+    first, distinct = results[0], {repr(result) for result in results}
+    return len(distinct) > 1 and bool(first or first == 0)
 
 
 def idle(
@@ -196,8 +204,13 @@ def idle(
     are two steps that undo each other.
     """
     kinds = [step.operation.takes for step in steps] + [steps[-1].operation.gives]
-    runs = [(i, j) for i in range(len(steps)) for j in range(i + 1, len(kinds)) if kinds[i] == kinds[j]]
-    return [(i, j) for i, j in runs if all(_same_without(steps[j:], case, i, style) for case in cases)]
+    pairs = combinations(range(len(kinds)), 2)
+    runs = [(i, j) for i, j in pairs if kinds[i] == kinds[j]]
+
+    def is_idle(i: int, j: int) -> bool:
+        return all(_same_without(steps[j:], case, i, style) for case in cases)
+
+    return [(i, j) for i, j in runs if is_idle(i, j)]
 
 
 def _same_without(rest: Sequence[Step], case: tuple[Any, tuple[Any, ...]], first: int, style: str) -> bool:

@@ -11,6 +11,7 @@ from outgrow.train.corpus.synthetic.item import (
     fenced,
     given,
     in_order,
+    numbered,
     opening,
     shown,
     slips,
@@ -39,7 +40,7 @@ def section(problem: Problem, random: Random) -> Item:
 
 def worked(problem: Problem, random: Random) -> Item:
     """From the question to a plan, to a program, to a check."""
-    plan = "\n".join(f"{i}. {capital(task)}." for i, task in enumerate(problem.tasks(), 1))
+    plan = numbered(f"{capital(task)}." for task in problem.tasks())
     notes = "\n\n".join(
         f"*{capital(step.operation.topic)}.* {why}"
         for step, why in zip(problem.steps, problem.whys(), strict=True)
@@ -90,7 +91,8 @@ def pitfall(problem: Problem, random: Random) -> Item | None:
         f"`{wrong!r}`, where `{problem.result(case)!r}` is right. {why}\n\nThe right "
         f"version:\n\n{fenced(right)}\n"
     )
-    return Item(text, f"{slipped}\nassert {problem.call(case)} == {wrong!r}\n{right}\n{problem.asserts()}")
+    mistake = f"{slipped}\nassert {problem.call(case)} == {wrong!r}"
+    return Item(text, f"{mistake}\n{right}\n{problem.asserts()}")
 
 
 def dialogue(problem: Problem, random: Random) -> Item:

@@ -113,11 +113,13 @@ def _check_settings(settings: WriteSettings, out: Path) -> None:
         raise UserError(
             f"{path}: not what was written there ({error}); move {out.name} and this file away to begin anew"
         ) from error
-    flat, found = (
+    wanted, begun = (
         {**values, **{f"prompts.{k}": v for k, v in values.pop("prompts").items()}}
         for values in (asked, there)
     )
-    if changed := sorted(key for key in {*flat, *found} if flat.get(key) != found.get(key)):
+    keys = {*wanted, *begun}
+    changed = sorted(key for key in keys if wanted.get(key) != begun.get(key))
+    if changed:
         raise UserError(
             f"out={out}: it was begun with another {', '.join(changed)}; choose another out, or move it "
             "away to begin anew"

@@ -52,10 +52,10 @@ class Local:
         ]
         width, end = max(map(len, given)), self.tokenizer.eos_token_id
         self._check_length(width)
-        ids = torch.tensor([[end] * (width - len(row)) + row for row in given], device=self.model.device)
-        mask = torch.tensor(
-            [[0] * (width - len(row)) + [1] * len(row) for row in given], device=self.model.device
-        )
+        padded = [[end] * (width - len(row)) + row for row in given]
+        masks = [[0] * (width - len(row)) + [1] * len(row) for row in given]
+        ids = torch.tensor(padded, device=self.model.device)
+        mask = torch.tensor(masks, device=self.model.device)
         drawing = {
             "do_sample": True,
             "temperature": self.settings.temperature,

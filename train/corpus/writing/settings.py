@@ -83,7 +83,8 @@ def topics(settings: PromptSettings) -> tuple[str, ...]:
             f"prompts.topics_file={settings.topics_file}: cannot be read ({error}); give a text file, one "
             "topic a line"
         ) from error
-    return tuple(dict.fromkeys([*settings.topics, *(line.strip() for line in lines if line.strip())]))
+    topics = [line.strip() for line in lines]
+    return tuple(dict.fromkeys([*settings.topics, *filter(None, topics)]))
 
 
 def settings_from(overrides: Sequence[str]) -> WriteSettings:
@@ -146,7 +147,8 @@ def _disagreements(settings: WriteSettings) -> list[str]:
         for place in PLACES
         if place not in t
     ]
-    most = len(lists["topics"]) * len(settings.prompts.audiences) * len(settings.prompts.templates)
+    audiences, templates = settings.prompts.audiences, settings.prompts.templates
+    most = len(lists["topics"]) * len(audiences) * len(templates)
     if 0 < most < settings.number:
         faults.append(
             f"number: there are {most} prompts of topic × audience × template, {settings.number} are asked "
