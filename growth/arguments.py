@@ -21,13 +21,17 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_depth(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list | tuple) and all(map(_is_whole, value)))
+    if isinstance(value, str):
+        return True
+    return isinstance(value, list | tuple) and all(map(_is_whole, value))
 
 
 def _is_target(value: Any) -> bool:
     if isinstance(value, Mapping):
         return all(isinstance(key, str) for key in value)
-    return isinstance(value, str | Path) or (hasattr(value, "to_dict") and not isinstance(value, type))
+    if isinstance(value, str | Path):
+        return True
+    return hasattr(value, "to_dict") and not isinstance(value, type)
 
 
 # argument → what it must be, in code and in words

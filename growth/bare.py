@@ -55,11 +55,12 @@ def _obstacle(model: Any) -> str | None:
         return "expected a model of transformers; give one, or grow a folder with growth.grow"
     if getattr(model, "hf_quantizer", None) is not None:
         return "its weights are quantised; give model.dequantize()"
-    if names := [
+    names = [
         name
         for name, module in model.named_modules()
         if parametrize.is_parametrized(module) or hasattr(module, "weight_g")
-    ]:
+    ]
+    if names:
         return (
             f"{names[0]}.weight is computed from other tensors (weight_norm or another parametrization); "
             "make it plain first with torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"

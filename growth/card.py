@@ -35,9 +35,13 @@ def layer_map(plan: Plan, width: int = 100) -> list[str]:
 def space_bar(plan: Plan, space: str, length: int = 20) -> str:
     """A space's target indices as a bar: █ the source's own, ▒ further copies, · new."""
     write = plan.recipe.expansions[space].write
-    counts = [int((of_axis(write) == origin).sum()) for origin in (Origin.ORIGINAL, Origin.COPY, Origin.NEW)]
-    ends = [round(length * sum(counts[: i + 1]) / max(1, write.target)) for i in range(3)]
-    return "█" * ends[0] + "▒" * (ends[1] - ends[0]) + "·" * (ends[2] - ends[1])
+    origins = of_axis(write)
+    bar, count = "", 0
+    for origin, sign in ((Origin.ORIGINAL, "█"), (Origin.COPY, "▒"), (Origin.NEW, "·")):
+        count += int((origins == origin).sum())
+        end = round(length * count / max(1, write.target))
+        bar = bar.ljust(end, sign)
+    return bar
 
 
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -54,8 +58,9 @@ def licence(card: Path) -> dict[str, str]:
         head = yaml.safe_load(text.split("---\n", 2)[1]) if text.startswith("---\n") else None
     except (OSError, ValueError, IndexError, yaml.YAMLError):
         return {}
-    found = head if isinstance(head, dict) else {}
-    return {key: str(found[key])[:200] for key in LICENCE_KEYS if isinstance(found.get(key), str)}
+    entries = head if isinstance(head, dict) else {}
+    stated = {key: entries.get(key) for key in LICENCE_KEYS}
+    return {key: text[:200] for key, text in stated.items() if isinstance(text, str)}
 
 
 def _licence_lines(stated: Mapping[str, str]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from math import isclose, sqrt
 from typing import Any
 
@@ -59,7 +60,8 @@ def _proof(plan: Decision) -> Certificate:
         return Certificate((*certify(plan.change.within).reasons, *broken_conditions(plan)))
     if not plan.recipe.inherits:
         return Certificate((f"operator {plan.operator!r} inherits nothing",))
-    return Certificate((*_config(plan), *_layers(plan), *_steps(plan), *_spaces(plan)))
+    reasons = chain(_config(plan), _layers(plan), _steps(plan), _spaces(plan))
+    return Certificate(tuple(reasons))
 
 
 def _config(plan: Decision) -> Iterator[str]:
@@ -76,7 +78,8 @@ def _config(plan: Decision) -> Iterator[str]:
         before, after = source.get(key), target.get(key)
         if not _same(key, before, after, layers):
             yield f"config {key}: {before!r} becomes {after!r}, which is no size and may change the function"
-    working = [(number, layer) for number, layer in enumerate(layers.layers) if not layers.identity[number]]
+    numbered = enumerate(layers.layers)
+    working = [(number, layer) for number, layer in numbered if not layers.identity[number]]
     if source.get("scale_attn_by_inverse_layer_idx") and any(number != layer for number, layer in working):
         yield "config scale_attn_by_inverse_layer_idx: layers that move are scaled otherwise"
     yield from _rotary(family, source, target)
@@ -161,7 +164,8 @@ def _steps(plan: Decision) -> Iterator[str]:
             faults[fault] = faults.get(fault, 0) + 1
         if not step.zero and step.source != plan.source_name(step.tensor):
             faults[f"{step.name}: takes {step.source or 'nothing'}, not its own source"] = 1
-    yield from (f"{fault} ({count} tensors)" if count > 1 else fault for fault, count in faults.items())
+    for fault, count in faults.items():
+        yield f"{fault} ({count} tensors)" if count > 1 else fault
 
 
 def _spaces(plan: Decision) -> Iterator[str]:
@@ -233,8 +237,8 @@ def _special(space: str, expansion: Expansion, plan: Decision) -> Iterator[str]:
 def _turned_stay(write: AxisMap, turned: int) -> bool:
     """Check that the dims that rotary positions turn stay first in their head, and nothing else copies
     them."""
-    first = write.index[:turned]
-    stay = write.copies[:turned].all() and (first == np.arange(turned)).all()
+    first, copied = write.index[:turned], write.copies[:turned]
+    stay = copied.all() and (first == np.arange(turned)).all()
     others = write.index[turned:][write.copies[turned:]]
     return bool(stay and (others >= turned).all())
 
@@ -250,7 +254,8 @@ def _kept_first(space: str, expansion: Expansion) -> Iterator[str]:
     for side in (expansion.write, expansion.read):
         kept = slice(0, side.source)
         copied = side.copies[kept].all() and (side.gain[kept] == 1).all()
-        if not copied or not np.array_equal(side.index[kept], np.arange(side.source)):
+        own = np.arange(side.source)
+        if not copied or not np.array_equal(side.index[kept], own):
             yield f"{space}: its {side.source} old indices do not stay where they are"
             return
 
@@ -342,7 +347,8 @@ def _writes_new(side: AxisMap) -> bool:
 def _inverts(first: AxisMap, second: AxisMap, expected: float) -> bool:
     """Check that the products of two maps' gains sum to `expected` on every source index."""
     met = first.copies & second.copies & (first.index == second.index)
-    weight = np.bincount(first.index[met], (first.gain * second.gain)[met], minlength=first.source)
+    products = (first.gain * second.gain)[met]
+    weight = np.bincount(first.index[met], products, minlength=first.source)
     return bool(np.allclose(weight, expected, rtol=1e-9))
 
 

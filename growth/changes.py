@@ -44,7 +44,9 @@ class Upcycling:
                 return tuple(range(1, count, 2))
             case "last_half":
                 return tuple(range(count // 2, count))
-        if wrong := [layer for layer in self.sparse if type(layer) is not int or not 0 <= layer < count]:
+        layers = range(count)
+        wrong = [layer for layer in self.sparse if type(layer) is not int or layer not in layers]
+        if wrong:
             raise UserError(
                 f"sparse: {wrong[0]!r} is no target layer; the target has layers 0 to {count - 1}"
             )

@@ -23,7 +23,8 @@ def copied(
     source: Config, mixture: Mixture, wanted: dict[str, Any], asked: ExpertCopy, within: Callable[..., Plan]
 ) -> Plan:
     """The plan of a mixture into one with more experts."""
-    before, count = mixture.size(source, mixture.count_key(source)), needed(wanted, mixture, mixture.count)
+    before = mixture.size(source, mixture.count_key(source))
+    count = needed(wanted, mixture, mixture.count)
     chosen_before = mixture.size(source, mixture.top_k)
     if count % before or count == before:
         raise UserError(
@@ -42,7 +43,8 @@ def copied(
     config = {**made.target_config, mixture.count_key(source): count, mixture.top_k: chosen}
     family, times = mixture.family(config), count // before
     units = mixture.size(config, mixture.units)
-    experts = tuple(Expert(number // times, 0, units, number // times) for number in range(count))
+    origins = [number // times for number in range(count)]
+    experts = tuple(Expert(origin, 0, units, origin) for origin in origins)
     growth = replace(made.growth, family=family, target_config=config, origin=made.family)
     routed, shared = routed_tensors(mixture, config, count), mixture.shared_size(config)
     change = Change(made, mixture, asked, config, experts, routed, shared, chosen_before)
@@ -50,7 +52,8 @@ def copied(
     steps = tuple(_copies(change, family, copies))
     expansions = {space: expansion for space, expansion in made.recipe.expansions.items() if space != EXPERT}
     rule = f"{before} → {count}: {times} copies of each, router rows copied"
-    expansions[EXPERT] = Expansion.of(copies, AxisMap.of(before, np.full(count, -1), Fill.ZERO), rule)
+    unread = AxisMap.of(before, np.full(count, -1), Fill.ZERO)
+    expansions[EXPERT] = Expansion.of(copies, unread, rule)
     return replace(
         made, growth=growth, recipe=replace(made.recipe, expansions=expansions), steps=steps, change=change
     )

@@ -48,7 +48,9 @@ class Piece:
 
     def taken_from(self, array: np.ndarray) -> np.ndarray:
         """Take its columns of the source or of the fresh ones: (rows, n) → (rows, columns)."""
-        return self.source.of(array) if isinstance(self.source, Strips) else array.take(self.source, axis=1)
+        if isinstance(self.source, Strips):
+            return self.source.of(array)
+        return array.take(self.source, axis=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +113,8 @@ class AxisMap:
 
     def cut(self, start: int, stop: int) -> AxisMap:
         """The map of the target indices `start` to `stop` alone."""
-        return AxisMap(self.source, self.index[start:stop], self.gain[start:stop], self.fill[start:stop])
+        part = slice(start, stop)
+        return AxisMap(self.source, self.index[part], self.gain[part], self.fill[part])
 
     def split(self) -> AxisMap:
         """Make the reading side of these copies: each divided by their number, so that they sum to the
@@ -127,7 +130,8 @@ class AxisMap:
         order = copied[np.argsort(self.index[copied], kind="stable")]
         if len(order):
             # Sorted by source index, each run of equal indices counts from 0.
-            starts = np.r_[0, np.flatnonzero(np.diff(self.index[order])) + 1]
+            changes = np.flatnonzero(np.diff(self.index[order])) + 1
+            starts = np.r_[0, changes]
             lengths = np.diff(np.r_[starts, len(order)])
             number[order] = np.arange(len(order)) - np.repeat(starts, lengths)
         return number
@@ -152,9 +156,11 @@ class AxisMap:
         pieces: dict[tuple[Fill, float], list[Piece]] = {}
         first: dict[tuple[Fill, float, int, int], Strips] = {}  # the first target columns with this content
         for run in runs(source, self.gain, self.fill):
-            fill, gain = Fill(int(self.fill[run.start])), float(self.gain[run.start])
+            fill = Fill(int(self.fill[run.start]))
+            gain = float(self.gain[run.start])
             width = run.stop - run.start
-            target, columns = Strips(run.start, width), Strips(int(source[run.start]), width)
+            target = Strips(run.start, width)
+            columns = Strips(int(source[run.start]), width)
             like = target
             if taken[run.start]:
                 like = first.setdefault((fill, gain, columns.first, width), target)
@@ -170,7 +176,9 @@ class AxisMap:
         chosen = np.flatnonzero((self.fill == fill) & (self.gain == gain))
         if regular := strips(chosen, source[chosen]):
             return [Piece(fill, *regular, gain)]
-        return pieces if len(pieces) <= self.target // 16 else [Piece(fill, chosen, source[chosen], gain)]
+        if len(pieces) <= self.target // 16:
+            return pieces
+        return [Piece(fill, chosen, source[chosen], gain)]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, AxisMap):
@@ -197,7 +205,8 @@ def product(left: AxisMap, right: AxisMap) -> AxisMap:
     one, other = np.broadcast_arrays(left.fill[:, None], right.fill)
     fill = np.where(_PRECEDENCE[one] >= _PRECEDENCE[other], one, other)
     index, gain, fill = (array.reshape(-1) for array in (index, gain, fill))
-    return AxisMap(left.source * right.source, np.where(_TAKES[fill], index, 0), gain, fill)
+    index = np.where(_TAKES[fill], index, 0)
+    return AxisMap(left.source * right.source, index, gain, fill)
 
 
 def concatenate(left: AxisMap, right: AxisMap) -> AxisMap:

@@ -78,8 +78,8 @@ class Change:
     def idle_parameters(self, plan: Decision) -> int:
         """How many parameters one token does not meet: those of the experts that it is not sent to."""
         idle = 1 - self.chosen / len(self.experts)
-        sizes = (prod(step.shape) for step in plan.steps if self.routed.get(step.name, -1) >= 0)
-        return round(sum(sizes) * idle)
+        of_experts = [step for step in plan.steps if self.routed.get(step.name, -1) >= 0]
+        return round(sum(prod(step.shape) for step in of_experts) * idle)
 
     def active_parameters(self, plan: Decision) -> int:
         """How many parameters one token meets."""
@@ -112,7 +112,10 @@ class Change:
     def repeats(self, step: Step) -> bool:
         """Whether a target tensor is of an expert that holds what one before it holds already."""
         number = self.routed.get(step.name, -1)
-        return number >= 0 and any(_alike(self.experts[number], earlier) for earlier in self.experts[:number])
+        if number < 0:
+            return False
+        expert, before = self.experts[number], self.experts[:number]
+        return any(_alike(expert, earlier) for earlier in before)
 
     @property
     def moments_lost(self) -> Iterator[str]:
@@ -172,14 +175,22 @@ def needed(wanted: Config, mixture: Mixture, key: str) -> int:
 def routed_tensors(mixture: Mixture, config: Config, count: int) -> dict[str, int]:
     """Target tensor → its expert, of every layer that has experts; -1 for what routes."""
     routing = [f"{name}.weight" for name in (mixture.router, mixture.shared_gate) if name is not None]
-    patterns = dict.fromkeys([*routing, *([mixture.correction] if mixture.correction else [])], -1)
+    if mixture.correction:
+        routing.append(mixture.correction)
+    patterns = dict.fromkeys(routing, -1)
     for number in range(count):
-        patterns |= {f"{name.replace('#', str(number))}.weight": number for name in mixture.experts.values()}
-    layers = mixture.sparse_layers(config)
-    return {name.replace("*", str(layer)): number for layer in layers for name, number in patterns.items()}
+        modules = [name.replace("#", str(number)) for name in mixture.experts.values()]
+        patterns |= {f"{module}.weight": number for module in modules}
+    tensors: dict[str, int] = {}
+    for layer in mixture.sparse_layers(config):
+        tensors |= {name.replace("*", str(layer)): number for name, number in patterns.items()}
+    return tensors
 
 
 def numbered(tensor: Tensor) -> str:
     """The module of an expert's tensor with `#` for the expert's number."""
     name = tensor.line.name
-    return f"{name.partition('{')[0]}#{name.partition('}')[2]}" if "{" in name else name
+    if "{" not in name:
+        return name
+    before, after = name.partition("{")[0], name.partition("}")[2]
+    return f"{before}#{after}"

@@ -77,7 +77,8 @@ def shown_step(plan: Plan) -> Step:
     """The matrix that writes the queries of the first layer; of a family whose roles are not known, its first
     matrix.
     """
-    matrices = [step for step in plan.steps if step.tensor.layer == 0 and len(step.shape) == 2]
+    first = [step for step in plan.steps if step.tensor.layer == 0]
+    matrices = [step for step in first if len(step.shape) == 2]
     for step in matrices:
         if "qk" in {space.name for space in spaces(step.tensor.line.out)}:
             return step
@@ -156,7 +157,8 @@ def _matrices(figure: Any, plan: Plan, step: Step, reader: Reader | None) -> Non
             scale |= {"vmin": -limit, "cmap": "RdBu_r"}
         label = "entry" if signed else "root mean square of each block"
         names = ("the source's", "grown")
-        for axes, matrix, part, name in zip(panels[:2], (before, after), shown, names, strict=True):
+        drawings = zip(panels[:2], (before, after), shown, names, strict=True)
+        for axes, matrix, part, name in drawings:
             image = _show(axes, matrix.shape, part, **scale)
             rows, width = matrix.shape
             axes.set_title(f"{name} {_short(step.name)},\n{rows}×{width}", **_TITLE)
@@ -211,8 +213,10 @@ def _blocks(matrix: np.ndarray) -> np.ndarray:
     """Compute the root mean square of blocks; of a small matrix, of each entry."""
     squares = matrix.astype(np.float64) ** 2
     row_edges, column_edges = (_edges(length) for length in matrix.shape)
-    by_rows = np.add.reduceat(squares, row_edges[:-1], axis=0) / np.diff(row_edges)[:, None]
-    return np.sqrt(np.add.reduceat(by_rows, column_edges[:-1], axis=1) / np.diff(column_edges))
+    heights, widths = np.diff(row_edges), np.diff(column_edges)
+    by_rows = np.add.reduceat(squares, row_edges[:-1], axis=0) / heights[:, None]
+    by_blocks = np.add.reduceat(by_rows, column_edges[:-1], axis=1) / widths
+    return np.sqrt(by_blocks)
 
 
 def _edges(length: int) -> np.ndarray:

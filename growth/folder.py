@@ -237,7 +237,8 @@ def strangers(folder: Path) -> list[str]:
 def _strangers(folder: Path, own: frozenset[str], before: str = "") -> Iterator[str]:
     for entry in folder.iterdir():
         name = before + entry.name
-        if entry.is_dir() and not entry.is_symlink() and any(file.startswith(f"{name}/") for file in own):
+        is_folder = entry.is_dir() and not entry.is_symlink()
+        if is_folder and any(file.startswith(f"{name}/") for file in own):
             yield from _strangers(entry, own, f"{name}/")
         elif name not in own:
             yield name
@@ -292,7 +293,8 @@ def _holds(place: Path, path: Path) -> bool:
     if not place.exists():
         return False
     here, real = place.stat(), path.resolve()
-    return any(os.path.samestat(here, part.stat()) for part in (real, *real.parents) if part.exists())
+    parts = (part for part in (real, *real.parents) if part.exists())
+    return any(os.path.samestat(here, part.stat()) for part in parts)
 
 
 def _few(names: list[str]) -> str:

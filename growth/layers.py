@@ -187,6 +187,8 @@ def among_kinds(source: Sequence[Hashable], target: Sequence[Hashable]) -> Layer
 def _explicit(depth: Sequence[int], source: int, target: int) -> LayerMap:
     if len(depth) != target:
         raise UserError(f"depth: the list names {len(depth)} layers, the target has {target}")
-    if wrong := [layer for layer in depth if type(layer) is not int or not 0 <= layer < source]:
+    layers = range(source)
+    wrong = [layer for layer in depth if type(layer) is not int or layer not in layers]
+    if wrong:
         raise UserError(f"depth: {wrong[0]!r} is no source layer; the source has layers 0 to {source - 1}")
     return LayerMap("list", source, tuple(depth), (False,) * target)

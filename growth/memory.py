@@ -120,7 +120,8 @@ def follow(
                 else {layerless(name): tensor.dtype for name, tensor in model.state_dict().items()}
             )
             for name in own:
-                own[name].data = whole[name].to(model.device, kinds.get(layerless(name), own[name].dtype))
+                dtype = kinds.get(layerless(name), own[name].dtype)
+                own[name].data = whole[name].to(model.device, dtype)
     return grown.train(model.training)
 
 
@@ -128,10 +129,11 @@ def _tensors(model: PreTrainedModel) -> Tensors:
     from outgrow.model.conversion import in_file
 
     held, blank = _untied(model), meta_model(config_of(model))
-    for name, whole in blank.all_tied_weights_keys.items():
-        if name in held and whole in held and not held[name].equal(held[whole]):
+    for name, other in blank.all_tied_weights_keys.items():
+        both = name in held and other in held
+        if both and not held[name].equal(held[other]):
             raise UserError(
-                f"the model in memory: its config ties {name} to {whole}, and they differ; set "
+                f"the model in memory: its config ties {name} to {other}, and they differ; set "
                 "tie_word_embeddings to False"
             )
     known = blank.state_dict().keys()
@@ -140,7 +142,8 @@ def _tensors(model: PreTrainedModel) -> Tensors:
             f"the model in memory: unknown {names_of(strange)}, which a {type(model).__name__} of its "
             "config does not have"
         )
-    return Tensors({name: tensor.detach() for name, tensor in in_file(config_of(model), held).items()})
+    stored = in_file(config_of(model), held)
+    return Tensors({name: tensor.detach() for name, tensor in stored.items()})
 
 
 def _untied(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -33,7 +33,8 @@ def miniature(draft: Draft, source: Config, target: Config, depth: str | Sequenc
     for key in filter(None, (keys.ffn, *keys.more, *states)):
         before = source.get(key)
         if key in tiny and before:
-            wanted[key] = scaled(int(tiny[key]), before, target.get(key) or before)
+            after = target.get(key) or before
+            wanted[key] = scaled(int(tiny[key]), before, after)
     wanted |= _head_dim(draft, source, target)
     asked = {key: size for key, size in wanted.items() if _differs(key, source, target)}
     changes = {key: size for key, size in asked.items() if size != tiny.get(key)}

@@ -49,7 +49,11 @@ def changed_plan(
     wanted = _wanted(target)
     kind = wanted.pop("model_type", source["model_type"] if isinstance(asked, ExpertCopy) else None)
     mixture = _mixture(source, kind, wanted, asked)
-    wanted = {mixture.count if key in mixture.aliases else key: value for key, value in wanted.items()}
+
+    def spelling(key: str) -> str:
+        return mixture.count if key in mixture.aliases else key
+
+    wanted = {spelling(key): value for key, value in wanted.items()}
     _check_keys(source, mixture, wanted)
     if isinstance(asked, ExpertCopy):
         plan = copied(source, mixture, wanted, asked, within)

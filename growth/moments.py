@@ -38,9 +38,11 @@ def moments_plan(plan: Plan, dtypes: dict[str, str]) -> Plan:
     Args:
         dtypes: safetensors dtype of each source moment, under the same prefixed names.
     """
-    moments = [(moment, power, step) for moment, power in POWERS.items() for step in plan.steps]
-    steps = tuple(_step(plan, step, moment, power) for moment, power, step in moments)
-    return replace(plan, growth=replace(plan.growth, dtype=None), steps=steps, noise=0.0, dtypes=dtypes)
+    steps: list[Step] = []
+    for moment, power in POWERS.items():
+        steps += [_step(plan, step, moment, power) for step in plan.steps]
+    growth = replace(plan.growth, dtype=None)
+    return replace(plan, growth=growth, steps=tuple(steps), noise=0.0, dtypes=dtypes)
 
 
 def inexact(plan: Plan) -> Iterator[str]:
@@ -94,7 +96,9 @@ def _step(plan: Plan, step: Step, moment: str, power: int) -> Step:
         )
     else:
         maps = tuple(_transposed(axis, power) for axis in step.maps)
-        maps = (maps[0].scaled(share**power), *maps[1:]) if share != 1 else maps
+        if share != 1:
+            first, *others = maps
+            maps = (first.scaled(share**power), *others)
     return replace(
         step,
         tensor=tensor,

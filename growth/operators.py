@@ -141,7 +141,8 @@ def _average_residual(growth: Growth, n: int, N: int, c: float) -> Expansion:
     read = AxisMap.of(n, index, Fill.RANDOM).split()
     tied = 1 / (r * c * growth.embedding_gain) if growth.tied else 1.0
     fill, word = (Fill.MEAN, "mean") if mean else (Fill.ZERO, "zero")
-    residue = f", {N - r * n} {word} residues" if r * n < N else ""
+    rest = N - r * n
+    residue = f", {rest} {word} residues" if rest > 0 else ""
     return Expansion(
         write=AxisMap.of(n, index, fill, gain=c),
         read=read if growth.family.prenorm else read.scaled(1 / c),

@@ -111,7 +111,8 @@ def mixture_target(
     if operator not in CHANGES and kind in (None, source["model_type"]):
         return None
     changing = operator if operator in CHANGES else "upcycle"
-    own = {name: options[name] for name in options_of(changing) if name in options and operator in CHANGES}
+    known = options_of(changing) if operator in CHANGES else ()
+    own = {name: options[name] for name in known if name in options}
     return plan(
         source, target, changing, depth=options.get("depth", "identity"), noise=0.0, **own
     ).target_config

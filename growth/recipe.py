@@ -103,9 +103,8 @@ class Growth:
     @property
     def attention_gain(self) -> float:
         """The gain on q·k under which the library's scaling gives the source's attention logits."""
-        if self.family.scaled_if is not None and not self.family.flag(
-            self.source_config, self.family.scaled_if
-        ):
+        condition = self.family.scaled_if
+        if condition is not None and not self.family.flag(self.source_config, condition):
             return 1.0
         if self.family.attention_scale == "head_dim":
             return sqrt(self.target["qk"] / self.source["qk"])

@@ -188,7 +188,8 @@ class Bench:
             raise Unfit(str(fault)) from None
         if plan.target_parameters == plan.source_parameters:
             raise Unfit(f"nothing grows with {', '.join(changes)}")
-        planned, wanted = {step.name: step.shape for step in plan.steps}, shapes(plan.target_config)
+        planned = {step.name: step.shape for step in plan.steps}
+        wanted = shapes(plan.target_config)
         differing = sorted(name for name, shape in wanted.items() if planned.get(name) != shape)
         if differing:
             name = differing[0]

@@ -49,7 +49,9 @@ def _rounds(step: Step) -> bool:
     """Check whether scaling rounds entries: some gain is no power of two, or a mean is taken."""
     mantissas = [np.frexp(np.abs(_gains(axis)))[0] for axis in step.maps]
     scaled = any(bool((mantissa != 0.5).any()) for mantissa in mantissas)
-    return scaled or any(bool((axis.fill == Fill.MEAN).any()) for axis in step.maps)
+    if scaled:
+        return True
+    return any(bool((axis.fill == Fill.MEAN).any()) for axis in step.maps)
 
 
 def _gains(axis: AxisMap) -> np.ndarray:
@@ -61,17 +63,18 @@ def _gains(axis: AxisMap) -> np.ndarray:
 def _equal_copies(plan: Decision) -> Iterator[str]:
     """Name copies that are written alike and read alike, and so get equal gradients in every step."""
     config = plan.target_config
-    rates = [value for key, value in config.items() if "drop" in key and isinstance(value, int | float)]
-    dropout = any(rate > 0 for rate in rates)
+    rates = [value for key, value in config.items() if "drop" in key]
+    dropout = any(isinstance(rate, int | float) and rate > 0 for rate in rates)
     if plan.noise or dropout or plan.recipe.flat is not None or not plan.recipe.inherits:
         return
     counts = {}
     for space, expansion in plan.recipe.expansions.items():
         if plan.growth.grows(space) and plan.family.uses(space) and space not in ("vocab", "pos", "expert"):
             counts[space] = _evenly_read(expansion.write, expansion.read)
-    if told := ", ".join(f"{space} {count}" for space, count in counts.items() if count):
+    listing = ", ".join(f"{space} {count}" for space, count in counts.items() if count)
+    if listing:
         yield (
-            f"{sum(counts.values())} copies are read evenly ({told}); without dropout or noise they stay "
+            f"{sum(counts.values())} copies are read evenly ({listing}); without dropout or noise they stay "
             "equal, and training uses no more than the source's width (growth.noise=0.5 sets them apart)"
         )
 
@@ -79,7 +82,8 @@ def _equal_copies(plan: Decision) -> Iterator[str]:
 def _evenly_read(write: AxisMap, read: AxisMap) -> int:
     """Count target indices that share their source index and gains with an earlier one."""
     copies = np.flatnonzero(write.copies & read.copies)
-    kinds = {(int(write.index[i]), float(write.gain[i]), float(read.gain[i])) for i in copies}
+    columns = (write.index, write.gain, read.gain)
+    kinds = set(zip(*(column[copies].tolist() for column in columns), strict=True))
     return len(copies) - len(kinds)
 
 

@@ -189,11 +189,12 @@ def _left_out(names: Sequence[str]) -> list[str]:
 
 def _copies_layers_only(config: Config, target: Target, depth: str | Sequence[int]) -> bool:
     """Check that nothing but the number of layers changes, and no new layer has to start as the identity."""
-    if not isinstance(target, Mapping) or (
-        isinstance(depth, str) and LAYER_MAPS.get(depth, (None, False))[1]
-    ):
+    if not isinstance(target, Mapping):
         return False
-    return all(key in DEPTH_KEYS or config.get(key) == value for key, value in target.items())
+    if isinstance(depth, str) and LAYER_MAPS.get(depth, (None, False))[1]:
+        return False
+    others = {key: value for key, value in target.items() if key not in DEPTH_KEYS}
+    return all(config.get(key) == value for key, value in others.items())
 
 
 def _derived(
@@ -234,7 +235,8 @@ def _derived(
             f"{fault}{head}; what is left: whole layers copied (growth.depth=stack and no size but the "
             "number of layers), or a schema of your own (docs/families.md, 'Add a family')"
         ) from None
-    sizes = ", ".join(f"{key} {draft.axes.config.get(key)} → {size}" for key, size in changes.items())
+    known = draft.axes.config
+    sizes = ", ".join(f"{key} {known.get(key)} → {size}" for key, size in changes.items())
     notes = [
         (
             f"family {name!r} has no schema here: one was derived from transformers' own class "
@@ -305,11 +307,17 @@ def _family(draft: Draft, config: Config, shapes: Shapes | None) -> Family:
     if shapes is None:
         return drafted_family(draft, config, built)
     strange = [name for name in shapes if called[name] not in built]
-    dropped = set(passed_over(config, strange)) | set(tied_names(config, strange)) if strange else set()
+    dropped: set[str] = set()
+    if strange:
+        dropped = {*passed_over(config, strange), *tied_names(config, strange)}
     buffers = [name for name in strange if name in dropped or name.endswith(BUFFERS)]
     # in the class's order, which a record has too
     place = {name: number for number, name in enumerate(built)}
-    names = sorted(shapes.keys() - set(buffers), key=lambda name: (place.get(called[name], len(place)), name))
+
+    def rank(name: str) -> tuple[int, str]:
+        return place.get(called[name], len(place)), name
+
+    names = sorted(shapes.keys() - set(buffers), key=rank)
     family = drafted_family(draft, config, {name: shapes[name] for name in names}, called)
     return replace(family, ignore=tuple(buffers))
 
@@ -321,7 +329,9 @@ def _check_asked(
     from outgrow.model.derive import drafted_family
 
     tiny = drafted_family(draft, draft.axes.config, draft.axes.shapes)
-    before, after = tiny.sizes(draft.axes.config), tiny.sizes({**draft.axes.config, **changes})
-    asked = {space for space in source if target[space] != source[space] and space != "layer"}
-    if untested := sorted(space for space in asked if before.get(space) == after.get(space)):
+    before = tiny.sizes(draft.axes.config)
+    after = tiny.sizes({**draft.axes.config, **changes})
+    asked = {space for space in source if target[space] != source[space]} - {"layer"}
+    untested = sorted(space for space in asked if before.get(space) == after.get(space))
+    if untested:
         raise UserError(f"nothing in a tiny model of the family stands for growth of {', '.join(untested)}")

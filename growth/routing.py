@@ -16,7 +16,7 @@ import numpy as np
 
 from outgrow.growth.changes import ExpertCopy
 from outgrow.growth.decision import Decision, Step
-from outgrow.growth.experts import FFN, Change
+from outgrow.growth.experts import FFN, Change, numbered
 from outgrow.model.notation import Space
 
 
@@ -66,7 +66,7 @@ def _scales(plan: Decision, change: Change) -> Iterator[str]:
     told = set()
     for step in plan.steps:
         number, module = change.routed.get(step.name), step.tensor.line.name
-        origin = shared.get(module) or experts.get(f"{module.partition('{')[0]}#{module.partition('}')[2]}")
+        origin = shared.get(module) or experts.get(numbered(step.tensor))
         if origin is None or step.tensor.layer is None or origin in told:
             continue
         before = dense[f"{origin}.weight".replace("*", str(step.tensor.layer))]
@@ -97,7 +97,9 @@ def _scale(step: Step, before: Step, start: int) -> float | None:
     factors = []
     for axis, whole, named in zip(step.maps, before.maps, before.tensor.axes, strict=True):
         part = whole.cut(start, start + axis.target) if named == Space(FFN) else whole
-        if not (np.array_equal(part.index, axis.index) and np.array_equal(part.fill, axis.fill)):
+        if not np.array_equal(part.index, axis.index):
+            return None
+        if not np.array_equal(part.fill, axis.fill):
             return None
         taken = part.gain != 0
         ratios = axis.gain[taken] / part.gain[taken]
@@ -126,9 +128,9 @@ def _weights(change: Change) -> float:
 def _sum_of_weights(plan: Decision, change: Change) -> Iterator[str]:
     """The combine weights of the chosen experts must sum to a constant."""
     mixture, count = change.mixture, len(change.experts)
-    if mixture.normalises(change.config) or (
-        mixture.softmax and (change.chosen == count or _all_alike(plan, change))
-    ):
+    if mixture.normalises(change.config):
+        return
+    if mixture.softmax and (change.chosen == count or _all_alike(plan, change)):
         return
     where = (
         f"config {mixture.normalised} is false"
@@ -143,7 +145,8 @@ def _sum_of_weights(plan: Decision, change: Change) -> Iterator[str]:
 
 def _all_alike(plan: Decision, change: Change) -> bool:
     """Whether the router's rows are zeros, so that every expert has the same weight."""
-    return all(step.zero for step in plan.steps if change.routed.get(step.name) == -1)
+    routers = [step for step in plan.steps if change.routed.get(step.name) == -1]
+    return all(step.zero for step in routers)
 
 
 def _groups(plan: Decision, change: Change) -> Iterator[str]:
@@ -176,7 +179,8 @@ def _coverage(change: Change) -> Iterator[str]:
     units = change.within.recipe.expansions[FFN].write.target
     rows: dict[int, np.ndarray] = {}
     for expert in change.experts:
-        rows.setdefault(expert.row, np.zeros(units, np.int64))[expert.start : expert.stop] += 1
+        counts = rows.setdefault(expert.row, np.zeros(units, np.int64))
+        counts[expert.start : expert.stop] += 1
     expected = (np.arange(units) >= change.shared).astype(np.int64)
     if any(not np.array_equal(held, expected) for held in rows.values()):
         yield f"experts: the {units} units of the MLP are not each held once in every group"

@@ -211,7 +211,7 @@ def _of_expert(change: Change, tensor: Tensor, step: Step) -> Step:
     assert isinstance(asked, Upcycling)
     number = change.routed.get(tensor.name)
     expert = Expert(0, 0, change.shared, -1) if number is None else change.experts[number]
-    units = next(axis for axis, named in enumerate(step.tensor.axes) if named == Space(FFN))
+    units = step.tensor.axes.index(Space(FFN))
     maps = [
         axis.cut(expert.start, expert.stop) if place == units else axis
         for place, axis in enumerate(step.maps)
@@ -252,7 +252,8 @@ def _finish(
     if not asked.drop:
         return Finish(noise=noise) if noise else None
     drawn = generator(change.within.growth.seed, "dropped", tensor.layer, number).permutation(units)
-    return Finish(redrawn=(axis, np.sort(drawn[: round(asked.drop * units)])), noise=noise)
+    count = round(asked.drop * units)
+    return Finish(redrawn=(axis, np.sort(drawn[:count])), noise=noise)
 
 
 def _routing(change: Change, tensor: Tensor, growth: Growth) -> Step:
@@ -270,7 +271,8 @@ def _routing(change: Change, tensor: Tensor, growth: Growth) -> Step:
 
 
 def _all_new(growth: Growth, axis: Any, length: int) -> AxisMap:
-    return AxisMap.of(growth.source.get(str(axis), 1), np.full(length, -1), Fill.RANDOM)
+    source = growth.source.get(str(axis), 1)
+    return AxisMap.of(source, np.full(length, -1), Fill.RANDOM)
 
 
 def _expansions(change: Change, growth: Growth) -> dict[str, Expansion]:
@@ -296,5 +298,6 @@ def _expansions(change: Change, growth: Growth) -> dict[str, Expansion]:
     kept |= {ROUTED: cut, EXPERT: experts}
     if change.shared:
         rule = f"the first {change.shared} of {ffn.write.target} units"
-        kept[SHARED] = Expansion.of(ffn.write.cut(0, change.shared), ffn.read.cut(0, change.shared), rule)
+        write, read = (side.cut(0, change.shared) for side in (ffn.write, ffn.read))
+        kept[SHARED] = Expansion.of(write, read, rule)
     return kept

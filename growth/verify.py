@@ -354,7 +354,8 @@ def _compared_row(source: torch.Tensor, target: torch.Tensor, tokens: torch.Tens
     before, after = source.log_softmax(-1), target.log_softmax(-1)
     kl = (before.exp() * (before - after)).sum(-1).mean()
     losses = [F.nll_loss(each[:-1], tokens[1:]) for each in (before, after)]
-    return torch.stack([(source - target).abs().max(), source.abs().max(), kl, *losses])
+    difference = (source - target).abs()
+    return torch.stack([difference.max(), source.abs().max(), kl, *losses])
 
 
 def check_receipt(receipt: Receipt, plan: Plan, source: Path) -> None:

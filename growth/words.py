@@ -74,9 +74,12 @@ def tensor_table(plan: Decision) -> list[tuple[str, str, str, int, int]]:
     table = []
     for name, steps in rows.items():
         line = steps[0].tensor.line
-        pattern = f"{line.kind} {line.out}" if line.into is None else f"{line.out} <- {line.into}"
         if line.kind == "tensor":
             pattern = line.text
+        elif line.into is None:
+            pattern = f"{line.kind} {line.out}"
+        else:
+            pattern = f"{line.out} <- {line.into}"
         shapes = f"{_shape(steps[0].source_shape)} → {_shape(steps[0].shape)}"
         size = sum(map(plan.nbytes, steps))
         table.append((name, pattern, shapes, len(steps), size))

@@ -247,7 +247,8 @@ class Expander:
             with np.errstate(invalid="ignore"):  # infinities, where they are allowed
                 remainder[:, consecutive(np.flatnonzero(there))] -= self._decoded(stored)
         part = target[:, consecutive(last)]
-        target[:, consecutive(last)] = np.where(np.isfinite(remainder), self._encoded(remainder), part)
+        closed = np.where(np.isfinite(remainder), self._encoded(remainder), part)
+        target[:, consecutive(last)] = closed
 
     def _close_rows(self, target: np.ndarray, rows: np.ndarray, source: np.ndarray, gain: np.ndarray) -> None:
         """Set the last copies among the rows to the source minus the others, computed again as stored."""
@@ -352,7 +353,8 @@ class Expander:
         parts = []
         for run in runs(index):
             first = int(index[run.start])
-            parts.append(self.reader.read(name, first, first + run.stop - run.start))
+            count = run.stop - run.start
+            parts.append(self.reader.read(name, first, first + count))
         return self._in_dtype(name, parts[0] if len(parts) == 1 else np.concatenate(parts))
 
     def _in_dtype(self, name: str, raw: np.ndarray) -> np.ndarray:
@@ -444,23 +446,24 @@ class Expander:
             return
         if finish.redrawn is not None:
             self._redraw(target, rows, *finish.redrawn)
+        width = target.shape[1]
         if finish.noise:
-            self._add(
-                target,
-                normal(self._numbers("spread", target.shape[1], rows))
-                * (finish.noise * self._root_mean_square),
-            )
-        if finish.jitter and len(further := np.flatnonzero(self.maps[0].number()[rows])):
-            part = target[further]
-            shares = self._numbers("jitter", target.shape[1], rows[further]) / (1 << 32)
-            self._add(part, (2 * shares - 1) * finish.jitter)
-            target[further] = part
+            spread = finish.noise * self._root_mean_square
+            self._add(target, normal(self._numbers("spread", width, rows)) * spread)
+        if finish.jitter:
+            further = np.flatnonzero(self.maps[0].number()[rows])
+            if len(further):
+                part = target[further]
+                shares = self._numbers("jitter", width, rows[further]) / (1 << 32)
+                self._add(part, (2 * shares - 1) * finish.jitter)
+                target[further] = part
 
     def _redraw(self, target: np.ndarray, rows: np.ndarray, axis: int, indices: np.ndarray) -> None:
         """Draw the rows (0) or columns (1) of these indices anew."""
         mean, deviation = self._redrawn_moments
         here = np.flatnonzero(np.isin(rows, indices)) if axis == 0 else slice(None)
-        drawn = self._numbers("redrawn", target.shape[1] if axis == 0 else len(indices), rows[here])
+        width = target.shape[1] if axis == 0 else len(indices)
+        drawn = self._numbers("redrawn", width, rows[here])
         values = (normal(drawn) * deviation + mean).astype(working_type(self.dtype))
         target[here if axis == 0 else (here, indices)] = to_raw(values, self.dtype)
 
@@ -473,7 +476,7 @@ class Expander:
         count, total, square = 0, 0.0, 0.0
         for start, stop in self.blocks():
             rows = np.arange(start, stop)
-            block = np.empty((stop - start, self.matrix[1]), RAW[self.dtype])
+            block = np.empty((len(rows), self.matrix[1]), RAW[self.dtype])
             self._fill_all(block, rows)
             replaced = block[np.isin(rows, indices)] if axis == 0 else block[:, indices]
             values = floats(np.ascontiguousarray(replaced), self.dtype).astype(np.float64)
@@ -488,7 +491,8 @@ class Expander:
     def _numbers(self, part: str, width: int, rows: np.ndarray) -> np.ndarray:
         """(len(rows), width) random 32-bit numbers that depend on seed, tensor, part and position alone."""
         if part not in self._draws:
-            self._draws[part] = Draws(width, np.uint32, self.plan.growth.seed, self.step.name, part)
+            seed = self.plan.growth.seed
+            self._draws[part] = Draws(width, np.uint32, seed, self.step.name, part)
         return self._draws[part].of(rows)
 
     def _add(self, target: np.ndarray, values: np.ndarray) -> None:
@@ -528,9 +532,11 @@ class Expander:
             return np.broadcast_to(entry, (len(rows), width))
         if part not in self._draws:
             kind = np.uint16 if is_short(self.dtype) else np.uint32
-            self._draws[part] = Draws(width, kind, self.plan.growth.seed, self.step.name, part)
+            seed = self.plan.growth.seed
+            self._draws[part] = Draws(width, kind, seed, self.step.name, part)
         finish = self.step.finish or Finish()
-        draws, deviation = self._draws[part].of(rows // finish.alike), finish.deviation
+        draws = self._draws[part].of(rows // finish.alike)
+        deviation = finish.deviation
         if deviation is None and start is not None and (start.normal is None or start.normal[0]):
             return self._drawn(start, draws)
         if deviation is None:

@@ -14,8 +14,7 @@ def runs(index: np.ndarray, *same: np.ndarray) -> Iterator[slice]:
     """Yield slices over which `index` rises by one and every array of `same` stays equal."""
     if len(index) == 0:
         return
-    span = index[-1] - index[0] + 1
-    if not same and span == len(index) and (index[1:] > index[:-1]).all():
+    if not same and _is_one_run(index):
         yield slice(0, len(index))
         return
     breaks = index[1:] != index[:-1] + 1
@@ -24,6 +23,13 @@ def runs(index: np.ndarray, *same: np.ndarray) -> Iterator[slice]:
     edges = (np.flatnonzero(breaks) + 1).tolist()
     for start, stop in zip([0, *edges], [*edges, len(index)], strict=True):
         yield slice(start, stop)
+
+
+def _is_one_run(index: np.ndarray) -> bool:
+    """Check whether indices rise by one throughout."""
+    if index[-1] - index[0] + 1 != len(index):
+        return False
+    return bool((index[1:] > index[:-1]).all())
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,8 @@ def strips(first: np.ndarray, second: np.ndarray) -> tuple[Strips, Strips] | Non
     if irregular or (stops - starts != width).any():
         return None
     periods = [int(step[0]) if count > 1 else 0 for step in steps]
-    pairs = zip((first, second), periods, strict=True)
-    one, other = (Strips(int(indices[0]), width, count, period) for indices, period in pairs)
+    one = Strips(int(first[0]), width, count, periods[0])
+    other = Strips(int(second[0]), width, count, periods[1])
     return one, other
 
 

@@ -39,7 +39,8 @@ class Draws:
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """Draw the rows of these numbers: (len(rows), width)."""
-        drawn = [self.rows(int(rows[run.start]), run.stop - run.start) for run in runs(rows)]
+        pieces = [(int(rows[run.start]), run.stop - run.start) for run in runs(rows)]
+        drawn = [self.rows(start, count) for start, count in pieces]
         return drawn[0] if len(drawn) == 1 else np.concatenate(drawn)
 
     def rows(self, start: int, count: int) -> np.ndarray:

@@ -37,8 +37,9 @@ class Tensors:
         Raises:
             UserError: a tensor has a dtype that no file can hold.
         """
-        unknown = [(name, held.dtype) for name, held in self.tensors.items() if held.dtype not in DTYPES]
-        UserError.collect(f"{name}: {dtype} cannot be grown" for name, dtype in unknown)
+        kinds = {name: tensor.dtype for name, tensor in self.tensors.items()}
+        unknown = {name: dtype for name, dtype in kinds.items() if dtype not in DTYPES}
+        UserError.collect(f"{name}: {dtype} cannot be grown" for name, dtype in unknown.items())
         dtypes = self.dtypes
         return {
             name: Stored(Path(), 0, dtypes[name], tuple(tensor.shape))

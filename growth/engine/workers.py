@@ -102,7 +102,8 @@ def agreement(plan: Plan, checkpoint: Checkpoint, shards: Shards, worker: Worker
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(checkpoint.tensors):
         shape = checkpoint.tensors[name].shape
-        rows = prod(shape[:-1]) if len(shape) > 2 else prod(shape[:1])
+        leading = shape[:-1] if len(shape) > 2 else shape[:1]
+        rows = prod(leading)
         spread = {number * (rows - 1) // (SAMPLES - 1) for number in range(SAMPLES)}
         for row in sorted(spread) if rows and shape else ():
             digest.update(checkpoint.read(name, row, row + 1).tobytes())
