@@ -128,9 +128,8 @@ def _numbering(groups: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[i
         return dict(zip(numbers, shapes, strict=True))
     matrices = [name for name, shape in shapes.items() if len(shape) > 1]
     if len(groups) == 2 and len(groups[0]["params"]) == len(matrices):
-        return dict(
-            zip(numbers, [*matrices, *(name for name in shapes if name not in matrices)], strict=True)
-        )
+        others = [name for name in shapes if name not in matrices]
+        return dict(zip(numbers, [*matrices, *others], strict=True))
     raise UserError(
         f"optimizer state: {len(groups)} groups without names, so which parameter is which is not known; "
         "build the optimizer from named parameters (groups of (name, parameter) pairs, which PyTorch "
@@ -168,7 +167,8 @@ def read_adam(path: Path | str, plan: Plan) -> AdamState:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as fault:  # torch reports a damaged or unsafe file in many ways
-        reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+        lines = str(fault).strip().splitlines()
+        reason = lines[0] if lines else type(fault).__name__
         raise UserError(f"optimizer {file}: cannot be read as a PyTorch file of tensors ({reason})") from None
     if not isinstance(state, Mapping):
         raise UserError(

@@ -74,7 +74,8 @@ def _config(plan: Decision) -> Iterator[str]:
     # Every other value must say the same, but for those that do not touch the logits in evaluation.
     source, target = (_with_kinds(family, config) for config in (plan.source_config, plan.target_config))
     keys = (source.keys() | target.keys()) - sizes - NEUTRAL
-    for key in sorted(key for key in keys if not key.endswith("_token_id") and "drop" not in key):
+    apart = {key for key in keys if key.endswith("_token_id") or "drop" in key}
+    for key in sorted(keys - apart):
         before, after = source.get(key), target.get(key)
         if not _same(key, before, after, layers):
             yield f"config {key}: {before!r} becomes {after!r}, which is no size and may change the function"
@@ -205,7 +206,8 @@ def _inner(space: str, expansion: Expansion, expected: float) -> Iterator[str]:
     from_next = write.fill == Fill.NEXT
     if from_next.any():
         yield f"{space}: {int(from_next.sum())} indices are written by the next layer and read as copies"
-    written, is_read = write.fill != Fill.ZERO, read.fill != Fill.ZERO
+    written = write.fill != Fill.ZERO
+    is_read = read.fill != Fill.ZERO
     leaks = ~met & ~from_next & written & is_read
     if count := int(leaks.sum()):
         yield f"{space}: {count} new indices are written and read, neither as zero"
@@ -214,7 +216,8 @@ def _inner(space: str, expansion: Expansion, expected: float) -> Iterator[str]:
 def _special(space: str, expansion: Expansion, plan: Decision) -> Iterator[str]:
     """Check what lies between the writers and readers of a space: activations, rotary positions, norms."""
     growth, write = plan.growth, expansion.write
-    if space in ("ffn", "kv", "group") and not np.allclose(write.gain[write.copies], 1):
+    gains = write.gain[write.copies]
+    if space in ("ffn", "kv", "group") and not np.allclose(gains, 1):
         yield f"{space}: writers are scaled, which its nonlinearity does not pass on"
     if space == "qk" and growth.family.rotary is not None:
         turned = growth.family.rotary_dims(growth.source_config)
@@ -237,7 +240,8 @@ def _special(space: str, expansion: Expansion, plan: Decision) -> Iterator[str]:
 def _turned_stay(write: AxisMap, turned: int) -> bool:
     """Check that the dims that rotary positions turn stay first in their head, and nothing else copies
     them."""
-    first, copied = write.index[:turned], write.copies[:turned]
+    first = write.index[:turned]
+    copied = write.copies[:turned]
     stay = copied.all() and (first == np.arange(turned)).all()
     others = write.index[turned:][write.copies[turned:]]
     return bool(stay and (others >= turned).all())

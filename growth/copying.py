@@ -46,7 +46,8 @@ def copied(
     origins = [number // times for number in range(count)]
     experts = tuple(Expert(origin, 0, units, origin) for origin in origins)
     growth = replace(made.growth, family=family, target_config=config, origin=made.family)
-    routed, shared = routed_tensors(mixture, config, count), mixture.shared_size(config)
+    routed = routed_tensors(mixture, config, count)
+    shared = mixture.shared_size(config)
     change = Change(made, mixture, asked, config, experts, routed, shared, chosen_before)
     copies = AxisMap.of(before, np.arange(count) // times)
     steps = tuple(_copies(change, family, copies))
@@ -61,7 +62,8 @@ def copied(
 
 def _copies(change: Change, family: Family, copies: AxisMap) -> Iterator[Step]:
     """Every tensor of the larger mixture, of the plan with the source's number of experts."""
-    asked, made = change.asked, {step.name: step for step in change.within.steps}
+    asked = change.asked
+    made = {step.name: step for step in change.within.steps}
     assert isinstance(asked, ExpertCopy)
     for tensor in family.tensors(change.config):
         if tensor.tied:

@@ -114,7 +114,8 @@ class Change:
         number = self.routed.get(step.name, -1)
         if number < 0:
             return False
-        expert, before = self.experts[number], self.experts[:number]
+        expert = self.experts[number]
+        before = self.experts[:number]
         return any(_alike(expert, earlier) for earlier in before)
 
     @property
@@ -192,5 +193,6 @@ def numbered(tensor: Tensor) -> str:
     name = tensor.line.name
     if "{" not in name:
         return name
-    before, after = name.partition("{")[0], name.partition("}")[2]
+    before = name.partition("{")[0]
+    after = name.partition("}")[2]
     return f"{before}#{after}"

@@ -87,7 +87,8 @@ def shown_step(plan: Plan) -> Step:
 
 def _layers(axes: Axes, plan: Plan) -> None:
     """Draw source layers below, target layers above, a line from each to each that it feeds."""
-    layers, last = plan.layers, max(plan.layers.target - 1, 1)
+    layers = plan.layers
+    last = max(plan.layers.target - 1, 1)
     place = np.array([last / 2])
     if layers.source > 1:
         place = np.linspace(0, last, layers.source)
@@ -147,7 +148,8 @@ def _matrices(figure: Any, plan: Plan, step: Step, reader: Reader | None) -> Non
     panels = np.atleast_1d(figure.subplots(1, columns, width_ratios=_widths(step)[-columns:]))
     if columns == 3:
         assert reader is not None
-        before, after = source_matrix(plan, step, reader), grown_matrix(plan, step, reader)
+        before = source_matrix(plan, step, reader)
+        after = grown_matrix(plan, step, reader)
         signed = max(*before.shape, *after.shape) <= CELLS
         shown = [matrix if signed else _blocks(matrix) for matrix in (before, after)]
         largest = [float(np.quantile(np.abs(part), 0.995)) for part in shown]

@@ -113,7 +113,9 @@ class Place:
 
     def _check_partial(self) -> None:
         partial = self.partial
-        if not _exists(partial) or (partial.is_dir() and not partial.is_symlink() and self._may_clear()):
+        if not _exists(partial):
+            return
+        if partial.is_dir() and not partial.is_symlink() and self._may_clear():
             return
         raise UserError(
             f"out: {partial} is in the way and was not made by growth, so it is left alone; move it, or "

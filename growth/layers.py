@@ -141,7 +141,8 @@ def layer_map(depth: str | Sequence[int], source: int, target: int) -> LayerMap:
         unknown("depth", depth, LAYER_MAPS)
     rule, idle = LAYER_MAPS[depth]
     layers = rule(source, target) if target > source else list(range(source))
-    return LayerMap(depth, source, tuple(layers), _repeats(layers) if idle else (False,) * target)
+    identity = _repeats(layers) if idle else (False,) * target
+    return LayerMap(depth, source, tuple(layers), identity)
 
 
 def among_kinds(source: Sequence[Hashable], target: Sequence[Hashable]) -> LayerMap | None:

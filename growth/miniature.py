@@ -29,7 +29,8 @@ def miniature(draft: Draft, source: Config, target: Config, depth: str | Sequenc
 
     # Widths, each by its own ratio.
     heads = _heads(draft, source, target)
-    wanted = dict.fromkeys(draft.axes.stream_keys, _hidden(draft, source, target, heads)) | heads
+    hidden = _hidden(draft, source, target, heads)
+    wanted = dict.fromkeys(draft.axes.stream_keys, hidden) | heads
     for key in filter(None, (keys.ffn, *keys.more, *states)):
         before = source.get(key)
         if key in tiny and before:
@@ -116,11 +117,13 @@ def _hidden(draft: Draft, source: Config, target: Config, heads: Mapping[str, in
     """
     keys = draft.axes.keys
     tiny = draft.axes.hidden
-    before, after = int(source[keys.hidden]), int(target[keys.hidden])
+    before = int(source[keys.hidden])
+    after = int(target[keys.hidden])
     if before == after or not keys.heads:
         return scaled(tiny, before, after)
     count = heads[keys.heads]
     if draft.axes.coupled and not any(target.get(key) for key in HEAD_KEYS):
         dims = (before // source[keys.heads], after // target[keys.heads])
         return count * scaled(tiny // draft.axes.heads, *dims, multiple=2)
-    return scaled(tiny, before, after, multiple=count if after % target[keys.heads] == 0 else 1)
+    whole_heads = after % target[keys.heads] == 0
+    return scaled(tiny, before, after, multiple=count if whole_heads else 1)

@@ -160,7 +160,8 @@ def _differing(source: Config, kind: str, wanted: Config) -> str:
     ]
     if not alone:
         return "their other tensors have the same names, and no rule for the pair is known here"
-    return f"their other tensors differ ({'; '.join(sorted(alone)[:6])}{'; …' if len(alone) > 6 else ''})"
+    more = "; …" if len(alone) > 6 else ""
+    return f"their other tensors differ ({'; '.join(sorted(alone)[:6])}{more})"
 
 
 def _starred(shapes: Mapping[str, Any]) -> set[str]:

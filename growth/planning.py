@@ -129,8 +129,10 @@ def _said_elsewhere(target: dict[str, Any], dtype: str | None) -> dict[str, Any]
 
 def _in_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
     """A config that names another dtype for its weights, wherever it names one."""
-    names = {key for key in config if key.rpartition(".")[2] in ("dtype", "torch_dtype")} or {"dtype"}
-    return config if dtype is None else config | dict.fromkeys(names, dtype)
+    if dtype is None:
+        return config
+    names = {key for key in config if key.rpartition(".")[2] in ("dtype", "torch_dtype")}
+    return config | dict.fromkeys(names or {"dtype"}, dtype)
 
 
 def _opened(source: str | Path | Config | Checkpoint) -> Checkpoint | Config:

@@ -72,7 +72,8 @@ def measure_growth(
 @contextmanager
 def _in_float32(plan: Plan, reader: Reader, folder: Path, threads: int) -> Iterator[Path]:
     """The same growth with weights in float32, in a folder that goes away."""
-    wide, made = folder / WIDE, replace(plan, growth=replace(plan.growth, dtype="float32"))
+    wide = folder / WIDE
+    made = replace(plan, growth=replace(plan.growth, dtype="float32"))
     shutil.rmtree(wide, ignore_errors=True)  # a killed worker's
     try:
         write_model(made, reader, wide, threads=threads)

@@ -236,7 +236,9 @@ def _with_cause(draft: Draft, changes: Mapping[str, int], reason: str) -> str:
     axes = draft.axes
     if not changes.keys() & set(axes.stream_keys):
         return reason
-    hidden, computed, rounded = axes.keys.hidden, axes.computed, axes.rounded
+    hidden = axes.keys.hidden
+    computed = axes.computed
+    rounded = axes.rounded
     if computed:
         return (
             f"{computed[0]} is in no file: transformers computes it from {hidden}, so a wider model's "

@@ -69,7 +69,9 @@ def _equal_copies(plan: Decision) -> Iterator[str]:
         return
     counts = {}
     for space, expansion in plan.recipe.expansions.items():
-        if plan.growth.grows(space) and plan.family.uses(space) and space not in ("vocab", "pos", "expert"):
+        if space in ("vocab", "pos", "expert"):
+            continue
+        if plan.growth.grows(space) and plan.family.uses(space):
             counts[space] = _evenly_read(expansion.write, expansion.read)
     listing = ", ".join(f"{space} {count}" for space, count in counts.items() if count)
     if listing:

@@ -65,7 +65,8 @@ def _scales(plan: Decision, change: Change) -> Iterator[str]:
     experts = {own: name for name, own in change.mixture.experts.items()}
     told = set()
     for step in plan.steps:
-        number, module = change.routed.get(step.name), step.tensor.line.name
+        number = change.routed.get(step.name)
+        module = step.tensor.line.name
         origin = shared.get(module) or experts.get(numbered(step.tensor))
         if origin is None or step.tensor.layer is None or origin in told:
             continue
@@ -74,7 +75,8 @@ def _scales(plan: Decision, change: Change) -> Iterator[str]:
             continue
         reads = before.tensor.reads[before.tensor.axes.index(Space(FFN))]
         start = 0 if number is None else change.experts[number].start
-        scale, expected = _scale(step, before, start), _undone(change, number) if reads else 1.0
+        scale = _scale(step, before, start)
+        expected = _undone(change, number) if reads else 1.0
         if scale is None:
             told.add(origin)
             yield f"{module}: is not a block of {origin}"
@@ -95,8 +97,9 @@ def _scale(step: Step, before: Step, start: int) -> float | None:
     none.
     """
     factors = []
-    for axis, whole, named in zip(step.maps, before.maps, before.tensor.axes, strict=True):
-        part = whole.cut(start, start + axis.target) if named == Space(FFN) else whole
+    for axis, part, named in zip(step.maps, before.maps, before.tensor.axes, strict=True):
+        if named == Space(FFN):
+            part = part.cut(start, start + axis.target)
         if not np.array_equal(part.index, axis.index):
             return None
         if not np.array_equal(part.fill, axis.fill):
@@ -122,7 +125,9 @@ def _weights(change: Change) -> float:
     """What the combine weights of the chosen experts sum to where that is known, else on average."""
     mixture, config = change.mixture, change.config
     factor = float(config.get(mixture.scaled, 1.0)) if mixture.scaled else 1.0
-    return factor if mixture.normalises(config) else factor * change.chosen / len(change.experts)
+    if mixture.normalises(config):
+        return factor
+    return factor * change.chosen / len(change.experts)
 
 
 def _sum_of_weights(plan: Decision, change: Change) -> Iterator[str]:

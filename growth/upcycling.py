@@ -148,7 +148,8 @@ def _config(made: Plan, mixture: Mixture, wanted: Config, asked: Upcycling, cut:
     count = int(dense[made.family.field_name("num_hidden_layers")])
     layers = asked.layers(count)
     said = mixture.said_of_layers(layers, count)
-    if mixture.dense_layers is not None and asked.sparse == "all" and wanted.keys() & said.keys():
+    says_itself = wanted.keys() & said.keys()
+    if says_itself and mixture.dense_layers is not None and asked.sparse == "all":
         said = {key: wanted[key] for key in said if key in wanted}
     own = {key: value for key, value in wanted.items() if key not in dense}
     config = {key: value for key, value in dense.items() if key not in mixture.lacks}
@@ -176,7 +177,8 @@ def _handed_out(change: Change, growth: Growth, family: Family) -> Iterator[Step
     Raises:
         UserError: tensors of the dense family have no place in the mixture.
     """
-    mixture, made = change.mixture, {step.name: step for step in change.within.steps}
+    mixture = change.mixture
+    made = {step.name: step for step in change.within.steps}
     taken = {own: dense for dense, own in mixture.experts.items()} | {
         own: dense for dense, own in mixture.shared.items()
     }
@@ -195,7 +197,10 @@ def _handed_out(change: Change, growth: Growth, family: Family) -> Iterator[Step
                 "counterpart of"
             )
         used.add(name)
-        yield _of_expert(change, tensor, made[name]) if dense else replace(made[name], tensor=tensor)
+        if dense:
+            yield _of_expert(change, tensor, made[name])
+        else:
+            yield replace(made[name], tensor=tensor)
     if left := made.keys() - used:
         raise UserError(
             f"{change.within.family.name!r} → {mixture.name!r}: their other tensors differ: "

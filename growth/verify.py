@@ -351,7 +351,8 @@ def _compared_row(source: torch.Tensor, target: torch.Tensor, tokens: torch.Tens
     import torch.nn.functional as F
 
     source, target = source.double(), target.double()
-    before, after = source.log_softmax(-1), target.log_softmax(-1)
+    before = source.log_softmax(-1)
+    after = target.log_softmax(-1)
     kl = (before.exp() * (before - after)).sum(-1).mean()
     losses = [F.nll_loss(each[:-1], tokens[1:]) for each in (before, after)]
     difference = (source - target).abs()

@@ -12,8 +12,9 @@ def summary(plan: Decision, reasons: Sequence[str]) -> list[str]:
     """Summarise a plan in five lines: what grows how, into what, and whether it is lossless."""
     growth = plan.growth if plan.change is None else plan.change.within.growth
     sizes, target = growth.source, growth.target
-    widened = [space for space in sizes if space != "layer" and sizes[space] != target[space]]
-    grows = ", ".join(f"{space} {sizes[space]} → {target[space]}" for space in widened)
+    widened = {space: size for space, size in sizes.items() if target[space] != size}
+    widened.pop("layer", None)
+    grows = ", ".join(f"{space} {size} → {target[space]}" for space, size in widened.items())
     verdict = f"not lossless: {reasons[0]:.100}" if reasons else "lossless"
     if len(reasons) > 1:
         verdict += f" (and {len(reasons) - 1} more)"

@@ -70,8 +70,9 @@ class Checkpoint:
         _check_kind(self.folder)
         self.config = read_config(self.folder)
         self.tensors = tensor_table(self.folder)
-        self.quantised = quantisation(self.config) if any(map(_packed, self.tensors.values())) else None
-        self._plain_now = self.quantised is None and quantisation(self.config) is not None
+        said = quantisation(self.config)
+        self.quantised = said if any(map(_packed, self.tensors.values())) else None
+        self._plain_now = self.quantised is None and said is not None
         if self._plain_now:
             self.config = without_quantisation(self.config)
         files = {stored.file for stored in self.tensors.values()}
@@ -380,7 +381,9 @@ def _stored(path: Path, name: str, entry: Any, start: int) -> Stored:
     where = f"{path}: tensor {name!r}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise UserError(f"{where}: expected dtype, shape and data_offsets, found {entry!r:.80}")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype = entry["dtype"]
+    shape = entry["shape"]
+    offsets = entry["data_offsets"]
     if dtype in PACKED:
         raise UserError(
             f"{where}: dtype {dtype} packs several numbers into a byte, and growth copies formats of whole "
@@ -431,7 +434,9 @@ def is_hub_name(source: str | Path) -> bool:
     `owner/name`.
     """
     folder = Path(os.path.expanduser(source))
-    return not folder.is_absolute() and not folder.exists() and _HUB_NAME.fullmatch(str(source)) is not None
+    if folder.is_absolute() or folder.exists():
+        return False
+    return _HUB_NAME.fullmatch(str(source)) is not None
 
 
 def locate(source: str | Path, revision: str | None = None) -> Path:

@@ -68,5 +68,8 @@ def to_download(files: Iterable[str], weights: Iterable[str]) -> list[str]:
     alone.
     """
     wanted = {"config.json", "README.md", *weights}
-    own = [name for name in files if name in wanted or is_companion(name) or fnmatchcase(name, "LICENSE*")]
-    return sorted(own)
+
+    def belongs(name: str) -> bool:
+        return name in wanted or is_companion(name) or fnmatchcase(name, "LICENSE*")
+
+    return sorted(filter(belongs, files))

@@ -98,7 +98,8 @@ def value_faults(config: Config, family: Family) -> Iterator[str]:
 def _no_numbers(values: Config, keys: Iterable[str | None], where: str) -> Iterator[str]:
     for key in keys:
         value = None if key is None else values.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not is_number:
             yield f"{where}: {key} must be a number, or null; found {value!r:.80}"
 
 
@@ -148,7 +149,9 @@ def resolve_target(
     if isinstance(target, Mapping):
         return _overlay(flat(target), source, family)
     if str(target) in PRESETS:
-        return preset(str(target)) if source is None else _overlay(preset_sizes(str(target)), source, family)
+        if source is None:
+            return preset(str(target))
+        return _overlay(preset_sizes(str(target)), source, family)
     folder = Path(os.path.expanduser(target))
     if folder.is_dir():
         return _stored_as(source, read_config(folder))

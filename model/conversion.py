@@ -46,7 +46,8 @@ def in_model(
     """
     if has_schema(config):
         return {name: tensor(stored) for name, stored in stored_names(meta_model(config)).items()}
-    hf_config, held = to_hf_config(config), {name: tensor(name) for name in names}
+    hf_config = to_hf_config(config)
+    held = {name: tensor(name) for name in names}
     # loses none
     dtype = max(
         (tensor.dtype for tensor in held.values() if tensor.is_floating_point()),

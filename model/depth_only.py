@@ -32,8 +32,10 @@ def outline(config: Config, shapes: Mapping[str, Shape], depth_key: str | None =
         UserError: no numbered layers, more than one stack of them, or no config key counts them.
     """
     name = str(config.get("model_type"))
-    prefix, count = numbered_layers(name, shapes, {depth_key or ""} | set(DEPTH_KEYS), config)
-    keys = [depth_key] if depth_key else [key for key in DEPTH_KEYS if config.get(key) == count]
+    prefix, count = numbered_layers(name, shapes, {depth_key or "", *DEPTH_KEYS}, config)
+    keys = [key for key in DEPTH_KEYS if config.get(key) == count]
+    if depth_key:
+        keys = [depth_key]
     if not keys or config.get(keys[0]) != count:
         raise UserError(
             f"family {name!r} has no schema, and no config key says that {prefix}* has {count} layers "

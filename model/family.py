@@ -234,7 +234,8 @@ class Family:
         return _divide(heads, kv, f"{heads} query heads among {kv} key-value heads")
 
     def _head_dim(self, config: Config) -> int:
-        hidden, heads = self.require(config, "hidden_size"), self.require(config, "num_attention_heads")
+        hidden = self.require(config, "hidden_size")
+        heads = self.require(config, "num_attention_heads")
         named = self.optional(config, "head_dim")
         return named or _divide(hidden, heads, f"{self.field_name('hidden_size')} into {heads} heads")
 
@@ -249,7 +250,9 @@ class Family:
         rope = config.get("rope_parameters") or {}
         older = rope.get("partial_rotary_factor", config.get(self.rotary_field))
         share = rope.get(self.rotary_field, older)
-        return int(self.sizes(config).get("qk", 0) * (self.rotary if share is None else share))
+        if share is None:
+            share = self.rotary
+        return int(self.sizes(config).get("qk", 0) * share)
 
     def eps(self, config: Config) -> float:
         """The epsilon of the norms over the residual stream."""

@@ -72,7 +72,8 @@ def matmul_parameter_count(config: Config) -> float:
     """
     if not has_schema(config):
         return _matmul_parameters_of_class(config)
-    return sum(prod(tensor.shape) for tensor in family_of(config).tensors(config) if _multiplies(tensor))
+    tensors = family_of(config).tensors(config)
+    return sum(prod(tensor.shape) for tensor in tensors if _multiplies(tensor))
 
 
 def flops_per_token(config: Config, context: int) -> float:
@@ -126,7 +127,8 @@ def unpaid_flops_per_token(config: Config, context: int, frozen: Collection[str]
     still = [(tensor.line.tied_to if tensor.tied else tensor.name) in frozen for tensor in tensors]
     learning = [place for place, stays in zip(places, still, strict=True) if not stays]
     first = min(learning, default=layers + 1)
-    unpaid = 2.0 * _attention(config, context) / layers * min(max(first, 0), layers)
+    below = min(max(first, 0), layers)  # layers in which nothing learns, nor before them
+    unpaid = 2.0 * _attention(config, context) / layers * below
     for tensor, place, stays in zip(tensors, places, still, strict=True):
         if _multiplies(tensor):
             unpaid += 2.0 * prod(tensor.shape) * (stays + (place < first))

@@ -41,7 +41,9 @@ def repeats_hidden(key: str, value: object, hidden: object) -> bool:
 
     In another tower such a value is the tower's output.
     """
-    if value != hidden or key == "hidden_size" or not key.endswith(SIZES) or OTHER_SIZES.search(key):
+    if value != hidden or key == "hidden_size":
+        return False
+    if not key.endswith(SIZES) or OTHER_SIZES.search(key):
         return False
     return of_text(key) or OUTPUT.search(key.rpartition(".")[2]) is not None
 
@@ -73,7 +75,9 @@ def numbers_layers(key: str, value: object, depth: int) -> bool:
 
 def per_layer(key: str, value: object, depth: int) -> bool:
     """Check whether a value is a list of one entry per layer (`layer_types`)."""
-    if not isinstance(value, list) or len(value) != depth or numbers_layers(key, value, depth):
+    if not isinstance(value, list) or len(value) != depth:
+        return False
+    if numbers_layers(key, value, depth):
         return False
     return _has_word(key, LAYER_WORDS) or (depth > COINCIDENCE and not _has_word(key, NOT_OF_LAYERS))
 

@@ -134,7 +134,8 @@ class Mixture:
         layers = range(self.size(config, "num_hidden_layers"))
         match self.dense_layers:
             case "mlp_only_layers":
-                step, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or ()
+                step = config.get("decoder_sparse_step") or 1
+                dense = config.get("mlp_only_layers") or ()
                 others = [layer for layer in layers if layer not in dense]
                 return tuple(layer for layer in others if (layer + 1) % step == 0)
             case "first_k_dense_replace":

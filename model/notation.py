@@ -222,9 +222,12 @@ def parse_line(text: str) -> Line:
     words = match.groupdict()
     negation = "!" if words["when"] == "unless" else ""
     if words["norm"]:
-        out, into, kind = parse_axis(words["normed"]), None, words["norm"]
+        out = parse_axis(words["normed"])
+        into = None
+        kind = words["norm"]
     else:
-        left, right = parse_axis(words["left"]), parse_axis(words["right"])
+        left = parse_axis(words["left"])
+        right = parse_axis(words["right"])
         out, into = (left, right) if words["arrow"] == "<-" else (right, left)
         kind = "embedding" if into in (Space("vocab"), Space("pos")) else "linear"
     return Line(

@@ -149,7 +149,8 @@ def _works(twin: Twin, attention: str, device: str, precision: str) -> Answer[bo
 def _survey(twin: Twin, attention: str, device: str, precision: str) -> Survey:
     with _aside(device):
         bench = _bench(twin, attention, device, precision)
-        reached, leak = _measured(lambda: _reached(bench)), _measured(lambda: _leak(bench))
+        reached = _measured(lambda: _reached(bench))
+        leak = _measured(lambda: _leak(bench))
         holds = leak.value is not None and leak.value <= TOLERANCE[precision]
         return Survey(
             device=device if device == "cpu" else torch.cuda.get_device_name(device),
@@ -277,7 +278,8 @@ def _head(bench: _Bench) -> float:
 
 def _spliced(first: Tensor, second: Tensor) -> Tensor:
     """(ROWS, LENGTH) tokens: of one text up to CUT, of another from there on."""
-    past, rest = first[:, :CUT], second[:, CUT:]
+    past = first[:, :CUT]
+    rest = second[:, CUT:]
     return torch.cat((past, rest), 1)
 
 

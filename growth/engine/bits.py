@@ -30,7 +30,8 @@ def all_finite(raw: np.ndarray, dtype: str) -> bool:
         return True
     if compiled is not None and is_short(dtype) and raw.flags.c_contiguous:
         return compiled.largest(raw) < EXPONENT[dtype]
-    largest, sign = EXPONENT[dtype], 1 << (8 * raw.itemsize - 1)
+    largest = EXPONENT[dtype]
+    sign = 1 << (8 * raw.itemsize - 1)
     largest_positive = int(raw.view(f"<i{raw.itemsize}").max())
     largest_negative = int(raw.max())
     return largest_positive < largest and largest_negative < sign + largest

@@ -179,7 +179,8 @@ class Expander:
     def _fill_all(self, target: np.ndarray, rows: np.ndarray) -> None:
         """Compute raw rows of these consecutive numbers, one fill and gain at a time."""
         row_map = self.maps[0]
-        fills, gains = row_map.fill[rows], row_map.gain[rows]
+        fills = row_map.fill[rows]
+        gains = row_map.gain[rows]
         same_fill = (fills == fills[0]).all()
         if same_fill and (gains == gains[0]).all():
             self._fill(target, rows, Fill(int(fills[0])))
@@ -208,7 +209,8 @@ class Expander:
         """Compute rows that copy source rows, of the layer itself (COPY) or of the next layer (NEXT)."""
         own, following = self.step.source, self.step.next_source
         row_map = self.maps[0]
-        index, gain = row_map.index[rows], row_map.gain[rows]
+        index = row_map.index[rows]
+        gain = row_map.gain[rows]
         source = beside = self._gather(own if fill == Fill.COPY else following, index)
         if fill == Fill.COPY and following is not None:
             beside = self._gather(following, index)
@@ -355,7 +357,8 @@ class Expander:
             first = int(index[run.start])
             count = run.stop - run.start
             parts.append(self.reader.read(name, first, first + count))
-        return self._in_dtype(name, parts[0] if len(parts) == 1 else np.concatenate(parts))
+        rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return self._in_dtype(name, rows)
 
     def _in_dtype(self, name: str, raw: np.ndarray) -> np.ndarray:
         """Convert raw bits of a source tensor to the target's format, which is the same or a wider one."""
@@ -420,7 +423,8 @@ class Expander:
         axis = next((axis for axis in (0, 1) if self._reads_copies(axis)), None)
         if axis is None:
             return None
-        deviation, seed = self.plan.noise * self._root_mean_square, self.plan.growth.seed
+        deviation = self.plan.noise * self._root_mean_square
+        seed = self.plan.growth.seed
         columns = self.matrix[1]
         return Noise(axis, self.maps[axis], columns, deviation, self.dtype, seed, self.step.name)
 
@@ -522,7 +526,8 @@ class Expander:
 
         They depend on seed, tensor, part ("rows" or "columns") and position alone: (b, width).
         """
-        tensor, start = self.step.tensor, self.plan.starts.get(self.step.name)
+        tensor = self.step.tensor
+        start = self.plan.starts.get(self.step.name)
         if start is not None and start.places is not None:
             return self._placed(start.places, part, rows)
         if start is not None and len(start.quantiles) == 1:
@@ -537,10 +542,12 @@ class Expander:
         finish = self.step.finish or Finish()
         draws = self._draws[part].of(rows // finish.alike)
         deviation = finish.deviation
-        if deviation is None and start is not None and (start.normal is None or start.normal[0]):
-            return self._drawn(start, draws)
+        if deviation is None and start is not None:
+            mean, deviation = start.normal or (None, None)
+            if mean != 0:  # not a normal distribution around zero
+                return self._drawn(start, draws)
         if deviation is None:
-            deviation = start.normal[1] if start is not None and start.normal else self._deviation
+            deviation = self._deviation
         if is_short(self.dtype):
             return lookup(normal_bits(deviation, self.dtype), draws)
         return to_raw((normal(draws) * deviation).astype(working_type(self.dtype)), self.dtype)

@@ -36,7 +36,8 @@ class Noise:
     ) -> None:
         self.axis, self.grown, self.dtype = axis, grown, dtype
         # Mark, per index of the axis, the copies that get noise and the last copies, which make up for it.
-        counts, number = grown.counts()[grown.index], grown.number()
+        counts = grown.counts()[grown.index]
+        number = grown.number()
         copied = grown.copies & (counts > 1)
         self.divided = bool((grown.gain[copied] < 1).all())
         self.closes = self.divided and is_short(dtype)

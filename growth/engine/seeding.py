@@ -32,7 +32,8 @@ class Draws:
     """
 
     def __init__(self, width: int, dtype: type[np.unsignedinteger], seed: int, *name: object) -> None:
-        self.width, self.dtype = width, np.dtype(dtype).newbyteorder("<")
+        self.width = width
+        self.dtype = np.dtype(dtype).newbyteorder("<")
         self._words = -(-width * self.dtype.itemsize // 8)  # of each row
         self._bits = np.random.PCG64(_key(seed, *name))
         self._row = 0
@@ -78,6 +79,8 @@ def normal(draws: np.ndarray) -> np.ndarray:
     place.
     """
     knots = _knots()
-    share, place = draws >> 16, ((draws & 0xFFFF) + 0.5) / 65536
-    low, high = knots[share], knots[share + np.uint32(1)]
+    share = draws >> 16
+    place = ((draws & 0xFFFF) + 0.5) / 65536
+    low = knots[share]
+    high = knots[share + np.uint32(1)]
     return low + (high - low) * place

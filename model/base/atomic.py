@@ -42,7 +42,8 @@ def take_place(path: Path) -> None:
     two, and is removed last: who has its files mapped goes on reading them. Where the system cannot do that
     in one step, it steps aside first.
     """
-    partial, former = partial_of(path), path.with_name(path.name + FORMER)
+    partial = partial_of(path)
+    former = path.with_name(path.name + FORMER)
     if not partial.is_dir():
         os.replace(partial, path)
         return

@@ -160,7 +160,8 @@ class _Claim:
             if not path.name.startswith(self._prefix) or path == self._file:
                 continue
             with suppress(FileNotFoundError):  # withdrawn meanwhile
-                age, lines = now - path.stat().st_mtime, path.read_text().splitlines()
+                age = now - path.stat().st_mtime
+                lines = path.read_text().splitlines()
                 if _is_left_over(age, lines):
                     path.unlink()
                 else:

@@ -162,7 +162,9 @@ def plain_text(text: str) -> str:
     if not equals or not value:
         return text
     path = os.path.expanduser(value)
-    quoted = f"{key}='" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", path)) + "'"
+    escaped = re.sub(r"(\\+)$", r"\1\1", path)  # backslashes count only before a quote
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", escaped)
+    quoted = f"{key}='{escaped}'"
     if _SPECIAL.search(value) and os.path.lexists(path):
         return quoted
     function = re.fullmatch(r"(\w+)\(.*\)", value)
@@ -220,7 +222,8 @@ def each_dict_once(parsed: list[Override], faults: list[str]) -> list[Override]:
         faults.append(
             f"{key}: given {len(given)} times; give all its keys and values at once: '{key}={{{inner}}}'"
         )
-    return [override for override in parsed if not any(override in given for given in several.values())]
+    merged = [override for given in several.values() for override in given]
+    return [override for override in parsed if override not in merged]
 
 
 def _inner(override: Override, key: str) -> str:

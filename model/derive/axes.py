@@ -72,7 +72,8 @@ class Keys:
             return next((name for name in names if is_size(config.get(name))), None)
 
         hidden, vocab = key("hidden_size", *HIDDEN_KEYS), key("vocab_size")
-        layers, ffn = key("num_hidden_layers", *LAYER_KEYS), key("intermediate_size", *FFN_KEYS)
+        layers = key("num_hidden_layers", *LAYER_KEYS)
+        ffn = key("intermediate_size", *FFN_KEYS)
         required = {"hidden size": hidden, "layer count": layers, "vocabulary": vocab}
         missing = [word for word, name in required.items() if name is None]
         if hidden is None or layers is None or vocab is None:

@@ -68,7 +68,8 @@ def find_mixer(
                 return name
         return None
 
-    rows, dims = key(heads, 2 * heads), key(inner // heads, heads)
+    rows = key(heads, 2 * heads)
+    dims = key(inner // heads, heads)
     counts = [name for name in sizes if GROUPS.search(name)]
     groups = counts[0] if counts else None
     return Mixer(modules, rows, dims, groups, inner) if rows and dims else None

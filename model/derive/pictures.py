@@ -24,7 +24,8 @@ def with_picture(model: PreTrainedModel, tokens: torch.Tensor) -> Inputs | None:
     """
     config: Any = model.config
     eyes: Any = model if hasattr(model, "get_image_features") else model.base_model
-    vision, place = getattr(config, "vision_config", None) or config, getattr(config, "image_token_id", None)
+    vision = getattr(config, "vision_config", None) or config
+    place = getattr(config, "image_token_id", None)
     if place is None:
         return None
     text = tokens[:1].masked_fill(tokens[:1] == place, 0)
@@ -33,7 +34,8 @@ def with_picture(model: PreTrainedModel, tokens: torch.Tensor) -> Inputs | None:
         try:
             with torch.no_grad():
                 places = torch.full((1, _features(eyes.get_image_features(**picture))), place)
-                before, after = text[:, :half], text[:, half:]
+                before = text[:, :half]
+                after = text[:, half:]
                 words = torch.cat([before, places, after], dim=1)
                 inputs = {"input_ids": words, **picture}
                 if typed:
@@ -53,14 +55,16 @@ def _pictures(vision: Any) -> Iterator[Inputs]:
     """
     numbers = torch.Generator().manual_seed(3)
     channels: int = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
-    size, patch = _side(getattr(vision, "image_size", None)), _side(getattr(vision, "patch_size", None))
+    size = _side(getattr(vision, "image_size", None))
+    patch = _side(getattr(vision, "patch_size", None))
     if size:
         pixels = torch.randn(1, channels, size, size, generator=numbers, dtype=torch.float64)
         yield {"pixel_values": pixels}
         yield {"pixel_values": pixels, "image_sizes": torch.tensor([[size, size]])}
         yield {"pixel_values": pixels[None]}
     if patch and (merged := getattr(vision, "spatial_merge_size", None)):
-        side, frames = 2 * int(merged), int(getattr(vision, "temporal_patch_size", 1))
+        side = 2 * int(merged)
+        frames = int(getattr(vision, "temporal_patch_size", 1))
         patches = torch.randn(
             side * side, channels * frames * patch * patch, generator=numbers, dtype=torch.float64
         )

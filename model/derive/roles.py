@@ -26,7 +26,10 @@ QUERY, KEY, VALUE, FUSED = (
 )
 HEAD_NORM = re.compile(r"(^|_)(q|k|query|key)_?(norm|ln|layernorm)$", re.IGNORECASE)
 
-RESIDUAL, FFN, VOCAB, POSITIONS = Space("residual"), Space("ffn"), Space("vocab"), Space("pos")
+RESIDUAL = Space("residual")
+FFN = Space("ffn")
+VOCAB = Space("vocab")
+POSITIONS = Space("pos")
 GROUPS = Space("groups")  # of a state space's heads: a number of the config, left out where it is 1
 BLOCKS = 4  # of heads, in CodeGen
 
@@ -170,8 +173,10 @@ class Draft:
         """Name the head dims of an axis over heads; None where it has none or the module's name does not tell
         them.
         """
-        axis, leaf = self._unnamed[name][dim], leaf_of(name)
-        length, head = self.seen[name].shape[dim], self._head_dim
+        axis = self._unnamed[name][dim]
+        leaf = leaf_of(name)
+        length = self.seen[name].shape[dim]
+        head = self._head_dim
         is_head_norm = HEAD_NORM.search(leaf) is not None
         if axis in NAMED_FUSED:
             complete = length == (self.axes.heads + 2 * self.axes.kv) * head
@@ -198,7 +203,8 @@ class Draft:
 
     def _template(self, name: str, dim: int) -> Axis:
         """Recognise one axis by which config keys move its length; `?` where none or too many do."""
-        axes, length = self.axes, self.seen[name].shape[dim]
+        axes = self.axes
+        length = self.seen[name].shape[dim]
         if axis := self._of_mixer(name, dim):
             return axis
 
@@ -206,7 +212,8 @@ class Draft:
             """Compute how much longer the axis is in these shapes."""
             return 0 if shapes is None else shapes[name][dim] - length
 
-        by_key = {key: moved(shapes) for key, shapes in axes.by_key.items() if moved(shapes)}
+        deltas = {key: moved(shapes) for key, shapes in axes.by_key.items()}
+        by_key = {key: delta for key, delta in deltas.items() if delta}
         by_hidden = moved(axes.by_hidden)
         queries, kv = moved(axes.by_queries), moved(axes.by_kv)
         by_heads = queries or kv
@@ -223,7 +230,8 @@ class Draft:
         if len(by_key) > 1:
             return OPEN
         ((key, delta),) = by_key.items()
-        keys, size = self.axes.keys, self.axes.config[key]
+        keys = self.axes.keys
+        size = self.axes.config[key]
         if key == keys.vocab:
             return VOCAB if length == size else OPEN
         if key == keys.positions:
@@ -247,7 +255,8 @@ class Draft:
         Args:
             by_hidden: growth of the axis when the hidden size is doubled.
         """
-        length, hidden = self.seen[name].shape[dim], self.axes.hidden
+        length = self.seen[name].shape[dim]
+        hidden = self.axes.hidden
         parts, rest = divmod(length, hidden)
         if by_hidden == hidden < length:
             return Parts((RESIDUAL, OPEN))
@@ -315,7 +324,7 @@ class Draft:
             return KEYS if kv // axes.kv > 1 else ONE_PER_KV
         if queries != length:
             return OPEN
-        three_each = length == 3 * axes.heads * head and axes.kv == axes.heads
+        three_each = axes.kv == axes.heads and length == 3 * axes.heads * head
         if three_each and FUSED.search(leaf_of(name)):
             return self._fused()
         return QUERIES if length > axes.heads else ONE_PER_QUERY
@@ -330,7 +339,8 @@ class Draft:
 
     def _coupled(self, name: str, dim: int, by_hidden: int, queries: int, kv: int) -> Axis:
         """Recognise an axis where the head dim is hidden size / heads, both of which are doubled together."""
-        axes, length = self.axes, self.seen[name].shape[dim]
+        axes = self.axes
+        length = self.seen[name].shape[dim]
         if kv == length:
             return KEYS
         if kv > 0:
@@ -349,7 +359,8 @@ class Draft:
 
         They are as many as the hidden size.
         """
-        leaf, reads = leaf_of(name), self.seen[name].reads[dim]
+        leaf = leaf_of(name)
+        reads = self.seen[name].reads[dim]
         path = module_of(name).rpartition(".")[0]
         into = self.seen.get(f"{path}.in_proj.weight")
         if into is None or f"{path}.conv.weight" not in self.seen:

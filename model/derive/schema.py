@@ -157,7 +157,8 @@ def _line(draft: Draft, name: str, twin: str, config: Config, shapes: Shapes) ->
         if draft.choices.norms == "after" and role == "norm" and axes[0] == RESIDUAL:
             role = "post norm"
         return Line(module, role, axes[0], None, bias=bias == shape, offset=1.0 if seen.offset else 0.0)
-    if is_weight and len(shape) == 2 and (seen.indexed or seen.reads.count(True) == 1):
+    has_sides = seen.indexed or seen.reads.count(True) == 1
+    if is_weight and len(shape) == 2 and has_sides:
         transposed = seen.indexed or seen.reads[0]  # stored (in, out)
         out, into = reversed(axes) if transposed else axes
         is_scaled = draft.choices.embeddings == "scaled" and seen.parameter == draft.embedding
@@ -225,7 +226,9 @@ def _sizes(draft: Draft, config: Config) -> dict[str, int]:
     """Compute the sizes of the spaces beside which a template has an open number."""
     keys = draft.axes.keys
     heads = int(config[keys.heads]) if keys.heads else 1
-    kv = 1 if draft.axes.multi_query else int(config.get(keys.kv or "") or heads)
+    kv = int(config.get(keys.kv or "") or heads)
+    if draft.axes.multi_query:
+        kv = 1
     sizes = {
         "kv": kv,
         "group": heads // kv,

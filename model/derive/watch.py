@@ -170,7 +170,8 @@ class _Watch(TorchDispatchMode):
         self._alive: list[torch.Tensor] = []  # so that no storage is reused
         self._axes: dict[int, tuple[str, dict[int, int]]] = {}  # storage → parameter, stride → its axis
         for name, parameter in (*model.named_parameters(), *model.named_buffers()):
-            self._follow(parameter, name, dict(zip(parameter.stride(), range(parameter.ndim), strict=True)))
+            axes = {stride: axis for axis, stride in enumerate(parameter.stride())}
+            self._follow(parameter, name, axes)
 
     def _follow(self, tensor: torch.Tensor, name: str, axes: dict[int, int]) -> None:
         self._alive.append(tensor)
@@ -206,7 +207,8 @@ class _Watch(TorchDispatchMode):
         if packet in COPIES and 0 in known and isinstance(out, torch.Tensor):
             name, dims = known[0]
             strides = zip(out.stride(), dims, strict=True)
-            self._follow(out, name, {stride: axis for stride, axis in strides if axis is not None})
+            axes = {stride: axis for stride, axis in strides if axis is not None}
+            self._follow(out, name, axes)
         return out
 
     def _contract(self, side: tuple[str, list[int | None]] | None, dim: int) -> None:

@@ -118,7 +118,8 @@ def prepare(overrides: Sequence[str]) -> None:
     from outgrow.train.corpus.build import prepare as build
 
     settings = settings_from(PrepareSettings, "prepare", overrides)
-    print(report.prepared(build(settings.data, progress=settings.progress, executor=settings.corpus).folder))
+    data = build(settings.data, progress=settings.progress, executor=settings.corpus)
+    print(report.prepared(data.folder))
 
 
 def label(overrides: Sequence[str]) -> None:

@@ -77,7 +77,8 @@ def cut_by(settings: DataSettings, tokenizer: Path) -> DataSettings:
     Raises:
         UserError: the tokenizer cannot be loaded.
     """
-    identity, there = tokenizer_identity(str(tokenizer)), settings.home / TOKENIZER
+    identity = tokenizer_identity(str(tokenizer))
+    there = settings.home / TOKENIZER
     current = there.is_dir() and tokenizer_identity(str(there)) == identity
     if current and _outdated(settings.home, settings, open_corpus(settings), progress=False) is None:
         return settings

@@ -137,7 +137,8 @@ def _sorted(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows = rows[order]
     new = np.ones(len(rows) + 1, bool)
     high, low = rows["high"], rows["low"]
-    other_high, other_low = high[1:] != high[:-1], low[1:] != low[:-1]
+    other_high = high[1:] != high[:-1]
+    other_low = low[1:] != low[:-1]
     new[1:-1] = other_high | other_low
     shared = ~(new[:-1] & new[1:])  # not alone
     return rows["document"][shared], np.flatnonzero(new[:-1][shared])
@@ -193,7 +194,8 @@ def _near(
             if similarity[best] >= threshold:
                 yield document, led_by[best], float(similarity[best])
             elif len(led_by) < LEADERS:
-                leaders, led_by = np.vstack([leaders, values]), [*led_by, document]
+                leaders = np.vstack([leaders, values])
+                led_by = [*led_by, document]
 
 
 def band_keys(
@@ -208,7 +210,8 @@ def band_keys(
         shape: bands and rows.
     """
     worded = (signatures != np.uint32(2**32 - 1)).any(1)
-    signatures, documents = signatures[worded].astype(np.uint64), documents[worded]
+    signatures = signatures[worded].astype(np.uint64)
+    documents = documents[worded]
     rows = [
         keys(_hash(signatures[:, i * shape[1] : (i + 1) * shape[1]]), i, documents)
         for i in which or range(shape[0])

@@ -76,7 +76,8 @@ def inspect(folder: Path, *, samples: int, characters: int, seed: int) -> Source
     scores = np.zeros(len(SCORES) - 1, np.int64)
     drawn: list[Sample] = []
     # of each split, how many documents and tokens the earlier parts of the list have
-    seen, starts = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+    seen = dict.fromkeys(SPLITS, 0)
+    starts = dict.fromkeys(SPLITS, 0)
     for part in _batches(folder / LISTING):
         lengths += np.histogram(part["tokens"], LENGTHS)[0]
         is_scored = ~np.isnan(part["score"])

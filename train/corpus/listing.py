@@ -28,7 +28,8 @@ def write_listing(work: Workshop, folder: Path, taken: Iterable[tuple[int, Lengt
         pyarrow.parquet.ParquetWriter(partial, SCHEMA, compression="zstd") as writer,
     ):
         for task, lengths in taken:
-            names, scores = work.names(task), scores_of(work, task)[lengths.row]
+            names = work.names(task)
+            scores = scores_of(work, task)[lengths.row]
             columns = [
                 [names[row].encode(errors="replace").decode() for row in lengths.row.tolist()],
                 np.where(lengths.validation, "validation", "train").tolist(),

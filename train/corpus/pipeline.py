@@ -320,7 +320,8 @@ def split_of(work: Workshop, verdicts: Verdicts, settings: DataSettings) -> Spli
         digests = work.digests(task)[: where.stop - where.start][rows]
         keys_of_task = [split_key(digest.tobytes(), settings.seed) for digest in digests]
         keys.append(np.array(keys_of_task, np.uint64))
-    every, numbers = np.concatenate(keys), np.flatnonzero(verdicts.verdict == KEPT)
+    every = np.concatenate(keys)
+    numbers = np.flatnonzero(verdicts.verdict == KEPT)
     if not len(every):
         raise _nothing_left(work, settings)
     if len(every) == 1:

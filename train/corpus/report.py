@@ -81,7 +81,8 @@ def fitted(folder: str, card: dict[str, Any]) -> str:
 
 def scored(place: str, histogram: np.ndarray) -> str:
     """The histogram of scores, 20 bins from 0 to 1, as text."""
-    most, total = max(1, int(histogram.max())), int(histogram.sum())
+    most = max(1, int(histogram.max()))
+    total = int(histogram.sum())
     rows = [
         f"  {i / 20:.2f}–{(i + 1) / 20:.2f} {count:>9,} {'█' * round(40 * count / most)}"
         for i, count in enumerate(histogram.tolist())

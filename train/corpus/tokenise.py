@@ -170,7 +170,8 @@ def _encoder(path: Path, changed: int) -> Encoder:
 
 def in_batches(parts: Iterable[tuple[int, str, bool]]) -> Iterator[list[tuple[int, str, bool]]]:
     """Texts in lists of some BATCH_BYTES."""
-    batch, size = list[tuple[int, str, bool]](), 0
+    batch = list[tuple[int, str, bool]]()
+    size = 0
     for part in parts:
         batch.append(part)
         size += len(part[1])

@@ -90,7 +90,8 @@ class Verdicts:
     def match(self, found: Match, verdict: int) -> None:
         """Of several earlier documents, the first counts."""
         order = np.lexsort((-found.earlier, found.documents))  # the first is written last
-        documents, earlier = found.documents[order], found.earlier[order]
+        documents = found.documents[order]
+        earlier = found.earlier[order]
         better = (self.verdict[documents] == KEPT) | (earlier < self.earlier[documents])
         documents = documents[better]
         self.verdict[documents] = verdict
@@ -110,7 +111,8 @@ def remove_overlaps(
     Returns:
         the numbers of the n-grams that are boilerplate, and the first few of them as words.
     """
-    counts, spelt = Counter[int](), dict[int, str]()
+    counts = Counter[int]()
+    spelt = dict[int, str]()
     most = max(common_documents, common_share * int((verdicts.verdict == KEPT).sum()))
     for _, _, ngram, detail in _overlaps(work, verdicts):
         counts[ngram] += 1
@@ -214,7 +216,8 @@ def _removed(
             overlaps.setdefault(row, detail)
     for row in np.flatnonzero(~verdicts.kept(task)).tolist():
         number = first + row
-        verdict, earlier = int(verdicts.verdict[number]), int(verdicts.earlier[number])
+        verdict = int(verdicts.verdict[number])
+        earlier = int(verdicts.earlier[number])
         detail = ""
         if earlier >= 0:
             other = int(np.searchsorted(starts, earlier, side="right")) - 1

@@ -40,7 +40,8 @@ def permuted(index: np.ndarray, size: int, *key: int) -> np.ndarray:
 
 def _feistel(index: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
     """A permutation of [0, 4 ** half): each round adds a hash of one half to the other."""
-    bits, mask = np.uint64(half), np.uint64(2**half - 1)
+    bits = np.uint64(half)
+    mask = np.uint64(2**half - 1)
     left, right = index >> bits, index & mask
     for i in range(ROUNDS):
         hashed = _mixed(right ^ keys[i : i + 1]) & mask

@@ -49,12 +49,14 @@ class Phase:
     def turns(self, rows: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """Per source the places in `rows` that are its turns, and which turns they are. `rows`: numbers of
         rows of this phase, (r,)."""
-        left, places = rows - self.start, np.arange(len(rows))
+        left = rows - self.start
+        places = np.arange(len(rows))
         remaining = Fraction(1)
         for name, weight in self.weights.items():
             had, its = _taken(left, weight / remaining)
             yield name, places[its], had[its] + self.before.get(name, 0)
-            left, places = (left - had)[~its], places[~its]
+            left = (left - had)[~its]
+            places = places[~its]
             remaining -= weight
 
     def counts(self, rows: int) -> dict[str, int]:
@@ -62,7 +64,8 @@ class Phase:
         turns, remaining = {}, Fraction(1)
         for name, weight in self.weights.items():
             turns[name] = rows * weight // remaining
-            rows, remaining = rows - turns[name], remaining - weight
+            rows = rows - turns[name]
+            remaining = remaining - weight
         return turns
 
 
@@ -154,7 +157,8 @@ def mix(settings: MixtureSettings, splits: Mapping[str, TokenSplit], *, context:
     )
     phases: list[Phase] = []
     for phase in settings.phases:
-        phases.append(_phase(phase, windows, context, rows, phases[-1] if phases else None))
+        last = phases[-1] if phases else None
+        phases.append(_phase(phase, windows, context, rows, last))
     mixture = Mixture(splits, tuple(phases), context)
     end = phases[-1].stop
     if end is not None and end < rows:
@@ -169,7 +173,8 @@ def _phase(
     start, before = 0, dict[str, int]()
     if last is not None:
         assert last.stop is not None
-        start, counts = last.stop, last.counts(last.stop - last.start)
+        start = last.stop
+        counts = last.counts(last.stop - last.start)
         before = {name: last.before.get(name, 0) + counts.get(name, 0) for name in windows}
     if settings.passes is not None:
         asked = {

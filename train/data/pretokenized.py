@@ -317,7 +317,9 @@ def _pieces(files: Sequence[TokenFile], dtype: np.dtype, end_of_text: int) -> It
 def agreement(pieces: Iterator[np.ndarray], tokenizer: PreTrainedTokenizerFast) -> float:
     """The share of the ids of `pieces` that are there again when they are decoded and cut anew, special ones
     left out; 0 … 1."""
-    cutter, special, most = encoder(tokenizer).tokenizer, set(tokenizer.all_special_ids), entries(tokenizer)
+    cutter = encoder(tokenizer).tokenizer
+    special = set(tokenizer.all_special_ids)
+    most = entries(tokenizer)
     same = both = 0
     for piece in pieces:
         ids = [i for i in piece.tolist() if i not in special]

@@ -265,7 +265,9 @@ def mixture_disagreements(mixture: MixtureSettings, data: DataSettings) -> list[
 def _phase_faults(where: str, phase: PhaseSettings, mixture: MixtureSettings, *, last: bool) -> list[str]:
     if (phase.weights is None) == (phase.passes is None):
         return [f"{where}: give either weights or passes"]
-    key, parts = ("passes", phase.passes) if phase.passes is not None else ("weights", phase.weights)
+    key, parts = "passes", phase.passes
+    if parts is None:
+        key, parts = "weights", phase.weights
     assert parts is not None
     faults = [
         f"{where}.{key}: unknown source {name!r}; {did_you_mean(name, mixture.sources)}"
@@ -277,9 +279,11 @@ def _phase_faults(where: str, phase: PhaseSettings, mixture: MixtureSettings, *,
         for name, value in parts.items()
         if not value > 0
     ]
-    if key == "weights" and abs((total := fsum(parts.values())) - 1) > 1e-9:
-        listed = " + ".join(f"{value:g}" for value in parts.values()) or "nothing"
-        faults.append(f"{where}.weights: must sum to 1; {listed} = {total:g}")
+    if key == "weights":
+        total = fsum(parts.values())
+        if abs(total - 1) > 1e-9:
+            listed = " + ".join(f"{value:g}" for value in parts.values()) or "nothing"
+            faults.append(f"{where}.weights: must sum to 1; {listed} = {total:g}")
     if phase.tokens is not None and (phase.tokens <= 0 or key == "passes"):
         faults.append(
             f"{where}.tokens: "

@@ -44,8 +44,10 @@ class Tokens:
         first = int(np.searchsorted(self._ends, start, side="right"))
         parts = []
         while start < stop:
-            shard, shard_end = self._shards[first], int(self._ends[first])
-            base, end = shard_end - len(shard), min(stop, shard_end)
+            shard = self._shards[first]
+            shard_end = int(self._ends[first])
+            base = shard_end - len(shard)
+            end = min(stop, shard_end)
             parts.append(shard[start - base : end - base])
             start, first = end, first + 1
         if len(parts) == 1:
@@ -218,7 +220,8 @@ def check_data(folder: Path, advance: Callable[[int], None] = lambda size: None)
 
 
 def _open_split(folder: Path, name: str, manifest: dict[str, Any]) -> TokenSplit:
-    dtype, entry = np.dtype(manifest["dtype"]), manifest["splits"][name]
+    dtype = np.dtype(manifest["dtype"])
+    entry = manifest["splits"][name]
     shards = []
     for shard in entry["shards"]:
         # tokens that others made lie elsewhere, and may be a part of a file

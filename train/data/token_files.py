@@ -129,7 +129,8 @@ def _datatrove(path: Path) -> TokenFile:
             "every token"
         )
     tokenizer, width, tokens = _metadata(metadata) if metadata.is_file() else (None, None, None)
-    size, ends = path.stat().st_size, _index(index) if index.is_file() else None
+    size = path.stat().st_size
+    ends = _index(index) if index.is_file() else None
     if ends is not None:
         tokens = tokens or int(ends[-1])
         if int(ends[-1]) != tokens:

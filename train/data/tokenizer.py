@@ -188,7 +188,8 @@ def _spelling(
     ids, start = list[int](), 0
     while start < len(content):
         pieces = (content[start:end] for end in range(len(content), start, -1))
-        piece = next((piece for piece in pieces if piece in vocabulary and piece not in special), None)
+        known = (piece for piece in pieces if piece in vocabulary and piece not in special)
+        piece = next(known, None)
         if piece:
             ids.append(vocabulary[piece])
         else:

@@ -92,7 +92,8 @@ def recast(folder: Path, run: RunRecord, dtype: str) -> None:
         UserError: a weight is beyond the range of `dtype`, or the disk is full or not writable; `final/` is
             as it was then.
     """
-    final, summary = folder / FINAL, Summary.read(folder / SUMMARY, "not a run's summary")
+    final = folder / FINAL
+    summary = Summary.read(folder / SUMMARY, "not a run's summary")
     with whole_folder(final) as partial:
         _round(final, partial, dtype)
         files = [file for file in final.iterdir() if file.is_file()]
@@ -204,12 +205,16 @@ def _active(run: RunRecord) -> str:
 def _moment(stage: Mapping[str, Any]) -> str:
     """The end of a stage, in words."""
     tokens = stage.get("until_tokens")
-    return f"after {tokens:,} tokens" if tokens is not None else f"at {stage['until']:.0%} of the budget"
+    if tokens is None:
+        return f"at {stage['until']:.0%} of the budget"
+    return f"after {tokens:,} tokens"
 
 
 def _on_the_way(settings: Mapping[str, Any]) -> dict[str, str]:
     """Rows on what was done to the start in training, if anything was."""
-    transfer, stages, rows = settings["transfer"], settings["growth"]["stages"], {}
+    transfer = settings["transfer"]
+    stages = settings["growth"]["stages"]
+    rows = {}
     if len(stages) > 1:
         growths = [f"{_moment(before)}: {stage['operator']}" for before, stage in pairwise(stages)]
         rows["grown on the way"] = "; ".join(growths)
@@ -218,7 +223,8 @@ def _on_the_way(settings: Mapping[str, Any]) -> dict[str, str]:
     if transfer["inherited_rate"] != 1.0:
         rows["learning rate of inherited entries"] = f"{transfer['inherited_rate']:g} × that of new ones"
     if transfer["teacher"] is not None:
-        teacher, until = transfer["teacher"]["model"], transfer["teacher"]["until"]
+        teacher = transfer["teacher"]["model"]
+        until = transfer["teacher"]["until"]
         model = settings["source"] if teacher == "source" else teacher
         rows["taught by"] = f"`{model}`, for {until:.0%} of the budget"
     return rows

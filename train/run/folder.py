@@ -123,14 +123,16 @@ def shorter_run(settings: Settings) -> str | None:
     None where there is none beside the run's folder.
     """
     label = f"-budget_tokens{settings.train.budget_tokens}"
-    folder = Path(settings.out).with_name(Path(settings.out).name.replace(label, ""))
+    out = Path(settings.out)
+    folder = out.with_name(out.name.replace(label, ""))
     if label not in settings.name or not is_complete(folder):
         return None
     try:
         run = read_run(folder)
     except UserError:  # another run's damage is no fault of this one
         return None
-    one, other = identity({} if run is None else run.settings), identity(settings)
+    one = identity({} if run is None else run.settings)
+    other = identity(settings)
     same = set(differing_settings(one, other)) <= {"name", "train.budget_tokens"}
     return (
         f"{folder} trained this for {one['train.budget_tokens']:,} tokens; {_further(folder)}"

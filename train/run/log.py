@@ -27,7 +27,9 @@ class Log:
     """The one writer of a run's metrics, on the main process."""
 
     def __init__(self, folder: Path, trackers: list[Tracker], console: Console) -> None:
-        self.path, self.trackers, self.console = folder / METRICS, trackers, console
+        self.path = folder / METRICS
+        self.trackers = trackers
+        self.console = console
         with telling_disk_faults(self.path):
             self.file = self.path.open("a")
 
@@ -161,7 +163,8 @@ class Console:
             shown = ", ".join(f"{key} {value}" for key, value in self.losses.items())
             self.bar.update(self.task, completed=clocks["tokens"], shown=shown)
         else:
-            share, step = clocks["tokens"] / self.budget, clocks["step"]
+            share = clocks["tokens"] / self.budget
+            step = clocks["step"]
             self.say(f"{share:4.0%}, step {step}: {text}{self.left(clocks)}")
 
     def left(self, clocks: Mapping[str, Any]) -> str:
@@ -171,7 +174,8 @@ class Console:
         """
         if not clocks["tokens"] or clocks["tokens"] >= self.budget:
             return ""
-        seconds = clocks["seconds"] / clocks["tokens"] * (self.budget - clocks["tokens"])
+        tokens = clocks["tokens"]
+        seconds = clocks["seconds"] / tokens * (self.budget - tokens)
         hours, minutes = divmod(round(seconds / 60), 60)
         if hours:
             return f", {hours} h {minutes:02d} min left"

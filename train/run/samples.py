@@ -44,7 +44,8 @@ def samples(
     """
     rows = [row for batch in windows for row in batch]
     numbers = range(min(COUNT, len(rows)))
-    chosen = np.stack([rows[number * len(rows) // COUNT] for number in numbers])
+    spread = [number * len(rows) // COUNT for number in numbers]
+    chosen = np.stack([rows[number] for number in spread])
     context = chosen.shape[1] - 1
     length = min(PROMPT_TOKENS, context // 2)
     prompts = torch.from_numpy(chosen[:, :length]).to(accelerator.device)

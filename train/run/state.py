@@ -159,7 +159,8 @@ def _all_digests(partial: Path, group: Any) -> dict[str, dict[str, Any]]:
     """
     if group is None:
         return {file.name: _digest(file) for file in _shards(partial)}
-    process, processes = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    process = torch.distributed.get_rank(group)
+    processes = torch.distributed.get_world_size(group)
     own = {file.name: _digest(file) for file in _shards(partial)[process::processes]}
     gathered: list[Any] = [None] * processes
     torch.distributed.all_gather_object(gathered, own, group=group)

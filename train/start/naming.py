@@ -57,7 +57,8 @@ def changes(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
     base = [text for key, text in by_key.items() if key in named]
     groups = [key for key in by_key if (CONF / key).is_dir() and not is_neutral(key)]
     leaves = {key: by_key[key] for key in groups if key not in named}
-    before, after = _values(*base), _values(*base, *leaves.values())
+    before = _values(*base)
+    after = _values(*base, *leaves.values())
     labels = []
     for key, text in leaves.items():
         if _of(before, key) != _of(after, key):

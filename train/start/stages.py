@@ -66,7 +66,9 @@ def stages_of(settings: Settings, config: Mapping[str, Any]) -> tuple[Stage, ...
                 f"growth.stages[{number}]: from step {first} to {last} of {steps} there is no step; raise "
                 "train.budget_tokens",
             )
-        own = growth if number == 0 else GrowthSettings(growth.name, asked.operator, dict(asked.options))
+        own = growth
+        if number > 0:
+            own = GrowthSettings(growth.name, asked.operator, dict(asked.options))
         own_config = _config_of(config, asked.layers, asked.sizes)
         stages.append(Stage(number, first, last, own_config, own, asked.moments))
     return tuple(stages)

@@ -95,7 +95,8 @@ class TaughtLoss(NextTokenLoss):
         if weight == 0.0:
             return super().forward(windows, reduction)
         student, balance = self.read(windows)
-        student, targets = student.flatten(0, 1), windows[:, 1:].flatten()
+        student = student.flatten(0, 1)
+        targets = windows[:, 1:].flatten()
         with torch.no_grad():
             teacher = self._teacher[0].read(windows)[0].flatten(0, 1)
         text = self.from_read(student, targets, reduction)
@@ -156,7 +157,8 @@ def find_teacher(folder: Path | None, student: Config, way: Way | None) -> Teach
     if folder is None or way is None:
         return None
     config = read_config(folder)
-    theirs, own = known_size(config, "vocab_size") or 0, known_size(student, "vocab_size") or 0
+    theirs = known_size(config, "vocab_size") or 0
+    own = known_size(student, "vocab_size") or 0
     if theirs > own:
         raise UserError(
             f"transfer.teacher: has {theirs} tokens, the model {own}; a teacher must speak the same tokens",

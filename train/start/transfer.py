@@ -200,7 +200,8 @@ def take_over(
         UserError: they cannot be read, or are not of the source's model.
     """
     saved = saved_optimizer(settings, source)
-    if stage.moments or (stage.number == 0 and saved is not None and stage.growth.operator != "source"):
+    takes_over = saved is not None and stage.growth.operator != "source"
+    if stage.moments or (stage.number == 0 and takes_over):
         load_adam(stage.start(folder), optimizer, network)
     if saved is None or stage.growth.operator != "source":
         return

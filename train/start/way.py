@@ -243,7 +243,9 @@ def _leaks(config: Config, title: str, seen: Survey, device: torch.device, preci
     )
     others = []
     for attention in (PLAIN_SDPA, EAGER):
-        if attention != seen.attention and works(config, attention, device=device, precision=precision).value:
+        if attention == seen.attention:
+            continue
+        if works(config, attention, device=device, precision=precision).value:
             other = survey(config, attention=attention, device=device, precision=precision)
             others += [f" or train.attention={attention}"] if other.same(other.leak) else []
     return (

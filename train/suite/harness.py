@@ -265,9 +265,8 @@ def _fault(path: Path) -> str | None:
         return f"{path}: no task file ({in_one_line(fault)})"
     if not isinstance(config, dict) or not ({"task", "group"} & set(config)):
         return f"{path}: no task file: expected task: NAME, or group: NAME, in lm-evaluation-harness's format"
-    if isinstance(config.get("task"), str) and not (
-        {"dataset_path", "class", "custom_dataset"} & set(config)
-    ):
+    has_data = {"dataset_path", "class", "custom_dataset"} & set(config)
+    if isinstance(config.get("task"), str) and not has_data:
         return f"{path}: task {config['task']} says nothing of its data; expected dataset_path"
     return None
 

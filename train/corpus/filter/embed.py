@@ -98,7 +98,8 @@ def load_encoder(name: str, revision: str | None, max_tokens: int) -> Encoder:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    place = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    folder = Path(name).expanduser()
+    place = str(folder) if folder.is_dir() else name
     asked: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
         with quietly():

@@ -193,7 +193,8 @@ def report(labels: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
     the mean difference of score and frequency over BINS bins of score, weighted by their samples.
     """
     chosen = scores >= 0.5
-    order, positive = np.argsort(-scores, kind="stable"), int(labels.sum())
+    order = np.argsort(-scores, kind="stable")
+    positive = int(labels.sum())
     best = []
     for share in SHARES:
         top = labels[order[: max(1, round(share * len(labels)))]]

@@ -63,7 +63,8 @@ class Forest:
     def scores(self, features: np.ndarray) -> np.ndarray:
         """The probability that each sample is positive: float64 (n,), from float32 features (n, d)."""
         features = np.asarray(features, np.float32)
-        rows, total = np.arange(len(features)), np.zeros(len(features))
+        rows = np.arange(len(features))
+        total = np.zeros(len(features))
         for root in self.roots:
             node = np.full(len(features), root)
             while (inner := self.left[node] != LEAF).any():

@@ -95,7 +95,8 @@ def write_scores(
     import pyarrow.parquet
 
     schema = pyarrow.schema([("document", "string"), ("bytes", "int64"), ("score", "float")])
-    histogram, rows = np.zeros(20, np.int64), list[Document]()
+    histogram = np.zeros(20, np.int64)
+    rows = list[Document]()
     with (
         whole_file(target) as partial,
         pyarrow.parquet.ParquetWriter(partial, schema, compression="zstd") as writer,

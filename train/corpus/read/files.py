@@ -147,9 +147,11 @@ def files_of(path: str, key: str, own: frozenset[str] | set[str] = frozenset()) 
     if glob.has_magic(expanded) and not root.exists():
         fixed = next(i for i, part in enumerate(root.parts) if glob.has_magic(part))
         pattern = _pattern(root.parts[fixed:])
-        root, wanted = Path(*root.parts[:fixed]), re.compile(pattern, re.DOTALL)
+        root = Path(*root.parts[:fixed])
+        wanted = re.compile(pattern, re.DOTALL)
     listed = [str(root)] if root.is_file() else []
-    root, left_out = (root.parent if listed else root), list[str]()
+    root = root.parent if listed else root
+    left_out = list[str]()
     matching = listed or [
         file for file in _walk(str(root), own, left_out) if wanted.fullmatch(os.path.relpath(file, root))
     ]
@@ -341,7 +343,8 @@ def stdlib(settings: DataSettings) -> Files:
 
 def _stdlib(prefix: str) -> tuple[File, ...]:
     left_out = {"test", "tests", "idlelib", "site-packages", "encodings", "lib2to3"}
-    root, found = Path(sysconfig.get_paths()["stdlib"]), list[Path]()
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = list[Path]()
     for folder, inner, names in os.walk(root):
         inner[:] = [name for name in inner if name not in left_out]
         found += [Path(folder, name) for name in names if name.endswith(".py")]

@@ -94,7 +94,9 @@ class Fetch(PipelineStep):
 
     def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
         number, tally = pieces_there(self.folder)
-        names, texts, size = list[str](), list[str](), 0
+        names = list[str]()
+        texts = list[str]()
+        size = 0
         if not is_full(self.settings, tally):
             for document in self.stream.documents(tally):
                 names.append(document.name)
@@ -117,7 +119,8 @@ def pieces_there(folder: Path) -> tuple[int, Tally]:
     """How many pieces there are, and how far the reading was after the last of them."""
     number, tally = 0, Tally()
     while (path := folder / f"{number:06d}.json").is_file():
-        number, tally = number + 1, Tally(**json.loads(path.read_text()))
+        number = number + 1
+        tally = Tally(**json.loads(path.read_text()))
     return number, tally
 
 

@@ -59,11 +59,13 @@ def _batch(
             env={"PYTHONHASHSEED": "0"},
             cwd="/",
         )
-        output, last_words = done.stdout, done.stderr.strip()[-200:]
+        output = done.stdout
+        last_words = done.stderr.strip()[-200:]
         end = f"it ended its process ({done.returncode}): {last_words}"
     except subprocess.TimeoutExpired as error:
         raw = error.stdout or b""
-        output, end = raw.decode() if isinstance(raw, bytes) else raw, "it kept its process from ending"
+        output = raw.decode() if isinstance(raw, bytes) else raw
+        end = "it kept its process from ending"
     results: list[str | None] = [json.loads(line)[0] for line in output.splitlines()]
     if len(results) < len(items):
         results.append(end)

@@ -68,7 +68,9 @@ class Generated:
     size: None = None
 
     def documents(self, tally: Tally) -> Iterator[Document]:
-        kind, seed, limit = self.settings.corpus, self.settings.seed, self.settings.max_document_bytes
+        kind = self.settings.corpus
+        seed = self.settings.seed
+        limit = self.settings.max_document_bytes
         batch = min(BATCH, self.settings.limit_documents or BATCH)
         # drawn again, for the sake of what is distinct
         left = dropwhile(lambda drawn: drawn[0] < tally.item, draw_items(kind, seed))

@@ -70,7 +70,8 @@ class Problem:
 
     @property
     def signature(self) -> str:
-        takes, gives = KINDS[self.takes], KINDS[self.gives]
+        takes = KINDS[self.takes]
+        gives = KINDS[self.gives]
         return f"def {self.name}({self.parameter}: {takes}) -> {gives}:"
 
     @property
@@ -130,7 +131,8 @@ class Problem:
 def draw_problem(random: Random) -> Problem:
     """A problem that is worth setting: each step changes the result, and no value is too large to show."""
     while True:
-        theme, style = random.choice(THEMES), random.choice(("loop", "short"))
+        theme = random.choice(THEMES)
+        style = random.choice(("loop", "short"))
         steps = _draw_steps(theme, random.choice(LENGTHS), random)
         cases = _draw_cases(theme, steps, style, random)
         if cases is not None:
@@ -139,7 +141,8 @@ def draw_problem(random: Random) -> Problem:
 
 def _draw_steps(theme: Theme, length: int, random: Random) -> tuple[Step, ...]:
     kind = random.choice(("numbers", "numbers", "words", "words", "text", "table", "grid", "number"))
-    x, steps = theme.parameter(kind)[0], list[Step]()
+    x = theme.parameter(kind)[0]
+    steps = list[Step]()
     chain: list[Operation] = []
     for _ in range(length):
         chain.append(random.choice([operation for operation in TAKING[kind] if operation not in chain]))
@@ -191,7 +194,8 @@ def _draw_cases(
 def _worthwhile(cases: list[tuple[Any, tuple[Any, ...]]]) -> bool:
     """Whether the results differ, and the first is not empty."""
     results = [way[-1] for _, way in cases]
-    first, distinct = results[0], {repr(result) for result in results}
+    first = results[0]
+    distinct = {repr(result) for result in results}
     return len(distinct) > 1 and bool(first or first == 0)
 
 

@@ -88,7 +88,8 @@ def run(program: str, prints: str | None, seconds: float) -> str | None:
 def main() -> None:
     """Run the programs that standard input lists under the limits of the command line, and print a line of
     JSON for each result."""
-    seconds, memory_bytes = float(sys.argv[1]), int(sys.argv[2])
+    seconds = float(sys.argv[1])
+    memory_bytes = int(sys.argv[2])
     programs = json.load(sys.stdin)
     for name in (*ALLOWED, *sys.argv[3:]):
         import_module(name)

@@ -99,7 +99,8 @@ def rejected_path(out: Path) -> Path:
 
 
 def _check_settings(settings: WriteSettings, out: Path) -> None:
-    path, asked = out.with_suffix(".settings.json"), json.loads(json.dumps(identity(settings)))
+    path = out.with_suffix(".settings.json")
+    asked = json.loads(json.dumps(identity(settings)))
     if not path.exists():
         if out.exists() and out.stat().st_size:
             raise UserError(

@@ -50,7 +50,8 @@ class Local:
         given = [
             self.tokenizer(self._worded(prompt), add_special_tokens=plain)["input_ids"] for prompt in prompts
         ]
-        width, end = max(map(len, given)), self.tokenizer.eos_token_id
+        width = max(map(len, given))
+        end = self.tokenizer.eos_token_id
         self._check_length(width)
         padded = [[end] * (width - len(row)) + row for row in given]
         masks = [[0] * (width - len(row)) + [1] * len(row) for row in given]

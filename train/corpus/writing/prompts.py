@@ -29,7 +29,9 @@ class Prompts:
     """All prompts of a leaf; the one of a number is computed when it is asked for."""
 
     def __init__(self, settings: PromptSettings, seed: int) -> None:
-        self.topics, self.audiences, self.templates = topics(settings), settings.audiences, settings.templates
+        self.topics = topics(settings)
+        self.audiences = settings.audiences
+        self.templates = settings.templates
         self.seed = seed
 
     def __len__(self) -> int:

@@ -35,7 +35,9 @@ class Bounded(httpx2.SyncByteStream):
     read."""
 
     def __init__(self, body: Any, seconds: float) -> None:
-        self.body, self.seconds, self.end = body, seconds, time.monotonic() + seconds
+        self.body = body
+        self.seconds = seconds
+        self.end = time.monotonic() + seconds
 
     def __iter__(self) -> Iterator[bytes]:
         size = 0
