@@ -133,12 +133,12 @@ def run(settings: Settings) -> None:
 
     if settings.plan_only:
         source = _source(settings)
-        made = plan(
+        grown_plan = plan(
             source, settings.target, seed=settings.seed, dtype=settings.dtype, **settings.growth.arguments()
         )
-        _print_plan(made)
-        _print_outcome(made, None)
-        _draw(settings, made, None if isinstance(source, str) else source)
+        _print_plan(grown_plan)
+        _print_outcome(grown_plan, None)
+        _draw(settings, grown_plan, None if isinstance(source, str) else source)
         return
     with _progress() as progress:
         grown = grow(
@@ -308,17 +308,17 @@ def _progress() -> Iterator[Callable[[int, int], None] | None]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The door: a UserError is one message on stderr and exit status 2."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if any(argument in ("-h", "--help") for argument in given):
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if any(argument in ("-h", "--help") for argument in words):
         print(f"{__doc__}\nKeys and defaults ({CONF / 'grow.yaml'}):\n\n{(CONF / 'grow.yaml').read_text()}")
         return
     try:
-        if given[:1] == ["schema"]:
+        if words[:1] == ["schema"]:
             from outgrow.growth.schema import print_schema
 
-            print_schema(given[1:])
+            print_schema(words[1:])
         else:
-            run(settings_from(given))
+            run(settings_from(words))
     except ModuleNotFoundError as fault:
         missing = not_installed(fault)
         if missing is None:

@@ -113,12 +113,12 @@ def _numbering(groups: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[i
     numbers = [number for group in groups for number in group["params"]]
     # of those that were trained: frozen ones have no state
     if all("param_names" in group for group in groups):
-        given = [_plain(name) for group in groups for name in group["param_names"]]
-        if unknown := sorted(set(given) - shapes.keys()):
+        named = [_plain(name) for group in groups for name in group["param_names"]]
+        if unknown := sorted(set(named) - shapes.keys()):
             raise UserError(
                 f"optimizer state: parameter {unknown[0]!r} is none of the source's ({len(unknown)} are not)"
             )
-        return dict(zip(numbers, given, strict=True))
+        return dict(zip(numbers, named, strict=True))
     if len(numbers) != len(shapes):
         raise UserError(
             f"optimizer state: {len(numbers)} parameters, the source's model has {len(shapes)}; is it the "
@@ -158,10 +158,10 @@ def read_adam(path: Path | str, plan: Plan) -> AdamState:
 
     file = Path(path)
     if file.is_dir():
-        found = [file / name for name in FILES if (file / name).is_file()]
-        if not found:
+        files = [file / name for name in FILES if (file / name).is_file()]
+        if not files:
             raise UserError(f"optimizer {file}: no {' or '.join(FILES)} in this folder")
-        file = found[0]
+        file = files[0]
     if not file.is_file():
         raise UserError(f"optimizer {file}: no such file or folder")
     try:

@@ -65,9 +65,9 @@ def _obstacle(model: Any) -> str | None:
             f"{names[0]}.weight is computed from other tensors (weight_norm or another parametrization); "
             "make it plain first with torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
         )
-    whole = library_class(model.config)._model_mapping.get(type(model.config), None)
-    if whole is not None and not isinstance(model, whole):
-        return f"a language model with its head is grown; give the {whole.__name__} that it is a part of"
+    known = library_class(model.config)._model_mapping.get(type(model.config), None)
+    if known is not None and not isinstance(model, known):
+        return f"a language model with its head is grown; give the {known.__name__} that it is a part of"
     return None
 
 

@@ -35,51 +35,57 @@ def copied(
     if mixture.size({mixture.top_k: chosen}, mixture.top_k) > count:
         raise UserError(f"target: {mixture.top_k} {chosen} is more than {mixture.count} {count}")
     own = {mixture.count, mixture.top_k}
-    made = within(
+    dense_plan = within(
         {key: value for key, value in wanted.items() if key not in own},
         asked.width,
         family=mixture.family(source),
     )
-    config = {**made.target_config, mixture.count_key(source): count, mixture.top_k: chosen}
+    config = {**dense_plan.target_config, mixture.count_key(source): count, mixture.top_k: chosen}
     family, times = mixture.family(config), count // before
     units = mixture.size(config, mixture.units)
     origins = [number // times for number in range(count)]
     experts = tuple(Expert(origin, 0, units, origin) for origin in origins)
-    growth = replace(made.growth, family=family, target_config=config, origin=made.family)
+    growth = replace(dense_plan.growth, family=family, target_config=config, origin=dense_plan.family)
     routed = routed_tensors(mixture, config, count)
     shared = mixture.shared_size(config)
-    change = Change(made, mixture, asked, config, experts, routed, shared, chosen_before)
+    change = Change(dense_plan, mixture, asked, config, experts, routed, shared, chosen_before)
     copies = AxisMap.of(before, np.arange(count) // times)
     steps = tuple(_copies(change, family, copies))
-    expansions = {space: expansion for space, expansion in made.recipe.expansions.items() if space != EXPERT}
+    expansions = {
+        space: expansion for space, expansion in dense_plan.recipe.expansions.items() if space != EXPERT
+    }
     rule = f"{before} → {count}: {times} copies of each, router rows copied"
     unread = AxisMap.of(before, np.full(count, -1), Fill.ZERO)
     expansions[EXPERT] = Expansion.of(copies, unread, rule)
     return replace(
-        made, growth=growth, recipe=replace(made.recipe, expansions=expansions), steps=steps, change=change
+        dense_plan,
+        growth=growth,
+        recipe=replace(dense_plan.recipe, expansions=expansions),
+        steps=steps,
+        change=change,
     )
 
 
 def _copies(change: Change, family: Family, copies: AxisMap) -> Iterator[Step]:
     """Every tensor of the larger mixture, of the plan with the source's number of experts."""
     asked = change.asked
-    made = {step.name: step for step in change.within.steps}
+    own_steps = {step.name: step for step in change.within.steps}
     assert isinstance(asked, ExpertCopy)
     for tensor in family.tensors(change.config):
         if tensor.tied:
             continue
         number = change.routed.get(tensor.name)
         if number is None:
-            yield replace(made[tensor.name], tensor=tensor)
+            yield replace(own_steps[tensor.name], tensor=tensor)
         elif number >= 0:
             module = (
                 numbered(tensor)
                 .replace("#", str(change.experts[number].source))
                 .replace("*", str(tensor.layer))
             )
-            yield replace(made[f"{module}.weight"], tensor=tensor)
+            yield replace(own_steps[f"{module}.weight"], tensor=tensor)
         else:
-            step = made[tensor.name]
+            step = own_steps[tensor.name]
             maps = tuple(
                 copies if axis == Space(EXPERT) else grown
                 for axis, grown in zip(tensor.axes, step.maps, strict=True)

@@ -52,21 +52,21 @@ def grow_model(
             not finite.
     """
     model = bare(model)
-    made = plan_of(model, target, operator, depth=depth, noise=noise, seed=seed, dtype=dtype, **options)
-    return follow(made, model, nonfinite=nonfinite)
+    grown_plan = plan_of(model, target, operator, depth=depth, noise=noise, seed=seed, dtype=dtype, **options)
+    return follow(grown_plan, model, nonfinite=nonfinite)
 
 
 def plan_of(model: PreTrainedModel, target: Target, operator: str = "lossless", **how: Any) -> Plan:
     """The plan that `grow_model` follows, from the model's config and the dtypes of its tensors."""
-    made = plan(config_of(model), target, operator, **how)
-    if made.lesson is not None:
+    grown_plan = plan(config_of(model), target, operator, **how)
+    if grown_plan.lesson is not None:
         raise UserError(
             f"operator {operator!r}: learns on text, in a folder; save the model and use growth.grow"
         )
     held = _Held(_tensors(model))
-    checked = made if made.change is None else made.change.within
+    checked = grown_plan if grown_plan.change is None else grown_plan.change.within
     dtypes = check_tensors(held, checked.growth, checked.steps)
-    return replace(made, dtypes=dtypes)
+    return replace(grown_plan, dtypes=dtypes)
 
 
 @dataclass(frozen=True)
@@ -109,19 +109,15 @@ def follow(
             for name, values in expand(plan, reader):
                 parameters[name].data = values.to(model.device)
         else:
-            made = dict(expand(plan, reader))
-            whole, own = (
-                in_model(plan.target_config, made, made.__getitem__),
-                grown.state_dict(keep_vars=True),
-            )
-            kinds = (
-                {}
-                if plan.growth.dtype
-                else {layerless(name): tensor.dtype for name, tensor in model.state_dict().items()}
-            )
+            expanded = dict(expand(plan, reader))
+            values_of = in_model(plan.target_config, expanded, expanded.__getitem__)
+            own = grown.state_dict(keep_vars=True)
+            kinds: dict[str, torch.dtype] = {}
+            if not plan.growth.dtype:
+                kinds = {layerless(name): tensor.dtype for name, tensor in model.state_dict().items()}
             for name in own:
                 dtype = kinds.get(layerless(name), own[name].dtype)
-                own[name].data = whole[name].to(model.device, dtype)
+                own[name].data = values_of[name].to(model.device, dtype)
     return grown.train(model.training)
 
 

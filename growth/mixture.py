@@ -86,22 +86,22 @@ def _asked(operator: str, options: Mapping[str, Any]) -> Upcycling | ExpertCopy:
 def _wanted(target: Any) -> dict[str, Any]:
     """What the target asks for, as overrides."""
     if hasattr(target, "to_dict"):
-        found = flat(target.to_dict())
+        entries = flat(target.to_dict())
     elif isinstance(target, Mapping):
-        found = flat(target)
+        entries = flat(target)
     elif str(target) in PRESETS:
         raise UserError(
             f"target {target!r}: a dense model's sizes; give "
             f"target={{model_type:mixtral,num_local_experts:8,…}} or a folder"
         )
     elif Path(target).is_dir():
-        found = read_config(Path(target))
+        entries = read_config(Path(target))
     else:
         raise UserError(
             f"unknown target {str(target)!r}: no folder; give "
             f"target={{model_type:mixtral,num_local_experts:8,…}}"
         )
-    return {key: value for key, value in found.items() if key not in NEUTRAL}
+    return {key: value for key, value in entries.items() if key not in NEUTRAL}
 
 
 def _mixture(source: Config, kind: Any, wanted: Config, asked: Upcycling | ExpertCopy) -> Mixture:
@@ -149,8 +149,8 @@ def _differing(source: Config, kind: str, wanted: Config) -> str:
         return "transformers has no causal language model of that type"
     try:
         shared = {key: value for key, value in source.items() if key not in NEUTRAL}
-        whole = to_hf_config({**shared, **wanted, "model_type": kind}).to_dict()
-        before, after = (_starred(shapes(config)) for config in (source, flat(whole)))
+        complete = to_hf_config({**shared, **wanted, "model_type": kind}).to_dict()
+        before, after = (_starred(shapes(config)) for config in (source, flat(complete)))
     except Exception as fault:  # the library's classes raise every kind
         return f"its class does not build with the source's sizes ({' '.join(str(fault).split())[:160]})"
     alone = [

@@ -169,11 +169,11 @@ class Recipe:
     def _axis(self, axis: Axis, reads: bool, tensor: Tensor) -> AxisMap:
         if self.flat is not None and isinstance(axis, Parts):
             return reduce(concatenate, (self._axis(part, reads, tensor) for part in axis.parts))
-        whole = compose(axis, lambda space: self._side(space, reads, tensor))
+        expanded = compose(axis, lambda space: self._side(space, reads, tensor))
         return (
-            self.flat(whole.source, whole.target)
+            self.flat(expanded.source, expanded.target)
             if self.flat is not None and isinstance(axis, Product)
-            else whole
+            else expanded
         )
 
     def _side(self, space: Space, reads: bool, tensor: Tensor) -> AxisMap:

@@ -165,10 +165,10 @@ def _outlined(config: Config, shapes: Shapes) -> Resolved:
     from outgrow.model.derive import library_knows, passed_over, whole_config
 
     known = library_knows(config)
-    whole = whole_config(config) if known else config
-    dropped = passed_over(whole, shapes) if known else []
+    complete = whole_config(config) if known else config
+    dropped = passed_over(complete, shapes) if known else []
     family = replace(
-        outline(whole, {name: shape for name, shape in shapes.items() if name not in dropped}),
+        outline(complete, {name: shape for name, shape in shapes.items() if name not in dropped}),
         ignore=tuple(dropped),
     )
     held = (
@@ -180,7 +180,7 @@ def _outlined(config: Config, shapes: Shapes) -> Resolved:
         f"family {family.name!r} has no schema here: layers were told by their names and whole layers are "
         f"copied; {held}"
     )
-    return Resolved(family, (note, *_left_out(dropped)), whole if known else None)
+    return Resolved(family, (note, *_left_out(dropped)), complete if known else None)
 
 
 def _left_out(names: Sequence[str]) -> list[str]:
@@ -211,24 +211,24 @@ def _derived(
 
     name, head = config["model_type"], ""
     try:
-        draft, whole = derive(config), whole_config(config)
-        family = _family(draft, whole, shapes)
-        grown = resolve_target(target, whole, family)
-        UserError.collect(Growth(family, whole, grown).smaller)
-        head = _other_heads(draft, whole, grown)
-        changes = miniature(draft, whole, grown, depth)
-        _check_asked(draft, family.sizes(whole), family.sizes(grown), changes)
+        draft, complete = derive(config), whole_config(config)
+        family = _family(draft, complete, shapes)
+        grown = resolve_target(target, complete, family)
+        UserError.collect(Growth(family, complete, grown).smaller)
+        head = _other_heads(draft, complete, grown)
+        changes = miniature(draft, complete, grown, depth)
+        _check_asked(draft, family.sizes(complete), family.sizes(grown), changes)
         if not changes:
             return Resolved(
                 family,
                 (f"family {name!r} has no schema here: one was derived, and nothing is widened by it",),
-                whole,
+                complete,
             )
         with bench(draft) as tiny:
             rehearsal = tiny.rehearse(
                 draft, changes, depth if isinstance(depth, str) else "identity", operator, options
             )
-        family = _family(rehearsal.draft, whole, shapes)
+        family = _family(rehearsal.draft, complete, shapes)
     except UserError as fault:
         raise UserError(
             f"family {name!r} has no schema here, and none could be derived and confirmed for this growth: "
@@ -247,7 +247,7 @@ def _derived(
     ]
     if draft.unused:
         notes.append(f"not tested: {names_of(draft.unused)}, which no forward pass here goes through")
-    return Resolved(family, (*notes, *_left_out(family.ignore)), whole)
+    return Resolved(family, (*notes, *_left_out(family.ignore)), complete)
 
 
 def _outcome(rehearsal: Rehearsal, sizes: str, operator: str) -> str:

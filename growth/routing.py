@@ -63,12 +63,12 @@ def _scales(plan: Decision, change: Change) -> Iterator[str]:
     dense = {step.name: step for step in change.within.steps}
     shared = {own: name for name, own in change.mixture.shared.items()}
     experts = {own: name for name, own in change.mixture.experts.items()}
-    told = set()
+    done = set()
     for step in plan.steps:
         number = change.routed.get(step.name)
         module = step.tensor.line.name
         origin = shared.get(module) or experts.get(numbered(step.tensor))
-        if origin is None or step.tensor.layer is None or origin in told:
+        if origin is None or step.tensor.layer is None or origin in done:
             continue
         before = dense[f"{origin}.weight".replace("*", str(step.tensor.layer))]
         if step.zero and before.zero:
@@ -78,10 +78,10 @@ def _scales(plan: Decision, change: Change) -> Iterator[str]:
         scale = _scale(step, before, start)
         expected = _undone(change, number) if reads else 1.0
         if scale is None:
-            told.add(origin)
+            done.add(origin)
             yield f"{module}: is not a block of {origin}"
         elif not isclose(scale, expected, rel_tol=1e-9):
-            told.add(origin)
+            done.add(origin)
             yield (
                 f"{module}: is scaled by {scale:.4g}, expected {expected:.4g}: "
                 + (

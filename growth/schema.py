@@ -31,13 +31,13 @@ def print_schema(arguments: Sequence[str]) -> None:
     Raises:
         UserError: an argument is unknown or missing, or no schema can be derived.
     """
-    given = dict(argument.partition("=")[::2] for argument in arguments)
-    for key in given:
+    settings = dict(argument.partition("=")[::2] for argument in arguments)
+    for key in settings:
         if key not in KEYS:
             unknown("key of schema", key, KEYS)
-    if not given.get("source"):
+    if not settings.get("source"):
         raise UserError("source: missing; outgrow schema source=DIR")
-    with Checkpoint(locate(given["source"], given.get("revision"))) as source:
+    with Checkpoint(locate(settings["source"], settings.get("revision"))) as source:
         print(family_text(derived_family(source)))
 
 

@@ -53,17 +53,19 @@ def upcycled(
     dense = {
         key: value for key, value in wanted.items() if key in {*source, *STANDARD} and key not in mixture.keys
     }
-    made = within(dense | {"intermediate_size": cut.units}, asked.width)
-    config = _config(made, mixture, wanted, asked, cut)
-    family = mixture.family(config, made.family)
+    dense_plan = within(dense | {"intermediate_size": cut.units}, asked.width)
+    config = _config(dense_plan, mixture, wanted, asked, cut)
+    family = mixture.family(config, dense_plan.family)
     experts = tuple(cut.expert_of(number) for number in range(count))
-    growth = replace(made.growth, family=family, target_config=config, origin=made.family)
-    change = Change(made, mixture, asked, config, experts, routed_tensors(mixture, config, count), cut.shared)
+    growth = replace(dense_plan.growth, family=family, target_config=config, origin=dense_plan.family)
+    change = Change(
+        dense_plan, mixture, asked, config, experts, routed_tensors(mixture, config, count), cut.shared
+    )
     steps = tuple(_handed_out(change, growth, family))
     return replace(
-        made,
+        dense_plan,
         growth=growth,
-        recipe=replace(made.recipe, expansions=_expansions(change, growth)),
+        recipe=replace(dense_plan.recipe, expansions=_expansions(change, growth)),
         steps=steps,
         change=change,
     )
@@ -77,36 +79,36 @@ def _cut(source: Config, mixture: Mixture, wanted: Config, granularity: int | No
     """
     units = source["intermediate_size"]
     named = "intermediate_size" in wanted and mixture.units != "intermediate_size"
-    whole = wanted["intermediate_size"] if named else units
-    expert, shared = _sizes(mixture, wanted, whole, granularity or 1)
+    width = wanted["intermediate_size"] if named else units
+    expert, shared = _sizes(mixture, wanted, width, granularity or 1)
     if granularity is None:
-        routed = whole - shared
+        routed = width - shared
         granularity = 1 if expert >= routed and not named else _divided(routed, expert, mixture)
     total = granularity * expert + shared
-    if total < units or (named and total != whole):
+    if total < units or (named and total != width):
         raise UserError(
             f"target: {granularity} × {mixture.units} {expert} + {shared} shared units are {total}, and "
-            f"the MLP has {whole}; experts that do not divide it lose units"
+            f"the MLP has {width}; experts that do not divide it lose units"
         )
     return _Cut(total, shared, granularity, expert)
 
 
-def _sizes(mixture: Mixture, wanted: Config, whole: int, granularity: int) -> tuple[int, int]:
+def _sizes(mixture: Mixture, wanted: Config, width: int, granularity: int) -> tuple[int, int]:
     """The units of a routed expert and those that are shared; what the target does not say divides what is
     left.
     """
-    given = wanted.get(mixture.units)
-    expert = None if given is None else mixture.size({mixture.units: given}, mixture.units)
+    named = wanted.get(mixture.units)
+    expert = None if named is None else mixture.size({mixture.units: named}, mixture.units)
     if mixture.shared_of is not None:  # whole = (G + shared experts) · units of one
         experts = needed(wanted, mixture, mixture.shared_of)
-        expert = expert or _divided(whole, granularity + experts, mixture)
+        expert = expert or _divided(width, granularity + experts, mixture)
         return expert, experts * expert
     if mixture.shared_units is not None and mixture.shared_units not in wanted:
         raise UserError(
             f"target: {mixture.shared_units} is missing: how many of the MLP's units every token goes through"
         )
     shared = mixture.size(wanted, mixture.shared_units) if mixture.shared_units is not None else 0
-    return expert or _divided(whole - shared, granularity, mixture), shared
+    return expert or _divided(width - shared, granularity, mixture), shared
 
 
 def _divided(units: int, parts: int, mixture: Mixture) -> int:
@@ -133,19 +135,21 @@ def _check_groups(mixture: Mixture, count: int, chosen: int, granularity: int) -
     UserError.collect(faults)
 
 
-def _config(made: Plan, mixture: Mixture, wanted: Config, asked: Upcycling, cut: _Cut) -> dict[str, Any]:
+def _config(
+    dense_plan: Plan, mixture: Mixture, wanted: Config, asked: Upcycling, cut: _Cut
+) -> dict[str, Any]:
     """The mixture's config: the dense one's values, and the mixture's own.
 
     Raises:
         UserError: a value of the dense config has no counterpart.
     """
-    dense = made.target_config
+    dense = dense_plan.target_config
     UserError.collect(
         f"config {key}: {dense[key]!r} has no counterpart in {mixture.name!r}, whose class does not know it"
         for key, allowed in mixture.lacks.items()
         if allowed is not None and key in dense and dense[key] not in allowed
     )
-    count = int(dense[made.family.field_name("num_hidden_layers")])
+    count = int(dense[dense_plan.family.field_name("num_hidden_layers")])
     layers = asked.layers(count)
     said = mixture.said_of_layers(layers, count)
     says_itself = wanted.keys() & said.keys()
@@ -155,7 +159,7 @@ def _config(made: Plan, mixture: Mixture, wanted: Config, asked: Upcycling, cut:
     config = {key: value for key, value in dense.items() if key not in mixture.lacks}
     if "rope_parameters" not in config and "rope_theta" not in config:
         config["rope_parameters"] = rope_of(dense)
-    if "layer_types" not in mixture.lacks and (kinds := made.family.layer_kinds(dense)):
+    if "layer_types" not in mixture.lacks and (kinds := dense_plan.family.layer_kinds(dense)):
         config["layer_types"] = kinds
     units = {"intermediate_size": cut.units} | {mixture.units: cut.expert}
     chosen = {key: wanted[key] for key in mixture.adds if key in wanted}
@@ -178,7 +182,7 @@ def _handed_out(change: Change, growth: Growth, family: Family) -> Iterator[Step
         UserError: tensors of the dense family have no place in the mixture.
     """
     mixture = change.mixture
-    made = {step.name: step for step in change.within.steps}
+    dense_steps = {step.name: step for step in change.within.steps}
     taken = {own: dense for dense, own in mixture.experts.items()} | {
         own: dense for dense, own in mixture.shared.items()
     }
@@ -191,17 +195,17 @@ def _handed_out(change: Change, growth: Growth, family: Family) -> Iterator[Step
             continue
         dense = taken.get(numbered(tensor), "")
         name = f"{dense}.weight".replace("*", str(tensor.layer)) if dense else tensor.name
-        if name not in made:
+        if name not in dense_steps:
             raise UserError(
                 f"{mixture.name!r}: needs {tensor.name}, which a {change.within.family.name!r} has no "
                 "counterpart of"
             )
         used.add(name)
         if dense:
-            yield _of_expert(change, tensor, made[name])
+            yield _of_expert(change, tensor, dense_steps[name])
         else:
-            yield replace(made[name], tensor=tensor)
-    if left := made.keys() - used:
+            yield replace(dense_steps[name], tensor=tensor)
+    if left := dense_steps.keys() - used:
         raise UserError(
             f"{change.within.family.name!r} → {mixture.name!r}: their other tensors differ: "
             f"{names_of(sorted(left))} have no place"

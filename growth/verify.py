@@ -91,14 +91,14 @@ def verify_structure(folder: Path, plan: Plan) -> None:
     Raises:
         UserError: a tensor is missing, unknown, or of another shape or dtype.
     """
-    found = {name: (stored.dtype, stored.shape) for name, stored in tensor_table(folder).items()}
+    headers = {name: (stored.dtype, stored.shape) for name, stored in tensor_table(folder).items()}
     expected = {step.name: (plan.dtype(step), step.shape) for step in plan.steps}
-    if found != expected:
+    if headers != expected:
         wrong = sorted(
-            name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
+            name for name in headers.keys() | expected.keys() if headers.get(name) != expected.get(name)
         )
         raise UserError(
-            f"{folder}: {wrong[0]} is {found.get(wrong[0])} on disk, planned {expected.get(wrong[0])} "
+            f"{folder}: {wrong[0]} is {headers.get(wrong[0])} on disk, planned {expected.get(wrong[0])} "
             f"({len(wrong)} differ)"
         )
 
@@ -331,11 +331,11 @@ def compare_logits(
     """
     import torch
 
-    found = torch.stack([_compared_row(*row) for row in zip(source, target, tokens, strict=True)])
-    kl, loss_source, loss_target = found[:, 2:].mean(0).tolist()
+    measures = torch.stack([_compared_row(*row) for row in zip(source, target, tokens, strict=True)])
+    kl, loss_source, loss_target = measures[:, 2:].mean(0).tolist()
     return Receipt(
-        max_delta=float(found[:, 0].max()),
-        max_logit=float(found[:, 1].max()),
+        max_delta=float(measures[:, 0].max()),
+        max_logit=float(measures[:, 1].max()),
         kl=kl,
         loss_source=loss_source,
         loss_target=loss_target,

@@ -265,18 +265,18 @@ def tensor_table(folder: Path) -> dict[str, Stored]:
         raise UserError(f"{folder}: no weights; expected {SINGLE} or {INDEX}")
     tensors: dict[str, Stored] = {}
     for file, names in listed.items():
-        found = read_header(folder / file)
-        if twice := sorted(found.keys() & tensors.keys()):
+        header = read_header(folder / file)
+        if twice := sorted(header.keys() & tensors.keys()):
             raise UserError(
                 f"{folder}: tensor {twice[0]!r} is in {file} and in {tensors[twice[0]].file.name}; each "
                 "must be in one shard"
             )
-        if names is not None and (missing := sorted(names - found.keys())):
+        if names is not None and (missing := sorted(names - header.keys())):
             raise UserError(
                 f"{index}: says {missing[0]!r} is in {file}, which does not hold it; is a shard from "
                 "another checkpoint?"
             )
-        tensors |= found
+        tensors |= header
     return tensors
 
 

@@ -48,18 +48,18 @@ def nested(config: Mapping[str, Any]) -> dict[str, Any]:
     """The way back: the config as the library has it."""
     if TEXT_TYPE not in config:
         return dict(config)
-    whole: dict[str, Any] = {TEXT: {}}
+    config_tree: dict[str, Any] = {TEXT: {}}
     for key, value in config.items():
         tower, dot, name = key.partition(".")
         if key == "model_type":
-            whole[key] = value
+            config_tree[key] = value
         elif not dot:
-            whole[TEXT][key] = value
+            config_tree[TEXT][key] = value
         elif not tower:
-            whole[name] = value
+            config_tree[name] = value
         elif key != TEXT_TYPE or value is not None:
-            whole.setdefault(tower, {})[name] = value
-    return whole
+            config_tree.setdefault(tower, {})[name] = value
+    return config_tree
 
 
 def of_text(key: str) -> bool:

@@ -46,14 +46,14 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, max_values: int = MAX
         content = path.read_bytes()
     check_values(path, content, max_values)
     try:
-        found = json.loads(content)
+        entries = json.loads(content)
     except (ValueError, RecursionError) as fault:
         raise UserError(
             f"{path}: not valid JSON ({'nested too deep' if isinstance(fault, RecursionError) else fault})"
         ) from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
+    if not isinstance(entries, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(entries).__name__}")
+    return entries
 
 
 def check_values(path: Path, text: bytes, most: int) -> None:

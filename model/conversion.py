@@ -58,7 +58,7 @@ def in_model(
         model, report = library.from_pretrained(
             None, config=hf_config, state_dict=held, dtype=dtype, output_loading_info=True
         )
-    if faults := {name: found for name, found in report.items() if found}:
+    if faults := {name: reported for name, reported in report.items() if reported}:
         raise UserError(
             f"family {config['model_type']!r}: the library does not make a model of its own tensors "
             f"({str(faults)[:300]})"

@@ -57,8 +57,8 @@ def document_masks(config: PretrainedConfig, positions: Tensor) -> Any:
     from transformers.masking_utils import create_masks_for_generate
 
     blank = torch.empty((*positions.shape, 1), device=positions.device)  # whose shape and dtype alone count
-    given: dict[str, Any] = {"attention_mask": None, "past_key_values": None, "position_ids": positions}
-    return create_masks_for_generate(config=config.get_text_config(), inputs_embeds=blank, **given)
+    known: dict[str, Any] = {"attention_mask": None, "past_key_values": None, "position_ids": positions}
+    return create_masks_for_generate(config=config.get_text_config(), inputs_embeds=blank, **known)
 
 
 def document_positions(tokens: Tensor, end_of_text: int) -> Tensor:

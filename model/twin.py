@@ -131,12 +131,12 @@ def _search(config: Config) -> Twin:
 
 def _checked(config: Config, *, own: bool) -> Twin:
     """A twin whose class builds, is small (as its shapes on the meta device tell) and runs on text."""
-    whole = whole_config(config)
+    complete = whole_config(config)
     with quietly():
-        blank = build_on(whole)
+        blank = build_on(complete)
     check_size(blank)
     known: Any = blank.config
-    twin = Twin(whole, known.get_text_config().vocab_size - len(place_tokens(whole)), own)
+    twin = Twin(complete, known.get_text_config().vocab_size - len(place_tokens(complete)), own)
     try:
         with quietly():
             _run(twin)

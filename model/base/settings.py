@@ -216,13 +216,13 @@ def each_dict_once(parsed: list[Override], faults: list[str]) -> list[Override]:
             plain_value = override.key_or_group == key and not isinstance(override.value(), Mapping)
             if f"{override.key_or_group}.".startswith(f"{key}.") and not plain_value:
                 several.setdefault(key, []).append(override)
-    several = {key: given for key, given in several.items() if len(given) > 1}
-    for key, given in several.items():
-        inner = ",".join(_inner(override, key) for override in given)
+    several = {key: repeats for key, repeats in several.items() if len(repeats) > 1}
+    for key, repeats in several.items():
+        inner = ",".join(_inner(override, key) for override in repeats)
         faults.append(
-            f"{key}: given {len(given)} times; give all its keys and values at once: '{key}={{{inner}}}'"
+            f"{key}: given {len(repeats)} times; give all its keys and values at once: '{key}={{{inner}}}'"
         )
-    merged = [override for given in several.values() for override in given]
+    merged = [override for repeats in several.values() for override in repeats]
     return [override for override in parsed if override not in merged]
 
 

@@ -217,8 +217,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The door: a UserError is one message on stderr and exit status 2."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or any(argument in ("-h", "--help") for argument in given):
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or any(argument in ("-h", "--help") for argument in words):
         keys = "\n\n".join(
             (CONF / name).read_text()
             for name in ("prepare.yaml", "filter.yaml", "inspect.yaml", "data/base/all.yaml")
@@ -226,9 +226,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{__doc__}\nKeys and defaults:\n\n{keys}")
         return
     try:
-        if given[0] not in COMMANDS:
-            unknown("command", given[0], COMMANDS)
-        COMMANDS[given[0]](given[1:])
+        if words[0] not in COMMANDS:
+            unknown("command", words[0], COMMANDS)
+        COMMANDS[words[0]](words[1:])
     except UserError as fault:
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)

@@ -86,13 +86,17 @@ def write_benchmarks(path: str, target: Path) -> dict[str, Any]:
     columns: list[tuple[np.ndarray, int, int]] = []  # hashes, their words, the file
     for number, file in enumerate(files):
         for text in _every_text(file.path):
-            found = words(text)
+            text_words = words(text)
             counts["texts"] += 1
-            counts["too_short"] += len(found) < SHORT_WORDS
-            counts["short"] += SHORT_WORDS <= len(found) < NGRAM_WORDS
-            if len(found) >= SHORT_WORDS:
+            counts["too_short"] += len(text_words) < SHORT_WORDS
+            counts["short"] += SHORT_WORDS <= len(text_words) < NGRAM_WORDS
+            if len(text_words) >= SHORT_WORDS:
                 columns.append(
-                    (np.unique(ngrams(word_hashes(found), NGRAM_WORDS)), min(len(found), NGRAM_WORDS), number)
+                    (
+                        np.unique(ngrams(word_hashes(text_words), NGRAM_WORDS)),
+                        min(len(text_words), NGRAM_WORDS),
+                        number,
+                    )
                 )
     if not columns:
         raise UserError(
@@ -141,8 +145,8 @@ class FindOverlaps(PipelineStep):
     def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> Documents:
         benchmarks = read_benchmarks(self.ngrams, self.ngrams.stat().st_mtime_ns)
         for document in data or ():
-            found = words(document.text)
-            document.metadata["overlaps"] = benchmarks.overlaps(found, word_hashes(found))
+            document_words = words(document.text)
+            document.metadata["overlaps"] = benchmarks.overlaps(document_words, word_hashes(document_words))
             yield document
 
 

@@ -245,12 +245,12 @@ def _slurm(
 def _is_queued(job: str) -> bool:
     """Whether Slurm still knows the job as waiting or running."""
     try:
-        found = subprocess.run(
+        listing = subprocess.run(
             ["squeue", "--noheader", "--job", job], capture_output=True, text=True, check=False
         )
     except OSError:
         return False
-    return found.returncode == 0 and bool(found.stdout.strip())
+    return listing.returncode == 0 and bool(listing.stdout.strip())
 
 
 def _ray(

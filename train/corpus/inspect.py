@@ -124,14 +124,14 @@ def _low_scores(path: Path) -> np.ndarray:
     import pyarrow.compute
     import pyarrow.parquet
 
-    found = np.zeros(len(SCORES) - 1, np.int64)
+    histogram = np.zeros(len(SCORES) - 1, np.int64)
     with pyarrow.parquet.ParquetFile(path) as file:
         for part in file.iter_batches(batch_size=BATCH, columns=["reason", "detail"]):
             low = part.filter(pyarrow.compute.equal(part.column("reason"), "low_score"))
-            found += np.histogram(
+            histogram += np.histogram(
                 low.column("detail").to_numpy(zero_copy_only=False).astype(np.float64), SCORES
             )[0]
-    return found
+    return histogram
 
 
 def used_bins(sources: Sequence[Source]) -> tuple[int, int]:
@@ -218,7 +218,7 @@ def _lengths(sources: Sequence[Source]) -> str:
 def _scores(sources: Sequence[Source]) -> Iterator[str]:
     for source in sources:
         if source.scored:
-            found = source.manifest["cleaning"]["filter"]
+            cut = source.manifest["cleaning"]["filter"]
             bins = zip(
                 source.low_scores.reshape(10, 4).sum(1), source.kept_scores.reshape(10, 4).sum(1), strict=True
             )
@@ -227,8 +227,8 @@ def _scores(sources: Sequence[Source]) -> Iterator[str]:
                 for i, (low, kept) in enumerate(bins)
             ]
             heading = (
-                f"{source.name}: {found['kept']:,} of {found['scored']:,} documents kept, from a score of "
-                f"{found['threshold']:.3f} on"
+                f"{source.name}: {cut['kept']:,} of {cut['scored']:,} documents kept, from a score of "
+                f"{cut['threshold']:.3f} on"
             )
             yield heading + "\n\n" + _table(["score", "removed", "kept"], rows)
 

@@ -81,16 +81,16 @@ def _lengths(axes: Axes, sources: Sequence[Source]) -> None:
 
 
 def _scores(axes: Axes, source: Source, colour: str) -> None:
-    found = source.manifest["cleaning"]["filter"]
+    cut = source.manifest["cleaning"]["filter"]
     axes.stairs(source.low_scores + source.kept_scores, SCORES, fill=True, color=GONE, label="removed")
     axes.stairs(source.kept_scores, SCORES, fill=True, color=colour, label="kept")
-    axes.axvline(found["threshold"], color=INK, lw=1, ls=(0, (4, 2)))
+    axes.axvline(cut["threshold"], color=INK, lw=1, ls=(0, (4, 2)))
     axes.set_xlim(0, 1)
     axes.set_ylabel("documents", color=INK)
     axes.legend(frameon=False, fontsize=9)
     title = (
-        f"{source.name}: the best {found['keep']:.0%} of {found['scored']:,} documents, from a score of "
-        f"{found['threshold']:.2f} on"
+        f"{source.name}: the best {cut['keep']:.0%} of {cut['scored']:,} documents, from a score of "
+        f"{cut['threshold']:.2f} on"
     )
     _finish(axes, "score of the filter", title)
 

@@ -445,7 +445,7 @@ def short(settings: DataSettings, tally: Tally, tokens: int) -> dict[str, dict[s
     if is_full(settings, tally):  # one of the limits ended the reading, not the text
         read = {}
     return {
-        key: {"asked": asked, "found": found}
-        for key, (asked, found) in {**read, "limit_tokens": (settings.limit_tokens, tokens)}.items()
-        if asked is not None and found < asked
+        key: {"asked": asked, "found": amount}
+        for key, (asked, amount) in {**read, "limit_tokens": (settings.limit_tokens, tokens)}.items()
+        if asked is not None and amount < asked
     }

@@ -14,8 +14,8 @@ def short_lines(manifest: Any) -> list[str]:
     """What was asked for and not there."""
     short = manifest["short"].items()
     return [
-        f"the text ended early: data.{key}={found['asked']:,}, and there were {found['found']:,}"
-        for key, found in short
+        f"the text ended early: data.{key}={amount['asked']:,}, and there were {amount['found']:,}"
+        for key, amount in short
     ]
 
 
@@ -36,10 +36,10 @@ def prepared(folder: Path) -> str:
             f"  removed, {reason.replace('_', ' ')}: {count['documents']:,} documents, {count['bytes']:,} "
             "bytes (removed.parquet)"
         )
-    if found := cleaning.get("filter"):
+    if cut := cleaning.get("filter"):
         lines.append(
-            f"  filter: kept {found['kept']:,} of {found['scored']:,} documents, those of score "
-            f"{found['threshold']:.3f} and more"
+            f"  filter: kept {cut['kept']:,} of {cut['scored']:,} documents, those of score "
+            f"{cut['threshold']:.3f} and more"
         )
     for name, split in manifest["splits"].items():
         lines.append(
@@ -51,30 +51,29 @@ def prepared(folder: Path) -> str:
 
 def fitted(folder: str, card: dict[str, Any]) -> str:
     """How a filter does on the labels held out."""
-    found, labels = card["held_out"], card["labels"]
+    result, labels = card["held_out"], card["labels"]
     lines = [
         (
             f"{folder}: {card['forest']['trees']} trees on {card['embedding']['dimensions']} dimensions of "
             f"{card['embedding']['encoder']}; {labels['samples']} labels, {labels['positive']} of them 1"
         ),
         (
-            f"  held out: {found['samples']} samples, {found['positive']} of them 1; at a score of 0.5 "
-            f"precision {found['precision']}, recall {found['recall']}"
+            f"  held out: {result['samples']} samples, {result['positive']} of them 1; at a score of 0.5 "
+            f"precision {result['precision']}, recall {result['recall']}"
         ),
     ]
     lines += [
         f"  the best {row['kept']:.0%}: precision {row['precision']}, recall {row['recall']}"
-        for row in found["best"]
+        for row in result["best"]
     ]
-    lines.append(
-        f"  calibration: Brier score {found['brier']}, mean |score − share of 1| {found['calibration_error']}"
-    )
+    brier, error = result["brier"], result["calibration_error"]
+    lines.append(f"  calibration: Brier score {brier}, mean |score − share of 1| {error}")
     lines += [
         (
             f"    mean score {row['mean_score']:.2f}: {row['share_positive']:.2f} are 1, of "
             f"{row['samples']} samples"
         )
-        for row in found["calibration"]
+        for row in result["calibration"]
     ]
     return "\n".join(lines)
 

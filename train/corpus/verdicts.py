@@ -121,13 +121,13 @@ def remove_overlaps(
     for task, row, ngram, _ in _overlaps(work, verdicts):
         if ngram not in spelt:
             verdicts.verdict[work.starts[task] + row] = OVERLAP
-    told = sorted(spelt.values())[:TOLD]
-    for detail in told:
+    examples = sorted(spelt.values())[:TOLD]
+    for detail in examples:
         print(
             f"data.clean.benchmarks: boilerplate, in more than {most:.0f} documents, removes none: {detail}",
             file=sys.stderr,
         )
-    return {"ngrams": sorted(spelt), "told": told}
+    return {"ngrams": sorted(spelt), "told": examples}
 
 
 def _overlaps(work: Workshop, verdicts: Verdicts) -> Iterator[tuple[int, int, int, str]]:

@@ -192,9 +192,9 @@ def _phase(
         weights = {name: Fraction(count, length or 1) for name, count in asked.items()}
     else:
         assert settings.weights is not None
-        given = {name: Fraction(str(weight)) for name, weight in settings.weights.items()}
+        shares = {name: Fraction(str(weight)) for name, weight in settings.weights.items()}
         # exactly 1, where 1e-9 was missing
-        weights = {name: weight / sum(given.values()) for name, weight in given.items()}
+        weights = {name: weight / sum(shares.values()) for name, weight in shares.items()}
         length = None if settings.tokens is None else max(1, round(settings.tokens / context))
         if settings.share is not None:
             length = max(1, round(Fraction(str(settings.share)) * rows))

@@ -104,7 +104,7 @@ class Harness:
         try:
             with running_code(run_code), _silent(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(SEED)
-                found: Any = evaluate(
+                results: Any = evaluate(
                     lm=model,
                     task_dict=loaded,
                     limit=limit,
@@ -116,7 +116,7 @@ class Harness:
             raise
         except Exception as fault:  # the harness and its tasks raise every kind
             raise UserError(f"task {asked.task}: it cannot be measured ({in_one_line(fault)})") from fault
-        return _read(asked, found)
+        return _read(asked, results)
 
     def _load(self, asked: BenchmarkTask, run_code: bool) -> Any:
         """One task with its data, its shots set."""

@@ -113,10 +113,10 @@ def load_encoder(name: str, revision: str | None, max_tokens: int) -> Encoder:
             f"encoder={name}: cannot be loaded ({reason}); give a folder with config.json, "
             "model.safetensors and its tokenizer, or a name on the Hugging Face hub that can be reached"
         ) from error
-    model, found = loaded
+    model, report = loaded
     # the pooler comes after the hidden states
-    drawn = {key for key in found["missing_keys"] if not key.startswith("pooler.")}
-    if drawn or found["mismatched_keys"]:
+    drawn = {key for key in report["missing_keys"] if not key.startswith("pooler.")}
+    if drawn or report["mismatched_keys"]:
         raise UserError(
             f"encoder={name}: {len(drawn)} weights are missing, such as {min(drawn, default='')}; give a "
             "complete checkpoint"
@@ -164,9 +164,9 @@ def load_again(embedding: dict[str, Any], instead: str | None = None) -> Encoder
     encoder = load_encoder(
         name, embedding["revision"] if instead is None else None, int(embedding["max_tokens"])
     )
-    if (found := encoder.digest) != embedding["sha256"]:
+    if (digest := encoder.digest) != embedding["sha256"]:
         raise UserError(
-            f"encoder {name}: not the one that the filter was fitted on (sha256 {found[:12]}…, expected "
+            f"encoder {name}: not the one that the filter was fitted on (sha256 {digest[:12]}…, expected "
             f"{str(embedding['sha256'])[:12]}…); name its place with encoder=FOLDER, or fit the filter "
             "again"
         )

@@ -111,16 +111,16 @@ def fit(settings: FitSettings, data: DataSettings, labels: Path, out: Path) -> d
         UserError: labels that cannot be read, that name no document, or too few of either kind; an encoder
         that cannot be loaded.
     """
-    given = read_labels(labels)
+    answers = read_labels(labels)
     encoder = embed.load_encoder(settings.encoder, settings.revision, settings.max_tokens)
-    labelled = ((name, text) for name, text in texts_of(data) if name in given)
+    labelled = ((name, text) for name, text in texts_of(data) if name in answers)
     names, features = _embedded(encoder, labelled)
-    if missing := sorted(set(given) - set(names)):
+    if missing := sorted(set(answers) - set(names)):
         raise UserError(
             f"labels={labels}: {len(missing)} of its documents are not in data={data.name}, such as "
             f"{missing[0]}"
         )
-    values = np.array([given[name] for name in names], np.int64)
+    values = np.array([answers[name] for name in names], np.int64)
     held_out = np.array([_is_held_out(name, settings) for name in names], bool)
     for part, what in ((~held_out, "to fit on"), (held_out, "held out")):
         counts = np.bincount(values[part], minlength=2)

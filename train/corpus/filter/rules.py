@@ -35,27 +35,27 @@ def measure(source: str) -> Measures:
     """What the rules look at."""
     lines = [line for line in source.splitlines() if line.strip()]
     tables = [line for line in lines if _is_table(line)]
-    found: Measures = {
+    measures: Measures = {
         "parses": False,
         "characters": len(source),
         "definitions": 0,
         "docstring_share": 0.0,
         "name_length": 0.0,
     }
-    found["table_share"] = round(len(tables) / max(1, len(lines)), 3)
+    measures["table_share"] = round(len(tables) / max(1, len(lines)), 3)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of escapes that a string should not have
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return found
+        return measures
     defined = [node for node in ast.walk(tree) if isinstance(node, _DEFINITIONS)]
     docstrings = [ast.get_docstring(node) or "" for node in [tree, *defined]]
     documented = [text for text in docstrings if len(text) >= 20]
     names = [node.name for node in defined] + [
         node.arg for node in ast.walk(tree) if isinstance(node, ast.arg) and node.arg != "self"
     ]
-    return found | {
+    return measures | {
         "parses": True,
         "definitions": len(defined),
         "docstring_share": round(len(documented) / (1 + len(defined)), 3),
@@ -74,6 +74,6 @@ def _is_table(line: str) -> bool:
 
 def label(source: str) -> tuple[int, Measures, list[str]]:
     """1 or 0, what was measured, and the rules that do not hold."""
-    found = measure(source)
-    broken = [rule for rule, holds in RULES.items() if not holds(found)]
-    return int(not broken), found, broken
+    measures = measure(source)
+    broken = [rule for rule, holds in RULES.items() if not holds(measures)]
+    return int(not broken), measures, broken

@@ -266,10 +266,10 @@ def _local(root: Path, path: str) -> File:
 
 def _file(name: str, path: str) -> File:
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError as error:
         raise unreadable(path, error) from error
-    return File(name, path, found.st_size, found.st_mtime_ns)
+    return File(name, path, status.st_size, status.st_mtime_ns)
 
 
 def _remote(url: str, key: str) -> tuple[File, ...]:
@@ -281,24 +281,24 @@ def _remote(url: str, key: str) -> tuple[File, ...]:
         if glob.has_magic(path):
             literal = re.split(r"[*?\[]", path, maxsplit=1)[0]
             root = literal[: literal.rindex("/") + 1]
-            found = system.glob(path, detail=True)
+            entries = system.glob(path, detail=True)
         elif format_of(path):
             root = path[: path.rindex("/") + 1]
-            found = {path: system.info(path)}
+            entries = {path: system.info(path)}
         else:
             root = path.rstrip("/") + "/"
-            found = system.find(root, detail=True)
+            entries = system.find(root, detail=True)
     except Exception as error:  # each store's client raises its own
         raise UserError(
             f"{key}={url}: cannot be listed ({type(error).__name__}: {first_line(error)}); check the "
             "address, the network and your rights"
         ) from error
     listed = [
-        (name, info) for name, info in found.items() if info.get("type") != "directory" and format_of(name)
+        (name, info) for name, info in entries.items() if info.get("type") != "directory" and format_of(name)
     ]
     if not listed:
         raise UserError(
-            f"{key}={url}: none of its {len(found)} files ends in {' '.join(READERS)}; give a folder or a "
+            f"{key}={url}: none of its {len(entries)} files ends in {' '.join(READERS)}; give a folder or a "
             "glob with text in it"
         )
     remote = (
@@ -344,13 +344,13 @@ def stdlib(settings: DataSettings) -> Files:
 def _stdlib(prefix: str) -> tuple[File, ...]:
     left_out = {"test", "tests", "idlelib", "site-packages", "encodings", "lib2to3"}
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = list[Path]()
+    paths = list[Path]()
     for folder, inner, names in os.walk(root):
         inner[:] = [name for name in inner if name not in left_out]
-        found += [Path(folder, name) for name in names if name.endswith(".py")]
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
     return tuple(
         sorted(
-            (_file(prefix + path.relative_to(root).as_posix(), str(path)) for path in found),
+            (_file(prefix + path.relative_to(root).as_posix(), str(path)) for path in paths),
             key=lambda file: file.name,
         )
     )
@@ -366,7 +366,7 @@ def packages(settings: DataSettings) -> Files:
     Raises:
         UserError: a distribution is not installed, or in another version; all of them are named.
     """
-    found, faults = list(_stdlib("stdlib/")), []
+    sources, faults = list(_stdlib("stdlib/")), []
     for requirement in settings.distributions:
         name, _, version = requirement.partition("==")
         try:
@@ -381,9 +381,9 @@ def packages(settings: DataSettings) -> Files:
                 f"data.distributions: {requirement} is asked for, {distribution.version} installed; pip "
                 f"install {requirement}"
             )
-        found += [_file(f"{name}/{file.as_posix()}", str(file.locate())) for file in _modules(distribution)]
+        sources += [_file(f"{name}/{file.as_posix()}", str(file.locate())) for file in _modules(distribution)]
     UserError.collect(faults)
-    return Files(tuple(sorted(found, key=lambda file: file.name)), limit=settings.max_document_bytes)
+    return Files(tuple(sorted(sources, key=lambda file: file.name)), limit=settings.max_document_bytes)
 
 
 def _modules(distribution: metadata.Distribution) -> list[metadata.PackagePath]:

@@ -76,5 +76,5 @@ def _files_of(folder: str) -> Iterator[tuple[str, int, int]]:
     for place, inner, names in os.walk(folder):
         inner.sort()
         for path in (os.path.join(place, name) for name in sorted(names)):
-            found = os.stat(path)
-            yield os.path.relpath(path, folder), found.st_size, found.st_mtime_ns
+            status = os.stat(path)
+            yield os.path.relpath(path, folder), status.st_size, status.st_mtime_ns

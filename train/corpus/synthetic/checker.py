@@ -37,10 +37,10 @@ def failures(
     Args:
         modules: that programs may import beside the worker's own list.
     """
-    found: list[str | None] = []
-    while len(found) < len(items):
-        found += _batch(items[len(found) :], seconds, memory_bytes, modules)
-    return found
+    faults: list[str | None] = []
+    while len(faults) < len(items):
+        faults += _batch(items[len(faults) :], seconds, memory_bytes, modules)
+    return faults
 
 
 def _batch(
@@ -48,11 +48,11 @@ def _batch(
 ) -> list[str | None]:
     """The results of as many items as one process managed, and at least of one."""
     command = [sys.executable, "-I", "-S", str(WORKER), str(seconds), str(memory_bytes), *modules]
-    given = json.dumps([[item.program, item.prints] for item in items])
+    programs = json.dumps([[item.program, item.prints] for item in items])
     try:
         done = subprocess.run(
             command,
-            input=given,
+            input=programs,
             capture_output=True,
             text=True,
             timeout=BATCH_SECONDS,

@@ -65,10 +65,10 @@ def explained(problem: Problem, random: Random) -> Item:
 
 def bug(problem: Problem, random: Random) -> Item | None:
     """A function that is almost right: find the mistake."""
-    found = slips(problem)
-    if not found:
+    mistakes = slips(problem)
+    if not mistakes:
         return None
-    step, case, wrong = random.choice(found)
+    step, case, wrong = random.choice(mistakes)
     slip = problem.steps[step].operation.slip
     assert slip is not None
     slipped, right = problem.function("loop", wrong=step), problem.function("loop")

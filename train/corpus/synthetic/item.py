@@ -84,16 +84,16 @@ def trace(problem: Problem, case: int) -> list[str]:
 def slips(problem: Problem) -> list[tuple[int, int, Any]]:
     """(step, case, wrong result) where a step has a slip, and the first case in which it shows without an
     error."""
-    found = []
+    mistakes = []
     for i, step in enumerate(problem.steps):
         if step.operation.slip is None:
             continue
         for number in range(len(problem.cases)):
             wrong = _slipped(problem, i, number)
             if wrong is not None and wrong != problem.result(number):
-                found.append((i, number, wrong))
+                mistakes.append((i, number, wrong))
                 break
-    return found
+    return mistakes
 
 
 def _slipped(problem: Problem, wrong: int, case: int) -> Any:

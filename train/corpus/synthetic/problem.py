@@ -148,12 +148,12 @@ def _draw_steps(theme: Theme, length: int, random: Random) -> tuple[Step, ...]:
         chain.append(random.choice([operation for operation in TAKING[kind] if operation not in chain]))
         kind = chain[-1].gives
     for i, operation in enumerate(chain):
-        given = {name: random.choice(values) for name, values in operation.values.items()}
+        constants = {name: random.choice(values) for name, values in operation.values.items()}
         y = _free_name(
             operation.out,
             {x, theme.parameter(chain[0].takes)[0], *(_locals(chain[i + 1]) if i + 1 < length else ())},
         )
-        steps.append(Step(operation, given, x, y))
+        steps.append(Step(operation, constants, x, y))
         x = y
     return tuple(steps)
 

@@ -73,10 +73,10 @@ def two_ways(problem: Problem, random: Random) -> Item:
 
 def pitfall(problem: Problem, random: Random) -> Item | None:
     """A mistake that is often made, what it does, and how to avoid it."""
-    found = slips(problem)
-    if not found:
+    mistakes = slips(problem)
+    if not mistakes:
         return None
-    step, case, wrong = random.choice(found)
+    step, case, wrong = random.choice(mistakes)
     operation = problem.steps[step].operation
     assert operation.slip is not None
     why = operation.why["loop"]  # in which slips are made

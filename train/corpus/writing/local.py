@@ -47,14 +47,14 @@ class Local:
             >> 1
         )
         plain = self.tokenizer.chat_template is None
-        given = [
+        encoded = [
             self.tokenizer(self._worded(prompt), add_special_tokens=plain)["input_ids"] for prompt in prompts
         ]
-        width = max(map(len, given))
+        width = max(map(len, encoded))
         end = self.tokenizer.eos_token_id
         self._check_length(width)
-        padded = [[end] * (width - len(row)) + row for row in given]
-        masks = [[0] * (width - len(row)) + [1] * len(row) for row in given]
+        padded = [[end] * (width - len(row)) + row for row in encoded]
+        masks = [[0] * (width - len(row)) + [1] * len(row) for row in encoded]
         ids = torch.tensor(padded, device=self.model.device)
         mask = torch.tensor(masks, device=self.model.device)
         drawing = {
@@ -64,7 +64,7 @@ class Local:
             "top_k": 0,
         }
         with torch.no_grad():
-            found = self.model.generate(
+            outputs = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=self.settings.max_tokens,
@@ -74,7 +74,7 @@ class Local:
             )
         return [
             self._answer(row, written, end)
-            for row, written in zip(given, found[:, width:].tolist(), strict=True)
+            for row, written in zip(encoded, outputs[:, width:].tolist(), strict=True)
         ]
 
     def _check_length(self, width: int) -> None:

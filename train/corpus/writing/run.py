@@ -47,12 +47,12 @@ def write(settings: WriteSettings) -> str:
         missing = (prompts[number] for number in range(settings.number) if number not in ledger.done)
         stop = _fill(settings, ledger, missing)
         complete = all(number in ledger.done for number in range(settings.number))
-        found = report(settings, ledger, stop)
+        summary = report(settings, ledger, stop)
     if stop.fault is not None:
-        raise UserError(f"{stop.fault}\n{found}")
+        raise UserError(f"{stop.fault}\n{summary}")
     if complete:
         in_order(Path(settings.out).expanduser())
-    return found
+    return summary
 
 
 def _fill(settings: WriteSettings, ledger: Ledger, missing: Iterator[Prompt]) -> Stop:
