@@ -9,6 +9,7 @@ step's maps and its `Finish`. `growth.routing` proves what it keeps.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -168,11 +169,8 @@ def _starred(shapes: Mapping[str, Any]) -> set[str]:
     """Names with `*` for the layer, without those of MLPs, experts and routers."""
     words = [name.split(".") for name in shapes]
     names = {".".join("*" if word.isdigit() else word for word in parts) for parts in words}
-    return {
-        name
-        for name in names
-        if not any(part in name for part in (".mlp.", "moe", "expert", "feed_forward", "router"))
-    }
+    of_experts = re.compile(r"\.mlp\.|moe|expert|feed_forward|router")
+    return {name for name in names if not of_experts.search(name)}
 
 
 def _check_keys(source: Config, mixture: Mixture, wanted: Config) -> None:

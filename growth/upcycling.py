@@ -243,14 +243,14 @@ def _gain(change: Change, number: int | None, *, reads: bool) -> float:
     assert isinstance(asked, Upcycling)
     if number is None:
         return 2.0 if mixture.shared_gate is not None and reads else 1.0  # a gate of zeros is 1/2
-    factor = (
-        change.group / float(change.config.get(mixture.scaled, 1.0))
-        if mixture.scaled
-        else float(change.group)
-    )
+    factor = float(change.group)
+    if mixture.scaled:
+        factor /= float(change.config.get(mixture.scaled, 1.0))
     if not mixture.normalises(change.config):
         factor *= len(change.experts) / change.chosen
-    return (factor if reads else 1.0) if asked.scale == "down" else factor ** (1 / 3)
+    if asked.scale == "down":
+        return factor if reads else 1.0
+    return factor ** (1 / 3)
 
 
 def _finish(

@@ -67,12 +67,12 @@ def numbered_layers(name: str, shapes: Iterable[str], keys: Iterable[str], confi
     # from 0 on, with none missing
     complete = {prefix: count for prefix, count in lengths.items() if max(numbers[prefix]) == count - 1}
     # vis(ion_config) has the layers of vision_tower. and of visual.
-    others = [tower[:3] for tower in other_towers(config)]
-    of_text = {
-        prefix: count
-        for prefix, count in complete.items()
-        if not any(re.search(rf"\b{tower}", prefix) for tower in others)
-    } or complete
+    others = [re.compile(rf"\b{tower[:3]}") for tower in other_towers(config)]
+
+    def of_other(prefix: str) -> bool:
+        return any(tower.search(prefix) for tower in others)
+
+    of_text = {prefix: count for prefix, count in complete.items() if not of_other(prefix)} or complete
     stacks = {prefix: count for prefix, count in of_text.items() if count in counts} or of_text
     if len(stacks) != 1:
         stories = ", ".join(f"{prefix}* ({lengths[prefix]} numbers)" for prefix in sorted(lengths))

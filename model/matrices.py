@@ -83,4 +83,6 @@ def _kind(name: str, parameter: torch.nn.Parameter, seen: Uses) -> Kind:
         return "convolution"
     if name not in seen.contracted:
         return "other" if name in seen.touched else "unused"
-    return "matrix" if parameter.ndim == 2 else "matrices" if parameter.ndim > 2 else "other"
+    if parameter.ndim < 2:
+        return "other"
+    return "matrix" if parameter.ndim == 2 else "matrices"

@@ -142,12 +142,10 @@ def factors(config: Config) -> tuple[dict[str, float], dict[str, float]]:
     saved = model.state_dict().keys()
     computed_buffers = [(name, buffer) for name, buffer in model.named_buffers() if name not in saved]
     buffers = {name: float(buffer) for name, buffer in computed_buffers if buffer.ndim == 0}
-    attributes = {
-        f"{name}.{key}": value
-        for name, module in model.named_modules()
-        for key, value in vars(module).items()
-        if type(value) is float
-    }
+    attributes: dict[str, float] = {}
+    for name, module in model.named_modules():
+        numbers = {key: value for key, value in vars(module).items() if type(value) is float}
+        attributes |= {f"{name}.{key}": value for key, value in numbers.items()}
     return buffers, attributes
 
 

@@ -253,7 +253,9 @@ def _norms(model: PreTrainedModel, watch: _Watch) -> dict[str, tuple[str, float,
         out = watch.outputs[name]
         read = [(reader, entries) for reader, entries in watch.inputs if reader in matrices]
         readers = {reader for reader, entries in read if _same(entries, out)}
-        role = "final norm" if readers & heads else "norm" if readers else "post norm"
+        role = "norm" if readers else "post norm"
+        if readers & heads:
+            role = "final norm"
         for part, _ in module.named_parameters(recurse=False):
             norms[f"{name}.{part}"] = (*behaviour, role)
     return norms

@@ -106,10 +106,15 @@ def write_benchmarks(path: str, target: Path) -> dict[str, Any]:
     sizes = [len(hashes) for hashes, _, _ in columns]
     every = np.concatenate([hashes for hashes, _, _ in columns])
     unique, first = np.unique(every, return_index=True)
-    lengths, owners = (
-        np.repeat(np.array([column[i] for column in columns], np.int32), sizes)[first] for i in (1, 2)
-    )
-    listed = np.frombuffer(json.dumps([file.name for file in files]).encode(), np.uint8)
+
+    def of_each(values: list[int]) -> np.ndarray:
+        """A text's number for each of the n-grams that stay, (unique,)."""
+        return np.repeat(np.array(values, np.int32), sizes)[first]
+
+    lengths = of_each([length for _, length, _ in columns])
+    owners = of_each([owner for _, _, owner in columns])
+    names = json.dumps([file.name for file in files])
+    listed = np.frombuffer(names.encode(), np.uint8)
     with whole_file(target) as partial, partial.open("wb") as out:
         np.savez(out, hashes=unique, lengths=lengths, owners=owners, files=listed)
     return {**counts, "ngrams": len(unique), "ngram_words": NGRAM_WORDS, "short_words": SHORT_WORDS}

@@ -316,9 +316,11 @@ class NearDuplicates(PipelineStep):
 def write_matches(path: Path, found: Iterable[Match]) -> None:
     """Write matches down as one file, whole or not at all."""
     parts = list(found)
-    columns = {
-        name: np.concatenate([getattr(part, name) for part in parts] or [np.empty(0)])
-        for name in Match.__dataclass_fields__
-    }
+
+    def column(name: str) -> np.ndarray:
+        arrays = [getattr(part, name) for part in parts]
+        return np.concatenate(arrays or [np.empty(0)])
+
+    columns = {name: column(name) for name in Match.__dataclass_fields__}
     with whole_file(path) as partial, partial.open("wb") as out:
         np.savez(out, **columns)  # type: ignore[arg-type]

@@ -208,10 +208,10 @@ def _removed(sources: Sequence[Source]) -> str:
 
 def _lengths(sources: Sequence[Source]) -> str:
     first, last = used_bins(sources)
-    rows = [
-        [f"{LENGTHS[i]:,}–{LENGTHS[i + 1] - 1:,}", *(f"{source.lengths[i]:,}" for source in sources)]
-        for i in range(first, last + 1)
-    ]
+    rows = []
+    for i in range(first, last + 1):
+        counts = [f"{source.lengths[i]:,}" for source in sources]
+        rows.append([f"{LENGTHS[i]:,}–{LENGTHS[i + 1] - 1:,}", *counts])
     return _table(["tokens in a document", *(source.name for source in sources)], rows)
 
 

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -419,13 +420,10 @@ def pack(
                 f"the first {settings.limit_tokens} tokens; raise data.limit_tokens, or "
                 f"data.validation_fraction={settings.validation_fraction}"
             )
-    shards = [
-        shard for name in SPLITS for shard in shards_of(name, counts[name]["tokens"], settings.shard_tokens)
-    ]
-    stage("pack", [Pack(work, partial, shards, ends, dtype)], len(shards), title="packing")
-    return {
-        name: counts[name] | split_entry(partial, [s for s in shards if s.split == name]) for name in SPLITS
-    }
+    shards = {name: list(shards_of(name, counts[name]["tokens"], settings.shard_tokens)) for name in SPLITS}
+    every = list(chain(*shards.values()))
+    stage("pack", [Pack(work, partial, every, ends, dtype)], len(every), title="packing")
+    return {name: counts[name] | split_entry(partial, shards[name]) for name in SPLITS}
 
 
 def up_to_the_limit(lengths: Lengths, settings: DataSettings, before: int) -> Lengths:

@@ -157,13 +157,13 @@ def _holds_something(path: Path) -> bool:
 
 def fingerprint(manifest: dict[str, Any]) -> str:
     """A hash of the ids and what they mean, whatever the shards' size and the corpus' place."""
-    splits = {
-        name: {key: value for key, value in split.items() if key != "shards"}
-        for name, split in manifest["splits"].items()
-    }
-    return hashlib.sha256(
-        json.dumps([manifest["tokenizer"], manifest["dtype"], splits], sort_keys=True).encode()
-    ).hexdigest()
+
+    def without_shards(split: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in split.items() if key != "shards"}
+
+    splits = {name: without_shards(split) for name, split in manifest["splits"].items()}
+    text = json.dumps([manifest["tokenizer"], manifest["dtype"], splits], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def open_data(folder: str | Path) -> TokenData:

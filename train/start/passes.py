@@ -84,19 +84,15 @@ def shares(
     for phase in mixture.phases:
         asked: dict[str, float | None] = {}
         if phase.passes is not None:
-            asked = {
-                name: times * there.tokens if (there := stocks[name]) else None
-                for name, times in phase.passes.items()
-            }
+            for name, times in phase.passes.items():
+                text = stocks[name]
+                asked[name] = times * text.tokens if text else None
         else:
-            length = (
-                phase.share * tokens
-                if phase.share is not None
-                else left
-                if phase.tokens is None
-                else phase.tokens
-            )
-            asked = {name: weight * min(left, length) for name, weight in (phase.weights or {}).items()}
+            length: float = left if phase.tokens is None else phase.tokens
+            if phase.share is not None:
+                length = phase.share * tokens
+            length = min(left, length)
+            asked = {name: weight * length for name, weight in (phase.weights or {}).items()}
         for name, more in asked.items():
             before = read[name]
             read[name] = None if before is None or more is None else before + more

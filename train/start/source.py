@@ -216,7 +216,9 @@ def _draw(plan: Plan, source: Path, folder: Path) -> None:
 def saved_optimizer(settings: Settings, source: Path | None) -> Path | None:
     """The place of the source's Adam state, if it is to be taken over."""
     asked = settings.transfer.optimizer
-    return source if asked == "source" else None if asked is None else Path(asked)
+    if asked == "source":
+        return source
+    return None if asked is None else Path(asked)
 
 
 def grow_on(

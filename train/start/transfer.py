@@ -21,7 +21,7 @@ from outgrow.model.base.errors import UserError
 from outgrow.model.build import stored_names
 from outgrow.model.config import read_config
 from outgrow.model.family import Config, family_of, has_schema
-from outgrow.model.notation import size
+from outgrow.model.notation import Axis, size
 from outgrow.train.schedule import new_entries
 from outgrow.train.settings import UNGROWN, Settings
 from outgrow.train.start.source import saved_optimizer
@@ -175,10 +175,15 @@ def width_factors(network: PreTrainedModel, source: Config, target: Config) -> d
     factors = {}
     for tensor in family.tensors(target):
         axes = zip(tensor.axes, tensor.reads, strict=True)
-        inputs = [axis for axis, reads in axes if reads] if tensor.line.kind == "linear" else []
-        before, after = (prod(size(axis, of) for axis in inputs) for of in sizes)
+        inputs = [axis for axis, reads in axes if reads and tensor.line.kind == "linear"]
+        before, after = (_entries(inputs, of) for of in sizes)
         factors[tensor.name] = before / after
     return {name: factors[stored] for name, stored in names.items()}
+
+
+def _entries(axes: Sequence[Axis], sizes: Mapping[str, int]) -> int:
+    """The number of entries along some axes together; 1 of none."""
+    return prod(size(axis, sizes) for axis in axes)
 
 
 # ---- the optimizer's state ---------------------------------------------------------------------------------

@@ -93,15 +93,14 @@ class Problem:
 
     def code(self, style: str | None = None, *, wrong: int | None = None) -> str:
         """The statements of the function's body; step `wrong` with its slip."""
-        style = style or self.style
-        parts = [
-            step.operation.slipped_code(step.x, step.y, step.given)
-            if i == wrong
-            else step.operation.loop_code(step.x, step.y, step.given)
-            if style == "loop"
-            else step.operation.short_code(step.x, step.y, step.given)
-            for i, step in enumerate(self.steps)
-        ]
+        parts = []
+        for number, step in enumerate(self.steps):
+            write = step.operation.short_code
+            if number == wrong:
+                write = step.operation.slipped_code
+            elif (style or self.style) == "loop":
+                write = step.operation.loop_code
+            parts.append(write(step.x, step.y, step.given))
         return "\n".join([*parts, f"return {self.steps[-1].y}"])
 
     def function(self, style: str | None = None, *, doc: str = "", wrong: int | None = None) -> str:

@@ -114,10 +114,7 @@ def _check_settings(settings: WriteSettings, out: Path) -> None:
         raise UserError(
             f"{path}: not what was written there ({error}); move {out.name} and this file away to begin anew"
         ) from error
-    wanted, begun = (
-        {**values, **{f"prompts.{k}": v for k, v in values.pop("prompts").items()}}
-        for values in (asked, there)
-    )
+    wanted, begun = _dotted(asked), _dotted(there)
     keys = {*wanted, *begun}
     changed = sorted(key for key in keys if wanted.get(key) != begun.get(key))
     if changed:
@@ -125,6 +122,11 @@ def _check_settings(settings: WriteSettings, out: Path) -> None:
             f"out={out}: it was begun with another {', '.join(changed)}; choose another out, or move it "
             "away to begin anew"
         )
+
+
+def _dotted(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings, and those of the prompts also one by one: `prompts.topics`."""
+    return settings | {f"prompts.{key}": value for key, value in settings["prompts"].items()}
 
 
 def _whole_lines(file: BinaryIO) -> Iterator[dict[str, Any]]:

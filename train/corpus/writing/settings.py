@@ -135,18 +135,12 @@ def _disagreements(settings: WriteSettings) -> list[str]:
         "templates": settings.prompts.templates,
     }
     faults += [f"prompts.{key}: none; give at least one" for key, entries in lists.items() if not entries]
-    faults += [
-        f"prompts.{key}: twice {e!r}"
-        for key, entries in lists.items()
-        for e in dict.fromkeys(entries)
-        if entries.count(e) > 1
-    ]
-    faults += [
-        f"prompts.templates: no {place} in {t!r}"
-        for t in settings.prompts.templates
-        for place in PLACES
-        if place not in t
-    ]
+    for key, entries in lists.items():
+        twice = [entry for entry in dict.fromkeys(entries) if entries.count(entry) > 1]
+        faults += [f"prompts.{key}: twice {entry!r}" for entry in twice]
+    for template in settings.prompts.templates:
+        missing = [name for name in PLACES if name not in template]
+        faults += [f"prompts.templates: no {name} in {template!r}" for name in missing]
     audiences, templates = settings.prompts.audiences, settings.prompts.templates
     most = len(lists["topics"]) * len(audiences) * len(templates)
     if 0 < most < settings.number:
