@@ -89,21 +89,21 @@ def _layers(axes: Axes, plan: Plan) -> None:
     """Draw source layers below, target layers above, a line from each to each that it feeds."""
     layers = plan.layers
     last = max(plan.layers.target - 1, 1)
-    place = np.array([last / 2])
+    position = np.array([last / 2])
     if layers.source > 1:
-        place = np.linspace(0, last, layers.source)
+        position = np.linspace(0, last, layers.source)
     # Markers (points²) and numbers so small that neighbours stay apart.
     size = float(np.clip((490 / layers.target) ** 2, 12, 260))
     font = float(np.clip(260 / layers.target, 3, 9))
     label: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": font, "zorder": 3}
-    for source, x in enumerate(place):
+    for source, x in enumerate(position):
         axes.scatter(x, 0, s=size, marker="s", color=INK, zorder=2)
         axes.text(x, 0, str(source), color="white", **label)
     for number, (source, idle) in enumerate(zip(layers.layers, layers.identity, strict=True)):
         again = source in layers.layers[:number]
         _, colour = ORIGINS[Origin.COPY if again else Origin.ORIGINAL]
         line, inside, outside = (":", "white", IDLE) if idle else ("-", colour, colour)
-        axes.plot([place[source], number], [0, 1], color=outside, linestyle=line, zorder=1)
+        axes.plot([position[source], number], [0, 1], color=outside, linestyle=line, zorder=1)
         axes.scatter(
             number, 1, s=size, marker="s", facecolor=inside, edgecolor=outside, linestyle=line, zorder=2
         )

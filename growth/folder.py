@@ -84,11 +84,11 @@ class Place:
                 )
 
     def _check_reads(self) -> None:
-        for place in (self.out, self.partial, self.former):
+        for folder in (self.out, self.partial, self.former):
             for path in self.reads:
-                if _holds(place, path):
+                if _holds(folder, path):
                     raise UserError(
-                        f"out {self.out}: {place} is or holds {path}, which is read for this growth; "
+                        f"out {self.out}: {folder} is or holds {path}, which is read for this growth; "
                         "choose another folder"
                     )
 

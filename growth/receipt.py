@@ -73,10 +73,10 @@ def measure_growth(
 def _in_float32(plan: Plan, reader: Reader, folder: Path, threads: int) -> Iterator[Path]:
     """The same growth with weights in float32, in a folder that goes away."""
     wide = folder / WIDE
-    made = replace(plan, growth=replace(plan.growth, dtype="float32"))
+    wide_plan = replace(plan, growth=replace(plan.growth, dtype="float32"))
     shutil.rmtree(wide, ignore_errors=True)  # a killed worker's
     try:
-        write_model(made, reader, wide, threads=threads)
+        write_model(wide_plan, reader, wide, threads=threads)
         yield wide
     finally:
         shutil.rmtree(wide, ignore_errors=True)

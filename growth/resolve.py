@@ -312,10 +312,10 @@ def _family(draft: Draft, config: Config, shapes: Shapes | None) -> Family:
         dropped = {*passed_over(config, strange), *tied_names(config, strange)}
     buffers = [name for name in strange if name in dropped or name.endswith(BUFFERS)]
     # in the class's order, which a record has too
-    place = {name: number for number, name in enumerate(built)}
+    order = {name: number for number, name in enumerate(built)}
 
     def rank(name: str) -> tuple[int, str]:
-        return place.get(called[name], len(place)), name
+        return order.get(called[name], len(order)), name
 
     names = sorted(shapes.keys() - set(buffers), key=rank)
     family = drafted_family(draft, config, {name: shapes[name] for name in names}, called)

@@ -59,5 +59,5 @@ class Start:
     def of(self, shares: np.ndarray) -> np.ndarray:
         """Look up the entries at shares of the distribution between 0 and 1, float64."""
         last = len(self.quantiles) - 1
-        place = np.clip(shares * len(self.quantiles) - 0.5, 0, last)
-        return np.interp(place, np.arange(last + 1), self.quantiles)
+        position = np.clip(shares * len(self.quantiles) - 0.5, 0, last)
+        return np.interp(position, np.arange(last + 1), self.quantiles)

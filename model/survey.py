@@ -248,9 +248,9 @@ def _bench(twin: Twin, attention: str, device: str, precision: str) -> _Bench:
     return _Bench(twin, attention, device, precision)
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
+def relative(value: Tensor, expected: Tensor) -> float:
     """The largest difference, of the largest expected value."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((value - expected).abs().max() / expected.abs().max())
 
 
 # ---- the questions -----------------------------------------------------------------------------------------

@@ -33,9 +33,9 @@ class FiniteReader:
         magnitude = raw & raw.dtype.type(np.iinfo(raw.dtype).max >> 1)
         where = np.argwhere(magnitude >= EXPONENT[dtype])[0]
         coordinates = (where[0] + start, *where[1:])
-        place = ", ".join(map(str, coordinates))
+        position = ", ".join(map(str, coordinates))
         kind = "infinite" if magnitude[tuple(where)] == EXPONENT[dtype] else "NaN"
         raise UserError(
-            f"{name}: entry [{place}] is {kind}; every copy of it would be too, so nothing is grown: "
+            f"{name}: entry [{position}] is {kind}; every copy of it would be too, so nothing is grown: "
             "repair the source, or say nonfinite=allow to copy it as it is"
         )

@@ -80,7 +80,7 @@ def normal(draws: np.ndarray) -> np.ndarray:
     """
     knots = _knots()
     share = draws >> 16
-    place = ((draws & 0xFFFF) + 0.5) / 65536
+    fraction = ((draws & 0xFFFF) + 0.5) / 65536
     low = knots[share]
     high = knots[share + np.uint32(1)]
-    return low + (high - low) * place
+    return low + (high - low) * fraction

@@ -470,7 +470,7 @@ def _read_sequence(
     kinds = arguments if fixed else (arguments[0],) * len(value)
     paths = [f"{path}[{number}]" for number in range(len(value))]
     entries = zip(kinds, value, paths, strict=True)
-    return origin(_read_value(kind, item, place, faults) for kind, item, place in entries)
+    return origin(_read_value(kind, item, where, faults) for kind, item, where in entries)
 
 
 TYPE_NAMES: dict[Any, str] = {

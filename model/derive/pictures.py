@@ -25,21 +25,21 @@ def with_picture(model: PreTrainedModel, tokens: torch.Tensor) -> Inputs | None:
     config: Any = model.config
     eyes: Any = model if hasattr(model, "get_image_features") else model.base_model
     vision = getattr(config, "vision_config", None) or config
-    place = getattr(config, "image_token_id", None)
-    if place is None:
+    picture_token = getattr(config, "image_token_id", None)
+    if picture_token is None:
         return None
-    text = tokens[:1].masked_fill(tokens[:1] == place, 0)
+    text = tokens[:1].masked_fill(tokens[:1] == picture_token, 0)
     half = text.shape[1] // 2
     for picture, typed in product(_pictures(vision), (False, True)):
         try:
             with torch.no_grad():
-                places = torch.full((1, _features(eyes.get_image_features(**picture))), place)
+                places = torch.full((1, _features(eyes.get_image_features(**picture))), picture_token)
                 before = text[:, :half]
                 after = text[:, half:]
                 words = torch.cat([before, places, after], dim=1)
                 inputs = {"input_ids": words, **picture}
                 if typed:
-                    inputs["mm_token_type_ids"] = (words == place).long()
+                    inputs["mm_token_type_ids"] = (words == picture_token).long()
                 model(**inputs, use_cache=False)
             return inputs
         except Exception:  # the library's classes raise every kind

@@ -326,7 +326,7 @@ def stand_ins(kinds: Sequence[str], kept: tuple[int, ...]) -> tuple[int, ...]:
     """
     if len(set(kinds)) == 1:
         return ()
-    first = {kinds[layer]: place for place, layer in reversed(list(enumerate(kept)))}
-    last = {kinds[layer]: place for place, layer in enumerate(kept)}
+    first = {kinds[layer]: number for number, layer in reversed(list(enumerate(kept)))}
+    last = {kinds[layer]: number for number, layer in enumerate(kept)}
     places = [first[kind] for kind in kinds[:-1]]
     return (*places, last[kinds[-1]])

@@ -44,31 +44,30 @@ class Benchmarks:
     owners: np.ndarray  # the first file that each is in, int32 (n,)
     files: tuple[str, ...]
 
-    def overlaps(self, found: list[str], hashes: np.ndarray) -> list[tuple[int, str]]:
+    def overlaps(self, text_words: list[str], hashes: np.ndarray) -> list[tuple[int, str]]:
         """The common runs of a text's words, each once, in order: the number of the n-gram, and what it is
         and where from.
 
         Args:
-            found: its words.
+            text_words: its words.
             hashes: theirs.
         """
         hits: dict[int, int] = {}  # n-gram → its first place
         for length in np.unique(self.lengths).tolist():
-            if len(found) >= length:
+            if len(text_words) >= length:
                 runs = ngrams(hashes, length)
                 places = np.searchsorted(self.hashes, runs).clip(max=len(self.hashes) - 1)
                 same = (self.hashes[places] == runs) & (self.lengths[places] == length)
                 for start in np.flatnonzero(same).tolist():
                     hits.setdefault(int(places[start]), start)
         return [
-            (number, self._spelt(number, found, start))
+            (number, self._spelt(number, text_words, start))
             for number, start in sorted(hits.items(), key=lambda hit: hit[1])
         ]
 
-    def _spelt(self, number: int, found: list[str], start: int) -> str:
-        return (
-            f"{self.files[self.owners[number]]}: {' '.join(found[start : start + int(self.lengths[number])])}"
-        )
+    def _spelt(self, number: int, text_words: list[str], start: int) -> str:
+        stop = start + int(self.lengths[number])
+        return f"{self.files[self.owners[number]]}: {' '.join(text_words[start:stop])}"
 
 
 def write_benchmarks(path: str, target: Path) -> dict[str, Any]:

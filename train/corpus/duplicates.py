@@ -104,11 +104,13 @@ def keys(high: np.ndarray, low: np.ndarray | int, documents: np.ndarray) -> np.n
     return result
 
 
-def buckets(found: Iterable[np.ndarray], count: int, folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def buckets(
+    hashed: Iterable[np.ndarray], count: int, folder: Path
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Documents with equal keys, brought together on disk.
 
     Args:
-        found: rows of KEY, whose `high` is evenly spread.
+        hashed: rows of KEY, whose `high` is evenly spread.
         count: how many at most.
         folder: for temporary files; emptied again.
 
@@ -121,7 +123,7 @@ def buckets(found: Iterable[np.ndarray], count: int, folder: Path) -> Iterator[t
     paths = [folder / f"{part:05d}.keys" for part in range(parts)]
     for path in paths:
         path.unlink(missing_ok=True)
-    for rows in found:
+    for rows in hashed:
         dealt = (rows["high"] % np.uint64(parts)).astype(np.int64)
         for part in np.unique(dealt):
             with paths[part].open("ab") as file:
@@ -144,9 +146,9 @@ def _sorted(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows["document"][shared], np.flatnonzero(new[:-1][shared])
 
 
-def exact(found: Iterable[np.ndarray], count: int, folder: Path) -> Iterator[Match]:
+def exact(hashed: Iterable[np.ndarray], count: int, folder: Path) -> Iterator[Match]:
     """Later copies, where equal keys are equal texts."""
-    for documents, starts in buckets(found, count, folder):
+    for documents, starts in buckets(hashed, count, folder):
         firsts = np.repeat(documents[starts], np.diff([*starts, len(documents)]))
         later = documents != firsts
         similarity = np.ones(int(later.sum()), np.float32)
@@ -154,7 +156,7 @@ def exact(found: Iterable[np.ndarray], count: int, folder: Path) -> Iterator[Mat
 
 
 def near(
-    found: Iterable[np.ndarray],
+    hashed: Iterable[np.ndarray],
     count: int,
     folder: Path,
     signatures: Callable[[np.ndarray], np.ndarray],
@@ -166,7 +168,7 @@ def near(
     Args:
         signatures: of document numbers (n,), uint32 (n, PERMUTATIONS).
     """
-    for documents, starts in buckets(found, count, folder):
+    for documents, starts in buckets(hashed, count, folder):
         ends = (*starts, len(documents))[1:]
         matches = (
             match
@@ -313,9 +315,9 @@ class NearDuplicates(PipelineStep):
         return signatures
 
 
-def write_matches(path: Path, found: Iterable[Match]) -> None:
+def write_matches(path: Path, matches: Iterable[Match]) -> None:
     """Write matches down as one file, whole or not at all."""
-    parts = list(found)
+    parts = list(matches)
 
     def column(name: str) -> np.ndarray:
         arrays = [getattr(part, name) for part in parts]

@@ -49,10 +49,10 @@ def _shares(axes: Axes, sources: Sequence[Source]) -> None:
         color=[COLOURS[i % len(COLOURS)] for i in range(len(sources))],
         height=0.65,
     )
-    for place, count in zip(places, tokens, strict=True):
+    for height, count in zip(places, tokens, strict=True):
         axes.text(
             100 * count / tokens.sum() + 1,
-            place,
+            height,
             f"{_short(count)} tokens",
             va="center",
             fontsize=9,

@@ -78,7 +78,7 @@ def fitted(folder: str, card: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def scored(place: str, histogram: np.ndarray) -> str:
+def scored(file: str, histogram: np.ndarray) -> str:
     """The histogram of scores, 20 bins from 0 to 1, as text."""
     most = max(1, int(histogram.max()))
     total = int(histogram.sum())
@@ -86,4 +86,4 @@ def scored(place: str, histogram: np.ndarray) -> str:
         f"  {i / 20:.2f}–{(i + 1) / 20:.2f} {count:>9,} {'█' * round(40 * count / most)}"
         for i, count in enumerate(histogram.tolist())
     ]
-    return "\n".join([f"{place}: {total:,} documents", *rows])
+    return "\n".join([f"{file}: {total:,} documents", *rows])

@@ -106,8 +106,8 @@ class Split:
     def parts(self, task: int, document: Document) -> list[tuple[str, bool]]:
         """The text, or both parts of it, each with whether it is held out."""
         if self.cut:
-            place = _cut(document.text, self.settings.validation_fraction)
-            return [(document.text[:place], False), (document.text[place:], True)]
+            cut = _cut(document.text, self.settings.validation_fraction)
+            return [(document.text[:cut], False), (document.text[cut:], True)]
         other = self.named == (task, document.metadata["row"])
         return [(document.text, held_out(document.metadata["digest"], self.settings) != other)]
 
@@ -116,9 +116,9 @@ def _cut(text: str, share: float) -> int:
     """Where the last `share` of a text begins: at a paragraph, else a line, else a word."""
     wanted = max(1, round(len(text) * (1 - share)))
     for end in ("\n\n", "\n", " "):
-        place = text.rfind(end, len(text) // 2, wanted) + len(end)
-        if place >= len(end):
-            return place
+        end_of_part = text.rfind(end, len(text) // 2, wanted) + len(end)
+        if end_of_part >= len(end):
+            return end_of_part
     return wanted
 
 

@@ -87,16 +87,16 @@ class Verdicts:
         first, stop = self._starts[task : task + 2]
         return self.verdict[first:stop] == KEPT
 
-    def match(self, found: Match, verdict: int) -> None:
+    def match(self, matches: Match, verdict: int) -> None:
         """Of several earlier documents, the first counts."""
-        order = np.lexsort((-found.earlier, found.documents))  # the first is written last
-        documents = found.documents[order]
-        earlier = found.earlier[order]
+        order = np.lexsort((-matches.earlier, matches.documents))  # the first is written last
+        documents = matches.documents[order]
+        earlier = matches.earlier[order]
         better = (self.verdict[documents] == KEPT) | (earlier < self.earlier[documents])
         documents = documents[better]
         self.verdict[documents] = verdict
         self.earlier[documents] = earlier[better]
-        self.similarity[documents] = found.similarity[order][better]
+        self.similarity[documents] = matches.similarity[order][better]
 
 
 # ---- benchmarks --------------------------------------------------------------------------------------------
@@ -145,15 +145,15 @@ def _overlaps(work: Workshop, verdicts: Verdicts) -> Iterator[tuple[int, int, in
 # ---- the filter --------------------------------------------------------------------------------------------
 
 
-def remove_low(work: Workshop, verdicts: Verdicts, found: dict[str, Any]) -> None:
+def remove_low(work: Workshop, verdicts: Verdicts, limit: dict[str, Any]) -> None:
     """Leave out what scored less than the threshold that was found; of documents with just that score, keep
     the first."""
-    ties = found["ties"]
-    least = np.inf if found["threshold"] is None else np.float32(found["threshold"])
+    ties = limit["ties"]
+    least = np.inf if limit["threshold"] is None else np.float32(limit["threshold"])
     for task, where in verdicts.ranges():
         scores = scores_of(work, task)
         low = scores < least
-        tied = np.flatnonzero(scores == np.float32(found["threshold"]))
+        tied = np.flatnonzero(scores == np.float32(limit["threshold"]))
         low[tied[ties:]] = True
         ties = max(0, ties - len(tied))
         verdicts.verdict[where][low] = LOW

@@ -42,12 +42,14 @@ def words(text: str, kind: str = "prose") -> list[str]:
     return _WORD.findall(folded)
 
 
-def word_hashes(found: list[str]) -> np.ndarray:
+def word_hashes(text_words: list[str]) -> np.ndarray:
     """64 bits for each word, the same on every machine. uint64, 1-D."""
     import xxhash
 
-    known = {word: xxhash.xxh3_64_intdigest(word.encode("utf-8", "surrogatepass")) for word in set(found)}
-    return np.fromiter((known[word] for word in found), np.uint64, len(found))
+    known = {
+        word: xxhash.xxh3_64_intdigest(word.encode("utf-8", "surrogatepass")) for word in set(text_words)
+    }
+    return np.fromiter((known[word] for word in text_words), np.uint64, len(text_words))
 
 
 def ngrams(hashes: np.ndarray, n: int) -> np.ndarray:

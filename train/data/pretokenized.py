@@ -201,9 +201,9 @@ def _count(part: Part, dtype: np.dtype, count: Count, tokenizer: PreTrainedToken
         piece = ids[first : min(part.stop, first + CHUNK)]
         if int(piece.max()) >= most or int(piece.min()) < 0:
             is_unknown = (piece >= most) | (piece < 0)
-            place = first + int(np.flatnonzero(is_unknown)[0])
+            position = first + int(np.flatnonzero(is_unknown)[0])
             raise UserError(
-                f"{file.path}: the id at place {place:,} is {ids[place]:,}, and data.tokenizer has "
+                f"{file.path}: the id at place {position:,} is {ids[position]:,}, and data.tokenizer has "
                 f"{most:,} entries: another tokenizer cut it, or it is damaged"
             )
         count.counts += np.bincount(piece, minlength=most)
@@ -303,11 +303,11 @@ def _pieces(files: Sequence[TokenFile], dtype: np.dtype, end_of_text: int) -> It
     each = PIECES // count
     for file in chosen:
         ids = file.ids(dtype)
-        for place in (len(ids) * i // each for i in range(each)):
-            part = ids[place : place + 8 * PIECE]
+        for start in (len(ids) * i // each for i in range(each)):
+            part = ids[start : start + 8 * PIECE]
             ends = np.flatnonzero(part == end_of_text)
             first = 0
-            if place and len(ends) and ends[0] + 1 < len(part):  # the rest of a document goes before
+            if start and len(ends) and ends[0] + 1 < len(part):  # the rest of a document goes before
                 first = int(ends[0]) + 1
             later = ends[ends > first]
             last = int(later[0]) if len(later) else len(part)

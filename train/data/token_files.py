@@ -66,9 +66,9 @@ class TokenFile:
         """The ids, mapped, (n,)."""
         return np.memmap(self.path, dtype, "r", self.offset).view(np.ndarray)
 
-    def documents_before(self, place: int) -> int:
-        """How many documents of the index end at or before `place`, counted in ids."""
-        return bisect_left(range(self.documents or 0), place + 1, key=self.end)
+    def documents_before(self, position: int) -> int:
+        """How many documents of the index end at or before `position`, counted in ids."""
+        return bisect_left(range(self.documents or 0), position + 1, key=self.end)
 
 
 def find(path: str, key: str) -> list[TokenFile]:

@@ -171,10 +171,10 @@ class Harness:
         return contextlib.chdir(Path(entry.yaml_path).parent) if local else contextlib.nullcontext()
 
 
-def _read(asked: BenchmarkTask, found: Any) -> Score:
+def _read(asked: BenchmarkTask, results: Any) -> Score:
     """The score that was asked for among all that the harness tells."""
-    groups = found.get("groups", {})
-    entries = found["results"].get(asked.task) or groups.get(asked.task) or {}
+    groups = results.get("groups", {})
+    entries = results["results"].get(asked.task) or groups.get(asked.task) or {}
     values = {
         key: value
         for key, value in entries.items()
@@ -189,7 +189,7 @@ def _read(asked: BenchmarkTask, found: Any) -> Score:
     value = float(values[metric])
     if not math.isfinite(value):
         raise UserError(f"task {asked.task}: its {asked.metric} is {value}")
-    return Score(value, sum(counts["effective"] for counts in found["n-samples"].values()), metric)
+    return Score(value, sum(counts["effective"] for counts in results["n-samples"].values()), metric)
 
 
 # ---- without a network -------------------------------------------------------------------------------------

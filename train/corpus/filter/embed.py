@@ -54,10 +54,10 @@ class Encoder:
         total = np.zeros((len(texts), self.dimensions))
         count = np.zeros(len(texts))
         for batch in _batches([len(ids) for _, ids in pieces]):
-            sums = self._sums([pieces[place][1] for place in batch])
-            for place, values in zip(batch, sums, strict=True):
-                total[pieces[place][0]] += values
-                count[pieces[place][0]] += len(pieces[place][1])
+            sums = self._sums([pieces[number][1] for number in batch])
+            for number, values in zip(batch, sums, strict=True):
+                total[pieces[number][0]] += values
+                count[pieces[number][0]] += len(pieces[number][1])
         return (total / np.maximum(count, 1)[:, None]).astype(np.float32)
 
     def _sums(self, ids: list[list[int]]) -> np.ndarray:
@@ -80,11 +80,11 @@ def _batches(lengths: Sequence[int]) -> list[list[int]]:
     """Pieces that share a forward pass: alike in length, at most BATCH_TOKENS with their padding."""
     batches: list[list[int]] = []
     batch: list[int] = []
-    for place in sorted(range(len(lengths)), key=lambda place: (lengths[place], place)):
-        if not batches or (len(batch) + 1) * lengths[place] > BATCH_TOKENS:
+    for number in sorted(range(len(lengths)), key=lambda number: (lengths[number], number)):
+        if not batches or (len(batch) + 1) * lengths[number] > BATCH_TOKENS:
             batch = []
             batches.append(batch)
-        batch.append(place)
+        batch.append(number)
     return batches
 
 
@@ -99,13 +99,13 @@ def load_encoder(name: str, revision: str | None, max_tokens: int) -> Encoder:
     from transformers import AutoModel, AutoTokenizer
 
     folder = Path(name).expanduser()
-    place = str(folder) if folder.is_dir() else name
+    source = str(folder) if folder.is_dir() else name
     asked: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
         with quietly():
-            tokenizer = AutoTokenizer.from_pretrained(place, **asked)
+            tokenizer = AutoTokenizer.from_pretrained(source, **asked)
             loaded: Any = AutoModel.from_pretrained(
-                place, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **asked
+                source, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **asked
             )
     except Exception as error:  # transformers, safetensors and the hub's client each raise their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

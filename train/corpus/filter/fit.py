@@ -150,10 +150,10 @@ def fit(settings: FitSettings, data: DataSettings, labels: Path, out: Path) -> d
     return card
 
 
-def _embedded(encoder: embed.Encoder, found: Iterable[tuple[str, str]]) -> tuple[list[str], np.ndarray]:
+def _embedded(encoder: embed.Encoder, texts: Iterable[tuple[str, str]]) -> tuple[list[str], np.ndarray]:
     names, part = list[str](), list[str]()
     features = [np.empty((0, encoder.dimensions), np.float32)]
-    for name, text in found:
+    for name, text in texts:
         names.append(name)
         part.append(text)
         if len(part) == 256:
@@ -226,5 +226,5 @@ def report(labels: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _share(part: float, whole: float) -> float | None:
-    return round(float(part) / float(whole), 4) if whole else None
+def _share(part: float, total: float) -> float | None:
+    return round(float(part) / float(total), 4) if total else None

@@ -83,7 +83,7 @@ class KeepScores(PipelineStep):
 
 
 def write_scores(
-    found: Iterable[Document],
+    documents: Iterable[Document],
     data: DataSettings,
     fitted: Filter,
     target: Path,
@@ -112,7 +112,7 @@ def write_scores(
             advance(sum(row.bytes for row in rows))
             rows.clear()
 
-        for document in found:
+        for document in documents:
             rows.append(document)
             if len(rows) == BLOCK_DOCUMENTS:
                 flush()
@@ -162,6 +162,6 @@ def _place(counts: np.ndarray, wanted: int) -> tuple[int, int]:
     """The bin, from above, that holds number `wanted`, and how many are in the bins above it."""
     descending = counts[::-1]
     from_above = np.cumsum(descending)
-    place = int(np.searchsorted(from_above, wanted))
-    above = from_above[place] - descending[place]
-    return len(counts) - 1 - place, int(above)
+    rank = int(np.searchsorted(from_above, wanted))
+    above = from_above[rank] - descending[rank]
+    return len(counts) - 1 - rank, int(above)

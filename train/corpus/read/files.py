@@ -72,8 +72,8 @@ class Files:
             UserError: a file cannot be read. Records that cannot are counted.
         """
         for file in self.files if files is None else files:
-            for place, text in texts(file.path, self.column, self.limit, tally):
-                yield from tally.document(file.name + place, text, self.limit)
+            for name, text in texts(file.path, self.column, self.limit, tally):
+                yield from tally.document(file.name + name, text, self.limit)
 
     def stamp(self) -> str:
         """A hash that is cheap and may change without need; when it is the same, nothing has changed."""

@@ -66,9 +66,9 @@ def _lines(opened: Opened) -> Iterator[tuple[str, str]]:
 
 def _counted(opened: Opened, number: int, value: Callable[[str], Any]) -> Iterator[tuple[str, str]]:
     """The text of one JSON object, or its fault counted."""
-    place = f"{opened.path}:{number}"
+    name = f"{opened.path}:{number}"
     try:
-        text = _field(value(place), opened.column, place)
+        text = _field(value(name), opened.column, name)
     except UserError as fault:
         opened.tally.skip_broken(fault)
     else:

@@ -26,17 +26,17 @@ class Hub:
     def documents(self, tally: Tally) -> Iterator[Document]:
         column = self.settings.column
         for row in self._rows(tally.item):
-            place = f"{self.settings.dataset}:{self.settings.split}:{tally.item}"
+            name = f"{self.settings.dataset}:{self.settings.split}:{tally.item}"
             if column not in row:
                 names = ", ".join(row) or "none"
                 raise UserError(
-                    f"{place}: no column {column!r}; found {names}; name the one with the text: "
+                    f"{name}: no column {column!r}; found {names}; name the one with the text: "
                     "data.column=NAME"
                 )
             tally.item += 1
             tally.records += 1
             yield from tally.document(
-                place, text_of(row[column], column, place), self.settings.max_document_bytes
+                name, text_of(row[column], column, name), self.settings.max_document_bytes
             )
 
     def _rows(self, start: int) -> Iterator[dict[str, Any]]:
@@ -44,8 +44,8 @@ class Hub:
         try:
             from datasets import load_dataset
 
-            place = {"data_dir": wanted.data_dir, "split": wanted.split, "revision": wanted.revision}
-            rows = load_dataset(wanted.dataset, wanted.config, **place, streaming=wanted.streaming)
+            selection = {"data_dir": wanted.data_dir, "split": wanted.split, "revision": wanted.revision}
+            rows = load_dataset(wanted.dataset, wanted.config, **selection, streaming=wanted.streaming)
             yield from rows.skip(start) if start else rows
         except (
             Exception
@@ -73,8 +73,8 @@ class Hub:
 
 def _files_of(folder: str) -> Iterator[tuple[str, int, int]]:
     """Name, size and time of each file of a local dataset; none of one on the hub."""
-    for place, inner, names in os.walk(folder):
+    for directory, inner, names in os.walk(folder):
         inner.sort()
-        for path in (os.path.join(place, name) for name in sorted(names)):
+        for path in (os.path.join(directory, name) for name in sorted(names)):
             status = os.stat(path)
             yield os.path.relpath(path, folder), status.st_size, status.st_mtime_ns

@@ -108,8 +108,8 @@ def fill(template: str, **names: Any) -> str:
     return template
 
 
-def _spelt(given: Mapping[str, Any]) -> dict[str, str]:
-    return {name: repr(value) for name, value in given.items()}
+def _spelt(constants: Mapping[str, Any]) -> dict[str, str]:
+    return {name: repr(value) for name, value in constants.items()}
 
 
 @cache

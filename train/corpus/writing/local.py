@@ -85,11 +85,11 @@ class Local:
                 f"the {positions} positions of model={self.settings.model}; lower it"
             )
 
-    def _answer(self, given: list[int], written: list[int], end: int) -> Answer:
+    def _answer(self, prompt_ids: list[int], written: list[int], end: int) -> Answer:
         ended = end in written
         kept = written[: written.index(end)] if ended else written
         text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
-        return Answer(text, len(given), len(kept) + ended, cut=not ended)
+        return Answer(text, len(prompt_ids), len(kept) + ended, cut=not ended)
 
     def _worded(self, prompt: Prompt) -> str:
         """In the model's own chat form, where it has one."""

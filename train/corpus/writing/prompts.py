@@ -38,11 +38,11 @@ class Prompts:
         return len(self.topics) * len(self.audiences) * len(self.templates)
 
     def __getitem__(self, number: int) -> Prompt:
-        place = int(permuted(np.array([number]), len(self), self.seed)[0])
-        place, template = divmod(place, len(self.templates))
+        drawn = int(permuted(np.array([number]), len(self), self.seed)[0])
+        drawn, template = divmod(drawn, len(self.templates))
         topic, audience = (
-            self.topics[place // len(self.audiences)],
-            self.audiences[place % len(self.audiences)],
+            self.topics[drawn // len(self.audiences)],
+            self.audiences[drawn % len(self.audiences)],
         )
         text = self.templates[template].replace("{topic}", topic).replace("{audience}", audience)
         return Prompt(number, topic, audience, template, text)
