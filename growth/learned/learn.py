@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from outgrow.growth.engine.execute import Reader
-from outgrow.growth.learned.lessons import LeastSquares
+from outgrow.growth.learned.lessons import LeastSquares, Ligo
+from outgrow.growth.learned.ligo import learn_maps
 from outgrow.growth.learned.on_disk import OnDisk, Written, values_of
 from outgrow.growth.learned.squares import fit
 from outgrow.growth.learned.text import Calibration, read_calibration
@@ -26,7 +27,7 @@ def calibration(plan: Plan, source: Path) -> Calibration:
         UserError: there is no such text, it is empty or too short, or the source has no tokenizer for it.
     """
     lesson, config = plan.lesson, plan.source_config
-    assert isinstance(lesson, LeastSquares)
+    assert isinstance(lesson, LeastSquares | Ligo)
     vocabulary, context = (known_size(config, name) for name in ("vocab_size", "max_position_embeddings"))
     assert vocabulary is not None
     return read_calibration(
@@ -53,23 +54,30 @@ def learn(
         source's, that of what was written, and that of what was learned.
     """
     lesson, written, layers = plan.lesson, Written(folder), plan.layers
-    assert isinstance(lesson, LeastSquares)
+    assert isinstance(lesson, LeastSquares | Ligo)
+
+    values = values_of(reader, source.tensors)
 
     def models() -> tuple[OnDisk, OnDisk]:
-        values = values_of(reader, source.tensors)
         return (
             OnDisk(plan.source_config, values, source.tensors, layers.source),
             OnDisk(plan.target_config, written.values, written.tensors, layers.target),
         )
 
-    def tell(layer: int) -> None:
+    parts = lesson.steps if isinstance(lesson, Ligo) else layers.target
+
+    def tell(part: int) -> None:
         if progress is not None:
-            progress(plan.target_bytes * (layer + 1) // layers.target, plan.target_bytes)
+            progress(plan.target_bytes * (part + 1) // parts, plan.target_bytes)
 
     held = torch.from_numpy(text.held)
     with torch.no_grad():
         losses = [model.loss(held) for model in models()]
+    if isinstance(lesson, Ligo):
+        took = learn_maps(plan, lesson, values, written, text, tell)
+    else:
         took = fit(plan, lesson.ridge, *models(), written, text, folder, tell)
+    with torch.no_grad():
         losses.append(models()[1].loss(held))
     return {
         "operator": plan.operator,

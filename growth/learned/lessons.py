@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, unknown
 
+STARTS = ("exact", "random")
 MOST_TOKENS = 1 << 24  # whose activations in one layer are held at once
 
 
@@ -61,7 +62,61 @@ def least_squares(
     return LeastSquares(_checked_text("least_squares", text), width, tokens, window, float(ridge))
 
 
-LEARNED: dict[str, Callable[..., LeastSquares]] = {"least_squares": least_squares}
+@dataclass(frozen=True)
+class Ligo:
+    """Maps that are parameters; see `ligo`."""
+
+    text: str
+    width: str
+    steps: int
+    batch_tokens: int
+    window: int
+    learning_rate: float
+    start: str
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.batch_tokens
+
+    @property
+    def reason(self) -> str:
+        """The part that is learned, as a reason of the certificate."""
+        return "operator 'ligo': its maps are learned on text, so what is kept is measured and not proved"
+
+
+def ligo(
+    *,
+    text: str | None = None,
+    width: str = "lossless",
+    steps: int = 100,
+    batch_tokens: int = 4096,
+    window: int = 256,
+    learning_rate: float = 0.001,
+    start: str = "exact",
+) -> Ligo:
+    """LiGO (2303.00980): every axis map is a matrix, every tensor a weighted sum over the source's layers;
+    both are learned by the training loss, the source frozen.
+
+    Args:
+        text: as of `least_squares`, never the validation text.
+        width: the operator whose maps are the start.
+        steps, batch_tokens, learning_rate: of AdamW, warmed up over 10 steps and lowered to zero.
+        start: `exact` (the maps of `width` and the layer map) or `random` (new rows drawn, as in the paper).
+    """
+    _check_whole(steps=steps, batch_tokens=batch_tokens, window=window)
+    if (
+        isinstance(learning_rate, bool)
+        or not isinstance(learning_rate, int | float)
+        or not 0 < learning_rate < 10
+    ):
+        raise UserError(f"learning_rate {learning_rate!r}: expected a number above 0, such as 0.001")
+    if start not in STARTS:
+        unknown("start", start, STARTS)
+    text = _checked_text("ligo", text)
+    return Ligo(text, width, steps, batch_tokens, window, float(learning_rate), start)
+
+
+LEARNED: dict[str, Callable[..., LeastSquares | Ligo]] = {"least_squares": least_squares, "ligo": ligo}
 
 
 def _check_whole(**numbers: int) -> None:

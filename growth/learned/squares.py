@@ -114,13 +114,13 @@ class Matrix:
         """(outputs, source inputs): the source's rows as the target's, as large a share as is wanted."""
         bias = None
         if self.bias is not None and self.bias.source is not None and self.shifts is not None:
-            bias = _mapped(values(self.bias.source)[:, None], self.shifts)[:, 0]
+            bias = mapped(values(self.bias.source)[:, None], self.shifts)[:, 0]
         source = values(self.source)
-        rows = _mapped(source.T if self.weight.tensor.reads[0] else source, self.outputs)
+        rows = mapped(source.T if self.weight.tensor.reads[0] else source, self.outputs)
         return self.share * (rows if bias is None else np.concatenate([rows, bias[:, None]], 1))
 
 
-def _mapped(rows: np.ndarray, axis: AxisMap) -> np.ndarray:
+def mapped(rows: np.ndarray, axis: AxisMap) -> np.ndarray:
     """Copy or average rows as a map says; what it draws is zero here."""
     copied = rows[np.where(axis.copies, axis.index, 0)]
     copied[axis.fill == Fill.MEAN] = rows.mean(0)

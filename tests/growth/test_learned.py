@@ -1,4 +1,4 @@
-"""Learned growth: least squares on text, against numpy and against what was written before."""
+"""Learned growth: least squares against numpy, LiGO against its fixed start and finite differences."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from helpers.models import make_checkpoint
 from helpers.unwritten import STRANGERS
 from outgrow.growth import grow, plan
 from outgrow.growth.__main__ import main
+from outgrow.growth.engine.tensors import expand
 from outgrow.growth.grow import recorded_plan
 from outgrow.growth.learned.lessons import LEARNED
+from outgrow.growth.learned.ligo import Learner
 from outgrow.growth.learned.on_disk import OnDisk, values_of
 from outgrow.growth.learned.squares import Inputs
 from outgrow.growth.learned.text import read_calibration
 from outgrow.growth.memory import grow_model
 from outgrow.model.base.errors import UserError
-from outgrow.model.build import build_model, load_model, to_hf_config
+from outgrow.model.build import build_model, empty_model, load_model, to_hf_config
 from outgrow.model.checkpoint import SINGLE, Checkpoint
+from outgrow.model.geometry import flops_per_token
 from outgrow.train.data.tokenizer import save_tokenizer, train_tokenizer
 
 TEXT = " ".join(
@@ -183,6 +186,105 @@ def test_a_layer_map_is_repaired_and_recorded(trained: Path, text: Path, tmp_pat
     assert recorded_plan(tmp_path / "out").hash == grown.plan.hash
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(record["files"])
     assert "learned on" in grown.describe()
+
+
+# ---- ligo ------------------------------------------------------------------------------------------------
+
+
+def learner_of(source: Path, target: dict[str, int], **how: Any) -> tuple[Learner, dict[str, np.ndarray]]:
+    """The maps before their first step, and what the fixed operator makes."""
+    opened = Checkpoint(source)
+    learned = plan(opened, target, "ligo", text="any", **how)
+    fixed = plan(opened, target, noise=0.0, **how)
+    whole = {name: values.numpy() for name, values in expand(fixed, opened)}
+    return Learner(learned, values_of(opened, opened.tensors), "exact", torch.float64), whole
+
+
+@pytest.fixture(scope="module")
+def phi(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Phi with a tokenizer. Read only."""
+    return spoken(tmp_path_factory.mktemp("phi") / "source", config_of("phi"))
+
+
+@pytest.mark.parametrize("depth", ["stack", "identity"])
+@pytest.mark.parametrize(
+    ("family", "target", "ulps"),
+    [
+        ("llama", {"intermediate_size": 80, "num_hidden_layers": 5}, 0),
+        ("llama", {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 6, "hidden_size": 96}, 0),
+        ("phi", {"intermediate_size": 120, "num_hidden_layers": 3}, 0),
+        ("phi", {"hidden_size": 72, "num_attention_heads": 12, "num_key_value_heads": 12}, 2),
+    ],
+)
+def test_ligo_starts_at_its_fixed_operator(
+    request: pytest.FixtureRequest, family: str, target: dict[str, int], ulps: int, depth: str
+) -> None:
+    learner, fixed = learner_of(request.getfixturevalue(family), target, depth=depth)
+    with torch.no_grad():
+        grown = {name: values.numpy() for name, values in learner.grown()}
+    assert grown.keys() == fixed.keys()
+    for name, values in fixed.items():
+        assert np.abs(grown[name] - values).max() <= ulps * np.spacing(np.abs(values).max()), name
+
+
+def test_the_gradients_of_maps_and_of_layers_are_finite_differences(phi: Path) -> None:
+    learner, _ = learner_of(phi, {"intermediate_size": 60, "num_hidden_layers": 3}, depth="stack")
+    model = empty_model(learner.plan.target_config, dtype=torch.float64).eval()
+    tokens = torch.arange(24).reshape(2, 12)
+
+    def loss() -> torch.Tensor:
+        made = dict(learner.grown())
+        logits = torch.func.functional_call(model, made, kwargs={"input_ids": tokens}).logits
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+    loss().backward()  # type: ignore[no-untyped-call]
+    for parameter in (*learner.maps[:3], *learner.layers[:4]):
+        place, step = tuple(size - 1 for size in parameter.shape), 1e-5
+        around = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter[place] += sign * step
+                around.append(float(loss()))
+                parameter[place] -= sign * step
+        assert parameter.grad is not None
+        assert float(parameter.grad[place]) == pytest.approx(
+            (around[0] - around[1]) / (2 * step), rel=1e-5, abs=1e-9
+        )
+
+
+@pytest.mark.slow
+def test_ligo_learns_and_keeps_the_sources_own_rows(trained: Path, text: Path, tmp_path: Path) -> None:
+    target = {"intermediate_size": 60, "num_hidden_layers": 4}
+    how: dict[str, Any] = {"depth": "stack", "steps": 30, "batch_tokens": 256, "learning_rate": 0.003}
+    grown = grow(trained, tmp_path / "out", target=target, operator="ligo", text=text, **how)
+    learned = grown.learned
+    assert learned is not None
+    assert learned["loss_after"] < 0.5 * (learned["loss_source"] + learned["loss_before"])
+    assert learned["steps"] == len(learned["losses"]) == 30
+    assert learned["flops"] > 30 * 256 * flops_per_token(grown.plan.target_config, 32)
+    load_model(tmp_path / "out")
+    with Checkpoint(tmp_path / "out") as out, Checkpoint(trained) as source:
+        name = "model.embed_tokens.weight"
+        assert (out.read(name) == source.read(name)).all()
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"learning_rate": 0}, "learning_rate 0: expected a number above 0"),
+        ({"start": "exakt"}, "did you mean 'exact'"),
+        ({"steps": 1}, "steps 1: expected a whole number from 2"),
+        ({"width": "bert2bert_aki"}, "a map of one axis at a time starts it"),
+    ],
+    ids=str,
+)
+def test_what_ligo_cannot_do_is_told(
+    llama: Path, text: Path, tmp_path: Path, how: dict[str, Any], words: str
+) -> None:
+    target = {"intermediate_size": 60, "num_hidden_layers": 4}
+    with pytest.raises(UserError, match=words):
+        grow(llama, tmp_path / "out", target=target, operator="ligo", text=text, **how)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_on_disk_holds_one_layer_at_a_time(llama: Path) -> None:
