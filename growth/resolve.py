@@ -236,7 +236,8 @@ def _derived(
             "number of layers), or a schema of your own (docs/families.md, 'Add a family')"
         ) from None
     known = draft.axes.config
-    sizes = ", ".join(f"{key} {known.get(key)} → {size}" for key, size in changes.items())
+    moves = [(key, known.get(key), size) for key, size in changes.items()]
+    sizes = ", ".join(f"{key} {before} → {after}" for key, before, after in moves)
     notes = [
         (
             f"family {name!r} has no schema here: one was derived from transformers' own class "

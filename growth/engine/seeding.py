@@ -40,8 +40,10 @@ class Draws:
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """Draw the rows of these numbers: (len(rows), width)."""
-        pieces = [(int(rows[run.start]), run.stop - run.start) for run in runs(rows)]
-        drawn = [self.rows(start, count) for start, count in pieces]
+        drawn = []
+        for run in runs(rows):
+            count = run.stop - run.start
+            drawn.append(self.rows(int(rows[run.start]), count))
         return drawn[0] if len(drawn) == 1 else np.concatenate(drawn)
 
     def rows(self, start: int, count: int) -> np.ndarray:

@@ -25,7 +25,7 @@ from datatrove.pipeline.base import PipelineStep
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import whole_file
 from outgrow.train.corpus.read.document import Tally
-from outgrow.train.corpus.read.files import file_digest, files_of
+from outgrow.train.corpus.read.files import files_of
 from outgrow.train.corpus.read.formats import format_of, parse_json, reading, texts
 from outgrow.train.corpus.words import ngrams, word_hashes, words
 
@@ -129,11 +129,6 @@ def read_benchmarks(path: Path, changed: int) -> Benchmarks:
             arrays["owners"],
             tuple(json.loads(arrays["files"].tobytes())),
         )
-
-
-def benchmarks_identity(path: str) -> str:
-    """A hash of all benchmark files."""
-    return file_digest(files_of(path, "data.clean.benchmarks"))
 
 
 class FindOverlaps(PipelineStep):

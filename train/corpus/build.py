@@ -100,8 +100,8 @@ def _outdated(folder: Path, settings: DataSettings, corpus: Corpus, progress: bo
         }
     changed = [key for key, value in wanted.items() if before.get(key) != value]
     if changed:
-        changes = ", ".join(f"{key} {before.get(key)} → {wanted[key]}" for key in changed)
-        return f"building the tokens again, for settings changed: {changes}"
+        changes = [f"{key} {before.get(key)} → {wanted[key]}" for key in changed]
+        return f"building the tokens again, for settings changed: {', '.join(changes)}"
     if not _same_text(manifest["inputs"], corpus, progress):
         return "building the tokens again, for the text has changed"
     return None

@@ -69,7 +69,7 @@ def changes(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
     parents = {parent for key in asked for parent in _parents(key)}
     gone = [key for key in after if key not in asked and key not in parents]
     absent = object()
-    differing = [key for key, value in asked.items() if after.get(key, absent) != value]
+    differing = [key for key in asked if after.get(key, absent) != asked[key]]
     shown = [key for key in (*differing, *gone) if _shows(key)]
     labels += [_label(key, asked.get(key), asked) for key in shown]
     return _short(labels)

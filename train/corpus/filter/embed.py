@@ -64,8 +64,9 @@ class Encoder:
         import torch
 
         width = max(map(len, ids))
-        masks = [[1] * len(row) + [0] * (width - len(row)) for row in ids]
-        padded = [row + [0] * (width - len(row)) for row in ids]
+        gaps = [width - len(row) for row in ids]
+        masks = [[1] * (width - gap) + [0] * gap for gap in gaps]
+        padded = [row + [0] * gap for row, gap in zip(ids, gaps, strict=True)]
         mask = torch.tensor(masks, device=self.device)
         tokens = torch.tensor(padded, device=self.device)
         with torch.inference_mode():

@@ -381,7 +381,9 @@ def packages(settings: DataSettings) -> Files:
                 f"data.distributions: {requirement} is asked for, {distribution.version} installed; pip "
                 f"install {requirement}"
             )
-        sources += [_file(f"{name}/{file.as_posix()}", str(file.locate())) for file in _modules(distribution)]
+        for module in _modules(distribution):
+            listed = f"{name}/{module.as_posix()}"
+            sources.append(_file(listed, str(module.locate())))
     UserError.collect(faults)
     return Files(tuple(sorted(sources, key=lambda file: file.name)), limit=settings.max_document_bytes)
 

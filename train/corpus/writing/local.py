@@ -53,8 +53,9 @@ class Local:
         width = max(map(len, encoded))
         end = self.tokenizer.eos_token_id
         self._check_length(width)
-        padded = [[end] * (width - len(row)) + row for row in encoded]
-        masks = [[0] * (width - len(row)) + [1] * len(row) for row in encoded]
+        gaps = [width - len(row) for row in encoded]
+        padded = [[end] * gap + row for row, gap in zip(encoded, gaps, strict=True)]
+        masks = [[0] * gap + [1] * (width - gap) for gap in gaps]
         ids = torch.tensor(padded, device=self.model.device)
         mask = torch.tensor(masks, device=self.model.device)
         drawing = {
