@@ -102,7 +102,8 @@ def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None)
 def comparable_costs(study: Study, todo: Sequence[Job]) -> bool:
     """True if scratch is among the arms and all read the same."""
     texts = {repr((job.settings.data, job.settings.mixture)) for job in todo}
-    return len(texts) == 1 and any(study.counts_as(job.arm) == SCRATCH for job in todo)
+    arms = {study.counts_as(job.arm) for job in todo}
+    return len(texts) == 1 and SCRATCH in arms
 
 
 def judged_texts(study: Study, job: Job, display: Display) -> dict[str, TokenData]:

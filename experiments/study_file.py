@@ -105,8 +105,9 @@ def studies() -> dict[str, Path]:
     """Name → folder of every study: the project's, and those in `experiments/` of the working directory,
     which come first.
     """
-    paths = [path for room in (HERE, Path("experiments")) for path in sorted(room.glob(f"*/{DEFINITION}"))]
-    folders = [path.parent for path in paths]
+    folders: list[Path] = []
+    for room in (HERE, Path("experiments")):
+        folders += [path.parent for path in sorted(room.glob(f"*/{DEFINITION}"))]
     return {folder.name: folder for folder in folders}
 
 
@@ -243,7 +244,8 @@ def _disagreements(study: Study) -> list[str]:
         if extent.learning_rate_factors != (1.0,):
             without = [arm for arm in known if study.arms[arm].learning_rate is None]
             faults += [f"arms.{arm}.learning_rate: missing; {key} has a grid around it" for arm in without]
-        if not (study.judged_on or strangers or any(study.counts_as(arm) == SCRATCH for arm in known)):
+        has_scratch = any(study.counts_as(arm) == SCRATCH for arm in known)
+        if not (has_scratch or study.judged_on or strangers):
             faults.append(
                 f"{key}.arms: none counts as {SCRATCH}, which costs are measured against; add it, or "
                 "judged_on, the texts to compare the arms' losses on"
