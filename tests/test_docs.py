@@ -183,6 +183,18 @@ def check_pytest(arguments: list[str]) -> None:
     assert all((ROOT / argument).is_file() for argument in arguments if argument.endswith(".py"))
 
 
+def check_cost(arguments: list[str]) -> None:
+    from outgrow.experiments.footprint.footprint import settings_from
+
+    assert settings_from([argument for argument in arguments if "=" in argument])
+
+
+def check_evaluate(arguments: list[str]) -> None:
+    from outgrow.experiments.suite.evaluate import settings_from
+
+    assert settings_from([argument for argument in arguments if "=" in argument])
+
+
 DOORS = {
     "grow": check_growth,
     "schema": check_schema,
@@ -192,6 +204,8 @@ DOORS = {
     "compare": partial(check_experiments, "compare"),
     "horizons": partial(check_experiments, "horizons"),
     "same": partial(check_experiments, "same"),
+    "evaluate": check_evaluate,
+    "cost": check_cost,
 }
 
 
