@@ -6,6 +6,7 @@ import itertools
 import math
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 TABLE, PICTURE = "table.md", "horizons.png"
 MARKERS = {"adamw": "o", "muon": "s", "adamw_8bit": "^"}
 DASHES = {"adamw": (0, (3, 2))}
+LINE = 14  # points from one label to the next
 FEW = 6  # lines whose names stand at their ends
 # scratch is black
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#8B5A2B", "#6A3D9A", "#999999")
@@ -155,13 +157,15 @@ def build(rows: Sequence[Worth]) -> Figure:
     lines = sorted({(row.point.arm, row.point.optimizer) for row in rows})
     # the arms' names stand at their ends, as far as there is room for them
     named_at_ends = len(lines) <= FEW
+    at_losses: list[Label] = []
+    at_speedups: list[Label] = []
     for arm, optimizer in lines:
         of_arm = [row for row in rows if row.point.arm == arm]
         own = [row for row in of_arm if row.point.optimizer == optimizer]
         own.sort(key=lambda row: row.point.tokens)
         style: dict[str, Any] = {"color": colours[arm], "linestyle": DASHES.get(optimizer, "-")}
         style |= {"marker": MARKERS.get(optimizer, "o"), "label": f"{arm}, {optimizer}"}
-        style |= {"linewidth": 2.6 if arm == SCRATCH else 1.4, "markersize": 7}
+        style |= {"linewidth": 2.6 if arm == SCRATCH else 1.4, "markersize": 7, "zorder": 4}
         points = [row.point for row in own]
         losses.plot([point.paid / 1e12 for point in points], [point.val_loss for point in points], **style)
         worth = [row for row in own if row.speedup_included is not None]
@@ -169,10 +173,12 @@ def build(rows: Sequence[Worth]) -> Figure:
         bars = [row.interval_included or 0.0 for row in worth]
         if arm != SCRATCH:
             speedups.errorbar(places, [row.speedup_included for row in worth], yerr=bars, capsize=3, **style)
-        if named_at_ends:
-            _name(losses, points[-1].paid / 1e12, points[-1].val_loss, _title(own[-1]), colours[arm])
-            if worth and arm != SCRATCH:
-                _name(speedups, places[-1], worth[-1].speedup_included or 0.0, arm, colours[arm])
+        # what is cheaper than scratch lies left of its line: the name does too, and leaves the line free
+        side = "left" if arm == SCRATCH else "right"
+        last = points[-1]
+        at_losses.append(Label(last.paid / 1e12, last.val_loss, _title(own[-1]), colours[arm], side))
+        if worth and arm != SCRATCH:
+            at_speedups.append(Label(places[-1], worth[-1].speedup_included or 0.0, arm, colours[arm]))
     speedups.axhline(1.0, color=INK, linewidth=2.6)
     speedups.annotate(
         "scratch",
@@ -195,20 +201,29 @@ def build(rows: Sequence[Worth]) -> Figure:
         speedups,
         "tokens a parameter",
         "S: scratch's FLOPs for the same loss / own FLOPs",
-        "What each end is worth: above 1 is cheaper than scratch",
+        "What each end is worth: above 1 is cheaper",
     )
     paid = sorted({round(row.point.paid / 1e12, 2) for row in rows if row.point.arm == SCRATCH})
     losses.set_xticks(paid, [f"{cost:g}" for cost in paid])
     per_parameter = sorted(
-        {round(row.point.tokens_per_parameter) for row in rows if row.speedup_included is not None}
+        {
+            round(row.point.tokens_per_parameter)
+            for row in rows
+            if row.speedup_included is not None and row.point.arm != SCRATCH
+        }
     )
     speedups.set_xticks(per_parameter, [f"{count}" for count in per_parameter])
     for axes in (losses, speedups):
         axes.minorticks_off()
         axes.margins(x=0.22 if named_at_ends else 0.05, y=0.12)
-    if not named_at_ends:
+    if named_at_ends:
+        _name(losses, at_losses)
+        _name(speedups, at_speedups)
+    else:
         losses.legend(fontsize=7.5, frameon=False)
-    title = "\n".join(textwrap.wrap(answer(rows), 105))
+    sentence = answer(rows)
+    balanced = len(sentence) // -(-len(sentence) // 100) + 12  # letters a line, so that none is left over
+    title = "\n".join(textwrap.wrap(sentence, balanced))
     figure.suptitle(title, fontsize=11.5, fontweight="bold", color=INK, x=0.01, ha="left")
     return figure
 
@@ -219,17 +234,39 @@ def _title(row: Worth) -> str:
     return arm if arm == SCRATCH or speedup is None else f"{arm}, S = {speedup:.2f}"
 
 
-def _name(axes: Axes, across: float, up: float, text: str, colour: str) -> None:
-    """Write `text` beside a point."""
-    axes.annotate(
-        text,
-        (across, up),
-        xytext=(7, 3),
-        textcoords="offset points",
-        fontsize=9,
-        color=colour,
-        fontweight="bold",
-    )
+@dataclass(frozen=True)
+class Label:
+    """A text beside a point of the data."""
+
+    across: float
+    up: float
+    text: str
+    colour: str
+    aligned: str = "left"  # at its left end, which is then beside the point
+
+
+def _name(axes: Axes, labels: Sequence[Label]) -> None:
+    """Write each text beside its point, those above one another LINE points apart."""
+    axes.autoscale_view()
+    bottom, top = axes.get_ylim()
+    height = axes.bbox.height / axes.figure.dpi * 72 / (top - bottom)  # points a unit
+    below = math.inf
+    for label in sorted(labels, key=lambda label: -label.up):
+        place = min(label.up * height, below - LINE)
+        axes.annotate(
+            label.text,
+            (label.across, label.up),
+            xytext=(8 if label.aligned == "left" else -8, place - label.up * height),
+            textcoords="offset points",
+            ha=label.aligned,
+            va="center",
+            fontsize=9,
+            color=label.colour,
+            fontweight="bold",
+            zorder=5,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.8},
+        )
+        below = place
 
 
 def _finish(axes: Axes, across: str, up: str, title: str) -> None:

@@ -24,6 +24,9 @@ import yaml
 import outgrow.model.family
 import outgrow.model.notation
 from helpers.models import TINY
+from outgrow.experiments.horizon_report import answer
+from outgrow.experiments.horizons import RECORD, read_ends, worths
+from outgrow.experiments.table import check_table
 from outgrow.growth import grow, plan
 from outgrow.growth.__main__ import GrowthLeaf
 from outgrow.growth.__main__ import settings_from as growth_settings
@@ -471,7 +474,7 @@ def test_the_table_of_sizes_is_computed(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_is_said_of_learning_rates_and_losses_is_what_the_study_found() -> None:
     best = {
         row["arm"]: row
-        for row in json.loads(text_of("experiments/tiny/comparison.json"))["rows"]
+        for row in json.loads(text_of("experiments/tiny_short_budget/comparison.json"))["rows"]
         if row["best"]
     }
     ratios = {
@@ -606,6 +609,11 @@ def test_the_hash_that_contributing_shows_is_todays() -> None:
         f"hash: {plan('phi_1_5', 'phi_2', 'lossless', depth=leaf['depth'], noise=leaf['noise']).hash}"
         in text_of("CONTRIBUTING.md")
     )
+
+
+def test_the_first_sentence_is_what_the_demo_found() -> None:
+    record = ROOT / "experiments" / "tiny" / RECORD
+    check_table(ROOT / "README.md", f"**{answer(worths(read_ends(record)))}**")
 
 
 # ---- studies -----------------------------------------------------------------------------------------------

@@ -88,8 +88,9 @@ def test_every_study_composes(name: str, elsewhere: Path, grids: dict[str, list[
             == len(todo)
             == len(extent.arms) * seeds * len(extent.learning_rate_factors)
         )
-        control = "source" if study.source else "small"  # trained longer but not bigger
-        assert study.judged_on or {"scratch", control} <= {job.arm for job in todo}
+        arms = {job.arm for job in todo}
+        assert study.judged_on or "scratch" in arms
+        assert study.judged_on or arms & {"source", "small"}, "no control: trained longer but not bigger"
     assert len(study.full.seeds) >= 3
     assert study.judged_on or len(study.full.learning_rate_factors) >= 3
     # a full run goes on from the demo
@@ -118,7 +119,7 @@ def test_the_settings_of_each_run_are_those_that_hydra_composes(
 
 @pytest.mark.slow
 def test_the_grid_is_run_on_the_tuning_seeds_only(elsewhere: Path, grids: dict[str, list[Job]]) -> None:
-    study = load_study("tiny")
+    study = load_study("tiny_rewarm")
     extent = replace(
         study.full, arms=("scratch",), seeds=(0, 1, 2), learning_rate_factors=(0.5, 1, 2), tuning_seeds=(0,)
     )
@@ -136,7 +137,7 @@ def test_what_is_committed_are_the_runs_that_the_study_defines(
         results = json.loads((HERE / name / "results.json").read_text())
         assert [arm["arm"] for arm in results["arms"]] == [job.arm for job in grids[name]]
         return
-    if not load_study(name).source:
+    if (HERE / name / RECORD).is_file():
         ends = read_ends(HERE / name / RECORD)
         assert {end.name for end in ends} <= {folder.name for job in grids[name] for folder in job.folders}
         assert (HERE / name / "table.md").read_text() == f"{answer(worths(ends))}\n\n{table(worths(ends))}"
@@ -153,7 +154,7 @@ def test_what_is_committed_are_the_runs_that_the_study_defines(
     check_table(HERE / name / "README.md", (HERE / name / "table.md").read_text())
 
 
-@pytest.mark.parametrize("name", [name for name in STUDIES if (HERE / name / "comparison.json").is_file()])
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in HERE.glob("*/comparison.json")))
 def test_what_is_committed_follows_from_its_own_curves(name: str) -> None:
     """Every cost and saving of the table, computed again from the curves beside it by the rule of today."""
     found = json.loads((HERE / name / "comparison.json").read_text())
@@ -203,7 +204,7 @@ def test_arms_differ_in_growth_learning_rate_and_what_they_say_only(
 
 @pytest.mark.slow
 def test_the_control_arm_pays_scratchs_flops(elsewhere: Path) -> None:
-    study = load_study("tiny")
+    study = load_study("tiny_rewarm")
     by_arm = {job.arm: job.settings.train for job in jobs(study, study.demo)}
     scratch, source = by_arm["scratch"], by_arm["source"]
     paid = (
@@ -221,61 +222,61 @@ def test_the_control_arm_pays_scratchs_flops(elsewhere: Path) -> None:
 def test_the_control_arm_needs_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="train the source first"):
-        equal_flops_budget(["experiment=tiny", "growth=source"])
+        equal_flops_budget(["experiment=tiny_short", "growth=source"])
 
 
 def test_a_wrong_definition_names_every_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="unknown study 'tinny'; did you mean 'tiny'"):
         load_study("tinny")
     text = (
-        (HERE / "tiny" / "study.yaml")
+        (HERE / "tiny_rewarm" / "study.yaml")
         .read_text()
         .replace("question:", "querstion:")
-        .replace("tile: {learning_rate:", "tile: {learning_rat:")
+        .replace("  lossless: {learning_rate:", "  lossless: {learning_rat:")
     )
-    (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "study.yaml").write_text(text)
+    (tmp_path / "tiny_rewarm").mkdir()
+    (tmp_path / "tiny_rewarm" / "study.yaml").write_text(text)
     monkeypatch.setattr(definition, "HERE", tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
-        load_study("tiny")
+        load_study("tiny_rewarm")
     for words in (
         "querstion: unknown key; did you mean 'question'",
         "question: missing",
-        "arms.tile.learning_rat: unknown key",
+        "arms.lossless.learning_rat: unknown key",
     ):
         assert words in str(caught.value)
-    (tmp_path / "tiny" / "study.yaml").write_text(
-        (HERE / "tiny" / "study.yaml")
+    (tmp_path / "tiny_rewarm" / "study.yaml").write_text(
+        (HERE / "tiny_rewarm" / "study.yaml")
         .read_text()
-        .replace("arms: [scratch, lossless,", "arms: [scratch, losless,")
+        .replace("arms: [scratch, source, lossless,", "arms: [scratch, source, losless,")
     )
     with pytest.raises(UserError, match=r"demo\.arms: unknown arm 'losless'; did you mean 'lossless'"):
-        load_study("tiny")
-    (tmp_path / "tiny" / "study.yaml").write_text(
+        load_study("tiny_rewarm")
+    (tmp_path / "tiny_rewarm" / "study.yaml").write_text(
         "question: why\nsource: []\nruns: []\narms: {plain: {growth: scratch}}\n"
         "demo: {arms: [plain], seeds: [0]}\n"
         "full: {arms: [plain], seeds: [0], learning_rate_factors: [1, 2]}\njudged_on: [stdlb]\n"
     )
     with pytest.raises(UserError) as caught:
-        load_study("tiny")
+        load_study("tiny_rewarm")
     assert "judged_on: unknown data 'stdlb'; did you mean 'stdlib'" in str(caught.value)
     assert "arms.plain.learning_rate: missing; full has a grid around it" in str(caught.value)
-    text = (tmp_path / "tiny" / "study.yaml").read_text().replace("judged_on: [stdlb]\n", "")
-    (tmp_path / "tiny" / "study.yaml").write_text(text)
+    text = (tmp_path / "tiny_rewarm" / "study.yaml").read_text().replace("judged_on: [stdlb]\n", "")
+    (tmp_path / "tiny_rewarm" / "study.yaml").write_text(text)
     with pytest.raises(UserError, match=r"demo\.arms: none counts as scratch, .* add it, or judged_on"):
-        load_study("tiny")
+        load_study("tiny_rewarm")
 
 
 @pytest.mark.slow
 def test_an_arm_may_be_a_growth_and_overrides(elsewhere: Path) -> None:
-    study = load_study("tiny")
+    study = load_study("tiny_rewarm")
     arm = Arm(growth="lossless", overrides=("transfer=distilled", "schedule.rewarm=new"), learning_rate=2e-3)
     study = replace(study, arms=study.arms | {"taught": arm})
     (job,) = jobs(study, replace(study.demo, arms=("taught",)))
     assert (job.arm, job.settings.name, job.settings.growth.name) == (
         "taught",
-        "tiny-taught-lr0.002-s0",
+        "tiny_rewarm-taught-lr0.002-s0",
         "taught",
     )
     assert (
@@ -288,7 +289,7 @@ def test_an_arm_may_be_a_growth_and_overrides(elsewhere: Path) -> None:
 
 @pytest.mark.slow
 def test_an_arm_that_composes_to_no_run_is_named_with_all_its_faults(elsewhere: Path) -> None:
-    study = load_study("tiny")
+    study = load_study("tiny_rewarm")
     wrong = {
         "taught": Arm(
             growth="lossless", overrides=("transfer=distiled", "train.contxt=3"), learning_rate=1e-3
@@ -309,7 +310,7 @@ def test_an_arm_that_composes_to_no_run_is_named_with_all_its_faults(elsewhere: 
 
 
 def tiny() -> tuple[Study, Job, list[Job]]:
-    study = load_study("tiny")
+    study = load_study("tiny_rewarm")
     source = source_job(study)
     assert source is not None
     return study, source, jobs(study, study.demo)
@@ -356,12 +357,12 @@ def test_a_complete_study_trains_nothing(
         lambda jobs, *_: began.append([job.name for job in jobs]) or [finish(job) for job in jobs],
     )
     finish(todo[1])
-    done = run_study("tiny")
+    done = run_study("tiny_rewarm")
     assert began == [[job.name for job in todo if job is not todo[1]]]
-    assert run_study("tiny") == done
+    assert run_study("tiny_rewarm") == done
     assert len(began) == 1
     assert done.folders == tuple(job.folder for job in todo)
-    assert (done.out, done.readme) == (Path("runs/comparison-tiny"), None)
+    assert (done.out, done.readme) == (Path("runs/comparison-tiny_rewarm"), None)
     assert f"{len(todo)} runs, {len(todo)} of them complete" in capsys.readouterr().out
     (source.folder / "summary.json").unlink()
     monkeypatch.setattr(
@@ -369,7 +370,7 @@ def test_a_complete_study_trains_nothing(
         "run_jobs",
         lambda jobs, *_: began.append([job.name for job in jobs]) or (source.folder / "summary.json").touch(),
     )
-    run_study("tiny")
+    run_study("tiny_rewarm")
     assert began[-1] == [source.name]
 
 
@@ -411,7 +412,7 @@ def study_of_sleepers(folder: str, at_once: int) -> None:
 
     os.setpgrp()  # as a terminal's foreground group
     os.chdir(folder)
-    study = load_study("tiny")
+    study = load_study("tiny_rewarm")
     job = source_job(study)
     assert job is not None
     todo = [replace(job, name=f"run{number}", overrides=(f"number={number}",)) for number in range(4)]
@@ -460,7 +461,7 @@ def test_ctrl_c_stops_a_study_within_seconds_and_nothing_new_starts(at_once: int
 
 @pytest.mark.slow
 def test_a_source_may_be_a_checkpoint_that_is_there(elsewhere: Path) -> None:
-    study = replace(load_study("tiny"), source="runs/tiny_source-scratch-s0/final")
+    study = replace(load_study("tiny_rewarm"), source="runs/tiny_short_source-scratch-s0/final")
     assert source_job(study) is None
     assert {
         job.settings.source for job in jobs(study, replace(study.demo, arms=("scratch", "lossless")))
