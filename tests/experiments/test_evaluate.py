@@ -126,7 +126,9 @@ def test_the_table_sets_ours_beside_what_was_published() -> None:
     told = markdown(suite, [ours])
     assert "| Phi-2 | 59.2 | 68.8 | 62.0 | 61.1 | 53.7 | – |" in told
     assert "| **mine** | – | – | – | 12.5 | – | – |" in told
-    assert "| gsm8k_cot | – | 40.2 | 44.6 | 12.5 |" in told
+    assert "| Gemini Nano 2 | 42.4 | – | – | – | – | – |" in told
+    assert "| gsm8k_cot | – | – | 40.2 | 44.6 | 12.5 |" in told
+    assert "| boolq | 79.3 | – | 75.8 | 72.8 | – |" in told
     assert "the first 10 items" in told
 
 
