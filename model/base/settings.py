@@ -64,7 +64,8 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
         # Plain values are set as Hydra sets them; composing again would take longer than planning a growth.
         for value in values:
             if value not in changes:
-                OmegaConf.update(cfg, value.key_or_group, value.value(), merge=True)
+                replaced = _is_open(folder / f"{name}.yaml", value)
+                OmegaConf.update(cfg, value.key_or_group, value.value(), merge=not replaced)
         return cfg, faults
     except (HydraException, OmegaConfBaseException) as error:
         return OmegaConf.create({}), [*faults, str(error).strip()]
@@ -98,6 +99,20 @@ def _composed(tree: Tree, name: str, lines: tuple[str, ...]) -> DictConfig:
 
     with _apart(), initialize_config_dir(str(tree.folder), version_base="1.3"):
         return compose(name, list(lines))
+
+
+def _is_open(file: Path, override: Override) -> bool:
+    """Check for a mapping of keys that a configuration's own file leaves open, such as `target`: one that
+    an experiment gives is replaced whole, as a preset's name would be.
+    """
+    from omegaconf import OmegaConf
+
+    if not isinstance(override.value(), dict):
+        return False
+    own = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    assert isinstance(own, dict)
+    key = override.key_or_group
+    return key in own and own[key] in (None, MISSING)
 
 
 def _changes_keys(override: Override) -> bool:

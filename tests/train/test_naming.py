@@ -25,7 +25,7 @@ from outgrow.train.start.naming import arm_changes, same_folder
 from outgrow.train.start.neutral import is_neutral
 
 ROOT = Path(__file__).resolve().parents[2]
-GIVEN = ["experiment=tiny", "growth=lossless"]
+GIVEN = ["experiment=tiny_short", "growth=lossless"]
 
 
 @pytest.mark.slow
@@ -54,13 +54,13 @@ GIVEN = ["experiment=tiny", "growth=lossless"]
     ],
 )
 def test_a_name_holds_what_changes_the_result(overrides: str, changes: str) -> None:
-    assert compose([*GIVEN, *overrides.split()]).name == f"tiny-lossless{changes}-s0"
+    assert compose([*GIVEN, *overrides.split()]).name == f"tiny_short-lossless{changes}-s0"
 
 
 @pytest.mark.slow
 def test_a_name_that_is_given_stays(tmp_path: Path) -> None:
     assert compose([*GIVEN, "transfer=continued", "name=mine"]).name == "mine"
-    assert compose([*GIVEN, "transfer=continued", "changes=''"]).name == "tiny-lossless-s0"
+    assert compose([*GIVEN, "transfer=continued", "changes=''"]).name == "tiny_short-lossless-s0"
 
 
 @pytest.mark.slow
@@ -241,7 +241,7 @@ def test_a_sweep_goes_on_where_a_point_fails_and_ends_with_what_failed(
 def test_a_long_name_stands_shortened_before_a_runs_lines() -> None:
     from outgrow.train.run.log import LONGEST_PREFIX, shortened
 
-    assert shortened("tiny-lossless-s0") == "tiny-lossless-s0"
+    assert shortened("tiny_short-lossless-s0") == "tiny_short-lossless-s0"
     long = "mine-source-data_files-validation_fraction0.25-budget_tokens16384-s0"
     assert shortened(long) == "mine-source-data_files-validation_f…kens16384-s0"
     assert len(shortened(long)) == LONGEST_PREFIX

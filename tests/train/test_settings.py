@@ -305,3 +305,11 @@ def test_8_bit_adam_is_refused_where_it_would_be_sharded() -> None:
     compose(tiny)
     with pytest.raises(UserError, match="use sharding=none, or optimizer=adamw"):
         compose([*tiny, "sharding=full"])
+
+
+def test_a_target_replaces_the_one_that_an_experiment_gives() -> None:
+    """As a preset's name would: sizes that the experiment grew by are not mixed into it."""
+    given = ["experiment=tiny", "growth=lossless"]
+    assert compose(given).target == {"num_hidden_layers": 8}
+    assert compose([*given, "target={hidden_size:96}"]).target == {"hidden_size": 96}
+    assert compose([*given, "target=tiny_target"]).target == "tiny_target"

@@ -193,8 +193,8 @@ def kept_by(network: Any, rows: int, context: int, *, bf16: bool, checkpointing:
 
     With activation checkpointing, what all layers keep is their inputs, and the backward pass holds beside
     them the one layer whole that it is computing again (the largest). Going backward through a layer takes
-    one gradient of the size of its largest tensor. A network that is compiled keeps less: the compiler
-    fuses element-wise steps and computes some of them again.
+    two gradients of the size of its largest tensor, of what a kernel gave and of what it took. A network
+    that is compiled keeps less: the compiler fuses element-wise steps and computes some of them again.
 
     Raises:
         UserError: the class's forward pass depends on values, which a fake network has not.
@@ -239,7 +239,7 @@ def kept_by(network: Any, rows: int, context: int, *, bf16: bool, checkpointing:
             layers.setdefault(within, []).append(size)
     outside = sum(size for place, (size, layer) in sizes.items() if layer is None and place not in inputs)
     once = max((sum(parts) for parts in layers.values()), default=0)
-    gradients = max((size for parts in layers.values() for size in parts), default=0)
+    gradients = 2 * max((size for parts in layers.values() for size in parts), default=0)
     first = outside + once + gradients + entered / max(1, len(layers))
     if checkpointing:
         return Kept(entered + outside, entered + outside + once + gradients, first)
