@@ -81,7 +81,10 @@ def test_the_forecast_is_what_pytorchs_tracker_counts(
     bench: Any, monkeypatch: pytest.MonkeyPatch, gpus: int, sharding: str, checkpointing: bool, loss: str
 ) -> None:
     told, tracked = held(bench, small(gpus, sharding, checkpointing, loss), monkeypatch)
-    assert not close(told, tracked, 0.1)
+    assert abs(sum(told.values()) / sum(tracked.values()) - 1) < 0.1
+    assert not close(
+        told, tracked, 0.12
+    )  # what a layer holds for a moment is rather too much than too little
 
 
 @pytest.mark.slow
