@@ -15,10 +15,13 @@ PUBLISHED, OURS = "#B8BEC6", "#0072B2"
 
 
 def draw(suite: Suite, found: Sequence[Evaluated], path: Path) -> None:
-    """Write the picture to `path`."""
+    """Write the picture to `path`. Beside scores on local items no published row is drawn: it measured
+    others, and the longer bar would say nothing.
+    """
     from matplotlib.figure import Figure
 
-    told = rows(suite, found, groups=True)[::-1]
+    local = any(each.local for each in found)
+    told = [row for row in rows(suite, found, groups=True)[::-1] if row[2] or not local]
     columns = [
         name
         for name in columns_of(suite, groups=True)
