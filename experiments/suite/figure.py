@@ -20,7 +20,7 @@ def draw(suite: Suite, found: Sequence[Evaluated], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    local = any(each.local for each in found)
+    local = any(each.local and any(score is not None for score in each.groups.values()) for each in found)
     told = [row for row in rows(suite, found, groups=True)[::-1] if row[2] or not local]
     columns = [
         name
