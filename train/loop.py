@@ -79,9 +79,11 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
             checkpoint is intact, or a loss or a weight is not finite.
         Stopped: SIGTERM or SIGUSR1 came; a checkpoint of the last step is saved.
     """
-    folder, loop, budget = Path(settings.out), settings.train, settings.budget
+    folder = Path(settings.out)
     checkpoints = folder / run_folder.CHECKPOINTS
-    console = Console(settings.progress and "lines", settings.name, loop.budget_tokens)
+    loop, budget = settings.train, settings.budget
+    progress = settings.progress and "lines"
+    console = Console(progress, settings.name, loop.budget_tokens)
 
     # ---- 1. Is there anything to do? -----------------------------------------------------------------------
     run, new_dtype = run_folder.read_run(folder), None
@@ -95,18 +97,18 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
             new_dtype = run_folder.recast_to(folder, run, settings)
             if new_dtype is None:
                 check_end_left(folder, run, missing)
-            again = "it trains again from its newest checkpoint to its end, to keep it"
-            plan = again if new_dtype is None else f"rounded from its {run_folder.FINAL}/"
-            console.say(f"{folder} is complete without {missing}: {plan}")
+                remedy = "it trains again from its newest checkpoint to its end, to keep it"
+            else:
+                remedy = f"rounded from its {run_folder.FINAL}/"
+            console.say(f"{folder} is complete without {missing}: {remedy}")
     elif further := run_folder.shorter_run(settings):
         console.say(further)
 
-    with (
-        session(loop.precision, settings.sharding, loop.hang_seconds) as accelerator,
-        run_folder.locked(folder, accelerator.is_main_process),
-    ):
+    group = session(loop.precision, settings.sharding, loop.hang_seconds)
+    with group as accelerator, run_folder.locked(folder, accelerator.is_main_process):
         # ---- 2. Who trains: every process, and the main one writes -----------------------------------------
         main = accelerator.is_main_process
+        process, processes = accelerator.process_index, accelerator.num_processes
         if run is not None and new_dtype is not None:
             if main:
                 recast(folder, run, new_dtype)
@@ -114,15 +116,20 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
             return folder
 
         # ---- 3. The network's config, and the text that it reads -------------------------------------------
-        source = find_source(settings, needed=run is None or needs_source(settings))
+        source_needed = run is None or needs_source(settings)
+        source = find_source(settings, needed=source_needed)
         config = target_config(settings, source) if run is None else run.target_config
-        stages, teaching = stages_of(settings, config), teacher_folder(settings, source)
-        dtype = run_folder.final_dtype(folder, settings, source_dtype(source, run))
+        stages = stages_of(settings, config)
+        teaching = teacher_folder(settings, source)
+        weights_dtype = source_dtype(source, run)
+        dtype = run_folder.final_dtype(folder, settings, weights_dtype)
         digests = weights_read(settings, source, teaching) if main else {}
         text = reading(settings, source, run)
-        bars, rows = main and settings.progress is not False, budget.steps * budget.rows
+        bars = main and settings.progress is not False
+        rows = budget.steps * budget.rows
         tokens_of = partial(prepare, progress=bars)
-        data = mixed(settings.mixture, text, tokens_of(text), tokens_of, context=loop.context, rows=rows)
+        tokens = tokens_of(text)
+        data = mixed(settings.mixture, text, tokens, tokens_of, context=loop.context, rows=rows)
         check_vocabulary(data, config["vocab_size"])
         way, teacher_way = find_ways(
             config,
@@ -130,10 +137,12 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
             loop,
             accelerator,
         )
-        for line in (*way.lines, *(teacher_way.lines if teacher_way else ())):
-            console.say(line)
+        for attention_way in filter(None, (way, teacher_way)):
+            for line in attention_way.lines:
+                console.say(line)
         teacher = find_teacher(teaching, config, teacher_way)
-        windows = list(validation_batches(data.validation, context=loop.context, tokens=loop.eval_tokens))
+        batches = validation_batches(data.validation, context=loop.context, tokens=loop.eval_tokens)
+        windows = list(batches)
         window_count(data.train, loop.context)  # refuses a text that is too short before anything is grown
 
         benchmarks = None
@@ -142,7 +151,8 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
 
             benchmarks = Benchmarks(settings.evaluate, data)
         if main:
-            for note in rehearse_end(config, source, data, sharded=accelerator.is_fsdp2, dtype=dtype):
+            sharded = accelerator.is_fsdp2
+            for note in rehearse_end(config, source, data, sharded=sharded, dtype=dtype):
                 console.say(note)
 
         # ---- 4. A new run: its start on disk, then its record ----------------------------------------------
@@ -150,30 +160,33 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
             if main:
                 trunk = find_trunk(trunks, settings)
                 check_text(settings, stages[0], source, data)
-                start = (
-                    begin(settings, stages[0], source, folder) if trunk is None else trunk_record(trunk).start
-                )
-                taught_by = None if teacher is None else teacher.config
-                spans = spans_of(stages, settings, taught_by, frozen_tensors(stages, settings, source))
-                known = measured(settings, config, data, accelerator, way, cut_record(text))
+                if trunk is None:
+                    start = begin(settings, stages[0], source, folder)
+                else:
+                    start = trunk_record(trunk).start
+                teacher_config = None if teacher is None else teacher.config
+                frozen = frozen_tensors(stages, settings, source)
+                spans = spans_of(stages, settings, teacher_config, frozen)
+                cut = cut_record(text)
+                measurements = measured(settings, config, data, accelerator, way, cut)
                 run = RunRecord.of(
                     settings,
                     start=start,
                     spans=tuple(spans),
                     weights=digests,
                     trunk=trunk,
-                    **known,
+                    **measurements,
                 )
-                for line in (
-                    *tokenizer_warnings(settings, source, data),
-                    *rate_warnings(settings, run.parameters),
-                ):
+                warnings = list(tokenizer_warnings(settings, source, data))
+                warnings += rate_warnings(settings, run.parameters)
+                for line in warnings:
                     console.say(line)
                 write_json(folder / run_folder.RUN, run.to_json())
             accelerator.wait_for_everyone()
             run = run_folder.read_run(folder)
             assert run is not None
-        run_folder.check_same_inputs(folder, run, data.fingerprint, source_cost(settings, source), digests)
+        cost = source_cost(settings, source)
+        run_folder.check_same_inputs(folder, run, data.fingerprint, cost, digests)
 
         # ---- 5. Where weights, optimizer state and clocks come from ----------------------------------------
         # The order matters:
@@ -187,7 +200,8 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
         accelerator.wait_for_everyone()
         saved = newest_intact(checkpoints, accelerator, console.say)
         position = state.Position() if saved is None else state.peek(saved)
-        if main and state.restore_metrics(folder / run_folder.METRICS, saved):
+        metrics = folder / run_folder.METRICS
+        if main and state.restore_metrics(metrics, saved):
             console.say(
                 f"{run_folder.METRICS} was cut, deleted or changed; its rows are those that the checkpoint "
                 "keeps",
@@ -195,7 +209,8 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
         if main:
             (folder / run_folder.SUMMARY).unlink(missing_ok=True)  # a complete run may train its end again
         peak = peak_flops(device_name(accelerator.device), run.precision)
-        clock = Meter(position, accelerator.num_processes, budget.tokens_per_step, run.spans, peak)
+        clock = Meter(position, processes, budget.tokens_per_step, run.spans, peak)
+        benchmark_steps = benchmark_every(settings)
 
         with open_log(folder, settings, run, writes=main) as log:
             context = RunContext(
@@ -223,17 +238,16 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
                         for line in introduction(context, objects, stage):
                             console.say(line)
                     newest = None if resumed is None else position.step
-                    processes = accelerator.process_index, accelerator.num_processes
                     tensors = objects.objective, objects.optimizer.optimizer
-                    with (
-                        watching(signs(), *processes, loop.hang_seconds) as alive,
-                        saving(checkpoints, *tensors, accelerator, loop, newest) as saver,
-                    ):
+                    heartbeat = watching(signs(), process, processes, loop.hang_seconds)
+                    checkpointing = saving(checkpoints, *tensors, accelerator, loop, newest)
+                    with heartbeat as alive, checkpointing as saver:
+                        run_begins = resumed is None and stage.number == 0
                         if resumed is None:
                             alive()
-                            validate(context, objects, "eval" if stage.number == 0 else "growth")
+                            validate(context, objects, "eval" if run_begins else "growth")
                         # a sharded network samples at its end
-                        if resumed is None and stage.number == 0 and not accelerator.is_fsdp2:
+                        if run_begins and not accelerator.is_fsdp2:
                             write_samples(context, objects, "start")
                         if resumed is not None and main:
                             # a kill may have come before the copy
@@ -256,29 +270,24 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
 
                             # ---- 7. Log, evaluate, save ----------------------------------------------------
                             if budget.due(budget.log_every, position.step):
-                                row = clock.close_interval() | objects.load.row(accelerator)
+                                row = clock.close_interval()
+                                row |= objects.load.row(accelerator)
                                 if log and row["loss"] is not None:
                                     log.write("train", clock.clocks(), learning_rate=rate, **row)
                             if budget.due(budget.eval_every, position.step):
                                 alive()
                                 validate(context, objects)
                                 check_range(context, objects, saver)
-                            if benchmarks is not None and budget.due(
-                                benchmark_every(settings), position.step
-                            ):
+                            benchmarks_due = budget.due(benchmark_steps, position.step)
+                            if benchmarks is not None and benchmarks_due:
                                 alive()
                                 measure_benchmarks(context, objects)
-                            stop = (
-                                any_process(accelerator, asked() is not None) and position.step < budget.steps
-                            )
+                            signalled = asked() is not None
+                            stop = any_process(accelerator, signalled) and position.step < budget.steps
                             grows = position.step == stage.last < budget.steps
                             branches = position.step == branch_step(settings)
-                            if (
-                                stop
-                                or grows
-                                or branches
-                                or budget.saves(position.step, best=position.best_step)
-                            ):
+                            saves = budget.saves(position.step, best=position.best_step)
+                            if stop or grows or branches or saves:
                                 with clock.paused():
                                     save(context, objects, saver)
                                     if branches:
@@ -292,19 +301,22 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
                                 raise stopped(asked(), position.step)
                         check_weights(context, objects, saver)
                     if stage is not stages[-1]:
-                        grow_into(context, objects, stages[stage.number + 1])
+                        following = stages[stage.number + 1]
+                        grow_into(context, objects, following)
 
             # ---- 8. The end: a Hugging Face folder, and last the summary, which makes the run complete -----
             accelerator.wait_for_everyone()
             weights = whole_weights(objects.objective, accelerator)
             if main:
                 summary = summarise(position)
-                adam = objects.adam() if loop.keep_optimizer or run_folder.keeps_optimizer(folder) else None
+                keeps_adam = loop.keep_optimizer or run_folder.keeps_optimizer(folder)
+                adam = objects.adam() if keeps_adam else None
                 final = publish(folder, objects.network, weights, data, run, summary, adam, dtype)
                 write_samples(context, objects, "end", None if weights is None else final)
                 metrics_so_far(context)  # are on the disk before the summary says that they are complete
                 write_json(folder / run_folder.SUMMARY, summary.to_json())
-                console.say(f"val loss {summary.start_val_loss:.4f} → {summary.final_val_loss:.4f}: {folder}")
+                losses = f"{summary.start_val_loss:.4f} → {summary.final_val_loss:.4f}"
+                console.say(f"val loss {losses}: {folder}")
             accelerator.wait_for_everyone()
     return folder
 
@@ -331,7 +343,8 @@ def check_end_left(folder: Path, run: RunRecord, missing: str) -> None:
     Raises:
         UserError: no checkpoint of it is left.
     """
-    if run.trunk is None and not state.complete(folder / run_folder.CHECKPOINTS):
+    checkpoints = folder / run_folder.CHECKPOINTS
+    if run.trunk is None and not state.complete(checkpoints):
         raise UserError(
             f"{folder} is complete without {missing}, and no checkpoint of it is left to train its end "
             "again from (train.save_every_tokens says when one is written); delete the folder to train "
@@ -341,15 +354,22 @@ def check_end_left(folder: Path, run: RunRecord, missing: str) -> None:
 
 def introduction(context: RunContext, objects: TrainingObjects, stage: Stage) -> Iterator[str]:
     """Lines on what is about to train, and on what."""
-    accelerator, way, position = context.accelerator, context.way, context.clock.position
-    count, active = parameter_count(stage.config), active_parameter_count(stage.config)
-    used = f" ({active:,} active for each token)" if active < count else ""
+    count = parameter_count(stage.config)
+    active = active_parameter_count(stage.config)
+    sparsity = f" ({active:,} active for each token)" if active < count else ""
+    steps = f"{context.clock.position.step} to {stage.last}"
     tokens = context.settings.budget.tokens_per_step
-    yield f"{count:,} parameters{used}, steps {position.step} to {stage.last} of {tokens:,} tokens"
-    yield from filter(None, (unbalanced(objects.network), drawn(objects.network)))
-    device, precision = device_name(accelerator.device), precision_of(accelerator.mixed_precision)
+    yield f"{count:,} parameters{sparsity}, steps {steps} of {tokens:,} tokens"
+
+    notes = unbalanced(objects.network), drawn(objects.network)
+    yield from filter(None, notes)
+
+    accelerator = context.accelerator
+    device = device_name(accelerator.device)
     processes = f"{accelerator.num_processes} process(es)"
-    yield f"{device}, {processes}, {precision}, attention {way.attention} ({way.why})"
+    precision = precision_of(accelerator.mixed_precision)
+    attention = f"attention {context.way.attention} ({context.way.why})"
+    yield f"{device}, {processes}, {precision}, {attention}"
 
 
 def validate(context: RunContext, objects: TrainingObjects, kind: str = "eval") -> None:
@@ -367,16 +387,21 @@ def validate(context: RunContext, objects: TrainingObjects, kind: str = "eval") 
             context.data.validation.bytes_per_token,
         )
     if kind == "eval":
+        loss = result.val_loss
         if position.start_val_loss is None:
-            position.start_val_loss = result.val_loss
-            for line in loss_warnings(context.settings, result.val_loss, context.data.vocab_size):
+            position.start_val_loss = loss
+            vocabulary = context.data.vocab_size
+            for line in loss_warnings(context.settings, loss, vocabulary):
                 console.say(line)
-        position.val_loss, position.bits_per_byte = result.val_loss, result.bits_per_byte
+        position.val_loss = loss
+        position.bits_per_byte = result.bits_per_byte
         best = math.inf if position.best_val_loss is None else position.best_val_loss
-        if position.step > 0 and result.val_loss < best:  # false for NaN
-            position.best_val_loss, position.best_step = result.val_loss, position.step
+        if position.step > 0 and loss < best:  # false for NaN
+            position.best_val_loss = loss
+            position.best_step = position.step
     if context.log:
-        context.log.write(kind, context.clock.clocks(), **asdict(result))
+        clocks = context.clock.clocks()
+        context.log.write(kind, clocks, **asdict(result))
 
 
 def write_samples(
@@ -392,16 +417,23 @@ def write_samples(
     """
     if context.log is None:
         return
+    accelerator = context.accelerator
     with context.clock.paused():
-        network = objects.network if final is None else load_model(final).to(context.accelerator.device)
-        arguments = network, context.data, context.windows, context.accelerator
-        context.log.samples(when, context.clock.clocks(), lambda: samples(*arguments))
+        network = objects.network
+        if final is not None:
+            network = load_model(final).to(accelerator.device)
+        sampled = partial(samples, network, context.data, context.windows, accelerator)
+        clocks = context.clock.clocks()
+        context.log.samples(when, clocks, sampled)
 
 
 def benchmark_every(settings: Settings) -> int | None:
     """The number of steps between two measurements of the benchmarks; None: at the end alone."""
     every = settings.evaluate.every_tokens
-    return None if every is None else max(1, round(every / settings.train.batch_tokens))
+    if every is None:
+        return None
+    steps = round(every / settings.train.batch_tokens)
+    return max(1, steps)
 
 
 def measure_benchmarks(context: RunContext, objects: TrainingObjects) -> None:
@@ -411,7 +443,8 @@ def measure_benchmarks(context: RunContext, objects: TrainingObjects) -> None:
     with context.clock.paused():
         scores = context.benchmarks.measure(objects.network, context.accelerator)
     if context.log:
-        context.log.write("benchmark", context.clock.clocks(), **scores)
+        clocks = context.clock.clocks()
+        context.log.write("benchmark", clocks, **scores)
 
 
 def metrics_so_far(context: RunContext) -> str:
@@ -451,12 +484,13 @@ def check_range(context: RunContext, objects: TrainingObjects, saver: Saver) -> 
     Raises:
         UserError: naming such weights.
     """
-    step, dtype = context.clock.position.step, context.dtype
+    dtype = context.dtype
     if dtype == "float32":
         return
     names = objects.step.beyond(getattr(torch, dtype))
     if not names:
         return
+    step = context.clock.position.step
     if step:
         saver.save(context.clock.position, metrics_so_far(context))
     saver.wait()
@@ -476,10 +510,8 @@ def stopping(context: RunContext, saver: Saver, fault: NotFinite) -> UserError:
 
 def stopped(signal: str | None, step: int) -> Stopped:
     """The end of a run that a signal stopped after `step`; None: the signal came to another process."""
-    return Stopped(
-        f"stopped by {signal or 'a signal to another process'} after step {step}, which is saved",
-        signal,
-    )
+    cause = signal or "a signal to another process"
+    return Stopped(f"stopped by {cause} after step {step}, which is saved", signal)
 
 
 def grow_into(context: RunContext, objects: TrainingObjects, following: Stage) -> None:
@@ -504,8 +536,10 @@ def measured(
 ) -> dict[str, Any]:
     """The entries of the run's record that settings do not tell: the counted network, the text, the
     machine."""
-    budget, context = settings.budget, settings.train.context
-    read = tokens_read(data.train, settings.data.name, budget.steps * budget.rows, context)
+    budget = settings.budget
+    context = settings.train.context
+    rows = budget.steps * budget.rows
+    read = tokens_read(data.train, settings.data.name, rows, context)
     return {
         "parameters": parameter_count(config),
         "active_parameters": active_parameter_count(config),

@@ -70,14 +70,16 @@ class TrainingObjects:
 
 def build_objects(context: RunContext, stage: Stage) -> TrainingObjects:
     """Build the network of `stage` with its starting weights, and around it loss, optimizer and step."""
-    settings, accelerator, way = context.settings, context.accelerator, context.way
-    network = starting_model(settings, stage, context.source, context.folder, way.attention)
-    count = sum(parameter.numel() for parameter in network.parameters())
-    assert count == parameter_count(stage.config), "geometry and the built model count different parameters"
+    settings, way = context.settings, context.way
+    source, folder = context.source, context.folder
+    network = starting_model(settings, stage, source, folder, way.attention)
+    sizes = (parameter.numel() for parameter in network.parameters())
+    same_count = sum(sizes) == parameter_count(stage.config)
+    assert same_count, "geometry and the built model count different parameters"
 
     # Frozen entries and learning rates are settled before the optimizer sorts the parameters into groups.
-    entries = entry_rates(network, settings, stage, context.folder)
-    rates = mup_rates(network, settings, stage, context.source)
+    entries = entry_rates(network, settings, stage, folder)
+    rates = mup_rates(network, settings, stage, source)
     optimizer = build_optimizer(network, settings.optimizer, rates)
 
     # Layers are compiled and checkpointed in place, and only then wrapped for several processes.
@@ -85,9 +87,11 @@ def build_objects(context: RunContext, stage: Stage) -> TrainingObjects:
     plain = build_loss(
         network, settings.train, context.data.end_of_text_id, fused=way.fused, masked=way.masked
     )
+    accelerator = context.accelerator
     objective = taught(plain, context.teacher, accelerator.device)
     model, prepared = prepare(objective, optimizer, accelerator, unused=way.partly)
-    step = Step(model, prepared, accelerator, context.data.train, settings, entries)
+    split = context.data.train
+    step = Step(model, prepared, accelerator, split, settings, entries)
     return TrainingObjects(network, objective, prepared, step, ExpertLoad(network))
 
 
@@ -101,6 +105,7 @@ def fill_state(context: RunContext, objects: TrainingObjects, stage: Stage, save
     """
     optimizer = objects.optimizer.optimizer
     if saved is None:
-        take_over(optimizer, objects.network, context.settings, stage, context.source, context.folder)
+        settings, source, folder = context.settings, context.source, context.folder
+        take_over(optimizer, objects.network, settings, stage, source, folder)
     else:
         state.read(saved, objects.objective, optimizer)

@@ -34,6 +34,11 @@ class Losses(NamedTuple):
     text: Tensor
     router: Tensor | None = None
 
+    @classmethod
+    def of(cls, output: Any) -> Losses:
+        """The losses that a forward pass returned together, or the text's loss, which it returned alone."""
+        return cls(*output) if isinstance(output, tuple) else cls(output, output)
+
 
 @dataclass(frozen=True)
 class Balance:

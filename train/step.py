@@ -49,8 +49,12 @@ class Step:
         settings: Settings,
         entries: EntryRates | None = None,
     ) -> None:
-        self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
-        self.split, self.settings, self.entries = split, settings, entries
+        self.model = model
+        self.optimizer = optimizer
+        self.accelerator = accelerator
+        self.split = split
+        self.settings = settings
+        self.entries = entries
         self.budget = settings.budget
         self.share = Share.of(
             self.budget.rows,
@@ -58,19 +62,22 @@ class Step:
             accelerator.process_index,
             accelerator.num_processes,
         )
-        weights = self.weights()
-        self.parameters = {name: parameter for name, parameter in weights.items() if parameter.requires_grad}
+        weights = self.weights().items()
+        self.parameters = {name: weight for name, weight in weights if weight.requires_grad}
 
     def weights(self) -> dict[str, nn.Parameter]:
         """All parameters, frozen ones too, by the network's own names."""
-        return {name.split("network.")[-1]: parameter for name, parameter in self.model.named_parameters()}
+        parameters = self.model.named_parameters()
+        return {name.split("network.")[-1]: parameter for name, parameter in parameters}
 
     def rate(self, i: int) -> float:
         """The learning rate of step `i`."""
-        from_scratch = self.settings.growth.operator == "scratch"
+        settings = self.settings
+        progress = self.progress(i)
+        from_scratch = settings.growth.operator == "scratch"
         tokens = (i + 0.5) * self.budget.tokens_per_step
-        share = factor(self.settings.schedule, self.progress(i), from_scratch=from_scratch, tokens=tokens)
-        return self.settings.optimizer.learning_rate * share
+        share = factor(settings.schedule, progress, from_scratch=from_scratch, tokens=tokens)
+        return settings.optimizer.learning_rate * share
 
     def progress(self, i: int) -> float:
         """The share of the budget that is spent in the middle of step `i`."""
@@ -79,7 +86,9 @@ class Step:
     def teaching(self, i: int) -> dict[str, float]:
         """The weight and temperature of the teacher in step `i`; nothing where none teaches."""
         teacher = self.settings.transfer.teacher
-        weight, temperature = (0.0, 1.0) if teacher is None else scheduled(teacher, self.progress(i))
+        if teacher is None:
+            return {}
+        weight, temperature = scheduled(teacher, self.progress(i))
         return {"weight": weight, "temperature": temperature} if weight else {}
 
     def windows(self, i: int, rows: range) -> Tensor:
@@ -107,13 +116,14 @@ class Step:
         """
         set_learning_rate(self.optimizer, self.rate(i))
         text, router = self.accumulate(i)
-        parts = [text] if router is None else [text, router]
-        losses = self.accelerator.reduce(torch.stack(parts), reduction="sum")
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        total = total_norm(gradients)
+        parts = torch.stack([text] if router is None else [text, router])
+        losses = self.accelerator.reduce(parts, reduction="sum")
+        gradients = (parameter.grad for parameter in self.parameters.values())
+        total = total_norm([gradient for gradient in gradients if gradient is not None])
         # The one place where a step waits for the device: what is not finite must not be used.
-        norm, loss, *balance = torch.stack((total, *losses)).tolist()
-        if not all(map(math.isfinite, (norm, loss, *balance))):
+        figures = torch.stack((total, *losses)).tolist()
+        norm, loss, *balance = figures
+        if not all(map(math.isfinite, figures)):
             fault = self.fault(i + 1, loss, norm)
             self.optimizer.zero_grad()
             raise fault
@@ -123,7 +133,8 @@ class Step:
                 self.settings.train.gradient_clip,
                 total,
             )
-        with nullcontext() if self.entries is None else self.entries.applied(self.progress(i)):
+        entries = self.entries
+        with nullcontext() if entries is None else entries.applied(self.progress(i)):
             self.optimizer.step()
         self.optimizer.zero_grad()
         return loss, norm, *balance
@@ -138,25 +149,30 @@ class Step:
             this process's part of the mean loss on the text, and of the routers' load-balancing term where
             there is one.
         """
+        accelerator, pieces = self.accelerator, self.share.pieces
         teaching = self.teaching(i)
-        mean, router = torch.zeros((), device=self.accelerator.device), None
-        windows, begin = self.windows(i, self.share.rows), self.share.rows.start
-        for piece in self.share.pieces:
-            last = piece is self.share.pieces[-1]
-            torch.manual_seed(step_seed(self.settings.seed, i, piece.start))  # dropout, where a model has any
+        mean = torch.zeros((), device=accelerator.device)
+        router = None
+        windows = self.windows(i, self.share.rows)
+        begin = self.share.rows.start
+        for piece in pieces:
+            last = piece is pieces[-1]
+            seed = step_seed(self.settings.seed, i, piece.start)
+            torch.manual_seed(seed)  # dropout, where a model has any
             rows = windows[piece.start - begin : piece.stop - begin]
             # take part with a row that counts nothing: sharded processes run the layers together
             if not len(piece):
                 rows = self.windows(i, range(1))
-            with nullcontext() if last else accumulating(self.model, self.accelerator):
+            with nullcontext() if last else accumulating(self.model, accelerator):
                 output = self.model(rows, reduction="sum", **teaching)
-                losses = Losses(*output) if isinstance(output, tuple) else Losses(output, output)
+                losses = Losses.of(output)
                 share = bool(len(piece)) / self.budget.tokens_per_step
                 # Gradients are averaged over the processes.
-                self.accelerator.backward(losses.objective * share * self.accelerator.num_processes)
+                accelerator.backward(losses.objective * share * accelerator.num_processes)
             mean += losses.text.detach() * share
             if losses.router is not None:
-                router = losses.router.detach() * share + (0.0 if router is None else router)
+                balance = losses.router.detach() * share
+                router = balance if router is None else balance + router
         return mean, router
 
     def fault(self, step: int, loss: float, norm: float) -> NotFinite:
@@ -166,12 +182,13 @@ class Step:
         story = f"step {step}: the loss is {loss} and the gradient norm {norm}; not finite: "
         if names := self.broken_weights():
             return NotFinite(f"{story}weight {names[0]}", weights=True)
-        gradients = {name: parameter.grad for name, parameter in self.parameters.items()}
-        names = self.not_finite(
-            {name: gradient for name, gradient in gradients.items() if gradient is not None}
-        )
+        parameters = self.parameters.items()
+        gradients = ((name, parameter.grad) for name, parameter in parameters)
+        names = self.not_finite({name: gradient for name, gradient in gradients if gradient is not None})
+        if not names:
+            return NotFinite(f"{story}loss alone")
         more = f"{len(names) - 1} more of {len(self.parameters)} tensors"
-        return NotFinite(story + (f"gradient of {names[-1]}, and of {more}" if names else "loss alone"))
+        return NotFinite(f"{story}gradient of {names[-1]}, and of {more}")
 
     def check_weights(self, step: int) -> None:
         """Raise NotFinite where a weight is not finite after `step` steps: no loss has met it yet, and such a
@@ -182,11 +199,15 @@ class Step:
 
     def broken_weights(self) -> list[str]:
         """The names of the trained weights that are not finite."""
-        return self.not_finite({name: p.detach() for name, p in self.parameters.items()})
+        return self.not_finite(detached(self.parameters))
 
     def not_finite(self, tensors: dict[str, Tensor]) -> list[str]:
         """The names of those that are not finite on any process."""
-        return self.flagged(tensors, lambda tensor: (~tensor.isfinite()).any())
+
+        def has_not_finite(tensor: Tensor) -> Tensor:
+            return (~tensor.isfinite()).any()
+
+        return self.flagged(tensors, has_not_finite)
 
     def beyond(self, dtype: torch.dtype) -> list[str]:
         """The names of the weights, frozen ones too, with a finite value that rounds to infinity in
@@ -196,15 +217,19 @@ class Step:
             extremes = torch.stack(tensor.aminmax())
             return extremes.to(dtype).isinf().any()
 
-        weights = {name: parameter.detach() for name, parameter in self.weights().items()}
-        return self.flagged(weights, rounds_to_infinity)
+        return self.flagged(detached(self.weights()), rounds_to_infinity)
 
     def flagged(self, tensors: dict[str, Tensor], test: Callable[[Tensor], Tensor]) -> list[str]:
         """The names of those of which `test` is true on any process."""
-        parts = [local(tensor) for tensor in tensors.values()]
-        flags = [test(part) if part.numel() else part.new_zeros(()).bool() for part in parts]
-        counts = self.accelerator.reduce(torch.stack(flags).float(), reduction="sum").tolist()
-        return [name for name, count in zip(tensors, counts, strict=True) if count]
+
+        def flag(part: Tensor) -> Tensor:
+            return test(part) if part.numel() else part.new_zeros(()).bool()
+
+        flags = [flag(local(tensor)) for tensor in tensors.values()]
+        own = torch.stack(flags).float()
+        counts = self.accelerator.reduce(own, reduction="sum").tolist()
+        counted = zip(tensors, counts, strict=True)
+        return [name for name, count in counted if count]
 
 
 class NotFinite(UserError):
@@ -247,11 +272,19 @@ class Share:
 
         8 rows by 2 on processes 0 and 1 of 3: 0‥2 as (0‥1, 2‥2) and 2‥5 as (2‥4, 4‥5).
         """
-        own = range(rows * process // processes, rows * (process + 1) // processes)
+        begin = rows * process // processes
+        end = rows * (process + 1) // processes
+        own = range(begin, end)
         most = -(-rows // processes)
         size = min(micro_batch or most, most)
-        pieces = [own[first : first + size] for first in range(0, most, size)]
+        begins = range(0, most, size)
+        pieces = [own[begin : begin + size] for begin in begins]
         return cls(own, tuple(pieces))
+
+
+def detached(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The values of `parameters`, outside the graph of the loss."""
+    return {name: parameter.detach() for name, parameter in parameters.items()}
 
 
 def step_seed(seed: int, step: int, row: int) -> int:
@@ -260,7 +293,8 @@ def step_seed(seed: int, step: int, row: int) -> int:
     A resumed run draws what an undisturbed one would have drawn, and so does a run on other processes whose
     micro-batches are the same.
     """
-    digest = hashlib.sha256(f"{seed} {step} {row}".encode()).digest()
+    text = f"{seed} {step} {row}"
+    digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8]) >> 1
 
 
@@ -271,13 +305,15 @@ def drawn(network: nn.Module) -> str | None:
     """
     rates: dict[str, float] = {}
     for module in network.modules():
-        own = {"dropout": module.p} if isinstance(module, nn.Dropout) else vars(module)
-        numbers = {key: value for key, value in own.items() if "drop" in key and isinstance(value, float)}
-        rates |= {key: numbers[key] for key in numbers if 0.0 < numbers[key] <= 1.0}
+        attributes = {"dropout": module.p} if isinstance(module, nn.Dropout) else vars(module)
+        for key, value in attributes.items():
+            is_rate = isinstance(value, float) and 0.0 < value <= 1.0
+            if "drop" in key and is_rate:
+                rates[key] = value
     if not rates:
         return None
-    listed = ", ".join(f"{key} {rates[key]:g}" for key in sorted(rates))
+    parts = (f"{key} {rate:g}" for key, rate in sorted(rates.items()))
     return (
-        f"{listed}: masks are drawn for each micro-batch, so losses depend on train.micro_batch and on the "
-        "number of processes"
+        f"{', '.join(parts)}: masks are drawn for each micro-batch, so losses depend on train.micro_batch "
+        "and on the number of processes"
     )
