@@ -128,7 +128,7 @@ def settings_from(arguments: list[str]) -> Settings:
 
 def run(settings: Settings) -> None:
     """Plan, or plan and grow, and say what came of it."""
-    from outgrow.growth.grow import grow
+    from outgrow.growth.grow import grow, read_lesson
     from outgrow.growth.planning import plan
 
     if settings.plan_only:
@@ -136,6 +136,8 @@ def run(settings: Settings) -> None:
         grown_plan = plan(
             source, settings.target, seed=settings.seed, dtype=settings.dtype, **settings.growth.arguments()
         )
+        if grown_plan.lesson is not None and not isinstance(source, str):
+            read_lesson(grown_plan, source, settings.receipt.text)
         _print_plan(grown_plan)
         _print_outcome(grown_plan, None)
         _draw(settings, grown_plan, None if isinstance(source, str) else source)

@@ -153,7 +153,7 @@ def grow(
         passage = None if text is None or receipt is False else passage_for(checkpoint.folder, text)
         reader = checkpoint if nonfinite == "allow" else FiniteReader(checkpoint, made.dtypes)
         adam = None if optimizer is None else _read_adam(optimizer, made)
-        lesson = None if made.lesson is None else _read_lesson(made, checkpoint, text)
+        lesson = None if made.lesson is None else read_lesson(made, checkpoint, text)
         shards = shards_of(made, max_shard_bytes)
         how: dict[str, Any] = {"threads": threads, "progress": progress}
         reads = (*checkpoint.files, *([] if optimizer is None else [Path(os.path.expanduser(optimizer))]))
@@ -220,7 +220,7 @@ def _grow_share(
     return Grown(place.out, plan, measured, notes=checkpoint.notes, learned=learned)
 
 
-def _read_lesson(plan: Plan, source: Checkpoint, text: str | Path | None) -> Calibration:
+def read_lesson(plan: Plan, source: Checkpoint, text: str | Path | None) -> Calibration:
     """The text that a plan learns on.
 
     Raises:

@@ -12,6 +12,7 @@ from outgrow.growth.arguments import check_arguments
 from outgrow.growth.changes import CHANGES
 from outgrow.growth.learned.lessons import LEARNED
 from outgrow.growth.learned.planned import learned_plan
+from outgrow.growth.learned.text import check_there
 from outgrow.growth.mixture import changed_plan
 from outgrow.growth.operators import default_noise, options_of
 from outgrow.growth.plan import Plan, decide
@@ -56,7 +57,7 @@ def plan(
 
     Raises:
         UserError: unknown names (with near matches), a target smaller than the source, tensors that do not
-            match the schema, …
+            match the schema, a text to learn on that is not there (where the source is more than a config), …
     """
     check_arguments(target=target, operator=operator, depth=depth, noise=noise, seed=seed, dtype=dtype)
     checkpoint = _opened(source)
@@ -72,7 +73,10 @@ def plan(
         fixed = partial(
             plan, checkpoint, target, depth=depth, noise=strength, seed=seed, dtype=dtype, family=family
         )
-        return learned_plan(operator, options, fixed)
+        learned = learned_plan(operator, options, fixed)
+        if not isinstance(source, Mapping) and learned.lesson is not None:  # a config is planned on paper
+            check_there(learned.lesson.text)
+        return learned
     target = _said_elsewhere(flat(target), dtype) if isinstance(target, Mapping) else target
     resolved = (
         resolve_family(checkpoint, target, depth, operator, options) if family is None else Resolved(family)

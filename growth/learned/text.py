@@ -38,6 +38,22 @@ class Calibration:
         return hashlib.sha256(self.fit.tobytes() + self.held.tobytes()).hexdigest()
 
 
+def check_there(text: str) -> Path:
+    """Look for a text without cutting it into tokens.
+
+    Raises:
+        UserError: there is none, or nothing is in it.
+    """
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise UserError(f"{KEY} {text!r}: no such file or folder; give a text that is there")
+    if (path / MANIFEST).is_file():
+        _token_folder(path)
+    elif not any(text_of(file, KEY).strip() for file in _files(path)):
+        raise UserError(f"{KEY} {str(path)!r}: is empty; give some thousands of words of text")
+    return path
+
+
 def read_calibration(
     text: str, source: Path, vocabulary: int, context: int | None, *, tokens: int, window: int
 ) -> Calibration:
@@ -51,9 +67,7 @@ def read_calibration(
     Raises:
         UserError: there is no such text, it is empty or too short, or its tokens are not the source's.
     """
-    path = Path(text).expanduser()
-    if not path.exists():
-        raise UserError(f"{KEY} {text!r}: no such file or folder; give a text that is there")
+    path = check_there(text)
     ids = _token_folder(path) if (path / MANIFEST).is_file() else _tokenised(path, source)
     window = min(window, context or window)
     rows = max(1, tokens // window)
@@ -79,20 +93,23 @@ def _held_out(rows: int) -> int:
     return min(MOST_HELD_OUT, max(1, rows // SHARE))
 
 
-def _tokenised(path: Path, source: Path) -> np.ndarray:
-    """The tokens of a text file, or of the text files of a folder in the order of their names."""
+def _files(path: Path) -> list[Path]:
+    """The text file of that name, or the text files of a folder in the order of their names."""
     files = [path] if not path.is_dir() else sorted(p for p in path.rglob("*") if p.suffix in ENDINGS)
     if not files:
         raise UserError(f"{KEY} {str(path)!r}: holds no text file ({', '.join(ENDINGS)}) and no {MANIFEST}")
+    return files
+
+
+def _tokenised(path: Path, source: Path) -> np.ndarray:
+    """The tokens of the text at `path`, the files of a folder one after another."""
     parts, size = [], 0
-    for file in files:
+    for file in _files(path):
         parts.append(text_of(file, KEY))
         size += len(parts[-1])
         if size > MOST_BYTES:
             break
     whole = "\n\n".join(parts)
-    if not whole.strip():
-        raise UserError(f"{KEY} {str(path)!r}: is empty; give some thousands of words of text")
     ids = tokenizer_of(source, KEY)(whole, add_special_tokens=False, verbose=False)["input_ids"]
     if len(set(ids)) < 2:
         raise UserError(f"{KEY}: the folder {source} has no tokenizer that knows this text")

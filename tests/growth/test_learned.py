@@ -194,7 +194,7 @@ def test_a_layer_map_is_repaired_and_recorded(trained: Path, text: Path, tmp_pat
 def learner_of(source: Path, target: dict[str, int], **how: Any) -> tuple[Learner, dict[str, np.ndarray]]:
     """The maps before their first step, and what the fixed operator makes."""
     opened = Checkpoint(source)
-    learned = plan(opened, target, "ligo", text="any", **how)
+    learned = plan(opened, target, "ligo", text=__file__, **how)
     fixed = plan(opened, target, noise=0.0, **how)
     whole = {name: values.numpy() for name, values in expand(fixed, opened)}
     return Learner(learned, values_of(opened, opened.tensors), "exact", torch.float64), whole
@@ -338,6 +338,41 @@ def test_what_cannot_be_learned_on_is_told_before_anything_is_written(
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ([], "growth.text is missing"),
+        (["growth.text=nowhere"], "growth.text 'nowhere': no such file or folder"),
+        (["growth.text=EMPTY"], "is empty"),
+        (["growth.text=SHORT"], "tokens; give a text of at least"),
+        (["growth.text=TEXT", "receipt.text=TEXT"], "is growth.text, which is learned on"),
+    ],
+    ids=str,
+)
+def test_a_plan_tells_what_cannot_be_learned_on(
+    llama: Path, text: Path, tmp_path: Path, capsys: Any, name: str, told: list[str], words: str
+) -> None:
+    (tmp_path / "EMPTY").write_text(" \n")
+    (tmp_path / "SHORT").write_text("the cat sat")
+    for place in (text, tmp_path / "EMPTY", tmp_path / "SHORT"):
+        called = "TEXT" if place == text else place.name
+        told = [argument.replace(called, str(place)) for argument in told]
+    with pytest.raises(SystemExit):
+        main([f"source={llama}", "target={num_hidden_layers:4}", f"growth={name}", "plan_only=true", *told])
+    printed = capsys.readouterr()
+    assert words in printed.err
+    assert not printed.out
+
+
+def test_a_preset_and_python_tell_a_text_that_is_not_there(llama: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["source=phi_1_5", "target=phi_2", "growth=ligo", "growth.text=nowhere", "plan_only=true"])
+    assert "growth.text 'nowhere': no such file or folder" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no such file or folder"):
+        plan(llama, {"num_hidden_layers": 4}, "least_squares", text="nowhere")
+
+
 @pytest.mark.slow
 def test_the_door_learns_and_tells_what_came_of_it(
     llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -355,4 +390,4 @@ def test_the_door_learns_and_tells_what_came_of_it(
 def test_a_model_in_memory_is_refused(llama: Path, name: str) -> None:
     with pytest.raises(UserError, match="learns on text, in a folder"):
         grow_model(load_model(llama), {"num_hidden_layers": 3}, name, text="any")
-    assert not plan(llama, {"num_hidden_layers": 3}, name, text="any").certificate.lossless
+    assert not plan(llama, {"num_hidden_layers": 3}, name, text=__file__).certificate.lossless
