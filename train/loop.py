@@ -302,6 +302,7 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
                         check_weights(context, objects, saver)
                     if stage is not stages[-1]:
                         following = stages[stage.number + 1]
+                        validate(context, objects, "before_growth")
                         grow_into(context, objects, following)
 
             # ---- 8. The end: a Hugging Face folder, and last the summary, which makes the run complete -----
@@ -376,7 +377,8 @@ def validate(context: RunContext, objects: TrainingObjects, kind: str = "eval") 
     """Take the validation loss, off the training clock, and log it.
 
     Args:
-        kind: "growth" for the loss of a network that has just grown, which is not the run's own.
+        kind: "before_growth" and "growth" for the losses of a network that is about to grow and of the one
+            that has just grown, whose difference is the height of the spike; neither is the run's own.
     """
     position, console = context.clock.position, context.console
     with context.clock.paused():

@@ -430,6 +430,8 @@ def test_a_run_grows_on_its_way_in_one_folder_on_one_clock(staged: Settings) -> 
     grown = rows(folder, "growth")
     assert [row["step"] for row in grown] == [2, 4]
     losses = {row["step"]: row["val_loss"] for row in rows(folder, "eval")}
+    before = {row["step"]: row["val_loss"] for row in rows(folder, "before_growth")}
+    assert before == {2: losses[2], 4: losses[4]}
     assert grown[1]["val_loss"] == pytest.approx(losses[4], abs=1e-5), "an identity growth keeps the loss"
     assert grown[0]["val_loss"] != pytest.approx(losses[2], abs=1e-5), "a stacked one does not"
     assert sorted(path.name for path in (folder / "stages").iterdir()) == ["1", "2"]

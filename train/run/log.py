@@ -146,8 +146,9 @@ class Console:
         if kind == "eval":
             self.losses["val loss"] = f"{values['val_loss']:.4f}"
             text = f"val loss {values['val_loss']:.4f} nats/token, {values['bits_per_byte']:.4f} bits/byte"
-        elif kind == "growth":
-            text = f"grown: val loss {values['val_loss']:.4f}"
+        elif kind in ("before_growth", "growth"):
+            when = "grown" if kind == "growth" else "before it grows"
+            text = f"{when}: val loss {values['val_loss']:.4f}"
         elif kind == "benchmark":
             text = ", ".join(f"{task} {score:.1%}" for task, score in values.items())
         elif kind == "skip":
