@@ -36,6 +36,9 @@ METHOD = (
 )
 
 
+ArmRate = tuple[str, float]  # an arm and one of its learning rates
+
+
 @dataclass(frozen=True)
 class Row:
     """One arm at one learning rate, over its seeds. Losses in nats/token; see `ledger.Cost` for the costs."""
@@ -78,7 +81,7 @@ class Comparison:
     study: str
     rows: tuple[Row, ...]
     scratch_curve: Curve
-    curves: dict[tuple[str, float], Curve]  # mean over seeds
+    curves: dict[ArmRate, Curve]  # mean over seeds
     changes: tuple[Change, ...]
     differences: tuple[str, ...]  # settings beside the growth in which the arms differ
     runs: tuple[Run, ...]
@@ -108,21 +111,27 @@ def compare(folders: Iterable[str | Path]) -> Comparison:
     curves = {key: _mean_curve(group) for key, group in groups.items()}
     best = best_learning_rates(groups)
     baseline = (SCRATCH, best[SCRATCH])
-    scratch, scratch_curve = groups[baseline], curves[baseline]
+    scratch = groups[baseline]
+    scratch_curve = curves[baseline]
     rows = []
-    for (arm, rate), group in groups.items():
+    for key, group in groups.items():
+        arm, rate = key
         is_best = rate == best[arm]
-        rows.append(_row(group, curves[arm, rate], is_best, scratch, scratch_curve))
+        row = _row(group, curves[key], is_best, scratch, scratch_curve)
+        rows.append(row)
     rows.sort(key=lambda row: (not row.best, row.final_loss))
     tuned = {arm: groups[arm, rate] for arm, rate in best.items()}
-    measured = changes(tuned)
-    stated = [(change.arm, key) for change in measured for key in change.settings]
+    effects = changes(tuned)
+    stated: list[tuple[str, str]] = []
+    for change in effects:
+        stated += [(change.arm, key) for key in change.settings]
+    studies = {run.study for run in runs}
     return Comparison(
-        study=", ".join(sorted({run.study for run in runs})),
+        study=", ".join(sorted(studies)),
         rows=tuple(rows),
         scratch_curve=scratch_curve,
         curves=curves,
-        changes=measured,
+        changes=effects,
         differences=tuple(differences(runs, stated)),
         runs=tuple(runs),
         left_out=tuple(left_out),
@@ -131,15 +140,16 @@ def compare(folders: Iterable[str | Path]) -> Comparison:
     )
 
 
-def by_rate(runs: Iterable[Run]) -> dict[tuple[str, float], list[Run]]:
+def by_rate(runs: Iterable[Run]) -> dict[ArmRate, list[Run]]:
     """The runs of each arm at each learning rate, by seed."""
-    groups: dict[tuple[str, float], list[Run]] = defaultdict(list)
-    for run in sorted(runs, key=lambda run: (run.arm, run.learning_rate, run.seed)):
-        groups[run.arm, run.learning_rate].append(run)
-    return groups
+    groups: dict[ArmRate, list[Run]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: run.seed):
+        key = (run.arm, run.learning_rate)
+        groups[key].append(run)
+    return {key: groups[key] for key in sorted(groups)}
 
 
-def best_learning_rates(groups: Mapping[tuple[str, float], Sequence[Run]]) -> dict[str, float]:
+def best_learning_rates(groups: Mapping[ArmRate, Sequence[Run]]) -> dict[str, float]:
     """The learning rate of every arm with the lowest mean final loss over the seeds that all its rates share.
 
     So a lucky seed that one rate alone was run with decides nothing. Where no seed is shared, each rate's own
@@ -153,7 +163,8 @@ def best_learning_rates(groups: Mapping[tuple[str, float], Sequence[Run]]) -> di
 
 def _best_of(grid: Mapping[float, Mapping[int, float]]) -> float:
     """The learning rate with the lowest mean, of each rate's losses by seed."""
-    shared = set.intersection(*(set(losses) for losses in grid.values()))
+    seeds = map(set, grid.values())
+    shared = set.intersection(*seeds)
 
     def mean_loss(rate: float) -> float:
         losses = grid[rate]
@@ -171,10 +182,12 @@ def _mean_curve(group: Sequence[Run]) -> Curve:
 
 
 def _row(group: Sequence[Run], curve: Curve, best: bool, scratch: Sequence[Run], scratch_curve: Curve) -> Row:
-    first, finals = group[0], [run.final_loss for run in group]
+    first = group[0]
+    finals = [run.final_loss for run in group]
     source_flops = _mean_or_none([run.source_flops for run in group])
     operator_flops = fmean(run.operator_flops for run in group)
-    receipts = [delta for run in group if (delta := run.record.start.max_delta) is not None]
+    deltas = (run.record.start.max_delta for run in group)
+    receipts = [delta for delta in deltas if delta is not None]
     return Row(
         arm=first.arm,
         learning_rate=first.learning_rate,
@@ -200,14 +213,20 @@ def _seed_savings(group: Sequence[Run], scratch: Sequence[Run]) -> tuple[float, 
     """Each seed against scratch's run of the same seed, source excluded; () unless all of them have a
     ratio."""
     by_seed = {run.seed: run for run in scratch}
-    pairs = [(run, by_seed[run.seed]) for run in group if run.seed in by_seed]
-    costs = [cost(run.curve, other.curve, operator_flops=run.operator_flops) for run, other in pairs]
-    savings = tuple(one.saving_excluded for one in costs if one.saving_excluded is not None)
-    return savings if len(savings) == len(group) else ()
+    savings: list[float] = []
+    for run in group:
+        if run.seed not in by_seed:
+            return ()
+        baseline = by_seed[run.seed].curve
+        saving = cost(run.curve, baseline, operator_flops=run.operator_flops).saving_excluded
+        if saving is None:
+            return ()
+        savings.append(saving)
+    return tuple(savings)
 
 
 def _mean_or_none(values: Sequence[Any]) -> float | None:
-    return None if any(value is None for value in values) else fmean(values)
+    return None if None in values else fmean(values)
 
 
 def _notes(rows: Sequence[Row], runs: Sequence[Run], left_out: Sequence[LeftOut]) -> list[str]:
@@ -216,7 +235,8 @@ def _notes(rows: Sequence[Row], runs: Sequence[Run], left_out: Sequence[LeftOut]
     best = [row for row in rows if row.best]
     notes += _notes_on_seeds(best) + _notes_on_tuning(rows)
     notes += _notes_on_control(best)
-    sources = {replace(run.source, path=None) for run in runs if run.source}
+    origins = [run.source for run in runs if run.source]
+    sources = {replace(source, path=None) for source in origins}
     if len(sources) > 1:
         notes.append(
             f"the runs start from {len(sources)} different sources; the source's cost is the mean of an "
@@ -227,23 +247,29 @@ def _notes(rows: Sequence[Row], runs: Sequence[Run], left_out: Sequence[LeftOut]
         for row in best
         if row.source_flops is None
     ]
-    devices = sorted({str(run.record.device) for run in runs})
-    return notes + (
-        [f"the runs were made on different devices ({', '.join(devices)}): compare no seconds"]
-        if len(devices) > 1
-        else []
-    )
+    devices = {str(run.record.device) for run in runs}
+    if len(devices) > 1:
+        names = ", ".join(sorted(devices))
+        notes.append(f"the runs were made on different devices ({names}): compare no seconds")
+    return notes
 
 
 def _notes_on_control(best: Sequence[Row]) -> list[str]:
-    """Bigger, or only trained longer? The source arm tells."""
-    control = next((row for row in best if row.arm == SOURCE), None)
-    if control is None:
+    """A note on the arms that the source arm, only trained longer and not bigger, is as good as."""
+    controls = [row for row in best if row.arm == SOURCE]
+    if not controls:
         return [f"no {SOURCE} arm: nothing here separates a bigger model from one that was trained longer"]
-    grown = [row for row in best if row.arm not in (SCRATCH, SOURCE)]
-    losing = [row.arm for row in grown if row.final_loss >= control.final_loss]
-    end = f"ends at {control.final_loss:.3f} after the same FLOPs, lower than or equal to"
-    return [f"the {SOURCE} arm, trained longer and not bigger, {end}: {', '.join(losing)}"] if losing else []
+    level = controls[0].final_loss
+    losing = [row.arm for row in grown(best) if row.final_loss >= level]
+    if not losing:
+        return []
+    end = f"ends at {level:.3f} after the same FLOPs, lower than or equal to"
+    return [f"the {SOURCE} arm, trained longer and not bigger, {end}: {', '.join(losing)}"]
+
+
+def grown(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the arms that grow from a source."""
+    return [row for row in rows if row.arm not in (SCRATCH, SOURCE)]
 
 
 def _notes_on_seeds(best: Sequence[Row]) -> list[str]:
@@ -262,12 +288,15 @@ def _notes_on_tuning(rows: Sequence[Row]) -> list[str]:
     rates: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         rates[row.arm].append(row.learning_rate)
-    alone = sorted(arm for arm, grid in rates.items() if len(grid) == 1)
-    notes = [f"one learning rate only, not tuned here: {', '.join(alone)}"] if alone else []
+    notes = []
+    alone = [arm for arm in sorted(rates) if len(rates[arm]) == 1]
+    if alone:
+        notes.append(f"one learning rate only, not tuned here: {', '.join(alone)}")
     for row in rows:
         grid = sorted(rates[row.arm])
-        at_edge = row.learning_rate in (grid[0], grid[-1])
-        if row.best and at_edge and len(grid) > 1:
+        edges = grid[0], grid[-1]
+        at_edge = len(grid) > 1 and row.learning_rate in edges
+        if row.best and at_edge:
             notes.append(
                 f"{row.arm}: the best learning rate, {row.learning_rate:g}, is at the edge of its grid "
                 f"({_list(grid)}): widen it",
@@ -280,40 +309,40 @@ def machine(runs: Sequence[Run]) -> str:
     records = [run.record for run in runs]
     machines = {f"{record.device}, threads {record.threads}, {record.precision}" for record in records}
     versions = sorted(records[0].versions.items())
-    parts = [f"{name} {version}" for name, version in versions]
-    return ", ".join(["; ".join(sorted(machines)), *parts])
+    libraries = [f"{name} {version}" for name, version in versions]
+    return ", ".join(["; ".join(sorted(machines)), *libraries])
 
 
 def answer(comparison: Comparison) -> str:
     """The finding in one sentence, source excluded and included side by side, computed from the rows."""
-    grown = [row for row in comparison.best_rows if row.arm not in (SCRATCH, SOURCE)]
-    below = [row for row in grown if row.cost.outcome == "starts below"]
-    reached = [row for row in grown if row.cost.outcome == "reached"]
-    if below:
-        row = min(below, key=lambda row: row.final_loss)
-        gap = _nats(row.final_loss - comparison.scratch.final_loss)
-        return f"{row.arm} starts below scratch's final loss and ends {gap} it ({_with_source(row)})"
-    if reached:
+    rows = grown(comparison.best_rows)
+    if not rows:
+        return "no grown arm was compared"
+    scratch = comparison.scratch
+    below = [row for row in rows if row.cost.outcome == "starts below"]
+    reached = [row for row in rows if row.cost.outcome == "reached"]
+    if reached and not below:
         row = max(reached, key=lambda row: row.cost.speedup_excluded or 0.0)
-        excluded = percent(row.cost.saving_excluded or 0.0)
-        paired = set(row.seeds) <= set(comparison.scratch.seeds)
-        every = row.seed_savings or row.n == 1 or not paired
-        seeds = "" if every else " in the mean, though not in every seed,"
-        return f"{row.arm} reaches scratch's final loss{seeds} with {excluded} FLOPs ({_with_source(row)})"
-    if grown:
-        row = min(grown, key=lambda row: row.final_loss)
-        gap = _nats(row.final_loss - comparison.scratch.final_loss)
-        return f"no grown arm reaches scratch's final loss; the nearest, {row.arm}, ends {gap} it"
-    return "no grown arm was compared"
+        saving = percent(row.cost.saving_excluded or 0.0)
+        paired = set(row.seeds) <= set(scratch.seeds)
+        in_every_seed = row.seed_savings or row.n == 1 or not paired
+        seeds = "" if in_every_seed else " in the mean, though not in every seed,"
+        return f"{row.arm} reaches scratch's final loss{seeds} with {saving} FLOPs ({_with_source(row)})"
+    row = min(below or rows, key=lambda row: row.final_loss)
+    gap = _nats(row.final_loss - scratch.final_loss)
+    if below:
+        return f"{row.arm} starts below scratch's final loss and ends {gap} it ({_with_source(row)})"
+    return f"no grown arm reaches scratch's final loss; the nearest, {row.arm}, ends {gap} it"
 
 
 def _with_source(row: Row) -> str:
-    included = row.cost.saving_included
+    """A clause on the source's cost, after a saving without it."""
     if row.source_flops == 0.0:
         return "it has no source to pay for"
-    return "source excluded; " + (
-        "its cost is unknown" if included is None else f"{percent(included)} FLOPs with it included"
-    )
+    included = row.cost.saving_included
+    if included is None:
+        return "source excluded; its cost is unknown"
+    return f"source excluded; {percent(included)} FLOPs with it included"
 
 
 UNLIKE = (
@@ -324,11 +353,13 @@ UNLIKE = (
 
 def percent(share: float) -> str:
     """0.41 → '41 % fewer', −0.12 → '12 % more'."""
-    return f"{abs(share):.0%}".replace("%", " %") + (" fewer" if share >= 0 else " more")
+    size = f"{abs(share):.0%}".replace("%", " %")
+    return f"{size} fewer" if share >= 0 else f"{size} more"
 
 
 def _nats(difference: float) -> str:
-    return f"{abs(difference):.3f} nats {'below' if difference < 0 else 'above'}"
+    side = "below" if difference < 0 else "above"
+    return f"{abs(difference):.3f} nats {side}"
 
 
 def _list(values: Iterable[float]) -> str:

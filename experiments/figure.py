@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outgrow.experiments.compare import Comparison, Row, answer
+from outgrow.experiments.compare import Comparison, Row, answer, grown, percent
 from outgrow.experiments.cost import Curve, reach
 from outgrow.experiments.runs import SCRATCH, SOURCE, Run
 from outgrow.experiments.table import capital
@@ -58,59 +58,71 @@ def build(comparison: Comparison) -> Figure:
     main: Axes = above.subplots()
     tokens, included = below.subplots(1, 2)
     colours = colours_of([row.arm for row in comparison.best_rows])
-    for axes, kind in ((main, "excluded"), (tokens, "tokens"), (included, "included")):
+    panels = {"excluded": main, "tokens": tokens, "included": included}
+    for kind, axes in panels.items():
         _panel(axes, comparison, kind, colours)
+
     _finish(main, "FLOPs of training, source excluded", "What it costs when the source is already there", 12)
     _finish(tokens, "tokens trained", "The same, against tokens", 10.5)
-    unknown = ", ".join(_shortened(arm, 24) for arm in _unpaid(comparison))
-    left_out = (
-        textwrap.wrap(f"(unknown, so not drawn: {unknown})", 62, break_on_hyphens=False) if unknown else []
-    )
-    _finish(
-        included,
-        "FLOPs, source included",
-        "\n".join(["Each curve begins after its source's cost", *left_out]),
-        10.5,
-    )
+    heading = ["Each curve begins after its source's cost"]
+    unpaid = [_shortened(arm, 24) for arm in _unpaid(comparison)]
+    if unpaid:
+        left_out = f"(unknown, so not drawn: {', '.join(unpaid)})"
+        heading += textwrap.wrap(left_out, 62, break_on_hyphens=False)
+    _finish(included, "FLOPs, source included", "\n".join(heading), 10.5)
     main.set_ylabel("validation loss, nats/token", color=INK)
     tokens.set_ylabel("nats/token", color=INK)
     _label_curves(main, comparison, colours)
     _mark_saving(main, comparison, colours)
-    finding = capital(answer(comparison))
-    parts = finding.replace(" (", "\n(").split("\n")
-    short = max(map(len, parts)) <= 84
-    title = "\n".join(parts if short else textwrap.wrap(finding, 84))
-    figure.suptitle(title, fontsize=14, fontweight="bold", color=INK, x=0.01, ha="left")
-    figure.supxlabel(
-        "\n".join(textwrap.wrap(_caption(comparison), 150)),
-        fontsize=8.5,
-        color="#666666",
-        x=0.01,
-        ha="left",
-    )
+
+    at_left: dict[str, Any] = {"x": 0.01, "ha": "left"}
+    title = _title(answer(comparison))
+    figure.suptitle(title, fontsize=14, fontweight="bold", color=INK, **at_left)
+    caption = textwrap.wrap(_caption(comparison), 150)
+    figure.supxlabel("\n".join(caption), fontsize=8.5, color="#666666", **at_left)
     return figure
+
+
+def _title(finding: str) -> str:
+    """The finding in lines: what stands in brackets on its own, where every line then fits."""
+    sentence = capital(finding)
+    lines = sentence.replace(" (", "\n(").split("\n")
+    if max(map(len, lines)) > 84:
+        lines = textwrap.wrap(sentence, 84)
+    return "\n".join(lines)
 
 
 def colours_of(arms: Sequence[str]) -> dict[str, str]:
     """One colour for each arm: its own, or for an arm without one the next spare colour that is not taken."""
     chosen = {arm: COLOURS[arm] for arm in arms if arm in COLOURS}
-    spare = [colour for colour in SPARE if colour not in chosen.values()]
-    unknown = sorted(set(arms) - set(chosen))
-    return chosen | dict(zip(unknown, itertools.cycle(spare), strict=False))
+    taken = set(chosen.values())
+    spare = itertools.cycle([colour for colour in SPARE if colour not in taken])
+    for arm in sorted(set(arms) - set(chosen)):
+        chosen[arm] = next(spare)
+    return chosen
 
 
 def loss_range(comparison: Comparison) -> tuple[float, float]:
     """The losses worth seeing: from below the best end to where the informed arms start, without scratch's
     first fall.
     """
-    curves = [comparison.curves[row.arm, row.learning_rate] for row in comparison.best_rows]
+    seen: list[float] = []
+    uninformed = 1.25 * comparison.scratch.final_loss
+    for row in comparison.best_rows:
+        curve = _curve(comparison, row)
+        seen += _losses_after(curve, 0.25)
+        peak = max(curve.losses)
+        if peak < uninformed:
+            seen.append(peak)
+    highest = max(seen)
     lowest = min(min(run.curve.losses) for run in _best_runs(comparison))
-    late = [loss for curve in curves for loss in _losses_after(curve, 0.25)]
-    peaks = [max(curve.losses) for curve in curves]
-    informed = [loss for loss in peaks if loss < 1.25 * comparison.scratch.final_loss]
-    highest = max(late + informed)
     margin = 0.06 * (highest - lowest)
     return lowest - margin, highest + margin
+
+
+def _curve(comparison: Comparison, row: Row) -> Curve:
+    """The mean curve of a row."""
+    return comparison.curves[row.arm, row.learning_rate]
 
 
 def _best_runs(comparison: Comparison) -> list[Run]:
@@ -121,22 +133,29 @@ def _best_runs(comparison: Comparison) -> list[Run]:
 def _losses_after(curve: Curve, share: float) -> list[float]:
     """The losses after a share of a curve's FLOPs."""
     begin = share * curve.flops[-1]
-    return [loss for flops, loss in zip(curve.flops, curve.losses, strict=True) if flops >= begin]
+    points = zip(curve.flops, curve.losses, strict=True)
+    return [loss for flops, loss in points if flops >= begin]
 
 
 def _panel(axes: Axes, comparison: Comparison, kind: str, colours: dict[str, str]) -> None:
-    unknown = _unpaid(comparison) if kind == "included" else []
-    for row in (row for row in reversed(comparison.best_rows) if row.arm not in unknown):
-        style: dict[str, Any] = {"color": colours[row.arm], "linestyle": DASHES.get(row.arm, "-")}
-        style["solid_capstyle"] = "round"
+    """Draw the curves of every arm against `kind`, those of its seeds behind their mean."""
+    unpaid = _unpaid(comparison) if kind == "included" else []
+    for row in reversed(comparison.best_rows):
+        if row.arm in unpaid:
+            continue
+        style: dict[str, Any] = {"color": colours[row.arm], "solid_capstyle": "round"}
+        style["linestyle"] = DASHES.get(row.arm, "-")
+        seed = style | {"linewidth": 0.7, "alpha": 0.45, "zorder": 2}
         runs = comparison.runs_of(row)
         for run in runs if len(runs) > 1 else ():
             positions = _positions(run.curve, row, kind)
-            axes.plot(positions, run.curve.losses, linewidth=0.7, alpha=0.45, zorder=2, **style)
-        mean = comparison.curves[row.arm, row.learning_rate]
+            axes.plot(positions, run.curve.losses, **seed)
+        mean = _curve(comparison, row)
+        positions = _positions(mean, row, kind)
         width = 2.6 if kind == "excluded" else 1.9
-        axes.plot(_positions(mean, row, kind), mean.losses, linewidth=width, zorder=3, **style)
-    axes.axhline(comparison.scratch.final_loss, color="#000000", linewidth=1, linestyle=(0, (5, 3)), zorder=1)
+        axes.plot(positions, mean.losses, linewidth=width, zorder=3, **style)
+    level, dashes = comparison.scratch.final_loss, (0, (5, 3))
+    axes.axhline(level, color="#000000", linewidth=1, linestyle=dashes, zorder=1)
     axes.set_ylim(*loss_range(comparison))
     axes.set_xlim(left=0)
 
@@ -144,13 +163,15 @@ def _panel(axes: Axes, comparison: Comparison, kind: str, colours: dict[str, str
 def _unpaid(comparison: Comparison) -> list[str]:
     """The arms whose source cost nobody knows how much: where their curves would begin is not known
     either."""
-    return sorted(row.arm for row in comparison.best_rows if row.source_flops is None)
+    unpaid = [row for row in comparison.best_rows if row.source_flops is None]
+    return sorted(row.arm for row in unpaid)
 
 
 def _cut_off(comparison: Comparison) -> bool:
     """True if any loss lies above the frame."""
     _, highest = loss_range(comparison)
-    return any(max(run.curve.losses) > highest for run in _best_runs(comparison))
+    peaks = [max(run.curve.losses) for run in _best_runs(comparison)]
+    return any(peak > highest for peak in peaks)
 
 
 def _shortened(name: str, room: int) -> str:
@@ -158,24 +179,30 @@ def _shortened(name: str, room: int) -> str:
     if len(name) <= room:
         return name
     half = room // 2
-    return f"{name[:half]}…{name[half + 1 - room :]}"
+    begin, end = name[:half], name[half + 1 - room :]
+    return f"{begin}…{end}"
 
 
 def _label(row: Row, width: int = 28) -> str:
     """An arm's name in at most two lines, broken after what parts its words, and its final loss."""
-    lines = [""]
-    for word in re.findall(r"[^-_+,. ]{1,22}[-_+,. ]*|[-_+,. ]+", _shortened(row.arm, 2 * width - 12)):
-        if lines[-1] and len(lines[-1] + word) > width:
-            lines.append("")
-        lines[-1] += word
-    lines[-1] += f" {row.final_loss:.3f}"
+    name = _shortened(row.arm, 2 * width - 12)
+    lines: list[str] = []
+    line = ""
+    for word in re.findall(r"[^-_+,. ]{1,22}[-_+,. ]*|[-_+,. ]+", name):
+        if line and len(line) + len(word) > width:
+            lines.append(line)
+            line = ""
+        line += word
+    lines.append(f"{line} {row.final_loss:.3f}")
     return "\n".join(lines)
 
 
 def _positions(curve: Curve, row: Row, kind: str) -> list[float]:
+    """A curve's positions on the axis of a panel: tokens, or FLOPs after those of operator and source."""
     if kind == "tokens":
         return list(curve.tokens)
-    shift = row.operator_flops + (row.source_flops or 0.0 if kind == "included" else 0.0)
+    source_flops = row.source_flops or 0.0
+    shift = row.operator_flops + (source_flops if kind == "included" else 0.0)
     return [flops + shift for flops in curve.flops]
 
 
@@ -195,23 +222,26 @@ def _finish(axes: Axes, xlabel: str, title: str, size: float) -> None:
 def _label_curves(axes: Axes, comparison: Comparison, colours: dict[str, str]) -> None:
     """Each arm's name and final loss at the end of its curve, pushed apart where they would overlap."""
     low, high = loss_range(comparison)
-    end = max(row.flops + row.operator_flops for row in comparison.best_rows)
     rows = sorted(comparison.best_rows, key=lambda row: row.final_loss)
-    labels, gap = [_label(row) for row in rows], 0.058 * (high - low)
+    ends = [row.flops + row.operator_flops for row in rows]
+    right = max(ends)
+    labels = [_label(row) for row in rows]
+    gap = 0.058 * (high - low)
     heights = _heights(rows, labels, gap)
-    lift = max(0.0, low + gap / 2 - heights[0])  # the lowest stays off the axis
+    lowest = low + gap / 2
+    lift = max(0.0, lowest - heights[0])  # the lowest stays off the axis
     heights = [height + lift for height in heights]
-    axes.set_xlim(0, end)
-    for row, label, height in zip(rows, labels, heights, strict=True):
-        x = row.flops + row.operator_flops
-        across, up = [x, end * 1.018], [row.final_loss, height]
-        axes.plot(across, up, color=colours[row.arm], linewidth=0.8, clip_on=False)
-        axes.text(end * 1.023, height, label, color=colours[row.arm], va="center", **LABEL)
-    level, text = comparison.scratch.final_loss, f"scratch's final loss, {comparison.scratch.final_loss:.3f}"
+    axes.set_xlim(0, right)
+    for row, end, label, height in zip(rows, ends, labels, heights, strict=True):
+        colour = colours[row.arm]
+        across, up = [end, right * 1.018], [row.final_loss, height]
+        axes.plot(across, up, color=colour, linewidth=0.8, clip_on=False)
+        axes.text(right * 1.023, height, label, color=colour, va="center", **LABEL)
+    level = comparison.scratch.final_loss
     axes.text(
         0.006,
         level - 0.012 * (high - low),
-        text,
+        f"scratch's final loss, {level:.3f}",
         transform=axes.get_yaxis_transform(),
         fontsize=9.5,
         color=INK,
@@ -230,19 +260,20 @@ def _heights(rows: Sequence[Row], labels: Sequence[str], gap: float) -> list[flo
     for row, count in zip(rows, counts, strict=True):
         losses += [row.final_loss] * count
     lines = iter(spread(losses, gap))
-    return [_middle(list(itertools.islice(lines, count))) for count in counts]
+    own = [list(itertools.islice(lines, count)) for count in counts]
+    return [_middle(heights) for heights in own]
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
     """Ascending heights moved as little as needed to lie at least `gap` apart, around the same middle."""
-    placed: list[list[float]] = []  # clusters of heights that touch, each laid out around its own mean
+    clusters: list[list[float]] = []  # of heights that touch, each laid out around its own mean
     for height in heights:
-        placed.append([height])
-        while len(placed) > 1 and _touch(placed[-2], placed[-1], gap):
-            last = placed.pop()
-            placed[-1] += last
+        cluster = [height]
+        while clusters and _touch(clusters[-1], cluster, gap):
+            cluster = clusters.pop() + cluster
+        clusters.append(cluster)
     spread_out = []
-    for cluster in placed:
+    for cluster in clusters:
         middle, half = _middle(cluster), (len(cluster) - 1) / 2
         spread_out += [middle + gap * (i - half) for i in range(len(cluster))]
     return spread_out
@@ -250,8 +281,9 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 def _touch(lower: Sequence[float], upper: Sequence[float], gap: float) -> bool:
     """True for two clusters of lines that overlap when laid out around their middles."""
+    distance = _middle(upper) - _middle(lower)
     lines = len(upper) + len(lower)
-    return _middle(upper) - _middle(lower) < gap * lines / 2
+    return distance < gap * lines / 2
 
 
 def _middle(values: Sequence[float]) -> float:
@@ -260,36 +292,34 @@ def _middle(values: Sequence[float]) -> float:
 
 def _mark_saving(axes: Axes, comparison: Comparison, colours: dict[str, str]) -> None:
     """An arrow from scratch's end to where the cheapest grown arm reached the same loss."""
-    grown = [row for row in comparison.best_rows if row.arm not in (SCRATCH, SOURCE)]
-    rows = [row for row in grown if row.cost.outcome == "reached"]
-    end = reach(
-        comparison.scratch_curve.flops,
-        comparison.scratch_curve.losses,
-        comparison.scratch.final_loss,
-    )
+    rows = [row for row in grown(comparison.best_rows) if row.cost.outcome == "reached"]
+    scratch = comparison.scratch_curve
+    level = comparison.scratch.final_loss
+    end = reach(scratch.flops, scratch.losses, level)
     if not rows or end is None:
         return
     row = max(rows, key=lambda row: row.cost.speedup_excluded or 0.0)
-    x, level = row.cost.flops_excluded or 0.0, comparison.scratch.final_loss
+    flops = row.cost.flops_excluded or 0.0
     colour = colours[row.arm]
-    axes.plot([x], [level], marker="o", markersize=9, color=colour, markeredgecolor="white", zorder=5)
+    marker: dict[str, Any] = {"marker": "o", "markersize": 9, "markeredgecolor": "white"}
+    axes.plot([flops], [level], color=colour, zorder=5, **marker)
     arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 2.2}
-    axes.annotate("", (x, level), (end, level), arrowprops=arrow, zorder=4)
-    saved = row.cost.saving_excluded or 0.0
-    label = f"{abs(saved):.0%} {'fewer' if saved >= 0 else 'more'} FLOPs".replace("%", " %")
-    style: dict[str, Any] = {"textcoords": "offset points", "color": colour, "bbox": PAPER, **LABEL}
-    if x > 0.5 * end:  # left of the marker, where that leaves the words on scratch's line free
-        axes.annotate(label, (x, level), (-8, -7), ha="right", va="top", **style)
+    axes.annotate("", (flops, level), (end, level), arrowprops=arrow, zorder=4)
+    label = f"{percent(row.cost.saving_excluded or 0.0)} FLOPs"
+    style: dict[str, Any] = {"textcoords": "offset points", "color": colour, "bbox": PAPER}
+    style |= LABEL
+    if flops > 0.5 * end:  # left of the marker, where that leaves the words on scratch's line free
+        axes.annotate(label, (flops, level), (-8, -7), ha="right", va="top", **style)
     else:  # above the arrow
-        middle = (x + end) / 2
+        middle = (flops + end) / 2
         axes.annotate(label, (middle, level), (0, 5), ha="center", va="bottom", **style)
 
 
 def _caption(comparison: Comparison) -> str:
-    counts = sorted({row.n for row in comparison.best_rows})
-    least, most = counts[0], counts[-1]
+    counts = [row.n for row in comparison.best_rows]
+    least, most = min(counts), max(counts)
     seeds = f"{least}" if least == most else f"{least}–{most}"
-    thin = "thin: each seed, thick: their mean" if counts[-1] > 1 else "one seed: no interval"
+    thin = "thin: each seed, thick: their mean" if most > 1 else "one seed: no interval"
     cut = "; cut off above the frame" if _cut_off(comparison) else ""
     return (
         f"study {comparison.study}; n = {seeds}, {thin}; each arm at its best learning rate{cut}. "

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outgrow.experiments.figure import GRID, INK
-from outgrow.experiments.horizons import RECORD, Worth, end_of, read_ends, worths, write_ends
+from outgrow.experiments.horizons import RECORD, End, Point, Worth, end_of, read_ends, worths, write_ends
 from outgrow.experiments.runs import SCRATCH, read_runs
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import write_text
@@ -44,11 +45,13 @@ def write(inputs: Sequence[str], out: Path) -> list[str]:
         UserError: a folder is no run, an end has not decayed, the ends cannot be compared, or `out` cannot be
             written.
     """
-    records = [Path(name) for name in inputs if name.endswith(".json")]
-    folders = [name for name in inputs if not name.endswith(".json")]
+    records = [name for name in inputs if name.endswith(".json")]
+    folders = [name for name in inputs if name not in records]
     runs, left_out = read_runs(folders) if folders else ([], [])
-    recorded = [end for record in records for end in read_ends(record)]
-    ends = {end.name: end for end in (*recorded, *map(end_of, runs))}
+    ends: dict[str, End] = {}
+    for record in records:
+        ends |= {end.name: end for end in read_ends(Path(record))}
+    ends |= {end.name: end for end in map(end_of, runs)}
     rows = worths(list(ends.values()))
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -58,10 +61,11 @@ def write(inputs: Sequence[str], out: Path) -> list[str]:
         raise UserError(
             f"--out {out}: cannot be written ({error.strerror or error}); choose another folder",
         ) from error
-    write_text(out / TABLE, f"{answer(rows)}\n\n{table(rows)}")
+    finding, cells = answer(rows), table(rows)
+    write_text(out / TABLE, f"{finding}\n\n{cells}")
     notes = [f"left out: {item.folder.name}, {item.reason}" for item in left_out]
     paths = [f"  {out / name}" for name in (TABLE, PICTURE, RECORD)]
-    return [table(rows), answer(rows), *notes, *paths]
+    return [cells, finding, *notes, *paths]
 
 
 def table(rows: Sequence[Worth]) -> str:
@@ -69,25 +73,31 @@ def table(rows: Sequence[Worth]) -> str:
 
     A star: the best rate is at the edge of its grid.
     """
-    alignment = "---|" * 2 + "---:|" * (len(HEADINGS) - 2)
-    lines = [f"| {' | '.join(HEADINGS)} |", f"|{alignment}", *map(_row, rows)]
+    headings = " | ".join(HEADINGS)
+    alignment = "---|---|" + "---:|" * (len(HEADINGS) - 2)
+    lines = [f"| {headings} |", f"|{alignment}", *map(_row, rows)]
     return "\n".join(lines) + "\n"
 
 
 def _row(worth: Worth) -> str:
+    """One row of the table, under HEADINGS."""
     point = worth.point
+    star = "*" if point.at_edge else ""
     included = _number(worth.speedup_included, "{:.2f}")
     if worth.interval_included is not None:
         included += f" ± {worth.interval_included:.2f}"
     cells = (
-        *(point.arm, point.optimizer, f"{point.tokens / 1e6:.1f} M", f"{point.tokens_per_parameter:.0f}"),
-        *(
-            f"{point.learning_rate:g}{'*' if point.at_edge else ''}",
-            str(len(point.ends)),
-            f"{point.paid / 1e12:.2f}",
-            f"{point.val_loss:.4f}",
-        ),
-        *(_number(worth.speedup_excluded, "{:.2f}"), included, _number(worth.difference, "{:+.4f}")),
+        point.arm,
+        point.optimizer,
+        f"{point.tokens / 1e6:.1f} M",
+        f"{point.tokens_per_parameter:.0f}",
+        f"{point.learning_rate:g}{star}",
+        str(len(point.ends)),
+        f"{point.paid / 1e12:.2f}",
+        f"{point.val_loss:.4f}",
+        _number(worth.speedup_excluded, "{:.2f}"),
+        included,
+        _number(worth.difference, "{:+.4f}"),
     )
     return f"| {' | '.join(cells)} |"
 
@@ -100,15 +110,17 @@ def answer(rows: Sequence[Worth]) -> str:
     """The finding in two sentences: what the best grown arm is worth at the longest horizon that grown arms
     have in range, and where the control ends for the same FLOPs.
     """
-    grown = [row for row in rows if is_grown(row, rows) and row.speedup_included is not None]
-    if not grown:
+    grown = [row for row in rows if is_grown(row, rows)]
+    in_range = [row for row in grown if row.speedup_included is not None]
+    if not in_range:
         return "No arm ends within the range of scratch's curve, so nothing can be said of a speed-up."
-    longest = max(row.point.tokens for row in grown)
-    ends = [row for row in grown if row.point.tokens == longest]
-    best = max(ends, key=lambda row: row.speedup_included or 0.0)
-    point, speedup = best.point, best.speedup_included or 0.0
-    seeds = f"{len(point.ends)} seed" + ("s" if len(point.ends) > 1 else "")
-    interval = "" if best.interval_included is None else f" ± {best.interval_included:.2f}"
+    best = max(in_range, key=lambda row: (row.point.tokens, row.speedup_included or 0.0))
+    point = best.point
+    speedup = best.speedup_included or 0.0
+    count = len(point.ends)
+    seeds = f"{count} seeds" if count > 1 else f"{count} seed"
+    spread = best.interval_included
+    interval = "" if spread is None else f" ± {spread:.2f}"
     verdict = "pays" if speedup > 1.0 else "does not pay"
     return (
         f"At {point.tokens_per_parameter:.0f} tokens a parameter growth {verdict}: {point.arm} is worth S "
@@ -123,7 +135,8 @@ def is_grown(row: Worth, rows: Sequence[Worth]) -> bool:
 
 def is_control(row: Worth, rows: Sequence[Worth]) -> bool:
     """True for a network that stays smaller than scratch's: trained longer, not bigger."""
-    return row.point.parameters < max(other.point.parameters for other in rows)
+    largest = max(other.point.parameters for other in rows)
+    return row.point.parameters < largest
 
 
 def _control(best: Worth, rows: Sequence[Worth]) -> str:
@@ -132,11 +145,17 @@ def _control(best: Worth, rows: Sequence[Worth]) -> str:
     if not controls:
         return "No control was run (the small network trained on): bigger, or only trained longer?"
     own = best.point
-    near = min(controls, key=lambda point: (abs(math.log(point.paid / own.paid)), point.val_loss))
-    apart = near.val_loss - own.val_loss
+
+    def distance(point: Point) -> tuple[float, float]:
+        return abs(math.log(point.paid / own.paid)), point.val_loss
+
+    near = min(controls, key=distance)
+    gap = near.val_loss - own.val_loss
+    side = "higher" if gap > 0 else "lower"
+    near_paid, own_paid = f"{near.paid / 1e12:.2f}", f"{own.paid / 1e12:.2f}"
     return (
-        f"The control, {near.arm} trained on for {near.paid / 1e12:.2f} TFLOP, ends {abs(apart):.3f} nats "
-        f"{'higher' if apart > 0 else 'lower'} than {own.arm} for {own.paid / 1e12:.2f}."
+        f"The control, {near.arm} trained on for {near_paid} TFLOP, ends {abs(gap):.3f} nats "
+        f"{side} than {own.arm} for {own_paid}."
     )
 
 
@@ -152,33 +171,28 @@ def build(rows: Sequence[Worth]) -> Figure:
 
     figure = Figure(figsize=(10, 5.0), layout="constrained")
     losses, speedups = figure.subplots(1, 2)
-    others = sorted({row.point.arm for row in rows} - {SCRATCH})
-    colours = {SCRATCH: "#000000"} | dict(zip(others, itertools.cycle(COLOURS), strict=False))
-    lines = sorted({(row.point.arm, row.point.optimizer) for row in rows})
+    by_line: dict[tuple[str, str], list[Worth]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row.point.tokens):
+        line = (row.point.arm, row.point.optimizer)
+        by_line[line].append(row)
+    colours = _colours([arm for arm, _ in sorted(by_line)])
     # the arms' names stand at their ends, as far as there is room for them
-    named_at_ends = len(lines) <= FEW
+    named_at_ends = len(by_line) <= FEW
     at_losses: list[Label] = []
     at_speedups: list[Label] = []
-    for arm, optimizer in lines:
-        of_arm = [row for row in rows if row.point.arm == arm]
-        own = [row for row in of_arm if row.point.optimizer == optimizer]
-        own.sort(key=lambda row: row.point.tokens)
-        style: dict[str, Any] = {"color": colours[arm], "linestyle": DASHES.get(optimizer, "-")}
-        style |= {"marker": MARKERS.get(optimizer, "o"), "label": f"{arm}, {optimizer}"}
-        style |= {"linewidth": 2.6 if arm == SCRATCH else 1.4, "markersize": 7, "zorder": 4}
-        points = [row.point for row in own]
-        losses.plot([point.paid / 1e12 for point in points], [point.val_loss for point in points], **style)
-        worth = [row for row in own if row.speedup_included is not None]
-        places = [row.point.tokens_per_parameter for row in worth]
-        bars = [row.interval_included or 0.0 for row in worth]
+    for line, own in sorted(by_line.items()):
+        arm, optimizer = line
+        style: dict[str, Any] = {"color": colours[arm], "label": f"{arm}, {optimizer}"}
+        style["linestyle"] = DASHES.get(optimizer, "-")
+        style["marker"] = MARKERS.get(optimizer, "o")
+        style["linewidth"] = 2.6 if arm == SCRATCH else 1.4
+        style |= {"markersize": 7, "zorder": 4}
+        at_losses.append(_plot_losses(losses, own, style))
+        in_range = [row for row in own if row.speedup_included is not None]
         if arm != SCRATCH:
-            speedups.errorbar(places, [row.speedup_included for row in worth], yerr=bars, capsize=3, **style)
-        # what is cheaper than scratch lies left of its line: the name does too, and leaves the line free
-        side = "left" if arm == SCRATCH else "right"
-        last = points[-1]
-        at_losses.append(Label(last.paid / 1e12, last.val_loss, _title(own[-1]), colours[arm], side))
-        if worth and arm != SCRATCH:
-            at_speedups.append(Label(places[-1], worth[-1].speedup_included or 0.0, arm, colours[arm]))
+            label = _plot_speedups(speedups, in_range, style)
+            if label is not None:
+                at_speedups.append(label)
     speedups.axhline(1.0, color=INK, linewidth=2.6)
     speedups.annotate(
         "scratch",
@@ -203,16 +217,13 @@ def build(rows: Sequence[Worth]) -> Figure:
         "S: scratch's FLOPs for the same loss / own FLOPs",
         "What each end is worth: above 1 is cheaper",
     )
-    paid = sorted({round(row.point.paid / 1e12, 2) for row in rows if row.point.arm == SCRATCH})
+    of_scratch = [row.point for row in rows if row.point.arm == SCRATCH]
+    paid = sorted({round(point.paid / 1e12, 2) for point in of_scratch})
     losses.set_xticks(paid, [f"{cost:g}" for cost in paid])
-    per_parameter = sorted(
-        {
-            round(row.point.tokens_per_parameter)
-            for row in rows
-            if row.speedup_included is not None and row.point.arm != SCRATCH
-        }
-    )
-    speedups.set_xticks(per_parameter, [f"{count}" for count in per_parameter])
+    worth_drawing = [row.point for row in rows if row.speedup_included is not None]
+    drawn = [point for point in worth_drawing if point.arm != SCRATCH]
+    per_parameter = sorted({round(point.tokens_per_parameter) for point in drawn})
+    speedups.set_xticks(per_parameter, list(map(str, per_parameter)))
     for axes in (losses, speedups):
         axes.minorticks_off()
         axes.margins(x=0.22 if named_at_ends else 0.05, y=0.12)
@@ -222,16 +233,12 @@ def build(rows: Sequence[Worth]) -> Figure:
     else:
         losses.legend(fontsize=7.5, frameon=False)
     sentence = answer(rows)
-    balanced = len(sentence) // -(-len(sentence) // 100) + 12  # letters a line, so that none is left over
-    title = "\n".join(textwrap.wrap(sentence, balanced))
+    length = len(sentence)
+    lines = math.ceil(length / 100)
+    letters = length // lines + 12  # a line, so that none is left over
+    title = "\n".join(textwrap.wrap(sentence, letters))
     figure.suptitle(title, fontsize=11.5, fontweight="bold", color=INK, x=0.01, ha="left")
     return figure
-
-
-def _title(row: Worth) -> str:
-    """An arm's name, and what its end is worth where that is known."""
-    arm, speedup = row.point.arm, row.speedup_included
-    return arm if arm == SCRATCH or speedup is None else f"{arm}, S = {speedup:.2f}"
 
 
 @dataclass(frozen=True)
@@ -245,18 +252,60 @@ class Label:
     aligned: str = "left"  # at its left end, which is then beside the point
 
 
+def _colours(arms: Sequence[str]) -> dict[str, str]:
+    """A colour for each arm: black for scratch, for the others COLOURS in turn."""
+    spare = itertools.cycle(COLOURS)
+    colours = {SCRATCH: "#000000"}
+    for arm in arms:
+        if arm not in colours:
+            colours[arm] = next(spare)
+    return colours
+
+
+def _plot_losses(axes: Axes, rows: Sequence[Worth], style: dict[str, Any]) -> Label:
+    """Draw the ends of one line against what they cost; return its name, for the last of them."""
+    points = [row.point for row in rows]
+    costs = [point.paid / 1e12 for point in points]
+    axes.plot(costs, [point.val_loss for point in points], **style)
+    # what is cheaper than scratch lies left of its line: the name does too, and leaves the line free
+    last = points[-1]
+    side = "left" if last.arm == SCRATCH else "right"
+    return Label(costs[-1], last.val_loss, _title(rows[-1]), style["color"], side)
+
+
+def _plot_speedups(axes: Axes, rows: Sequence[Worth], style: dict[str, Any]) -> Label | None:
+    """Draw the speed-ups of one line against tokens a parameter; return its name, for the last of them."""
+    across = [row.point.tokens_per_parameter for row in rows]
+    up = [row.speedup_included or 0.0 for row in rows]
+    bars = [row.interval_included or 0.0 for row in rows]
+    axes.errorbar(across, up, yerr=bars, capsize=3, **style)
+    return Label(across[-1], up[-1], rows[-1].point.arm, style["color"]) if rows else None
+
+
+def _title(row: Worth) -> str:
+    """An arm's name, and what its end is worth where that is known."""
+    arm = row.point.arm
+    speedup = row.speedup_included
+    if arm == SCRATCH or speedup is None:
+        return arm
+    return f"{arm}, S = {speedup:.2f}"
+
+
 def _name(axes: Axes, labels: Sequence[Label]) -> None:
     """Write each text beside its point, those above one another LINE points apart."""
     axes.autoscale_view()
     bottom, top = axes.get_ylim()
-    height = axes.bbox.height / axes.figure.dpi * 72 / (top - bottom)  # points a unit
+    inches = axes.bbox.height / axes.figure.dpi
+    height = inches * 72 / (top - bottom)  # points a unit
     below = math.inf
     for label in sorted(labels, key=lambda label: -label.up):
-        place = min(label.up * height, below - LINE)
+        level = label.up * height
+        lowered = min(level, below - LINE)
+        aside = 8 if label.aligned == "left" else -8
         axes.annotate(
             label.text,
             (label.across, label.up),
-            xytext=(8 if label.aligned == "left" else -8, place - label.up * height),
+            xytext=(aside, lowered - level),
             textcoords="offset points",
             ha=label.aligned,
             va="center",
@@ -266,11 +315,12 @@ def _name(axes: Axes, labels: Sequence[Label]) -> None:
             zorder=5,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.8},
         )
-        below = place
+        below = lowered
 
 
 def _finish(axes: Axes, across: str, up: str, title: str) -> None:
-    if axes.dataLim.x0 > 0 and axes.dataLim.x1 > axes.dataLim.x0:
+    limits = axes.dataLim
+    if 0 < limits.x0 < limits.x1:
         axes.set_xscale("log")
     axes.set_xlabel(across, color=INK)
     axes.set_ylabel(up, color=INK)

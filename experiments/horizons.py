@@ -12,11 +12,13 @@ equal FLOPs stands instead. A point that has not decayed is never held against o
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -64,7 +66,8 @@ def end_of(run: Run) -> End:
         UserError: it has not decayed, or its source's cost is unknown.
     """
     schedule = run.record.settings["schedule"]
-    if schedule["name"] != "wsd" or not schedule.get("decay_fraction") or schedule["floor"] != 0.0:
+    decays = schedule["name"] == "wsd" and schedule.get("decay_fraction")
+    if not decays or schedule["floor"] != 0.0:
         raise UserError(
             f"{run.folder}: its learning rate does not decay to zero, so its end is no end of a horizon "
             "(schedule=wsd)",
@@ -92,8 +95,10 @@ def end_of(run: Run) -> End:
 def _multiplied(record: RunRecord) -> int:
     """The parameters of a run's network without its embedding table, which an untied head does not need."""
     config = record.target_config
-    table = 0 if config.get("tie_word_embeddings") else int(config["vocab_size"]) * int(config["hidden_size"])
-    return record.parameters - table
+    if config.get("tie_word_embeddings"):
+        return record.parameters
+    vocabulary, width = int(config["vocab_size"]), int(config["hidden_size"])
+    return record.parameters - vocabulary * width
 
 
 def check_alike(ends: Sequence[End]) -> None:
@@ -104,11 +109,13 @@ def check_alike(ends: Sequence[End]) -> None:
     """
     faults = []
     for key in ("data", "eval_tokens"):
-        values = sorted({str(getattr(end, key)) for end in ends})
-        if len(values) > 1:
-            short = ", ".join(value[:12] for value in values)
-            faults.append(f"{key}: {len(values)} different ones ({short}); compare runs on one text only")
-    if not any(end.arm == SCRATCH for end in ends):
+        values = {str(getattr(end, key)) for end in ends}
+        count = len(values)
+        if count > 1:
+            beginnings = ", ".join(value[:12] for value in sorted(values))
+            faults.append(f"{key}: {count} different ones ({beginnings}); compare runs on one text only")
+    arms = {end.arm for end in ends}
+    if SCRATCH not in arms:
         faults.append(
             f"no {SCRATCH} arm: there is no curve to hold the others against; run growth=scratch at two "
             "horizons or more",
@@ -117,6 +124,8 @@ def check_alike(ends: Sequence[End]) -> None:
 
 
 # ---- the best rate of each arm at each horizon -------------------------------------------------------------
+
+Horizon = tuple[str, str, int]  # arm, optimizer, tokens
 
 
 @dataclass(frozen=True)
@@ -155,22 +164,28 @@ class Point:
 
 def best_points(ends: Iterable[End]) -> list[Point]:
     """One point for each arm, optimizer and horizon, in the order of their names."""
-    grids: dict[tuple[str, str, int], list[End]] = defaultdict(list)
+    grids: dict[Horizon, list[End]] = defaultdict(list)
     for end in ends:
-        grids[end.arm, end.optimizer, end.tokens].append(end)
-    return [_best_point(grids[key]) for key in sorted(grids)]
+        horizon = (end.arm, end.optimizer, end.tokens)
+        grids[horizon].append(end)
+    return [_best_point(grid) for _, grid in sorted(grids.items())]
 
 
 def _best_point(ends: Sequence[End]) -> Point:
     """The point of one arm, optimizer and horizon whose `ends` are those of every rate, batch and seed."""
     grid: dict[tuple[float, int], list[End]] = defaultdict(list)
     for end in ends:
-        grid[end.learning_rate, end.batch_tokens].append(end)
-    losses = {key: fmean(end.val_loss for end in seeds) for key, seeds in grid.items()}
-    rate, batch = min(losses, key=losses.__getitem__)
-    rates = sorted(tried for tried, size in grid if size == batch)
-    edges = {rates[0], rates[-1]}
-    best = grid[rate, batch]
+        key = (end.learning_rate, end.batch_tokens)
+        grid[key].append(end)
+
+    def mean_loss(key: tuple[float, int]) -> float:
+        return fmean(end.val_loss for end in grid[key])
+
+    best_key = min(grid, key=mean_loss)
+    rate, batch = best_key
+    rates = [tried for tried, size in grid if size == batch]
+    edges = {min(rates), max(rates)}
+    best = grid[best_key]
     return Point(
         arm=best[0].arm,
         optimizer=best[0].optimizer,
@@ -194,25 +209,30 @@ class BaselineCurve:
 
     def cost_of(self, loss: float) -> float | None:
         """L⁻¹: the FLOPs for which scratch reaches `loss`; None outside of what was measured."""
-        if not self.losses[-1] <= loss <= self.losses[0]:
+        lowest, highest = self.losses[-1], self.losses[0]
+        if not lowest <= loss <= highest:
             return None
         rising = [-value for value in self.losses]
-        costs = list(map(math.log, self.flops))
-        return math.exp(_interpolate(-loss, rising, costs))
+        return math.exp(_interpolate(-loss, rising, self.log_flops))
 
     def loss_at(self, flops: float) -> float | None:
         """L: scratch's loss for `flops`; None outside of what was measured."""
-        if not self.flops[0] <= flops <= self.flops[-1]:
+        least, most = self.flops[0], self.flops[-1]
+        if not least <= flops <= most:
             return None
-        return _interpolate(math.log(flops), list(map(math.log, self.flops)), self.losses)
+        return _interpolate(math.log(flops), self.log_flops, self.losses)
+
+    @property
+    def log_flops(self) -> list[float]:
+        """The costs on the scale on which the curve is linear between two ends."""
+        return list(map(math.log, self.flops))
 
 
-def _interpolate(at: float, places: Sequence[float], values: Sequence[float]) -> float:
-    """Linear between the two places around `at`; places rise."""
-    for i in range(1, len(places)):
-        start, end = places[i - 1], places[i]
+def _interpolate(at: float, positions: Sequence[float], values: Sequence[float]) -> float:
+    """Interpolate linearly between the two positions around `at`; positions rise."""
+    points = zip(positions, values, strict=True)
+    for (start, before), (end, after) in itertools.pairwise(points):
         if at <= end:
-            before, after = values[i - 1], values[i]
             share = (at - start) / (end - start)
             return before + share * (after - before)
     return values[-1]
@@ -224,19 +244,21 @@ def baseline(points: Iterable[Point]) -> BaselineCurve:
     Raises:
         UserError: fewer than two such points.
     """
-    candidates = sorted((point.flops, point.val_loss) for point in points if point.arm == SCRATCH)
-    kept: list[tuple[float, float]] = []
-    for flops, loss in candidates:
-        if kept and flops == kept[-1][0]:
-            continue  # the same cost at a higher loss
-        if not kept or loss < kept[-1][1]:
-            kept.append((flops, loss))
-    if len(kept) < 2:
+    own = [point for point in points if point.arm == SCRATCH]
+    own.sort(key=lambda point: (point.flops, point.val_loss))  # of one cost, the lowest loss first
+    envelope: list[Point] = []
+    lowest = math.inf
+    for point in own:
+        if point.val_loss < lowest:
+            envelope.append(point)
+            lowest = point.val_loss
+    if len(envelope) < 2:
         raise UserError(
-            f"{SCRATCH}: {len(kept)} horizons with falling losses; a curve needs two or more "
+            f"{SCRATCH}: {len(envelope)} horizons with falling losses; a curve needs two or more "
             "(schedule.horizons)",
         )
-    costs, losses = zip(*kept, strict=True)
+    costs = tuple(point.flops for point in envelope)
+    losses = tuple(point.val_loss for point in envelope)
     return BaselineCurve(costs, losses)
 
 
@@ -265,20 +287,25 @@ def worths(ends: Sequence[End], against: Callable[[Point], bool] = lambda point:
     """
     check_alike(ends)
     points = best_points(ends)
-    curve = baseline(point for point in points if against(point))
+    curve = baseline(filter(against, points))
     return [_worth(point, curve) for point in points]
 
 
 def _worth(point: Point, curve: BaselineCurve) -> Worth:
-    cost, usual = curve.cost_of(point.val_loss), curve.loss_at(point.paid)
-    own = [(curve.cost_of(end.val_loss), end.paid) for end in point.ends]
-    seeds = [scratch / paid for scratch, paid in own if scratch is not None]
+    scratch_flops = curve.cost_of(point.val_loss)
+    scratch_loss = curve.loss_at(point.paid)
+    seeds = []
+    for end in point.ends:
+        flops = curve.cost_of(end.val_loss)
+        if flops is not None:
+            seeds.append(flops / end.paid)
+    every_seed = len(seeds) == len(point.ends)
     return Worth(
         point,
-        speedup_excluded=None if cost is None else cost / point.flops,
-        speedup_included=None if cost is None else cost / point.paid,
-        interval_included=half_interval(seeds) if len(seeds) == len(point.ends) else None,
-        difference=None if usual is None else point.val_loss - usual,
+        speedup_excluded=None if scratch_flops is None else scratch_flops / point.flops,
+        speedup_included=None if scratch_flops is None else scratch_flops / point.paid,
+        interval_included=half_interval(seeds) if every_seed else None,
+        difference=None if scratch_loss is None else point.val_loss - scratch_loss,
     )
 
 
@@ -287,9 +314,10 @@ def _worth(point: Point, curve: BaselineCurve) -> Worth:
 
 def write_ends(path: Path, ends: Iterable[End]) -> None:
     """The ends as JSON, sorted, so that a study's record changes by what was added."""
-    ordered = sorted(ends, key=lambda end: (end.arm, end.optimizer, end.tokens, end.name))
-    rows = list(map(asdict, ordered))
-    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    order = attrgetter("arm", "optimizer", "tokens", "name")
+    rows = list(map(asdict, sorted(ends, key=order)))
+    text = json.dumps(rows, indent=1)
+    path.write_text(f"{text}\n", encoding="utf-8")
 
 
 def read_ends(path: Path) -> list[End]:
@@ -308,4 +336,5 @@ def read_ends(path: Path) -> list[End]:
 
 
 def _end(row: Mapping[str, Any]) -> End:
-    return End(**{field.name: row[field.name] for field in fields(End)})
+    names = [field.name for field in fields(End)]
+    return End(**{name: row[name] for name in names})

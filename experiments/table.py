@@ -68,16 +68,17 @@ def cells(row: Row) -> list[str]:
 
 def grid_cells(row: Row) -> list[str]:
     """One row under GRID_HEADER; the best learning rate of an arm is marked."""
-    arm, rate, first, final, count, _, _, excluded, included, *_ = cells(row)
-    star = " ★" if row.best else ""
-    return [arm, rate + star, first, final, count, excluded, included]
+    named = dict(zip(HEADER, cells(row), strict=True))
+    if row.best:
+        named["peak lr"] += " ★"
+    return [named[heading] for heading in GRID_HEADER]
 
 
 def final_loss(row: Row) -> str:
     """The mean with its interval, or the word that one seed has none."""
-    return f"{row.final_loss:.3f} " + (
-        "(one seed)" if row.final_loss_interval is None else f"± {row.final_loss_interval:.3f}"
-    )
+    half = row.final_loss_interval
+    spread = "(one seed)" if half is None else f"± {half:.3f}"
+    return f"{row.final_loss:.3f} {spread}"
 
 
 def ratio(row: Row, side: Literal["excluded", "included"]) -> str:
@@ -85,12 +86,16 @@ def ratio(row: Row, side: Literal["excluded", "included"]) -> str:
 
     Or what there is instead of a ratio.
     """
-    speedup = row.cost.speedup_excluded if side == "excluded" else row.cost.speedup_included
-    if row.cost.outcome == "not reached":
-        return f"not reached, ends {signed(row.cost.difference_at_end)}"
+    excluded = side == "excluded"
+    cost = row.cost
+    if cost.outcome == "not reached":
+        return f"not reached, ends {signed(cost.difference_at_end)}"
+    speedup = cost.speedup_excluded if excluded else cost.speedup_included
     if speedup is None:
-        return "source's cost unknown" if side == "included" and row.source_flops is None else "starts below"
-    interval = row.saving_interval if side == "excluded" and row.arm != SCRATCH else None
+        unknown = not excluded and row.source_flops is None
+        return "source's cost unknown" if unknown else "starts below"
+    has_interval = excluded and row.arm != SCRATCH
+    interval = row.saving_interval if has_interval else None
     spread = "" if interval is None else f" ± {100 * interval:.0f}"
     percent = round(100 * (saving(speedup) or 0.0))
     return f"{speedup:.2f} ×, {percent}{spread} %".replace("-", "−")
@@ -105,15 +110,19 @@ def amount(value: float) -> str:
     """Tokens and FLOPs at three digits: 1.64 M, 48.2 T."""
     for limit, unit in UNITS.items():
         if abs(value) >= limit:
-            return f"{value / limit:#.3g}".rstrip(".") + f" {unit}"
+            digits = f"{value / limit:#.3g}".rstrip(".")
+            return f"{digits} {unit}"
     return f"{value:.3g}"
 
 
 def ledger_cells(row: Row) -> list[str]:
     """The cost of one run of this row: training, operator, source, total."""
-    total = None if row.source_flops is None else row.flops + row.operator_flops + row.source_flops
-    costs = (row.tokens, row.flops, row.operator_flops, row.source_tokens, row.source_flops, total)
-    return [row.arm, *("unknown" if cost is None else amount(cost) for cost in costs)]
+    own = row.flops + row.operator_flops
+    total = None if row.source_flops is None else own + row.source_flops
+    source = [row.source_tokens, row.source_flops]
+    costs = [row.tokens, row.flops, row.operator_flops, *source, total]
+    amounts = ["unknown" if cost is None else amount(cost) for cost in costs]
+    return [row.arm, *amounts]
 
 
 CHANGE_HEADER = (
@@ -173,7 +182,8 @@ def markdown(comparison: Comparison) -> str:
             markdown_table(GRID_HEADER, [grid_cells(row) for row in comparison.rows]),
         ]
     if comparison.notes:
-        parts.append("\n".join(f"- {note}" for note in comparison.notes))
+        notes = [f"- {note}" for note in comparison.notes]
+        parts.append("\n".join(notes))
     parts.append(
         f"Losses in nats/token. A tiny model's result is a tiny-scale result. Machine: {comparison.machine}.",
     )
@@ -182,14 +192,18 @@ def markdown(comparison: Comparison) -> str:
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, bars in cells escaped."""
-    lines = [header, ["---"] * len(header), *rows]
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+    rule = ["---"] * len(header)
+    return "\n".join(map(_markdown_line, [header, rule, *rows]))
+
+
+def _markdown_line(cells: Sequence[str]) -> str:
+    escaped = [cell.replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
 
 
 def capital(sentence: str) -> str:
     """The sentence with a capital, unless it begins with an arm's name."""
-    return sentence[0].upper() + sentence[1:] if sentence.startswith("no ") else sentence
+    return sentence.replace("no ", "No ", 1) if sentence.startswith("no ") else sentence
 
 
 def flat_row(row: Row) -> dict[str, Any]:
@@ -242,9 +256,10 @@ def _curve(run: Run) -> dict[str, Any]:
 def write_json(comparison: Comparison, path: Path) -> None:
     """Indented, but each run's curve on one line: a file to read and to diff."""
     values = as_json(comparison)
-    runs = ",\n  ".join(json.dumps(run) for run in values["runs"])
-    text = json.dumps(values | {"runs": []}, indent=1, ensure_ascii=False)
-    path.write_text(text.replace('"runs": []', f'"runs": [\n  {runs}\n ]') + "\n", encoding="utf-8")
+    runs = ",\n  ".join(map(json.dumps, values["runs"]))
+    frame = json.dumps(values | {"runs": []}, indent=1, ensure_ascii=False)
+    text = frame.replace('"runs": []', f'"runs": [\n  {runs}\n ]')
+    path.write_text(f"{text}\n", encoding="utf-8")
 
 
 BEGIN, END = "<!-- table: written by experiments, do not edit -->", "<!-- end of table -->"
@@ -256,23 +271,32 @@ def insert_table(readme: Path, table: str) -> None:
     Raises UserError when the markers are not there once.
     """
     before, _, after = _block(readme)
-    readme.write_text(f"{before}{BEGIN}\n{table.strip()}\n{END}{after}", encoding="utf-8")
+    block = f"{BEGIN}\n{table.strip()}\n{END}"
+    readme.write_text(f"{before}{block}{after}", encoding="utf-8")
 
 
 def check_table(readme: Path, table: str) -> None:
     """Raise UserError naming the first line in which the table in `readme` is not the one the runs gave."""
     _, block, _ = _block(readme)
-    pairs = itertools.zip_longest(block.strip().splitlines(), table.strip().splitlines(), fillvalue="nothing")
-    for number, (one, other) in enumerate(pairs):
-        if one != other:
-            where = f"{readme}: the table is not what the runs gave; its line {number + 1}"
-            raise UserError(f"{where} is {one!r}, expected {other!r}. Write it with insert_table")
+    lines = block.strip().splitlines()
+    expected = table.strip().splitlines()
+    pairs = itertools.zip_longest(lines, expected, fillvalue="nothing")
+    for number, (line, other) in enumerate(pairs, start=1):
+        if line != other:
+            fault = f"{readme}: the table is not what the runs gave; its line {number}"
+            raise UserError(f"{fault} is {line!r}, expected {other!r}. Write it with insert_table")
 
 
 def _block(readme: Path) -> tuple[str, str, str]:
+    """The text of `readme` before, between and after the markers.
+
+    Raises:
+        UserError: they are not there once each, in this order.
+    """
     text = readme.read_text(encoding="utf-8")
     once = text.count(BEGIN) == text.count(END) == 1
-    if not once or text.index(BEGIN) > text.index(END):
+    in_order = text.find(BEGIN) < text.find(END)
+    if not once or not in_order:
         raise UserError(
             f"{readme}: expected one line {BEGIN!r} and, below it, one line {END!r} around the table",
         )
