@@ -40,6 +40,7 @@ from outgrow.train.run.clock import Meter
 from outgrow.train.run.export import publish, recast
 from outgrow.train.run.horizons import branch_step, find_trunk, keep_stable, take_over_trunk, trunk_record
 from outgrow.train.run.log import Console, open_log
+from outgrow.train.run.profile import profiling
 from outgrow.train.run.reading import cut_record, loss_warnings, rate_warnings, reading, tokenizer_warnings
 from outgrow.train.run.record import RunRecord, Summary, TextRecord
 from outgrow.train.run.samples import samples
@@ -228,7 +229,8 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
                 clock,
                 benchmarks,
             )
-            with watched() as asked:
+            tracing = profiling(folder, loop.profiled, process, clock, console.say)
+            with watched() as asked, tracing as trace:
                 for stage in stages[position.stage :]:  # one, unless the run grows on its way
                     resumed = saved if stage.number == position.stage else None
                     with clock.paused():
@@ -260,7 +262,8 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
                             objects.load.clear()
                             alive()
                             try:
-                                clock.count(*objects.step(position.step))
+                                with trace.step(position.step + 1):
+                                    clock.count(*objects.step(position.step))
                             except NotFinite as fault:
                                 if fault.weights or position.skipped == loop.skip_nonfinite:
                                     raise stopping(context, saver, fault) from None

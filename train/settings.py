@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -138,6 +139,15 @@ class LoopSettings:
     checkpointing: bool  # activations are computed again in the backward pass
     compile: bool  # torch.compile, layer by layer
     gradient_clip: float | None
+    profile_steps: str | int | None = None  # a-b: torch.profiler traces these steps, counted from 1
+
+    @property
+    def profiled(self) -> range:
+        """The steps that are traced, counted from 1; none where none are asked for."""
+        if self.profile_steps is None:
+            return range(0)
+        first, _, last = str(self.profile_steps).partition("-")
+        return range(int(first), int(last) + 1)
 
 
 @dataclass(frozen=True)
@@ -277,6 +287,7 @@ def settings_from(cfg: DictConfig | Mapping[str, Any], faults: list[str] | None 
 def _disagreements(settings: Settings) -> list[str]:
     """List the faults between well-typed values."""
     faults = _loop_disagreements(settings.train)
+    faults += [] if faults else _observer_disagreements(settings)
     faults += _schedule_disagreements(settings.schedule) + _horizon_disagreements(settings)
     faults += _optimizer_disagreements(settings) + _start_disagreements(settings)
     for key, name in (("study", settings.study), ("name", settings.name)):
@@ -321,6 +332,22 @@ def _loop_disagreements(loop: LoopSettings) -> list[str]:
             "tokens; raise it, or lower train.batch_tokens"
         )
     return faults
+
+
+def _observer_disagreements(settings: Settings) -> list[str]:
+    """List what is wrong with what a run is asked to tell of itself, its counts of tokens being right."""
+    loop = settings.train
+    longest = max(settings.schedule.horizons, default=loop.budget_tokens)
+    steps = longest // loop.batch_tokens
+    if loop.profile_steps is None:
+        return []
+    ends = re.fullmatch(r"(\d+)-(\d+)", str(loop.profile_steps))
+    if ends is None or not 1 <= int(ends[1]) <= int(ends[2]) <= steps:
+        return [
+            "train.profile_steps: expected FIRST-LAST, steps counted from 1, of which this run has "
+            f"{steps}; found {loop.profile_steps!r}"
+        ]
+    return []
 
 
 def _schedule_disagreements(schedule: ScheduleSettings) -> list[str]:

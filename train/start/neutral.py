@@ -20,6 +20,7 @@ NEUTRAL = (
     *("sharding", "train.micro_batch"),  # nothing but rounding
     "schedule.horizons",  # each of them is the run that its budget alone would give
     "train.hang_seconds",
+    "train.profile_steps",
     "train.skip_nonfinite",  # a run that had to stop may go on with more of them
 )
 
