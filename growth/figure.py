@@ -208,7 +208,7 @@ def source_matrix(plan: Plan, step: Step, reader: Reader) -> np.ndarray:
 
 def grown_matrix(plan: Plan, step: Step, reader: Reader) -> np.ndarray:
     """Compute a grown tensor as numbers: (rows, columns)."""
-    return to_float(Expander(plan, step, reader).whole(), plan.dtype(step))
+    return to_float(Expander(plan, step, reader).complete(), plan.dtype(step))
 
 
 def _blocks(matrix: np.ndarray) -> np.ndarray:

@@ -118,14 +118,16 @@ class Expander:
         shape = self.step.shape
         if len(shape) < 2:
             return 1, prod(shape)
-        return prod(shape[:-1]), shape[-1]
+        rows = prod(shape[:-1])
+        return rows, shape[-1]
 
     @cached_property
     def maps(self) -> tuple[AxisMap, AxisMap]:
         """The maps of the rows (m → M) and of the columns (n → N)."""
         maps = self.step.maps
         if len(maps) > 1:
-            return reduce(product, maps[:-1]), maps[-1]
+            rows = reduce(product, maps[:-1])
+            return rows, maps[-1]
         unit = AxisMap.identity(1)
         return unit, maps[0] if maps else unit
 
@@ -142,19 +144,22 @@ class Expander:
         for start in range(0, rows, height):
             yield start, min(start + height, rows)
 
-    def whole(self) -> np.ndarray:
+    def complete(self) -> np.ndarray:
         """Compute the complete tensor, raw, in its own shape."""
-        target = np.empty(self.matrix, RAW[self.dtype])
+        stored_type = RAW[self.dtype]
+        target = np.empty(self.matrix, stored_type)
         for start, stop in self.blocks():
             self.fill(target[start:stop], start)
         return target.reshape(self.step.shape)
 
     def fill(self, target: np.ndarray, start: int) -> None:
         """Compute raw rows `start`, `start + 1`, … into `target`, one of the `blocks`: (b, N)."""
-        rows = np.arange(start, start + len(target))
+        stop = start + len(target)
+        rows = np.arange(start, stop)
         self._fill_all(target, rows)
         self._finish(target, rows)
-        if self.dtype in EXPONENT and not all_finite(target, self.dtype):
+        may_overflow = self.dtype in EXPONENT
+        if may_overflow and not all_finite(target, self.dtype):
             self._check_source(rows)
 
     def _check_source(self, rows: np.ndarray) -> None:
@@ -165,8 +170,11 @@ class Expander:
         """
         row_map = self.maps[0]
         all_copied = (row_map.fill[rows] != Fill.MEAN).all()
-        index = np.unique(row_map.index[rows]) if all_copied else np.arange(row_map.source)
-        for name in {self.step.source, self.step.next_source} - {None}:
+        index = np.arange(row_map.source)
+        if all_copied:
+            index = np.unique(row_map.index[rows])
+        sources = {self.step.source, self.step.next_source}
+        for name in sources - {None}:
             source = np.ascontiguousarray(self._gather(name, index))
             if not all_finite(source, self.dtype):
                 return
@@ -182,41 +190,52 @@ class Expander:
         fills = row_map.fill[rows]
         gains = row_map.gain[rows]
         same_fill = (fills == fills[0]).all()
-        if same_fill and (gains == gains[0]).all():
-            self._fill(target, rows, Fill(int(fills[0])))
+        same_gain = (gains == gains[0]).all()
+        if same_fill and same_gain:
+            fill = Fill(int(fills[0]))
+            self._fill(target, rows, fill)
             return
         # In the order of `Fill`: copies before means, since the mean row is summed up from the rows copied.
         for fill in np.unique(fills).tolist():
             for chosen in _alike(fills == fill, gains):
-                part = np.empty((int(chosen.sum()), target.shape[1]), target.dtype)
+                shape = (int(chosen.sum()), target.shape[1])
+                part = np.empty(shape, target.dtype)
                 self._fill(part, rows[chosen], Fill(fill))
                 target[chosen] = part
 
     def _fill(self, target: np.ndarray, rows: np.ndarray, fill: Fill) -> None:
         """Compute the rows of these ascending numbers, which share one fill."""
-        fresh = self.step.source is None or fill == Fill.RANDOM
-        if self.step.zero or (fill == Fill.ZERO and self.step.source is not None):
+        has_source = self.step.source is not None
+        is_fresh = fill == Fill.RANDOM or not has_source
+        is_empty = fill == Fill.ZERO and has_source
+        if self.step.zero or is_empty:
             target[...] = self._zero
-        elif fresh:
-            target[...] = self._fresh("rows", rows, target.shape[1])
+        elif is_fresh:
+            width = target.shape[1]
+            target[...] = self._fresh("rows", rows, width)
         elif fill == Fill.MEAN:
             row = self._new_tokens(rows) if self._holds_tokens else self._mean_row
-            self._expand_columns(target, row, row, self.maps[0].gain[rows], rows)
+            gain = self.maps[0].gain[rows]
+            self._expand_columns(target, row, row, gain, rows)
         else:
             self._copy(target, rows, fill)
 
     def _copy(self, target: np.ndarray, rows: np.ndarray, fill: Fill) -> None:
         """Compute rows that copy source rows, of the layer itself (COPY) or of the next layer (NEXT)."""
-        own, following = self.step.source, self.step.next_source
+        own = self.step.source
+        following = self.step.next_source
+        is_own = fill == Fill.COPY
         row_map = self.maps[0]
         index = row_map.index[rows]
         gain = row_map.gain[rows]
-        source = beside = self._gather(own if fill == Fill.COPY else following, index)
-        if fill == Fill.COPY and following is not None:
+        source = beside = self._gather(own if is_own else following, index)
+        if is_own and following is not None:
             beside = self._gather(following, index)
         # Rows that come next in the mean are added to it now, while they are in the cache.
-        if self._has_mean_rows and fill == Fill.COPY and self._sums.rows == index[0]:
-            self._sums.add(source[next(runs(index))])
+        counts_in_mean = is_own and self._has_mean_rows
+        if counts_in_mean and self._sums.rows == index[0]:
+            first_run = next(runs(index))
+            self._sums.add(source[first_run])
         self._expand_columns(target, source, beside, gain, rows)
         if self.step.diagonal:
             self._keep_diagonal(target, rows)
@@ -224,7 +243,8 @@ class Expander:
             return
         self._noise.add(target, rows)
         if self._noise.closes:
-            close = self._close_columns if self._noise.axis == 1 else self._close_rows
+            over_columns = self._noise.axis == 1
+            close = self._close_columns if over_columns else self._close_rows
             close(target, rows, source, gain)
 
     # ---- the last copy of a split in 16 bits: source minus the stored others, so their sum rounds once ----
@@ -233,55 +253,68 @@ class Expander:
         self, target: np.ndarray, rows: np.ndarray, source: np.ndarray, gain: np.ndarray
     ) -> None:
         """Set the last copies among the columns to the source minus the other copies as stored."""
-        noise, columns = self._noise, self.maps[1]
+        noise = self._noise
+        columns = self.maps[1]
         assert noise is not None
         last = np.flatnonzero(noise.last)
         index = columns.index[last]
         # Start from the undivided source: the gain of a copy times the number of copies.
-        undivided = columns.gain * columns.counts()[columns.index]
-        factors = gain[:, None] * undivided[last]
-        copied = np.ascontiguousarray(source[:, consecutive(index)])
-        remainder = self._decoded(copied) * factors.astype(working_type(self.dtype))
+        copies = columns.counts()[columns.index]
+        undivided = columns.gain * copies
+        row_gain = gain[:, None]
+        factors = row_gain * undivided[last]
+        columns_copied = source[:, consecutive(index)]
+        copied = np.ascontiguousarray(columns_copied)
+        factors = factors.astype(working_type(self.dtype))
+        remainder = self._decoded(copied) * factors
         for places in noise.places:
             others = places[index]
-            there = others >= 0
-            stored = np.ascontiguousarray(target[:, others[there]])
+            present = others >= 0
+            copies_stored = np.ascontiguousarray(target[:, others[present]])
+            copies_of = consecutive(np.flatnonzero(present))
             with np.errstate(invalid="ignore"):  # infinities, where they are allowed
-                remainder[:, consecutive(np.flatnonzero(there))] -= self._decoded(stored)
+                remainder[:, copies_of] -= self._decoded(copies_stored)
         part = target[:, consecutive(last)]
-        closed = np.where(np.isfinite(remainder), self._encoded(remainder), part)
+        is_finite = np.isfinite(remainder)
+        closed = np.where(is_finite, self._encoded(remainder), part)
         target[:, consecutive(last)] = closed
 
     def _close_rows(self, target: np.ndarray, rows: np.ndarray, source: np.ndarray, gain: np.ndarray) -> None:
         """Set the last copies among the rows to the source minus the others, computed again as stored."""
-        noise, row_map = self._noise, self.maps[0]
+        noise = self._noise
+        row_map = self.maps[0]
         assert noise is not None
         last = np.flatnonzero(noise.last[rows])
         if len(last) == 0:
             return
         # Start from the undivided source rows, expanded along the columns.
         index = row_map.index[rows[last]]
-        undivided = np.empty((len(last), target.shape[1]), target.dtype)
-        factor = gain[last] * row_map.counts()[index]
-        self._expand_columns(undivided, source[last], source[last], factor, rows[last])
+        width = target.shape[1]
+        undivided = np.empty((len(last), width), target.dtype)
+        copies = row_map.counts()[index]
+        last_source = source[last]
+        self._expand_columns(undivided, last_source, last_source, gain[last] * copies, rows[last])
         remainder = self._decoded(undivided)
         for places in noise.places:
             others = places[index]
-            there = others >= 0
-            stored = np.empty((int(there.sum()), target.shape[1]), target.dtype)
-            if len(stored):
-                self._fill(stored, others[there], Fill.COPY)
+            present = others >= 0
+            count = int(present.sum())
+            stored = np.empty((count, width), target.dtype)
+            if count:
+                self._fill(stored, others[present], Fill.COPY)
                 with np.errstate(invalid="ignore"):
-                    remainder[there] -= self._decoded(stored)
+                    remainder[present] -= self._decoded(stored)
         # Fresh columns are no copies of anything and stay.
-        closed = np.isfinite(remainder) & (self.maps[1].fill != Fill.RANDOM)
-        target[last] = np.where(closed, self._encoded(remainder), target[last])
+        is_copied = self.maps[1].fill != Fill.RANDOM
+        is_closed = np.isfinite(remainder) & is_copied
+        target[last] = np.where(is_closed, self._encoded(remainder), target[last])
 
     # ---- columns ----
 
     @cached_property
     def _fresh_columns(self) -> int:
-        return int((self.maps[1].fill == Fill.RANDOM).sum())
+        is_fresh = self.maps[1].fill == Fill.RANDOM
+        return int(is_fresh.sum())
 
     def _expand_columns(
         self, target: np.ndarray, source: np.ndarray, beside: np.ndarray, gain: np.ndarray, rows: np.ndarray
@@ -293,7 +326,9 @@ class Expander:
             gain: (b,) one factor per row.
             rows: (b,) the numbers of the target rows.
         """
-        fresh = self._fresh("columns", rows, self._fresh_columns) if self._fresh_columns else None
+        fresh = None
+        if self._fresh_columns:
+            fresh = self._fresh("columns", rows, self._fresh_columns)
         same_gain = (gain == gain[0]).all()
         row_gain = float(gain[0]) if same_gain else gain[:, None]
         for piece in self.maps[1].pieces:
@@ -313,16 +348,19 @@ class Expander:
             elif piece.fill == Fill.MEAN:
                 part[...] = self._mean_column(source, factor, part.ndim)
             else:
-                copied = piece.taken_from(source if piece.fill == Fill.COPY else beside)
+                stored = source if piece.fill == Fill.COPY else beside
+                copied = piece.taken_from(stored)
                 scaled(copied, factor, self.dtype, self._offset, part)
             if not isinstance(where, Strips):
                 target[:, where] = part
 
     def _mean_column(self, source: np.ndarray, factor: float | np.ndarray, ndim: int) -> np.ndarray:
         """Average all columns of raw source rows, times `factor`, raw: (b, n) → (b, 1) or (b, 1, 1)."""
-        total = self._decoded(source).sum(axis=1, dtype=working_type(self.dtype))
+        values = self._decoded(source)
+        total = values.sum(axis=1, dtype=working_type(self.dtype))
         mean = total / source.shape[1]
-        mean = mean.reshape(-1, *[1] * (ndim - 1))
+        further_axes = [1] * (ndim - 1)
+        mean = mean.reshape(-1, *further_axes)
         return rounded(mean, factor, self.dtype, self._offset)
 
     def _keep_diagonal(self, target: np.ndarray, rows: np.ndarray) -> None:
@@ -331,11 +369,14 @@ class Expander:
         Both axes take copies in turn, so an entry is kept where the copy numbers of its row and column agree.
         """
         reading = self.step.tensor.reads.index(True)
-        count = int(self.maps[reading].counts()[0])
+        copies = self.maps[reading].counts()
+        count = int(copies[0])
         row_copies, column_copies = (axis.number() for axis in self.maps)
-        by_row, by_column = row_copies[rows, None], column_copies[None]
+        by_row = row_copies[rows, None]
+        by_column = column_copies[None]
         kept = by_row % count == by_column if reading else by_row == by_column % count
-        target[...] = scaled(target, float(count), self.dtype) * kept
+        undivided = scaled(target, float(count), self.dtype)
+        target[...] = undivided * kept
 
     # ---- values taken from the source ----
 
@@ -351,40 +392,50 @@ class Expander:
         """Read raw rows of the source tensor `name`, one read per run of rows: (len(index), n)."""
         assert name is not None
         if len(self.step.shape) < 2:
-            return self._in_dtype(name, self.reader.read(name).reshape(1, -1))
+            vector = self.reader.read(name)
+            return self._in_dtype(name, vector.reshape(1, -1))
         parts = []
         for run in runs(index):
             first = int(index[run.start])
             count = run.stop - run.start
-            parts.append(self.reader.read(name, first, first + count))
-        rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            values = self.reader.read(name, first, first + count)
+            parts.append(values)
+        only_run = len(parts) == 1
+        rows = parts[0] if only_run else np.concatenate(parts)
         return self._in_dtype(name, rows)
 
     def _in_dtype(self, name: str, raw: np.ndarray) -> np.ndarray:
         """Convert raw bits of a source tensor to the target's format, which is the same or a wider one."""
         stored = self.plan.source_dtype(name)
-        return raw if stored == self.dtype else self._encoded(floats(raw, stored))
+        if stored == self.dtype:
+            return raw
+        return self._encoded(floats(raw, stored))
 
     @cached_property
     def _root_mean_square(self) -> float:
         """Root mean square of the source; of more than 1,024 rows, of every eighth stretch."""
-        rows, square, count = self.maps[0].source, 0.0, 0
+        rows = self.maps[0].source
+        square, count = 0.0, 0
         # A stretch that stands for eight lies in the middle of them.
         first, step = 0, STRETCH
         if rows > 1024:
-            first, step = 7 * STRETCH // 2, 8 * STRETCH
+            step = 8 * STRETCH
+            first = 7 * STRETCH // 2
         for start in range(first, rows, step):
-            stretch = np.arange(start, min(start + STRETCH, rows))
-            values = self._decoded(self._gather(self.step.source, stretch))
+            stop = min(start + STRETCH, rows)
+            stretch = self._gather(self.step.source, np.arange(start, stop))
+            values = self._decoded(stretch)
             infinite = ~np.isfinite(values)  # where they are allowed, they say nothing of the others
             values[infinite] = 0
             count += values.size - int(infinite.sum())
-            square += float(np.square(values, out=values).sum(axis=1).sum(dtype=np.float64))
+            by_row = np.square(values, out=values).sum(axis=1)
+            square += float(by_row.sum(dtype=np.float64))
         return sqrt(square / max(count, 1))
 
     @cached_property
     def _has_mean_rows(self) -> bool:
-        return bool((self.maps[0].fill == Fill.MEAN).any())
+        is_mean = self.maps[0].fill == Fill.MEAN
+        return bool(is_mean.any())
 
     @cached_property
     def _sums(self) -> RowSum:
@@ -395,38 +446,45 @@ class Expander:
         """(1, n) the mean of all source rows, raw, rounded to the stored format."""
         rows = self.maps[0].source
         for start in range(self._sums.rows, rows, STRETCH):  # those that no copied row has added yet
-            stretch = np.arange(start, min(start + STRETCH, rows))
-            self._sums.add(self._gather(self.step.source, stretch))
-        return self._encoded(self._sums.total[None] / rows)
+            stop = min(start + STRETCH, rows)
+            stretch = self._gather(self.step.source, np.arange(start, stop))
+            self._sums.add(stretch)
+        mean = self._sums.total / rows
+        return self._encoded(mean[None])
 
     @property
     def _holds_tokens(self) -> bool:
         """Check whether rows are tokens, so that mean rows are new tokens."""
         row_spaces = set(spaces(self.step.tensor.axes[0]))
-        return len(self.step.shape) > 1 and Space("vocab") in row_spaces
+        is_matrix = len(self.step.shape) > 1
+        return is_matrix and Space("vocab") in row_spaces
 
     def _new_tokens(self, rows: np.ndarray) -> np.ndarray:
         """(b, n) the mean row, with a little noise for each new token so that no two are the same."""
         if "tokens" not in self._draws:
             seed, name = self.plan.growth.seed, self.step.name
-            self._draws["tokens"] = Draws(self.maps[1].source, np.uint32, seed, name, "tokens")
-        noise = normal(self._draws["tokens"].of(rows)) * (NEW_TOKENS * self._root_mean_square)
-        values = self._decoded(self._mean_row) + noise
+            width = self.maps[1].source
+            self._draws["tokens"] = Draws(width, np.uint32, seed, name, "tokens")
+        deviation = NEW_TOKENS * self._root_mean_square
+        numbers = self._draws["tokens"].of(rows)
+        values = self._decoded(self._mean_row) + normal(numbers) * deviation
         return self._encoded(values.astype(working_type(self.dtype)))
 
     @cached_property
     def _noise(self) -> Noise | None:
         """The noise on a matrix that reads copies; None without noise, or where no copies are read."""
-        quiet = self.step.tensor.is_head and not self.plan.recipe.noisy_head
-        if quiet or not self.plan.noise or len(self.step.shape) < 2:
+        tensor = self.step.tensor
+        is_quiet = tensor.is_head and not self.plan.recipe.noisy_head
+        is_vector = len(self.step.shape) < 2
+        if is_quiet or is_vector or not self.plan.noise:
             return None
-        axis = next((axis for axis in (0, 1) if self._reads_copies(axis)), None)
+        axis = next(filter(self._reads_copies, (0, 1)), None)
         if axis is None:
             return None
         deviation = self.plan.noise * self._root_mean_square
-        seed = self.plan.growth.seed
+        seed, name = self.plan.growth.seed, self.step.name
         columns = self.matrix[1]
-        return Noise(axis, self.maps[axis], columns, deviation, self.dtype, seed, self.step.name)
+        return Noise(axis, self.maps[axis], columns, deviation, self.dtype, seed, name)
 
     def _reads_copies(self, axis: int) -> bool:
         """Check whether rows (0) or columns (1) are copies that are read.
@@ -435,9 +493,10 @@ class Expander:
         """
         maps = self.step.maps
         last = len(maps) - 1
-        own = range(last) if axis == 0 else (last,)
-        copied = [number for number in own if maps[number].counts().max() > 1]
-        return bool(copied) and all(map(self.step.tensor.sums_over, copied))
+        axes = range(last) if axis == 0 else (last,)
+        copied = [dim for dim in axes if maps[dim].counts().max() > 1]
+        sums_over = self.step.tensor.sums_over
+        return bool(copied) and all(map(sums_over, copied))
 
     # ---- what a step's `finish` asks for beyond its maps (experts of a mixture) ----
 
@@ -446,30 +505,42 @@ class Expander:
         numbers.
         """
         finish = self.step.finish
-        if finish is None or not finish.changes_copies or self.step.zero:
+        if self.step.zero or finish is None:
+            return
+        if not finish.changes_copies:
             return
         if finish.redrawn is not None:
             self._redraw(target, rows, *finish.redrawn)
         width = target.shape[1]
         if finish.noise:
             spread = finish.noise * self._root_mean_square
-            self._add(target, normal(self._numbers("spread", width, rows)) * spread)
+            numbers = self._numbers("spread", width, rows)
+            self._add(target, normal(numbers) * spread)
         if finish.jitter:
-            further = np.flatnonzero(self.maps[0].number()[rows])
+            copy_numbers = self.maps[0].number()[rows]
+            further = np.flatnonzero(copy_numbers)
             if len(further):
                 part = target[further]
-                shares = self._numbers("jitter", width, rows[further]) / (1 << 32)
+                numbers = self._numbers("jitter", width, rows[further])
+                shares = numbers / (1 << 32)
                 self._add(part, (2 * shares - 1) * finish.jitter)
                 target[further] = part
 
     def _redraw(self, target: np.ndarray, rows: np.ndarray, axis: int, indices: np.ndarray) -> None:
         """Draw the rows (0) or columns (1) of these indices anew."""
         mean, deviation = self._redrawn_moments
-        here = np.flatnonzero(np.isin(rows, indices)) if axis == 0 else slice(None)
-        width = target.shape[1] if axis == 0 else len(indices)
-        drawn = self._numbers("redrawn", width, rows[here])
-        values = (normal(drawn) * deviation + mean).astype(working_type(self.dtype))
-        target[here if axis == 0 else (here, indices)] = to_raw(values, self.dtype)
+        if axis == 0:
+            redrawn_rows = np.flatnonzero(np.isin(rows, indices))
+            numbers = self._numbers("redrawn", target.shape[1], rows[redrawn_rows])
+            target[redrawn_rows] = self._normal_entries(numbers, mean, deviation)
+        else:
+            numbers = self._numbers("redrawn", len(indices), rows)
+            target[:, indices] = self._normal_entries(numbers, mean, deviation)
+
+    def _normal_entries(self, numbers: np.ndarray, mean: float, deviation: float) -> np.ndarray:
+        """Turn 32-bit numbers into raw entries of a normal distribution."""
+        values = normal(numbers) * deviation + mean
+        return to_raw(values.astype(working_type(self.dtype)), self.dtype)
 
     @cached_property
     def _redrawn_moments(self) -> tuple[float, float]:
@@ -480,23 +551,25 @@ class Expander:
         count, total, square = 0, 0.0, 0.0
         for start, stop in self.blocks():
             rows = np.arange(start, stop)
-            block = np.empty((len(rows), self.matrix[1]), RAW[self.dtype])
+            shape = (len(rows), self.matrix[1])
+            block = np.empty(shape, RAW[self.dtype])
             self._fill_all(block, rows)
-            replaced = block[np.isin(rows, indices)] if axis == 0 else block[:, indices]
-            values = floats(np.ascontiguousarray(replaced), self.dtype).astype(np.float64)
-            count, total, square = (
-                count + values.size,
-                total + float(values.sum()),
-                square + float(np.square(values).sum()),
-            )
-        mean = total / max(count, 1)
-        return mean, sqrt(max(square / max(count, 1) - mean**2, 0.0))
+            replaced = block[:, indices] if axis else block[np.isin(rows, indices)]
+            values = floats(np.ascontiguousarray(replaced), self.dtype)
+            values = values.astype(np.float64)
+            count += values.size
+            total += float(values.sum())
+            square += float(np.square(values).sum())
+        count = max(count, 1)
+        mean = total / count
+        variance = max(square / count - mean**2, 0.0)
+        return mean, sqrt(variance)
 
     def _numbers(self, part: str, width: int, rows: np.ndarray) -> np.ndarray:
         """(len(rows), width) random 32-bit numbers that depend on seed, tensor, part and position alone."""
         if part not in self._draws:
-            seed = self.plan.growth.seed
-            self._draws[part] = Draws(width, np.uint32, seed, self.step.name, part)
+            seed, name = self.plan.growth.seed, self.step.name
+            self._draws[part] = Draws(width, np.uint32, seed, name, part)
         return self._draws[part].of(rows)
 
     def _add(self, target: np.ndarray, values: np.ndarray) -> None:
@@ -519,7 +592,8 @@ class Expander:
 
     def _constant(self, value: float) -> np.ndarray:
         """Encode a true value as it is stored."""
-        return self._encoded(np.full(1, value - self._offset))
+        stored = np.full(1, value - self._offset)
+        return self._encoded(stored)
 
     def _fresh(self, part: str, rows: np.ndarray, width: int) -> np.ndarray:
         """Initialise raw entries as the library's class does: norm scales 1, biases 0, else normal.
@@ -530,17 +604,20 @@ class Expander:
         start = self.plan.starts.get(self.step.name)
         if start is not None and start.places is not None:
             return self._placed(start.places, part, rows)
+        shape = (len(rows), width)
         if start is not None and len(start.quantiles) == 1:
-            return np.broadcast_to(self._encoded(start.quantiles), (len(rows), width))
-        if start is None and (tensor.is_bias or tensor.line.kind.endswith("norm")):
+            return np.broadcast_to(self._encoded(start.quantiles), shape)
+        is_norm = tensor.line.kind.endswith("norm")
+        if start is None and (tensor.is_bias or is_norm):
             entry = self._encoded(np.zeros(1)) if tensor.is_bias else self._constant(1.0)
-            return np.broadcast_to(entry, (len(rows), width))
+            return np.broadcast_to(entry, shape)
         if part not in self._draws:
             kind = np.uint16 if is_short(self.dtype) else np.uint32
-            seed = self.plan.growth.seed
-            self._draws[part] = Draws(width, kind, seed, self.step.name, part)
+            seed, name = self.plan.growth.seed, self.step.name
+            self._draws[part] = Draws(width, kind, seed, name, part)
         finish = self.step.finish or Finish()
-        draws = self._draws[part].of(rows // finish.alike)
+        alike = rows // finish.alike
+        draws = self._draws[part].of(alike)
         deviation = finish.deviation
         if deviation is None and start is not None:
             mean, deviation = start.normal or (None, None)
@@ -550,28 +627,34 @@ class Expander:
             deviation = self._deviation
         if is_short(self.dtype):
             return lookup(normal_bits(deviation, self.dtype), draws)
-        return to_raw((normal(draws) * deviation).astype(working_type(self.dtype)), self.dtype)
+        values = normal(draws) * deviation
+        return to_raw(values.astype(working_type(self.dtype)), self.dtype)
 
     @property
     def _deviation(self) -> float:
-        return self.plan.family.init_deviation(self.plan.growth.target_config, self.step.tensor)
+        config = self.plan.growth.target_config
+        return self.plan.family.init_deviation(config, self.step.tensor)
 
     def _placed(self, places: np.ndarray, part: str, rows: np.ndarray) -> np.ndarray:
         """Encode entries that the class gives by their place in the tensor: (b, width)."""
         entries = places.reshape(self.matrix)[rows]
         if part == "columns":
-            entries = entries[:, self.maps[1].fill == Fill.RANDOM]
+            is_fresh = self.maps[1].fill == Fill.RANDOM
+            entries = entries[:, is_fresh]
         return self._encoded(entries)
 
     def _drawn(self, start: Start, draws: np.ndarray) -> np.ndarray:
         """Turn random integers into entries of a distribution that is not normal around 0."""
-        shares = (draws + 0.5) / 2.0 ** (8 * draws.itemsize)
-        return self._encoded(start.of(shares).astype(working_type(self.dtype)))
+        bits = 8 * draws.itemsize
+        shares = (draws + 0.5) / 2.0**bits
+        values = start.of(shares)
+        return self._encoded(values.astype(working_type(self.dtype)))
 
 
 def _columns(target: np.ndarray, count: int) -> np.ndarray:
     """Make an empty array for so many columns of the target: (b, count)."""
-    return np.empty((len(target), count), target.dtype)
+    shape = (len(target), count)
+    return np.empty(shape, target.dtype)
 
 
 def _alike(rows: np.ndarray, gains: np.ndarray) -> list[np.ndarray]:

@@ -64,6 +64,6 @@ def expand(plan: Plan, reader: Reader) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every target tensor of a plan, (name, tensor), in the plan's order."""
     kinds = {name: kind for kind, name in DTYPES.items()}
     for step in plan.steps:
-        rows = Expander(plan, step, reader).whole()
+        rows = Expander(plan, step, reader).complete()
         bits = torch.from_numpy(rows.view(f"i{rows.itemsize}"))
         yield step.name, bits.view(kinds[plan.dtype(step)])

@@ -285,8 +285,8 @@ def test_experts_in_one_tensor_are_grown_a_few_rows_at_a_time(
         made = plan(checkpoint, {"hidden_size": 32, "intermediate_size": 18}, noise=0.1)
         steps = [step for step in made.steps if len(step.shape) == 3]
         assert {step.tensor.name.rsplit(".", 1)[1] for step in steps} == {"gate_up_proj", "down_proj"}
-        whole = [Expander(made, step, checkpoint).whole() for step in steps]
-        silent = [Expander(replace(made, noise=0.0), step, checkpoint).whole() for step in steps]
+        whole = [Expander(made, step, checkpoint).complete() for step in steps]
+        silent = [Expander(replace(made, noise=0.0), step, checkpoint).complete() for step in steps]
         for noisy, plain, step in zip(whole, silent, steps, strict=True):
             added = to_float(noisy, "F16").astype(np.float64) - to_float(plain, "F16")
             # copies that are read
@@ -297,11 +297,11 @@ def test_experts_in_one_tensor_are_grown_a_few_rows_at_a_time(
             np.testing.assert_allclose(first + second, 0, atol=1e-3)
         monkeypatch.setattr(outgrow.growth.engine.execute, "BLOCK_BYTES", 200)
         for step, noisy, plain in zip(steps, whole, silent, strict=True):
-            np.testing.assert_array_equal(Expander(made, step, checkpoint).whole(), noisy)
+            np.testing.assert_array_equal(Expander(made, step, checkpoint).complete(), noisy)
             expander = Expander(replace(made, noise=0.0), step, reader := Recording())
             assert expander.matrix == (3 * step.shape[1], step.shape[2])
             assert max(stop - start for start, stop in expander.blocks()) * step.shape[2] * 2 <= 200
-            np.testing.assert_array_equal(expander.whole(), plain)
+            np.testing.assert_array_equal(expander.complete(), plain)
             assert 0 < reader.largest <= 200
 
 
