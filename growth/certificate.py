@@ -47,17 +47,24 @@ class Certificate:
         return "lossless" if self.lossless else "not lossless: " + "; ".join(self.reasons)
 
 
+_LineKey = tuple[str, str, bool]  # a line's name and text; whether the tensor is its bias
+_Maps = tuple[AxisMap, ...]
+
+
 def certify(plan: Decision) -> Certificate:
     """Prove `plan` lossless or say why it is not."""
     if plan.lesson is not None:
-        return Certificate((plan.lesson.reason, *_proof(plan).reasons))
+        own = _proof(plan).reasons
+        return Certificate((plan.lesson.reason, *own))
     return _proof(plan)
 
 
 def _proof(plan: Decision) -> Certificate:
     """Prove what the steps alone keep."""
     if plan.change is not None:
-        return Certificate((*certify(plan.change.within).reasons, *broken_conditions(plan)))
+        within = certify(plan.change.within).reasons
+        broken = broken_conditions(plan)
+        return Certificate((*within, *broken))
     if not plan.recipe.inherits:
         return Certificate((f"operator {plan.operator!r} inherits nothing",))
     reasons = chain(_config(plan), _layers(plan), _steps(plan), _spaces(plan))
@@ -72,16 +79,19 @@ def _config(plan: Decision) -> Iterator[str]:
     sizes |= {family.rotary_field, *ROPE, *THETA, *family.follows}
     sizes |= {key for key, _ in family.more.values()}
     # Every other value must say the same, but for those that do not touch the logits in evaluation.
-    source, target = (_with_kinds(family, config) for config in (plan.source_config, plan.target_config))
-    keys = (source.keys() | target.keys()) - sizes - NEUTRAL
+    source = _with_kinds(family, plan.source_config)
+    target = _with_kinds(family, plan.target_config)
+    every_key = source.keys() | target.keys()
+    keys = every_key - sizes - NEUTRAL
     apart = {key for key in keys if key.endswith("_token_id") or "drop" in key}
     for key in sorted(keys - apart):
-        before, after = source.get(key), target.get(key)
+        before = source.get(key)
+        after = target.get(key)
         if not _same(key, before, after, layers):
             yield f"config {key}: {before!r} becomes {after!r}, which is no size and may change the function"
-    numbered = enumerate(layers.layers)
-    working = [(number, layer) for number, layer in numbered if not layers.identity[number]]
-    if source.get("scale_attn_by_inverse_layer_idx") and any(number != layer for number, layer in working):
+    moved = [number for number, layer in enumerate(layers.layers) if number != layer]
+    by_layer = source.get("scale_attn_by_inverse_layer_idx")
+    if by_layer and not all(layers.identity[number] for number in moved):
         yield "config scale_attn_by_inverse_layer_idx: layers that move are scaled otherwise"
     yield from _rotary(family, source, target)
 
@@ -98,17 +108,22 @@ def _same(key: str, before: Any, after: Any, layers: LayerMap) -> bool:
     """
     if key == "tie_word_embeddings" and after is False:
         return True
-    lists = isinstance(before, list) and isinstance(after, list)
-    if lists and (len(before), len(after)) == (layers.source, layers.target):
+    counts = (layers.source, layers.target)
+    are_lists = isinstance(before, list) and isinstance(after, list)
+    if are_lists and (len(before), len(after)) == counts:
         pairs = zip(after, layers.layers, layers.identity, strict=True)
-        return all(entry == before[layer] for entry, layer, idle in pairs if not idle)
-    return bool(follow_layers(key, before, layers.layers, layers.source) == after)
+        working = [(entry, layer) for entry, layer, idle in pairs if not idle]
+        return all(entry == before[layer] for entry, layer in working)
+    expected = follow_layers(key, before, layers.layers, layers.source)
+    return bool(expected == after)
 
 
 def _rotary(family: Family, source: Config, target: Config) -> Iterator[str]:
     """Compare the angles of rotary positions (RoPE), in today's spelling and in that of older configs."""
-    before, after = rope_of(source), rope_of(target)
-    for key in sorted({*before, *after} - {family.rotary_field, "partial_rotary_factor"}):
+    before = rope_of(source)
+    after = rope_of(target)
+    shares = {family.rotary_field, "partial_rotary_factor"}
+    for key in sorted({*before, *after} - shares):
         if before.get(key) != after.get(key):
             yield (
                 f"config rope_parameters.{key}: {before.get(key)!r} becomes {after.get(key)!r}, which "
@@ -122,8 +137,10 @@ def _rotary(family: Family, source: Config, target: Config) -> Iterator[str]:
     original = target.get("original_max_position_embeddings")
     for rope in (after, *of_kinds):
         kind = rope.get("rope_type", "default")
-        fixed = rope.get("factor") and (rope.get("original_max_position_embeddings") or original)
-        if kind == "dynamic" or (kind in SCALED_BY_LENGTH and not fixed):
+        length = rope.get("original_max_position_embeddings") or original
+        fixed = rope.get("factor") and length
+        by_length = kind in SCALED_BY_LENGTH and not fixed
+        if kind == "dynamic" or by_length:
             yield f"config {positions}: rotary positions of type {kind!r} are scaled by it"
 
 
@@ -141,7 +158,8 @@ def _layers(plan: Decision) -> Iterator[str]:
     for step in plan.steps:
         number = step.tensor.layer
         idle = number is not None and layers.identity[number]
-        if idle and plan.family.writes_residual(step.tensor) and not step.zero:
+        must_be_zero = idle and plan.family.writes_residual(step.tensor)
+        if must_be_zero and not step.zero:
             yield f"{step.name}: must be zero, since layer {number} is to pass the residual stream on"
         if step.zero and not idle:
             yield f"{step.name}: is zero although its layer is to work"
@@ -149,24 +167,29 @@ def _layers(plan: Decision) -> Iterator[str]:
 
 def _steps(plan: Decision) -> Iterator[str]:
     """Prove (3): every tensor has the maps of its spaces and takes its own source."""
-    expected: dict[tuple[str, str, bool], tuple[AxisMap, ...]] = {}
+    expected: dict[_LineKey, _Maps] = {}
     faults: dict[str, int] = {}
     for step in plan.steps:
-        line, is_bias = step.tensor.line, step.tensor.is_bias
+        line = step.tensor.line
+        is_bias = step.tensor.is_bias
         key = (line.name, line.text, is_bias)  # every layer shares its line's maps
         if key not in expected:
             expected[key] = plan.recipe.spaces_only().maps(step.tensor)
         pairs = zip(step.maps, expected[key], strict=True)
-        if not all(own is wanted or own == wanted for own, wanted in pairs):
+        fitting = [own is wanted or own == wanted for own, wanted in pairs]
+        if not all(fitting):
             fault = (
                 f"{line.name}: axes of {line.text!r} are not grown space by space, so its neighbours do "
                 "not undo it"
             )
             faults[fault] = faults.get(fault, 0) + 1
-        if not step.zero and step.source != plan.source_name(step.tensor):
-            faults[f"{step.name}: takes {step.source or 'nothing'}, not its own source"] = 1
+        own_source = plan.source_name(step.tensor)
+        if not step.zero and step.source != own_source:
+            fault = f"{step.name}: takes {step.source or 'nothing'}, not its own source"
+            faults[fault] = 1
     for fault, count in faults.items():
-        yield f"{fault} ({count} tensors)" if count > 1 else fault
+        times = f" ({count} tensors)"
+        yield f"{fault}{times}" if count > 1 else fault
 
 
 def _spaces(plan: Decision) -> Iterator[str]:
@@ -180,7 +203,8 @@ def _spaces(plan: Decision) -> Iterator[str]:
         elif space in ("vocab", "pos"):
             yield from _kept_first(space, expansion)
         else:
-            yield from _inner(space, expansion, growth.attention_gain if space == "qk" else 1.0)
+            gain = growth.attention_gain if space == "qk" else 1.0
+            yield from _inner(space, expansion, gain)
             yield from _special(space, expansion, plan)
 
 
@@ -195,20 +219,24 @@ def _inner(space: str, expansion: Expansion, expected: float) -> Iterator[str]:
         yield f"{space}: some target indices are written from one source index and read as another"
         return
     # (n,) the sum of what is read of each source index, and how many copies of it are read.
-    weight = np.bincount(index, (write.gain * read.gain)[met], minlength=read.source)
+    gains = (write.gain * read.gain)[met]
+    weight = np.bincount(index, gains, minlength=read.source)
     readings = np.bincount(index, minlength=read.source)
     if lost := int((readings == 0).sum()):
         yield f"{space}: {lost} of {read.source} source indices are lost"
     elif not np.allclose(weight, expected, rtol=1e-9):
-        worst = int(np.abs(weight - expected).argmax())
-        sums = f"{weight[worst]:.4g} × source index {worst}, expected {expected:.4g}"
+        apart = np.abs(weight - expected)
+        worst = int(apart.argmax())
+        reading = f"{weight[worst]:.4g} × source index {worst}"
+        sums = f"{reading}, expected {expected:.4g}"
         yield f"{space}: reading its copies gives {sums}; copies are not divided among readers"
     from_next = write.fill == Fill.NEXT
     if from_next.any():
         yield f"{space}: {int(from_next.sum())} indices are written by the next layer and read as copies"
     written = write.fill != Fill.ZERO
     is_read = read.fill != Fill.ZERO
-    leaks = ~met & ~from_next & written & is_read
+    new = ~met & ~from_next
+    leaks = new & written & is_read
     if count := int(leaks.sum()):
         yield f"{space}: {count} new indices are written and read, neither as zero"
 
@@ -217,7 +245,8 @@ def _special(space: str, expansion: Expansion, plan: Decision) -> Iterator[str]:
     """Check what lies between the writers and readers of a space: activations, rotary positions, norms."""
     growth, write = plan.growth, expansion.write
     gains = write.gain[write.copies]
-    if space in ("ffn", "kv", "group") and not np.allclose(gains, 1):
+    is_nonlinear = space in ("ffn", "kv", "group")
+    if is_nonlinear and not np.allclose(gains, 1):
         yield f"{space}: writers are scaled, which its nonlinearity does not pass on"
     if space == "qk" and growth.family.rotary is not None:
         turned = growth.family.rotary_dims(growth.source_config)
@@ -231,9 +260,12 @@ def _special(space: str, expansion: Expansion, plan: Decision) -> Iterator[str]:
             )
     if not growth.grows(space) or _uniform(write):
         return
-    norms = [line for line in growth.family.lines_of(growth.source_config) if line.kind == "norm"]
-    for line in norms:
-        if space in {named.name for named in spaces(line.out)}:
+    lines = growth.family.lines_of(growth.source_config)
+    for line in lines:
+        if line.kind != "norm":
+            continue
+        over = {named.name for named in spaces(line.out)}
+        if space in over:
             yield f"{space}: {line.name} normalises over it, and new indices change what it divides by"
 
 
@@ -242,24 +274,29 @@ def _turned_stay(write: AxisMap, turned: int) -> bool:
     them."""
     first = write.index[:turned]
     copied = write.copies[:turned]
-    stay = copied.all() and (first == np.arange(turned)).all()
-    others = write.index[turned:][write.copies[turned:]]
+    in_place = first == np.arange(turned)
+    stay = copied.all() and in_place.all()
+    others = write.index[turned:]
+    others = others[write.copies[turned:]]
     return bool(stay and (others >= turned).all())
 
 
 def _uniform(write: AxisMap) -> bool:
     """Check that nothing is new and every source index is copied as often."""
     counts = write.counts()
-    return bool(write.copies.all() and (counts == counts[0]).all())
+    as_often = counts == counts[0]
+    return bool(write.copies.all() and as_often.all())
 
 
 def _kept_first(space: str, expansion: Expansion) -> Iterator[str]:
     """Check that old tokens and positions stay where they are; new ones may be anything."""
     for side in (expansion.write, expansion.read):
         kept = slice(0, side.source)
-        copied = side.copies[kept].all() and (side.gain[kept] == 1).all()
+        unscaled = side.gain[kept] == 1
+        copied = side.copies[kept].all() and unscaled.all()
         own = np.arange(side.source)
-        if not copied or not np.array_equal(side.index[kept], own):
+        in_place = np.array_equal(side.index[kept], own)
+        if not copied or not in_place:
             yield f"{space}: its {side.source} old indices do not stay where they are"
             return
 
@@ -274,7 +311,8 @@ def _residual(plan: Decision, expansion: Expansion) -> Iterator[str]:
     counts = write.counts()
     r = int(counts[0])
     if (counts != r).any():
-        least, most = counts.min(), counts.max()
+        least = counts.min()
+        most = counts.max()
         yield (
             f"residual: its {n} indices are copied {least} to {most} times, which changes the norms' "
             "statistics"
@@ -283,14 +321,18 @@ def _residual(plan: Decision, expansion: Expansion) -> Iterator[str]:
     if r == 0:
         yield f"residual: all {n} source indices are lost"
         return
-    kept = Fill.MEAN if growth.family.norm == "layer" else Fill.ZERO
-    if (write.fill[~write.copies] != kept).any():
+    is_layer_norm = growth.family.norm == "layer"
+    kept = Fill.MEAN if is_layer_norm else Fill.ZERO
+    new = write.fill[~write.copies]
+    if (new != kept).any():
         yield (
             f"residual: new indices hold other than {kept.name.lower()}, which changes the norms' statistics"
         )
-    scaled = write.copies | (write.fill == Fill.MEAN)
-    c = float(write.gain[write.copies][0])
-    if not np.allclose(write.gain[scaled], c, rtol=1e-12):
+    is_mean = write.fill == Fill.MEAN
+    scaled = write.gain[write.copies | is_mean]
+    copy_gains = write.gain[write.copies]
+    c = float(copy_gains[0])
+    if not np.allclose(scaled, c, rtol=1e-12):
         yield "residual: writers are not all scaled alike"
     rho = r * n / N
     yield from _epsilon(plan, c * c * rho)
@@ -300,7 +342,8 @@ def _residual(plan: Decision, expansion: Expansion) -> Iterator[str]:
 def _epsilon(plan: Decision, factor: float) -> Iterator[str]:
     """Check that the norms' epsilon follows the variance they see, and stays for norms over other spaces."""
     family = plan.family
-    before, after = (family.eps(config) for config in (plan.source_config, plan.target_config))
+    before = family.eps(plan.source_config)
+    after = family.eps(plan.target_config)
     if not family.sets_eps:
         if not isclose(factor, 1, rel_tol=1e-9):
             yield (
@@ -309,7 +352,8 @@ def _epsilon(plan: Decision, factor: float) -> Iterator[str]:
             )
         return
     if not isclose(factor * before, after, rel_tol=1e-9):
-        yield f"residual: norms see variance × {factor:.4g} but epsilon {before:g} becomes {after:g}"
+        epsilon = f"epsilon {before:g} becomes {after:g}"
+        yield f"residual: norms see variance × {factor:.4g} but {epsilon}"
     if before != after:
         for line in family.other_norms(plan.source_config):
             yield (
@@ -320,42 +364,53 @@ def _epsilon(plan: Decision, factor: float) -> Iterator[str]:
 
 def _norms(plan: Decision, expansion: Expansion, r: int, c: float, rho: float) -> Iterator[str]:
     """Check that what reaches the readers, (1/√ρ)·scale on each copy and the shift, sums to the source."""
-    undone = plan.growth.embedding_gain if plan.recipe.hidden_ratio != 1 else 1.0
-    head = expansion.write.scaled(undone) if plan.growth.tied else expansion.head
+    undone = 1.0
+    if plan.recipe.hidden_ratio != 1:
+        undone = plan.growth.embedding_gain
+    tied_head = expansion.write.scaled(undone)
+    head = tied_head if plan.growth.tied else expansion.head
     pairs = [("the final norm", expansion.final_scale, expansion.final_shift, head)]
     if plan.family.prenorm:
-        pairs.append(("norms", expansion.scale, expansion.shift, expansion.read))
+        norms = ("norms", expansion.scale, expansion.shift, expansion.read)
+        pairs.append(norms)
     elif not _inverts(expansion.write, expansion.read, 1.0):
         yield "residual: readers do not give back the source"
     for which, scale, shift, read in pairs:
-        for part, sums, expected in (("scale", scale, sqrt(rho)), ("shift", shift, 1.0)):
+        parts = (("scale", scale, sqrt(rho)), ("shift", shift, 1.0))
+        for part, sums, expected in parts:
             if not _inverts(sums, read, expected):
                 yield f"residual: {which}: {part} and readers do not give back the source"
         if _writes_new(shift) and _writes_new(read):
             yield f"residual: {which}: shift on new indices is read"
         written, copies = expansion.write, read.copies
         same_copies = np.array_equal(written.copies, copies)
-        if not same_copies or (scale.index[copies] != written.index[copies]).any():
+        moved = scale.index[copies] != written.index[copies]
+        if not same_copies or moved.any():
             yield f"residual: {which}: scale and readers take other copies than the writers"
     post_gains = expansion.post_scale.gain[expansion.write.copies]
+    adds_scaled = np.allclose(post_gains, c * sqrt(rho))
     has_post_norms = any(line.kind == "post norm" for line in plan.family.lines)
-    if has_post_norms and not np.allclose(post_gains, c * sqrt(rho)):
+    if has_post_norms and not adds_scaled:
         yield "residual: post norms do not scale what they add like the other writers"
 
 
 def _writes_new(side: AxisMap) -> bool:
     """Check whether any new index holds something else than zero."""
-    return bool((side.fill[~side.copies] != Fill.ZERO).any())
+    new = side.fill[~side.copies]
+    return bool((new != Fill.ZERO).any())
 
 
 def _inverts(first: AxisMap, second: AxisMap, expected: float) -> bool:
     """Check that the products of two maps' gains sum to `expected` on every source index."""
-    met = first.copies & second.copies & (first.index == second.index)
+    same_index = first.index == second.index
+    met = first.copies & second.copies & same_index
     products = (first.gain * second.gain)[met]
-    weight = np.bincount(first.index[met], products, minlength=first.source)
+    index = first.index[met]
+    weight = np.bincount(index, products, minlength=first.source)
     return bool(np.allclose(weight, expected, rtol=1e-9))
 
 
 def _some(numbers: list[int]) -> str:
     """List the first of some numbers."""
-    return ", ".join(map(str, numbers[:8])) + (", …" if len(numbers) > 8 else "")
+    first = ", ".join(map(str, numbers[:8]))
+    return f"{first}, …" if len(numbers) > 8 else first
