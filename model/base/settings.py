@@ -52,25 +52,30 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
     try:
         groups = _groups(tree, name)
     except UserError as fault:  # the file itself is no YAML
-        return OmegaConf.create({}), [*faults, str(fault)]
-    choices = [o for o in parsed if _is_choice(groups, o) and _choice_holds(folder, o, faults)]
+        faults.append(str(fault))
+        return OmegaConf.create({}), faults
+    choices = [override for override in parsed if _is_choice(groups, override)]
+    choices = [override for override in choices if _choice_holds(folder, override, faults)]
     try:
         cfg = _chosen(tree, name, choices)
-        assignments = [o for o in parsed if not _is_choice(groups, o)]
-        values = [o for o in assignments if _key_holds(cfg, o, groups, faults)]
-        changes = [o for o in values if _changes_keys(o) or o.key_or_group.startswith("hydra")]
+        assignments = [override for override in parsed if not _is_choice(groups, override)]
+        values = [override for override in assignments if _key_holds(cfg, override, groups, faults)]
+        changes = [override for override in values if _needs_composing(override)]
         if changes:
-            cfg = _chosen(tree, name, [*choices, *changes])
+            further = [*choices, *changes]
+            cfg = _chosen(tree, name, further)
         # Plain values are set as Hydra sets them; composing again would take longer than planning a growth.
         for value in values:
             if value not in changes:
+                key = value.key_or_group
                 replaced = _is_open(folder / f"{name}.yaml", value)
-                OmegaConf.update(cfg, value.key_or_group, value.value(), merge=not replaced)
+                OmegaConf.update(cfg, key, value.value(), merge=not replaced)
         return cfg, faults
     except (HydraException, OmegaConfBaseException) as error:
-        return OmegaConf.create({}), [*faults, str(error).strip()]
+        faults.append(str(error).strip())
     except YAMLError as error:
-        return OmegaConf.create({}), [*faults, yaml_fault(error)]
+        faults.append(yaml_fault(error))
+    return OmegaConf.create({}), faults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +89,15 @@ class Tree:
 
 
 def _tree(folder: Path) -> Tree:
-    stamps = [(str(path), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.exists()]
+    files = [path for path in folder.rglob("*") if path.exists()]
+    stamps = [(str(path), path.stat().st_mtime_ns) for path in files]
     return Tree(folder, tuple(sorted(stamps)))
 
 
 def _chosen(tree: Tree, name: str, overrides: list[Override]) -> DictConfig:
     """The configuration that Hydra composes of these overrides; the caller may change it."""
-    return copy.deepcopy(_composed(tree, name, tuple(str(override.input_line) for override in overrides)))
+    lines = tuple(str(override.input_line) for override in overrides)
+    return copy.deepcopy(_composed(tree, name, lines))
 
 
 @lru_cache(maxsize=128)  # the runs of a study or sweep choose the same leaves again and again
@@ -112,12 +119,15 @@ def _is_open(file: Path, override: Override) -> bool:
     own = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     assert isinstance(own, dict)
     key = override.key_or_group
-    return key in own and own[key] in (None, MISSING)
+    open_values = (None, MISSING)
+    return key in own and own[key] in open_values
 
 
-def _changes_keys(override: Override) -> bool:
-    """Check whether an override adds or deletes a key."""
-    return bool(override.is_add() or override.is_force_add() or override.is_delete())
+def _needs_composing(override: Override) -> bool:
+    """Check whether an override adds or deletes a key, or sets one of Hydra's own: Hydra composes it."""
+    adds = override.is_add() or override.is_force_add()
+    of_hydra = override.key_or_group.startswith("hydra")
+    return bool(adds or override.is_delete() or of_hydra)
 
 
 @contextmanager
@@ -140,9 +150,12 @@ def yaml_fault(error: YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     where = ""
     if mark is not None:
-        line, column = mark.line + 1, mark.column + 1
+        line = mark.line + 1
+        column = mark.column + 1
         where = f"{mark.name}, line {line}, column {column}: "
-    return f"{where}not valid YAML ({getattr(error, 'problem', None) or str(error).splitlines()[0]})"
+    first_line = str(error).splitlines()[0]
+    problem = getattr(error, "problem", None) or first_line
+    return f"{where}not valid YAML ({problem})"
 
 
 def load_yaml(path: Path) -> Any:
@@ -180,10 +193,12 @@ def plain_text(text: str) -> str:
     escaped = re.sub(r"(\\+)$", r"\1\1", path)  # backslashes count only before a quote
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", escaped)
     quoted = f"{key}='{escaped}'"
-    if _SPECIAL.search(value) and os.path.lexists(path):
+    is_special = _SPECIAL.search(value)
+    if is_special and os.path.lexists(path):
         return quoted
     function = re.fullmatch(r"(\w+)\(.*\)", value)
-    if value[0] in "'\"[{" or (function and function[1] in create_functions().functions):
+    calls_hydra = function and function[1] in create_functions().functions
+    if value[0] in "'\"[{" or calls_hydra:
         return text
     try:
         _by_grammar(text)
@@ -210,7 +225,8 @@ def _parse(text: str, faults: list[str]) -> Override | None:
         override = _by_grammar(plain_text(text))
     except HydraException:
         way = "quote values with commas or braces: 'target={hidden_size:96}'"
-        faults.append(f"{key}: override {text!r} is not of the form key=value ({way})")
+        form = f"is not of the form key=value ({way})"
+        faults.append(f"{key}: override {text!r} {form}")
         return None
     if override.is_sweep_override():
         faults.append(f"{key}: override {text!r} gives several values; add -m to sweep over them")
@@ -224,30 +240,38 @@ def each_dict_once(parsed: list[Override], faults: list[str]) -> list[Override]:
 
     Of two plain values the last holds, as with Hydra.
     """
-    dicts = {override.key_or_group for override in parsed if isinstance(override.value(), Mapping)}
+    dicts = {override.key_or_group for override in parsed if _is_dict(override)}
     several: dict[str, list[Override]] = {}
     for override in parsed:
         for key in dicts:
-            plain_value = override.key_or_group == key and not isinstance(override.value(), Mapping)
-            if f"{override.key_or_group}.".startswith(f"{key}.") and not plain_value:
+            name = override.key_or_group
+            is_plain_value = name == key and not _is_dict(override)
+            if f"{name}.".startswith(f"{key}.") and not is_plain_value:
                 several.setdefault(key, []).append(override)
-    several = {key: repeats for key, repeats in several.items() if len(repeats) > 1}
+    once = [key for key, repeats in several.items() if len(repeats) == 1]
+    for key in once:
+        del several[key]
     for key, repeats in several.items():
         inner = ",".join(_inner(override, key) for override in repeats)
         faults.append(
             f"{key}: given {len(repeats)} times; give all its keys and values at once: '{key}={{{inner}}}'"
         )
-    merged = [override for repeats in several.values() for override in repeats]
+    all_repeats = several.values()
+    merged = [override for repeats in all_repeats for override in repeats]
     return [override for override in parsed if override not in merged]
+
+
+def _is_dict(override: Override) -> bool:
+    """Check whether an override sets keys and values."""
+    return isinstance(override.value(), Mapping)
 
 
 def _inner(override: Override, key: str) -> str:
     """The keys and values of `key` that an override gives, as between braces."""
-    below, value = (
-        override.key_or_group.removeprefix(key).lstrip("."),
-        str(override.input_line).partition("=")[2].strip(),
-    )
-    for part in reversed(below.split(".") if below else []):
+    below = override.key_or_group.removeprefix(key).lstrip(".")
+    value = str(override.input_line).partition("=")[2].strip()
+    parts = below.split(".") if below else []
+    for part in reversed(parts):
         value = f"{{{part}:{value}}}"
     return value[1:-1]
 
@@ -259,29 +283,39 @@ def _groups(tree: Tree, name: str) -> set[str]:
     """
     folder = tree.folder
     own = load_yaml(folder / f"{name}.yaml")
-    choices = [entry for entry in own.get("defaults", ()) if isinstance(entry, Mapping)]
-    chosen = {str(key) for entry in choices for key in entry}
-    groups = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_dir()}
+    choices = own.get("defaults", ())
+    chosen: set[str] = set()
+    for entry in choices:
+        if isinstance(entry, Mapping):
+            chosen.update(map(str, entry))
+    folders = [path for path in folder.rglob("*") if path.is_dir()]
+    groups = {str(path.relative_to(folder)) for path in folders}
     return {group for group in groups if group in chosen or group not in own}
 
 
 def _is_choice(groups: set[str], override: Override) -> bool:
     """Check whether it chooses a file of a group (growth=tile) and sets no value."""
+    name = override.key_or_group
     # Hydra knows its own groups
-    return not override.key_or_group.startswith("hydra/") and override.key_or_group in groups
+    return name in groups and not name.startswith("hydra/")
 
 
 def _choice_holds(folder: Path, override: Override, faults: list[str]) -> bool:
-    group, chosen = override.key_or_group, override.value()
-    known = sorted(path.stem for path in (folder / group).glob("*.yaml"))
-    if override.is_delete() or chosen is None or str(chosen) in known:
+    group = override.key_or_group
+    chosen = override.value()
+    files = (folder / group).glob("*.yaml")
+    known = sorted(path.stem for path in files)
+    no_choice = override.is_delete() or chosen is None
+    if no_choice or str(chosen) in known:
         return True
-    faults.append(f"{group}={chosen}: unknown {group}; {did_you_mean(str(chosen), known)}")
+    near = did_you_mean(str(chosen), known)
+    faults.append(f"{group}={chosen}: unknown {group}; {near}")
     return False
 
 
 def _key_holds(cfg: DictConfig, override: Override, groups: set[str], faults: list[str]) -> bool:
-    if override.is_add() or override.is_force_add() or override.key_or_group.startswith(("hydra.", "hydra/")):
+    adds = override.is_add() or override.is_force_add()
+    if adds or override.key_or_group.startswith(("hydra.", "hydra/")):
         return True
     node: Any = cfg
     parts = override.key_or_group.split(".")
@@ -290,12 +324,14 @@ def _key_holds(cfg: DictConfig, override: Override, groups: set[str], faults: li
         keys = list(node) if isinstance(node, Mapping) else []
         if part not in keys:
             known = set(map(str, keys))
-            near = did_you_mean(part, known | groups if depth == 0 else known)
-            way = _elsewhere(cfg, parts[-1]) or near
-            faults.append(f"{'.'.join(parts[: depth + 1])}: unknown key; {way}")
+            names = known | groups if depth == 0 else known
+            way = _elsewhere(cfg, parts[-1]) or did_you_mean(part, names)
+            unknown = ".".join(parts[: depth + 1])
+            faults.append(f"{unknown}: unknown key; {way}")
             return False
         # The node itself: no interpolation, no missing value.
-        node = node._get_node(part) if hasattr(node, "_get_node") else node[part]
+        is_config = hasattr(node, "_get_node")
+        node = node._get_node(part) if is_config else node[part]
     return True
 
 
@@ -307,9 +343,12 @@ def _elsewhere(cfg: DictConfig, name: str) -> str:
 
     values = OmegaConf.to_container(cfg)
     entries = values if isinstance(values, dict) else {}
-    groups = {group: inner for group, inner in entries.items() if isinstance(inner, dict)}
-    keys = [f"{group!s}.{name}" for group, inner in groups.items() if name in inner]
-    return f"did you mean {' or '.join(map(repr, keys))}?" if keys else ""
+    keys = []
+    for group, inner in entries.items():
+        if isinstance(inner, dict) and name in inner:
+            keys.append(f"{group!s}.{name}")
+    options = " or ".join(map(repr, keys))
+    return f"did you mean {options}?" if keys else ""
 
 
 def at_home(value: Any) -> Any:
@@ -318,7 +357,9 @@ def at_home(value: Any) -> Any:
         return {key: at_home(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [at_home(inner) for inner in value]
-    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+    if isinstance(value, str) and value.startswith("~/"):
+        return os.path.expanduser(value)
+    return value
 
 
 def plain(cfg: DictConfig | Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
@@ -336,8 +377,10 @@ def plain(cfg: DictConfig | Mapping[str, Any], faults: list[str]) -> dict[str, A
     for key in map(str, cfg):
         node = cfg._get_node(key)
         try:
-            value = cfg.get(key) if not OmegaConf.is_missing(cfg, key) else MISSING
-            values[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            value = MISSING if OmegaConf.is_missing(cfg, key) else cfg.get(key)
+            if OmegaConf.is_config(value):
+                value = OmegaConf.to_container(value, resolve=True)
+            values[key] = value
         except OmegaConfBaseException:
             faults.append(f"{key}: {node!s} needs a value that is missing")
             values[key] = MISSING
@@ -395,48 +438,66 @@ def read(cls: type[T], values: Any, path: str, faults: list[str]) -> T | None:
     """
     before = len(faults)
     if not isinstance(values, Mapping):
-        faults.append(f"{path.rstrip('.') or 'configuration'}: expected keys and values; found {values!r}")
+        part = path.rstrip(".") or "configuration"
+        faults.append(f"{part}: expected keys and values; found {values!r}")
         return None
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    rest = next((name for name, field in fields.items() if field.metadata.get("rest")), None)
+    every_field = dataclasses.fields(cls)  # type: ignore[arg-type]
+    fields = {field.name: field for field in every_field}
+    takes_rest = [name for name, field in fields.items() if field.metadata.get("rest")]
+    rest = takes_rest[0] if takes_rest else None
     by_name = {str(key): value for key, value in values.items()}
-    extra = {key: value for key, value in by_name.items() if key not in fields or key == rest}
+    further = [key for key in by_name if key not in fields or key == rest]
     if rest is None:
-        faults += [f"{path}{key}: unknown key; {did_you_mean(key, fields)}" for key in extra]
+        faults += [f"{path}{key}: unknown key; {did_you_mean(key, fields)}" for key in further]
     hints = typing.get_type_hints(cls)
-    fitting: dict[str, Any] = {} if rest is None else {rest: extra}
+    fitting: dict[str, Any] = {}
+    if rest is not None:
+        fitting[rest] = {key: by_name[key] for key in further}
     missing = False
     for name, field in fields.items():
         if name == rest:
             continue
+        dotted = f"{path}{name}"
         if name in values and values[name] != MISSING:
-            dotted = f"{path}{name}"
             fitting[name] = _read_value(hints[name], values[name], dotted, faults)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        elif _is_required(field):
             missing = True
             # Unless it is reported already why it is not there.
-            if not any(fault.startswith(f"{path}{name}:") for fault in faults):
-                faults.append(f"{path}{name}: missing")
-    return cls(**fitting) if len(faults) == before and not missing else None
+            if not any(fault.startswith(f"{dotted}:") for fault in faults):
+                faults.append(f"{dotted}: missing")
+    if missing or len(faults) > before:
+        return None
+    return cls(**fitting)
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    """Check that a field has no default."""
+    has_value = field.default is not dataclasses.MISSING
+    has_factory = field.default_factory is not dataclasses.MISSING
+    return not has_value and not has_factory
 
 
 def _read_value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
     """`value` as the type `hint`: scalars, Literal, X | None, tuple, list, dict, or a nested dataclass."""
     if dataclasses.is_dataclass(hint):
         return read(hint, value, f"{path}.", faults)  # type: ignore[arg-type]
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return _read_union(arguments, hint, value, path, faults)
     if origin is Literal:
         return _read_choice(arguments, value, path, faults)
     if origin in (tuple, list):
         return _read_sequence(origin, arguments, hint, value, path, faults)
-    if (origin or hint) is dict and isinstance(value, Mapping):
+    is_dict = (origin or hint) is dict
+    if is_dict and isinstance(value, Mapping):
         kind = arguments[1] if arguments else Any
-        return {key: _read_value(kind, value[key], f"{path}.{key}", faults) for key in value}
+        dotted = {key: f"{path}.{key}" for key in value}
+        return {key: _read_value(kind, value[key], dotted[key], faults) for key in value}
     if hint is float and type(value) is int:
         return float(value)
-    if hint is int and type(value) is float and value.is_integer():
+    is_float = type(value) is float
+    if hint is int and is_float and value.is_integer():
         return int(value)
     if hint is Any or type(value) is hint:
         return value
@@ -450,8 +511,9 @@ def _read_union(arguments: tuple[Any, ...], hint: Any, value: Any, path: str, fa
     options = [argument for argument in arguments if argument is not type(None)]
     attempts: list[list[str]] = []
     for option in options:
-        attempts.append([])
-        result = _read_value(option, value, path, attempts[-1])
+        attempt: list[str] = []
+        attempts.append(attempt)
+        result = _read_value(option, value, path, attempt)
         if not attempts[-1]:
             return result
     if len(options) == 1:
@@ -463,14 +525,16 @@ def _read_union(arguments: tuple[Any, ...], hint: Any, value: Any, path: str, fa
 
 def _is_same(value: Any, choice: Any) -> bool:
     """Check that two values are equal and of one type: true is not 1."""
-    return value is choice or (type(value) is type(choice) and value == choice)
+    same_type = type(value) is type(choice)
+    return value is choice or (same_type and value == choice)
 
 
 def _read_choice(choices: tuple[Any, ...], value: Any, path: str, faults: list[str]) -> Any:
     if any(_is_same(value, choice) for choice in choices):
         return value
     known = [str(choice).lower() for choice in choices]
-    faults.append(f"{path}: unknown value {value!r}; {did_you_mean(str(value), known)}")
+    near = did_you_mean(str(value), known)
+    faults.append(f"{path}: unknown value {value!r}; {near}")
     return None
 
 
@@ -479,13 +543,16 @@ def _read_sequence(
 ) -> Any:
     fixed = origin is tuple and Ellipsis not in arguments
     is_list = isinstance(value, (list, tuple))
-    if not is_list or (fixed and len(value) != len(arguments)):
+    wrong_length = fixed and len(value) != len(arguments)
+    if not is_list or wrong_length:
         faults.append(f"{path}: expected {_spell(hint)}; found {value!r}")
         return None
-    kinds = arguments if fixed else (arguments[0],) * len(value)
-    paths = [f"{path}[{number}]" for number in range(len(value))]
+    count = len(value)
+    kinds = arguments if fixed else (arguments[0],) * count
+    paths = [f"{path}[{number}]" for number in range(count)]
     entries = zip(kinds, value, paths, strict=True)
-    return origin(_read_value(kind, item, where, faults) for kind, item, where in entries)
+    items = [_read_value(kind, entry, dotted, faults) for kind, entry, dotted in entries]
+    return origin(items)
 
 
 TYPE_NAMES: dict[Any, str] = {
@@ -500,12 +567,14 @@ TYPE_NAMES: dict[Any, str] = {
 
 def _spell(hint: Any) -> str:
     """Name a type as a user reads it in YAML."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return " or ".join(_spell(argument) for argument in arguments)
     if origin in (tuple, list):
         fixed = origin is tuple and Ellipsis not in arguments
-        return f"a list of {_spell(arguments[0])}" + f" ({len(arguments)} of them)" * fixed
+        count = f" ({len(arguments)} of them)" if fixed else ""
+        return f"a list of {_spell(arguments[0])}{count}"
     if origin is Literal:
         return " or ".join(str(argument).lower() for argument in arguments)
     return TYPE_NAMES.get(origin or hint, str(hint))
