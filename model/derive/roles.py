@@ -44,7 +44,9 @@ KEYS_BESIDE_QUERIES = parse_axis("[(kv group ?) | (kv ?)]")
 HEADS = (QUERIES, KEYS, FUSED_PARTS, FUSED_HEADS)
 
 # The same axes with the head dims named: queries and keys contract `qk`, values and the output `v`.
-NAMED_QUERIES, NAMED_KEYS, NAMED_VALUES = map(parse_axis, ("(kv group qk)", "(kv qk*)", "(kv v)"))
+NAMED_QUERIES = parse_axis("(kv group qk)")
+NAMED_KEYS = parse_axis("(kv qk*)")
+NAMED_VALUES = parse_axis("(kv v)")
 NAMED_OUTPUT, NAMED_KEY_NORM = parse_axis("(kv group v)"), parse_axis("(kv qk)")
 NAMED_FUSED = {
     FUSED_PARTS: Parts((NAMED_QUERIES, NAMED_KEYS, NAMED_VALUES)),
@@ -86,14 +88,16 @@ class Choices:
         """
         hints = get_type_hints(cls)
         names = [field.name for field in fields(cls)]
-        for values in product(*(get_args(hints[name]) for name in reversed(names))):
+        options = [get_args(hints[name]) for name in reversed(names)]
+        for values in product(*options):
             yield cls(*reversed(values))
 
 
 def inner(share: Fraction | int) -> Space:
     """Name a space as wide as a multiple of the hidden size."""
     share = Fraction(share)
-    part = "" if share.denominator == 1 else f"of{share.denominator}"
+    is_whole = share.denominator == 1
+    part = "" if is_whole else f"of{share.denominator}"
     return Space(f"{_INNER}{share.numerator}{part}")
 
 
@@ -101,7 +105,8 @@ def inner_share(space: Space) -> Fraction | None:
     """Read the multiple of the hidden size that a space named by `inner` is as wide as; None of others."""
     if not space.name.startswith(_INNER):
         return None
-    numerator, _, denominator = space.name.removeprefix(_INNER).partition("of")
+    name = space.name.removeprefix(_INNER)
+    numerator, _, denominator = name.partition("of")
     return Fraction(int(numerator), int(denominator or 1))
 
 
@@ -136,15 +141,16 @@ class Draft:
             return tuple(IN_BLOCKS.get(axis, axis) for axis in axes)
         if not self._all_named:
             return axes
-        return tuple(self._named_axis(name, dim) or axis for dim, axis in enumerate(axes))
+        named = [self._named_axis(name, dim) for dim in range(len(axes))]
+        return tuple(name or axis for name, axis in zip(named, axes, strict=True))
 
     @cached_property
     def _unnamed(self) -> dict[str, tuple[Axis, ...]]:
         """Tensor → its axes, head dims as numbers."""
 
         def axes(name: str) -> tuple[Axis, ...]:
-            dims = range(len(self.seen[name].shape))
-            return tuple(self._template(name, dim) for dim in dims)
+            count = len(self.seen[name].shape)
+            return tuple(self._template(name, dim) for dim in range(count))
 
         return {name: axes(name) for name in self.seen}
 
@@ -154,8 +160,9 @@ class Draft:
         blocks.
         """
         heads = self.axes.heads
+        as_many = self.axes.kv == heads
         fused = any(FUSED_PARTS in axes for axes in self._unnamed.values())
-        return fused and self.axes.kv == heads and heads % BLOCKS == 0
+        return fused and as_many and heads % BLOCKS == 0
 
     @cached_property
     def _all_named(self) -> bool:
@@ -179,9 +186,11 @@ class Draft:
         head = self._head_dim
         is_head_norm = HEAD_NORM.search(leaf) is not None
         if axis in NAMED_FUSED:
-            complete = length == (self.axes.heads + 2 * self.axes.kv) * head
+            fused_heads = self.axes.heads + 2 * self.axes.kv
+            complete = length == fused_heads * head
             return NAMED_FUSED[axis] if complete and FUSED.search(leaf) else None
-        if axis == OPEN and is_head_norm and self.seen[name].shape == (head,):
+        shape = self.seen[name].shape
+        if axis == OPEN and is_head_norm and shape == (head,):
             return Space("qk")
         if axis not in HEADS:
             return None
@@ -210,12 +219,15 @@ class Draft:
 
         def moved(shapes: Shapes | None) -> int:
             """Compute how much longer the axis is in these shapes."""
-            return 0 if shapes is None else shapes[name][dim] - length
+            if shapes is None:
+                return 0
+            return shapes[name][dim] - length
 
         deltas = {key: moved(shapes) for key, shapes in axes.by_key.items()}
         by_key = {key: delta for key, delta in deltas.items() if delta}
         by_hidden = moved(axes.by_hidden)
-        queries, kv = moved(axes.by_queries), moved(axes.by_kv)
+        queries = moved(axes.by_queries)
+        kv = moved(axes.by_kv)
         by_heads = queries or kv
         if by_key:
             return OPEN if by_hidden or by_heads else self._of_keys(by_key, length)
@@ -223,7 +235,9 @@ class Draft:
             return self._coupled(name, dim, by_hidden, queries, kv)
         if by_hidden:
             return OPEN if by_heads else self._of_hidden(name, dim, by_hidden)
-        return self._of_heads(name, length, queries, kv) if queries > 0 or kv > 0 else OPEN
+        if queries > 0 or kv > 0:
+            return self._of_heads(name, length, queries, kv)
+        return OPEN
 
     def _of_keys(self, by_key: Mapping[str, int], length: int) -> Axis:
         """Recognise an axis that one size of its own moves: vocabulary, positions, a feed-forward size."""
@@ -238,14 +252,16 @@ class Draft:
             return POSITIONS if delta == 8 else OPEN
         parts = delta // 8
         space = FFN if key == keys.ffn else Space(key)
-        return self._repeated(space, parts) if parts * size == length else OPEN
+        complete = parts * size == length
+        return self._repeated(space, parts) if complete else OPEN
 
     def _repeated(self, space: Space, parts: int) -> Axis:
         """Compose an axis of several such parts: gate and up projections in one matrix."""
         if parts == 1:
             return space
-        interleaved = self.choices.gates == "units"
-        return Product((space, Space(str(parts)))) if interleaved else Parts((space,) * parts)
+        if self.choices.gates == "units":  # interleaved
+            return Product((space, Space(str(parts))))
+        return Parts((space,) * parts)
 
     def _of_hidden(self, name: str, dim: int, by_hidden: int) -> Axis:
         """Recognise a multiple of the hidden size, or it with something beside it.
@@ -261,48 +277,63 @@ class Draft:
         if by_hidden == hidden < length:
             return Parts((RESIDUAL, OPEN))
         if by_hidden == length < hidden and hidden % length == 0:
-            return inner(Fraction(1, hidden // length))
+            share = Fraction(1, hidden // length)
+            return inner(share)
         if rest or parts == 0:
             return OPEN
         if parts in (1, 3) and self._gated(name, dim):
-            return inner(1) if parts == 1 else Parts((inner(1),) * 3)
-        if leaf_of(name) == "in_proj" and parts % 2 == 0:
+            channels = inner(1)
+            return channels if parts == 1 else Parts((channels,) * 3)
+        in_halves = parts % 2 == 0
+        if in_halves and leaf_of(name) == "in_proj":
             half = RESIDUAL if parts == 2 else inner(parts // 2)
             return Parts((half, half))
         if parts == 1:
             return RESIDUAL
-        written = parts in self._written or not self.seen[name].reads[dim]
-        return inner(parts) if written else Product((Space(str(parts)), RESIDUAL))
+        reads = self.seen[name].reads[dim]
+        if parts in self._written or not reads:
+            return inner(parts)
+        return Product((Space(str(parts)), RESIDUAL))
 
     @cached_property
     def _written(self) -> set[int]:
         """Multiples of the hidden size that some matrix writes; others are read of several streams side by
         side.
         """
-        matrices = [seen for seen in self.seen.values() if any(seen.reads)]
-        axes = [axis for seen in matrices for axis in zip(seen.shape, seen.reads, strict=True)]
-        lengths = {length for length, reads in axes if not reads}
-        return {length // self.axes.hidden for length in lengths if length % self.axes.hidden == 0}
+        hidden = self.axes.hidden
+        lengths: set[int] = set()
+        for seen in self.seen.values():
+            if any(seen.reads):
+                sides = zip(seen.shape, seen.reads, strict=True)
+                lengths |= {length for length, reads in sides if not reads}
+        return {length // hidden for length in lengths if length % hidden == 0}
 
     def _of_mixer(self, name: str, dim: int) -> Axis | None:
         """Recognise an axis of a state space with heads.
 
         Its input is gates, channels, state projections and a time step for each head.
         """
-        mixer, seen = self.axes.mixer, self.seen[name]
-        modules = () if mixer is None else tuple(f"{module}." for module in mixer.modules)
-        if mixer is None or not name.startswith(modules):
+        mixer = self.axes.mixer
+        if mixer is None:
             return None
-        rates: Axis = Product((GROUPS, Space(mixer.heads)))
-        channels: Axis = Product((GROUPS, Space(mixer.heads), Space(mixer.dim)))
-        length, leaf = seen.shape[dim], leaf_of(name)
+        modules = tuple(f"{module}." for module in mixer.modules)
+        if not name.startswith(modules):
+            return None
+        head_space = Space(mixer.heads)
+        rates: Axis = Product((GROUPS, head_space))
+        channels: Axis = Product((GROUPS, head_space, Space(mixer.dim)))
+        seen = self.seen[name]
+        length = seen.shape[dim]
+        leaf = leaf_of(name)
         heads = int(self.axes.config[mixer.heads])
         if leaf == "in_proj" and not seen.reads[dim]:
             complete = length > 2 * mixer.inner + heads
             return Parts((channels, channels, OPEN, rates)) if complete else None
         if leaf == "conv1d" and dim == 0:
-            return Parts((channels, OPEN)) if length > mixer.inner else channels
-        is_of_channels = seen.reads[dim] or len(seen.shape) == 1
+            has_states = length > mixer.inner
+            return Parts((channels, OPEN)) if has_states else channels
+        is_vector = len(seen.shape) == 1
+        is_of_channels = seen.reads[dim] or is_vector
         if is_of_channels and length == mixer.inner:
             return channels
         return rates if seen.shape == (heads,) else None
@@ -317,21 +348,24 @@ class Draft:
         if kv and queries:
             if queries + kv != length:
                 return OPEN
-            return self._fused() if kv > axes.kv * head else KEYS_BESIDE_QUERIES
+            is_fused = kv > axes.kv * head
+            return self._fused() if is_fused else KEYS_BESIDE_QUERIES
         if kv:
             if kv != length:
                 return OPEN
             return KEYS if kv // axes.kv > 1 else ONE_PER_KV
         if queries != length:
             return OPEN
-        three_each = axes.kv == axes.heads and length == 3 * axes.heads * head
+        three_heads = 3 * axes.heads * head
+        three_each = axes.kv == axes.heads and length == three_heads
         if three_each and FUSED.search(leaf_of(name)):
             return self._fused()
         return QUERIES if length > axes.heads else ONE_PER_QUERY
 
     @property
     def _head_dim(self) -> int:
-        named = self.axes.config.get(self.axes.keys.head_dim or "")
+        keys, config = self.axes.keys, self.axes.config
+        named = config.get(keys.head_dim or "")
         return int(named or self.axes.hidden // self.axes.heads)
 
     def _fused(self) -> Axis:
@@ -344,13 +378,15 @@ class Draft:
         if kv == length:
             return KEYS
         if kv > 0:
-            return self._fused() if length - kv == axes.hidden else OPEN
+            is_fused = length - kv == axes.hidden
+            return self._fused() if is_fused else OPEN
         if length == axes.heads and queries > 0:
             return ONE_PER_QUERY
         if length == axes.hidden:
             return QUERIES if self._is_heads(name, dim) else RESIDUAL
         fused_heads = axes.heads + 2 * axes.kv
-        if length == fused_heads * self._head_dim and FUSED.search(leaf_of(name)):
+        is_fused = length == fused_heads * self._head_dim
+        if is_fused and FUSED.search(leaf_of(name)):
             return self._fused()
         return self._of_hidden(name, dim, by_hidden)
 
@@ -365,25 +401,33 @@ class Draft:
         into = self.seen.get(f"{path}.in_proj.weight")
         if into is None or f"{path}.conv.weight" not in self.seen:
             return False
-        if into.shape[0] != 3 * self.axes.hidden:
+        has_three_parts = into.shape[0] == 3 * self.axes.hidden
+        if not has_three_parts:
             return False
-        return leaf == "conv" or (leaf == "out_proj" if reads else leaf == "in_proj")
+        projection = "out_proj" if reads else "in_proj"
+        return leaf in ("conv", projection)
 
     def _is_heads(self, name: str, dim: int) -> bool:
         """Check whether an axis as long as the hidden size runs over heads.
 
         Queries, keys and values write it; the output projection reads it.
         """
-        leaf, seen = leaf_of(name), self.seen[name]
-        writes_heads = any(pattern.search(leaf) for pattern in (QUERY, KEY, VALUE))
+        leaf = leaf_of(name)
+        seen = self.seen[name]
+        projections = (QUERY, KEY, VALUE)
+        writes_heads = any(pattern.search(leaf) for pattern in projections)
         if len(seen.shape) == 1:
-            return bool(HEAD_NORM.search(leaf)) or (name.endswith(".bias") and writes_heads)
-        if len(seen.shape) != 2 or seen.reads.count(True) != 1:
+            is_norm = HEAD_NORM.search(leaf) is not None
+            return is_norm or (writes_heads and name.endswith(".bias"))
+        is_matrix = len(seen.shape) == 2
+        if not is_matrix or seen.reads.count(True) != 1:
             return False
         if writes_heads:
             return not seen.reads[dim]
-        in_attention = "att" in name.rpartition(f".{leaf}")[0].lower()
-        return seen.reads[dim] and seen.shape[0] == seen.shape[1] and in_attention
+        path = name.rpartition(f".{leaf}")[0]
+        in_attention = "att" in path.lower()
+        rows, columns = seen.shape
+        return in_attention and rows == columns and seen.reads[dim]
 
     # ---- the family as one ----
 
@@ -392,7 +436,8 @@ class Draft:
         """The kind of most norms over the residual stream."""
         over_stream = [name for name, axes in self._unnamed.items() if axes == (RESIDUAL,)]
         kinds = [self.seen[name].norm for name in over_stream]
-        return "layer" if kinds.count("layer") >= kinds.count("rms") else "rms"
+        most_are_layer_norms = kinds.count("layer") >= kinds.count("rms")
+        return "layer" if most_are_layer_norms else "rms"
 
     @property
     def unused(self) -> list[str]:
@@ -401,7 +446,7 @@ class Draft:
         Cross-attention without an encoder, for one.
         """
         unused = [name for name, seen in self.seen.items() if not seen.used]
-        return [name for name in unused if not all(map(_is_open, self._unnamed[name]))]
+        return [name for name in unused if not self._stays(name)]
 
     @property
     def unproved(self) -> list[str]:
@@ -417,18 +462,24 @@ class Draft:
 
     def _writes_only(self, name: str) -> bool:
         """Check that a matrix, or the one of a bias, writes the residual stream and reads something else."""
-        weight = f"{name.removesuffix('.bias')}.weight" if name.endswith(".bias") else name
+        weight = name
+        if name.endswith(".bias"):
+            weight = f"{name.removesuffix('.bias')}.weight"
         if weight not in self.seen:
             return False
-        sides = zip(
-            (axis == RESIDUAL for axis in self._unnamed[weight]), self.seen[weight].reads, strict=True
-        )
+        over_stream = [axis == RESIDUAL for axis in self._unnamed[weight]]
+        sides = zip(over_stream, self.seen[weight].reads, strict=True)
         return sorted(sides) == [(False, True), (True, False)]  # (over the stream, read)
+
+    def _stays(self, name: str) -> bool:
+        """Check whether no axis of a tensor may grow: each has a number that is left open."""
+        return all(map(_is_open, self._unnamed[name]))
 
     @property
     def tied(self) -> bool:
         """Check whether the output head is the embedding."""
-        return self.head is not None and self.head == self.embedding
+        has_head = self.head is not None
+        return has_head and self.head == self.embedding
 
     @property
     def position_offset(self) -> int:
@@ -437,13 +488,16 @@ class Draft:
             axes = self.templates(name)
             if POSITIONS in axes:
                 stored = seen.shape[axes.index(POSITIONS)]
-                return stored - int(self.axes.config[self.axes.keys.positions or ""])
+                key = self.axes.keys.positions or ""
+                return stored - int(self.axes.config[key])
         return 0
 
 
 def _is_open(axis: Axis) -> bool:
     """Check whether an axis has a number that is left open."""
-    return axis == OPEN if isinstance(axis, Space) else any(map(_is_open, axis.parts))
+    if isinstance(axis, Space):
+        return axis == OPEN
+    return any(map(_is_open, axis.parts))
 
 
 def module_of(name: str) -> str:
@@ -454,6 +508,7 @@ def module_of(name: str) -> str:
 def leaf_of(name: str) -> str:
     """Return the last word of the name of a tensor's module."""
     words = [word for word in name.split(".") if not word.isdigit()]
-    if len(words) > 1 and words[-1] in ("weight", "bias"):
+    last = words[-1]
+    if len(words) > 1 and last in ("weight", "bias"):
         return words[-2]
-    return words[-1]
+    return last

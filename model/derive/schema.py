@@ -19,6 +19,7 @@ from outgrow.model.derive.roles import (
     module_of,
 )
 from outgrow.model.derive.unfit import Unfit
+from outgrow.model.derive.watch import Sighting
 from outgrow.model.family import Config, Family
 from outgrow.model.notation import (
     EMBEDDING_SCALE,
@@ -35,6 +36,7 @@ from outgrow.model.notation import (
 Shapes = Mapping[str, tuple[int, ...]]
 Size = tuple[str, int | Fraction]  # (config key, factor)
 Layers = tuple[int | None, ...]
+Alike = tuple[Line, Layers]  # lines that differ in a sibling's number alone, and the layers that have them
 LATENT = re.compile(r"_b_proj\.weight$")  # reads a latent vector, as DeepSeek's attention has them
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")  # in a tensor's name: of a layer, of an expert
 BLOCK = Space("block")
@@ -55,7 +57,8 @@ def drafted_family(
         Unfit: a tensor has no counterpart in the tiny model, or a shape does not fit.
     """
     keys = draft.axes.keys
-    lines = list(_lines(draft, config, shapes, called or {}))
+    names = called or {}
+    lines = list(_lines(draft, config, shapes, names))
     # Multi-query attention: a switch says that there is one key-value head, and no config has this name.
     one_kv = draft.axes.multi_query
     kv = "multi_query_heads" if one_kv else keys.kv
@@ -90,16 +93,24 @@ def drafted_family(
 def _further_sizes(draft: Draft, config: Config, lines: Iterable[Line]) -> dict[str, Size]:
     """Say what the sizes of further spaces are: space → (config key, factor)."""
     keys, mixer = draft.axes.keys, draft.axes.mixer
-    used = [space for line in lines for axis in line.axes for space in spaces(axis)]
+    axes = [axis for line in lines for axis in line.axes]
+    used = [space for axis in axes for space in spaces(axis)]
     named = {space.name for space in used}
-    sizes: dict[str, Size] = {key: (key, 1) for key in keys.more if key in named}
-    shares = {space.name: share for space in used if (share := inner_share(space)) is not None}
-    sizes |= {name: (keys.hidden, share) for name, share in shares.items()}
+    sizes: dict[str, Size] = {}
+    for key in keys.more:
+        if key in named:
+            sizes[key] = (key, 1)
+    for space in used:
+        share = inner_share(space)
+        if share is not None:
+            sizes[space.name] = (keys.hidden, share)
     if mixer is not None:
-        sizes[mixer.heads] = (mixer.heads, Fraction(1, mixer.count(config)))
+        blocks = Fraction(1, mixer.count(config))
+        sizes[mixer.heads] = (mixer.heads, blocks)
         sizes[mixer.dim] = (mixer.dim, 1)
     if keys.heads and BLOCK.name in named:
-        sizes[BLOCK.name] = (keys.heads, Fraction(1, BLOCKS))
+        block = Fraction(1, BLOCKS)
+        sizes[BLOCK.name] = (keys.heads, block)
     return sizes
 
 
@@ -109,7 +120,8 @@ def variants(draft: Draft) -> Iterator[Draft]:
     for choices in Choices.in_order():
         variant = replace(draft, choices=choices)
         family = drafted_family(variant, draft.axes.config, draft.axes.shapes)
-        key = (family.schema, family.attention_scale if family.uses("qk") else "")
+        scale = family.attention_scale if family.uses("qk") else ""
+        key = (family.schema, scale)
         if key not in tried:
             tried.add(key)
             yield variant
@@ -117,14 +129,16 @@ def variants(draft: Draft) -> Iterator[Draft]:
 
 def _lines(draft: Draft, config: Config, shapes: Shapes, called: Mapping[str, str]) -> Iterator[Line]:
     """Yield the schema's lines: one for all layers and experts whose tensors are described alike."""
-    count = int(config[draft.axes.keys.layers])
-    tiny_count = int(draft.axes.config[draft.axes.keys.layers])
+    layers_key = draft.axes.keys.layers
+    count = int(config[layers_key])
+    tiny_count = int(draft.axes.config[layers_key])
     twins = _Twins(draft.seen, tiny_count, draft.stands)
     # One line for every tensor, by its twin in the tiny model.
     lines: dict[str, Line] = {}
     by_text = []
     for name in shapes:
-        twin = twins.of(called.get(name, name), count)
+        library_name = called.get(name, name)
+        twin = twins.of(library_name, count)
         if twin is None:
             family = config["model_type"]
             raise Unfit(f"tensor {name!r} has no counterpart in a tiny model of family {family!r}")
@@ -138,7 +152,8 @@ def _lines(draft: Draft, config: Config, shapes: Shapes, called: Mapping[str, st
     grouped: dict[Line, list[int | None]] = defaultdict(list)
     for name, line in lines.items():
         weight = lines.get(f"{module_of(name)}.weight")
-        if name.endswith(".bias") and weight is not None and weight.bias:
+        has_line = weight is not None and weight.bias
+        if has_line and name.endswith(".bias"):
             continue  # a part of its weight's line
         star, layer = _layer_of(line.name, stacks)
         grouped[replace(line, name=star)].append(layer)
@@ -147,27 +162,41 @@ def _lines(draft: Draft, config: Config, shapes: Shapes, called: Mapping[str, st
 
 def _line(draft: Draft, name: str, twin: str, config: Config, shapes: Shapes) -> Line:
     """Describe one tensor by the axes of its twin: a norm, a matrix or embedding, or a tensor as it is."""
-    seen, shape = draft.seen[twin], shapes[name]
+    seen = draft.seen[twin]
+    shape = shapes[name]
     templates = zip(draft.templates(twin), shape, strict=True)
     axes = [_filled(draft, template, length, name, config) for template, length in templates]
-    is_weight, module = name.endswith(".weight"), module_of(name)
+    is_weight = name.endswith(".weight")
+    module = module_of(name)
     bias = shapes.get(f"{module}.bias") if is_weight else None
     if is_weight and seen.norm and not _is_number(axes[0]):
-        role = "norm" if axes[0] != RESIDUAL else seen.role
-        if draft.choices.norms == "after" and role == "norm" and axes[0] == RESIDUAL:
-            role = "post norm"
-        return Line(module, role, axes[0], None, bias=bias == shape, offset=1.0 if seen.offset else 0.0)
+        return _norm_line(draft, seen, module, axes[0], has_bias=bias == shape)
     has_sides = seen.indexed or seen.reads.count(True) == 1
-    if is_weight and len(shape) == 2 and has_sides:
+    is_matrix = is_weight and len(shape) == 2
+    if is_matrix and has_sides:
         transposed = seen.indexed or seen.reads[0]  # stored (in, out)
         out, into = reversed(axes) if transposed else axes
-        is_scaled = draft.choices.embeddings == "scaled" and seen.parameter == draft.embedding
-        power = EMBEDDING_SCALE if is_scaled else _power(draft, seen.parameter, axes)
-        has_bias = bias == (shape[1 if transposed else 0],)
+        scaled_embeddings = draft.choices.embeddings == "scaled"
+        if scaled_embeddings and seen.parameter == draft.embedding:
+            power = EMBEDDING_SCALE
+        else:
+            power = _power(draft, seen.parameter, axes)
+        width = shape[1] if transposed else shape[0]
+        has_bias = bias == (width,)
         return Line(module, "linear", out, into, transposed=transposed, bias=has_bias, scaled=power)
     pairs = zip(axes, seen.reads, strict=True)
     sides = tuple(_read(axis) if reads else axis for axis, reads in pairs)
     return Line(name, "tensor", Product(sides), None, sides)
+
+
+def _norm_line(draft: Draft, seen: Sighting, module: str, axis: Axis, *, has_bias: bool) -> Line:
+    """Describe a norm by the space that it is over and where it stands."""
+    over_stream = axis == RESIDUAL
+    role = seen.role if over_stream else "norm"
+    if over_stream and role == "norm" and draft.choices.norms == "after":
+        role = "post norm"
+    offset = 1.0 if seen.offset else 0.0
+    return Line(module, role, axis, None, bias=has_bias, offset=offset)
 
 
 def _is_number(axis: Axis) -> bool:
@@ -176,7 +205,11 @@ def _is_number(axis: Axis) -> bool:
 
 def _read(axis: Axis) -> Axis:
     """Mark the reading side of every space of an axis."""
-    return replaced(axis, lambda space: space if space.fixed else replace(space, dual=True))
+
+    def read(space: Space) -> Space:
+        return space if space.fixed else replace(space, dual=True)
+
+    return replaced(axis, read)
 
 
 def _power(draft: Draft, parameter: str, axes: Sequence[Axis]) -> float:
@@ -187,7 +220,8 @@ def _power(draft: Draft, parameter: str, axes: Sequence[Axis]) -> float:
     module = module_of(parameter).rpartition(".")[0]
     buffers, attributes = draft.axes.powers
     power: float | None = None
-    if axes[1] == RESIDUAL != axes[0] and VOCAB not in axes:
+    leaves_stream = axes[1] == RESIDUAL != axes[0]
+    if leaves_stream and VOCAB not in axes:
         power = buffers.get(module)
     elif LATENT.search(parameter):
         power = attributes.get(module)
@@ -205,13 +239,15 @@ def _filled(draft: Draft, template: Axis, length: int, name: str, config: Config
         return axis
     least = size(axis, sizes | {OPEN.name: 0})
     more = size(axis, sizes | {OPEN.name: 1})
-    number, rest = divmod(length - least, more - least)
+    step = more - least
+    number, rest = divmod(length - least, step)
     if rest or number < 1:
         raise Unfit(
             f"{name}: an axis of {length} is no multiple of {more - least} above {least} as {str(axis)!r} "
             "says"
         )
-    return replaced(axis, lambda space: Space(str(number)) if space == OPEN else space)
+    filling = Space(str(number))
+    return replaced(axis, lambda space: filling if space == OPEN else space)
 
 
 def _grouped(axis: Axis, groups: int) -> Axis:
@@ -219,14 +255,16 @@ def _grouped(axis: Axis, groups: int) -> Axis:
     if isinstance(axis, Space):
         return Space(str(groups)) if axis == GROUPS else axis
     parts = [part for part in axis.parts if part != GROUPS or groups > 1]
-    return type(axis)(tuple(_grouped(part, groups) for part in parts))
+    grouped = tuple(_grouped(part, groups) for part in parts)
+    return type(axis)(grouped)
 
 
 def _sizes(draft: Draft, config: Config) -> dict[str, int]:
     """Compute the sizes of the spaces beside which a template has an open number."""
     keys = draft.axes.keys
     heads = int(config[keys.heads]) if keys.heads else 1
-    kv = int(config.get(keys.kv or "") or heads)
+    named = config.get(keys.kv or "")
+    kv = int(named or heads)
     if draft.axes.multi_query:
         kv = 1
     sizes = {
@@ -236,7 +274,8 @@ def _sizes(draft: Draft, config: Config) -> dict[str, int]:
         "residual": int(config[keys.hidden]),
     }
     if mixer := draft.axes.mixer:
-        sizes[mixer.heads] = int(config[mixer.heads]) // mixer.count(config)
+        all_heads = int(config[mixer.heads])
+        sizes[mixer.heads] = all_heads // mixer.count(config)
         sizes[mixer.dim] = int(config[mixer.dim])
     return sizes
 
@@ -265,11 +304,13 @@ class _Twins:
         layers = self._layers.get(star)
         if not layers:
             return self._loosely.get(_numberless(name))
-        alike = self._count - 1 if number == count - 1 else number
+        is_last = number == count - 1
+        alike = self._count - 1 if is_last else number
         told_apart = count == len(self._stands) != self._count
         if told_apart and number is not None and number < count:
             alike = self._stands[number]
-        return layers.get(alike) or layers.get(number) or next(iter(layers.values()))
+        any_layer = next(iter(layers.values()))
+        return layers.get(alike) or layers.get(number) or any_layer
 
 
 def _first_number(name: str) -> tuple[str, int | None]:
@@ -278,7 +319,8 @@ def _first_number(name: str) -> tuple[str, int | None]:
     if match is None:
         return name, None
     head, tail = _around(match)
-    return f"{head}*{tail}", int(match[0])
+    star = f"{head}*{tail}"
+    return star, int(match[0])
 
 
 def _numberless(name: str) -> str:
@@ -288,9 +330,13 @@ def _numberless(name: str) -> str:
 def _stacks(names: Iterable[str], count: int) -> set[str]:
     """Find the prefixes of lists with one entry per layer."""
     numbers: dict[str, set[int]] = defaultdict(set)
-    for match in filter(None, (re.match(r"(.*?\.)(\d+)\.", name) for name in names)):
-        numbers[match[1]].add(int(match[2]))
-    return {prefix for prefix, present in numbers.items() if present == set(range(count))}
+    for name in names:
+        match = re.match(r"(.*?\.)(\d+)\.", name)
+        if match is not None:
+            number = int(match[2])
+            numbers[match[1]].add(number)
+    every_layer = set(range(count))
+    return {prefix for prefix, present in numbers.items() if present == every_layer}
 
 
 def _layer_of(name: str, stacks: set[str]) -> tuple[str, int | None]:
@@ -298,31 +344,36 @@ def _layer_of(name: str, stacks: set[str]) -> tuple[str, int | None]:
     match = re.match(r"(.*?\.)(\d+)(\..*)", name)
     if match is None or match[1] not in stacks:
         return name, None
-    return f"{match[1]}*{match[3]}", int(match[2])
+    star = f"{match[1]}*{match[3]}"
+    return star, int(match[2])
 
 
 def _merged(grouped: Mapping[Line, list[int | None]], count: int) -> Iterator[Line]:
     """Yield lines, with runs of numbered siblings (experts) folded into `{a..b}`."""
-    folded: dict[tuple[Line, Layers], list[Line]] = defaultdict(list)
+    folded: dict[Alike, list[Line]] = defaultdict(list)
     for line, layers in grouped.items():
         unnumbered = replace(line, name=_numberless(line.name))
         folded[unnumbered, tuple(layers)].append(line)
     for (_, numbered), lines in folded.items():
         numbers = sorted(layer for layer in numbered if layer is not None)
-        only = tuple(numbers) if numbers and len(numbers) != count else None
-        for name in _braced([line.name for line in lines]):
+        in_some = numbers and len(numbers) != count
+        only = tuple(numbers) if in_some else None
+        names = [line.name for line in lines]
+        for name in _braced(names):
             yield replace(lines[0], name=name, only=only)
 
 
 def _braced(names: list[str]) -> list[str]:
     """Fold names that differ in one consecutive number into one with `{a..b}`; others stay as they are."""
-    matches = [match for name in names if (match := NUMBER.search(name))]
-    if len(names) < 2 or len(matches) != len(names):
+    matches = list(filter(None, map(NUMBER.search, names)))
+    all_numbered = len(matches) == len(names)
+    if len(names) < 2 or not all_numbered:
         return names
     stems = {_around(match) for match in matches}
     numbers = sorted(int(match[0]) for match in matches)
     first, last = numbers[0], numbers[-1]
-    if len(stems) != 1 or numbers != list(range(first, last + 1)):
+    consecutive = list(range(first, last + 1))
+    if len(stems) != 1 or numbers != consecutive:
         return names
     ((head, tail),) = stems
     return [f"{head}{{{first}..{last}}}{tail}"]
@@ -330,4 +381,6 @@ def _braced(names: list[str]) -> list[str]:
 
 def _around(match: re.Match[str]) -> tuple[str, str]:
     """Return what stands before and after a match."""
-    return match.string[: match.start()], match.string[match.end() :]
+    before = match.string[: match.start()]
+    after = match.string[match.end() :]
+    return before, after

@@ -7,6 +7,7 @@ The result is a guess; nothing is believed of it but what the library's own clas
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -107,15 +108,18 @@ def shrunken(config: Config, depth_key: str, layers: tuple[int, ...]) -> dict[st
     depth = config[depth_key]
     small = {key: _small(key, value, config, depth, layers) for key, value in config.items()}
     small[depth_key] = len(layers)
-    ropes = {key: small[key] for key in ROPE if isinstance(small.get(key), Mapping)}
-    small |= {key: _small_rope(rope, small) for key, rope in ropes.items()}
+    for key in ROPE:
+        rope = small.get(key)
+        if isinstance(rope, Mapping):
+            small[key] = _small_rope(rope, small)
     # Special tokens move into the small vocabulary.
     vocabulary = small.get("vocab_size")
     tokens = {
         key: value for key, value in small.items() if key.endswith(TOKEN_KEYS) and isinstance(value, int)
     }
     if isinstance(vocabulary, int):
-        small |= {key: min(value, vocabulary - 1) for key, value in tokens.items()}
+        last = vocabulary - 1
+        small |= {key: min(value, last) for key, value in tokens.items()}
     return small
 
 
@@ -138,13 +142,16 @@ def _shrunken_composite(
     others = {key: value for key, value in config.items() if not of_text(key)}
     outputs = [key for key, value in others.items() if repeats_hidden(key, value, hidden)]
     last = text["vocab_size"] - 1
-    tokens = {key: last - number for number, key in enumerate(place_tokens(config))}
-    return flat(small) | dict.fromkeys(outputs, text["hidden_size"]) | tokens
+    places = enumerate(place_tokens(config))
+    tokens = {key: last - number for number, key in places}
+    widths = dict.fromkeys(outputs, text["hidden_size"])
+    return flat(small) | widths | tokens
 
 
 def place_tokens(config: Config) -> list[str]:
     """List the keys of tokens that hold the places of pictures and sounds in a text."""
-    tokens = [key for key in config if key.endswith(TOKEN_KEYS) and not of_text(key)]
+    tokens = [key for key in config if key.endswith(TOKEN_KEYS)]
+    tokens = [key for key in tokens if not of_text(key)]
     return [key for key in tokens if type(config[key]) is int]
 
 
@@ -153,29 +160,44 @@ def _small_rope(rope: Config, small: Config) -> dict[str, Any]:
     sections = rope.get("mrope_section")
     if not isinstance(sections, list) or len(sections) != 3:
         return dict(rope)
-    head = next((small[key] for key in HEAD_KEYS if small.get(key)), HEAD)
-    pairs = int(head * (rope.get("partial_rotary_factor") or 1)) // 2
-    return {**rope, "mrope_section": [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]}
+    heads = [small[key] for key in HEAD_KEYS if small.get(key)]
+    head = heads[0] if heads else HEAD
+    share = rope.get("partial_rotary_factor") or 1
+    pairs = int(head * share) // 2
+    third = pairs // 3
+    return {**rope, "mrope_section": [pairs - 2 * third, third, third]}
 
 
 def _small_tower(tower: Config) -> dict[str, Any]:
     """Make a tower small that tokens do not go through."""
-    depth = next((key for key in DEPTH_KEYS if type(tower.get(key)) is int), None)
-    if depth is None:
+    depths = [key for key in DEPTH_KEYS if type(tower.get(key)) is int]
+    if not depths:
         small = {key: _small(key, value, tower, 0, ()) for key, value in tower.items()}
     else:
-        small = shrunken(tower, depth, (0, 1)[: tower[depth]])
-    patch, picture = tower.get("patch_size"), {}
-    if type(patch) is type(tower.get("image_size")) and isinstance(patch, int | list):
-        picture = {"image_size": [4 * side for side in patch] if isinstance(patch, list) else 4 * patch}
+        depth = depths[0]
+        layers = (0, 1)[: tower[depth]]
+        small = shrunken(tower, depth, layers)
     sizes = [
         key for key, value in tower.items() if key.endswith((*SIZES, "_channels")) and type(value) is int
     ]
     outputs = {key: min(tower[key], 40) for key in sizes if OUTPUT.search(key)}
+    shuffled = {}
     ratio = tower.get("pixel_shuffle_ratio")
-    shuffled = {"intermediate_size": int(64 / ratio**2)} if ratio else {}  # Llama 4's projector reads it
+    if ratio:
+        shuffled["intermediate_size"] = int(64 / ratio**2)  # Llama 4's projector reads it
     heads = {key: HEAD for key in HEAD_KEYS if type(tower.get(key)) is int}
-    return small | outputs | picture | shuffled | heads
+    return small | outputs | _small_picture(tower) | shuffled | heads
+
+
+def _small_picture(tower: Config) -> dict[str, Any]:
+    """Make a picture four patches high and wide, where the config says how large both are."""
+    patch = tower.get("patch_size")
+    same_type = type(patch) is type(tower.get("image_size"))
+    if not same_type or not isinstance(patch, int | list):
+        return {}
+    if isinstance(patch, list):
+        return {"image_size": [4 * side for side in patch]}
+    return {"image_size": 4 * patch}
 
 
 def _small(key: str, value: Any, config: Config, depth: int, layers: tuple[int, ...]) -> Any:
@@ -188,17 +210,20 @@ def _small(key: str, value: Any, config: Config, depth: int, layers: tuple[int, 
     followed = follow_layers(key, value, layers, depth)
     if per_layer(key, value, depth):
         return [_small(key, entry, config, depth, layers) for entry in followed]
-    if numbers_layers(key, value, depth) or by_number(key, value, depth):
+    names_layers = numbers_layers(key, value, depth)
+    if names_layers or by_number(key, value, depth):
         return followed
     if isinstance(value, Mapping):
         return _small_part(key, value, depth, layers)
-    if CLIPPED.search(key) and isinstance(value, int | float):
+    is_number = isinstance(value, int | float)
+    if is_number and CLIPPED.search(key):
         return CLIP
     if value is None and key in WITHOUT_DEFAULT:
         return WITHOUT_DEFAULT[key]
     if not is_size(value) or UNTOUCHED.search(key):
         return value
-    if value == 1 and (not re.search(r"(kv|key_value)_heads", key) or key.startswith("index")):
+    counts_kv_heads = re.search(r"(kv|key_value)_heads", key) and not key.startswith("index")
+    if value == 1 and not counts_kv_heads:
         return value
     return _small_size(key, value, config)
 
@@ -206,8 +231,10 @@ def _small(key: str, value: Any, config: Config, depth: int, layers: tuple[int, 
 def _small_part(key: str, part: Mapping[Any, Any], depth: int, layers: tuple[int, ...]) -> Mapping[Any, Any]:
     """Make a part of a config small: a tower's config, or a dict of sizes; any other stays."""
     count = part.get("num_hidden_layers")
-    if isinstance(part.get("hidden_size"), int) and isinstance(count, int):
-        return shrunken(part, "num_hidden_layers", (0, 1)[:count])  # of a tower that tokens do not go through
+    is_tower = isinstance(part.get("hidden_size"), int)
+    if is_tower and isinstance(count, int):
+        layers = (0, 1)[:count]
+        return shrunken(part, "num_hidden_layers", layers)  # of a tower that tokens do not go through
     if not PARTS.search(key):
         return part
     of_sizes = key == "compress_rates"
@@ -227,10 +254,11 @@ def _small_size(key: str, value: int, config: Config) -> int:
         return 32  # of a state space: expand × hidden size / heads
     if key == "attention_head_dim" and "attention_hidden_size" in config:
         return 32  # of attention over its own hidden size
-    few = next((size for pattern, size in FEW if re.search(pattern, key)), None)
-    if few is not None:
-        return min(value, few)
-    return next((size for pattern, size in SMALL if re.search(pattern, key)), value)
+    few = [size for pattern, size in FEW if re.search(pattern, key)]
+    if few:
+        return min(value, few[0])
+    small = [size for pattern, size in SMALL if re.search(pattern, key)]
+    return small[0] if small else value
 
 
 def small_layers(tiny: Config) -> dict[str, Any]:
@@ -266,8 +294,9 @@ def _words(value: object) -> bool:
 def _of_layers(config: Config, depth: int) -> tuple[list[list[Any]], list[list[int]]]:
     """Collect the lists of a config with one entry per layer, and those that name layers by their numbers."""
     values = [(key, value) for key, value in config.items() if of_text(key)]
+    each = [value for key, value in values if per_layer(key, value, depth)]
     numbered = [value for key, value in values if numbers_layers(key, value, depth)]
-    return [value for key, value in values if per_layer(key, value, depth)], numbered
+    return each, numbered
 
 
 def layer_kinds(config: Config, depth: int) -> list[str]:
@@ -276,7 +305,8 @@ def layer_kinds(config: Config, depth: int) -> list[str]:
 
     def kind(layer: int) -> str:
         entries = [listed[layer] for listed in each]
-        return repr([entries, [layer in numbers for numbers in numbered]])
+        named = [layer in numbers for numbers in numbered]
+        return repr([entries, named])
 
     return [kind(layer) for layer in range(depth)]
 
@@ -293,12 +323,14 @@ def kept_layers(config: Config, depth: int) -> tuple[int, ...]:
     values = [(key, value) for key, value in config.items() if of_text(key)]
     each, _ = _of_layers(config, depth)
     kinds = layer_kinds(config, depth)
-    chosen = {kinds.index(kind) for kind in kinds} | set(range(min(2, depth)))
+    chosen = {kinds.index(kind) for kind in kinds}
+    chosen |= set(range(min(2, depth)))
     if not each:
         rhythms = [value for key, value in values if RHYTHM.search(key) and is_size(value)]
         lists = [value for key, value in values if RHYTHM_LIST.search(key) and _words(value)]
         rhythms += map(len, lists)
-        period = max((length for length in rhythms if length <= MAX_LAYERS), default=0)
+        short = [length for length in rhythms if length <= MAX_LAYERS]
+        period = max(short, default=0)
         chosen |= set(range(min(period, depth)))
     if len(chosen) > MAX_LAYERS:
         raise Unfit(f"{len(chosen)} kinds of layers are too many to stand for in a tiny model")
@@ -312,7 +344,12 @@ def two_of_each_kind(config: Config, depth: int) -> tuple[int, ...]:
         Nothing where there is one kind, or too many.
     """
     kinds = layer_kinds(config, depth)
-    first = [layer for layer, kind in enumerate(kinds) if kinds[:layer].count(kind) < 2]
+    earlier: Counter[str] = Counter()
+    first = []
+    for layer, kind in enumerate(kinds):
+        if earlier[kind] < 2:
+            first.append(layer)
+        earlier[kind] += 1
     several = len(set(kinds)) > 1
     return tuple(first) if several and len(first) <= MAX_LAYERS else ()
 
@@ -326,7 +363,8 @@ def stand_ins(kinds: Sequence[str], kept: tuple[int, ...]) -> tuple[int, ...]:
     """
     if len(set(kinds)) == 1:
         return ()
-    first = {kinds[layer]: number for number, layer in reversed(list(enumerate(kept)))}
-    last = {kinds[layer]: number for number, layer in enumerate(kept)}
+    numbered = list(enumerate(kept))
+    first = {kinds[layer]: number for number, layer in reversed(numbered)}
+    last = {kinds[layer]: number for number, layer in numbered}
     places = [first[kind] for kind in kinds[:-1]]
     return (*places, last[kinds[-1]])

@@ -39,6 +39,8 @@ CONTRACTIONS = {
 COPIES = (aten._to_copy, aten.clone, aten.contiguous, aten.neg, aten.exp, aten.softplus, aten.sigmoid)
 PAINT = 1 << 20  # apart by more than any axis of a tiny model is long
 
+_Stored = tuple[str, dict[int, int]]  # (parameter, stride → its axis)
+
 
 @dataclass(frozen=True)
 class Sighting:
@@ -129,10 +131,12 @@ def sightings(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Sightin
             role=role,
         )
     # counters and masks
-    integers = {name: tensor for name, tensor in stored(model).items() if name not in seen}
-    for name, tensor in integers.items():
-        unread = (False,) * tensor.ndim
-        seen[name] = Sighting(tuple(tensor.shape), name, unread, indexed=False, used=True)
+    # counters and masks
+    for name, tensor in stored(model).items():
+        if name not in seen:
+            unread = (False,) * tensor.ndim
+            shape = tuple(tensor.shape)
+            seen[name] = Sighting(shape, name, unread, indexed=False, used=True)
     return seen
 
 
@@ -142,7 +146,9 @@ def uses(model: PreTrainedModel, tokens: torch.Tensor) -> Uses:
     with torch.no_grad(), computing_in("float64"), watch:
         model(input_ids=tokens, use_cache=False)
     contracted = {name: frozenset(axes) for name, axes in watch.contracted.items()}
-    return Uses(frozenset(watch.touched), contracted, frozenset(watch.indexed), frozenset(watch.convolved))
+    indexed = frozenset(watch.indexed)
+    convolved = frozenset(watch.convolved)
+    return Uses(frozenset(watch.touched), contracted, indexed, convolved)
 
 
 def _by_class(model: PreTrainedModel, parameter: str, reads: tuple[bool, ...]) -> tuple[bool, ...]:
@@ -151,9 +157,11 @@ def _by_class(model: PreTrainedModel, parameter: str, reads: tuple[bool, ...]) -
     Cross-attention without an encoder, for one.
     """
     module = model.get_submodule(parameter.rpartition(".")[0])
-    if len(reads) != 2 or not parameter.endswith(".weight"):
+    is_matrix = len(reads) == 2
+    if not is_matrix or not parameter.endswith(".weight"):
         return reads
-    return {"Linear": (False, True), "Conv1D": (True, False)}.get(type(module).__name__, reads)
+    by_class = {"Linear": (False, True), "Conv1D": (True, False)}
+    return by_class.get(type(module).__name__, reads)
 
 
 class _Watch(TorchDispatchMode):
@@ -168,14 +176,16 @@ class _Watch(TorchDispatchMode):
         self.inputs: list[tuple[str, torch.Tensor]] = []  # (module, its first argument)
         self.outputs: dict[str, torch.Tensor] = {}
         self._alive: list[torch.Tensor] = []  # so that no storage is reused
-        self._axes: dict[int, tuple[str, dict[int, int]]] = {}  # storage → parameter, stride → its axis
-        for name, parameter in (*model.named_parameters(), *model.named_buffers()):
+        self._axes: dict[int, _Stored] = {}  # by storage
+        parameters = (*model.named_parameters(), *model.named_buffers())
+        for name, parameter in parameters:
             axes = {stride: axis for axis, stride in enumerate(parameter.stride())}
             self._follow(parameter, name, axes)
 
     def _follow(self, tensor: torch.Tensor, name: str, axes: dict[int, int]) -> None:
         self._alive.append(tensor)
-        self._axes.setdefault(tensor.untyped_storage().data_ptr(), (name, axes))
+        storage = tensor.untyped_storage().data_ptr()
+        self._axes.setdefault(storage, (name, axes))
 
     def axes_of(self, tensor: Any) -> tuple[str, list[int | None]] | None:
         """Look up (parameter, its axis for each dim of `tensor`), where `tensor` is a view or a plain copy of
@@ -194,8 +204,11 @@ class _Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         packet = func.overloadpacket
         # Every parameter among the arguments: position → (name, its axis for each dim).
-        sides = ((position, self.axes_of(argument)) for position, argument in enumerate(args))
-        known = {position: side for position, side in sides if side is not None}
+        known = {}
+        for position, argument in enumerate(args):
+            side = self.axes_of(argument)
+            if side is not None:
+                known[position] = side
         self.touched.update(name for name, _ in known.values())
         for position, dim in CONTRACTIONS.get(packet, ()):
             self._contract(known.get(position), dim)
@@ -204,7 +217,8 @@ class _Watch(TorchDispatchMode):
             self._contract(known[1], 1)
         if packet is aten.embedding and 0 in known:
             self.indexed.add(known[0][0])
-        if packet in COPIES and 0 in known and isinstance(out, torch.Tensor):
+        is_copy = packet in COPIES and 0 in known
+        if is_copy and isinstance(out, torch.Tensor):
             name, dims = known[0]
             strides = zip(out.stride(), dims, strict=True)
             axes = {stride: axis for stride, axis in strides if axis is not None}
@@ -213,8 +227,12 @@ class _Watch(TorchDispatchMode):
 
     def _contract(self, side: tuple[str, list[int | None]] | None, dim: int) -> None:
         """Record that one dim of a parameter was summed over."""
-        if side is not None and (axis := side[1][dim]) is not None:
-            self.contracted[side[0]].add(axis)
+        if side is None:
+            return
+        parameter, axes = side
+        axis = axes[dim]
+        if axis is not None:
+            self.contracted[parameter].add(axis)
 
 
 def _hooks(model: PreTrainedModel, watch: _Watch) -> ExitStack:
@@ -243,7 +261,8 @@ def _norms(model: PreTrainedModel, watch: _Watch) -> dict[str, tuple[str, float,
     norms = {}
     for name, module in modules.items():
         weight = getattr(module, "weight", None)
-        if name not in watch.outputs or not isinstance(weight, torch.Tensor):
+        has_run = name in watch.outputs
+        if not has_run or not isinstance(weight, torch.Tensor):
             continue
         if weight.ndim != 1 or list(module.children()):
             continue
@@ -262,15 +281,18 @@ def _norms(model: PreTrainedModel, watch: _Watch) -> dict[str, tuple[str, float,
 
 
 def _has_matrix(module: torch.nn.Module) -> bool:
-    return any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+    own = module.parameters(recurse=False)
+    return any(parameter.ndim > 1 for parameter in own)
 
 
 def _behaviour(module: torch.nn.Module, weight: torch.Tensor) -> tuple[str, float] | None:
     """Test whether `module` normalises its last axis: ("layer" or "rms", offset of its scale), else None."""
     numbers = torch.Generator().manual_seed(0)
-    inputs = torch.randn(3, len(weight), generator=numbers, dtype=torch.float64)
+    width = len(weight)
+    inputs = torch.randn(3, width, generator=numbers, dtype=torch.float64)
     try:
-        out, doubled = module(inputs), module(2 * inputs)
+        out = module(inputs)
+        doubled = module(2 * inputs)
         shifted = module(inputs + 5)
         kept = weight.detach().clone()
         weight.data.zero_()
@@ -280,10 +302,14 @@ def _behaviour(module: torch.nn.Module, weight: torch.Tensor) -> tuple[str, floa
         return None
     # A norm gives the same for twice the input, and is no plain product with its weight.
     same_for_double = torch.allclose(out, doubled, rtol=1e-2, atol=1e-2)
-    if not same_for_double or torch.allclose(out, inputs * weight, rtol=1e-3):
+    if not same_for_double:
+        return None
+    if torch.allclose(out, inputs * weight, rtol=1e-3):
         return None
     bias = getattr(module, "bias", None)
-    nothing = torch.zeros_like(unscaled) if bias is None else bias.expand_as(unscaled)
+    nothing = torch.zeros_like(unscaled)
+    if bias is not None:
+        nothing = bias.expand_as(unscaled)
     offset = 0.0 if torch.allclose(unscaled, nothing) else 1.0
     removes_mean = torch.allclose(out, shifted, rtol=1e-3, atol=1e-3)
     return ("layer" if removes_mean else "rms"), offset
@@ -291,11 +317,10 @@ def _behaviour(module: torch.nn.Module, weight: torch.Tensor) -> tuple[str, floa
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Check that two tensors hold the same entries, in rows of the same length."""
-    if one.shape[-1] != other.shape[-1]:
+    same_rows = one.shape[-1] == other.shape[-1]
+    if not same_rows or one.numel() != other.numel():
         return False
-    if one.numel() != other.numel():
-        return False
-    return bool(torch.equal(one.flatten(), other.flatten()))
+    return torch.equal(one.flatten(), other.flatten())
 
 
 @dataclass
@@ -317,21 +342,26 @@ def _places(model: PreTrainedModel) -> dict[str, _Place]:
     """
     named = (*model.named_parameters(), *model.named_buffers())
     saved = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    saved = {tensor.data_ptr() for tensor in model.state_dict().values()}
     paintable = [(name, tensor) for name, tensor in named if tensor.is_floating_point()]
     state = {name: tensor for name, tensor in paintable if tensor.data_ptr() in saved}
     names = list(state)
     kept = {name: tensor.detach().clone() for name, tensor in state.items()}
     places: dict[str, _Place] = {}
-    for axis in range(max(tensor.ndim for tensor in state.values())):
+    most_axes = max(tensor.ndim for tensor in state.values())
+    for axis in range(most_axes):
         for number, tensor in enumerate(state.values()):
             paint = number * PAINT + _coordinate(tensor, axis)
-            tensor.data.copy_(torch.zeros_like(tensor) + paint)
+            numbered = torch.zeros_like(tensor) + paint
+            tensor.data.copy_(numbered)
         for name, painted in stored(model).items():
             if not painted.is_floating_point() or painted.numel() == 0:
                 continue
-            number = int(painted.flatten()[0].item() // PAINT)
+            first_entry = painted.flatten()[0].item()
+            number = int(first_entry // PAINT)
             parameter = names[min(number, len(names) - 1)]
-            unknown = _Place(tuple(painted.shape), parameter, [None] * painted.ndim)
+            unknown_axes: list[int | None] = [None] * painted.ndim
+            unknown = _Place(tuple(painted.shape), parameter, unknown_axes)
             place = places.setdefault(name, unknown)
             for dim in _varying(painted):
                 place.axes[dim] = axis
@@ -345,7 +375,9 @@ def _coordinate(tensor: torch.Tensor, axis: int) -> torch.Tensor | int:
     if axis >= tensor.ndim:
         return 0
     places = torch.arange(tensor.shape[axis], dtype=tensor.dtype)
-    return places.reshape([-1 if dim == axis else 1 for dim in range(tensor.ndim)])
+    shape = [1] * tensor.ndim
+    shape[axis] = -1
+    return places.reshape(shape)
 
 
 def _varying(tensor: torch.Tensor) -> Iterator[int]:
