@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, cached_property
-from math import prod, sqrt
+from math import inf, prod, sqrt
 from typing import Any, Literal
 
 from outgrow.model.base.errors import UserError, unknown
 from outgrow.model.notation import Axis, Line, Space, parse_schema, size, spaces
 
 Config = Mapping[str, Any]
+_Size = tuple[str, int | Fraction]  # (config key, factor)
 
 # The field's standard names of the sizes; a family lists only those that its config spells differently.
 STANDARD = (
@@ -51,7 +52,9 @@ class Tensor:
 
     @property
     def name(self) -> str:
-        return self.pattern if self.layer is None else self.name_in(self.layer)
+        if self.layer is None:
+            return self.pattern
+        return self.name_in(self.layer)
 
     def name_in(self, layer: int) -> str:
         """Name the same tensor in another layer."""
@@ -61,7 +64,8 @@ class Tensor:
     def is_head(self) -> bool:
         """Check whether it is the output head's matrix."""
         line = self.line
-        return line.kind == "linear" and line.out == Space("vocab") and not self.is_bias
+        writes_vocab = line.kind == "linear" and line.out == Space("vocab")
+        return writes_vocab and not self.is_bias
 
     def sums_over(self, axis: int) -> bool:
         """Check whether the module sums over an axis.
@@ -70,7 +74,9 @@ class Tensor:
         """
         if self.reads[axis]:
             return True
-        named = list(spaces(self.axes[axis])) if self.line.kind == "tensor" else []
+        if self.line.kind != "tensor":
+            return False
+        named = list(spaces(self.axes[axis]))
         return bool(named) and all(space.dual for space in named)
 
 
@@ -115,7 +121,7 @@ class Family:
     scaled_if: str | None = None
     pos_offset: int = 0
     follows: Mapping[str, str] = field(default_factory=dict)
-    more: Mapping[str, tuple[str, int | Fraction]] = field(default_factory=dict)
+    more: Mapping[str, _Size] = field(default_factory=dict)
     tied: bool | None = None
     small_writers: bool = False
     lacks: tuple[str, ...] = ()
@@ -132,14 +138,17 @@ class Family:
         """The lines that apply under `config`."""
 
         def applies(line: Line) -> bool:
-            return line.condition is None or self.flag(config, line.condition)
+            condition = line.condition
+            return condition is None or self.flag(config, condition)
 
         return list(filter(applies, self.lines))
 
     def flag(self, config: Config, condition: str) -> bool:
         """Check whether a config value is true; a leading "!" negates."""
         key = condition.lstrip("!")
-        return bool(config.get(key, self.defaults.get(key))) != condition.startswith("!")
+        value = config.get(key, self.defaults.get(key))
+        negated = condition.startswith("!")
+        return bool(value) != negated
 
     @cached_property
     def prenorm(self) -> bool:
@@ -151,7 +160,8 @@ class Family:
 
     def knows(self, standard: str) -> bool:
         """Check whether its class knows a size or list of that standard name, in whatever spelling."""
-        return standard not in self.lacks and (standard != "layer_types" or self.layer_types is not None)
+        has_list = standard != "layer_types" or self.layer_types is not None
+        return has_list and standard not in self.lacks
 
     def field_name(self, standard: str) -> str:
         """Spell a standard name as this family's config does."""
@@ -161,7 +171,9 @@ class Family:
         """A config value by its standard name; a missing or null one is the family's default."""
         key = self.field_name(standard)
         value = config.get(key)
-        return self.defaults.get(key, default) if value is None else value
+        if value is None:
+            return self.defaults.get(key, default)
+        return value
 
     def require(self, config: Config, standard: str) -> int:
         """A positive whole number by its standard name.
@@ -170,7 +182,8 @@ class Family:
             UserError: it is missing, is not a positive whole number, or is none that any model has.
         """
         most = MAX_LAYERS if standard == "num_hidden_layers" else MAX_SIZE
-        return self._checked(self.field_name(standard), self.get(config, standard), most)
+        value = self.get(config, standard)
+        return self._checked(self.field_name(standard), value, most)
 
     def _checked(self, key: str, value: Any, most: int = MAX_SIZE) -> int:
         """Check a size before anything of that size is made."""
@@ -187,7 +200,9 @@ class Family:
 
     def optional(self, config: Config, standard: str) -> int | None:
         """A positive whole number by its standard name, or None where it is not given."""
-        return None if self.get(config, standard) is None else self.require(config, standard)
+        if self.get(config, standard) is None:
+            return None
+        return self.require(config, standard)
 
     def sizes(self, config: Config) -> dict[str, int]:
         """Compute the size of every space of the schema (`vocab residual ffn kv group qk v pos`, `more`), and
@@ -201,12 +216,14 @@ class Family:
             if self.uses(space):
                 sizes[space] = size_of(config)
         for space, (key, factor) in self.more.items():
-            size = self._checked(key, config.get(key)) * factor
+            value = self._checked(key, config.get(key))
+            size = value * factor
             if size.denominator != 1:
-                multiple = f"a multiple of {size.denominator}"
-                raise UserError(f"config of family {self.name!r}: {key} {config[key]} must be {multiple}")
+                fault = f"{key} {config[key]} must be a multiple of {size.denominator}"
+                raise UserError(f"config of family {self.name!r}: {fault}")
             sizes[space] = int(size)
-        width = prod(sizes.get(space, 1) for space in ("kv", "group", "qk"))
+        head_spaces = ("kv", "group", "qk")
+        width = prod(sizes.get(space, 1) for space in head_spaces)
         self._checked("heads × head dim", width)
         return sizes
 
@@ -224,24 +241,32 @@ class Family:
         }
 
     def _ffn(self, config: Config) -> int:
-        return self.optional(config, "intermediate_size") or 4 * self.require(config, "hidden_size")
+        named = self.optional(config, "intermediate_size")
+        return named or 4 * self.require(config, "hidden_size")
 
     def _kv_heads(self, config: Config) -> int:
-        return self.optional(config, "num_key_value_heads") or self.require(config, "num_attention_heads")
+        named = self.optional(config, "num_key_value_heads")
+        return named or self.require(config, "num_attention_heads")
 
     def _group(self, config: Config) -> int:
-        heads, kv = self.require(config, "num_attention_heads"), self._kv_heads(config)
+        heads = self.require(config, "num_attention_heads")
+        kv = self._kv_heads(config)
         return _divide(heads, kv, f"{heads} query heads among {kv} key-value heads")
 
     def _head_dim(self, config: Config) -> int:
         hidden = self.require(config, "hidden_size")
         heads = self.require(config, "num_attention_heads")
         named = self.optional(config, "head_dim")
-        return named or _divide(hidden, heads, f"{self.field_name('hidden_size')} into {heads} heads")
+        if named:
+            return named
+        return _divide(hidden, heads, f"{self.field_name('hidden_size')} into {heads} heads")
 
     def layer_kinds(self, config: Config) -> list[str] | None:
         """List the class's `layer_types`, named in the config or not; None where it knows no such list."""
-        return config.get("layer_types") or (self.layer_types(config) if self.layer_types else None)
+        named: list[str] | None = config.get("layer_types")
+        if named or self.layer_types is None:
+            return named or None
+        return self.layer_types(config)
 
     def rotary_dims(self, config: Config) -> int:
         """Count the dimensions of each head that rotary positions (RoPE) turn; 0 without rotary positions."""
@@ -252,7 +277,8 @@ class Family:
         share = rope.get(self.rotary_field, older)
         if share is None:
             share = self.rotary
-        return int(self.sizes(config).get("qk", 0) * share)
+        head_dim = self.sizes(config).get("qk", 0)
+        return int(head_dim * share)
 
     def eps(self, config: Config) -> float:
         """The epsilon of the norms over the residual stream."""
@@ -280,8 +306,11 @@ class Family:
             UserError: the config's value is no number of at least 0.
         """
         deviation = initial_deviation(config)
-        small = self.small_writers and tensor.line.layered and self.writes_residual(tensor)
-        return deviation / sqrt(2 * self.require(config, "num_hidden_layers")) if small else deviation
+        may_be_small = self.small_writers and tensor.line.layered
+        if not may_be_small or not self.writes_residual(tensor):
+            return deviation
+        writers = 2 * self.require(config, "num_hidden_layers")
+        return deviation / sqrt(writers)
 
     def uses(self, space: str) -> bool:
         """Check whether any tensor of the schema has `space` on an axis."""
@@ -298,16 +327,21 @@ class Family:
     def writes_residual(self, tensor: Tensor) -> bool:
         """Check whether the tensor is the last to touch what its module adds to the residual stream."""
         line = tensor.line
-        if any(other.kind == "post norm" and other.layered for other in self.lines):
+        has_post_norms = any(other.kind == "post norm" and other.layered for other in self.lines)
+        if has_post_norms:
             return line.kind == "post norm"
         if line.kind == "tensor":
-            reads = any(space.dual for axis in line.axes for space in spaces(axis))
-            return Space("residual") in line.axes and (reads or line.name.endswith("bias"))
+            named = [space for axis in line.axes for space in spaces(axis)]
+            reads = any(space.dual for space in named)
+            is_bias = line.name.endswith("bias")
+            return Space("residual") in line.axes and (reads or is_bias)
         return line.kind == "linear" and line.out == Space("residual")
 
     def ties(self, config: Config) -> bool:
         """Check whether the output head is the embedding."""
-        return self.flag(config, "tie_word_embeddings") if self.tied is None else self.tied
+        if self.tied is not None:
+            return self.tied
+        return self.flag(config, "tie_word_embeddings")
 
     def ignores(self, name: str) -> bool:
         """Check whether a stored name is a buffer that no schema line needs."""
@@ -343,17 +377,21 @@ class Family:
         self, line: Line, layer: int | None, config: Config, sizes: Mapping[str, int]
     ) -> Iterator[Tensor]:
         tied = line.tied_if is not None and self.flag(config, line.tied_if)
+        has_bias = line.bias and (line.bias_if is None or self.flag(config, line.bias_if))
         axes = line.axes
         reads: tuple[bool, ...] = (line.transposed, not line.transposed)
         if line.into is None:
             reads = (False,) * len(axes)
-        weight, bias = ("", "") if line.kind == "tensor" else (".weight", ".bias")
+        is_plain = line.kind == "tensor"
+        weight = "" if is_plain else ".weight"
+        bias = "" if is_plain else ".bias"
         for name in line.names:
             shape = tuple(size(axis, sizes) for axis in axes)
             yield Tensor(name + weight, line, axes, reads, shape, layer, tied)
-            if line.bias and (line.bias_if is None or self.flag(config, line.bias_if)):
+            if has_bias:
                 width = (size(line.out, sizes),)
-                yield Tensor(name + bias, line, (line.out,), (False,), width, layer, False, is_bias=True)
+                own = (line.out,)
+                yield Tensor(name + bias, line, own, (False,), width, layer, False, is_bias=True)
 
 
 def initial_deviation(config: Config) -> float:
@@ -362,12 +400,13 @@ def initial_deviation(config: Config) -> float:
     Raises:
         UserError: its value is no finite number of at least 0.
     """
-    key = next((key for key in INITIAL if key in config), INITIAL[0])
+    named = [key for key in INITIAL if key in config]
+    key = named[0] if named else INITIAL[0]
     value = config.get(key)
     if value is None:
         return 0.02
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 <= value < float("inf"):
+    if not is_number or not 0 <= value < inf:
         raise UserError(
             f"config: {key} must be a finite number of at least 0, the deviation of fresh weights; found "
             f"{value!r:.80}"
@@ -376,7 +415,8 @@ def initial_deviation(config: Config) -> float:
 
 
 def _first_layered(lines: list[Line]) -> int:
-    return next((number for number, line in enumerate(lines) if line.layered), len(lines))
+    layered = [number for number, line in enumerate(lines) if line.layered]
+    return layered[0] if layered else len(lines)
 
 
 def _divide(size: int, by: int, what: str) -> int:
@@ -443,7 +483,9 @@ def family_of(config: Config) -> Family:
         )
     if not isinstance(name, str):
         raise UserError(f"config: model_type must be a name; found {name!r:.80}")
-    return known[name] if name in known else unknown("model family", str(name), known)
+    if name not in known:
+        unknown("model family", name, known)
+    return known[name]
 
 
 __all__ = ["STANDARD", "Config", "Family", "Space", "Tensor", "families", "family_of", "register"]
