@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,11 +36,14 @@ from outgrow.model.geometry import flops_per_token
 CHUNK = 1024  # tokens that are summed in float64 at a time
 FITTED = (Fill.COPY, Fill.MEAN, Fill.ZERO)  # rows that the source says something about
 
+_Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a layer beside its hidden states
+
 
 def products(one: Tensor, other: Tensor) -> Tensor:
     """Σ over tokens of one·otherᵀ, float64: (t, i), (t, s) → (i, s)."""
     total = torch.zeros(one.shape[1], other.shape[1], dtype=torch.float64)
-    for left, right in zip(one.split(CHUNK), other.split(CHUNK), strict=True):
+    parts = zip(one.split(CHUNK), other.split(CHUNK), strict=True)
+    for left, right in parts:
         total += left.double().T @ right.double()
     return total
 
@@ -61,20 +63,27 @@ class Inputs:
     ridge: float
 
     def __post_init__(self) -> None:
-        self._gram, self._cross = products(self.read, self.read), products(self.read, self.seen)
-        pull = self.ridge * float(self._gram.diagonal().mean()) or 1.0  # inputs may be all zero
-        self._factor = torch.linalg.cholesky(self._gram + pull * torch.eye(len(self._gram)).double())
+        self._gram = products(self.read, self.read)
+        self._cross = products(self.read, self.seen)
+        mean_square = float(self._gram.diagonal().mean())
+        pull = self.ridge * mean_square or 1.0  # inputs may be all zero
+        unit = torch.eye(len(self._gram)).double()
+        self._factor = torch.linalg.cholesky(self._gram + pull * unit)
 
     def fit(self, start: Tensor, wanted: Tensor) -> Tensor:
         """Minimise ‖W x − wanted y‖² + λ‖W − start‖² over the tokens' inputs x, y: (o, i), (o, s) → (o,
         i)."""
-        residual = self._cross @ wanted.T - self._gram @ start.T
+        aim = self._cross @ wanted.T
+        residual = aim - self._gram @ start.T
         return start + torch.cholesky_solve(residual, self._factor).T
 
     def flops(self, rows: int) -> float:
         """Of the sums and the factor (`rows` 0), or of fitting one matrix of so many rows."""
         size, tokens = len(self._gram), len(self.read)
-        return 4.0 * rows * size**2 if rows else 2.0 * tokens * size * sum(self._cross.shape) + size**3 / 3
+        if rows:
+            return 4.0 * rows * size**2
+        sums = 2.0 * tokens * size * sum(self._cross.shape)
+        return sums + size**3 / 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,54 +109,79 @@ class Matrix:
 
     def joined(self, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
         """(outputs, inputs) of a stored weight and its bias."""
-        rows = weight.T if self.weight.tensor.reads[0] else weight
-        return rows if bias is None else np.concatenate([rows, bias[:, None]], 1)
+        rows = self._by_output(weight)
+        return rows if bias is None else _with_column(rows, bias)
 
     def parted(self, rows: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
         """(parameter, stored name, values) of the weight and its bias, as they are stored."""
         weight = rows if self.bias is None else rows[:, :-1]
-        yield "weight", self.weight.name, weight.T if self.weight.tensor.reads[0] else weight
+        yield "weight", self.weight.name, self._by_output(weight)
         if self.bias is not None:
-            yield "bias", self.bias.name, rows[:, -1]
+            shift = rows[:, -1]
+            yield "bias", self.bias.name, shift
+
+    def _by_output(self, weight: np.ndarray) -> np.ndarray:
+        """Turn a weight as stored into (outputs, inputs), or back."""
+        stored_by_input = self.weight.tensor.reads[0]
+        return weight.T if stored_by_input else weight
 
     def wanted(self, values: Values) -> np.ndarray:
         """(outputs, source inputs): the source's rows as the target's, as large a share as is wanted."""
-        bias = None
+        source = self._by_output(values(self.source))
+        rows = mapped(source, self.outputs)
         if self.bias is not None and self.bias.source is not None and self.shifts is not None:
-            bias = mapped(values(self.bias.source)[:, None], self.shifts)[:, 0]
-        source = values(self.source)
-        rows = mapped(source.T if self.weight.tensor.reads[0] else source, self.outputs)
-        return self.share * (rows if bias is None else np.concatenate([rows, bias[:, None]], 1))
+            column = values(self.bias.source)[:, None]
+            shift = mapped(column, self.shifts)[:, 0]
+            rows = _with_column(rows, shift)
+        return self.share * rows
+
+
+def _with_column(rows: np.ndarray, column: np.ndarray) -> np.ndarray:
+    """Append one column: (o, i), (o,) → (o, i + 1)."""
+    return np.concatenate([rows, column[:, None]], 1)
 
 
 def mapped(rows: np.ndarray, axis: AxisMap) -> np.ndarray:
     """Copy or average rows as a map says; what it draws is zero here."""
-    copied = rows[np.where(axis.copies, axis.index, 0)]
-    copied[axis.fill == Fill.MEAN] = rows.mean(0)
-    copied[~(axis.copies | (axis.fill == Fill.MEAN))] = 0
+    is_mean = axis.fill == Fill.MEAN
+    index = np.where(axis.copies, axis.index, 0)
+    copied = rows[index]
+    copied[is_mean] = rows.mean(0)
+    copied[~(axis.copies | is_mean)] = 0
     return copied.astype(np.float64) * axis.gain[:, None]
 
 
 def matrices(plan: Plan) -> dict[str, Matrix]:
     """Every matrix that is fitted, by the name of its weight: not those of layers that start as the
     identity."""
-    steps, layers, family = {step.name: step for step in plan.steps}, plan.layers, plan.family
-    working = Counter(layer for layer, idle in zip(layers.layers, layers.identity, strict=True) if not idle)
-    normed = any(line.kind == "post norm" for line in family.lines)  # which undoes any factor before it
-    recipe, fitted = plan.recipe.spaces_only(), {}
+    layers, family = plan.layers, plan.family
+    steps = {step.name: step for step in plan.steps}
+    pairs = zip(layers.layers, layers.identity, strict=True)
+    working = Counter(layer for layer, idle in pairs if not idle)
+    # Post norms undo any factor before them.
+    is_normed = any(line.kind == "post norm" for line in family.lines)
+    recipe = plan.recipe.spaces_only()
+    fitted = {}
     for step in plan.steps:
         tensor = step.tensor
-        matrix = tensor.line.kind == "linear" and sorted(tensor.reads) == [False, True]
-        idle = tensor.layer is not None and layers.identity[tensor.layer]
-        if not matrix or idle or step.source is None:
+        reads_once = sorted(tensor.reads) == [False, True]
+        is_matrix = tensor.line.kind == "linear" and reads_once
+        is_idle = tensor.layer is not None and layers.identity[tensor.layer]
+        if not is_matrix or is_idle or step.source is None:
             continue
         bias = steps.get(f"{step.name.removesuffix('weight')}bias")
-        bias = None if bias is None or bias.source is None else bias
+        if bias is not None and bias.source is None:
+            bias = None
         share = 1.0
-        if tensor.layer is not None and family.writes_residual(tensor) and not normed:
-            share = 1 / working[layers.layers[tensor.layer]]
-        outputs = recipe.maps(tensor)[tensor.reads.index(False)]
-        shifts = None if bias is None else recipe.maps(bias.tensor)[0]
+        writes_stream = family.writes_residual(tensor) and not is_normed
+        if tensor.layer is not None and writes_stream:
+            source_layer = layers.layers[tensor.layer]
+            share = 1 / working[source_layer]
+        written_axis = tensor.reads.index(False)
+        outputs = recipe.maps(tensor)[written_axis]
+        shifts = None
+        if bias is not None:
+            shifts = recipe.maps(bias.tensor)[0]
         fitted[step.name] = Matrix(step, bias, outputs, shifts, share)
     return fitted
 
@@ -157,7 +191,7 @@ class Fitting:
     """One pass over the target.
 
     Attributes:
-        place: a folder for the inputs of the source's layers.
+        scratch: a folder for the inputs of the source's layers.
         fitted, flops: matrices so far, and what fitting them took.
     """
 
@@ -166,10 +200,10 @@ class Fitting:
     source: OnDisk
     target: OnDisk
     written: Written
-    place: Path
+    scratch: Path
     fitted: int = 0
     flops: float = 0.0
-    _calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    _calls: dict[int, _Call] = field(default_factory=dict)
     _seen: dict[str, Tensor] = field(default_factory=dict)  # source tensor → what its module read
     _last: tuple[Tensor, Tensor, Inputs] | None = None
 
@@ -180,17 +214,27 @@ class Fitting:
             source_end = self.source.to_head(tokens)
         for number, layer in enumerate(self.target.layers):
             layer.register_forward_pre_hook(self._source_first(number, progress), prepend=True)
-            for module, weight in self.target.matrices(layer).items():
+            modules = self.target.matrices(layer)
+            for module, weight in modules.items():
                 if weight in matrix_of:
                     module.register_forward_pre_hook(self._fitted_first(matrix_of[weight]))
-        end, head = self.target.to_head(tokens), self.target.head
-        if head is None or self.source.head is None or end is None or source_end is None:
+        end = self.target.to_head(tokens)
+        head = self.target.head
+        if head is None or end is None:
             return
-        matrix = matrix_of[self.target.matrices(head)[head]]
+        if self.source.head is None or source_end is None:
+            return
+            return
+        weight = self.target.matrices(head)[head]
+        matrix = matrix_of[weight]
         self.target.fill(head)
         self._seen[matrix.source] = source_end
         self._fit(matrix, head, end)
         self.target.let_go(head)
+
+    def _hidden_file(self, number: int) -> Path:
+        """Name the file of the hidden states that a layer of the source reads."""
+        return self.scratch / f"{number}.npy"
 
     @contextmanager
     def _keeping_inputs(self) -> Iterator[None]:
@@ -199,7 +243,7 @@ class Fitting:
         def keeper(number: int) -> Any:
             def keep(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
                 hidden, *rest = arguments if arguments else (named["hidden_states"],)
-                np.save(self.place / f"{number}.npy", hidden.numpy())
+                np.save(self._hidden_file(number), hidden.numpy())
                 others = {key: value for key, value in named.items() if key != "hidden_states"}
                 self._calls[number] = (tuple(rest), others)
 
@@ -220,7 +264,8 @@ class Fitting:
         def run(*_: Any) -> None:
             progress(number)
             source = self.plan.layers.layers[number]
-            layer, (rest, named) = self.source.layers[source], self._calls[source]
+            layer = self.source.layers[source]
+            rest, named = self._calls[source]
             self._seen, self._last = {}, None
             hooks = [
                 module.register_forward_pre_hook(
@@ -228,7 +273,8 @@ class Fitting:
                 )
                 for module, weight in self.source.matrices(layer).items()
             ]
-            hidden = torch.from_numpy(np.load(self.place / f"{source}.npy", allow_pickle=False))
+            array = np.load(self._hidden_file(source), allow_pickle=False)
+            hidden = torch.from_numpy(array)
             layer(hidden, *rest, **named)
             for hook in hooks:
                 hook.remove()
@@ -246,22 +292,29 @@ class Fitting:
 
     def _fit(self, matrix: Matrix, module: Any, read: Tensor) -> None:
         """Fit a module's matrix to what it reads, write it, and use it as it is stored."""
-        bias = None if matrix.bias is None else module.bias.double().numpy()
+        bias = None
+        if matrix.bias is not None:
+            bias = module.bias.double().numpy()
         before = matrix.joined(module.weight.double().numpy(), bias)
         inputs = self._inputs(read, self._seen[matrix.source], bias is not None)
-        after = inputs.fit(torch.from_numpy(before), torch.from_numpy(matrix.wanted(self.source.values)))
+        wanted = matrix.wanted(self.source.values)
+        after = inputs.fit(torch.from_numpy(before), torch.from_numpy(wanted))
         self.flops += inputs.flops(len(after))
         fresh = ~np.isin(matrix.outputs.fill, FITTED)
         after[fresh] = torch.from_numpy(before[fresh])
         for parameter, name, values in matrix.parted(after.numpy()):
-            getattr(module, parameter).copy_(torch.from_numpy(self.written.write(name, values)))
+            stored = self.written.write(name, values)
+            getattr(module, parameter).copy_(torch.from_numpy(stored))
         self.fitted += 1
 
     def _inputs(self, read: Tensor, seen: Tensor, biased: bool) -> Inputs:
         """The sums over tokens, made once for matrices that read the same."""
-        if self._last is not None and self._last[0] is read and self._last[1] is seen:
-            return self._last[2]
-        inputs = Inputs(_rows(read, biased), _rows(seen, biased), self.ridge)
+        if self._last is not None:
+            last_read, last_seen, inputs = self._last
+            if last_read is read and last_seen is seen:
+                return inputs
+        rows, source_rows = _rows(read, biased), _rows(seen, biased)
+        inputs = Inputs(rows, source_rows, self.ridge)
         self.flops += inputs.flops(0)
         self._last = (read, seen, inputs)
         return inputs
@@ -270,7 +323,10 @@ class Fitting:
 def _rows(inputs: Tensor, biased: bool) -> Tensor:
     """(t, i) of a module's inputs, with a constant 1 where it has a bias."""
     rows = inputs.flatten(0, -2)
-    return torch.cat([rows, torch.ones_like(rows[:, :1])], 1) if biased else rows
+    if not biased:
+        return rows
+    ones = torch.ones_like(rows[:, :1])
+    return torch.cat([rows, ones], 1)
 
 
 def fit(
@@ -284,11 +340,12 @@ def fit(
     progress: Callable[[int], None],
 ) -> dict[str, Any]:
     """Fit the matrices that are written in `folder`; return what it took, for the record."""
-    with TemporaryDirectory(prefix="activations-", dir=folder) as place, torch.no_grad():
-        fitting = Fitting(plan, ridge, source, target, written, Path(place))
+    with TemporaryDirectory(prefix="activations-", dir=folder) as scratch, torch.no_grad():
+        fitting = Fitting(plan, ridge, source, target, written, Path(scratch))
         fitting.run(torch.from_numpy(text.fit), progress)
-    configs = (plan.source_config, plan.target_config)
-    once, grown = (flops_per_token(config, text.fit.shape[1]) / 3 for config in configs)
+    length = text.fit.shape[1]
+    once = flops_per_token(plan.source_config, length) / 3
+    grown = flops_per_token(plan.target_config, length) / 3
     again = once * plan.layers.target / plan.layers.source  # the source's layers run for each of their copies
-    passes = prod(text.fit.shape) * (once + again + grown)
+    passes = text.fit.size * (once + again + grown)
     return {"steps": 0, "matrices": fitting.fitted, "flops": fitting.flops + passes}
