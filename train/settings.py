@@ -218,7 +218,9 @@ class Budget:
     @classmethod
     def of(cls, loop: LoopSettings) -> Budget:
         def steps(tokens: int | None) -> int | None:
-            return None if tokens is None else max(1, round(tokens / loop.batch_tokens))
+            if tokens is None:
+                return None
+            return max(1, round(tokens / loop.batch_tokens))
 
         return cls(
             steps=loop.budget_tokens // loop.batch_tokens,
@@ -237,7 +239,8 @@ class Budget:
     def due(self, every: int | None, step: int) -> bool:
         """True if what is done `every` so many steps is due after `step` steps; all of it is due at the
         end."""
-        return step == self.steps or (every is not None and step % every == 0)
+        in_turn = every is not None and step % every == 0
+        return in_turn or step == self.steps
 
     def saves(self, step: int, best: int | None = None) -> bool:
         """True if a checkpoint is due after `step` steps, the best evaluation so far being that of step
@@ -245,8 +248,9 @@ class Budget:
 
         None is due after the last step: there is the final model.
         """
-        regular = self.save_every is not None and step % self.save_every == 0
-        return (regular or (self.keep_best and step == best)) and step < self.steps
+        in_turn = self.save_every is not None and step % self.save_every == 0
+        is_best = self.keep_best and step == best
+        return (in_turn or is_best) and step < self.steps
 
 
 def compose(overrides: list[str]) -> Settings:
@@ -290,7 +294,8 @@ def _disagreements(settings: Settings) -> list[str]:
     faults += [] if faults else _observer_disagreements(settings)
     faults += _schedule_disagreements(settings.schedule) + _horizon_disagreements(settings)
     faults += _optimizer_disagreements(settings) + _start_disagreements(settings)
-    for key, name in (("study", settings.study), ("name", settings.name)):
+    for key in ("study", "name"):
+        name = getattr(settings, key)
         if not name or Path(name).name != name:
             faults.append(f"{key}: must be usable as the name of a folder; found {name!r}")
     if Path(settings.out).name in ("", ".."):
@@ -298,11 +303,13 @@ def _disagreements(settings: Settings) -> list[str]:
             f"out: must be a folder of its own; found {settings.out!r}; leave it away for "
             f"runs/{settings.name}"
         )
-    gpus, mfu = settings.forecast.gpus, settings.forecast.mfu
+    forecast = settings.forecast
+    gpus, mfu = forecast.gpus, forecast.mfu
     if gpus <= 0 or not 0 < mfu <= 1:
         faults.append(f"forecast: gpus must be positive and mfu between 0 and 1; found {gpus}, {mfu}")
     faults += _benchmark_disagreements(settings) + _transfer_disagreements(settings)
-    faults += _stage_disagreements(settings.growth) if settings.growth.stages else []
+    if settings.growth.stages:
+        faults += _stage_disagreements(settings.growth)
     if settings.mixture is not None:
         faults += mixture_disagreements(settings.mixture, settings.data)
     return faults + data_disagreements(settings.data)
@@ -312,16 +319,22 @@ def _loop_disagreements(loop: LoopSettings) -> list[str]:
     """List what is wrong with the counts of tokens and steps."""
     counts = ("budget_tokens", "batch_tokens", "context", "eval_tokens", "log_every_tokens", "keep")
     optional = ("micro_batch", "eval_every_tokens", "save_every_tokens", "gradient_clip", "hang_seconds")
-    low = {key: value for key in counts if (value := getattr(loop, key)) <= 0}
-    negative = {key: value for key in optional if (value := getattr(loop, key)) is not None and value <= 0}
-    faults = [f"train.{key}: must be positive; found {value}" for key, value in low.items()]
-    faults += [f"train.{key}: must be positive, or null; found {value}" for key, value in negative.items()]
+    faults = []
+    for key in counts:
+        value = getattr(loop, key)
+        if value <= 0:
+            faults.append(f"train.{key}: must be positive; found {value}")
+    for key in optional:
+        value = getattr(loop, key)
+        if value is not None and value <= 0:
+            faults.append(f"train.{key}: must be positive, or null; found {value}")
     if loop.skip_nonfinite < 0:
         faults.append(f"train.skip_nonfinite: must not be negative; found {loop.skip_nonfinite}")
     if faults:  # what follows divides by them
         return faults
     if loop.batch_tokens % loop.context:
-        nearest = max(1, round(loop.batch_tokens / loop.context)) * loop.context
+        windows = max(1, round(loop.batch_tokens / loop.context))
+        nearest = windows * loop.context
         faults.append(
             f"train.batch_tokens: must be a whole number of windows of train.context={loop.context} tokens; "
             f"found {loop.batch_tokens}, try {nearest}"
@@ -356,10 +369,11 @@ def _schedule_disagreements(schedule: ScheduleSettings) -> list[str]:
         ("name", schedule.name, SCHEDULES),
         ("rewarm", schedule.rewarm, REWARM),
     ]
-    strange = [(key, name, known) for key, name, known in names if name not in known]
-    faults = [
-        f"schedule.{key}: unknown value {name!r}; {did_you_mean(name, known)}" for key, name, known in strange
-    ]
+    faults = []
+    for key, name, known in names:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            faults.append(f"schedule.{key}: unknown value {name!r}; {hint}")
     for key in ("warmup_fraction", "floor", "decay_fraction"):
         value = getattr(schedule, key)
         if value is not None and not 0 <= value <= 1:
@@ -410,26 +424,24 @@ def _start_disagreements(settings: Settings) -> list[str]:
 
 
 def _benchmark_disagreements(settings: Settings) -> list[str]:
-    """What is wrong with the benchmarks on the way."""
-    asked = settings.evaluate
-    counts = ("every_tokens", "limit")
-    given = {key: value for key in counts if (value := getattr(asked, key)) is not None}
-    faults = [
-        f"evaluate.{key}: must be positive, or null; found {value}"
-        for key, value in given.items()
-        if value <= 0
-    ]
-    if asked.suite is None:
-        return faults + (
-            ["evaluate.every_tokens: of which suite? give evaluate.suite=NAME"] if asked.every_tokens else []
-        )
+    """List what is wrong with the benchmarks on the way."""
+    benchmarks = settings.evaluate
+    faults = []
+    for key in ("every_tokens", "limit"):
+        value = getattr(benchmarks, key)
+        if value is not None and value <= 0:
+            faults.append(f"evaluate.{key}: must be positive, or null; found {value}")
+    if benchmarks.suite is None:
+        if benchmarks.every_tokens:
+            faults.append("evaluate.every_tokens: of which suite? give evaluate.suite=NAME")
+        return faults
     if settings.sharding.name == "full":
         faults.append(
             "evaluate.suite: needs the whole network on a process (sharding=none); outgrow evaluate RUN "
             "measures it at the end"
         )
     try:
-        load_suite(asked.suite).of(asked.only)
+        load_suite(benchmarks.suite).of(benchmarks.only)
     except UserError as fault:
         faults.append(f"evaluate: {fault}")
     return faults
@@ -437,67 +449,87 @@ def _benchmark_disagreements(settings: Settings) -> list[str]:
 
 def _horizon_disagreements(settings: Settings) -> list[str]:
     """List the faults of a warm-up in tokens and of horizons."""
-    schedule, loop, growth = settings.schedule, settings.train, settings.growth
-    faults, horizons = [], list(schedule.horizons)
+    schedule, loop = settings.schedule, settings.train
+    faults = []
+    horizons = list(schedule.horizons)
     shortest = min(horizons, default=loop.budget_tokens)
-    if schedule.warmup_tokens is not None and not 0 <= schedule.warmup_tokens <= shortest:
+    warmup = schedule.warmup_tokens
+    if warmup is not None and not 0 <= warmup <= shortest:
         faults.append(
-            f"schedule.warmup_tokens: between 0 and the budget of {shortest}; found {schedule.warmup_tokens}",
+            f"schedule.warmup_tokens: between 0 and the budget of {shortest}; found {warmup}",
         )
     if not horizons:
         return faults
-    if schedule.name != "wsd" or schedule.warmup_tokens is None:
+    if schedule.name != "wsd" or warmup is None:
         faults.append(
             "schedule.horizons: need schedule=wsd and schedule.warmup_tokens=N, a warm-up that all of them "
             "share",
         )
-    if horizons != sorted(set(horizons)) or horizons[0] < loop.batch_tokens:
+    rising = horizons == sorted(set(horizons))
+    if not rising or horizons[0] < loop.batch_tokens:
         faults.append(
             "schedule.horizons: budgets of at least a batch, each longer than the one before; found "
             f"{horizons}",
         )
-    if settings.transfer.teacher is not None or schedule.rewarm == "new":
+    has_teacher = settings.transfer.teacher is not None
+    if has_teacher or schedule.rewarm == "new":
         faults.append(
             "schedule.horizons: not with a teacher or rewarm=new, whose course depends on the budget"
         )
-    if settings.mixture is not None and any(phase.share is not None for phase in settings.mixture.phases):
+    phases = () if settings.mixture is None else settings.mixture.phases
+    if any(phase.share is not None for phase in phases):
         faults.append(
             "schedule.horizons: a phase of the mixture lasts a share of the run; give its tokens, the same "
             "for every horizon"
         )
-    if any(stage.until_tokens is None for stage in growth.stages[:-1]):
+    ends = [stage.until_tokens for stage in settings.growth.stages[:-1]]
+    if None in ends:
         faults.append(
             "growth.stages: with horizons a stage ends after until_tokens=N, the same for every horizon"
         )
-    stable = shortest * (1.0 - (schedule.decay_fraction or 0.0))
-    ends = [stage.until_tokens or 0 for stage in growth.stages[:-1]]
-    late = [tokens for tokens in ends if tokens > stable]
-    decay = f"is inside the decay of the shortest horizon, from {stable:.0f}"
-    return faults + [f"growth.stages: growth after {tokens} tokens {decay}" for tokens in late]
+    decay = schedule.decay_fraction or 0.0
+    stable = shortest * (1.0 - decay)
+    for end in ends:
+        tokens = end or 0
+        if tokens > stable:
+            faults.append(
+                f"growth.stages: growth after {tokens} tokens is inside the decay of the shortest horizon, "
+                f"from {stable:.0f}"
+            )
+    return faults
 
 
 def needs_source(settings: Settings) -> bool:
     """True for a run that needs its source also after it has begun."""
-    teacher = settings.transfer.teacher
-    return settings.transfer.mup or (teacher is not None and teacher.model == "source")
+    transfer = settings.transfer
+    return transfer.mup or _learns_from_source(transfer)
+
+
+def _learns_from_source(transfer: TransferSettings) -> bool:
+    """True where the run's own source teaches."""
+    teacher = transfer.teacher
+    return teacher is not None and teacher.model == "source"
 
 
 def _stage_disagreements(growth: GrowthSettings) -> list[str]:
     """List the faults of a growth on the way."""
     faults: list[str] = []
-    ways = [[stage.until, stage.until_tokens] for stage in growth.stages[:-1]]
-    unclear = [way for way in ways if way.count(None) != 1]
-    if unclear or growth.stages[-1].until_tokens is not None:
+    *earlier, last = growth.stages
+    has_one_end = [(stage.until is None) != (stage.until_tokens is None) for stage in earlier]
+    if not all(has_one_end) or last.until_tokens is not None:
         return [
             (
                 "growth.stages: each ends at until=SHARE or after until_tokens=N, one of them; the last at "
                 "until=1.0"
             )
         ]
-    tokens = [stage.until_tokens for stage in growth.stages if stage.until_tokens is not None]
-    if tokens != sorted(set(tokens)) or any(end <= 0 for end in tokens):
+    counts = (stage.until_tokens for stage in growth.stages)
+    tokens = [count for count in counts if count is not None]
+    rising = tokens == sorted(set(tokens))
+    if not rising or min(tokens, default=1) <= 0:
         faults.append(f"growth.stages: each must end later than the one before; found until_tokens={tokens}")
-    ends = [stage.until for stage in growth.stages if stage.until is not None]
+    shares = (stage.until for stage in growth.stages)
+    ends = [share for share in shares if share is not None]
     rising = ends == sorted(set(ends))
     if not ends or not rising or ends[0] <= 0.0 or ends[-1] != 1.0:
         faults.append(
@@ -519,48 +551,49 @@ def _stage_disagreements(growth: GrowthSettings) -> list[str]:
 
 def _transfer_disagreements(settings: Settings) -> list[str]:
     """List the faults of what a grown start brings along."""
-    transfer, teacher = settings.transfer, settings.transfer.teacher
+    growth, transfer, teacher = settings.growth, settings.transfer, settings.transfer.teacher
     faults: list[str] = []
+    takes_moments = transfer.optimizer is not None
     from_source = {
         "transfer.optimizer": transfer.optimizer == "source",
         "transfer.mup": transfer.mup,
-        "transfer.teacher": teacher is not None and teacher.model == "source",
+        "transfer.teacher": _learns_from_source(transfer),
     }
     if settings.source is None:
-        faults += [f"{key}: needs a source (source=FOLDER)" for key, asked in from_source.items() if asked]
-    if settings.growth.operator in UNGROWN and transfer.inherited_rate != 1.0:
+        needing = [key for key, wanted in from_source.items() if wanted]
+        faults += [f"{key}: needs a source (source=FOLDER)" for key in needing]
+    own_rate = transfer.inherited_rate != 1.0
+    if growth.operator in UNGROWN and own_rate:
         faults.append(
-            f"transfer.inherited_rate: growth={settings.growth.name} grows nothing, so entries are neither "
+            f"transfer.inherited_rate: growth={growth.name} grows nothing, so entries are neither "
             "inherited nor new",
         )
-    if settings.growth.operator == "scratch" and transfer.optimizer is not None:
+    if growth.operator == "scratch" and takes_moments:
         faults.append("transfer.optimizer: growth=scratch has no weights that the source's moments belong to")
-    of_adam = transfer.optimizer is not None or transfer.mup or settings.train.keep_optimizer
-    if of_adam and settings.optimizer.name != "adamw":
+    needs_adam = takes_moments or transfer.mup or settings.train.keep_optimizer
+    if needs_adam and settings.optimizer.name != "adamw":
         faults.append(
             "transfer.optimizer, transfer.mup, train.keep_optimizer: for optimizer=adamw; found "
             f"{settings.optimizer.name}"
         )
     unsharded = {
-        "transfer.inherited_rate": transfer.inherited_rate != 1.0,
+        "transfer.inherited_rate": own_rate,
         "schedule.rewarm=new": settings.schedule.rewarm == "new",
-        "transfer.optimizer": transfer.optimizer is not None,
+        "transfer.optimizer": takes_moments,
         "train.keep_optimizer": settings.train.keep_optimizer,
-        "growth.stages.moments": any(stage.moments for stage in settings.growth.stages),
+        "growth.stages.moments": any(stage.moments for stage in growth.stages),
     }
     if settings.sharding.name == "full":
-        faults += [
-            f"{key}: needs whole tensors on each process (sharding=none)"
-            for key, asked in unsharded.items()
-            if asked
-        ]
+        needing = [key for key, wanted in unsharded.items() if wanted]
+        faults += [f"{key}: needs whole tensors on each process (sharding=none)" for key in needing]
     if not 0.0 <= transfer.inherited_rate <= 10.0:
         faults.append(
             "transfer.inherited_rate: a share of the learning rate, at least 0; found "
             f"{transfer.inherited_rate}",
         )
     if teacher is not None:
-        in_range = 0.0 <= min(teacher.weight) <= max(teacher.weight) <= 1.0
+        lowest, highest = min(teacher.weight), max(teacher.weight)
+        in_range = 0.0 <= lowest <= highest <= 1.0
         if not in_range or min(teacher.temperature) <= 0:
             faults.append(
                 "transfer.teacher: weights are between 0 and 1, temperatures positive; found "
@@ -580,7 +613,8 @@ LATER = ("data_dir", "share")  # settings, of whatever part, that came when ther
 def identity(settings: Settings | Mapping[str, Any]) -> dict[str, Any]:
     """All settings that change the result, flat: dotted key → JSON value."""
     values = settings if isinstance(settings, Mapping) else asdict(settings)
-    flat = flatten(_without_later(json.loads(json.dumps(values))))
+    recorded = json.loads(json.dumps(values))
+    flat = flatten(_without_later(recorded))
     return {key: value for key, value in flat.items() if not is_neutral(key)}
 
 
@@ -591,12 +625,14 @@ def _without_later(value: Any) -> Any:
         return [_without_later(item) for item in value]
     if not isinstance(value, dict):
         return value
-    return {key: _without_later(item) for key, item in value.items() if not (key in LATER and item is None)}
+    silent = [key for key in LATER if key in value and value[key] is None]
+    return {key: _without_later(item) for key, item in value.items() if key not in silent}
 
 
 def settings_hash(settings: Settings | Mapping[str, Any]) -> str:
     """A fingerprint of `identity`: two runs with the same hash on the same text give the same result."""
-    return hashlib.sha256(json.dumps(identity(settings), sort_keys=True).encode()).hexdigest()
+    text = json.dumps(identity(settings), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def horizon_runs(settings: Settings) -> list[Settings]:

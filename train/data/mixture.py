@@ -23,7 +23,9 @@ import numpy as np
 
 from outgrow.model.base.errors import UserError
 from outgrow.train.data.settings import DataSettings, MixtureSettings, PhaseSettings, SourceSettings
-from outgrow.train.data.shards import TokenData, TokenSplit
+from outgrow.train.data.shards import TokenData, TokenSplit, read_manifest
+
+FOREVER = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,17 @@ class Phase:
     before: Mapping[str, int]  # turns that each source has had before `start`
 
     def turns(self, rows: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """Per source the places in `rows` that are its turns, and which turns they are. `rows`: numbers of
+        """Per source the positions in `rows` that are its turns, and which turns they are. `rows`: numbers of
         rows of this phase, (r,)."""
         left = rows - self.start
-        places = np.arange(len(rows))
+        positions = np.arange(len(rows))
         remaining = Fraction(1)
         for name, weight in self.weights.items():
             had, its = _taken(left, weight / remaining)
-            yield name, places[its], had[its] + self.before.get(name, 0)
+            draws = had[its] + self.before.get(name, 0)
+            yield name, positions[its], draws
             left = (left - had)[~its]
-            places = places[~its]
+            positions = positions[~its]
             remaining -= weight
 
     def counts(self, rows: int) -> dict[str, int]:
@@ -70,16 +73,15 @@ class Phase:
 
 
 def _taken(index: np.ndarray, share: Fraction) -> tuple[np.ndarray, np.ndarray]:
-    """Of the rows before each `index`, how many have been taken; and whether this one is."""
-    if (
-        int(index.max(initial=0)) + 1
-    ) * share.numerator >= 2**63:  # where the product needs more than 64 bits
+    """The number of rows before each `index` that have been taken; and whether this one is."""
+    numerator, denominator = share.numerator, share.denominator
+    count = int(index.max(initial=0)) + 1
+    if count * numerator >= 2**63:  # where the product needs more than 64 bits
         index = index.astype(object)
-    had, then = (
-        index * share.numerator // share.denominator,
-        (index + 1) * share.numerator // share.denominator,
-    )
-    return had.astype(np.int64), (then > had).astype(bool)
+    had = index * numerator // denominator
+    then = (index + 1) * numerator // denominator
+    is_taken = then > had
+    return had.astype(np.int64), is_taken.astype(bool)
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,17 @@ class Mixture:
             UserError: the last phase ends before.
         """
         for phase in self.phases:
-            stop = np.iinfo(np.int64).max if phase.stop is None else phase.stop
-            places = np.flatnonzero((index >= phase.start) & (index < stop))
-            for name, rows, draws in phase.turns(index[places]):
+            stop = FOREVER if phase.stop is None else phase.stop
+            in_phase = (index >= phase.start) & (index < stop)
+            positions = np.flatnonzero(in_phase)
+            for name, rows, draws in phase.turns(index[positions]):
                 if len(rows):
-                    yield Share(self.splits[name], source_key(name), places[rows], draws)
+                    split, key = self.splits[name], source_key(name)
+                    yield Share(split, key, positions[rows], draws)
         end = self.phases[-1].stop
         if end is not None and (index >= end).any():
-            raise _over(end, int(index.max()) + 1, self.context)
+            rows_read = int(index.max()) + 1
+            raise _over(end, rows_read, self.context)
 
     def counts(self, rows: int) -> dict[str, int]:
         """How many of the first `rows` rows of the run each source fills."""
@@ -132,7 +137,8 @@ def tokens_read(split: TokenSplit | Mixture, name: str, rows: int, context: int)
 
 def source_key(name: str) -> int:
     """A number that stands for the source in the key of its permutations."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 # ---- opening -----------------------------------------------------------------------------------------------
@@ -145,16 +151,16 @@ def mix(settings: MixtureSettings, splits: Mapping[str, TokenSplit], *, context:
         UserError: a source has not one window or ends early, or the phases do, each with what there is and
         what is asked for.
     """
-    counts = {name: split.count for name, split in splits.items()}
-    windows = {name: max(0, count - 1) // context for name, count in counts.items()}
-    UserError.collect(
-        (
-            f"mixture.sources.{name}: its training part has {counts[name]} tokens, less than one "
-            f"window of {context} + 1; give more text"
-        )
-        for name in windows
-        if not windows[name]
-    )
+    windows: dict[str, int] = {}
+    faults = []
+    for name, split in splits.items():
+        windows[name] = max(0, split.count - 1) // context
+        if not windows[name]:
+            faults.append(
+                f"mixture.sources.{name}: its training part has {split.count} tokens, less than one "
+                f"window of {context} + 1; give more text"
+            )
+    UserError.collect(faults)
     phases: list[Phase] = []
     for phase in settings.phases:
         last = phases[-1] if phases else None
@@ -170,50 +176,85 @@ def mix(settings: MixtureSettings, splits: Mapping[str, TokenSplit], *, context:
 def _phase(
     settings: PhaseSettings, windows: Mapping[str, int], context: int, rows: int, last: Phase | None
 ) -> Phase:
-    start, before = 0, dict[str, int]()
+    """The phase that begins where the phase `last` ends.
+
+    Args:
+        windows: of each source.
+        rows: of the whole run.
+
+    Raises:
+        UserError: passes of a source are less than one window.
+    """
+    start = 0
+    before: dict[str, int] = {}
     if last is not None:
         assert last.stop is not None
         start = last.stop
         counts = last.counts(last.stop - last.start)
-        before = {name: last.before.get(name, 0) + counts.get(name, 0) for name in windows}
+        for name in windows:
+            before[name] = last.before.get(name, 0) + counts.get(name, 0)
     if settings.passes is not None:
-        asked = {
-            name: round(Fraction(str(passes)) * windows[name]) for name, passes in settings.passes.items()
-        }
-        UserError.collect(
-            (
-                f"mixture.phases: passes of {name}: {settings.passes[name]:g} × {windows[name]} windows is "
-                "less than one window; raise it"
-            )
-            for name, count in asked.items()
-            if not count
-        )
-        length: int | None = sum(asked.values())
-        weights = {name: Fraction(count, length or 1) for name, count in asked.items()}
+        parts = _windows_of(settings.passes, windows)
+        length: int | None = int(sum(parts.values()))
     else:
         assert settings.weights is not None
-        shares = {name: Fraction(str(weight)) for name, weight in settings.weights.items()}
-        # exactly 1, where 1e-9 was missing
-        weights = {name: weight / sum(shares.values()) for name, weight in shares.items()}
-        length = None if settings.tokens is None else max(1, round(settings.tokens / context))
-        if settings.share is not None:
-            length = max(1, round(Fraction(str(settings.share)) * rows))
+        weighted = settings.weights.items()
+        parts = {name: Fraction(str(weight)) for name, weight in weighted}
+        length = _length(settings, context, rows)
+    total = sum(parts.values())  # divided by it, parts are exactly 1 together, where 1e-9 was missing
+    weights = {name: part / total for name, part in parts.items()}
 
     def rank(name: str) -> tuple[Fraction, str]:
         return -weights[name], name
 
-    ordered = {name: weights[name] for name in sorted(weights, key=rank)}
-    return Phase(start, None if length is None else start + length, ordered, before)
+    names = sorted(weights, key=rank)
+    ordered = {name: weights[name] for name in names}
+    stop = None if length is None else start + length
+    return Phase(start, stop, ordered, before)
+
+
+def _windows_of(passes: Mapping[str, float], windows: Mapping[str, int]) -> dict[str, Fraction]:
+    """The windows that so many passes over each source read.
+
+    Raises:
+        UserError: less than one.
+    """
+    counts: dict[str, Fraction] = {}
+    faults = []
+    for name, count in passes.items():
+        exact = Fraction(str(count)) * windows[name]
+        counts[name] = Fraction(round(exact))
+        if not counts[name]:
+            faults.append(
+                f"mixture.phases: passes of {name}: {count:g} × {windows[name]} windows is "
+                "less than one window; raise it"
+            )
+    UserError.collect(faults)
+    return counts
+
+
+def _length(settings: PhaseSettings, context: int, rows: int) -> int | None:
+    """The rows of a phase with weights: a share of the run's `rows` or its tokens; None where it never
+    ends."""
+    if settings.share is not None:
+        exact = Fraction(str(settings.share)) * rows
+        return max(1, round(exact))
+    if settings.tokens is not None:
+        return max(1, round(settings.tokens / context))
+    return None
 
 
 def _check_passes(settings: MixtureSettings, mixture: Mixture, windows: Mapping[str, int], rows: int) -> None:
+    """Refuse a run of `rows` windows that reads a source more often than its max_passes."""
     faults = []
-    for name, asked in mixture.counts(rows).items():
+    for name, count in mixture.counts(rows).items():
         most = settings.sources[name].max_passes
-        if most is not None and asked > most * windows[name]:
+        if most is not None and count > most * windows[name]:
+            needed = f"{count * mixture.context:,}"
+            size = f"{windows[name] * mixture.context:,}"
             faults.append(
-                f"mixture.sources.{name}: it ends early: the run asks for {asked * mixture.context:,} of "
-                f"its tokens, and it has {windows[name] * mixture.context:,} × max_passes={most:g}; lower "
+                f"mixture.sources.{name}: it ends early: the run asks for {needed} of "
+                f"its tokens, and it has {size} × max_passes={most:g}; lower "
                 "its weight or train.budget_tokens, allow more passes, or give more text"
             )
     UserError.collect(faults)
@@ -244,17 +285,26 @@ def mixed(
     """
     if settings is None:
         return data
-    asked = {name: source_data(source, own, data) for name, source in settings.sources.items()}
-    wanted = {name: source for name, source in asked.items() if source is not None}
-    prepared = {name: prepare(source) for name, source in apart(wanted).items()}
-    opened = {name: prepared.get(name, data) for name in settings.sources}
-    splits = {name: source.train for name, source in opened.items()}
+    texts: dict[str, DataSettings] = {}
+    for name, source in settings.sources.items():
+        text = source_data(source, own, data)
+        if text is not None:
+            texts[name] = text
+    prepared = {name: prepare(text) for name, text in apart(texts).items()}
+
+    splits: dict[str, TokenSplit] = {}
     parts = [data.fingerprint]
-    parts += [f"{name} {source.fingerprint}" for name, source in opened.items()]
-    parts += [json.dumps(_phase_entries(phase), sort_keys=True) for phase in settings.phases]
+    for name in settings.sources:
+        opened = prepared.get(name, data)
+        assert isinstance(opened.train, TokenSplit)
+        splits[name] = opened.train
+        parts.append(f"{name} {opened.fingerprint}")
+    for phase in settings.phases:
+        entries = _phase_entries(phase)
+        parts.append(json.dumps(entries, sort_keys=True))
     fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    assert all(isinstance(split, TokenSplit) for split in splits.values())
-    return replace(data, train=mix(settings, splits, context=context, rows=rows), fingerprint=fingerprint)  # type: ignore[arg-type]
+    mixture = mix(settings, splits, context=context, rows=rows)
+    return replace(data, train=mixture, fingerprint=fingerprint)  # type: ignore[arg-type]
 
 
 def _phase_entries(phase: PhaseSettings) -> dict[str, Any]:
@@ -269,12 +319,12 @@ def apart(sources: Mapping[str, DataSettings]) -> dict[str, DataSettings]:
     """The sources, each in a folder of its own: two of one leaf that ask for other text would build theirs in
     turns."""
     first: dict[str, DataSettings] = {}
-    for source in sources.values():
-        first.setdefault(str(source.home), source)
-    return {
-        name: source if first[str(source.home)] == source else replace(source, folder=f"{source.home}-{name}")
-        for name, source in sources.items()
-    }
+    separate: dict[str, DataSettings] = {}
+    for name, source in sources.items():
+        home = str(source.home)
+        taken = first.setdefault(home, source) != source
+        separate[name] = replace(source, folder=f"{home}-{name}") if taken else source
+    return separate
 
 
 def source_data(source: SourceSettings, own: DataSettings, data: TokenData) -> DataSettings | None:
@@ -294,28 +344,31 @@ def source_data(source: SourceSettings, own: DataSettings, data: TokenData) -> D
         "shard_tokens",
         "workers",
     )
-    if replace(source.data, **{name: getattr(own, name) for name in not_of_the_text}) == own:
+    beside = {name: getattr(own, name) for name in not_of_the_text}
+    if replace(source.data, **beside) == own:
         return None
     _check_held_out(source.data, own)
     if source.data.tokenizer is not None:
         return source.data
-    from outgrow.train.data.shards import read_manifest
-
     manifest = read_manifest(data.folder)
     assert manifest is not None
     home = source.data.home
-    folder = home.with_name(f"{home.name}-{manifest['tokenizer']['sha256'][:8]}")
-    return replace(source.data, tokenizer=str(data.tokenizer_folder), folder=str(folder))
+    digest = manifest["tokenizer"]["sha256"]
+    folder = str(home.with_name(f"{home.name}-{digest[:8]}"))
+    tokenizer = str(data.tokenizer_folder)
+    return replace(source.data, tokenizer=tokenizer, folder=folder)
 
 
 def _check_held_out(source: DataSettings, own: DataSettings) -> None:
+    """Refuse the text of `own` with another part held out."""
     text = ("corpus", "path", "dataset", "config", "data_dir", "split", "revision", "column")
-    if any(getattr(source, key) != getattr(own, key) for key in text):
+    if [getattr(source, key) for key in text] != [getattr(own, key) for key in text]:
         return
     for key in ("validation_fraction", "seed"):
-        if getattr(source, key) != getattr(own, key):
+        value, other = getattr(source, key), getattr(own, key)
+        if value != other:
             raise UserError(
                 f"mixture: the source {source.name!r} reads the same text as data={own.name} with another "
-                f"{key} ({getattr(source, key)}, not {getattr(own, key)}): text held out for validation "
+                f"{key} ({value}, not {other}): text held out for validation "
                 "would be trained on; make them equal"
             )

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,9 +76,12 @@ def open_tokens(settings: DataSettings, *, progress: bool = True) -> TokenData:
 def _files(settings: DataSettings) -> dict[str, list[TokenFile]]:
     """Those that are trained on, and those that are validated on: none, where the end of each of the former
     is."""
-    validation = find(settings.validation_path, "data.validation_path") if settings.validation_path else []
-    apart = {file.path for file in validation}
-    train = [file for file in find(settings.path or "", "data.path") if file.path not in apart]
+    validation: list[TokenFile] = []
+    if settings.validation_path:
+        validation = find(settings.validation_path, "data.validation_path")
+    held_out = {file.path for file in validation}
+    files = find(settings.path or "", "data.path")
+    train = [file for file in files if file.path not in held_out]
     if not train:
         raise UserError(
             f"data.validation_path={settings.validation_path}: all files of data.path are among them; none "
@@ -95,14 +97,20 @@ def _identity(settings: DataSettings) -> dict[str, Any]:
 
 
 def _stamps(files: Sequence[TokenFile]) -> list[list[Any]]:
-    return [[str(file.path), file.size, file.path.stat().st_mtime_ns] for file in files]
+    """The path, size and time of each file, by which a change of it is known."""
+    stamps = []
+    for file in files:
+        modified = file.path.stat().st_mtime_ns
+        stamps.append([str(file.path), file.size, modified])
+    return stamps
 
 
 def _is_current(folder: Path, wanted: dict[str, Any]) -> bool:
     manifest = read_manifest(folder)
     if manifest is None:
         return False
-    return all(manifest[key] == value for key, value in wanted.items())
+    kept = {key: manifest[key] for key in wanted}
+    return kept == wanted
 
 
 # ---- checking ----------------------------------------------------------------------------------------------
@@ -140,11 +148,12 @@ def _check(
     dtype = _type_of(every, tokenizer, str(settings.tokenizer))
     _check_ends(every, dtype, tokenizer, str(settings.tokenizer))
     parts = _parts(files, dtype, settings.validation_fraction, tokenizer.eos_token_id)
-    counts = {name: Count(np.zeros(entries(tokenizer), np.int64)) for name in SPLITS}
     if progress:
         size = sum(file.size for file in every)
         print(f"{folder}: checking {size:,} bytes of tokens", file=sys.stderr)
+    counts = {}
     for name in SPLITS:
+        counts[name] = Count(np.zeros(entries(tokenizer), np.int64))
         for part in parts[name]:
             _count(part, dtype, counts[name], tokenizer)
     manifest = wanted | _contents(counts, dtype, tokenizer)
@@ -195,13 +204,16 @@ def _count(part: Part, dtype: np.dtype, count: Count, tokenizer: PreTrainedToken
         UserError: an id is none of the tokenizer's.
     """
     file, end_of_text = part.file, tokenizer.eos_token_id
-    ids, most = file.ids(dtype), len(count.counts)
-    before = int(count.counts[end_of_text])
+    ids = file.ids(dtype)
+    most = len(count.counts)
+    ends_before = int(count.counts[end_of_text])
     for first in range(part.first, part.stop, CHUNK):
-        piece = ids[first : min(part.stop, first + CHUNK)]
-        if int(piece.max()) >= most or int(piece.min()) < 0:
+        stop = min(part.stop, first + CHUNK)
+        piece = ids[first:stop]
+        lowest, highest = int(piece.min()), int(piece.max())
+        if lowest < 0 or highest >= most:
             is_unknown = (piece >= most) | (piece < 0)
-            position = first + int(np.flatnonzero(is_unknown)[0])
+            position = first + int(is_unknown.argmax())
             raise UserError(
                 f"{file.path}: the id at place {position:,} is {ids[position]:,}, and data.tokenizer has "
                 f"{most:,} entries: another tokenizer cut it, or it is damaged"
@@ -209,14 +221,17 @@ def _count(part: Part, dtype: np.dtype, count: Count, tokenizer: PreTrainedToken
         count.counts += np.bincount(piece, minlength=most)
         count.digest.update(piece.tobytes())
     if file.documents is not None:
-        documents = file.documents_before(part.stop) - file.documents_before(part.first)
+        documents = file.documents_before(part.stop)
+        documents -= file.documents_before(part.first)
     else:  # a last document whose end is not there is one too
         is_open = ids[part.stop - 1] != end_of_text
-        documents = int(count.counts[end_of_text]) - before + int(is_open)
+        ends = int(count.counts[end_of_text])
+        documents = ends - ends_before + int(is_open)
     count.documents += int(documents)
     offset = file.offset + part.first * dtype.itemsize
     tokens = part.stop - part.first
-    count.shards.append({"file": str(file.path), "offset": offset, "tokens": tokens, "size": file.size})
+    shard = {"file": str(file.path), "offset": offset, "tokens": tokens, "size": file.size}
+    count.shards.append(shard)
 
 
 # ---- what is held out --------------------------------------------------------------------------------------
@@ -227,22 +242,24 @@ def _parts(
 ) -> dict[str, list[Part]]:
     """The files as they are where some are validated on; else the end of each is, from where a document
     ends."""
-    lengths = {file.path: len(file.ids(dtype)) for file in chain(*files.values())}
+    whole_files: dict[str, list[Part]] = {}
+    for name, of_split in files.items():
+        whole_files[name] = [Part(file, 0, len(file.ids(dtype))) for file in of_split]
+    if whole_files["validation"]:
+        return whole_files
 
-    def all_of(file: TokenFile) -> Part:
-        return Part(file, 0, lengths[file.path])
-
-    if files["validation"]:
-        return {name: list(map(all_of, part)) for name, part in files.items()}
-    parts: dict[str, list[Part]] = {name: [] for name in SPLITS}
-    for file in files["train"]:
-        length = lengths[file.path]
-        cut = _cut(file, dtype, length - max(1, round(length * share)), end_of_text)
-        parts["train"] += [Part(file, 0, cut)] if cut else []
-        parts["validation"] += [Part(file, cut, length)] if cut < length else []
-    if not parts["train"]:
+    train, validation = list[Part](), list[Part]()
+    for part in whole_files["train"]:
+        length = part.stop
+        held_out = max(1, round(length * share))
+        cut = _cut(part.file, dtype, length - held_out, end_of_text)
+        if cut:
+            train.append(Part(part.file, 0, cut))
+        if cut < length:
+            validation.append(Part(part.file, cut, length))
+    if not train:
         raise UserError(f"data.validation_fraction: {share} of the tokens leaves none to train on; lower it")
-    return parts
+    return {"train": train, "validation": validation}
 
 
 def _cut(file: TokenFile, dtype: np.dtype, wanted: int, end_of_text: int) -> int:
@@ -250,17 +267,21 @@ def _cut(file: TokenFile, dtype: np.dtype, wanted: int, end_of_text: int) -> int
     `wanted` itself."""
     ids = file.ids(dtype)
     if file.documents is not None:
-        number = file.documents_before(wanted - 1)
-        numbers = [i for i in (number, number - 1) if 0 <= i < file.documents]
-        near = [file.end(i) for i in numbers]
-        return next((end for end in near if 0 < end < len(ids)), wanted)
+        behind = file.documents_before(wanted - 1)
+        for number in (behind, behind - 1):
+            end = file.end(number) if 0 <= number < file.documents else 0
+            if 0 < end < len(ids):
+                return end
+        return wanted
 
     def ends_in(first: int, stop: int) -> np.ndarray:
         """Where documents end whose end of text is in [first, stop)."""
-        return first + 1 + np.flatnonzero(ids[first:stop] == end_of_text)
+        is_end = ids[first:stop] == end_of_text
+        return first + 1 + np.flatnonzero(is_end)
 
-    for first in range(max(0, wanted - 1), len(ids) - 1, CHUNK):
-        ends = ends_in(first, min(len(ids) - 1, first + CHUNK))
+    last = len(ids) - 1
+    for first in range(max(0, wanted - 1), last, CHUNK):
+        ends = ends_in(first, min(last, first + CHUNK))
         if len(ends):
             return int(ends[0])
     for stop in range(wanted, 0, -CHUNK):
@@ -281,17 +302,18 @@ def _type_of(files: Sequence[TokenFile], tokenizer: PreTrainedTokenizerFast, nam
     """
     best = 0.0
     for dtype in common_types(files):
-        if all((file.size - file.offset) % dtype.itemsize == 0 for file in files):
-            share = agreement(_pieces(files, dtype, tokenizer.eos_token_id), tokenizer)
+        rests = [(file.size - file.offset) % dtype.itemsize for file in files]
+        if not any(rests):
+            pieces = _pieces(files, dtype, tokenizer.eos_token_id)
+            share = agreement(pieces, tokenizer)
             if share >= SAME:
                 return dtype
             best = max(best, share)
-    kept = next(
-        (f"; {file.path.name} keeps the name {file.tokenizer!r}" for file in files if file.tokenizer), ""
-    )
+    named = [file for file in files if file.tokenizer]
+    hint = f"; {named[0].path.name} keeps the name {named[0].tokenizer!r}" if named else ""
     raise UserError(
         f"data.tokenizer={name}: it is not the tokenizer of {files[0].path}: of pieces that are decoded "
-        f"and cut again, {best:.0%} of the ids are the same{kept}; name the tokenizer that cut them"
+        f"and cut again, {best:.0%} of the ids are the same{hint}; name the tokenizer that cut them"
     )
 
 
@@ -299,19 +321,28 @@ def _pieces(files: Sequence[TokenFile], dtype: np.dtype, end_of_text: int) -> It
     """Some ids of some documents, from the documents' beginning where that is near; spread evenly over the
     files and in them."""
     count = min(len(files), PIECES)
-    chosen = [files[i * len(files) // count] for i in range(count)]
-    each = PIECES // count
-    for file in chosen:
-        ids = file.ids(dtype)
-        for start in (len(ids) * i // each for i in range(each)):
-            part = ids[start : start + 8 * PIECE]
-            ends = np.flatnonzero(part == end_of_text)
-            first = 0
-            if start and len(ends) and ends[0] + 1 < len(part):  # the rest of a document goes before
-                first = int(ends[0]) + 1
-            later = ends[ends > first]
-            last = int(later[0]) if len(later) else len(part)
-            yield part[first : min(last, first + PIECE)]
+    for number in _spread(count, len(files)):
+        ids = files[number].ids(dtype)
+        for start in _spread(PIECES // count, len(ids)):
+            yield _piece(ids, start, end_of_text)
+
+
+def _spread(count: int, length: int) -> Iterator[int]:
+    """`count` numbers below `length`, evenly spread from 0."""
+    return (length * i // count for i in range(count))
+
+
+def _piece(ids: np.ndarray, start: int, end_of_text: int) -> np.ndarray:
+    """Up to PIECE `ids` of one document, behind `start`: from its beginning where that is near."""
+    part = ids[start : start + 8 * PIECE]
+    ends = np.flatnonzero(part == end_of_text)
+    first = int(ends[0]) + 1 if start and len(ends) else 0  # the rest of a document goes before
+    if first == len(part):
+        first = 0
+    later = ends[ends > first]
+    end = int(later[0]) if len(later) else len(part)
+    stop = min(end, first + PIECE)
+    return part[first:stop]
 
 
 def agreement(pieces: Iterator[np.ndarray], tokenizer: PreTrainedTokenizerFast) -> float:
@@ -325,9 +356,11 @@ def agreement(pieces: Iterator[np.ndarray], tokenizer: PreTrainedTokenizerFast) 
         ids = [i for i in piece.tolist() if i not in special]
         both += 2 * len(ids)
         if ids and min(ids) >= 0 and max(ids) < most:
-            again = cutter.encode(cutter.decode(ids, skip_special_tokens=False), add_special_tokens=False).ids
-            blocks = SequenceMatcher(None, ids, again, autojunk=False).get_matching_blocks()
-            same += 2 * sum(block.size for block in blocks)
+            text = cutter.decode(ids, skip_special_tokens=False)
+            again = cutter.encode(text, add_special_tokens=False).ids
+            matcher = SequenceMatcher(None, ids, again, autojunk=False)
+            sizes = (block.size for block in matcher.get_matching_blocks())
+            same += 2 * sum(sizes)
             both += len(again) - len(ids)
     return same / max(1, both)
 
@@ -337,11 +370,14 @@ def _check_ends(
 ) -> None:
     """Refuse documents of an index that do not end with the tokenizer's end of text."""
     for file in files:
-        ids, documents = file.ids(dtype), file.documents or 0
-        places = np.linspace(0, documents - 1, min(documents, CHECKED_ENDS)).astype(np.int64)
-        ends = [file.end(number) for number in places.tolist()]
+        ids = file.ids(dtype)
+        documents = file.documents or 0
+        count = min(documents, CHECKED_ENDS)
+        numbers = np.linspace(0, documents - 1, count).astype(np.int64)
+        ends = map(file.end, numbers.tolist())
         last = [int(ids[end - 1]) for end in ends if end]
-        if last and last.count(tokenizer.eos_token_id) < 0.9 * len(last):
+        right = last.count(tokenizer.eos_token_id)
+        if last and right < 0.9 * len(last):
             other = max(set(last), key=last.count)
             raise UserError(
                 f"{file.path}: its documents do not end with the end of text of data.tokenizer={name} "
@@ -366,6 +402,14 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     }
     widths = np.zeros(entries(tokenizer), np.int64)
     for token, number in tokenizer.get_vocab().items():
-        plain = 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
-        widths[number] = added.get(token, len(token) if byte_level else plain)
+        width = len(token) if byte_level else _plain_width(token)
+        widths[number] = added.get(token, width)
     return widths
+
+
+def _plain_width(token: str) -> int:
+    """The bytes that an entry of a vocabulary of characters stands for."""
+    if re.fullmatch("<0x[0-9A-F]{2}>", token):
+        return 1
+    text = token.replace("▁", " ")
+    return len(text.encode())

@@ -64,11 +64,13 @@ class TokenFile:
 
     def ids(self, dtype: np.dtype) -> np.ndarray:
         """The ids, mapped, (n,)."""
-        return np.memmap(self.path, dtype, "r", self.offset).view(np.ndarray)
+        mapped = np.memmap(self.path, dtype, "r", self.offset)
+        return mapped.view(np.ndarray)
 
     def documents_before(self, position: int) -> int:
-        """How many documents of the index end at or before `position`, counted in ids."""
-        return bisect_left(range(self.documents or 0), position + 1, key=self.end)
+        """The number of documents of the index that end at or before `position`, counted in ids."""
+        numbers = range(self.documents or 0)
+        return bisect_left(numbers, position + 1, key=self.end)
 
 
 def find(path: str, key: str) -> list[TokenFile]:
@@ -83,16 +85,19 @@ def find(path: str, key: str) -> list[TokenFile]:
         for folder, _, entries in os.walk(root):
             names += [Path(folder, name) for name in entries]
     elif has_magic(str(root)) and not root.exists():
-        names += map(Path, glob(str(root), recursive=True))
+        matches = glob(str(root), recursive=True)
+        names += map(Path, matches)
     else:
         names.append(root)
-    token_files = sorted(name for name in names if name.suffix in READERS and name.is_file())
+    readable = [name for name in names if name.suffix in READERS]
+    token_files = sorted(name for name in readable if name.is_file())
     if not token_files:
         reason = "no such token file"
         if root.is_dir():
             reason = f"none of its {len(names)} files ends in {' '.join(READERS)}"
         raise UserError(f"{key}={path}: {reason}; give a folder, a glob or a file of {', '.join(READERS)}")
-    files, faults = list[TokenFile](), list[str]()
+    files: list[TokenFile] = []
+    faults: list[str] = []
     for name in token_files:
         try:
             files.append(describe(name))
@@ -103,15 +108,16 @@ def find(path: str, key: str) -> list[TokenFile]:
 
 
 def describe(path: Path) -> TokenFile:
-    """What lies in one file.
+    """Describe what lies in one file.
 
     Raises:
         UserError: it is cut off, empty, or not what its header or its index says.
     """
     with reading(path):
         file = READERS[path.suffix](path.resolve())
-        step = min(dtype.itemsize for dtype in file.dtypes)
-        if file.size <= file.offset or (file.size - file.offset) % step:
+        width = min(dtype.itemsize for dtype in file.dtypes)
+        size = file.size - file.offset
+        if size <= 0 or size % width:
             raise _cut(path, f"{file.size:,} bytes are no whole number of ids")
         return file
 
@@ -120,31 +126,31 @@ def describe(path: Path) -> TokenFile:
 
 
 def _datatrove(path: Path) -> TokenFile:
-    index, metadata, mask = (
-        path.with_name(path.name + ending) for ending in (".index", ".metadata", ".loss")
-    )
-    if mask.exists():
+    beside = {key: path.with_name(f"{path.name}.{key}") for key in ("index", "metadata", "loss")}
+    if beside["loss"].exists():
         raise UserError(
             f"{path}: it has a loss mask (.ds.loss), which is not read; move the mask away to train on "
             "every token"
         )
+    index, metadata = beside["index"], beside["metadata"]
     tokenizer, width, tokens = _metadata(metadata) if metadata.is_file() else (None, None, None)
     size = path.stat().st_size
     ends = _index(index) if index.is_file() else None
     if ends is not None:
-        tokens = tokens or int(ends[-1])
-        if int(ends[-1]) != tokens:
+        last = int(ends[-1])
+        tokens = tokens or last
+        if last != tokens:
             raise _cut(
                 index,
-                f"its documents end after {int(ends[-1]):,} ids, and {metadata.name} tells of {tokens:,}",
+                f"its documents end after {last:,} ids, and {metadata.name} tells of {tokens:,}",
             )
     if tokens is None:
         return TokenFile(path, 0, RAW, tokenizer=tokenizer)
-    fitting = [kind for kind in RAW if kind.itemsize * tokens == size]
-    kinds = tuple(kind for kind in fitting if width in (None, kind.itemsize))
+    possible = [kind for kind in RAW if width in (None, kind.itemsize)]
+    kinds = tuple(kind for kind in possible if kind.itemsize * tokens == size)
     if not kinds:
-        of = f" of {width} bytes" if width else " of 2 or 4 bytes"
-        raise _cut(path, f"it should have {tokens:,} ids{of}, and has {size:,} bytes")
+        widths = f"{width} bytes" if width else "2 or 4 bytes"
+        raise _cut(path, f"it should have {tokens:,} ids of {widths}, and has {size:,} bytes")
     if ends is None:
         return TokenFile(path, 0, kinds, tokenizer=tokenizer)
     return TokenFile(path, 0, kinds, len(ends), ends.item, tokenizer)
@@ -164,11 +170,14 @@ def _metadata(path: Path) -> tuple[str, int | None, int]:
 
 def _index(path: Path) -> np.ndarray:
     """Where documents end, counted in ids, (documents,)."""
-    if not path.stat().st_size or path.stat().st_size % 8:
-        raise _cut(path, f"{path.stat().st_size:,} bytes are no whole number of document ends")
-    ends = np.memmap(path, "<u8", "r").view(np.ndarray)
+    size = path.stat().st_size
+    if not size or size % 8:
+        raise _cut(path, f"{size:,} bytes are no whole number of document ends")
+    mapped = np.memmap(path, "<u8", "r")
+    ends = mapped.view(np.ndarray)
     for first in range(0, len(ends), PIECE):
-        piece = ends[first : first + PIECE + 1].astype(np.int64)
+        stop = first + PIECE + 1  # with the first of the next piece
+        piece = ends[first:stop].astype(np.int64)
         if (np.diff(piece) < 0).any():
             raise _cut(path, "a document ends before the one in front of it")
     return ends
@@ -186,65 +195,73 @@ def _bin(path: Path) -> TokenFile:
         return TokenFile(path, 0, RAW)
     dtype = np.dtype(LLM_C_TYPES[magic, version])
     size = path.stat().st_size
-    if size != (expected := LLM_C_HEADER + tokens * dtype.itemsize):
+    expected = LLM_C_HEADER + tokens * dtype.itemsize
+    if size != expected:
         raise _cut(path, f"its header tells of {tokens:,} ids, {expected:,} bytes, and it has {size:,}")
     return TokenFile(path, LLM_C_HEADER, (dtype,))
 
 
 def _megatron(path: Path, index: Path) -> TokenFile:
-    size, there = path.stat().st_size, index.stat().st_size
+    size = path.stat().st_size
+    index_size = index.stat().st_size
     with index.open("rb") as file:
         head = file.read(MEGATRON_HEADER)
     if len(head) < MEGATRON_HEADER or not head.startswith(MEGATRON_MAGIC):
         raise _cut(index, "it does not begin as an index of Megatron's (MMIDIDX)")
-    version, code, sequences, bounds = struct.unpack("<QBQQ", head[len(MEGATRON_MAGIC) :])
+    numbers = head.removeprefix(MEGATRON_MAGIC)
+    version, code, sequences, bounds = struct.unpack("<QBQQ", numbers)
     if version != 1 or code not in MEGATRON_TYPES:
         raise UserError(
             f"{index}: version {version}, type {code} of an id; known: version 1, types "
             f"{sorted(MEGATRON_TYPES)}"
         )
-    expected = MEGATRON_HEADER + 12 * sequences + 8 * bounds
-    if (
-        there not in (expected, expected + sequences) or not sequences or bounds < 2
-    ):  # the latter with a mode for each sequence
+    # behind the header: an int32 length and an int64 offset for each sequence, then int64 bounds of documents
+    offsets_begin, bounds_begin = 4 * sequences, 12 * sequences
+    bounds_end = bounds_begin + 8 * bounds
+    expected = MEGATRON_HEADER + bounds_end
+    fits = index_size in (expected, expected + sequences)  # the latter with a mode for each sequence
+    if not fits or not sequences or bounds < 2:
         raise _cut(
             index,
             (
                 f"its header tells of {sequences:,} sequences and {bounds:,} bounds, {expected:,} bytes; "
-                f"it has {there:,}"
+                f"it has {index_size:,}"
             ),
         )
     dtype = np.dtype(MEGATRON_TYPES[code])
     raw = np.memmap(index, np.uint8, "r", MEGATRON_HEADER)
-    lengths = raw[: 4 * sequences].view("<i4")
-    places = raw[4 * sequences : 12 * sequences].view("<i8")
-    documents = raw[12 * sequences : 12 * sequences + 8 * bounds].view("<i8")
-    _check_places(index, lengths, places, dtype.itemsize)
-    last = int(lengths[-1]) * dtype.itemsize  # bytes of the last sequence
-    if (total := int(places[-1]) + last) != size:
+    lengths = raw[:offsets_begin].view("<i4")
+    offsets = raw[offsets_begin:bounds_begin].view("<i8")
+    documents = raw[bounds_begin:bounds_end].view("<i8")
+    _check_offsets(index, lengths, offsets, dtype.itemsize)
+    total = int(offsets[-1]) + int(lengths[-1]) * dtype.itemsize
+    if total != size:
         raise _cut(path, f"{index.name} tells of {total:,} bytes, and it has {size:,}")
-    bounds_of_all = (int(documents[0]), int(documents[-1]))
-    if bounds_of_all != (0, sequences) or (np.diff(documents) < 0).any():
+    outer = (int(documents[0]), int(documents[-1]))
+    if outer != (0, sequences) or (np.diff(documents) < 0).any():
         raise _cut(index, f"its documents do not run from sequence 0 to {sequences:,}")
 
     def end(number: int) -> int:
         """Where a document ends is where the first sequence after it begins."""
         after = int(documents[number + 1])
-        return (size if after == sequences else int(places[after])) // dtype.itemsize
+        offset = size if after == sequences else int(offsets[after])
+        return offset // dtype.itemsize
 
     return TokenFile(path, 0, (dtype,), bounds - 1, end)
 
 
-def _check_places(index: Path, lengths: np.ndarray, places: np.ndarray, width: int) -> None:
+def _check_offsets(index: Path, lengths: np.ndarray, offsets: np.ndarray, width: int) -> None:
     """Refuse sequences that do not lie one behind the other."""
     after = 0
     for first in range(0, len(lengths), PIECE):
-        sizes = lengths[first : first + PIECE].astype(np.int64) * width
-        begins = after + np.concatenate([[0], np.cumsum(sizes)])
-        stored = places[first : first + PIECE]
-        if (sizes < 0).any() or not np.array_equal(begins[:-1], stored):
+        stop = first + PIECE
+        sizes = lengths[first:stop].astype(np.int64) * width
+        ends = after + np.cumsum(sizes)
+        begins = np.concatenate([[after], ends[:-1]])
+        adjacent = np.array_equal(begins, offsets[first:stop])
+        if not adjacent or (sizes < 0).any():
             raise _cut(index, "its sequences do not lie one behind the other")
-        after = int(begins[-1])
+        after = int(ends[-1])
 
 
 def _npy(path: Path) -> TokenFile:
@@ -252,26 +269,21 @@ def _npy(path: Path) -> TokenFile:
         if file.read(len(NUMPY_MAGIC)) != NUMPY_MAGIC:
             return TokenFile(path, 0, RAW)
         file.seek(0)
+        npy = np.lib.format
         try:
-            version = np.lib.format.read_magic(file)
-            read = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
+            first = npy.read_magic(file) == (1, 0)
+            read = npy.read_array_header_1_0 if first else npy.read_array_header_2_0
             shape, _, dtype = read(file)
         except ValueError as error:
             raise _cut(path, f"NumPy cannot read its header ({error})") from None
         offset = file.tell()
     if len(shape) != 1 or dtype.kind not in "iu":
         raise UserError(f"{path}: an array of shape {shape} and type {dtype}; ids are one row of integers")
-    if path.stat().st_size != offset + shape[0] * dtype.itemsize:
+    size, count, width = path.stat().st_size, shape[0], dtype.itemsize
+    if size != offset + count * width:
         raise _cut(
             path,
-            (
-                f"its header tells of {shape[0]:,} ids of {dtype.itemsize} bytes, and it has "
-                f"{path.stat().st_size:,} bytes"
-            ),
+            f"its header tells of {count:,} ids of {width} bytes, and it has {size:,} bytes",
         )
     return TokenFile(path, offset, (dtype,))
 
@@ -290,13 +302,14 @@ def common_types(files: Sequence[TokenFile]) -> tuple[np.dtype, ...]:
     Raises:
         UserError: none is one of all of them.
     """
-    first = files[0].dtypes
-    shared = set(first).intersection(*(file.dtypes for file in files))
-    common = [dtype for dtype in first if dtype in shared]
+    first = files[0]
+    common = list(first.dtypes)
+    for file in files:
+        common = [dtype for dtype in common if dtype in file.dtypes]
     if not common:
-        other = next(file for file in files if not set(file.dtypes) & set(first))
+        other = next(file for file in files if set(first.dtypes).isdisjoint(file.dtypes))
         raise UserError(
-            f"{files[0].path}: ids of type {files[0].dtypes[0]}, and {other.path} has {other.dtypes[0]}; "
+            f"{first.path}: ids of type {first.dtypes[0]}, and {other.path} has {other.dtypes[0]}; "
             "read them as two sources of a mixture"
         )
     return tuple(common)
