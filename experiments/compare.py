@@ -14,7 +14,7 @@ from typing import Any
 
 from outgrow.experiments.changes import Change, changes
 from outgrow.experiments.comparable import check_comparable, differences
-from outgrow.experiments.cost import Cost, Curve, cost, half_interval, mean_curve
+from outgrow.experiments.cost import Cost, Curve, best_of, cost, half_interval, mean_curve
 from outgrow.experiments.runs import SCRATCH, SOURCE, LeftOut, Run, read_runs
 from outgrow.model.base.errors import UserError
 
@@ -158,19 +158,7 @@ def best_learning_rates(groups: Mapping[ArmRate, Sequence[Run]]) -> dict[str, fl
     grids: dict[str, dict[float, dict[int, float]]] = defaultdict(dict)  # arm → rate → seed → final loss
     for (arm, rate), group in groups.items():
         grids[arm][rate] = {run.seed: run.final_loss for run in group}
-    return {arm: _best_of(grid) for arm, grid in grids.items()}
-
-
-def _best_of(grid: Mapping[float, Mapping[int, float]]) -> float:
-    """The learning rate with the lowest mean, of each rate's losses by seed."""
-    seeds = map(set, grid.values())
-    shared = set.intersection(*seeds)
-
-    def mean_loss(rate: float) -> float:
-        losses = grid[rate]
-        return fmean(losses[seed] for seed in shared or losses)
-
-    return min(sorted(grid), key=mean_loss)
+    return {arm: best_of(grid) for arm, grid in grids.items()}
 
 
 def _mean_curve(group: Sequence[Run]) -> Curve:

@@ -10,11 +10,12 @@ and a saving are two words.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Literal
+from typing import Literal, TypeVar
 
+K = TypeVar("K", float, tuple[float, int])
 Outcome = Literal["reached", "starts below", "not reached"]
 VERDICTS = ("lower", "higher", "no change that the seeds can tell")
 # a curve that ends within 1 % of the wanted cost is read at its end: budgets are whole batches
@@ -121,6 +122,20 @@ def half_interval(values: Sequence[float], level: float = 0.95) -> float | None:
     count = len(values)
     quantile = float(stdtrit(count - 1, 0.5 + level / 2))
     return quantile * stdev(values) / math.sqrt(count)
+
+
+def best_of(grid: Mapping[K, Mapping[int, float]]) -> K:
+    """The key, such as a learning rate, with the lowest mean of its losses by seed.
+
+    The seeds that all keys share count; where none is shared, each key's own. Of equals the smallest key.
+    """
+    shared = set.intersection(*(set(losses) for losses in grid.values()))
+
+    def mean_loss(key: K) -> float:
+        losses = grid[key]
+        return fmean(losses[seed] for seed in shared or losses)
+
+    return min(sorted(grid), key=mean_loss)
 
 
 def verdict(difference: float, interval: float | None) -> str:

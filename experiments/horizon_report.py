@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outgrow.experiments.figure import GRID, INK
-from outgrow.experiments.horizons import RECORD, End, Point, Worth, end_of, read_ends, worths, write_ends
+from outgrow.experiments.horizons import (
+    RECORD,
+    End,
+    Point,
+    SeedWorth,
+    Worth,
+    end_of,
+    read_ends,
+    worths,
+    write_ends,
+)
 from outgrow.experiments.runs import SCRATCH, read_runs
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import write_text
@@ -31,6 +41,11 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#8
 HEADINGS = (
     *("arm", "optimizer", "tokens", "tokens a parameter", "learning rate", "seeds", "TFLOP", "loss"),
     *("S, source excluded", "S, source included", "nats against scratch at equal FLOPs"),
+)
+
+SEED_HEADINGS = (
+    *("arm", "optimizer", "tokens", "seed", "loss", "S, source included"),
+    "nats against scratch at equal FLOPs",
 )
 
 
@@ -61,11 +76,21 @@ def write(inputs: Sequence[str], out: Path) -> list[str]:
         raise UserError(
             f"--out {out}: cannot be written ({error.strerror or error}); choose another folder",
         ) from error
-    finding, cells = answer(rows), table(rows)
-    write_text(out / TABLE, f"{finding}\n\n{cells}")
+    cells, finding = table(rows), answer(rows)
+    write_text(out / TABLE, markdown(rows))
     notes = [f"left out: {item.folder.name}, {item.reason}" for item in left_out]
     paths = [f"  {out / name}" for name in (TABLE, PICTURE, RECORD)]
     return [cells, finding, *notes, *paths]
+
+
+def markdown(rows: Sequence[Worth]) -> str:
+    """The block that READMEs carry: the answer, the best of every arm, and every seed where there are
+    several.
+    """
+    parts = [answer(rows), table(rows)]
+    if seeds := seed_table(rows):
+        parts.append(f"Every seed, against scratch's runs of the same seed:\n\n{seeds}")
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
 def table(rows: Sequence[Worth]) -> str:
@@ -84,20 +109,54 @@ def _row(worth: Worth) -> str:
     point = worth.point
     star = "*" if point.at_edge else ""
     included = _number(worth.speedup_included, "{:.2f}")
-    if worth.interval_included is not None:
+    if worth.interval_included is not None and point.arm != SCRATCH:
         included += f" ± {worth.interval_included:.2f}"
+    difference = _number(worth.difference, "{:+.4f}")
+    if worth.difference_interval is not None and point.arm != SCRATCH:
+        difference += f" ± {worth.difference_interval:.4f}"
     cells = (
         point.arm,
         point.optimizer,
         f"{point.tokens / 1e6:.1f} M",
         f"{point.tokens_per_parameter:.0f}",
         f"{point.learning_rate:g}{star}",
-        str(len(point.ends)),
+        seed_numbers(point),
         f"{point.paid / 1e12:.2f}",
         f"{point.val_loss:.4f}",
         _number(worth.speedup_excluded, "{:.2f}"),
         included,
-        _number(worth.difference, "{:+.4f}"),
+        difference,
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def seed_numbers(point: Point) -> str:
+    """The seeds of a point: 0, 1, 2."""
+    return ", ".join(str(end.seed) for end in point.ends)
+
+
+def seed_table(rows: Sequence[Worth]) -> str:
+    """Every seed of the arms that have several, each against scratch's runs of the same seed; "" for none."""
+    several = [row for row in rows if len(row.seeds) > 1]
+    if not several:
+        return ""
+    alignment = "---|" * 2 + "---:|" * (len(SEED_HEADINGS) - 2)
+    lines = [f"| {' | '.join(SEED_HEADINGS)} |", f"|{alignment}"]
+    for row in several:
+        lines += [_seed_row(row.point, seed) for seed in row.seeds]
+    return "\n".join(lines) + "\n"
+
+
+def _seed_row(point: Point, seed: SeedWorth) -> str:
+    """One row of the table, under SEED_HEADINGS."""
+    cells = (
+        point.arm,
+        point.optimizer,
+        f"{point.tokens / 1e6:.1f} M",
+        str(seed.seed),
+        f"{seed.val_loss:.4f}",
+        _number(seed.speedup, "{:.2f}"),
+        _number(seed.difference, "{:+.4f}"),
     )
     return f"| {' | '.join(cells)} |"
 
@@ -118,14 +177,23 @@ def answer(rows: Sequence[Worth]) -> str:
     point = best.point
     speedup = best.speedup_included or 0.0
     count = len(point.ends)
-    seeds = f"{count} seeds" if count > 1 else f"{count} seed"
+    plural = "s" if count > 1 else ""
+    seeds = f"{count} seed{plural}: {seed_numbers(point)}"
     spread = best.interval_included
     interval = "" if spread is None else f" ± {spread:.2f}"
-    verdict = "pays" if speedup > 1.0 else "does not pay"
     return (
-        f"At {point.tokens_per_parameter:.0f} tokens a parameter growth {verdict}: {point.arm} is worth S "
+        f"At {point.tokens_per_parameter:.0f} tokens a parameter {_verdict(best)}: {point.arm} is worth S "
         f"= {speedup:.2f}{interval} against scratch, everything paid ({seeds}). {_control(best, rows)}"
     )
+
+
+def _verdict(row: Worth) -> str:
+    """The verdict on growth; an interval that holds S = 1 gives none."""
+    speedup = row.speedup_included or 0.0
+    interval = row.interval_included or 0.0
+    if interval and abs(speedup - 1.0) <= interval:
+        return "the seeds do not tell whether growth pays"
+    return "growth pays" if speedup > 1.0 else "growth does not pay"
 
 
 def is_grown(row: Worth, rows: Sequence[Worth]) -> bool:
@@ -142,8 +210,6 @@ def is_control(row: Worth, rows: Sequence[Worth]) -> bool:
 def _control(best: Worth, rows: Sequence[Worth]) -> str:
     """The control's end that cost most nearly what `best` did, against it."""
     controls = [row.point for row in rows if is_control(row, rows)]
-    if not controls:
-        return "No control was run (the small network trained on): bigger, or only trained longer?"
     own = best.point
 
     def distance(point: Point) -> tuple[float, float]:

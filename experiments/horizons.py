@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from outgrow.experiments.cost import half_interval
+from outgrow.experiments.cost import best_of, half_interval
 from outgrow.experiments.runs import SCRATCH, Run
 from outgrow.model.base.errors import UserError
 from outgrow.train.run.record import RunRecord
@@ -102,10 +102,10 @@ def _multiplied(record: RunRecord) -> int:
 
 
 def check_alike(ends: Sequence[End]) -> None:
-    """Refuse ends that were not measured on the same text.
+    """Refuse ends that were not measured on the same text, or lack an arm that a headline needs.
 
     Raises:
-        UserError: naming what differs.
+        UserError: naming what differs, and what is missing.
     """
     faults = []
     for key in ("data", "eval_tokens"):
@@ -120,7 +120,20 @@ def check_alike(ends: Sequence[End]) -> None:
             f"no {SCRATCH} arm: there is no curve to hold the others against; run growth=scratch at two "
             "horizons or more",
         )
+    elif lacks_control(ends):
+        faults.append(
+            "no control: every arm has as many parameters as scratch, so nothing tells a bigger network from "
+            "one that was only trained longer; run the small network alone too (growth=scratch with the "
+            "small target)",
+        )
     UserError.collect(faults)
+
+
+def lacks_control(ends: Sequence[End]) -> bool:
+    """True where arms grew, and the small network was not trained on beside them."""
+    largest = max(end.parameters for end in ends)
+    grown = any(end.arm != SCRATCH and end.parameters == largest for end in ends)
+    return grown and all(end.parameters == largest for end in ends)
 
 
 # ---- the best rate of each arm at each horizon -------------------------------------------------------------
@@ -172,16 +185,16 @@ def best_points(ends: Iterable[End]) -> list[Point]:
 
 
 def _best_point(ends: Sequence[End]) -> Point:
-    """The point of one arm, optimizer and horizon whose `ends` are those of every rate, batch and seed."""
+    """The point of one arm, optimizer and horizon whose `ends` are those of every rate, batch and seed.
+
+    The seeds that all of them share decide, so that a lucky seed of one rate alone does not.
+    """
     grid: dict[tuple[float, int], list[End]] = defaultdict(list)
-    for end in ends:
+    for end in sorted(ends, key=lambda end: end.seed):
         key = (end.learning_rate, end.batch_tokens)
         grid[key].append(end)
-
-    def mean_loss(key: tuple[float, int]) -> float:
-        return fmean(end.val_loss for end in grid[key])
-
-    best_key = min(grid, key=mean_loss)
+    losses = {key: {end.seed: end.val_loss for end in of_key} for key, of_key in grid.items()}
+    best_key = best_of(losses)
     rate, batch = best_key
     rates = [tried for tried, size in grid if size == batch]
     edges = {min(rates), max(rates)}
@@ -244,29 +257,66 @@ def baseline(points: Iterable[Point]) -> BaselineCurve:
     Raises:
         UserError: fewer than two such points.
     """
+    return curve_of(envelope(points))
+
+
+def envelope(points: Iterable[Point]) -> list[Point]:
+    """The points of scratch on its lower envelope, cheapest first.
+
+    Raises:
+        UserError: fewer than two such points.
+    """
     own = [point for point in points if point.arm == SCRATCH]
     own.sort(key=lambda point: (point.flops, point.val_loss))  # of one cost, the lowest loss first
-    envelope: list[Point] = []
+    lower: list[Point] = []
     lowest = math.inf
     for point in own:
         if point.val_loss < lowest:
-            envelope.append(point)
+            lower.append(point)
             lowest = point.val_loss
-    if len(envelope) < 2:
+    if len(lower) < 2:
         raise UserError(
-            f"{SCRATCH}: {len(envelope)} horizons with falling losses; a curve needs two or more "
+            f"{SCRATCH}: {len(lower)} horizons with falling losses; a curve needs two or more "
             "(schedule.horizons)",
         )
-    costs = tuple(point.flops for point in envelope)
-    losses = tuple(point.val_loss for point in envelope)
+    return lower
+
+
+def curve_of(points: Sequence[Point]) -> BaselineCurve:
+    """L(C) through the mean losses of points whose costs rise and whose losses fall."""
+    costs = tuple(point.flops for point in points)
+    losses = tuple(point.val_loss for point in points)
+    return BaselineCurve(costs, losses)
+
+
+def curve_of_seed(points: Sequence[Point], seed: int) -> BaselineCurve | None:
+    """L(C) through one seed's ends of the same points; None where a point lacks it, or its losses rise."""
+    own = [end for point in points for end in point.ends if end.seed == seed]
+    costs = tuple(end.flops for end in own)
+    losses = tuple(end.val_loss for end in own)
+    falling = all(after < before for before, after in itertools.pairwise(losses))
+    if len(own) < len(points) or not falling:
+        return None
     return BaselineCurve(costs, losses)
 
 
 @dataclass(frozen=True)
-class Worth:
-    """One arm at one horizon against scratch.
+class SeedWorth:
+    """One seed of an arm, against the curve of scratch's runs of the same seed where there is one.
 
-    `interval` is half of a 95 % interval of S over the seeds; None for one seed.
+    `speedup` has the source included; `difference` is in nats at equal FLOPs, negative is better.
+    """
+
+    seed: int
+    val_loss: float
+    speedup: float | None
+    difference: float | None
+
+
+@dataclass(frozen=True)
+class Worth:
+    """One arm at one horizon against scratch. Intervals are over the seeds, each paired with scratch's own:
+    half of 95 %, None for one seed and where scratch lacks one of them.
     """
 
     point: Point
@@ -274,6 +324,8 @@ class Worth:
     speedup_included: float | None
     interval_included: float | None
     difference: float | None  # loss − scratch's at equal FLOPs, source included; nats, negative is better
+    difference_interval: float | None
+    seeds: tuple[SeedWorth, ...]
 
 
 def worths(ends: Sequence[End], against: Callable[[Point], bool] = lambda point: True) -> list[Worth]:
@@ -283,30 +335,53 @@ def worths(ends: Sequence[End], against: Callable[[Point], bool] = lambda point:
         against: the points of scratch that are the baseline, such as those of one optimizer.
 
     Raises:
-        UserError: the ends are of different texts, or scratch has no curve.
+        UserError: the ends are of different texts, scratch has no curve, or there is no control.
     """
     check_alike(ends)
     points = best_points(ends)
-    curve = baseline(filter(against, points))
-    return [_worth(point, curve) for point in points]
+    scratch = envelope(filter(against, points))
+    return [_worth(point, scratch) for point in points]
 
 
-def _worth(point: Point, curve: BaselineCurve) -> Worth:
+def _worth(point: Point, scratch: Sequence[Point]) -> Worth:
+    curve = curve_of(scratch)
     scratch_flops = curve.cost_of(point.val_loss)
     scratch_loss = curve.loss_at(point.paid)
-    seeds = []
-    for end in point.ends:
-        flops = curve.cost_of(end.val_loss)
-        if flops is not None:
-            seeds.append(flops / end.paid)
-    every_seed = len(seeds) == len(point.ends)
+    seeds = tuple(_seed_worth(end, scratch) for end in point.ends)
     return Worth(
         point,
         speedup_excluded=None if scratch_flops is None else scratch_flops / point.flops,
         speedup_included=None if scratch_flops is None else scratch_flops / point.paid,
-        interval_included=half_interval(seeds) if every_seed else None,
+        interval_included=_interval(seed.speedup for seed in seeds),
         difference=None if scratch_loss is None else point.val_loss - scratch_loss,
+        difference_interval=_interval(seed.difference for seed in seeds),
+        seeds=seeds,
     )
+
+
+def _seed_worth(end: End, points: Sequence[Point]) -> SeedWorth:
+    """One end against the curve of its own seed through scratch's `points`."""
+    curve = curve_of_seed(points, end.seed)
+    if curve is None:
+        return SeedWorth(end.seed, end.val_loss, None, None)
+    scratch_flops = curve.cost_of(end.val_loss)
+    scratch_loss = curve.loss_at(end.paid)
+    return SeedWorth(
+        end.seed,
+        end.val_loss,
+        speedup=None if scratch_flops is None else scratch_flops / end.paid,
+        difference=None if scratch_loss is None else end.val_loss - scratch_loss,
+    )
+
+
+def _interval(values: Iterable[float | None]) -> float | None:
+    """Half of the 95 % interval of the mean; None where a value is missing."""
+    known: list[float] = []
+    for value in values:
+        if value is None:
+            return None
+        known.append(value)
+    return half_interval(known)
 
 
 # ---- the record --------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ def end(arm: str, flops: float, loss: float, **more: object) -> End:
 
 
 SCRATCH_ENDS = [end("scratch", 1e12, 3.0), end("scratch", 4e12, 2.5), end("scratch", 16e12, 2.2)]
+CONTROL = end("small", 0.5e12, 3.4, parameters=300)  # the small network alone, without which nothing is said
 
 
 def test_the_curve_is_linear_in_log_cost() -> None:
@@ -48,7 +49,7 @@ def test_the_curve_is_linear_in_log_cost() -> None:
 
 def test_an_arm_is_worth_what_scratch_would_have_paid_for_its_loss() -> None:
     grown = end("grown", 1.5e12, 2.5, source_flops=0.5e12)
-    worth = next(w for w in worths([*SCRATCH_ENDS, grown]) if w.point.arm == "grown")
+    worth = next(w for w in worths([CONTROL, *SCRATCH_ENDS, grown]) if w.point.arm == "grown")
     assert worth.speedup_excluded == pytest.approx(4 / 1.5)
     assert worth.speedup_included == pytest.approx(2.0)
     assert worth.difference == pytest.approx(2.5 - 2.75)  # scratch has 2.75 for the same 2e12
@@ -56,7 +57,9 @@ def test_an_arm_is_worth_what_scratch_would_have_paid_for_its_loss() -> None:
 
 
 def test_scratch_is_worth_itself_and_nothing_is_read_outside_of_its_range() -> None:
-    rows = {(w.point.arm, w.point.flops): w for w in worths([*SCRATCH_ENDS, end("better", 30e12, 2.0)])}
+    rows = {
+        (w.point.arm, w.point.flops): w for w in worths([CONTROL, *SCRATCH_ENDS, end("better", 30e12, 2.0)])
+    }
     assert [rows["scratch", flops].speedup_included for flops in (1e12, 4e12, 16e12)] == pytest.approx(
         [1, 1, 1]
     )
@@ -64,13 +67,33 @@ def test_scratch_is_worth_itself_and_nothing_is_read_outside_of_its_range() -> N
     assert rows["better", 30e12].difference is None
 
 
-def test_the_interval_is_over_the_seeds() -> None:
-    seeds = [end("grown", 1e12, loss, seed=seed) for seed, loss in enumerate((2.5, 2.6, 2.7))]
-    worth = next(w for w in worths([*SCRATCH_ENDS, *seeds]) if w.point.arm == "grown")
-    speedups = [4 ** ((3.0 - loss) / 0.5) for loss in (2.5, 2.6, 2.7)]  # one unit of log4 C for 0.5 nats
+def of_seed(ends: list[End], seed: int, shift: float) -> list[End]:
+    return [dataclasses.replace(e, seed=seed, val_loss=e.val_loss + shift) for e in ends]
+
+
+def test_the_interval_pairs_each_seed_with_scratchs_own() -> None:
+    """Seeds that shift scratch and the grown arm alike leave no spread at all."""
+    shifts = {0: 0.0, 1: 0.05, 2: -0.02}
+    scratch = [e for seed, shift in shifts.items() for e in of_seed(SCRATCH_ENDS, seed, shift)]
+    alike = [end("grown", 2e12, 2.5 + shift, seed=seed) for seed, shift in shifts.items()]
+    worth = next(w for w in worths([CONTROL, *scratch, *alike]) if w.point.arm == "grown")
+    assert [seed.speedup for seed in worth.seeds] == pytest.approx([2, 2, 2])
+    assert worth.interval_included == pytest.approx(0, abs=1e-12)
+    assert worth.difference_interval == pytest.approx(0, abs=1e-12)
+    spread = [end("grown", 2e12, loss, seed=seed) for seed, loss in enumerate((2.5, 2.65, 2.68))]
+    worth = next(w for w in worths([CONTROL, *scratch, *spread]) if w.point.arm == "grown")
+    speedups = [4 ** ((3.0 - loss) / 0.5) / 2 for loss in (2.5, 2.6, 2.7)]  # log4 C falls by one in 0.5 nats
     deviation = math.sqrt(sum((s - sum(speedups) / 3) ** 2 for s in speedups) / 2)
     # t of 2 degrees of freedom
     assert worth.interval_included == pytest.approx(4.302653 * deviation / math.sqrt(3), rel=1e-5)
+    unpaired = next(w for w in worths([CONTROL, *SCRATCH_ENDS, *spread]) if w.point.arm == "grown")
+    assert unpaired.interval_included is unpaired.difference_interval is None
+
+
+def test_a_lucky_seed_that_one_rate_alone_was_run_with_decides_nothing() -> None:
+    shared = [end("grown", 1e12, 2.7, learning_rate=1e-3), end("grown", 1e12, 2.8, learning_rate=2e-3)]
+    (point,) = best_points([*shared, end("grown", 1e12, 2.0, learning_rate=2e-3, seed=1)])
+    assert point.learning_rate == 1e-3
 
 
 def test_the_best_rate_is_taken_and_an_edge_is_named() -> None:
@@ -98,6 +121,7 @@ def test_the_baseline_is_the_best_that_scratch_can_have() -> None:
         ([SCRATCH_ENDS[0]], "1 horizons with falling losses; a curve needs two or more"),
         ([*SCRATCH_ENDS, end("grown", 1e12, 2.0, data="other")], "data: 2 different ones"),
         ([*SCRATCH_ENDS, end("grown", 1e12, 2.0, eval_tokens=1)], "eval_tokens: 2 different ones"),
+        ([*SCRATCH_ENDS, end("grown", 1e12, 2.0)], "no control: every arm has as many parameters as scratch"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(ends: list[End], fault: str) -> None:
@@ -118,14 +142,14 @@ def test_the_record_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def test_the_table_and_the_sentence_say_what_was_measured(tmp_path: Path) -> None:
     grown = [end("grown", 1.5e12, 2.5, source_flops=0.5e12, seed=seed, name=f"g{seed}") for seed in (0, 1)]
-    rows = worths([*SCRATCH_ENDS, *grown])
+    rows = worths([CONTROL, *SCRATCH_ENDS, *grown])
     line = next(line for line in table(rows).splitlines() if line.startswith("| grown"))
-    assert line == "| grown | adamw | 0.0 M | 30 | 0.01* | 2 | 2.00 | 2.5000 | 2.67 | 2.00 ± 0.00 | -0.2500 |"
+    assert line == "| grown | adamw | 0.0 M | 30 | 0.01* | 0, 1 | 2.00 | 2.5000 | 2.67 | 2.00 | -0.2500 |"
     assert answer(rows) == (
-        "At 30 tokens a parameter growth pays: grown is worth S = 2.00 ± 0.00 against scratch, everything "
-        "paid (2 seeds). No control was run (the small network trained on): bigger, or only trained longer?"
+        "At 30 tokens a parameter growth pays: grown is worth S = 2.00 against scratch, everything "
+        "paid (2 seeds: 0, 1). The control, small trained on for 0.50 TFLOP, ends 0.900 nats higher than grown for 2.00."
     )
-    losing = worths([*SCRATCH_ENDS, end("grown", 4e12, 2.6)])
+    losing = worths([CONTROL, *SCRATCH_ENDS, end("grown", 4e12, 2.6)])
     assert "growth does not pay: grown is worth S = 0.76" in answer(losing)
     assert "nothing can be said" in answer(worths(SCRATCH_ENDS))
 
@@ -136,31 +160,35 @@ def test_the_control_stands_in_the_headline_and_is_no_grown_arm(loss: float, wor
     grown = end("grown", 2e12, 2.5)
     controls = [end("longer", flops, loss, parameters=300) for flops in (0.5e12, 1.9e12, 8e12)]
     assert answer(worths([*SCRATCH_ENDS, grown, *controls])) == (
-        "At 40 tokens a parameter growth pays: grown is worth S = 2.00 against scratch, everything paid (1 "
-        f"seed). The control, longer trained on for 1.90 TFLOP, ends {word} than grown for 2.00."
+        "At 40 tokens a parameter growth pays: grown is worth S = 2.00 against scratch, everything paid "
+        f"(1 seed: 0). The control, longer trained on for 1.90 TFLOP, ends {word} than grown for 2.00."
     )
 
 
 def test_the_picture_names_each_arm_at_its_end(tmp_path: Path) -> None:
-    figure = build(worths([*SCRATCH_ENDS, end("grown", 2e12, 2.5)]))
+    figure = build(worths([CONTROL, *SCRATCH_ENDS, end("grown", 2e12, 2.5)]))
     losses, speedups = figure.axes
-    assert {text.get_text() for text in losses.texts} == {"grown, S = 2.00", "scratch"}
+    assert {text.get_text() for text in losses.texts} == {"grown, S = 2.00", "scratch", "small"}
     assert {text.get_text() for text in speedups.texts} == {"grown", "scratch"}
     assert losses.get_legend() is None
     near = [end(name, 2e12, loss) for name, loss in (("one", 2.5), ("other", 2.501))]
-    drawn = build(worths([*SCRATCH_ENDS, *near]))
+    drawn = build(worths([CONTROL, *SCRATCH_ENDS, *near]))
     drawn.draw_without_rendering()
     one, other = (text.get_window_extent() for text in drawn.axes[0].texts if text.get_text().startswith("o"))
     assert not one.overlaps(other)
     many = [end(f"arm{number}", 2e12, 2.5 + number / 100) for number in range(7)]
-    assert build(worths([*SCRATCH_ENDS, *many])).axes[0].get_legend() is not None
+    assert build(worths([CONTROL, *SCRATCH_ENDS, *many])).axes[0].get_legend() is not None
 
 
 @pytest.mark.slow
 def test_a_record_gives_the_files_that_its_runs_gave(tmp_path: Path) -> None:
     write_ends(
         tmp_path / "first.json",
-        [*(dataclasses.replace(e, name=str(i)) for i, e in enumerate(SCRATCH_ENDS)), end("grown", 2e12, 2.5)],
+        [
+            *(dataclasses.replace(e, name=str(i)) for i, e in enumerate(SCRATCH_ENDS)),
+            CONTROL,
+            end("grown", 2e12, 2.5, name="grown"),
+        ],
     )
     write([str(tmp_path / "first.json")], tmp_path / "once")
     write([str(tmp_path / "once" / "ends.json")], tmp_path / "twice")
