@@ -18,10 +18,7 @@ def layer_map(plan: Plan, width: int = 100) -> list[str]:
     """Two lines per stretch of layers, each source layer under the target layer that it feeds, identity
     layers in brackets.
     """
-    sources = [
-        f"[{layer}]" if idle else f"{layer} "
-        for layer, idle in zip(plan.layers.layers, plan.layers.identity, strict=True)
-    ]
+    sources = [layer if layer.endswith("]") else f"{layer} " for layer in plan.layers.shown]
     cell = max(map(len, sources)) + 1
     step = max(1, (width - len("target ")) // cell)
     lines = []

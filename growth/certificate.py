@@ -144,6 +144,9 @@ def _rotary(family: Family, source: Config, target: Config) -> Iterator[str]:
             yield f"config {positions}: rotary positions of type {kind!r} are scaled by it"
 
 
+_REPEATS = "work although their source layers already do"
+
+
 def _layers(plan: Decision) -> Iterator[str]:
     """Prove (2): every source layer works once, all other layers pass the residual stream on."""
     layers = plan.layers
@@ -151,10 +154,8 @@ def _layers(plan: Decision) -> Iterator[str]:
         repeated = [
             number for number, layer in enumerate(layers.layers) if layers.layers.index(layer) != number
         ]
-        yield (
-            f"depth {layers.rule!r}: target layers {_some(repeated)} work although their source layers "
-            "already do"
-        )
+        works = "are means of two layers and work beside them" if layers.between else _REPEATS
+        yield f"depth {layers.rule!r}: target layers {_some(repeated)} {works}"
     for step in plan.steps:
         number = step.tensor.layer
         idle = number is not None and layers.identity[number]

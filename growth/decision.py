@@ -99,6 +99,7 @@ class Step:
         maps: one axis map per stored axis.
         zero: the tensor starts at zero (a writer of an identity layer).
         next_source: the same tensor of the next source layer, for indices that come from there.
+        beside: the same tensor of another source layer; the mean of both stands for the source.
         diagonal: the n-th copy on the writing axis reads the n-th copies only.
         finish: what is done to it beyond that; None where nothing is.
     """
@@ -108,6 +109,7 @@ class Step:
     maps: tuple[AxisMap, ...]
     zero: bool = False
     next_source: str | None = None
+    beside: str | None = None
     diagonal: bool = False
     finish: Finish | None = None
 
@@ -122,7 +124,7 @@ class Step:
     @property
     def is_copy(self) -> bool:
         """Check whether it is its source's bytes."""
-        touched = self.finish is not None and self.finish.changes_copies
+        touched = self.beside is not None or (self.finish is not None and self.finish.changes_copies)
         inherited = self.source is not None and not self.zero and not touched
         return inherited and all(axis.is_identity for axis in self.maps)
 
@@ -244,6 +246,7 @@ class Decision:
             },
             "layers": list(self.layers.layers),
             "identity_layers": [number for number, idle in enumerate(self.layers.identity) if idle],
+            **({"mean_layers": sorted(self.layers.between)} if self.layers.between else {}),
             "source_parameters": self.source_parameters,
             "target_parameters": self.target_parameters,
             **({} if self.change is None else {"change": self.change.to_dict()}),

@@ -103,7 +103,8 @@ def _layers(axes: Axes, plan: Plan) -> None:
         again = source in layers.layers[:number]
         _, colour = ORIGINS[Origin.COPY if again else Origin.ORIGINAL]
         line, inside, outside = (":", "white", IDLE) if idle else ("-", colour, colour)
-        axes.plot([position[source], number], [0, 1], color=outside, linestyle=line, zorder=1)
+        for below in (source, source + 1) if number in layers.between else (source,):
+            axes.plot([position[below], number], [0, 1], color=outside, linestyle=line, zorder=1)
         axes.scatter(
             number, 1, s=size, marker="s", facecolor=inside, edgecolor=outside, linestyle=line, zorder=2
         )

@@ -19,12 +19,14 @@ class LayerMap:
         layers: (M,) the source layer of each target layer.
         identity: (M,) True where the target layer's writers start at zero, so that it passes the residual
             stream on.
+        between: the target layers that are the mean of their source layer and the next.
     """
 
     rule: str
     source: int
     layers: tuple[int, ...]
     identity: tuple[bool, ...]
+    between: frozenset[int] = frozenset()
 
     @property
     def target(self) -> int:
@@ -35,6 +37,17 @@ class LayerMap:
         """Check that every source layer works exactly once and in order, all others passing through."""
         working = [layer for layer, idle in zip(self.layers, self.identity, strict=True) if not idle]
         return working == list(range(self.source))
+
+    @property
+    def shown(self) -> list[str]:
+        """The source of each target layer in short: `0`, `[0]` of an identity layer, `0+1` of a mean of
+        two.
+        """
+        cells = []
+        for number, (layer, idle) in enumerate(zip(self.layers, self.identity, strict=True)):
+            mean = f"{layer}+{layer + 1}" if number in self.between else f"{layer}"
+            cells.append(f"[{layer}]" if idle else mean)
+        return cells
 
 
 def _repeats(layers: Sequence[int]) -> tuple[bool, ...]:
@@ -102,6 +115,21 @@ def identity_top(source: int, target: int) -> list[int]:
     return [min(i, source - 1) for i in range(target)]
 
 
+def neighbours(source: int, target: int) -> list[int]:
+    """New layers between two others, at most one in a gap, the gaps spread evenly.
+
+    Each starts as the mean of both: what LESA (2502.13794) predicts, without the prediction.
+    """
+    extra, gaps = target - source, source - 1
+    if extra > gaps:
+        raise UserError(
+            f"depth 'neighbours': a new layer stands between two, so at most {source + gaps} layers come of "
+            f"{source}, not {target}; use stack or interleave, or grow twice"
+        )
+    filled = {(2 * number + 1) * gaps // (2 * extra) for number in range(extra)}
+    return [layer for layer in range(source) for _ in range(2 if layer in filled else 1)]
+
+
 def _at_most_double(rule: str, source: int, target: int) -> None:
     if target > 2 * source:
         raise UserError(
@@ -121,6 +149,7 @@ LAYER_MAPS: dict[str, tuple[Callable[[int, int], list[int]], bool]] = {
     "top": (top, False),
     "solar": (solar, False),
     "midas": (midas, False),
+    "neighbours": (neighbours, False),
 }
 
 
@@ -141,8 +170,10 @@ def layer_map(depth: str | Sequence[int], source: int, target: int) -> LayerMap:
         unknown("depth", depth, LAYER_MAPS)
     rule, idle = LAYER_MAPS[depth]
     layers = rule(source, target) if target > source else list(range(source))
-    identity = _repeats(layers) if idle else (False,) * target
-    return LayerMap(depth, source, tuple(layers), identity)
+    new = _repeats(layers)
+    identity = new if idle else (False,) * target
+    between = frozenset(number for number in range(target) if new[number] and depth == "neighbours")
+    return LayerMap(depth, source, tuple(layers), identity, between)
 
 
 def among_kinds(source: Sequence[Hashable], target: Sequence[Hashable]) -> LayerMap | None:

@@ -88,7 +88,14 @@ def _step(plan: Plan, step: Step, moment: str, power: int) -> Step:
     all_new = any((origin == Origin.NEW).all() for origin in origins)
     if rule == "reset" or share == 0 or step.source is None or all_new:
         return replace(
-            step, tensor=tensor, source=None, zero=True, next_source=None, diagonal=False, finish=None
+            step,
+            tensor=tensor,
+            source=None,
+            zero=True,
+            next_source=None,
+            beside=None,
+            diagonal=False,
+            finish=None,
         )
     if rule == "original":
         maps = tuple(
@@ -105,6 +112,7 @@ def _step(plan: Plan, step: Step, moment: str, power: int) -> Step:
         source=f"{moment}.{step.source}",
         maps=maps,
         next_source=None,
+        beside=None,
         diagonal=False,
         finish=None,
     )

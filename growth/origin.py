@@ -19,7 +19,7 @@ from outgrow.growth.plan import Plan
 class Origin(IntEnum):
     """The origin of an entry; of an entry's axes the least counts."""
 
-    NEW = 0  # fresh, zero or a mean; also every entry of a layer that starts as the identity
+    NEW = 0  # fresh, zero or a mean; also every entry of a layer that starts as the identity, or as a mean
     COPY = 1  # a further copy of a source entry that an earlier target entry holds
     ORIGINAL = 2  # the first copy
 
@@ -49,7 +49,8 @@ def of_axis(axis: AxisMap) -> np.ndarray:
 
 
 def _is_new_layer(plan: Plan, step: Step) -> bool:
-    return step.tensor.layer is not None and plan.layers.identity[step.tensor.layer]
+    number, layers = step.tensor.layer, plan.layers
+    return number is not None and (layers.identity[number] or number in layers.between)
 
 
 def _is_repeated_layer(plan: Plan, step: Step) -> bool:

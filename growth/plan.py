@@ -194,6 +194,7 @@ def _steps(growth: Growth, recipe: Recipe, layers: LayerMap) -> Iterator[Step]:
             maps=maps[key],
             zero=idle,
             next_source=_next_source(tensor, growth, layers, maps[key]),
+            beside=_beside(tensor, growth, layers) if recipe.inherits else None,
             diagonal=recipe.diagonal and _copied_both_ways(tensor, maps[key]),
         )
 
@@ -208,8 +209,22 @@ def _next_source(tensor: Tensor, growth: Growth, layers: LayerMap, maps: Sequenc
     if tensor.layer is None:
         return source_name(tensor, growth, None)
     own = layers.layers[tensor.layer]
+    return _of_next_layer(tensor, growth, layers, own) or source_name(tensor, growth, own)
+
+
+def _beside(tensor: Tensor, growth: Growth, layers: LayerMap) -> str | None:
+    """Name the second of the two tensors whose mean a layer between them takes."""
+    number = tensor.layer
+    if number is None or number not in layers.between:
+        return None
+    return _of_next_layer(tensor, growth, layers, layers.layers[number])
+
+
+def _of_next_layer(tensor: Tensor, growth: Growth, layers: LayerMap, own: int) -> str | None:
+    """Name a tensor of the next source layer after `own` that has it; None where none has."""
     having = range(layers.source) if tensor.line.only is None else sorted(tensor.line.only)
-    return source_name(tensor, growth, next((layer for layer in having if layer > own), own))
+    following = next((layer for layer in having if layer > own), None)
+    return None if following is None else source_name(tensor, growth, following)
 
 
 def _copied_both_ways(tensor: Tensor, maps: Sequence[AxisMap]) -> bool:

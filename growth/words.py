@@ -102,5 +102,4 @@ def human_bytes(count: float) -> str:
 
 def layer_table(plan: Decision) -> str:
     """List the source layer of each target layer, identity layers in brackets: `0 1 [1] 2`."""
-    layers = zip(plan.layers.layers, plan.layers.identity, strict=True)
-    return " ".join(f"[{layer}]" if idle else str(layer) for layer, idle in layers)
+    return " ".join(plan.layers.shown)

@@ -173,7 +173,7 @@ class Expander:
         index = np.arange(row_map.source)
         if all_copied:
             index = np.unique(row_map.index[rows])
-        sources = {self.step.source, self.step.next_source}
+        sources = {self.step.source, self.step.next_source, self.step.beside}
         for name in sources - {None}:
             source = np.ascontiguousarray(self._gather(name, index))
             if not all_finite(source, self.dtype):
@@ -389,8 +389,16 @@ class Expander:
         return to_raw(values, self.dtype)
 
     def _gather(self, name: str | None, index: np.ndarray) -> np.ndarray:
-        """Read raw rows of the source tensor `name`, one read per run of rows: (len(index), n)."""
+        """Raw rows of the source tensor `name`, averaged with those beside it: (len(index), n)."""
         assert name is not None
+        rows, beside = self._rows(name, index), self.step.beside
+        if beside is None or name != self.step.source:
+            return rows
+        half = [0.5 * self._decoded(np.ascontiguousarray(each)) for each in (rows, self._rows(beside, index))]
+        return self._encoded(half[0] + half[1])
+
+    def _rows(self, name: str, index: np.ndarray) -> np.ndarray:
+        """Read raw rows of the source tensor `name`, one read per run of rows: (len(index), n)."""
         if len(self.step.shape) < 2:
             vector = self.reader.read(name)
             return self._in_dtype(name, vector.reshape(1, -1))

@@ -102,10 +102,9 @@ class Learner(nn.Module):
                 self._source[name] = self._fixed(step, self._values(name))
         if step.tensor.layer is None:
             return None
-        own = None if step.source is None else names.index(step.source)
+        own = [names.index(name) for name in (step.source, step.beside) if name is not None]
         weights = torch.zeros(len(names), dtype=self.dtype)
-        if own is not None:
-            weights[own] = 1
+        weights[own] = 1 / max(1, len(own))
         self.layers.append(nn.Parameter(weights))
         return len(self.layers) - 1
 
