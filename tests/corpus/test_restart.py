@@ -102,6 +102,23 @@ def test_what_lies_behind_a_limit_may_be_broken_for_any_number_of_workers(
             prepare(replace(changed, limit_documents=71), progress=False)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_relative_folder_lies_where_the_process_is_now(
+    settings: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    changed = replace(settings, folder="data/tokens", path="../texts", workers=count)
+    fingerprints = set()
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        fingerprints.add(prepare(changed, progress=False).fingerprint)
+        assert (tmp_path / name / "data/tokens/manifest.json").is_file()
+    assert len(fingerprints) == 1
+    # the second leaves nothing where the first was built
+    assert not (tmp_path / "first/data/tokens.partial").exists()
+
+
 class Killed(BaseException):
     """Nothing catches it to clean up: what is on disk stays as at a kill."""
 

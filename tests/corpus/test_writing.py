@@ -411,15 +411,14 @@ def test_killed_at_any_moment_every_prompt_is_written_once(stub: Stub, tmp_path:
 def test_files_that_do_not_fit_are_refused(stub: Stub, settings: WriteSettings) -> None:
     write(dataclasses.replace(settings, number=3))
     path = Path(settings.out)
-    for changed in (
-        {"temperature": 0.5},
-        {"model": "other"},
-        {"prompts": dataclasses.replace(settings.prompts, audiences=("you",))},
+    others = dataclasses.replace(settings.prompts, audiences=("you",))
+    for changed, named in (
+        ({"temperature": 0.5}, "temperature"),
+        ({"model": "other"}, "model"),
+        ({"prompts": others}, "prompts.audiences"),
+        ({"prompts": others, "model": "other"}, "model, prompts.audiences"),
     ):
-        with pytest.raises(
-            UserError,
-            match=r"it was begun with another .*(temperature|model|prompts.audiences); choose another out",
-        ):
+        with pytest.raises(UserError, match=f"it was begun with another {named}; choose another out"):
             write(dataclasses.replace(settings, **changed))  # type: ignore[arg-type]
     # these change nothing
     assert "5 documents" in write(dataclasses.replace(settings, number=5, at_once=1, timeout_seconds=9.0))
@@ -430,6 +429,10 @@ def test_files_that_do_not_fit_are_refused(stub: Stub, settings: WriteSettings) 
     ):
         write(settings)
     path.write_bytes(first + b"".join(rest))
+    for damaged in ("[]", "{", '{"prompts": 1}'):
+        path.with_suffix(".settings.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"begun with another|move made.jsonl and this file away"):
+            write(settings)
     path.with_suffix(".settings.json").unlink()
     with pytest.raises(UserError, match=r"no made.settings.json says what was asked for it"):
         write(settings)

@@ -52,6 +52,9 @@ def stages(settings: ExecutorSettings, workers: int, folder: Path, *, progress: 
     Raises:
         UserError: a worker was killed, a task failed, or the scheduler cannot be reached.
     """
+    folder = (
+        folder.absolute()
+    )  # fsspec keeps what it opened under a relative name, wherever this process goes
     if settings.executor == "local":
         with pool(workers) as run:
 
@@ -210,7 +213,7 @@ def _slurm(
         job_name=name,
         env_command=settings.setup,
         sbatch_args=dict(settings.sbatch),
-        logging_dir=str(folder.absolute()),
+        logging_dir=str(folder),
         with_srun=False,
         requeue=False,
     )
@@ -273,7 +276,7 @@ def _ray(
         tasks,
         workers=settings.at_once or -1,
         mem_per_cpu_gb=settings.memory_gb,
-        logging_dir=str(folder.absolute()),
+        logging_dir=str(folder),
     )
     executor.run()
     if left := executor.get_incomplete_ranks():

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from outgrow.model.base.errors import UserError
-from outgrow.model.base.files import telling_disk_faults, whole_file, write_json
+from outgrow.model.base.files import read_object, telling_disk_faults, whole_file, write_json
 from outgrow.model.base.locks import Lock
 from outgrow.train.corpus.writing.answer import Answer
 from outgrow.train.corpus.writing.prompts import Prompt
@@ -108,13 +108,8 @@ def _check_settings(settings: WriteSettings, out: Path) -> None:
             )
         write_json(path, asked)
         return
-    try:
-        there = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(
-            f"{path}: not what was written there ({error}); move {out.name} and this file away to begin anew"
-        ) from error
-    wanted, begun = _dotted(asked), _dotted(there)
+    there = read_object(path, f"move {out.name} and this file away to begin anew")
+    wanted, begun = _by_key(asked), _by_key(there)
     keys = {*wanted, *begun}
     changed = sorted(key for key in keys if wanted.get(key) != begun.get(key))
     if changed:
@@ -124,9 +119,12 @@ def _check_settings(settings: WriteSettings, out: Path) -> None:
         )
 
 
-def _dotted(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings, and those of the prompts also one by one: `prompts.topics`."""
-    return settings | {f"prompts.{key}": value for key, value in settings["prompts"].items()}
+def _by_key(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by their whole names, those of the prompts one by one: `prompts.topics`."""
+    others = {key: value for key, value in settings.items() if key != "prompts"}
+    prompts = settings.get("prompts")
+    entries = prompts if isinstance(prompts, dict) else {}
+    return others | {f"prompts.{key}": value for key, value in entries.items()}
 
 
 def _whole_lines(file: BinaryIO) -> Iterator[dict[str, Any]]:
