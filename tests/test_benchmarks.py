@@ -44,6 +44,21 @@ def test_the_published_result_holds_what_is_claimed() -> None:
     )
 
 
+def test_near_duplicates_are_told_as_they_were_measured() -> None:
+    bench = script("bench_duplicates")
+    result = json.loads((FOLDER / "bench_duplicates.json").read_text())
+    page = (FOLDER.parent / "docs" / "data.md").read_text()
+    assert bench.table(result) in page
+    assert f"bench_duplicates.py --documents {result['documents']}`" in page
+    told = result["seconds_until_a_killed_worker_is_told"]
+    assert told["datatrove"] is None
+    assert f"told {told['ours']} s later" in page
+    assert f"not ended after {bench.PATIENCE_SECONDS} s" in page
+    for rows in result["scripts"].values():
+        ours, *others = rows.values()
+        assert all(ours["precision"] > other["precision"] + 0.3 for other in others)
+
+
 @pytest.mark.slow
 def test_a_gpu_gets_what_fits_it(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = script("bench_gpu")
