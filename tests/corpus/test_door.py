@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from outgrow.model.base.errors import UserError
 from outgrow.train.corpus.__main__ import CONF, PrepareSettings, main, settings_from
@@ -37,6 +38,15 @@ def test_every_leaf_can_be_prepared(leaf: str) -> None:
 def test_what_the_leaves_share_is_what_holds_where_nothing_is_said() -> None:
     composed = asdict(settings_from(PrepareSettings, "prepare", ["data=files", "data.path=x"]).data)
     assert composed == asdict(DataSettings("files", "files", path="x"))
+
+
+def test_a_leaf_that_looks_for_near_duplicates_says_by_which_words() -> None:
+    said = {}
+    for leaf in LEAVES:
+        values = OmegaConf.load(CONF / "data" / f"{leaf}.yaml").get("clean", {})
+        if "near_duplicates" in values or "words" in values:
+            said[leaf] = values.get("words")
+    assert said == {"cosmopedia": "prose", "packages": "prose", "the_stack": "code", "the_stack_smol": "code"}
 
 
 @pytest.mark.slow

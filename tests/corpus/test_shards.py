@@ -23,6 +23,7 @@ from outgrow.train.corpus.read.corpora import documents, open_corpus
 from outgrow.train.corpus.read.steps import digest_of
 from outgrow.train.corpus.tokenise import held_out
 from outgrow.train.data import DataSettings, TokenData, open_data
+from outgrow.train.data.settings import CleaningSettings
 from outgrow.train.data.shards import Tokens, dtype_of
 
 SKIPPED = ("empty_skipped", "too_long_skipped", "binary_skipped", "broken_skipped", "programs_failed")
@@ -181,6 +182,8 @@ def test_what_is_there_is_opened_not_built(settings: DataSettings, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr("outgrow.train.corpus.read.files.Files.digest", lambda *_: pytest.fail("read again"))
         assert build(replace(settings, name="other")).fingerprint == first.fingerprint
+        words = CleaningSettings(words="code")  # without near_duplicates nothing is compared by them
+        assert build(replace(settings, clean=words)).fingerprint == first.fingerprint
     os.utime(Path(settings.path or "") / "00.txt", (1, 1))  # touched, not changed
     moved = settings.home.parent / "moved"
     shutil.copytree(settings.path or "", moved)

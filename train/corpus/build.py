@@ -21,7 +21,7 @@ from outgrow.train.corpus.read.corpora import Corpus, open_corpus
 from outgrow.train.corpus.read.files import Files, file_digest, files_of, hash_of
 from outgrow.train.corpus.settings import ExecutorSettings, executor_faults
 from outgrow.train.data.pretokenized import open_tokens
-from outgrow.train.data.settings import DataSettings, disagreements, read_limit
+from outgrow.train.data.settings import CleaningSettings, DataSettings, disagreements, read_limit
 from outgrow.train.data.shards import TOKENIZER, TokenData, open_data, read_manifest, write_manifest
 from outgrow.train.data.tokenizer import TRAIN, tokenizer_identity
 
@@ -128,6 +128,8 @@ def _identity(settings: DataSettings) -> dict[str, Any]:
 
         values["clean"]["filter"] = filter_identity(settings.clean.filter)
     values["clean"].pop("encoder")  # where it lies; which one it is, the filter says
+    if settings.clean.near_duplicates is None:  # nothing else is compared by these words
+        values["clean"]["words"] = CleaningSettings.words
     identity = {"format": FORMAT, **values, "tokenizer": tokenizer_identity(settings.tokenizer)}
     return cast(dict[str, Any], json.loads(json.dumps(identity)))
 
