@@ -61,15 +61,20 @@ class Judgement:
 
 
 def open_texts(leaves: Sequence[str], job: Job, own: DataSettings) -> dict[str, TokenData]:
-    """The texts of these leaves of conf/data, cut by the tokenizer of the text `own` that `job` reads."""
+    """The texts of these leaves of conf/data, cut by the tokenizer of the text `own` that `job` reads.
+
+    Raises:
+        UserError: what is judged on may be trained on.
+    """
     from outgrow.train.corpus import prepare
     from outgrow.train.data.mixture import source_data
-    from outgrow.train.data.settings import SourceSettings
+    from outgrow.train.data.settings import SourceSettings, held_out_faults
     from outgrow.train.settings import compose
 
     data, texts = prepare(own), {}
     for leaf in leaves:
         settings = compose([*job.overrides, f"data={leaf}"]).data
+        UserError.collect(f"judged_on: {leaf}: {fault}" for fault in held_out_faults(own, settings))
         other = source_data(SourceSettings(settings), own, data)
         texts[leaf] = data if other is None else prepare(other)
     return texts

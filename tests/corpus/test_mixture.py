@@ -19,9 +19,12 @@ import pytest
 
 from outgrow.model.base.errors import UserError
 from outgrow.train.corpus import prepare
+from outgrow.train.corpus.read.steps import digest_of
+from outgrow.train.corpus.tokenise import held_out
 from outgrow.train.data.batches import batch
 from outgrow.train.data.mixture import Mixture, apart, mix, mixed
 from outgrow.train.data.settings import (
+    CleaningSettings,
     DataSettings,
     MixtureSettings,
     PhaseSettings,
@@ -465,18 +468,55 @@ def test_sources_are_cut_by_the_tokenizer_of_the_data_and_only_their_training_pa
     assert mixed(settings, own, data, quietly, context=16, rows=50).fingerprint == both.fingerprint
     less = dataclasses.replace(settings, phases=(weights(mine=0.2, more=0.8),))
     assert mixed(less, own, data, quietly, context=16, rows=50).fingerprint != both.fingerprint
-    leaking = dataclasses.replace(own, seed=1)
-    with pytest.raises(
-        UserError, match=r"reads the same text as data=own with another seed \(1, not 0\): text held out"
-    ):
-        mixed(
-            MixtureSettings("m", {"mine": SourceSettings(leaking)}, (weights(mine=1),)),
-            own,
-            data,
-            quietly,
-            context=16,
-            rows=50,
-        )
+
+
+FILES = DataSettings("own", "files", path="texts")
+STDLIB = DataSettings("own", "stdlib")
+
+
+@pytest.mark.parametrize(
+    ("own", "change", "fault"),
+    [
+        (FILES, {"seed": 1}, "seed: 1, and data=own"),
+        (FILES, {"validation_fraction": 0.02}, "validation_fraction: 0.02, and data=own"),
+        (FILES, {"path": "texts/python/*.py", "validation_fraction": 0.02}, "validation_fraction: 0.02"),
+        (
+            FILES,
+            {"path": ".", "validation_fraction": 0.02},
+            "which may have texts in common with it, has 0.05",
+        ),
+        (FILES, {"clean": CleaningSettings(normalise=True)}, "clean.normalise: True"),
+        (STDLIB, {"corpus": "packages", "validation_fraction": 0.02}, "validation_fraction: 0.02"),
+        (DataSettings("own", "exercises"), {"validation_fraction": 0.02}, "validation_fraction: 0.02"),
+        (DataSettings("own", "hub", dataset="a/b"), {"config": "c", "seed": 1}, "seed: 1"),
+        (
+            DataSettings("own", "tokens", path="a", validation_path="a/v.bin"),
+            {"validation_path": None},
+            "None",
+        ),
+        (FILES, {"validation_fraction": 0.1}, None),
+        (FILES, {"path": "text", "validation_fraction": 0.02}, None),
+        (FILES, {"path": "texts2/*", "validation_fraction": 0.02}, None),
+        (FILES, {"corpus": "stdlib", "validation_fraction": 0.02}, None),
+        (DataSettings("own", "hub", dataset="a/b"), {"dataset": "a/c", "seed": 1}, None),
+    ],
+)
+def test_what_is_held_out_is_not_trained_on(
+    own: DataSettings, change: dict[str, Any], fault: str | None
+) -> None:
+    source = SourceSettings(dataclasses.replace(own, name="more", limit_documents=9, **change))
+    lines = mixture_disagreements(MixtureSettings("m", {"more": source}, (weights(more=1.0),)), own)
+    found = [line for line in lines if "held out" in line]
+    assert len(found) == (fault is not None)
+    assert not fault or (found[0].startswith("mixture.sources.more.data.") and fault in found[0])
+
+
+def test_a_hash_holds_out_less_where_the_share_is_smaller() -> None:
+    """Where no fault is told: each text that the larger share trains on is trained on in the smaller, too."""
+    digests = [digest_of(f"text {i}".encode()) for i in range(400)]
+    small, large = (dataclasses.replace(FILES, validation_fraction=share) for share in (0.05, 0.3))
+    sides = [(held_out(digest, small), held_out(digest, large)) for digest in digests]
+    assert set(sides) == {(False, False), (False, True), (True, True)}
 
 
 def test_weights_are_the_numbers_as_written() -> None:

@@ -329,12 +329,7 @@ def apart(sources: Mapping[str, DataSettings]) -> dict[str, DataSettings]:
 
 def source_data(source: SourceSettings, own: DataSettings, data: TokenData) -> DataSettings | None:
     """What to prepare for a source; None where it is `own`, which is there. A folder for each tokenizer, so
-    that none replaces another's.
-
-    Raises:
-        UserError: it is the text of `own`, with another part held out: what is validated on would be trained
-        on.
-    """
+    that none replaces another's."""
     not_of_the_text = (
         "tokenizer",
         "name",
@@ -347,7 +342,6 @@ def source_data(source: SourceSettings, own: DataSettings, data: TokenData) -> D
     beside = {name: getattr(own, name) for name in not_of_the_text}
     if replace(source.data, **beside) == own:
         return None
-    _check_held_out(source.data, own)
     if source.data.tokenizer is not None:
         return source.data
     manifest = read_manifest(data.folder)
@@ -357,18 +351,3 @@ def source_data(source: SourceSettings, own: DataSettings, data: TokenData) -> D
     folder = str(home.with_name(f"{home.name}-{digest[:8]}"))
     tokenizer = str(data.tokenizer_folder)
     return replace(source.data, tokenizer=tokenizer, folder=folder)
-
-
-def _check_held_out(source: DataSettings, own: DataSettings) -> None:
-    """Refuse the text of `own` with another part held out."""
-    text = ("corpus", "path", "dataset", "config", "data_dir", "split", "revision", "column")
-    if [getattr(source, key) for key in text] != [getattr(own, key) for key in text]:
-        return
-    for key in ("validation_fraction", "seed"):
-        value, other = getattr(source, key), getattr(own, key)
-        if value != other:
-            raise UserError(
-                f"mixture: the source {source.name!r} reads the same text as data={own.name} with another "
-                f"{key} ({value}, not {other}): text held out for validation "
-                "would be trained on; make them equal"
-            )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 from dataclasses import dataclass, field
+from itertools import takewhile
 from math import fsum
 from pathlib import Path
 from typing import Literal
@@ -239,6 +241,7 @@ def mixture_disagreements(mixture: MixtureSettings, data: DataSettings) -> list[
     for name, source in mixture.sources.items():
         where = f"mixture.sources.{name}"
         faults += [f"{where}.{fault}" for fault in disagreements(source.data)]
+        faults += [f"{where}.data.{fault}" for fault in held_out_faults(source.data, data)]
         if source.max_passes is not None and source.max_passes <= 0:
             faults.append(f"{where}.max_passes: must be positive, or null; found {source.max_passes}")
         if source.data.tokenizer not in (None, data.tokenizer):
@@ -260,6 +263,49 @@ def mixture_disagreements(mixture: MixtureSettings, data: DataSettings) -> list[
         if name not in used
     ]
     return faults
+
+
+def held_out_faults(trained: DataSettings, judged: DataSettings) -> list[str]:
+    """Why what is trained on may hold text that is held out of `judged`, one line each.
+
+    Documents are held out by a hash of their text, so no document of one is held out in the other where both
+    hash alike, and the one that is trained on holds out as large a share or a larger one.
+    """
+    if not _may_share(trained, judged):
+        return []
+    normalised = trained.clean.normalise == judged.clean.normalise
+    rules = {
+        "seed": trained.seed == judged.seed,
+        "validation_fraction": trained.validation_fraction >= judged.validation_fraction,
+        "validation_path": trained.validation_path == judged.validation_path,
+    }
+    values = [(key, getattr(trained, key), getattr(judged, key)) for key, holds in rules.items() if not holds]
+    values += [] if normalised else [("clean.normalise", trained.clean.normalise, judged.clean.normalise)]
+    return [
+        f"{key}: {value}, and data={judged.name}, which may have texts in common with it, has {other}: text "
+        "held out for validation would be trained on; make them equal"
+        for key, value, other in values
+    ]
+
+
+def _may_share(one: DataSettings, other: DataSettings) -> bool:
+    """Whether two corpora may have a document in common, as far as their settings tell."""
+    if {one.corpus, other.corpus} <= {"stdlib", "packages"}:  # packages hold the standard library
+        return True
+    if one.corpus != other.corpus:
+        return False
+    if one.corpus == "hub":
+        return (one.dataset, one.split) == (other.dataset, other.split)
+    if one.corpus in ("files", "tokens"):
+        places = _place(one.path or ""), _place(other.path or "")
+        return places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0])
+    return True
+
+
+def _place(path: str) -> Path:
+    """The file or folder that a path names, or a glob begins with."""
+    parts = Path(path).expanduser().parts
+    return Path(*takewhile(lambda part: not glob.has_magic(part), parts)).resolve()
 
 
 def _phase_faults(where: str, phase: PhaseSettings, mixture: MixtureSettings, *, last: bool) -> list[str]:
