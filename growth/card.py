@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from outgrow.growth.origin import Origin, of_axis
@@ -44,7 +44,10 @@ def space_bar(plan: Plan, space: str, length: int = 20) -> str:
 LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
-def licence(card: Path) -> dict[str, str]:
+Stated = Mapping[str, str | list[str]]
+
+
+def licence(card: Path) -> dict[str, str | list[str]]:
     """What the head of a model card (README.md) says of the model's licence, under the hub's keys; nothing
     where there is no such card.
     """
@@ -56,19 +59,33 @@ def licence(card: Path) -> dict[str, str]:
     except (OSError, ValueError, IndexError, yaml.YAMLError):
         return {}
     entries = head if isinstance(head, dict) else {}
-    stated = {key: entries.get(key) for key in LICENCE_KEYS}
-    return {key: text[:200] for key, text in stated.items() if isinstance(text, str)}
+    stated: dict[str, str | list[str]] = {}
+    for key in LICENCE_KEYS:
+        match entries.get(key):
+            case str(text):
+                stated[key] = text[:200]
+            case [str(), *_] as several:
+                stated[key] = [str(text)[:200] for text in several[:10]]
+    return stated
 
 
-def _licence_lines(stated: Mapping[str, str]) -> str:
-    """The source's licence in words."""
+def _licence_lines(stated: Stated, files: Sequence[str]) -> str:
+    """The source's licence in words.
+
+    Args:
+        files: of the grown folder, that hold its terms.
+    """
+    if files and not stated:
+        return f"Licence: the source's terms hold for what was grown from it, as in {', '.join(files)}."
     if not stated:
         return (
             "Licence: the source's folder names none; the source's own terms hold for what was grown from it."
         )
     named = stated.get("license_name", stated.get("license", ""))
+    named = named if isinstance(named, str) else ", ".join(named)
     link = f" ({stated['license_link']})" if "license_link" in stated else ""
-    return f"Licence: the source's, {named}{link}, holds for what was grown from it."
+    said = f"Licence: the source's, {named}{link}, holds for what was grown from it"
+    return f"{said}; its text is in {', '.join(files)}." if files else f"{said}."
 
 
 SAME = "the same"  # instead of a continuation that is the source's
@@ -107,9 +124,13 @@ def _cell(text: str) -> str:
 
 
 def model_card(
-    plan: Plan, source: str, receipt: Receipt | None, stated: Mapping[str, str] | None = None
+    plan: Plan,
+    source: str,
+    receipt: Receipt | None,
+    stated: Stated | None = None,
+    files: Sequence[str] = (),
 ) -> str:
-    """README.md of a grown folder; `stated` is the source's `licence`."""
+    """README.md of a grown folder; `stated` is the source's `licence`, `files` hold its text."""
     import yaml
 
     stated = stated or {}
@@ -120,7 +141,7 @@ def model_card(
         if source.count("/") == 1 and not source.startswith((".", "/"))
         else "tags: [grown]",
         "library_name: transformers",
-        *yaml.safe_dump(dict(stated), sort_keys=False).splitlines()[: len(stated)],
+        *(yaml.safe_dump(dict(stated), sort_keys=False, width=1000).splitlines() if stated else ()),
         "---",
         f"# Grown from {source}",
         "",
@@ -152,7 +173,7 @@ def model_card(
             "",
             *_text_lines(receipt),
         ]
-    lines += [_licence_lines(stated), ""]
+    lines += [_licence_lines(stated, files), ""]
     lines += [
         "| space | how it grew |",
         "|---|---|",

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from outgrow.growth.arguments import check_arguments
-from outgrow.growth.card import licence, model_card
+from outgrow.growth.beside import Beside
+from outgrow.growth.card import Stated, licence, model_card
 from outgrow.growth.engine.execute import Reader
 from outgrow.growth.engine.finite import FiniteReader
 from outgrow.growth.engine.shards import MAX_SHARD_BYTES, write_index
@@ -26,13 +27,12 @@ from outgrow.growth.planning import plan
 from outgrow.growth.receipt import measure_growth
 from outgrow.growth.resolve import plain_source
 from outgrow.growth.verify import Receipt, check_receipt, passage_for, verify_structure
-from outgrow.model.base.errors import UserError, reading
+from outgrow.model.base.errors import UserError
 from outgrow.model.checkpoint import Checkpoint, locate
-from outgrow.model.companions import companions
+from outgrow.model.companions import is_terms
 from outgrow.model.composite import nested
 from outgrow.model.config import Target, read_json, tokenizer_size
 from outgrow.model.notation import Space
-from outgrow.model.spelling import spell_folder
 
 if TYPE_CHECKING:
     from outgrow.growth.adam import AdamState
@@ -147,6 +147,8 @@ def grow(
     with Checkpoint(locate(source, revision)) as opened:
         checkpoint = plain_source(opened, target, depth)
         ledger = read_ledger(checkpoint.folder)
+        beside = Beside.of(checkpoint.folder, checkpoint.config)
+        notes = (*checkpoint.notes, *beside.notes)
         made = plan(checkpoint, target, operator, depth=depth, noise=noise, seed=seed, dtype=dtype, **options)
         check_tokenizer(checkpoint.folder, made)
         check_head(checkpoint, made)
@@ -164,7 +166,7 @@ def grow(
             write_index(folder, shards)
             if adam is not None:
                 _write_adam(folder, made, adam, max_shard_bytes, **how)
-            _copy_companions(checkpoint.folder, folder)
+            beside.copy(folder)
             learned = None if lesson is None else _learn(made, reader, checkpoint, folder, lesson, progress)
             verify_structure(folder, made)
             measured = None
@@ -174,17 +176,20 @@ def grow(
                 )
                 check_receipt(measured, made, checkpoint.folder)
             terms = licence(checkpoint.folder / "README.md")
-            _write_recipe(folder, made, str(source), revision, checkpoint, ledger, measured, terms, learned)
+            _write_recipe(folder, made, str(source), revision, notes, ledger, measured, terms, learned)
             write_config(folder, made)  # last: without it nothing loads the folder, were it to stay as it is
             return measured, learned
 
         if worker is not None:
             place = Place(out, overwrite, reads)
-            return _grow_share(place, made, reader, checkpoint, shards, Worker.parse(worker), complete, **how)
+            grown = _grow_share(
+                place, made, reader, checkpoint, shards, Worker.parse(worker), complete, **how
+            )
+            return replace(grown, notes=notes)
         with complete_or_absent(out, overwrite=overwrite, reads=reads) as folder:
             write_weights(made, reader, folder, shards, **how)
             measured, learned = complete(folder)
-    return Grown(out, made, measured, notes=checkpoint.notes, learned=learned)
+    return Grown(out, made, measured, notes=notes, learned=learned)
 
 
 def _is_measured(receipt: bool | None, text: str | Path | None, plan: Plan, checkpoint: Checkpoint) -> bool:
@@ -217,7 +222,7 @@ def _grow_share(
         except UserError:
             place.discard()
             raise
-    return Grown(place.out, plan, measured, notes=checkpoint.notes, learned=learned)
+    return Grown(place.out, plan, measured, learned=learned)
 
 
 def read_lesson(plan: Plan, source: Checkpoint, text: str | Path | None) -> Calibration:
@@ -317,16 +322,6 @@ def _equal(source: Checkpoint, one: str, other: str) -> bool:
     return all(bool((source.read(one, *part) == source.read(other, *part)).all()) for part in parts)
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
-    for name in companions(source):
-        (folder / name).parent.mkdir(exist_ok=True)
-        with reading(source / name):
-            companion = (source / name).open("rb")
-        with companion, (folder / name).open("wb") as copy:
-            shutil.copyfileobj(companion, copy)
-    spell_folder(folder)
-
-
 def read_ledger(folder: Path) -> dict[str, Any] | None:
     """Read the source's cost and loss, where training has written them beside the weights.
 
@@ -341,10 +336,10 @@ def _write_recipe(
     plan: Plan,
     source: str,
     revision: str | None,
-    checkpoint: Checkpoint,
+    notes: Sequence[str],
     ledger: dict[str, Any] | None,
     receipt: Receipt | None,
-    terms: Mapping[str, str],
+    terms: Stated,
     learned: dict[str, Any] | None,
 ) -> None:
     """`growth.json`, and a model card that says the same in words, under the `terms` of the source's
@@ -354,7 +349,7 @@ def _write_recipe(
             "name": source,
             "revision": revision,
             "config": nested(plan.source_config),
-            "notes": list(checkpoint.notes),
+            "notes": list(notes),
             "ledger": ledger,
         },
         "target": {"config": nested(plan.target_config)},
@@ -365,7 +360,8 @@ def _write_recipe(
         **({} if learned is None else {"learned": learned}),
         "plan": plan.to_dict(),
     }
-    (folder / "README.md").write_text(model_card(plan, source, receipt, terms))
+    files = sorted(filter(is_terms, (path.name for path in folder.iterdir())))
+    (folder / "README.md").write_text(model_card(plan, source, receipt, terms, files))
     recipe["files"] = files_in(folder)
     (folder / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n")
 

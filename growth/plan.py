@@ -31,8 +31,10 @@ class Plan(Decision):
         return "\n".join(words.summary(self, self.certificate.reasons))
 
     def describe(self) -> str:
-        """The plan in words: spaces, layers, one line per module, certificate with its reasons, notes."""
-        return words.describe(self, self.certificate.reasons)
+        """The plan in words: spaces, layers, one line per module, certificate with its reasons, notes,
+        remarks.
+        """
+        return words.describe(self, self.certificate.reasons, self.remarks)
 
     @cached_property
     def certificate(self) -> Certificate:

@@ -61,11 +61,12 @@ def _gains(axis: AxisMap) -> np.ndarray:
 
 
 def _equal_copies(plan: Decision) -> Iterator[str]:
-    """Name copies that are written alike and read alike, and so get equal gradients in every step."""
-    config = plan.target_config
-    rates = [value for key, value in config.items() if "drop" in key]
-    dropout = any(isinstance(rate, int | float) and rate > 0 for rate in rates)
-    if plan.noise or dropout or plan.recipe.flat is not None or not plan.recipe.inherits:
+    """Name copies that are written alike and read alike, and so get equal gradients in every step.
+
+    Dropout sets apart only what it falls on: of attention weights the heads, of the residual stream its own
+    copies, and neither of them the feed-forward units.
+    """
+    if plan.noise or plan.recipe.flat is not None or not plan.recipe.inherits:
         return
     counts = {}
     for space, expansion in plan.recipe.expansions.items():
@@ -74,11 +75,22 @@ def _equal_copies(plan: Decision) -> Iterator[str]:
         if plan.growth.grows(space) and plan.family.uses(space):
             counts[space] = _evenly_read(expansion.write, expansion.read)
     listing = ", ".join(f"{space} {count}" for space, count in counts.items() if count)
-    if listing:
-        yield (
-            f"{sum(counts.values())} copies are read evenly ({listing}); without dropout or noise they stay "
-            "equal, and training uses no more than the source's width (growth.noise=0.5 sets them apart)"
-        )
+    if not listing:
+        return
+    named = ", ".join(_dropout_rates(plan))
+    here = f" (here {named}, which sets apart only what it falls on)" if named else ""
+    yield (
+        f"{sum(counts.values())} copies are read evenly ({listing}); without dropout on them{here} or "
+        "noise they stay equal, and training uses no more than the source's width (growth.noise=0.5 sets "
+        "them apart)"
+    )
+
+
+def _dropout_rates(plan: Decision) -> Iterator[str]:
+    """Name the dropout of a config that the language model may have, with its rate."""
+    for key, rate in plan.target_config.items():
+        if "drop" in key and "summary" not in key and isinstance(rate, int | float) and rate > 0:
+            yield f"{key} {rate:g}"
 
 
 def _evenly_read(write: AxisMap, read: AxisMap) -> int:

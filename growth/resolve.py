@@ -281,9 +281,17 @@ def derived_family(source: Checkpoint | Config) -> Family:
 
 
 def _other_heads(draft: Draft, source: Config, target: Config) -> str:
-    """What happens to head dims that a config leaves to hidden size / heads, where the growth changes
-    them."""
+    """What happens to head dims that grow, or that a config leaves to hidden size / heads, where the growth
+    changes them.
+    """
     keys = draft.axes.keys
+    for key in HEAD_KEYS:
+        if target.get(key) and source.get(key) and target[key] != source[key]:
+            return (
+                f"; {key} {source[key]} becomes {target[key]}, so rotary positions would turn other dims by "
+                f"other angles: keep {key}:{source[key]} and add heads instead, or choose an operator that "
+                "is not lossless, such as tile"
+            )
     if not keys.heads or any(target.get(key) for key in HEAD_KEYS):
         return ""
     (dim, _), (wider, more) = (

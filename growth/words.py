@@ -35,8 +35,8 @@ def summary(plan: Decision, reasons: Sequence[str]) -> list[str]:
     ]
 
 
-def describe(plan: Decision, reasons: Sequence[str]) -> str:
-    """Describe a plan: spaces, layers, one line per module, certificate with its reasons, notes."""
+def describe(plan: Decision, reasons: Sequence[str], remarks: Sequence[str]) -> str:
+    """Describe a plan: spaces, layers, one line per module, certificate with its reasons, notes, remarks."""
     spaces = [f"  {space}: {rule}" for space, rule in spaces_table(plan)]
     rows = tensor_table(plan)
     modules = [
@@ -49,7 +49,7 @@ def describe(plan: Decision, reasons: Sequence[str]) -> str:
         "layers": layers,
         "modules": modules,
         "why not lossless": [f"  - {reason}" for reason in reasons],
-        "notes": [f"  {note}" for note in plan.notes],
+        "notes": [f"  {note}" for note in (*plan.notes, *remarks)],
     }
     text = summary(plan, reasons)
     for title, lines in parts.items():

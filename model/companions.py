@@ -16,6 +16,8 @@ OTHERS = (
     "adapter_*", "trainer_state.json",
     "*_results.json", "quant*_config.json", "requirements*.txt",
 )  # fmt: skip
+# The terms that a model is passed on under, which go with it.
+TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 TEMPLATES = "additional_chat_templates"  # the one folder that tokenizers are saved with
 # Weights in this and other formats, and what is for people to read.
 KNOWN = (
@@ -42,9 +44,16 @@ def is_companion(name: str) -> bool:
     path = PurePosixPath(name)
     if len(path.parts) == 2:
         return path.parts[0] == TEMPLATES and path.suffix == ".jinja"
+    if len(path.parts) == 1 and is_terms(name):
+        return True
     if len(path.parts) != 1 or path.suffix not in ENDINGS:
         return False
     return not any(fnmatchcase(name, pattern) for pattern in OTHERS)
+
+
+def is_terms(name: str) -> bool:
+    """Check whether a file of that name holds the terms of a model."""
+    return not name.endswith(".py") and any(fnmatchcase(name.upper(), pattern) for pattern in TERMS)
 
 
 def companions(folder: Path) -> list[str]:
@@ -64,12 +73,12 @@ def left_behind(folder: Path) -> list[str]:
 
 
 def to_download(files: Iterable[str], weights: Iterable[str]) -> list[str]:
-    """Choose a repository's files: config, companions, card and licence, and the `weights`, in one format
+    """Choose a repository's files: config, companions, card, and the `weights`, in one format
     alone.
     """
     wanted = {"config.json", "README.md", *weights}
 
     def belongs(name: str) -> bool:
-        return name in wanted or is_companion(name) or fnmatchcase(name, "LICENSE*")
+        return name in wanted or is_companion(name)
 
     return sorted(filter(belongs, files))

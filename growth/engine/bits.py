@@ -80,6 +80,13 @@ def accumulate(raw: np.ndarray, total: np.ndarray, dtype: str) -> None:
         compiled.accumulate(raw, dtype == "BF16", total)
 
 
+def finite_mean(values: np.ndarray, axis: int) -> np.ndarray:
+    """Average the finite entries along an axis, float64; 0 where there are none."""
+    finite = np.isfinite(values)
+    total = np.where(finite, values, 0).sum(axis=axis, dtype=np.float64)
+    return total / np.maximum(finite.sum(axis=axis), 1)
+
+
 def scaled(
     raw: np.ndarray, factor: Factor, dtype: str, offset: float = 0.0, out: np.ndarray | None = None
 ) -> np.ndarray:

@@ -28,6 +28,7 @@ from outgrow.growth.engine.bits import (
     EXPONENT,
     accumulate,
     all_finite,
+    finite_mean,
     floats,
     lookup,
     normal_bits,
@@ -359,6 +360,9 @@ class Expander:
         values = self._decoded(source)
         total = values.sum(axis=1, dtype=working_type(self.dtype))
         mean = total / source.shape[1]
+        strange = ~np.isfinite(mean)
+        if strange.any():
+            mean[strange] = finite_mean(values[strange], axis=1)
         further_axes = [1] * (ndim - 1)
         mean = mean.reshape(-1, *further_axes)
         return rounded(mean, factor, self.dtype, self._offset)
@@ -451,13 +455,20 @@ class Expander:
 
     @cached_property
     def _mean_row(self) -> np.ndarray:
-        """(1, n) the mean of all source rows, raw, rounded to the stored format."""
+        """(1, n) the mean of all source rows, raw, rounded to the stored format.
+
+        Of a column with entries that are not finite, where that is allowed, it is the mean of the others.
+        """
         rows = self.maps[0].source
         for start in range(self._sums.rows, rows, STRETCH):  # those that no copied row has added yet
             stop = min(start + STRETCH, rows)
             stretch = self._gather(self.step.source, np.arange(start, stop))
             self._sums.add(stretch)
         mean = self._sums.total / rows
+        strange = np.flatnonzero(~np.isfinite(mean))
+        if len(strange):
+            values = self._decoded(self._gather(self.step.source, np.arange(rows)))
+            mean[strange] = finite_mean(values[:, strange], axis=0)
         return self._encoded(mean[None])
 
     @property
@@ -565,6 +576,9 @@ class Expander:
             replaced = block[:, indices] if axis else block[np.isin(rows, indices)]
             values = floats(np.ascontiguousarray(replaced), self.dtype)
             values = values.astype(np.float64)
+            finite = np.isfinite(values)
+            if not finite.all():  # where that is allowed
+                values = values[finite]
             count += values.size
             total += float(values.sum())
             square += float(np.square(values).sum())

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from helpers.families import config_of, renamed
@@ -196,6 +197,38 @@ def test_what_is_not_finite_stays_where_it_is_under_noise(
     strange = ~torch.isfinite(tensors(tmp_path / "out")[name])
     assert strange.sum() == 2, "the entry and its copy"
     assert strange[1].sum() == 2
+
+
+MIXTURE = {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 2}
+# Operator and target, and the tensor whose entry [1, 2] is no number: it reaches a mean of rows and of columns
+# (LayerNorm's residue), new tokens, and entries that are drawn anew like those that they replace.
+MEANS = [
+    ("phi", "lossless", {"hidden_size": 36, "num_attention_heads": 6}, "model.layers.0.mlp.fc2.weight"),
+    ("phi", "lossless", {"hidden_size": 36, "num_attention_heads": 6}, "model.embed_tokens.weight"),
+    ("llama", "lossless", {"vocab_size": 90}, "model.embed_tokens.weight"),
+    ("llama", "drop_upcycle", MIXTURE, "model.layers.0.mlp.up_proj.weight"),
+    ("llama", "drop_upcycle", MIXTURE, "model.layers.0.mlp.down_proj.weight"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "operator", "target", "tensor"), MEANS)
+def test_a_mean_is_that_of_the_finite_entries(
+    tmp_path: Path, name: str, operator: str, target: dict[str, Any], tensor: str, dtype: torch.dtype
+) -> None:
+    random_model(config_of(name)).to(dtype).save_pretrained(tmp_path / "source")
+    held = tensors(tmp_path / "source")
+    how: dict[str, Any] = {"operator": operator, "noise": 0.0, "nonfinite": "allow", "receipt": False}
+    sound = tensors(grow(tmp_path / "source", tmp_path / "sound", target=target, **how).folder)
+    held[tensor][1, 2] = float("nan")
+    save_file(held, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    grown = tensors(grow(tmp_path / "source", tmp_path / "out", target=target, **how).folder)
+    strange = {key: int((~torch.isfinite(values)).sum()) for key, values in grown.items()}
+    copies = 1 if operator == "lossless" else 2
+    assert sum(strange.values()) <= copies, strange
+    for key, values in grown.items():  # a mean without one of its entries is near the mean
+        finite = torch.isfinite(values)
+        assert (values[finite] - sound[key][finite]).abs().max() < 0.2
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])
@@ -393,13 +426,10 @@ def test_copies_that_stay_equal_are_counted(tmp_path: Path) -> None:
     )
     told = plan(config, target, noise=0.0).remarks[0]
     assert told.startswith(
-        "43 copies are read evenly (residual 24, ffn 17, kv 2); without dropout or noise they stay equal"
+        "43 copies are read evenly (residual 24, ffn 17, kv 2); without dropout on them or noise they stay equal"
     )
     assert not any("read evenly" in remark for remark in plan(config, target).remarks)
-    assert not any(
-        "read evenly" in remark
-        for remark in plan(config | {"attention_dropout": 0.1}, target, noise=0.0).remarks
-    )
+    assert told in plan(config, target, noise=0.0).describe()
     saved(tmp_path / "source", config)
     grow(tmp_path / "source", tmp_path / "out", target=target, noise=0.0)
     assert told in (tmp_path / "out" / "README.md").read_text()
@@ -411,6 +441,51 @@ def test_copies_that_stay_equal_are_counted(tmp_path: Path) -> None:
         step.step()
     rows = model.get_parameter("model.layers.0.mlp.up_proj.weight")
     torch.testing.assert_close(rows[40:], rows[:17], rtol=1e-9, atol=1e-12)
+
+
+# Dropout → which copies it sets apart: rows of up_proj (feed-forward units), v_proj (heads), down_proj (the
+# residual stream), by their names in the class.
+FALLS_ON = [
+    ("llama", {"attention_dropout": 0.3}, "kv"),
+    ("gpt2", {"attn_pdrop": 0.3, "resid_pdrop": 0.0, "embd_pdrop": 0.0}, "kv"),
+    ("gpt2", {"attn_pdrop": 0.0, "resid_pdrop": 0.3, "embd_pdrop": 0.0}, "residual"),
+    ("gpt2", {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}, ""),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rates", "space"), FALLS_ON)
+def test_dropout_sets_apart_only_the_copies_that_it_falls_on(
+    name: str, rates: dict[str, float], space: str
+) -> None:
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 8}
+    target = renamed(name, sizes | ({"num_key_value_heads": 4} if name == "llama" else {}))
+    config = config_of(name, **rates)
+    told = [
+        remark for remark in plan(config, target, noise=0.0).remarks if "copies are read evenly" in remark
+    ]
+    assert len(told) == 1
+    assert [key for key in config if "drop" in key and key in told[0]] == [key for key in rates if rates[key]]
+    model = grow_model(random_model(config), target, noise=0.0).train()
+    layer = {"llama": "model.layers.0.", "gpt2": "transformer.h.0."}[name]
+    rows = (
+        {"ffn": "mlp.up_proj", "kv": "self_attn.v_proj", "residual": "mlp.down_proj"}
+        if name == "llama"
+        else {"ffn": "mlp.c_fc", "kv": "attn.c_proj", "residual": "mlp.c_proj"}
+    )
+    step, tokens = torch.optim.SGD(model.parameters(), lr=0.1), torch.arange(48).reshape(4, 12)
+    for _ in range(3):
+        step.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        step.step()
+    apart = []
+    for held, module in rows.items():
+        weight = model.get_parameter(f"{layer}{module}.weight").detach()
+        weight = weight.T if name == "gpt2" and held != "kv" else weight
+        half = len(weight) // 2
+        if not torch.allclose(weight[half:], weight[:half], rtol=1e-9, atol=1e-12):
+            apart.append(held)
+    assert apart == ([space] if space else [])
 
 
 @pytest.mark.parametrize(
@@ -456,6 +531,8 @@ def test_a_growth_without_a_fault_has_no_remarks() -> None:
         ("---\nlicense: apache-2.0\ntags: [x]\n---\n# A model\n", "the source's, apache-2.0, holds", "license: apache-2.0"),
         ("---\nlicense: other\nlicense_name: gem\nlicense_link: https://a.b/c\n---\n",
          "the source's, gem (https://a.b/c), holds", "license_name: gem"),
+        ("---\nlicense:\n- mit\n- apache-2.0\n---\n", "the source's, mit, apache-2.0, holds", "- apache-2.0"),
+        (f"---\nlicense: other\nlicense_name: {'a b ' * 40}\n---\n", "the source's, a b a b", "license: other"),
         ("---\nlicense: [a\n---\n", "names none", None),
         ("# license: mit\n", "names none", None),
     ],
@@ -471,6 +548,21 @@ def test_the_card_carries_the_licence_of_the_source(
     assert told in body
     assert head is None or head in front.splitlines()
     assert ("license" in front) == (head is not None)
+    entries = yaml.safe_load(front)
+    stated = {} if head is None else yaml.safe_load((card or "").split("---\n", 2)[1])
+    assert all(entries[key] == value for key, value in stated.items() if key != "tags")
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md"])
+def test_the_text_of_a_licence_goes_with_what_is_grown(tmp_path: Path, phi_folder: Path, name: str) -> None:
+    shutil.copytree(phi_folder, tmp_path / "source")
+    (tmp_path / "source" / name).write_text("terms")
+    grow(tmp_path / "source", tmp_path / "out", target={"intermediate_size": 80}, receipt=False)
+    assert (tmp_path / "out" / name).read_text() == "terms"
+    assert (
+        f"the source's terms hold for what was grown from it, as in {name}."
+        in (tmp_path / "out" / "README.md").read_text()
+    )
 
 
 # ---- layers that differ in kind ----------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from helpers.families import config_of
 from helpers.models import make_checkpoint
-from outgrow.growth import grow
+from helpers.unwritten import config_of as unwritten
+from outgrow.growth import grow, plan
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import load_model
 from outgrow.model.checkpoint import SINGLE, Checkpoint
@@ -202,3 +203,15 @@ def test_a_head_dim_that_would_follow_the_hidden_size_is_named(tmp_path: Path) -
     ):
         grow(source, tmp_path / "out", target={"hidden_size": 64})
     assert grow(source, tmp_path / "out", target={"hidden_size": 64, "head_dim": 8}).certificate.lossless
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "starcoder2"])
+def test_a_head_dim_that_grows_by_its_own_key_is_named(name: str) -> None:
+    config = unwritten(name, head_dim=8)
+    with pytest.raises(
+        UserError,
+        match=r"head_dim 8 becomes 12, so rotary positions would turn other dims .* keep head_dim:8",
+    ):
+        plan(config, {"head_dim": 12})
+    assert plan(config, {"hidden_size": 32, "head_dim": 8}).certificate.lossless

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from outgrow.growth import grow
+from outgrow.model.base.errors import UserError
 from outgrow.model.build import load_model
 from outgrow.model.generation import FILE, generation_config, mended
 
@@ -88,3 +89,46 @@ def test_a_loaded_model_saves_again(phi_folder: Path, tmp_path: Path) -> None:
     load_model(source).save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / FILE).read_text())
     assert (saved["do_sample"], saved["temperature"], saved["eos_token_id"]) == (True, 0.6, 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "kept", "told"),
+    [
+        ('{"eos_token_id": 3}', {"eos_token_id": 3}, ""),
+        ('{"temperature": 0.6, "eos_token_id": 3}', {"temperature": 0.6, "do_sample": True}, "do_sample: true is added"),
+        ('{"early_stopping": "perhaps", "eos_token_id": 3}', {"eos_token_id": 3}, "early_stopping: 'perhaps' left out"),
+        ("[1]", {}, "expected a JSON object, found list; left out"),
+        ("{", {}, "not valid JSON"),
+    ],
+)  # fmt: skip
+def test_a_grown_folder_has_one_that_the_library_saves(
+    phi_folder: Path, tmp_path: Path, content: str, kept: dict[str, Any], told: str
+) -> None:
+    from transformers import GenerationConfig
+
+    source = Path(shutil.copytree(phi_folder, tmp_path / "source"))
+    (source / FILE).write_text(content)
+    grown = grow(source, tmp_path / "out", target={"intermediate_size": 80}, receipt=False)
+    generation = GenerationConfig.from_pretrained(grown.folder)
+    generation.save_pretrained(tmp_path / "again")
+    assert {key: getattr(generation, key) for key in kept} == kept
+    assert told in "; ".join(grown.notes)
+    assert bool(told) == bool(grown.notes)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "preprocessor_config.json"])
+def test_a_config_that_could_not_be_copied_is_told_before_anything_is_grown(
+    phi_folder: Path, tmp_path: Path, name: str
+) -> None:
+    source = Path(shutil.copytree(phi_folder, tmp_path / "source"))
+    (source / name).write_text("{")
+    told: list[int] = []
+    with pytest.raises(UserError, match=rf"source/{name}: not valid JSON"):
+        grow(
+            source,
+            tmp_path / "out",
+            target={"intermediate_size": 80},
+            receipt=False,
+            progress=lambda done, _: told.append(done),
+        )
+    assert not told
