@@ -14,8 +14,8 @@ out, in), which Muon takes as so many matrices. Moments and momentum have their 
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,13 +41,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
     A tied tensor counts once, as the embedding it is.
     """
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    embeddings = {id(p) for table in tables for p in table.parameters()}
+    embeddings = _ids(tables)
     find_head: Any = getattr(model, "get_output_embeddings", None)
     head = None if find_head is None else find_head()
-    ends = embeddings | (set() if head is None else {id(p) for p in head.parameters()})
-    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    multiplied = [learning[name] for name in learning.keys() & matrix_names(model)]
-    matrices = {id(p) for p in multiplied} - embeddings
+    ends = embeddings if head is None else embeddings | _ids([head])
+    learning = learning_parameters(model)
+    multiplied = learning.keys() & matrix_names(model)
+    matrices = {id(learning[name]) for name in multiplied} - embeddings
     hidden = matrices - ends
 
     def group(name: str, weight_decay: float, test: Callable[[Tensor], bool]) -> dict[str, Any]:
@@ -67,6 +67,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
     return [group for group in groups if group["params"]]
 
 
+def learning_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are not frozen, by name."""
+    parameters = model.named_parameters()
+    return {name: parameter for name, parameter in parameters if parameter.requires_grad}
+
+
+def _ids(modules: Iterable[nn.Module]) -> set[int]:
+    """The identities of all parameters in `modules`."""
+    return {id(parameter) for module in modules for parameter in module.parameters()}
+
+
 def matrix_names(model: nn.Module) -> set[str]:
     """The parameters by which activations are multiplied as matrices, stacks of experts among them.
 
@@ -76,25 +87,28 @@ def matrix_names(model: nn.Module) -> set[str]:
     """
     several = {name for name, p in model.named_parameters() if p.ndim >= 2}
     config: Any = getattr(model, "config", None)
-    if not hasattr(config, "to_dict") or has_schema(known := flat(config.to_dict())):
+    if not hasattr(config, "to_dict"):
+        return several
+    settings = flat(config.to_dict())
+    if has_schema(settings):
         return several
     try:
-        seen = parameters_of(known)
+        uses = parameters_of(settings)
     except UserError:
         return several
-    others = {name for name, use in seen.items() if use.kind not in ("matrix", "matrices", "unused")}
+    kinds = ("matrix", "matrices", "unused")
+    others = {name for name, use in uses.items() if use.kind not in kinds}
     return {name for name in several if layerless(name) not in others}
 
 
 def check_cover(model: nn.Module, groups: Groups) -> None:
     """Raise AssertionError naming each parameter that is in no group or in several."""
-    count: dict[int, int] = {}
+    times: Counter[int] = Counter()
     for group in groups:
-        for parameter in group["params"]:
-            count[id(parameter)] = count.get(id(parameter), 0) + 1
-    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    counts = {name: count.get(id(p), 0) for name, p in learning.items()}
-    wrong = {name: groups_of for name, groups_of in counts.items() if groups_of != 1}
+        times.update(map(id, group["params"]))
+    learning = learning_parameters(model)
+    counts = {name: times[id(parameter)] for name, parameter in learning.items()}
+    wrong = {name: count for name, count in counts.items() if count != 1}
     if wrong:
         raise AssertionError(
             f"each parameter must be in exactly one optimizer group; found (name: groups) {wrong}",
@@ -103,8 +117,12 @@ def check_cover(model: nn.Module, groups: Groups) -> None:
 
 def adamw(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101), in one fused kernel where the parameters' device has one."""
+
+    def has_fused(parameter: Tensor) -> bool:
+        return parameter.is_floating_point() and parameter.device.type in {"cpu", "cuda"}
+
     parameters = [p for group in groups for p in group["params"]]
-    fused = all(p.is_floating_point() and p.device.type in {"cpu", "cuda"} for p in parameters)
+    fused = all(map(has_fused, parameters))
     return torch.optim.AdamW(
         groups,
         lr=settings.learning_rate,
@@ -152,7 +170,9 @@ def muon(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
         )
     if experts:
         parts.append(StackedMuon(experts, settings))
-    return Joined([*parts, adamw(rest, settings)] if rest else parts)
+    if rest:
+        parts.append(adamw(rest, settings))
+    return Joined(parts)
 
 
 class StackedMuon(torch.optim.Optimizer):
@@ -190,7 +210,8 @@ class Joined(torch.optim.Optimizer):
 
     def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
         self.parts = parts
-        super().__init__([group for part in parts for group in part.param_groups], {})
+        groups = [group for part in parts for group in part.param_groups]
+        super().__init__(groups, {})
         self._share()
 
     def _share(self) -> None:
@@ -228,17 +249,22 @@ def build_optimizer(
         rates: parameter → share of the learning rate at which it learns; None: all at the whole rate.
     """
     groups = parameter_groups(model, settings.weight_decay)
-    return OPTIMIZERS[settings.name](groups if rates is None else _by_rate(model, groups, rates), settings)
+    if rates is not None:
+        groups = _by_rate(model, groups, rates)
+    build = OPTIMIZERS[settings.name]
+    return build(groups, settings)
 
 
 def _by_rate(model: nn.Module, groups: Groups, rates: Mapping[str, float]) -> Groups:
     """The groups split so that each has one rate."""
-    share = {id(parameter): rates[name] for name, parameter in model.named_parameters()}
+    parameters = model.named_parameters()
+    share = {id(parameter): rates[name] for name, parameter in parameters}
     split: Groups = []
     for group in groups:
         by_rate: dict[float, list[Any]] = defaultdict(list)
         for parameter in group["params"]:
-            by_rate[share[id(parameter)]].append(parameter)
+            rate = share[id(parameter)]
+            by_rate[rate].append(parameter)
         split += [group | {"params": by_rate[rate], "rate": rate} for rate in sorted(by_rate)]
     return split
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 PERMUTATIONS = 128
 SHINGLE_WORDS = 5
-MISSES_WEIGH = (0.1, 0.9)  # false candidates, misses
+FALSE_WEIGHS, MISS_WEIGHS = 0.1, 0.9  # a false candidate, a missed pair
 SEED = 1  # of the permutations
 BATCH = 4096  # shingles permuted at a time
 OPEN_FILES = 256  # of signatures, at a time
@@ -45,6 +45,7 @@ STEPS = 256  # of the integral over similarities
 LEADERS = 64  # different documents of one bucket that the rest of it is compared with
 MEMORY_BYTES = 2**27  # of keys in memory at a time
 KEY = np.dtype([("high", "<u8"), ("low", "<u8"), ("document", "<i8")])
+LARGEST = np.uint32(2**32 - 1)  # a MinHash value; all of them are it where there are no words
 
 
 # ---- signatures --------------------------------------------------------------------------------------------
@@ -55,7 +56,8 @@ def signature(hashes: np.ndarray) -> np.ndarray:
     words: all the largest."""
     sketch = _empty().copy()
     if len(hashes):
-        shingles = np.unique(ngrams(hashes, SHINGLE_WORDS)).astype(np.uint32)
+        grams = ngrams(hashes, SHINGLE_WORDS)
+        shingles = np.unique(grams).astype(np.uint32)
         for start in range(0, len(shingles), BATCH):
             sketch.update_batch(shingles[start : start + BATCH])
     return sketch.hashvalues
@@ -72,7 +74,8 @@ def bands(threshold: float) -> tuple[int, int]:
     missed least, weighed."""
     shapes: list[tuple[int, int]] = []
     for count in range(1, PERMUTATIONS + 1):
-        shapes += [(count, rows) for rows in range(1, PERMUTATIONS // count + 1)]
+        most = PERMUTATIONS // count
+        shapes += [(count, rows) for rows in range(1, most + 1)]
     return min(shapes, key=lambda shape: _errors(shape, threshold))
 
 
@@ -80,10 +83,13 @@ def _errors(shape: tuple[int, int], threshold: float) -> float:
     """The share of pairs, of any similarity alike, that are false candidates or missed, weighed."""
     b, r = shape
     middles = (np.arange(STEPS) + 0.5) / STEPS
-    below, above = middles * threshold, middles * (1 - threshold)
-    false = (1 - (1 - below**r) ** b).mean() * threshold
-    missed = ((1 - (threshold + above) ** r) ** b).mean() * (1 - threshold)
-    return float(MISSES_WEIGH[0] * false + MISSES_WEIGH[1] * missed)
+    below = middles * threshold
+    above = threshold + middles * (1 - threshold)
+    false = 1 - (1 - below**r) ** b
+    missed = (1 - above**r) ** b
+    false_share = false.mean() * threshold
+    missed_share = missed.mean() * (1 - threshold)
+    return float(FALSE_WEIGHS * false_share + MISS_WEIGHS * missed_share)
 
 
 def _datasketch() -> Any:
@@ -100,7 +106,9 @@ def _datasketch() -> Any:
 def keys(high: np.ndarray, low: np.ndarray | int, documents: np.ndarray) -> np.ndarray:
     """Rows of KEY."""
     result = np.empty(len(documents), KEY)
-    result["high"], result["low"], result["document"] = high, low, documents
+    result["high"] = high
+    result["low"] = low
+    result["document"] = documents
     return result
 
 
@@ -118,13 +126,15 @@ def buckets(
         The documents of one file's buckets with at least two, int64 (n,), ascending within a bucket, and
         where each bucket starts (b,).
     """
-    parts = -(-count * KEY.itemsize // MEMORY_BYTES) or 1
+    size = count * KEY.itemsize
+    parts = max(1, -(-size // MEMORY_BYTES))
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{part:05d}.keys" for part in range(parts)]
     for path in paths:
         path.unlink(missing_ok=True)
     for rows in hashed:
-        dealt = (rows["high"] % np.uint64(parts)).astype(np.int64)
+        remainders = rows["high"] % np.uint64(parts)
+        dealt = remainders.astype(np.int64)
         for part in np.unique(dealt):
             with paths[part].open("ab") as file:
                 rows[dealt == part].tofile(file)
@@ -135,21 +145,24 @@ def buckets(
 
 
 def _sorted(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The documents of buckets with at least two, and where each bucket starts, of rows of KEY."""
     order = np.lexsort((rows["document"], rows["low"], rows["high"]))
     rows = rows[order]
-    new = np.ones(len(rows) + 1, bool)
-    high, low = rows["high"], rows["low"]
+    high, low, documents = rows["high"], rows["low"], rows["document"]
     other_high = high[1:] != high[:-1]
     other_low = low[1:] != low[:-1]
+    new = np.ones(len(rows) + 1, bool)  # a bucket begins; the last stands behind all rows
     new[1:-1] = other_high | other_low
-    shared = ~(new[:-1] & new[1:])  # not alone
-    return rows["document"][shared], np.flatnonzero(new[:-1][shared])
+    begins = new[:-1]
+    shared = ~(begins & new[1:])  # not alone
+    return documents[shared], np.flatnonzero(begins[shared])
 
 
 def exact(hashed: Iterable[np.ndarray], count: int, folder: Path) -> Iterator[Match]:
     """Later copies, where equal keys are equal texts."""
     for documents, starts in buckets(hashed, count, folder):
-        firsts = np.repeat(documents[starts], np.diff([*starts, len(documents)]))
+        sizes = np.diff([*starts, len(documents)])
+        firsts = np.repeat(documents[starts], sizes)
         later = documents != firsts
         similarity = np.ones(int(later.sum()), np.float32)
         yield Match(documents[later], firsts[later], similarity)
@@ -169,12 +182,9 @@ def near(
         signatures: of document numbers (n,), uint32 (n, PERMUTATIONS).
     """
     for documents, starts in buckets(hashed, count, folder):
-        ends = (*starts, len(documents))[1:]
-        matches = (
-            match
-            for start, end in zip(starts, ends, strict=True)
-            for match in _near(documents[start:end], signatures, threshold)
-        )
+        bounds = pairwise([*starts, len(documents)])
+        own = (documents[start:end] for start, end in bounds)
+        matches = chain.from_iterable(_near(bucket, signatures, threshold) for bucket in own)
         while part := list(islice(matches, BATCH)):
             later, earlier, similarity = zip(*part, strict=True)
             yield Match(
@@ -190,11 +200,13 @@ def _near(
     led_by: list[int] = []
     for start in range(0, len(bucket), BATCH):
         part = bucket[start : start + BATCH]
-        for document, values in zip(part.tolist(), signatures(part), strict=True):
+        signed = zip(part.tolist(), signatures(part), strict=True)
+        for document, values in signed:
             similarity = (leaders == values).mean(1) if led_by else np.zeros(1)
             best = int(similarity.argmax())
-            if similarity[best] >= threshold:
-                yield document, led_by[best], float(similarity[best])
+            highest = similarity[best]
+            if highest >= threshold:
+                yield document, led_by[best], float(highest)
             elif len(led_by) < LEADERS:
                 leaders = np.vstack([leaders, values])
                 led_by = [*led_by, document]
@@ -211,14 +223,16 @@ def band_keys(
         documents: their numbers (n,).
         shape: bands and rows.
     """
-    worded = (signatures != np.uint32(2**32 - 1)).any(1)
+    worded = (signatures != LARGEST).any(1)
     signatures = signatures[worded].astype(np.uint64)
     documents = documents[worded]
-    rows = [
-        keys(_hash(signatures[:, i * shape[1] : (i + 1) * shape[1]]), i, documents)
-        for i in which or range(shape[0])
-    ]
-    return np.concatenate(rows)
+    count, width = shape
+    parts = []
+    for band in which or range(count):
+        start = band * width
+        values = signatures[:, start : start + width]
+        parts.append(keys(_hash(values), band, documents))
+    return np.concatenate(parts)
 
 
 def _hash(values: np.ndarray) -> np.ndarray:
@@ -241,7 +255,8 @@ class Sign(PipelineStep):
 
     def run(self, data: Documents, rank: int = 0, world_size: int = 1) -> Documents:
         for document in data or ():
-            document.metadata["signature"] = signature(word_hashes(words(document.text, self.kind)))
+            hashes = word_hashes(words(document.text, self.kind))
+            document.metadata["signature"] = signature(hashes)
             yield document
 
 
@@ -256,7 +271,8 @@ class ExactDuplicates(PipelineStep):
 
     def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
         folder = self.work.folder / "sort" / "exact"
-        matches = exact(self._keys(), sum(self.work.counts), folder)
+        count = sum(self.work.counts)
+        matches = exact(self._keys(), count, folder)
         write_matches(self.work.path("exact", rank, ".npz"), matches)
         return
         yield
@@ -265,8 +281,9 @@ class ExactDuplicates(PipelineStep):
         verdicts = Verdicts(self.work)
         for task, where in verdicts.ranges():
             rows = np.flatnonzero(verdicts.kept(task))
-            digests = self.work.digests(task)[: where.stop - where.start][rows]
-            yield keys(digests[:, 0], digests[:, 1], rows + where.start)
+            digests = self.work.digests(task)[rows]
+            high, low = digests[:, 0], digests[:, 1]
+            yield keys(high, low, rows + where.start)
 
 
 class NearDuplicates(PipelineStep):
@@ -281,13 +298,15 @@ class NearDuplicates(PipelineStep):
     def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
         folder = self.work.folder / "sort" / f"near-{rank}"
         count = sum(self.work.counts)
-        matches = near(self._keys(rank), count, folder, self._signatures(), self.threshold)
+        signatures = self._signatures()
+        matches = near(self._keys(rank), count, folder, signatures, self.threshold)
         write_matches(self.work.path("near", rank, ".npz"), matches)
         return
         yield
 
     def _keys(self, band: int) -> Iterator[np.ndarray]:
-        verdicts, shape = Verdicts(self.work), bands(self.threshold)
+        verdicts = Verdicts(self.work)
+        shape = bands(self.threshold)
         for task, where in verdicts.ranges():
             rows = np.flatnonzero(verdicts.kept(task))
             yield band_keys(
@@ -298,19 +317,17 @@ class NearDuplicates(PipelineStep):
             )
 
     def _signatures(self) -> Callable[[np.ndarray], np.ndarray]:
-        starts, opened = (
-            np.array(self.work.starts),
-            lru_cache(OPEN_FILES)(lambda task: self.work.signatures(task, PERMUTATIONS)),
-        )
+        starts = np.array(self.work.starts)
+
+        @lru_cache(OPEN_FILES)
+        def of_task(task: int) -> np.ndarray:
+            return self.work.signatures(task, PERMUTATIONS)
 
         def signatures(documents: np.ndarray) -> np.ndarray:
             tasks = np.searchsorted(starts, documents, side="right") - 1
-            return np.stack(
-                [
-                    opened(task)[document - starts[task]]
-                    for task, document in zip(tasks, documents, strict=True)
-                ]
-            )
+            rows = documents - starts[tasks]
+            pairs = zip(tasks, rows, strict=True)
+            return np.stack([of_task(task)[row] for task, row in pairs])
 
         return signatures
 

@@ -44,12 +44,13 @@ class Source:
 
     @property
     def scored(self) -> bool:
-        """Whether a filter was at work."""
+        """True where a filter was at work."""
         return bool(self.kept_scores.any() or self.low_scores.any())
 
     def total(self, what: str) -> int:
         """Documents, bytes or tokens of both splits."""
-        return sum(split[what] for split in self.manifest["splits"].values())
+        splits = self.manifest["splits"].values()
+        return sum(split[what] for split in splits)
 
 
 def inspect(folder: Path, *, samples: int, characters: int, seed: int) -> Source:
@@ -58,7 +59,8 @@ def inspect(folder: Path, *, samples: int, characters: int, seed: int) -> Source
     Raises:
         UserError: there is none, it is damaged, or it was prepared before documents were listed.
     """
-    data, manifest = open_data(folder), read_manifest(folder)
+    data = open_data(folder)
+    manifest = read_manifest(folder)
     assert manifest is not None
     if not (folder / LISTING).is_file():
         way_out = (
@@ -71,7 +73,8 @@ def inspect(folder: Path, *, samples: int, characters: int, seed: int) -> Source
     wanted: dict[str, np.ndarray] = {}  # the numbers of the documents to show of each split, in order
     for name in SPLITS:
         count = manifest["splits"][name]["documents"]
-        wanted[name] = np.sort(numbers.choice(count, min(samples, count), replace=False))
+        chosen = numbers.choice(count, min(samples, count), replace=False)
+        wanted[name] = np.sort(chosen)
     lengths = np.zeros(len(LENGTHS) - 1, np.int64)
     scores = np.zeros(len(SCORES) - 1, np.int64)
     drawn: list[Sample] = []
@@ -79,21 +82,25 @@ def inspect(folder: Path, *, samples: int, characters: int, seed: int) -> Source
     seen = dict.fromkeys(SPLITS, 0)
     starts = dict.fromkeys(SPLITS, 0)
     for part in _batches(folder / LISTING):
-        lengths += np.histogram(part["tokens"], LENGTHS)[0]
-        is_scored = ~np.isnan(part["score"])
-        scores += np.histogram(part["score"][is_scored], SCORES)[0]
+        tokens, score = part["tokens"], part["score"]
+        is_scored = ~np.isnan(score)
+        lengths += np.histogram(tokens, LENGTHS)[0]
+        scores += np.histogram(score[is_scored], SCORES)[0]
         for name in SPLITS:
             rows = np.flatnonzero(part["split"] == name)
-            ends = starts[name] + np.cumsum(part["tokens"][rows])
-            places = wanted[name] - seen[name]
-            for place in places[(places >= 0) & (places < len(rows))]:
-                row = {key: column[rows[place]] for key, column in part.items()}
-                drawn.append(_sample(data, name, row, int(ends[place]), characters))
+            ends = starts[name] + np.cumsum(tokens[rows])
+            positions = wanted[name] - seen[name]
+            is_here = (positions >= 0) & (positions < len(rows))
+            for position in positions[is_here]:
+                row, end = rows[position], int(ends[position])
+                document = {key: column[row] for key, column in part.items()}
+                drawn.append(_sample(data, name, document, end, characters))
             seen[name] += len(rows)
             if len(rows):
                 starts[name] = int(ends[-1])
     drawn.sort(key=lambda sample: SPLITS.index(sample.split))
-    return Source(folder.name, manifest, lengths, scores, _low_scores(folder / REMOVED), tuple(drawn))
+    low_scores = _low_scores(folder / REMOVED)
+    return Source(folder.name, manifest, lengths, scores, low_scores, tuple(drawn))
 
 
 def _batches(path: Path) -> Iterator[dict[str, np.ndarray]]:
@@ -109,15 +116,18 @@ def _batches(path: Path) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _sample(data: TokenData, split: str, row: dict[str, Any], end: int, characters: int) -> Sample:
+    """The document of a row of the list, whose tokens end at `end` of its split."""
     from tokenizers import Tokenizer
 
     tokens = int(row["tokens"])
-    ids = getattr(data, split).tokens[end - tokens : end - 1]  # without its end of text
+    of_split = getattr(data, split).tokens
+    ids = of_split[end - tokens : end - 1]  # without its end of text
     tokenizer = Tokenizer.from_file(str(data.tokenizer_folder / "tokenizer.json"))
     first = ids[: 4 * characters].tolist()
     text = tokenizer.decode(first, skip_special_tokens=False)
-    score = None if np.isnan(row["score"]) else float(row["score"])
-    return Sample(str(row["document"]), split, tokens, score, text[:characters])
+    score = float(row["score"])
+    kept_score = None if np.isnan(score) else score
+    return Sample(str(row["document"]), split, tokens, kept_score, text[:characters])
 
 
 def _low_scores(path: Path) -> np.ndarray:
@@ -127,16 +137,17 @@ def _low_scores(path: Path) -> np.ndarray:
     histogram = np.zeros(len(SCORES) - 1, np.int64)
     with pyarrow.parquet.ParquetFile(path) as file:
         for part in file.iter_batches(batch_size=BATCH, columns=["reason", "detail"]):
-            low = part.filter(pyarrow.compute.equal(part.column("reason"), "low_score"))
-            histogram += np.histogram(
-                low.column("detail").to_numpy(zero_copy_only=False).astype(np.float64), SCORES
-            )[0]
+            is_low = pyarrow.compute.equal(part.column("reason"), "low_score")
+            details = part.filter(is_low).column("detail").to_numpy(zero_copy_only=False)
+            scores = details.astype(np.float64)
+            histogram += np.histogram(scores, SCORES)[0]
     return histogram
 
 
 def used_bins(sources: Sequence[Source]) -> tuple[int, int]:
     """The first and the last bin of LENGTHS that holds a document."""
-    used = np.flatnonzero(np.sum([source.lengths for source in sources], axis=0))
+    lengths = np.sum([source.lengths for source in sources], axis=0)
+    used = np.flatnonzero(lengths)
     return int(used[0]), int(used[-1])
 
 
@@ -146,12 +157,9 @@ def used_bins(sources: Sequence[Source]) -> tuple[int, int]:
 def report(sources: Sequence[Source]) -> str:
     """Tables in Markdown: what each source holds and what was left out of it, how long its documents are,
     what they scored; samples."""
-    return (
-        "\n\n".join(
-            [_shares(sources), _removed(sources), _lengths(sources), *_scores(sources), _samples(sources)]
-        )
-        + "\n"
-    )
+    tables = [_shares(sources), _removed(sources), _lengths(sources), *_scores(sources)]
+    text = "\n\n".join([*tables, _samples(sources)])
+    return f"{text}\n"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -159,23 +167,27 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         return "| " + " | ".join(map(str, cells)) + " |"
 
     rule = "|---|" + "---:|" * (len(heads) - 1)
-    return "\n".join([line(heads), rule, *map(line, rows)])
+    lines = [line(heads), rule, *map(line, rows)]
+    return "\n".join(lines)
 
 
 def _shares(sources: Sequence[Source]) -> str:
+    """The size of each source, and its share of all."""
     total = sum(source.total("tokens") for source in sources)
-    rows = [
-        [
+    rows = []
+    for source in sources:
+        documents, size, tokens = (source.total(unit) for unit in ("documents", "bytes", "tokens"))
+        read = max(1, source.manifest["read"]["documents"])
+        row = [
             source.name,
-            f"{source.total('documents'):,}",
-            f"{source.total('bytes'):,}",
-            f"{source.total('tokens'):,}",
-            f"{source.total('tokens') / total:.1%}",
-            f"{source.total('bytes') / source.total('tokens'):.2f}",
-            f"{source.total('documents') / max(1, source.manifest['read']['documents']):.1%}",
+            f"{documents:,}",
+            f"{size:,}",
+            f"{tokens:,}",
+            f"{tokens / total:.1%}",
+            f"{size / tokens:.2f}",
+            f"{documents / read:.1%}",
         ]
-        for source in sources
-    ]
+        rows.append(row)
     return _table(
         [
             "source",
@@ -191,56 +203,63 @@ def _shares(sources: Sequence[Source]) -> str:
 
 
 def _removed(sources: Sequence[Source]) -> str:
+    """The documents that were left out, by reason."""
     rows: list[list[object]] = []
     for source in sources:
         read = source.manifest["read"]
-        rows += [
-            [source.name, key.replace("_", " "), f"{read[key]:,}", ""]
-            for key in ("empty_skipped", "too_long_skipped")
-            if read[key]
-        ]
-        rows += [
-            [source.name, reason.replace("_", " "), f"{count['documents']:,}", f"{count['bytes']:,}"]
-            for reason, count in source.manifest["cleaning"]["removed"].items()
-        ]
-    return _table(["source", "left out", "documents", "bytes"], rows) if rows else "Nothing was left out."
+        for key in ("empty_skipped", "too_long_skipped"):
+            count = read[key]
+            if count:
+                rows.append([source.name, key.replace("_", " "), f"{count:,}", ""])
+        removed = source.manifest["cleaning"]["removed"]
+        for key, counts in removed.items():
+            reason = key.replace("_", " ")
+            documents, size = f"{counts['documents']:,}", f"{counts['bytes']:,}"
+            rows.append([source.name, reason, documents, size])
+    if not rows:
+        return "Nothing was left out."
+    return _table(["source", "left out", "documents", "bytes"], rows)
 
 
 def _lengths(sources: Sequence[Source]) -> str:
+    """The number of documents of each length."""
     first, last = used_bins(sources)
     rows = []
     for i in range(first, last + 1):
+        shortest, longest = LENGTHS[i], LENGTHS[i + 1] - 1
         counts = [f"{source.lengths[i]:,}" for source in sources]
-        rows.append([f"{LENGTHS[i]:,}–{LENGTHS[i + 1] - 1:,}", *counts])
-    return _table(["tokens in a document", *(source.name for source in sources)], rows)
+        rows.append([f"{shortest:,}–{longest:,}", *counts])
+    names = [source.name for source in sources]
+    return _table(["tokens in a document", *names], rows)
 
 
 def _scores(sources: Sequence[Source]) -> Iterator[str]:
+    """A table of each source that a filter scored: documents removed and kept, by tenths of the score."""
     for source in sources:
         if source.scored:
             cut = source.manifest["cleaning"]["filter"]
-            bins = zip(
-                source.low_scores.reshape(10, 4).sum(1), source.kept_scores.reshape(10, 4).sum(1), strict=True
-            )
-            rows = [
-                [f"{i / 10:.1f}–{(i + 1) / 10:.1f}", f"{low:,}", f"{kept:,}"]
-                for i, (low, kept) in enumerate(bins)
-            ]
+            low_tenths = source.low_scores.reshape(10, 4).sum(1)
+            kept_tenths = source.kept_scores.reshape(10, 4).sum(1)
+            rows = []
+            for i in range(10):
+                score = f"{i / 10:.1f}–{(i + 1) / 10:.1f}"
+                rows.append([score, f"{low_tenths[i]:,}", f"{kept_tenths[i]:,}"])
             heading = (
                 f"{source.name}: {cut['kept']:,} of {cut['scored']:,} documents kept, from a score of "
                 f"{cut['threshold']:.3f} on"
             )
-            yield heading + "\n\n" + _table(["score", "removed", "kept"], rows)
+            table = _table(["score", "removed", "kept"], rows)
+            yield f"{heading}\n\n{table}"
 
 
 def _samples(sources: Sequence[Source]) -> str:
+    """The samples of all sources, each under a line that names its document."""
     parts = []
     for source in sources:
         for sample in source.samples:
             score = "" if sample.score is None else f", score {sample.score:.3f}"
-            text = "\n".join(f"    {line}" for line in sample.text.splitlines())
-            parts.append(
-                f"{source.name}, {sample.split}: {sample.document} ({sample.tokens:,} "
-                f"tokens{score})\n\n{text}"
-            )
+            size = f"{sample.tokens:,} tokens"
+            lines = [f"    {line}" for line in sample.text.splitlines()]
+            heading = f"{source.name}, {sample.split}: {sample.document} ({size}{score})"
+            parts.append(heading + "\n\n" + "\n".join(lines))
     return "\n\n".join(parts)

@@ -83,7 +83,7 @@ if TYPE_CHECKING:
 
 # of text, at most, that a tokenizer is trained on: the first documents of the training part
 TRAINING_BYTES = 2**28
-NGRAMS = "benchmarks.npz"  # in the workshop
+NGRAMS, BENCHMARKS = "benchmarks.npz", "benchmarks.json"  # in the workshop
 
 
 def make(partial: Path, work: Workshop, settings: DataSettings, stage: Stage) -> dict[str, Any]:
@@ -99,18 +99,23 @@ def make(partial: Path, work: Workshop, settings: DataSettings, stage: Stage) ->
     cleaning |= remove_tests(work, verdicts, clean)
     cleaning |= keep_best(work, verdicts, clean, stage)
     boilerplate = set(cleaning.pop("boilerplate", ()))
-    cleaning = {"removed": write_removed(work, verdicts, partial / REMOVED, boilerplate), **cleaning}
+    removed = write_removed(work, verdicts, partial / REMOVED, boilerplate)
+    cleaning = {"removed": removed, **cleaning}
     split = split_of(work, verdicts, settings)
     tokenizer = make_tokenizer(partial, work, verdicts, split, settings)
     dtype = dtype_of(entries(tokenizer))
-    stage("tokenise", [Kept(work), Tokenise(work, split, dtype)], len(work.counts), title="tokenising")
+    steps = [Kept(work), Tokenise(work, split, dtype)]
+    stage("tokenise", steps, len(work.counts), title="tokenising")
     splits = pack(partial, work, settings, dtype, stage)
+    tokens = sum(split["tokens"] for split in splits.values())
+    tally = plain(work.tally)
+    for key in ("item", "records", "broken"):
+        tally.pop(key, None)
+    libraries = ("tokenizers", "transformers", "datatrove")
     manifest = {
-        "read": {
-            key: value for key, value in plain(work.tally).items() if key not in ("item", "records", "broken")
-        },
+        "read": tally,
         "cleaning": cleaning,
-        "short": short(settings, work.tally, sum(split["tokens"] for split in splits.values())),
+        "short": short(settings, work.tally, tokens),
         "tokenizer": {
             "sha256": tokenizer_hash(tokenizer),
             "vocab_size": entries(tokenizer),
@@ -120,7 +125,7 @@ def make(partial: Path, work: Workshop, settings: DataSettings, stage: Stage) ->
         "splits": splits,
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("tokenizers", "transformers", "datatrove")},
+            **{name: version(name) for name in libraries},
         },
     }
     return manifest | {"fingerprint": fingerprint(manifest)}
@@ -133,13 +138,15 @@ def as_files(folder: Path, settings: DataSettings, corpus: Corpus, stage: Stage)
     """The corpus as files: a stream (a dataset of the hub, a generator) is written down first."""
     if isinstance(corpus, Files):
         return corpus
-    if not (folder / "done.json").is_file():
+    done = folder / "done.json"
+    if not done.is_file():
         stage("fetch", [Fetch(folder, settings, corpus)], 1, title="fetching")
-    pieces = (
-        folder / f"{number:06d}.piece.parquet"
-        for number in range(json.loads((folder / "done.json").read_text())["pieces"])
-    )
-    files = [File(path.name, str(path), path.stat().st_size, "") for path in pieces]
+    count = json.loads(done.read_text())["pieces"]
+    files = []
+    for number in range(count):
+        path = folder / f"{number:06d}.piece.parquet"
+        size = path.stat().st_size
+        files.append(File(path.name, str(path), size, ""))
     return Files(tuple(files))
 
 
@@ -148,10 +155,12 @@ def read(work: Workshop, settings: DataSettings, stage: Stage) -> None:
     benchmarks."""
     if work.read.is_file():
         return
-    clean = settings.clean
-    if clean.benchmarks is not None and not (work.folder / "benchmarks.json").is_file():
-        write_json(work.folder / "benchmarks.json", write_benchmarks(clean.benchmarks, work.folder / NGRAMS))
-    stage("read", reading(work, settings), len(work.tasks), title="reading")
+    benchmarks = settings.clean.benchmarks
+    summary = work.folder / BENCHMARKS
+    if benchmarks is not None and not summary.is_file():
+        write_json(summary, write_benchmarks(benchmarks, work.folder / NGRAMS))
+    steps = reading(work, settings)
+    stage("read", steps, len(work.tasks), title="reading")
     counts, tally = settle(work, settings, stage)
     tally.check_broken(settings.max_broken)
     write_json(work.read, {"counts": counts, "tally": plain(tally)})
@@ -159,21 +168,23 @@ def read(work: Workshop, settings: DataSettings, stage: Stage) -> None:
 
 def reading(work: Workshop, settings: DataSettings, task: int | None = None) -> list[Any]:
     """The steps that one task does with its files; `task`: this one, whatever the rank."""
-    clean, reader = settings.clean, Read(work, settings, task)
-    normalise = [Normalise()] if clean.normalise else []
-    sign = [Sign(clean.words)] if clean.near_duplicates is not None else []
-    compare = [FindOverlaps(work.folder / NGRAMS)] if clean.benchmarks is not None else []
-    return [
-        reader,
-        *normalise,
-        *sign,
-        *compare,
-        PutDown(work, reader, signed=bool(sign), compared=bool(compare)),
-    ]
+    clean = settings.clean
+    reader = Read(work, settings, task)
+    signed = clean.near_duplicates is not None
+    compared = clean.benchmarks is not None
+    steps: list[Any] = [reader]
+    if clean.normalise:
+        steps.append(Normalise())
+    if signed:
+        steps.append(Sign(clean.words))
+    if compared:
+        steps.append(FindOverlaps(work.folder / NGRAMS))
+    steps.append(PutDown(work, reader, signed=signed, compared=compared))
+    return steps
 
 
 def settle(work: Workshop, settings: DataSettings, stage: Stage) -> tuple[list[int], Tally]:
-    """How many documents each task has, up to the limits, and what was read altogether.
+    """The number of documents that each task has, up to the limits, and what was read altogether.
 
     Tasks at work side by side do not know what those before them read, so the one in which a limit lies may
     have read too much: it reads again. What lies behind it does not count, be it broken.
@@ -181,56 +192,60 @@ def settle(work: Workshop, settings: DataSettings, stage: Stage) -> tuple[list[i
     Raises:
         UserError: a file cannot be read.
     """
-    counts, tally = list[int](), skipped_in_fetching(work)
+    counts: list[int] = []
+    tally = skipped_in_fetching(work)
     for task in range(len(work.tasks)):
         if is_full(settings, tally):
             break
+        outcome = work.path("text", task, ".json")
         done = work.done(task)
-        before = {"documents": tally.documents, "bytes": tally.bytes}
-        if done is None or (done["before"] != before and _reaches(settings, tally, done)):
-            work.path("text", task, ".json").unlink(missing_ok=True)
-            shutil.rmtree(work.stages / f"again-{task}", ignore_errors=True)
-            stage(f"again-{task}", reading(work, settings, task), 1)
+        if done is None or _is_stale(settings, tally, done):
+            outcome.unlink(missing_ok=True)
+            again = f"again-{task}"
+            shutil.rmtree(work.stages / again, ignore_errors=True)
+            stage(again, reading(work, settings, task), 1)
             done = work.done(task)
         assert done is not None
         if done["fault"] is not None:
-            work.path("text", task, ".json").unlink()  # the next attempt reads it again
+            outcome.unlink()  # the next attempt reads it again
             raise UserError(done["fault"])
-        counts.append(tally_of(done).documents)
-        tally.add(tally_of(done))
+        own = tally_of(done)
+        counts.append(own.documents)
+        tally.add(own)
     return counts, tally
 
 
-def _reaches(settings: DataSettings, before: Tally, done: dict[str, Any]) -> bool:
-    """Whether a limit may lie in what a task read after so much; then it depends on that how far it had
-    to."""
+def _is_stale(settings: DataSettings, before: Tally, done: dict[str, Any]) -> bool:
+    """True where a task knew of another amount before it, and a limit may lie in what it read: then it
+    depends on that amount how far it had to."""
+    if done["before"] == {"documents": before.documents, "bytes": before.bytes}:
+        return False
     both = replace(before)
     both.add(tally_of(done))
     return done["fault"] is not None or is_full(settings, both)
 
 
 def skipped_in_fetching(work: Workshop) -> Tally:
-    """What was left out when a stream was written down; its documents are counted when they are read."""
-    if not (work.fetched / "done.json").is_file():
+    """Tell what was left out when a stream was written down; its documents are counted when they are read."""
+    done = work.fetched / "done.json"
+    if not done.is_file():
         return Tally()
-    return replace(
-        tally_of(json.loads((work.fetched / "done.json").read_text())),
-        documents=0,
-        bytes=0,
-        records=0,
-        item=0,
-    )
+    fetched = tally_of(json.loads(done.read_text()))
+    return replace(fetched, documents=0, bytes=0, records=0, item=0)
 
 
 def digest(work: Workshop) -> dict[str, Any]:
     """A hash of the names and contents of the files that were read; how many these are, where a limit ended
     the reading before the last."""
-    contents = [
-        content for task in range(len(work.counts)) for content in (work.done(task) or {})["contents"]
-    ]
-    return {"digest": hash_of(contents)} | (
-        {"files": len(contents)} if len(work.counts) < len(work.tasks) else {}
-    )
+    contents = []
+    for task in range(len(work.counts)):
+        done = work.done(task)
+        assert done is not None
+        contents += done["contents"]
+    entry: dict[str, Any] = {"digest": hash_of(contents)}
+    if len(work.counts) < len(work.tasks):
+        entry["files"] = len(contents)
+    return entry
 
 
 # ---- clean -------------------------------------------------------------------------------------------------
@@ -247,17 +262,19 @@ def remove_duplicates(
         verdicts.match(copies, EXACT)
     if clean.near_duplicates is None:
         return _copies(work, len(copies.documents), clean)
-    shape = bands(clean.near_duplicates)
-    stage("near", [NearDuplicates(work, clean.near_duplicates)], shape[0], title="near duplicates")
-    for band in range(shape[0]):
-        verdicts.match(Match.load(work.path("near", band, ".npz")), NEAR)
+    count, rows = bands(clean.near_duplicates)
+    step = NearDuplicates(work, clean.near_duplicates)
+    stage("near", [step], count, title="near duplicates")
+    for band in range(count):
+        matches = Match.load(work.path("near", band, ".npz"))
+        verdicts.match(matches, NEAR)
     return {
         "near_duplicates": {
             "words": clean.words,
             "shingle_words": SHINGLE_WORDS,
             "permutations": PERMUTATIONS,
-            "bands": shape[0],
-            "rows": shape[1],
+            "bands": count,
+            "rows": rows,
         }
     }
 
@@ -277,14 +294,15 @@ def remove_tests(work: Workshop, verdicts: Verdicts, clean: CleaningSettings) ->
     """Leave out what overlaps a benchmark, and say what could not be looked for."""
     if clean.benchmarks is None:
         return {}
-    counts = json.loads((work.folder / "benchmarks.json").read_text())
+    counts = json.loads((work.folder / BENCHMARKS).read_text())
     if counts["too_short"]:
         say(
             f"data.clean.benchmarks: {counts['too_short']:,} of {counts['texts']:,} texts have less than "
             f"{tests.SHORT_WORDS} words and are not looked for"
         )
-    found = remove_overlaps(work, verdicts, tests.COMMON_DOCUMENTS, tests.COMMON_SHARE)
-    return {"benchmarks": counts | {"boilerplate": found["told"]}, "boilerplate": found["ngrams"]}
+    boilerplate = remove_overlaps(work, verdicts, tests.COMMON_DOCUMENTS, tests.COMMON_SHARE)
+    counts["boilerplate"] = boilerplate["told"]
+    return {"benchmarks": counts, "boilerplate": boilerplate["ngrams"]}
 
 
 def keep_best(work: Workshop, verdicts: Verdicts, clean: CleaningSettings, stage: Stage) -> dict[str, Any]:
@@ -295,11 +313,13 @@ def keep_best(work: Workshop, verdicts: Verdicts, clean: CleaningSettings, stage
     """
     if clean.filter is None or clean.keep is None:
         return {}
-    score = Educational(str(Path(clean.filter).expanduser()), clean.encoder)
-    stage("score", [Kept(work), score, KeepScores(work)], len(work.counts), title="scoring")
+    weights = Path(clean.filter).expanduser()
+    steps = [Kept(work), Educational(str(weights), clean.encoder), KeepScores(work)]
+    tasks = len(work.counts)
+    stage("score", steps, tasks, title="scoring")
 
     def scores() -> Iterator[np.ndarray]:
-        return (scores_of(work, task) for task in range(len(work.counts)))
+        return (scores_of(work, task) for task in range(tasks))
 
     limit = threshold(scores, clean.keep)
     remove_low(work, verdicts, limit)
@@ -310,15 +330,15 @@ def keep_best(work: Workshop, verdicts: Verdicts, clean: CleaningSettings, stage
 
 
 def split_of(work: Workshop, verdicts: Verdicts, settings: DataSettings) -> Split:
-    """How the text is split: by the hash of each, but so that both parts have something.
+    """The split of the text: by the hash of each document, but so that both parts have something.
 
     Raises:
         UserError: nothing is left to split.
     """
     keys = [np.empty(0, np.uint64)]
-    for task, where in verdicts.ranges():
+    for task, _ in verdicts.ranges():
         rows = np.flatnonzero(verdicts.kept(task))
-        digests = work.digests(task)[: where.stop - where.start][rows]
+        digests = work.digests(task)[rows]
         keys_of_task = [split_key(digest.tobytes(), settings.seed) for digest in digests]
         keys.append(np.array(keys_of_task, np.uint64))
     every = np.concatenate(keys)
@@ -331,9 +351,11 @@ def split_of(work: Workshop, verdicts: Verdicts, settings: DataSettings) -> Spli
     validation = every < np.uint64(bound)
     if validation.any() and not validation.all():
         return Split(settings)
-    number = int(numbers[every.argmax() if validation.all() else every.argmin()])
+    only = every.argmax() if validation.all() else every.argmin()
+    number = int(numbers[only])
     task = int(np.searchsorted(work.starts, number, side="right")) - 1
-    return Split(settings, named=(task, number - work.starts[task]))
+    row = number - work.starts[task]
+    return Split(settings, named=(task, row))
 
 
 def _nothing_left(work: Workshop, settings: DataSettings) -> UserError:
@@ -401,9 +423,8 @@ def pack(
 
     def taken() -> Iterator[tuple[int, Lengths]]:
         for task in range(len(work.counts)):
-            lengths = up_to_the_limit(
-                Lengths.load(work, task), settings, sum(split["tokens"] for split in counts.values())
-            )
+            before = sum(split["tokens"] for split in counts.values())
+            lengths = up_to_the_limit(Lengths.load(work, task), settings, before)
             for name, split in counts.items():
                 part = lengths.of(name)
                 split["documents"] += len(part.row)
@@ -415,14 +436,21 @@ def pack(
     write_listing(work, partial, taken())
     for name, split in counts.items():
         if not split["documents"]:
+            kind = "training" if name == "train" else name
             raise UserError(
-                f"data {settings.name!r}: not one {'training' if name == 'train' else name} document among "
+                f"data {settings.name!r}: not one {kind} document among "
                 f"the first {settings.limit_tokens} tokens; raise data.limit_tokens, or "
                 f"data.validation_fraction={settings.validation_fraction}"
             )
-    shards = {name: list(shards_of(name, counts[name]["tokens"], settings.shard_tokens)) for name in SPLITS}
+
+    def shards_in(name: str) -> list[Any]:
+        tokens = counts[name]["tokens"]
+        return list(shards_of(name, tokens, settings.shard_tokens))
+
+    shards = {name: shards_in(name) for name in SPLITS}
     every = list(chain(*shards.values()))
-    stage("pack", [Pack(work, partial, every, ends, dtype)], len(every), title="packing")
+    step = Pack(work, partial, every, ends, dtype)
+    stage("pack", [step], len(every), title="packing")
     return {name: counts[name] | split_entry(partial, shards[name]) for name in SPLITS}
 
 
@@ -430,20 +458,23 @@ def up_to_the_limit(lengths: Lengths, settings: DataSettings, before: int) -> Le
     """The document that reaches limit_tokens is the last."""
     if settings.limit_tokens is None:
         return lengths
-    reached = before + np.cumsum(lengths.tokens) - lengths.tokens  # in front of each document
-    return lengths[: int(np.searchsorted(reached, settings.limit_tokens))]
+    ends = before + np.cumsum(lengths.tokens)
+    begins = ends - lengths.tokens
+    count = int(np.searchsorted(begins, settings.limit_tokens))
+    return lengths[:count]
 
 
 def short(settings: DataSettings, tally: Tally, tokens: int) -> dict[str, dict[str, int]]:
     """The limits that the text ended before, with what was asked for and what there was."""
-    read = {
+    amounts = {
         "limit_documents": (settings.limit_documents, tally.documents),
         "limit_bytes": (settings.limit_bytes, tally.bytes),
     }
     if is_full(settings, tally):  # one of the limits ended the reading, not the text
-        read = {}
-    return {
-        key: {"asked": asked, "found": amount}
-        for key, (asked, amount) in {**read, "limit_tokens": (settings.limit_tokens, tokens)}.items()
-        if asked is not None and amount < asked
-    }
+        amounts = {}
+    amounts["limit_tokens"] = (settings.limit_tokens, tokens)
+    missed = {}
+    for key, (limit, amount) in amounts.items():
+        if limit is not None and amount < limit:
+            missed[key] = {"asked": limit, "found": amount}
+    return missed

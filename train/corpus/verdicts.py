@@ -33,7 +33,7 @@ _NOTHING = np.frombuffer(hashlib.blake2b(b"", digest_size=16).digest(), "<u8")
 
 @dataclass(frozen=True)
 class Match:
-    """Which documents repeat which. int64, int64, float32, each (found,)."""
+    """Documents and the earlier ones that they repeat. int64, int64, float32, each (matches,)."""
 
     documents: np.ndarray
     earlier: np.ndarray
@@ -50,11 +50,12 @@ class Match:
 
 
 class Verdicts:
-    """Of every document of a build, in files that are mapped: what became of it, and which earlier one it
-    repeats (-1: none)."""
+    """The verdict on every document of a build, in files that are mapped: what became of it, and which
+    earlier one it repeats (-1: none)."""
 
     def __init__(self, work: Workshop, mode: Any = "r") -> None:
-        folder, count = work.folder / "verdicts", sum(work.counts)
+        folder = work.folder / "verdicts"
+        count = sum(work.counts)
         self._starts = work.starts
 
         def array(name: str, dtype: str) -> np.ndarray:
@@ -62,11 +63,9 @@ class Verdicts:
                 return np.empty(0, dtype)
             return np.memmap(folder / name, dtype, mode, shape=(count,))
 
-        self.verdict, self.earlier, self.similarity = (
-            array("verdict", "u1"),
-            array("earlier", "<i8"),
-            array("similarity", "<f4"),
-        )
+        self.verdict = array("verdict", "u1")
+        self.earlier = array("earlier", "<i8")
+        self.similarity = array("similarity", "<f4")
 
     @classmethod
     def begin(cls, work: Workshop) -> Verdicts:
@@ -75,28 +74,37 @@ class Verdicts:
         verdicts = cls(work, "w+")
         verdicts.earlier[:] = -1
         for task, where in verdicts.ranges():
-            verdicts.verdict[where][(work.digests(task) == _NOTHING).all(1)] = EMPTY
+            is_empty = (work.digests(task) == _NOTHING).all(1)
+            verdicts.verdict[where][is_empty] = EMPTY
         return verdicts
 
     def ranges(self) -> Iterator[tuple[int, slice]]:
         """Each task, and the numbers of its documents."""
-        return ((task, slice(*bounds)) for task, bounds in enumerate(pairwise(self._starts)))
+        for task, bounds in enumerate(pairwise(self._starts)):
+            yield task, slice(*bounds)
+
+    def of_task(self, task: int) -> np.ndarray:
+        """The verdicts on a task's documents, uint8 (documents,)."""
+        first, stop = self._starts[task], self._starts[task + 1]
+        return self.verdict[first:stop]
 
     def kept(self, task: int) -> np.ndarray:
-        """Of a task's documents, bool (documents,)."""
-        first, stop = self._starts[task : task + 2]
-        return self.verdict[first:stop] == KEPT
+        """True for those of a task's documents that are kept, bool (documents,)."""
+        return self.of_task(task) == KEPT
 
     def match(self, matches: Match, verdict: int) -> None:
         """Of several earlier documents, the first counts."""
         order = np.lexsort((-matches.earlier, matches.documents))  # the first is written last
         documents = matches.documents[order]
         earlier = matches.earlier[order]
-        better = (self.verdict[documents] == KEPT) | (earlier < self.earlier[documents])
+        similarity = matches.similarity[order]
+        is_kept = self.verdict[documents] == KEPT
+        is_first = earlier < self.earlier[documents]
+        better = is_kept | is_first
         documents = documents[better]
         self.verdict[documents] = verdict
         self.earlier[documents] = earlier[better]
-        self.similarity[documents] = matches.similarity[order][better]
+        self.similarity[documents] = similarity[better]
 
 
 # ---- benchmarks --------------------------------------------------------------------------------------------
@@ -113,14 +121,16 @@ def remove_overlaps(
     """
     counts = Counter[int]()
     spelt = dict[int, str]()
-    most = max(common_documents, common_share * int((verdicts.verdict == KEPT).sum()))
+    is_kept = verdicts.verdict == KEPT
+    most = max(common_documents, common_share * int(is_kept.sum()))
     for _, _, ngram, detail in _overlaps(work, verdicts):
         counts[ngram] += 1
         if counts[ngram] > most:
             spelt.setdefault(ngram, detail)
     for task, row, ngram, _ in _overlaps(work, verdicts):
         if ngram not in spelt:
-            verdicts.verdict[work.starts[task] + row] = OVERLAP
+            number = work.starts[task] + row
+            verdicts.verdict[number] = OVERLAP
     examples = sorted(spelt.values())[:TOLD]
     for detail in examples:
         print(
@@ -133,13 +143,15 @@ def remove_overlaps(
 def _overlaps(work: Workshop, verdicts: Verdicts) -> Iterator[tuple[int, int, int, str]]:
     """Task, document in it, n-gram and detail of every overlap of a document that is kept so far."""
     for task, _ in verdicts.ranges():
-        first, stop = work.starts[task : task + 2]
-        kept = verdicts.kept(task) | (verdicts.verdict[first:stop] == OVERLAP)
-        columns = work.overlaps(task)
-        hits = zip(columns["document"], columns["ngram"], columns["detail"], strict=True)
-        for row, ngram, detail in hits:
+        kept = np.isin(verdicts.of_task(task), (KEPT, OVERLAP))
+        for row, ngram, detail in _hits(work.overlaps(task)):
             if row < len(kept) and kept[row]:
                 yield task, row, ngram, detail
+
+
+def _hits(columns: Any) -> Iterator[tuple[int, int, str]]:
+    """Document, n-gram and detail of each overlap that a task wrote down."""
+    return zip(columns["document"], columns["ngram"], columns["detail"], strict=True)
 
 
 # ---- the filter --------------------------------------------------------------------------------------------
@@ -149,22 +161,24 @@ def remove_low(work: Workshop, verdicts: Verdicts, limit: dict[str, Any]) -> Non
     """Leave out what scored less than the threshold that was found; of documents with just that score, keep
     the first."""
     ties = limit["ties"]
-    least = np.inf if limit["threshold"] is None else np.float32(limit["threshold"])
+    threshold = np.float32(limit["threshold"])  # NaN where there is none
+    least = np.inf if limit["threshold"] is None else threshold
     for task, where in verdicts.ranges():
         scores = scores_of(work, task)
         low = scores < least
-        tied = np.flatnonzero(scores == np.float32(limit["threshold"]))
+        tied = np.flatnonzero(scores == threshold)
         low[tied[ties:]] = True
         ties = max(0, ties - len(tied))
         verdicts.verdict[where][low] = LOW
 
 
 def scores_of(work: Workshop, task: int) -> np.ndarray:
-    """Of a task's documents, float32 (documents,): NaN for one that was not scored."""
+    """The scores of a task's documents, float32 (documents,): NaN for one that was not scored."""
     path = work.path("scores", task, ".npy")
     if path.is_file():
         return np.load(path)
-    return np.full(work.counts[task], np.nan, np.float32)
+    count = work.counts[task]
+    return np.full(count, np.nan, np.float32)
 
 
 # ---- the report --------------------------------------------------------------------------------------------
@@ -195,11 +209,13 @@ def write_removed(
     ):
         for task, where in verdicts.ranges():
             if verdicts.verdict[where].any():
-                listed = list(_removed(work, verdicts, task, names_of, boilerplate))
-                writer.write_table(pyarrow.Table.from_pylist([_spelt(row) for row in listed], schema))
-                for row in listed:
-                    counts[row["reason"]]["documents"] += 1
-                    counts[row["reason"]]["bytes"] += row["bytes"]
+                rows = list(_removed(work, verdicts, task, names_of, boilerplate))
+                table = pyarrow.Table.from_pylist(list(map(_spelt, rows)), schema)
+                writer.write_table(table)
+                for row in rows:
+                    count = counts[row["reason"]]
+                    count["documents"] += 1
+                    count["bytes"] += row["bytes"]
     return {reason: count for reason, count in counts.items() if count["documents"]}
 
 
@@ -207,15 +223,17 @@ def _removed(
     work: Workshop, verdicts: Verdicts, task: int, names_of: Callable[[int], list[str]], boilerplate: set[int]
 ) -> Iterator[dict[str, Any]]:
     """A row for each document of a task that is left out."""
-    starts, names = np.array(work.starts), names_of(task)
-    sizes, scores = work.sizes(task), scores_of(work, task)
-    first, columns = work.starts[task], work.overlaps(task)
+    starts = np.array(work.starts)
+    names = names_of(task)
+    sizes = work.sizes(task)
+    scores = scores_of(work, task)
     overlaps: dict[int, str] = {}  # the first of each document
-    for row, ngram, detail in zip(columns["document"], columns["ngram"], columns["detail"], strict=True):
+    for row, ngram, detail in _hits(work.overlaps(task)):
         if ngram not in boilerplate:
             overlaps.setdefault(row, detail)
-    for row in np.flatnonzero(~verdicts.kept(task)).tolist():
-        number = first + row
+    removed = np.flatnonzero(~verdicts.kept(task))
+    for row in removed.tolist():
+        number = work.starts[task] + row
         verdict = int(verdicts.verdict[number])
         earlier = int(verdicts.earlier[number])
         detail = ""
@@ -227,12 +245,11 @@ def _removed(
             detail = overlaps[row]
         elif verdict == LOW:
             detail = f"{scores[row]:.3f}"
-        yield {"document": names[row], "bytes": int(sizes[row]), "reason": REASONS[verdict], "detail": detail}
+        size, reason = int(sizes[row]), REASONS[verdict]
+        yield {"document": names[row], "bytes": size, "reason": reason, "detail": detail}
 
 
 def _spelt(row: dict[str, Any]) -> dict[str, Any]:
-    """Names of files may hold bytes that are no UTF-8."""
-    return {
-        key: value.encode(errors="replace").decode() if isinstance(value, str) else value
-        for key, value in row.items()
-    }
+    """A row with its text in UTF-8: names of files may hold bytes that are none."""
+    texts = {key: value for key, value in row.items() if isinstance(value, str)}
+    return row | {key: text.encode(errors="replace").decode() for key, text in texts.items()}

@@ -15,9 +15,11 @@ Beside them: benchmarks/bench_memory.py, which holds these numbers against PyTor
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -56,7 +58,8 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations + self.logits
+        state = self.weights + self.gradients + self.optimizer
+        return state + self.gathered + self.activations + self.logits
 
 
 def memory(
@@ -72,34 +75,40 @@ def memory(
     Raises:
         UserError: the class does not support checkpointing, or its forward pass depends on values.
     """
-    return max(moments(settings, config, network, groups, rows).values(), key=lambda moment: moment.total)
+    held = moments(settings, config, network, groups, rows)
+    return max(held.values(), key=lambda moment: moment.total)
 
 
 def moments(
     settings: Settings, config: dict[str, Any], network: Any, groups: dict[str, tuple[int, int]], rows: int
 ) -> dict[str, Memory]:
-    """What is held at each moment of a step at which it may be the most; arguments as of `memory`."""
-    loop, gpus = settings.train, settings.forecast.gpus
-    sharded, bf16 = settings.sharding.name == "full" and gpus > 1, loop.precision != "fp32"
+    """The memory at each moment of a step at which it may be the most; arguments as of `memory`."""
+    loop = settings.train
+    gpus = settings.forecast.gpus
+    bf16 = loop.precision != "fp32"
+    sharded = settings.sharding.name == "full" and gpus > 1
     shards = gpus if sharded else 1
     if sharded and bf16:
         # As FSDP gathers them: autocast copies no weight, and layers hand on bfloat16.
+        attention = network.config._attn_implementation
         with FakeTensorMode():
-            network = empty_model(config, dtype=torch.bfloat16, attention=network.config._attn_implementation)
+            network = empty_model(config, dtype=torch.bfloat16, attention=attention)
     fuse_activations(network)  # as in a run: a chain of kernels keeps more
     kept = kept_by(network, rows, loop.context, bf16=bf16, checkpointing=loop.checkpointing)
     speed_up(network, loop)  # refuses what the class does not support
     entries = sum(count for _, count in groups.values())
     # The gradients of the micro-batches before it stand, and DDP's buckets always do; else they begin empty.
-    several = -(-loop.batch_tokens // loop.context // gpus // rows) > 1
+    micro_batches = -(-loop.batch_tokens // loop.context // gpus // rows)
+    buckets = gpus > 1 and not sharded
     full = entries * GRADIENT / shards
-    before = full if several or (gpus > 1 and not sharded) else 0.0
+    before = full if micro_batches > 1 or buckets else 0.0
     forward, backward = logits(
         config, rows * loop.context, fused=fuses(config, loop.loss), bf16=bf16, sharded=sharded
     )
     # Autocast's copies of the layers' weights live as long as its forward pass; without checkpointing the
     # layers keep them.
-    copies = 2.0 * layer_entries(network) if bf16 and not sharded and loop.checkpointing else 0.0
+    casts = bf16 and not sharded and loop.checkpointing
+    copies = 2.0 * layer_entries(network) if casts else 0.0
     none = Gathered(0.0, 0.0, 0.0, 0.0, 0.0)
     reshard = settings.sharding.reshard_after_forward
     whole = (
@@ -155,10 +164,11 @@ def gathered(network: Any, width: int, reshard: bool, *, checkpointing: bool = T
     backward pass. Without checkpointing, the last layer's gradients take less than what it no longer keeps,
     so that the peak is before them.
     """
-    everything, inside = sum(p.numel() for p in network.parameters()), layer_entries(network)
-    one = max((sum(p.numel() for p in layer.parameters()) for layer in layers_of(network)), default=0)
+    everything = _entries(network)
+    one = max(map(_entries, layers_of(network)), default=0)
+    ends = everything - layer_entries(network)
     head: Any = network.get_output_embeddings()
-    ends, top = everything - inside, 0 if head is None else head.weight.numel()
+    top = 0 if head is None else head.weight.numel()
     exchanged = GRADIENT * one
     return Gathered(
         loss=width * (ends + one if reshard else everything),
@@ -171,7 +181,11 @@ def gathered(network: Any, width: int, reshard: bool, *, checkpointing: bool = T
 
 def layer_entries(network: Any) -> int:
     """The entries of all weights that lie in layers."""
-    return sum(p.numel() for layer in layers_of(network) for p in layer.parameters())
+    return sum(map(_entries, layers_of(network)))
+
+
+def _entries(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 # ---- activations -------------------------------------------------------------------------------------------
@@ -199,19 +213,19 @@ def kept_by(network: Any, rows: int, context: int, *, bf16: bool, checkpointing:
     Raises:
         UserError: the class's forward pass depends on values, which a fake network has not.
     """
-    weights = {p.untyped_storage()._cdata for p in network.parameters()}
-    kept: dict[int, tuple[Tensor, int | None]] = {}
-    inputs: dict[int, Tensor] = {}
+    weights = set(map(_storage, network.parameters()))
+    kept: dict[int, tuple[Tensor, int | None]] = {}  # storage → a tensor of it, and the layer that keeps it
+    inputs: dict[int, Tensor] = {}  # of layers, by their storage
     inside: list[int | None] = [None]
 
     def keep(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage()._cdata, (tensor, inside[-1]))
+        kept.setdefault(_storage(tensor), (tensor, inside[-1]))
         return tensor
 
-    def enter(number: int, given: Any) -> None:
-        inputs.update(
-            {t.untyped_storage()._cdata: t for t in given if isinstance(t, Tensor) and t.is_floating_point()}
-        )
+    def enter(number: int, layer: Any, arguments: Any) -> None:
+        for argument in arguments:
+            if isinstance(argument, Tensor) and argument.is_floating_point():
+                inputs[_storage(argument)] = argument
         inside.append(number)
 
     def leave(*_: Any) -> None:
@@ -219,31 +233,45 @@ def kept_by(network: Any, rows: int, context: int, *, bf16: bool, checkpointing:
 
     hooks: list[Any] = []
     for number, layer in enumerate(layers_of(network)):
-        hooks.append(layer.register_forward_pre_hook(lambda _, given, number=number: enter(number, given)))
+        hooks.append(layer.register_forward_pre_hook(partial(enter, number)))
         hooks.append(layer.register_forward_hook(leave))
     try:
         _forward(network, rows, context, bf16, keep)
     finally:
         for hook in hooks:
             hook.remove()
-    sizes = {
-        place: (tensor.untyped_storage().nbytes(), layer)
-        for place, (tensor, layer) in kept.items()
-        if place not in weights
-    }
-    everything = sum(size for size, _ in sizes.values())
-    entered = sum(tensor.untyped_storage().nbytes() for tensor in inputs.values())
-    layers: dict[int, list[int]] = {}
-    for place, (size, within) in sizes.items():
-        if within is not None and place not in inputs:
-            layers.setdefault(within, []).append(size)
-    outside = sum(size for place, (size, layer) in sizes.items() if layer is None and place not in inputs)
-    once = max((sum(parts) for parts in layers.values()), default=0)
-    gradients = 2 * max((size for parts in layers.values() for size in parts), default=0)
-    first = outside + once + gradients + entered / max(1, len(layers))
+    everything = outside = 0
+    layers: dict[int, list[int]] = defaultdict(list)
+    for storage, (tensor, keeper) in kept.items():
+        if storage in weights:
+            continue
+        size = _bytes(tensor)
+        everything += size
+        if storage in inputs:
+            continue
+        if keeper is None:
+            outside += size
+        else:
+            layers[keeper].append(size)
+    entered = sum(map(_bytes, inputs.values()))
+    once = max(map(sum, layers.values()), default=0)
+    largest = max(map(max, layers.values()), default=0)
+    gradients = 2 * largest
+    first_input = entered / max(1, len(layers))
+    first = outside + once + gradients + first_input
     if checkpointing:
-        return Kept(entered + outside, entered + outside + once + gradients, first)
+        loss = entered + outside
+        return Kept(loss, loss + once + gradients, first)
     return Kept(everything, everything + gradients, first)
+
+
+def _storage(tensor: Tensor) -> int:
+    """A number that tensors share which share their memory."""
+    return tensor.untyped_storage()._cdata
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
 
 
 def _forward(network: Any, rows: int, context: int, bf16: bool, keep: Callable[[Tensor], Tensor]) -> None:
@@ -251,7 +279,8 @@ def _forward(network: Any, rows: int, context: int, bf16: bool, keep: Callable[[
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
     with on_fakes(network), autocast, hooks:
-        network.train().base_model(input_ids=torch.zeros(rows, context, dtype=torch.int64), use_cache=False)
+        ids = torch.zeros(rows, context, dtype=torch.int64)
+        network.train().base_model(input_ids=ids, use_cache=False)
 
 
 @contextmanager
@@ -261,15 +290,17 @@ def on_fakes(network: Any) -> Iterator[None]:
     Raises:
         UserError: the class's forward pass depends on values, which a fake network has not.
     """
+
+    def first_expert(tokens: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+        return tokens @ weight[0].to(tokens.dtype)
+
     # Experts in groups have no fake kernel in float32; the product with one of them has the shapes, and keeps
     # what they keep.
-    grouped = patch(
-        "transformers.integrations.moe._grouped_mm",
-        lambda given, weight, offs: given @ weight[0].to(given.dtype),
-    )
+    grouped = patch("transformers.integrations.moe._grouped_mm", first_expert)
     single = patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
     try:
-        with next(network.parameters()).fake_mode, quietly(), grouped, single:
+        weight = next(network.parameters())
+        with weight.fake_mode, quietly(), grouped, single:
             yield
     except Exception as fault:  # the library's classes raise every kind
         raise UserError(
@@ -292,11 +323,18 @@ def logits(
     forward pass makes and the backward pass scales. bfloat16 needs copies: of the head and its input, or
     where both are fused, of what is not float32.
     """
-    vocab, hidden = (known_size(config, name) or 0 for name in ("vocab_size", "hidden_size"))
-    table, head, read = float(tokens * vocab), float(vocab * hidden), float(tokens * hidden)
+    vocab = known_size(config, "vocab_size") or 0
+    hidden = known_size(config, "hidden_size") or 0
+    table = float(tokens * vocab)
+    head = float(vocab * hidden)
+    inputs = float(tokens * hidden)
     if not fused:
-        copies = 2 * ((0.0 if sharded else head) + read) if bf16 else 0.0
-        return copies + (10 if bf16 else 8) * table, copies + 12 * table
-    made = 4 * (head + read)
-    copies = 4 * (read + (head if sharded else 0.0)) if bf16 else 0.0
-    return copies + made + 4.0 * min(CHUNK_TOKENS, tokens) * vocab, 2 * made
+        copied = inputs if sharded else head + inputs
+        copies = 2 * copied if bf16 else 0.0
+        forward = (10 if bf16 else 8) * table
+        return copies + forward, copies + 12 * table
+    copied = head + inputs if sharded else inputs
+    copies = 4 * copied if bf16 else 0.0
+    gradients = 4 * (head + inputs)
+    chunk = 4.0 * min(CHUNK_TOKENS, tokens) * vocab
+    return copies + gradients + chunk, 2 * gradients

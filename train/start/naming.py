@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from functools import lru_cache
@@ -41,7 +42,8 @@ def tell_changes(cfg: DictConfig, overrides: Sequence[str]) -> None:
     it themselves.
     """
     if "changes" in cfg and "changes" not in map(_key, overrides):
-        cfg.changes = "".join(f"-{label}" for label in changes(cfg, overrides))
+        labels = [f"-{label}" for label in changes(cfg, overrides)]
+        cfg.changes = "".join(labels)
 
 
 def changes(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
@@ -51,39 +53,46 @@ def changes(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
     by_key = {_key(text): text for text in overrides}
     # whose leaves the name tells already
     named = ("experiment",) if "growth.name" in by_key else ("experiment", "growth")
-    if not any(_shows(key) for key in by_key if key not in named):
+    others = [key for key in by_key if key not in named]
+    if not any(map(_shows, others)):
         return []
     # Leaves of groups that were chosen beside the experiment and change something.
     base = [text for key, text in by_key.items() if key in named]
-    groups = [key for key in by_key if (CONF / key).is_dir() and not is_neutral(key)]
-    leaves = {key: by_key[key] for key in groups if key not in named}
+    groups = [key for key in others if (CONF / key).is_dir()]
+    leaves = {key: by_key[key] for key in groups if not is_neutral(key)}
     before = _values(*base)
     after = _values(*base, *leaves.values())
     labels = []
     for key, text in leaves.items():
         if _of(before, key) != _of(after, key):
-            labels.append(f"{key.replace('/', '_')}_{_word(text.partition('=')[2])}")
+            group = key.replace("/", "_")
+            leaf = text.partition("=")[2]
+            labels.append(f"{group}_{_word(leaf)}")
 
     # Single settings that differ from what experiment and leaves say, and those that are gone.
-    asked = flatten(plain(cfg, []))
-    parents = {parent for key in asked for parent in _parents(key)}
-    gone = [key for key in after if key not in asked and key not in parents]
+    settings = flatten(plain(cfg, []))
+    present = set(settings)
+    for key in settings:
+        present.update(_parents(key))
     absent = object()
-    differing = [key for key in asked if after.get(key, absent) != asked[key]]
-    shown = [key for key in (*differing, *gone) if _shows(key)]
-    labels += [_label(key, asked.get(key), asked) for key in shown]
+    differing = [key for key, value in settings.items() if after.get(key, absent) != value]
+    gone = [key for key in after if key not in present]
+    shown = filter(_shows, [*differing, *gone])
+    labels += [_label(key, settings.get(key), settings) for key in shown]
     return _short(labels)
 
 
 def _parents(key: str) -> list[str]:
     """`a.b.c` → `a`, `a.b`."""
     parts = key.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts))]
+    lengths = range(1, len(parts))
+    return [".".join(parts[:length]) for length in lengths]
 
 
 def arm_changes(labels: str) -> list[str]:
     """The changes that make another arm: all but the learning rate, which is a point of an arm's grid."""
-    return [label for label in labels.split("-") if label and not re.fullmatch(r"lr\d[\d.e]*", label)]
+    is_rate = re.compile(r"lr\d[\d.e]*").fullmatch
+    return [label for label in labels.split("-") if label and not is_rate(label)]
 
 
 def _key(override: str) -> str:
@@ -104,24 +113,31 @@ def _of(values: Mapping[str, Any], group: str) -> dict[str, Any]:
 
 def _shows(key: str) -> bool:
     """True for a setting that is told in a name."""
-    if key == TEXT or (key.startswith("mixture.sources.") and key.endswith(f".{TEXT}")):
+    of_mixture = key.startswith("mixture.sources.")
+    if key == TEXT or (of_mixture and key.endswith(f".{TEXT}")):
         return True
-    silent = is_neutral(key) or key in COMPUTED or key in ELSEWHERE
-    return not silent and key.split(".")[0] != "experiment"
+    silent = is_neutral(key) or key in (*COMPUTED, *ELSEWHERE)
+    group = key.split(".")[0]
+    return not silent and group != "experiment"
 
 
 def _label(key: str, value: Any, values: Mapping[str, Any]) -> str:
     """The end of the key that no other key shares, and the value."""
+    name = SHORT.get(key) or _word(_unique_end(key, values).replace(".", "_"))
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    gap = "" if is_number else "_"
+    return f"{name}{gap}{_word(value)}"
+
+
+def _unique_end(key: str, values: Mapping[str, Any]) -> str:
+    """The shortest end of the dotted `key` that at most one key of `values` has."""
     parts = key.split(".")
-    ends = [parts[-count:] for count in range(1, len(parts))]
-    unique = (end for end in ends if _shared(".".join(end), values) <= 1)
-    name = SHORT.get(key) or _word("_".join(next(unique, parts)))
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return f"{name}{_word(value)}" if number else f"{name}_{_word(value)}"
-
-
-def _shared(end: str, values: Mapping[str, Any]) -> int:
-    return sum(1 for key in values if key == end or key.endswith(f".{end}"))
+    for start in range(len(parts) - 1, 0, -1):
+        end = ".".join(parts[start:])
+        sharing = [other for other in values if f".{other}".endswith(f".{end}")]
+        if len(sharing) <= 1:
+            return end
+    return key
 
 
 def _word(value: Any) -> str:
@@ -131,7 +147,7 @@ def _word(value: Any) -> str:
     if isinstance(value, int | float):
         return _number(value)
     if isinstance(value, list) and all(isinstance(item, int | float) for item in value):
-        return "_".join(_number(item) for item in value)
+        return "_".join(map(_number, value))
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     short = text.removeprefix("runs/").removesuffix("/final")
     word = re.sub(r"[^A-Za-z0-9.]+", "_", short).strip("_.") or "none"
@@ -157,7 +173,8 @@ def _short(labels: list[str]) -> list[str]:
     for number, label in enumerate(labels):
         room -= len(label) + 1
         if room < 0:
-            return [*kept, f"more_{_hash(str(labels[number:]))}"]
+            rest = str(labels[number:])
+            return [*kept, f"more_{_hash(rest)}"]
         kept.append(label)
     return kept
 
@@ -168,9 +185,10 @@ def _hash(text: str) -> str:
 
 def same_folder(settings: Sequence[tuple[Sequence[str], str]]) -> list[str]:
     """Faults of a sweep of (overrides, out): every folder that two of its points would write."""
-    points: dict[Path, list[str]] = {}
+    points: dict[Path, list[str]] = defaultdict(list)
     for overrides, out in settings:
-        points.setdefault(Path(out).resolve(), []).append(" ".join(overrides))
+        folder = Path(out).resolve()
+        points[folder].append(" ".join(overrides))
     return [
         (
             f"sweep: {len(same)} points would train in {folder}: {'; '.join(same[:3])}; what they differ "
