@@ -9,6 +9,7 @@ from what the other setting gained.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,12 +92,16 @@ def differences(runs: Sequence[Run], stated: Sequence[tuple[str, str]] = ()) -> 
     ordered = sorted(runs, key=lambda run: run.arm)
     settings = [(run.arm, _beside_the_question(run)) for run in ordered]
     elsewhere = {*stated, (SOURCE, "train.budget_tokens")}  # the control arm trains for equal FLOPs
+    keys: set[str] = set()
+    for _, values in settings:
+        keys.update(values)
     sentences = []
-    for key in sorted({key for _, values in settings for key in values}):
-        arms: dict[str, list[str]] = {}
+    for key in sorted(keys):
+        arms: dict[str, list[str]] = defaultdict(list)  # value → the arms that have it
         for arm, values in settings:
-            if not elsewhere & {(arm, part) for part in (key, *_parents(key))}:
-                arms.setdefault(_value(values.get(key)), []).append(arm)
+            if elsewhere.isdisjoint((arm, path) for path in _paths(key)):
+                value = _value(values.get(key))
+                arms[value].append(arm)
         if len(arms) > 1:
             parts = [f"{value} ({', '.join(dict.fromkeys(having))})" for value, having in arms.items()]
             sentences.append(f"{key}: " + "; ".join(parts))
@@ -104,15 +109,17 @@ def differences(runs: Sequence[Run], stated: Sequence[tuple[str, str]] = ()) -> 
 
 
 def _beside_the_question(run: Run) -> dict[str, Any]:
+    """The settings of a run that are no part of what is compared."""
     values = identity(run.record.settings)
-    beside = [key for key in values if {*THE_QUESTION}.isdisjoint((key, *_parents(key)))]
+    beside = [key for key in values if not any(path in THE_QUESTION for path in _paths(key))]
     return {key: values[key] for key in beside}
 
 
-def _parents(key: str) -> list[str]:
-    """`a.b.c` → `a`, `a.b`."""
+def _paths(key: str) -> list[str]:
+    """`a.b.c` → `a`, `a.b`, `a.b.c`."""
     parts = key.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts))]
+    lengths = range(1, len(parts) + 1)
+    return [".".join(parts[:length]) for length in lengths]
 
 
 def _value(value: Any) -> str:
@@ -122,22 +129,21 @@ def _value(value: Any) -> str:
 def _differing(runs: Sequence[Run], name: str, read: Read) -> list[str]:
     """At most one sentence: the first run that differs from the first of all."""
     for run in runs[1:]:
-        one, other = read(runs[0]), read(run)
+        first = runs[0]
+        one, other = read(first), read(run)
         if one != other:
-            pair = f"{runs[0].folder} and {run.folder}"
+            pair = f"{first.folder} and {run.folder}"
             return [f"{pair} cannot be compared: their {name} is {one} and {other}"]
     return []
 
 
 def _differing_configs(runs: Sequence[Run]) -> list[str]:
+    """At most one sentence: the first target that differs from the first of all."""
     for run in runs[1:]:
-        if differing := _list_differing(_network(runs[0]), _network(run)):
-            return [
-                (
-                    f"{runs[0].folder} and {run.folder} cannot be compared: their target configs differ in "
-                    f"{differing}"
-                )
-            ]
+        first = runs[0]
+        if differing := _list_differing(_network(first), _network(run)):
+            pair = f"{first.folder} and {run.folder}"
+            return [f"{pair} cannot be compared: their target configs differ in {differing}"]
     return []
 
 
@@ -150,10 +156,12 @@ def _network(run: Run) -> dict[str, Any]:
 
 
 def _twice(runs: Sequence[Run]) -> list[str]:
-    seen: dict[tuple[str, float, int], Run] = {}
+    """A sentence for each run of an arm, a rate and a seed that another run has already."""
+    by_point: dict[tuple[str, float, int], Run] = {}
     faults = []
     for run in runs:
-        first = seen.setdefault((run.arm, run.learning_rate, run.seed), run)
+        point = (run.arm, run.learning_rate, run.seed)
+        first = by_point.setdefault(point, run)
         if first is not run:
             same = f"arm {run.arm}, learning rate {run.learning_rate:g}, seed {run.seed}"
             faults.append(
@@ -165,12 +173,12 @@ def _twice(runs: Sequence[Run]) -> list[str]:
 
 def _differing_within_arms(runs: Sequence[Run]) -> list[str]:
     """Seeds of one arm at one learning rate are repetitions only if nothing else differs."""
-    first: dict[tuple[str, float], Run] = {}
-    faults: dict[str, list[str]] = {}
+    firsts: dict[tuple[str, float], Run] = {}
+    faults: dict[str, list[str]] = defaultdict(list)
     for run in runs:
-        other = first.setdefault((run.arm, run.learning_rate), run)
-        if differing := _list_differing(_measured(other), _measured(run)):
-            faults.setdefault(differing, []).append(f"{other.folder} and {run.folder}")
+        first = firsts.setdefault((run.arm, run.learning_rate), run)
+        if differing := _list_differing(_measured(first), _measured(run)):
+            faults[differing].append(f"{first.folder} and {run.folder}")
     return [
         f"{listed(pairs, 1)} are no two seeds of one arm: their settings differ in {keys}"
         for keys, pairs in faults.items()
@@ -192,7 +200,8 @@ def _list_differing(one: dict[str, Any], other: dict[str, Any]) -> str:
     """The keys that differ, with both values; "" where none does."""
     parts = []
     for key in differing_keys(one, other):
-        before, after = one.get(key, "absent"), other.get(key, "absent")
+        before = one.get(key, "absent")
+        after = other.get(key, "absent")
         parts.append(f"{key} ({before} and {after})")
     return "; ".join(parts)
 
@@ -202,5 +211,8 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
-        leaves |= flat(value, f"{path}.") if isinstance(value, dict) else {path: value}
+        if isinstance(value, dict):
+            leaves |= flat(value, f"{path}.")
+        else:
+            leaves[path] = value
     return leaves

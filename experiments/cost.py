@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Literal, TypeVar
 
@@ -71,11 +72,12 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
 
     Raises ValueError unless all were evaluated at the same tokens.
     """
-    if any(curve.tokens != curves[0].tokens for curve in curves):
+    first = curves[0]
+    if any(curve.tokens != first.tokens for curve in curves):
         raise ValueError("curves of one arm were evaluated at different tokens")
     columns = zip(*(curve.losses for curve in curves), strict=True)
     losses = tuple(map(fmean, columns))
-    return Curve(curves[0].tokens, curves[0].flops, losses)
+    return Curve(first.tokens, first.flops, losses)
 
 
 def reach(positions: Sequence[float], losses: Sequence[float], level: float) -> float | None:
@@ -99,12 +101,12 @@ def reach(positions: Sequence[float], losses: Sequence[float], level: float) -> 
 
 def loss_at(positions: Sequence[float], losses: Sequence[float], at: float) -> float | None:
     """The curve's loss at one cost, linear between evaluations; None before its start or past its end."""
-    if at < positions[0] or at > positions[-1] * (1 + AT_THE_END):
+    first, last = positions[0], positions[-1]
+    if at < first or at > last * (1 + AT_THE_END):
         return None
-    for i in range(1, len(positions)):
-        start, end = positions[i - 1], positions[i]
+    points = zip(positions, losses, strict=True)
+    for (start, before), (end, after) in pairwise(points):
         if at <= end:
-            before, after = losses[i - 1], losses[i]
             share = (at - start) / (end - start)
             return before + share * (after - before)
     return losses[-1]
@@ -159,23 +161,23 @@ def cost(
     arm that starts and ends there paid nothing, so it gets no ratio with the source excluded, only the loss
     difference. One that ends above has not reached it.
     """
-    level, paid_by_scratch = scratch.losses[-1], scratch.flops[-1]
+    level = scratch.losses[-1]
+    paid_by_scratch = scratch.flops[-1]
     c_scratch = reach(scratch.flops, scratch.losses, level)
-    starts_below = max(curve.losses[0], curve.losses[-1]) <= level
+    begin, end = curve.losses[0], curve.losses[-1]
+    starts_below = max(begin, end) <= level
     tokens: float | None = curve.tokens[0]
     own: float | None = curve.flops[0]
     if not starts_below:
         tokens = reach(curve.tokens, curve.losses, level)
         own = reach(curve.flops, curve.losses, level)
     excluded = None if own is None else own + operator_flops
-    included = None if excluded is None or source_flops is None else excluded + source_flops
+    included = _sum(excluded, source_flops)
 
     def difference(already_paid: float | None) -> float | None:
-        loss = (
-            None
-            if already_paid is None
-            else loss_at(curve.flops, curve.losses, paid_by_scratch - already_paid)
-        )
+        if already_paid is None:
+            return None
+        loss = loss_at(curve.flops, curve.losses, paid_by_scratch - already_paid)
         return None if loss is None else loss - level
 
     return Cost(
@@ -186,9 +188,13 @@ def cost(
         speedup_excluded=None if starts_below else _ratio(c_scratch, excluded),
         speedup_included=_ratio(c_scratch, included),
         difference_excluded=difference(operator_flops),
-        difference_included=difference(None if source_flops is None else operator_flops + source_flops),
-        difference_at_end=curve.losses[-1] - level,
+        difference_included=difference(_sum(operator_flops, source_flops)),
+        difference_at_end=end - level,
     )
+
+
+def _sum(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one + other
 
 
 def _ratio(c_scratch: float | None, c_arm: float | None) -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -85,7 +86,7 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[LeftOut]]:
     run remains.
     """
     runs, left_out, faults = [], [], []
-    for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
+    for folder in dict.fromkeys(Path(name).resolve() for name in folders):
         try:
             run = read_run(folder)
         except UserError as error:
@@ -97,8 +98,8 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[LeftOut]]:
             left_out.append(run)
     UserError.collect(grouped(faults))
     if not runs:
-        reasons = grouped([(item.folder, f"{item.folder}: {item.reason}") for item in left_out])
-        listing = "; ".join(reasons) or "no folder was given"
+        reasons = [(item.folder, f"{item.folder}: {item.reason}") for item in left_out]
+        listing = "; ".join(grouped(reasons)) or "no folder was given"
         raise UserError(
             f"no complete run to compare ({listing}). Finish a run with the command that started it: it "
             "resumes",
@@ -114,14 +115,16 @@ def _told_apart(runs: Sequence[Run]) -> list[Run]:
     change: there is one arm to hold the others against, and the comparison tells its settings
     (`experiments.comparable`).
     """
-    changed = [_changes(run) for run in runs]
+    changed = list(map(_changes, runs))
     shared = set.intersection(*map(set, changed)) if changed else set()
-    own = [[label for label in labels if label not in shared] for labels in changed]
-    pairs = list(zip(runs, own, strict=True))
-    scratch = {tuple(labels) for run, labels in pairs if run.arm == SCRATCH}
-    if len(scratch) == 1:
-        pairs = [(run, [] if run.arm == SCRATCH else labels) for run, labels in pairs]
-    return [replace(run, arm="-".join((run.arm, *labels))) for run, labels in pairs]
+    own = {}  # the labels of each run that not all have, by its number
+    for number, labels in enumerate(changed):
+        own[number] = [label for label in labels if label not in shared]
+    of_scratch = [number for number, run in enumerate(runs) if run.arm == SCRATCH]
+    if len({tuple(own[number]) for number in of_scratch}) == 1:
+        own |= {number: [] for number in of_scratch}
+    arms = ["-".join((run.arm, *own[number])) for number, run in enumerate(runs)]
+    return [replace(run, arm=arm) for run, arm in zip(runs, arms, strict=True)]
 
 
 def _changes(run: Run) -> list[str]:
@@ -140,15 +143,17 @@ def _of_control(run: Run, label: str) -> bool:
 
 def listed(names: Sequence[str], most: int = 4) -> str:
     """The first few names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    more = len(names) - most
+    rest = f" and {more} more" if more > 0 else ""
+    return ", ".join(names[:most]) + rest
 
 
 def grouped(faults: Sequence[tuple[Path, str]]) -> list[str]:
     """One sentence for each fault, however many folders have it: the fault of sixteen runs is one line."""
-    folders: dict[str, list[Path]] = {}
+    folders: dict[str, list[Path]] = defaultdict(list)
     for folder, fault in faults:
-        folders.setdefault(fault.replace(str(folder), "…"), []).append(folder)
+        same = fault.replace(str(folder), "…")
+        folders[same].append(folder)
     alone, several = [], []
     for fault, having in folders.items():
         names = listed([folder.name for folder in having])
@@ -206,23 +211,26 @@ def check_run(run: Run) -> None:
 
     Raises UserError with every contradiction at once.
     """
-    summary, curve, flops = run.summary, run.curve, run.flops
-    first, last, tokens = curve.losses[0], run.final_loss, curve.tokens[-1]
+    summary, flops = run.summary, run.flops
+    first, last = run.curve.losses[0], run.final_loss
+    begin, tokens = run.curve.tokens[0], run.curve.tokens[-1]
+    planned = run.record.planned_flops(tokens)
     pairs = [
-        ("evaluations begin at token", curve.tokens[0], "a curve begins at", 0),
+        ("evaluations begin at token", begin, "a curve begins at", 0),
         ("summary.json's start_val_loss is", summary.start_val_loss, "the first evaluation says", first),
         ("summary.json's final_val_loss is", summary.final_val_loss, "the last evaluation says", last),
         ("summary.json's tokens are", summary.tokens, "the last evaluation was at", tokens),
         ("summary.json's FLOPs are", summary.flops, "the last evaluation was at", flops),
-        ("the FLOPs counted are", flops, "tokens × FLOPs per token give", run.record.planned_flops(tokens)),
+        ("the FLOPs counted are", flops, "tokens × FLOPs per token give", planned),
     ]
     faults = []
     for claim, value, other, expected in pairs:
         if not math.isclose(value, expected, rel_tol=1e-6, abs_tol=1e-9):
             faults.append(f"{claim} {value:.10g}, but {other} {expected:.10g}")
     if faults:
+        listing = "; ".join(faults)
         raise UserError(
-            f"{run.folder} contradicts itself: {'; '.join(faults)}. Its files were edited or mixed; run it "
+            f"{run.folder} contradicts itself: {listing}. Its files were edited or mixed; run it "
             "again elsewhere",
         )
 

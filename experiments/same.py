@@ -58,7 +58,7 @@ class Difference:
 
 
 def compare(revision: str) -> tuple[int, list[Difference]]:
-    """How many numbers were compared, and those that differ.
+    """The number of numbers that were compared, and those that differ.
 
     Raises:
         UserError: this is no clone, REV is unknown, or one of the two trees does not run.
@@ -83,7 +83,8 @@ def compare(revision: str) -> tuple[int, list[Difference]]:
                     f"same {revision}: it is older than the package outgrow, whose names it does not know"
                 )
             write_text(work / "text")
-            old, new = (_numbers_of(tree, work) for tree in (there, here))
+            old = _numbers_of(there, work)
+            new = _numbers_of(here, work)
         finally:
             subprocess.run(
                 ["git", "-C", str(here), "worktree", "remove", "--force", str(there)],
@@ -101,14 +102,16 @@ def write_text(folder: Path) -> None:
     folder.mkdir()
     draw = random.Random(0)
     for number in range(40):
-        (folder / f"{number}.txt").write_text(" ".join(draw.choices(WORDS, k=120)))
+        words = draw.choices(WORDS, k=120)
+        (folder / f"{number}.txt").write_text(" ".join(words))
 
 
 def _numbers_of(tree: Path, work: Path) -> dict[str, str]:
     """The numbers of one tree, measured in a process that finds `outgrow` there."""
     from outgrow.model.base.errors import UserError
 
-    site, own = work / f"site-{tree.name}", work / f"work-{tree.name}"
+    site = work / f"site-{tree.name}"
+    own = work / f"work-{tree.name}"
     (site / "outgrow").mkdir(parents=True)
     own.mkdir()
     for room in ROOMS:
@@ -123,10 +126,10 @@ def _numbers_of(tree: Path, work: Path) -> dict[str, str]:
         check=False,
     )
     if done.returncode:
-        raise UserError(
-            f"same: {tree} does not run: {(done.stderr.strip().splitlines() or ['no words'])[-1]}"
-        )
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+        lines = done.stderr.strip().splitlines() or ["no words"]
+        raise UserError(f"same: {tree} does not run: {lines[-1]}")
+    last = done.stdout.splitlines()[-1]
+    return dict(json.loads(last))
 
 
 # ---- what the process of a tree measures -------------------------------------------------------------------
@@ -143,11 +146,8 @@ def numbers(text: Path) -> Iterator[tuple[str, str]]:
     for leaf in leaves:
         yield f"plan of {leaf}", _plan_hash(leaf)
         yield f"weights of {leaf}", _grown(leaf)
-    for name, overrides in (
-        ("source", ["growth=scratch"]),
-        ("grown", ["growth=lossless", "source=run-source/final"]),
-    ):
-        yield from _trained(name, overrides, text)
+    yield from _trained("source", ["growth=scratch"], text)
+    yield from _trained("grown", ["growth=lossless", "source=run-source/final"], text)
 
 
 def _conf() -> Path:
@@ -171,7 +171,8 @@ def _random_source(folder: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(values * 0.2)
     model.save_pretrained(folder)
 
 
@@ -182,7 +183,8 @@ def _plan_hash(leaf: str) -> str:
 
     settings = settings_from(["source=phi_1_5", "target=phi_2", f"growth={leaf}", "plan_only=true"])
     try:
-        return plan(settings.source, settings.target, seed=settings.seed, **settings.growth.arguments()).hash
+        options = settings.growth.arguments()
+        return plan(settings.source, settings.target, seed=settings.seed, **options).hash
     except UserError:  # an operator that this growth is not for; that it stays so is compared too
         return "refused"
 
@@ -224,12 +226,18 @@ def _trained(name: str, overrides: list[str], text: Path) -> Iterator[tuple[str,
         f"out=run-{name}",
         *(f"train.{setting}" for setting in RUN),
     ]
-    train(compose([*data, *rest, *overrides]))
-    for line in Path(f"run-{name}/metrics.jsonl").read_text().splitlines():
-        row = {key: value for key, value in json.loads(line).items() if key not in CLOCKS}
-        yield f"{row.get('kind')} of {name}, step {row.get('step')}", json.dumps(row, sort_keys=True)
-    weights = (Path(f"run-{name}") / "final" / "model.safetensors").read_bytes()
-    yield f"final weights of {name}", hashlib.sha256(weights).hexdigest()[:16]
+    settings = compose([*data, *rest, *overrides])
+    train(settings)
+    folder = Path(f"run-{name}")
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        for key in CLOCKS:
+            row.pop(key, None)
+        label = f"{row.get('kind')} of {name}, step {row.get('step')}"
+        yield label, json.dumps(row, sort_keys=True)
+    weights = (folder / "final" / "model.safetensors").read_bytes()
+    digest = hashlib.sha256(weights).hexdigest()
+    yield f"final weights of {name}", digest[:16]
 
 
 @contextmanager
@@ -243,4 +251,5 @@ def _silent() -> Iterator[Callable[[str], None]]:
 if __name__ == "__main__":
     sys.path.pop(0)  # this file's own folder
     with _silent() as tell:
-        tell(json.dumps(list(numbers(Path(sys.argv[1])))))
+        measured = list(numbers(Path(sys.argv[1])))
+        tell(json.dumps(measured))

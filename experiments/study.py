@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from outgrow.experiments.progress import Display
 from outgrow.experiments.runs import SCRATCH
@@ -79,18 +79,22 @@ def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None)
     if source is not None and not complete(source):
         prepare_text([source], display)
         run_jobs([source], at_once, logs, display)
-    display.say(f"source: {study.source or 'none'}" if source is None else f"source: {source.folder}")
+    origin = (study.source or "none") if source is None else source.folder
+    display.say(f"source: {origin}")
     todo = jobs(study, extent)
     texts = judged_texts(study, todo[0], display) if study.judged_on else {}
     missing = [job for job in todo if not complete(job, source)]
-    display.say(f"{len(todo)} runs, {len(todo) - len(missing)} of them complete")
+    completed = len(todo) - len(missing)
+    display.say(f"{len(todo)} runs, {completed} of them complete")
     if missing:
         prepare_text(missing, display)
         run_jobs(missing, at_once, logs, display)
     readme = out / "README.md"
-    folders = tuple(folder for job in todo for folder in job.folders)
+    folders: list[Path] = []
+    for job in todo:
+        folders += job.folders
     return Done(
-        folders,
+        tuple(folders),
         out,
         readme if full and readme.is_file() else None,
         horizons=any(job.settings.schedule.horizons for job in todo),
@@ -101,7 +105,8 @@ def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None)
 
 def comparable_costs(study: Study, todo: Sequence[Job]) -> bool:
     """True if scratch is among the arms and all read the same."""
-    texts = {repr((job.settings.data, job.settings.mixture)) for job in todo}
+    runs = [job.settings for job in todo]
+    texts = {repr((run.data, run.mixture)) for run in runs}
     arms = {study.counts_as(job.arm) for job in todo}
     return len(texts) == 1 and SCRATCH in arms
 
@@ -116,7 +121,9 @@ def judged_texts(study: Study, job: Job, display: Display) -> dict[str, TokenDat
 
 def cores() -> int:
     """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def complete(job: Job, source: Job | None = None) -> bool:
@@ -127,7 +134,8 @@ def complete(job: Job, source: Job | None = None) -> bool:
     """
     runs = zip(job.folders, horizon_runs(job.settings), strict=True)
     # each of them, to report what is at fault
-    return all([_complete(folder, run, source) for folder, run in runs])
+    answers = [_complete(folder, run, source) for folder, run in runs]
+    return all(answers)
 
 
 def _complete(folder: Path, settings: Settings, source: Job | None) -> bool:
@@ -135,12 +143,15 @@ def _complete(folder: Path, settings: Settings, source: Job | None) -> bool:
     if record is None:
         return False
     check_same(folder, record, settings)
-    started = record.start.source
-    if source is not None and started is not None and settings.source == str(source.folder / "final"):
-        ledger = json.loads((source.folder / "final" / "ledger.json").read_text(encoding="utf-8"))
-        if any(getattr(started, key) != ledger.get(key) for key in ("tokens", "flops", "val_loss")):
+    own = record.start.source
+    final = None if source is None else source.folder / "final"
+    if final is not None and own is not None and settings.source == str(final):
+        text = (final / "ledger.json").read_text(encoding="utf-8")
+        ledger = json.loads(text)
+        kept = {key: ledger.get(key) for key in ("tokens", "flops", "val_loss")}
+        if kept != {key: getattr(own, key) for key in kept}:
             raise UserError(
-                f"{folder} started from a source that {source.folder} no longer holds; delete {folder} to "
+                f"{folder} started from a source that {final.parent} no longer holds; delete {folder} to "
                 "run it again",
             )
     return is_complete(folder) and not unkept(folder, record, settings)
@@ -162,13 +173,19 @@ def prepare_text(todo: Sequence[Job], display: Display) -> None:
     from outgrow.train.corpus import prepare
     from outgrow.train.data.mixture import mixed
 
-    runs = [job.settings for job in todo]
-    keys = [(run.data.home, run.source, repr(run.mixture)) for run in runs]
-    for job in dict(zip(keys, todo, strict=True)).values():
-        text, run, budget = text_of(job), job.settings, job.settings.budget
-        display.say(f"text: {text.home}" + (f", {run.mixture.name}" if run.mixture else ""))
+    by_text: dict[tuple[Any, ...], Job] = {}
+    for job in todo:
+        run = job.settings
+        key = (run.data.home, run.source, repr(run.mixture))
+        by_text[key] = job
+    for job in by_text.values():
+        text, mixture = text_of(job), job.settings.mixture
+        name = f", {mixture.name}" if mixture else ""
+        display.say(f"text: {text.home}{name}")
+        budget, context = job.settings.budget, job.settings.train.context
         rows = budget.steps * budget.rows
-        mixed(run.mixture, text, prepare(text), prepare, context=run.train.context, rows=rows)
+        tokens = prepare(text)
+        mixed(mixture, text, tokens, prepare, context=context, rows=rows)
 
 
 def run_jobs(todo: Sequence[Job], at_once: int, logs: Path, display: Display, train: Train = work) -> None:
@@ -191,7 +208,8 @@ def run_jobs(todo: Sequence[Job], at_once: int, logs: Path, display: Display, tr
     pool = ProcessPoolExecutor(at_once, mp_context=context, initializer=initialise, initargs=(threads,))
 
     def submit(job: Job) -> Future[str]:
-        return pool.submit(train, job.overrides, str(log_of(job, logs)))
+        log = str(log_of(job, logs))
+        return pool.submit(train, job.overrides, log)
 
     with pool, display.watching(todo):
         try:
@@ -200,9 +218,11 @@ def run_jobs(todo: Sequence[Job], at_once: int, logs: Path, display: Display, tr
             pool.shutdown(wait=False, cancel_futures=True)
             _end(multiprocessing.active_children())  # those of this pool: nothing else here starts any
             raise
+    if len(failed) == 1:
+        raise RunFailed(failed[0])
     if failed:
         count = f"{len(failed)} of {len(todo)} runs failed:"
-        raise RunFailed("\n".join((count, *failed)) if len(failed) > 1 else failed[0])
+        raise RunFailed("\n".join((count, *failed)))
 
 
 def _end(processes: Sequence[BaseProcess]) -> None:
@@ -236,7 +256,8 @@ def _follow(
     Raises:
         RunFailed: a process was ended from outside, and the pool with it.
     """
-    waiting, began = list(todo), time.monotonic()
+    waiting = list(todo)
+    began = time.monotonic()
     running: dict[Future[str], Job] = {}
     failed: list[str] = []
     while waiting or running:
@@ -246,13 +267,14 @@ def _follow(
         ended, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
         display.refresh()
         for future in ended:
-            job, error = running.pop(future), future.exception()
-            words = f"{job.name}: {error}\n(its log: {log_of(job, logs)})"
+            job = running.pop(future)
+            error = future.exception()
+            fault = f"{job.name}: {error}\n(its log: {log_of(job, logs)})"
             if isinstance(error, BrokenProcessPool):
-                raise RunFailed(words) from error
+                raise RunFailed(fault) from error
             if error is None:
                 display.finished(job, time.monotonic() - began)
             else:
                 display.say(f"failed: {job.name}; the others go on")
-                failed.append(words)
+                failed.append(fault)
     return failed

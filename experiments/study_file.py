@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -93,7 +94,8 @@ class Job:
     @property
     def folders(self) -> tuple[Path, ...]:
         """The folders of its horizons, shortest first; one where it has none."""
-        return tuple(Path(run.out) for run in horizon_runs(self.settings))
+        runs = horizon_runs(self.settings)
+        return tuple(Path(run.out) for run in runs)
 
     @property
     def folder(self) -> Path:
@@ -107,7 +109,8 @@ def studies() -> dict[str, Path]:
     """
     folders: list[Path] = []
     for room in (HERE, Path("experiments")):
-        folders += [path.parent for path in sorted(room.glob(f"*/{DEFINITION}"))]
+        definitions = sorted(room.glob(f"*/{DEFINITION}"))
+        folders += [path.parent for path in definitions]
     return {folder.name: folder for folder in folders}
 
 
@@ -123,7 +126,9 @@ def results_folder(name: str, full: bool) -> Path:
     """The folder of a study's comparison: of its full extent the study's own, if the user may write there."""
     folder = folder_of(name)
     own = folder.resolve().is_relative_to(Path.cwd())
-    return folder if full and own else Path("runs") / f"comparison-{name}"
+    if full and own:
+        return folder
+    return Path("runs") / f"comparison-{name}"
 
 
 def load_study(name: str) -> Study:
@@ -134,8 +139,10 @@ def load_study(name: str) -> Study:
     path = folder_of(name) / DEFINITION
     faults: list[str] = []
     values = load_yaml(path)
-    study = read(Study, {**(values if isinstance(values, dict) else {}), "name": name}, "", faults)
-    faults += [] if study is None else _disagreements(study)
+    known = values if isinstance(values, dict) else {}
+    study = read(Study, {**known, "name": name}, "", faults)
+    if study is not None:
+        faults += _disagreements(study)
     UserError.collect(f"{path}: {fault}" for fault in faults)
     assert study is not None
     return study
@@ -159,42 +166,48 @@ def jobs(study: Study, extent: Extent) -> list[Job]:
         UserError: what the arms say composes to no run; every such arm is named.
     """
     shared: dict[str, list[str]] = {}
-    faults: dict[str, list[str]] = {}  # what is wrong → the arms of which that is true
+    faults: dict[str, list[str]] = defaultdict(list)  # what is wrong → the arms of which that is true
     for name in extent.arms:
         try:
             shared[name] = _arm_overrides(study, name)
             _job(name, shared[name])
         except UserError as fault:
-            faults.setdefault(str(fault), []).append(name)
+            faults[str(fault)].append(name)
     path = folder_of(study.name) / DEFINITION
     UserError.collect(f"{path}, arms {', '.join(names)}: {fault}" for fault, names in faults.items())
     tuning = extent.seeds if extent.tuning_seeds is None else extent.tuning_seeds
     points = itertools.product(extent.seeds, extent.arms, extent.learning_rate_factors)
-    return [
-        _job(name, shared[name] + _point_overrides(name, study.arms[name].learning_rate, share, seed))
-        for seed, name, share in points
-        if share == 1 or seed in tuning
-    ]
+    runs = []
+    for seed, name, share in points:
+        if share == 1 or seed in tuning:
+            middle = study.arms[name].learning_rate
+            point = _point_overrides(name, middle, share, seed)
+            runs.append(_job(name, shared[name] + point))
+    return runs
 
 
 def _arm_overrides(study: Study, name: str) -> list[str]:
     """The overrides that all runs of an arm share."""
     arm = study.arms[name]
+    growth = arm.growth or name
     start = [f"source={study.source}"] if isinstance(study.source, str) else []
-    growth = [f"growth={arm.growth or name}", f"growth.name={study.counts_as(name)}"]
-    overrides = [*study.runs, *start, *growth, *arm.overrides]
-    if (arm.growth or name) == SOURCE:
+    names = [f"growth={growth}", f"growth.name={study.counts_as(name)}"]
+    overrides = [*study.runs, *start, *names, *arm.overrides]
+    if growth == SOURCE:
         overrides.append(f"train.budget_tokens={equal_flops_budget(overrides)}")
     return overrides
 
 
 def _point_overrides(arm: str, middle: float | None, share: float, seed: int) -> list[str]:
     """One point of an arm's grid: a share of its own learning rate."""
-    tuned, label = [], ""
+    tuned: list[str] = []
+    label = ""
     if middle is not None:
         rate = float(f"{middle * share:.6g}")  # 3 × 0.1 is 0.30000000000000004
-        tuned, label = [f"optimizer.learning_rate={rate!r}"], f"-lr{rate:g}"
-    return [f"seed={seed}", *tuned, "changes=''", f"name='${{study}}-{arm}{label}-s${{seed}}'"]
+        tuned = [f"optimizer.learning_rate={rate!r}"]
+        label = f"-lr{rate:g}"
+    name = f"name='${{study}}-{arm}{label}-s${{seed}}'"
+    return [f"seed={seed}", *tuned, "changes=''", name]
 
 
 def equal_flops_budget(overrides: list[str]) -> int:
@@ -214,38 +227,41 @@ def equal_flops_budget(overrides: list[str]) -> int:
         )
     source = json.loads(path.read_text(encoding="utf-8"))
     target = resolve_target(settings.target, source)
-    budget, context = settings.budget, settings.train.context
-    tokens = (
-        budget.steps
-        * budget.tokens_per_step
-        * flops_per_token(target, context)
-        / flops_per_token(source, context)
-    )
-    return math.ceil(tokens / budget.tokens_per_step) * budget.tokens_per_step
+    steps, tokens_per_step = settings.budget.steps, settings.budget.tokens_per_step
+    context = settings.train.context
+    flops = steps * tokens_per_step * flops_per_token(target, context)
+    tokens = flops / flops_per_token(source, context)
+    return math.ceil(tokens / tokens_per_step) * tokens_per_step
 
 
 def _job(arm: str, overrides: list[str]) -> Job:
     from outgrow.train.settings import compose
 
-    settings = compose([*overrides, "progress=false"])
-    return Job(settings.name, arm, (*overrides, "progress=false"), settings)
+    quiet = [*overrides, "progress=false"]
+    settings = compose(quiet)
+    return Job(settings.name, arm, tuple(quiet), settings)
 
 
 def _disagreements(study: Study) -> list[str]:
     """List the faults between well-typed values."""
     leaves = {path.stem for path in (CONF / "data").glob("*.yaml")}
-    strange_texts = [leaf for leaf in study.judged_on if leaf not in leaves]
-    faults = [f"judged_on: unknown data {leaf!r}; {did_you_mean(leaf, leaves)}" for leaf in strange_texts]
+    faults = []
+    for leaf in study.judged_on:
+        if leaf not in leaves:
+            hint = did_you_mean(leaf, leaves)
+            faults.append(f"judged_on: unknown data {leaf!r}; {hint}")
     for key in ("demo", "full"):
         extent: Extent = getattr(study, key)
-        strangers = [arm for arm in extent.arms if arm not in study.arms]
-        faults += [f"{key}.arms: unknown arm {arm!r}; {did_you_mean(arm, study.arms)}" for arm in strangers]
-        known = [arm for arm in extent.arms if arm in study.arms]
+        known = [name for name in extent.arms if name in study.arms]
+        unknown_arms = [name for name in extent.arms if name not in known]
+        for name in unknown_arms:
+            hint = did_you_mean(name, study.arms)
+            faults.append(f"{key}.arms: unknown arm {name!r}; {hint}")
         if extent.learning_rate_factors != (1.0,):
-            without = [arm for arm in known if study.arms[arm].learning_rate is None]
-            faults += [f"arms.{arm}.learning_rate: missing; {key} has a grid around it" for arm in without]
-        has_scratch = any(study.counts_as(arm) == SCRATCH for arm in known)
-        if not (has_scratch or study.judged_on or strangers):
+            without = [name for name in known if study.arms[name].learning_rate is None]
+            faults += [f"arms.{name}.learning_rate: missing; {key} has a grid around it" for name in without]
+        has_scratch = SCRATCH in map(study.counts_as, known)
+        if not (has_scratch or study.judged_on or unknown_arms):
             faults.append(
                 f"{key}.arms: none counts as {SCRATCH}, which costs are measured against; add it, or "
                 "judged_on, the texts to compare the arms' losses on"

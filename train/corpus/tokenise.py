@@ -56,16 +56,16 @@ def kept_rows(work: Workshop, verdicts: Verdicts, task: int) -> Iterator[Row]:
 
 
 def held_out(digest: bytes, settings: DataSettings) -> bool:
-    """Whether the document with this digest of its text is for validation: a keyed hash, so no other document
-    and no order plays a part."""
+    """True where the document with this digest of its text is for validation: a keyed hash, so no other
+    document and no order plays a part."""
     return split_key(digest, settings.seed) < settings.validation_fraction * 2**64
 
 
 def split_key(digest: bytes, seed: int) -> int:
     """64 bits that are spread evenly."""
-    return int.from_bytes(
-        hashlib.blake2b(digest, key=f"validation {seed}".encode(), digest_size=8).digest(), "big"
-    )
+    key = f"validation {seed}".encode()
+    keyed = hashlib.blake2b(digest, key=key, digest_size=8)
+    return int.from_bytes(keyed.digest(), "big")
 
 
 # ---- tokens ------------------------------------------------------------------------------------------------
@@ -107,18 +107,21 @@ class Split:
         """The text, or both parts of it, each with whether it is held out."""
         if self.cut:
             cut = _cut(document.text, self.settings.validation_fraction)
-            return [(document.text[:cut], False), (document.text[cut:], True)]
-        other = self.named == (task, document.metadata["row"])
-        return [(document.text, held_out(document.metadata["digest"], self.settings) != other)]
+            begin, end = document.text[:cut], document.text[cut:]
+            return [(begin, False), (end, True)]
+        is_named = self.named == (task, document.metadata["row"])
+        by_hash = held_out(document.metadata["digest"], self.settings)
+        return [(document.text, by_hash != is_named)]
 
 
 def _cut(text: str, share: float) -> int:
     """Where the last `share` of a text begins: at a paragraph, else a line, else a word."""
-    wanted = max(1, round(len(text) * (1 - share)))
+    length = len(text)
+    wanted = max(1, round(length * (1 - share)))
     for end in ("\n\n", "\n", " "):
-        end_of_part = text.rfind(end, len(text) // 2, wanted) + len(end)
-        if end_of_part >= len(end):
-            return end_of_part
+        position = text.rfind(end, length // 2, wanted)
+        if position >= 0:
+            return position + len(end)
     return wanted
 
 
@@ -129,7 +132,9 @@ class Tokenise(PipelineStep):
 
     def __init__(self, work: Workshop, split: Split, dtype: np.dtype) -> None:
         super().__init__()
-        self.work, self.split, self.dtype = work, split, dtype
+        self.work = work
+        self.split = split
+        self.dtype = dtype
 
     def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
         path = self.work.folder / ENCODER
@@ -139,20 +144,25 @@ class Tokenise(PipelineStep):
         with ExitStack() as stack:
             files = {}
             for name in SPLITS:
-                partial = stack.enter_context(whole_file(self.work.path("ids", rank, f".{name}.bin")))
+                ids_file = self.work.path("ids", rank, f".{name}.bin")
+                partial = stack.enter_context(whole_file(ids_file))
                 files[name] = stack.enter_context(partial.open("wb"))
             for batch in in_batches(self._parts(data, rank)):
-                encoded = encoder.encode([text for _, text, _ in batch])
+                texts = [text for _, text, _ in batch]
+                encoded = encoder.encode(texts)
                 for (row, text, validation), ids in zip(batch, encoded, strict=True):
                     split = "validation" if validation else "train"
-                    files[split].write(np.array(ids, self.dtype).tobytes())
+                    raw = np.array(ids, self.dtype)
+                    files[split].write(raw.tobytes())
                     columns["row"].append(row)
                     columns["tokens"].append(len(ids))
                     columns["bytes"].append(len(text.encode()))
                     columns["validation"].append(validation)
-                self.stat_update("tokens", value=sum(columns["tokens"][-len(batch) :]))
+                counts = columns["tokens"][-len(batch) :]
+                self.stat_update("tokens", value=sum(counts))
         arrays = {name: np.array(columns[name], kind) for name, kind in kinds.items()}
-        with whole_file(self.work.path("lengths", rank, ".npz")) as partial, partial.open("wb") as file:
+        lengths = self.work.path("lengths", rank, ".npz")
+        with whole_file(lengths) as partial, partial.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
         return
         yield
@@ -177,7 +187,8 @@ def in_batches(parts: Iterable[tuple[int, str, bool]]) -> Iterator[list[tuple[in
         size += len(part[1])
         if size >= BATCH_BYTES:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch
 
@@ -217,11 +228,16 @@ class Pack(PipelineStep):
     ) -> None:
         """`ends`: of each split, how many tokens there are up to the end of each task."""
         super().__init__()
-        self.work, self.folder, self.shards, self.ends, self.dtype = work, folder, shards, ends, dtype
+        self.work = work
+        self.folder = folder
+        self.shards = shards
+        self.ends = ends
+        self.dtype = dtype
 
     def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
         shard = self.shards[rank]
-        with whole_file(self.folder / shard.file) as partial, partial.open("wb") as out:
+        path = self.folder / shard.file
+        with whole_file(path) as partial, partial.open("wb") as out:
             for piece in self._pieces(shard):
                 out.write(piece)
         return
@@ -229,17 +245,19 @@ class Pack(PipelineStep):
 
     def _pieces(self, shard: Shard) -> Iterator[bytes]:
         ends = self.ends[shard.split]
-        start, stop = shard.start, shard.start + shard.tokens
+        width = self.dtype.itemsize
+        start = shard.start
+        stop = start + shard.tokens
         task = int(np.searchsorted(ends, start, side="right"))
         while start < stop:
             first = ends[task - 1] if task else 0
             end = min(stop, ends[task])
             if end > start:
                 path = self.work.path("ids", task, f".{shard.split}.bin")
-                yield from _read(
-                    path, (start - first) * self.dtype.itemsize, (end - start) * self.dtype.itemsize
-                )
-            start, task = max(start, end), task + 1
+                offset, size = (start - first) * width, (end - start) * width
+                yield from _read(path, offset, size)
+            start = max(start, end)
+            task += 1
 
 
 def _read(path: Path, start: int, size: int) -> Iterator[bytes]:

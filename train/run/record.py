@@ -205,7 +205,8 @@ class RunRecord:
         """
         if not self.spans:
             return tokens * self.flops_per_token
-        return flops_after(self.spans, round(tokens / self.tokens_per_step), self.tokens_per_step)
+        steps = round(tokens / self.tokens_per_step)
+        return flops_after(self.spans, steps, self.tokens_per_step)
 
 
 # ---- summary.json ------------------------------------------------------------------------------------------
@@ -306,7 +307,8 @@ def _evaluation(row: Any) -> LoggedEvaluation | None:
 
 def _read(cls: type[T], path: Path, way_out: str) -> T:
     faults: list[str] = []
-    value = read(cls, _known(cls, read_object(path, way_out)), "", faults)
+    entries = _known(cls, read_object(path, way_out))
+    value = read(cls, entries, "", faults)
     if value is None:
         raise UserError(f"{path}: {'; '.join(faults)}; {way_out}")
     return value

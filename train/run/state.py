@@ -82,14 +82,16 @@ def tensors(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     """
     held: dict[str, Tensor] = {}
     names: dict[int, str] = {}
-    for name, tensor in objective.state_dict(keep_vars=True).items():
+    for key, tensor in objective.state_dict(keep_vars=True).items():
         if id(tensor) not in names:  # a tied tensor counts once
-            names[id(tensor)] = name.removeprefix("network.")
-            held[f"model/{names[id(tensor)]}"] = tensor.detach()
+            name = key.removeprefix("network.")
+            names[id(tensor)] = name
+            held[f"model/{name}"] = tensor.detach()
     for parameter, slots in optimizer.state.items():
         name = names[id(parameter)]
         for slot, value in slots.items():
-            held |= {f"optimizer/{part}/{name}": tensor for part, tensor in _plain(slot, value)}
+            for part, tensor in _plain(slot, value):
+                held[f"optimizer/{part}/{name}"] = tensor
     return held
 
 
@@ -135,20 +137,23 @@ def write(
         position: `asdict` of where the run stands.
         held: of `tensors`, or a copy.
         group: a gloo group of all processes; None for one process.
-        main: whether this process makes the folder.
+        main: true on the process that makes the folder.
         metrics: the rows of metrics.jsonl so far, on the process that makes the folder.
 
     Raises:
         UserError: the disk is full or not writable; earlier checkpoints are untouched.
     """
-    with telling_disk_faults(path), whole_folder(path) if main else nullcontext(partial_of(path)) as partial:
+    folder = whole_folder(path) if main else nullcontext(partial_of(path))
+    with telling_disk_faults(path), folder as partial:
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        alone = group is None
         with _first_fault():
-            dcp.save(dict(held), storage_writer=writer, process_group=group, no_dist=group is None)
+            dcp.save(dict(held), storage_writer=writer, process_group=group, no_dist=alone)
         digests = _all_digests(partial, group)
         if main:
             write_text(partial / METRICS, metrics)
-            record = {**position, "files": digests | {METRICS: _digest(partial / METRICS)}}
+            digests[METRICS] = _digest(partial / METRICS)
+            record = {**position, "files": digests}
             write_json(partial / STATE, record | {"sha256": _record_digest(record)})
 
 
@@ -157,14 +162,18 @@ def _all_digests(partial: Path, group: Any) -> dict[str, dict[str, Any]]:
 
     Processes share out the reading, since one alone would take long over a large checkpoint.
     """
+    shards = _shards(partial)
     if group is None:
-        return {file.name: _digest(file) for file in _shards(partial)}
+        return {shard.name: _digest(shard) for shard in shards}
     process = torch.distributed.get_rank(group)
     processes = torch.distributed.get_world_size(group)
-    own = {file.name: _digest(file) for file in _shards(partial)[process::processes]}
+    own = {shard.name: _digest(shard) for shard in shards[process::processes]}
     gathered: list[Any] = [None] * processes
     torch.distributed.all_gather_object(gathered, own, group=group)
-    return {name: digest for part in gathered for name, digest in part.items()}
+    digests: dict[str, dict[str, Any]] = {}
+    for part in gathered:
+        digests |= part
+    return digests
 
 
 def _shards(path: Path) -> list[Path]:
@@ -173,11 +182,13 @@ def _shards(path: Path) -> list[Path]:
 
 def _digest(file: Path) -> dict[str, Any]:
     with file.open("rb") as opened:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+        digest = hashlib.file_digest(opened, "sha256")
+        return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def _record_digest(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(record, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
@@ -190,11 +201,12 @@ def read(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -> 
     with _telling_damage(path):
         position = peek(path)
         reader = HuggingFaceStorageReader(str(path))
-        # there is none before the first step
-        if any(key.startswith("optimizer/") for key in reader.read_metadata().state_dict_metadata):
+        keys = reader.read_metadata().state_dict_metadata
+        if any(key.startswith("optimizer/") for key in keys):  # there is none before the first step
             _materialise(optimizer)
+        state = tensors(objective, optimizer)
         with _first_fault():
-            dcp.load(dict(tensors(objective, optimizer)), storage_reader=reader, no_dist=True)
+            dcp.load(dict(state), storage_reader=reader, no_dist=True)
     return position
 
 
@@ -206,12 +218,14 @@ def peek(path: Path) -> Position:
     """
     with _telling_damage(path):
         record = _record(path)
+        digests = record.pop("files")
+        del record["sha256"]
         sizes = {file.name: file.stat().st_size for file in _shards(path)}
-        expected = {name: digest["bytes"] for name, digest in record["files"].items()}
+        expected = {name: digest["bytes"] for name, digest in digests.items()}
         expected.pop(METRICS, None)
         if sizes != expected:
             raise ValueError(f"its files should be {expected}, and are {sizes}")
-        return Position(**{key: value for key, value in record.items() if key not in ("files", "sha256")})
+        return Position(**record)
 
 
 def check(path: Path, process: int = 0, processes: int = 1) -> None:
@@ -280,7 +294,11 @@ def complete(folder: Path, *, tidy: bool = False) -> list[Path]:
         shutil.rmtree(path, ignore_errors=True)
     named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
     finished = [path for path in named if (path / STATE).is_file()]
-    return sorted(finished, key=lambda path: int(path.name.removeprefix("step-")))
+
+    def step(path: Path) -> int:
+        return int(path.name.removeprefix("step-"))
+
+    return sorted(finished, key=step)
 
 
 def drop_old(folder: Path, keep: int, best: int | None = None) -> None:

@@ -43,33 +43,34 @@ class Tracker:
         seconds."""
         if clocks["step"] < self.begun:
             return
-        known_values = {key: value for key, value in values.items() if value is not None}
-        named = {f"{kind}/{key}": value for key, value in known_values.items()}
-        losses = {key: value for key, value in known_values.items() if key.endswith("loss")}
-        known = ("step",) if self.name == "trackio" else ()  # which it keeps itself
-        row = {**{key: clocks[key] for key in CLOCKS if key not in known}, **named}
+        step = clocks["step"]
+        known = {key: value for key, value in values.items() if value is not None}
+        losses = {key: value for key, value in known.items() if key.endswith("loss")}
+        row = {key: clocks[key] for key in CLOCKS}
+        if self.name == "trackio":  # which keeps it itself
+            del row["step"]
+        row |= _under(kind, known)
         # its only x-axis is a whole number: curves over other clocks are written at their time
         if self.name == "tensorboard":
-            self._guard("log", row, step=clocks["step"])
+            self._guard("log", row, step=step)
             axes = {
                 "tokens": clocks["tokens"],
                 "gigaflops": clocks["flops"] / 1e9,
                 "seconds": clocks["seconds"],
             }
             for axis, position in axes.items():
-                over = {f"{kind}_by_{axis}/{key}": value for key, value in losses.items()}
-                self._guard("log", over, step=round(position))
+                curves = _under(f"{kind}_by_{axis}", losses)
+                self._guard("log", curves, step=round(position))
         else:
-            over = {}
             for axis in ("flops", "seconds"):
-                label = f"{kind}_by_{axis}"
-                over |= {f"{label}/{key}": value for key, value in losses.items()}
-            self._guard("log", {**row, **over}, step=clocks["step"])
+                row |= _under(f"{kind}_by_{axis}", losses)
+            self._guard("log", row, step=step)
 
     def samples(self, when: str, samples: Iterable[Mapping[str, str]], clocks: Mapping[str, Any]) -> None:
         """Log samples, as a table where the tracker has tables, else as text."""
         pairs = [[sample["prompt"], sample["text"]] for sample in samples]
-        if clocks["step"] < self.begun:
+        step = clocks["step"]
+        if step < self.begun:
             return
         if self.name == "wandb":
             self._guard(
@@ -77,11 +78,12 @@ class Tracker:
                 f"samples/{when}",
                 columns=["prompt", "text"],
                 data=pairs,
-                step=clocks["step"],
+                step=step,
             )
         else:
-            listing = "\n\n".join(f"**{prompt}**{text}" for prompt, text in pairs)
-            self._guard("log", {f"samples/{when}": listing}, step=clocks["step"])
+            parts = [f"**{prompt}**{text}" for prompt, text in pairs]
+            listing = {f"samples/{when}": "\n\n".join(parts)}
+            self._guard("log", listing, step=step)
 
     def picture(self, name: str, path: Path) -> None:
         """A picture at step 0, where the tracker shows pictures."""
@@ -89,7 +91,8 @@ class Tracker:
             from matplotlib.image import imread
 
             shape = {"dataformats": "NHWC"} if self.name == "tensorboard" else {}
-            self._guard("log_images", {name: imread(path)[None, ..., :3]}, step=0, **shape)
+            image = imread(path)[None, ..., :3]
+            self._guard("log_images", {name: image}, step=0, **shape)
 
     def finish(self) -> None:
         self._guard("finish")
@@ -103,6 +106,11 @@ class Tracker:
             self.tracker = None
             reason = f"{type(error).__name__}: {error}"
             self.say(f"tracker {self.name} stopped ({reason}); training goes on, {METRICS} is complete")
+
+
+def _under(label: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with `label` before their names."""
+    return {f"{label}/{key}": value for key, value in values.items()}
 
 
 def check_installed(names: Iterable[str]) -> None:
@@ -124,18 +132,22 @@ def open_trackers(folder: Path, settings: Settings, run: RunRecord, say: Say) ->
     opened = []
     for name in settings.logger.trackers:
         try:
-            opened.append(Tracker(OPENERS[name](folder, settings, run, say), say))
+            started = OPENERS[name](folder, settings, run, say)
+            opened.append(Tracker(started, say))
         except Exception as error:
             say(
                 f"tracker {name} does not start ({type(error).__name__}: {error}); training goes on "
                 "without it",
             )
-    text = (folder / METRICS).read_text() if (folder / METRICS).is_file() else ""
+    metrics, picture = folder / METRICS, folder / PICTURE
+    text = metrics.read_text() if metrics.is_file() else ""
     rows = [json.loads(line) for line in text.splitlines()]
     for tracker in opened:
-        held = not rows if tracker.name != "wandb" else not getattr(tracker.tracker, "run").resumed  # noqa: B009
-        if held and (folder / PICTURE).is_file():
-            tracker.picture("growth/plan", folder / PICTURE)
+        begins = not rows
+        if tracker.name == "wandb":
+            begins = not getattr(tracker.tracker, "run").resumed  # noqa: B009
+        if begins and picture.is_file():
+            tracker.picture("growth/plan", picture)
         if tracker.name == "wandb":
             _catch_up(tracker, folder, rows)
     return opened

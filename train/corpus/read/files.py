@@ -55,7 +55,8 @@ class Files:
     def tasks(self) -> list[tuple[File, ...]]:
         """The files dealt to tasks, in order: a function of the files alone, so that no number of workers can
         change a byte."""
-        wanted, size = max(TASK_BYTES, self.size / MOST_TASKS), 0
+        wanted = max(TASK_BYTES, self.size / MOST_TASKS)
+        size = 0
         tasks: list[list[File]] = []
         for file in self.files:
             if not tasks or size >= wanted:
@@ -72,7 +73,8 @@ class Files:
             UserError: a file cannot be read. Records that cannot are counted.
         """
         for file in self.files if files is None else files:
-            for name, text in texts(file.path, self.column, self.limit, tally):
+            records = texts(file.path, self.column, self.limit, tally)
+            for name, text in records:
                 yield from tally.document(file.name + name, text, self.limit)
 
     def stamp(self) -> str:
@@ -101,7 +103,8 @@ def content_of(file: File, advance: Callable[[int], None] = lambda size: None) -
         return file.name, file.size, str(file.version)
     try:
         with open_any(file.path) as opened:
-            return file.name, file.size, hashlib.file_digest(opened, "sha256").hexdigest()  # type: ignore[arg-type]
+            digest = hashlib.file_digest(opened, "sha256")  # type: ignore[arg-type]
+            return file.name, file.size, digest.hexdigest()
     except OSError as error:
         raise unreadable(file.path, error) from error
 
@@ -123,10 +126,10 @@ def files(settings: DataSettings) -> Files:
     Raises:
         UserError: there is none.
     """
-    own = {str(settings.home.absolute()), str(settings.home.absolute()) + ".partial"}
-    return Files(
-        files_of(settings.path or "", "data.path", own), settings.column, settings.max_document_bytes
-    )
+    home = str(settings.home.absolute())
+    own = {home, f"{home}.partial"}
+    readable = files_of(settings.path or "", "data.path", own)
+    return Files(readable, settings.column, settings.max_document_bytes)
 
 
 def files_of(path: str, key: str, own: frozenset[str] | set[str] = frozenset()) -> tuple[File, ...]:
@@ -143,9 +146,10 @@ def files_of(path: str, key: str, own: frozenset[str] | set[str] = frozenset()) 
     if "://" in path:
         return _remote(path, key)
     expanded = os.path.expanduser(path)
-    root, wanted = Path(expanded), re.compile(".*", re.DOTALL)
+    root = Path(expanded)
+    wanted = re.compile(".*", re.DOTALL)
     if glob.has_magic(expanded) and not root.exists():
-        fixed = next(i for i, part in enumerate(root.parts) if glob.has_magic(part))
+        fixed = list(map(glob.has_magic, root.parts)).index(True)
         pattern = _pattern(root.parts[fixed:])
         root = Path(*root.parts[:fixed])
         wanted = re.compile(pattern, re.DOTALL)
@@ -205,12 +209,11 @@ def _walk(root: str, own: frozenset[str] | set[str], left_out: list[str]) -> Ite
         left_out.append(f"{error.filename}: cannot be listed ({error.strerror})")
 
     for folder, inner, names in os.walk(root, onerror=unlisted, followlinks=True):
-        inner[:] = [
-            name
-            for name in sorted(inner)
-            if not name.startswith(".") and not _passed(folder, name, own, inside, seen, left_out)
-        ]
-        for name in (name for name in names if not name.startswith(".")):
+        folders = [name for name in sorted(inner) if not name.startswith(".")]
+        inner[:] = [name for name in folders if not _passed(folder, name, own, inside, seen, left_out)]
+        for name in names:
+            if name.startswith("."):
+                continue
             path = os.path.join(folder, name)
             if os.path.exists(path) and not os.path.isfile(path):
                 left_out.append(f"{path}: neither a file nor a folder ({_kind(path)})")
@@ -221,17 +224,18 @@ def _walk(root: str, own: frozenset[str] | set[str], left_out: list[str]) -> Ite
 def _passed(
     folder: str, name: str, own: frozenset[str] | set[str], inside: str, seen: set[str], left_out: list[str]
 ) -> bool:
-    """Whether a folder is passed over; then it is listed in `left_out`."""
+    """True for a folder that is passed over; then it is listed in `left_out`."""
     path = os.path.join(folder, name)
     real = os.path.realpath(path)
     if os.path.abspath(path) in own:
         left_out.append(f"{path}: written from this text")
-    elif real in seen or (os.path.islink(path) and _overlap(inside, real)):
+        return True
+    leads_back = os.path.islink(path) and _overlap(inside, real)
+    if real in seen or leads_back:
         left_out.append(f"{path}: a link to a folder that is read already")
-    else:
-        seen.add(real)
-        return False
-    return True
+        return True
+    seen.add(real)
+    return False
 
 
 def _overlap(one: str, other: str) -> bool:
@@ -240,7 +244,8 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def _holds(outer: str, inner: str) -> bool:
-    return inner == outer or inner.startswith(outer.rstrip(os.sep) + os.sep)
+    stem = outer.rstrip(os.sep)
+    return inner == outer or inner.startswith(f"{stem}{os.sep}")
 
 
 def _kind(path: str) -> str:
@@ -250,18 +255,23 @@ def _kind(path: str) -> str:
         "a socket": stat.S_ISSOCK,
         "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
     }
-    return next((name for name, holds in kinds.items() if holds(mode)), "of another kind")
+    for name, holds in kinds.items():
+        if holds(mode):
+            return name
+    return "of another kind"
 
 
 def _tell(key: str, left_out: list[str]) -> None:
     for line in left_out[:TOLD]:
         print(f"{key}: left out {line}", file=sys.stderr)
-    if len(left_out) > TOLD:
-        print(f"{key}: left out {len(left_out) - TOLD} more", file=sys.stderr)
+    more = len(left_out) - TOLD
+    if more > 0:
+        print(f"{key}: left out {more} more", file=sys.stderr)
 
 
 def _local(root: Path, path: str) -> File:
-    return _file(Path(os.path.relpath(path, root)).as_posix(), path)
+    relative = Path(os.path.relpath(path, root))
+    return _file(relative.as_posix(), path)
 
 
 def _file(name: str, path: str) -> File:
@@ -293,28 +303,27 @@ def _remote(url: str, key: str) -> tuple[File, ...]:
             f"{key}={url}: cannot be listed ({type(error).__name__}: {first_line(error)}); check the "
             "address, the network and your rights"
         ) from error
-    listed = [
-        (name, info) for name, info in entries.items() if info.get("type") != "directory" and format_of(name)
-    ]
-    if not listed:
+    remote = []
+    for name, info in entries.items():
+        if info.get("type") == "directory" or not format_of(name):
+            continue
+        address = name if "://" in name else system.unstrip_protocol(name)
+        size = int(info.get("size") or 0)
+        remote.append(File(name.removeprefix(root), address, size, _version(info)))
+    if not remote:
         raise UserError(
             f"{key}={url}: none of its {len(entries)} files ends in {' '.join(READERS)}; give a folder or a "
             "glob with text in it"
         )
-    remote = (
-        File(
-            name.removeprefix(root),
-            name if "://" in name else system.unstrip_protocol(name),
-            int(info.get("size") or 0),
-            _version(info),
-        )
-        for name, info in listed
-    )
-    return tuple(sorted(remote, key=lambda file: file.name))
+    return _by_name(remote)
+
+
+def _by_name(listed: Iterable[File]) -> tuple[File, ...]:
+    return tuple(sorted(listed, key=lambda file: file.name))
 
 
 def _version(info: dict[str, Any]) -> str:
-    """What a store says of a file's content: its checksum, or the time of its last change."""
+    """Tell what a store says of a file's content: its checksum, or the time of its last change."""
     known = (
         "ETag",
         "etag",
@@ -329,7 +338,10 @@ def _version(info: dict[str, Any]) -> str:
         "updated",
         "last_modified",
     )
-    return next((f"{key} {info[key]}" for key in known if info.get(key)), "")
+    for key in known:
+        if info.get(key):
+            return f"{key} {info[key]}"
+    return ""
 
 
 # ---- Python on this machine --------------------------------------------------------------------------------
@@ -344,16 +356,15 @@ def stdlib(settings: DataSettings) -> Files:
 def _stdlib(prefix: str) -> tuple[File, ...]:
     left_out = {"test", "tests", "idlelib", "site-packages", "encodings", "lib2to3"}
     root = Path(sysconfig.get_paths()["stdlib"])
-    paths = list[Path]()
+    listed = []
     for folder, inner, names in os.walk(root):
         inner[:] = [name for name in inner if name not in left_out]
-        paths += [Path(folder, name) for name in names if name.endswith(".py")]
-    return tuple(
-        sorted(
-            (_file(prefix + path.relative_to(root).as_posix(), str(path)) for path in paths),
-            key=lambda file: file.name,
-        )
-    )
+        for name in names:
+            if name.endswith(".py"):
+                path = Path(folder, name)
+                relative = path.relative_to(root).as_posix()
+                listed.append(_file(prefix + relative, str(path)))
+    return _by_name(listed)
 
 
 def packages(settings: DataSettings) -> Files:
@@ -366,7 +377,8 @@ def packages(settings: DataSettings) -> Files:
     Raises:
         UserError: a distribution is not installed, or in another version; all of them are named.
     """
-    sources, faults = list(_stdlib("stdlib/")), []
+    sources = list(_stdlib("stdlib/"))
+    faults = []
     for requirement in settings.distributions:
         name, _, version = requirement.partition("==")
         try:
@@ -374,25 +386,27 @@ def packages(settings: DataSettings) -> Files:
         except metadata.PackageNotFoundError:
             faults.append(f"data.distributions: {name} is not installed; pip install {requirement}")
             continue
-        if (
-            distribution.version.partition("+")[0] != version
-        ):  # 2.13.0+cpu is 2.13.0, built for one kind of machine
+        installed = distribution.version
+        # 2.13.0+cpu is 2.13.0, built for one kind of machine
+        if installed.partition("+")[0] != version:
             faults.append(
-                f"data.distributions: {requirement} is asked for, {distribution.version} installed; pip "
+                f"data.distributions: {requirement} is asked for, {installed} installed; pip "
                 f"install {requirement}"
             )
         for module in _modules(distribution):
             listed = f"{name}/{module.as_posix()}"
             sources.append(_file(listed, str(module.locate())))
     UserError.collect(faults)
-    return Files(tuple(sorted(sources, key=lambda file: file.name)), limit=settings.max_document_bytes)
+    return Files(_by_name(sources), limit=settings.max_document_bytes)
 
 
 def _modules(distribution: metadata.Distribution) -> list[metadata.PackagePath]:
     """The Python files that a distribution installed inside its packages folder; tests and generated bindings
     hold little prose."""
     left_out = {"test", "tests", "testing", "_vendor", ".."}
-    files = [
-        file for file in distribution.files or () if file.suffix == ".py" and not left_out & set(file.parts)
-    ]
-    return [file for file in files if Path(str(file.locate())).is_file()]
+    modules = []
+    for file in distribution.files or ():
+        is_code = file.suffix == ".py" and left_out.isdisjoint(file.parts)
+        if is_code and Path(str(file.locate())).is_file():
+            modules.append(file)
+    return modules

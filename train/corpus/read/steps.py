@@ -35,16 +35,17 @@ class Read(PipelineStep):
     def __init__(self, work: Workshop, settings: DataSettings, task: int | None = None) -> None:
         """`task`: the one to read whatever the rank."""
         super().__init__()
-        self.work, self.settings, self.task = work, settings, task
-        self.tally, self.before = Tally(), Tally()
+        self.work = work
+        self.settings = settings
+        self.task = task
+        self.tally = Tally()
+        self.before = Tally()
         self.contents: list[tuple[str, int, str]] = []
 
     def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
         task = rank if self.task is None else self.task
-        files, self.before = (
-            self.work.files(task),
-            read_before(self.work, task) if limited(self.settings) else Tally(),
-        )
+        files = self.work.files(task)
+        self.before = read_before(self.work, task) if limited(self.settings) else Tally()
         if is_full(self.settings, self.before):
             return
         self.contents = [content_of(file) for file in files]
@@ -55,14 +56,14 @@ class Read(PipelineStep):
 
     @property
     def full(self) -> bool:
-        both = Tally(
-            documents=self.before.documents + self.tally.documents, bytes=self.before.bytes + self.tally.bytes
-        )
-        return is_full(self.settings, both)
+        """True where a limit is reached."""
+        documents = self.before.documents + self.tally.documents
+        size = self.before.bytes + self.tally.bytes
+        return is_full(self.settings, Tally(documents=documents, bytes=size))
 
 
 def read_before(work: Workshop, task: int) -> Tally:
-    """What the tasks before this one have read, as far as they are done."""
+    """Count what the tasks before this one have read, as far as they are done."""
     tally = Tally()
     for done in filter(None, map(work.done, range(task))):
         tally.add(tally_of(done))
@@ -70,14 +71,16 @@ def read_before(work: Workshop, task: int) -> Tally:
 
 
 def limited(settings: DataSettings) -> bool:
-    """Whether a limit may end the reading."""
+    """True where a limit may end the reading."""
     return settings.limit_documents is not None or read_limit(settings) is not None
 
 
 def _documents(files: tuple[File, ...], settings: DataSettings, tally: Tally) -> Iterator[Any]:
-    if len(files) == 1 and files[0].path.endswith(".piece.parquet"):
-        return _from_piece(files[0], settings, tally)
-    return Files(files, settings.column, settings.max_document_bytes).documents(tally)
+    first = files[0] if len(files) == 1 else None
+    if first is not None and first.path.endswith(".piece.parquet"):
+        return _from_piece(first, settings, tally)
+    listed = Files(files, settings.column, settings.max_document_bytes)
+    return listed.documents(tally)
 
 
 # ---- a corpus without files --------------------------------------------------------------------------------
@@ -90,7 +93,9 @@ class Fetch(PipelineStep):
 
     def __init__(self, folder: Path, settings: DataSettings, stream: Stream) -> None:
         super().__init__()
-        self.folder, self.settings, self.stream = folder, settings, stream
+        self.folder = folder
+        self.settings = settings
+        self.stream = stream
 
     def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
         number, tally = pieces_there(self.folder)
@@ -105,18 +110,21 @@ class Fetch(PipelineStep):
                 full = is_full(self.settings, tally)
                 if size >= PIECE_BYTES and not full:
                     _write_piece(self.folder, number, names, texts, tally)
-                    number, names, texts, size = number + 1, [], [], 0
+                    number += 1
+                    names, texts = [], []
+                    size = 0
                 if full:
                     break
         tally.check_broken(self.settings.max_broken)
         _write_piece(self.folder, number, names, texts, tally)
-        write_json(self.folder / "done.json", {"pieces": number + 1, "tally": plain(tally)})
+        record = {"pieces": number + 1, "tally": plain(tally)}
+        write_json(self.folder / "done.json", record)
         return
         yield
 
 
 def pieces_there(folder: Path) -> tuple[int, Tally]:
-    """How many pieces there are, and how far the reading was after the last of them."""
+    """The number of pieces that are there, and how far the reading was after the last of them."""
     number, tally = 0, Tally()
     while (path := folder / f"{number:06d}.json").is_file():
         number = number + 1
@@ -128,7 +136,8 @@ def _write_piece(folder: Path, number: int, names: list[str], texts: list[str], 
     import pyarrow
     import pyarrow.parquet
 
-    table = pyarrow.table([names, pyarrow.array(texts, pyarrow.large_string())], names=list(PIECE_COLUMNS))
+    large_texts = pyarrow.array(texts, pyarrow.large_string())
+    table = pyarrow.table([names, large_texts], names=list(PIECE_COLUMNS))
     with whole_file(folder / f"{number:06d}.piece.parquet") as partial:
         pyarrow.parquet.write_table(table, partial, compression="zstd")
     write_json(folder / f"{number:06d}.json", plain(tally))
@@ -139,7 +148,8 @@ def _from_piece(file: File, settings: DataSettings, tally: Tally) -> Iterator[An
 
     with pyarrow.parquet.ParquetFile(file.path) as piece:
         for batch in piece.iter_batches(batch_size=64):
-            for name, text in zip(*(batch.column(key).to_pylist() for key in PIECE_COLUMNS), strict=True):
+            columns = [batch.column(key).to_pylist() for key in PIECE_COLUMNS]
+            for name, text in zip(*columns, strict=True):
                 yield from tally.document(name, text, settings.max_document_bytes)
 
 
@@ -157,24 +167,28 @@ class PutDown(PipelineStep):
 
     def __init__(self, work: Workshop, reader: Read, *, signed: bool, compared: bool) -> None:
         super().__init__()
-        self.work, self.reader, self.signed, self.compared = work, reader, signed, compared
+        self.work = work
+        self.reader = reader
+        self.signed = signed
+        self.compared = compared
 
     def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
-        task = rank if self.reader.task is None else self.reader.task
+        reader = self.reader
+        task = rank if reader.task is None else reader.task
         if self.work.done(task) is not None:
             return
         fault = None
         try:
             self._write(task, data or iter(()))
         except UserError as error:
-            if not limited(self.reader.settings) or task == 0:
+            if not limited(reader.settings) or task == 0:
                 raise
             fault = str(error)
-        before = {"documents": self.reader.before.documents, "bytes": self.reader.before.bytes}
+        before = reader.before
         record = {
-            "before": before,
-            "tally": plain(self.reader.tally),
-            "contents": self.reader.contents,
+            "before": {"documents": before.documents, "bytes": before.bytes},
+            "tally": plain(reader.tally),
+            "contents": reader.contents,
             "fault": fault,
         }
         write_json(self.work.path("text", task, ".json"), record)  # the last: now the task is done
@@ -183,9 +197,10 @@ class PutDown(PipelineStep):
 
     def _write(self, task: int, data: Any) -> None:
         overlaps: dict[str, list[Any]] = {"document": [], "ngram": [], "detail": []}
+        texts = self.work.path("text", task, ".arrow")
         signatures = self.work.path("signatures", task, ".bin")
         with (
-            whole_file(self.work.path("text", task, ".arrow")) as partial,
+            whole_file(texts) as partial,
             _texts(partial) as put,
             _optional(signatures, self.signed) as out,
         ):
@@ -194,8 +209,9 @@ class PutDown(PipelineStep):
                 if out is not None:
                     out.write(document.metadata["signature"].tobytes())
                 for ngram, detail in document.metadata.get("overlaps", ()):
-                    for key, value in zip(overlaps, (number, ngram, detail), strict=True):
-                        overlaps[key].append(value)
+                    overlaps["document"].append(number)
+                    overlaps["ngram"].append(ngram)
+                    overlaps["detail"].append(detail)
         if self.compared:
             write_json(self.work.path("overlaps", task, ".json"), overlaps)
 
@@ -225,7 +241,7 @@ def _texts(path: Path) -> Iterator[Callable[[Document], None]]:
 
         def flush() -> None:
             if columns[0]:
-                arrays = [pyarrow.array(values, kind) for values, kind in zip(columns, kinds, strict=True)]
+                arrays = list(map(pyarrow.array, columns, kinds))
                 writer.write_batch(pyarrow.record_batch(arrays, schema=schema))
             for values in columns:
                 values.clear()
@@ -233,7 +249,8 @@ def _texts(path: Path) -> Iterator[Callable[[Document], None]]:
         def put(document: Document) -> None:
             nonlocal size
             raw = document.text.encode()
-            values = (document.id.encode("utf-8", "surrogateescape"), document.text, digest_of(raw), len(raw))
+            name = document.id.encode("utf-8", "surrogateescape")
+            values = (name, document.text, digest_of(raw), len(raw))
             for column, value in zip(columns, values, strict=True):
                 column.append(value)
             size += len(raw)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import combinations
+from itertools import chain, combinations, zip_longest
 from random import Random
 from textwrap import indent
 from typing import Any
@@ -17,11 +17,21 @@ from outgrow.train.corpus.synthetic.operation import KINDS, Operation, fill, rea
 from outgrow.train.corpus.synthetic.themes import AUDIENCES, EMPTY, THEMES, Audience, Theme
 
 FILES = ("lists.yaml", "sums.yaml", "digits.yaml", "texts.yaml", "dictionaries.yaml")
-OPERATIONS = tuple(operation for file in FILES for operation in read_operations(file))
+OPERATIONS = tuple(chain.from_iterable(map(read_operations, FILES)))
 TAKING = {kind: tuple(operation for operation in OPERATIONS if operation.takes == kind) for kind in KINDS}
 LENGTHS = (1, 2, 2, 3, 3, 3)  # of a chain of operations, drawn evenly
 LARGEST = 110  # characters of a value that is shown
 OTHER = {"loop": "short", "short": "loop"}
+# the values of a step that is not the first, by their kind
+LATER = {
+    "numbers": "numbers",
+    "words": "words",
+    "number": "the number",
+    "text": "the text",
+    "table": "entries",
+    "grid": "rows",
+}
+Case = tuple[Any, tuple[Any, ...]]  # an argument, and the results of each step
 
 
 @dataclass(frozen=True)
@@ -34,23 +44,19 @@ class Step:
     y: str
 
     def says(self, items: str) -> str:
-        return fill(
-            self.operation.says,
-            items=items,
-            it=items,
-            **{name: repr(value) for name, value in self.given.items()},
-        )
+        constants = {name: repr(value) for name, value in self.given.items()}
+        return fill(self.operation.says, items=items, it=items, **constants)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What an exercise is about. `cases` are (argument, results of each step)."""
+    """The subject of an exercise."""
 
     theme: Theme
     audience: Audience
     steps: tuple[Step, ...]
     style: str  # in which it is solved: "loop" or "short"
-    cases: tuple[tuple[Any, tuple[Any, ...]], ...]
+    cases: tuple[Case, ...]
 
     @property
     def takes(self) -> str:
@@ -81,11 +87,11 @@ class Problem:
         return min(5, hardest + len(self.steps) - 1)
 
     def tasks(self) -> list[str]:
-        """What each step does, as an instruction."""
-        first = self.theme.parameter(self.takes)[1].split(",")[0]
-        return [
-            step.says(first if i == 0 else _later(step.operation.takes)) for i, step in enumerate(self.steps)
-        ]
+        """An instruction for each step."""
+        _, description = self.theme.parameter(self.takes)
+        first, *later = self.steps
+        begin = first.says(description.split(",")[0])
+        return [begin, *(step.says(LATER[step.operation.takes]) for step in later)]
 
     def whys(self, style: str | None = None) -> list[str]:
         """A sentence about each step, true beside the program in this style."""
@@ -93,38 +99,38 @@ class Problem:
 
     def code(self, style: str | None = None, *, wrong: int | None = None) -> str:
         """The statements of the function's body; step `wrong` with its slip."""
+        in_loops = (style or self.style) == "loop"
         parts = []
         for number, step in enumerate(self.steps):
-            write = step.operation.short_code
+            write = step.operation.loop_code if in_loops else step.operation.short_code
             if number == wrong:
                 write = step.operation.slipped_code
-            elif (style or self.style) == "loop":
-                write = step.operation.loop_code
             parts.append(write(step.x, step.y, step.given))
-        return "\n".join([*parts, f"return {self.steps[-1].y}"])
+        parts.append(f"return {self.steps[-1].y}")
+        return "\n".join(parts)
 
     def function(self, style: str | None = None, *, doc: str = "", wrong: int | None = None) -> str:
         """The function, after the imports that it needs."""
-        needed = sorted(
-            {
-                step.operation.module
-                for step in self.steps
-                if step.operation.module and (style or self.style) == "short"
-            }
-        )
-        body = (f'"""{doc}"""\n' if doc else "") + self.code(style, wrong=wrong)
-        imports = "".join(f"import {name}\n" for name in needed)
+        modules: set[str | None] = set()
+        if (style or self.style) == "short":
+            modules = {step.operation.module for step in self.steps}
+        imports = "".join(f"import {module}\n" for module in sorted(filter(None, modules)))
+        title = f'"""{doc}"""\n' if doc else ""
+        body = title + self.code(style, wrong=wrong)
         return f"{imports}{self.signature}\n{indent(body, '    ')}"
 
     def call(self, case: int) -> str:
-        return f"{self.name}({self.cases[case][0]!r})"
+        argument, _ = self.cases[case]
+        return f"{self.name}({argument!r})"
 
     def result(self, case: int) -> Any:
-        return self.cases[case][1][-1]
+        _, results = self.cases[case]
+        return results[-1]
 
     def asserts(self) -> str:
         numbers = range(len(self.cases))
-        return "\n".join(f"assert {self.call(case)} == {self.result(case)!r}" for case in numbers)
+        lines = [f"assert {self.call(case)} == {self.result(case)!r}" for case in numbers]
+        return "\n".join(lines)
 
 
 def draw_problem(random: Random) -> Problem:
@@ -139,26 +145,26 @@ def draw_problem(random: Random) -> Problem:
 
 
 def _draw_steps(theme: Theme, length: int, random: Random) -> tuple[Step, ...]:
+    """A chain of operations, each on the kind of value that the one before it gives."""
     kind = random.choice(("numbers", "numbers", "words", "words", "text", "table", "grid", "number"))
-    x = theme.parameter(kind)[0]
-    steps = list[Step]()
-    chain: list[Operation] = []
+    parameter, _ = theme.parameter(kind)
+    operations: list[Operation] = []
     for _ in range(length):
-        chain.append(random.choice([operation for operation in TAKING[kind] if operation not in chain]))
-        kind = chain[-1].gives
-    for i, operation in enumerate(chain):
+        unused = [operation for operation in TAKING[kind] if operation not in operations]
+        operation = random.choice(unused)
+        operations.append(operation)
+        kind = operation.gives
+    steps: list[Step] = []
+    x = parameter
+    for operation, following in zip_longest(operations, operations[1:]):
         constants = {name: random.choice(values) for name, values in operation.values.items()}
-        y = _free_name(
-            operation.out,
-            {x, theme.parameter(chain[0].takes)[0], *(_locals(chain[i + 1]) if i + 1 < length else ())},
-        )
+        taken = {x, parameter}
+        if following is not None:
+            taken |= _locals(following)
+        y = operation.out if operation.out not in taken else f"{operation.out}_now"
         steps.append(Step(operation, constants, x, y))
         x = y
     return tuple(steps)
-
-
-def _free_name(wanted: str, taken: set[str]) -> str:
-    return wanted if wanted not in taken else f"{wanted}_now"
 
 
 @cache
@@ -167,71 +173,59 @@ def _locals(operation: Operation) -> frozenset[str]:
     return frozenset(re.findall(r"(?<![\w$.])[a-z_]+\b", operation.loop)) - frozenset(keyword.kwlist)
 
 
-def _draw_cases(
-    theme: Theme, steps: tuple[Step, ...], style: str, random: Random
-) -> tuple[tuple[Any, tuple[Any, ...]], ...] | None:
+def _draw_cases(theme: Theme, steps: tuple[Step, ...], style: str, random: Random) -> tuple[Case, ...] | None:
     """Three drawn cases, and often the empty one; the results come from the style that the solution is *not*
     written in."""
     kind = steps[0].operation.takes
     values = [theme.draw(kind, random) for _ in range(3)]
     if kind in EMPTY and random.random() < 0.5:
         values.append(EMPTY[kind])
-    cases = []
+    other = OTHER[style]
+    cases: list[Case] = []
     for value in values:
-        results, now = [], value
+        results = []
+        now = value
         for step in steps:
-            now = step.operation.run(OTHER[style], now, step.given)
+            now = step.operation.run(other, now, step.given)
             if len(repr(now)) > LARGEST:
                 return None
             results.append(now)
         cases.append((value, tuple(results)))
-    if not _worthwhile(cases[:3]) or idle(steps, cases, OTHER[style]):
+    drawn = cases[:3]
+    if not _worthwhile(drawn) or idle(steps, cases, other):
         return None
     return tuple(cases)
 
 
-def _worthwhile(cases: list[tuple[Any, tuple[Any, ...]]]) -> bool:
-    """Whether the results differ, and the first is not empty."""
-    results = [way[-1] for _, way in cases]
-    first = results[0]
-    distinct = {repr(result) for result in results}
-    return len(distinct) > 1 and bool(first or first == 0)
+def _worthwhile(cases: list[Case]) -> bool:
+    """True where the results differ, and the first is not empty."""
+    ends = [results[-1] for _, results in cases]
+    first = ends[0]
+    is_empty = not first and first != 0
+    return len(set(map(repr, ends))) > 1 and not is_empty
 
 
-def idle(
-    steps: Sequence[Step], cases: Sequence[tuple[Any, tuple[Any, ...]]], style: str
-) -> list[tuple[int, int]]:
+def idle(steps: Sequence[Step], cases: Sequence[Case], style: str) -> list[tuple[int, int]]:
     """The runs of steps [i, j) that change the result of no case: left out, what remains computes the same.
 
     A run can be left out where it gives the kind of value that it takes. Sorting before a sum is idle, and so
     are two steps that undo each other.
     """
-    kinds = [step.operation.takes for step in steps] + [steps[-1].operation.gives]
-    pairs = combinations(range(len(kinds)), 2)
-    runs = [(i, j) for i, j in pairs if kinds[i] == kinds[j]]
+    kinds = [step.operation.takes for step in steps]
+    kinds.append(steps[-1].operation.gives)
 
     def is_idle(i: int, j: int) -> bool:
-        return all(_same_without(steps[j:], case, i, style) for case in cases)
+        rest = steps[j:]
+        return all(_same_without(rest, case, i, style) for case in cases)
 
-    return [(i, j) for i, j in runs if is_idle(i, j)]
+    runs = combinations(range(len(kinds)), 2)
+    return [(i, j) for i, j in runs if kinds[i] == kinds[j] and is_idle(i, j)]
 
 
-def _same_without(rest: Sequence[Step], case: tuple[Any, tuple[Any, ...]], first: int, style: str) -> bool:
-    """Whether `rest`, run on what the steps before `first` gave, has the result of all of them."""
+def _same_without(rest: Sequence[Step], case: Case, first: int, style: str) -> bool:
+    """True where `rest`, run on what the steps before `first` gave, has the result of all of them."""
     value, results = case
     now = results[first - 1] if first else value
     for step in rest:
         now = step.operation.run(style, now, step.given)
     return bool(now == results[-1])
-
-
-def _later(kind: str) -> str:
-    """What the values of a later step are called."""
-    return {
-        "numbers": "numbers",
-        "words": "words",
-        "number": "the number",
-        "text": "the text",
-        "table": "entries",
-        "grid": "rows",
-    }[kind]
