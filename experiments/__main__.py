@@ -85,7 +85,12 @@ def parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         default=Path("runs/horizons"),
-        help="where table, picture and record go; a README.md there gets the table between its markers",
+        help="where the files go; a README.md there gets the table between its markers",
+    )
+    horizons.add_argument(
+        "--wandb",
+        action="store_true",
+        help="mirror table and picture into W&B, offline unless WANDB_MODE says otherwise",
     )
     run = commands.add_parser("study", aliases=["run"], help="run a study: source, arms, comparison")
     run.add_argument("study", nargs="?", help="such as tiny; without it, all are listed")
@@ -114,7 +119,7 @@ def _horizons(options: argparse.Namespace) -> int:
     from outgrow.experiments.horizon_report import TABLE, write
     from outgrow.experiments.table import insert_table
 
-    for line in write(options.runs, options.out):
+    for line in write(options.runs, options.out, wandb=options.wandb):
         print(line)
     readme = options.out / "README.md"
     if readme.is_file():  # a study's folder, whose page shows the table
@@ -166,7 +171,7 @@ def compare_costs(done: Done, *, wandb: bool) -> None:
         return
     from outgrow.experiments.horizon_report import write
 
-    for line in write([str(folder) for folder in done.folders], done.out):
+    for line in write([str(folder) for folder in done.folders], done.out, wandb=wandb):
         print(line)
 
 

@@ -7,7 +7,8 @@ import math
 import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +24,34 @@ from outgrow.experiments.horizons import (
     worths,
     write_ends,
 )
+from outgrow.experiments.publish import Writer, mirror, write_together
+from outgrow.experiments.recovery import EPSILON, Recovery, recoveries
+from outgrow.experiments.report import Page, render
+from outgrow.experiments.report import table as html_table
 from outgrow.experiments.runs import SCRATCH, read_runs
-from outgrow.model.base.errors import UserError
-from outgrow.model.base.files import write_text
+from outgrow.experiments.table import UNDEFINED, write_csv
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 TABLE, PICTURE = "table.md", "horizons.png"
+LINES, REPORT = "horizons.csv", "report.html"
+PROJECT = "knowledge-transfer"  # in W&B
+METHOD = (
+    "Every run has decayed to its end, and only such ends are compared. Scratch's ends, the best of its "
+    "optimizers, batch sizes and rates at each budget, are a curve L(C), linear in log C between two of "
+    "them and never read outside. An arm that ends at loss L for C FLOPs is worth S = L⁻¹(L) / C. Source "
+    "excluded: the checkpoint was already there; included: it had to be trained first. FLOPs are counted "
+    "from the model, attention included, for the tokens really processed. A rate is chosen on the seeds that "
+    "all rates of its grid share; a star marks the edge of a grid. Intervals are 95 %, Student t over seeds, "
+    "each held against scratch's runs of the same seed."
+)
+RECOVERED = (
+    "Recovery: spike is what the growth added to the validation loss, over means that the training loss is "
+    "back at its value before. R = (control − grown) / (control − scratch) at equal tokens, 1 is scratch. "
+    f"t_mix is the tokens after the growth until a decayed end is within {EPSILON} nats of scratch's."
+)
 MARKERS = {"adamw": "o", "muon": "s", "adamw_8bit": "^"}
 DASHES = {"adamw": (0, (3, 2))}
 LINE = 14  # points from one label to the next
@@ -47,14 +67,19 @@ SEED_HEADINGS = (
     *("arm", "optimizer", "tokens", "seed", "loss", "S, source included"),
     "nats against scratch at equal FLOPs",
 )
+RECOVERY_HEADINGS = (
+    *("arm", "optimizer", "tokens", "grown at", "spike, nats", "tokens until over"),
+    *("nats against scratch at equal tokens", "R", "t_mix"),
+)
 
 
-def write(inputs: Sequence[str], out: Path) -> list[str]:
-    """Write table, picture and record of the ends in `inputs` into `out`, and return what a reader should see
-    of them.
+def write(inputs: Sequence[str], out: Path, *, wandb: bool = False) -> list[str]:
+    """Write table, picture, report and records of the ends in `inputs` into `out`, and return what a reader
+    should see of them.
 
     Args:
         inputs: run folders, or records of ends that an earlier call wrote.
+        wandb: mirror table and picture into W&B too.
 
     Raises:
         UserError: a folder is no run, an end has not decayed, the ends cannot be compared, or `out` cannot be
@@ -68,29 +93,45 @@ def write(inputs: Sequence[str], out: Path) -> list[str]:
         ends |= {end.name: end for end in read_ends(Path(record))}
     ends |= {end.name: end for end in map(end_of, runs)}
     rows = worths(list(ends.values()))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_ends(out / RECORD, ends.values())
-        draw(rows, out / PICTURE)
-    except OSError as error:
-        raise UserError(
-            f"--out {out}: cannot be written ({error.strerror or error}); choose another folder",
-        ) from error
-    cells, finding = table(rows), answer(rows)
-    write_text(out / TABLE, markdown(rows))
+    study = runs[0].study if runs else out.resolve().name
+
+    def report(path: Path) -> None:
+        text = html(study, rows, path.with_name(PICTURE))
+        path.write_text(text, encoding="utf-8")
+
+    writers: dict[str, Writer] = {
+        TABLE: lambda path: path.write_text(markdown(rows), encoding="utf-8"),
+        PICTURE: lambda path: draw(rows, path),
+        RECORD: lambda path: write_ends(path, ends.values()),
+        LINES: lambda path: write_csv(list(map(flat_row, rows)), path),
+        REPORT: report,
+    }
+    paths = write_together(out, writers)
+    if wandb:
+        pictures = {"horizons": out / PICTURE}
+        mirror(study, list(map(flat_row, rows)), pictures, {"answer": answer(rows)}, PROJECT)
     notes = [f"left out: {item.folder.name}, {item.reason}" for item in left_out]
-    paths = [f"  {out / name}" for name in (TABLE, PICTURE, RECORD)]
-    return [cells, finding, *notes, *paths]
+    return [markdown(rows), *notes, *(f"  {path}" for path in paths)]
 
 
 def markdown(rows: Sequence[Worth]) -> str:
-    """The block that READMEs carry: the answer, the best of every arm, and every seed where there are
-    several.
+    """The block that READMEs carry: the answer, the best of every arm, every seed where there are several,
+    and the recovery of what grew inside its run.
     """
     parts = [answer(rows), table(rows)]
-    if seeds := seed_table(rows):
-        parts.append(f"Every seed, against scratch's runs of the same seed:\n\n{seeds}")
+    if seeds := seed_cells(rows):
+        parts += ["Every seed, against scratch's runs of the same seed:", _markdown(SEED_HEADINGS, seeds)]
+    if grown := recovery_cells(rows):
+        parts += [RECOVERED, _markdown(RECOVERY_HEADINGS, grown)]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table: arm and optimizer to the left, numbers to the right."""
+    alignment = "---|---|" + "---:|" * (len(headings) - 2)
+    lines = [" | ".join(cells) for cells in (headings, *rows)]
+    heading, *body = [f"| {line} |" for line in lines]
+    return "\n".join([heading, f"|{alignment}", *body]) + "\n"
 
 
 def table(rows: Sequence[Worth]) -> str:
@@ -98,13 +139,10 @@ def table(rows: Sequence[Worth]) -> str:
 
     A star: the best rate is at the edge of its grid.
     """
-    headings = " | ".join(HEADINGS)
-    alignment = "---|---|" + "---:|" * (len(HEADINGS) - 2)
-    lines = [f"| {headings} |", f"|{alignment}", *map(_row, rows)]
-    return "\n".join(lines) + "\n"
+    return _markdown(HEADINGS, list(map(cells, rows)))
 
 
-def _row(worth: Worth) -> str:
+def cells(worth: Worth) -> list[str]:
     """One row of the table, under HEADINGS."""
     point = worth.point
     star = "*" if point.at_edge else ""
@@ -114,10 +152,10 @@ def _row(worth: Worth) -> str:
     difference = _number(worth.difference, "{:+.4f}")
     if worth.difference_interval is not None and point.arm != SCRATCH:
         difference += f" ± {worth.difference_interval:.4f}"
-    cells = (
+    return [
         point.arm,
         point.optimizer,
-        f"{point.tokens / 1e6:.1f} M",
+        millions(point.tokens),
         f"{point.tokens_per_parameter:.0f}",
         f"{point.learning_rate:g}{star}",
         seed_numbers(point),
@@ -126,39 +164,115 @@ def _row(worth: Worth) -> str:
         _number(worth.speedup_excluded, "{:.2f}"),
         included,
         difference,
+    ]
+
+
+def millions(tokens: float) -> str:
+    """6.5 M"""
+    return f"{tokens / 1e6:.1f} M"
+
+
+def seed_cells(rows: Sequence[Worth]) -> list[list[str]]:
+    """Every seed of the arms that have several, under SEED_HEADINGS."""
+    lines = []
+    for row in rows:
+        if len(row.seeds) > 1:
+            lines += [_seed_row(row.point, seed) for seed in row.seeds]
+    return lines
+
+
+def _seed_row(point: Point, seed: SeedWorth) -> list[str]:
+    return [
+        point.arm,
+        point.optimizer,
+        millions(point.tokens),
+        str(seed.seed),
+        f"{seed.val_loss:.4f}",
+        _number(seed.speedup, "{:.2f}"),
+        _number(seed.difference, "{:+.4f}"),
+    ]
+
+
+def recovery_cells(rows: Sequence[Worth]) -> list[list[str]]:
+    """Every end of a run that grew on its way, under RECOVERY_HEADINGS."""
+    measured = recoveries([row.point for row in rows], SCRATCH)
+    return list(map(_recovery_row, measured))
+
+
+def _recovery_row(recovery: Recovery) -> list[str]:
+    point, growth, mixing = recovery.point, recovery.growth, recovery.mixing
+    never = growth.over_tokens is None
+    return [
+        point.arm,
+        point.optimizer,
+        millions(point.tokens),
+        millions(growth.tokens),
+        _known(recovery.spike, "{:+.3f}"),
+        "not yet" if never else millions(growth.over_tokens or 0),
+        _known(recovery.gap, "{:+.4f}"),
+        _known(recovery.share, "{:.2f}"),
+        UNDEFINED if mixing is None else f"{mixing.bound} {millions(mixing.tokens)}".strip(),
+    ]
+
+
+def _known(value: float | None, form: str) -> str:
+    return UNDEFINED if value is None else form.format(value)
+
+
+def flat_row(worth: Worth) -> dict[str, Any]:
+    """A row as one level of plain values, at full precision: a line of horizons.csv."""
+    point = worth.point
+    values = {field.name: getattr(worth, field.name) for field in fields(Worth)}
+    del values["point"]
+    values["seeds"] = " ".join(str(seed.seed) for seed in worth.seeds)
+    values["seed_losses"] = " ".join(repr(seed.val_loss) for seed in worth.seeds)
+    return {
+        "arm": point.arm,
+        "optimizer": point.optimizer,
+        "tokens": point.tokens,
+        "tokens_per_parameter": point.tokens_per_parameter,
+        "learning_rate": point.learning_rate,
+        "at_edge": point.at_edge,
+        "batch_tokens": point.batch_tokens,
+        "flops": point.flops,
+        "paid_flops": point.paid,
+        "val_loss": point.val_loss,
+        **values,
+    }
+
+
+def html(study: str, rows: Sequence[Worth], picture: Path) -> str:
+    """The page of a comparison of decayed ends. `picture` is a PNG file and goes in as data."""
+    arms = sorted({row.point.arm for row in rows})
+    devices = sorted({end.device for row in rows for end in row.point.ends})
+    lines = list(map(cells, rows))
+    parts = [
+        f"<p><b>{escape(answer(rows))}</b></p>",
+        "<h2>Each arm at its best learning rate and batch, at every horizon</h2>",
+        html_table(HEADINGS, lines, [line[0] for line in lines]),
+    ]
+    if seeds := seed_cells(rows):
+        parts += ["<h2>Every seed</h2>", html_table(SEED_HEADINGS, seeds)]
+    if grown := recovery_cells(rows):
+        parts += ["<h2>Recovery</h2>", f"<p>{escape(RECOVERED)}</p>", html_table(RECOVERY_HEADINGS, grown)]
+    parts += [
+        "<h2>Method</h2>",
+        f"<p>{escape(METHOD)}</p>",
+        f"<h2>Machine</h2><p>{escape(', '.join(devices))}. Nothing here is timed.</p>",
+    ]
+    page = Page(
+        study=study,
+        question="what is a decayed end worth?",
+        about=f"{len(rows)} decayed ends of {len(arms)} arms ({', '.join(arms)}).",
+        answer=answer(rows),
+        parts=parts,
     )
-    return f"| {' | '.join(cells)} |"
+    return render(page, picture)
 
 
 def seed_numbers(point: Point) -> str:
     """The seeds of a point: 0, 1, 2."""
     return ", ".join(str(end.seed) for end in point.ends)
-
-
-def seed_table(rows: Sequence[Worth]) -> str:
-    """Every seed of the arms that have several, each against scratch's runs of the same seed; "" for none."""
-    several = [row for row in rows if len(row.seeds) > 1]
-    if not several:
-        return ""
-    alignment = "---|" * 2 + "---:|" * (len(SEED_HEADINGS) - 2)
-    lines = [f"| {' | '.join(SEED_HEADINGS)} |", f"|{alignment}"]
-    for row in several:
-        lines += [_seed_row(row.point, seed) for seed in row.seeds]
-    return "\n".join(lines) + "\n"
-
-
-def _seed_row(point: Point, seed: SeedWorth) -> str:
-    """One row of the table, under SEED_HEADINGS."""
-    cells = (
-        point.arm,
-        point.optimizer,
-        f"{point.tokens / 1e6:.1f} M",
-        str(seed.seed),
-        f"{seed.val_loss:.4f}",
-        _number(seed.speedup, "{:.2f}"),
-        _number(seed.difference, "{:+.4f}"),
-    )
-    return f"| {' | '.join(cells)} |"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -24,8 +24,10 @@ from statistics import fmean
 from typing import Any
 
 from outgrow.experiments.cost import best_of, half_interval
-from outgrow.experiments.runs import SCRATCH, Run
+from outgrow.experiments.recovery import Growth, read_growth
+from outgrow.experiments.runs import RUN_AGAIN, SCRATCH, Run
 from outgrow.model.base.errors import UserError
+from outgrow.train.run.folder import METRICS
 from outgrow.train.run.record import RunRecord
 
 RECORD = "ends.json"  # the small record of a study's runs: what every table and picture is made of
@@ -52,6 +54,7 @@ class End:
     eval_tokens: int
     device: str
     data: str  # fingerprint of the text
+    growth: Growth | None = None  # inside the run, if it grew on its way
 
     @property
     def paid(self) -> float:
@@ -89,6 +92,7 @@ def end_of(run: Run) -> End:
         eval_tokens=int(run.record.setting("train.eval_tokens")),
         device=str(run.record.device),
         data=run.record.data.fingerprint,
+        growth=read_growth(run.folder / METRICS, RUN_AGAIN),
     )
 
 
@@ -391,6 +395,9 @@ def write_ends(path: Path, ends: Iterable[End]) -> None:
     """The ends as JSON, sorted, so that a study's record changes by what was added."""
     order = attrgetter("arm", "optimizer", "tokens", "name")
     rows = list(map(asdict, sorted(ends, key=order)))
+    for row in rows:
+        if row["growth"] is None:
+            del row["growth"]
     text = json.dumps(rows, indent=1)
     path.write_text(f"{text}\n", encoding="utf-8")
 
@@ -411,5 +418,7 @@ def read_ends(path: Path) -> list[End]:
 
 
 def _end(row: Mapping[str, Any]) -> End:
-    names = [field.name for field in fields(End)]
-    return End(**{name: row[name] for name in names})
+    names = [field.name for field in fields(End) if field.name != "growth"]
+    values = {name: row[name] for name in names}
+    grown = row.get("growth")
+    return End(**values, growth=None if grown is None else Growth(**grown))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,11 +30,32 @@ from outgrow.model.base.files import telling_disk_faults
 if TYPE_CHECKING:
     from rich.console import Console
 
-FILES = ("comparison.csv", "comparison.json", "table.md", "convergence.png", "report.html")
+Writer = Callable[[Path], object]  # writes one file
 
 
 def write(comparison: Comparison, out: Path) -> list[Path]:
-    """Write FILES into `out`; they appear together, after all of them could be written. Returns their paths.
+    """Write the files of a comparison into `out`, together; return their paths.
+
+    Raises:
+        UserError: the disk is full, or `out` cannot be written.
+    """
+
+    def report(path: Path) -> None:
+        path.write_text(html(comparison, path.with_name("convergence.png")), encoding="utf-8")
+
+    writers: dict[str, Writer] = {
+        "comparison.csv": lambda path: write_csv(list(map(flat_row, comparison.rows)), path),
+        "comparison.json": lambda path: write_json(comparison, path),
+        "table.md": lambda path: path.write_text(markdown(comparison), encoding="utf-8"),
+        "convergence.png": lambda path: draw(comparison, path),
+        "report.html": report,
+    }
+    return write_together(out, writers)
+
+
+def write_together(out: Path, writers: Mapping[str, Writer]) -> list[Path]:
+    """Write a file of each name into `out`; they appear together, after all of them could be written, in the
+    order of `writers`. Returns their paths.
 
     Raises:
         UserError: the disk is full, or `out` cannot be written.
@@ -42,12 +64,9 @@ def write(comparison: Comparison, out: Path) -> list[Path]:
     with telling_disk_faults(out):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write_csv(comparison, partial / "comparison.csv")
-        write_json(comparison, partial / "comparison.json")
-        (partial / "table.md").write_text(markdown(comparison), encoding="utf-8")
-        draw(comparison, partial / "convergence.png")
-        (partial / "report.html").write_text(html(comparison, partial / "convergence.png"), encoding="utf-8")
-        paths = [(partial / name).replace(out / name) for name in FILES]
+        for name, writer in writers.items():
+            writer(partial / name)
+        paths = [(partial / name).replace(out / name) for name in writers]
         partial.rmdir()
     return paths
 
@@ -102,24 +121,40 @@ def _table(title: str, header: tuple[str, ...], rows: list[list[str]]) -> object
 
 
 def to_wandb(comparison: Comparison, out: Path, project: str) -> None:
-    """Mirror table and picture into W&B, grouped with the study's runs.
+    """Mirror a comparison of costs into W&B, grouped with the study's runs."""
+    summary = {
+        "answer": answer(comparison),
+        "differences": list(comparison.differences),
+        "notes": list(comparison.notes),
+    }
+    lines = list(map(flat_row, comparison.rows))
+    mirror(comparison.study, lines, {"convergence": out / "convergence.png"}, summary, project)
 
-    Offline unless WANDB_MODE says otherwise.
+
+def mirror(
+    study: str,
+    lines: Sequence[Mapping[str, Any]],
+    pictures: Mapping[str, Path],
+    summary: Mapping[str, Any],
+    project: str,
+) -> None:
+    """Mirror table, pictures and findings of a study into W&B, grouped with its runs.
+
+    Offline, beside the pictures, unless WANDB_MODE says otherwise.
     """
     import wandb
 
+    folder = next(iter(pictures.values())).parent
     run = wandb.init(
-        project=project, group=comparison.study, job_type="comparison", name=f"{comparison.study}-comparison",
-        dir=str(out),
+        project=project, group=study, job_type="comparison", name=f"{study}-comparison", dir=str(folder),
         mode=cast(Any, os.environ.get("WANDB_MODE", "offline")), settings=wandb.Settings(silent=True),
     )  # fmt: skip
-    lines = [flat_row(row) for row in comparison.rows]
     values = [list(map(_plain, line.values())) for line in lines]
     table = wandb.Table(columns=list(lines[0]), data=values)
-    run.log({"comparison": table, "convergence": wandb.Image(str(out / "convergence.png"))})
-    run.summary["answer"] = answer(comparison)
-    run.summary["differences"] = list(comparison.differences)
-    run.summary["notes"] = list(comparison.notes)
+    images = {name: wandb.Image(str(path)) for name, path in pictures.items()}
+    run.log({"comparison": table, **images})
+    for key, value in summary.items():
+        run.summary[key] = value
     run.finish()
 
 

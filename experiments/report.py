@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
@@ -66,53 +67,77 @@ WORDS = [
 ]
 
 
-def html(comparison: Comparison, picture: Path) -> str:
-    """The page. `picture` is a PNG file and goes in as data."""
+@dataclass(frozen=True)
+class Page:
+    """What every comparison's page has: a heading, a line about what was compared, the answer with its
+    picture, then `parts` of HTML. `warning` stands above the picture.
+    """
+
+    study: str
+    question: str
+    about: str
+    answer: str
+    parts: Sequence[str]
+    warning: Sequence[str] = ()
+
+
+def render(page: Page, picture: Path) -> str:
+    """The page as HTML. `picture` is a PNG file and goes in as data."""
     image = base64.b64encode(picture.read_bytes()).decode("ascii")
-    title = capital(answer(comparison))
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
-            f"<title>{escape(comparison.study)}</title>",
-            f"<style>{STYLE}</style></head><body>",
-            f"<h1>Study {escape(comparison.study)}: what did a grown start save?</h1>",
-            f'<p class="quiet">{escape(what(comparison))}</p>',
-            *_differences(comparison.differences),
-            f'<img alt="{escape(title)}" src="data:image/png;base64,{image}">',
-            "<h2>Each arm at its best learning rate</h2>",
-            table(
-                HEADER,
-                [cells(row) for row in comparison.best_rows],
-                [row.arm for row in comparison.best_rows],
-            ),
-            _notes(comparison.notes),
-            *_changes(comparison),
-            "<h2>The words</h2>",
-            "<dl>"
-            + "".join(f"<dt><b>{escape(word)}</b></dt><dd>{escape(meaning)}</dd>" for word, meaning in WORDS)
-            + "</dl>",
-            "<h2>The whole grid</h2>",
-            table(
-                GRID_HEADER,
-                [grid_cells(row) for row in comparison.rows],
-                ["best" if row.best else "" for row in comparison.rows],
-            ),
-            "<h2>The ledger: what one run paid</h2>",
-            table(LEDGER_HEADER, [ledger_cells(row) for row in comparison.best_rows]),
-            "<h2>Every run</h2>",
-            table(
-                ("run", "arm", "seed", "peak lr", "step-0 loss", "final loss", "minutes"),
-                _runs(comparison),
-            ),
-            f"<h2>Method</h2><p>{escape(METHOD)}</p>",
-            (
-                f"<h2>Machine</h2><p>{escape(comparison.machine)}. Minutes belong to this machine; "
-                "everything else is counted.</p>"
-            ),
-            "</body></html>\n",
-        ]
+    lines = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
+        f"<title>{escape(page.study)}</title>",
+        f"<style>{STYLE}</style></head><body>",
+        f"<h1>Study {escape(page.study)}: {escape(page.question)}</h1>",
+        f'<p class="quiet">{escape(page.about)}</p>',
+        *page.warning,
+        f'<img alt="{escape(page.answer)}" src="data:image/png;base64,{image}">',
+        *page.parts,
+        "</body></html>\n",
+    ]
+    return "\n".join(lines)
+
+
+def words(meanings: Sequence[tuple[str, str]]) -> str:
+    """A list of words and what they mean."""
+    entries = [f"<dt><b>{escape(word)}</b></dt><dd>{escape(meaning)}</dd>" for word, meaning in meanings]
+    return f"<dl>{''.join(entries)}</dl>"
+
+
+def html(comparison: Comparison, picture: Path) -> str:
+    """The page of a comparison of costs. `picture` is a PNG file and goes in as data."""
+    best = comparison.best_rows
+    stars = ["best" if row.best else "" for row in comparison.rows]
+    runs = ("run", "arm", "seed", "peak lr", "step-0 loss", "final loss", "minutes")
+    parts = [
+        "<h2>Each arm at its best learning rate</h2>",
+        table(HEADER, [cells(row) for row in best], [row.arm for row in best]),
+        _notes(comparison.notes),
+        *_changes(comparison),
+        "<h2>The words</h2>",
+        words(WORDS),
+        "<h2>The whole grid</h2>",
+        table(GRID_HEADER, [grid_cells(row) for row in comparison.rows], stars),
+        "<h2>The ledger: what one run paid</h2>",
+        table(LEDGER_HEADER, [ledger_cells(row) for row in best]),
+        "<h2>Every run</h2>",
+        table(runs, _runs(comparison)),
+        f"<h2>Method</h2><p>{escape(METHOD)}</p>",
+        (
+            f"<h2>Machine</h2><p>{escape(comparison.machine)}. Minutes belong to this machine; "
+            "everything else is counted.</p>"
+        ),
+    ]
+    page = Page(
+        study=comparison.study,
+        question="what did a grown start save?",
+        about=what(comparison),
+        answer=capital(answer(comparison)),
+        parts=parts,
+        warning=_differences(comparison.differences),
     )
+    return render(page, picture)
 
 
 def what(comparison: Comparison) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -218,9 +218,8 @@ def flat_row(row: Row) -> dict[str, Any]:
     return fields | {"n": row.n, "saving_excluded_interval": row.saving_interval}
 
 
-def write_csv(comparison: Comparison, path: Path) -> None:
+def write_csv(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     """One line for each row of the grid; an undefined number is an empty cell."""
-    lines = [flat_row(row) for row in comparison.rows]
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(lines[0]))
         writer.writeheader()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import math
+import re
+import types
 from pathlib import Path
 
 import pytest
+import wandb
 
 from outgrow.experiments.__main__ import main
 from outgrow.experiments.horizon_report import answer, build, table, write
@@ -192,7 +196,7 @@ def test_a_record_gives_the_files_that_its_runs_gave(tmp_path: Path) -> None:
     )
     write([str(tmp_path / "first.json")], tmp_path / "once")
     write([str(tmp_path / "once" / "ends.json")], tmp_path / "twice")
-    for name in ("table.md", "ends.json", "horizons.png"):
+    for name in ("table.md", "ends.json", "horizons.png", "horizons.csv"):
         assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
 
 
@@ -201,7 +205,7 @@ def test_a_record_gives_the_files_that_its_runs_gave(tmp_path: Path) -> None:
     [
         (["{}/nothing"], "there is nothing; expected a folder that `outgrow train` wrote"),
         (["{}/no.json"], "not a record of runs"),
-        (["{}/ends.json", "--out", "/proc/nowhere"], "--out /proc/nowhere: cannot be written"),
+        (["{}/ends.json", "--out", "/proc/nowhere"], "/proc/nowhere: could not be written"),
     ],
 )
 def test_the_door_tells_each_fault_in_a_line(
@@ -214,3 +218,33 @@ def test_the_door_tells_each_fault_in_a_line(
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert fault in message
+
+
+@pytest.mark.slow
+def test_a_study_of_horizons_has_page_csv_and_wandb_like_any_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: dict[str, object] = {}
+    run = types.SimpleNamespace(summary={}, log=seen.update, finish=lambda: None)
+    monkeypatch.setattr(wandb, "init", lambda **options: seen.update(options) or run)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    grown = [end("grown", 1.5e12, 2.5, seed=seed, name=f"g{seed}") for seed in (0, 1)]
+    scratch = [dataclasses.replace(e, name=str(i)) for i, e in enumerate(SCRATCH_ENDS)]
+    write_ends(tmp_path / "ends.json", [*scratch, CONTROL, *grown])
+    out = tmp_path / "own"
+    assert main(["horizons", str(tmp_path / "ends.json"), "--out", str(out), "--wandb"]) == 0
+    names = ["ends.json", "horizons.csv", "horizons.png", "report.html", "table.md"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    page = (out / "report.html").read_text()
+    assert not re.search(r"https?://|<script|<link|@import", page)
+    sentence = "growth pays: grown is worth S = 2.67 against scratch"
+    assert sentence in page
+    assert sentence in capsys.readouterr().out
+    with (out / "horizons.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["seeds"] for line in lines] == ["0 1", "0", "0", "0", "0"]
+    assert float(lines[0]["speedup_included"]) == pytest.approx(4 / 1.5)
+    assert lines[-1]["speedup_included"] == ""  # the control is out of range
+    assert (seen["group"], seen["mode"]) == ("own", "offline")
+    assert sentence in run.summary["answer"]
+    assert [row[0] for row in seen["comparison"].data] == [line["arm"] for line in lines]  # type: ignore[attr-defined]

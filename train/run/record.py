@@ -15,7 +15,7 @@ import dataclasses
 import json
 import math
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -262,6 +262,15 @@ class LoggedEvaluation:
 def read_evaluations(path: Path, way_out: str) -> list[LoggedEvaluation]:
     """Read the `eval` rows of a metrics.jsonl, in order.
 
+    Raises:
+        UserError: as `read_rows` does.
+    """
+    return read_rows(path, way_out, _evaluation)
+
+
+def read_rows(path: Path, way_out: str, parse: Callable[[Any], T | None]) -> list[T]:
+    """The rows of a metrics.jsonl as `parse` makes them, in order; those of which it makes None are left out.
+
     A last line that was cut off in the writing is skipped.
 
     Raises:
@@ -272,10 +281,10 @@ def read_evaluations(path: Path, way_out: str) -> list[LoggedEvaluation]:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {way_out}") from error
-    evaluations = []
+    rows: list[T] = []
     for number, line in enumerate(lines, start=1):
         try:
-            evaluation = _evaluation(json.loads(line))
+            row = parse(json.loads(line))
         except json.JSONDecodeError as error:
             if number == len(lines):
                 break
@@ -284,9 +293,9 @@ def read_evaluations(path: Path, way_out: str) -> list[LoggedEvaluation]:
             raise UserError(
                 f"{path}, line {number}: no row of a run's metrics ({error}); {way_out}",
             ) from error
-        if evaluation is not None:
-            evaluations.append(evaluation)
-    return evaluations
+        if row is not None:
+            rows.append(row)
+    return rows
 
 
 def _evaluation(row: Any) -> LoggedEvaluation | None:

@@ -1,0 +1,202 @@
+"""Recovery from a growth inside a run: the spike, the tokens until it is over, and t_mix.
+
+A run that grows on its way (`growth.stages`) logs its validation loss before and after the growth, and its
+training loss all along. From these come the height of the spike and the tokens until the training loss is
+back at its value before the growth. How far a grown arm has caught up is read from decayed ends alone, at
+equal tokens and of one optimizer:
+
+    R = (control − grown) / (control − scratch)       0: as the small network, 1: as scratch
+    t_mix                                             tokens after the growth until grown − scratch <= EPSILON
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from outgrow.train.run.record import read_rows
+
+if TYPE_CHECKING:
+    from outgrow.experiments.horizons import Point
+
+EPSILON = 0.005  # nats per token: within this of scratch, a grown arm has caught up
+WINDOW = 4  # rows of the training loss that are averaged, before the growth and after
+
+
+@dataclass(frozen=True)
+class Growth:
+    """The last growth inside a run. Losses in nats per token."""
+
+    tokens: int  # trained before it
+    loss_before: float | None = None  # on the validation text; None in runs that did not take it
+    loss_after: float | None = None
+    over_tokens: int | None = None  # after it, until the training loss is back; None: never
+
+    @property
+    def spike(self) -> float | None:
+        """The height of the spike: what the growth added to the validation loss."""
+        if self.loss_before is None or self.loss_after is None:
+            return None
+        return self.loss_after - self.loss_before
+
+
+@dataclass(frozen=True)
+class MetricsRow:
+    """A row of metrics.jsonl: its kind, where the run stood, and its loss."""
+
+    kind: str
+    tokens: int
+    loss: float
+
+
+def read_growth(metrics: Path, way_out: str) -> Growth | None:
+    """The last growth that a run's metrics.jsonl tells of; None for a run that did not grow on its way.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    rows = read_rows(metrics, way_out, _metrics_row)
+    grown = [row for row in rows if row.kind == "growth"]
+    if not grown:
+        return None
+    after = grown[-1]
+    before = [row.loss for row in rows if row.kind == "before_growth" and row.tokens == after.tokens]
+    training = [row for row in rows if row.kind == "train"]
+    return Growth(
+        tokens=after.tokens,
+        loss_before=before[-1] if before else None,
+        loss_after=after.loss,
+        over_tokens=tokens_until_back(training, after.tokens),
+    )
+
+
+def _metrics_row(row: Any) -> MetricsRow | None:
+    key = {"train": "loss", "growth": "val_loss", "before_growth": "val_loss"}.get(row["kind"])
+    if key is None or row[key] is None:
+        return None
+    return MetricsRow(row["kind"], int(row["tokens"]), float(row[key]))
+
+
+def tokens_until_back(training: Sequence[MetricsRow], growth: int) -> int | None:
+    """Tokens after the growth until the training loss, over WINDOW rows, is at its value before it.
+
+    None where it never is, or where no row lies before the growth.
+    """
+    before = [row.loss for row in training if row.tokens <= growth][-WINDOW:]
+    after = [row for row in training if row.tokens > growth]
+    for end in range(WINDOW, len(after) + 1):
+        losses = [row.loss for row in after[end - WINDOW : end]]
+        if before and fmean(losses) <= fmean(before):
+            return after[end - 1].tokens - growth
+    return None
+
+
+# ---- against scratch and the control, at equal tokens ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MixingTime:
+    """t_mix: `tokens` after the growth, or a bound on them: "≤" where the first end has caught up already,
+    ">" where the last one has not.
+    """
+
+    tokens: float
+    bound: str = ""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A grown arm's decayed end beside those of scratch and of the control, at equal tokens.
+
+    `gap` is grown − scratch in nats, `share` is R; None where there is no such end.
+    """
+
+    point: Point
+    growth: Growth
+    spike: float | None  # the mean over the seeds
+    gap: float | None
+    share: float | None
+    mixing: MixingTime | None  # of the arm, from all its horizons
+
+    @property
+    def tokens_after(self) -> int:
+        """The tokens between the growth and this end."""
+        return self.point.tokens - self.growth.tokens
+
+
+def recoveries(points: Sequence[Point], scratch: str) -> list[Recovery]:
+    """The recovery of every end of a run that grew on its way, in the order of `points`.
+
+    Args:
+        scratch: the name of the arm that they are held against.
+    """
+    largest = max(point.parameters for point in points)
+    of_scratch = {_moment(point): point for point in points if point.arm == scratch}
+    controls = {_moment(point): point for point in points if point.parameters < largest}
+    grown = [(point, growth) for point in points if (growth := point.ends[0].growth) is not None]
+    gaps = {(point.arm, *_moment(point)): _gap(point, of_scratch) for point, _ in grown}
+    measured = []
+    for point, growth in grown:
+        own = [(other, gaps[other.arm, *_moment(other)]) for other, _ in grown if _alike(other, point)]
+        known = [(other.tokens - growth.tokens, gap) for other, gap in own if gap is not None]
+        gap = gaps[point.arm, *_moment(point)]
+        share = _share(point, gap, controls, of_scratch)
+        measured.append(Recovery(point, growth, _spike(point), gap, share, mixing_time(known)))
+    return measured
+
+
+def _moment(point: Point) -> tuple[str, int]:
+    """What scratch must share with an arm to be held against it at equal tokens."""
+    return point.optimizer, point.tokens
+
+
+def _alike(one: Point, other: Point) -> bool:
+    return (one.arm, one.optimizer) == (other.arm, other.optimizer)
+
+
+def _gap(point: Point, of_scratch: Mapping[tuple[str, int], Point]) -> float | None:
+    scratch = of_scratch.get(_moment(point))
+    return None if scratch is None else point.val_loss - scratch.val_loss
+
+
+def _share(
+    point: Point,
+    gap: float | None,
+    controls: Mapping[tuple[str, int], Point],
+    of_scratch: Mapping[tuple[str, int], Point],
+) -> float | None:
+    """R; None where scratch or the control has no end at these tokens, or scratch is not below it."""
+    control = controls.get(_moment(point))
+    if control is None or gap is None:
+        return None
+    room = control.val_loss - of_scratch[_moment(point)].val_loss
+    return (control.val_loss - point.val_loss) / room if room > 0 else None
+
+
+def _spike(point: Point) -> float | None:
+    spikes = [end.growth.spike for end in point.ends if end.growth is not None]
+    known = [spike for spike in spikes if spike is not None]
+    return fmean(known) if known else None
+
+
+def mixing_time(gaps: Sequence[tuple[int, float]]) -> MixingTime | None:
+    """t_mix from pairs (tokens after the growth, gap); None without any.
+
+    It is where the gap comes down to EPSILON for good, linear in log tokens between two ends.
+    """
+    if not gaps:
+        return None
+    ordered = sorted(gaps)
+    above = [place for place, (_, gap) in enumerate(ordered) if gap > EPSILON]
+    if not above:
+        return MixingTime(ordered[0][0], "≤")
+    last = above[-1]
+    if last == len(ordered) - 1:
+        return MixingTime(ordered[-1][0], ">")
+    (start, before), (end, after) = ordered[last], ordered[last + 1]
+    share = (before - EPSILON) / (before - after)
+    return MixingTime(start * math.exp(share * math.log(end / start)))
