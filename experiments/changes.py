@@ -43,11 +43,14 @@ def changes(best: Mapping[str, Sequence[Run]]) -> tuple[Change, ...]:
     Args:
         best: each arm's runs at its best learning rate.
     """
-    first = {arm: runs[0] for arm, runs in best.items()}
+    arms = sorted(best)
+    plain_arms = [arm for arm in arms if is_plain(best[arm][0])]
     measured: list[Change] = []
-    for plain in sorted(arm for arm, run in first.items() if is_plain(run)):
-        keys = {arm: changed_in_training(first[plain], first[arm]) for arm in sorted(best)}
-        measured += [_change(arm, plain, keys[arm], best) for arm in keys if keys[arm]]
+    for plain in plain_arms:
+        for arm in arms:
+            keys = changed_in_training(best[plain][0], best[arm][0])
+            if keys:
+                measured.append(_change(arm, plain, keys, best))
     return tuple(measured)
 
 
@@ -55,19 +58,22 @@ def summary(measured: Sequence[Change]) -> str:
     """The effect of the changes on the final loss, in one sentence for each counterpart."""
     sentences = []
     for plain in sorted({change.plain for change in measured}):
-        own = [change for change in measured if change.plain == plain]
-        arms = {word: [change.arm for change in own if change.verdict == word] for word in VERDICTS}
-        parts = [f"{word} for {', '.join(arms[word])}" for word in VERDICTS if arms[word]]
-        sentences.append(f"against {plain}, " + "; ".join(parts))
-    return ". ".join(f"Final loss {sentence}" for sentence in sentences)
+        arms: dict[str, list[str]] = {word: [] for word in VERDICTS}
+        for change in measured:
+            if change.plain == plain:
+                arms[change.verdict].append(change.arm)
+        parts = [f"{word} for {', '.join(names)}" for word, names in arms.items() if names]
+        sentences.append(f"Final loss against {plain}, " + "; ".join(parts))
+    return ". ".join(sentences)
 
 
 def is_plain(run: Run) -> bool:
     """True if the run's start was trained on as any weights would be."""
     setting = run.record.setting
     transfer = setting("transfer") or {}
-    special = any(transfer.get(key) for key in ("optimizer", "mup", "teacher"))
-    if special or transfer.get("inherited_rate", 1.0) != 1.0 or setting("growth.stages"):
+    if any(transfer.get(key) for key in ("optimizer", "mup", "teacher")):
+        return False
+    if transfer.get("inherited_rate", 1.0) != 1.0 or setting("growth.stages"):
         return False
     return setting("schedule.rewarm") in (None, "full")
 
@@ -78,8 +84,9 @@ def changed_in_training(one: Run, other: Run) -> tuple[str, ...]:
     () where anything else differs too.
     """
     differing = differing_keys(_identity(one), _identity(other))
-    keys = [key for key in differing if key not in NOT_COMPARED]
-    return tuple(keys) if all(key.startswith(IN_TRAINING) for key in keys) else ()
+    keys = tuple(key for key in differing if key not in NOT_COMPARED)
+    only_training = all(key.startswith(IN_TRAINING) for key in keys)
+    return keys if only_training else ()
 
 
 def _identity(run: Run) -> dict[str, Any]:
@@ -96,6 +103,8 @@ def _change(arm: str, plain: str, keys: tuple[str, ...], best: Mapping[str, Sequ
     seeds = tuple(sorted(ours.keys() & theirs.keys()))
     differences = [ours[seed] - theirs[seed] for seed in seeds]
     if not seeds:
-        differences = [fmean(ours.values()) - fmean(theirs.values())]
+        mean, plain_mean = fmean(ours.values()), fmean(theirs.values())
+        differences = [mean - plain_mean]
     flops = best[arm][0].flops / best[plain][0].flops
-    return Change(arm, plain, keys, seeds, flops, fmean(differences), half_interval(differences))
+    difference, interval = fmean(differences), half_interval(differences)
+    return Change(arm, plain, keys, seeds, flops, difference, interval)

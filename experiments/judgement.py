@@ -71,10 +71,12 @@ def open_texts(leaves: Sequence[str], job: Job, own: DataSettings) -> dict[str, 
     from outgrow.train.data.settings import SourceSettings, held_out_faults
     from outgrow.train.settings import compose
 
-    data, texts = prepare(own), {}
+    data = prepare(own)
+    texts = {}
     for leaf in leaves:
         settings = compose([*job.overrides, f"data={leaf}"]).data
-        UserError.collect(f"judged_on: {leaf}: {fault}" for fault in held_out_faults(own, settings))
+        faults = held_out_faults(own, settings)
+        UserError.collect(f"judged_on: {leaf}: {fault}" for fault in faults)
         other = source_data(SourceSettings(settings), own, data)
         texts[leaf] = data if other is None else prepare(other)
     return texts
@@ -89,14 +91,18 @@ def judge(folders: Iterable[Path], texts: Mapping[str, TokenData]) -> Judgement:
     runs, _ = read_runs(folders)
     groups = by_rate(runs)
     best = best_learning_rates(groups)
-    arms = {run.arm: groups[run.arm, best[run.arm]] for run in runs}
-    shared = set.intersection(*({run.seed for run in of_arm} for of_arm in arms.values()))
+    names = dict.fromkeys(run.arm for run in runs)
+    arms = {arm: groups[arm, best[arm]] for arm in names}
+    seeds = [{run.seed for run in own} for own in arms.values()]
+    shared = set.intersection(*seeds)
     if not shared:
         raise UserError(f"arms {', '.join(arms)}: no seed that all of them were run with")
     judged = []
-    for arm, of_arm in arms.items():
-        judged.append(_judge(arm, [run for run in of_arm if run.seed in shared], texts))
-    return Judgement(tuple(judged), tuple(sorted(shared)), _eval_tokens(runs[0]), machine(runs))
+    for arm, own in arms.items():
+        of_shared = [run for run in own if run.seed in shared]
+        judged.append(_judge(arm, of_shared, texts))
+    eval_tokens = _eval_tokens(runs[0])
+    return Judgement(tuple(judged), tuple(sorted(shared)), eval_tokens, machine(runs))
 
 
 def _judge(arm: str, runs: Sequence[Run], texts: Mapping[str, TokenData]) -> Judged:
@@ -123,10 +129,11 @@ def evaluation(run: Run, data: TokenData) -> Evaluation:
     from outgrow.train.loss import NextTokenLoss
 
     logging.disable_progress_bar()
-    context, tokens = int(run.record.setting("train.context")), _eval_tokens(run)
-    windows = list(validation_batches(data.validation, context=context, tokens=tokens))
+    context = int(run.record.setting("train.context"))
+    split = data.validation
+    windows = list(validation_batches(split, context=context, tokens=_eval_tokens(run)))
     model = NextTokenLoss(load_model(run.folder / FINAL), fused=False)
-    return evaluate(model, windows, Accelerator(cpu=True), data.validation.bytes_per_token)
+    return evaluate(model, windows, Accelerator(cpu=True), split.bytes_per_token)
 
 
 def _eval_tokens(run: Run) -> int:

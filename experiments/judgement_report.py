@@ -28,7 +28,8 @@ def write(judgement: Judgement, out: Path) -> str:
     """
     with telling_disk_faults(out):
         out.mkdir(parents=True, exist_ok=True)
-        (out / RECORD).write_text(json.dumps(asdict(judgement), indent=1) + "\n", encoding="utf-8")
+        record = json.dumps(asdict(judgement), indent=1)
+        (out / RECORD).write_text(f"{record}\n", encoding="utf-8")
         draw(judgement.arms, out / PICTURE)
     return markdown(judgement)
 
@@ -36,7 +37,8 @@ def write(judgement: Judgement, out: Path) -> str:
 def markdown(judgement: Judgement) -> str:
     """The answer, the table, and the method in a sentence."""
     baseline, *others = judgement.arms
-    texts, changes = judgement.texts, len(others) * len(judgement.texts)
+    texts = judgement.texts
+    changes = len(others) * len(texts)
     header = ["arm", "tokens read", *(f"{text}: loss (95 %), change" for text in texts)]
     table = markdown_table(header, [_cells(judgement, judged) for judged in judgement.arms])
     lines = [
@@ -60,19 +62,21 @@ def _sentence(judgement: Judgement, judged: Judged) -> str:
     parts = []
     for text in judgement.texts:
         difference, interval = judgement.change(judged, text)
-        measured = signed(difference) + _plus_minus(interval)
-        parts.append(f"{text} {measured} ({verdict(difference, interval)})")
+        size = signed(difference) + _plus_minus(interval)
+        parts.append(f"{text} {size} ({verdict(difference, interval)})")
     return f"- `{judged.arm}`: " + ", ".join(parts)
 
 
 def _cells(judgement: Judgement, judged: Judged) -> list[str]:
     counts = [f"{name} {count:,}" for name, count in judged.tokens.items()]
     cells = [judged.arm, ", ".join(counts)]
+    is_baseline = judged is judgement.arms[0]
     for text in judgement.texts:
         losses = judged.losses[text]
-        own = f"{fmean(losses):.3f}{_plus_minus(half_interval(losses))}"
+        interval = _plus_minus(half_interval(losses))
+        own = f"{fmean(losses):.3f}{interval}"
         difference, _ = judgement.change(judged, text)
-        cells.append(own if judged is judgement.arms[0] else f"{own}, {signed(difference)}")
+        cells.append(own if is_baseline else f"{own}, {signed(difference)}")
     return cells
 
 
@@ -93,27 +97,33 @@ def draw(arms: Sequence[Judged], path: Path) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     widths = [1.8] + [1.0] * len(texts)
     panels: Any = figure.subplots(1, len(widths), width_ratios=widths)
-    for judged, colour in zip(arms, itertools.cycle(COLOURS), strict=False):
+    falling, *finals = panels
+    coloured = list(zip(arms, itertools.cycle(COLOURS), strict=False))
+    for judged, colour in coloured:
+        losses = []  # of each seed
         for curve in judged.curves:
-            panels[0].plot(*zip(*curve, strict=True), color=colour, linewidth=0.8, alpha=0.35)
-        tokens = [tokens for tokens, _ in judged.curves[0]]
-        columns = zip(*([loss for _, loss in curve] for curve in judged.curves), strict=True)
-        means = list(map(fmean, columns))
-        panels[0].plot(tokens, means, color=colour, linewidth=1.8, label=judged.arm)
-    panels[0].set(
+            tokens, own = zip(*curve, strict=True)
+            falling.plot(tokens, own, color=colour, linewidth=0.8, alpha=0.35)
+            losses.append(own)
+        tokens, _ = zip(*judged.curves[0], strict=True)
+        means = list(map(fmean, zip(*losses, strict=True)))
+        falling.plot(tokens, means, color=colour, linewidth=1.8, label=judged.arm)
+    falling.set(
         xlabel="tokens trained",
         ylabel="nats/token",
         title=f"{texts[0]}, held out",
         ylim=_range(arms),
     )
-    panels[0].xaxis.set_major_formatter("{x:,.0f}")
-    panels[0].legend(frameon=False, labelcolor=INK)
-    for text, axes in zip(texts, panels[1:], strict=True):
-        for column, (judged, colour) in enumerate(zip(arms, itertools.cycle(COLOURS), strict=False)):
-            losses = judged.losses[text]
-            axes.plot([column] * len(losses), losses, "o", color=colour, markersize=4, alpha=0.7)
-            axes.hlines(fmean(losses), column - 0.3, column + 0.3, color=colour, linewidth=2)
-        axes.set_xticks(range(len(arms)), [judged.arm for judged in arms], rotation=40, ha="right")
+    falling.xaxis.set_major_formatter("{x:,.0f}")
+    falling.legend(frameon=False, labelcolor=INK)
+    names = [judged.arm for judged in arms]
+    for text, axes in zip(texts, finals, strict=True):
+        for column, (judged, colour) in enumerate(coloured):
+            ends = judged.losses[text]
+            axes.plot([column] * len(ends), ends, "o", color=colour, markersize=4, alpha=0.7)
+            left, right = column - 0.3, column + 0.3
+            axes.hlines(fmean(ends), left, right, color=colour, linewidth=2)
+        axes.set_xticks(range(len(arms)), names, rotation=40, ha="right")
         axes.set_title(f"final, {text}")
     for axes in panels:
         axes.grid(color=GRID)
@@ -126,6 +136,9 @@ def _range(arms: Sequence[Judged]) -> tuple[float, float]:
     """The range from below the lowest loss to where the curves have come together: the start would flatten
     the rest.
     """
-    curves = [curve for judged in arms for curve in judged.curves]
-    losses = [loss for curve in curves for _, loss in (curve[2:] or curve[-1:])]
+    losses: list[float] = []
+    for judged in arms:
+        for curve in judged.curves:
+            late = curve[2:] or curve[-1:]
+            losses += [loss for _, loss in late]
     return min(losses) - 0.05, max(losses) + 0.05

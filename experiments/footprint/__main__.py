@@ -14,27 +14,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from outgrow.experiments.door import go_through
 from outgrow.model.base.errors import UserError
-from outgrow.model.base.settings import CONF
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The door."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if {"-h", "--help"} & set(given):
-        print(str(__doc__) + (CONF / "cost.yaml").read_text(encoding="utf-8"))
-        return 0
-    try:
-        return _cost([text for text in given if "=" not in text], [text for text in given if "=" in text])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    return go_through(arguments, __doc__, "cost.yaml", _cost, "stopped")
 
 
-def _cost(folders: Sequence[str], overrides: Sequence[str]) -> int:
+def _cost(folders: Sequence[str], overrides: Sequence[str]) -> None:
+    """Count and measure the folders, and write and print their table."""
     from outgrow.experiments.footprint.footprint import footprints, settings_from
     from outgrow.experiments.footprint.table import as_csv, as_json, markdown
     from outgrow.model.base.files import write_json, write_text
@@ -52,7 +42,6 @@ def _cost(folders: Sequence[str], overrides: Sequence[str]) -> int:
     write_json(out / "cost.json", as_json(rows, settings))
     print(text)
     print(f"{out / 'cost'}.md, .csv, .json")
-    return 0
 
 
 if __name__ == "__main__":

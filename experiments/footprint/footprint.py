@@ -21,7 +21,7 @@ WAY_OUT = "the folder was edited or damaged: run it again in a new one"
 
 @dataclass(frozen=True)
 class CostSettings:
-    """What conf/cost.yaml composes."""
+    """conf/cost.yaml."""
 
     devices: tuple[str, ...]
     context: int
@@ -119,12 +119,16 @@ def footprints(folders: Sequence[str], settings: CostSettings) -> list[Footprint
         except UserError as fault:
             faults.append(str(fault))
     for folder in folders:
+        path = Path(folder)
         try:
-            models.append((checkpoint_of(Path(folder)), training_of(Path(folder))))
+            models.append((checkpoint_of(path), training_of(path)))
         except UserError as fault:
             faults.append(str(fault))
     UserError.collect(faults)
-    return [row for checkpoint, training in models for row in _rows(checkpoint, training, devices, settings)]
+    rows: list[Footprint] = []
+    for checkpoint, training in models:
+        rows += _rows(checkpoint, training, devices, settings)
+    return rows
 
 
 def known_device(name: str) -> Device:
@@ -135,7 +139,8 @@ def known_device(name: str) -> Device:
     """
     from outgrow.train.machine.device import BANDWIDTH, MEMORY_GIB, PEAK_BF16_FLOPS, named
 
-    peak, bandwidth = named(PEAK_BF16_FLOPS, name), named(BANDWIDTH, name)
+    peak = named(PEAK_BF16_FLOPS, name)
+    bandwidth = named(BANDWIDTH, name)
     if peak is None or bandwidth is None:
         raise UserError(f"devices: unknown device {name!r}; known: {', '.join(BANDWIDTH)}")
     return Device(name, peak, bandwidth, named(MEMORY_GIB, name))
@@ -151,17 +156,19 @@ def training_of(folder: Path) -> Training:
         UserError: a run has no ledger, or a ledger cannot be read.
     """
     if not (folder / RUN).is_file():
-        return _ledger(folder / LEDGER) if (folder / LEDGER).is_file() else Training()
+        ledger = folder / LEDGER
+        return _ledger(ledger) if ledger.is_file() else Training()
     checkpoint = checkpoint_of(folder)
-    if not (checkpoint / LEDGER).is_file() or not (folder / SUMMARY).is_file():
+    ledger, summary = checkpoint / LEDGER, folder / SUMMARY
+    if not ledger.is_file() or not summary.is_file():
         raise UserError(
             f"{folder}: the run has no ledger ({checkpoint.name}/{LEDGER} and {SUMMARY}), so the cost of its "
             f"training is not known; {WAY_OUT}, or give {checkpoint} alone for the cost of running it"
         )
     record = RunRecord.read(folder / RUN, WAY_OUT)
-    seconds = Summary.read(folder / SUMMARY, WAY_OUT).seconds
+    seconds = Summary.read(summary, WAY_OUT).seconds
     return replace(
-        _ledger(checkpoint / LEDGER),
+        _ledger(ledger),
         data_tokens=_data_tokens(record),
         device=record.device,
         device_seconds=seconds * record.processes,
@@ -174,7 +181,7 @@ def _ledger(path: Path) -> Training:
     if not isinstance(own, dict):
         raise UserError(f"{path}: it has no entry 'own', so it is no ledger of a run; {WAY_OUT}")
     numbers = own.get("tokens"), own.get("flops"), kept.get("flops")
-    if not all(number is None or type(number) in (int, float) for number in numbers):
+    if not {type(number) for number in numbers} <= {int, float, type(None)}:
         raise UserError(f"{path}: tokens and FLOPs should be numbers; found {numbers}; {WAY_OUT}")
     return Training(*numbers)
 
@@ -186,13 +193,18 @@ def _data_tokens(record: RunRecord) -> int | None:
 
     try:
         settings = settings_from(record.settings)
-        mixture = settings.mixture
-        texts = [settings.data] if mixture is None else [part.data for part in mixture.sources.values()]
-        stocks = [stock(text) for text in texts]
+        texts = [settings.data]
+        if settings.mixture is not None:
+            texts = [source.data for source in settings.mixture.sources.values()]
+        stocks = list(map(stock, texts))
     except UserError:  # settings of an older version, or a folder that is another by now
         return None
-    counts = [there.tokens for there in stocks if there is not None and there.exact]
-    return sum(counts) if len(counts) == len(stocks) else None
+    total = 0
+    for known in stocks:
+        if known is None or not known.exact:
+            return None
+        total += known.tokens
+    return total
 
 
 # ---- rows --------------------------------------------------------------------------------------------------
@@ -201,14 +213,15 @@ def _data_tokens(record: RunRecord) -> int | None:
 def _rows(
     checkpoint: Path, training: Training, devices: Sequence[Device], settings: CostSettings
 ) -> Iterator[Footprint]:
-    """What was measured first, on the run's device and on this one, then a forecast for each device."""
+    """The measured rows, of the run's device and of this one, then a forecast for each device."""
     from outgrow.model.build import known_size
     from outgrow.model.config import read_config
     from outgrow.model.geometry import parameter_count
     from outgrow.train.machine.inference import inference_memory
 
     config = read_config(checkpoint)
-    context = min(settings.context, known_size(config, "max_position_embeddings") or settings.context)
+    longest = known_size(config, "max_position_embeddings") or settings.context
+    context = min(settings.context, longest)
     memory = inference_memory(config, context)
     start = Footprint(
         title(checkpoint),
@@ -223,12 +236,14 @@ def _rows(
     hours = None if training.device_seconds is None else training.device_seconds / 3600
     trained = replace(start, device=training.device or "not recorded", gpu_hours=hours)
     timed = _timed(checkpoint, start) if settings.measure else None
-    if hours is not None and (timed is None or timed.device != trained.device):
+    same_device = timed is not None and timed.device == trained.device
+    if hours is not None and not same_device:
         yield trained
     if timed is not None:
-        yield replace(timed, gpu_hours=hours) if timed.device == trained.device else timed
+        yield replace(timed, gpu_hours=hours) if same_device else timed
+    unmeasured = replace(start, kind="forecast")
     for device in devices:
-        yield _forecast(config, training, device, replace(start, kind="forecast"), memory.cache, settings.mfu)
+        yield _forecast(config, training, device, unmeasured, memory.cache, settings.mfu)
 
 
 def _timed(checkpoint: Path, start: Footprint) -> Footprint:
@@ -242,11 +257,11 @@ def _timed(checkpoint: Path, start: Footprint) -> Footprint:
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
+    dtype = "float16" if cuda else "float32"
     with quietly():
-        network: Any = load_model(checkpoint, dtype="float16" if cuda else "float32").eval().to(device)
-    return replace(
-        start, device=device_name(device), ms_per_token=milliseconds_per_token(network, start.context)
-    )
+        network: Any = load_model(checkpoint, dtype=dtype).eval().to(device)
+    milliseconds = milliseconds_per_token(network, start.context)
+    return replace(start, device=device_name(device), ms_per_token=milliseconds)
 
 
 def _forecast(

@@ -38,7 +38,8 @@ def milliseconds_per_token(network: Any, context: int) -> float:
     warm_up = min(WARM_UP, new // 3)
     numbers = torch.Generator().manual_seed(0)
     rows = network.get_input_embeddings().weight.shape[0]
-    prompt = torch.randint(rows, (1, context - new), generator=numbers).to(network.device)
+    shape = (1, context - new)
+    prompt = torch.randint(rows, shape, generator=numbers).to(network.device)
     clock = TokenClock()
     with quietly(), torch.no_grad():
         network.generate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -50,15 +51,18 @@ class Published:
 
 def published() -> list[Published]:
     """All published rows."""
-    return [Published(**row) for row in yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))]
+    text = PUBLISHED.read_text(encoding="utf-8")
+    return [Published(**row) for row in yaml.safe_load(text)]
 
 
 def markdown(rows: Sequence[Footprint], settings: CostSettings) -> str:
     """The table in Markdown, with its conditions."""
-    theirs = [_published_cells(row) for row in published()]
-    lines = [f"| {' | '.join(cells)} |" for cells in (HEADER, *theirs, *map(_cells, rows))]
-    lines.insert(1, f"|---|---:|---|{'---:|' * (len(HEADER) - 3)}")
-    return "\n".join(["# What it costs", "", *lines, "", *(f"* {note}" for note in _notes(settings))]) + "\n"
+    theirs = map(_published_cells, published())
+    cells = [HEADER, *theirs, *map(_cells, rows)]
+    heading, *lines = [f"| {' | '.join(row)} |" for row in cells]
+    rule = "|---|---:|---|" + "---:|" * (len(HEADER) - 3)
+    notes = [f"* {note}" for note in _notes(settings)]
+    return "\n".join(["# What it costs", "", heading, rule, *lines, "", *notes]) + "\n"
 
 
 def _published_cells(row: Published) -> list[str]:
@@ -102,7 +106,10 @@ def _hours(row: Footprint, mark: str) -> str:
 
 
 def _number(value: float | None, mark: str) -> str:
-    return UNDEFINED if value is None else f"{mark}{value:,.0f}" if value >= 100 else f"{mark}{value:.3g}"
+    if value is None:
+        return UNDEFINED
+    digits = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{mark}{digits}"
 
 
 def _notes(settings: CostSettings) -> list[str]:
@@ -119,16 +126,17 @@ def _notes(settings: CostSettings) -> list[str]:
         "GB at the context ≈: weights and the cache of a full context in float16, and "
         f"{ALLOWANCE / 1e9:g} GB for all else.",
     ]
-    sources: dict[tuple[str, str], list[str]] = {}
+    by_credit: dict[str, list[str]] = defaultdict(list)
     for row in published():
-        sources.setdefault((row.source, row.note), []).append(row.name)
-    return notes + [f"{', '.join(names)}: {source}; {note}." for (source, note), names in sources.items()]
+        by_credit[f"{row.source}; {row.note}."].append(row.name)
+    return notes + [f"{', '.join(names)}: {credit}" for credit, names in by_credit.items()]
 
 
 def as_csv(rows: Sequence[Footprint]) -> str:
     """Our rows, a column for each field; empty where there is no number."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Footprint)], lineterminator="\n")
+    names = [field.name for field in fields(Footprint)]
+    writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     return text.getvalue()

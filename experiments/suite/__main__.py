@@ -17,27 +17,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from outgrow.experiments.door import go_through
 from outgrow.model.base.errors import UserError
-from outgrow.model.base.settings import CONF
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The door."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if {"-h", "--help"} & set(given):
-        print(str(__doc__) + (CONF / "evaluate.yaml").read_text(encoding="utf-8"))
-        return 0
-    try:
-        return _evaluate([text for text in given if "=" not in text], [text for text in given if "=" in text])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    stopped = "stopped; the same command goes on from here"
+    return go_through(arguments, __doc__, "evaluate.yaml", _evaluate, stopped)
 
 
-def _evaluate(runs: Sequence[str], overrides: Sequence[str]) -> int:
+def _evaluate(runs: Sequence[str], overrides: Sequence[str]) -> None:
+    """Measure the runs, and write and print their table."""
     from outgrow.experiments.suite.evaluate import evaluate, settings_from
     from outgrow.experiments.suite.figure import draw
     from outgrow.experiments.suite.table import as_json, markdown
@@ -48,15 +39,15 @@ def _evaluate(runs: Sequence[str], overrides: Sequence[str]) -> int:
         raise UserError(
             "evaluate: give runs or checkpoints, such as outgrow evaluate runs/phi_1b-lossless-s0 suite=phi_2"
         )
-    found = evaluate(runs, settings)
-    out = Path(settings.out)
-    text = markdown(settings.suite, found)
-    write_text(out / f"{settings.suite.name}.md", text)
-    write_json(out / f"{settings.suite.name}.json", as_json(settings.suite, found))
-    draw(settings.suite, found, out / f"{settings.suite.name}.png")
+    suite = settings.suite
+    evaluated = evaluate(runs, settings)
+    text = markdown(suite, evaluated)
+    stem = Path(settings.out) / suite.name
+    write_text(Path(f"{stem}.md"), text)
+    write_json(Path(f"{stem}.json"), as_json(suite, evaluated))
+    draw(suite, evaluated, Path(f"{stem}.png"))
     print(text)
-    print(f"{out / settings.suite.name}.md, .json, .png")
-    return 0
+    print(f"{stem}.md, .json, .png")
 
 
 if __name__ == "__main__":

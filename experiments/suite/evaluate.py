@@ -21,7 +21,7 @@ from outgrow.train.suite.suite import BenchmarkTask, Suite, group_averages
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """What conf/evaluate.yaml composes."""
+    """conf/evaluate.yaml."""
 
     suite: Suite
     tasks: str | None
@@ -55,8 +55,10 @@ def settings_from(overrides: Sequence[str]) -> EvaluateSettings:
     cfg, faults = compose_config(CONF, "evaluate", list(overrides))
     values = plain(cfg, faults)
     settings = read(EvaluateSettings, values, "", faults) if values else None
-    if settings is not None and (settings.batch <= 0 or (settings.limit is not None and settings.limit <= 0)):
-        faults.append(f"batch, limit: must be positive; found {settings.batch}, {settings.limit}")
+    if settings is not None:
+        batch, limit = settings.batch, settings.limit
+        if batch <= 0 or (limit is not None and limit <= 0):
+            faults.append(f"batch, limit: must be positive; found {batch}, {limit}")
     UserError.collect(faults)
     assert settings is not None
     return settings
@@ -73,19 +75,21 @@ def evaluate(
     """
     suite = settings.suite.of(settings.only)
     folders = [checkpoint_of(Path(run)) for run in runs]
-    scores = [Scores(Path(settings.out), folder, settings) for folder in folders]
-    missing = [task for task in suite.tasks if any(each.get(task) is None for each in scores)]
+    out = Path(settings.out)
+    scores = [Scores(out, folder, settings) for folder in folders]
+    missing = [task for task in suite.tasks if None in [kept.get(task) for kept in scores]]
     if missing:
         _measure(missing, folders, scores, settings, say)
-    found = []
-    for folder, each in zip(folders, scores, strict=True):
+    evaluated = []
+    for folder, kept in zip(folders, scores, strict=True):
         # also what `only` leaves out and was measured before
-        values = {task.task: each.get(task) for task in settings.suite.tasks}
+        values = {task.task: kept.get(task) for task in settings.suite.tasks}
         known = {task: value for task, value in values.items() if value is not None}
         groups = group_averages(settings.suite, known)
-        local = tuple(task for task in known if local_items(each.tasks, task) is not None)
-        found.append(Evaluated(title(folder), folder, known, groups, settings.limit, local))
-    return found
+        local = tuple(task for task in known if local_items(kept.tasks, task) is not None)
+        row = Evaluated(title(folder), folder, known, groups, settings.limit, local)
+        evaluated.append(row)
+    return evaluated
 
 
 def _measure(
@@ -98,18 +102,21 @@ def _measure(
     """Make the scores that are not there yet, one network in memory at a time."""
     from outgrow.train.suite.harness import Harness
 
-    harness = Harness(None if settings.tasks is None else Path(settings.tasks).expanduser().resolve())
-    loaded = harness.load(tasks, run_code=settings.run_code)
-    for folder, each in zip(folders, scores, strict=True):
-        todo = [task for task in tasks if each.get(task) is None]
+    local = None if settings.tasks is None else Path(settings.tasks).expanduser()
+    harness = Harness(None if local is None else local.resolve())
+    run_code = settings.run_code
+    loaded = harness.load(tasks, run_code=run_code)
+    for folder, kept in zip(folders, scores, strict=True):
+        todo = [task for task in tasks if kept.get(task) is None]
         model: Any = None
         for task in todo:
-            model = model or harness.model(*network_of(folder, settings), settings.batch)
-            score = harness.score(
-                task, loaded[task.task], model, limit=settings.limit, run_code=settings.run_code
-            )
-            each.put(task, asdict(score))
-            say(f"{title(folder)}: {task.task} {score.value:.1%} of {score.items} ({score.metric})")
+            if model is None:
+                network, tokenizer = network_of(folder, settings)
+                model = harness.model(network, tokenizer, settings.batch)
+            score = harness.score(task, loaded[task.task], model, limit=settings.limit, run_code=run_code)
+            kept.put(task, asdict(score))
+            result = f"{score.value:.1%} of {score.items} ({score.metric})"
+            say(f"{title(folder)}: {task.task} {result}")
 
 
 def checkpoint_of(run: Path) -> Path:
@@ -133,7 +140,7 @@ def checkpoint_of(run: Path) -> Path:
 
 
 def title(checkpoint: Path) -> str:
-    """What a checkpoint is called: as its run, or as its folder."""
+    """The name of a checkpoint: its run's, or its folder's."""
     return checkpoint.parent.name if checkpoint.name == FINAL else checkpoint.name
 
 
@@ -158,9 +165,10 @@ def network_of(folder: Path, settings: EvaluateSettings) -> tuple[Any, Any]:
     device = ("cuda" if cuda else "cpu") if settings.device == "auto" else settings.device
     network: Any = load_model(folder, dtype=settings.dtype).eval()
     rows = network.get_input_embeddings().weight.shape[0]
-    if entries(tokenizer) > rows:
+    count = entries(tokenizer)
+    if count > rows:
         raise UserError(
-            f"{folder}: its tokenizer has {entries(tokenizer)} entries, its network {rows}; give it the "
+            f"{folder}: its tokenizer has {count} entries, its network {rows}; give it the "
             "tokenizer it was trained with"
         )
     return network.to(device), tokenizer
@@ -170,14 +178,14 @@ class Scores:
     """The scores of one checkpoint on the disk, a file for each task."""
 
     def __init__(self, out: Path, checkpoint: Path, settings: EvaluateSettings) -> None:
-        place = hashlib.sha256(str(checkpoint).encode()).hexdigest()[:8]
-        self.folder = out / "scores" / f"{title(checkpoint)}-{place}"
+        digest = hashlib.sha256(str(checkpoint).encode()).hexdigest()
+        self.folder = out / "scores" / f"{title(checkpoint)}-{digest[:8]}"
         self.tasks = None if settings.tasks is None else Path(settings.tasks).expanduser()
         self.weights = weights_of(checkpoint)
         self.settings = settings
 
     def conditions(self, task: BenchmarkTask) -> dict[str, Any]:
-        """All that a score of the task depends on beside the task: another item is another score."""
+        """Everything that a score of the task depends on beside the task: another item is another score."""
         return {
             "limit": self.settings.limit,
             "dtype": self.settings.dtype,
@@ -186,42 +194,51 @@ class Scores:
         }
 
     def get(self, task: BenchmarkTask) -> float | None:
-        """What was measured under the same conditions, of the same weights; None where nothing was."""
+        """The score that was measured under the same conditions, of the same weights; None where none was."""
         path = self.folder / f"{task.task}.json"
         if not path.is_file():
             return None
         kept = read_object(path, "delete it, and it is measured again")
-        return (
-            float(kept["value"])
-            if kept.get("asked") == asdict(task) and kept.get("conditions") == self.conditions(task)
-            else None
-        )
+        same_task = kept.get("asked") == asdict(task)
+        if same_task and kept.get("conditions") == self.conditions(task):
+            return float(kept["value"])
+        return None
 
     def put(self, task: BenchmarkTask, score: Mapping[str, Any]) -> None:
         """Keep a score."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(
-            self.folder / f"{task.task}.json",
-            {**score, "asked": asdict(task), "conditions": self.conditions(task)},
-        )
+        record = {**score, "asked": asdict(task), "conditions": self.conditions(task)}
+        write_json(self.folder / f"{task.task}.json", record)
 
 
 def local_items(tasks: Path | None, task: str) -> str | None:
     """A hash of the local file of a task, and of when the data files that it names were written; None where
     there is none."""
     digest = hashlib.sha256()
-    asks = re.compile(rf"^(task|group): *[\"']?{re.escape(task)}[\"']?\s*$", re.MULTILINE)
-    texts = {path: path.read_bytes() for path in sorted(tasks.rglob("*.yaml"))} if tasks else {}
-    named = {path: text for path, text in texts.items() if asks.search(text.decode(errors="replace"))}
-    for path, text in named.items():
+    name = re.escape(task)
+    asks = re.compile(rf"^(task|group): *[\"']?{name}[\"']?\s*$", re.MULTILINE)
+    paths = dict.fromkeys(sorted(tasks.rglob("*.yaml"))) if tasks else {}
+    is_named = False
+    for path in paths:
+        text = path.read_bytes()
+        if not asks.search(text.decode(errors="replace")):
+            continue
+        is_named = True
         digest.update(text)
         for data in sorted(path.parent.iterdir()):
-            if data.is_file() and data not in texts and data.name.encode() in text:
-                digest.update(f"{data.stat().st_size} {data.stat().st_mtime_ns}".encode())
-    return digest.hexdigest() if named else None
+            is_data = data.is_file() and data not in paths
+            if is_data and data.name.encode() in text:
+                size, modified = _stamp(data)
+                digest.update(f"{size} {modified}".encode())
+    return digest.hexdigest() if is_named else None
 
 
 def weights_of(folder: Path) -> dict[str, list[int]]:
-    """What tells other weights apart in a folder: each file's size and when it was written."""
+    """Stamps that tell other weights apart in a folder: each file's size and when it was written."""
     files = sorted(folder.glob("*.safetensors"))
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    return {path.name: _stamp(path) for path in files}
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]

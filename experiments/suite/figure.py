@@ -14,33 +14,38 @@ from outgrow.train.suite.suite import Suite
 PUBLISHED, OURS = "#B8BEC6", "#0072B2"
 
 
-def draw(suite: Suite, found: Sequence[Evaluated], path: Path) -> None:
+def draw(suite: Suite, evaluated: Sequence[Evaluated], path: Path) -> None:
     """Write the picture to `path`. Beside scores on local items no published row is drawn: it measured
     others, and the longer bar would say nothing.
     """
     from matplotlib.figure import Figure
 
-    local = any(each.local and any(score is not None for score in each.groups.values()) for each in found)
-    told = [row for row in rows(suite, found, groups=True)[::-1] if row[2] or not local]
-    columns = [
-        name
-        for name in columns_of(suite, groups=True)
-        if any(values[name] is not None for _, values, _ in told)
-    ]
-    names = 0.09 * max(len(name) for name, _, _ in told)  # inches
-    figure = Figure(figsize=(names + 2.1 * len(columns), 0.9 + 0.34 * len(told)), layout="constrained")
+    local = any(each.local and _has_group(each) for each in evaluated)
+    drawn = [row for row in rows(suite, evaluated, groups=True) if row.ours or not local]
+    drawn.reverse()  # the first on top
+    names = [row.name for row in drawn]
+    colours = [OURS if row.ours else PUBLISHED for row in drawn]
+    heights = range(len(drawn))
+    values = {name: [row.values[name] for row in drawn] for name in columns_of(suite, groups=True)}
+    columns = [name for name in values if any(value is not None for value in values[name])]
+    width = 0.09 * max(map(len, names)) + 2.1 * len(columns)  # inches
+    height = 0.9 + 0.34 * len(drawn)
+    figure = Figure(figsize=(width, height), layout="constrained")
     panels: Any = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for axes, column in zip(panels, columns, strict=True):
-        values = [values[column] for _, values, _ in told]
-        colours = [OURS if ours else PUBLISHED for _, _, ours in told]
-        axes.barh(range(len(told)), [value or 0.0 for value in values], color=colours, height=0.68)
-        for place, value in enumerate(values):
-            axes.text(
-                (value or 0.0) + 1.5, place, "–" if value is None else f"{value:.1f}", va="center", fontsize=8
-            )
+        lengths = [value or 0.0 for value in values[column]]
+        axes.barh(heights, lengths, color=colours, height=0.68)
+        for row, value in enumerate(values[column]):
+            label = "–" if value is None else f"{value:.1f}"
+            axes.text(lengths[row] + 1.5, row, label, va="center", fontsize=8)
         axes.set(title=column, xlim=(0, 100), xlabel="%")
         axes.grid(axis="x", color=GRID)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(told)), [name for name, _, _ in told])
+    panels[0].set_yticks(heights, names)
     figure.savefig(path, dpi=150, facecolor="white")
+
+
+def _has_group(evaluated: Evaluated) -> bool:
+    """True for a checkpoint of which a group was measured in full."""
+    return any(score is not None for score in evaluated.groups.values())

@@ -3,6 +3,7 @@ itself."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,25 +29,36 @@ class Published:
     tasks: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class TableRow:
+    """A row of the table: column → percent, None where nothing was measured."""
+
+    name: str
+    values: dict[str, float | None]
+    ours: bool
+
+
 def published() -> list[Published]:
     """All published rows."""
-    return [Published(**row) for row in yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))]
+    text = PUBLISHED.read_text(encoding="utf-8")
+    return [Published(**row) for row in yaml.safe_load(text)]
 
 
-def rows(
-    suite: Suite, found: Sequence[Evaluated], *, groups: bool
-) -> list[tuple[str, dict[str, float | None], bool]]:
-    """(name, column → percent, ours) of every row that has a value, by group or by benchmark."""
+def rows(suite: Suite, evaluated: Sequence[Evaluated], *, groups: bool) -> list[TableRow]:
+    """Every row that has a value, by group or by benchmark; all of ours."""
     columns = columns_of(suite, groups=groups)
-    theirs = [(row.name, row.groups if groups else row.tasks) for row in published()]
-    told: list[tuple[str, dict[str, float | None], bool]] = [
-        (name, {column: values.get(column) for column in columns}, False) for name, values in theirs
-    ]
-    for each in found:
+    listed = []
+    for row in published():
+        theirs = row.groups if groups else row.tasks
+        values = {column: theirs.get(column) for column in columns}
+        if any(value is not None for value in values.values()):
+            listed.append(TableRow(row.name, values, ours=False))
+    for each in evaluated:
         ours: Mapping[str, float | None] = each.groups if groups else each.scores
         name = f"{each.name} (local items)" if each.local else each.name
-        told.append((name, {column: _percent(ours.get(column)) for column in columns}, True))
-    return [row for row in told if row[2] or any(value is not None for value in row[1].values())]
+        values = {column: _percent(ours.get(column)) for column in columns}
+        listed.append(TableRow(name, values, ours=True))
+    return listed
 
 
 def _percent(share: float | None) -> float | None:
@@ -55,51 +67,65 @@ def _percent(share: float | None) -> float | None:
 
 def columns_of(suite: Suite, *, groups: bool) -> list[str]:
     """The groups of the suite, or its benchmarks, in order."""
-    return list(dict.fromkeys(task.group if groups else task.task for task in suite.tasks))
+    names = [task.group if groups else task.task for task in suite.tasks]
+    return list(dict.fromkeys(names))
 
 
-def markdown(suite: Suite, found: Sequence[Evaluated]) -> str:
+def markdown(suite: Suite, evaluated: Sequence[Evaluated]) -> str:
     """Both tables in Markdown, with what must be known to read them."""
     parts = [
         f"# {suite.name}",
-        _table(suite, found, groups=True),
+        _table(suite, evaluated, groups=True),
         "## Each benchmark",
-        _table(suite, found, groups=False),
+        _table(suite, evaluated, groups=False),
     ]
-    limits = {each.limit for each in found if each.limit is not None}
+    limits = {each.limit for each in evaluated if each.limit is not None}
     notes = [
         "Percent. A group is the plain mean of its benchmarks, and has no number where one of them has none."
     ]
     notes += [f"Ours: the first {limit} items of each benchmark." for limit in sorted(limits)]
-    local = sorted({task for each in found for task in each.local})
+    local: set[str] = set()
+    for each in evaluated:
+        local.update(each.local)
     if local:
+        tasks = ", ".join(sorted(local))
         notes.append(
-            f"Local items: {', '.join(local)} of ours were measured on local task files, which say nothing "
+            f"Local items: {tasks} of ours were measured on local task files, which say nothing "
             "beside a published row unless they hold the items that it was measured on."
         )
-    sources: dict[tuple[str, str], list[str]] = {}
+    by_credit: dict[str, list[str]] = defaultdict(list)
     for row in published():
-        sources.setdefault((row.source, row.note), []).append(row.name)
-    notes += [f"{', '.join(names)}: {source}, {note}." for (source, note), names in sources.items()]
-    return "\n\n".join([*parts, "\n".join(f"* {note}" for note in notes)]) + "\n"
+        by_credit[f"{row.source}, {row.note}."].append(row.name)
+    notes += [f"{', '.join(names)}: {credit}" for credit, names in by_credit.items()]
+    parts.append("\n".join(f"* {note}" for note in notes))
+    return "\n\n".join(parts) + "\n"
 
 
-def _table(suite: Suite, found: Sequence[Evaluated], *, groups: bool) -> str:
+def _table(suite: Suite, evaluated: Sequence[Evaluated], *, groups: bool) -> str:
     """Groups as columns; the many benchmarks as lines."""
-    columns, told = columns_of(suite, groups=groups), rows(suite, found, groups=groups)
-    names = [f"**{name}**" if ours else name for name, _, ours in told]
-    cells = [
-        [NONE if (value := values[column]) is None else f"{value:.1f}" for column in columns]
-        for _, values, _ in told
-    ]
-    if not groups:
-        names, columns, cells = columns, names, [list(line) for line in zip(*cells, strict=True)]
-    lines = [f"| {name} | {' | '.join(line)} |" for name, line in zip(names, cells, strict=True)]
-    return "\n".join([f"| | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}", *lines])
+    columns = columns_of(suite, groups=groups)
+    listed = rows(suite, evaluated, groups=groups)
+    names = [f"**{row.name}**" if row.ours else row.name for row in listed]
+    cells = [[_cell(row.values[column]) for column in columns] for row in listed]
+    if groups:
+        return _markdown(columns, names, cells)
+    return _markdown(names, columns, list(zip(*cells, strict=True)))
 
 
-def as_json(suite: Suite, found: Sequence[Evaluated]) -> dict[str, Any]:
-    """What the table shows of ours, of 1."""
+def _cell(value: float | None) -> str:
+    return NONE if value is None else f"{value:.1f}"
+
+
+def _markdown(heads: Sequence[str], names: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, a name before each line."""
+    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for name, line in zip(names, cells, strict=True):
+        lines.append(f"| {name} | {' | '.join(line)} |")
+    return "\n".join(lines)
+
+
+def as_json(suite: Suite, evaluated: Sequence[Evaluated]) -> dict[str, Any]:
+    """Our rows of the table, of 1."""
     runs = [
         {
             "name": each.name,
@@ -108,6 +134,6 @@ def as_json(suite: Suite, found: Sequence[Evaluated]) -> dict[str, Any]:
             "limit": each.limit,
             "local": list(each.local),
         }
-        for each in found
+        for each in evaluated
     ]
     return {"suite": suite.name, "runs": runs}

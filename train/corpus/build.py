@@ -34,6 +34,7 @@ EARLIER = (2,)  # formats that are read as well; their documents are split by na
 ELSEWHERE = ("name", "folder", "path", "workers")
 # what reading does not depend on
 LATER = ("tokenizer", "vocab_size", "model_max_length", "validation_fraction", "seed", "shard_tokens")
+BEGUN = "begun.json"  # in the workshop: what is built
 SLOW_BYTES = 2**31  # of text, that take more than a moment to hash
 SMALL_BYTES = 2**26  # of text, that starting processes is not worth it for
 
@@ -51,19 +52,18 @@ def prepare(
         UserError: settings that cannot work, text that cannot be read, a split without documents, a damaged
         folder, a full disk.
     """
-    settings, executor = (
-        replace(settings, tokenizer=None) if settings.tokenizer == TRAIN else settings,
-        executor or ExecutorSettings(),
-    )
-    UserError.collect([*disagreements(settings), *executor_faults(executor)])
+    if settings.tokenizer == TRAIN:
+        settings = replace(settings, tokenizer=None)
+    executor = executor or ExecutorSettings()
+    UserError.collect(disagreements(settings) + executor_faults(executor))
     if settings.corpus == "tokens":
         return open_tokens(settings, progress=progress)
-    folder, corpus = settings.home, open_corpus(settings)
+    folder = settings.home
+    corpus = open_corpus(settings)
     if _outdated(folder, settings, corpus, progress):
         with one_at_a_time(folder):
-            if reason := _outdated(
-                folder, settings, corpus, progress
-            ):  # not built by another while we waited
+            # not built by another while we waited
+            if reason := _outdated(folder, settings, corpus, progress):
                 if progress:
                     say(f"{folder}: {reason}")
                 _build(folder, settings, corpus, executor, progress)
@@ -78,27 +78,30 @@ def cut_by(settings: DataSettings, tokenizer: Path) -> DataSettings:
         UserError: the tokenizer cannot be loaded.
     """
     identity = tokenizer_identity(str(tokenizer))
-    there = settings.home / TOKENIZER
-    current = there.is_dir() and tokenizer_identity(str(there)) == identity
-    if current and _outdated(settings.home, settings, open_corpus(settings), progress=False) is None:
-        return settings
-    folder = settings.folder or f"{settings.home}-{str(identity)[:8]}"
+    kept = settings.home / TOKENIZER
+    if kept.is_dir() and tokenizer_identity(str(kept)) == identity:
+        corpus = open_corpus(settings)
+        if _outdated(settings.home, settings, corpus, progress=False) is None:
+            return settings
+    digest = str(identity)[:8]
+    folder = settings.folder or f"{settings.home}-{digest}"
     return replace(settings, tokenizer=str(tokenizer), folder=folder)
 
 
 def _outdated(folder: Path, settings: DataSettings, corpus: Corpus, progress: bool) -> str | None:
-    """Why the folder has to be built; None where it is current."""
+    """The reason why the folder has to be built; None where it is current."""
     manifest = read_manifest(folder)
     if manifest is None:
         return "building the tokens"
-    before, wanted = {**manifest["settings"]}, _identity(settings)
+    before = dict(manifest["settings"])
+    wanted = _identity(settings)
     if before.get("format") in EARLIER:  # stays as it is, split by names, until something else changes
         before |= {
             "format": FORMAT,
             "max_broken": wanted["max_broken"],
             "clean": {**before["clean"], "words": wanted["clean"]["words"]},
         }
-    changed = [key for key, value in wanted.items() if before.get(key) != value]
+    changed = [key for key in wanted if before.get(key) != wanted[key]]
     if changed:
         changes = [f"{key} {before.get(key)} → {wanted[key]}" for key in changed]
         return f"building the tokens again, for settings changed: {', '.join(changes)}"
@@ -108,30 +111,37 @@ def _outdated(folder: Path, settings: DataSettings, corpus: Corpus, progress: bo
 
 
 def _same_text(inputs: dict[str, Any], corpus: Corpus, progress: bool) -> bool:
+    """True for a corpus that still has the text that a manifest's `inputs` tell of."""
     if inputs["stamp"] == corpus.stamp():  # needs no reading
         return True
     if not isinstance(corpus, Files):
-        return bool(inputs["digest"] == corpus.digest(lambda size: None))
-    with bar("comparing the text", corpus.size, progress and corpus.size >= SLOW_BYTES) as advance:
-        return bool(inputs["digest"] == corpus.digest(advance, inputs.get("files")))
+        digest = corpus.digest(lambda size: None)
+    else:
+        size = corpus.size
+        with bar("comparing the text", size, progress and size >= SLOW_BYTES) as advance:
+            digest = corpus.digest(advance, inputs.get("files"))
+    return bool(inputs["digest"] == digest)
 
 
 def _identity(settings: DataSettings) -> dict[str, Any]:
     """Everything but the text that decides what is written, as JSON has it: a manifest is held against it."""
-    values = {key: value for key, value in asdict(settings).items() if key not in ELSEWHERE}
+    values = asdict(settings)
+    for key in ELSEWHERE:
+        del values[key]
+    clean = values["clean"]
     if settings.clean.benchmarks is not None:
-        values["clean"]["benchmarks"] = file_digest(
-            files_of(settings.clean.benchmarks, "data.clean.benchmarks")
-        )
+        benchmarks = files_of(settings.clean.benchmarks, "data.clean.benchmarks")
+        clean["benchmarks"] = file_digest(benchmarks)
     if settings.clean.filter is not None:
         from outgrow.train.corpus.filter.forest import filter_identity
 
-        values["clean"]["filter"] = filter_identity(settings.clean.filter)
-    values["clean"].pop("encoder")  # where it lies; which one it is, the filter says
+        clean["filter"] = filter_identity(settings.clean.filter)
+    clean.pop("encoder")  # where it lies; which one it is, the filter says
     if settings.clean.near_duplicates is None:  # nothing else is compared by these words
-        values["clean"]["words"] = CleaningSettings.words
-    identity = {"format": FORMAT, **values, "tokenizer": tokenizer_identity(settings.tokenizer)}
-    return cast(dict[str, Any], json.loads(json.dumps(identity)))
+        clean["words"] = CleaningSettings.words
+    values["tokenizer"] = tokenizer_identity(settings.tokenizer)
+    identity = json.dumps({"format": FORMAT, **values})
+    return cast(dict[str, Any], json.loads(identity))
 
 
 # ---- building ----------------------------------------------------------------------------------------------
@@ -153,8 +163,10 @@ def _build(
 
 
 def _is_current(partial: Path, settings: DataSettings, corpus: Corpus, progress: bool) -> bool:
-    """Whether all that is left is to rename it: killed between the manifest and that."""
-    return (partial / "manifest.json").is_file() and _outdated(partial, settings, corpus, progress) is None
+    """True where all that is left is to rename it: killed between the manifest and that."""
+    if not (partial / "manifest.json").is_file():
+        return False
+    return _outdated(partial, settings, corpus, progress) is None
 
 
 def _make(
@@ -171,17 +183,17 @@ def _make(
         ) from error
     work = Workshop(partial / "work")
     begin(partial, work, settings, corpus, progress)
-    with stages(executor, _worker_count(settings, corpus), work.stages, progress=progress) as stage:
+    workers = _worker_count(settings, corpus)
+    with stages(executor, workers, work.stages, progress=progress) as stage:
         files = pipeline.as_files(work.fetched, settings, corpus, stage)
         plan(work, settings, files)
         manifest = pipeline.make(partial, work, settings, stage)
         inputs = pipeline.digest(work)
     if not isinstance(corpus, Files):
         inputs = {"digest": corpus.digest(lambda size: None)}
-    stamp = json.loads((work.folder / "begun.json").read_text())["stamp"]
-    write_manifest(
-        partial, {"settings": _identity(settings), "inputs": {"stamp": stamp, **inputs}, **manifest}
-    )
+    begun = json.loads((work.folder / BEGUN).read_text())
+    inputs = {"stamp": begun["stamp"], **inputs}
+    write_manifest(partial, {"settings": _identity(settings), "inputs": inputs, **manifest})
 
 
 def begin(partial: Path, work: Workshop, settings: DataSettings, corpus: Corpus, progress: bool) -> None:
@@ -189,33 +201,37 @@ def begin(partial: Path, work: Workshop, settings: DataSettings, corpus: Corpus,
     files were read to."""
     # before reading, so that a change meanwhile is noticed next time
     wanted = {"settings": _identity(settings), "stamp": corpus.stamp()}
-    path = work.folder / "begun.json"
-    before = (
-        json.loads(path.read_text()) if path.is_file() and not (partial / "manifest.json").exists() else None
-    )
+    record = work.folder / BEGUN
+    has_ended = (partial / "manifest.json").exists()
+    before = json.loads(record.read_text()) if record.is_file() and not has_ended else None
     if before == wanted:
         if progress:
             say(f"{partial}: going on with the build that was stopped")
         return
-    kept = ("files", "text", "signatures", "overlaps")
-    for place in [*partial.glob("*"), *work.folder.glob("*")]:
-        stays = before and place.parent == work.folder and place.name in kept
-        if place != work.folder and not stays:
-            shutil.rmtree(place) if place.is_dir() else place.unlink()
-    write_json(path, wanted)
+    kept = {work.folder}
+    if before:
+        kept |= {work.folder / name for name in ("files", "text", "signatures", "overlaps")}
+    for path in [*partial.glob("*"), *work.folder.glob("*")]:
+        if path not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_json(record, wanted)
 
 
 def plan(work: Workshop, settings: DataSettings, files: Files) -> None:
     """Deal the files to tasks, each named by what it reads and how."""
     if work.plan.is_file():
         return
-    identity = {key: value for key, value in _identity(settings).items() if key not in LATER}
+    identity = _identity(settings)
+    for key in LATER:
+        del identity[key]
     how = [identity, read_limit(settings)]
     names = []
     for task in files.tasks:
         entries = [[file.name, file.path, file.size, file.version] for file in task]
-        names.append(hash_of([how, entries])[:24])
-        if not (path := work.folder / "files" / f"{names[-1]}.json").is_file():
+        name = hash_of([how, entries])[:24]
+        names.append(name)
+        path = work.folder / "files" / f"{name}.json"
+        if not path.is_file():
             write_json(path, entries)
     write_json(work.plan, {"tasks": names})
 
@@ -225,4 +241,5 @@ def _worker_count(settings: DataSettings, corpus: Corpus) -> int:
 
     if settings.workers is not None:
         return settings.workers
-    return 1 if isinstance(corpus, Files) and corpus.size <= SMALL_BYTES else cores()
+    is_small = isinstance(corpus, Files) and corpus.size <= SMALL_BYTES
+    return 1 if is_small else cores()

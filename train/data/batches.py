@@ -28,7 +28,8 @@ def permuted(index: np.ndarray, size: int, *key: int) -> np.ndarray:
         index: integers in [0, size), any shape.
         size: up to 2**62.
     """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    bits = (size - 1).bit_length()
+    half = max(1, (bits + 1) // 2)
     text = ",".join(map(str, key))
     digest = hashlib.blake2b(text.encode(), digest_size=8 * ROUNDS)
     keys = np.frombuffer(digest.digest(), "<u8")
@@ -57,7 +58,7 @@ def _mixed(x: np.ndarray) -> np.ndarray:
 
 
 def window_count(split: TokenSplit | Mixture, context: int) -> int:
-    """How many windows an epoch has.
+    """The number of windows that an epoch has.
 
     Raises:
         UserError: not one.
@@ -95,7 +96,8 @@ def batch(
         UserError: the split has fewer tokens than one window.
     """
     stop = batch_size if stop is None else stop
-    index = step * batch_size + np.arange(start, stop, dtype=np.int64)
+    rows_of_batch = np.arange(start, stop, dtype=np.int64)
+    index = step * batch_size + rows_of_batch
     if isinstance(split, TokenSplit):
         return _drawn(split, index, context, seed)
     rows = np.empty((len(index), context + 1), np.int64)
@@ -105,14 +107,14 @@ def batch(
 
 
 def _drawn(split: TokenSplit, draws: np.ndarray, context: int, *key: int) -> np.ndarray:
-    """The windows that come at the places `draws` of the endless sequence of epochs, each in its own
+    """The windows that come at the positions `draws` of the endless sequence of epochs, each in its own
     order."""
     windows = window_count(split, context)
-    epochs, places = np.divmod(draws, windows)
+    epochs, positions = np.divmod(draws, windows)
     chosen = np.empty_like(draws)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        chosen[here] = permuted(places[here], windows, *key, int(epoch))
+        chosen[here] = permuted(positions[here], windows, *key, int(epoch))
     return _read(split, chosen, context)
 
 
@@ -139,14 +141,17 @@ def validation_batches(
             f"train.eval_tokens: {tokens} is less than one window of train.context={context} tokens; raise it"
         )
     size = batch_size or max(1, EVALUATION_TOKENS // context)
-    chosen = np.arange(wanted, dtype=np.int64) * windows // wanted
-    pieces = (chosen[first : first + size] for first in range(0, wanted, size))
-    return (_read(split, piece, context) for piece in pieces)
+    numbers = np.arange(wanted, dtype=np.int64)
+    chosen = numbers * windows // wanted
+    firsts = range(0, wanted, size)
+    return (_read(split, chosen[first : first + size], context) for first in firsts)
 
 
 def _read(split: TokenSplit, windows: np.ndarray, context: int) -> np.ndarray:
-    rows = np.empty((len(windows), context + 1), np.int64)
+    """The ids of these windows, int64 (windows, context + 1)."""
+    length = context + 1
+    rows = np.empty((len(windows), length), np.int64)
     for row, window in zip(rows, windows.tolist(), strict=True):
         first = window * context
-        row[:] = split.tokens[first : first + context + 1]
+        row[:] = split.tokens[first : first + length]
     return rows

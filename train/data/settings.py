@@ -101,14 +101,14 @@ READ_AHEAD = 8
 
 
 def read_limit(settings: DataSettings) -> int | None:
-    """How many bytes of text are read at most."""
+    """The bytes of text that are read at most."""
     if settings.limit_bytes is None and settings.limit_tokens is not None:
         return READ_AHEAD * settings.limit_tokens
     return settings.limit_bytes
 
 
 def disagreements(settings: DataSettings) -> list[str]:
-    """What is wrong between well-typed values, one line each."""
+    """List what is wrong between well-typed values, one line each."""
     faults = _token_faults(settings) if settings.corpus == "tokens" else []
     if settings.corpus == "files" and not settings.path:
         faults.append(
@@ -154,30 +154,27 @@ def disagreements(settings: DataSettings) -> list[str]:
 
 
 def _token_faults(settings: DataSettings) -> list[str]:
-    """What cannot be asked of tokens that are cut already."""
-    faults = (
-        []
-        if settings.path
-        else ["data.path: missing; give a folder, a glob or a file of tokens: data.path=tokens/*.ds"]
-    )
+    """List what cannot be asked of tokens that are cut already."""
+    faults = []
+    if not settings.path:
+        faults.append("data.path: missing; give a folder, a glob or a file of tokens: data.path=tokens/*.ds")
     if settings.tokenizer in (None, "train"):
         faults.append(
             "data.tokenizer: missing; name the tokenizer that cut the tokens, a folder or a hub name: "
             "data.tokenizer=gpt2"
         )
-    limits = [
-        key
-        for key in ("limit_documents", "limit_bytes", "limit_tokens")
-        if getattr(settings, key) is not None
-    ]
-    asked = [*limits, *(["clean"] if settings.clean != CleaningSettings() else [])]
+    limits = ("limit_documents", "limit_bytes", "limit_tokens")
+    keys = [key for key in limits if getattr(settings, key) is not None]
+    if settings.clean != CleaningSettings():
+        keys.append("clean")
     return faults + [
-        f"data.{key}: tokens are read as they lie; leave it out, or prepare their text" for key in asked
+        f"data.{key}: tokens are read as they lie; leave it out, or prepare their text" for key in keys
     ]
 
 
 def _cleaning_faults(clean: CleaningSettings) -> list[str]:
-    near, faults = clean.near_duplicates, []
+    faults = []
+    near = clean.near_duplicates
     if near is not None and not 0.5 <= near <= 1:
         faults.append(
             f"data.clean.near_duplicates: must be a similarity between 0.5 and 1, or null; found {near}"
@@ -234,62 +231,66 @@ class MixtureSettings:
     phases: tuple[PhaseSettings, ...]
 
 
+# settings that say which documents are held out
+HOLDING_OUT = ("seed", "validation_fraction", "validation_path")
+
+
 def mixture_disagreements(mixture: MixtureSettings, data: DataSettings) -> list[str]:
-    """What is wrong with a mixture beside the validation text and tokenizer of `data`, one line each; no text
-    is read for it."""
-    faults = [] if mixture.phases else ["mixture.phases: none; give at least one, with weights or passes"]
+    """List what is wrong with a mixture beside the validation text and tokenizer of `data`, one line each; no
+    text is read for it."""
+    faults = []
+    phases = mixture.phases
+    if not phases:
+        faults.append("mixture.phases: none; give at least one, with weights or passes")
     for name, source in mixture.sources.items():
-        where = f"mixture.sources.{name}"
-        faults += [f"{where}.{fault}" for fault in disagreements(source.data)]
-        faults += [f"{where}.data.{fault}" for fault in held_out_faults(source.data, data)]
-        if source.max_passes is not None and source.max_passes <= 0:
-            faults.append(f"{where}.max_passes: must be positive, or null; found {source.max_passes}")
-        if source.data.tokenizer not in (None, data.tokenizer):
+        key = f"mixture.sources.{name}"
+        tokenizer, passes = source.data.tokenizer, source.max_passes
+        faults += [f"{key}.{fault}" for fault in disagreements(source.data)]
+        faults += [f"{key}.data.{fault}" for fault in held_out_faults(source.data, data)]
+        if passes is not None and passes <= 0:
+            faults.append(f"{key}.max_passes: must be positive, or null; found {passes}")
+        if tokenizer not in (None, data.tokenizer):
             faults.append(
-                f"{where}.data.tokenizer: {source.data.tokenizer} is not the run's "
+                f"{key}.data.tokenizer: {tokenizer} is not the run's "
                 f"data.tokenizer={data.tokenizer}, and a model reads with one only; set "
-                f"data.tokenizer={source.data.tokenizer}, or this one to null"
+                f"data.tokenizer={tokenizer}, or this one to null"
             )
-    for number, phase in enumerate(mixture.phases):
-        faults += _phase_faults(
-            f"mixture.phases[{number}]", phase, mixture, last=number == len(mixture.phases) - 1
-        )
-    if (total := fsum(phase.share or 0 for phase in mixture.phases)) > 1 + 1e-9:
+    used: set[str] = set()
+    for number, phase in enumerate(phases):
+        used.update(phase.weights or phase.passes or ())
+        is_last = number == len(phases) - 1
+        faults += _phase_faults(f"mixture.phases[{number}]", phase, mixture, last=is_last)
+    total = fsum(phase.share or 0 for phase in phases)
+    if total > 1 + 1e-9:
         faults.append(f"mixture.phases: their shares are {total:g} of the run together; at most 1")
-    used = {name for phase in mixture.phases for name in (phase.weights or phase.passes or ())}
-    faults += [
-        f"mixture.sources.{name}: in no phase; give it a weight, or leave it out"
-        for name in mixture.sources
-        if name not in used
-    ]
+    unused = [name for name in mixture.sources if name not in used]
+    faults += [f"mixture.sources.{name}: in no phase; give it a weight, or leave it out" for name in unused]
     return faults
 
 
 def held_out_faults(trained: DataSettings, judged: DataSettings) -> list[str]:
-    """Why what is trained on may hold text that is held out of `judged`, one line each.
+    """List why what is trained on may hold text that is held out of `judged`, one line each.
 
     Documents are held out by a hash of their text, so no document of one is held out in the other where both
     hash alike, and the one that is trained on holds out as large a share or a larger one.
     """
     if not _may_share(trained, judged):
         return []
-    normalised = trained.clean.normalise == judged.clean.normalise
-    rules = {
-        "seed": trained.seed == judged.seed,
-        "validation_fraction": trained.validation_fraction >= judged.validation_fraction,
-        "validation_path": trained.validation_path == judged.validation_path,
-    }
-    values = [(key, getattr(trained, key), getattr(judged, key)) for key, holds in rules.items() if not holds]
-    values += [] if normalised else [("clean.normalise", trained.clean.normalise, judged.clean.normalise)]
-    return [
-        f"{key}: {value}, and data={judged.name}, which may have texts in common with it, has {other}: text "
-        "held out for validation would be trained on; make them equal"
-        for key, value, other in values
-    ]
+    pairs = {key: (getattr(trained, key), getattr(judged, key)) for key in HOLDING_OUT}
+    pairs["clean.normalise"] = (trained.clean.normalise, judged.clean.normalise)
+    faults = []
+    for key, (value, other) in pairs.items():
+        holds = value >= other if key == "validation_fraction" else value == other
+        if not holds:
+            faults.append(
+                f"{key}: {value}, and data={judged.name}, which may have texts in common with it, has "
+                f"{other}: text held out for validation would be trained on; make them equal"
+            )
+    return faults
 
 
 def _may_share(one: DataSettings, other: DataSettings) -> bool:
-    """Whether two corpora may have a document in common, as far as their settings tell."""
+    """True where two corpora may have a document in common, as far as their settings tell."""
     if {one.corpus, other.corpus} <= {"stdlib", "packages"}:  # packages hold the standard library
         return True
     if one.corpus != other.corpus:
@@ -297,52 +298,52 @@ def _may_share(one: DataSettings, other: DataSettings) -> bool:
     if one.corpus == "hub":
         return (one.dataset, one.split) == (other.dataset, other.split)
     if one.corpus in ("files", "tokens"):
-        places = _place(one.path or ""), _place(other.path or "")
-        return places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0])
+        first, second = _root(one.path or ""), _root(other.path or "")
+        return first.is_relative_to(second) or second.is_relative_to(first)
     return True
 
 
-def _place(path: str) -> Path:
+def _root(path: str) -> Path:
     """The file or folder that a path names, or a glob begins with."""
     parts = Path(path).expanduser().parts
-    return Path(*takewhile(lambda part: not glob.has_magic(part), parts)).resolve()
+    plain = takewhile(lambda part: not glob.has_magic(part), parts)
+    return Path(*plain).resolve()
 
 
-def _phase_faults(where: str, phase: PhaseSettings, mixture: MixtureSettings, *, last: bool) -> list[str]:
+def _phase_faults(name: str, phase: PhaseSettings, mixture: MixtureSettings, *, last: bool) -> list[str]:
+    """List what is wrong with the phase that is called `name`."""
     if (phase.weights is None) == (phase.passes is None):
-        return [f"{where}: give either weights or passes"]
-    key, parts = "passes", phase.passes
-    if parts is None:
-        key, parts = "weights", phase.weights
-    assert parts is not None
-    faults = [
-        f"{where}.{key}: unknown source {name!r}; {did_you_mean(name, mixture.sources)}"
-        for name in parts
-        if name not in mixture.sources
-    ]
-    faults += [
-        f"{where}.{key}.{name}: must be positive; found {value}"
-        for name, value in parts.items()
-        if not value > 0
-    ]
-    if key == "weights":
+        return [f"{name}: give either weights or passes"]
+    weighted = phase.weights is not None
+    key = "weights" if weighted else "passes"
+    parts = phase.weights or phase.passes or {}
+    faults = []
+    for source in parts:
+        if source not in mixture.sources:
+            hint = did_you_mean(source, mixture.sources)
+            faults.append(f"{name}.{key}: unknown source {source!r}; {hint}")
+    not_positive = [source for source, value in parts.items() if not value > 0]
+    faults += [f"{name}.{key}.{source}: must be positive; found {parts[source]}" for source in not_positive]
+    if weighted:
         total = fsum(parts.values())
         if abs(total - 1) > 1e-9:
-            listed = " + ".join(f"{value:g}" for value in parts.values()) or "nothing"
-            faults.append(f"{where}.weights: must sum to 1; {listed} = {total:g}")
-    if phase.tokens is not None and (phase.tokens <= 0 or key == "passes"):
+            terms = " + ".join(f"{value:g}" for value in parts.values()) or "nothing"
+            faults.append(f"{name}.weights: must sum to 1; {terms} = {total:g}")
+
+    # how long it lasts
+    tokens, share = phase.tokens, phase.share
+    if tokens is not None and not weighted:
+        faults.append(f"{name}.tokens: passes say how long the phase is; leave it out")
+    elif tokens is not None and tokens <= 0:
+        faults.append(f"{name}.tokens: must be positive")
+    has_length = tokens is not None or not weighted
+    if share is not None and (has_length or not 0 < share <= 1):
         faults.append(
-            f"{where}.tokens: "
-            + ("must be positive" if key == "weights" else "passes say how long the phase is; leave it out")
+            f"{name}.share: with weights and without tokens, a share of the run between 0 and 1; "
+            f"found {share}"
         )
-    has_length = key == "passes" or phase.tokens is not None
-    if phase.share is not None and (has_length or not 0 < phase.share <= 1):
+    if share is None and not has_length and not last:
         faults.append(
-            f"{where}.share: with weights and without tokens, a share of the run between 0 and 1; found "
-            f"{phase.share}"
-        )
-    if phase.tokens is None and phase.share is None and key == "weights" and not last:
-        faults.append(
-            f"{where}.tokens: missing, and no share; only the last phase may last to the end of the run"
+            f"{name}.tokens: missing, and no share; only the last phase may last to the end of the run"
         )
     return faults

@@ -49,10 +49,12 @@ class Tokens:
             base = shard_end - len(shard)
             end = min(stop, shard_end)
             parts.append(shard[start - base : end - base])
-            start, first = end, first + 1
+            start = end
+            first += 1
         if len(parts) == 1:
             return parts[0]
-        return np.concatenate([*parts, np.empty(0, self.dtype)])
+        nothing = np.empty(0, self.dtype)
+        return np.concatenate([*parts, nothing])
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class TokenData:
 
 
 def split_entry(folder: Path, shards: Sequence[Any]) -> dict[str, Any]:
-    """What the manifest says of the shards of a split: their names and tokens, and a hash of all bytes."""
+    """The manifest's entry of the shards of a split: their names and tokens, and a hash of all bytes."""
     digest = hashlib.sha256()
     for shard in shards:
         _hash_file(folder / shard.file, digest)
@@ -130,10 +132,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     Raises:
         UserError: the folder holds something else, or the manifest cannot be read.
     """
+    path = folder / MANIFEST
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
-        if folder.exists() and not (folder / MANIFEST).exists() and _holds_something(folder):
+        is_other = folder.exists() and not path.exists()
+        if is_other and _holds_something(folder):
             raise UserError(
                 f"{folder}: there, but no token folder (no {MANIFEST}); move it away, or choose another "
                 "data.folder"
@@ -162,7 +166,8 @@ def fingerprint(manifest: dict[str, Any]) -> str:
         return {key: value for key, value in split.items() if key != "shards"}
 
     splits = {name: without_shards(split) for name, split in manifest["splits"].items()}
-    text = json.dumps([manifest["tokenizer"], manifest["dtype"], splits], sort_keys=True)
+    meaning = [manifest["tokenizer"], manifest["dtype"], splits]
+    text = json.dumps(meaning, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -178,12 +183,12 @@ def open_data(folder: str | Path) -> TokenData:
         raise UserError(f"{folder}: no tokens here; build them: outgrow corpus prepare data=NAME")
     if not (folder / TOKENIZER / "tokenizer.json").is_file():
         raise _damaged(folder, f"{TOKENIZER}/tokenizer.json is missing")
-    train, validation = (_open_split(folder, name, manifest) for name in SPLITS)
+    splits = {name: _open_split(folder, name, manifest) for name in SPLITS}
     tokenizer = manifest["tokenizer"]
     return TokenData(
         folder,
-        train,
-        validation,
+        splits["train"],
+        splits["validation"],
         tokenizer["vocab_size"],
         tokenizer["end_of_text_id"],
         manifest["fingerprint"],
@@ -203,19 +208,21 @@ def check_data(folder: Path, advance: Callable[[int], None] = lambda size: None)
     assert manifest is not None
     width = np.dtype(manifest["dtype"]).itemsize
     for name in SPLITS:
-        digest, entry = hashlib.sha256(), manifest["splits"][name]
+        digest = hashlib.sha256()
+        entry = manifest["splits"][name]
         for shard in entry["shards"]:
-            _hash_file(
-                folder / shard["file"], digest, shard.get("offset", 0), size := shard["tokens"] * width
-            )
+            size = shard["tokens"] * width
+            _hash_file(folder / shard["file"], digest, shard.get("offset", 0), size)
             advance(size)
         if digest.hexdigest() != entry["sha256"]:
             raise _damaged(folder, f"the {name} shards are not the bytes that the manifest tells of")
+    path = folder / TOKENIZER / "tokenizer.json"
     try:
-        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER / "tokenizer.json")).to_str()
+        tokenizer = Tokenizer.from_file(str(path)).to_str()
     except Exception as error:  # the library raises a bare one
         raise _damaged(folder, f"{TOKENIZER}/tokenizer.json cannot be read ({error})") from error
-    if hashlib.sha256(tokenizer.encode()).hexdigest() != manifest["tokenizer"]["sha256"]:
+    digest = hashlib.sha256(tokenizer.encode())
+    if digest.hexdigest() != manifest["tokenizer"]["sha256"]:
         raise _damaged(folder, f"{TOKENIZER}/tokenizer.json is not the tokenizer that the manifest tells of")
 
 
@@ -225,13 +232,15 @@ def _open_split(folder: Path, name: str, manifest: dict[str, Any]) -> TokenSplit
     shards = []
     for shard in entry["shards"]:
         # tokens that others made lie elsewhere, and may be a part of a file
-        path, tokens = folder / shard["file"], shard["tokens"]
+        path = folder / shard["file"]
+        tokens = shard["tokens"]
         expected = shard.get("size", tokens * dtype.itemsize)
         size = path.stat().st_size if path.is_file() else None
         if size != expected:
             fault = "is missing" if size is None else f"has {size}"
             raise _damaged(folder, f"{shard['file']} should have {expected} bytes, {fault}")
-        mapped = np.memmap(path, dtype, "r", shard.get("offset", 0), (tokens,))
+        offset = shard.get("offset", 0)
+        mapped = np.memmap(path, dtype, "r", offset, (tokens,))
         shards.append(mapped.view(np.ndarray))
     return TokenSplit(name, Tokens(shards), entry["documents"], entry["bytes"])
 

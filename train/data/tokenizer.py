@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,7 +56,8 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((piece for text in texts for piece in _bounded(text)), trainer)
+    pieces = chain.from_iterable(map(_bounded, texts))
+    tokenizer.train_from_iterator(pieces, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
@@ -82,10 +84,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    source = str(_folder(name) or name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(_folder(name) or name), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers and the hub's client each raise their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        text = str(error).strip() or type(error).__name__
+        reason = text.splitlines()[0]
         raise UserError(
             f"data.tokenizer={name}: cannot be loaded ({reason}); give a folder with tokenizer files, or a "
             f"name on the Hugging Face hub that can be reached; data.tokenizer={TRAIN} trains one"
@@ -138,7 +142,10 @@ class Encoder:
     def _plain(self, ids: list[int]) -> list[int]:
         if self.literal.keys().isdisjoint(ids):
             return ids
-        return [plain for number in ids for plain in self.literal.get(number, (number,))]
+        plain: list[int] = []
+        for number in ids:
+            plain += self.literal.get(number, (number,))
+        return plain
 
 
 def encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
@@ -147,22 +154,24 @@ def encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
 
 
 def write_encoder(tokenizer: PreTrainedTokenizerFast) -> str:
-    """What `read_encoder` reads, in another process perhaps."""
-    special = {
-        token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
-    special |= {
-        str(token): int(number)
-        for token, number in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    }
-    if tokenizer.unk_token_id != tokenizer.eos_token_id:
-        special.pop(str(tokenizer.unk_token), None)  # stands for text that has no other token
-    unknown = tokenizer.unk_token_id if str(tokenizer.unk_token) not in special else None
-    literal = {
-        number: _spelling(content, tokenizer.get_vocab(), special, unknown)
-        for content, number in special.items()
-    }
-    ids, plain = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+    """The text that `read_encoder` reads, in another process perhaps."""
+    special: dict[str, int] = {}
+    for number, token in tokenizer.added_tokens_decoder.items():
+        if token.special:
+            special[token.content] = number
+    named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    special |= {str(name): int(number) for name, number in named}
+    unknown_name, unknown = str(tokenizer.unk_token), tokenizer.unk_token_id
+    if unknown != tokenizer.eos_token_id:
+        special.pop(unknown_name, None)  # stands for text that has no other token
+    if unknown_name in special:
+        unknown = None
+    vocabulary = tokenizer.get_vocab()
+    literal = {}
+    for content, number in special.items():
+        literal[number] = _spelling(content, vocabulary, special, unknown)
+    ids = tokenizer("a", add_special_tokens=True)["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     return json.dumps(
         {
             "tokenizer": tokenizer.backend_tokenizer.to_str(),
@@ -176,7 +185,8 @@ def write_encoder(tokenizer: PreTrainedTokenizerFast) -> str:
 def _before(part: list[int], ids: list[int]) -> list[int]:
     """The ids in front of `part`; none where it is not among them."""
     for start in range(len(ids)):
-        if ids[start : start + len(part)] == part:
+        end = start + len(part)
+        if ids[start:end] == part:
             return ids[:start]
     return []
 
@@ -185,18 +195,22 @@ def _spelling(
     content: str, vocabulary: dict[str, int], special: dict[str, int], unknown: int | None
 ) -> list[int]:
     """The ids of a special token's characters, the longest pieces first; bytes where a character has none."""
-    ids, start = list[int](), 0
+    ids: list[int] = []
+    start = 0
     while start < len(content):
-        pieces = (content[start:end] for end in range(len(content), start, -1))
+        ends = range(len(content), start, -1)
+        pieces = (content[start:end] for end in ends)
         known = (piece for piece in pieces if piece in vocabulary and piece not in special)
         piece = next(known, None)
         if piece:
             ids.append(vocabulary[piece])
-        else:
-            names = [f"<0x{byte:02X}>" for byte in content[start].encode()]
-            numbers = [vocabulary.get(name, unknown) for name in names]
-            ids += [number for number in numbers if number is not None]
-        start += len(piece or " ")
+            start += len(piece)
+            continue
+        for byte in content[start].encode():
+            number = vocabulary.get(f"<0x{byte:02X}>", unknown)
+            if number is not None:
+                ids.append(number)
+        start += 1
     return ids
 
 
@@ -220,20 +234,22 @@ def entries(tokenizer: PreTrainedTokenizerFast) -> int:
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     """A fingerprint of everything that decides how text becomes tokens."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    text = tokenizer.backend_tokenizer.to_str()
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def tokenizer_identity(name: str | None) -> str | None:
-    """What may change under the same `name`: how a folder's tokenizer cuts text and ends it; a hub name
-    stands for itself."""
+    """A fingerprint of how a folder's tokenizer, which may change under the same `name`, cuts text and ends
+    it; a hub name stands for itself."""
     if name is None or _folder(name) is None:
         return name
     tokenizer = load_tokenizer(name)
-    return hashlib.sha256(f"{tokenizer_hash(tokenizer)} {tokenizer.eos_token}".encode()).hexdigest()
+    text = f"{tokenizer_hash(tokenizer)} {tokenizer.eos_token}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds any tokenizer's files."""
+    """True where a folder holds any tokenizer's files."""
     return any((folder / name).is_file() for name in FILES)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,11 +99,9 @@ def session(
     """
     forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
     cpu = forced or not torch.accelerator.is_available()
-    threads, generator, bars = (
-        torch.get_num_threads(),
-        torch.random.get_rng_state(),
-        logging.is_progress_bar_enabled(),
-    )
+    threads = torch.get_num_threads()
+    generator = torch.random.get_rng_state()
+    bars = logging.is_progress_bar_enabled()
     matmul = torch.get_float32_matmul_precision()
     _reset()
     # a bar for each model that is read or written would break up the run's own lines
@@ -110,7 +109,8 @@ def session(
     _join_processes(cpu, hang_seconds)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
-        accelerator = open_accelerator(sharding, cpu=cpu, mixed_precision=_mixed_precision(precision, cpu))
+        mixed_precision = _mixed_precision(precision, cpu)
+        accelerator = open_accelerator(sharding, cpu=cpu, mixed_precision=mixed_precision)
     if accelerator.mixed_precision == "bf16" and not cpu:
         # what autocast leaves in float32, the fused loss, is multiplied in TF32
         torch.set_float32_matmul_precision("high")
@@ -141,7 +141,9 @@ def _join_processes(cpu: bool, hang_seconds: float | None) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         store, rank, world = _meeting_place()
         store = torch.distributed.PrefixStore(f"session-{next(_sessions)}", store)
-        limit = None if hang_seconds is None else timedelta(seconds=max(LIBRARY_S, 2 * hang_seconds))
+        limit = None
+        if hang_seconds is not None:
+            limit = timedelta(seconds=max(LIBRARY_S, 2 * hang_seconds))
         torch.distributed.init_process_group(
             "gloo" if cpu else "nccl",
             store=store,
@@ -191,12 +193,11 @@ def device_name(device: torch.device) -> str:
 
 def _processor() -> str:
     try:
-        with open("/proc/cpuinfo") as file:
-            return next(
-                (line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "cpu"
-            )
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return "cpu"
+    names = [line.split(":", 1)[1] for line in lines if line.startswith("model name")]
+    return names[0].strip() if names else "cpu"
 
 
 def peak_flops(name: str, precision: str) -> float | None:
@@ -217,7 +218,10 @@ def named(table: Mapping[str, float], name: str) -> float | None:
     words = _words(name)
     if words & {"mig", "laptop", "mobile", "d"}:
         return None
-    return next((value for key, value in table.items() if _words(key) <= words), None)
+    for key, value in table.items():
+        if _words(key) <= words:
+            return value
+    return None
 
 
 def _words(name: str) -> set[str]:

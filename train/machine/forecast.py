@@ -61,10 +61,11 @@ def forecast(settings: Settings) -> Forecast:
     """
     budget, plan, loop = Budget.of(settings.train), settings.forecast, settings.train
     if budget.rows % plan.gpus:
+        windows = max(1, round(budget.rows / plan.gpus)) * plan.gpus
         raise UserError(
             f"forecast.gpus: {plan.gpus} do not divide the {budget.rows} windows of a batch "
             "(train.batch_tokens / train.context); try "
-            f"train.batch_tokens={max(1, round(budget.rows / plan.gpus)) * plan.gpus * loop.context}"
+            f"train.batch_tokens={windows * loop.context}"
         )
     config = target(settings)
     attention = None if loop.attention in ("auto", "flash_attention_2") else loop.attention
@@ -74,9 +75,8 @@ def forecast(settings: Settings) -> Forecast:
     share = budget.rows // plan.gpus
     rows = min(loop.micro_batch or share, share)
     peak = peak_flops(plan.device, "bf16")
-    total = flops_after(
-        spans_of(stages_of(settings, config), settings, None, {}), budget.steps, budget.tokens_per_step
-    )
+    spans = spans_of(stages_of(settings, config), settings, None, {})
+    total = flops_after(spans, budget.steps, budget.tokens_per_step)
     return Forecast(
         parameters=parameter_count(config),
         active=active_parameter_count(config),
@@ -116,25 +116,34 @@ def largest_micro_batch(config: dict[str, Any], context: int, room: float) -> in
     @cache
     def needed(rows: int) -> float:
         loop = replace(settings.train, batch_tokens=2 * rows * context)
-        return memory(replace(settings, train=loop), config, network, groups, rows).total
+        own = replace(settings, train=loop)
+        return memory(own, config, network, groups, rows).total
 
     limit = FILLED * room * GIB
-    if needed(1) >= limit:
+    one = needed(1)
+    if one >= limit:
         return 0
     # A window more costs about as much as the one before it: a few lines through two points come near, and
     # what is left is searched.
     fits = 2
     for _ in range(3):
-        each = (needed(fits) - needed(1)) / (fits - 1)
-        fits = max(2, 1 + int((limit - needed(1)) / each))
-    fails, step = fits + 1, 1
+        each = (needed(fits) - one) / (fits - 1)
+        more = int((limit - one) / each)
+        fits = max(2, 1 + more)
+    fails = fits + 1
+    step = 1
     while needed(fits) >= limit:
-        fails, fits, step = fits, max(1, fits - step), 2 * step
+        fails, fits = fits, max(1, fits - step)
+        step *= 2
     while needed(fails) < limit:
-        fits, fails, step = fails, fails + step, 2 * step
+        fits, fails = fails, fails + step
+        step *= 2
     while fails - fits > 1:
         middle = (fits + fails) // 2
-        fits, fails = (middle, fails) if needed(middle) < limit else (fits, middle)
+        if needed(middle) < limit:
+            fits = middle
+        else:
+            fails = middle
     return fits
 
 
@@ -144,23 +153,20 @@ def target(settings: Settings) -> dict[str, Any]:
     Raises:
         UserError: it depends on a source that does not.
     """
-    source = (
-        None
-        if settings.source is None or not Path(settings.source).is_dir()
-        else read_config(Path(settings.source))
-    )
-    if settings.growth.operator == "source" and source is None:
-        raise UserError(
-            f"dry_run: the source {settings.source!r} is the network, and it is no folder here; give one, "
-            "or a preset as target"
-        )
-    if settings.growth.operator == "source" and source is not None:
+    growth = settings.growth
+    source = None
+    if settings.source is not None and Path(settings.source).is_dir():
+        source = read_config(Path(settings.source))
+    if growth.operator == "source":
+        if source is None:
+            raise UserError(
+                f"dry_run: the source {settings.source!r} is the network, and it is no folder here; give "
+                "one, or a preset as target"
+            )
         return source
-    changed = (
-        None
-        if source is None
-        else mixture_target(source, settings.target, settings.growth.operator, settings.growth.options)
-    )
+    changed = None
+    if source is not None:
+        changed = mixture_target(source, settings.target, growth.operator, growth.options)
     return changed or resolve_target(settings.target, source)
 
 
@@ -169,49 +175,48 @@ def target(settings: Settings) -> dict[str, Any]:
 
 def tell(settings: Settings) -> str:
     """The forecast as a text, every number with its arithmetic."""
-    found, plan, loop = forecast(settings), settings.forecast, settings.train
-    peak, room = peak_flops(plan.device, "bf16"), named(MEMORY_GIB, plan.device)
-    met = f", {found.active:,} active for each token" if found.active < found.parameters else ""
-    lines = [f"{settings.name}: {found.parameters:,} parameters{met}"]
-    lines += [
-        f"  {name:<10} {count:>14,} in {tensors} tensors" for name, (tensors, count) in found.groups.items()
-    ]
-    shape = f"{plan.gpus} × {found.pieces} × {loop.micro_batch or 'all'} windows of {loop.context}"
+    counted, plan, loop = forecast(settings), settings.forecast, settings.train
+    peak = peak_flops(plan.device, "bf16")
+    room = named(MEMORY_GIB, plan.device)
+    is_sparse = counted.active < counted.parameters
+    sparsity = f", {counted.active:,} active for each token" if is_sparse else ""
+    lines = [f"{settings.name}: {counted.parameters:,} parameters{sparsity}"]
+    for name, (tensors, count) in counted.groups.items():
+        lines.append(f"  {name:<10} {count:>14,} in {tensors} tensors")
+    rows = loop.micro_batch or "all"
+    shape = f"{plan.gpus} × {counted.pieces} × {rows} windows of {loop.context}"
     lines += [
         (
-            f"steps         {found.steps:,} of {found.tokens_per_step:,} tokens ({shape}): "
-            f"{found.steps * found.tokens_per_step:,} tokens"
+            f"steps         {counted.steps:,} of {counted.tokens_per_step:,} tokens ({shape}): "
+            f"{counted.steps * counted.tokens_per_step:,} tokens"
         ),
         (
-            f"FLOPs         {found.flops_per_token:.4g} per token × tokens = {found.flops:.4g} "
-            f"({found.flops_from})"
+            f"FLOPs         {counted.flops_per_token:.4g} per token × tokens = {counted.flops:.4g} "
+            f"({counted.flops_from})"
         ),
     ]
-    if found.hours is None or peak is None:
+    if counted.hours is None or peak is None:
         lines.append(f"hours         not known for {plan.device}; known: {', '.join(PEAK_BF16_FLOPS)}")
     else:
         lines.append(
             f"hours         FLOPs / ({plan.gpus} × {peak / 1e12:g} TFLOP/s × MFU {plan.mfu:g}) = "
-            f"{found.hours:,.1f}"
+            f"{counted.hours:,.1f}"
         )
         if plan.days is not None:
-            rate, mfu = sustained(found.flops, plan.gpus, plan.days, peak)
+            rate, mfu = sustained(counted.flops, plan.gpus, plan.days, peak)
             lines.append(
                 f"{plan.days:g} days       would be {rate / 1e12:.1f} TFLOP/s on each of {plan.gpus}, an "
                 f"MFU of {mfu:.1%}"
             )
     lines += [f"text          {line}" for line in passes(settings)]
-    parts = [f"{name} {size / GIB:.1f}" for name, size in vars(found.memory).items() if size]
-    verdict = (
-        ""
-        if room is None
-        else f", {'fits' if found.memory.total < FILLED * room * GIB else 'does not fit'} in {room:g} GiB"
-    )
+    sizes = {name: size / GIB for name, size in vars(counted.memory).items() if size}
+    parts = [f"{name} {size:.1f}" for name, size in sizes.items()]
+    total = counted.memory.total / GIB
+    verdict = "" if room is None else f", {_verdict(total, room)} in {room:g} GiB"
     lines.append(
-        f"GiB per GPU   {' + '.join(parts)} = {found.memory.total / GIB:.1f}{verdict} (sharding "
-        f"{settings.sharding.name})"
+        f"GiB per GPU   {' + '.join(parts)} = {total:.1f}{verdict} (sharding {settings.sharding.name})"
     )
-    if room is not None and found.memory.total >= FILLED * room * GIB:
+    if room is not None and not _fits(total, room):
         lines += ways_out(settings, room)
     if settings.transfer.inherited_rate == 0.0:
         lines.append(
@@ -225,31 +230,38 @@ def tell(settings: Settings) -> str:
 
 
 def ways_out(settings: Settings, room: float) -> list[str]:
-    """What each key that saves memory would leave, forecast anew with that key alone changed; the most
-    helpful first."""
-    loop, several = settings.train, settings.forecast.gpus > 1
-    share = Budget.of(loop).rows // settings.forecast.gpus
+    """Forecast the memory anew with each key alone that saves some; the most helpful first."""
+    loop, gpus, sharding = settings.train, settings.forecast.gpus, settings.sharding
+    share = Budget.of(loop).rows // gpus
     rows = min(loop.micro_batch or share, share)
-    eighth = settings.sharding.name == "none" and replace(
-        settings, optimizer=replace(settings.optimizer, name="adamw_8bit")
-    )
-    asked = {
-        "sharding=full": several and replace(settings, sharding=replace(settings.sharding, name="full")),
-        "train.checkpointing=true": not loop.checkpointing
-        and replace(settings, train=replace(loop, checkpointing=True)),
-        f"train.micro_batch={max(1, rows // 2)}": rows > 1
-        and replace(settings, train=replace(loop, micro_batch=max(1, rows // 2))),
-        "optimizer=adamw_8bit": eighth,
-    }
-    totals = {
-        key: forecast(changed).memory.total / GIB
-        for key, changed in asked.items()
-        if changed and changed != settings
-    }
-    return [
-        f"with {key}: {total:.1f} GiB, {'fits' if total < FILLED * room else 'does not fit'}"
-        for key, total in sorted(totals.items(), key=lambda pair: pair[1])
-    ]
+    choices: dict[str, Settings] = {}
+    if gpus > 1:
+        full = replace(sharding, name="full")
+        choices["sharding=full"] = replace(settings, sharding=full)
+    if not loop.checkpointing:
+        checkpointing = replace(loop, checkpointing=True)
+        choices["train.checkpointing=true"] = replace(settings, train=checkpointing)
+    if rows > 1:
+        half = rows // 2
+        halved = replace(loop, micro_batch=half)
+        choices[f"train.micro_batch={half}"] = replace(settings, train=halved)
+    if sharding.name == "none":
+        adam = replace(settings.optimizer, name="adamw_8bit")
+        choices["optimizer=adamw_8bit"] = replace(settings, optimizer=adam)
+    totals = []
+    for key, changed in choices.items():
+        if changed != settings:
+            totals.append((forecast(changed).memory.total / GIB, key))
+    totals.sort(key=lambda pair: pair[0])
+    return [f"with {key}: {total:.1f} GiB, {_verdict(total, room)}" for total, key in totals]
+
+
+def _fits(total: float, room: float) -> bool:
+    return total < FILLED * room
+
+
+def _verdict(total: float, room: float) -> str:
+    return "fits" if _fits(total, room) else "does not fit"
 
 
 def sustained(flops: float, gpus: int, days: float, peak: float) -> tuple[float, float]:

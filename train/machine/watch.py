@@ -48,9 +48,14 @@ class Watch:
     """
 
     def __init__(self, store: torch.distributed.Store, process: int, processes: int, limit: float) -> None:
-        self.store, self.process, self.processes, self.limit = store, process, processes, limit
+        self.store = store
+        self.process = process
+        self.processes = processes
+        self.limit = limit
         self.pause = min(10.0, limit / 10)
-        self.count, self.since, self.ended = 0, time.monotonic(), threading.Event()
+        self.count = 0
+        self.since = time.monotonic()
+        self.ended = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def start(self) -> None:
@@ -62,7 +67,8 @@ class Watch:
 
     def step(self) -> None:
         """The main thread has come to its next step, or its next evaluation."""
-        self.count, self.since = self.count + 1, time.monotonic()
+        self.count += 1
+        self.since = time.monotonic()
 
     def _watch(self) -> None:
         beat = 0
@@ -92,15 +98,16 @@ class Watch:
         for later in range(1, 4):
             time.sleep(self.pause)
             self._give(beat + later)
-        named, words = blame(before, self._signs())
-        waiting = [process for process in range(self.processes) if process not in named]
+        named, story = blame(before, self._signs())
+        everyone = range(self.processes)
+        waiting = [process for process in everyone if process not in named]
         if self.process == min(waiting, default=0):
             way_out = (
                 "The same command goes on from the newest checkpoint; where a step takes so long, raise "
                 "train.hang_seconds"
             )
             print(
-                f"error: no step has ended for {self.limit:g} s: {words}. {way_out}",
+                f"error: no step has ended for {self.limit:g} s: {story}. {way_out}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -119,7 +126,8 @@ def blame(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> tuple[
     stand.
     """
     silent = []
-    for process, (earlier, later) in enumerate(zip(before, after, strict=True)):
+    pairs = zip(before, after, strict=True)
+    for process, (earlier, later) in enumerate(pairs):
         if later is None or later == earlier:
             silent.append(process)
     known = {process: sign for process, sign in enumerate(after) if sign is not None}
@@ -127,8 +135,9 @@ def blame(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> tuple[
     busy = [process for process, sign in known.items() if not sign.waits]
     behind = [process for process, sign in known.items() if sign.step < newest]
     # a group of all tells nothing
-    telling = (group for group in (busy, behind) if 0 < len(group) < len(known))
-    named = silent or next(telling, list(known))
+    telling = [group for group in (busy, behind) if 0 < len(group) < len(known)]
+    groups = [silent, *telling, list(known)]
+    named = next(filter(None, groups), [])
     sentences = [_sentence(process, known.get(process), process in silent) for process in named]
     return named, "; ".join(sentences)
 
@@ -137,24 +146,26 @@ def _sentence(process: int, sign: Sign | None, silent: bool) -> str:
     if sign is None:
         return f"process {process} has given no sign of life"
     who = f"process {process} on {sign.host}"
-    return (
-        f"{who} gives no sign of life since it was at {sign.place}"
-        if silent
-        else f"{who} stands at {sign.place}"
-    )
+    if silent:
+        return f"{who} gives no sign of life since it was at {sign.place}"
+    return f"{who} stands at {sign.place}"
 
 
 def standing() -> tuple[str, bool]:
     """The innermost line of this project that the main thread is in, and whether it waits there."""
     innermost = sys._current_frames().get(threading.main_thread().ident or 0)
     frame = innermost
-    while frame is not None and not str(frame.f_globals.get("__name__")).startswith(PROJECT):
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__"))
+        if module.startswith(PROJECT):
+            break
         frame = frame.f_back
     if innermost is None or frame is None:
         return "its end", False
-    waits = innermost.f_code.co_filename.startswith(TORCH) or innermost.f_code.co_qualname == "Step.__call__"
-    file = frame.f_globals["__name__"].removeprefix(PROJECT).replace(".", "/") + ".py"
-    return f"{file}, line {frame.f_lineno} ({frame.f_code.co_name})", waits
+    code = innermost.f_code
+    waits = code.co_filename.startswith(TORCH) or code.co_qualname == "Step.__call__"
+    path = module.removeprefix(PROJECT).replace(".", "/")
+    return f"{path}.py, line {frame.f_lineno} ({frame.f_code.co_name})", waits
 
 
 @contextmanager

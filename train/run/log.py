@@ -36,8 +36,9 @@ class Log:
     def write(self, kind: str, clocks: Mapping[str, Any], **values: Any) -> None:
         """Append one line and mirror it; what is not finite is null."""
         row = plain_json({"kind": kind, **clocks, **values})
+        line = json.dumps(row, allow_nan=False)
         with telling_disk_faults(self.path):
-            self.file.write(json.dumps(row, allow_nan=False) + "\n")
+            self.file.write(f"{line}\n")
             self.file.flush()
         for tracker in self.trackers:
             tracker.log(kind, clocks, values)
@@ -68,9 +69,11 @@ class Log:
         except UserError as error:
             self.console.say(str(error))
             kept = {}
-        write_json(path, kept | {when: {**clocks, "samples": [asdict(sample) for sample in written]}})
+        rows = list(map(asdict, written))
+        kept[when] = {**clocks, "samples": rows}
+        write_json(path, kept)
         for tracker in self.trackers:
-            tracker.samples(when, [asdict(sample) for sample in written], clocks)
+            tracker.samples(when, rows, clocks)
         for sample in written[:1]:
             self.console.say(f"continues {sample.prompt!r} with {sample.text!r}")
 
@@ -106,7 +109,8 @@ def shortened(name: str) -> str:
     if len(name) <= LONGEST_PREFIX:
         return name
     end = name[-12:]
-    return f"{name[: LONGEST_PREFIX - len(end) - 1]}…{end}"
+    room = LONGEST_PREFIX - len(end) - 1
+    return f"{name[:room]}…{end}"
 
 
 class Console:
@@ -115,7 +119,8 @@ class Console:
     def __init__(self, progress: str | bool, name: str, budget_tokens: int) -> None:
         # of several processes, the first one speaks
         self.silent = progress is False or os.environ.get("RANK", "0") != "0"
-        self.name, self.budget = shortened(name), budget_tokens
+        self.name = shortened(name)
+        self.budget = budget_tokens
         self.bar: Any = None
         self.losses: dict[str, str] = {}
         if progress == "auto" and not self.silent and sys.stderr.isatty():
@@ -143,39 +148,46 @@ class Console:
 
     def row(self, kind: str, clocks: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         """Show a row of the metrics: on the bar where there is one, else as a line."""
-        if kind == "eval":
-            self.losses["val loss"] = f"{values['val_loss']:.4f}"
-            text = f"val loss {values['val_loss']:.4f} nats/token, {values['bits_per_byte']:.4f} bits/byte"
-        elif kind in ("before_growth", "growth"):
-            when = "grown" if kind == "growth" else "before it grows"
-            text = f"{when}: val loss {values['val_loss']:.4f}"
-        elif kind == "benchmark":
-            text = ", ".join(f"{task} {score:.1%}" for task, score in values.items())
-        elif kind == "skip":
-            text = f"{values['reason']}: passed over"
-        else:
-            self.losses["loss"] = f"{values['loss']:.4f}"
-            self.losses["tokens/s"] = f"{values['tokens_per_second']:,.0f}"
-            mfu = "" if values["mfu"] is None else f", MFU {values['mfu']:.1%}"
-            speed = f"{values['tokens_per_second']:,.0f} tokens/s{mfu}"
-            router = "" if "router_loss" not in values else f" (routers {values['router_loss']:.3f})"
-            text = f"loss {values['loss']:.4f}{router}, learning rate {values['learning_rate']:.2e}, {speed}"
+        text = self._text(kind, values)
+        tokens = clocks["tokens"]
         if self.bar is not None:
-            shown = ", ".join(f"{key} {value}" for key, value in self.losses.items())
-            self.bar.update(self.task, completed=clocks["tokens"], shown=shown)
+            parts = [f"{key} {value}" for key, value in self.losses.items()]
+            self.bar.update(self.task, completed=tokens, shown=", ".join(parts))
         else:
-            share = clocks["tokens"] / self.budget
+            share = tokens / self.budget
             step = clocks["step"]
             self.say(f"{share:4.0%}, step {step}: {text}{self.left(clocks)}")
+
+    def _text(self, kind: str, values: Mapping[str, Any]) -> str:
+        """A row's values in words; its losses and speed are kept for the bar."""
+        if kind == "eval":
+            loss = f"{values['val_loss']:.4f}"
+            self.losses["val loss"] = loss
+            return f"val loss {loss} nats/token, {values['bits_per_byte']:.4f} bits/byte"
+        if kind in ("before_growth", "growth"):
+            when = "grown" if kind == "growth" else "before it grows"
+            return f"{when}: val loss {values['val_loss']:.4f}"
+        if kind == "benchmark":
+            return ", ".join(f"{task} {score:.1%}" for task, score in values.items())
+        if kind == "skip":
+            return f"{values['reason']}: passed over"
+        loss = f"{values['loss']:.4f}"
+        speed = f"{values['tokens_per_second']:,.0f}"
+        self.losses["loss"] = loss
+        self.losses["tokens/s"] = speed
+        mfu = "" if values["mfu"] is None else f", MFU {values['mfu']:.1%}"
+        router = f" (routers {values['router_loss']:.3f})" if "router_loss" in values else ""
+        rate = f"{values['learning_rate']:.2e}"
+        return f"loss {loss}{router}, learning rate {rate}, {speed} tokens/s{mfu}"
 
     def left(self, clocks: Mapping[str, Any]) -> str:
         """The time that the rest of the budget will take at the run's speed so far.
 
         "" where it is unknown or over.
         """
-        if not clocks["tokens"] or clocks["tokens"] >= self.budget:
-            return ""
         tokens = clocks["tokens"]
+        if not tokens or tokens >= self.budget:
+            return ""
         seconds = clocks["seconds"] / tokens * (self.budget - tokens)
         hours, minutes = divmod(round(seconds / 60), 60)
         if hours:

@@ -54,7 +54,8 @@ def find_source(settings: Settings, *, needed: bool) -> Path | None:
         return None
     if needed or settings.growth.operator == "source":
         return locate(settings.source)
-    return Path(settings.source) if Path(settings.source).is_dir() else None
+    folder = Path(settings.source)
+    return folder if folder.is_dir() else None
 
 
 def target_config(settings: Settings, source: Path | None) -> dict[str, Any]:
@@ -67,37 +68,38 @@ def target_config(settings: Settings, source: Path | None) -> dict[str, Any]:
         UserError: the target is unknown, or shorter than the context.
     """
     own = None if source is None else read_config(source)
-    config = own if settings.growth.operator == "source" else _laid_over(settings, source, own)
+    trains_source = settings.growth.operator == "source"
+    config = own if trains_source else _laid_over(settings, source, own)
     assert config is not None
-    context, positions = settings.train.context, known_size(config, "max_position_embeddings") or 0
+    context = settings.train.context
+    positions = known_size(config, "max_position_embeddings") or 0
     if 0 < positions < context:
         raise UserError(
             f"train.context: {context} is more than the model's max_position_embeddings={positions}; lower "
             "it",
         )
-    return config if config.get("vocab_size") else config | {"vocab_size": known_size(config, "vocab_size")}
+    if config.get("vocab_size"):
+        return config
+    return config | {"vocab_size": known_size(config, "vocab_size")}
 
 
 def _laid_over(settings: Settings, source: Path | None, config: dict[str, Any] | None) -> dict[str, Any]:
     """The target over the source's config, by a schema that is derived where the source's family has none."""
+    target = settings.target
     operator, choices = settings.growth.operator, settings.growth.options
-    changed = None if config is None else mixture_target(config, settings.target, operator, choices)
+    changed = None if config is None else mixture_target(config, target, operator, choices)
     if changed is not None:
         return changed
     if source is None or config is None or has_schema(config):
-        return resolve_target(settings.target, config)
+        return resolve_target(target, config)
     options = {name: choices[name] for name in options_of(operator) if name in choices}
     if operator in LEARNED:
-        operator, options = choices.get("width", "lossless"), {}  # the operator that writes what is fitted
+        operator = choices.get("width", "lossless")  # which writes what is fitted
+        options = {}
+    depth = choices.get("depth", "identity")
     with Checkpoint(source) as checkpoint:
-        known = resolve_family(
-            checkpoint,
-            settings.target,
-            choices.get("depth", "identity"),
-            operator,
-            options,
-        )
-    return resolve_target(settings.target, known.config or config, known.family)
+        known = resolve_family(checkpoint, target, depth, operator, options)
+    return resolve_target(target, known.config or config, known.family)
 
 
 def source_cost(settings: Settings, source: Path | None) -> SourceCost | None:
@@ -105,20 +107,19 @@ def source_cost(settings: Settings, source: Path | None) -> SourceCost | None:
 
     None for a run that neither starts from its weights nor is taught by it.
     """
-    teacher = settings.transfer.teacher
-    taught = teacher is not None and teacher.model == "source"
-    if source is None or (settings.growth.operator == "scratch" and not taught):
+    teacher, tokens = settings.transfer.teacher, settings.source_tokens
+    is_taught = teacher is not None and teacher.model == "source"
+    is_used = settings.growth.operator != "scratch" or is_taught
+    if source is None or not is_used:
         return None
-    cost = SourceCost(settings.source, settings.source_tokens)
+    cost = SourceCost(settings.source, tokens)
     if ledger := read_ledger(source):
-        recorded = {key: ledger[key] for key in ("tokens", "flops", "val_loss") if key in ledger}
-        return replace(cost, **recorded)
-    if settings.source_tokens is None:
+        keys = [key for key in ("tokens", "flops", "val_loss") if key in ledger]
+        return replace(cost, **{key: ledger[key] for key in keys})
+    if tokens is None:
         return cost
-    return replace(
-        cost,
-        flops=settings.source_tokens * flops_per_token(read_config(source), settings.train.context),
-    )
+    per_token = flops_per_token(read_config(source), settings.train.context)
+    return replace(cost, flops=tokens * per_token)
 
 
 def source_dtype(source: Path | None, run: RunRecord | None) -> str | None:
@@ -135,9 +136,12 @@ def source_dtype(source: Path | None, run: RunRecord | None) -> str | None:
     sizes: Counter[str] = Counter()
     with Checkpoint(source) as checkpoint:
         for stored in checkpoint.tensors.values():
-            sizes[stored.dtype] += stored.nbytes if stored.dtype in names else 0
-    known = [(size, names[dtype]) for dtype, size in sizes.items() if size]
-    return max(known, default=(0, None))[1]
+            if stored.dtype in names and stored.nbytes:
+                name = names[stored.dtype]
+                sizes[name] += stored.nbytes
+    if not sizes:
+        return None
+    return max(sizes, key=lambda name: (sizes[name], name))
 
 
 def weights_read(settings: Settings, source: Path | None, teacher: Path | None) -> dict[str, str]:
@@ -146,15 +150,22 @@ def weights_read(settings: Settings, source: Path | None, teacher: Path | None) 
 
     They are of the files' bytes, so that a copy elsewhere is the same, and weights replaced in place are not.
     """
-    folders = {"teacher": teacher, "source": source if settings.growth.operator == "source" else None}
-    return {name: _fingerprint(folder) for name, folder in folders.items() if folder is not None}
+    hashes = {}
+    if teacher is not None:
+        hashes["teacher"] = _fingerprint(teacher)
+    if source is not None and settings.growth.operator == "source":
+        hashes["source"] = _fingerprint(source)
+    return hashes
 
 
 def _fingerprint(folder: Path) -> str:
+    """A hash of the names and contents of a checkpoint's config and weights."""
     digest = hashlib.sha256()
-    for path in sorted((*folder.glob("config.json"), *folder.glob("*.safetensors"))):
+    files = [*folder.glob("config.json"), *folder.glob("*.safetensors")]
+    for path in sorted(files):
         with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+            content = hashlib.file_digest(file, "sha256")
+        digest.update(path.name.encode() + content.digest())
     return digest.hexdigest()
 
 
@@ -203,7 +214,8 @@ def _start_dtype(source: Path) -> Literal["float32"] | None:
     """
     with Checkpoint(source) as checkpoint:
         dtypes = {stored.dtype for stored in checkpoint.tensors.values()}
-    return "float32" if any(map(is_short, dtypes)) and "F64" not in dtypes else None
+    rounds = any(map(is_short, dtypes))
+    return "float32" if rounds and "F64" not in dtypes else None
 
 
 def _draw(plan: Plan, source: Path, folder: Path) -> None:
@@ -239,16 +251,16 @@ def grow_on(
         UserError: it cannot be grown so, or the disk is full.
     """
     start = stage.start(folder)
-    with whole_folder(start.with_name(f"{start.name}.before")) as partial:
+    before = start.with_name(f"{start.name}.before")
+    with whole_folder(before) as partial:
         network.save_pretrained(partial, state_dict=weights)
         spell_folder(partial)  # the stage's config may have both spellings, if its source had
         if adam is not None:
             torch.save(adam, partial / OPTIMIZER)
-    before = start.with_name(f"{start.name}.before")
-    moments = None if adam is None else before
     growth = stage.growth
     choices: dict[str, Any] = {"operator": growth.operator, "seed": settings.seed, **growth.options}
-    grow(before, start, target=stage.config, overwrite=True, optimizer=moments, **choices)
+    choices["optimizer"] = None if adam is None else before
+    grow(before, start, target=stage.config, overwrite=True, **choices)
     shutil.rmtree(before)
 
 
@@ -260,8 +272,9 @@ def starting_model(
     attention: str,
 ) -> PreTrainedModel:
     """The network at the beginning of a stage, in float32, on the CPU; the same on every process."""
-    if stage.growth.operator == "scratch":
+    operator = stage.growth.operator
+    if operator == "scratch":
         return build_model(stage.config, seed=settings.seed, attention=attention)
-    start = source if stage.growth.operator == "source" else stage.start(folder)
+    start = source if operator == "source" else stage.start(folder)
     assert start is not None
     return load_model(start, attention=attention)

@@ -57,7 +57,8 @@ class EntryRates:
         settings: Settings,
         begun: float = 0.0,
     ) -> None:
-        self.settings, self.begun = settings, begun
+        self.settings = settings
+        self.begun = begun
         self.inherited: list[tuple[nn.Parameter, Tensor]] = []
         for name, parameter in network.named_parameters():
             mask = inherited[name]
@@ -80,8 +81,9 @@ class EntryRates:
             return
         before = [parameter.detach().clone() for parameter, _ in self.inherited]
         yield
+        stepped = zip(self.inherited, before, strict=True)
         with torch.no_grad():
-            for (parameter, inherited), start in zip(self.inherited, before, strict=True):
+            for (parameter, inherited), start in stepped:
                 share = torch.where(inherited, old, new).to(parameter)
                 parameter.copy_(torch.lerp(start, parameter, share))
 
@@ -97,16 +99,20 @@ def entry_rates(
     Raises:
         UserError: nothing would learn.
     """
-    alike = settings.transfer.inherited_rate == 1.0 and settings.schedule.rewarm != "new"
+    full_rate = settings.transfer.inherited_rate == 1.0
+    alike = full_rate and settings.schedule.rewarm != "new"
     if alike or stage.growth.operator in UNGROWN:
         return None
-    growth_plan, names = recorded_plan(stage.start(folder)), stored_names(network)
+    growth_plan = recorded_plan(stage.start(folder))
+    names = stored_names(network)
     steps = {step.name: step for step in growth_plan.steps}
     inherited = {}
     for name, _ in network.named_parameters():
-        origin = origins(growth_plan, steps[names[name]])
+        step = steps[names[name]]
+        origin = origins(growth_plan, step)
         inherited[name] = torch.from_numpy(origin != Origin.NEW)
-    rates = EntryRates(network, inherited, settings, stage.first / settings.budget.steps)
+    begun = stage.first / settings.budget.steps
+    rates = EntryRates(network, inherited, settings, begun)
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise UserError(
             f"transfer.inherited_rate: 0 freezes everything, since growth={settings.growth.name} makes "
@@ -130,18 +136,20 @@ def frozen_tensors(
         return frozen
     before = None if source is None else read_config(source)
     for stage in stages:
-        if stage.growth.operator not in UNGROWN and before is not None and has_schema(stage.config):
-            growth = stage.growth
-            growth_plan = plan(before, stage.config, growth.operator, seed=settings.seed, **growth.options)
+        growth, config = stage.growth, stage.config
+        grows = growth.operator not in UNGROWN and has_schema(config)
+        if before is not None and grows:
+            growth_plan = plan(before, config, growth.operator, seed=settings.seed, **growth.options)
             inherited = [step.name for step in growth_plan.steps if _is_inherited(growth_plan, step)]
             frozen[stage.number] = frozenset(inherited)
-        before = stage.config
+        before = config
     return frozen
 
 
 def _is_inherited(growth_plan: Plan, step: Step) -> bool:
     """True for a tensor in which no entry is new."""
-    return all(axis.min() > Origin.NEW for axis in axis_origins(growth_plan, step))
+    axes = axis_origins(growth_plan, step)
+    return all(axis.min() > Origin.NEW for axis in axes)
 
 
 # ---- matrices ----------------------------------------------------------------------------------------------
@@ -170,14 +178,17 @@ def width_factors(network: PreTrainedModel, source: Config, target: Config) -> d
     Matrices read wider inputs, so the same change of each entry moves their output further; embeddings and
     vectors read single indices (μP: Yang et al., 2203.03466, table 8).
     """
-    family, names = family_of(target), stored_names(network)
-    sizes = [family.sizes(config) for config in (source, target)]
+    family = family_of(target)
+    source_sizes, target_sizes = family.sizes(source), family.sizes(target)
     factors = {}
     for tensor in family.tensors(target):
         axes = zip(tensor.axes, tensor.reads, strict=True)
-        inputs = [axis for axis, reads in axes if reads and tensor.line.kind == "linear"]
-        before, after = (_entries(inputs, of) for of in sizes)
-        factors[tensor.name] = before / after
+        inputs = [axis for axis, reads in axes if reads]
+        if tensor.line.kind != "linear":
+            inputs = []
+        fan_in = _entries(inputs, source_sizes)
+        factors[tensor.name] = fan_in / _entries(inputs, target_sizes)
+    names = stored_names(network)
     return {name: factors[stored] for name, stored in names.items()}
 
 
@@ -214,15 +225,18 @@ def take_over(
     same = plan(read_config(source), {})  # of a growth that changes nothing
     names = [step.name for step in same.steps]
     state = read_adam(saved, same)
-    fill(optimizer, network, names, state.moments.tensors.__getitem__, state.step)
+    moments = state.moments.tensors
+    fill(optimizer, network, names, moments.__getitem__, state.step)
 
 
 def named_state(optimizer: torch.optim.Optimizer, network: PreTrainedModel) -> dict[str, Any]:
     """The optimizer's state dict, with the parameters' names beside their numbers, as a growth wants to find
     it.
     """
-    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    parameters = network.named_parameters()
+    names = {id(parameter): name for name, parameter in parameters}
     state = optimizer.state_dict()
-    for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
+    groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    for saved, group in groups:
         saved["param_names"] = [names[id(parameter)] for parameter in group["params"]]
     return state

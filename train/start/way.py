@@ -75,32 +75,36 @@ def find_way(
     except UserError as fault:
         return _unmeasured(settings, title, str(fault))
     attention, why = find_attention(config, settings.attention, device, precision)
-    seen = survey(config, attention=attention, device=device, precision=precision)
-    faults, lines, masked = [], [], False
-    if seen.future.value is None:
-        lines.append(f"{title}: not measured whether it is causal ({seen.future.reason})")
-    elif not seen.same(seen.future):
-        faults.append(_not_causal(config, title, seen, device, precision))
-    elif settings.document_mask and seen.same(seen.masked_leak):
+    answers = survey(config, attention=attention, device=device, precision=precision)
+    faults: list[str] = []
+    lines: list[str] = []
+    masked = False
+    if answers.future.value is None:
+        lines.append(f"{title}: not measured whether it is causal ({answers.future.reason})")
+    elif not answers.same(answers.future):
+        faults.append(_not_causal(config, title, answers, device, precision))
+    elif settings.document_mask and answers.same(answers.masked_leak):
         masked = True
-        leak = f"positions that restart do not keep documents apart ({_difference(seen, 'leak')})"
+        leak = f"positions that restart do not keep documents apart ({_difference(answers, 'leak')})"
         lines.append(f"{title}: {leak}: their masks are handed over")
-    elif settings.document_mask and not seen.same(seen.leak):
-        faults.append(_leaks(config, title, seen, device, precision))
-    fused = settings.loss != "plain" and seen.same(seen.head)
-    if settings.loss != "plain" and not fused:
-        story = (
-            f"{title}: the head over the base model's output is not its logits ({_difference(seen, 'head')})"
-        )
-        faults += [f"train.loss=fused: {story}; use train.loss=auto"] if settings.loss == "fused" else []
+    elif settings.document_mask and not answers.same(answers.leak):
+        faults.append(_leaks(config, title, answers, device, precision))
+    wants_fused = settings.loss != "plain"
+    fused = wants_fused and answers.same(answers.head)
+    if wants_fused and not fused:
+        difference = _difference(answers, "head")
+        story = f"{title}: the head over the base model's output is not its logits ({difference})"
+        if settings.loss == "fused":
+            faults.append(f"train.loss=fused: {story}; use train.loss=auto")
         lines.append(f"{story}: loss plain, the logits are whole in memory")
     UserError.collect(faults)
-    unreached = () if name else seen.unreached.value or ()
+    unreached = () if name else answers.unreached.value or ()
     if unreached:
-        more = f" and {len(unreached) - 3} more" if len(unreached) > 3 else ""
-        listed = ", ".join(unreached[:3]) + more
-        lines.append(f"{title}: text gives no gradient to {listed}: they stay as they start")
-    return Way(attention, why, fused, bool(unreached or seen.sometimes.value), tuple(lines), masked)
+        first, more = ", ".join(unreached[:3]), len(unreached) - 3
+        rest = f" and {more} more" if more > 0 else ""
+        lines.append(f"{title}: text gives no gradient to {first}{rest}: they stay as they start")
+    partly = bool(unreached or answers.sometimes.value)
+    return Way(attention, why, fused, partly, tuple(lines), masked)
 
 
 def _unmeasured(settings: LoopSettings, title: str, reason: str) -> Way:
@@ -142,10 +146,10 @@ def find_attention(config: Config, asked: str, device: torch.device, precision: 
         if not answer.value:
             tried[attention] = answer.reason
     running = [attention for attention in (PLAIN_SDPA, EAGER) if attention not in tried]
-    help_ = f"use train.attention={' or '.join(running)}" if running else "no other one runs either"
+    way_out = f"use train.attention={' or '.join(running)}" if running else "no other one runs either"
     raise UserError(
         f"train.attention={asked}: {config.get('model_type')} does not train with it here "
-        f"({tried[first]}); {help_}",
+        f"({tried[first]}); {way_out}",
     )
 
 
@@ -159,10 +163,10 @@ def fuses(config: Config, asked: str) -> bool:
         return False
     try:
         attention, _ = find_attention(config, "auto", torch.device("cpu"), "fp32")
-        seen = survey(config, attention=attention)
+        answers = survey(config, attention=attention)
     except UserError:
         return False
-    return seen.same(seen.head)
+    return answers.same(answers.head)
 
 
 def find_ways(
@@ -177,18 +181,19 @@ def find_ways(
     Raises:
         UserError: the faults of any process, on all of them; or they differ.
     """
-    device, precision = accelerator.device, precision_of(accelerator.mixed_precision)
+    device = accelerator.device
+    precision = precision_of(accelerator.mixed_precision)
+    networks = {"": config} if teacher is None else {"": config, "transfer.teacher": teacher}
     ways: dict[str, Way] = {}
     faults: list[str] = []
-    for network, name in ((config, ""), (teacher, "transfer.teacher")):
+    for name, network in networks.items():
         try:
-            ways |= (
-                {} if network is None else {name: find_way(network, settings, device, precision, name=name)}
-            )
+            ways[name] = find_way(network, settings, device, precision, name=name)
         except UserError as fault:
             faults.append(str(fault))
     several = accelerator.num_processes > 1
-    UserError.collect(dict.fromkeys(gather_object(faults) if several else faults))
+    all_faults = gather_object(faults) if several else faults
+    UserError.collect(dict.fromkeys(all_faults))
     everyone = gather_object([ways]) if several else [ways]
     if any(theirs != ways for theirs in everyone):
         each = "; ".join(f"process {number}: {theirs}" for number, theirs in enumerate(everyone))
@@ -207,48 +212,48 @@ def precision_of(mixed_precision: str) -> str:
 # ---- refusals ----------------------------------------------------------------------------------------------
 
 
-def _difference(seen: Survey, question: str) -> str:
+def _difference(answers: Survey, question: str) -> str:
     """A difference in words."""
-    answer = getattr(seen, question)
-    return (
-        f"not measured: {answer.reason}"
-        if answer.value is None
-        else f"{answer.value:.2g} of the largest logit apart, on a tiny twin"
-    )
+    answer = getattr(answers, question)
+    if answer.value is None:
+        return f"not measured: {answer.reason}"
+    return f"{answer.value:.2g} of the largest logit apart, on a tiny twin"
 
 
-def _not_causal(config: Config, title: str, seen: Survey, device: torch.device, precision: str) -> str:
+def _not_causal(config: Config, title: str, answers: Survey, device: torch.device, precision: str) -> str:
     """Say that tokens are predicted from later ones, and name the key that helps."""
     story = (
-        f"{title} is not causal: logits move by {seen.future.value:.2g} of the largest when later tokens "
+        f"{title} is not causal: logits move by {answers.future.value:.2g} of the largest when later tokens "
         "change"
     )
-    helps = causal_switch(config, attention=seen.attention, device=device, precision=precision)
-    if not helps:
+    switch = causal_switch(config, attention=answers.attention, device=device, precision=precision)
+    if not switch:
         return f"{story}, so it cannot be trained on the next token; choose a causal class"
-    [(key, value)] = helps.items()
-    return f"{story}; use target={{{key}:{str(value).lower()}}}, or {key} in the source's config.json"
+    [(key, value)] = switch.items()
+    setting = f"{key}:{str(value).lower()}"
+    return f"{story}; use target={{{setting}}}, or {key} in the source's config.json"
 
 
-def _leaks(config: Config, title: str, seen: Survey, device: torch.device, precision: str) -> str:
+def _leaks(config: Config, title: str, answers: Survey, device: torch.device, precision: str) -> str:
     """Say that documents are not kept apart, and name an attention that would."""
-    if seen.leak.value is None:
+    if answers.leak.value is None:
         return (
-            f"train.document_mask=true: not measured for {title} ({seen.leak.reason}); use "
+            f"train.document_mask=true: not measured for {title} ({answers.leak.reason}); use "
             "train.document_mask=false"
         )
     story = (
-        f"logits after an end-of-text move by {seen.leak.value:.2g} of the largest when what lies before "
+        f"logits after an end-of-text move by {answers.leak.value:.2g} of the largest when what lies before "
         "it changes"
     )
     others = []
     for attention in (PLAIN_SDPA, EAGER):
-        if attention == seen.attention:
+        if attention == answers.attention:
             continue
         if works(config, attention, device=device, precision=precision).value:
             other = survey(config, attention=attention, device=device, precision=precision)
-            others += [f" or train.attention={attention}"] if other.same(other.leak) else []
+            if other.same(other.leak):
+                others.append(f" or train.attention={attention}")
     return (
-        f"train.document_mask=true: {title}, attention {seen.attention}: {story}; use "
+        f"train.document_mask=true: {title}, attention {answers.attention}: {story}; use "
         f"train.document_mask=false{''.join(others)}"
     )

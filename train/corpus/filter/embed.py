@@ -45,20 +45,22 @@ class Encoder:
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """The mean over a text's tokens: float32 (texts, dimensions); a text without a token is all zeros."""
         pieces: list[tuple[int, list[int]]] = []
+        window = self.window
         for row, text in enumerate(texts):
-            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][
-                : self.max_tokens
-            ]
-            starts = range(0, len(ids), self.window)
-            pieces += [(row, ids[start : start + self.window]) for start in starts]
+            cut = self.tokenizer(text, add_special_tokens=False, verbose=False)
+            ids = cut["input_ids"][: self.max_tokens]
+            starts = range(0, len(ids), window)
+            pieces += [(row, ids[start : start + window]) for start in starts]
         total = np.zeros((len(texts), self.dimensions))
         count = np.zeros(len(texts))
         for batch in _batches([len(ids) for _, ids in pieces]):
-            sums = self._sums([pieces[number][1] for number in batch])
-            for number, values in zip(batch, sums, strict=True):
-                total[pieces[number][0]] += values
-                count[pieces[number][0]] += len(pieces[number][1])
-        return (total / np.maximum(count, 1)[:, None]).astype(np.float32)
+            chosen = [pieces[number] for number in batch]
+            sums = self._sums([ids for _, ids in chosen])
+            for (row, ids), values in zip(chosen, sums, strict=True):
+                total[row] += values
+                count[row] += len(ids)
+        means = total / np.maximum(count, 1)[:, None]
+        return means.astype(np.float32)
 
     def _sums(self, ids: list[list[int]]) -> np.ndarray:
         import torch
@@ -81,8 +83,9 @@ def _batches(lengths: Sequence[int]) -> list[list[int]]:
     """Pieces that share a forward pass: alike in length, at most BATCH_TOKENS with their padding."""
     batches: list[list[int]] = []
     batch: list[int] = []
-    for number in sorted(range(len(lengths)), key=lambda number: (lengths[number], number)):
-        if not batches or (len(batch) + 1) * lengths[number] > BATCH_TOKENS:
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
+        padded = (len(batch) + 1) * lengths[number]
+        if not batches or padded > BATCH_TOKENS:
             batch = []
             batches.append(batch)
         batch.append(number)
@@ -133,12 +136,13 @@ def load_encoder(name: str, revision: str | None, max_tokens: int) -> Encoder:
 
 
 def _digest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    digest = hashlib.sha256(
-        tokenizer.backend_tokenizer.to_str().encode() if tokenizer.is_fast else repr(tokenizer).encode()
-    )
+    """A hash of tokenizer and weights, without the pooler."""
+    text = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
+    digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(model.state_dict().items()):
         if not name.startswith("pooler."):
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+            values = tensor.detach().cpu().contiguous().numpy()
+            digest.update(name.encode() + values.tobytes())
     return digest.hexdigest()
 
 
@@ -162,13 +166,12 @@ def load_again(embedding: dict[str, Any], instead: str | None = None) -> Encoder
         UserError: it cannot be loaded, or is not the same.
     """
     name = instead or str(embedding["encoder"])
-    encoder = load_encoder(
-        name, embedding["revision"] if instead is None else None, int(embedding["max_tokens"])
-    )
-    if (digest := encoder.digest) != embedding["sha256"]:
+    revision = embedding["revision"] if instead is None else None
+    encoder = load_encoder(name, revision, int(embedding["max_tokens"]))
+    digest, expected = encoder.digest, embedding["sha256"]
+    if digest != expected:
         raise UserError(
             f"encoder {name}: not the one that the filter was fitted on (sha256 {digest[:12]}…, expected "
-            f"{str(embedding['sha256'])[:12]}…); name its place with encoder=FOLDER, or fit the filter "
-            "again"
+            f"{str(expected)[:12]}…); name its place with encoder=FOLDER, or fit the filter again"
         )
     return encoder

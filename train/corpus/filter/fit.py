@@ -66,7 +66,8 @@ def write_labels(data: DataSettings, target: Path) -> dict[int, int]:
 def texts_of(data: DataSettings) -> Iterator[tuple[str, str]]:
     """Names and texts of a corpus, normalised as preparing it would."""
     for document in documents(data, open_corpus(data)):
-        yield document.name, normalised(document.text) if data.clean.normalise else document.text
+        text = normalised(document.text) if data.clean.normalise else document.text
+        yield document.name, text
 
 
 def read_labels(path: Path) -> dict[str, int]:
@@ -90,13 +91,14 @@ def read_labels(path: Path) -> dict[str, int]:
             raise UserError(f"{path}:{number}: not JSON ({error})") from error
         if row is None:
             continue
-        is_label = isinstance(row, dict) and isinstance(row.get("document"), str)
-        if not is_label or row.get("label") not in (0, 1):
+        is_row = isinstance(row, dict) and isinstance(row.get("document"), str)
+        if not is_row or row.get("label") not in (0, 1):
             raise UserError(
                 f'{path}:{number}: expected {{"document": NAME, "label": 0 or 1}}; found {line[:60]}'
             )
-        if labels.setdefault(row["document"], int(row["label"])) != row["label"]:
-            raise UserError(f"{path}:{number}: {row['document']} has another label above; keep one of them")
+        name, value = row["document"], int(row["label"])
+        if labels.setdefault(name, value) != value:
+            raise UserError(f"{path}:{number}: {name} has another label above; keep one of them")
     return labels
 
 
@@ -122,15 +124,17 @@ def fit(settings: FitSettings, data: DataSettings, labels: Path, out: Path) -> d
         )
     values = np.array([answers[name] for name in names], np.int64)
     held_out = np.array([_is_held_out(name, settings) for name in names], bool)
-    for part, what in ((~held_out, "to fit on"), (held_out, "held out")):
+    fitted_on = ~held_out
+    parts = {"to fit on": fitted_on, "held out": held_out}
+    for use, part in parts.items():
         counts = np.bincount(values[part], minlength=2)
         if counts.min() < FEWEST:
             raise UserError(
-                f"labels={labels}: {counts[1]} samples labelled 1 and {counts[0]} labelled 0 {what}, at "
+                f"labels={labels}: {counts[1]} samples labelled 1 and {counts[0]} labelled 0 {use}, at "
                 f"least {FEWEST} of each are needed; label more, or change held_out"
             )
     classifier = _classifier(settings)
-    forest = Forest.of(classifier.fit(features[~held_out], values[~held_out]))
+    forest = Forest.of(classifier.fit(features[fitted_on], values[fitted_on]))
     card = {
         "embedding": embed.card(encoder, settings.encoder, settings.revision),
         "forest": {
@@ -151,7 +155,8 @@ def fit(settings: FitSettings, data: DataSettings, labels: Path, out: Path) -> d
 
 
 def _embedded(encoder: embed.Encoder, texts: Iterable[tuple[str, str]]) -> tuple[list[str], np.ndarray]:
-    names, part = list[str](), list[str]()
+    names: list[str] = []
+    part: list[str] = []
     features = [np.empty((0, encoder.dimensions), np.float32)]
     for name, text in texts:
         names.append(name)
@@ -159,13 +164,14 @@ def _embedded(encoder: embed.Encoder, texts: Iterable[tuple[str, str]]) -> tuple
         if len(part) == 256:
             features.append(encoder.embed(part))
             part = []
-    return names, np.concatenate([*features, encoder.embed(part)])
+    features.append(encoder.embed(part))
+    return names, np.concatenate(features)
 
 
 def _is_held_out(name: str, settings: FitSettings) -> bool:
-    digest = hashlib.blake2b(
-        name.encode("utf-8", "surrogateescape"), key=f"held out {settings.seed}".encode(), digest_size=8
-    ).digest()
+    raw = name.encode("utf-8", "surrogateescape")
+    key = f"held out {settings.seed}".encode()
+    digest = hashlib.blake2b(raw, key=key, digest_size=8).digest()
     return int.from_bytes(digest, "big") < settings.held_out * 2**64
 
 
@@ -186,42 +192,46 @@ def _classifier(settings: FitSettings) -> RandomForestClassifier:
 
 
 def report(labels: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
-    """How scores (n,) in [0, 1] do against labels (n,): precision and recall at 0.5 and of the best so many
+    """Judge scores (n,) in [0, 1] against labels (n,): precision and recall at 0.5 and of the best so many
     per cent, and calibration.
 
     `brier` is the mean squared difference of score and label (0.25 for a constant 0.5), `calibration_error`
     the mean difference of score and frequency over BINS bins of score, weighted by their samples.
     """
-    chosen = scores >= 0.5
-    order = np.argsort(-scores, kind="stable")
+    samples = len(labels)
     positive = int(labels.sum())
+    chosen = scores >= 0.5
+    right = (chosen & (labels == 1)).sum()
+
+    order = np.argsort(-scores, kind="stable")
     best = []
     for share in SHARES:
-        top = labels[order[: max(1, round(share * len(labels)))]]
-        best.append(
-            {"kept": share, "precision": _share(top.sum(), len(top)), "recall": _share(top.sum(), positive)}
-        )
+        count = max(1, round(share * samples))
+        top = labels[order[:count]]
+        precision, recall = _share(top.sum(), len(top)), _share(top.sum(), positive)
+        best.append({"kept": share, "precision": precision, "recall": recall})
+
     bins = np.minimum((scores * BINS).astype(int), BINS - 1)
-    calibration = [
-        {
-            "samples": int((bins == i).sum()),
-            "mean_score": round(float(scores[bins == i].mean()), 4),
-            "share_positive": round(float(labels[bins == i].mean()), 4),
-        }
-        for i in range(BINS)
-        if (bins == i).any()
-    ]
-    error = sum(row["samples"] * abs(row["mean_score"] - row["share_positive"]) for row in calibration) / len(
-        labels
-    )
+    calibration = []
+    error = 0.0
+    for i in range(BINS):
+        in_bin = bins == i
+        count = int(in_bin.sum())
+        if not count:
+            continue
+        mean_score = round(float(scores[in_bin].mean()), 4)
+        frequency = round(float(labels[in_bin].mean()), 4)
+        calibration.append({"samples": count, "mean_score": mean_score, "share_positive": frequency})
+        error += count * abs(mean_score - frequency)
+    squares = (scores - labels) ** 2
     return {
-        "samples": len(labels),
+        "samples": samples,
         "positive": positive,
-        "precision": _share((chosen & (labels == 1)).sum(), chosen.sum()),
-        "recall": _share((chosen & (labels == 1)).sum(), positive),
+        "precision": _share(right, chosen.sum()),
+        "recall": _share(right, positive),
         "best": best,
-        "brier": round(float(((scores - labels) ** 2).mean()), 4),
-        "calibration_error": round(error, 4),
+        "brier": round(float(squares.mean()), 4),
+        "calibration_error": round(error / samples, 4),
         "calibration": calibration,
     }
 

@@ -40,16 +40,15 @@ class Forest:
     def of(cls, fitted: RandomForestClassifier) -> Forest:
         """The arrays of a classifier that was fitted on labels 0 and 1."""
         trees = [estimator.tree_ for estimator in fitted.estimators_]
-        roots = np.cumsum([0, *(tree.node_count for tree in trees)])[:-1]
+        sizes = [tree.node_count for tree in trees]
+        roots = np.cumsum([0, *sizes])[:-1]
 
         def moved(name: str) -> np.ndarray:
-            children = [np.asarray(getattr(tree, name), np.int64) for tree in trees]
-            return np.concatenate(
-                [
-                    np.where(nodes == LEAF, LEAF, nodes + root)
-                    for nodes, root in zip(children, roots, strict=True)
-                ]
-            )
+            parts = []
+            for tree, root in zip(trees, roots, strict=True):
+                nodes = np.asarray(getattr(tree, name), np.int64)
+                parts.append(np.where(nodes == LEAF, LEAF, nodes + root))
+            return np.concatenate(parts)
 
         return cls(
             roots=roots.astype(np.int64),
@@ -81,7 +80,8 @@ class Forest:
 
         arrays = {field.name: getattr(self, field.name) for field in fields(self)}
         save_file(arrays, folder / ARRAYS)
-        (folder / CARD).write_text(json.dumps({"format": FORMAT, **card}, indent=1) + "\n")
+        text = json.dumps({"format": FORMAT, **card}, indent=1)
+        (folder / CARD).write_text(f"{text}\n")
 
 
 def load(folder: Path) -> tuple[Forest, dict[str, Any]]:
@@ -99,12 +99,12 @@ def load(folder: Path) -> tuple[Forest, dict[str, Any]]:
         forest = Forest(**arrays)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: no filter ({error}); fit one with outgrow corpus fit") from error
-    is_card = isinstance(card, dict) and isinstance(card.get("embedding"), dict)
-    if not is_card or card.get("format") != FORMAT:
+    embedding = card.get("embedding") if isinstance(card, dict) else None
+    if not isinstance(embedding, dict) or card.get("format") != FORMAT:
         raise UserError(
             f"{folder / CARD}: no card of a filter of format {FORMAT}; fit it again with outgrow corpus fit"
         )
-    if fault := _fault(forest, card["embedding"].get("dimensions")):
+    if fault := _fault(forest, embedding.get("dimensions")):
         raise UserError(f"{folder / ARRAYS}: damaged ({fault}); fit it again with outgrow corpus fit")
     return forest, card
 

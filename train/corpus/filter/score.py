@@ -33,8 +33,9 @@ class Filter:
         self.encoder = embed.load_again(self.card["embedding"], encoder)
 
     def scores(self, texts: list[str]) -> np.ndarray:
-        """How likely each text is to be labelled 1: float32 (texts,)."""
-        return self.forest.scores(self.encoder.embed(texts)).astype(np.float32)
+        """The probability that each text is labelled 1: float32 (texts,)."""
+        features = self.encoder.embed(texts)
+        return self.forest.scores(features).astype(np.float32)
 
 
 @lru_cache(maxsize=1)
@@ -51,16 +52,20 @@ class Educational(BaseFilter):
 
     def __init__(self, folder: str, encoder: str | None = None, threshold: float | None = None) -> None:
         super().__init__(batch_size=BLOCK_DOCUMENTS)
-        self.folder, self.encoder, self.threshold = folder, encoder, threshold
+        self.folder = folder
+        self.encoder = encoder
+        self.threshold = threshold
 
     def filter(self, doc: Step) -> bool:
         return self.filter_batch([doc])[0]
 
     def filter_batch(self, batch: list[Step]) -> list[bool]:
-        scores = load_filter(self.folder, self.encoder).scores([document.text for document in batch])
-        for document, score in zip(batch, scores.tolist(), strict=True):
+        fitted = load_filter(self.folder, self.encoder)
+        scores = fitted.scores([document.text for document in batch]).tolist()
+        for document, score in zip(batch, scores, strict=True):
             document.metadata["score"] = score
-        return [self.threshold is None or score >= self.threshold for score in scores.tolist()]
+        least = self.threshold
+        return [least is None or score >= least for score in scores]
 
 
 class KeepScores(PipelineStep):
@@ -75,8 +80,10 @@ class KeepScores(PipelineStep):
     def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
         scores = np.full(self.work.counts[rank], np.nan, np.float32)
         for document in data or ():
-            scores[document.metadata["row"]] = document.metadata["score"]
-        with whole_file(self.work.path("scores", rank, ".npy")) as partial, partial.open("wb") as file:
+            row = document.metadata["row"]
+            scores[row] = document.metadata["score"]
+        path = self.work.path("scores", rank, ".npy")
+        with whole_file(path) as partial, partial.open("wb") as file:
             np.save(file, scores)
         return
         yield
@@ -103,13 +110,16 @@ def write_scores(
     ):
 
         def flush() -> None:
-            scores = fitted.scores(
-                [normalised(row.text) if data.clean.normalise else row.text for row in rows]
-            )
+            texts = [row.text for row in rows]
+            if data.clean.normalise:
+                texts = list(map(normalised, texts))
             names = [row.name.encode(errors="replace").decode() for row in rows]
-            writer.write_table(pyarrow.table([names, [row.bytes for row in rows], scores], schema=schema))
+            sizes = [row.bytes for row in rows]
+            scores = fitted.scores(texts)
+            table = pyarrow.table([names, sizes, scores], schema=schema)
+            writer.write_table(table)
             histogram[:] += np.histogram(scores, 20, (0, 1))[0]
-            advance(sum(row.bytes for row in rows))
+            advance(sum(sizes))
             rows.clear()
 
         for document in documents:

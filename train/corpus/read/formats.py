@@ -52,7 +52,8 @@ def _whole(opened: Opened) -> Iterator[tuple[str, str]]:
 
 def _lines(opened: Opened) -> Iterator[tuple[str, str]]:
     """One JSON object a line; blank lines are none."""
-    number, longest = 0, ESCAPED * opened.limit + 2**20
+    number = 0
+    longest = ESCAPED * opened.limit + 2**20
     while line := opened.file.readline(longest):
         number += 1
         opened.tally.records += bool(line.strip())
@@ -91,7 +92,8 @@ def _json(opened: Opened) -> Iterator[tuple[str, str]]:
             raise _not_json(opened.path, text, error) from error
         yield from _lines(replace(opened, file=io.BytesIO(text.encode())))
         return
-    for number, item in enumerate(value if isinstance(value, list) else [value], 1):
+    items = value if isinstance(value, list) else [value]
+    for number, item in enumerate(items, 1):
         opened.tally.records += 1
         yield from _counted(opened, number, partial(_itself, item))
 
@@ -132,8 +134,9 @@ def _not_json(place: str, text: str, error: ValueError) -> UserError:
 
 
 def _field(value: Any, column: str, place: str) -> str:
-    if not isinstance(value, dict) or column not in value:
-        names = ", ".join(value) if isinstance(value, dict) else type(value).__name__
+    is_object = isinstance(value, dict)
+    if not is_object or column not in value:
+        names = ", ".join(value) if is_object else type(value).__name__
         raise UserError(
             f"{place}: no field {column!r}; found {names or 'none'}; name the field that holds the text: "
             "data.column=NAME"
@@ -162,11 +165,11 @@ def _table(delimiter: str) -> Reader:
 
     def read(opened: Opened) -> Iterator[tuple[str, str]]:
         csv.field_size_limit(ESCAPED * opened.limit + 2**20)
-        text = io.TextIOWrapper(
-            cast(io.BufferedReader, opened.file), "utf-8-sig", errors="replace", newline=""
-        )
+        binary = cast(io.BufferedReader, opened.file)
+        text = io.TextIOWrapper(binary, "utf-8-sig", errors="replace", newline="")
         rows = csv.DictReader(text, delimiter=delimiter)
-        _check_names(opened.path, list(rows.fieldnames or ()), opened.column)
+        names = list(rows.fieldnames or ())
+        _check_names(opened.path, names, opened.column)
         try:
             for number, row in enumerate(rows, 1):
                 value = row[opened.column] or ""
@@ -196,7 +199,8 @@ def _rows(opened: Opened) -> Iterator[tuple[str, str]]:
             plain = column.dictionary_decode() if types.is_dictionary(column.type) else column
             for raw in plain.cast(pyarrow.large_binary()).to_pylist():
                 opened.tally.records += 1
-                yield f":{number}", "" if raw is None else opened.tally.decode(raw)
+                text = "" if raw is None else opened.tally.decode(raw)
+                yield f":{number}", text
                 number += 1
 
 
@@ -240,11 +244,14 @@ READERS: dict[str, Reader] = {
 
 def format_of(path: str) -> str | None:
     """The key of READERS for this file, compressed or not; None where there is none."""
-    suffixes = [suffix.lower() for suffix in PurePosixPath(path).suffixes[-2:]]
-    if suffixes and suffixes[-1] in COMPRESSED:
-        inner = suffixes[0] if len(suffixes) == 2 else None
-        return inner if inner in READERS and inner != ".parquet" else None  # parquet compresses its own pages
-    return suffixes[-1] if suffixes and suffixes[-1] in READERS else None
+    suffixes = [suffix.lower() for suffix in PurePosixPath(path).suffixes]
+    compressed = bool(suffixes) and suffixes[-1] in COMPRESSED
+    if compressed:
+        suffixes.pop()
+    suffix = suffixes[-1] if suffixes else None
+    if compressed and suffix == ".parquet":  # which compresses its own pages
+        return None
+    return suffix if suffix in READERS else None
 
 
 def texts(path: str, column: str, limit: int, tally: Tally) -> Iterator[tuple[str, str]]:
@@ -256,21 +263,24 @@ def texts(path: str, column: str, limit: int, tally: Tally) -> Iterator[tuple[st
     kind = str(format_of(path))
     with reading(path) as file:
         file = file if kind == ".parquet" else _in_utf8(file)
-        yield from READERS[kind](Opened(path, file, column, limit, tally))
+        opened = Opened(path, file, column, limit, tally)
+        yield from READERS[kind](opened)
 
 
 def _in_utf8(file: BinaryIO) -> BinaryIO:
     """A file that a mark says to be UTF-16 or UTF-32, recoded; another one as it is."""
-    buffered = (
-        file if isinstance(file, io.BufferedReader) else io.BufferedReader(cast(io.RawIOBase, file), 2**20)
-    )
+    if isinstance(file, io.BufferedReader):
+        buffered = file
+    else:
+        buffered = io.BufferedReader(cast(io.RawIOBase, file), 2**20)
     start = buffered.peek(4)[:4]
     encoding = next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8")
     if encoding in ("utf-8", "utf-8-sig"):
         return buffered
     chunks: Iterable[bytes] = iter(lambda: buffered.read(2**20), b"")
     decoded = codecs.iterdecode(chunks, encoding, errors="replace")
-    return io.BufferedReader(_Pieces(piece.encode() for piece in decoded), 2**20)
+    recoded = _Pieces(piece.encode() for piece in decoded)
+    return io.BufferedReader(recoded, 2**20)
 
 
 class _Pieces(io.RawIOBase):
@@ -345,9 +355,8 @@ def _decompressed(raw: BinaryIO, what: str) -> BinaryIO:
     import pyarrow
 
     if what == "gz":
-        return io.BufferedReader(
-            pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "gzip"), 2**20
-        )
+        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "gzip")
+        return io.BufferedReader(stream, 2**20)
     if what == "zst":
         return io.BufferedReader(_Pieces(_zstd(raw)), 2**20)
     return raw
@@ -357,7 +366,9 @@ def _zstd(raw: BinaryIO) -> Iterator[bytes]:
     """Frames of zstd of whatever window, one after another."""
     import zstandard
 
-    decompressor, frame, left = zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES), None, b""
+    decompressor = zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES)
+    frame = None
+    left = b""
     try:
         while piece := left or raw.read(2**13):
             frame = frame or decompressor.decompressobj()
@@ -377,5 +388,6 @@ def unreadable(path: str, error: Exception) -> UserError:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without what follows."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of what an error says, or its kind."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]

@@ -1,0 +1,39 @@
+"""The door of a command that takes names and `key=value` overrides, as `evaluate` and `cost` do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from outgrow.model.base.errors import UserError
+from outgrow.model.base.settings import CONF
+
+Work = Callable[[list[str], list[str]], None]
+
+
+def go_through(
+    arguments: Sequence[str] | None, usage: str | None, leaf: str, work: Work, stopped: str
+) -> int:
+    """Call `work` with the names and the overrides among `arguments`; return the command's exit status.
+
+    Args:
+        arguments: None for those of this process.
+        usage: the text of --help, which ends with the keys and defaults of conf/`leaf`.
+        stopped: the line after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(words):
+        defaults = (CONF / leaf).read_text(encoding="utf-8")
+        print(f"{usage}{defaults}")
+        return 0
+    names = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
+    try:
+        work(names, overrides)
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(stopped, file=sys.stderr)
+        return 130
