@@ -110,7 +110,8 @@ def _compare(options: argparse.Namespace) -> int:
     from outgrow.experiments.compare import compare
 
     comparison = compare(options.runs)
-    out = options.out or Path("runs") / f"comparison-{comparison.study.replace(', ', '+')}"
+    study = comparison.study.replace(", ", "+")
+    out = options.out or Path("runs") / f"comparison-{study}"
     publish(comparison, out, wandb=options.wandb)
     return 0
 
@@ -184,7 +185,8 @@ def _same(options: argparse.Namespace) -> int:
             f"{difference.name}: {difference.there or 'none'} at {options.revision}, "
             f"{difference.here or 'none'} here"
         )
-    print(f"{count - len(differences)} of {count} numbers are the same to the bit as at {options.revision}")
+    same = count - len(differences)
+    print(f"{same} of {count} numbers are the same to the bit as at {options.revision}")
     return 1 if differences else 0
 
 

@@ -103,8 +103,10 @@ def _change(arm: str, plain: str, keys: tuple[str, ...], best: Mapping[str, Sequ
     seeds = tuple(sorted(ours.keys() & theirs.keys()))
     differences = [ours[seed] - theirs[seed] for seed in seeds]
     if not seeds:
-        mean, plain_mean = fmean(ours.values()), fmean(theirs.values())
+        mean = fmean(ours.values())
+        plain_mean = fmean(theirs.values())
         differences = [mean - plain_mean]
     flops = best[arm][0].flops / best[plain][0].flops
-    difference, interval = fmean(differences), half_interval(differences)
+    difference = fmean(differences)
+    interval = half_interval(differences)
     return Change(arm, plain, keys, seeds, flops, difference, interval)

@@ -50,8 +50,9 @@ def main() -> int:
         print(__doc__)
         return 0
     if arguments[0] not in DOORS:
-        way = GONE.get(arguments[0]) or did_you_mean(arguments[0], DOORS)
-        print(f"error: unknown command {arguments[0]!r}; {way}", file=sys.stderr)
+        command = arguments[0]
+        way_out = GONE.get(command) or did_you_mean(command, DOORS)
+        print(f"error: unknown command {command!r}; {way_out}", file=sys.stderr)
         return 2
     module, before = DOORS[arguments[0]]
     sys.argv = [f"outgrow {arguments[0]}", *before, *arguments[1:]]  # Hydra reads it there

@@ -130,7 +130,8 @@ def _differing(runs: Sequence[Run], name: str, read: Read) -> list[str]:
     """At most one sentence: the first run that differs from the first of all."""
     for run in runs[1:]:
         first = runs[0]
-        one, other = read(first), read(run)
+        one = read(first)
+        other = read(run)
         if one != other:
             pair = f"{first.folder} and {run.folder}"
             return [f"{pair} cannot be compared: their {name} is {one} and {other}"]

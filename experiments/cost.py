@@ -93,15 +93,18 @@ def reach(positions: Sequence[float], losses: Sequence[float], level: float) -> 
     i = above[-1] + 1
     if i == len(losses):
         return None
-    before, after = losses[i - 1], losses[i]
-    start, end = positions[i - 1], positions[i]
+    before = losses[i - 1]
+    after = losses[i]
+    start = positions[i - 1]
+    end = positions[i]
     share = (before - level) / (before - after)
     return start + share * (end - start)
 
 
 def loss_at(positions: Sequence[float], losses: Sequence[float], at: float) -> float | None:
     """The curve's loss at one cost, linear between evaluations; None before its start or past its end."""
-    first, last = positions[0], positions[-1]
+    first = positions[0]
+    last = positions[-1]
     if at < first or at > last * (1 + AT_THE_END):
         return None
     points = zip(positions, losses, strict=True)
@@ -164,7 +167,8 @@ def cost(
     level = scratch.losses[-1]
     paid_by_scratch = scratch.flops[-1]
     c_scratch = reach(scratch.flops, scratch.losses, level)
-    begin, end = curve.losses[0], curve.losses[-1]
+    begin = curve.losses[0]
+    end = curve.losses[-1]
     starts_below = max(begin, end) <= level
     tokens: float | None = curve.tokens[0]
     own: float | None = curve.flops[0]

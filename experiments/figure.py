@@ -154,7 +154,8 @@ def _panel(axes: Axes, comparison: Comparison, kind: str, colours: dict[str, str
         positions = _positions(mean, row, kind)
         width = 2.6 if kind == "excluded" else 1.9
         axes.plot(positions, mean.losses, linewidth=width, zorder=3, **style)
-    level, dashes = comparison.scratch.final_loss, (0, (5, 3))
+    level = comparison.scratch.final_loss
+    dashes = (0, (5, 3))
     axes.axhline(level, color="#000000", linewidth=1, linestyle=dashes, zorder=1)
     axes.set_ylim(*loss_range(comparison))
     axes.set_xlim(left=0)
@@ -179,7 +180,8 @@ def _shortened(name: str, room: int) -> str:
     if len(name) <= room:
         return name
     half = room // 2
-    begin, end = name[:half], name[half + 1 - room :]
+    begin = name[:half]
+    end = name[half + 1 - room :]
     return f"{begin}…{end}"
 
 
@@ -234,7 +236,8 @@ def _label_curves(axes: Axes, comparison: Comparison, colours: dict[str, str]) -
     axes.set_xlim(0, right)
     for row, end, label, height in zip(rows, ends, labels, heights, strict=True):
         colour = colours[row.arm]
-        across, up = [end, right * 1.018], [row.final_loss, height]
+        across = [end, right * 1.018]
+        up = [row.final_loss, height]
         axes.plot(across, up, color=colour, linewidth=0.8, clip_on=False)
         axes.text(right * 1.023, height, label, color=colour, va="center", **LABEL)
     level = comparison.scratch.final_loss
@@ -274,7 +277,8 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
         clusters.append(cluster)
     spread_out = []
     for cluster in clusters:
-        middle, half = _middle(cluster), (len(cluster) - 1) / 2
+        middle = _middle(cluster)
+        half = (len(cluster) - 1) / 2
         spread_out += [middle + gap * (i - half) for i in range(len(cluster))]
     return spread_out
 
@@ -317,7 +321,8 @@ def _mark_saving(axes: Axes, comparison: Comparison, colours: dict[str, str]) ->
 
 def _caption(comparison: Comparison) -> str:
     counts = [row.n for row in comparison.best_rows]
-    least, most = min(counts), max(counts)
+    least = min(counts)
+    most = max(counts)
     seeds = f"{least}" if least == most else f"{least}–{most}"
     thin = "thin: each seed, thick: their mean" if most > 1 else "one seed: no interval"
     cut = "; cut off above the frame" if _cut_off(comparison) else ""

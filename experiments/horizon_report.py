@@ -200,7 +200,9 @@ def recovery_cells(rows: Sequence[Worth]) -> list[list[str]]:
 
 
 def _recovery_row(recovery: Recovery) -> list[str]:
-    point, growth, mixing = recovery.point, recovery.growth, recovery.mixing
+    point = recovery.point
+    growth = recovery.growth
+    mixing = recovery.mixing
     never = growth.over_tokens is None
     return [
         point.arm,
@@ -332,7 +334,8 @@ def _control(best: Worth, rows: Sequence[Worth]) -> str:
     near = min(controls, key=distance)
     gap = near.val_loss - own.val_loss
     side = "higher" if gap > 0 else "lower"
-    near_paid, own_paid = f"{near.paid / 1e12:.2f}", f"{own.paid / 1e12:.2f}"
+    near_paid = f"{near.paid / 1e12:.2f}"
+    own_paid = f"{own.paid / 1e12:.2f}"
     return (
         f"The control, {near.arm} trained on for {near_paid} TFLOP, ends {abs(gap):.3f} nats "
         f"{side} than {own.arm} for {own_paid}."
@@ -450,7 +453,8 @@ def _plot_losses(axes: Axes, rows: Sequence[Worth], style: dict[str, Any]) -> La
     # what is cheaper than scratch lies left of its line: the name does too, and leaves the line free
     last = points[-1]
     side = "left" if last.arm == SCRATCH else "right"
-    return Label(costs[-1], last.val_loss, _title(rows[-1]), style["color"], side)
+    title = _title(rows[-1])
+    return Label(costs[-1], last.val_loss, title, style["color"], side)
 
 
 def _plot_speedups(axes: Axes, rows: Sequence[Worth], style: dict[str, Any]) -> Label | None:
@@ -459,7 +463,10 @@ def _plot_speedups(axes: Axes, rows: Sequence[Worth], style: dict[str, Any]) -> 
     up = [row.speedup_included or 0.0 for row in rows]
     bars = [row.interval_included or 0.0 for row in rows]
     axes.errorbar(across, up, yerr=bars, capsize=3, **style)
-    return Label(across[-1], up[-1], rows[-1].point.arm, style["color"]) if rows else None
+    if not rows:
+        return None
+    arm = rows[-1].point.arm
+    return Label(across[-1], up[-1], arm, style["color"])
 
 
 def _title(row: Worth) -> str:

@@ -101,7 +101,8 @@ def _multiplied(record: RunRecord) -> int:
     config = record.target_config
     if config.get("tie_word_embeddings"):
         return record.parameters
-    vocabulary, width = int(config["vocab_size"]), int(config["hidden_size"])
+    vocabulary = int(config["vocab_size"])
+    width = int(config["hidden_size"])
     return record.parameters - vocabulary * width
 
 
@@ -226,7 +227,8 @@ class BaselineCurve:
 
     def cost_of(self, loss: float) -> float | None:
         """L⁻¹: the FLOPs for which scratch reaches `loss`; None outside of what was measured."""
-        lowest, highest = self.losses[-1], self.losses[0]
+        lowest = self.losses[-1]
+        highest = self.losses[0]
         if not lowest <= loss <= highest:
             return None
         rising = [-value for value in self.losses]
@@ -234,7 +236,8 @@ class BaselineCurve:
 
     def loss_at(self, flops: float) -> float | None:
         """L: scratch's loss for `flops`; None outside of what was measured."""
-        least, most = self.flops[0], self.flops[-1]
+        least = self.flops[0]
+        most = self.flops[-1]
         if not least <= flops <= most:
             return None
         return _interpolate(math.log(flops), self.log_flops, self.losses)

@@ -55,7 +55,8 @@ class Judgement:
         """The change of an arm in the loss on `text`, seed by seed against the first arm: (mean, half its
         95 % interval).
         """
-        pairs = zip(judged.losses[text], self.arms[0].losses[text], strict=True)
+        baseline = self.arms[0].losses[text]
+        pairs = zip(judged.losses[text], baseline, strict=True)
         differences = [own - other for own, other in pairs]
         return fmean(differences), half_interval(differences)
 
@@ -112,8 +113,11 @@ def _judge(arm: str, runs: Sequence[Run], texts: Mapping[str, TokenData]) -> Jud
         results = [evaluation(run, data) for run in runs]
         losses[name] = tuple(result.val_loss for result in results)
         bits[name] = tuple(result.bits_per_byte for result in results)
-    curves = tuple(tuple(zip(run.curve.tokens, run.curve.losses, strict=True)) for run in runs)
-    return Judged(arm, runs[0].record.data.tokens_read, curves, losses, bits)
+    curves = []
+    for run in runs:
+        points = zip(run.curve.tokens, run.curve.losses, strict=True)
+        curves.append(tuple(points))
+    return Judged(arm, runs[0].record.data.tokens_read, tuple(curves), losses, bits)
 
 
 def evaluation(run: Run, data: TokenData) -> Evaluation:

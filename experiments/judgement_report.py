@@ -121,7 +121,8 @@ def draw(arms: Sequence[Judged], path: Path) -> None:
         for column, (judged, colour) in enumerate(coloured):
             ends = judged.losses[text]
             axes.plot([column] * len(ends), ends, "o", color=colour, markersize=4, alpha=0.7)
-            left, right = column - 0.3, column + 0.3
+            left = column - 0.3
+            right = column + 0.3
             axes.hlines(fmean(ends), left, right, color=colour, linewidth=2)
         axes.set_xticks(range(len(arms)), names, rotation=40, ha="right")
         axes.set_title(f"final, {text}")

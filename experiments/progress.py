@@ -53,13 +53,15 @@ class Display:
     def finished(self, job: Job, seconds: float) -> None:
         """Stop the job's clock, or tell that it is done; `seconds` since the batch began."""
         _, shown = position(job.folder / "metrics.jsonl")
-        for task in [task for task, other in self.tasks.items() if other is job]:
+        own = [task for task, other in self.tasks.items() if other is job]
+        for task in own:
             if self.bars:
                 self.bars.update(task, completed=job.settings.train.budget_tokens, shown=shown)
                 self.bars.stop_task(task)
                 del self.tasks[task]
         if self.bars is None:
-            self.say(f"{job.name}: done, {shown}, {seconds / 60:.1f} min after the start")
+            minutes = seconds / 60
+            self.say(f"{job.name}: done, {shown}, {minutes:.1f} min after the start")
 
 
 def position(metrics: Path) -> tuple[float, str]:

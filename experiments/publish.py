@@ -80,7 +80,8 @@ def show(comparison: Comparison, console: Console) -> None:
         _table("best learning rate of each arm", HEADER, [cells(row) for row in comparison.best_rows])
     )
     if comparison.changes:
-        console.print(_table(CHANGES, CHANGE_HEADER, [change_cells(change) for change in comparison.changes]))
+        changes = list(map(change_cells, comparison.changes))
+        console.print(_table(CHANGES, CHANGE_HEADER, changes))
     if len(comparison.rows) > len(comparison.best_rows):
         console.print(
             _table(

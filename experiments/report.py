@@ -154,11 +154,17 @@ def what(comparison: Comparison) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] | None = None) -> str:
     """An HTML table; `classes` name a class for each row."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
-    pairs = zip(classes or [""] * len(lines), lines, strict=True)
+    head = _elements("th", header)
+    lines = [_elements("td", row) for row in rows]
+    names = classes or [""] * len(lines)
+    pairs = zip(names, lines, strict=True)
     body = "".join(f'<tr class="{escape(name)}">{line}</tr>' for name, line in pairs)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _elements(tag: str, texts: Sequence[str]) -> str:
+    """The texts, each as an HTML element."""
+    return "".join(f"<{tag}>{escape(text)}</{tag}>" for text in texts)
 
 
 def _changes(comparison: Comparison) -> list[str]:
@@ -174,7 +180,7 @@ def _differences(differences: Sequence[str]) -> list[str]:
 
 
 def _notes(notes: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>" if notes else ""
+    return f"<ul>{_elements('li', notes)}</ul>" if notes else ""
 
 
 def _runs(comparison: Comparison) -> list[list[str]]:

@@ -212,8 +212,10 @@ def check_run(run: Run) -> None:
     Raises UserError with every contradiction at once.
     """
     summary, flops = run.summary, run.flops
-    first, last = run.curve.losses[0], run.final_loss
-    begin, tokens = run.curve.tokens[0], run.curve.tokens[-1]
+    first = run.curve.losses[0]
+    last = run.final_loss
+    begin = run.curve.tokens[0]
+    tokens = run.curve.tokens[-1]
     planned = run.record.planned_flops(tokens)
     pairs = [
         ("evaluations begin at token", begin, "a curve begins at", 0),

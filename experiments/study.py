@@ -179,10 +179,12 @@ def prepare_text(todo: Sequence[Job], display: Display) -> None:
         key = (run.data.home, run.source, repr(run.mixture))
         by_text[key] = job
     for job in by_text.values():
-        text, mixture = text_of(job), job.settings.mixture
+        text = text_of(job)
+        mixture = job.settings.mixture
         name = f", {mixture.name}" if mixture else ""
         display.say(f"text: {text.home}{name}")
-        budget, context = job.settings.budget, job.settings.train.context
+        budget = job.settings.budget
+        context = job.settings.train.context
         rows = budget.steps * budget.rows
         tokens = prepare(text)
         mixed(mixture, text, tokens, prepare, context=context, rows=rows)

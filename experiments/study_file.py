@@ -174,7 +174,8 @@ def jobs(study: Study, extent: Extent) -> list[Job]:
         except UserError as fault:
             faults[str(fault)].append(name)
     path = folder_of(study.name) / DEFINITION
-    UserError.collect(f"{path}, arms {', '.join(names)}: {fault}" for fault, names in faults.items())
+    arms = {fault: ", ".join(names) for fault, names in faults.items()}
+    UserError.collect(f"{path}, arms {names}: {fault}" for fault, names in arms.items())
     tuning = extent.seeds if extent.tuning_seeds is None else extent.tuning_seeds
     points = itertools.product(extent.seeds, extent.arms, extent.learning_rate_factors)
     runs = []
@@ -227,7 +228,8 @@ def equal_flops_budget(overrides: list[str]) -> int:
         )
     source = json.loads(path.read_text(encoding="utf-8"))
     target = resolve_target(settings.target, source)
-    steps, tokens_per_step = settings.budget.steps, settings.budget.tokens_per_step
+    steps = settings.budget.steps
+    tokens_per_step = settings.budget.tokens_per_step
     context = settings.train.context
     flops = steps * tokens_per_step * flops_per_token(target, context)
     tokens = flops / flops_per_token(source, context)

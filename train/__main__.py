@@ -76,7 +76,8 @@ def main() -> None:
 
     Both are composed here first, to report all faults; any other flag is Hydra's.
     """
-    arguments = sys.argv[1:] = [plain_text(argument) for argument in sys.argv[1:]]
+    arguments = list(map(plain_text, sys.argv[1:]))
+    sys.argv[1:] = arguments
     flags = [argument for argument in arguments if argument.startswith("-")]
     overrides = [argument for argument in arguments if argument not in flags]
     try:
@@ -124,16 +125,18 @@ def _check_sweep(overrides: list[str]) -> list[Settings]:
     from outgrow.train.start.naming import same_folder
 
     _check_launcher(overrides)
-    faults, settings, asked = [], [], sweep_points(overrides)
-    for point in asked:
+    points = sweep_points(overrides)
+    faults: list[str] = []
+    settings: list[Settings] = []
+    for point in points:
         try:
             settings.append(compose(point))
             check_installed(settings[-1].logger.trackers)
         except UserError as error:
             faults.append(str(error))
     if not faults:
-        folders = [one.out for one in settings]
-        faults = same_folder(list(zip(asked, folders, strict=True)))
+        folders = [run.out for run in settings]
+        faults = same_folder(list(zip(points, folders, strict=True)))
     UserError.collect(dict.fromkeys(faults))
     return settings
 
@@ -147,7 +150,8 @@ def _check_launcher(overrides: list[str]) -> None:
         raise UserError(
             "hydra/launcher: submitit, which starts the jobs, is not installed; pip install -e '.[slurm]'",
         )
-    if any("slurm" in launcher for launcher in launchers) and shutil.which("srun") is None:
+    for_slurm = any("slurm" in launcher for launcher in launchers)
+    if for_slurm and shutil.which("srun") is None:
         raise UserError(
             f"hydra/launcher={launchers[-1]}: no srun on this machine, so it submits no Slurm jobs; start "
             "the sweep on a login node of the cluster, or leave hydra/launcher out "

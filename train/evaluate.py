@@ -42,7 +42,10 @@ def evaluate(
         windows = batches[min(number, count - 1)]
         loss = model(torch.from_numpy(windows).to(accelerator.device), reduction="sum")
         predicted = windows[:, 1:].size
-        total += weight * torch.tensor([loss.item(), predicted], dtype=torch.float64)
+        counted = torch.tensor([loss.item(), predicted], dtype=torch.float64)
+        total += weight * counted
     model.train()
-    nats, tokens = accelerator.reduce(total.to(accelerator.device), reduction="sum").tolist()
-    return Evaluation(nats / tokens, nats / tokens / math.log(2) / bytes_per_token)
+    everywhere = accelerator.reduce(total.to(accelerator.device), reduction="sum")
+    nats, tokens = everywhere.tolist()
+    val_loss = nats / tokens
+    return Evaluation(val_loss, val_loss / math.log(2) / bytes_per_token)

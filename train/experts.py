@@ -24,7 +24,8 @@ class ExpertLoad:
 
     def __init__(self, network: Any) -> None:
         self.counts: dict[str, Tensor] = {}
-        kind, self.chosen = router_class(network), experts_per_token(network.config.to_dict())
+        kind = router_class(network)
+        self.chosen = experts_per_token(network.config.to_dict())
         for name, module in network.named_modules():
             if kind is not None and issubclass(type(module), kind):
                 module.register_forward_hook(partial(self._count, name))
@@ -41,7 +42,8 @@ class ExpertLoad:
             )
             indices = logits.topk(self.chosen, dim=-1).indices if whole is None else whole
             counts = torch.zeros(logits.shape[-1], device=logits.device)
-            counts.index_add_(0, indices.flatten(), torch.ones(indices.numel(), device=logits.device))
+            ones = torch.ones(indices.numel(), device=logits.device)
+            counts.index_add_(0, indices.flatten(), ones)
             self.counts[name] = counts + self.counts.get(name, 0)
 
     def clear(self) -> None:

@@ -67,7 +67,8 @@ class NextTokenLoss(nn.Module):
         """
         read, balance = self.read(windows)
         targets = windows[:, 1:].flatten()
-        return balanced(self.from_read(read.flatten(0, 1), targets, reduction), balance, targets, reduction)
+        text = self.from_read(read.flatten(0, 1), targets, reduction)
+        return balanced(text, balance, targets, reduction)
 
     def inputs(self, windows: Tensor) -> dict[str, Any]:
         """The network's inputs: all tokens but the last of each window, (rows, context), with a document

@@ -105,7 +105,9 @@ def fill_state(context: RunContext, objects: TrainingObjects, stage: Stage, save
     """
     optimizer = objects.optimizer.optimizer
     if saved is None:
-        settings, source, folder = context.settings, context.source, context.folder
+        settings = context.settings
+        source = context.source
+        folder = context.folder
         take_over(optimizer, objects.network, settings, stage, source, folder)
     else:
         state.read(saved, objects.objective, optimizer)

@@ -69,7 +69,9 @@ def unbalanced(network: Any) -> str | None:
 def _recorded(network: Any) -> bool | None:
     """True if the library records some modules' outputs as routers' logits; None if the class is silent."""
     routers = router_class(network)
-    return None if routers is None else any(isinstance(module, routers) for module in network.modules())
+    if routers is None:
+        return None
+    return any(isinstance(module, routers) for module in network.modules())
 
 
 def router_class(network: Any) -> type | None:

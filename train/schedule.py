@@ -48,7 +48,8 @@ def warmup_stable_decay(progress: float, warmup: float, settings: ScheduleSettin
     fall = (1.0 - progress) / settings.decay_fraction if settings.decay_fraction > 0 else 1.0
     if settings.decay == "sqrt" and fall < 1.0:
         fall = 1.0 - math.sqrt(1.0 - fall)
-    return min(1.0, rise, settings.floor + (1.0 - settings.floor) * fall)
+    lowered = settings.floor + (1.0 - settings.floor) * fall
+    return min(1.0, rise, lowered)
 
 
 def cosine(progress: float, warmup: float, settings: ScheduleSettings) -> float:
@@ -94,7 +95,8 @@ def factor(
 def stable_steps(settings: ScheduleSettings, steps: int) -> int:
     """The first steps of a WSD run of `steps` that its decay does not touch: 0.25 of 100 steps → 75."""
     assert settings.decay_fraction is not None
-    return min(steps, math.floor(steps * (1.0 - settings.decay_fraction) + 0.5))
+    stable = steps * (1.0 - settings.decay_fraction)
+    return min(steps, math.floor(stable + 0.5))
 
 
 def new_entries(settings: ScheduleSettings, progress: float) -> float:

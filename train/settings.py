@@ -551,7 +551,9 @@ def _stage_disagreements(growth: GrowthSettings) -> list[str]:
 
 def _transfer_disagreements(settings: Settings) -> list[str]:
     """List the faults of what a grown start brings along."""
-    growth, transfer, teacher = settings.growth, settings.transfer, settings.transfer.teacher
+    growth = settings.growth
+    transfer = settings.transfer
+    teacher = settings.transfer.teacher
     faults: list[str] = []
     takes_moments = transfer.optimizer is not None
     from_source = {
@@ -592,7 +594,8 @@ def _transfer_disagreements(settings: Settings) -> list[str]:
             f"{transfer.inherited_rate}",
         )
     if teacher is not None:
-        lowest, highest = min(teacher.weight), max(teacher.weight)
+        lowest = min(teacher.weight)
+        highest = max(teacher.weight)
         in_range = 0.0 <= lowest <= highest <= 1.0
         if not in_range or min(teacher.temperature) <= 0:
             faults.append(

@@ -159,7 +159,8 @@ def training_of(folder: Path) -> Training:
         ledger = folder / LEDGER
         return _ledger(ledger) if ledger.is_file() else Training()
     checkpoint = checkpoint_of(folder)
-    ledger, summary = checkpoint / LEDGER, folder / SUMMARY
+    ledger = checkpoint / LEDGER
+    summary = folder / SUMMARY
     if not ledger.is_file() or not summary.is_file():
         raise UserError(
             f"{folder}: the run has no ledger ({checkpoint.name}/{LEDGER} and {SUMMARY}), so the cost of its "

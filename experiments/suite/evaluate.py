@@ -113,7 +113,9 @@ def _measure(
             if model is None:
                 network, tokenizer = network_of(folder, settings)
                 model = harness.model(network, tokenizer, settings.batch)
-            score = harness.score(task, loaded[task.task], model, limit=settings.limit, run_code=run_code)
+            ready = loaded[task.task]
+            limit = settings.limit
+            score = harness.score(task, ready, model, limit=limit, run_code=run_code)
             kept.put(task, asdict(score))
             result = f"{score.value:.1%} of {score.items} ({score.metric})"
             say(f"{title(folder)}: {task.task} {result}")

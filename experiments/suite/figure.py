@@ -21,7 +21,8 @@ def draw(suite: Suite, evaluated: Sequence[Evaluated], path: Path) -> None:
     from matplotlib.figure import Figure
 
     local = any(each.local and _has_group(each) for each in evaluated)
-    drawn = [row for row in rows(suite, evaluated, groups=True) if row.ours or not local]
+    listed = rows(suite, evaluated, groups=True)
+    drawn = [row for row in listed if row.ours or not local]
     drawn.reverse()  # the first on top
     names = [row.name for row in drawn]
     colours = [OURS if row.ours else PUBLISHED for row in drawn]

@@ -147,12 +147,12 @@ def fit(overrides: Sequence[str]) -> None:
             "encoder: missing; give the source checkpoint's folder, or any encoder of the Hugging Face "
             "hub: encoder=owner/name"
         )
-    chosen = FitSettings(**{key: getattr(settings, key) for key in FitSettings.__dataclass_fields__})
-    print(
-        report.fitted(
-            settings.filter, fit_filter(chosen, settings.data, Path(settings.labels), Path(settings.filter))
-        )
-    )
+    keys = FitSettings.__dataclass_fields__
+    chosen = FitSettings(**{key: getattr(settings, key) for key in keys})
+    labels = Path(settings.labels)
+    folder = Path(settings.filter)
+    card = fit_filter(chosen, settings.data, labels, folder)
+    print(report.fitted(settings.filter, card))
 
 
 def score(overrides: Sequence[str]) -> None:

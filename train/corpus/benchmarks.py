@@ -56,10 +56,12 @@ class Benchmarks:
         for length in np.unique(self.lengths).tolist():
             if len(text_words) >= length:
                 runs = ngrams(hashes, length)
-                places = np.searchsorted(self.hashes, runs).clip(max=len(self.hashes) - 1)
-                same = (self.hashes[places] == runs) & (self.lengths[places] == length)
+                last = len(self.hashes) - 1
+                numbers = np.searchsorted(self.hashes, runs).clip(max=last)
+                same_hash = self.hashes[numbers] == runs
+                same = same_hash & (self.lengths[numbers] == length)
                 for start in np.flatnonzero(same).tolist():
-                    hits.setdefault(int(places[start]), start)
+                    hits.setdefault(int(numbers[start]), start)
         return [
             (number, self._spelt(number, text_words, start))
             for number, start in sorted(hits.items(), key=lambda hit: hit[1])
@@ -67,7 +69,9 @@ class Benchmarks:
 
     def _spelt(self, number: int, text_words: list[str], start: int) -> str:
         stop = start + int(self.lengths[number])
-        return f"{self.files[self.owners[number]]}: {' '.join(text_words[start:stop])}"
+        file = self.files[self.owners[number]]
+        words = " ".join(text_words[start:stop])
+        return f"{file}: {words}"
 
 
 def write_benchmarks(path: str, target: Path) -> dict[str, Any]:

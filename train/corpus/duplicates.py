@@ -148,7 +148,9 @@ def _sorted(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The documents of buckets with at least two, and where each bucket starts, of rows of KEY."""
     order = np.lexsort((rows["document"], rows["low"], rows["high"]))
     rows = rows[order]
-    high, low, documents = rows["high"], rows["low"], rows["document"]
+    high = rows["high"]
+    low = rows["low"]
+    documents = rows["document"]
     other_high = high[1:] != high[:-1]
     other_low = low[1:] != low[:-1]
     new = np.ones(len(rows) + 1, bool)  # a bucket begins; the last stands behind all rows
@@ -282,7 +284,8 @@ class ExactDuplicates(PipelineStep):
         for task, where in verdicts.ranges():
             rows = np.flatnonzero(verdicts.kept(task))
             digests = self.work.digests(task)[rows]
-            high, low = digests[:, 0], digests[:, 1]
+            high = digests[:, 0]
+            low = digests[:, 1]
             yield keys(high, low, rows + where.start)
 
 

@@ -82,7 +82,9 @@ class LocalExecutor(PipelineExecutor):
         self, pipeline: list[PipelineStep], tasks: int, folder: Path, run: Run, advance: Callable[[int], None]
     ) -> None:
         super().__init__(pipeline, str(folder))
-        self.tasks, self._run, self._advance = tasks, run, advance
+        self.tasks = tasks
+        self._run = run
+        self._advance = advance
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key not in ("_run", "_advance")}
@@ -110,7 +112,9 @@ def _run_task(executor: LocalExecutor, rank: int) -> None:
 
 def cores() -> int:
     """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @contextmanager

@@ -82,7 +82,8 @@ def inspect(folder: Path, *, samples: int, characters: int, seed: int) -> Source
     seen = dict.fromkeys(SPLITS, 0)
     starts = dict.fromkeys(SPLITS, 0)
     for part in _batches(folder / LISTING):
-        tokens, score = part["tokens"], part["score"]
+        tokens = part["tokens"]
+        score = part["score"]
         is_scored = ~np.isnan(score)
         lengths += np.histogram(tokens, LENGTHS)[0]
         scores += np.histogram(score[is_scored], SCORES)[0]
@@ -92,7 +93,8 @@ def inspect(folder: Path, *, samples: int, characters: int, seed: int) -> Source
             positions = wanted[name] - seen[name]
             is_here = (positions >= 0) & (positions < len(rows))
             for position in positions[is_here]:
-                row, end = rows[position], int(ends[position])
+                row = rows[position]
+                end = int(ends[position])
                 document = {key: column[row] for key, column in part.items()}
                 drawn.append(_sample(data, name, document, end, characters))
             seen[name] += len(rows)
@@ -214,7 +216,8 @@ def _removed(sources: Sequence[Source]) -> str:
         removed = source.manifest["cleaning"]["removed"]
         for key, counts in removed.items():
             reason = key.replace("_", " ")
-            documents, size = f"{counts['documents']:,}", f"{counts['bytes']:,}"
+            documents = f"{counts['documents']:,}"
+            size = f"{counts['bytes']:,}"
             rows.append([source.name, reason, documents, size])
     if not rows:
         return "Nothing was left out."
@@ -226,7 +229,8 @@ def _lengths(sources: Sequence[Source]) -> str:
     first, last = used_bins(sources)
     rows = []
     for i in range(first, last + 1):
-        shortest, longest = LENGTHS[i], LENGTHS[i + 1] - 1
+        shortest = LENGTHS[i]
+        longest = LENGTHS[i + 1] - 1
         counts = [f"{source.lengths[i]:,}" for source in sources]
         rows.append([f"{shortest:,}–{longest:,}", *counts])
     names = [source.name for source in sources]

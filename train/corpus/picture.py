@@ -26,7 +26,8 @@ def draw(sources: Sequence[Source], path: Path) -> None:
 
     coloured = zip(sources, cycle(COLOURS), strict=False)
     scored = [(source, colour) for source, colour in coloured if source.scored]
-    height = 3.6 + 0.25 * len(sources) + 2.2 * len(scored)
+    bars, histograms = 0.25 * len(sources), 2.2 * len(scored)  # inches
+    height = 3.6 + bars + histograms
     figure = Figure(figsize=(10, height), layout="constrained")
     rows: Any = figure.subfigures(
         1 + len(scored), 1, height_ratios=[1.3 + 0.1 * len(sources), *[1] * len(scored)], squeeze=False

@@ -23,7 +23,8 @@ def prepared(folder: Path) -> str:
     """What was read, what was left out and why, what is there."""
     manifest = read_manifest(folder)
     assert manifest is not None
-    read, cleaning = manifest["read"], manifest["cleaning"]
+    read = manifest["read"]
+    cleaning = manifest["cleaning"]
     lines = [f"{folder}: read {read['documents']:,} documents, {read['bytes']:,} bytes of text"]
     lines += [
         f"  {key.replace('_', ' ')}: {read[key]:,}"
@@ -51,7 +52,8 @@ def prepared(folder: Path) -> str:
 
 def fitted(folder: str, card: dict[str, Any]) -> str:
     """How a filter does on the labels held out."""
-    result, labels = card["held_out"], card["labels"]
+    result = card["held_out"]
+    labels = card["labels"]
     lines = [
         (
             f"{folder}: {card['forest']['trees']} trees on {card['embedding']['dimensions']} dimensions of "
@@ -66,7 +68,8 @@ def fitted(folder: str, card: dict[str, Any]) -> str:
         f"  the best {row['kept']:.0%}: precision {row['precision']}, recall {row['recall']}"
         for row in result["best"]
     ]
-    brier, error = result["brier"], result["calibration_error"]
+    brier = result["brier"]
+    error = result["calibration_error"]
     lines.append(f"  calibration: Brier score {brier}, mean |score − share of 1| {error}")
     lines += [
         (

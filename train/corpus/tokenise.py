@@ -107,7 +107,8 @@ class Split:
         """The text, or both parts of it, each with whether it is held out."""
         if self.cut:
             cut = _cut(document.text, self.settings.validation_fraction)
-            begin, end = document.text[:cut], document.text[cut:]
+            begin = document.text[:cut]
+            end = document.text[cut:]
             return [(begin, False), (end, True)]
         is_named = self.named == (task, document.metadata["row"])
         by_hash = held_out(document.metadata["digest"], self.settings)
@@ -254,7 +255,8 @@ class Pack(PipelineStep):
             end = min(stop, ends[task])
             if end > start:
                 path = self.work.path("ids", task, f".{shard.split}.bin")
-                offset, size = (start - first) * width, (end - start) * width
+                offset = (start - first) * width
+                size = (end - start) * width
                 yield from _read(path, offset, size)
             start = max(start, end)
             task += 1

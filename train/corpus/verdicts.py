@@ -85,7 +85,8 @@ class Verdicts:
 
     def of_task(self, task: int) -> np.ndarray:
         """The verdicts on a task's documents, uint8 (documents,)."""
-        first, stop = self._starts[task], self._starts[task + 1]
+        first = self._starts[task]
+        stop = self._starts[task + 1]
         return self.verdict[first:stop]
 
     def kept(self, task: int) -> np.ndarray:
@@ -245,7 +246,8 @@ def _removed(
             detail = overlaps[row]
         elif verdict == LOW:
             detail = f"{scores[row]:.3f}"
-        size, reason = int(sizes[row]), REASONS[verdict]
+        size = int(sizes[row])
+        reason = REASONS[verdict]
         yield {"document": names[row], "bytes": size, "reason": reason, "detail": detail}
 
 

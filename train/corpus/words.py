@@ -59,5 +59,6 @@ def ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
     count = len(hashes) - n + 1
     result = np.zeros(count, np.uint64)
     for i in range(n):
-        result = result * np.uint64(_FACTOR) + hashes[i : i + count]
+        shifted = hashes[i : i + count]
+        result = result * np.uint64(_FACTOR) + shifted
     return result

@@ -112,7 +112,8 @@ class Workshop:
         """The documents of a task, a batch in memory at a time."""
         number = 0
         for batch in self._batches(task, FIELDS):
-            for values in zip(*(batch.column(field).to_pylist() for field in FIELDS), strict=True):
+            columns = [batch.column(field).to_pylist() for field in FIELDS]
+            for values in zip(*columns, strict=True):
                 yield Row(number, spelt(values[0]), *values[1:])
                 number += 1
 
@@ -125,7 +126,8 @@ class Workshop:
 
     def digests(self, task: int) -> np.ndarray:
         """Of each text: two uint64, (documents, 2)."""
-        return np.frombuffer(b"".join(self._column(task, "digest")), "<u8").reshape(-1, 2)
+        raw = b"".join(self._column(task, "digest"))
+        return np.frombuffer(raw, "<u8").reshape(-1, 2)
 
     def signatures(self, task: int, width: int) -> np.ndarray:
         """MinHash values, mapped: uint32 (documents, width)."""

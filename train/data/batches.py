@@ -43,7 +43,8 @@ def _feistel(index: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
     """A permutation of [0, 4 ** half): each round adds a hash of one half to the other."""
     bits = np.uint64(half)
     mask = np.uint64(2**half - 1)
-    left, right = index >> bits, index & mask
+    left = index >> bits
+    right = index & mask
     for i in range(ROUNDS):
         hashed = _mixed(right ^ keys[i : i + 1]) & mask
         left, right = right, left ^ hashed

@@ -110,7 +110,8 @@ class Mixture:
             positions = np.flatnonzero(in_phase)
             for name, rows, draws in phase.turns(index[positions]):
                 if len(rows):
-                    split, key = self.splits[name], source_key(name)
+                    split = self.splits[name]
+                    key = source_key(name)
                     yield Share(split, key, positions[rows], draws)
         end = self.phases[-1].stop
         if end is not None and (index >= end).any():

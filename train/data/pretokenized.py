@@ -210,7 +210,8 @@ def _count(part: Part, dtype: np.dtype, count: Count, tokenizer: PreTrainedToken
     for first in range(part.first, part.stop, CHUNK):
         stop = min(part.stop, first + CHUNK)
         piece = ids[first:stop]
-        lowest, highest = int(piece.min()), int(piece.max())
+        lowest = int(piece.min())
+        highest = int(piece.max())
         if lowest < 0 or highest >= most:
             is_unknown = (piece >= most) | (piece < 0)
             position = first + int(is_unknown.argmax())
@@ -248,7 +249,8 @@ def _parts(
     if whole_files["validation"]:
         return whole_files
 
-    train, validation = list[Part](), list[Part]()
+    train = list[Part]()
+    validation = list[Part]()
     for part in whole_files["train"]:
         length = part.stop
         held_out = max(1, round(length * share))

@@ -244,7 +244,8 @@ def mixture_disagreements(mixture: MixtureSettings, data: DataSettings) -> list[
         faults.append("mixture.phases: none; give at least one, with weights or passes")
     for name, source in mixture.sources.items():
         key = f"mixture.sources.{name}"
-        tokenizer, passes = source.data.tokenizer, source.max_passes
+        tokenizer = source.data.tokenizer
+        passes = source.max_passes
         faults += [f"{key}.{fault}" for fault in disagreements(source.data)]
         faults += [f"{key}.data.{fault}" for fault in held_out_faults(source.data, data)]
         if passes is not None and passes <= 0:
@@ -298,7 +299,8 @@ def _may_share(one: DataSettings, other: DataSettings) -> bool:
     if one.corpus == "hub":
         return (one.dataset, one.split) == (other.dataset, other.split)
     if one.corpus in ("files", "tokens"):
-        first, second = _root(one.path or ""), _root(other.path or "")
+        first = _root(one.path or "")
+        second = _root(other.path or "")
         return first.is_relative_to(second) or second.is_relative_to(first)
     return True
 

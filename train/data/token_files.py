@@ -132,7 +132,8 @@ def _datatrove(path: Path) -> TokenFile:
             f"{path}: it has a loss mask (.ds.loss), which is not read; move the mask away to train on "
             "every token"
         )
-    index, metadata = beside["index"], beside["metadata"]
+    index = beside["index"]
+    metadata = beside["metadata"]
     tokenizer, width, tokens = _metadata(metadata) if metadata.is_file() else (None, None, None)
     size = path.stat().st_size
     ends = _index(index) if index.is_file() else None
@@ -216,7 +217,8 @@ def _megatron(path: Path, index: Path) -> TokenFile:
             f"{sorted(MEGATRON_TYPES)}"
         )
     # behind the header: an int32 length and an int64 offset for each sequence, then int64 bounds of documents
-    offsets_begin, bounds_begin = 4 * sequences, 12 * sequences
+    offsets_begin = 4 * sequences
+    bounds_begin = 12 * sequences
     bounds_end = bounds_begin + 8 * bounds
     expected = MEGATRON_HEADER + bounds_end
     fits = index_size in (expected, expected + sequences)  # the latter with a mode for each sequence
@@ -279,7 +281,9 @@ def _npy(path: Path) -> TokenFile:
         offset = file.tell()
     if len(shape) != 1 or dtype.kind not in "iu":
         raise UserError(f"{path}: an array of shape {shape} and type {dtype}; ids are one row of integers")
-    size, count, width = path.stat().st_size, shape[0], dtype.itemsize
+    size = path.stat().st_size
+    count = shape[0]
+    width = dtype.itemsize
     if size != offset + count * width:
         raise _cut(
             path,

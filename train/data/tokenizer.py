@@ -161,7 +161,8 @@ def write_encoder(tokenizer: PreTrainedTokenizerFast) -> str:
             special[token.content] = number
     named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
     special |= {str(name): int(number) for name, number in named}
-    unknown_name, unknown = str(tokenizer.unk_token), tokenizer.unk_token_id
+    unknown_name = str(tokenizer.unk_token)
+    unknown = tokenizer.unk_token_id
     if unknown != tokenizer.eos_token_id:
         special.pop(unknown_name, None)  # stands for text that has no other token
     if unknown_name in special:

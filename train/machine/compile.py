@@ -45,8 +45,8 @@ def fuse_activations(network: nn.Module) -> None:
 def _fused(module: nn.Module) -> nn.Module | None:
     """The kernel of FUSED that computes the function of `module` otherwise than it does; None where there is
     none."""
-    stateful = any(True for _ in (*module.children(), *module.parameters(), *module.buffers()))
-    if stateful or type(module).__module__.startswith("torch."):
+    parts = [*module.children(), *module.parameters(), *module.buffers()]
+    if parts or type(module).__module__.startswith("torch."):
         return None
     with unset_fake_temporarily(), torch.random.fork_rng(devices=[]), torch.enable_grad():
         at = torch.linspace(-12.0, 12.0, 2048, dtype=torch.float64).view(2, 4, 256)
@@ -56,9 +56,10 @@ def _fused(module: nn.Module) -> nn.Module | None:
             return None
         for kernel in FUSED:
             theirs = _value_and_slope(kernel, at)
-            apart = ((one - other).abs() for one, other in zip(own, theirs, strict=True))
+            pairs = list(zip(own, theirs, strict=True))
+            apart = ((one - other).abs() for one, other in pairs)
             if all(bool((gap <= SAME * at.abs().clamp(min=1.0)).all()) for gap in apart):
-                same = all(torch.equal(one, other) for one, other in zip(own, theirs, strict=True))
+                same = all(torch.equal(one, other) for one, other in pairs)
                 return None if same else kernel
     return None
 

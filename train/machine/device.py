@@ -128,7 +128,8 @@ def session(
             logging.enable_progress_bar()
 
 
-_sessions, _watches = itertools.count(), itertools.count()
+_sessions = itertools.count()
+_watches = itertools.count()
 LIBRARY_S = 1800.0  # that torch.distributed waits at least
 
 

@@ -126,7 +126,8 @@ def whole_weights(objective: nn.Module, accelerator: Accelerator) -> dict[str, T
         objective,
         options=StateDictOptions(full_state_dict=True, cpu_offload=True),
     )
-    return tied_again({name.removeprefix("network."): tensor for name, tensor in weights.items()}, network)
+    plain = {name.removeprefix("network."): tensor for name, tensor in weights.items()}
+    return tied_again(plain, network)
 
 
 def tied_again(weights: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:

@@ -59,7 +59,9 @@ def forecast(settings: Settings) -> Forecast:
     Raises:
         UserError: the devices do not divide the batch, or the network's config is not at hand.
     """
-    budget, plan, loop = Budget.of(settings.train), settings.forecast, settings.train
+    budget = Budget.of(settings.train)
+    plan = settings.forecast
+    loop = settings.train
     if budget.rows % plan.gpus:
         windows = max(1, round(budget.rows / plan.gpus)) * plan.gpus
         raise UserError(
@@ -133,7 +135,8 @@ def largest_micro_batch(config: dict[str, Any], context: int, room: float) -> in
     fails = fits + 1
     step = 1
     while needed(fits) >= limit:
-        fails, fits = fits, max(1, fits - step)
+        fails = fits
+        fits = max(1, fits - step)
         step *= 2
     while needed(fails) < limit:
         fits, fails = fails, fails + step
@@ -175,7 +178,9 @@ def target(settings: Settings) -> dict[str, Any]:
 
 def tell(settings: Settings) -> str:
     """The forecast as a text, every number with its arithmetic."""
-    counted, plan, loop = forecast(settings), settings.forecast, settings.train
+    counted = forecast(settings)
+    plan = settings.forecast
+    loop = settings.train
     peak = peak_flops(plan.device, "bf16")
     room = named(MEMORY_GIB, plan.device)
     is_sparse = counted.active < counted.parameters
@@ -231,7 +236,9 @@ def tell(settings: Settings) -> str:
 
 def ways_out(settings: Settings, room: float) -> list[str]:
     """Forecast the memory anew with each key alone that saves some; the most helpful first."""
-    loop, gpus, sharding = settings.train, settings.forecast.gpus, settings.sharding
+    loop = settings.train
+    gpus = settings.forecast.gpus
+    sharding = settings.sharding
     share = Budget.of(loop).rows // gpus
     rows = min(loop.micro_batch or share, share)
     choices: dict[str, Settings] = {}

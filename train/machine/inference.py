@@ -59,7 +59,8 @@ def cache_bytes(config: dict[str, Any], context: int) -> int:
     with on_fakes(network), torch.no_grad():
         out = network(input_ids=torch.zeros(1, context, dtype=torch.int64), use_cache=True)
     kept = [out.get(name) for name in ("past_key_values", "cache_params")]
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(kept, set()))
+    tensors = _tensors(kept, set())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
@@ -72,7 +73,8 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
         if value.ndim:
             yield value
         return
-    inside = value.values() if isinstance(value, dict) else getattr(value, "__dict__", {}).values()
+    attributes = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    inside = attributes.values()
     for part in value if isinstance(value, list | tuple) else inside:
         yield from _tensors(part, seen)
 

@@ -24,7 +24,8 @@ from typing import NoReturn
 
 import torch
 
-PROJECT, TORCH = "outgrow.", str(Path(torch.__file__).parent)
+PROJECT = "outgrow."
+TORCH = str(Path(torch.__file__).parent)
 HUNG = 1  # the status that all processes end with
 
 
@@ -81,7 +82,8 @@ class Watch:
     def _give(self, beat: int) -> None:
         line, waits = standing()
         sign = Sign(beat, self.count, line, waits, socket.gethostname())
-        self.store.set(str(self.process), json.dumps(asdict(sign)))
+        text = json.dumps(asdict(sign))
+        self.store.set(str(self.process), text)
 
     def _signs(self) -> list[Sign | None]:
         return [self._sign(str(process)) for process in range(self.processes)]

@@ -39,8 +39,12 @@ class Saver:
         settings: LoopSettings,
         newest: int | None,
     ) -> None:
-        self.folder, self.objective, self.optimizer, self.settings = folder, objective, optimizer, settings
-        self.main, self.newest = accelerator.is_main_process, newest
+        self.folder = folder
+        self.objective = objective
+        self.optimizer = optimizer
+        self.settings = settings
+        self.main = accelerator.is_main_process
+        self.newest = newest
         # A group of its own: the thread's messages must not get between those of the training, nor need a
         # GPU.
         self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
@@ -66,7 +70,8 @@ class Saver:
         held = state.tensors(self.objective, self.optimizer)
         if self.settings.save_async:
             held = {key: tensor.to("cpu", copy=True) for key, tensor in held.items()}
-        self.thread = Thread(target=self._write, args=(asdict(position), held, metrics), daemon=True)
+        arguments = (asdict(position), held, metrics)
+        self.thread = Thread(target=self._write, args=arguments, daemon=True)
         self.thread.start()
         if not self.settings.save_async:
             self.wait()
@@ -156,4 +161,5 @@ def _set_aside(
     tell of it.
     """
     for path, fault in faults.items() if accelerator.is_main_process else ():
-        say(f"{fault}: {state.set_aside(path).name} is of no use, and the run goes on from {taken.name}")
+        aside = state.set_aside(path)
+        say(f"{fault}: {aside.name} is of no use, and the run goes on from {taken.name}")

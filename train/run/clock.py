@@ -25,7 +25,9 @@ class Meter:
         peak: float | None,
     ) -> None:
         self.position, self.processes = position, processes
-        self.tokens_per_step, self.spans, self.peak = tokens_per_step, spans, peak
+        self.tokens_per_step = tokens_per_step
+        self.spans = spans
+        self.peak = peak
         self.since = time.perf_counter()
         self.interval = (position.tokens, position.flops, position.seconds)
 
@@ -92,8 +94,11 @@ class Meter:
         row["tokens_per_second"] = round((position.tokens - tokens) / passed, 1)
         row["mfu"] = None
         if self.peak is not None:
-            row["mfu"] = (position.flops - flops) / passed / (self.peak * self.processes)
+            achieved = (position.flops - flops) / passed
+            row["mfu"] = achieved / (self.peak * self.processes)
 
-        position.loss_sum, position.loss_count, position.router_sum = 0.0, 0, None
+        position.loss_sum = 0.0
+        position.loss_count = 0
+        position.router_sum = None
         self.interval = (position.tokens, position.flops, position.seconds)
         return row

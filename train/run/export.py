@@ -98,8 +98,9 @@ def recast(folder: Path, run: RunRecord, dtype: str) -> None:
         _round(final, partial, dtype)
         files = [file for file in final.iterdir() if file.is_file()]
         for file in files:
-            if not WEIGHTS.fullmatch(file.name) and not (partial / file.name).exists():
-                shutil.copyfile(file, partial / file.name)
+            copy = partial / file.name
+            if not WEIGHTS.fullmatch(file.name) and not copy.exists():
+                shutil.copyfile(file, copy)
         write_text(partial / "README.md", model_card(run, summary, dtype))
         spell_folder(partial)
 
@@ -113,7 +114,8 @@ def _round(trained: Path, folder: Path, dtype: str) -> None:
     """
     with quietly():
         model = load_model(trained, dtype=dtype)
-    beyond = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    parameters = model.named_parameters()
+    beyond = [name for name, parameter in parameters if not parameter.isfinite().all()]
     if beyond:
         raise UserError(
             f"train.save_dtype: {', '.join(beyond[:3])} hold values beyond the range of {dtype}; use "
@@ -127,7 +129,8 @@ def ledger(run: RunRecord, summary: Summary) -> dict[str, Any]:
 
     Null where one is unknown.
     """
-    source, operator_flops = run.start.source, run.start.operator_flops
+    source = run.start.source
+    operator_flops = run.start.operator_flops
     before = SourceCost(None, tokens=0, flops=0.0) if source is None else source
     return {
         "tokens": None if before.tokens is None else summary.tokens + before.tokens,
@@ -171,7 +174,8 @@ def model_card(run: RunRecord, summary: Summary, dtype: str) -> str:
             else {"weights": f"{dtype}; the losses are those of the float32 weights that were trained"}
         ),
     }
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    lines = [f"| {key} | {value} |" for key, value in rows.items()]
+    table = "\n".join(lines)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -216,8 +220,8 @@ def _on_the_way(settings: Mapping[str, Any]) -> dict[str, str]:
     stages = settings["growth"]["stages"]
     rows = {}
     if len(stages) > 1:
-        growths = [f"{_moment(before)}: {stage['operator']}" for before, stage in pairwise(stages)]
-        rows["grown on the way"] = "; ".join(growths)
+        growths = [(_moment(before), stage["operator"]) for before, stage in pairwise(stages)]
+        rows["grown on the way"] = "; ".join(f"{moment}: {operator}" for moment, operator in growths)
     if transfer["optimizer"] is not None:
         rows["Adam's state"] = "the source's, grown with its weights"
     if transfer["inherited_rate"] != 1.0:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ def read_run(folder: Path) -> RunRecord | None:
         return RunRecord.read(folder / RUN, "not a run's record; choose another out=, or delete the folder")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"out: {folder} is a file; choose another out=")
-    ours = {name + suffix for name in (START, RUN) for suffix in ("", PARTIAL, FORMER)}
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    others = sorted(names - ours)
+    ours = {name + suffix for name, suffix in product((START, RUN), ("", PARTIAL, FORMER))}
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    others = sorted(name for name in names if name not in ours)
     if others:
         raise UserError(
             f"out: {folder} holds {', '.join(others[:3])} and no {RUN}, so it is no run's folder; choose "

@@ -72,15 +72,17 @@ def find_trunk(trunks: Sequence[Path], settings: Settings) -> Trunk | None:
     Raises:
         UserError: a trunk is another run than this one, apart from its budget.
     """
+    last = branch_step(settings) or 0
     usable: list[tuple[state.Position, Path]] = []
     for folder in trunks:
-        record, kept = run_folder.read_run(folder), stable_checkpoint(folder)
+        record = run_folder.read_run(folder)
+        kept = stable_checkpoint(folder)
         if record is None or kept is None:
             continue
         _check_trunk(folder, record, settings)
-        usable.append((state.peek(kept), folder))
-    last = branch_step(settings) or 0
-    usable = [(position, folder) for position, folder in usable if position.step <= last]
+        position = state.peek(kept)
+        if position.step <= last:
+            usable.append((position, folder))
     if not usable:
         return None
     position, folder = max(usable, key=lambda pair: pair[0].step)
@@ -88,7 +90,8 @@ def find_trunk(trunks: Sequence[Path], settings: Settings) -> Trunk | None:
 
 
 def _check_trunk(folder: Path, record: RunRecord, settings: Settings) -> None:
-    theirs, ours = identity(record.settings), identity(settings)
+    theirs = identity(record.settings)
+    ours = identity(settings)
     differing = run_folder.differing_settings(theirs, ours)
     lines = []
     for key, (there, asked) in differing.items():
@@ -117,7 +120,8 @@ def take_over_trunk(folder: Path, record: Trunk) -> None:
     Raises:
         UserError: the trunk has gone since the run began.
     """
-    trunk, checkpoints = Path(record.folder), folder / run_folder.CHECKPOINTS
+    trunk = Path(record.folder)
+    checkpoints = folder / run_folder.CHECKPOINTS
     kept = state.place(trunk / STABLE, record.step)
     if not (kept / state.STATE).is_file():
         raise UserError(

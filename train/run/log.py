@@ -61,7 +61,8 @@ class Log:
         try:
             written = write()
         except Exception as error:
-            self.console.say(f"no samples at the {when} ({type(error).__name__}: {error})")
+            reason = f"{type(error).__name__}: {error}"
+            self.console.say(f"no samples at the {when} ({reason})")
             return
         path = self.path.with_name(SAMPLES)
         try:
@@ -156,7 +157,8 @@ class Console:
         else:
             share = tokens / self.budget
             step = clocks["step"]
-            self.say(f"{share:4.0%}, step {step}: {text}{self.left(clocks)}")
+            left = self.left(clocks)
+            self.say(f"{share:4.0%}, step {step}: {text}{left}")
 
     def _text(self, kind: str, values: Mapping[str, Any]) -> str:
         """A row's values in words; its losses and speed are kept for the bar."""

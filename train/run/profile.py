@@ -28,7 +28,10 @@ class Profile:
     """
 
     def __init__(self, folder: Path, steps: range, process: int, clock: Meter) -> None:
-        self.folder, self.steps, self.process, self.clock = folder / FOLDER, steps, process, clock
+        self.folder = folder / FOLDER
+        self.steps = steps
+        self.process = process
+        self.clock = clock
         self.profiler: profile | None = None
         self.traced: list[int] = []
 

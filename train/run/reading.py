@@ -58,7 +58,8 @@ def cut_record(settings: DataSettings) -> dict[str, str] | None:
 
 def _still_there(kept: Mapping[str, str]) -> str:
     """The tokenizer's folder: where it was, or beside the tokens that it cut."""
-    return kept["tokenizer"] if has_tokenizer(Path(kept["tokenizer"])) else f"{kept['folder']}/tokenizer"
+    tokenizer = kept["tokenizer"]
+    return tokenizer if has_tokenizer(Path(tokenizer)) else f"{kept['folder']}/tokenizer"
 
 
 def tokenizer_warnings(settings: Settings, source: Path | None, data: TokenData) -> Iterator[str]:
@@ -83,7 +84,8 @@ def tokenizer_warnings(settings: Settings, source: Path | None, data: TokenData)
 def rate_warnings(settings: Settings, parameters: int) -> Iterator[str]:
     """Warn of a learning rate that fits tiny models where a larger one is trained on."""
     rate = settings.optimizer.learning_rate
-    if settings.growth.operator != "scratch" and parameters >= TINY_PARAMETERS and rate >= TINY_RATE:
+    too_high = parameters >= TINY_PARAMETERS and rate >= TINY_RATE
+    if too_high and settings.growth.operator != "scratch":
         yield (
             f"warning: optimizer.learning_rate={rate:g} was found on models of one or two million "
             f"parameters; a pretrained model of {parameters:,} is usually trained on at 1e-5 to 3e-4: a "

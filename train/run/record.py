@@ -307,7 +307,8 @@ def _evaluation(row: Any) -> LoggedEvaluation | None:
         raise TypeError(f"expected an object, found {type(row).__name__}")
     if row.get("kind") != "eval":
         return None
-    loss = math.nan if row["val_loss"] is None else float(row["val_loss"])
+    known = row["val_loss"]
+    loss = math.nan if known is None else float(known)
     return LoggedEvaluation(float(row["tokens"]), float(row["flops"]), loss)
 
 

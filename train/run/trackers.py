@@ -35,7 +35,8 @@ class Tracker:
 
     def __init__(self, tracker: GeneralTracker, say: Say) -> None:
         self.tracker: GeneralTracker | None = tracker
-        self.name, self.say = tracker.name, say
+        self.name = tracker.name
+        self.say = say
         self.begun = 0  # the first step that it does not hold already
 
     def log(self, kind: str, clocks: Mapping[str, Any], values: Mapping[str, Any]) -> None:
@@ -139,7 +140,8 @@ def open_trackers(folder: Path, settings: Settings, run: RunRecord, say: Say) ->
                 f"tracker {name} does not start ({type(error).__name__}: {error}); training goes on "
                 "without it",
             )
-    metrics, picture = folder / METRICS, folder / PICTURE
+    metrics = folder / METRICS
+    picture = folder / PICTURE
     text = metrics.read_text() if metrics.is_file() else ""
     rows = [json.loads(line) for line in text.splitlines()]
     for tracker in opened:
@@ -168,8 +170,8 @@ def _catch_up(tracker: Tracker, folder: Path, rows: Iterable[Mapping[str, Any]])
         tracker.samples(when, written["samples"], written)
     for row in rows:
         clocks = {key: row[key] for key in CLOCKS}
-        values = {key: row[key] for key in row if key not in (*CLOCKS, "kind")}
-        tracker.log(row["kind"], clocks, values)
+        values = {key: value for key, value in row.items() if key not in CLOCKS}
+        tracker.log(values.pop("kind"), clocks, values)
     own = Path(run.dir).parent
     for earlier in own.parent.glob(f"offline-run-*-{run.id}"):
         if earlier != own and not list(earlier.glob("*.synced")):

@@ -22,7 +22,8 @@ def check_source(settings: Settings) -> None:
         return
     growth = settings.growth
     with Checkpoint(locate(settings.source)) as checkpoint:
-        planned = growth.operator not in UNGROWN and not growth.stages and settings.target is not None
+        grows_at_once = growth.operator not in UNGROWN and not growth.stages
+        planned = grows_at_once and settings.target is not None
         if not planned or not has_schema(checkpoint.config):
             return
         from outgrow.growth.planning import plan  # numpy takes its time too

@@ -32,9 +32,11 @@ def passes(settings: Settings) -> Iterator[str]:
     if settings.mixture is None:
         yield _line(settings.data.name, tokens, tokens, stock(settings.data), None)
         return
-    stocks = {name: stock(source.data) for name, source in settings.mixture.sources.items()}
+    sources = settings.mixture.sources
+    stocks = {name: stock(source.data) for name, source in sources.items()}
     for name, read in shares(settings.mixture, tokens, stocks).items():
-        yield _line(name, read, tokens, stocks[name], settings.mixture.sources[name].max_passes)
+        most = sources[name].max_passes
+        yield _line(name, read, tokens, stocks[name], most)
 
 
 def _line(name: str, read: float | None, run: int, there: Stock | None, most: float | None) -> str:
@@ -63,15 +65,17 @@ def _warning(times: float, most: float | None) -> str:
 
 def stock(data: DataSettings) -> Stock | None:
     """The tokens of the training part; None where nobody knows yet."""
-    own_tokenizer = sorted(data.home.parent.glob(f"{data.home.name}-????????"))  # cut by a source's tokenizer
-    for home in (data.home, *own_tokenizer):
-        if home.is_dir() and (manifest := read_manifest(home)) is not None:
-            return Stock(int(manifest["splits"]["train"]["tokens"]), True)
-    return (
-        None
-        if data.limit_tokens is None
-        else Stock(round(data.limit_tokens * (1 - data.validation_fraction)), False)
-    )
+    home = data.home
+    own_tokenizer = sorted(home.parent.glob(f"{home.name}-????????"))  # cut by a source's tokenizer
+    for folder in (home, *own_tokenizer):
+        manifest = read_manifest(folder) if folder.is_dir() else None
+        if manifest is not None:
+            tokens = int(manifest["splits"]["train"]["tokens"])
+            return Stock(tokens, True)
+    if data.limit_tokens is None:
+        return None
+    tokens = round(data.limit_tokens * (1 - data.validation_fraction))
+    return Stock(tokens, False)
 
 
 def shares(
@@ -92,9 +96,11 @@ def shares(
             if phase.share is not None:
                 length = phase.share * tokens
             length = min(left, length)
-            asked = {name: weight * length for name, weight in (phase.weights or {}).items()}
+            weights = phase.weights or {}
+            asked = {name: weight * length for name, weight in weights.items()}
         for name, more in asked.items():
             before = read[name]
             read[name] = None if before is None or more is None else before + more
-        left = max(0.0, left - sum(more or 0.0 for more in asked.values()))
+        taken = sum(more or 0.0 for more in asked.values())
+        left = max(0.0, left - taken)
     return read

@@ -94,10 +94,13 @@ def _hold(twin: Twin, model: PreTrainedModel, loaded: PreTrainedModel, apart: fl
     @torch.no_grad()
     def loss(network: PreTrainedModel) -> float:
         # Not the class's own loss, which may be that of a text with pictures (GIT).
-        logits = network.eval()(input_ids=tokens, use_cache=False).logits[:, :-1]
-        return float(cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+        output = network.eval()(input_ids=tokens, use_cache=False)
+        logits = output.logits[:, :-1]
+        targets = tokens[:, 1:]
+        return float(cross_entropy(logits.flatten(0, 1), targets.flatten()))
 
-    before, after = loss(model), loss(loaded)
+    before = loss(model)
+    after = loss(loaded)
     if not abs(before - after) <= apart:
         raise UserError(
             f"loaded again, its loss is {after:.4f} nats a token, and {before:.4f} before it was saved",

@@ -86,7 +86,8 @@ def target_config(settings: Settings, source: Path | None) -> dict[str, Any]:
 def _laid_over(settings: Settings, source: Path | None, config: dict[str, Any] | None) -> dict[str, Any]:
     """The target over the source's config, by a schema that is derived where the source's family has none."""
     target = settings.target
-    operator, choices = settings.growth.operator, settings.growth.options
+    operator = settings.growth.operator
+    choices = settings.growth.options
     changed = None if config is None else mixture_target(config, target, operator, choices)
     if changed is not None:
         return changed
@@ -107,7 +108,8 @@ def source_cost(settings: Settings, source: Path | None) -> SourceCost | None:
 
     None for a run that neither starts from its weights nor is taught by it.
     """
-    teacher, tokens = settings.transfer.teacher, settings.source_tokens
+    teacher = settings.transfer.teacher
+    tokens = settings.source_tokens
     is_taught = teacher is not None and teacher.model == "source"
     is_used = settings.growth.operator != "scratch" or is_taught
     if source is None or not is_used:
@@ -176,7 +178,8 @@ def begin(settings: Settings, stage: Stage, source: Path | None, folder: Path) -
     Raises:
         UserError: the source cannot be grown into the target.
     """
-    operator, options = settings.growth.operator, settings.growth.options
+    operator = settings.growth.operator
+    options = settings.growth.options
     record = Start(
         operator=operator,
         depth=None if operator in UNGROWN else options.get("depth"),

@@ -54,13 +54,15 @@ def stages_of(settings: Settings, config: Mapping[str, Any]) -> tuple[Stage, ...
     Raises:
         UserError: a stage has no step, or would not grow.
     """
-    steps, growth = settings.budget.steps, settings.growth
+    steps = settings.budget.steps
+    growth = settings.growth
     if not growth.stages:
         return (Stage(0, 0, steps, dict(config), growth),)
     stages: list[Stage] = []
     for number, asked in enumerate(growth.stages):
         first = stages[-1].last if stages else 0
-        last = steps if number == len(growth.stages) - 1 else _last_step(asked, settings)
+        is_last = number == len(growth.stages) - 1
+        last = steps if is_last else _last_step(asked, settings)
         if last <= first:
             raise UserError(
                 f"growth.stages[{number}]: from step {first} to {last} of {steps} there is no step; raise "
@@ -108,12 +110,14 @@ def spans_of(
         frozen: the tensors that learn nothing, by the number of the stage; what they need no gradient for is
             not counted.
     """
-    budget, context = settings.budget, settings.train.context
+    budget = settings.budget
+    context = settings.train.context
     taught_steps, teaching = 0, 0.0
     if settings.transfer.teacher is not None and teacher is not None:
         until = settings.transfer.teacher.until
         teaching = flops_per_token(teacher, context) / 3
-        taught_steps = sum(budget.progress(step) < until for step in range(budget.steps))
+        shares = map(budget.progress, range(budget.steps))
+        taught_steps = sum(share < until for share in shares)
 
     ends = {stage.last for stage in stages}
     if teaching:
@@ -123,5 +127,6 @@ def spans_of(
         stage = next(stage for stage in stages if last <= stage.last)
         unpaid = unpaid_flops_per_token(stage.config, context, frozen.get(stage.number, ()))
         own = flops_per_token(stage.config, context) - unpaid
-        spans.append(Span(last, own + (teaching if last <= taught_steps else 0.0)))
+        taught = teaching if last <= taught_steps else 0.0
+        spans.append(Span(last, own + taught))
     return spans

@@ -53,7 +53,8 @@ def scheduled(settings: TeacherSettings, progress: float) -> tuple[float, float]
     if progress >= settings.until:
         return 0.0, settings.temperature[1]
     share = progress / settings.until
-    (weight, last_weight), (temperature, last_temperature) = settings.weight, settings.temperature
+    weight, last_weight = settings.weight
+    temperature, last_temperature = settings.temperature
     weight += share * (last_weight - weight)
     temperature += share * (last_temperature - temperature)
     return weight, temperature
@@ -103,7 +104,8 @@ class TaughtLoss(NextTokenLoss):
         teaching = divergence(student, self.logits, teacher, self._teacher[0].logits, temperature)
         if reduction == "mean":
             teaching = teaching / len(student)
-        return balanced(text, balance, targets, reduction, taught=(1.0 - weight) * text + weight * teaching)
+        taught = (1.0 - weight) * text + weight * teaching
+        return balanced(text, balance, targets, reduction, taught=taught)
 
 
 def divergence(
@@ -128,7 +130,8 @@ def divergence(
         return functional.kl_div(predicted, expected, reduction="sum", log_target=True)
 
     total = torch.zeros((), device=student.device)
-    for mine, theirs in zip(student.split(CHUNK_TOKENS), teacher.split(CHUNK_TOKENS), strict=True):
+    chunks = zip(student.split(CHUNK_TOKENS), teacher.split(CHUNK_TOKENS), strict=True)
+    for mine, theirs in chunks:
         total = total + checkpoint(part, mine, theirs, use_reentrant=False)
     return temperature**2 * total
 

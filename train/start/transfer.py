@@ -179,7 +179,8 @@ def width_factors(network: PreTrainedModel, source: Config, target: Config) -> d
     vectors read single indices (μP: Yang et al., 2203.03466, table 8).
     """
     family = family_of(target)
-    source_sizes, target_sizes = family.sizes(source), family.sizes(target)
+    source_sizes = family.sizes(source)
+    target_sizes = family.sizes(target)
     factors = {}
     for tensor in family.tensors(target):
         axes = zip(tensor.axes, tensor.reads, strict=True)

@@ -100,7 +100,8 @@ def find_way(
     UserError.collect(faults)
     unreached = () if name else answers.unreached.value or ()
     if unreached:
-        first, more = ", ".join(unreached[:3]), len(unreached) - 3
+        first = ", ".join(unreached[:3])
+        more = len(unreached) - 3
         rest = f" and {more} more" if more > 0 else ""
         lines.append(f"{title}: text gives no gradient to {first}{rest}: they stay as they start")
     partly = bool(unreached or answers.sometimes.value)
@@ -115,7 +116,7 @@ def _unmeasured(settings: LoopSettings, title: str, reason: str) -> Way:
     """
     needs = {"train.document_mask=true": settings.document_mask, "train.loss=fused": settings.loss == "fused"}
     asked = [key for key, wanted in needs.items() if wanted]
-    UserError.collect(f"{key}: not measured for {title}, so not granted ({reason})" for key in asked)
+    UserError.collect([f"{key}: not measured for {title}, so not granted ({reason})" for key in asked])
     attention, why = attention_backend(settings.attention)
     if settings.attention == "auto":
         attention, why = "auto", "the library's choice"
@@ -142,7 +143,9 @@ def find_attention(config: Config, asked: str, device: torch.device, precision: 
         if answer.value and (attention == first or asked == "auto"):
             if not tried:
                 return attention, why
-            return attention, f"no {', no '.join(tried)}: {'; '.join(tried.values())}"
+            names = ", no ".join(tried)
+            reasons = "; ".join(tried.values())
+            return attention, f"no {names}: {reasons}"
         if not answer.value:
             tried[attention] = answer.reason
     running = [attention for attention in (PLAIN_SDPA, EAGER) if attention not in tried]
@@ -196,7 +199,8 @@ def find_ways(
     UserError.collect(dict.fromkeys(all_faults))
     everyone = gather_object([ways]) if several else [ways]
     if any(theirs != ways for theirs in everyone):
-        each = "; ".join(f"process {number}: {theirs}" for number, theirs in enumerate(everyone))
+        parts = [f"process {number}: {theirs}" for number, theirs in enumerate(everyone)]
+        each = "; ".join(parts)
         raise UserError(
             "the processes measured different things of this class; give train.attention and train.loss "
             f"({each})",

@@ -133,20 +133,20 @@ class Harness:
         except Exception as fault:  # the harness, its tasks and `datasets` raise every kind
             if _no_network(fault):
                 raise _Unreachable(in_one_line(fault)) from fault
-            way_out = (
-                f"correct what is in {self.tasks}" if task in self.local else "leave it out with only=[…]"
-            )
+            is_local = task in self.local
+            way_out = f"correct what is in {self.tasks}" if is_local else "leave it out with only=[…]"
             raise UserError(
                 f"task {task}: its file or its data cannot be read ({in_one_line(fault)}); {way_out}"
             ) from fault
+        parts = loaded["tasks"].values()
         with running_code(run_code):
-            if any(getattr(part, "UNSAFE_CODE", False) for part in loaded["tasks"].values()):
+            if any(getattr(part, "UNSAFE_CODE", False) for part in parts):
                 check_allowed(task)
-        for part in loaded["tasks"].values():
-            own = part.get_config("num_fewshot")
-            part.set_config(
-                key="num_fewshot", value=(own or 0) if asked.shots is None or own == 0 else asked.shots
-            )
+        for part in parts:
+            shots = part.get_config("num_fewshot")
+            if asked.shots is not None and shots != 0:
+                shots = asked.shots
+            part.set_config(key="num_fewshot", value=shots or 0)
             part.set_fewshot_seed(seed=SEED)
         return loaded
 
@@ -167,8 +167,10 @@ class Harness:
     def _beside_its_files(self, task: str) -> contextlib.AbstractContextManager[Any]:
         """In the folder of a local task's file: its data's paths are told from there."""
         entry = self._manager(task).task_index.get(task)
-        local = task in self.local and entry is not None and entry.yaml_path is not None
-        return contextlib.chdir(Path(entry.yaml_path).parent) if local else contextlib.nullcontext()
+        path = None if entry is None else entry.yaml_path
+        if task not in self.local or path is None:
+            return contextlib.nullcontext()
+        return contextlib.chdir(Path(path).parent)
 
 
 def _read(asked: BenchmarkTask, results: Any) -> Score:
@@ -180,16 +182,19 @@ def _read(asked: BenchmarkTask, results: Any) -> Score:
         for key, value in entries.items()
         if isinstance(value, float | int) and "_stderr" not in key and "," in key
     }
-    metric = next((key for key in values if key.split(",")[0] == asked.metric), None)
-    if metric is None:
+    metrics = [key for key in values if key.split(",")[0] == asked.metric]
+    if not metrics:
         raise UserError(
             f"task {asked.task}: it has no metric {asked.metric!r}; it has "
             f"{', '.join(sorted(values)) or 'none'}"
         )
+    metric = metrics[0]
     value = float(values[metric])
     if not math.isfinite(value):
         raise UserError(f"task {asked.task}: its {asked.metric} is {value}")
-    return Score(value, sum(counts["effective"] for counts in results["n-samples"].values()), metric)
+    counts = results["n-samples"].values()
+    items = sum(count["effective"] for count in counts)
+    return Score(value, items, metric)
 
 
 # ---- without a network -------------------------------------------------------------------------------------
@@ -243,7 +248,8 @@ def check_tasks(folder: Path) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*.yaml") if not path.name.startswith("_"))
+    paths = folder.rglob("*.yaml")
+    return sorted(path for path in paths if not path.name.startswith("_"))
 
 
 def _config(path: Path) -> Any:
@@ -254,7 +260,8 @@ def _config(path: Path) -> Any:
 
 def _names(path: Path) -> list[str]:
     config = _config(path)
-    return [str(config[key]) for key in ("task", "group") if isinstance(config.get(key), str)]
+    values = (config.get("task"), config.get("group"))
+    return [value for value in values if isinstance(value, str)]
 
 
 def _fault(path: Path) -> str | None:

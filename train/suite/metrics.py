@@ -62,9 +62,10 @@ def check_allowed(task: str) -> None:
 
 
 def passes(program: str) -> bool:
-    """Whether a program runs to its end: an assertion that fails ends it before."""
+    """True where a program runs to its end: an assertion that fails ends it before."""
     check_allowed("pass@1")
-    return failures([Item("", program, None)], seconds=SECONDS, modules=MODULES) == [None]
+    item = Item("", program, None)
+    return failures([item], seconds=SECONDS, modules=MODULES) == [None]
 
 
 # ---- code --------------------------------------------------------------------------------------------------
@@ -73,10 +74,9 @@ def passes(program: str) -> bool:
 def humaneval(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, float]:
     """pass@1 of HumanEval (arXiv 2107.03374): the prompt goes on with what was written, and the tests of the
     item run."""
-    written = first(results)
-    return {
-        "pass_at_1": float(passes(f"{doc['prompt']}{written}\n{doc['test']}\ncheck({doc['entry_point']})\n"))
-    }
+    function = f"{doc['prompt']}{first(results)}"
+    program = f"{function}\n{doc['test']}\ncheck({doc['entry_point']})\n"
+    return {"pass_at_1": float(passes(program))}
 
 
 def mbpp(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, float]:
@@ -84,7 +84,9 @@ def mbpp(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, float]:
     the item."""
     tests = "\n".join(doc["test_list"])
     setup = doc.get("test_setup_code") or ""
-    return {"pass_at_1": float(passes(f"{setup}\n{without_fence(first(results))}\n{tests}\n"))}
+    written = without_fence(first(results))
+    program = f"{setup}\n{written}\n{tests}\n"
+    return {"pass_at_1": float(passes(program))}
 
 
 def without_fence(text: str) -> str:
@@ -122,7 +124,8 @@ def normalized(text: str) -> str:
 
 def overlap(written: str, answer: str) -> float:
     """The F1 of the words of two normalised texts; of an empty one, whether both are."""
-    ours, theirs = written.split(), answer.split()
+    ours = written.split()
+    theirs = answer.split()
     if not ours or not theirs:
         return float(ours == theirs)
     common = sum((Counter(ours) & Counter(theirs)).values())

@@ -3,6 +3,7 @@ and which metric."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -70,8 +71,10 @@ def load_suite(name: str) -> Suite:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: {yaml_fault(error)}") from None
     faults: list[str] = []
-    suite = read(Suite, values, f"suite {name}", faults) if isinstance(values, dict) else None
-    UserError.collect(faults or ([] if suite else [f"{path}: expected name and tasks"]))
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected name and tasks")
+    suite = read(Suite, values, f"suite {name}", faults)
+    UserError.collect(faults)
     assert suite is not None
     return suite
 
@@ -79,7 +82,8 @@ def load_suite(name: str) -> Suite:
 def group_averages(suite: Suite, scores: Mapping[str, float]) -> dict[str, float | None]:
     """The mean score of each group of the suite, None where one of its tasks has none: an average of a part
     is another number."""
-    groups: dict[str, list[Any]] = {}
+    groups: dict[str, list[Any]] = defaultdict(list)
     for task in suite.tasks:
-        groups.setdefault(task.group, []).append(scores.get(task.task))
-    return {group: None if None in found else fmean(found) for group, found in groups.items()}
+        score = scores.get(task.task)
+        groups[task.group].append(score)
+    return {group: None if None in own else fmean(own) for group, own in groups.items()}

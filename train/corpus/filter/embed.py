@@ -112,7 +112,8 @@ def load_encoder(name: str, revision: str | None, max_tokens: int) -> Encoder:
                 source, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **asked
             )
     except Exception as error:  # transformers, safetensors and the hub's client each raise their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        text = str(error).strip() or type(error).__name__
+        reason = text.splitlines()[0]
         raise UserError(
             f"encoder={name}: cannot be loaded ({reason}); give a folder with config.json, "
             "model.safetensors and its tokenizer, or a name on the Hugging Face hub that can be reached"
@@ -132,7 +133,8 @@ def load_encoder(name: str, revision: str | None, max_tokens: int) -> Encoder:
         torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     )
     assert device is not None
-    return Encoder(model.to(device).eval(), tokenizer, max_tokens, device, _digest(model, tokenizer))
+    placed = model.to(device).eval()
+    return Encoder(placed, tokenizer, max_tokens, device, _digest(model, tokenizer))
 
 
 def _digest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:

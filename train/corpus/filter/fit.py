@@ -96,7 +96,8 @@ def read_labels(path: Path) -> dict[str, int]:
             raise UserError(
                 f'{path}:{number}: expected {{"document": NAME, "label": 0 or 1}}; found {line[:60]}'
             )
-        name, value = row["document"], int(row["label"])
+        name = row["document"]
+        value = int(row["label"])
         if labels.setdefault(name, value) != value:
             raise UserError(f"{path}:{number}: {name} has another label above; keep one of them")
     return labels
@@ -134,7 +135,8 @@ def fit(settings: FitSettings, data: DataSettings, labels: Path, out: Path) -> d
                 f"least {FEWEST} of each are needed; label more, or change held_out"
             )
     classifier = _classifier(settings)
-    forest = Forest.of(classifier.fit(features[fitted_on], values[fitted_on]))
+    fitted = classifier.fit(features[fitted_on], values[fitted_on])
+    forest = Forest.of(fitted)
     card = {
         "embedding": embed.card(encoder, settings.encoder, settings.revision),
         "forest": {
@@ -208,10 +210,12 @@ def report(labels: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
     for share in SHARES:
         count = max(1, round(share * samples))
         top = labels[order[:count]]
-        precision, recall = _share(top.sum(), len(top)), _share(top.sum(), positive)
+        hits = top.sum()
+        precision = _share(hits, len(top))
+        recall = _share(hits, positive)
         best.append({"kept": share, "precision": precision, "recall": recall})
 
-    bins = np.minimum((scores * BINS).astype(int), BINS - 1)
+    bins = (scores * BINS).astype(int).clip(max=BINS - 1)
     calibration = []
     error = 0.0
     for i in range(BINS):

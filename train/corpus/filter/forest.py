@@ -123,7 +123,8 @@ def _fault(forest: Forest, dimensions: Any) -> str | None:
     arrays = (forest.right, forest.feature, forest.threshold, forest.value)
     if any(array.shape != (nodes,) for array in arrays):
         return "its arrays differ in length"
-    if not len(forest.roots) or not _within(forest.roots, 0, nodes - 1):
+    roots = forest.roots
+    if not len(roots) or not _within(roots, 0, nodes - 1):
         return "a root is no node"
     inner = np.flatnonzero(forest.left != LEAF)
     for children in (forest.left[inner], forest.right[inner]):
@@ -134,7 +135,8 @@ def _fault(forest: Forest, dimensions: Any) -> str | None:
         return "a feature is none of the embedding's"
     if not _within(forest.feature[inner], 0, dimensions - 1):
         return "a feature is none of the embedding's"
-    if not np.isfinite(forest.value).all() or not _within(forest.value, 0, 1):
+    values = forest.value
+    if not np.isfinite(values).all() or not _within(values, 0, 1):
         return "a value is no probability"
     return None
 

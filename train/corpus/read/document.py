@@ -87,7 +87,8 @@ class Tally:
                 if most
                 else "data.max_broken=0.001 leaves out up to that share"
             )
-            raise UserError("\n".join(self.broken) + f"{more}\n{share}; {way_out}")
+            faults = "\n".join(self.broken)
+            raise UserError(f"{faults}{more}\n{share}; {way_out}")
 
     def document(self, name: str, text: str, limit: int) -> Iterator[Document]:
         """`text` as a document; nothing, but counted, where it is empty or has more than `limit` bytes."""
@@ -95,7 +96,8 @@ class Tally:
             raw = text.encode()
         except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
             raw = text.encode(errors="replace")
-            text, self.utf8_replaced = raw.decode(), self.utf8_replaced + 1
+            text = raw.decode()
+            self.utf8_replaced = self.utf8_replaced + 1
         if not text.strip():
             self.empty_skipped += 1
         elif len(raw) > limit:
@@ -114,4 +116,5 @@ class Tally:
 
 def is_binary(text: str) -> bool:
     """Whether a file's bytes were no text: it holds NULs, or mostly what is no UTF-8."""
-    return "\0" in text or text.count("\ufffd") > 0.3 * len(text)
+    replaced = text.count("\ufffd")
+    return "\0" in text or replaced > 0.3 * len(text)

@@ -163,7 +163,7 @@ def files_of(path: str, key: str, own: frozenset[str] | set[str] = frozenset()) 
     _tell(key, left_out)
     if not readable:
         raise UserError(_nothing(path, key, expanded, len(matching)))
-    return tuple(sorted((_local(root, file) for file in readable), key=lambda file: file.name))
+    return _by_name(_local(root, file) for file in readable)
 
 
 def _nothing(path: str, key: str, expanded: str, count: int) -> str:

@@ -84,7 +84,8 @@ class Generated:
     def stamp(self) -> str:
         """A hash of the settings and of this package's source and tables: another template is another
         text."""
-        digest = hashlib.sha256(f"{self.settings.corpus} {self.settings.seed}".encode())
+        kind = f"{self.settings.corpus} {self.settings.seed}"
+        digest = hashlib.sha256(kind.encode())
         here = Path(__file__).parent
         for file in sorted([*here.glob("*.py"), *here.glob("tables/*.yaml")]):
             digest.update(file.read_bytes())
@@ -102,7 +103,8 @@ def _checked(drawn: Iterator[tuple[int, Item]], size: int) -> Iterator[tuple[int
         while True:
             batch = list(islice(drawn, size))
             if batch:
-                waiting.append((batch, pool.submit(failures, [item for _, item in batch])))
+                items = [item for _, item in batch]
+                waiting.append((batch, pool.submit(failures, items)))
             if waiting and (len(waiting) > AT_ONCE or not batch):
                 done, results = waiting.popleft()
                 yield from (

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
-from textwrap import indent
 
 from outgrow.train.corpus.synthetic.item import (
     Item,
@@ -24,11 +23,12 @@ from outgrow.train.corpus.synthetic.problem import OTHER, Problem
 
 def docstring(problem: Problem, random: Random) -> Item:
     """A Python file: signature and docstring, completed by the body (the form of phi-1's CodeExercises)."""
-    lines = "\n".join(f"    {capital(task)}." for task in problem.tasks())
+    tasks = "\n".join(f"{capital(task)}." for task in problem.tasks())
     first = range(min(2, len(problem.cases)))
-    examples = "\n\n".join(indent(shown(problem, case), "    ") for case in first)
-    code = problem.function(doc=f"\n{lines}\n\n{examples}\n".replace("\n    ", "\n").rstrip() + "\n")
-    return Item(f"{code}\n\n\n{problem.asserts()}\n", f"{code}\n{problem.asserts()}")
+    examples = "\n\n".join(shown(problem, case) for case in first)
+    code = problem.function(doc=f"\n{tasks}\n\n{examples.rstrip()}\n")
+    asserts = problem.asserts()
+    return Item(f"{code}\n\n\n{asserts}\n", f"{code}\n{asserts}")
 
 
 def statement(problem: Problem, random: Random) -> Item:
@@ -71,7 +71,8 @@ def bug(problem: Problem, random: Random) -> Item | None:
     step, case, wrong = random.choice(mistakes)
     slip = problem.steps[step].operation.slip
     assert slip is not None
-    slipped, right = problem.function("loop", wrong=step), problem.function("loop")
+    slipped = problem.function("loop", wrong=step)
+    right = problem.function("loop")
     effect = slip.effect
     for name, value in problem.steps[step].given.items():
         effect = effect.replace(f"${name}", repr(value))
@@ -112,7 +113,9 @@ def fill_in(problem: Problem, random: Random) -> Item | None:
     missing = random.choice(inner[:-1])
     line = lines[missing]
     margin = line[: len(line) - len(line.lstrip())]
-    holed = "\n".join([*lines[:missing], f"{margin}...", *lines[missing + 1 :]])
+    before = lines[:missing]
+    after = lines[missing + 1 :]
+    holed = "\n".join([*before, f"{margin}...", *after])
     text = (
         f"# Fill in the missing line\n\n{opening(problem, random)} A function is given {given(problem)}; "
         f"it shall {in_order(problem.tasks())}. One line of it got lost:\n\n{fenced(holed)}\n\nAn example "

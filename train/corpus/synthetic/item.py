@@ -54,7 +54,8 @@ def in_order(tasks: list[str]) -> str:
 
 def numbered(entries: Iterable[str]) -> str:
     """A numbered list in Markdown."""
-    return "\n".join(f"{number}. {entry}" for number, entry in enumerate(entries, 1))
+    lines = [f"{number}. {entry}" for number, entry in enumerate(entries, 1)]
+    return "\n".join(lines)
 
 
 def capital(sentence: str) -> str:
@@ -101,7 +102,8 @@ def _slipped(problem: Problem, wrong: int, case: int) -> Any:
     value = problem.cases[case][0]
     try:
         for i, step in enumerate(problem.steps):
-            value = step.operation.run("slipped" if i == wrong else "loop", value, step.given)
+            style = "slipped" if i == wrong else "loop"
+            value = step.operation.run(style, value, step.given)
     except (ArithmeticError, LookupError, TypeError, ValueError):
         return None
     return value if len(repr(value)) < 110 else None

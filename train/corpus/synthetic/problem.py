@@ -91,11 +91,13 @@ class Problem:
         _, description = self.theme.parameter(self.takes)
         first, *later = self.steps
         begin = first.says(description.split(",")[0])
-        return [begin, *(step.says(LATER[step.operation.takes]) for step in later)]
+        rest = [step.says(LATER[step.operation.takes]) for step in later]
+        return [begin, *rest]
 
     def whys(self, style: str | None = None) -> list[str]:
         """A sentence about each step, true beside the program in this style."""
-        return [step.operation.why[style or self.style] for step in self.steps]
+        own = style or self.style
+        return [step.operation.why[own] for step in self.steps]
 
     def code(self, style: str | None = None, *, wrong: int | None = None) -> str:
         """The statements of the function's body; step `wrong` with its slip."""
@@ -114,7 +116,8 @@ class Problem:
         modules: set[str | None] = set()
         if (style or self.style) == "short":
             modules = {step.operation.module for step in self.steps}
-        imports = "".join(f"import {module}\n" for module in sorted(filter(None, modules)))
+        needed = sorted(filter(None, modules))
+        imports = "".join(f"import {module}\n" for module in needed)
         title = f'"""{doc}"""\n' if doc else ""
         body = title + self.code(style, wrong=wrong)
         return f"{imports}{self.signature}\n{indent(body, '    ')}"

@@ -83,7 +83,8 @@ def pitfall(problem: Problem, random: Random) -> Item | None:
     effect = operation.slip.effect
     for name, value in problem.steps[step].given.items():
         effect = effect.replace(f"${name}", repr(value))
-    slipped, right = problem.function("loop", wrong=step), problem.function("loop")
+    slipped = problem.function("loop", wrong=step)
+    right = problem.function("loop")
     text = (
         f"## A common mistake: {operation.topic}\n\n{opening(problem, random)} Somebody wants to "
         f"{in_order(problem.tasks())}, and writes for {given(problem)}:\n\n{fenced(slipped)}\n\nThis runs "
@@ -99,12 +100,13 @@ def dialogue(problem: Problem, random: Random) -> Item:
     """Two people build the program step by step."""
     asks, tells = random.sample(NAMES, 2)
     turns = []
-    for i, (task, why) in enumerate(zip(problem.tasks(), problem.whys(), strict=True)):
-        start = ("How do I begin?", "And then?", "What is left to do?")[i]
+    starts = ("How do I begin?", "And then?", "What is left to do?")
+    argument, results = problem.cases[0]
+    steps = zip(starts, problem.tasks(), problem.whys(), results, strict=False)
+    for start, task, why, result in steps:
         turns.append(f'{asks}: "{start}"\n\n{tells}: "{capital(task)}. {why}"')
         turns.append(
-            f'{asks}: "So for `{problem.cases[0][0]!r}` I have `{problem.cases[0][1][i]!r}` after this '
-            f'step?"\n\n{tells}: "Exactly."'
+            f'{asks}: "So for `{argument!r}` I have `{result!r}` after this step?"\n\n{tells}: "Exactly."'
         )
     text = (
         (
@@ -143,7 +145,8 @@ def summary(problem: Problem, random: Random) -> Item:
 
 
 def _topics(problem: Problem) -> str:
-    return " and ".join(dict.fromkeys(step.operation.topic for step in problem.steps))
+    topics = [step.operation.topic for step in problem.steps]
+    return " and ".join(dict.fromkeys(topics))
 
 
 def _title(problem: Problem) -> str:

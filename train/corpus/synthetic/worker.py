@@ -64,12 +64,14 @@ running = False
 def run(program: str, prints: str | None, seconds: float) -> str | None:
     """None, or what went wrong."""
     global running
-    output, sys.stdout = sys.stdout, io.StringIO()
+    output = sys.stdout
+    sys.stdout = io.StringIO()
     signal.setitimer(signal.ITIMER_PROF, seconds)  # of its own computing: a busy machine fails no program
     cpu = resource.getrusage(resource.RUSAGE_SELF)
     # where a program holds off the signal, in C code for instance
     hard = int(cpu.ru_utime + cpu.ru_stime + seconds) + 2
-    resource.setrlimit(resource.RLIMIT_CPU, (hard, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+    _, ceiling = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (hard, ceiling))
     try:
         running = True
         exec(compile(program, "program", "exec"), {"__name__": "program"})

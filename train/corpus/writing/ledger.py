@@ -29,7 +29,8 @@ class Ledger:
     """The three files of a run, opened for going on."""
 
     def __init__(self, settings: WriteSettings, written: BinaryIO, rejected: BinaryIO) -> None:
-        self.settings, self.files = settings, (written, rejected)
+        self.settings = settings
+        self.files = (written, rejected)
         self.done: set[int] = set()
         self.dollars = 0.0
         self.tokens: Counter[str] = Counter()
@@ -99,19 +100,21 @@ def rejected_path(out: Path) -> Path:
 
 
 def _check_settings(settings: WriteSettings, out: Path) -> None:
+    """Write down what decides what is asked, or hold it against what an earlier run wrote."""
     path = out.with_suffix(".settings.json")
-    asked = json.loads(json.dumps(identity(settings)))
+    own = json.loads(json.dumps(identity(settings)))
     if not path.exists():
         if out.exists() and out.stat().st_size:
             raise UserError(
                 f"out={out}: it is there, and no {path.name} says what was asked for it; choose another out"
             )
-        write_json(path, asked)
+        write_json(path, own)
         return
     there = read_object(path, f"move {out.name} and this file away to begin anew")
-    wanted, begun = _by_key(asked), _by_key(there)
-    keys = {*wanted, *begun}
-    changed = sorted(key for key in keys if wanted.get(key) != begun.get(key))
+    wanted = _by_key(own)
+    begun = _by_key(there)
+    keys = sorted({*wanted, *begun})
+    changed = [key for key in keys if wanted.get(key) != begun.get(key)]
     if changed:
         raise UserError(
             f"out={out}: it was begun with another {', '.join(changed)}; choose another out, or move it "
@@ -127,6 +130,9 @@ def _by_key(settings: dict[str, Any]) -> dict[str, Any]:
     return others | {f"prompts.{key}": value for key, value in entries.items()}
 
 
+ENTRY = {"number", "dollars", "prompt_tokens", "completion_tokens"}  # keys that every entry has
+
+
 def _whole_lines(file: BinaryIO) -> Iterator[dict[str, Any]]:
     """Every entry; a last line that a kill cut off is taken away, so that its prompt is asked again."""
     file.seek(0)
@@ -136,10 +142,7 @@ def _whole_lines(file: BinaryIO) -> Iterator[dict[str, Any]]:
             break
         try:
             entry = json.loads(line)
-            if (
-                not isinstance(entry, dict)
-                or not {"number", "dollars", "prompt_tokens", "completion_tokens"} <= entry.keys()
-            ):
+            if not isinstance(entry, dict) or not entry.keys() >= ENTRY:
                 raise ValueError("an entry of a ledger has number, dollars and tokens")
         except ValueError as error:
             raise UserError(
@@ -154,6 +157,11 @@ def _whole_lines(file: BinaryIO) -> Iterator[dict[str, Any]]:
 def in_order(out: Path) -> None:
     """Put the lines of a finished file into the order of their numbers, so that the same answers make the
     same file."""
-    lines = sorted(out.read_bytes().splitlines(keepends=True), key=lambda line: json.loads(line)["number"])
+
+    def number(line: bytes) -> int:
+        return int(json.loads(line)["number"])
+
+    lines = out.read_bytes().splitlines(keepends=True)
+    lines.sort(key=number)
     with whole_file(out) as partial:
         partial.write_bytes(b"".join(lines))

@@ -26,7 +26,8 @@ class Local:
             safely: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
             self.model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype="auto", **safely)
         except Exception as error:  # transformers and the hub's client each raise their own
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            text = str(error).strip() or type(error).__name__
+            reason = text.splitlines()[0]
             raise UserError(
                 f"model={settings.model}: cannot be loaded ({reason}); give a folder or a name on the "
                 "Hugging Face hub that can be reached, or server=URL for a model that a server holds"

@@ -7,6 +7,7 @@ What makes a model's texts differ is what it is told to differ in: the topic and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
@@ -35,7 +36,8 @@ class Prompts:
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.topics) * len(self.audiences) * len(self.templates)
+        lists = (self.topics, self.audiences, self.templates)
+        return prod(map(len, lists))
 
     def __getitem__(self, number: int) -> Prompt:
         drawn = int(permuted(np.array([number]), len(self), self.seed)[0])

@@ -44,9 +44,10 @@ def write(settings: WriteSettings) -> str:
     """
     with open_ledger(settings) as ledger:
         prompts = Prompts(settings.prompts, settings.seed)
-        missing = (prompts[number] for number in range(settings.number) if number not in ledger.done)
+        numbers = range(settings.number)
+        missing = (prompts[number] for number in numbers if number not in ledger.done)
         stop = _fill(settings, ledger, missing)
-        complete = all(number in ledger.done for number in range(settings.number))
+        complete = all(number in ledger.done for number in numbers)
         summary = report(settings, ledger, stop)
     if stop.fault is not None:
         raise UserError(f"{stop.fault}\n{summary}")
@@ -57,18 +58,22 @@ def write(settings: WriteSettings) -> str:
 
 def _fill(settings: WriteSettings, ledger: Ledger, missing: Iterator[Prompt]) -> Stop:
     """Note answers as they come, until there are no more, the money is spent, or nothing but faults comes."""
-    stop, answered, vain = Stop(), 0, 0
+    stop = Stop()
+    answered = vain = 0
+    most = settings.most_dollars
 
     def wanted() -> Iterator[Prompt]:
         for prompt in missing:
-            stop.money = settings.most_dollars is not None and ledger.dollars >= settings.most_dollars
+            stop.money = most is not None and ledger.dollars >= most
             if stop.now:
                 return
             yield prompt
 
     with _bar(settings, ledger) as advance:
-        for prompt, answer in (_from_server if settings.server else _from_model)(settings, wanted()):
-            vain = 0 if answer.aside is None and answer.fault is None else vain + 1
+        answers = _from_server if settings.server else _from_model
+        for prompt, answer in answers(settings, wanted()):
+            is_good = answer.aside is None and answer.fault is None
+            vain = 0 if is_good else vain + 1
             if answer.aside is not None:
                 stop.aside[answer.aside[:100]] += 1
             else:
@@ -107,7 +112,8 @@ def _from_server(settings: WriteSettings, prompts: Iterable[Prompt]) -> Answered
         from outgrow.train.corpus.writing.server import Server
     except ImportError as absent:
         raise UserError("server: asking one needs the package openai: pip install -e '.[write]'") from absent
-    server, left = Server(settings), iter(prompts)
+    server = Server(settings)
+    left = iter(prompts)
     running: dict[Future[Answer], Prompt] = {}
     fault: UserError | None = None
     with ThreadPoolExecutor(settings.at_once) as pool:
@@ -121,7 +127,8 @@ def _from_server(settings: WriteSettings, prompts: Iterable[Prompt]) -> Answered
                 if not running:
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    prompt, error = running.pop(future), future.exception()
+                    prompt = running.pop(future)
+                    error = future.exception()
                     if error is None:
                         yield prompt, future.result()
                     elif not isinstance(error, UserError):

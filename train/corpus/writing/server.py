@@ -83,7 +83,8 @@ class Server:
         try:
             return _read(self.client.chat.completions.create(**self._question(prompt)))
         except APIStatusError as error:
-            status, said = error.status_code, _said(error.response.text)
+            status = error.status_code
+            said = _said(error.response.text)
             if status in FATAL:
                 way_out = FATAL[status].format(
                     key=self.settings.key_variable, model=self.settings.model, server=self.settings.server
@@ -113,7 +114,8 @@ class Server:
 def _read(completion: Any) -> Answer:
     """What the client read, which does not check it against its own types."""
     try:
-        choice, usage = completion.choices[0], getattr(completion, "usage", None)
+        choice = completion.choices[0]
+        usage = getattr(completion, "usage", None)
         text = choice.message.content or ""
         counts = (_count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
         return Answer(text.strip(), *counts, cut=choice.finish_reason == "length")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +63,12 @@ NEUTRAL = ("out", "server", "key_variable", "number", "at_once", "timeout_second
 
 def identity(settings: WriteSettings) -> dict[str, Any]:
     """Everything that decides what is asked of whom; the topics of a file as they are now."""
-    values = {key: value for key, value in asdict(settings).items() if key not in NEUTRAL}
-    values["prompts"] |= {"topics": list(topics(settings.prompts)), "topics_file": None}
-    return values | {
-        "prompts": {key: list(v) if isinstance(v, tuple) else v for key, v in values["prompts"].items()}
-    }
+    values = asdict(settings)
+    for key in NEUTRAL:
+        del values[key]
+    prompts = values["prompts"] | {"topics": topics(settings.prompts), "topics_file": None}
+    lists = {key: list(value) for key, value in prompts.items() if isinstance(value, tuple)}
+    return values | {"prompts": prompts | lists}
 
 
 def topics(settings: PromptSettings) -> tuple[str, ...]:
@@ -115,7 +118,8 @@ def _disagreements(settings: WriteSettings) -> list[str]:
     prices = (settings.dollars_per_million_prompt_tokens, settings.dollars_per_million_completion_tokens)
     if min(prices) < 0:
         faults.append(f"dollars_per_million_…_tokens: must not be negative; found {min(prices)}")
-    if settings.most_dollars is not None and (settings.most_dollars <= 0 or not any(prices)):
+    most_dollars = settings.most_dollars
+    if most_dollars is not None and (most_dollars <= 0 or not any(prices)):
         faults.append(
             "most_dollars: positive, and with prices: give dollars_per_million_prompt_tokens and "
             "…_completion_tokens"
@@ -134,15 +138,16 @@ def _disagreements(settings: WriteSettings) -> list[str]:
         "audiences": settings.prompts.audiences,
         "templates": settings.prompts.templates,
     }
-    faults += [f"prompts.{key}: none; give at least one" for key, entries in lists.items() if not entries]
+    empty = [key for key, entries in lists.items() if not entries]
+    faults += [f"prompts.{key}: none; give at least one" for key in empty]
     for key, entries in lists.items():
-        twice = [entry for entry in dict.fromkeys(entries) if entries.count(entry) > 1]
+        counts = Counter(entries)
+        twice = [entry for entry, count in counts.items() if count > 1]
         faults += [f"prompts.{key}: twice {entry!r}" for entry in twice]
     for template in settings.prompts.templates:
         missing = [name for name in PLACES if name not in template]
         faults += [f"prompts.templates: no {name} in {template!r}" for name in missing]
-    audiences, templates = settings.prompts.audiences, settings.prompts.templates
-    most = len(lists["topics"]) * len(audiences) * len(templates)
+    most = prod(map(len, lists.values()))
     if 0 < most < settings.number:
         faults.append(
             f"number: there are {most} prompts of topic × audience × template, {settings.number} are asked "
