@@ -74,7 +74,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
         faults += _differing(arms, name, read)
     faults += _differing_configs(arms) + _twice(runs) + _differing_within_arms(runs)
     UserError.collect(faults)
-    if not any(run.arm == SCRATCH for run in runs):
+    if SCRATCH not in {run.arm for run in runs}:
         named = listed([run.name for run in runs])
         raise UserError(
             f"no complete {SCRATCH} run among {named}: every cost is measured against it. Train it: "
@@ -103,7 +103,8 @@ def differences(runs: Sequence[Run], stated: Sequence[tuple[str, str]] = ()) -> 
                 value = _value(values.get(key))
                 arms[value].append(arm)
         if len(arms) > 1:
-            parts = [f"{value} ({', '.join(dict.fromkeys(having))})" for value, having in arms.items()]
+            having = {value: ", ".join(dict.fromkeys(names)) for value, names in arms.items()}
+            parts = [f"{value} ({names})" for value, names in having.items()]
             sentences.append(f"{key}: " + "; ".join(parts))
     return sentences
 
@@ -111,7 +112,8 @@ def differences(runs: Sequence[Run], stated: Sequence[tuple[str, str]] = ()) -> 
 def _beside_the_question(run: Run) -> dict[str, Any]:
     """The settings of a run that are no part of what is compared."""
     values = identity(run.record.settings)
-    beside = [key for key in values if not any(path in THE_QUESTION for path in _paths(key))]
+    question = set(THE_QUESTION)
+    beside = [key for key in values if question.isdisjoint(_paths(key))]
     return {key: values[key] for key in beside}
 
 
@@ -164,9 +166,9 @@ def _twice(runs: Sequence[Run]) -> list[str]:
         point = (run.arm, run.learning_rate, run.seed)
         first = by_point.setdefault(point, run)
         if first is not run:
-            same = f"arm {run.arm}, learning rate {run.learning_rate:g}, seed {run.seed}"
             faults.append(
-                f"{first.folder} and {run.folder} are both {same}: leave one out, or give their arms "
+                f"{first.folder} and {run.folder} are both arm {run.arm}, learning rate "
+                f"{run.learning_rate:g}, seed {run.seed}: leave one out, or give their arms "
                 "different names",
             )
     return faults
@@ -177,7 +179,7 @@ def _differing_within_arms(runs: Sequence[Run]) -> list[str]:
     firsts: dict[tuple[str, float], Run] = {}
     faults: dict[str, list[str]] = defaultdict(list)
     for run in runs:
-        first = firsts.setdefault((run.arm, run.learning_rate), run)
+        first = firsts.setdefault(run.point, run)
         if differing := _list_differing(_measured(first), _measured(run)):
             faults[differing].append(f"{first.folder} and {run.folder}")
     return [

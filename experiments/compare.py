@@ -15,7 +15,7 @@ from typing import Any
 from outgrow.experiments.changes import Change, changes
 from outgrow.experiments.comparable import check_comparable, differences
 from outgrow.experiments.cost import Cost, Curve, best_of, cost, half_interval, mean_curve
-from outgrow.experiments.runs import SCRATCH, SOURCE, LeftOut, Run, read_runs
+from outgrow.experiments.runs import SCRATCH, SOURCE, ArmRate, LeftOut, Run, read_runs
 from outgrow.model.base.errors import UserError
 
 METHOD = (
@@ -34,9 +34,6 @@ METHOD = (
     "holds each seed against scratch's run of the same seed. A change is the mean difference of final "
     "losses over pairs of one seed; no interval is corrected for how many are looked at."
 )
-
-
-ArmRate = tuple[str, float]  # an arm and one of its learning rates
 
 
 @dataclass(frozen=True)
@@ -67,6 +64,16 @@ class Row:
         return len(self.seeds)
 
     @property
+    def point(self) -> ArmRate:
+        """The arm and its learning rate, which the runs of a row share."""
+        return self.arm, self.learning_rate
+
+    @property
+    def is_scratch(self) -> bool:
+        """True for the arm that the others are held against."""
+        return self.arm == SCRATCH
+
+    @property
     def saving_interval(self) -> float | None:
         return half_interval(self.seed_savings)
 
@@ -95,12 +102,11 @@ class Comparison:
 
     @property
     def scratch(self) -> Row:
-        return next(row for row in self.best_rows if row.arm == SCRATCH)
+        return next(row for row in self.best_rows if row.is_scratch)
 
     def runs_of(self, row: Row) -> tuple[Run, ...]:
         """The runs of one row, one for each seed."""
-        arm = [run for run in self.runs if run.arm == row.arm]
-        return tuple(run for run in arm if run.learning_rate == row.learning_rate)
+        return tuple(run for run in self.runs if run.point == row.point)
 
 
 def compare(folders: Iterable[str | Path]) -> Comparison:
@@ -144,8 +150,7 @@ def by_rate(runs: Iterable[Run]) -> dict[ArmRate, list[Run]]:
     """The runs of each arm at each learning rate, by seed."""
     groups: dict[ArmRate, list[Run]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: run.seed):
-        key = (run.arm, run.learning_rate)
-        groups[key].append(run)
+        groups[run.point].append(run)
     return {key: groups[key] for key in sorted(groups)}
 
 
@@ -165,8 +170,8 @@ def _mean_curve(group: Sequence[Run]) -> Curve:
     try:
         return mean_curve([run.curve for run in group])
     except ValueError as error:
-        named = " and ".join(str(run.folder) for run in group)
-        raise UserError(f"{named}: {error}; their metrics.jsonl was edited, run them again") from error
+        folders = " and ".join(str(run.folder) for run in group)
+        raise UserError(f"{folders}: {error}; their metrics.jsonl was edited, run them again") from error
 
 
 def _row(group: Sequence[Run], curve: Curve, best: bool, scratch: Sequence[Run], scratch_curve: Curve) -> Row:
@@ -252,7 +257,8 @@ def _notes_on_control(best: Sequence[Row]) -> list[str]:
     if not losing:
         return []
     end = f"ends at {level:.3f} after the same FLOPs, lower than or equal to"
-    return [f"the {SOURCE} arm, trained longer and not bigger, {end}: {', '.join(losing)}"]
+    names = ", ".join(losing)
+    return [f"the {SOURCE} arm, trained longer and not bigger, {end}: {names}"]
 
 
 def grown(rows: Sequence[Row]) -> list[Row]:
@@ -277,7 +283,7 @@ def _notes_on_tuning(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         rates[row.arm].append(row.learning_rate)
     notes = []
-    alone = [arm for arm in sorted(rates) if len(rates[arm]) == 1]
+    alone = [arm for arm, grid in sorted(rates.items()) if len(grid) == 1]
     if alone:
         notes.append(f"one learning rate only, not tuned here: {', '.join(alone)}")
     for row in rows:
@@ -298,7 +304,8 @@ def machine(runs: Sequence[Run]) -> str:
     machines = {f"{record.device}, threads {record.threads}, {record.precision}" for record in records}
     versions = sorted(records[0].versions.items())
     libraries = [f"{name} {version}" for name, version in versions]
-    return ", ".join(["; ".join(sorted(machines)), *libraries])
+    devices = "; ".join(sorted(machines))
+    return ", ".join([devices, *libraries])
 
 
 def answer(comparison: Comparison) -> str:
@@ -315,11 +322,13 @@ def answer(comparison: Comparison) -> str:
         paired = set(row.seeds) <= set(scratch.seeds)
         in_every_seed = row.seed_savings or row.n == 1 or not paired
         seeds = "" if in_every_seed else " in the mean, though not in every seed,"
-        return f"{row.arm} reaches scratch's final loss{seeds} with {saving} FLOPs ({_with_source(row)})"
+        source = _with_source(row)
+        return f"{row.arm} reaches scratch's final loss{seeds} with {saving} FLOPs ({source})"
     row = min(below or rows, key=lambda row: row.final_loss)
     gap = _nats(row.final_loss - scratch.final_loss)
     if below:
-        return f"{row.arm} starts below scratch's final loss and ends {gap} it ({_with_source(row)})"
+        source = _with_source(row)
+        return f"{row.arm} starts below scratch's final loss and ends {gap} it ({source})"
     return f"no grown arm reaches scratch's final loss; the nearest, {row.arm}, ends {gap} it"
 
 

@@ -115,9 +115,13 @@ def loss_range(comparison: Comparison) -> tuple[float, float]:
         if peak < uninformed:
             seen.append(peak)
     highest = max(seen)
-    lowest = min(min(run.curve.losses) for run in _best_runs(comparison))
+    lowest = min(map(_lowest, _best_runs(comparison)))
     margin = 0.06 * (highest - lowest)
     return lowest - margin, highest + margin
+
+
+def _lowest(run: Run) -> float:
+    return min(run.curve.losses)
 
 
 def _curve(comparison: Comparison, row: Row) -> Curve:
@@ -127,7 +131,10 @@ def _curve(comparison: Comparison, row: Row) -> Curve:
 
 def _best_runs(comparison: Comparison) -> list[Run]:
     """The runs of every arm at its best learning rate."""
-    return [run for row in comparison.best_rows for run in comparison.runs_of(row)]
+    runs: list[Run] = []
+    for row in comparison.best_rows:
+        runs += comparison.runs_of(row)
+    return runs
 
 
 def _losses_after(curve: Curve, share: float) -> list[float]:
@@ -296,7 +303,8 @@ def _middle(values: Sequence[float]) -> float:
 
 def _mark_saving(axes: Axes, comparison: Comparison, colours: dict[str, str]) -> None:
     """An arrow from scratch's end to where the cheapest grown arm reached the same loss."""
-    rows = [row for row in grown(comparison.best_rows) if row.cost.outcome == "reached"]
+    arms = grown(comparison.best_rows)
+    rows = [row for row in arms if row.cost.outcome == "reached"]
     scratch = comparison.scratch_curve
     level = comparison.scratch.final_loss
     end = reach(scratch.flops, scratch.losses, level)
@@ -308,15 +316,16 @@ def _mark_saving(axes: Axes, comparison: Comparison, colours: dict[str, str]) ->
     marker: dict[str, Any] = {"marker": "o", "markersize": 9, "markeredgecolor": "white"}
     axes.plot([flops], [level], color=colour, zorder=5, **marker)
     arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 2.2}
-    axes.annotate("", (flops, level), (end, level), arrowprops=arrow, zorder=4)
+    tip, tail = (flops, level), (end, level)
+    axes.annotate("", tip, tail, arrowprops=arrow, zorder=4)
     label = f"{percent(row.cost.saving_excluded or 0.0)} FLOPs"
     style: dict[str, Any] = {"textcoords": "offset points", "color": colour, "bbox": PAPER}
     style |= LABEL
     if flops > 0.5 * end:  # left of the marker, where that leaves the words on scratch's line free
-        axes.annotate(label, (flops, level), (-8, -7), ha="right", va="top", **style)
+        axes.annotate(label, tip, (-8, -7), ha="right", va="top", **style)
     else:  # above the arrow
-        middle = (flops + end) / 2
-        axes.annotate(label, (middle, level), (0, 5), ha="center", va="bottom", **style)
+        middle = ((flops + end) / 2, level)
+        axes.annotate(label, middle, (0, 5), ha="center", va="bottom", **style)
 
 
 def _caption(comparison: Comparison) -> str:

@@ -94,8 +94,8 @@ def judge(folders: Iterable[Path], texts: Mapping[str, TokenData]) -> Judgement:
     best = best_learning_rates(groups)
     names = dict.fromkeys(run.arm for run in runs)
     arms = {arm: groups[arm, best[arm]] for arm in names}
-    seeds = [{run.seed for run in own} for own in arms.values()]
-    shared = set.intersection(*seeds)
+    seeds_of_arms = [{run.seed for run in own} for own in arms.values()]
+    shared = set.intersection(*seeds_of_arms)
     if not shared:
         raise UserError(f"arms {', '.join(arms)}: no seed that all of them were run with")
     judged = []
@@ -103,7 +103,8 @@ def judge(folders: Iterable[Path], texts: Mapping[str, TokenData]) -> Judgement:
         of_shared = [run for run in own if run.seed in shared]
         judged.append(_judge(arm, of_shared, texts))
     eval_tokens = _eval_tokens(runs[0])
-    return Judgement(tuple(judged), tuple(sorted(shared)), eval_tokens, machine(runs))
+    seeds = tuple(sorted(shared))
+    return Judgement(tuple(judged), seeds, eval_tokens, machine(runs))
 
 
 def _judge(arm: str, runs: Sequence[Run], texts: Mapping[str, TokenData]) -> Judged:
@@ -117,7 +118,8 @@ def _judge(arm: str, runs: Sequence[Run], texts: Mapping[str, TokenData]) -> Jud
     for run in runs:
         points = zip(run.curve.tokens, run.curve.losses, strict=True)
         curves.append(tuple(points))
-    return Judged(arm, runs[0].record.data.tokens_read, tuple(curves), losses, bits)
+    tokens = runs[0].record.data.tokens_read
+    return Judged(arm, tokens, tuple(curves), losses, bits)
 
 
 def evaluation(run: Run, data: TokenData) -> Evaluation:

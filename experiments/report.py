@@ -176,7 +176,9 @@ def _changes(comparison: Comparison) -> list[str]:
 
 
 def _differences(differences: Sequence[str]) -> list[str]:
-    return [f"<p><b>{escape(UNLIKE)}:</b></p>", _notes(differences)] if differences else []
+    if not differences:
+        return []
+    return [f"<p><b>{escape(UNLIKE)}:</b></p>", _notes(differences)]
 
 
 def _notes(notes: Sequence[str]) -> str:

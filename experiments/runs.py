@@ -19,6 +19,7 @@ from outgrow.model.base.errors import UserError
 from outgrow.train.run.record import RunRecord, SourceCost, Summary, read_evaluations
 
 RUN_AGAIN = "the folder was edited or damaged: run it again in a new one"
+ArmRate = tuple[str, float]  # an arm and one of its learning rates
 SCRATCH = "scratch"
 SOURCE = "source"  # the control arm: the source itself, trained on, "trained longer, not bigger"
 
@@ -42,6 +43,11 @@ class Run:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def point(self) -> ArmRate:
+        """The arm and its learning rate, which runs of several seeds share."""
+        return self.arm, self.learning_rate
 
     @property
     def final_loss(self) -> float:

@@ -165,11 +165,13 @@ def markdown(comparison: Comparison) -> str:
     """The block that READMEs carry: what differs beside the growth, the answer, the best of every arm, the
     grid if there is one, notes.
     """
-    best = markdown_table(HEADER, list(map(cells, comparison.best_rows)))
+    rows = list(map(cells, comparison.best_rows))
+    best = markdown_table(HEADER, rows)
     parts = [f"**{capital(answer(comparison))}.**", best]
     if comparison.differences:
         lines = [f"- {difference}" for difference in comparison.differences]
-        parts.insert(0, f"**{UNLIKE}:**\n\n" + "\n".join(lines))
+        listing = "\n".join(lines)
+        parts.insert(0, f"**{UNLIKE}:**\n\n{listing}")
     if comparison.changes:
         parts.insert(-1, f"**{summary(comparison.changes)}.**")
         parts += [

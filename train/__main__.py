@@ -99,7 +99,8 @@ def _sweep(overrides: list[str]) -> None:
     points = _check_sweep(overrides)
     if any(override.startswith("hydra/launcher=") for override in overrides):
         names = [f"  {point.name} → {point.out}" for point in points]
-        _say("\n".join((f"submitting {len(points)} jobs:", *names)))
+        heading = f"submitting {len(points)} jobs:"
+        _say("\n".join((heading, *names)))
         _say(
             "their logs: runs/.submitit/JOB/, unless hydra.launcher.submitit_folder says otherwise; "
             "`squeue --me` lists the jobs",

@@ -40,7 +40,8 @@ def evaluate(
         number = first + accelerator.process_index
         weight = float(number < count)
         windows = batches[min(number, count - 1)]
-        loss = model(torch.from_numpy(windows).to(accelerator.device), reduction="sum")
+        ids = torch.from_numpy(windows).to(accelerator.device)
+        loss = model(ids, reduction="sum")
         predicted = windows[:, 1:].size
         counted = torch.tensor([loss.item(), predicted], dtype=torch.float64)
         total += weight * counted

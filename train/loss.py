@@ -88,11 +88,13 @@ class NextTokenLoss(nn.Module):
 
         While a mixture of experts trains, with its routers' load-balancing term.
         """
+        inputs = self.inputs(windows)
         if self.training and self.routed:
-            return balanced_forward(self.network, self.inputs(windows), logits=not self.fused)
+            return balanced_forward(self.network, inputs, logits=not self.fused)
         if self.fused:
-            return self.network.base_model(**self.inputs(windows), use_cache=False).last_hidden_state, None
-        return self.network(**self.inputs(windows), use_cache=False).logits, None
+            output = self.network.base_model(**inputs, use_cache=False)
+            return output.last_hidden_state, None
+        return self.network(**inputs, use_cache=False).logits, None
 
     def from_read(self, read: Tensor, targets: Tensor, reduction: str) -> Tensor:
         """Cross-entropy from what `read` gives; where it is fused, the logits are never whole.
@@ -126,7 +128,8 @@ def balanced(
     if balance is None:
         return text if taught is None else (objective, text)
     weight = len(targets) if reduction == "sum" else 1
-    return Losses(objective + weight * balance.weighted, text, weight * balance.plain)
+    weighted = objective + weight * balance.weighted
+    return Losses(weighted, text, weight * balance.plain)
 
 
 def build_loss(

@@ -44,7 +44,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
     embeddings = _ids(tables)
     find_head: Any = getattr(model, "get_output_embeddings", None)
     head = None if find_head is None else find_head()
-    ends = embeddings if head is None else embeddings | _ids([head])
+    heads = [] if head is None else [head]
+    ends = embeddings | _ids(heads)
     learning = learning_parameters(model)
     multiplied = learning.keys() & matrix_names(model)
     matrices = {id(learning[name]) for name in multiplied} - embeddings
@@ -85,7 +86,8 @@ def matrix_names(model: nn.Module) -> set[str]:
     the twin shows: kernels of depthwise convolutions, `A_log` and experts' biases have several axes too, and
     are no matrices.
     """
-    several = {name for name, p in model.named_parameters() if p.ndim >= 2}
+    parameters = model.named_parameters()
+    several = {name for name, parameter in parameters if parameter.ndim >= 2}
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         return several

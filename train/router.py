@@ -127,7 +127,8 @@ def balanced_forward(
         for hook in hooks:
             hook.remove()
     balance = None if out.aux_loss is None else Balance(out.loss, out.aux_loss)
-    return out.logits if logits else read[-1].last_hidden_state, balance
+    output = out.logits if logits else read[-1].last_hidden_state
+    return output, balance
 
 
 @contextmanager

@@ -85,7 +85,8 @@ def factor(
     share = 1.0 if from_scratch else REWARM[settings.rewarm]
     progress = min(max(progress, 0.0), 1.0)
     if settings.warmup_tokens is None:
-        return SCHEDULES[settings.name](progress, settings.warmup_fraction * share, settings)
+        course = SCHEDULES[settings.name]
+        return course(progress, settings.warmup_fraction * share, settings)
     assert tokens is not None
     warmup = settings.warmup_tokens * share
     rise = min(1.0, tokens / warmup) if warmup > 0 else 1.0

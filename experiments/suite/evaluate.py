@@ -77,7 +77,11 @@ def evaluate(
     folders = [checkpoint_of(Path(run)) for run in runs]
     out = Path(settings.out)
     scores = [Scores(out, folder, settings) for folder in folders]
-    missing = [task for task in suite.tasks if None in [kept.get(task) for kept in scores]]
+
+    def is_missing(task: BenchmarkTask) -> bool:
+        return any(kept.get(task) is None for kept in scores)
+
+    missing = list(filter(is_missing, suite.tasks))
     if missing:
         _measure(missing, folders, scores, settings, say)
     evaluated = []
@@ -181,7 +185,8 @@ class Scores:
 
     def __init__(self, out: Path, checkpoint: Path, settings: EvaluateSettings) -> None:
         digest = hashlib.sha256(str(checkpoint).encode()).hexdigest()
-        self.folder = out / "scores" / f"{title(checkpoint)}-{digest[:8]}"
+        name = f"{title(checkpoint)}-{digest[:8]}"
+        self.folder = out / "scores" / name
         self.tasks = None if settings.tasks is None else Path(settings.tasks).expanduser()
         self.weights = weights_of(checkpoint)
         self.settings = settings

@@ -112,7 +112,8 @@ def write_benchmarks(path: str, target: Path) -> dict[str, Any]:
 
     def of_each(values: list[int]) -> np.ndarray:
         """A text's number for each of the n-grams that stay, (unique,)."""
-        return np.repeat(np.array(values, np.int32), sizes)[first]
+        repeated = np.repeat(np.array(values, np.int32), sizes)
+        return repeated[first]
 
     lengths = of_each([length for _, length, _ in columns])
     owners = of_each([owner for _, _, owner in columns])
@@ -149,7 +150,8 @@ class FindOverlaps(PipelineStep):
         benchmarks = read_benchmarks(self.ngrams, self.ngrams.stat().st_mtime_ns)
         for document in data or ():
             document_words = words(document.text)
-            document.metadata["overlaps"] = benchmarks.overlaps(document_words, word_hashes(document_words))
+            hashes = word_hashes(document_words)
+            document.metadata["overlaps"] = benchmarks.overlaps(document_words, hashes)
             yield document
 
 
@@ -163,7 +165,8 @@ def _every_text(path: str) -> Iterator[str]:
                 yield from _strings(part.to_pylist())
     elif kind in (".json", ".jsonl"):
         with reading(path) as file:
-            yield from _strings(_json_values(path, Tally().decode(file.read())))
+            text = Tally().decode(file.read())
+            yield from _strings(_json_values(path, text))
     elif kind in (".csv", ".tsv"):
         with reading(path) as file:
             table = csv.reader(

@@ -227,7 +227,9 @@ def _slurm(
     if not (
         submitted.is_file() and _is_queued(submitted.read_text())
     ):  # else it was submitted before the one who waited was stopped
-        executor.logging_dir.rm("faults", recursive=True) if executor.logging_dir.isdir("faults") else None
+        logs = executor.logging_dir
+        if logs.isdir("faults"):
+            logs.rm("faults", recursive=True)
         try:
             executor.run()
         except (OSError, subprocess.CalledProcessError) as error:

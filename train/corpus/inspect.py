@@ -129,7 +129,8 @@ def _sample(data: TokenData, split: str, row: dict[str, Any], end: int, characte
     text = tokenizer.decode(first, skip_special_tokens=False)
     score = float(row["score"])
     kept_score = None if np.isnan(score) else score
-    return Sample(str(row["document"]), split, tokens, kept_score, text[:characters])
+    name, shown = str(row["document"]), text[:characters]
+    return Sample(name, split, tokens, kept_score, shown)
 
 
 def _low_scores(path: Path) -> np.ndarray:
@@ -159,9 +160,10 @@ def used_bins(sources: Sequence[Source]) -> tuple[int, int]:
 def report(sources: Sequence[Source]) -> str:
     """Tables in Markdown: what each source holds and what was left out of it, how long its documents are,
     what they scored; samples."""
-    tables = [_shares(sources), _removed(sources), _lengths(sources), *_scores(sources)]
-    text = "\n\n".join([*tables, _samples(sources)])
-    return f"{text}\n"
+    parts = [_shares(sources), _removed(sources), _lengths(sources)]
+    parts += _scores(sources)
+    parts.append(_samples(sources))
+    return "\n\n".join(parts) + "\n"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -178,7 +180,9 @@ def _shares(sources: Sequence[Source]) -> str:
     total = sum(source.total("tokens") for source in sources)
     rows = []
     for source in sources:
-        documents, size, tokens = (source.total(unit) for unit in ("documents", "bytes", "tokens"))
+        documents = source.total("documents")
+        size = source.total("bytes")
+        tokens = source.total("tokens")
         read = max(1, source.manifest["read"]["documents"])
         row = [
             source.name,
@@ -212,7 +216,8 @@ def _removed(sources: Sequence[Source]) -> str:
         for key in ("empty_skipped", "too_long_skipped"):
             count = read[key]
             if count:
-                rows.append([source.name, key.replace("_", " "), f"{count:,}", ""])
+                reason = key.replace("_", " ")
+                rows.append([source.name, reason, f"{count:,}", ""])
         removed = source.manifest["cleaning"]["removed"]
         for key, counts in removed.items():
             reason = key.replace("_", " ")
@@ -232,7 +237,8 @@ def _lengths(sources: Sequence[Source]) -> str:
         shortest = LENGTHS[i]
         longest = LENGTHS[i + 1] - 1
         counts = [f"{source.lengths[i]:,}" for source in sources]
-        rows.append([f"{shortest:,}–{longest:,}", *counts])
+        bounds = f"{shortest:,}–{longest:,}"
+        rows.append([bounds, *counts])
     names = [source.name for source in sources]
     return _table(["tokens in a document", *names], rows)
 
@@ -246,8 +252,9 @@ def _scores(sources: Sequence[Source]) -> Iterator[str]:
             kept_tenths = source.kept_scores.reshape(10, 4).sum(1)
             rows = []
             for i in range(10):
-                score = f"{i / 10:.1f}–{(i + 1) / 10:.1f}"
-                rows.append([score, f"{low_tenths[i]:,}", f"{kept_tenths[i]:,}"])
+                least, most = i / 10, (i + 1) / 10
+                low, kept = low_tenths[i], kept_tenths[i]
+                rows.append([f"{least:.1f}–{most:.1f}", f"{low:,}", f"{kept:,}"])
             heading = (
                 f"{source.name}: {cut['kept']:,} of {cut['scored']:,} documents kept, from a score of "
                 f"{cut['threshold']:.3f} on"
@@ -264,6 +271,7 @@ def _samples(sources: Sequence[Source]) -> str:
             score = "" if sample.score is None else f", score {sample.score:.3f}"
             size = f"{sample.tokens:,} tokens"
             lines = [f"    {line}" for line in sample.text.splitlines()]
-            heading = f"{source.name}, {sample.split}: {sample.document} ({size}{score})"
+            part = f"{source.name}, {sample.split}"
+            heading = f"{part}: {sample.document} ({size}{score})"
             parts.append(heading + "\n\n" + "\n".join(lines))
     return "\n\n".join(parts)

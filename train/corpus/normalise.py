@@ -28,5 +28,6 @@ def normalised(text: str) -> str:
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
     text = _CONTROL.sub("", _LINE_ENDS.sub("\n", text))
-    lines = "\n".join(line.rstrip() for line in text.split("\n"))
+    stripped = [line.rstrip() for line in text.split("\n")]
+    lines = "\n".join(stripped)
     return _BLANK_LINES.sub("\n\n\n", lines).strip("\n")

@@ -42,7 +42,8 @@ def draw(sources: Sequence[Source], path: Path) -> None:
 
 
 def _shares(axes: Axes, sources: Sequence[Source]) -> None:
-    tokens = np.array([source.total("tokens") for source in sources], float)
+    counts = [source.total("tokens") for source in sources]
+    tokens = np.array(counts, float)
     places = np.arange(len(sources))[::-1]
     axes.barh(
         places,
@@ -69,7 +70,8 @@ def _shares(axes: Axes, sources: Sequence[Source]) -> None:
 def _lengths(axes: Axes, sources: Sequence[Source]) -> None:
     first, last = used_bins(sources)
     for source, colour in zip(sources, cycle(COLOURS), strict=False):
-        shares = 100 * source.lengths / max(1, source.lengths.sum())
+        count = max(1, source.lengths.sum())
+        shares = 100 * source.lengths / count
         axes.stairs(shares, LENGTHS, color=colour, lw=1.8, label=source.name)
     axes.set_xscale("log", base=2)
     axes.set_xlim(LENGTHS[first], LENGTHS[last + 1])
@@ -83,7 +85,8 @@ def _lengths(axes: Axes, sources: Sequence[Source]) -> None:
 
 def _scores(axes: Axes, source: Source, colour: str) -> None:
     cut = source.manifest["cleaning"]["filter"]
-    axes.stairs(source.low_scores + source.kept_scores, SCORES, fill=True, color=GONE, label="removed")
+    every = source.low_scores + source.kept_scores
+    axes.stairs(every, SCORES, fill=True, color=GONE, label="removed")
     axes.stairs(source.kept_scores, SCORES, fill=True, color=colour, label="kept")
     axes.axvline(cut["threshold"], color=INK, lw=1, ls=(0, (4, 2)))
     axes.set_xlim(0, 1)

@@ -347,7 +347,8 @@ def split_of(work: Workshop, verdicts: Verdicts, settings: DataSettings) -> Spli
         raise _nothing_left(work, settings)
     if len(every) == 1:
         return Split(settings, cut=True)
-    bound = min(settings.validation_fraction * 2**64, 2**64 - 1)
+    largest = 2**64 - 1
+    bound = min(settings.validation_fraction * 2**64, largest)
     validation = every < np.uint64(bound)
     if validation.any() and not validation.all():
         return Split(settings)

@@ -161,7 +161,9 @@ class Tokenise(PipelineStep):
                     columns["validation"].append(validation)
                 counts = columns["tokens"][-len(batch) :]
                 self.stat_update("tokens", value=sum(counts))
-        arrays = {name: np.array(columns[name], kind) for name, kind in kinds.items()}
+        arrays = {}
+        for name, kind in kinds.items():
+            arrays[name] = np.array(columns[name], kind)
         lengths = self.work.path("lengths", rank, ".npz")
         with whole_file(lengths) as partial, partial.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]

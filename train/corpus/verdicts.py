@@ -253,5 +253,9 @@ def _removed(
 
 def _spelt(row: dict[str, Any]) -> dict[str, Any]:
     """A row with its text in UTF-8: names of files may hold bytes that are none."""
-    texts = {key: value for key, value in row.items() if isinstance(value, str)}
-    return row | {key: text.encode(errors="replace").decode() for key, text in texts.items()}
+    return {key: _utf8(value) for key, value in row.items()}
+
+
+def _utf8(value: Any) -> Any:
+    """A text as UTF-8 has it; another value as it is."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value

@@ -35,7 +35,8 @@ KINDS = ("prose", "code")
 def words(text: str, kind: str = "prose") -> list[str]:
     """The words of a text in order, spelt so that equal words are equal strings."""
     if kind == "code":
-        return _CODE.findall(text if text.isascii() else unicodedata.normalize("NFC", text))
+        composed = text if text.isascii() else unicodedata.normalize("NFC", text)
+        return _CODE.findall(composed)
     if text.isascii():
         return _WORD.findall(text.lower())
     folded = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text)).lower()

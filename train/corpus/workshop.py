@@ -55,7 +55,8 @@ class Workshop:
         return Workshop, (self.folder,)
 
     def path(self, kind: str, task: int, suffix: str) -> Path:
-        name = self.tasks[task] if kind in BY_IDENTITY else f"{task:06d}"
+        by_identity = kind in BY_IDENTITY
+        name = self.tasks[task] if by_identity else f"{task:06d}"
         return self.folder / kind / f"{name}{suffix}"
 
     @property

@@ -103,7 +103,8 @@ def batch(
         return _drawn(split, index, context, seed)
     rows = np.empty((len(index), context + 1), np.int64)
     for share in split.shares(index):
-        rows[share.rows] = _drawn(share.split, share.draws, context, seed, share.key)
+        windows = _drawn(share.split, share.draws, context, seed, share.key)
+        rows[share.rows] = windows
     return rows
 
 
@@ -115,7 +116,8 @@ def _drawn(split: TokenSplit, draws: np.ndarray, context: int, *key: int) -> np.
     chosen = np.empty_like(draws)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        chosen[here] = permuted(positions[here], windows, *key, int(epoch))
+        own = positions[here]
+        chosen[here] = permuted(own, windows, *key, int(epoch))
     return _read(split, chosen, context)
 
 

@@ -193,7 +193,8 @@ def _phase(
         start = last.stop
         counts = last.counts(last.stop - last.start)
         for name in windows:
-            before[name] = last.before.get(name, 0) + counts.get(name, 0)
+            earlier = last.before.get(name, 0)
+            before[name] = earlier + counts.get(name, 0)
     if settings.passes is not None:
         parts = _windows_of(settings.passes, windows)
         length: int | None = int(sum(parts.values()))
@@ -291,7 +292,8 @@ def mixed(
         text = source_data(source, own, data)
         if text is not None:
             texts[name] = text
-    prepared = {name: prepare(text) for name, text in apart(texts).items()}
+    separate = apart(texts)
+    prepared = {name: prepare(text) for name, text in separate.items()}
 
     splits: dict[str, TokenSplit] = {}
     parts = [data.fingerprint]
@@ -349,6 +351,6 @@ def source_data(source: SourceSettings, own: DataSettings, data: TokenData) -> D
     assert manifest is not None
     home = source.data.home
     digest = manifest["tokenizer"]["sha256"]
-    folder = str(home.with_name(f"{home.name}-{digest[:8]}"))
+    folder = home.with_name(f"{home.name}-{digest[:8]}")
     tokenizer = str(data.tokenizer_folder)
-    return replace(source.data, tokenizer=tokenizer, folder=folder)
+    return replace(source.data, tokenizer=tokenizer, folder=str(folder))

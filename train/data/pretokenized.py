@@ -153,7 +153,8 @@ def _check(
         print(f"{folder}: checking {size:,} bytes of tokens", file=sys.stderr)
     counts = {}
     for name in SPLITS:
-        counts[name] = Count(np.zeros(entries(tokenizer), np.int64))
+        nothing = np.zeros(entries(tokenizer), np.int64)
+        counts[name] = Count(nothing)
         for part in parts[name]:
             _count(part, dtype, counts[name], tokenizer)
     manifest = wanted | _contents(counts, dtype, tokenizer)
@@ -245,7 +246,7 @@ def _parts(
     ends."""
     whole_files: dict[str, list[Part]] = {}
     for name, of_split in files.items():
-        whole_files[name] = [Part(file, 0, len(file.ids(dtype))) for file in of_split]
+        whole_files[name] = [_whole(file, dtype) for file in of_split]
     if whole_files["validation"]:
         return whole_files
 
@@ -262,6 +263,10 @@ def _parts(
     if not train:
         raise UserError(f"data.validation_fraction: {share} of the tokens leaves none to train on; lower it")
     return {"train": train, "validation": validation}
+
+
+def _whole(file: TokenFile, dtype: np.dtype) -> Part:
+    return Part(file, 0, len(file.ids(dtype)))
 
 
 def _cut(file: TokenFile, dtype: np.dtype, wanted: int, end_of_text: int) -> int:
@@ -312,7 +317,9 @@ def _type_of(files: Sequence[TokenFile], tokenizer: PreTrainedTokenizerFast, nam
                 return dtype
             best = max(best, share)
     named = [file for file in files if file.tokenizer]
-    hint = f"; {named[0].path.name} keeps the name {named[0].tokenizer!r}" if named else ""
+    hint = ""
+    if named:
+        hint = f"; {named[0].path.name} keeps the name {named[0].tokenizer!r}"
     raise UserError(
         f"data.tokenizer={name}: it is not the tokenizer of {files[0].path}: of pieces that are decoded "
         f"and cut again, {best:.0%} of the ids are the same{hint}; name the tokenizer that cut them"
@@ -338,9 +345,10 @@ def _piece(ids: np.ndarray, start: int, end_of_text: int) -> np.ndarray:
     """Up to PIECE `ids` of one document, behind `start`: from its beginning where that is near."""
     part = ids[start : start + 8 * PIECE]
     ends = np.flatnonzero(part == end_of_text)
-    first = int(ends[0]) + 1 if start and len(ends) else 0  # the rest of a document goes before
-    if first == len(part):
-        first = 0
+    first = 0
+    if start and len(ends):  # the rest of a document goes before
+        begin = int(ends[0]) + 1
+        first = begin if begin < len(part) else 0
     later = ends[ends > first]
     end = int(later[0]) if len(later) else len(part)
     stop = min(end, first + PIECE)

@@ -6,6 +6,7 @@ import glob
 from dataclasses import dataclass, field
 from itertools import takewhile
 from math import fsum
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
@@ -232,7 +233,7 @@ class MixtureSettings:
 
 
 # settings that say which documents are held out
-HOLDING_OUT = ("seed", "validation_fraction", "validation_path")
+HOLDING_OUT = ("seed", "validation_fraction", "validation_path", "clean.normalise")
 
 
 def mixture_disagreements(mixture: MixtureSettings, data: DataSettings) -> list[str]:
@@ -277,10 +278,10 @@ def held_out_faults(trained: DataSettings, judged: DataSettings) -> list[str]:
     """
     if not _may_share(trained, judged):
         return []
-    pairs = {key: (getattr(trained, key), getattr(judged, key)) for key in HOLDING_OUT}
-    pairs["clean.normalise"] = (trained.clean.normalise, judged.clean.normalise)
     faults = []
-    for key, (value, other) in pairs.items():
+    for key in HOLDING_OUT:
+        value = attrgetter(key)(trained)
+        other = attrgetter(key)(judged)
         holds = value >= other if key == "validation_fraction" else value == other
         if not holds:
             faults.append(

@@ -54,11 +54,12 @@ def _fused(module: nn.Module) -> nn.Module | None:
             own = _value_and_slope(module, at)
         except Exception:  # no function of one tensor; the library's classes raise every kind
             return None
+        tolerance = SAME * at.abs().clamp(min=1.0)
         for kernel in FUSED:
             theirs = _value_and_slope(kernel, at)
             pairs = list(zip(own, theirs, strict=True))
             apart = ((one - other).abs() for one, other in pairs)
-            if all(bool((gap <= SAME * at.abs().clamp(min=1.0)).all()) for gap in apart):
+            if all(bool((gap <= tolerance).all()) for gap in apart):
                 same = all(torch.equal(one, other) for one, other in pairs)
                 return None if same else kernel
     return None

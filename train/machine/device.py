@@ -182,7 +182,8 @@ def _mixed_precision(asked: str, cpu: bool) -> str:
         raise UserError(
             f"train.precision=bf16: {torch.cuda.get_device_name()} has no bf16; use train.precision=fp32",
         )
-    return "bf16" if asked == "bf16" or (asked == "auto" and able) else "no"
+    mixes = asked == "bf16" or (asked == "auto" and able)
+    return "bf16" if mixes else "no"
 
 
 def device_name(device: torch.device) -> str:

@@ -98,7 +98,8 @@ def prepare(
     if accelerator.ddp_handler is not None:
         accelerator.ddp_handler.find_unused_parameters = unused
     if accelerator.is_fsdp2:
-        layers = sorted({type(layer).__name__ for layer in layers_of(objective)})
+        names = {type(layer).__name__ for layer in layers_of(objective)}
+        layers = sorted(names)
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = layers
     else:
         objective.to(accelerator.device)  # sharding moves one layer at a time

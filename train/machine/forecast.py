@@ -63,7 +63,8 @@ def forecast(settings: Settings) -> Forecast:
     plan = settings.forecast
     loop = settings.train
     if budget.rows % plan.gpus:
-        windows = max(1, round(budget.rows / plan.gpus)) * plan.gpus
+        each = max(1, round(budget.rows / plan.gpus))
+        windows = each * plan.gpus
         raise UserError(
             f"forecast.gpus: {plan.gpus} do not divide the {budget.rows} windows of a batch "
             "(train.batch_tokens / train.context); try "
@@ -110,7 +111,8 @@ def largest_micro_batch(config: dict[str, Any], context: int, room: float) -> in
         UserError: the class's forward pass depends on values.
     """
     start = ["growth=scratch", "target=tiny_target", "forecast.gpus=1", "train.precision=bf16"]
-    settings = compose([*start, f"train.context={context}", f"train.batch_tokens={2 * context}"])
+    sizes = [f"train.context={context}", f"train.batch_tokens={2 * context}"]
+    settings = compose([*start, *sizes])
     with FakeTensorMode():
         network = empty_model(config, dtype=torch.float32)
     groups = groups_of(network)
@@ -217,7 +219,9 @@ def tell(settings: Settings) -> str:
     sizes = {name: size / GIB for name, size in vars(counted.memory).items() if size}
     parts = [f"{name} {size:.1f}" for name, size in sizes.items()]
     total = counted.memory.total / GIB
-    verdict = "" if room is None else f", {_verdict(total, room)} in {room:g} GiB"
+    verdict = ""
+    if room is not None:
+        verdict = f", {_verdict(total, room)} in {room:g} GiB"
     lines.append(
         f"GiB per GPU   {' + '.join(parts)} = {total:.1f}{verdict} (sharding {settings.sharding.name})"
     )
@@ -258,7 +262,8 @@ def ways_out(settings: Settings, room: float) -> list[str]:
     totals = []
     for key, changed in choices.items():
         if changed != settings:
-            totals.append((forecast(changed).memory.total / GIB, key))
+            total = forecast(changed).memory.total / GIB
+            totals.append((total, key))
     totals.sort(key=lambda pair: pair[0])
     return [f"with {key}: {total:.1f} GiB, {_verdict(total, room)}" for total, key in totals]
 

@@ -155,7 +155,8 @@ def _sentence(process: int, sign: Sign | None, silent: bool) -> str:
 
 def standing() -> tuple[str, bool]:
     """The innermost line of this project that the main thread is in, and whether it waits there."""
-    innermost = sys._current_frames().get(threading.main_thread().ident or 0)
+    main = threading.main_thread().ident or 0
+    innermost = sys._current_frames().get(main)
     frame = innermost
     while frame is not None:
         module = str(frame.f_globals.get("__name__"))

@@ -91,7 +91,8 @@ class Meter:
             if position.router_sum is not None:
                 row["router_loss"] = position.router_sum / position.loss_count
         row["grad_norm"] = position.grad_norm
-        row["tokens_per_second"] = round((position.tokens - tokens) / passed, 1)
+        speed = (position.tokens - tokens) / passed
+        row["tokens_per_second"] = round(speed, 1)
         row["mfu"] = None
         if self.peak is not None:
             achieved = (position.flops - flops) / passed

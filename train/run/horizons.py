@@ -128,7 +128,8 @@ def take_over_trunk(folder: Path, record: Trunk) -> None:
             f"{folder}: it goes on from {kept}, which is gone; delete the folder to train it from its "
             "beginning",
         )
-    write_text(folder / run_folder.METRICS, (trunk / run_folder.METRICS).read_text())
+    metrics = (trunk / run_folder.METRICS).read_text()
+    write_text(folder / run_folder.METRICS, metrics)
     if (trunk / run_folder.SAMPLES).is_file():
         write_text(folder / run_folder.SAMPLES, (trunk / run_folder.SAMPLES).read_text())
     for name in (run_folder.START, "stages"):

@@ -92,7 +92,8 @@ def open_log(folder: Path, settings: Settings, run: RunRecord, writes: bool) -> 
         yield None
         return
     console = Console(settings.progress, settings.name, run.budget_tokens)
-    log = Log(folder, open_trackers(folder, settings, run, console.say), console)
+    trackers = open_trackers(folder, settings, run, console.say)
+    log = Log(folder, trackers, console)
     try:
         yield log
     finally:

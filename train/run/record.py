@@ -309,7 +309,8 @@ def _evaluation(row: Any) -> LoggedEvaluation | None:
         return None
     known = row["val_loss"]
     loss = math.nan if known is None else float(known)
-    return LoggedEvaluation(float(row["tokens"]), float(row["flops"]), loss)
+    tokens, flops = float(row["tokens"]), float(row["flops"])
+    return LoggedEvaluation(tokens, flops, loss)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------

@@ -48,7 +48,8 @@ def samples(
     chosen = np.stack([rows[number] for number in spread])
     context = chosen.shape[1] - 1
     length = min(PROMPT_TOKENS, context // 2)
-    prompts = torch.from_numpy(chosen[:, :length]).to(accelerator.device)
+    beginnings = torch.from_numpy(chosen[:, :length])
+    prompts = beginnings.to(accelerator.device)
     model: Any = network
     training = model.training
     model.eval()
@@ -67,5 +68,6 @@ def samples(
     continuations = []
     for row in written.tolist():
         text = decode(row[length:], skip_special_tokens=True)
-        continuations.append(Sample(decode(row[:length]), text))
+        prompt = decode(row[:length])
+        continuations.append(Sample(prompt, text))
     return continuations

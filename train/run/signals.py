@@ -68,7 +68,8 @@ def watched() -> Iterator[Callable[[], str | None]]:
 
     main = threading.current_thread() is threading.main_thread()
     # ignored: its parent takes care of it
-    heard = [number for number in SIGNALS if main and signal.getsignal(number) != signal.SIG_IGN]
+    own = SIGNALS if main else ()
+    heard = [number for number in own if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, note) for number in heard}
     try:
         yield lambda: came[0] if came else None

@@ -154,7 +154,8 @@ def write(
             write_text(partial / METRICS, metrics)
             digests[METRICS] = _digest(partial / METRICS)
             record = {**position, "files": digests}
-            write_json(partial / STATE, record | {"sha256": _record_digest(record)})
+            signed = record | {"sha256": _record_digest(record)}
+            write_json(partial / STATE, signed)
 
 
 def _all_digests(partial: Path, group: Any) -> dict[str, dict[str, Any]]:
@@ -259,8 +260,8 @@ def _telling_damage(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # several libraries report a damaged file in several ways
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = f"no {error}" if isinstance(error, KeyError) else lines[0]
+        text = str(error).strip() or type(error).__name__
+        reason = f"no {error}" if isinstance(error, KeyError) else text.splitlines()[0]
         raise UserError(f"checkpoint {path}: cannot be loaded ({reason})") from error
 
 

@@ -35,8 +35,10 @@ def check_text(settings: Settings, stage: Stage, source: Path | None, data: Toke
     text = calibration(
         plan(source, stage.config, growth.operator, seed=settings.seed, **growth.options), source
     )
-    held = np.asarray(data.validation.tokens[:MOST], "<u4").tobytes()
-    beginnings = [row[:COMPARED].astype("<u4").tobytes() for row in (*text.fit, *text.held)]
+    first = data.validation.tokens[:MOST]
+    held = np.asarray(first, "<u4").tobytes()
+    rows = (*text.fit, *text.held)
+    beginnings = [row[:COMPARED].astype("<u4").tobytes() for row in rows]
     shared = sum(beginning in held for beginning in beginnings)
     if 4 * shared >= len(beginnings):
         raise UserError(

@@ -162,7 +162,8 @@ def _number(value: float) -> str:
     text = str(value)
     if abs(value) < 1e18:  # false for NaN
         text = format(Decimal(text), "f")
-    text = text.rstrip("0").rstrip(".") if "." in text else text
+    if "." in text:
+        text = text.rstrip("0").rstrip(".")
     return text.replace("-", "minus").replace("+", "")
 
 

@@ -66,14 +66,16 @@ def rehearse_end(
         model.generation_config, notes = generation_config(source, config)
     weights = None
     if sharded:
-        tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        state = model.state_dict()
+        tensors = {name: tensor.clone() for name, tensor in state.items()}
         weights = tied_again(tensors, model)
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
         try:
             with quietly():
                 write_model(Path(folder), model, weights, data, dtype)
                 AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-                _hold(twin, model, load_model(folder), SAME if dtype == "float32" else ROUNDED)
+                tolerance = SAME if dtype == "float32" else ROUNDED
+                _hold(twin, model, load_model(folder), tolerance)
         except Exception as fault:  # the library's classes raise every kind
             reason = str(fault) if isinstance(fault, UserError) else in_one_line(fault, 400)
             raise UserError(

@@ -93,7 +93,8 @@ def _laid_over(settings: Settings, source: Path | None, config: dict[str, Any] |
         return changed
     if source is None or config is None or has_schema(config):
         return resolve_target(target, config)
-    options = {name: choices[name] for name in options_of(operator) if name in choices}
+    names = [name for name in options_of(operator) if name in choices]
+    options = {name: choices[name] for name in names}
     if operator in LEARNED:
         operator = choices.get("width", "lossless")  # which writes what is fitted
         options = {}

@@ -45,7 +45,9 @@ class Stage:
 
     def start(self, folder: Path) -> Path:
         """The folder of the weights that it starts from, in a run's folder."""
-        return folder / START if self.number == 0 else folder / FOLDER / str(self.number)
+        if self.number == 0:
+            return folder / START
+        return folder / FOLDER / str(self.number)
 
 
 def stages_of(settings: Settings, config: Mapping[str, Any]) -> tuple[Stage, ...]:
@@ -70,7 +72,8 @@ def stages_of(settings: Settings, config: Mapping[str, Any]) -> tuple[Stage, ...
             )
         own = growth
         if number > 0:
-            own = GrowthSettings(growth.name, asked.operator, dict(asked.options))
+            options = dict(asked.options)
+            own = GrowthSettings(growth.name, asked.operator, options)
         own_config = _config_of(config, asked.layers, asked.sizes)
         stages.append(Stage(number, first, last, own_config, own, asked.moments))
     return tuple(stages)
@@ -92,7 +95,8 @@ def _config_of(config: Mapping[str, Any], layers: float, sizes: Mapping[str, Any
     count = max(1, round(layers * depth))
     own = {family.field_name("num_hidden_layers"): count, **sizes}
     smaller = resolve_target(own, config)
-    return {key: follow_layers(key, value, range(count), depth) for key, value in smaller.items()}
+    first = range(count)
+    return {key: follow_layers(key, value, first, depth) for key, value in smaller.items()}
 
 
 def spans_of(
@@ -125,7 +129,8 @@ def spans_of(
     spans = []
     for last in sorted(ends - {0}):
         stage = next(stage for stage in stages if last <= stage.last)
-        unpaid = unpaid_flops_per_token(stage.config, context, frozen.get(stage.number, ()))
+        learn_nothing = frozen.get(stage.number, ())
+        unpaid = unpaid_flops_per_token(stage.config, context, learn_nothing)
         own = flops_per_token(stage.config, context) - unpaid
         taught = teaching if last <= taught_steps else 0.0
         spans.append(Span(last, own + taught))

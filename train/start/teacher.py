@@ -99,7 +99,8 @@ class TaughtLoss(NextTokenLoss):
         student = student.flatten(0, 1)
         targets = windows[:, 1:].flatten()
         with torch.no_grad():
-            teacher = self._teacher[0].read(windows)[0].flatten(0, 1)
+            read, _ = self._teacher[0].read(windows)
+            teacher = read.flatten(0, 1)
         text = self.from_read(student, targets, reduction)
         teaching = divergence(student, self.logits, teacher, self._teacher[0].logits, temperature)
         if reduction == "mean":
@@ -124,7 +125,8 @@ def divergence(
 
     def part(student: Tensor, teacher: Tensor) -> Tensor:
         with torch.no_grad():
-            expected = (teaching_head(teacher).float() / temperature).log_softmax(-1)
+            taught = teaching_head(teacher).float() / temperature
+            expected = taught.log_softmax(-1)
         logits = head(student)[..., : expected.shape[-1]].float()
         predicted = (logits / temperature).log_softmax(-1)
         return functional.kl_div(predicted, expected, reduction="sum", log_target=True)

@@ -68,7 +68,8 @@ class EntryRates:
                 continue
             if every or not mask.any():
                 mask = torch.tensor(every)  # one value stands for all entries
-            self.inherited.append((parameter, mask.to(parameter.device)))
+            placed = mask.to(parameter.device)
+            self.inherited.append((parameter, placed))
 
     @contextmanager
     def applied(self, progress: float) -> Iterator[None]:
@@ -239,5 +240,6 @@ def named_state(optimizer: torch.optim.Optimizer, network: PreTrainedModel) -> d
     state = optimizer.state_dict()
     groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
     for saved, group in groups:
-        saved["param_names"] = [names[id(parameter)] for parameter in group["params"]]
+        identities = map(id, group["params"])
+        saved["param_names"] = [names[identity] for identity in identities]
     return state

@@ -118,7 +118,8 @@ def squad(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, float]:
 
 def normalized(text: str) -> str:
     """Lower case, without punctuation, articles and superfluous blanks: as the official script compares."""
-    plain = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    letters = text.lower()
+    plain = "".join(letter for letter in letters if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
 
 
@@ -128,7 +129,8 @@ def overlap(written: str, answer: str) -> float:
     theirs = answer.split()
     if not ours or not theirs:
         return float(ours == theirs)
-    common = sum((Counter(ours) & Counter(theirs)).values())
+    both = Counter(ours) & Counter(theirs)
+    common = sum(both.values())
     return 2 * common / (len(ours) + len(theirs))
 
 

@@ -63,7 +63,8 @@ def load_suite(name: str) -> Suite:
     import yaml
 
     path = CONF / "suite" / f"{name}.yaml"
-    known = sorted(leaf.stem for leaf in path.parent.glob("*.yaml"))
+    leaves = path.parent.glob("*.yaml")
+    known = sorted(leaf.stem for leaf in leaves)
     if name not in known:
         unknown("suite", name, known)
     try:

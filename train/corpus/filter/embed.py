@@ -40,7 +40,8 @@ class Encoder:
     @property
     def window(self) -> int:
         """Tokens in one piece of a text; longer texts are read in several."""
-        return min(WINDOW, getattr(self.model.config, "max_position_embeddings", None) or WINDOW)
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        return min(WINDOW, positions or WINDOW)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """The mean over a text's tokens: float32 (texts, dimensions); a text without a token is all zeros."""

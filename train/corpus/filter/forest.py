@@ -47,7 +47,8 @@ class Forest:
             parts = []
             for tree, root in zip(trees, roots, strict=True):
                 nodes = np.asarray(getattr(tree, name), np.int64)
-                parts.append(np.where(nodes == LEAF, LEAF, nodes + root))
+                is_leaf = nodes == LEAF
+                parts.append(np.where(is_leaf, LEAF, nodes + root))
             return np.concatenate(parts)
 
         return cls(
@@ -68,8 +69,10 @@ class Forest:
             node = np.full(len(features), root)
             while (inner := self.left[node] != LEAF).any():
                 feature = np.where(inner, self.feature[node], 0)
-                goes_left = features[rows, feature] <= self.threshold[node]
-                child = np.where(goes_left, self.left[node], self.right[node])
+                values = features[rows, feature]
+                goes_left = values <= self.threshold[node]
+                left, right = self.left[node], self.right[node]
+                child = np.where(goes_left, left, right)
                 node = np.where(inner, child, node)
             total += self.value[node]
         return total / len(self.roots)
@@ -78,7 +81,8 @@ class Forest:
         """Write the arrays, and a JSON card about them, into `folder`."""
         from safetensors.numpy import save_file
 
-        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+        names = [field.name for field in fields(self)]
+        arrays = {name: getattr(self, name) for name in names}
         save_file(arrays, folder / ARRAYS)
         text = json.dumps({"format": FORMAT, **card}, indent=1)
         (folder / CARD).write_text(f"{text}\n")
@@ -143,4 +147,5 @@ def _fault(forest: Forest, dimensions: Any) -> str | None:
 
 def _within(values: np.ndarray, least: int, most: int) -> bool:
     """Check that no value is below `least` or above `most`."""
-    return not ((values < least).any() or (values > most).any())
+    outside = (values < least) | (values > most)
+    return not outside.any()

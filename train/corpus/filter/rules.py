@@ -42,7 +42,8 @@ def measure(source: str) -> Measures:
         "docstring_share": 0.0,
         "name_length": 0.0,
     }
-    measures["table_share"] = round(len(tables) / max(1, len(lines)), 3)
+    share = len(tables) / max(1, len(lines))
+    measures["table_share"] = round(share, 3)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of escapes that a string should not have

@@ -61,7 +61,8 @@ class Educational(BaseFilter):
 
     def filter_batch(self, batch: list[Step]) -> list[bool]:
         fitted = load_filter(self.folder, self.encoder)
-        scores = fitted.scores([document.text for document in batch]).tolist()
+        texts = [document.text for document in batch]
+        scores = fitted.scores(texts).tolist()
         for document, score in zip(batch, scores, strict=True):
             document.metadata["score"] = score
         least = self.threshold
@@ -78,7 +79,8 @@ class KeepScores(PipelineStep):
         self.work = work
 
     def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
-        scores = np.full(self.work.counts[rank], np.nan, np.float32)
+        count = self.work.counts[rank]
+        scores = np.full(count, np.nan, np.float32)
         for document in data or ():
             row = document.metadata["row"]
             scores[row] = document.metadata["score"]
@@ -164,7 +166,8 @@ def threshold(blocks: Callable[[], Iterable[np.ndarray]], keep: float) -> dict[s
 
 def _ordered(scores: np.ndarray) -> np.ndarray:
     """Integers in the order of the scores: the bits of a float that is not negative are."""
-    numbers = scores[~np.isnan(scores)].astype(np.float32)
+    is_scored = ~np.isnan(scores)
+    numbers = scores[is_scored].astype(np.float32)
     return numbers.view(np.uint32).astype(np.int64)
 
 

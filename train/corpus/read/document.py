@@ -66,7 +66,8 @@ class Tally:
         (`check_broken`)."""
         self.broken_skipped += 1
         self.broken = [*self.broken, str(fault)][:PLACES]
-        if self.broken_skipped >= MANY and 2 * self.broken_skipped > self.records:
+        mostly_broken = 2 * self.broken_skipped > self.records
+        if self.broken_skipped >= MANY and mostly_broken:
             self.check_broken(0.5)  # at once: most of it is something else
 
     def check_broken(self, most: float) -> None:

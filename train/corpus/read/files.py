@@ -79,7 +79,8 @@ class Files:
 
     def stamp(self) -> str:
         """A hash that is cheap and may change without need; when it is the same, nothing has changed."""
-        return hash_of((file.name, file.size, file.version) for file in self.files)
+        stamps = ((file.name, file.size, file.version) for file in self.files)
+        return hash_of(stamps)
 
     def digest(self, advance: Callable[[int], None], count: int | None = None) -> str:
         """A hash of the names and contents of the first `count` files; `advance` is told the bytes read for
@@ -149,7 +150,8 @@ def files_of(path: str, key: str, own: frozenset[str] | set[str] = frozenset()) 
     root = Path(expanded)
     wanted = re.compile(".*", re.DOTALL)
     if glob.has_magic(expanded) and not root.exists():
-        fixed = list(map(glob.has_magic, root.parts)).index(True)
+        magic = [glob.has_magic(part) for part in root.parts]
+        fixed = magic.index(True)
         pattern = _pattern(root.parts[fixed:])
         root = Path(*root.parts[:fixed])
         wanted = re.compile(pattern, re.DOTALL)
@@ -309,7 +311,8 @@ def _remote(url: str, key: str) -> tuple[File, ...]:
             continue
         address = name if "://" in name else system.unstrip_protocol(name)
         size = int(info.get("size") or 0)
-        remote.append(File(name.removeprefix(root), address, size, _version(info)))
+        relative = name.removeprefix(root)
+        remote.append(File(relative, address, size, _version(info)))
     if not remote:
         raise UserError(
             f"{key}={url}: none of its {len(entries)} files ends in {' '.join(READERS)}; give a folder or a "

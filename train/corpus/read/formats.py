@@ -90,7 +90,8 @@ def _json(opened: Opened) -> Iterator[tuple[str, str]]:
     except ValueError as error:
         if getattr(error, "msg", "") != "Extra data":
             raise _not_json(opened.path, text, error) from error
-        yield from _lines(replace(opened, file=io.BytesIO(text.encode())))
+        recoded = io.BytesIO(text.encode())
+        yield from _lines(replace(opened, file=recoded))
         return
     items = value if isinstance(value, list) else [value]
     for number, item in enumerate(items, 1):

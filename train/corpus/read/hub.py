@@ -26,7 +26,8 @@ class Hub:
     def documents(self, tally: Tally) -> Iterator[Document]:
         column = self.settings.column
         for row in self._rows(tally.item):
-            name = f"{self.settings.dataset}:{self.settings.split}:{tally.item}"
+            settings = self.settings
+            name = f"{settings.dataset}:{settings.split}:{tally.item}"
             if column not in row:
                 names = ", ".join(row) or "none"
                 raise UserError(

@@ -45,7 +45,8 @@ class Read(PipelineStep):
     def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
         task = rank if self.task is None else self.task
         files = self.work.files(task)
-        self.before = read_before(self.work, task) if limited(self.settings) else Tally()
+        if limited(self.settings):
+            self.before = read_before(self.work, task)
         if is_full(self.settings, self.before):
             return
         self.contents = [content_of(file) for file in files]

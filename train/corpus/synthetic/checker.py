@@ -48,7 +48,8 @@ def _batch(
 ) -> list[str | None]:
     """The results of as many items as one process managed, and at least of one."""
     command = [sys.executable, "-I", "-S", str(WORKER), str(seconds), str(memory_bytes), *modules]
-    programs = json.dumps([[item.program, item.prints] for item in items])
+    pairs = [(item.program, item.prints) for item in items]
+    programs = json.dumps(pairs)
     try:
         done = subprocess.run(
             command,

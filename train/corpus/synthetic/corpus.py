@@ -77,7 +77,8 @@ class Generated:
         for number, item, failure in _checked(left, batch):
             tally.item = number + 1
             if failure is None:
-                yield from tally.document(f"{kind}-{seed}-{number:08d}", item.text, limit)
+                name = f"{kind}-{seed}-{number:08d}"
+                yield from tally.document(name, item.text, limit)
             else:
                 tally.programs_failed += 1
 
@@ -87,7 +88,8 @@ class Generated:
         kind = f"{self.settings.corpus} {self.settings.seed}"
         digest = hashlib.sha256(kind.encode())
         here = Path(__file__).parent
-        for file in sorted([*here.glob("*.py"), *here.glob("tables/*.yaml")]):
+        own = [*here.glob("*.py"), *here.glob("tables/*.yaml")]
+        for file in sorted(own):
             digest.update(file.read_bytes())
         return digest.hexdigest()
 

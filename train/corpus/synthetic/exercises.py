@@ -26,7 +26,8 @@ def docstring(problem: Problem, random: Random) -> Item:
     tasks = "\n".join(f"{capital(task)}." for task in problem.tasks())
     first = range(min(2, len(problem.cases)))
     examples = "\n\n".join(shown(problem, case) for case in first)
-    code = problem.function(doc=f"\n{tasks}\n\n{examples.rstrip()}\n")
+    doc = f"\n{tasks}\n\n{examples.rstrip()}\n"
+    code = problem.function(doc=doc)
     asserts = problem.asserts()
     return Item(f"{code}\n\n\n{asserts}\n", f"{code}\n{asserts}")
 
@@ -47,7 +48,7 @@ def statement(problem: Problem, random: Random) -> Item:
         f"example, `{problem.call(0)}` gives `{problem.result(0)!r}`.\n\n## "
         f"Solution\n\n{fenced(problem.function())}\n\n## Tests\n\n{fenced(problem.asserts())}\n"
     )
-    return Item(text, f"{problem.function()}\n{problem.asserts()}")
+    return Item(text, problem.program())
 
 
 def explained(problem: Problem, random: Random) -> Item:
@@ -60,7 +61,7 @@ def explained(problem: Problem, random: Random) -> Item:
         f"Why it works\n\nFollow the call `{problem.call(1)}`:\n\n{steps}\n\nSo the function returns "
         f"`{problem.result(1)!r}`.\n"
     )
-    return Item(text, f"{problem.function()}\n{problem.asserts()}")
+    return Item(text, problem.program())
 
 
 def bug(problem: Problem, random: Random) -> Item | None:
@@ -122,7 +123,7 @@ def fill_in(problem: Problem, random: Random) -> Item | None:
         f"of what it has to do:\n\n{fenced(shown(problem, 0))}\n\n## Answer\n\nThe line is "
         f"`{lines[missing].strip()}`. The whole function:\n\n{fenced(problem.function())}\n"
     )
-    return Item(text, f"{problem.function()}\n{problem.asserts()}")
+    return Item(text, problem.program())
 
 
 def rewrite(problem: Problem, random: Random) -> Item:

@@ -135,6 +135,10 @@ class Problem:
         lines = [f"assert {self.call(case)} == {self.result(case)!r}" for case in numbers]
         return "\n".join(lines)
 
+    def program(self) -> str:
+        """The function, and the asserts that check it."""
+        return f"{self.function()}\n{self.asserts()}"
+
 
 def draw_problem(random: Random) -> Problem:
     """A problem that is worth setting: each step changes the result, and no value is too large to show."""
@@ -173,7 +177,8 @@ def _draw_steps(theme: Theme, length: int, random: Random) -> tuple[Step, ...]:
 @cache
 def _locals(operation: Operation) -> frozenset[str]:
     """The names that the operation's own loop uses."""
-    return frozenset(re.findall(r"(?<![\w$.])[a-z_]+\b", operation.loop)) - frozenset(keyword.kwlist)
+    words = re.findall(r"(?<![\w$.])[a-z_]+\b", operation.loop)
+    return frozenset(words) - frozenset(keyword.kwlist)
 
 
 def _draw_cases(theme: Theme, steps: tuple[Step, ...], style: str, random: Random) -> tuple[Case, ...] | None:

@@ -35,7 +35,7 @@ def section(problem: Problem, random: Random) -> Item:
         f"argument:\n\n{steps}\n\n**Question.** What does `{problem.call(last)}` return?\n\n**Answer.** "
         f"`{problem.result(last)!r}`.\n"
     )
-    return Item(text, f"{problem.function()}\n{problem.asserts()}")
+    return Item(text, problem.program())
 
 
 def worked(problem: Problem, random: Random) -> Item:
@@ -52,7 +52,7 @@ def worked(problem: Problem, random: Random) -> Item:
         f"`{KINDS[problem.gives]}`.\n\n{fenced(problem.function())}\n\n"
         f"**Check.**\n\n{fenced(shown(problem, 0))}\n\n{notes}\n"
     )
-    return Item(text, f"{problem.function()}\n{problem.asserts()}")
+    return Item(text, problem.program())
 
 
 def two_ways(problem: Problem, random: Random) -> Item:
@@ -104,7 +104,8 @@ def dialogue(problem: Problem, random: Random) -> Item:
     argument, results = problem.cases[0]
     steps = zip(starts, problem.tasks(), problem.whys(), results, strict=False)
     for start, task, why, result in steps:
-        turns.append(f'{asks}: "{start}"\n\n{tells}: "{capital(task)}. {why}"')
+        reply = f"{capital(task)}. {why}"
+        turns.append(f'{asks}: "{start}"\n\n{tells}: "{reply}"')
         turns.append(
             f'{asks}: "So for `{argument!r}` I have `{result!r}` after this step?"\n\n{tells}: "Exactly."'
         )
@@ -116,7 +117,7 @@ def dialogue(problem: Problem, random: Random) -> Item:
         + "\n\n".join(turns)
         + f"\n\nIn the end they have written:\n\n{fenced(problem.function())}\n"
     )
-    return Item(text, f"{problem.function()}\n{problem.asserts()}")
+    return Item(text, problem.program())
 
 
 def summary(problem: Problem, random: Random) -> Item:
@@ -141,7 +142,7 @@ def summary(problem: Problem, random: Random) -> Item:
         + "\n\n".join(mixed)
         + "\n"
     )
-    return Item(text, f"{problem.function()}\n{problem.asserts()}")
+    return Item(text, problem.program())
 
 
 def _topics(problem: Problem) -> str:

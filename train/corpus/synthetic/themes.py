@@ -33,7 +33,8 @@ class Theme:
 
 
 def _numbers(theme: Theme, random: Random) -> list[int]:
-    return [random.randint(0, 25) for _ in range(random.randint(5, 9))]
+    count = random.randint(5, 9)
+    return [random.randint(0, 25) for _ in range(count)]
 
 
 def _text(theme: Theme, random: Random) -> str:

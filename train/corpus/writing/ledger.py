@@ -63,7 +63,8 @@ class Ledger:
         }
         file = self.files[answer.fault is not None]
         with telling_disk_faults(Path(self.settings.out)):
-            file.write(json.dumps(entry, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+            line = json.dumps(entry, ensure_ascii=False) + "\n"
+            file.write(line.encode("utf-8", "replace"))
             file.flush()
             os.fsync(file.fileno())
         self._count(entry)
@@ -71,8 +72,9 @@ class Ledger:
     def _count(self, entry: dict[str, Any]) -> None:
         self.done.add(entry["number"])
         self.dollars += entry["dollars"]
-        self.tokens.update({key: entry[key] or 0 for key in ("prompt_tokens", "completion_tokens")})
-        self.uncounted += entry["prompt_tokens"] is None or entry["completion_tokens"] is None
+        counts = {key: entry[key] for key in ("prompt_tokens", "completion_tokens")}
+        self.tokens.update({key: count or 0 for key, count in counts.items()})
+        self.uncounted += None in counts.values()
         if "fault" in entry:
             self.faults[entry["fault"][:60]] += 1
 

@@ -91,7 +91,8 @@ class Local:
         ended = end in written
         kept = written[: written.index(end)] if ended else written
         text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
-        return Answer(text, len(prompt_ids), len(kept) + ended, cut=not ended)
+        count = len(kept) + ended  # with the end of text
+        return Answer(text, len(prompt_ids), count, cut=not ended)
 
     def _worded(self, prompt: Prompt) -> str:
         """In the model's own chat form, where it has one."""

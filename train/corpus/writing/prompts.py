@@ -40,7 +40,8 @@ class Prompts:
         return prod(map(len, lists))
 
     def __getitem__(self, number: int) -> Prompt:
-        drawn = int(permuted(np.array([number]), len(self), self.seed)[0])
+        positions = permuted(np.array([number]), len(self), self.seed)
+        drawn = int(positions[0])
         drawn, template = divmod(drawn, len(self.templates))
         topic, audience = (
             self.topics[drawn // len(self.audiences)],

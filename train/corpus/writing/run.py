@@ -154,7 +154,8 @@ def _from_model(settings: WriteSettings, prompts: Iterable[Prompt]) -> Answered:
 
 def report(settings: WriteSettings, ledger: Ledger, stop: Stop) -> str:
     """What there is now, with its counts and its price."""
-    missing = sum(number not in ledger.done for number in range(settings.number))
+    numbers = range(settings.number)
+    missing = sum(number not in ledger.done for number in numbers)
     lines = [
         f"{settings.out}: {ledger.documents:,} documents of {settings.number:,}",
         *(f"  rejected, {fault}: {count:,}" for fault, count in sorted(ledger.faults.items())),

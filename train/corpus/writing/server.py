@@ -81,7 +81,8 @@ class Server:
             UserError: the key, model or address is wrong.
         """
         try:
-            return _read(self.client.chat.completions.create(**self._question(prompt)))
+            question = self._question(prompt)
+            return _read(self.client.chat.completions.create(**question))
         except APIStatusError as error:
             status = error.status_code
             said = _said(error.response.text)
@@ -96,7 +97,8 @@ class Server:
         except APIConnectionError as error:
             return Answer.put_aside(str(error.__cause__ or error))
         except (OpenAIError, httpx2.HTTPError, ValueError) as error:  # a whole response that is no answer
-            return Answer.put_aside(f"no chat completion ({type(error).__name__}: {error})")
+            reason = f"{type(error).__name__}: {error}"
+            return Answer.put_aside(f"no chat completion ({reason})")
 
     def _question(self, prompt: Prompt) -> dict[str, Any]:
         wanted = self.settings

@@ -80,14 +80,16 @@ def topics(settings: PromptSettings) -> tuple[str, ...]:
     if settings.topics_file is None:
         return settings.topics
     try:
-        lines = Path(settings.topics_file).expanduser().read_text(encoding="utf-8").splitlines()
+        path = Path(settings.topics_file).expanduser()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"prompts.topics_file={settings.topics_file}: cannot be read ({error}); give a text file, one "
             "topic a line"
         ) from error
     topics = [line.strip() for line in lines]
-    return tuple(dict.fromkeys([*settings.topics, *filter(None, topics)]))
+    every = [*settings.topics, *filter(None, topics)]
+    return tuple(dict.fromkeys(every))
 
 
 def settings_from(overrides: Sequence[str]) -> WriteSettings:
@@ -126,7 +128,8 @@ def _disagreements(settings: WriteSettings) -> list[str]:
         )
     if settings.temperature < 0:
         faults.append(f"temperature: must not be negative; found {settings.temperature}")
-    if settings.server is not None and not settings.server.startswith(("http://", "https://")):
+    server = settings.server
+    if server is not None and not server.startswith(("http://", "https://")):
         faults.append(
             f"server: expected a URL such as http://127.0.0.1:8000/v1; found {settings.server!r}; null for "
             "a model on this machine"
