@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from outgrow.growth.decision import Decision
+from outgrow.growth.decision import Decision, LineKey
 from outgrow.growth.expansion import AxisMap, Expansion, Fill
 from outgrow.growth.layers import LayerMap
 from outgrow.growth.routing import broken_conditions
@@ -45,10 +45,6 @@ class Certificate:
 
     def __str__(self) -> str:
         return "lossless" if self.lossless else "not lossless: " + "; ".join(self.reasons)
-
-
-_LineKey = tuple[str, str, bool]  # a line's name and text; whether the tensor is its bias
-_Maps = tuple[AxisMap, ...]
 
 
 def certify(plan: Decision) -> Certificate:
@@ -168,7 +164,7 @@ def _layers(plan: Decision) -> Iterator[str]:
 
 def _steps(plan: Decision) -> Iterator[str]:
     """Prove (3): every tensor has the maps of its spaces and takes its own source."""
-    expected: dict[_LineKey, _Maps] = {}
+    expected: dict[LineKey, tuple[AxisMap, ...]] = {}
     faults: dict[str, int] = {}
     for step in plan.steps:
         line = step.tensor.line

@@ -23,6 +23,8 @@ from outgrow.model.family import Config, Family, Tensor
 from outgrow.model.keys import follow_layers
 from outgrow.model.starts import Start
 
+LineKey = tuple[str, str, bool]  # of a schema's line: name, text, whether the tensor is its bias
+
 
 class Sparse(Protocol):
     """What a decision tells of its change into a mixture of experts; `growth.experts.Change` is one."""

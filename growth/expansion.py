@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property, reduce
+from itertools import chain
 
 import numpy as np
 
@@ -27,6 +28,10 @@ class Fill(IntEnum):
     MEAN = 2  # gain × the mean of the source tensor over this axis
     RANDOM = 3  # fresh values: normal(0, σ) in matrices, 0 in biases, 1 in norm scales
     NEXT = 4  # gain × the source index in the same tensor of the next source layer
+
+
+_Alike = tuple[Fill, float]  # (fill, gain)
+_Content = tuple[Fill, float, int, int]  # (fill, gain, first source column, number of columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,9 +81,10 @@ class AxisMap:
         """Make a map from an index with -1 where the target index is new and holds `fill`."""
         index = np.asarray(index, np.int64)
         new = index < 0
-        gains = np.broadcast_to(np.asarray(gain, np.float64), index.shape).copy()
-        fills = np.where(new, fill, Fill.COPY).astype(np.uint8)
-        return cls(source, np.where(new, 0, index), gains, fills)
+        gains = np.broadcast_to(np.asarray(gain, np.float64), index.shape)
+        fills = np.where(new, fill, Fill.COPY)
+        copied = np.where(new, 0, index)
+        return cls(source, copied, gains.copy(), fills.astype(np.uint8))
 
     @classmethod
     def identity(cls, size: int) -> AxisMap:
@@ -96,8 +102,9 @@ class AxisMap:
 
     @property
     def is_identity(self) -> bool:
+        same_size = self.source == self.target
         unscaled = bool(self.copies.all() and (self.gain == 1).all())
-        return self.source == self.target and unscaled and self.same_index(range(self.source))
+        return same_size and unscaled and self.same_index(range(self.source))
 
     def same_index(self, index: np.ndarray | range) -> bool:
         """Check that the copied indices are exactly `index`."""
@@ -105,7 +112,8 @@ class AxisMap:
 
     def counts(self) -> np.ndarray:
         """(n,) the number of copies of each source index."""
-        return np.bincount(self.index[self.copies], minlength=self.source)
+        index = self.index[self.copies]
+        return np.bincount(index, minlength=self.source)
 
     def scaled(self, factor: float) -> AxisMap:
         """Multiply every gain."""
@@ -114,47 +122,56 @@ class AxisMap:
     def cut(self, start: int, stop: int) -> AxisMap:
         """The map of the target indices `start` to `stop` alone."""
         part = slice(start, stop)
-        return AxisMap(self.source, self.index[part], self.gain[part], self.fill[part])
+        index, gain, fill = self.index[part], self.gain[part], self.fill[part]
+        return AxisMap(self.source, index, gain, fill)
 
     def split(self) -> AxisMap:
         """Make the reading side of these copies: each divided by their number, so that they sum to the
         source.
         """
         counts = self.counts()[self.index]
-        return replace(self, gain=self.gain / np.maximum(counts, 1))
+        divisors = np.maximum(counts, 1)
+        return replace(self, gain=self.gain / divisors)
 
     def number(self) -> np.ndarray:
         """(N,) the number of each copy among those of its source index: 0, 1, …; 0 where it is no copy."""
         number = np.zeros(self.target, np.int64)
         copied = np.flatnonzero(self.copies)
-        order = copied[np.argsort(self.index[copied], kind="stable")]
+        by_source = np.argsort(self.index[copied], kind="stable")
+        order = copied[by_source]
         if len(order):
             # Sorted by source index, each run of equal indices counts from 0.
-            changes = np.flatnonzero(np.diff(self.index[order])) + 1
+            steps = np.diff(self.index[order])
+            changes = np.flatnonzero(steps) + 1
             starts = np.r_[0, changes]
-            lengths = np.diff(np.r_[starts, len(order)])
-            number[order] = np.arange(len(order)) - np.repeat(starts, lengths)
+            stops = np.r_[changes, len(order)]
+            first = np.repeat(starts, stops - starts)
+            number[order] = np.arange(len(order)) - first
         return number
 
     def from_next_layer(self, new: np.ndarray) -> AxisMap:
         """Take the indices marked in `new` from the next layer instead."""
-        return replace(self, fill=np.where(new, Fill.NEXT, self.fill).astype(np.uint8))
+        fill = np.where(new, Fill.NEXT, self.fill)
+        return replace(self, fill=fill.astype(np.uint8))
 
     def filled(self, fill: Fill) -> AxisMap:
         """Let every new index hold `fill`."""
-        return replace(self, fill=np.where(self.copies, Fill.COPY, fill).astype(np.uint8))
+        fills = np.where(self.copies, Fill.COPY, fill)
+        return replace(self, fill=fills.astype(np.uint8))
 
     @cached_property
     def pieces(self) -> list[Piece]:
         """Pieces that cover the axis: one per run of columns, or one for all of a fill and gain where runs
         are many.
         """
-        taken = (self.fill == Fill.COPY) | (self.fill == Fill.NEXT)
+        is_copy = self.fill == Fill.COPY
+        taken = is_copy | (self.fill == Fill.NEXT)
         fresh = self.fill == Fill.RANDOM
-        source = np.where(taken, self.index, np.arange(self.target))
+        positions = np.arange(self.target)
+        source = np.where(taken, self.index, positions)
         source[fresh] = np.arange(fresh.sum())
-        pieces: dict[tuple[Fill, float], list[Piece]] = {}
-        first: dict[tuple[Fill, float, int, int], Strips] = {}  # the first target columns with this content
+        pieces: dict[_Alike, list[Piece]] = {}
+        first: dict[_Content, Strips] = {}  # the first target columns with this content
         for run in runs(source, self.gain, self.fill):
             fill = Fill(int(self.fill[run.start]))
             gain = float(self.gain[run.start])
@@ -163,17 +180,22 @@ class AxisMap:
             columns = Strips(int(source[run.start]), width)
             like = target
             if taken[run.start]:
-                like = first.setdefault((fill, gain, columns.first, width), target)
-            piece = Piece(fill, target, columns, gain, None if like is target else like)
+                content = (fill, gain, columns.first, width)
+                like = first.setdefault(content, target)
+            is_first = like is target
+            piece = Piece(fill, target, columns, gain, None if is_first else like)
             pieces.setdefault((fill, gain), []).append(piece)
-        return [piece for alike in pieces.values() for piece in self._together(alike, source)]
+        merged = [self._together(alike, source) for alike in pieces.values()]
+        return list(chain.from_iterable(merged))
 
     def _together(self, pieces: list[Piece], source: np.ndarray) -> list[Piece]:
         """Merge many pieces of the same fill and gain."""
         if len(pieces) <= 4:
             return pieces
-        fill, gain = pieces[0].fill, pieces[0].gain
-        chosen = np.flatnonzero((self.fill == fill) & (self.gain == gain))
+        fill = pieces[0].fill
+        gain = pieces[0].gain
+        same_gain = self.gain == gain
+        chosen = np.flatnonzero(same_gain & (self.fill == fill))
         if regular := strips(chosen, source[chosen]):
             return [Piece(fill, *regular, gain)]
         if len(pieces) <= self.target // 16:
@@ -185,9 +207,11 @@ class AxisMap:
             return NotImplemented
         if self.source != other.source or not np.array_equal(self.fill, other.fill):
             return False
-        same_index = np.array_equal(self.index[self.copies], other.index[self.copies])
-        scaled = self.copies | (self.fill == Fill.MEAN)
-        return same_index and np.allclose(self.gain[scaled], other.gain[scaled], rtol=1e-12, atol=0)
+        copies = self.copies
+        same_index = np.array_equal(self.index[copies], other.index[copies])
+        scaled = copies | (self.fill == Fill.MEAN)
+        gains, other_gains = self.gain[scaled], other.gain[scaled]
+        return same_index and np.allclose(gains, other_gains, rtol=1e-12, atol=0)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -200,11 +224,13 @@ _TAKES = np.array([True, False, False, False, True])  # fills that take a source
 
 def product(left: AxisMap, right: AxisMap) -> AxisMap:
     """Compose the map of the flattened axis `(left right)`, row-major."""
-    index = left.index[:, None] * right.source + right.index
-    gain = left.gain[:, None] * right.gain
+    # (left, right), flattened at the end
+    first = left.index[:, None] * right.source
+    index = (first + right.index).reshape(-1)
+    gain = (left.gain[:, None] * right.gain).reshape(-1)
     one, other = np.broadcast_arrays(left.fill[:, None], right.fill)
-    fill = np.where(_PRECEDENCE[one] >= _PRECEDENCE[other], one, other)
-    index, gain, fill = (array.reshape(-1) for array in (index, gain, fill))
+    left_holds = _PRECEDENCE[one] >= _PRECEDENCE[other]
+    fill = np.where(left_holds, one, other).reshape(-1)
     index = np.where(_TAKES[fill], index, 0)
     return AxisMap(left.source * right.source, index, gain, fill)
 
@@ -224,7 +250,8 @@ def compose(axis: Axis, of_space: Callable[[Space], AxisMap]) -> AxisMap:
     if isinstance(axis, Space):
         return AxisMap.identity(int(axis.name)) if axis.fixed else of_space(axis)
     parts = (compose(part, of_space) for part in axis.parts)
-    return reduce(product if isinstance(axis, Product) else concatenate, parts)
+    join = product if isinstance(axis, Product) else concatenate
+    return reduce(join, parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,7 +288,8 @@ class Expansion:
         shift: AxisMap | None = None,
     ) -> Expansion:
         """Make an expansion whose norm maps are, by default, the writing map."""
-        scale, shift = scale or write, shift or write
+        scale = scale or write
+        shift = shift or write
         return cls(write, read, read, rule, scale, shift, scale, shift, scale)
 
     @classmethod

@@ -44,7 +44,8 @@ def _pairs_padded(n: int, N: int, turned: int, turned_target: int) -> np.ndarray
     """
     if turned == turned_target:
         return _padded(n, N)
-    half, half_target = turned // 2, turned_target // 2
+    half = turned // 2
+    half_target = turned_target // 2
     first = _padded(half, half_target)
     second = np.where(first < 0, -1, first + half)
     rest = _padded(n - turned, N - turned_target)
@@ -58,16 +59,20 @@ def _vocabulary(n: int, N: int) -> Expansion:
 
     The rule is the same for every operator.
     """
-    kept = AxisMap.of(n, _padded(n, N), Fill.MEAN)
-    return Expansion.of(
-        kept, kept, "unchanged" if n == N else f"{N - n} new tokens: mean of the old and a little noise"
-    )
+    rule = "unchanged"
+    if n < N:
+        rule = f"{N - n} new tokens: mean of the old and a little noise"
+    index = _padded(n, N)
+    kept = AxisMap.of(n, index, Fill.MEAN)
+    return Expansion.of(kept, kept, rule)
 
 
 def _positions(n: int, N: int) -> Expansion:
     """Start new learned positions fresh, for every operator."""
-    kept = AxisMap.of(n, _padded(n, N), Fill.RANDOM)
-    return Expansion.of(kept, kept, "unchanged" if n == N else f"{N - n} new positions: fresh")
+    rule = "unchanged" if n == N else f"{N - n} new positions: fresh"
+    index = _padded(n, N)
+    kept = AxisMap.of(n, index, Fill.RANDOM)
+    return Expansion.of(kept, kept, rule)
 
 
 def _each_space(growth: Growth, grow: Callable[[str, int, int], Expansion]) -> dict[str, Expansion]:
@@ -78,8 +83,12 @@ def _each_space(growth: Growth, grow: Callable[[str, int, int], Expansion]) -> d
         N = growth.target[space]
         if space in rules:
             expansions[space] = rules[space](n, N)
-        elif space != "layer":
-            expansions[space] = Expansion.identity(n) if n == N else grow(space, n, N)
+        elif space == "layer":
+            continue
+        elif n == N:
+            expansions[space] = Expansion.identity(n)
+        else:
+            expansions[space] = grow(space, n, N)
     return expansions
 
 
@@ -113,18 +122,23 @@ def lemon(growth: Growth) -> Recipe:
     norms: Qwen3, OLMo 2), or no config key sets the epsilon (a constant of OPT's code; families whose schema
     is derived).
     """
-    n, N = growth.source["residual"], growth.target["residual"]
-    return replace(_average_expansion(growth, lambda rho: 1.0), eps_factor=(N // n) * n / N)
+    n = growth.source["residual"]
+    N = growth.target["residual"]
+    rho = (N // n) * n / N
+    recipe = _average_expansion(growth, lambda rho: 1.0)
+    return replace(recipe, eps_factor=rho)
 
 
 def _average_expansion(growth: Growth, writer_gain: Callable[[float], float]) -> Recipe:
     def grow(space: str, n: int, N: int) -> Expansion:
         if space == "residual":
-            return _average_residual(growth, n, N, writer_gain((N // n) * n / N))
+            rho = (N // n) * n / N
+            return _average_residual(growth, n, N, writer_gain(rho))
         if space in ("qk", "v"):
             return _free_head_dims(growth, space, n, N)
         copies = AxisMap.of(n, _wrapped(n, N))
-        return Expansion.of(copies, copies.split(), f"{n} → {N}: copied in turn, readers divided")
+        rule = f"{n} → {N}: copied in turn, readers divided"
+        return Expansion.of(copies, copies.split(), rule)
 
     return Recipe(_each_space(growth, grow), hidden_ratio=growth.hidden_ratio, moments="transpose")
 
@@ -134,15 +148,21 @@ def _average_residual(growth: Growth, n: int, N: int, c: float) -> Expansion:
     r = N // n
     rho = r * n / N
     position = np.arange(N)
-    index = np.where(position < r * n, position % n, -1)
+    is_copy = position < r * n
+    index = np.where(is_copy, position % n, -1)
     mean = growth.family.norm == "layer"
     scale = AxisMap.of(n, index, Fill.MEAN, gain=sqrt(rho))
     shift = AxisMap.of(n, index, Fill.ZERO)
-    read = AxisMap.of(n, index, Fill.RANDOM).split()
-    tied = 1 / (r * c * growth.embedding_gain) if growth.tied else 1.0
-    fill, word = (Fill.MEAN, "mean") if mean else (Fill.ZERO, "zero")
+    copies = AxisMap.of(n, index, Fill.RANDOM)
+    read = copies.split()
+    tied = 1.0
+    if growth.tied:
+        tied = 1 / (r * c * growth.embedding_gain)
+    fill = Fill.MEAN if mean else Fill.ZERO
+    word = "mean" if mean else "zero"
     rest = N - r * n
-    residue = f", {rest} {word} residues" if rest > 0 else ""
+    residues = f", {rest} {word} residues"
+    residue = residues if rest > 0 else ""
     return Expansion(
         write=AxisMap.of(n, index, fill, gain=c),
         read=read if growth.family.prenorm else read.scaled(1 / c),
@@ -157,8 +177,12 @@ def _average_residual(growth: Growth, n: int, N: int, c: float) -> Expansion:
 
 
 def _free_head_dims(growth: Growth, space: str, n: int, N: int) -> Expansion:
-    turned = growth.family.rotary_dims(growth.source_config), growth.family.rotary_dims(growth.target_config)
-    index = _pairs_padded(n, N, *turned) if space == "qk" else _padded(n, N)
+    family = growth.family
+    turned = family.rotary_dims(growth.source_config)
+    turned_target = family.rotary_dims(growth.target_config)
+    index = _padded(n, N)
+    if space == "qk":
+        index = _pairs_padded(n, N, turned, turned_target)
     gain = growth.attention_gain if space == "qk" else 1.0
     write = AxisMap.of(n, index, Fill.RANDOM, gain=gain)
     kept = AxisMap.of(n, index, Fill.RANDOM)
@@ -184,8 +208,10 @@ def random_pad(growth: Growth) -> Recipe:
 
 def _pad(growth: Growth, fill: Fill, word: str) -> Recipe:
     def grow(space: str, n: int, N: int) -> Expansion:
-        kept = AxisMap.of(n, _padded(n, N), fill)
-        return Expansion.of(kept, kept, f"{n} → {N}: source first, {N - n} {word}")
+        index = _padded(n, N)
+        kept = AxisMap.of(n, index, fill)
+        rule = f"{n} → {N}: source first, {N - n} {word}"
+        return Expansion.of(kept, kept, rule)
 
     return Recipe(_each_space(growth, grow))
 
@@ -205,17 +231,21 @@ def tile(growth: Growth, *, mode: str = "middle", heads: str = "head_aware") -> 
         unknown("tile heads", heads, ("head_aware", "flat"))
 
     def tiled(n: int, N: int) -> AxisMap:
-        position = np.arange(N) - (0 if mode == "edge" else (N - n) // 2)
+        offset = 0 if mode == "edge" else (N - n) // 2
+        position = np.arange(N) - offset
         inside = (position >= 0) & (position < n)
-        index = np.where(inside, position, -1) if mode == "center" else position % n
+        block = np.where(inside, position, -1)
+        index = block if mode == "center" else position % n
         return AxisMap.of(n, index)
 
     def grow(space: str, n: int, N: int) -> Expansion:
         kept = tiled(n, N)
         how = "middle block, fresh around it" if mode == "center" else f"tiled from the {mode}"
-        return Expansion.of(kept, kept, f"{n} → {N}: {how}")
+        rule = f"{n} → {N}: {how}"
+        return Expansion.of(kept, kept, rule)
 
-    return Recipe(_each_space(growth, grow), flat=tiled if heads == "flat" else None)
+    flat = tiled if heads == "flat" else None
+    return Recipe(_each_space(growth, grow), flat=flat)
 
 
 def scratch(growth: Growth) -> Recipe:
@@ -224,11 +254,13 @@ def scratch(growth: Growth) -> Recipe:
     """
 
     def fresh(space: str) -> Expansion:
-        nothing = np.full(growth.target[space], -1)
-        new = AxisMap.of(growth.source[space], nothing, Fill.RANDOM)
+        n, N = growth.source[space], growth.target[space]
+        nothing = np.full(N, -1)
+        new = AxisMap.of(n, nothing, Fill.RANDOM)
         return Expansion.of(new, new, "fresh")
 
-    return Recipe({space: fresh(space) for space in growth.source if space != "layer"}, inherits=False)
+    spaces = [space for space in growth.source if space != "layer"]
+    return Recipe({space: fresh(space) for space in spaces}, inherits=False)
 
 
 def zero_pad(growth: Growth) -> Recipe:
@@ -251,7 +283,11 @@ def net2net(growth: Growth) -> Recipe:
     Lossless on spaces without a norm. A norm over the residual stream sees other statistics unless every
     index happens to be copied equally often, and head dims that rotary positions turn are never copied.
     """
-    expansions = _each_space(growth, lambda space, n, N: _random_copies(growth, space, n, N))
+
+    def grow(space: str, n: int, N: int) -> Expansion:
+        return _random_copies(growth, space, n, N)
+
+    expansions = _each_space(growth, grow)
     return Recipe(expansions, hidden_ratio=growth.hidden_ratio, moments="transpose")
 
 
@@ -272,7 +308,8 @@ def bert2bert_aki(growth: Growth) -> Recipe:
     expansions = dict(net2net(growth).expansions)
     for space, expansion in expansions.items():
         if growth.grows(space) and space not in ("vocab", "pos"):
-            new = np.arange(expansion.write.target) >= expansion.write.source
+            write = expansion.write
+            new = np.arange(write.target) >= write.source
             expansions[space] = replace(
                 expansion,
                 write=expansion.write.from_next_layer(new),
@@ -283,15 +320,18 @@ def bert2bert_aki(growth: Growth) -> Recipe:
 
 def _random_copies(growth: Growth, space: str, n: int, N: int) -> Expansion:
     """Copy indices 0 … n-1 once each, then random ones; of a head, dims that rotary positions do not turn."""
-    turned = growth.family.rotary_dims(growth.source_config) if space == "qk" else 0
-    numbers = generator(growth.seed, "copies", space)
-    drawn = numbers.integers(turned if turned < n else 0, n, N - n)
-    copies = AxisMap.of(n, np.concatenate([np.arange(n), drawn]))
-    gain = growth.attention_gain if space == "qk" else 1.0
-    rule = f"{n} → {N}: {N - n} random copies, readers divided" + (
-        "" if isclose(gain, 1) else f", queries × {gain:.4g}"
-    )
-    expansion = Expansion.of(copies.scaled(gain), copies.split(), rule, scale=copies, shift=copies)
+    is_query = space == "qk"
+    turned = growth.family.rotary_dims(growth.source_config) if is_query else 0
+    first = turned if turned < n else 0
+    drawn = generator(growth.seed, "copies", space).integers(first, n, N - n)
+    index = np.concatenate([np.arange(n), drawn])
+    copies = AxisMap.of(n, index)
+    gain = growth.attention_gain if is_query else 1.0
+    rule = f"{n} → {N}: {N - n} random copies, readers divided"
+    if not isclose(gain, 1):
+        rule += f", queries × {gain:.4g}"
+    write, read = copies.scaled(gain), copies.split()
+    expansion = Expansion.of(write, read, rule, scale=copies, shift=copies)
     if space == "residual" and growth.tied:  # the head is the embedding, whose copies are not divided
         expansion = replace(expansion, final_scale=copies.split(), final_shift=copies.split())
     return expansion
@@ -308,8 +348,10 @@ def hyperclone(growth: Growth, *, form: str = "symmetric") -> Recipe:
     """
     if form not in ("symmetric", "diagonal"):
         unknown("hyperclone form", form, ("symmetric", "diagonal"))
-    spaces = [space for space in growth.source if space not in ("layer", "vocab", "pos")]
-    grown = {space: (growth.source[space], growth.target[space]) for space in spaces}
+    apart = ("layer", "vocab", "pos")
+    spaces = [space for space in growth.source if space not in apart]
+    sizes = [(growth.source[space], growth.target[space]) for space in spaces]
+    grown = dict(zip(spaces, sizes, strict=True))
     UserError.collect(
         (
             f"hyperclone: {space} {n} → {N} is no whole factor; choose a multiple, or operator lossless, "
@@ -329,22 +371,16 @@ def hyperclone(growth: Growth, *, form: str = "symmetric") -> Recipe:
 
     def grow(space: str, n: int, N: int) -> Expansion:
         copies = AxisMap.of(n, _wrapped(n, N))
-        expansion = Expansion.of(
-            copies,
-            copies.split(),
-            f"{n} → {N}: cloned {N // n} ×, readers divided",
-            scale=copies,
-            shift=copies,
-        )
-        if space == "residual" and growth.tied:
-            expansion = replace(expansion, final_scale=copies.split(), final_shift=copies.split())
-        if space == "residual":
-            undo = 1 / growth.embedding_gain if growth.tied else 1.0
-            expansion = replace(
-                expansion,
-                final_scale=expansion.final_scale.scaled(undo),
-                final_shift=expansion.final_shift.scaled(undo),
-            )
+        rule = f"{n} → {N}: cloned {N // n} ×, readers divided"
+        expansion = Expansion.of(copies, copies.split(), rule, scale=copies, shift=copies)
+        if space != "residual":
+            return expansion
+        scale, shift = copies.scaled(1.0), copies.scaled(1.0)
+        if growth.tied:
+            undo = 1 / growth.embedding_gain
+            scale = copies.split().scaled(undo)
+            shift = copies.split().scaled(undo)
+        expansion = replace(expansion, final_scale=scale, final_shift=shift)
         return expansion
 
     return Recipe(
@@ -364,7 +400,8 @@ def sparkling(growth: Growth) -> Recipe:
     with c ≤ 1, by √(1/(1 + 3c)): a share c of the terms then adds up coherently. Not lossless. Meant with
     asymmetric resets of the optimizer's state.
     """
-    n, N = growth.source["residual"], growth.target["residual"]
+    n = growth.source["residual"]
+    N = growth.target["residual"]
     if 2 * n < N:
         raise UserError(
             f"sparkling: residual {n} → {N} is more than double, which its formula does not cover; grow in "
@@ -373,17 +410,19 @@ def sparkling(growth: Growth) -> Recipe:
 
     def grow(space: str, n: int, N: int) -> Expansion:
         copies = AxisMap.of(n, _wrapped(n, N))
-        return Expansion.of(copies, copies, f"{n} → {N}: copied in turn, fan-in rescaled")
+        rule = f"{n} → {N}: copied in turn, fan-in rescaled"
+        return Expansion.of(copies, copies, rule)
 
     def factor(tensor: Tensor) -> float:
         line = tensor.line
         if line.kind != "linear" or line.into is None or tensor.is_bias:
             return 1.0
-        d, D = (size(line.into, sizes) for sizes in (growth.source, growth.target))
-        out, out_target = (size(line.out, sizes) for sizes in (growth.source, growth.target))
-        if out == out_target:
+        d = size(line.into, growth.source)
+        D = size(line.into, growth.target)
+        if size(line.out, growth.source) == size(line.out, growth.target):
             return sqrt(d / D)
-        return sqrt(1 / (1 + 3 * (D - d) / d))
+        coherent = 3 * (D - d) / d
+        return sqrt(1 / (1 + coherent))
 
     return Recipe(_each_space(growth, grow), factor=factor, moments="original")
 
@@ -417,8 +456,10 @@ def default_noise(operator: str) -> float:
 
 def options_of(operator: str) -> list[str]:
     """List the names of an operator's own options."""
-    parameters = inspect.signature((OPERATORS | CHANGES | LEARNED)[operator]).parameters
-    return [name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    every_operator = OPERATORS | CHANGES | LEARNED
+    parameters = inspect.signature(every_operator[operator]).parameters
+    named = inspect.Parameter.KEYWORD_ONLY
+    return [name for name, parameter in parameters.items() if parameter.kind is named]
 
 
 def recipe(operator: str, growth: Growth, options: Mapping[str, Any]) -> Recipe:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
 from outgrow.growth import words
 from outgrow.growth.certificate import Certificate, certify
-from outgrow.growth.decision import Decision, Step, followed, source_name
+from outgrow.growth.decision import Decision, LineKey, Step, followed, source_name
 from outgrow.growth.expansion import AxisMap, Fill
 from outgrow.growth.layers import LayerMap, among_kinds, layer_map
 from outgrow.growth.operators import recipe
@@ -19,6 +20,8 @@ from outgrow.model.checkpoint import Stored, names_of
 from outgrow.model.config import rope_of, value_faults
 from outgrow.model.dtypes import is_float
 from outgrow.model.family import Config, Family, Tensor, initial_deviation
+
+_Fault = tuple[str, str]  # (name with `*` for the layer, what is wrong)
 
 # Prefixes under which a causal language model keeps the model without its head.
 TRUNKS = ("model", "transformer", "gpt_neox", "model.decoder")
@@ -70,21 +73,25 @@ def decide(
             match the schema, …
     """
     _check_growable(growth, noise)
-    layers = layer_map(depth, growth.source["layer"], growth.target["layer"])
+    source_depth = growth.source["layer"]
+    target_depth = growth.target["layer"]
+    layers = layer_map(depth, source_depth, target_depth)
     _check_depth(layers, growth.family)
     layers = _among_kinds(layers, growth)
     decided = recipe(operator, growth, options)
     steps = tuple(_steps(growth, decided, layers))
-    dtypes = {} if held is None else check_tensors(held, growth, steps)
+    dtypes = check_tensors(held, growth, steps) if held is not None else {}
     return Plan(growth, operator, options, noise, decided, layers, steps, dtypes, notes)
 
 
 def _check_growable(growth: Growth, noise: float) -> None:
     family = growth.family
-    if (other := growth.target_config.get("model_type")) != growth.source_config["model_type"]:
+    source_type = growth.source_config["model_type"]
+    target_type = growth.target_config.get("model_type")
+    if target_type != source_type:
         raise UserError(
-            f"target: model_type {other!r} differs from the source's {family.name!r}; a family grows into "
-            "itself only"
+            f"target: model_type {target_type!r} differs from the source's {family.name!r}; a family grows "
+            "into itself only"
         )
     faults = growth.smaller
     if growth.tied and not family.ties(growth.source_config):
@@ -96,7 +103,8 @@ def _check_growable(growth: Growth, noise: float) -> None:
         faults.append(
             f"noise {noise}: expected a strength relative to each tensor's root mean square, between 0 and 10"
         )
-    UserError.collect([*faults, *value_faults(growth.target_config, family), *_class_faults(growth)])
+    faults += value_faults(growth.target_config, family)
+    UserError.collect([*faults, *_class_faults(growth)])
 
 
 def _class_faults(growth: Growth) -> Iterator[str]:
@@ -108,8 +116,10 @@ def _class_faults(growth: Growth) -> Iterator[str]:
     family, config = growth.family, growth.target_config
     family.optional(config, "max_position_embeddings")
     initial_deviation(config)
-    hidden, heads = (family.field_name(name) for name in ("hidden_size", "num_attention_heads"))
-    if config["model_type"] in family.whole_heads and config[hidden] % config[heads]:
+    hidden = family.field_name("hidden_size")
+    heads = family.field_name("num_attention_heads")
+    divides = config["model_type"] in family.whole_heads
+    if divides and config[hidden] % config[heads]:
         yield (
             f"target: {hidden} {config[hidden]} is no multiple of {heads} {config[heads]}, which "
             "transformers' class insists on"
@@ -123,14 +133,15 @@ def _class_faults(growth: Growth) -> Iterator[str]:
                 "out and it follows"
             )
     turned = family.rotary_dims(config)
-    if turned % 2 and turned != family.rotary_dims(growth.source_config):
+    turned_before = family.rotary_dims(growth.source_config)
+    if turned % 2 and turned != turned_before:
         yield (
             f"target: {turned} dims of each head would be turned by rotary positions, which turn pairs; "
             "choose an even head dim"
         )
-    lists = {key: value for key, value in rope_of(config).items() if isinstance(value, list)}
-    for key, factors in lists.items():
-        if key in ("short_factor", "long_factor") and len(factors) != turned // 2:
+    for key, factors in rope_of(config).items():
+        per_pair = key in ("short_factor", "long_factor") and isinstance(factors, list)
+        if per_pair and len(factors) != turned // 2:
             yield (
                 f"target: rope_parameters.{key} has {len(factors)} entries, wanted is one for each pair of "
                 f"{turned} rotary dims"
@@ -152,11 +163,14 @@ def _among_kinds(layers: LayerMap, growth: Growth) -> LayerMap:
     """
     family = growth.family
     one_kind = all(line.only is None for line in family.lines)
-    if layers.rule != "identity" or layers.source == layers.target or one_kind:
+    is_deeper = layers.source != layers.target
+    if layers.rule != "identity" or one_kind or not is_deeper:
         return layers
     config = followed(dict(growth.target_config), growth, Recipe({}), layers)
-    source, target = (_kinds_in_class(family, sizes) for sizes in (growth.source_config, config))
-    if len(target) != layers.target or target == [source[layer] for layer in layers.layers]:
+    source = _kinds_in_class(family, growth.source_config)
+    target = _kinds_in_class(family, config)
+    mapped = [source[layer] for layer in layers.layers]
+    if len(target) != layers.target or target == mapped:
         return layers
     return among_kinds(source, target) or layers
 
@@ -167,28 +181,31 @@ def _kinds_in_class(family: Family, config: Config) -> list[frozenset[str]]:
     """
     from outgrow.model.derive import shapes
 
-    layered = next(line.name for line in family.lines if line.only is not None)
-    prefix = layered.partition("*")[0]
+    layered = [line.name for line in family.lines if line.only is not None]
+    prefix = layered[0].partition("*")[0]
     kinds: dict[int, set[str]] = {}
     for name in shapes(config):
         number, _, rest = name.removeprefix(prefix).partition(".")
         if name.startswith(prefix) and number.isdigit():
-            kinds.setdefault(int(number), set()).add(rest)
+            tensors = kinds.setdefault(int(number), set())
+            tensors.add(rest)
     return [frozenset(kinds[number]) for number in sorted(kinds)]
 
 
 def _steps(growth: Growth, recipe: Recipe, layers: LayerMap) -> Iterator[Step]:
     """Yield a step for every stored target tensor."""
-    maps: dict[tuple[str, str, bool], tuple[AxisMap, ...]] = {}
+    maps: dict[LineKey, tuple[AxisMap, ...]] = {}
     writes_residual = growth.family.writes_residual
     for tensor in growth.family.tensors(growth.target_config, layers.layers):
         if tensor.tied:
             continue
-        name = source_name(tensor, growth, None if tensor.layer is None else layers.layers[tensor.layer])
-        key = (tensor.line.name, tensor.line.text, tensor.is_bias)  # every layer shares its line's maps
+        line, layer = tensor.line, tensor.layer
+        source_layer = None if layer is None else layers.layers[layer]
+        name = source_name(tensor, growth, source_layer)
+        key = (line.name, line.text, tensor.is_bias)  # every layer shares its line's maps
         if key not in maps:
             maps[key] = recipe.maps(tensor)
-        passes_on = tensor.layer is not None and layers.identity[tensor.layer]
+        passes_on = layer is not None and layers.identity[layer]
         idle = recipe.inherits and passes_on and writes_residual(tensor)
         yield Step(
             tensor,
@@ -206,7 +223,8 @@ def _next_source(tensor: Tensor, growth: Growth, layers: LayerMap, maps: Sequenc
 
     The last of them, and tensors outside the layers, stand in for themselves.
     """
-    if not any((axis.fill == Fill.NEXT).any() for axis in maps):
+    from_next = [axis.fill == Fill.NEXT for axis in maps]
+    if not any(marked.any() for marked in from_next):
         return None
     if tensor.layer is None:
         return source_name(tensor, growth, None)
@@ -225,8 +243,8 @@ def _beside(tensor: Tensor, growth: Growth, layers: LayerMap) -> str | None:
 def _of_next_layer(tensor: Tensor, growth: Growth, layers: LayerMap, own: int) -> str | None:
     """Name a tensor of the next source layer after `own` that has it; None where none has."""
     having = range(layers.source) if tensor.line.only is None else sorted(tensor.line.only)
-    following = next((layer for layer in having if layer > own), None)
-    return None if following is None else source_name(tensor, growth, following)
+    later = [layer for layer in having if layer > own]
+    return source_name(tensor, growth, later[0]) if later else None
 
 
 def _copied_both_ways(tensor: Tensor, maps: Sequence[AxisMap]) -> bool:
@@ -249,9 +267,9 @@ class Held(Protocol):
 
 def check_tensors(checkpoint: Held, growth: Growth, steps: Sequence[Step]) -> dict[str, str]:
     """Check the stored tensors against the schema; return their dtypes."""
-    stored, config, family = checkpoint.tensors, growth.source_config, growth.family
+    stored, family = checkpoint.tensors, growth.family
     changed = {step.tensor.pattern for step in steps if not step.is_copy}  # others are copied, of any format
-    schema = {tensor.name: tensor for tensor in family.tensors(config)}
+    schema = {tensor.name: tensor for tensor in family.tensors(growth.source_config)}
     faults = []
     absent = [tensor for name, tensor in schema.items() if name not in stored]
     if missing := [tensor.name for tensor in absent if not tensor.tied]:
@@ -259,33 +277,37 @@ def check_tensors(checkpoint: Held, growth: Growth, steps: Sequence[Step]) -> di
             f"{checkpoint.folder}: missing {names_of(missing)}, which the {family.name} schema and this "
             "config require"
         )
-    in_trunk = {f"{trunk}.{name}" for name in stored for trunk in TRUNKS} if missing else set()
+    in_trunk: set[str] = set()
+    if missing:
+        in_trunk = {f"{trunk}.{name}" for name in stored for trunk in TRUNKS}
     if in_trunk & schema.keys():
         raise UserError(
             f"{checkpoint.folder}: holds the trunk alone ({names_of(stored)}), as a model without its head "
             "saves it; give the checkpoint of the causal language model, saved by the class that "
             "AutoModelForCausalLM takes for it"
         )
-    if strange := [name for name in stored if name not in schema and not family.ignores(name)]:
+    outside = [name for name in stored if name not in schema]
+    if strange := [name for name in outside if not family.ignores(name)]:
         faults.append(
             f"{checkpoint.folder}: unknown {names_of(strange)}, which the {family.name} schema does not have"
         )
-    # (Name with `*`, fault) → the tensors that have it: a fault of every layer is reported once.
-    wrong: dict[tuple[str, str], list[str]] = {}
+    # The tensors that have each fault: one of every layer is reported once.
+    wrong: dict[_Fault, list[str]] = defaultdict(list)
     for name, tensor in schema.items():
         if name not in stored:
             continue
-        shape, dtype = stored[name].shape, stored[name].dtype
+        shape = stored[name].shape
+        dtype = stored[name].dtype
         if tensor.shape != shape:
-            fault = f"{tensor.line.text!r} and config.json give shape {tensor.shape}, the file has {shape}"
-            wrong.setdefault((tensor.pattern, fault), []).append(name)
+            wanted = f"{tensor.line.text!r} and config.json give shape {tensor.shape}"
+            fault = f"{wanted}, the file has {shape}"
+            wrong[tensor.pattern, fault].append(name)
         elif not is_float(dtype) and tensor.pattern in changed:
             fault = f"dtype {dtype}; growth computes on F64, F32, F16 and BF16 weights (dequantise first)"
-            wrong.setdefault((tensor.pattern, fault), []).append(name)
+            wrong[tensor.pattern, fault].append(name)
     for (pattern, fault), names in wrong.items():
-        faults.append(
-            f"{names[0]}: {fault}" if len(names) == 1 else f"{pattern} ({len(names)} tensors): {fault}"
-        )
+        where = names[0] if len(names) == 1 else f"{pattern} ({len(names)} tensors)"
+        faults.append(f"{where}: {fault}")
     UserError.collect(faults)
     dtypes = {name: entry.dtype for name, entry in stored.items() if name in schema}
     wide = [name for name, dtype in dtypes.items() if dtype == "F64"]
