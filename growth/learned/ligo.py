@@ -31,23 +31,30 @@ from outgrow.model.base.errors import UserError
 from outgrow.model.build import empty_model, stored_names
 from outgrow.model.family import has_schema
 from outgrow.model.geometry import flops_per_token
-from outgrow.model.notation import Space, spaces
+from outgrow.model.notation import Axis, Space, spaces
 
 WARMUP = 10  # steps
-UNLEARNED = (
-    "vocab",
-    "pos",
-    "expert",
-)  # spaces whose maps stay: their indices are told apart by what they mean
+# Spaces whose maps stay: their indices are told apart by what they mean.
+UNLEARNED = ("vocab", "pos", "expert")
+
+_MapKey = tuple[int, int | None]  # (which axis map it is, its layer: None where all share it)
+_Numbers = tuple[list[int | None], int | None]  # (of a tensor's maps, of its layers' weights)
+
+
+def _stays(axis: Axis) -> bool:
+    """Check whether the map of an axis is not learned."""
+    named = {space.name for space in spaces(axis)}
+    return not named.isdisjoint(UNLEARNED)
 
 
 def matrix_of(axis: AxisMap) -> Tensor:
     """(N, n) of an axis map, float64; what it draws fresh is zero."""
     rows = np.zeros((axis.target, axis.source))
     copies = np.flatnonzero(axis.copies)
+    gains = axis.gain[:, None]
     rows[copies, axis.index[copies]] = axis.gain[copies]
-    mean = axis.fill == Fill.MEAN
-    rows[mean] = axis.gain[mean, None] / axis.source
+    is_mean = axis.fill == Fill.MEAN
+    rows[is_mean] = gains[is_mean] / axis.source
     return torch.from_numpy(rows)
 
 
@@ -60,38 +67,45 @@ class Learner(nn.Module):
 
     def __init__(self, plan: Plan, values: Values, start: str, dtype: torch.dtype) -> None:
         super().__init__()
-        self.plan, self._values, self.dtype = plan, values, dtype
+        self.plan = plan
+        self.dtype = dtype
+        self._values = values
         if plan.recipe.diagonal or any(step.next_source for step in plan.steps):
             raise UserError("ligo: a map of one axis at a time starts it; choose another growth.width")
-        self.maps, self.layers = nn.ParameterList(), nn.ParameterList()
+        self.maps = nn.ParameterList()
+        self.layers = nn.ParameterList()
         self._frozen: dict[int, Tensor] = {}  # number of a map → (N, 1), 1 where a row learns
-        self._of: dict[
-            str, tuple[list[int | None], int | None]
-        ] = {}  # tensor → its maps, its layers' weights
+        self._of: dict[str, _Numbers] = {}  # by tensor
         self._source: dict[str, Tensor] = {}
-        numbers: dict[tuple[int, int | None], int] = {}
+        numbers: dict[_MapKey, int] = {}
         drawn = torch.Generator().manual_seed(plan.growth.seed)
         for step in plan.steps:
-            own = [self._number(step, place, numbers, start, drawn) for place in range(len(step.maps))]
+            dims = range(len(step.maps))
+            own = [self._number(step, dim, numbers, start, drawn) for dim in dims]
             self._of[step.name] = (own, self._weights(step))
 
     def _number(
-        self, step: Step, place: int, numbers: dict[tuple[int, int | None], int], start: str, drawn: Any
+        self, step: Step, dim: int, numbers: dict[_MapKey, int], start: str, drawn: Any
     ) -> int | None:
         """The number of the map of an axis; None where it stays."""
-        axis, named = step.maps[place], step.tensor.axes[place]
-        if axis.is_identity or {space.name for space in spaces(named)} & set(UNLEARNED):
+        axis = step.maps[dim]
+        named = step.tensor.axes[dim]
+        if axis.is_identity or _stays(named):
             return None
         shared = isinstance(named, Space) and named.name == "residual"
-        key = (id(axis), None if shared else step.tensor.layer)
+        layer = None if shared else step.tensor.layer
+        key = (id(axis), layer)
         if key not in numbers:
             numbers[key] = len(self.maps)
-            rows, learns = matrix_of(axis), torch.from_numpy(of_axis(axis) != Origin.ORIGINAL)[:, None]
+            rows = matrix_of(axis)
+            is_new = of_axis(axis) != Origin.ORIGINAL
+            learns = torch.from_numpy(is_new)[:, None]
             if start == "random":
-                fresh = torch.randn(rows.shape, generator=drawn, dtype=torch.float64) / sqrt(axis.source)
-                rows = torch.where(learns, fresh, rows)
+                fresh = torch.randn(rows.shape, generator=drawn, dtype=torch.float64)
+                rows = torch.where(learns, fresh / sqrt(axis.source), rows)
             self._frozen[numbers[key]] = learns.to(self.dtype)
-            self.maps.append(nn.Parameter(rows.to(self.dtype)))
+            parameter = nn.Parameter(rows.to(self.dtype))
+            self.maps.append(parameter)
         return numbers[key]
 
     def _weights(self, step: Step) -> int | None:
@@ -99,10 +113,12 @@ class Learner(nn.Module):
         names = self._names(step)
         for name in names:
             if name not in self._source:
-                self._source[name] = self._fixed(step, self._values(name))
+                values = self._values(name)
+                self._source[name] = self._fixed(step, values)
         if step.tensor.layer is None:
             return None
-        own = [names.index(name) for name in (step.source, step.beside) if name is not None]
+        sources = [name for name in (step.source, step.beside) if name is not None]
+        own = [names.index(name) for name in sources]
         weights = torch.zeros(len(names), dtype=self.dtype)
         weights[own] = 1 / max(1, len(own))
         self.layers.append(nn.Parameter(weights))
@@ -118,10 +134,13 @@ class Learner(nn.Module):
 
     def _fixed(self, step: Step, values: np.ndarray) -> Tensor:
         """A source tensor grown along the axes whose maps stay."""
-        for place, (axis, named) in enumerate(zip(step.maps, step.tensor.axes, strict=True)):
-            if {space.name for space in spaces(named)} & set(UNLEARNED) and not axis.is_identity:
-                values = np.moveaxis(mapped(np.moveaxis(values, place, 0), axis), 0, place)
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self.dtype)
+        axes = zip(step.maps, step.tensor.axes, strict=True)
+        for dim, (axis, named) in enumerate(axes):
+            if _stays(named) and not axis.is_identity:
+                rows = mapped(np.moveaxis(values, dim, 0), axis)
+                values = np.moveaxis(rows, 0, dim)
+        contiguous = np.ascontiguousarray(values)
+        return torch.from_numpy(contiguous).to(self.dtype)
 
     def grown(self) -> Iterator[tuple[str, Tensor]]:
         """The target's weights: (stored name, tensor)."""
@@ -130,13 +149,12 @@ class Learner(nn.Module):
             sources = [self._source[name] for name in self._names(step)]
             value = sources[0]
             if layers is not None:
-                weights = self.layers[layers]
-                value = sum(
-                    (weight * each for weight, each in zip(weights, sources, strict=True)), 0.0 * value
-                )
-            for place, number in enumerate(maps):
+                weights = zip(self.layers[layers], sources, strict=True)
+                value = sum((weight * source for weight, source in weights), 0.0 * value)
+            for dim, number in enumerate(maps):
                 if number is not None:
-                    value = torch.tensordot(self.maps[number], value, ([1], [place])).movedim(0, place)
+                    value = torch.tensordot(self.maps[number], value, ([1], [dim]))
+                    value = value.movedim(0, dim)
             yield step.name, value
 
     def keep_originals(self) -> None:
@@ -151,13 +169,24 @@ class Learner(nn.Module):
         total = 0.0
         for step in self.plan.steps:
             maps, layers = self._of[step.name]
-            size = list(self._source[self._names(step)[0]].shape)
-            total += 2.0 * prod(size) * (0 if layers is None else len(self.layers[layers]))
-            for place, number in enumerate(maps):
+            first_source = self._source[self._names(step)[0]]
+            size = list(first_source.shape)
+            if layers is not None:
+                total += 2.0 * prod(size) * len(self.layers[layers])
+            for dim, number in enumerate(maps):
                 if number is not None:
-                    total += 2.0 * prod(size) * step.shape[place]
-                    size[place] = step.shape[place]
+                    total += 2.0 * prod(size) * step.shape[dim]
+                    size[dim] = step.shape[dim]
         return total
+
+
+def _next_token_loss(model: nn.Module, parameters: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """Mean cross-entropy of each next token of `tokens` (b, t), in nats, under these parameters."""
+    inputs = {"input_ids": tokens, "use_cache": False}
+    out = torch.func.functional_call(model, parameters, kwargs=inputs)
+    predictions = out.logits[:, :-1].flatten(0, 1)
+    following = tokens[:, 1:].flatten()
+    return nn.functional.cross_entropy(predictions, following)
 
 
 def learn_maps(
@@ -173,21 +202,25 @@ def learn_maps(
     Raises:
         UserError: the loss is not finite.
     """
-    wide = any(stored.dtype == "F64" for stored in written.tensors.values())
-    dtype = torch.float64 if wide else torch.float32
+    dtypes = {stored.dtype for stored in written.tensors.values()}
+    dtype = torch.float64 if "F64" in dtypes else torch.float32
     learner = Learner(plan, values, lesson.start, dtype)
     model = empty_model(plan.target_config, dtype=dtype).eval()
-    own = [name for name, _ in model.named_parameters()]
-    names = stored_names(model) if has_schema(plan.target_config) else {name: name for name in own}
+    if has_schema(plan.target_config):
+        names = stored_names(model)
+    else:
+        names = {name: name for name, _ in model.named_parameters()}
     optimizer = torch.optim.AdamW(learner.parameters(), lesson.learning_rate, weight_decay=0.0)
-    rows, losses = max(1, lesson.batch_tokens // text.fit.shape[1]), []
+    length = text.fit.shape[1]
+    rows = max(1, lesson.batch_tokens // length)
+    losses: list[float] = []
     for step in range(lesson.steps):
-        chosen = np.arange(step * rows, (step + 1) * rows) % len(text.fit)
-        tokens = torch.from_numpy(text.fit[chosen])
+        numbers = np.arange(step * rows, (step + 1) * rows)
+        batch = text.fit[numbers % len(text.fit)]
+        tokens = torch.from_numpy(batch)
         weights = dict(learner.grown())
-        made = {name: weights[stored] for name, stored in names.items()}
-        out = torch.func.functional_call(model, made, kwargs={"input_ids": tokens, "use_cache": False})
-        loss = nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        parameters = {name: weights[stored] for name, stored in names.items()}
+        loss = _next_token_loss(model, parameters, tokens)
         losses.append(float(loss.detach()))
         if not np.isfinite(losses[-1]):
             raise UserError(f"ligo: the loss is {losses[-1]} at step {step}; lower growth.learning_rate")
@@ -195,12 +228,15 @@ def learn_maps(
         loss.backward()
         learner.keep_originals()
         rise = min(1.0, (step + 1) / WARMUP)
-        optimizer.param_groups[0]["lr"] = lesson.learning_rate * rise * (1 - step / lesson.steps)
+        rate = lesson.learning_rate * rise * (1 - step / lesson.steps)
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         progress(step)
     with torch.no_grad():
         for name, tensor in learner.grown():
             written.write(name, tensor.numpy())
-    read = lesson.steps * rows * text.fit.shape[1]
-    paid = flops_per_token(plan.target_config, text.fit.shape[1]) * read + 3 * learner.flops * lesson.steps
+    read = lesson.steps * rows * length
+    of_passes = flops_per_token(plan.target_config, length) * read
+    of_weights = 3 * learner.flops * lesson.steps
+    paid = of_passes + of_weights
     return {"steps": lesson.steps, "tokens_read": read, "losses": losses, "flops": paid}
