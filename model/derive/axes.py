@@ -69,20 +69,23 @@ class Keys:
             """
             decoder = [name for name in others if "decoder_" in name]
             names = (*decoder, attribute_map.get(standard, standard), standard, *others)
-            return next((name for name in names if is_size(config.get(name))), None)
+            sized = [name for name in names if is_size(config.get(name))]
+            return sized[0] if sized else None
 
-        hidden, vocab = key("hidden_size", *HIDDEN_KEYS), key("vocab_size")
+        hidden = key("hidden_size", *HIDDEN_KEYS)
+        vocab = key("vocab_size")
         layers = key("num_hidden_layers", *LAYER_KEYS)
         ffn = key("intermediate_size", *FFN_KEYS)
         required = {"hidden size": hidden, "layer count": layers, "vocabulary": vocab}
         missing = [word for word, name in required.items() if name is None]
         if hidden is None or layers is None or vocab is None:
-            raise Unfit(f"its config has no {' and no '.join(missing)} at its top level or in a text_config")
+            lacking = " and no ".join(missing)
+            raise Unfit(f"its config has no {lacking} at its top level or in a text_config")
         sizes = {name: value for name, value in config.items() if is_size(value) and value > 1}
         width = config[hidden]
         others = [name for name in sizes if name != hidden]
         count = key("num_hidden_layers")
-        counts_too = count is not None and count != layers and config[count] == config[layers]
+        counts_too = count not in (None, layers) and config[count] == config[layers]
         return cls(
             hidden=hidden,
             heads=key("num_attention_heads", *QUERY_HEAD_KEYS),
@@ -118,11 +121,13 @@ class Axes:
 
     @cached_property
     def heads(self) -> int:
-        return int(self.config[self.keys.heads]) if self.keys.heads else 1
+        key = self.keys.heads
+        return int(self.config[key]) if key else 1
 
     @cached_property
     def kv(self) -> int:
-        named = self.config.get(self.keys.kv or "")
+        key = self.keys.kv or ""
+        named = self.config.get(key)
         return 1 if self.multi_query else int(named or self.heads)
 
     @property
@@ -138,7 +143,8 @@ class Axes:
             moved = shapes({**self.config, **changes})
         except Unfit:
             return None
-        return moved if moved.keys() == self.shapes.keys() else None
+        same_tensors = moved.keys() == self.shapes.keys()
+        return moved if same_tensors else None
 
     @cached_property
     def takes_kv(self) -> bool:
@@ -146,8 +152,9 @@ class Axes:
 
         Some only give back there what another part of the config says.
         """
-        own = fields(to_hf_config(self.config).get_text_config(decoder=True))
-        return self.keys.kv is None or self.keys.kv in {field.name for field in own}
+        text_config = to_hf_config(self.config).get_text_config(decoder=True)
+        own = {field.name for field in fields(text_config)}
+        return self.keys.kv is None or self.keys.kv in own
 
     @property
     def stream_keys(self) -> tuple[str, ...]:
@@ -161,7 +168,9 @@ class Axes:
         heads, kv = self.keys.heads, self.keys.kv
         if not heads:
             return ()
-        return (heads, kv) if kv and self.kv > 1 and self.takes_kv else (heads,)
+        if kv and self.kv > 1 and self.takes_kv:
+            return heads, kv
+        return (heads,)
 
     @property
     def width_keys(self) -> tuple[str, ...]:
@@ -171,30 +180,34 @@ class Axes:
         """
         mixer = (self.mixer.heads,) if self.mixer else ()
         heads = self.head_keys if self.coupled else ()
-        return tuple(dict.fromkeys((*self.stream_keys, *heads, *mixer)))
+        keys = (*self.stream_keys, *heads, *mixer)
+        return tuple(dict.fromkeys(keys))
 
     def times(self, factor: float, *keys: str | None) -> dict[str, int]:
         """Compose the change that multiplies the sizes of `keys`."""
-        return {key: int(self.config[key] * factor) for key in keys if key}
+        named = filter(None, keys)
+        return {key: int(self.config[key] * factor) for key in named}
 
     @cached_property
     def coupled(self) -> bool:
         """Check whether a head's dim is hidden size / heads, so that width grows by whole heads."""
-        moved = self.keys.heads and self.changed(self.times(2, *self.head_keys))
+        doubled = self.times(2, *self.head_keys)
+        moved = self.keys.heads and self.changed(doubled)
         if not moved:
             return self.keys.heads is not None
-        pairs: list[tuple[int, int]] = []
+        doubled_lengths: list[int] = []
         for name in moved:
-            pairs += zip(self.shapes[name], moved[name], strict=True)
-        long = [(before, after) for before, after in pairs if before > 2 * self.heads]
-        return not any(after == 2 * before for before, after in long)
+            pairs = zip(self.shapes[name], moved[name], strict=True)
+            doubled_lengths += [before for before, after in pairs if after == 2 * before]
+        return not any(length > 2 * self.heads for length in doubled_lengths)
 
     @cached_property
     def mixer(self) -> Mixer | None:
         """The state spaces whose heads have to grow with the hidden size."""
 
         def wider(*keys: str) -> Shapes | None:
-            return self.changed(self.times(2, *self.stream_keys, *keys))
+            changes = self.times(2, *self.stream_keys, *keys)
+            return self.changed(changes)
 
         return find_mixer(self.config, self.shapes, wider)
 
@@ -205,7 +218,8 @@ class Axes:
         Raises:
             Unfit: the library refuses it.
         """
-        moved = self.changed(self.times(2, *self.width_keys))
+        changes = self.times(2, *self.width_keys)
+        moved = self.changed(changes)
         if moved is None:
             raise Unfit(f"its class does not build with twice the {self.keys.hidden}")
         return moved
@@ -215,8 +229,10 @@ class Axes:
         """Buffers as wide as the residual stream that the class computes and no file holds (sinusoids of
         positions).
         """
-        wider = computed({**self.config, **self.times(2, *self.width_keys)})
-        as_wide = [name for name, shape in computed(self.config).items() if self.hidden in shape]
+        widths = self.times(2, *self.width_keys)
+        wider = computed({**self.config, **widths})
+        own = computed(self.config)
+        as_wide = [name for name, shape in own.items() if self.hidden in shape]
         return [name for name in as_wide if 2 * self.hidden in wider.get(name, ())]
 
     @cached_property
@@ -228,7 +244,8 @@ class Axes:
     @cached_property
     def rounded(self) -> list[str]:
         """Buffers that would be a power of the hidden size, were they not rounded (to bfloat16)."""
-        doubled = {name: 2 * power for name, power in self._powers[0].items()}
+        buffers, _ = self._powers
+        doubled = {name: 2 * power for name, power in buffers.items()}
         misses = {name: abs(power - round(power)) for name, power in doubled.items()}
         return [name for name, miss in misses.items() if 1e-6 < miss < 1e-2]
 
@@ -238,9 +255,11 @@ class Axes:
         attributes.
         """
         buffers, attributes = factors(self.config)
-        wider = {**self.config, **self.times(2, *self.width_keys)}
-        wider_buffers, wider_attributes = factors(wider)
-        return _powers_of_two(buffers, wider_buffers), _powers_of_two(attributes, wider_attributes)
+        changes = self.times(2, *self.width_keys)
+        wider_buffers, wider_attributes = factors({**self.config, **changes})
+        of_buffers = _powers_of_two(buffers, wider_buffers)
+        of_attributes = _powers_of_two(attributes, wider_attributes)
+        return of_buffers, of_attributes
 
     @cached_property
     def by_queries(self) -> Shapes | None:
@@ -249,14 +268,17 @@ class Axes:
         """
         if self.keys.heads is None:
             return None
-        own_kv = self.keys.kv if self.kv == self.heads else None
-        return self.changed(self.times(2, self.keys.heads, own_kv))
+        one_each = self.kv == self.heads
+        changes = self.times(2, self.keys.heads, self.keys.kv if one_each else None)
+        return self.changed(changes)
 
     @cached_property
     def by_kv(self) -> Shapes | None:
         """The shapes under twice the key-value heads, where there are fewer of them than query heads."""
-        key, doubled = self.keys.kv, self.kv * 2
-        if key is None or self.kv == self.heads or self.heads % doubled:
+        key = self.keys.kv
+        one_each = self.kv == self.heads
+        doubled = 2 * self.kv
+        if key is None or one_each or self.heads % doubled:
             return None
         return self.changed({key: doubled})
 
@@ -267,8 +289,13 @@ class Axes:
         """
         keys = self.keys
         names = filter(None, (keys.ffn, *keys.more, keys.vocab, keys.positions))
-        moved = {name: self.changed({name: self.config[name] + 8}) for name in names}
-        return {name: shapes for name, shapes in moved.items() if shapes is not None}
+        moved = {}
+        for name in names:
+            longer = {name: self.config[name] + 8}
+            shapes = self.changed(longer)
+            if shapes is not None:
+                moved[name] = shapes
+        return moved
 
 
 def _by_module(numbers: Mapping[str, float]) -> dict[str, float]:

@@ -29,7 +29,7 @@ aten = torch.ops.aten
 SHARES = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
 # entries stay what they are
 MOVED = (aten.clone, aten._to_copy, aten.cat, aten.stack, aten.contiguous, aten.index_select, aten.empty_like)
-MADE = {aten.zeros: 0.0, aten.ones: 1.0, aten.zeros_like: 0.0, aten.ones_like: 1.0}
+CONSTANT = {aten.zeros: 0.0, aten.ones: 1.0, aten.zeros_like: 0.0, aten.ones_like: 1.0}
 MOST = 1 << 22  # entries that a tensor has which is worked out and not followed
 SEEDS = 8  # under which what the class works out by chance is seen
 
@@ -44,19 +44,25 @@ def starts(config: Config) -> dict[str, Start]:
     with torch.no_grad(), _Pen() as built:
         model = build({**config, "tie_word_embeddings": False})
     _hold(model, _lost(model, built))
-    first, second = (_once(model, built, seed) for seed in (0, 1))
+    first = _once(model, built, 0)
+    second = _once(model, built, 1)
     by_chance = {name for name in first if not _same(first[name], second[name])}
     seeds = range(2, SEEDS) if by_chance else ()
-    more = [first, second, *(_once(model, built, seed) for seed in seeds)]
+    further = [_once(model, built, seed) for seed in seeds]
+    runs = [first, second, *further]
     # few: tensors that start alike share their quantiles
     distinct = {id(seen): seen for seen in first.values()}
     alike = {number: _start(seen) for number, seen in distinct.items()}
-    followed = {
-        name: _drawn([one[name] for one in more]) if name in by_chance else alike[id(seen)]
-        for name, seen in first.items()
-    }
+    followed = {}
+    for name, seen in first.items():
+        if name in by_chance:
+            followed[name] = _drawn([run[name] for run in runs])
+        else:
+            followed[name] = alike[id(seen)]
     lacking = [name for name in stored(model) if name not in followed]
-    return followed | (_alike_in_twin(config, lacking) if lacking else {})
+    if not lacking:
+        return followed
+    return followed | _alike_in_twin(config, lacking)
 
 
 def _alike_in_twin(config: Config, names: list[str]) -> dict[str, Start]:
@@ -77,7 +83,8 @@ def _alike_in_twin(config: Config, names: list[str]) -> dict[str, Start]:
 
 def _drawn(seen: list[torch.Tensor]) -> Start:
     """The distribution of what the class works out by chance."""
-    entries = torch.cat([one.flatten() for one in seen]).double()
+    entries = torch.cat([one.flatten() for one in seen])
+    entries = entries.double()
     return Start(entries.sort().values.numpy())
 
 
@@ -85,7 +92,8 @@ def _start(seen: torch.Tensor) -> Start:
     values = seen.double().numpy()
     if values.size and (values == values.flat[0]).all():
         return Start(values.flatten()[:1])
-    return Start(np.sort(values, axis=None), None if seen.shape == SHARES.shape else values)
+    are_quantiles = seen.shape == SHARES.shape
+    return Start(np.sort(values, axis=None), None if are_quantiles else values)
 
 
 def _lost(model: PreTrainedModel, built: _Pen) -> list[str]:
@@ -117,7 +125,8 @@ def _started(model: PreTrainedModel, built: _Pen, seed: int) -> Iterator[_Pen]:
     """Run the class's own initialisation under `seed`, and follow it."""
     for module in model.modules():
         module.__dict__.pop("_is_hf_initialized", None)
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), _Pen(built) as pen, pen.told():
+    apart = torch.random.fork_rng(devices=[])
+    with apart, torch.no_grad(), _Pen(built) as pen, pen.following():
         torch.manual_seed(seed)
         model.initialize_weights()
         yield pen
@@ -135,7 +144,8 @@ def _once(model: PreTrainedModel, built: _Pen, seed: int) -> dict[str, torch.Ten
 @lru_cache(maxsize=64)
 def _normal(mean: float, deviation: float, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
     """The quantiles of a normal distribution's part between two shares of it."""
-    return torch.special.ndtri(low + SHARES * (high - low)) * deviation + mean
+    shares = low + SHARES * (high - low)
+    return torch.special.ndtri(shares) * deviation + mean
 
 
 @lru_cache(maxsize=64)
@@ -146,21 +156,23 @@ def _even(low: float, high: float) -> torch.Tensor:
 def _cut(
     tensor: torch.Tensor, mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0
 ) -> torch.Tensor:
-    low, high = (NormalDist(mean, std).cdf(end) for end in (a, b))
+    normal = NormalDist(mean, std)
+    low, high = normal.cdf(a), normal.cdf(b)
     return _normal(mean, std, low, high)
 
 
 def _orthogonal(tensor: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
     """The entries of orthogonal rows or columns, one by one: nearly normal."""
     rows = tensor.shape[0]
-    return _normal(0.0, gain / max(rows, tensor.numel() // rows) ** 0.5)
+    columns = tensor.numel() // rows
+    return _normal(0.0, gain / max(rows, columns) ** 0.5)
 
 
 def _lose(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     """Leave out what cannot be followed."""
 
 
-TOLD: dict[str, Callable[..., torch.Tensor | None]] = {
+FOLLOWED: dict[str, Callable[..., torch.Tensor | None]] = {
     "trunc_normal_": _cut,
     "orthogonal_": _orthogonal,
     "sparse_": _lose,
@@ -186,25 +198,29 @@ class _Pen(TorchDispatchMode):
         """Look up a tensor's content: quantiles, or all entries; None where that is not known."""
         if tensor.is_meta:
             return self._seen.get(_storage(tensor))
-        return tensor.detach().double().clone() if tensor.isfinite().all() else None
+        if not tensor.isfinite().all():
+            return None
+        return tensor.detach().double().clone()
 
     @contextmanager
-    def told(self) -> Iterator[None]:
-        """With the functions of `torch.nn.init` told that draw again and again, or do nothing on the meta
+    def following(self) -> Iterator[None]:
+        """Replace the functions of `torch.nn.init` that draw again and again, or do nothing on the meta
         device.
         """
         own: dict[str, Any] = dict(TORCH_INIT_FUNCTIONS)
 
-        def instead(name: str, seen: Callable[..., torch.Tensor | None]) -> Callable[..., torch.Tensor]:
+        def instead(name: str, content: Callable[..., torch.Tensor | None]) -> Callable[..., torch.Tensor]:
             def start(tensor: torch.Tensor, *args: Any, generator: Any = None, **kwargs: Any) -> torch.Tensor:
                 if not tensor.is_meta:
-                    return cast(torch.Tensor, own[name](tensor, *args, generator=generator, **kwargs))
-                self._keep(tensor, seen(tensor, *args, **kwargs))
+                    drawn = own[name](tensor, *args, generator=generator, **kwargs)
+                    return cast(torch.Tensor, drawn)
+                self._keep(tensor, content(tensor, *args, **kwargs))
                 return tensor
 
             return start
 
-        TORCH_INIT_FUNCTIONS.update({name: instead(name, seen) for name, seen in TOLD.items()})
+        followed = {name: instead(name, content) for name, content in FOLLOWED.items()}
+        TORCH_INIT_FUNCTIONS.update(followed)
         try:
             yield
         finally:
@@ -215,21 +231,24 @@ class _Pen(TorchDispatchMode):
         self._seen[_storage(tensor)] = seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        into = args[0] if args and isinstance(args[0], torch.Tensor) else None
-        if into is not None and into.is_meta and func._schema.is_mutable:
-            self._write(func, into, args[1:], kwargs or {})
+        named = kwargs or {}
+        out = func(*args, **named)
+        into = args[0] if args else None
+        if isinstance(into, torch.Tensor) and into.is_meta and func._schema.is_mutable:
+            self._write(func, into, args[1:], named)
         elif isinstance(out, torch.Tensor) and out.is_meta and _storage(out) not in self._seen:
-            self._keep(out, self._made(func, args, kwargs or {}))
+            self._keep(out, self._new(func, args, named))
         return out
 
     def _write(self, func: Any, into: torch.Tensor, args: Any, kwargs: Any) -> None:
-        seen = self._written(func, self.of(into), into, args, kwargs)
-        if into.numel() * into.element_size() == into.untyped_storage().nbytes():
-            self._keep(into, seen)
-        elif func.overloadpacket is not aten.zero_ and not _same(
-            seen, self.of(into)
-        ):  # zeros in the row of padding are not learnt from
+        before = self.of(into)
+        after = self._written(func, before, into, args, kwargs)
+        is_complete = into.numel() * into.element_size() == into.untyped_storage().nbytes()
+        if is_complete:
+            self._keep(into, after)
+            return
+        # zeros in the row of padding are not learnt from
+        if func.overloadpacket is not aten.zero_ and not _same(after, before):
             self._keep(into, None)
 
     def _written(
@@ -246,21 +265,23 @@ class _Pen(TorchDispatchMode):
             case (aten.fill_, (value, *_)):
                 return torch.full((1,), float(value), dtype=torch.float64)
             case (aten.copy_, (other, *_)):
-                return self.of(other) if other.is_meta else self.of(other.expand(into.shape))
-        return _replayed(func, None if before is None else before.clone(), args, kwargs)
+                return self.of(other if other.is_meta else other.expand(into.shape))
+        own = None if before is None else before.clone()
+        return _replayed(func, own, args, kwargs)
 
-    def _made(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
+    def _new(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
         """Compute a new tensor's content."""
         packet = func.overloadpacket
-        if packet in MADE:
-            return torch.full((1,), MADE[packet], dtype=torch.float64)
+        if packet in CONSTANT:
+            return torch.full((1,), CONSTANT[packet], dtype=torch.float64)
         if packet in (aten.full, aten.full_like):
-            return torch.full((1,), float(args[1]), dtype=torch.float64)
+            value = float(args[1])
+            return torch.full((1,), value, dtype=torch.float64)
         if packet in MOVED:
-            parts = [
-                self.of(tensor) for tensor in (args[0] if isinstance(args[0], list | tuple) else args[:1])
-            ]
-            return parts[0] if all(_same(part, parts[0]) for part in parts) else None
+            is_list = isinstance(args[0], list | tuple)
+            parts = [self.of(tensor) for tensor in (args[0] if is_list else args[:1])]
+            all_same = all(_same(part, parts[0]) for part in parts)
+            return parts[0] if all_same else None
         first = args[0] if args else None
         before = self.of(first) if isinstance(first, torch.Tensor) else None
         return _replayed(func, before, args[1:], kwargs)
@@ -268,8 +289,9 @@ class _Pen(TorchDispatchMode):
 
 def _pair(args: Sequence[Any], missing: Sequence[float]) -> tuple[float, float]:
     """Two numbers, of which PyTorch leaves the last ones out where they are its own."""
-    numbers = [*args[:2], *missing[len(args) :]]
-    return float(numbers[0]), float(numbers[1])
+    defaults = missing[len(args) :]
+    first, second = [*args[:2], *defaults][:2]
+    return float(first), float(second)
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -277,17 +299,22 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    return one is other or (one is not None and other is not None and torch.equal(one, other))
+    if one is None or other is None:
+        return one is other
+    return one is other or torch.equal(one, other)
 
 
 def _replayed(func: Any, seen: torch.Tensor | None, args: Any, kwargs: Any) -> torch.Tensor | None:
     """An operation entry by entry, done to quantiles; None where it is another."""
     values = (*args, *kwargs.values())
     others = [value for value in values if isinstance(value, torch.Tensor)]
-    if seen is None or any(other.numel() > 1 for other in others):
+    if seen is None:
+        return None
+    if any(other.numel() > 1 for other in others):
         return None
     try:
         out = func(seen, *args, **kwargs)
     except Exception:  # of any kind, for an operation that a column of numbers does not have
         return None
-    return out if isinstance(out, torch.Tensor) and out.shape == seen.shape else None
+    same_shape = isinstance(out, torch.Tensor) and out.shape == seen.shape
+    return out if same_shape else None
