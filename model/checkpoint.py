@@ -45,7 +45,8 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * RAW[self.dtype].itemsize
+        itemsize = RAW[self.dtype].itemsize
+        return prod(self.shape) * itemsize
 
 
 class Checkpoint:
@@ -70,9 +71,10 @@ class Checkpoint:
         _check_kind(self.folder)
         self.config = read_config(self.folder)
         self.tensors = tensor_table(self.folder)
-        said = quantisation(self.config)
-        self.quantised = said if any(map(_packed, self.tensors.values())) else None
-        self._plain_now = self.quantised is None and said is not None
+        quantised = quantisation(self.config)
+        is_packed = any(map(_packed, self.tensors.values()))
+        self.quantised = quantised if is_packed else None
+        self._plain_now = self.quantised is None and quantised is not None
         if self._plain_now:
             self.config = without_quantisation(self.config)
         files = {stored.file for stored in self.tensors.values()}
@@ -83,7 +85,8 @@ class Checkpoint:
     def notes(self) -> tuple[str, ...]:
         """What of the folder is passed over, in words."""
         notes = []
-        if (self.folder / SINGLE).exists() and (self.folder / INDEX).exists():
+        has_single = (self.folder / SINGLE).exists()
+        if has_single and (self.folder / INDEX).exists():
             notes.append(
                 f"{INDEX} is passed over: {SINGLE} lies beside it, which transformers takes too; one of "
                 "them is stale"
@@ -99,7 +102,8 @@ class Checkpoint:
     @property
     def files(self) -> list[Path]:
         """The folder and the files that hold its weights, which may lie elsewhere (links into a cache)."""
-        return [self.folder, *dict.fromkeys(stored.file for stored in self.tensors.values())]
+        files = dict.fromkeys(stored.file for stored in self.tensors.values())
+        return [self.folder, *files]
 
     def check_unchanged(self) -> None:
         """Hold every file of weights against what it was when it was opened.
@@ -125,30 +129,33 @@ class Checkpoint:
         Raises:
             UserError: the file ends early or cannot be read.
         """
-        return self._read_rows(name, self.tensors[name], start, stop)
+        stored = self.tensors[name]
+        return self._read_rows(name, stored, start, stop)
 
     def _read_rows(self, name: str, stored: Stored, start: int, stop: int | None) -> np.ndarray:
         shape = stored.shape
         if len(shape) > 2:
-            shape = (prod(shape[:-1]), shape[-1])
+            rows = prod(shape[:-1])
+            shape = (rows, shape[-1])
         rows = shape[0] if shape else 1
         stop = rows if stop is None else stop
         row_bytes = stored.nbytes // max(rows, 1)
         block = (stop - start, *shape[1:]) if shape else ()
         buffer = np.empty(block, RAW[stored.dtype])
-        self._read_into(
-            buffer.reshape(-1).data.cast("B"), stored.file, stored.offset + start * row_bytes, name
-        )
+        view = buffer.reshape(-1).data.cast("B")
+        self._read_into(view, stored.file, stored.offset + start * row_bytes, name)
         return buffer
 
     def _read_into(self, view: memoryview, file: Path, offset: int, name: str) -> None:
         with reading(file):
             if file not in self._files:
-                self._files[file] = os.open(file, os.O_RDONLY)
+                descriptor = os.open(file, os.O_RDONLY)
+                self._files[file] = descriptor
             done = 0
             while done < len(view):
                 rest = view[done:]
-                count = os.preadv(self._files[file], [rest], offset + done)
+                descriptor = self._files[file]
+                count = os.preadv(descriptor, [rest], offset + done)
                 if count == 0:  # the end of the file
                     break
                 done += count
@@ -191,11 +198,16 @@ def is_plain(dtype: str) -> bool:
 
 def quantisation_entries(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a config, or its flat view, says of a quantisation."""
-    said: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for key, value in config.items():
-        if _quantises(key):
-            said |= value if isinstance(value, Mapping) else {key.rpartition(".")[2]: value}
-    return {} if said == {"quantization_config": None} else said
+        if not _quantises(key):
+            continue
+        if isinstance(value, Mapping):
+            entries |= value
+        else:
+            name = key.rpartition(".")[2]
+            entries[name] = value
+    return {} if entries == {"quantization_config": None} else entries
 
 
 def quantisation(config: Mapping[str, Any]) -> str | None:
@@ -235,12 +247,14 @@ def _check_kind(folder: Path) -> None:
             "merge it into its base first (peft: merge_and_unload, then save_pretrained) and give that "
             "folder"
         )
-    inside = sorted(path.parent for path in folder.glob("*/config.json"))
+    configs = folder.glob("*/config.json")
+    inside = sorted(path.parent for path in configs)
     meant = [path for path in inside if path.name == "final"] or inside[-1:]
+    source = f"source {str(folder)!r}"
     if meant:
-        raise UserError(f"source {str(folder)!r}: holds no config.json; did you mean {str(meant[0])!r}?")
+        raise UserError(f"{source}: holds no config.json; did you mean {str(meant[0])!r}?")
     if (folder / "run.json").exists():
-        raise UserError(f"source {str(folder)!r}: a run that has no {folder.name}/final yet; finish it first")
+        raise UserError(f"{source}: a run that has no {folder.name}/final yet; finish it first")
 
 
 def tensor_table(folder: Path) -> dict[str, Stored]:
@@ -255,7 +269,8 @@ def tensor_table(folder: Path) -> dict[str, Stored]:
     elif index.exists():
         listed = _read_index(index)
     else:
-        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        paths = [path for pattern in PICKLES for path in folder.glob(pattern)]
+        pickles = sorted(path.name for path in paths)
         if pickles:
             raise UserError(
                 f"{folder}: only pickle weights ({', '.join(pickles[:3])}), which can run code and are "
@@ -266,12 +281,14 @@ def tensor_table(folder: Path) -> dict[str, Stored]:
     tensors: dict[str, Stored] = {}
     for file, names in listed.items():
         header = read_header(folder / file)
-        if twice := sorted(header.keys() & tensors.keys()):
+        both = header.keys() & tensors.keys()
+        if twice := sorted(both):
             raise UserError(
                 f"{folder}: tensor {twice[0]!r} is in {file} and in {tensors[twice[0]].file.name}; each "
                 "must be in one shard"
             )
-        if names is not None and (missing := sorted(names - header.keys())):
+        missing = [] if names is None else sorted(names - header.keys())
+        if missing:
             raise UserError(
                 f"{index}: says {missing[0]!r} is in {file}, which does not hold it; is a shard from "
                 "another checkpoint?"
@@ -282,7 +299,8 @@ def tensor_table(folder: Path) -> dict[str, Stored]:
 
 def _read_index(path: Path) -> dict[str, set[str]]:
     files = shards_listed(path)
-    if absent := sorted(file for file in files if not (path.parent / file).is_file()):
+    missing = [file for file in files if not (path.parent / file).is_file()]
+    if absent := sorted(missing):
         raise UserError(
             f"{path}: shard {absent[0]} is missing ({len(absent)} of {len(files)} are); download the "
             "checkpoint again"
@@ -294,7 +312,8 @@ def _names_files(weight_map: object) -> TypeGuard[Mapping[str, str]]:
     """Check for an object that is not empty and has a text for every key."""
     if not isinstance(weight_map, Mapping) or not weight_map:
         return False
-    return all(isinstance(file, str) for file in weight_map.values())
+    files = weight_map.values()
+    return all(isinstance(file, str) for file in files)
 
 
 def shards_listed(path: Path) -> dict[str, set[str]]:
@@ -308,7 +327,8 @@ def shards_listed(path: Path) -> dict[str, set[str]]:
         raise UserError(f"{path}: weight_map must be an object that names a file for every tensor")
     files: dict[str, set[str]] = {}
     for name, file in weight_map.items():
-        if file != Path(file).name or not file.endswith(".safetensors"):
+        is_shard = file.endswith(".safetensors")
+        if not is_shard or file != Path(file).name:
             raise UserError(
                 f"{path}: {name!r} points to {file!r}; shards are .safetensors files in the same folder, "
                 "nothing else is opened"
@@ -352,11 +372,12 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
+        values = dict(pairs)
+        if len(values) != len(pairs):
             counts = Counter(name for name, _ in pairs)
-            raise UserError(f"{path}: the header names {counts.most_common(1)[0][0]!r} twice")
-        return found
+            ((name, _),) = counts.most_common(1)
+            raise UserError(f"{path}: the header names {name!r} twice")
+        return values
 
     check_values(path, text, 10 * MAX_TENSORS)
     try:
@@ -379,7 +400,8 @@ def _whole_numbers(values: Any) -> bool:
 
 def _stored(path: Path, name: str, entry: Any, start: int) -> Stored:
     where = f"{path}: tensor {name!r}"
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+    keys = {"dtype", "shape", "data_offsets"}
+    if not isinstance(entry, dict) or entry.keys() != keys:
         raise UserError(f"{where}: expected dtype, shape and data_offsets, found {entry!r:.80}")
     dtype = entry["dtype"]
     shape = entry["shape"]
@@ -391,23 +413,25 @@ def _stored(path: Path, name: str, entry: Any, start: int) -> Stored:
             "(AutoModelForCausalLM.from_pretrained(DIR).dequantize().save_pretrained(NEW))"
         )
     if not isinstance(dtype, str) or dtype not in RAW:
-        raise UserError(f"{where}: dtype {dtype!r} is not supported; supported: {', '.join(RAW)}")
+        supported = ", ".join(RAW)
+        raise UserError(f"{where}: dtype {dtype!r} is not supported; supported: {supported}")
     if not _whole_numbers(shape):
         raise UserError(f"{where}: shape {shape!r:.80} is not a list of whole numbers")
     if not _whole_numbers(offsets) or len(offsets) != 2:
         raise UserError(f"{where}: data_offsets {offsets!r:.80} are not two whole numbers")
-    stored = Stored(path, start + offsets[0], dtype, tuple(shape))
-    if offsets[1] - offsets[0] != stored.nbytes:
+    begin, end = offsets
+    stored = Stored(path, start + begin, dtype, tuple(shape))
+    if end - begin != stored.nbytes:
         raise UserError(
-            f"{where}: {offsets[1] - offsets[0]:,} bytes stored, but {dtype} {tuple(shape)} takes "
-            f"{stored.nbytes:,}"
+            f"{where}: {end - begin:,} bytes stored, but {dtype} {tuple(shape)} takes {stored.nbytes:,}"
         )
     return stored
 
 
 def _check_layout(path: Path, tensors: Mapping[str, Stored], start: int, size: int) -> None:
     def extent(name: str) -> tuple[int, int]:
-        return tensors[name].offset, tensors[name].nbytes
+        stored = tensors[name]
+        return stored.offset, stored.nbytes
 
     end = start
     for name in sorted(tensors, key=extent):
@@ -475,10 +499,8 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     except UserError:
         raise
     except Exception as fault:  # the library raises many kinds; the user needs one answer
-        reason = (
-            f"{type(fault).__name__}: "
-            f"{str(fault).strip().splitlines()[0] if str(fault).strip() else 'no details'}"
-        )
+        lines = str(fault).strip().splitlines()
+        reason = f"{type(fault).__name__}: {lines[0] if lines else 'no details'}"
         raise UserError(
             f"source {str(source)!r}: no such folder, and the Hugging Face hub did not give it ({reason}); "
             f"check name and network, or download it elsewhere (`hf download {source}`) and give the folder"
@@ -513,12 +535,14 @@ def _downloaded(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, local_files_only=True))
     weights: Iterable[str] = [SINGLE]
     if SINGLE not in files and INDEX in files:
-        weights = [INDEX, *shards_listed(Path(hf_hub_download(name, INDEX, revision=revision)))]
-    return Path(snapshot_download(name, revision=revision, allow_patterns=to_download(files, weights)))
+        index = hf_hub_download(name, INDEX, revision=revision)
+        weights = [INDEX, *shards_listed(Path(index))]
+    patterns = to_download(files, weights)
+    return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
 
 
 def names_of(checkpoints: Iterable[str]) -> str:
     """The first few of many names, for an error message."""
     names = sorted(checkpoints)
-    rest = f", … ({len(names)} in all)" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + rest
+    first = ", ".join(names[:3])
+    return f"{first}, … ({len(names)} in all)" if len(names) > 3 else first

@@ -35,17 +35,20 @@ def numbers(dtype: str) -> np.ndarray:
     """(256,) every number of an 8-bit float format, float32."""
     exponent_bits, fraction_bits, bias, infinite = FORMATS[dtype]
     bits = np.arange(256)
-    exponent = bits >> fraction_bits & (1 << exponent_bits) - 1
-    fraction = (bits & (1 << fraction_bits) - 1) / (1 << fraction_bits)
+    exponent_mask = (1 << exponent_bits) - 1
+    exponent = bits >> fraction_bits & exponent_mask
+    steps = 1 << fraction_bits
+    fraction = (bits & steps - 1) / steps
     normal = np.ldexp(1 + fraction, exponent - bias)
     subnormal = np.ldexp(fraction, 1 - bias)
     size = np.where(exponent > 0, normal, subnormal)
     if infinite:
-        top = exponent == (1 << exponent_bits) - 1
+        top = exponent == exponent_mask
         size[top] = np.where(fraction[top] > 0, np.nan, np.inf)
     else:
         size[(bits & 0x7F) == 0x7F] = np.nan
-    return np.where(bits & 0x80, -size, size).astype(np.float32)
+    is_negative = bits & 0x80
+    return np.where(is_negative, -size, size).astype(np.float32)
 
 
 class Dequantised(Checkpoint):
@@ -53,13 +56,13 @@ class Dequantised(Checkpoint):
 
     def __init__(self, checkpoint: Checkpoint, blocks: tuple[int, int] | None) -> None:
         vars(self).update(vars(checkpoint))
-        self._blocks, self._all = blocks, checkpoint.tensors
+        self._blocks = blocks
+        self._all = checkpoint.tensors
         self._dtype = config_dtype(checkpoint.config) or "BF16"
         self.config = without_quantisation(checkpoint.config)
         self.quantised = None
-        self.tensors = {
-            name: self._plain(name) for name in self._all if not name.endswith((SCALE, ACTIVATION))
-        }
+        weights = [name for name in self._all if not name.endswith((SCALE, ACTIVATION))]
+        self.tensors = {name: self._plain(name) for name in weights}
         UserError.collect(self._misfits())
 
     def _plain(self, name: str) -> Stored:
@@ -70,18 +73,16 @@ class Dequantised(Checkpoint):
 
     def _misfits(self) -> list[str]:
         """What is wrong with the scales, in words."""
-        quantised = {name: stored for name, stored in self._all.items() if stored.dtype in FORMATS}
-        expected = {name: self._grid(stored.shape) for name, stored in quantised.items()}
-        grids = {name: self._all[name + SCALE].shape for name in quantised}
-        wrong = [
-            name
-            for name in quantised
-            if grids[name] != expected[name] and prod(grids[name]) != prod(expected[name])
-        ]
-        return [
-            f"{self.folder}: {name + SCALE} has shape {grids[name]} where {expected[name]} is expected"
-            for name in wrong[:3]
-        ]
+        faults = []
+        for name, stored in self._all.items():
+            if stored.dtype not in FORMATS:
+                continue
+            grid = self._all[name + SCALE].shape
+            expected = self._grid(stored.shape)
+            if grid != expected and prod(grid) != prod(expected):
+                fault = f"{name + SCALE} has shape {grid} where {expected} is expected"
+                faults.append(f"{self.folder}: {fault}")
+        return faults[:3]
 
     def _grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the scales of a tensor."""
@@ -109,40 +110,44 @@ class Dequantised(Checkpoint):
         if stored.dtype not in FORMATS:
             return raw
         factors = self._factors(name, stored, start, len(raw))
-        return to_raw(numbers(stored.dtype)[raw] * factors, self._dtype)
+        values = numbers(stored.dtype)[raw]
+        return to_raw(values * factors, self._dtype)
 
     def _factors(self, name: str, stored: Stored, start: int, count: int) -> np.ndarray:
         """The scale of each entry of some rows, float32; of one scale for all, that one."""
         held = self._all[name + SCALE]
         raw = self._read_rows(name + SCALE, held, 0, None)
         if held.dtype in ("F8_E8M0", "U8"):  # exponents alone
-            scales = np.ldexp(np.float32(1), raw.astype(np.int32) - 127)
+            exponents = raw.astype(np.int32) - 127
+            scales = np.ldexp(np.float32(1), exponents)
         else:
-            scales = to_float(raw, held.dtype).astype(np.float32)
+            values = to_float(raw, held.dtype)
+            scales = values.astype(np.float32)
         grid = self._grid(stored.shape)
         if not grid or self._blocks is None:
             return scales.reshape(-1)[:1]
         height, width = self._blocks
         rows, columns = stored.shape[-2:]
         row = np.arange(start, start + count)
-        matrix, row_of_matrix = row // rows, row % rows
+        matrix, row_of_matrix = np.divmod(row, rows)
         row_of_grid = matrix * grid[-2] + row_of_matrix // height
-        lines = scales.reshape(-1, grid[-1])[row_of_grid]
+        grid_rows = scales.reshape(-1, grid[-1])
+        lines = grid_rows[row_of_grid]
         return np.repeat(lines, width, axis=1)[:, :columns]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Every tensor, plain, in memory."""
         import torch
 
-        kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-        kinds |= {"I64": torch.int64, "BOOL": torch.bool}
-        held = {}
+        kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+        kinds |= {"F64": torch.float64, "I64": torch.int64, "BOOL": torch.bool}
+        state = {}
         for name, stored in self.tensors.items():
             raw = self.read(name)
-            held[name] = (
-                torch.from_numpy(raw.view(f"i{raw.itemsize}")).view(kinds[stored.dtype]).reshape(stored.shape)
-            )
-        return held
+            signed = raw.view(f"i{raw.itemsize}")
+            tensor = torch.from_numpy(signed).view(kinds[stored.dtype])
+            state[name] = tensor.reshape(stored.shape)
+        return state
 
 
 def dequantised(checkpoint: Checkpoint) -> Dequantised | None:
@@ -151,14 +156,16 @@ def dequantised(checkpoint: Checkpoint) -> Dequantised | None:
     Raises:
         UserError: the scales are not those of its blocks.
     """
-    held = checkpoint.tensors
-    quantised = {name for name, stored in held.items() if stored.dtype in FORMATS}
+    stored = checkpoint.tensors
+    quantised = {name for name, entry in stored.items() if entry.dtype in FORMATS}
     if checkpoint.quantised != "fp8" or not quantised:
         return None
-    beside = {name for name in held if name.endswith((SCALE, ACTIVATION))}
-    rest = {held[name].dtype for name in held.keys() - beside - quantised}
-    has_scales = all(name + SCALE in held for name in quantised)
-    if not has_scales or not all(map(is_plain, rest)):
+    beside = {name for name in stored if name.endswith((SCALE, ACTIVATION))}
+    rest = stored.keys() - beside - quantised
+    all_plain = all(is_plain(stored[name].dtype) for name in rest)
+    has_scales = all(name + SCALE in stored for name in quantised)
+    if not has_scales or not all_plain:
+        return None
         return None
     return Dequantised(checkpoint, _blocks(checkpoint))
 

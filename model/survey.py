@@ -77,7 +77,9 @@ class Survey:
 
     def same(self, difference: Answer[float]) -> bool:
         """Check that a difference was measured and is rounding."""
-        return difference.value is not None and difference.value <= TOLERANCE[self.precision]
+        if difference.value is None:
+            return False
+        return difference.value <= TOLERANCE[self.precision]
 
 
 def survey(
@@ -118,21 +120,22 @@ def causal_switch(
     """
     known = tiny_twin(config).config
     for key, value in CAUSAL.items():
-        if key in known and known[key] != value:
-            try:
-                other = survey(
-                    {**config, key: value}, attention=attention, device=device, precision=precision
-                )
-            except UserError:  # it does not build so
-                continue
-            if other.same(other.future):
-                return {key: value}
+        if key not in known or known[key] == value:
+            continue
+        switched = {**config, key: value}
+        try:
+            other = survey(switched, attention=attention, device=device, precision=precision)
+        except UserError:  # it does not build so
+            continue
+        if other.same(other.future):
+            return {key: value}
     return {}
 
 
 def _place(device: torch.device | str) -> str:
     """A device's name, the same for every process of a CPU."""
-    return "cpu" if torch.device(device).type == "cpu" else str(device)
+    is_cpu = torch.device(device).type == "cpu"
+    return "cpu" if is_cpu else str(device)
 
 
 @lru_cache(maxsize=64)
@@ -152,6 +155,7 @@ def _survey(twin: Twin, attention: str, device: str, precision: str) -> Survey:
         reached = _measured(lambda: _reached(bench))
         leak = _measured(lambda: _leak(bench))
         holds = leak.value is not None and leak.value <= TOLERANCE[precision]
+        unreached, sometimes = reached.value or (None, None)
         return Survey(
             device=device if device == "cpu" else torch.cuda.get_device_name(device),
             precision=precision,
@@ -163,8 +167,8 @@ def _survey(twin: Twin, attention: str, device: str, precision: str) -> Survey:
             masked_leak=Answer(None, "positions that restart are enough")
             if holds
             else _measured(lambda: _masked_leak(bench)),
-            unreached=Answer(None if reached.value is None else reached.value[0], reached.reason),
-            sometimes=Answer(None if reached.value is None else reached.value[1], reached.reason),
+            unreached=Answer(unreached, reached.reason),
+            sometimes=Answer(sometimes, reached.reason),
         )
 
 
@@ -181,7 +185,8 @@ def _measured(measure: Callable[[], T]) -> Answer[T]:
     try:
         return Answer(measure())
     except Exception as fault:  # the library's classes raise every kind
-        return Answer(None, str(fault) if isinstance(fault, UserError) else in_one_line(fault, 120))
+        is_told = isinstance(fault, UserError)
+        return Answer(None, str(fault) if is_told else in_one_line(fault, 120))
 
 
 class _Bench:
@@ -208,11 +213,13 @@ class _Bench:
 
     def text(self, seed: int) -> Tensor:
         """(ROWS, LENGTH) tokens."""
-        return self.twin.tokens(ROWS, LENGTH, seed).to(self.device)
+        tokens = self.twin.tokens(ROWS, LENGTH, seed)
+        return tokens.to(self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Multiply in the run's precision (mixed precision under autocast)."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        is_bf16 = self.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16)
 
     @torch.no_grad()
     def logits(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -223,7 +230,8 @@ class _Bench:
         """
         with self.autocast():
             logits = self.model(**inputs, use_cache=False).logits
-        if logits.shape[:-1].numel() != ROWS * LENGTH:
+        count = logits.shape[:-1].numel()
+        if count != ROWS * LENGTH:
             raise UserError(
                 f"its logits have the shape {tuple(logits.shape)} for {ROWS} rows of {LENGTH} tokens"
             )
@@ -237,10 +245,11 @@ class _Bench:
         Raises:
             UserError: two equal forward passes differ.
         """
-        once, again = self.logits(inputs), self.logits(inputs)
-        if (noise := relative(once, again)) > TOLERANCE[self.precision]:
+        first = self.logits(inputs)
+        noise = relative(first, self.logits(inputs))
+        if noise > TOLERANCE[self.precision]:
             raise UserError(f"two forward passes on the same text differ by {noise:.2g} of the largest logit")
-        return once
+        return first
 
 
 @lru_cache(maxsize=4)
@@ -250,7 +259,9 @@ def _bench(twin: Twin, attention: str, device: str, precision: str) -> _Bench:
 
 def relative(value: Tensor, expected: Tensor) -> float:
     """The largest difference, of the largest expected value."""
-    return float((value - expected).abs().max() / expected.abs().max())
+    largest = expected.abs().max()
+    difference = (value - expected).abs().max()
+    return float(difference / largest)
 
 
 # ---- the questions -----------------------------------------------------------------------------------------
@@ -259,7 +270,8 @@ def relative(value: Tensor, expected: Tensor) -> float:
 @torch.no_grad()
 def _head(bench: _Bench) -> float:
     """Measure how far the output head over the base model's hidden states is from the logits."""
-    base, head = bench.model.base_model, bench.model.get_output_embeddings()
+    base = bench.model.base_model
+    head = bench.model.get_output_embeddings()
     if base is bench.model or head is None:
         raise UserError(
             "its class has no base model and output head under the names that the library gives them"
@@ -268,10 +280,9 @@ def _head(bench: _Bench) -> float:
     expected = bench.steady(inputs)
     with bench.autocast():
         hidden = base(**inputs, use_cache=False).last_hidden_state
-        if hidden.shape[-1] != head.weight.shape[-1]:
-            raise UserError(
-                f"its head reads {head.weight.shape[-1]} entries, and its base model gives {hidden.shape[-1]}"
-            )
+        width, read = hidden.shape[-1], head.weight.shape[-1]
+        if width != read:
+            raise UserError(f"its head reads {read} entries, and its base model gives {width}")
         logits = head(hidden)
     return relative(logits.float(), expected)
 
@@ -287,8 +298,9 @@ def _future(bench: _Bench) -> float:
     """Measure how far the logits before CUT move with the tokens from there on."""
     text = bench.text(0)
     changed = _spliced(text, bench.text(1))
-    before = bench.steady({"input_ids": text})[:, :CUT]
-    return relative(bench.logits({"input_ids": changed})[:, :CUT], before)
+    before = bench.steady({"input_ids": text})
+    after = bench.logits({"input_ids": changed})
+    return relative(after[:, :CUT], before[:, :CUT])
 
 
 def _masked_leak(bench: _Bench) -> float:
@@ -300,18 +312,15 @@ def _masked_leak(bench: _Bench) -> float:
     if bench.attention == "flash_attention_2":
         raise UserError("flash-attn takes no masks")
     benches = [bench]
-    if any(_is_window(key, value) for key, value in bench.twin.config.items()):
-        benches.append(
-            _Bench(
-                tiny_twin(_small_window(bench.twin.config)),
-                bench.attention,
-                str(bench.device),
-                bench.precision,
-            )
-        )
-    return max(
-        difference for one in benches for difference in (_leak(one, masked=True), _moved_by_masks(one))
-    )
+    config = bench.twin.config
+    if any(_is_window(key, value) for key, value in config.items()):
+        windowed = tiny_twin(_small_window(config))
+        other = _Bench(windowed, bench.attention, str(bench.device), bench.precision)
+        benches.append(other)
+    differences = []
+    for one in benches:
+        differences += [_leak(one, masked=True), _moved_by_masks(one)]
+    return max(differences)
 
 
 def _is_window(key: str, value: object) -> bool:
@@ -327,7 +336,8 @@ def _small_window(config: Config) -> dict[str, Any]:
 def _moved_by_masks(bench: _Bench) -> float:
     text = bench.text(0)
     masked = documents_apart(text, bench.end_of_text, bench.attention, bench.model.config)
-    return relative(bench.logits(masked), bench.steady({"input_ids": text}))
+    after = bench.logits(masked)
+    return relative(after, bench.steady({"input_ids": text}))
 
 
 def _leak(bench: _Bench, *, masked: bool = False) -> float:
@@ -340,20 +350,22 @@ def _leak(bench: _Bench, *, masked: bool = False) -> float:
     masks = bench.model.config if masked else None
     inputs = documents_apart(text, bench.end_of_text, bench.attention, masks)
     changed_inputs = documents_apart(changed, bench.end_of_text, bench.attention, masks)
-    after = bench.logits(changed_inputs)[:, CUT:]
-    return relative(after, bench.steady(inputs)[:, CUT:])
+    after = bench.logits(changed_inputs)
+    before = bench.steady(inputs)
+    return relative(after[:, CUT:], before[:, CUT:])
 
 
 def _reached(bench: _Bench) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The parameters that get no gradient from any of two texts, in any layer; and those that get one only
     here or there.
     """
-    first, second = (set(_backward(bench, seed)) for seed in (0, 1))
+    first, second = set(_backward(bench, 0)), set(_backward(bench, 1))
     always, ever = first & second, first | second
     names = [name for name, _ in bench.model.named_parameters()]
     reached = {layerless(name) for name in ever}
     missing = {layerless(name) for name in names} - reached
-    partly = {layerless(name) for name in names if name not in always} - missing
+    not_always = {layerless(name) for name in names if name not in always}
+    partly = not_always - missing
     return tuple(sorted(missing)), tuple(sorted(partly))
 
 
@@ -363,8 +375,9 @@ def _backward(bench: _Bench, seed: int) -> list[str]:
     with bench.autocast():
         logits = bench.model(input_ids=text, use_cache=False).logits
     predicted = logits[:, :-1].float().flatten(0, 1)
-    loss = functional.cross_entropy(predicted, text[:, 1:].flatten())
-    loss.backward()
-    names = [name for name, parameter in bench.model.named_parameters() if parameter.grad is not None]
+    following = text[:, 1:].flatten()
+    functional.cross_entropy(predicted, following).backward()
+    parameters = bench.model.named_parameters()
+    names = [name for name, parameter in parameters if parameter.grad is not None]
     bench.model.zero_grad(set_to_none=True)
     return names
