@@ -57,8 +57,11 @@ def build(plan: Plan, reader: Reader | None = None) -> Figure:
     step = shown_step(plan)
     _matrices(parts[2], plan, step, reader)
     reasons = len(plan.certificate.reasons)
-    proof = f"not lossless ({reasons} reason{'s' * (reasons > 1)})" if reasons else "certified lossless"
-    size = f"{_count(plan.source_parameters)} → {_count(plan.target_parameters)} parameters"
+    proof = "certified lossless"
+    if reasons:
+        proof = f"not lossless ({reasons} reason{'s' * (reasons > 1)})"
+    before, after = _count(plan.source_parameters), _count(plan.target_parameters)
+    size = f"{before} → {after} parameters"
     figure.suptitle(
         f"{plan.family.name} grown by {plan.operator}: {size}, {proof}",
         fontsize=13,
@@ -70,7 +73,8 @@ def build(plan: Plan, reader: Reader | None = None) -> Figure:
 
 
 def _count(number: int) -> str:
-    return f"{number:,}" if number < 1e6 else f"{number / 1e6:,.4g} M"
+    millions = number / 1e6
+    return f"{number:,}" if number < 1e6 else f"{millions:,.4g} M"
 
 
 def shown_step(plan: Plan) -> Step:
@@ -80,7 +84,8 @@ def shown_step(plan: Plan) -> Step:
     first = [step for step in plan.steps if step.tensor.layer == 0]
     matrices = [step for step in first if len(step.shape) == 2]
     for step in matrices:
-        if "qk" in {space.name for space in spaces(step.tensor.line.out)}:
+        written = {space.name for space in spaces(step.tensor.line.out)}
+        if "qk" in written:
             return step
     return matrices[0]
 
@@ -93,25 +98,30 @@ def _layers(axes: Axes, plan: Plan) -> None:
     if layers.source > 1:
         position = np.linspace(0, last, layers.source)
     # Markers (points²) and numbers so small that neighbours stay apart.
-    size = float(np.clip((490 / layers.target) ** 2, 12, 260))
-    font = float(np.clip(260 / layers.target, 3, 9))
-    label: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": font, "zorder": 3}
+    size = np.clip((490 / layers.target) ** 2, 12, 260)
+    font = np.clip(260 / layers.target, 3, 9)
+    centred: dict[str, Any] = {"ha": "center", "va": "center", "zorder": 3}
+    centred["fontsize"] = float(font)
+    square: dict[str, Any] = {"s": float(size), "marker": "s", "zorder": 2}
     for source, x in enumerate(position):
-        axes.scatter(x, 0, s=size, marker="s", color=INK, zorder=2)
-        axes.text(x, 0, str(source), color="white", **label)
-    for number, (source, idle) in enumerate(zip(layers.layers, layers.identity, strict=True)):
+        axes.scatter(x, 0, color=INK, **square)
+        axes.text(x, 0, str(source), color="white", **centred)
+    pairs = zip(layers.layers, layers.identity, strict=True)
+    for number, (source, idle) in enumerate(pairs):
         again = source in layers.layers[:number]
         _, colour = ORIGINS[Origin.COPY if again else Origin.ORIGINAL]
-        line, inside, outside = (":", "white", IDLE) if idle else ("-", colour, colour)
-        for below in (source, source + 1) if number in layers.between else (source,):
+        outside = IDLE if idle else colour
+        inside = "white" if idle else colour
+        line = ":" if idle else "-"
+        sources = (source, source + 1) if number in layers.between else (source,)
+        for below in sources:
             axes.plot([position[below], number], [0, 1], color=outside, linestyle=line, zorder=1)
-        axes.scatter(
-            number, 1, s=size, marker="s", facecolor=inside, edgecolor=outside, linestyle=line, zorder=2
-        )
-        axes.text(number, 1, str(number), color=INK if idle else "white", **label)
+        axes.scatter(number, 1, facecolor=inside, edgecolor=outside, linestyle=line, **square)
+        axes.text(number, 1, str(number), color=INK if idle else "white", **centred)
     note = "; dotted: starts as the identity" if any(layers.identity) else ""
     counts = f"{layers.source} source layers (below) feed {layers.target} target layers"
-    axes.set_title(f"{counts}, depth {layers.rule!r}{note}", **_TITLE)
+    title = f"{counts}, depth {layers.rule!r}{note}"
+    axes.set_title(title, **_TITLE)
     axes.set(xlim=(-0.7, last + 0.7), ylim=(-0.35, 1.35))
     axes.axis("off")
 
@@ -123,17 +133,21 @@ def _spaces(axes: Axes, plan: Plan) -> None:
     """Draw one bar per space: its target indices by their origin, with the rule in words."""
     rows = spaces_table(plan)
     for y, (space, rule) in enumerate(rows):
-        write, left = plan.recipe.expansions[space].write, 0.0
+        write = plan.recipe.expansions[space].write
+        left = 0.0
         for origin, (_, colour) in ORIGINS.items():
-            share = float((of_axis(write) == origin).mean()) if write.target else 0.0
+            is_of_origin = of_axis(write) == origin
+            share = float(is_of_origin.mean()) if write.target else 0.0
             axes.barh(y, share, left=left, color=colour, height=0.72)
             left += share
         words = f"{write.target}, unchanged" if rule == "unchanged" else rule
         axes.text(1.01, y, words, va="center", fontsize=8.5, color=INK)
-    above: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.1}
+    above: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1)}
+    above["borderaxespad"] = 0.1
     axes.legend(handles=_legend(), fontsize=8.5, frameon=False, ncols=3, **above)
     names = [space for space, _ in rows]
-    axes.set_yticks(range(len(rows)), names, fontsize=9, color=INK)
+    places = range(len(rows))
+    axes.set_yticks(places, names, fontsize=9, color=INK)
     axes.set(xlim=(0, 2.6), ylim=(len(rows) - 0.5, -0.6), xticks=[])
     axes.set_title("every space, by where its target indices come from", **_TITLE)
     for side in axes.spines.values():
@@ -145,14 +159,17 @@ def _matrices(figure: Any, plan: Plan, step: Step, reader: Reader | None) -> Non
     """Draw the source matrix and the grown one at one scale, and the origins of the grown one's entries."""
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
-    columns = 3 if reader is not None and step.source is not None else 1
-    panels = np.atleast_1d(figure.subplots(1, columns, width_ratios=_widths(step)[-columns:]))
+    has_weights = reader is not None and step.source is not None
+    columns = 3 if has_weights else 1
+    widths = _widths(step)[-columns:]
+    panels = np.atleast_1d(figure.subplots(1, columns, width_ratios=widths))
     if columns == 3:
         assert reader is not None
         before = source_matrix(plan, step, reader)
         after = grown_matrix(plan, step, reader)
+        matrices = (before, after)
         signed = max(*before.shape, *after.shape) <= CELLS
-        shown = [matrix if signed else _blocks(matrix) for matrix in (before, after)]
+        shown = [matrix if signed else _blocks(matrix) for matrix in matrices]
         largest = [float(np.quantile(np.abs(part), 0.995)) for part in shown]
         limit = max(largest) or 1.0
         scale: dict[str, Any] = {"vmin": 0.0, "vmax": limit, "cmap": "magma"}
@@ -160,33 +177,35 @@ def _matrices(figure: Any, plan: Plan, step: Step, reader: Reader | None) -> Non
             scale |= {"vmin": -limit, "cmap": "RdBu_r"}
         label = "entry" if signed else "root mean square of each block"
         names = ("the source's", "grown")
-        drawings = zip(panels[:2], (before, after), shown, names, strict=True)
+        drawings = zip(panels[:2], matrices, shown, names, strict=True)
         for axes, matrix, part, name in drawings:
             image = _show(axes, matrix.shape, part, **scale)
             rows, width = matrix.shape
-            axes.set_title(f"{name} {_short(step.name)},\n{rows}×{width}", **_TITLE)
-        figure.colorbar(image, ax=list(panels[:2]), label=label, shrink=0.85)
+            title = f"{name} {_short(step.name)},\n{rows}×{width}"
+            axes.set_title(title, **_TITLE)
+        beside = list(panels[:2])
+        figure.colorbar(image, ax=beside, label=label, shrink=0.85)
     # One colour per origin, in the order of their numbers.
     norm = BoundaryNorm([-0.5, 0.5, 1.5, 2.5], 3)
     colours = ListedColormap([ORIGINS[origin][1] for origin in Origin])
     sample = _sampled(origins(plan, step))
     _show(panels[-1], step.shape, sample, cmap=colours, norm=norm)
-    what = (
-        "its entries"
-        if columns == 3
-        else f"the entries of {_short(step.name)}, {step.shape[0]}×{step.shape[1]},"
-    )
-    panels[-1].set_title(f"where {what} come from", **_TITLE)
+    entries = "its entries"
+    if columns == 1:
+        entries = f"the entries of {_short(step.name)}, {step.shape[0]}×{step.shape[1]},"
+    panels[-1].set_title(f"where {entries} come from", **_TITLE)
 
 
 def _legend() -> list[Any]:
     from matplotlib.patches import Patch
 
-    return [Patch(color=colour, label=name) for name, colour in ORIGINS.values()]
+    colours = ORIGINS.values()
+    return [Patch(color=colour, label=name) for name, colour in colours]
 
 
 def _widths(step: Step) -> list[float]:
-    share = step.source_shape[1] / step.shape[1]
+    width = step.shape[1]
+    share = step.source_shape[1] / width
     return [max(share, 0.45), 1.0, 1.0]
 
 
@@ -197,34 +216,39 @@ def _short(name: str) -> str:
 def _show(axes: Axes, shape: tuple[int, ...], values: np.ndarray, **style: Any) -> Any:
     """Draw an image whose axes count the matrix's own rows and columns."""
     axes.tick_params(colors=INK, labelsize=8)
-    extent = (-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5)
+    rows, columns = shape[0], shape[1]
+    extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
     return axes.imshow(values, extent=extent, interpolation="nearest", aspect="equal", **style)
 
 
 def source_matrix(plan: Plan, step: Step, reader: Reader) -> np.ndarray:
     """Read the source of a step as numbers: (rows, columns)."""
     assert step.source is not None
-    return to_float(reader.read(step.source), plan.source_dtype(step.source))
+    raw = reader.read(step.source)
+    return to_float(raw, plan.source_dtype(step.source))
 
 
 def grown_matrix(plan: Plan, step: Step, reader: Reader) -> np.ndarray:
     """Compute a grown tensor as numbers: (rows, columns)."""
-    return to_float(Expander(plan, step, reader).complete(), plan.dtype(step))
+    raw = Expander(plan, step, reader).complete()
+    return to_float(raw, plan.dtype(step))
 
 
 def _blocks(matrix: np.ndarray) -> np.ndarray:
     """Compute the root mean square of blocks; of a small matrix, of each entry."""
     squares = matrix.astype(np.float64) ** 2
     row_edges, column_edges = (_edges(length) for length in matrix.shape)
-    heights, widths = np.diff(row_edges), np.diff(column_edges)
-    by_rows = np.add.reduceat(squares, row_edges[:-1], axis=0) / heights[:, None]
+    heights = np.diff(row_edges)[:, None]
+    widths = np.diff(column_edges)
+    by_rows = np.add.reduceat(squares, row_edges[:-1], axis=0) / heights
     by_blocks = np.add.reduceat(by_rows, column_edges[:-1], axis=1) / widths
     return np.sqrt(by_blocks)
 
 
 def _edges(length: int) -> np.ndarray:
     """Divide an axis into at most `CELLS` blocks: the first index of each, and the length."""
-    return np.linspace(0, length, min(CELLS, length) + 1).astype(int)
+    blocks = min(CELLS, length)
+    return np.linspace(0, length, blocks + 1).astype(int)
 
 
 def _sampled(values: np.ndarray) -> np.ndarray:

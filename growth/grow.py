@@ -63,16 +63,15 @@ class Grown:
 
     def __repr__(self) -> str:
         """Five lines: the folder, what its plan says in short, and the receipt."""
-        plan, measured = repr(self.plan).splitlines(), self.receipt
-        state = (
-            f"Grown {self.folder}"
-            if self.complete
-            else f"Grown {self.folder} (in part: other workers are still to write)"
-        )
-        receipt = (
-            f"max |Δlogit| {measured.max_delta:.3g}, KL {measured.kl:.3g}" if measured else "not measured"
-        )
-        return "\n".join([f"{state}, {plan[0].lower()}", *plan[1:2], *plan[3:], f"  receipt: {receipt}"])
+        headline, *details = repr(self.plan).splitlines()
+        state = f"Grown {self.folder}"
+        if not self.complete:
+            state = f"Grown {self.folder} (in part: other workers are still to write)"
+        receipt = "not measured"
+        if self.receipt:
+            receipt = f"max |Δlogit| {self.receipt.max_delta:.3g}, KL {self.receipt.kl:.3g}"
+        lines = [f"{state}, {headline.lower()}", *details[:1], *details[2:], f"  receipt: {receipt}"]
+        return "\n".join(lines)
 
     def describe(self) -> str:
         """The plan in words (`Plan.describe`)."""
@@ -141,7 +140,8 @@ def grow(
         optimizer=optimizer, nonfinite=nonfinite, worker=worker, progress=progress,
     )  # fmt: skip
     if operator in LEARNED:
-        options, text = {**options, "text": None if text is None else str(text)}, None
+        options["text"] = None if text is None else str(text)
+        text = None
     text = text if receipt_text is None else receipt_text
     out = Path(os.path.expanduser(out))
     with Checkpoint(locate(source, revision)) as opened:
@@ -149,54 +149,69 @@ def grow(
         ledger = read_ledger(checkpoint.folder)
         beside = Beside.of(checkpoint.folder, checkpoint.config)
         notes = (*checkpoint.notes, *beside.notes)
-        made = plan(checkpoint, target, operator, depth=depth, noise=noise, seed=seed, dtype=dtype, **options)
-        check_tokenizer(checkpoint.folder, made)
-        check_head(checkpoint, made)
-        passage = None if text is None or receipt is False else passage_for(checkpoint.folder, text)
-        reader = checkpoint if nonfinite == "allow" else FiniteReader(checkpoint, made.dtypes)
-        adam = None if optimizer is None else _read_adam(optimizer, made)
-        lesson = None if made.lesson is None else read_lesson(made, checkpoint, text)
-        shards = shards_of(made, max_shard_bytes)
+        decided = plan(
+            checkpoint, target, operator, depth=depth, noise=noise, seed=seed, dtype=dtype, **options
+        )
+        check_tokenizer(checkpoint.folder, decided)
+        check_head(checkpoint, decided)
+        passage = None
+        if text is not None and receipt is not False:
+            passage = passage_for(checkpoint.folder, text)
+        allows_nonfinite = nonfinite == "allow"
+        reader = checkpoint if allows_nonfinite else FiniteReader(checkpoint, decided.dtypes)
+        adam = None if optimizer is None else _read_adam(optimizer, decided)
+        lesson = None
+        if decided.lesson is not None:
+            lesson = read_lesson(decided, checkpoint, text)
+        shards = shards_of(decided, max_shard_bytes)
         how: dict[str, Any] = {"threads": threads, "progress": progress}
-        reads = (*checkpoint.files, *([] if optimizer is None else [Path(os.path.expanduser(optimizer))]))
+        reads = [*checkpoint.files]
+        if optimizer is not None:
+            reads.append(Path(os.path.expanduser(optimizer)))
 
         def complete(folder: Path) -> tuple[Receipt | None, dict[str, Any] | None]:
             """Write and verify what a folder holds besides its shards."""
             checkpoint.check_unchanged()
             write_index(folder, shards)
             if adam is not None:
-                _write_adam(folder, made, adam, max_shard_bytes, **how)
+                _write_adam(folder, decided, adam, max_shard_bytes, **how)
             beside.copy(folder)
-            learned = None if lesson is None else _learn(made, reader, checkpoint, folder, lesson, progress)
-            verify_structure(folder, made)
+            learned = None
+            if lesson is not None:
+                learned = _learn(decided, reader, checkpoint, folder, lesson, progress)
+            verify_structure(folder, decided)
             measured = None
-            if _is_measured(receipt, text, made, checkpoint):
+            if _is_measured(receipt, text, decided, checkpoint):
                 measured = measure_growth(
-                    made, reader, checkpoint.folder, folder, threads=threads, passage=passage
+                    decided, reader, checkpoint.folder, folder, threads=threads, passage=passage
                 )
-                check_receipt(measured, made, checkpoint.folder)
+                check_receipt(measured, decided, checkpoint.folder)
             terms = licence(checkpoint.folder / "README.md")
-            _write_recipe(folder, made, str(source), revision, notes, ledger, measured, terms, learned)
-            write_config(folder, made)  # last: without it nothing loads the folder, were it to stay as it is
+            name = str(source)
+            _write_recipe(folder, decided, name, revision, notes, ledger, measured, terms, learned)
+            # last: without it nothing loads the folder, were it to stay as it is
+            write_config(folder, decided)
             return measured, learned
 
         if worker is not None:
-            place = Place(out, overwrite, reads)
-            grown = _grow_share(
-                place, made, reader, checkpoint, shards, Worker.parse(worker), complete, **how
-            )
+            place = Place(out, overwrite, tuple(reads))
+            share = Worker.parse(worker)
+            grown = _grow_share(place, decided, reader, checkpoint, shards, share, complete, **how)
             return replace(grown, notes=notes)
-        with complete_or_absent(out, overwrite=overwrite, reads=reads) as folder:
-            write_weights(made, reader, folder, shards, **how)
+        with complete_or_absent(out, overwrite=overwrite, reads=tuple(reads)) as folder:
+            write_weights(decided, reader, folder, shards, **how)
             measured, learned = complete(folder)
-    return Grown(out, made, measured, notes=notes, learned=learned)
+    return Grown(out, decided, measured, notes=notes, learned=learned)
 
 
 def _is_measured(receipt: bool | None, text: str | Path | None, plan: Plan, checkpoint: Checkpoint) -> bool:
     if receipt is not None:
         return receipt
     small = plan.source_parameters + plan.target_parameters <= RECEIPT_PARAMETERS
-    return text is not None or (small and checkpoint.quantised is None and find_spec("torch") is not None)
+    if text is not None:
+        return True
+    is_plain = checkpoint.quantised is None
+    return small and is_plain and find_spec("torch") is not None
 
 
 def _grow_share(
@@ -234,12 +249,17 @@ def read_lesson(plan: Plan, source: Checkpoint, text: str | Path | None) -> Cali
     from outgrow.growth.learned.learn import calibration  # imports torch
 
     assert plan.lesson is not None
-    learned, measured = (Path(os.path.expanduser(each)) for each in (plan.lesson.text, text or ""))
-    if text is not None and learned.exists() and measured.exists() and learned.samefile(measured):
+    if text is not None and _is_same_file(plan.lesson.text, text):
         raise UserError(
             f"receipt.text {str(text)!r}: is growth.text, which is learned on; measure on another text"
         )
     return calibration(plan, source.folder)
+
+
+def _is_same_file(one: str | Path, other: str | Path) -> bool:
+    """Check whether two paths, from the home folder where they say `~`, lead to one file."""
+    paths = [Path(os.path.expanduser(path)) for path in (one, other)]
+    return all(path.exists() for path in paths) and paths[0].samefile(paths[1])
 
 
 def _learn(*of: Any) -> dict[str, Any]:
@@ -256,14 +276,17 @@ def _read_adam(path: str | Path, plan: Plan) -> AdamState:
 
 def _write_adam(folder: Path, plan: Plan, adam: AdamState, max_shard_bytes: int, **how: Any) -> None:
     """Grow the moments into `folder/optimizer`, as safetensors beside a state.json that says how."""
-    shutil.rmtree(folder / OPTIMIZER, ignore_errors=True)  # a killed worker's
-    (folder / OPTIMIZER).mkdir()
+    folder = folder / OPTIMIZER
+    shutil.rmtree(folder, ignore_errors=True)  # a killed worker's
+    folder.mkdir()
     moments = moments_plan(plan, adam.moments.dtypes)
     shards = shards_of(moments, max_shard_bytes)
-    write_weights(moments, adam.moments, folder / OPTIMIZER, shards, **how)
-    write_index(folder / OPTIMIZER, shards)
-    state = {"step": adam.step, "rule": RULES[plan.recipe.moments], "inexact": list(inexact(plan))}
-    (folder / OPTIMIZER / STATE).write_text(json.dumps(state, indent=1) + "\n")
+    write_weights(moments, adam.moments, folder, shards, **how)
+    write_index(folder, shards)
+    rule = RULES[plan.recipe.moments]
+    state = {"step": adam.step, "rule": rule, "inexact": list(inexact(plan))}
+    text = json.dumps(state, indent=1)
+    (folder / STATE).write_text(f"{text}\n")
 
 
 def check_tokenizer(source: Path, plan: Plan) -> None:
@@ -275,10 +298,11 @@ def check_tokenizer(source: Path, plan: Plan) -> None:
     """
     if not plan.growth.grows("vocab"):
         return
-    tokens, held = tokenizer_size(source), plan.growth.target["vocab"]
-    if tokens is not None and tokens > held:
+    tokens = tokenizer_size(source)
+    size = plan.growth.target["vocab"]
+    if tokens is not None and tokens > size:
         raise UserError(
-            f"target: vocab_size {held} is less than the {tokens} tokens of {source / 'tokenizer.json'}; "
+            f"target: vocab_size {size} is less than the {tokens} tokens of {source / 'tokenizer.json'}; "
             f"give at least vocab_size:{tokens}"
         )
 
@@ -291,19 +315,16 @@ def check_head(source: Checkpoint, plan: Plan) -> None:
         UserError: it is another.
     """
     tensors = list(plan.growth.source_family.tensors(plan.source_config))
-    embedding = next(
-        (
-            tensor.name
-            for tensor in tensors
-            if tensor.line.kind == "embedding" and Space("vocab") in tensor.axes
-        ),
-        None,
-    )
-    heads = [tensor.name for tensor in tensors if tensor.tied] or [
-        name for name in plan.family.ignore if name.endswith("head.weight")
-    ]
+    tables = [tensor for tensor in tensors if tensor.line.kind == "embedding"]
+    embeddings = [tensor.name for tensor in tables if Space("vocab") in tensor.axes]
+    heads = [tensor.name for tensor in tensors if tensor.tied]
+    if not heads:
+        heads = [name for name in plan.family.ignore if name.endswith("head.weight")]
+    if not embeddings or embeddings[0] not in source.tensors:
+        return
+    embedding = embeddings[0]
     for name in heads:
-        if embedding is None or name not in source.tensors or embedding not in source.tensors:
+        if name not in source.tensors:
             continue
         if not _equal(source, name, embedding):
             raise UserError(
@@ -315,11 +336,16 @@ def check_head(source: Checkpoint, plan: Plan) -> None:
 
 def _equal(source: Checkpoint, one: str, other: str) -> bool:
     """Check whether two stored tensors hold the same bits, some rows at a time."""
-    stored = source.tensors[one]
-    if (stored.dtype, stored.shape) != (source.tensors[other].dtype, source.tensors[other].shape):
+    stored, beside = source.tensors[one], source.tensors[other]
+    if stored.dtype != beside.dtype or stored.shape != beside.shape:
         return False
-    parts = ((row, min(row + ROWS, stored.shape[0])) for row in range(0, stored.shape[0], ROWS))
-    return all(bool((source.read(one, *part) == source.read(other, *part)).all()) for part in parts)
+    rows = stored.shape[0]
+    for start in range(0, rows, ROWS):
+        stop = min(start + ROWS, rows)
+        equal = source.read(one, start, stop) == source.read(other, start, stop)
+        if not equal.all():
+            return False
+    return True
 
 
 def read_ledger(folder: Path) -> dict[str, Any] | None:
@@ -328,7 +354,8 @@ def read_ledger(folder: Path) -> dict[str, Any] | None:
     Raises:
         UserError: ledger.json is no JSON object.
     """
-    return read_json(folder / "ledger.json") if (folder / "ledger.json").exists() else None
+    file = folder / "ledger.json"
+    return read_json(file) if file.exists() else None
 
 
 def _write_recipe(
@@ -360,10 +387,13 @@ def _write_recipe(
         **({} if learned is None else {"learned": learned}),
         "plan": plan.to_dict(),
     }
-    files = sorted(filter(is_terms, (path.name for path in folder.iterdir())))
-    (folder / "README.md").write_text(model_card(plan, source, receipt, terms, files))
+    names = [path.name for path in folder.iterdir()]
+    files = sorted(filter(is_terms, names))
+    card = model_card(plan, source, receipt, terms, files)
+    (folder / "README.md").write_text(card)
     recipe["files"] = files_in(folder)
-    (folder / RECIPE).write_text(json.dumps(recipe, indent=1) + "\n")
+    text = json.dumps(recipe, indent=1)
+    (folder / RECIPE).write_text(f"{text}\n")
 
 
 def recorded_plan(folder: Path | str) -> Plan:
@@ -376,25 +406,23 @@ def recorded_plan(folder: Path | str) -> Plan:
     folder = Path(folder)
     record = read_json(folder / "growth.json")
     try:
-        made, source, target, named = (
-            record["plan"],
-            record["source"]["config"],
-            record["target"]["config"],
-            record["plan_hash"],
-        )
-        depth = made["layers"] if made["depth"] == "list" else made["depth"]
+        planned = record["plan"]
+        source = record["source"]["config"]
+        target = record["target"]["config"]
+        named = record["plan_hash"]
+        is_list = planned["depth"] == "list"
         how = {
-            "depth": depth,
-            "noise": made["noise"],
-            "seed": made["seed"],
-            "dtype": made.get("dtype"),
-            **made["options"],
+            "depth": planned["layers"] if is_list else planned["depth"],
+            "noise": planned["noise"],
+            "seed": planned["seed"],
+            "dtype": planned.get("dtype"),
+            **planned["options"],
         }
     except (KeyError, TypeError) as fault:
         raise UserError(
             f"{folder / 'growth.json'}: no record of a growth that can be followed again ({fault})"
         ) from None
-    again = plan(source, target, made["operator"], **how)
+    again = plan(source, target, planned["operator"], **how)
     if again.hash != named:
         raise UserError(
             f"{folder / 'growth.json'}: gives plan {again.hash}, but records plan {named}; was it edited, "

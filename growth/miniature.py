@@ -23,29 +23,35 @@ def miniature(draft: Draft, source: Config, target: Config, depth: str | Sequenc
     whole and others do not become whole; where a ratio does not fit a tiny size, the next quarter does. There
     are a few more layers, tokens and positions where there are to be more.
     """
-    keys, tiny = draft.axes.keys, draft.axes.config
-    mixer = draft.axes.mixer
+    keys, mixer = draft.axes.keys, draft.axes.mixer
+    tiny = draft.axes.config
     states = (mixer.heads, mixer.dim) if mixer else ()
 
     # Widths, each by its own ratio.
     heads = _heads(draft, source, target)
     hidden = _hidden(draft, source, target, heads)
-    wanted = dict.fromkeys(draft.axes.stream_keys, hidden) | heads
-    for key in filter(None, (keys.ffn, *keys.more, *states)):
+    streams = draft.axes.stream_keys
+    wanted = dict.fromkeys(streams, hidden) | heads
+    widths = (keys.ffn, *keys.more, *states)
+    for key in filter(None, widths):
         before = source.get(key)
         if key in tiny and before:
             after = target.get(key) or before
-            wanted[key] = scaled(int(tiny[key]), before, after)
+            own = int(tiny[key])
+            wanted[key] = scaled(own, before, after)
     wanted |= _head_dim(draft, source, target)
-    asked = {key: size for key, size in wanted.items() if _differs(key, source, target)}
-    changes = {key: size for key, size in asked.items() if size != tiny.get(key)}
+    changes = {key: size for key, size in wanted.items() if size != tiny.get(key)}
+    changes = {key: size for key, size in changes.items() if _differs(key, source, target)}
     # A few more tokens, positions and layers.
     for key in filter(None, (keys.vocab, keys.positions)):
         if target.get(key) != source.get(key):
             changes[key] = int(tiny[key]) + MORE
-    adds_identity = isinstance(depth, str) and LAYER_MAPS.get(depth, (None, False))[1]
-    if adds_identity and target[keys.layers] != source[keys.layers]:
-        changes[keys.layers] = int(tiny[keys.layers]) + 1
+    adds_identity = False
+    if isinstance(depth, str):
+        _, adds_identity = LAYER_MAPS.get(depth, (None, False))
+    layers = keys.layers
+    if adds_identity and target[layers] != source[layers]:
+        changes[layers] = int(tiny[layers]) + 1
     return changes
 
 
@@ -63,50 +69,64 @@ def scaled(tiny: int, before: int, after: int, multiple: int = 1) -> int:
     if factor.denominator == 1:
         return tiny * int(factor)
     exact = tiny * factor
-    if exact.denominator == 1 and exact % multiple == 0:
+    is_integer = exact.denominator == 1
+    if is_integer and exact % multiple == 0:
         return int(exact)
     quarters = ceil(factor * 4)
     quarters -= quarters % 4 == 0  # no whole factor
-    size = ceil(Fraction(tiny * quarters, 4 * multiple)) * multiple
+    share = Fraction(tiny * quarters, 4 * multiple)
+    size = ceil(share) * multiple
     if size % tiny:
         return size
-    return size - multiple if size - multiple > tiny else size + multiple
+    smaller = size - multiple
+    return smaller if smaller > tiny else size + multiple
 
 
 def _differs(key: str, source: Config, target: Config) -> bool:
     """Check whether another size is asked for, or one is named that was left to the class."""
-    before, after = source.get(key), target.get(key)
-    return after != before and bool(before or key in HEAD_KEYS)
+    before = source.get(key)
+    after = target.get(key)
+    may_change = bool(before or key in HEAD_KEYS)
+    return after != before and may_change
 
 
 def _heads(draft: Draft, source: Config, target: Config) -> dict[str, int]:
     """Scale key-value heads, and the queries for each (grouped-query attention), by their own ratios."""
-    keys, axes = draft.axes.keys, draft.axes
+    axes = draft.axes
+    keys = axes.keys
     if not keys.heads:
         return {}
     heads, kv = _counts(keys, source, one=axes.multi_query)
     more_heads, more_kv = _counts(keys, target, one=axes.multi_query)
     groups = scaled(axes.kv, kv, more_kv)
-    queries = scaled(axes.heads // axes.kv, heads // kv, more_heads // more_kv)
-    return {keys.heads: groups * queries} | ({keys.kv: groups} if keys.kv else {})
+    own = axes.heads // axes.kv
+    queries = scaled(own, heads // kv, more_heads // more_kv)
+    sizes = {keys.heads: groups * queries}
+    if keys.kv:
+        sizes[keys.kv] = groups
+    return sizes
 
 
 def _counts(keys: Keys, config: Config, *, one: bool) -> tuple[int, int]:
     """Count query heads and key-value heads; `one` of these where a switch says so (MQA)."""
     heads = int(config[keys.heads or ""])
-    return heads, 1 if one else int(config.get(keys.kv or "") or heads)
+    if one:
+        return heads, 1
+    return heads, int(config.get(keys.kv or "") or heads)
 
 
 def _head_dim(draft: Draft, source: Config, target: Config) -> dict[str, int]:
     """Scale the head dim that the target names, to an even number as rotary positions need it."""
-    keys, tiny = draft.axes.keys, draft.axes.config
+    axes = draft.axes
+    keys = axes.keys
     named = [key for key in (keys.head_dim, *HEAD_KEYS) if key and target.get(key)]
     if not named or not keys.heads:
         return {}
     key = named[0]
     before = source.get(key) or source[keys.hidden] // source[keys.heads]
-    dim = tiny.get(key) or draft.axes.hidden // draft.axes.heads
-    return {key: scaled(int(dim), before, target[key], multiple=2)}
+    dim = axes.config.get(key) or axes.hidden // axes.heads
+    size = scaled(int(dim), before, target[key], multiple=2)
+    return {key: size}
 
 
 def _hidden(draft: Draft, source: Config, target: Config, heads: Mapping[str, int]) -> int:
@@ -122,8 +142,11 @@ def _hidden(draft: Draft, source: Config, target: Config, heads: Mapping[str, in
     if before == after or not keys.heads:
         return scaled(tiny, before, after)
     count = heads[keys.heads]
-    if draft.axes.coupled and not any(target.get(key) for key in HEAD_KEYS):
-        dims = (before // source[keys.heads], after // target[keys.heads])
-        return count * scaled(tiny // draft.axes.heads, *dims, multiple=2)
+    is_given = any(target.get(key) for key in HEAD_KEYS)
+    if draft.axes.coupled and not is_given:
+        dim = before // source[keys.heads]
+        wider = after // target[keys.heads]
+        tiny_dim = tiny // draft.axes.heads
+        return count * scaled(tiny_dim, dim, wider, multiple=2)
     whole_heads = after % target[keys.heads] == 0
     return scaled(tiny, before, after, multiple=count if whole_heads else 1)

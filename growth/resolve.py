@@ -89,18 +89,21 @@ def resolve_family(
     config = source.config if isinstance(source, Checkpoint) else source
     if isinstance(source, Checkpoint) and source.quantised is not None:
         return _quantised(source, target, depth)
-    if not isinstance(config.get("model_type"), str) or has_schema(config):
+    named = isinstance(config.get("model_type"), str)
+    if not named or has_schema(config):
         return Resolved(family_of(config))
-    shapes = (
-        {name: stored.shape for name, stored in source.tensors.items()}
-        if isinstance(source, Checkpoint)
-        else None
-    )
+    shapes = _shapes(source) if isinstance(source, Checkpoint) else None
     if shapes is not None:
         _check_depth(config, shapes)
     if shapes is not None and _copies_layers_only(config, target, depth):
         return _outlined(config, shapes)
-    return _derived(config, shapes, target, depth, operator, options or {})
+    chosen = options or {}
+    return _derived(config, shapes, target, depth, operator, chosen)
+
+
+def _shapes(source: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """List the shapes of a checkpoint's tensors."""
+    return {name: stored.shape for name, stored in source.tensors.items()}
 
 
 def plain_source(source: Checkpoint, target: Target, depth: str | Sequence[int]) -> Checkpoint:
@@ -110,8 +113,10 @@ def plain_source(source: Checkpoint, target: Target, depth: str | Sequence[int])
     Raises:
         UserError: the scales do not fit.
     """
-    asked = flat(target) if isinstance(target, Mapping) else target
-    if source.quantised is None or _copies_layers_only(source.config, asked, depth):
+    wanted = flat(target) if isinstance(target, Mapping) else target
+    if source.quantised is None:
+        return source
+    if _copies_layers_only(source.config, wanted, depth):
         return source
     return dequantised(source) or source
 
@@ -123,38 +128,35 @@ def _quantised(source: Checkpoint, target: Target, depth: str | Sequence[int]) -
         UserError: anything else is asked for, or the config says of layers by their numbers how they are
             quantised.
     """
-    config, kinds = (
-        source.config,
-        sorted({stored.dtype for stored in source.tensors.values() if not is_plain(stored.dtype)}),
-    )
-    what = f"{source.folder}: its weights are quantised ({source.quantised}; {', '.join(kinds)})"
+    config = source.config
+    dtypes = {stored.dtype for stored in source.tensors.values()}
+    kinds = ", ".join(sorted(dtype for dtype in dtypes if not is_plain(dtype)))
+    what = f"{source.folder}: its weights are quantised ({source.quantised}; {kinds})"
     if not _copies_layers_only(config, target, depth):
         raise UserError(
             f"{what}, and growth computes on plain ones: {WAYS.get(str(source.quantised), OTHERWISE)}, or "
             "copy whole layers (growth.depth=stack and no size but the number of layers)"
         )
-    said = json.dumps(
-        {key: value for key, value in config.items() if "quantization_config" in key}, default=str
-    )
-    if re.search(r"\.\d+\b", re.sub(r"\d\.\d+", "", said)):
+    entries = {key: value for key, value in config.items() if "quantization_config" in key}
+    text = json.dumps(entries, default=str)
+    without_decimals = re.sub(r"\d\.\d+", "", text)
+    if re.search(r"\.\d+\b", without_decimals):
         raise UserError(
             f"{what}, and quantization_config names layers by their numbers, which would move; dequantise "
             "it first"
         )
-    family = outline(config, {name: stored.shape for name, stored in source.tensors.items()})
-    return Resolved(
-        family,
-        (
-            f"weights quantised by {source.quantised} are copied byte for byte, layer by layer; nothing "
-            "was checked",
-        ),
+    note = (
+        f"weights quantised by {source.quantised} are copied byte for byte, layer by layer; nothing "
+        "was checked"
     )
+    return Resolved(outline(config, _shapes(source)), (note,))
 
 
 def _check_depth(config: Config, shapes: Shapes) -> None:
     """Reject a config with more layers than the file has tensors, before anything is allocated per layer."""
     for key in DEPTH_KEYS:
-        if isinstance(count := config.get(key), int) and count > len(shapes):
+        count = config.get(key)
+        if isinstance(count, int) and count > len(shapes):
             raise UserError(
                 f"config.json says {key} {count:,}, but the file has {len(shapes)} tensors; is it another "
                 "checkpoint's?"
@@ -167,20 +169,17 @@ def _outlined(config: Config, shapes: Shapes) -> Resolved:
     known = library_knows(config)
     complete = whole_config(config) if known else config
     dropped = passed_over(complete, shapes) if known else []
-    family = replace(
-        outline(complete, {name: shape for name, shape in shapes.items() if name not in dropped}),
-        ignore=tuple(dropped),
-    )
-    held = (
-        "the result was held against transformers' class"
-        if known
-        else "transformers does not know it, so nothing could be checked"
-    )
+    kept = {name: shape for name, shape in shapes.items() if name not in dropped}
+    family = replace(outline(complete, kept), ignore=tuple(dropped))
+    check = "transformers does not know it, so nothing could be checked"
+    if known:
+        check = "the result was held against transformers' class"
     note = (
         f"family {family.name!r} has no schema here: layers were told by their names and whole layers are "
-        f"copied; {held}"
+        f"copied; {check}"
     )
-    return Resolved(family, (note, *_left_out(dropped)), complete if known else None)
+    notes = (note, *_left_out(dropped))
+    return Resolved(family, notes, complete if known else None)
 
 
 def _left_out(names: Sequence[str]) -> list[str]:
@@ -191,8 +190,10 @@ def _copies_layers_only(config: Config, target: Target, depth: str | Sequence[in
     """Check that nothing but the number of layers changes, and no new layer has to start as the identity."""
     if not isinstance(target, Mapping):
         return False
-    if isinstance(depth, str) and LAYER_MAPS.get(depth, (None, False))[1]:
-        return False
+    if isinstance(depth, str):
+        _, adds_identity = LAYER_MAPS.get(depth, (None, False))
+        if adds_identity:
+            return False
     others = {key: value for key, value in target.items() if key not in DEPTH_KEYS}
     return all(config.get(key) == value for key, value in others.items())
 
@@ -209,25 +210,24 @@ def _derived(
     from outgrow.growth.rehearse import bench
     from outgrow.model.derive import derive, whole_config
 
-    name, head = config["model_type"], ""
+    name = config["model_type"]
+    head = ""
     try:
-        draft, complete = derive(config), whole_config(config)
+        draft = derive(config)
+        complete = whole_config(config)
         family = _family(draft, complete, shapes)
         grown = resolve_target(target, complete, family)
         UserError.collect(Growth(family, complete, grown).smaller)
         head = _other_heads(draft, complete, grown)
         changes = miniature(draft, complete, grown, depth)
-        _check_asked(draft, family.sizes(complete), family.sizes(grown), changes)
+        before, after = family.sizes(complete), family.sizes(grown)
+        _check_growth_is_tested(draft, before, after, changes)
         if not changes:
-            return Resolved(
-                family,
-                (f"family {name!r} has no schema here: one was derived, and nothing is widened by it",),
-                complete,
-            )
+            note = f"family {name!r} has no schema here: one was derived, and nothing is widened by it"
+            return Resolved(family, (note,), complete)
+        rule = depth if isinstance(depth, str) else "identity"
         with bench(draft) as tiny:
-            rehearsal = tiny.rehearse(
-                draft, changes, depth if isinstance(depth, str) else "identity", operator, options
-            )
+            rehearsal = tiny.rehearse(draft, changes, rule, operator, options)
         family = _family(rehearsal.draft, complete, shapes)
     except UserError as fault:
         raise UserError(
@@ -236,19 +236,16 @@ def _derived(
             "number of layers), or a schema of your own (docs/families.md, 'Add a family')"
         ) from None
     known = draft.axes.config
-    moves = [(key, known.get(key), size) for key, size in changes.items()]
-    sizes = ", ".join(f"{key} {before} → {after}" for key, before, after in moves)
-    notes = [
-        (
-            f"family {name!r} has no schema here: one was derived from transformers' own class "
-            f"({len(family.lines)} lines)"
-        ),
-        f"{_outcome(rehearsal, sizes, operator)}"
-        + ", on tokens alone and with a picture among them" * (len(tiny.inputs) > 1),
-    ]
+    moves = [f"{key} {known.get(key)} → {size}" for key, size in changes.items()]
+    outcome = _outcome(rehearsal, ", ".join(moves), operator)
+    if len(tiny.inputs) > 1:
+        outcome += ", on tokens alone and with a picture among them"
+    origin = f"one was derived from transformers' own class ({len(family.lines)} lines)"
+    notes = [f"family {name!r} has no schema here: {origin}", outcome]
     if draft.unused:
         notes.append(f"not tested: {names_of(draft.unused)}, which no forward pass here goes through")
-    return Resolved(family, (*notes, *_left_out(family.ignore)), complete)
+    notes += _left_out(family.ignore)
+    return Resolved(family, tuple(notes), complete)
 
 
 def _outcome(rehearsal: Rehearsal, sizes: str, operator: str) -> str:
@@ -286,17 +283,19 @@ def _other_heads(draft: Draft, source: Config, target: Config) -> str:
     """
     keys = draft.axes.keys
     for key in HEAD_KEYS:
-        if target.get(key) and source.get(key) and target[key] != source[key]:
+        before, after = source.get(key), target.get(key)
+        if after and before and after != before:
             return (
-                f"; {key} {source[key]} becomes {target[key]}, so rotary positions would turn other dims by "
-                f"other angles: keep {key}:{source[key]} and add heads instead, or choose an operator that "
+                f"; {key} {before} becomes {after}, so rotary positions would turn other dims by "
+                f"other angles: keep {key}:{before} and add heads instead, or choose an operator that "
                 "is not lossless, such as tile"
             )
-    if not keys.heads or any(target.get(key) for key in HEAD_KEYS):
+    is_given = any(target.get(key) for key in HEAD_KEYS)
+    if is_given or not keys.heads:
         return ""
-    (dim, _), (wider, more) = (
-        (config[keys.hidden] // config[keys.heads], config[keys.heads]) for config in (source, target)
-    )
+    more = target[keys.heads]
+    dim = source[keys.hidden] // source[keys.heads]
+    wider = target[keys.hidden] // more
     if dim == wider:
         return ""
     return (
@@ -318,29 +317,34 @@ def _family(draft: Draft, config: Config, shapes: Shapes | None) -> Family:
     strange = [name for name in shapes if called[name] not in built]
     dropped: set[str] = set()
     if strange:
-        dropped = {*passed_over(config, strange), *tied_names(config, strange)}
+        dropped.update(passed_over(config, strange))
+        dropped.update(tied_names(config, strange))
     buffers = [name for name in strange if name in dropped or name.endswith(BUFFERS)]
     # in the class's order, which a record has too
     order = {name: number for number, name in enumerate(built)}
 
     def rank(name: str) -> tuple[int, str]:
-        return order.get(called[name], len(order)), name
+        number = order.get(called[name], len(order))
+        return number, name
 
     names = sorted(shapes.keys() - set(buffers), key=rank)
-    family = drafted_family(draft, config, {name: shapes[name] for name in names}, called)
+    kept = {name: shapes[name] for name in names}
+    family = drafted_family(draft, config, kept, called)
     return replace(family, ignore=tuple(buffers))
 
 
-def _check_asked(
+def _check_growth_is_tested(
     draft: Draft, source: Mapping[str, int], target: Mapping[str, int], changes: Mapping[str, int]
 ) -> None:
     """Every space that is to grow must grow in the rehearsal, or it would be believed untested."""
     from outgrow.model.derive import drafted_family
 
-    tiny = drafted_family(draft, draft.axes.config, draft.axes.shapes)
-    before = tiny.sizes(draft.axes.config)
-    after = tiny.sizes({**draft.axes.config, **changes})
-    asked = {space for space in source if target[space] != source[space]} - {"layer"}
-    untested = sorted(space for space in asked if before.get(space) == after.get(space))
+    config = draft.axes.config
+    tiny = drafted_family(draft, config, draft.axes.shapes)
+    before = tiny.sizes(config)
+    after = tiny.sizes({**config, **changes})
+    growing = [space for space in source if space != "layer" and target[space] != source[space]]
+    untested = sorted(space for space in growing if before.get(space) == after.get(space))
     if untested:
-        raise UserError(f"nothing in a tiny model of the family stands for growth of {', '.join(untested)}")
+        names = ", ".join(untested)
+        raise UserError(f"nothing in a tiny model of the family stands for growth of {names}")

@@ -40,7 +40,9 @@ def broken_conditions(plan: Decision) -> Iterator[str]:
 def _needs(change: Change) -> Iterator[str]:
     """Config values that the two classes understand differently."""
     for key, allowed in change.mixture.needs.items():
-        if key in change.config and change.config[key] not in allowed:
+        if key not in change.config:
+            continue
+        if change.config[key] not in allowed:
             yield (
                 f"config {key}: {change.config[key]!r} with which {change.mixture.name}'s class does not "
                 "compute what the source's does"
@@ -50,8 +52,10 @@ def _needs(change: Change) -> Iterator[str]:
 def _entries(plan: Decision) -> Iterator[str]:
     """Entries of experts that are not the MLP's."""
     finishes = [step.finish for step in plan.steps if step.finish is not None]
-    if redrawn := [finish.redrawn for finish in finishes if finish.redrawn is not None]:
-        yield f"experts: {len(redrawn[0][1])} units of each are drawn anew"
+    redrawn = [finish.redrawn for finish in finishes if finish.redrawn is not None]
+    if redrawn:
+        _, units = redrawn[0]
+        yield f"experts: {len(units)} units of each are drawn anew"
     if noise := max((finish.noise for finish in finishes), default=0.0):
         yield f"experts: copies carry noise of {noise:g} of each tensor's root mean square"
 
@@ -60,21 +64,26 @@ def _scales(plan: Decision, change: Change) -> Iterator[str]:
     """Every matrix of an expert must be its block of the MLP's; what reads the units undoes the combine
     weights, others are unscaled.
     """
+    mixture = change.mixture
     dense = {step.name: step for step in change.within.steps}
-    shared = {own: name for name, own in change.mixture.shared.items()}
-    experts = {own: name for name, own in change.mixture.experts.items()}
+    shared = {own: name for name, own in mixture.shared.items()}
+    experts = {own: name for name, own in mixture.experts.items()}
     done = set()
     for step in plan.steps:
         number = change.routed.get(step.name)
-        module = step.tensor.line.name
+        module, layer = step.tensor.line.name, step.tensor.layer
         origin = shared.get(module) or experts.get(numbered(step.tensor))
-        if origin is None or step.tensor.layer is None or origin in done:
+        if origin is None or layer is None or origin in done:
             continue
-        before = dense[f"{origin}.weight".replace("*", str(step.tensor.layer))]
+        weight = f"{origin}.weight".replace("*", str(layer))
+        before = dense[weight]
         if step.zero and before.zero:
             continue
-        reads = before.tensor.reads[before.tensor.axes.index(Space(FFN))]
-        start = 0 if number is None else change.experts[number].start
+        units = before.tensor.axes.index(Space(FFN))
+        reads = before.tensor.reads[units]
+        start = 0
+        if number is not None:
+            start = change.experts[number].start
         scale = _scale(step, before, start)
         expected = _undone(change, number) if reads else 1.0
         if scale is None:
@@ -97,9 +106,11 @@ def _scale(step: Step, before: Step, start: int) -> float | None:
     none.
     """
     factors = []
-    for axis, part, named in zip(step.maps, before.maps, before.tensor.axes, strict=True):
+    axes = zip(step.maps, before.maps, before.tensor.axes, strict=True)
+    for axis, part, named in axes:
         if named == Space(FFN):
-            part = part.cut(start, start + axis.target)
+            stop = start + axis.target
+            part = part.cut(start, stop)
         if not np.array_equal(part.index, axis.index):
             return None
         if not np.array_equal(part.fill, axis.fill):
@@ -124,7 +135,9 @@ def _undone(change: Change, number: int | None) -> float:
 def _weights(change: Change) -> float:
     """What the combine weights of the chosen experts sum to where that is known, else on average."""
     mixture, config = change.mixture, change.config
-    factor = float(config.get(mixture.scaled, 1.0)) if mixture.scaled else 1.0
+    factor = 1.0
+    if mixture.scaled:
+        factor = float(config.get(mixture.scaled, 1.0))
     if mixture.normalises(config):
         return factor
     return factor * change.chosen / len(change.experts)
@@ -132,10 +145,12 @@ def _weights(change: Change) -> float:
 
 def _sum_of_weights(plan: Decision, change: Change) -> Iterator[str]:
     """The combine weights of the chosen experts must sum to a constant."""
-    mixture, count = change.mixture, len(change.experts)
+    mixture = change.mixture
+    count = len(change.experts)
     if mixture.normalises(change.config):
         return
-    if mixture.softmax and (change.chosen == count or _all_alike(plan, change)):
+    all_chosen = change.chosen == count
+    if mixture.softmax and (all_chosen or _all_alike(plan, change)):
         return
     where = (
         f"config {mixture.normalised} is false"
@@ -150,27 +165,30 @@ def _sum_of_weights(plan: Decision, change: Change) -> Iterator[str]:
 
 def _all_alike(plan: Decision, change: Change) -> bool:
     """Whether the router's rows are zeros, so that every expert has the same weight."""
-    routers = [step for step in plan.steps if change.routed.get(step.name) == -1]
+    routed = change.routed
+    routers = [step for step in plan.steps if routed.get(step.name) == -1]
     return all(step.zero for step in routers)
 
 
 def _groups(plan: Decision, change: Change) -> Iterator[str]:
     """Whole groups must be chosen: as many experts as make whole ones, and no ties between groups."""
-    parts = len({(expert.start, expert.stop) for expert in change.experts})
-    if parts == 1:
+    blocks = {(expert.start, expert.stop) for expert in change.experts}
+    if len(blocks) == 1:
         return
     if change.chosen % change.group:
         yield (
             f"{change.chosen} experts for each token are no whole groups of {change.group}, so parts of "
             "the MLP are left out"
         )
-    if _all_alike(plan, change) and change.chosen < len(change.experts):
+    some_chosen = change.chosen < len(change.experts)
+    if _all_alike(plan, change) and some_chosen:
         yield (
             "router rows of zeros: all groups tie, so the experts that are chosen need not make up whole "
             "groups"
         )
     for step in plan.steps:
-        if step.tensor.pattern == f"{change.mixture.router}.weight" and not step.zero:
+        is_router = step.tensor.pattern == f"{change.mixture.router}.weight"
+        if is_router and not step.zero:
             if step.finish is None or step.finish.alike != change.group:
                 yield (
                     f"{step.name}: the {change.group} experts of a group have rows of their own, so they "
@@ -181,13 +199,16 @@ def _groups(plan: Decision, change: Change) -> Iterator[str]:
 
 def _coverage(change: Change) -> Iterator[str]:
     """Every unit must be held once by the shared expert, or equally often by every group."""
-    units = change.within.recipe.expansions[FFN].write.target
+    ffn = change.within.recipe.expansions[FFN]
+    units = ffn.write.target
     rows: dict[int, np.ndarray] = {}
     for expert in change.experts:
-        counts = rows.setdefault(expert.row, np.zeros(units, np.int64))
+        nothing = np.zeros(units, np.int64)
+        counts = rows.setdefault(expert.row, nothing)
         counts[expert.start : expert.stop] += 1
-    expected = (np.arange(units) >= change.shared).astype(np.int64)
-    if any(not np.array_equal(held, expected) for held in rows.values()):
+    is_routed = np.arange(units) >= change.shared
+    expected = is_routed.astype(np.int64)
+    if not all(np.array_equal(counts, expected) for counts in rows.values()):
         yield f"experts: the {units} units of the MLP are not each held once in every group"
 
 
@@ -201,7 +222,8 @@ def _copies(change: Change) -> Iterator[str]:
             f"router rows of copies are moved by up to {asked.delta:g}, so copies of one expert have other "
             "weights"
         )
-    if change.chosen == times * change.chosen_before and (normalised or change.mixture.softmax):
+    as_many = times * change.chosen_before
+    if change.chosen == as_many and (normalised or change.mixture.softmax):
         return
     if change.chosen == change.chosen_before == 1 and normalised:
         return

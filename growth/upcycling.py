@@ -47,28 +47,23 @@ def upcycled(
     source: Config, mixture: Mixture, wanted: dict[str, Any], asked: Upcycling, within: Callable[..., Plan]
 ) -> Plan:
     """The plan of a dense source into a mixture."""
-    count, chosen = (needed(wanted, mixture, key) for key in (mixture.count, mixture.top_k))
+    count = needed(wanted, mixture, mixture.count)
+    chosen = needed(wanted, mixture, mixture.top_k)
     cut = _cut(source, mixture, wanted, asked.granularity)
     _check_groups(mixture, count, chosen, cut.granularity)
-    dense = {
-        key: value for key, value in wanted.items() if key in {*source, *STANDARD} and key not in mixture.keys
-    }
-    dense_plan = within(dense | {"intermediate_size": cut.units}, asked.width)
+    known = {*source, *STANDARD} - set(mixture.keys)
+    dense = {key: value for key, value in wanted.items() if key in known}
+    dense["intermediate_size"] = cut.units
+    dense_plan = within(dense, asked.width)
     config = _config(dense_plan, mixture, wanted, asked, cut)
     family = mixture.family(config, dense_plan.family)
-    experts = tuple(cut.expert_of(number) for number in range(count))
+    experts = tuple(map(cut.expert_of, range(count)))
+    routed = routed_tensors(mixture, config, count)
     growth = replace(dense_plan.growth, family=family, target_config=config, origin=dense_plan.family)
-    change = Change(
-        dense_plan, mixture, asked, config, experts, routed_tensors(mixture, config, count), cut.shared
-    )
+    change = Change(dense_plan, mixture, asked, config, experts, routed, cut.shared)
     steps = tuple(_handed_out(change, growth, family))
-    return replace(
-        dense_plan,
-        growth=growth,
-        recipe=replace(dense_plan.recipe, expansions=_expansions(change, growth)),
-        steps=steps,
-        change=change,
-    )
+    recipe = replace(dense_plan.recipe, expansions=_expansions(change, growth))
+    return replace(dense_plan, growth=growth, recipe=recipe, steps=steps, change=change)
 
 
 def _cut(source: Config, mixture: Mixture, wanted: Config, granularity: int | None) -> _Cut:
@@ -80,12 +75,15 @@ def _cut(source: Config, mixture: Mixture, wanted: Config, granularity: int | No
     units = source["intermediate_size"]
     named = "intermediate_size" in wanted and mixture.units != "intermediate_size"
     width = wanted["intermediate_size"] if named else units
-    expert, shared = _sizes(mixture, wanted, width, granularity or 1)
+    groups = granularity or 1
+    expert, shared = _sizes(mixture, wanted, width, groups)
     if granularity is None:
         routed = width - shared
-        granularity = 1 if expert >= routed and not named else _divided(routed, expert, mixture)
+        one_is_enough = expert >= routed and not named
+        granularity = 1 if one_is_enough else _divided(routed, expert, mixture)
     total = granularity * expert + shared
-    if total < units or (named and total != width):
+    differs = named and total != width
+    if total < units or differs:
         raise UserError(
             f"target: {granularity} × {mixture.units} {expert} + {shared} shared units are {total}, and "
             f"the MLP has {width}; experts that do not divide it lose units"
@@ -98,17 +96,23 @@ def _sizes(mixture: Mixture, wanted: Config, width: int, granularity: int) -> tu
     left.
     """
     named = wanted.get(mixture.units)
-    expert = None if named is None else mixture.size({mixture.units: named}, mixture.units)
+    expert = None
+    if named is not None:
+        expert = mixture.size({mixture.units: named}, mixture.units)
     if mixture.shared_of is not None:  # whole = (G + shared experts) · units of one
         experts = needed(wanted, mixture, mixture.shared_of)
-        expert = expert or _divided(width, granularity + experts, mixture)
+        parts = granularity + experts
+        expert = expert or _divided(width, parts, mixture)
         return expert, experts * expert
     if mixture.shared_units is not None and mixture.shared_units not in wanted:
         raise UserError(
             f"target: {mixture.shared_units} is missing: how many of the MLP's units every token goes through"
         )
-    shared = mixture.size(wanted, mixture.shared_units) if mixture.shared_units is not None else 0
-    return expert or _divided(width - shared, granularity, mixture), shared
+    shared = 0
+    if mixture.shared_units is not None:
+        shared = mixture.size(wanted, mixture.shared_units)
+    routed = width - shared
+    return expert or _divided(routed, granularity, mixture), shared
 
 
 def _divided(units: int, parts: int, mixture: Mixture) -> int:
@@ -126,7 +130,8 @@ def _check_groups(mixture: Mixture, count: int, chosen: int, granularity: int) -
             "do not make whole groups"
         )
     if chosen > count:
-        faults.append(f"target: {mixture.top_k} {chosen} is more than {mixture.count} {count}")
+        more = f"is more than {mixture.count} {count}"
+        faults.append(f"target: {mixture.top_k} {chosen} {more}")
     elif chosen % granularity:
         faults.append(
             f"target: {mixture.top_k} {chosen} is no multiple of the granularity {granularity}, so a token "
@@ -149,26 +154,29 @@ def _config(
         for key, allowed in mixture.lacks.items()
         if allowed is not None and key in dense and dense[key] not in allowed
     )
-    count = int(dense[dense_plan.family.field_name("num_hidden_layers")])
+    depth = dense_plan.family.field_name("num_hidden_layers")
+    count = int(dense[depth])
     layers = asked.layers(count)
-    said = mixture.said_of_layers(layers, count)
-    says_itself = wanted.keys() & said.keys()
-    if says_itself and mixture.dense_layers is not None and asked.sparse == "all":
-        said = {key: wanted[key] for key in said if key in wanted}
+    of_layers = mixture.said_of_layers(layers, count)
+    is_told = wanted.keys() & of_layers.keys()
+    may_tell = mixture.dense_layers is not None and asked.sparse == "all"
+    if is_told and may_tell:
+        of_layers = {key: wanted[key] for key in of_layers if key in wanted}
     own = {key: value for key, value in wanted.items() if key not in dense}
     config = {key: value for key, value in dense.items() if key not in mixture.lacks}
     if "rope_parameters" not in config and "rope_theta" not in config:
         config["rope_parameters"] = rope_of(dense)
-    if "layer_types" not in mixture.lacks and (kinds := dense_plan.family.layer_kinds(dense)):
+    kinds = dense_plan.family.layer_kinds(dense)
+    if kinds and "layer_types" not in mixture.lacks:
         config["layer_types"] = kinds
-    units = {"intermediate_size": cut.units} | {mixture.units: cut.expert}
+    units = {"intermediate_size": cut.units, mixture.units: cut.expert}
     chosen = {key: wanted[key] for key in mixture.adds if key in wanted}
     return {
         **config,
         **mixture.adds,
         **own,
         **chosen,
-        **said,
+        **of_layers,
         **units,
         "model_type": mixture.name,
         "architectures": [mixture.architecture],
@@ -183,18 +191,19 @@ def _handed_out(change: Change, growth: Growth, family: Family) -> Iterator[Step
     """
     mixture = change.mixture
     dense_steps = {step.name: step for step in change.within.steps}
-    taken = {own: dense for dense, own in mixture.experts.items()} | {
-        own: dense for dense, own in mixture.shared.items()
-    }
+    sources = {own: dense for dense, own in mixture.experts.items()}
+    sources |= {own: dense for dense, own in mixture.shared.items()}
     used = set()
     for tensor in family.tensors(change.config):
         if tensor.tied:
             continue
-        if tensor.name in change.routed and change.routed[tensor.name] < 0:
+        if change.routed.get(tensor.name, 0) < 0:
             yield _routing(change, tensor, growth)
             continue
-        dense = taken.get(numbered(tensor), "")
-        name = f"{dense}.weight".replace("*", str(tensor.layer)) if dense else tensor.name
+        dense = sources.get(numbered(tensor), "")
+        name = tensor.name
+        if dense:
+            name = f"{dense}.weight".replace("*", str(tensor.layer))
         if name not in dense_steps:
             raise UserError(
                 f"{mixture.name!r}: needs {tensor.name}, which a {change.within.family.name!r} has no "
@@ -219,19 +228,21 @@ def _of_expert(change: Change, tensor: Tensor, step: Step) -> Step:
     asked = change.asked
     assert isinstance(asked, Upcycling)
     number = change.routed.get(tensor.name)
-    expert = Expert(0, 0, change.shared, -1) if number is None else change.experts[number]
+    expert = Expert(0, 0, change.shared, -1)
+    if number is not None:
+        expert = change.experts[number]
     units = step.tensor.axes.index(Space(FFN))
-    maps = [
-        axis.cut(expert.start, expert.stop) if place == units else axis
-        for place, axis in enumerate(step.maps)
-    ]
-    gain = _gain(change, number, reads=step.tensor.reads[units])
+    maps = list(step.maps)
+    maps[units] = maps[units].cut(expert.start, expert.stop)
+    reads = step.tensor.reads[units]
+    gain = _gain(change, number, reads=reads)
     if gain != 1:
         out = step.tensor.reads.index(False)
         maps[out] = maps[out].scaled(gain)
-    finish = (
-        None if number is None else _finish(change, asked, tensor, number, units, expert.stop - expert.start)
-    )
+    finish = None
+    if number is not None:
+        count = expert.stop - expert.start
+        finish = _finish(change, asked, tensor, number, units, count)
     return replace(step, tensor=tensor, maps=tuple(maps), finish=finish)
 
 
@@ -242,10 +253,12 @@ def _gain(change: Change, number: int | None, *, reads: bool) -> float:
     asked, mixture = change.asked, change.mixture
     assert isinstance(asked, Upcycling)
     if number is None:
-        return 2.0 if mixture.shared_gate is not None and reads else 1.0  # a gate of zeros is 1/2
+        is_halved = mixture.shared_gate is not None  # a gate of zeros is 1/2
+        return 2.0 if is_halved and reads else 1.0
     factor = float(change.group)
     if mixture.scaled:
-        factor /= float(change.config.get(mixture.scaled, 1.0))
+        scale = change.config.get(mixture.scaled, 1.0)
+        factor /= float(scale)
     if not mixture.normalises(change.config):
         factor *= len(change.experts) / change.chosen
     if asked.scale == "down":
@@ -260,9 +273,11 @@ def _finish(
     noise = asked.copy_noise if number >= change.group else 0.0
     if not asked.drop:
         return Finish(noise=noise) if noise else None
-    drawn = generator(change.within.growth.seed, "dropped", tensor.layer, number).permutation(units)
+    numbers = generator(change.within.growth.seed, "dropped", tensor.layer, number)
+    drawn = numbers.permutation(units)
     count = round(asked.drop * units)
-    return Finish(redrawn=(axis, np.sort(drawn[:count])), noise=noise)
+    dropped = np.sort(drawn[:count])
+    return Finish(redrawn=(axis, dropped), noise=noise)
 
 
 def _routing(change: Change, tensor: Tensor, growth: Growth) -> Step:
@@ -271,34 +286,34 @@ def _routing(change: Change, tensor: Tensor, growth: Growth) -> Step:
     """
     asked = change.asked
     assert isinstance(asked, Upcycling)
-    maps = tuple(
-        _all_new(growth, axis, length) for axis, length in zip(tensor.axes, tensor.shape, strict=True)
-    )
-    if tensor.pattern != f"{change.mixture.router}.weight" or asked.router_std == 0:
+    axes = zip(tensor.axes, tensor.shape, strict=True)
+    maps = tuple(_all_new(growth, axis, length) for axis, length in axes)
+    is_router = tensor.pattern == f"{change.mixture.router}.weight"
+    if not is_router or asked.router_std == 0:
         return Step(tensor, None, maps, zero=True)
-    return Step(tensor, None, maps, finish=Finish(deviation=asked.router_std, alike=change.group))
+    finish = Finish(deviation=asked.router_std, alike=change.group)
+    return Step(tensor, None, maps, finish=finish)
 
 
 def _all_new(growth: Growth, axis: Any, length: int) -> AxisMap:
     source = growth.source.get(str(axis), 1)
-    return AxisMap.of(source, np.full(length, -1), Fill.RANDOM)
+    nothing = np.full(length, -1)
+    return AxisMap.of(source, nothing, Fill.RANDOM)
 
 
 def _expansions(change: Change, growth: Growth) -> dict[str, Expansion]:
     """Every space of the mixture with its expansion, for whoever prints or draws the plan."""
     dense = change.within.recipe.expansions
     kept = {space: expansion for space, expansion in dense.items() if growth.family.uses(space)}
-    first, count = change.experts[0], len(change.experts)
+    first = change.experts[0]
+    count = len(change.experts)
     groups = len({expert.row for expert in change.experts})
     ffn = dense[FFN]
-    cut = Expansion.of(
-        ffn.write.cut(first.start, first.stop),
-        ffn.read.cut(first.start, first.stop),
-        (
-            f"{ffn.write.target - change.shared} units in {change.group} parts of "
-            f"{first.stop - first.start}, each {groups} times"
-        ),
-    )
+    units = first.stop - first.start
+    rule = f"{ffn.write.target - change.shared} units in {change.group} parts of {units}, each {groups} times"
+    write = ffn.write.cut(first.start, first.stop)
+    read = ffn.read.cut(first.start, first.stop)
+    cut = Expansion.of(write, read, rule)
     experts = Expansion.of(
         AxisMap.of(1, np.zeros(count)),
         AxisMap.of(1, np.full(count, -1), Fill.ZERO),
@@ -307,6 +322,7 @@ def _expansions(change: Change, growth: Growth) -> dict[str, Expansion]:
     kept |= {ROUTED: cut, EXPERT: experts}
     if change.shared:
         rule = f"the first {change.shared} of {ffn.write.target} units"
-        write, read = (side.cut(0, change.shared) for side in (ffn.write, ffn.read))
+        write = ffn.write.cut(0, change.shared)
+        read = ffn.read.cut(0, change.shared)
         kept[SHARED] = Expansion.of(write, read, rule)
     return kept

@@ -91,12 +91,12 @@ def verify_structure(folder: Path, plan: Plan) -> None:
     Raises:
         UserError: a tensor is missing, unknown, or of another shape or dtype.
     """
-    headers = {name: (stored.dtype, stored.shape) for name, stored in tensor_table(folder).items()}
+    stored = tensor_table(folder)
+    headers = {name: (entry.dtype, entry.shape) for name, entry in stored.items()}
     expected = {step.name: (plan.dtype(step), step.shape) for step in plan.steps}
     if headers != expected:
-        wrong = sorted(
-            name for name in headers.keys() | expected.keys() if headers.get(name) != expected.get(name)
-        )
+        names = sorted(headers.keys() | expected.keys())
+        wrong = [name for name in names if headers.get(name) != expected.get(name)]
         raise UserError(
             f"{folder}: {wrong[0]} is {headers.get(wrong[0])} on disk, planned {expected.get(wrong[0])} "
             f"({len(wrong)} differ)"
@@ -130,7 +130,9 @@ def measure(
     Raises:
         UserError: a model does not load or run; the text cannot be read by the source's tokenizer.
     """
-    passage = None if text is None else passage_for(source, text)
+    passage = None
+    if text is not None:
+        passage = passage_for(source, text)
     meter = Meter.of(source, target, dtype=dtype, rows=rows, length=length, seed=seed, passage=passage)
     return meter.receipt(target, config=target_config, norm=norm)
 
@@ -138,7 +140,8 @@ def measure(
 def passage_for(source: Path | str, text: Path | str) -> Passage:
     """The text that a receipt of `source` is measured on (`growth.passage.read_passage`)."""
     with Checkpoint(source) as checkpoint:
-        return read_passage(text, checkpoint.folder, *_text_sizes(checkpoint.config))
+        sizes = _text_sizes(checkpoint.config)
+        return read_passage(text, checkpoint.folder, *sizes)
 
 
 def _text_sizes(config: Config) -> tuple[int, int | None]:
@@ -195,44 +198,41 @@ class Meter:
 
         with Checkpoint(source) as checkpoint:
             vocabulary, context = _text_sizes(checkpoint.config)
-        parameters = sum(prod(stored.shape) for stored in tensor_table(Path(target)).values())
+        stored = tensor_table(Path(target)).values()
+        parameters = sum(prod(entry.shape) for entry in stored)
         computed = dtype or (fitting_dtype(parameters) if passage is None else "float32")
         if passage is None:
             generator = torch.Generator().manual_seed(seed)
-            tokens = torch.randint(vocabulary, (rows, min(length, context or length)), generator=generator)
+            shape = (rows, min(length, context or length))
+            tokens = torch.randint(vocabulary, shape, generator=generator)
         else:
             tokens = torch.tensor(passage.windows)
-        before = _answers(
-            source, tokens, computed, "source", "receipt=false grows without running it", passage=passage
-        )
+        way = "receipt=false grows without running it"
+        before = _answers(source, tokens, computed, "source", way, passage=passage)
         return cls(source, computed, tokens, before, passage)
 
     def receipt(
         self, target: Path | str, *, config: Config | None = None, norm: Literal["layer", "rms"] = "layer"
     ) -> Receipt:
         """How far the answers of the model in `target` are from the source's."""
+        way = "choose other sizes"
         after = _answers(
-            target,
-            self.tokens,
-            self.dtype,
-            "grown model",
-            "choose other sizes",
-            config=config,
-            passage=self.passage,
+            target, self.tokens, self.dtype, "grown model", way, config=config, passage=self.passage
         )
         receipt = self._compared(after.logits)
-        receipt = replace(
-            receipt, note=_floor(norm, receipt, "" if self.passage is None else "as it is on a text")
-        )
-        if self.passage is None or self.before.continuations is None or after.continuations is None:
+        reason = "" if self.passage is None else "as it is on a text"
+        receipt = replace(receipt, note=_floor(norm, receipt, reason))
+        before_text, after_text = self.before.continuations, after.continuations
+        if self.passage is None or before_text is None or after_text is None:
             return receipt
-        texts = self.passage.laid_side_by_side(self.before.continuations, after.continuations)
+        texts = self.passage.laid_side_by_side(before_text, after_text)
         return replace(receipt, text=self.passage.name, continuations=texts)
 
     def delta(self, target: Path | str, *, config: Config | None = None) -> float:
         """How far the logits of the model in `target` are from the source's, at most; nothing is
         continued."""
-        after = _answers(target, self.tokens, self.dtype, "grown model", "choose other sizes", config=config)
+        way = "choose other sizes"
+        after = _answers(target, self.tokens, self.dtype, "grown model", way, config=config)
         return self._compared(after.logits).max_delta
 
     def cast(self, dtype: str) -> Receipt:
@@ -281,15 +281,13 @@ def _answers(
         with quietly(), torch.no_grad(), computing_in(dtype):
             model = load_model(folder, dtype=dtype, attention="eager", config=config).eval()
             if rounded_to is not None:
-                for parameter in model.parameters():
-                    parameter.copy_(
-                        (parameter * sqrt(2)).to(getattr(torch, rounded_to)).to(parameter.dtype) / sqrt(2)
-                    )
+                _round_parameters(model, rounded_to)
             # a row's activations at a time
             logits = torch.cat([model(input_ids=row[None]).logits for row in tokens])
-            return Answers(
-                logits, None if passage is None else continued(model, torch.tensor(passage.prompts))
-            )
+            if passage is None:
+                return Answers(logits, None)
+            prompts = torch.tensor(passage.prompts)
+            return Answers(logits, continued(model, prompts))
     except UserError:
         raise
     except Exception as fault:  # the library's classes raise every kind
@@ -298,11 +296,21 @@ def _answers(
         ) from None
 
 
+def _round_parameters(model: torch.nn.Module, dtype: str) -> None:
+    """Round each parameter once, as a stored format would, at another place between its numbers."""
+    import torch
+
+    for parameter in model.parameters():
+        stored = (parameter * sqrt(2)).to(getattr(torch, dtype))
+        parameter.copy_(stored.to(parameter.dtype) / sqrt(2))
+
+
 def fitting_dtype(parameters: int) -> str:
     """float64 where a model of so many parameters fits into free memory in it, else float32."""
     import psutil
 
-    return "float64" if 8 * parameters <= MEMORY_SHARE * psutil.virtual_memory().available else "float32"
+    free = psutil.virtual_memory().available
+    return "float64" if 8 * parameters <= MEMORY_SHARE * free else "float32"
 
 
 def _floor(norm: str, receipt: Receipt, reason: str = "") -> str:
@@ -315,7 +323,8 @@ def _floor(norm: str, receipt: Receipt, reason: str = "") -> str:
     if receipt.dtype != "float64":
         why = f"computed in {receipt.dtype}, {reason or 'since float64 does not fit into memory'}"
         return f"{why}: differences of about 1e-6 of the largest logit are rounding"
-    if norm == "rms" and receipt.max_delta <= RMS_FLOOR * max(receipt.max_logit, 1.0):
+    least = RMS_FLOOR * max(receipt.max_logit, 1.0)
+    if norm == "rms" and receipt.max_delta <= least:
         return (
             "the library computes RMSNorm in float32: differences of about 1e-6 of the largest logit are "
             "its rounding"
@@ -331,8 +340,10 @@ def compare_logits(
     """
     import torch
 
-    measures = torch.stack([_compared_row(*row) for row in zip(source, target, tokens, strict=True)])
-    kl, loss_source, loss_target = measures[:, 2:].mean(0).tolist()
+    rows = zip(source, target, tokens, strict=True)
+    measures = torch.stack([_compared_row(*row) for row in rows])
+    means = measures[:, 2:].mean(0)
+    kl, loss_source, loss_target = means.tolist()
     return Receipt(
         max_delta=float(measures[:, 0].max()),
         max_logit=float(measures[:, 1].max()),
@@ -350,13 +361,15 @@ def _compared_row(source: torch.Tensor, target: torch.Tensor, tokens: torch.Tens
     import torch
     import torch.nn.functional as F
 
-    source, target = source.double(), target.double()
+    source = source.double()
+    target = target.double()
     before = source.log_softmax(-1)
     after = target.log_softmax(-1)
     kl = (before.exp() * (before - after)).sum(-1).mean()
-    losses = [F.nll_loss(each[:-1], tokens[1:]) for each in (before, after)]
-    difference = (source - target).abs()
-    return torch.stack([difference.max(), source.abs().max(), kl, *losses])
+    following = tokens[1:]
+    losses = [F.nll_loss(each[:-1], following) for each in (before, after)]
+    max_delta = (source - target).abs().max()
+    return torch.stack([max_delta, source.abs().max(), kl, *losses])
 
 
 def check_receipt(receipt: Receipt, plan: Plan, source: Path) -> None:
@@ -367,28 +380,29 @@ def check_receipt(receipt: Receipt, plan: Plan, source: Path) -> None:
             folder where the library makes other weights of it than it holds, else of the schema or the
             operator.
     """
-    if not isfinite(receipt.max_logit) or not plan.certificate.lossless:
+    has_numbers = isfinite(receipt.max_logit)
+    if not has_numbers or not plan.certificate.lossless:
         return  # the source's own logits may be no numbers, where that was allowed
     delta, allowed = receipt.max_delta, EXACT
     if receipt.exact_delta is not None:
         delta = receipt.exact_delta
     else:
-        formats = [plan.dtype(step) for step in plan.steps]
+        formats = {plan.dtype(step) for step in plan.steps}
+        allowed = max(TOLERANCE[name] for name in TOLERANCE.keys() & formats)
         # a family without a schema here may compute any norm in float32
-        single = bool(receipt.note or plan.notes)
-        allowed = max(TOLERANCE[name] for name in TOLERANCE.keys() & set(formats)) + (
-            RMS_FLOOR if single else 0
-        )
-    if not delta <= allowed * max(receipt.max_logit, 1.0):
+        if receipt.note or plan.notes:
+            allowed += RMS_FLOOR
+    largest = max(receipt.max_logit, 1.0)
+    if not delta <= allowed * largest:
         if names := loaded_otherwise(source, receipt.dtype):
             raise UserError(
                 f"{source}: transformers loads {names_of(names)} otherwise than stored, and growth goes by "
                 f"what is stored, so the logits moved by {delta:.3g}; load it with AutoModelForCausalLM, "
                 "write it with save_pretrained, and grow that folder"
             )
-        grown = (
-            "logits moved" if receipt.exact_delta is None else "logits of the same growth in float32 moved"
-        )
+        grown = "logits moved"
+        if receipt.exact_delta is not None:
+            grown = "logits of the same growth in float32 moved"
         raise UserError(
             f"the plan is certified lossless, yet {grown} by {delta:.3g} (largest logit "
             f"{receipt.max_logit:.3g}, allowed {allowed:g} of it): this is a fault of the "
@@ -407,14 +421,16 @@ def loaded_otherwise(folder: Path, dtype: str) -> list[str]:
 
     with Checkpoint(folder) as checkpoint, quietly(), computing_in(dtype):
         loaded = in_file(checkpoint.config, load_model(folder, dtype=dtype, attention="eager").state_dict())
-        known = [
-            name for name in loaded if name in checkpoint.tensors and is_float(checkpoint.tensors[name].dtype)
-        ]
+        stored = checkpoint.tensors
+        shared = [name for name in loaded if name in stored]
+        known = [name for name in shared if is_float(stored[name].dtype)]
         return [name for name in known if not _as_stored(checkpoint, name, loaded[name])]
 
 
 def _as_stored(checkpoint: Checkpoint, name: str, loaded: torch.Tensor) -> bool:
     import torch
 
-    values = torch.from_numpy(to_float(checkpoint.read(name), checkpoint.tensors[name].dtype))
-    return torch.equal(values.reshape(-1).to(loaded.dtype), loaded.reshape(-1))
+    raw = checkpoint.read(name)
+    values = torch.from_numpy(to_float(raw, checkpoint.tensors[name].dtype))
+    values = values.reshape(-1).to(loaded.dtype)
+    return torch.equal(values, loaded.reshape(-1))
