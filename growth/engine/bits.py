@@ -28,13 +28,16 @@ def all_finite(raw: np.ndarray, dtype: str) -> bool:
     """Check that no raw entry is a NaN or an infinity, whose exponents are the largest, whatever the sign."""
     if raw.size == 0:
         return True
-    if compiled is not None and is_short(dtype) and raw.flags.c_contiguous:
+    is_contiguous = raw.flags.c_contiguous
+    if compiled is not None and is_contiguous and is_short(dtype):
         return compiled.largest(raw) < EXPONENT[dtype]
     largest = EXPONENT[dtype]
     sign = 1 << (8 * raw.itemsize - 1)
-    largest_positive = int(raw.view(f"<i{raw.itemsize}").max())
+    signed = raw.view(f"<i{raw.itemsize}")
+    largest_positive = int(signed.max())
     largest_negative = int(raw.max())
-    return largest_positive < largest and largest_negative < sign + largest
+    positive_finite = largest_positive < largest
+    return positive_finite and largest_negative < sign + largest
 
 
 def lookup(table: np.ndarray, index: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
@@ -50,18 +53,23 @@ def lookup(table: np.ndarray, index: np.ndarray, out: np.ndarray | None = None) 
 
 def _broadcast(array: np.ndarray, like: np.ndarray) -> np.ndarray:
     """Give an array the shape of another; one that has it stays itself."""
-    return array if array.shape == like.shape else np.broadcast_to(array, like.shape)
+    if array.shape == like.shape:
+        return array
+    return np.broadcast_to(array, like.shape)
 
 
 def floats(raw: np.ndarray, dtype: str) -> np.ndarray:
     """Decode raw bits into numbers of the working type (exact)."""
-    return lookup(_numbers(dtype), raw) if is_short(dtype) else to_float(raw, dtype)
+    if is_short(dtype):
+        return lookup(_numbers(dtype), raw)
+    return to_float(raw, dtype)
 
 
 def add(raw: np.ndarray, values: np.ndarray, dtype: str) -> None:
     """Add numbers of the working type to raw bits in place, rounded to nearest, ties to even."""
     if compiled is None or not is_short(dtype):
-        raw[...] = to_raw(to_float(raw, dtype) + values, dtype)
+        total = to_float(raw, dtype) + values
+        raw[...] = to_raw(total, dtype)
     else:
         compiled.add(raw, values, dtype == "BF16")
 
@@ -101,10 +109,13 @@ def scaled(
             return lookup(_scaling(factor, dtype, offset), raw, out)
         if out is None:
             out = np.empty(raw.shape, raw.dtype)
-        compiled.scale(_broadcast(raw, out), factor, dtype == "BF16", out)
+        entries = _broadcast(raw, out)
+        compiled.scale(entries, factor, dtype == "BF16", out)
         return out
     unchanged = isinstance(factor, float) and factor == 1
-    result = raw if unchanged else rounded(floats(raw, dtype), factor, dtype, offset)
+    result = raw
+    if not unchanged:
+        result = rounded(floats(raw, dtype), factor, dtype, offset)
     if out is None:
         return result
     out[...] = result
@@ -114,14 +125,17 @@ def scaled(
 def rounded(values: np.ndarray, factor: Factor, dtype: str, offset: float = 0.0) -> np.ndarray:
     """Encode `factor` × numbers as raw bits; the true values are these numbers plus `offset`."""
     factors = np.asarray(factor).astype(working_type(dtype))
-    products = (values + offset) * factors - offset if offset else values * factors
-    return to_raw(products, dtype)
+    if not offset:
+        return to_raw(values * factors, dtype)
+    true_values = (values + offset) * factors
+    return to_raw(true_values - offset, dtype)
 
 
 @lru_cache(2)
 def _numbers(dtype: str) -> np.ndarray:
     """(65536,) every number of a 16-bit format."""
-    return to_float(np.arange(1 << 16, dtype=np.uint16), dtype)
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    return to_float(bits, dtype)
 
 
 @lru_cache(64)

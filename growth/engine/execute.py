@@ -199,7 +199,8 @@ class Expander:
         # In the order of `Fill`: copies before means, since the mean row is summed up from the rows copied.
         for fill in np.unique(fills).tolist():
             for chosen in _alike(fills == fill, gains):
-                shape = (int(chosen.sum()), target.shape[1])
+                count = int(chosen.sum())
+                shape = (count, target.shape[1])
                 part = np.empty(shape, target.dtype)
                 self._fill(part, rows[chosen], Fill(fill))
                 target[chosen] = part
@@ -271,7 +272,8 @@ class Expander:
         for places in noise.places:
             others = places[index]
             present = others >= 0
-            copies_stored = np.ascontiguousarray(target[:, others[present]])
+            copied_columns = target[:, others[present]]
+            copies_stored = np.ascontiguousarray(copied_columns)
             copies_of = consecutive(np.flatnonzero(present))
             with np.errstate(invalid="ignore"):  # infinities, where they are allowed
                 remainder[:, copies_of] -= self._decoded(copies_stored)
@@ -291,10 +293,12 @@ class Expander:
         # Start from the undivided source rows, expanded along the columns.
         index = row_map.index[rows[last]]
         width = target.shape[1]
-        undivided = np.empty((len(last), width), target.dtype)
+        shape = (len(last), width)
+        undivided = np.empty(shape, target.dtype)
         copies = row_map.counts()[index]
         last_source = source[last]
-        self._expand_columns(undivided, last_source, last_source, gain[last] * copies, rows[last])
+        factor = gain[last] * copies
+        self._expand_columns(undivided, last_source, last_source, factor, rows[last])
         remainder = self._decoded(undivided)
         for places in noise.places:
             others = places[index]
@@ -308,7 +312,8 @@ class Expander:
         # Fresh columns are no copies of anything and stay.
         is_copied = self.maps[1].fill != Fill.RANDOM
         is_closed = np.isfinite(remainder) & is_copied
-        target[last] = np.where(is_closed, self._encoded(remainder), target[last])
+        as_before = target[last]
+        target[last] = np.where(is_closed, self._encoded(remainder), as_before)
 
     # ---- columns ----
 
@@ -347,7 +352,8 @@ class Expander:
                 assert fresh is not None
                 part[...] = piece.taken_from(fresh)
             elif piece.fill == Fill.MEAN:
-                part[...] = self._mean_column(source, factor, part.ndim)
+                mean = self._mean_column(source, factor, part.ndim)
+                part[...] = mean
             else:
                 stored = source if piece.fill == Fill.COPY else beside
                 copied = piece.taken_from(stored)
@@ -410,7 +416,8 @@ class Expander:
         for run in runs(index):
             first = int(index[run.start])
             count = run.stop - run.start
-            values = self.reader.read(name, first, first + count)
+            stop = first + count
+            values = self.reader.read(name, first, stop)
             parts.append(values)
         only_run = len(parts) == 1
         rows = parts[0] if only_run else np.concatenate(parts)
@@ -435,7 +442,8 @@ class Expander:
             first = 7 * STRETCH // 2
         for start in range(first, rows, step):
             stop = min(start + STRETCH, rows)
-            stretch = self._gather(self.step.source, np.arange(start, stop))
+            rows_between = np.arange(start, stop)
+            stretch = self._gather(self.step.source, rows_between)
             values = self._decoded(stretch)
             infinite = ~np.isfinite(values)  # where they are allowed, they say nothing of the others
             values[infinite] = 0
@@ -462,7 +470,8 @@ class Expander:
         rows = self.maps[0].source
         for start in range(self._sums.rows, rows, STRETCH):  # those that no copied row has added yet
             stop = min(start + STRETCH, rows)
-            stretch = self._gather(self.step.source, np.arange(start, stop))
+            rows_between = np.arange(start, stop)
+            stretch = self._gather(self.step.source, rows_between)
             self._sums.add(stretch)
         mean = self._sums.total / rows
         strange = np.flatnonzero(~np.isfinite(mean))
@@ -474,7 +483,8 @@ class Expander:
     @property
     def _holds_tokens(self) -> bool:
         """Check whether rows are tokens, so that mean rows are new tokens."""
-        row_spaces = set(spaces(self.step.tensor.axes[0]))
+        axis = self.step.tensor.axes[0]
+        row_spaces = set(spaces(axis))
         is_matrix = len(self.step.shape) > 1
         return is_matrix and Space("vocab") in row_spaces
 
@@ -486,7 +496,8 @@ class Expander:
             self._draws["tokens"] = Draws(width, np.uint32, seed, name, "tokens")
         deviation = NEW_TOKENS * self._root_mean_square
         numbers = self._draws["tokens"].of(rows)
-        values = self._decoded(self._mean_row) + normal(numbers) * deviation
+        noise = normal(numbers) * deviation
+        values = self._decoded(self._mean_row) + noise
         return self._encoded(values.astype(working_type(self.dtype)))
 
     @cached_property
@@ -503,7 +514,8 @@ class Expander:
         deviation = self.plan.noise * self._root_mean_square
         seed, name = self.plan.growth.seed, self.step.name
         columns = self.matrix[1]
-        return Noise(axis, self.maps[axis], columns, deviation, self.dtype, seed, name)
+        axis_map = self.maps[axis]
+        return Noise(axis, axis_map, columns, deviation, self.dtype, seed, name)
 
     def _reads_copies(self, axis: int) -> bool:
         """Check whether rows (0) or columns (1) are copies that are read.
@@ -542,7 +554,8 @@ class Expander:
                 part = target[further]
                 numbers = self._numbers("jitter", width, rows[further])
                 shares = numbers / (1 << 32)
-                self._add(part, (2 * shares - 1) * finish.jitter)
+                centred = 2 * shares - 1
+                self._add(part, centred * finish.jitter)
                 target[further] = part
 
     def _redraw(self, target: np.ndarray, rows: np.ndarray, axis: int, indices: np.ndarray) -> None:
@@ -550,7 +563,8 @@ class Expander:
         mean, deviation = self._redrawn_moments
         if axis == 0:
             redrawn_rows = np.flatnonzero(np.isin(rows, indices))
-            numbers = self._numbers("redrawn", target.shape[1], rows[redrawn_rows])
+            width = target.shape[1]
+            numbers = self._numbers("redrawn", width, rows[redrawn_rows])
             target[redrawn_rows] = self._normal_entries(numbers, mean, deviation)
         else:
             numbers = self._numbers("redrawn", len(indices), rows)

@@ -30,11 +30,14 @@ class FiniteReader:
         dtype = self.dtypes[name]
         if dtype not in EXPONENT or all_finite(raw, dtype):  # integers are copied by a growth without schema
             return raw
-        magnitude = raw & raw.dtype.type(np.iinfo(raw.dtype).max >> 1)
-        where = np.argwhere(magnitude >= EXPONENT[dtype])[0]
-        coordinates = (where[0] + start, *where[1:])
-        position = ", ".join(map(str, coordinates))
-        kind = "infinite" if magnitude[tuple(where)] == EXPONENT[dtype] else "NaN"
+        unsigned = raw.dtype.type
+        without_sign = unsigned(np.iinfo(raw.dtype).max >> 1)
+        magnitude = raw & without_sign
+        infinity = EXPONENT[dtype]
+        row, *others = np.argwhere(magnitude >= infinity)[0]
+        is_infinite = magnitude[(row, *others)] == infinity
+        position = ", ".join(map(str, (row + start, *others)))
+        kind = "infinite" if is_infinite else "NaN"
         raise UserError(
             f"{name}: entry [{position}] is {kind}; every copy of it would be too, so nothing is grown: "
             "repair the source, or say nonfinite=allow to copy it as it is"

@@ -34,25 +34,35 @@ class Noise:
     def __init__(
         self, axis: int, grown: AxisMap, columns: int, deviation: float, dtype: str, seed: int, name: str
     ) -> None:
-        self.axis, self.grown, self.dtype = axis, grown, dtype
+        self.axis = axis
+        self.grown = grown
+        self.dtype = dtype
         # Mark, per index of the axis, the copies that get noise and the last copies, which make up for it.
         counts = grown.counts()[grown.index]
         number = grown.number()
         copied = grown.copies & (counts > 1)
-        self.divided = bool((grown.gain[copied] < 1).all())
+        gains = grown.gain[copied]
+        self.divided = bool((gains < 1).all())
         self.closes = self.divided and is_short(dtype)
-        self.last = copied & (number == counts - 1) & self.divided
+        is_last = number == counts - 1
+        self.last = copied & is_last & self.divided
         self.noisy = copied & ~self.last
-        self.deviations = (deviation * grown.gain).astype(working_type(dtype))
+        deviations = deviation * grown.gain
+        self.deviations = deviations.astype(working_type(dtype))
         # (copy, source index): the place of that copy on the axis; -1 where there is none or it is the last.
         copies = number[self.noisy]
-        self.places = np.full((int(copies.max()) + 1, grown.source), -1)
-        self.places[copies, grown.index[self.noisy]] = np.flatnonzero(self.noisy)
+        most = int(copies.max()) + 1
+        index = grown.index[self.noisy]
+        self.places = np.full((most, grown.source), -1)
+        self.places[copies, index] = np.flatnonzero(self.noisy)
         self.place_of_last = np.full(grown.source, -1)
-        self.place_of_last[grown.index[self.last]] = np.flatnonzero(self.last)
+        index_of_last = grown.index[self.last]
+        self.place_of_last[index_of_last] = np.flatnonzero(self.last)
         # One stream of random numbers per copy of the columns, or one for whole rows.
         kind = np.uint16 if is_short(dtype) else np.uint32
-        widths = [columns] if axis == 0 else (self.places >= 0).sum(axis=1).tolist()
+        widths = [columns]
+        if axis == 1:
+            widths = (self.places >= 0).sum(axis=1).tolist()
         self.draws = [
             Draws(width, kind, seed, name, "noise", copy)  # by copy
             for copy, width in enumerate(widths)
@@ -66,38 +76,49 @@ class Noise:
             self._add_to_rows(target, rows)
 
     def _add_to_columns(self, target: np.ndarray, rows: np.ndarray) -> None:
-        for places, draws in zip(self.places, self.draws, strict=True):
+        pairs = zip(self.places, self.draws, strict=True)
+        for places, draws in pairs:
             chosen = places[places >= 0]
-            values = self._values(draws.of(rows), self.deviations[chosen])
-            self._put(target, (slice(None), consecutive(chosen)), values)
+            numbers = draws.of(rows)
+            values = self._values(numbers, self.deviations[chosen])
+            columns = consecutive(chosen)
+            self._put(target, (slice(None), columns), values)
             if self.divided and not self.closes:
                 last = consecutive(self.place_of_last[places >= 0])
-                self._put(target, (slice(None), last), np.negative(values, out=values))
+                opposite = np.negative(values, out=values)
+                self._put(target, (slice(None), last), opposite)
 
     def _add_to_rows(self, target: np.ndarray, rows: np.ndarray) -> None:
         noisy = np.flatnonzero(self.noisy[rows])
         last = np.flatnonzero(self.last[rows])
         if len(noisy):
-            self._put(target, (consecutive(noisy), slice(None)), self._of_rows(rows[noisy]))
+            noise = self._of_rows(rows[noisy])
+            noisy_rows = consecutive(noisy)
+            self._put(target, (noisy_rows, slice(None)), noise)
         if len(last) and not self.closes:
             # The noise of the other copies is drawn again, since their rows may be in another block.
-            total = np.zeros((len(last), target.shape[1]), working_type(self.dtype))
+            shape = (len(last), target.shape[1])
+            total = np.zeros(shape, working_type(self.dtype))
             index = self.grown.index[rows[last]]
             for others in self.places[:, index]:
-                there = others >= 0
-                if there.any():
-                    total[there] += self._of_rows(others[there])
-            self._put(target, (consecutive(last), slice(None)), -total)
+                present = others >= 0
+                if present.any():
+                    drawn = self._of_rows(others[present])
+                    total[present] += drawn
+            last_rows = consecutive(last)
+            self._put(target, (last_rows, slice(None)), -total)
 
     def _of_rows(self, rows: np.ndarray) -> np.ndarray:
         """Draw the noise on whole rows of the target: (b, N)."""
         deviations = self.deviations[rows][:, None]
-        return self._values(self.draws[0].of(rows), deviations)
+        numbers = self.draws[0].of(rows)
+        return self._values(numbers, deviations)
 
     def _values(self, draws: np.ndarray, deviations: np.ndarray) -> np.ndarray:
         """Turn random integers into normal numbers of these deviations, which broadcast with `draws`."""
         if not is_short(self.dtype):
-            return (normal(draws) * deviations).astype(working_type(self.dtype), copy=False)
+            values = normal(draws) * deviations
+            return values.astype(working_type(self.dtype), copy=False)
         first = float(deviations.flat[0])
         if (deviations == first).all():
             return lookup(normal_numbers(first), draws)
@@ -106,7 +127,8 @@ class Noise:
     def _put(self, target: np.ndarray, where: Where, values: np.ndarray) -> None:
         """Add values to a part of the target, in place where the part is a view."""
         part = target[where]
-        if any(isinstance(index, np.ndarray) for index in where):
+        is_scattered = any(isinstance(index, np.ndarray) for index in where)
+        if is_scattered:
             part = np.ascontiguousarray(part)
         add(part, values, self.dtype)
         if not np.may_share_memory(part, target):

@@ -17,19 +17,24 @@ def runs(index: np.ndarray, *same: np.ndarray) -> Iterator[slice]:
     if not same and _is_one_run(index):
         yield slice(0, len(index))
         return
-    breaks = index[1:] != index[:-1] + 1
+    next_in_run = index[:-1] + 1
+    breaks = index[1:] != next_in_run
     for array in same:
         breaks |= array[1:] != array[:-1]
     edges = (np.flatnonzero(breaks) + 1).tolist()
-    for start, stop in zip([0, *edges], [*edges, len(index)], strict=True):
+    starts, stops = [0, *edges], [*edges, len(index)]
+    for start, stop in zip(starts, stops, strict=True):
         yield slice(start, stop)
 
 
 def _is_one_run(index: np.ndarray) -> bool:
     """Check whether indices rise by one throughout."""
-    if index[-1] - index[0] + 1 != len(index):
+    steps = index[-1] - index[0]
+    length = steps + 1
+    if length != len(index):
         return False
-    return bool((index[1:] > index[:-1]).all())
+    rises = index[1:] > index[:-1]
+    return bool(rises.all())
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,13 @@ class Strips:
         several.
         """
         if self.count == 1:
-            return array[:, self.first : self.first + self.width]
+            stop = self.first + self.width
+            return array[:, self.first : stop]
         row, entry = array.strides
         shape = (len(array), self.count, self.width)
         strides = (row, self.period * entry, entry)
-        return np.lib.stride_tricks.as_strided(array[:, self.first :], shape, strides)
+        from_first = array[:, self.first :]
+        return np.lib.stride_tricks.as_strided(from_first, shape, strides)
 
 
 def strips(first: np.ndarray, second: np.ndarray) -> tuple[Strips, Strips] | None:
@@ -59,14 +66,18 @@ def strips(first: np.ndarray, second: np.ndarray) -> tuple[Strips, Strips] | Non
     Returns:
         None where the indices do not follow this pattern.
     """
-    ends = [(run.start, run.stop) for run in runs(first, second - first)]
+    together = runs(first, second - first)
+    ends = [(run.start, run.stop) for run in together]
     starts, stops = np.transpose(ends)
-    width, count = int(stops[0]), len(starts)
+    width = int(stops[0])
+    count = len(starts)
     steps = [np.diff(indices[starts]) for indices in (first, second)]
     irregular = any((step != step[:1]).any() for step in steps)
     if irregular or (stops - starts != width).any():
         return None
-    periods = [int(step[0]) if count > 1 else 0 for step in steps]
+    periods = (0, 0)
+    if count > 1:
+        periods = (int(steps[0][0]), int(steps[1][0]))
     one = Strips(int(first[0]), width, count, periods[0])
     other = Strips(int(second[0]), width, count, periods[1])
     return one, other
@@ -74,7 +85,9 @@ def strips(first: np.ndarray, second: np.ndarray) -> tuple[Strips, Strips] | Non
 
 def consecutive(indices: np.ndarray) -> slice | np.ndarray:
     """Turn indices that rise by one into a slice, which copies faster; others stay as they are."""
-    gaps = indices[1:] != indices[:-1] + 1
+    next_index = indices[:-1] + 1
+    gaps = indices[1:] != next_index
     if len(indices) == 0 or gaps.any():
         return indices
-    return slice(int(indices[0]), int(indices[-1]) + 1)
+    first, last = int(indices[0]), int(indices[-1])
+    return slice(first, last + 1)

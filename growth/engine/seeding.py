@@ -15,11 +15,14 @@ _PERIOD = 1 << 128  # of PCG64
 
 def generator(seed: int, *name: object) -> np.random.Generator:
     """Make a generator that depends on the run's seed and a name alone."""
-    return np.random.Generator(np.random.SFC64(_key(seed, *name)))
+    key = _key(seed, *name)
+    bits = np.random.SFC64(key)
+    return np.random.Generator(bits)
 
 
 def _key(seed: int, *name: object) -> int:
-    text = "\x1f".join(map(str, (seed, *name)))
+    words = map(str, (seed, *name))
+    text = "\x1f".join(words)
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     return int.from_bytes(digest, "little")
 
@@ -34,8 +37,10 @@ class Draws:
     def __init__(self, width: int, dtype: type[np.unsignedinteger], seed: int, *name: object) -> None:
         self.width = width
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self._words = -(-width * self.dtype.itemsize // 8)  # of each row
-        self._bits = np.random.PCG64(_key(seed, *name))
+        row_bytes = width * self.dtype.itemsize
+        self._words = -(-row_bytes // 8)  # of each row
+        key = _key(seed, *name)
+        self._bits = np.random.PCG64(key)
         self._row = 0
 
     def of(self, rows: np.ndarray) -> np.ndarray:
@@ -43,16 +48,21 @@ class Draws:
         drawn = []
         for run in runs(rows):
             count = run.stop - run.start
-            drawn.append(self.rows(int(rows[run.start]), count))
-        return drawn[0] if len(drawn) == 1 else np.concatenate(drawn)
+            first = int(rows[run.start])
+            drawn.append(self.rows(first, count))
+        only_run = len(drawn) == 1
+        return drawn[0] if only_run else np.concatenate(drawn)
 
     def rows(self, start: int, count: int) -> np.ndarray:
         """Draw rows `start`, `start + 1`, …: (count, width)."""
         if start != self._row:
-            self._bits.advance((start - self._row) * self._words % _PERIOD)
+            skipped = (start - self._row) * self._words
+            self._bits.advance(skipped % _PERIOD)
         self._row = start + count
-        words = self._bits.random_raw(count * self._words).astype("<u8", copy=False)
-        matrix = words.view(self.dtype).reshape(count, -1)
+        raw = self._bits.random_raw(count * self._words)
+        words = raw.astype("<u8", copy=False)
+        numbers = words.view(self.dtype)
+        matrix = numbers.reshape(count, -1)
         return matrix[:, : self.width]
 
 
@@ -63,17 +73,21 @@ def quantiles() -> np.ndarray:
     A random 16-bit number picks a normal number that is finer than 16-bit formats are; |z| ≤ 4.33.
     """
     middles = [(share + 0.5) / 65536 for share in range(32768, 65536)]
-    upper = np.array([NormalDist().inv_cdf(middle) for middle in middles])
-    return np.concatenate([-upper[::-1], upper]).astype(np.float32)
+    upper = np.array(list(map(NormalDist().inv_cdf, middles)))
+    lower = -upper[::-1]
+    both = np.concatenate([lower, upper])
+    return both.astype(np.float32)
 
 
 @cache
 def _knots() -> np.ndarray:
     """(65537,) quantiles at the ends of those shares, float64; the outermost keep the last share's mean."""
-    upper = [NormalDist().inv_cdf(share / 65536) for share in range(32769, 65536)]
-    last_mean = NormalDist().pdf(upper[-1]) * 65536
+    normal_numbers = NormalDist()
+    upper = [normal_numbers.inv_cdf(share / 65536) for share in range(32769, 65536)]
+    last_mean = normal_numbers.pdf(upper[-1]) * 65536
     upper.append(2 * last_mean - upper[-1])
-    return np.concatenate([-np.array(upper[::-1]), [0.0], upper])
+    lower = -np.array(upper[::-1])
+    return np.concatenate([lower, [0.0], upper])
 
 
 def normal(draws: np.ndarray) -> np.ndarray:

@@ -29,6 +29,8 @@ _sync_file_range: Any = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_ra
 if _sync_file_range is not None:
     _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
+_Range = tuple[int, int, int]  # of a file: (descriptor, byte offset, bytes)
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -40,7 +42,8 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * RAW[self.dtype].itemsize
+        itemsize = RAW[self.dtype].itemsize
+        return prod(self.shape) * itemsize
 
 
 class ShardWriter:
@@ -56,8 +59,7 @@ class ShardWriter:
     def __init__(self, folder: Path, shards: Mapping[str, Sequence[Entry]]) -> None:
         self._places: dict[str, tuple[int, int]] = {}  # name → (file descriptor, byte offset)
         self._headers: dict[int, bytes] = {}
-        # (file descriptor, byte offset, bytes) of the last writes
-        self._recent: deque[tuple[int, int, int]] = deque()
+        self._recent: deque[_Range] = deque()  # the last writes
         try:
             for file, shard in shards.items():
                 self._allocate(folder / file, shard)
@@ -67,9 +69,11 @@ class ShardWriter:
 
     def _allocate(self, path: Path, shard: Sequence[Entry]) -> None:
         header = _header(shard)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        new = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        descriptor = os.open(path, new, 0o644)
         self._headers[descriptor] = header
-        _allocate(descriptor, len(header) + sum(entry.nbytes for entry in shard))
+        nbytes = sum(entry.nbytes for entry in shard)
+        _allocate(descriptor, len(header) + nbytes)
         offset = len(header)
         for entry in shard:
             self._places[entry.name] = (descriptor, offset)
@@ -80,9 +84,10 @@ class ShardWriter:
         if raw.size == 0:
             return
         descriptor, offset = self._places[name]
-        _write_all(descriptor, offset + start, raw.data.cast("B"))
-        ends = (offset + start, offset + start + raw.nbytes)
-        first, last = (end // PAGESIZE * PAGESIZE for end in ends)
+        start += offset
+        stop = start + raw.nbytes
+        _write_all(descriptor, start, raw.data.cast("B"))
+        first, last = (end // PAGESIZE * PAGESIZE for end in (start, stop))
         if first == last:
             return  # a page that is not full waits for what follows
         written = (descriptor, first, last - first)
@@ -112,7 +117,8 @@ def _sync_range(descriptor: int, offset: int, nbytes: int, *, wait: bool) -> Non
     before, begin = 1, 2  # SYNC_FILE_RANGE_WAIT_BEFORE, SYNC_FILE_RANGE_WRITE
     if _sync_file_range is None:
         return
-    if _sync_file_range(descriptor, offset, nbytes, before if wait else begin) == 0:
+    step = before if wait else begin
+    if _sync_file_range(descriptor, offset, nbytes, step) == 0:
         return
     if (fault := ctypes.get_errno()) not in _UNSUPPORTED:
         raise OSError(fault, os.strerror(fault))
@@ -138,7 +144,9 @@ def _allocate(descriptor: int, nbytes: int) -> None:
 def _write_all(descriptor: int, offset: int, view: memoryview) -> None:
     done = 0
     while done < len(view):
-        done += os.pwrite(descriptor, view[done:], offset + done)
+        rest = view[done:]
+        place = offset + done
+        done += os.pwrite(descriptor, rest, place)
 
 
 def layout(entries: Sequence[Entry], max_shard_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[Entry]]:
@@ -146,7 +154,8 @@ def layout(entries: Sequence[Entry], max_shard_bytes: int = MAX_SHARD_BYTES) -> 
     shards: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries:
-        if shards[-1] and filled + entry.nbytes > max_shard_bytes:
+        is_full = filled + entry.nbytes > max_shard_bytes
+        if shards[-1] and is_full:
             shards.append([])
             filled = 0
         shards[-1].append(entry)
@@ -163,9 +172,11 @@ def write_index(folder: Path, shards: Mapping[str, Sequence[Entry]]) -> None:
     """Write the index of several shards; one alone needs none."""
     if len(shards) > 1:
         weight_map = {entry.name: file for file, shard in shards.items() for entry in shard}
-        total = sum(entry.nbytes for shard in shards.values() for entry in shard)
+        entries = [entry for shard in shards.values() for entry in shard]
+        total = sum(entry.nbytes for entry in entries)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        text = json.dumps(index, indent=2)
+        (folder / INDEX).write_text(f"{text}\n")
 
 
 def _header(shard: Sequence[Entry]) -> bytes:
@@ -173,9 +184,10 @@ def _header(shard: Sequence[Entry]) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in shard:
-        offsets = [offset, offset + entry.nbytes]
-        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
-        offset += entry.nbytes
+        stop = offset + entry.nbytes
+        shape = list(entry.shape)
+        header[entry.name] = {"dtype": entry.dtype, "shape": shape, "data_offsets": [offset, stop]}
+        offset = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

@@ -30,7 +30,8 @@ def write_config(folder: Path, plan: Plan) -> None:
     """Write the target's config.json for transformers 4 and 5; a dtype that the source's config names
     stays."""
     config = both_spellings(nested(plan.target_config))
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    text = json.dumps(config, indent=2, sort_keys=True)
+    (folder / "config.json").write_text(f"{text}\n")
 
 
 def write_model(plan: Plan, reader: Reader, folder: Path, *, threads: int) -> None:
@@ -57,24 +58,29 @@ def write_weights(
     steps = [step for step in plan.steps if step.name in wanted]
     steps.sort(key=plan.nbytes, reverse=True)
     writer = ShardWriter(folder, shards)
-    total, done = sum(map(plan.nbytes, steps)), 0
+    total = sum(map(plan.nbytes, steps))
+    done = 0
 
     def write(expander: Expander) -> int:
         """Expand one tensor into its shard and return its bytes; one array serves all its blocks."""
-        raw, columns = RAW[expander.dtype], expander.matrix[1]
+        raw = RAW[expander.dtype]
+        columns = expander.matrix[1]
         row_bytes = columns * raw.itemsize
         if not expander.is_blank:  # zeros are what a new file holds
             blocks = list(expander.blocks())
-            buffer = np.empty((blocks[0][1], columns), raw)
+            _, most_rows = blocks[0]
+            buffer = np.empty((most_rows, columns), raw)
+            name = expander.step.name
             for start, stop in blocks:
                 block = buffer[: stop - start]
                 expander.fill(block, start)
-                writer.write(expander.step.name, start * row_bytes, block)
+                writer.write(name, start * row_bytes, block)
         return plan.nbytes(expander.step)
 
     pool = ThreadPoolExecutor(threads)
     try:
-        writing = [pool.submit(write, Expander(plan, step, reader)) for step in steps]
+        expanders = [Expander(plan, step, reader) for step in steps]
+        writing = [pool.submit(write, expander) for expander in expanders]
         _ = plan.hash, plan.certificate  # needed at the end, and computed here while the threads work
         for finished in as_completed(writing):
             done += finished.result()

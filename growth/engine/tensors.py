@@ -39,7 +39,8 @@ class Tensors:
         """
         kinds = {name: tensor.dtype for name, tensor in self.tensors.items()}
         unknown = {name: dtype for name, dtype in kinds.items() if dtype not in DTYPES}
-        UserError.collect(f"{name}: {dtype} cannot be grown" for name, dtype in unknown.items())
+        faults = [f"{name}: {dtype} cannot be grown" for name, dtype in unknown.items()]
+        UserError.collect(faults)
         dtypes = self.dtypes
         return {
             name: Stored(Path(), 0, dtypes[name], tuple(tensor.shape))
@@ -55,9 +56,11 @@ class Tensors:
         """Read raw rows `start:stop` of a tensor, as a `Reader` counts them; the caller may write to them."""
         tensor = self.tensors[name]
         matrix = rearrange(tensor, "... column -> (...) column") if tensor.ndim > 2 else tensor
-        rows = matrix[start:stop].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        integers = rows.view(_INTEGERS[rows.element_size()]).numpy()
-        return integers.view(RAW[DTYPES[rows.dtype]])
+        rows = matrix[start:stop].detach()
+        rows = rows.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        integer = _INTEGERS[rows.element_size()]
+        raw_type = RAW[DTYPES[rows.dtype]]
+        return rows.view(integer).numpy().view(raw_type)
 
 
 def expand(plan: Plan, reader: Reader) -> Iterator[tuple[str, torch.Tensor]]:
@@ -65,5 +68,6 @@ def expand(plan: Plan, reader: Reader) -> Iterator[tuple[str, torch.Tensor]]:
     kinds = {name: kind for kind, name in DTYPES.items()}
     for step in plan.steps:
         rows = Expander(plan, step, reader).complete()
-        bits = torch.from_numpy(rows.view(f"i{rows.itemsize}"))
-        yield step.name, bits.view(kinds[plan.dtype(step)])
+        integers = rows.view(f"i{rows.itemsize}")
+        kind = kinds[plan.dtype(step)]
+        yield step.name, torch.from_numpy(integers).view(kind)

@@ -48,9 +48,10 @@ class Worker:
             UserError: it is not of that form.
         """
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-        if match is None or int(match[1]) >= int(match[2]):
+        number, count = (int(match[1]), int(match[2])) if match else (0, 0)
+        if number >= count:
             raise UserError(f"worker={text}: expected i/n, worker i of n counted from 0, such as 0/4")
-        return cls(int(match[1]), int(match[2]))
+        return cls(number, count)
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
@@ -62,7 +63,8 @@ class Worker:
             UserError: there are fewer shards than workers.
         """
         if len(shards) < self.count:
-            total = sum(entry.nbytes for shard in shards.values() for entry in shard)
+            entries = [entry for shard in shards.values() for entry in shard]
+            total = sum(entry.nbytes for entry in entries)
             size = total / self.count / 1e9
             raise UserError(
                 f"worker={self}: {len(shards)} shards for {self.count} workers; give "
@@ -90,7 +92,8 @@ class Shared:
         A worker gives up its hold before it tries, so of several that finish at once the last to try
         succeeds.
         """
-        return all((self.folder / file).exists() for file in shards) and self.lock.take()
+        all_there = all((self.folder / file).exists() for file in shards)
+        return all_there and self.lock.take()
 
 
 def agreement(plan: Plan, checkpoint: Checkpoint, shards: Shards, worker: Worker) -> dict[str, Any]:
@@ -102,15 +105,19 @@ def agreement(plan: Plan, checkpoint: Checkpoint, shards: Shards, worker: Worker
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(checkpoint.tensors):
         shape = checkpoint.tensors[name].shape
-        leading = shape[:-1] if len(shape) > 2 else shape[:1]
+        is_stack = len(shape) > 2
+        leading = shape[:-1] if is_stack else shape[:1]
         rows = prod(leading)
-        spread = {number * (rows - 1) // (SAMPLES - 1) for number in range(SAMPLES)}
+        last = rows - 1
+        spread = {number * last // (SAMPLES - 1) for number in range(SAMPLES)}
         for row in sorted(spread) if rows and shape else ():
-            digest.update(checkpoint.read(name, row, row + 1).tobytes())
+            sample = checkpoint.read(name, row, row + 1)
+            digest.update(sample.tobytes())
         if not shape:
             digest.update(checkpoint.read(name).tobytes())
     files = {file: [entry.name for entry in shard] for file, shard in shards.items()}
-    return {"plan": plan.hash, "workers": worker.count, "source": digest.hexdigest(), "files": files}
+    source = digest.hexdigest()
+    return {"plan": plan.hash, "workers": worker.count, "source": source, "files": files}
 
 
 @contextmanager
@@ -124,7 +131,8 @@ def shared_partial(place: Place, worker: Worker, agreed: Mapping[str, Any]) -> I
     kept = f"what is finished stays in {place.partial}, for the same worker to go on"
     with disk_faults(place.out, kept), place.open() as lock:
         _join(lock, place, agreed)
-        with Lock(place.partial / f"{WORKER}{worker.number}") as own:
+        mark = place.partial / f"{WORKER}{worker.number}"
+        with Lock(mark) as own:
             if not own.take():
                 raise UserError(
                     f"worker={worker}: is at work already in {place.partial}; give every worker a number "
@@ -135,7 +143,8 @@ def shared_partial(place: Place, worker: Worker, agreed: Mapping[str, Any]) -> I
 
 def _join(lock: Lock, place: Place, agreed: Mapping[str, Any]) -> None:
     """Take the folder's lock, shared with others that agree."""
-    mark, partial = json.dumps(agreed), place.partial
+    mark = json.dumps(agreed)
+    partial = place.partial
     patience = time.monotonic() + PATIENCE
     while True:
         if lock.take():  # nobody is here
@@ -172,19 +181,22 @@ def write_share(
     progress: Progress | None = None,
 ) -> None:
     """Write this worker's shards one after the other, except those that are there already."""
-    missing = [file for file in worker.share(shards) if not (shared.folder / file).exists()]
+    folder = shared.folder
+    own = worker.share(shards)
+    missing = [file for file in own if not (folder / file).exists()]
     for file in missing:
         unfinished = f"{file}.writing"
-        (shared.folder / unfinished).unlink(missing_ok=True)  # a killed worker's
+        (folder / unfinished).unlink(missing_ok=True)  # a killed worker's
         shard = {unfinished: shards[file]}
-        write_weights(plan, reader, shared.folder, shard, threads=threads, progress=progress)
+        write_weights(plan, reader, folder, shard, threads=threads, progress=progress)
         checkpoint.check_unchanged()
-        os.rename(shared.folder / unfinished, shared.folder / file)
+        os.rename(folder / unfinished, folder / file)
 
 
 def publish_shared(shared: Shared, worker: Worker) -> None:
     """Rename a completed folder, which this worker holds alone, to `out`."""
     shared.own.close()  # its lock may be a file in the folder
     for number in range(worker.count):
-        (shared.folder / f"{WORKER}{number}").unlink(missing_ok=True)
+        mark = shared.folder / f"{WORKER}{number}"
+        mark.unlink(missing_ok=True)
     shared.place.publish()
