@@ -28,7 +28,8 @@ def calibration(plan: Plan, source: Path) -> Calibration:
     """
     lesson, config = plan.lesson, plan.source_config
     assert isinstance(lesson, LeastSquares | Ligo)
-    vocabulary, context = (known_size(config, name) for name in ("vocab_size", "max_position_embeddings"))
+    vocabulary = known_size(config, "vocab_size")
+    context = known_size(config, "max_position_embeddings")
     assert vocabulary is not None
     return read_calibration(
         lesson.text, source, vocabulary, context, tokens=lesson.tokens, window=lesson.window
@@ -53,7 +54,8 @@ def learn(
         text, its hash, tokens, steps, FLOPs, and the losses (nats per token) on the windows held out: the
         source's, that of what was written, and that of what was learned.
     """
-    lesson, written, layers = plan.lesson, Written(folder), plan.layers
+    lesson, layers = plan.lesson, plan.layers
+    written = Written(folder)
     assert isinstance(lesson, LeastSquares | Ligo)
 
     values = values_of(reader, source.tensors)
@@ -64,11 +66,14 @@ def learn(
             OnDisk(plan.target_config, written.values, written.tensors, layers.target),
         )
 
-    parts = lesson.steps if isinstance(lesson, Ligo) else layers.target
+    parts = layers.target
+    if isinstance(lesson, Ligo):
+        parts = lesson.steps
 
     def tell(part: int) -> None:
         if progress is not None:
-            progress(plan.target_bytes * (part + 1) // parts, plan.target_bytes)
+            done = plan.target_bytes * (part + 1) // parts
+            progress(done, plan.target_bytes)
 
     held = torch.from_numpy(text.held)
     with torch.no_grad():
@@ -79,12 +84,13 @@ def learn(
         took = fit(plan, lesson.ridge, *models(), written, text, folder, tell)
     with torch.no_grad():
         losses.append(models()[1].loss(held))
+    names = ("loss_source", "loss_before", "loss_after")
     return {
         "operator": plan.operator,
         "text": text.name,
         "sha256": text.sha256,
         "tokens": prod(text.fit.shape),
         "held_out_tokens": prod(text.held.shape),
-        **dict(zip(("loss_source", "loss_before", "loss_after"), losses, strict=True)),
+        **dict(zip(names, losses, strict=True)),
         **took,
     }

@@ -57,9 +57,11 @@ def least_squares(
         ridge: strength of the pull to W₀.
     """
     _check_whole(tokens=tokens, window=window)
-    if isinstance(ridge, bool) or not isinstance(ridge, int | float) or not 0 < ridge < 1e6:
+    is_number = isinstance(ridge, int | float) and not isinstance(ridge, bool)
+    if not is_number or not 0 < ridge < 1e6:
         raise UserError(f"ridge {ridge!r}: expected a number above 0, such as 0.01")
-    return LeastSquares(_checked_text("least_squares", text), width, tokens, window, float(ridge))
+    text = _checked_text("least_squares", text)
+    return LeastSquares(text, width, tokens, window, float(ridge))
 
 
 @dataclass(frozen=True)
@@ -104,16 +106,14 @@ def ligo(
         start: `exact` (the maps of `width` and the layer map) or `random` (new rows drawn, as in the paper).
     """
     _check_whole(steps=steps, batch_tokens=batch_tokens, window=window)
-    if (
-        isinstance(learning_rate, bool)
-        or not isinstance(learning_rate, int | float)
-        or not 0 < learning_rate < 10
-    ):
+    is_number = isinstance(learning_rate, int | float) and not isinstance(learning_rate, bool)
+    if not is_number or not 0 < learning_rate < 10:
         raise UserError(f"learning_rate {learning_rate!r}: expected a number above 0, such as 0.001")
     if start not in STARTS:
         unknown("start", start, STARTS)
     text = _checked_text("ligo", text)
-    return Ligo(text, width, steps, batch_tokens, window, float(learning_rate), start)
+    rate = float(learning_rate)
+    return Ligo(text, width, steps, batch_tokens, window, rate, start)
 
 
 LEARNED: dict[str, Callable[..., LeastSquares | Ligo]] = {"least_squares": least_squares, "ligo": ligo}

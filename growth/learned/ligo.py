@@ -52,7 +52,8 @@ def matrix_of(axis: AxisMap) -> Tensor:
     rows = np.zeros((axis.target, axis.source))
     copies = np.flatnonzero(axis.copies)
     gains = axis.gain[:, None]
-    rows[copies, axis.index[copies]] = axis.gain[copies]
+    index = axis.index[copies]
+    rows[copies, index] = axis.gain[copies]
     is_mean = axis.fill == Fill.MEAN
     rows[is_mean] = gains[is_mean] / axis.source
     return torch.from_numpy(rows)
@@ -102,8 +103,10 @@ class Learner(nn.Module):
             learns = torch.from_numpy(is_new)[:, None]
             if start == "random":
                 fresh = torch.randn(rows.shape, generator=drawn, dtype=torch.float64)
-                rows = torch.where(learns, fresh / sqrt(axis.source), rows)
-            self._frozen[numbers[key]] = learns.to(self.dtype)
+                start_rows = fresh / sqrt(axis.source)
+                rows = torch.where(learns, start_rows, rows)
+            learned = learns.to(self.dtype)
+            self._frozen[numbers[key]] = learned
             parameter = nn.Parameter(rows.to(self.dtype))
             self.maps.append(parameter)
         return numbers[key]
@@ -120,7 +123,8 @@ class Learner(nn.Module):
         sources = [name for name in (step.source, step.beside) if name is not None]
         own = [names.index(name) for name in sources]
         weights = torch.zeros(len(names), dtype=self.dtype)
-        weights[own] = 1 / max(1, len(own))
+        count = max(1, len(own))
+        weights[own] = 1 / count
         self.layers.append(nn.Parameter(weights))
         return len(self.layers) - 1
 
@@ -153,7 +157,8 @@ class Learner(nn.Module):
                 value = sum((weight * source for weight, source in weights), 0.0 * value)
             for dim, number in enumerate(maps):
                 if number is not None:
-                    value = torch.tensordot(self.maps[number], value, ([1], [dim]))
+                    own = self.maps[number]
+                    value = torch.tensordot(own, value, ([1], [dim]))
                     value = value.movedim(0, dim)
             yield step.name, value
 
@@ -169,13 +174,16 @@ class Learner(nn.Module):
         total = 0.0
         for step in self.plan.steps:
             maps, layers = self._of[step.name]
-            first_source = self._source[self._names(step)[0]]
+            first_name = self._names(step)[0]
+            first_source = self._source[first_name]
             size = list(first_source.shape)
             if layers is not None:
-                total += 2.0 * prod(size) * len(self.layers[layers])
+                count = len(self.layers[layers])
+                total += 2.0 * prod(size) * count
             for dim, number in enumerate(maps):
                 if number is not None:
-                    total += 2.0 * prod(size) * step.shape[dim]
+                    width = step.shape[dim]
+                    total += 2.0 * prod(size) * width
                     size[dim] = step.shape[dim]
         return total
 
@@ -210,12 +218,14 @@ def learn_maps(
         names = stored_names(model)
     else:
         names = {name: name for name, _ in model.named_parameters()}
-    optimizer = torch.optim.AdamW(learner.parameters(), lesson.learning_rate, weight_decay=0.0)
+    learned = learner.parameters()
+    optimizer = torch.optim.AdamW(learned, lesson.learning_rate, weight_decay=0.0)
     length = text.fit.shape[1]
     rows = max(1, lesson.batch_tokens // length)
     losses: list[float] = []
     for step in range(lesson.steps):
-        numbers = np.arange(step * rows, (step + 1) * rows)
+        first = step * rows
+        numbers = np.arange(first, (step + 1) * rows)
         batch = text.fit[numbers % len(text.fit)]
         tokens = torch.from_numpy(batch)
         weights = dict(learner.grown())
@@ -228,7 +238,8 @@ def learn_maps(
         loss.backward()
         learner.keep_originals()
         rise = min(1.0, (step + 1) / WARMUP)
-        rate = lesson.learning_rate * rise * (1 - step / lesson.steps)
+        rest = 1 - step / lesson.steps
+        rate = lesson.learning_rate * rise * rest
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         progress(step)

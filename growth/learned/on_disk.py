@@ -22,6 +22,8 @@ from outgrow.model.family import Config, has_schema
 
 Values = Callable[[str], np.ndarray]  # a stored tensor's values by its name, in its own shape
 
+_Place = tuple[nn.Module, str, str]  # (module, its key of a parameter, the name of the stored tensor)
+
 
 class AtHead(Exception):
     """The forward pass has come to the output head."""
@@ -40,7 +42,9 @@ class Written:
     def values(self, name: str) -> np.ndarray:
         """A tensor's values, in the working type."""
         stored = self.tensors[name]
-        raw = np.fromfile(stored.file, RAW[stored.dtype], prod(stored.shape), offset=stored.offset)
+        count = prod(stored.shape)
+        raw_type = RAW[stored.dtype]
+        raw = np.fromfile(stored.file, raw_type, count, offset=stored.offset)
         return to_float(raw, stored.dtype).reshape(stored.shape)
 
     def write(self, name: str, values: np.ndarray) -> np.ndarray:
@@ -67,12 +71,16 @@ class OnDisk:
     """
 
     def __init__(self, config: Config, values: Values, stored: Mapping[str, Any], depth: int) -> None:
-        wide = any(entry.dtype == "F64" for entry in stored.values())
-        self.dtype = torch.float64 if wide else torch.float32
-        self.model = empty_model(config, dtype=self.dtype).eval().requires_grad_(False)
+        dtypes = {entry.dtype for entry in stored.values()}
+        self.dtype = torch.float64 if "F64" in dtypes else torch.float32
+        model = empty_model(config, dtype=self.dtype)
+        self.model = model.eval().requires_grad_(False)
         own = [name for name, _ in self.model.named_parameters()]
-        self.names = stored_names(self.model) if has_schema(config) else {name: name for name in own}
-        if lacking := [name for name in self.names.values() if name not in stored]:
+        self.names = dict(zip(own, own, strict=True))
+        if has_schema(config):
+            self.names = stored_names(self.model)
+        lacking = [name for name in self.names.values() if name not in stored]
+        if lacking:
             raise UserError(
                 f"family {config['model_type']!r}: the library makes {names_of(lacking)} of what is stored, "
                 "which learned growth does not follow; choose a fixed operator"
@@ -87,11 +95,12 @@ class OnDisk:
 
     def _let_all_go(self, own: list[str]) -> None:
         """Empty every parameter, and have each layer, and each module outside of them, fill its own."""
-        first = {id(self.model.get_parameter(name)): name for name in own}
-        self._places: dict[nn.Module, list[tuple[nn.Module, str, str]]] = {}
+        get = self.model.get_parameter
+        first = {id(get(name)): name for name in own}
+        self._places: dict[nn.Module, list[_Place]] = {}
         inside = {id(module) for layer in self.layers for module in layer.modules()}
-        units = [*self.layers, *(module for module in self.model.modules() if id(module) not in inside)]
-        for unit in units:
+        outside = [module for module in self.model.modules() if id(module) not in inside]
+        for unit in (*self.layers, *outside):
             modules = unit.modules() if unit in self.layers else [unit]
             places = [
                 (module, key, self.names[first[id(parameter)]])
@@ -109,14 +118,17 @@ class OnDisk:
     def fill(self, unit: nn.Module) -> None:
         """Read a unit's parameters."""
         for module, key, name in self._places[unit]:
-            module._parameters[key] = self._parameter(torch.from_numpy(self.values(name)).to(self.dtype))
+            values = torch.from_numpy(self.values(name))
+            in_dtype = values.to(self.dtype)
+            module._parameters[key] = self._parameter(in_dtype)
 
     def let_go(self, unit: nn.Module) -> None:
         """Leave a unit's parameters without values."""
         for module, key, _ in self._places[unit]:
             parameter = module._parameters[key]
             assert parameter is not None
-            module._parameters[key] = self._parameter(torch.empty_like(parameter, device="meta"))
+            empty = torch.empty_like(parameter, device="meta")
+            module._parameters[key] = self._parameter(empty)
 
     @staticmethod
     def _parameter(values: Tensor) -> nn.Parameter:
@@ -134,10 +146,13 @@ class OnDisk:
     @property
     def head(self) -> nn.Module | None:
         """The output head, None where it is the embedding."""
-        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        if head is None or self._places[head][0][2] == self._places[embedding][0][2]:
+        head = self.model.get_output_embeddings()
+        if head is None:
             return None
-        return head
+        embedding = self.model.get_input_embeddings()
+        _, _, head_name = self._places[head][0]
+        _, _, embedding_name = self._places[embedding][0]
+        return None if head_name == embedding_name else head
 
     def to_head(self, tokens: Tensor) -> Tensor | None:
         """Run (row, position) tokens up to the output head: its inputs, None where the class has none."""
@@ -146,7 +161,9 @@ class OnDisk:
         def stop(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             raise AtHead(arguments[0])
 
-        hook = None if head is None else head.register_forward_pre_hook(stop, prepend=True)
+        hook = None
+        if head is not None:
+            hook = head.register_forward_pre_hook(stop, prepend=True)
         try:
             self.model(input_ids=tokens, use_cache=False)
         except AtHead as reached:
@@ -159,7 +176,9 @@ class OnDisk:
     def loss(self, tokens: Tensor) -> float:
         """The mean loss of the next token, nats per token: (row, position)."""
         logits = self.model(input_ids=tokens, use_cache=False).logits[:, :-1]
-        return float(nn.functional.cross_entropy(logits.flatten(0, 1).double(), tokens[:, 1:].flatten()))
+        logits = logits.flatten(0, 1).double()
+        following = tokens[:, 1:].flatten()
+        return float(nn.functional.cross_entropy(logits, following))
 
 
 def values_of(reader: Any, stored: Mapping[str, Any]) -> Values:
@@ -168,6 +187,7 @@ def values_of(reader: Any, stored: Mapping[str, Any]) -> Values:
     def values(name: str) -> np.ndarray:
         entry = stored[name]
         assert is_float(entry.dtype)
-        return to_float(reader.read(name), entry.dtype).reshape(entry.shape)
+        raw = reader.read(name)
+        return to_float(raw, entry.dtype).reshape(entry.shape)
 
     return values

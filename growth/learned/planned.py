@@ -41,4 +41,5 @@ def learned_plan(operator: str, options: Mapping[str, Any], fixed: Callable[[str
             )
         )
     recipe = replace(plan.recipe, moments="reset")  # they are not those of the weights that are fitted
-    return replace(plan, operator=operator, options=dict(options), recipe=recipe, lesson=lesson)
+    own = dict(options)
+    return replace(plan, operator=operator, options=own, recipe=recipe, lesson=lesson)

@@ -68,7 +68,8 @@ class Inputs:
         mean_square = float(self._gram.diagonal().mean())
         pull = self.ridge * mean_square or 1.0  # inputs may be all zero
         unit = torch.eye(len(self._gram)).double()
-        self._factor = torch.linalg.cholesky(self._gram + pull * unit)
+        regular = self._gram + pull * unit
+        self._factor = torch.linalg.cholesky(regular)
 
     def fit(self, start: Tensor, wanted: Tensor) -> Tensor:
         """Minimise ‖W x − wanted y‖² + λ‖W − start‖² over the tokens' inputs x, y: (o, i), (o, s) → (o,
@@ -82,7 +83,8 @@ class Inputs:
         size, tokens = len(self._gram), len(self.read)
         if rows:
             return 4.0 * rows * size**2
-        sums = 2.0 * tokens * size * sum(self._cross.shape)
+        widths = sum(self._cross.shape)
+        sums = 2.0 * tokens * size * widths
         return sums + size**3 / 3
 
 
@@ -138,7 +140,8 @@ class Matrix:
 
 def _with_column(rows: np.ndarray, column: np.ndarray) -> np.ndarray:
     """Append one column: (o, i), (o,) → (o, i + 1)."""
-    return np.concatenate([rows, column[:, None]], 1)
+    last = column[:, None]
+    return np.concatenate([rows, last], 1)
 
 
 def mapped(rows: np.ndarray, axis: AxisMap) -> np.ndarray:
@@ -148,7 +151,8 @@ def mapped(rows: np.ndarray, axis: AxisMap) -> np.ndarray:
     copied = rows[index]
     copied[is_mean] = rows.mean(0)
     copied[~(axis.copies | is_mean)] = 0
-    return copied.astype(np.float64) * axis.gain[:, None]
+    gains = axis.gain[:, None]
+    return copied.astype(np.float64) * gains
 
 
 def matrices(plan: Plan) -> dict[str, Matrix]:
@@ -296,9 +300,11 @@ class Fitting:
         if matrix.bias is not None:
             bias = module.bias.double().numpy()
         before = matrix.joined(module.weight.double().numpy(), bias)
-        inputs = self._inputs(read, self._seen[matrix.source], bias is not None)
+        seen = self._seen[matrix.source]
+        inputs = self._inputs(read, seen, bias is not None)
         wanted = matrix.wanted(self.source.values)
-        after = inputs.fit(torch.from_numpy(before), torch.from_numpy(wanted))
+        start = torch.from_numpy(before)
+        after = inputs.fit(start, torch.from_numpy(wanted))
         self.flops += inputs.flops(len(after))
         fresh = ~np.isin(matrix.outputs.fill, FITTED)
         after[fresh] = torch.from_numpy(before[fresh])
@@ -347,5 +353,6 @@ def fit(
     once = flops_per_token(plan.source_config, length) / 3
     grown = flops_per_token(plan.target_config, length) / 3
     again = once * plan.layers.target / plan.layers.source  # the source's layers run for each of their copies
-    passes = text.fit.size * (once + again + grown)
+    flops = once + again + grown
+    passes = text.fit.size * flops
     return {"steps": 0, "matrices": fitting.fitted, "flops": fitting.flops + passes}

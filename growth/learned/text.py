@@ -35,7 +35,8 @@ class Calibration:
     @property
     def sha256(self) -> str:
         """Of the tokens, those that are fitted on first."""
-        return hashlib.sha256(self.fit.tobytes() + self.held.tobytes()).hexdigest()
+        tokens = self.fit.tobytes() + self.held.tobytes()
+        return hashlib.sha256(tokens).hexdigest()
 
 
 def check_there(text: str) -> Path:
@@ -49,7 +50,7 @@ def check_there(text: str) -> Path:
         raise UserError(f"{KEY} {text!r}: no such file or folder; give a text that is there")
     if (path / MANIFEST).is_file():
         _token_folder(path)
-    elif not any(text_of(file, KEY).strip() for file in _files(path)):
+    elif all(not text_of(file, KEY).strip() for file in _files(path)):
         raise UserError(f"{KEY} {str(path)!r}: is empty; give some thousands of words of text")
     return path
 
@@ -68,24 +69,32 @@ def read_calibration(
         UserError: there is no such text, it is empty or too short, or its tokens are not the source's.
     """
     path = check_there(text)
-    ids = _token_folder(path) if (path / MANIFEST).is_file() else _tokenised(path, source)
+    is_tokens = (path / MANIFEST).is_file()
+    ids = _token_folder(path) if is_tokens else _tokenised(path, source)
     window = min(window, context or window)
     rows = max(1, tokens // window)
-    count = min(rows + _held_out(rows), len(ids) // window)
+    wanted = rows + _held_out(rows)
+    count = min(wanted, len(ids) // window)
     if count < 2:
         raise UserError(
             f"{KEY} {text!r}: has {len(ids)} tokens; give a text of at least {2 * window}, better {tokens}"
         )
-    starts = [number * (len(ids) - window) // (count - 1) for number in range(count)]
-    windows = np.stack([np.asarray(ids[start : start + window], np.int64) for start in starts])
+    last = len(ids) - window
+    starts = [number * last // (count - 1) for number in range(count)]
+    parts = [np.asarray(ids[start : start + window], np.int64) for start in starts]
+    windows = np.stack(parts)
     if (largest := int(windows.max())) >= vocabulary:
         raise UserError(
             f"{KEY} {text!r}: has token {largest}, and the source has {vocabulary} tokens; is it another "
             "tokenizer's?"
         )
-    held = _held_out(count * SHARE // (SHARE + 1))
-    out = np.isin(np.arange(count), (2 * np.arange(held) + 1) * count // (2 * held))
-    return Calibration(text, windows[~out], windows[out])
+    shares = count * SHARE
+    held = _held_out(shares // (SHARE + 1))
+    middles = 2 * np.arange(held) + 1
+    numbers = middles * count // (2 * held)
+    is_held = np.isin(np.arange(count), numbers)
+    fit = windows[~is_held]
+    return Calibration(text, fit, windows[is_held])
 
 
 def _held_out(rows: int) -> int:
@@ -95,22 +104,29 @@ def _held_out(rows: int) -> int:
 
 def _files(path: Path) -> list[Path]:
     """The text file of that name, or the text files of a folder in the order of their names."""
-    files = [path] if not path.is_dir() else sorted(p for p in path.rglob("*") if p.suffix in ENDINGS)
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in ENDINGS)
     if not files:
-        raise UserError(f"{KEY} {str(path)!r}: holds no text file ({', '.join(ENDINGS)}) and no {MANIFEST}")
+        endings = ", ".join(ENDINGS)
+        folder = str(path)
+        raise UserError(f"{KEY} {folder!r}: holds no text file ({endings}) and no {MANIFEST}")
     return files
 
 
 def _tokenised(path: Path, source: Path) -> np.ndarray:
     """The tokens of the text at `path`, the files of a folder one after another."""
-    parts, size = [], 0
+    parts: list[str] = []
+    size = 0
     for file in _files(path):
-        parts.append(text_of(file, KEY))
-        size += len(parts[-1])
+        part = text_of(file, KEY)
+        parts.append(part)
+        size += len(part)
         if size > MOST_BYTES:
             break
-    whole = "\n\n".join(parts)
-    ids = tokenizer_of(source, KEY)(whole, add_special_tokens=False, verbose=False)["input_ids"]
+    text = "\n\n".join(parts)
+    tokenizer = tokenizer_of(source, KEY)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(set(ids)) < 2:
         raise UserError(f"{KEY}: the folder {source} has no tokenizer that knows this text")
     return np.asarray(ids, np.int64)
@@ -119,10 +135,13 @@ def _tokenised(path: Path, source: Path) -> np.ndarray:
 def _token_folder(folder: Path) -> np.ndarray:
     """The training tokens that a run's text was cut into; the validation part is never read."""
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        dtype, shards = np.dtype(manifest["dtype"]), manifest["splits"]["train"]["shards"]
+        text = (folder / MANIFEST).read_text()
+        manifest: dict[str, Any] = json.loads(text)
+        dtype = np.dtype(manifest["dtype"])
         with reading(folder):
-            first = shards[0]
-            return np.memmap(folder / first["file"], dtype, "r", first.get("offset", 0), (first["tokens"],))
+            first = manifest["splits"]["train"]["shards"][0]
+            offset, shape = first.get("offset", 0), (first["tokens"],)
+            file = folder / first["file"]
+            return np.memmap(file, dtype, "r", offset, shape)
     except (ValueError, KeyError, TypeError, IndexError) as fault:
         raise UserError(f"{KEY} {str(folder)!r}: {MANIFEST} is not one of tokens ({fault})") from None
