@@ -44,7 +44,8 @@ class GrowthLeaf:
 
     def arguments(self) -> dict[str, Any]:
         """As `grow` and `plan` take them."""
-        return {"operator": self.operator, "depth": self.depth, "noise": self.noise, **self.options}
+        named = {"operator": self.operator, "depth": self.depth, "noise": self.noise}
+        return {**named, **self.options}
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,9 @@ def settings_from(arguments: list[str]) -> Settings:
     Raises:
         UserError: every unknown, missing and mistyped key, at once.
     """
-    cfg, faults = compose_config(
-        CONF, "grow", [re.sub(r"^receipt=(?!\{)", "receipt.measure=", argument) for argument in arguments]
-    )
+    # `receipt=false` is short for `receipt.measure=false`.
+    spelt = [re.sub(r"^receipt=(?!\{)", "receipt.measure=", argument) for argument in arguments]
+    cfg, faults = compose_config(CONF, "grow", spelt)
     values = plain(cfg, faults)
     settings = read(Settings, values, "", faults) if values else None
     if settings is not None:
@@ -114,12 +115,14 @@ def settings_from(arguments: list[str]) -> Settings:
                 Worker.parse(str(settings.worker))
             except UserError as fault:
                 faults.append(str(fault))
-        if settings.receipt.text is not None and settings.receipt.measure is False:
+        receipt = settings.receipt
+        if receipt.text is not None and receipt.measure is False:
             faults.append(
                 "receipt.text: is for a receipt, and receipt=false measures none; leave one of them out"
             )
         figure = settings.figure
-        if figure is not None and Path(figure).suffix not in PICTURES:
+        is_picture = figure is None or Path(figure).suffix in PICTURES
+        if not is_picture:
             faults.append(f"figure {figure!r}: no picture's name; end it in {', '.join(PICTURES)}")
     UserError.collect(faults)
     assert settings is not None
@@ -136,11 +139,12 @@ def run(settings: Settings) -> None:
         grown_plan = plan(
             source, settings.target, seed=settings.seed, dtype=settings.dtype, **settings.growth.arguments()
         )
-        if grown_plan.lesson is not None and not isinstance(source, str):
-            read_lesson(grown_plan, source, settings.receipt.text)
+        checkpoint = None if isinstance(source, str) else source
+        if grown_plan.lesson is not None and checkpoint is not None:
+            read_lesson(grown_plan, checkpoint, settings.receipt.text)
         _print_plan(grown_plan)
         _print_outcome(grown_plan, None)
-        _draw(settings, grown_plan, None if isinstance(source, str) else source)
+        _draw(settings, grown_plan, checkpoint)
         return
     with _progress() as progress:
         grown = grow(
@@ -165,8 +169,9 @@ def run(settings: Settings) -> None:
         print(f"worker {settings.worker} wrote its shards; the last worker to finish makes {grown.folder}")
         return
     _print_outcome(grown.plan, grown.receipt)
-    if (learned := grown.learned) is not None:
-        losses = " → ".join(f"{learned[f'loss_{when}']:.4f}" for when in ("before", "after"))
+    learned = grown.learned
+    if learned is not None:
+        losses = f"{learned['loss_before']:.4f} → {learned['loss_after']:.4f}"
         print(
             f"learned on {learned['tokens']} tokens of {learned['text']}, {learned['flops']:.3g} FLOPs: loss "
             f"{losses} nats on {learned['held_out_tokens']} held out (source {learned['loss_source']:.4f})"
@@ -182,7 +187,8 @@ def _source(settings: Settings) -> Any:
     from outgrow.model.checkpoint import Checkpoint, locate
     from outgrow.model.presets import PRESETS
 
-    if settings.source in PRESETS and not Path(settings.source).is_dir():
+    is_preset = settings.source in PRESETS
+    if is_preset and not Path(settings.source).is_dir():
         return settings.source
     return Checkpoint(locate(settings.source, settings.revision))
 
@@ -247,7 +253,8 @@ def _print_outcome(plan: Plan, receipt: Receipt | None) -> None:
     for remark in plan.remarks:
         print(f"note: {remark}")
     if receipt is not None:
-        tokens = f"{receipt.tokens} {'random ' if receipt.text is None else ''}tokens"
+        kind = "random " if receipt.text is None else ""
+        tokens = f"{receipt.tokens} {kind}tokens"
         print(
             (
                 f"receipt: max |Δlogit| {receipt.max_delta:.3g} (largest logit {receipt.max_logit:.3g}), "
@@ -275,9 +282,11 @@ def _print_text(receipt: Receipt) -> None:
     )
     table = Table("… the text", "the source goes on", "the grown model goes on", show_lines=True)
     for each in receipt.continuations:
-        row = (each.prompt, each.source, SAME if each.is_same else each.target)
+        target = SAME if each.is_same else each.target
+        row = (each.prompt, each.source, target)
         table.add_row(*(escape(" ".join(text.split())) for text in row))
-    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+    width = None if sys.stdout.isatty() else 120
+    Console(highlight=False, width=width).print(table)
 
 
 @contextmanager
@@ -303,7 +312,8 @@ def _progress() -> Iterator[Callable[[int, int], None] | None]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("growing", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
@@ -312,7 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The door: a UserError is one message on stderr and exit status 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if any(argument in ("-h", "--help") for argument in words):
-        print(f"{__doc__}\nKeys and defaults ({CONF / 'grow.yaml'}):\n\n{(CONF / 'grow.yaml').read_text()}")
+        defaults = CONF / "grow.yaml"
+        print(f"{__doc__}\nKeys and defaults ({defaults}):\n\n{defaults.read_text()}")
         return
     try:
         if words[:1] == ["schema"]:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    _Moments = dict[str, torch.Tensor]  # by parameter
+
 FILES = ("optimizer.bin", "optimizer.pt")  # as Accelerate calls it; as Transformers and our own trainer do
 
 
@@ -49,16 +51,16 @@ def adam_state(state: Mapping[str, Any], plan: Plan) -> AdamState:
     from outgrow.model.build import meta_model
     from outgrow.model.conversion import in_file
 
-    shapes = {
-        name: tuple(parameter.shape) for name, parameter in meta_model(plan.source_config).named_parameters()
-    }
-    groups, per_parameter = state.get("param_groups"), state.get("state")
+    model = meta_model(plan.source_config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    groups = state.get("param_groups")
+    per_parameter = state.get("state")
     if not isinstance(groups, list) or not isinstance(per_parameter, Mapping):
         raise UserError(
             "optimizer state: expected the keys 'state' and 'param_groups', as optimizer.state_dict() "
             "gives them"
         )
-    named: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in POWERS}
+    named: dict[str, _Moments] = {moment: {} for moment in POWERS}
     for number, name in _numbering(groups, shapes).items():
         entry = per_parameter.get(number)
         if entry is None:  # a parameter that never had a gradient
@@ -69,28 +71,31 @@ def adam_state(state: Mapping[str, Any], plan: Plan) -> AdamState:
                     f"optimizer state: parameter {number} ({name}) has no {moment!r}, found "
                     f"{sorted(entry)}; only Adam's state grows"
                 )
-            if tuple(entry[moment].shape) != shapes[name]:
+            tensor = entry[moment]
+            if tuple(tensor.shape) != shapes[name]:
                 raise UserError(
-                    f"optimizer state: {moment} of parameter {number} has shape "
-                    f"{tuple(entry[moment].shape)}, {name} has {shapes[name]}; is it the state of another "
-                    "model, or were its groups filled in another order?"
+                    f"optimizer state: {moment} of parameter {number} has shape {tuple(tensor.shape)}, "
+                    f"{name} has {shapes[name]}; is it the state of another model, or were its groups filled "
+                    "in another order?"
                 )
-            named[moment][name] = entry[moment]
+            named[moment][name] = tensor
     if not any(named.values()):
         raise UserError("optimizer state: empty; was it saved before the first step?")
-    steps = [int(entry["step"]) for entry in per_parameter.values() if "step" in entry]
-    moments = {
-        f"{moment}.{name}": tensor
-        for moment, tensors in named.items()
-        for name, tensor in in_file(plan.source_config, _complete(tensors, shapes)).items()
-    }
-    return AdamState(Tensors(_complete(moments, _wanted(plan))), max(steps, default=0))
+    entries = per_parameter.values()
+    steps = [int(entry["step"]) for entry in entries if "step" in entry]
+    moments: dict[str, torch.Tensor] = {}
+    for moment, tensors in named.items():
+        stored = in_file(plan.source_config, _complete(tensors, shapes))
+        moments |= {f"{moment}.{name}": tensor for name, tensor in stored.items()}
+    complete = _complete(moments, _wanted(plan))
+    return AdamState(Tensors(complete), max(steps, default=0))
 
 
 def _wanted(plan: Plan) -> dict[str, tuple[int, ...]]:
     """The name and shape of every moment of the source's file."""
-    tensors = list(plan.growth.source_family.tensors(plan.source_config))
-    return {f"{moment}.{tensor.name}": tensor.shape for moment in POWERS for tensor in tensors}
+    family = plan.growth.source_family
+    shapes = {tensor.name: tensor.shape for tensor in family.tensors(plan.source_config)}
+    return {f"{moment}.{name}": shape for moment in POWERS for name, shape in shapes.items()}
 
 
 def _complete(
@@ -114,7 +119,8 @@ def _numbering(groups: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[i
     # of those that were trained: frozen ones have no state
     if all("param_names" in group for group in groups):
         named = [_plain(name) for group in groups for name in group["param_names"]]
-        if unknown := sorted(set(named) - shapes.keys()):
+        strange = set(named) - shapes.keys()
+        if unknown := sorted(strange):
             raise UserError(
                 f"optimizer state: parameter {unknown[0]!r} is none of the source's ({len(unknown)} are not)"
             )
@@ -127,9 +133,12 @@ def _numbering(groups: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[i
     if len(groups) == 1:
         return dict(zip(numbers, shapes, strict=True))
     matrices = [name for name, shape in shapes.items() if len(shape) > 1]
-    if len(groups) == 2 and len(groups[0]["params"]) == len(matrices):
+    first_count = len(groups[0]["params"])
+    has_two = len(groups) == 2
+    if has_two and first_count == len(matrices):
         others = [name for name in shapes if name not in matrices]
-        return dict(zip(numbers, [*matrices, *others], strict=True))
+        names = [*matrices, *others]
+        return dict(zip(numbers, names, strict=True))
     raise UserError(
         f"optimizer state: {len(groups)} groups without names, so which parameter is which is not known; "
         "build the optimizer from named parameters (groups of (name, parameter) pairs, which PyTorch "
@@ -158,7 +167,8 @@ def read_adam(path: Path | str, plan: Plan) -> AdamState:
 
     file = Path(path)
     if file.is_dir():
-        files = [file / name for name in FILES if (file / name).is_file()]
+        paths = [file / name for name in FILES]
+        files = [path for path in paths if path.is_file()]
         if not files:
             raise UserError(f"optimizer {file}: no {' or '.join(FILES)} in this folder")
         file = files[0]
@@ -191,8 +201,10 @@ def grow_adam(
         plan: the growth of `source_model` into `target_model`, as `grow_model` followed it.
     """
     state = adam_state(source.state_dict(), plan)
-    grown = dict(expand(moments_plan(plan, state.moments.dtypes), state.moments))
-    fill(target, target_model, [step.name for step in plan.steps], grown.__getitem__, state.step)
+    growth = moments_plan(plan, state.moments.dtypes)
+    grown = dict(expand(growth, state.moments))
+    names = [step.name for step in plan.steps]
+    fill(target, target_model, names, grown.__getitem__, state.step)
 
 
 def load_adam(folder: Path | str, target: torch.optim.Optimizer, target_model: PreTrainedModel) -> None:
@@ -211,17 +223,18 @@ def load_adam(folder: Path | str, target: torch.optim.Optimizer, target_model: P
         raise UserError(
             f"{folder}: no such folder; grow with optimizer=FILE to have Adam's moments grown too"
         )
-    where = {name: stored.file for name, stored in tensor_table(folder).items()}
-    step = json.loads((folder / STATE).read_text())["step"]
+    files = {name: stored.file for name, stored in tensor_table(folder).items()}
+    record = json.loads((folder / STATE).read_text())
 
     def moment(name: str) -> torch.Tensor:
-        if name not in where:
+        if name not in files:
             raise UserError(f"{folder}: no {name}; is it the state of another model?")
-        with safe_open(where[name], "pt") as file:
+        with safe_open(files[name], "pt") as file:
             return file.get_tensor(name)
 
-    names = [name.removeprefix("exp_avg.") for name in where if name.startswith("exp_avg.")]
-    fill(target, target_model, names, moment, step)
+    first_moments = [name for name in files if name.startswith("exp_avg.")]
+    names = [name.removeprefix("exp_avg.") for name in first_moments]
+    fill(target, target_model, names, moment, record["step"])
 
 
 def fill(
@@ -242,7 +255,8 @@ def fill(
 
     from outgrow.model.conversion import in_model
 
-    numbers, state = _numbers(optimizer), optimizer.state_dict()
+    numbers = _numbers(optimizer)
+    state = optimizer.state_dict()
     config = config_of(model)
 
     def in_parameters(key: str) -> Mapping[str, torch.Tensor]:
@@ -252,12 +266,15 @@ def fill(
     moments = {key: in_parameters(key) for key in POWERS}
     for name, parameter in model.named_parameters():
         if id(parameter) in numbers:
+            number = numbers[id(parameter)]
             entry = {key: moments[key][name] for key in POWERS}
-            state["state"][numbers[id(parameter)]] = {"step": torch.tensor(float(step)), **entry}
+            count = torch.tensor(float(step))
+            state["state"][number] = {"step": count, **entry}
     optimizer.load_state_dict(state)
 
 
 def _numbers(optimizer: torch.optim.Optimizer) -> dict[int, int]:
     """Each parameter's number in the state dict, by identity."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    groups = optimizer.param_groups
+    parameters = [parameter for group in groups for parameter in group["params"]]
     return {id(parameter): number for number, parameter in enumerate(parameters)}

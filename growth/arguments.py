@@ -17,13 +17,15 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and isfinite(value)
 
 
 def _is_depth(value: Any) -> bool:
     if isinstance(value, str):
         return True
-    return isinstance(value, list | tuple) and all(map(_is_whole, value))
+    is_list = isinstance(value, list | tuple)
+    return is_list and all(map(_is_whole, value))
 
 
 def _is_target(value: Any) -> bool:

@@ -65,7 +65,8 @@ def _obstacle(model: Any) -> str | None:
             f"{names[0]}.weight is computed from other tensors (weight_norm or another parametrization); "
             "make it plain first with torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
         )
-    known = library_class(model.config)._model_mapping.get(type(model.config), None)
+    classes = library_class(model.config)._model_mapping
+    known = classes.get(type(model.config), None)
     if known is not None and not isinstance(model, known):
         return f"a language model with its head is grown; give the {known.__name__} that it is a part of"
     return None
@@ -74,7 +75,8 @@ def _obstacle(model: Any) -> str | None:
 def _is_sharded(model: nn.Module) -> bool:
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return True
-    return any(
-        isinstance(parameter, DTensor) or parameter.device == torch.device("meta")
-        for parameter in model.parameters()
-    )
+    parameters = list(model.parameters())
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        return True
+    meta = torch.device("meta")
+    return any(parameter.device == meta for parameter in parameters)

@@ -23,9 +23,11 @@ def layer_map(plan: Plan, width: int = 100) -> list[str]:
     step = max(1, (width - len("target ")) // cell)
     lines = []
     for first in range(0, len(sources), step):
-        shown = range(first, min(first + step, len(sources)))
-        lines.append("target " + "".join(f"{number} ".rjust(cell) for number in shown))
-        lines.append("source " + "".join(sources[number].rjust(cell) for number in shown))
+        stop = min(first + step, len(sources))
+        targets = [f"{number} ".rjust(cell) for number in range(first, stop)]
+        shown = [source.rjust(cell) for source in sources[first:stop]]
+        lines.append(f"target {''.join(targets)}")
+        lines.append(f"source {''.join(shown)}")
     return [line.rstrip() for line in lines]
 
 
@@ -34,9 +36,11 @@ def space_bar(plan: Plan, space: str, length: int = 20) -> str:
     write = plan.recipe.expansions[space].write
     origins = of_axis(write)
     bar, count = "", 0
-    for origin, sign in ((Origin.ORIGINAL, "█"), (Origin.COPY, "▒"), (Origin.NEW, "·")):
+    signs = ((Origin.ORIGINAL, "█"), (Origin.COPY, "▒"), (Origin.NEW, "·"))
+    size = max(1, write.target)
+    for origin, sign in signs:
         count += int((origins == origin).sum())
-        end = round(length * count / max(1, write.target))
+        end = round(length * count / size)
         bar = bar.ljust(end, sign)
     return bar
 
@@ -55,7 +59,10 @@ def licence(card: Path) -> dict[str, str | list[str]]:
 
     try:
         text = card.read_text(encoding="utf-8")[:MAX_CARD]
-        head = yaml.safe_load(text.split("---\n", 2)[1]) if text.startswith("---\n") else None
+        head = None
+        if text.startswith("---\n"):
+            _, lines, *_ = text.split("---\n", 2)
+            head = yaml.safe_load(lines)
     except (OSError, ValueError, IndexError, yaml.YAMLError):
         return {}
     entries = head if isinstance(head, dict) else {}
@@ -104,16 +111,17 @@ def _text_lines(receipt: Receipt) -> list[str]:
         f"Perplexity on that text {receipt.perplexity_source:.4f} → {receipt.perplexity_target:.4f}; "
         f"{said_alike(receipt)}:"
     )
-    rows = [
-        (each.prompt, each.source, SAME if each.is_same else each.target) for each in receipt.continuations
-    ]
-    table = [f"| {' | '.join(map(_cell, row))} |" for row in rows]
+    rows = []
+    for each in receipt.continuations:
+        target = SAME if each.is_same else each.target
+        cells = map(_cell, (each.prompt, each.source, target))
+        rows.append(f"| {' | '.join(cells)} |")
     return [
         said,
         "",
         "| … the text | the source goes on | the grown model goes on |",
         "|---|---|---|",
-        *table,
+        *rows,
         "",
     ]
 

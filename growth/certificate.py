@@ -119,7 +119,8 @@ def _rotary(family: Family, source: Config, target: Config) -> Iterator[str]:
     before = rope_of(source)
     after = rope_of(target)
     shares = {family.rotary_field, "partial_rotary_factor"}
-    for key in sorted({*before, *after} - shares):
+    keys = {*before, *after}
+    for key in sorted(keys - shares):
         if before.get(key) != after.get(key):
             yield (
                 f"config rope_parameters.{key}: {before.get(key)!r} becomes {after.get(key)!r}, which "
@@ -171,7 +172,8 @@ def _steps(plan: Decision) -> Iterator[str]:
         is_bias = step.tensor.is_bias
         key = (line.name, line.text, is_bias)  # every layer shares its line's maps
         if key not in expected:
-            expected[key] = plan.recipe.spaces_only().maps(step.tensor)
+            recipe = plan.recipe.spaces_only()
+            expected[key] = recipe.maps(step.tensor)
         pairs = zip(step.maps, expected[key], strict=True)
         fitting = [own is wanted or own == wanted for own, wanted in pairs]
         if not all(fitting):
@@ -182,7 +184,8 @@ def _steps(plan: Decision) -> Iterator[str]:
             faults[fault] = faults.get(fault, 0) + 1
         own_source = plan.source_name(step.tensor)
         if not step.zero and step.source != own_source:
-            fault = f"{step.name}: takes {step.source or 'nothing'}, not its own source"
+            origin = step.source or "nothing"
+            fault = f"{step.name}: takes {origin}, not its own source"
             faults[fault] = 1
     for fault, count in faults.items():
         times = f" ({count} tensors)"
@@ -290,7 +293,8 @@ def _kept_first(space: str, expansion: Expansion) -> Iterator[str]:
     for side in (expansion.write, expansion.read):
         kept = slice(0, side.source)
         unscaled = side.gain[kept] == 1
-        copied = side.copies[kept].all() and unscaled.all()
+        in_copies = side.copies[kept]
+        copied = in_copies.all() and unscaled.all()
         own = np.arange(side.source)
         in_place = np.array_equal(side.index[kept], own)
         if not copied or not in_place:
@@ -381,12 +385,15 @@ def _norms(plan: Decision, expansion: Expansion, r: int, c: float, rho: float) -
             yield f"residual: {which}: shift on new indices is read"
         written, copies = expansion.write, read.copies
         same_copies = np.array_equal(written.copies, copies)
-        moved = scale.index[copies] != written.index[copies]
+        expected = written.index[copies]
+        moved = scale.index[copies] != expected
         if not same_copies or moved.any():
             yield f"residual: {which}: scale and readers take other copies than the writers"
     post_gains = expansion.post_scale.gain[expansion.write.copies]
-    adds_scaled = np.allclose(post_gains, c * sqrt(rho))
-    has_post_norms = any(line.kind == "post norm" for line in plan.family.lines)
+    expected_gain = c * sqrt(rho)
+    adds_scaled = np.allclose(post_gains, expected_gain)
+    lines = plan.family.lines
+    has_post_norms = any(line.kind == "post norm" for line in lines)
     if has_post_norms and not adds_scaled:
         yield "residual: post norms do not scale what they add like the other writers"
 

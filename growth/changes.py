@@ -50,7 +50,8 @@ class Upcycling:
             raise UserError(
                 f"sparse: {wrong[0]!r} is no target layer; the target has layers 0 to {count - 1}"
             )
-        return tuple(sorted({int(layer) for layer in self.sparse}))
+        numbers = {int(layer) for layer in self.sparse}
+        return tuple(sorted(numbers))
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def drop_upcycle(
     _check_numbers(router_std=router_std)
     if not 0 < drop <= 1:
         raise UserError(f"drop {drop}: expected a share of each expert's units, above 0 and at most 1")
-    return Upcycling(width, _checked_granularity(granularity), _checked_layers(sparse), router_std, drop=drop)
+    parts, layers = _checked_granularity(granularity), _checked_layers(sparse)
+    return Upcycling(width, parts, layers, router_std, drop=drop)
 
 
 def expert_copy(*, width: str = "lossless", delta: float = 1e-3) -> ExpertCopy:
@@ -146,7 +148,9 @@ def _check_numbers(**numbers: float) -> None:
 
 
 def _checked_granularity(granularity: int | None) -> int | None:
-    if granularity is not None and (type(granularity) is not int or granularity < 1):
+    if granularity is None:
+        return None
+    if type(granularity) is not int or granularity < 1:
         raise UserError(
             f"granularity {granularity!r}: expected a positive whole number, into how many experts an MLP "
             "is cut"
@@ -159,6 +163,7 @@ def _checked_layers(sparse: str | Sequence[int]) -> str | tuple[int, ...]:
         if sparse not in SPARSE:
             unknown("sparse", sparse, SPARSE)
         return sparse
-    if not isinstance(sparse, list | tuple) or not sparse:
+    is_list = isinstance(sparse, list | tuple)
+    if not is_list or not sparse:
         raise UserError(f"sparse {sparse!r}: expected {', '.join(SPARSE)} or a list of target layers")
     return tuple(sparse)

@@ -32,16 +32,17 @@ def copied(
             "do not divide"
         )
     chosen = wanted.get(mixture.top_k, chosen_before)
-    if mixture.size({mixture.top_k: chosen}, mixture.top_k) > count:
-        raise UserError(f"target: {mixture.top_k} {chosen} is more than {mixture.count} {count}")
+    config = {mixture.top_k: chosen}
+    if mixture.size(config, mixture.top_k) > count:
+        fault = f"{mixture.top_k} {chosen} is more than {mixture.count} {count}"
+        raise UserError(f"target: {fault}")
     own = {mixture.count, mixture.top_k}
-    dense_plan = within(
-        {key: value for key, value in wanted.items() if key not in own},
-        asked.width,
-        family=mixture.family(source),
-    )
-    config = {**dense_plan.target_config, mixture.count_key(source): count, mixture.top_k: chosen}
-    family, times = mixture.family(config), count // before
+    dense = {key: value for key, value in wanted.items() if key not in own}
+    dense_plan = within(dense, asked.width, family=mixture.family(source))
+    count_key = mixture.count_key(source)
+    config = {**dense_plan.target_config, count_key: count, mixture.top_k: chosen}
+    family = mixture.family(config)
+    times = count // before
     units = mixture.size(config, mixture.units)
     origins = [number // times for number in range(count)]
     experts = tuple(Expert(origin, 0, units, origin) for origin in origins)
@@ -51,19 +52,14 @@ def copied(
     change = Change(dense_plan, mixture, asked, config, experts, routed, shared, chosen_before)
     copies = AxisMap.of(before, np.arange(count) // times)
     steps = tuple(_copies(change, family, copies))
-    expansions = {
-        space: expansion for space, expansion in dense_plan.recipe.expansions.items() if space != EXPERT
-    }
+    expansions = dict(dense_plan.recipe.expansions)
     rule = f"{before} → {count}: {times} copies of each, router rows copied"
-    unread = AxisMap.of(before, np.full(count, -1), Fill.ZERO)
+    nothing = np.full(count, -1)
+    unread = AxisMap.of(before, nothing, Fill.ZERO)
+    expansions.pop(EXPERT, None)
     expansions[EXPERT] = Expansion.of(copies, unread, rule)
-    return replace(
-        dense_plan,
-        growth=growth,
-        recipe=replace(dense_plan.recipe, expansions=expansions),
-        steps=steps,
-        change=change,
-    )
+    recipe = replace(dense_plan.recipe, expansions=expansions)
+    return replace(dense_plan, growth=growth, recipe=recipe, steps=steps, change=change)
 
 
 def _copies(change: Change, family: Family, copies: AxisMap) -> Iterator[Step]:
@@ -78,19 +74,14 @@ def _copies(change: Change, family: Family, copies: AxisMap) -> Iterator[Step]:
         if number is None:
             yield replace(own_steps[tensor.name], tensor=tensor)
         elif number >= 0:
-            module = (
-                numbered(tensor)
-                .replace("#", str(change.experts[number].source))
-                .replace("*", str(tensor.layer))
-            )
+            expert = change.experts[number].source
+            module = numbered(tensor).replace("#", str(expert))
+            module = module.replace("*", str(tensor.layer))
             yield replace(own_steps[f"{module}.weight"], tensor=tensor)
         else:
             step = own_steps[tensor.name]
-            maps = tuple(
-                copies if axis == Space(EXPERT) else grown
-                for axis, grown in zip(tensor.axes, step.maps, strict=True)
-            )
-            moved = tensor.pattern == f"{change.mixture.router}.weight" and asked.delta > 0
-            yield replace(
-                step, tensor=tensor, maps=maps, finish=Finish(jitter=asked.delta) if moved else None
-            )
+            axes = zip(tensor.axes, step.maps, strict=True)
+            maps = tuple(copies if axis == Space(EXPERT) else grown for axis, grown in axes)
+            is_router = tensor.pattern == f"{change.mixture.router}.weight"
+            finish = Finish(jitter=asked.delta) if is_router and asked.delta > 0 else None
+            yield replace(step, tensor=tensor, maps=maps, finish=finish)

@@ -88,7 +88,8 @@ class Finish:
 
     @property
     def changes_copies(self) -> bool:
-        return self.redrawn is not None or self.jitter > 0 or self.noise > 0
+        adds_noise = self.jitter > 0 or self.noise > 0
+        return self.redrawn is not None or adds_noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,9 +127,11 @@ class Step:
     @property
     def is_copy(self) -> bool:
         """Check whether it is its source's bytes."""
-        touched = self.beside is not None or (self.finish is not None and self.finish.changes_copies)
-        inherited = self.source is not None and not self.zero and not touched
-        return inherited and all(axis.is_identity for axis in self.maps)
+        is_touched = self.finish is not None and self.finish.changes_copies
+        has_source = self.source is not None and not self.zero
+        if is_touched or self.beside is not None or not has_source:
+            return False
+        return all(axis.is_identity for axis in self.maps)
 
     @property
     def is_fresh(self) -> bool:
@@ -187,13 +190,21 @@ class Decision:
         """The config that the grown folder gets: what follows a layer or an epsilon has followed."""
         # a change of family has written it of one in which everything followed
         config = dict(self.growth.target_config)
-        return followed(config, self.growth, self.recipe, self.layers) if self.change is None else config
+        if self.change is not None:
+            return config
+        return followed(config, self.growth, self.recipe, self.layers)
 
     @property
     def is_noisy(self) -> bool:
         """Check whether noise falls on anything: on what reads copies."""
-        spaces = (expansion for space, expansion in self.recipe.expansions.items() if self.family.uses(space))
-        return self.noise > 0 and any(expansion.read.counts().max(initial=0) > 1 for expansion in spaces)
+        if self.noise <= 0:
+            return False
+        for space, expansion in self.recipe.expansions.items():
+            if not self.family.uses(space):
+                continue
+            if expansion.read.counts().max(initial=0) > 1:
+                return True
+        return False
 
     @cached_property
     def target_parameters(self) -> int:
@@ -202,7 +213,8 @@ class Decision:
     @cached_property
     def source_parameters(self) -> int:
         tensors = self.growth.source_family.tensors(self.source_config)
-        return sum(prod(tensor.shape) for tensor in tensors if not tensor.tied)
+        stored = [tensor for tensor in tensors if not tensor.tied]
+        return sum(prod(tensor.shape) for tensor in stored)
 
     def source_name(self, tensor: Tensor) -> str:
         """The source tensor that a target tensor grows from."""
@@ -213,18 +225,26 @@ class Decision:
     def dtype(self, step: Step) -> str:
         """The safetensors dtype of a target tensor: the one asked for, else its source's, else the
         config's."""
-        stored = self.source_dtype(step.source or self.source_name(step.tensor))
-        return TORCH_NAMES[self.growth.dtype] if self.growth.dtype and is_float(stored) else stored
+        name = step.source or self.source_name(step.tensor)
+        stored = self.source_dtype(name)
+        if self.growth.dtype and is_float(stored):
+            return TORCH_NAMES[self.growth.dtype]
+        return stored
 
     def source_dtype(self, name: str) -> str:
         """The safetensors dtype of a source tensor, or of what it would have where the source has none of
         that name.
         """
-        known = self.dtypes.get(name) or next(filter(is_float, self.dtypes.values()), None)
-        return known or config_dtype(self.source_config) or "F32"
+        own = self.dtypes.get(name)
+        if own:
+            return own
+        dtypes = self.dtypes.values()
+        any_float = next(filter(is_float, dtypes), None)
+        return any_float or config_dtype(self.source_config) or "F32"
 
     def nbytes(self, step: Step) -> int:
-        return prod(step.shape) * RAW[self.dtype(step)].itemsize
+        itemsize = RAW[self.dtype(step)].itemsize
+        return prod(step.shape) * itemsize
 
     @property
     def target_bytes(self) -> int:
@@ -278,20 +298,25 @@ class Decision:
 def source_name(tensor: Tensor, growth: Growth, layer: int | None) -> str:
     """The source tensor, in source layer `layer`, that a target tensor grows from."""
     line = tensor.line
-    if line.tied_if and growth.family.flag(growth.source_config, line.tied_if) and not tensor.is_bias:
+    is_tied = line.tied_if and growth.family.flag(growth.source_config, line.tied_if)
+    if is_tied and not tensor.is_bias:
         return str(line.tied_to)
     return tensor.name if layer is None else tensor.name_in(layer)
 
 
-def followed(config: dict[str, Any], growth: Growth, made: Recipe, layers: LayerMap) -> dict[str, Any]:
+def followed(config: dict[str, Any], growth: Growth, recipe: Recipe, layers: LayerMap) -> dict[str, Any]:
     """A target's config in which what follows a layer or an epsilon has followed."""
-    eps = growth.family.names.get("norm_eps")
-    if made.eps_factor != 1 and eps is not None:  # some models have a constant in their code instead (OPT)
-        config[eps] = growth.family.eps(growth.source_config) * made.eps_factor
+    family = growth.family
+    eps = family.names.get("norm_eps")
+    if recipe.eps_factor != 1 and eps is not None:  # some models have a constant in their code instead (OPT)
+        source_eps = family.eps(growth.source_config)
+        config[eps] = source_eps * recipe.eps_factor
     source = dict(growth.source_config)
     # the class would tell them by their numbers, which move
-    if growth.grows("layer") and (kinds := growth.family.layer_kinds(source)):
-        source["layer_types"], config["layer_types"] = kinds, config.get("layer_types") or kinds
-    untouched = {key: value for key, value in source.items() if of_text(key) and config.get(key) == value}
+    if growth.grows("layer") and (kinds := family.layer_kinds(source)):
+        source["layer_types"] = kinds
+        config["layer_types"] = config.get("layer_types") or kinds
+    of_layers = {key: value for key, value in source.items() if of_text(key)}
+    untouched = {key: value for key, value in of_layers.items() if config.get(key) == value}
     sources, depth = layers.layers, layers.source
     return config | {key: follow_layers(key, value, sources, depth) for key, value in untouched.items()}

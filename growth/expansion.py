@@ -81,10 +81,12 @@ class AxisMap:
         """Make a map from an index with -1 where the target index is new and holds `fill`."""
         index = np.asarray(index, np.int64)
         new = index < 0
-        gains = np.broadcast_to(np.asarray(gain, np.float64), index.shape)
+        values = np.asarray(gain, np.float64)
+        gains = np.broadcast_to(values, index.shape)
         fills = np.where(new, fill, Fill.COPY)
         copied = np.where(new, 0, index)
-        return cls(source, copied, gains.copy(), fills.astype(np.uint8))
+        fills = fills.astype(np.uint8)
+        return cls(source, copied, gains.copy(), fills)
 
     @classmethod
     def identity(cls, size: int) -> AxisMap:
@@ -103,7 +105,8 @@ class AxisMap:
     @property
     def is_identity(self) -> bool:
         same_size = self.source == self.target
-        unscaled = bool(self.copies.all() and (self.gain == 1).all())
+        is_one = self.gain == 1
+        unscaled = bool(self.copies.all() and is_one.all())
         return same_size and unscaled and self.same_index(range(self.source))
 
     def same_index(self, index: np.ndarray | range) -> bool:
@@ -146,7 +149,8 @@ class AxisMap:
             starts = np.r_[0, changes]
             stops = np.r_[changes, len(order)]
             first = np.repeat(starts, stops - starts)
-            number[order] = np.arange(len(order)) - first
+            positions = np.arange(len(order))
+            number[order] = positions - first
         return number
 
     def from_next_layer(self, new: np.ndarray) -> AxisMap:
@@ -173,18 +177,22 @@ class AxisMap:
         pieces: dict[_Alike, list[Piece]] = {}
         first: dict[_Content, Strips] = {}  # the first target columns with this content
         for run in runs(source, self.gain, self.fill):
-            fill = Fill(int(self.fill[run.start]))
+            number = int(self.fill[run.start])
+            fill = Fill(number)
             gain = float(self.gain[run.start])
             width = run.stop - run.start
             target = Strips(run.start, width)
-            columns = Strips(int(source[run.start]), width)
+            column = int(source[run.start])
+            columns = Strips(column, width)
             like = target
             if taken[run.start]:
                 content = (fill, gain, columns.first, width)
                 like = first.setdefault(content, target)
             is_first = like is target
-            piece = Piece(fill, target, columns, gain, None if is_first else like)
-            pieces.setdefault((fill, gain), []).append(piece)
+            earlier = None if is_first else like
+            piece = Piece(fill, target, columns, gain, earlier)
+            alike = (fill, gain)
+            pieces.setdefault(alike, []).append(piece)
         merged = [self._together(alike, source) for alike in pieces.values()]
         return list(chain.from_iterable(merged))
 
@@ -205,10 +213,12 @@ class AxisMap:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, AxisMap):
             return NotImplemented
-        if self.source != other.source or not np.array_equal(self.fill, other.fill):
+        same_fill = np.array_equal(self.fill, other.fill)
+        if self.source != other.source or not same_fill:
             return False
         copies = self.copies
-        same_index = np.array_equal(self.index[copies], other.index[copies])
+        other_index = other.index[copies]
+        same_index = np.array_equal(self.index[copies], other_index)
         scaled = copies | (self.fill == Fill.MEAN)
         gains, other_gains = self.gain[scaled], other.gain[scaled]
         return same_index and np.allclose(gains, other_gains, rtol=1e-12, atol=0)
@@ -225,14 +235,18 @@ _TAKES = np.array([True, False, False, False, True])  # fills that take a source
 def product(left: AxisMap, right: AxisMap) -> AxisMap:
     """Compose the map of the flattened axis `(left right)`, row-major."""
     # (left, right), flattened at the end
-    first = left.index[:, None] * right.source
+    left_index = left.index[:, None]
+    first = left_index * right.source
     index = (first + right.index).reshape(-1)
-    gain = (left.gain[:, None] * right.gain).reshape(-1)
-    one, other = np.broadcast_arrays(left.fill[:, None], right.fill)
+    left_gain = left.gain[:, None]
+    gain = (left_gain * right.gain).reshape(-1)
+    left_fill = left.fill[:, None]
+    one, other = np.broadcast_arrays(left_fill, right.fill)
     left_holds = _PRECEDENCE[one] >= _PRECEDENCE[other]
     fill = np.where(left_holds, one, other).reshape(-1)
     index = np.where(_TAKES[fill], index, 0)
-    return AxisMap(left.source * right.source, index, gain, fill)
+    source = left.source * right.source
+    return AxisMap(source, index, gain, fill)
 
 
 def concatenate(left: AxisMap, right: AxisMap) -> AxisMap:

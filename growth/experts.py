@@ -68,7 +68,8 @@ class Change:
     @property
     def group(self) -> int:
         """How many experts have the same router row."""
-        return sum(expert.row == self.experts[0].row for expert in self.experts)
+        row = self.experts[0].row
+        return sum(expert.row == row for expert in self.experts)
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
@@ -78,8 +79,10 @@ class Change:
     def idle_parameters(self, plan: Decision) -> int:
         """How many parameters one token does not meet: those of the experts that it is not sent to."""
         idle = 1 - self.chosen / len(self.experts)
-        of_experts = [step for step in plan.steps if self.routed.get(step.name, -1) >= 0]
-        return round(sum(prod(step.shape) for step in of_experts) * idle)
+        number_of = self.routed
+        of_experts = [step for step in plan.steps if number_of.get(step.name, -1) >= 0]
+        parameters = sum(prod(step.shape) for step in of_experts)
+        return round(parameters * idle)
 
     def active_parameters(self, plan: Decision) -> int:
         """How many parameters one token meets."""
@@ -107,7 +110,8 @@ class Change:
         if isinstance(self.asked, Upcycling):
             return 0.0
         # of router rows the map counts the copies
-        return 1.0 if self.routed[step.name] < 0 else 1 / self.group
+        is_router = self.routed[step.name] < 0
+        return 1.0 if is_router else 1 / self.group
 
     def repeats(self, step: Step) -> bool:
         """Whether a target tensor is of an expert that holds what one before it holds already."""
@@ -133,11 +137,11 @@ class Change:
     def summary(self, plan: Decision) -> str:
         """One line: the experts, and what a token meets of them."""
         count = len(self.layers)
-        where = (
-            f"in {count} of {plan.layers.target} layers" if count < plan.layers.target else "in every layer"
-        )
+        is_everywhere = count >= plan.layers.target
+        where = "in every layer" if is_everywhere else f"in {count} of {plan.layers.target} layers"
         shared = f", {self.shared} units shared" if self.shared else ""
-        units = self.experts[0].stop - self.experts[0].start
+        first = self.experts[0]
+        units = first.stop - first.start
         return (
             f"{self.mixture.name}: {len(self.experts)} experts of {units} units {where}, {self.chosen} for "
             f"each token{shared}; {self.active_parameters(plan):,} parameters active, "
@@ -159,7 +163,8 @@ class Change:
 
 
 def _alike(one: Expert, other: Expert) -> bool:
-    return (one.source, one.start, one.stop) == (other.source, other.start, other.stop)
+    same_units = (one.start, one.stop) == (other.start, other.stop)
+    return same_units and one.source == other.source
 
 
 def needed(wanted: Config, mixture: Mixture, key: str) -> int:
@@ -175,16 +180,19 @@ def needed(wanted: Config, mixture: Mixture, key: str) -> int:
 
 def routed_tensors(mixture: Mixture, config: Config, count: int) -> dict[str, int]:
     """Target tensor → its expert, of every layer that has experts; -1 for what routes."""
-    routing = [f"{name}.weight" for name in (mixture.router, mixture.shared_gate) if name is not None]
+    modules = filter(None, (mixture.router, mixture.shared_gate))
+    routing = [f"{name}.weight" for name in modules]
     if mixture.correction:
         routing.append(mixture.correction)
     patterns = dict.fromkeys(routing, -1)
     for number in range(count):
-        modules = [name.replace("#", str(number)) for name in mixture.experts.values()]
-        patterns |= {f"{module}.weight": number for module in modules}
+        for name in mixture.experts.values():
+            module = name.replace("#", str(number))
+            patterns[f"{module}.weight"] = number
     tensors: dict[str, int] = {}
     for layer in mixture.sparse_layers(config):
-        tensors |= {name.replace("*", str(layer)): number for name, number in patterns.items()}
+        for name, number in patterns.items():
+            tensors[name.replace("*", str(layer))] = number
     return tensors
 
 

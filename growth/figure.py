@@ -59,7 +59,8 @@ def build(plan: Plan, reader: Reader | None = None) -> Figure:
     reasons = len(plan.certificate.reasons)
     proof = "certified lossless"
     if reasons:
-        proof = f"not lossless ({reasons} reason{'s' * (reasons > 1)})"
+        plural = "s" * (reasons > 1)
+        proof = f"not lossless ({reasons} reason{plural})"
     before, after = _count(plan.source_parameters), _count(plan.target_parameters)
     size = f"{before} → {after} parameters"
     figure.suptitle(
@@ -98,7 +99,8 @@ def _layers(axes: Axes, plan: Plan) -> None:
     if layers.source > 1:
         position = np.linspace(0, last, layers.source)
     # Markers (points²) and numbers so small that neighbours stay apart.
-    size = np.clip((490 / layers.target) ** 2, 12, 260)
+    side = 490 / layers.target
+    size = np.clip(side**2, 12, 260)
     font = np.clip(260 / layers.target, 3, 9)
     centred: dict[str, Any] = {"ha": "center", "va": "center", "zorder": 3}
     centred["fontsize"] = float(font)
@@ -115,14 +117,17 @@ def _layers(axes: Axes, plan: Plan) -> None:
         line = ":" if idle else "-"
         sources = (source, source + 1) if number in layers.between else (source,)
         for below in sources:
-            axes.plot([position[below], number], [0, 1], color=outside, linestyle=line, zorder=1)
+            xs = [position[below], number]
+            axes.plot(xs, [0, 1], color=outside, linestyle=line, zorder=1)
         axes.scatter(number, 1, facecolor=inside, edgecolor=outside, linestyle=line, **square)
-        axes.text(number, 1, str(number), color=INK if idle else "white", **centred)
+        ink = INK if idle else "white"
+        axes.text(number, 1, str(number), color=ink, **centred)
     note = "; dotted: starts as the identity" if any(layers.identity) else ""
     counts = f"{layers.source} source layers (below) feed {layers.target} target layers"
     title = f"{counts}, depth {layers.rule!r}{note}"
     axes.set_title(title, **_TITLE)
-    axes.set(xlim=(-0.7, last + 0.7), ylim=(-0.35, 1.35))
+    right = last + 0.7
+    axes.set(xlim=(-0.7, right), ylim=(-0.35, 1.35))
     axes.axis("off")
 
 
@@ -148,7 +153,8 @@ def _spaces(axes: Axes, plan: Plan) -> None:
     names = [space for space, _ in rows]
     places = range(len(rows))
     axes.set_yticks(places, names, fontsize=9, color=INK)
-    axes.set(xlim=(0, 2.6), ylim=(len(rows) - 0.5, -0.6), xticks=[])
+    bottom = len(rows) - 0.5
+    axes.set(xlim=(0, 2.6), ylim=(bottom, -0.6), xticks=[])
     axes.set_title("every space, by where its target indices come from", **_TITLE)
     for side in axes.spines.values():
         side.set_visible(False)
@@ -168,7 +174,8 @@ def _matrices(figure: Any, plan: Plan, step: Step, reader: Reader | None) -> Non
         before = source_matrix(plan, step, reader)
         after = grown_matrix(plan, step, reader)
         matrices = (before, after)
-        signed = max(*before.shape, *after.shape) <= CELLS
+        longest = max(*before.shape, *after.shape)
+        signed = longest <= CELLS
         shown = [matrix if signed else _blocks(matrix) for matrix in matrices]
         largest = [float(np.quantile(np.abs(part), 0.995)) for part in shown]
         limit = max(largest) or 1.0
@@ -181,7 +188,8 @@ def _matrices(figure: Any, plan: Plan, step: Step, reader: Reader | None) -> Non
         for axes, matrix, part, name in drawings:
             image = _show(axes, matrix.shape, part, **scale)
             rows, width = matrix.shape
-            title = f"{name} {_short(step.name)},\n{rows}×{width}"
+            short_name = _short(step.name)
+            title = f"{name} {short_name},\n{rows}×{width}"
             axes.set_title(title, **_TITLE)
         beside = list(panels[:2])
         figure.colorbar(image, ax=beside, label=label, shrink=0.85)
@@ -240,15 +248,18 @@ def _blocks(matrix: np.ndarray) -> np.ndarray:
     row_edges, column_edges = (_edges(length) for length in matrix.shape)
     heights = np.diff(row_edges)[:, None]
     widths = np.diff(column_edges)
-    by_rows = np.add.reduceat(squares, row_edges[:-1], axis=0) / heights
-    by_blocks = np.add.reduceat(by_rows, column_edges[:-1], axis=1) / widths
+    sums = np.add.reduceat(squares, row_edges[:-1], axis=0)
+    by_rows = sums / heights
+    sums = np.add.reduceat(by_rows, column_edges[:-1], axis=1)
+    by_blocks = sums / widths
     return np.sqrt(by_blocks)
 
 
 def _edges(length: int) -> np.ndarray:
     """Divide an axis into at most `CELLS` blocks: the first index of each, and the length."""
     blocks = min(CELLS, length)
-    return np.linspace(0, length, blocks + 1).astype(int)
+    edges = np.linspace(0, length, blocks + 1)
+    return edges.astype(int)
 
 
 def _sampled(values: np.ndarray) -> np.ndarray:

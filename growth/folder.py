@@ -77,7 +77,9 @@ class Place:
                 self._remove_former()
             self._check_out()
             self._check_partial()
-            if self.overwrite and _exists(self.former) and (others := strangers(self.former)):
+            if not self.overwrite or not _exists(self.former):
+                return
+            if others := strangers(self.former):
                 raise UserError(
                     f"out: {self.former} is in the way and holds {_few(others)}, which growth did not "
                     "make; move it away"
@@ -101,7 +103,9 @@ class Place:
                 f"out {out}: exists already; choose another folder, or overwrite=true to replace it once "
                 "the new one is complete"
             )
-        if not out.is_dir() or ((others := strangers(out)) and not (out / "config.json").exists()):
+        others = strangers(out) if out.is_dir() else []
+        is_checkpoint = out.is_dir() and (not others or (out / "config.json").exists())
+        if not is_checkpoint:
             raise UserError(
                 f"out {out}: exists and is no checkpoint folder, so it is not replaced; choose another folder"
             )
@@ -115,7 +119,8 @@ class Place:
         partial = self.partial
         if not _exists(partial):
             return
-        if partial.is_dir() and not partial.is_symlink() and self._may_clear():
+        is_folder = partial.is_dir() and not partial.is_symlink()
+        if is_folder and self._may_clear():
             return
         raise UserError(
             f"out: {partial} is in the way and was not made by growth, so it is left alone; move it, or "
@@ -148,7 +153,8 @@ class Place:
         """
         self.check()
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock.descriptor), self.partial.lstat()):
+            locked = os.fstat(lock.descriptor)
+            if os.path.samestat(locked, self.partial.lstat()):
                 return
         raise UserError(f"out: {self.partial} was completed by another process meanwhile; look at {self.out}")
 
@@ -233,14 +239,16 @@ def strangers(folder: Path) -> list[str]:
     """Everything in a folder that growth did not make there, by its own record; all of it where there is no
     record.
     """
-    return sorted(_strangers(folder, frozenset({*_recorded(folder), MARK})))
+    own = frozenset({*_recorded(folder), MARK})
+    return sorted(_strangers(folder, own))
 
 
 def _strangers(folder: Path, own: frozenset[str], before: str = "") -> Iterator[str]:
     for entry in folder.iterdir():
         name = before + entry.name
         is_folder = entry.is_dir() and not entry.is_symlink()
-        if is_folder and any(file.startswith(f"{name}/") for file in own):
+        holds_own = any(file.startswith(f"{name}/") for file in own)
+        if is_folder and holds_own:
             yield from _strangers(entry, own, f"{name}/")
         elif name not in own:
             yield name
@@ -248,14 +256,11 @@ def _strangers(folder: Path, own: frozenset[str], before: str = "") -> Iterator[
 
 def files_in(folder: Path) -> list[str]:
     """The files of a folder that is about to be completed, for its record: names relative to it."""
-    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
-    return sorted(
-        {
-            *(file for file in files if file != MARK and not file.startswith((WORKER, f".{WORKER}"))),
-            RECIPE,
-            "config.json",
-        }
-    )
+    paths = [path for path in folder.rglob("*") if not path.is_dir()]
+    names = [str(path.relative_to(folder)) for path in paths]
+    marks = (WORKER, f".{WORKER}")
+    files = {name for name in names if name != MARK and not name.startswith(marks)}
+    return sorted({*files, RECIPE, "config.json"})
 
 
 def _recorded(folder: Path) -> list[str]:
@@ -263,7 +268,9 @@ def _recorded(folder: Path) -> list[str]:
         files = read_json(folder / RECIPE).get("files")
     except UserError:
         return []
-    return [str(file) for file in files] if isinstance(files, list) else []
+    if not isinstance(files, list):
+        return []
+    return list(map(str, files))
 
 
 def _remove_own(folder: Path) -> None:
@@ -294,13 +301,15 @@ def _holds(place: Path, path: Path) -> bool:
     twice."""
     if not place.exists():
         return False
-    here, real = place.stat(), path.resolve()
-    parts = (part for part in (real, *real.parents) if part.exists())
-    return any(os.path.samestat(here, part.stat()) for part in parts)
+    stat = place.stat()
+    real = path.resolve()
+    parts = [part for part in (real, *real.parents) if part.exists()]
+    return any(os.path.samestat(stat, part.stat()) for part in parts)
 
 
 def _few(names: list[str]) -> str:
-    return names_of([name if len(name) <= 60 else f"{name[:57]}..." for name in names])
+    short = [name if len(name) <= 60 else f"{name[:57]}..." for name in names]
+    return names_of(short)
 
 
 @contextmanager

@@ -63,13 +63,15 @@ class Grown:
 
     def __repr__(self) -> str:
         """Five lines: the folder, what its plan says in short, and the receipt."""
-        headline, *details = repr(self.plan).splitlines()
+        lines = repr(self.plan).splitlines()
+        headline, *details = lines
         state = f"Grown {self.folder}"
         if not self.complete:
             state = f"Grown {self.folder} (in part: other workers are still to write)"
         receipt = "not measured"
         if self.receipt:
-            receipt = f"max |Δlogit| {self.receipt.max_delta:.3g}, KL {self.receipt.kl:.3g}"
+            change = f"max |Δlogit| {self.receipt.max_delta:.3g}"
+            receipt = f"{change}, KL {self.receipt.kl:.3g}"
         lines = [f"{state}, {headline.lower()}", *details[:1], *details[2:], f"  receipt: {receipt}"]
         return "\n".join(lines)
 
@@ -284,7 +286,8 @@ def _write_adam(folder: Path, plan: Plan, adam: AdamState, max_shard_bytes: int,
     write_weights(moments, adam.moments, folder, shards, **how)
     write_index(folder, shards)
     rule = RULES[plan.recipe.moments]
-    state = {"step": adam.step, "rule": rule, "inexact": list(inexact(plan))}
+    reasons = list(inexact(plan))
+    state = {"step": adam.step, "rule": rule, "inexact": reasons}
     text = json.dumps(state, indent=1)
     (folder / STATE).write_text(f"{text}\n")
 
@@ -314,7 +317,8 @@ def check_head(source: Checkpoint, plan: Plan) -> None:
     Raises:
         UserError: it is another.
     """
-    tensors = list(plan.growth.source_family.tensors(plan.source_config))
+    family = plan.growth.source_family
+    tensors = list(family.tensors(plan.source_config))
     tables = [tensor for tensor in tensors if tensor.line.kind == "embedding"]
     embeddings = [tensor.name for tensor in tables if Space("vocab") in tensor.axes]
     heads = [tensor.name for tensor in tensors if tensor.tied]
@@ -342,7 +346,8 @@ def _equal(source: Checkpoint, one: str, other: str) -> bool:
     rows = stored.shape[0]
     for start in range(0, rows, ROWS):
         stop = min(start + ROWS, rows)
-        equal = source.read(one, start, stop) == source.read(other, start, stop)
+        own = source.read(one, start, stop)
+        equal = own == source.read(other, start, stop)
         if not equal.all():
             return False
     return True

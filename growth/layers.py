@@ -35,7 +35,8 @@ class LayerMap:
     @property
     def is_lossless(self) -> bool:
         """Check that every source layer works exactly once and in order, all others passing through."""
-        working = [layer for layer, idle in zip(self.layers, self.identity, strict=True) if not idle]
+        pairs = zip(self.layers, self.identity, strict=True)
+        working = [layer for layer, idle in pairs if not idle]
         return working == list(range(self.source))
 
     @property
@@ -44,14 +45,17 @@ class LayerMap:
         two.
         """
         cells = []
-        for number, (layer, idle) in enumerate(zip(self.layers, self.identity, strict=True)):
-            mean = f"{layer}+{layer + 1}" if number in self.between else f"{layer}"
+        pairs = zip(self.layers, self.identity, strict=True)
+        for number, (layer, idle) in enumerate(pairs):
+            both = f"{layer}+{layer + 1}"
+            mean = both if number in self.between else f"{layer}"
             cells.append(f"[{layer}]" if idle else mean)
         return cells
 
 
 def _repeats(layers: Sequence[int]) -> tuple[bool, ...]:
-    return (False, *(layer == following for layer, following in pairwise(layers)))
+    repeats = [layer == following for layer, following in pairwise(layers)]
+    return (False, *repeats)
 
 
 def interleave(source: int, target: int) -> list[int]:
@@ -69,13 +73,15 @@ def proportional(source: int, target: int) -> list[int]:
     """round(i·L/M), half to even, clamped to L-1 (Gopher's map, 2112.11446; Javaheripi, NeurIPS 2023, for
     Phi-2).
     """
-    return [min(round(i * source / target), source - 1) for i in range(target)]
+    nearest = [round(i * source / target) for i in range(target)]
+    return [min(layer, source - 1) for layer in nearest]
 
 
 def top(source: int, target: int) -> list[int]:
     """The last M-L layers once more on top."""
     _at_most_double("top", source, target)
-    return [*range(source), *range(2 * source - target, source)]
+    again = range(2 * source - target, source)
+    return [*range(source), *again]
 
 
 def solar(source: int, target: int) -> list[int]:
@@ -83,7 +89,9 @@ def solar(source: int, target: int) -> list[int]:
     _at_most_double("solar", source, target)
     if target % 2:
         raise UserError(f"depth 'solar': joins two equal halves, so {target} target layers must be even")
-    return [*range(target // 2), *range(source - target // 2, source)]
+    half = target // 2
+    second = range(source - half, source)
+    return [*range(half), *second]
 
 
 def midas(source: int, target: int) -> list[int]:
@@ -91,7 +99,8 @@ def midas(source: int, target: int) -> list[int]:
     _at_most_double("midas", source, target)
     extra = target - source
     start = (source - extra) // 2
-    return [*range(start + extra), *range(start, source)]
+    first = range(start + extra)
+    return [*first, *range(start, source)]
 
 
 def llama_pro(source: int, target: int) -> list[int]:
@@ -112,7 +121,8 @@ def llama_pro(source: int, target: int) -> list[int]:
 
 def identity_top(source: int, target: int) -> list[int]:
     """Identity copies of the last layer, on top."""
-    return [min(i, source - 1) for i in range(target)]
+    last = source - 1
+    return [min(i, last) for i in range(target)]
 
 
 def neighbours(source: int, target: int) -> list[int]:
@@ -169,10 +179,13 @@ def layer_map(depth: str | Sequence[int], source: int, target: int) -> LayerMap:
     if depth not in LAYER_MAPS:
         unknown("depth", depth, LAYER_MAPS)
     rule, idle = LAYER_MAPS[depth]
-    layers = rule(source, target) if target > source else list(range(source))
+    is_deeper = target > source
+    layers = rule(source, target) if is_deeper else list(range(source))
     new = _repeats(layers)
     identity = new if idle else (False,) * target
-    between = frozenset(number for number in range(target) if new[number] and depth == "neighbours")
+    between: frozenset[int] = frozenset()
+    if depth == "neighbours":
+        between = frozenset(number for number in range(target) if new[number])
     return LayerMap(depth, source, tuple(layers), identity, between)
 
 
@@ -189,31 +202,35 @@ def among_kinds(source: Sequence[Hashable], target: Sequence[Hashable]) -> Layer
         None where the source's kinds do not come in this order among the target's.
     """
     plain = interleave(len(source), len(target))
-    latest, place = [0] * len(source), len(target)
+    latest = [0] * len(source)
+    place = len(target)
     for layer in reversed(range(len(source))):
-        places = [number for number in range(place) if target[number] == source[layer]]
+        kind = source[layer]
+        places = [number for number in range(place) if target[number] == kind]
         if not places:
             return None
         latest[layer] = place = places[-1]
     working: dict[int, int] = {}  # target layer → source layer
     place = -1
     for layer, kind in enumerate(source):
-        between = range(place + 1, latest[layer] + 1)
+        last = latest[layer] + 1
+        between = range(place + 1, last)
         free = [number for number in between if target[number] == kind]
         # The first of a kind works at once, so that new layers of this kind come after it.
-        wanted = plain.index(layer) if kind in source[:layer] else free[0]
+        has_earlier = kind in source[:layer]
+        wanted = plain.index(layer) if has_earlier else free[0]
         place = min(free, key=lambda number: abs(number - wanted))
         working[place] = layer
     layers = []
     for number, kind in enumerate(target):
-        alike = [place for place, layer in working.items() if source[layer] == kind]
+        alike = [place for place in working if source[working[place]] == kind]
         if not alike:
             return None
         before = [place for place in alike if place <= number]
-        layers.append(working[before[-1] if before else alike[0]])
-    return LayerMap(
-        "identity", len(source), tuple(layers), tuple(number not in working for number in range(len(target)))
-    )
+        nearest = before[-1] if before else alike[0]
+        layers.append(working[nearest])
+    identity = tuple(number not in working for number in range(len(target)))
+    return LayerMap("identity", len(source), tuple(layers), identity)
 
 
 def _explicit(depth: Sequence[int], source: int, target: int) -> LayerMap:
@@ -222,5 +239,7 @@ def _explicit(depth: Sequence[int], source: int, target: int) -> LayerMap:
     layers = range(source)
     wrong = [layer for layer in depth if type(layer) is not int or layer not in layers]
     if wrong:
-        raise UserError(f"depth: {wrong[0]!r} is no source layer; the source has layers 0 to {source - 1}")
-    return LayerMap("list", source, tuple(depth), (False,) * target)
+        last = source - 1
+        raise UserError(f"depth: {wrong[0]!r} is no source layer; the source has layers 0 to {last}")
+    works = (False,) * target
+    return LayerMap("list", source, tuple(depth), works)

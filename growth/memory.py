@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from outgrow.growth.bare import bare
+from outgrow.growth.decision import Decision
 from outgrow.growth.engine.finite import FiniteReader
 from outgrow.growth.engine.tensors import Tensors, expand
 from outgrow.growth.plan import Plan, check_tensors
@@ -64,7 +65,9 @@ def plan_of(model: PreTrainedModel, target: Target, operator: str = "lossless", 
             f"operator {operator!r}: learns on text, in a folder; save the model and use growth.grow"
         )
     held = _Held(_tensors(model))
-    checked = grown_plan if grown_plan.change is None else grown_plan.change.within
+    checked: Decision = grown_plan
+    if grown_plan.change is not None:
+        checked = grown_plan.change.within
     dtypes = check_tensors(held, checked.growth, checked.steps)
     return replace(grown_plan, dtypes=dtypes)
 
@@ -95,17 +98,16 @@ def follow(
     from outgrow.model.conversion import in_model
 
     backend = model.config._attn_implementation
-    grown = empty_model(
-        plan.target_config,
-        dtype=model.dtype if plan.growth.dtype is None else torch.float32,
-        device=model.device,
-        attention=backend,
-    )
+    dtype = model.dtype if plan.growth.dtype is None else torch.float32
+    grown = empty_model(plan.target_config, dtype=dtype, device=model.device, attention=backend)
     tensors = _tensors(model)
-    reader: Reader = tensors if nonfinite == "allow" else FiniteReader(tensors, tensors.dtypes)
+    reader: Reader = tensors
+    if nonfinite != "allow":
+        reader = FiniteReader(tensors, tensors.dtypes)
     with torch.no_grad():
         if has_schema(plan.target_config):
-            parameters = {stored: grown.get_parameter(name) for name, stored in stored_names(grown).items()}
+            names = stored_names(grown)
+            parameters = {stored: grown.get_parameter(name) for name, stored in names.items()}
             for name, values in expand(plan, reader):
                 parameters[name].data = values.to(model.device)
         else:
@@ -114,17 +116,19 @@ def follow(
             own = grown.state_dict(keep_vars=True)
             kinds: dict[str, torch.dtype] = {}
             if not plan.growth.dtype:
-                kinds = {layerless(name): tensor.dtype for name, tensor in model.state_dict().items()}
-            for name in own:
-                dtype = kinds.get(layerless(name), own[name].dtype)
-                own[name].data = values_of[name].to(model.device, dtype)
+                state = model.state_dict()
+                kinds = {layerless(name): tensor.dtype for name, tensor in state.items()}
+            for name, parameter in own.items():
+                kind = kinds.get(layerless(name), parameter.dtype)
+                parameter.data = values_of[name].to(model.device, kind)
     return grown.train(model.training)
 
 
 def _tensors(model: PreTrainedModel) -> Tensors:
     from outgrow.model.conversion import in_file
 
-    held, blank = _untied(model), meta_model(config_of(model))
+    held = _untied(model)
+    blank = meta_model(config_of(model))
     for name, other in blank.all_tied_weights_keys.items():
         both = name in held and other in held
         if both and not held[name].equal(held[other]):
@@ -153,4 +157,5 @@ def config_of(model: PreTrainedModel) -> dict[str, Any]:
     """The model's config with everything in it, as its flat view."""
     # a config may still say what its weights were before they were cast
     named = {"dtype": str(model.dtype).removeprefix("torch.")}
-    return flat(json.loads(model.config.to_json_string(use_diff=False)) | named)
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    return flat(config | named)

@@ -45,13 +45,15 @@ def miniature(draft: Draft, source: Config, target: Config, depth: str | Sequenc
     # A few more tokens, positions and layers.
     for key in filter(None, (keys.vocab, keys.positions)):
         if target.get(key) != source.get(key):
-            changes[key] = int(tiny[key]) + MORE
+            own = int(tiny[key])
+            changes[key] = own + MORE
     adds_identity = False
     if isinstance(depth, str):
         _, adds_identity = LAYER_MAPS.get(depth, (None, False))
     layers = keys.layers
     if adds_identity and target[layers] != source[layers]:
-        changes[layers] = int(tiny[layers]) + 1
+        own = int(tiny[layers])
+        changes[layers] = own + 1
     return changes
 
 
@@ -100,7 +102,8 @@ def _heads(draft: Draft, source: Config, target: Config) -> dict[str, int]:
     more_heads, more_kv = _counts(keys, target, one=axes.multi_query)
     groups = scaled(axes.kv, kv, more_kv)
     own = axes.heads // axes.kv
-    queries = scaled(own, heads // kv, more_heads // more_kv)
+    more = more_heads // more_kv
+    queries = scaled(own, heads // kv, more)
     sizes = {keys.heads: groups * queries}
     if keys.kv:
         sizes[keys.kv] = groups
@@ -125,7 +128,8 @@ def _head_dim(draft: Draft, source: Config, target: Config) -> dict[str, int]:
     key = named[0]
     before = source.get(key) or source[keys.hidden] // source[keys.heads]
     dim = axes.config.get(key) or axes.hidden // axes.heads
-    size = scaled(int(dim), before, target[key], multiple=2)
+    wider = target[key]
+    size = scaled(int(dim), before, wider, multiple=2)
     return {key: size}
 
 

@@ -48,7 +48,8 @@ def changed_plan(
     """
     asked = _asked(operator, options)
     wanted = _wanted(target)
-    kind = wanted.pop("model_type", source["model_type"] if isinstance(asked, ExpertCopy) else None)
+    own_kind = source["model_type"] if isinstance(asked, ExpertCopy) else None
+    kind = wanted.pop("model_type", own_kind)
     mixture = _mixture(source, kind, wanted, asked)
 
     def spelling(key: str) -> str:
@@ -80,7 +81,8 @@ def _asked(operator: str, options: Mapping[str, Any]) -> Upcycling | ExpertCopy:
     UserError.collect(faults)
     width = options.get("width", "lossless")
     if width not in OPERATORS:
-        raise UserError(f"width {width!r}: no operator of this name; {did_you_mean(str(width), OPERATORS)}")
+        near = did_you_mean(str(width), OPERATORS)
+        raise UserError(f"width {width!r}: no operator of this name; {near}")
     return CHANGES[operator](**options)
 
 
@@ -118,11 +120,10 @@ def _mixture(source: Config, kind: Any, wanted: Config, asked: Upcycling | Exper
             f"upcycling: {own!r} has experts already; growth=expert_copy makes more of them, "
             "growth=lossless wider ones"
         )
-    fits = (
-        [name for name, rule in known.items() if own in rule.of]
-        if not copies
-        else [name for name in known if name == own]
-    )
+    if copies:
+        fits = [name for name in known if name == own]
+    else:
+        fits = [name for name, rule in known.items() if own in rule.of]
     if kind is None:
         raise UserError(
             f"target: model_type is missing, the family of the mixture; from {own!r}: "
@@ -136,8 +137,9 @@ def _mixture(source: Config, kind: Any, wanted: Config, asked: Upcycling | Exper
             f"{', '.join(sorted(known))}; found {own!r} → {kind!r}"
         )
     differing = _differing(source, str(kind), wanted)
-    into = f"into {' or '.join(fits)}" if fits else "into no mixture that is known here"
-    raise UserError(f"{own!r} cannot be upcycled into {kind!r}: {differing}; {own!r} goes {into}")
+    goes = f"into {' or '.join(fits)}" if fits else "into no mixture that is known here"
+    fault = f"{own!r} cannot be upcycled into {kind!r}"
+    raise UserError(f"{fault}: {differing}; {own!r} goes {goes}")
 
 
 def _differing(source: Config, kind: str, wanted: Config) -> str:
@@ -150,25 +152,27 @@ def _differing(source: Config, kind: str, wanted: Config) -> str:
         return "transformers has no causal language model of that type"
     try:
         shared = {key: value for key, value in source.items() if key not in NEUTRAL}
-        complete = to_hf_config({**shared, **wanted, "model_type": kind}).to_dict()
-        before, after = (_starred(shapes(config)) for config in (source, flat(complete)))
+        complete = to_hf_config({**shared, **wanted, "model_type": kind})
+        before = _starred(shapes(source))
+        after = _starred(shapes(flat(complete.to_dict())))
     except Exception as fault:  # the library's classes raise every kind
-        return f"its class does not build with the source's sizes ({' '.join(str(fault).split())[:160]})"
-    alone = [
-        f"{name} only in {where}"
-        for where, names in (("the source", before - after), ("the target", after - before))
-        for name in names
-    ]
+        message = " ".join(str(fault).split())
+        return f"its class does not build with the source's sizes ({message[:160]})"
+    alone = [f"{name} only in the source" for name in before - after]
+    alone += [f"{name} only in the target" for name in after - before]
     if not alone:
         return "their other tensors have the same names, and no rule for the pair is known here"
     more = "; …" if len(alone) > 6 else ""
-    return f"their other tensors differ ({'; '.join(sorted(alone)[:6])}{more})"
+    first = "; ".join(sorted(alone)[:6])
+    return f"their other tensors differ ({first}{more})"
 
 
 def _starred(shapes: Mapping[str, Any]) -> set[str]:
     """Names with `*` for the layer, without those of MLPs, experts and routers."""
-    words = [name.split(".") for name in shapes]
-    names = {".".join("*" if word.isdigit() else word for word in parts) for parts in words}
+    names = set()
+    for name in shapes:
+        words = ["*" if word.isdigit() else word for word in name.split(".")]
+        names.add(".".join(words))
     of_experts = re.compile(r"\.mlp\.|moe|expert|feed_forward|router")
     return {name for name in names if not of_experts.search(name)}
 

@@ -42,14 +42,16 @@ def moments_plan(plan: Plan, dtypes: dict[str, str]) -> Plan:
     for moment, power in POWERS.items():
         steps += [_step(plan, step, moment, power) for step in plan.steps]
     growth = replace(plan.growth, dtype=None)
-    return replace(plan, growth=growth, steps=tuple(steps), noise=0.0, dtypes=dtypes)
+    every_step = tuple(steps)
+    return replace(plan, growth=growth, steps=every_step, noise=0.0, dtypes=dtypes)
 
 
 def inexact(plan: Plan) -> Iterator[str]:
     """Yield why the grown moments are not those that the grown model's own gradients would have given."""
     growth = plan.growth
     if plan.recipe.moments != "transpose":
-        yield f"operator {plan.operator!r}: {RULES[plan.recipe.moments]}"
+        rule = RULES[plan.recipe.moments]
+        yield f"operator {plan.operator!r}: {rule}"
         return
     if not plan.certificate.lossless:
         yield "the growth is not lossless"
@@ -61,9 +63,11 @@ def inexact(plan: Plan) -> Iterator[str]:
     if plan.change is not None:
         yield from plan.change.moments_lost
     residue = growth.target["residual"] % growth.source["residual"]
-    if growth.grows("residual") and growth.family.norm == "layer" and residue:
+    is_layer_norm = growth.family.norm == "layer"
+    if residue and is_layer_norm and growth.grows("residual"):
         yield "residual: gradients of the new indices reach the inherited ones through LayerNorm's mean"
-    if growth.source_family.ties(growth.source_config) and not growth.tied:
+    was_tied = growth.source_family.ties(growth.source_config)
+    if was_tied and not growth.tied:
         yield (
             "tie_word_embeddings: the embedding's gradients were those of the head too, which learns on "
             "its own now"
@@ -80,13 +84,18 @@ RULES = {
 
 
 def _step(plan: Plan, step: Step, moment: str, power: int) -> Step:
-    tensor = replace(
-        step.tensor, pattern=f"{moment}.{step.tensor.pattern}", line=replace(step.tensor.line, offset=0.0)
-    )
-    rule, origins = plan.recipe.moments, axis_origins(plan, step)
-    share = 1.0 if plan.change is None else plan.change.share_of_gradient(step)
-    all_new = any((origin == Origin.NEW).all() for origin in origins)
-    if rule == "reset" or share == 0 or step.source is None or all_new:
+    line = replace(step.tensor.line, offset=0.0)
+    pattern = f"{moment}.{step.tensor.pattern}"
+    tensor = replace(step.tensor, pattern=pattern, line=line)
+    rule = plan.recipe.moments
+    origins = axis_origins(plan, step)
+    share = 1.0
+    if plan.change is not None:
+        share = plan.change.share_of_gradient(step)
+    is_new = [origin == Origin.NEW for origin in origins]
+    all_new = any(marked.all() for marked in is_new)
+    is_reset = rule == "reset" or share == 0
+    if is_reset or step.source is None or all_new:
         return replace(
             step,
             tensor=tensor,
@@ -98,14 +107,14 @@ def _step(plan: Plan, step: Step, moment: str, power: int) -> Step:
             finish=None,
         )
     if rule == "original":
-        maps = tuple(
-            _kept(axis, origin == Origin.ORIGINAL) for axis, origin in zip(step.maps, origins, strict=True)
-        )
+        axes = zip(step.maps, origins, strict=True)
+        maps = tuple(_kept(axis, origin == Origin.ORIGINAL) for axis, origin in axes)
     else:
         maps = tuple(_transposed(axis, power) for axis in step.maps)
         if share != 1:
             first, *others = maps
-            maps = (first.scaled(share**power), *others)
+            power_of_share = share**power
+            maps = (first.scaled(power_of_share), *others)
     return replace(
         step,
         tensor=tensor,
@@ -120,11 +129,15 @@ def _step(plan: Plan, step: Step, moment: str, power: int) -> Step:
 
 def _transposed(axis: AxisMap, power: int) -> AxisMap:
     """Map copies with the gain 1/(copies · gain) to the `power`; what is new is zero."""
-    shared = axis.counts()[axis.index] * axis.gain
+    counts = axis.counts()[axis.index]
+    shared = counts * axis.gain
     divisible = axis.copies & (shared != 0)
-    gain = np.divide(1.0, shared, out=np.zeros_like(axis.gain), where=divisible)
-    return replace(axis.filled(Fill.ZERO), gain=gain**power)
+    nothing = np.zeros_like(axis.gain)
+    gain = np.divide(1.0, shared, out=nothing, where=divisible)
+    kept = axis.filled(Fill.ZERO)
+    return replace(kept, gain=gain**power)
 
 
 def _kept(axis: AxisMap, kept: np.ndarray) -> AxisMap:
-    return AxisMap.of(axis.source, np.where(kept, axis.index, -1), Fill.ZERO)
+    index = np.where(kept, axis.index, -1)
+    return AxisMap.of(axis.source, index, Fill.ZERO)

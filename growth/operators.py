@@ -69,7 +69,8 @@ def _vocabulary(n: int, N: int) -> Expansion:
 
 def _positions(n: int, N: int) -> Expansion:
     """Start new learned positions fresh, for every operator."""
-    rule = "unchanged" if n == N else f"{N - n} new positions: fresh"
+    fresh = f"{N - n} new positions: fresh"
+    rule = "unchanged" if n == N else fresh
     index = _padded(n, N)
     kept = AxisMap.of(n, index, Fill.RANDOM)
     return Expansion.of(kept, kept, rule)
@@ -149,9 +150,11 @@ def _average_residual(growth: Growth, n: int, N: int, c: float) -> Expansion:
     rho = r * n / N
     position = np.arange(N)
     is_copy = position < r * n
-    index = np.where(is_copy, position % n, -1)
+    turns = position % n
+    index = np.where(is_copy, turns, -1)
     mean = growth.family.norm == "layer"
-    scale = AxisMap.of(n, index, Fill.MEAN, gain=sqrt(rho))
+    gain = sqrt(rho)
+    scale = AxisMap.of(n, index, Fill.MEAN, gain=gain)
     shift = AxisMap.of(n, index, Fill.ZERO)
     copies = AxisMap.of(n, index, Fill.RANDOM)
     read = copies.split()
@@ -210,7 +213,8 @@ def _pad(growth: Growth, fill: Fill, word: str) -> Recipe:
     def grow(space: str, n: int, N: int) -> Expansion:
         index = _padded(n, N)
         kept = AxisMap.of(n, index, fill)
-        rule = f"{n} → {N}: source first, {N - n} {word}"
+        rest = f"{N - n} {word}"
+        rule = f"{n} → {N}: source first, {rest}"
         return Expansion.of(kept, kept, rule)
 
     return Recipe(_each_space(growth, grow))
@@ -254,7 +258,8 @@ def scratch(growth: Growth) -> Recipe:
     """
 
     def fresh(space: str) -> Expansion:
-        n, N = growth.source[space], growth.target[space]
+        n = growth.source[space]
+        n, N = n, growth.target[space]
         nothing = np.full(N, -1)
         new = AxisMap.of(n, nothing, Fill.RANDOM)
         return Expansion.of(new, new, "fresh")
@@ -323,7 +328,8 @@ def _random_copies(growth: Growth, space: str, n: int, N: int) -> Expansion:
     is_query = space == "qk"
     turned = growth.family.rotary_dims(growth.source_config) if is_query else 0
     first = turned if turned < n else 0
-    drawn = generator(growth.seed, "copies", space).integers(first, n, N - n)
+    numbers = generator(growth.seed, "copies", space)
+    drawn = numbers.integers(first, n, N - n)
     index = np.concatenate([np.arange(n), drawn])
     copies = AxisMap.of(n, index)
     gain = growth.attention_gain if is_query else 1.0
@@ -371,7 +377,8 @@ def hyperclone(growth: Growth, *, form: str = "symmetric") -> Recipe:
 
     def grow(space: str, n: int, N: int) -> Expansion:
         copies = AxisMap.of(n, _wrapped(n, N))
-        rule = f"{n} → {N}: cloned {N // n} ×, readers divided"
+        times = f"cloned {N // n} ×"
+        rule = f"{n} → {N}: {times}, readers divided"
         expansion = Expansion.of(copies, copies.split(), rule, scale=copies, shift=copies)
         if space != "residual":
             return expansion
@@ -419,7 +426,8 @@ def sparkling(growth: Growth) -> Recipe:
             return 1.0
         d = size(line.into, growth.source)
         D = size(line.into, growth.target)
-        if size(line.out, growth.source) == size(line.out, growth.target):
+        out = size(line.out, growth.source)
+        if out == size(line.out, growth.target):
             return sqrt(d / D)
         coherent = 3 * (D - d) / d
         return sqrt(1 / (1 + coherent))

@@ -27,11 +27,14 @@ class Origin(IntEnum):
 def axis_origins(plan: Plan, step: Step) -> tuple[np.ndarray, ...]:
     """Compute one (N,) uint8 array of `Origin` per stored axis; an entry's origin is the least over its
     axes."""
-    if step.source is None or step.zero or _is_new_layer(plan, step):
+    is_new = step.source is None or step.zero
+    if is_new or _is_new_layer(plan, step):
         return tuple(np.zeros(axis.target, np.uint8) for axis in step.maps)
-    origins = tuple(of_axis(axis) for axis in step.maps)
-    if _is_repeated_layer(plan, step) or (plan.change is not None and plan.change.repeats(step)):
-        return tuple(np.minimum(origin, np.uint8(Origin.COPY)) for origin in origins)
+    origins = tuple(map(of_axis, step.maps))
+    repeats = plan.change is not None and plan.change.repeats(step)
+    if repeats or _is_repeated_layer(plan, step):
+        copy = np.uint8(Origin.COPY)
+        return tuple(np.minimum(origin, copy) for origin in origins)
     return origins
 
 
@@ -42,18 +45,25 @@ def origins(plan: Plan, step: Step) -> np.ndarray:
 
 def of_axis(axis: AxisMap) -> np.ndarray:
     """(N,) the `Origin` of each target index of one axis, uint8."""
-    inherited = axis.copies | (axis.fill == Fill.NEXT)
+    from_next = axis.fill == Fill.NEXT
+    inherited = axis.copies | from_next
     first = axis.copies & (axis.number() == 0)
     origins = np.where(inherited, Origin.COPY, Origin.NEW)
-    return np.where(first, Origin.ORIGINAL, origins).astype(np.uint8)
+    origins = np.where(first, Origin.ORIGINAL, origins)
+    return origins.astype(np.uint8)
 
 
 def _is_new_layer(plan: Plan, step: Step) -> bool:
     number, layers = step.tensor.layer, plan.layers
-    return number is not None and (layers.identity[number] or number in layers.between)
+    if number is None:
+        return False
+    return layers.identity[number] or number in layers.between
 
 
 def _is_repeated_layer(plan: Plan, step: Step) -> bool:
     """Check whether the source layer works in an earlier target layer already."""
-    number, sources = step.tensor.layer, plan.layers.layers
-    return number is not None and sources[number] in sources[:number]
+    number = step.tensor.layer
+    sources = plan.layers.layers
+    if number is None:
+        return False
+    return sources[number] in sources[:number]

@@ -54,7 +54,8 @@ class Passage:
 
     def laid_side_by_side(self, source: torch.Tensor, target: torch.Tensor) -> tuple[Continuation, ...]:
         """The continuations of both models, (prompt, position) each, as text."""
-        rows = zip(self.prompts, source.tolist(), target.tolist(), strict=True)
+        before, after = source.tolist(), target.tolist()
+        rows = zip(self.prompts, before, after, strict=True)
         return tuple(Continuation(*map(self.decode, row)) for row in rows)
 
 
@@ -70,7 +71,8 @@ def read_passage(file: str | Path, source: Path, vocabulary: int, context: int |
             the model's.
     """
     path = Path(file).expanduser()
-    text, tokenizer = text_of(path), tokenizer_of(source)
+    text = text_of(path)
+    tokenizer = tokenizer_of(source)
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     # the library makes an empty tokenizer where there are no files of one
     if text.strip() and len(set(tokens)) < 2:
@@ -85,11 +87,12 @@ def read_passage(file: str | Path, source: Path, vocabulary: int, context: int |
             f"receipt.text: the tokenizer in {source} gives token {max(tokens)}, and the model has "
             f"{vocabulary}; is it another model's?"
         )
-    window = min(LENGTH, len(tokens), context or LENGTH)
+    most = context or LENGTH
+    window = min(LENGTH, len(tokens), most)
     prompt = min(PROMPT, max(1, window - NEW))
-    return Passage(
-        str(file), _spread(tokens, ROWS, window), _spread(tokens, PROMPTS, prompt), tokenizer.decode
-    )
+    windows = _spread(tokens, ROWS, window)
+    prompts = _spread(tokens, PROMPTS, prompt)
+    return Passage(str(file), windows, prompts, tokenizer.decode)
 
 
 def text_of(path: Path, key: str = KEY) -> str:
@@ -104,7 +107,8 @@ def text_of(path: Path, key: str = KEY) -> str:
         held = opened.read(MOST_BYTES)
     try:
         # a long file is cut within a character
-        text = getincrementaldecoder("utf-8")().decode(held, final=len(held) < MOST_BYTES)
+        decoder = getincrementaldecoder("utf-8")()
+        text = decoder.decode(held, final=len(held) < MOST_BYTES)
     except UnicodeDecodeError as fault:
         raise UserError(
             f"{key} {str(path)!r}: is no text in UTF-8 ({fault.reason} at byte {fault.start:,})"
@@ -155,5 +159,6 @@ def continued(model: Any, prompts: torch.Tensor) -> torch.Tensor:
     model.generation_config = GenerationConfig(
         max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0
     )
-    written = model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts))
+    everything = torch.ones_like(prompts)
+    written = model.generate(input_ids=prompts, attention_mask=everything)
     return written[:, prompts.shape[1] :]

@@ -104,7 +104,8 @@ def _check_growable(growth: Growth, noise: float) -> None:
             f"noise {noise}: expected a strength relative to each tensor's root mean square, between 0 and 10"
         )
     faults += value_faults(growth.target_config, family)
-    UserError.collect([*faults, *_class_faults(growth)])
+    every_fault = [*faults, *_class_faults(growth)]
+    UserError.collect(every_fault)
 
 
 def _class_faults(growth: Growth) -> Iterator[str]:
@@ -229,7 +230,8 @@ def _next_source(tensor: Tensor, growth: Growth, layers: LayerMap, maps: Sequenc
     if tensor.layer is None:
         return source_name(tensor, growth, None)
     own = layers.layers[tensor.layer]
-    return _of_next_layer(tensor, growth, layers, own) or source_name(tensor, growth, own)
+    following = _of_next_layer(tensor, growth, layers, own)
+    return following or source_name(tensor, growth, own)
 
 
 def _beside(tensor: Tensor, growth: Growth, layers: LayerMap) -> str | None:
@@ -269,7 +271,8 @@ def check_tensors(checkpoint: Held, growth: Growth, steps: Sequence[Step]) -> di
     """Check the stored tensors against the schema; return their dtypes."""
     stored, family = checkpoint.tensors, growth.family
     changed = {step.tensor.pattern for step in steps if not step.is_copy}  # others are copied, of any format
-    schema = {tensor.name: tensor for tensor in family.tensors(growth.source_config)}
+    tensors = family.tensors(growth.source_config)
+    schema = {tensor.name: tensor for tensor in tensors}
     faults = []
     absent = [tensor for name, tensor in schema.items() if name not in stored]
     if missing := [tensor.name for tensor in absent if not tensor.tied]:
@@ -306,7 +309,8 @@ def check_tensors(checkpoint: Held, growth: Growth, steps: Sequence[Step]) -> di
             fault = f"dtype {dtype}; growth computes on F64, F32, F16 and BF16 weights (dequantise first)"
             wrong[tensor.pattern, fault].append(name)
     for (pattern, fault), names in wrong.items():
-        where = names[0] if len(names) == 1 else f"{pattern} ({len(names)} tensors)"
+        everywhere = f"{pattern} ({len(names)} tensors)"
+        where = names[0] if len(names) == 1 else everywhere
         faults.append(f"{where}: {fault}")
     UserError.collect(faults)
     dtypes = {name: entry.dtype for name, entry in stored.items() if name in schema}

@@ -74,17 +74,21 @@ def plan(
             plan, checkpoint, target, depth=depth, noise=strength, seed=seed, dtype=dtype, family=family
         )
         learned = learned_plan(operator, options, fixed)
-        if not isinstance(source, Mapping) and learned.lesson is not None:  # a config is planned on paper
+        is_config = isinstance(source, Mapping)
+        if not is_config and learned.lesson is not None:  # a config is planned on paper
             check_there(learned.lesson.text)
         return learned
-    target = _said_elsewhere(flat(target), dtype) if isinstance(target, Mapping) else target
-    resolved = (
-        resolve_family(checkpoint, target, depth, operator, options) if family is None else Resolved(family)
-    )
-    source_config = resolved.config or (
-        checkpoint.config if isinstance(checkpoint, Checkpoint) else checkpoint
-    )
-    target_config = _in_dtype(resolve_target(target, source_config, resolved.family), dtype)
+    if isinstance(target, Mapping):
+        target = _said_elsewhere(flat(target), dtype)
+    held = checkpoint if isinstance(checkpoint, Checkpoint) else None
+    if family is None:
+        resolved = resolve_family(checkpoint, target, depth, operator, options)
+    else:
+        resolved = Resolved(family)
+    own_config = checkpoint.config if isinstance(checkpoint, Checkpoint) else checkpoint
+    source_config = resolved.config or own_config
+    target_config = resolve_target(target, source_config, resolved.family)
+    target_config = _in_dtype(target_config, dtype)
     growth = Growth(resolved.family, source_config, target_config, seed, dtype)
     decided = decide(
         growth,
@@ -92,10 +96,12 @@ def plan(
         options,
         depth=depth,
         noise=default_noise(operator) if noise is None else noise,
-        held=checkpoint if isinstance(checkpoint, Checkpoint) else None,
+        held=held,
         notes=resolved.notes,
     )
-    return decided if resolved.config is None else _as_the_class_starts(decided, _hold_against_class(decided))
+    if resolved.config is None:
+        return decided
+    return _as_the_class_starts(decided, _hold_against_class(decided))
 
 
 def mixture_target(
@@ -112,14 +118,14 @@ def mixture_target(
         UserError: as `plan`.
     """
     kind = target.get("model_type") if isinstance(target, Mapping) else None
-    if operator not in CHANGES and kind in (None, source["model_type"]):
+    is_change = operator in CHANGES
+    if not is_change and kind in (None, source["model_type"]):
         return None
-    changing = operator if operator in CHANGES else "upcycle"
-    known = options_of(changing) if operator in CHANGES else ()
+    changing = operator if is_change else "upcycle"
+    known = options_of(changing) if is_change else ()
     own = {name: options[name] for name in known if name in options}
-    return plan(
-        source, target, changing, depth=options.get("depth", "identity"), noise=0.0, **own
-    ).target_config
+    depth = options.get("depth", "identity")
+    return plan(source, target, changing, depth=depth, noise=0.0, **own).target_config
 
 
 def _said_elsewhere(target: dict[str, Any], dtype: str | None) -> dict[str, Any]:
@@ -135,7 +141,8 @@ def _in_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
     """A config that names another dtype for its weights, wherever it names one."""
     if dtype is None:
         return config
-    names = {key for key in config if key.rpartition(".")[2] in ("dtype", "torch_dtype")}
+    spellings = ("dtype", "torch_dtype")
+    names = {key for key in config if key.rpartition(".")[2] in spellings}
     return config | dict.fromkeys(names or {"dtype"}, dtype)
 
 
@@ -149,24 +156,27 @@ def _opened(source: str | Path | Config | Checkpoint) -> Checkpoint | Config:
             f"source {source!r:.80}: expected a folder, a preset's name, a checkpoint or a config as a "
             f"dict; found {type(source).__name__}"
         )
+    is_there = Path(source).exists()
     if str(source) in PRESETS and not Path(source).is_dir():
         return preset(str(source))
-    return Checkpoint(locate(source) if Path(source).exists() else source)
+    return Checkpoint(locate(source) if is_there else source)
 
 
 def _as_the_class_starts(plan: Plan, called: Mapping[str, str]) -> Plan:
     """A plan whose fresh entries start as the library's own class starts them, tensor by tensor."""
     from outgrow.model.derive.starts import starts
 
-    if not (fresh := [step.name for step in plan.steps if step.is_fresh]):
+    fresh = [step.name for step in plan.steps if step.is_fresh]
+    if not fresh:
         return plan
     known = starts(plan.target_config)
-    unknown = [name for name in fresh if called[name] not in known]
-    note = (
-        f"how the class starts {names_of(unknown)} could not be followed: drawn with the config's deviation"
-    )
-    seen = {name: known[called[name]] for name in fresh if called[name] in known}
-    return replace(plan, starts=seen, notes=(*plan.notes, note) if unknown else plan.notes)
+    followed = {name: known[called[name]] for name in fresh if called[name] in known}
+    unknown = [name for name in fresh if name not in followed]
+    notes = plan.notes
+    if unknown:
+        note = f"how the class starts {names_of(unknown)} could not be followed"
+        notes = (*notes, f"{note}: drawn with the config's deviation")
+    return replace(plan, starts=followed, notes=notes)
 
 
 def _hold_against_class(plan: Plan) -> Mapping[str, str]:
@@ -181,16 +191,14 @@ def _hold_against_class(plan: Plan) -> Mapping[str, str]:
     """
     from outgrow.model.derive import named_shapes
 
-    source, was_called = named_shapes(
-        plan.source_config, {plan.source_name(step.tensor) for step in plan.steps}
-    )
-    built, called = named_shapes(plan.target_config, (step.name for step in plan.steps))
-    planned = {
-        called[step.name]: step.shape
-        for step in plan.steps
-        if was_called[plan.source_name(step.tensor)] in source
-    }
-    if differ := [name for name, shape in planned.items() if built.get(name) != shape]:
+    sources = {step.name: plan.source_name(step.tensor) for step in plan.steps}
+    names = set(sources.values())
+    source, was_called = named_shapes(plan.source_config, names)
+    built, called = named_shapes(plan.target_config, sources)
+    known = [step for step in plan.steps if was_called[sources[step.name]] in source]
+    planned = {called[step.name]: step.shape for step in known}
+    differ = [name for name, shape in planned.items() if built.get(name) != shape]
+    if differ:
         first = min(differ)
         raise UserError(
             f"family {plan.family.name!r} has no schema here, and {first} would become {planned[first]} "

@@ -45,8 +45,9 @@ def measure_growth(
         UserError: a model does not load or run.
     """
     meter = Meter.of(source, folder, passage=passage)
-    stored = meter.receipt(folder, config=plan.target_config, norm=plan.family.norm)
-    formats = {plan.dtype(step) for step in plan.steps if is_short(plan.dtype(step))}
+    config, norm = plan.target_config, plan.family.norm
+    stored = meter.receipt(folder, config=config, norm=norm)
+    formats = set(filter(is_short, map(plan.dtype, plan.steps)))
     if not formats or plan.lesson is not None:  # what was learned is not in the plan's steps
         return stored
     with _in_float32(plan, reader, folder, threads) as wide:
@@ -58,7 +59,8 @@ def measure_growth(
         f"weight of the source once to {format_name}, as casting does, moves them by {cast.max_delta:.3g} "
         f"(KL {cast.kl:.3g})"
     )
-    note = f"{note}; {stored.note}" if stored.note else note
+    if stored.note:
+        note = f"{note}; {stored.note}"
     return replace(
         stored,
         exact_delta=exact,

@@ -38,7 +38,8 @@ class Growth:
     def short(self) -> bool:
         """Check whether the result is stored in 16 bits, as the source's config says; gains are then
         rounded."""
-        return self.dtype is None and is_short(config_dtype(self.source_config) or "F32")
+        stored = config_dtype(self.source_config) or "F32"
+        return self.dtype is None and is_short(stored)
 
     @property
     def sets_eps(self) -> bool:
@@ -98,21 +99,22 @@ class Growth:
     @property
     def rotary_kept(self) -> bool:
         """Check that exactly the same dimensions of a head are turned by the same angles."""
-        return self.family.rotary_dims(self.source_config) == self.family.rotary_dims(self.target_config)
+        before = self.family.rotary_dims(self.source_config)
+        after = self.family.rotary_dims(self.target_config)
+        return before == after
 
     @property
     def attention_gain(self) -> float:
         """The gain on q·k under which the library's scaling gives the source's attention logits."""
-        condition = self.family.scaled_if
-        if condition is not None and not self.family.flag(self.source_config, condition):
+        family = self.family
+        condition, scale = family.scaled_if, family.attention_scale
+        if condition is not None and not family.flag(self.source_config, condition):
             return 1.0
-        if self.family.attention_scale == "head_dim":
+        if scale == "head_dim":
             return sqrt(self.target["qk"] / self.source["qk"])
-        if self.family.attention_scale == "none":
+        if scale == "none":
             return 1.0
-        return sqrt(
-            self.target_config[self.family.attention_scale] / self.source_config[self.family.attention_scale]
-        )
+        return sqrt(self.target_config[scale] / self.source_config[scale])
 
     def grows(self, space: str) -> bool:
         """Check whether a space that the family has becomes larger."""
@@ -156,28 +158,29 @@ class Recipe:
         """One map per stored axis of `tensor`, composed from the expansions of its spaces in the role it
         plays for each.
         """
-        maps = [
-            self._axis(axis, reads, tensor) for axis, reads in zip(tensor.axes, tensor.reads, strict=True)
-        ]
+        axes = zip(tensor.axes, tensor.reads, strict=True)
+        maps = [self._axis(axis, reads, tensor) for axis, reads in axes]
         if self.factor is not None:
-            maps[0] = maps[0].scaled(self.factor(tensor))
+            factor = self.factor(tensor)
+            maps[0] = maps[0].scaled(factor)
         if tensor.line.scaled and not tensor.is_bias:
             written = tensor.reads.index(False)
-            maps[written] = maps[written].scaled(self.hidden_ratio**tensor.line.scaled)
+            factor = self.hidden_ratio**tensor.line.scaled
+            maps[written] = maps[written].scaled(factor)
         return tuple(maps)
 
     def _axis(self, axis: Axis, reads: bool, tensor: Tensor) -> AxisMap:
         if self.flat is not None and isinstance(axis, Parts):
-            return reduce(concatenate, (self._axis(part, reads, tensor) for part in axis.parts))
+            parts = [self._axis(part, reads, tensor) for part in axis.parts]
+            return reduce(concatenate, parts)
         expanded = compose(axis, lambda space: self._side(space, reads, tensor))
-        return (
-            self.flat(expanded.source, expanded.target)
-            if self.flat is not None and isinstance(axis, Product)
-            else expanded
-        )
+        if self.flat is not None and isinstance(axis, Product):
+            return self.flat(expanded.source, expanded.target)
+        return expanded
 
     def _side(self, space: Space, reads: bool, tensor: Tensor) -> AxisMap:
-        expansion, line = self.expansions[space.name], tensor.line
+        expansion = self.expansions[space.name]
+        line = tensor.line
         match line.kind:
             case "norm":
                 return expansion.shift if tensor.is_bias else expansion.scale

@@ -95,7 +95,8 @@ class Bench:
         except Unfit:
             if operator == "lossless":
                 raise
-            rehearsal = self._run(self._likeliest(draft), changes, depth, operator, options or {})
+            likeliest = self._likeliest(draft)
+            rehearsal = self._run(likeliest, changes, depth, operator, options or {})
             if rehearsal is None:  # certified lossless by a schema under which the logits move
                 raise
             return rehearsal
@@ -110,7 +111,8 @@ class Bench:
                 likeliest, does not grow.
         """
         hidden = draft.axes.keys.hidden
-        if changes.get(hidden, 0) % draft.axes.hidden and draft.unproved:
+        is_no_factor = changes.get(hidden, 0) % draft.axes.hidden
+        if is_no_factor and draft.unproved:
             untested = names_of(draft.unproved)
             raise Unfit(
                 f"{hidden} grows by whole factors alone, since no forward pass here goes through {untested}"
@@ -135,7 +137,8 @@ class Bench:
         It tells how queries, keys and values are fused.
         """
         axes = draft.axes
-        more = axes.times(2, *(axes.width_keys if axes.coupled else axes.head_keys))
+        keys = axes.width_keys if axes.coupled else axes.head_keys
+        more = axes.times(2, *keys)
         try:
             return self.rehearse_lossless(draft, more).draft
         except Unfit:
@@ -150,7 +153,8 @@ class Bench:
         options: Mapping[str, Any],
     ) -> Rehearsal | None:
         """Grow without comparing logits; None where the growth is certified to keep them."""
-        plan = self._plan(draft, changes, depth, operator, default_noise(operator), options)
+        noise = default_noise(operator)
+        plan = self._plan(draft, changes, depth, operator, noise, options)
         if plan.certificate.lossless:
             return None
         self._logits_of(plan)
@@ -179,10 +183,12 @@ class Bench:
         Raises:
             Unfit: it does not grow, or into other shapes than the class wants.
         """
-        family = drafted_family(draft, draft.axes.config, draft.axes.shapes)
+        axes = draft.axes
+        family = drafted_family(draft, axes.config, axes.shapes)
         config = whole_config(self.source.config)  # with the layer count of a class that saves none
         try:
-            growth = Growth(family, config, resolve_target(changes, config, family))
+            target = resolve_target(changes, config, family)
+            growth = Growth(family, config, target)
             plan = decide(growth, operator, options, depth=depth, noise=noise, held=self.source)
         except UserError as fault:  # of the miniature, which nobody asked for
             raise Unfit(str(fault)) from None
@@ -190,7 +196,8 @@ class Bench:
             raise Unfit(f"nothing grows with {', '.join(changes)}")
         planned = {step.name: step.shape for step in plan.steps}
         wanted = shapes(plan.target_config)
-        differing = sorted(name for name, shape in wanted.items() if planned.get(name) != shape)
+        changed = [name for name, shape in wanted.items() if planned.get(name) != shape]
+        differing = sorted(changed)
         if differing:
             name = differing[0]
             raise Unfit(
@@ -251,8 +258,9 @@ def _with_cause(draft: Draft, changes: Mapping[str, int], reason: str) -> str:
 
 def _relative_error(grown: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """Compare logits (row, position, token) with those of the source, which may have fewer tokens."""
-    difference = grown[..., : source.shape[-1]] - source
-    return difference.abs().max() / source.abs().max()
+    tokens = source.shape[-1]
+    difference = (grown[..., :tokens] - source).abs()
+    return difference.max() / source.abs().max()
 
 
 def _logits(folder: Path, inputs: Sequence[Inputs]) -> list[torch.Tensor]:

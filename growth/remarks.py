@@ -21,7 +21,8 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 def remarks(plan: Decision, *, lossless: bool) -> tuple[str, ...]:
     """Write one line each: rounding, copies that stay equal, bad starts, sizes that hardware dislikes."""
     rounding = _rounding(plan) if lossless else ()
-    return (*rounding, *_equal_copies(plan), *_starts(plan), *_sizes(plan))
+    starts, sizes = _starts(plan), _sizes(plan)
+    return (*rounding, *_equal_copies(plan), *starts, *sizes)
 
 
 def _rounding(plan: Decision) -> Iterator[str]:
@@ -30,13 +31,14 @@ def _rounding(plan: Decision) -> Iterator[str]:
     formats = sorted({NAMES[plan.dtype(step)] for step in short})
     if not formats:
         return
-    gains = sum(1 for step in short if step.source is not None and _rounds(step))
-    causes = (
-        [f"{gains} of {len(plan.steps)} tensors are scaled by gains that are no power of two"]
-        if gains
-        else []
-    )
-    causes += ["noise is rounded too, once in the sum over copies"] if plan.is_noisy else []
+    inherited = [step for step in short if step.source is not None]
+    gains = sum(map(_rounds, inherited))
+    causes = []
+    if gains:
+        all_steps = len(plan.steps)
+        causes.append(f"{gains} of {all_steps} tensors are scaled by gains that are no power of two")
+    if plan.is_noisy:
+        causes.append("noise is rounded too, once in the sum over copies")
     if causes:
         yield (
             "rounding: the certificate speaks of exact arithmetic, the weights are stored in "
@@ -47,10 +49,11 @@ def _rounding(plan: Decision) -> Iterator[str]:
 
 def _rounds(step: Step) -> bool:
     """Check whether scaling rounds entries: some gain is no power of two, or a mean is taken."""
-    mantissas = [np.frexp(np.abs(_gains(axis)))[0] for axis in step.maps]
-    scaled = any(bool((mantissa != 0.5).any()) for mantissa in mantissas)
-    if scaled:
-        return True
+    for axis in step.maps:
+        gains = np.abs(_gains(axis))
+        mantissas, _ = np.frexp(gains)
+        if (mantissas != 0.5).any():
+            return True
     return any(bool((axis.fill == Fill.MEAN).any()) for axis in step.maps)
 
 
@@ -66,15 +69,18 @@ def _equal_copies(plan: Decision) -> Iterator[str]:
     Dropout sets apart only what it falls on: of attention weights the heads, of the residual stream its own
     copies, and neither of them the feed-forward units.
     """
-    if plan.noise or plan.recipe.flat is not None or not plan.recipe.inherits:
+    is_flat = plan.recipe.flat is not None
+    if plan.noise or is_flat or not plan.recipe.inherits:
         return
     counts = {}
     for space, expansion in plan.recipe.expansions.items():
         if space in ("vocab", "pos", "expert"):
             continue
-        if plan.growth.grows(space) and plan.family.uses(space):
+        grows = plan.growth.grows(space)
+        if grows and plan.family.uses(space):
             counts[space] = _evenly_read(expansion.write, expansion.read)
-    listing = ", ".join(f"{space} {count}" for space, count in counts.items() if count)
+    even = [f"{space} {count}" for space, count in counts.items() if count]
+    listing = ", ".join(even)
     if not listing:
         return
     named = ", ".join(_dropout_rates(plan))
@@ -89,7 +95,8 @@ def _equal_copies(plan: Decision) -> Iterator[str]:
 def _dropout_rates(plan: Decision) -> Iterator[str]:
     """Name the dropout of a config that the language model may have, with its rate."""
     for key, rate in plan.target_config.items():
-        if "drop" in key and "summary" not in key and isinstance(rate, int | float) and rate > 0:
+        is_dropout = "drop" in key and "summary" not in key
+        if is_dropout and isinstance(rate, int | float) and rate > 0:
             yield f"{key} {rate:g}"
 
 
@@ -97,28 +104,30 @@ def _evenly_read(write: AxisMap, read: AxisMap) -> int:
     """Count target indices that share their source index and gains with an earlier one."""
     copies = np.flatnonzero(write.copies & read.copies)
     columns = (write.index, write.gain, read.gain)
-    kinds = set(zip(*(column[copies].tolist() for column in columns), strict=True))
+    entries = [column[copies].tolist() for column in columns]
+    kinds = set(zip(*entries, strict=True))
     return len(copies) - len(kinds)
 
 
 def _starts(plan: Decision) -> Iterator[str]:
     """Name growths whose start is worse than their name promises."""
     layers, growth = plan.layers, plan.growth
-    widened = [
-        space for space in growth.source if space not in ("layer", "vocab", "pos") and growth.grows(space)
-    ]
-    if plan.operator == "zero_pad" and widened:
+    apart = ("layer", "vocab", "pos")
+    widened = [space for space in growth.source if space not in apart and growth.grows(space)]
+    if widened and plan.operator == "zero_pad":
         yield (
             "zero_pad is a null control: nothing ever learns to read its new entries, whose gradients stay "
             "exactly 0"
         )
-    if layers.rule == "stack" and layers.target % layers.source:
+    is_cut = layers.target % layers.source
+    if layers.rule == "stack" and is_cut:
         yield (
             f"depth 'stack': {layers.target} layers are no whole multiple of {layers.source}, so the last "
             f"copy of the network is cut off after layer {layers.layers[-1]}, and the output head follows "
             "a layer that it does not know"
         )
-    if plan.operator == "tile" and growth.tied and growth.grows("residual"):
+    is_wider = growth.grows("residual")
+    if plan.operator == "tile" and growth.tied and is_wider:
         yield (
             "tile on tied embeddings: the head repeats the embedding unscaled, so logits are too large and "
             "the loss starts above ln(vocabulary)"
@@ -127,10 +136,10 @@ def _starts(plan: Decision) -> Iterator[str]:
 
 def _sizes(plan: Decision) -> Iterator[str]:
     """Name sizes that the growth chose and that hardware pays for."""
-    family, growth, config = plan.family, plan.growth, plan.target_config
-    source = plan.source_config
-    keys = [key for key in map(family.field_name, SIZES) if _off(plan, key, WIDTH)]
-    widths = [f"{key} {config[key]}" for key in keys]
+    family, growth = plan.family, plan.growth
+    config, source = plan.target_config, plan.source_config
+    names = map(family.field_name, SIZES)
+    widths = [f"{key} {config[key]}" for key in names if _off(plan, key, WIDTH)]
     if widths:
         yield f"sizes: {', '.join(widths)}: no multiple of {WIDTH}, which matrix units pad"
     head = growth.target.get("qk")
@@ -139,11 +148,14 @@ def _sizes(plan: Decision) -> Iterator[str]:
             f"sizes: head dim {head} is no multiple of {HEAD_DIM}, which fused attention kernels pad or "
             "refuse"
         )
-    for key in (*map(family.field_name, COUNTED), *EXPERTS):
+    counted = map(family.field_name, COUNTED)
+    for key in (*counted, *EXPERTS):
         count = config.get(key)
-        if type(count) is not int or count == source.get(key):
+        stays = count == source.get(key)
+        if type(count) is not int or stays:
             continue
-        if uneven := [str(number) for number in DEVICES if count % number]:
+        uneven = [str(number) for number in DEVICES if count % number]
+        if uneven:
             yield (
                 f"sizes: {key} {count} cannot be shared evenly by {', '.join(uneven)} devices (tensor or "
                 "expert parallelism)"
@@ -154,4 +166,6 @@ def _off(plan: Decision, key: str, multiple: int) -> bool:
     """Check whether a size that grows is no multiple."""
     size = plan.target_config.get(key)
     grows = size != plan.source_config.get(key)
-    return grows and type(size) is int and size % multiple != 0
+    if type(size) is not int:
+        return False
+    return grows and size % multiple != 0

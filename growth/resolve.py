@@ -131,7 +131,8 @@ def _quantised(source: Checkpoint, target: Target, depth: str | Sequence[int]) -
     config = source.config
     dtypes = {stored.dtype for stored in source.tensors.values()}
     kinds = ", ".join(sorted(dtype for dtype in dtypes if not is_plain(dtype)))
-    what = f"{source.folder}: its weights are quantised ({source.quantised}; {kinds})"
+    quantisation = f"{source.quantised}; {kinds}"
+    what = f"{source.folder}: its weights are quantised ({quantisation})"
     if not _copies_layers_only(config, target, depth):
         raise UserError(
             f"{what}, and growth computes on plain ones: {WAYS.get(str(source.quantised), OTHERWISE)}, or "
@@ -170,7 +171,8 @@ def _outlined(config: Config, shapes: Shapes) -> Resolved:
     complete = whole_config(config) if known else config
     dropped = passed_over(complete, shapes) if known else []
     kept = {name: shape for name, shape in shapes.items() if name not in dropped}
-    family = replace(outline(complete, kept), ignore=tuple(dropped))
+    outlined = outline(complete, kept)
+    family = replace(outlined, ignore=tuple(dropped))
     check = "transformers does not know it, so nothing could be checked"
     if known:
         check = "the result was held against transformers' class"
@@ -294,7 +296,8 @@ def _other_heads(draft: Draft, source: Config, target: Config) -> str:
     if is_given or not keys.heads:
         return ""
     more = target[keys.heads]
-    dim = source[keys.hidden] // source[keys.heads]
+    heads = source[keys.heads]
+    dim = source[keys.hidden] // heads
     wider = target[keys.hidden] // more
     if dim == wider:
         return ""
@@ -324,7 +327,8 @@ def _family(draft: Draft, config: Config, shapes: Shapes | None) -> Family:
     order = {name: number for number, name in enumerate(built)}
 
     def rank(name: str) -> tuple[int, str]:
-        number = order.get(called[name], len(order))
+        last = len(order)
+        number = order.get(called[name], last)
         return number, name
 
     names = sorted(shapes.keys() - set(buffers), key=rank)

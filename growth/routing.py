@@ -116,7 +116,8 @@ def _scale(step: Step, before: Step, start: int) -> float | None:
         if not np.array_equal(part.fill, axis.fill):
             return None
         taken = part.gain != 0
-        ratios = axis.gain[taken] / part.gain[taken]
+        gains = axis.gain[taken]
+        ratios = gains / part.gain[taken]
         if not np.allclose(ratios, ratios[:1], rtol=1e-12):
             return None
         factors.append(ratios[0] if len(ratios) else 1.0)
@@ -223,7 +224,8 @@ def _copies(change: Change) -> Iterator[str]:
             "weights"
         )
     as_many = times * change.chosen_before
-    if change.chosen == as_many and (normalised or change.mixture.softmax):
+    sums_to_one = normalised or change.mixture.softmax
+    if change.chosen == as_many and sums_to_one:
         return
     if change.chosen == change.chosen_before == 1 and normalised:
         return

@@ -31,24 +31,28 @@ def print_schema(arguments: Sequence[str]) -> None:
     Raises:
         UserError: an argument is unknown or missing, or no schema can be derived.
     """
-    settings = dict(argument.partition("=")[::2] for argument in arguments)
+    settings: dict[str, str] = {}
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        settings[key] = value
     for key in settings:
         if key not in KEYS:
             unknown("key of schema", key, KEYS)
     if not settings.get("source"):
         raise UserError("source: missing; outgrow schema source=DIR")
-    with Checkpoint(locate(settings["source"], settings.get("revision"))) as source:
+    folder = locate(settings["source"], settings.get("revision"))
+    with Checkpoint(folder) as source:
         print(family_text(derived_family(source)))
 
 
 def family_text(family: Family) -> str:
     """A family as Python: a module that registers it."""
-    imports = (
-        ["from fractions import Fraction", ""]
-        if any("Fraction" in line for line in _arguments(family))
-        else []
-    )
-    name = "".join(letter if letter.isalnum() else "_" for letter in family.name).upper()
+    arguments = list(_arguments(family))
+    imports = []
+    if any("Fraction" in argument for argument in arguments):
+        imports = ["from fractions import Fraction", ""]
+    letters = [letter if letter.isalnum() else "_" for letter in family.name]
+    name = "".join(letters).upper()
     lines = [
         *imports,
         "from outgrow.model.family import Family, register",
@@ -56,7 +60,7 @@ def family_text(family: Family) -> str:
         f"{name} = register(",
         "    Family(",
     ]
-    lines += [f"        {argument}," for argument in _arguments(family)]
+    lines += [f"        {argument}," for argument in arguments]
     lines += [
         '        schema="""',
         *(f"        {line}" for line in _aligned(family.schema)),
@@ -64,14 +68,17 @@ def family_text(family: Family) -> str:
         "    )",
         ")",
     ]
-    return HEAD.format(name=family.name) + "\n".join(lines)
+    head = HEAD.format(name=family.name)
+    return head + "\n".join(lines)
 
 
 def _arguments(family: Family) -> Iterator[str]:
     """`key=value` for all but the schema, without what is by default so."""
     for field in fields(family):
         value = getattr(family, field.name)
-        standard = field.default if field.default_factory is MISSING else field.default_factory()
+        standard = field.default
+        if field.default_factory is not MISSING:
+            standard = field.default_factory()
         if field.name != "schema" and value != standard:
             yield f"{field.name}={value!r}"
 
@@ -79,5 +86,6 @@ def _arguments(family: Family) -> Iterator[str]:
 def _aligned(schema: str) -> list[str]:
     """The lines of a schema with their axes one under the other."""
     rows = [line.split(maxsplit=1) for line in schema.splitlines()]
-    width = max(len(name) for name, _ in rows)
+    names = [name for name, _ in rows]
+    width = max(map(len, names))
     return [f"{name:<{width}}  {axes}" for name, axes in rows]

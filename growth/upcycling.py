@@ -51,7 +51,8 @@ def upcycled(
     chosen = needed(wanted, mixture, mixture.top_k)
     cut = _cut(source, mixture, wanted, asked.granularity)
     _check_groups(mixture, count, chosen, cut.granularity)
-    known = {*source, *STANDARD} - set(mixture.keys)
+    own = set(mixture.keys)
+    known = {*source, *STANDARD} - own
     dense = {key: value for key, value in wanted.items() if key in known}
     dense["intermediate_size"] = cut.units
     dense_plan = within(dense, asked.width)
@@ -98,7 +99,8 @@ def _sizes(mixture: Mixture, wanted: Config, width: int, granularity: int) -> tu
     named = wanted.get(mixture.units)
     expert = None
     if named is not None:
-        expert = mixture.size({mixture.units: named}, mixture.units)
+        size = {mixture.units: named}
+        expert = mixture.size(size, mixture.units)
     if mixture.shared_of is not None:  # whole = (G + shared experts) · units of one
         experts = needed(wanted, mixture, mixture.shared_of)
         parts = granularity + experts
@@ -159,7 +161,8 @@ def _config(
     layers = asked.layers(count)
     of_layers = mixture.said_of_layers(layers, count)
     is_told = wanted.keys() & of_layers.keys()
-    may_tell = mixture.dense_layers is not None and asked.sparse == "all"
+    names_dense = mixture.dense_layers is not None
+    may_tell = names_dense and asked.sparse == "all"
     if is_told and may_tell:
         of_layers = {key: wanted[key] for key in of_layers if key in wanted}
     own = {key: value for key, value in wanted.items() if key not in dense}
@@ -203,7 +206,8 @@ def _handed_out(change: Change, growth: Growth, family: Family) -> Iterator[Step
         dense = sources.get(numbered(tensor), "")
         name = tensor.name
         if dense:
-            name = f"{dense}.weight".replace("*", str(tensor.layer))
+            layer = str(tensor.layer)
+            name = f"{dense}.weight".replace("*", layer)
         if name not in dense_steps:
             raise UserError(
                 f"{mixture.name!r}: needs {tensor.name}, which a {change.within.family.name!r} has no "
@@ -233,7 +237,8 @@ def _of_expert(change: Change, tensor: Tensor, step: Step) -> Step:
         expert = change.experts[number]
     units = step.tensor.axes.index(Space(FFN))
     maps = list(step.maps)
-    maps[units] = maps[units].cut(expert.start, expert.stop)
+    part = maps[units].cut(expert.start, expert.stop)
+    maps[units] = part
     reads = step.tensor.reads[units]
     gain = _gain(change, number, reads=reads)
     if gain != 1:
@@ -273,7 +278,8 @@ def _finish(
     noise = asked.copy_noise if number >= change.group else 0.0
     if not asked.drop:
         return Finish(noise=noise) if noise else None
-    numbers = generator(change.within.growth.seed, "dropped", tensor.layer, number)
+    seed = change.within.growth.seed
+    numbers = generator(seed, "dropped", tensor.layer, number)
     drawn = numbers.permutation(units)
     count = round(asked.drop * units)
     dropped = np.sort(drawn[:count])
@@ -310,7 +316,8 @@ def _expansions(change: Change, growth: Growth) -> dict[str, Expansion]:
     groups = len({expert.row for expert in change.experts})
     ffn = dense[FFN]
     units = first.stop - first.start
-    rule = f"{ffn.write.target - change.shared} units in {change.group} parts of {units}, each {groups} times"
+    routed = ffn.write.target - change.shared
+    rule = f"{routed} units in {change.group} parts of {units}, each {groups} times"
     write = ffn.write.cut(first.start, first.stop)
     read = ffn.read.cut(first.start, first.stop)
     cut = Expansion.of(write, read, rule)
@@ -321,7 +328,8 @@ def _expansions(change: Change, growth: Growth) -> dict[str, Expansion]:
     )
     kept |= {ROUTED: cut, EXPERT: experts}
     if change.shared:
-        rule = f"the first {change.shared} of {ffn.write.target} units"
+        every_unit = ffn.write.target
+        rule = f"the first {change.shared} of {every_unit} units"
         write = ffn.write.cut(0, change.shared)
         read = ffn.read.cut(0, change.shared)
         kept[SHARED] = Expansion.of(write, read, rule)

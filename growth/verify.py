@@ -301,8 +301,10 @@ def _round_parameters(model: torch.nn.Module, dtype: str) -> None:
     import torch
 
     for parameter in model.parameters():
-        stored = (parameter * sqrt(2)).to(getattr(torch, dtype))
-        parameter.copy_(stored.to(parameter.dtype) / sqrt(2))
+        rounded_type = getattr(torch, dtype)
+        stored = (parameter * sqrt(2)).to(rounded_type)
+        values = stored.to(parameter.dtype)
+        parameter.copy_(values / sqrt(2))
 
 
 def fitting_dtype(parameters: int) -> str:
@@ -369,7 +371,8 @@ def _compared_row(source: torch.Tensor, target: torch.Tensor, tokens: torch.Tens
     following = tokens[1:]
     losses = [F.nll_loss(each[:-1], following) for each in (before, after)]
     max_delta = (source - target).abs().max()
-    return torch.stack([max_delta, source.abs().max(), kl, *losses])
+    largest = source.abs().max()
+    return torch.stack([max_delta, largest, kl, *losses])
 
 
 def check_receipt(receipt: Receipt, plan: Plan, source: Path) -> None:
@@ -388,7 +391,8 @@ def check_receipt(receipt: Receipt, plan: Plan, source: Path) -> None:
         delta = receipt.exact_delta
     else:
         formats = {plan.dtype(step) for step in plan.steps}
-        allowed = max(TOLERANCE[name] for name in TOLERANCE.keys() & formats)
+        known = TOLERANCE.keys() & formats
+        allowed = max(TOLERANCE[name] for name in known)
         # a family without a schema here may compute any norm in float32
         if receipt.note or plan.notes:
             allowed += RMS_FLOOR
@@ -431,6 +435,7 @@ def _as_stored(checkpoint: Checkpoint, name: str, loaded: torch.Tensor) -> bool:
     import torch
 
     raw = checkpoint.read(name)
-    values = torch.from_numpy(to_float(raw, checkpoint.tensors[name].dtype))
+    stored_type = checkpoint.tensors[name].dtype
+    values = torch.from_numpy(to_float(raw, stored_type))
     values = values.reshape(-1).to(loaded.dtype)
     return torch.equal(values, loaded.reshape(-1))

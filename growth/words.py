@@ -10,12 +10,15 @@ from outgrow.growth.decision import Decision, Step
 
 def summary(plan: Decision, reasons: Sequence[str]) -> list[str]:
     """Summarise a plan in five lines: what grows how, into what, and whether it is lossless."""
-    growth = plan.growth if plan.change is None else plan.change.within.growth
-    sizes, target = growth.source, growth.target
-    widened = {space: size for space, size in sizes.items() if target[space] != size}
-    widened.pop("layer", None)
-    grows = ", ".join(f"{space} {size} → {target[space]}" for space, size in widened.items())
-    verdict = f"not lossless: {reasons[0]:.100}" if reasons else "lossless"
+    growth = plan.growth
+    if plan.change is not None:
+        growth = plan.change.within.growth
+    source, target = growth.source, growth.target
+    widened = [space for space, size in source.items() if space != "layer" and target[space] != size]
+    grows = ", ".join(f"{space} {source[space]} → {target[space]}" for space in widened)
+    verdict = "lossless"
+    if reasons:
+        verdict = f"not lossless: {reasons[0]:.100}"
     if len(reasons) > 1:
         verdict += f" (and {len(reasons) - 1} more)"
     return [
@@ -37,7 +40,8 @@ def summary(plan: Decision, reasons: Sequence[str]) -> list[str]:
 
 def describe(plan: Decision, reasons: Sequence[str], remarks: Sequence[str]) -> str:
     """Describe a plan: spaces, layers, one line per module, certificate with its reasons, notes, remarks."""
-    spaces = [f"  {space}: {rule}" for space, rule in spaces_table(plan)]
+    rules = spaces_table(plan)
+    spaces = [f"  {space}: {rule}" for space, rule in rules]
     rows = tensor_table(plan)
     modules = [
         f"  {name}: {pattern}; {shapes} ({count} tensors, {human_bytes(size)})"
@@ -53,7 +57,8 @@ def describe(plan: Decision, reasons: Sequence[str], remarks: Sequence[str]) -> 
     }
     text = summary(plan, reasons)
     for title, lines in parts.items():
-        text += [f"{title}:", *lines] if lines else []
+        if lines:
+            text += [f"{title}:", *lines]
     return "\n".join(text)
 
 
@@ -81,7 +86,8 @@ def tensor_table(plan: Decision) -> list[tuple[str, str, str, int, int]]:
             pattern = f"{line.kind} {line.out}"
         else:
             pattern = f"{line.out} <- {line.into}"
-        shapes = f"{_shape(steps[0].source_shape)} → {_shape(steps[0].shape)}"
+        before, after = _shape(steps[0].source_shape), _shape(steps[0].shape)
+        shapes = f"{before} → {after}"
         size = sum(map(plan.nbytes, steps))
         table.append((name, pattern, shapes, len(steps), size))
     return table
