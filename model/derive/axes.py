@@ -68,7 +68,8 @@ class Keys:
             encoder's.
             """
             decoder = [name for name in others if "decoder_" in name]
-            names = (*decoder, attribute_map.get(standard, standard), standard, *others)
+            own = attribute_map.get(standard, standard)
+            names = (*decoder, own, standard, *others)
             sized = [name for name in names if is_size(config.get(name))]
             return sized[0] if sized else None
 
@@ -199,7 +200,8 @@ class Axes:
         for name in moved:
             pairs = zip(self.shapes[name], moved[name], strict=True)
             doubled_lengths += [before for before, after in pairs if after == 2 * before]
-        return not any(length > 2 * self.heads for length in doubled_lengths)
+        least = 2 * self.heads
+        return not any(length > least for length in doubled_lengths)
 
     @cached_property
     def mixer(self) -> Mixer | None:
@@ -233,7 +235,8 @@ class Axes:
         wider = computed({**self.config, **widths})
         own = computed(self.config)
         as_wide = [name for name, shape in own.items() if self.hidden in shape]
-        return [name for name in as_wide if 2 * self.hidden in wider.get(name, ())]
+        double = 2 * self.hidden
+        return [name for name in as_wide if double in wider.get(name, ())]
 
     @cached_property
     def powers(self) -> tuple[dict[str, float], dict[str, float]]:
@@ -269,7 +272,8 @@ class Axes:
         if self.keys.heads is None:
             return None
         one_each = self.kv == self.heads
-        changes = self.times(2, self.keys.heads, self.keys.kv if one_each else None)
+        kv = self.keys.kv if one_each else None
+        changes = self.times(2, self.keys.heads, kv)
         return self.changed(changes)
 
     @cached_property
@@ -308,6 +312,7 @@ def _powers_of_two(before: Mapping[str, float], after: Mapping[str, float]) -> d
     powers = {}
     for name, old in before.items():
         new = after.get(name, old)
-        if min(old, new) > 0 and new != old:
+        least = min(old, new)
+        if least > 0 and new != old:
             powers[name] = log2(new / old)
     return powers

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from outgrow.model.base.errors import UserError
@@ -90,9 +91,10 @@ def tiny_configs(config: Config) -> Iterator[dict[str, Any]]:
     """
     complete, attribute_map = _completed(config)
     keys = Keys.of(complete, attribute_map)
-    tiny = shrunken(complete, keys.layers, kept_layers(complete, complete[keys.layers]))
+    depth = complete[keys.layers]
+    tiny = shrunken(complete, keys.layers, kept_layers(complete, depth))
     yield from _twins(tiny, keys)
-    if twice := two_of_each_kind(complete, complete[keys.layers]):
+    if twice := two_of_each_kind(complete, depth):
         yield from _twins(shrunken(complete, keys.layers, twice), keys)
     if layers := small_layers(tiny):
         yield from _twins(tiny | layers, keys)
@@ -104,7 +106,9 @@ def _twins(tiny: Config, keys: Keys) -> Iterator[dict[str, Any]]:
     That is a key-value head for each query head (no grouped-query attention), a head dim of hidden size /
     heads.
     """
-    every_head = {keys.kv: tiny[keys.heads]} if keys.kv and keys.heads else {}
+    every_head = {}
+    if keys.kv and keys.heads:
+        every_head[keys.kv] = tiny[keys.heads]
     divided = {key: HEAD for key in HEAD_KEYS if key in tiny}
     for changes in ({}, every_head, divided, every_head | divided):
         yield {**tiny, **changes}
@@ -116,7 +120,7 @@ def check_size(blank: PreTrainedModel) -> None:
     Raises:
         Unfit: it is not.
     """
-    tensors = (*blank.parameters(), *blank.buffers())
+    tensors = chain(blank.parameters(), blank.buffers())
     count = sum(tensor.numel() for tensor in tensors)
     if count > MAX_PARAMETERS:
         raise Unfit(
@@ -129,10 +133,16 @@ def _draft(keys: Keys, tiny: dict[str, Any], blank: PreTrainedModel) -> Draft:
     check_size(blank)
     axes = Axes(keys, tiny, shapes(tiny))
     model = build(tiny, "cpu")
-    seen = sightings(model, random_tokens(tiny, keys, seed=0))
+    tokens = random_tokens(tiny, keys, seed=0)
+    seen = sightings(model, tokens)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    modules = (model.get_output_embeddings(), model.get_input_embeddings())
-    head, embedding = (names.get(id(getattr(module, "weight", None))) for module in modules)
+
+    def weight_of(module: Any) -> str | None:
+        weight = getattr(module, "weight", None)
+        return names.get(id(weight))
+
+    head = weight_of(model.get_output_embeddings())
+    embedding = weight_of(model.get_input_embeddings())
     return Draft(axes, seen, head, embedding)
 
 
@@ -140,7 +150,8 @@ def random_tokens(tiny: Config, keys: Keys, seed: int) -> torch.Tensor:
     """Draw tokens (row, position) of a tiny config, none of which holds the place of anything but text."""
     import torch
 
-    words = tiny[keys.vocab] - len(place_tokens(tiny))
+    places = len(place_tokens(tiny))
+    words = tiny[keys.vocab] - places
     numbers = torch.Generator().manual_seed(seed)
     return torch.randint(words, (ROWS, LENGTH), generator=numbers)
 
@@ -163,11 +174,13 @@ def _completed(config: Config) -> tuple[dict[str, Any], dict[str, str]]:
     except UserError as fault:
         raise Unfit(str(fault)) from None
     except Exception as fault:  # the library's classes raise every kind
-        reason = " ".join(str(fault).split())[:200]
+        message = " ".join(str(fault).split())
+        reason = message[:200]
         kind = config.get("model_type")
         raise Unfit(f"transformers' config class for {kind!r} refuses this config: {reason}") from None
-    filled_in = _head_dim(complete, attribute_map) | _layer_count(complete, hf_config)
-    return complete | filled_in, attribute_map
+    head_dim = _head_dim(complete, attribute_map)
+    count = _layer_count(complete, hf_config)
+    return complete | head_dim | count, attribute_map
 
 
 def _layer_count(config: Config, hf_config: Any) -> dict[str, int]:
@@ -175,7 +188,8 @@ def _layer_count(config: Config, hf_config: Any) -> dict[str, int]:
     key.
     """
     count = getattr(hf_config, "num_hidden_layers", None)
-    counted = isinstance(type(hf_config).__dict__.get("num_hidden_layers"), property)
+    own = type(hf_config).__dict__.get("num_hidden_layers")
+    counted = isinstance(own, property)
     is_named = any(key in config for key in DEPTH_KEYS)
     if is_named or not counted or type(count) is not int:
         return {}
@@ -187,8 +201,10 @@ def _head_dim(config: Config, attribute_map: Mapping[str, str]) -> dict[str, int
     size.
     """
     names = ("hidden_size", "num_attention_heads")
-    hidden, heads = (config.get(attribute_map.get(name, name)) for name in names)
+    keys = [attribute_map.get(name, name) for name in names]
+    hidden, heads = map(config.get, keys)
     is_named = any(config.get(key) for key in HEAD_KEYS)
     if is_named or type(hidden) is not int or type(heads) is not int:
         return {}
-    return {"head_dim": hidden // heads} if heads and hidden % heads else {}
+    divides = not heads or hidden % heads == 0
+    return {} if divides else {"head_dim": hidden // heads}

@@ -32,7 +32,8 @@ class Mixer:
 
     def count(self, config: Mapping[str, Any]) -> int:
         """Count the groups of heads of a config."""
-        return int(config.get(self.groups or "") or 1)
+        named = config.get(self.groups or "")
+        return int(named or 1)
 
 
 def find_mixer(
@@ -54,15 +55,18 @@ def find_mixer(
     if out not in shapes:
         return None
     rates = logs[0]
-    (heads,), inner = shapes[rates], shapes[out][1]
-    alone = wider()
+    (heads,) = shapes[rates]
+    inner = shapes[out][1]
     sizes = {name: value for name, value in config.items() if type(value) is int}
-    if inner % heads or (alone and alone[out][1] == inner):
+    alone = wider()
+    stays = alone and alone[out][1] == inner
+    if inner % heads or stays:
         return None
 
     def key(size: int, grown: int) -> str | None:
         """Find the key of that size which, doubled with the width, makes `grown` heads."""
-        for name in [name for name, value in sizes.items() if value == size]:
+        candidates = [name for name, value in sizes.items() if value == size]
+        for name in candidates:
             moved = wider(name)
             if moved and moved[rates] == (grown,) and moved[out][1] == 2 * inner:
                 return name
@@ -72,4 +76,6 @@ def find_mixer(
     dims = key(inner // heads, heads)
     counts = [name for name in sizes if GROUPS.search(name)]
     groups = counts[0] if counts else None
-    return Mixer(modules, rows, dims, groups, inner) if rows and dims else None
+    if not rows or not dims:
+        return None
+    return Mixer(modules, rows, dims, groups, inner)

@@ -28,12 +28,15 @@ def with_picture(model: PreTrainedModel, tokens: torch.Tensor) -> Inputs | None:
     picture_token = getattr(config, "image_token_id", None)
     if picture_token is None:
         return None
-    text = tokens[:1].masked_fill(tokens[:1] == picture_token, 0)
+    row = tokens[:1]
+    text = row.masked_fill(row == picture_token, 0)
     half = text.shape[1] // 2
-    for picture, typed in product(_pictures(vision), (False, True)):
+    forms = product(_pictures(vision), (False, True))
+    for picture, typed in forms:
         try:
             with torch.no_grad():
-                places = torch.full((1, _features(eyes.get_image_features(**picture))), picture_token)
+                count = _features(eyes.get_image_features(**picture))
+                places = torch.full((1, count), picture_token)
                 before = text[:, :half]
                 after = text[:, half:]
                 words = torch.cat([before, places, after], dim=1)
@@ -54,27 +57,28 @@ def _pictures(vision: Any) -> Iterator[Inputs]:
     alone.
     """
     numbers = torch.Generator().manual_seed(3)
-    channels: int = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
+    named = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None)
+    channels: int = named or 3
     size = _side(getattr(vision, "image_size", None))
     patch = _side(getattr(vision, "patch_size", None))
     if size:
-        pixels = torch.randn(1, channels, size, size, generator=numbers, dtype=torch.float64)
+        shape = (1, channels, size, size)
+        pixels = torch.randn(shape, generator=numbers, dtype=torch.float64)
+        sizes = torch.tensor([[size, size]])
         yield {"pixel_values": pixels}
-        yield {"pixel_values": pixels, "image_sizes": torch.tensor([[size, size]])}
+        yield {"pixel_values": pixels, "image_sizes": sizes}
         yield {"pixel_values": pixels[None]}
     if patch and (merged := getattr(vision, "spatial_merge_size", None)):
         side = 2 * int(merged)
         frames = int(getattr(vision, "temporal_patch_size", 1))
-        patches = torch.randn(
-            side * side, channels * frames * patch * patch, generator=numbers, dtype=torch.float64
-        )
-        yield {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, side, side]])}
+        entries = channels * frames * patch * patch
+        patches = torch.randn(side * side, entries, generator=numbers, dtype=torch.float64)
+        grid = torch.tensor([[1, side, side]])
+        yield {"pixel_values": patches, "image_grid_thw": grid}
     if patch:
-        yield {
-            "pixel_values": torch.randn(
-                1, 4, channels * patch * patch, generator=numbers, dtype=torch.float64
-            )
-        }
+        entries = channels * patch * patch
+        patches = torch.randn(1, 4, entries, generator=numbers, dtype=torch.float64)
+        yield {"pixel_values": patches}
 
 
 def _side(size: object) -> int | None:
@@ -86,7 +90,9 @@ def _side(size: object) -> int | None:
 
 def _features(output: Any) -> int:
     """Count the positions that a picture's features take."""
-    named = [getattr(output, name, None) for name in ("pooler_output", "last_hidden_state")]
+    names = ("pooler_output", "last_hidden_state")
+    named = [getattr(output, name, None) for name in names]
     features = next((part for part in named if part is not None), output)
-    parts = features if isinstance(features, list | tuple) else [features]
+    is_list = isinstance(features, list | tuple)
+    parts = features if is_list else [features]
     return sum(part.numel() // part.shape[-1] for part in parts)

@@ -31,7 +31,8 @@ def build(config: Config, device: str = "meta") -> PreTrainedModel:
         Unfit: the library's classes refuse the config; the message quotes them.
     """
     try:
-        with torch.random.fork_rng(devices=[]), torch.device(device):
+        apart = torch.random.fork_rng(devices=[])
+        with apart, torch.device(device):
             hf_config = to_hf_config(config)
             hf_config._experts_implementation = "eager"
             model = library_class(hf_config).from_config(
@@ -66,7 +67,8 @@ def shapes(config: Config) -> dict[str, Shape]:
 
 
 def _shapes_of(model: PreTrainedModel) -> dict[str, Shape]:
-    return {name: tuple(tensor.shape) for name, tensor in stored(model).items()}
+    tensors = stored(model)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def named_shapes(config: Config, names: Iterable[str]) -> tuple[dict[str, Shape], dict[str, str]]:
@@ -79,13 +81,16 @@ def named_shapes(config: Config, names: Iterable[str]) -> tuple[dict[str, Shape]
 
     model = build(config)
     own = _shapes_of(model)
-    mapping, state = get_model_conversion_mapping(model), model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    state = model.state_dict()
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
 
     def loaded(name: str) -> str:
         """Name the parameter that the library makes of a tensor, or of several."""
-        return str(rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0])
+        prefix = model.base_model_prefix
+        parameter, *_ = rename_source_key(name, renamings, converters, prefix, state)
+        return str(parameter)
 
     # Parameter → the names of today's tensors that it is loaded from.
     parts: dict[str, list[str]] = defaultdict(list)
@@ -97,15 +102,18 @@ def named_shapes(config: Config, names: Iterable[str]) -> tuple[dict[str, Shape]
         it."""
         if name in own:
             return name
-        return max(parts.get(loaded(name), [name]), key=lambda other: _common_ending(name, other))
+        parts_of_one = parts.get(loaded(name), [name])
+        return max(parts_of_one, key=lambda other: _common_ending(name, other))
 
     return own, {name: called(name) for name in names}
 
 
 def _common_ending(name: str, other: str) -> int:
     """Count the words that two names share from the end."""
-    words = zip(reversed(name.split(".")), reversed(other.split(".")), strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], words))
+    words, other_words = reversed(name.split(".")), reversed(other.split("."))
+    pairs = zip(words, other_words, strict=False)
+    shared = takewhile(lambda pair: pair[0] == pair[1], pairs)
+    return len(list(shared))
 
 
 def passed_over(config: Config, names: Iterable[str]) -> list[str]:
@@ -124,14 +132,17 @@ def tied_names(config: Config, names: Iterable[str]) -> list[str]:
 
 def _ends_alike(name: str, other: str) -> bool:
     """Check whether two names are the same, but for what precedes one of them."""
-    return name == other or other.endswith(f".{name}") or name.endswith(f".{other}")
+    dotted = f".{name}"
+    ends_alike = other.endswith(dotted) or name.endswith(f".{other}")
+    return name == other or ends_alike
 
 
 def computed(config: Config) -> dict[str, Shape]:
     """List name → shape of every buffer that the class computes and no checkpoint has."""
     model = build(config)
     saved = model.state_dict().keys()
-    return {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name not in saved}
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name not in saved]
+    return {name: tuple(buffer.shape) for name, buffer in buffers}
 
 
 def factors(config: Config) -> tuple[dict[str, float], dict[str, float]]:
@@ -140,12 +151,13 @@ def factors(config: Config) -> tuple[dict[str, float], dict[str, float]]:
     """
     model = build(config, "cpu")
     saved = model.state_dict().keys()
-    computed_buffers = [(name, buffer) for name, buffer in model.named_buffers() if name not in saved]
-    buffers = {name: float(buffer) for name, buffer in computed_buffers if buffer.ndim == 0}
+    unsaved = [(name, buffer) for name, buffer in model.named_buffers() if name not in saved]
+    buffers = {name: float(buffer) for name, buffer in unsaved if buffer.ndim == 0}
     attributes: dict[str, float] = {}
     for name, module in model.named_modules():
-        numbers = {key: value for key, value in vars(module).items() if type(value) is float}
-        attributes |= {f"{name}.{key}": value for key, value in numbers.items()}
+        for key, value in vars(module).items():
+            if type(value) is float:
+                attributes[f"{name}.{key}"] = value
     return buffers, attributes
 
 
@@ -154,6 +166,8 @@ def scramble(model: PreTrainedModel, seed: int = 1) -> None:
     numbers = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            drawn = torch.randn(parameter.shape, generator=numbers, dtype=torch.float64) * 0.2
-            is_scale = parameter.ndim == 1 and "norm" in name.lower() and "bias" not in name
-            parameter.copy_(drawn + 1 if is_scale else drawn)
+            normal = torch.randn(parameter.shape, generator=numbers, dtype=torch.float64)
+            values = normal * 0.2
+            of_norm = "norm" in name.lower() and "bias" not in name
+            is_scale = of_norm and parameter.ndim == 1
+            parameter.copy_(values + 1 if is_scale else values)

@@ -186,7 +186,8 @@ class Draft:
         head = self._head_dim
         is_head_norm = HEAD_NORM.search(leaf) is not None
         if axis in NAMED_FUSED:
-            fused_heads = self.axes.heads + 2 * self.axes.kv
+            keys_and_values = 2 * self.axes.kv
+            fused_heads = self.axes.heads + keys_and_values
             complete = length == fused_heads * head
             return NAMED_FUSED[axis] if complete and FUSED.search(leaf) else None
         shape = self.seen[name].shape
@@ -321,7 +322,8 @@ class Draft:
             return None
         head_space = Space(mixer.heads)
         rates: Axis = Product((GROUPS, head_space))
-        channels: Axis = Product((GROUPS, head_space, Space(mixer.dim)))
+        dim_space = Space(mixer.dim)
+        channels: Axis = Product((GROUPS, head_space, dim_space))
         seen = self.seen[name]
         length = seen.shape[dim]
         leaf = leaf_of(name)
@@ -401,7 +403,8 @@ class Draft:
         into = self.seen.get(f"{path}.in_proj.weight")
         if into is None or f"{path}.conv.weight" not in self.seen:
             return False
-        has_three_parts = into.shape[0] == 3 * self.axes.hidden
+        thirds = 3 * self.axes.hidden
+        has_three_parts = into.shape[0] == thirds
         if not has_three_parts:
             return False
         projection = "out_proj" if reads else "in_proj"
@@ -468,7 +471,8 @@ class Draft:
         if weight not in self.seen:
             return False
         over_stream = [axis == RESIDUAL for axis in self._unnamed[weight]]
-        sides = zip(over_stream, self.seen[weight].reads, strict=True)
+        reads = self.seen[weight].reads
+        sides = zip(over_stream, reads, strict=True)
         return sorted(sides) == [(False, True), (True, False)]  # (over the stream, read)
 
     def _stays(self, name: str) -> bool:

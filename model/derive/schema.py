@@ -170,7 +170,8 @@ def _line(draft: Draft, name: str, twin: str, config: Config, shapes: Shapes) ->
     module = module_of(name)
     bias = shapes.get(f"{module}.bias") if is_weight else None
     if is_weight and seen.norm and not _is_number(axes[0]):
-        return _norm_line(draft, seen, module, axes[0], has_bias=bias == shape)
+        has_bias = bias == shape
+        return _norm_line(draft, seen, module, axes[0], has_bias=has_bias)
     has_sides = seen.indexed or seen.reads.count(True) == 1
     is_matrix = is_weight and len(shape) == 2
     if is_matrix and has_sides:
@@ -275,7 +276,8 @@ def _sizes(draft: Draft, config: Config) -> dict[str, int]:
     }
     if mixer := draft.axes.mixer:
         all_heads = int(config[mixer.heads])
-        sizes[mixer.heads] = all_heads // mixer.count(config)
+        groups = mixer.count(config)
+        sizes[mixer.heads] = all_heads // groups
         sizes[mixer.dim] = int(config[mixer.dim])
     return sizes
 

@@ -165,7 +165,8 @@ def _small_rope(rope: Config, small: Config) -> dict[str, Any]:
     share = rope.get("partial_rotary_factor") or 1
     pairs = int(head * share) // 2
     third = pairs // 3
-    return {**rope, "mrope_section": [pairs - 2 * third, third, third]}
+    rest = pairs - 2 * third
+    return {**rope, "mrope_section": [rest, third, third]}
 
 
 def _small_tower(tower: Config) -> dict[str, Any]:
@@ -186,13 +187,15 @@ def _small_tower(tower: Config) -> dict[str, Any]:
     if ratio:
         shuffled["intermediate_size"] = int(64 / ratio**2)  # Llama 4's projector reads it
     heads = {key: HEAD for key in HEAD_KEYS if type(tower.get(key)) is int}
-    return small | outputs | _small_picture(tower) | shuffled | heads
+    picture = _small_picture(tower)
+    return small | outputs | picture | shuffled | heads
 
 
 def _small_picture(tower: Config) -> dict[str, Any]:
     """Make a picture four patches high and wide, where the config says how large both are."""
     patch = tower.get("patch_size")
-    same_type = type(patch) is type(tower.get("image_size"))
+    picture = tower.get("image_size")
+    same_type = type(patch) is type(picture)
     if not same_type or not isinstance(patch, int | list):
         return {}
     if isinstance(patch, list):
@@ -351,7 +354,8 @@ def two_of_each_kind(config: Config, depth: int) -> tuple[int, ...]:
             first.append(layer)
         earlier[kind] += 1
     several = len(set(kinds)) > 1
-    return tuple(first) if several and len(first) <= MAX_LAYERS else ()
+    few = len(first) <= MAX_LAYERS
+    return tuple(first) if several and few else ()
 
 
 def stand_ins(kinds: Sequence[str], kept: tuple[int, ...]) -> tuple[int, ...]:

@@ -93,7 +93,8 @@ def _start(seen: torch.Tensor) -> Start:
     if values.size and (values == values.flat[0]).all():
         return Start(values.flatten()[:1])
     are_quantiles = seen.shape == SHARES.shape
-    return Start(np.sort(values, axis=None), None if are_quantiles else values)
+    quantiles = np.sort(values, axis=None)
+    return Start(quantiles, None if are_quantiles else values)
 
 
 def _lost(model: PreTrainedModel, built: _Pen) -> list[str]:
@@ -165,7 +166,8 @@ def _orthogonal(tensor: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
     """The entries of orthogonal rows or columns, one by one: nearly normal."""
     rows = tensor.shape[0]
     columns = tensor.numel() // rows
-    return _normal(0.0, gain / max(rows, columns) ** 0.5)
+    least = max(rows, columns)
+    return _normal(0.0, gain / least**0.5)
 
 
 def _lose(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
@@ -214,7 +216,8 @@ class _Pen(TorchDispatchMode):
                 if not tensor.is_meta:
                     drawn = own[name](tensor, *args, generator=generator, **kwargs)
                     return cast(torch.Tensor, drawn)
-                self._keep(tensor, content(tensor, *args, **kwargs))
+                entries = content(tensor, *args, **kwargs)
+                self._keep(tensor, entries)
                 return tensor
 
             return start
@@ -237,13 +240,15 @@ class _Pen(TorchDispatchMode):
         if isinstance(into, torch.Tensor) and into.is_meta and func._schema.is_mutable:
             self._write(func, into, args[1:], named)
         elif isinstance(out, torch.Tensor) and out.is_meta and _storage(out) not in self._seen:
-            self._keep(out, self._new(func, args, named))
+            content = self._new(func, args, named)
+            self._keep(out, content)
         return out
 
     def _write(self, func: Any, into: torch.Tensor, args: Any, kwargs: Any) -> None:
         before = self.of(into)
         after = self._written(func, before, into, args, kwargs)
-        is_complete = into.numel() * into.element_size() == into.untyped_storage().nbytes()
+        nbytes = into.numel() * into.element_size()
+        is_complete = nbytes == into.untyped_storage().nbytes()
         if is_complete:
             self._keep(into, after)
             return
@@ -263,7 +268,8 @@ class _Pen(TorchDispatchMode):
             case (aten.zero_, _):
                 return torch.zeros(1, dtype=torch.float64)
             case (aten.fill_, (value, *_)):
-                return torch.full((1,), float(value), dtype=torch.float64)
+                number = float(value)
+                return torch.full((1,), number, dtype=torch.float64)
             case (aten.copy_, (other, *_)):
                 return self.of(other if other.is_meta else other.expand(into.shape))
         own = None if before is None else before.clone()
@@ -273,13 +279,15 @@ class _Pen(TorchDispatchMode):
         """Compute a new tensor's content."""
         packet = func.overloadpacket
         if packet in CONSTANT:
-            return torch.full((1,), CONSTANT[packet], dtype=torch.float64)
+            value = CONSTANT[packet]
+            return torch.full((1,), value, dtype=torch.float64)
         if packet in (aten.full, aten.full_like):
             value = float(args[1])
             return torch.full((1,), value, dtype=torch.float64)
         if packet in MOVED:
             is_list = isinstance(args[0], list | tuple)
-            parts = [self.of(tensor) for tensor in (args[0] if is_list else args[:1])]
+            tensors = args[0] if is_list else args[:1]
+            parts = [self.of(tensor) for tensor in tensors]
             all_same = all(_same(part, parts[0]) for part in parts)
             return parts[0] if all_same else None
         first = args[0] if args else None

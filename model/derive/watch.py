@@ -131,7 +131,6 @@ def sightings(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, Sightin
             role=role,
         )
     # counters and masks
-    # counters and masks
     for name, tensor in stored(model).items():
         if name not in seen:
             unread = (False,) * tensor.ndim
@@ -179,7 +178,8 @@ class _Watch(TorchDispatchMode):
         self._axes: dict[int, _Stored] = {}  # by storage
         parameters = (*model.named_parameters(), *model.named_buffers())
         for name, parameter in parameters:
-            axes = {stride: axis for axis, stride in enumerate(parameter.stride())}
+            strides = enumerate(parameter.stride())
+            axes = {stride: axis for axis, stride in strides}
             self._follow(parameter, name, axes)
 
     def _follow(self, tensor: torch.Tensor, name: str, axes: dict[int, int]) -> None:
@@ -342,7 +342,6 @@ def _places(model: PreTrainedModel) -> dict[str, _Place]:
     """
     named = (*model.named_parameters(), *model.named_buffers())
     saved = {tensor.data_ptr() for tensor in model.state_dict().values()}
-    saved = {tensor.data_ptr() for tensor in model.state_dict().values()}
     paintable = [(name, tensor) for name, tensor in named if tensor.is_floating_point()]
     state = {name: tensor for name, tensor in paintable if tensor.data_ptr() in saved}
     names = list(state)
@@ -359,7 +358,8 @@ def _places(model: PreTrainedModel) -> dict[str, _Place]:
                 continue
             first_entry = painted.flatten()[0].item()
             number = int(first_entry // PAINT)
-            parameter = names[min(number, len(names) - 1)]
+            most = len(names) - 1
+            parameter = names[min(number, most)]
             unknown_axes: list[int | None] = [None] * painted.ndim
             unknown = _Place(tuple(painted.shape), parameter, unknown_axes)
             place = places.setdefault(name, unknown)
@@ -374,7 +374,8 @@ def _coordinate(tensor: torch.Tensor, axis: int) -> torch.Tensor | int:
     """Number the places along one axis, in a shape that broadcasts; 0 where the tensor has no such axis."""
     if axis >= tensor.ndim:
         return 0
-    places = torch.arange(tensor.shape[axis], dtype=tensor.dtype)
+    length = tensor.shape[axis]
+    places = torch.arange(length, dtype=tensor.dtype)
     shape = [1] * tensor.ndim
     shape[axis] = -1
     return places.reshape(shape)
@@ -384,6 +385,7 @@ def _varying(tensor: torch.Tensor) -> Iterator[int]:
     """Yield the dims along which entries differ."""
     for dim in range(tensor.ndim):
         if tensor.shape[dim] > 1:
-            differ = tensor.amax(dim) != tensor.amin(dim)
+            largest = tensor.amax(dim)
+            differ = largest != tensor.amin(dim)
             if bool(differ.any()):
                 yield dim
