@@ -66,7 +66,8 @@ def known_size(config: Config, name: str) -> int | None:
     if type(config.get(name)) is int:
         return int(config[name])
     text = to_hf_config(config).get_text_config(decoder=True)
-    return size if type(size := getattr(text, name, None)) is int else None
+    size = getattr(text, name, None)
+    return size if type(size) is int else None
 
 
 def attention_backend(requested: str = "auto") -> tuple[str, str]:
@@ -166,7 +167,8 @@ def load_model(
                 config, held = plain.config, plain.state_dict()
     hf_config = to_hf_config(config)
     kind: Any = library_class(hf_config)
-    loaded: Any = (kind if held is None else kind._model_mapping[type(hf_config)]).from_pretrained(
+    own: Any = kind if held is None else kind._model_mapping[type(hf_config)]
+    loaded: Any = own.from_pretrained(
         str(folder) if held is None else None,
         state_dict=held,
         dtype=_torch_dtype(dtype),
@@ -182,7 +184,8 @@ def load_model(
         **({"experts_implementation": "eager"} if dtype == "float64" else {}),
     )
     model, report = loaded
-    UserError.collect(f"model {folder}: {fault}" for fault in loading_faults(report))
+    faults = loading_faults(report)
+    UserError.collect(f"model {folder}: {fault}" for fault in faults)
     return model
 
 
@@ -209,10 +212,12 @@ def stored_names(model: PreTrainedModel) -> dict[str, str]:
 
     parameters = [name for name, _ in model.named_parameters()]
     config = model.config.to_dict()
-    stored = [tensor.name for tensor in family_of(config).tensors(config) if not tensor.tied]
+    tensors = family_of(config).tensors(config)
+    stored = [tensor.name for tensor in tensors if not tensor.tied]
     names = {name: name for name in stored}
+    others = [name for name in stored if name not in parameters]
     for renaming in get_model_conversion_mapping(model, add_legacy=False):
-        names |= {renaming.rename_source_key(name)[0]: name for name in stored if name not in parameters}
+        names |= {renaming.rename_source_key(name)[0]: name for name in others}
     return {name: names[name] for name in parameters}
 
 

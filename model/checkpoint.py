@@ -140,10 +140,12 @@ class Checkpoint:
         rows = shape[0] if shape else 1
         stop = rows if stop is None else stop
         row_bytes = stored.nbytes // max(rows, 1)
-        block = (stop - start, *shape[1:]) if shape else ()
+        count = stop - start
+        block = (count, *shape[1:]) if shape else ()
         buffer = np.empty(block, RAW[stored.dtype])
         view = buffer.reshape(-1).data.cast("B")
-        self._read_into(view, stored.file, stored.offset + start * row_bytes, name)
+        offset = stored.offset + start * row_bytes
+        self._read_into(view, stored.file, offset, name)
         return buffer
 
     def _read_into(self, view: memoryview, file: Path, offset: int, name: str) -> None:
@@ -155,7 +157,8 @@ class Checkpoint:
             while done < len(view):
                 rest = view[done:]
                 descriptor = self._files[file]
-                count = os.preadv(descriptor, [rest], offset + done)
+                place = offset + done
+                count = os.preadv(descriptor, [rest], place)
                 if count == 0:  # the end of the file
                     break
                 done += count
@@ -252,7 +255,8 @@ def _check_kind(folder: Path) -> None:
     meant = [path for path in inside if path.name == "final"] or inside[-1:]
     source = f"source {str(folder)!r}"
     if meant:
-        raise UserError(f"{source}: holds no config.json; did you mean {str(meant[0])!r}?")
+        near = str(meant[0])
+        raise UserError(f"{source}: holds no config.json; did you mean {near!r}?")
     if (folder / "run.json").exists():
         raise UserError(f"{source}: a run that has no {folder.name}/final yet; finish it first")
 
@@ -420,7 +424,8 @@ def _stored(path: Path, name: str, entry: Any, start: int) -> Stored:
     if not _whole_numbers(offsets) or len(offsets) != 2:
         raise UserError(f"{where}: data_offsets {offsets!r:.80} are not two whole numbers")
     begin, end = offsets
-    stored = Stored(path, start + begin, dtype, tuple(shape))
+    sizes = tuple(shape)
+    stored = Stored(path, start + begin, dtype, sizes)
     if end - begin != stored.nbytes:
         raise UserError(
             f"{where}: {end - begin:,} bytes stored, but {dtype} {tuple(shape)} takes {stored.nbytes:,}"

@@ -43,10 +43,13 @@ def is_companion(name: str) -> bool:
     """Check whether a file of that path in a checkpoint folder goes with the model, whatever its sizes."""
     path = PurePosixPath(name)
     if len(path.parts) == 2:
-        return path.parts[0] == TEMPLATES and path.suffix == ".jinja"
-    if len(path.parts) == 1 and is_terms(name):
+        folder, _ = path.parts
+        return folder == TEMPLATES and path.suffix == ".jinja"
+    if len(path.parts) != 1:
+        return False
+    if is_terms(name):
         return True
-    if len(path.parts) != 1 or path.suffix not in ENDINGS:
+    if path.suffix not in ENDINGS:
         return False
     return not any(fnmatchcase(name, pattern) for pattern in OTHERS)
 
@@ -58,8 +61,9 @@ def is_terms(name: str) -> bool:
 
 def companions(folder: Path) -> list[str]:
     """List the paths in `folder` of what goes with the model, sorted."""
-    paths = (*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*"))
-    names = [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
+    templates = folder.glob(f"{TEMPLATES}/*")
+    paths = [path for path in (*folder.iterdir(), *templates) if path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in paths]
     return sorted(filter(is_companion, names))
 
 
@@ -67,7 +71,8 @@ def left_behind(folder: Path) -> list[str]:
     """List the files of `folder` that somebody may miss in a copy: code, and endings that nothing is known
     of.
     """
-    paths = [path for path in folder.iterdir() if path.suffix not in (*KNOWN, *ENDINGS)]
+    known = (*KNOWN, *ENDINGS)
+    paths = [path for path in folder.iterdir() if path.suffix not in known]
     files = [path.name for path in paths if path.is_file()]
     return sorted(name for name in files if not name.startswith("."))
 

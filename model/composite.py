@@ -30,17 +30,21 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
             key.removeprefix(prefix) if isinstance(key, str) and key != TEXT_TYPE else key: value
             for key, value in config.items()
         }
-    seen = {TEXT_TYPE: text.get("model_type")} if "model_type" in config else {}  # overrides name none
+    seen: dict[str, Any] = {}
+    if "model_type" in config:  # overrides name none
+        seen[TEXT_TYPE] = text.get("model_type")
     for key, value in config.items():
         if key == TEXT:
-            seen |= {
-                f"{TEXT}.{name}" if name == "model_type" or "." in name else name: entry
-                for name, entry in text.items()
-            }
+            for name, entry in text.items():
+                is_apart = name == "model_type" or "." in name
+                seen[f"{TEXT}.{name}" if is_apart else name] = entry
         elif isinstance(value, Mapping) and value and key.endswith("_config"):
-            seen |= {f"{key}.{name}": entry for name, entry in value.items()}
+            for name, entry in value.items():
+                seen[f"{key}.{name}"] = entry
+        elif key == "model_type":
+            seen[key] = value
         else:
-            seen[key if key == "model_type" else f".{key}"] = value
+            seen[f".{key}"] = value
     return seen
 
 
@@ -69,4 +73,5 @@ def of_text(key: str) -> bool:
 
 def other_towers(config: Mapping[str, Any]) -> set[str]:
     """The names of the configs (`vision_config`) beside the text model's in a flat view."""
-    return {key.partition(".")[0] for key in config if not of_text(key)} - {"", TEXT}
+    others = [key for key in config if not of_text(key)]
+    return {key.partition(".")[0] for key in others} - {"", TEXT}

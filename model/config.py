@@ -62,7 +62,8 @@ def check_values(path: Path, text: bytes, most: int) -> None:
     Raises:
         UserError: there are more than `most`.
     """
-    if (count := sum(map(text.count, (b",", b"[", b"{")))) > most:
+    count = sum(map(text.count, (b",", b"[", b"{")))
+    if count > most:
         raise UserError(f"{path}: about {count:,} values; no honest {path.name} holds more than {most:,}")
 
 
@@ -77,21 +78,26 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def value_faults(config: Config, family: Family) -> Iterator[str]:
     """List values that are no sizes and have a type that the engine does not compute with."""
-    scale = family.attention_scale if family.attention_scale not in ("head_dim", "none") else None
+    scale = family.attention_scale
+    scale_keys = [] if scale in ("head_dim", "none") else [scale]
     shares = (family.rotary_field, "partial_rotary_factor", "rope_theta")
-    numbers = dict.fromkeys([family.field_name("norm_eps"), "initializer_range", *shares, *THETA, scale])
+    eps = family.field_name("norm_eps")
+    keys = [eps, "initializer_range", *shares, *THETA, *scale_keys]
+    numbers = dict.fromkeys(keys)
     yield from _no_numbers(config, numbers, "config")
     for key in ROPE:
         rope = config.get(key)
         if isinstance(rope, Mapping):
-            yield from _no_numbers(rope, dict.fromkeys(shares), f"config: {key}")
+            rope_numbers = dict.fromkeys(shares)
+            yield from _no_numbers(rope, rope_numbers, f"config: {key}")
         elif rope is not None:
             yield f"config: {key} must be keys and values, or null; found {rope!r:.80}"
     kinds = config.get("layer_types")
     are_names = isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)
     if kinds is not None and not are_names:
         yield f"config: layer_types must be a list of names, or null; found {kinds!r:.80}"
-    if not isinstance(tied := config.get("tie_word_embeddings"), bool | None):
+    tied = config.get("tie_word_embeddings")
+    if not isinstance(tied, bool | None):
         yield f"config: tie_word_embeddings must be true, false or null; found {tied!r:.80}"
 
 
@@ -115,8 +121,10 @@ def tokenizer_size(folder: Path) -> int | None:
     tokenizer = read_json(path)
     try:
         vocabulary = tokenizer["model"]["vocab"]
-        ids = range(len(vocabulary)) if isinstance(vocabulary, list) else vocabulary.values()
-        added = [token["id"] for token in tokenizer.get("added_tokens") or ()]
+        is_list = isinstance(vocabulary, list)
+        ids = range(len(vocabulary)) if is_list else vocabulary.values()
+        further = tokenizer.get("added_tokens") or ()
+        added = [token["id"] for token in further]
         return 1 + max([*ids, *added])
     except (KeyError, TypeError, ValueError, AttributeError) as fault:
         raise UserError(
@@ -170,24 +178,30 @@ def _overlay(overrides: dict[str, Any], source: Config | None, family: Family | 
         return overrides
     family = family or family_of(source)
     UserError.collect(value_faults(source, family))
-    if (other := overrides.get("model_type", source["model_type"])) != source["model_type"]:
+    own_type = source["model_type"]
+    target_type = overrides.get("model_type", own_type)
+    if target_type != own_type:
         raise UserError(
-            f"target: model_type {other!r} differs from the source's {source['model_type']!r}; a family "
+            f"target: model_type {target_type!r} differs from the source's {own_type!r}; a family "
             "grows into itself only"
         )
-    overrides = {
-        family.field_name(key) if key not in source else key: value for key, value in overrides.items()
-    }
+    spelled = {key: key if key in source else family.field_name(key) for key in overrides}
+    overrides = {spelled[key]: value for key, value in overrides.items()}
     rotary = overrides.pop(family.rotary_field, None)
+    names = sorted(DTYPES)
+    dtypes = filter(None, map(source.get, names))
+    dtype = next(dtypes, None)
     for key in DTYPES & overrides.keys():
-        if overrides[key] != next(filter(None, map(source.get, sorted(DTYPES))), None):
+        if overrides[key] != dtype:
             raise UserError(
                 f"target: {key} {overrides[key]!r}: the grown tensors keep the source's dtype; leave it "
                 "out here"
             )
-    spellings = {family.field_name(name) for name in STANDARD if family.knows(name)}
+    standard_keys = filter(family.knows, STANDARD)
+    spellings = set(map(family.field_name, standard_keys))
     known = {*source, *DTYPES, *spellings}
-    known |= {"rope_parameters"} if family.rotary is not None else set()
+    if family.rotary is not None:
+        known.add("rope_parameters")
     UserError.collect(
         f"target: unknown config key {key!r}; {did_you_mean(key, known)}"
         for key in overrides
@@ -205,35 +219,46 @@ def _overlay(overrides: dict[str, Any], source: Config | None, family: Family | 
     config = {**source, **overrides}
     for key, standard in family.follows.items():
         size = family.field_name(standard)
-        if key not in overrides and source.get(key) == source.get(size):
+        before = source.get(key)
+        followed_before = before == source.get(size)
+        if followed_before and key not in overrides:
             config[key] = config[size]
     if rope:
         config["rope_parameters"] = rope_of(source) | rope
-        config |= {"rope_scaling": None} if source.get("rope_scaling") else {}
-    heads, kv = family.field_name("num_attention_heads"), family.field_name("num_key_value_heads")
+        if source.get("rope_scaling"):
+            config["rope_scaling"] = None
+    heads = family.field_name("num_attention_heads")
+    kv = family.field_name("num_key_value_heads")
     # one key-value head per query head stays so
-    if kv not in overrides and source.get(kv) == source.get(heads) is not None:
+    one_each = source.get(kv) == source.get(heads) is not None
+    if one_each and kv not in overrides:
         config[kv] = config.get(heads)
     turned = family.rotary_dims(source)
     if rotary is None and 0 < turned < family.sizes(source)["qk"]:
-        rotary = rotary_share(turned, family.sizes(config)["qk"])
-    return config if rotary is None else with_rotary_share(config, family.rotary_field, rotary)
+        head_dim = family.sizes(config)["qk"]
+        rotary = rotary_share(turned, head_dim)
+    if rotary is None:
+        return config
+    return with_rotary_share(config, family.rotary_field, rotary)
 
 
 def _stored_as(source: Config | None, config: dict[str, Any]) -> dict[str, Any]:
     """A target's config with the dtype that the source's says, in which its tensors are written."""
     if source is None:
         return config
-    said = {key: source[key] for key in DTYPES & source.keys()}
-    return {key: value for key, value in config.items() if key not in DTYPES} | said
+    dtypes = {key: source[key] for key in DTYPES & source.keys()}
+    others = {key: value for key, value in config.items() if key not in DTYPES}
+    return others | dtypes
 
 
 def rope_of(config: Config) -> dict[str, Any]:
     """Collect a config's rotary positions (RoPE) in today's spelling; older ones have `rope_scaling` and a
     base beside it.
     """
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})  # in the library's order
-    theta = next(filter(None, (config.get(key) for key in THETA)), 10_000.0)
+    # in the library's order
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    named = filter(None, map(config.get, THETA))
+    theta = next(named, 10_000.0)
     return {"rope_type": rope.pop("type", "default"), "rope_theta": theta} | rope
 
 
@@ -242,7 +267,9 @@ def rotary_share(turned: int, head: int) -> float:
     the rotary count.
     """
     share = turned / head
-    return share if int(head * share) == turned else (turned + 0.5) / head
+    if int(head * share) == turned:
+        return share
+    return (turned + 0.5) / head
 
 
 def with_rotary_share(config: Config, field: str, share: float) -> dict[str, Any]:

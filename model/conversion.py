@@ -25,8 +25,8 @@ def in_file(config: Config, tensors: Mapping[str, torch.Tensor]) -> dict[str, to
     """
     model = meta_model(config)
     if has_schema(config):
-        names = {name: stored for name, stored in stored_names(model).items() if name in tensors}
-        return {stored: tensors[name] for name, stored in names.items()}
+        stored = stored_names(model).items()
+        return {name: tensors[own] for own, name in stored if own in tensors}
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(model, dict(tensors))
@@ -45,20 +45,21 @@ def in_model(
         UserError: the library makes other parameters of them.
     """
     if has_schema(config):
-        return {name: tensor(stored) for name, stored in stored_names(meta_model(config)).items()}
+        stored = stored_names(meta_model(config))
+        return {own: tensor(name) for own, name in stored.items()}
     hf_config = to_hf_config(config)
     held = {name: tensor(name) for name in names}
     # loses none
-    dtype = max(
-        (tensor.dtype for tensor in held.values() if tensor.is_floating_point()),
-        key=lambda kind: kind.itemsize,
-    )
-    library: Any = library_class(hf_config)._model_mapping[type(hf_config)]
+    dtypes = [tensor.dtype for tensor in held.values() if tensor.is_floating_point()]
+    dtype = max(dtypes, key=lambda kind: kind.itemsize)
+    classes: Any = library_class(hf_config)._model_mapping
+    library = classes[type(hf_config)]
     with quietly():
         model, report = library.from_pretrained(
             None, config=hf_config, state_dict=held, dtype=dtype, output_loading_info=True
         )
-    if faults := {name: reported for name, reported in report.items() if reported}:
+    faults = {name: reported for name, reported in report.items() if reported}
+    if faults:
         raise UserError(
             f"family {config['model_type']!r}: the library does not make a model of its own tensors "
             f"({str(faults)[:300]})"

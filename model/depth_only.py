@@ -17,6 +17,7 @@ from outgrow.model.family import Config, Family
 from outgrow.model.keys import DEPTH_KEYS
 
 Shape = tuple[int, ...]
+_Pattern = tuple[str, Shape]  # (name with `*` for the layer, shape)
 
 
 def outline(config: Config, shapes: Mapping[str, Shape], depth_key: str | None = None) -> Family:
@@ -32,7 +33,8 @@ def outline(config: Config, shapes: Mapping[str, Shape], depth_key: str | None =
         UserError: no numbered layers, more than one stack of them, or no config key counts them.
     """
     name = str(config.get("model_type"))
-    prefix, count = numbered_layers(name, shapes, {depth_key or "", *DEPTH_KEYS}, config)
+    counting = {depth_key or "", *DEPTH_KEYS}
+    prefix, count = numbered_layers(name, shapes, counting, config)
     keys = [key for key in DEPTH_KEYS if config.get(key) == count]
     if depth_key:
         keys = [depth_key]
@@ -41,10 +43,9 @@ def outline(config: Config, shapes: Mapping[str, Shape], depth_key: str | None =
             f"family {name!r} has no schema, and no config key says that {prefix}* has {count} layers "
             f"(looked for {', '.join(keys or DEPTH_KEYS)}), so the grown config could not say it either"
         )
-    lines = outline_lines(shapes, prefix, count)
-    return Family(
-        name=name, norm="rms", schema="\n".join(lines), names={"num_hidden_layers": keys[0]}, rotary=None
-    )
+    schema = "\n".join(outline_lines(shapes, prefix, count))
+    names = {"num_hidden_layers": keys[0]}
+    return Family(name=name, norm="rms", schema=schema, names=names, rotary=None)
 
 
 def numbered_layers(name: str, shapes: Iterable[str], keys: Iterable[str], config: Config) -> tuple[str, int]:
@@ -53,11 +54,13 @@ def numbered_layers(name: str, shapes: Iterable[str], keys: Iterable[str], confi
     Raises:
         UserError: there are none, numbers are missing, or there are several stacks of layers.
     """
-    counts = {config[key] for key in keys if isinstance(config.get(key), int)}
+    values = map(config.get, keys)
+    counts = {value for value in values if isinstance(value, int)}
     numbers: dict[str, set[int]] = defaultdict(set)  # by prefix
     for tensor in shapes:
         if match := re.match(r"(.*?\.|)(\d+)\.", tensor):
-            numbers[match[1]].add(int(match[2]))
+            number = int(match[2])
+            numbers[match[1]].add(number)
     if not numbers:
         raise UserError(
             f"family {name!r} has no schema, and no tensor's name has a layer's number, so its layers "
@@ -65,39 +68,48 @@ def numbered_layers(name: str, shapes: Iterable[str], keys: Iterable[str], confi
         )
     lengths = {prefix: len(layers) for prefix, layers in numbers.items()}
     # from 0 on, with none missing
-    complete = {prefix: count for prefix, count in lengths.items() if max(numbers[prefix]) == count - 1}
+    last = {prefix: max(layers) for prefix, layers in numbers.items()}
+    complete = [prefix for prefix, count in lengths.items() if last[prefix] == count - 1]
     # vis(ion_config) has the layers of vision_tower. and of visual.
     others = [re.compile(rf"\b{tower[:3]}") for tower in other_towers(config)]
 
     def of_other(prefix: str) -> bool:
         return any(tower.search(prefix) for tower in others)
 
-    of_text = {prefix: count for prefix, count in complete.items() if not of_other(prefix)} or complete
-    stacks = {prefix: count for prefix, count in of_text.items() if count in counts} or of_text
+    of_text = [prefix for prefix in complete if not of_other(prefix)] or complete
+    stacks = [prefix for prefix in of_text if lengths[prefix] in counts] or of_text
     if len(stacks) != 1:
-        stories = ", ".join(f"{prefix}* ({lengths[prefix]} numbers)" for prefix in sorted(lengths))
+        prefixes = sorted(lengths)
+        stories = ", ".join(f"{prefix}* ({lengths[prefix]} numbers)" for prefix in prefixes)
         raise UserError(
             f"family {name!r} has no schema, and which numbers count its layers is not clear: {stories}"
         )
-    return next(iter(stacks.items()))
+    return stacks[0], lengths[stacks[0]]
 
 
 def outline_lines(shapes: Mapping[str, Shape], prefix: str, count: int) -> list[str]:
     """One `tensor` line per name pattern and shape; a tensor that only some layers have says which."""
-    layers: dict[tuple[str, Shape], list[int]] = defaultdict(list)
+    layers: dict[_Pattern, list[int]] = defaultdict(list)
     for tensor, shape in shapes.items():
-        number, _, rest = tensor.removeprefix(prefix).partition(".")
+        name = tensor.removeprefix(prefix)
+        number, _, rest = name.partition(".")
         if tensor.startswith(prefix) and number.isdigit():
-            layers[f"{prefix}*.{rest}", shape].append(int(number))
+            pattern = f"{prefix}*.{rest}"
+            layer = int(number)
+            layers[pattern, shape].append(layer)
         else:
             layers.setdefault((tensor, shape), [])
-    return [
-        f"{pattern}  tensor {', '.join(map(str, shape)) or 'scalar'}"
-        + in_layers(numbers, count if "*" in pattern else 0)
-        for (pattern, shape), numbers in layers.items()
-    ]
+    lines = []
+    for (pattern, shape), numbers in layers.items():
+        lengths = ", ".join(map(str, shape))
+        everywhere = count if "*" in pattern else 0
+        suffix = in_layers(numbers, everywhere)
+        lines.append(f"{pattern}  tensor {lengths or 'scalar'}{suffix}")
+    return lines
 
 
 def in_layers(numbers: Sequence[int], count: int) -> str:
     """The end of a line that only some of `count` layers have."""
-    return "" if len(numbers) == count else f" in layers {','.join(map(str, sorted(numbers)))}"
+    if len(numbers) == count:
+        return ""
+    return f" in layers {','.join(map(str, sorted(numbers)))}"

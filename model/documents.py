@@ -35,12 +35,16 @@ def documents_apart(
     """
     positions = document_positions(tokens, end_of_text)
     if attention != "flash_attention_2":
-        masks = {} if masked is None else {"attention_mask": document_masks(masked, positions)}
+        masks = {}
+        if masked is not None:
+            masks["attention_mask"] = document_masks(masked, positions)
         return {"input_ids": tokens, "position_ids": positions, **masks}
     starts = (positions.flatten() == 0).nonzero().flatten()
-    bounds = torch.cat((starts, starts.new_tensor([tokens.numel()]))).int()
+    end = starts.new_tensor([tokens.numel()])
+    bounds = torch.cat((starts, end)).int()
     longest = tokens.shape[1]  # an upper bound does, and needs no waiting for the device
-    rows = {"input_ids": tokens.reshape(1, -1), "position_ids": positions.reshape(1, -1)}
+    rows = {"input_ids": tokens.reshape(1, -1)}
+    rows["position_ids"] = positions.reshape(1, -1)
     return {
         **rows,
         "cu_seq_lens_q": bounds,
@@ -56,8 +60,10 @@ def document_masks(config: PretrainedConfig, positions: Tensor) -> Any:
     """
     from transformers.masking_utils import create_masks_for_generate
 
-    blank = torch.empty((*positions.shape, 1), device=positions.device)  # whose shape and dtype alone count
-    known: dict[str, Any] = {"attention_mask": None, "past_key_values": None, "position_ids": positions}
+    shape = (*positions.shape, 1)
+    blank = torch.empty(shape, device=positions.device)  # whose shape and dtype alone count
+    known: dict[str, Any] = {"attention_mask": None, "past_key_values": None}
+    known["position_ids"] = positions
     return create_masks_for_generate(config=config.get_text_config(), inputs_embeds=blank, **known)
 
 
@@ -66,5 +72,7 @@ def document_positions(tokens: Tensor, end_of_text: int) -> Tensor:
 
     `[5, 6, E, 7, E, E, 8]` → `[0, 1, 0, 1, 0, 0, 1]`.
     """
-    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    return places - torch.where(tokens == end_of_text, places, 0).cummax(1).values
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    places = places.expand_as(tokens)
+    ends = torch.where(tokens == end_of_text, places, 0)
+    return places - ends.cummax(1).values

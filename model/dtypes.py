@@ -41,7 +41,8 @@ PLAIN_NUMBERS = ("I64", "BOOL")
 
 def config_dtype(config: Mapping[str, Any]) -> str | None:
     """The safetensors dtype that a config names for its weights; None where it names none that is known."""
-    return TORCH_NAMES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."))
+    name = config.get("dtype") or config.get("torch_dtype")
+    return TORCH_NAMES.get(str(name).removeprefix("torch."))
 
 
 def is_short(dtype: str) -> bool:
@@ -62,15 +63,20 @@ def working_type(dtype: str) -> type[np.floating]:
 def to_float(raw: np.ndarray, dtype: str) -> np.ndarray:
     """Raw bits as numbers in the working type (exact)."""
     if dtype == "BF16":
-        return (raw.astype(np.uint32) << 16).view(np.float32)
-    return raw.view(FLOATS[dtype]).astype(working_type(dtype), copy=False)
+        bits = raw.astype(np.uint32) << 16
+        return bits.view(np.float32)
+    values = raw.view(FLOATS[dtype])
+    return values.astype(working_type(dtype), copy=False)
 
 
 def to_raw(values: np.ndarray, dtype: str) -> np.ndarray:
     """Numbers as raw bits of `dtype`, rounded to nearest, ties to even; NaN stays NaN."""
     if dtype != "BF16":
-        return np.ascontiguousarray(values.astype(FLOATS[dtype], copy=False)).view(RAW[dtype])
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+        stored = values.astype(FLOATS[dtype], copy=False)
+        return np.ascontiguousarray(stored).view(RAW[dtype])
+    singles = np.ascontiguousarray(values, dtype=np.float32)
+    bits = singles.view(np.uint32)
     is_odd = (bits >> 16) & np.uint32(1)
     rounded = (bits + np.uint32(0x7FFF) + is_odd) >> 16
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded.astype(np.uint16))
+    rounded = rounded.astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)

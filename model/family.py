@@ -219,7 +219,8 @@ class Family:
             value = self._checked(key, config.get(key))
             size = value * factor
             if size.denominator != 1:
-                fault = f"{key} {config[key]} must be a multiple of {size.denominator}"
+                multiple = f"a multiple of {size.denominator}"
+                fault = f"{key} {config[key]} must be {multiple}"
                 raise UserError(f"config of family {self.name!r}: {fault}")
             sizes[space] = int(size)
         head_spaces = ("kv", "group", "qk")
@@ -379,7 +380,8 @@ class Family:
         tied = line.tied_if is not None and self.flag(config, line.tied_if)
         has_bias = line.bias and (line.bias_if is None or self.flag(config, line.bias_if))
         axes = line.axes
-        reads: tuple[bool, ...] = (line.transposed, not line.transposed)
+        transposed = line.transposed
+        reads: tuple[bool, ...] = (transposed, not transposed)
         if line.into is None:
             reads = (False,) * len(axes)
         is_plain = line.kind == "tensor"
@@ -387,11 +389,13 @@ class Family:
         bias = "" if is_plain else ".bias"
         for name in line.names:
             shape = tuple(size(axis, sizes) for axis in axes)
-            yield Tensor(name + weight, line, axes, reads, shape, layer, tied)
+            weight_name = name + weight
+            yield Tensor(weight_name, line, axes, reads, shape, layer, tied)
             if has_bias:
                 width = (size(line.out, sizes),)
                 own = (line.out,)
-                yield Tensor(name + bias, line, own, (False,), width, layer, False, is_bias=True)
+                bias_name = name + bias
+                yield Tensor(bias_name, line, own, (False,), width, layer, False, is_bias=True)
 
 
 def initial_deviation(config: Config) -> float:

@@ -34,6 +34,9 @@ EXACT_CONTEXT, SAMPLES = 4096, 1024  # beyond so many positions, so many of them
 NAME = "counted"  # of the attention that only counts
 
 
+_MaskFunction = Callable[..., Any]
+
+
 @dataclass(frozen=True)
 class Count:
     """Forward FLOPs per token at one context.
@@ -79,9 +82,11 @@ class Passes:
     def at(self, context: int) -> Count:
         """Compute FLOPs per token at `context` tokens per sequence."""
         means = {id(call.mask): _mean_attended(call.mask, context) for call in self.calls}
-        attention = sum(call.flops_per_pair * means[id(call.mask)] for call in self.calls)
+        products = [call.flops_per_pair * means[id(call.mask)] for call in self.calls]
         own = self.square * (context + 1) / 2
-        return Count(self.linear + self.constant / context, attention + own)
+        attention = sum(products)
+        linear = self.linear + self.constant / context
+        return Count(linear, attention + own)
 
 
 def count(model: PreTrainedModel, context: int) -> Count:
@@ -101,8 +106,9 @@ def watch(model: PreTrainedModel) -> Passes:
     """
     calls: list[_Call] = []
     known = model.config.get_text_config()
-    limits = (getattr(known, key, None) for key in ("max_position_embeddings", "max_seq_len", "n_positions"))
-    limit = next((limit for limit in limits if limit), 4 * STEP)
+    keys = ("max_position_embeddings", "max_seq_len", "n_positions")
+    limits = [getattr(known, key, None) for key in keys]
+    limit = next(filter(None, limits), 4 * STEP)
     step = max(1, min(STEP, limit // 4))  # some classes keep a position or two for themselves
     totals = []
     with _counting(model, calls), quietly():
@@ -110,16 +116,20 @@ def watch(model: PreTrainedModel) -> Passes:
             calls.clear()
             totals.append(_forward_flops(model, length))
     first, second, third = totals
-    square = (third - 2 * second + first) / (2 * step**2)
-    linear = (second - first) / step - 3 * square * step
-    constant = first - linear * step - square * step**2
+    curvature = third - 2 * second + first
+    square = curvature / (2 * step**2)
+    slope = (second - first) / step
+    linear = slope - 3 * square * step
+    curved = square * step**2
+    constant = first - linear * step - curved
     return Passes(constant, linear, square, tuple(calls))
 
 
 def counted(config: Config, context: int) -> Count | None:
     """`count` of a model of `config` at its own size, without memory; None where its class does not run
     so."""
-    passes = _watched(json.dumps(config, sort_keys=True, default=repr), _Held(config))
+    text = json.dumps(config, sort_keys=True, default=repr)
+    passes = _watched(text, _Held(config))
     return None if passes is None else passes.at(context)
 
 
@@ -162,7 +172,7 @@ def _counting(model: Any, calls: list[_Call]) -> Iterator[None]:
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
-    masks: dict[int, Callable[..., Any]] = {}
+    masks: dict[Any, _MaskFunction] = {}  # by storage
     alive: list[torch.Tensor] = []  # so that no storage is used again
 
     def make_mask(
@@ -178,8 +188,11 @@ def _counting(model: Any, calls: list[_Call]) -> Iterator[None]:
     ) -> Any:
         rows, heads, positions, qk = query.shape
         v = value.shape[-1]
-        storage = None if attention_mask is None else attention_mask.untyped_storage()._cdata
-        calls.append(_Call(2.0 * heads * (qk + v), masks.get(storage)))  # type: ignore[arg-type]
+        storage = None
+        if attention_mask is not None:
+            storage = attention_mask.untyped_storage()._cdata
+        flops_per_pair = 2.0 * heads * (qk + v)
+        calls.append(_Call(flops_per_pair, masks.get(storage)))
         return query.new_zeros(rows, positions, heads, v), None
 
     AttentionInterface.register(NAME, attend)
@@ -187,14 +200,16 @@ def _counting(model: Any, calls: list[_Call]) -> Iterator[None]:
     training = model.training
     with ExitStack() as stack:
         for name, module in _configs(model):
-            stack.enter_context(patch.object(module, name, NAME if "attn" in name else "batched_mm"))
+            counting = NAME if "attn" in name else "batched_mm"
+            stack.enter_context(patch.object(module, name, counting))
         # Each row is one sequence; whether it is would be asked of values that are not there.
         stack.enter_context(
             patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
         )
         # Chunks begin after the padding, of which there is none: a count of it would lie on the model's
         # device, which has no values.
-        chunked, no_padding = masking_utils.chunked_overlay, torch.zeros(1, dtype=torch.long)
+        chunked = masking_utils.chunked_overlay
+        no_padding = torch.zeros(1, dtype=torch.long)
         overlay = patch.object(masking_utils, "chunked_overlay", lambda size, _: chunked(size, no_padding))
         stack.enter_context(overlay)
         # Whether there is padding in the text, which decides on a warning, would be asked of them too.
@@ -234,11 +249,13 @@ def _mean_attended(mask: Callable[..., Any] | None, context: int) -> float:
         return (context + 1) / 2
     queries = torch.arange(context)
     if context > EXACT_CONTEXT:
-        queries = torch.linspace(0, context - 1, SAMPLES).round().long()
+        spread = torch.linspace(0, context - 1, SAMPLES)
+        queries = spread.round().long()
     zero = torch.zeros((), dtype=torch.int64)
     keys = torch.arange(context)[None, :]
     try:
-        parts = [mask(zero, zero, part[:, None], keys) for part in queries.split(128)]
+        columns = [part[:, None] for part in queries.split(128)]
+        parts = [mask(zero, zero, column, keys) for column in columns]
         sums = [part.expand(-1, context).sum(1) for part in parts]
         attended = torch.cat(sums).double()
     except Exception:  # a mask that takes no whole rows of positions
@@ -248,5 +265,6 @@ def _mean_attended(mask: Callable[..., Any] | None, context: int) -> float:
     # The sum over all positions, by the trapezoidal rule and the halves of both ends.
     neighbours = attended[1:] + attended[:-1]
     between = (queries.diff() * neighbours / 2).sum()
-    ends = (attended[0] + attended[-1]) / 2
+    first_and_last = attended[0] + attended[-1]
+    ends = first_and_last / 2
     return float((between + ends) / context)

@@ -39,16 +39,19 @@ def numbers(dtype: str) -> np.ndarray:
     exponent = bits >> fraction_bits & exponent_mask
     steps = 1 << fraction_bits
     fraction = (bits & steps - 1) / steps
-    normal = np.ldexp(1 + fraction, exponent - bias)
+    power = exponent - bias
+    normal = np.ldexp(1 + fraction, power)
     subnormal = np.ldexp(fraction, 1 - bias)
     size = np.where(exponent > 0, normal, subnormal)
     if infinite:
         top = exponent == exponent_mask
-        size[top] = np.where(fraction[top] > 0, np.nan, np.inf)
+        is_nan = fraction[top] > 0
+        size[top] = np.where(is_nan, np.nan, np.inf)
     else:
         size[(bits & 0x7F) == 0x7F] = np.nan
     is_negative = bits & 0x80
-    return np.where(is_negative, -size, size).astype(np.float32)
+    signed = np.where(is_negative, -size, size)
+    return signed.astype(np.float32)
 
 
 class Dequantised(Checkpoint):
@@ -109,7 +112,8 @@ class Dequantised(Checkpoint):
         raw = self._read_rows(name, stored, start, stop)
         if stored.dtype not in FORMATS:
             return raw
-        factors = self._factors(name, stored, start, len(raw))
+        count = len(raw)
+        factors = self._factors(name, stored, start, count)
         values = numbers(stored.dtype)[raw]
         return to_raw(values * factors, self._dtype)
 
@@ -130,10 +134,12 @@ class Dequantised(Checkpoint):
         rows, columns = stored.shape[-2:]
         row = np.arange(start, start + count)
         matrix, row_of_matrix = np.divmod(row, rows)
-        row_of_grid = matrix * grid[-2] + row_of_matrix // height
+        first = matrix * grid[-2]
+        row_of_grid = first + row_of_matrix // height
         grid_rows = scales.reshape(-1, grid[-1])
         lines = grid_rows[row_of_grid]
-        return np.repeat(lines, width, axis=1)[:, :columns]
+        entries = np.repeat(lines, width, axis=1)
+        return entries[:, :columns]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Every tensor, plain, in memory."""
@@ -145,7 +151,8 @@ class Dequantised(Checkpoint):
         for name, stored in self.tensors.items():
             raw = self.read(name)
             signed = raw.view(f"i{raw.itemsize}")
-            tensor = torch.from_numpy(signed).view(kinds[stored.dtype])
+            kind = kinds[stored.dtype]
+            tensor = torch.from_numpy(signed).view(kind)
             state[name] = tensor.reshape(stored.shape)
         return state
 
@@ -165,7 +172,6 @@ def dequantised(checkpoint: Checkpoint) -> Dequantised | None:
     all_plain = all(is_plain(stored[name].dtype) for name in rest)
     has_scales = all(name + SCALE in stored for name in quantised)
     if not has_scales or not all_plain:
-        return None
         return None
     return Dequantised(checkpoint, _blocks(checkpoint))
 

@@ -33,7 +33,8 @@ def generation_config(folder: Path, config: Config) -> tuple[GenerationConfig, t
     """
     file = folder / FILE
     try:
-        entries = read_json(file) if file.is_file() else _entries(config)
+        is_there = file.is_file()
+        entries = read_json(file) if is_there else _entries(config)
     except UserError as fault:
         generation, changes = mended(_entries(config))
         return generation, (f"{fault}; left out", *changes)
@@ -56,7 +57,8 @@ def mended(entries: Mapping[str, Any]) -> tuple[GenerationConfig, tuple[str, ...
             changes.append("do_sample: true is added, without which what it says of sampling is refused")
     dropped = [key for key in entries if key not in kept]
     if dropped:
-        listing = ", ".join(f"{key}: {entries[key]!r:.40}" for key in dropped)
+        entries_dropped = [f"{key}: {entries[key]!r:.40}" for key in dropped]
+        listing = ", ".join(entries_dropped)
         changes.append(f"{listing} left out, which the library refuses to save")
     generation = _valid(kept)
     assert generation is not None
@@ -93,4 +95,5 @@ def _entries(config: Config) -> dict[str, Any]:
     from transformers import GenerationConfig
 
     known = GenerationConfig().to_dict().keys() - {"transformers_version"}
-    return {key: value for key, value in config.items() if key in known and value is not None}
+    values = {key: value for key, value in config.items() if value is not None}
+    return {key: value for key, value in values.items() if key in known}

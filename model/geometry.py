@@ -31,9 +31,11 @@ EXPERTS_PER_TOKEN = (
 def parameter_count(config: Config) -> int:
     """The number of parameters of the model that `config` describes; tied tensors count once."""
     if not has_schema(config):
-        return sum(parameter.numel() for parameter in _class_of(config).parameters())
+        parameters = _class_of(config).parameters()
+        return sum(parameter.numel() for parameter in parameters)
     tensors = family_of(config).tensors(config)
-    return sum(prod(tensor.shape) for tensor in tensors if not tensor.tied)
+    stored = [tensor for tensor in tensors if not tensor.tied]
+    return sum(prod(tensor.shape) for tensor in stored)
 
 
 def active_parameter_count(config: Config) -> int:
@@ -53,7 +55,8 @@ def active_parameter_count(config: Config) -> int:
         experts, rows, _ = parameter.shape
         is_stack = experts in counts and rows > 1  # a depthwise kernel has 1 there
         if is_stack and chosen < experts:
-            idle += parameter.numel() * (1 - chosen / experts)
+            idle_share = 1 - chosen / experts
+            idle += parameter.numel() * idle_share
     return total - round(idle)
 
 
@@ -72,8 +75,8 @@ def matmul_parameter_count(config: Config) -> float:
     """
     if not has_schema(config):
         return _matmul_parameters_of_class(config)
-    tensors = family_of(config).tensors(config)
-    return sum(prod(tensor.shape) for tensor in tensors if _multiplies(tensor))
+    tensors = filter(_multiplies, family_of(config).tensors(config))
+    return sum(prod(tensor.shape) for tensor in tensors)
 
 
 def flops_per_token(config: Config, context: int) -> float:
@@ -84,10 +87,13 @@ def flops_per_token(config: Config, context: int) -> float:
     et al., 2001.08361; the attention term as in PaLM, 2204.02311, halved for the causal mask). Norms,
     activations, softmax and the optimizer are left out.
     """
-    count = None if _by_schema(config, context) else counted(config, context)
+    count = None
+    if not _by_schema(config, context):
+        count = counted(config, context)
     if count is not None:
         return 3.0 * count.total
-    return 3.0 * (2 * matmul_parameter_count(config) + _attention(config, context))
+    of_matrices = 2 * matmul_parameter_count(config)
+    return 3.0 * (of_matrices + _attention(config, context))
 
 
 def flops_source(config: Config, context: int) -> str:
@@ -102,13 +108,20 @@ def flops_source(config: Config, context: int) -> str:
 
 
 def _by_schema(config: Config, context: int) -> bool:
-    return has_schema(config) and all(window >= context for window in _whole_numbers(config, "window"))
+    if not has_schema(config):
+        return False
+    windows = _whole_numbers(config, "window")
+    return all(window >= context for window in windows)
 
 
 def _attention(config: Config, context: int) -> float:
     """Forward FLOPs per token of the scores and the weighted values."""
-    count = None if _by_schema(config, context) else counted(config, context)
-    return _attention_width(config) * (context + 1) if count is None else count.attention
+    count = None
+    if not _by_schema(config, context):
+        count = counted(config, context)
+    if count is not None:
+        return count.attention
+    return _attention_width(config) * (context + 1)
 
 
 def unpaid_flops_per_token(config: Config, context: int, frozen: Collection[str]) -> float:
@@ -122,16 +135,21 @@ def unpaid_flops_per_token(config: Config, context: int, frozen: Collection[str]
     if not frozen or not has_schema(config):
         return 0.0
     tensors = list(family_of(config).tensors(config))
-    layers = 1 + max(tensor.layer for tensor in tensors if tensor.layer is not None)
+    numbers = [tensor.layer for tensor in tensors if tensor.layer is not None]
+    layers = 1 + max(numbers)
     places = _places(tensors, layers)
-    still = [(tensor.line.tied_to if tensor.tied else tensor.name) in frozen for tensor in tensors]
+    names = [tensor.line.tied_to if tensor.tied else tensor.name for tensor in tensors]
+    still = [name in frozen for name in names]
     learning = [place for place, stays in zip(places, still, strict=True) if not stays]
     first = min(learning, default=layers + 1)
     below = min(max(first, 0), layers)  # layers in which nothing learns, nor before them
-    unpaid = 2.0 * _attention(config, context) / layers * below
-    for tensor, place, stays in zip(tensors, places, still, strict=True):
+    of_attention = _attention(config, context)
+    unpaid = 2.0 * of_attention / layers * below
+    rows = zip(tensors, places, still, strict=True)
+    for tensor, place, stays in rows:
         if _multiplies(tensor):
-            unpaid += 2.0 * prod(tensor.shape) * (stays + (place < first))
+            products = stays + (place < first)  # for its own gradient, for the one passed on
+            unpaid += 2.0 * prod(tensor.shape) * products
     return unpaid
 
 
@@ -156,18 +174,22 @@ def _attention_width(config: Config) -> int:
     if has_schema(config):
         sizes = family_of(config).sizes(config)
         heads = sizes["kv"] * sizes["group"]
-        return sizes["layer"] * heads * (sizes["qk"] + sizes["v"])
+        widths = sizes["qk"] + sizes["v"]
+        return sizes["layer"] * heads * widths
     from outgrow.model.build import to_hf_config
 
     known = to_hf_config(config).get_text_config()  # under the library's standard names
-    layers = getattr(known, "per_layer_config", None) or [known] * known.num_hidden_layers
+    each = getattr(known, "per_layer_config", None)
+    layers = each or [known] * known.num_hidden_layers
     return sum(_layer_attention_width(layer) for layer in layers)
 
 
 def _layer_attention_width(layer: Any) -> int:
     """heads · (qk + v) of one layer, by its config; 0 where it has no attention."""
     heads = getattr(layer, "num_attention_heads", None) or 0
-    head = getattr(layer, "head_dim", None) or (layer.hidden_size // heads if heads else 0)
+    if not heads:
+        return 0
+    head = getattr(layer, "head_dim", None) or layer.hidden_size // heads
     return 2 * heads * head
 
 
@@ -181,23 +203,26 @@ def _matmul_parameters_of_class(config: Config) -> float:
     from torch import nn
 
     model = _class_of(config)
-    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    looked_up = {id(module.weight) for module in embeddings}
     head = getattr(model.get_output_embeddings(), "weight", None)
     experts = experts_per_token(config)
     total = 0.0
     for parameter in model.parameters():
-        multiplies = id(parameter) not in looked_up or parameter is head
-        if parameter.ndim < 2 or not multiplies:
+        is_matrix = id(parameter) not in looked_up or parameter is head
+        if parameter.ndim < 2 or not is_matrix:
             continue
-        share = min(1.0, experts / parameter.shape[0]) if parameter.ndim == 3 else 1.0
+        share = 1.0
+        if parameter.ndim == 3:  # a stack of experts
+            share = min(1.0, experts / parameter.shape[0])
         total += parameter.numel() * share
     return total
 
 
 def experts_per_token(config: Config) -> int:
     """As the config spells it, also in a part of it (DBRX); 1 where it says nothing."""
-    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
-    for part in parts:
+    parts = [part for part in config.values() if isinstance(part, Mapping)]
+    for part in (config, *parts):
         for key in EXPERTS_PER_TOKEN:
             if part.get(key):
                 return int(part[key])

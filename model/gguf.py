@@ -34,7 +34,8 @@ def gguf_in(folder: Path) -> Path | None:
     if not files or any(folder.glob("*.safetensors")):
         return None
     if len(files) > 1:
-        names = ", ".join(file.name for file in files[:5])
+        first = files[:5]
+        names = ", ".join(file.name for file in first)
         raise UserError(
             f"source {str(folder)!r}: holds {len(files)} GGUF files ({names}); give one of them: "
             f"source={files[0]}"
@@ -53,7 +54,8 @@ def unpacked(file: Path) -> Path:
             `gguf` is not installed.
     """
     _check(file)
-    folder = _cache() / f"{file.stem[:100]}-{_identity(file)}"
+    name = f"{file.stem[:100]}-{_identity(file)}"
+    folder = _cache() / name
     try:
         with one_at_a_time(folder):
             if not folder.exists():
@@ -68,13 +70,15 @@ def unpacked(file: Path) -> Path:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outgrow" / "gguf"
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "outgrow" / "gguf"
 
 
 def _identity(file: Path) -> str:
     """Which file it is, by its place, size and time of change."""
     state = file.stat()
-    text = f"{file.resolve()} {state.st_size} {state.st_mtime_ns}"
+    place = file.resolve()
+    text = f"{place} {state.st_size} {state.st_mtime_ns}"
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
@@ -98,7 +102,8 @@ def _unpack(file: Path, folder: Path) -> None:
 
     from outgrow.model.base.quiet import quietly
 
-    where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+    where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    where["trust_remote_code"] = False
     plain = {
         "quantization_config": GgufConfig(dequantize=True),
         "dtype": torch.float32,
@@ -112,7 +117,8 @@ def _unpack(file: Path, folder: Path) -> None:
             f"{file}: transformers cannot read this GGUF file ({in_one_line(fault)}); {WAY}"
         ) from None
     model, report = loaded
-    UserError.collect(f"{file}: {fault}; {WAY}" for fault in loading_faults(report))
+    faults = loading_faults(report)
+    UserError.collect(f"{file}: {fault}; {WAY}" for fault in faults)
     model.hf_quantizer = None  # with which the library refuses to save, though the weights are plain now
     # what the weights were, and the file's own title, which is no path
     for entry in ("quantization_config", "_model_name_or_path"):
@@ -120,7 +126,8 @@ def _unpack(file: Path, folder: Path) -> None:
     with quietly():
         model.save_pretrained(folder)
         try:
-            AutoTokenizer.from_pretrained(str(file.parent), **where).save_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **where)
+            tokenizer.save_pretrained(folder)
         except Exception as fault:
             print(
                 f"note: {file}: its tokenizer could not be read ({in_one_line(fault)}); the weights are "

@@ -43,9 +43,11 @@ def repeats_hidden(key: str, value: object, hidden: object) -> bool:
     """
     if value != hidden or key == "hidden_size":
         return False
-    if not key.endswith(SIZES) or OTHER_SIZES.search(key):
+    is_size_key = key.endswith(SIZES)
+    if not is_size_key or OTHER_SIZES.search(key):
         return False
-    return of_text(key) or OUTPUT.search(key.rpartition(".")[2]) is not None
+    leaf = key.rpartition(".")[2]
+    return of_text(key) or OUTPUT.search(leaf) is not None
 
 
 # ---- values that follow the layers ----
@@ -64,13 +66,16 @@ def _has_word(key: str, words: Iterable[str]) -> bool:
 
 def numbers_layers(key: str, value: object, depth: int) -> bool:
     """Check whether a value lists layers by their numbers, in ascending order (`mlp_only_layers`)."""
-    if not isinstance(value, list) or not value or not _has_word(key, NUMBER_WORDS):
+    if not isinstance(value, list) or not value:
         return False
-    # may be a no and a yes
-    if _has_word(key, FLAG_WORDS) or value == list(range(depth)) == [0, 1]:
+    if not _has_word(key, NUMBER_WORDS) or _has_word(key, FLAG_WORDS):
         return False
-    in_range = all(type(number) is int and 0 <= number < depth for number in value)
-    return in_range and value == sorted(set(value))
+    if value == list(range(depth)) == [0, 1]:  # may be a no and a yes
+        return False
+    are_numbers = all(type(number) is int for number in value)
+    if not are_numbers or not all(0 <= number < depth for number in value):
+        return False
+    return value == sorted(set(value))
 
 
 def per_layer(key: str, value: object, depth: int) -> bool:
@@ -79,14 +84,21 @@ def per_layer(key: str, value: object, depth: int) -> bool:
         return False
     if numbers_layers(key, value, depth):
         return False
-    return _has_word(key, LAYER_WORDS) or (depth > COINCIDENCE and not _has_word(key, NOT_OF_LAYERS))
+    if _has_word(key, LAYER_WORDS):
+        return True
+    return depth > COINCIDENCE and not _has_word(key, NOT_OF_LAYERS)
 
 
 def by_number(key: str, value: object, depth: int) -> bool:
     """Check whether a value has entries by layers' numbers (`per_layer_config`)."""
-    if not isinstance(value, Mapping) or not value or _has_word(key, NOT_OF_LAYERS):
+    if not isinstance(value, Mapping) or not value:
         return False
-    return all(str(number).isdigit() and int(number) < depth for number in value)
+    if _has_word(key, NOT_OF_LAYERS):
+        return False
+    numbers = list(map(str, value))
+    if not all(map(str.isdigit, numbers)):
+        return False
+    return all(int(number) < depth for number in numbers)
 
 
 def follow_layers(key: str, value: Any, layers: Sequence[int], depth: int) -> Any:

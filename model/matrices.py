@@ -67,13 +67,15 @@ def _parameters(twin: Twin) -> dict[str, Parameter]:
         ) from None
     alike: dict[str, list[Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
-        alike[layerless(name)].append(
-            Parameter(_kind(name, parameter, seen), tuple(sorted(seen.contracted.get(name, ()))))
-        )
+        contracted = seen.contracted.get(name, ())
+        own = Parameter(_kind(name, parameter, seen), tuple(sorted(contracted)))
+        alike[layerless(name)].append(own)
     # Where some layers use it and others do not, it is what it is used as.
-    return {
-        name: min(kinds, key=lambda parameter: parameter.kind == "unused") for name, kinds in alike.items()
-    }
+    return {name: min(kinds, key=_is_unused) for name, kinds in alike.items()}
+
+
+def _is_unused(parameter: Parameter) -> bool:
+    return parameter.kind == "unused"
 
 
 def _kind(name: str, parameter: torch.nn.Parameter, seen: Uses) -> Kind:

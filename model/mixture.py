@@ -24,6 +24,8 @@ from outgrow.model.base.errors import UserError
 from outgrow.model.family import Config, Family, families
 from outgrow.model.notation import Line
 
+_Values = tuple[Any, ...]
+
 # spaces: the units of a routed and of the shared expert; the experts
 ROUTED, SHARED, EXPERT = "unit", "shared", "expert"
 
@@ -79,8 +81,8 @@ class Mixture:
     dense_layers: str | None = None
     aliases: tuple[str, ...] = ()
     adds: Mapping[str, Any] = field(default_factory=dict)
-    lacks: Mapping[str, tuple[Any, ...] | None] = field(default_factory=dict)
-    needs: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    lacks: Mapping[str, _Values | None] = field(default_factory=dict)
+    needs: Mapping[str, _Values] = field(default_factory=dict)
 
     @property
     def keys(self) -> set[str]:
@@ -95,7 +97,8 @@ class Mixture:
             self.dense_layers,
             *self.adds,
         }
-        own |= {self.normalised} if isinstance(self.normalised, str) else set()
+        if isinstance(self.normalised, str):
+            own.add(self.normalised)
         return {key for key in own if key is not None}
 
     def size(self, config: Config, key: str) -> int:
@@ -113,7 +116,8 @@ class Mixture:
 
     def count_key(self, config: Config) -> str:
         """Under which of its names a config has the number of experts."""
-        return next((key for key in self.aliases if key in config), self.count)
+        known = [key for key in self.aliases if key in config]
+        return known[0] if known else self.count
 
     def shared_size(self, config: Config) -> int:
         """The units of the shared expert; 0 where the family has none."""
@@ -127,7 +131,9 @@ class Mixture:
 
     def normalises(self, config: Config) -> bool:
         """Whether the weights of the chosen experts are divided by their sum."""
-        return bool(config.get(self.normalised)) if isinstance(self.normalised, str) else self.normalised
+        if isinstance(self.normalised, str):
+            return bool(config.get(self.normalised))
+        return self.normalised
 
     def sparse_layers(self, config: Config) -> tuple[int, ...]:
         """The layers with experts."""
@@ -151,7 +157,8 @@ class Mixture:
         dense = [layer for layer in range(count) if layer not in sparse]
         if self.dense_layers == "mlp_only_layers":
             return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
-        if self.dense_layers == "first_k_dense_replace" and dense == list(range(len(dense))):
+        first = list(range(len(dense)))
+        if dense == first and self.dense_layers == "first_k_dense_replace":
             return {"first_k_dense_replace": len(dense)}
         if dense and self.dense_layers is not None:
             raise UserError(
@@ -171,33 +178,40 @@ class Mixture:
         Raises:
             UserError: a size is missing, or no dense family of it has a schema here.
         """
-        dense = dense or families().get(self.of[0])
+        name = self.of[0]
+        dense = dense or families().get(name)
         if dense is None:
             raise UserError(
                 f"family {self.name!r}: made of {self.of[0]!r}, which has no schema here; give the dense "
                 "family"
             )
-        shared = self.size(config, self.shared_of) if self.shared_of is not None else 1
-        more = {EXPERT: (self.count_key(config), 1), ROUTED: (self.units, 1)}
+        count_key = self.count_key(config)
+        more = {EXPERT: (count_key, 1), ROUTED: (self.units, 1)}
         if self.shared:
-            more[SHARED] = (self.shared_units or self.units, shared)
+            experts = 1
+            if self.shared_of is not None:
+                experts = self.size(config, self.shared_of)
+            units = self.shared_units or self.units
+            more[SHARED] = (units, experts)
         lines = "\n".join(self._lines(config, dense))
         words = set(re.findall(r"\w+", lines))
         used = {space: rule for space, rule in more.items() if space in words}
+        spaces = {**dense.more, **used}
         kinds = dense.layer_types if "layer_types" not in self.lacks else None
-        return replace(
-            dense, name=self.name, also=(), schema=lines, more={**dense.more, **used}, layer_types=kinds
-        )
+        return replace(dense, name=self.name, also=(), schema=lines, more=spaces, layer_types=kinds)
 
     def _lines(self, config: Config, dense: Family) -> Iterator[str]:
         """The dense family's lines, those of its MLP followed or replaced by those of router and experts."""
-        sparse, layers = self.sparse_layers(config), self.size(config, "num_hidden_layers")
-        some = len(sparse) < layers
-        inside = f" in layers {','.join(map(str, sparse))}" * some
-        outside = (
-            f" in layers {','.join(str(layer) for layer in range(layers) if layer not in sparse)}" * some
-        )
-        last = [line for line in dense.lines if line.name in self.experts][-1:]
+        sparse = self.sparse_layers(config)
+        layers = range(self.size(config, "num_hidden_layers"))
+        some = len(sparse) < len(layers)
+        inside = outside = ""
+        if some:
+            others = [layer for layer in layers if layer not in sparse]
+            inside = f" in layers {','.join(map(str, sparse))}"
+            outside = f" in layers {','.join(map(str, others))}"
+        of_mlp = [line for line in dense.lines if line.name in self.experts]
+        last = of_mlp[-1:]
         for line in dense.lines:
             if line.name not in self.experts:
                 yield f"{line.name}  {line.text}"
@@ -206,11 +220,15 @@ class Mixture:
                 yield f"{line.name}  {line.text}{outside}"
             if not sparse:
                 continue
-            numbers = f"{{0..{self.size(config, self.count_key(config)) - 1}}}"
-            name = self.experts[line.name].replace("#", numbers)
+            count = self.size(config, self.count_key(config))
+            numbers = f"{{0..{count - 1}}}"
+            pattern = self.experts[line.name]
+            name = pattern.replace("#", numbers)
             yield f"{name}  {_axes(line, ROUTED)}{inside}"
             if line.name in self.shared:
-                yield f"{self.shared[line.name]}  {_axes(line, SHARED)}{inside}"
+                shared_axes = _axes(line, SHARED)
+                module = self.shared[line.name]
+                yield f"{module}  {shared_axes}{inside}"
             if line in last:
                 yield from (f"{text}{inside}" for text in self._routers())
 

@@ -104,7 +104,8 @@ def replaced(axis: Axis, new: Callable[[Space], Axis]) -> Axis:
     """Replace every space and number in `axis`."""
     if isinstance(axis, Space):
         return new(axis)
-    return type(axis)(tuple(replaced(part, new) for part in axis.parts))
+    parts = tuple(replaced(part, new) for part in axis.parts)
+    return type(axis)(parts)
 
 
 EMBEDDING_SCALE = 0.5  # `scaled` alone: the power of the hidden size by which embeddings are multiplied
@@ -140,25 +141,33 @@ class Line:
         """The line without its name: axes, bias, scale, tie, condition, layers."""
         words = [self._axes_in_words]
         if self.bias:
-            words.append("+ bias" if self.bias_if is None else f"+ bias[{self.bias_if}]")
+            condition = "" if self.bias_if is None else f"[{self.bias_if}]"
+            words.append(f"+ bias{condition}")
         if self.scaled:
-            words.append("scaled" if self.scaled == EMBEDDING_SCALE else f"scaled^{self.scaled:g}")
+            power = "" if self.scaled == EMBEDDING_SCALE else f"^{self.scaled:g}"
+            words.append(f"scaled{power}")
         if self.tied_to is not None:
             words.append(f"tied to {self.tied_to} if {self.tied_if}")
         if self.condition is not None:
-            word = "unless" if self.condition.startswith("!") else "if"
-            words.append(f"{word} {self.condition.removeprefix('!')}")
+            key = self.condition.removeprefix("!")
+            word = "if" if key == self.condition else "unless"
+            words.append(f"{word} {key}")
         if self.only is not None:
-            words.append(f"in layers {','.join(map(str, self.only))}")
+            numbers = ",".join(map(str, self.only))
+            words.append(f"in layers {numbers}")
         return " ".join(words)
 
     @property
     def _axes_in_words(self) -> str:
         if self.kind == "tensor":
-            return "tensor " + (", ".join(map(str, self.whole)) or "scalar")
+            axes = ", ".join(map(str, self.whole))
+            return f"tensor {axes or 'scalar'}"
         if self.into is None:
-            return f"{self.kind}{'+1' if self.offset else ''} {self.out}"
-        return f"{self.into} -> {self.out}" if self.transposed else f"{self.out} <- {self.into}"
+            offset = "+1" if self.offset else ""
+            return f"{self.kind}{offset} {self.out}"
+        if self.transposed:
+            return f"{self.into} -> {self.out}"
+        return f"{self.out} <- {self.into}"
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -167,7 +176,9 @@ class Line:
             return self.whole
         if self.into is None:
             return (self.out,)
-        return (self.into, self.out) if self.transposed else (self.out, self.into)
+        if self.transposed:
+            return self.into, self.out
+        return self.out, self.into
 
     @property
     def names(self) -> list[str]:
@@ -188,7 +199,9 @@ def _braced(name: str) -> tuple[str, range, str]:
     head, _, rest = name.partition("{")
     numbers, _, tail = rest.partition("}")
     first, _, last = numbers.partition("..")
-    return head, range(int(first), int(last) + 1), tail
+    stop = int(last) + 1
+    between = range(int(first), stop)
+    return head, between, tail
 
 
 _TENSOR = re.compile(r"(?P<name>\S+)\s+tensor (?P<axes>.+?)(?:\s+in layers (?P<only>[\d,]+))?")
@@ -210,9 +223,11 @@ def parse_line(text: str) -> Line:
         ValueError: the line does not follow the notation; the message quotes it.
     """
     if tensor := _TENSOR.fullmatch(text.strip()):
-        words = [] if tensor["axes"] == "scalar" else tensor["axes"].split(",")
-        axes = tuple(map(parse_axis, words))
-        return Line(tensor["name"], "tensor", Product(axes), None, axes, only=_numbers(tensor["only"]))
+        axes = tensor["axes"]
+        words = [] if axes == "scalar" else axes.split(",")
+        whole = tuple(map(parse_axis, words))
+        only = _numbers(tensor["only"])
+        return Line(tensor["name"], "tensor", Product(whole), None, whole, only=only)
     match = _LINE.fullmatch(text.strip())
     if match is None:
         raise ValueError(
@@ -228,8 +243,10 @@ def parse_line(text: str) -> Line:
     else:
         left = parse_axis(words["left"])
         right = parse_axis(words["right"])
-        out, into = (left, right) if words["arrow"] == "<-" else (right, left)
-        kind = "embedding" if into in (Space("vocab"), Space("pos")) else "linear"
+        writes_left = words["arrow"] == "<-"
+        out, into = (left, right) if writes_left else (right, left)
+        looks_up = into in (Space("vocab"), Space("pos"))
+        kind = "embedding" if looks_up else "linear"
     return Line(
         name=words["name"],
         kind=kind,
@@ -248,7 +265,9 @@ def parse_line(text: str) -> Line:
 
 
 def _numbers(text: str | None) -> tuple[int, ...] | None:
-    return None if text is None else tuple(map(int, text.split(",")))
+    if text is None:
+        return None
+    return tuple(map(int, text.split(",")))
 
 
 def parse_axis(text: str) -> Axis:
@@ -265,9 +284,10 @@ def parse_axis(text: str) -> Axis:
 def _parse(tokens: list[str]) -> tuple[Axis, list[str]]:
     if not tokens or tokens[0] in ")]|":
         raise ValueError(f"an axis is missing before {' '.join(tokens) or 'the end'!r}")
-    head, rest = tokens[0], tokens[1:]
+    head, *rest = tokens
     if head not in "([":
-        return Space(head.rstrip("*"), head.endswith("*")), rest
+        is_dual = head.endswith("*")
+        return Space(head.rstrip("*"), is_dual), rest
     close = ")" if head == "(" else "]"
     parts: list[Axis] = []
     while rest and rest[0] != close:
@@ -279,10 +299,11 @@ def _parse(tokens: list[str]) -> tuple[Axis, list[str]]:
         parts.append(part)
     if not rest:
         raise ValueError(f"{head!r} is never closed")
-    return (Product if head == "(" else Parts)(tuple(parts)), rest[1:]
+    kind = Product if head == "(" else Parts
+    return kind(tuple(parts)), rest[1:]
 
 
 def parse_schema(text: str) -> tuple[Line, ...]:
     """Parse a schema: one line per module, blank lines and `#` comments skipped."""
-    lines = (line.split("#")[0].strip() for line in text.splitlines())
+    lines = [line.split("#")[0].strip() for line in text.splitlines()]
     return tuple(parse_line(line) for line in lines if line)

@@ -58,8 +58,10 @@ def both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
     spelt: dict[str, Any] = {}
     for key, value in config.items():
         if key != CODE:
-            spelt[key] = both_spellings(value) if _is_config(key, value) else _number(value)
-    if isinstance(rope := config.get("rope_parameters"), Mapping) and rope:
+            is_config = _is_config(key, value)
+            spelt[key] = both_spellings(value) if is_config else _number(value)
+    rope = config.get("rope_parameters")
+    if isinstance(rope, Mapping) and rope:
         spelt |= _older_rope(config, rope)
     if dtype := config.get("dtype") or config.get("torch_dtype"):
         spelt |= {"dtype": dtype, "torch_dtype": dtype}
@@ -67,14 +69,16 @@ def both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_config(key: str, value: Any) -> bool:
-    return key.endswith("_config") and isinstance(value, Mapping) and key != "quantization_config"
+    is_named_so = key.endswith("_config") and key != "quantization_config"
+    return is_named_so and isinstance(value, Mapping)
 
 
 def _number(value: Any) -> Any:
     """Unwrap an infinity as transformers 5 writes it, which transformers 4 would take for the value."""
     if isinstance(value, list):
         return [_number(entry) for entry in value]
-    if isinstance(value, Mapping) and value.keys() == {"__float__"}:
+    is_mapping = isinstance(value, Mapping)
+    if is_mapping and value.keys() == {"__float__"}:
         return float(value["__float__"])
     return value
 
@@ -85,13 +89,18 @@ def _older_rope(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str,
     by_layer = any(isinstance(value, Mapping) for value in rope.values())
     if by_layer and kind not in BASES_BY_LAYER:
         return {}
-    full, base, narrow = rope, BASES.get(kind, BASE), ""
+    full = rope
     sliding: Mapping[str, Any] = {}
+    base, narrow = BASES.get(kind, BASE), ""
     if by_layer:
-        full, sliding = (rope.get(layers) or {} for layers in (FULL, SLIDING))
+        full = rope.get(FULL) or {}
+        sliding = rope.get(SLIDING) or {}
         base, narrow = BASES_BY_LAYER[kind]
-    entries = {base: full.get("rope_theta"), narrow: sliding.get("rope_theta") if narrow else None}
-    entries[SHARES.get(kind, SHARE)] = full.get("partial_rotary_factor")
+    share = SHARES.get(kind, SHARE)
+    entries = {base: full.get("rope_theta"), narrow: None}
+    if narrow:
+        entries[narrow] = sliding.get("rope_theta")
+    entries[share] = full.get("partial_rotary_factor")
     spelt = {key: value for key, value in entries.items() if value is not None}
     return spelt | _older_scaling(config, full)
 
@@ -105,8 +114,10 @@ def _older_scaling(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[s
     entries = {key: value for key, value in rope.items() if key not in NO_SCALING}
     if model_type in UNSCALED:
         return {}
-    if kind not in SCALINGS or (kind == "default" and not entries):
-        return {"rope_scaling": None} if "rope_scaling" in config or model_type in SCALED else {}
+    is_plain = kind == "default" and not entries
+    if kind not in SCALINGS or is_plain:
+        says_none = "rope_scaling" in config or model_type in SCALED
+        return {"rope_scaling": None} if says_none else {}
     if (model_type, kind) not in STRICT:
         return {"rope_scaling": {"rope_type": kind, **entries}}
     strict = STRICT[model_type, kind]
@@ -134,4 +145,5 @@ def spell_folder(folder: Path) -> None:
         before = read_json(path)
         spell = both_spellings if path.name == "config.json" else spell_tokenizer
         if (after := spell(before)) != before:
-            path.write_text(json.dumps(after, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+            text = json.dumps(after, indent=2, sort_keys=True, ensure_ascii=False)
+            path.write_text(f"{text}\n")

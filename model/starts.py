@@ -35,23 +35,27 @@ class Start:
     def normal(self) -> tuple[float, float] | None:
         """Mean and deviation of a normal distribution; None where it is another one."""
         count = len(self.quantiles)
-        chosen = np.arange(count)[:: max(1, count // 8)]
+        step = max(1, count // 8)
+        chosen = np.arange(count)[::step]
         few = self.quantiles[chosen]
         if self.places is not None or len(few) < 8:
             return None
         # Quantiles of a normal distribution are a straight line over the standard normal's.
-        standard = np.array([NormalDist().inv_cdf(share) for share in (chosen + 0.5) / count])
+        shares = (chosen + 0.5) / count
+        standard = np.array([NormalDist().inv_cdf(share) for share in shares])
         slope, mean = np.polyfit(standard, few, 1)
-        distance = np.abs(standard * slope + mean - few)
-        if distance.max() > 1e-9 * slope:
+        line = standard * slope + mean
+        least = 1e-9 * slope
+        if np.abs(line - few).max() > least:
             return None
-        mean = 0.0 if abs(mean) < 1e-9 * slope else float(f"{mean:.12g}")
+        mean = 0.0 if abs(mean) < least else float(f"{mean:.12g}")
         return mean, float(f"{slope:.12g}")
 
     def __str__(self) -> str:
         if self.places is not None:
             return "by place"
-        mean = 0.0 if abs(self.mean) < 1e-9 * self.deviation else self.mean
+        least = 1e-9 * self.deviation
+        mean = 0.0 if abs(self.mean) < least else self.mean
         if len(self.quantiles) == 1:
             return f"{mean:.4g}"
         return f"{mean:.4g} ± {self.deviation:.4g}"
@@ -59,5 +63,6 @@ class Start:
     def of(self, shares: np.ndarray) -> np.ndarray:
         """Look up the entries at shares of the distribution between 0 and 1, float64."""
         last = len(self.quantiles) - 1
-        position = np.clip(shares * len(self.quantiles) - 0.5, 0, last)
-        return np.interp(position, np.arange(last + 1), self.quantiles)
+        count = len(self.quantiles)
+        position = np.clip(shares * count - 0.5, 0, last)
+        return np.interp(position, np.arange(count), self.quantiles)

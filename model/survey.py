@@ -154,7 +154,8 @@ def _survey(twin: Twin, attention: str, device: str, precision: str) -> Survey:
         bench = _bench(twin, attention, device, precision)
         reached = _measured(lambda: _reached(bench))
         leak = _measured(lambda: _leak(bench))
-        holds = leak.value is not None and leak.value <= TOLERANCE[precision]
+        allowed = TOLERANCE[precision]
+        holds = leak.value is not None and leak.value <= allowed
         unreached, sometimes = reached.value or (None, None)
         return Survey(
             device=device if device == "cpu" else torch.cuda.get_device_name(device),
@@ -186,7 +187,8 @@ def _measured(measure: Callable[[], T]) -> Answer[T]:
         return Answer(measure())
     except Exception as fault:  # the library's classes raise every kind
         is_told = isinstance(fault, UserError)
-        return Answer(None, str(fault) if is_told else in_one_line(fault, 120))
+        message = str(fault) if is_told else in_one_line(fault, 120)
+        return Answer(None, message)
 
 
 class _Bench:
@@ -219,7 +221,8 @@ class _Bench:
     def autocast(self) -> AbstractContextManager[Any]:
         """Multiply in the run's precision (mixed precision under autocast)."""
         is_bf16 = self.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16)
+        kind = self.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=is_bf16)
 
     @torch.no_grad()
     def logits(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -300,7 +303,8 @@ def _future(bench: _Bench) -> float:
     changed = _spliced(text, bench.text(1))
     before = bench.steady({"input_ids": text})
     after = bench.logits({"input_ids": changed})
-    return relative(after[:, :CUT], before[:, :CUT])
+    expected = before[:, :CUT]
+    return relative(after[:, :CUT], expected)
 
 
 def _masked_leak(bench: _Bench) -> float:
@@ -315,7 +319,8 @@ def _masked_leak(bench: _Bench) -> float:
     config = bench.twin.config
     if any(_is_window(key, value) for key, value in config.items()):
         windowed = tiny_twin(_small_window(config))
-        other = _Bench(windowed, bench.attention, str(bench.device), bench.precision)
+        device = str(bench.device)
+        other = _Bench(windowed, bench.attention, device, bench.precision)
         benches.append(other)
     differences = []
     for one in benches:
@@ -335,7 +340,8 @@ def _small_window(config: Config) -> dict[str, Any]:
 
 def _moved_by_masks(bench: _Bench) -> float:
     text = bench.text(0)
-    masked = documents_apart(text, bench.end_of_text, bench.attention, bench.model.config)
+    config = bench.model.config
+    masked = documents_apart(text, bench.end_of_text, bench.attention, config)
     after = bench.logits(masked)
     return relative(after, bench.steady({"input_ids": text}))
 
@@ -352,7 +358,8 @@ def _leak(bench: _Bench, *, masked: bool = False) -> float:
     changed_inputs = documents_apart(changed, bench.end_of_text, bench.attention, masks)
     after = bench.logits(changed_inputs)
     before = bench.steady(inputs)
-    return relative(after[:, CUT:], before[:, CUT:])
+    expected = before[:, CUT:]
+    return relative(after[:, CUT:], expected)
 
 
 def _reached(bench: _Bench) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -361,7 +368,8 @@ def _reached(bench: _Bench) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """
     first, second = set(_backward(bench, 0)), set(_backward(bench, 1))
     always, ever = first & second, first | second
-    names = [name for name, _ in bench.model.named_parameters()]
+    parameters = bench.model.named_parameters()
+    names = [name for name, _ in parameters]
     reached = {layerless(name) for name in ever}
     missing = {layerless(name) for name in names} - reached
     not_always = {layerless(name) for name in names if name not in always}
@@ -374,7 +382,8 @@ def _backward(bench: _Bench, seed: int) -> list[str]:
     text = bench.text(seed)
     with bench.autocast():
         logits = bench.model(input_ids=text, use_cache=False).logits
-    predicted = logits[:, :-1].float().flatten(0, 1)
+    logits_before = logits[:, :-1]
+    predicted = logits_before.float().flatten(0, 1)
     following = text[:, 1:].flatten()
     functional.cross_entropy(predicted, following).backward()
     parameters = bench.model.named_parameters()

@@ -65,7 +65,8 @@ class Twin:
         import torch
 
         drawn = torch.Generator().manual_seed(seed)
-        return torch.randint(self.plain.start + 1, self.plain.stop, (rows, length), generator=drawn)
+        first, stop = self.plain.start + 1, self.plain.stop
+        return torch.randint(first, stop, (rows, length), generator=drawn)
 
     def build(self, *, device: torch.device | str = "cpu", attention: str | None = None) -> PreTrainedModel:
         """The twin in float32 under `attention` (None: the library's choice), random, in eval mode; the
@@ -84,7 +85,8 @@ class Twin:
                 "attn_implementation": attention,
                 "trust_remote_code": False,
             }
-            return library_class(hf_config).from_config(hf_config, **how).eval().to(device)
+            model = library_class(hf_config).from_config(hf_config, **how)
+            return model.eval().to(device)
 
 
 LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -102,7 +104,8 @@ def tiny_twin(config: Config) -> Twin:
     """
     if (key := _key(config)) not in _TWINS:
         twin = _search(config)
-        _TWINS[key] = _TWINS.setdefault(_key(twin.config), twin)
+        own_key = _key(twin.config)
+        _TWINS[key] = _TWINS.setdefault(own_key, twin)
     return _TWINS[key]
 
 
@@ -136,7 +139,9 @@ def _checked(config: Config, *, own: bool) -> Twin:
         blank = build_on(complete)
     check_size(blank)
     known: Any = blank.config
-    twin = Twin(complete, known.get_text_config().vocab_size - len(place_tokens(complete)), own)
+    vocabulary = known.get_text_config().vocab_size
+    plain = vocabulary - len(place_tokens(complete))
+    twin = Twin(complete, plain, own)
     try:
         with quietly():
             _run(twin)

@@ -65,7 +65,8 @@ def exchange(one: Path, other: Path) -> bool:
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     if rename is None:
         return False
-    status = rename(here, os.fsencode(one), here, os.fsencode(other), exchange)
+    first, second = os.fsencode(one), os.fsencode(other)
+    status = rename(here, first, here, second, exchange)
     return bool(status == 0)
 
 

@@ -20,10 +20,12 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        lines = (re.sub(rf"\S{{{LONGEST_WORD},}}", _shortened, line) for line in message.split("\n"))
-        super().__init__(
-            "\n".join(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} …" for line in lines)
-        )
+        long_word = rf"\S{{{LONGEST_WORD},}}"
+        lines = []
+        for line in message.split("\n"):
+            text = re.sub(long_word, _shortened, line)
+            lines.append(text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]} …")
+        super().__init__("\n".join(lines))
 
     @classmethod
     def collect(cls, faults: Iterable[str]) -> None:
@@ -32,12 +34,14 @@ class UserError(Exception):
         if len(faults) == 1:
             raise cls(faults[0])
         if faults:
-            raise cls(f"{len(faults)} faults:\n" + "\n".join(f"  - {fault}" for fault in faults))
+            listing = "\n".join(f"  - {fault}" for fault in faults)
+            raise cls(f"{len(faults)} faults:\n{listing}")
 
 
 def _shortened(word: re.Match[str]) -> str:
     text = word[0]
-    return f"{text[:100]}… ({len(text):,} characters) …{text[-50:]}"
+    begin, end = text[:100], text[-50:]
+    return f"{begin}… ({len(text):,} characters) …{end}"
 
 
 @contextmanager
@@ -60,7 +64,8 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> NoReturn:
     """Raise the error for a `name` that is no known `kind`."""
-    raise UserError(f"unknown {kind} {name!r}; {did_you_mean(name, known)}")
+    near = did_you_mean(name, known)
+    raise UserError(f"unknown {kind} {name!r}; {near}")
 
 
 DISTRIBUTION = "scaled-knowledge-transfer"
@@ -71,11 +76,11 @@ def not_installed(fault: ModuleNotFoundError) -> UserError | None:
     which is no user's fault.
     """
     missing = (fault.name or "").partition(".")[0]
+    requirements = metadata.requires(DISTRIBUTION) or []
     for extra in ("train", "corpus"):
-        lines = [
-            line for line in metadata.requires(DISTRIBUTION) or [] if re.search(f"extra == .{extra}.", line)
-        ]
-        if missing in {re.split(r"[^\w-]", line)[0].replace("-", "_") for line in lines}:
+        lines = [line for line in requirements if re.search(f"extra == .{extra}.", line)]
+        packages = [re.split(r"[^\w-]", line)[0] for line in lines]
+        if missing in {package.replace("-", "_") for package in packages}:
             way_out = f"pip install '{DISTRIBUTION}[{extra}]'; growing a checkpoint does without"
             return UserError(f"{missing} is not installed, and this needs it: {way_out}")
     return None
@@ -87,10 +92,12 @@ def loading_faults(report: Mapping[str, Iterable[object]]) -> list[str]:
     for kind, names in report.items():
         listing = ", ".join(sorted(map(str, names)))
         if listing:
-            faults.append(f"{kind.replace('_', ' ')}: {listing[:200]}")
+            words = kind.replace("_", " ")
+            faults.append(f"{words}: {listing[:200]}")
     return faults
 
 
 def in_one_line(fault: BaseException, length: int = 200) -> str:
     """The kind and the beginning of another library's error, to be quoted."""
-    return f"{type(fault).__name__}: {' '.join(str(fault).split())[:length]}"
+    message = " ".join(str(fault).split())
+    return f"{type(fault).__name__}: {message[:length]}"

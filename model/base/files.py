@@ -93,7 +93,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """`value` as an indented JSON file, whole or not at all."""
-    write_text(path, json.dumps(plain_json(value), indent=2, allow_nan=False) + "\n")
+    text = json.dumps(plain_json(value), indent=2, allow_nan=False)
+    write_text(path, text + "\n")
 
 
 def plain_json(value: Any) -> Any:
@@ -104,7 +105,8 @@ def plain_json(value: Any) -> Any:
         return {key: plain_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain_json(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    is_float = isinstance(value, float)
+    return None if is_float and not math.isfinite(value) else value
 
 
 def read_object(path: Path, way_out: str) -> dict[str, Any]:
@@ -118,7 +120,8 @@ def read_object(path: Path, way_out: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {way_out}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}; {way_out}")
+        kind = type(value).__name__
+        raise UserError(f"{path}: expected a JSON object, found {kind}; {way_out}")
     return value
 
 
@@ -143,7 +146,8 @@ def telling_disk_faults(path: Path) -> Iterator[None]:
 def _is_disk_fault(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in _DISK
-    return any(sign in str(error) for sign in _SIGNS)
+    text = str(error)
+    return any(sign in text for sign in _SIGNS)
 
 
 def _reason(error: BaseException) -> str:

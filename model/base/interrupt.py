@@ -17,7 +17,8 @@ def starting(asked: bool = False) -> None:
     """
     module = sys.argv[:1] == ["-m"]  # as Python has it while it looks for the module that it was asked to run
     # a shell may have switched Ctrl-C off
-    if (asked or module) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    is_pythons = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_pythons and (asked or module):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

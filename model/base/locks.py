@@ -53,7 +53,8 @@ class Lock:
         """
         if self._claim is None:
             try:
-                fcntl.flock(self.descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+                fcntl.flock(self.descriptor, kind | fcntl.LOCK_NB)
                 return True
             except (BlockingIOError, PermissionError):
                 return False
@@ -115,7 +116,8 @@ class _Claim:
         self._folder = locked.absolute().parent
         self._prefix = f".{locked.name[:NAME_CHARACTERS]}.lock-"
         self._number = secrets.token_hex(8)
-        self._file = self._folder / f"{self._prefix}{self._number}"
+        name = f"{self._prefix}{self._number}"
+        self._file = self._folder / name
         self._ended = threading.Event()
         self._ended.set()
 
@@ -143,10 +145,12 @@ class _Claim:
             with self._file.open("a") as file:
                 file.write(line)
             return
-        owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
+        process = {"host": socket.gethostname(), "pid": os.getpid()}
+        owner = json.dumps(process)
         self._file.write_text(f"{owner}\n{line}")
         self._ended = threading.Event()
-        threading.Thread(target=self._beat, args=(self._ended,), daemon=True).start()
+        beat = threading.Thread(target=self._beat, args=(self._ended,), daemon=True)
+        beat.start()
 
     def _beat(self, ended: threading.Event) -> None:
         while not ended.wait(HEARTBEAT_SECONDS):
@@ -157,7 +161,8 @@ class _Claim:
         os.utime(self._file)
         now = self._file.stat().st_mtime  # by the clock of the file system, which all its hosts share
         for path in self._folder.iterdir():
-            if not path.name.startswith(self._prefix) or path == self._file:
+            is_claim = path.name.startswith(self._prefix)
+            if not is_claim or path == self._file:
                 continue
             with suppress(FileNotFoundError):  # withdrawn meanwhile
                 age = now - path.stat().st_mtime
@@ -165,12 +170,10 @@ class _Claim:
                 if _is_left_over(age, lines):
                     path.unlink()
                 else:
-                    state = lines[-1].split() if len(lines) > 1 else ["want", "alone"]  # not yet written
-                    yield _Other(
-                        path.name.removeprefix(self._prefix),
-                        held=state[0] == "held",
-                        shared=state[-1] == "shared",
-                    )
+                    is_written = len(lines) > 1
+                    state = lines[-1].split() if is_written else ["want", "alone"]
+                    number = path.name.removeprefix(self._prefix)
+                    yield _Other(number, held=state[0] == "held", shared=state[-1] == "shared")
 
 
 def _is_left_over(age: float, lines: list[str]) -> bool:
@@ -179,8 +182,11 @@ def _is_left_over(age: float, lines: list[str]) -> bool:
     """
     if age > STALE_SECONDS:
         return True
-    owner = json.loads(lines[0]) if len(lines) > 1 else {}
-    return owner.get("host") == socket.gethostname() and not _runs(owner["pid"])
+    if len(lines) < 2:
+        return False
+    owner = json.loads(lines[0])
+    is_ours = owner.get("host") == socket.gethostname()
+    return is_ours and not _runs(owner["pid"])
 
 
 def _runs(pid: int) -> bool:

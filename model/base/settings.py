@@ -309,7 +309,8 @@ def _choice_holds(folder: Path, override: Override, faults: list[str]) -> bool:
     if no_choice or str(chosen) in known:
         return True
     near = did_you_mean(str(chosen), known)
-    faults.append(f"{group}={chosen}: unknown {group}; {near}")
+    choice = f"{group}={chosen}"
+    faults.append(f"{choice}: unknown {group}; {near}")
     return False
 
 
@@ -459,11 +460,13 @@ def read(cls: type[T], values: Any, path: str, faults: list[str]) -> T | None:
             continue
         dotted = f"{path}{name}"
         if name in values and values[name] != MISSING:
-            fitting[name] = _read_value(hints[name], values[name], dotted, faults)
+            value = values[name]
+            fitting[name] = _read_value(hints[name], value, dotted, faults)
         elif _is_required(field):
             missing = True
             # Unless it is reported already why it is not there.
-            if not any(fault.startswith(f"{dotted}:") for fault in faults):
+            prefix = f"{dotted}:"
+            if not any(fault.startswith(prefix) for fault in faults):
                 faults.append(f"{dotted}: missing")
     if missing or len(faults) > before:
         return None

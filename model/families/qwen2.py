@@ -7,7 +7,8 @@ def window_layers(config: Config) -> list[str]:
     """Find the layers that look back a window only: those from `max_window_layers` on, if
     `use_sliding_window`.
     """
-    windowed = config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None
+    width = config.get("sliding_window", 4096)
+    windowed = config.get("use_sliding_window") and width is not None
     first = config.get("max_window_layers", 28) if windowed else config["num_hidden_layers"]
     return [
         "sliding_attention" if number >= first else "full_attention"
