@@ -259,7 +259,7 @@ def scratch(growth: Growth) -> Recipe:
 
     def fresh(space: str) -> Expansion:
         n = growth.source[space]
-        n, N = n, growth.target[space]
+        N = growth.target[space]
         nothing = np.full(N, -1)
         new = AxisMap.of(n, nothing, Fill.RANDOM)
         return Expansion.of(new, new, "fresh")

@@ -170,8 +170,9 @@ def _among_kinds(layers: LayerMap, growth: Growth) -> LayerMap:
     config = followed(dict(growth.target_config), growth, Recipe({}), layers)
     source = _kinds_in_class(family, growth.source_config)
     target = _kinds_in_class(family, config)
-    mapped = [source[layer] for layer in layers.layers]
-    if len(target) != layers.target or target == mapped:
+    if len(target) != layers.target:
+        return layers
+    if target == [source[layer] for layer in layers.layers]:
         return layers
     return among_kinds(source, target) or layers
 

@@ -116,8 +116,7 @@ class Learner(nn.Module):
         names = self._names(step)
         for name in names:
             if name not in self._source:
-                values = self._values(name)
-                self._source[name] = self._fixed(step, values)
+                self._source[name] = self._fixed(step, self._values(name))
         if step.tensor.layer is None:
             return None
         sources = [name for name in (step.source, step.beside) if name is not None]

@@ -118,9 +118,11 @@ class OnDisk:
     def fill(self, unit: nn.Module) -> None:
         """Read a unit's parameters."""
         for module, key, name in self._places[unit]:
-            values = torch.from_numpy(self.values(name))
-            in_dtype = values.to(self.dtype)
-            module._parameters[key] = self._parameter(in_dtype)
+            module._parameters[key] = self._parameter(self._tensor(name))
+
+    def _tensor(self, name: str) -> Tensor:
+        """Read a stored tensor in the type that is computed in."""
+        return torch.from_numpy(self.values(name)).to(self.dtype)
 
     def let_go(self, unit: nn.Module) -> None:
         """Leave a unit's parameters without values."""
