@@ -43,14 +43,14 @@ class GrowthLeaf:
     options: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
 
     def arguments(self) -> dict[str, Any]:
-        """As `grow` and `plan` take them."""
+        """Arguments as `grow` and `plan` take them."""
         named = {"operator": self.operator, "depth": self.depth, "noise": self.noise}
         return {**named, **self.options}
 
 
 @dataclass(frozen=True)
 class ReceiptLeaf:
-    """How a receipt is measured."""
+    """Settings of a receipt's measurement."""
 
     measure: bool | None
     text: str | None
@@ -58,7 +58,7 @@ class ReceiptLeaf:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the door was asked for; see conf/grow.yaml."""
+    """Settings of one growth; see conf/grow.yaml."""
 
     source: str
     target: str | dict[str, Any]

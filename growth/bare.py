@@ -39,8 +39,8 @@ def _inside(model: Any) -> Any:
 
 
 def _obstacle(model: Any) -> str | None:
-    """Why the weights of a model cannot be read as those of a checkpoint, and the way out; None where they
-    can.
+    """Name the reason why the weights of a model cannot be read as those of a checkpoint, and the way out;
+    None where they can.
     """
     from transformers import PreTrainedModel
 

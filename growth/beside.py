@@ -1,5 +1,5 @@
-"""What goes with a model beside its weights (tokenizer, processors, generation config, licence): read,
-mended, and copied into a grown folder.
+"""Companions of a model beside its weights (tokenizer, processors, generation config, licence): read, mended,
+and copied into a grown folder.
 
 It is read before anything is grown: a file that could not be spelt for the result is told at once, and a
 generation config that the library would not save is mended.

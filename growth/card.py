@@ -52,8 +52,8 @@ Stated = Mapping[str, str | list[str]]
 
 
 def licence(card: Path) -> dict[str, str | list[str]]:
-    """What the head of a model card (README.md) says of the model's licence, under the hub's keys; nothing
-    where there is no such card.
+    """Read what the head of a model card (README.md) says of the model's licence, under the hub's keys;
+    nothing where there is no such card.
     """
     import yaml
 
@@ -99,7 +99,7 @@ SAME = "the same"  # instead of a continuation that is the source's
 
 
 def said_alike(receipt: Receipt) -> str:
-    """How many of a receipt's continuations are equal, in words."""
+    """Count a receipt's continuations that are equal, in words."""
     return f"{receipt.same} of {len(receipt.continuations)} greedy continuations are equal"
 
 

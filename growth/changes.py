@@ -32,7 +32,7 @@ class Upcycling:
     drop: float = 0.0
 
     def layers(self, count: int) -> tuple[int, ...]:
-        """Which of `count` layers get experts.
+        """Choose the layers among `count` that get experts.
 
         Raises:
             UserError: the list names a layer that is none.

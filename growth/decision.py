@@ -27,7 +27,7 @@ LineKey = tuple[str, str, bool]  # of a schema's line: name, text, whether the t
 
 
 class Sparse(Protocol):
-    """What a decision tells of its change into a mixture of experts; `growth.experts.Change` is one."""
+    """Description of a plan's change into a mixture of experts; `growth.experts.Change` is one."""
 
     @property
     def within(self) -> Decision:
@@ -35,28 +35,28 @@ class Sparse(Protocol):
 
     @property
     def moments_lost(self) -> Iterator[str]:
-        """Why moments of experts and routers are not those of the mixture's own gradients."""
+        """Reasons why moments of experts and routers are not those of the mixture's own gradients."""
 
     def active_parameters(self, plan: Decision) -> int:
-        """How many parameters one token meets."""
+        """Number of parameters that one token meets."""
 
     def share_of_gradient(self, step: Step) -> float:
-        """What a target tensor's gradient is of its source's beyond what the maps say: 0 where no factor
-        gives it.
+        """Share of its source's gradient that a target tensor's is beyond what the maps say: 0 where no
+        factor gives it.
         """
 
     def repeats(self, step: Step) -> bool:
-        """Whether a target tensor is of an expert that holds what one before it holds already."""
+        """Check whether a target tensor is of an expert that holds what one before it holds already."""
 
     def summary(self, plan: Decision) -> str:
         """One line: the experts, and what a token meets of them."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """JSON values of the change."""
 
 
 class Lesson(Protocol):
-    """What is fitted on text once the steps are written; `growth.learned.lessons` has them."""
+    """Lesson that is fitted on text once the steps are written; `growth.learned.lessons` has them."""
 
     @property
     def text(self) -> str:
@@ -69,7 +69,7 @@ class Lesson(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Finish:
-    """What becomes of a tensor's entries beyond its maps, in a mixture of experts.
+    """Treatment of a tensor's entries beyond its maps, in a mixture of experts.
 
     Attributes:
         deviation: of fresh entries; None where they start as the library's class starts them.

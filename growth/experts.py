@@ -1,4 +1,4 @@
-"""How a plan goes from a dense MLP to experts, or from few experts to many: the facts that plan, proof and
+"""Changes of a plan from a dense MLP to experts, or from few experts to many: the facts that plan, proof and
 record share.
 """
 
@@ -21,7 +21,7 @@ FFN = "ffn"  # the space of the units of a dense MLP
 
 @dataclass(frozen=True)
 class Expert:
-    """What one routed expert is made of.
+    """Origin of one routed expert.
 
     Attributes:
         source: of a source that has experts, the one that it copies; 0 of a dense MLP.
@@ -37,7 +37,7 @@ class Expert:
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """How a plan goes on after it has grown within the source's family.
+    """Continuation of a plan after it has grown within the source's family.
 
     Attributes:
         within: the plan in that family.
@@ -62,12 +62,12 @@ class Change:
 
     @property
     def chosen(self) -> int:
-        """How many experts a token is sent to."""
+        """Number of experts that a token is sent to."""
         return int(self.config[self.mixture.top_k])
 
     @property
     def group(self) -> int:
-        """How many experts have the same router row."""
+        """Number of experts that have the same router row."""
         row = self.experts[0].row
         return sum(expert.row == row for expert in self.experts)
 
@@ -77,7 +77,7 @@ class Change:
         return self.mixture.sparse_layers(self.config)
 
     def idle_parameters(self, plan: Decision) -> int:
-        """How many parameters one token does not meet: those of the experts that it is not sent to."""
+        """Number of parameters that one token does not meet: those of the experts that it is not sent to."""
         idle = 1 - self.chosen / len(self.experts)
         number_of = self.routed
         of_experts = [step for step in plan.steps if number_of.get(step.name, -1) >= 0]
@@ -85,7 +85,7 @@ class Change:
         return round(parameters * idle)
 
     def active_parameters(self, plan: Decision) -> int:
-        """How many parameters one token meets."""
+        """Number of parameters that one token meets."""
         return plan.target_parameters - self.idle_parameters(plan)
 
     def active_flops(self, plan: Decision) -> int:
@@ -99,8 +99,8 @@ class Change:
         return 2 * (sum(matrices) - self.idle_parameters(plan))
 
     def share_of_gradient(self, step: Step) -> float:
-        """What a target tensor's gradient is of its source's beyond what the maps say: 0 where no factor
-        gives it.
+        """Share of its source's gradient that a target tensor's is beyond what the maps say: 0 where no
+        factor gives it.
 
         A routed expert of a dense MLP sees the tokens that are sent to it; a copy among m that are chosen
         together sees each with 1/m.
@@ -114,7 +114,7 @@ class Change:
         return 1.0 if is_router else 1 / self.group
 
     def repeats(self, step: Step) -> bool:
-        """Whether a target tensor is of an expert that holds what one before it holds already."""
+        """Check whether a target tensor is of an expert that holds what one before it holds already."""
         number = self.routed.get(step.name, -1)
         if number < 0:
             return False
@@ -124,7 +124,7 @@ class Change:
 
     @property
     def moments_lost(self) -> Iterator[str]:
-        """Why moments of experts and routers are not those of the mixture's own gradients."""
+        """Reasons why moments of experts and routers are not those of the mixture's own gradients."""
         if isinstance(self.asked, Upcycling):
             yield (
                 "experts and routers start with moments of zero: each expert sees the tokens that are sent "

@@ -87,7 +87,7 @@ def _asked(operator: str, options: Mapping[str, Any]) -> Upcycling | ExpertCopy:
 
 
 def _wanted(target: Any) -> dict[str, Any]:
-    """What the target asks for, as overrides."""
+    """Overrides that the target asks for."""
     if hasattr(target, "to_dict"):
         entries = flat(target.to_dict())
     elif isinstance(target, Mapping):

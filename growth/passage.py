@@ -139,7 +139,7 @@ def tokenizer_of(source: Path, key: str = KEY) -> Any:
 
 
 def _spread(tokens: list[int], count: int, length: int) -> list[list[int]]:
-    """Up to `count` stretches of that length, from the first tokens to the last, none of them twice."""
+    """Cut up to `count` stretches of that length, from the first tokens to the last, none of them twice."""
     last = len(tokens) - length
     gaps = max(count - 1, 1)
     starts = sorted({number * last // gaps for number in range(count)})

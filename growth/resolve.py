@@ -280,8 +280,8 @@ def derived_family(source: Checkpoint | Config) -> Family:
 
 
 def _other_heads(draft: Draft, source: Config, target: Config) -> str:
-    """What happens to head dims that grow, or that a config leaves to hidden size / heads, where the growth
-    changes them.
+    """Warn of head dims that grow, or that a config leaves to hidden size / heads, where the growth changes
+    them.
     """
     keys = draft.axes.keys
     for key in HEAD_KEYS:

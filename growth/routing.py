@@ -21,8 +21,8 @@ from outgrow.model.notation import Space
 
 
 def broken_conditions(plan: Decision) -> Iterator[str]:
-    """Why the change of family, or of the number of experts, does not keep the function; nothing where it
-    does.
+    """Reasons why the change of family, or of the number of experts, does not keep the function; none where
+    it does.
     """
     change = plan.change
     assert isinstance(change, Change)
@@ -125,8 +125,8 @@ def _scale(step: Step, before: Step, start: int) -> float | None:
 
 
 def _undone(change: Change, number: int | None) -> float:
-    """What `down_proj` has to be multiplied by: a half of a shared expert's gate, a group's parts of its
-    combine weight.
+    """Factor by which `down_proj` has to be multiplied: a half of a shared expert's gate, a group's parts of
+    its combine weight.
     """
     if number is None:
         return 2.0 if change.mixture.shared_gate is not None else 1.0
@@ -134,7 +134,7 @@ def _undone(change: Change, number: int | None) -> float:
 
 
 def _weights(change: Change) -> float:
-    """What the combine weights of the chosen experts sum to where that is known, else on average."""
+    """Sum of the combine weights of the chosen experts where that is known, else its average."""
     mixture, config = change.mixture, change.config
     factor = 1.0
     if mixture.scaled:
@@ -165,7 +165,7 @@ def _sum_of_weights(plan: Decision, change: Change) -> Iterator[str]:
 
 
 def _all_alike(plan: Decision, change: Change) -> bool:
-    """Whether the router's rows are zeros, so that every expert has the same weight."""
+    """Check whether the router's rows are zeros, so that every expert has the same weight."""
     routed = change.routed
     routers = [step for step in plan.steps if routed.get(step.name) == -1]
     return all(step.zero for step in routers)

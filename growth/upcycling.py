@@ -27,9 +27,7 @@ from outgrow.model.notation import Space
 
 @dataclass(frozen=True)
 class _Cut:
-    """How an MLP of `units` after growth in width is cut: `shared` first, then G blocks for the routed
-    experts.
-    """
+    """Cut of an MLP of `units` after growth in width: `shared` first, then G blocks for routed experts."""
 
     units: int
     shared: int

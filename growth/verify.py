@@ -154,8 +154,8 @@ def _text_sizes(config: Config) -> tuple[int, int | None]:
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What a model says: its logits on tokens (row, position, vocabulary), and its continuations of a passage
-    (prompt, new).
+    """Answers of a model: its logits on tokens (row, position, vocabulary), and its continuations of a
+    passage (prompt, new).
     """
 
     logits: torch.Tensor
@@ -214,7 +214,7 @@ class Meter:
     def receipt(
         self, target: Path | str, *, config: Config | None = None, norm: Literal["layer", "rms"] = "layer"
     ) -> Receipt:
-        """How far the answers of the model in `target` are from the source's."""
+        """Measure how far the answers of the model in `target` are from the source's."""
         way = "choose other sizes"
         after = _answers(
             target, self.tokens, self.dtype, "grown model", way, config=config, passage=self.passage
@@ -229,15 +229,16 @@ class Meter:
         return replace(receipt, text=self.passage.name, continuations=texts)
 
     def delta(self, target: Path | str, *, config: Config | None = None) -> float:
-        """How far the logits of the model in `target` are from the source's, at most; nothing is
-        continued."""
+        """Measure how far the logits of the model in `target` are from the source's, at most; nothing is
+        continued.
+        """
         way = "choose other sizes"
         after = _answers(target, self.tokens, self.dtype, "grown model", way, config=config)
         return self._compared(after.logits).max_delta
 
     def cast(self, dtype: str) -> Receipt:
-        """How far the logits move where every weight of the source is rounded once to `dtype`, as casting
-        rounds it.
+        """Measure how far the logits move where every weight of the source is rounded once to `dtype`, as
+        casting rounds it.
 
         The weights may have that format already; each is scaled by √2, rounded and scaled back, so that none
         is on the grid any more.
@@ -316,8 +317,8 @@ def fitting_dtype(parameters: int) -> str:
 
 
 def _floor(norm: str, receipt: Receipt, reason: str = "") -> str:
-    """What sets the least difference that a measurement can show, in words, where that may be what it shows;
-    empty in plain float64.
+    """Name the rounding that sets the least difference a measurement can show, where that may be what it
+    shows; empty in plain float64.
 
     Args:
         reason: for computing in another dtype than float64; else it did not fit.

@@ -97,7 +97,7 @@ def attention_backend(requested: str = "auto") -> tuple[str, str]:
 
 
 def _flash_obstacle() -> str | None:
-    """Why flash-attn cannot be used here, or None."""
+    """Reason why flash-attn cannot be used here, or None."""
     import torch
 
     if not torch.cuda.is_available():
@@ -191,7 +191,7 @@ def load_model(
 
 @contextmanager
 def computing_in(dtype: str) -> Iterator[None]:
-    """With new tensors in `dtype` unless they say otherwise: some of the library's classes compare them with
+    """Make new tensors in `dtype` unless they say otherwise: some of the library's classes compare them with
     those of their weights.
     """
     import torch
@@ -231,8 +231,8 @@ def meta_model(config: Config) -> PreTrainedModel:
 
 
 def _implementation(attention: str) -> str | None:
-    """What to ask the library for; None lets it choose, since some families have no SDPA (Gemma 2's capped
-    logits).
+    """Attention to ask the library for; None lets it choose, since some families have no SDPA (Gemma 2's
+    capped logits).
     """
     chosen, _ = attention_backend(attention)
     return None if attention == "auto" and chosen == "sdpa" else chosen

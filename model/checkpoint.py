@@ -83,7 +83,7 @@ class Checkpoint:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What of the folder is passed over, in words."""
+        """Notes on what of the folder is passed over, in words."""
         notes = []
         has_single = (self.folder / SINGLE).exists()
         if has_single and (self.folder / INDEX).exists():
@@ -195,12 +195,12 @@ def _packed(stored: Stored) -> bool:
 
 
 def is_plain(dtype: str) -> bool:
-    """Whether tensors of that format are numbers as a model has them, and no packed or quantised weights."""
+    """Check that tensors of a format are numbers as a model has them, and no packed or quantised weights."""
     return is_float(dtype) or dtype in PLAIN_NUMBERS
 
 
 def quantisation_entries(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config, or its flat view, says of a quantisation."""
+    """Collect the entries of a config, or of its flat view, on a quantisation."""
     entries: dict[str, Any] = {}
     for key, value in config.items():
         if not _quantises(key):
@@ -214,9 +214,7 @@ def quantisation_entries(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def quantisation(config: Mapping[str, Any]) -> str | None:
-    """How the weights of a config are quantised, by the library's name for it; None where it says nothing of
-    it.
-    """
+    """Name the quantisation of a config's weights as the library does; None where it says nothing of it."""
     said = quantisation_entries(config)
     if not said:
         return None
@@ -262,7 +260,7 @@ def _check_kind(folder: Path) -> None:
 
 
 def tensor_table(folder: Path) -> dict[str, Stored]:
-    """Where every tensor of a folder lies, over all its safetensors shards.
+    """Locate every tensor of a folder, over all its safetensors shards.
 
     Raises:
         UserError: no safetensors weights, or a malformed header or index.

@@ -75,7 +75,7 @@ class Dequantised(Checkpoint):
         return Stored(stored.file, stored.offset, self._dtype, stored.shape)
 
     def _misfits(self) -> list[str]:
-        """What is wrong with the scales, in words."""
+        """Faults of the scales, in words."""
         faults = []
         for name, stored in self._all.items():
             if stored.dtype not in FORMATS:

@@ -1,5 +1,5 @@
-"""What a config costs: parameters and training FLOPs, counted from the schema, or from the library's class
-where there is no schema.
+"""Cost of a config: parameters and training FLOPs, counted from the schema, or from the library's class where
+there is no schema.
 
 FLOPs have two sources. A formula over a family's schema, which PyTorch's counter confirms; and the counter
 itself (`model.flops`), for classes without a schema and for windowed attention. Where a class cannot be
@@ -39,8 +39,8 @@ def parameter_count(config: Config) -> int:
 
 
 def active_parameter_count(config: Config) -> int:
-    """How many parameters one token meets: of a stack of experts only as many as it is sent to; all of them
-    in a dense network.
+    """Count the parameters that one token meets: of a stack of experts only as many as it is sent to; all of
+    them in a dense network.
 
     Shared experts, which every token goes through, are no part of a stack.
     """
@@ -125,8 +125,8 @@ def _attention(config: Config, context: int) -> float:
 
 
 def unpaid_flops_per_token(config: Config, context: int, frozen: Collection[str]) -> float:
-    """What of `flops_per_token` is not computed where the tensors named in `frozen` (as stored, so without
-    tied ones) learn nothing.
+    """Count what of `flops_per_token` is not computed where the tensors named in `frozen` (as stored, so
+    without tied ones) learn nothing.
 
     A frozen matrix has no gradient of its own, 2 per weight; below the first layer in which anything learns,
     none is passed on either: 2 more per weight, and all that the attention's backward pass costs. Nothing for
@@ -220,7 +220,7 @@ def _matmul_parameters_of_class(config: Config) -> float:
 
 
 def experts_per_token(config: Config) -> int:
-    """As the config spells it, also in a part of it (DBRX); 1 where it says nothing."""
+    """Experts for each token as the config says, also in a part of it (DBRX); 1 where it says nothing."""
     parts = [part for part in config.values() if isinstance(part, Mapping)]
     for part in (config, *parts):
         for key in EXPERTS_PER_TOKEN:

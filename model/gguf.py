@@ -75,7 +75,7 @@ def _cache() -> Path:
 
 
 def _identity(file: Path) -> str:
-    """Which file it is, by its place, size and time of change."""
+    """Tell a file from others by its place, size and time of change."""
     state = file.stat()
     place = file.resolve()
     text = f"{place} {state.st_size} {state.st_mtime_ns}"

@@ -115,7 +115,7 @@ class Mixture:
         return value
 
     def count_key(self, config: Config) -> str:
-        """Under which of its names a config has the number of experts."""
+        """Find the name under which a config has the number of experts."""
         known = [key for key in self.aliases if key in config]
         return known[0] if known else self.count
 
@@ -130,7 +130,7 @@ class Mixture:
         )
 
     def normalises(self, config: Config) -> bool:
-        """Whether the weights of the chosen experts are divided by their sum."""
+        """Check whether the weights of the chosen experts are divided by their sum."""
         if isinstance(self.normalised, str):
             return bool(config.get(self.normalised))
         return self.normalised
@@ -149,7 +149,7 @@ class Mixture:
         return tuple(layers)
 
     def said_of_layers(self, sparse: Sequence[int], count: int) -> dict[str, Any]:
-        """What the config says of `count` layers of which these have experts.
+        """Config entries on `count` layers of which these have experts.
 
         Raises:
             UserError: the class cannot have just these.

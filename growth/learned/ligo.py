@@ -169,7 +169,7 @@ class Learner(nn.Module):
 
     @property
     def flops(self) -> float:
-        """Of making the weights once."""
+        """FLOPs of making the weights once."""
         total = 0.0
         for step in self.plan.steps:
             maps, layers = self._of[step.name]

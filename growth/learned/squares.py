@@ -50,7 +50,7 @@ def products(one: Tensor, other: Tensor) -> Tensor:
 
 @dataclass
 class Inputs:
-    """What all matrices share that read the same.
+    """Sums over tokens that all matrices share which read the same.
 
     Args:
         read: (t, i) the target's inputs.
@@ -79,7 +79,7 @@ class Inputs:
         return start + torch.cholesky_solve(residual, self._factor).T
 
     def flops(self, rows: int) -> float:
-        """Of the sums and the factor (`rows` 0), or of fitting one matrix of so many rows."""
+        """FLOPs of the sums and the factor (`rows` 0), or of fitting one matrix of so many rows."""
         size, tokens = len(self._gram), len(self.read)
         if rows:
             return 4.0 * rows * size**2

@@ -34,7 +34,7 @@ class Calibration:
 
     @property
     def sha256(self) -> str:
-        """Of the tokens, those that are fitted on first."""
+        """Hash of the tokens, those that are fitted on first."""
         tokens = self.fit.tobytes() + self.held.tobytes()
         return hashlib.sha256(tokens).hexdigest()
 
@@ -98,7 +98,7 @@ def read_calibration(
 
 
 def _held_out(rows: int) -> int:
-    """How many windows are held out beside so many that are fitted on."""
+    """Number of windows that are held out beside so many that are fitted on."""
     return min(MOST_HELD_OUT, max(1, rows // SHARE))
 
 

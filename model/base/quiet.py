@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without the library's progress bars and load reports: what is wrong with a model is told by whoever
+    """Silence the library's progress bars and load reports: what is wrong with a model is told by whoever
     loads it.
     """
     from transformers.utils import logging

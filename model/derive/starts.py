@@ -66,7 +66,7 @@ def starts(config: Config) -> dict[str, Start]:
 
 
 def _alike_in_twin(config: Config, names: list[str]) -> dict[str, Start]:
-    """Those of these tensors whose entries are all alike in a tiny twin: numbers that the class has from its
+    """Starts of those tensors whose entries are all alike in a tiny twin: numbers that the class has from its
     construction on.
     """
     from outgrow.model.twin import layerless, tiny_twin
