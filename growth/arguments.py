@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from outgrow.model.base.errors import UserError
+from outgrow.model.keys import is_number
 
 
 def _is_whole(value: Any) -> bool:
@@ -17,8 +18,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and isfinite(value)
+    return is_number(value) and isfinite(value)
 
 
 def _is_depth(value: Any) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from outgrow.model.base.errors import UserError, unknown
+from outgrow.model.keys import is_number
 
 SPARSE = ("all", "every_other", "last_half")
 SCALES = ("down", "split")
@@ -143,7 +144,7 @@ def _check_numbers(**numbers: float) -> None:
     UserError.collect(
         f"{name} {value!r}: expected a number of at least 0 and below 10"
         for name, value in numbers.items()
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 10
+        if not is_number(value) or not 0 <= value < 10
     )
 
 

@@ -200,7 +200,8 @@ def _matrices(figure: Any, plan: Plan, step: Step, reader: Reader | None) -> Non
     _show(panels[-1], step.shape, sample, cmap=colours, norm=norm)
     entries = "its entries"
     if columns == 1:
-        entries = f"the entries of {_short(step.name)}, {step.shape[0]}×{step.shape[1]},"
+        rows, width = step.shape
+        entries = f"the entries of {_short(step.name)}, {rows}×{width},"
     panels[-1].set_title(f"where {entries} come from", **_TITLE)
 
 

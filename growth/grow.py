@@ -72,7 +72,8 @@ class Grown:
         if self.receipt:
             change = f"max |Δlogit| {self.receipt.max_delta:.3g}"
             receipt = f"{change}, KL {self.receipt.kl:.3g}"
-        lines = [f"{state}, {headline.lower()}", *details[:1], *details[2:], f"  receipt: {receipt}"]
+        receipt_line = f"  receipt: {receipt}"
+        lines = [f"{state}, {headline.lower()}", *details[:1], *details[2:], receipt_line]
         return "\n".join(lines)
 
     def describe(self) -> str:
@@ -340,7 +341,8 @@ def check_head(source: Checkpoint, plan: Plan) -> None:
 
 def _equal(source: Checkpoint, one: str, other: str) -> bool:
     """Check whether two stored tensors hold the same bits, some rows at a time."""
-    stored, beside = source.tensors[one], source.tensors[other]
+    stored = source.tensors[one]
+    beside = source.tensors[other]
     if stored.dtype != beside.dtype or stored.shape != beside.shape:
         return False
     rows = stored.shape[0]

@@ -14,8 +14,8 @@ def summary(plan: Decision, reasons: Sequence[str]) -> list[str]:
     if plan.change is not None:
         growth = plan.change.within.growth
     source, target = growth.source, growth.target
-    widened = [space for space, size in source.items() if space != "layer" and target[space] != size]
-    grows = ", ".join(f"{space} {source[space]} → {target[space]}" for space in widened)
+    sizes = [(space, size, target[space]) for space, size in source.items() if space != "layer"]
+    grows = ", ".join(f"{space} {n} → {N}" for space, n, N in sizes if n != N)
     verdict = "lossless"
     if reasons:
         verdict = f"not lossless: {reasons[0]:.100}"
@@ -86,7 +86,8 @@ def tensor_table(plan: Decision) -> list[tuple[str, str, str, int, int]]:
             pattern = f"{line.kind} {line.out}"
         else:
             pattern = f"{line.out} <- {line.into}"
-        before, after = _shape(steps[0].source_shape), _shape(steps[0].shape)
+        first = steps[0]
+        before, after = _shape(first.source_shape), _shape(first.shape)
         shapes = f"{before} → {after}"
         size = sum(map(plan.nbytes, steps))
         table.append((name, pattern, shapes, len(steps), size))

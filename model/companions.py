@@ -56,7 +56,8 @@ def is_companion(name: str) -> bool:
 
 def is_terms(name: str) -> bool:
     """Check whether a file of that name holds the terms of a model."""
-    return not name.endswith(".py") and any(fnmatchcase(name.upper(), pattern) for pattern in TERMS)
+    upper = name.upper()
+    return not name.endswith(".py") and any(fnmatchcase(upper, pattern) for pattern in TERMS)
 
 
 def companions(folder: Path) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from outgrow.model.base.errors import UserError, did_you_mean, reading
 from outgrow.model.composite import flat
 from outgrow.model.family import STANDARD, Config, Family, family_of
+from outgrow.model.keys import is_number
 from outgrow.model.presets import PRESETS, preset, preset_sizes
 
 # preset name, folder, overrides, or a transformers config
@@ -104,8 +105,7 @@ def value_faults(config: Config, family: Family) -> Iterator[str]:
 def _no_numbers(values: Config, keys: Iterable[str | None], where: str) -> Iterator[str]:
     for key in keys:
         value = None if key is None else values.get(key)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not is_number:
+        if value is not None and not is_number(value):
             yield f"{where}: {key} must be a number, or null; found {value!r:.80}"
 
 

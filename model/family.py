@@ -13,6 +13,7 @@ from math import inf, prod, sqrt
 from typing import Any, Literal
 
 from outgrow.model.base.errors import UserError, unknown
+from outgrow.model.keys import is_number
 from outgrow.model.notation import Axis, Line, Space, parse_schema, size, spaces
 
 Config = Mapping[str, Any]
@@ -409,8 +410,7 @@ def initial_deviation(config: Config) -> float:
     value = config.get(key)
     if value is None:
         return 0.02
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 <= value < inf:
+    if not is_number(value) or not 0 <= value < inf:
         raise UserError(
             f"config: {key} must be a finite number of at least 0, the deviation of fresh weights; found "
             f"{value!r:.80}"

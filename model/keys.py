@@ -31,6 +31,11 @@ OTHER_SIZES = re.compile(r"intermediate|ffn|head|vocab")  # sizes with a name of
 OUTPUT = re.compile(r"out|text|(^|_)lm|proj")  # in other towers, the size that the text model reads
 
 
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Check for a number, which true and false are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def is_size(value: object) -> TypeGuard[int]:
     """Check for a positive whole number."""
     return type(value) is int and value > 0

@@ -283,7 +283,8 @@ def _head(bench: _Bench) -> float:
     expected = bench.steady(inputs)
     with bench.autocast():
         hidden = base(**inputs, use_cache=False).last_hidden_state
-        width, read = hidden.shape[-1], head.weight.shape[-1]
+        width = hidden.shape[-1]
+        read = head.weight.shape[-1]
         if width != read:
             raise UserError(f"its head reads {read} entries, and its base model gives {width}")
         logits = head(hidden)
@@ -366,7 +367,8 @@ def _reached(bench: _Bench) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The parameters that get no gradient from any of two texts, in any layer; and those that get one only
     here or there.
     """
-    first, second = set(_backward(bench, 0)), set(_backward(bench, 1))
+    first = set(_backward(bench, 0))
+    second = set(_backward(bench, 1))
     always, ever = first & second, first | second
     parameters = bench.model.named_parameters()
     names = [name for name, _ in parameters]

@@ -401,11 +401,13 @@ class Expander:
     def _gather(self, name: str | None, index: np.ndarray) -> np.ndarray:
         """Raw rows of the source tensor `name`, averaged with those beside it: (len(index), n)."""
         assert name is not None
-        rows, beside = self._rows(name, index), self.step.beside
-        if beside is None or name != self.step.source:
+        rows = self._rows(name, index)
+        if self.step.beside is None or name != self.step.source:
             return rows
-        half = [0.5 * self._decoded(np.ascontiguousarray(each)) for each in (rows, self._rows(beside, index))]
-        return self._encoded(half[0] + half[1])
+        rows_beside = self._rows(self.step.beside, index)
+        half = 0.5 * self._decoded(np.ascontiguousarray(rows))
+        half_beside = 0.5 * self._decoded(np.ascontiguousarray(rows_beside))
+        return self._encoded(half + half_beside)
 
     def _rows(self, name: str, index: np.ndarray) -> np.ndarray:
         """Read raw rows of the source tensor `name`, one read per run of rows: (len(index), n)."""

@@ -89,5 +89,6 @@ def consecutive(indices: np.ndarray) -> slice | np.ndarray:
     gaps = indices[1:] != next_index
     if len(indices) == 0 or gaps.any():
         return indices
-    first, last = int(indices[0]), int(indices[-1])
+    first = int(indices[0])
+    last = int(indices[-1])
     return slice(first, last + 1)

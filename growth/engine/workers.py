@@ -48,7 +48,7 @@ class Worker:
             UserError: it is not of that form.
         """
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-        number, count = (int(match[1]), int(match[2])) if match else (0, 0)
+        number, count = map(int, match.groups()) if match else (0, 0)
         if number >= count:
             raise UserError(f"worker={text}: expected i/n, worker i of n counted from 0, such as 0/4")
         return cls(number, count)

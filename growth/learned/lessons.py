@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from outgrow.model.base.errors import UserError, unknown
+from outgrow.model.keys import is_number
 
 STARTS = ("exact", "random")
 MOST_TOKENS = 1 << 24  # whose activations in one layer are held at once
@@ -57,8 +58,7 @@ def least_squares(
         ridge: strength of the pull to W₀.
     """
     _check_whole(tokens=tokens, window=window)
-    is_number = isinstance(ridge, int | float) and not isinstance(ridge, bool)
-    if not is_number or not 0 < ridge < 1e6:
+    if not is_number(ridge) or not 0 < ridge < 1e6:
         raise UserError(f"ridge {ridge!r}: expected a number above 0, such as 0.01")
     text = _checked_text("least_squares", text)
     return LeastSquares(text, width, tokens, window, float(ridge))
@@ -106,8 +106,7 @@ def ligo(
         start: `exact` (the maps of `width` and the layer map) or `random` (new rows drawn, as in the paper).
     """
     _check_whole(steps=steps, batch_tokens=batch_tokens, window=window)
-    is_number = isinstance(learning_rate, int | float) and not isinstance(learning_rate, bool)
-    if not is_number or not 0 < learning_rate < 10:
+    if not is_number(learning_rate) or not 0 < learning_rate < 10:
         raise UserError(f"learning_rate {learning_rate!r}: expected a number above 0, such as 0.001")
     if start not in STARTS:
         unknown("start", start, STARTS)

@@ -288,9 +288,12 @@ class Fitting:
     def _fitted_first(self, matrix: Matrix) -> Any:
         def run(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             seen = self._seen.get(matrix.source)
+            if seen is None:
+                return
+            read = arguments[0]
             # an expert sees a share of the tokens, and not the source's
-            if seen is not None and seen.shape[:-1] == arguments[0].shape[:-1]:
-                self._fit(matrix, module, arguments[0])
+            if seen.shape[:-1] == read.shape[:-1]:
+                self._fit(matrix, module, read)
 
         return run
 

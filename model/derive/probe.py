@@ -110,7 +110,8 @@ def named_shapes(config: Config, names: Iterable[str]) -> tuple[dict[str, Shape]
 
 def _common_ending(name: str, other: str) -> int:
     """Count the words that two names share from the end."""
-    words, other_words = reversed(name.split(".")), reversed(other.split("."))
+    words = reversed(name.split("."))
+    other_words = reversed(other.split("."))
     pairs = zip(words, other_words, strict=False)
     shared = takewhile(lambda pair: pair[0] == pair[1], pairs)
     return len(list(shared))
