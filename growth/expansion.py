@@ -4,6 +4,9 @@ fresh fill.
 An `Expansion` belongs to a space and holds a map for each side: `write` for tensors that write the space,
 `read` for tensors that read it. Growth is lossless on a space when reading after writing is the identity on
 what the network can observe; `growth.certificate` proves it.
+
+Shapes:
+    n, N: indices of the axis in the source and in the target
 """
 
 from __future__ import annotations

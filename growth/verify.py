@@ -1,4 +1,7 @@
-"""Verification: the written folder reopened and held against the plan, and a receipt measured on logits."""
+"""Verification: the written folder reopened and held against the plan, and a receipt measured on logits.
+
+Shapes: tokens are (row, position), logits (row, position, vocabulary), continuations (prompt, new).
+"""
 
 from __future__ import annotations
 

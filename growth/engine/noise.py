@@ -1,6 +1,11 @@
 """Noise that breaks the symmetry of copies: added where they are read.
 
 Where readers were divided it sums to zero over the copies, so that a lossless growth stays lossless.
+
+Shapes:
+    b: rows of one block of the target, whose numbers are `rows`
+    N: columns of the target
+    n: source indices of the axis that noise falls on; c, how often the most copied of them is copied
 """
 
 from __future__ import annotations
@@ -49,7 +54,7 @@ class Noise:
         self.noisy = copied & ~self.last
         deviations = deviation * grown.gain
         self.deviations = deviations.astype(working_type(dtype))
-        # (copy, source index): the place of that copy on the axis; -1 where there is none or it is the last.
+        # (c, n): the place of that copy on the axis; -1 where there is none or it is the last.
         copies = number[self.noisy]
         most = int(copies.max()) + 1
         index = grown.index[self.noisy]

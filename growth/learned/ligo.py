@@ -7,6 +7,10 @@ fixed plan's maps (a gain at the index that is copied, the mean as 1/n each), so
 that operator's does. The rows that hold the source's own indices stay; all others learn. Over the residual
 stream one map for each side serves the whole network, over heads and feed-forward units one for each layer.
 Both models are in memory, and the maps with AdamW's moments; a run that was stopped begins anew.
+
+Shapes:
+    n, N: one axis of a source tensor, and of the target's
+    b, t: windows of text in a batch, and the tokens of each
 """
 
 from __future__ import annotations
