@@ -15,6 +15,7 @@ from outgrow.growth.experts import Change, Expert, needed, numbered, routed_tens
 from outgrow.growth.plan import Plan
 from outgrow.model.base.errors import UserError
 from outgrow.model.family import Config, Family
+from outgrow.model.keys import without
 from outgrow.model.mixture import EXPERT, Mixture
 from outgrow.model.notation import Space
 
@@ -37,7 +38,7 @@ def copied(
         fault = f"{mixture.top_k} {chosen} is more than {mixture.count} {count}"
         raise UserError(f"target: {fault}")
     own = {mixture.count, mixture.top_k}
-    dense = {key: value for key, value in wanted.items() if key not in own}
+    dense = without(wanted, own)
     dense_plan = within(dense, asked.width, family=mixture.family(source))
     count_key = mixture.count_key(source)
     config = {**dense_plan.target_config, count_key: count, mixture.top_k: chosen}

@@ -24,6 +24,7 @@ from outgrow.model.base.errors import UserError, did_you_mean
 from outgrow.model.composite import flat
 from outgrow.model.config import read_config
 from outgrow.model.family import STANDARD, Config
+from outgrow.model.keys import without
 from outgrow.model.mixture import Mixture, mixtures
 from outgrow.model.presets import PRESETS
 
@@ -104,7 +105,7 @@ def _wanted(target: Any) -> dict[str, Any]:
             f"unknown target {str(target)!r}: no folder; give "
             f"target={{model_type:mixtral,num_local_experts:8,…}}"
         )
-    return {key: value for key, value in entries.items() if key not in NEUTRAL}
+    return without(entries, NEUTRAL)
 
 
 def _mixture(source: Config, kind: Any, wanted: Config, asked: Upcycling | ExpertCopy) -> Mixture:
@@ -151,7 +152,7 @@ def _differing(source: Config, kind: str, wanted: Config) -> str:
     if not library_knows({"model_type": kind}):
         return "transformers has no causal language model of that type"
     try:
-        shared = {key: value for key, value in source.items() if key not in NEUTRAL}
+        shared = without(source, NEUTRAL)
         complete = to_hf_config({**shared, **wanted, "model_type": kind})
         before = _starred(shapes(source))
         after = _starred(shapes(flat(complete.to_dict())))

@@ -19,7 +19,7 @@ from outgrow.model.config import Target, resolve_target
 from outgrow.model.depth_only import outline
 from outgrow.model.family import Config, Family, family_of, has_schema
 from outgrow.model.fp8 import dequantised
-from outgrow.model.keys import DEPTH_KEYS, HEAD_KEYS
+from outgrow.model.keys import DEPTH_KEYS, HEAD_KEYS, without
 
 if TYPE_CHECKING:
     from outgrow.growth.rehearse import Rehearsal
@@ -170,7 +170,7 @@ def _outlined(config: Config, shapes: Shapes) -> Resolved:
     known = library_knows(config)
     complete = whole_config(config) if known else config
     dropped = passed_over(complete, shapes) if known else []
-    kept = {name: shape for name, shape in shapes.items() if name not in dropped}
+    kept = without(shapes, dropped)
     outlined = outline(complete, kept)
     family = replace(outlined, ignore=tuple(dropped))
     check = "transformers does not know it, so nothing could be checked"
@@ -196,7 +196,7 @@ def _copies_layers_only(config: Config, target: Target, depth: str | Sequence[in
         _, adds_identity = LAYER_MAPS.get(depth, (None, False))
         if adds_identity:
             return False
-    others = {key: value for key, value in target.items() if key not in DEPTH_KEYS}
+    others = without(target, DEPTH_KEYS)
     return all(config.get(key) == value for key, value in others.items())
 
 

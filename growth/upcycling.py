@@ -21,6 +21,7 @@ from outgrow.model.base.errors import UserError
 from outgrow.model.checkpoint import names_of
 from outgrow.model.config import rope_of
 from outgrow.model.family import STANDARD, Config, Family, Tensor
+from outgrow.model.keys import only, without
 from outgrow.model.mixture import EXPERT, ROUTED, SHARED, Mixture
 from outgrow.model.notation import Space
 
@@ -51,7 +52,7 @@ def upcycled(
     _check_groups(mixture, count, chosen, cut.granularity)
     own = set(mixture.keys)
     known = {*source, *STANDARD} - own
-    dense = {key: value for key, value in wanted.items() if key in known}
+    dense = only(wanted, known)
     dense["intermediate_size"] = cut.units
     dense_plan = within(dense, asked.width)
     config = _config(dense_plan, mixture, wanted, asked, cut)
@@ -163,8 +164,8 @@ def _config(
     may_tell = names_dense and asked.sparse == "all"
     if is_told and may_tell:
         of_layers = {key: wanted[key] for key in of_layers if key in wanted}
-    own = {key: value for key, value in wanted.items() if key not in dense}
-    config = {key: value for key, value in dense.items() if key not in mixture.lacks}
+    own = without(wanted, dense)
+    config = without(dense, mixture.lacks)
     if "rope_parameters" not in config and "rope_theta" not in config:
         config["rope_parameters"] = rope_of(dense)
     kinds = dense_plan.family.layer_kinds(dense)

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from outgrow.model.base.errors import UserError, did_you_mean, reading
 from outgrow.model.composite import flat
 from outgrow.model.family import STANDARD, Config, Family, family_of
-from outgrow.model.keys import is_number
+from outgrow.model.keys import is_number, without
 from outgrow.model.presets import PRESETS, preset, preset_sizes
 
 # preset name, folder, overrides, or a transformers config
@@ -247,7 +247,7 @@ def _stored_as(source: Config | None, config: dict[str, Any]) -> dict[str, Any]:
     if source is None:
         return config
     dtypes = {key: source[key] for key in DTYPES & source.keys()}
-    others = {key: value for key, value in config.items() if key not in DTYPES}
+    others = without(config, DTYPES)
     return others | dtypes
 
 

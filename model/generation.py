@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from outgrow.model.base.errors import UserError
 from outgrow.model.config import read_json
 from outgrow.model.family import Config
+from outgrow.model.keys import only
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -96,4 +97,4 @@ def _entries(config: Config) -> dict[str, Any]:
 
     known = GenerationConfig().to_dict().keys() - {"transformers_version"}
     values = {key: value for key, value in config.items() if value is not None}
-    return {key: value for key, value in values.items() if key in known}
+    return only(values, known)

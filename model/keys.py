@@ -6,10 +6,12 @@ One answer for growth, for derivation and for the stages of a run.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeGuard
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any, TypeGuard, TypeVar
 
 from outgrow.model.composite import of_text
+
+V = TypeVar("V")
 
 # ---- spellings of the sizes, beside the standard ones (`model.family.STANDARD`) ----
 
@@ -29,6 +31,16 @@ DEPTH_KEYS = (
 SIZES = ("_size", "_dim", "_dims", "_width", "d_model")  # endings of keys
 OTHER_SIZES = re.compile(r"intermediate|ffn|head|vocab")  # sizes with a name of their own
 OUTPUT = re.compile(r"out|text|(^|_)lm|proj")  # in other towers, the size that the text model reads
+
+
+def without(values: Mapping[str, V], keys: Container[str]) -> dict[str, V]:
+    """Leave these keys of a config, or of another mapping, out."""
+    return {key: value for key, value in values.items() if key not in keys}
+
+
+def only(values: Mapping[str, V], keys: Container[str]) -> dict[str, V]:
+    """Take from a config, or from another mapping, what it has under these keys."""
+    return {key: value for key, value in values.items() if key in keys}
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

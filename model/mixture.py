@@ -22,6 +22,7 @@ from typing import Any
 
 from outgrow.model.base.errors import UserError
 from outgrow.model.family import Config, Family, families
+from outgrow.model.keys import only
 from outgrow.model.notation import Line
 
 _Values = tuple[Any, ...]
@@ -195,7 +196,7 @@ class Mixture:
             more[SHARED] = (units, experts)
         lines = "\n".join(self._lines(config, dense))
         words = set(re.findall(r"\w+", lines))
-        used = {space: rule for space, rule in more.items() if space in words}
+        used = only(more, words)
         spaces = {**dense.more, **used}
         kinds = dense.layer_types if "layer_types" not in self.lacks else None
         return replace(dense, name=self.name, also=(), schema=lines, more=spaces, layer_types=kinds)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from outgrow.model.config import read_json
+from outgrow.model.keys import without
 
 # Where classes of transformers 4 keep the base and the share of rotary positions, if not under these names.
 BASE, SHARE = "rope_theta", "partial_rotary_factor"
@@ -111,7 +112,7 @@ def _older_scaling(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[s
     """
     model_type = str(config.get("model_type"))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    entries = {key: value for key, value in rope.items() if key not in NO_SCALING}
+    entries = without(rope, NO_SCALING)
     if model_type in UNSCALED:
         return {}
     is_plain = kind == "default" and not entries
