@@ -245,8 +245,7 @@ def _beside(tensor: Tensor, growth: Growth, layers: LayerMap) -> str | None:
 
 def _of_next_layer(tensor: Tensor, growth: Growth, layers: LayerMap, own: int) -> str | None:
     """Name a tensor of the next source layer after `own` that has it; None where none has."""
-    having = range(layers.source) if tensor.line.only is None else sorted(tensor.line.only)
-    later = [layer for layer in having if layer > own]
+    later = [layer for layer in tensor.line.layers_of(layers.source) if layer > own]
     return source_name(tensor, growth, later[0]) if later else None
 
 

@@ -34,7 +34,7 @@ stands for a number that follows from the checkpoint at hand.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -179,6 +179,10 @@ class Line:
         if self.transposed:
             return self.into, self.out
         return self.out, self.into
+
+    def layers_of(self, count: int) -> Sequence[int]:
+        """Those of `count` layers that have it, in order."""
+        return range(count) if self.only is None else sorted(self.only)
 
     @property
     def names(self) -> list[str]:

@@ -398,6 +398,10 @@ class Expander:
         """Round numbers to the stored format, as raw bits."""
         return to_raw(values, self.dtype)
 
+    def _rounded(self, values: np.ndarray) -> np.ndarray:
+        """Round float64 numbers to the working type and from there to the stored format, as raw bits."""
+        return self._encoded(values.astype(working_type(self.dtype)))
+
     def _gather(self, name: str | None, index: np.ndarray) -> np.ndarray:
         """Raw rows of the source tensor `name`, averaged with those beside it: (len(index), n)."""
         assert name is not None
@@ -492,15 +496,10 @@ class Expander:
 
     def _new_tokens(self, rows: np.ndarray) -> np.ndarray:
         """(b, n) the mean row, with a little noise for each new token so that no two are the same."""
-        if "tokens" not in self._draws:
-            seed, name = self.plan.growth.seed, self.step.name
-            width = self.maps[1].source
-            self._draws["tokens"] = Draws(width, np.uint32, seed, name, "tokens")
         deviation = NEW_TOKENS * self._root_mean_square
-        numbers = self._draws["tokens"].of(rows)
+        numbers = self._numbers("tokens", self.maps[1].source, rows)
         noise = normal(numbers) * deviation
-        values = self._decoded(self._mean_row) + noise
-        return self._encoded(values.astype(working_type(self.dtype)))
+        return self._rounded(self._decoded(self._mean_row) + noise)
 
     @cached_property
     def _noise(self) -> Noise | None:
@@ -574,8 +573,7 @@ class Expander:
 
     def _normal_entries(self, numbers: np.ndarray, mean: float, deviation: float) -> np.ndarray:
         """Turn 32-bit numbers into raw entries of a normal distribution."""
-        values = normal(numbers) * deviation + mean
-        return to_raw(values.astype(working_type(self.dtype)), self.dtype)
+        return self._rounded(normal(numbers) * deviation + mean)
 
     @cached_property
     def _redrawn_moments(self) -> tuple[float, float]:
@@ -605,16 +603,18 @@ class Expander:
 
     def _numbers(self, part: str, width: int, rows: np.ndarray) -> np.ndarray:
         """(len(rows), width) random 32-bit numbers that depend on seed, tensor, part and position alone."""
+        return self._stream(part, width, np.uint32).of(rows)
+
+    def _stream(self, part: str, width: int, kind: type[np.unsignedinteger]) -> Draws:
+        """Random integers of one part of the tensor, row by row; the same stream at every call."""
         if part not in self._draws:
             seed, name = self.plan.growth.seed, self.step.name
-            self._draws[part] = Draws(width, np.uint32, seed, name, part)
-        return self._draws[part].of(rows)
+            self._draws[part] = Draws(width, kind, seed, name, part)
+        return self._draws[part]
 
     def _add(self, target: np.ndarray, values: np.ndarray) -> None:
         """Add numbers to raw entries."""
-        target[...] = to_raw(
-            (floats(target, self.dtype) + values).astype(working_type(self.dtype)), self.dtype
-        )
+        target[...] = self._rounded(self._decoded(target) + values)
 
     # ---- fresh values ----
 
@@ -649,13 +649,10 @@ class Expander:
         if start is None and (tensor.is_bias or is_norm):
             entry = self._encoded(np.zeros(1)) if tensor.is_bias else self._constant(1.0)
             return np.broadcast_to(entry, shape)
-        if part not in self._draws:
-            kind = np.uint16 if is_short(self.dtype) else np.uint32
-            seed, name = self.plan.growth.seed, self.step.name
-            self._draws[part] = Draws(width, kind, seed, name, part)
+        kind = np.uint16 if is_short(self.dtype) else np.uint32
         finish = self.step.finish or Finish()
         alike = rows // finish.alike
-        draws = self._draws[part].of(alike)
+        draws = self._stream(part, width, kind).of(alike)
         deviation = finish.deviation
         if deviation is None and start is not None:
             mean, deviation = start.normal or (None, None)
@@ -665,8 +662,7 @@ class Expander:
             deviation = self._deviation
         if is_short(self.dtype):
             return lookup(normal_bits(deviation, self.dtype), draws)
-        values = normal(draws) * deviation
-        return to_raw(values.astype(working_type(self.dtype)), self.dtype)
+        return self._rounded(normal(draws) * deviation)
 
     @property
     def _deviation(self) -> float:
@@ -686,7 +682,7 @@ class Expander:
         bits = 8 * draws.itemsize
         shares = (draws + 0.5) / 2.0**bits
         values = start.of(shares)
-        return self._encoded(values.astype(working_type(self.dtype)))
+        return self._rounded(values)
 
 
 def _columns(target: np.ndarray, count: int) -> np.ndarray:

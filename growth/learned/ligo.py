@@ -136,8 +136,8 @@ class Learner(nn.Module):
         tensor, plan = step.tensor, self.plan
         if tensor.layer is None:
             return [source_name(tensor, plan.growth, None)]
-        having = range(plan.layers.source) if tensor.line.only is None else sorted(tensor.line.only)
-        return [source_name(tensor, plan.growth, layer) for layer in having]
+        layers = tensor.line.layers_of(plan.layers.source)
+        return [source_name(tensor, plan.growth, layer) for layer in layers]
 
     def _fixed(self, step: Step, values: np.ndarray) -> Tensor:
         """A source tensor grown along the axes whose maps stay."""
