@@ -93,8 +93,9 @@ def _identity(run: Run) -> dict[str, Any]:
     """The settings, a teacher and stages as one each: they are one change, however much they say."""
     settings = identity(run.record.settings)
     grouped = ("transfer.teacher", "growth.stages")
-    single = {key: value for key, value in settings.items() if not key.startswith(grouped)}
-    return single | {key: run.record.setting(key) or None for key in grouped}
+    single = [key for key in settings if not key.startswith(grouped)]
+    values = {key: settings[key] for key in single}
+    return values | {key: run.record.setting(key) or None for key in grouped}
 
 
 def _change(arm: str, plain: str, keys: tuple[str, ...], best: Mapping[str, Sequence[Run]]) -> Change:
@@ -106,7 +107,8 @@ def _change(arm: str, plain: str, keys: tuple[str, ...], best: Mapping[str, Sequ
         mean = fmean(ours.values())
         plain_mean = fmean(theirs.values())
         differences = [mean - plain_mean]
-    flops = best[arm][0].flops / best[plain][0].flops
+    first, plain_first = best[arm][0], best[plain][0]
+    flops = first.flops / plain_first.flops
     difference = fmean(differences)
     interval = half_interval(differences)
     return Change(arm, plain, keys, seeds, flops, difference, interval)

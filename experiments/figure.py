@@ -241,12 +241,14 @@ def _label_curves(axes: Axes, comparison: Comparison, colours: dict[str, str]) -
     lift = max(0.0, lowest - heights[0])  # the lowest stays off the axis
     heights = [height + lift for height in heights]
     axes.set_xlim(0, right)
-    for row, end, label, height in zip(rows, ends, labels, heights, strict=True):
+    drawn = zip(rows, ends, labels, heights, strict=True)
+    for row, end, label, height in drawn:
         colour = colours[row.arm]
         across = [end, right * 1.018]
         up = [row.final_loss, height]
         axes.plot(across, up, color=colour, linewidth=0.8, clip_on=False)
-        axes.text(right * 1.023, height, label, color=colour, va="center", **LABEL)
+        beside = right * 1.023
+        axes.text(beside, height, label, color=colour, va="center", **LABEL)
     level = comparison.scratch.final_loss
     axes.text(
         0.006,
@@ -286,7 +288,8 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     for cluster in clusters:
         middle = _middle(cluster)
         half = (len(cluster) - 1) / 2
-        spread_out += [middle + gap * (i - half) for i in range(len(cluster))]
+        offsets = [gap * (i - half) for i in range(len(cluster))]
+        spread_out += [middle + offset for offset in offsets]
     return spread_out
 
 

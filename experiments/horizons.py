@@ -117,7 +117,8 @@ def check_alike(ends: Sequence[End]) -> None:
         values = {str(getattr(end, key)) for end in ends}
         count = len(values)
         if count > 1:
-            beginnings = ", ".join(value[:12] for value in sorted(values))
+            short = [value[:12] for value in sorted(values)]
+            beginnings = ", ".join(short)
             faults.append(f"{key}: {count} different ones ({beginnings}); compare runs on one text only")
     arms = {end.arm for end in ends}
     if SCRATCH not in arms:
@@ -137,8 +138,9 @@ def check_alike(ends: Sequence[End]) -> None:
 def lacks_control(ends: Sequence[End]) -> bool:
     """True where arms grew, and the small network was not trained on beside them."""
     largest = max(end.parameters for end in ends)
-    grown = any(end.arm != SCRATCH and end.parameters == largest for end in ends)
-    return grown and all(end.parameters == largest for end in ends)
+    grown = [end for end in ends if end.arm != SCRATCH and end.parameters == largest]
+    has_small = any(end.parameters < largest for end in ends)
+    return bool(grown) and not has_small
 
 
 # ---- the best rate of each arm at each horizon -------------------------------------------------------------
@@ -186,7 +188,7 @@ def best_points(ends: Iterable[End]) -> list[Point]:
     for end in ends:
         horizon = (end.arm, end.optimizer, end.tokens)
         grids[horizon].append(end)
-    return [_best_point(grid) for _, grid in sorted(grids.items())]
+    return [_best_point(grids[horizon]) for horizon in sorted(grids)]
 
 
 def _best_point(ends: Sequence[End]) -> Point:
@@ -198,7 +200,9 @@ def _best_point(ends: Sequence[End]) -> Point:
     for end in sorted(ends, key=lambda end: end.seed):
         key = (end.learning_rate, end.batch_tokens)
         grid[key].append(end)
-    losses = {key: {end.seed: end.val_loss for end in of_key} for key, of_key in grid.items()}
+    losses: dict[tuple[float, int], dict[int, float]] = {}
+    for key, of_key in grid.items():
+        losses[key] = {end.seed: end.val_loss for end in of_key}
     best_key = best_of(losses)
     rate, batch = best_key
     rates = [tried for tried, size in grid if size == batch]
@@ -298,7 +302,9 @@ def curve_of(points: Sequence[Point]) -> BaselineCurve:
 
 def curve_of_seed(points: Sequence[Point], seed: int) -> BaselineCurve | None:
     """L(C) through one seed's ends of the same points; None where a point lacks it, or its losses rise."""
-    own = [end for point in points for end in point.ends if end.seed == seed]
+    own: list[End] = []
+    for point in points:
+        own += [end for end in point.ends if end.seed == seed]
     costs = tuple(end.flops for end in own)
     losses = tuple(end.val_loss for end in own)
     falling = all(after < before for before, after in itertools.pairwise(losses))

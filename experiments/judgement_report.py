@@ -63,13 +63,15 @@ def _sentence(judgement: Judgement, judged: Judged) -> str:
     for text in judgement.texts:
         difference, interval = judgement.change(judged, text)
         size = signed(difference) + _plus_minus(interval)
-        parts.append(f"{text} {size} ({verdict(difference, interval)})")
+        words = verdict(difference, interval)
+        parts.append(f"{text} {size} ({words})")
     return f"- `{judged.arm}`: " + ", ".join(parts)
 
 
 def _cells(judgement: Judgement, judged: Judged) -> list[str]:
     counts = [f"{name} {count:,}" for name, count in judged.tokens.items()]
-    cells = [judged.arm, ", ".join(counts)]
+    read = ", ".join(counts)
+    cells = [judged.arm, read]
     is_baseline = judged is judgement.arms[0]
     for text in judgement.texts:
         losses = judged.losses[text]

@@ -56,7 +56,8 @@ class Display:
         own = [task for task, other in self.tasks.items() if other is job]
         for task in own:
             if self.bars:
-                self.bars.update(task, completed=job.settings.train.budget_tokens, shown=shown)
+                budget = job.settings.train.budget_tokens
+                self.bars.update(task, completed=budget, shown=shown)
                 self.bars.stop_task(task)
                 del self.tasks[task]
         if self.bars is None:

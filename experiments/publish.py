@@ -66,7 +66,9 @@ def write_together(out: Path, writers: Mapping[str, Writer]) -> list[Path]:
         partial.mkdir(parents=True)
         for name, writer in writers.items():
             writer(partial / name)
-        paths = [(partial / name).replace(out / name) for name in writers]
+        paths = [out / name for name in writers]
+        for path in paths:
+            (partial / path.name).replace(path)
         partial.rmdir()
     return paths
 
@@ -115,7 +117,8 @@ def _table(title: str, header: tuple[str, ...], rows: list[list[str]]) -> object
 
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        is_name = i == 0
+        table.add_column(name, justify="left" if is_name else "right", no_wrap=is_name)
     for row in rows:
         table.add_row(*row, style="bold" if row[0] == "scratch" else None)
     return table
@@ -152,7 +155,8 @@ def mirror(
     )  # fmt: skip
     values = [list(map(_plain, line.values())) for line in lines]
     table = wandb.Table(columns=list(lines[0]), data=values)
-    images = {name: wandb.Image(str(path)) for name, path in pictures.items()}
+    paths = {name: str(path) for name, path in pictures.items()}
+    images = {name: wandb.Image(path) for name, path in paths.items()}
     run.log({"comparison": table, **images})
     for key, value in summary.items():
         run.summary[key] = value
@@ -160,5 +164,6 @@ def mirror(
 
 
 def _plain(value: object) -> object:
-    plain = value is None or isinstance(value, bool | int | float | str)
-    return value if plain else str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)

@@ -64,7 +64,8 @@ def read_growth(metrics: Path, way_out: str) -> Growth | None:
     if not grown:
         return None
     after = grown[-1]
-    before = [row.loss for row in rows if row.kind == "before_growth" and row.tokens == after.tokens]
+    earlier = [row for row in rows if row.kind == "before_growth"]
+    before = [row.loss for row in earlier if row.tokens == after.tokens]
     training = [row for row in rows if row.kind == "train"]
     return Growth(
         tokens=after.tokens,
@@ -86,12 +87,15 @@ def tokens_until_back(training: Sequence[MetricsRow], growth: int) -> int | None
 
     None where it never is, or where no row lies before the growth.
     """
-    before = [row.loss for row in training if row.tokens <= growth][-WINDOW:]
+    before = [row.loss for row in training if row.tokens <= growth]
     after = [row for row in training if row.tokens > growth]
+    if not before:
+        return None
+    level = fmean(before[-WINDOW:])
     for end in range(WINDOW, len(after) + 1):
-        losses = [row.loss for row in after[end - WINDOW : end]]
-        if before and fmean(losses) <= fmean(before):
-            return after[end - 1].tokens - growth
+        window = after[end - WINDOW : end]
+        if fmean(row.loss for row in window) <= level:
+            return window[-1].tokens - growth
     return None
 
 
@@ -135,22 +139,33 @@ def recoveries(points: Sequence[Point], scratch: str) -> list[Recovery]:
         scratch: the name of the arm that they are held against.
     """
     largest = max(point.parameters for point in points)
-    of_scratch = {_moment(point): point for point in points if point.arm == scratch}
-    controls = {_moment(point): point for point in points if point.parameters < largest}
-    grown = [(point, growth) for point in points if (growth := point.ends[0].growth) is not None]
-    gaps = {(point.arm, *_moment(point)): _gap(point, of_scratch) for point, _ in grown}
+    of_scratch: dict[tuple[str, int], Point] = {}
+    controls: dict[tuple[str, int], Point] = {}
+    for point in points:
+        if point.arm == scratch:
+            of_scratch[_moment(point)] = point
+        if point.parameters < largest:
+            controls[_moment(point)] = point
+
+    grown = [point for point in points if point.ends[0].growth is not None]
     measured = []
-    for point, growth in grown:
-        own = [(other, gaps[other.arm, *_moment(other)]) for other, _ in grown if _alike(other, point)]
-        known = [(other.tokens - growth.tokens, gap) for other, gap in own if gap is not None]
-        gap = gaps[point.arm, *_moment(point)]
+    for point in grown:
+        growth = point.ends[0].growth
+        assert growth is not None
+        known: list[tuple[int, float]] = []  # (tokens after the growth, gap) of all horizons of the arm
+        for other in grown:
+            gap = _gap(other, of_scratch)
+            if _alike(other, point) and gap is not None:
+                known.append((other.tokens - growth.tokens, gap))
+        gap = _gap(point, of_scratch)
         share = _share(point, gap, controls, of_scratch)
-        measured.append(Recovery(point, growth, _spike(point), gap, share, mixing_time(known)))
+        spike, mixing = _spike(point), mixing_time(known)
+        measured.append(Recovery(point, growth, spike, gap, share, mixing))
     return measured
 
 
 def _moment(point: Point) -> tuple[str, int]:
-    """What scratch must share with an arm to be held against it at equal tokens."""
+    """Optimizer and tokens, which scratch must share with an arm to be held against it."""
     return point.optimizer, point.tokens
 
 
@@ -173,12 +188,15 @@ def _share(
     control = controls.get(_moment(point))
     if control is None or gap is None:
         return None
-    room = control.val_loss - of_scratch[_moment(point)].val_loss
-    return (control.val_loss - point.val_loss) / room if room > 0 else None
+    scratch = of_scratch[_moment(point)]
+    room = control.val_loss - scratch.val_loss
+    regained = control.val_loss - point.val_loss
+    return regained / room if room > 0 else None
 
 
 def _spike(point: Point) -> float | None:
-    spikes = [end.growth.spike for end in point.ends if end.growth is not None]
+    growths = (end.growth for end in point.ends)
+    spikes = [growth.spike for growth in growths if growth is not None]
     known = [spike for spike in spikes if spike is not None]
     return fmean(known) if known else None
 
@@ -191,12 +209,14 @@ def mixing_time(gaps: Sequence[tuple[int, float]]) -> MixingTime | None:
     if not gaps:
         return None
     ordered = sorted(gaps)
-    above = [place for place, (_, gap) in enumerate(ordered) if gap > EPSILON]
+    above = [number for number, (_, gap) in enumerate(ordered) if gap > EPSILON]
     if not above:
         return MixingTime(ordered[0][0], "≤")
     last = above[-1]
     if last == len(ordered) - 1:
         return MixingTime(ordered[-1][0], ">")
-    (start, before), (end, after) = ordered[last], ordered[last + 1]
+    start, before = ordered[last]
+    end, after = ordered[last + 1]
     share = (before - EPSILON) / (before - after)
-    return MixingTime(start * math.exp(share * math.log(end / start)))
+    factor = math.exp(share * math.log(end / start))
+    return MixingTime(start * factor)

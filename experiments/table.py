@@ -120,7 +120,8 @@ def ledger_cells(row: Row) -> list[str]:
     own = row.flops + row.operator_flops
     total = None if row.source_flops is None else own + row.source_flops
     source = [row.source_tokens, row.source_flops]
-    costs = [row.tokens, row.flops, row.operator_flops, *source, total]
+    training = [row.tokens, row.flops, row.operator_flops]
+    costs = [*training, *source, total]
     amounts = ["unknown" if cost is None else amount(cost) for cost in costs]
     return [row.arm, *amounts]
 
@@ -195,7 +196,8 @@ def markdown(comparison: Comparison) -> str:
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, bars in cells escaped."""
     rule = ["---"] * len(header)
-    return "\n".join(map(_markdown_line, [header, rule, *rows]))
+    lines = map(_markdown_line, [header, rule, *rows])
+    return "\n".join(lines)
 
 
 def _markdown_line(cells: Sequence[str]) -> str:
@@ -258,7 +260,8 @@ def write_json(comparison: Comparison, path: Path) -> None:
     """Indented, but each run's curve on one line: a file to read and to diff."""
     values = as_json(comparison)
     runs = ",\n  ".join(map(json.dumps, values["runs"]))
-    frame = json.dumps(values | {"runs": []}, indent=1, ensure_ascii=False)
+    without_runs = values | {"runs": []}
+    frame = json.dumps(without_runs, indent=1, ensure_ascii=False)
     text = frame.replace('"runs": []', f'"runs": [\n  {runs}\n ]')
     path.write_text(f"{text}\n", encoding="utf-8")
 

@@ -267,7 +267,8 @@ def _by_rate(model: nn.Module, groups: Groups, rates: Mapping[str, float]) -> Gr
         for parameter in group["params"]:
             rate = share[id(parameter)]
             by_rate[rate].append(parameter)
-        split += [group | {"params": by_rate[rate], "rate": rate} for rate in sorted(by_rate)]
+        for rate, own in sorted(by_rate.items()):
+            split.append(group | {"params": own, "rate": rate})
     return split
 
 

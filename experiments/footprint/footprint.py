@@ -182,7 +182,8 @@ def _ledger(path: Path) -> Training:
     if not isinstance(own, dict):
         raise UserError(f"{path}: it has no entry 'own', so it is no ledger of a run; {WAY_OUT}")
     numbers = own.get("tokens"), own.get("flops"), kept.get("flops")
-    if not {type(number) for number in numbers} <= {int, float, type(None)}:
+    kinds = {type(number) for number in numbers if number is not None}
+    if not kinds <= {int, float}:
         raise UserError(f"{path}: tokens and FLOPs should be numbers; found {numbers}; {WAY_OUT}")
     return Training(*numbers)
 

@@ -62,7 +62,8 @@ def markdown(rows: Sequence[Footprint], settings: CostSettings) -> str:
     heading, *lines = [f"| {' | '.join(row)} |" for row in cells]
     rule = "|---|---:|---|" + "---:|" * (len(HEADER) - 3)
     notes = [f"* {note}" for note in _notes(settings)]
-    return "\n".join(["# What it costs", "", heading, rule, *lines, "", *notes]) + "\n"
+    table = [heading, rule, *lines]
+    return "\n".join(["# What it costs", "", *table, "", *notes]) + "\n"
 
 
 def _published_cells(row: Published) -> list[str]:

@@ -27,9 +27,12 @@ def draw(suite: Suite, evaluated: Sequence[Evaluated], path: Path) -> None:
     names = [row.name for row in drawn]
     colours = [OURS if row.ours else PUBLISHED for row in drawn]
     heights = range(len(drawn))
-    values = {name: [row.values[name] for row in drawn] for name in columns_of(suite, groups=True)}
-    columns = [name for name in values if any(value is not None for value in values[name])]
-    width = 0.09 * max(map(len, names)) + 2.1 * len(columns)  # inches
+    values: dict[str, list[float | None]] = {}
+    for name in columns_of(suite, groups=True):
+        values[name] = [row.values[name] for row in drawn]
+    columns = [name for name, column in values.items() if any(value is not None for value in column)]
+    longest = max(map(len, names))
+    width = 0.09 * longest + 2.1 * len(columns)  # inches
     height = 0.9 + 0.34 * len(drawn)
     figure = Figure(figsize=(width, height), layout="constrained")
     panels: Any = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]

@@ -118,7 +118,8 @@ def _cell(value: float | None) -> str:
 
 def _markdown(heads: Sequence[str], names: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """A table in Markdown, a name before each line."""
-    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    heading = " | ".join(heads)
+    lines = [f"| | {heading} |", "|---|" + "---:|" * len(heads)]
     for name, line in zip(names, cells, strict=True):
         lines.append(f"| {name} | {' | '.join(line)} |")
     return "\n".join(lines)

@@ -25,7 +25,8 @@ def prepared(folder: Path) -> str:
     assert manifest is not None
     read = manifest["read"]
     cleaning = manifest["cleaning"]
-    lines = [f"{folder}: read {read['documents']:,} documents, {read['bytes']:,} bytes of text"]
+    documents, size = f"{read['documents']:,}", f"{read['bytes']:,}"
+    lines = [f"{folder}: read {documents} documents, {size} bytes of text"]
     lines += [
         f"  {key.replace('_', ' ')}: {read[key]:,}"
         for key in ("empty_skipped", "too_long_skipped", "utf8_replaced")

@@ -309,8 +309,8 @@ def _type_of(files: Sequence[TokenFile], tokenizer: PreTrainedTokenizerFast, nam
     """
     best = 0.0
     for dtype in common_types(files):
-        rests = [(file.size - file.offset) % dtype.itemsize for file in files]
-        if not any(rests):
+        sizes = [file.size - file.offset for file in files]
+        if not any(size % dtype.itemsize for size in sizes):
             pieces = _pieces(files, dtype, tokenizer.eos_token_id)
             share = agreement(pieces, tokenizer)
             if share >= SAME:
@@ -365,7 +365,8 @@ def agreement(pieces: Iterator[np.ndarray], tokenizer: PreTrainedTokenizerFast) 
     for piece in pieces:
         ids = [i for i in piece.tolist() if i not in special]
         both += 2 * len(ids)
-        if ids and min(ids) >= 0 and max(ids) < most:
+        in_range = bool(ids) and min(ids) >= 0 and max(ids) < most
+        if in_range:
             text = cutter.decode(ids, skip_special_tokens=False)
             again = cutter.encode(text, add_special_tokens=False).ids
             matcher = SequenceMatcher(None, ids, again, autojunk=False)

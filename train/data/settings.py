@@ -115,7 +115,7 @@ def disagreements(settings: DataSettings) -> list[str]:
         faults.append(
             "data.path: missing; give a folder or a glob: data.path=texts or 'data.path=texts/**/*.md'"
         )
-    unpinned = [name for name in settings.distributions if len(name.split("==")) != 2]
+    unpinned = [name for name in settings.distributions if name.count("==") != 1]
     if settings.corpus == "packages" and (unpinned or not settings.distributions):
         faults.append(
             f"data.distributions: name each with its version, numpy==2.4.6; found {unpinned or 'none'}"

@@ -48,7 +48,8 @@ class Tokens:
             shard_end = int(self._ends[first])
             base = shard_end - len(shard)
             end = min(stop, shard_end)
-            parts.append(shard[start - base : end - base])
+            part = shard[start - base : end - base]
+            parts.append(part)
             start = end
             first += 1
         if len(parts) == 1:
@@ -107,7 +108,9 @@ def split_entry(folder: Path, shards: Sequence[Any]) -> dict[str, Any]:
 
 def _hash_file(path: Path, digest: Any, offset: int = 0, size: int | None = None) -> None:
     """Add `size` bytes of a file, from `offset` on, to a hash; None for all of them."""
-    left = path.stat().st_size - offset if size is None else size
+    left = size
+    if left is None:
+        left = path.stat().st_size - offset
     with path.open("rb") as file:
         file.seek(offset)
         while raw := file.read(min(left, 2**22)):

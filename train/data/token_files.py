@@ -95,7 +95,8 @@ def find(path: str, key: str) -> list[TokenFile]:
         reason = "no such token file"
         if root.is_dir():
             reason = f"none of its {len(names)} files ends in {' '.join(READERS)}"
-        raise UserError(f"{key}={path}: {reason}; give a folder, a glob or a file of {', '.join(READERS)}")
+        suffixes = ", ".join(READERS)
+        raise UserError(f"{key}={path}: {reason}; give a folder, a glob or a file of {suffixes}")
     files: list[TokenFile] = []
     faults: list[str] = []
     for name in token_files:
@@ -126,14 +127,13 @@ def describe(path: Path) -> TokenFile:
 
 
 def _datatrove(path: Path) -> TokenFile:
-    beside = {key: path.with_name(f"{path.name}.{key}") for key in ("index", "metadata", "loss")}
-    if beside["loss"].exists():
+    index = path.with_name(f"{path.name}.index")
+    metadata = path.with_name(f"{path.name}.metadata")
+    if path.with_name(f"{path.name}.loss").exists():
         raise UserError(
             f"{path}: it has a loss mask (.ds.loss), which is not read; move the mask away to train on "
             "every token"
         )
-    index = beside["index"]
-    metadata = beside["metadata"]
     tokenizer, width, tokens = _metadata(metadata) if metadata.is_file() else (None, None, None)
     size = path.stat().st_size
     ends = _index(index) if index.is_file() else None
@@ -236,11 +236,13 @@ def _megatron(path: Path, index: Path) -> TokenFile:
     offsets = raw[offsets_begin:bounds_begin].view("<i8")
     documents = raw[bounds_begin:bounds_end].view("<i8")
     _check_offsets(index, lengths, offsets, dtype.itemsize)
-    total = int(offsets[-1]) + int(lengths[-1]) * dtype.itemsize
+    last = int(lengths[-1]) * dtype.itemsize  # bytes of the last sequence
+    total = int(offsets[-1]) + last
     if total != size:
         raise _cut(path, f"{index.name} tells of {total:,} bytes, and it has {size:,}")
     outer = (int(documents[0]), int(documents[-1]))
-    if outer != (0, sequences) or (np.diff(documents) < 0).any():
+    falls = (np.diff(documents) < 0).any()
+    if outer != (0, sequences) or falls:
         raise _cut(index, f"its documents do not run from sequence 0 to {sequences:,}")
 
     def end(number: int) -> int:
@@ -311,7 +313,8 @@ def common_types(files: Sequence[TokenFile]) -> tuple[np.dtype, ...]:
     for file in files:
         common = [dtype for dtype in common if dtype in file.dtypes]
     if not common:
-        other = next(file for file in files if set(first.dtypes).isdisjoint(file.dtypes))
+        kinds = set(first.dtypes)
+        other = next(file for file in files if kinds.isdisjoint(file.dtypes))
         raise UserError(
             f"{first.path}: ids of type {first.dtypes[0]}, and {other.path} has {other.dtypes[0]}; "
             "read them as two sources of a mixture"

@@ -133,7 +133,8 @@ def blame(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> tuple[
         if later is None or later == earlier:
             silent.append(process)
     known = {process: sign for process, sign in enumerate(after) if sign is not None}
-    newest = max((sign.step for sign in known.values()), default=0)
+    steps = [sign.step for sign in known.values()]
+    newest = max(steps, default=0)
     busy = [process for process, sign in known.items() if not sign.waits]
     behind = [process for process, sign in known.items() if sign.step < newest]
     # a group of all tells nothing

@@ -155,7 +155,7 @@ class Harness:
         whose files take a while."""
         from lm_eval.tasks import TaskManager
 
-        folders = [str(folder) for folder in (OWN, self.tasks) if folder is not None]
+        folders = [str(OWN)] if self.tasks is None else [str(OWN), str(self.tasks)]
         for everything in (False, True):
             if everything not in self.managers:
                 with _silent():
@@ -176,7 +176,8 @@ class Harness:
 def _read(asked: BenchmarkTask, results: Any) -> Score:
     """The score that was asked for among all that the harness tells."""
     groups = results.get("groups", {})
-    entries = results["results"].get(asked.task) or groups.get(asked.task) or {}
+    own = results["results"].get(asked.task)
+    entries = own or groups.get(asked.task) or {}
     values = {
         key: value
         for key, value in entries.items()

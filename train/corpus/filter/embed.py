@@ -67,9 +67,12 @@ class Encoder:
         import torch
 
         width = max(map(len, ids))
-        gaps = [width - len(row) for row in ids]
-        masks = [[1] * (width - gap) + [0] * gap for gap in gaps]
-        padded = [row + [0] * gap for row, gap in zip(ids, gaps, strict=True)]
+        masks = []
+        padded = []
+        for row in ids:
+            gap = [0] * (width - len(row))
+            padded.append(row + gap)
+            masks.append([1] * len(row) + gap)
         mask = torch.tensor(masks, device=self.device)
         tokens = torch.tensor(padded, device=self.device)
         with torch.inference_mode():

@@ -54,7 +54,8 @@ class Tally:
 
     def decode(self, raw: builtins.bytes) -> str:
         """UTF-8, or what a byte order mark says; broken bytes become U+FFFD and are counted."""
-        encoding = next((name for mark, name in MARKS.items() if raw.startswith(mark)), "utf-8")
+        marked = [name for mark, name in MARKS.items() if raw.startswith(mark)]
+        encoding = marked[0] if marked else "utf-8"
         try:
             return raw.decode(encoding)
         except UnicodeDecodeError:

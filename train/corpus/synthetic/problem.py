@@ -132,8 +132,8 @@ class Problem:
 
     def asserts(self) -> str:
         numbers = range(len(self.cases))
-        lines = [f"assert {self.call(case)} == {self.result(case)!r}" for case in numbers]
-        return "\n".join(lines)
+        pairs = [(self.call(case), self.result(case)) for case in numbers]
+        return "\n".join(f"assert {call} == {result!r}" for call, result in pairs)
 
     def program(self) -> str:
         """The function, and the asserts that check it."""
@@ -210,7 +210,8 @@ def _worthwhile(cases: list[Case]) -> bool:
     ends = [results[-1] for _, results in cases]
     first = ends[0]
     is_empty = not first and first != 0
-    return len(set(map(repr, ends))) > 1 and not is_empty
+    distinct = set(map(repr, ends))
+    return len(distinct) > 1 and not is_empty
 
 
 def idle(steps: Sequence[Step], cases: Sequence[Case], style: str) -> list[tuple[int, int]]:

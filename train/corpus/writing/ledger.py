@@ -126,10 +126,10 @@ def _check_settings(settings: WriteSettings, out: Path) -> None:
 
 def _by_key(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings by their whole names, those of the prompts one by one: `prompts.topics`."""
-    others = {key: value for key, value in settings.items() if key != "prompts"}
-    prompts = settings.get("prompts")
+    values = dict(settings)
+    prompts = values.pop("prompts", None)
     entries = prompts if isinstance(prompts, dict) else {}
-    return others | {f"prompts.{key}": value for key, value in entries.items()}
+    return values | {f"prompts.{key}": value for key, value in entries.items()}
 
 
 ENTRY = {"number", "dollars", "prompt_tokens", "completion_tokens"}  # keys that every entry has

@@ -55,8 +55,11 @@ class Local:
         end = self.tokenizer.eos_token_id
         self._check_length(width)
         gaps = [width - len(row) for row in encoded]
-        padded = [[end] * gap + row for row, gap in zip(encoded, gaps, strict=True)]
-        masks = [[0] * gap + [1] * (width - gap) for gap in gaps]
+        padded = []
+        masks = []
+        for row, gap in zip(encoded, gaps, strict=True):
+            padded.append([end] * gap + row)
+            masks.append([0] * gap + [1] * len(row))
         ids = torch.tensor(padded, device=self.model.device)
         mask = torch.tensor(masks, device=self.model.device)
         drawing = {
