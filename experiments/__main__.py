@@ -157,7 +157,8 @@ def compare_arms(done: Done, *, wandb: bool) -> str:
         from outgrow.experiments.judgement import judge
         from outgrow.experiments.judgement_report import write
 
-        parts.append(write(judge(done.folders, done.texts), done.out))
+        judgement = judge(done.folders, done.texts)
+        parts.append(write(judgement, done.out))
         print(parts[-1])
         write_text(table, "\n".join(parts))
     return "\n".join(parts)

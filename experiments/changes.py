@@ -48,7 +48,8 @@ def changes(best: Mapping[str, Sequence[Run]]) -> tuple[Change, ...]:
     measured: list[Change] = []
     for plain in plain_arms:
         for arm in arms:
-            keys = changed_in_training(best[plain][0], best[arm][0])
+            plain_run, run = best[plain][0], best[arm][0]
+            keys = changed_in_training(plain_run, run)
             if keys:
                 measured.append(_change(arm, plain, keys, best))
     return tuple(measured)
@@ -62,7 +63,11 @@ def summary(measured: Sequence[Change]) -> str:
         for change in measured:
             if change.plain == plain:
                 arms[change.verdict].append(change.arm)
-        parts = [f"{word} for {', '.join(names)}" for word, names in arms.items() if names]
+        parts = []
+        for word, names in arms.items():
+            if names:
+                listed = ", ".join(names)
+                parts.append(f"{word} for {listed}")
         sentences.append(f"Final loss against {plain}, " + "; ".join(parts))
     return ". ".join(sentences)
 

@@ -125,7 +125,8 @@ def half_interval(values: Sequence[float], level: float = 0.95) -> float | None:
     from scipy.special import stdtrit  # half a second to import, and only wanted here
 
     count = len(values)
-    quantile = float(stdtrit(count - 1, 0.5 + level / 2))
+    below = 0.5 + level / 2
+    quantile = float(stdtrit(count - 1, below))
     return quantile * stdev(values) / math.sqrt(count)
 
 
@@ -181,7 +182,8 @@ def cost(
     def difference(already_paid: float | None) -> float | None:
         if already_paid is None:
             return None
-        loss = loss_at(curve.flops, curve.losses, paid_by_scratch - already_paid)
+        own = paid_by_scratch - already_paid
+        loss = loss_at(curve.flops, curve.losses, own)
         return None if loss is None else loss - level
 
     return Cost(

@@ -325,7 +325,8 @@ def _mark_saving(axes: Axes, comparison: Comparison, colours: dict[str, str]) ->
     style: dict[str, Any] = {"textcoords": "offset points", "color": colour, "bbox": PAPER}
     style |= LABEL
     if flops > 0.5 * end:  # left of the marker, where that leaves the words on scratch's line free
-        axes.annotate(label, tip, (-8, -7), ha="right", va="top", **style)
+        below = (-8, -7)
+        axes.annotate(label, tip, below, ha="right", va="top", **style)
     else:  # above the arrow
         middle = ((flops + end) / 2, level)
         axes.annotate(label, middle, (0, 5), ha="center", va="bottom", **style)

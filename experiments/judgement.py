@@ -137,8 +137,10 @@ def evaluation(run: Run, data: TokenData) -> Evaluation:
     logging.disable_progress_bar()
     context = int(run.record.setting("train.context"))
     split = data.validation
-    windows = list(validation_batches(split, context=context, tokens=_eval_tokens(run)))
-    model = NextTokenLoss(load_model(run.folder / FINAL), fused=False)
+    tokens = _eval_tokens(run)
+    windows = list(validation_batches(split, context=context, tokens=tokens))
+    network = load_model(run.folder / FINAL)
+    model = NextTokenLoss(network, fused=False)
     return evaluate(model, windows, Accelerator(cpu=True), split.bytes_per_token)
 
 

@@ -40,7 +40,8 @@ def markdown(judgement: Judgement) -> str:
     texts = judgement.texts
     changes = len(others) * len(texts)
     header = ["arm", "tokens read", *(f"{text}: loss (95 %), change" for text in texts)]
-    table = markdown_table(header, [_cells(judgement, judged) for judged in judgement.arms])
+    cells = [_cells(judgement, judged) for judged in judgement.arms]
+    table = markdown_table(header, cells)
     lines = [
         f"Against `{baseline.arm}`, at equal tokens:",
         "",
@@ -108,7 +109,8 @@ def draw(arms: Sequence[Judged], path: Path) -> None:
             falling.plot(tokens, own, color=colour, linewidth=0.8, alpha=0.35)
             losses.append(own)
         tokens, _ = zip(*judged.curves[0], strict=True)
-        means = list(map(fmean, zip(*losses, strict=True)))
+        columns = zip(*losses, strict=True)
+        means = list(map(fmean, columns))
         falling.plot(tokens, means, color=colour, linewidth=1.8, label=judged.arm)
     falling.set(
         xlabel="tokens trained",
@@ -122,7 +124,8 @@ def draw(arms: Sequence[Judged], path: Path) -> None:
     for text, axes in zip(texts, finals, strict=True):
         for column, (judged, colour) in enumerate(coloured):
             ends = judged.losses[text]
-            axes.plot([column] * len(ends), ends, "o", color=colour, markersize=4, alpha=0.7)
+            across = [column] * len(ends)
+            axes.plot(across, ends, "o", color=colour, markersize=4, alpha=0.7)
             left = column - 0.3
             right = column + 0.3
             axes.hlines(fmean(ends), left, right, color=colour, linewidth=2)

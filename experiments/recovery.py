@@ -79,7 +79,8 @@ def _metrics_row(row: Any) -> MetricsRow | None:
     key = {"train": "loss", "growth": "val_loss", "before_growth": "val_loss"}.get(row["kind"])
     if key is None or row[key] is None:
         return None
-    return MetricsRow(row["kind"], int(row["tokens"]), float(row[key]))
+    tokens, loss = int(row["tokens"]), float(row[key])
+    return MetricsRow(row["kind"], tokens, loss)
 
 
 def tokens_until_back(training: Sequence[MetricsRow], growth: int) -> int | None:

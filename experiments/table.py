@@ -98,12 +98,15 @@ def ratio(row: Row, side: Literal["excluded", "included"]) -> str:
     interval = row.saving_interval if has_interval else None
     spread = "" if interval is None else f" ± {100 * interval:.0f}"
     percent = round(100 * (saving(speedup) or 0.0))
-    return f"{speedup:.2f} ×, {percent}{spread} %".replace("-", "−")
+    text = f"{speedup:.2f} ×, {percent}{spread} %"
+    return text.replace("-", "−")
 
 
 def signed(difference: float | None) -> str:
     """A difference of losses with its sign, in nats; a dash where there is none."""
-    return UNDEFINED if difference is None else f"{difference:+.3f}".replace("-", "−")
+    if difference is None:
+        return UNDEFINED
+    return f"{difference:+.3f}".replace("-", "−")
 
 
 def amount(value: float) -> str:
@@ -298,9 +301,9 @@ def _block(readme: Path) -> tuple[str, str, str]:
         UserError: they are not there once each, in this order.
     """
     text = readme.read_text(encoding="utf-8")
-    once = text.count(BEGIN) == text.count(END) == 1
+    counts = text.count(BEGIN), text.count(END)
     in_order = text.find(BEGIN) < text.find(END)
-    if not once or not in_order:
+    if counts != (1, 1) or not in_order:
         raise UserError(
             f"{readme}: expected one line {BEGIN!r} and, below it, one line {END!r} around the table",
         )

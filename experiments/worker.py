@@ -49,7 +49,8 @@ def work(overrides: tuple[str, ...], log: str) -> str:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:
-        return str(train_horizons(compose(list(overrides)))[-1])
+        folders = train_horizons(compose(list(overrides)))
+        return str(folders[-1])
     except UserError:
         raise
     except Stopped as stopped:  # it has saved; this process must not wait for another run

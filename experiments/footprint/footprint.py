@@ -235,8 +235,10 @@ def _rows(
         data_tokens=training.data_tokens,
         tokens=training.tokens,
     )
-    hours = None if training.device_seconds is None else training.device_seconds / 3600
-    trained = replace(start, device=training.device or "not recorded", gpu_hours=hours)
+    seconds = training.device_seconds
+    hours = None if seconds is None else seconds / 3600
+    device_name = training.device or "not recorded"
+    trained = replace(start, device=device_name, gpu_hours=hours)
     timed = _timed(checkpoint, start) if settings.measure else None
     same_device = timed is not None and timed.device == trained.device
     if hours is not None and not same_device:

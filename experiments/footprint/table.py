@@ -129,8 +129,12 @@ def _notes(settings: CostSettings) -> list[str]:
     ]
     by_credit: dict[str, list[str]] = defaultdict(list)
     for row in published():
-        by_credit[f"{row.source}; {row.note}."].append(row.name)
-    return notes + [f"{', '.join(names)}: {credit}" for credit, names in by_credit.items()]
+        credit = f"{row.source}; {row.note}."
+        by_credit[credit].append(row.name)
+    for credit, names in by_credit.items():
+        listed = ", ".join(names)
+        notes.append(f"{listed}: {credit}")
+    return notes
 
 
 def as_csv(rows: Sequence[Footprint]) -> str:

@@ -90,8 +90,9 @@ def evaluate(
         values = {task.task: kept.get(task) for task in settings.suite.tasks}
         known = {task: value for task, value in values.items() if value is not None}
         groups = group_averages(settings.suite, known)
-        local = tuple(task for task in known if local_items(kept.tasks, task) is not None)
-        row = Evaluated(title(folder), folder, known, groups, settings.limit, local)
+        local = [task for task in known if local_items(kept.tasks, task) is not None]
+        name, limit = title(folder), settings.limit
+        row = Evaluated(name, folder, known, groups, limit, tuple(local))
         evaluated.append(row)
     return evaluated
 
@@ -121,8 +122,8 @@ def _measure(
             limit = settings.limit
             score = harness.score(task, ready, model, limit=limit, run_code=run_code)
             kept.put(task, asdict(score))
-            result = f"{score.value:.1%} of {score.items} ({score.metric})"
-            say(f"{title(folder)}: {task.task} {result}")
+            share = f"{score.value:.1%} of {score.items}"
+            say(f"{title(folder)}: {task.task} {share} ({score.metric})")
 
 
 def checkpoint_of(run: Path) -> Path:

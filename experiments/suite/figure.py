@@ -41,7 +41,8 @@ def draw(suite: Suite, evaluated: Sequence[Evaluated], path: Path) -> None:
         axes.barh(heights, lengths, color=colours, height=0.68)
         for row, value in enumerate(values[column]):
             label = "–" if value is None else f"{value:.1f}"
-            axes.text(lengths[row] + 1.5, row, label, va="center", fontsize=8)
+            beside = lengths[row] + 1.5
+            axes.text(beside, row, label, va="center", fontsize=8)
         axes.set(title=column, xlim=(0, 100), xlabel="%")
         axes.grid(axis="x", color=GRID)
         axes.set_axisbelow(True)

@@ -96,7 +96,9 @@ def markdown(suite: Suite, evaluated: Sequence[Evaluated]) -> str:
     by_credit: dict[str, list[str]] = defaultdict(list)
     for row in published():
         by_credit[f"{row.source}, {row.note}."].append(row.name)
-    notes += [f"{', '.join(names)}: {credit}" for credit, names in by_credit.items()]
+    for credit, names in by_credit.items():
+        listed = ", ".join(names)
+        notes.append(f"{listed}: {credit}")
     parts.append("\n".join(f"* {note}" for note in notes))
     return "\n\n".join(parts) + "\n"
 
@@ -121,7 +123,8 @@ def _markdown(heads: Sequence[str], names: Sequence[str], cells: Sequence[Sequen
     heading = " | ".join(heads)
     lines = [f"| | {heading} |", "|---|" + "---:|" * len(heads)]
     for name, line in zip(names, cells, strict=True):
-        lines.append(f"| {name} | {' | '.join(line)} |")
+        row = " | ".join((name, *line))
+        lines.append(f"| {row} |")
     return "\n".join(lines)
 
 

@@ -253,10 +253,10 @@ def _check_passes(settings: MixtureSettings, mixture: Mixture, windows: Mapping[
         most = settings.sources[name].max_passes
         if most is not None and count > most * windows[name]:
             needed = f"{count * mixture.context:,}"
-            size = f"{windows[name] * mixture.context:,}"
+            tokens = windows[name] * mixture.context
             faults.append(
                 f"mixture.sources.{name}: it ends early: the run asks for {needed} of "
-                f"its tokens, and it has {size} × max_passes={most:g}; lower "
+                f"its tokens, and it has {tokens:,} × max_passes={most:g}; lower "
                 "its weight or train.budget_tokens, allow more passes, or give more text"
             )
     UserError.collect(faults)
@@ -326,7 +326,9 @@ def apart(sources: Mapping[str, DataSettings]) -> dict[str, DataSettings]:
     for name, source in sources.items():
         home = str(source.home)
         taken = first.setdefault(home, source) != source
-        separate[name] = replace(source, folder=f"{home}-{name}") if taken else source
+        if taken:
+            source = replace(source, folder=f"{home}-{name}")
+        separate[name] = source
     return separate
 
 

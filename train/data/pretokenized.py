@@ -144,7 +144,7 @@ def _check(
 ) -> None:
     """Read all files once, and write the manifest and the tokenizer."""
     tokenizer = load_tokenizer(str(settings.tokenizer))
-    every = [*files["train"], *files["validation"]]
+    every = files["train"] + files["validation"]
     dtype = _type_of(every, tokenizer, str(settings.tokenizer))
     _check_ends(every, dtype, tokenizer, str(settings.tokenizer))
     parts = _parts(files, dtype, settings.validation_fraction, tokenizer.eos_token_id)
@@ -319,7 +319,8 @@ def _type_of(files: Sequence[TokenFile], tokenizer: PreTrainedTokenizerFast, nam
     named = [file for file in files if file.tokenizer]
     hint = ""
     if named:
-        hint = f"; {named[0].path.name} keeps the name {named[0].tokenizer!r}"
+        first = named[0]
+        hint = f"; {first.path.name} keeps the name {first.tokenizer!r}"
     raise UserError(
         f"data.tokenizer={name}: it is not the tokenizer of {files[0].path}: of pieces that are decoded "
         f"and cut again, {best:.0%} of the ids are the same{hint}; name the tokenizer that cut them"

@@ -247,8 +247,10 @@ def mixture_disagreements(mixture: MixtureSettings, data: DataSettings) -> list[
         key = f"mixture.sources.{name}"
         tokenizer = source.data.tokenizer
         passes = source.max_passes
-        faults += [f"{key}.{fault}" for fault in disagreements(source.data)]
-        faults += [f"{key}.data.{fault}" for fault in held_out_faults(source.data, data)]
+        own = disagreements(source.data)
+        faults += [f"{key}.{fault}" for fault in own]
+        overlaps = held_out_faults(source.data, data)
+        faults += [f"{key}.data.{fault}" for fault in overlaps]
         if passes is not None and passes <= 0:
             faults.append(f"{key}.max_passes: must be positive, or null; found {passes}")
         if tokenizer not in (None, data.tokenizer):
@@ -325,8 +327,9 @@ def _phase_faults(name: str, phase: PhaseSettings, mixture: MixtureSettings, *, 
         if source not in mixture.sources:
             hint = did_you_mean(source, mixture.sources)
             faults.append(f"{name}.{key}: unknown source {source!r}; {hint}")
-    not_positive = [source for source, value in parts.items() if not value > 0]
-    faults += [f"{name}.{key}.{source}: must be positive; found {parts[source]}" for source in not_positive]
+    for source, value in parts.items():
+        if not value > 0:
+            faults.append(f"{name}.{key}.{source}: must be positive; found {value}")
     if weighted:
         total = fsum(parts.values())
         if abs(total - 1) > 1e-9:

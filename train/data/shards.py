@@ -168,7 +168,8 @@ def fingerprint(manifest: dict[str, Any]) -> str:
     def without_shards(split: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in split.items() if key != "shards"}
 
-    splits = {name: without_shards(split) for name, split in manifest["splits"].items()}
+    named = manifest["splits"].items()
+    splits = {name: without_shards(split) for name, split in named}
     meaning = [manifest["tokenizer"], manifest["dtype"], splits]
     text = json.dumps(meaning, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -215,7 +216,8 @@ def check_data(folder: Path, advance: Callable[[int], None] = lambda size: None)
         entry = manifest["splits"][name]
         for shard in entry["shards"]:
             size = shard["tokens"] * width
-            _hash_file(folder / shard["file"], digest, shard.get("offset", 0), size)
+            path, offset = folder / shard["file"], shard.get("offset", 0)
+            _hash_file(path, digest, offset, size)
             advance(size)
         if digest.hexdigest() != entry["sha256"]:
             raise _damaged(folder, f"the {name} shards are not the bytes that the manifest tells of")

@@ -44,7 +44,8 @@ def samples(
     """
     rows = [row for batch in windows for row in batch]
     numbers = range(min(COUNT, len(rows)))
-    spread = [number * len(rows) // COUNT for number in numbers]
+    count = len(rows)
+    spread = [number * count // COUNT for number in numbers]
     chosen = np.stack([rows[number] for number in spread])
     context = chosen.shape[1] - 1
     length = min(PROMPT_TOKENS, context // 2)

@@ -155,7 +155,9 @@ class Harness:
         whose files take a while."""
         from lm_eval.tasks import TaskManager
 
-        folders = [str(OWN)] if self.tasks is None else [str(OWN), str(self.tasks)]
+        folders = [str(OWN)]
+        if self.tasks is not None:
+            folders.append(str(self.tasks))
         for everything in (False, True):
             if everything not in self.managers:
                 with _silent():
@@ -183,7 +185,7 @@ def _read(asked: BenchmarkTask, results: Any) -> Score:
         for key, value in entries.items()
         if isinstance(value, float | int) and "_stderr" not in key and "," in key
     }
-    metrics = [key for key in values if key.split(",")[0] == asked.metric]
+    metrics = [key for key in values if key.startswith(f"{asked.metric},")]
     if not metrics:
         raise UserError(
             f"task {asked.task}: it has no metric {asked.metric!r}; it has "

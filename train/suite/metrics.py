@@ -75,7 +75,8 @@ def humaneval(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, float]:
     """pass@1 of HumanEval (arXiv 2107.03374): the prompt goes on with what was written, and the tests of the
     item run."""
     function = f"{doc['prompt']}{first(results)}"
-    program = f"{function}\n{doc['test']}\ncheck({doc['entry_point']})\n"
+    check = f"check({doc['entry_point']})"
+    program = f"{function}\n{doc['test']}\n{check}\n"
     return {"pass_at_1": float(passes(program))}
 
 

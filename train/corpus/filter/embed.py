@@ -51,10 +51,12 @@ class Encoder:
             cut = self.tokenizer(text, add_special_tokens=False, verbose=False)
             ids = cut["input_ids"][: self.max_tokens]
             starts = range(0, len(ids), window)
-            pieces += [(row, ids[start : start + window]) for start in starts]
+            own = [ids[start : start + window] for start in starts]
+            pieces += [(row, piece) for piece in own]
         total = np.zeros((len(texts), self.dimensions))
         count = np.zeros(len(texts))
-        for batch in _batches([len(ids) for _, ids in pieces]):
+        lengths = [len(ids) for _, ids in pieces]
+        for batch in _batches(lengths):
             chosen = [pieces[number] for number in batch]
             sums = self._sums([ids for _, ids in chosen])
             for (row, ids), values in zip(chosen, sums, strict=True):
@@ -76,7 +78,8 @@ class Encoder:
         mask = torch.tensor(masks, device=self.device)
         tokens = torch.tensor(padded, device=self.device)
         with torch.inference_mode():
-            states = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
+            output = self.model(input_ids=tokens, attention_mask=mask)
+            states = output.last_hidden_state.float()
             sums = (states * mask[..., None]).sum(1)
         if not bool(torch.isfinite(sums).all()):
             raise UserError("the encoder's hidden states are not finite; choose another encoder=")

@@ -116,7 +116,8 @@ def fit(settings: FitSettings, data: DataSettings, labels: Path, out: Path) -> d
     """
     answers = read_labels(labels)
     encoder = embed.load_encoder(settings.encoder, settings.revision, settings.max_tokens)
-    labelled = ((name, text) for name, text in texts_of(data) if name in answers)
+    every = texts_of(data)
+    labelled = ((name, text) for name, text in every if name in answers)
     names, features = _embedded(encoder, labelled)
     if missing := sorted(set(answers) - set(names)):
         raise UserError(

@@ -51,7 +51,8 @@ def measure(source: str) -> Measures:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return measures
     defined = [node for node in ast.walk(tree) if isinstance(node, _DEFINITIONS)]
-    docstrings = [ast.get_docstring(node) or "" for node in [tree, *defined]]
+    documented_by = [tree, *defined]
+    docstrings = [ast.get_docstring(node) or "" for node in documented_by]
     documented = [text for text in docstrings if len(text) >= 20]
     names = [node.name for node in defined] + [
         node.arg for node in ast.walk(tree) if isinstance(node, ast.arg) and node.arg != "self"

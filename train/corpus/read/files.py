@@ -212,7 +212,8 @@ def _walk(root: str, own: frozenset[str] | set[str], left_out: list[str]) -> Ite
 
     for folder, inner, names in os.walk(root, onerror=unlisted, followlinks=True):
         folders = [name for name in sorted(inner) if not name.startswith(".")]
-        inner[:] = [name for name in folders if not _passed(folder, name, own, inside, seen, left_out)]
+        passed = [_passed(folder, name, own, inside, seen, left_out) for name in folders]
+        inner[:] = [name for name, over in zip(folders, passed, strict=True) if not over]
         for name in names:
             if name.startswith("."):
                 continue

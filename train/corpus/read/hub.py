@@ -52,7 +52,8 @@ class Hub:
             Exception
         ) as error:  # datasets, fsspec, pyarrow, httpx and the hub's client each raise their own
             values = {key: getattr(wanted, key) for key in NAMED}
-            named = " ".join(f"{key}={value}" for key, value in values.items() if value)
+            known = {key: value for key, value in values.items() if value}
+            named = " ".join(f"{key}={value}" for key, value in known.items())
             raise UserError(
                 f"cannot read {named} from the Hugging Face hub ({type(error).__name__}: "
                 f"{first_line(error)}); check the names and the network, log in with `hf auth login` where "

@@ -47,7 +47,8 @@ class Ledger:
     def add(self, prompt: Prompt, answer: Answer) -> None:
         """Note an answer, and see it on disk."""
         counts = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
-        result = {"text": answer.text} if answer.fault is None else {"fault": answer.fault}
+        is_fault = answer.fault is not None
+        result = {"fault": answer.fault} if is_fault else {"text": answer.text}
         asked = {
             "number": prompt.number,
             "topic": prompt.topic,
@@ -73,7 +74,8 @@ class Ledger:
         self.done.add(entry["number"])
         self.dollars += entry["dollars"]
         counts = {key: entry[key] for key in ("prompt_tokens", "completion_tokens")}
-        self.tokens.update({key: count or 0 for key, count in counts.items()})
+        for key, count in counts.items():
+            self.tokens[key] += count or 0
         self.uncounted += None in counts.values()
         if "fault" in entry:
             self.faults[entry["fault"][:60]] += 1
