@@ -124,7 +124,8 @@ def _horizons(options: argparse.Namespace) -> int:
         print(line)
     readme = options.out / "README.md"
     if readme.is_file():  # a study's folder, whose page shows the table
-        insert_table(readme, (options.out / TABLE).read_text(encoding="utf-8"))
+        table = (options.out / TABLE).read_text(encoding="utf-8")
+        insert_table(readme, table)
     return 0
 
 
@@ -173,7 +174,8 @@ def compare_costs(done: Done, *, wandb: bool) -> None:
         return
     from outgrow.experiments.horizon_report import write
 
-    for line in write([str(folder) for folder in done.folders], done.out, wandb=wandb):
+    folders = list(map(str, done.folders))
+    for line in write(folders, done.out, wandb=wandb):
         print(line)
 
 

@@ -48,7 +48,8 @@ def changes(best: Mapping[str, Sequence[Run]]) -> tuple[Change, ...]:
     measured: list[Change] = []
     for plain in plain_arms:
         for arm in arms:
-            plain_run, run = best[plain][0], best[arm][0]
+            plain_run = best[plain][0]
+            run = best[arm][0]
             keys = changed_in_training(plain_run, run)
             if keys:
                 measured.append(_change(arm, plain, keys, best))
@@ -112,7 +113,8 @@ def _change(arm: str, plain: str, keys: tuple[str, ...], best: Mapping[str, Sequ
         mean = fmean(ours.values())
         plain_mean = fmean(theirs.values())
         differences = [mean - plain_mean]
-    first, plain_first = best[arm][0], best[plain][0]
+    first = best[arm][0]
+    plain_first = best[plain][0]
     flops = first.flops / plain_first.flops
     difference = fmean(differences)
     interval = half_interval(differences)

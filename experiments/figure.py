@@ -178,8 +178,8 @@ def _unpaid(comparison: Comparison) -> list[str]:
 def _cut_off(comparison: Comparison) -> bool:
     """True if any loss lies above the frame."""
     _, highest = loss_range(comparison)
-    peaks = [max(run.curve.losses) for run in _best_runs(comparison)]
-    return any(peak > highest for peak in peaks)
+    runs = _best_runs(comparison)
+    return any(max(run.curve.losses) > highest for run in runs)
 
 
 def _shortened(name: str, room: int) -> str:
@@ -272,8 +272,11 @@ def _heights(rows: Sequence[Row], labels: Sequence[str], gap: float) -> list[flo
     for row, count in zip(rows, counts, strict=True):
         losses += [row.final_loss] * count
     lines = iter(spread(losses, gap))
-    own = [list(itertools.islice(lines, count)) for count in counts]
-    return [_middle(heights) for heights in own]
+    middles = []
+    for count in counts:
+        own = list(itertools.islice(lines, count))
+        middles.append(_middle(own))
+    return middles
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
@@ -319,7 +322,8 @@ def _mark_saving(axes: Axes, comparison: Comparison, colours: dict[str, str]) ->
     marker: dict[str, Any] = {"marker": "o", "markersize": 9, "markeredgecolor": "white"}
     axes.plot([flops], [level], color=colour, zorder=5, **marker)
     arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 2.2}
-    tip, tail = (flops, level), (end, level)
+    tip = (flops, level)
+    tail = (end, level)
     axes.annotate("", tip, tail, arrowprops=arrow, zorder=4)
     label = f"{percent(row.cost.saving_excluded or 0.0)} FLOPs"
     style: dict[str, Any] = {"textcoords": "offset points", "color": colour, "bbox": PAPER}
@@ -336,7 +340,9 @@ def _caption(comparison: Comparison) -> str:
     counts = [row.n for row in comparison.best_rows]
     least = min(counts)
     most = max(counts)
-    seeds = f"{least}" if least == most else f"{least}–{most}"
+    seeds = f"{least}–{most}"
+    if least == most:
+        seeds = f"{least}"
     thin = "thin: each seed, thick: their mean" if most > 1 else "one seed: no interval"
     cut = "; cut off above the frame" if _cut_off(comparison) else ""
     return (

@@ -236,7 +236,8 @@ class BaselineCurve:
         if not lowest <= loss <= highest:
             return None
         rising = [-value for value in self.losses]
-        return math.exp(_interpolate(-loss, rising, self.log_flops))
+        log_cost = _interpolate(-loss, rising, self.log_flops)
+        return math.exp(log_cost)
 
     def loss_at(self, flops: float) -> float | None:
         """L: scratch's loss for `flops`; None outside of what was measured."""
@@ -307,7 +308,8 @@ def curve_of_seed(points: Sequence[Point], seed: int) -> BaselineCurve | None:
         own += [end for end in point.ends if end.seed == seed]
     costs = tuple(end.flops for end in own)
     losses = tuple(end.val_loss for end in own)
-    falling = all(after < before for before, after in itertools.pairwise(losses))
+    steps = itertools.pairwise(losses)
+    falling = all(after < before for before, after in steps)
     if len(own) < len(points) or not falling:
         return None
     return BaselineCurve(costs, losses)
@@ -403,7 +405,8 @@ def _interval(values: Iterable[float | None]) -> float | None:
 def write_ends(path: Path, ends: Iterable[End]) -> None:
     """The ends as JSON, sorted, so that a study's record changes by what was added."""
     order = attrgetter("arm", "optimizer", "tokens", "name")
-    rows = list(map(asdict, sorted(ends, key=order)))
+    ordered = sorted(ends, key=order)
+    rows = list(map(asdict, ordered))
     for row in rows:
         if row["growth"] is None:
             del row["growth"]
@@ -430,4 +433,5 @@ def _end(row: Mapping[str, Any]) -> End:
     names = [field.name for field in fields(End) if field.name != "growth"]
     values = {name: row[name] for name in names}
     grown = row.get("growth")
-    return End(**values, growth=None if grown is None else Growth(**grown))
+    growth = None if grown is None else Growth(**grown)
+    return End(**values, growth=growth)

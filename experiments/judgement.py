@@ -75,7 +75,8 @@ def open_texts(leaves: Sequence[str], job: Job, own: DataSettings) -> dict[str, 
     data = prepare(own)
     texts = {}
     for leaf in leaves:
-        settings = compose([*job.overrides, f"data={leaf}"]).data
+        overrides = [*job.overrides, f"data={leaf}"]
+        settings = compose(overrides).data
         faults = held_out_faults(own, settings)
         UserError.collect(f"judged_on: {leaf}: {fault}" for fault in faults)
         other = source_data(SourceSettings(settings), own, data)
@@ -116,7 +117,8 @@ def _judge(arm: str, runs: Sequence[Run], texts: Mapping[str, TokenData]) -> Jud
         bits[name] = tuple(result.bits_per_byte for result in results)
     curves = []
     for run in runs:
-        points = zip(run.curve.tokens, run.curve.losses, strict=True)
+        curve = run.curve
+        points = zip(curve.tokens, curve.losses, strict=True)
         curves.append(tuple(points))
     tokens = runs[0].record.data.tokens_read
     return Judged(arm, tokens, tuple(curves), losses, bits)

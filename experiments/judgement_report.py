@@ -39,7 +39,8 @@ def markdown(judgement: Judgement) -> str:
     baseline, *others = judgement.arms
     texts = judgement.texts
     changes = len(others) * len(texts)
-    header = ["arm", "tokens read", *(f"{text}: loss (95 %), change" for text in texts)]
+    header = ["arm", "tokens read"]
+    header += [f"{text}: loss (95 %), change" for text in texts]
     cells = [_cells(judgement, judged) for judged in judgement.arms]
     table = markdown_table(header, cells)
     lines = [
@@ -128,7 +129,8 @@ def draw(arms: Sequence[Judged], path: Path) -> None:
             axes.plot(across, ends, "o", color=colour, markersize=4, alpha=0.7)
             left = column - 0.3
             right = column + 0.3
-            axes.hlines(fmean(ends), left, right, color=colour, linewidth=2)
+            mean = fmean(ends)
+            axes.hlines(mean, left, right, color=colour, linewidth=2)
         axes.set_xticks(range(len(arms)), names, rotation=40, ha="right")
         axes.set_title(f"final, {text}")
     for axes in panels:

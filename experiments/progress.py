@@ -62,7 +62,8 @@ class Display:
                 del self.tasks[task]
         if self.bars is None:
             minutes = seconds / 60
-            self.say(f"{job.name}: done, {shown}, {minutes:.1f} min after the start")
+            duration = f"{minutes:.1f} min after the start"
+            self.say(f"{job.name}: done, {shown}, {duration}")
 
 
 def position(metrics: Path) -> tuple[float, str]:

@@ -41,7 +41,8 @@ def write(comparison: Comparison, out: Path) -> list[Path]:
     """
 
     def report(path: Path) -> None:
-        path.write_text(html(comparison, path.with_name("convergence.png")), encoding="utf-8")
+        page = html(comparison, path.with_name("convergence.png"))
+        path.write_text(page, encoding="utf-8")
 
     writers: dict[str, Writer] = {
         "comparison.csv": lambda path: write_csv(list(map(flat_row, comparison.rows)), path),

@@ -79,7 +79,8 @@ def _metrics_row(row: Any) -> MetricsRow | None:
     key = {"train": "loss", "growth": "val_loss", "before_growth": "val_loss"}.get(row["kind"])
     if key is None or row[key] is None:
         return None
-    tokens, loss = int(row["tokens"]), float(row[key])
+    tokens = int(row["tokens"])
+    loss = float(row[key])
     return MetricsRow(row["kind"], tokens, loss)
 
 
@@ -160,7 +161,8 @@ def recoveries(points: Sequence[Point], scratch: str) -> list[Recovery]:
                 known.append((other.tokens - growth.tokens, gap))
         gap = _gap(point, of_scratch)
         share = _share(point, gap, controls, of_scratch)
-        spike, mixing = _spike(point), mixing_time(known)
+        spike = _spike(point)
+        mixing = mixing_time(known)
         measured.append(Recovery(point, growth, spike, gap, share, mixing))
     return measured
 
@@ -219,5 +221,5 @@ def mixing_time(gaps: Sequence[tuple[int, float]]) -> MixingTime | None:
     start, before = ordered[last]
     end, after = ordered[last + 1]
     share = (before - EPSILON) / (before - after)
-    factor = math.exp(share * math.log(end / start))
-    return MixingTime(start * factor)
+    growth = math.log(end / start)
+    return MixingTime(start * math.exp(share * growth))

@@ -226,8 +226,7 @@ def _trained(name: str, overrides: list[str], text: Path) -> Iterator[tuple[str,
         f"out=run-{name}",
         *(f"train.{setting}" for setting in RUN),
     ]
-    settings = compose([*data, *rest, *overrides])
-    train(settings)
+    train(compose([*data, *rest, *overrides]))
     folder = Path(f"run-{name}")
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)

@@ -171,13 +171,15 @@ def markdown(comparison: Comparison) -> str:
     """
     rows = list(map(cells, comparison.best_rows))
     best = markdown_table(HEADER, rows)
-    parts = [f"**{capital(answer(comparison))}.**", best]
+    finding = capital(answer(comparison))
+    parts = [f"**{finding}.**", best]
     if comparison.differences:
         lines = [f"- {difference}" for difference in comparison.differences]
         listing = "\n".join(lines)
         parts.insert(0, f"**{UNLIKE}:**\n\n{listing}")
     if comparison.changes:
-        parts.insert(-1, f"**{summary(comparison.changes)}.**")
+        effects = summary(comparison.changes)
+        parts.insert(-1, f"**{effects}.**")
         parts += [
             f"{CHANGES}:",
             markdown_table(CHANGE_HEADER, [change_cells(change) for change in comparison.changes]),
@@ -220,15 +222,18 @@ def flat_row(row: Row) -> dict[str, Any]:
         "saving_excluded": row.cost.saving_excluded,
         "saving_included": row.cost.saving_included,
     }
-    fields["seeds"] = " ".join(map(str, row.seeds))
-    fields["seed_savings"] = " ".join(map(repr, row.seed_savings))
+    seeds = map(str, row.seeds)
+    savings = map(repr, row.seed_savings)
+    fields["seeds"] = " ".join(seeds)
+    fields["seed_savings"] = " ".join(savings)
     return fields | {"n": row.n, "saving_excluded_interval": row.saving_interval}
 
 
 def write_csv(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     """One line for each row of the grid; an undefined number is an empty cell."""
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(lines[0]))
+        names = list(lines[0])
+        writer = csv.DictWriter(file, fieldnames=names)
         writer.writeheader()
         writer.writerows(lines)
 

@@ -36,12 +36,11 @@ class ExpertLoad:
         parts = out if isinstance(out, tuple) else (out,)
         with torch.no_grad():
             logits = parts[0].detach()
-            whole = next(
-                (part for part in parts[1:] if isinstance(part, Tensor) and not part.is_floating_point()),
-                None,
-            )
-            indices = logits.topk(self.chosen, dim=-1).indices if whole is None else whole
-            counts = torch.zeros(logits.shape[-1], device=logits.device)
+            tensors = [part for part in parts[1:] if isinstance(part, Tensor)]
+            integers = [tensor for tensor in tensors if not tensor.is_floating_point()]
+            indices = integers[0] if integers else logits.topk(self.chosen, dim=-1).indices
+            experts = logits.shape[-1]
+            counts = torch.zeros(experts, device=logits.device)
             ones = torch.ones(indices.numel(), device=logits.device)
             counts.index_add_(0, indices.flatten(), ones)
             self.counts[name] = counts + self.counts.get(name, 0)

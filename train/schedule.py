@@ -60,7 +60,8 @@ def cosine(progress: float, warmup: float, settings: ScheduleSettings) -> float:
         return progress / warmup
     turn = (progress - warmup) / (1.0 - warmup)
     wave = 1.0 + math.cos(math.pi * turn)
-    return settings.floor + (1.0 - settings.floor) * 0.5 * wave
+    above_floor = (1.0 - settings.floor) * 0.5 * wave
+    return settings.floor + above_floor
 
 
 Schedule = Callable[[float, float, ScheduleSettings], float]

@@ -97,8 +97,9 @@ def settings_from(overrides: Sequence[str]) -> CostSettings:
     settings = read(CostSettings, values, "", faults) if values else None
     if settings is not None and settings.context < 2:
         faults.append(f"context: must be at least 2; found {settings.context}")
-    if settings is not None and not 0 < settings.mfu <= 1:
-        faults.append(f"mfu: a share of the device's peak, above 0 and at most 1; found {settings.mfu}")
+    mfu = 1.0 if settings is None else settings.mfu
+    if not 0 < mfu <= 1:
+        faults.append(f"mfu: a share of the device's peak, above 0 and at most 1; found {mfu}")
     UserError.collect(faults)
     assert settings is not None
     return settings
@@ -197,7 +198,8 @@ def _data_tokens(record: RunRecord) -> int | None:
         settings = settings_from(record.settings)
         texts = [settings.data]
         if settings.mixture is not None:
-            texts = [source.data for source in settings.mixture.sources.values()]
+            sources = settings.mixture.sources.values()
+            texts = [source.data for source in sources]
         stocks = list(map(stock, texts))
     except UserError:  # settings of an older version, or a folder that is another by now
         return None

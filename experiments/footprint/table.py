@@ -103,7 +103,8 @@ def _hours(row: Footprint, mark: str) -> str:
     own, everything = row.gpu_hours, row.gpu_hours_in_all
     if own is None or everything is None or everything == own:
         return _number(own, mark)
-    return f"{_number(own, mark)} ({_number(everything, '')} with its source)"
+    with_source = _number(everything, "")
+    return f"{_number(own, mark)} ({with_source} with its source)"
 
 
 def _number(value: float | None, mark: str) -> str:

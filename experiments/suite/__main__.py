@@ -44,7 +44,8 @@ def _evaluate(runs: Sequence[str], overrides: Sequence[str]) -> None:
     text = markdown(suite, evaluated)
     stem = Path(settings.out) / suite.name
     write_text(Path(f"{stem}.md"), text)
-    write_json(Path(f"{stem}.json"), as_json(suite, evaluated))
+    record = as_json(suite, evaluated)
+    write_json(Path(f"{stem}.json"), record)
     draw(suite, evaluated, Path(f"{stem}.png"))
     print(text)
     print(f"{stem}.md, .json, .png")

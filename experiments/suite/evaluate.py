@@ -169,7 +169,9 @@ def network_of(folder: Path, settings: EvaluateSettings) -> tuple[Any, Any]:
         )
     tokenizer = load_tokenizer(str(folder))
     cuda = torch.cuda.is_available()
-    device = ("cuda" if cuda else "cpu") if settings.device == "auto" else settings.device
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if cuda else "cpu"
     network: Any = load_model(folder, dtype=settings.dtype).eval()
     rows = network.get_input_embeddings().weight.shape[0]
     count = entries(tokenizer)
@@ -185,7 +187,8 @@ class Scores:
     """The scores of one checkpoint on the disk, a file for each task."""
 
     def __init__(self, out: Path, checkpoint: Path, settings: EvaluateSettings) -> None:
-        digest = hashlib.sha256(str(checkpoint).encode()).hexdigest()
+        path = str(checkpoint)
+        digest = hashlib.sha256(path.encode()).hexdigest()
         name = f"{title(checkpoint)}-{digest[:8]}"
         self.folder = out / "scores" / name
         self.tasks = None if settings.tasks is None else Path(settings.tasks).expanduser()

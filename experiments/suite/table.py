@@ -99,7 +99,8 @@ def markdown(suite: Suite, evaluated: Sequence[Evaluated]) -> str:
     for credit, names in by_credit.items():
         listed = ", ".join(names)
         notes.append(f"{listed}: {credit}")
-    parts.append("\n".join(f"* {note}" for note in notes))
+    lines = [f"* {note}" for note in notes]
+    parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 
@@ -111,7 +112,8 @@ def _table(suite: Suite, evaluated: Sequence[Evaluated], *, groups: bool) -> str
     cells = [[_cell(row.values[column]) for column in columns] for row in listed]
     if groups:
         return _markdown(columns, names, cells)
-    return _markdown(names, columns, list(zip(*cells, strict=True)))
+    turned = list(zip(*cells, strict=True))
+    return _markdown(names, columns, turned)
 
 
 def _cell(value: float | None) -> str:

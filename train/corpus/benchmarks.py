@@ -107,7 +107,8 @@ def write_benchmarks(path: str, target: Path) -> dict[str, Any]:
             "name the benchmarks' folder"
         )
     sizes = [len(hashes) for hashes, _, _ in columns]
-    every = np.concatenate([hashes for hashes, _, _ in columns])
+    own = [hashes for hashes, _, _ in columns]
+    every = np.concatenate(own)
     unique, first = np.unique(every, return_index=True)
 
     def of_each(values: list[int]) -> np.ndarray:
@@ -126,7 +127,7 @@ def write_benchmarks(path: str, target: Path) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def read_benchmarks(path: Path, changed: int) -> Benchmarks:
-    """What `write_benchmarks` wrote; `changed` is the file's time, so that a new file is read."""
+    """The n-grams that `write_benchmarks` wrote; `changed` is the file's time, so that a new file is read."""
     with np.load(path) as arrays:
         return Benchmarks(
             arrays["hashes"],

@@ -211,7 +211,8 @@ def begin(partial: Path, work: Workshop, settings: DataSettings, corpus: Corpus,
     kept = {work.folder}
     if before:
         kept |= {work.folder / name for name in ("files", "text", "signatures", "overlaps")}
-    for path in [*partial.glob("*"), *work.folder.glob("*")]:
+    present = [*partial.glob("*"), *work.folder.glob("*")]
+    for path in present:
         if path not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_json(record, wanted)

@@ -111,7 +111,7 @@ def _run_task(executor: LocalExecutor, rank: int) -> None:
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -186,7 +186,7 @@ class SlurmExecutor(SlurmPipelineExecutor):
             raise
 
     def fault(self) -> str | None:
-        """What is wrong with the input of the first task that failed for it."""
+        """The fault in the input of the first task that failed for it."""
         for path in self.logging_dir.list_files("faults") if self.logging_dir.isdir("faults") else []:
             with self.logging_dir.open(path, "r") as file:
                 return str(file.read())
@@ -252,7 +252,7 @@ def _slurm(
 
 
 def _is_queued(job: str) -> bool:
-    """Whether Slurm still knows the job as waiting or running."""
+    """True where Slurm still knows the job as waiting or running."""
     try:
         listing = subprocess.run(
             ["squeue", "--noheader", "--job", job], capture_output=True, text=True, check=False

@@ -91,7 +91,8 @@ def inspect(folder: Path, *, samples: int, characters: int, seed: int) -> Source
             rows = np.flatnonzero(part["split"] == name)
             ends = starts[name] + np.cumsum(tokens[rows])
             positions = wanted[name] - seen[name]
-            is_here = (positions >= 0) & (positions < len(rows))
+            count = len(rows)
+            is_here = (positions >= 0) & (positions < count)
             for position in positions[is_here]:
                 row = rows[position]
                 end = int(ends[position])
@@ -102,7 +103,8 @@ def inspect(folder: Path, *, samples: int, characters: int, seed: int) -> Source
                 starts[name] = int(ends[-1])
     drawn.sort(key=lambda sample: SPLITS.index(sample.split))
     low_scores = _low_scores(folder / REMOVED)
-    return Source(folder.name, manifest, lengths, scores, low_scores, tuple(drawn))
+    name = folder.name
+    return Source(name, manifest, lengths, scores, low_scores, tuple(drawn))
 
 
 def _batches(path: Path) -> Iterator[dict[str, np.ndarray]]:
@@ -129,7 +131,8 @@ def _sample(data: TokenData, split: str, row: dict[str, Any], end: int, characte
     text = tokenizer.decode(first, skip_special_tokens=False)
     score = float(row["score"])
     kept_score = None if np.isnan(score) else score
-    name, shown = str(row["document"]), text[:characters]
+    name = str(row["document"])
+    shown = text[:characters]
     return Sample(name, split, tokens, kept_score, shown)
 
 
@@ -252,8 +255,10 @@ def _scores(sources: Sequence[Source]) -> Iterator[str]:
             kept_tenths = source.kept_scores.reshape(10, 4).sum(1)
             rows = []
             for i in range(10):
-                least, most = i / 10, (i + 1) / 10
-                low, kept = low_tenths[i], kept_tenths[i]
+                least = i / 10
+                most = (i + 1) / 10
+                low = low_tenths[i]
+                kept = kept_tenths[i]
                 rows.append([f"{least:.1f}–{most:.1f}", f"{low:,}", f"{kept:,}"])
             heading = (
                 f"{source.name}: {cut['kept']:,} of {cut['scored']:,} documents kept, from a score of "

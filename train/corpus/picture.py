@@ -26,7 +26,8 @@ def draw(sources: Sequence[Source], path: Path) -> None:
 
     coloured = zip(sources, cycle(COLOURS), strict=False)
     scored = [(source, colour) for source, colour in coloured if source.scored]
-    bars, histograms = 0.25 * len(sources), 2.2 * len(scored)  # inches
+    bars = 0.25 * len(sources)  # inches
+    histograms = 2.2 * len(scored)
     height = 3.6 + bars + histograms
     figure = Figure(figsize=(10, height), layout="constrained")
     rows: Any = figure.subfigures(
@@ -63,7 +64,8 @@ def _shares(axes: Axes, sources: Sequence[Source]) -> None:
     axes.set_yticks(places, [source.name for source in sources])
     axes.set_xlim(0, 130)
     axes.set_xticks(range(0, 101, 25))
-    axes.set_ylim(-0.6, max(1.6, len(sources) - 0.4))
+    top = max(1.6, len(sources) - 0.4)
+    axes.set_ylim(-0.6, top)
     _finish(axes, "% of all tokens", "What there is of each source")
 
 

@@ -11,7 +11,7 @@ from outgrow.train.data.shards import read_manifest
 
 
 def short_lines(manifest: Any) -> list[str]:
-    """What was asked for and not there."""
+    """Lines on what was asked for and not there."""
     short = manifest["short"].items()
     return [
         f"the text ended early: data.{key}={amount['asked']:,}, and there were {amount['found']:,}"
@@ -20,12 +20,13 @@ def short_lines(manifest: Any) -> list[str]:
 
 
 def prepared(folder: Path) -> str:
-    """What was read, what was left out and why, what is there."""
+    """Lines on what was read, what was left out and why, and what is there."""
     manifest = read_manifest(folder)
     assert manifest is not None
     read = manifest["read"]
     cleaning = manifest["cleaning"]
-    documents, size = f"{read['documents']:,}", f"{read['bytes']:,}"
+    documents = f"{read['documents']:,}"
+    size = f"{read['bytes']:,}"
     lines = [f"{folder}: read {documents} documents, {size} bytes of text"]
     lines += [
         f"  {key.replace('_', ' ')}: {read[key]:,}"
@@ -52,7 +53,7 @@ def prepared(folder: Path) -> str:
 
 
 def fitted(folder: str, card: dict[str, Any]) -> str:
-    """How a filter does on the labels held out."""
+    """Lines on how a filter does on the labels held out."""
     result = card["held_out"]
     labels = card["labels"]
     lines = [

@@ -26,7 +26,7 @@ class ExecutorSettings:
 
 
 def executor_faults(settings: ExecutorSettings) -> list[str]:
-    """What is wrong between well-typed values, one line each."""
+    """List what is wrong between well-typed values, one line each."""
     faults = []
     if settings.executor == "slurm" and not settings.partition:
         faults.append("corpus.partition: missing; name the cluster's partition: corpus.partition=NAME")

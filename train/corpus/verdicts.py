@@ -69,7 +69,7 @@ class Verdicts:
 
     @classmethod
     def begin(cls, work: Workshop) -> Verdicts:
-        """All kept, but those that normalising left nothing of."""
+        """Keep all, but those that normalising left nothing of."""
         (work.folder / "verdicts").mkdir(exist_ok=True)
         verdicts = cls(work, "w+")
         verdicts.earlier[:] = -1
@@ -94,7 +94,7 @@ class Verdicts:
         return self.of_task(task) == KEPT
 
     def match(self, matches: Match, verdict: int) -> None:
-        """Of several earlier documents, the first counts."""
+        """Note what repeats an earlier document; of several earlier ones, the first counts."""
         order = np.lexsort((-matches.earlier, matches.documents))  # the first is written last
         documents = matches.documents[order]
         earlier = matches.earlier[order]
@@ -211,7 +211,8 @@ def write_removed(
         for task, where in verdicts.ranges():
             if verdicts.verdict[where].any():
                 rows = list(_removed(work, verdicts, task, names_of, boilerplate))
-                table = pyarrow.Table.from_pylist(list(map(_spelt, rows)), schema)
+                spelt = list(map(_spelt, rows))
+                table = pyarrow.Table.from_pylist(spelt, schema)
                 writer.write_table(table)
                 for row in rows:
                     count = counts[row["reason"]]
@@ -240,8 +241,10 @@ def _removed(
         detail = ""
         if earlier >= 0:
             other = int(np.searchsorted(starts, earlier, side="right")) - 1
-            name = names_of(other)[earlier - starts[other]]
-            detail = f"{verdicts.similarity[number]:.3f} {name}"
+            position = earlier - starts[other]
+            name = names_of(other)[position]
+            similarity = verdicts.similarity[number]
+            detail = f"{similarity:.3f} {name}"
         elif verdict == OVERLAP:
             detail = overlaps[row]
         elif verdict == LOW:

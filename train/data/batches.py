@@ -22,7 +22,7 @@ EVALUATION_TOKENS = 4096  # in one validation batch, where its size is not given
 
 
 def permuted(index: np.ndarray, size: int, *key: int) -> np.ndarray:
-    """Where a permutation of [0, size) takes each `index`; `key` chooses the permutation.
+    """The numbers to which a permutation of [0, size) takes each `index`; `key` chooses the permutation.
 
     Args:
         index: integers in [0, size), any shape.
@@ -33,7 +33,8 @@ def permuted(index: np.ndarray, size: int, *key: int) -> np.ndarray:
     text = ",".join(map(str, key))
     digest = hashlib.blake2b(text.encode(), digest_size=8 * ROUNDS)
     keys = np.frombuffer(digest.digest(), "<u8")
-    result = _feistel(np.asarray(index, np.uint64), half, keys)
+    numbers = np.asarray(index, np.uint64)
+    result = _feistel(numbers, half, keys)
     while (outside := result >= size).any():  # the network covers less than 4 · size numbers: a few turns
         result[outside] = _feistel(result[outside], half, keys)
     return result.astype(np.int64)
@@ -46,7 +47,8 @@ def _feistel(index: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
     left = index >> bits
     right = index & mask
     for i in range(ROUNDS):
-        hashed = _mixed(right ^ keys[i : i + 1]) & mask
+        keyed = right ^ keys[i : i + 1]
+        hashed = _mixed(keyed) & mask
         left, right = right, left ^ hashed
     return (left << bits) | right
 
@@ -101,7 +103,8 @@ def batch(
     index = step * batch_size + rows_of_batch
     if isinstance(split, TokenSplit):
         return _drawn(split, index, context, seed)
-    rows = np.empty((len(index), context + 1), np.int64)
+    shape = (len(index), context + 1)
+    rows = np.empty(shape, np.int64)
     for share in split.shares(index):
         windows = _drawn(share.split, share.draws, context, seed, share.key)
         rows[share.rows] = windows
@@ -153,7 +156,8 @@ def validation_batches(
 def _read(split: TokenSplit, windows: np.ndarray, context: int) -> np.ndarray:
     """The ids of these windows, int64 (windows, context + 1)."""
     length = context + 1
-    rows = np.empty((len(windows), length), np.int64)
+    shape = (len(windows), length)
+    rows = np.empty(shape, np.int64)
     for row, window in zip(rows, windows.tolist(), strict=True):
         first = window * context
         row[:] = split.tokens[first : first + length]

@@ -63,7 +63,7 @@ class Phase:
             remaining -= weight
 
     def counts(self, rows: int) -> dict[str, int]:
-        """How many of the phase's first `rows` rows each source fills."""
+        """The number of the phase's first `rows` rows that each source fills."""
         turns, remaining = {}, Fraction(1)
         for name, weight in self.weights.items():
             turns[name] = rows * weight // remaining
@@ -119,10 +119,12 @@ class Mixture:
             raise _over(end, rows_read, self.context)
 
     def counts(self, rows: int) -> dict[str, int]:
-        """How many of the first `rows` rows of the run each source fills."""
+        """The number of the first `rows` rows of the run that each source fills."""
         turns = dict.fromkeys(self.splits, 0)
         for phase in self.phases:
-            stop = rows if phase.stop is None else min(rows, phase.stop)
+            stop = rows
+            if phase.stop is not None:
+                stop = min(rows, phase.stop)
             length = max(0, stop - phase.start)
             for name, count in phase.counts(length).items():
                 turns[name] += count
@@ -130,8 +132,8 @@ class Mixture:
 
 
 def tokens_read(split: TokenSplit | Mixture, name: str, rows: int, context: int) -> dict[str, int]:
-    """How many tokens a run of `rows` windows is trained on from each source; `name` is that of a split that
-    is no mixture."""
+    """The number of tokens that a run of `rows` windows is trained on from each source; `name` is that of a
+    split that is no mixture."""
     counts = split.counts(rows) if isinstance(split, Mixture) else {name: rows}
     return {source: count * context for source, count in counts.items()}
 
@@ -305,7 +307,8 @@ def mixed(
     for phase in settings.phases:
         entries = _phase_entries(phase)
         parts.append(json.dumps(entries, sort_keys=True))
-    fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    record = "\n".join(parts)
+    fingerprint = hashlib.sha256(record.encode()).hexdigest()
     mixture = mix(settings, splits, context=context, rows=rows)
     return replace(data, train=mixture, fingerprint=fingerprint)  # type: ignore[arg-type]
 
@@ -333,8 +336,8 @@ def apart(sources: Mapping[str, DataSettings]) -> dict[str, DataSettings]:
 
 
 def source_data(source: SourceSettings, own: DataSettings, data: TokenData) -> DataSettings | None:
-    """What to prepare for a source; None where it is `own`, which is there. A folder for each tokenizer, so
-    that none replaces another's."""
+    """The text to prepare for a source; None where it is `own`, which is there. A folder for each tokenizer,
+    so that none replaces another's."""
     not_of_the_text = (
         "tokenizer",
         "name",

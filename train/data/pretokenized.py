@@ -74,8 +74,8 @@ def open_tokens(settings: DataSettings, *, progress: bool = True) -> TokenData:
 
 
 def _files(settings: DataSettings) -> dict[str, list[TokenFile]]:
-    """Those that are trained on, and those that are validated on: none, where the end of each of the former
-    is."""
+    """The files that are trained on, and those that are validated on: none, where the end of each of the
+    former is."""
     validation: list[TokenFile] = []
     if settings.validation_path:
         validation = find(settings.validation_path, "data.validation_path")
@@ -101,7 +101,8 @@ def _stamps(files: Sequence[TokenFile]) -> list[list[Any]]:
     stamps = []
     for file in files:
         modified = file.path.stat().st_mtime_ns
-        stamps.append([str(file.path), file.size, modified])
+        path = str(file.path)
+        stamps.append([path, file.size, modified])
     return stamps
 
 
@@ -127,7 +128,7 @@ class Part:
 
 @dataclass
 class Count:
-    """What the parts of a split hold."""
+    """The contents of the parts of a split, counted."""
 
     counts: np.ndarray  # of each id, int64 (vocab,)
     documents: int = 0
@@ -166,7 +167,7 @@ def _check(
 def _contents(
     counts: dict[str, Count], dtype: np.dtype, tokenizer: PreTrainedTokenizerFast
 ) -> dict[str, Any]:
-    """What the manifest says beside whose files these are."""
+    """The entries of the manifest beside whose files these are."""
     widths = token_bytes(tokenizer)
     splits = {
         name: {
@@ -255,7 +256,8 @@ def _parts(
     for part in whole_files["train"]:
         length = part.stop
         held_out = max(1, round(length * share))
-        cut = _cut(part.file, dtype, length - held_out, end_of_text)
+        wanted = length - held_out
+        cut = _cut(part.file, dtype, wanted, end_of_text)
         if cut:
             train.append(Part(part.file, 0, cut))
         if cut < length:
@@ -282,7 +284,7 @@ def _cut(file: TokenFile, dtype: np.dtype, wanted: int, end_of_text: int) -> int
         return wanted
 
     def ends_in(first: int, stop: int) -> np.ndarray:
-        """Where documents end whose end of text is in [first, stop)."""
+        """The ends of the documents whose end of text is in [first, stop)."""
         is_end = ids[first:stop] == end_of_text
         return first + 1 + np.flatnonzero(is_end)
 
@@ -385,8 +387,9 @@ def _check_ends(
         ids = file.ids(dtype)
         documents = file.documents or 0
         count = min(documents, CHECKED_ENDS)
-        numbers = np.linspace(0, documents - 1, count).astype(np.int64)
-        ends = map(file.end, numbers.tolist())
+        spread = np.linspace(0, documents - 1, count)
+        numbers = spread.astype(np.int64).tolist()
+        ends = map(file.end, numbers)
         last = [int(ids[end - 1]) for end in ends if end]
         right = last.count(tokenizer.eos_token_id)
         if last and right < 0.9 * len(last):

@@ -15,8 +15,8 @@ from outgrow.model.base.errors import did_you_mean
 
 @dataclass(frozen=True)
 class CleaningSettings:
-    """What is done to documents, and which are left out, in this order; all of it off where nothing is
-    said."""
+    """The cleaning of documents: what is done to them, and which are left out, in this order; all of it off
+    where nothing is said."""
 
     normalise: bool = False  # Unicode NFC, \n line ends, no control characters, no spaces at line ends
     exact_duplicates: bool = False  # remove later copies of a text
@@ -220,8 +220,8 @@ class PhaseSettings:
 
 @dataclass(frozen=True)
 class MixtureSettings:
-    """What is trained on, where that is not the training part of `data` alone; conf/mixture/*.yaml are its
-    leaves.
+    """The text that is trained on, where that is not the training part of `data` alone; conf/mixture/*.yaml
+    are its leaves.
 
     Validation text and tokenizer stay those of `data`, so that runs on different mixtures have comparable
     losses.
@@ -300,7 +300,7 @@ def _may_share(one: DataSettings, other: DataSettings) -> bool:
     if one.corpus != other.corpus:
         return False
     if one.corpus == "hub":
-        return (one.dataset, one.split) == (other.dataset, other.split)
+        return one.dataset == other.dataset and one.split == other.split
     if one.corpus in ("files", "tokens"):
         first = _root(one.path or "")
         second = _root(other.path or "")

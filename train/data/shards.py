@@ -31,7 +31,8 @@ class Tokens:
 
     def __init__(self, shards: Sequence[np.ndarray]) -> None:
         self._shards = list(shards)
-        self._ends = np.cumsum([len(shard) for shard in shards])
+        lengths = [len(shard) for shard in shards]
+        self._ends = np.cumsum(lengths)
         self.dtype = shards[0].dtype
 
     def __len__(self) -> int:
@@ -216,7 +217,8 @@ def check_data(folder: Path, advance: Callable[[int], None] = lambda size: None)
         entry = manifest["splits"][name]
         for shard in entry["shards"]:
             size = shard["tokens"] * width
-            path, offset = folder / shard["file"], shard.get("offset", 0)
+            path = folder / shard["file"]
+            offset = shard.get("offset", 0)
             _hash_file(path, digest, offset, size)
             advance(size)
         if digest.hexdigest() != entry["sha256"]:
@@ -247,7 +249,9 @@ def _open_split(folder: Path, name: str, manifest: dict[str, Any]) -> TokenSplit
         offset = shard.get("offset", 0)
         mapped = np.memmap(path, dtype, "r", offset, (tokens,))
         shards.append(mapped.view(np.ndarray))
-    return TokenSplit(name, Tokens(shards), entry["documents"], entry["bytes"])
+    documents = entry["documents"]
+    size = entry["bytes"]
+    return TokenSplit(name, Tokens(shards), documents, size)
 
 
 def _damaged(folder: Path, what: str) -> UserError:

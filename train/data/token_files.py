@@ -64,8 +64,8 @@ class TokenFile:
 
     def ids(self, dtype: np.dtype) -> np.ndarray:
         """The ids, mapped, (n,)."""
-        mapped = np.memmap(self.path, dtype, "r", self.offset)
-        return mapped.view(np.ndarray)
+        path, offset = self.path, self.offset
+        return np.memmap(path, dtype, "r", offset).view(np.ndarray)
 
     def documents_before(self, position: int) -> int:
         """The number of documents of the index that end at or before `position`, counted in ids."""
@@ -160,7 +160,8 @@ def _datatrove(path: Path) -> TokenFile:
 def _metadata(path: Path) -> tuple[str, int | None, int]:
     """The tokenizer's name, the bytes of an id, and the number of ids."""
     try:
-        name, tokens, *_ = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
+        name, tokens, *_ = text.splitlines()
         stem, _, width = name.rpartition("|")
         if width.isdigit():
             return stem, int(width), int(tokens)
@@ -170,7 +171,7 @@ def _metadata(path: Path) -> tuple[str, int | None, int]:
 
 
 def _index(path: Path) -> np.ndarray:
-    """Where documents end, counted in ids, (documents,)."""
+    """The ends of documents, counted in ids, (documents,)."""
     size = path.stat().st_size
     if not size or size % 8:
         raise _cut(path, f"{size:,} bytes are no whole number of document ends")
@@ -240,9 +241,10 @@ def _megatron(path: Path, index: Path) -> TokenFile:
     total = int(offsets[-1]) + last
     if total != size:
         raise _cut(path, f"{index.name} tells of {total:,} bytes, and it has {size:,}")
-    outer = (int(documents[0]), int(documents[-1]))
+    first = documents[0]
+    last = documents[-1]
     falls = (np.diff(documents) < 0).any()
-    if outer != (0, sequences) or falls:
+    if first != 0 or last != sequences or falls:
         raise _cut(index, f"its documents do not run from sequence 0 to {sequences:,}")
 
     def end(number: int) -> int:
@@ -261,7 +263,8 @@ def _check_offsets(index: Path, lengths: np.ndarray, offsets: np.ndarray, width:
         stop = first + PIECE
         sizes = lengths[first:stop].astype(np.int64) * width
         ends = after + np.cumsum(sizes)
-        begins = np.concatenate([[after], ends[:-1]])
+        first_begin = [after]
+        begins = np.concatenate([first_begin, ends[:-1]])
         adjacent = np.array_equal(begins, offsets[first:stop])
         if not adjacent or (sizes < 0).any():
             raise _cut(index, "its sequences do not lie one behind the other")

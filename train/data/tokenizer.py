@@ -225,7 +225,8 @@ def read_encoder(text: str) -> Encoder:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     literal = {number: tuple(ids) for number, ids in values["literal"]}
-    return Encoder(tokenizer, tuple(values["front"]), values["end"], literal)
+    front = tuple(values["front"])
+    return Encoder(tokenizer, front, values["end"], literal)
 
 
 def entries(tokenizer: PreTrainedTokenizerFast) -> int:

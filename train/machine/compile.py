@@ -49,7 +49,8 @@ def _fused(module: nn.Module) -> nn.Module | None:
     if parts or type(module).__module__.startswith("torch."):
         return None
     with unset_fake_temporarily(), torch.random.fork_rng(devices=[]), torch.enable_grad():
-        at = torch.linspace(-12.0, 12.0, 2048, dtype=torch.float64).view(2, 4, 256)
+        line = torch.linspace(-12.0, 12.0, 2048, dtype=torch.float64)
+        at = line.view(2, 4, 256)
         try:
             own = _value_and_slope(module, at)
         except Exception:  # no function of one tensor; the library's classes raise every kind
@@ -67,9 +68,9 @@ def _fused(module: nn.Module) -> nn.Module | None:
 
 def _value_and_slope(function: nn.Module, at: Tensor) -> tuple[Tensor, Tensor]:
     """An elementwise function's values and derivatives."""
-    given = at.clone().requires_grad_()
-    value = function(given)
-    (slope,) = torch.autograd.grad(value.sum(), given)
+    inputs = at.clone().requires_grad_()
+    value = function(inputs)
+    (slope,) = torch.autograd.grad(value.sum(), inputs)
     return value.detach(), slope
 
 

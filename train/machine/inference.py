@@ -57,7 +57,8 @@ def cache_bytes(config: dict[str, Any], context: int) -> int:
     with FakeTensorMode():
         network: Any = empty_model(config, dtype=torch.float16).eval()
     with on_fakes(network), torch.no_grad():
-        out = network(input_ids=torch.zeros(1, context, dtype=torch.int64), use_cache=True)
+        ids = torch.zeros(1, context, dtype=torch.int64)
+        out = network(input_ids=ids, use_cache=True)
     kept = [out.get(name) for name in ("past_key_values", "cache_params")]
     tensors = _tensors(kept, set())
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

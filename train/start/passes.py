@@ -44,7 +44,8 @@ def _line(name: str, read: float | None, run: int, there: Stock | None, most: fl
         return (
             f"{name}: as often as its phase's passes say, of tokens that are counted once they are prepared"
         )
-    start = f"{name}: {read / run:.1%} of the run, {read:,.0f} tokens"
+    share = read / run
+    start = f"{name}: {share:.1%} of the run, {read:,.0f} tokens"
     if there is None:
         return f"{start}; how often it is read is known once it is prepared (outgrow corpus prepare)"
     times = read / there.tokens

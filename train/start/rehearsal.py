@@ -99,7 +99,8 @@ def _hold(twin: Twin, model: PreTrainedModel, loaded: PreTrainedModel, apart: fl
         output = network.eval()(input_ids=tokens, use_cache=False)
         logits = output.logits[:, :-1]
         targets = tokens[:, 1:]
-        return float(cross_entropy(logits.flatten(0, 1), targets.flatten()))
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return float(loss)
 
     before = loss(model)
     after = loss(loaded)

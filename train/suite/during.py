@@ -30,7 +30,8 @@ class Benchmarks:
 
     def __init__(self, settings: BenchmarkSettings, data: TokenData) -> None:
         assert settings.suite is not None
-        self.suite = load_suite(settings.suite).of(settings.only)
+        suite = load_suite(settings.suite)
+        self.suite = suite.of(settings.only)
         self.limit = settings.limit
         self.harness = Harness(
             None if settings.tasks is None else Path(settings.tasks).expanduser().resolve()

@@ -32,7 +32,7 @@ OWN = Path(__file__).with_name("tasks")  # where the harness's would fetch a met
 
 @dataclass(frozen=True)
 class Score:
-    """What a benchmark gave, of 1, on so many items."""
+    """The result of a benchmark, of 1, on so many items."""
 
     value: float
     items: int
@@ -268,7 +268,7 @@ def _names(path: Path) -> list[str]:
 
 
 def _fault(path: Path) -> str | None:
-    """What is wrong with a task file, or None."""
+    """The fault of a task file, or None."""
     try:
         config = _config(path)
     except Exception as fault:  # PyYAML's, and the harness's own

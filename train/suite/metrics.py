@@ -132,7 +132,8 @@ def overlap(written: str, answer: str) -> float:
         return float(ours == theirs)
     both = Counter(ours) & Counter(theirs)
     common = sum(both.values())
-    return 2 * common / (len(ours) + len(theirs))
+    words = len(ours) + len(theirs)
+    return 2 * common / words
 
 
 def first(results: Sequence[Any]) -> str:

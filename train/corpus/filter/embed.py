@@ -53,8 +53,9 @@ class Encoder:
             starts = range(0, len(ids), window)
             own = [ids[start : start + window] for start in starts]
             pieces += [(row, piece) for piece in own]
-        total = np.zeros((len(texts), self.dimensions))
-        count = np.zeros(len(texts))
+        rows = len(texts)
+        total = np.zeros((rows, self.dimensions))
+        count = np.zeros(rows)
         lengths = [len(ids) for _, ids in pieces]
         for batch in _batches(lengths):
             chosen = [pieces[number] for number in batch]
@@ -74,7 +75,8 @@ class Encoder:
         for row in ids:
             gap = [0] * (width - len(row))
             padded.append(row + gap)
-            masks.append([1] * len(row) + gap)
+            ones = [1] * len(row)
+            masks.append(ones + gap)
         mask = torch.tensor(masks, device=self.device)
         tokens = torch.tensor(padded, device=self.device)
         with torch.inference_mode():
@@ -141,7 +143,8 @@ def load_encoder(name: str, revision: str | None, max_tokens: int) -> Encoder:
     )
     assert device is not None
     placed = model.to(device).eval()
-    return Encoder(placed, tokenizer, max_tokens, device, _digest(model, tokenizer))
+    digest = _digest(model, tokenizer)
+    return Encoder(placed, tokenizer, max_tokens, device, digest)
 
 
 def _digest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -156,7 +159,7 @@ def _digest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def card(encoder: Encoder, name: str, revision: str | None) -> dict[str, Any]:
-    """What a filter has to remember of its encoder."""
+    """The facts that a filter has to remember of its encoder."""
     return {
         "encoder": name,
         "revision": revision,

@@ -32,7 +32,7 @@ SHARES = (0.1, 0.25, 0.5)  # kept, whose precision is reported
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How a forest is fitted; conf/filter.yaml."""
+    """The fitting of a forest; conf/filter.yaml."""
 
     encoder: str  # a folder or hub name
     revision: str | None
@@ -115,7 +115,8 @@ def fit(settings: FitSettings, data: DataSettings, labels: Path, out: Path) -> d
         that cannot be loaded.
     """
     answers = read_labels(labels)
-    encoder = embed.load_encoder(settings.encoder, settings.revision, settings.max_tokens)
+    name, revision = settings.encoder, settings.revision
+    encoder = embed.load_encoder(name, revision, settings.max_tokens)
     every = texts_of(data)
     labelled = ((name, text) for name, text in every if name in answers)
     names, features = _embedded(encoder, labelled)
@@ -160,7 +161,8 @@ def fit(settings: FitSettings, data: DataSettings, labels: Path, out: Path) -> d
 def _embedded(encoder: embed.Encoder, texts: Iterable[tuple[str, str]]) -> tuple[list[str], np.ndarray]:
     names: list[str] = []
     part: list[str] = []
-    features = [np.empty((0, encoder.dimensions), np.float32)]
+    shape = (0, encoder.dimensions)
+    features = [np.empty(shape, np.float32)]
     for name, text in texts:
         names.append(name)
         part.append(text)
@@ -216,7 +218,8 @@ def report(labels: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
         recall = _share(hits, positive)
         best.append({"kept": share, "precision": precision, "recall": recall})
 
-    bins = (scores * BINS).astype(int).clip(max=BINS - 1)
+    last = BINS - 1
+    bins = (scores * BINS).astype(int).clip(max=last)
     calibration = []
     error = 0.0
     for i in range(BINS):

@@ -71,7 +71,8 @@ class Forest:
                 feature = np.where(inner, self.feature[node], 0)
                 values = features[rows, feature]
                 goes_left = values <= self.threshold[node]
-                left, right = self.left[node], self.right[node]
+                left = self.left[node]
+                right = self.right[node]
                 child = np.where(goes_left, left, right)
                 node = np.where(inner, child, node)
             total += self.value[node]

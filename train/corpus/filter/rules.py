@@ -32,7 +32,7 @@ _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def measure(source: str) -> Measures:
-    """What the rules look at."""
+    """The measures that the rules look at."""
     lines = [line for line in source.splitlines() if line.strip()]
     tables = [line for line in lines if _is_table(line)]
     measures: Measures = {

@@ -159,7 +159,8 @@ def threshold(blocks: Callable[[], Iterable[np.ndarray]], keep: float) -> dict[s
         in_bin = keys[keys >> 16 == high]
         lower += np.bincount(in_bin & 0xFFFF, minlength=2**16)
     low, above_too = _place(lower, kept - above)
-    bits = np.array([high << 16 | low], np.uint32)
+    key = high << 16 | low
+    bits = np.array([key], np.uint32)
     value = float(bits.view(np.float32)[0])
     return {"scored": scored, "kept": kept, "threshold": value, "ties": kept - above - above_too}
 

@@ -72,7 +72,7 @@ def documents(settings: DataSettings, corpus: Corpus, tally: Tally | None = None
 
 
 def is_full(settings: DataSettings, tally: Tally) -> bool:
-    """Whether a limit ends the reading here."""
+    """True where a limit ends the reading here."""
     most, size = settings.limit_documents, read_limit(settings)
     if most is not None and tally.documents >= most:
         return True

@@ -66,7 +66,8 @@ class Tally:
         """Count a record that cannot be read; who reads decides at the end whether they are too many
         (`check_broken`)."""
         self.broken_skipped += 1
-        self.broken = [*self.broken, str(fault)][:PLACES]
+        if len(self.broken) < PLACES:
+            self.broken = [*self.broken, str(fault)]
         mostly_broken = 2 * self.broken_skipped > self.records
         if self.broken_skipped >= MANY and mostly_broken:
             self.check_broken(0.5)  # at once: most of it is something else
@@ -117,6 +118,6 @@ class Tally:
 
 
 def is_binary(text: str) -> bool:
-    """Whether a file's bytes were no text: it holds NULs, or mostly what is no UTF-8."""
+    """True for a file whose bytes were no text: it holds NULs, or mostly what is no UTF-8."""
     replaced = text.count("\ufffd")
     return "\0" in text or replaced > 0.3 * len(text)

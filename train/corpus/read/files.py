@@ -75,7 +75,8 @@ class Files:
         for file in self.files if files is None else files:
             records = texts(file.path, self.column, self.limit, tally)
             for name, text in records:
-                yield from tally.document(file.name + name, text, self.limit)
+                whole_name = file.name + name
+                yield from tally.document(whole_name, text, self.limit)
 
     def stamp(self) -> str:
         """A hash that is cheap and may change without need; when it is the same, nothing has changed."""
@@ -188,7 +189,8 @@ def _pattern(parts: tuple[str, ...]) -> str:
             result += r"(?:(?!\.)[^/]+/)*" + (r"(?!\.)[^/]+" if last else "")
             continue
         hidden = "" if part.startswith(".") else r"(?!\.)"
-        result += hidden + _segment(part) + ("" if last else "/")
+        end = "" if last else "/"
+        result += hidden + _segment(part) + end
     return result
 
 
@@ -211,7 +213,8 @@ def _walk(root: str, own: frozenset[str] | set[str], left_out: list[str]) -> Ite
         left_out.append(f"{error.filename}: cannot be listed ({error.strerror})")
 
     for folder, inner, names in os.walk(root, onerror=unlisted, followlinks=True):
-        folders = [name for name in sorted(inner) if not name.startswith(".")]
+        inner.sort()
+        folders = [name for name in inner if not name.startswith(".")]
         passed = [_passed(folder, name, own, inside, seen, left_out) for name in folders]
         inner[:] = [name for name, over in zip(folders, passed, strict=True) if not over]
         for name in names:
@@ -367,7 +370,8 @@ def _stdlib(prefix: str) -> tuple[File, ...]:
             if name.endswith(".py"):
                 path = Path(folder, name)
                 relative = path.relative_to(root).as_posix()
-                listed.append(_file(prefix + relative, str(path)))
+                own_name = prefix + relative
+                listed.append(_file(own_name, str(path)))
     return _by_name(listed)
 
 

@@ -137,7 +137,8 @@ def _not_json(place: str, text: str, error: ValueError) -> UserError:
 def _field(value: Any, column: str, place: str) -> str:
     is_object = isinstance(value, dict)
     if not is_object or column not in value:
-        names = ", ".join(value) if is_object else type(value).__name__
+        kind = type(value).__name__
+        names = ", ".join(value) if is_object else kind
         raise UserError(
             f"{place}: no field {column!r}; found {names or 'none'}; name the field that holds the text: "
             "data.column=NAME"
@@ -165,7 +166,8 @@ def _table(delimiter: str) -> Reader:
     """Rows of a table as text, the first of which names the columns."""
 
     def read(opened: Opened) -> Iterator[tuple[str, str]]:
-        csv.field_size_limit(ESCAPED * opened.limit + 2**20)
+        longest = ESCAPED * opened.limit + 2**20
+        csv.field_size_limit(longest)
         binary = cast(io.BufferedReader, opened.file)
         text = io.TextIOWrapper(binary, "utf-8-sig", errors="replace", newline="")
         rows = csv.DictReader(text, delimiter=delimiter)
@@ -197,7 +199,8 @@ def _rows(opened: Opened) -> Iterator[tuple[str, str]]:
         number = 0
         for part in file.iter_batches(batch_size=ROWS, columns=[opened.column]):
             column = part.column(0)
-            plain = column.dictionary_decode() if types.is_dictionary(column.type) else column
+            encoded = types.is_dictionary(column.type)
+            plain = column.dictionary_decode() if encoded else column
             for raw in plain.cast(pyarrow.large_binary()).to_pylist():
                 opened.tally.records += 1
                 text = "" if raw is None else opened.tally.decode(raw)
@@ -275,7 +278,8 @@ def _in_utf8(file: BinaryIO) -> BinaryIO:
     else:
         buffered = io.BufferedReader(cast(io.RawIOBase, file), 2**20)
     start = buffered.peek(4)[:4]
-    encoding = next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8")
+    marked = [name for mark, name in MARKS.items() if start.startswith(mark)]
+    encoding = marked[0] if marked else "utf-8"
     if encoding in ("utf-8", "utf-8-sig"):
         return buffered
     chunks: Iterable[bytes] = iter(lambda: buffered.read(2**20), b"")

@@ -61,7 +61,7 @@ class Hub:
             ) from error
 
     def stamp(self) -> str:
-        """Of the name and revision; of a local folder, of its files' sizes and times too."""
+        """A hash of the name and revision; of a local folder, of its files' sizes and times too."""
         values = asdict(self.settings)
         named = [values[key] for key in NAMED if key != "data_dir"]
         if values["data_dir"]:
@@ -77,6 +77,8 @@ def _files_of(folder: str) -> Iterator[tuple[str, int, int]]:
     """Name, size and time of each file of a local dataset; none of one on the hub."""
     for directory, inner, names in os.walk(folder):
         inner.sort()
-        for path in (os.path.join(directory, name) for name in sorted(names)):
+        paths = [os.path.join(directory, name) for name in sorted(names)]
+        for path in paths:
             status = os.stat(path)
-            yield os.path.relpath(path, folder), status.st_size, status.st_mtime_ns
+            name = os.path.relpath(path, folder)
+            yield name, status.st_size, status.st_mtime_ns

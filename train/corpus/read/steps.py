@@ -51,7 +51,8 @@ class Read(PipelineStep):
             return
         self.contents = [content_of(file) for file in files]
         for document in _documents(files, self.settings, self.tally):
-            yield Document(document.text, document.name, metadata={"bytes": document.bytes})
+            metadata = {"bytes": document.bytes}
+            yield Document(document.text, document.name, metadata=metadata)
             if self.full:
                 break
 
@@ -141,7 +142,8 @@ def _write_piece(folder: Path, number: int, names: list[str], texts: list[str], 
     table = pyarrow.table([names, large_texts], names=list(PIECE_COLUMNS))
     with whole_file(folder / f"{number:06d}.piece.parquet") as partial:
         pyarrow.parquet.write_table(table, partial, compression="zstd")
-    write_json(folder / f"{number:06d}.json", plain(tally))
+    record = folder / f"{number:06d}.json"
+    write_json(record, plain(tally))
 
 
 def _from_piece(file: File, settings: DataSettings, tally: Tally) -> Iterator[Any]:

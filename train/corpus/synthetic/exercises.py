@@ -84,12 +84,13 @@ def bug(problem: Problem, random: Random) -> Item | None:
         f"`{problem.result(case)!r}`.\n\n## Answer\n\nWhat is wrong: {effect}. The corrected "
         f"function:\n\n{fenced(right)}\n"
     )
-    mistake = f"{slipped}\nassert {problem.call(case)} == {wrong!r}"
+    call = problem.call(case)
+    mistake = f"{slipped}\nassert {call} == {wrong!r}"
     return Item(text, f"{mistake}\n{right}\n{problem.asserts()}")
 
 
 def predict(problem: Problem, random: Random) -> Item:
-    """What does this program print?"""
+    """A program: say what it prints."""
     case = random.randrange(3)
     program = f"{problem.function()}\n\n\nprint({problem.call(case)})"
     steps = numbered(f"{line}." for line in trace(problem, case))
@@ -102,7 +103,7 @@ def predict(problem: Problem, random: Random) -> Item:
 
 
 def fill_in(problem: Problem, random: Random) -> Item | None:
-    """One line is missing."""
+    """A function of which one line is missing."""
     lines = problem.function().splitlines()
     inner = [
         i

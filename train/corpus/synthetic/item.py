@@ -25,11 +25,12 @@ class Item:
 
 def opening(problem: Problem, random: Random) -> str:
     """A sentence that leads in, for the audience."""
-    return fill(random.choice(problem.audience.openings), theme=problem.theme.name)
+    template = random.choice(problem.audience.openings)
+    return fill(template, theme=problem.theme.name)
 
 
 def given(problem: Problem) -> str:
-    """What the function is given: "`rainfall`, a list of readings"."""
+    """The argument of the function: "`rainfall`, a list of readings"."""
     holds = problem.theme.parameter(problem.takes)[1]
     kind = {
         "numbers": "a list of whole numbers",
@@ -74,7 +75,7 @@ def shown(problem: Problem, case: int) -> str:
 
 
 def trace(problem: Problem, case: int) -> list[str]:
-    """What the variables hold, step by step."""
+    """The values of the variables, step by step."""
     argument, results = problem.cases[case]
     lines = [f"`{problem.parameter}` is `{argument!r}`"]
     return lines + [

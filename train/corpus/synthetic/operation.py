@@ -62,7 +62,8 @@ class Operation:
         return fill(self.loop, x=x, y=y, **_spelt(given))
 
     def short_code(self, x: str, y: str, given: Mapping[str, Any]) -> str:
-        return f"{y} = {fill(self.short, x=x, **_spelt(given))}"
+        value = fill(self.short, x=x, **_spelt(given))
+        return f"{y} = {value}"
 
     def slipped_code(self, x: str, y: str, given: Mapping[str, Any]) -> str:
         assert self.slip is not None
@@ -78,7 +79,7 @@ class Operation:
 
 
 def read_table(name: str) -> Any:
-    """What the file `name` of tables/ holds."""
+    """The contents of the file `name` of tables/."""
     text = (TABLES / name).read_text(encoding="utf-8")
     return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # both load plain values alone
 

@@ -92,7 +92,8 @@ def pitfall(problem: Problem, random: Random) -> Item | None:
         f"`{wrong!r}`, where `{problem.result(case)!r}` is right. {why}\n\nThe right "
         f"version:\n\n{fenced(right)}\n"
     )
-    mistake = f"{slipped}\nassert {problem.call(case)} == {wrong!r}"
+    call = problem.call(case)
+    mistake = f"{slipped}\nassert {call} == {wrong!r}"
     return Item(text, f"{mistake}\n{right}\n{problem.asserts()}")
 
 

@@ -23,7 +23,7 @@ class Answer:
 
     @property
     def uncounted(self) -> bool:
-        """Whether it was written, and nobody knows of how many tokens."""
+        """True where it was written, and nobody knows of how many tokens."""
         return not (self.aside or self.refused) and (
             self.prompt_tokens is None or self.completion_tokens is None
         )

@@ -99,7 +99,7 @@ def open_ledger(settings: WriteSettings) -> Iterator[Ledger]:
 
 
 def rejected_path(out: Path) -> Path:
-    """Where the answers are kept that were no documents."""
+    """The file of the answers that were no documents."""
     return out.with_suffix(".rejected.jsonl")
 
 

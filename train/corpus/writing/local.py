@@ -59,7 +59,8 @@ class Local:
         masks = []
         for row, gap in zip(encoded, gaps, strict=True):
             padded.append([end] * gap + row)
-            masks.append([0] * gap + [1] * len(row))
+            ones = [1] * len(row)
+            masks.append([0] * gap + ones)
         ids = torch.tensor(padded, device=self.model.device)
         mask = torch.tensor(masks, device=self.model.device)
         drawing = {

@@ -27,7 +27,7 @@ class Prompt:
 
 
 class Prompts:
-    """All prompts of a leaf; the one of a number is computed when it is asked for."""
+    """The prompts of a leaf; the one of a number is computed when it is asked for."""
 
     def __init__(self, settings: PromptSettings, seed: int) -> None:
         self.topics = topics(settings)

@@ -90,7 +90,7 @@ def _fill(settings: WriteSettings, ledger: Ledger, missing: Iterator[Prompt]) ->
 
 
 def _hopeless(settings: WriteSettings, answer: Answer, vain: int) -> str | None:
-    """What makes going on no use; None where nothing does."""
+    """The reason why going on is of no use; None where there is none."""
     if settings.most_dollars is not None and answer.uncounted:
         return (
             f"most_dollars={settings.most_dollars:g}: server={settings.server} does not tell how many "
@@ -153,7 +153,7 @@ def _from_model(settings: WriteSettings, prompts: Iterable[Prompt]) -> Answered:
 
 
 def report(settings: WriteSettings, ledger: Ledger, stop: Stop) -> str:
-    """What there is now, with its counts and its price."""
+    """A report on what there is now, with its counts and its price."""
     numbers = range(settings.number)
     missing = sum(number not in ledger.done for number in numbers)
     lines = [
@@ -195,6 +195,7 @@ def _bar(settings: WriteSettings, ledger: Ledger) -> Iterator[Callable[[], None]
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as shown:
-        done = sum(number < settings.number for number in ledger.done)
-        task = shown.add_task("", total=settings.number, completed=done, dollars=ledger.dollars)
+        total = settings.number
+        done = sum(number < total for number in ledger.done)
+        task = shown.add_task("", total=total, completed=done, dollars=ledger.dollars)
         yield lambda: shown.update(task, advance=1, dollars=ledger.dollars)

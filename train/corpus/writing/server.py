@@ -114,7 +114,7 @@ class Server:
 
 
 def _read(completion: Any) -> Answer:
-    """What the client read, which does not check it against its own types."""
+    """An answer from what the client read, which does not check it against its own types."""
     try:
         choice = completion.choices[0]
         usage = getattr(completion, "usage", None)

@@ -72,7 +72,7 @@ def identity(settings: WriteSettings) -> dict[str, Any]:
 
 
 def topics(settings: PromptSettings) -> tuple[str, ...]:
-    """Those of the leaf, and those of its file.
+    """The topics of the leaf, and those of its file.
 
     Raises:
         UserError: the file cannot be read.
