@@ -6,6 +6,8 @@ outgrow study tiny [--jobs N]                          minutes: source, every ar
                                                        skipped
 outgrow study tiny --full                              hours: three seeds, a grid of learning rates for every
                                                        arm
+outgrow select tiny_transfer lossless random_pad lag_tokens=N
+                                                     successive halving: which start leads after a lag
 outgrow same REV                                     minutes: does a change alter a number? two revisions,
                                                      compared to the bit
 
@@ -39,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "horizons": _horizons,
             "study": _study,
             "run": _study,
+            "select": _select,
             "same": _same,
         }
         return commands[options.command](options)
@@ -99,6 +102,20 @@ def parser() -> argparse.ArgumentParser:
         "--jobs", type=int, default=None, metavar="N", help="runs at a time (default: one for each core)"
     )
     run.add_argument("--wandb", action="store_true", help="mirror the comparison into W&B")
+    select = commands.add_parser(
+        "select", help="choose a start by its loss after a lag, by successive halving"
+    )
+    select.add_argument("study", help="whose source, text and target are used")
+    select.add_argument(
+        "words",
+        nargs="+",
+        metavar="CANDIDATE|KEY=VALUE",
+        help="arms of the study or leaves of conf/growth, with changes in quotes ('lossless "
+        "growth.depth=stack'); lag_tokens=N, keep=0.5, seeds=[0]; anything else with = is an override of all",
+    )
+    select.add_argument(
+        "--jobs", type=int, default=None, metavar="N", help="runs at a time (default: one for each core)"
+    )
     same = commands.add_parser(
         "same", help="compare plans, grown weights and a toy run of this tree with those of another revision"
     )
@@ -177,6 +194,23 @@ def compare_costs(done: Done, *, wandb: bool) -> None:
     folders = list(map(str, done.folders))
     for line in write(folders, done.out, wandb=wandb):
         print(line)
+
+
+def _select(options: argparse.Namespace) -> int:
+    from outgrow.experiments.selection import question, select
+    from outgrow.experiments.selection_report import RECORD, table, write
+    from outgrow.experiments.study import RunFailed
+
+    asked = question(options.study, options.words)
+    try:
+        selection = select(asked, jobs_at_once=options.jobs)
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    write(selection, asked.out)
+    print(table(selection))
+    print(f"take {selection.winner.label}; {asked.out / RECORD} holds all of it")
+    return 0
 
 
 def _same(options: argparse.Namespace) -> int:

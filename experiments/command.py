@@ -8,6 +8,8 @@ outgrow study tiny                                  a whole study: source, every
                                                     name, all there are
 outgrow compare runs/tiny-*                         finished runs, held against each other
 outgrow horizons runs/NAME-t*                       decayed ends against scratch's curve
+outgrow select STUDY CANDIDATE… lag_tokens=N        which start to take: successive halving by the loss
+                                                    after a lag
 outgrow same REV                                    does a change alter a number? this clone beside a revision
                                                     of it
 outgrow evaluate runs/NAME suite=phi_2              benchmarks, beside published rows
@@ -34,6 +36,7 @@ DOORS: dict[str, tuple[str, tuple[str, ...]]] = {
     "study": ("outgrow.experiments.__main__", ("study",)),
     "compare": ("outgrow.experiments.__main__", ("compare",)),
     "horizons": ("outgrow.experiments.__main__", ("horizons",)),
+    "select": ("outgrow.experiments.__main__", ("select",)),
     "same": ("outgrow.experiments.__main__", ("same",)),
     "evaluate": ("outgrow.experiments.suite.__main__", ()),
     "cost": ("outgrow.experiments.footprint.__main__", ()),

@@ -71,16 +71,9 @@ def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None)
     extent = study.full if full else study.demo
     out = results_folder(name, full)
     logs = Path("runs") / f"logs-{name}"
-    at_once = cores() if jobs_at_once is None else jobs_at_once
-    if at_once < 1:
-        raise UserError(f"--jobs {at_once}: expected at least 1")
+    at_once = processes(jobs_at_once)
     display = Display()
-    source = source_job(study)
-    if source is not None and not complete(source):
-        prepare_text([source], display)
-        run_jobs([source], at_once, logs, display)
-    origin = (study.source or "none") if source is None else source.folder
-    display.say(f"source: {origin}")
+    source = ready_source(study, at_once, logs, display)
     todo = jobs(study, extent)
     texts = judged_texts(study, todo[0], display) if study.judged_on else {}
     missing = [job for job in todo if not complete(job, source)]
@@ -103,6 +96,17 @@ def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None)
     )
 
 
+def ready_source(study: Study, at_once: int, logs: Path, display: Display) -> Job | None:
+    """The run of a study's source, trained if it is not complete; None where the study trains none."""
+    source = source_job(study)
+    if source is not None and not complete(source):
+        prepare_text([source], display)
+        run_jobs([source], at_once, logs, display)
+    origin = (study.source or "none") if source is None else source.folder
+    display.say(f"source: {origin}")
+    return source
+
+
 def comparable_costs(study: Study, todo: Sequence[Job]) -> bool:
     """True if scratch is among the arms and all read the same."""
     runs = [job.settings for job in todo]
@@ -117,6 +121,14 @@ def judged_texts(study: Study, job: Job, display: Display) -> dict[str, TokenDat
 
     display.say(f"texts to judge on: {', '.join(study.judged_on)}")
     return open_texts(study.judged_on, job, text_of(job))
+
+
+def processes(asked: int | None) -> int:
+    """How many runs go at a time; None: one for each core."""
+    at_once = cores() if asked is None else asked
+    if at_once < 1:
+        raise UserError(f"--jobs {at_once}: expected at least 1")
+    return at_once
 
 
 def cores() -> int:

@@ -152,7 +152,7 @@ def source_job(study: Study) -> Job | None:
     """The run that trains the source; None where there is none, or where it is a checkpoint that is there."""
     if isinstance(study.source, str) or not study.source:
         return None
-    return _job(SOURCE, list(study.source))
+    return job_of(SOURCE, list(study.source))
 
 
 def jobs(study: Study, extent: Extent) -> list[Job]:
@@ -170,7 +170,7 @@ def jobs(study: Study, extent: Extent) -> list[Job]:
     for name in extent.arms:
         try:
             shared[name] = _arm_overrides(study, name)
-            _job(name, shared[name])
+            job_of(name, shared[name])
         except UserError as fault:
             faults[str(fault)].append(name)
     path = folder_of(study.name) / DEFINITION
@@ -183,7 +183,7 @@ def jobs(study: Study, extent: Extent) -> list[Job]:
         if share == 1 or seed in tuning:
             middle = study.arms[name].learning_rate
             point = _point_overrides(name, middle, share, seed)
-            runs.append(_job(name, shared[name] + point))
+            runs.append(job_of(name, shared[name] + point))
     return runs
 
 
@@ -191,12 +191,16 @@ def _arm_overrides(study: Study, name: str) -> list[str]:
     """The overrides that all runs of an arm share."""
     arm = study.arms[name]
     growth = arm.growth or name
-    start = [f"source={study.source}"] if isinstance(study.source, str) else []
     names = [f"growth={growth}", f"growth.name={study.counts_as(name)}"]
-    overrides = [*study.runs, *start, *names, *arm.overrides]
+    overrides = [*study.runs, *start_of(study), *names, *arm.overrides]
     if growth == SOURCE:
         overrides.append(f"train.budget_tokens={equal_flops_budget(overrides)}")
     return overrides
+
+
+def start_of(study: Study) -> list[str]:
+    """The override that names a source which is there already."""
+    return [f"source={study.source}"] if isinstance(study.source, str) else []
 
 
 def _point_overrides(arm: str, middle: float | None, share: float, seed: int) -> list[str]:
@@ -236,7 +240,12 @@ def equal_flops_budget(overrides: list[str]) -> int:
     return math.ceil(tokens / tokens_per_step) * tokens_per_step
 
 
-def _job(arm: str, overrides: list[str]) -> Job:
+def job_of(arm: str, overrides: list[str]) -> Job:
+    """The run that overrides compose.
+
+    Raises:
+        UserError: they compose to none.
+    """
     from outgrow.train.settings import compose
 
     quiet = [*overrides, "progress=false"]

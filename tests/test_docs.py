@@ -170,6 +170,15 @@ def check_experiments(command: str, arguments: list[str]) -> None:
     assert options.command in ("compare", "horizons", "same") or options.study in (None, *STUDIES)
 
 
+def check_select(arguments: list[str]) -> None:
+    from outgrow.experiments.__main__ import parser
+    from outgrow.experiments.selection import jobs_of, question
+
+    options = parser().parse_args(["select", *arguments])
+    asked = question(options.study, options.words)
+    assert all(jobs_of(asked, candidate, [asked.halving.lag_tokens]) for candidate in asked.candidates)
+
+
 def check_schema(arguments: list[str]) -> None:
     assert [argument.partition("=")[0] for argument in arguments] == ["source"]
 
@@ -206,6 +215,7 @@ DOORS = {
     "study": partial(check_experiments, "study"),
     "compare": partial(check_experiments, "compare"),
     "horizons": partial(check_experiments, "horizons"),
+    "select": check_select,
     "same": partial(check_experiments, "same"),
     "evaluate": check_evaluate,
     "cost": check_cost,
