@@ -140,7 +140,7 @@ def run(settings: Settings) -> None:
             source, settings.target, seed=settings.seed, dtype=settings.dtype, **settings.growth.arguments()
         )
         checkpoint = None if isinstance(source, str) else source
-        if grown_plan.lesson is not None and checkpoint is not None:
+        if checkpoint is not None:
             read_lesson(grown_plan, checkpoint, settings.receipt.text)
         _print_plan(grown_plan)
         _print_outcome(grown_plan, None)
@@ -169,17 +169,31 @@ def run(settings: Settings) -> None:
         print(f"worker {settings.worker} wrote its shards; the last worker to finish makes {grown.folder}")
         return
     _print_outcome(grown.plan, grown.receipt)
-    learned = grown.learned
-    if learned is not None:
-        losses = f"{learned['loss_before']:.4f} → {learned['loss_after']:.4f}"
-        print(
-            f"learned on {learned['tokens']} tokens of {learned['text']}, {learned['flops']:.3g} FLOPs: loss "
-            f"{losses} nats on {learned['held_out_tokens']} held out (source {learned['loss_source']:.4f})"
-        )
+    if grown.learned is not None:
+        print(_what_was_learned(grown.learned))
     _draw(settings, grown.plan, _source(settings))
     for note in grown.notes:
         print(f"note: {note}")
     print(f"wrote {grown.folder}")
+
+
+def _what_was_learned(learned: dict[str, Any]) -> str:
+    """One line: on what, and the loss before and after."""
+    if "text" not in learned:
+        missed = [
+            sum(each[when] for each in learned["losses"].values()) / max(1, len(learned["losses"]))
+            for when in ("neighbours", "learned")
+        ]
+        return (
+            f"learned on the source's layers, {learned['steps']} steps, {learned['flops']:.3g} FLOPs: inner "
+            f"layers missed by {missed[0]:.4f} of their mean square as the mean of two → {missed[1]:.4f}; "
+            f"{learned['matrices']} new matrices, {learned['means']} other tensors stay the mean"
+        )
+    losses = " → ".join(f"{learned[f'loss_{when}']:.4f}" for when in ("before", "after"))
+    return (
+        f"learned on {learned['tokens']} tokens of {learned['text']}, {learned['flops']:.3g} FLOPs: loss "
+        f"{losses} nats on {learned['held_out_tokens']} held out (source {learned['loss_source']:.4f})"
+    )
 
 
 def _source(settings: Settings) -> Any:

@@ -56,11 +56,11 @@ class Sparse(Protocol):
 
 
 class Lesson(Protocol):
-    """Lesson that is fitted on text once the steps are written; `growth.learned.lessons` has them."""
+    """Lesson that is learned once the steps are written; `growth.learned.lessons` has them."""
 
     @property
-    def text(self) -> str:
-        """The file or folder that it is fitted on."""
+    def text(self) -> str | None:
+        """The file or folder that it is fitted on; None of one that learns on the source's own layers."""
 
     @property
     def reason(self) -> str:
@@ -161,7 +161,7 @@ class Decision:
             its own says it by itself.
         change: how the plan goes from one family to another, or from few experts to many; None where it does
             not.
-        lesson: what is learned on text once the steps are written; None where nothing is.
+        lesson: what is learned once the steps are written; None where nothing is.
     """
 
     growth: Growth
@@ -293,6 +293,14 @@ class Decision:
                 for array in (axis.index, axis.gain, axis.fill):
                     digest.update(array.tobytes())
         return digest.hexdigest()[:16]
+
+
+def source_names(tensor: Tensor, growth: Growth, layers: LayerMap) -> list[str]:
+    """The source tensors like a target tensor, of every layer that has it."""
+    if tensor.layer is None:
+        return [source_name(tensor, growth, None)]
+    having = tensor.line.layers_of(layers.source)
+    return [source_name(tensor, growth, layer) for layer in having]
 
 
 def source_name(tensor: Tensor, growth: Growth, layer: int | None) -> str:

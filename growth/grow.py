@@ -22,6 +22,7 @@ from outgrow.growth.engine.workers import Worker, agreement, publish_shared, sha
 from outgrow.growth.folder import RECIPE, Place, complete_or_absent, files_in
 from outgrow.growth.learned.lessons import LEARNED
 from outgrow.growth.moments import OPTIMIZER, RULES, STATE, inexact, moments_plan
+from outgrow.growth.operators import options_of
 from outgrow.growth.plan import Plan
 from outgrow.growth.planning import plan
 from outgrow.growth.receipt import measure_growth
@@ -121,7 +122,7 @@ def grow(
             parameters where torch is installed.
         text: a file of real text to measure the receipt on, perplexity and greedy continuations of both
             models with it; for that the source needs its tokenizer, and a receipt is measured at any size.
-            Of an operator that learns (`least_squares`) it is what it learns on.
+            Of an operator that learns on text (`least_squares`, `ligo`) it is what it learns on.
         receipt_text: the receipt's text, beside an operator's own.
         threads: that compute, over tensors; the bits do not depend on it.
         max_shard_bytes: size of a shard.
@@ -142,7 +143,7 @@ def grow(
         max_shard_bytes=max_shard_bytes, revision=revision,
         optimizer=optimizer, nonfinite=nonfinite, worker=worker, progress=progress,
     )  # fmt: skip
-    if operator in LEARNED:
+    if operator in LEARNED and "text" in options_of(operator):
         options["text"] = None if text is None else str(text)
         text = None
     text = text if receipt_text is None else receipt_text
@@ -163,9 +164,7 @@ def grow(
         allows_nonfinite = nonfinite == "allow"
         reader = checkpoint if allows_nonfinite else FiniteReader(checkpoint, decided.dtypes)
         adam = None if optimizer is None else _read_adam(optimizer, decided)
-        lesson = None
-        if decided.lesson is not None:
-            lesson = read_lesson(decided, checkpoint, text)
+        lesson = read_lesson(decided, checkpoint, text)
         shards = shards_of(decided, max_shard_bytes)
         how: dict[str, Any] = {"threads": threads, "progress": progress}
         reads = [*checkpoint.files]
@@ -179,9 +178,7 @@ def grow(
             if adam is not None:
                 _write_adam(folder, decided, adam, max_shard_bytes, **how)
             beside.copy(folder)
-            learned = None
-            if lesson is not None:
-                learned = _learn(decided, reader, checkpoint, folder, lesson, progress)
+            learned = _learn(decided, reader, checkpoint, folder, lesson, progress)
             verify_structure(folder, decided)
             measured = None
             if _is_measured(receipt, text, decided, checkpoint):
@@ -243,15 +240,16 @@ def _grow_share(
     return Grown(place.out, plan, measured, learned=learned)
 
 
-def read_lesson(plan: Plan, source: Checkpoint, text: str | Path | None) -> Calibration:
-    """The text that a plan learns on.
+def read_lesson(plan: Plan, source: Checkpoint, text: str | Path | None) -> Calibration | None:
+    """The text that a plan learns on; None where it learns on none.
 
     Raises:
         UserError: it cannot be read, or is the `text` that the receipt is measured on.
     """
+    if plan.lesson is None or plan.lesson.text is None:
+        return None
     from outgrow.growth.learned.learn import calibration  # imports torch
 
-    assert plan.lesson is not None
     if text is not None and _is_same_file(plan.lesson.text, text):
         raise UserError(
             f"receipt.text {str(text)!r}: is growth.text, which is learned on; measure on another text"
@@ -265,10 +263,13 @@ def _is_same_file(one: str | Path, other: str | Path) -> bool:
     return all(path.exists() for path in paths) and paths[0].samefile(paths[1])
 
 
-def _learn(*of: Any) -> dict[str, Any]:
+def _learn(plan: Plan, *of: Any) -> dict[str, Any] | None:
+    """Learn what a plan learns; the record of it."""
+    if plan.lesson is None:
+        return None
     from outgrow.growth.learned.learn import learn  # imports torch
 
-    return learn(*of)
+    return learn(plan, *of)
 
 
 def _read_adam(path: str | Path, plan: Plan) -> AdamState:

@@ -61,9 +61,7 @@ def plan_of(model: PreTrainedModel, target: Target, operator: str = "lossless", 
     """The plan that `grow_model` follows, from the model's config and the dtypes of its tensors."""
     grown_plan = plan(config_of(model), target, operator, **how)
     if grown_plan.lesson is not None:
-        raise UserError(
-            f"operator {operator!r}: learns on text, in a folder; save the model and use growth.grow"
-        )
+        raise UserError(f"operator {operator!r}: learns in a folder; save the model and use growth.grow")
     held = _Held(_tensors(model))
     checked: Decision = grown_plan
     if grown_plan.change is not None:

@@ -452,7 +452,9 @@ OPERATORS: dict[str, Operator] = {
 
 
 # The strength of noise where none is asked for; none of the other operators has any.
-NOISE = dict.fromkeys(("lossless", "lemon", "upcycle", "drop_upcycle", "expert_copy", "least_squares"), 0.5)
+NOISE = dict.fromkeys(
+    ("lossless", "lemon", "upcycle", "drop_upcycle", "expert_copy", "least_squares", "lesa"), 0.5
+)
 
 
 def default_noise(operator: str) -> float:

@@ -74,9 +74,9 @@ def plan(
             plan, checkpoint, target, depth=depth, noise=strength, seed=seed, dtype=dtype, family=family
         )
         learned = learned_plan(operator, options, fixed)
-        is_config = isinstance(source, Mapping)
-        if not is_config and learned.lesson is not None:  # a config is planned on paper
-            check_there(learned.lesson.text)
+        text = None if learned.lesson is None else learned.lesson.text
+        if text is not None and not isinstance(source, Mapping):  # a config is planned on paper
+            check_there(text)
         return learned
     if isinstance(target, Mapping):
         target = _said_elsewhere(flat(target), dtype)

@@ -33,7 +33,7 @@ def summary(plan: Decision, reasons: Sequence[str]) -> list[str]:
         f"  {grows or 'no width grows'}",
         *([] if plan.change is None else [f"  {plan.change.summary(plan)}"]),
         f"  layers {plan.layers.source} → {plan.layers.target} by {plan.layers.rule!r}",
-        *([] if plan.lesson is None else [f"  learned on {plan.lesson.text} once written"]),
+        *([] if plan.lesson is None else [f"  learned on {plan.lesson.text or 'its layers'} once written"]),
         f"  certificate: {verdict}",
     ]
 

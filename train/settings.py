@@ -543,8 +543,9 @@ def _stage_disagreements(growth: GrowthSettings) -> list[str]:
             )
         if stage.operator in LEARNED:
             faults.append(
-                f"growth.stages[{number}].operator: {stage.operator} learns on text of its own, which begins "
-                "a run and does not go on in it; grow first (outgrow grow), or choose a fixed operator",
+                f"growth.stages[{number}].operator: {stage.operator} learns at a cost of its own, which "
+                "begins a run and does not go on in it; grow first (outgrow grow), or choose a fixed "
+                "operator",
             )
     return faults
 

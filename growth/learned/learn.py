@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from outgrow.growth.engine.execute import Reader
-from outgrow.growth.learned.lessons import LeastSquares, Ligo
+from outgrow.growth.learned.lesa import predict_layers
+from outgrow.growth.learned.lessons import LeastSquares, Lesa, Ligo
 from outgrow.growth.learned.ligo import learn_maps
 from outgrow.growth.learned.on_disk import OnDisk, Written, values_of
 from outgrow.growth.learned.squares import fit
@@ -41,7 +42,7 @@ def learn(
     reader: Reader,
     source: Checkpoint,
     folder: Path,
-    text: Calibration,
+    text: Calibration | None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Fit what a plan has written in `folder`, and return the record of it.
@@ -52,13 +53,21 @@ def learn(
 
     Returns:
         text, its hash, tokens, steps, FLOPs, and the losses (nats per token) on the windows held out: the
-        source's, that of what was written, and that of what was learned.
+        source's, that of what was written, and that of what was learned. Without a text, steps, FLOPs and
+        the losses of what was predicted.
     """
     lesson, layers = plan.lesson, plan.layers
     written = Written(folder)
-    assert isinstance(lesson, LeastSquares | Ligo)
-
     values = values_of(reader, source.tensors)
+
+    def share(done: int, parts: int) -> None:
+        if progress is not None:
+            progress(plan.target_bytes * done // parts, plan.target_bytes)
+
+    if isinstance(lesson, Lesa):
+        return {"operator": plan.operator, **predict_layers(plan, lesson, values, written, folder, share)}
+    assert isinstance(lesson, LeastSquares | Ligo)
+    assert text is not None
 
     def models() -> tuple[OnDisk, OnDisk]:
         return (
@@ -71,9 +80,7 @@ def learn(
         parts = lesson.steps
 
     def tell(part: int) -> None:
-        if progress is not None:
-            done = plan.target_bytes * (part + 1) // parts
-            progress(done, plan.target_bytes)
+        share(part + 1, parts)
 
     held = torch.from_numpy(text.held)
     with torch.no_grad():

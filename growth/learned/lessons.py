@@ -1,7 +1,8 @@
 """The learned operators: what each of them is asked for; nothing is learned here, and no torch imported.
 
 A learned growth is the plan of a fixed operator (`width`) and a layer map, whose written weights are then
-fitted on text (`growth.learned.learn`). Its certificate is not exact, and says which part is learned.
+fitted on text, or on the source's own layers (`growth.learned.learn`). Its certificate is not exact, and says
+which part is learned.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from outgrow.model.base.errors import UserError, unknown
 from outgrow.model.keys import is_number
 
 STARTS = ("exact", "random")
+PREDICTIONS = ("mean", "random")
+LEAST_LAYERS = 3  # of a source whose layers are predicted from their neighbours
 MOST_TOKENS = 1 << 24  # whose activations in one layer are held at once
 
 
@@ -106,8 +109,7 @@ def ligo(
         start: `exact` (the maps of `width` and the layer map) or `random` (new rows drawn, as in the paper).
     """
     _check_whole(steps=steps, batch_tokens=batch_tokens, window=window)
-    if not is_number(learning_rate) or not 0 < learning_rate < 10:
-        raise UserError(f"learning_rate {learning_rate!r}: expected a number above 0, such as 0.001")
+    _check_rate(learning_rate)
     if start not in STARTS:
         unknown("start", start, STARTS)
     text = _checked_text("ligo", text)
@@ -115,7 +117,72 @@ def ligo(
     return Ligo(text, width, steps, batch_tokens, window, rate, start)
 
 
-LEARNED: dict[str, Callable[..., LeastSquares | Ligo]] = {"least_squares": least_squares, "ligo": ligo}
+@dataclass(frozen=True)
+class Lesa:
+    """New layers predicted from their neighbours; see `lesa`."""
+
+    width: str
+    epochs: int
+    rows: int
+    hidden: int
+    learning_rate: float
+    norm_weight: float
+    start: str
+    text: None = None  # it learns on the source's own layers
+
+    @property
+    def reason(self) -> str:
+        """The part that is learned, as a reason of the certificate."""
+        return (
+            "operator 'lesa': new layers are predicted from their neighbours, so what is kept is measured "
+            "and not proved"
+        )
+
+
+def lesa(
+    *,
+    width: str = "lossless",
+    epochs: int = 5,
+    rows: int = 256,
+    hidden: int = 256,
+    learning_rate: float = 0.001,
+    norm_weight: float = 0.00005,
+    start: str = "mean",
+) -> Lesa:
+    """LESA (2502.13794): between two layers stands what a small network predicts from both, in the
+    coordinates of the singular vectors that all layers share; it learns on the source's own layers.
+
+    Args:
+        width: the operator by which a predicted layer grows, as all others do.
+        epochs: over the source's inner layers.
+        rows: of a matrix in a batch.
+        hidden: units of the network's two hidden layers.
+        learning_rate: of AdamW, constant.
+        norm_weight: λ of the Frobenius norms in the loss; the rest is the mean square.
+        start: `mean` (the network adds to the mean of both, nothing at first) or `random` (as in the paper).
+    """
+    _check_whole(rows=rows, hidden=hidden)
+    if type(epochs) is not int or not 1 <= epochs <= MOST_TOKENS:
+        raise UserError(f"epochs {epochs!r}: expected a whole number from 1 to {MOST_TOKENS:,}")
+    _check_rate(learning_rate)
+    if not is_number(norm_weight) or not 0 <= norm_weight < 1:
+        raise UserError(f"norm_weight {norm_weight!r}: expected a number from 0 to below 1, such as 0.00005")
+    if start not in PREDICTIONS:
+        unknown("start", start, PREDICTIONS)
+    rate, weight = float(learning_rate), float(norm_weight)
+    return Lesa(width, epochs, rows, hidden, rate, weight, start)
+
+
+LEARNED: dict[str, Callable[..., LeastSquares | Ligo | Lesa]] = {
+    "least_squares": least_squares,
+    "ligo": ligo,
+    "lesa": lesa,
+}
+
+
+def _check_rate(learning_rate: float) -> None:
+    if not is_number(learning_rate) or not 0 < learning_rate < 10:
+        raise UserError(f"learning_rate {learning_rate!r}: expected a number above 0, such as 0.001")
 
 
 def _check_whole(**numbers: int) -> None:

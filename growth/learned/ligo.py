@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from outgrow.growth.decision import Step, source_name
+from outgrow.growth.decision import Step, source_names
 from outgrow.growth.expansion import AxisMap, Fill
 from outgrow.growth.learned.lessons import Ligo
 from outgrow.growth.learned.on_disk import Values, Written
@@ -133,11 +133,7 @@ class Learner(nn.Module):
 
     def _names(self, step: Step) -> list[str]:
         """The source tensors of a step, of every layer that has it."""
-        tensor, plan = step.tensor, self.plan
-        if tensor.layer is None:
-            return [source_name(tensor, plan.growth, None)]
-        layers = tensor.line.layers_of(plan.layers.source)
-        return [source_name(tensor, plan.growth, layer) for layer in layers]
+        return source_names(step.tensor, self.plan.growth, self.plan.layers)
 
     def _fixed(self, step: Step, values: np.ndarray) -> Tensor:
         """A source tensor grown along the axes whose maps stay."""

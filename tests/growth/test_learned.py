@@ -15,14 +15,17 @@ from helpers.models import make_checkpoint
 from helpers.unwritten import STRANGERS
 from outgrow.growth import grow, plan
 from outgrow.growth.__main__ import main
+from outgrow.growth.engine.seeding import generator
 from outgrow.growth.engine.tensors import expand
 from outgrow.growth.grow import recorded_plan
-from outgrow.growth.learned.lessons import LEARNED
+from outgrow.growth.learned.lesa import Basis
+from outgrow.growth.learned.lessons import LEARNED, Lesa
 from outgrow.growth.learned.ligo import Learner
 from outgrow.growth.learned.on_disk import OnDisk, values_of
 from outgrow.growth.learned.squares import Inputs
 from outgrow.growth.learned.text import read_calibration
 from outgrow.growth.memory import grow_model
+from outgrow.growth.operators import options_of
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import build_model, empty_model, load_model, to_hf_config
 from outgrow.model.checkpoint import SINGLE, Checkpoint
@@ -287,6 +290,173 @@ def test_what_ligo_cannot_do_is_told(
     assert not (tmp_path / "out").exists()
 
 
+# ---- lesa ------------------------------------------------------------------------------------------------
+
+
+DEEP = {"num_hidden_layers": 5, "tie_word_embeddings": False}
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama of five random layers. Read only."""
+    return make_checkpoint(tmp_path_factory.mktemp("deep") / "source", config_of("llama", **DEEP))
+
+
+def predicted_by_hand(
+    matrices: list[np.ndarray], before: int, lesson: Lesa, seeds: tuple[int, Any]
+) -> np.ndarray:
+    """LESA in plain numpy and PyTorch: the singular vectors of the matrices side by side, the network, U S V."""
+    layers, outputs = len(matrices), len(matrices[0])
+    left, sizes, right = np.linalg.svd(np.concatenate(matrices, 1), full_matrices=False)
+    signs = np.sign(left[np.abs(left).argmax(0), np.arange(outputs)])
+    left, right = left * signs, right * signs[:, None]
+    parts = np.split(right, layers, 1)
+    unit = np.sqrt(np.mean(np.square(parts)))
+    rows = [torch.tensor(part / unit) for part in parts]
+    torch.manual_seed(seeds[0])
+    inputs = rows[0].shape[1]
+    network = torch.nn.Sequential(
+        torch.nn.Linear(2 * inputs, lesson.hidden), torch.nn.ReLU(), torch.nn.Linear(lesson.hidden, lesson.hidden),
+        torch.nn.ReLU(), torch.nn.Linear(lesson.hidden, inputs),
+    )  # fmt: skip
+    if lesson.start == "mean":
+        torch.nn.init.zeros_(network[4].weight)
+        torch.nn.init.zeros_(network[4].bias)
+    network.double()
+
+    def told(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        mean = (one + other) / 2 if lesson.start == "mean" else 0.0
+        return network(torch.cat([one, other], 1)) + mean
+
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lesson.learning_rate)
+    for _ in range(lesson.epochs):
+        for layer in seeds[1].permutation(np.arange(1, layers - 1)):
+            order = torch.from_numpy(seeds[1].permutation(outputs))
+            for some in order.split(lesson.rows):
+                given, wanted = told(rows[layer - 1][some], rows[layer + 1][some]), rows[layer][some]
+                square = ((given - wanted) ** 2).mean()
+                norms = (given.square().sum().sqrt() - wanted.square().sum().sqrt()) ** 2
+                optimizer.zero_grad()
+                ((1 - lesson.norm_weight) * square + lesson.norm_weight * norms).backward()
+                optimizer.step()
+    with torch.no_grad():
+        new = told(rows[before], rows[before + 1]).numpy() * unit
+    return left @ np.diag(sizes) @ new
+
+
+@pytest.mark.parametrize("start", ["mean", "random"])
+@pytest.mark.parametrize("kind", ["self_attn.k_proj", "mlp.up_proj", "mlp.down_proj"])
+def test_lesa_is_what_numpy_and_pytorch_make(deep: Path, tmp_path: Path, kind: str, start: str) -> None:
+    how: dict[str, Any] = {"depth": "neighbours", "rows": 16, "hidden": 12, "epochs": 3, "start": start}
+    grown = grow(
+        deep, tmp_path / "out", target={"num_hidden_layers": 7}, operator="lesa", receipt=False, **how
+    )
+    assert grown.plan.layers.shown == ["0", "1", "1+2", "2", "3", "3+4", "4"]
+    name = f"model.layers.{{}}.{kind}.weight"
+    lesson = grown.plan.lesson
+    assert isinstance(lesson, Lesa)
+    with Checkpoint(deep) as source, Checkpoint(tmp_path / "out") as out:
+        before, after = (values_of(each, each.tensors) for each in (source, out))
+        matrices = [before(name.format(layer)) for layer in range(5)]
+        for number, layer in ((2, 1), (5, 3)):
+            seed = int(generator(0, "lesa", name.format(0)).integers(1 << 62))
+            order = generator(0, "lesa", name.format(0), "order")
+            expected = predicted_by_hand(matrices, layer, lesson, (seed, order))
+            assert np.allclose(after(name.format(number)), expected, rtol=1e-6, atol=1e-8)
+            mean = (matrices[layer] + matrices[layer + 1]) / 2
+            assert np.abs(expected - mean).max() > 1e-4
+        norm = "model.layers.{}.input_layernorm.weight"
+        assert (after(norm.format(2)) == (before(norm.format(1)) + before(norm.format(2))) / 2).all()
+        assert (after(name.format(3)) == before(name.format(2))).all()
+
+
+@pytest.mark.parametrize("rank", [3, 6])
+def test_the_basis_is_the_singular_value_decomposition(rank: int) -> None:
+    """Of matrices that have less than full rank too."""
+    draw = np.random.default_rng(0)
+    shared = draw.normal(size=(6, rank))
+    matrices = [shared @ draw.normal(size=(rank, 4)) for _ in range(3)]
+    basis = Basis.of(iter(matrices))
+    sizes = np.linalg.svd(np.concatenate(matrices, 1), compute_uv=False)
+    assert np.allclose(basis.sizes[:rank], sizes[:rank])
+    assert np.allclose(basis.vectors.T @ basis.vectors, np.eye(6))
+    for matrix in matrices:
+        assert np.allclose(basis.matrix(basis.coordinates(matrix)), matrix, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_lesa_records_what_it_learned_and_grows_in_width_too(
+    deep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a gain of two on copied heads, the new layer is the predicted one, grown as the others are."""
+    told: list[tuple[int, int]] = []
+    how: dict[str, Any] = {"operator": "lesa", "depth": "neighbours", "rows": 16, "epochs": 20, "noise": 0.0}
+    deeper = {"num_hidden_layers": 6}
+    plain = grow(deep, tmp_path / "plain", target=deeper, progress=lambda *done: told.append(done), **how)
+    wide = grow(deep, tmp_path / "wide", target=deeper | {"intermediate_size": 80}, **how)
+    again = grow(deep, tmp_path / "again", target=deeper, **how)
+    assert told[-1][0] == told[-1][1]
+    learned = plain.learned
+    assert learned is not None
+    assert learned["matrices"] == len(learned["losses"]) == 7
+    assert learned["means"] == 2
+    assert learned["steps"] > 20 * 7 * 3
+    assert learned["flops"] > 0
+    for losses in learned["losses"].values():
+        assert len(losses["epochs"]) == 20
+        assert losses["learned"] < losses["neighbours"]
+    record = json.loads((tmp_path / "plain" / "growth.json").read_text())
+    assert record["learned"] == learned == again.learned
+    assert recorded_plan(tmp_path / "plain").hash == plain.plan.hash
+    assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == sorted(record["files"])
+    load_model(tmp_path / "plain")
+    with Checkpoint(tmp_path / "plain") as narrow, Checkpoint(tmp_path / "wide") as out:
+        one, other = (values_of(each, each.tensors) for each in (narrow, out))
+        number = next(iter(plain.plan.layers.between))
+        gate, down = (f"model.layers.{number}.mlp.{part}_proj.weight" for part in ("gate", "down"))
+        units = one(gate).shape[0]
+        assert wide.plan.layers == plain.plan.layers
+        assert (other(gate)[:units] == one(gate)).all()
+        assert np.allclose(other(down)[:, :units] + other(down)[:, units:], one(down))
+    asked = [f"source={deep}", "target={num_hidden_layers:6}", "growth=lesa", "receipt=false"]
+    main([*asked, f"out={tmp_path / 'door'}"])
+    assert "learned on the source's layers" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("target", "how", "words"),
+    [
+        (5, {}, "predicts new layers, and the target has the source's 5"),
+        (7, {"depth": "stack"}, "which depth 'stack' has none of; use growth.depth=neighbours"),
+        (10, {}, "at most 9 layers come of 5"),
+        (7, {"epochs": 0}, "epochs 0: expected a whole number from 1"),
+        (7, {"rows": 1.5}, "rows 1.5: expected a whole number"),
+        (7, {"norm_weight": 1}, "norm_weight 1: expected a number from 0 to below 1"),
+        (7, {"learning_rate": True}, "learning_rate True: expected a number above 0"),
+        (7, {"start": "meen"}, "did you mean 'mean'"),
+        (7, {"epoch": 3}, "did you mean 'epochs'"),
+        (7, {"width": "scratch"}, "width=scratch inherits nothing"),
+    ],
+    ids=str,
+)
+def test_what_lesa_cannot_do_is_told(
+    deep: Path, tmp_path: Path, target: int, how: dict[str, Any], words: str
+) -> None:
+    asked = {"depth": "neighbours", **how}
+    with pytest.raises(UserError, match=words):
+        plan(deep, {"num_hidden_layers": target}, "lesa", **asked)
+    with pytest.raises(UserError, match=words):
+        grow(deep, tmp_path / "out", target={"num_hidden_layers": target}, operator="lesa", **asked)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_two_layers_are_too_few_to_learn_from(llama: Path) -> None:
+    with pytest.raises(
+        UserError, match="learns from layers that stand between two others, and the source has 2"
+    ):
+        plan(llama, {"num_hidden_layers": 3}, "lesa", depth="neighbours")
+
+
 def test_a_model_on_disk_holds_one_layer_at_a_time(llama: Path) -> None:
     with Checkpoint(llama) as source:
         model = OnDisk(source.config, values_of(source, source.tensors), source.tensors, 2)
@@ -338,7 +508,10 @@ def test_what_cannot_be_learned_on_is_told_before_anything_is_written(
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize("name", LEARNED)
+ON_TEXT = [name for name in LEARNED if "text" in options_of(name)]
+
+
+@pytest.mark.parametrize("name", ON_TEXT)
 @pytest.mark.parametrize(
     ("told", "words"),
     [
@@ -388,6 +561,11 @@ def test_the_door_learns_and_tells_what_came_of_it(
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_model_in_memory_is_refused(llama: Path, name: str) -> None:
-    with pytest.raises(UserError, match="learns on text, in a folder"):
-        grow_model(load_model(llama), {"num_hidden_layers": 3}, name, text="any")
-    assert not plan(llama, {"num_hidden_layers": 3}, name, text=__file__).certificate.lossless
+    how: dict[str, Any] = {"depth": "stack", "text": __file__}
+    source = config_of("llama")
+    if name == "lesa":
+        how, source = {"depth": "neighbours"}, config_of("llama", num_hidden_layers=3)
+    target = {"num_hidden_layers": 4}
+    with pytest.raises(UserError, match="learns in a folder"):
+        grow_model(build_model(source, seed=0), target, name, **how)
+    assert not plan(source, target, name, **how).certificate.lossless

@@ -60,7 +60,7 @@ def test_the_validation_text_is_refused(overrides: list[str], source: Path, tmp_
 
 def test_a_lesson_in_a_later_stage_is_refused(overrides: list[str]) -> None:
     with pytest.raises(
-        UserError, match=r"growth.stages.1..operator: least_squares learns on text of its own"
+        UserError, match=r"growth.stages.1..operator: least_squares learns at a cost of its own"
     ):
         compose(
             [

@@ -32,9 +32,10 @@ def check_text(settings: Settings, stage: Stage, source: Path | None, data: Toke
     growth = settings.growth
     if growth.operator not in LEARNED or source is None:
         return
-    text = calibration(
-        plan(source, stage.config, growth.operator, seed=settings.seed, **growth.options), source
-    )
+    learned = plan(source, stage.config, growth.operator, seed=settings.seed, **growth.options)
+    if learned.lesson is None or learned.lesson.text is None:
+        return
+    text = calibration(learned, source)
     first = data.validation.tokens[:MOST]
     held = np.asarray(first, "<u4").tobytes()
     rows = (*text.fit, *text.held)

@@ -1,0 +1,318 @@
+"""LESA (2502.13794): a new layer between two is predicted from both, in coordinates that all layers share.
+
+    [W_1 … W_L] = U S [V_1 … V_L]
+
+The matrices of one kind stand side by side, layer by layer. A small network learns on the source's own layers
+to tell V_i from V_{i-1} and V_{i+1}; a new layer's matrix is U S times what it tells of the two beside it.
+Norms, biases and what is no matrix stay the mean of both. No text is read, and no gradient passes through the
+model.
+
+Memory, for one kind at a time: Σ Wᵢ Wᵢᵀ (the Gram matrix, summed layer by layer) and its eigenvectors in
+float64, o × o each, and the V of three layers; the V of all layers lie in the unfinished folder meanwhile.
+
+Shapes:
+    o, i: outputs and inputs of a matrix
+    b: rows of V in a batch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from math import sqrt
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from torch import Tensor, nn
+
+from outgrow.growth.decision import Step, source_names
+from outgrow.growth.engine.execute import Expander
+from outgrow.growth.engine.seeding import generator
+from outgrow.growth.learned.lessons import LEAST_LAYERS, Lesa
+from outgrow.growth.learned.on_disk import Values, Written
+from outgrow.growth.plan import Plan
+from outgrow.model.dtypes import to_float, to_raw
+
+NOISE_FLOOR = 1e-7  # of the largest singular value: below it the Gram matrix holds rounding alone
+
+
+# ---- the coordinates that layers share ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """U and S of matrices side by side, from the eigenvectors of their Gram matrix.
+
+    Attributes:
+        vectors: (o, o) U; in each column the entry that is largest by its size is positive.
+        sizes: (o,) S, descending.
+    """
+
+    vectors: np.ndarray
+    sizes: np.ndarray
+
+    @classmethod
+    def of(cls, matrices: Iterator[np.ndarray]) -> Basis:
+        """Sum up the Gram matrix of (o, i) matrices, one in memory at a time."""
+        gram: Any = 0
+        for matrix in matrices:
+            wide = matrix.astype(np.float64)
+            gram = gram + wide @ wide.T
+        squares, vectors = np.linalg.eigh(gram)
+        squares, vectors = squares[::-1], vectors[:, ::-1]
+        # An eigenvector's sign is anybody's choice, and the prediction depends on it.
+        columns, largest = np.arange(len(squares)), np.abs(vectors).argmax(0)
+        signs = np.sign(vectors[largest, columns])
+        sizes = np.sqrt(squares.clip(0))
+        return cls(vectors * signs, sizes)
+
+    def coordinates(self, matrix: np.ndarray) -> np.ndarray:
+        """V = S⁻¹ Uᵀ W: (o, i), zero where S is."""
+        known = self.sizes > NOISE_FLOOR * self.sizes[0]
+        inverse = np.zeros_like(self.sizes)
+        inverse[known] = 1 / self.sizes[known]
+        turned = self.vectors.T @ matrix.astype(np.float64)
+        return inverse[:, None] * turned
+
+    def matrix(self, coordinates: np.ndarray) -> np.ndarray:
+        """W = U S V: (o, i)."""
+        return self.vectors @ (self.sizes[:, None] * coordinates)
+
+
+# ---- the prediction ----------------------------------------------------------------------------------------
+
+
+class Predictor(nn.Module):
+    """Two rows of V to the row between them: (b, i), (b, i) → (b, i).
+
+    Args:
+        inputs: i.
+        start: `mean` adds to the mean of both, nothing at first; `random` is the paper's.
+    """
+
+    def __init__(self, inputs: int, hidden: int, start: str) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(2 * inputs, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, inputs),
+        )
+        self.adds = start == "mean"
+        if self.adds:
+            for parameter in self.layers[-1].parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(self, before: Tensor, after: Tensor) -> Tensor:
+        told: Tensor = self.layers(torch.cat([before, after], 1))
+        return told + _mean(before, after) if self.adds else told
+
+
+def distance(told: Tensor, wanted: Tensor, norm_weight: float) -> Tensor:
+    """(1 − λ)·MSE + λ·(difference of the Frobenius norms)²."""
+    square = nn.functional.mse_loss(told, wanted)
+    norms = torch.linalg.norm(told) - torch.linalg.norm(wanted)
+    return (1 - norm_weight) * square + norm_weight * norms.square()
+
+
+@dataclass
+class Kind:
+    """The matrices of one kind, their coordinates on disk in units of their root mean square.
+
+    Attributes:
+        names: of the source's tensors, layer by layer.
+        new: (step, number of the layer before it among `names`) of every new layer.
+        turned: stored as inputs × outputs.
+    """
+
+    names: list[str]
+    turned: bool
+    new: list[tuple[Step, int]] = field(default_factory=list)
+
+    def stored(self, values: Values, name: str) -> np.ndarray:
+        """(o, i) of a source tensor."""
+        return values(name).T if self.turned else values(name)
+
+
+def kinds_of(plan: Plan) -> tuple[dict[str, Kind], list[str]]:
+    """The kinds of matrices that new layers have, by the name in the first layer, and the target tensors that
+    stay the mean of two.
+    """
+    kinds: dict[str, Kind] = {}
+    means: list[str] = []
+    for step in plan.steps:
+        if step.source is None or step.beside is None:
+            continue
+        names = source_names(step.tensor, plan.growth, plan.layers)
+        if len(step.shape) != 2 or len(names) < LEAST_LAYERS:
+            means.append(step.name)
+            continue
+        kind = kinds.setdefault(names[0], Kind(names, step.tensor.reads[0]))
+        kind.new.append((step, names.index(step.source)))
+    return kinds, means
+
+
+@dataclass
+class Coordinates:
+    """The V of all layers of a kind, on disk, in units of their root mean square.
+
+    Attributes:
+        held: (layer, o, i).
+        unit: the root mean square.
+    """
+
+    held: np.ndarray
+    unit: float = 1.0
+
+    @classmethod
+    def of(cls, kind: Kind, basis: Basis, values: Values, place: Path, dtype: torch.dtype) -> Coordinates:
+        """Write the coordinates of every layer to the file `place`."""
+        shape = (len(kind.names), *kind.stored(values, kind.names[0]).shape)
+        own = cls(open_memmap(place, "w+", str(dtype).removeprefix("torch."), shape))
+        square = 0.0
+        for number, name in enumerate(kind.names):
+            matrix = basis.coordinates(kind.stored(values, name))
+            own.held[number] = matrix
+            square += float(np.square(matrix).sum())
+        own.unit = sqrt(square / own.held.size) or 1.0
+        for matrix in own.held:
+            matrix /= own.unit
+        return own
+
+    def __getitem__(self, layer: int) -> Tensor:
+        """(o, i) of a layer."""
+        return torch.from_numpy(np.array(self.held[layer]))
+
+    @property
+    def inner(self) -> range:
+        """The layers that stand between two others."""
+        return range(1, len(self.held) - 1)
+
+    def error(self, told: Callable[[Tensor, Tensor], Tensor]) -> float:
+        """The mean square by which the inner layers are missed by what is `told` of their neighbours."""
+        errors = []
+        with torch.no_grad():
+            for layer in self.inner:
+                between = told(self[layer - 1], self[layer + 1])
+                errors.append(float(nn.functional.mse_loss(between, self[layer])))
+        return sum(errors) / len(errors)
+
+
+@dataclass
+class Learning:
+    """What all kinds share; `flops` and `steps` add up."""
+
+    plan: Plan
+    lesson: Lesa
+    values: Values
+    written: Written
+    tell: Callable[[], None]
+    steps: int = 0
+    flops: float = 0.0
+
+    def __post_init__(self) -> None:
+        wide = any(stored.dtype == "F64" for stored in self.written.tensors.values())
+        self.dtype = torch.float64 if wide else torch.float32
+
+    def kind(self, kind: Kind, place: Path) -> dict[str, Any]:
+        """Learn one kind and write its new layers; its losses."""
+        basis = Basis.of(kind.stored(self.values, name) for name in kind.names)
+        rows = Coordinates.of(kind, basis, self.values, place, self.dtype)
+        _, outputs, inputs = rows.held.shape
+        self.flops += 4.0 * rows.held.size * outputs  # the Gram matrix, and V
+        self.flops += 9.0 * outputs**3  # eigenvectors
+        self.tell()
+        seed = generator(self.plan.growth.seed, "lesa", kind.names[0]).integers(1 << 62)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(seed))
+            predictor = Predictor(inputs, self.lesson.hidden, self.lesson.start).to(self.dtype)
+        epochs = self.learn(predictor, rows, kind.names[0])
+        for step, before in kind.new:
+            with torch.no_grad():
+                between = predictor(rows[before], rows[before + 1])
+            self.write(step, kind, basis.matrix(between.double().numpy() * rows.unit))
+            self.flops += 2.0 * outputs * between.numel()
+        return {"neighbours": rows.error(_mean), "learned": rows.error(predictor), "epochs": epochs}
+
+    def learn(self, predictor: Predictor, rows: Coordinates, name: str) -> list[float]:
+        """Learn every inner layer from its neighbours, some rows at a time; the mean loss of each epoch."""
+        optimizer = torch.optim.AdamW(predictor.parameters(), self.lesson.learning_rate)
+        drawn = generator(self.plan.growth.seed, "lesa", name, "order")
+        parameters = sum(parameter.numel() for parameter in predictor.parameters())
+        outputs, epochs = rows.held.shape[1], []
+        for _ in range(self.lesson.epochs):
+            losses: list[float] = []
+            for layer in drawn.permutation(np.array(rows.inner)):
+                before, own, after = rows[layer - 1], rows[layer], rows[layer + 1]
+                order = torch.from_numpy(drawn.permutation(outputs))
+                for some in order.split(self.lesson.rows):
+                    told = predictor(before[some], after[some])
+                    loss = distance(told, own[some], self.lesson.norm_weight)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    losses.append(float(loss.detach()))
+            epochs.append(sum(losses) / len(losses))
+            self.steps += len(losses)
+            self.flops += 6.0 * parameters * outputs * len(rows.inner)
+            self.tell()
+        return epochs
+
+    def write(self, step: Step, kind: Kind, matrix: np.ndarray) -> None:
+        """Put a predicted matrix in its place, grown in width as any source tensor is."""
+        assert step.source is not None
+        stored = np.ascontiguousarray(matrix.T if kind.turned else matrix)
+        raw = to_raw(stored, self.plan.source_dtype(step.source))
+        alone = replace(step, beside=None)
+        grown = Expander(self.plan, alone, _One(raw)).complete()
+        self.written.write(step.name, to_float(grown, self.plan.dtype(step)))
+
+
+def _mean(before: Tensor, after: Tensor) -> Tensor:
+    return (before + after) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class _One:
+    """A `Reader` of one matrix, whatever the name."""
+
+    raw: np.ndarray
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return self.raw[start:stop].copy()
+
+
+def predict_layers(
+    plan: Plan,
+    lesson: Lesa,
+    values: Values,
+    written: Written,
+    folder: Path,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Predict the matrices of a plan's new layers and write them in `folder`; return the record of it."""
+    kinds, means = kinds_of(plan)
+    done, parts = 0, len(kinds) * (1 + lesson.epochs)
+
+    def tell() -> None:
+        nonlocal done
+        done += 1
+        progress(done, parts)
+
+    learning = Learning(plan, lesson, values, written, tell)
+    losses: dict[str, dict[str, Any]] = {}
+    with TemporaryDirectory(prefix="layers-", dir=folder) as place:
+        for name, kind in kinds.items():
+            losses[name] = learning.kind(kind, Path(place) / "coordinates.npy")
+    return {
+        "steps": learning.steps,
+        "losses": losses,
+        "matrices": sum(len(kind.new) for kind in kinds.values()),
+        "means": len(means),
+        "flops": learning.flops,
+    }
