@@ -123,7 +123,8 @@ def _measure(
             score = harness.score(task, ready, model, limit=limit, run_code=run_code)
             kept.put(task, asdict(score))
             share = f"{score.value:.1%} of {score.items}"
-            say(f"{title(folder)}: {task.task} {share} ({score.metric})")
+            name = title(folder)
+            say(f"{name}: {task.task} {share} ({score.metric})")
 
 
 def checkpoint_of(run: Path) -> Path:

@@ -95,7 +95,8 @@ def markdown(suite: Suite, evaluated: Sequence[Evaluated]) -> str:
         )
     by_credit: dict[str, list[str]] = defaultdict(list)
     for row in published():
-        by_credit[f"{row.source}, {row.note}."].append(row.name)
+        credit = f"{row.source}, {row.note}."
+        by_credit[credit].append(row.name)
     for credit, names in by_credit.items():
         listed = ", ".join(names)
         notes.append(f"{listed}: {credit}")

@@ -103,8 +103,9 @@ def _outdated(folder: Path, settings: DataSettings, corpus: Corpus, progress: bo
         }
     changed = [key for key in wanted if before.get(key) != wanted[key]]
     if changed:
-        changes = [f"{key} {before.get(key)} → {wanted[key]}" for key in changed]
-        return f"building the tokens again, for settings changed: {', '.join(changes)}"
+        values = [(key, before.get(key), wanted[key]) for key in changed]
+        changes = ", ".join(f"{key} {value} → {own}" for key, value, own in values)
+        return f"building the tokens again, for settings changed: {changes}"
     if not _same_text(manifest["inputs"], corpus, progress):
         return "building the tokens again, for the text has changed"
     return None
@@ -203,7 +204,8 @@ def begin(partial: Path, work: Workshop, settings: DataSettings, corpus: Corpus,
     wanted = {"settings": _identity(settings), "stamp": corpus.stamp()}
     record = work.folder / BEGUN
     has_ended = (partial / "manifest.json").exists()
-    before = json.loads(record.read_text()) if record.is_file() and not has_ended else None
+    is_open = record.is_file() and not has_ended
+    before = json.loads(record.read_text()) if is_open else None
     if before == wanted:
         if progress:
             say(f"{partial}: going on with the build that was stopped")

@@ -259,7 +259,8 @@ def _scores(sources: Sequence[Source]) -> Iterator[str]:
                 most = (i + 1) / 10
                 low = low_tenths[i]
                 kept = kept_tenths[i]
-                rows.append([f"{least:.1f}–{most:.1f}", f"{low:,}", f"{kept:,}"])
+                bounds = f"{least:.1f}–{most:.1f}"
+                rows.append([bounds, f"{low:,}", f"{kept:,}"])
             heading = (
                 f"{source.name}: {cut['kept']:,} of {cut['scored']:,} documents kept, from a score of "
                 f"{cut['threshold']:.3f} on"

@@ -36,7 +36,8 @@ def draw(sources: Sequence[Source], path: Path) -> None:
     shares, lengths = rows[0, 0].subplots(1, 2)
     _shares(shares, sources)
     _lengths(lengths, sources)
-    for part, (source, colour) in zip(rows[1:, 0], scored, strict=True):
+    panels = rows[1:, 0]
+    for part, (source, colour) in zip(panels, scored, strict=True):
         _scores(part.subplots(), source, colour)
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=150, facecolor="white")

@@ -368,8 +368,7 @@ def agreement(pieces: Iterator[np.ndarray], tokenizer: PreTrainedTokenizerFast) 
     for piece in pieces:
         ids = [i for i in piece.tolist() if i not in special]
         both += 2 * len(ids)
-        in_range = bool(ids) and min(ids) >= 0 and max(ids) < most
-        if in_range:
+        if ids and min(ids) >= 0 and max(ids) < most:
             text = cutter.decode(ids, skip_special_tokens=False)
             again = cutter.encode(text, add_special_tokens=False).ids
             matcher = SequenceMatcher(None, ids, again, autojunk=False)

@@ -169,7 +169,8 @@ def standing() -> tuple[str, bool]:
     code = innermost.f_code
     waits = code.co_filename.startswith(TORCH) or code.co_qualname == "Step.__call__"
     path = module.removeprefix(PROJECT).replace(".", "/")
-    return f"{path}.py, line {frame.f_lineno} ({frame.f_code.co_name})", waits
+    function = frame.f_code.co_name
+    return f"{path}.py, line {frame.f_lineno} ({function})", waits
 
 
 @contextmanager

@@ -54,7 +54,8 @@ class Meter:
     def _advance(self) -> None:
         self.position.step += 1
         self.position.tokens = self.position.step * self.tokens_per_step
-        self.position.flops = flops_after(self.spans, self.position.step, self.tokens_per_step)
+        step = self.position.step
+        self.position.flops = flops_after(self.spans, step, self.tokens_per_step)
 
     def settle(self) -> None:
         """Bring the clock up to now."""

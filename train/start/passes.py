@@ -52,7 +52,8 @@ def _line(name: str, read: float | None, run: int, there: Stock | None, most: fl
     of, many = "of", f"{times:.2f}"
     if not there.exact:
         of, many = "of at most", f"at least {times:.2f}"
-    return f"{start} {of} {there.tokens:,}, {many} passes{_warning(times, most)}"
+    warning = _warning(times, most)
+    return f"{start} {of} {there.tokens:,}, {many} passes{warning}"
 
 
 def _warning(times: float, most: float | None) -> str:

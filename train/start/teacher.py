@@ -102,7 +102,8 @@ class TaughtLoss(NextTokenLoss):
             read, _ = self._teacher[0].read(windows)
             teacher = read.flatten(0, 1)
         text = self.from_read(student, targets, reduction)
-        teaching = divergence(student, self.logits, teacher, self._teacher[0].logits, temperature)
+        teaching_head = self._teacher[0].logits
+        teaching = divergence(student, self.logits, teacher, teaching_head, temperature)
         if reduction == "mean":
             teaching = teaching / len(student)
         taught = (1.0 - weight) * text + weight * teaching
@@ -127,7 +128,8 @@ def divergence(
         with torch.no_grad():
             taught = teaching_head(teacher).float() / temperature
             expected = taught.log_softmax(-1)
-        logits = head(student)[..., : expected.shape[-1]].float()
+        vocabulary = expected.shape[-1]
+        logits = head(student)[..., :vocabulary].float()
         predicted = (logits / temperature).log_softmax(-1)
         return functional.kl_div(predicted, expected, reduction="sum", log_target=True)
 

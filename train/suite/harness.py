@@ -273,7 +273,8 @@ def _fault(path: Path) -> str | None:
         config = _config(path)
     except Exception as fault:  # PyYAML's, and the harness's own
         return f"{path}: no task file ({in_one_line(fault)})"
-    if not isinstance(config, dict) or not ({"task", "group"} & set(config)):
+    names_one = isinstance(config, dict) and ("task" in config or "group" in config)
+    if not names_one:
         return f"{path}: no task file: expected task: NAME, or group: NAME, in lm-evaluation-harness's format"
     has_data = {"dataset_path", "class", "custom_dataset"} & set(config)
     if isinstance(config.get("task"), str) and not has_data:

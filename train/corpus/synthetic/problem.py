@@ -228,7 +228,8 @@ def idle(steps: Sequence[Step], cases: Sequence[Case], style: str) -> list[tuple
         return all(_same_without(rest, case, i, style) for case in cases)
 
     runs = combinations(range(len(kinds)), 2)
-    return [(i, j) for i, j in runs if kinds[i] == kinds[j] and is_idle(i, j)]
+    same_kind = [(i, j) for i, j in runs if kinds[i] == kinds[j]]
+    return [(i, j) for i, j in same_kind if is_idle(i, j)]
 
 
 def _same_without(rest: Sequence[Step], case: Case, first: int, style: str) -> bool:

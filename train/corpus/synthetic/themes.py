@@ -49,7 +49,9 @@ def _words(theme: Theme, random: Random) -> list[str]:
 
 
 def _table(theme: Theme, random: Random) -> dict[str, int]:
-    return {name: random.randint(0, 15) for name in random.sample(theme.vocabulary, random.randint(3, 5))}
+    count = random.randint(3, 5)
+    names = random.sample(theme.vocabulary, count)
+    return {name: random.randint(0, 15) for name in names}
 
 
 def _grid(theme: Theme, random: Random) -> list[list[int]]:

@@ -92,7 +92,8 @@ def open_ledger(settings: WriteSettings) -> Iterator[Ledger]:
     with telling_disk_faults(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         _check_settings(settings, out)
-        with Lock(out) as lock, out.open("a+b") as written, rejected_path(out).open("a+b") as rejected:
+        aside = rejected_path(out)
+        with Lock(out) as lock, out.open("a+b") as written, aside.open("a+b") as rejected:
             if not lock.take():
                 raise UserError(f"{out}: another process is writing it right now")
             yield Ledger(settings, written, rejected)

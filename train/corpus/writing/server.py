@@ -90,7 +90,8 @@ class Server:
                 way_out = FATAL[status].format(
                     key=self.settings.key_variable, model=self.settings.model, server=self.settings.server
                 )
-                raise UserError(f"server={self.settings.server}: {status}, {way_out}: {said}") from error
+                server = self.settings.server
+                raise UserError(f"server={server}: {status}, {way_out}: {said}") from error
             if status in PASSING or status >= 500:
                 return Answer.put_aside(f"{status}: {said}")
             return Answer("", None, None, refused=f"{status}: {said}")
