@@ -3,7 +3,7 @@ shape and others.
 
 python benchmarks/real_model.py          some ten minutes on two cores: fetches the model once (93 MB),
                                          measures, writes real_model.json
-python benchmarks/real_model.py --steps  some ten minutes: runs the commands of docs/grow.md, growth and
+python benchmarks/real_model.py --steps  MINUTES: runs the commands of docs/grow.md, growth, training and
                                          benchmarks; writes real_steps.json
 python benchmarks/real_model.py --write  seconds: the tables of docs/grow.md, from the two records
 python benchmarks/real_model.py --fetch DIR  only puts the model's GGUF file into a folder
@@ -69,7 +69,9 @@ ODD = {
     "num_hidden_layers": 31,
 }
 TWICE = {"hidden_size": 1152, "num_attention_heads": 18, "num_key_value_heads": 6, "intermediate_size": 3072}
+EXPERTS = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 NOISY = {"noise": 0.316}  # the paper's 10 dB
+FITTED = {"text": str(PAGE.with_name("operators.md")), "tokens": 4096}  # not the page that is measured on
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Case:
     name: str
     operator: str
     depth: str = "identity"
-    target: Mapping[str, int] = field(default_factory=lambda: SHAPE_360M)
+    target: Mapping[str, Any] = field(default_factory=lambda: SHAPE_360M)
     how: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -93,6 +95,7 @@ LOSSLESS = [
     Case("hyperclone × 2", "hyperclone", target=TWICE),
     Case("hyperclone × 2, diagonal", "hyperclone", target=TWICE, how={"form": "diagonal"}),
     Case("hyperclone × 2, noisy", "hyperclone", target=TWICE, how=NOISY),
+    Case("upcycle to 4 experts", "upcycle", target=EXPERTS),
 ]
 STORED_SHORT = ("lossless", "lemon", "hyperclone × 2")  # which are stored in bfloat16 too
 LOSSY = [
@@ -102,6 +105,9 @@ LOSSY = [
     Case("lossless, top", "lossless", "top"),
     Case("solar", "lossless", "solar"),
     Case("midas", "lossless", "midas"),
+    Case("lossless, neighbours", "lossless", "neighbours"),
+    Case("least_squares", "least_squares", "proportional", how=FITTED),
+    Case("drop_upcycle to 4 experts", "drop_upcycle", target=EXPERTS),
     Case("zero_pad", "zero_pad"),
     Case("net2net", "net2net"),
     Case("bert2bert_fpi", "bert2bert_fpi"),
@@ -229,8 +235,9 @@ def measure(work: Path) -> dict[str, Any]:
 
 def commands() -> list[str]:
     """The commands of the page's section, one a line, without those that install and fetch."""
-    section = PAGE.read_text().split("## A real model")[1].split("```bash\n")[1].split("```")[0]
-    lines = section.replace("\\\n", " ").splitlines()
+    section = PAGE.read_text().split("## A real model")[1].split("\n## ")[0]
+    blocks = [block.split("```")[0] for block in section.split("```bash\n")[1:]]
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [line for line in lines if line.startswith("outgrow ")]
 
 
@@ -251,18 +258,28 @@ def read_steps(work: Path) -> dict[str, Any]:
     shutil.copyfile(work / "runs/evaluation/commonsense.png", PICTURE)
     receipt = json.loads((work / "grown/smollm2/growth.json").read_text())["receipt"]
     runs = json.loads((work / "runs/evaluation/commonsense.json").read_text())["runs"]
-    return {"perplexity": [exp(receipt["loss_source"]), exp(receipt["loss_target"])], "runs": runs}
+    summary = json.loads((work / "runs/smollm2/summary.json").read_text())
+    training = {key: summary[key] for key in ("steps", "tokens", "start_val_loss", "final_val_loss")}
+    perplexity = [exp(receipt["loss_source"]), exp(receipt["loss_target"])]
+    return {"perplexity": perplexity, "training": training, "runs": runs}
 
 
 def steps_table(record: Mapping[str, Any]) -> str:
-    """The benchmark rows of the source and of what grew, with perplexities below."""
+    """The benchmark rows of the source, of what grew and of what was trained on, with losses below."""
     tasks = list(record["runs"][0]["scores"])
     lines = [f"| | {' | '.join(tasks)} |", f"|---|{'---:|' * len(tasks)}"]
-    for name, run in zip(("the source", "grown"), record["runs"], strict=True):
+    training = record["training"]
+    names = ("the source", "grown", f"grown, trained for {training['steps']} steps")
+    for name, run in zip(names, record["runs"], strict=True):
         scores = [f"{100 * run['scores'][task]:.1f}" for task in tasks]
         lines.append(f"| {name} | {' | '.join(scores)} |")
     before, after = record["perplexity"]
     lines += ["", f"Perplexity on the page is {before:.2f} before and {after:.2f} after the growth."]
+    start, end = training["start_val_loss"], training["final_val_loss"]
+    lines += [
+        f"The {training['steps']} steps ({training['tokens']:,} tokens of these documents) took the loss on held-out",
+        f"pages from {start:.3f} to {end:.3f} nats a token.",
+    ]
     return "\n".join(lines) + "\n"
 
 
