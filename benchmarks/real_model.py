@@ -3,8 +3,8 @@ shape and others.
 
 python benchmarks/real_model.py          some ten minutes on two cores: fetches the model once (93 MB),
                                          measures, writes real_model.json
-python benchmarks/real_model.py --steps  MINUTES: runs the commands of docs/grow.md, growth, training and
-                                         benchmarks; writes real_steps.json
+python benchmarks/real_model.py --steps  a quarter of an hour: runs the commands of docs/grow.md, growth,
+                                         training, benchmarks and costs; writes real_steps.json
 python benchmarks/real_model.py --write  seconds: the tables of docs/grow.md, from the two records
 python benchmarks/real_model.py --fetch DIR  only puts the model's GGUF file into a folder
 
@@ -277,8 +277,8 @@ def steps_table(record: Mapping[str, Any]) -> str:
     lines += ["", f"Perplexity on the page is {before:.2f} before and {after:.2f} after the growth."]
     start, end = training["start_val_loss"], training["final_val_loss"]
     lines += [
-        f"The {training['steps']} steps ({training['tokens']:,} tokens of these documents) took the loss on held-out",
-        f"pages from {start:.3f} to {end:.3f} nats a token.",
+        f"The {training['steps']} steps ({training['tokens']:,} tokens of these documents) took the loss on",
+        f"held-out text of them from {start:.3f} to {end:.3f} nats a token.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from outgrow.experiments.suite.evaluate import checkpoint_of, title
+from outgrow.experiments.suite.evaluate import checkpoint_of, titles
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import read_object
 from outgrow.model.base.settings import CONF, compose_config, plain, read
@@ -127,8 +127,8 @@ def footprints(folders: Sequence[str], settings: CostSettings) -> list[Footprint
             faults.append(str(fault))
     UserError.collect(faults)
     rows: list[Footprint] = []
-    for checkpoint, training in models:
-        rows += _rows(checkpoint, training, devices, settings)
+    for name, (checkpoint, training) in zip(titles(folders), models, strict=True):
+        rows += _rows(name, checkpoint, training, devices, settings)
     return rows
 
 
@@ -215,7 +215,7 @@ def _data_tokens(record: RunRecord) -> int | None:
 
 
 def _rows(
-    checkpoint: Path, training: Training, devices: Sequence[Device], settings: CostSettings
+    name: str, checkpoint: Path, training: Training, devices: Sequence[Device], settings: CostSettings
 ) -> Iterator[Footprint]:
     """The measured rows, of the run's device and of this one, then a forecast for each device."""
     from outgrow.model.build import known_size
@@ -228,7 +228,7 @@ def _rows(
     context = min(settings.context, longest)
     memory = inference_memory(config, context)
     start = Footprint(
-        title(checkpoint),
+        name,
         "",
         "measured",
         parameter_count(config),

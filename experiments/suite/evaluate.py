@@ -85,14 +85,13 @@ def evaluate(
     if missing:
         _measure(missing, folders, scores, settings, say)
     evaluated = []
-    for folder, kept in zip(folders, scores, strict=True):
+    for name, folder, kept in zip(titles(runs), folders, scores, strict=True):
         # also what `only` leaves out and was measured before
         values = {task.task: kept.get(task) for task in settings.suite.tasks}
         known = {task: value for task, value in values.items() if value is not None}
         groups = group_averages(settings.suite, known)
         local = [task for task in known if local_items(kept.tasks, task) is not None]
-        name, limit = title(folder), settings.limit
-        row = Evaluated(name, folder, known, groups, limit, tuple(local))
+        row = Evaluated(name, folder, known, groups, settings.limit, tuple(local))
         evaluated.append(row)
     return evaluated
 
@@ -145,6 +144,12 @@ def checkpoint_of(run: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise UserError(f"{run}: neither a run's folder nor a checkpoint: it has no {RUN} and no config.json")
     return folder
+
+
+def titles(runs: Sequence[str]) -> list[str]:
+    """The names of runs and checkpoints: their folders', or what was typed where two folders' are one."""
+    names = [title(Path(run).resolve()) for run in runs]
+    return [run if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]
 
 
 def title(checkpoint: Path) -> str:

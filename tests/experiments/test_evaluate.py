@@ -12,7 +12,14 @@ import pytest
 
 from helpers.tasks import QUESTIONS, write_task
 from outgrow.experiments.suite.__main__ import main
-from outgrow.experiments.suite.evaluate import Evaluated, Scores, checkpoint_of, evaluate, settings_from
+from outgrow.experiments.suite.evaluate import (
+    Evaluated,
+    Scores,
+    checkpoint_of,
+    evaluate,
+    settings_from,
+    titles,
+)
 from outgrow.experiments.suite.figure import draw
 from outgrow.experiments.suite.table import markdown, published
 from outgrow.model.base.errors import UserError
@@ -193,3 +200,9 @@ def test_what_is_no_checkpoint_or_has_no_tokenizer_is_refused(
     assert "it has no tokenizer" in capsys.readouterr().err
     assert main([]) == 2
     assert "give runs or checkpoints" in capsys.readouterr().err
+
+
+def test_runs_whose_folders_have_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = ["grown/small", str(tmp_path / "runs/small/final"), "runs/large", "."]
+    assert titles(runs) == ["grown/small", str(tmp_path / "runs/small/final"), "large", Path.cwd().name]
+    assert titles(runs[1:]) == ["small", "large", Path.cwd().name]
