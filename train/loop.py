@@ -242,7 +242,8 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
                     newest = None if resumed is None else position.step
                     tensors = objects.objective, objects.optimizer.optimizer
                     heartbeat = watching(signs(), process, processes, loop.hang_seconds)
-                    checkpointing = saving(checkpoints, *tensors, accelerator, loop, newest)
+                    averaged = objects.averaged
+                    checkpointing = saving(checkpoints, *tensors, accelerator, loop, newest, averaged)
                     with heartbeat as alive, checkpointing as saver:
                         run_begins = resumed is None and stage.number == 0
                         if resumed is None:
@@ -264,6 +265,8 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
                             try:
                                 with trace.step(position.step + 1):
                                     clock.count(*objects.step(position.step))
+                                    if objects.average is not None:
+                                        objects.average.update()
                             except NotFinite as fault:
                                 if fault.weights or position.skipped == loop.skip_nonfinite:
                                     raise stopping(context, saver, fault) from None
@@ -310,6 +313,7 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
 
             # ---- 8. The end: a Hugging Face folder, and last the summary, which makes the run complete -----
             accelerator.wait_for_everyone()
+            publish_average(context, objects, run)
             weights = whole_weights(objects.objective, accelerator)
             if main:
                 summary = summarise(position)
@@ -384,14 +388,22 @@ def validate(context: RunContext, objects: TrainingObjects, kind: str = "eval") 
             that has just grown, whose difference is the height of the spike; neither is the run's own.
     """
     position, console = context.clock.position, context.console
+    measure = partial(
+        evaluate,
+        objects.objective,
+        context.windows,
+        context.accelerator,
+        context.data.validation.bytes_per_token,
+    )
+    averaged: dict[str, float] = {}
     with context.clock.paused():
-        result = evaluate(
-            objects.objective,
-            context.windows,
-            context.accelerator,
-            context.data.validation.bytes_per_token,
-        )
+        result = measure()
+        if objects.average is not None:
+            with objects.average.applied():
+                averaged = {f"ema_{name}": value for name, value in asdict(measure()).items()}
     if kind == "eval":
+        position.ema_val_loss = averaged.get("ema_val_loss")
+        position.ema_bits_per_byte = averaged.get("ema_bits_per_byte")
         loss = result.val_loss
         if position.start_val_loss is None:
             position.start_val_loss = loss
@@ -406,7 +418,7 @@ def validate(context: RunContext, objects: TrainingObjects, kind: str = "eval") 
             position.best_step = position.step
     if context.log:
         clocks = context.clock.clocks()
-        context.log.write(kind, clocks, **asdict(result))
+        context.log.write(kind, clocks, **asdict(result), **averaged)
 
 
 def write_samples(
@@ -520,15 +532,38 @@ def stopped(signal: str | None, step: int) -> Stopped:
 
 
 def grow_into(context: RunContext, objects: TrainingObjects, following: Stage) -> None:
-    """Grow the trained network into the start of the `following` stage, on disk, and free its memory."""
-    accelerator = context.accelerator
+    """Grow the trained network into the start of the `following` stage, on disk, and free its memory.
+
+    The averaged weights grow as the weights do: by the same maps, with the same random numbers.
+    """
+    accelerator, settings, folder = context.accelerator, context.settings, context.folder
     with context.clock.paused():
         weights = whole_weights(objects.objective, accelerator)
         if accelerator.is_main_process:
             adam = objects.adam() if following.moments else None
-            grow_on(objects.network, weights, adam, following, context.settings, context.folder)
+            start = following.start(folder)
+            grow_on(objects.network, weights, adam, following, settings, start)
+        if objects.average is not None:
+            with objects.average.applied():
+                averaged = whole_weights(objects.objective, accelerator)
+                if accelerator.is_main_process:
+                    start = following.averaged_start(folder)
+                    grow_on(objects.network, averaged, None, following, settings, start)
         accelerator.wait_for_everyone()
         accelerator.free_memory()
+
+
+def publish_average(context: RunContext, objects: TrainingObjects, run: RunRecord) -> None:
+    """Write the averaged weights of a run that has ended, where it keeps them, beside its `final/`."""
+    if objects.average is None:
+        return
+    accelerator, data = context.accelerator, context.data
+    with objects.average.applied():
+        weights = whole_weights(objects.objective, accelerator)
+        if accelerator.is_main_process:
+            summary = summarise(context.clock.position)
+            arguments = run, summary, None, context.dtype
+            publish(context.folder, objects.network, weights, data, *arguments, averaged=True)
 
 
 def measured(
@@ -573,4 +608,6 @@ def summarise(position: state.Position) -> Summary:
         seconds=round(position.seconds, 3),
         steps=position.step,
         skipped_steps=position.skipped,
+        ema_val_loss=position.ema_val_loss,
+        ema_bits_per_byte=position.ema_bits_per_byte,
     )

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
+from torch import Tensor
 
+from outgrow.model.build import load_model
 from outgrow.model.geometry import parameter_count
+from outgrow.train.average import Average
 from outgrow.train.data import TokenData
 from outgrow.train.experts import ExpertLoad
 from outgrow.train.loss import NextTokenLoss, build_loss
@@ -62,10 +65,16 @@ class TrainingObjects:
     optimizer: Any  # prepared by Accelerate
     step: Step
     load: ExpertLoad  # of a mixture of experts, for the log
+    average: Average | None = None  # of the weights over the steps (EMA)
 
     def adam(self) -> dict[str, Any]:
         """The optimizer's state with the parameters' names."""
         return named_state(self.optimizer.optimizer, self.network)
+
+    @property
+    def averaged(self) -> dict[str, Tensor]:
+        """The averaged weights; none where none are kept."""
+        return {} if self.average is None else self.average.tensors
 
 
 def build_objects(context: RunContext, stage: Stage) -> TrainingObjects:
@@ -92,13 +101,15 @@ def build_objects(context: RunContext, stage: Stage) -> TrainingObjects:
     model, prepared = prepare(objective, optimizer, accelerator, unused=way.partly)
     split = context.data.train
     step = Step(model, prepared, accelerator, split, settings, entries)
-    return TrainingObjects(network, objective, prepared, step, ExpertLoad(network))
+    decay = settings.train.ema_decay
+    average = None if decay is None else Average(model, step.weights(), decay)
+    return TrainingObjects(network, objective, prepared, step, ExpertLoad(network), average)
 
 
 def fill_state(context: RunContext, objects: TrainingObjects, stage: Stage, saved: Path | None) -> None:
     """Restore everything from the checkpoint `saved`.
 
-    Where the stage begins, take over Adam's state, if any is to be.
+    Where the stage begins, take over Adam's state, if any is to be, and the averaged weights that have grown.
 
     Raises:
         UserError: the checkpoint, or the optimizer's state of the source, cannot be read.
@@ -109,5 +120,8 @@ def fill_state(context: RunContext, objects: TrainingObjects, stage: Stage, save
         source = context.source
         folder = context.folder
         take_over(optimizer, objects.network, settings, stage, source, folder)
+        if objects.average is not None and stage.number > 0:
+            grown = load_model(stage.averaged_start(folder))
+            objects.average.fill(dict(grown.named_parameters()))
     else:
-        state.read(saved, objects.objective, optimizer)
+        state.read(saved, objects.objective, optimizer, objects.averaged)

@@ -139,7 +139,16 @@ class LoopSettings:
     checkpointing: bool  # activations are computed again in the backward pass
     compile: bool  # torch.compile, layer by layer
     gradient_clip: float | None
+    # of the average of the weights, kept beside them: its decay a step, or its half-life in tokens
+    ema: float | None = None
     profile_steps: str | int | None = None  # a-b: torch.profiler traces these steps, counted from 1
+
+    @property
+    def ema_decay(self) -> float | None:
+        """The decay of the averaged weights at each step; None where none are kept."""
+        if self.ema is None or self.ema < 1:
+            return self.ema
+        return float(0.5 ** (self.batch_tokens / self.ema))
 
     @property
     def profiled(self) -> range:
@@ -352,15 +361,20 @@ def _observer_disagreements(settings: Settings) -> list[str]:
     loop = settings.train
     longest = max(settings.schedule.horizons, default=loop.budget_tokens)
     steps = longest // loop.batch_tokens
-    if loop.profile_steps is None:
-        return []
+    faults = []
+    if loop.ema is not None and not (0 < loop.ema < 1 or loop.ema >= loop.batch_tokens):
+        faults.append(
+            "train.ema: expected a decay of each step, between 0 and 1, or a half-life in tokens, at least "
+            f"train.batch_tokens={loop.batch_tokens}; found {loop.ema:g}"
+        )
     ends = re.fullmatch(r"(\d+)-(\d+)", str(loop.profile_steps))
-    if ends is None or not 1 <= int(ends[1]) <= int(ends[2]) <= steps:
-        return [
+    inside = ends is not None and 1 <= int(ends[1]) <= int(ends[2]) <= steps
+    if loop.profile_steps is not None and not inside:
+        faults.append(
             "train.profile_steps: expected FIRST-LAST, steps counted from 1, of which this run has "
             f"{steps}; found {loop.profile_steps!r}"
-        ]
-    return []
+        )
+    return faults
 
 
 def _schedule_disagreements(schedule: ScheduleSettings) -> list[str]:
@@ -611,7 +625,7 @@ def _transfer_disagreements(settings: Settings) -> list[str]:
     return faults
 
 
-LATER = ("data_dir", "share")  # settings, of whatever part, that came when there were runs already
+LATER = ("data_dir", "share", "ema")  # settings, of whatever part, that came when there were runs already
 
 
 def identity(settings: Settings | Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from outgrow.model.base.errors import UserError
 from outgrow.train.machine.compile import layers_of
@@ -145,6 +145,14 @@ def tied_again(weights: dict[str, Tensor], network: nn.Module) -> dict[str, Tens
 def local(tensor: Tensor) -> Tensor:
     """This process's part of `tensor`."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shared_as(like: Tensor, tensor: Tensor) -> Tensor:
+    """A whole `tensor`, the same on every process, sharded as `like` is."""
+    if not isinstance(like, DTensor):
+        return tensor
+    whole = tensor.to(like.device)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def total_norm(tensors: list[Tensor]) -> Tensor:

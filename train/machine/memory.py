@@ -114,8 +114,9 @@ def moments(
     whole = (
         gathered(network, 2 if bf16 else 4, reshard, checkpointing=loop.checkpointing) if sharded else none
     )
+    wholes = 1 if loop.ema is None else 2  # the weights, and their average
     rest = Memory(
-        entries * MASTER / shards,
+        wholes * entries * MASTER / shards,
         before,
         optimizer_state(settings.optimizer.name, groups) / shards,
         0.0,

@@ -28,6 +28,7 @@ class Saver:
 
     Args:
         newest: the step of the checkpoint that the run resumed from, if it did.
+        averaged: the averaged weights, where there are any.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Saver:
         accelerator: Accelerator,
         settings: LoopSettings,
         newest: int | None,
+        averaged: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.folder = folder
         self.objective = objective
@@ -45,6 +47,7 @@ class Saver:
         self.settings = settings
         self.main = accelerator.is_main_process
         self.newest = newest
+        self.averaged = averaged
         # A group of its own: the thread's messages must not get between those of the training, nor need a
         # GPU.
         self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
@@ -67,7 +70,7 @@ class Saver:
         if position.step == self.newest:
             return
         self.newest = position.step
-        held = state.tensors(self.objective, self.optimizer)
+        held = state.tensors(self.objective, self.optimizer, self.averaged)
         if self.settings.save_async:
             held = {key: tensor.to("cpu", copy=True) for key, tensor in held.items()}
         arguments = (asdict(position), held, metrics)

@@ -17,7 +17,7 @@ from outgrow.model.base.files import whole_folder, write_json, write_text
 from outgrow.model.base.quiet import quietly
 from outgrow.model.build import load_model
 from outgrow.model.spelling import spell_folder
-from outgrow.train.run.folder import FINAL, SUMMARY
+from outgrow.train.run.folder import FINAL, FINAL_EMA, SUMMARY
 from outgrow.train.run.record import RunRecord, SourceCost, Summary
 from outgrow.train.start.source import LEDGER, OPTIMIZER
 
@@ -40,25 +40,29 @@ def publish(
     summary: Summary,
     adam: Mapping[str, Any] | None,
     dtype: str,
+    *,
+    averaged: bool = False,
 ) -> Path:
-    """Write `<folder>/final/`, whole or not at all: weights, config, tokenizer, generation config, ledger and
-    model card.
+    """Write `<folder>/final/`, or `<folder>/final_ema/` of the averaged weights, whole or not at all:
+    weights, config, tokenizer, generation config, ledger and model card.
 
     Args:
         weights: of the model, where it does not hold them whole itself.
         adam: the optimizer's state, where it is to be kept too.
         dtype: of the weights.
+        averaged: the weights are the averaged ones (EMA).
 
     Raises:
         UserError: the disk is full or not writable.
     """
-    with whole_folder(folder / FINAL) as partial:
+    final = folder / (FINAL_EMA if averaged else FINAL)
+    with whole_folder(final) as partial:
         write_model(partial, model, weights, data, dtype)
         if adam is not None:
             torch.save(adam, partial / OPTIMIZER)
-        write_json(partial / LEDGER, ledger(run, summary))
-        write_text(partial / "README.md", model_card(run, summary, dtype))
-    return folder / FINAL
+        write_json(partial / LEDGER, ledger(run, summary.of_average if averaged else summary))
+        write_text(partial / "README.md", model_card(run, summary, dtype, averaged=averaged))
+    return final
 
 
 def write_model(
@@ -85,15 +89,20 @@ def write_model(
 
 
 def recast(folder: Path, run: RunRecord, dtype: str) -> None:
-    """Write a complete run's `final/` anew, its float32 weights rounded to `dtype`: the bits that training
-    its end again would give.
+    """Write a complete run's `final/` anew, and `final_ema/` where it has one, the float32 weights rounded
+    to `dtype`: the bits that training its end again would give.
 
     Raises:
-        UserError: a weight is beyond the range of `dtype`, or the disk is full or not writable; `final/` is
+        UserError: a weight is beyond the range of `dtype`, or the disk is full or not writable; the folder is
             as it was then.
     """
-    final = folder / FINAL
     summary = Summary.read(folder / SUMMARY, "not a run's summary")
+    if (folder / FINAL_EMA).is_dir():
+        _recast(folder / FINAL_EMA, model_card(run, summary, dtype, averaged=True), dtype)
+    _recast(folder / FINAL, model_card(run, summary, dtype), dtype)
+
+
+def _recast(final: Path, card: str, dtype: str) -> None:
     with whole_folder(final) as partial:
         _round(final, partial, dtype)
         files = [file for file in final.iterdir() if file.is_file()]
@@ -101,7 +110,7 @@ def recast(folder: Path, run: RunRecord, dtype: str) -> None:
             copy = partial / file.name
             if not WEIGHTS.fullmatch(file.name) and not copy.exists():
                 shutil.copyfile(file, copy)
-        write_text(partial / "README.md", model_card(run, summary, dtype))
+        write_text(partial / "README.md", card)
         spell_folder(partial)
 
 
@@ -147,9 +156,10 @@ def ledger(run: RunRecord, summary: Summary) -> dict[str, Any]:
     }
 
 
-def model_card(run: RunRecord, summary: Summary, dtype: str) -> str:
-    """README.md of the final folder: study, arm, seed, tokens, losses."""
+def model_card(run: RunRecord, summary: Summary, dtype: str, *, averaged: bool = False) -> str:
+    """README.md of the final folder: study, arm, seed, tokens, losses; `averaged` of that of the average."""
     start = run.start
+    summary = summary.of_average if averaged else summary
     source = None if start.operator == "scratch" else start.source
     origin = "scratch" if source is None else f"`{source.path}`"
     proof = {True: "lossless", False: "not lossless", None: "not applicable"}[start.lossless]
@@ -167,6 +177,7 @@ def model_card(run: RunRecord, summary: Summary, dtype: str) -> str:
         "validation loss at the start": f"{summary.start_val_loss:.4f} nats/token",
         "validation loss at the end": f"{summary.final_val_loss:.4f} nats/token, "
         f"{summary.bits_per_byte:.4f} bits/byte",
+        **({"average": f"the weights averaged over the steps, {_half_life(run)}"} if averaged else {}),
         "device": f"{run.device}, {run.precision}",
         **(
             {}
@@ -199,6 +210,12 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 
 `ledger.json` says what it cost to make, the source included.
 """
+
+
+def _half_life(run: RunRecord) -> str:
+    """The strength of the average (EMA), in words."""
+    ema = float(run.setting("train.ema"))
+    return f"decay {ema:g} at each step" if ema < 1 else f"half-life {ema:,.0f} tokens"
 
 
 def _active(run: RunRecord) -> str:

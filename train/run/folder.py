@@ -25,6 +25,7 @@ RUN, METRICS, SUMMARY, START, CHECKPOINTS, FINAL = (
     "checkpoints",
     "final",
 )
+FINAL_EMA = "final_ema"  # of the averaged weights
 SAMPLES, PICTURE = "samples.json", f"{START}/plan.png"
 
 

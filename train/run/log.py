@@ -166,7 +166,8 @@ class Console:
         if kind == "eval":
             loss = f"{values['val_loss']:.4f}"
             self.losses["val loss"] = loss
-            return f"val loss {loss} nats/token, {values['bits_per_byte']:.4f} bits/byte"
+            average = f" (averaged weights {values['ema_val_loss']:.4f})" if "ema_val_loss" in values else ""
+            return f"val loss {loss} nats/token, {values['bits_per_byte']:.4f} bits/byte{average}"
         if kind in ("before_growth", "growth"):
             when = "grown" if kind == "growth" else "before it grows"
             return f"{when}: val loss {values['val_loss']:.4f}"

@@ -224,6 +224,17 @@ class Summary:
     seconds: float = 0.0
     steps: int = 0
     skipped_steps: int = 0  # whose loss or gradient was not finite
+    ema_val_loss: float | None = None  # of the averaged weights (EMA), where there are any
+    ema_bits_per_byte: float | None = None
+
+    @property
+    def of_average(self) -> Summary:
+        """The same run's, told of the averaged weights."""
+        assert self.ema_val_loss is not None
+        assert self.ema_bits_per_byte is not None
+        return dataclasses.replace(
+            self, final_val_loss=self.ema_val_loss, bits_per_byte=self.ema_bits_per_byte
+        )
 
     @classmethod
     def read(cls, path: Path, way_out: str) -> Summary:

@@ -2,7 +2,8 @@
 
 checkpoints/step-00000400/
     shard-*.safetensors  one file for each process: its part of the weights (`model/NAME`, tied tensors once)
-                         and of the optimizer's state (`optimizer/SLOT/NAME`), written by
+                         of the optimizer's state (`optimizer/SLOT/NAME`) and of the averaged weights
+                         (`ema/NAME`), written by
                          torch.distributed.checkpoint, which puts the parts together again
     metrics.jsonl        the run's rows up to here: a resumed run's file begins as this one, whatever has
                          become of its own
@@ -64,6 +65,8 @@ class Position:
     start_val_loss: float | None = None  # at step 0
     val_loss: float | None = None  # at the last evaluation
     bits_per_byte: float | None = None
+    ema_val_loss: float | None = None  # of the averaged weights, where there are any
+    ema_bits_per_byte: float | None = None
     best_val_loss: float | None = None  # of the evaluations after step 0
     best_step: int | None = None
     stage: int = 0  # of the run, see train/stages.py
@@ -73,12 +76,15 @@ class Position:
 # ---- tensors -----------------------------------------------------------------------------------------------
 
 
-def tensors(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def tensors(
+    objective: nn.Module, optimizer: torch.optim.Optimizer, averaged: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The tensors of a checkpoint, not copied: filling them restores the run.
 
     Args:
         objective: a network, or a `NextTokenLoss` of one; where it is sharded, this process's parts are given
             as `DTensor`s.
+        averaged: the averaged weights by the network's own names, where there are any.
     """
     held: dict[str, Tensor] = {}
     names: dict[int, str] = {}
@@ -92,6 +98,8 @@ def tensors(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
         for slot, value in slots.items():
             for part, tensor in _plain(slot, value):
                 held[f"optimizer/{part}/{name}"] = tensor
+    for name, tensor in (averaged or {}).items():
+        held[f"ema/{name}"] = tensor
     return held
 
 
@@ -192,9 +200,14 @@ def _record_digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
-    """Fill `objective` and `optimizer` from the checkpoint at `path`, whatever processes wrote it, and return
-    where it stands.
+def read(
+    path: Path,
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    averaged: Mapping[str, Tensor] | None = None,
+) -> Position:
+    """Fill `objective`, `optimizer` and the `averaged` weights from the checkpoint at `path`, whatever
+    processes wrote it, and return where it stands.
 
     Raises:
         UserError: a file of it is missing or damaged.
@@ -205,9 +218,9 @@ def read(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -> 
         keys = reader.read_metadata().state_dict_metadata
         if any(key.startswith("optimizer/") for key in keys):  # there is none before the first step
             _materialise(optimizer)
-        state = tensors(objective, optimizer)
+        state = tensors(objective, optimizer, averaged)
         with _first_fault():
-            dcp.load(dict(state), storage_reader=reader, no_dist=True)
+            dcp.load(state, storage_reader=reader, no_dist=True)
     return position
 
 

@@ -243,18 +243,18 @@ def grow_on(
     adam: Mapping[str, Any] | None,
     stage: Stage,
     settings: Settings,
-    folder: Path,
+    start: Path,
 ) -> None:
     """Make the start of a later `stage` on disk by growing the `network` that the one before it has trained.
 
     Args:
         weights: of the network, where it does not hold them whole itself.
         adam: its optimizer's state, to be grown too.
+        start: the folder to make.
 
     Raises:
         UserError: it cannot be grown so, or the disk is full.
     """
-    start = stage.start(folder)
     before = start.with_name(f"{start.name}.before")
     with whole_folder(before) as partial:
         network.save_pretrained(partial, state_dict=weights)

@@ -49,6 +49,10 @@ class Stage:
             return folder / START
         return folder / FOLDER / str(self.number)
 
+    def averaged_start(self, folder: Path) -> Path:
+        """The folder of the averaged weights (EMA) that a later stage starts from."""
+        return folder / FOLDER / f"{self.number}-ema"
+
 
 def stages_of(settings: Settings, config: Mapping[str, Any]) -> tuple[Stage, ...]:
     """The stages of a run whose last network has `config`.
