@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -263,7 +264,8 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
                             objects.load.clear()
                             alive()
                             try:
-                                with trace.step(position.step + 1):
+                                number = position.step + 1
+                                with trace.step(number), diagnosing(objects, number):
                                     clock.count(*objects.step(position.step))
                                     if objects.average is not None:
                                         objects.average.update()
@@ -280,6 +282,8 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
                                 row |= objects.load.row(accelerator)
                                 if log and row["loss"] is not None:
                                     log.write("train", clock.clocks(), learning_rate=rate, **row)
+                            if log and objects.diagnostics and objects.diagnostics.row:
+                                log.write("diagnostics", clock.clocks(), **objects.diagnostics.row)
                             if budget.due(budget.eval_every, position.step):
                                 alive()
                                 validate(context, objects)
@@ -360,6 +364,11 @@ def check_end_left(folder: Path, run: RunRecord, missing: str) -> None:
         )
 
 
+def diagnosing(objects: TrainingObjects, number: int) -> AbstractContextManager[None]:
+    """The context of the optimizer step of that number, which its diagnostics look at where it is due."""
+    return nullcontext() if objects.diagnostics is None else objects.diagnostics.step(number)
+
+
 def introduction(context: RunContext, objects: TrainingObjects, stage: Stage) -> Iterator[str]:
     """Lines on what is about to train, and on what."""
     count = parameter_count(stage.config)
@@ -371,6 +380,8 @@ def introduction(context: RunContext, objects: TrainingObjects, stage: Stage) ->
 
     notes = unbalanced(objects.network), drawn(objects.network)
     yield from filter(None, notes)
+    if objects.diagnostics is not None:
+        yield from objects.diagnostics.remarks
 
     accelerator = context.accelerator
     device = device_name(accelerator.device)

@@ -21,9 +21,10 @@ from outgrow.train.machine.distribute import prepare
 from outgrow.train.optimizer import build_optimizer
 from outgrow.train.run import state
 from outgrow.train.run.clock import Meter
+from outgrow.train.run.diagnostics import Diagnostics
 from outgrow.train.run.log import Console, Log
 from outgrow.train.settings import Settings
-from outgrow.train.start.source import starting_model
+from outgrow.train.start.source import start_folder, starting_model
 from outgrow.train.start.stages import Stage
 from outgrow.train.start.teacher import Teacher, taught
 from outgrow.train.start.transfer import entry_rates, mup_rates, named_state, take_over
@@ -66,6 +67,7 @@ class TrainingObjects:
     step: Step
     load: ExpertLoad  # of a mixture of experts, for the log
     average: Average | None = None  # of the weights over the steps (EMA)
+    diagnostics: Diagnostics | None = None  # of copies and new entries, on the processes that look
 
     def adam(self) -> dict[str, Any]:
         """The optimizer's state with the parameters' names."""
@@ -103,7 +105,14 @@ def build_objects(context: RunContext, stage: Stage) -> TrainingObjects:
     step = Step(model, prepared, accelerator, split, settings, entries)
     decay = settings.train.ema_decay
     average = None if decay is None else Average(model, step.weights(), decay)
-    return TrainingObjects(network, objective, prepared, step, ExpertLoad(network), average)
+    looks = accelerator.is_main_process or accelerator.is_fsdp2
+    diagnostics = None
+    if settings.budget.diagnostics_every is not None and looks:
+        start = start_folder(stage, source, folder)
+        raw = prepared.optimizer
+        diagnostics = Diagnostics(network, raw, stage, start, settings.budget, context.clock)
+    load = ExpertLoad(network)
+    return TrainingObjects(network, objective, prepared, step, load, average, diagnostics)
 
 
 def fill_state(context: RunContext, objects: TrainingObjects, stage: Stage, saved: Path | None) -> None:

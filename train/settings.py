@@ -139,6 +139,8 @@ class LoopSettings:
     checkpointing: bool  # activations are computed again in the backward pass
     compile: bool  # torch.compile, layer by layer
     gradient_clip: float | None
+    # copies, dead units and norms by origin, measured on the way; null: never
+    diagnostics_every_tokens: int | None = None
     # of the average of the weights, kept beside them: its decay a step, or its half-life in tokens
     ema: float | None = None
     profile_steps: str | int | None = None  # a-b: torch.profiler traces these steps, counted from 1
@@ -223,6 +225,7 @@ class Budget:
     log_every: int
     save_every: int | None
     keep_best: bool
+    diagnostics_every: int | None = None
 
     @classmethod
     def of(cls, loop: LoopSettings) -> Budget:
@@ -239,6 +242,7 @@ class Budget:
             log_every=steps(loop.log_every_tokens) or 1,
             save_every=steps(loop.save_every_tokens),
             keep_best=loop.keep_best,
+            diagnostics_every=steps(loop.diagnostics_every_tokens),
         )
 
     def progress(self, step: int) -> float:
@@ -327,7 +331,10 @@ def _disagreements(settings: Settings) -> list[str]:
 def _loop_disagreements(loop: LoopSettings) -> list[str]:
     """List what is wrong with the counts of tokens and steps."""
     counts = ("budget_tokens", "batch_tokens", "context", "eval_tokens", "log_every_tokens", "keep")
-    optional = ("micro_batch", "eval_every_tokens", "save_every_tokens", "gradient_clip", "hang_seconds")
+    optional = (
+        *("micro_batch", "eval_every_tokens", "save_every_tokens", "gradient_clip", "hang_seconds"),
+        "diagnostics_every_tokens",
+    )
     faults = []
     for key in counts:
         value = getattr(loop, key)

@@ -115,6 +115,22 @@ def shortened(name: str) -> str:
     return f"{name[:room]}…{end}"
 
 
+def _diagnosis(values: Mapping[str, Any]) -> str:
+    """The diagnostics of all layers together, in a line."""
+    known = [key for key in values if "/layer_" not in key]
+    cosines = [
+        f"{key.removeprefix('copy_cosine/')} {values[key]:.4f}"
+        for key in known
+        if key.startswith("copy_cosine/")
+    ]
+    parts = [f"cosine of copies: {', '.join(cosines)}"] if cosines else []
+    parts += [f"{values[key]} {key.replace('_', ' ')}" for key in known if key.endswith("_units")]
+    parts.append(f"update rms {values['update_rms']:.2e}")
+    if "update_rms/new" in values:
+        parts.append(f"of new entries {values['update_rms/new']:.2e}")
+    return "; ".join(parts)
+
+
 class Console:
     """A bar on a terminal, one line per logged row elsewhere, or nothing."""
 
@@ -173,6 +189,8 @@ class Console:
             return f"{when}: val loss {values['val_loss']:.4f}"
         if kind == "benchmark":
             return ", ".join(f"{task} {score:.1%}" for task, score in values.items())
+        if kind == "diagnostics":
+            return _diagnosis(values)
         if kind == "skip":
             return f"{values['reason']}: passed over"
         loss = f"{values['loss']:.4f}"

@@ -210,7 +210,7 @@ def _wandb(folder: Path, settings: Settings, run: RunRecord, say: Say) -> Genera
     _say_where(tracker.run, say)
     for clock in CLOCKS:
         tracker.run.define_metric(clock, hidden=True)
-    for kind in ("train", "eval", "before_growth", "growth"):
+    for kind in ("train", "eval", "before_growth", "growth", "diagnostics"):
         tracker.run.define_metric(f"{kind}/*", step_metric="tokens")
         for axis in ("flops", "seconds"):
             tracker.run.define_metric(f"{kind}_by_{axis}/*", step_metric=axis)

@@ -276,9 +276,14 @@ def starting_model(
     attention: str,
 ) -> PreTrainedModel:
     """The network at the beginning of a stage, in float32, on the CPU; the same on every process."""
-    operator = stage.growth.operator
-    if operator == "scratch":
+    start = start_folder(stage, source, folder)
+    if start is None:
         return build_model(stage.config, seed=settings.seed, attention=attention)
-    start = source if operator == "source" else stage.start(folder)
-    assert start is not None
     return load_model(start, attention=attention)
+
+
+def start_folder(stage: Stage, source: Path | None, folder: Path) -> Path | None:
+    """The folder of the weights that a stage begins with; None where it begins from scratch."""
+    if stage.growth.operator == "scratch":
+        return None
+    return source if stage.growth.operator == "source" else stage.start(folder)

@@ -1,0 +1,253 @@
+"""Copies and new entries of a grown network while it trains (train.diagnostics_every_tokens): whether the
+symmetry of copies breaks, and whether new dims wake up.
+
+After a step that is looked at, from the weights before and after it and its gradient:
+
+    weight_rms, update_rms   root mean square of the weights, and of what the step changed; also of `original`
+                             (the source's own), `copy` (a further copy of one) and `new` entries
+    copy_cosine/KIND         mean cosine between copies and the first of them: `layer` and `expert`, of whole
+                             matrices; `SPACE_written` and `SPACE_read`, of rows or columns of a matrix
+    dead_units               hidden units of MLPs whose weights, in and out, got a gradient of exactly zero
+                             from the whole batch; also by the units' origin
+    unread_units             hidden units whose outgoing weights are all zero
+
+each with `/layer_N` for one layer. Origins are those of the entries in the growth's plan, which the start's
+folder records; a network that was built from nothing has none.
+
+Shapes: tensors are as the file has them; the axis that is looked along is taken to the front, (unit, rest).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from outgrow.growth.expansion import AxisMap
+from outgrow.growth.origin import Origin, axis_origins, origins
+from outgrow.model.notation import Axis, Parts, Space, spaces
+
+if TYPE_CHECKING:
+    from outgrow.growth.decision import Step
+    from outgrow.growth.plan import Plan
+    from outgrow.model import family
+
+UNITS = ("ffn", "unit", "shared")  # spaces of hidden units: of an MLP, a routed and a shared expert
+Row = dict[str, float]
+
+
+def in_layers(kind: str, layer: int | None) -> tuple[str, ...]:
+    """The keys under which a measurement counts: over all, and in its layer."""
+    return (kind,) if layer is None else (kind, f"{kind}/layer_{layer}")
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that the name of a tensor tells: its first number."""
+    number = re.search(r"\.(\d+)\.", name)
+    return None if number is None else int(number[1])
+
+
+def by_name(plan: Plan | None) -> dict[str, Step]:
+    """The steps of a plan by the target tensor's name."""
+    return {} if plan is None else {step.name: step for step in plan.steps}
+
+
+# ---- norms -------------------------------------------------------------------------------------------------
+
+
+def norms(plan: Plan | None, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Row:
+    """Root mean squares of weights and of a step's change, by origin and by layer."""
+    squares: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+    steps = by_name(plan)
+    for name in after:
+        weight = after[name].double()
+        change = weight - before[name]
+        parts = {"weight_rms": weight.square(), "update_rms": change.square()}
+        layer = layer_of(name)
+        for label, mask in origin_masks(plan, steps.get(name), weight).items():
+            entries = int(mask.sum())
+            for kind, square in parts.items():
+                total = float(square[mask].sum())
+                for key in in_layers(kind + label, layer):
+                    squares[key] += total
+                    counts[key] += entries
+    known = [key for key in squares if counts[key]]
+    return {key: (squares[key] / counts[key]) ** 0.5 for key in known}
+
+
+def origin_masks(plan: Plan | None, step: Step | None, weight: Tensor) -> dict[str, Tensor]:
+    """Masks of all entries ("") and of those of each origin (`/copy`), in the tensor's shape."""
+    masks = {"": torch.ones_like(weight, dtype=torch.bool)}
+    if plan is not None and step is not None:
+        origin = torch.from_numpy(origins(plan, step)).to(weight.device)
+        for each in Origin:
+            masks[f"/{each.name.lower()}"] = origin == each
+    return masks
+
+
+# ---- copies ------------------------------------------------------------------------------------------------
+
+
+def copy_cosines(plan: Plan, weights: Mapping[str, Tensor]) -> Row:
+    """Mean cosines between copies and the first of them, by kind and by layer; zeros have no direction and do
+    not count.
+    """
+    cosines: dict[str, list[Tensor]] = defaultdict(list)
+    firsts: dict[str, list[Step]] = defaultdict(list)
+    for step in plan.steps:
+        source, layer = step.source, step.tensor.layer
+        if source is None or len(step.shape) < 2 or step.name not in weights:
+            continue
+        weight = weights[step.name].float()
+        for kind, pairs in unit_cosines(plan, step, weight).items():
+            for key in in_layers(kind, layer):
+                cosines[key].append(pairs)
+        if step.beside is not None:  # the mean of two layers is a copy of neither
+            continue
+        same = (other for other in firsts[source] if same_maps(other, step))
+        first = next(same, None)
+        if first is None:
+            firsts[source].append(step)
+            continue
+        kind = "layer" if first.tensor.layer != layer else "expert"
+        original = weights[first.name].float()
+        pair = cosine(weight.reshape(1, -1), original.reshape(1, -1))
+        for key in in_layers(f"copy_cosine/{kind}", layer):
+            cosines[key].append(pair)
+    joined = {key: torch.cat(parts) for key, parts in cosines.items()}
+    return {key: float(values.mean()) for key, values in joined.items() if len(values)}
+
+
+def unit_cosines(plan: Plan, step: Step, weight: Tensor) -> dict[str, Tensor]:
+    """The cosine of each copied row or column of a tensor with the first copy, by kind."""
+    cosines: dict[str, Tensor] = {}
+    for axis, grown in enumerate(step.maps):
+        copies, originals = copied_pairs(grown)
+        if len(copies):
+            units = weight.movedim(axis, 0).flatten(1)
+            kind = axis_kind(plan, step, axis)
+            cosines[f"copy_cosine/{kind}"] = cosine(units[copies], units[originals])
+    return cosines
+
+
+def copied_pairs(grown: AxisMap) -> tuple[np.ndarray, np.ndarray]:
+    """The target indices of further copies, and for each the index of the first copy: (copies,) both."""
+    number = grown.number()
+    originals = np.flatnonzero(grown.copies & (number == 0))
+    further = np.flatnonzero(grown.copies & (number > 0))
+    first = np.zeros(grown.source, np.int64)  # of each source index
+    first[grown.index[originals]] = originals
+    taken = grown.index[further]
+    return further, first[taken]
+
+
+def axis_kind(plan: Plan, step: Step, axis: int) -> str:
+    """The spaces of an axis that grow, and the side on which the matrix touches them: `ffn_written`."""
+    tensor = step.tensor
+    named = [space.name for space in spaces(tensor.axes[axis])]
+    growing = [name for name in named if plan.growth.grows(name)]
+    once = dict.fromkeys(growing or named)
+    side = "read" if tensor.sums_over(axis) else "written"
+    return "_".join([*once, side])
+
+
+def same_maps(one: Step, other: Step) -> bool:
+    """True for steps that take the same entries of their source."""
+    pairs = zip(one.maps, other.maps, strict=True)
+    return all(ours == theirs for ours, theirs in pairs)
+
+
+def cosine(ones: Tensor, others: Tensor) -> Tensor:
+    """The cosine of each pair of rows, without pairs of which one is zero.
+
+    (pairs, rest) twice → (≤ pairs,)
+    """
+    products = (ones * others).sum(dim=1)
+    lengths = ones.norm(dim=1) * others.norm(dim=1)
+    nonzero = lengths > 0
+    return products[nonzero] / lengths[nonzero]
+
+
+# ---- hidden units ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UnitAxis:
+    """The axis of a tensor along which the hidden units of an MLP lie, as many times as it has `parts`."""
+
+    name: str
+    axis: int
+    parts: int
+    reads: bool  # the units, so that they come out through it
+
+
+def unit_axes(tensors: Iterable[family.Tensor]) -> dict[str, list[UnitAxis]]:
+    """The axes of hidden units, by the module that writes and reads them."""
+    modules: dict[str, list[UnitAxis]] = defaultdict(list)
+    for tensor in tensors:
+        name = tensor.name
+        module = name.rsplit(".", 2)[0]
+        for number, axis in enumerate(tensor.axes):
+            parts = unit_parts(axis)
+            if parts:
+                reads = tensor.sums_over(number)
+                modules[module].append(UnitAxis(name, number, parts, reads))
+    both = {True, False}
+    return {module: axes for module, axes in modules.items() if {each.reads for each in axes} == both}
+
+
+def unit_parts(axis: Axis) -> int:
+    """How many times the hidden units lie along an axis, end to end; 0 for another axis."""
+    own = axis.parts if isinstance(axis, Parts) else (axis,)
+    known = [isinstance(part, Space) and part.name in UNITS for part in own]
+    return len(own) if all(known) else 0
+
+
+def unit_counts(
+    modules: Mapping[str, list[UnitAxis]],
+    plan: Plan | None,
+    weights: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+) -> Row:
+    """How many hidden units are dead and how many are unread, by layer and by origin."""
+    counts: Row = defaultdict(int)
+    steps = by_name(plan)
+    for module, axes in modules.items():
+        origin = None if plan is None else unit_origins(plan, steps, axes)
+        reading = [each for each in axes if each.reads]
+        idle = {"dead_units": ~any_unit(gradients, axes), "unread_units": ~any_unit(weights, reading)}
+        for kind, units in idle.items():
+            for key in in_layers(kind, layer_of(f"{module}.")):
+                counts[key] += int(units.sum())
+            if origin is None:
+                continue
+            for each in Origin:
+                alike = units.cpu() & (origin == each)
+                counts[f"{kind}/{each.name.lower()}"] += int(alike.sum())
+    return dict(counts)
+
+
+def unit_origins(plan: Plan, steps: Mapping[str, Step], axes: Iterable[UnitAxis]) -> Tensor:
+    """The origin of each hidden unit of a module, by a tensor that writes them: (units,)."""
+    writer = next(each for each in axes if not each.reads)
+    along = axis_origins(plan, steps[writer.name])[writer.axis]
+    parts = along.reshape(writer.parts, -1)
+    return torch.from_numpy(parts.min(axis=0))
+
+
+def any_unit(tensors: Mapping[str, Tensor], axes: Iterable[UnitAxis]) -> Tensor:
+    """For each hidden unit, whether any entry of it is not zero, in any of the tensors: (units,)."""
+    reached = []
+    for each in axes:
+        tensor = tensors[each.name]
+        units = tensor.movedim(each.axis, 0).reshape(tensor.shape[each.axis], -1)
+        nonzero = (units != 0).any(dim=1)
+        reached.append(nonzero.reshape(each.parts, -1).any(dim=0))
+    return torch.stack(reached).any(dim=0)
