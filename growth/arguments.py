@@ -42,6 +42,7 @@ EXPECTED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "operator": (lambda value: isinstance(value, str), "an operator's name"),
     "depth": (_is_depth, "a layer map's name, or a list of source layers"),
     "noise": (lambda value: value is None or _is_number(value), "a number"),
+    "fresh": (lambda value: value in ("init", "match"), "'init' or 'match'"),
     "seed": (_is_whole, "a whole number"),
     "dtype": (lambda value: value in (None, "float32"), "'float32', or None to keep the source's"),
     "out": (lambda value: isinstance(value, str | Path), "a folder's path"),

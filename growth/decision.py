@@ -162,6 +162,8 @@ class Decision:
         change: how the plan goes from one family to another, or from few experts to many; None where it does
             not.
         lesson: what is learned once the steps are written; None where nothing is.
+        fresh: the deviation of matrices' fresh entries: "init", the class's own; "match", the root mean
+            square of the source tensor that they stand beside.
     """
 
     growth: Growth
@@ -176,6 +178,7 @@ class Decision:
     starts: Mapping[str, Start] = field(default_factory=dict)
     change: Sparse | None = None
     lesson: Lesson | None = None
+    fresh: str = "init"
 
     @property
     def family(self) -> Family:
@@ -259,6 +262,7 @@ class Decision:
             "noise": self.noise,
             "seed": self.growth.seed,
             **({} if self.growth.dtype is None else {"dtype": self.growth.dtype}),
+            **({} if self.fresh == "init" else {"fresh": self.fresh}),
             "family": self.family.name,
             "notes": list(self.notes),
             "spaces": {

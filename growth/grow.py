@@ -115,7 +115,7 @@ def grow(
         source: a folder, or a Hugging Face name (then `revision` may pin a commit).
         out: the folder to make: config, safetensors shards, tokenizer, generation config, `growth.json` (the
             recipe) and a model card.
-        target, operator, depth, noise, seed, dtype, options: see `growth.plan`.
+        target, operator, depth, noise, seed, dtype, options (`fresh` too): see `growth.plan`.
         overwrite: replace an `out` that growth made, once the new one is complete. One that holds anything
             else, or that is or contains the source, is refused.
         receipt: measure logits of both models, which needs torch; None measures models of up to 100 M
@@ -422,6 +422,7 @@ def recorded_plan(folder: Path | str) -> Plan:
         how = {
             "depth": planned["layers"] if is_list else planned["depth"],
             "noise": planned["noise"],
+            "fresh": planned.get("fresh", "init"),
             "seed": planned["seed"],
             "dtype": planned.get("dtype"),
             **planned["options"],

@@ -60,11 +60,12 @@ def decide(
     noise: float,
     held: Held | None = None,
     notes: tuple[str, ...] = (),
+    fresh: str = "init",
 ) -> Plan:
     """Decide a growth whose family is known.
 
     Args:
-        operator, options, depth, noise: as `growth.plan` takes them.
+        operator, options, depth, noise, fresh: as `growth.plan` takes them.
         held: the source's tensors, where they are at hand.
         notes: on the family.
 
@@ -81,7 +82,9 @@ def decide(
     decided = recipe(operator, growth, options)
     steps = tuple(_steps(growth, decided, layers))
     dtypes = check_tensors(held, growth, steps) if held is not None else {}
-    return Plan(growth, operator, options, noise, decided, layers, steps, dtypes, notes)
+    if fresh != "init" and not decided.inherits:
+        raise UserError(f"fresh {fresh!r}: operator {operator!r} inherits nothing to match; leave it out")
+    return Plan(growth, operator, options, noise, decided, layers, steps, dtypes, notes, fresh=fresh)
 
 
 def _check_growable(growth: Growth, noise: float) -> None:

@@ -36,6 +36,7 @@ def plan(
     seed: int = 0,
     dtype: Literal["float32"] | None = None,
     family: Family | None = None,
+    fresh: Literal["init", "match"] = "init",
     **options: Any,
 ) -> Plan:
     """Decide a growth without reading weights.
@@ -52,6 +53,8 @@ def plan(
             lossless. None is the operator's own (`growth.operators.NOISE`).
         seed: of every random entry.
         dtype: what the result is stored in; None keeps the source's.
+        fresh: the deviation at which a matrix's fresh entries are drawn: the class's own, or the root mean
+            square of the source tensor that they stand beside (where that is not zero).
         family: the schema to go by; None takes the one of the config's `model_type`, and derives one where
             there is none.
 
@@ -60,12 +63,13 @@ def plan(
             match the schema, a text to learn on that is not there (where the source is more than a config), …
     """
     check_arguments(target=target, operator=operator, depth=depth, noise=noise, seed=seed, dtype=dtype)
+    check_arguments(fresh=fresh)
     checkpoint = _opened(source)
     if isinstance(checkpoint, Checkpoint):
         checkpoint = plain_source(checkpoint, target, depth)
     if operator in CHANGES:
         strength = default_noise(operator) if noise is None else noise
-        within = partial(plan, checkpoint, depth=depth, noise=strength, seed=seed, dtype=dtype)
+        within = partial(plan, checkpoint, depth=depth, noise=strength, seed=seed, dtype=dtype, fresh=fresh)
         config = checkpoint.config if isinstance(checkpoint, Checkpoint) else checkpoint
         return changed_plan(config, target, operator, options, strength, within)
     if operator in LEARNED:
@@ -73,6 +77,7 @@ def plan(
         fixed = partial(
             plan, checkpoint, target, depth=depth, noise=strength, seed=seed, dtype=dtype, family=family
         )
+        fixed = partial(fixed, fresh=fresh)
         learned = learned_plan(operator, options, fixed)
         text = None if learned.lesson is None else learned.lesson.text
         if text is not None and not isinstance(source, Mapping):  # a config is planned on paper
@@ -98,6 +103,7 @@ def plan(
         noise=default_noise(operator) if noise is None else noise,
         held=held,
         notes=resolved.notes,
+        fresh=fresh,
     )
     if resolved.config is None:
         return decided

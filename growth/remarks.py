@@ -22,7 +22,7 @@ def remarks(plan: Decision, *, lossless: bool) -> tuple[str, ...]:
     """Write one line each: rounding, copies that stay equal, bad starts, sizes that hardware dislikes."""
     rounding = _rounding(plan) if lossless else ()
     starts, sizes = _starts(plan), _sizes(plan)
-    return (*rounding, *_equal_copies(plan), *starts, *sizes)
+    return (*rounding, *_equal_copies(plan), *_fresh(plan), *starts, *sizes)
 
 
 def _rounding(plan: Decision) -> Iterator[str]:
@@ -44,6 +44,16 @@ def _rounding(plan: Decision) -> Iterator[str]:
             "rounding: the certificate speaks of exact arithmetic, the weights are stored in "
             f"{' and '.join(formats)}, where {'; '.join(causes)} (dtype=float32 stores the result without "
             "that)"
+        )
+
+
+def _fresh(plan: Decision) -> Iterator[str]:
+    """Say at what scale fresh entries are drawn, where it is not the class's own."""
+    matched = [step for step in plan.steps if step.is_fresh and step.source is not None]
+    if plan.fresh == "match" and matched:
+        yield (
+            "fresh entries of matrices are drawn at the root mean square of the source tensor that they "
+            "stand beside (growth.fresh=match), not at the deviation with which the class starts"
         )
 
 

@@ -24,7 +24,7 @@ def summary(plan: Decision, reasons: Sequence[str]) -> list[str]:
     return [
         (
             f"Plan {plan.hash}: {plan.family.name} by {plan.operator!r}, noise {plan.noise:g}, seed "
-            f"{plan.growth.seed}"
+            f"{plan.growth.seed}" + (", fresh entries matched to the source" if plan.fresh == "match" else "")
         ),
         (
             f"  {plan.source_parameters:,} → {plan.target_parameters:,} parameters, "

@@ -363,7 +363,8 @@ def test_the_leaf_of_the_operator_that_is_added_is_read(tmp_path: Path) -> None:
     arm = read(GrowthLeaf, plain(cfg, faults)["growth"], "growth.", faults)
     assert not faults
     assert arm is not None
-    assert arm.arguments() == {"operator": "mirror", "depth": "identity", "noise": 0.0, "split": True}
+    own: dict[str, Any] = {"operator": "mirror", "depth": "identity", "noise": 0.0, "split": True}
+    assert arm.arguments() == {**own, "fresh": "init"}  # which conf/grow.yaml says for every leaf
 
 
 # ---- operators.md ------------------------------------------------------------------------------------------

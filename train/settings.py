@@ -320,6 +320,7 @@ def _disagreements(settings: Settings) -> list[str]:
     gpus, mfu = forecast.gpus, forecast.mfu
     if gpus <= 0 or not 0 < mfu <= 1:
         faults.append(f"forecast: gpus must be positive and mfu between 0 and 1; found {gpus}, {mfu}")
+    faults += _fresh_disagreements(settings.growth)
     faults += _benchmark_disagreements(settings) + _transfer_disagreements(settings)
     if settings.growth.stages:
         faults += _stage_disagreements(settings.growth)
@@ -441,6 +442,24 @@ def _start_disagreements(settings: Settings) -> list[str]:
             "(target={hidden_size:96})"
         )
         faults.append(f"target: missing; {way}")
+    return faults
+
+
+def _fresh_disagreements(growth: GrowthSettings) -> list[str]:
+    """List what is wrong with the scale of fresh entries, of the start and of each growth on the way."""
+    grown = {"growth": (growth.operator, growth.options)}
+    for number, stage in enumerate(growth.stages):
+        grown[f"growth.stages[{number}]"] = (stage.operator, stage.options)
+    faults = []
+    for key, (operator, options) in grown.items():
+        fresh = options.get("fresh", "init")
+        if fresh not in ("init", "match"):
+            faults.append(f"{key}.fresh: expected init or match; found {fresh!r}")
+        elif fresh == "match" and operator in UNGROWN:
+            faults.append(
+                f"{key}.fresh: operator {operator} grows nothing, so there is no source tensor to match; "
+                "leave it out"
+            )
     return faults
 
 
@@ -632,7 +651,8 @@ def _transfer_disagreements(settings: Settings) -> list[str]:
     return faults
 
 
-LATER = ("data_dir", "share", "ema")  # settings, of whatever part, that came when there were runs already
+# Settings, of whatever part, that came when there were runs already → the value that says nothing.
+LATER: Mapping[str, Any] = {"data_dir": None, "share": None, "ema": None, "fresh": "init"}
 
 
 def identity(settings: Settings | Mapping[str, Any]) -> dict[str, Any]:
@@ -650,7 +670,7 @@ def _without_later(value: Any) -> Any:
         return [_without_later(item) for item in value]
     if not isinstance(value, dict):
         return value
-    silent = [key for key in LATER if key in value and value[key] is None]
+    silent = [key for key in LATER if key in value and value[key] == LATER[key]]
     return {key: _without_later(item) for key, item in value.items() if key not in silent}
 
 

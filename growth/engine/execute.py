@@ -634,7 +634,8 @@ class Expander:
         return self._encoded(stored)
 
     def _fresh(self, part: str, rows: np.ndarray, width: int) -> np.ndarray:
-        """Initialise raw entries as the library's class does: norm scales 1, biases 0, else normal.
+        """Initialise raw entries as the library's class does: norm scales 1, biases 0, else normal, where the
+        plan says so at the source's root mean square.
 
         They depend on seed, tensor, part ("rows" or "columns") and position alone: (b, width).
         """
@@ -660,6 +661,8 @@ class Expander:
                 return self._drawn(start, draws)
         if deviation is None:
             deviation = self._deviation
+        if self.plan.fresh == "match" and finish.deviation is None and self.step.source is not None:
+            deviation = self._root_mean_square or deviation
         if is_short(self.dtype):
             return lookup(normal_bits(deviation, self.dtype), draws)
         return self._rounded(normal(draws) * deviation)
