@@ -32,6 +32,7 @@ from outgrow.train.evaluate import evaluate
 from outgrow.train.machine.device import device_name, peak_flops, session, signs
 from outgrow.train.machine.distribute import whole_weights
 from outgrow.train.machine.watch import watching
+from outgrow.train.noise_scale import first_micro_batches
 from outgrow.train.objects import RunContext, TrainingObjects, build_objects, fill_state
 from outgrow.train.router import unbalanced
 from outgrow.train.run import folder as run_folder
@@ -111,6 +112,8 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
         # ---- 2. Who trains: every process, and the main one writes -----------------------------------------
         main = accelerator.is_main_process
         process, processes = accelerator.process_index, accelerator.num_processes
+        if loop.noise_scale:
+            first_micro_batches(settings, processes)  # refuses one at which there is nothing to compare
         if run is not None and new_dtype is not None:
             if main:
                 recast(folder, run, new_dtype)
@@ -280,6 +283,8 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
                             if budget.due(budget.log_every, position.step):
                                 row = clock.close_interval()
                                 row |= objects.load.row(accelerator)
+                                if objects.step.noise is not None:
+                                    row |= objects.step.noise.close_interval()
                                 if log and row["loss"] is not None:
                                     log.write("train", clock.clocks(), learning_rate=rate, **row)
                             if log and objects.diagnostics and objects.diagnostics.row:

@@ -18,6 +18,7 @@ from outgrow.train.experts import ExpertLoad
 from outgrow.train.loss import NextTokenLoss, build_loss
 from outgrow.train.machine.compile import speed_up
 from outgrow.train.machine.distribute import prepare
+from outgrow.train.noise_scale import NoiseScale, first_micro_batches
 from outgrow.train.optimizer import build_optimizer
 from outgrow.train.run import state
 from outgrow.train.run.clock import Meter
@@ -33,6 +34,7 @@ from outgrow.train.step import Step
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from transformers import PreTrainedModel
 
     from outgrow.train.suite.during import Benchmarks
@@ -102,17 +104,34 @@ def build_objects(context: RunContext, stage: Stage) -> TrainingObjects:
     objective = taught(plain, context.teacher, accelerator.device)
     model, prepared = prepare(objective, optimizer, accelerator, unused=way.partly)
     split = context.data.train
-    step = Step(model, prepared, accelerator, split, settings, entries)
+    step = Step(model, prepared, accelerator, split, settings, entries, _noise_scale(context))
     decay = settings.train.ema_decay
     average = None if decay is None else Average(model, step.weights(), decay)
-    looks = accelerator.is_main_process or accelerator.is_fsdp2
-    diagnostics = None
-    if settings.budget.diagnostics_every is not None and looks:
-        start = start_folder(stage, source, folder)
-        raw = prepared.optimizer
-        diagnostics = Diagnostics(network, raw, stage, start, settings.budget, context.clock)
+    diagnostics = _diagnostics(context, network, prepared.optimizer, stage)
     load = ExpertLoad(network)
     return TrainingObjects(network, objective, prepared, step, load, average, diagnostics)
+
+
+def _noise_scale(context: RunContext) -> NoiseScale | None:
+    """What estimates the gradient noise scale, if that is asked for."""
+    settings, accelerator = context.settings, context.accelerator
+    if not settings.train.noise_scale:
+        return None
+    own = first_micro_batches(settings, accelerator.num_processes)
+    tokens = settings.budget.tokens_per_step
+    return NoiseScale(own, tokens, accelerator, context.clock.position)
+
+
+def _diagnostics(
+    context: RunContext, network: PreTrainedModel, optimizer: torch.optim.Optimizer, stage: Stage
+) -> Diagnostics | None:
+    """What looks at copies and new entries, on the processes that do."""
+    accelerator, budget = context.accelerator, context.settings.budget
+    looks = accelerator.is_main_process or accelerator.is_fsdp2
+    if budget.diagnostics_every is None or not looks:
+        return None
+    start = start_folder(stage, context.source, context.folder)
+    return Diagnostics(network, optimizer, stage, start, budget, context.clock)
 
 
 def fill_state(context: RunContext, objects: TrainingObjects, stage: Stage, saved: Path | None) -> None:

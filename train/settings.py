@@ -141,6 +141,7 @@ class LoopSettings:
     gradient_clip: float | None
     # copies, dead units and norms by origin, measured on the way; null: never
     diagnostics_every_tokens: int | None = None
+    noise_scale: bool = False  # estimate the gradient noise scale, from micro-batches and whole batches
     # of the average of the weights, kept beside them: its decay a step, or its half-life in tokens
     ema: float | None = None
     profile_steps: str | int | None = None  # a-b: torch.profiler traces these steps, counted from 1

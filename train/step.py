@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -30,6 +30,9 @@ from outgrow.train.settings import Settings
 from outgrow.train.start.teacher import scheduled
 from outgrow.train.start.transfer import EntryRates
 
+if TYPE_CHECKING:
+    from outgrow.train.noise_scale import NoiseScale
+
 
 class Step:
     """Calling it with i trains on batch i, a pure function of the seed and i.
@@ -38,6 +41,7 @@ class Step:
         model: a `NextTokenLoss`, prepared by Accelerate.
         optimizer: prepared by Accelerate, over the model's parameters.
         entries: where entries of one tensor learn at rates of their own.
+        noise: what estimates the gradient noise scale, if it is asked for.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Step:
         split: TokenSplit,
         settings: Settings,
         entries: EntryRates | None = None,
+        noise: NoiseScale | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -55,6 +60,7 @@ class Step:
         self.split = split
         self.settings = settings
         self.entries = entries
+        self.noise = noise
         self.budget = settings.budget
         self.share = Share.of(
             self.budget.rows,
@@ -69,6 +75,11 @@ class Step:
         """All parameters, frozen ones too, by the network's own names."""
         parameters = self.model.named_parameters()
         return {name.split("network.")[-1]: parameter for name, parameter in parameters}
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients that there are, of the trained weights."""
+        gradients = (parameter.grad for parameter in self.parameters.values())
+        return [gradient for gradient in gradients if gradient is not None]
 
     def rate(self, i: int) -> float:
         """The learning rate of step `i`."""
@@ -118,8 +129,7 @@ class Step:
         text, router = self.accumulate(i)
         parts = torch.stack([text] if router is None else [text, router])
         losses = self.accelerator.reduce(parts, reduction="sum")
-        gradients = (parameter.grad for parameter in self.parameters.values())
-        total = total_norm([gradient for gradient in gradients if gradient is not None])
+        total = total_norm(self.gradients())
         # The one place where a step waits for the device: what is not finite must not be used.
         figures = torch.stack((total, *losses)).tolist()
         norm, loss, *balance = figures
@@ -127,6 +137,8 @@ class Step:
             fault = self.fault(i + 1, loss, norm)
             self.optimizer.zero_grad()
             raise fault
+        if self.noise is not None:
+            self.noise.see_batch(norm)
         if self.settings.train.gradient_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(
                 list(self.parameters.values()),
@@ -169,6 +181,8 @@ class Step:
                 share = bool(len(piece)) / self.budget.tokens_per_step
                 # Gradients are averaged over the processes.
                 accelerator.backward(losses.objective * share * accelerator.num_processes)
+            if self.noise is not None and piece is pieces[0]:
+                self.noise.see_first(self.gradients())
             mean += losses.text.detach() * share
             if losses.router is not None:
                 balance = losses.router.detach() * share

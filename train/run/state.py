@@ -69,6 +69,9 @@ class Position:
     ema_bits_per_byte: float | None = None
     best_val_loss: float | None = None  # of the evaluations after step 0
     best_step: int | None = None
+    # of the open logging interval, where the gradient noise scale is estimated: of |G|² and of tr(Σ)
+    noise_gradient: float = 0.0
+    noise_scatter: float = 0.0
     stage: int = 0  # of the run, see train/stages.py
     skipped: int = 0  # steps whose loss or gradient was not finite
 

@@ -21,6 +21,7 @@ NEUTRAL = (
     "schedule.horizons",  # each of them is the run that its budget alone would give
     "train.hang_seconds",
     "train.profile_steps",
+    "train.noise_scale",
     "train.diagnostics_every_tokens",
     "train.skip_nonfinite",  # a run that had to stop may go on with more of them
 )
