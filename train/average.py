@@ -40,15 +40,16 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         """Take the weights after one more step into the average."""
-        averages = [local(tensor) for tensor in self.tensors.values()]
-        weights = [local(weight) for weight in self.weights.values()]
-        self.move(averages, weights, None)
+        averages = map(local, self.tensors.values())
+        weights = map(local, self.weights.values())
+        self.move([*averages], [*weights], None)
 
     @torch.no_grad()
     def fill(self, weights: Mapping[str, Tensor]) -> None:
         """Begin as these whole weights, the same on every process."""
         for name, average in self.tensors.items():
-            local(average).copy_(local(shared_as(average, weights[name])))
+            part = shared_as(average, weights[name])
+            local(average).copy_(local(part))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -62,9 +63,9 @@ class Average:
     @torch.no_grad()
     def _exchange(self) -> None:
         for name, average in self.tensors.items():
-            weight = local(self.weights[name])
+            weight, kept = local(self.weights[name]), local(average)
             own = weight.clone()
-            weight.copy_(local(average))
-            local(average).copy_(own)
+            weight.copy_(kept)
+            kept.copy_(own)
         for module in self.sharded:
             module.reshard()  # what FSDP has gathered already are the weights before
