@@ -20,7 +20,7 @@ from outgrow.growth.engine.shards import MAX_SHARD_BYTES, write_index
 from outgrow.growth.engine.stream import Shards, shards_of, write_config, write_weights
 from outgrow.growth.engine.workers import Worker, agreement, publish_shared, shared_partial, write_share
 from outgrow.growth.folder import RECIPE, Place, complete_or_absent, files_in
-from outgrow.growth.learned.lessons import LEARNED
+from outgrow.growth.learned.lessons import KEPT, LEARNED
 from outgrow.growth.moments import OPTIMIZER, RULES, STATE, inexact, moments_plan
 from outgrow.growth.operators import options_of
 from outgrow.growth.plan import Plan
@@ -166,6 +166,7 @@ def grow(
         adam = None if optimizer is None else _read_adam(optimizer, decided)
         lesson = read_lesson(decided, checkpoint, text)
         shards = shards_of(decided, max_shard_bytes)
+        state = out.with_name(f"{out.name}{KEPT}")
         how: dict[str, Any] = {"threads": threads, "progress": progress}
         reads = [*checkpoint.files]
         if optimizer is not None:
@@ -178,7 +179,7 @@ def grow(
             if adam is not None:
                 _write_adam(folder, decided, adam, max_shard_bytes, **how)
             beside.copy(folder)
-            learned = _learn(decided, reader, checkpoint, folder, lesson, progress)
+            learned = _learn(decided, reader, checkpoint, folder, lesson, state, progress)
             verify_structure(folder, decided)
             measured = None
             if _is_measured(receipt, text, decided, checkpoint):
@@ -197,11 +198,15 @@ def grow(
             place = Place(out, overwrite, tuple(reads))
             share = Worker.parse(worker)
             grown = _grow_share(place, decided, reader, checkpoint, shards, share, complete, **how)
-            return replace(grown, notes=notes)
-        with complete_or_absent(out, overwrite=overwrite, reads=tuple(reads)) as folder:
-            write_weights(decided, reader, folder, shards, **how)
-            measured, learned = complete(folder)
-    return Grown(out, decided, measured, notes=notes, learned=learned)
+            grown = replace(grown, notes=notes)
+        else:
+            with complete_or_absent(out, overwrite=overwrite, reads=tuple(reads)) as folder:
+                write_weights(decided, reader, folder, shards, **how)
+                measured, learned = complete(folder)
+            grown = Grown(out, decided, measured, notes=notes, learned=learned)
+    if grown.learned is not None:
+        state.unlink(missing_ok=True)
+    return grown
 
 
 def _is_measured(receipt: bool | None, text: str | Path | None, plan: Plan, checkpoint: Checkpoint) -> bool:

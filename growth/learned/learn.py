@@ -43,12 +43,14 @@ def learn(
     source: Checkpoint,
     folder: Path,
     text: Calibration | None,
+    state: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Fit what a plan has written in `folder`, and return the record of it.
 
     Args:
         reader: of the `source`'s tensors.
+        state: a file beside the folder, for what learns step by step.
         progress: called with (bytes done, bytes in all), as if the target were written once more.
 
     Returns:
@@ -86,7 +88,7 @@ def learn(
     with torch.no_grad():
         losses = [model.loss(held) for model in models()]
     if isinstance(lesson, Ligo):
-        took = learn_maps(plan, lesson, values, written, text, tell)
+        took = learn_maps(plan, lesson, values, written, text, state, tell)
     else:
         took = fit(plan, lesson.ridge, *models(), written, text, folder, tell)
     with torch.no_grad():

@@ -6,7 +6,8 @@ B and A are the maps of a tensor's axes as matrices, w the weights of the source
 fixed plan's maps (a gain at the index that is copied, the mean as 1/n each), so that the loss begins where
 that operator's does. The rows that hold the source's own indices stay; all others learn. Over the residual
 stream one map for each side serves the whole network, over heads and feed-forward units one for each layer.
-Both models are in memory, and the maps with AdamW's moments; a run that was stopped begins anew.
+Both models are in memory, and the maps with AdamW's moments. A growth that was stopped goes on from the state
+that it kept (`kept.py`).
 
 Shapes:
     n, N: one axis of a source tensor, and of the target's
@@ -15,8 +16,10 @@ Shapes:
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from math import prod, sqrt
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 
 from outgrow.growth.decision import Step, source_names
 from outgrow.growth.expansion import AxisMap, Fill
+from outgrow.growth.learned.kept import Kept
 from outgrow.growth.learned.lessons import Ligo
 from outgrow.growth.learned.on_disk import Values, Written
 from outgrow.growth.learned.squares import mapped
@@ -61,6 +65,11 @@ def matrix_of(axis: AxisMap) -> Tensor:
     is_mean = axis.fill == Fill.MEAN
     rows[is_mean] = gains[is_mean] / axis.source
     return torch.from_numpy(rows)
+
+
+def _offset(step: Step) -> float:
+    """How much less than the true value a tensor's entries are stored as: 1 of Gemma's norm scales."""
+    return 0.0 if step.tensor.is_bias else step.tensor.line.offset
 
 
 class Learner(nn.Module):
@@ -142,7 +151,7 @@ class Learner(nn.Module):
             if _stays(named) and not axis.is_identity:
                 rows = mapped(np.moveaxis(values, dim, 0), axis)
                 values = np.moveaxis(rows, 0, dim)
-        contiguous = np.ascontiguousarray(values)
+        contiguous = np.ascontiguousarray(values + _offset(step))
         return torch.from_numpy(contiguous).to(self.dtype)
 
     def grown(self) -> Iterator[tuple[str, Tensor]]:
@@ -159,13 +168,22 @@ class Learner(nn.Module):
                     own = self.maps[number]
                     value = torch.tensordot(own, value, ([1], [dim]))
                     value = value.movedim(0, dim)
-            yield step.name, value
+            yield step.name, value - _offset(step)
 
     def keep_originals(self) -> None:
         """Take the gradient off the rows that stay."""
         for number, rows in enumerate(self.maps):
             if rows.grad is not None:
                 rows.grad *= self._frozen[number]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the source's weights and of what the maps are computed in."""
+        digest = hashlib.sha256(str(self.dtype).encode())
+        for name, values in sorted(self._source.items()):
+            digest.update(name.encode())
+            digest.update(values.numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def flops(self) -> float:
@@ -202,9 +220,13 @@ def learn_maps(
     values: Values,
     written: Written,
     text: Calibration,
+    state: Path,
     progress: Callable[[int], None],
 ) -> dict[str, Any]:
     """Learn the maps of a plan on text and write the weights that they make; return what it took.
+
+    Args:
+        state: the file that a state is kept in meanwhile.
 
     Raises:
         UserError: the loss is not finite.
@@ -221,8 +243,9 @@ def learn_maps(
     optimizer = torch.optim.AdamW(learned, lesson.learning_rate, weight_decay=0.0)
     length = text.fit.shape[1]
     rows = max(1, lesson.batch_tokens // length)
-    losses: list[float] = []
-    for step in range(lesson.steps):
+    kept = Kept(state, f"{plan.hash} {text.sha256} {learner.fingerprint}")
+    losses = kept.restore(optimizer)
+    for step in range(len(losses), lesson.steps):
         first = step * rows
         numbers = np.arange(first, (step + 1) * rows)
         batch = text.fit[numbers % len(text.fit)]
@@ -241,6 +264,7 @@ def learn_maps(
         rate = lesson.learning_rate * rise * rest
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
+        kept.save(optimizer, losses)
         progress(step)
     with torch.no_grad():
         for name, tensor in learner.grown():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.families import config_of
+from helpers.families import FAMILIES, config_of, growths, renamed
 from helpers.models import make_checkpoint
 from helpers.unwritten import STRANGERS
 from outgrow.growth import grow, plan
@@ -18,6 +18,7 @@ from outgrow.growth.__main__ import main
 from outgrow.growth.engine.seeding import generator
 from outgrow.growth.engine.tensors import expand
 from outgrow.growth.grow import recorded_plan
+from outgrow.growth.learned import kept
 from outgrow.growth.learned.lesa import Basis
 from outgrow.growth.learned.lessons import LEARNED, Lesa
 from outgrow.growth.learned.ligo import Learner
@@ -125,12 +126,7 @@ def test_a_repeated_layer_gives_its_share_of_the_source(llama: Path, text: Path,
 
 
 UNTIED = {"tie_word_embeddings": False}
-CASES = {
-    "llama": config_of("llama"),
-    "phi": config_of("phi"),
-    "gpt2": config_of("gpt2", **UNTIED),
-    "gpt_neox": config_of("gpt_neox"),
-    "qwen3": config_of("qwen3", **UNTIED),
+CASES = {name: config_of(name, **UNTIED) for name in FAMILIES} | {
     "starcoder2": to_hf_config({"model_type": "starcoder2", **STRANGERS["starcoder2"], **UNTIED}).to_dict(),
 }
 
@@ -139,7 +135,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_tiling_is_repaired(name: str, text: Path, tmp_path: Path) -> None:
     source = spoken(tmp_path / "source", CASES[name])
-    ffn = "n_inner" if name == "gpt2" else "intermediate_size"
+    ffn = "intermediate_size" if name == "starcoder2" else next(iter(renamed(name, {"intermediate_size": 0})))
     target = {ffn: CASES[name][ffn] * 2}
     grow(source, tmp_path / "tiled", target=target, operator="tile", receipt=False)
     how: dict[str, Any] = {
@@ -160,7 +156,12 @@ def test_a_tiling_is_repaired(name: str, text: Path, tmp_path: Path) -> None:
             load_model(folder, dtype="float64").eval()(windows).logits
             for folder in (source, tmp_path / "tiled", tmp_path / "out")
         )
-    assert (fitted - own).abs().mean() < 0.05 * (tiled - own).abs().mean()
+    lost, left = (float((logits - own).abs().mean()) for logits in (tiled, fitted))
+    if name in ("gemma2", "olmo2"):  # a norm behind the layer undoes the doubling: nothing is to be repaired
+        assert lost < 1e-3 * float(own.abs().mean())
+        assert left < 0.1 * float(own.abs().mean())
+    else:
+        assert left < 0.05 * lost
 
 
 def matrices(source: Path) -> list[Any]:
@@ -269,6 +270,109 @@ def test_ligo_learns_and_keeps_the_sources_own_rows(trained: Path, text: Path, t
     with Checkpoint(tmp_path / "out") as out, Checkpoint(trained) as source:
         name = "model.embed_tokens.weight"
         assert (out.read(name) == source.read(name)).all()
+
+
+def test_the_random_start_draws_new_rows_alone(phi: Path) -> None:
+    opened = Checkpoint(phi)
+    values = values_of(opened, opened.tensors)
+
+    def learner(start: str, seed: int) -> Learner:
+        target = {"intermediate_size": 200, "num_hidden_layers": 3}
+        learned = plan(opened, target, "ligo", text=__file__, depth="stack", start=start, seed=seed)
+        return Learner(learned, values, start, torch.float64)
+
+    exact, drawn, again, other = (
+        learner(start, seed) for start, seed in (("exact", 0), ("random", 0), ("random", 0), ("random", 1))
+    )
+    assert len(drawn.maps) == len(exact.maps) > 0
+    for number, (before, after) in enumerate(zip(exact.maps, drawn.maps, strict=True)):
+        new = drawn._frozen[number][:, 0].bool()
+        assert torch.equal(after[~new], before[~new])
+        fresh, inputs = after[new].detach(), after.shape[1]
+        assert float(fresh.std()) * inputs**0.5 == pytest.approx(1, abs=4 / (2 * fresh.numel()) ** 0.5)
+        assert torch.equal(after, again.maps[number])
+        assert not torch.equal(fresh, other.maps[number][new])
+    assert all(map(torch.equal, drawn.layers, exact.layers))
+
+
+@pytest.mark.slow
+def test_the_random_start_learns(trained: Path, text: Path, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"depth": "stack", "steps": 30, "batch_tokens": 256, "learning_rate": 0.01}
+    target = {"intermediate_size": 60, "num_hidden_layers": 3}
+    grown = grow(trained, tmp_path / "out", target=target, operator="ligo", text=text, start="random", **how)
+    assert grown.learned is not None
+    losses = grown.learned["losses"]
+    assert losses[0] > grown.learned["loss_before"]  # what the fixed operator wrote is not where it starts
+    assert grown.learned["loss_after"] < losses[0]
+
+
+@pytest.mark.slow
+def test_a_stopped_ligo_goes_on_to_the_same_bits(
+    trained: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "SECONDS", 0.0)
+    state, told = tmp_path / "out.learning.safetensors", {"whole": 0, "stopped": 0, "resumed": 0}
+
+    def grown(out: str, told_as: str, stop: int | None = None, **more: Any) -> Any:
+        def progress(*_: int) -> None:
+            told[told_as] += state.exists() or told_as == "whole"
+            if stop is not None and told[told_as] == stop:
+                raise KeyboardInterrupt
+
+        how: dict[str, Any] = {"depth": "stack", "steps": 6, "batch_tokens": 64, "receipt": False, **more}
+        target = {"intermediate_size": 60, "num_hidden_layers": 3}
+        return grow(
+            trained, tmp_path / out, target=target, operator="ligo", text=text, progress=progress, **how
+        )
+
+    whole = grown("whole", "whole")
+    with pytest.raises(KeyboardInterrupt):
+        grown("out", "stopped", stop=2)
+    assert state.is_file()
+    assert not (tmp_path / "out").exists()
+    steps: list[int] = []
+    forward = torch.func.functional_call
+    monkeypatch.setattr(torch.func, "functional_call", lambda *a, **k: steps.append(1) or forward(*a, **k))
+    resumed = grown("out", "resumed")
+    assert len(steps) == 6 - 2
+    assert resumed.learned == whole.learned
+    assert (tmp_path / "out" / SINGLE).read_bytes() == (tmp_path / "whole" / SINGLE).read_bytes()
+    assert not list(tmp_path.glob("*.learning*"))
+
+    told["stopped"] = 0
+    with pytest.raises(KeyboardInterrupt):
+        grown("out", "stopped", stop=2, overwrite=True)
+    steps.clear()
+    grown("out", "resumed", overwrite=True, learning_rate=0.002)  # another growth: the state is not its own
+    assert len(steps) == 6
+    state.write_text("mine")
+    with pytest.raises(UserError, match="in the way and holds no state of a growth"):
+        grown("out", "resumed", overwrite=True)
+    assert state.read_text() == "mine"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*FAMILIES, "starcoder2"])
+def test_every_family_learns_its_maps(name: str, text: Path, tmp_path: Path) -> None:
+    """From a lossless start: the first loss is the source's, so that names, ties and maps are the class's."""
+    if name == "starcoder2":
+        source = spoken(tmp_path / "source", CASES[name])
+        target = {"intermediate_size": 81, "num_hidden_layers": 3}
+    else:
+        source = spoken(tmp_path / "source", config_of(name))
+        sizes = {key: size for key, size in growths(name)["all"].items() if key != "vocab_size"}
+        target = renamed(name, sizes)
+    how: dict[str, Any] = {"steps": 2, "batch_tokens": 64, "window": 16, "noise": 0.0, "receipt": False}
+    learned = grow(source, tmp_path / "out", target=target, operator="ligo", text=text, **how).learned
+    assert learned is not None
+    fit = read_calibration(str(text), source, VOCABULARY, 32, tokens=128, window=16).fit[:4]
+    rows = torch.from_numpy(fit)
+    with torch.no_grad():
+        logits = load_model(source, dtype="float64").eval()(rows).logits[:, :-1]
+        own = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))
+    assert learned["losses"][0] == pytest.approx(own, rel=1e-4)
+    assert np.isfinite(learned["loss_after"])
+    load_model(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
