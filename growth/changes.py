@@ -116,7 +116,8 @@ def drop_upcycle(
     _check_numbers(router_std=router_std)
     if not 0 < drop <= 1:
         raise UserError(f"drop {drop}: expected a share of each expert's units, above 0 and at most 1")
-    parts, layers = _checked_granularity(granularity), _checked_layers(sparse)
+    parts = _checked_granularity(granularity)
+    layers = _checked_layers(sparse)
     return Upcycling(width, parts, layers, router_std, drop=drop)
 
 

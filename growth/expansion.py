@@ -128,7 +128,9 @@ class AxisMap:
     def cut(self, start: int, stop: int) -> AxisMap:
         """The map of the target indices `start` to `stop` alone."""
         part = slice(start, stop)
-        index, gain, fill = self.index[part], self.gain[part], self.fill[part]
+        index = self.index[part]
+        gain = self.gain[part]
+        fill = self.fill[part]
         return AxisMap(self.source, index, gain, fill)
 
     def split(self) -> AxisMap:
@@ -223,7 +225,8 @@ class AxisMap:
         other_index = other.index[copies]
         same_index = np.array_equal(self.index[copies], other_index)
         scaled = copies | (self.fill == Fill.MEAN)
-        gains, other_gains = self.gain[scaled], other.gain[scaled]
+        gains = self.gain[scaled]
+        other_gains = other.gain[scaled]
         return same_index and np.allclose(gains, other_gains, rtol=1e-12, atol=0)
 
     __hash__ = None  # type: ignore[assignment]

@@ -61,7 +61,8 @@ def build(plan: Plan, reader: Reader | None = None) -> Figure:
     if reasons:
         plural = "s" * (reasons > 1)
         proof = f"not lossless ({reasons} reason{plural})"
-    before, after = _count(plan.source_parameters), _count(plan.target_parameters)
+    before = _count(plan.source_parameters)
+    after = _count(plan.target_parameters)
     size = f"{before} → {after} parameters"
     figure.suptitle(
         f"{plan.family.name} grown by {plan.operator}: {size}, {proof}",
@@ -225,7 +226,8 @@ def _short(name: str) -> str:
 def _show(axes: Axes, shape: tuple[int, ...], values: np.ndarray, **style: Any) -> Any:
     """Draw an image whose axes count the matrix's own rows and columns."""
     axes.tick_params(colors=INK, labelsize=8)
-    rows, columns = shape[0], shape[1]
+    rows = shape[0]
+    columns = shape[1]
     extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
     return axes.imshow(values, extent=extent, interpolation="nearest", aspect="equal", **style)
 

@@ -130,7 +130,8 @@ def neighbours(source: int, target: int) -> list[int]:
 
     Each starts as the mean of both: what LESA (2502.13794) predicts, without the prediction.
     """
-    extra, gaps = target - source, source - 1
+    extra = target - source
+    gaps = source - 1
     if extra > gaps:
         raise UserError(
             f"depth 'neighbours': a new layer stands between two, so at most {source + gaps} layers come of "

@@ -23,7 +23,8 @@ def miniature(draft: Draft, source: Config, target: Config, depth: str | Sequenc
     whole and others do not become whole; where a ratio does not fit a tiny size, the next quarter does. There
     are a few more layers, tokens and positions where there are to be more.
     """
-    keys, mixer = draft.axes.keys, draft.axes.mixer
+    keys = draft.axes.keys
+    mixer = draft.axes.mixer
     tiny = draft.axes.config
     states = (mixer.heads, mixer.dim) if mixer else ()
 

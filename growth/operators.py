@@ -336,7 +336,8 @@ def _random_copies(growth: Growth, space: str, n: int, N: int) -> Expansion:
     rule = f"{n} → {N}: {N - n} random copies, readers divided"
     if not isclose(gain, 1):
         rule += f", queries × {gain:.4g}"
-    write, read = copies.scaled(gain), copies.split()
+    write = copies.scaled(gain)
+    read = copies.split()
     expansion = Expansion.of(write, read, rule, scale=copies, shift=copies)
     if space == "residual" and growth.tied:  # the head is the embedding, whose copies are not divided
         expansion = replace(expansion, final_scale=copies.split(), final_shift=copies.split())
@@ -382,7 +383,8 @@ def hyperclone(growth: Growth, *, form: str = "symmetric") -> Recipe:
         expansion = Expansion.of(copies, copies.split(), rule, scale=copies, shift=copies)
         if space != "residual":
             return expansion
-        scale, shift = copies.scaled(1.0), copies.scaled(1.0)
+        scale = copies.scaled(1.0)
+        shift = copies.scaled(1.0)
         if growth.tied:
             undo = 1 / growth.embedding_gain
             scale = copies.split().scaled(undo)

@@ -54,7 +54,8 @@ def of_axis(axis: AxisMap) -> np.ndarray:
 
 
 def _is_new_layer(plan: Plan, step: Step) -> bool:
-    number, layers = step.tensor.layer, plan.layers
+    number = step.tensor.layer
+    layers = plan.layers
     if number is None:
         return False
     return layers.identity[number] or number in layers.between

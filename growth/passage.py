@@ -54,7 +54,8 @@ class Passage:
 
     def laid_side_by_side(self, source: torch.Tensor, target: torch.Tensor) -> tuple[Continuation, ...]:
         """The continuations of both models, (prompt, position) each, as text."""
-        before, after = source.tolist(), target.tolist()
+        before = source.tolist()
+        after = target.tolist()
         rows = zip(self.prompts, before, after, strict=True)
         return tuple(Continuation(*map(self.decode, row)) for row in rows)
 

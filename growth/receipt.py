@@ -45,7 +45,8 @@ def measure_growth(
         UserError: a model does not load or run.
     """
     meter = Meter.of(source, folder, passage=passage)
-    config, norm = plan.target_config, plan.family.norm
+    config = plan.target_config
+    norm = plan.family.norm
     stored = meter.receipt(folder, config=config, norm=norm)
     formats = set(filter(is_short, map(plan.dtype, plan.steps)))
     if not formats or plan.lesson is not None:  # what was learned is not in the plan's steps

@@ -21,8 +21,8 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 def remarks(plan: Decision, *, lossless: bool) -> tuple[str, ...]:
     """Write one line each: rounding, copies that stay equal, bad starts, sizes that hardware dislikes."""
     rounding = _rounding(plan) if lossless else ()
-    starts, sizes = _starts(plan), _sizes(plan)
-    return (*rounding, *_equal_copies(plan), *_fresh(plan), *starts, *sizes)
+    copies, fresh = _equal_copies(plan), _fresh(plan)
+    return (*rounding, *copies, *fresh, *_starts(plan), *_sizes(plan))
 
 
 def _rounding(plan: Decision) -> Iterator[str]:

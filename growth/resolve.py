@@ -222,7 +222,8 @@ def _derived(
         UserError.collect(Growth(family, complete, grown).smaller)
         head = _other_heads(draft, complete, grown)
         changes = miniature(draft, complete, grown, depth)
-        before, after = family.sizes(complete), family.sizes(grown)
+        before = family.sizes(complete)
+        after = family.sizes(grown)
         _check_growth_is_tested(draft, before, after, changes)
         if not changes:
             note = f"family {name!r} has no schema here: one was derived, and nothing is widened by it"
@@ -285,7 +286,8 @@ def _other_heads(draft: Draft, source: Config, target: Config) -> str:
     """
     keys = draft.axes.keys
     for key in HEAD_KEYS:
-        before, after = source.get(key), target.get(key)
+        before = source.get(key)
+        after = target.get(key)
         if after and before and after != before:
             return (
                 f"; {key} {before} becomes {after}, so rotary positions would turn other dims by "

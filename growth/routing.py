@@ -71,7 +71,8 @@ def _scales(plan: Decision, change: Change) -> Iterator[str]:
     done = set()
     for step in plan.steps:
         number = change.routed.get(step.name)
-        module, layer = step.tensor.line.name, step.tensor.layer
+        module = step.tensor.line.name
+        layer = step.tensor.layer
         origin = shared.get(module) or experts.get(numbered(step.tensor))
         if origin is None or layer is None or origin in done:
             continue

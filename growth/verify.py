@@ -225,7 +225,8 @@ class Meter:
         receipt = self._compared(after.logits)
         reason = "" if self.passage is None else "as it is on a text"
         receipt = replace(receipt, note=_floor(norm, receipt, reason))
-        before_text, after_text = self.before.continuations, after.continuations
+        before_text = self.before.continuations
+        after_text = after.continuations
         if self.passage is None or before_text is None or after_text is None:
             return receipt
         texts = self.passage.laid_side_by_side(before_text, after_text)

@@ -87,7 +87,8 @@ def tensor_table(plan: Decision) -> list[tuple[str, str, str, int, int]]:
         else:
             pattern = f"{line.out} <- {line.into}"
         first = steps[0]
-        before, after = _shape(first.source_shape), _shape(first.shape)
+        before = _shape(first.source_shape)
+        after = _shape(first.shape)
         shapes = f"{before} → {after}"
         size = sum(map(plan.nbytes, steps))
         table.append((name, pattern, shapes, len(steps), size))

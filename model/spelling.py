@@ -92,7 +92,8 @@ def _older_rope(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str,
         return {}
     full = rope
     sliding: Mapping[str, Any] = {}
-    base, narrow = BASES.get(kind, BASE), ""
+    base = BASES.get(kind, BASE)
+    narrow = ""
     if by_layer:
         full = rope.get(FULL) or {}
         sliding = rope.get(SLIDING) or {}

@@ -369,7 +369,8 @@ def _reached(bench: _Bench) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """
     first = set(_backward(bench, 0))
     second = set(_backward(bench, 1))
-    always, ever = first & second, first | second
+    always = first & second
+    ever = first | second
     parameters = bench.model.named_parameters()
     names = [name for name, _ in parameters]
     reached = {layerless(name) for name in ever}

@@ -65,7 +65,8 @@ class Twin:
         import torch
 
         drawn = torch.Generator().manual_seed(seed)
-        first, stop = self.plain.start + 1, self.plain.stop
+        first = self.plain.start + 1
+        stop = self.plain.stop
         return torch.randint(first, stop, (rows, length), generator=drawn)
 
     def build(self, *, device: torch.device | str = "cpu", attention: str | None = None) -> PreTrainedModel:

@@ -513,7 +513,8 @@ class Expander:
         if axis is None:
             return None
         deviation = self.plan.noise * self._root_mean_square
-        seed, name = self.plan.growth.seed, self.step.name
+        seed = self.plan.growth.seed
+        name = self.step.name
         columns = self.matrix[1]
         axis_map = self.maps[axis]
         return Noise(axis, axis_map, columns, deviation, self.dtype, seed, name)
@@ -608,7 +609,8 @@ class Expander:
     def _stream(self, part: str, width: int, kind: type[np.unsignedinteger]) -> Draws:
         """Random integers of one part of the tensor, row by row; the same stream at every call."""
         if part not in self._draws:
-            seed, name = self.plan.growth.seed, self.step.name
+            seed = self.plan.growth.seed
+            name = self.step.name
             self._draws[part] = Draws(width, kind, seed, name, part)
         return self._draws[part]
 

@@ -22,7 +22,8 @@ def runs(index: np.ndarray, *same: np.ndarray) -> Iterator[slice]:
     for array in same:
         breaks |= array[1:] != array[:-1]
     edges = (np.flatnonzero(breaks) + 1).tolist()
-    starts, stops = [0, *edges], [*edges, len(index)]
+    starts = [0, *edges]
+    stops = [*edges, len(index)]
     for start, stop in zip(starts, stops, strict=True):
         yield slice(start, stop)
 

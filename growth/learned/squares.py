@@ -80,7 +80,8 @@ class Inputs:
 
     def flops(self, rows: int) -> float:
         """FLOPs of the sums and the factor (`rows` 0), or of fitting one matrix of so many rows."""
-        size, tokens = len(self._gram), len(self.read)
+        size = len(self._gram)
+        tokens = len(self.read)
         if rows:
             return 4.0 * rows * size**2
         widths = sum(self._cross.shape)
@@ -322,7 +323,8 @@ class Fitting:
             last_read, last_seen, inputs = self._last
             if last_read is read and last_seen is seen:
                 return inputs
-        rows, source_rows = _rows(read, biased), _rows(seen, biased)
+        rows = _rows(read, biased)
+        source_rows = _rows(seen, biased)
         inputs = Inputs(rows, source_rows, self.ridge)
         self.flops += inputs.flops(0)
         self._last = (read, seen, inputs)

@@ -140,7 +140,8 @@ def _token_folder(folder: Path) -> np.ndarray:
         dtype = np.dtype(manifest["dtype"])
         with reading(folder):
             first = manifest["splits"]["train"]["shards"][0]
-            offset, shape = first.get("offset", 0), (first["tokens"],)
+            offset = first.get("offset", 0)
+            shape = (first["tokens"],)
             file = folder / first["file"]
             return np.memmap(file, dtype, "r", offset, shape)
     except (ValueError, KeyError, TypeError, IndexError) as fault:

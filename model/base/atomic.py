@@ -65,7 +65,8 @@ def exchange(one: Path, other: Path) -> bool:
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     if rename is None:
         return False
-    first, second = os.fsencode(one), os.fsencode(other)
+    first = os.fsencode(one)
+    second = os.fsencode(other)
     status = rename(here, first, here, second, exchange)
     return bool(status == 0)
 

@@ -40,7 +40,8 @@ class UserError(Exception):
 
 def _shortened(word: re.Match[str]) -> str:
     text = word[0]
-    begin, end = text[:100], text[-50:]
+    begin = text[:100]
+    end = text[-50:]
     return f"{begin}… ({len(text):,} characters) …{end}"
 
 

@@ -504,7 +504,7 @@ def _read_value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
         return int(value)
     if hint is Any or type(value) is hint:
         return value
-    faults.append(f"{path}: expected {_spell(hint)}; found {value!r}")
+    faults.append(_misfit(path, hint, value))
     return None
 
 
@@ -522,7 +522,7 @@ def _read_union(arguments: tuple[Any, ...], hint: Any, value: Any, path: str, fa
     if len(options) == 1:
         faults += attempts[0]
     else:
-        faults.append(f"{path}: expected {_spell(hint)}; found {value!r}")
+        faults.append(_misfit(path, hint, value))
     return None
 
 
@@ -548,7 +548,7 @@ def _read_sequence(
     is_list = isinstance(value, (list, tuple))
     wrong_length = fixed and len(value) != len(arguments)
     if not is_list or wrong_length:
-        faults.append(f"{path}: expected {_spell(hint)}; found {value!r}")
+        faults.append(_misfit(path, hint, value))
         return None
     count = len(value)
     kinds = arguments if fixed else (arguments[0],) * count
@@ -566,6 +566,12 @@ TYPE_NAMES: dict[Any, str] = {
     dict: "keys and values",
     type(None): "null",
 }
+
+
+def _misfit(path: str, hint: Any, value: Any) -> str:
+    """Report a value that is not of its type."""
+    wanted = _spell(hint)
+    return f"{path}: expected {wanted}; found {value!r}"
 
 
 def _spell(hint: Any) -> str:

@@ -166,7 +166,8 @@ class Axes:
     def head_keys(self) -> tuple[str, ...]:
         """The keys that multiply the heads: key-value groups where there is more than one, else query
         heads."""
-        heads, kv = self.keys.heads, self.keys.kv
+        heads = self.keys.heads
+        kv = self.keys.kv
         if not heads:
             return ()
         if kv and self.kv > 1 and self.takes_kv:

@@ -366,7 +366,8 @@ class Draft:
 
     @property
     def _head_dim(self) -> int:
-        keys, config = self.axes.keys, self.axes.config
+        keys = self.axes.keys
+        config = self.axes.config
         named = config.get(keys.head_dim or "")
         return int(named or self.axes.hidden // self.axes.heads)
 

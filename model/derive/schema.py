@@ -92,7 +92,8 @@ def drafted_family(
 
 def _further_sizes(draft: Draft, config: Config, lines: Iterable[Line]) -> dict[str, Size]:
     """Say what the sizes of further spaces are: space → (config key, factor)."""
-    keys, mixer = draft.axes.keys, draft.axes.mixer
+    keys = draft.axes.keys
+    mixer = draft.axes.mixer
     axes = [axis for line in lines for axis in line.axes]
     used = [space for axis in axes for space in spaces(axis)]
     named = {space.name for space in used}
@@ -373,7 +374,8 @@ def _braced(names: list[str]) -> list[str]:
         return names
     stems = {_around(match) for match in matches}
     numbers = sorted(int(match[0]) for match in matches)
-    first, last = numbers[0], numbers[-1]
+    first = numbers[0]
+    last = numbers[-1]
     consecutive = list(range(first, last + 1))
     if len(stems) != 1 or numbers != consecutive:
         return names

@@ -158,7 +158,8 @@ def _cut(
     tensor: torch.Tensor, mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0
 ) -> torch.Tensor:
     normal = NormalDist(mean, std)
-    low, high = normal.cdf(a), normal.cdf(b)
+    low = normal.cdf(a)
+    high = normal.cdf(b)
     return _normal(mean, std, low, high)
 
 
