@@ -337,7 +337,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if any(argument in ("-h", "--help") for argument in words):
         defaults = CONF / "grow.yaml"
-        print(f"{__doc__}\nKeys and defaults ({defaults}):\n\n{defaults.read_text()}")
+        text = defaults.read_text()
+        print(f"{__doc__}\nKeys and defaults ({defaults}):\n\n{text}")
         return
     try:
         if words[:1] == ["schema"]:

@@ -35,11 +35,13 @@ def copied(
     chosen = wanted.get(mixture.top_k, chosen_before)
     config = {mixture.top_k: chosen}
     if mixture.size(config, mixture.top_k) > count:
-        fault = f"{mixture.top_k} {chosen} is more than {mixture.count} {count}"
+        most = f"{mixture.count} {count}"
+        fault = f"{mixture.top_k} {chosen} is more than {most}"
         raise UserError(f"target: {fault}")
     own = {mixture.count, mixture.top_k}
     dense = without(wanted, own)
-    dense_plan = within(dense, asked.width, family=mixture.family(source))
+    family = mixture.family(source)
+    dense_plan = within(dense, asked.width, family=family)
     count_key = mixture.count_key(source)
     config = {**dense_plan.target_config, count_key: count, mixture.top_k: chosen}
     family = mixture.family(config)
@@ -84,5 +86,6 @@ def _copies(change: Change, family: Family, copies: AxisMap) -> Iterator[Step]:
             axes = zip(tensor.axes, step.maps, strict=True)
             maps = tuple(copies if axis == Space(EXPERT) else grown for axis, grown in axes)
             is_router = tensor.pattern == f"{change.mixture.router}.weight"
-            finish = Finish(jitter=asked.delta) if is_router and asked.delta > 0 else None
+            is_moved = is_router and asked.delta > 0
+            finish = Finish(jitter=asked.delta) if is_moved else None
             yield replace(step, tensor=tensor, maps=maps, finish=finish)

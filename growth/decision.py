@@ -310,7 +310,8 @@ def source_names(tensor: Tensor, growth: Growth, layers: LayerMap) -> list[str]:
 def source_name(tensor: Tensor, growth: Growth, layer: int | None) -> str:
     """The source tensor, in source layer `layer`, that a target tensor grows from."""
     line = tensor.line
-    is_tied = line.tied_if and growth.family.flag(growth.source_config, line.tied_if)
+    config = growth.source_config
+    is_tied = line.tied_if and growth.family.flag(config, line.tied_if)
     if is_tied and not tensor.is_bias:
         return str(line.tied_to)
     return tensor.name if layer is None else tensor.name_in(layer)

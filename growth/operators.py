@@ -330,7 +330,8 @@ def _random_copies(growth: Growth, space: str, n: int, N: int) -> Expansion:
     first = turned if turned < n else 0
     numbers = generator(growth.seed, "copies", space)
     drawn = numbers.integers(first, n, N - n)
-    index = np.concatenate([np.arange(n), drawn])
+    own = np.arange(n)
+    index = np.concatenate([own, drawn])
     copies = AxisMap.of(n, index)
     gain = growth.attention_gain if is_query else 1.0
     rule = f"{n} → {N}: {N - n} random copies, readers divided"

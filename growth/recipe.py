@@ -111,14 +111,17 @@ class Growth:
         if condition is not None and not family.flag(self.source_config, condition):
             return 1.0
         if scale == "head_dim":
-            return sqrt(self.target["qk"] / self.source["qk"])
+            head_dim = self.source["qk"]
+            return sqrt(self.target["qk"] / head_dim)
         if scale == "none":
             return 1.0
-        return sqrt(self.target_config[scale] / self.source_config[scale])
+        before = self.source_config[scale]
+        return sqrt(self.target_config[scale] / before)
 
     def grows(self, space: str) -> bool:
         """Check whether a space that the family has becomes larger."""
-        return self.source.get(space) != self.target.get(space)
+        before = self.source.get(space)
+        return before != self.target.get(space)
 
 
 @dataclass(frozen=True, eq=False)

@@ -111,7 +111,8 @@ class Bench:
                 likeliest, does not grow.
         """
         hidden = draft.axes.keys.hidden
-        is_no_factor = changes.get(hidden, 0) % draft.axes.hidden
+        grown = changes.get(hidden, 0)
+        is_no_factor = grown % draft.axes.hidden
         if is_no_factor and draft.unproved:
             untested = names_of(draft.unproved)
             raise Unfit(
@@ -165,7 +166,8 @@ class Bench:
         plan = self._plan(draft, changes, depth, "lossless", NOISE, {})
         if not plan.certificate.lossless:
             raise Unfit("; ".join(plan.certificate.reasons))
-        pairs = zip(self._logits_of(plan), self.logits, strict=True)
+        logits = self._logits_of(plan)
+        pairs = zip(logits, self.logits, strict=True)
         errors = [_relative_error(grown, source) for grown, source in pairs]
         return float(torch.stack(errors).max())  # NaN where any is
 
@@ -259,7 +261,8 @@ def _with_cause(draft: Draft, changes: Mapping[str, int], reason: str) -> str:
 def _relative_error(grown: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """Compare logits (row, position, token) with those of the source, which may have fewer tokens."""
     tokens = source.shape[-1]
-    difference = (grown[..., :tokens] - source).abs()
+    kept = grown[..., :tokens]
+    difference = (kept - source).abs()
     return difference.max() / source.abs().max()
 
 

@@ -73,7 +73,8 @@ def _scales(plan: Decision, change: Change) -> Iterator[str]:
         number = change.routed.get(step.name)
         module = step.tensor.line.name
         layer = step.tensor.layer
-        origin = shared.get(module) or experts.get(numbered(step.tensor))
+        expert = experts.get(numbered(step.tensor))
+        origin = shared.get(module) or expert
         if origin is None or layer is None or origin in done:
             continue
         weight = f"{origin}.weight".replace("*", str(layer))
@@ -107,7 +108,8 @@ def _scale(step: Step, before: Step, start: int) -> float | None:
     none.
     """
     factors = []
-    axes = zip(step.maps, before.maps, before.tensor.axes, strict=True)
+    named_axes = before.tensor.axes
+    axes = zip(step.maps, before.maps, named_axes, strict=True)
     for axis, part, named in axes:
         if named == Space(FFN):
             stop = start + axis.target
@@ -189,9 +191,11 @@ def _groups(plan: Decision, change: Change) -> Iterator[str]:
             "groups"
         )
     for step in plan.steps:
-        is_router = step.tensor.pattern == f"{change.mixture.router}.weight"
+        router = f"{change.mixture.router}.weight"
+        is_router = step.tensor.pattern == router
         if is_router and not step.zero:
-            if step.finish is None or step.finish.alike != change.group:
+            finish = step.finish
+            if finish is None or finish.alike != change.group:
                 yield (
                     f"{step.name}: the {change.group} experts of a group have rows of their own, so they "
                     "are not chosen together"

@@ -132,7 +132,8 @@ def _check_groups(mixture: Mixture, count: int, chosen: int, granularity: int) -
         )
     if chosen > count:
         more = f"is more than {mixture.count} {count}"
-        faults.append(f"target: {mixture.top_k} {chosen} {more}")
+        fault = f"{mixture.top_k} {chosen} {more}"
+        faults.append(f"target: {fault}")
     elif chosen % granularity:
         faults.append(
             f"target: {mixture.top_k} {chosen} is no multiple of the granularity {granularity}, so a token "
@@ -236,7 +237,8 @@ def _of_expert(change: Change, tensor: Tensor, step: Step) -> Step:
         expert = change.experts[number]
     units = step.tensor.axes.index(Space(FFN))
     maps = list(step.maps)
-    part = maps[units].cut(expert.start, expert.stop)
+    units_map = maps[units]
+    part = units_map.cut(expert.start, expert.stop)
     maps[units] = part
     reads = step.tensor.reads[units]
     gain = _gain(change, number, reads=reads)
@@ -316,7 +318,8 @@ def _expansions(change: Change, growth: Growth) -> dict[str, Expansion]:
     ffn = dense[FFN]
     units = first.stop - first.start
     routed = ffn.write.target - change.shared
-    rule = f"{routed} units in {change.group} parts of {units}, each {groups} times"
+    parts = f"{change.group} parts of {units}"
+    rule = f"{routed} units in {parts}, each {groups} times"
     write = ffn.write.cut(first.start, first.stop)
     read = ffn.read.cut(first.start, first.stop)
     cut = Expansion.of(write, read, rule)

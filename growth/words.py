@@ -91,7 +91,8 @@ def tensor_table(plan: Decision) -> list[tuple[str, str, str, int, int]]:
         after = _shape(first.shape)
         shapes = f"{before} → {after}"
         size = sum(map(plan.nbytes, steps))
-        table.append((name, pattern, shapes, len(steps), size))
+        count = len(steps)
+        table.append((name, pattern, shapes, count, size))
     return table
 
 

@@ -503,7 +503,8 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         raise
     except Exception as fault:  # the library raises many kinds; the user needs one answer
         lines = str(fault).strip().splitlines()
-        reason = f"{type(fault).__name__}: {lines[0] if lines else 'no details'}"
+        kind = type(fault).__name__
+        reason = f"{kind}: {lines[0] if lines else 'no details'}"
         raise UserError(
             f"source {str(source)!r}: no such folder, and the Hugging Face hub did not give it ({reason}); "
             f"check name and network, or download it elsewhere (`hf download {source}`) and give the folder"
@@ -548,4 +549,5 @@ def names_of(checkpoints: Iterable[str]) -> str:
     """The first few of many names, for an error message."""
     names = sorted(checkpoints)
     first = ", ".join(names[:3])
-    return f"{first}, … ({len(names)} in all)" if len(names) > 3 else first
+    count = f"({len(names)} in all)"
+    return f"{first}, … {count}" if len(names) > 3 else first

@@ -230,7 +230,8 @@ def _overlay(overrides: dict[str, Any], source: Config | None, family: Family | 
     heads = family.field_name("num_attention_heads")
     kv = family.field_name("num_key_value_heads")
     # one key-value head per query head stays so
-    one_each = source.get(kv) == source.get(heads) is not None
+    kv_heads = source.get(kv)
+    one_each = kv_heads == source.get(heads) is not None
     if one_each and kv not in overrides:
         config[kv] = config.get(heads)
     turned = family.rotary_dims(source)

@@ -72,7 +72,8 @@ def document_positions(tokens: Tensor, end_of_text: int) -> Tensor:
 
     `[5, 6, E, 7, E, E, 8]` → `[0, 1, 0, 1, 0, 0, 1]`.
     """
-    places = torch.arange(tokens.shape[1], device=tokens.device)
+    length = tokens.shape[1]
+    places = torch.arange(length, device=tokens.device)
     places = places.expand_as(tokens)
     ends = torch.where(tokens == end_of_text, places, 0)
     return places - ends.cummax(1).values

@@ -77,6 +77,8 @@ def to_raw(values: np.ndarray, dtype: str) -> np.ndarray:
     singles = np.ascontiguousarray(values, dtype=np.float32)
     bits = singles.view(np.uint32)
     is_odd = (bits >> 16) & np.uint32(1)
-    rounded = (bits + np.uint32(0x7FFF) + is_odd) >> 16
+    half = bits + np.uint32(0x7FFF)
+    rounded = (half + is_odd) >> 16
     rounded = rounded.astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+    is_nan = np.isnan(values)
+    return np.where(is_nan, np.uint16(0x7FC0), rounded)

@@ -83,7 +83,8 @@ class Dequantised(Checkpoint):
             grid = self._all[name + SCALE].shape
             expected = self._grid(stored.shape)
             if grid != expected and prod(grid) != prod(expected):
-                fault = f"{name + SCALE} has shape {grid} where {expected} is expected"
+                scale = name + SCALE
+                fault = f"{scale} has shape {grid} where {expected} is expected"
                 faults.append(f"{self.folder}: {fault}")
         return faults[:3]
 

@@ -54,7 +54,8 @@ def unpacked(file: Path) -> Path:
             `gguf` is not installed.
     """
     _check(file)
-    name = f"{file.stem[:100]}-{_identity(file)}"
+    stem = file.stem[:100]
+    name = f"{stem}-{_identity(file)}"
     folder = _cache() / name
     try:
         with one_at_a_time(folder):

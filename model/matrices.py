@@ -68,7 +68,8 @@ def _parameters(twin: Twin) -> dict[str, Parameter]:
     alike: dict[str, list[Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         contracted = seen.contracted.get(name, ())
-        own = Parameter(_kind(name, parameter, seen), tuple(sorted(contracted)))
+        kind = _kind(name, parameter, seen)
+        own = Parameter(kind, tuple(sorted(contracted)))
         alike[layerless(name)].append(own)
     # Where some layers use it and others do not, it is what it is used as.
     return {name: min(kinds, key=_is_unused) for name, kinds in alike.items()}

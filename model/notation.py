@@ -231,7 +231,8 @@ def parse_line(text: str) -> Line:
         words = [] if axes == "scalar" else axes.split(",")
         whole = tuple(map(parse_axis, words))
         only = _numbers(tensor["only"])
-        return Line(tensor["name"], "tensor", Product(whole), None, whole, only=only)
+        product = Product(whole)
+        return Line(tensor["name"], "tensor", product, None, whole, only=only)
     match = _LINE.fullmatch(text.strip())
     if match is None:
         raise ValueError(

@@ -46,7 +46,8 @@ class Start:
         slope, mean = np.polyfit(standard, few, 1)
         line = standard * slope + mean
         least = 1e-9 * slope
-        if np.abs(line - few).max() > least:
+        distance = np.abs(line - few)
+        if distance.max() > least:
             return None
         mean = 0.0 if abs(mean) < least else float(f"{mean:.12g}")
         return mean, float(f"{slope:.12g}")
@@ -64,5 +65,7 @@ class Start:
         """Look up the entries at shares of the distribution between 0 and 1, float64."""
         last = len(self.quantiles) - 1
         count = len(self.quantiles)
-        position = np.clip(shares * count - 0.5, 0, last)
-        return np.interp(position, np.arange(count), self.quantiles)
+        places = shares * count - 0.5
+        position = np.clip(places, 0, last)
+        numbers = np.arange(count)
+        return np.interp(position, numbers, self.quantiles)

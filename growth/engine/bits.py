@@ -91,8 +91,10 @@ def accumulate(raw: np.ndarray, total: np.ndarray, dtype: str) -> None:
 def finite_mean(values: np.ndarray, axis: int) -> np.ndarray:
     """Average the finite entries along an axis, float64; 0 where there are none."""
     finite = np.isfinite(values)
-    total = np.where(finite, values, 0).sum(axis=axis, dtype=np.float64)
-    return total / np.maximum(finite.sum(axis=axis), 1)
+    numbers = np.where(finite, values, 0)
+    total = numbers.sum(axis=axis, dtype=np.float64)
+    count = finite.sum(axis=axis)
+    return total / np.maximum(count, 1)
 
 
 def scaled(
@@ -115,7 +117,8 @@ def scaled(
     unchanged = isinstance(factor, float) and factor == 1
     result = raw
     if not unchanged:
-        result = rounded(floats(raw, dtype), factor, dtype, offset)
+        numbers = floats(raw, dtype)
+        result = rounded(numbers, factor, dtype, offset)
     if out is None:
         return result
     out[...] = result

@@ -31,12 +31,15 @@ class FiniteReader:
         if dtype not in EXPONENT or all_finite(raw, dtype):  # integers are copied by a growth without schema
             return raw
         unsigned = raw.dtype.type
-        without_sign = unsigned(np.iinfo(raw.dtype).max >> 1)
+        largest = np.iinfo(raw.dtype).max
+        without_sign = unsigned(largest >> 1)
         magnitude = raw & without_sign
         infinity = EXPONENT[dtype]
-        row, *others = np.argwhere(magnitude >= infinity)[0]
+        places = np.argwhere(magnitude >= infinity)
+        row, *others = places[0]
         is_infinite = magnitude[(row, *others)] == infinity
-        position = ", ".join(map(str, (row + start, *others)))
+        coordinates = (row + start, *others)
+        position = ", ".join(map(str, coordinates))
         kind = "infinite" if is_infinite else "NaN"
         raise UserError(
             f"{name}: entry [{position}] is {kind}; every copy of it would be too, so nothing is grown: "

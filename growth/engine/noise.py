@@ -58,8 +58,10 @@ class Noise:
         copies = number[self.noisy]
         most = int(copies.max()) + 1
         index = grown.index[self.noisy]
-        self.places = np.full((most, grown.source), -1)
-        self.places[copies, index] = np.flatnonzero(self.noisy)
+        shape = (most, grown.source)
+        self.places = np.full(shape, -1)
+        noisy = np.flatnonzero(self.noisy)
+        self.places[copies, index] = noisy
         self.place_of_last = np.full(grown.source, -1)
         index_of_last = grown.index[self.last]
         self.place_of_last[index_of_last] = np.flatnonzero(self.last)

@@ -63,7 +63,8 @@ def matrix_of(axis: AxisMap) -> Tensor:
     index = axis.index[copies]
     rows[copies, index] = axis.gain[copies]
     is_mean = axis.fill == Fill.MEAN
-    rows[is_mean] = gains[is_mean] / axis.source
+    mean_gains = gains[is_mean]
+    rows[is_mean] = mean_gains / axis.source
     return torch.from_numpy(rows)
 
 
@@ -96,7 +97,8 @@ class Learner(nn.Module):
         for step in plan.steps:
             dims = range(len(step.maps))
             own = [self._number(step, dim, numbers, start, drawn) for dim in dims]
-            self._of[step.name] = (own, self._weights(step))
+            weights = self._weights(step)
+            self._of[step.name] = (own, weights)
 
     def _number(
         self, step: Step, dim: int, numbers: dict[_MapKey, int], start: str, drawn: Any
@@ -209,7 +211,8 @@ def _next_token_loss(model: nn.Module, parameters: dict[str, Tensor], tokens: Te
     """Mean cross-entropy of each next token of `tokens` (b, t), in nats, under these parameters."""
     inputs = {"input_ids": tokens, "use_cache": False}
     out = torch.func.functional_call(model, parameters, kwargs=inputs)
-    predictions = out.logits[:, :-1].flatten(0, 1)
+    logits = out.logits[:, :-1]
+    predictions = logits.flatten(0, 1)
     following = tokens[:, 1:].flatten()
     return nn.functional.cross_entropy(predictions, following)
 
@@ -248,7 +251,8 @@ def learn_maps(
     for step in range(len(losses), lesson.steps):
         first = step * rows
         numbers = np.arange(first, (step + 1) * rows)
-        batch = text.fit[numbers % len(text.fit)]
+        wrapped = numbers % len(text.fit)
+        batch = text.fit[wrapped]
         tokens = torch.from_numpy(batch)
         weights = dict(learner.grown())
         parameters = {name: weights[stored] for name, stored in names.items()}

@@ -42,7 +42,8 @@ _Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a layer beside it
 def products(one: Tensor, other: Tensor) -> Tensor:
     """Σ over tokens of one·otherᵀ, float64: (t, i), (t, s) → (i, s)."""
     total = torch.zeros(one.shape[1], other.shape[1], dtype=torch.float64)
-    parts = zip(one.split(CHUNK), other.split(CHUNK), strict=True)
+    own = one.split(CHUNK)
+    parts = zip(own, other.split(CHUNK), strict=True)
     for left, right in parts:
         total += left.double().T @ right.double()
     return total

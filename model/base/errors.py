@@ -101,4 +101,5 @@ def loading_faults(report: Mapping[str, Iterable[object]]) -> list[str]:
 def in_one_line(fault: BaseException, length: int = 200) -> str:
     """The kind and the beginning of another library's error, to be quoted."""
     message = " ".join(str(fault).split())
-    return f"{type(fault).__name__}: {message[:length]}"
+    kind = type(fault).__name__
+    return f"{kind}: {message[:length]}"

@@ -173,7 +173,8 @@ class _Claim:
                     is_written = len(lines) > 1
                     state = lines[-1].split() if is_written else ["want", "alone"]
                     number = path.name.removeprefix(self._prefix)
-                    yield _Other(number, held=state[0] == "held", shared=state[-1] == "shared")
+                    is_held = state[0] == "held"
+                    yield _Other(number, held=is_held, shared=state[-1] == "shared")
 
 
 def _is_left_over(age: float, lines: list[str]) -> bool:

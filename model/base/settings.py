@@ -69,7 +69,8 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
             if value not in changes:
                 key = value.key_or_group
                 replaced = _is_open(folder / f"{name}.yaml", value)
-                OmegaConf.update(cfg, key, value.value(), merge=not replaced)
+                assigned = value.value()
+                OmegaConf.update(cfg, key, assigned, merge=not replaced)
         return cfg, faults
     except (HydraException, OmegaConfBaseException) as error:
         faults.append(str(error).strip())
@@ -246,7 +247,8 @@ def each_dict_once(parsed: list[Override], faults: list[str]) -> list[Override]:
         for key in dicts:
             name = override.key_or_group
             is_plain_value = name == key and not _is_dict(override)
-            if f"{name}.".startswith(f"{key}.") and not is_plain_value:
+            begins = f"{name}.".startswith(f"{key}.")
+            if begins and not is_plain_value:
                 several.setdefault(key, []).append(override)
     once = [key for key, repeats in several.items() if len(repeats) == 1]
     for key in once:
@@ -269,7 +271,8 @@ def _is_dict(override: Override) -> bool:
 def _inner(override: Override, key: str) -> str:
     """The keys and values of `key` that an override gives, as between braces."""
     below = override.key_or_group.removeprefix(key).lstrip(".")
-    value = str(override.input_line).partition("=")[2].strip()
+    line = str(override.input_line)
+    value = line.partition("=")[2].strip()
     parts = below.split(".") if below else []
     for part in reversed(parts):
         value = f"{{{part}:{value}}}"
@@ -461,7 +464,8 @@ def read(cls: type[T], values: Any, path: str, faults: list[str]) -> T | None:
         dotted = f"{path}{name}"
         if name in values and values[name] != MISSING:
             value = values[name]
-            fitting[name] = _read_value(hints[name], value, dotted, faults)
+            hint = hints[name]
+            fitting[name] = _read_value(hint, value, dotted, faults)
         elif _is_required(field):
             missing = True
             # Unless it is reported already why it is not there.

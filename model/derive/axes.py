@@ -199,7 +199,8 @@ class Axes:
             return self.keys.heads is not None
         doubled_lengths: list[int] = []
         for name in moved:
-            pairs = zip(self.shapes[name], moved[name], strict=True)
+            before = self.shapes[name]
+            pairs = zip(before, moved[name], strict=True)
             doubled_lengths += [before for before, after in pairs if after == 2 * before]
         least = 2 * self.heads
         return not any(length > least for length in doubled_lengths)

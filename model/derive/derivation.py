@@ -92,7 +92,8 @@ def tiny_configs(config: Config) -> Iterator[dict[str, Any]]:
     complete, attribute_map = _completed(config)
     keys = Keys.of(complete, attribute_map)
     depth = complete[keys.layers]
-    tiny = shrunken(complete, keys.layers, kept_layers(complete, depth))
+    kept = kept_layers(complete, depth)
+    tiny = shrunken(complete, keys.layers, kept)
     yield from _twins(tiny, keys)
     if twice := two_of_each_kind(complete, depth):
         yield from _twins(shrunken(complete, keys.layers, twice), keys)

@@ -72,7 +72,8 @@ def _pictures(vision: Any) -> Iterator[Inputs]:
         side = 2 * int(merged)
         frames = int(getattr(vision, "temporal_patch_size", 1))
         entries = channels * frames * patch * patch
-        patches = torch.randn(side * side, entries, generator=numbers, dtype=torch.float64)
+        count = side * side
+        patches = torch.randn(count, entries, generator=numbers, dtype=torch.float64)
         grid = torch.tensor([[1, side, side]])
         yield {"pixel_values": patches, "image_grid_thw": grid}
     if patch:

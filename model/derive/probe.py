@@ -134,7 +134,8 @@ def tied_names(config: Config, names: Iterable[str]) -> list[str]:
 def _ends_alike(name: str, other: str) -> bool:
     """Check whether two names are the same, but for what precedes one of them."""
     dotted = f".{name}"
-    ends_alike = other.endswith(dotted) or name.endswith(f".{other}")
+    other_dotted = f".{other}"
+    ends_alike = other.endswith(dotted) or name.endswith(other_dotted)
     return name == other or ends_alike
 
 
@@ -167,7 +168,8 @@ def scramble(model: PreTrainedModel, seed: int = 1) -> None:
     numbers = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            normal = torch.randn(parameter.shape, generator=numbers, dtype=torch.float64)
+            shape = parameter.shape
+            normal = torch.randn(shape, generator=numbers, dtype=torch.float64)
             values = normal * 0.2
             of_norm = "norm" in name.lower() and "bias" not in name
             is_scale = of_norm and parameter.ndim == 1

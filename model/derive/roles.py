@@ -431,7 +431,8 @@ class Draft:
         path = name.rpartition(f".{leaf}")[0]
         in_attention = "att" in path.lower()
         rows, columns = seen.shape
-        return in_attention and rows == columns and seen.reads[dim]
+        is_square = rows == columns
+        return in_attention and is_square and seen.reads[dim]
 
     # ---- the family as one ----
 

@@ -173,7 +173,8 @@ def _line(draft: Draft, name: str, twin: str, config: Config, shapes: Shapes) ->
     if is_weight and seen.norm and not _is_number(axes[0]):
         has_bias = bias == shape
         return _norm_line(draft, seen, module, axes[0], has_bias=has_bias)
-    has_sides = seen.indexed or seen.reads.count(True) == 1
+    reads_once = seen.reads.count(True) == 1
+    has_sides = seen.indexed or reads_once
     is_matrix = is_weight and len(shape) == 2
     if is_matrix and has_sides:
         transposed = seen.indexed or seen.reads[0]  # stored (in, out)
@@ -279,7 +280,8 @@ def _sizes(draft: Draft, config: Config) -> dict[str, int]:
         all_heads = int(config[mixer.heads])
         groups = mixer.count(config)
         sizes[mixer.heads] = all_heads // groups
-        sizes[mixer.dim] = int(config[mixer.dim])
+        dim = int(config[mixer.dim])
+        sizes[mixer.dim] = dim
     return sizes
 
 

@@ -299,7 +299,8 @@ class _Pen(TorchDispatchMode):
 def _pair(args: Sequence[Any], missing: Sequence[float]) -> tuple[float, float]:
     """Two numbers, of which PyTorch leaves the last ones out where they are its own."""
     defaults = missing[len(args) :]
-    first, second = [*args[:2], *defaults][:2]
+    both = [*args[:2], *defaults]
+    first, second = both[:2]
     return float(first), float(second)
 
 

@@ -317,7 +317,8 @@ def _behaviour(module: torch.nn.Module, weight: torch.Tensor) -> tuple[str, floa
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Check that two tensors hold the same entries, in rows of the same length."""
-    same_rows = one.shape[-1] == other.shape[-1]
+    length = one.shape[-1]
+    same_rows = length == other.shape[-1]
     if not same_rows or one.numel() != other.numel():
         return False
     return torch.equal(one.flatten(), other.flatten())
