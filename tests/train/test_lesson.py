@@ -45,6 +45,19 @@ def test_a_run_starts_from_what_was_learned_and_pays_for_it(
 
 
 @pytest.mark.slow
+def test_a_run_starts_from_predicted_layers_and_pays_for_them(overrides: list[str], tmp_path: Path) -> None:
+    own = [one for one in without_target(overrides) if not one.startswith("growth=")]
+    three, four = (TARGET.replace("num_hidden_layers:1", f"num_hidden_layers:{count}") for count in (3, 4))
+    source = loop.train(compose([*own, three, "growth=scratch", f"out={tmp_path / 'source'}"])) / "final"
+    asked = [*own, four, f"source={source}", "growth=lesa", "transfer.optimizer=null"]
+    folder = loop.train(compose([*asked, f"out={tmp_path / 'run'}"]))
+    learned = json.loads((folder / "start" / "growth.json").read_text())["learned"]
+    ledger = json.loads((folder / "final" / "ledger.json").read_text())
+    assert ledger["operator_flops"] == learned["flops"] > 0
+    assert learned["matrices"] > 0
+
+
+@pytest.mark.slow
 def test_the_validation_text_is_refused(overrides: list[str], source: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
