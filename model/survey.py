@@ -72,6 +72,7 @@ class Survey:
     future: Answer[float]
     leak: Answer[float]
     masked_leak: Answer[float]
+    place: Answer[float]
     unreached: Answer[tuple[str, ...]]
     sometimes: Answer[tuple[str, ...]]
 
@@ -157,6 +158,7 @@ def _survey(twin: Twin, attention: str, device: str, precision: str) -> Survey:
         allowed = TOLERANCE[precision]
         holds = leak.value is not None and leak.value <= allowed
         unreached, sometimes = reached.value or (None, None)
+        no_masks: Answer[float] = Answer(None, "positions that restart are enough")
         return Survey(
             device=device if device == "cpu" else torch.cuda.get_device_name(device),
             precision=precision,
@@ -165,9 +167,8 @@ def _survey(twin: Twin, attention: str, device: str, precision: str) -> Survey:
             head=_measured(lambda: _head(bench)),
             future=_measured(lambda: _future(bench)),
             leak=leak,
-            masked_leak=Answer(None, "positions that restart are enough")
-            if holds
-            else _measured(lambda: _masked_leak(bench)),
+            masked_leak=no_masks if holds else _measured(lambda: _masked_leak(bench)),
+            place=no_masks if holds else _measured(lambda: _moved_by_place(bench)),
             unreached=Answer(unreached, reached.reason),
             sometimes=Answer(sometimes, reached.reason),
         )
@@ -345,6 +346,19 @@ def _moved_by_masks(bench: _Bench) -> float:
     masked = documents_apart(text, bench.end_of_text, bench.attention, config)
     after = bench.logits(masked)
     return relative(after, bench.steady({"input_ids": text}))
+
+
+def _moved_by_place(bench: _Bench) -> float:
+    """Measure how far a document's logits move when it stands at its row's start, masks handed over."""
+    text = bench.text(0)
+    text[:, [0, CUT]] = bench.end_of_text
+    first, second = text[:, :CUT], text[:, CUT:]
+    turned = torch.cat((second, first), 1)
+    rows = (
+        documents_apart(one, bench.end_of_text, bench.attention, bench.model.config) for one in (text, turned)
+    )
+    late, early = map(bench.steady, rows)
+    return relative(late[:, CUT:], early[:, : LENGTH - CUT])
 
 
 def _leak(bench: _Bench, *, masked: bool = False) -> float:

@@ -24,6 +24,7 @@ ASKED: dict[str, Any] = {
     "future": 0.0,
     "leak": 1.2,
     "masked_leak": 1.1,
+    "place": 0.0,
     "unreached": ["model.vision.*.weight"],
     "sometimes": [],
     "flops": {"source": "PyTorch's counter", "apart": 0.0},
@@ -69,19 +70,21 @@ def test_a_row_has_a_value_or_a_refusal_in_each_cell(bench: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    ("leak", "masked", "words"),
+    ("leak", "masked", "place", "words"),
     [
-        (0.0, {"refused": "positions that restart are enough"}, "holds"),
-        (0.9, 1e-7, "holds by masks"),
-        (0.9, 0.8, "leaks 0.8"),
-        (0.9, {"refused": "flash-attn takes no masks"}, "leaks 0.9"),
-        ({"refused": "TypeError"}, {"refused": "TypeError"}, "no: TypeError"),
+        (0.0, {"refused": "positions that restart are enough"}, {"refused": "as above"}, "holds"),
+        (0.9, 1e-7, 1e-7, "holds by masks"),
+        (0.9, 1e-7, 0.3, "holds by masks, positions go on"),
+        (0.9, 0.8, 0.0, "leaks 0.8"),
+        (0.9, {"refused": "flash-attn takes no masks"}, 0.0, "leaks 0.9"),
+        ({"refused": "TypeError"}, {"refused": "TypeError"}, {"refused": "TypeError"}, "no: TypeError"),
     ],
 )
 def test_documents_are_kept_apart_by_positions_or_by_masks(
-    bench: ModuleType, leak: Any, masked: Any, words: str
+    bench: ModuleType, leak: Any, masked: Any, place: Any, words: str
 ) -> None:
-    assert bench.document_mask({**ASKED, "leak": leak, "masked_leak": masked}, 1e-4) == words
+    story = {**ASKED, "leak": leak, "masked_leak": masked, "place": place}
+    assert bench.document_mask(story, 1e-4) == words
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
         if run_folder.is_complete(folder):
             missing = run_folder.unkept(folder, run, settings)
             if not missing:
-                console.say(f"already complete: {folder}")
+                console.say(f"already complete: {folder}{run_folder.texts_elsewhere(run, settings)}")
                 return folder
             new_dtype = run_folder.recast_to(folder, run, settings)
             if new_dtype is None:
@@ -182,7 +182,7 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
                     trunk=trunk,
                     **measurements,
                 )
-                warnings = list(tokenizer_warnings(settings, source, data))
+                warnings = list(tokenizer_warnings(settings, source, data, teaching))
                 warnings += rate_warnings(settings, run.parameters)
                 for line in warnings:
                     console.say(line)

@@ -111,6 +111,18 @@ def test_whether_documents_are_kept_apart(name: str, apart: bool) -> None:
     assert bool(found.masked_leak.reason) is (found.masked_leak.value is None)
 
 
+@pytest.mark.parametrize(
+    ("name", "restart"), [("opt", True), ("falcon", True), ("bart", False), ("marian", False)]
+)
+def test_whether_positions_restart_under_masks_that_are_handed_over(name: str, restart: bool) -> None:
+    """BART's decoder takes no positions: it counts its own, over the whole row."""
+    found = seen(name)
+    assert found.same(found.masked_leak)
+    assert found.same(found.place) is restart
+    assert restart or (found.place.value or 0.0) > 0.01
+    assert seen("llama").place.reason == "positions that restart are enough"
+
+
 def test_masks_that_forget_a_sliding_window_are_no_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     """A twin's text is shorter than the windows of real configs, so it is asked with a small one too."""
     whole = surveys.documents_apart

@@ -175,7 +175,12 @@ def test_a_complete_run_returns_at_once_and_is_not_touched(
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     monkeypatch.setattr(loop, "session", None)  # nothing past the first banner may run
     assert loop.train(dataclasses.replace(at(settings, finished), progress="lines")) == finished
-    assert "already complete" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(f"already complete: {finished}\n")
+    for key in ("path", "validation_path"):
+        data = dataclasses.replace(settings.data, **{key: "other"})
+        other = dataclasses.replace(at(settings, finished), progress="lines", data=data)
+        assert loop.train(other) == finished
+        assert f"it read data.{key}={getattr(settings.data, key)}, not other:" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 

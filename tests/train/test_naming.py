@@ -42,6 +42,10 @@ GIVEN = ["experiment=tiny_short", "growth=lossless"]
         ("train.document_mask=true train.gradient_clip=null", "-document_mask_true-gradient_clip_none"),
         ("data.seed=3 optimizer.betas=[0.9,0.99]", "-data_seed3-betas_0.9_0.99"),
         ("data=files data.path=texts", "-data_files-path_texts"),
+        (
+            "data=tokens data.path=a.bin data.validation_path=b.bin data.tokenizer=gpt2",
+            "-data_tokens-tokenizer_gpt2-path_a.bin-validation_path_b.bin",
+        ),
         ("source=runs/mine-scratch-s0/final", "-source_mine_scratch_s0"),
         ("growth.noise=0.25", "-noise0.25"),
         ("target={hidden_size:96,num_hidden_layers:4}", "-hidden_size96-num_hidden_layers4"),

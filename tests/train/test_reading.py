@@ -16,7 +16,7 @@ from outgrow.model.base.errors import UserError
 from outgrow.train import loop
 from outgrow.train.corpus import prepare
 from outgrow.train.data.tokenizer import has_tokenizer, save_tokenizer, tokenizer_identity, train_tokenizer
-from outgrow.train.run.reading import loss_warnings, rate_warnings, reading
+from outgrow.train.run.reading import loss_warnings, rate_warnings, reading, tokenizer_warnings
 from outgrow.train.run.record import RunRecord
 from outgrow.train.settings import Settings, compose
 
@@ -100,6 +100,16 @@ def test_training_another_tokenizer_is_asked_for_and_warned_of(
     said = capsys.readouterr().out
     assert "warning: data.tokenizer=train is not the tokenizer that the source" in said
     assert rows(folder, "eval")
+
+
+def test_a_teacher_of_other_tokens_is_warned_of(settings: Settings, source: Path, tmp_path: Path) -> None:
+    data = prepare(settings.data, progress=False)
+    own = shutil.copytree(data.tokenizer_folder, tmp_path / "own")
+    (warning,) = tokenizer_warnings(settings, None, data, source)
+    assert warning.startswith(f"warning: the teacher {source} was trained with another tokenizer than")
+    (tmp_path / "bare").mkdir()
+    for teacher in (own, tmp_path / "bare", None):
+        assert list(tokenizer_warnings(settings, None, data, teacher)) == []
 
 
 def test_a_source_without_a_tokenizer_is_read_as_ever(settings: Settings, tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ processes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from outgrow.model.base.files import read_object, telling_disk_faults
 from outgrow.model.base.locks import Lock
 from outgrow.train.run.record import RunRecord, SourceCost
 from outgrow.train.settings import Settings, identity, settings_hash
+from outgrow.train.start.neutral import flatten, is_text
 
 RUN, METRICS, SUMMARY, START, CHECKPOINTS, FINAL = (
     "run.json",
@@ -67,6 +70,14 @@ def unkept(folder: Path, run: RunRecord, settings: Settings) -> str | None:
         return None
     asked = final_dtype(folder, settings, run.start.source_dtype)
     return None if asked == kept_dtype(folder) else f"its weights in {asked} (train.save_dtype)"
+
+
+def texts_elsewhere(run: RunRecord, settings: Settings) -> str:
+    """Say where the text lies that a complete run has read, if that is not where it is asked for now."""
+    asked = flatten(json.loads(json.dumps(asdict(settings))))
+    differing = differing_settings(flatten(run.settings), asked)
+    lines = [f"{key}={before}, not {after}" for key, (before, after) in differing.items() if is_text(key)]
+    return f" (it read {'; '.join(lines)}: another text wants a name= of its own)" if lines else ""
 
 
 def recast_to(folder: Path, run: RunRecord, settings: Settings) -> str | None:

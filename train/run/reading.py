@@ -62,8 +62,16 @@ def _still_there(kept: Mapping[str, str]) -> str:
     return tokenizer if has_tokenizer(Path(tokenizer)) else f"{kept['folder']}/tokenizer"
 
 
-def tokenizer_warnings(settings: Settings, source: Path | None, data: TokenData) -> Iterator[str]:
-    """Warn before weights that have learnt one tokenizer's ids read another's."""
+def tokenizer_warnings(
+    settings: Settings, source: Path | None, data: TokenData, teacher: Path | None = None
+) -> Iterator[str]:
+    """Warn before weights that have learnt one tokenizer's ids read another's, and before such a teacher."""
+    if teacher is not None and has_tokenizer(teacher) and not _cuts(teacher, data):
+        yield (
+            f"warning: the teacher {teacher} was trained with another tokenizer than the one that cuts the "
+            "text: what it predicts stands for other tokens; give its own (data.tokenizer=FOLDER), or a "
+            "teacher of this one"
+        )
     if source is None or settings.growth.operator == "scratch":
         return
     if not has_tokenizer(source):
@@ -73,12 +81,17 @@ def tokenizer_warnings(settings: Settings, source: Path | None, data: TokenData)
                 "the text: unless the source has learnt its ids, give the source's own as "
                 "data.tokenizer=FOLDER"
             )
-    elif tokenizer_identity(str(source)) != tokenizer_identity(str(data.tokenizer_folder)):
+    elif not _cuts(source, data):
         yield (
             f"warning: data.tokenizer={settings.data.tokenizer} is not the tokenizer that the source "
             f"{settings.source} was trained with: its embeddings stand for other tokens, and much of what "
             "it knows is lost; data.tokenizer=null keeps the source's own"
         )
+
+
+def _cuts(model: Path, data: TokenData) -> bool:
+    """True if the tokenizer in a model's folder is the one that has cut the text."""
+    return tokenizer_identity(str(model)) == tokenizer_identity(str(data.tokenizer_folder))
 
 
 def rate_warnings(settings: Settings, parameters: int) -> Iterator[str]:

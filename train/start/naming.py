@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outgrow.model.base.settings import CONF, compose_config, plain
-from outgrow.train.start.neutral import flatten, is_neutral
+from outgrow.train.start.neutral import flatten, is_neutral, is_text
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -32,7 +32,6 @@ COMPUTED = (
     *("data.shard_tokens", "data.model_max_length"),
 )
 ELSEWHERE = ("study", "seed", "name", "changes", "growth.name")  # have a place of their own in a name
-TEXT = "data.path"  # where the same text lies changes nothing, another text does
 SHORT = {"optimizer.learning_rate": "lr"}
 LONGEST_VALUE, LONGEST = 40, 150  # characters, of 255 that a file system gives a name
 
@@ -113,8 +112,7 @@ def _of(values: Mapping[str, Any], group: str) -> dict[str, Any]:
 
 def _shows(key: str) -> bool:
     """True for a setting that is told in a name."""
-    of_mixture = key.startswith("mixture.sources.")
-    if key == TEXT or (of_mixture and key.endswith(f".{TEXT}")):
+    if is_text(key):
         return True
     silent = is_neutral(key) or key in (*COMPUTED, *ELSEWHERE)
     group = key.split(".")[0]

@@ -26,6 +26,15 @@ NEUTRAL = (
     "train.skip_nonfinite",  # a run that had to stop may go on with more of them
 )
 
+# where the same text lies changes nothing, another text does
+TEXTS = ("data.path", "data.validation_path")
+
+
+def is_text(key: str) -> bool:
+    """True for a setting, by its dotted key, that says where a text lies."""
+    of_a_source = key.startswith("mixture.sources.") and key.endswith(tuple(f".{text}" for text in TEXTS))
+    return key in TEXTS or of_a_source
+
 
 def is_neutral(key: str) -> bool:
     """True for a setting, by its dotted key, that changes nothing in the result."""

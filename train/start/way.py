@@ -87,6 +87,12 @@ def find_way(
         masked = True
         leak = f"positions that restart do not keep documents apart ({_difference(answers, 'leak')})"
         lines.append(f"{title}: {leak}: their masks are handed over")
+        if not answers.same(answers.place):
+            difference = _difference(answers, "place")
+            lines.append(
+                f"{title}: positions do not restart in a document, they count from the row's start "
+                f"({difference})"
+            )
     elif settings.document_mask and not answers.same(answers.leak):
         faults.append(_leaks(config, title, answers, device, precision))
     wants_fused = settings.loss != "plain"
