@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from outgrow.experiments.runs import SCRATCH, SOURCE, Run, listed
 from outgrow.model.base.errors import UserError
 from outgrow.model.spelling import both_spellings
+from outgrow.train.run.record import SourceCost
 from outgrow.train.settings import identity
 
 Read = Callable[[Run], Any]
@@ -90,12 +92,12 @@ def differences(runs: Sequence[Run], stated: Sequence[tuple[str, str]] = ()) -> 
         stated: (arm, setting) pairs that the comparison states elsewhere, as the change that it measures.
     """
     ordered = sorted(runs, key=lambda run: run.arm)
+    sentences = _differing_sources(ordered)
     settings = [(run.arm, _beside_the_question(run)) for run in ordered]
     elsewhere = {*stated, (SOURCE, "train.budget_tokens")}  # the control arm trains for equal FLOPs
     keys: set[str] = set()
     for _, values in settings:
         keys.update(values)
-    sentences = []
     for key in sorted(keys):
         arms: dict[str, list[str]] = defaultdict(list)  # value → the arms that have it
         for arm, values in settings:
@@ -106,6 +108,26 @@ def differences(runs: Sequence[Run], stated: Sequence[tuple[str, str]] = ()) -> 
             having = {value: ", ".join(dict.fromkeys(names)) for value, names in arms.items()}
             parts = [f"{value} ({names})" for value, names in having.items()]
             sentences.append(f"{key}: " + "; ".join(parts))
+    return sentences
+
+
+def _differing_sources(runs: Sequence[Run]) -> list[str]:
+    """A sentence on each seed whose arms start from different sources: what its source knew is no gain of a
+    growth.
+    """
+    sentences = []
+    for seed in sorted({run.seed for run in runs}):
+        arms: dict[SourceCost, list[str]] = {}
+        paths: dict[SourceCost, str] = {}
+        for run in runs:
+            if run.seed == seed and run.source is not None:
+                known = replace(run.source, path=None)  # the same wherever it lies
+                same = run.source if known == SourceCost() else known
+                arms.setdefault(same, []).append(run.arm)
+                paths.setdefault(same, run.source.path or "no path")
+        if len(arms) > 1:
+            parts = [f"{paths[same]} ({', '.join(dict.fromkeys(having))})" for same, having in arms.items()]
+            sentences.append(f"source, seed {seed}: " + "; ".join(parts))
     return sentences
 
 

@@ -56,6 +56,7 @@ from outgrow.train.start.source import (
     grow_on,
     source_cost,
     source_dtype,
+    start_read,
     target_config,
     weights_read,
 )
@@ -178,7 +179,7 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
                     settings,
                     start=start,
                     spans=tuple(spans),
-                    weights=digests,
+                    weights=digests | start_read(stages[0], folder),
                     trunk=trunk,
                     **measurements,
                 )
@@ -190,6 +191,8 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
             accelerator.wait_for_everyone()
             run = run_folder.read_run(folder)
             assert run is not None
+        elif main and not state.complete(checkpoints):
+            digests |= start_read(stages[0], folder)
         cost = source_cost(settings, source)
         run_folder.check_same_inputs(folder, run, data.fingerprint, cost, digests)
 

@@ -297,6 +297,25 @@ def test_what_differs_beside_the_growth_is_told_with_its_values(tmp_path: Path) 
     )
 
 
+def test_arms_from_different_sources_are_told(tmp_path: Path) -> None:
+    """Of one seed; each seed may have its own, and where it lies says nothing."""
+    other = SOURCE | {"path": "runs/o/final", "val_loss": 3.0}
+    elsewhere = SOURCE | {"path": "copies/s"}
+    folders = [fabricate(tmp_path, "scratch", [5.0, 3.0], seed=seed) for seed in (0, 1)]
+    folders += [fabricate(tmp_path, "tile", [5.0, 3.0], source=SOURCE)]
+    folders += [fabricate(tmp_path, "tile", [5.0, 3.0], source=other, seed=1)]
+    folders += [fabricate(tmp_path, "lossless", [5.0, 3.0], source=elsewhere)]
+    assert differences(read_runs(folders)[0]) == []
+    folders += [fabricate(tmp_path, "stack", [5.0, 3.0], source=other)]
+    assert differences(read_runs(folders)[0]) == [
+        "source, seed 0: copies/s (lossless, tile); runs/o/final (stack)"
+    ]
+    for arm, path in (("net2net", "a"), ("solar", "b")):  # of which nothing is known but where they lie
+        folders += [fabricate(tmp_path, arm, [5.0, 3.0], source={"path": path}, seed=1)]
+    sentence = differences(read_runs(folders)[0])[1]
+    assert sentence == "source, seed 1: a (net2net); b (solar); runs/o/final (tile)"
+
+
 def test_without_scratch_there_is_no_comparison(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no complete scratch run among st-tile"):
         comparable(fabricate(tmp_path, "tile", [5.0, 3.0]))

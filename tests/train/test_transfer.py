@@ -368,9 +368,46 @@ def test_weights_replaced_between_two_starts_are_refused(
     raw[-1] ^= 1
     file.write_bytes(raw)
     with pytest.raises(
-        UserError, match=r"the weights of the (teacher|source) has changed since this run began"
+        UserError, match=r"the weights of the (teacher|source) have changed since this run began"
     ):
         loop.train(settings)
+
+
+@pytest.mark.slow
+def test_a_start_that_is_damaged_before_its_first_checkpoint_is_refused(
+    overrides: list[str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bit of the grown start; a checkpoint's weights stand in for its own."""
+    own = [*without_target(overrides), "growth=lossless", "target={num_hidden_layers:2}"]
+    settings = compose([*own, f"source={source}", f"out={tmp_path / 'run'}"])
+
+    def stopping_after(steps: int) -> Any:
+        step, calls = Step.__call__, []
+
+        def limited(self: Step, i: int) -> Any:
+            calls.append(i)
+            if len(calls) > steps:
+                raise ZeroDivisionError
+            return step(self, i)
+
+        return limited
+
+    for _ in range(2):  # untouched, it begins again
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(Step, "__call__", stopping_after(0))
+            loop.train(settings)
+    file = tmp_path / "run" / "start" / "model.safetensors"
+    whole = file.read_bytes()
+    damaged = whole[:-1] + bytes([whole[-1] ^ 1])
+    file.write_bytes(damaged)
+    with pytest.raises(UserError, match="the weights of the start have changed since this run began"):
+        loop.train(settings)
+    file.write_bytes(whole)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(Step, "__call__", stopping_after(3))
+        loop.train(settings)
+    file.write_bytes(damaged)
+    assert (loop.train(settings) / "summary.json").is_file()
 
 
 @pytest.mark.slow

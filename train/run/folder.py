@@ -211,8 +211,9 @@ def check_same_inputs(
     for name, digest in weights.items():
         if run.weights.get(name, digest) != digest:
             changed.append(f"weights of the {name}")
-    advice = "has changed since this run began; delete the folder to begin anew, or put it back"
-    UserError.collect(f"{folder}: the {name} {advice}" for name in changed)
+    advice = "changed since this run began; delete the folder to begin anew, or put it back"
+    have = {name: "have" if name.startswith("weights") else "has" for name in changed}
+    UserError.collect(f"{folder}: the {name} {have[name]} {advice}" for name in changed)
 
 
 @contextmanager

@@ -161,6 +161,12 @@ def weights_read(settings: Settings, source: Path | None, teacher: Path | None) 
     return hashes
 
 
+def start_read(stage: Stage, folder: Path) -> dict[str, str]:
+    """The hash of the weights that a run's first stage was grown to; nothing where it starts otherwise."""
+    start = stage.start(folder)
+    return {} if stage.growth.operator in UNGROWN or not start.is_dir() else {"start": _fingerprint(start)}
+
+
 def _fingerprint(folder: Path) -> str:
     """A hash of the names and contents of a checkpoint's config and weights."""
     digest = hashlib.sha256()
