@@ -284,6 +284,12 @@ def test_with_checkpointing_the_layer_that_is_computed_again_is_counted(family: 
         ("NVIDIA GeForce RTX 4090", 165e12, 24),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
         ("NVIDIA GeForce RTX 4090 D", None, None),
+        ("NVIDIA GeForce RTX 3090 Ti", None, None),
+        ("NVIDIA A40-48Q", None, None),
+        ("NVIDIA A100-SXM-64GB", None, None),
+        ("NVIDIA H100 NVL", 835e12, 87),
+        ("NVIDIA H200 NVL", 835e12, 131),
+        ("NVIDIA RTX 4000 Ada Generation", None, None),
     ],
 )
 def test_devices_are_told_by_their_exact_names(device: str, peak: float | None, memory: float | None) -> None:
@@ -298,6 +304,15 @@ def test_the_experiment_fits_and_what_does_not_is_told_the_way_out() -> None:
     assert "does not fit in 80 GiB" in said
     for key in ("sharding=full", "train.checkpointing=true", "train.micro_batch=4"):
         assert f"with {key}: {forecast(compose([*whole, key])).memory.total / GIB:.1f} GiB, fits" in said
+
+
+@pytest.mark.slow
+def test_a_device_of_unknown_memory_is_said_to_be_one() -> None:
+    given = ["growth=scratch", "target=tiny_target", "forecast.gpus=1"]
+    said = tell(compose([*given, "forecast.device=L4"]))
+    assert "; how much memory L4 has is not known (sharding none)" in said
+    assert "FLOP/s × MFU" in said
+    assert "hours         not known for A40-48Q" in tell(compose([*given, "forecast.device=A40-48Q"]))
 
 
 @pytest.mark.slow

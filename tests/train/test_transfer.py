@@ -381,21 +381,21 @@ def test_a_start_that_is_damaged_before_its_first_checkpoint_is_refused(
     own = [*without_target(overrides), "growth=lossless", "target={num_hidden_layers:2}"]
     settings = compose([*own, f"source={source}", f"out={tmp_path / 'run'}"])
 
-    def stopping_after(steps: int) -> Any:
-        step, calls = Step.__call__, []
+    def stop_before(stop: int) -> None:
+        step = Step.__call__
 
         def limited(self: Step, i: int) -> Any:
-            calls.append(i)
-            if len(calls) > steps:
+            if i == stop:
                 raise ZeroDivisionError
             return step(self, i)
 
-        return limited
+        with monkeypatch.context() as patch:
+            patch.setattr(Step, "__call__", limited)
+            with pytest.raises(ZeroDivisionError):
+                loop.train(settings)
 
     for _ in range(2):  # untouched, it begins again
-        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-            patch.setattr(Step, "__call__", stopping_after(0))
-            loop.train(settings)
+        stop_before(0)
     file = tmp_path / "run" / "start" / "model.safetensors"
     whole = file.read_bytes()
     damaged = whole[:-1] + bytes([whole[-1] ^ 1])
@@ -403,9 +403,7 @@ def test_a_start_that_is_damaged_before_its_first_checkpoint_is_refused(
     with pytest.raises(UserError, match="the weights of the start have changed since this run began"):
         loop.train(settings)
     file.write_bytes(whole)
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(Step, "__call__", stopping_after(3))
-        loop.train(settings)
+    stop_before(3)
     file.write_bytes(damaged)
     assert (loop.train(settings) / "summary.json").is_file()
 

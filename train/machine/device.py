@@ -26,14 +26,16 @@ if TYPE_CHECKING:
     from outgrow.train.settings import ShardingSettings
 
 # Dense bf16 matrix FLOP/s of one device, from the vendor's data sheets; the first whose words all occur in
-# the device's own name counts.
+# the device's own name counts, where nothing else in that name tells another product.
 PEAK_BF16_FLOPS = {
     "B200": 2250e12,
     "GH200": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "H800 PCIe": 756e12,
     "H800": 989e12,
     "A100": 312e12,
     "A800": 312e12,
@@ -50,7 +52,9 @@ MEMORY_GIB = {
     "A100-80GB": 80,
     "A100-40GB": 40,
     "A100": 80,
+    "H100 NVL": 87,
     "H100": 80,
+    "H200 NVL": 131,
     "H200": 131,
     "B200": 167,
     "L40S": 45,
@@ -63,6 +67,7 @@ MEMORY_GIB = {
 # more is the one with 80 GB for SXM.
 BANDWIDTH = {
     "B200": 8000e9,
+    "H200 NVL": 4800e9,
     "H200": 4800e9,
     "H100 PCIe": 2000e9,
     "H100 NVL": 3900e9,
@@ -78,6 +83,9 @@ BANDWIDTH = {
     "RTX 4090": 1008e9,
     "RTX 3090": 936e9,
 }
+
+# words of a name that tell no product apart: the maker, the slot, the memory's kind, and its size as sold
+NO_PRODUCT = re.compile(r"nvidia|geforce|tesla|gpu|pcie|sxm\d?|hbm\d?e?|(40|80|141)gb")
 
 
 @contextmanager
@@ -213,17 +221,17 @@ def peak_flops(name: str, precision: str) -> float | None:
 
 
 def named(table: Mapping[str, float], name: str) -> float | None:
-    """The entry of the first key whose words all occur in the device's own name; None where no key's do.
+    """The entry of the first key whose words all occur in the device's own name; None where no key's do, or
+    where another word is left over that may tell another product.
 
-    `NVIDIA L40` is no L4, `RTX A1000` no A100, and a MIG slice or a laptop's chip is not the entire card.
+    `NVIDIA L40` is no L4, `RTX A1000` no A100, `RTX 3090 Ti` no RTX 3090, and a MIG slice, a virtual GPU or a
+    laptop's chip is not the entire card.
     """
     words = _words(name)
-    if words & {"mig", "laptop", "mobile", "d"}:
+    key = next((key for key in table if _words(key) <= words), None)
+    if key is None or not all(map(NO_PRODUCT.fullmatch, words - _words(key))):
         return None
-    for key, value in table.items():
-        if _words(key) <= words:
-            return value
-    return None
+    return table[key]
 
 
 def _words(name: str) -> set[str]:

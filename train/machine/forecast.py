@@ -219,8 +219,9 @@ def tell(settings: Settings) -> str:
     sizes = {name: size / GIB for name, size in vars(counted.memory).items() if size}
     parts = [f"{name} {size:.1f}" for name, size in sizes.items()]
     total = counted.memory.total / GIB
-    verdict = ""
-    if room is not None:
+    if room is None:
+        verdict = f"; how much memory {plan.device} has is not known"
+    else:
         verdict = f", {_verdict(total, room)} in {room:g} GiB"
     lines.append(
         f"GiB per GPU   {' + '.join(parts)} = {total:.1f}{verdict} (sharding {settings.sharding.name})"
