@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,6 @@ from outgrow.train.corpus.tokenise import (
 )
 from outgrow.train.corpus.verdicts import (
     EXACT,
-    KEPT,
     NEAR,
     REMOVED,
     Match,
@@ -335,28 +335,31 @@ def split_of(work: Workshop, verdicts: Verdicts, settings: DataSettings) -> Spli
     Raises:
         UserError: nothing is left to split.
     """
-    keys = [np.empty(0, np.uint64)]
-    for task, _ in verdicts.ranges():
-        rows = np.flatnonzero(verdicts.kept(task))
-        digests = work.digests(task)[rows]
-        keys_of_task = [split_key(digest.tobytes(), settings.seed) for digest in digests]
-        keys.append(np.array(keys_of_task, np.uint64))
-    every = np.concatenate(keys)
-    numbers = np.flatnonzero(verdicts.verdict == KEPT)
-    if not len(every):
+    hashes = _split_hashes(work, verdicts, settings.seed)
+    lowest = highest = next(hashes, None)
+    if lowest is None or highest is None:
         raise _nothing_left(work, settings)
-    if len(every) == 1:
+    count = 1
+    for entry in hashes:
+        count += 1
+        lowest = min(lowest, entry, key=itemgetter(0))
+        highest = max(highest, entry, key=itemgetter(0))
+    if count == 1:
         return Split(settings, cut=True)
-    largest = 2**64 - 1
-    bound = min(settings.validation_fraction * 2**64, largest)
-    validation = every < np.uint64(bound)
-    if validation.any() and not validation.all():
+    bound = settings.validation_fraction * 2**64
+    if lowest[0] < bound <= highest[0]:
         return Split(settings)
-    only = every.argmax() if validation.all() else every.argmin()
-    number = int(numbers[only])
-    task = int(np.searchsorted(work.starts, number, side="right")) - 1
-    row = number - work.starts[task]
+    _, task, row = lowest if bound <= lowest[0] else highest
     return Split(settings, named=(task, row))
+
+
+def _split_hashes(work: Workshop, verdicts: Verdicts, seed: int) -> Iterator[tuple[int, int, int]]:
+    """Hash, task and row of each document that stays, one after another: no list of all is in memory."""
+    for task in range(len(work.counts)):
+        rows = np.flatnonzero(verdicts.kept(task))
+        digests = work.digests(task)
+        for row in rows.tolist():
+            yield split_key(digests[row].tobytes(), seed), task, row
 
 
 def _nothing_left(work: Workshop, settings: DataSettings) -> UserError:

@@ -8,6 +8,7 @@ lie on one side.
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ class Tokenise(PipelineStep):
         path = self.work.folder / ENCODER
         encoder = _encoder(path, path.stat().st_mtime_ns)
         kinds = {"row": np.int64, "tokens": np.int64, "bytes": np.int64, "validation": bool}
-        columns: dict[str, list[int]] = {name: [] for name in kinds}
+        columns = {name: array("q") for name in kinds}
         with ExitStack() as stack:
             files = {}
             for name in SPLITS:

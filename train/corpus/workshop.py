@@ -119,16 +119,18 @@ class Workshop:
                 number += 1
 
     def names(self, task: int) -> list[str]:
-        return [spelt(raw) for raw in self._column(task, "name")]
+        return [spelt(raw) for column in self._columns(task, "name") for raw in column.to_pylist()]
 
     def sizes(self, task: int) -> np.ndarray:
         """Of each text in UTF-8, int64 (documents,)."""
-        return np.array(self._column(task, "bytes"), np.int64)
+        parts = [column.to_numpy() for column in self._columns(task, "bytes")]
+        return np.concatenate([np.empty(0, np.int64), *parts])
 
     def digests(self, task: int) -> np.ndarray:
         """Of each text: two uint64, (documents, 2)."""
-        raw = b"".join(self._column(task, "digest"))
-        return np.frombuffer(raw, "<u8").reshape(-1, 2)
+        columns = self._columns(task, "digest")
+        parts = [np.frombuffer(column.buffers()[1], "<u8", 2 * len(column)) for column in columns]
+        return np.concatenate([np.empty(0, "<u8"), *parts]).reshape(-1, 2)
 
     def signatures(self, task: int, width: int) -> np.ndarray:
         """MinHash values, mapped: uint32 (documents, width)."""
@@ -148,11 +150,9 @@ class Workshop:
             else {"document": [], "ngram": [], "detail": []}
         )
 
-    def _column(self, task: int, name: str) -> list[Any]:
-        values = []
-        for batch in self._batches(task, (name,)):
-            values += batch.column(name).to_pylist()
-        return values
+    def _columns(self, task: int, name: str) -> Iterator[Any]:
+        """One field of a task's documents, batch by batch."""
+        return (batch.column(name) for batch in self._batches(task, (name,)))
 
     def _batches(self, task: int, names: tuple[str, ...]) -> Iterator[Any]:
         import pyarrow.ipc
