@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -76,6 +78,16 @@ def test_faults_are_told_together(capsys: pytest.CaptureFixture[str]) -> None:
         )
     with pytest.raises(SystemExit):
         main(["prepair"])
+    assert "did you mean 'prepare'?" in capsys.readouterr().err
+
+
+def test_the_door_s_former_name_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.data", "prepair"])
+    monkeypatch.setattr("outgrow.model.base.interrupt.started", lambda: None)
+    with pytest.raises(SystemExit):
+        runpy.run_module("outgrow.train.data", run_name="__main__")
     assert "did you mean 'prepare'?" in capsys.readouterr().err
 
 

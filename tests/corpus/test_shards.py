@@ -191,6 +191,20 @@ def test_what_is_there_is_opened_not_built(settings: DataSettings, monkeypatch: 
     assert stamp(settings) == before
 
 
+def test_a_folder_of_the_format_before_is_read_as_it_is(
+    settings: DataSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, path = build(settings), settings.home / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["settings"]["format"] = 2
+    for later in ("max_broken", "data_dir", "validation_path"):
+        del manifest["settings"][later]
+    del manifest["settings"]["clean"]["words"]
+    path.write_text(json.dumps(manifest))
+    monkeypatch.setattr("outgrow.train.corpus.build._build", lambda *_: pytest.fail("built again"))
+    assert build(settings).fingerprint == first.fingerprint
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "change", ["content", "new file", "renamed", "vocab_size", "seed", "validation_fraction", "shard_tokens"]
