@@ -3,6 +3,7 @@ told."""
 
 from __future__ import annotations
 
+import errno
 import http.server
 import json
 import os
@@ -12,6 +13,7 @@ import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -22,11 +24,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from outgrow.model.base.errors import UserError
-from outgrow.train.corpus import prepare
+from outgrow.train.corpus import prepare, report
 from outgrow.train.corpus.benchmarks import read_benchmarks, write_benchmarks
 from outgrow.train.corpus.duplicates import bands, signature
 from outgrow.train.corpus.read.corpora import documents, open_corpus
 from outgrow.train.corpus.read.document import Tally
+from outgrow.train.corpus.tokenise import BATCH_BYTES, in_batches
 from outgrow.train.corpus.words import word_hashes, words
 from outgrow.train.data import DataSettings
 from outgrow.train.data.settings import CleaningSettings
@@ -71,21 +74,30 @@ def test_links_multiply_nothing_and_end(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_what_is_no_file_or_not_the_text_is_told_and_left_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = tmp_path / "texts"
-    (texts / "tokens").mkdir(parents=True)
-    (texts / "tokens.partial").mkdir()
-    (texts / "tokens" / "a.txt").write_text("own output")
-    (texts / "tokens.partial" / "a.txt").write_text("own output")
+    for name in ("tokens/tokenizer", "other/tokenizer", "tokens.partial", "closed"):
+        (texts / name).mkdir(parents=True)
+        (texts / name.partition("/")[0] / "manifest.json").write_text('{"text": "prepared"}')
     (texts / "x.txt").write_text("x")
     os.mkfifo(texts / "fifo.txt")
     os.symlink("/dev/zero", texts / "zero.txt")
+    listed = os.scandir
+
+    def refusing(path: str) -> Any:
+        if path == str(texts / "closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)  # root may list all
+    monkeypatch.setattr("outgrow.train.corpus.read.files.TOLD", 6)
     assert read(texts, folder=str(texts / "tokens")) == {"x.txt": "x"}
     told = capsys.readouterr().err
     assert f"{texts / 'fifo.txt'}: neither a file nor a folder (a FIFO)" in told
     assert f"{texts / 'zero.txt'}: neither a file nor a folder (a device)" in told
-    assert told.count("written from this text") == 2
+    assert f"{texts / 'closed'}: cannot be listed (Permission denied)" in told
+    assert told.count("prepared tokens, or a build of them") == 3
 
 
 def test_names_that_are_no_utf8_are_read(tmp_path: Path) -> None:
@@ -193,6 +205,29 @@ KINDS = [
     pyarrow.large_binary(),
     pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
 ]
+
+
+def test_broken_records_are_left_out_up_to_a_share_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    good = [json.dumps({"text": f"line {i} of a text"}) for i in range(30)]
+    nested = "[" * 100_000 + "]" * 100_000
+    (texts / "a.jsonl").write_text("\n".join([*good, "no JSON", '{"text": 5}', nested]))
+    (texts / "b.txt").write_bytes(b"\0")
+    read = prepared(texts, max_broken=0.1, validation_fraction=0.3)["read"]
+    told = capsys.readouterr().err
+    assert (read["documents"], read["broken_skipped"], read["binary_skipped"]) == (30, 3, 1)  # type: ignore[index]
+    assert f"left out: {texts / 'a.jsonl'}:31: expected a JSON object; found 'no JSON" in told
+    assert "a.jsonl:32: 'text' is a int, not text" in told
+    assert "a.jsonl:33: expected a JSON object" in told
+    assert "nested too deeply" in told
+    said = report.prepared(Path(f"{texts}-tokens"))
+    assert "broken skipped: 3" in said
+    assert "binary skipped: 1" in said
+    with pytest.raises(UserError, match=r"3 of 34 records cannot be read; data\.max_broken=0\.05 of them"):
+        prepared(texts, max_broken=0.05, validation_fraction=0.3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -428,6 +463,12 @@ def test_what_the_tokenizers_own_call_puts_in_front_is_written(tmp_path: Path) -
     starts = np.concatenate([[0], np.flatnonzero(ids == 1)[:-1] + 1])
     assert (ids[starts] == 0).all()
     assert np.count_nonzero(ids == 0) == data.train.documents
+
+
+def test_texts_are_cut_in_batches_of_so_many_bytes() -> None:
+    """The library takes some 60 bytes for one of a text, so that a batch of a thousand large ones is many."""
+    large, small = (0, "x" * BATCH_BYTES, False), (1, "x" * (BATCH_BYTES // 4), False)
+    assert [len(batch) for batch in in_batches([large, large, *[small] * 9])] == [1, 1, 4, 4, 1]
 
 
 def test_training_a_tokenizer_on_text_without_spaces_ends(monkeypatch: pytest.MonkeyPatch) -> None:

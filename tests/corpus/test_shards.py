@@ -191,6 +191,7 @@ def test_what_is_there_is_opened_not_built(settings: DataSettings, monkeypatch: 
     assert stamp(settings) == before
 
 
+@pytest.mark.slow
 def test_a_folder_of_the_format_before_is_read_as_it_is(
     settings: DataSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

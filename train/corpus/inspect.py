@@ -216,9 +216,8 @@ def _removed(sources: Sequence[Source]) -> str:
     rows: list[list[object]] = []
     for source in sources:
         read = source.manifest["read"]
-        for key in ("empty_skipped", "too_long_skipped"):
-            count = read[key]
-            if count:
+        for key, count in read.items():
+            if key.endswith("_skipped") and count:
                 reason = key.replace("_", " ")
                 rows.append([source.name, reason, f"{count:,}", ""])
         removed = source.manifest["cleaning"]["removed"]

@@ -163,6 +163,8 @@ def read(work: Workshop, settings: DataSettings, stage: Stage) -> None:
     stage("read", steps, len(work.tasks), title="reading")
     counts, tally = settle(work, settings, stage)
     tally.check_broken(settings.max_broken)
+    for fault in tally.broken:
+        say(f"left out: {fault}")
     write_json(work.read, {"counts": counts, "tally": plain(tally)})
 
 

@@ -30,8 +30,8 @@ def prepared(folder: Path) -> str:
     lines = [f"{folder}: read {documents} documents, {size} bytes of text"]
     lines += [
         f"  {key.replace('_', ' ')}: {read[key]:,}"
-        for key in ("empty_skipped", "too_long_skipped", "utf8_replaced")
-        if read[key]
+        for key in read
+        if key not in ("documents", "bytes") and read[key]
     ]
     lines += [f"  {line}" for line in short_lines(manifest)]
     for reason, count in cleaning["removed"].items():

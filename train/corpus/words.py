@@ -29,7 +29,6 @@ _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]"
 )
 _FACTOR = 0x9E3779B97F4A7C15  # odd: multiplying by it is a bijection on 64 bits
-KINDS = ("prose", "code")
 
 
 def words(text: str, kind: str = "prose") -> list[str]:

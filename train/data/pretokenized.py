@@ -183,9 +183,8 @@ def _contents(
     def total(key: str) -> int:
         return sum(split[key] for split in splits.values())
 
-    read = {"documents": total("documents"), "bytes": total("bytes")}
     return {
-        "read": read | dict.fromkeys(("empty_skipped", "too_long_skipped", "utf8_replaced"), 0),
+        "read": {"documents": total("documents"), "bytes": total("bytes")},
         "cleaning": {"removed": {}},
         "short": {},
         "tokenizer": {

@@ -17,10 +17,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from outgrow.model.base.atomic import PARTIAL
 from outgrow.model.base.errors import UserError
 from outgrow.train.corpus.read.document import Document, Tally
 from outgrow.train.corpus.read.formats import READERS, first_line, format_of, open_any, texts, unreadable
 from outgrow.train.data.settings import DataSettings
+from outgrow.train.data.shards import MANIFEST, TOKENIZER
 
 TASK_BYTES = 2**22  # of files, read by one task at least,
 # and as much more as it takes to have no more tasks than these: each leaves some files, opened together
@@ -128,19 +130,16 @@ def files(settings: DataSettings) -> Files:
     Raises:
         UserError: there is none.
     """
-    home = str(settings.home.absolute())
-    own = {home, f"{home}.partial"}
-    readable = files_of(settings.path or "", "data.path", own)
+    readable = files_of(settings.path or "", "data.path")
     return Files(readable, settings.column, settings.max_document_bytes)
 
 
-def files_of(path: str, key: str, own: frozenset[str] | set[str] = frozenset()) -> tuple[File, ...]:
+def files_of(path: str, key: str) -> tuple[File, ...]:
     """The files that READERS can read under a folder, a glob, a name or a URL, sorted by their names relative
     to it.
 
     Args:
         key: the setting that names it, for messages.
-        own: folders that are left out: what is written from this text.
 
     Raises:
         UserError: there is none, or a store cannot be reached.
@@ -160,7 +159,7 @@ def files_of(path: str, key: str, own: frozenset[str] | set[str] = frozenset()) 
     root = root.parent if listed else root
     left_out = list[str]()
     matching = listed or [
-        file for file in _walk(str(root), own, left_out) if wanted.fullmatch(os.path.relpath(file, root))
+        file for file in _walk(str(root), left_out) if wanted.fullmatch(os.path.relpath(file, root))
     ]
     readable = [file for file in matching if format_of(file)]
     _tell(key, left_out)
@@ -201,9 +200,9 @@ def _segment(part: str) -> str:
     return inner.replace(".*", "[^/]*")
 
 
-def _walk(root: str, own: frozenset[str] | set[str], left_out: list[str]) -> Iterator[str]:
-    """Every file under a folder, hidden ones apart. A link to a folder elsewhere is followed, once; to one
-    inside or above, never."""
+def _walk(root: str, left_out: list[str]) -> Iterator[str]:
+    """Every file under a folder, hidden ones and prepared tokens apart. A link to a folder elsewhere is
+    followed, once; to one inside or above, never."""
     inside = os.path.realpath(root)
     seen = {inside}
 
@@ -215,7 +214,7 @@ def _walk(root: str, own: frozenset[str] | set[str], left_out: list[str]) -> Ite
     for folder, inner, names in os.walk(root, onerror=unlisted, followlinks=True):
         inner.sort()
         folders = [name for name in inner if not name.startswith(".")]
-        passed = [_passed(folder, name, own, inside, seen, left_out) for name in folders]
+        passed = [_passed(folder, name, inside, seen, left_out) for name in folders]
         inner[:] = [name for name, over in zip(folders, passed, strict=True) if not over]
         for name in names:
             if name.startswith("."):
@@ -227,14 +226,12 @@ def _walk(root: str, own: frozenset[str] | set[str], left_out: list[str]) -> Ite
                 yield path
 
 
-def _passed(
-    folder: str, name: str, own: frozenset[str] | set[str], inside: str, seen: set[str], left_out: list[str]
-) -> bool:
+def _passed(folder: str, name: str, inside: str, seen: set[str], left_out: list[str]) -> bool:
     """True for a folder that is passed over; then it is listed in `left_out`."""
     path = os.path.join(folder, name)
     real = os.path.realpath(path)
-    if os.path.abspath(path) in own:
-        left_out.append(f"{path}: written from this text")
+    if _is_prepared(path):
+        left_out.append(f"{path}: prepared tokens, or a build of them")
         return True
     leads_back = os.path.islink(path) and _overlap(inside, real)
     if real in seen or leads_back:
@@ -242,6 +239,13 @@ def _passed(
         return True
     seen.add(real)
     return False
+
+
+def _is_prepared(folder: str) -> bool:
+    """Check for what `prepare` writes, of this text or another: `data.path=.` holds all of it."""
+    if folder.endswith(PARTIAL):
+        return True
+    return os.path.isfile(os.path.join(folder, MANIFEST)) and os.path.isdir(os.path.join(folder, TOKENIZER))
 
 
 def _overlap(one: str, other: str) -> bool:
