@@ -46,6 +46,11 @@ def _obstacle(model: Any) -> str | None:
 
     if hasattr(model, "merge_and_unload"):
         return "adapters lie beside its weights; give model.merge_and_unload()"
+    if isinstance(model, nn.Module) and any(each.is_meta for each in model.parameters()):
+        return (
+            "some of its weights are not in memory (meta device: offloaded, or never loaded); load it whole, "
+            "or grow the folder with growth.grow"
+        )
     if isinstance(model, nn.Module) and _is_sharded(model):
         return (
             "its weights are sharded over processes; save it whole (a full state dict) and grow the folder "
@@ -55,15 +60,13 @@ def _obstacle(model: Any) -> str | None:
         return "expected a model of transformers; give one, or grow a folder with growth.grow"
     if getattr(model, "hf_quantizer", None) is not None:
         return "its weights are quantised; give model.dequantize()"
-    names = [
-        name
-        for name, module in model.named_modules()
-        if parametrize.is_parametrized(module) or hasattr(module, "weight_g")
-    ]
+    names = [name for name, module in model.named_modules() if _is_computed(module)]
     if names:
         return (
-            f"{names[0]}.weight is computed from other tensors (weight_norm or another parametrization); "
-            "make it plain first with torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+            f"{names[0]}.weight is computed from other tensors (weight_norm, pruning or another "
+            "parametrization); make it plain first with "
+            "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight'), or with the remove_… "
+            "function of what was put on it"
         )
     classes = library_class(model.config)._model_mapping
     known = classes.get(type(model.config), None)
@@ -72,11 +75,17 @@ def _obstacle(model: Any) -> str | None:
     return None
 
 
+def _is_computed(module: nn.Module) -> bool:
+    """Check whether a weight is computed from other tensors: by a parametrization, or by hooks of the older
+    kind, which keep the weight as a plain attribute (weight and spectral norm, pruning).
+    """
+    if parametrize.is_parametrized(module):
+        return True
+    stored = module._parameters.keys() | module._buffers.keys()
+    return isinstance(getattr(module, "weight", None), torch.Tensor) and "weight" not in stored
+
+
 def _is_sharded(model: nn.Module) -> bool:
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return True
-    parameters = list(model.parameters())
-    if any(isinstance(parameter, DTensor) for parameter in parameters):
-        return True
-    meta = torch.device("meta")
-    return any(parameter.device == meta for parameter in parameters)
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())

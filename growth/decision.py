@@ -34,6 +34,10 @@ class Sparse(Protocol):
         """The plan in the source's own family."""
 
     @property
+    def asked(self) -> object:
+        """The operator's options."""
+
+    @property
     def moments_lost(self) -> Iterator[str]:
         """Reasons why moments of experts and routers are not those of the mixture's own gradients."""
 

@@ -1,16 +1,18 @@
 """The place of a result: made as `<out>.partial`, then renamed to `out`. Nothing is cleared or replaced there
 that growth did not make.
 
-`growth.json` lists the files of a finished folder; what is being written carries a mark, so that everything
-in it may be cleared.
+`growth.json` lists the files of a finished folder with a fingerprint of each, so that one which was trained
+on or edited in its place is told from growth's; what is being written carries a mark, so that everything in
+it may be cleared.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from outgrow.model.config import read_json
 RECIPE = "growth.json"  # the record of a finished growth; its `files` are what growth made
 MARK = "growth.partial.json"  # in a folder that growth is filling; workers keep there what they agree on
 WORKER = "worker-"  # begins the name of a file that a worker holds while it is at work
+STRETCHES, STRETCH = 64, 4096  # of a file that its fingerprint reads, and their bytes
 _DENIED = (
     errno.EACCES,
     errno.EPERM,
@@ -51,7 +54,7 @@ class Place:
     reads: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.out.name:
+        if not self.out.name or "\0" in str(self.out):
             raise UserError(f"out {str(self.out)!r}: names no folder; give out=DIR")
 
     @property
@@ -236,14 +239,14 @@ def complete_or_absent(
 
 
 def strangers(folder: Path) -> list[str]:
-    """Everything in a folder that growth did not make there, by its own record; all of it where there is no
-    record.
+    """Everything in a folder that growth did not make there, by its own record, files that were changed since
+    included; all of it where there is no record.
     """
-    own = frozenset({*_recorded(folder), MARK})
+    own = {**_recorded(folder), MARK: None}
     return sorted(_strangers(folder, own))
 
 
-def _strangers(folder: Path, own: frozenset[str], before: str = "") -> Iterator[str]:
+def _strangers(folder: Path, own: Mapping[str, str | None], before: str = "") -> Iterator[str]:
     for entry in folder.iterdir():
         name = before + entry.name
         is_folder = entry.is_dir() and not entry.is_symlink()
@@ -252,25 +255,48 @@ def _strangers(folder: Path, own: frozenset[str], before: str = "") -> Iterator[
             yield from _strangers(entry, own, f"{name}/")
         elif name not in own:
             yield name
+        elif own[name] not in (None, _fingerprint(entry)):
+            yield f"{name} (changed since)"
 
 
-def files_in(folder: Path) -> list[str]:
-    """The files of a folder that is about to be completed, for its record: names relative to it."""
+def files_in(folder: Path) -> dict[str, str | None]:
+    """The files of a folder that is about to be completed, for its record: name relative to it → fingerprint,
+    None of those that are yet to be written.
+    """
     paths = [path for path in folder.rglob("*") if not path.is_dir()]
-    names = [str(path.relative_to(folder)) for path in paths]
+    files = {str(path.relative_to(folder)): path for path in paths}
     marks = (WORKER, f".{WORKER}")
-    files = {name for name in names if name != MARK and not name.startswith(marks)}
-    return sorted({*files, RECIPE, "config.json"})
+    names = [name for name in files if name != MARK and not name.startswith(marks)]
+    finished = {name: _fingerprint(files[name]) for name in sorted(names)}
+    return {**finished, "config.json": None, RECIPE: None}
 
 
-def _recorded(folder: Path) -> list[str]:
+def _fingerprint(file: Path) -> str | None:
+    """Hash the size of a file and stretches of it, all over it, in bounded time; None of what is no file."""
+    if file.is_symlink() or not file.is_file():
+        return None
+    size = file.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with file.open("rb") as opened:
+        for number in range(STRETCHES):
+            opened.seek(size * number // STRETCHES)
+            digest.update(opened.read(STRETCH))
+        opened.seek(max(0, size - STRETCH))
+        digest.update(opened.read(STRETCH))
+    return digest.hexdigest()
+
+
+def _recorded(folder: Path) -> dict[str, str | None]:
+    """Read which files growth made, by its own record; older records have no fingerprints."""
     try:
         files = read_json(folder / RECIPE).get("files")
     except UserError:
-        return []
-    if not isinstance(files, list):
-        return []
-    return list(map(str, files))
+        return {}
+    if isinstance(files, list):
+        return {str(file): None for file in files}
+    if not isinstance(files, dict):
+        return {}
+    return {name: mark if isinstance(mark, str) else None for name, mark in files.items()}
 
 
 def _remove_own(folder: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from outgrow.growth.arguments import check_arguments
 from outgrow.growth.bare import bare
 from outgrow.growth.decision import Decision
 from outgrow.growth.engine.finite import FiniteReader
@@ -52,6 +53,7 @@ def grow_model(
         UserError: as `growth.plan`; the model's weights are not whole and plain, are not its config's, or are
             not finite.
     """
+    check_arguments(nonfinite=nonfinite)
     model = bare(model)
     grown_plan = plan_of(model, target, operator, depth=depth, noise=noise, seed=seed, dtype=dtype, **options)
     return follow(grown_plan, model, nonfinite=nonfinite)
@@ -114,7 +116,7 @@ def follow(
             own = grown.state_dict(keep_vars=True)
             kinds: dict[str, torch.dtype] = {}
             if not plan.growth.dtype:
-                state = model.state_dict()
+                state = _state(model)
                 kinds = {layerless(name): tensor.dtype for name, tensor in state.items()}
             for name, parameter in own.items():
                 kind = kinds.get(layerless(name), parameter.dtype)
@@ -148,7 +150,13 @@ def _untied(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Every tensor that a file of the model holds, under the model's own names."""
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-    return remove_tied_weights_from_state_dict(model.state_dict(keep_vars=True), model)
+    return remove_tied_weights_from_state_dict(_state(model), model)
+
+
+def _state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The model's tensors by its own names, also where some of its layers are compiled."""
+    state = model.state_dict(keep_vars=True)
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
 
 
 def config_of(model: PreTrainedModel) -> dict[str, Any]:

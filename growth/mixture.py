@@ -20,7 +20,7 @@ from outgrow.growth.changes import CHANGES, ExpertCopy, Upcycling
 from outgrow.growth.copying import copied
 from outgrow.growth.plan import Plan
 from outgrow.growth.upcycling import upcycled
-from outgrow.model.base.errors import UserError, did_you_mean
+from outgrow.model.base.errors import UserError, did_you_mean, reading
 from outgrow.model.composite import flat
 from outgrow.model.config import read_config
 from outgrow.model.family import STANDARD, Config
@@ -98,9 +98,11 @@ def _wanted(target: Any) -> dict[str, Any]:
             f"target {target!r}: a dense model's sizes; give "
             f"target={{model_type:mixtral,num_local_experts:8,…}} or a folder"
         )
-    elif Path(target).is_dir():
-        entries = read_config(Path(target))
     else:
+        with reading(f"target {str(target)!r}"):
+            is_folder = Path(target).is_dir()
+        entries = read_config(Path(target)) if is_folder else {}
+    if not entries:
         raise UserError(
             f"unknown target {str(target)!r}: no folder; give "
             f"target={{model_type:mixtral,num_local_experts:8,…}}"

@@ -18,7 +18,7 @@ from outgrow.growth.operators import default_noise, options_of
 from outgrow.growth.plan import Plan, decide
 from outgrow.growth.recipe import Growth
 from outgrow.growth.resolve import Resolved, plain_source, resolve_family
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, reading
 from outgrow.model.checkpoint import Checkpoint, locate, names_of
 from outgrow.model.composite import flat
 from outgrow.model.config import DTYPES, Target, resolve_target
@@ -162,8 +162,10 @@ def _opened(source: str | Path | Config | Checkpoint) -> Checkpoint | Config:
             f"source {source!r:.80}: expected a folder, a preset's name, a checkpoint or a config as a "
             f"dict; found {type(source).__name__}"
         )
-    is_there = Path(source).exists()
-    if str(source) in PRESETS and not Path(source).is_dir():
+    with reading(f"source {str(source)!r}"):
+        is_there = Path(source).exists()
+        is_folder = Path(source).is_dir()
+    if str(source) in PRESETS and not is_folder:
         return preset(str(source))
     return Checkpoint(locate(source) if is_there else source)
 

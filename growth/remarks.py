@@ -6,23 +6,25 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from outgrow.growth.changes import ExpertCopy
 from outgrow.growth.decision import Decision, Step
 from outgrow.growth.expansion import AxisMap, Fill
 from outgrow.model.dtypes import is_short
+from outgrow.model.keys import EXPERTS
 
 NAMES = {"F16": "float16", "BF16": "bfloat16"}
 WIDTH, HEAD_DIM = 64, 8  # multiples that matrix units and attention kernels take without padding
 DEVICES = (2, 4, 8)
 SIZES = ("hidden_size", "intermediate_size")
 COUNTED = ("num_attention_heads", "num_key_value_heads")
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def remarks(plan: Decision, *, lossless: bool) -> tuple[str, ...]:
     """Write one line each: rounding, copies that stay equal, bad starts, sizes that hardware dislikes."""
     rounding = _rounding(plan) if lossless else ()
     copies, fresh = _equal_copies(plan), _fresh(plan)
-    return (*rounding, *copies, *fresh, *_starts(plan), *_sizes(plan))
+    experts = _equal_experts(plan)
+    return (*rounding, *copies, *experts, *fresh, *_starts(plan), *_sizes(plan))
 
 
 def _rounding(plan: Decision) -> Iterator[str]:
@@ -110,6 +112,21 @@ def _dropout_rates(plan: Decision) -> Iterator[str]:
             yield f"{key} {rate:g}"
 
 
+def _equal_experts(plan: Decision) -> Iterator[str]:
+    """Name copies of experts that have the router rows and the weights of others."""
+    if plan.change is None or not isinstance(plan.change.asked, ExpertCopy) or plan.change.asked.delta:
+        return
+    within = plan.change.within.growth
+    if plan.noise and any(within.grows(space) for space in within.source):
+        return  # which sets apart whatever reads copies
+    before = plan.recipe.expansions["expert"].write.source
+    after = plan.recipe.expansions["expert"].write.target
+    yield (
+        f"{after - before} experts have the weights and the router rows of others; chosen together they stay "
+        "equal in training (growth.delta=0.001 sets their routers apart)"
+    )
+
+
 def _evenly_read(write: AxisMap, read: AxisMap) -> int:
     """Count target indices that share their source index and gains with an earlier one."""
     copies = np.flatnonzero(write.copies & read.copies)
@@ -159,7 +176,8 @@ def _sizes(plan: Decision) -> Iterator[str]:
             "refuse"
         )
     counted = map(family.field_name, COUNTED)
-    for key in (*counted, *EXPERTS):
+    experts = [key for key in config if EXPERTS.search(key) and "shared" not in key and "zero" not in key]
+    for key in (*counted, *experts):
         count = config.get(key)
         stays = count == source.get(key)
         if type(count) is not int or stays:

@@ -17,13 +17,14 @@ from outgrow.model.checkpoint import Checkpoint, is_plain, names_of
 from outgrow.model.composite import flat
 from outgrow.model.config import Target, resolve_target
 from outgrow.model.depth_only import outline
-from outgrow.model.family import Config, Family, family_of, has_schema
+from outgrow.model.family import MAX_LAYERS, Config, Family, family_of, has_schema
 from outgrow.model.fp8 import dequantised
-from outgrow.model.keys import DEPTH_KEYS, HEAD_KEYS, without
+from outgrow.model.keys import DEPTH_KEYS, EXPERTS, HEAD_KEYS, without
 
 if TYPE_CHECKING:
     from outgrow.growth.rehearse import Rehearsal
     from outgrow.model.derive import Draft
+MAX_EXPERTS = 1 << 12  # of one layer; no model has a fourth of it
 ORIGINAL = "give the checkpoint that it was made from, since no library makes plain weights of these"
 OTHERWISE = "dequantise it first, where its library can, or give the checkpoint that it was made from"
 # How plain weights come of a quantised checkpoint, by its method.
@@ -93,6 +94,9 @@ def resolve_family(
     if not named or has_schema(config):
         return Resolved(family_of(config))
     shapes = _shapes(source) if isinstance(source, Checkpoint) else None
+    _check_counts(config, "config.json")
+    if isinstance(target, Mapping):
+        _check_counts(target, "target")
     if shapes is not None:
         _check_depth(config, shapes)
     if shapes is not None and _copies_layers_only(config, target, depth):
@@ -151,6 +155,19 @@ def _quantised(source: Checkpoint, target: Target, depth: str | Sequence[int]) -
         "was checked"
     )
     return Resolved(outline(config, _shapes(source)), (note,))
+
+
+def _check_counts(entries: Mapping[str, Any], where: str) -> None:
+    """Reject more layers or experts than any model has, before the library's class makes a module or a name
+    of each.
+    """
+    for key, value in entries.items():
+        name = key.rpartition(".")[2]
+        most = MAX_LAYERS if name in DEPTH_KEYS else MAX_EXPERTS if EXPERTS.search(name) else None
+        if most is not None and type(value) is int and value > most:
+            raise UserError(
+                f"{where}: {key} {value:,} is more than any model has (at most {most:,}); is this a typo?"
+            )
 
 
 def _check_depth(config: Config, shapes: Shapes) -> None:

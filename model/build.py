@@ -159,13 +159,16 @@ def load_model(
     if not Path(folder).is_dir():
         raise UserError(f"model {str(folder)!r}: no such folder")
     held: dict[str, torch.Tensor] | None = None
+    weights: str | None = None
     if config is None:
         with Checkpoint(folder) as opened:
             plain = dequantised(opened)
-            config = opened.config
+            config, weights = opened.config, opened.weights
             if plain is not None:
                 config, held = plain.config, plain.state_dict()
     hf_config = to_hf_config(config)
+    if weights is not None:
+        hf_config.transformers_weights = weights
     kind: Any = library_class(hf_config)
     own: Any = kind if held is None else kind._model_mapping[type(hf_config)]
     loaded: Any = own.from_pretrained(
@@ -184,6 +187,8 @@ def load_model(
         **({"experts_implementation": "eager"} if dtype == "float64" else {}),
     )
     model, report = loaded
+    if weights is not None:
+        del model.config.transformers_weights  # what is saved has the usual names
     faults = loading_faults(report)
     UserError.collect(f"model {folder}: {fault}" for fault in faults)
     return model

@@ -22,7 +22,7 @@ import numpy as np
 
 from outgrow.model.base.errors import UserError, reading
 from outgrow.model.companions import left_behind, to_download
-from outgrow.model.config import check_values, read_config, read_json
+from outgrow.model.config import WEIGHTS, check_values, read_config, read_json
 from outgrow.model.dtypes import PACKED, PLAIN_NUMBERS, RAW, is_float
 from outgrow.model.gguf import ENDING, gguf_in, unpacked
 
@@ -58,6 +58,8 @@ class Checkpoint:
         tensors: name → `Stored`, over all shards.
         quantised: how its weights are quantised ("gptq"); None where they are plain numbers, whatever
             config.json says (what it says of a quantisation is then left out of `config`).
+        weights: the file or index that config.json names for them (`transformers_weights`), which `config`
+            does not say any more; None where they have the usual names.
 
     Raises (on opening):
         UserError: no config, no safetensors weights, only pickle files, or a malformed header or index; the
@@ -66,16 +68,20 @@ class Checkpoint:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(os.path.expanduser(folder))
-        if not self.folder.is_dir():
+        with reading(f"source {str(folder)!r}"):
+            is_folder = self.folder.is_dir()
+        if not is_folder:
             raise UserError(f"source {str(folder)!r}: no such folder")
         _check_kind(self.folder)
         self.config = read_config(self.folder)
-        self.tensors = tensor_table(self.folder)
+        self.weights = _named_weights(self.folder, self.config.pop(WEIGHTS, None))
+        self.tensors = tensor_table(self.folder, self.weights)
         quantised = quantisation(self.config)
         is_packed = any(map(_packed, self.tensors.values()))
         self.quantised = quantised if is_packed else None
         self._plain_now = self.quantised is None and quantised is not None
-        if self._plain_now:
+        entries = (value for key, value in self.config.items() if _quantises(key))
+        if self.quantised is None and any(value is not None for value in entries):
             self.config = without_quantisation(self.config)
         files = {stored.file for stored in self.tensors.values()}
         self._stamps = {file: _stamp(file) for file in files}
@@ -85,11 +91,20 @@ class Checkpoint:
     def notes(self) -> tuple[str, ...]:
         """Notes on what of the folder is passed over, in words."""
         notes = []
-        has_single = (self.folder / SINGLE).exists()
-        if has_single and (self.folder / INDEX).exists():
+        others = [name for name in (SINGLE, INDEX) if (self.folder / name).exists() and name != self.weights]
+        if self.weights is not None and others:
+            notes.append(
+                f"{', '.join(others)} passed over: config.json names {self.weights} ({WEIGHTS}), which "
+                "transformers takes"
+            )
+        if self.weights is None and len(others) == 2:
             notes.append(
                 f"{INDEX} is passed over: {SINGLE} lies beside it, which transformers takes too; one of "
                 "them is stale"
+            )
+        if (self.folder / "adapter_config.json").exists():
+            notes.append(
+                "adapter_config.json is passed over: the weights beside it are read, without an adapter"
             )
         if self._plain_now:
             notes.append("quantization_config is dropped from config.json: the tensors are plain")
@@ -239,7 +254,8 @@ def _check_kind(folder: Path) -> None:
     Raises:
         UserError: it holds an adapter, or a checkpoint lies in a folder of it.
     """
-    if (folder / "config.json").exists():
+    weights = any((folder / name).exists() for name in (SINGLE, INDEX))
+    if (folder / "config.json").exists() and (weights or not (folder / "adapter_config.json").exists()):
         return
     if (folder / "adapter_config.json").exists():
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
@@ -259,15 +275,41 @@ def _check_kind(folder: Path) -> None:
         raise UserError(f"{source}: a run that has no {folder.name}/final yet; finish it first")
 
 
-def tensor_table(folder: Path) -> dict[str, Stored]:
+def _named_weights(folder: Path, name: Any) -> str | None:
+    """The file of weights that a config names for the library to load instead of the usual ones.
+
+    Raises:
+        UserError: it is none in the folder, or no safetensors.
+    """
+    if name is None:
+        return None
+    is_plain_name = isinstance(name, str) and name == Path(name).name
+    is_safe = is_plain_name and name.endswith((".safetensors", ".safetensors.index.json"))
+    if is_safe and (folder / name).is_file():
+        return str(name)
+    raise UserError(
+        f"{folder / 'config.json'}: {WEIGHTS} must name a safetensors file, or the index of several, in the "
+        f"same folder; found {name!r:.80}"
+    )
+
+
+def tensor_table(folder: Path, weights: str | None = None) -> dict[str, Stored]:
     """Locate every tensor of a folder, over all its safetensors shards.
+
+    Args:
+        weights: the file, or index, that holds them; None takes the one of the usual names.
 
     Raises:
         UserError: no safetensors weights, or a malformed header or index.
     """
     index = folder / INDEX
-    if (folder / SINGLE).exists():  # in the library's order of choice
-        listed: Mapping[str, set[str] | None] = {SINGLE: None}
+    if weights is not None and weights.endswith(".json"):
+        index = folder / weights
+        listed: Mapping[str, set[str] | None] = _read_index(index)
+    elif weights is not None:
+        listed = {weights: None}
+    elif (folder / SINGLE).exists():  # in the library's order of choice
+        listed = {SINGLE: None}
     elif index.exists():
         listed = _read_index(index)
     else:
@@ -481,10 +523,12 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
             f"source {source!r:.80}: expected a folder or a Hugging Face name; found {type(source).__name__}"
         )
     folder = Path(os.path.expanduser(source))
-    file = gguf_in(folder) if folder.is_dir() else folder
+    with reading(f"source {str(source)!r}"):
+        is_folder = folder.is_dir()
+    file = gguf_in(folder) if is_folder else folder
     if file is not None and file.suffix == ENDING and file.is_file():
         return unpacked(file)
-    if folder.is_dir():
+    if is_folder:
         _check_kind(folder)
         return folder
     if folder.is_file():
@@ -538,9 +582,14 @@ def _downloaded(name: str, revision: str | None) -> Path:
     except (OfflineModeIsEnabled, OSError):
         return Path(snapshot_download(name, revision=revision, local_files_only=True))
     weights: Iterable[str] = [SINGLE]
-    if SINGLE not in files and INDEX in files:
-        index = hf_hub_download(name, INDEX, revision=revision)
-        weights = [INDEX, *shards_listed(Path(index))]
+    config = Path(hf_hub_download(name, "config.json", revision=revision)) if "config.json" in files else None
+    named = None if config is None else read_json(config).get(WEIGHTS)
+    index = str(named or INDEX)
+    if named in files and not index.endswith(".json"):
+        weights = [index]
+    elif index in files and (named or SINGLE not in files):
+        listing = hf_hub_download(name, index, revision=revision)
+        weights = [index, *shards_listed(Path(listing))]
     patterns = to_download(files, weights)
     return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
 

@@ -79,9 +79,7 @@ def left_behind(folder: Path) -> list[str]:
 
 
 def to_download(files: Iterable[str], weights: Iterable[str]) -> list[str]:
-    """Choose a repository's files: config, companions, card, and the `weights`, in one format
-    alone.
-    """
+    """Choose a repository's files: config, companions, card, and the `weights`, in one format alone."""
     wanted = {"config.json", "README.md", *weights}
 
     def belongs(name: str) -> bool:

@@ -22,6 +22,9 @@ Target: TypeAlias = "str | Path | Mapping[str, Any] | Any"
 # older configs keep the base outside
 ROPE, THETA = ("rope_scaling", "rope_parameters"), ("rotary_emb_base", "rope_theta")
 DTYPES = {"dtype", "torch_dtype"}  # how transformers 5 and 4 call what tensors are stored in
+WEIGHTS = (
+    "transformers_weights"  # the key that names the file of a folder's weights, where that is no usual one
+)
 # no honest index or tokenizer, no honest config is larger
 MAX_JSON_BYTES, MAX_CONFIG_BYTES = 64 << 20, 4 << 20
 # nor holds more: of what a parser makes, a value takes a hundred times its bytes
@@ -161,7 +164,9 @@ def resolve_target(
             return preset(str(target))
         return _overlay(preset_sizes(str(target)), source, family)
     folder = Path(os.path.expanduser(target))
-    if folder.is_dir():
+    with reading(f"target {str(target)!r}"):
+        is_folder = folder.is_dir()
+    if is_folder:
         return _stored_as(source, read_config(folder))
     raise UserError(
         f"unknown target {str(target)!r}: neither a folder nor a preset; {did_you_mean(str(target), PRESETS)}"
@@ -248,7 +253,7 @@ def _stored_as(source: Config | None, config: dict[str, Any]) -> dict[str, Any]:
     if source is None:
         return config
     dtypes = {key: source[key] for key in DTYPES & source.keys()}
-    others = without(config, DTYPES)
+    others = without(config, {*DTYPES, WEIGHTS})
     return others | dtypes
 
 

@@ -28,6 +28,8 @@ DEPTH_KEYS = (
     "num_blocks",
 )  # fmt: skip
 
+EXPERTS = re.compile(r"(num|routed|local|zero).*experts?(_num)?$")  # of counts of a mixture's experts
+
 SIZES = ("_size", "_dim", "_dims", "_width", "d_model")  # endings of keys
 OTHER_SIZES = re.compile(r"intermediate|ffn|head|vocab")  # sizes with a name of their own
 OUTPUT = re.compile(r"out|text|(^|_)lm|proj")  # in other towers, the size that the text model reads

@@ -17,6 +17,7 @@ from outgrow.model.derive.unfit import Unfit
 from outgrow.model.family import Config
 from outgrow.model.keys import (
     DEPTH_KEYS,
+    EXPERTS,
     HEAD_KEYS,
     OUTPUT,
     SIZES,
@@ -78,7 +79,7 @@ FEW: tuple[tuple[str, int], ...] = (
     (r"(topk|top_k|per_tok|per_token|moe_k$)", 2),
     (r"tokens_per_image$", 4),
     (r"n_shared_experts|num_shared_experts", 4),  # whose sizes add up
-    (r"(num|routed|local|zero).*experts?(_num)?$", 4),
+    (EXPERTS.pattern, 4),
     (r"channels?$", 32),
     (r"first_k_dense|num_dense_layers|moe_layer_start_index", 1),
 )

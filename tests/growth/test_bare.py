@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from helpers.families import config_of
 from helpers.models import random_model
@@ -38,6 +39,26 @@ def test_what_is_around_a_model_is_taken_off(model: Any, around: Callable[[Any],
     )
 
 
+def layer_by_layer(model: Any) -> Any:
+    layers = [torch.compile(layer) for layer in model.model.layers]
+    model.model.layers = nn.ModuleList(layers)
+    return model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_whose_layers_are_compiled_one_by_one_grows(tied: bool) -> None:
+    config = config_of("llama", tie_word_embeddings=tied)
+    plain = grow_model(random_model(config), target(random_model(config)))
+    wrapped = grow_model(layer_by_layer(random_model(config)), target(random_model(config)))
+    assert wrapped.state_dict().keys() == plain.state_dict().keys()
+    assert all(torch.equal(plain.state_dict()[name], value) for name, value in wrapped.state_dict().items())
+
+
+def test_an_argument_of_another_kind_is_told(model: Any) -> None:
+    with pytest.raises(UserError, match="nonfinite: expected 'refuse' or 'allow'; found 'maybe'"):
+        grow_model(model, target(model), nonfinite="maybe")  # type: ignore[arg-type]
+
+
 def normed(model: Any) -> Any:
     torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
     return model
@@ -45,6 +66,16 @@ def normed(model: Any) -> Any:
 
 def old_normed(model: Any) -> Any:
     torch.nn.utils.weight_norm(model.model.layers[0].mlp.up_proj)
+    return model
+
+
+def spectral(model: Any) -> Any:
+    torch.nn.utils.spectral_norm(model.model.layers[0].mlp.up_proj)
+    return model
+
+
+def pruned(model: Any) -> Any:
+    prune.random_unstructured(model.model.layers[0].mlp.up_proj, "weight", amount=0.5)
     return model
 
 
@@ -83,6 +114,9 @@ def widened(model: Any) -> Any:
 BARRED: list[tuple[Callable[[Any], Any], str]] = [
     (normed, r"mlp\.up_proj\.weight is computed from other tensors \(weight_norm"),
     (old_normed, r"mlp\.up_proj\.weight is computed from other tensors \(weight_norm"),
+    (spectral, r"mlp\.up_proj\.weight is computed from other tensors"),
+    (pruned, r"mlp\.up_proj\.weight is computed from other tensors"),
+    (lambda model: model.to("meta"), "some of its weights are not in memory"),
     (sharded, "its weights are sharded over processes; save it whole"),
     (
         lambda model: model.model,

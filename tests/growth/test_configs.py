@@ -230,6 +230,28 @@ def test_a_source_config_with_absurd_sizes_makes_nothing_of_them(tmp_path: Path)
         plan(source, {"intermediate_size": 50})
 
 
+@pytest.mark.parametrize("where", ["config.json", "target"])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("mixtral", "num_local_experts"),
+        ("deepseek_v3", "n_routed_experts"),
+        ("qwen3_5_moe_text", "num_experts"),
+        ("ernie4_5_moe", "moe_num_experts"),
+        ("mpt", "n_layers"),
+        ("bloom", "n_layer"),
+    ],
+)
+def test_counts_without_bound_are_told_before_the_class_makes_one_of_each(
+    name: str, key: str, where: str
+) -> None:
+    count = {key: 10**9}
+    config, target = {"model_type": name, "hidden_size": 64}, {"hidden_size": 128}
+    config, target = (config | count, target) if where == "config.json" else (config, target | count)
+    with pytest.raises(UserError, match=rf"{where}: {key} 1,000,000,000 is more than any model has"):
+        plan(config, target)
+
+
 def test_factors_of_each_rotary_pair_must_be_as_many_as_pairs() -> None:
     factors = {"short_factor": [1.0, 1.1, 1.2], "long_factor": [2.0, 2.1, 2.2]}
     config = config_of("phi3", rope_parameters=ROPE | factors | {"rope_type": "longrope"})

@@ -139,6 +139,22 @@ def test_an_argument_of_another_type_is_told(
     assert words.replace("\\", "") in refusal(arguments.pop("source"), arguments.pop("out"), **arguments)
 
 
+@pytest.mark.parametrize("operator", ["lossless", "upcycle"])
+@pytest.mark.parametrize("key", ["source", "target", "out"])
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
+def test_a_name_that_no_file_can_have_is_told(
+    source: Path, tmp_path: Path, name: str, key: str, operator: str
+) -> None:
+    arguments: dict[str, Any] = {"source": source, "out": tmp_path / "out", "target": TARGET, key: name}
+    if operator == "upcycle" and key != "target":
+        pytest.skip("targets of a mixture are read elsewhere")
+    words = refusal(arguments["source"], arguments["out"], target=arguments["target"], operator=operator)
+    assert key in words
+    if key != "out":
+        with pytest.raises(UserError, match=key):
+            plan(arguments["source"], arguments["target"], operator)
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "\xff"])
 def test_a_ledger_that_is_none_is_told_before_anything_is_made(
     source: Path, tmp_path: Path, content: str

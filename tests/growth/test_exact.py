@@ -504,6 +504,34 @@ def test_remarks(change: dict[str, Any], target: dict[str, Any], how: dict[str, 
     assert sum(told in remark for remark in plan(config_of("llama", **change), target, **how).remarks) == 1
 
 
+@pytest.mark.parametrize(
+    ("dense", "name", "key"),
+    [
+        ("llama", "mixtral", "num_local_experts"),
+        ("qwen3", "qwen3_moe", "num_experts"),
+        ("olmo2", "flex_olmo", "num_experts"),
+    ],
+)
+def test_experts_that_devices_cannot_share_are_named(dense: str, name: str, key: str) -> None:
+    target = {"model_type": name, key: 6, "num_experts_per_tok": 2}
+    remarks = plan(config_of(dense), target, "upcycle").remarks
+    assert any(f"{key} 6 cannot be shared evenly by 4, 8 devices" in remark for remark in remarks)
+
+
+@pytest.mark.parametrize(
+    ("delta", "noise", "wider", "told"),
+    [(0.0, 0.5, False, True), (0.0, 0.0, True, True), (0.0, 0.5, True, False), (1e-3, 0.0, False, False)],
+)
+def test_copies_of_experts_that_stay_equal_are_counted(
+    delta: float, noise: float, wider: bool, told: bool
+) -> None:
+    experts = {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
+    source = plan(config_of("llama"), experts, "upcycle").target_config
+    target = {"num_local_experts": 4, "num_experts_per_tok": 2} | ({"intermediate_size": 80} if wider else {})
+    remarks = plan(source, target, "expert_copy", delta=delta, noise=noise).remarks
+    assert any("2 experts have the weights and the router rows of others" in each for each in remarks) == told
+
+
 def test_a_growth_without_a_fault_has_no_remarks() -> None:
     config = config_of(
         "llama",

@@ -83,6 +83,14 @@ def test_a_quantisation_is_dropped_where_the_tensors_are_plain(
     assert load_model(source).config.to_dict().get("quantization_config") is None
 
 
+def test_a_quantisation_that_says_nothing_is_left_out_too(phi_folder: Path, tmp_path: Path) -> None:
+    source = changed(phi_folder, tmp_path / "source", {"quantization_config": {}})
+    grown = grow(source, tmp_path / "out", target={"hidden_size": 30})
+    assert grown.receipt is not None
+    assert not grown.notes
+    assert "quantization_config" not in json.loads((grown.folder / "config.json").read_text())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_quantised_weights_grow_by_whole_layers_alone(method: str, phi_folder: Path, tmp_path: Path) -> None:
     made = packed(phi_folder, PACKED[method])

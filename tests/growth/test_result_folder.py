@@ -3,6 +3,7 @@ the same name."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,9 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from outgrow.growth import grow
-from outgrow.growth.folder import MARK, RECIPE, Place, complete_or_absent, strangers
+from outgrow.growth.folder import (
+    MARK,
+    RECIPE,
+    STRETCH,
+    STRETCHES,
+    Place,
+    complete_or_absent,
+    files_in,
+    strangers,
+)
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.locks import Lock
 
@@ -119,6 +130,66 @@ def test_a_result_with_something_else_in_it_is_not_replaced(source: Path, tmp_pa
         grow(source, out, target=TARGET, overwrite=True)
     assert contents(tmp_path) == before
     shutil.rmtree(out / name.split("/")[0]) if "/" in name else (out / name).unlink()
+    grow(source, out, target=TARGET, overwrite=True, seed=1)
+
+
+def edited(out: Path) -> str:
+    (out / "README.md").write_text("years of work")
+    return "README.md"
+
+
+def trained_on(out: Path) -> str:
+    weights = load_file(out / "model.safetensors")
+    weights["model.layers.1.mlp.fc1.weight"] *= 1.01  # of the same size
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    return "model.safetensors"
+
+
+def another_tokenizer(out: Path) -> str:
+    (out / "generation_config.json").write_text('{"do_sample": true}')
+    return "generation_config.json"
+
+
+@pytest.mark.parametrize("worker", [None, "0/1"])
+@pytest.mark.parametrize("change", [edited, trained_on, another_tokenizer])
+def test_a_result_that_was_changed_since_is_not_replaced(
+    source: Path, tmp_path: Path, change: Callable[[Path], str], worker: str | None
+) -> None:
+    out = tmp_path / "out"
+    grown_there(source, out)
+    grow(source, out, target=TARGET, overwrite=True, worker=worker)
+    name = change(out)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=rf"holds {name} \(changed since\), which growth did not make"):
+        grow(source, out, target=TARGET, overwrite=True, worker=worker)
+    assert contents(tmp_path) == before
+
+
+def test_a_fingerprint_sees_a_change_anywhere_in_a_small_file_and_a_retrained_large_one(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "file"
+    for size in (0, 1, STRETCH, 5 * STRETCH, STRETCHES * STRETCH):
+        content = bytearray(size)
+        file.write_bytes(content)
+        before = files_in(tmp_path)["file"]
+        assert before == files_in(tmp_path)["file"]
+        for place in {0, size // 3, size - 1} & set(range(size)):
+            file.write_bytes(content[:place] + b"x" + content[place + 1 :])
+            assert files_in(tmp_path)["file"] != before
+        file.write_bytes(bytes(size + 1))
+        assert files_in(tmp_path)["file"] != before
+    file.write_bytes(bytes(3 * STRETCHES * STRETCH))
+    before = files_in(tmp_path)["file"]
+    file.write_bytes(b"x" * (3 * STRETCHES * STRETCH))
+    assert files_in(tmp_path)["file"] != before
+
+
+def test_a_result_of_an_older_growth_is_replaced_by_its_names(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    grown_there(source, out)
+    record = json.loads((out / RECIPE).read_text())
+    (out / RECIPE).write_text(json.dumps(record | {"files": sorted(record["files"])}))
     grow(source, out, target=TARGET, overwrite=True, seed=1)
 
 

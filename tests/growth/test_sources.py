@@ -56,6 +56,17 @@ def an_adapter(source: Path) -> Path:
     return folder
 
 
+def an_adapter_with_a_config(source: Path) -> Path:
+    folder = an_adapter(source)
+    shutil.copyfile(source / "config.json", folder / "config.json")
+    return folder
+
+
+ADAPTER = (
+    "an adapter of 'microsoft/phi-2', which has no weights of its own to grow; merge it into its base first"
+)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -63,13 +74,8 @@ def an_adapter(source: Path) -> Path:
         (unfinished, "a run that has no run/final yet; finish it first"),
         (the_folder_around, r"did you mean '.*around/snapshot'\?"),
         (the_file, "a file; give the folder that holds it with its config.json: '.*source'"),
-        (
-            an_adapter,
-            (
-                "an adapter of 'microsoft/phi-2', which has no weights of its own to grow; merge it into "
-                "its base first"
-            ),
-        ),
+        (an_adapter, ADAPTER),
+        (an_adapter_with_a_config, ADAPTER),
     ],
 )
 def test_a_wrong_folder_is_told_with_the_one_that_was_meant(
@@ -141,3 +147,9 @@ def test_a_plan_and_a_growth_say_of_themselves_five_lines(source: Path, tmp_path
         f"  certificate: not lossless: {made.certificate.reasons[0]:.100}",
     ]
     assert "model.layers.*.mlp.fc1: ffn <- residual" in made.describe()
+
+
+def test_an_adapter_beside_weights_is_told(source: Path, tmp_path: Path) -> None:
+    (source / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "microsoft/phi-2"}))
+    grown = grow(source, tmp_path / "out", target=TARGET, receipt=False)
+    assert "adapter_config.json is passed over" in grown.notes[0]

@@ -12,8 +12,10 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from outgrow.growth import grow
+from outgrow.model.base.errors import UserError
 from outgrow.model.build import load_model
 from outgrow.model.checkpoint import INDEX, SINGLE, Checkpoint, locate
 from outgrow.model.companions import is_companion
@@ -79,6 +81,43 @@ def test_of_a_single_file_and_an_index_the_librarys_choice_is_taken_and_told(
         assert "model.safetensors.index.json is passed over" in checkpoint.notes[0]
     loaded = load_model(folder, dtype="float64").get_input_embeddings().weight
     assert torch.equal(loaded, load_file(phi_folder / SINGLE)["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("name", ["other.safetensors", "other.safetensors.index.json"])
+def test_weights_that_the_config_names_are_taken_as_the_library_takes_them(
+    phi_folder: Path, tmp_path: Path, name: str
+) -> None:
+    folder = Path(shutil.copytree(phi_folder, tmp_path / "source"))
+    other = {key: tensor * 1.5 for key, tensor in load_file(folder / SINGLE).items()}
+    save_file(other, folder / "other.safetensors", {"format": "pt"})
+    (folder / "other.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(other, "other.safetensors")})
+    )
+    config = json.loads((folder / "config.json").read_text()) | {"transformers_weights": name}
+    (folder / "config.json").write_text(json.dumps(config))
+    by_library = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).lm_head.weight
+    ours = load_model(folder, dtype="float64")
+    assert torch.equal(by_library, other["lm_head.weight"])
+    assert torch.equal(ours.lm_head.weight, by_library)
+    grown = grow(folder, tmp_path / "out", target={"vocab_size": 101})
+    assert f"config.json names {name}" in grown.notes[0]
+    assert grown.receipt is not None
+    assert grown.receipt.max_delta < 1e-10
+    assert torch.equal(load_file(grown.folder / SINGLE)["lm_head.weight"][: len(by_library)], by_library)
+    for written in (grown.folder, ours.save_pretrained(tmp_path / "saved") or tmp_path / "saved"):
+        assert "transformers_weights" not in (written / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["../source/model.safetensors", 3, "pytorch_model.bin", "absent.safetensors"]
+)
+def test_weights_that_the_config_may_not_name_are_told(phi_folder: Path, tmp_path: Path, name: Any) -> None:
+    folder = Path(shutil.copytree(phi_folder, tmp_path / "source"))
+    (folder / "pytorch_model.bin").touch()
+    config = json.loads((folder / "config.json").read_text()) | {"transformers_weights": name}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="transformers_weights must name a safetensors file"):
+        Checkpoint(folder)
 
 
 @pytest.mark.parametrize("single", [True, False])

@@ -37,6 +37,8 @@ LLAMA3 = {
 SCALINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 3.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "beta_fast": 16.0},
     "llama3": LLAMA3,
 }
 
@@ -111,8 +113,7 @@ def read_by(interpreter: Path, folders: Path) -> dict[str, dict[str, Any]]:
 # What the classes of transformers 4 do not take in any spelling: other keys than those of rotary positions,
 # and such a scaling.
 REFUSED = {(name, kind) for name in ("dbrx", "granitemoehybrid") for kind in SCALINGS} | {
-    ("olmo", "llama3"),
-    ("olmo2", "llama3"),
+    *((name, kind) for name in ("olmo", "olmo2") for kind in ("yarn", "llama3")),
 }
 
 
