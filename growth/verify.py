@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 # How far logits may move, relative to the largest, before a lossless certificate is contradicted: what
 # rounding the weights may do.
-TOLERANCE = {"F64": 1e-10, "F32": 1e-3}
-EXACT = 1e-4  # the same, of a growth into 16 bits that is done in float32 once more
+TOLERANCE = {"F64": 1e-10, "F32": 1e-4}
+EXACT = TOLERANCE["F32"]  # the same, of a growth into 16 bits that is done in float32 once more
 RMS_FLOOR = 1e-4  # the library's RMSNorms compute in float32 whatever the weights are
 # of what is free, for the larger model in float64; the rest is for its activations and for loading it
 MEMORY_SHARE = 0.6

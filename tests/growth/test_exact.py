@@ -377,20 +377,32 @@ def test_a_result_in_float32_is_exact_where_bfloat16_rounds(tmp_path: Path, name
 
 
 @pytest.mark.slow
-def test_a_matrix_that_is_five_percent_too_large_does_not_pass_in_bfloat16(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("start", ["random", "fresh"])
+@pytest.mark.parametrize(("name", "matrix"), [("llama", "down_proj"), ("phi", "fc2"), ("gpt2", "c_proj")])
+def test_a_matrix_that_is_five_percent_too_large_does_not_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, matrix: str, start: str, dtype: torch.dtype
 ) -> None:
-    random_model(config_of("llama")).to(torch.bfloat16).save_pretrained(tmp_path / "source")
-    target = {"hidden_size": 48, "num_attention_heads": 8, "num_key_value_heads": 4}
+    """A fresh model's layers add little to its logits, so that little shows of a fault."""
+    from outgrow.model.build import build_model
+
+    model = random_model(config_of(name)) if start == "random" else build_model(config_of(name), seed=0)
+    model.to(dtype).save_pretrained(tmp_path / "source")
+    heads = {"llama": 4, "phi": 8}
+    target = renamed(name, {"hidden_size": 48, "num_attention_heads": 8})
+    target |= {"num_key_value_heads": heads[name]} if name in heads else {}
     grow(tmp_path / "source", tmp_path / "right", target=target)
     maps = Recipe.maps
 
     def wrong(self: Recipe, tensor: Any) -> Any:
         first, *rest = maps(self, tensor)
-        return (first.scaled(1.05 if tensor.name.endswith("down_proj.weight") else 1.0), *rest)
+        return (first.scaled(1.05 if tensor.name.endswith(f"{matrix}.weight") else 1.0), *rest)
 
     monkeypatch.setattr(Recipe, "maps", wrong)
-    with pytest.raises(UserError, match="logits of the same growth in float32 moved by"):
+    how = (
+        "logits of the same growth in float32 moved by" if dtype == torch.bfloat16 else "yet logits moved by"
+    )
+    with pytest.raises(UserError, match=how):
         grow(tmp_path / "source", tmp_path / "wrong", target=target)
     assert not (tmp_path / "wrong").exists()
 
