@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -166,17 +167,27 @@ def _differing_configs(runs: Sequence[Run]) -> list[str]:
     """At most one sentence: the first target that differs from the first of all."""
     for run in runs[1:]:
         first = runs[0]
-        if differing := _list_differing(_network(first), _network(run)):
+        same = _network(first) == _network(run)
+        if not same and (differing := _list_differing(_network(first, True), _network(run, True))):
             pair = f"{first.folder} and {run.folder}"
             return [f"{pair} cannot be compared: their target configs differ in {differing}"]
     return []
 
 
-def _network(run: Run) -> dict[str, Any]:
+def _network(run: Run, complete: bool = False) -> dict[str, Any]:
     """A target's config in both spellings: a folder that was grown before the run has them, a config made for
     the run has not.
+
+    Args:
+        complete: with what it leaves to its class, as far as the library has that class.
     """
-    config = flat(both_spellings(run.record.target_config))
+    own = run.record.target_config
+    if complete:
+        from outgrow.model.build import to_hf_config
+
+        with suppress(Exception):  # the library's classes raise every kind
+            own = to_hf_config(own).to_dict()
+    config = flat(both_spellings(own))
     return {key: value for key, value in config.items() if key not in NOT_TRAINED}
 
 

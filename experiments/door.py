@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from outgrow.model.base.errors import UserError
-from outgrow.model.base.settings import CONF
+from outgrow.model.base.settings import CONF, paths_and_overrides
 
 Work = Callable[[list[str], list[str]], None]
 
@@ -26,8 +26,7 @@ def go_through(
         defaults = (CONF / leaf).read_text(encoding="utf-8")
         print(f"{usage}{defaults}")
         return 0
-    names = [word for word in words if "=" not in word]
-    overrides = [word for word in words if "=" in word]
+    names, overrides = paths_and_overrides(words)
     try:
         work(names, overrides)
         return 0

@@ -10,7 +10,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.resources import files
@@ -206,6 +206,22 @@ def plain_text(text: str) -> str:
     except HydraException:
         return quoted
     return text
+
+
+def paths_and_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divide the arguments of a command that takes paths and `key=value` overrides.
+
+    A path may have a "=" in its name: what lies on this machine under the entire argument is a path.
+    """
+    paths = []
+    overrides = []
+    for text in arguments:
+        path = os.path.expanduser(text)
+        if "=" not in text or os.path.lexists(path):
+            paths.append(path)
+        else:
+            overrides.append(text)
+    return paths, overrides
 
 
 _SPECIAL = re.compile(r"[^\w./\\+-]|[^\x00-\x7f]")  # what makes a value more than a word to Hydra

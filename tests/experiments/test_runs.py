@@ -246,6 +246,19 @@ def test_a_config_in_both_spellings_is_the_network_that_one_spelling_says(tmp_pa
         comparable(scratch, fabricate(tmp_path, "tile", [5.0, 4.0, 3.0], target_config=other))
 
 
+def test_what_a_config_leaves_to_its_class_is_no_difference(tmp_path: Path) -> None:
+    """A preset says sizes alone, a checkpoint's config.json says everything."""
+    sizes = {"model_type": "phi", "hidden_size": 80}
+    whole = sizes | {"hidden_act": "gelu_new", "partial_rotary_factor": 0.5, "initializer_range": 0.02}
+    scratch = fabricate(tmp_path, "scratch", [5.0, 4.0, 3.0], target_config=sizes)
+    comparable(scratch, fabricate(tmp_path, "lossless", [5.0, 4.0, 3.0], target_config=whole))
+    other = whole | {"partial_rotary_factor": 0.4}
+    with pytest.raises(
+        UserError, match=r"target configs differ in .*partial_rotary_factor \(0\.5 and 0\.4\)"
+    ):
+        comparable(scratch, fabricate(tmp_path, "tile", [5.0, 4.0, 3.0], target_config=other))
+
+
 def test_seeds_repeat_and_nothing_else_differs(tmp_path: Path) -> None:
     first, second = (fabricate(tmp_path, "scratch", [5.0, 3.0], seed=seed) for seed in (0, 1))
     comparable(first, second)

@@ -14,7 +14,7 @@ import pytest
 from outgrow.growth import grow
 from outgrow.growth.__main__ import CONF, main, settings_from
 from outgrow.model.base.errors import UserError
-from outgrow.model.base.settings import compose_config, plain_text
+from outgrow.model.base.settings import compose_config, paths_and_overrides, plain_text
 
 NAMES = [
     "lr=0.1", "a[1]", "[a]", "a (copy)", "(a)", "a#b", "#a", "~a", "a~", "größe", "モデル", "a'b", "a'", 'a"b', "a b", "a;b", "a&b",
@@ -71,6 +71,17 @@ def test_what_is_no_path_keeps_its_meaning(here: Path, text: str, value: Any) ->
     for part in text.partition("=")[0].split("."):
         node = node[part]
     assert node == value
+
+
+@pytest.mark.parametrize("start", ["", "runs/", "~/"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_beside_overrides_may_have_any_name(here: Path, name: str, start: str) -> None:
+    if start == "" and name == "~a":
+        pytest.skip("a user's home")
+    path = os.path.expanduser(f"{start}{name}")
+    Path(path).mkdir(parents=True)
+    given = [f"{start}{name}", "devices=[H100]", "nothing"]
+    assert paths_and_overrides(given) == ([path, "nothing"], ["devices=[H100]"])
 
 
 @pytest.mark.parametrize("text", ["target={hidden_size:96", "seed", "source=a,b", "growth.depth=[0,1"])
