@@ -15,7 +15,7 @@ from outgrow.experiments import judgement, study, study_file
 from outgrow.experiments.__main__ import main
 from outgrow.experiments.cost import verdict
 from outgrow.experiments.judgement import Judged, Judgement
-from outgrow.experiments.judgement_report import RECORD, markdown
+from outgrow.experiments.judgement_report import RECORD, draw, markdown
 from outgrow.experiments.study_file import HERE, load_study
 from outgrow.experiments.table import BEGIN, END, check_table
 from outgrow.train.data.settings import DataSettings, SourceSettings
@@ -134,6 +134,15 @@ def runs(texts: Mapping[str, Mapping[str, object]], tmp_path: Path, monkeypatch:
     monkeypatch.setattr(judgement, "open_texts", both)
     monkeypatch.setattr(study, "run_jobs", made.train)
     return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_few_evaluations_have_their_picture(tmp_path: Path, count: int) -> None:
+    curve = tuple((100.0 * number, 5.0 - number) for number in range(count))
+    arms = [Judged(arm, {"own": 200}, (curve,), {"own": (3.0,)}, {"own": (1.0,)}) for arm in ("a", "b")]
+    draw(arms, tmp_path / "losses.png")
+    assert (tmp_path / "losses.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow

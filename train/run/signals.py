@@ -36,8 +36,8 @@ def overruled(status: int) -> str:
         return ""
     return (
         f"; torchrun, which started this process, ends with status 1 instead of {status}, and kills what "
-        "has not saved 30 s after SIGTERM: python -m outgrow.train.launch takes the same arguments, keeps "
-        "the status and waits for the saving"
+        "has not saved 30 s (its --shutdown-timeout) after SIGTERM: python -m outgrow.train.launch takes the "
+        "same arguments, keeps the status and waits for the saving"
     )
 
 
