@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from outgrow.model.base.errors import UserError
 from outgrow.model.family import Config, Tensor, family_of, has_schema
 from outgrow.model.flops import counted
 
@@ -45,16 +46,12 @@ def active_parameter_count(config: Config) -> int:
     Shared experts, which every token goes through, are no part of a stack.
     """
     total = parameter_count(config)
-    counts = set(_whole_numbers(config, "expert"))
-    if has_schema(config) or not counts:
+    if has_schema(config) or not _expert_counts(config):
         return total
     chosen, idle = experts_per_token(config), 0.0
     for parameter in _class_of(config).parameters():
-        if parameter.ndim != 3:
-            continue
-        experts, rows, _ = parameter.shape
-        is_stack = experts in counts and rows > 1  # a depthwise kernel has 1 there
-        if is_stack and chosen < experts:
+        experts = parameter.shape[0] if parameter.ndim else 0
+        if _is_stack(parameter, config) and chosen < experts:
             idle_share = 1 - chosen / experts
             idle += parameter.numel() * idle_share
     return total - round(idle)
@@ -62,7 +59,7 @@ def active_parameter_count(config: Config) -> int:
 
 def _whole_numbers(config: Config, word: str) -> list[int]:
     """The whole numbers under keys that have a word in them."""
-    values = [value for key, value in config.items() if word in key]
+    values = [value for key, value in config.items() if word in str(key)]
     return [value for value in values if type(value) is int]
 
 
@@ -202,21 +199,55 @@ def _class_of(config: Config) -> PreTrainedModel:
 def _matmul_parameters_of_class(config: Config) -> float:
     from torch import nn
 
+    from outgrow.model.twin import layerless
+
     model = _class_of(config)
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     looked_up = {id(module.weight) for module in embeddings}
     head = getattr(model.get_output_embeddings(), "weight", None)
-    experts = experts_per_token(config)
+    chosen = experts_per_token(config)
+    mixes = bool(_expert_counts(config))  # else three axes are a projection to heads
+    unused = _unused(config)
     total = 0.0
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         is_matrix = id(parameter) not in looked_up or parameter is head
-        if parameter.ndim < 2 or not is_matrix:
+        if parameter.ndim < 2 or not is_matrix or layerless(name) in unused:
             continue
         share = 1.0
-        if parameter.ndim == 3:  # a stack of experts
-            share = min(1.0, experts / parameter.shape[0])
+        if (
+            mixes and parameter.ndim == 3 and parameter.shape[1] > 1
+        ):  # also where some experts compute nothing
+            share = min(1.0, chosen / parameter.shape[0])
         total += parameter.numel() * share
     return total
+
+
+def _is_stack(parameter: Any, config: Config) -> bool:
+    """True for the matrices of as many experts as a config says."""
+    several = parameter.ndim == 3 and parameter.shape[1] > 1  # a depthwise kernel has 1 row
+    return several and parameter.shape[0] in _expert_counts(config)
+
+
+def _expert_counts(config: Config) -> set[int]:
+    """The numbers of experts that a config, or a part of it, speaks of."""
+    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    counts: set[int] = set()
+    for part in parts:
+        counts.update(_whole_numbers(part, "expert"))
+    return counts
+
+
+def _unused(config: Config) -> set[str]:
+    """The parameters, without their layers' numbers, that text does not reach, as a tiny twin tells; none for
+    a class without a twin.
+    """
+    from outgrow.model.matrices import parameters_of
+
+    try:
+        kinds = parameters_of(config)
+    except UserError:
+        return set()
+    return {name for name, parameter in kinds.items() if parameter.kind == "unused"}
 
 
 def experts_per_token(config: Config) -> int:
