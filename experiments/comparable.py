@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from outgrow.experiments.runs import SCRATCH, SOURCE, Run, listed
+from outgrow.experiments.runs import CONTROLS, SCRATCH, Run, listed
 from outgrow.model.base.errors import UserError
 from outgrow.model.spelling import both_spellings
 from outgrow.train.run.record import SourceCost
@@ -69,7 +69,7 @@ NOT_TRAINED = (
 
 def check_comparable(runs: Sequence[Run]) -> None:
     """Raise UserError naming two runs and the thing in which they differ, every such thing at once."""
-    arms = [run for run in runs if run.arm != SOURCE]
+    arms = [run for run in runs if run.arm not in CONTROLS]
     faults = []
     for name, read in SHARED.items():
         faults += _differing(runs, name, read)
@@ -95,7 +95,8 @@ def differences(runs: Sequence[Run], stated: Sequence[tuple[str, str]] = ()) -> 
     ordered = sorted(runs, key=lambda run: run.arm)
     sentences = _differing_sources(ordered)
     settings = [(run.arm, _beside_the_question(run)) for run in ordered]
-    elsewhere = {*stated, (SOURCE, "train.budget_tokens")}  # the control arm trains for equal FLOPs
+    budgets = [(arm, "train.budget_tokens") for arm in CONTROLS]  # the controls train for equal FLOPs
+    elsewhere = {*stated, *budgets}
     keys: set[str] = set()
     for _, values in settings:
         keys.update(values)

@@ -15,7 +15,7 @@ from typing import Any
 from outgrow.experiments.changes import Change, changes
 from outgrow.experiments.comparable import check_comparable, differences
 from outgrow.experiments.cost import Cost, Curve, best_of, cost, half_interval, mean_curve
-from outgrow.experiments.runs import SCRATCH, SOURCE, ArmRate, LeftOut, Run, read_runs
+from outgrow.experiments.runs import CONTROLS, SCRATCH, SOURCE, ArmRate, LeftOut, Run, read_runs
 from outgrow.model.base.errors import UserError
 
 METHOD = (
@@ -263,7 +263,7 @@ def _notes_on_control(best: Sequence[Row]) -> list[str]:
 
 def grown(rows: Sequence[Row]) -> list[Row]:
     """The rows of the arms that grow from a source."""
-    return [row for row in rows if row.arm not in (SCRATCH, SOURCE)]
+    return [row for row in rows if row.arm not in (SCRATCH, *CONTROLS)]
 
 
 def _notes_on_seeds(best: Sequence[Row]) -> list[str]:

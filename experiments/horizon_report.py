@@ -28,7 +28,7 @@ from outgrow.experiments.publish import Writer, mirror, write_together
 from outgrow.experiments.recovery import EPSILON, Recovery, recoveries
 from outgrow.experiments.report import Page, render
 from outgrow.experiments.report import table as html_table
-from outgrow.experiments.runs import SCRATCH, read_runs
+from outgrow.experiments.runs import NULL_CONTROL, SCRATCH, read_runs
 from outgrow.experiments.table import UNDEFINED, write_csv
 
 if TYPE_CHECKING:
@@ -326,12 +326,13 @@ def is_control(row: Worth, rows: Sequence[Worth]) -> bool:
 def _control(best: Worth, rows: Sequence[Worth]) -> str:
     """The control's end that cost most nearly what `best` did, against it."""
     controls = [row.point for row in rows if is_control(row, rows)]
+    plain = [point for point in controls if point.arm != NULL_CONTROL]
     own = best.point
 
     def distance(point: Point) -> tuple[float, float]:
         return abs(math.log(point.paid / own.paid)), point.val_loss
 
-    near = min(controls, key=distance)
+    near = min(plain or controls, key=distance)
     gap = near.val_loss - own.val_loss
     side = "higher" if gap > 0 else "lower"
     near_paid = f"{near.paid / 1e12:.2f}"

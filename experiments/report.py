@@ -13,7 +13,7 @@ from pathlib import Path
 
 from outgrow.experiments.changes import summary
 from outgrow.experiments.compare import METHOD, UNLIKE, Comparison, answer
-from outgrow.experiments.runs import SCRATCH, SOURCE
+from outgrow.experiments.runs import NULL_CONTROL, SCRATCH, SOURCE
 from outgrow.experiments.table import (
     CHANGE_HEADER,
     CHANGES,
@@ -64,6 +64,7 @@ WORDS = [
     ),
     (SCRATCH, "the target with the library's own initialisation"),
     (SOURCE, "the source itself, trained on for the same FLOPs: trained longer, not bigger"),
+    (NULL_CONTROL, "the same with its norm scales × √(N/n): as a growth into units that nothing reads"),
 ]
 
 

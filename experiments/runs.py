@@ -22,6 +22,8 @@ RUN_AGAIN = "the folder was edited or damaged: run it again in a new one"
 ArmRate = tuple[str, float]  # an arm and one of its learning rates
 SCRATCH = "scratch"
 SOURCE = "source"  # the control arm: the source itself, trained on, "trained longer, not bigger"
+NULL_CONTROL = "null_control"  # the same with its norm scales × √(N/n): as a growth into dead units
+CONTROLS = (SOURCE, NULL_CONTROL)  # they train the source's own network, for the FLOPs of the others
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def _changes(run: Run) -> list[str]:
 
 
 def _of_control(run: Run, label: str) -> bool:
-    return run.arm == SOURCE and label.startswith("budget_tokens")
+    return run.arm in CONTROLS and label.startswith("budget_tokens")
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:

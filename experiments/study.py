@@ -75,6 +75,7 @@ def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None)
     display = Display()
     source = ready_source(study, at_once, logs, display)
     todo = jobs(study, extent)
+    check_control(study, todo)
     texts = judged_texts(study, todo[0], display) if study.judged_on else {}
     missing = [job for job in todo if not complete(job, source)]
     completed = len(todo) - len(missing)
@@ -105,6 +106,33 @@ def ready_source(study: Study, at_once: int, logs: Path, display: Display) -> Jo
     origin = (study.source or "none") if source is None else source.folder
     display.say(f"source: {origin}")
     return source
+
+
+def check_control(study: Study, todo: Sequence[Job]) -> None:
+    """Refuse a study of horizons whose arms grow without the small network beside them.
+
+    Raises:
+        UserError: nothing would tell a bigger network from one that was only trained longer.
+    """
+    from outgrow.model.geometry import parameter_count
+    from outgrow.train.start.source import target_config
+
+    grown = [job for job in todo if study.counts_as(job.arm) != SCRATCH]
+    if not grown or not any(job.settings.schedule.horizons for job in todo):
+        return
+    sizes = set()
+    for job in todo:
+        source = Path(job.settings.source) if job.settings.source else None
+        if source is not None and not source.is_dir():
+            return  # a name on the hub, which nothing has fetched yet: the comparison tells
+        config = target_config(job.settings, source)
+        sizes.add(parameter_count(config))
+    if len(sizes) == 1:
+        raise UserError(
+            f"{study.name}: no control among its arms; every one has the same number of parameters, so "
+            "nothing would tell a bigger network from one that was only trained longer. Add the small "
+            "network alone: an arm with growth: scratch and the small target"
+        )
 
 
 def comparable_costs(study: Study, todo: Sequence[Job]) -> bool:

@@ -17,7 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from outgrow.experiments.runs import SCRATCH, SOURCE
+from outgrow.experiments.runs import CONTROLS, SCRATCH, SOURCE
 from outgrow.model.base.errors import UserError, did_you_mean, unknown
 from outgrow.model.base.settings import CONF, load_yaml, read
 from outgrow.train.settings import horizon_runs
@@ -193,7 +193,7 @@ def _arm_overrides(study: Study, name: str) -> list[str]:
     growth = arm.growth or name
     names = [f"growth={growth}", f"growth.name={study.counts_as(name)}"]
     overrides = [*study.runs, *start_of(study), *names, *arm.overrides]
-    if growth == SOURCE:
+    if growth in CONTROLS:
         overrides.append(f"train.budget_tokens={equal_flops_budget(overrides)}")
     return overrides
 

@@ -13,8 +13,9 @@ import pytest
 import wandb
 
 from outgrow.experiments.__main__ import main
-from outgrow.experiments.horizon_report import answer, build, table, write
+from outgrow.experiments.horizon_report import answer, build, markdown, table, write
 from outgrow.experiments.horizons import (
+    RECORD,
     BaselineCurve,
     End,
     baseline,
@@ -23,6 +24,8 @@ from outgrow.experiments.horizons import (
     worths,
     write_ends,
 )
+from outgrow.experiments.study_file import HERE
+from outgrow.experiments.table import check_table
 from outgrow.model.base.errors import UserError
 
 BASE = End("x", "scratch", "adamw", 1e-2, 4096, 0, 1000, 20_000, 1e12, 0.0, 3.0, 4096, "cpu", "text")
@@ -248,3 +251,10 @@ def test_a_study_of_horizons_has_page_csv_and_wandb_like_any_comparison(
     assert (seen["group"], seen["mode"]) == ("own", "offline")
     assert sentence in run.summary["answer"]
     assert [row[0] for row in seen["comparison"].data] == [line["arm"] for line in lines]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["tiny", "when_growth_pays"])
+def test_the_table_of_a_study_is_what_its_record_gives(name: str) -> None:
+    rows = worths(read_ends(HERE / name / RECORD))
+    check_table(HERE / name / "README.md", markdown(rows))
+    assert (HERE / name / "table.md").read_text() == markdown(rows)

@@ -17,7 +17,7 @@ from outgrow.experiments.cost import Curve, cost, mean_curve
 from outgrow.experiments.horizon_report import answer, table
 from outgrow.experiments.horizons import RECORD, read_ends, worths
 from outgrow.experiments.progress import Display, position
-from outgrow.experiments.study import RunFailed, complete, run_jobs, run_study
+from outgrow.experiments.study import RunFailed, check_control, complete, run_jobs, run_study
 from outgrow.experiments.study_file import (
     HERE,
     Arm,
@@ -285,6 +285,16 @@ def test_an_arm_may_be_a_growth_and_overrides(elsewhere: Path) -> None:
     )
     assert job.settings.transfer.teacher is not None
     assert (job.settings.schedule.rewarm, job.settings.optimizer.learning_rate) == ("new", 2e-3)
+
+
+@pytest.mark.slow
+def test_a_study_of_horizons_without_its_control_is_refused_before_it_trains() -> None:
+    study = load_study("when_growth_pays")
+    check_control(study, jobs(study, study.demo))
+    alone = replace(study.demo, arms=("scratch", "stack_0.8M"))
+    with pytest.raises(UserError, match="when_growth_pays: no control among its arms"):
+        check_control(study, jobs(study, alone))
+    check_control(study, jobs(study, replace(study.demo, arms=("scratch",))))
 
 
 @pytest.mark.slow

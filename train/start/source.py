@@ -31,6 +31,7 @@ from outgrow.model.spelling import spell_folder
 from outgrow.train.run.folder import PICTURE
 from outgrow.train.run.record import RunRecord, SourceCost, Start
 from outgrow.train.settings import UNGROWN, Settings
+from outgrow.train.start.null_control import norm_gain, scale_norms
 from outgrow.train.start.stages import Stage
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def begin(settings: Settings, stage: Stage, source: Path | None, folder: Path) -
     record = Start(
         operator=operator,
         depth=None if operator in UNGROWN else options.get("depth"),
-        lossless=True if operator == "source" else None,
+        lossless=norm_gain(settings, stage.config) == 1.0 if operator == "source" else None,
         source=source_cost(settings, source),
         source_dtype=source_dtype(source, None),
     )
@@ -285,7 +286,11 @@ def starting_model(
     start = start_folder(stage, source, folder)
     if start is None:
         return build_model(stage.config, seed=settings.seed, attention=attention)
-    return load_model(start, attention=attention)
+    network = load_model(start, attention=attention)
+    gain = norm_gain(settings, stage.config)
+    if gain != 1.0:
+        scale_norms(network, gain)
+    return network
 
 
 def start_folder(stage: Stage, source: Path | None, folder: Path) -> Path | None:
