@@ -2,6 +2,7 @@
 
 outgrow compare runs/tiny-* [--out DIR] [--wandb]    seconds: a table, convergence.png, report.html
 outgrow horizons runs/NAME-t* [--out DIR]            seconds: S of every arm against scratch's decayed ends
+outgrow frontier runs/NAME-t* [--out DIR]            the best size of each budget, of flat models
 outgrow study tiny [--jobs N]                          minutes: source, every arm, comparison; what is done is
                                                        skipped
 outgrow study tiny --full                              hours: three seeds, a grid of learning rates for every
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands = {
             "compare": _compare,
             "horizons": _horizons,
+            "frontier": _frontier,
             "study": _study,
             "run": _study,
             "select": _select,
@@ -95,6 +97,17 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="mirror table and picture into W&B, offline unless WANDB_MODE says otherwise",
     )
+    frontier = commands.add_parser(
+        "frontier",
+        help="the compute-optimal size from flat models: 4 sizes, 2 horizons each; a law from 3 horizons",
+    )
+    frontier.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="run folders that decayed to their ends, records of such (ends.json), or a study that has one",
+    )
+    frontier.add_argument("--out", type=Path, default=Path("runs/frontier"), help="where the files go")
     run = commands.add_parser("study", aliases=["run"], help="run a study: source, arms, comparison")
     run.add_argument("study", nargs="?", help="such as tiny; without it, all are listed")
     run.add_argument("--full", action="store_true", help="all seeds and the whole grid of learning rates")
@@ -143,6 +156,17 @@ def _horizons(options: argparse.Namespace) -> int:
     if readme.is_file():  # a study's folder, whose page shows the table
         table = (options.out / TABLE).read_text(encoding="utf-8")
         insert_table(readme, table)
+    return 0
+
+
+def _frontier(options: argparse.Namespace) -> int:
+    from outgrow.experiments.frontier_report import write
+    from outgrow.experiments.horizons import RECORD
+
+    known = studies()
+    inputs = [str(known[name] / RECORD) if name in known else name for name in options.runs]
+    for line in write(inputs, options.out):
+        print(line)
     return 0
 
 

@@ -10,6 +10,7 @@ outgrow compare runs/tiny-*                         finished runs, held against 
 outgrow horizons runs/NAME-t*                       decayed ends against scratch's curve
 outgrow select STUDY CANDIDATE… lag_tokens=N        which start to take: successive halving by the loss
                                                     after a lag
+outgrow frontier runs/NAME-t*                       the best size of each budget, from flat models
 outgrow same REV                                    does a change alter a number? this clone beside a revision
                                                     of it
 outgrow evaluate runs/NAME suite=phi_2              benchmarks, beside published rows
@@ -37,6 +38,7 @@ DOORS: dict[str, tuple[str, tuple[str, ...]]] = {
     "compare": ("outgrow.experiments.__main__", ("compare",)),
     "horizons": ("outgrow.experiments.__main__", ("horizons",)),
     "select": ("outgrow.experiments.__main__", ("select",)),
+    "frontier": ("outgrow.experiments.__main__", ("frontier",)),
     "same": ("outgrow.experiments.__main__", ("same",)),
     "evaluate": ("outgrow.experiments.suite.__main__", ()),
     "cost": ("outgrow.experiments.footprint.__main__", ()),

@@ -16,7 +16,7 @@ from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Literal, TypeVar
 
-K = TypeVar("K", float, tuple[float, int])
+K = TypeVar("K", float, tuple[float, int], tuple[float, int, int])
 Outcome = Literal["reached", "starts below", "not reached"]
 VERDICTS = ("lower", "higher", "no change that the seeds can tell")
 # a curve that ends within 1 % of the wanted cost is read at its end: budgets are whole batches

@@ -28,7 +28,7 @@ from outgrow.experiments.publish import Writer, mirror, write_together
 from outgrow.experiments.recovery import EPSILON, Recovery, recoveries
 from outgrow.experiments.report import Page, render
 from outgrow.experiments.report import table as html_table
-from outgrow.experiments.runs import NULL_CONTROL, SCRATCH, read_runs
+from outgrow.experiments.runs import NULL_CONTROL, SCRATCH, LeftOut, Run, read_runs
 from outgrow.experiments.table import UNDEFINED, write_csv
 
 if TYPE_CHECKING:
@@ -85,13 +85,7 @@ def write(inputs: Sequence[str], out: Path, *, wandb: bool = False) -> list[str]
         UserError: a folder is no run, an end has not decayed, the ends cannot be compared, or `out` cannot be
             written.
     """
-    records = [name for name in inputs if name.endswith(".json")]
-    folders = [name for name in inputs if name not in records]
-    runs, left_out = read_runs(folders) if folders else ([], [])
-    ends: dict[str, End] = {}
-    for record in records:
-        ends |= {end.name: end for end in read_ends(Path(record))}
-    ends |= {end.name: end for end in map(end_of, runs)}
+    runs, ends, left_out = read_inputs(inputs)
     rows = worths(list(ends.values()))
     study = runs[0].study if runs else out.resolve().name
 
@@ -112,6 +106,22 @@ def write(inputs: Sequence[str], out: Path, *, wandb: bool = False) -> list[str]
         mirror(study, list(map(flat_row, rows)), pictures, {"answer": answer(rows)}, PROJECT)
     notes = [f"left out: {item.folder.name}, {item.reason}" for item in left_out]
     return [markdown(rows), *notes, *(f"  {path}" for path in paths)]
+
+
+def read_inputs(inputs: Sequence[str]) -> tuple[list[Run], dict[str, End], list[LeftOut]]:
+    """The runs among `inputs`, all ends by name, those of records too, and the folders that are left out.
+
+    Raises:
+        UserError: a folder is no run, a record is damaged, or an end has not decayed.
+    """
+    records = [name for name in inputs if name.endswith(".json")]
+    folders = [name for name in inputs if name not in records]
+    runs, left_out = read_runs(folders) if folders else ([], [])
+    ends: dict[str, End] = {}
+    for record in records:
+        ends |= {end.name: end for end in read_ends(Path(record))}
+    ends |= {end.name: end for end in map(end_of, runs)}
+    return runs, ends, left_out
 
 
 def markdown(rows: Sequence[Worth]) -> str:

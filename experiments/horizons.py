@@ -27,8 +27,8 @@ from outgrow.experiments.cost import best_of, half_interval
 from outgrow.experiments.recovery import Growth, read_growth
 from outgrow.experiments.runs import RUN_AGAIN, SCRATCH, Run
 from outgrow.model.base.errors import UserError
+from outgrow.train.machine.regime import multiplied
 from outgrow.train.run.folder import METRICS
-from outgrow.train.run.record import RunRecord
 
 RECORD = "ends.json"  # the small record of a study's runs: what every table and picture is made of
 
@@ -84,7 +84,7 @@ def end_of(run: Run) -> End:
         learning_rate=run.learning_rate,
         batch_tokens=int(run.record.setting("train.batch_tokens")),
         seed=run.seed,
-        parameters=_multiplied(run.record),
+        parameters=multiplied(run.record.target_config, run.record.parameters),
         tokens=run.summary.tokens,
         flops=run.summary.flops + run.operator_flops,
         source_flops=run.source_flops,
@@ -94,16 +94,6 @@ def end_of(run: Run) -> End:
         data=run.record.data.fingerprint,
         growth=read_growth(run.folder / METRICS, RUN_AGAIN),
     )
-
-
-def _multiplied(record: RunRecord) -> int:
-    """The parameters of a run's network without its embedding table, which an untied head does not need."""
-    config = record.target_config
-    if config.get("tie_word_embeddings"):
-        return record.parameters
-    vocabulary = int(config["vocab_size"])
-    width = int(config["hidden_size"])
-    return record.parameters - vocabulary * width
 
 
 def check_alike(ends: Sequence[End]) -> None:

@@ -167,7 +167,7 @@ def check_experiments(command: str, arguments: list[str]) -> None:
     from outgrow.experiments.__main__ import parser
 
     options = parser().parse_args([command, *arguments])
-    assert options.command in ("compare", "horizons", "same") or options.study in (None, *STUDIES)
+    assert options.command in ("compare", "horizons", "frontier", "same") or options.study in (None, *STUDIES)
 
 
 def check_select(arguments: list[str]) -> None:
@@ -216,6 +216,7 @@ DOORS = {
     "compare": partial(check_experiments, "compare"),
     "horizons": partial(check_experiments, "horizons"),
     "select": check_select,
+    "frontier": partial(check_experiments, "frontier"),
     "same": partial(check_experiments, "same"),
     "evaluate": check_evaluate,
     "cost": check_cost,

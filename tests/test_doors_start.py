@@ -89,6 +89,7 @@ FAULTS = {
     "study": ["nope"],
     "compare": ["nothing"],
     "horizons": ["nothing"],
+    "frontier": ["nothing"],
 }
 CODE = """
 import sys

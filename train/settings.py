@@ -170,6 +170,7 @@ class ForecastSettings:
     gpus: int
     mfu: float  # model-FLOPs utilisation that is reached
     days: float | None  # also tell the rate that finishing in so many days would take
+    frontier: str | None = None  # frontier.json: warn where the target is larger than the budget's best size
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from outgrow.model.config import read_config, resolve_target
 from outgrow.model.geometry import active_parameter_count, flops_source, parameter_count
 from outgrow.train.machine.device import MEMORY_GIB, PEAK_BF16_FLOPS, named, peak_flops
 from outgrow.train.machine.memory import Memory, memory
+from outgrow.train.machine.regime import multiplied, regime
 from outgrow.train.optimizer import parameter_groups
 from outgrow.train.run.record import flops_after
 from outgrow.train.settings import Budget, Settings, compose
@@ -226,6 +227,10 @@ def tell(settings: Settings) -> str:
     lines.append(
         f"GiB per GPU   {' + '.join(parts)} = {total:.1f}{verdict} (sharding {settings.sharding.name})"
     )
+    if plan.frontier is not None:
+        size = multiplied(target(settings), counted.parameters)
+        warning = regime(Path(plan.frontier), size, counted.flops)
+        lines += [f"regime        {warning}"] if warning else []
     if room is not None and not _fits(total, room):
         lines += ways_out(settings, room)
     if settings.transfer.inherited_rate == 0.0:
