@@ -166,7 +166,7 @@ def grow(
         adam = None if optimizer is None else _read_adam(optimizer, decided)
         lesson = read_lesson(decided, checkpoint, text)
         shards = shards_of(decided, max_shard_bytes)
-        state = out.with_name(f"{out.name}{KEPT}")
+        state = out.parent / f"{out.name}{KEPT}"
         how: dict[str, Any] = {"threads": threads, "progress": progress}
         reads = [*checkpoint.files]
         if optimizer is not None:
