@@ -14,7 +14,7 @@ import pytest
 from helpers.runs import record_of
 from outgrow.experiments import study_file as definition
 from outgrow.experiments.cost import Curve, cost, mean_curve
-from outgrow.experiments.horizon_report import answer, table
+from outgrow.experiments.horizon_report import markdown
 from outgrow.experiments.horizons import RECORD, read_ends, worths
 from outgrow.experiments.progress import Display, position
 from outgrow.experiments.study import RunFailed, check_control, complete, run_jobs, run_study
@@ -140,7 +140,8 @@ def test_what_is_committed_are_the_runs_that_the_study_defines(
     if (HERE / name / RECORD).is_file():
         ends = read_ends(HERE / name / RECORD)
         assert {end.name for end in ends} <= {folder.name for job in grids[name] for folder in job.folders}
-        assert (HERE / name / "table.md").read_text() == f"{answer(worths(ends))}\n\n{table(worths(ends))}"
+        assert (HERE / name / "table.md").read_text() == markdown(worths(ends))
+        check_table(HERE / name / "README.md", markdown(worths(ends)))
         return
     found = json.loads((HERE / name / "comparison.json").read_text())
     assert {run["name"] for run in found["runs"] if run["seed"] == 0} == {job.name for job in grids[name]}
