@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from outgrow.model.spelling import spell_folder
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
+UNCHECKED = f"{FILE}: copied as it is; whether its entries agree is not known without transformers"
 # Entries of a generation config that contradict nothing; for others the library is asked, which takes
 # seconds to import.
 PLAIN = {"_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
@@ -51,7 +53,8 @@ class Beside:
             config: of the checkpoint, which may hold a part of the generation config.
 
         Raises:
-            UserError: a config of tokenizer or processor is no JSON object.
+            UserError: a config of tokenizer or processor is no JSON object; or a generation config is none,
+                where transformers, which mends it, is not installed.
         """
         names = tuple(companions(folder))
         for name in names:
@@ -59,6 +62,9 @@ class Beside:
                 read_json(folder / name)
         if FILE not in names or _is_plain(folder / FILE):
             return cls(folder, names)
+        if find_spec("transformers") is None:  # which growing does without
+            read_json(folder / FILE)
+            return cls(folder, names, notes=(UNCHECKED,))
         from outgrow.model.generation import generation_config
 
         generation, changes = generation_config(folder, config)

@@ -116,6 +116,20 @@ def test_a_grown_folder_has_one_that_the_library_saves(
     assert bool(told) == bool(grown.notes)
 
 
+def test_without_the_library_it_is_copied_as_it_is_and_told(
+    phi_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(shutil.copytree(phi_folder, tmp_path / "source"))
+    (source / FILE).write_text('{"temperature": 0.6, "eos_token_id": 3}')
+    monkeypatch.setattr("outgrow.growth.beside.find_spec", lambda name: None)
+    grown = grow(source, tmp_path / "out", target={"intermediate_size": 80}, receipt=False)
+    assert json.loads((grown.folder / FILE).read_text()) == {"temperature": 0.6, "eos_token_id": 3}
+    assert "copied as it is" in "; ".join(grown.notes)
+    (source / FILE).write_text("{")
+    with pytest.raises(UserError, match=rf"source/{FILE}: not valid JSON"):
+        grow(source, tmp_path / "again", target={"intermediate_size": 80}, receipt=False)
+
+
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "preprocessor_config.json"])
 def test_a_config_that_could_not_be_copied_is_told_before_anything_is_grown(
     phi_folder: Path, tmp_path: Path, name: str
