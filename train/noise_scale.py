@@ -20,7 +20,7 @@ from torch import Tensor
 
 from outgrow.model.base.errors import UserError
 from outgrow.train.machine.distribute import total_norm
-from outgrow.train.step import Share
+from outgrow.train.share import Share
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -12,7 +12,6 @@ import hashlib
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +26,7 @@ from outgrow.train.optimizer import set_learning_rate
 from outgrow.train.router import Losses
 from outgrow.train.schedule import factor
 from outgrow.train.settings import Settings
+from outgrow.train.share import Share
 from outgrow.train.start.teacher import scheduled
 from outgrow.train.start.transfer import EntryRates
 
@@ -267,33 +267,6 @@ class NotFinite(UserError):
             f"{self}. The run stops here and {kept}: lower optimizer.learning_rate or lengthen "
             f"schedule.warmup_fraction under a new name={passing}"
         )
-
-
-@dataclass(frozen=True)
-class Share:
-    """The part of each batch that one process computes: `rows`, in as many `pieces` (micro-batches) as every
-    process has.
-    """
-
-    rows: range
-    pieces: tuple[range, ...]
-
-    @classmethod
-    def of(cls, rows: int, micro_batch: int | None, process: int, processes: int) -> Share:
-        """Divide `rows` so that shares differ by at most one.
-
-        A piece has up to `micro_batch` rows, the last fewer or none.
-
-        8 rows by 2 on processes 0 and 1 of 3: 0‥2 as (0‥1, 2‥2) and 2‥5 as (2‥4, 4‥5).
-        """
-        begin = rows * process // processes
-        end = rows * (process + 1) // processes
-        own = range(begin, end)
-        most = -(-rows // processes)
-        size = min(micro_batch or most, most)
-        begins = range(0, most, size)
-        pieces = [own[begin : begin + size] for begin in begins]
-        return cls(own, tuple(pieces))
 
 
 def detached(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

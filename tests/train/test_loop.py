@@ -31,7 +31,8 @@ from outgrow.train.evaluate import evaluate
 from outgrow.train.loss import NextTokenLoss
 from outgrow.train.run import state
 from outgrow.train.settings import Settings, compose
-from outgrow.train.step import Share, Step
+from outgrow.train.share import Share
+from outgrow.train.step import Step
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGER = "target={hidden_size:24,intermediate_size:48,num_hidden_layers:2}"
