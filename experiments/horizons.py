@@ -24,7 +24,7 @@ from statistics import fmean
 from typing import Any
 
 from outgrow.experiments.cost import best_of, half_interval
-from outgrow.experiments.recovery import Growth, read_growth
+from outgrow.experiments.grown_run import Growth, read_growth
 from outgrow.experiments.runs import RUN_AGAIN, SCRATCH, Run
 from outgrow.model.base.errors import UserError
 from outgrow.train.machine.regime import multiplied

@@ -20,8 +20,8 @@ from outgrow.experiments.frontier import (
     residuals,
     worth_of_arms,
 )
+from outgrow.experiments.grown_run import Growth
 from outgrow.experiments.horizons import End, write_ends
-from outgrow.experiments.recovery import Growth
 from outgrow.model.base.errors import UserError
 from outgrow.train.machine.forecast import tell
 from outgrow.train.settings import compose

@@ -10,17 +10,10 @@ from pathlib import Path
 import pytest
 
 from helpers.runs import fabricate
+from outgrow.experiments.grown_run import Growth, MetricsRow, read_growth, tokens_until_back
 from outgrow.experiments.horizon_report import RECOVERY_HEADINGS, markdown, recovery_cells
 from outgrow.experiments.horizons import End, best_points, end_of, read_ends, worths, write_ends
-from outgrow.experiments.recovery import (
-    Growth,
-    MetricsRow,
-    MixingTime,
-    mixing_time,
-    read_growth,
-    recoveries,
-    tokens_until_back,
-)
+from outgrow.experiments.recovery import MixingTime, mixing_time, recoveries
 from outgrow.experiments.runs import read_runs
 from outgrow.model.base.errors import UserError
 
