@@ -137,11 +137,13 @@ def _numbers_of(tree: Path, work: Path) -> dict[str, str]:
 
 def numbers(text: Path) -> Iterator[tuple[str, str]]:
     """Name and value of every number; made by whatever tree `outgrow` leads to."""
-    leaves = [
-        path.stem
-        for path in sorted(_conf().glob("growth/*.yaml"))
-        if "stages:" not in path.read_text() and path.stem != "source"
-    ]
+    leaves = []
+    for path in sorted(_conf().glob("growth/*.yaml")):
+        text_of_leaf = path.read_text()
+        grows_in_a_run = "stages:" in text_of_leaf
+        trains_the_source = "operator: source" in text_of_leaf
+        if not grows_in_a_run and not trains_the_source:
+            leaves.append(path.stem)
     _random_source(Path("source"))
     for leaf in leaves:
         yield f"plan of {leaf}", _plan_hash(leaf)
