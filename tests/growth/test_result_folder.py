@@ -191,6 +191,8 @@ def test_a_result_of_an_older_growth_is_replaced_by_its_names(source: Path, tmp_
     record = json.loads((out / RECIPE).read_text())
     (out / RECIPE).write_text(json.dumps(record | {"files": sorted(record["files"])}))
     grow(source, out, target=TARGET, overwrite=True, seed=1)
+    assert json.loads((out / RECIPE).read_text())["files"].keys() == record["files"].keys()
+    assert not strangers(out)
 
 
 def test_a_checkpoint_that_growth_did_not_make_is_not_replaced(source: Path, tmp_path: Path) -> None:
