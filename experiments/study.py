@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -21,6 +20,7 @@ from outgrow.experiments.progress import Display
 from outgrow.experiments.runs import SCRATCH
 from outgrow.experiments.study_file import Job, Study, jobs, load_study, results_folder, source_job
 from outgrow.experiments.worker import initialise, work
+from outgrow.model.base.cores import cores
 from outgrow.model.base.errors import UserError
 from outgrow.train.run.folder import check_same, is_complete, read_run, unkept
 from outgrow.train.settings import horizon_runs
@@ -157,13 +157,6 @@ def processes(asked: int | None) -> int:
     if at_once < 1:
         raise UserError(f"--jobs {at_once}: expected at least 1")
     return at_once
-
-
-def cores() -> int:
-    """The cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def complete(job: Job, source: Job | None = None) -> bool:

@@ -110,13 +110,6 @@ def _run_task(executor: LocalExecutor, rank: int) -> None:
     fresh._run_for_rank(rank)
 
 
-def cores() -> int:
-    """The number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 @contextmanager
 def pool(count: int) -> Iterator[Run]:
     """Yield `run(function, jobs)`: function(*job) for each job, in order; jobs are drawn as they are needed,

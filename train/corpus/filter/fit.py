@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from outgrow.model.base.cores import cores
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import whole_file, whole_folder
 from outgrow.train.corpus.filter import embed
@@ -189,7 +189,7 @@ def _classifier(settings: FitSettings) -> RandomForestClassifier:
         settings.trees,
         min_samples_leaf=settings.min_samples_leaf,
         random_state=settings.seed,
-        n_jobs=len(os.sched_getaffinity(0)),
+        n_jobs=cores(),
     )
 
 
