@@ -133,13 +133,13 @@ class Place:
     def _may_clear(self) -> bool:
         """Check whether `<out>.partial` is growth's: marked, empty, or just taken out of `out` by a killed
         replacement.
+
+        One listing answers the first two: between two looks, another worker may mark an empty folder.
         """
-        partial = self.partial
-        return (
-            (partial / MARK).exists()
-            or not any(partial.iterdir())
-            or ((self.out / MARK).exists() and not any(strangers(partial)))
-        )
+        names = os.listdir(self.partial)
+        if not names or MARK in names:
+            return True
+        return (self.out / MARK).exists() and not any(strangers(self.partial))
 
     def open(self) -> Lock:
         """Make `<out>.partial` if need be; return its lock, which nobody has taken yet."""

@@ -89,11 +89,11 @@ class Shared:
         """Check that every shard is there and no other worker is at work; then this one holds the folder
         alone.
 
-        A worker gives up its hold before it tries, so of several that finish at once the last to try
-        succeeds.
+        A worker gives up its hold (`Lock.take`) before it looks, so of several that finish at once the last
+        to try finds all shards there and nobody at work.
         """
-        all_there = all((self.folder / file).exists() for file in shards)
-        return all_there and self.lock.take()
+        is_alone = self.lock.take()
+        return is_alone and all((self.folder / file).exists() for file in shards)
 
 
 def agreement(plan: Plan, checkpoint: Checkpoint, shards: Shards, worker: Worker) -> dict[str, Any]:

@@ -192,11 +192,32 @@ def test_of_workers_that_finish_at_once_the_last_to_try_completes_the_folder(tmp
     out, agreed, shards = tmp_path / "out", {"plan": "x"}, {"a.safetensors": [], "b.safetensors": []}
     with shared_partial(Place(out), Worker(0, 2), agreed) as first:
         (first.folder / "a.safetensors").touch()
-        assert not first.is_complete(shards), "a shard is missing"
-        (first.folder / "b.safetensors").touch()
         with shared_partial(Place(out), Worker(1, 2), agreed) as second:
-            assert not second.is_complete(shards), "the first still holds the folder"
-            assert first.is_complete(shards)
+            assert not first.is_complete(shards), "a shard is missing, and the second is at work"
+            (second.folder / "b.safetensors").touch()
+            assert second.is_complete(shards), "the first, which looked too early, holds the folder no more"
+
+
+def test_a_worker_that_starts_while_another_marks_the_folder_joins_it(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    from outgrow.growth.folder import Place
+
+    place = Place(tmp_path / "out")
+    place.partial.mkdir()
+    mark = place.partial / MARK
+    looks: list[Path] = []
+    exists = Path.exists
+
+    def marked_after_the_first_look(path: Path) -> bool:
+        if path == mark and not looks:
+            looks.append(path)
+            mark.touch()
+            return False
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", marked_after_the_first_look)
+    place.check()
 
 
 @pytest.mark.parametrize(
