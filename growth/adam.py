@@ -17,7 +17,7 @@ from outgrow.growth.engine.tensors import Tensors, expand
 from outgrow.growth.memory import config_of
 from outgrow.growth.moments import OPTIMIZER, POWERS, STATE, moments_plan
 from outgrow.growth.plan import Plan
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -177,9 +177,9 @@ def read_adam(path: Path | str, plan: Plan) -> AdamState:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as fault:  # torch reports a damaged or unsafe file in many ways
-        lines = str(fault).strip().splitlines()
-        reason = lines[0] if lines else type(fault).__name__
-        raise UserError(f"optimizer {file}: cannot be read as a PyTorch file of tensors ({reason})") from None
+        raise UserError(
+            f"optimizer {file}: cannot be read as a PyTorch file of tensors ({first_line(fault)})"
+        ) from None
     if not isinstance(state, Mapping):
         raise UserError(
             f"optimizer {file}: expected a dict as optimizer.state_dict() gives it, found "

@@ -20,7 +20,7 @@ from outgrow.growth.changes import CHANGES, ExpertCopy, Upcycling
 from outgrow.growth.copying import copied
 from outgrow.growth.plan import Plan
 from outgrow.growth.upcycling import upcycled
-from outgrow.model.base.errors import UserError, did_you_mean, reading
+from outgrow.model.base.errors import UserError, did_you_mean, in_one_line, reading
 from outgrow.model.composite import flat
 from outgrow.model.config import read_config
 from outgrow.model.family import STANDARD, Config
@@ -159,8 +159,7 @@ def _differing(source: Config, kind: str, wanted: Config) -> str:
         before = _starred(shapes(source))
         after = _starred(shapes(flat(complete.to_dict())))
     except Exception as fault:  # the library's classes raise every kind
-        message = " ".join(str(fault).split())
-        return f"its class does not build with the source's sizes ({message[:160]})"
+        return f"its class does not build with the source's sizes ({in_one_line(fault, 160)})"
     alone = [f"{name} only in the source" for name in before - after]
     alone += [f"{name} only in the target" for name in after - before]
     if not alone:

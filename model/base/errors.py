@@ -98,8 +98,14 @@ def loading_faults(report: Mapping[str, Iterable[object]]) -> list[str]:
     return faults
 
 
+def first_line(fault: BaseException) -> str:
+    """The first line of another library's error, to be quoted; its class's name where it says nothing."""
+    message = str(fault).strip() or type(fault).__name__
+    return message.splitlines()[0]
+
+
 def in_one_line(fault: BaseException, length: int = 200) -> str:
-    """The kind and the beginning of another library's error, to be quoted."""
+    """The kind and the beginning of another library's error, its lines joined, to be quoted."""
     message = " ".join(str(fault).split())
     kind = type(fault).__name__
-    return f"{kind}: {message[:length]}"
+    return f"{kind}: {message[:length]}" if message else kind

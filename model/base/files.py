@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from outgrow.model.base.atomic import remove, whole
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, first_line
 from outgrow.model.base.locks import Lock
 
 # of libraries
@@ -151,9 +151,8 @@ def _is_disk_fault(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    return (
-        (error.strerror or str(error)) if isinstance(error, OSError) else str(error).strip().splitlines()[0]
-    )
+    words = error.strerror if isinstance(error, OSError) else None
+    return words or first_line(error)
 
 
 def _flush(path: Path) -> None:

@@ -17,7 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from outgrow.model.base.errors import UserError, did_you_mean
+from outgrow.model.base.errors import UserError, did_you_mean, first_line
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -154,8 +154,7 @@ def yaml_fault(error: YAMLError) -> str:
         line = mark.line + 1
         column = mark.column + 1
         where = f"{mark.name}, line {line}, column {column}: "
-    first_line = str(error).splitlines()[0]
-    problem = getattr(error, "problem", None) or first_line
+    problem = getattr(error, "problem", None) or first_line(error)
     return f"{where}not valid YAML ({problem})"
 
 

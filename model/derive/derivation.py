@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, in_one_line
 from outgrow.model.build import to_hf_config
 from outgrow.model.composite import flat
 from outgrow.model.derive.axes import Axes, Keys
@@ -175,9 +175,8 @@ def _completed(config: Config) -> tuple[dict[str, Any], dict[str, str]]:
     except UserError as fault:
         raise Unfit(str(fault)) from None
     except Exception as fault:  # the library's classes raise every kind
-        message = " ".join(str(fault).split())
-        reason = message[:200]
         kind = config.get("model_type")
+        reason = in_one_line(fault)
         raise Unfit(f"transformers' config class for {kind!r} refuses this config: {reason}") from None
     head_dim = _head_dim(complete, attribute_map)
     count = _layer_count(complete, hf_config)

@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -88,11 +88,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers and the hub's client each raise their own
-        text = str(error).strip() or type(error).__name__
-        reason = text.splitlines()[0]
         raise UserError(
-            f"data.tokenizer={name}: cannot be loaded ({reason}); give a folder with tokenizer files, or a "
-            f"name on the Hugging Face hub that can be reached; data.tokenizer={TRAIN} trains one"
+            f"data.tokenizer={name}: cannot be loaded ({first_line(error)}); give a folder with tokenizer "
+            f"files, or a name on the Hugging Face hub that can be reached; data.tokenizer={TRAIN} trains one"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(

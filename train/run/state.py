@@ -38,7 +38,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from outgrow.model.base.atomic import PARTIAL, partial_of, remove
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, first_line
 from outgrow.model.base.files import telling_disk_faults, whole_folder, write_json, write_text
 from outgrow.train.optimizer import set_learning_rate
 from outgrow.train.run.folder import METRICS
@@ -276,8 +276,7 @@ def _telling_damage(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # several libraries report a damaged file in several ways
-        text = str(error).strip() or type(error).__name__
-        reason = f"no {error}" if isinstance(error, KeyError) else text.splitlines()[0]
+        reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         raise UserError(f"checkpoint {path}: cannot be loaded ({reason})") from error
 
 

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, first_line
 from outgrow.train.run.folder import METRICS, PICTURE, SAMPLES
 
 if TYPE_CHECKING:
@@ -202,8 +202,8 @@ def _wandb(folder: Path, settings: Settings, run: RunRecord, say: Say) -> Genera
         if mode != "online":
             raise
         say(
-            f"W&B cannot be reached ({type(error).__name__}: {str(error).splitlines()[0]}); it is written "
-            "offline, for `wandb sync`"
+            f"W&B cannot be reached ({type(error).__name__}: {first_line(error)}); it is written offline, "
+            "for `wandb sync`"
         )
         wandb.teardown()  # its service would hold the run's name to be in use
         tracker = _wandb_in("offline", folder, settings, run)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, first_line
 from outgrow.model.base.quiet import quietly
 
 if TYPE_CHECKING:
@@ -121,10 +121,8 @@ def load_encoder(name: str, revision: str | None, max_tokens: int) -> Encoder:
                 source, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **asked
             )
     except Exception as error:  # transformers, safetensors and the hub's client each raise their own
-        text = str(error).strip() or type(error).__name__
-        reason = text.splitlines()[0]
         raise UserError(
-            f"encoder={name}: cannot be loaded ({reason}); give a folder with config.json, "
+            f"encoder={name}: cannot be loaded ({first_line(error)}); give a folder with config.json, "
             "model.safetensors and its tokenizer, or a name on the Hugging Face hub that can be reached"
         ) from error
     model, report = loaded

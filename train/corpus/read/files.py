@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from outgrow.model.base.atomic import PARTIAL
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, first_line
 from outgrow.train.corpus.read.document import Document, Tally
-from outgrow.train.corpus.read.formats import READERS, first_line, format_of, open_any, texts, unreadable
+from outgrow.train.corpus.read.formats import READERS, format_of, open_any, texts, unreadable
 from outgrow.train.data.settings import DataSettings
 from outgrow.train.data.shards import MANIFEST, TOKENIZER
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, first_line
 from outgrow.train.corpus.read.document import MARKS, Tally, is_binary
 
 COMPRESSED = (".gz", ".zst")
@@ -390,9 +390,3 @@ def unreadable(path: str, error: Exception) -> UserError:
     """The error for a file that the system does not give."""
     reason = getattr(error, "strerror", None) or first_line(error)
     return UserError(f"{path}: cannot be read ({reason}); make it readable, or leave it out of data.path")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, first_line
 from outgrow.train.corpus.read.document import Document, Tally
 from outgrow.train.corpus.read.files import hash_of
-from outgrow.train.corpus.read.formats import first_line, text_of
+from outgrow.train.corpus.read.formats import text_of
 from outgrow.train.data.settings import DataSettings
 
 NAMED = ("dataset", "config", "data_dir", "split", "revision")
@@ -48,9 +48,7 @@ class Hub:
             selection = {"data_dir": wanted.data_dir, "split": wanted.split, "revision": wanted.revision}
             rows = load_dataset(wanted.dataset, wanted.config, **selection, streaming=wanted.streaming)
             yield from rows.skip(start) if start else rows
-        except (
-            Exception
-        ) as error:  # datasets, fsspec, pyarrow, httpx and the hub's client each raise their own
+        except Exception as error:  # datasets, fsspec, pyarrow and the hub's client each raise their own
             values = {key: getattr(wanted, key) for key in NAMED}
             known = {key: value for key, value in values.items() if value}
             named = " ".join(f"{key}={value}" for key, value in known.items())

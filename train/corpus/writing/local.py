@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, first_line
 from outgrow.train.corpus.writing.answer import Answer
 from outgrow.train.corpus.writing.prompts import Prompt
 from outgrow.train.corpus.writing.settings import WriteSettings
@@ -26,11 +26,9 @@ class Local:
             safely: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
             self.model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype="auto", **safely)
         except Exception as error:  # transformers and the hub's client each raise their own
-            text = str(error).strip() or type(error).__name__
-            reason = text.splitlines()[0]
             raise UserError(
-                f"model={settings.model}: cannot be loaded ({reason}); give a folder or a name on the "
-                "Hugging Face hub that can be reached, or server=URL for a model that a server holds"
+                f"model={settings.model}: cannot be loaded ({first_line(error)}); give a folder or a name "
+                "on the Hugging Face hub that can be reached, or server=URL for a model that a server holds"
             ) from error
         if self.tokenizer.eos_token_id is None:
             raise UserError(

@@ -1,0 +1,50 @@
+"""Quote another library's error in one of ours, whatever it says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from outgrow.model.base.errors import UserError, first_line, in_one_line
+
+
+@pytest.mark.parametrize(
+    ("fault", "line", "words"),
+    [
+        (ValueError("a head is too long\nsee the documentation"), "a head is too long", "a head is too long see the documentation"),
+        (ValueError("\n\n  too long \n"), "too long", "too long"),
+        (KeyError("size"), "'size'", "'size'"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device", "[Errno 28] No space left on device"),
+    ],
+)  # fmt: skip
+def test_an_error_is_quoted_by_its_first_line_or_in_one(fault: Exception, line: str, words: str) -> None:
+    assert first_line(fault) == line
+    assert in_one_line(fault) == f"{type(fault).__name__}: {words}"
+
+
+@pytest.mark.parametrize("silent", [ValueError(), ValueError(""), RuntimeError(" \n\t"), AssertionError()])
+def test_an_error_that_says_nothing_is_quoted_by_its_class(silent: Exception) -> None:
+    """An assertion in a library, or `raise TimeoutError`: an empty text has no first line."""
+    assert first_line(silent) == in_one_line(silent) == type(silent).__name__
+
+
+def test_a_library_that_says_nothing_is_told_by_every_room(monkeypatch: Any, tmp_path: Any) -> None:
+    import torch
+    from transformers import AutoTokenizer
+
+    from outgrow.growth.adam import read_adam
+    from outgrow.train.data.tokenizer import load_tokenizer
+
+    unread: Any = None
+
+    def silent(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(torch, "load", silent)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", silent)
+    (tmp_path / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"PyTorch file of tensors \(AssertionError\)"):
+        read_adam(tmp_path, unread)
+    with pytest.raises(UserError, match=r"cannot be loaded \(AssertionError\)"):
+        load_tokenizer("owner/name")
