@@ -263,7 +263,7 @@ def test_a_rate_limit_is_waited_for(stub: Stub, settings: WriteSettings) -> None
     )
     start = time.monotonic()
     write(dataclasses.replace(settings, number=1))
-    assert 0.4 <= time.monotonic() - start < 5
+    assert 0.4 <= time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize(

@@ -88,13 +88,15 @@ def test_a_process_has_given_a_sign_before_its_first_step() -> None:
 def test_a_watch_ends_nothing_while_steps_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
     monkeypatch.setattr(Watch, "_end", lambda self, beat: ended.append(beat))
-    watch = Watch(torch.distributed.HashStore(), 0, 1, 1.0)
+    watch = Watch(torch.distributed.HashStore(), 0, 1, 3.0)
     watch.start()
-    for _ in range(8):
+    for _ in range(20):  # four seconds, a fifteenth of the limit at a time: a busy machine stretches them
         time.sleep(0.2)
         watch.step()
     assert not ended
-    time.sleep(1.5)
+    until = time.monotonic() + 60
+    while not ended and time.monotonic() < until:
+        time.sleep(0.1)
     assert ended
     watch.ended.set()
     watch.thread.join()
