@@ -39,7 +39,7 @@ def test_ctrl_c_while_a_door_imports_leaves_no_traceback(tmp_path: Path, door: s
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert "Traceback" not in done.stderr
     assert done.returncode in (-signal.SIGINT, 130)
@@ -111,7 +111,7 @@ def test_a_fault_is_told_before_torch_is_imported(tmp_path: Path, door: str) -> 
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.stderr.startswith("error: "), done.stderr
     assert done.stdout == "2 []\n"

@@ -85,7 +85,7 @@ def test_every_door_starts_where_a_users_files_have_our_names(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -154,7 +154,7 @@ def test_growing_a_checkpoint_needs_no_extra(light: Path, tmp_path: Path, phi_fo
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
             check=False,
         )
 

@@ -202,7 +202,7 @@ def test_kill_9_at_any_moment_leaves_a_build_that_goes_on(settings: DataSettings
     partial = settings.home.with_name("tokens.partial")
     for wanted in ("work/stages/read/completions/00003", "work/lengths/000002.npz", "train-00001.bin"):
         process = subprocess.Popen(command, env=environment)
-        until = time.monotonic() + 60
+        until = time.monotonic() + 600
         while not (partial / wanted).exists() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)

@@ -277,7 +277,7 @@ def test_kill_9_leaves_no_folder_and_the_next_growth_succeeds(
     source: Path, tmp_path: Path, limit: int
 ) -> None:
     out = tmp_path / "out"
-    killed = subprocess.run([sys.executable, "-c", KILLED, source, out, str(limit)], timeout=60, check=False)
+    killed = subprocess.run([sys.executable, "-c", KILLED, source, out, str(limit)], timeout=600, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert not out.exists()
     assert (tmp_path / "out.partial").exists()
@@ -317,7 +317,7 @@ def door(*arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "outgrow.growth", *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 

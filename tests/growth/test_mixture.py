@@ -361,7 +361,7 @@ def test_a_plan_needs_no_torch() -> None:
         "{'model_type': 'mixtral', 'num_local_experts': 4, 'num_experts_per_tok': 2}, 'upcycle'); assert "
         "made.certificate.lossless; assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
 
 
 def test_active_and_total_parameters_are_those_of_the_model() -> None:

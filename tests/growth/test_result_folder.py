@@ -352,7 +352,7 @@ def test_what_a_kill_leaves_while_a_folder_is_replaced_is_cleaned_by_the_next_gr
     out = tmp_path / "out"
     grown_there(source, out)
     command = [sys.executable, "-c", KILLED, source, out, call, str(number), str(exchanges)]
-    killed = subprocess.run(command, timeout=60, check=False, capture_output=True, text=True)
+    killed = subprocess.run(command, timeout=600, check=False, capture_output=True, text=True)
     if exchanges and (call, number) == ("rename", 1):
         assert killed.returncode == 0, killed.stderr  # one step less
     else:

@@ -69,7 +69,7 @@ def start(source: Path, out: Path, worker: str, *more: str) -> subprocess.Popen[
 @pytest.mark.slow
 def test_workers_at_once_through_the_door(phi_folder: Path, tmp_path: Path, one: dict[str, bytes]) -> None:
     started = [start(phi_folder, tmp_path / "out", f"{number}/3") for number in range(3)]
-    said = [process.communicate(timeout=120) for process in started]
+    said = [process.communicate(timeout=600) for process in started]
     assert [process.returncode for process in started] == [0, 0, 0], said
     assert sum("wrote its shards" in out for out, _ in said) == 2
     assert sum("certificate: lossless" in out for out, _ in said) == 1
@@ -102,7 +102,7 @@ def test_a_killed_worker_goes_on_where_it_was(
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     grow(phi_folder, out, worker="1/2", **HOW)
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, phi_folder, out, str(limit), json.dumps(HOW)], timeout=60, check=False
+        [sys.executable, "-c", KILLED, phi_folder, out, str(limit), json.dumps(HOW)], timeout=600, check=False
     )
     assert killed.returncode == -signal.SIGKILL
     assert not out.exists()

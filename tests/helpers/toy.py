@@ -137,7 +137,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def wait_for(condition: Callable[[], bool], process: BaseProcess, seconds: float = 30.0) -> None:
+def wait_for(condition: Callable[[], bool], process: BaseProcess, seconds: float = 600.0) -> None:
     """Until the condition holds or the process has ended."""
     end = time.monotonic() + seconds
     while not condition() and process.is_alive():
@@ -150,7 +150,7 @@ def ended(*runs: Settings, processes: int = 1) -> Path:
     threads decide the bits."""
     port = free_port()
     started = [begun(*runs, process=i, processes=processes, port=port) for i in range(processes)]
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while (
         any(one.is_alive() for one in started)
         and not any(one.exitcode for one in started)

@@ -380,7 +380,7 @@ def test_two_processes_give_the_losses_of_one_in_two_runs_of_a_sweep(
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     name = "name='s${seed}'"
     sweep = [*command, *overrides, "seed=0,1", name, f"out='{tmp_path}/${{name}}'"]
-    done = subprocess.run(sweep, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(sweep, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert_close_run(tmp_path / "s0", finished)
     assert json.loads((tmp_path / "s0/run.json").read_text())["processes"] == 2

@@ -232,7 +232,7 @@ def test_a_sweep_goes_on_where_a_point_fails_and_ends_with_what_failed(
         "progress=lines",
     ]
     command = [sys.executable, "-m", "outgrow.train", "-m", *given, "out='here/${name}'"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=200)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 1, done.stderr
     complete = sorted(path.parent.name for path in tmp_path.glob("here/*/summary.json"))
     assert len(complete) == 1

@@ -162,7 +162,7 @@ def test_a_signal_to_one_process_stops_all_and_another_number_goes_on(
     )
     os.kill(both[1].pid or 0, signal.SIGUSR1)
     for one in both:
-        one.join(60)
+        one.join(600)
     assert [one.exitcode for one in both] == [REQUEUE, REQUEUE]
     assert len(state.complete(tmp_path / "run" / "checkpoints")) == 1
     assert_close_run(ended(run), ended(at(longer, tmp_path / "whole")))
@@ -184,7 +184,7 @@ def failed(*limits: int, run: Settings) -> str:
         begun(run, process=i, processes=len(limits), port=port, limit=limit) for i, limit in enumerate(limits)
     ]
     for one in started:
-        one.join(60)
+        one.join(600)
     assert [one.exitcode for one in started] == [2] * len(limits)
     return Path(f"{run.out}.error").read_text()
 

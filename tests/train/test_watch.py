@@ -94,7 +94,7 @@ def test_a_watch_ends_nothing_while_steps_go_on(monkeypatch: pytest.MonkeyPatch)
         time.sleep(0.2)
         watch.step()
     assert not ended
-    until = time.monotonic() + 60
+    until = time.monotonic() + 600
     while not ended and time.monotonic() < until:
         time.sleep(0.1)
     assert ended
@@ -133,7 +133,7 @@ def test_a_process_that_stands_still_is_named_and_the_run_ends(overrides: list[s
     ]
     until_it_trains(out, both[0])
     both[1].send_signal(signal.SIGSTOP)
-    words = both[0].communicate(timeout=120)[1]
+    words = both[0].communicate(timeout=600)[1]
     both[1].kill()
     both[1].communicate()
     assert both[0].returncode == HUNG
@@ -143,7 +143,7 @@ def test_a_process_that_stands_still_is_named_and_the_run_ends(overrides: list[s
 
 
 def until_it_trains(out: Path, process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while not ((out / "metrics.jsonl").exists() and len(rows(out, "train")) > 1) and process.poll() is None:
         assert time.monotonic() < end
         time.sleep(0.1)
@@ -175,7 +175,7 @@ def test_a_run_under_the_launcher_ends_with_the_status_it_has_alone(
     if not fault:
         until_it_trains(out, process)
         process.send_signal(signal.SIGTERM)
-    words = process.communicate(timeout=120)[1]
+    words = process.communicate(timeout=600)[1]
     assert process.returncode == (2 if fault else REQUEUE), words
     assert fault or len(state.complete(out / "checkpoints")) == 1
 
@@ -199,7 +199,7 @@ def test_under_plain_torchrun_the_last_line_names_what_keeps_the_status(
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
     until_it_trains(out, process)
     process.send_signal(signal.SIGTERM)
-    words = process.communicate(timeout=120)[1]
+    words = process.communicate(timeout=600)[1]
     assert process.returncode == 1
     assert len(state.complete(out / "checkpoints")) == 1
     assert f"ends with status 1 instead of {REQUEUE}" in words
