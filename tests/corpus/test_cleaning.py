@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from outgrow.model.base.errors import UserError
+from outgrow.train.corpus import across, prepare, report
 from outgrow.train.corpus import duplicates as module
-from outgrow.train.corpus import prepare
+from outgrow.train.corpus.across import have_near
 from outgrow.train.corpus.benchmarks import read_benchmarks, write_benchmarks
 from outgrow.train.corpus.duplicates import band_keys, bands, exact, keys, near, signature
 from outgrow.train.corpus.normalise import normalised
@@ -148,6 +150,108 @@ def test_what_a_document_costs_on_disk() -> None:
     shape = bands(0.8)
     assert shape == (14, 9)
     assert (module.KEY.itemsize, module.PERMUTATIONS * 4 + shape[0] * module.KEY.itemsize) == (24, 848)
+
+
+# ---- across the split --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_near_copies_across_the_split_are_those_that_brute_force_finds(texts: list[list[str]]) -> None:
+    shingles = [np.unique(ngrams(word_hashes(text), 5)) for text in texts]
+    nearest = [max(jaccard(text, other) for other in texts[20:120]) for text in texts[:20]]
+    for threshold in (0.5, 0.8, 1.0):
+        wanted = [similarity >= threshold for similarity in nearest]
+        assert have_near(shingles[:20], shingles[20:120], threshold).tolist() == wanted
+        assert 0 < sum(wanted) < 20
+    assert have_near([], shingles, 0.8).tolist() == []
+    assert have_near(shingles[:2], [], 0.8).tolist() == [False, False]
+
+
+def put_down(folder: Path, texts: list[str], **changes: object) -> DataSettings:
+    folder.mkdir(exist_ok=True)
+    (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return DataSettings(
+        "t",
+        "files",
+        folder=f"{folder}-tokens",
+        path=str(folder),
+        vocab_size=300,
+        validation_fraction=0.3,
+        **changes,
+    )  # type: ignore[arg-type]
+
+
+def documents_of(settings: DataSettings) -> list[str]:
+    rows = pyarrow.parquet.read_table(settings.home / "documents.parquet").to_pylist()
+    return [row["split"] for row in rows]
+
+
+def cleaning_of(settings: DataSettings) -> dict[str, dict[str, object]]:
+    return dict(json.loads((settings.home / "manifest.json").read_text())["cleaning"])
+
+
+@pytest.mark.slow
+def test_near_copies_across_the_split_are_told_with_the_figure(
+    texts: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = texts[:90]
+    settings = put_down(tmp_path / "texts", [" ".join(text) for text in texts])
+    prepare(settings, progress=False)
+    sides = documents_of(settings)
+    trained = [text for text, side in zip(texts, sides, strict=True) if side == "train"]
+    held_out = [text for text, side in zip(texts, sides, strict=True) if side == "validation"]
+    near = sum(max(jaccard(text, other) for other in trained) >= 0.8 for text in held_out)
+    assert 0 < near < len(held_out)
+    told = cleaning_of(settings)["near_copies_across"]
+    assert told == {
+        "validation_documents": len(held_out),
+        "near_training": near,
+        "similarity": 0.8,
+        "words": "prose",
+        "looked_at": 1.0,
+    }
+    assert (
+        f"validation: {near} of {len(held_out)} documents, {near / len(held_out):.1%}, have a near copy in "
+        "training" in capsys.readouterr().err
+    )
+    assert f"near copies in training: {near} of {len(held_out)} validation" in report.prepared(settings.home)
+    # where they are removed, none is left to tell
+    cleaned = replace(settings, clean=CleaningSettings(near_duplicates=0.8))
+    prepare(cleaned, progress=False)
+    assert "near_copies_across" not in cleaning_of(cleaned)
+    assert "near copy in training" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_of_a_large_corpus_a_part_is_looked_at(
+    texts: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(across, "LOOK_DOCUMENTS", 120)
+    settings = put_down(tmp_path / "texts", [" ".join(text) for text in texts])
+    prepare(settings, progress=False)
+    told = cleaning_of(settings)["near_copies_across"]
+    assert told["validation_documents"] == documents_of(settings)[:120].count("validation")
+    assert told["looked_at"] == pytest.approx(120 / 160, rel=0.02)
+    assert f"(looked for in {told['looked_at']:.1%} of the text)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("texts", [["one text", "one text", "two texts"], ["a b c d e f"] * 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_copies_stay_on_one_side_where_a_part_would_be_empty(
+    tmp_path: Path, texts: list[str], seed: int
+) -> None:
+    settings = put_down(tmp_path / "texts", texts, seed=seed)
+    data = prepare(settings, progress=False)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(data.tokenizer_folder)
+    sides = [
+        set(tokenizer.decode(split.tokens[: split.count]).split(tokenizer.eos_token))
+        for split in (data.train, data.validation)
+    ]
+    assert sides[0] & sides[1] == {""}
 
 
 # ---- benchmarks --------------------------------------------------------------------------------------------

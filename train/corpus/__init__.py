@@ -4,6 +4,7 @@ read top to bottom.
 read/       files, datasets and generators, as documents
 normalise   one spelling
 duplicates  exact and near
+across      near copies of validation text in training, told
 benchmarks  overlaps with tests
 filter/     the educational filter
 tokenise    ids of each document, and their shards

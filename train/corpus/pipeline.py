@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import chain
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ import numpy as np
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import write_json, write_text
 from outgrow.train.corpus import benchmarks as tests
+from outgrow.train.corpus.across import near_across
 from outgrow.train.corpus.benchmarks import FindOverlaps, write_benchmarks
 from outgrow.train.corpus.duplicates import (
     PERMUTATIONS,
@@ -102,6 +102,8 @@ def make(partial: Path, work: Workshop, settings: DataSettings, stage: Stage) ->
     removed = write_removed(work, verdicts, partial / REMOVED, boilerplate)
     cleaning = {"removed": removed, **cleaning}
     split = split_of(work, verdicts, settings)
+    if clean.near_duplicates is None:
+        cleaning |= near_across(work, verdicts, split, clean.words)
     tokenizer = make_tokenizer(partial, work, verdicts, split, settings)
     dtype = dtype_of(entries(tokenizer))
     steps = [Kept(work), Tokenise(work, split, dtype)]
@@ -286,8 +288,7 @@ def _copies(work: Workshop, count: int, clean: CleaningSettings) -> dict[str, An
         return {}
     say(
         f"{count:,} of {sum(work.counts):,} documents are exact copies of an earlier one (on its side of "
-        "the split); near copies are not looked for; data.clean.exact_duplicates=true "
-        "data.clean.near_duplicates=0.8 remove them"
+        "the split); data.clean.exact_duplicates=true removes them"
     )
     return {"copies_kept": count}
 
@@ -341,27 +342,24 @@ def split_of(work: Workshop, verdicts: Verdicts, settings: DataSettings) -> Spli
     lowest = highest = next(hashes, None)
     if lowest is None or highest is None:
         raise _nothing_left(work, settings)
-    count = 1
     for entry in hashes:
-        count += 1
-        lowest = min(lowest, entry, key=itemgetter(0))
-        highest = max(highest, entry, key=itemgetter(0))
-    if count == 1:
+        lowest = min(lowest, entry)
+        highest = max(highest, entry)
+    if lowest == highest:
         return Split(settings, cut=True)
     bound = settings.validation_fraction * 2**64
     if lowest[0] < bound <= highest[0]:
         return Split(settings)
-    _, task, row = lowest if bound <= lowest[0] else highest
-    return Split(settings, named=(task, row))
+    _, named = lowest if bound <= lowest[0] else highest
+    return Split(settings, named)
 
 
-def _split_hashes(work: Workshop, verdicts: Verdicts, seed: int) -> Iterator[tuple[int, int, int]]:
-    """Hash, task and row of each document that stays, one after another: no list of all is in memory."""
+def _split_hashes(work: Workshop, verdicts: Verdicts, seed: int) -> Iterator[tuple[int, bytes]]:
+    """Hash and digest of each document that stays, one after another: no list of all is in memory."""
     for task in range(len(work.counts)):
-        rows = np.flatnonzero(verdicts.kept(task))
-        digests = work.digests(task)
-        for row in rows.tolist():
-            yield split_key(digests[row].tobytes(), seed), task, row
+        for digest in work.digests(task)[verdicts.kept(task)]:
+            raw = digest.tobytes()
+            yield split_key(raw, seed), raw
 
 
 def _nothing_left(work: Workshop, settings: DataSettings) -> UserError:
@@ -408,7 +406,7 @@ def training_texts(work: Workshop, verdicts: Verdicts, split: Split) -> Iterator
     seen = 0
     for task in range(len(work.counts)):
         for row in kept_rows(work, verdicts, task):
-            for text, validation in split.parts(task, row.document):
+            for text, validation in split.parts(row.document):
                 if not validation:
                     yield text
                     seen += row.bytes

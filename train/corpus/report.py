@@ -44,6 +44,9 @@ def prepared(folder: Path) -> str:
             f"  filter: kept {cut['kept']:,} of {cut['scored']:,} documents, those of score "
             f"{cut['threshold']:.3f} and more"
         )
+    if across := cleaning.get("near_copies_across"):
+        near = f"{across['near_training']:,} of {across['validation_documents']:,}"
+        lines.append(f"  near copies in training: {near} validation documents looked at")
     for name, split in manifest["splits"].items():
         lines.append(
             f"  {name}: {split['documents']:,} documents, {split['tokens']:,} tokens in "

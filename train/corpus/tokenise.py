@@ -97,23 +97,23 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Split:
-    """Which documents are held out. Where the hash of the texts leaves a part empty, one document is named;
-    one alone is cut."""
+    """Which documents are held out. Where the hash of the texts leaves a part empty, one text is named; one
+    alone is cut. Copies of a text go where it goes."""
 
     settings: DataSettings
-    named: tuple[int, int] | None = None  # task and row: it goes to the other part than its hash says
-    cut: bool = False  # the one document: its last part is held out
+    named: bytes | None = None  # the digest of a text: it goes to the other part than its hash says
+    cut: bool = False  # the one text: its last part is held out
 
-    def parts(self, task: int, document: Document) -> list[tuple[str, bool]]:
+    def parts(self, document: Document) -> list[tuple[str, bool]]:
         """The text, or both parts of it, each with whether it is held out."""
         if self.cut:
             cut = _cut(document.text, self.settings.validation_fraction)
             begin = document.text[:cut]
             end = document.text[cut:]
             return [(begin, False), (end, True)]
-        is_named = self.named == (task, document.metadata["row"])
-        by_hash = held_out(document.metadata["digest"], self.settings)
-        return [(document.text, by_hash != is_named)]
+        digest = document.metadata["digest"]
+        by_hash = held_out(digest, self.settings)
+        return [(document.text, by_hash != (digest == self.named))]
 
 
 def _cut(text: str, share: float) -> int:
@@ -149,7 +149,7 @@ class Tokenise(PipelineStep):
                 ids_file = self.work.path("ids", rank, f".{name}.bin")
                 partial = stack.enter_context(whole_file(ids_file))
                 files[name] = stack.enter_context(partial.open("wb"))
-            for batch in in_batches(self._parts(data, rank)):
+            for batch in in_batches(self._parts(data)):
                 texts = [text for _, text, _ in batch]
                 encoded = encoder.encode(texts)
                 for (row, text, validation), ids in zip(batch, encoded, strict=True):
@@ -171,9 +171,9 @@ class Tokenise(PipelineStep):
         return
         yield
 
-    def _parts(self, data: Any, task: int) -> Iterator[tuple[int, str, bool]]:
+    def _parts(self, data: Any) -> Iterator[tuple[int, str, bool]]:
         for document in data or ():
-            for text, validation in self.split.parts(task, document):
+            for text, validation in self.split.parts(document):
                 yield document.metadata["row"], text, validation
 
 
