@@ -61,24 +61,50 @@ class Judgement:
         return fmean(differences), half_interval(differences)
 
 
-def open_texts(leaves: Sequence[str], job: Job, own: DataSettings) -> dict[str, TokenData]:
-    """The texts of these leaves of conf/data, cut by the tokenizer of the text `own` that `job` reads.
+def check_held_out(leaves: Sequence[str], todo: Sequence[Job]) -> None:
+    """Refuse to judge on text that one of the runs `todo` may be trained on: its own, or a source of its
+    mixture.
 
     Raises:
-        UserError: what is judged on may be trained on.
+        UserError: every such text, with the arm and the setting that tells.
     """
+    from outgrow.train.data.settings import held_out_faults
+
+    faults: list[str] = []
+    for leaf in leaves:
+        judged = _judged(leaf, todo[0])
+        for job in todo:
+            for key, trained in _trained_on(job).items():
+                own = held_out_faults(trained, judged)
+                faults += [f"judged_on: {leaf}: arm {job.arm}, {key}.{fault}" for fault in own]
+    UserError.collect(dict.fromkeys(faults))
+
+
+def _judged(leaf: str, job: Job) -> DataSettings:
+    """The text of a leaf of conf/data under the overrides of `job`."""
+    from outgrow.train.settings import compose
+
+    return compose([*job.overrides, f"data={leaf}"]).data
+
+
+def _trained_on(job: Job) -> dict[str, DataSettings]:
+    """Key → text that a run is trained on; that of `data` is held out only, where there is a mixture."""
+    mixture = job.settings.mixture
+    if mixture is None:
+        return {"data": job.settings.data}
+    return {f"mixture.sources.{name}.data": source.data for name, source in mixture.sources.items()}
+
+
+def open_texts(leaves: Sequence[str], job: Job, own: DataSettings) -> dict[str, TokenData]:
+    """The texts of these leaves of conf/data, cut by the tokenizer of the text `own` that `job` reads."""
     from outgrow.train.corpus import prepare
     from outgrow.train.data.mixture import source_data
-    from outgrow.train.data.settings import SourceSettings, held_out_faults
-    from outgrow.train.settings import compose
+    from outgrow.train.data.settings import SourceSettings
 
     data = prepare(own)
     texts = {}
     for leaf in leaves:
-        overrides = [*job.overrides, f"data={leaf}"]
-        settings = compose(overrides).data
-        faults = held_out_faults(own, settings)
-        UserError.collect(f"judged_on: {leaf}: {fault}" for fault in faults)
+        settings = _judged(leaf, job)
         other = source_data(SourceSettings(settings), own, data)
         texts[leaf] = data if other is None else prepare(other)
     return texts

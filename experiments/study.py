@@ -76,7 +76,7 @@ def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None)
     source = ready_source(study, at_once, logs, display)
     todo = jobs(study, extent)
     check_control(study, todo)
-    texts = judged_texts(study, todo[0], display) if study.judged_on else {}
+    texts = judged_texts(study, source, todo, display) if study.judged_on else {}
     missing = [job for job in todo if not complete(job, source)]
     completed = len(todo) - len(missing)
     display.say(f"{len(todo)} runs, {completed} of them complete")
@@ -143,12 +143,20 @@ def comparable_costs(study: Study, todo: Sequence[Job]) -> bool:
     return len(texts) == 1 and SCRATCH in arms
 
 
-def judged_texts(study: Study, job: Job, display: Display) -> dict[str, TokenData]:
-    """The texts that the study's arms are judged on, built where they are missing."""
-    from outgrow.experiments.judgement import open_texts
+def judged_texts(
+    study: Study, source: Job | None, todo: Sequence[Job], display: Display
+) -> dict[str, TokenData]:
+    """The texts that the study's arms are judged on, built where they are missing.
 
+    Raises:
+        UserError: the source or an arm may be trained on one of them.
+    """
+    from outgrow.experiments.judgement import check_held_out, open_texts
+
+    trained = [*todo] if source is None else [*todo, source]
+    check_held_out(study.judged_on, trained)
     display.say(f"texts to judge on: {', '.join(study.judged_on)}")
-    return open_texts(study.judged_on, job, text_of(job))
+    return open_texts(study.judged_on, todo[0], text_of(todo[0]))
 
 
 def processes(asked: int | None) -> int:

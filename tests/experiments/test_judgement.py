@@ -18,6 +18,7 @@ from outgrow.experiments.judgement import Judged, Judgement
 from outgrow.experiments.judgement_report import RECORD, draw, markdown
 from outgrow.experiments.study_file import HERE, load_study
 from outgrow.experiments.table import BEGIN, END, check_table
+from outgrow.model.base.errors import UserError
 from outgrow.train.data.settings import DataSettings, SourceSettings
 
 JUDGED = sorted(path.parent.name for path in HERE.glob(f"*/{RECORD}"))
@@ -134,6 +135,50 @@ def runs(texts: Mapping[str, Mapping[str, object]], tmp_path: Path, monkeypatch:
     monkeypatch.setattr(judgement, "open_texts", both)
     monkeypatch.setattr(study, "run_jobs", made.train)
     return made
+
+
+JUDGED_BY = ("study=m", "growth=scratch", "logger=none", "progress=false")
+
+
+def job(arm: str, *overrides: str) -> study_file.Job:
+    return study_file.job_of(arm, ["experiment=tiny_mixture", *JUDGED_BY, *overrides])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "faults"),
+    [
+        ([], []),
+        (["mixture=tiny_textbooks"], []),
+        # a source that holds out less of the judged text, or other documents of it
+        (
+            ["mixture=tiny_textbooks", "mixture.sources.textbooks.data.validation_fraction=0.01"],
+            ["textbooks: arm other, mixture.sources.textbooks.data.validation_fraction: 0.01, and "],
+        ),
+        (
+            ["mixture=tiny_textbooks", "mixture.sources.textbooks.data.seed=7"],
+            ["textbooks: arm other, mixture.sources.textbooks.data.seed: 7, and "],
+        ),
+        (
+            ["data.validation_fraction=0.02"],
+            ["stdlib: arm other, data.validation_fraction: 0.02, and data=stdlib"],
+        ),
+        # held out is more than is judged on
+        (["mixture=tiny_textbooks", "mixture.sources.textbooks.data.validation_fraction=0.5"], []),
+    ],
+)
+def test_no_arm_is_judged_on_text_that_it_is_trained_on(overrides: list[str], faults: list[str]) -> None:
+    todo = [job("plain"), job("other", *overrides)]
+    leaves = ["stdlib", "textbooks", "exercises"]
+    if not faults:
+        judgement.check_held_out(leaves, todo)
+        return
+    with pytest.raises(UserError) as caught:
+        judgement.check_held_out(leaves, todo)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(faults)
+    for line, fault in zip(lines, faults, strict=True):
+        assert f"judged_on: {fault}" in line
 
 
 @pytest.mark.slow
