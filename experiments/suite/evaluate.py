@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from outgrow.model.checkpoint import locate
 from outgrow.model.gguf import gguf_in
 from outgrow.train.run.folder import FINAL, RUN
 from outgrow.train.suite.suite import BenchmarkTask, Suite, group_averages
+
+OWN_ITEMS = re.compile(r"\bbenchmark_items: *true\b")  # in the metadata of a task file
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The scores of one checkpoint, of 1; those of `local` are on the items of local task files."""
+    """The scores of one checkpoint, of 1; those of `local` are on items of local task files that are not said
+    to be the benchmark's own."""
 
     name: str
     folder: Path
@@ -83,14 +87,14 @@ def evaluate(
 
     missing = list(filter(is_missing, suite.tasks))
     if missing:
-        _measure(missing, folders, scores, settings, say)
+        _measure(missing, titles(runs), folders, scores, settings, say)
     evaluated = []
     for name, folder, kept in zip(titles(runs), folders, scores, strict=True):
         # also what `only` leaves out and was measured before
         values = {task.task: kept.get(task) for task in settings.suite.tasks}
         known = {task: value for task, value in values.items() if value is not None}
         groups = group_averages(settings.suite, known)
-        local = [task for task in known if local_items(kept.tasks, task) is not None]
+        local = [task for task in known if are_others(kept.tasks, task)]
         row = Evaluated(name, folder, known, groups, settings.limit, tuple(local))
         evaluated.append(row)
     return evaluated
@@ -98,6 +102,7 @@ def evaluate(
 
 def _measure(
     tasks: Sequence[BenchmarkTask],
+    names: Sequence[str],
     folders: Sequence[Path],
     scores: Sequence[Scores],
     settings: EvaluateSettings,
@@ -107,10 +112,10 @@ def _measure(
     from outgrow.train.suite.harness import Harness
 
     local = None if settings.tasks is None else Path(settings.tasks).expanduser()
-    harness = Harness(None if local is None else local.resolve())
+    harness = Harness(None if local is None else local.resolve(), bars=sys.stderr.isatty())
     run_code = settings.run_code
     loaded = harness.load(tasks, run_code=run_code)
-    for folder, kept in zip(folders, scores, strict=True):
+    for name, folder, kept in zip(names, folders, scores, strict=True):
         todo = [task for task in tasks if kept.get(task) is None]
         model: Any = None
         for task in todo:
@@ -122,7 +127,6 @@ def _measure(
             score = harness.score(task, ready, model, limit=limit, run_code=run_code)
             kept.put(task, asdict(score))
             share = f"{score.value:.1%} of {score.items}"
-            name = title(folder)
             say(f"{name}: {task.task} {share} ({score.metric})")
 
 
@@ -232,22 +236,31 @@ def local_items(tasks: Path | None, task: str) -> str | None:
     """A hash of the local file of a task, and of when the data files that it names were written; None where
     there is none."""
     digest = hashlib.sha256()
-    name = re.escape(task)
-    asks = re.compile(rf"^(task|group): *[\"']?{name}[\"']?\s*$", re.MULTILINE)
-    paths = dict.fromkeys(sorted(tasks.rglob("*.yaml"))) if tasks else {}
-    is_named = False
-    for path in paths:
+    files = _files_of(tasks, task)
+    for path in files:
         text = path.read_bytes()
-        if not asks.search(text.decode(errors="replace")):
-            continue
-        is_named = True
         digest.update(text)
         for data in sorted(path.parent.iterdir()):
-            is_data = data.is_file() and data not in paths
+            is_data = data.is_file() and data.suffix != ".yaml"
             if is_data and data.name.encode() in text:
                 size, modified = _stamp(data)
                 digest.update(f"{size} {modified}".encode())
-    return digest.hexdigest() if is_named else None
+    return digest.hexdigest() if files else None
+
+
+def are_others(tasks: Path | None, task: str) -> bool:
+    """True where a task has a local file which does not say, with `benchmark_items: true` in its metadata,
+    that it holds the benchmark's own items."""
+    texts = [path.read_text(errors="replace") for path in _files_of(tasks, task)]
+    return not all(OWN_ITEMS.search(text) for text in texts)
+
+
+def _files_of(tasks: Path | None, task: str) -> list[Path]:
+    """The local files that define a task: one, if any, in a folder that the harness accepts."""
+    name = re.escape(task)
+    asks = re.compile(rf"^(task|group): *[\"']?{name}[\"']?\s*$", re.MULTILINE)
+    paths = sorted(tasks.rglob("*.yaml")) if tasks else []
+    return [path for path in paths if asks.search(path.read_text(errors="replace"))]
 
 
 def weights_of(folder: Path) -> dict[str, list[int]]:

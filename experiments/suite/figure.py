@@ -15,31 +15,33 @@ PUBLISHED, OURS = "#B8BEC6", "#0072B2"
 
 
 def draw(suite: Suite, evaluated: Sequence[Evaluated], path: Path) -> None:
-    """Write the picture to `path`. Beside scores on local items no published row is drawn: it measured
-    others, and the longer bar would say nothing.
+    """Write the picture to `path`: the groups of which one of ours has a number. Beside scores on local items
+    no published row is drawn: it measured others, and the longer bar would say nothing.
     """
     from matplotlib.figure import Figure
 
     local = any(each.local and _has_group(each) for each in evaluated)
     listed = rows(suite, evaluated, groups=True)
     drawn = [row for row in listed if row.ours or not local]
+    measured = [row.values for row in drawn if row.ours]
+    shown = measured if any(map(_has_group, evaluated)) else [row.values for row in drawn]
+    groups = columns_of(suite, groups=True)
+    columns = [name for name in groups if any(row[name] is not None for row in shown)]
+    drawn = [row for row in drawn if row.ours or any(row.values[name] is not None for name in columns)]
     drawn.reverse()  # the first on top
     names = [row.name for row in drawn]
     colours = [OURS if row.ours else PUBLISHED for row in drawn]
     heights = range(len(drawn))
-    values: dict[str, list[float | None]] = {}
-    for name in columns_of(suite, groups=True):
-        values[name] = [row.values[name] for row in drawn]
-    columns = [name for name, column in values.items() if any(value is not None for value in column)]
     longest = max(map(len, names))
     width = 0.09 * longest + 2.1 * len(columns)  # inches
     height = 0.9 + 0.34 * len(drawn)
     figure = Figure(figsize=(width, height), layout="constrained")
     panels: Any = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for axes, column in zip(panels, columns, strict=True):
-        lengths = [value or 0.0 for value in values[column]]
+        values = [row.values[column] for row in drawn]
+        lengths = [value or 0.0 for value in values]
         axes.barh(heights, lengths, color=colours, height=0.68)
-        for row, value in enumerate(values[column]):
+        for row, value in enumerate(values):
             label = "–" if value is None else f"{value:.1f}"
             beside = lengths[row] + 1.5
             axes.text(beside, row, label, va="center", fontsize=8)
@@ -48,6 +50,9 @@ def draw(suite: Suite, evaluated: Sequence[Evaluated], path: Path) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(heights, names)
+    limits = {each.limit for each in evaluated if each.limit is not None}
+    if limits:
+        figure.supxlabel(f"ours: the first {max(limits)} items of each benchmark", fontsize=8)
     figure.savefig(path, dpi=150, facecolor="white")
 
 

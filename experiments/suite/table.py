@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 
 from outgrow.experiments.suite.evaluate import Evaluated
-from outgrow.train.suite.suite import Suite
+from outgrow.train.suite.suite import Suite, group_averages, load_suite
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
+AVERAGED = "phi_2"  # the suite whose groups published averages are of
 NONE = "–"
 
 
@@ -49,7 +50,7 @@ def rows(suite: Suite, evaluated: Sequence[Evaluated], *, groups: bool) -> list[
     columns = columns_of(suite, groups=groups)
     listed = []
     for row in published():
-        theirs = row.groups if groups else row.tasks
+        theirs = averages(row, suite) if groups else row.tasks
         values = {column: theirs.get(column) for column in columns}
         if any(value is not None for value in values.values()):
             listed.append(TableRow(row.name, values, ours=False))
@@ -59,6 +60,22 @@ def rows(suite: Suite, evaluated: Sequence[Evaluated], *, groups: bool) -> list[
         values = {column: _percent(ours.get(column)) for column in columns}
         listed.append(TableRow(name, values, ours=True))
     return listed
+
+
+def averages(row: Published, suite: Suite) -> dict[str, float | None]:
+    """The group averages of a published row: as its source gives them where the suite's group is that of
+    Phi-2's table, else the mean of the benchmarks that it published; None where it lacks one."""
+    values = group_averages(suite, row.tasks)
+    table = load_suite(AVERAGED)
+    for group, average in row.groups.items():
+        if members(suite, group) == members(table, group):
+            values[group] = average
+    return values
+
+
+def members(suite: Suite, group: str) -> set[str]:
+    """The benchmarks of a group."""
+    return {task.task for task in suite.tasks if task.group == group}
 
 
 def _percent(share: float | None) -> float | None:
@@ -83,6 +100,9 @@ def markdown(suite: Suite, evaluated: Sequence[Evaluated]) -> str:
     notes = [
         "Percent. A group is the plain mean of its benchmarks, and has no number where one of them has none."
     ]
+    reckoned = [row.name for row in published() if row.tasks and not row.groups]
+    listed = ", ".join(reckoned)
+    notes.append(f"{listed}: no source gives their group averages, so these are means like ours.")
     notes += [f"Ours: the first {limit} items of each benchmark." for limit in sorted(limits)]
     local: set[str] = set()
     for each in evaluated:
@@ -91,7 +111,8 @@ def markdown(suite: Suite, evaluated: Sequence[Evaluated]) -> str:
         tasks = ", ".join(sorted(local))
         notes.append(
             f"Local items: {tasks} of ours were measured on local task files, which say nothing "
-            "beside a published row unless they hold the items that it was measured on."
+            "beside a published row. (A file that holds the benchmark's own items says so with "
+            "metadata: {benchmark_items: true}.)"
         )
     by_credit: dict[str, list[str]] = defaultdict(list)
     for row in published():

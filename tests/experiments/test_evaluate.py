@@ -15,6 +15,7 @@ from outgrow.experiments.suite.__main__ import main
 from outgrow.experiments.suite.evaluate import (
     Evaluated,
     Scores,
+    are_others,
     checkpoint_of,
     evaluate,
     settings_from,
@@ -63,6 +64,7 @@ def test_a_lossless_growth_keeps_every_score_and_none_is_measured_twice(
     assert main([*runs, *keys(place)]) == 0
     said = capsys.readouterr().out
     assert said.count(": piqa ") == said.count(": boolq ") == 2
+    assert said.startswith("small: piqa ")
     result = json.loads((place / "out" / "phi_2.json").read_text())
     small, large = result["runs"]
     assert small["scores"] == large["scores"]
@@ -100,6 +102,29 @@ def test_local_items_are_told_in_every_table() -> None:
     told = markdown(suite, [ours])
     assert told.count("**mine (local items)**") == 2
     assert "Local items: piqa of ours" in told
+
+
+def test_a_local_file_may_say_that_it_holds_the_benchmarks_own_items(tmp_path: Path) -> None:
+    for name in ("piqa", "boolq"):
+        write_task(tmp_path, name)
+    with (tmp_path / "boolq.yaml").open("a") as file:
+        file.write("metadata: {version: 1.0, benchmark_items: true}\n")
+    assert are_others(tmp_path, "piqa")
+    assert not are_others(tmp_path, "boolq")
+    assert not are_others(tmp_path, "arc_easy"), "no local file"
+    assert not are_others(None, "piqa")
+
+
+@pytest.mark.parametrize(
+    ("suite", "row"),
+    [("phi_2", "| Phi-1.5 | – | 64.5 | 54.0 | 40.2 | 35.9 | – |"), ("commonsense", "| Phi-1.5 | 75.2 |")],
+)
+def test_a_published_average_stands_beside_the_same_benchmarks_alone(suite: str, row: str) -> None:
+    """Phi-2's 68.8 is of five benchmarks. Where a source gives none, or of others, it is the mean as of ours."""
+    ours = Evaluated("mine", Path("x"), {}, {}, None)
+    told = markdown(load_suite(suite), [ours])
+    assert row in told
+    assert ("| Phi-2 |" in told) == (suite == "phi_2")
 
 
 @pytest.mark.slow
@@ -155,13 +180,14 @@ def test_published_rows_name_their_source_and_columns_of_the_suite() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error:constrained_layout not applied")
 @pytest.mark.parametrize("name", ["mine", "SmolLM2-135M-Instruct.Q4_1-b4c0df2190a1"])
+@pytest.mark.parametrize("limit", [None, 100])
 def test_the_picture_has_room_for_names_and_a_panel_for_each_group_that_has_a_number(
-    tmp_path: Path, name: str
+    tmp_path: Path, name: str, limit: int | None
 ) -> None:
     suite = load_suite("commonsense")
     draw(
         suite,
-        [Evaluated(name, tmp_path, {}, {task.group: None for task in suite.tasks}, None, ("piqa",))],
+        [Evaluated(name, tmp_path, {}, {task.group: None for task in suite.tasks}, limit, ("piqa",))],
         tmp_path / "p.png",
     )
     assert (tmp_path / "p.png").stat().st_size > 10_000

@@ -13,6 +13,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 def script(name: str) -> Any:
     """benchmarks/<name>.py as a module."""
+    if str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))  # they import one another
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

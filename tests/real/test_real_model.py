@@ -32,6 +32,7 @@ from outgrow.model.build import load_model
 from outgrow.model.checkpoint import SINGLE, Checkpoint, locate
 
 real = script("real_model")
+Unreachable = script("fetching").Unreachable
 pytestmark = pytest.mark.slow
 SMALL = {"hidden_size": 648, "num_attention_heads": 12, "num_key_value_heads": 4, "num_hidden_layers": 31}
 KILLS = 6
@@ -44,7 +45,7 @@ def source() -> Path:
         pytest.skip("make test-real fetches a model of 93 MB and runs this")
     try:
         return locate(real.fetched())
-    except real.Unreachable as reason:
+    except Unreachable as reason:
         pytest.skip(str(reason))
 
 

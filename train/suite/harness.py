@@ -42,12 +42,15 @@ class Score:
 class Harness:
     """The tasks that can be asked, of the harness, of this project and of the folder `tasks`, the last first.
 
+    With `bars`, the harness's progress bars are shown while it measures.
+
     Raises:
         UserError: the harness is not installed, or a file of `tasks` is no task.
     """
 
-    def __init__(self, tasks: Path | None = None) -> None:
+    def __init__(self, tasks: Path | None = None, *, bars: bool = False) -> None:
         _installed()
+        self.bars = bars
         if tasks is not None:
             check_tasks(tasks)
         self.tasks = tasks
@@ -102,7 +105,7 @@ class Harness:
         from lm_eval import evaluate
 
         try:
-            with running_code(run_code), _silent(), torch.random.fork_rng(devices=[]):
+            with running_code(run_code), _silent(bars=self.bars), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(SEED)
                 results: Any = evaluate(
                     lm=model,
@@ -293,9 +296,11 @@ def _installed() -> None:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Without the harness's and the libraries' own lines and bars."""
-    with quietly(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+def _silent(*, bars: bool = False) -> Iterator[None]:
+    """Without the harness's and the libraries' own lines, and without bars unless `bars`."""
+    with quietly(), open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
+        if not bars:
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
         before = logging.root.manager.disable
         logging.disable(logging.WARNING)
         try:
