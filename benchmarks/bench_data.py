@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -217,18 +216,6 @@ def memory(process: Any) -> int:
         return 0
 
 
-def machine() -> str:
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return (
-        f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} cores, Linux "
-        f"{platform.release()}"
-    )
-
-
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     folder = options.work.absolute()
     shutil.rmtree(folder, ignore_errors=True)
@@ -258,6 +245,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                         "peak_megabytes": round(max(value[2] for value in values)),
                     }
                 )
+    from outgrow.model.base.machine import machine
+
     facts = {"machine": machine(), "load_average": os.getloadavg(), "rounds": options.rounds}
     return {**facts, "bytes": size, "vocab_size": options.vocab_size, "rows": rows}
 

@@ -312,16 +312,10 @@ class Bench:
 
 def machine(cores: int) -> str:
     """The processor's name, how much of it was used, and the system."""
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
+    from outgrow.model.base.machine import processor
+
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return (
-        f"{names[0] if names else platform.processor()}, {cores} of {os.cpu_count()} cores, {memory:.0f} "
-        f"GB, Linux {platform.release()}"
-    )
+    return f"{processor()}, {cores} of {os.cpu_count()} cores, {memory:.0f} GB, Linux {platform.release()}"
 
 
 def summary(rounds: list[dict[str, Timed]], sizes: dict[str, int], layers: int, cores: int) -> dict[str, Any]:

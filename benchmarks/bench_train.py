@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import platform
 import shutil
 import statistics
@@ -29,6 +28,7 @@ from typing import Any
 
 import torch
 
+from outgrow.model.base.machine import machine
 from outgrow.model.build import build_model
 from outgrow.train import loop
 from outgrow.train.corpus import prepare
@@ -268,19 +268,6 @@ def summary(work: Work, taken: dict[str, list[Timed]], threads: int) -> dict[str
         "loading_over_training": alone / speed["ours"]["cpu"],
         "all": {name: [dataclasses.asdict(t) for t in found] for name, found in taken.items()},
     }
-
-
-def machine() -> str:
-    """The processor's name and how many threads of it there are."""
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return (
-        f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} cores, Linux "
-        f"{platform.release()}"
-    )
 
 
 def table(result: dict[str, Any]) -> str:

@@ -64,57 +64,35 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = doors.add_subparsers(dest="command", required=True)
     compare = commands.add_parser("compare", help="compare finished runs")
-    compare.add_argument("runs", nargs="+", metavar="RUN", help="run folders, as `outgrow train` writes them")
-    compare.add_argument(
-        "--out",
-        type=Path,
-        default=None,
-        help="where the files go (default: runs/comparison-<study>)",
-    )
-    compare.add_argument(
-        "--wandb",
-        action="store_true",
-        help="mirror table and picture into W&B, offline unless WANDB_MODE says otherwise",
-    )
+    _read_runs(compare, "run folders, as `outgrow train` writes them")
+    compare.add_argument("--out", type=Path, help="where the files go (default: runs/comparison-<study>)")
+    _mirror(compare)
     horizons = commands.add_parser(
         "horizons",
         help="hold decayed ends against scratch's curve: the effective speed-up S of every arm",
     )
-    horizons.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="run folders that decayed to their ends, or records of such (ends.json)",
-    )
+    _read_runs(horizons, "run folders that decayed to their ends, or records of such (ends.json)")
     horizons.add_argument(
         "--out",
         type=Path,
         default=Path("runs/horizons"),
         help="where the files go; a README.md there gets the table between its markers",
     )
-    horizons.add_argument(
-        "--wandb",
-        action="store_true",
-        help="mirror table and picture into W&B, offline unless WANDB_MODE says otherwise",
-    )
+    _mirror(horizons)
     frontier = commands.add_parser(
         "frontier",
         help="the compute-optimal size from flat models: 4 sizes, 2 horizons each; a law from 3 horizons",
     )
-    frontier.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="run folders that decayed to their ends, records of such (ends.json), or a study that has one",
+    _read_runs(
+        frontier,
+        "run folders that decayed to their ends, records of such (ends.json), or a study that has one",
     )
     frontier.add_argument("--out", type=Path, default=Path("runs/frontier"), help="where the files go")
     run = commands.add_parser("study", aliases=["run"], help="run a study: source, arms, comparison")
     run.add_argument("study", nargs="?", help="such as tiny; without it, all are listed")
     run.add_argument("--full", action="store_true", help="all seeds and the whole grid of learning rates")
-    run.add_argument(
-        "--jobs", type=int, default=None, metavar="N", help="runs at a time (default: one for each core)"
-    )
-    run.add_argument("--wandb", action="store_true", help="mirror the comparison into W&B")
+    _run_at_once(run)
+    _mirror(run)
     select = commands.add_parser(
         "select", help="choose a start by its loss after a lag, by successive halving"
     )
@@ -126,14 +104,28 @@ def parser() -> argparse.ArgumentParser:
         help="arms of the study or leaves of conf/growth, with changes in quotes ('lossless "
         "growth.depth=stack'); lag_tokens=N, keep=0.5, seeds=[0]; anything else with = is an override of all",
     )
-    select.add_argument(
-        "--jobs", type=int, default=None, metavar="N", help="runs at a time (default: one for each core)"
-    )
+    _run_at_once(select)
     same = commands.add_parser(
         "same", help="compare plans, grown weights and a toy run of this tree with those of another revision"
     )
     same.add_argument("revision", metavar="REV", help="a commit, branch or tag of this clone")
     return doors
+
+
+def _read_runs(command: argparse.ArgumentParser, runs: str) -> None:
+    command.add_argument("runs", nargs="+", metavar="RUN", help=runs)
+
+
+def _run_at_once(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one for each core)")
+
+
+def _mirror(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--wandb",
+        action="store_true",
+        help="mirror table and picture into W&B, offline unless WANDB_MODE says otherwise",
+    )
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 from outgrow.experiments.runs import CONTROLS, SCRATCH, Run, listed
 from outgrow.model.base.errors import UserError
+from outgrow.model.keys import without
 from outgrow.model.spelling import both_spellings
 from outgrow.train.run.record import SourceCost
 from outgrow.train.settings import identity
@@ -189,7 +190,7 @@ def _network(run: Run, complete: bool = False) -> dict[str, Any]:
         with suppress(Exception):  # the library's classes raise every kind
             own = to_hf_config(own).to_dict()
     config = flat(both_spellings(own))
-    return {key: value for key, value in config.items() if key not in NOT_TRAINED}
+    return without(config, NOT_TRAINED)
 
 
 def _twice(runs: Sequence[Run]) -> list[str]:
@@ -223,8 +224,7 @@ def _differing_within_arms(runs: Sequence[Run]) -> list[str]:
 
 
 def _measured(run: Run) -> dict[str, Any]:
-    settings = identity(run.record.settings)
-    return {key: value for key, value in settings.items() if key not in OF_ONE_SEED}
+    return without(identity(run.record.settings), OF_ONE_SEED)
 
 
 def differing_keys(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

@@ -107,12 +107,17 @@ def loss_at(positions: Sequence[float], losses: Sequence[float], at: float) -> f
     last = positions[-1]
     if at < first or at > last * (1 + AT_THE_END):
         return None
-    points = zip(positions, losses, strict=True)
+    return interpolate(at, positions, losses)
+
+
+def interpolate(at: float, positions: Sequence[float], values: Sequence[float]) -> float:
+    """Interpolate linearly between the two rising positions around `at`; past the last, its value."""
+    points = zip(positions, values, strict=True)
     for (start, before), (end, after) in pairwise(points):
         if at <= end:
             share = (at - start) / (end - start)
             return before + share * (after - before)
-    return losses[-1]
+    return values[-1]
 
 
 def half_interval(values: Sequence[float], level: float = 0.95) -> float | None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from outgrow.experiments.cost import best_of, half_interval
+from outgrow.experiments.cost import best_of, half_interval, interpolate
 from outgrow.experiments.grown_run import Growth, read_growth
 from outgrow.experiments.runs import RUN_AGAIN, SCRATCH, Run
 from outgrow.model.base.errors import UserError
@@ -226,7 +226,7 @@ class BaselineCurve:
         if not lowest <= loss <= highest:
             return None
         rising = [-value for value in self.losses]
-        log_cost = _interpolate(-loss, rising, self.log_flops)
+        log_cost = interpolate(-loss, rising, self.log_flops)
         return math.exp(log_cost)
 
     def loss_at(self, flops: float) -> float | None:
@@ -235,22 +235,12 @@ class BaselineCurve:
         most = self.flops[-1]
         if not least <= flops <= most:
             return None
-        return _interpolate(math.log(flops), self.log_flops, self.losses)
+        return interpolate(math.log(flops), self.log_flops, self.losses)
 
     @property
     def log_flops(self) -> list[float]:
         """The costs on the scale on which the curve is linear between two ends."""
         return list(map(math.log, self.flops))
-
-
-def _interpolate(at: float, positions: Sequence[float], values: Sequence[float]) -> float:
-    """Interpolate linearly between the two positions around `at`; positions rise."""
-    points = zip(positions, values, strict=True)
-    for (start, before), (end, after) in itertools.pairwise(points):
-        if at <= end:
-            share = (at - start) / (end - start)
-            return before + share * (after - before)
-    return values[-1]
 
 
 def baseline(points: Iterable[Point]) -> BaselineCurve:

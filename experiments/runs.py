@@ -16,6 +16,7 @@ from pathlib import Path
 
 from outgrow.experiments.cost import Curve
 from outgrow.model.base.errors import UserError
+from outgrow.model.keys import is_number
 from outgrow.train.run.record import RunRecord, SourceCost, Summary, read_evaluations
 
 RUN_AGAIN = "the folder was edited or damaged: run it again in a new one"
@@ -207,7 +208,7 @@ def read_run(folder: Path) -> Run | LeftOut:
 def _learning_rate(folder: Path, record: RunRecord) -> float:
     """The peak learning rate among the settings of a record."""
     rate = record.setting("optimizer.learning_rate")
-    if not isinstance(rate, int | float):
+    if not is_number(rate):
         raise UserError(
             f"{folder}: settings.optimizer.learning_rate is {rate!r}; expected what `outgrow train` writes",
         )

@@ -20,8 +20,8 @@ from outgrow.experiments.progress import Display
 from outgrow.experiments.runs import SCRATCH
 from outgrow.experiments.study_file import Job, Study, jobs, load_study, results_folder, source_job
 from outgrow.experiments.worker import initialise, work
-from outgrow.model.base.cores import cores
 from outgrow.model.base.errors import UserError
+from outgrow.model.base.machine import cores
 from outgrow.train.run.folder import check_same, is_complete, read_run, unkept
 from outgrow.train.settings import horizon_runs
 

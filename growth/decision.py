@@ -18,7 +18,7 @@ from outgrow.growth.expansion import AxisMap, Fill
 from outgrow.growth.layers import LayerMap
 from outgrow.growth.recipe import Growth, Recipe
 from outgrow.model.composite import of_text
-from outgrow.model.dtypes import RAW, TORCH_NAMES, config_dtype, is_float
+from outgrow.model.dtypes import TORCH_NAMES, bytes_of, config_dtype, is_float
 from outgrow.model.family import Config, Family, Tensor
 from outgrow.model.keys import follow_layers
 from outgrow.model.starts import Start
@@ -250,8 +250,7 @@ class Decision:
         return any_float or config_dtype(self.source_config) or "F32"
 
     def nbytes(self, step: Step) -> int:
-        itemsize = RAW[self.dtype(step)].itemsize
-        return prod(step.shape) * itemsize
+        return bytes_of(self.dtype(step), step.shape)
 
     @property
     def target_bytes(self) -> int:

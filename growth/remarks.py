@@ -10,7 +10,7 @@ from outgrow.growth.changes import ExpertCopy
 from outgrow.growth.decision import Decision, Step
 from outgrow.growth.expansion import AxisMap, Fill
 from outgrow.model.dtypes import is_short
-from outgrow.model.keys import EXPERTS
+from outgrow.model.keys import EXPERTS, is_number
 
 NAMES = {"F16": "float16", "BF16": "bfloat16"}
 WIDTH, HEAD_DIM = 64, 8  # multiples that matrix units and attention kernels take without padding
@@ -108,7 +108,7 @@ def _dropout_rates(plan: Decision) -> Iterator[str]:
     """Name the dropout of a config that the language model may have, with its rate."""
     for key, rate in plan.target_config.items():
         is_dropout = "drop" in key and "summary" not in key
-        if is_dropout and isinstance(rate, int | float) and rate > 0:
+        if is_dropout and is_number(rate) and rate > 0:
             yield f"{key} {rate:g}"
 
 

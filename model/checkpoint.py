@@ -23,7 +23,7 @@ import numpy as np
 from outgrow.model.base.errors import UserError, first_line, reading
 from outgrow.model.companions import left_behind, to_download
 from outgrow.model.config import WEIGHTS, check_values, read_config, read_json
-from outgrow.model.dtypes import PACKED, PLAIN_NUMBERS, RAW, is_float
+from outgrow.model.dtypes import PACKED, PLAIN_NUMBERS, RAW, bytes_of, is_float
 from outgrow.model.gguf import ENDING, gguf_in, unpacked
 
 MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors library itself
@@ -45,8 +45,7 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        itemsize = RAW[self.dtype].itemsize
-        return prod(self.shape) * itemsize
+        return bytes_of(self.dtype, self.shape)
 
 
 class Checkpoint:

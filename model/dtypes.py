@@ -6,7 +6,8 @@ arithmetic is done.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,11 @@ TORCH_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16":
 
 # of buffers that models carry beside their weights; others are packed or quantised weights
 PLAIN_NUMBERS = ("I64", "BOOL")
+
+
+def bytes_of(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor as it is stored."""
+    return prod(shape) * RAW[dtype].itemsize
 
 
 def config_dtype(config: Mapping[str, Any]) -> str | None:

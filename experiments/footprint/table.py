@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from outgrow.experiments.footprint.footprint import CostSettings, Footprint
+from outgrow.experiments.published import credits, read_rows
 from outgrow.experiments.table import UNDEFINED, amount
 from outgrow.train.machine.inference import ALLOWANCE
 
@@ -51,8 +49,7 @@ class Published:
 
 def published() -> list[Published]:
     """All published rows."""
-    text = PUBLISHED.read_text(encoding="utf-8")
-    return [Published(**row) for row in yaml.safe_load(text)]
+    return read_rows(Published, PUBLISHED)
 
 
 def markdown(rows: Sequence[Footprint], settings: CostSettings) -> str:
@@ -128,14 +125,7 @@ def _notes(settings: CostSettings) -> list[str]:
         "GB at the context ≈: weights and the cache of a full context in float16, and "
         f"{ALLOWANCE / 1e9:g} GB for all else.",
     ]
-    by_credit: dict[str, list[str]] = defaultdict(list)
-    for row in published():
-        credit = f"{row.source}; {row.note}."
-        by_credit[credit].append(row.name)
-    for credit, names in by_credit.items():
-        listed = ", ".join(names)
-        notes.append(f"{listed}: {credit}")
-    return notes
+    return notes + credits((row.name, f"{row.source}; {row.note}.") for row in published())
 
 
 def as_csv(rows: Sequence[Footprint]) -> str:

@@ -3,20 +3,18 @@ itself."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from outgrow.experiments.published import credits, read_rows
 from outgrow.experiments.suite.evaluate import Evaluated
+from outgrow.experiments.table import UNDEFINED
 from outgrow.train.suite.suite import Suite, group_averages, load_suite
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 AVERAGED = "phi_2"  # the suite whose groups published averages are of
-NONE = "–"
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,7 @@ class TableRow:
 
 def published() -> list[Published]:
     """All published rows."""
-    text = PUBLISHED.read_text(encoding="utf-8")
-    return [Published(**row) for row in yaml.safe_load(text)]
+    return read_rows(Published, PUBLISHED)
 
 
 def rows(suite: Suite, evaluated: Sequence[Evaluated], *, groups: bool) -> list[TableRow]:
@@ -114,13 +111,7 @@ def markdown(suite: Suite, evaluated: Sequence[Evaluated]) -> str:
             "beside a published row. (A file that holds the benchmark's own items says so with "
             "metadata: {benchmark_items: true}.)"
         )
-    by_credit: dict[str, list[str]] = defaultdict(list)
-    for row in published():
-        credit = f"{row.source}, {row.note}."
-        by_credit[credit].append(row.name)
-    for credit, names in by_credit.items():
-        listed = ", ".join(names)
-        notes.append(f"{listed}: {credit}")
+    notes += credits((row.name, f"{row.source}, {row.note}.") for row in published())
     lines = [f"* {note}" for note in notes]
     parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
@@ -139,7 +130,7 @@ def _table(suite: Suite, evaluated: Sequence[Evaluated], *, groups: bool) -> str
 
 
 def _cell(value: float | None) -> str:
-    return NONE if value is None else f"{value:.1f}"
+    return UNDEFINED if value is None else f"{value:.1f}"
 
 
 def _markdown(heads: Sequence[str], names: Sequence[str], cells: Sequence[Sequence[str]]) -> str:

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from math import prod
 from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from outgrow.model.checkpoint import INDEX, SINGLE
-from outgrow.model.dtypes import RAW
+from outgrow.model.dtypes import bytes_of
 
 MAX_SHARD_BYTES = 5_000_000_000  # what the Hugging Face hub recommends
 PENDING = 32  # writes under way while the next ones are computed: of 2 MB each, 64 MB of page cache
@@ -42,8 +41,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        itemsize = RAW[self.dtype].itemsize
-        return prod(self.shape) * itemsize
+        return bytes_of(self.dtype, self.shape)
 
 
 class ShardWriter:

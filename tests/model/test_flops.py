@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING
 
+from helpers.scripts import script
 from outgrow.model.build import meta_model, to_hf_config
 from outgrow.model.flops import Count, count, counted
 from outgrow.model.geometry import flops_per_token, flops_source, unpaid_flops_per_token
@@ -32,17 +33,9 @@ MORE = [
     "codegen", "gpt_neox", "gptj", "opt", "phi", "stablelm", "deepseek_v2", "deepseek_v3", "minicpm3", "qwen2_moe", "olmoe", "granitemoe",
     "glm4_moe", "dots1", "gpt_oss", "llama4", "gemma3", "gemma4_text", "rembert",
 ]  # fmt: skip
-# its class leaves them open
-INDEXED = {
-    "indexer_n_heads": 4,
-    "indexer_kv_heads": 1,
-    "indexer_head_dim": 256,
-    "indexer_budget": 2048,
-    "indexer_compress_ratio": 4,
-}
 SAID: dict[str, Any] = {
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "qwen4_exp": {"text_config": {"model_type": "qwen4_exp_text", **INDEXED}},
+    "qwen4_exp": {"text_config": {"model_type": "qwen4_exp_text", **script("count_architectures").INDEXED}},
 }
 
 

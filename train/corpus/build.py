@@ -240,7 +240,7 @@ def plan(work: Workshop, settings: DataSettings, files: Files) -> None:
 
 
 def _worker_count(settings: DataSettings, corpus: Corpus) -> int:
-    from outgrow.model.base.cores import cores
+    from outgrow.model.base.machine import cores
 
     if settings.workers is not None:
         return settings.workers

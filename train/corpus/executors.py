@@ -30,6 +30,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 
 from outgrow.model.base.errors import UserError
+from outgrow.model.keys import without
 from outgrow.train.corpus.progress import bar
 from outgrow.train.corpus.settings import ExecutorSettings
 
@@ -87,7 +88,7 @@ class LocalExecutor(PipelineExecutor):
         self._advance = advance
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_run", "_advance")}
+        return without(vars(self), ("_run", "_advance"))
 
     @property
     def world_size(self) -> int:

@@ -70,10 +70,10 @@ from outgrow.train.corpus.workshop import Workshop, plain, tally_of
 from outgrow.train.data.settings import CleaningSettings, DataSettings
 from outgrow.train.data.shards import SPLITS, TOKENIZER, dtype_of, fingerprint, split_entry
 from outgrow.train.data.tokenizer import (
+    described,
     entries,
     load_tokenizer,
     save_tokenizer,
-    tokenizer_hash,
     train_tokenizer,
     write_encoder,
 )
@@ -118,11 +118,7 @@ def make(partial: Path, work: Workshop, settings: DataSettings, stage: Stage) ->
         "read": tally,
         "cleaning": cleaning,
         "short": short(settings, work.tally, tokens),
-        "tokenizer": {
-            "sha256": tokenizer_hash(tokenizer),
-            "vocab_size": entries(tokenizer),
-            "end_of_text_id": tokenizer.eos_token_id,
-        },
+        "tokenizer": described(tokenizer),
         "dtype": dtype.str,
         "splits": splits,
         "versions": {

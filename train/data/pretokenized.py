@@ -36,11 +36,11 @@ from outgrow.train.data.shards import (
 )
 from outgrow.train.data.token_files import TokenFile, common_types, find
 from outgrow.train.data.tokenizer import (
+    described,
     encoder,
     entries,
     load_tokenizer,
     save_tokenizer,
-    tokenizer_hash,
     tokenizer_identity,
 )
 
@@ -187,11 +187,7 @@ def _contents(
         "read": {"documents": total("documents"), "bytes": total("bytes")},
         "cleaning": {"removed": {}},
         "short": {},
-        "tokenizer": {
-            "sha256": tokenizer_hash(tokenizer),
-            "vocab_size": entries(tokenizer),
-            "end_of_text_id": tokenizer.eos_token_id,
-        },
+        "tokenizer": described(tokenizer),
         "dtype": dtype.str,
         "splits": splits,
         "versions": {name: version(name) for name in ("tokenizers", "transformers")},

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from outgrow.model.base.errors import UserError
+from outgrow.model.keys import without
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
@@ -165,12 +166,7 @@ def _holds_something(path: Path) -> bool:
 
 def fingerprint(manifest: dict[str, Any]) -> str:
     """A hash of the ids and what they mean, whatever the shards' size and the corpus' place."""
-
-    def without_shards(split: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in split.items() if key != "shards"}
-
-    named = manifest["splits"].items()
-    splits = {name: without_shards(split) for name, split in named}
+    splits = {name: without(split, ("shards",)) for name, split in manifest["splits"].items()}
     meaning = [manifest["tokenizer"], manifest["dtype"], splits]
     text = json.dumps(meaning, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

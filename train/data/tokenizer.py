@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from outgrow.model.base.errors import UserError, first_line
 
@@ -230,6 +230,15 @@ def read_encoder(text: str) -> Encoder:
 def entries(tokenizer: PreTrainedTokenizerFast) -> int:
     """One more than the largest id: what a model's embedding needs, holes and added tokens included."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def described(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """The entry of a tokenizer in the manifest of a token folder."""
+    return {
+        "sha256": tokenizer_hash(tokenizer),
+        "vocab_size": entries(tokenizer),
+        "end_of_text_id": tokenizer.eos_token_id,
+    }
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +19,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers.utils import logging
 
 from outgrow.model.base.errors import UserError
+from outgrow.model.base.machine import processor
 from outgrow.train.machine.distribute import open_accelerator
 
 if TYPE_CHECKING:
@@ -198,16 +198,7 @@ def device_name(device: torch.device) -> str:
     """The device's own name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return _processor() if device.type == "cpu" else str(device)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "cpu"
-    names = [line.split(":", 1)[1] for line in lines if line.startswith("model name")]
-    return names[0].strip() if names else "cpu"
+    return processor() if device.type == "cpu" else str(device)
 
 
 def peak_flops(name: str, precision: str) -> float | None:

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import read_object
 from outgrow.model.base.settings import read
+from outgrow.model.keys import only
 from outgrow.train.settings import Settings, settings_hash
 from outgrow.train.start.naming import arm_changes
 
@@ -345,5 +346,4 @@ def _known(hint: Any, value: Any) -> Any:
     if cls is None or not isinstance(value, Mapping):
         return value
     hints = typing.get_type_hints(cls)
-    ours = {key: item for key, item in value.items() if key in hints}
-    return {key: _known(hints[key], item) for key, item in ours.items()}
+    return {key: _known(hints[key], item) for key, item in only(value, hints).items()}

@@ -40,6 +40,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from outgrow.model.base.atomic import PARTIAL, partial_of, remove
 from outgrow.model.base.errors import UserError, first_line
 from outgrow.model.base.files import telling_disk_faults, whole_folder, write_json, write_text
+from outgrow.model.keys import without
 from outgrow.train.optimizer import set_learning_rate
 from outgrow.train.run.folder import METRICS
 
@@ -263,7 +264,7 @@ def check(path: Path, process: int = 0, processes: int = 1) -> None:
 
 def _record(path: Path) -> dict[str, Any]:
     record = json.loads((path / STATE).read_text())
-    unsigned = {key: value for key, value in record.items() if key != "sha256"}
+    unsigned = without(record, ("sha256",))
     if record["sha256"] != _record_digest(unsigned):
         raise ValueError(f"{STATE} is not what was written")
     return record

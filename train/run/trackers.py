@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outgrow.model.base.errors import UserError, first_line
+from outgrow.model.keys import without
 from outgrow.train.run.folder import METRICS, PICTURE, SAMPLES
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def _catch_up(tracker: Tracker, folder: Path, rows: Iterable[Mapping[str, Any]])
         tracker.samples(when, written["samples"], written)
     for row in rows:
         clocks = {key: row[key] for key in CLOCKS}
-        values = {key: value for key, value in row.items() if key not in CLOCKS}
+        values = without(row, CLOCKS)
         tracker.log(values.pop("kind"), clocks, values)
     own = Path(run.dir).parent
     for earlier in own.parent.glob(f"offline-run-*-{run.id}"):

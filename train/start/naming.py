@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outgrow.model.base.settings import CONF, compose_config, plain
+from outgrow.model.keys import is_number
 from outgrow.train.start.neutral import flatten, is_neutral, is_text
 
 if TYPE_CHECKING:
@@ -122,8 +123,7 @@ def _shows(key: str) -> bool:
 def _label(key: str, value: Any, values: Mapping[str, Any]) -> str:
     """The end of the key that no other key shares, and the value."""
     name = SHORT.get(key) or _word(_unique_end(key, values).replace(".", "_"))
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    gap = "" if is_number else "_"
+    gap = "" if is_number(value) else "_"
     return f"{name}{gap}{_word(value)}"
 
 

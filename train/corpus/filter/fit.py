@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from outgrow.model.base.cores import cores
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import whole_file, whole_folder
+from outgrow.model.base.machine import cores
 from outgrow.train.corpus.filter import embed
 from outgrow.train.corpus.filter.forest import Forest
 from outgrow.train.corpus.filter.rules import label
