@@ -115,3 +115,27 @@ def test_circles_through_functions_types_and_relative_imports_are_seen(tmp_path:
     }
     with pytest.raises(CycleError):
         TopologicalSorter(graph(tmp_path, "room")).prepare()
+
+
+def effects(tree: ast.AST) -> list[str]:
+    """The asserts in which something may happen that `python -O` leaves out."""
+    pure = {"isinstance", "len", "is_float"}
+    odd = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert):
+            parts = list(ast.walk(node.test))
+            calls = {ast.unparse(part.func) for part in parts if isinstance(part, ast.Call)}
+            if calls - pure or any(isinstance(part, ast.NamedExpr) for part in parts):
+                odd.append(ast.unparse(node))
+    return odd
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_code_does_the_same_without_its_asserts(room: str) -> None:
+    paths = [path for path in modules(HOUSE, room).values() if path.suffix == ".py"]
+    odd = {path.name: effects(ast.parse(path.read_text(encoding="utf-8"))) for path in paths}
+    assert {name: lines for name, lines in odd.items() if lines} == {}
+    assert effects(ast.parse("assert next(rows)\nassert (n := 1)\nassert isinstance(a, b)")) == [
+        "assert next(rows)",
+        "assert (n := 1)",
+    ]

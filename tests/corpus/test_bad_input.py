@@ -107,6 +107,19 @@ def test_json_that_is_none_is_named(tmp_path: Path, content: str, message: str) 
         read(tmp_path)
 
 
+def test_one_broken_file_of_many_is_left_out_and_empty_ones_are_counted(tmp_path: Path) -> None:
+    for i in range(30):
+        (tmp_path / f"{i:02d}.json").write_text(json.dumps({"text": f"text {i}"}))
+    (tmp_path / "broken.json").write_text('{"text": "cut off')
+    for name in ("a.json", "a.jsonl", "a.csv", "a.tsv", "a.txt"):
+        (tmp_path / name).write_bytes(b"")
+    tally = Tally()
+    assert len(read(tmp_path, tally, max_broken=0.1)) == 30
+    assert tally == Tally(broken_skipped=1, empty_skipped=4)
+    with pytest.raises(UserError, match=r"broken\.json: expected a JSON object.*\n1 of 35 records cannot"):
+        read(tmp_path)
+
+
 def test_a_json_file_too_large_for_one_piece_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -253,7 +253,10 @@ def test_a_folder_of_a_dataset_is_read_alone(tmp_path: Path, monkeypatch: pytest
         "t", "hub", dataset=str(tmp_path / "dataset"), data_dir="data/python", column="content"
     )
     assert [document.text for document in documents(settings, open_corpus(settings))] == ["python"]
-    assert open_corpus(settings).stamp() != open_corpus(replace(settings, data_dir=None)).stamp()
+    before = open_corpus(settings).stamp()
+    assert before != open_corpus(replace(settings, data_dir=None)).stamp()
+    (tmp_path / "dataset" / "data" / "python" / "more.json").write_text(json.dumps({"content": "more"}))
+    assert open_corpus(settings).stamp() != before  # a local folder is looked at again
 
 
 def test_a_dataset_out_of_reach_is_named_with_the_way_out() -> None:

@@ -146,6 +146,27 @@ def test_a_url_is_read_as_a_folder_is(
     assert prepare(there, progress=False).fingerprint == prepare(here, progress=False).fingerprint
 
 
+def test_a_folder_of_a_store_is_listed_as_a_folder_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import fsspec
+
+    names = ["b.txt", "a/x.md", ".hidden/x.txt", "a/.x.txt", "t/manifest.json", "t/tokenizer/x.json"]
+    names += ["t.partial/work/x.txt", "picture.png", "tokenizer/x.txt", "manifest.json"]
+    store = fsspec.filesystem("memory")
+    for name in names:
+        here = tmp_path / name
+        here.parent.mkdir(parents=True, exist_ok=True)
+        content = json.dumps({"text": name})
+        here.write_text(content)
+        store.pipe(f"/bucket/{name}", content.encode())
+    there = read("memory://bucket")
+    assert there == read(tmp_path)
+    assert list(there) == ["a/x.md", "b.txt", "manifest.json:1", "tokenizer/x.txt"]
+    told = capsys.readouterr().err.splitlines()
+    assert [line.rpartition("/")[2].partition(":")[0] for line in told] == ["t", "t.partial"] * 2
+
+
 @pytest.mark.slow
 def test_a_store_that_refuses_is_told(served: str) -> None:
     with pytest.raises(UserError, match=r"http://127\.0\.0\.1:\d+/none\.jsonl: cannot be (listed|read)"):

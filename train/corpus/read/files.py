@@ -14,7 +14,7 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from outgrow.model.base.atomic import PARTIAL
@@ -307,7 +307,7 @@ def _remote(url: str, key: str) -> tuple[File, ...]:
             entries = {path: system.info(path)}
         else:
             root = path.rstrip("/") + "/"
-            entries = system.find(root, detail=True)
+            entries = _of_folder(system.find(root, detail=True), root, key)
     except Exception as error:  # each store's client raises its own
         raise UserError(
             f"{key}={url}: cannot be listed ({type(error).__name__}: {first_line(error)}); check the "
@@ -327,6 +327,22 @@ def _remote(url: str, key: str) -> tuple[File, ...]:
             "glob with text in it"
         )
     return _by_name(remote)
+
+
+def _of_folder(entries: dict[str, Any], root: str, key: str) -> dict[str, Any]:
+    """What a store lists under `root`, hidden files and prepared tokens apart, as in a folder here."""
+    relative = {name: PurePosixPath(name.removeprefix(root)) for name in entries}
+    tokenizers = {path.parent.parent for path in relative.values() if path.parent.name == TOKENIZER}
+    manifests = {path.parent for path in relative.values() if path.name == MANIFEST}
+    prepared = tokenizers & manifests - {PurePosixPath()}
+    prepared |= {up for path in relative.values() for up in path.parents if up.name.endswith(PARTIAL)}
+    _tell(key, [f"{root}{folder}: prepared tokens, or a build of them" for folder in sorted(prepared)])
+    kept = {}
+    for name, path in relative.items():
+        is_hidden = any(part.startswith(".") for part in path.parts)
+        if not is_hidden and prepared.isdisjoint(path.parents):
+            kept[name] = entries[name]
+    return kept
 
 
 def _by_name(listed: Iterable[File]) -> tuple[File, ...]:

@@ -77,7 +77,8 @@ def _counted(opened: Opened, number: int, value: Callable[[str], Any]) -> Iterat
 
 
 def _json(opened: Opened) -> Iterator[tuple[str, str]]:
-    """A list of objects, or one; a file of JSON lines under this name is read as what it is."""
+    """A list of objects, or one; a file of JSON lines under this name is read as what it is. One that is no
+    JSON is a broken record."""
     raw = opened.file.read(JSON_BYTES + 1)
     if len(raw) > JSON_BYTES:
         raise UserError(
@@ -85,13 +86,19 @@ def _json(opened: Opened) -> Iterator[tuple[str, str]]:
             "object a line"
         )
     text = opened.tally.decode(raw)
+    if not text.strip():
+        opened.tally.records += 1
+        yield "", ""
+        return
     try:
         value = parse_json(text)
     except ValueError as error:
-        if getattr(error, "msg", "") != "Extra data":
-            raise _not_json(opened.path, text, error) from error
-        recoded = io.BytesIO(text.encode())
-        yield from _lines(replace(opened, file=recoded))
+        if getattr(error, "msg", "") == "Extra data":
+            recoded = io.BytesIO(text.encode())
+            yield from _lines(replace(opened, file=recoded))
+        else:
+            opened.tally.records += 1
+            opened.tally.skip_broken(_not_json(opened.path, text, error))
         return
     items = value if isinstance(value, list) else [value]
     for number, item in enumerate(items, 1):
@@ -172,6 +179,10 @@ def _table(delimiter: str) -> Reader:
         text = io.TextIOWrapper(binary, "utf-8-sig", errors="replace", newline="")
         rows = csv.DictReader(text, delimiter=delimiter)
         names = list(rows.fieldnames or ())
+        if not names:  # an empty file
+            opened.tally.records += 1
+            yield "", ""
+            return
         _check_names(opened.path, names, opened.column)
         try:
             for number, row in enumerate(rows, 1):
