@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from outgrow.model.base.errors import UserError
 from outgrow.model.base.quiet import quietly
 from outgrow.model.build import meta_model
 from outgrow.model.family import Config
@@ -95,11 +94,14 @@ def count(model: PreTrainedModel, context: int) -> Count:
     return watch(model).at(context)
 
 
-def watch(model: PreTrainedModel) -> Passes:
+def watch(model: PreTrainedModel, *, experts: str = "batched_mm") -> Passes:
     """Count the forward passes of a built model of any size.
 
     The model runs on text, on at most 192 tokens; it may lie on the meta device. Its attention and experts
     are computed by other implementations meanwhile, and it is in eval mode.
+
+    Args:
+        experts: the library's implementation of experts that runs.
 
     Raises:
         Exception: of any kind, as the library's classes raise them where they do not run.
@@ -108,10 +110,11 @@ def watch(model: PreTrainedModel) -> Passes:
     known = model.config.get_text_config()
     keys = ("max_position_embeddings", "max_seq_len", "n_positions")
     limits = [getattr(known, key, None) for key in keys]
-    limit = next(filter(None, limits), 4 * STEP)
+    stated = [size for size in limits if size and size > 0]  # a class without a limit says -1
+    limit = next(iter(stated), 4 * STEP)
     step = max(1, min(STEP, limit // 4))  # some classes keep a position or two for themselves
     totals = []
-    with _counting(model, calls), quietly():
+    with _counting(model, calls, experts), quietly():
         for length in (step, 2 * step, 3 * step):
             calls.clear()
             totals.append(_forward_flops(model, length))
@@ -145,11 +148,16 @@ class _Held(dict[str, Any]):
 
 @lru_cache(maxsize=256)
 def _watched(key: str, config: _Held) -> Passes | None:
+    from outgrow.model.hollow import hollow
+
+    model = meta_model(dict(config))
+    with suppress(Exception):  # the library's classes raise every kind
+        return watch(model)
+    model.requires_grad_(False)  # the counter follows what learns, which is not asked
     try:
-        return watch(meta_model(dict(config)))
-    except UserError:
-        raise
-    except Exception:  # the library's classes raise every kind
+        with hollow(model):
+            return watch(model, experts="eager")
+    except Exception:
         return None
 
 
@@ -165,7 +173,7 @@ def _forward_flops(model: PreTrainedModel, length: int) -> int:
 
 
 @contextmanager
-def _counting(model: Any, calls: list[_Call]) -> Iterator[None]:
+def _counting(model: Any, calls: list[_Call], experts: str) -> Iterator[None]:
     """Replace attention by one that only counts, and experts by products of matrices, as far as interfaces
     let it.
     """
@@ -200,7 +208,7 @@ def _counting(model: Any, calls: list[_Call]) -> Iterator[None]:
     training = model.training
     with ExitStack() as stack:
         for name, module in _configs(model):
-            counting = NAME if "attn" in name else "batched_mm"
+            counting = NAME if "attn" in name else experts
             stack.enter_context(patch.object(module, name, counting))
         # Each row is one sequence; whether it is would be asked of values that are not there.
         stack.enter_context(

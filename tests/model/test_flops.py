@@ -31,9 +31,16 @@ TYPES = [
 ]
 MORE = [
     "codegen", "gpt_neox", "gptj", "opt", "phi", "stablelm", "deepseek_v2", "deepseek_v3", "minicpm3", "qwen2_moe", "olmoe", "granitemoe",
-    "glm4_moe", "dots1", "gpt_oss", "llama4", "gemma3", "gemma4_text", "rembert",
+    "glm4_moe", "dots1", "gpt_oss", "llama4", "gemma3", "gemma4_text", "rembert", "xlnet", "xlm", "xmod", "jetmoe", "dbrx",
+    "longcat_flash", "big_bird",
 ]  # fmt: skip
 SAID: dict[str, Any] = {
+    "dbrx": {"attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 500000.0}},
+    "longcat_flash": {"zero_expert_num": 0},
+    "xmod": {"default_language": "en_XX", "is_decoder": True},
+    "xlm": {"causal": True},
+    "xlnet": {"attn_type": "uni"},
+    "big_bird": {"is_decoder": True},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "qwen4_exp": {"text_config": {"model_type": "qwen4_exp_text", **script("count_architectures").INDEXED}},
 }
@@ -42,7 +49,7 @@ SAID: dict[str, Any] = {
 def dense(config: dict[str, Any]) -> int:
     """Forward FLOPs of one sequence on real tensors: eager attention, over masked pairs too, and each expert
     on its tokens."""
-    network = tiny_twin(config).build(attention="eager")
+    network = tiny_twin(config).build(attention="eager").requires_grad_(False)
     if network._can_set_experts_implementation():
         network.set_experts_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -58,6 +65,26 @@ def test_the_count_is_the_counters_on_real_tensors(kind: str) -> None:
     masked = found.attention * (2 * LENGTH / (LENGTH + 1) - 1)  # no window of theirs is as short
     assert (found.total + masked) * LENGTH == pytest.approx(dense(config), rel=1e-9)
     assert flops_per_token(config, LENGTH) == pytest.approx(3 * found.total, rel=1e-9)
+
+
+def test_experts_that_compute_nothing_take_their_share_of_the_choices() -> None:
+    sizes = {
+        "hidden_size": 64,
+        "expert_ffn_hidden_size": 24,
+        "num_layers": 2,
+        "n_routed_experts": 4,
+        "moe_topk": 3,
+    }
+    wide = to_hf_config(
+        {"model_type": "longcat_flash", **sizes, "zero_expert_num": 0, "vocab_size": 101}
+    ).to_dict()
+    none, four = counted(wide, 64), counted({**wide, "zero_expert_num": 4}, 64)
+    assert none is not None
+    assert four is not None
+    router = 2 * 64 * 4  # one score more for each of them
+    expert = 3 * 2 * 64 * 24
+    assert four.matrices == none.matrices + 2 * (router - 3 * expert / 2)
+    assert four.attention == none.attention
 
 
 SIZES: dict[str, Any] = {

@@ -3,15 +3,19 @@ allocations, arithmetic by hand."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import re
+from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.profiler import profile
 
@@ -19,15 +23,18 @@ from helpers.families import config_of
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import build_model, to_hf_config
 from outgrow.model.geometry import flops_per_token
+from outgrow.model.hollow import hollow, size_of
 from outgrow.model.presets import preset
+from outgrow.model.twin import tiny_twin
 from outgrow.train.loss import fused_cross_entropy
 from outgrow.train.machine.compile import fuse_activations, layers_of
 from outgrow.train.machine.device import MEMORY_GIB, PEAK_BF16_FLOPS, named
 from outgrow.train.machine.forecast import GIB, forecast, sustained, tell
-from outgrow.train.machine.memory import gathered, kept_by, logits
+from outgrow.train.machine.memory import _kept, gathered, kept_by, logits, on_fakes
 from outgrow.train.optimizer import build_optimizer
 from outgrow.train.settings import CONF, Settings, compose
 from outgrow.train.start.stages import stages_of
+from outgrow.train.start.way import find_attention
 
 PHI_2 = ["experiment=phi_1b", "growth=lossless", "dry_run=true"]
 
@@ -101,8 +108,6 @@ def test_activations_are_what_a_real_forward_pass_keeps(family: str, bf16: bool)
     ):
         network.base_model(input_ids=torch.zeros(3, 16, dtype=torch.int64), use_cache=False)
     real = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     with FakeTensorMode():
         fake = build_model(config_of(family), seed=0, attention="eager")
     assert kept_by(fake, 3, 16, bf16=bf16).loss == pytest.approx(real, rel=0.02)
@@ -315,11 +320,65 @@ def test_a_device_of_unknown_memory_is_said_to_be_one() -> None:
     assert "hours         not known for A40-48Q" in tell(compose([*given, "forecast.device=A40-48Q"]))
 
 
+VALUES: dict[str, dict[str, Any]] = {  # classes that ask for values in their forward pass
+    "dbrx": {"attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 500000.0}},
+    "jetmoe": {},
+    "longcat_flash": {"zero_expert_num": 0},
+    "xlm": {"causal": True},
+    "xmod": {"default_language": "en_XX", "is_decoder": True},
+}
+
+
+@contextlib.contextmanager
+def as_it_is(network: Any) -> Iterator[None]:
+    yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", VALUES)
+def test_where_a_class_asks_for_values_a_hollow_network_keeps_what_a_real_one_does(kind: str) -> None:
+    config = tiny_twin(to_hf_config({"model_type": kind, **VALUES[kind]}).to_dict()).config
+    with FakeTensorMode():
+        fake = build_model(config, seed=0, attention="eager")
+    with pytest.raises(UserError, match="depends on values"):
+        _kept(fake, 3, 32, bf16=False, checkpointing=False, place=on_fakes, size=size_of)
+    real: Any = build_model(config, seed=0, attention="eager")
+    here = _kept(real, 3, 32, bf16=False, checkpointing=False, place=as_it_is, size=size_of)
+    hollow = kept_by(fake, 3, 32, bf16=False)
+    assert hollow.loss == pytest.approx(here.loss, rel=0.02)  # xlm's indices beside it
+    assert hollow.backward == pytest.approx(here.backward, rel=0.02)
+    assert hollow.end == pytest.approx(here.end, rel=0.02)
+
+
+@pytest.mark.slow
+def test_short_passes_of_a_hollow_network_continue_to_the_context() -> None:
+    config = tiny_twin(
+        to_hf_config({"model_type": "jetmoe", "max_position_embeddings": 512}).to_dict()
+    ).config
+    with FakeTensorMode():
+        fake = build_model(config, seed=0, attention="eager")
+    long = _kept(fake, 2, 400, bf16=True, checkpointing=True, place=hollow, size=size_of)
+    short = kept_by(fake, 2, 400, bf16=True, checkpointing=True)
+    assert astuple(short) == pytest.approx(astuple(long), rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dbrx", "xmod"])
+def test_what_a_class_cannot_train_is_refused_by_a_dry_run_as_by_a_run(kind: str) -> None:
+    config = tiny_twin(to_hf_config({"model_type": kind, **VALUES[kind]}).to_dict()).config
+    with pytest.raises(UserError) as by_run:
+        find_attention(config, "auto", torch.device("cpu"), "bf16")
+    assert str(by_run.value).startswith(f"train.precision=bf16: {kind} does not train in it")
+    sizes = ["train.precision=bf16", "train.context=32", "train.batch_tokens=128"]
+    settings = compose(["growth=scratch", "target=tiny_target", "forecast.gpus=1", *sizes])
+    with pytest.raises(UserError) as by_dry_run:
+        forecast(dataclasses.replace(settings, target=config))
+    assert str(by_dry_run.value) == str(by_run.value)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mixtral", "gemma3_text"])
 def test_a_dry_run_of_other_classes_needs_no_weights(kind: str) -> None:
-    from outgrow.model.twin import tiny_twin
-
     config = tiny_twin(to_hf_config({"model_type": kind}).to_dict()).config
     settings = compose(
         [

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import astuple, dataclass, replace
 from functools import partial
+from operator import mul
 from typing import Any
 from unittest.mock import patch
 
@@ -30,12 +31,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from outgrow.model.base.errors import UserError, in_one_line
 from outgrow.model.base.quiet import quietly
 from outgrow.model.build import empty_model, known_size
+from outgrow.model.hollow import hollow, size_of
 from outgrow.train.loss import CHUNK_TOKENS
 from outgrow.train.machine.compile import fuse_activations, layers_of, speed_up
 from outgrow.train.settings import Settings
-from outgrow.train.start.way import fuses
+from outgrow.train.start.way import find_attention, fuses
 
 MASTER, GRADIENT = 4, 4  # bytes of a weight and of its gradient: both float32, also where bfloat16 multiplies
+SHORT = 64  # tokens of the shortest pass of a hollow network
 BLOCK = 256  # entries that share one float32 scale in torchao's 8-bit state
 STATE = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / BLOCK), "muon": 8.0}  # bytes of an entry's optimizer state
 MUON_STATE = 4.0  # of a hidden matrix's entry: one momentum instead of two moments
@@ -73,7 +76,7 @@ def memory(
         groups: the optimizer's, name → (tensors, entries).
 
     Raises:
-        UserError: the class does not support checkpointing, or its forward pass depends on values.
+        UserError: the class does not support checkpointing, or its forward pass does not run.
     """
     held = moments(settings, config, network, groups, rows)
     return max(held.values(), key=lambda moment: moment.total)
@@ -94,7 +97,11 @@ def moments(
         with FakeTensorMode():
             network = empty_model(config, dtype=torch.bfloat16, attention=attention)
     fuse_activations(network)  # as in a run: a chain of kernels keeps more
-    kept = kept_by(network, rows, loop.context, bf16=bf16, checkpointing=loop.checkpointing)
+    try:
+        kept = kept_by(network, rows, loop.context, bf16=bf16, checkpointing=loop.checkpointing)
+    except UserError:
+        find_attention(config, "auto", torch.device("cpu"), "bf16" if bf16 else "fp32")  # as a run refuses it
+        raise
     speed_up(network, loop)  # refuses what the class does not support
     entries = sum(count for _, count in groups.values())
     # The gradients of the micro-batches before it stand, and DDP's buckets always do; else they begin empty.
@@ -211,10 +218,60 @@ def kept_by(network: Any, rows: int, context: int, *, bf16: bool, checkpointing:
     two gradients of the size of its largest tensor, of what a kernel gave and of what it took. A network
     that is compiled keeps less: the compiler fuses element-wise steps and computes some of them again.
 
+    Where the class asks for values, which a fake network has not, short passes of a hollow one are counted
+    (`model.hollow`), its experts chosen evenly, and continued to the context: what is kept grows with its
+    square at most, and with the rows.
+
     Raises:
-        UserError: the class's forward pass depends on values, which a fake network has not.
+        UserError: the class's forward pass runs in neither way.
     """
-    weights = set(map(_storage, network.parameters()))
+    how = partial(_kept, network, bf16=bf16, checkpointing=checkpointing)
+    try:
+        return how(rows, context, place=on_fakes, size=_bytes)
+    except UserError as refusal:
+        try:
+            with quietly():
+                return _continued(partial(how, place=hollow, size=size_of), rows, context)
+        except Exception:  # the library's classes raise every kind
+            raise refusal from None
+
+
+def _continued(measure: Callable[[int, int], Kept], rows: int, context: int) -> Kept:
+    """The bytes that (rows, context) tokens keep, by passes over one row of one, two
+    and three times `SHORT` tokens where they are longer.
+    """
+    if rows * context <= 3 * SHORT:
+        return measure(rows, context)
+    if context <= 3 * SHORT:
+        return _times(rows, measure(1, context))
+    lengths = [1, 2, 3]
+    points = [measure(1, SHORT * length) for length in lengths]
+    x = context / SHORT
+    shares = (
+        (x - 2) * (x - 3) / 2,
+        -(x - 1) * (x - 3),
+        (x - 1) * (x - 2) / 2,
+    )  # of the parabola through them
+    moments = zip(*map(astuple, points), strict=True)
+    one = Kept(*(round(sum(map(mul, shares, sizes))) for sizes in moments))
+    return _times(rows, one)
+
+
+def _times(rows: int, one: Kept) -> Kept:
+    return Kept(*(rows * size for size in astuple(one)))
+
+
+def _kept(
+    network: Any,
+    rows: int,
+    context: int,
+    *,
+    bf16: bool,
+    checkpointing: bool,
+    place: Callable[[Any], AbstractContextManager[None]],
+    size: Callable[[Tensor], int],
+) -> Kept:
+    """`kept_by` of a forward pass in the block of `place`; `size` is of a tensor's storage, in bytes."""
     kept: dict[int, tuple[Tensor, int | None]] = {}  # storage → a tensor of it, and the layer that keeps it
     inputs: dict[int, Tensor] = {}  # of layers, by their storage
     inside: list[int | None] = [None]
@@ -237,7 +294,9 @@ def kept_by(network: Any, rows: int, context: int, *, bf16: bool, checkpointing:
         hooks.append(layer.register_forward_pre_hook(partial(enter, number)))
         hooks.append(layer.register_forward_hook(leave))
     try:
-        _forward(network, rows, context, bf16, keep)
+        with place(network):
+            weights = set(map(_storage, network.parameters()))
+            _forward(network, rows, context, bf16, keep)
     finally:
         for hook in hooks:
             hook.remove()
@@ -246,15 +305,15 @@ def kept_by(network: Any, rows: int, context: int, *, bf16: bool, checkpointing:
     for storage, (tensor, keeper) in kept.items():
         if storage in weights:
             continue
-        size = _bytes(tensor)
-        everything += size
+        bytes_kept = size(tensor)
+        everything += bytes_kept
         if storage in inputs:
             continue
         if keeper is None:
-            outside += size
+            outside += bytes_kept
         else:
-            layers[keeper].append(size)
-    entered = sum(map(_bytes, inputs.values()))
+            layers[keeper].append(bytes_kept)
+    entered = sum(map(size, inputs.values()))
     once = max(map(sum, layers.values()), default=0)
     largest = max(map(max, layers.values()), default=0)
     gradients = 2 * largest
@@ -276,10 +335,10 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _forward(network: Any, rows: int, context: int, bf16: bool, keep: Callable[[Tensor], Tensor]) -> None:
-    """One forward pass of a fake network, every tensor that autograd saves handed to `keep`."""
+    """One forward pass of a network, every tensor that autograd saves handed to `keep`."""
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-    with on_fakes(network), autocast, hooks:
+    with autocast, hooks:
         ids = torch.zeros(rows, context, dtype=torch.int64)
         network.train().base_model(input_ids=ids, use_cache=False)
 

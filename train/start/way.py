@@ -155,10 +155,15 @@ def find_attention(config: Config, asked: str, device: torch.device, precision: 
         if not answer.value:
             tried[attention] = answer.reason
     running = [attention for attention in (PLAIN_SDPA, EAGER) if attention not in tried]
+    kind = config.get("model_type")
+    if not running and precision == "bf16" and works(config, EAGER, device=device).value:
+        raise UserError(
+            f"train.precision=bf16: {kind} does not train in it here ({tried[first]}); "
+            "use train.precision=fp32"
+        )
     way_out = f"use train.attention={' or '.join(running)}" if running else "no other one runs either"
     raise UserError(
-        f"train.attention={asked}: {config.get('model_type')} does not train with it here "
-        f"({tried[first]}); {way_out}",
+        f"train.attention={asked}: {kind} does not train with it here ({tried[first]}); {way_out}",
     )
 
 
