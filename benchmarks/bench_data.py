@@ -1,4 +1,4 @@
-"""From files of text to tokens on disk, end to end: `prepare` beside plain datatrove and `datasets.map`, with
+"""Time files of text to tokens on disk, end to end: `prepare` beside plain datatrove and `datasets.map`, with
 one process and with two.
 
 make bench-data                                        some minutes: a table, and benchmarks/bench_data.json

@@ -164,7 +164,9 @@ def ours_killed(folder: str) -> None:
 
 
 def seconds_until_told(work: Callable[[str], None]) -> float | None:
-    """How long a run goes on after its first worker is killed; None where that is over PATIENCE_SECONDS."""
+    """The seconds that a run goes on after its first worker is killed; None where that is over
+    PATIENCE_SECONDS.
+    """
     with tempfile.TemporaryDirectory() as folder:
         note = Path(folder, "killed")
         os.environ[NOTE] = str(note)  # the workers inherit it

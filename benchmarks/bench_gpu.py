@@ -1,5 +1,5 @@
-"""What a GPU reaches: tokens/s, model-FLOPs utilisation and peak memory of a training step, for every way to
-make it.
+"""Measure what a GPU reaches: tokens/s, model-FLOPs utilisation and peak memory of a training step, for every
+way to make it.
 
 make bench-gpu                                          about half an hour on one H100: a table, and
                                                         benchmarks/bench_gpu.json

@@ -126,8 +126,9 @@ def write_random(folder: Path, config: dict[str, Any]) -> None:
 
 
 def check_grown(source: Path, grown: Path) -> None:
-    """What growth copies without a factor must be the source's bits: fc1's first rows and columns, in every
-    layer that is a first copy."""
+    """Check that what growth copies without a factor is the source's bits: fc1's first rows and columns, in
+    every layer that is a first copy.
+    """
     import numpy as np
 
     from outgrow.model.checkpoint import Checkpoint
@@ -319,7 +320,7 @@ def machine(cores: int) -> str:
 
 
 def summary(rounds: list[dict[str, Timed]], sizes: dict[str, int], layers: int, cores: int) -> dict[str, Any]:
-    """What bench_growth.json holds: medians, ratios within rounds, and every measurement."""
+    """The content of bench_growth.json: medians, ratios within rounds, and every measurement."""
 
     def ratio(above: str, below: str) -> float | None:
         return (

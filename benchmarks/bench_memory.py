@@ -109,7 +109,7 @@ def group_of(processes: int) -> Iterator[Any]:
 
 
 def shard(objective: Any, settings: Settings, mesh: Any) -> None:
-    """What Accelerate does with a run's plugin: `fully_shard` of each layer and then of the whole."""
+    """Shard as Accelerate does with a run's plugin: `fully_shard` of each layer and then of the whole."""
     plugin = sharding_plugin(settings.sharding, "no" if settings.train.precision == "fp32" else "bf16")
     policy = {} if plugin.mixed_precision_policy is None else {"mp_policy": plugin.mixed_precision_policy}
     for module in (*layers_of(objective), objective):
@@ -146,8 +146,9 @@ def ways(gpus: Sequence[int], layers: int | None) -> Iterator[Settings]:
 
 
 def alike(settings: Settings) -> tuple[Any, ...]:
-    """What tells one device's step from another's: without sharding, each of several devices holds what a
-    single one does."""
+    """The facts that tell one device's step from another's: without sharding, each of several devices holds
+    what a single one does.
+    """
     loop, (rows, several, sharded) = settings.train, shares(settings)
     kept = several or (settings.forecast.gpus > 1 and not sharded)
     return loop.checkpointing, loop.loss, rows, kept, settings.forecast.gpus if sharded else 1

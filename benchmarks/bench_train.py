@@ -48,7 +48,7 @@ LOG_EVERY = 5
 
 @dataclass(frozen=True)
 class Timed:
-    """What the counted steps of one round took, and the loss of the last of them."""
+    """Times of the counted steps of one round, and the loss of the last of them."""
 
     wall: float
     cpu: float
@@ -65,14 +65,14 @@ class Clock:
         self.marks.append((time.perf_counter(), time.process_time()))
 
     def timed(self, loss: float) -> Timed:
-        """From the first counted step's start to the last mark."""
+        """The span from the first counted step's start to the last mark."""
         (wall, cpu), (end, spent) = self.marks[WARM], self.marks[-1]
         return Timed(end - wall, spent - cpu, loss)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every contender trains on."""
+    """The work that every contender trains on."""
 
     settings: Settings
     data: TokenData
@@ -241,7 +241,7 @@ def rounds(work: Work, folder: Path, count: int) -> dict[str, list[Timed]]:
 
 
 def ratio(mine: Sequence[Timed], other: Sequence[Timed], kind: str) -> float:
-    """How many times as fast as `other`: the median of the rounds' ratios."""
+    """The number of times as fast as `other`: the median of the rounds' ratios."""
     return statistics.median(getattr(o, kind) / getattr(m, kind) for m, o in zip(mine, other, strict=True))
 
 

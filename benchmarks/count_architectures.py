@@ -119,8 +119,8 @@ def confirm(tiny: Bench, draft: Draft, tried: list[Attempt]) -> dict[str, Any]:
 
 
 def covers(draft: Draft, config: Config) -> bool:
-    """Whether the schema was held against the default config's own tensors; False where the library does not
-    build it.
+    """Check whether the schema was held against the default config's own tensors; False where the library
+    does not build it.
 
     Raises:
         UserError: a tensor has no counterpart in the tiny model, or another shape than the schema says.
@@ -138,7 +138,7 @@ def covers(draft: Draft, config: Config) -> bool:
 
 
 def examine(name: str) -> dict[str, Any]:
-    """What is confirmed of one model type."""
+    """Confirm what can be confirmed of one model type."""
     from transformers import CONFIG_MAPPING
 
     try:
@@ -237,7 +237,7 @@ def table(stories: dict[str, dict[str, Any]]) -> str:
 
 
 def summary(stories: dict[str, dict[str, Any]]) -> dict[str, int]:
-    """How many types, and how many of them are confirmed on which axis."""
+    """Count the types, and those that are confirmed on each axis."""
     confirmed = [story["axes"] for story in stories.values() if "refused" not in story]
 
     def count(fits: Any) -> int:

@@ -17,7 +17,7 @@ class Unreachable(Exception):
 
 
 def cache() -> Path:
-    """Where files stay, from one time to the next."""
+    """The folder in which files stay, from one time to the next."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outgrow" / "real"
 
 

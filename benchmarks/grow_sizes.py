@@ -1,5 +1,5 @@
-"""What growing a checkpoint of 0.1, 1, 7 and 70 B parameters takes: sizes from geometry, memory measured,
-minutes from bench_growth.json.
+"""Tell what growing a checkpoint of 0.1, 1, 7 and 70 B parameters takes: sizes from geometry, memory
+measured, minutes from bench_growth.json.
 
 python benchmarks/grow_sizes.py            seconds: the table of docs/grow.md, from grow_sizes.json and
                                            bench_growth.json

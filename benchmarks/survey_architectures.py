@@ -1,4 +1,4 @@
-"""What can be trained, and how? The survey of every causal language model class of transformers, as a table.
+"""Survey what can be trained, and how: every causal language model class of transformers, as a table.
 
 python benchmarks/survey_architectures.py                    10 minutes of one core:
                                                              survey_architectures.json, docs/families.md
@@ -61,7 +61,7 @@ Story = dict[str, Any]
 
 
 def examine(name: str, columns: list[str], device: str, precision: str, text: Path) -> Story:
-    """What is asked of one model type: its survey always, since the rest goes by it, and the columns."""
+    """Examine one model type: its survey always, since the rest goes by it, and the columns."""
     from transformers import CONFIG_MAPPING
 
     try:
@@ -124,8 +124,9 @@ def _tried(ask: Callable[[], Any]) -> Any:
 
 
 def _flops(config: dict[str, Any]) -> Story:
-    """How far the ledger's FLOPs are from PyTorch's counter at two contexts, and where the ledger has them
-    from."""
+    """Compare the ledger's FLOPs with PyTorch's counter at two contexts, and tell where the ledger has them
+    from.
+    """
     from outgrow.model.flops import counted
     from outgrow.model.geometry import flops_per_token, flops_source
 
@@ -240,7 +241,7 @@ def conditions(device: str, precision: str) -> dict[str, Any]:
 
 
 def saved(path: Path, under: dict[str, Any]) -> dict[str, Story]:
-    """What a former call has found under the same conditions."""
+    """Findings of a former call under the same conditions."""
     if not path.is_file():
         return {}
     found = json.loads(path.read_text())
@@ -266,7 +267,7 @@ def cell(found: Any, words: Callable[[Any], str]) -> str:
 
 
 def flops_from(flops: Story) -> str:
-    """Where the ledger has its FLOPs from, and how far a formula is from PyTorch's counter."""
+    """Tell where the ledger has its FLOPs from, and how far a formula is from PyTorch's counter."""
     if "PyTorch's counter" in flops["source"]:
         return "counter"
     return (
@@ -279,12 +280,14 @@ def flops_from(flops: Story) -> str:
 
 
 def flops_are_exact(flops: Story) -> bool:
-    """Whether the ledger's FLOPs are the counter's."""
+    """Check whether the ledger's FLOPs are the counter's."""
     return flops.get("apart") is not None and flops["apart"] < EXACT
 
 
 def document_mask(story: Story, rounding: float) -> str:
-    """How `train.document_mask` keeps documents apart: by positions that restart, by masks, or not at all."""
+    """Tell how `train.document_mask` keeps documents apart: by positions that restart, by masks, or not at
+    all.
+    """
     future, leak, masked = story["future"], story["leak"], story["masked_leak"]
     if isinstance(future, dict) or future > rounding:
         return cell(future, lambda moved: f"sees later tokens: {moved:.2g}")

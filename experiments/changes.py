@@ -74,7 +74,7 @@ def summary(measured: Sequence[Change]) -> str:
 
 
 def is_plain(run: Run) -> bool:
-    """True if the run's start was trained on as any weights would be."""
+    """Check whether the run's start was trained on as any weights would be."""
     setting = run.record.setting
     transfer = setting("transfer") or {}
     if any(transfer.get(key) for key in ("optimizer", "mup", "teacher")):

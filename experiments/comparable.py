@@ -154,7 +154,7 @@ def _value(value: Any) -> str:
 
 
 def _differing(runs: Sequence[Run], name: str, read: Read) -> list[str]:
-    """At most one sentence: the first run that differs from the first of all."""
+    """Name the first run that differs from the first of all, in one sentence or none."""
     for run in runs[1:]:
         first = runs[0]
         one = read(first)
@@ -166,7 +166,7 @@ def _differing(runs: Sequence[Run], name: str, read: Read) -> list[str]:
 
 
 def _differing_configs(runs: Sequence[Run]) -> list[str]:
-    """At most one sentence: the first target that differs from the first of all."""
+    """Name the first target that differs from the first of all, in one sentence or none."""
     for run in runs[1:]:
         first = runs[0]
         same = _network(first) == _network(run)

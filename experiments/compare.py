@@ -70,7 +70,7 @@ class Row:
 
     @property
     def is_scratch(self) -> bool:
-        """True for the arm that the others are held against."""
+        """Check for the arm that the others are held against."""
         return self.arm == SCRATCH
 
     @property

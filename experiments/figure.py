@@ -176,7 +176,7 @@ def _unpaid(comparison: Comparison) -> list[str]:
 
 
 def _cut_off(comparison: Comparison) -> bool:
-    """True if any loss lies above the frame."""
+    """Check whether any loss lies above the frame."""
     _, highest = loss_range(comparison)
     runs = _best_runs(comparison)
     return any(max(run.curve.losses) > highest for run in runs)
@@ -297,7 +297,7 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def _touch(lower: Sequence[float], upper: Sequence[float], gap: float) -> bool:
-    """True for two clusters of lines that overlap when laid out around their middles."""
+    """Check whether two clusters of lines overlap when laid out around their middles."""
     distance = _middle(upper) - _middle(lower)
     lines = len(upper) + len(lower)
     return distance < gap * lines / 2

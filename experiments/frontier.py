@@ -183,7 +183,7 @@ def _curve(points: Sequence[Flat], size: int) -> BaselineCurve:
 
 
 def may_fit(points: Sequence[Flat]) -> bool:
-    """True with three sizes of three token counts each, or more."""
+    """Check for three sizes of three token counts each, or more."""
     return sum(count >= LEAST_OF_LAW for count in _token_counts(points).values()) >= LEAST_OF_LAW
 
 
@@ -253,7 +253,7 @@ def bootstrap(ends: Sequence[End], law: Law, draws: int = DRAWS) -> list[Law]:
     flat = flat_ends(ends)
     laws: list[Law] = []
     for _ in range(10 * draws):
-        drawn = [flat[place] for place in numbers.integers(len(flat), size=len(flat))]
+        drawn = [flat[index] for index in numbers.integers(len(flat), size=len(flat))]
         points = flat_points(drawn)
         if may_fit(points):
             laws.append(fit(points, law))

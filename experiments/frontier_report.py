@@ -37,7 +37,7 @@ NO_LAW = "No law is fitted: that needs three sizes with three horizons each."
 
 @dataclass(frozen=True)
 class Frontier:
-    """What flat models say: points, the best size of each budget, and a law with its bootstrap, if any."""
+    """The answer of flat models: points, each budget's best size, and a law with its bootstrap, if any."""
 
     points: tuple[Flat, ...]
     best: tuple[Best, ...]

@@ -323,12 +323,12 @@ def _verdict(row: Worth) -> str:
 
 
 def is_grown(row: Worth, rows: Sequence[Worth]) -> bool:
-    """True for an arm that is neither scratch nor the control."""
+    """Check for an arm that is neither scratch nor the control."""
     return row.point.arm != SCRATCH and not is_control(row, rows)
 
 
 def is_control(row: Worth, rows: Sequence[Worth]) -> bool:
-    """True for a network that stays smaller than scratch's: trained longer, not bigger."""
+    """Check for a network that stays smaller than scratch's: trained longer, not bigger."""
     largest = max(other.point.parameters for other in rows)
     return row.point.parameters < largest
 

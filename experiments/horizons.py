@@ -126,7 +126,7 @@ def check_alike(ends: Sequence[End]) -> None:
 
 
 def lacks_control(ends: Sequence[End]) -> bool:
-    """True where arms grew, and the small network was not trained on beside them."""
+    """Check whether arms grew, and the small network was not trained on beside them."""
     largest = max(end.parameters for end in ends)
     has_small = any(end.parameters < largest for end in ends)
     grown = {end.arm for end in ends if end.parameters == largest} - {SCRATCH}

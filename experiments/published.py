@@ -18,9 +18,9 @@ def read_rows(kind: type[R], file: Path) -> list[R]:
     return [kind(**row) for row in yaml.safe_load(text)]
 
 
-def credits(sources: Iterable[tuple[str, str]]) -> list[str]:
-    """Turn (row's name, where it was published) into one note per place: `phi-1.5: arXiv 2309.05463`."""
-    by_place: dict[str, list[str]] = defaultdict(list)
-    for name, place in sources:
-        by_place[place].append(name)
-    return [f"{', '.join(names)}: {place}" for place, names in by_place.items()]
+def credits(rows: Iterable[tuple[str, str]]) -> list[str]:
+    """Turn (row's name, its credit) into one note per credit: `phi-1.5: arXiv 2309.05463`."""
+    by_credit: dict[str, list[str]] = defaultdict(list)
+    for name, credit in rows:
+        by_credit[credit].append(name)
+    return [f"{', '.join(names)}: {credit}" for credit, names in by_credit.items()]

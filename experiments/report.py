@@ -70,8 +70,8 @@ WORDS = [
 
 @dataclass(frozen=True)
 class Page:
-    """What every comparison's page has: a heading, a line about what was compared, the answer with its
-    picture, then `parts` of HTML. `warning` stands above the picture.
+    """The page of any comparison: a heading, a line about what was compared, the answer with its picture,
+    then `parts` of HTML. `warning` stands above the picture.
     """
 
     study: str

@@ -136,7 +136,7 @@ def check_control(study: Study, todo: Sequence[Job]) -> None:
 
 
 def comparable_costs(study: Study, todo: Sequence[Job]) -> bool:
-    """True if scratch is among the arms and all read the same."""
+    """Check whether scratch is among the arms and all read the same."""
     runs = [job.settings for job in todo]
     texts = {repr((run.data, run.mixture)) for run in runs}
     arms = {study.counts_as(job.arm) for job in todo}
@@ -160,7 +160,7 @@ def judged_texts(
 
 
 def processes(asked: int | None) -> int:
-    """How many runs go at a time; None: one for each core."""
+    """The number of runs that go at a time; None: one for each core."""
     at_once = cores() if asked is None else asked
     if at_once < 1:
         raise UserError(f"--jobs {at_once}: expected at least 1")
@@ -168,7 +168,7 @@ def processes(asked: int | None) -> int:
 
 
 def complete(job: Job, source: Job | None = None) -> bool:
-    """True if the job's run is complete, under these settings and from this source.
+    """Check whether the job's run is complete, under these settings and from this source.
 
     Raises UserError where the folder holds another run, or one that was grown from a source that has been
     retrained since.

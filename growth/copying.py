@@ -1,4 +1,4 @@
-"""From few experts to many: every expert copied side by side, its router row with it."""
+"""More experts from few: every expert copied side by side, its router row with it."""
 
 from __future__ import annotations
 

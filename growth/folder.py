@@ -322,12 +322,12 @@ def _exists(path: Path) -> bool:
     return path.exists() or path.is_symlink()
 
 
-def _holds(place: Path, path: Path) -> bool:
-    """Check whether `place` is, or contains, `path`: also through links, and where a folder is mounted
+def _holds(folder: Path, path: Path) -> bool:
+    """Check whether `folder` is, or contains, `path`: also through links, and where a folder is mounted
     twice."""
-    if not place.exists():
+    if not folder.exists():
         return False
-    stat = place.stat()
+    stat = folder.stat()
     real = path.resolve()
     parts = [part for part in (real, *real.parents) if part.exists()]
     return any(os.path.samestat(stat, part.stat()) for part in parts)

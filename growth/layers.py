@@ -204,30 +204,30 @@ def among_kinds(source: Sequence[Hashable], target: Sequence[Hashable]) -> Layer
     """
     plain = interleave(len(source), len(target))
     latest = [0] * len(source)
-    place = len(target)
+    position = len(target)
     for layer in reversed(range(len(source))):
         kind = source[layer]
-        places = [number for number in range(place) if target[number] == kind]
-        if not places:
+        candidates = [number for number in range(position) if target[number] == kind]
+        if not candidates:
             return None
-        latest[layer] = place = places[-1]
+        latest[layer] = position = candidates[-1]
     working: dict[int, int] = {}  # target layer → source layer
-    place = -1
+    position = -1
     for layer, kind in enumerate(source):
         last = latest[layer] + 1
-        between = range(place + 1, last)
+        between = range(position + 1, last)
         free = [number for number in between if target[number] == kind]
         # The first of a kind works at once, so that new layers of this kind come after it.
         has_earlier = kind in source[:layer]
         wanted = plain.index(layer) if has_earlier else free[0]
-        place = min(free, key=lambda number: abs(number - wanted))
-        working[place] = layer
+        position = min(free, key=lambda number: abs(number - wanted))
+        working[position] = layer
     layers = []
     for number, kind in enumerate(target):
-        alike = [place for place in working if source[working[place]] == kind]
+        alike = [position for position in working if source[working[position]] == kind]
         if not alike:
             return None
-        before = [place for place in alike if place <= number]
+        before = [position for position in alike if position <= number]
         nearest = before[-1] if before else alike[0]
         layers.append(working[nearest])
     identity = tuple(number not in working for number in range(len(target)))

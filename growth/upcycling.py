@@ -1,4 +1,4 @@
-"""From a dense MLP to experts: units cut into blocks, each expert one of them, times what undoes the combine
+"""Experts from a dense MLP: units cut into blocks, each expert one of them, times what undoes the combine
 weights.
 """
 

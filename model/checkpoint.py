@@ -171,8 +171,7 @@ class Checkpoint:
             while done < len(view):
                 rest = view[done:]
                 descriptor = self._files[file]
-                place = offset + done
-                count = os.preadv(descriptor, [rest], place)
+                count = os.preadv(descriptor, [rest], offset + done)
                 if count == 0:  # the end of the file
                     break
                 done += count

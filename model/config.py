@@ -22,9 +22,8 @@ Target: TypeAlias = "str | Path | Mapping[str, Any] | Any"
 # older configs keep the base outside
 ROPE, THETA = ("rope_scaling", "rope_parameters"), ("rotary_emb_base", "rope_theta")
 DTYPES = {"dtype", "torch_dtype"}  # how transformers 5 and 4 call what tensors are stored in
-WEIGHTS = (
-    "transformers_weights"  # the key that names the file of a folder's weights, where that is no usual one
-)
+# the key that names the file of a folder's weights, where that is no usual one
+WEIGHTS = "transformers_weights"
 # no honest index or tokenizer, no honest config is larger
 MAX_JSON_BYTES, MAX_CONFIG_BYTES = 64 << 20, 4 << 20
 # nor holds more: of what a parser makes, a value takes a hundred times its bytes

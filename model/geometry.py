@@ -134,32 +134,32 @@ def unpaid_flops_per_token(config: Config, context: int, frozen: Collection[str]
     tensors = list(family_of(config).tensors(config))
     numbers = [tensor.layer for tensor in tensors if tensor.layer is not None]
     layers = 1 + max(numbers)
-    places = _places(tensors, layers)
+    depths = _depths(tensors, layers)
     names = [tensor.line.tied_to if tensor.tied else tensor.name for tensor in tensors]
     still = [name in frozen for name in names]
-    learning = [place for place, stays in zip(places, still, strict=True) if not stays]
+    learning = [depth for depth, stays in zip(depths, still, strict=True) if not stays]
     first = min(learning, default=layers + 1)
     below = min(max(first, 0), layers)  # layers in which nothing learns, nor before them
     of_attention = _attention(config, context)
     unpaid = 2.0 * of_attention / layers * below
-    rows = zip(tensors, places, still, strict=True)
-    for tensor, place, stays in rows:
+    rows = zip(tensors, depths, still, strict=True)
+    for tensor, depth, stays in rows:
         if _multiplies(tensor):
-            products = stays + (place < first)  # for its own gradient, for the one passed on
+            products = stays + (depth < first)  # for its own gradient, for the one passed on
             unpaid += 2.0 * prod(tensor.shape) * products
     return unpaid
 
 
-def _places(tensors: list[Tensor], layers: int) -> list[int]:
-    """Place each tensor: in a layer by its number, before the layers (-1) or behind them."""
-    place, places = -1, []
+def _depths(tensors: list[Tensor], layers: int) -> list[int]:
+    """Number each tensor by its layer; -1 before the layers, `layers` behind them."""
+    depth, depths = -1, []
     for tensor in tensors:
         if tensor.layer is not None:
-            place = tensor.layer
-        elif place >= 0:
-            place = layers
-        places.append(place)
-    return places
+            depth = tensor.layer
+        elif depth >= 0:
+            depth = layers
+        depths.append(depth)
+    return depths
 
 
 def _multiplies(tensor: Tensor) -> bool:
@@ -223,7 +223,7 @@ def _matmul_parameters_of_class(config: Config) -> float:
 
 
 def _is_stack(parameter: Any, config: Config) -> bool:
-    """True for the matrices of as many experts as a config says."""
+    """Check for the matrices of as many experts as a config says."""
     several = parameter.ndim == 3 and parameter.shape[1] > 1  # a depthwise kernel has 1 row
     return several and parameter.shape[0] in _expert_counts(config)
 

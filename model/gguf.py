@@ -78,8 +78,8 @@ def _cache() -> Path:
 def _identity(file: Path) -> str:
     """Tell a file from others by its place, size and time of change."""
     state = file.stat()
-    place = file.resolve()
-    text = f"{place} {state.st_size} {state.st_mtime_ns}"
+    path = file.resolve()
+    text = f"{path} {state.st_size} {state.st_mtime_ns}"
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 

@@ -121,7 +121,7 @@ class Line:
     kind: str  # "linear", "embedding", "norm", "final norm", "post norm" or "tensor"
     out: Axis
     into: Axis | None  # None for norms and whole tensors
-    whole: tuple[Axis, ...] = ()  # of a "tensor": every axis in storage order
+    stored: tuple[Axis, ...] = ()  # of a "tensor": every axis in storage order
     transposed: bool = False  # stored (in, out)
     bias: bool = False
     bias_if: str | None = None
@@ -160,7 +160,7 @@ class Line:
     @property
     def _axes_in_words(self) -> str:
         if self.kind == "tensor":
-            axes = ", ".join(map(str, self.whole))
+            axes = ", ".join(map(str, self.stored))
             return f"tensor {axes or 'scalar'}"
         if self.into is None:
             offset = "+1" if self.offset else ""
@@ -173,7 +173,7 @@ class Line:
     def axes(self) -> tuple[Axis, ...]:
         """The axes of its weight, in storage order."""
         if self.kind == "tensor":
-            return self.whole
+            return self.stored
         if self.into is None:
             return (self.out,)
         if self.transposed:
@@ -186,7 +186,7 @@ class Line:
 
     @property
     def names(self) -> list[str]:
-        """Its name with every `{a..b}` written out."""
+        """The line's name with every `{a..b}` written out."""
         names = [self.name]
         while "{" in names[0]:
             parts = [_braced(name) for name in names]
@@ -229,10 +229,10 @@ def parse_line(text: str) -> Line:
     if tensor := _TENSOR.fullmatch(text.strip()):
         axes = tensor["axes"]
         words = [] if axes == "scalar" else axes.split(",")
-        whole = tuple(map(parse_axis, words))
+        stored = tuple(map(parse_axis, words))
         only = _numbers(tensor["only"])
-        product = Product(whole)
-        return Line(tensor["name"], "tensor", product, None, whole, only=only)
+        product = Product(stored)
+        return Line(tensor["name"], "tensor", product, None, stored, only=only)
     match = _LINE.fullmatch(text.strip())
     if match is None:
         raise ValueError(

@@ -1,5 +1,6 @@
-"""How evenly the tokens of a step go to experts (MoE): what the routers' load-balancing term is to bring
-about, measured."""
+"""Balance of a mixture's experts (MoE): how evenly the tokens of a step go to them, which the routers'
+load-balancing term is to bring about, measured.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ class ExpertLoad:
             if kind is not None and issubclass(type(module), kind):
                 module.register_forward_hook(partial(self._count, name))
 
-    def _count(self, name: str, router: nn.Module, given: Any, out: Any) -> None:
+    def _count(self, name: str, router: nn.Module, inputs: Any, out: Any) -> None:
         if not router.training:
             return
         parts = out if isinstance(out, tuple) else (out,)

@@ -125,7 +125,7 @@ def _noise_scale(context: RunContext) -> NoiseScale | None:
 def _diagnostics(
     context: RunContext, network: PreTrainedModel, optimizer: torch.optim.Optimizer, stage: Stage
 ) -> Diagnostics | None:
-    """What looks at copies and new entries, on the processes that do."""
+    """The observer of copies and new entries, on the processes that look."""
     accelerator, budget = context.accelerator, context.settings.budget
     looks = accelerator.is_main_process or accelerator.is_fsdp2
     if budget.diagnostics_every is None or not looks:

@@ -49,7 +49,7 @@ class Balance:
 
 
 def has_routers(network: Any) -> bool:
-    """True if a network has routers whose logits its class's forward pass can return for a loss."""
+    """Check whether a network has routers whose logits its class's forward pass can return for a loss."""
     return (
         "output_router_logits" in inspect.signature(network.forward).parameters
         and _recorded(network) is not False
@@ -67,7 +67,9 @@ def unbalanced(network: Any) -> str | None:
 
 
 def _recorded(network: Any) -> bool | None:
-    """True if the library records some modules' outputs as routers' logits; None if the class is silent."""
+    """Check whether the library records some modules' outputs as routers' logits; None if the class is
+    silent.
+    """
     routers = router_class(network)
     if routers is None:
         return None

@@ -252,13 +252,14 @@ class Budget:
         return (step + 0.5) / self.steps
 
     def due(self, every: int | None, step: int) -> bool:
-        """True if what is done `every` so many steps is due after `step` steps; all of it is due at the
-        end."""
+        """Check whether what is done `every` so many steps is due after `step` steps; all of it is due at the
+        end.
+        """
         in_turn = every is not None and step % every == 0
         return in_turn or step == self.steps
 
     def saves(self, step: int, best: int | None = None) -> bool:
-        """True if a checkpoint is due after `step` steps, the best evaluation so far being that of step
+        """Check whether a checkpoint is due after `step` steps, the best evaluation so far being that of step
         `best`.
 
         None is due after the last step: there is the final model.
@@ -542,13 +543,13 @@ def _horizon_disagreements(settings: Settings) -> list[str]:
 
 
 def needs_source(settings: Settings) -> bool:
-    """True for a run that needs its source also after it has begun."""
+    """Check whether a run needs its source also after it has begun."""
     transfer = settings.transfer
     return transfer.mup or _learns_from_source(transfer)
 
 
 def _learns_from_source(transfer: TransferSettings) -> bool:
-    """True where the run's own source teaches."""
+    """Check whether the run's own source teaches."""
     teacher = transfer.teacher
     return teacher is not None and teacher.model == "source"
 

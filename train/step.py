@@ -103,7 +103,7 @@ class Step:
         return {"weight": weight, "temperature": temperature} if weight else {}
 
     def windows(self, i: int, rows: range) -> Tensor:
-        """These rows of batch `i`, (rows, context + 1), on this process's device."""
+        """Rows of batch `i` on this process's device, (rows, context + 1)."""
         windows = batch(
             self.split,
             seed=self.settings.seed,

@@ -1,1 +1,1 @@
-"""What models cost to train and to run, beside published costs."""
+"""The cost of training and of running models, beside published costs."""

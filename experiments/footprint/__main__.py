@@ -1,11 +1,10 @@
-"""What models cost to train and to run, beside published costs.
+"""Tell what models cost to train and to run, beside published costs.
 
 outgrow cost runs/phi_1b-lossless-s0 CHECKPOINT          measured on this machine, and forecast for an A100
 outgrow cost CHECKPOINT devices=[H100,'RTX 4090']        forecast for other devices
 outgrow cost CHECKPOINT measure=false                    forecasts alone: from the config, in seconds
 
 A run's ledger gives its training; of a checkpoint without a ledger, training is left open. Keys and defaults:
-
 """
 
 from __future__ import annotations

@@ -249,7 +249,7 @@ def local_items(tasks: Path | None, task: str) -> str | None:
 
 
 def are_others(tasks: Path | None, task: str) -> bool:
-    """True where a task has a local file which does not say, with `benchmark_items: true` in its metadata,
+    """Check for a task with a local file which does not say, with `benchmark_items: true` in its metadata,
     that it holds the benchmark's own items."""
     texts = [path.read_text(errors="replace") for path in _files_of(tasks, task)]
     return not all(OWN_ITEMS.search(text) for text in texts)

@@ -57,5 +57,5 @@ def draw(suite: Suite, evaluated: Sequence[Evaluated], path: Path) -> None:
 
 
 def _has_group(evaluated: Evaluated) -> bool:
-    """True for a checkpoint of which a group was measured in full."""
+    """Check for a checkpoint of which a group was measured in full."""
     return any(score is not None for score in evaluated.groups.values())

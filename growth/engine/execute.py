@@ -230,15 +230,15 @@ class Expander:
         row_map = self.maps[0]
         index = row_map.index[rows]
         gain = row_map.gain[rows]
-        source = beside = self._gather(own if is_own else following, index)
+        source = next_rows = self._gather(own if is_own else following, index)
         if is_own and following is not None:
-            beside = self._gather(following, index)
+            next_rows = self._gather(following, index)
         # Rows that come next in the mean are added to it now, while they are in the cache.
         counts_in_mean = is_own and self._has_mean_rows
         if counts_in_mean and self._sums.rows == index[0]:
             first_run = next(runs(index))
             self._sums.add(source[first_run])
-        self._expand_columns(target, source, beside, gain, rows)
+        self._expand_columns(target, source, next_rows, gain, rows)
         if self.step.diagonal:
             self._keep_diagonal(target, rows)
         if self._noise is None:
@@ -323,12 +323,17 @@ class Expander:
         return int(is_fresh.sum())
 
     def _expand_columns(
-        self, target: np.ndarray, source: np.ndarray, beside: np.ndarray, gain: np.ndarray, rows: np.ndarray
+        self,
+        target: np.ndarray,
+        source: np.ndarray,
+        next_rows: np.ndarray,
+        gain: np.ndarray,
+        rows: np.ndarray,
     ) -> None:
         """Fill raw target rows from raw source rows: (b or 1, n) → (b, N).
 
         Args:
-            beside: the same rows of the next source layer.
+            next_rows: the same rows of the next source layer.
             gain: (b,) one factor per row.
             rows: (b,) the numbers of the target rows.
         """
@@ -355,7 +360,7 @@ class Expander:
                 mean = self._mean_column(source, factor, part.ndim)
                 part[...] = mean
             else:
-                stored = source if piece.fill == Fill.COPY else beside
+                stored = source if piece.fill == Fill.COPY else next_rows
                 copied = piece.taken_from(stored)
                 scaled(copied, factor, self.dtype, self._offset, part)
             if not isinstance(where, Strips):

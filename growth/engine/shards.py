@@ -143,8 +143,7 @@ def _write_all(descriptor: int, offset: int, view: memoryview) -> None:
     done = 0
     while done < len(view):
         rest = view[done:]
-        place = offset + done
-        done += os.pwrite(descriptor, rest, place)
+        done += os.pwrite(descriptor, rest, offset + done)
 
 
 def layout(entries: Sequence[Entry], max_shard_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[Entry]]:

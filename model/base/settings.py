@@ -1,5 +1,5 @@
-"""From overrides to typed values: composing with Hydra, and reading plain dicts into frozen dataclasses, with
-every fault in one list.
+"""Settings from overrides: compose with Hydra, and read plain dicts into frozen dataclasses, with every fault
+in one list.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a draft to a family: the schema's lines, with the numbers of the checkpoint at hand."""
+"""A family from a draft: the schema's lines, with the numbers of the checkpoint at hand."""
 
 from __future__ import annotations
 

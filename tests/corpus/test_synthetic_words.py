@@ -181,7 +181,7 @@ def without(problem: Problem, left_out: tuple[int, int], case: int) -> object:
     value = problem.cases[case][0]
     for number, step in enumerate(problem.steps):
         if number not in range(*left_out):
-            value = step.operation.run(problem.style, value, step.given)
+            value = step.operation.run(problem.style, value, step.constants)
     return value
 
 
@@ -225,7 +225,7 @@ def test_steps_that_change_nothing_are_found(names: tuple[str, ...], found: list
     for value in ([3, 1, 2], [5, 9, 4]) if steps[0].operation.takes == "numbers" else ("abc", "de"):
         results, now = [], value
         for step in steps:
-            now = step.operation.run("loop", now, step.given)
+            now = step.operation.run("loop", now, step.constants)
             results.append(now)
         cases.append((value, tuple(results)))
     assert idle(steps, cases, "short") == found

@@ -184,9 +184,8 @@ def test_a_weight_that_outgrows_the_dtype_stops_the_run_which_goes_on_in_another
     def growing(step: Step, i: int) -> tuple[float, ...]:
         found = trained(step, i)
         if i == 1:
-            next(iter(step.parameters.values())).data.flatten()[0] = (
-                65520.0  # the least that rounds to infinity
-            )
+            # the least that rounds to infinity
+            next(iter(step.parameters.values())).data.flatten()[0] = 65520.0
         return found
 
     monkeypatch.setattr(Step, "__call__", growing)

@@ -1,4 +1,4 @@
-"""From text to token shards, as steps of datatrove's in the order of pipeline.py: that file is the whole way,
+"""Token shards from text, as steps of datatrove's in the order of pipeline.py: that file is the whole way,
 read top to bottom.
 
 read/       files, datasets and generators, as documents

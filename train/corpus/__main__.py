@@ -1,4 +1,4 @@
-"""From text to token shards.
+"""Turn text into token shards.
 
 outgrow corpus prepare data=stdlib
 outgrow corpus prepare data=files 'data.path=texts/**/*.jsonl.zst' data.clean.normalise=true

@@ -112,7 +112,7 @@ def _outdated(folder: Path, settings: DataSettings, corpus: Corpus, progress: bo
 
 
 def _same_text(inputs: dict[str, Any], corpus: Corpus, progress: bool) -> bool:
-    """True for a corpus that still has the text that a manifest's `inputs` tell of."""
+    """Check whether a corpus still has the text that a manifest's `inputs` tell of."""
     if inputs["stamp"] == corpus.stamp():  # needs no reading
         return True
     if not isinstance(corpus, Files):
@@ -164,7 +164,7 @@ def _build(
 
 
 def _is_current(partial: Path, settings: DataSettings, corpus: Corpus, progress: bool) -> bool:
-    """True where all that is left is to rename it: killed between the manifest and that."""
+    """Check for a folder that needs only its new name: killed between the manifest and that."""
     if not (partial / "manifest.json").is_file():
         return False
     return _outdated(partial, settings, corpus, progress) is None

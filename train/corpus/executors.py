@@ -1,4 +1,4 @@
-"""Who does the tasks of a step: this machine (concurrent.futures), Slurm or Ray (datatrove's executors). The
+"""Executors of a step's tasks: this machine (concurrent.futures), Slurm or Ray (datatrove's executors). The
 bytes are the same for each.
 
 datatrove's own local pool waits for ever when a worker is killed (so does its Ray executor's, inside a job);
@@ -154,8 +154,9 @@ def _in_order(
 
 
 def _begin() -> None:
-    """In a worker: leave Ctrl-C to the parent, end when it ends (a parent that is killed cannot say so), and
-    use one core."""
+    """Prepare a worker: leave Ctrl-C to the parent, end when it ends (a parent that is killed cannot say so),
+    and use one core.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     if parent is not None:
@@ -251,7 +252,7 @@ def _slurm(
 
 
 def _is_queued(job: str) -> bool:
-    """True where Slurm still knows the job as waiting or running."""
+    """Check whether Slurm still knows the job as waiting or running."""
     try:
         listing = subprocess.run(
             ["squeue", "--noheader", "--job", job], capture_output=True, text=True, check=False
@@ -269,7 +270,7 @@ def _ray(
     tasks: int,
     folder: Path,
 ) -> None:
-    """On the Ray cluster that RAY_ADDRESS names, or on a local one."""
+    """Run the tasks on the Ray cluster that RAY_ADDRESS names, or on a local one."""
     try:
         import ray
         from datatrove.executor.ray import RayPipelineExecutor

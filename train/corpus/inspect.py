@@ -1,5 +1,6 @@
-"""What prepared folders hold: shares, lengths, filter scores, samples. Documents are read in batches, so
-memory does not grow with them."""
+"""A survey of prepared folders: shares, lengths, filter scores, samples. Documents are read in batches, so
+memory does not grow with them.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ class Source:
 
     @property
     def scored(self) -> bool:
-        """True where a filter was at work."""
+        """Check whether a filter was at work."""
         return bool(self.kept_scores.any() or self.low_scores.any())
 
     def total(self, what: str) -> int:

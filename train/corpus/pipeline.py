@@ -216,8 +216,9 @@ def settle(work: Workshop, settings: DataSettings, stage: Stage) -> tuple[list[i
 
 
 def _is_stale(settings: DataSettings, before: Tally, done: dict[str, Any]) -> bool:
-    """True where a task knew of another amount before it, and a limit may lie in what it read: then it
-    depends on that amount how far it had to."""
+    """Check whether a task knew of another amount before it, and a limit may lie in what it read: then it
+    depends on that amount how far it had to.
+    """
     if done["before"] == {"documents": before.documents, "bytes": before.bytes}:
         return False
     both = replace(before)

@@ -1,4 +1,4 @@
-"""What the commands of `outgrow corpus` say when they are done."""
+"""Reports of the commands of `outgrow corpus` when they are done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who makes the corpus. Plain values: nothing here imports a library."""
+"""Settings of how a corpus is made. Plain values: nothing here imports a library."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ class ExecutorSettings:
     memory_gb: int = 4  # a core
     cpus: int = 1  # a task
     at_once: int | None = None  # tasks that run at a time; null: all
-    setup: str | None = (
-        # slurm: a shell line that makes this environment ready on a node, such as `source …/bin/activate`
-        None
-    )
+    # slurm: a shell line that makes this environment ready on a node, such as `source …/bin/activate`
+    setup: str | None = None
     sbatch: dict[str, str] = field(default_factory=dict)  # slurm: more options of sbatch
     poll_seconds: float = 10.0  # between two looks at what is done
 

@@ -57,8 +57,9 @@ def kept_rows(work: Workshop, verdicts: Verdicts, task: int) -> Iterator[Row]:
 
 
 def held_out(digest: bytes, settings: DataSettings) -> bool:
-    """True where the document with this digest of its text is for validation: a keyed hash, so no other
-    document and no order plays a part."""
+    """Check whether the document with this digest of its text is for validation: a keyed hash, so no other
+    document and no order plays a part.
+    """
     return split_key(digest, settings.seed) < settings.validation_fraction * 2**64
 
 
@@ -97,8 +98,9 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Split:
-    """Which documents are held out. Where the hash of the texts leaves a part empty, one text is named; one
-    alone is cut. Copies of a text go where it goes."""
+    """The choice of documents that are held out. Where the hash of the texts leaves a part empty, one text is
+    named; one alone is cut. Copies of a text go where it goes.
+    """
 
     settings: DataSettings
     named: bytes | None = None  # the digest of a text: it goes to the other part than its hash says
@@ -117,7 +119,7 @@ class Split:
 
 
 def _cut(text: str, share: float) -> int:
-    """Where the last `share` of a text begins: at a paragraph, else a line, else a word."""
+    """The position at which the last `share` of a text begins: at a paragraph, else a line, else a word."""
     length = len(text)
     wanted = max(1, round(length * (1 - share)))
     for end in ("\n\n", "\n", " "):

@@ -1,4 +1,4 @@
-"""Which documents stay: one verdict each, on disk, and a list of all that were left out, with the reason."""
+"""Verdicts on documents: one each, on disk, and a list of all that were left out, with the reason."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Verdicts:
         return self.verdict[first:stop]
 
     def kept(self, task: int) -> np.ndarray:
-        """True for those of a task's documents that are kept, bool (documents,)."""
+        """Mark those of a task's documents that are kept, bool (documents,)."""
         return self.of_task(task) == KEPT
 
     def match(self, matches: Match, verdict: int) -> None:

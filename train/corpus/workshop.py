@@ -38,7 +38,7 @@ class Row:
 
     @property
     def document(self) -> Document:
-        """As a pipeline hands it on."""
+        """The document as a pipeline hands it on."""
         return Document(
             self.text, self.name, metadata={"row": self.number, "bytes": self.bytes, "digest": self.digest}
         )
@@ -51,7 +51,7 @@ class Workshop:
     folder: Path
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
-        """To a worker goes the place alone, not what was read there."""
+        """Send a worker the folder alone, not what was read there."""
         return Workshop, (self.folder,)
 
     def path(self, kind: str, task: int, suffix: str) -> Path:
@@ -61,12 +61,12 @@ class Workshop:
 
     @property
     def plan(self) -> Path:
-        """What this build is of."""
+        """The record of what is built."""
         return self.folder / "plan.json"
 
     @property
     def stages(self) -> Path:
-        """What the executors write down: tasks done, statistics, logs."""
+        """The folder of the executors' records: tasks done, statistics, logs."""
         return self.folder / "stages"
 
     @property
@@ -92,7 +92,7 @@ class Workshop:
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """How many documents each task has; known when all are read. Tasks behind a limit are none."""
+        """The number of each task's documents; known when all are read. Tasks behind a limit have none."""
         return tuple(json.loads(self.read.read_text())["counts"])
 
     @cached_property
@@ -105,7 +105,7 @@ class Workshop:
         return [0, *np.cumsum(self.counts, dtype=np.int64).tolist()]
 
     def done(self, task: int) -> dict[str, Any] | None:
-        """What a task says of its reading; None where it is not done."""
+        """The record of a task's reading; None where it is not done."""
         path = self.path("text", task, ".json")
         return json.loads(path.read_text()) if path.is_file() else None
 
@@ -122,12 +122,12 @@ class Workshop:
         return [spelt(raw) for column in self._columns(task, "name") for raw in column.to_pylist()]
 
     def sizes(self, task: int) -> np.ndarray:
-        """Of each text in UTF-8, int64 (documents,)."""
+        """Bytes of each text in UTF-8, int64 (documents,)."""
         parts = [column.to_numpy() for column in self._columns(task, "bytes")]
         return np.concatenate([np.empty(0, np.int64), *parts])
 
     def digests(self, task: int) -> np.ndarray:
-        """Of each text: two uint64, (documents, 2)."""
+        """The digest of each text: two uint64, (documents, 2)."""
         columns = self._columns(task, "digest")
         parts = [np.frombuffer(column.buffers()[1], "<u8", 2 * len(column)) for column in columns]
         return np.concatenate([np.empty(0, "<u8"), *parts]).reshape(-1, 2)
@@ -142,7 +142,7 @@ class Workshop:
         )
 
     def overlaps(self, task: int) -> dict[str, list[Any]]:
-        """What the texts have in common with benchmarks: columns document, ngram, detail."""
+        """Passages that the texts share with benchmarks: columns document, ngram, detail."""
         path = self.path("overlaps", task, ".json")
         return (
             dict(json.loads(path.read_text()))

@@ -1,4 +1,4 @@
-"""What training reads: token shards, windows of them as batches, several sources as one. Text is made by
+"""Data that training reads: token shards, windows of them as batches, several sources as one. Text is made by
 train/corpus.
 
 settings   what is asked for       shards     tokens on disk, and their manifest

@@ -1,4 +1,4 @@
-"""Which tokens a step sees: a pure function of (seed, step), the same for every arm, world size and restart.
+"""Tokens of each step: a pure function of (seed, step), the same for every arm, world size and restart.
 
 A split of n tokens has ⌊(n − 1) / context⌋ windows of context + 1 tokens, each starting on the last token of
 the one before, so a token is predicted at most once per epoch. An epoch is a keyed permutation of the

@@ -1,5 +1,5 @@
-"""Which source each row of a run comes from: a pure function of the row's number, exact, and the same for
-every world size and restart.
+"""Sources of the rows of a run: a pure function of the row's number, exact, and the same for every world size
+and restart.
 
 A source with weight w has had ⌊n · w⌋ of the first n rows: its turns lie as evenly as they can (a balanced,
 or Sturmian, sequence). With several sources the first takes its turns so, the second out of the rows that are
@@ -99,7 +99,7 @@ class Mixture:
         return sum(split.count for split in self.splits.values())
 
     def shares(self, index: np.ndarray) -> Iterator[Share]:
-        """Who fills the rows of numbers `index` (r,) of the run, and with which of its turns.
+        """The source that fills each row of numbers `index` (r,) of the run, and with which of its turns.
 
         Raises:
             UserError: the last phase ends before.

@@ -1,4 +1,4 @@
-"""Which text, cleaned how, cut into which tokens. Plain values: nothing here imports a library."""
+"""Settings of the text, its cleaning and its tokens. Plain values: nothing here imports a library."""
 
 from __future__ import annotations
 
@@ -20,18 +20,15 @@ class CleaningSettings:
 
     normalise: bool = False  # Unicode NFC, \n line ends, no control characters, no spaces at line ends
     exact_duplicates: bool = False  # remove later copies of a text
-    near_duplicates: float | None = (
-        None  # remove later texts of at least this Jaccard similarity; null: keep them
-    )
+    # remove later texts of at least this Jaccard similarity; null: keep them
+    near_duplicates: float | None = None
     words: Literal["prose", "code"] = "prose"  # what a word is in shingles: train/corpus/words.py
-    benchmarks: str | None = (
-        None  # a folder or glob: remove texts that share 13 words in a row, or a short item, with one in it
-    )
+    # a folder or glob: remove texts that share 13 words in a row, or a short item, with one in it
+    benchmarks: str | None = None
     filter: str | None = None  # the folder of a fitted filter: score what is left,
     keep: float | None = None  # and keep this share of it, the best documents
-    encoder: str | None = (
-        None  # where the filter's encoder lies; null: where it was when the filter was fitted
-    )
+    # the folder of the filter's encoder; null: the one it had when the filter was fitted
+    encoder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,53 +39,40 @@ class DataSettings:
     name: str
     corpus: Literal["stdlib", "packages", "files", "hub", "exercises", "textbooks", "tokens"]
     folder: str | None = None  # where the tokens are kept; null: data/<name>
-    path: str | None = (
-        # files: a folder, a file, or a glob (** crosses folders) of the suffixes in formats.READERS; or a URL
-        None
-    )
-    #                          tokens: a folder, a file, or a glob of the suffixes in token_files.READERS
-    validation_path: str | None = (
-        None  # tokens: those that are validated on; null: the end of each file, validation_fraction of it
-    )
+    # files: a folder, a file, or a glob (** crosses folders) of the suffixes in formats.READERS; or a URL
+    # tokens: a folder, a file, or a glob of the suffixes in token_files.READERS
+    path: str | None = None
+    # tokens: those that are validated on; null: the end of each file, validation_fraction of it
+    validation_path: str | None = None
     distributions: tuple[str, ...] = ()  # packages: name==version of each
     dataset: str | None = None  # hub: owner/name, or a folder that `datasets` can read
     config: str | None = None  # hub
     data_dir: str | None = None  # hub: a folder of the dataset
     split: str = "train"  # hub
-    revision: str | None = (
-        None  # hub: pin a commit or tag, for a moved branch is not noticed once the tokens are there
-    )
+    # hub: pin a commit or tag, for a moved branch is not noticed once the tokens are there
+    revision: str | None = None
     streaming: bool = True  # hub: read over the network, without a copy on disk
     column: str = "text"  # of a parquet file or dataset; the field of a json or jsonl object
     limit_documents: int | None = None  # read no more than these; exercises, textbooks: make so many
-    limit_bytes: int | None = (
-        None  # of text: read no more; null: all, or READ_AHEAD for each token of limit_tokens
-    )
-    limit_tokens: int | None = (
-        None  # of both splits, after cleaning; the document that reaches it is the last
-    )
+    # of text: read no more; null: all, or READ_AHEAD for each token of limit_tokens
+    limit_bytes: int | None = None
+    # of both splits, after cleaning; the document that reaches it is the last
+    limit_tokens: int | None = None
     # a longer document is skipped and counted: it has to fit in memory, with its tokens
     max_document_bytes: int = 2**24
-    max_broken: float = (
-        0.001  # the share of records that may be left out because they cannot be read; 0: none
-    )
+    # the share of records that may be left out because they cannot be read; 0: none
+    max_broken: float = 0.001
     clean: CleaningSettings = field(default_factory=CleaningSettings)
-    tokenizer: str | None = (
-        # a folder or hub name; null: the one of the run's source, where it has none a byte-level BPE is
-        # trained
-        None
-    )
-    vocab_size: int = (
-        2048  # of the trained one; data.tokenizer=train trains one even where the source has its own
-    )
+    # a folder or hub name; null: the one of the run's source, where it has none a byte-level BPE is trained
+    tokenizer: str | None = None
+    # of the trained one; data.tokenizer=train trains one even where the source has its own
+    vocab_size: int = 2048
     model_max_length: int = 2048  # that the trained one states; a hint for its users, nothing is cut
     validation_fraction: float = 0.05  # of the documents, chosen by a hash of their text
     seed: int = 0  # of the split, and of what is generated
     shard_tokens: int = 2**28  # at most, in one file
-    workers: int | None = (
-        # processes; null: this one for a small corpus, else one a core. Nothing of the result depends on it
-        None
-    )
+    # processes; null: this one for a small corpus, else one a core. Nothing of the result depends on it
+    workers: int | None = None
 
     @property
     def home(self) -> Path:
@@ -198,9 +182,8 @@ class SourceSettings:
     """One source of a mixture."""
 
     data: DataSettings  # a leaf of conf/data
-    max_passes: float | None = (
-        None  # over its training part, in the whole run; null: as many as the weights ask for
-    )
+    # over its training part, in the whole run; null: as many as the weights ask for
+    max_passes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -211,9 +194,8 @@ class PhaseSettings:
     """
 
     weights: dict[str, float] | None = None  # source → share of the phase's tokens; together 1
-    passes: dict[str, float] | None = (
-        None  # source → how often it is read; the phase is as long as that takes
-    )
+    # source → how often it is read; the phase is as long as that takes
+    passes: dict[str, float] | None = None
     tokens: int | None = None  # how long it lasts, with weights
     share: float | None = None  # of the run's tokens that it lasts, with weights, whatever the budget
 
@@ -294,7 +276,7 @@ def held_out_faults(trained: DataSettings, judged: DataSettings) -> list[str]:
 
 
 def _may_share(one: DataSettings, other: DataSettings) -> bool:
-    """True where two corpora may have a document in common, as far as their settings tell."""
+    """Check whether two corpora may have a document in common, as far as their settings tell."""
     if {one.corpus, other.corpus} <= {"stdlib", "packages"}:  # packages hold the standard library
         return True
     if one.corpus != other.corpus:

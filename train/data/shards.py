@@ -88,9 +88,8 @@ class TokenData:
     validation: TokenSplit
     vocab_size: int  # one more than the largest id
     end_of_text_id: int
-    fingerprint: (
-        str  # of the tokens and the tokenizer: the same text cut the same way has the same, wherever it lies
-    )
+    # of the tokens and the tokenizer: the same text cut the same way has the same, wherever it lies
+    fingerprint: str
 
     @property
     def tokenizer_folder(self) -> Path:

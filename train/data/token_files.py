@@ -248,7 +248,7 @@ def _megatron(path: Path, index: Path) -> TokenFile:
         raise _cut(index, f"its documents do not run from sequence 0 to {sequences:,}")
 
     def end(number: int) -> int:
-        """Where a document ends is where the first sequence after it begins."""
+        """The end of a document: where the first sequence after it begins."""
         after = int(documents[number + 1])
         offset = size if after == sequences else int(offsets[after])
         return offset // dtype.itemsize

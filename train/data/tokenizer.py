@@ -258,7 +258,7 @@ def tokenizer_identity(name: str | None) -> str | None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """True where a folder holds any tokenizer's files."""
+    """Check whether a folder holds any tokenizer's files."""
     return any((folder / name).is_file() for name in FILES)
 
 

@@ -143,7 +143,7 @@ def tied_again(weights: dict[str, Tensor], network: nn.Module) -> dict[str, Tens
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of `tensor`."""
+    """The part of `tensor` that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -151,8 +151,8 @@ def shared_as(like: Tensor, tensor: Tensor) -> Tensor:
     """A whole `tensor`, the same on every process, sharded as `like` is."""
     if not isinstance(like, DTensor):
         return tensor
-    whole = tensor.to(like.device)
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    on_device = tensor.to(like.device)
+    return distribute_tensor(on_device, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def whole(tensor: Tensor) -> Tensor:

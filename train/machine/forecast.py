@@ -1,4 +1,4 @@
-"""What a run would take, before it takes it: parameters, steps, FLOPs, hours and the memory of each GPU, from
+"""A forecast of what a run would take: parameters, steps, FLOPs, hours and the memory of each GPU, from
 configs alone.
 
 Nothing is downloaded and no weight is made: the network is built on fake tensors, which have shapes and no

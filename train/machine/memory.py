@@ -51,9 +51,8 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
-    gathered: (
-        float  # of a sharded model: weights that are whole at a time, and gradients while they are exchanged
-    )
+    # of a sharded model: weights that are whole at a time, and gradients while they are exchanged
+    gathered: float
     # kept for the backward pass or made in it, with weights' bfloat16 copies and gradients before they are
     # exchanged
     activations: float
@@ -118,12 +117,10 @@ def moments(
     copies = 2.0 * layer_entries(network) if casts else 0.0
     none = Gathered(0.0, 0.0, 0.0, 0.0, 0.0)
     reshard = settings.sharding.reshard_after_forward
-    whole = (
-        gathered(network, 2 if bf16 else 4, reshard, checkpointing=loop.checkpointing) if sharded else none
-    )
-    wholes = 1 if loop.ema is None else 2  # the weights, and their average
+    fsdp = gathered(network, 2 if bf16 else 4, reshard, checkpointing=loop.checkpointing) if sharded else none
+    models = 1 if loop.ema is None else 2  # the weights, and their average
     rest = Memory(
-        wholes * entries * MASTER / shards,
+        models * entries * MASTER / shards,
         before,
         optimizer_state(settings.optimizer.name, groups) / shards,
         0.0,
@@ -131,11 +128,11 @@ def moments(
         0.0,
     )
     return {
-        "forward": replace(rest, gathered=whole.loss, activations=kept.loss + copies, logits=forward),
-        "loss": replace(rest, gathered=whole.loss, activations=kept.loss, logits=backward),
-        "backward": replace(rest, gathered=whole.backward, activations=kept.backward + whole.gradients),
-        "end": replace(rest, gradients=full, gathered=whole.end, activations=kept.end + whole.gradients),
-        "reduced": replace(rest, gradients=full, gathered=whole.reduced),
+        "forward": replace(rest, gathered=fsdp.loss, activations=kept.loss + copies, logits=forward),
+        "loss": replace(rest, gathered=fsdp.loss, activations=kept.loss, logits=backward),
+        "backward": replace(rest, gathered=fsdp.backward, activations=kept.backward + fsdp.gradients),
+        "end": replace(rest, gradients=full, gathered=fsdp.end, activations=kept.end + fsdp.gradients),
+        "reduced": replace(rest, gradients=full, gathered=fsdp.reduced),
     }
 
 
@@ -163,7 +160,7 @@ class Gathered:
 
 
 def gathered(network: Any, width: int, reshard: bool, *, checkpointing: bool = True) -> Gathered:
-    """What FSDP holds whole, of entries of `width` bytes; gradients are exchanged in float32.
+    """Bytes that FSDP holds unsharded, of entries of `width` bytes; gradients are exchanged in float32.
 
     What lies in no layer (embeddings, head) is whole from the first layer to the last and back; of the
     layers, one computes while the buffer of the next arrives, and in the backward pass its gradients are made

@@ -10,7 +10,7 @@ import signal
 
 
 def in_job() -> bool:
-    """True if submitit started this process."""
+    """Check whether submitit started this process."""
     return "SUBMITIT_EXECUTOR" in os.environ and "SUBMITIT_FOLDER" in os.environ
 
 

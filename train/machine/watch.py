@@ -35,7 +35,7 @@ class Sign:
 
     beat: int  # grows while the process lives
     step: int  # that its main thread has come to
-    place: str  # of its main thread: the innermost line of this project
+    line: str  # of its main thread: the innermost of this project
     waits: bool  # inside the library, or for the device: for the others
     host: str
 
@@ -150,8 +150,8 @@ def _sentence(process: int, sign: Sign | None, silent: bool) -> str:
         return f"process {process} has given no sign of life"
     who = f"process {process} on {sign.host}"
     if silent:
-        return f"{who} gives no sign of life since it was at {sign.place}"
-    return f"{who} stands at {sign.place}"
+        return f"{who} gives no sign of life since it was at {sign.line}"
+    return f"{who} stands at {sign.line}"
 
 
 def standing() -> tuple[str, bool]:

@@ -1,5 +1,5 @@
-"""When a run looks at copies and new entries while it trains (train.diagnostics_every_tokens): after the
-first step of a stage, and every so often. What it sees is in train/run/symmetry.py.
+"""Diagnostics of copies and new entries while a run trains (train.diagnostics_every_tokens): after the first
+step of a stage, and every so often. What they see is in train/run/symmetry.py.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Diagnostics:
             yield NO_UNITS
 
     def due(self, number: int) -> bool:
-        """True for a step, counted from 1, that is looked at."""
+        """Check whether a step, counted from 1, is looked at."""
         first = self.stage.first + 1
         return number == first or self.budget.due(self.budget.diagnostics_every, number)
 

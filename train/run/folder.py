@@ -54,7 +54,7 @@ def read_run(folder: Path) -> RunRecord | None:
 
 
 def is_complete(folder: Path) -> bool:
-    """True once the run in `folder` has ended: its summary is written last."""
+    """Check whether the run in `folder` has ended: its summary is written last."""
     return (folder / SUMMARY).is_file()
 
 
@@ -91,7 +91,7 @@ def recast_to(folder: Path, run: RunRecord, settings: Settings) -> str | None:
 
 
 def keeps_optimizer(folder: Path) -> bool:
-    """True if a run's `final/` holds Adam's state."""
+    """Check whether a run's `final/` holds Adam's state."""
     return (folder / FINAL / "optimizer.pt").is_file()
 
 

@@ -90,7 +90,7 @@ def tokenizer_warnings(
 
 
 def _cuts(model: Path, data: TokenData) -> bool:
-    """True if the tokenizer in a model's folder is the one that has cut the text."""
+    """Check whether the tokenizer in a model's folder is the one that has cut the text."""
     return tokenizer_identity(str(model)) == tokenizer_identity(str(data.tokenizer_folder))
 
 

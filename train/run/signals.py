@@ -79,7 +79,7 @@ def watched() -> Iterator[Callable[[], str | None]]:
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """True if `flag` is true on any process; all of them have to ask, and all get the same answer."""
+    """Check whether `flag` is true on any process; all of them have to ask, and all get the same answer."""
     if accelerator.num_processes == 1:
         return flag
     return (

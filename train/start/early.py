@@ -32,6 +32,6 @@ def check_source(settings: Settings) -> None:
 
 
 def _has_begun(settings: Settings) -> bool:
-    """True where a run is there, of any horizon: it may need its source no more."""
+    """Check whether a run is there, of any horizon: it may need its source no more."""
     folders = [Path(run.out) for run in horizon_runs(settings)]
     return any((folder / RUN).is_file() for folder in folders)

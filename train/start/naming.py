@@ -112,7 +112,7 @@ def _of(values: Mapping[str, Any], group: str) -> dict[str, Any]:
 
 
 def _shows(key: str) -> bool:
-    """True for a setting that is told in a name."""
+    """Check for a setting that is told in a name."""
     if is_text(key):
         return True
     silent = is_neutral(key) or key in (*COMPUTED, *ELSEWHERE)

@@ -31,13 +31,13 @@ TEXTS = ("data.path", "data.validation_path")
 
 
 def is_text(key: str) -> bool:
-    """True for a setting, by its dotted key, that says where a text lies."""
+    """Check for a setting, by its dotted key, that says where a text lies."""
     of_a_source = key.startswith("mixture.sources.") and key.endswith(tuple(f".{text}" for text in TEXTS))
     return key in TEXTS or of_a_source
 
 
 def is_neutral(key: str) -> bool:
-    """True for a setting, by its dotted key, that changes nothing in the result."""
+    """Check for a setting, by its dotted key, that changes nothing in the result."""
     places = key.startswith("mixture.sources.") and key.endswith(
         (".data.folder", ".data.path", ".data.validation_path", ".data.workers")
     )

@@ -148,7 +148,7 @@ def frozen_tensors(
 
 
 def _is_inherited(growth_plan: Plan, step: Step) -> bool:
-    """True for a tensor in which no entry is new."""
+    """Check for a tensor in which no entry is new."""
     axes = axis_origins(growth_plan, step)
     lowest = [axis.min() for axis in axes]
     return all(origin > Origin.NEW for origin in lowest)

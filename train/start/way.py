@@ -168,7 +168,8 @@ def find_attention(config: Config, asked: str, device: torch.device, precision: 
 
 
 def fuses(config: Config, asked: str) -> bool:
-    """True if the fused loss would be taken for a network of `config`, as measured on this machine's CPU.
+    """Check whether the fused loss would be taken for a network of `config`, as measured on this machine's
+    CPU.
 
     Args:
         asked: train.loss.

@@ -170,7 +170,7 @@ class Harness:
         return self.managers[everything]
 
     def _beside_its_files(self, task: str) -> contextlib.AbstractContextManager[Any]:
-        """In the folder of a local task's file: its data's paths are told from there."""
+        """Work in the folder of a local task's file: its data's paths are told from there."""
         entry = self._manager(task).task_index.get(task)
         path = None if entry is None else entry.yaml_path
         if task not in self.local or path is None:
@@ -211,7 +211,7 @@ class _Unreachable(Exception):
 
 
 def _no_network(fault: BaseException | None) -> bool:
-    """True if a fault, or one that led to it, is of a connection."""
+    """Check whether a fault, or one that led to it, is of a connection."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     while fault is not None:

@@ -62,7 +62,7 @@ def check_allowed(task: str) -> None:
 
 
 def passes(program: str) -> bool:
-    """True where a program runs to its end: an assertion that fails ends it before."""
+    """Check whether a program runs to its end: an assertion that fails ends it before."""
     check_allowed("pass@1")
     item = Item("", program, None)
     return failures([item], seconds=SECONDS, modules=MODULES) == [None]

@@ -1,5 +1,4 @@
-"""From labels to a filter: embed the labelled texts, fit a random forest on most of them, judge it on the
-rest."""
+"""A filter from labels: embed labelled texts, fit a random forest on most of them, judge it on the rest."""
 
 from __future__ import annotations
 

@@ -15,15 +15,15 @@ from typing import Any
 
 Measures = dict[str, Any]
 RULES: Mapping[str, Callable[[Measures], bool]] = {
-    "Python can parse it": lambda found: found["parses"],
-    "between 1,000 and 60,000 characters": lambda found: 1_000 <= found["characters"] <= 60_000,
-    "at least 3 functions and classes": lambda found: found["definitions"] >= 3,
-    "half of its functions and classes, the module counted in, have a docstring of 20 characters": lambda found: (  # noqa: E501
-        found["docstring_share"] >= 0.5
+    "Python can parse it": lambda facts: facts["parses"],
+    "between 1,000 and 60,000 characters": lambda facts: 1_000 <= facts["characters"] <= 60_000,
+    "at least 3 functions and classes": lambda facts: facts["definitions"] >= 3,
+    "half of its functions and classes, the module counted in, have a docstring of 20 characters": lambda facts: (  # noqa: E501
+        facts["docstring_share"] >= 0.5
     ),
-    "the names that it gives have 4 letters on average": lambda found: found["name_length"] >= 4,
-    "less than a quarter of its lines are tables: numbers, quoted text and punctuation alone": lambda found: (
-        found["table_share"] < 0.25
+    "the names that it gives have 4 letters on average": lambda facts: facts["name_length"] >= 4,
+    "less than a quarter of its lines are tables: numbers, quoted text and punctuation alone": lambda facts: (
+        facts["table_share"] < 0.25
     ),
 }
 _QUOTED = re.compile(r"""'[^']*'|"[^"]*"|0[xX][0-9a-fA-F]+""")

@@ -1,5 +1,6 @@
-"""Where documents come from, in a fixed order. A new kind of corpus is one entry of CORPORA, a new file
-format one of formats.READERS."""
+"""Sources of documents, in a fixed order. A new kind of corpus is one entry of CORPORA, a new file format one
+of formats.READERS.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +73,7 @@ def documents(settings: DataSettings, corpus: Corpus, tally: Tally | None = None
 
 
 def is_full(settings: DataSettings, tally: Tally) -> bool:
-    """True where a limit ends the reading here."""
+    """Check whether a limit ends the reading here."""
     most, size = settings.limit_documents, read_limit(settings)
     if most is not None and tally.documents >= most:
         return True

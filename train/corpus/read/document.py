@@ -31,8 +31,8 @@ class Document(NamedTuple):
 
 @dataclass
 class Tally:
-    """What was read, what was not taken as it stood, and how far the reading of a stream is: all that it
-    takes to go on after a kill.
+    """A count of what was read and of what was not taken as it stood, and how far the reading of a stream is:
+    all that it takes to go on after a kill.
 
     It ends up in the manifest, apart from the place.
     """
@@ -42,9 +42,8 @@ class Tally:
     too_long_skipped: int = 0  # larger than data.max_document_bytes
     binary_skipped: int = 0  # files that hold no text: NUL bytes, or mostly bytes that are no UTF-8
     broken_skipped: int = 0  # records that cannot be read, up to data.max_broken of all
-    programs_failed: int = (
-        0  # generated documents left out because their program did not do what the text says
-    )
+    # generated documents left out because their program did not do what the text says
+    programs_failed: int = 0
     documents: int = field(default=0, compare=False)  # taken
     bytes: int = field(default=0, compare=False)  # of their text
     records: int = field(default=0, compare=False)  # looked at, taken or not
@@ -118,6 +117,6 @@ class Tally:
 
 
 def is_binary(text: str) -> bool:
-    """True for a file whose bytes were no text: it holds NULs, or mostly what is no UTF-8."""
+    """Check for a file whose bytes were no text: it holds NULs, or mostly what is no UTF-8."""
     replaced = text.count("\ufffd")
     return "\0" in text or replaced > 0.3 * len(text)

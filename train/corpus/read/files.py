@@ -227,7 +227,7 @@ def _walk(root: str, left_out: list[str]) -> Iterator[str]:
 
 
 def _passed(folder: str, name: str, inside: str, seen: set[str], left_out: list[str]) -> bool:
-    """True for a folder that is passed over; then it is listed in `left_out`."""
+    """Check for a folder that is passed over; then it is listed in `left_out`."""
     path = os.path.join(folder, name)
     real = os.path.realpath(path)
     if _is_prepared(path):

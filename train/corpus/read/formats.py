@@ -120,40 +120,40 @@ def parse_json(text: str) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-def _line(opened: Opened, line: bytes, place: str) -> Any:
-    return _parsed(opened.tally.decode(line), place)
+def _line(opened: Opened, line: bytes, location: str) -> Any:
+    return _parsed(opened.tally.decode(line), location)
 
 
-def _itself(item: Any, place: str) -> Any:
+def _itself(item: Any, location: str) -> Any:
     return item
 
 
-def _parsed(text: str, place: str) -> Any:
+def _parsed(text: str, location: str) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
-        raise _not_json(place, text, error) from error
+        raise _not_json(location, text, error) from error
 
 
-def _not_json(place: str, text: str, error: ValueError) -> UserError:
+def _not_json(location: str, text: str, error: ValueError) -> UserError:
     return UserError(
-        f"{place}: expected a JSON object; found {text[:40]!r} ({error}); mend or remove the line"
+        f"{location}: expected a JSON object; found {text[:40]!r} ({error}); mend or remove the line"
     )
 
 
-def _field(value: Any, column: str, place: str) -> str:
+def _field(value: Any, column: str, location: str) -> str:
     is_object = isinstance(value, dict)
     if not is_object or column not in value:
         kind = type(value).__name__
         names = ", ".join(value) if is_object else kind
         raise UserError(
-            f"{place}: no field {column!r}; found {names or 'none'}; name the field that holds the text: "
+            f"{location}: no field {column!r}; found {names or 'none'}; name the field that holds the text: "
             "data.column=NAME"
         )
-    return text_of(value[column], column, place)
+    return text_of(value[column], column, location)
 
 
-def text_of(value: Any, column: str, place: str) -> str:
+def text_of(value: Any, column: str, location: str) -> str:
     """The text of a column; null is none.
 
     Raises:
@@ -163,7 +163,7 @@ def text_of(value: Any, column: str, place: str) -> str:
         return ""
     if not isinstance(value, str):
         raise UserError(
-            f"{place}: {column!r} is a {type(value).__name__}, not text; name the column that holds the "
+            f"{location}: {column!r} is a {type(value).__name__}, not text; name the column that holds the "
             "text: data.column=NAME"
         )
     return value

@@ -58,7 +58,7 @@ class Read(PipelineStep):
 
     @property
     def full(self) -> bool:
-        """True where a limit is reached."""
+        """Check whether a limit is reached."""
         documents = self.before.documents + self.tally.documents
         size = self.before.bytes + self.tally.bytes
         return is_full(self.settings, Tally(documents=documents, bytes=size))
@@ -73,7 +73,7 @@ def read_before(work: Workshop, task: int) -> Tally:
 
 
 def limited(settings: DataSettings) -> bool:
-    """True where a limit may end the reading."""
+    """Check whether a limit may end the reading."""
     return settings.limit_documents is not None or read_limit(settings) is not None
 
 

@@ -30,7 +30,7 @@ def failures(
     memory_bytes: int = MEMORY_BYTES,
     modules: Sequence[str] = (),
 ) -> list[str | None]:
-    """For each item None where its program ran through and printed what it should, else what went wrong.
+    """Run each item's program: None where it ran through and printed what it should, else what went wrong.
 
     A program that takes the process down with it costs itself alone: the others are run in a new one.
 

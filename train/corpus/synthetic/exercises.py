@@ -75,7 +75,7 @@ def bug(problem: Problem, random: Random) -> Item | None:
     slipped = problem.function("loop", wrong=step)
     right = problem.function("loop")
     effect = slip.effect
-    for name, value in problem.steps[step].given.items():
+    for name, value in problem.steps[step].constants.items():
         effect = effect.replace(f"${name}", repr(value))
     text = (
         f"# Find the mistake (level {problem.level})\n\n{opening(problem, random)} The following function "

@@ -1,4 +1,4 @@
-"""What a template makes: a text, and the program that proves it."""
+"""The product of a template: a text, and the program that proves it."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _slipped(problem: Problem, wrong: int, case: int) -> Any:
     try:
         for i, step in enumerate(problem.steps):
             style = "slipped" if i == wrong else "loop"
-            value = step.operation.run(style, value, step.given)
+            value = step.operation.run(style, value, step.constants)
     except (ArithmeticError, LookupError, TypeError, ValueError):
         return None
     return value if len(repr(value)) < 110 else None

@@ -58,22 +58,22 @@ class Operation:
     slip: Slip | None = None
     module: str | None = None  # of the standard library, that the short form needs
 
-    def loop_code(self, x: str, y: str, given: Mapping[str, Any]) -> str:
-        return fill(self.loop, x=x, y=y, **_spelt(given))
+    def loop_code(self, x: str, y: str, constants: Mapping[str, Any]) -> str:
+        return fill(self.loop, x=x, y=y, **_spelt(constants))
 
-    def short_code(self, x: str, y: str, given: Mapping[str, Any]) -> str:
-        value = fill(self.short, x=x, **_spelt(given))
+    def short_code(self, x: str, y: str, constants: Mapping[str, Any]) -> str:
+        value = fill(self.short, x=x, **_spelt(constants))
         return f"{y} = {value}"
 
-    def slipped_code(self, x: str, y: str, given: Mapping[str, Any]) -> str:
+    def slipped_code(self, x: str, y: str, constants: Mapping[str, Any]) -> str:
         assert self.slip is not None
         slipped = self.loop.replace(self.slip.right, self.slip.wrong)
-        return fill(slipped, x=x, y=y, **_spelt(given))
+        return fill(slipped, x=x, y=y, **_spelt(constants))
 
-    def run(self, style: str, value: Any, given: Mapping[str, Any]) -> Any:
+    def run(self, style: str, value: Any, constants: Mapping[str, Any]) -> Any:
         """The result on `value`, computed by the code in `style`: "loop", "short" or "slipped"."""
         code = {"loop": self.loop_code, "short": self.short_code, "slipped": self.slipped_code}[style](
-            "x", "y", given
+            "x", "y", constants
         )
         return _function(code, self.module)(value)
 

@@ -39,12 +39,12 @@ class Step:
     """An operation with its parameters, and the names it reads and writes."""
 
     operation: Operation
-    given: Mapping[str, Any]
+    constants: Mapping[str, Any]
     x: str
     y: str
 
     def says(self, items: str) -> str:
-        constants = {name: repr(value) for name, value in self.given.items()}
+        constants = {name: repr(value) for name, value in self.constants.items()}
         return fill(self.operation.says, items=items, it=items, **constants)
 
 
@@ -107,7 +107,7 @@ class Problem:
             write = step.operation.loop_code if in_loops else step.operation.short_code
             if number == wrong:
                 write = step.operation.slipped_code
-            parts.append(write(step.x, step.y, step.given))
+            parts.append(write(step.x, step.y, step.constants))
         parts.append(f"return {self.steps[-1].y}")
         return "\n".join(parts)
 
@@ -194,7 +194,7 @@ def _draw_cases(theme: Theme, steps: tuple[Step, ...], style: str, random: Rando
         results = []
         now = value
         for step in steps:
-            now = step.operation.run(other, now, step.given)
+            now = step.operation.run(other, now, step.constants)
             if len(repr(now)) > LARGEST:
                 return None
             results.append(now)
@@ -206,7 +206,7 @@ def _draw_cases(theme: Theme, steps: tuple[Step, ...], style: str, random: Rando
 
 
 def _worthwhile(cases: list[Case]) -> bool:
-    """True where the results differ, and the first is not empty."""
+    """Check whether the results differ, and the first is not empty."""
     ends = [results[-1] for _, results in cases]
     first = ends[0]
     is_empty = not first and first != 0
@@ -233,9 +233,9 @@ def idle(steps: Sequence[Step], cases: Sequence[Case], style: str) -> list[tuple
 
 
 def _same_without(rest: Sequence[Step], case: Case, first: int, style: str) -> bool:
-    """True where `rest`, run on what the steps before `first` gave, has the result of all of them."""
+    """Check whether `rest`, run on what the steps before `first` gave, has the result of all of them."""
     value, results = case
     now = results[first - 1] if first else value
     for step in rest:
-        now = step.operation.run(style, now, step.given)
+        now = step.operation.run(style, now, step.constants)
     return bool(now == results[-1])

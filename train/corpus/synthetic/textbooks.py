@@ -39,7 +39,7 @@ def section(problem: Problem, random: Random) -> Item:
 
 
 def worked(problem: Problem, random: Random) -> Item:
-    """From the question to a plan, to a program, to a check."""
+    """A section from the question to a plan, to a program, to a check."""
     plan = numbered(f"{capital(task)}." for task in problem.tasks())
     notes = "\n\n".join(
         f"*{capital(step.operation.topic)}.* {why}"
@@ -81,7 +81,7 @@ def pitfall(problem: Problem, random: Random) -> Item | None:
     assert operation.slip is not None
     why = operation.why["loop"]  # in which slips are made
     effect = operation.slip.effect
-    for name, value in problem.steps[step].given.items():
+    for name, value in problem.steps[step].constants.items():
         effect = effect.replace(f"${name}", repr(value))
     slipped = problem.function("loop", wrong=step)
     right = problem.function("loop")

@@ -1,5 +1,6 @@
-"""Where exercises play, and whom they are for. A theme gives every kind of value a name, a description and
-words to be made of."""
+"""Places where exercises play, and whom they are for. A theme gives every kind of value a name, a description
+and words to be made of.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from outgrow.train.corpus.synthetic.operation import read_table
 
 @dataclass(frozen=True)
 class Theme:
-    """For each kind of value the name of the parameter and what it holds, in words."""
+    """Names of parameters, and in words what they hold, for each kind of value."""
 
     name: str
     numbers: tuple[str, str]  # "rainfall", "readings"

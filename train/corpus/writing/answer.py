@@ -1,4 +1,4 @@
-"""What a model gave for a prompt."""
+"""A model's answer to a prompt."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Answer:
 
     @property
     def uncounted(self) -> bool:
-        """True where it was written, and nobody knows of how many tokens."""
+        """Check whether it was written, and nobody knows of how many tokens."""
         return not (self.aside or self.refused) and (
             self.prompt_tokens is None or self.completion_tokens is None
         )
 
     @property
     def fault(self) -> str | None:
-        """Why it is no document; None where it is one."""
+        """The reason why it is no document; None where it is one."""
         if self.refused is not None:
             return self.refused
         if not self.text.strip():

@@ -1,5 +1,5 @@
-"""What has been written: a line a document, on disk as soon as it is there, and beside it what was asked and
-what was no document.
+"""The ledger of what was written: a line a document, on disk as soon as it is there, and beside it what was
+asked and what was no document.
 
 out.jsonl             {"number", "topic", "audience", "template", "text", "model", "prompt_tokens",
                       "completion_tokens", "dollars"}

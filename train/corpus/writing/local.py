@@ -97,7 +97,7 @@ class Local:
         return Answer(text, len(prompt_ids), count, cut=not ended)
 
     def _worded(self, prompt: Prompt) -> str:
-        """In the model's own chat form, where it has one."""
+        """Word a prompt in the model's own chat form, where it has one."""
         system = self.settings.system
         if self.tokenizer.chat_template is None:
             return prompt.text if system is None else f"{system}\n\n{prompt.text}"

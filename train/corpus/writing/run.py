@@ -23,8 +23,9 @@ Answered = Iterator[tuple[Prompt, Answer]]
 
 @dataclass
 class Stop:
-    """Why no more prompts are asked, and which were put aside: nothing of it is on disk, and the same command
-    asks them again."""
+    """The reason why no more prompts are asked, and which were put aside: nothing of it is on disk, and the
+    same command asks them again.
+    """
 
     fault: str | None = None
     money: bool = False

@@ -1,4 +1,4 @@
-"""What a language model is asked to write, and how. Plain values: nothing here imports a library."""
+"""Settings of what a language model writes, and how. Plain values: nothing here imports a library."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class WriteSettings:
     progress: bool
 
     def cost(self, prompt_tokens: int | None, completion_tokens: int | None) -> float:
-        """In dollars; tokens that nobody counted cost nothing here."""
+        """Dollars for so many tokens; those that nobody counted cost nothing here."""
         asked = (prompt_tokens or 0) * self.dollars_per_million_prompt_tokens
         return (asked + (completion_tokens or 0) * self.dollars_per_million_completion_tokens) / 1e6
 
