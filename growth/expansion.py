@@ -121,6 +121,12 @@ class AxisMap:
         index = self.index[self.copies]
         return np.bincount(index, minlength=self.source)
 
+    @property
+    def repeats(self) -> bool:
+        """Check whether a source index has several copies."""
+        most = self.counts().max()
+        return bool(most > 1)
+
     def scaled(self, factor: float) -> AxisMap:
         """Multiply every gain."""
         return replace(self, gain=self.gain * factor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -255,7 +255,7 @@ def _of_next_layer(tensor: Tensor, growth: Growth, layers: LayerMap, own: int) -
 def _copied_both_ways(tensor: Tensor, maps: Sequence[AxisMap]) -> bool:
     """Check whether a matrix both writes and reads copies."""
     is_matrix = len(maps) == 2 and tensor.line.kind == "linear"
-    return is_matrix and all(axis.counts().max() > 1 for axis in maps)
+    return is_matrix and all(axis.repeats for axis in maps)
 
 
 class Held(Protocol):
@@ -270,10 +270,36 @@ class Held(Protocol):
         """Name → format and shape."""
 
 
+def _misfits(
+    tensors: Iterable[Tensor], stored: Mapping[str, Stored], changed: Container[str]
+) -> Iterator[str]:
+    """Tell of stored tensors of another shape than the schema's, or of a format that no growth computes in.
+
+    Args:
+        changed: the patterns of the tensors that are computed; others are copied, of any format.
+    """
+    names_with: dict[_Fault, list[str]] = defaultdict(list)  # one of every layer is told once
+    for tensor in tensors:
+        entry = stored[tensor.name]
+        if tensor.shape != entry.shape:
+            wanted = f"{tensor.line.text!r} and config.json give shape {tensor.shape}"
+            fault = f"{wanted}, the file has {entry.shape}"
+            names_with[tensor.pattern, fault].append(tensor.name)
+        elif not is_float(entry.dtype) and tensor.pattern in changed:
+            formats = "F64, F32, F16 and BF16"
+            fault = f"dtype {entry.dtype}; growth computes on {formats} weights (dequantise first)"
+            names_with[tensor.pattern, fault].append(tensor.name)
+    for (pattern, fault), names in names_with.items():
+        everywhere = f"{pattern} ({len(names)} tensors)"
+        where = names[0] if len(names) == 1 else everywhere
+        yield f"{where}: {fault}"
+
+
 def check_tensors(checkpoint: Held, growth: Growth, steps: Sequence[Step]) -> dict[str, str]:
     """Check the stored tensors against the schema; return their dtypes."""
     stored, family = checkpoint.tensors, growth.family
-    changed = {step.tensor.pattern for step in steps if not step.is_copy}  # others are copied, of any format
+    computed = [step.tensor for step in steps if not step.is_copy]
+    changed = {tensor.pattern for tensor in computed}
     tensors = family.tensors(growth.source_config)
     schema = {tensor.name: tensor for tensor in tensors}
     faults = []
@@ -297,24 +323,8 @@ def check_tensors(checkpoint: Held, growth: Growth, steps: Sequence[Step]) -> di
         faults.append(
             f"{checkpoint.folder}: unknown {names_of(strange)}, which the {family.name} schema does not have"
         )
-    # The tensors that have each fault: one of every layer is reported once.
-    wrong: dict[_Fault, list[str]] = defaultdict(list)
-    for name, tensor in schema.items():
-        if name not in stored:
-            continue
-        shape = stored[name].shape
-        dtype = stored[name].dtype
-        if tensor.shape != shape:
-            wanted = f"{tensor.line.text!r} and config.json give shape {tensor.shape}"
-            fault = f"{wanted}, the file has {shape}"
-            wrong[tensor.pattern, fault].append(name)
-        elif not is_float(dtype) and tensor.pattern in changed:
-            fault = f"dtype {dtype}; growth computes on F64, F32, F16 and BF16 weights (dequantise first)"
-            wrong[tensor.pattern, fault].append(name)
-    for (pattern, fault), names in wrong.items():
-        everywhere = f"{pattern} ({len(names)} tensors)"
-        where = names[0] if len(names) == 1 else everywhere
-        faults.append(f"{where}: {fault}")
+    present = [tensor for name, tensor in schema.items() if name in stored]
+    faults += _misfits(present, stored, changed)
     UserError.collect(faults)
     dtypes = {name: entry.dtype for name, entry in stored.items() if name in schema}
     wide = [name for name, dtype in dtypes.items() if dtype == "F64"]

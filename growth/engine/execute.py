@@ -170,7 +170,8 @@ class Expander:
             UserError: the source is finite, so that scaling or noise overflowed the stored format.
         """
         row_map = self.maps[0]
-        all_copied = (row_map.fill[rows] != Fill.MEAN).all()
+        fills = row_map.fill[rows]
+        all_copied = (fills != Fill.MEAN).all()
         index = np.arange(row_map.source)
         if all_copied:
             index = np.unique(row_map.index[rows])
@@ -202,7 +203,8 @@ class Expander:
                 count = int(chosen.sum())
                 shape = (count, target.shape[1])
                 part = np.empty(shape, target.dtype)
-                self._fill(part, rows[chosen], Fill(fill))
+                numbers = rows[chosen]
+                self._fill(part, numbers, Fill(fill))
                 target[chosen] = part
 
     def _fill(self, target: np.ndarray, rows: np.ndarray, fill: Fill) -> None:
@@ -312,8 +314,9 @@ class Expander:
         # Fresh columns are no copies of anything and stay.
         is_copied = self.maps[1].fill != Fill.RANDOM
         is_closed = np.isfinite(remainder) & is_copied
+        closed = self._encoded(remainder)
         as_before = target[last]
-        target[last] = np.where(is_closed, self._encoded(remainder), as_before)
+        target[last] = np.where(is_closed, closed, as_before)
 
     # ---- columns ----
 
@@ -386,10 +389,14 @@ class Expander:
         reading = self.step.tensor.reads.index(True)
         copies = self.maps[reading].counts()
         count = int(copies[0])
-        row_copies, column_copies = (axis.number() for axis in self.maps)
-        by_row = row_copies[rows, None]
-        by_column = column_copies[None]
-        kept = by_row % count == by_column if reading else by_row == by_column % count
+        row_map, column_map = self.maps
+        by_row = row_map.number()[rows, None]
+        by_column = column_map.number()[None]
+        if reading:
+            by_row = by_row % count
+        else:
+            by_column = by_column % count
+        kept = by_row == by_column
         undivided = scaled(target, float(count), self.dtype)
         target[...] = undivided * kept
 
@@ -487,7 +494,8 @@ class Expander:
         mean = self._sums.total / rows
         strange = np.flatnonzero(~np.isfinite(mean))
         if len(strange):
-            values = self._decoded(self._gather(self.step.source, np.arange(rows)))
+            every_row = self._gather(self.step.source, np.arange(rows))
+            values = self._decoded(every_row)
             mean[strange] = finite_mean(values[:, strange], axis=0)
         return self._encoded(mean[None])
 
@@ -532,7 +540,7 @@ class Expander:
         maps = self.step.maps
         last = len(maps) - 1
         axes = range(last) if axis == 0 else (last,)
-        copied = [dim for dim in axes if maps[dim].counts().max() > 1]
+        copied = [dim for dim in axes if maps[dim].repeats]
         sums_over = self.step.tensor.sums_over
         return bool(copied) and all(map(sums_over, copied))
 
@@ -593,7 +601,8 @@ class Expander:
             shape = (len(rows), self.matrix[1])
             block = np.empty(shape, RAW[self.dtype])
             self._fill_all(block, rows)
-            replaced = block[:, indices] if axis else block[np.isin(rows, indices)]
+            is_replaced = np.isin(rows, indices)
+            replaced = block[:, indices] if axis else block[is_replaced]
             values = floats(np.ascontiguousarray(replaced), self.dtype)
             values = values.astype(np.float64)
             finite = np.isfinite(values)
@@ -655,8 +664,8 @@ class Expander:
             return np.broadcast_to(self._encoded(start.quantiles), shape)
         is_norm = tensor.line.kind.endswith("norm")
         if start is None and (tensor.is_bias or is_norm):
-            entry = self._encoded(np.zeros(1)) if tensor.is_bias else self._constant(1.0)
-            return np.broadcast_to(entry, shape)
+            value = 0.0 if tensor.is_bias else 1.0
+            return np.broadcast_to(self._constant(value), shape)
         kind = np.uint16 if is_short(self.dtype) else np.uint32
         finish = self.step.finish or Finish()
         alike = rows // finish.alike
@@ -668,7 +677,8 @@ class Expander:
                 return self._drawn(start, draws)
         if deviation is None:
             deviation = self._deviation
-        if self.plan.fresh == "match" and finish.deviation is None and self.step.source is not None:
+        may_match = self.plan.fresh == "match" and self.step.source is not None
+        if may_match and finish.deviation is None:
             deviation = self._root_mean_square or deviation
         if is_short(self.dtype):
             return lookup(normal_bits(deviation, self.dtype), draws)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from outgrow.model.composite import TEXT, flat, nested, of_text
@@ -87,6 +87,7 @@ RHYTHM = re.compile(r"period|interval|every|_step$")  # of layers that differ by
 RHYTHM_LIST = re.compile(r"types|pattern")  # which the layers go through again and again
 MAX_LAYERS = 8
 TOKEN_KEYS = ("token_id", "token_index")
+KV_HEADS = re.compile(r"(kv|key_value)_heads")
 WITHOUT_DEFAULT = {"num_key_value_heads": 4, "num_experts_per_tok": 2}  # some classes do not fill these in
 CLIPPED, CLIP = re.compile(r"clip_qkv"), 1.0  # so low that random queries and keys reach it
 PARTS = re.compile(r"(?<!quantization)_config$|compress_rates")  # dicts of sizes
@@ -107,7 +108,7 @@ def shrunken(config: Config, depth_key: str, layers: tuple[int, ...]) -> dict[st
     if TEXT in towers:
         return _shrunken_composite(config, towers, depth_key, layers)
     depth = config[depth_key]
-    small = {key: _small(key, value, config, depth, layers) for key, value in config.items()}
+    small = _small_values(config, depth, layers)
     small[depth_key] = len(layers)
     for key in ROPE:
         rope = small.get(key)
@@ -115,12 +116,10 @@ def shrunken(config: Config, depth_key: str, layers: tuple[int, ...]) -> dict[st
             small[key] = _small_rope(rope, small)
     # Special tokens move into the small vocabulary.
     vocabulary = small.get("vocab_size")
-    tokens = {
-        key: value for key, value in small.items() if key.endswith(TOKEN_KEYS) and isinstance(value, int)
-    }
+    tokens = [key for key, value in small.items() if key.endswith(TOKEN_KEYS) and isinstance(value, int)]
     if isinstance(vocabulary, int):
         last = vocabulary - 1
-        small |= {key: min(value, last) for key, value in tokens.items()}
+        small |= {key: min(small[key], last) for key in tokens}
     return small
 
 
@@ -140,8 +139,8 @@ def _shrunken_composite(
         is_tower = isinstance(value, Mapping) and key.endswith("_config")
         small[key] = _small_tower(value) if is_tower else _small(key, value, text, 0, ())
     hidden = config.get("hidden_size")
-    others = {key: value for key, value in config.items() if not of_text(key)}
-    outputs = [key for key, value in others.items() if repeats_hidden(key, value, hidden)]
+    others = [key for key in config if not of_text(key)]
+    outputs = [key for key in others if repeats_hidden(key, config[key], hidden)]
     last = text["vocab_size"] - 1
     places = enumerate(place_tokens(config))
     tokens = {key: last - number for number, key in places}
@@ -153,7 +152,7 @@ def place_tokens(config: Config) -> list[str]:
     """List the keys of tokens that hold the places of pictures and sounds in a text."""
     tokens = [key for key in config if key.endswith(TOKEN_KEYS)]
     tokens = [key for key in tokens if not of_text(key)]
-    return [key for key in tokens if type(config[key]) is int]
+    return _whole(config, tokens)
 
 
 def _small_rope(rope: Config, small: Config) -> dict[str, Any]:
@@ -172,24 +171,28 @@ def _small_rope(rope: Config, small: Config) -> dict[str, Any]:
 
 def _small_tower(tower: Config) -> dict[str, Any]:
     """Make a tower small that tokens do not go through."""
-    depths = [key for key in DEPTH_KEYS if type(tower.get(key)) is int]
+    depths = _whole(tower, DEPTH_KEYS)
     if not depths:
-        small = {key: _small(key, value, tower, 0, ()) for key, value in tower.items()}
+        small = _small_values(tower)
     else:
         depth = depths[0]
         layers = (0, 1)[: tower[depth]]
         small = shrunken(tower, depth, layers)
-    sizes = [
-        key for key, value in tower.items() if key.endswith((*SIZES, "_channels")) and type(value) is int
-    ]
-    outputs = {key: min(tower[key], 40) for key in sizes if OUTPUT.search(key)}
+    sizes = [key for key in _whole(tower, tower) if key.endswith((*SIZES, "_channels"))]
+    widths = filter(OUTPUT.search, sizes)
+    outputs = {key: min(tower[key], 40) for key in widths}
     shuffled = {}
     ratio = tower.get("pixel_shuffle_ratio")
     if ratio:
         shuffled["intermediate_size"] = int(64 / ratio**2)  # Llama 4's projector reads it
-    heads = {key: HEAD for key in HEAD_KEYS if type(tower.get(key)) is int}
+    heads = dict.fromkeys(_whole(tower, HEAD_KEYS), HEAD)
     picture = _small_picture(tower)
     return small | outputs | picture | shuffled | heads
+
+
+def _whole(config: Config, keys: Iterable[str]) -> list[str]:
+    """List those of some keys whose value in a config is a whole number."""
+    return [key for key in keys if type(config.get(key)) is int]
 
 
 def _small_picture(tower: Config) -> dict[str, Any]:
@@ -202,6 +205,11 @@ def _small_picture(tower: Config) -> dict[str, Any]:
     if isinstance(patch, list):
         return {"image_size": [4 * side for side in patch]}
     return {"image_size": 4 * patch}
+
+
+def _small_values(config: Config, depth: int = 0, layers: tuple[int, ...] = ()) -> dict[str, Any]:
+    """Make every value of a config small, by its key."""
+    return {key: _small(key, value, config, depth, layers) for key, value in config.items()}
 
 
 def _small(key: str, value: Any, config: Config, depth: int, layers: tuple[int, ...]) -> Any:
@@ -226,7 +234,7 @@ def _small(key: str, value: Any, config: Config, depth: int, layers: tuple[int, 
         return WITHOUT_DEFAULT[key]
     if not is_size(value) or UNTOUCHED.search(key):
         return value
-    counts_kv_heads = re.search(r"(kv|key_value)_heads", key) and not key.startswith("index")
+    counts_kv_heads = KV_HEADS.search(key) and not key.startswith("index")
     if value == 1 and not counts_kv_heads:
         return value
     return _small_size(key, value, config)
@@ -281,7 +289,7 @@ def _is_layer(entry: tuple[object, object]) -> bool:
 
 
 def _small_layer(entry: Config) -> dict[str, Any]:
-    small = {key: _small(key, value, entry, 0, ()) for key, value in entry.items()}
+    small = _small_values(entry)
     kv = entry.get("num_key_value_heads")
     if kv is not None and kv == entry.get("num_attention_heads"):
         small["num_key_value_heads"] = small["num_attention_heads"]
@@ -297,9 +305,9 @@ def _words(value: object) -> bool:
 
 def _of_layers(config: Config, depth: int) -> tuple[list[list[Any]], list[list[int]]]:
     """Collect the lists of a config with one entry per layer, and those that name layers by their numbers."""
-    values = [(key, value) for key, value in config.items() if of_text(key)]
-    each = [value for key, value in values if per_layer(key, value, depth)]
-    numbered = [value for key, value in values if numbers_layers(key, value, depth)]
+    keys = list(filter(of_text, config))
+    each = [config[key] for key in keys if per_layer(key, config[key], depth)]
+    numbered = [config[key] for key in keys if numbers_layers(key, config[key], depth)]
     return each, numbered
 
 
@@ -324,15 +332,16 @@ def kept_layers(config: Config, depth: int) -> tuple[int, ...]:
     Raises:
         Unfit: there are too many kinds for a tiny model.
     """
-    values = [(key, value) for key, value in config.items() if of_text(key)]
+    keys = list(filter(of_text, config))
     each, _ = _of_layers(config, depth)
     kinds = layer_kinds(config, depth)
     chosen = {kinds.index(kind) for kind in kinds}
     chosen |= set(range(min(2, depth)))
     if not each:
-        rhythms = [value for key, value in values if RHYTHM.search(key) and is_size(value)]
-        lists = [value for key, value in values if RHYTHM_LIST.search(key) and _words(value)]
-        rhythms += map(len, lists)
+        numbers = [config[key] for key in keys if RHYTHM.search(key)]
+        lists = [config[key] for key in keys if RHYTHM_LIST.search(key)]
+        rhythms = list(filter(is_size, numbers))
+        rhythms += map(len, filter(_words, lists))
         short = [length for length in rhythms if length <= MAX_LAYERS]
         period = max(short, default=0)
         chosen |= set(range(min(period, depth)))
