@@ -130,3 +130,38 @@ def environment() -> dict[str, str]:
     import os
 
     return {**os.environ, "PYTHONPATH": str(FOLDER.parent), "OMP_NUM_THREADS": "1"}
+
+
+def row(task: str, who: str, documents: int, cpu: float) -> dict[str, object]:
+    names = {"task": task, "processes": 1, "who": who, "documents": documents}
+    return names | {
+        "seconds": cpu,
+        "cpu_seconds": cpu,
+        "megabytes_per_second": 10 / cpu,
+        "peak_megabytes": 1000,
+    }
+
+
+def test_the_pages_of_data_hold_the_tables_of_the_measurements() -> None:
+    bench = script("bench_data")
+    measured = json.loads(bench.RECORD.read_text()) if bench.RECORD.is_file() else None
+    killed = bench.killed_worker()
+    assert (
+        bench.MARKS[0] + bench.steps_table(measured, killed) + bench.MARKS[1] in bench.STEPS_PAGE.read_text()
+    )
+    page = bench.PAGE.read_text()
+    assert bench.MARKS[0] + (bench.table(measured) if measured else "It has not been run") in page
+
+
+def test_each_step_of_data_is_told_with_both_rates() -> None:
+    bench = script("bench_data")
+    names = [(task, who) for task in bench.TASKS for who in ("prepare", "datatrove")]
+    rows = [row(task, who, 40 + number, number + 1.0) for number, (task, who) in enumerate(names)]
+    facts = {"bytes": 10**7, "vocab_size": 1000, "rounds": 1, "machine": "a machine", "load_average": [0.5]}
+    lines = bench.steps_table({**facts, "rows": rows}, {"ours": 1, "patience": 2}).splitlines()
+    (reading,) = [line for line in lines if line.startswith("| reading |")]
+    told = "10.0 MB a second of CPU, 40 documents stay; 5.0 MB a second of CPU, 41 documents stay |"
+    assert reading.endswith(told)
+    assert "not measured" not in "".join(lines)
+    table = bench.table({**facts, "rows": rows})
+    assert "| read | 1 | prepare | 40 | 10.00 | 10.00 | 1,000 |" in table

@@ -4,9 +4,11 @@ told."""
 from __future__ import annotations
 
 import errno
+import gzip
 import http.server
 import json
 import os
+import sys
 import threading
 import time
 import tracemalloc
@@ -23,6 +25,7 @@ import zstandard
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from helpers.s3 import CUT, serving
 from outgrow.model.base.errors import UserError
 from outgrow.train.corpus import prepare, report
 from outgrow.train.corpus.benchmarks import read_benchmarks, write_benchmarks
@@ -144,6 +147,67 @@ def test_a_url_is_read_as_a_folder_is(
     )
     there = replace(here, path=f"{served}/", folder=str(tmp_path / "there"), workers=workers)
     assert prepare(there, progress=False).fingerprint == prepare(here, progress=False).fingerprint
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of a bucket of a stand-in for an S3 server, which the environment names."""
+    pytest.importorskip("obstore")
+    with serving(tmp_path / "s3") as address:
+        for name, value in {
+            "AWS_ENDPOINT_URL": address,
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+        }.items():
+            monkeypatch.setenv(name, value)
+        folder = tmp_path / "s3" / f"bucket-{address.rpartition(':')[2]}"  # clients are kept by their names
+        folder.mkdir(parents=True)
+        yield folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bucket_is_read_as_a_folder_is(
+    tmp_path: Path, bucket: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("outgrow.train.corpus.read.files.TASK_BYTES", 1500)
+    texts = bucket / "texts"
+    (texts / "sub").mkdir(parents=True)
+    for i in range(5):
+        lines = [json.dumps({"text": f"file {i} line {j} of some text"}) for j in range(20)]
+        (texts / f"{i}.jsonl").write_text("\n".join(lines))
+    (texts / "sub" / "a.txt.gz").write_bytes(gzip.compress(b"a text of its own"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one row", "two rows"]}), texts / "z.parquet")
+    here = DataSettings(
+        "t", "files", path=str(texts), folder=str(tmp_path / "here"), vocab_size=280, validation_fraction=0.3
+    )
+    url = f"s3://{bucket.name}/texts"
+    there = replace(here, path=url, folder=str(tmp_path / "there"), workers=workers)
+    assert prepare(there, progress=False).fingerprint == prepare(here, progress=False).fingerprint
+    assert list(read(f"{url}/**/*.gz")) == ["sub/a.txt.gz"]
+    assert next(iter(read(f"{url}/3.jsonl"))) == "3.jsonl:1"
+    before = open_corpus(there).stamp()
+    (texts / "sub" / "b.txt").write_text("more")
+    assert open_corpus(there).stamp() != before
+
+
+def test_a_bucket_that_refuses_is_told(bucket: Path) -> None:
+    with pytest.raises(UserError, match=r"s3://closed/x: cannot be listed \(\w+: .*403"):
+        read("s3://closed/x")
+    with pytest.raises(UserError, match=r"s3://closed/x\.txt: cannot be listed \(\w+: .*403"):
+        read("s3://closed/x.txt")
+    (bucket / CUT).write_text("x")
+    with pytest.raises(UserError, match=r"s3://bucket-\d+/cut\.txt: cannot be read \(.*403"):
+        read(f"s3://{bucket.name}")
+
+
+def test_an_object_store_without_its_client_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.setitem(sys.modules, "obstore.fsspec", None)
+    with pytest.raises(UserError, match=r"gs:// needs obstore: pip install -e '\.\[s3\]'"):
+        read("gs://bucket/texts")
 
 
 def test_a_folder_of_a_store_is_listed_as_a_folder_here(

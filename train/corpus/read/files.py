@@ -20,7 +20,7 @@ from typing import Any
 from outgrow.model.base.atomic import PARTIAL
 from outgrow.model.base.errors import UserError, first_line
 from outgrow.train.corpus.read.document import Document, Tally
-from outgrow.train.corpus.read.formats import READERS, format_of, open_any, texts, unreadable
+from outgrow.train.corpus.read.formats import READERS, format_of, open_any, store_of, texts, unreadable
 from outgrow.train.data.settings import DataSettings
 from outgrow.train.data.shards import MANIFEST, TOKENIZER
 
@@ -294,10 +294,8 @@ def _file(name: str, path: str) -> File:
 
 def _remote(url: str, key: str) -> tuple[File, ...]:
     """The files behind a URL: one, those of a folder, or those of a glob."""
-    from fsspec.core import url_to_fs
-
     try:
-        system, path = url_to_fs(url)
+        system, path = store_of(url)
         if glob.has_magic(path):
             literal = re.split(r"[*?\[]", path, maxsplit=1)[0]
             root = literal[: literal.rindex("/") + 1]
@@ -354,6 +352,7 @@ def _version(info: dict[str, Any]) -> str:
     known = (
         "ETag",
         "etag",
+        "e_tag",
         "md5",
         "md5Hash",
         "crc32c",

@@ -21,6 +21,7 @@ COMPRESSED = (".gz", ".zst")
 JSON_BYTES = 2**28  # a .json file is read in one piece; a longer one belongs into lines
 ESCAPED = 6  # bytes that JSON may take to spell one
 ROWS = 8  # of a parquet file in memory at a time: a row may have max_document_bytes
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")  # that obstore opens, S3 of which is tested
 DIGITS = 4300  # of a JSON number that is read as one; Python refuses longer ones
 WINDOW_BYTES = 2**31  # of a zstd stream, the largest there is (zstd --ultra --long=31)
 
@@ -342,6 +343,10 @@ def reading(path: str) -> Iterator[BinaryIO]:
                 f"{path}: corrupted {what} ({first_line(error)}); fetch the file again, or remove it"
             ) from error
         raise unreadable(path, error) from error
+    except Exception as error:
+        if "://" not in path or isinstance(error, UserError):
+            raise
+        raise unreadable(path, error) from error  # each store's client raises its own
 
 
 def open_any(path: str) -> BinaryIO:
@@ -352,14 +357,39 @@ def open_any(path: str) -> BinaryIO:
     """
     if "://" not in path:
         return open(path, "rb")
-    import fsspec
-
     try:
-        return fsspec.open(path, "rb").open()
+        system, name = store_of(path)
+        return cast(BinaryIO, system.open(name, "rb"))
     except (OSError, ImportError):
         raise
     except Exception as error:  # each store's client raises its own
         raise OSError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def store_of(url: str) -> tuple[Any, str]:
+    """The file system of fsspec that a URL lies in, and the path there. Object stores without a client of
+    their own are opened by obstore (extra `s3`).
+
+    Raises:
+        ImportError: neither is installed.
+        ValueError: fsspec knows no such protocol.
+    """
+    from fsspec.core import url_to_fs
+    from fsspec.registry import get_filesystem_class
+
+    protocol = url.partition("://")[0]
+    try:
+        get_filesystem_class(protocol)
+    except ImportError:
+        if protocol not in OBJECT_STORES:
+            raise
+        try:
+            from obstore.fsspec import register
+        except ImportError as error:
+            raise ImportError(f"{protocol}:// needs obstore: pip install -e '.[s3]'") from error
+        register(protocol)
+    system, path = url_to_fs(url)
+    return system, str(path)
 
 
 class _Damaged(Exception):
