@@ -17,12 +17,13 @@ many of ten greedy continuations are equal.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import exp
 from pathlib import Path
@@ -39,7 +40,7 @@ from outgrow.model.checkpoint import locate
 HERE = Path(__file__).resolve().parent
 PAGE, TEXT, RECORD = (
     HERE.parent / "docs" / "grow.md",
-    HERE.parent / "docs" / "train.md",
+    HERE / "real_model.txt",  # an earlier docs/train.md: it stays as it is, so that rows can be compared
     HERE / "real_model.json",
 )
 STEPS_RECORD, PICTURE, TASKS = (
@@ -181,18 +182,39 @@ def measured(case: Case, source: Path, held: Meter, work: Path, **how: Any) -> d
 
 
 def measure(work: Path) -> dict[str, Any]:
-    """Every row, and some of the lossless ones stored in bfloat16."""
-    source = locate(fetched())
-    held, short = meter(source), in_bfloat16(source, work / "bfloat16")
+    """Every row, and some of the lossless ones stored in bfloat16. Rows that were measured on the same text
+    before the command was stopped are read."""
+    source, kept = locate(fetched()), Kept(work)
+    held = meter(source)
+    rows = [kept.row(case.name, measured, case, source, held, work) for case in (*LOSSLESS, *LOSSY)]
+    short = in_bfloat16(source, work / "bfloat16")
     held_short = meter(short)
-    rows = []
-    for case in (*LOSSLESS, *LOSSY):
-        rows.append(measured(case, source, held, work))
-        print(json.dumps(rows[-1]), flush=True)
+    shorts = [
+        kept.row(f"{case.name}, bfloat16", measured, case, short, held_short, work)
+        for case in LOSSLESS
+        if case.name in STORED_SHORT
+    ]
     cast = held_short.cast("bfloat16")
-    shorts = [measured(case, short, held_short, work) for case in LOSSLESS if case.name in STORED_SHORT]
     parameters = plan(source, {}).source_parameters
     return {"source_parameters": parameters, "rows": rows, "bfloat16": {"rows": shorts, "cast": asdict(cast)}}
+
+
+class Kept:
+    """Rows on the disk, for a text: a measurement that was stopped goes on."""
+
+    def __init__(self, work: Path) -> None:
+        self.path = work / f"rows-{hashlib.sha256(TEXT.read_bytes()).hexdigest()[:12]}.jsonl"
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        self.rows = dict(json.loads(line) for line in lines)
+
+    def row(self, name: str, make: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+        """The row of this name, measured where it is not there yet."""
+        if name not in self.rows:
+            self.rows[name] = make(*arguments)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([name, self.rows[name]]) + "\n")
+        print(json.dumps(self.rows[name]), flush=True)
+        return self.rows[name]
 
 
 # ---- the page's own commands -------------------------------------------------------------------------------
@@ -210,6 +232,8 @@ def run_steps(work: Path) -> dict[str, Any]:
     """Run the page's commands in a folder of its own: what they wrote, as a record."""
     work = work.resolve()
     shutil.copytree(fetched(), work / "smollm2", dirs_exist_ok=True)
+    items = [sys.executable, HERE / "benchmark_items.py", work / "items"]
+    subprocess.run(items, check=True)
     for name in ("docs", "benchmarks"):
         (work / name).symlink_to(HERE.parent / name)
     for command in commands():

@@ -9,7 +9,9 @@ which holds every value of every such block exactly, and written as any other ch
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import shutil
 import sys
 from importlib.util import find_spec
@@ -96,6 +98,32 @@ def _check(file: Path) -> None:
         )
 
 
+def _passed_over(file: Path, model: Any) -> list[str]:
+    """Faults of what a file holds and the library passes over without a word: a scaling of the rotary
+    frequencies (Llama 3, YaRN, LongRoPE), and tensors beyond those of the model that it made."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    factors = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_")]
+    scaling = [key for key in reader.fields if key.endswith(".rope.scaling.type")]
+    kinds = [str(reader.fields[key].contents()) for key in scaling]
+    scaled = [*factors, *(kind for kind in kinds if kind != "none")]
+    rotary = json.dumps(getattr(model.config, "rope_parameters", None) or {}, default=str)
+    learnt = re.findall(r'"rope_type": "(\w+)"', rotary)
+    faults = []
+    if scaled and set(learnt) <= {"default"}:
+        named = ", ".join(scaled)
+        faults.append(f"its rotary frequencies are scaled ({named}), which transformers passes over")
+    # a head that is tied all the same is there twice
+    apart = () if model.config.tie_word_embeddings is False else ("output.weight",)
+    inside = [tensor for tensor in reader.tensors if tensor.name not in (*factors, *apart)]
+    held = sum(int(tensor.n_elements) for tensor in inside)
+    made = sum(parameter.numel() for parameter in model.parameters())
+    if held > made:
+        faults.append(f"transformers passes over {held - made:,} of its {held:,} numbers")
+    return faults
+
+
 def _unpack(file: Path, folder: Path) -> None:
     """Write the model and the tokenizer of a GGUF file into `folder` as plain safetensors."""
     import torch
@@ -109,6 +137,7 @@ def _unpack(file: Path, folder: Path) -> None:
         "quantization_config": GgufConfig(dequantize=True),
         "dtype": torch.float32,
         "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are in the report then, which is checked below
     }
     try:
         with quietly():
@@ -118,7 +147,7 @@ def _unpack(file: Path, folder: Path) -> None:
             f"{file}: transformers cannot read this GGUF file ({in_one_line(fault)}); {WAY}"
         ) from None
     model, report = loaded
-    faults = loading_faults(report)
+    faults = [*loading_faults(report), *_passed_over(file, model)]
     UserError.collect(f"{file}: {fault}; {WAY}" for fault in faults)
     model.hf_quantizer = None  # with which the library refuses to save, though the weights are plain now
     # what the weights were, and the file's own title, which is no path

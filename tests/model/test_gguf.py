@@ -17,6 +17,7 @@ import outgrow.model.gguf
 from helpers.models import random_model
 from outgrow.growth import grow
 from outgrow.model.base.errors import UserError
+from outgrow.model.build import load_model
 from outgrow.model.checkpoint import SINGLE, locate
 from outgrow.model.gguf import unpacked
 
@@ -35,6 +36,7 @@ OUTSIDE = {
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
+KINDS = gguf.GGMLQuantizationType
 WORDS = [*map(chr, range(33, 126)), "ab", "<s>", "</s>"]
 
 
@@ -60,13 +62,33 @@ def turned(name: str, tensor: np.ndarray) -> np.ndarray:
     return tensor.reshape(heads, 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
 
 
-def write_gguf(path: Path, tensors: dict[str, np.ndarray], architecture: str = "llama") -> Path:
-    """Write a GGUF file of a llama, matrices in blocks of 8 bits."""
+def blocks_of(tensor: np.ndarray, kind: Any) -> np.ndarray:
+    """A tensor in blocks of a kind; any bits, where the package has no code that makes them."""
+    try:
+        return gguf.quants.quantize(tensor, kind)
+    except NotImplementedError:
+        entries, size = gguf.GGML_QUANT_SIZES[kind]
+        shape = (*tensor.shape[:-1], tensor.shape[-1] // entries * size)
+        return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_gguf(
+    path: Path,
+    tensors: dict[str, np.ndarray],
+    architecture: str = "llama",
+    matrices: str = "Q8_0",
+    more: dict[str, np.ndarray] | None = None,
+    scaling: str | None = None,
+) -> Path:
+    """Write a GGUF file of a llama, matrices in blocks of a kind, `more` under their own names."""
     writer = gguf.GGUFWriter(path, architecture)
+    hidden = tensors["model.norm.weight"].shape[0]
     writer.add_context_length(64)
-    writer.add_embedding_length(64)
+    writer.add_embedding_length(hidden)
     writer.add_block_count(2)
-    writer.add_feed_forward_length(96)
+    writer.add_feed_forward_length(96 if hidden == 64 else hidden)
+    if scaling is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -77,8 +99,10 @@ def write_gguf(path: Path, tensors: dict[str, np.ndarray], architecture: str = "
     writer.add_bos_token_id(94)
     writer.add_eos_token_id(95)
     for name, tensor in tensors.items():
-        kind = gguf.GGMLQuantizationType.Q8_0 if tensor.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(stored_name(name), gguf.quants.quantize(turned(name, tensor), kind), raw_dtype=kind)
+        kind = KINDS[matrices if tensor.ndim == 2 else "F32"]
+        writer.add_tensor(stored_name(name), blocks_of(turned(name, tensor), kind), raw_dtype=kind)
+    for name, tensor in (more or {}).items():
+        writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -112,6 +136,56 @@ def test_a_gguf_is_unpacked_to_the_values_of_its_blocks(file: Path, weights: dic
     assert "quantization_config" not in config
     assert (config["model_type"], config["hidden_size"], config["num_key_value_heads"]) == ("llama", 64, 2)
     assert (folder / "tokenizer.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # any bits may be a NaN's
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q5_1", "Q2_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])
+def test_blocks_of_every_kind_have_the_values_that_the_package_gives_them(kind: str, tmp_path: Path) -> None:
+    config = LLAMA | {"hidden_size": 256, "intermediate_size": 256}
+    weights = {name: tensor.float().numpy() for name, tensor in random_model(config).state_dict().items()}
+    held = load_file(locate(write_gguf(tmp_path / "tiny.gguf", weights, matrices=kind)) / SINGLE)
+    for name in ("lm_head.weight", "model.layers.1.mlp.down_proj.weight"):
+        values = gguf.quants.dequantize(blocks_of(weights[name], KINDS[kind]), KINDS[kind])
+        assert np.array_equal(held[name].numpy(), values, equal_nan=True), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "architecture"),
+    [("qwen2", "qwen2"), ("gemma3_text", "gemma3"), ("starcoder2", "starcoder2"), ("stablelm", "stablelm")],
+)
+def test_files_of_other_architectures_compute_what_their_models_do(
+    kind: str, architecture: str, tmp_path: Path
+) -> None:
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    model = random_model(LLAMA | {"model_type": kind, "head_dim": 16, "tie_word_embeddings": True}).float()
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", architecture)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(WORDS)
+    writer.add_token_merges(["a b"])
+    names = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    stored = gguf.get_tensor_name_map(names[architecture], 2)
+    for key, entry in GGUF_CONFIG_MAPPING[architecture].items():
+        value = getattr(model.config, entry or "", None)
+        write: dict[type, Any] = {int: writer.add_uint32, float: writer.add_float32}
+        if type(value) in write:
+            write[type(value)](f"{architecture}.{key}", value)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        added = 1 if kind == "gemma3_text" and name.endswith("norm.weight") else 0  # in llama.cpp's files
+        writer.add_tensor(stored.get_name(name, try_suffixes=(".weight", ".bias")), tensor.numpy() + added)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    read = load_model(unpacked(tmp_path / "tiny.gguf"))
+    assert read.config.model_type == kind
+    tokens = torch.arange(24)[None]
+    expected = model.eval()(input_ids=tokens).logits
+    assert torch.allclose(read.eval()(input_ids=tokens).logits, expected, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -168,6 +242,25 @@ def test_what_is_no_gguf_or_of_an_unknown_architecture_is_one_error(
         UserError, match=r"needs the package gguf; install the extra: pip install -e '\.\[gguf\]'"
     ):
         locate(strange)
+
+
+def test_what_the_library_would_pass_over_is_refused(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
+    """Without a word it drops the scaling of rotary frequencies, and tensors that its class has no place for."""
+    factors = {"rope_freqs.weight": np.full(8, 4, np.float32)}
+    with pytest.raises(UserError, match=r"rotary frequencies are scaled \(rope_freqs\.weight\)"):
+        locate(write_gguf(tmp_path / "factors.gguf", weights, more=factors))
+    with pytest.raises(UserError, match=r"rotary frequencies are scaled \(yarn\), which transformers passes"):
+        locate(write_gguf(tmp_path / "yarn.gguf", weights, scaling="yarn"))
+    bias = {"blk.0.attn_q.bias": np.ones(64, np.float32)}
+    with pytest.raises(UserError, match=r"transformers passes over 64 of its [\d,]+ numbers; give the"):
+        locate(write_gguf(tmp_path / "bias.gguf", weights, more=bias))
+    assert locate(write_gguf(tmp_path / "none.gguf", weights, scaling="none")).is_dir()
+
+
+def test_a_matrix_of_another_shape_is_named(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
+    weights["model.layers.1.mlp.up_proj.weight"] = np.ones((32, 64), np.float32)
+    with pytest.raises(UserError, match=r"mismatched keys: .*model\.layers\.1\.mlp\.up_proj\.weight"):
+        locate(write_gguf(tmp_path / "shape.gguf", weights))
 
 
 def test_a_gguf_that_lacks_a_weight_is_refused(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
