@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -131,6 +130,7 @@ def settings_from(arguments: list[str]) -> Settings:
 
 def run(settings: Settings) -> None:
     """Plan, or plan and grow, and say what came of it."""
+    from outgrow.growth.bars import bars
     from outgrow.growth.grow import grow, read_lesson
     from outgrow.growth.planning import plan
 
@@ -146,7 +146,7 @@ def run(settings: Settings) -> None:
         _print_outcome(grown_plan, None)
         _draw(settings, grown_plan, checkpoint)
         return
-    with _progress() as progress:
+    with bars() as (progress, learning):
         grown = grow(
             settings.source,
             str(settings.out),
@@ -163,6 +163,7 @@ def run(settings: Settings) -> None:
             nonfinite=settings.nonfinite,
             worker=None if settings.worker is None else str(settings.worker),
             progress=progress,
+            learning=learning,
             **settings.growth.arguments(),
         )
     if not grown.complete:
@@ -303,35 +304,6 @@ def _print_text(receipt: Receipt) -> None:
     Console(highlight=False, width=width).print(table)
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None] | None]:
-    """A callback (bytes done, bytes in all) that draws; None where there is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("growing"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("growing", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The door: a UserError is one message on stderr and exit status 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -358,7 +330,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print(
-            "stopped; nothing half-written was left behind as whole: the same command begins anew",
+            "stopped; nothing half-written was left behind as whole: the same command begins anew, or goes "
+            "on where it was learning",
             file=sys.stderr,
         )
         sys.exit(130)

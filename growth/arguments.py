@@ -60,6 +60,7 @@ EXPECTED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "nonfinite": (lambda value: value in ("refuse", "allow"), "'refuse' or 'allow'"),
     "worker": (lambda value: isinstance(value, str | None), "'i/n' or None"),
     "progress": (lambda value: value is None or callable(value), "a function or None"),
+    "learning": (lambda value: value is None or callable(value), "a function or None"),
 }
 
 

@@ -20,6 +20,7 @@ from outgrow.growth.engine.shards import MAX_SHARD_BYTES, write_index
 from outgrow.growth.engine.stream import Shards, shards_of, write_config, write_weights
 from outgrow.growth.engine.workers import Worker, agreement, publish_shared, shared_partial, write_share
 from outgrow.growth.folder import RECIPE, Place, complete_or_absent, files_in
+from outgrow.growth.learned.kept import remove_pieces
 from outgrow.growth.learned.lessons import KEPT, LEARNED
 from outgrow.growth.moments import OPTIMIZER, RULES, STATE, inexact, moments_plan
 from outgrow.growth.operators import options_of
@@ -107,6 +108,7 @@ def grow(
     nonfinite: Literal["refuse", "allow"] = "refuse",
     worker: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    learning: Callable[[float, float], None] | None = None,
     **options: Any,
 ) -> Grown:
     """Grow a checkpoint on disk into a larger one, streaming; `out` is complete or absent.
@@ -133,6 +135,8 @@ def grow(
         worker: `i/n`: write the i-th of n shares of the shards, while other processes write theirs
             (`growth.workers`).
         progress: called with (bytes done, bytes in all) after every tensor.
+        learning: called with (FLOPs done, FLOPs in all, an estimate) where an operator learns, before and
+            after each part.
 
     Raises:
         UserError: for everything that is wrong with what was given; nothing is left behind.
@@ -141,7 +145,7 @@ def grow(
         receipt_text=receipt_text,
         out=out, overwrite=overwrite, receipt=receipt, text=text, threads=threads,
         max_shard_bytes=max_shard_bytes, revision=revision,
-        optimizer=optimizer, nonfinite=nonfinite, worker=worker, progress=progress,
+        optimizer=optimizer, nonfinite=nonfinite, worker=worker, progress=progress, learning=learning,
     )  # fmt: skip
     if operator in LEARNED and "text" in options_of(operator):
         options["text"] = None if text is None else str(text)
@@ -179,7 +183,7 @@ def grow(
             if adam is not None:
                 _write_adam(folder, decided, adam, max_shard_bytes, **how)
             beside.copy(folder)
-            learned = _learn(decided, reader, checkpoint, folder, lesson, state, progress)
+            learned = _learn(decided, reader, checkpoint, folder, lesson, state, learning)
             verify_structure(folder, decided)
             measured = None
             if _is_measured(receipt, text, decided, checkpoint):
@@ -205,7 +209,7 @@ def grow(
                 measured, learned = complete(folder)
             grown = Grown(out, decided, measured, notes=notes, learned=learned)
     if grown.learned is not None:
-        state.unlink(missing_ok=True)
+        remove_pieces(state)
     return grown
 
 

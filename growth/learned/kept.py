@@ -1,82 +1,109 @@
-"""The state of maps that learn step by step, beside the unfinished folder: a killed growth goes on from it.
+"""Pieces of what a growth has learned, beside the unfinished folder: a killed growth goes on from them.
 
-`<out>.learning.safetensors` is replaced whole, and removed when the folder is complete. It is used only where
-everything that decides the result is the same, so that a growth that was stopped ends with the same bits.
+Each piece is one file of the folder `<out>.learning`, written whole, and all go when `out` is complete. One
+is used only where everything that decides the result is the same, so that a growth that was killed ends with
+the same bits.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.numpy import save_file
 
+from outgrow.growth.engine.execute import Reader
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import whole_file
 
-SECONDS = 60.0  # between two states
-MOMENTS = ("exp_avg", "exp_avg_sq")
+ENDING = ".safetensors"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Kept:
-    """The state of AdamW's parameters and what it has seen so far.
+    """The pieces of one growth.
 
     Attributes:
         key: a fingerprint of everything that decides the result.
     """
 
-    file: Path
+    folder: Path
     key: str
-    _saved: float = field(default_factory=time.monotonic)
 
-    def save(self, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
-        """Keep the state after a step, one loss for each so far; seldom enough that it costs little."""
-        if time.monotonic() - self._saved < SECONDS:
-            return
-        told = {"growth": self.key, "losses": json.dumps(losses)}
-        with whole_file(self.file) as partial:
-            save_file(dict(self._tensors(optimizer)), partial, told)
-        self._saved = time.monotonic()
-
-    def _tensors(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-        """Name every value and its moments by the number of the parameter."""
-        for number, parameter in enumerate(optimizer.param_groups[0]["params"]):
-            yield f"{number}.value", parameter.detach()
-            for moment in MOMENTS:
-                yield f"{number}.{moment}", optimizer.state[parameter][moment]
-
-    def restore(self, optimizer: torch.optim.Optimizer) -> list[float]:
-        """Put the optimizer and its parameters where they were kept; the loss of every step so far.
+    def check(self) -> None:
+        """Look whether the folder holds nothing but pieces, of this growth or another.
 
         Raises:
-            UserError: another file is in the way.
+            UserError: something else is in the way.
         """
-        if not self.file.exists():
-            return []
-        try:
-            with safe_open(self.file, "pt") as opened:
-                told = opened.metadata() or {}
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError):
-            told, tensors = {}, {}
-        if "growth" not in told:
+        if not self.folder.exists():
+            return
+        if not self.folder.is_dir() or any(map(_is_foreign, self.folder.iterdir())):
             raise UserError(
-                f"out: {self.file} is in the way and holds no state of a growth; move it, or choose another "
-                "folder"
+                f"out: {self.folder} is in the way and holds no state of a growth; move it, or choose "
+                "another folder"
             )
-        if told["growth"] != self.key:
-            return []
-        losses: list[float] = json.loads(told["losses"])
-        for number, parameter in enumerate(optimizer.param_groups[0]["params"]):
-            with torch.no_grad():
-                parameter.copy_(tensors[f"{number}.value"])
-            moments = {moment: tensors[f"{number}.{moment}"] for moment in MOMENTS}
-            optimizer.state[parameter] = {"step": torch.tensor(float(len(losses))), **moments}
-        return losses
+
+    def put(self, piece: str, arrays: Mapping[str, np.ndarray], told: Any) -> None:
+        """Keep arrays by name and whatever JSON can say."""
+        metadata = {"growth": self.key, "told": json.dumps(told)}
+        self.folder.mkdir(exist_ok=True)
+        with whole_file(self._file(piece)) as partial:
+            save_file(dict(arrays), partial, metadata)
+
+    def get(self, piece: str) -> tuple[dict[str, np.ndarray], Any] | None:
+        """The arrays of a piece and what was said of them; None where this growth has kept none."""
+        file = self._file(piece)
+        if not file.exists():
+            return None
+        metadata = _metadata(file)
+        if metadata.get("growth") != self.key:
+            return None
+        with safe_open(file, "np") as opened:
+            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        return arrays, json.loads(metadata["told"])
+
+    def _file(self, piece: str) -> Path:
+        return self.folder / f"{piece}{ENDING}"
+
+
+def remove_pieces(folder: Path) -> None:
+    """Remove a folder of pieces, if there is one; anything else in it stays."""
+    if not folder.is_dir():
+        return
+    for file in folder.iterdir():
+        if not _is_foreign(file):
+            file.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _is_foreign(file: Path) -> bool:
+    """Check for what is neither a piece nor the beginning of one that a kill left behind."""
+    if file.name.endswith(f"{ENDING}.partial"):
+        return False
+    return file.suffix != ENDING or "growth" not in _metadata(file)
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    """What is said of a file's tensors; nothing where it is no file of tensors."""
+    try:
+        with safe_open(file, "np") as opened:
+            return opened.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
+def fingerprint(reader: Reader, names: Iterable[str]) -> str:
+    """Hash the names and values of tensors, one in memory at a time."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(name.encode())
+        digest.update(reader.read(name).tobytes())
+    return digest.hexdigest()

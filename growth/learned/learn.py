@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from outgrow.growth.engine.execute import Reader
+from outgrow.growth.learned.kept import Kept, fingerprint
 from outgrow.growth.learned.lesa import predict_layers
 from outgrow.growth.learned.lessons import LeastSquares, Lesa, Ligo
 from outgrow.growth.learned.ligo import learn_maps
@@ -44,14 +45,14 @@ def learn(
     folder: Path,
     text: Calibration | None,
     state: Path,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[float, float], None] | None = None,
 ) -> dict[str, Any]:
     """Fit what a plan has written in `folder`, and return the record of it.
 
     Args:
         reader: of the `source`'s tensors.
-        state: a file beside the folder, for what learns step by step.
-        progress: called with (bytes done, bytes in all), as if the target were written once more.
+        state: a folder beside it, for what is learned so far.
+        progress: called with (FLOPs done, FLOPs in all) before the first part and after each.
 
     Returns:
         text, its hash, tokens, steps, FLOPs, and the losses (nats per token) on the windows held out: the
@@ -61,13 +62,17 @@ def learn(
     lesson, layers = plan.lesson, plan.layers
     written = Written(folder)
     values = values_of(reader, source.tensors)
+    read = "" if text is None else text.sha256
+    kept = Kept(state, f"{plan.hash} {read} {fingerprint(reader, source.tensors)}")
+    kept.check()
 
-    def share(done: int, parts: int) -> None:
+    def share(done: float, flops: float) -> None:
         if progress is not None:
-            progress(plan.target_bytes * done // parts, plan.target_bytes)
+            progress(done, flops)
 
     if isinstance(lesson, Lesa):
-        return {"operator": plan.operator, **predict_layers(plan, lesson, values, written, folder, share)}
+        took = predict_layers(plan, lesson, values, written, folder, kept, share)
+        return {"operator": plan.operator, **took}
     assert isinstance(lesson, LeastSquares | Ligo)
     assert text is not None
 
@@ -77,20 +82,12 @@ def learn(
             OnDisk(plan.target_config, written.values, written.tensors, layers.target),
         )
 
-    parts = layers.target
-    if isinstance(lesson, Ligo):
-        parts = lesson.steps
-
-    def tell(part: int) -> None:
-        share(part + 1, parts)
-
     held = torch.from_numpy(text.held)
-    with torch.no_grad():
-        losses = [model.loss(held) for model in models()]
+    losses = _losses_before(kept, models, held)
     if isinstance(lesson, Ligo):
-        took = learn_maps(plan, lesson, values, written, text, state, tell)
+        took = learn_maps(plan, lesson, values, written, text, kept, share)
     else:
-        took = fit(plan, lesson.ridge, *models(), written, text, folder, tell)
+        took = fit(plan, lesson.ridge, *models(), written, text, folder, kept, share)
     with torch.no_grad():
         losses.append(models()[1].loss(held))
     names = ("loss_source", "loss_before", "loss_after")
@@ -103,3 +100,17 @@ def learn(
         **dict(zip(names, losses, strict=True)),
         **took,
     }
+
+
+def _losses_before(
+    kept: Kept, models: Callable[[], tuple[OnDisk, OnDisk]], held: torch.Tensor
+) -> list[float]:
+    """The source's loss on the windows held out, and that of what was written."""
+    piece = kept.get("before")
+    if piece is not None:
+        _, losses = piece
+        return list(losses)
+    with torch.no_grad():
+        losses = [model.loss(held) for model in models()]
+    kept.put("before", {}, losses)
+    return losses

@@ -9,6 +9,7 @@ model.
 
 Memory, for one kind at a time: Σ Wᵢ Wᵢᵀ (the Gram matrix, summed layer by layer) and its eigenvectors in
 float64, o × o each, and the V of three layers; the V of all layers lie in the unfinished folder meanwhile.
+What was predicted of a kind is kept (`kept.py`): after a kill, the same growth goes on with the next.
 
 Shapes:
     o, i: outputs and inputs of a matrix
@@ -32,10 +33,11 @@ from torch import Tensor, nn
 from outgrow.growth.decision import Step, source_names
 from outgrow.growth.engine.execute import Expander
 from outgrow.growth.engine.seeding import generator
+from outgrow.growth.learned.kept import Kept
 from outgrow.growth.learned.lessons import LEAST_LAYERS, Lesa
 from outgrow.growth.learned.on_disk import Values, Written
 from outgrow.growth.plan import Plan
-from outgrow.model.dtypes import to_float, to_raw
+from outgrow.model.dtypes import to_raw
 
 NOISE_FLOOR = 1e-7  # of the largest singular value: below it the Gram matrix holds rounding alone
 
@@ -138,6 +140,18 @@ class Kind:
         """(o, i) of a source tensor."""
         return values(name).T if self.turned else values(name)
 
+    def flops(self, outputs: int, inputs: int, lesson: Lesa) -> tuple[float, float, float]:
+        """FLOPs of the basis and V of matrices of that size, of an epoch, and of the new layers."""
+        size = outputs * inputs
+        layers, hidden = len(self.names), lesson.hidden
+        gram_and_v = 4.0 * layers * size * outputs
+        eigenvectors = 9.0 * outputs**3
+        weights = 2 * inputs * hidden + hidden**2 + hidden * inputs
+        parameters = weights + 2 * hidden + inputs
+        epoch = 6.0 * parameters * outputs * (layers - 2)
+        turning_back = 2.0 * outputs * size * len(self.new)
+        return gram_and_v + eigenvectors, epoch, turning_back
+
 
 def kinds_of(plan: Plan) -> tuple[dict[str, Kind], list[str]]:
     """The kinds of matrices that new layers have, by the name in the first layer, and the target tensors that
@@ -205,46 +219,74 @@ class Coordinates:
 
 @dataclass
 class Learning:
-    """What all kinds share; `flops` and `steps` add up."""
+    """What all kinds share.
+
+    Attributes:
+        tell: called with the FLOPs of each part, when it is done.
+    """
 
     plan: Plan
     lesson: Lesa
     values: Values
     written: Written
-    tell: Callable[[], None]
-    steps: int = 0
-    flops: float = 0.0
+    kept: Kept
+    tell: Callable[[float], None]
 
     def __post_init__(self) -> None:
         wide = any(stored.dtype == "F64" for stored in self.written.tensors.values())
         self.dtype = torch.float64 if wide else torch.float32
 
     def kind(self, kind: Kind, place: Path) -> dict[str, Any]:
-        """Learn one kind and write its new layers; its losses."""
-        basis = Basis.of(kind.stored(self.values, name) for name in kind.names)
+        """Learn one kind and write its new layers, or put back those that an earlier growth has kept; the
+        steps and losses of it.
+        """
+        name = kind.names[0]
+        kept = self.kept.get(name)
+        if kept is not None:
+            arrays, told = kept
+            for tensor, raw in arrays.items():
+                self.written.write_raw(tensor, raw)
+            return dict(told)
+        told = self.predicted(kind, place)
+        raw_of = {step.name: self.written.raw(step.name) for step, _ in kind.new}
+        self.kept.put(name, raw_of, told)
+        return told
+
+    def predicted(self, kind: Kind, place: Path) -> dict[str, Any]:
+        """Learn one kind and write its new layers; the steps and losses of it."""
+        name = kind.names[0]
+        outputs, inputs = kind.stored(self.values, name).shape
+        of_basis, of_epoch, of_layers = kind.flops(outputs, inputs, self.lesson)
+        basis = Basis.of(kind.stored(self.values, each) for each in kind.names)
         rows = Coordinates.of(kind, basis, self.values, place, self.dtype)
-        _, outputs, inputs = rows.held.shape
-        self.flops += 4.0 * rows.held.size * outputs  # the Gram matrix, and V
-        self.flops += 9.0 * outputs**3  # eigenvectors
-        self.tell()
-        seed = generator(self.plan.growth.seed, "lesa", kind.names[0]).integers(1 << 62)
+        self.tell(of_basis)
+        seed = generator(self.plan.growth.seed, "lesa", name).integers(1 << 62)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(seed))
             predictor = Predictor(inputs, self.lesson.hidden, self.lesson.start).to(self.dtype)
-        epochs = self.learn(predictor, rows, kind.names[0])
+        steps, epochs = self.learn(predictor, rows, name, of_epoch)
         for step, before in kind.new:
             with torch.no_grad():
                 between = predictor(rows[before], rows[before + 1])
-            self.write(step, kind, basis.matrix(between.double().numpy() * rows.unit))
-            self.flops += 2.0 * outputs * between.numel()
-        return {"neighbours": rows.error(_mean), "learned": rows.error(predictor), "epochs": epochs}
+            coordinates = between.double().numpy() * rows.unit
+            self.write(step, kind, basis.matrix(coordinates))
+        self.tell(of_layers)
+        missed = {"neighbours": rows.error(_mean), "learned": rows.error(predictor)}
+        return {"steps": steps, "losses": {**missed, "epochs": epochs}}
 
-    def learn(self, predictor: Predictor, rows: Coordinates, name: str) -> list[float]:
-        """Learn every inner layer from its neighbours, some rows at a time; the mean loss of each epoch."""
+    def learn(
+        self, predictor: Predictor, rows: Coordinates, name: str, flops: float
+    ) -> tuple[int, list[float]]:
+        """Learn every inner layer from its neighbours, some rows at a time; steps, and mean losses of epochs.
+
+        Args:
+            flops: of an epoch.
+        """
         optimizer = torch.optim.AdamW(predictor.parameters(), self.lesson.learning_rate)
         drawn = generator(self.plan.growth.seed, "lesa", name, "order")
-        parameters = sum(parameter.numel() for parameter in predictor.parameters())
-        outputs, epochs = rows.held.shape[1], []
+        outputs = rows.held.shape[1]
+        steps = 0
+        epochs = []
         for _ in range(self.lesson.epochs):
             losses: list[float] = []
             for layer in drawn.permutation(np.array(rows.inner)):
@@ -258,19 +300,20 @@ class Learning:
                     optimizer.step()
                     losses.append(float(loss.detach()))
             epochs.append(sum(losses) / len(losses))
-            self.steps += len(losses)
-            self.flops += 6.0 * parameters * outputs * len(rows.inner)
-            self.tell()
-        return epochs
+            steps += len(losses)
+            self.tell(flops)
+        return steps, epochs
 
     def write(self, step: Step, kind: Kind, matrix: np.ndarray) -> None:
         """Put a predicted matrix in its place, grown in width as any source tensor is."""
         assert step.source is not None
-        stored = np.ascontiguousarray(matrix.T if kind.turned else matrix)
-        raw = to_raw(stored, self.plan.source_dtype(step.source))
+        turned = matrix.T if kind.turned else matrix
+        stored = np.ascontiguousarray(turned)
+        source_dtype = self.plan.source_dtype(step.source)
+        one = _One(to_raw(stored, source_dtype))
         alone = replace(step, beside=None)
-        grown = Expander(self.plan, alone, _One(raw)).complete()
-        self.written.write(step.name, to_float(grown, self.plan.dtype(step)))
+        grown = Expander(self.plan, alone, one).complete()
+        self.written.write_raw(step.name, grown)
 
 
 def _mean(before: Tensor, after: Tensor) -> Tensor:
@@ -293,26 +336,43 @@ def predict_layers(
     values: Values,
     written: Written,
     folder: Path,
-    progress: Callable[[int, int], None],
+    kept: Kept,
+    progress: Callable[[float, float], None],
 ) -> dict[str, Any]:
-    """Predict the matrices of a plan's new layers and write them in `folder`; return the record of it."""
+    """Predict the matrices of a plan's new layers and write them in `folder`; return the record of it.
+
+    Args:
+        progress: called with (FLOPs done, FLOPs in all).
+    """
     kinds, means = kinds_of(plan)
-    done, parts = 0, len(kinds) * (1 + lesson.epochs)
+    flops_of = {name: _flops(kind, values, lesson) for name, kind in kinds.items()}
+    total = sum(flops_of.values())
+    done = 0.0
 
-    def tell() -> None:
+    def tell(flops: float) -> None:
         nonlocal done
-        done += 1
-        progress(done, parts)
+        done += flops
+        progress(done, total)
 
-    learning = Learning(plan, lesson, values, written, tell)
-    losses: dict[str, dict[str, Any]] = {}
+    tell(0.0)
+    learning = Learning(plan, lesson, values, written, kept, tell)
+    told: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory(prefix="layers-", dir=folder) as place:
         for name, kind in kinds.items():
-            losses[name] = learning.kind(kind, Path(place) / "coordinates.npy")
+            before = done
+            told[name] = learning.kind(kind, Path(place) / "coordinates.npy")
+            tell(before + flops_of[name] - done)  # nothing but where the kind was kept
     return {
-        "steps": learning.steps,
-        "losses": losses,
+        "steps": sum(each["steps"] for each in told.values()),
+        "losses": {name: each["losses"] for name, each in told.items()},
         "matrices": sum(len(kind.new) for kind in kinds.values()),
         "means": len(means),
-        "flops": learning.flops,
+        "flops": total,
     }
+
+
+def _flops(kind: Kind, values: Values, lesson: Lesa) -> float:
+    """FLOPs of learning a kind and predicting its new layers."""
+    outputs, inputs = kind.stored(values, kind.names[0]).shape
+    basis, epoch, layers = kind.flops(outputs, inputs, lesson)
+    return basis + epoch * lesson.epochs + layers

@@ -15,7 +15,7 @@ from outgrow.model.keys import is_number
 
 STARTS = ("exact", "random")
 PREDICTIONS = ("mean", "random")
-KEPT = ".learning.safetensors"  # ends the name of the state that is kept beside an unfinished folder
+KEPT = ".learning"  # ends the name of the folder of what is kept beside an unfinished one
 LEAST_LAYERS = 3  # of a source whose layers are predicted from their neighbours
 MOST_TOKENS = 1 << 24  # whose activations in one layer are held at once
 

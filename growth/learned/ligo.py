@@ -7,7 +7,7 @@ fixed plan's maps (a gain at the index that is copied, the mean as 1/n each), so
 that operator's does. The rows that hold the source's own indices stay; all others learn. Over the residual
 stream one map for each side serves the whole network, over heads and feed-forward units one for each layer.
 Both models are in memory, and the maps with AdamW's moments. A growth that was stopped goes on from the state
-that it kept (`kept.py`).
+that it kept (`maps_state.py`).
 
 Shapes:
     n, N: one axis of a source tensor, and of the target's
@@ -16,10 +16,8 @@ Shapes:
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from math import prod, sqrt
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +28,7 @@ from outgrow.growth.decision import Step, source_names
 from outgrow.growth.expansion import AxisMap, Fill
 from outgrow.growth.learned.kept import Kept
 from outgrow.growth.learned.lessons import Ligo
+from outgrow.growth.learned.maps_state import MapsState
 from outgrow.growth.learned.on_disk import Values, Written
 from outgrow.growth.learned.squares import mapped
 from outgrow.growth.learned.text import Calibration
@@ -179,15 +178,6 @@ class Learner(nn.Module):
                 rows.grad *= self._frozen[number]
 
     @property
-    def fingerprint(self) -> str:
-        """Of the source's weights and of what the maps are computed in."""
-        digest = hashlib.sha256(str(self.dtype).encode())
-        for name, values in sorted(self._source.items()):
-            digest.update(name.encode())
-            digest.update(values.numpy().tobytes())
-        return digest.hexdigest()
-
-    @property
     def flops(self) -> float:
         """FLOPs of making the weights once."""
         total = 0.0
@@ -223,13 +213,13 @@ def learn_maps(
     values: Values,
     written: Written,
     text: Calibration,
-    state: Path,
-    progress: Callable[[int], None],
+    kept: Kept,
+    progress: Callable[[float, float], None],
 ) -> dict[str, Any]:
     """Learn the maps of a plan on text and write the weights that they make; return what it took.
 
     Args:
-        state: the file that a state is kept in meanwhile.
+        progress: called with (FLOPs done, FLOPs in all).
 
     Raises:
         UserError: the loss is not finite.
@@ -246,8 +236,13 @@ def learn_maps(
     optimizer = torch.optim.AdamW(learned, lesson.learning_rate, weight_decay=0.0)
     length = text.fit.shape[1]
     rows = max(1, lesson.batch_tokens // length)
-    kept = Kept(state, f"{plan.hash} {text.sha256} {learner.fingerprint}")
-    losses = kept.restore(optimizer)
+    state = MapsState(kept)
+    losses = state.restore(optimizer)
+    of_passes = flops_per_token(plan.target_config, length) * rows * length
+    of_weights = 3 * learner.flops
+    flops = of_passes + of_weights  # of a step
+    paid = flops * lesson.steps
+    progress(flops * len(losses), paid)
     for step in range(len(losses), lesson.steps):
         first = step * rows
         numbers = np.arange(first, (step + 1) * rows)
@@ -268,13 +263,10 @@ def learn_maps(
         rate = lesson.learning_rate * rise * rest
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
-        kept.save(optimizer, losses)
-        progress(step)
+        state.save(optimizer, losses)
+        progress(flops * len(losses), paid)
     with torch.no_grad():
         for name, tensor in learner.grown():
             written.write(name, tensor.numpy())
     read = lesson.steps * rows * length
-    of_passes = flops_per_token(plan.target_config, length) * read
-    of_weights = 3 * learner.flops * lesson.steps
-    paid = of_passes + of_weights
     return {"steps": lesson.steps, "tokens_read": read, "losses": losses, "flops": paid}

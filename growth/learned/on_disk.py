@@ -39,21 +39,30 @@ class Written:
     def __init__(self, folder: Path) -> None:
         self.tensors = tensor_table(folder)
 
-    def values(self, name: str) -> np.ndarray:
-        """A tensor's values, in the working type."""
+    def raw(self, name: str) -> np.ndarray:
+        """A tensor's raw bits, in its own shape."""
         stored = self.tensors[name]
         count = prod(stored.shape)
-        raw_type = RAW[stored.dtype]
-        raw = np.fromfile(stored.file, raw_type, count, offset=stored.offset)
-        return to_float(raw, stored.dtype).reshape(stored.shape)
+        raw = np.fromfile(stored.file, RAW[stored.dtype], count, offset=stored.offset)
+        return raw.reshape(stored.shape)
+
+    def values(self, name: str) -> np.ndarray:
+        """A tensor's values, in the working type."""
+        dtype = self.tensors[name].dtype
+        return to_float(self.raw(name), dtype)
+
+    def write_raw(self, name: str, raw: np.ndarray) -> None:
+        """Put raw bits in a tensor's place."""
+        stored = self.tensors[name]
+        with stored.file.open("r+b") as file:
+            file.seek(stored.offset)
+            file.write(np.ascontiguousarray(raw).data.cast("B"))
 
     def write(self, name: str, values: np.ndarray) -> np.ndarray:
         """Put values in a tensor's place; return them as they are stored, rounded."""
         stored = self.tensors[name]
-        raw = np.ascontiguousarray(to_raw(values, stored.dtype))
-        with stored.file.open("r+b") as file:
-            file.seek(stored.offset)
-            file.write(raw.data.cast("B"))
+        raw = to_raw(values, stored.dtype)
+        self.write_raw(name, raw)
         return to_float(raw, stored.dtype).reshape(stored.shape)
 
 
@@ -178,9 +187,9 @@ class OnDisk:
     def loss(self, tokens: Tensor) -> float:
         """The mean loss of the next token, nats per token: (row, position)."""
         logits = self.model(input_ids=tokens, use_cache=False).logits[:, :-1]
-        logits = logits.flatten(0, 1).double()
-        following = tokens[:, 1:].flatten()
-        return float(nn.functional.cross_entropy(logits, following))
+        rows = zip(logits, tokens[:, 1:], strict=True)  # one of them in float64 at a time
+        losses = [nn.functional.cross_entropy(row.double(), following) for row, following in rows]
+        return float(torch.stack(losses).mean())
 
 
 def values_of(reader: Any, stored: Mapping[str, Any]) -> Values:

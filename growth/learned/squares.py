@@ -4,7 +4,8 @@ One forward pass of the target over all calibration text does it: when the pass 
 are known; it is fitted, written in its place and used. The source's layer of the same weights runs just
 before, on its own inputs, which a first pass of the source has left on disk. Memory: a layer of each model,
 the activations of the text in it, and three square matrices in float64 as large as the widest input (the
-feed-forward size) squared. A pass that was stopped begins anew.
+feed-forward size) squared. The layers that a pass has fitted are kept (`kept.py`): after a kill, the same
+growth runs them as they are and goes on with the next.
 
 Shapes:
     t: tokens of calibration text
@@ -28,12 +29,15 @@ from torch import Tensor, nn
 
 from outgrow.growth.decision import Step
 from outgrow.growth.expansion import AxisMap, Fill
+from outgrow.growth.learned.kept import Kept
 from outgrow.growth.learned.on_disk import OnDisk, Values, Written
 from outgrow.growth.learned.text import Calibration
 from outgrow.growth.plan import Plan
 from outgrow.model.geometry import flops_per_token
 
-CHUNK = 1024  # tokens that are summed in float64 at a time
+CHUNK = 256  # tokens that are summed in the type of the activations; their sums in float64
+BLOCKS = 4  # of a Gram matrix's columns: above those on its diagonal it is not computed
+HEAD = "head"
 FITTED = (Fill.COPY, Fill.MEAN, Fill.ZERO)  # rows that the source says something about
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a layer beside its hidden states
@@ -45,8 +49,19 @@ def products(one: Tensor, other: Tensor) -> Tensor:
     own = one.split(CHUNK)
     parts = zip(own, other.split(CHUNK), strict=True)
     for left, right in parts:
-        total += left.double().T @ right.double()
+        total += left.T @ right
     return total
+
+
+def lower_gram(rows: Tensor) -> Tensor:
+    """Σ over tokens of row·rowᵀ, float64, its lower triangle: (t, i) → (i, i)."""
+    size = rows.shape[1]
+    total = torch.zeros(size, size, dtype=torch.float64)
+    width = -(-size // BLOCKS)
+    for first in range(0, size, width):
+        below, own = rows[:, first:], rows[:, first : first + width]
+        total[first:, first : first + width] = products(below, own)
+    return total.tril_()
 
 
 @dataclass
@@ -64,30 +79,37 @@ class Inputs:
     ridge: float
 
     def __post_init__(self) -> None:
-        self._gram = products(self.read, self.read)
+        gram = lower_gram(self.read)
+        mean_square = float(gram.diagonal().mean())
+        self._pull = self.ridge * mean_square or 1.0  # inputs may be all zero
+        gram.diagonal().add_(self._pull)
+        self._factor = torch.linalg.cholesky(gram)
         self._cross = products(self.read, self.seen)
-        mean_square = float(self._gram.diagonal().mean())
-        pull = self.ridge * mean_square or 1.0  # inputs may be all zero
-        unit = torch.eye(len(self._gram)).double()
-        regular = self._gram + pull * unit
-        self._factor = torch.linalg.cholesky(regular)
 
     def fit(self, start: Tensor, wanted: Tensor) -> Tensor:
         """Minimise ‖W x − wanted y‖² + λ‖W − start‖² over the tokens' inputs x, y: (o, i), (o, s) → (o,
         i)."""
+        # W (Σ x xᵀ + λ) = wanted Σ y xᵀ + λ start
         aim = self._cross @ wanted.T
-        residual = aim - self._gram @ start.T
-        return start + torch.cholesky_solve(residual, self._factor).T
+        aim += self._pull * start.T
+        return torch.cholesky_solve(aim, self._factor).T
 
-    def flops(self, rows: int) -> float:
-        """FLOPs of the sums and the factor (`rows` 0), or of fitting one matrix of so many rows."""
-        size = len(self._gram)
-        tokens = len(self.read)
-        if rows:
-            return 4.0 * rows * size**2
-        widths = sum(self._cross.shape)
-        sums = 2.0 * tokens * size * widths
-        return sums + size**3 / 3
+    def flops(self) -> float:
+        """FLOPs of the sums and the factor."""
+        inputs, source_inputs = self._cross.shape
+        return sum_flops(len(self.read), inputs, source_inputs)
+
+
+def sum_flops(tokens: int, inputs: int, source_inputs: int) -> float:
+    """FLOPs of the sums over tokens and of the factor, which matrices share that read the same."""
+    gram = tokens * inputs**2 * (1 + 1 / BLOCKS)
+    cross = 2.0 * tokens * inputs * source_inputs
+    return gram + cross + inputs**3 / 3
+
+
+def fit_flops(outputs: int, inputs: int, source_inputs: int) -> float:
+    """FLOPs of fitting one matrix once the sums are there."""
+    return 2.0 * outputs * inputs * (inputs + source_inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +220,10 @@ class Fitting:
 
     Attributes:
         scratch: a folder for the inputs of the source's layers.
-        fitted, flops: matrices so far, and what fitting them took.
+        kept: the layers that an earlier pass has fitted.
+        names, fits, flops: tensors and matrices that were fitted since the last piece was kept, and what that
+            took.
+        fitted, paid: matrices and FLOPs of all pieces.
     """
 
     plan: Plan
@@ -207,29 +232,76 @@ class Fitting:
     target: OnDisk
     written: Written
     scratch: Path
-    fitted: int = 0
+    kept: Kept
+    names: list[str] = field(default_factory=list)
+    fits: int = 0
     flops: float = 0.0
+    fitted: int = 0
+    paid: float = 0.0
+    _done: set[str] = field(default_factory=set)  # names of pieces
     _calls: dict[int, _Call] = field(default_factory=dict)
     _seen: dict[str, Tensor] = field(default_factory=dict)  # source tensor → what its module read
     _last: tuple[Tensor, Tensor, Inputs] | None = None
 
     def run(self, tokens: Tensor, progress: Callable[[int], None]) -> None:
-        """Fit every matrix of the layers, and the output head where it is a matrix of its own."""
+        """Fit every matrix of the layers, and the output head where it is a matrix of its own.
+
+        Args:
+            progress: called with how many of the target's layers are fitted, before each and at the end.
+        """
         matrix_of = matrices(self.plan)
+        for number in range(len(self.target.layers)):
+            self._put_back(_piece(number))
+        self._put_back(HEAD)
         with self._keeping_inputs():
             source_end = self.source.to_head(tokens)
         for number, layer in enumerate(self.target.layers):
-            layer.register_forward_pre_hook(self._source_first(number, progress), prepend=True)
-            modules = self.target.matrices(layer)
-            for module, weight in modules.items():
-                if weight in matrix_of:
-                    module.register_forward_pre_hook(self._fitted_first(matrix_of[weight]))
+            if _piece(number) not in self._done:
+                self._watch(number, layer, matrix_of, progress)
         end = self.target.to_head(tokens)
+        progress(len(self.target.layers))
+        if HEAD not in self._done:
+            self._fit_head(matrix_of, source_end, end)
+
+    def _watch(
+        self, number: int, layer: nn.Module, matrix_of: dict[str, Matrix], progress: Callable[[int], None]
+    ) -> None:
+        """Have a layer of the target fitted when the pass comes to it, and kept when it has answered."""
+        layer.register_forward_pre_hook(self._source_first(number, progress), prepend=True)
+        modules = self.target.matrices(layer)
+        for module, weight in modules.items():
+            if weight in matrix_of:
+                module.register_forward_pre_hook(self._fitted_first(matrix_of[weight]))
+        layer.register_forward_hook(lambda *_: self._keep(_piece(number)))
+
+    def _put_back(self, piece: str) -> None:
+        """Write what an earlier pass has fitted in its place, if it was kept."""
+        kept = self.kept.get(piece)
+        if kept is None:
+            return
+        arrays, told = kept
+        for name, raw in arrays.items():
+            self.written.write_raw(name, raw)
+        self._count(told)
+        self._done.add(piece)
+
+    def _keep(self, piece: str) -> None:
+        """Keep what was fitted since the last piece."""
+        raw = {name: self.written.raw(name) for name in self.names}
+        told = {"matrices": self.fits, "flops": self.flops}
+        self.kept.put(piece, raw, told)
+        self._count(told)
+        self.names, self.fits, self.flops = [], 0, 0.0
+
+    def _count(self, told: dict[str, Any]) -> None:
+        """Add up what is said of a piece."""
+        self.fitted += told["matrices"]
+        self.paid += told["flops"]
+
+    def _fit_head(self, matrix_of: dict[str, Matrix], source_end: Tensor | None, end: Tensor | None) -> None:
+        """Fit the output head, where both models have one of their own."""
         head = self.target.head
-        if head is None or end is None:
-            return
-        if self.source.head is None or source_end is None:
-            return
+        if head is None or end is None or self.source.head is None or source_end is None:
             return
         weight = self.target.matrices(head)[head]
         matrix = matrix_of[weight]
@@ -237,6 +309,7 @@ class Fitting:
         self._seen[matrix.source] = source_end
         self._fit(matrix, head, end)
         self.target.let_go(head)
+        self._keep(HEAD)
 
     def _hidden_file(self, number: int) -> Path:
         """Name the file of the hidden states that a layer of the source reads."""
@@ -310,13 +383,15 @@ class Fitting:
         wanted = matrix.wanted(self.source.values)
         start = torch.from_numpy(before)
         after = inputs.fit(start, torch.from_numpy(wanted))
-        self.flops += inputs.flops(len(after))
+        outputs, width = after.shape
+        self.flops += fit_flops(outputs, width, wanted.shape[1])
+        self.fits += 1
         fresh = ~np.isin(matrix.outputs.fill, FITTED)
         after[fresh] = torch.from_numpy(before[fresh])
         for parameter, name, values in matrix.parted(after.numpy()):
             stored = self.written.write(name, values)
             getattr(module, parameter).copy_(torch.from_numpy(stored))
-        self.fitted += 1
+            self.names.append(name)
 
     def _inputs(self, read: Tensor, seen: Tensor, biased: bool) -> Inputs:
         """The sums over tokens, made once for matrices that read the same."""
@@ -327,9 +402,14 @@ class Fitting:
         rows = _rows(read, biased)
         source_rows = _rows(seen, biased)
         inputs = Inputs(rows, source_rows, self.ridge)
-        self.flops += inputs.flops(0)
+        self.flops += inputs.flops()
         self._last = (read, seen, inputs)
         return inputs
+
+
+def _piece(number: int) -> str:
+    """Name what is kept of a layer of the target."""
+    return f"layer-{number}"
 
 
 def _rows(inputs: Tensor, biased: bool) -> Tensor:
@@ -349,16 +429,51 @@ def fit(
     written: Written,
     text: Calibration,
     folder: Path,
-    progress: Callable[[int], None],
+    kept: Kept,
+    progress: Callable[[float, float], None],
 ) -> dict[str, Any]:
-    """Fit the matrices that are written in `folder`; return what it took, for the record."""
+    """Fit the matrices that are written in `folder`; return what it took, for the record.
+
+    Args:
+        progress: called with (FLOPs done, FLOPs in all, estimated).
+    """
+    passes = _flops_of_passes(plan, text)
+    expected = passes + expected_flops(plan, text.fit.size)
+    layers = plan.layers.target
+
+    def tell(fitted: int) -> None:
+        progress(expected * fitted / layers, expected)
+
+    tell(0)
     with TemporaryDirectory(prefix="activations-", dir=folder) as scratch, torch.no_grad():
-        fitting = Fitting(plan, ridge, source, target, written, Path(scratch))
-        fitting.run(torch.from_numpy(text.fit), progress)
+        fitting = Fitting(plan, ridge, source, target, written, Path(scratch), kept)
+        fitting.run(torch.from_numpy(text.fit), tell)
+    return {"steps": 0, "matrices": fitting.fitted, "flops": fitting.paid + passes}
+
+
+def _flops_of_passes(plan: Plan, text: Calibration) -> float:
+    """FLOPs of a pass of the source, its layers once more for each of their copies, and one of the target."""
     length = text.fit.shape[1]
     once = flops_per_token(plan.source_config, length) / 3
+    again = once * plan.layers.target / plan.layers.source
     grown = flops_per_token(plan.target_config, length) / 3
-    again = once * plan.layers.target / plan.layers.source  # the source's layers run for each of their copies
-    flops = once + again + grown
-    passes = text.fit.size * flops
-    return {"steps": 0, "matrices": fitting.fitted, "flops": fitting.flops + passes}
+    return text.fit.size * (once + again + grown)
+
+
+def expected_flops(plan: Plan, tokens: int) -> float:
+    """Estimate the FLOPs of the fits, before any is made: matrices of a layer that stand side by side in its
+    schema and read the same axis are taken to read the same.
+    """
+    total = 0.0
+    last = None
+    for matrix in matrices(plan).values():
+        tensor = matrix.weight.tensor
+        reads = tensor.reads.index(True)
+        inputs, outputs = matrix.weight.shape[reads], matrix.weight.shape[1 - reads]
+        source_inputs = matrix.weight.maps[reads].source
+        total += fit_flops(outputs, inputs, source_inputs)
+        own = (tensor.layer, tensor.axes[reads])
+        if own != last:
+            total += sum_flops(tokens, inputs, source_inputs)
+        last = own
+    return total

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +23,7 @@ from outgrow.growth.__main__ import main
 from outgrow.growth.engine.seeding import generator
 from outgrow.growth.engine.tensors import expand
 from outgrow.growth.grow import recorded_plan
-from outgrow.growth.learned import kept
+from outgrow.growth.learned import maps_state, telling
 from outgrow.growth.learned.lesa import Basis
 from outgrow.growth.learned.lessons import LEARNED, Lesa
 from outgrow.growth.learned.ligo import Learner
@@ -172,10 +177,10 @@ def matrices(source: Path) -> list[Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("depth", ["stack", "proportional"])
 def test_a_layer_map_is_repaired_and_recorded(trained: Path, text: Path, tmp_path: Path, depth: str) -> None:
-    told: list[tuple[int, int]] = []
+    told: list[tuple[float, float]] = []
     grown = grow(
         trained, tmp_path / "out", target={"num_hidden_layers": 4}, operator="least_squares", depth=depth, text=text,
-        progress=lambda *done: told.append(done),
+        learning=lambda *done: told.append(done),
     )  # fmt: skip
     assert grown.learned is not None
     assert grown.receipt is not None
@@ -310,11 +315,11 @@ def test_the_random_start_learns(trained: Path, text: Path, tmp_path: Path) -> N
 def test_a_stopped_ligo_goes_on_to_the_same_bits(
     trained: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept, "SECONDS", 0.0)
-    state, told = tmp_path / "out.learning.safetensors", {"whole": 0, "stopped": 0, "resumed": 0}
+    monkeypatch.setattr(maps_state, "SECONDS", 0.0)
+    state, told = tmp_path / "out.learning" / "maps.safetensors", {"whole": 0, "stopped": 0, "resumed": 0}
 
     def grown(out: str, told_as: str, stop: int | None = None, **more: Any) -> Any:
-        def progress(*_: int) -> None:
+        def learning(*_: float) -> None:
             told[told_as] += state.exists() or told_as == "whole"
             if stop is not None and told[told_as] == stop:
                 raise KeyboardInterrupt
@@ -322,7 +327,7 @@ def test_a_stopped_ligo_goes_on_to_the_same_bits(
         how: dict[str, Any] = {"depth": "stack", "steps": 6, "batch_tokens": 64, "receipt": False, **more}
         target = {"intermediate_size": 60, "num_hidden_layers": 3}
         return grow(
-            trained, tmp_path / out, target=target, operator="ligo", text=text, progress=progress, **how
+            trained, tmp_path / out, target=target, operator="ligo", text=text, learning=learning, **how
         )
 
     whole = grown("whole", "whole")
@@ -345,10 +350,143 @@ def test_a_stopped_ligo_goes_on_to_the_same_bits(
     steps.clear()
     grown("out", "resumed", overwrite=True, learning_rate=0.002)  # another growth: the state is not its own
     assert len(steps) == 6
+    state.parent.mkdir()
     state.write_text("mine")
     with pytest.raises(UserError, match="in the way and holds no state of a growth"):
         grown("out", "resumed", overwrite=True)
     assert state.read_text() == "mine"
+
+
+LEARNING = {
+    "least_squares": {"depth": "stack", "tokens": 640},
+    "lesa": {"depth": "neighbours", "epochs": 2, "rows": 16},
+    "ligo": {"depth": "stack", "steps": 4, "batch_tokens": 64},
+}
+# After how many words of `learning` a growth is stopped, and then the one that goes on from it.
+STOPS = {"least_squares": (2, 3), "lesa": (6, 8), "ligo": (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def speaking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama of five random layers with a tokenizer. Read only."""
+    return spoken(tmp_path_factory.mktemp("speaking") / "source", config_of("llama", **DEEP))
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing of ours catches it, and what is on disk stays as it is."""
+
+
+def learns(source: Path, out: Path, text: Path, operator: str, kill: int | None = None) -> Any:
+    """Grow in width and depth by a learned operator; killed before a part of the learning, if asked."""
+    told: list[float] = []
+
+    def learning(done: float, _: float) -> None:
+        if len(told) == kill:
+            raise Killed
+        told.append(done)
+
+    how = LEARNING[operator] | ({} if operator == "lesa" else {"text": text})
+    target = {"intermediate_size": 60, "num_hidden_layers": 7}
+    return grow(source, out, target=target, operator=operator, learning=learning, receipt=False, **how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", LEARNING)
+def test_a_growth_stopped_at_any_part_goes_on_to_the_same_bytes(
+    speaking: Path, text: Path, tmp_path: Path, operator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maps_state, "SECONDS", 0.0)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    learns(speaking, whole, text, operator)
+    for kill in STOPS[operator]:
+        with pytest.raises(Killed):
+            learns(speaking, out, text, operator, kill)
+        assert not out.exists()
+        assert list(tmp_path.glob("out.learning/*"))
+    learns(speaking, out, text, operator)
+    for name in (SINGLE, "growth.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+GROWING = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {tests!r} + "/growth"]
+from test_learned import learns
+source, out, text, operator = sys.argv[1:]
+print("imported", flush=True)
+learns(Path(source), Path(out), Path(text), operator)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", ["least_squares", "lesa"])
+def test_a_growth_killed_at_random_moments_ends_with_the_same_bytes(
+    speaking: Path, text: Path, tmp_path: Path, operator: str
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    began = time.monotonic()
+    learns(speaking, whole, text, operator)
+    took = time.monotonic() - began
+    tests = str(Path(__file__).parents[1])
+    program = [sys.executable, "-c", GROWING.format(tests=tests), *map(str, (speaking, out, text, operator))]
+    draw = random.Random(0)
+    killed = 0
+    for attempt in range(4):
+        growing = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
+        assert growing.stdout is not None
+        assert growing.stdout.readline() == "imported\n"
+        if attempt < 3:
+            time.sleep(draw.uniform(0.1, 1.0) * took)
+            growing.send_signal(signal.SIGKILL)
+            killed += growing.wait() == -signal.SIGKILL
+        elif not out.exists():
+            assert growing.wait() == 0
+        else:
+            growing.kill()
+        growing.communicate()
+    assert killed
+    for name in (SINGLE, "growth.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", LEARNING)
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_the_flops_told_before_are_those_recorded(
+    speaking: Path, phi: Path, text: Path, tmp_path: Path, operator: str, family: str
+) -> None:
+    told: list[tuple[float, float]] = []
+    how = LEARNING[operator] | ({} if operator == "lesa" else {"text": text})
+    source = speaking if family == "llama" or operator == "lesa" else phi
+    grown = grow(
+        source, tmp_path / "out", target={"num_hidden_layers": 7}, operator=operator, receipt=False,
+        learning=lambda *of: told.append(of), **how,
+    )  # fmt: skip
+    assert grown.learned is not None
+    assert told[0][0] == 0
+    assert told[-1][0] == pytest.approx(told[-1][1])
+    assert told[0][1] == pytest.approx(grown.learned["flops"], rel=0.2)
+
+
+def test_what_takes_minutes_is_told_before_and_meanwhile(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(telling.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(telling, "matrix_speed", lambda: 1e10)
+    short, long = telling.Telling(), telling.Telling()
+    short(0.0, 1e9)
+    assert capsys.readouterr().err == ""
+    long(0.0, 6e12)
+    assert "about 6e+12 FLOPs, 10 min or more at this machine's 10 GFLOP/s" in capsys.readouterr().err
+    clock[0] += 30
+    long(3e11, 6e12)
+    assert capsys.readouterr().err == ""
+    clock[0] += 30
+    long(1.5e12, 6e12)
+    assert capsys.readouterr().err == "learning: 25%, 3 min left\n"
 
 
 @pytest.mark.slow
@@ -493,10 +631,10 @@ def test_lesa_records_what_it_learned_and_grows_in_width_too(
     deep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a gain of two on copied heads, the new layer is the predicted one, grown as the others are."""
-    told: list[tuple[int, int]] = []
+    told: list[tuple[float, float]] = []
     how: dict[str, Any] = {"operator": "lesa", "depth": "neighbours", "rows": 16, "epochs": 20, "noise": 0.0}
     deeper = {"num_hidden_layers": 6}
-    plain = grow(deep, tmp_path / "plain", target=deeper, progress=lambda *done: told.append(done), **how)
+    plain = grow(deep, tmp_path / "plain", target=deeper, learning=lambda *done: told.append(done), **how)
     wide = grow(deep, tmp_path / "wide", target=deeper | {"intermediate_size": 80}, **how)
     again = grow(deep, tmp_path / "again", target=deeper, **how)
     assert told[-1][0] == told[-1][1]

@@ -16,6 +16,7 @@ from torch import Tensor
 from outgrow.growth import grow
 from outgrow.growth.grow import read_ledger
 from outgrow.growth.learned.lessons import LEARNED
+from outgrow.growth.learned.telling import Telling
 from outgrow.growth.operators import options_of
 from outgrow.growth.planning import mixture_target
 from outgrow.growth.resolve import resolve_family
@@ -207,7 +208,7 @@ def begin(settings: Settings, stage: Stage, source: Path | None, folder: Path) -
     choices |= {"optimizer": saved_optimizer(settings, source), "overwrite": True}
     # of a run that was killed before it had a record; growth replaces its own files alone
     (folder / PICTURE).unlink(missing_ok=True)
-    grown = grow(source, stage.start(folder), target=stage.config, **choices)
+    grown = grow(source, stage.start(folder), target=stage.config, learning=Telling(), **choices)
     _draw(grown.plan, source, folder)
     return replace(
         record,
