@@ -3,7 +3,8 @@
 outgrow select tiny_transfer lossless random_pad "lossless growth.depth=stack" lag_tokens=100000
 
 Every candidate trains the lag on the same batches at the same constant rate; the better share goes on,
-longer, until one is left. The loss right after growth says little of the end, the loss after a lag more. A
+longer, until one is left. One that diverges with any seed is out. The loss right after growth says little of
+the end, the loss after a lag more. A
 rung is a study's pool of runs, and a longer one takes over the trunk of the shorter (`train.run.horizons`):
 what is complete is skipped, and nothing is trained twice.
 """
@@ -11,10 +12,11 @@ what is complete is skipped, and nothing is trained twice.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -23,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from outgrow.experiments.cost import half_interval
-from outgrow.experiments.runs import SOURCE, Run, read_run
+from outgrow.experiments.runs import SOURCE, LeftOut, Run, read_run
 from outgrow.experiments.study_file import Arm, Job, Study, job_of, load_study, start_of
-from outgrow.model.base.errors import UserError, did_you_mean
+from outgrow.model.base.errors import Diverged, UserError, did_you_mean
 from outgrow.model.base.settings import CONF, read
+from outgrow.train.run import folder as folders
 
 if TYPE_CHECKING:
     from outgrow.train.settings import Settings
@@ -262,12 +265,28 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | No
 
 
 @dataclass(frozen=True)
+class Dropped:
+    """A candidate that diverged on its way to a rung.
+
+    Attributes:
+        flops: of its runs, as far as they came, from their very beginning.
+        operator_flops: of what was learned before them.
+    """
+
+    label: str
+    reason: str
+    flops: float
+    operator_flops: float
+
+
+@dataclass(frozen=True)
 class Rung:
-    """What was measured after `tokens`, the best first, and how many went on."""
+    """What was measured after `tokens`, the best first, how many went on, and who diverged before."""
 
     tokens: int
     standings: tuple[Standing, ...]
     kept: int
+    diverged: tuple[Dropped, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -289,6 +308,11 @@ class Selection:
             for one in rung.standings:
                 ends.setdefault(one.label, one)
         return list(ends.values())
+
+    @property
+    def diverged(self) -> dict[str, Dropped]:
+        """Who diverged, by label."""
+        return {one.label: one for rung in self.rungs for one in rung.diverged}
 
     @property
     def correlations(self) -> list[dict[str, Any]]:
@@ -313,6 +337,11 @@ class Selection:
         for one in self.last:
             costs[one.label] = {"flops": sum(one.flops), "operator_flops": sum(one.operator_flops)}
             total += one.cost
+        for label, dropped in self.diverged.items():  # further than where it last stood
+            before = sum(costs.get(label, {}).values())
+            own = {"flops": dropped.flops, "operator_flops": dropped.operator_flops}
+            costs[label] = own
+            total += sum(own.values()) - before
         losers = total - self.winner.cost
         return {"flops": total, "losers_flops": losers, "candidates": costs}
 
@@ -327,8 +356,8 @@ def select(asked: Question, jobs_at_once: int | None = None) -> Selection:
     """Train every rung that is not complete, and choose.
 
     Raises:
-        UserError: the study, a candidate or a run folder is at fault.
-        RunFailed: a run ended with an error; the same command goes on from there.
+        UserError: the study, a candidate or a run folder is at fault, or every candidate diverged.
+        RunFailed: a run ended with another error; the same command goes on from there.
     """
     from outgrow.experiments import study
     from outgrow.experiments.progress import Display
@@ -347,15 +376,83 @@ def select(asked: Question, jobs_at_once: int | None = None) -> Selection:
         every = [job for jobs in todo.values() for job in jobs]
         missing = [job for job in every if not study.complete(job, source)]
         display.say(f"{tokens:,} tokens: {len(left)} candidates, {len(missing)} of {len(every)} runs to do")
+        errors: Mapping[str, BaseException] = {}
         if missing:
             study.prepare_text(missing, display)
-            study.run_jobs(missing, at_once, logs, display)
-        standings = [Standing.of(label, _runs(jobs)) for label, jobs in todo.items()]
-        rung = Rung(tokens, tuple(ranked(standings)), kept)
+            try:
+                study.run_jobs(missing, at_once, logs, display)
+            except study.RunFailed as fault:
+                if not all(isinstance(error, Diverged) for error in fault.errors.values()):
+                    raise
+                errors = fault.errors
+        rung = _rung(tokens, kept, todo, errors)
         rungs.append(rung)
+        for dropped in rung.diverged:
+            display.say(f"{dropped.label} diverged and is out: {dropped.reason}")
         going = {one.label for one in rung.standings[:kept]}
         left = [candidate for candidate in left if candidate.label in going]
+        if len(left) == 1:
+            break
     return Selection(asked.study.name, tuple(rungs))
+
+
+def _rung(
+    tokens: int, kept: int, todo: Mapping[str, Sequence[Job]], errors: Mapping[str, BaseException]
+) -> Rung:
+    """Read where every candidate stands, and who diverged.
+
+    Args:
+        todo: the runs of each candidate, by its label.
+        errors: of runs that diverged, by name.
+
+    Raises:
+        UserError: all diverged, or a run folder is at fault.
+    """
+    standings = []
+    dropped = []
+    for label, jobs in todo.items():
+        reasons = [str(errors[job.name]) for job in jobs if job.name in errors]
+        reasons += filter(None, map(_without_loss, jobs))
+        if reasons:
+            flops = sum(map(_spent, jobs))
+            learned = sum(map(_learned_flops, jobs))
+            dropped.append(Dropped(label, reasons[0], flops, learned))
+        else:
+            standings.append(Standing.of(label, _runs(jobs)))
+    if not standings:
+        listing = "\n".join(f"  - {one.label}: {one.reason}" for one in dropped)
+        raise UserError(
+            f"every candidate diverged; lower optimizer.learning_rate or raise lag_tokens\n{listing}"
+        )
+    return Rung(tokens, tuple(ranked(standings)), kept, tuple(dropped))
+
+
+def _without_loss(job: Job) -> str | None:
+    """Say why a complete run has no loss to compare: a validation that was not finite."""
+    if not folders.is_complete(job.folder):
+        return None
+    run = read_run(job.folder)
+    return run.reason if isinstance(run, LeftOut) else None
+
+
+def _spent(job: Job) -> float:
+    """FLOPs of a job's training as far as it came, by its last row in metrics.jsonl; 0 where it has none."""
+    last = 0.0
+    for folder in job.folders:
+        metrics = folder / folders.METRICS
+        rows = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+        paid = [json.loads(row).get("flops") or 0.0 for row in rows]
+        last = max([last, *paid])
+    return last
+
+
+def _learned_flops(job: Job) -> float:
+    """FLOPs of what was learned before a job's training."""
+    for folder in job.folders:
+        record = folders.read_run(folder)
+        if record is not None:
+            return record.start.operator_flops
+    return 0.0
 
 
 def _runs(jobs: Sequence[Job]) -> list[Run]:

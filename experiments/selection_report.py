@@ -23,6 +23,9 @@ def table(selection: Selection) -> str:
         cells += [_loss(rung, one.label) for rung in selection.rungs]
         cells += [f"{one.cost:.3g}", f"{sum(one.operator_flops):.3g}"]
         lines.append(f"| {' | '.join(cells)} |")
+    for rung in selection.rungs:
+        for out in rung.diverged:
+            lines += ["", f"**{out.label}** diverged before {rung.tokens:,} tokens and is out: {out.reason}"]
     for row in selection.correlations:
         rho = "too few to rank" if row["spearman"] is None else f"{row['spearman']:+.2f}"
         lines += [

@@ -37,7 +37,15 @@ GRACE_S = 15  # that runs have to save in, once the study is stopped
 
 
 class RunFailed(Exception):
-    """Runs of the study ended with errors; the message is each of them, and where its log is."""
+    """Runs of the study ended with errors; the message is each of them, and where its log is.
+
+    Attributes:
+        errors: by the run's name.
+    """
+
+    def __init__(self, message: str, errors: Mapping[str, BaseException]) -> None:
+        super().__init__(message)
+        self.errors = errors
 
 
 @dataclass(frozen=True)
@@ -261,11 +269,13 @@ def run_jobs(todo: Sequence[Job], at_once: int, logs: Path, display: Display, tr
             pool.shutdown(wait=False, cancel_futures=True)
             _end(multiprocessing.active_children())  # those of this pool: nothing else here starts any
             raise
-    if len(failed) == 1:
-        raise RunFailed(failed[0])
-    if failed:
-        count = f"{len(failed)} of {len(todo)} runs failed:"
-        raise RunFailed("\n".join((count, *failed)))
+    faults = [_words(job, error, logs) for job, error in failed]
+    errors = {job.name: error for job, error in failed}
+    if len(faults) == 1:
+        raise RunFailed(faults[0], errors)
+    if faults:
+        count = f"{len(faults)} of {len(todo)} runs failed:"
+        raise RunFailed("\n".join((count, *faults)), errors)
 
 
 def _end(processes: Sequence[BaseProcess]) -> None:
@@ -282,6 +292,11 @@ def _end(processes: Sequence[BaseProcess]) -> None:
             process.kill()
 
 
+def _words(job: Job, error: BaseException, logs: Path) -> str:
+    """Say which run failed, why, and where its log is."""
+    return f"{job.name}: {error}\n(its log: {log_of(job, logs)})"
+
+
 def log_of(job: Job, logs: Path) -> Path:
     """The file of a run's own output while the bars have the terminal."""
     return logs / f"{job.name}.log"
@@ -293,8 +308,8 @@ def _follow(
     at_once: int,
     logs: Path,
     display: Display,
-) -> list[str]:
-    """Start jobs as places get free and move the bars, until all are done; return what failed, in words.
+) -> list[tuple[Job, BaseException]]:
+    """Start jobs as places get free and move the bars, until all are done; return what failed, and why.
 
     Raises:
         RunFailed: a process was ended from outside, and the pool with it.
@@ -302,7 +317,7 @@ def _follow(
     waiting = list(todo)
     began = time.monotonic()
     running: dict[Future[str], Job] = {}
-    failed: list[str] = []
+    failed: list[tuple[Job, BaseException]] = []
     while waiting or running:
         while waiting and len(running) < at_once:  # none waits in the pool, where it would begin after Ctrl-C
             job = waiting.pop(0)
@@ -312,12 +327,11 @@ def _follow(
         for future in ended:
             job = running.pop(future)
             error = future.exception()
-            fault = f"{job.name}: {error}\n(its log: {log_of(job, logs)})"
             if isinstance(error, BrokenProcessPool):
-                raise RunFailed(fault) from error
+                raise RunFailed(_words(job, error, logs), {job.name: error}) from error
             if error is None:
                 display.finished(job, time.monotonic() - began)
             else:
                 display.say(f"failed: {job.name}; the others go on")
-                failed.append(fault)
+                failed.append((job, error))
     return failed

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import Diverged, UserError
 from outgrow.train.data import TokenSplit
 from outgrow.train.data.batches import batch
 from outgrow.train.machine.distribute import accumulating, local, total_norm
@@ -257,13 +257,13 @@ class NotFinite(UserError):
         super().__init__(message)
         self.weights = weights
 
-    def with_way_out(self, saved: int | None) -> UserError:
+    def with_way_out(self, saved: int | None) -> Diverged:
         """The same for a run that stops at it, the newest state with finite weights saved after step `saved`,
         if any is.
         """
         kept = "has saved no state before it" if saved is None else f"has saved the state after step {saved}"
         passing = "" if self.weights else ", or pass over such steps with train.skip_nonfinite=N"
-        return UserError(
+        return Diverged(
             f"{self}. The run stops here and {kept}: lower optimizer.learning_rate or lengthen "
             f"schedule.warmup_fraction under a new name={passing}"
         )

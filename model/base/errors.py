@@ -38,6 +38,10 @@ class UserError(Exception):
             raise cls(f"{len(faults)} faults:\n{listing}")
 
 
+class Diverged(UserError):
+    """A training whose loss, gradient or weights are not finite, with its way out."""
+
+
 def _shortened(word: re.Match[str]) -> str:
     text = word[0]
     begin = text[:100]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from outgrow.experiments.selection import (
     question,
     rank_correlation,
     ranked,
+    select,
     ties,
 )
 from outgrow.experiments.selection_report import table
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import Diverged, UserError
 from outgrow.train.loop import train_horizons
 
 
@@ -151,6 +153,55 @@ def test_candidates_train_alike_and_a_second_call_trains_nothing(
     trained.clear()
     assert main(["select", "toy", *words]) == 0
     assert not trained
+
+
+@pytest.mark.slow
+def test_a_candidate_that_diverges_is_out_and_the_others_go_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+
+    def in_this_process(todo: Any, *_: Any) -> None:
+        errors: dict[str, BaseException] = {}
+        for job in todo:
+            try:
+                train_horizons(job.settings)
+            except UserError as error:
+                errors[job.name] = pickle.loads(pickle.dumps(error))  # as between processes
+        if errors:
+            raise study.RunFailed("; ".join(map(str, errors.values())), errors)
+
+    monkeypatch.setattr(study, "run_jobs", in_this_process)
+    wild = "lossless optimizer.weight_decay=1e20"
+    words = ["scratch", "stacked", wild, "lag_tokens=512"]
+    assert main(["select", "toy", *words]) == 0
+    record = json.loads(Path("runs/select-toy/selection.json").read_text())
+    first, *_ = record["rungs"]
+    (out,) = first["diverged"]
+    assert out["label"] == "lossless-weight_decay_1e20"
+    assert "not finite" in out["reason"]
+    assert {one["label"] for one in first["standings"]} == {"scratch", "stacked"}
+    assert record["winner"] in ("scratch", "stacked")
+    assert record["ledger"]["candidates"][out["label"]]["flops"] == out["flops"]
+    shown = capsys.readouterr().out
+    assert f"**{out['label']}** diverged before 512 tokens and is out" in shown
+    with pytest.raises(UserError, match="every candidate diverged"):
+        select(question("toy", [wild, f"{wild} growth.noise=0.0", "lag_tokens=512"]))
+
+
+def test_a_run_that_fails_otherwise_stops_the_selection(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(study, "ready_source", lambda *_: None)
+    monkeypatch.setattr(study, "prepare_text", lambda *_: None)
+
+    def fails(todo: Any, *_: Any) -> None:
+        errors: list[BaseException] = [Diverged("NaN"), OSError("the disk is full")]
+        named = zip((job.name for job in todo), errors, strict=False)
+        raise study.RunFailed("two failed", dict(named))
+
+    monkeypatch.setattr(study, "run_jobs", fails)
+    with pytest.raises(study.RunFailed, match="two failed"):
+        select(question("toy", ["scratch", "stacked", "lag_tokens=384"]))
 
 
 @pytest.mark.parametrize(
