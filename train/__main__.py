@@ -162,9 +162,7 @@ def _check_launcher(overrides: list[str]) -> None:
 
 def _train(settings: Settings) -> None:
     if settings.dry_run:
-        from outgrow.train.machine.forecast import tell
-
-        print(tell(settings))
+        _tell(settings)
         return
     check_installed(settings.logger.trackers)
     from outgrow.train.start.early import check_source
@@ -183,6 +181,25 @@ def _train(settings: Settings) -> None:
             slurm.requeue()
         else:
             sys.exit(stopped.status)
+
+
+def _tell(settings: Settings) -> None:
+    """Print what a run would take.
+
+    Raises:
+        UserError: what cannot be counted, and what is wrong with a learned growth, at once.
+    """
+    from outgrow.train.machine.forecast import tell
+    from outgrow.train.start.lesson import lesson_faults
+
+    faults = list(lesson_faults(settings))
+    text = ""
+    try:
+        text = tell(settings)
+    except UserError as fault:
+        faults.append(str(fault))
+    UserError.collect(dict.fromkeys(faults))
+    print(text)
 
 
 def _fail(error: str, status: int = 2) -> NoReturn:

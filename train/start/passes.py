@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from outgrow.train.data.settings import DataSettings, MixtureSettings
 from outgrow.train.data.shards import read_manifest
@@ -65,15 +66,19 @@ def _warning(times: float, most: float | None) -> str:
     return f"; more than {OFTEN} passes teach little that is new (arXiv 2305.16264)" if times > OFTEN else ""
 
 
+def prepared(home: Path) -> list[Path]:
+    """The folders of tokens that a text has been cut into, first by its own tokenizer, then by sources'."""
+    folders = [home, *sorted(home.parent.glob(f"{home.name}-????????"))]
+    return [folder for folder in folders if folder.is_dir() and read_manifest(folder) is not None]
+
+
 def stock(data: DataSettings) -> Stock | None:
     """The tokens of the training part; None where nobody knows yet."""
-    home = data.home
-    own_tokenizer = sorted(home.parent.glob(f"{home.name}-????????"))  # cut by a source's tokenizer
-    for folder in (home, *own_tokenizer):
-        manifest = read_manifest(folder) if folder.is_dir() else None
-        if manifest is not None:
-            tokens = int(manifest["splits"]["train"]["tokens"])
-            return Stock(tokens, True)
+    for folder in prepared(data.home):
+        manifest = read_manifest(folder)
+        assert manifest is not None
+        tokens = int(manifest["splits"]["train"]["tokens"])
+        return Stock(tokens, True)
     if data.limit_tokens is None:
         return None
     tokens = round(data.limit_tokens * (1 - data.validation_fraction))
