@@ -194,7 +194,7 @@ def _arm_overrides(study: Study, name: str) -> list[str]:
     names = [f"growth={growth}", f"growth.name={study.counts_as(name)}"]
     overrides = [*study.runs, *start_of(study), *names, *arm.overrides]
     if growth in CONTROLS:
-        overrides.append(f"train.budget_tokens={equal_flops_budget(overrides)}")
+        overrides += equal_flops(overrides)
     return overrides
 
 
@@ -215,9 +215,9 @@ def _point_overrides(arm: str, middle: float | None, share: float, seed: int) ->
     return [f"seed={seed}", *tuned, "changes=''", name]
 
 
-def equal_flops_budget(overrides: list[str]) -> int:
-    """The tokens on which the source pays the FLOPs that the target pays on its own budget, rounded up to
-    whole steps.
+def equal_flops(overrides: list[str]) -> list[str]:
+    """The overrides that give a control its budget, or its horizons: the tokens on which the source pays the
+    FLOPs that the target pays on each of its own, rounded up to whole steps.
     """
     from outgrow.model.config import resolve_target
     from outgrow.model.geometry import flops_per_token
@@ -232,12 +232,18 @@ def equal_flops_budget(overrides: list[str]) -> int:
         )
     source = json.loads(path.read_text(encoding="utf-8"))
     target = resolve_target(settings.target, source)
-    steps = settings.budget.steps
-    tokens_per_step = settings.budget.tokens_per_step
     context = settings.train.context
-    flops = steps * tokens_per_step * flops_per_token(target, context)
-    tokens = flops / flops_per_token(source, context)
-    return math.ceil(tokens / tokens_per_step) * tokens_per_step
+    relative_cost = flops_per_token(target, context) / flops_per_token(source, context)
+    step = settings.budget.tokens_per_step
+
+    budgets = []
+    for run in horizon_runs(settings):
+        target_tokens = run.budget.steps * step
+        steps = math.ceil(target_tokens * relative_cost / step)
+        budgets.append(steps * step)
+    longest = f"train.budget_tokens={budgets[-1]}"
+    horizons = ",".join(map(str, budgets))
+    return [longest, f"schedule.horizons=[{horizons}]"] if settings.schedule.horizons else [longest]
 
 
 def job_of(arm: str, overrides: list[str]) -> Job:

@@ -633,11 +633,20 @@ def test_the_first_sentence_is_what_the_demo_found() -> None:
 # ---- studies -----------------------------------------------------------------------------------------------
 
 
+def is_run(folder: Path) -> bool:
+    """True for a study that has results."""
+    return any((folder / record).is_file() for record in (RECORD, "comparison.json", "results.json"))
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_has_its_row(name: str) -> None:
     (row,) = (cells for cells in rows(text_of("experiments/README.md")) if cells[0].startswith(f"[{name}]"))
     folder = ROOT / "experiments" / name
     assert row[1] == yaml.safe_load((folder / "study.yaml").read_text())["question"]
+    if not is_run(folder):
+        assert row[2:] == ["**Not run yet.**", "–", "–"]
+        assert "**Not run yet.**" in (folder / "README.md").read_text()
+        return
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", row[3])
     if (comparison := folder / "comparison.json").is_file():
         result = json.loads(comparison.read_text())

@@ -1,0 +1,35 @@
+"""Every study of horizons runs through to its table, at toy size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from helpers.toy_study import toy_study
+from outgrow.experiments.__main__ import main
+from outgrow.experiments.horizons import read_ends
+from outgrow.experiments.study_file import load_study
+
+FITTED = ["growth.tokens=512", "growth.window=64"]
+LEARNED = ["growth.steps=2", "growth.batch_tokens=128", "growth.window=64"]
+STUDIES: dict[str, Mapping[str, Sequence[str]]] = {  # name: what arms need to be small
+    "operators": {"least_squares": FITTED, "ligo": LEARNED, "lesa": ["growth.epochs=1"]},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_runs_through_to_its_table(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    toy_study(name, tmp_path, STUDIES[name])
+    assert main(["study", name, "--jobs", "1"]) == 0, capsys.readouterr().err
+    study = load_study(name)
+    out = tmp_path / "runs" / f"comparison-{name}"
+    ends = read_ends(out / "ends.json")
+    assert {end.arm for end in ends} == {study.counts_as(arm) for arm in study.demo.arms}
+    table = (out / "table.md").read_text()
+    assert all(f"\n| {study.counts_as(arm)} | " in table for arm in study.demo.arms)
