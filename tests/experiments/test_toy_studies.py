@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers.toy_study import toy_study
+from outgrow.experiments import study as study_module
 from outgrow.experiments.__main__ import main
 from outgrow.experiments.horizons import read_ends
 from outgrow.experiments.study_file import load_study
@@ -25,6 +26,7 @@ def test_a_study_runs_through_to_its_table(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study_module, "cores", lambda: 1)  # one thread: two would wait for each other
     toy_study(name, tmp_path, STUDIES[name])
     assert main(["study", name, "--jobs", "1"]) == 0, capsys.readouterr().err
     study = load_study(name)
