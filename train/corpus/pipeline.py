@@ -24,9 +24,14 @@ import numpy as np
 
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import write_json, write_text
-from outgrow.train.corpus import benchmarks as tests
 from outgrow.train.corpus.across import near_across
-from outgrow.train.corpus.benchmarks import FindOverlaps, write_benchmarks
+from outgrow.train.corpus.benchmarks import (
+    COMMON_DOCUMENTS,
+    COMMON_SHARE,
+    SHORT_WORDS,
+    FindOverlaps,
+    write_benchmarks,
+)
 from outgrow.train.corpus.duplicates import (
     PERMUTATIONS,
     SHINGLE_WORDS,
@@ -93,21 +98,27 @@ def make(partial: Path, work: Workshop, settings: DataSettings, stage: Stage) ->
         UserError: text that cannot be read, a split without documents, a full disk.
     """
     clean = settings.clean
+    # Read and normalise. What needs the text alone is found out with it: MinHash signatures, overlaps with
+    # benchmarks.
     read(work, settings, stage)
+    # Clean: a verdict on each document, in this order; what one step leaves out, the next does not see.
     verdicts = Verdicts.begin(work)
-    cleaning = remove_duplicates(work, verdicts, clean, stage)
-    cleaning |= remove_tests(work, verdicts, clean)
+    cleaning = remove_exact(work, verdicts, clean, stage)
+    cleaning |= remove_near(work, verdicts, clean, stage)
+    cleaning |= decontaminate(work, verdicts, clean)
     cleaning |= keep_best(work, verdicts, clean, stage)
     boilerplate = set(cleaning.pop("boilerplate", ()))
     removed = write_removed(work, verdicts, partial / REMOVED, boilerplate)
-    cleaning = {"removed": removed, **cleaning}
+    # Split what stays into training and validation text.
     split = split_of(work, verdicts, settings)
     if clean.near_duplicates is None:
         cleaning |= near_across(work, verdicts, split, clean.words)
+    # Tokenise, each document by itself.
     tokenizer = make_tokenizer(partial, work, verdicts, split, settings)
     dtype = dtype_of(entries(tokenizer))
     steps = [Kept(work), Tokenise(work, split, dtype)]
     stage("tokenise", steps, len(work.counts), title="tokenising")
+    # Cut the ids into shards, and say what is in them.
     splits = pack(partial, work, settings, dtype, stage)
     tokens = sum(split["tokens"] for split in splits.values())
     tally = plain(work.tally)
@@ -116,7 +127,7 @@ def make(partial: Path, work: Workshop, settings: DataSettings, stage: Stage) ->
     libraries = ("tokenizers", "transformers", "datatrove")
     manifest = {
         "read": tally,
-        "cleaning": cleaning,
+        "cleaning": {"removed": removed, **cleaning},
         "short": short(settings, work.tally, tokens),
         "tokenizer": described(tokenizer),
         "dtype": dtype.str,
@@ -252,17 +263,32 @@ def digest(work: Workshop) -> dict[str, Any]:
 # ---- clean -------------------------------------------------------------------------------------------------
 
 
-def remove_duplicates(
-    work: Workshop, verdicts: Verdicts, clean: CleaningSettings, stage: Stage
-) -> dict[str, Any]:
-    """Leave out later copies and later near copies, as far as that is asked for; where it is not, say how
-    many copies there are."""
+def remove_exact(work: Workshop, verdicts: Verdicts, clean: CleaningSettings, stage: Stage) -> dict[str, Any]:
+    """Leave out later copies of a text where that is asked for; where no duplicates are, say how many there
+    are."""
     stage("exact", [ExactDuplicates(work)], 1)
     copies = Match.load(work.path("exact", 0, ".npz"))
     if clean.exact_duplicates:
         verdicts.match(copies, EXACT)
+    elif clean.near_duplicates is None:
+        return _copies(work, len(copies.documents))
+    return {}
+
+
+def _copies(work: Workshop, count: int) -> dict[str, Any]:
+    if not count:
+        return {}
+    say(
+        f"{count:,} of {sum(work.counts):,} documents are exact copies of an earlier one (on its side of "
+        "the split); data.clean.exact_duplicates=true removes them"
+    )
+    return {"copies_kept": count}
+
+
+def remove_near(work: Workshop, verdicts: Verdicts, clean: CleaningSettings, stage: Stage) -> dict[str, Any]:
+    """Leave out later near copies of a text, by MinHash, where that is asked for: one task a band."""
     if clean.near_duplicates is None:
-        return _copies(work, len(copies.documents), clean)
+        return {}
     count, rows = bands(clean.near_duplicates)
     step = NearDuplicates(work, clean.near_duplicates)
     stage("near", [step], count, title="near duplicates")
@@ -280,17 +306,7 @@ def remove_duplicates(
     }
 
 
-def _copies(work: Workshop, count: int, clean: CleaningSettings) -> dict[str, Any]:
-    if clean.exact_duplicates or not count:
-        return {}
-    say(
-        f"{count:,} of {sum(work.counts):,} documents are exact copies of an earlier one (on its side of "
-        "the split); data.clean.exact_duplicates=true removes them"
-    )
-    return {"copies_kept": count}
-
-
-def remove_tests(work: Workshop, verdicts: Verdicts, clean: CleaningSettings) -> dict[str, Any]:
+def decontaminate(work: Workshop, verdicts: Verdicts, clean: CleaningSettings) -> dict[str, Any]:
     """Leave out what overlaps a benchmark, and say what could not be looked for."""
     if clean.benchmarks is None:
         return {}
@@ -298,9 +314,9 @@ def remove_tests(work: Workshop, verdicts: Verdicts, clean: CleaningSettings) ->
     if counts["too_short"]:
         say(
             f"data.clean.benchmarks: {counts['too_short']:,} of {counts['texts']:,} texts have less than "
-            f"{tests.SHORT_WORDS} words and are not looked for"
+            f"{SHORT_WORDS} words and are not looked for"
         )
-    boilerplate = remove_overlaps(work, verdicts, tests.COMMON_DOCUMENTS, tests.COMMON_SHARE)
+    boilerplate = remove_overlaps(work, verdicts, COMMON_DOCUMENTS, COMMON_SHARE)
     counts["boilerplate"] = boilerplate["told"]
     return {"benchmarks": counts, "boilerplate": boilerplate["ngrams"]}
 
