@@ -271,13 +271,11 @@ class ExactDuplicates(PipelineStep):
         super().__init__()
         self.work = work
 
-    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
+    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> None:
         folder = self.work.folder / "sort" / "exact"
         count = sum(self.work.counts)
         matches = exact(self._keys(), count, folder)
         write_matches(self.work.path("exact", rank, ".npz"), matches)
-        return
-        yield
 
     def _keys(self) -> Iterator[np.ndarray]:
         verdicts = Verdicts(self.work)
@@ -298,14 +296,12 @@ class NearDuplicates(PipelineStep):
         super().__init__()
         self.work, self.threshold = work, threshold
 
-    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
+    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> None:
         folder = self.work.folder / "sort" / f"near-{rank}"
         count = sum(self.work.counts)
         signatures = self._signatures()
         matches = near(self._keys(rank), count, folder, signatures, self.threshold)
         write_matches(self.work.path("near", rank, ".npz"), matches)
-        return
-        yield
 
     def _keys(self, band: int) -> Iterator[np.ndarray]:
         verdicts = Verdicts(self.work)

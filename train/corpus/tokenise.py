@@ -140,7 +140,7 @@ class Tokenise(PipelineStep):
         self.split = split
         self.dtype = dtype
 
-    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
+    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> None:
         path = self.work.folder / ENCODER
         encoder = _encoder(path, path.stat().st_mtime_ns)
         kinds = {"row": np.int64, "tokens": np.int64, "bytes": np.int64, "validation": bool}
@@ -170,8 +170,6 @@ class Tokenise(PipelineStep):
         lengths = self.work.path("lengths", rank, ".npz")
         with whole_file(lengths) as partial, partial.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
-        return
-        yield
 
     def _parts(self, data: Any) -> Iterator[tuple[int, str, bool]]:
         for document in data or ():
@@ -240,14 +238,12 @@ class Pack(PipelineStep):
         self.ends = ends
         self.dtype = dtype
 
-    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
+    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> None:
         shard = self.shards[rank]
         path = self.folder / shard.file
         with whole_file(path) as partial, partial.open("wb") as out:
             for piece in self._pieces(shard):
                 out.write(piece)
-        return
-        yield
 
     def _pieces(self, shard: Shard) -> Iterator[bytes]:
         ends = self.ends[shard.split]

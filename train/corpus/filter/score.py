@@ -78,7 +78,7 @@ class KeepScores(PipelineStep):
         super().__init__()
         self.work = work
 
-    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
+    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> None:
         count = self.work.counts[rank]
         scores = np.full(count, np.nan, np.float32)
         for document in data or ():
@@ -87,8 +87,6 @@ class KeepScores(PipelineStep):
         path = self.work.path("scores", rank, ".npy")
         with whole_file(path) as partial, partial.open("wb") as file:
             np.save(file, scores)
-        return
-        yield
 
 
 def write_scores(

@@ -89,7 +89,7 @@ def _documents(files: tuple[File, ...], settings: DataSettings, tally: Tally) ->
 
 
 class Fetch(PipelineStep):
-    """Write a stream down in pieces, from where an earlier attempt got to. One task; yields nothing."""
+    """Write a stream down in pieces, from where an earlier attempt got to. One task."""
 
     type, name = "📖 - READER", "fetch"
 
@@ -99,7 +99,7 @@ class Fetch(PipelineStep):
         self.settings = settings
         self.stream = stream
 
-    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
+    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> None:
         number, tally = pieces_there(self.folder)
         names = list[str]()
         texts = list[str]()
@@ -121,8 +121,6 @@ class Fetch(PipelineStep):
         _write_piece(self.folder, number, names, texts, tally)
         record = {"pieces": number + 1, "tally": plain(tally)}
         write_json(self.folder / "done.json", record)
-        return
-        yield
 
 
 def pieces_there(folder: Path) -> tuple[int, Tally]:
@@ -175,7 +173,7 @@ class PutDown(PipelineStep):
         self.signed = signed
         self.compared = compared
 
-    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> Documents:
+    def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> None:
         reader = self.reader
         task = rank if reader.task is None else reader.task
         if self.work.done(task) is not None:
@@ -195,8 +193,6 @@ class PutDown(PipelineStep):
             "fault": fault,
         }
         write_json(self.work.path("text", task, ".json"), record)  # the last: now the task is done
-        return
-        yield
 
     def _write(self, task: int, data: Any) -> None:
         overlaps: dict[str, list[Any]] = {"document": [], "ngram": [], "detail": []}
