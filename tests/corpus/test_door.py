@@ -37,6 +37,18 @@ def test_every_leaf_can_be_prepared(leaf: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("leaf", "key", "value"),
+    [
+        ("cosmopedia", "config", "cosmopedia-v2"),  # every kind of seed, not one site's
+        ("the_stack_smol", "data_dir", "data/python"),
+        ("the_stack", "data_dir", "data/python"),
+    ],
+)
+def test_a_leaf_of_the_hub_reads_the_part_that_it_is_named_for(leaf: str, key: str, value: str) -> None:
+    assert getattr(settings_from(PrepareSettings, "prepare", [f"data={leaf}"]).data, key) == value
+
+
 def test_what_the_leaves_share_is_what_holds_where_nothing_is_said() -> None:
     composed = asdict(settings_from(PrepareSettings, "prepare", ["data=files", "data.path=x"]).data)
     assert composed == asdict(DataSettings("files", "files", path="x"))
