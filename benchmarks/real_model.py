@@ -263,11 +263,13 @@ def steps_table(record: Mapping[str, Any]) -> str:
         scores = [f"{100 * run['scores'][task]:.1f}" for task in tasks]
         lines.append(f"| {name} | {' | '.join(scores)} |")
     before, after = record["perplexity"]
-    lines += ["", f"Perplexity on the page is {before:.2f} before and {after:.2f} after the growth."]
+    lines += ["", f"Perplexity on docs/train.md was {before:.2f} before and {after:.2f} after the growth."]
     start, end = training["start_val_loss"], training["final_val_loss"]
     lines += [
         f"The {training['steps']} steps ({training['tokens']:,} tokens of these documents) took the loss on",
         f"held-out text of them from {start:.3f} to {end:.3f} nats a token.",
+        "These pages go on changing, and with them such figures: yours will be others, and again the same",
+        "before and after the growth.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -48,4 +48,9 @@ def bars() -> Iterator[tuple[Writing | None, Learning]]:
                 learning.add_task("learning")
             learning.update(learning.tasks[0].id, completed=done, total=flops)
 
-        yield lambda done, total: writing.update(written, completed=done, total=total), learn
+        def write(done: int, total: int) -> None:
+            """Move the first bar; at its end both models run for a receipt, which may take minutes."""
+            doing = "growing" if done < total else "written; checking"
+            writing.update(written, completed=done, total=total, description=doing)
+
+        yield write, learn

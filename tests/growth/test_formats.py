@@ -27,15 +27,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "compressed-tensors": {"quant_method": "compressed-tensors", "config_groups": {}},
     "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
     "mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+    **{method: {"quant_method": method} for method in ("hqq", "torchao", "quanto", "eetq")},
 }
 PACKED = {
     "bitsandbytes": torch.uint8, "gptq": torch.int32, "awq": torch.int32, "compressed-tensors": torch.int32,
-    "fp8": torch.float8_e4m3fn, "mxfp4": torch.uint8,
+    "fp8": torch.float8_e4m3fn, "mxfp4": torch.uint8, "hqq": torch.uint8, "torchao": torch.int8, "quanto": torch.int8,
+    "eetq": torch.int8,
 }  # fmt: skip
 WAY = {
     "bitsandbytes": r"dequantise it first \(.*\.dequantize\(\)", "gptq": "the checkpoint that it was made from",
     "awq": "the checkpoint that it was made from", "compressed-tensors": r"CompressedTensorsConfig\(dequantize=True\)",
     "fp8": "no scales X.weight_scale_inv", "mxfp4": r"Mxfp4Config\(dequantize=True\)",
+    **dict.fromkeys(("hqq", "torchao", "quanto", "eetq"), "dequantise it first, where its library can, or give"),
 }  # fmt: skip
 DEEPER = {"num_hidden_layers": 4}
 NAME = "model.layers.{}.self_attn.q_proj.weight"
