@@ -28,6 +28,7 @@ from outgrow.experiments.publish import Writer, mirror, write_together
 from outgrow.experiments.recovery import EPSILON, Recovery, recoveries
 from outgrow.experiments.report import Page, render
 from outgrow.experiments.report import table as html_table
+from outgrow.experiments.rules import unheld
 from outgrow.experiments.runs import NULL_CONTROL, SCRATCH, LeftOut, Run, read_runs
 from outgrow.experiments.table import UNDEFINED, write_csv
 
@@ -89,8 +90,10 @@ def write(inputs: Sequence[str], out: Path, *, wandb: bool = False) -> list[str]
     rows = worths(list(ends.values()))
     study = runs[0].study if runs else out.resolve().name
 
+    remarks = unheld(list(ends.values()))
+
     def report(path: Path) -> None:
-        text = html(study, rows, path.with_name(PICTURE))
+        text = html(study, rows, path.with_name(PICTURE), remarks)
         path.write_text(text, encoding="utf-8")
 
     writers: dict[str, Writer] = {
@@ -105,7 +108,7 @@ def write(inputs: Sequence[str], out: Path, *, wandb: bool = False) -> list[str]
         pictures = {"horizons": out / PICTURE}
         mirror(study, list(map(flat_row, rows)), pictures, {"answer": answer(rows)}, PROJECT)
     notes = [f"left out: {item.folder.name}, {item.reason}" for item in left_out]
-    return [markdown(rows), *notes, *(f"  {path}" for path in paths)]
+    return [markdown(rows), *remarks, *notes, *(f"  {path}" for path in paths)]
 
 
 def read_inputs(inputs: Sequence[str]) -> tuple[list[Run], dict[str, End], list[LeftOut]]:
@@ -130,13 +133,16 @@ def markdown(rows: Sequence[Worth]) -> str:
     """
     parts = [answer(rows), table(rows)]
     if seeds := seed_cells(rows):
-        parts += ["Every seed, against scratch's runs of the same seed:", _markdown(SEED_HEADINGS, seeds)]
+        parts += [
+            "Every seed, against scratch's runs of the same seed:",
+            markdown_table(SEED_HEADINGS, seeds),
+        ]
     if grown := recovery_cells(rows):
-        parts += [RECOVERED, _markdown(RECOVERY_HEADINGS, grown)]
+        parts += [RECOVERED, markdown_table(RECOVERY_HEADINGS, grown)]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
-def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table: arm and optimizer to the left, numbers to the right."""
     alignment = "---|---|" + "---:|" * (len(headings) - 2)
     lines = [" | ".join(cells) for cells in (headings, *rows)]
@@ -149,7 +155,7 @@ def table(rows: Sequence[Worth]) -> str:
 
     A star: the best rate is at the edge of its grid.
     """
-    return _markdown(HEADINGS, list(map(cells, rows)))
+    return markdown_table(HEADINGS, list(map(cells, rows)))
 
 
 def cells(worth: Worth) -> list[str]:
@@ -253,8 +259,10 @@ def flat_row(worth: Worth) -> dict[str, Any]:
     }
 
 
-def html(study: str, rows: Sequence[Worth], picture: Path) -> str:
-    """The page of a comparison of decayed ends. `picture` is a PNG file and goes in as data."""
+def html(study: str, rows: Sequence[Worth], picture: Path, remarks: Sequence[str] = ()) -> str:
+    """The page of a comparison of decayed ends. `picture` is a PNG file and goes in as data; `remarks` name
+    the rules of a claim that the ends do not keep.
+    """
     arms = sorted({row.point.arm for row in rows})
     devices = sorted({end.device for row in rows for end in row.point.ends})
     lines = list(map(cells, rows))
@@ -267,6 +275,9 @@ def html(study: str, rows: Sequence[Worth], picture: Path) -> str:
         parts += ["<h2>Every seed</h2>", html_table(SEED_HEADINGS, seeds)]
     if grown := recovery_cells(rows):
         parts += ["<h2>Recovery</h2>", f"<p>{escape(RECOVERED)}</p>", html_table(RECOVERY_HEADINGS, grown)]
+    if remarks:
+        items = "".join(f"<li>{escape(remark)}</li>" for remark in remarks)
+        parts += ["<h2>Rules of a claim that are not kept</h2>", f"<ul>{items}</ul>"]
     parts += [
         "<h2>Method</h2>",
         f"<p>{escape(METHOD)}</p>",

@@ -102,6 +102,25 @@ def check_alike(ends: Sequence[End]) -> None:
     Raises:
         UserError: naming what differs, and what is missing.
     """
+    faults = text_faults(ends)
+    arms = {end.arm for end in ends}
+    if SCRATCH not in arms:
+        faults.append(
+            f"no {SCRATCH} arm: there is no curve to hold the others against; run growth=scratch at two "
+            "horizons or more",
+        )
+    faults += batch_faults(ends)
+    if SCRATCH in arms and lacks_control(ends):
+        faults.append(
+            "no control: every arm has as many parameters as scratch, so nothing tells a bigger network from "
+            "one that was only trained longer; run the small network alone too (growth=scratch with the "
+            "small target)",
+        )
+    UserError.collect(faults)
+
+
+def text_faults(ends: Sequence[End]) -> list[str]:
+    """List how the texts of the ends differ."""
     faults = []
     for key in ("data", "eval_tokens"):
         values = {str(getattr(end, key)) for end in ends}
@@ -110,19 +129,26 @@ def check_alike(ends: Sequence[End]) -> None:
             short = [value[:12] for value in sorted(values)]
             beginnings = ", ".join(short)
             faults.append(f"{key}: {count} different ones ({beginnings}); compare runs on one text only")
-    arms = {end.arm for end in ends}
-    if SCRATCH not in arms:
-        faults.append(
-            f"no {SCRATCH} arm: there is no curve to hold the others against; run growth=scratch at two "
-            "horizons or more",
-        )
-    elif lacks_control(ends):
-        faults.append(
-            "no control: every arm has as many parameters as scratch, so nothing tells a bigger network from "
-            "one that was only trained longer; run the small network alone too (growth=scratch with the "
-            "small target)",
-        )
-    UserError.collect(faults)
+    return faults
+
+
+def batch_faults(ends: Sequence[End]) -> list[str]:
+    """List the arms with batches of a size that scratch was not given: it would be a baseline untuned."""
+    scratch = {end.batch_tokens for end in ends if end.arm == SCRATCH}
+    others: dict[str, set[int]] = defaultdict(set)
+    for end in ends:
+        if scratch and end.batch_tokens not in scratch:
+            others[end.arm].add(end.batch_tokens)
+    given = _listed(scratch)
+    return [
+        f"{arm}: batches of {_listed(sizes)} tokens, {SCRATCH}'s are of {given}; run {SCRATCH} with "
+        f"train.batch_tokens={min(sizes)} too"
+        for arm, sizes in others.items()
+    ]
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)))
 
 
 def lacks_control(ends: Sequence[End]) -> bool:
