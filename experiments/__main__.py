@@ -3,6 +3,9 @@
 outgrow compare runs/tiny-* [--out DIR] [--wandb]    seconds: a table, convergence.png, report.html
 outgrow horizons runs/NAME-t* [--out DIR]            seconds: S of every arm against scratch's decayed ends
 outgrow frontier runs/NAME-t* [--out DIR]            the best size of each budget, of flat models
+outgrow family runs/NAME-*-t* [--out DIR]            what products of several sizes cost together
+outgrow predict runs/NAME-*-t* --horizons N --out DIR
+                                                     when to grow and what it will be worth, in writing
 outgrow study tiny [--jobs N]                          minutes: source, every arm, comparison; what is done is
                                                        skipped
 outgrow study tiny --full                              hours: three seeds, a grid of learning rates for every
@@ -41,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "compare": _compare,
             "horizons": _horizons,
             "frontier": _frontier,
+            "family": _family,
+            "predict": _predict,
             "study": _study,
             "run": _study,
             "select": _select,
@@ -88,6 +93,27 @@ def parser() -> argparse.ArgumentParser:
         "run folders that decayed to their ends, records of such (ends.json), or a study that has one",
     )
     frontier.add_argument("--out", type=Path, default=Path("runs/frontier"), help="where the files go")
+    family = commands.add_parser(
+        "family", help="sum the cost of products of several sizes, against scratch at equal losses"
+    )
+    family.add_argument("runs", nargs="+", metavar="RUN", help="runs that decayed, or a record of such")
+    family.add_argument("--out", type=Path, default=Path("runs/family"), help="where the files go")
+    predict = commands.add_parser(
+        "predict", help="write down when to grow and what it will be worth, before a horizon is measured"
+    )
+    predict.add_argument("runs", nargs="+", metavar="RUN", help="runs that decayed, or a record of such")
+    predict.add_argument(
+        "--horizons",
+        nargs="+",
+        type=int,
+        required=True,
+        metavar="TOKENS",
+        help="to predict, not yet measured",
+    )
+    predict.add_argument("--optimizer", default="muon", help="of the arms that are read")
+    predict.add_argument(
+        "--out", type=Path, required=True, help="where `outgrow horizons --out` will find it"
+    )
     run = commands.add_parser("study", aliases=["run"], help="run a study: source, arms, comparison")
     run.add_argument("study", nargs="?", help="such as tiny; without it, all are listed")
     run.add_argument("--full", action="store_true", help="all seeds and the whole grid of learning rates")
@@ -140,10 +166,14 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _horizons(options: argparse.Namespace) -> int:
     from outgrow.experiments.horizon_report import TABLE, write
+    from outgrow.experiments.prediction import RECORD as PREDICTION
+    from outgrow.experiments.prediction import write_measured
     from outgrow.experiments.table import insert_table
 
     for line in write(options.runs, options.out, wandb=options.wandb):
         print(line)
+    if (options.out / PREDICTION).is_file():
+        print(write_measured(options.out))
     readme = options.out / "README.md"
     if readme.is_file():  # a study's folder, whose page shows the table
         table = (options.out / TABLE).read_text(encoding="utf-8")
@@ -158,6 +188,22 @@ def _frontier(options: argparse.Namespace) -> int:
     known = studies()
     inputs = [str(known[name] / RECORD) if name in known else name for name in options.runs]
     for line in write(inputs, options.out):
+        print(line)
+    return 0
+
+
+def _family(options: argparse.Namespace) -> int:
+    from outgrow.experiments.products import write
+
+    for line in write(options.runs, options.out):
+        print(line)
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from outgrow.experiments.prediction import write
+
+    for line in write(options.runs, options.horizons, options.optimizer, options.out):
         print(line)
     return 0
 
@@ -205,10 +251,16 @@ def compare_costs(done: Done, *, wandb: bool) -> None:
 
         publish(compare(done.folders), done.out, wandb=wandb)
         return
-    from outgrow.experiments.horizon_report import write
-
     folders = list(map(str, done.folders))
-    for line in write(folders, done.out, wandb=wandb):
+    if done.family:
+        from outgrow.experiments import products
+
+        lines = products.write(folders, done.out)
+    else:
+        from outgrow.experiments import horizon_report
+
+        lines = horizon_report.write(folders, done.out, wandb=wandb)
+    for line in lines:
         print(line)
 
 

@@ -11,6 +11,9 @@ outgrow horizons runs/NAME-t*                       decayed ends against scratch
 outgrow select STUDY CANDIDATE… lag_tokens=N        which start to take: successive halving by the loss
                                                     after a lag
 outgrow frontier runs/NAME-t*                       the best size of each budget, from flat models
+outgrow family runs/NAME-*-t*                       what products of several sizes cost together
+outgrow predict runs/NAME-*-t* --horizons N         when to grow and what it will be worth, in writing,
+                                                    before it is measured
 outgrow same REV                                    does a change alter a number? this clone beside a revision
                                                     of it
 outgrow evaluate runs/NAME suite=phi_2              benchmarks, beside published rows
@@ -39,6 +42,8 @@ DOORS: dict[str, tuple[str, tuple[str, ...]]] = {
     "horizons": ("outgrow.experiments.__main__", ("horizons",)),
     "select": ("outgrow.experiments.__main__", ("select",)),
     "frontier": ("outgrow.experiments.__main__", ("frontier",)),
+    "family": ("outgrow.experiments.__main__", ("family",)),
+    "predict": ("outgrow.experiments.__main__", ("predict",)),
     "same": ("outgrow.experiments.__main__", ("same",)),
     "evaluate": ("outgrow.experiments.suite.__main__", ()),
     "cost": ("outgrow.experiments.footprint.__main__", ()),

@@ -364,7 +364,7 @@ def select(asked: Question, jobs_at_once: int | None = None) -> Selection:
 
     at_once, display = study.processes(jobs_at_once), Display()
     logs = Path("runs") / f"logs-select-{asked.study.name}"
-    source = study.ready_source(asked.study, at_once, logs, display)
+    sources = study.ready_sources(asked.study, at_once, logs, display)
     left, budgets = list(asked.candidates), list[int]()
     course = asked.halving.rungs(len(left))
     for candidate in left:  # faults are told before the first one trains
@@ -374,7 +374,7 @@ def select(asked: Question, jobs_at_once: int | None = None) -> Selection:
         budgets.append(tokens)
         todo = {candidate.label: jobs_of(asked, candidate, budgets) for candidate in left}
         every = [job for jobs in todo.values() for job in jobs]
-        missing = [job for job in every if not study.complete(job, source)]
+        missing = [job for job in every if not study.complete(job, *sources)]
         display.say(f"{tokens:,} tokens: {len(left)} candidates, {len(missing)} of {len(every)} runs to do")
         errors: Mapping[str, BaseException] = {}
         if missing:

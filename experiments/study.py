@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from outgrow.experiments.progress import Display
 from outgrow.experiments.runs import SCRATCH
-from outgrow.experiments.study_file import Job, Study, jobs, load_study, results_folder, source_job
+from outgrow.experiments.study_file import Job, Study, jobs, load_study, results_folder, source_jobs
 from outgrow.experiments.worker import initialise, work
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.machine import cores
@@ -55,6 +55,7 @@ class Done:
 
     Attributes:
         horizons: its runs are decayed ends, to be held against scratch's curve.
+        family: they are products of several sizes, counted together.
         costs: scratch is among the arms and all read the same, so that their costs can be compared.
         texts: the texts that the arms are judged on.
     """
@@ -63,6 +64,7 @@ class Done:
     out: Path
     readme: Path | None
     horizons: bool
+    family: bool
     costs: bool
     texts: Mapping[str, TokenData]
 
@@ -81,11 +83,11 @@ def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None)
     logs = Path("runs") / f"logs-{name}"
     at_once = processes(jobs_at_once)
     display = Display()
-    source = ready_source(study, at_once, logs, display)
+    sources = ready_sources(study, at_once, logs, display)
     todo = jobs(study, extent)
     check_control(study, todo)
-    texts = judged_texts(study, source, todo, display) if study.judged_on else {}
-    missing = [job for job in todo if not complete(job, source)]
+    texts = judged_texts(study, sources, todo, display) if study.judged_on else {}
+    missing = [job for job in todo if not complete(job, *sources)]
     completed = len(todo) - len(missing)
     display.say(f"{len(todo)} runs, {completed} of them complete")
     if missing:
@@ -100,20 +102,23 @@ def run_study(name: str, *, full: bool = False, jobs_at_once: int | None = None)
         out,
         readme if full and readme.is_file() else None,
         horizons=any(job.settings.schedule.horizons for job in todo),
+        family=study.family,
         costs=not texts or comparable_costs(study, todo),
         texts=texts,
     )
 
 
-def ready_source(study: Study, at_once: int, logs: Path, display: Display) -> Job | None:
-    """The run of a study's source, trained if it is not complete; None where the study trains none."""
-    source = source_job(study)
-    if source is not None and not complete(source):
-        prepare_text([source], display)
-        run_jobs([source], at_once, logs, display)
-    origin = (study.source or "none") if source is None else source.folder
+def ready_sources(study: Study, at_once: int, logs: Path, display: Display) -> list[Job]:
+    """The runs of a study's sources, each trained if it is not complete; none where the study trains none."""
+    sources = source_jobs(study)
+    for source in sources:  # one after another: one may have grown from the one before
+        if not complete(source, *sources):
+            prepare_text([source], display)
+            run_jobs([source], at_once, logs, display)
+    folders = [str(source.folder) for source in sources]
+    origin = ", ".join(folders) or study.source or "none"
     display.say(f"source: {origin}")
-    return source
+    return sources
 
 
 def check_control(study: Study, todo: Sequence[Job]) -> None:
@@ -152,17 +157,16 @@ def comparable_costs(study: Study, todo: Sequence[Job]) -> bool:
 
 
 def judged_texts(
-    study: Study, source: Job | None, todo: Sequence[Job], display: Display
+    study: Study, sources: Sequence[Job], todo: Sequence[Job], display: Display
 ) -> dict[str, TokenData]:
     """The texts that the study's arms are judged on, built where they are missing.
 
     Raises:
-        UserError: the source or an arm may be trained on one of them.
+        UserError: a source or an arm may be trained on one of them.
     """
     from outgrow.experiments.judgement import check_held_out, open_texts
 
-    trained = [*todo] if source is None else [*todo, source]
-    check_held_out(study.judged_on, trained)
+    check_held_out(study.judged_on, [*todo, *sources])
     display.say(f"texts to judge on: {', '.join(study.judged_on)}")
     return open_texts(study.judged_on, todo[0], text_of(todo[0]))
 
@@ -175,26 +179,29 @@ def processes(asked: int | None) -> int:
     return at_once
 
 
-def complete(job: Job, source: Job | None = None) -> bool:
-    """Check whether the job's run is complete, under these settings and from this source.
+def complete(job: Job, *sources: Job) -> bool:
+    """Check whether the job's run is complete, under these settings and from the one of `sources` that it
+    names.
 
     Raises UserError where the folder holds another run, or one that was grown from a source that has been
     retrained since.
     """
     runs = zip(job.folders, horizon_runs(job.settings), strict=True)
     # each of them, to report what is at fault
-    answers = [_complete(folder, run, source) for folder, run in runs]
+    answers = [_complete(folder, run, sources) for folder, run in runs]
     return all(answers)
 
 
-def _complete(folder: Path, settings: Settings, source: Job | None) -> bool:
+def _complete(folder: Path, settings: Settings, sources: Sequence[Job]) -> bool:
     record = read_run(folder)
     if record is None:
         return False
     check_same(folder, record, settings)
     own = record.start.source
-    final = None if source is None else source.folder / "final"
-    if final is not None and own is not None and settings.source == str(final):
+    finals = [source.folder / "final" for source in sources]
+    for final in finals:
+        if own is None or settings.source != str(final):
+            continue
         text = (final / "ledger.json").read_text(encoding="utf-8")
         ledger = json.loads(text)
         kept = {key: ledger.get(key) for key in ("tokens", "flops", "val_loss")}

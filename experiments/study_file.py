@@ -12,7 +12,8 @@ import itertools
 import json
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,24 +38,27 @@ class Arm:
     names. `growth` is its leaf in conf/growth, by default its own name; `overrides` are Hydra's.
 
     `counts_as` is the arm that a comparison counts its runs under, by default itself: scratch with another
-    batch size is scratch.
+    batch size is scratch. `source` is one of the study's `sources`, where it starts from another than the
+    study's own.
     """
 
     learning_rate: float | None = None
     growth: str | None = None
     overrides: tuple[str, ...] = ()
     counts_as: str | None = None
+    source: str | None = None
 
 
 @dataclass(frozen=True)
 class Extent:
-    """The part of the study that is run."""
+    """The part of the study that is run. `overrides` are of all its arms, before their own."""
 
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
     learning_rate_factors: tuple[float, ...] = (1.0,)  # of each arm's own learning rate
     # seeds on which every factor is run, the others at factor 1 only; null: all of them
     tuning_seeds: tuple[int, ...] | None = None
+    overrides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,11 @@ class Study:
     or empty, where every arm starts from scratch, and what grows does so on its way.
 
     `judged_on` are leaves of conf/data: the final models' losses on each of these texts are compared too.
+
+    `sources` are further ones, trained in their order, so that one can be grown from another; the run of the
+    source NAME is `runs/STUDY-source-NAME`.
+
+    `family`: the arms are products of several sizes, all of use, and the cost of all of them is compared.
     """
 
     name: str
@@ -76,6 +85,8 @@ class Study:
     demo: Extent
     full: Extent
     judged_on: tuple[str, ...] = ()
+    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    family: bool = False
 
     def counts_as(self, arm: str) -> str:
         """The arm that a comparison counts the runs of `arm` under."""
@@ -155,6 +166,20 @@ def source_job(study: Study) -> Job | None:
     return job_of(SOURCE, list(study.source))
 
 
+def source_jobs(study: Study) -> list[Job]:
+    """The runs that train the study's source and its `sources`, in the order in which they are trained."""
+    own = source_job(study)
+    runs = [] if own is None else [own]
+    for name, overrides in study.sources.items():
+        runs.append(job_of(SOURCE, [*overrides, "changes=''", f"name={_source_run(study, name)}"]))
+    return runs
+
+
+def _source_run(study: Study, source: str) -> str:
+    """The name of the run that trains one of the study's `sources`."""
+    return f"{study.name}-source-{source}"
+
+
 def jobs(study: Study, extent: Extent) -> list[Job]:
     """The runs of an extent, seed by seed. The source must be complete: its config decides the control's
     budget.
@@ -169,7 +194,7 @@ def jobs(study: Study, extent: Extent) -> list[Job]:
     faults: dict[str, list[str]] = defaultdict(list)  # what is wrong → the arms of which that is true
     for name in extent.arms:
         try:
-            shared[name] = _arm_overrides(study, name)
+            shared[name] = _arm_overrides(study, name, extent.overrides)
             job_of(name, shared[name])
         except UserError as fault:
             faults[str(fault)].append(name)
@@ -187,12 +212,13 @@ def jobs(study: Study, extent: Extent) -> list[Job]:
     return runs
 
 
-def _arm_overrides(study: Study, name: str) -> list[str]:
-    """The overrides that all runs of an arm share."""
+def _arm_overrides(study: Study, name: str, of_all: Sequence[str]) -> list[str]:
+    """The overrides that all runs of an arm share. `of_all` arms are those of the extent."""
     arm = study.arms[name]
     growth = arm.growth or name
     names = [f"growth={growth}", f"growth.name={study.counts_as(name)}"]
-    overrides = [*study.runs, *start_of(study), *names, *arm.overrides]
+    start = start_of(study) if arm.source is None else [f"source=runs/{_source_run(study, arm.source)}/final"]
+    overrides = [*study.runs, *of_all, *start, *names, *arm.overrides]
     if growth in CONTROLS:
         overrides += equal_flops(overrides)
     return overrides
@@ -277,6 +303,11 @@ def _disagreements(study: Study) -> list[str]:
         if extent.learning_rate_factors != (1.0,):
             without = [name for name in known if study.arms[name].learning_rate is None]
             faults += [f"arms.{name}.learning_rate: missing; {key} has a grid around it" for name in without]
+        for name in known:
+            source = study.arms[name].source
+            if source is not None and source not in study.sources:
+                hint = did_you_mean(source, study.sources)
+                faults.append(f"arms.{name}.source: unknown source {source!r}; {hint}")
         has_scratch = SCRATCH in map(study.counts_as, known)
         if not (has_scratch or study.judged_on or unknown_arms):
             faults.append(

@@ -167,7 +167,8 @@ def check_experiments(command: str, arguments: list[str]) -> None:
     from outgrow.experiments.__main__ import parser
 
     options = parser().parse_args([command, *arguments])
-    assert options.command in ("compare", "horizons", "frontier", "same") or options.study in (None, *STUDIES)
+    if options.command in ("study", "run"):
+        assert options.study in (None, *STUDIES)
 
 
 def check_select(arguments: list[str]) -> None:
@@ -217,6 +218,8 @@ DOORS = {
     "horizons": partial(check_experiments, "horizons"),
     "select": check_select,
     "frontier": partial(check_experiments, "frontier"),
+    "family": partial(check_experiments, "family"),
+    "predict": partial(check_experiments, "predict"),
     "same": partial(check_experiments, "same"),
     "evaluate": check_evaluate,
     "cost": check_cost,

@@ -90,6 +90,8 @@ FAULTS = {
     "compare": ["nothing"],
     "horizons": ["nothing"],
     "frontier": ["nothing"],
+    "family": ["nothing"],
+    "predict": ["nothing", "--horizons", "100", "--out", "out"],
 }
 CODE = """
 import sys
