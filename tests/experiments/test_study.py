@@ -27,6 +27,7 @@ from outgrow.experiments.study_file import (
     jobs,
     load_study,
     source_job,
+    source_jobs,
 )
 from outgrow.experiments.table import check_table
 from outgrow.model.base.errors import UserError
@@ -43,8 +44,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to run in, where the sources of all studies are complete."""
     monkeypatch.chdir(tmp_path)
     for study in map(load_study, STUDIES):
-        if study.source:
-            finish(source_job(study))
+        for job in source_jobs(study):
+            finish(job)
     return tmp_path
 
 
@@ -71,8 +72,8 @@ def grids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Job]]:
         monkeypatch.chdir(tmp_path_factory.mktemp("grids"))
         studies = [load_study(name) for name in STUDIES]
         for study in studies:
-            if study.source:
-                finish(source_job(study))
+            for job in source_jobs(study):
+                finish(job)
         return {study.name: jobs(study, replace(study.full, seeds=study.full.seeds[:1])) for study in studies}
 
 
@@ -90,11 +91,14 @@ def test_every_study_composes(name: str, elsewhere: Path, grids: dict[str, list[
         )
         arms = {job.arm for job in todo}
         assert study.judged_on or "scratch" in arms
-        assert study.judged_on or arms & {"source", "small"}, "no control: trained longer but not bigger"
+        assert study.judged_on or study.family or arms & {"source", "small"}, (
+            "no control: trained longer but not bigger"
+        )
     assert len(study.full.seeds) >= 3
     assert study.judged_on or len(study.full.learning_rate_factors) >= 3
     # a full run goes on from the demo
-    assert {job.folder for job in demo} <= {job.folder for job in grids[name]}
+    whole = {folder for job in grids[name] for folder in job.folders}
+    assert {folder for job in demo for folder in job.folders} <= whole
     for job in grids[name]:
         tuned = study.arms[job.arm].learning_rate is not None
         rate = f"-lr{job.settings.optimizer.learning_rate:g}" if tuned else ""
@@ -198,6 +202,7 @@ def test_arms_differ_in_growth_learning_rate_and_what_they_say_only(
             for override in arms[other.arm].overrides
             if not override.startswith("schedule.horizons")
         )
+        said += ("source",) if arms[other.arm].source is not None else ()
         own = ("train.budget_tokens", "schedule.horizons")  # of a control, for equal FLOPs
         counts = own if other.settings.growth.operator == "source" else ()
         assert all(
@@ -273,6 +278,27 @@ def test_a_wrong_definition_names_every_fault(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "tiny_rewarm" / "study.yaml").write_text(text)
     with pytest.raises(UserError, match=r"demo\.arms: none counts as scratch, .* add it, or judged_on"):
         load_study("tiny_rewarm")
+
+
+@pytest.mark.slow
+def test_an_arm_may_start_from_a_source_of_its_own_and_an_extent_shorten_all(elsewhere: Path) -> None:
+    study = load_study("from_a_trained_source")
+    sources = {job.name: job.settings for job in source_jobs(study)}
+    assert sources["from_a_trained_source-source-stable60"].schedule.decay_fraction == 0.0
+    demo = replace(study.demo, arms=("scratch", "stable60_lossless", "source"))
+    scratch, grown, control = jobs(study, demo)
+    assert grown.settings.source == "runs/from_a_trained_source-source-stable60/final"
+    assert scratch.settings.schedule.horizons == grown.settings.schedule.horizons == (450_560, 1_794_048)
+    assert control.settings.schedule.horizons == (835_584, 3_325_952)  # for the same FLOPs
+
+    text = (HERE / study.name / "study.yaml").read_text().replace("source: stable60,", "source: stable61,")
+    place = elsewhere / "experiments" / study.name
+    place.mkdir(parents=True)
+    (place / "study.yaml").write_text(text)
+    with pytest.raises(
+        UserError, match=r"arms\.stable60_lossless\.source: unknown source 'stable61'; did you mean"
+    ):
+        load_study(study.name)
 
 
 @pytest.mark.slow

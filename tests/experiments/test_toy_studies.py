@@ -17,7 +17,13 @@ FITTED = ["growth.tokens=512", "growth.window=64"]
 LEARNED = ["growth.steps=2", "growth.batch_tokens=128", "growth.window=64"]
 STUDIES: dict[str, Mapping[str, Sequence[str]]] = {  # name: what arms need to be small
     "operators": {"least_squares": FITTED, "ligo": LEARNED, "lesa": ["growth.epochs=1"]},
+    "from_a_trained_source": {},
+    "family": {},
+    "width_or_depth": {},
+    "gpu_hour": {},
 }
+LARGE = ["hidden_size=24", "intermediate_size=48", "num_attention_heads=3", "num_key_value_heads=3"]
+SIZES = {"gpu_hour": [*(f"target.{size}" for size in LARGE), "train.compile=false"]}
 
 
 @pytest.mark.slow
@@ -27,11 +33,14 @@ def test_a_study_runs_through_to_its_table(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study_module, "cores", lambda: 1)  # one thread: two would wait for each other
-    toy_study(name, tmp_path, STUDIES[name])
+    toy_study(name, tmp_path, STUDIES[name], SIZES.get(name, ()))
     assert main(["study", name, "--jobs", "1"]) == 0, capsys.readouterr().err
     study = load_study(name)
     out = tmp_path / "runs" / f"comparison-{name}"
     ends = read_ends(out / "ends.json")
     assert {end.arm for end in ends} == {study.counts_as(arm) for arm in study.demo.arms}
     table = (out / "table.md").read_text()
+    if study.family:
+        assert "| middle | 0 |" in table
+        return
     assert all(f"\n| {study.counts_as(arm)} | " in table for arm in study.demo.arms)

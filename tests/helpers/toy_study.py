@@ -47,6 +47,12 @@ def toy_study(name: str, folder: Path, more: Mapping[str, Sequence[str]], sizes:
         if isinstance(definition[key], list) and definition[key]:
             own = _experiments_own(definition[key])
             definition[key] = [*shortened(own), *shortened(definition[key]), *toy]
+    for source, overrides in definition.get("sources", {}).items():
+        own = _experiments_own(overrides)
+        definition["sources"][source] = [*shortened(own), *shortened(overrides), *toy]
+    for extent in ("demo", "full"):
+        overrides = definition[extent].get("overrides", [])
+        definition[extent]["overrides"] = shortened(overrides)
     for arm, values in definition["arms"].items():
         values["overrides"] = [*shortened(values.get("overrides", [])), *more.get(arm, ())]
     place = folder / "experiments" / name
@@ -68,7 +74,8 @@ def _write_text(folder: Path) -> Path:
 
 def _experiments_own(overrides: Sequence[str]) -> list[str]:
     """The name that an experiment's run has without toy sizes, and its counts of tokens, as overrides."""
-    settings = compose([*overrides])
+    starts = any(override.startswith("growth=") for override in overrides)
+    settings = compose([*overrides] if starts else [*overrides, "growth=scratch"])
     own = ["changes=''", f"name={settings.name}", f"train.budget_tokens={settings.train.budget_tokens}"]
     if horizons := ",".join(map(str, settings.schedule.horizons)):
         own.append(f"schedule.horizons=[{horizons}]")
