@@ -323,18 +323,16 @@ class Family:
         """Every space that a tensor of the schema has on an axis; none where the schema is an outline of
         names and numbers.
         """
-        axes = [axis for line in self.lines for axis in line.axes]
-        return frozenset(space.name for axis in axes for space in spaces(axis))
+        return frozenset(space.name for line in self.lines for space in line.spaces)
 
     def writes_residual(self, tensor: Tensor) -> bool:
         """Check whether the tensor is the last to touch what its module adds to the residual stream."""
         line = tensor.line
-        has_post_norms = any(other.kind == "post norm" and other.layered for other in self.lines)
-        if has_post_norms:
+        post_norms = [other for other in self.lines if other.kind == "post norm"]
+        if any(norm.layered for norm in post_norms):
             return line.kind == "post norm"
         if line.kind == "tensor":
-            named = [space for axis in line.axes for space in spaces(axis)]
-            reads = any(space.dual for space in named)
+            reads = any(space.dual for space in line.spaces)
             is_bias = line.name.endswith("bias")
             return Space("residual") in line.axes and (reads or is_bias)
         return line.kind == "linear" and line.out == Space("residual")
@@ -440,8 +438,8 @@ def register(family: Family) -> Family:
     """
     known = {"vocab", "residual", "ffn", "kv", "group", "qk", "v", "pos", *family.more}
     for line in family.lines:
-        named = [space.name for axis in line.axes for space in spaces(axis)]
-        if unsized := [name for name in named if name not in known]:
+        unsized = [space.name for space in line.spaces if space.name not in known]
+        if unsized:
             names = ", ".join(sorted(known))
             raise ValueError(
                 f"{family.name}: line {line.name!r} names the space {unsized[0]!r}; known: {names}"

@@ -170,6 +170,11 @@ class Line:
         return f"{self.out} <- {self.into}"
 
     @property
+    def spaces(self) -> list[Space]:
+        """Every space on its axes, in their order."""
+        return [space for axis in self.axes for space in spaces(axis)]
+
+    @property
     def axes(self) -> tuple[Axis, ...]:
         """The axes of its weight, in storage order."""
         if self.kind == "tensor":

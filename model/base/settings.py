@@ -54,11 +54,11 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
     except UserError as fault:  # the file itself is no YAML
         faults.append(str(fault))
         return OmegaConf.create({}), faults
-    choices = [override for override in parsed if _is_choice(groups, override)]
-    choices = [override for override in choices if _choice_holds(folder, override, faults)]
+    leaves = [override for override in parsed if _is_choice(groups, override)]
+    assignments = [override for override in parsed if not _is_choice(groups, override)]
+    choices = [override for override in leaves if _choice_holds(folder, override, faults)]
     try:
         cfg = _chosen(tree, name, choices)
-        assignments = [override for override in parsed if not _is_choice(groups, override)]
         values = [override for override in assignments if _key_holds(cfg, override, groups, faults)]
         changes = [override for override in values if _needs_composing(override)]
         if changes:
@@ -462,8 +462,7 @@ def read(cls: type[T], values: Any, path: str, faults: list[str]) -> T | None:
         return None
     every_field = dataclasses.fields(cls)  # type: ignore[arg-type]
     fields = {field.name: field for field in every_field}
-    takes_rest = [name for name, field in fields.items() if field.metadata.get("rest")]
-    rest = takes_rest[0] if takes_rest else None
+    rest = next((field.name for field in every_field if field.metadata.get("rest")), None)
     by_name = {str(key): value for key, value in values.items()}
     further = [key for key in by_name if key not in fields or key == rest]
     if rest is None:

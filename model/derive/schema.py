@@ -94,8 +94,7 @@ def _further_sizes(draft: Draft, config: Config, lines: Iterable[Line]) -> dict[
     """Say what the sizes of further spaces are: space → (config key, factor)."""
     keys = draft.axes.keys
     mixer = draft.axes.mixer
-    axes = [axis for line in lines for axis in line.axes]
-    used = [space for axis in axes for space in spaces(axis)]
+    used = [space for line in lines for space in line.spaces]
     named = {space.name for space in used}
     sizes: dict[str, Size] = {}
     for key in keys.more:
