@@ -43,7 +43,7 @@ def test_the_page_of_a_real_model_holds_the_tables_of_its_records() -> None:
     ):
         assert marks[0] + table(json.loads(record.read_text())) + marks[1] in page
     doors = [command.split()[1] for command in real.commands()]
-    assert doors == ["grow", "evaluate", "train", "evaluate", "cost"]
+    assert doors == ["grow", "evaluate", "train", "evaluate", "cost", "evaluate"]
 
 
 def test_medians_and_ratios_are_those_of_the_rounds(bench: ModuleType) -> None:
