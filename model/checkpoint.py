@@ -20,7 +20,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from outgrow.model.base.errors import UserError, first_line, reading
+from outgrow.model.base.errors import UserError, first_line, reading, seen_from
 from outgrow.model.companions import left_behind, to_download
 from outgrow.model.config import WEIGHTS, check_values, read_config, read_json
 from outgrow.model.dtypes import PACKED, PLAIN_NUMBERS, RAW, bytes_of, is_float
@@ -536,8 +536,8 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
         )
     if not is_hub_name(source):
         raise UserError(
-            f"source {str(source)!r}: no such folder, and not a Hugging Face name of the form "
-            f"owner/name{_near(folder)}"
+            f"source {str(source)!r}: no such folder{seen_from(folder)}, and not a Hugging Face name of the "
+            f"form owner/name{_near(folder)}"
         )
     try:
         return _downloaded(str(source), revision)

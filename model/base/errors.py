@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from typing import NoReturn
 
 LONGEST_WORD, LONGEST_LINE = 400, 2000  # characters of a message that a stranger's file may fill
@@ -113,3 +114,8 @@ def in_one_line(fault: BaseException, length: int = 200) -> str:
     message = " ".join(str(fault).split())
     kind = type(fault).__name__
     return f"{kind}: {message[:length]}" if message else kind
+
+
+def seen_from(path: Path) -> str:
+    """Where a path that is relative was looked for, for the message that it is not there; "" for others."""
+    return "" if path.is_absolute() else f" in {Path.cwd()}"

@@ -20,8 +20,12 @@ from outgrow.model.dtypes import to_float, to_raw
 
 
 @pytest.mark.parametrize("source", ["/nowhere/at/all", "nowhere", "a/b/c", "../x"])
-def test_a_missing_source_is_told(source: str) -> None:
-    with pytest.raises(UserError, match="no such folder, and not a Hugging Face name"):
+def test_a_missing_source_is_told_with_the_folder_that_a_relative_one_is_seen_from(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    where = "" if source.startswith("/") else f" in {tmp_path}"
+    with pytest.raises(UserError, match=f"no such folder{where}, and not a Hugging Face name"):
         locate(source)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from outgrow.model.base.settings import CONF
+from outgrow.train.corpus.read.corpora import open_corpus
 from outgrow.train.data.settings import DataSettings, MixtureSettings, PhaseSettings, SourceSettings
 from outgrow.train.data.shards import fingerprint
 from outgrow.train.settings import Budget, Settings, compose
@@ -51,6 +52,28 @@ def test_a_text_that_is_not_there_yet_is_known_by_its_limit_alone(settings: Sett
     assert line.startswith(
         "files: 100.0% of the run, 768 tokens of at most 95, at least 8.08 passes; more than 4"
     )
+
+
+@pytest.mark.parametrize("changed", ["another path", "another file"])
+def test_tokens_of_another_text_say_nothing_of_this_one(
+    settings: Settings, tmp_path: Path, changed: str
+) -> None:
+    for name in ("short", "long"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(name)
+    there = prepared(tmp_path / "tokens", 8)
+    path = tmp_path / "tokens" / "manifest.json"
+    data = replace(there, path=str(tmp_path / "short"))
+    inputs = {"stamp": open_corpus(data).stamp(), "digest": ""}
+    manifest = {**json.loads(path.read_text()), "inputs": inputs}
+    path.write_text(json.dumps(manifest | {"fingerprint": fingerprint(manifest)}))
+    assert stock(data) == Stock(8, exact=True)
+    if changed == "another file":
+        (tmp_path / "short" / "b.txt").write_text("more")
+    else:
+        data = replace(data, path=str(tmp_path / "long"))
+    assert stock(data) is None
+    assert "known once it is prepared" in next(passes(replace(settings, data=data)))
 
 
 def test_tokens_cut_by_a_sources_tokenizer_are_found_beside_them(settings: Settings, tmp_path: Path) -> None:

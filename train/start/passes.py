@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from outgrow.model.base.errors import UserError
 from outgrow.train.data.settings import DataSettings, MixtureSettings
 from outgrow.train.data.shards import read_manifest
 from outgrow.train.settings import Settings
@@ -77,6 +79,8 @@ def stock(data: DataSettings) -> Stock | None:
     for folder in prepared(data.home):
         manifest = read_manifest(folder)
         assert manifest is not None
+        if _is_of_another_text(manifest, data):
+            continue
         tokens = int(manifest["splits"]["train"]["tokens"])
         return Stock(tokens, True)
     if data.limit_tokens is None:
@@ -111,3 +115,16 @@ def shares(
         taken = sum(more or 0.0 for more in asked.values())
         left = max(0.0, left - taken)
     return read
+
+
+def _is_of_another_text(manifest: Mapping[str, Any], data: DataSettings) -> bool:
+    """True for tokens of other files than the settings name now: another data.path, or files that changed."""
+    from outgrow.train.corpus.read.corpora import open_corpus
+
+    inputs = manifest.get("inputs")  # a folder of tokens alone tells of no text
+    if data.corpus != "files" or inputs is None:
+        return False
+    try:
+        return bool(open_corpus(data).stamp() != inputs["stamp"])
+    except UserError:  # no text lies there, which a run tells
+        return False

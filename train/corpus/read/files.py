@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from outgrow.model.base.atomic import PARTIAL
-from outgrow.model.base.errors import UserError, first_line
+from outgrow.model.base.errors import UserError, first_line, seen_from
 from outgrow.train.corpus.read.document import Document, Tally
 from outgrow.train.corpus.read.formats import READERS, format_of, open_any, store_of, texts, unreadable
 from outgrow.train.data.settings import DataSettings
@@ -169,7 +169,8 @@ def files_of(path: str, key: str) -> tuple[File, ...]:
 
 
 def _nothing(path: str, key: str, expanded: str, count: int) -> str:
-    nothing = "it is an empty folder" if os.path.isdir(expanded) else "there is no such file or folder"
+    missing = f"there is no such file or folder{seen_from(Path(expanded))}"
+    nothing = "it is an empty folder" if os.path.isdir(expanded) else missing
     reason = (
         f"none of its {count} files ends in {' '.join(READERS)} (or one of these and .gz .zst)"
         if count
