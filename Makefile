@@ -30,6 +30,7 @@ lint: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt growth/engine/_bits.c
 	$(PYTHON) -m venv $(VENV)
+	@echo "installing PyTorch and what else constraints.txt pins into $(VENV); some minutes, most of them without a word"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 

@@ -340,13 +340,20 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    (tmp_path / "run.json").touch()
     with folder.locked(tmp_path, True):
         other = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert "another process is training this run right now" in other.stderr
         with folder.locked(tmp_path, False):  # the other ranks of the same run
             pass
     assert subprocess.run(command, env=environment).returncode == 0
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"], "a lock leaves nothing behind"
+
+
+def test_a_run_that_is_refused_before_it_began_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no text"), folder.locked(tmp_path / "runs" / "a", True):
+        raise UserError("no text")
+    assert not (tmp_path / "runs" / "a").exists()
 
 
 # ---- speed -------------------------------------------------------------------------------------------------

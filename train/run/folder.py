@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -220,7 +220,7 @@ def check_same_inputs(
 def locked(folder: Path, holds: bool) -> Iterator[None]:
     """Lock `folder` for this group of processes in the block; `holds` is true on the one that takes the lock.
 
-    The lock (`model.base.locks`) ends with the process.
+    The lock (`model.base.locks`) ends with the process. A folder that is still empty then is removed.
 
     Raises:
         UserError: another process trains in this folder, or it cannot be written.
@@ -234,4 +234,8 @@ def locked(folder: Path, holds: bool) -> Iterator[None]:
     with lock:
         if not lock.take():
             raise UserError(f"{folder}: another process is training this run right now")
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # it holds something, unless the run was refused before it began
+                folder.rmdir()
