@@ -8,7 +8,8 @@ gradient's, and what single tokens' gradients scatter. So two sizes b < B tell b
     tr(Σ) ≈ (|g_b|² - |g_B|²) / (1/b - 1/B)
 
 and the simple noise scale is tr(Σ) / |G|². Both are noisy, so each is summed over a logging interval before
-they are divided. b is the first micro-batch of each process, B the whole batch.
+they are divided. b is the first micro-batch of each process, B the whole batch. Where each of several
+processes takes its share at once (DDP), its gradient is seen just before it is averaged with the others'.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from outgrow.model.base.errors import UserError
 from outgrow.train.machine.distribute import total_norm
@@ -24,6 +27,7 @@ from outgrow.train.share import Share
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.distributed import GradBucket
 
     from outgrow.train.run.state import Position
     from outgrow.train.settings import Settings
@@ -50,11 +54,23 @@ class NoiseScale:
             self.factor = batch / (processes * own[process])
         self.batch = batch
         self.square = torch.zeros(())
+        self.parts: list[Tensor] | None = None  # squared norms of this process's own buckets
+
+    def watch(self, model: nn.Module) -> None:
+        """See the gradient of a process's only micro-batch before DDP averages it, a bucket at a time."""
+        if isinstance(model, DistributedDataParallel):
+            self.parts = []
+            # DDP refuses annotations that are not evaluated
+            model.register_comm_hook(self.parts, lambda parts, bucket: _seen(parts, bucket))
 
     def see_first(self, gradients: list[Tensor]) -> None:
         """Take the gradients that the first micro-batch of a step has left."""
-        norm = total_norm(gradients) * self.factor
-        self.square = self.accelerator.reduce(norm.square(), reduction="mean")
+        norm = total_norm(gradients)
+        if self.parts is not None:
+            norm = torch.stack(self.parts).sum().sqrt()
+            self.parts.clear()
+        square = (norm * self.factor).square()
+        self.square = self.accelerator.reduce(square, reduction="mean")
 
     def see_batch(self, norm: float) -> None:
         """Take the norm of the whole batch's gradient, and count the step."""
@@ -76,16 +92,28 @@ class NoiseScale:
         return {"noise_scale_tokens": scatter / gradient if gradient > 0 else None}
 
 
+def _seen(parts: list[Tensor], bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """Note the squared norm of a bucket of gradients, then average it as DDP does by itself."""
+    gradient = bucket.buffer()
+    parts.append(gradient.square().sum())
+    everyone = torch.distributed.group.WORLD
+    assert everyone is not None
+    return allreduce_hook(everyone, bucket)
+
+
 def first_micro_batches(settings: Settings, processes: int) -> list[int]:
     """The tokens in the first micro-batch of each process.
 
     Raises:
-        UserError: a process takes its share of a batch at once, so that there is nothing to compare.
+        UserError: there is nothing to compare: a process takes its share of a batch at once, alone or with
+            others that add up their gradients as they go (sharding).
     """
     rows, size = settings.budget.rows, settings.train.micro_batch
     shares = [Share.of(rows, size, process, processes) for process in range(processes)]
     fewest = min(len(share.rows) for share in shares)
-    if len(shares[0].pieces) < 2 or not fewest:
+    at_once = len(shares[0].pieces) < 2
+    seen_apart = processes > 1 and settings.sharding.name == "none"
+    if (at_once and not seen_apart) or not fewest:
         way = (
             f"give train.micro_batch=N, at most {fewest // 2}"
             if fewest > 1

@@ -104,7 +104,10 @@ def build_objects(context: RunContext, stage: Stage) -> TrainingObjects:
     objective = taught(plain, context.teacher, accelerator.device)
     model, prepared = prepare(objective, optimizer, accelerator, unused=way.partly)
     split = context.data.train
-    step = Step(model, prepared, accelerator, split, settings, entries, _noise_scale(context))
+    noise = _noise_scale(context)
+    step = Step(model, prepared, accelerator, split, settings, entries, noise)
+    if noise is not None and len(step.share.pieces) == 1:
+        noise.watch(model)
     decay = settings.train.ema_decay
     average = None if decay is None else Average(model, step.weights(), decay)
     diagnostics = _diagnostics(context, network, prepared.optimizer, stage)

@@ -110,6 +110,30 @@ def test_a_run_tells_what_gradients_by_hand_tell(
 
 
 @pytest.mark.slow
+def test_processes_that_take_their_share_at_once_are_compared(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the gradient of each before DDP averages it; the weights learn as ever."""
+    estimates: list[tuple[float, float]] = []
+    called = Step.__call__
+
+    def spied(self: Step, i: int) -> tuple[float, ...]:
+        estimates.append(by_hand(self, i, [[0, 1, 2, 3], [4, 5, 6, 7]]))
+        return called(self, i)
+
+    monkeypatch.setattr(Step, "__call__", spied)
+    plain = compose(overrides)
+    loop.train(at(plain, tmp_path / "alone"))
+    monkeypatch.undo()
+    asked = compose([*overrides, "train.noise_scale=true"])
+    two = ended(at(asked, tmp_path / "two"), processes=2)
+    assert [row["noise_scale_tokens"] for row in rows(two, "train")] == scales(estimates)
+    quiet = ended(at(plain, tmp_path / "quiet"), processes=2)
+    told_less = [{k: v for k, v in row.items() if k != "noise_scale_tokens"} for row in timeless(two)]
+    assert told_less == timeless(quiet)
+
+
+@pytest.mark.slow
 def test_a_run_that_resumes_inside_an_interval_tells_the_same(settings: Settings, tmp_path: Path) -> None:
     folder = ended(at(settings, tmp_path / "whole"))
     shutil.copytree(folder, tmp_path / "again")
@@ -126,14 +150,24 @@ def test_a_run_that_resumes_inside_an_interval_tells_the_same(settings: Settings
         (None, 2, "takes its 4 windows at once; give train.micro_batch=N, at most 2"),
         (4, 2, "at most 2"),
         (1, 8, "takes its 1 windows at once; give more windows a step"),
+        (1, 9, "takes its 0 windows at once; give more windows a step"),
     ],
 )
 def test_a_run_with_nothing_to_compare_is_refused(
     settings: Settings, micro_batch: int | None, processes: int, words: str
 ) -> None:
-    asked = dataclasses.replace(settings, train=dataclasses.replace(settings.train, micro_batch=micro_batch))
+    """Of several processes, those that share the weights too; others are compared with each other."""
+    train = dataclasses.replace(settings.train, micro_batch=micro_batch)
+    full = dataclasses.replace(settings.sharding, name="full")
+    asked = dataclasses.replace(settings, train=train, sharding=full)
     with pytest.raises(UserError, match=words):
         first_micro_batches(asked, processes)
+    apart = dataclasses.replace(settings, train=train)
+    if 1 < processes <= 8:
+        assert first_micro_batches(apart, processes) == [8 // processes * 16] * processes
+    else:
+        with pytest.raises(UserError, match=words):
+            first_micro_batches(apart, processes)
 
 
 def test_it_is_refused_before_the_text_is_read(overrides: list[str], tmp_path: Path) -> None:
