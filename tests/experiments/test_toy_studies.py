@@ -24,6 +24,10 @@ STUDIES: dict[str, Mapping[str, Sequence[str]]] = {  # name: what arms need to b
 }
 LARGE = ["hidden_size=24", "intermediate_size=48", "num_attention_heads=3", "num_key_value_heads=3"]
 SIZES = {"gpu_hour": [*(f"target.{size}" for size in LARGE), "train.compile=false"]}
+# each source's kind, and each way to go on from one; its operators are those of `operators`
+OF_SOURCES = ["scratch", "source", "null_control", "lossless", "small60_source", "small60_hyperclone"]
+OF_SOURCES += ["phi20_lossless", "stable20_lossless", "lossless_short", "stable60_lossless_none"]
+ARMS = {"from_a_trained_source": OF_SOURCES}
 
 
 @pytest.mark.slow
@@ -33,14 +37,15 @@ def test_a_study_runs_through_to_its_table(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study_module, "cores", lambda: 1)  # one thread: two would wait for each other
-    toy_study(name, tmp_path, STUDIES[name], SIZES.get(name, ()))
+    toy_study(name, tmp_path, STUDIES[name], SIZES.get(name, ()), ARMS.get(name, ()))
     assert main(["study", name, "--jobs", "1"]) == 0, capsys.readouterr().err
     study = load_study(name)
     out = tmp_path / "runs" / f"comparison-{name}"
     ends = read_ends(out / "ends.json")
-    assert {end.arm for end in ends} == {study.counts_as(arm) for arm in study.demo.arms}
+    arms = ARMS.get(name, study.demo.arms)
+    assert {end.arm for end in ends} == {study.counts_as(arm) for arm in arms}
     table = (out / "table.md").read_text()
     if study.family:
         assert "| middle | 0 |" in table
         return
-    assert all(f"\n| {study.counts_as(arm)} | " in table for arm in study.demo.arms)
+    assert all(f"\n| {study.counts_as(arm)} | " in table for arm in arms)

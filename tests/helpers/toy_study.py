@@ -19,12 +19,19 @@ BATCHES = re.compile(r"\b(train\.batch_tokens=)(\d+)")
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "dogs", "under", "that", "old", "tree")
 
 
-def toy_study(name: str, folder: Path, more: Mapping[str, Sequence[str]], sizes: Sequence[str] = ()) -> None:
+def toy_study(
+    name: str,
+    folder: Path,
+    more: Mapping[str, Sequence[str]],
+    sizes: Sequence[str] = (),
+    arms: Sequence[str] = (),
+) -> None:
     """Write `experiments/NAME/study.yaml` and its text into `folder`, where the study is to be run from.
 
     Args:
         more: overrides of single arms, such as fewer steps of a learned operator.
         sizes: overrides of the source and all arms.
+        arms: those that are trained; none: all of the study's demo.
     """
     definition = yaml.safe_load((HERE / name / DEFINITION).read_text())
     settings = compose([*definition["runs"], "growth=scratch"])
@@ -53,6 +60,8 @@ def toy_study(name: str, folder: Path, more: Mapping[str, Sequence[str]], sizes:
     for extent in ("demo", "full"):
         overrides = definition[extent].get("overrides", [])
         definition[extent]["overrides"] = shortened(overrides)
+    if arms:
+        definition["demo"]["arms"] = list(arms)
     for arm, values in definition["arms"].items():
         values["overrides"] = [*shortened(values.get("overrides", [])), *more.get(arm, ())]
     place = folder / "experiments" / name
