@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from outgrow.experiments.figure import GRID, INK
 from outgrow.experiments.horizons import (
     RECORD,
+    Bound,
     End,
     Point,
     SeedWorth,
@@ -42,11 +43,12 @@ PROJECT = "knowledge-transfer"  # in W&B
 METHOD = (
     "Every run has decayed to its end, and only such ends are compared. Scratch's ends, the best of its "
     "optimizers, batch sizes and rates at each budget, are a curve L(C), linear in log C between two of "
-    "them and never read outside. An arm that ends at loss L for C FLOPs is worth S = L⁻¹(L) / C. Source "
-    "excluded: the checkpoint was already there; included: it had to be trained first. FLOPs are counted "
-    "from the model, attention included, for the tokens really processed. A rate is chosen on the seeds that "
-    "all rates of its grid share; a star marks the edge of a grid. Intervals are 95 %, Student t over seeds, "
-    "each held against scratch's runs of the same seed."
+    "them and never read outside: there S is told to be more (>) or less (<) than what its ends bound it "
+    "by. An arm that ends at loss L for C FLOPs is worth S = L⁻¹(L) / C. Source excluded: the checkpoint was "
+    "already there; included: it had to be trained first. FLOPs are counted from the model, attention "
+    "included, for the tokens really processed. A rate is chosen on the seeds that all rates of its grid "
+    "share; a star marks the edge of a grid. Intervals are 95 %, Student t over seeds, each held against "
+    "scratch's runs of the same seed."
 )
 RECOVERED = (
     "Recovery: spike is what the growth added to the validation loss, over means that the training loss is "
@@ -162,7 +164,7 @@ def cells(worth: Worth) -> list[str]:
     """One row of the table, under HEADINGS."""
     point = worth.point
     star = "*" if point.at_edge else ""
-    included = _number(worth.speedup_included, "{:.2f}")
+    included = _speedup(worth.speedup_included, worth.bound_included)
     if worth.interval_included is not None and point.arm != SCRATCH:
         included += f" ± {worth.interval_included:.2f}"
     difference = _number(worth.difference, "{:+.4f}")
@@ -177,7 +179,7 @@ def cells(worth: Worth) -> list[str]:
         seed_numbers(point),
         f"{point.paid / 1e12:.2f}",
         f"{point.val_loss:.4f}",
-        _number(worth.speedup_excluded, "{:.2f}"),
+        _speedup(worth.speedup_excluded, worth.bound_excluded),
         included,
         difference,
     ]
@@ -298,35 +300,63 @@ def seed_numbers(point: Point) -> str:
     return ", ".join(str(end.seed) for end in point.ends)
 
 
+def _speedup(value: float | None, bound: Bound | None) -> str:
+    return str(bound) if value is None else f"{value:.2f}"
+
+
 def _number(value: float | None, form: str) -> str:
     return "out of range" if value is None else form.format(value)
 
 
 def answer(rows: Sequence[Worth]) -> str:
-    """The finding in two sentences: what the best grown arm is worth at the longest horizon that grown arms
-    have in range, and where the control ends for the same FLOPs.
+    """The finding in two sentences: what the best grown arm is worth at the longest horizon that one has, and
+    where the control ends for the same FLOPs.
     """
     grown = [row for row in rows if is_grown(row, rows)]
-    in_range = [row for row in grown if row.speedup_included is not None]
-    if not in_range:
-        return "No arm ends within the range of scratch's curve, so nothing can be said of a speed-up."
-    best = max(in_range, key=lambda row: (row.point.tokens, row.speedup_included or 0.0))
+    if not grown:
+        return "No arm grew, so nothing can be said of a speed-up."
+    best = max(grown, key=lambda row: (row.point.tokens, _least_speedup(row), -row.point.val_loss))
     point = best.point
-    speedup = best.speedup_included or 0.0
     count = len(point.ends)
     plural = "s" if count > 1 else ""
     seeds = f"{count} seed{plural}: {seed_numbers(point)}"
-    spread = best.interval_included
-    interval = "" if spread is None else f" ± {spread:.2f}"
     return (
         f"At {point.tokens_per_parameter:.0f} tokens a parameter {_verdict(best)}: {point.arm} is worth S "
-        f"= {speedup:.2f}{interval} against scratch, everything paid ({seeds}). {_control(best, rows)}"
+        f"{_relation(best)} against scratch, everything paid ({seeds}). {_control(best, rows)}"
     )
 
 
+def _least_speedup(row: Worth) -> float:
+    """The speed-up, source included, that a row is known to reach."""
+    if row.speedup_included is not None:
+        return row.speedup_included
+    bound = row.bound_included
+    return bound.value if bound is not None and bound.side == ">" else 0.0
+
+
+def _relation(row: Worth) -> str:
+    """A row's speed-up as the end of a sentence: = 1.21 ± 0.27, > 0.93."""
+    if row.speedup_included is None:
+        return str(row.bound_included)
+    spread = row.interval_included
+    interval = "" if spread is None else f" ± {spread:.2f}"
+    return f"= {row.speedup_included:.2f}{interval}"
+
+
 def _verdict(row: Worth) -> str:
-    """The verdict on growth; an interval that holds S = 1 gives none."""
-    speedup = row.speedup_included or 0.0
+    """The verdict on growth; an interval that holds S = 1 gives none, nor does a bound on its other side."""
+    speedup, bound = row.speedup_included, row.bound_included
+    if speedup is None:
+        assert bound is not None
+        if bound.side == ">":
+            return (
+                "growth pays" if bound.value >= 1.0 else "scratch ends too early to tell whether growth pays"
+            )
+        return (
+            "growth does not pay"
+            if bound.value <= 1.0
+            else "scratch begins too late to tell whether growth pays"
+        )
     interval = row.interval_included or 0.0
     if interval and abs(speedup - 1.0) <= interval:
         return "the seeds do not tell whether growth pays"
@@ -492,12 +522,12 @@ def _plot_speedups(axes: Axes, rows: Sequence[Worth], style: dict[str, Any]) -> 
 
 
 def _title(row: Worth) -> str:
-    """An arm's name, and what its end is worth where that is known."""
+    """An arm's name, and what its end is worth at least, where that is known."""
     arm = row.point.arm
-    speedup = row.speedup_included
-    if arm == SCRATCH or speedup is None:
+    if arm == SCRATCH or not _least_speedup(row):
         return arm
-    return f"{arm}, S = {speedup:.2f}"
+    sign = "" if row.speedup_included is None else "= "
+    return f"{arm}, S {sign}{_speedup(row.speedup_included, row.bound_included)}"
 
 
 def _name(axes: Axes, labels: Sequence[Label]) -> None:

@@ -6,8 +6,9 @@ L for C_arm FLOPs is worth
 
     S = L⁻¹(L) / C_arm
 
-interpolated linearly in log C between scratch's ends, never outside of them: there the loss difference at
-equal FLOPs stands instead. A point that has not decayed is never held against one that has.
+interpolated linearly in log C between scratch's ends, never outside of them: there S has a bound, for scratch
+needs more than its last end cost to reach a lower loss, and less than its first one's for a higher. A point
+that has not decayed is never held against one that has.
 """
 
 from __future__ import annotations
@@ -239,6 +240,19 @@ def _best_point(ends: Sequence[End]) -> Point:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """The side of `value` on which a speed-up lies: ">" of a loss below scratch's last end, "<" of one above
+    its first.
+    """
+
+    side: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.side} {self.value:.2f}"
+
+
+@dataclass(frozen=True)
 class BaselineCurve:
     """L(C) from the decayed ends of scratch: costs rise, losses fall."""
 
@@ -254,6 +268,14 @@ class BaselineCurve:
         rising = [-value for value in self.losses]
         log_cost = interpolate(-loss, rising, self.log_flops)
         return math.exp(log_cost)
+
+    def bound_of(self, loss: float, flops: float) -> Bound | None:
+        """The bound of L⁻¹(loss) / flops outside of what was measured; None inside."""
+        if loss < self.losses[-1]:
+            return Bound(">", self.flops[-1] / flops)
+        if loss > self.losses[0]:
+            return Bound("<", self.flops[0] / flops)
+        return None
 
     def loss_at(self, flops: float) -> float | None:
         """L: scratch's loss for `flops`; None outside of what was measured."""
@@ -343,6 +365,8 @@ class Worth:
     point: Point
     speedup_excluded: float | None
     speedup_included: float | None
+    bound_excluded: Bound | None  # of a speed-up that is None
+    bound_included: Bound | None
     interval_included: float | None
     difference: float | None  # loss − scratch's at equal FLOPs, source included; nats, negative is better
     difference_interval: float | None
@@ -373,6 +397,8 @@ def _worth(point: Point, scratch: Sequence[Point]) -> Worth:
         point,
         speedup_excluded=None if scratch_flops is None else scratch_flops / point.flops,
         speedup_included=None if scratch_flops is None else scratch_flops / point.paid,
+        bound_excluded=curve.bound_of(point.val_loss, point.flops),
+        bound_included=curve.bound_of(point.val_loss, point.paid),
         interval_included=_interval(seed.speedup for seed in seeds),
         difference=None if scratch_loss is None else point.val_loss - scratch_loss,
         difference_interval=_interval(seed.difference for seed in seeds),

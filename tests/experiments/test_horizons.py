@@ -165,6 +165,28 @@ def test_the_table_and_the_sentence_say_what_was_measured(tmp_path: Path) -> Non
     assert "nothing can be said" in answer(worths(SCRATCH_ENDS))
 
 
+@pytest.mark.parametrize(
+    ("flops", "loss", "sentence"),
+    [  # scratch: 3.0 for 1, 2.5 for 4, 2.2 for 16 TFLOP
+        (20e12, 2.0, "scratch ends too early to tell whether growth pays: grown is worth S > 0.80 against"),
+        (8e12, 2.0, "growth pays: grown is worth S > 2.00 against"),
+        (2e12, 3.5, "growth does not pay: grown is worth S < 0.50 against"),
+        (0.5e12, 3.5, "scratch begins too late to tell whether growth pays: grown is worth S < 2.00 against"),
+    ],
+)
+def test_outside_of_scratch_s_curve_a_speed_up_has_a_bound(flops: float, loss: float, sentence: str) -> None:
+    rows = worths([CONTROL, *SCRATCH_ENDS, end("grown", flops, loss)])
+    assert sentence in answer(rows)
+    cells = next(line for line in table(rows).splitlines() if line.startswith("| grown")).split(" | ")
+    bound = sentence.split("S ")[1].removesuffix(" against")
+    assert cells[8:10] == [bound, bound]
+
+
+def test_an_arm_below_scratch_s_last_end_is_not_passed_over_for_a_worse_one_in_range() -> None:
+    better, worse = end("better", 20e12, 2.0), end("worse", 20e12, 2.4)
+    assert "better is worth S > 0.80" in answer(worths([CONTROL, *SCRATCH_ENDS, better, worse]))
+
+
 @pytest.mark.parametrize(("loss", "word"), [(2.6, "0.100 nats higher"), (2.35, "0.150 nats lower")])
 def test_the_control_stands_in_the_headline_and_is_no_grown_arm(loss: float, word: str) -> None:
     """The control is the network with fewer parameters, whatever its name: here it is worth more than growth."""
