@@ -191,7 +191,7 @@ def test_a_candidate_that_diverges_is_out_and_the_others_go_on(
 
 def test_a_run_that_fails_otherwise_stops_the_selection(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    monkeypatch.setattr(study, "ready_source", lambda *_: None)
+    monkeypatch.setattr(study, "ready_sources", lambda *_: [])
     monkeypatch.setattr(study, "prepare_text", lambda *_: None)
 
     def fails(todo: Any, *_: Any) -> None:
