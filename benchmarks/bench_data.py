@@ -399,7 +399,7 @@ def write_pages(result: dict[str, Any]) -> None:
 
 
 def killed_worker() -> dict[str, Any]:
-    """What bench_duplicates.py measured of a killed worker."""
+    """Read what bench_duplicates.py measured of a killed worker."""
     from bench_duplicates import PATIENCE_SECONDS
 
     record = json.loads((HERE / "bench_duplicates.json").read_text())

@@ -140,9 +140,9 @@ def batch_faults(ends: Sequence[End]) -> list[str]:
     for end in ends:
         if scratch and end.batch_tokens not in scratch:
             others[end.arm].add(end.batch_tokens)
-    given = _listed(scratch)
+    of_scratch = _listed(scratch)
     return [
-        f"{arm}: batches of {_listed(sizes)} tokens, {SCRATCH}'s are of {given}; run {SCRATCH} with "
+        f"{arm}: batches of {_listed(sizes)} tokens, {SCRATCH}'s are of {of_scratch}; run {SCRATCH} with "
         f"train.batch_tokens={min(sizes)} too"
         for arm, sizes in others.items()
     ]

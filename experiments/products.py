@@ -150,12 +150,12 @@ def _check(family: Family) -> None:
             )
 
 
-def answer(found: Sequence[Family]) -> str:
+def answer(measured: Sequence[Family]) -> str:
     """The finding in one sentence."""
-    count = len(found[0].products)
-    seeds = ", ".join(str(family.products[0].seed) for family in found)
-    savings = [family.saving for family in found if family.saving is not None]
-    if len(savings) < len(found):
+    count = len(measured[0].products)
+    seeds = ", ".join(str(family.products[0].seed) for family in measured)
+    savings = [family.saving for family in measured if family.saving is not None]
+    if len(savings) < len(measured):
         return (
             f"A product ends outside of the range of its scratch's curve, so the {count} products cannot be "
             f"held against scratch at equal losses (seeds: {seeds})."
@@ -186,10 +186,10 @@ def cells(product: Product) -> list[str]:
     ]
 
 
-def markdown(found: Sequence[Family]) -> str:
+def markdown(measured: Sequence[Family]) -> str:
     """The block that a README carries: the answer, and every product of every seed."""
-    rows = [cells(product) for family in found for product in family.products]
-    return f"{answer(found)}\n\n{markdown_table(HEADINGS, rows)}"
+    rows = [cells(product) for family in measured for product in family.products]
+    return f"{answer(measured)}\n\n{markdown_table(HEADINGS, rows)}"
 
 
 def write(inputs: Sequence[str], out: Path) -> list[str]:
@@ -199,13 +199,13 @@ def write(inputs: Sequence[str], out: Path) -> list[str]:
         UserError: a folder is no run, the ends are no family, or `out` cannot be written.
     """
     _, ends, left_out = read_inputs(inputs)
-    found = families(ends.values())
-    products = [asdict(product) for family in found for product in family.products]
+    measured = families(ends.values())
+    products = [asdict(product) for family in measured for product in family.products]
     writers: dict[str, Writer] = {
-        TABLE: lambda path: path.write_text(markdown(found), encoding="utf-8"),
+        TABLE: lambda path: path.write_text(markdown(measured), encoding="utf-8"),
         RECORD: lambda path: write_ends(path, ends.values()),
         LINES: lambda path: write_csv(products, path),
     }
     paths = write_together(out, writers)
     notes = [f"left out: {item.folder.name}, {item.reason}" for item in left_out]
-    return [markdown(found), *notes, *(f"  {path}" for path in paths)]
+    return [markdown(measured), *notes, *(f"  {path}" for path in paths)]

@@ -281,7 +281,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Rung:
-    """What was measured after `tokens`, the best first, how many went on, and who diverged before."""
+    """Standings after `tokens`, the best first, how many went on, and who diverged before."""
 
     tokens: int
     standings: tuple[Standing, ...]
@@ -302,7 +302,7 @@ class Selection:
 
     @property
     def last(self) -> list[Standing]:
-        """Where each candidate ended, the winner first."""
+        """The last standing of each candidate, the winner first."""
         ends: dict[str, Standing] = {}
         for rung in reversed(self.rungs):
             for one in rung.standings:
@@ -311,12 +311,12 @@ class Selection:
 
     @property
     def diverged(self) -> dict[str, Dropped]:
-        """Who diverged, by label."""
+        """The candidates that diverged, by label."""
         return {one.label: one for rung in self.rungs for one in rung.diverged}
 
     @property
     def correlations(self) -> list[dict[str, Any]]:
-        """Of each column of losses with the next, over the candidates that have both."""
+        """Rank correlation of each column of losses with the next, over the candidates that have both."""
         first = {one.label: fmean(one.start) for one in self.rungs[0].standings}
         columns = {"right after growth": first}
         for rung in self.rungs:

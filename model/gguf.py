@@ -118,9 +118,9 @@ def _passed_over(file: Path, model: Any) -> list[str]:
     apart = () if model.config.tie_word_embeddings is False else ("output.weight",)
     inside = [tensor for tensor in reader.tensors if tensor.name not in (*factors, *apart)]
     held = sum(int(tensor.n_elements) for tensor in inside)
-    made = sum(parameter.numel() for parameter in model.parameters())
-    if held > made:
-        faults.append(f"transformers passes over {held - made:,} of its {held:,} numbers")
+    taken = sum(parameter.numel() for parameter in model.parameters())
+    if held > taken:
+        faults.append(f"transformers passes over {held - taken:,} of its {held:,} numbers")
     return faults
 
 

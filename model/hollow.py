@@ -31,21 +31,21 @@ def hollow(network: nn.Module) -> Iterator[None]:
     products.
     """
     fillings = {id(tensor): _filling(tensor) for tensor in _tensors(network)}
-    places: list[tuple[dict[str, Any], str, Tensor]] = [
-        (place, name, tensor)
+    entries: list[tuple[dict[str, Any], str, Tensor]] = [
+        (owner, name, tensor)
         for module in network.modules()
-        for place in (module._parameters, module._buffers)
-        for name, tensor in place.items()
+        for owner in (module._parameters, module._buffers)
+        for name, tensor in owner.items()
         if tensor is not None
     ]
-    for place, name, tensor in places:
-        place[name] = fillings[id(tensor)]
+    for owner, name, tensor in entries:
+        owner[name] = fillings[id(tensor)]
     try:
         with _Hollow():
             yield
     finally:
-        for place, name, tensor in places:
-            place[name] = tensor
+        for owner, name, tensor in entries:
+            owner[name] = tensor
 
 
 def _tensors(network: nn.Module) -> Iterator[Tensor]:
@@ -110,7 +110,7 @@ def _zeros(shape: Tensor) -> Tensor:
 
 
 def _is_hollow(tensor: Tensor) -> bool:
-    """True for a weight of several entries that share one."""
+    """Check for a weight of several entries that share one."""
     return tensor.numel() > 1 and not any(tensor.stride())
 
 

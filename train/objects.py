@@ -116,7 +116,7 @@ def build_objects(context: RunContext, stage: Stage) -> TrainingObjects:
 
 
 def _noise_scale(context: RunContext) -> NoiseScale | None:
-    """What estimates the gradient noise scale, if that is asked for."""
+    """Build what estimates the gradient noise scale, if that is asked for."""
     settings, accelerator = context.settings, context.accelerator
     if not settings.train.noise_scale:
         return None

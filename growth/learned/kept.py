@@ -50,9 +50,9 @@ class Kept:
                 "another folder"
             )
 
-    def put(self, piece: str, arrays: Mapping[str, np.ndarray], told: Any) -> None:
+    def put(self, piece: str, arrays: Mapping[str, np.ndarray], record: Any) -> None:
         """Keep arrays by name and whatever JSON can say."""
-        metadata = {"growth": self.key, "told": json.dumps(told)}
+        metadata = {"growth": self.key, "record": json.dumps(record)}
         self.folder.mkdir(exist_ok=True)
         with whole_file(self._file(piece)) as partial:
             save_file(dict(arrays), partial, metadata)
@@ -67,7 +67,7 @@ class Kept:
             return None
         with safe_open(file, "np") as opened:
             arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        return arrays, json.loads(metadata["told"])
+        return arrays, json.loads(metadata["record"])
 
     def _file(self, piece: str) -> Path:
         return self.folder / f"{piece}{ENDING}"
@@ -92,7 +92,7 @@ def _is_foreign(file: Path) -> bool:
 
 
 def _metadata(file: Path) -> dict[str, str]:
-    """What is said of a file's tensors; nothing where it is no file of tensors."""
+    """Read what a file of tensors says of them; nothing where it is no file of tensors."""
     try:
         with safe_open(file, "np") as opened:
             return opened.metadata() or {}

@@ -111,14 +111,14 @@ class Predictor(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
-        told: Tensor = self.layers(torch.cat([before, after], 1))
-        return told + _mean(before, after) if self.adds else told
+        output: Tensor = self.layers(torch.cat([before, after], 1))
+        return output + _mean(before, after) if self.adds else output
 
 
-def distance(told: Tensor, wanted: Tensor, norm_weight: float) -> Tensor:
+def distance(output: Tensor, wanted: Tensor, norm_weight: float) -> Tensor:
     """(1 − λ)·MSE + λ·(difference of the Frobenius norms)²."""
-    square = nn.functional.mse_loss(told, wanted)
-    norms = torch.linalg.norm(told) - torch.linalg.norm(wanted)
+    square = nn.functional.mse_loss(output, wanted)
+    norms = torch.linalg.norm(output) - torch.linalg.norm(wanted)
     return (1 - norm_weight) * square + norm_weight * norms.square()
 
 
@@ -184,10 +184,10 @@ class Coordinates:
     unit: float = 1.0
 
     @classmethod
-    def of(cls, kind: Kind, basis: Basis, values: Values, place: Path, dtype: torch.dtype) -> Coordinates:
-        """Write the coordinates of every layer to the file `place`."""
+    def of(cls, kind: Kind, basis: Basis, values: Values, file: Path, dtype: torch.dtype) -> Coordinates:
+        """Write the coordinates of every layer to `file`."""
         shape = (len(kind.names), *kind.stored(values, kind.names[0]).shape)
-        own = cls(open_memmap(place, "w+", str(dtype).removeprefix("torch."), shape))
+        own = cls(open_memmap(file, "w+", str(dtype).removeprefix("torch."), shape))
         square = 0.0
         for number, name in enumerate(kind.names):
             matrix = basis.coordinates(kind.stored(values, name))
@@ -207,19 +207,19 @@ class Coordinates:
         """The layers that stand between two others."""
         return range(1, len(self.held) - 1)
 
-    def error(self, told: Callable[[Tensor, Tensor], Tensor]) -> float:
-        """The mean square by which the inner layers are missed by what is `told` of their neighbours."""
+    def error(self, predict: Callable[[Tensor, Tensor], Tensor]) -> float:
+        """The mean square error of what `predict` makes of the neighbours of the inner layers."""
         errors = []
         with torch.no_grad():
             for layer in self.inner:
-                between = told(self[layer - 1], self[layer + 1])
+                between = predict(self[layer - 1], self[layer + 1])
                 errors.append(float(nn.functional.mse_loss(between, self[layer])))
         return sum(errors) / len(errors)
 
 
 @dataclass
 class Learning:
-    """What all kinds share.
+    """The part of learning that all kinds share.
 
     Attributes:
         tell: called with the FLOPs of each part, when it is done.
@@ -236,29 +236,29 @@ class Learning:
         wide = any(stored.dtype == "F64" for stored in self.written.tensors.values())
         self.dtype = torch.float64 if wide else torch.float32
 
-    def kind(self, kind: Kind, place: Path) -> dict[str, Any]:
+    def kind(self, kind: Kind, file: Path) -> dict[str, Any]:
         """Learn one kind and write its new layers, or put back those that an earlier growth has kept; the
         steps and losses of it.
         """
         name = kind.names[0]
         kept = self.kept.get(name)
         if kept is not None:
-            arrays, told = kept
+            arrays, record = kept
             for tensor, raw in arrays.items():
                 self.written.write_raw(tensor, raw)
-            return dict(told)
-        told = self.predicted(kind, place)
+            return dict(record)
+        record = self.predicted(kind, file)
         raw_of = {step.name: self.written.raw(step.name) for step, _ in kind.new}
-        self.kept.put(name, raw_of, told)
-        return told
+        self.kept.put(name, raw_of, record)
+        return record
 
-    def predicted(self, kind: Kind, place: Path) -> dict[str, Any]:
+    def predicted(self, kind: Kind, file: Path) -> dict[str, Any]:
         """Learn one kind and write its new layers; the steps and losses of it."""
         name = kind.names[0]
         outputs, inputs = kind.stored(self.values, name).shape
         of_basis, of_epoch, of_layers = kind.flops(outputs, inputs, self.lesson)
         basis = Basis.of(kind.stored(self.values, each) for each in kind.names)
-        rows = Coordinates.of(kind, basis, self.values, place, self.dtype)
+        rows = Coordinates.of(kind, basis, self.values, file, self.dtype)
         self.tell(of_basis)
         seed = generator(self.plan.growth.seed, "lesa", name).integers(1 << 62)
         with torch.random.fork_rng(devices=[]):
@@ -293,8 +293,8 @@ class Learning:
                 before, own, after = rows[layer - 1], rows[layer], rows[layer + 1]
                 order = torch.from_numpy(drawn.permutation(outputs))
                 for some in order.split(self.lesson.rows):
-                    told = predictor(before[some], after[some])
-                    loss = distance(told, own[some], self.lesson.norm_weight)
+                    output = predictor(before[some], after[some])
+                    loss = distance(output, own[some], self.lesson.norm_weight)
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
@@ -356,15 +356,15 @@ def predict_layers(
 
     tell(0.0)
     learning = Learning(plan, lesson, values, written, kept, tell)
-    told: dict[str, dict[str, Any]] = {}
-    with TemporaryDirectory(prefix="layers-", dir=folder) as place:
+    records: dict[str, dict[str, Any]] = {}
+    with TemporaryDirectory(prefix="layers-", dir=folder) as scratch:
         for name, kind in kinds.items():
             before = done
-            told[name] = learning.kind(kind, Path(place) / "coordinates.npy")
+            records[name] = learning.kind(kind, Path(scratch) / "coordinates.npy")
             tell(before + flops_of[name] - done)  # nothing but where the kind was kept
     return {
-        "steps": sum(each["steps"] for each in told.values()),
-        "losses": {name: each["losses"] for name, each in told.items()},
+        "steps": sum(each["steps"] for each in records.values()),
+        "losses": {name: each["losses"] for name, each in records.items()},
         "matrices": sum(len(kind.new) for kind in kinds.values()),
         "means": len(means),
         "flops": total,

@@ -68,7 +68,7 @@ def matrix_of(axis: AxisMap) -> Tensor:
 
 
 def _offset(step: Step) -> float:
-    """How much less than the true value a tensor's entries are stored as: 1 of Gemma's norm scales."""
+    """The amount by which a tensor's entries are stored too low: 1 of Gemma's norm scales."""
     return 0.0 if step.tensor.is_bias else step.tensor.line.offset
 
 

@@ -279,24 +279,24 @@ class Fitting:
         kept = self.kept.get(piece)
         if kept is None:
             return
-        arrays, told = kept
+        arrays, counts = kept
         for name, raw in arrays.items():
             self.written.write_raw(name, raw)
-        self._count(told)
+        self._count(counts)
         self._done.add(piece)
 
     def _keep(self, piece: str) -> None:
         """Keep what was fitted since the last piece."""
         raw = {name: self.written.raw(name) for name in self.names}
-        told = {"matrices": self.fits, "flops": self.flops}
-        self.kept.put(piece, raw, told)
-        self._count(told)
+        counts = {"matrices": self.fits, "flops": self.flops}
+        self.kept.put(piece, raw, counts)
+        self._count(counts)
         self.names, self.fits, self.flops = [], 0, 0.0
 
-    def _count(self, told: dict[str, Any]) -> None:
+    def _count(self, counts: dict[str, Any]) -> None:
         """Add up what is said of a piece."""
-        self.fitted += told["matrices"]
-        self.paid += told["flops"]
+        self.fitted += counts["matrices"]
+        self.paid += counts["flops"]
 
     def _fit_head(self, matrix_of: dict[str, Matrix], source_end: Tensor | None, end: Tensor | None) -> None:
         """Fit the output head, where both models have one of their own."""

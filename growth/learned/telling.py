@@ -1,4 +1,4 @@
-"""How long learning takes, told before it begins and while it goes on, on stderr."""
+"""The time that learning takes, told before it begins and while it goes on, on stderr."""
 
 from __future__ import annotations
 

@@ -117,5 +117,5 @@ def in_one_line(fault: BaseException, length: int = 200) -> str:
 
 
 def seen_from(path: Path) -> str:
-    """Where a path that is relative was looked for, for the message that it is not there; "" for others."""
+    """The folder that a relative path is seen from, for the message that it is not there; "" for others."""
     return "" if path.is_absolute() else f" in {Path.cwd()}"

@@ -341,9 +341,9 @@ def test_where_a_class_asks_for_values_a_hollow_network_keeps_what_a_real_one_do
     with FakeTensorMode():
         fake = build_model(config, seed=0, attention="eager")
     with pytest.raises(UserError, match="depends on values"):
-        _kept(fake, 3, 32, bf16=False, checkpointing=False, place=on_fakes, size=size_of)
+        _kept(fake, 3, 32, bf16=False, checkpointing=False, world=on_fakes, size=size_of)
     real: Any = build_model(config, seed=0, attention="eager")
-    here = _kept(real, 3, 32, bf16=False, checkpointing=False, place=as_it_is, size=size_of)
+    here = _kept(real, 3, 32, bf16=False, checkpointing=False, world=as_it_is, size=size_of)
     hollow = kept_by(fake, 3, 32, bf16=False)
     assert hollow.loss == pytest.approx(here.loss, rel=0.02)  # xlm's indices beside it
     assert hollow.backward == pytest.approx(here.backward, rel=0.02)
@@ -357,7 +357,7 @@ def test_short_passes_of_a_hollow_network_continue_to_the_context() -> None:
     ).config
     with FakeTensorMode():
         fake = build_model(config, seed=0, attention="eager")
-    long = _kept(fake, 2, 400, bf16=True, checkpointing=True, place=hollow, size=size_of)
+    long = _kept(fake, 2, 400, bf16=True, checkpointing=True, world=hollow, size=size_of)
     short = kept_by(fake, 2, 400, bf16=True, checkpointing=True)
     assert astuple(short) == pytest.approx(astuple(long), rel=0.02)
 

@@ -325,8 +325,8 @@ def _type_of(files: Sequence[TokenFile], tokenizer: PreTrainedTokenizerFast, nam
 
 
 def _pieces(files: Sequence[TokenFile], dtype: np.dtype, end_of_text: int) -> Iterator[np.ndarray]:
-    """Some ids of some documents, from the documents' beginning where that is near; spread evenly over the
-    files and in them."""
+    """Read some ids of some documents, from the documents' beginning where that is near; spread evenly over
+    the files and in them."""
     count = min(len(files), PIECES)
     for number in _spread(count, len(files)):
         ids = files[number].ids(dtype)

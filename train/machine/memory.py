@@ -224,11 +224,11 @@ def kept_by(network: Any, rows: int, context: int, *, bf16: bool, checkpointing:
     """
     how = partial(_kept, network, bf16=bf16, checkpointing=checkpointing)
     try:
-        return how(rows, context, place=on_fakes, size=_bytes)
+        return how(rows, context, world=on_fakes, size=_bytes)
     except UserError as refusal:
         try:
             with quietly():
-                return _continued(partial(how, place=hollow, size=size_of), rows, context)
+                return _continued(partial(how, world=hollow, size=size_of), rows, context)
         except Exception:  # the library's classes raise every kind
             raise refusal from None
 
@@ -265,10 +265,10 @@ def _kept(
     *,
     bf16: bool,
     checkpointing: bool,
-    place: Callable[[Any], AbstractContextManager[None]],
+    world: Callable[[Any], AbstractContextManager[None]],
     size: Callable[[Tensor], int],
 ) -> Kept:
-    """`kept_by` of a forward pass in the block of `place`; `size` is of a tensor's storage, in bytes."""
+    """`kept_by` of a forward pass in the block of `world`; `size` is of a tensor's storage, in bytes."""
     kept: dict[int, tuple[Tensor, int | None]] = {}  # storage → a tensor of it, and the layer that keeps it
     inputs: dict[int, Tensor] = {}  # of layers, by their storage
     inside: list[int | None] = [None]
@@ -291,7 +291,7 @@ def _kept(
         hooks.append(layer.register_forward_pre_hook(partial(enter, number)))
         hooks.append(layer.register_forward_hook(leave))
     try:
-        with place(network):
+        with world(network):
             weights = set(map(_storage, network.parameters()))
             _forward(network, rows, context, bf16, keep)
     finally:

@@ -159,7 +159,7 @@ def axis_kind(plan: Plan, step: Step, axis: int) -> str:
 
 
 def same_maps(one: Step, other: Step) -> bool:
-    """True for steps that take the same entries of their source."""
+    """Check whether two steps take the same entries of their source."""
     pairs = zip(one.maps, other.maps, strict=True)
     return all(ours == theirs for ours, theirs in pairs)
 
@@ -204,7 +204,7 @@ def unit_axes(tensors: Iterable[family.Tensor]) -> dict[str, list[UnitAxis]]:
 
 
 def unit_parts(axis: Axis) -> int:
-    """How many times the hidden units lie along an axis, end to end; 0 for another axis."""
+    """Count how many times the hidden units lie along an axis, end to end; 0 for another axis."""
     own = axis.parts if isinstance(axis, Parts) else (axis,)
     known = [isinstance(part, Space) and part.name in UNITS for part in own]
     return len(own) if all(known) else 0
@@ -216,7 +216,7 @@ def unit_counts(
     weights: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor],
 ) -> Row:
-    """How many hidden units are dead and how many are unread, by layer and by origin."""
+    """Count the hidden units that are dead and those that are unread, by layer and by origin."""
     counts: Row = defaultdict(int)
     steps = by_name(plan)
     for module, axes in modules.items():
@@ -243,7 +243,7 @@ def unit_origins(plan: Plan, steps: Mapping[str, Step], axes: Iterable[UnitAxis]
 
 
 def any_unit(tensors: Mapping[str, Tensor], axes: Iterable[UnitAxis]) -> Tensor:
-    """For each hidden unit, whether any entry of it is not zero, in any of the tensors: (units,)."""
+    """Mark the hidden units of which any entry is not zero, in any of the tensors: bool (units,)."""
     reached = []
     for each in axes:
         tensor = tensors[each.name]

@@ -118,7 +118,7 @@ def shares(
 
 
 def _is_of_another_text(manifest: Mapping[str, Any], data: DataSettings) -> bool:
-    """True for tokens of other files than the settings name now: another data.path, or files that changed."""
+    """Check for tokens of other files than are named now: another data.path, or files that changed."""
     from outgrow.train.corpus.read.corpora import open_corpus
 
     inputs = manifest.get("inputs")  # a folder of tokens alone tells of no text

@@ -329,7 +329,7 @@ def _remote(url: str, key: str) -> tuple[File, ...]:
 
 
 def _of_folder(entries: dict[str, Any], root: str, key: str) -> dict[str, Any]:
-    """What a store lists under `root`, hidden files and prepared tokens apart, as in a folder here."""
+    """Choose what a store lists under `root`, hidden files and prepared tokens apart, as in a folder here."""
     relative = {name: PurePosixPath(name.removeprefix(root)) for name in entries}
     tokenizers = {path.parent.parent for path in relative.values() if path.parent.name == TOKENIZER}
     manifests = {path.parent for path in relative.values() if path.name == MANIFEST}

@@ -34,7 +34,7 @@ PRINTED = 10_000  # characters of output that are kept
 
 
 class TooLong(BaseException):
-    """Not an Exception, so that no program catches it by accident."""
+    """The end of a program's time; no Exception, so that no program catches it by accident."""
 
 
 def limit(seconds: float, memory_bytes: int) -> None:
