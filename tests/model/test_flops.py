@@ -196,10 +196,10 @@ def test_two_contexts_take_the_same_passes(monkeypatch: pytest.MonkeyPatch) -> N
 def test_where_nothing_is_counted_the_formula_stays_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_twin(to_hf_config({"model_type": "jetmoe", "vocab_size": 77}).to_dict()).config
     with monkeypatch.context() as patch:
-        patch.setattr("outgrow.model.flops.watch", None)  # a class that does not run
+        patch.setattr("outgrow.model.flops._watched", lambda *_: None)  # a class that does not run
         assert counted(config, LENGTH) is None
-    assert "nothing was counted" in flops_source(config, LENGTH)
-    assert flops_per_token(config, LENGTH) > 0
+        assert "nothing was counted" in flops_source(config, LENGTH)
+        assert flops_per_token(config, LENGTH) > 0
     mistral = to_hf_config({"model_type": "mistral", **SIZES, "sliding_window": 16}).to_dict()
     assert "counter" in flops_source(mistral, LENGTH)
     llama = to_hf_config({"model_type": "llama", **SIZES}).to_dict()
@@ -207,12 +207,15 @@ def test_where_nothing_is_counted_the_formula_stays_and_says_so(monkeypatch: pyt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "share"), [("xlm", 1.0), ("xlnet", 0.79), ("qwen4_exp", 1.0)])
-def test_the_formula_over_a_classs_parameters_is_near_the_counter(kind: str, share: float) -> None:
-    """Where the class cannot be traced. XLNet's projections to heads have three axes and are no experts (its
-    positions' own projection, over twice the context, is left out); what only pictures reach costs text nothing.
+@pytest.mark.parametrize(("kind", "share"), [("xlm", 1.0), ("xlnet", 0.91), ("qwen4_exp", 1.0)])
+def test_the_formula_over_a_classs_parameters_is_near_the_counter(
+    kind: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a class cannot be counted. XLNet's projections to heads have three axes and are no experts (its
+    positions' own projection, over the context once more, is left out); what only pictures reach costs text nothing.
     """
     config = tiny_twin(CONFIG_MAPPING[kind](**SAID.get(kind, {})).to_dict()).config
+    monkeypatch.setattr("outgrow.model.flops._watched", lambda *_: None)
     assert counted(config, LENGTH) is None
     assert share * 0.95 < flops_per_token(config, LENGTH) / 3 / (dense(config) / LENGTH) < share * 1.05
 
