@@ -14,6 +14,7 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +163,11 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             "AWS_SECRET_ACCESS_KEY": "secret",
         }.items():
             monkeypatch.setenv(name, value)
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]  # an earlier test's: workers have its environment
         folder = tmp_path / "s3" / f"bucket-{address.rpartition(':')[2]}"  # clients are kept by their names
         folder.mkdir(parents=True)
         yield folder
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow

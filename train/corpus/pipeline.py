@@ -370,8 +370,9 @@ def split_of(work: Workshop, verdicts: Verdicts, settings: DataSettings) -> Spli
 def _split_hashes(work: Workshop, verdicts: Verdicts, seed: int) -> Iterator[tuple[int, bytes]]:
     """Hash and digest of each document that stays, one after another: no list of all is in memory."""
     for task in range(len(work.counts)):
-        for digest in work.digests(task)[verdicts.kept(task)]:
-            raw = digest.tobytes()
+        digests = work.digests(task)
+        for row in np.flatnonzero(verdicts.kept(task)).tolist():
+            raw = digests[row].tobytes()
             yield split_key(raw, seed), raw
 
 
