@@ -58,6 +58,7 @@ RECOVERED = (
 MARKERS = {"adamw": "o", "muon": "s", "adamw_8bit": "^"}
 DASHES = {"adamw": (0, (3, 2))}
 LINE = 14  # points from one label to the next
+TITLE_LETTERS = 94  # that the picture is wide enough for
 FEW = 6  # lines whose names stand at their ends
 # scratch is black
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#8B5A2B", "#6A3D9A", "#999999")
@@ -466,11 +467,11 @@ def build(rows: Sequence[Worth]) -> Figure:
         _name(losses, at_losses)
         _name(speedups, at_speedups)
     else:
-        losses.legend(fontsize=7.5, frameon=False)
+        handles, names = losses.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     sentence = answer(rows)
-    length = len(sentence)
-    lines = math.ceil(length / 100)
-    letters = length // lines + 12  # a line, so that none is left over
+    lines = math.ceil(len(sentence) / TITLE_LETTERS)
+    letters = min(TITLE_LETTERS, len(sentence) // lines + 12)  # a line, so that all are about as long
     title = "\n".join(textwrap.wrap(sentence, letters))
     figure.suptitle(title, fontsize=11.5, fontweight="bold", color=INK, x=0.01, ha="left")
     return figure

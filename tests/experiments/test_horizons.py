@@ -279,7 +279,7 @@ def test_a_study_of_horizons_has_page_csv_and_wandb_like_any_comparison(
     assert [row[0] for row in seen["comparison"].data] == [line["arm"] for line in lines]  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", ["tiny", "when_growth_pays"])
+@pytest.mark.parametrize("name", ["operators", "tiny", "when_growth_pays"])
 def test_the_table_of_a_study_is_what_its_record_gives(name: str) -> None:
     rows = worths(read_ends(HERE / name / RECORD))
     check_table(HERE / name / "README.md", markdown(rows))
