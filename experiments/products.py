@@ -116,7 +116,14 @@ def _products(ends: Sequence[End], *, smallest: bool) -> list[Product]:
     """The products of one size, seed by seed."""
     points = best_points(ends)
     size = ends[0].parameters
-    arms = {SCRATCH} if smallest else {point.arm for point in points} - {SCRATCH}
+    present = {point.arm for point in points}
+    if SCRATCH not in present:
+        names = ", ".join(sorted(present))
+        raise UserError(
+            f"{size} parameters: no {SCRATCH} arm, on whose curve the product is read; found {names}; "
+            "a family has scratch runs of every size (study family)"
+        )
+    arms = {SCRATCH} if smallest else present - {SCRATCH}
     if len(arms) != 1:
         names = ", ".join(sorted(arms)) or "none"
         raise UserError(f"{size} parameters: expected one grown arm, the product of this size; found {names}")

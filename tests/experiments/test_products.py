@@ -65,6 +65,10 @@ def test_a_loss_that_scratch_never_reached_gives_no_saving() -> None:
     ("ends", "fault"),
     [
         (SCRATCH[:2], "two sizes or more; found 1"),
+        (
+            [*SCRATCH[2:], end("small", 1, 5, 5.0, 4.0), MIDDLE, LARGE],
+            "1 parameters: no scratch arm.*found small",
+        ),
         ([*SCRATCH, MIDDLE], "4 parameters: expected one grown arm, the product of this size; found none"),
         ([*SCRATCH, MIDDLE, dataclasses.replace(LARGE, source_flops=50.0)], "not grown from that product"),
         ([*SCRATCH, MIDDLE, dataclasses.replace(LARGE, seed=1)], "no seed has a product of every size"),

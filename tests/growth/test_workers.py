@@ -217,7 +217,9 @@ def test_a_worker_that_starts_while_another_marks_the_folder_joins_it(
         return exists(path)
 
     monkeypatch.setattr(Path, "exists", marked_after_the_first_look)
-    place.check()
+    with place.open() as lock:
+        mark.touch()
+        assert lock.take()
 
 
 @pytest.mark.parametrize(
