@@ -214,8 +214,6 @@ TASKS: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {  # → numbers of 
 def timed(name: str, processes: int, task: str, folder: Path) -> tuple[float, float, float]:
     """Seconds of wall time and of CPU time (which tells more on a busy machine), and megabytes at most, of
     one contestant's processes."""
-    import resource
-
     import psutil
 
     shutil.rmtree(folder / "out", ignore_errors=True)
@@ -236,19 +234,34 @@ def timed(name: str, processes: int, task: str, folder: Path) -> tuple[float, fl
         "--work",
         str(folder),
     ]
-    started, before, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN), 0.0
+    started, peak = time.perf_counter(), 0.0
+    cpu: dict[
+        int, float
+    ] = {}  # of each process, as last seen: a pool's workers are nobody's waited-for children
     log = folder / "log.txt"
     with log.open("wb") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
     while process.poll() is None:
-        peak = max(
-            peak, sum(map(memory, [(root := psutil.Process(process.pid)), *root.children(recursive=True)]))
-        )
+        root = psutil.Process(process.pid)
+        everyone = [root, *root.children(recursive=True)]
+        peak = max(peak, sum(map(memory, everyone)))
+        cpu |= {each.pid: seconds for each in everyone if (seconds := cpu_seconds(each))}
         time.sleep(0.2)
+    seconds = time.perf_counter() - started
     if process.returncode:
         raise SystemExit(f"{name} failed:\n{log.read_text()[-2000:]}")
-    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
-    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, peak / 2**20
+    return seconds, sum(cpu.values()), peak / 2**20
+
+
+def cpu_seconds(process: Any) -> float:
+    """Seconds of a processor that a process has taken; 0 where it has ended."""
+    import psutil
+
+    try:
+        times = process.cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(times.user + times.system)
 
 
 def memory(process: Any) -> int:

@@ -41,6 +41,14 @@ def test_normalising(text: str, expected: str) -> None:
     assert normalised(text) == expected == normalised(expected)
 
 
+def test_words_of_ascii_are_those_that_any_text_has() -> None:
+    numbers = np.random.default_rng(0)
+    text = bytes(numbers.integers(0, 128, 20_000, dtype=np.uint8)).decode()
+    # a letter that is not ASCII takes the general way
+    assert words(text) == words(text + " \u00e4")[:-1]
+    assert words("It's a_B 2\x00x\x1c\x7fy") == ["it", "s", "a_b", "2", "x", "y"]
+
+
 def test_ngrams_are_equal_where_the_words_are() -> None:
     hashes = word_hashes(words("One two, three! ONE two three four"))
     runs = ngrams(hashes, 3)

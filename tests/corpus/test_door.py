@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -28,13 +28,34 @@ NEEDED = {
 def test_every_leaf_can_be_prepared(leaf: str) -> None:
     settings = settings_from(PrepareSettings, "prepare", [f"data={leaf}", *NEEDED.get(leaf, [])])
     assert not disagreements(settings.data)
-    assert settings.data.home == Path("data", settings.data.name)
+    home = Path("data", settings.data.name)
+    if leaf in ("files", "tokens"):
+        assert settings.data.home.parent == home.parent
+        assert settings.data.home.name.startswith(f"{leaf}-")
+    else:
+        assert settings.data.home == home
     assert (
         settings_from(
             PrepareSettings, "prepare", [f"data={leaf}", *NEEDED.get(leaf, []), "data.workers=2"]
         ).data.workers
         == 2
     )
+
+
+def test_each_text_has_a_folder_of_its_own_and_the_same_text_the_same() -> None:
+    def home(*more: str, **changed: str) -> Path:
+        settings = settings_from(PrepareSettings, "prepare", ["data=files", "data.path=x", *more])
+        return replace(settings.data, **changed).home
+
+    paths = ["texts", "other/texts", "texts/**/*.md", "s3://bucket/texts", "ä" * 300, "x"]
+    homes = [home(path=path) for path in paths]
+    assert len(set(homes)) == len(paths)
+    assert homes == [home(path=path) for path in paths]
+    assert homes[2].name.startswith("files-texts-md-")
+    assert all(len(folder.name) < 60 for folder in homes)
+    # a leaf of a user's own is named after its text
+    assert home(name="mine") == Path("data", "mine")
+    assert home("data.folder=here") == Path("here")
 
 
 @pytest.mark.parametrize(

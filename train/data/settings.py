@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import hashlib
+import re
 from dataclasses import dataclass, field
 from itertools import takewhile
 from math import fsum
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from outgrow.model.base.errors import did_you_mean
+
+LABEL = 32  # characters of a path, at most, in the name of the folder of its tokens
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class DataSettings:
 
     name: str
     corpus: Literal["stdlib", "packages", "files", "hub", "exercises", "textbooks", "tokens"]
-    folder: str | None = None  # where the tokens are kept; null: data/<name>
+    # where the tokens are kept; null: data/<name>; of a leaf that serves any path, data/<name>-<path>-<hash>
+    folder: str | None = None
     # files: a folder, a file, or a glob (** crosses folders) of the suffixes in formats.READERS; or a URL
     # tokens: a folder, a file, or a glob of the suffixes in token_files.READERS
     path: str | None = None
@@ -76,8 +81,16 @@ class DataSettings:
 
     @property
     def home(self) -> Path:
-        """The folder that holds the tokens."""
-        return Path(self.folder or f"data/{self.name}").expanduser()
+        """The folder that holds the tokens. The leaves `files` and `tokens` serve any path: each has its own
+        there, so that no text replaces another's tokens."""
+        if self.folder:
+            return Path(self.folder).expanduser()
+        serves_any_path = self.name == self.corpus
+        if self.path is None or not serves_any_path:
+            return Path(f"data/{self.name}").expanduser()
+        label = re.sub(r"\W+", "-", self.path).strip("-")[-LABEL:]
+        digest = hashlib.sha256(self.path.encode("utf-8", "surrogateescape")).hexdigest()
+        return Path(f"data/{self.name}-{label}-{digest[:8]}").expanduser()
 
 
 # bytes of text read for each token of limit_tokens: about twice what English or Python needs, the rest is for
