@@ -1,4 +1,6 @@
-"""Changes in training from the same start: arms that differ in nothing else, compared seed by seed."""
+"""Changes to the same start: arms that differ in training alone, or in the scale of what is fresh, compared
+seed by seed.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from outgrow.experiments.cost import VERDICTS, half_interval, verdict
 from outgrow.experiments.runs import Run
 from outgrow.train.settings import identity
 
-# what is done to a start, as the settings name it
-IN_TRAINING = ("transfer.", "growth.stages", "schedule.rewarm")
+# what is done to a start, and the scale of its fresh entries, as the settings name them
+COMPARED = ("transfer.", "growth.stages", "growth.options.fresh", "schedule.rewarm")
 # an arm is tuned, and called, as it is
 NOT_COMPARED = (*OF_ONE_SEED, "growth.name", "transfer.name", "optimizer.learning_rate")
 
@@ -50,7 +52,7 @@ def changes(best: Mapping[str, Sequence[Run]]) -> tuple[Change, ...]:
         for arm in arms:
             plain_run = best[plain][0]
             run = best[arm][0]
-            keys = changed_in_training(plain_run, run)
+            keys = changed_keys(plain_run, run)
             if keys:
                 measured.append(_change(arm, plain, keys, best))
     return tuple(measured)
@@ -74,25 +76,27 @@ def summary(measured: Sequence[Change]) -> str:
 
 
 def is_plain(run: Run) -> bool:
-    """Check whether the run's start was trained on as any weights would be."""
+    """Check for a start whose fresh entries are the class's own, trained on as any weights would be."""
     setting = run.record.setting
     transfer = setting("transfer") or {}
     if any(transfer.get(key) for key in ("optimizer", "mup", "teacher")):
         return False
     if transfer.get("inherited_rate", 1.0) != 1.0 or setting("growth.stages"):
         return False
+    if setting("growth.options.fresh") not in (None, "init"):
+        return False
     return setting("schedule.rewarm") in (None, "full")
 
 
-def changed_in_training(one: Run, other: Run) -> tuple[str, ...]:
-    """The settings in which the two differ, if all of them are of training.
+def changed_keys(one: Run, other: Run) -> tuple[str, ...]:
+    """The settings in which the two differ, if all of them are of those that are compared.
 
     () where anything else differs too.
     """
     differing = differing_keys(_identity(one), _identity(other))
     keys = tuple(key for key in differing if key not in NOT_COMPARED)
-    only_training = all(key.startswith(IN_TRAINING) for key in keys)
-    return keys if only_training else ()
+    nothing_else = all(key.startswith(COMPARED) for key in keys)
+    return keys if nothing_else else ()
 
 
 def _identity(run: Run) -> dict[str, Any]:

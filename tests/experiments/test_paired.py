@@ -1,5 +1,5 @@
-"""Arms that differ in training alone are found, and held against each other seed by seed; what they pay is
-what their trainer counted."""
+"""Arms that differ in training alone, or in the scale of what is fresh, are found and held against each
+other seed by seed; what they pay is what their trainer counted."""
 
 from __future__ import annotations
 
@@ -40,12 +40,15 @@ def arm(
     stages: Any = (),
     **changes: Any,
 ) -> list[Path]:
-    """One run for each final loss, seeds from 0. `changes` are entries of its transfer settings, and a
-    schedule's `rewarm`."""
+    """One run for each final loss, seeds from 0. `changes` are entries of its transfer settings, a
+    schedule's `rewarm`, and the scale of `fresh` entries."""
     schedule = {"rewarm": changes.pop("rewarm", "full")}
     spans = {"spans": changes.pop("spans")} if "spans" in changes else {}
+    growth: dict[str, Any] = {"name": name, "operator": operator, "stages": list(stages)}
+    if "fresh" in changes:
+        growth["options"] = {"fresh": changes.pop("fresh")}
     settings = {
-        "settings.growth": {"name": name, "operator": operator, "stages": list(stages)},
+        "settings.growth": growth,
         "settings.transfer": PLAIN | changes,
         "settings.schedule": schedule,
     }
@@ -92,6 +95,22 @@ def test_each_arm_is_held_against_the_plain_one_of_its_start(folders: list[Path]
     # 0.5 and 0.6 from two seeds
     assert [change.verdict for change in found] == [*words[:3], "no change that the seeds can tell"]
     assert Change("a", "b", (), (0, 1, 2), 1.0, 0.5, 0.1).verdict == words[3]
+
+
+def test_a_start_is_held_against_itself_with_another_scale_of_what_is_fresh(tmp_path: Path) -> None:
+    runs = [
+        *arm(tmp_path, "scratch", [4.0], "scratch"),
+        *arm(tmp_path, "random_pad", [3.0, 3.1, 3.2], "random_pad", fresh="init"),
+        *arm(tmp_path, "random_pad_match", [3.2, 3.2, 3.5], "random_pad", fresh="match"),
+        *arm(tmp_path, "tile_match", [3.0], "tile", fresh="match"),  # nothing starts as it does
+    ]
+    (change,) = compare(runs).changes
+    assert (change.plain, change.arm, change.settings) == (
+        "random_pad",
+        "random_pad_match",
+        ("growth.options.fresh",),
+    )
+    assert (change.seeds, change.difference) == ((0, 1, 2), pytest.approx(0.2))
 
 
 def test_the_table_the_page_and_the_json_have_the_changes(folders: list[Path], tmp_path: Path) -> None:
