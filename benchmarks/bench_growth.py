@@ -1,7 +1,10 @@
-"""Growth against `cp`, the disk and mergekit, at the size of Phi-1.5 → Phi-2, in interleaved rounds.
+"""Growth against `cp`, the disk and mergekit, at the size of Phi-1.5 → Phi-2 and into a mixture of experts,
+in interleaved rounds.
 
-make bench-growth                                   about 10 minutes and 25 GB of disk: a table, and
+make bench-growth                                   about 10 minutes and 25 GB of disk: a table of each, and
                                                     benchmarks/bench_growth.json
+python benchmarks/bench_growth.py --part experts    the mixture alone; the file keeps what it has of the other
+                                                    part
 python benchmarks/bench_growth.py --rounds 1 --layers 6 --without-mergekit      a quick look
 python benchmarks/bench_growth.py --page            the same, and its table into docs/evidence.md; with
                                                     --rounds 0 that of bench_growth.json
@@ -14,6 +17,10 @@ left to be written back. `cp` leaves its copy in the page cache, growth ends whe
 machine, so `cp` varies from run to run; `dd` does not depend on them. Growth verifies what it wrote by
 reading every header entry back and holding it against the plan; that is in its time. The weights themselves
 are compared after the timing, with the source and with mergekit's.
+
+By hand, a mixture is made by loading every tensor, copying the MLPs, and saving all: at the whole size that
+takes as much memory as source and result together, so it is timed at a quarter of the size, beside growth at
+that size.
 """
 
 from __future__ import annotations
@@ -26,16 +33,21 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import passthrough  # nothing large is imported here: a child's peak memory starts from its parent's
+import merges  # nothing large is imported here: a child's peak memory starts from its parent's
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "evidence.md"
 MARKS = ("<!-- bench-growth -->\n", "<!-- /bench-growth -->\n")
+PARTS = GROWTH, EXPERTS = ("growth", "experts")
+EXPERT_COUNT = 8
+GATED_UNITS = 5504  # two thirds of Phi-1.5's, as its MLP has two matrices and a gated one three: 1.4 B in all
+# a mixture's matrix → the dense model's
+OF_EXPERT = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 @dataclass(frozen=True)
@@ -89,12 +101,20 @@ def make_source(folder: Path, layers: int, vocabulary: int) -> None:
 
 
 def make_dense(folder: Path, layers: int, vocabulary: int) -> None:
-    """A Llama with Phi-1.5's sizes and random float16 weights, to be made a mixture of experts of."""
+    """A Llama with Phi-1.5's sizes and random float16 weights, to be made a mixture of experts of.
+
+    Its tokenizer knows a word: mergekit asks for one, and uses none where routers are random.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
     from outgrow.model.presets import preset
 
     sizes = {
         "num_hidden_layers": layers,
         "vocab_size": vocabulary,
+        "intermediate_size": GATED_UNITS,
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",
     }
@@ -102,6 +122,8 @@ def make_dense(folder: Path, layers: int, vocabulary: int) -> None:
     write_random(
         folder, preset("phi_1_5") | sizes | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     )
+    words = Tokenizer(WordLevel({"<s>": 0}, unk_token="<s>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="<s>").save_pretrained(folder)
 
 
 def write_random(folder: Path, config: dict[str, Any]) -> None:
@@ -144,20 +166,48 @@ def check_grown(source: Path, grown: Path) -> None:
                 raise SystemExit(f"{grown}: fc1 of layer {number} is not that of source layer {layer}")
 
 
-def check_experts(source: Path, grown: Path) -> None:
-    """Every expert of an upcycled model must be the source's MLP, bit for bit."""
+def check_experts(source: Path, mixture: Path) -> None:
+    """Every expert of the first and the last layer of a mixture must be the source's MLP, bit for bit."""
     import numpy as np
 
     from outgrow.model.checkpoint import Checkpoint
 
-    parts = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-    with Checkpoint(source) as small, Checkpoint(grown) as large:
-        for own, dense in parts.items():
-            expected = small.read(f"model.layers.0.mlp.{dense}.weight")
-            for expert in range(8):
-                found = large.read(f"model.layers.0.block_sparse_moe.experts.{expert}.{own}.weight")
-                if not np.array_equal(found, expected):
-                    raise SystemExit(f"{grown}: {own} of expert {expert} is not the source's {dense}")
+    layers = json.loads((source / "config.json").read_text())["num_hidden_layers"]
+    with Checkpoint(source) as small, Checkpoint(mixture) as large:
+        for layer in (0, layers - 1):
+            for own, dense in OF_EXPERT.items():
+                expected = small.read(f"model.layers.{layer}.mlp.{dense}.weight")
+                for expert in range(EXPERT_COUNT):
+                    name = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{own}.weight"
+                    if not np.array_equal(large.read(name), expected):
+                        raise SystemExit(f"{mixture}: {name} is not the source's {dense}")
+
+
+def copy_by_hand(source: Path, out: Path) -> None:
+    """A mixture as one makes it by hand: load all, copy, save all. Only what PyTorch and safetensors do."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = {}
+    for file in source.glob("*.safetensors"):
+        for name, weight in load_file(file).items():
+            dense = next((key for key in OF_EXPERT.values() if f".mlp.{key}." in name), None)
+            if dense is None:
+                tensors[name] = weight
+                continue
+            own = next(key for key, value in OF_EXPERT.items() if value == dense)
+            for expert in range(EXPERT_COUNT):
+                place = f"block_sparse_moe.experts.{expert}.{own}"
+                tensors[name.replace(f"mlp.{dense}", place)] = weight.clone()
+    config = json.loads((source / "config.json").read_text())
+    for layer in range(config["num_hidden_layers"]):
+        router = torch.randn(EXPERT_COUNT, config["hidden_size"]) * 0.02
+        tensors[f"model.layers.{layer}.block_sparse_moe.gate.weight"] = router.half()
+    out.mkdir()
+    save_file(tensors, out / "model.safetensors")
+    sizes = {"num_local_experts": EXPERT_COUNT, "num_experts_per_tok": 2}
+    kind = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+    (out / "config.json").write_text(json.dumps(config | sizes | kind))
 
 
 def check_equal(first: Path, second: Path) -> None:
@@ -182,6 +232,7 @@ CHILDREN = {
     "make-dense": make_dense,
     "check-grown": check_grown,
     "check-experts": check_experts,
+    "copy-by-hand": copy_by_hand,
     "check-equal": check_equal,
 }
 
@@ -236,22 +287,37 @@ def ready(output: Path, *inputs: Path) -> None:
 
 
 class Bench:
-    """The commands of a round, in a working folder."""
+    """The commands of a round, in a working folder.
 
-    def __init__(self, work: Path, layers: int, mergekit: Path | None) -> None:
+    Args:
+        parts: of PARTS, those whose sources are made.
+    """
+
+    def __init__(self, work: Path, layers: int, mergekit: Path | None, parts: Iterable[str]) -> None:
         self.work, self.mergekit = work, mergekit
-        self.source, self.quarter, self.dense = work / "source", work / "quarter", work / "dense"
+        self.source, self.quarter = work / "source", work / "quarter"
+        self.dense, self.dense_quarter = work / "dense", work / "dense-quarter"
         self.layers, self.deeper = layers, layers * 4 // 3
         # the last layers again, as they are
         self.map = [*range(layers), *range(2 * layers - self.deeper, layers)]
-        self.bytes: dict[str, int] = {}
+        self.bytes: dict[str, dict[str, int]] = {part: {} for part in parts}
         self.log = str(work / "log.txt")
-        for folder, part in ((self.source, 1), (self.quarter, 4)):
-            measured(child("make-source", folder, layers // part, 51200 // part), self.log)
-        measured(child("make-dense", self.dense, layers // 4, 51200 // 4), self.log)
+        sources = {
+            GROWTH: ("make-source", self.source, self.quarter),
+            EXPERTS: ("make-dense", self.dense, self.dense_quarter),
+        }
+        for part in parts:
+            maker, *folders = sources[part]
+            for folder, share in zip(folders, (1, 4), strict=True):
+                measured(child(maker, folder, layers // share, 51200 // share), self.log)
 
-    def round(self) -> dict[str, Timed]:
-        work, found = self.work, {}
+    def round(self, part: str) -> dict[str, Timed]:
+        """Every command of a part, once."""
+        return self.growth() if part == GROWTH else self.experts()
+
+    def growth(self) -> dict[str, Timed]:
+        """Growth in width and depth beside a copy, the disk and mergekit."""
+        work, found, sizes = self.work, {}, self.bytes[GROWTH]
         grown, copy, direct, deep, merged = (
             work / name for name in ("grown", "copy", "direct", "deep", "merged")
         )
@@ -262,14 +328,14 @@ class Bench:
         command = growth_command(self.source, grown, target)
         found["growth"] = measured(command, self.log)
         found["growth, then sync"] = then_sync(found["growth"])
-        self.bytes |= {"source": size_of(self.source), "growth": size_of(grown)}
+        sizes |= {"source": size_of(self.source), "growth": size_of(grown)}
         measured(child("check-grown", self.source, grown), self.log)
         ready(copy, grown)
         found["cp of its result"] = measured(["cp", "-r", grown, copy])
         found["cp of its result, then sync"] = then_sync(found["cp of its result"])
         ready(copy)
         ready(direct)
-        count = f"count={self.bytes['growth'] >> 20}"
+        count = f"count={sizes['growth'] >> 20}"
         found["dd of as many bytes"] = measured(
             ["dd", "if=/dev/zero", f"of={direct}", "bs=1M", count, "oflag=direct", "status=none"]
         )
@@ -279,60 +345,84 @@ class Bench:
         ready(grown, self.quarter)
         part = f"{{{width},num_hidden_layers:{self.deeper // 4}}}"
         found["growth of a quarter"] = measured(growth_command(self.quarter, grown, part), self.log)
-        self.bytes["growth of a quarter"] = size_of(grown)
+        sizes["growth of a quarter"] = size_of(grown)
         ready(grown)
         ready(deep, self.source)
         depth = f"growth.depth={self.map}".replace(" ", "")
         found["growth in depth alone"] = measured(
             growth_command(self.source, deep, f"{{num_hidden_layers:{self.deeper}}}", depth), self.log
         )
-        self.bytes["growth in depth alone"] = size_of(deep)
+        sizes["growth in depth alone"] = size_of(deep)
         for name, small in (("mergekit", False), ("mergekit, small shards", True)):
             if self.mergekit is not None:
                 ready(merged, self.source)
-                recipe = passthrough.recipe(work, self.source, self.map)
+                recipe = merges.passthrough(work, self.source, self.map)
                 found[name] = measured(
-                    passthrough.command(self.mergekit, recipe, merged, small=small), self.log
+                    merges.passthrough_command(self.mergekit, recipe, merged, small=small), self.log
                 )
-                self.bytes[name] = size_of(merged)
+                sizes[name] = size_of(merged)
                 measured(child("check-equal", deep, merged), self.log)
         ready(merged)
         ready(deep)
-        ready(grown, self.dense)
-        mixture = "{model_type:mixtral,num_local_experts:8,num_experts_per_tok:2}"
-        command = growth_command(self.dense, grown, mixture, "growth=upcycle", "receipt=false")
-        found["upcycling a quarter into 8 experts"] = measured(command, self.log)
-        self.bytes["upcycling a quarter into 8 experts"] = size_of(grown)
-        measured(child("check-experts", self.dense, grown), self.log)
-        ready(grown)
         found["start-up"] = measured(
             [sys.executable, "-m", "outgrow.growth", "source=phi_1_5", "target=phi_2", "plan_only=true"]
         )
         return found
 
+    def experts(self) -> dict[str, Timed]:
+        """A dense model into a mixture of experts beside the disk, mergekit and a copy by hand."""
+        work, found, sizes = self.work, {}, self.bytes[EXPERTS]
+        grown, direct, merged, copied = (work / name for name in ("grown", "direct", "merged", "copied"))
+        kind = f"{{model_type:mixtral,num_local_experts:{EXPERT_COUNT},num_experts_per_tok:2}}"
+        sizes["source"] = size_of(self.dense)
 
-def machine(cores: int) -> str:
-    """The processor's name, how much of it was used, and the system."""
-    from outgrow.model.base.machine import processor
+        def upcycle(name: str, source: Path) -> None:
+            ready(grown, source)
+            command = growth_command(source, grown, kind, "growth=upcycle", "receipt=false")
+            found[name] = measured(command, self.log)
+            sizes[name] = size_of(grown)
+            measured(child("check-experts", source, grown), self.log)
+            ready(grown)
 
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return f"{processor()}, {cores} of {os.cpu_count()} cores, {memory:.0f} GB, Linux {platform.release()}"
-
-
-def summary(rounds: list[dict[str, Timed]], sizes: dict[str, int], layers: int, cores: int) -> dict[str, Any]:
-    """The content of bench_growth.json: medians, ratios within rounds, and every measurement."""
-
-    def ratio(above: str, below: str) -> float | None:
-        return (
-            statistics.median(run[above].seconds / run[below].seconds for run in rounds)
-            if {above, below} <= rounds[0].keys()
-            else None
+        upcycle("upcycling", self.dense)
+        count = f"count={sizes['upcycling'] >> 20}"
+        found["dd of as many bytes"] = measured(
+            ["dd", "if=/dev/zero", f"of={direct}", "bs=1M", count, "oflag=direct", "status=none"]
         )
+        sizes["dd of as many bytes"] = sizes["upcycling"]
+        ready(direct)
+        if self.mergekit is not None:
+            ready(merged, self.dense)
+            recipe = merges.mixture(work, self.dense, EXPERT_COUNT)
+            command = merges.mixture_command(self.mergekit, recipe, merged)
+            found["mergekit-moe"] = measured(command, self.log)
+            sizes["mergekit-moe"] = size_of(merged)
+            measured(child("check-experts", self.dense, merged), self.log)
+            ready(merged)
+        upcycle("upcycling a quarter", self.dense_quarter)
+        ready(copied, self.dense_quarter)
+        by_hand = child("copy-by-hand", self.dense_quarter, copied)
+        found["a quarter by hand: load, copy, save"] = measured(by_hand, self.log)
+        sizes["a quarter by hand: load, copy, save"] = size_of(copied)
+        measured(child("check-experts", self.dense_quarter, copied), self.log)
+        ready(copied)
+        return found
+
+
+def ratio(rounds: Sequence[Mapping[str, Timed]], above: str, below: str) -> float | None:
+    """The median over the rounds of two commands' seconds; None where one was not run."""
+    if not {above, below} <= rounds[0].keys():
+        return None
+    return statistics.median(run[above].seconds / run[below].seconds for run in rounds)
+
+
+def summary(rounds: Sequence[dict[str, Timed]], sizes: dict[str, int], layers: int) -> dict[str, Any]:
+    """The content of bench_growth.json for one part: medians, and every measurement."""
+    from outgrow.model.base.machine import machine
 
     names = list(rounds[0])
-    start = statistics.median(run["start-up"].seconds for run in rounds)
     return {
-        "machine": machine(cores),
+        "machine": machine(),
         "python": platform.python_version(),
         "rounds": len(rounds),
         "layers": layers,
@@ -342,24 +432,57 @@ def summary(rounds: list[dict[str, Timed]], sizes: dict[str, int], layers: int, 
             name: statistics.median(run[name].processor_seconds for run in rounds) for name in names
         },
         "peak_bytes": {name: max(run[name].peak_bytes for run in rounds) for name in names},
-        "ratios": {
-            "growth / cp": ratio("growth", "cp of its result"),
-            "growth / cp, both then sync": ratio("growth, then sync", "cp of its result, then sync"),
-            "growth / dd": ratio("growth", "dd of as many bytes"),
-            "mergekit / growth in depth alone": ratio("mergekit", "growth in depth alone"),
-            "seconds per byte without start-up, whole / quarter": statistics.median(
-                (run["growth"].seconds - start)
-                / sizes["growth"]
-                / ((run["growth of a quarter"].seconds - start) / sizes["growth of a quarter"])
-                for run in rounds
-            ),
-        },
         "runs": [{name: asdict(run) for name, run in found.items()} for found in rounds],
     }
 
 
+def growth_ratios(rounds: Sequence[dict[str, Timed]], sizes: Mapping[str, int]) -> dict[str, float | None]:
+    """Of growth in width and depth to what stands beside it, medians within rounds."""
+    start = statistics.median(run["start-up"].seconds for run in rounds)
+    return {
+        "growth / cp": ratio(rounds, "growth", "cp of its result"),
+        "growth / cp, both then sync": ratio(rounds, "growth, then sync", "cp of its result, then sync"),
+        "growth / dd": ratio(rounds, "growth", "dd of as many bytes"),
+        "mergekit / growth in depth alone": ratio(rounds, "mergekit", "growth in depth alone"),
+        "seconds per byte without start-up, whole / quarter": statistics.median(
+            (run["growth"].seconds - start)
+            / sizes["growth"]
+            / ((run["growth of a quarter"].seconds - start) / sizes["growth of a quarter"])
+            for run in rounds
+        ),
+    }
+
+
+def expert_ratios(rounds: Sequence[dict[str, Timed]]) -> dict[str, float | None]:
+    """Of upcycling to what stands beside it, medians within rounds."""
+    return {
+        "upcycling / dd": ratio(rounds, "upcycling", "dd of as many bytes"),
+        "mergekit-moe / upcycling": ratio(rounds, "mergekit-moe", "upcycling"),
+        "by hand / upcycling, of a quarter": ratio(
+            rounds, "a quarter by hand: load, copy, save", "upcycling a quarter"
+        ),
+    }
+
+
 def table(result: dict[str, Any]) -> str:
-    """The result as Markdown."""
+    """The result as Markdown: a table for each part, under the machine that it was measured on."""
+    whole = (
+        "growth, then sync",
+        "growth in numpy alone",
+        "cp of its result",
+        "cp of its result, then sync",
+        "dd of as many bytes",
+    )
+    sizes = result["bytes"] | dict.fromkeys(whole, result["bytes"]["growth"])
+    text = part_table(result | {"bytes": sizes})
+    if (mixture := result.get(EXPERTS)) is None:
+        return text
+    size = mixture["bytes"]["source"] / 1e9
+    return f"{text}\nA dense model of {size:.2f} GB into {EXPERT_COUNT} experts:\n\n{part_table(mixture)}"
+
+
+def part_table(result: dict[str, Any]) -> str:
+    """The table of one part, its machine above and its ratios below."""
     others = f"; load average of other work before: {result['load_before']:.0f}"
     lines = [
         (
@@ -372,14 +495,7 @@ def table(result: dict[str, Any]) -> str:
         "| | writes | seconds | fastest to slowest | processor seconds | peak memory |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    whole = (
-        "growth, then sync",
-        "growth in numpy alone",
-        "cp of its result",
-        "cp of its result, then sync",
-        "dd of as many bytes",
-    )
-    sizes = result["bytes"] | dict.fromkeys(whole, result["bytes"]["growth"])
+    sizes = result["bytes"]
     for name, seconds in result["seconds"].items():
         written = f"{sizes[name] / 1e9:.2f} GB" if name in sizes else ""
         every = [run[name]["seconds"] for run in result["runs"]]
@@ -403,6 +519,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--part", choices=PARTS, help="one part alone; what the file has of the other stays")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--layers", type=int, default=24, help="of the source, a multiple of 12; 24 is Phi-1.5"
@@ -425,39 +542,50 @@ def main() -> None:
             "--layers must be a multiple of 12: depth grows by a third, and a quarter of it is grown too"
         )
     if options.rounds:
-        result = run(options)
+        measured_parts = run(options, PARTS if options.part is None else (options.part,))
+        kept = json.loads(options.out.read_text()) if options.out.is_file() else {}
+        result = joined(kept, measured_parts)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"\n{table(result)}")
+        print(f"\n{table(result) if 'bytes' in result else part_table(result[EXPERTS])}")
     if options.page:
         write_page(json.loads(options.out.read_text()))
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """The rounds, in a working folder that is removed at the end."""
+def joined(kept: dict[str, Any], parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What an earlier call has written, the parts that were measured now in the place of the same."""
+    mixture = parts.get(EXPERTS, kept.get(EXPERTS))
+    growth = parts.get(GROWTH, {key: value for key, value in kept.items() if key != EXPERTS})
+    return growth if mixture is None else growth | {EXPERTS: mixture}
+
+
+def run(options: argparse.Namespace, parts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The rounds of each part, in a working folder that is removed at the end."""
     mergekit = (
-        None
-        if options.without_mergekit
-        else passthrough.environment(options.work.absolute().parent / "mergekit")
+        None if options.without_mergekit else merges.environment(options.work.absolute().parent / "mergekit")
     )
-    load = os.getloadavg()[1]
+    load = {"load_before": os.getloadavg()[1]}
     cores = sorted(os.sched_getaffinity(0))[: options.cores]
     os.sched_setaffinity(0, cores)
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # modules are compiled once, as in any installation
     shutil.rmtree(options.work, ignore_errors=True)
     options.work.mkdir(parents=True)
+    rounds: dict[str, list[dict[str, Timed]]] = {part: [] for part in parts}
     try:
-        bench = Bench(options.work, options.layers, mergekit)
-        rounds = []
+        bench = Bench(options.work, options.layers, mergekit, parts)
         for number in range(options.rounds + 1):  # the first round warms up and does not count
-            rounds.append(bench.round())
-            print(
-                f"round {number}: "
-                + ", ".join(f"{name} {run.seconds:.1f} s" for name, run in rounds[-1].items()),
-                flush=True,
-            )
+            for part in parts:
+                found = bench.round(part)
+                rounds[part].append(found)
+                seconds = ", ".join(f"{name} {taken.seconds:.1f} s" for name, taken in found.items())
+                print(f"round {number}: {seconds}", flush=True)
     finally:
         shutil.rmtree(options.work, ignore_errors=True)
-    return {"load_before": load} | summary(rounds[1:], bench.bytes, options.layers, len(cores))
+    results = {}
+    for part in parts:
+        counted, sizes = rounds[part][1:], bench.bytes[part]
+        ratios = growth_ratios(counted, sizes) if part == GROWTH else expert_ratios(counted)
+        results[part] = load | summary(counted, sizes, options.layers) | {"ratios": ratios}
+    return results
 
 
 if __name__ == "__main__":

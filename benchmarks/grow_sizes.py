@@ -25,7 +25,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from bench_growth import machine, measured
+from bench_growth import measured
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "grow.md"
@@ -141,6 +141,8 @@ CHILDREN = {"make-source": make_source, "grow-share": grow_share}
 
 def measure(work: Path) -> dict[str, Any]:
     """The peak memory of every row's growth."""
+    from outgrow.model.base.machine import machine
+
     rows = {}
     for name in SOURCES:
         shutil.rmtree(work, ignore_errors=True)
@@ -164,7 +166,7 @@ def measure(work: Path) -> dict[str, Any]:
             shutil.rmtree(work, ignore_errors=True)
         rows[name] = {"peak_bytes": run.peak_bytes, "workers": count}
         print(f"{name}: peak {run.peak_bytes / 1e6:.0f} MB, worker 0 of {count}", flush=True)
-    return {"machine": machine(2), "rows": rows}
+    return {"machine": machine(), "rows": rows}
 
 
 # ---- the table ---------------------------------------------------------------------------------------------

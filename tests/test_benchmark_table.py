@@ -58,9 +58,9 @@ def test_medians_and_ratios_are_those_of_the_rounds(bench: ModuleType) -> None:
         return {name: bench.Timed(taken, 2 * taken, int(1e6 * taken)) for name, taken in seconds.items()}
 
     sizes = {"source": 10, "growth": 4_000_000_000, "growth of a quarter": 1_000_000_000}
-    result = {"load_before": 3.2} | bench.summary(
-        [round_of(1.0, 2.0), round_of(8.0, 2.0), round_of(3.0, 3.0)], sizes, 24, 2
-    )
+    rounds = [round_of(1.0, 2.0), round_of(8.0, 2.0), round_of(3.0, 3.0)]
+    ratios = bench.growth_ratios(rounds, sizes)
+    result = {"load_before": 3.2, "ratios": ratios} | bench.summary(rounds, sizes, 24)
     assert result["seconds"]["growth"] == 3.0
     assert result["peak_bytes"]["growth"] == 8_000_000
     assert result["ratios"]["growth / cp"] == 1.0  # of 0.5, 4 and 1
@@ -72,8 +72,18 @@ def test_medians_and_ratios_are_those_of_the_rounds(bench: ModuleType) -> None:
     assert "load" not in bench.table(result | {"load_before": 0.2})
 
 
+def test_a_part_that_is_measured_alone_leaves_the_other_as_it_was(bench: ModuleType) -> None:
+    kept = {"machine": "one", "seconds": {"growth": 3.0}}
+    mixture = {"machine": "two"}
+    both = bench.joined(kept, {"experts": mixture})
+    assert both == kept | {"experts": mixture}
+    again = {"machine": "three"}
+    assert bench.joined(both, {"growth": again}) == again | {"experts": mixture}
+    assert bench.joined(both, {"experts": again}) == kept | {"experts": again}
+
+
 def test_the_passthrough_recipe_names_every_layer_in_order(bench: ModuleType, tmp_path: Path) -> None:
-    recipe = bench.passthrough.recipe(tmp_path, tmp_path / "source", [0, 1, 2, 3, 2, 3, 3]).read_text()
+    recipe = bench.merges.passthrough(tmp_path, tmp_path / "source", [0, 1, 2, 3, 2, 3, 3]).read_text()
     ranges = [line.split(":")[1].strip() for line in recipe.splitlines() if "layer_range" in line]
     assert ranges == ["[0, 4]", "[2, 4]", "[3, 4]"]
     assert str((tmp_path / "source").resolve()) in recipe

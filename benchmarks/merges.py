@@ -1,5 +1,5 @@
-"""mergekit's passthrough merge beside growth in depth alone: the same layers, in a virtual environment of its
-own.
+"""mergekit's merges beside growth, in a virtual environment of its own: passthrough beside growth in depth
+alone, the same layers; a mixture of experts beside upcycling.
 
 mergekit pins neither torch nor what it needs at run time, and must not change the environment that is being
 measured.
@@ -39,9 +39,9 @@ def environment(folder: Path) -> Path | None:
     return command
 
 
-def recipe(folder: Path, source: Path, layers: list[int]) -> Path:
-    """mergekit's description of the same growth: source layers by target layer, as slices of consecutive
-    ones."""
+def passthrough(folder: Path, source: Path, layers: list[int]) -> Path:
+    """mergekit's description of the same growth in depth: source layers by target layer, as slices of
+    consecutive ones."""
     starts = [number for number, layer in enumerate(layers) if number == 0 or layer != layers[number - 1] + 1]
     lines = ["merge_method: passthrough", "dtype: float16", "slices:"]
     for start, stop in zip(starts, [*starts[1:], len(layers)], strict=True):
@@ -55,7 +55,27 @@ def recipe(folder: Path, source: Path, layers: list[int]) -> Path:
     return path
 
 
-def command(mergekit: Path, recipe: Path, out: Path, *, small: bool = False) -> list[str]:
+def mixture(folder: Path, source: Path, experts: int) -> Path:
+    """mergekit's description of a mixture of which every expert is the source's MLP, its routers random."""
+    lines = [
+        f"base_model: {source.resolve()}",
+        "gate_mode: random",
+        "dtype: float16",
+        "experts_per_token: 2",
+        "experts:",
+        *[f"- source_model: {source.resolve()}"] * experts,
+    ]
+    path = folder / "mixture.yaml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def mixture_command(mergekit: Path, recipe: Path, out: Path) -> list[str]:
+    """The merge of a mixture's `recipe` into `out`."""
+    return [str(mergekit.with_name("mergekit-moe")), str(recipe), str(out), "--no-copy-tokenizer"]
+
+
+def passthrough_command(mergekit: Path, recipe: Path, out: Path, *, small: bool = False) -> list[str]:
     """The merge of `recipe` into `out`; `small` keeps its memory lowest."""
     return [
         str(mergekit),
