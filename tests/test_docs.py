@@ -668,6 +668,15 @@ def test_every_study_has_its_row(name: str) -> None:
         assert any(line.startswith(row[4][:7]) and line.endswith(row[3]) for line in log.stdout.splitlines())
 
 
+def test_every_ready_combination_is_an_arm_of_operators_or_said_why_not() -> None:
+    arms = yaml.safe_load(text_of("experiments/operators/study.yaml"))["arms"]
+    asked = {(arm or {}).get("growth", name) for name, arm in arms.items()}
+    (reasons,) = re.findall(
+        r"\*\*Not among the arms\.\*\*(.*?)\n\* ", text_of("experiments/operators/README.md"), re.S
+    )
+    assert [name for name in LEAVES if name not in asked and f"`{name}`" not in reasons] == []
+
+
 def test_the_citation_names_the_project_and_its_version() -> None:
     citation = yaml.safe_load(text_of("CITATION.cff"))
     project = tomllib.loads(text_of("pyproject.toml"))["project"]
