@@ -253,23 +253,19 @@ def read_lesson(plan: Plan, source: Checkpoint, text: str | Path | None) -> Cali
     """The text that a plan learns on; None where it learns on none.
 
     Raises:
-        UserError: it cannot be read, or is the `text` that the receipt is measured on.
+        UserError: it cannot be read, or holds the `text` that the receipt is measured on.
     """
     if plan.lesson is None or plan.lesson.text is None:
         return None
     from outgrow.growth.learned.learn import calibration  # imports torch
+    from outgrow.growth.learned.text import holds
 
-    if text is not None and _is_same_file(plan.lesson.text, text):
+    if text is not None and holds(plan.lesson.text, text):
         raise UserError(
-            f"receipt.text {str(text)!r}: is growth.text, which is learned on; measure on another text"
+            f"receipt.text {str(text)!r}: is growth.text, which is learned on, or a part of it; measure on "
+            "another text"
         )
     return calibration(plan, source.folder)
-
-
-def _is_same_file(one: str | Path, other: str | Path) -> bool:
-    """Check whether two paths, from the home folder where they say `~`, lead to one file."""
-    paths = [Path(os.path.expanduser(path)) for path in (one, other)]
-    return all(path.exists() for path in paths) and paths[0].samefile(paths[1])
 
 
 def _learn(plan: Plan, *of: Any) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 from dataclasses import dataclass
@@ -53,6 +54,15 @@ def check_there(text: str) -> Path:
     elif all(not text_of(file, KEY).strip() for file in _files(path)):
         raise UserError(f"{KEY} {str(path)!r}: is empty; give some thousands of words of text")
     return path
+
+
+def holds(text: str, file: str | Path) -> bool:
+    """Check whether `file`, or a copy of it, is among the files of a text to learn on."""
+    path, other = Path(text).expanduser(), Path(file).expanduser()
+    is_tokens = (path / MANIFEST).is_file()
+    if is_tokens or not path.exists() or not other.is_file():
+        return False
+    return any(filecmp.cmp(own, other, shallow=False) for own in _files(path))
 
 
 def read_calibration(

@@ -46,7 +46,7 @@ def arm(
     spans = {"spans": changes.pop("spans")} if "spans" in changes else {}
     growth: dict[str, Any] = {"name": name, "operator": operator, "stages": list(stages)}
     if "fresh" in changes:
-        growth["options"] = {"fresh": changes.pop("fresh")}
+        growth["options"] = {"depth": "identity", "fresh": changes.pop("fresh")}
     settings = {
         "settings.growth": growth,
         "settings.transfer": PLAIN | changes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -762,6 +763,8 @@ ON_TEXT = [name for name in LEARNED if "text" in options_of(name)]
         (["growth.text=EMPTY"], "is empty"),
         (["growth.text=SHORT"], "tokens; give a text of at least"),
         (["growth.text=TEXT", "receipt.text=TEXT"], "is growth.text, which is learned on"),
+        (["growth.text=TEXT", "receipt.text=COPY"], "is growth.text, which is learned on"),
+        (["growth.text=FOLDER", "receipt.text=TEXT"], "is growth.text, which is learned on, or a part of it"),
     ],
     ids=str,
 )
@@ -770,7 +773,11 @@ def test_a_plan_tells_what_cannot_be_learned_on(
 ) -> None:
     (tmp_path / "EMPTY").write_text(" \n")
     (tmp_path / "SHORT").write_text("the cat sat")
-    for place in (text, tmp_path / "EMPTY", tmp_path / "SHORT"):
+    shutil.copyfile(text, tmp_path / "COPY")
+    (tmp_path / "FOLDER").mkdir()
+    (tmp_path / "FOLDER" / "one.txt").write_text("the cat sat on the mat " * 500)
+    shutil.copyfile(text, tmp_path / "FOLDER" / "other.txt")
+    for place in (text, *(tmp_path / name for name in ("EMPTY", "SHORT", "COPY", "FOLDER"))):
         called = "TEXT" if place == text else place.name
         told = [argument.replace(called, str(place)) for argument in told]
     with pytest.raises(SystemExit):
