@@ -18,7 +18,7 @@ from outgrow.model.composite import flat
 from outgrow.model.config import Target, resolve_target
 from outgrow.model.depth_only import outline
 from outgrow.model.family import MAX_LAYERS, Config, Family, family_of, has_schema
-from outgrow.model.fp8 import dequantised
+from outgrow.model.fp8 import dequantised, obstacle
 from outgrow.model.keys import DEPTH_KEYS, EXPERTS, HEAD_KEYS, without
 
 if TYPE_CHECKING:
@@ -43,10 +43,6 @@ WAYS = {
         "dequantise it first (AutoModelForCausalLM.from_pretrained(DIR, "
         "quantization_config=CompressedTensorsConfig(dequantize=True)).save_pretrained(NEW), with "
         "compressed-tensors)"
-    ),
-    "fp8": (
-        "its matrices have no scales X.weight_scale_inv beside them, without which they cannot be "
-        "dequantised on the way; dequantise it first, or give the checkpoint that it was made from"
     ),
 }
 BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # which older files carry along
@@ -138,9 +134,11 @@ def _quantised(source: Checkpoint, target: Target, depth: str | Sequence[int]) -
     quantisation = f"{source.quantised}; {kinds}"
     what = f"{source.folder}: its weights are quantised ({quantisation})"
     if not _copies_layers_only(config, target, depth):
+        reason = obstacle(source)
+        why = "" if reason is None else f"{reason}; "
         raise UserError(
-            f"{what}, and growth computes on plain ones: {WAYS.get(str(source.quantised), OTHERWISE)}, or "
-            "copy whole layers (growth.depth=stack and no size but the number of layers)"
+            f"{what}, and growth computes on plain ones: {why}{WAYS.get(str(source.quantised), OTHERWISE)}, "
+            "or copy whole layers (growth.depth=stack and no size but the number of layers)"
         )
     entries = {key: value for key, value in config.items() if "quantization_config" in key}
     text = json.dumps(entries, default=str)

@@ -150,7 +150,7 @@ def load_model(
     """A model from a local folder of safetensors weights, every tensor accounted for; with `config`, the
     folder needs none of its own.
 
-    FP8 weights with scales by block are dequantised (`model.fp8`), on any device alike.
+    FP8 weights with scales are dequantised (`model.fp8`), on any device alike.
 
     Raises:
         UserError: the folder is missing, its family unknown, or a tensor missing, unexpected or of another

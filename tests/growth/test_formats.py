@@ -37,7 +37,7 @@ PACKED = {
 WAY = {
     "bitsandbytes": r"dequantise it first \(.*\.dequantize\(\)", "gptq": "the checkpoint that it was made from",
     "awq": "the checkpoint that it was made from", "compressed-tensors": r"CompressedTensorsConfig\(dequantize=True\)",
-    "fp8": "no scales X.weight_scale_inv", "mxfp4": r"Mxfp4Config\(dequantize=True\)",
+    "fp8": r"weight has no scales .*weight_scale_inv or .*weight_scale beside it; dequantise", "mxfp4": r"Mxfp4Config\(dequantize=True\)",
     **dict.fromkeys(("hqq", "torchao", "quanto", "eetq"), "dequantise it first, where its library can, or give"),
 }  # fmt: skip
 DEEPER = {"num_hidden_layers": 4}
@@ -97,7 +97,7 @@ def test_a_quantisation_that_says_nothing_is_left_out_too(phi_folder: Path, tmp_
 @pytest.mark.parametrize("method", METHODS)
 def test_quantised_weights_grow_by_whole_layers_alone(method: str, phi_folder: Path, tmp_path: Path) -> None:
     made = packed(phi_folder, PACKED[method])
-    scales = {f"{name}_scale": torch.ones(3) for name in made}
+    scales = {f"{name}_factor": torch.ones(3) for name in made}
     source = changed(phi_folder, tmp_path / "source", {"quantization_config": METHODS[method]}, made | scales)
     with pytest.raises(
         UserError,
@@ -111,7 +111,7 @@ def test_quantised_weights_grow_by_whole_layers_alone(method: str, phi_folder: P
     out = load_file(grown.folder / SINGLE)
     for layer, taken in enumerate([0, 1, 1, 2]):
         assert bits(out[NAME.format(layer)]) == bits(made[NAME.format(taken)])
-        assert f"{NAME.format(layer)}_scale" in out
+        assert f"{NAME.format(layer)}_factor" in out
     assert json.loads((grown.folder / "config.json").read_text())["quantization_config"] == METHODS[method]
 
 
