@@ -15,14 +15,23 @@ import re
 import shutil
 import sys
 from importlib.util import find_spec
+from math import isclose
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outgrow.model.base.atomic import whole
 from outgrow.model.base.errors import UserError, in_one_line, loading_faults, reading
 from outgrow.model.base.files import one_at_a_time
+from outgrow.model.keys import is_number
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 ENDING, MAGIC = ".gguf", b"GGUF"
+# Gemma's scale of attention, which files do not hold: llama.cpp takes the head dim, and for the largest model
+# of an architecture, which it knows by these layers, hidden size / heads
+SCALE, WINDOW = "query_pre_attn_scalar", "sliding_window"
+LARGEST = {"gemma2": 46, "gemma3": 62}
 WAY = "give the checkpoint that it was made from, as safetensors, or convert it where it can be read"
 
 
@@ -98,12 +107,10 @@ def _check(file: Path) -> None:
         )
 
 
-def _passed_over(file: Path, model: Any) -> list[str]:
+def _passed_over(reader: GGUFReader, model: Any) -> list[str]:
     """Faults of what a file holds and the library passes over without a word: a scaling of the rotary
-    frequencies (Llama 3, YaRN, LongRoPE), and tensors beyond those of the model that it made."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(file)
+    frequencies (Llama 3, YaRN, LongRoPE), how many dimensions rotate, and tensors beyond those of the model
+    that it made."""
     factors = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_")]
     scaling = [key for key in reader.fields if key.endswith(".rope.scaling.type")]
     kinds = [str(reader.fields[key].contents()) for key in scaling]
@@ -114,6 +121,10 @@ def _passed_over(file: Path, model: Any) -> list[str]:
     if scaled and set(learnt) <= {"default"}:
         named = ", ".join(scaled)
         faults.append(f"its rotary frequencies are scaled ({named}), which transformers passes over")
+    buffers = {2 * held.shape[-1] for name, held in model.named_buffers() if name.endswith("inv_freq")}
+    rotating = _entries(reader).get("rope.dimension_count")
+    if len(buffers) == 1 and rotating is not None and rotating not in buffers:
+        faults.append(f"{rotating} dimensions of a head rotate, of which transformers makes {buffers.pop()}")
     # a head that is tied all the same is there twice
     apart = () if model.config.tie_word_embeddings is False else ("output.weight",)
     inside = [tensor for tensor in reader.tensors if tensor.name not in (*factors, *apart)]
@@ -124,9 +135,56 @@ def _passed_over(file: Path, model: Any) -> list[str]:
     return faults
 
 
+def _entries(reader: GGUFReader) -> dict[str, Any]:
+    """What a file says of its model: key without the architecture → value."""
+    prefix = f"{_architecture(reader)}."
+    keys = [key for key in reader.fields if key.startswith(prefix)]
+    return {key.removeprefix(prefix): reader.fields[key].contents() for key in keys}
+
+
+def _architecture(reader: GGUFReader) -> str:
+    return str(reader.fields["general.architecture"].contents())
+
+
+def _amend(reader: GGUFReader, config: Any) -> list[str]:
+    """Put into a config the numbers for which the library takes its class's default: those that the file has
+    under the same name (softcaps, a sliding window), and the scale of attention, which no file has and
+    llama.cpp knows by the model's size.
+
+    Returns:
+        What was taken, in words.
+    """
+    said = {key.rpartition(".")[2]: value for key, value in _entries(reader).items()}
+    notes = []
+    for name, value in said.items():
+        if is_number(value) and hasattr(config, name) and _set(config, name, value):
+            notes.append(f"{name}={value:g} is the file's own")
+    if hasattr(config, SCALE):
+        is_largest = config.num_hidden_layers == LARGEST.get(_architecture(reader))
+        share = config.hidden_size // config.num_attention_heads
+        if _set(config, SCALE, share if is_largest else config.head_dim):
+            notes.append(
+                f"{SCALE}={getattr(config, SCALE)}, which no such file holds, is as llama.cpp has it"
+            )
+    window = getattr(config, WINDOW, None)
+    if window is not None and WINDOW not in said:
+        notes.append(f"{WINDOW}={window} is of transformers' class: the file says nothing of it")
+    return notes
+
+
+def _set(config: Any, name: str, value: float) -> bool:
+    """Give an entry of a config a number; tell whether that changed it."""
+    held = getattr(config, name)
+    if is_number(held) and isclose(held, value, rel_tol=1e-6):
+        return False
+    setattr(config, name, value)
+    return True
+
+
 def _unpack(file: Path, folder: Path) -> None:
     """Write the model and the tokenizer of a GGUF file into `folder` as plain safetensors."""
     import torch
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     from outgrow.model.base.quiet import quietly
@@ -147,8 +205,11 @@ def _unpack(file: Path, folder: Path) -> None:
             f"{file}: transformers cannot read this GGUF file ({in_one_line(fault)}); {WAY}"
         ) from None
     model, report = loaded
-    faults = [*loading_faults(report), *_passed_over(file, model)]
+    reader = GGUFReader(file)
+    faults = [*loading_faults(report), *_passed_over(reader, model)]
     UserError.collect(f"{file}: {fault}; {WAY}" for fault in faults)
+    for note in _amend(reader, model.config):
+        print(f"note: {file}: {note}", file=sys.stderr)
     model.hf_quantizer = None  # with which the library refuses to save, though the weights are plain now
     # what the weights were, and the file's own title, which is no path
     for entry in ("quantization_config", "_model_name_or_path"):

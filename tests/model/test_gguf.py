@@ -150,42 +150,88 @@ def test_blocks_of_every_kind_have_the_values_that_the_package_gives_them(kind: 
         assert np.array_equal(held[name].numpy(), values, equal_nan=True), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "architecture"),
-    [("qwen2", "qwen2"), ("gemma3_text", "gemma3"), ("starcoder2", "starcoder2"), ("stablelm", "stablelm")],
-)
-def test_files_of_other_architectures_compute_what_their_models_do(
-    kind: str, architecture: str, tmp_path: Path
-) -> None:
+def write_like(path: Path, model: Any, architecture: str, more: dict[str, Any] | None = None) -> Path:
+    """Write a GGUF file of a model: its tensors, what the library's own table says of its config, and `more`."""
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
-    model = random_model(LLAMA | {"model_type": kind, "head_dim": 16, "tie_word_embeddings": True}).float()
-    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", architecture)
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(WORDS)
     writer.add_token_merges(["a b"])
     names = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    stored = gguf.get_tensor_name_map(names[architecture], 2)
-    for key, entry in GGUF_CONFIG_MAPPING[architecture].items():
-        value = getattr(model.config, entry or "", None)
+    stored = gguf.get_tensor_name_map(names[architecture], model.config.num_hidden_layers)
+    told = GGUF_CONFIG_MAPPING[architecture].items()
+    entries = {key: getattr(model.config, entry or "", None) for key, entry in told} | (more or {})
+    for key, value in entries.items():
         write: dict[type, Any] = {int: writer.add_uint32, float: writer.add_float32}
         if type(value) in write:
             write[type(value)](f"{architecture}.{key}", value)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight":
             continue
-        added = 1 if kind == "gemma3_text" and name.endswith("norm.weight") else 0  # in llama.cpp's files
+        added = (
+            1 if architecture.startswith("gemma") and name.endswith("norm.weight") else 0
+        )  # in llama.cpp's
         writer.add_tensor(stored.get_name(name, try_suffixes=(".weight", ".bias")), tensor.numpy() + added)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    read = load_model(unpacked(tmp_path / "tiny.gguf"))
-    assert read.config.model_type == kind
+    return path
+
+
+def assert_computes_the_same(read: Any, model: Any) -> None:
     tokens = torch.arange(24)[None]
     expected = model.eval()(input_ids=tokens).logits
     assert torch.allclose(read.eval()(input_ids=tokens).logits, expected, atol=1e-5)
+
+
+OTHER = LLAMA | {"head_dim": 16, "tie_word_embeddings": True, "pad_token_id": None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "architecture"), [("qwen2", "qwen2"), ("starcoder2", "starcoder2"), ("stablelm", "stablelm")]
+)
+def test_files_of_other_architectures_compute_what_their_models_do(
+    kind: str, architecture: str, tmp_path: Path
+) -> None:
+    model = random_model(OTHER | {"model_type": kind}).float()
+    read = load_model(unpacked(write_like(tmp_path / "tiny.gguf", model, architecture)))
+    assert read.config.model_type == kind
+    assert_computes_the_same(read, model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "architecture", "config", "entries", "said"),
+    [
+        ("gemma3_text", "gemma3", {"query_pre_attn_scalar": 16}, {}, "query_pre_attn_scalar=16, which no such"),
+        ("gemma2", "gemma2", {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 1.5, "sliding_window": 8},
+         {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 30.0}, "attn_logit_softcapping=1.5 is the file"),
+        ("gemma2", "gemma2", {"query_pre_attn_scalar": 32, "head_dim": 16, "num_attention_heads": 2, "num_hidden_layers": 46},
+         {}, "query_pre_attn_scalar=32, which no such file holds, is as llama.cpp has it"),
+        ("starcoder2", "starcoder2", {"sliding_window": 8}, {"attention.sliding_window": 8}, "sliding_window=8 is the file's own"),
+        ("gemma2", "gemma2", {"query_pre_attn_scalar": 16}, {"attention.sliding_window": None},
+         "sliding_window=4096 is of transformers' class: the file says nothing of it"),
+    ],
+    ids=["gemma3", "softcap", "gemma2 27b", "window", "no window"],
+)  # fmt: skip
+def test_numbers_that_the_library_takes_from_its_class_are_the_files_own(
+    kind: str,
+    architecture: str,
+    config: dict[str, Any],
+    entries: dict[str, Any],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It has no place for softcaps and windows, and Gemma's scale of attention is in no file: it would compute
+    with those of its own."""
+    model = random_model(OTHER | {"model_type": kind} | config).float()
+    read = load_model(unpacked(write_like(tmp_path / "tiny.gguf", model, architecture, entries)))
+    assert f"note: {tmp_path / 'tiny.gguf'}: {said}" in capsys.readouterr().err
+    assert_computes_the_same(read, model)
 
 
 @pytest.mark.slow
@@ -251,6 +297,9 @@ def test_what_the_library_would_pass_over_is_refused(tmp_path: Path, weights: di
         locate(write_gguf(tmp_path / "factors.gguf", weights, more=factors))
     with pytest.raises(UserError, match=r"rotary frequencies are scaled \(yarn\), which transformers passes"):
         locate(write_gguf(tmp_path / "yarn.gguf", weights, scaling="yarn"))
+    stablelm = random_model(OTHER | {"model_type": "stablelm"}).float()
+    with pytest.raises(UserError, match=r"8 dimensions of a head rotate, of which transformers makes 4"):
+        locate(write_like(tmp_path / "part.gguf", stablelm, "stablelm", {"rope.dimension_count": 8}))
     bias = {"blk.0.attn_q.bias": np.ones(64, np.float32)}
     with pytest.raises(UserError, match=r"transformers passes over 64 of its [\d,]+ numbers; give the"):
         locate(write_gguf(tmp_path / "bias.gguf", weights, more=bias))
