@@ -87,6 +87,7 @@ def evaluate(
 
     missing = list(filter(is_missing, suite.tasks))
     if missing:
+        check_tokenizers(folders)
         _measure(missing, titles(runs), folders, scores, settings, say)
     evaluated = []
     for name, folder, kept in zip(titles(runs), folders, scores, strict=True):
@@ -131,14 +132,14 @@ def _measure(
 
 
 def checkpoint_of(run: Path) -> Path:
-    """The folder of weights of a run, or of a checkpoint itself.
+    """The folder of weights of a run, or of a checkpoint itself; of a GGUF file, what it was unpacked into.
 
     Raises:
         UserError: there is none.
     """
     folder = run.resolve()
-    if gguf_in(folder) is not None:
-        return locate(folder)
+    if run.is_file() or gguf_in(folder) is not None:
+        return locate(run)  # not `folder`: a hub's cache links to files without an ending
     if (folder / RUN).is_file():
         if not (folder / FINAL).is_dir():
             raise UserError(
@@ -161,22 +162,33 @@ def title(checkpoint: Path) -> str:
     return checkpoint.parent.name if checkpoint.name == FINAL else checkpoint.name
 
 
+def check_tokenizers(folders: Sequence[Path]) -> None:
+    """Refuse checkpoints that cannot read text, before any of them is measured.
+
+    Raises:
+        UserError: with every one that has no tokenizer.
+    """
+    from outgrow.train.data.tokenizer import has_tokenizer
+
+    UserError.collect(
+        f"{folder}: it has no tokenizer, so no text can be read; put its tokenizer.json and "
+        "tokenizer_config.json there"
+        for folder in folders
+        if not has_tokenizer(folder)
+    )
+
+
 def network_of(folder: Path, settings: EvaluateSettings) -> tuple[Any, Any]:
     """The network and the tokenizer of a checkpoint.
 
     Raises:
-        UserError: it has no tokenizer, or one with more entries than the network has.
+        UserError: its tokenizer has more entries than the network.
     """
     import torch
 
     from outgrow.model.build import load_model
-    from outgrow.train.data.tokenizer import entries, has_tokenizer, load_tokenizer
+    from outgrow.train.data.tokenizer import entries, load_tokenizer
 
-    if not has_tokenizer(folder):
-        raise UserError(
-            f"{folder}: it has no tokenizer, so no text can be read; put its tokenizer.json and "
-            "tokenizer_config.json there"
-        )
     tokenizer = load_tokenizer(str(folder))
     cuda = torch.cuda.is_available()
     device = settings.device

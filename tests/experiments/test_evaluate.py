@@ -209,7 +209,7 @@ def test_wrong_settings_are_told(given: list[str], said: str) -> None:
 
 
 def test_what_is_no_checkpoint_or_has_no_tokenizer_is_refused(
-    tmp_path: Path, place: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("lm_eval")
     with pytest.raises(UserError, match=r"neither a run's folder nor a checkpoint"):
@@ -222,8 +222,15 @@ def test_what_is_no_checkpoint_or_has_no_tokenizer_is_refused(
     for file in (place / "small").glob("*"):
         if "token" not in file.name:
             (bare / file.name).write_bytes(file.read_bytes())
-    assert main([str(bare), *keys(place)]) == 2
-    assert "it has no tokenizer" in capsys.readouterr().err
+    # it is told before any data are fetched
+    monkeypatch.setattr("outgrow.train.suite.harness.Harness.load", None)
+    assert main([str(place / "small"), str(bare), *keys(place)]) == 2
+    assert f"{bare}: it has no tokenizer" in capsys.readouterr().err
+    (tmp_path / "text.gguf").write_text("no model")
+    with pytest.raises(UserError, match=r"text\.gguf: is no GGUF file"):
+        checkpoint_of(tmp_path / "text.gguf")
+    with pytest.raises(UserError, match="a file; give the folder that holds it"):
+        checkpoint_of(bare / "config.json")
     assert main([]) == 2
     assert "give runs or checkpoints" in capsys.readouterr().err
 
