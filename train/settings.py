@@ -418,8 +418,16 @@ def _schedule_disagreements(schedule: ScheduleSettings) -> list[str]:
 def _optimizer_disagreements(settings: Settings) -> list[str]:
     """List what is wrong with the optimizer, and with it under the sharding that is asked for."""
     faults, optimizer = [], settings.optimizer
-    if optimizer.learning_rate <= 0:
-        faults.append(f"optimizer.learning_rate: must be positive; found {optimizer.learning_rate}")
+    for key in ("learning_rate", "epsilon"):
+        value = getattr(optimizer, key)
+        if value <= 0:
+            faults.append(f"optimizer.{key}: must be positive; found {value}")
+    if optimizer.weight_decay < 0:
+        faults.append(f"optimizer.weight_decay: must not be negative; found {optimizer.weight_decay}")
+    shares = {"betas": optimizer.betas, "momentum": (optimizer.momentum or 0.0,)}
+    for key, values in shares.items():
+        if not all(0 <= value < 1 for value in values):
+            faults.append(f"optimizer.{key}: from 0 on, less than 1; found {getattr(optimizer, key)}")
     if optimizer.name == "adamw_8bit" and settings.sharding.name == "full":
         faults.append(
             "optimizer=adamw_8bit with sharding=full: torchao quantises each process's part by itself, "

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import os
 import re
 import types
@@ -515,9 +516,12 @@ def _read_value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
         kind = arguments[1] if arguments else Any
         dotted = {key: f"{path}.{key}" for key in value}
         return {key: _read_value(kind, value[key], dotted[key], faults) for key in value}
+    is_float = type(value) is float
+    if hint is float and (is_float or type(value) is int) and not _is_finite(value):
+        faults.append(f"{path}: expected a finite number; found {value!r:.40}")
+        return None
     if hint is float and type(value) is int:
         return float(value)
-    is_float = type(value) is float
     if hint is int and is_float and value.is_integer():
         return int(value)
     if hint is Any or type(value) is hint:
@@ -574,6 +578,14 @@ def _read_sequence(
     entries = zip(kinds, value, paths, strict=True)
     items = [_read_value(kind, entry, dotted, faults) for kind, entry, dotted in entries]
     return origin(items)
+
+
+def _is_finite(value: float) -> bool:
+    """Check for a number that a float can hold, as NaN, infinities and the largest whole numbers are not."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 TYPE_NAMES: dict[Any, str] = {
