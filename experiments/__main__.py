@@ -15,12 +15,14 @@ outgrow select tiny_transfer lossless random_pad lag_tokens=N
 outgrow same REV                                     minutes: does a change alter a number? two revisions,
                                                      compared to the bit
 
-Exit status: 0 done, 1 a run failed or a number differs, 2 a fault in what was asked.
+Exit status: 0 done, 1 a run failed or a number differs, 2 a fault in what was asked, 75 (EX_TEMPFAIL) a
+study was stopped by SIGTERM, its runs have saved: start the same command again, 130 the same by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +31,7 @@ from typing import TYPE_CHECKING
 from outgrow.experiments.study_file import load_study, studies
 from outgrow.model.base.errors import UserError
 from outgrow.model.base.files import write_text
-from outgrow.model.base.interrupt import started
+from outgrow.model.base.interrupt import Terminated, started, terminable
 
 if TYPE_CHECKING:
     from outgrow.experiments.compare import Comparison
@@ -51,13 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "select": _select,
             "same": _same,
         }
-        return commands[options.command](options)
+        with terminable():
+            return commands[options.command](options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        return os.EX_TEMPFAIL if isinstance(stop, Terminated) else 130
 
 
 def parser() -> argparse.ArgumentParser:

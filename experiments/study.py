@@ -253,8 +253,8 @@ def run_jobs(todo: Sequence[Job], at_once: int, logs: Path, display: Display, tr
     thread, whatever the machine, so that a result does not depend on how many cores there were; run.json
     records the number.
 
-    Ctrl-C reaches this process alone, which starts nothing new, asks the runs to save and end (SIGTERM), and
-    waits GRACE_S for them.
+    Ctrl-C, or SIGTERM, reaches this process alone, which starts nothing new, asks the runs to save and end
+    (SIGTERM), and waits GRACE_S for them.
 
     Raises:
         RunFailed: naming every run that failed, why, and its log.

@@ -27,16 +27,7 @@ RECIPE = "growth.json"  # the record of a finished growth; its `files` are what 
 MARK = "growth.partial.json"  # in a folder that growth is filling; workers keep there what they agree on
 WORKER = "worker-"  # begins the name of a file that a worker holds while it is at work
 STRETCHES, STRETCH = 64, 4096  # of a file that its fingerprint reads, and their bytes
-_DENIED = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.ENOENT,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.EEXIST,
-)
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE)
 
 
 @dataclass(frozen=True)
@@ -54,7 +45,7 @@ class Place:
     reads: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.out.name or "\0" in str(self.out):
+        if self.out.name in ("", "..") or "\0" in str(self.out):
             raise UserError(f"out {str(self.out)!r}: names no folder; give out=DIR")
 
     @property
@@ -356,9 +347,20 @@ def disk_faults(out: Path, kept: str = "nothing was kept") -> Iterator[None]:
             raise UserError(
                 f"out {out}: has appeared meanwhile and is not replaced; {kept}; choose another folder"
             ) from None
-        if fault.errno in _DENIED:
+        if fault.errno == errno.EFBIG:
             raise UserError(
-                f"out {out}: cannot be written ({fault.strerror}: {fault.filename}); choose a folder you "
-                "may write to"
+                f"out {out}: a file would be larger than the file system, or a limit of this process "
+                f"(ulimit -f), allows; {kept}; make smaller files (max_shard_gb), or choose another disk"
             ) from None
-        raise
+        if fault.errno in _EXHAUSTED:
+            raise UserError(
+                f"out {out}: more files would be open at once than are allowed ({fault.strerror}); {kept}; "
+                "make larger files (max_shard_gb), or raise the limit (ulimit -n)"
+            ) from None
+        if fault.errno is None:  # no answer of the system's
+            raise
+        where = f": {fault.filename}" if fault.filename else ""
+        raise UserError(
+            f"out {out}: cannot be written ({fault.strerror}{where}); {kept}; choose a folder you may "
+            "write to"
+        ) from None

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,6 +35,7 @@ from outgrow.model.checkpoint import Checkpoint, locate
 from outgrow.model.companions import is_terms
 from outgrow.model.composite import nested
 from outgrow.model.config import Target, read_json, tokenizer_size
+from outgrow.model.keys import is_number
 from outgrow.model.notation import Space
 
 if TYPE_CHECKING:
@@ -151,6 +153,11 @@ def grow(
         options["text"] = None if text is None else str(text)
         text = None
     text = text if receipt_text is None else receipt_text
+    if text is not None and receipt is False:
+        raise UserError(
+            f"receipt_text {str(text)!r}: is for a receipt, and receipt=False measures none; leave one of "
+            "them out"
+        )
     out = Path(os.path.expanduser(out))
     with Checkpoint(locate(source, revision)) as opened:
         checkpoint = plain_source(opened, target, depth)
@@ -365,10 +372,19 @@ def read_ledger(folder: Path) -> dict[str, Any] | None:
     """Read the source's cost and loss, where training has written them beside the weights.
 
     Raises:
-        UserError: ledger.json is no JSON object.
+        UserError: ledger.json is no JSON object, or holds something else than numbers there.
     """
     file = folder / "ledger.json"
-    return read_json(file) if file.exists() else None
+    if not file.exists():
+        return None
+    ledger = read_json(file)
+    counts = {key: ledger.get(key) for key in ("tokens", "flops", "val_loss")}
+    UserError.collect(
+        f"{file}: {key} must be a finite number of at least 0, or null; found {value!r:.80}"
+        for key, value in counts.items()
+        if value is not None and not (is_number(value) and 0 <= value < inf)
+    )
+    return ledger
 
 
 def _write_recipe(
@@ -403,7 +419,7 @@ def _write_recipe(
     names = [path.name for path in folder.iterdir()]
     files = sorted(filter(is_terms, names))
     card = model_card(plan, source, receipt, terms, files)
-    (folder / "README.md").write_text(card)
+    (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
     recipe["files"] = files_in(folder)
     text = json.dumps(recipe, indent=1)
     (folder / RECIPE).write_text(f"{text}\n")

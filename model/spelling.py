@@ -9,6 +9,7 @@ for either.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ STRICT = {
 }
 
 NO_SCALING = ("rope_theta", "partial_rotary_factor", "rope_type", "type")  # entries of rotary positions
+
+HALF_PAIR = re.compile(r"[\ud800-\udfff]")  # of surrogates: JSON can spell it, UTF-8 cannot
 
 CODE = "auto_map"  # names classes in Python files of the folder, which are neither run nor copied
 
@@ -148,4 +151,6 @@ def spell_folder(folder: Path) -> None:
         spell = both_spellings if path.name == "config.json" else spell_tokenizer
         if (after := spell(before)) != before:
             text = json.dumps(after, indent=2, sort_keys=True, ensure_ascii=False)
-            path.write_text(f"{text}\n")
+            if HALF_PAIR.search(text):
+                text = json.dumps(after, indent=2, sort_keys=True)
+            path.write_text(f"{text}\n", encoding="utf-8")

@@ -55,6 +55,17 @@ def test_a_shell_that_has_switched_ctrl_c_off_keeps_it_off() -> None:
     )
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_what_an_encoding_has_no_sign_for_is_printed_all_the_same(encoding: str) -> None:
+    """A log under an old locale, a file whose name is no text."""
+    code = "from outgrow.model.base.interrupt import started; started(); "
+    code += r"print('Δ 1 → 2, caf\udce9.py')"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
+    expected = "Δ 1 → 2, caf\udce9.py".encode(encoding, "backslashreplace")
+    assert (done.stdout.rstrip(), done.stderr) == (expected, b"")
+
+
 @pytest.mark.parametrize("text", ["a: [1\nb: {", "a: b: c", "a:\n\t- 1", '"', "a: *nothing"])
 def test_a_syntax_error_is_told_with_file_line_and_column(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.yaml").write_text(text)

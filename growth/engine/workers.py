@@ -47,7 +47,7 @@ class Worker:
         Raises:
             UserError: it is not of that form.
         """
-        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
         number, count = map(int, match.groups()) if match else (0, 0)
         if number >= count:
             raise UserError(f"worker={text}: expected i/n, worker i of n counted from 0, such as 0/4")

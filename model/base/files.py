@@ -88,7 +88,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 def write_text(path: Path, text: str) -> None:
     """`text` as the file `path`, whole or not at all."""
     with whole_file(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,11 +1,17 @@
 """Ctrl-C in a program's first moments, while it imports its libraries: it ends as ever, without a traceback
-of theirs.
+of theirs. And SIGTERM, which may end a program as Ctrl-C does.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
+from types import FrameType
+from typing import NoReturn
 
 
 def starting(asked: bool = False) -> None:
@@ -23,6 +29,36 @@ def starting(asked: bool = False) -> None:
 
 
 def started() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt again, which the program's door tells in its own words."""
+    """Let Ctrl-C raise KeyboardInterrupt again, which the program's door tells in its own words.
+
+    What a terminal's or log's encoding has no sign for (→ in ASCII, a file's name that is no text) is printed
+    as its number from here on: no door fails by what it says.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, taken as Ctrl-C is."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Raise Terminated where SIGTERM comes in the block, so that what a Ctrl-C tidies up is tidied up then
+    too.
+    """
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may take signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

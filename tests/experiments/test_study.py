@@ -31,6 +31,7 @@ from outgrow.experiments.study_file import (
 )
 from outgrow.experiments.table import check_table
 from outgrow.model.base.errors import UserError
+from outgrow.model.base.interrupt import Terminated, terminable
 from outgrow.model.geometry import flops_per_token
 from outgrow.model.presets import preset
 from outgrow.train.run.record import SourceCost, Start
@@ -460,7 +461,10 @@ def study_of_sleepers(folder: str, at_once: int) -> None:
     assert job is not None
     todo = [replace(job, name=f"run{number}", overrides=(f"number={number}",)) for number in range(4)]
     try:
-        run_jobs(todo, at_once, Path("logs"), Display(), sleeper)
+        with terminable():
+            run_jobs(todo, at_once, Path("logs"), Display(), sleeper)
+    except Terminated:
+        sys.exit(75)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -480,8 +484,13 @@ def sleeper(overrides: tuple[str, ...], log: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at_once", [1, 2])
-def test_ctrl_c_stops_a_study_within_seconds_and_nothing_new_starts(at_once: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("at_once", "sent", "status"), [(1, "SIGINT", 130), (2, "SIGINT", 130), (2, "SIGTERM", 75)]
+)
+def test_a_signal_stops_a_study_within_seconds_and_nothing_new_starts(
+    at_once: int, sent: str, status: int, tmp_path: Path
+) -> None:
+    """A terminal sends Ctrl-C to all processes, a scheduler SIGTERM to the study's own."""
     import multiprocessing
     import os
     import signal
@@ -495,9 +504,10 @@ def test_ctrl_c_stops_a_study_within_seconds_and_nothing_new_starts(at_once: int
         time.sleep(0.2)
     assert study.pid is not None
     began = time.monotonic()
-    os.killpg(study.pid, signal.SIGINT)
+    send = os.killpg if sent == "SIGINT" else os.kill
+    send(study.pid, signal.Signals[sent])
     study.join(600)
-    assert study.exitcode == 130
+    assert study.exitcode == status
     assert time.monotonic() - began < 60  # idle, it takes less than one second
     assert len(list(tmp_path.glob("logs/*.begun"))) == len(list(tmp_path.glob("logs/*.saved"))) == at_once
 

@@ -155,6 +155,29 @@ def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: A
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (errno.EFBIG, r"a file would be larger than .*nothing was kept; make smaller files \(max_shard_gb\)"),
+        (errno.EMFILE, r"more files would be open.*nothing was kept; make larger files \(max_shard_gb\)"),
+        (errno.EIO, r"cannot be written \(Input/output error\); nothing was kept"),
+        (errno.ESTALE, r"cannot be written \(Stale file handle\)"),
+        (errno.EBUSY, r"cannot be written \(Device or resource busy\)"),
+    ],
+)
+@pytest.mark.parametrize("call", ["pwrite", "posix_fallocate", "rename"])
+def test_whatever_a_file_system_answers_is_told_in_a_line(
+    source: Path, tmp_path: Path, monkeypatch: Any, call: str, number: int, told: str
+) -> None:
+    def refusing(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, call, refusing)
+    with pytest.raises(UserError, match=rf"out {tmp_path / 'out'}: {told}"):
+        grow(source, tmp_path / "out", target=BIGGER)
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
 def test_a_place_that_cannot_be_written_is_told(source: Path) -> None:
     with pytest.raises(UserError, match=r"out /proc/grown: cannot be written"):
         grow(source, "/proc/grown", target=BIGGER)

@@ -14,6 +14,7 @@ import pytest
 from outgrow.growth import grow
 from outgrow.growth.__main__ import CONF, main, settings_from
 from outgrow.model.base.errors import UserError
+from outgrow.model.base.interrupt import started
 from outgrow.model.base.settings import compose_config, paths_and_overrides, plain_text
 
 NAMES = [
@@ -90,6 +91,22 @@ def test_what_cannot_be_read_is_told_by_its_key_and_not_as_missing(here: Path, t
         settings_from(["source=phi_1_5", "target=phi_2", "out=x", text])
     assert f"override {text!r}" in str(caught.value)
     assert "missing" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["LICENSE-caf\udce9", "caf\udce9.py", "caf\udce9.json"])
+def test_names_that_are_no_text_are_told_and_kept_all_the_same(
+    phi_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Bytes of an older encoding, in the names of the source's folder, of a file in it and of the result."""
+    source = tmp_path / "mod\udce8le"
+    shutil.copytree(phi_folder, source)
+    (source / name).write_text("{}")
+    out = tmp_path / "r\udce9sultat"
+    started()
+    main([f"source={source}", "target={intermediate_size:48}", f"out={out}", "receipt=false"])
+    assert "r\\udce9sultat" in capfd.readouterr().out
+    assert (out / name).exists() == (not name.endswith(".py"))
+    assert "mod\\udce8le" in (out / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_door_takes_an_optimizer_by_its_file(here: Path) -> None:

@@ -384,7 +384,7 @@ def test_a_name_that_is_too_long_is_told_before_anything_is_made(
     assert {path.name for path in tmp_path.iterdir()} == {"models"}
 
 
-@pytest.mark.parametrize("out", ["", ".", "/"])
+@pytest.mark.parametrize("out", ["", ".", "/", "..", "new/..", "models/.."])
 def test_no_name_at_all(source: Path, out: str) -> None:
     with pytest.raises(UserError, match="names no folder"):
         grow(source, out, target=TARGET, overwrite=True)

@@ -253,6 +253,13 @@ def test_a_config_in_the_older_spelling_alone_stays_as_it_is() -> None:
     assert both_spellings(config) == config
 
 
+def test_half_a_surrogate_pair_of_a_token_stays_as_json_spells_it(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(r'{"extra_special_tokens": ["\ud83d", "größe"]}')
+    spell_folder(tmp_path)
+    assert json.loads(file.read_bytes()) == {"additional_special_tokens": ["\ud83d", "größe"]}
+
+
 def test_a_tokenizer_is_named_as_both_know_it() -> None:
     config = {
         "tokenizer_class": "TokenizersBackend",
