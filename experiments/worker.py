@@ -8,7 +8,7 @@ import sys
 import time
 from threading import Thread
 
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, in_one_line
 
 
 def initialise(threads: int) -> None:
@@ -63,7 +63,7 @@ def work(overrides: tuple[str, ...], log: str) -> str:
         import traceback
 
         traceback.print_exc()
-        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+        raise RuntimeError(in_one_line(error, 500)) from None
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

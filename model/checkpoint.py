@@ -20,7 +20,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from outgrow.model.base.errors import UserError, first_line, reading, seen_from
+from outgrow.model.base.errors import UserError, kind_and_line, reading, seen_from
 from outgrow.model.companions import left_behind, to_download
 from outgrow.model.config import WEIGHTS, check_values, read_config, read_json
 from outgrow.model.dtypes import PACKED, PLAIN_NUMBERS, RAW, bytes_of, is_float
@@ -544,8 +544,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     except UserError:
         raise
     except Exception as fault:  # the library raises many kinds; the user needs one answer
-        kind = type(fault).__name__
-        reason = f"{kind}: {first_line(fault)}"
+        reason = kind_and_line(fault)
         raise UserError(
             f"source {str(source)!r}: no such folder, and the Hugging Face hub did not give it ({reason}); "
             f"check name and network, or download it elsewhere (`hf download {source}`) and give the folder"

@@ -32,7 +32,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, in_one_line
 from outgrow.model.base.interrupt import started
 from outgrow.model.base.settings import CONF, plain_text
 from outgrow.train.run.trackers import check_installed
@@ -66,7 +66,7 @@ def _hydra(cfg: DictConfig) -> None:
             _fail(str(error))
         if not expected:
             traceback.print_exc()
-        reason = str(error) if expected else f"{type(error).__name__}: {error}"
+        reason = str(error) if expected else in_one_line(error, 500)
         FAILED.append(f"{cfg.name}: {reason}")
         _say(f"error: {FAILED[-1]}; the sweep goes on")
 

@@ -109,6 +109,14 @@ def first_line(fault: BaseException) -> str:
     return message.splitlines()[0]
 
 
+def kind_and_line(fault: BaseException) -> str:
+    """The kind of another library's error and the first line of it, to be quoted; the kind alone where it
+    says nothing.
+    """
+    kind = type(fault).__name__
+    return f"{kind}: {first_line(fault)}" if str(fault).strip() else kind
+
+
 def in_one_line(fault: BaseException, length: int = 200) -> str:
     """The kind and the beginning of another library's error, its lines joined, to be quoted."""
     message = " ".join(str(fault).split())

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from outgrow.model.base.errors import UserError, first_line, in_one_line
+from outgrow.model.base.errors import UserError, first_line, in_one_line, kind_and_line
 
 
 @pytest.mark.parametrize(
@@ -20,13 +20,15 @@ from outgrow.model.base.errors import UserError, first_line, in_one_line
 )  # fmt: skip
 def test_an_error_is_quoted_by_its_first_line_or_in_one(fault: Exception, line: str, words: str) -> None:
     assert first_line(fault) == line
+    assert kind_and_line(fault) == f"{type(fault).__name__}: {line}"
     assert in_one_line(fault) == f"{type(fault).__name__}: {words}"
 
 
 @pytest.mark.parametrize("silent", [ValueError(), ValueError(""), RuntimeError(" \n\t"), AssertionError()])
 def test_an_error_that_says_nothing_is_quoted_by_its_class(silent: Exception) -> None:
     """An assertion in a library, or `raise TimeoutError`: an empty text has no first line."""
-    assert first_line(silent) == in_one_line(silent) == type(silent).__name__
+    kind = type(silent).__name__
+    assert first_line(silent) == in_one_line(silent) == kind_and_line(silent) == kind
 
 
 def test_a_library_that_says_nothing_is_told_by_every_room(monkeypatch: Any, tmp_path: Any) -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, kind_and_line
 from outgrow.model.base.files import plain_json, read_object, telling_disk_faults, write_json
 from outgrow.train.run.folder import METRICS, SAMPLES
 from outgrow.train.run.trackers import Tracker, open_trackers
@@ -61,7 +61,7 @@ class Log:
         try:
             written = write()
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = kind_and_line(error)
             self.console.say(f"no samples at the {when} ({reason})")
             return
         path = self.path.with_name(SAMPLES)

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outgrow.model.base.errors import UserError, first_line
+from outgrow.model.base.errors import UserError, kind_and_line
 from outgrow.model.keys import without
 from outgrow.train.run.folder import METRICS, PICTURE, SAMPLES
 
@@ -106,7 +106,7 @@ class Tracker:
             getattr(self.tracker, method)(*arguments, **options)
         except Exception as error:
             self.tracker = None
-            reason = f"{type(error).__name__}: {error}"
+            reason = kind_and_line(error)
             self.say(f"tracker {self.name} stopped ({reason}); training goes on, {METRICS} is complete")
 
 
@@ -138,8 +138,7 @@ def open_trackers(folder: Path, settings: Settings, run: RunRecord, say: Say) ->
             opened.append(Tracker(started, say))
         except Exception as error:
             say(
-                f"tracker {name} does not start ({type(error).__name__}: {error}); training goes on "
-                "without it",
+                f"tracker {name} does not start ({kind_and_line(error)}); training goes on without it",
             )
     metrics = folder / METRICS
     picture = folder / PICTURE
@@ -202,10 +201,7 @@ def _wandb(folder: Path, settings: Settings, run: RunRecord, say: Say) -> Genera
     except Exception as error:
         if mode != "online":
             raise
-        say(
-            f"W&B cannot be reached ({type(error).__name__}: {first_line(error)}); it is written offline, "
-            "for `wandb sync`"
-        )
+        say(f"W&B cannot be reached ({kind_and_line(error)}); it is written offline, for `wandb sync`")
         wandb.teardown()  # its service would hold the run's name to be in use
         tracker = _wandb_in("offline", folder, settings, run)
     _say_where(tracker.run, say)

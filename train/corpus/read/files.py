@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from outgrow.model.base.atomic import PARTIAL
-from outgrow.model.base.errors import UserError, first_line, seen_from
+from outgrow.model.base.errors import UserError, kind_and_line, seen_from
 from outgrow.train.corpus.read.document import Document, Tally
 from outgrow.train.corpus.read.formats import READERS, format_of, open_any, store_of, texts, unreadable
 from outgrow.train.data.settings import DataSettings
@@ -309,7 +309,7 @@ def _remote(url: str, key: str) -> tuple[File, ...]:
             entries = _of_folder(system.find(root, detail=True), root, key)
     except Exception as error:  # each store's client raises its own
         raise UserError(
-            f"{key}={url}: cannot be listed ({type(error).__name__}: {first_line(error)}); check the "
+            f"{key}={url}: cannot be listed ({kind_and_line(error)}); check the "
             "address, the network and your rights"
         ) from error
     remote = []

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from outgrow.model.base.errors import UserError, first_line
+from outgrow.model.base.errors import UserError, first_line, kind_and_line
 from outgrow.train.corpus.read.document import MARKS, Tally, is_binary
 
 COMPRESSED = (".gz", ".zst")
@@ -363,7 +363,7 @@ def open_any(path: str) -> BinaryIO:
     except (OSError, ImportError):
         raise
     except Exception as error:  # each store's client raises its own
-        raise OSError(f"{type(error).__name__}: {first_line(error)}") from error
+        raise OSError(kind_and_line(error)) from error
 
 
 def store_of(url: str) -> tuple[Any, str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from outgrow.model.base.errors import UserError, first_line
+from outgrow.model.base.errors import UserError, kind_and_line
 from outgrow.train.corpus.read.document import Document, Tally
 from outgrow.train.corpus.read.files import hash_of
 from outgrow.train.corpus.read.formats import text_of
@@ -53,9 +53,9 @@ class Hub:
             known = {key: value for key, value in values.items() if value}
             named = " ".join(f"{key}={value}" for key, value in known.items())
             raise UserError(
-                f"cannot read {named} from the Hugging Face hub ({type(error).__name__}: "
-                f"{first_line(error)}); check the names and the network, log in with `hf auth login` where "
-                "it is gated, or read files of your own with data=files data.path=FOLDER"
+                f"cannot read {named} from the Hugging Face hub ({kind_and_line(error)}); check "
+                "the names and the network, log in with `hf auth login` where it is gated, "
+                "or read files of your own with data=files data.path=FOLDER"
             ) from error
 
     def stamp(self) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 from openai import APIConnectionError, APIStatusError, DefaultHttpxClient, OpenAI, OpenAIError
 
-from outgrow.model.base.errors import UserError
+from outgrow.model.base.errors import UserError, in_one_line
 from outgrow.train.corpus.writing.answer import Answer
 from outgrow.train.corpus.writing.prompts import Prompt
 from outgrow.train.corpus.writing.settings import WriteSettings
@@ -98,7 +98,7 @@ class Server:
         except APIConnectionError as error:
             return Answer.put_aside(str(error.__cause__ or error))
         except (OpenAIError, httpx2.HTTPError, ValueError) as error:  # a whole response that is no answer
-            reason = f"{type(error).__name__}: {error}"
+            reason = in_one_line(error)
             return Answer.put_aside(f"no chat completion ({reason})")
 
     def _question(self, prompt: Prompt) -> dict[str, Any]:
@@ -123,9 +123,7 @@ def _read(completion: Any) -> Answer:
         counts = (_count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
         return Answer(text.strip(), *counts, cut=choice.finish_reason == "length")
     except (AttributeError, IndexError, KeyError, TypeError) as error:
-        return Answer.put_aside(
-            f"no chat completion ({type(error).__name__}: {error}): {_said(str(completion))}"
-        )
+        return Answer.put_aside(f"no chat completion ({in_one_line(error)}): {_said(str(completion))}")
 
 
 def _count(usage: Any, key: str) -> int | None:
