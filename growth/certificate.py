@@ -152,7 +152,8 @@ def _layers(plan: Decision) -> Iterator[str]:
             number for number, layer in enumerate(layers.layers) if layers.layers.index(layer) != number
         ]
         works = "are means of two layers and work beside them" if layers.between else _REPEATS
-        yield f"depth {layers.rule!r}: target layers {_some(repeated)} {works}"
+        again = f"target layers {_some(repeated)} {works}"
+        yield f"depth {layers.rule!r}: {again if repeated else 'the layers change their order'}"
     for step in plan.steps:
         number = step.tensor.layer
         idle = number is not None and layers.identity[number]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from typing import Any, Protocol
 
 from outgrow.growth import words
@@ -81,6 +82,7 @@ def decide(
     layers = _among_kinds(layers, growth)
     decided = recipe(operator, growth, options)
     steps = tuple(_steps(growth, decided, layers))
+    _check_sources(growth, steps)
     dtypes = check_tensors(held, growth, steps) if held is not None else {}
     if fresh != "init" and not decided.inherits:
         raise UserError(f"fresh {fresh!r}: operator {operator!r} inherits nothing to match; leave it out")
@@ -106,9 +108,11 @@ def _check_growable(growth: Growth, noise: float) -> None:
         faults.append(
             f"noise {noise}: expected a strength relative to each tensor's root mean square, between 0 and 10"
         )
-    faults += value_faults(growth.target_config, family)
-    every_fault = [*faults, *_class_faults(growth)]
-    UserError.collect(every_fault)
+    configs = (growth.source_config, growth.target_config)
+    values = dict.fromkeys(chain.from_iterable(value_faults(config, family) for config in configs))
+    if not values:  # what follows computes with them
+        faults += _class_faults(growth)
+    UserError.collect([*faults, *values])
 
 
 def _class_faults(growth: Growth) -> Iterator[str]:
@@ -159,6 +163,22 @@ def _check_depth(layers: LayerMap, family: Family) -> None:
             f"stream is zero, and family {family.name!r} has no schema that says what does; choose "
             "growth.depth=stack, interleave, proportional, top, solar, midas or a list of layers"
         )
+
+
+def _check_sources(growth: Growth, steps: Sequence[Step]) -> None:
+    """Look for target tensors that the source has none for: a switch of the target's adds them."""
+    own = {tensor.name for tensor in growth.source_family.tensors(growth.source_config)}
+    lacking = [step.tensor for step in steps if step.source is not None and step.source not in own]
+    if not lacking:
+        return
+    names = names_of(tensor.name for tensor in lacking)
+    biases = {tensor.line.bias_if for tensor in lacking if tensor.is_bias}
+    switches = biases | {tensor.line.condition for tensor in lacking}
+    keys = sorted(switch.lstrip("!") for switch in switches if switch is not None)
+    config = growth.source_config
+    kept = [f"{key}:{str(config.get(key)).lower()}" for key in keys]
+    way = f"leave it as in the source ({', '.join(kept)})" if kept else "leave its switches as in the source"
+    raise UserError(f"target: would have {names}, which the source has nothing for; {way}")
 
 
 def _among_kinds(layers: LayerMap, growth: Growth) -> LayerMap:
@@ -295,6 +315,15 @@ def _misfits(
         yield f"{where}: {fault}"
 
 
+def _wrapper(missing: Sequence[str], stored: Mapping[str, Stored]) -> str:
+    """What stands before the names of all tensors that are missing; "" where that is not so."""
+    if not missing:
+        return ""
+    first = missing[0]
+    before = [name.removesuffix(first) for name in stored if name.endswith(f".{first}")]
+    return next((prefix for prefix in before if all(prefix + name in stored for name in missing)), "")
+
+
 def check_tensors(checkpoint: Held, growth: Growth, steps: Sequence[Step]) -> dict[str, str]:
     """Check the stored tensors against the schema; return their dtypes."""
     stored, family = checkpoint.tensors, growth.family
@@ -317,6 +346,12 @@ def check_tensors(checkpoint: Held, growth: Growth, steps: Sequence[Step]) -> di
             f"{checkpoint.folder}: holds the trunk alone ({names_of(stored)}), as a model without its head "
             "saves it; give the checkpoint of the causal language model, saved by the class that "
             "AutoModelForCausalLM takes for it"
+        )
+    if wrapper := _wrapper(missing, stored):
+        raise UserError(
+            f"{checkpoint.folder}: every tensor's name begins with {wrapper!r}, as a wrapper (torch.compile, "
+            "DDP, PEFT) saves what it holds; load it into the model itself and write that with "
+            "save_pretrained"
         )
     outside = [name for name in stored if name not in schema]
     if strange := [name for name in outside if not family.ignores(name)]:

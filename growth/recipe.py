@@ -115,8 +115,8 @@ class Growth:
             return sqrt(self.target["qk"] / head_dim)
         if scale == "none":
             return 1.0
-        before = self.source_config[scale]
-        return sqrt(self.target_config[scale] / before)
+        before = family.fixed_scale(self.source_config)
+        return sqrt(family.fixed_scale(self.target_config) / before)
 
     def grows(self, space: str) -> bool:
         """Check whether a space that the family has becomes larger."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outgrow.model.base.errors import UserError, loading_faults, unknown
+from outgrow.model.base.errors import UserError, in_one_line, loading_faults, unknown
 from outgrow.model.checkpoint import Checkpoint
 from outgrow.model.composite import nested
 from outgrow.model.family import Config, family_of
@@ -26,6 +26,9 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 def to_hf_config(config: Config) -> PretrainedConfig:
     """The `transformers` config of a plain dict, for families that the library itself defines (never remote
     code).
+
+    Raises:
+        UserError: the library has no such family, or refuses a value.
     """
     from transformers import CONFIG_MAPPING
 
@@ -35,7 +38,13 @@ def to_hf_config(config: Config) -> PretrainedConfig:
         unknown("model_type", str(model_type), CONFIG_MAPPING.keys())
     known = CONFIG_MAPPING[model_type]
     # as it does with files that it opens itself (`{"__float__": "Infinity"}`)
-    return known.from_dict(known._decode_special_floats(fields))
+    try:
+        return known.from_dict(known._decode_special_floats(fields))
+    except Exception as fault:  # the library's classes raise every kind
+        raise UserError(
+            f"config: transformers refuses it for model_type {model_type!r} ({in_one_line(fault, 300)}); "
+            "correct config.json, or the target's value"
+        ) from None
 
 
 def library_class(config: PretrainedConfig) -> Any:

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from outgrow.model.base.errors import UserError, did_you_mean, reading
-from outgrow.model.composite import flat
+from outgrow.model.composite import TEXT, flat
 from outgrow.model.family import STANDARD, Config, Family, family_of
 from outgrow.model.keys import is_number, without
 from outgrow.model.presets import PRESETS, preset, preset_sizes
@@ -24,6 +24,7 @@ ROPE, THETA = ("rope_scaling", "rope_parameters"), ("rotary_emb_base", "rope_the
 DTYPES = {"dtype", "torch_dtype"}  # how transformers 5 and 4 call what tensors are stored in
 # the key that names the file of a folder's weights, where that is no usual one
 WEIGHTS = "transformers_weights"
+LARGEST = 1e30  # more than any factor, base or epsilon of a config
 # no honest index or tokenizer, no honest config is larger
 MAX_JSON_BYTES, MAX_CONFIG_BYTES = 64 << 20, 4 << 20
 # nor holds more: of what a parser makes, a value takes a hundred times its bytes
@@ -74,27 +75,38 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a checkpoint folder, as its flat view (`model.composite`).
 
     Raises:
-        UserError: as `read_json`.
+        UserError: as `read_json`; or its text model is no config.
     """
-    return flat(read_json(folder / "config.json", MAX_CONFIG_BYTES, MAX_CONFIG_VALUES))
+    path = folder / "config.json"
+    config = read_json(path, MAX_CONFIG_BYTES, MAX_CONFIG_VALUES)
+    text = config.get(TEXT)
+    if not isinstance(text, Mapping | None):
+        raise UserError(f"{path}: {TEXT} must be keys and values, or null; found {text!r:.80}")
+    return flat(config)
 
 
 def value_faults(config: Config, family: Family) -> Iterator[str]:
     """List values that are no sizes and have a type that the engine does not compute with."""
     scale = family.attention_scale
     scale_keys = [] if scale in ("head_dim", "none") else [scale]
-    shares = (family.rotary_field, "partial_rotary_factor", "rope_theta")
+    shares = (family.rotary_field, "partial_rotary_factor")
     eps = family.field_name("norm_eps")
     keys = [eps, "initializer_range", *shares, *THETA, *scale_keys]
     numbers = dict.fromkeys(keys)
-    yield from _no_numbers(config, numbers, "config")
+    positive = set(scale_keys)
+    if family.rotary is not None:  # without positions that turn, their base may be anything
+        positive.update(THETA)
+    yield from _no_numbers(config, numbers, "config", positive, shares)
     for key in ROPE:
         rope = config.get(key)
         if isinstance(rope, Mapping):
-            rope_numbers = dict.fromkeys(shares)
-            yield from _no_numbers(rope, rope_numbers, f"config: {key}")
+            rope_numbers = (*shares, "rope_theta")
+            yield from _no_numbers(rope, rope_numbers, f"config: {key}", positive, shares)
         elif rope is not None:
             yield f"config: {key} must be keys and values, or null; found {rope!r:.80}"
+    for key in scale_keys:
+        if key in config and config[key] is None:
+            yield f"config: {key} must be a finite number above 0; found None"
     kinds = config.get("layer_types")
     are_names = isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)
     if kinds is not None and not are_names:
@@ -104,11 +116,27 @@ def value_faults(config: Config, family: Family) -> Iterator[str]:
         yield f"config: tie_word_embeddings must be true, false or null; found {tied!r:.80}"
 
 
-def _no_numbers(values: Config, keys: Iterable[str | None], where: str) -> Iterator[str]:
+def _no_numbers(
+    values: Config,
+    keys: Iterable[str | None],
+    where: str,
+    positive: Container[str | None],
+    shares: Container[str],
+) -> Iterator[str]:
+    """List values that are no numbers, or none that a network computes with: NaN, infinite, below zero; zero
+    where they are to be `positive`, more than one of `shares`.
+    """
     for key in keys:
         value = None if key is None else values.get(key)
-        if value is not None and not is_number(value):
+        if value is None:
+            continue
+        if not is_number(value):
             yield f"{where}: {key} must be a number, or null; found {value!r:.80}"
+        elif not 0 <= value < LARGEST or (value == 0 and key in positive):
+            least = "above 0" if key in positive else "of at least 0"
+            yield f"{where}: {key} must be a finite number {least}, or null; found {value!r:.80}"
+        elif value > 1 and key in shares:
+            yield f"{where}: {key} must be a share of each head, at most 1, or null; found {value!r:.80}"
 
 
 def tokenizer_size(folder: Path) -> int | None:
@@ -238,6 +266,7 @@ def _overlay(overrides: dict[str, Any], source: Config | None, family: Family | 
     one_each = kv_heads == source.get(heads) is not None
     if one_each and kv not in overrides:
         config[kv] = config.get(heads)
+    config = _named(config, source, family)
     turned = family.rotary_dims(source)
     if rotary is None and 0 < turned < family.sizes(source)["qk"]:
         head_dim = family.sizes(config)["qk"]
@@ -245,6 +274,21 @@ def _overlay(overrides: dict[str, Any], source: Config | None, family: Family | 
     if rotary is None:
         return config
     return with_rotary_share(config, family.rotary_field, rotary)
+
+
+def _named(config: dict[str, Any], source: Config, family: Family) -> dict[str, Any]:
+    """`config` with the sizes named that it leaves out and that follow from others, where they grow: the
+    library's class would take a number of its own for them.
+    """
+    named = dict(config)
+    for standard, space in (("intermediate_size", "ffn"), ("num_key_value_heads", "kv")):
+        key = family.field_name(standard)
+        if key in config or not (family.knows(standard) and family.uses(space)):
+            continue
+        size = family.sizes(config)[space]
+        if size != family.sizes(source)[space]:
+            named[key] = size
+    return named
 
 
 def _stored_as(source: Config | None, config: dict[str, Any]) -> dict[str, Any]:

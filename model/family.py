@@ -286,6 +286,21 @@ class Family:
         """The epsilon of the norms over the residual stream."""
         return float(self.get(config, "norm_eps", 1e-5))
 
+    def fixed_scale(self, config: Config) -> float:
+        """The number that fixes the attention's scale (`attention_scale`), as the class has it where the
+        config does not name it.
+
+        Raises:
+            UserError: it is named and no number.
+        """
+        key = self.attention_scale
+        value = config.get(key, self.defaults.get(key))
+        if not is_number(value) or not 0 < value < inf:
+            raise UserError(
+                f"config of family {self.name!r}: {key} must be a finite number above 0; found {value!r:.80}"
+            )
+        return float(value)
+
     @property
     def sets_eps(self) -> bool:
         """Check whether a config key is known that sets that epsilon; some classes have a constant in their

@@ -141,13 +141,25 @@ class Mixture:
         layers = range(self.size(config, "num_hidden_layers"))
         match self.dense_layers:
             case "mlp_only_layers":
-                step = config.get("decoder_sparse_step") or 1
-                dense = config.get("mlp_only_layers") or ()
+                step = 1
+                if config.get("decoder_sparse_step") is not None:
+                    step = self.size(config, "decoder_sparse_step")
+                dense = config.get("mlp_only_layers") or []
+                self._check(config, "mlp_only_layers", _are_counts(dense), "a list of layers' numbers")
                 others = [layer for layer in layers if layer not in dense]
                 return tuple(layer for layer in others if (layer + 1) % step == 0)
             case "first_k_dense_replace":
-                return tuple(layers[config.get("first_k_dense_replace") or 0 :])
+                first = config.get("first_k_dense_replace") or 0
+                is_count = _are_counts([first])
+                self._check(config, "first_k_dense_replace", is_count, "a number of layers")
+                return tuple(layers[first:])
         return tuple(layers)
+
+    def _check(self, config: Config, key: str, fits: bool, wanted: str) -> None:
+        if not fits:
+            raise UserError(
+                f"config of family {self.name!r}: {key} must be {wanted}; found {config[key]!r:.80}"
+            )
 
     def said_of_layers(self, sparse: Sequence[int], count: int) -> dict[str, Any]:
         """Config entries on `count` layers of which these have experts.
@@ -239,6 +251,11 @@ class Mixture:
             yield f"{self.shared_gate}  1 <- residual"
         if self.correction is not None:
             yield f"{self.correction}  tensor {EXPERT}"
+
+
+def _are_counts(values: Any) -> bool:
+    """Check for a list of whole numbers from 0 on."""
+    return isinstance(values, list | tuple) and all(type(value) is int and value >= 0 for value in values)
 
 
 def _axes(line: Line, space: str) -> str:

@@ -8,7 +8,7 @@ GEMMA = register(
         name="gemma",
         norm="rms",
         names={"norm_eps": "rms_norm_eps"},
-        defaults={"tie_word_embeddings": True},
+        defaults={"tie_word_embeddings": True, "rms_norm_eps": 1e-6, "head_dim": 256},
         schema="""
         model.embed_tokens                       vocab -> residual scaled
         model.layers.*.input_layernorm           norm+1 residual

@@ -9,7 +9,12 @@ GEMMA2 = register(
         name="gemma2",
         norm="rms",
         names={"norm_eps": "rms_norm_eps"},
-        defaults={"tie_word_embeddings": True, "query_pre_attn_scalar": 256},
+        defaults={
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-6,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+        },
         attention_scale="query_pre_attn_scalar",
         whole_heads=("gemma2",),
         layer_types=lambda config: [

@@ -11,6 +11,7 @@ LLAMA = register(
         also=("mistral",),
         whole_heads=("llama",),
         names={"norm_eps": "rms_norm_eps"},
+        defaults={"rms_norm_eps": 1e-6},
         schema="""
         model.embed_tokens                       vocab -> residual
         model.layers.*.input_layernorm           norm residual

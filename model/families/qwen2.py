@@ -21,6 +21,7 @@ QWEN2 = register(
         name="qwen2",
         norm="rms",
         names={"norm_eps": "rms_norm_eps"},
+        defaults={"rms_norm_eps": 1e-6},
         layer_types=window_layers,
         schema="""
         model.embed_tokens                       vocab -> residual

@@ -8,6 +8,7 @@ QWEN3 = register(
         name="qwen3",
         norm="rms",
         names={"norm_eps": "rms_norm_eps"},
+        defaults={"rms_norm_eps": 1e-6, "head_dim": 128},
         layer_types=window_layers,
         schema="""
         model.embed_tokens                       vocab -> residual

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from helpers.families import FLOOR, config_of, families
 from helpers.models import make_checkpoint
@@ -104,6 +105,71 @@ def test_layers_keep_their_kind_where_the_config_does_not_list_it(tmp_path: Path
     assert moved(source, grown.folder) <= FLOOR["rms"]
     other = plan(source, {"layer_types": kinds[::-1]})
     assert "config layer_types" in str(other.certificate)
+
+
+@pytest.mark.parametrize("name", sorted(families()))
+def test_what_a_config_leaves_out_is_the_classs_own(name: str) -> None:
+    """By the epsilon `lemon` scales the target's; a head dim is no share of the hidden size where the class
+    has a number for it."""
+    family, known = families()[name], CONFIG_MAPPING[name]().to_dict()
+    if family.sets_eps:
+        assert family.eps({}) == known[family.field_name("norm_eps")]
+    if family.knows("head_dim"):
+        small = CONFIG_MAPPING[name](hidden_size=64, num_attention_heads=4).to_dict()
+        named = small.get(family.field_name("head_dim"))
+        assert family.get({}, "head_dim") == (None if named == 64 // 4 else named)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "named"),
+    [
+        ("llama", {"num_attention_heads": 8, "hidden_size": 48}, {"num_key_value_heads": 8}),
+        ("qwen2", {"num_attention_heads": 8, "hidden_size": 48}, {"num_key_value_heads": 8}),
+        ("phi", {"hidden_size": 48, "num_attention_heads": 8}, {"intermediate_size": 192}),
+    ],
+)
+def test_a_size_that_was_left_out_and_grows_is_named(
+    name: str, target: dict[str, int], named: dict[str, int]
+) -> None:
+    """The class would take 32 key-value heads, or 8,192 units, of its own."""
+    whole = config_of(name)
+    config = {key: value for key, value in whole.items() if key not in named}
+    planned = plan(config, target, depth="identity").target_config
+    assert {key: planned[key] for key in named} == named
+    assert not named.keys() & plan(config, {"num_hidden_layers": 3}).target_config.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "switch", "tensor"),
+    [
+        ("llama", "attention_bias", "model.layers.0.self_attn.k_proj.bias"),
+        ("llama", "mlp_bias", "model.layers.0.mlp.down_proj.bias"),
+        ("qwen3", "attention_bias", "model.layers.0.self_attn.k_proj.bias"),
+        ("phi", "qk_layernorm", "model.layers.0.self_attn.k_layernorm.bias"),
+    ],
+)
+def test_a_switch_that_adds_tensors_is_told_with_what_it_was(name: str, switch: str, tensor: str) -> None:
+    config = config_of(name)
+    with pytest.raises(UserError) as caught:
+        plan(config, {switch: True})
+    words = f"leave it as in the source ({switch}:{str(config[switch]).lower()})"
+    assert tensor in str(caught.value)
+    assert words in str(caught.value)
+    assert plan(config, {switch: True}, "scratch").certificate.reasons  # which takes nothing from it
+
+
+def test_layers_in_another_order_are_told_so() -> None:
+    reasons = plan(config_of("llama"), {"intermediate_size": 50}, depth=[1, 0]).certificate.reasons
+    assert reasons == ("depth 'list': the layers change their order",)
+
+
+@pytest.mark.parametrize("value", [None, 0, -6, "6", float("nan")], ids=str)
+def test_a_fixed_scale_of_attention_that_is_none_is_told(value: Any) -> None:
+    config = config_of("gemma2") | {"query_pre_attn_scalar": value}
+    with pytest.raises(UserError, match="query_pre_attn_scalar must be"):
+        plan(config, {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 48})
+    del config["query_pre_attn_scalar"]  # the class has 256
+    assert plan(config, {"intermediate_size": 50}).certificate.lossless
 
 
 def test_attention_that_is_not_scaled(tmp_path: Path) -> None:

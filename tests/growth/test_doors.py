@@ -68,6 +68,38 @@ def test_a_config_value_of_another_type_is_told(source: Path, tmp_path: Path, ke
     assert key in refusal(source, tmp_path / "out", target=TARGET, operator="scratch")
 
 
+NOT_FINITE = (float("nan"), float("inf"), float("-inf"), -1e-6, 10**400)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        *(("layer_norm_eps", value, "must be a finite number of at least 0") for value in NOT_FINITE),
+        *(("rope_theta", value, "must be a finite number above 0") for value in (*NOT_FINITE, 0)),
+        *(("partial_rotary_factor", value, "must be a finite number of at least 0") for value in NOT_FINITE),
+        ("partial_rotary_factor", 1.5, "must be a share of each head, at most 1"),
+        ("text_config", 3, "must be keys and values, or null"),
+        ("text_config", [], "must be keys and values, or null"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+@pytest.mark.parametrize("target", [TARGET, {"hidden_size": 30}], ids=str)
+def test_a_number_that_no_network_computes_with_is_told(
+    source: Path, tmp_path: Path, key: str, value: Any, words: str, target: dict[str, int]
+) -> None:
+    """Without a word such a source gave a certificate and logits that are NaN, or a traceback."""
+    with_config(source, **{key: value}, **({} if key == "text_config" else {"rope_parameters": None}))
+    assert f"{key} {words}" in refusal(source, tmp_path / "out", target=target)
+
+
+@pytest.mark.parametrize("value", [0, 6], ids=repr)
+def test_a_value_that_the_librarys_config_refuses_is_told(source: Path, tmp_path: Path, value: int) -> None:
+    with_config(source, layer_norm_eps=value)
+    words = refusal(source, tmp_path / "out", target=TARGET, receipt=True)
+    assert "transformers refuses it for model_type 'phi'" in words
+    assert f"expected float, got int (value: {value})" in words
+
+
 @pytest.mark.parametrize("value", ["x", [1], True], ids=repr)
 @pytest.mark.parametrize("key", ["partial_rotary_factor", "rope_theta"])
 def test_what_rope_parameters_hold_is_told(source: Path, tmp_path: Path, key: str, value: Any) -> None:
@@ -129,6 +161,9 @@ def test_a_target_of_another_type_is_told(source: Path, tmp_path: Path, target: 
         ({"source": None}, "source None: expected a folder"),
         ({"source": [1]}, r"source \[1\]: expected a folder"),
         ({"mode": 3}, "mode"),
+        ({"worker": "٠/١"}, "worker=٠/١: expected i/n"),
+        ({"text": "a.txt", "receipt": False}, "receipt_text 'a.txt': is for a receipt"),
+        ({"receipt_text": "a.txt", "receipt": False}, "receipt_text 'a.txt': is for a receipt"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -155,7 +190,10 @@ def test_a_name_that_no_file_can_have_is_told(
             plan(arguments["source"], arguments["target"], operator)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "\xff"])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", "\xff", '{"tokens": "x"}', '{"flops": NaN}', '{"val_loss": [1]}', '{"tokens": -1}'],
+)
 def test_a_ledger_that_is_none_is_told_before_anything_is_made(
     source: Path, tmp_path: Path, content: str
 ) -> None:

@@ -521,6 +521,26 @@ CASES: dict[str, tuple[Spoil, str]] = {
             "model.layers.1.mlp.fc1.bias, … (6 in all), which the phi schema and this config require"
         ),
     ),
+    "names in a wrapper": (
+        tensors(
+            lambda stored: [stored.update({f"module.{name}": stored.pop(name)}) for name in list(stored)]
+        ),
+        (
+            "SOURCE: every tensor's name begins with 'module.', as a wrapper (torch.compile, DDP, PEFT) saves "
+            "what it holds; load it into the model itself and write that with save_pretrained"
+        ),
+    ),
+    "names in two wrappers": (
+        tensors(
+            lambda stored: [
+                stored.update({f"_orig_mod.module.{name}": stored.pop(name)}) for name in list(stored)
+            ]
+        ),
+        (
+            "SOURCE: every tensor's name begins with '_orig_mod.module.', as a wrapper (torch.compile, DDP, "
+            "PEFT) saves what it holds; load it into the model itself and write that with save_pretrained"
+        ),
+    ),
     "a tensor too many": (
         tensors(lambda stored: stored.update({"model.layers.1.mlp.gate.weight": torch.ones(2)})),
         "SOURCE: unknown model.layers.1.mlp.gate.weight, which the phi schema does not have",

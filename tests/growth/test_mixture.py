@@ -21,6 +21,7 @@ from outgrow.growth.moments import inexact, moments_plan
 from outgrow.model.base.errors import UserError
 from outgrow.model.build import build_model, to_hf_config
 from outgrow.model.flops import counted
+from outgrow.model.mixture import mixtures
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,
@@ -223,6 +224,21 @@ def test_experts_are_the_blocks_of_the_mlp(tmp_path: Path) -> None:
         assert (router[::2] == router[1::2]).all()
         assert len(np.unique(router[:, 0])) == 3
         assert 0.01 < router.std() < 0.03
+
+
+@pytest.mark.parametrize("value", ["x", -1, [-1], [True], 1.5, {"a": 1}], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        ("qwen3_moe", "mlp_only_layers"),
+        ("qwen3_moe", "decoder_sparse_step"),
+        ("dots1", "first_k_dense_replace"),
+    ],
+)
+def test_layers_that_stay_dense_are_said_in_numbers(kind: str, key: str, value: Any) -> None:
+    config = {"model_type": kind, "num_hidden_layers": 4, key: value}
+    with pytest.raises(UserError, match=f"config of family '{kind}': {key} must be "):
+        mixtures()[kind].sparse_layers(config)
 
 
 def test_units_that_are_dropped_are_the_same_in_gate_up_and_down(tmp_path: Path) -> None:

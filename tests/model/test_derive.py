@@ -126,7 +126,7 @@ def test_a_tiny_twin_is_as_deep_as_the_rhythm_of_its_layers() -> None:
     ("config", "message"),
     [
         ({"model_type": "mine"}, "transformers has no causal language model of that type"),
-        ({"model_type": "bert", "hidden_size": "wide"}, "refuses this config"),
+        ({"model_type": "bert", "hidden_size": "wide"}, "refuses it for model_type 'bert'"),
         ({"model_type": "blt"}, "its config has no hidden size"),
         ({"model_type": "inkling2_text"}, "does not run on token ids alone in float64"),
         # it wants numbers of experts
