@@ -175,12 +175,31 @@ def check_experts(source: Path, mixture: Path) -> None:
     layers = json.loads((source / "config.json").read_text())["num_hidden_layers"]
     with Checkpoint(source) as small, Checkpoint(mixture) as large:
         for layer in (0, layers - 1):
-            for own, dense in OF_EXPERT.items():
-                expected = small.read(f"model.layers.{layer}.mlp.{dense}.weight")
-                for expert in range(EXPERT_COUNT):
-                    name = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{own}.weight"
-                    if not np.array_equal(large.read(name), expected):
-                        raise SystemExit(f"{mixture}: {name} is not the source's {dense}")
+            expected = {
+                dense: small.read(f"model.layers.{layer}.mlp.{dense}.weight") for dense in OF_EXPERT.values()
+            }
+            for number in range(EXPERT_COUNT):
+                for dense, found in expert_of(large, layer, number).items():
+                    if not np.array_equal(found, expected[dense]):
+                        raise SystemExit(
+                            f"{mixture}: expert {number} of layer {layer} is not the source's {dense}"
+                        )
+
+
+def expert_of(mixture: Any, layer: int, number: int) -> dict[str, Any]:
+    """An expert's matrices by the dense model's names; mergekit stacks a layer's, gate and up as one."""
+    stacks = f"model.layers.{layer}.mlp.experts"
+    if f"{stacks}.down_proj" not in mixture.tensors:
+        expert = f"model.layers.{layer}.block_sparse_moe.experts.{number}"
+        return {dense: mixture.read(f"{expert}.{own}.weight") for own, dense in OF_EXPERT.items()}
+
+    def of_stack(name: str) -> Any:
+        rows = mixture.tensors[f"{stacks}.{name}"].shape[1]
+        return mixture.read(f"{stacks}.{name}", number * rows, (number + 1) * rows)
+
+    both = of_stack("gate_up_proj")
+    half = len(both) // 2
+    return {"gate_proj": both[:half], "up_proj": both[half:], "down_proj": of_stack("down_proj")}
 
 
 def copy_by_hand(source: Path, out: Path) -> None:

@@ -247,11 +247,13 @@ class Fitting:
         """Fit every matrix of the layers, and the output head where it is a matrix of its own.
 
         Args:
-            progress: called with how many of the target's layers are fitted, before each and at the end.
+            progress: called with how many of the target's layers are fitted: those of an earlier pass at
+                first, then before each and at the end.
         """
         matrix_of = matrices(self.plan)
         for number in range(len(self.target.layers)):
             self._put_back(_piece(number))
+        progress(len(self._done))
         self._put_back(HEAD)
         with self._keeping_inputs():
             source_end = self.source.to_head(tokens)
@@ -444,7 +446,6 @@ def fit(
     def tell(fitted: int) -> None:
         progress(expected * fitted / layers, expected)
 
-    tell(0)
     with TemporaryDirectory(prefix="activations-", dir=folder) as scratch, torch.no_grad():
         fitting = Fitting(plan, ridge, source, target, written, Path(scratch), kept)
         fitting.run(torch.from_numpy(text.fit), tell)

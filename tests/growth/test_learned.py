@@ -377,14 +377,17 @@ class Killed(BaseException):
     """Stands for a kill: nothing of ours catches it, and what is on disk stays as it is."""
 
 
-def learns(source: Path, out: Path, text: Path, operator: str, kill: int | None = None) -> Any:
-    """Grow in width and depth by a learned operator; killed before a part of the learning, if asked."""
-    told: list[float] = []
+def learns(
+    source: Path, out: Path, text: Path, operator: str, kill: int | None = None, told: Any = None
+) -> Any:
+    """Grow in width and depth by a learned operator; killed before a part of the learning, if asked. `told`
+    takes the shares of it that are told as done."""
+    told = [] if told is None else told
 
-    def learning(done: float, _: float) -> None:
+    def learning(done: float, flops: float) -> None:
         if len(told) == kill:
             raise Killed
-        told.append(done)
+        told.append(done / flops)
 
     how = LEARNING[operator] | ({} if operator == "lesa" else {"text": text})
     target = {"intermediate_size": 60, "num_hidden_layers": 7}
@@ -404,7 +407,9 @@ def test_a_growth_stopped_at_any_part_goes_on_to_the_same_bytes(
             learns(speaking, out, text, operator, kill)
         assert not out.exists()
         assert list(tmp_path.glob("out.learning/*"))
-    learns(speaking, out, text, operator)
+    told: list[float] = []
+    learns(speaking, out, text, operator, told=told)
+    assert 0 < told[0] < told[-1]  # from which the time that is left is told
     for name in (SINGLE, "growth.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
