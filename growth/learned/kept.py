@@ -57,17 +57,18 @@ class Kept:
         with whole_file(self._file(piece)) as partial:
             save_file(dict(arrays), partial, metadata)
 
+    def holds(self, piece: str) -> bool:
+        """Check whether this growth has kept a piece."""
+        return _metadata(self._file(piece)).get("growth") == self.key
+
     def get(self, piece: str) -> tuple[dict[str, np.ndarray], Any] | None:
         """The arrays of a piece and what was said of them; None where this growth has kept none."""
-        file = self._file(piece)
-        if not file.exists():
+        if not self.holds(piece):
             return None
-        metadata = _metadata(file)
-        if metadata.get("growth") != self.key:
-            return None
-        with safe_open(file, "np") as opened:
+        with safe_open(self._file(piece), "np") as opened:
             arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        return arrays, json.loads(metadata["record"])
+            record = opened.metadata()["record"]
+        return arrays, json.loads(record)
 
     def _file(self, piece: str) -> Path:
         return self.folder / f"{piece}{ENDING}"

@@ -342,7 +342,7 @@ def predict_layers(
     """Predict the matrices of a plan's new layers and write them in `folder`; return the record of it.
 
     Args:
-        progress: called with (FLOPs done, FLOPs in all).
+        progress: called with (FLOPs done, FLOPs in all), at first with those of kinds that were kept.
     """
     kinds, means = kinds_of(plan)
     flops_of = {name: _flops(kind, values, lesson) for name, kind in kinds.items()}
@@ -354,14 +354,13 @@ def predict_layers(
         done += flops
         progress(done, total)
 
-    tell(0.0)
+    already = [name for name, kind in kinds.items() if kept.holds(kind.names[0])]
+    tell(sum(flops_of[name] for name in already))
     learning = Learning(plan, lesson, values, written, kept, tell)
     records: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory(prefix="layers-", dir=folder) as scratch:
         for name, kind in kinds.items():
-            before = done
             records[name] = learning.kind(kind, Path(scratch) / "coordinates.npy")
-            tell(before + flops_of[name] - done)  # nothing but where the kind was kept
     return {
         "steps": sum(each["steps"] for each in records.values()),
         "losses": {name: each["losses"] for name, each in records.items()},
