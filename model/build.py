@@ -172,9 +172,11 @@ def load_model(
     if config is None:
         with Checkpoint(folder) as opened:
             plain = dequantised(opened)
-            config, weights = opened.config, opened.weights
+            config = opened.config
+            weights = opened.weights
             if plain is not None:
-                config, held = plain.config, plain.state_dict()
+                config = plain.config
+                held = plain.state_dict()
     hf_config = to_hf_config(config)
     if weights is not None:
         hf_config.transformers_weights = weights

@@ -14,6 +14,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -90,7 +91,8 @@ class Checkpoint:
     def notes(self) -> tuple[str, ...]:
         """Notes on what of the folder is passed over, in words."""
         notes = []
-        others = [name for name in (SINGLE, INDEX) if (self.folder / name).exists() and name != self.weights]
+        present = [name for name in (SINGLE, INDEX) if (self.folder / name).exists()]
+        others = [name for name in present if name != self.weights]
         if self.weights is not None and others:
             notes.append(
                 f"{', '.join(others)} passed over: config.json names {self.weights} ({WEIGHTS}), which "
@@ -116,8 +118,9 @@ class Checkpoint:
     @property
     def files(self) -> list[Path]:
         """The folder and the files that hold its weights, which may lie elsewhere (links into a cache)."""
-        files = dict.fromkeys(stored.file for stored in self.tensors.values())
-        return [self.folder, *files]
+        files = [stored.file for stored in self.tensors.values()]
+        distinct = dict.fromkeys(files)
+        return [self.folder, *distinct]
 
     def check_unchanged(self) -> None:
         """Hold every file of weights against what it was when it was opened.
@@ -154,10 +157,10 @@ class Checkpoint:
         rows = shape[0] if shape else 1
         stop = rows if stop is None else stop
         row_bytes = stored.nbytes // max(rows, 1)
-        count = stop - start
-        block = (count, *shape[1:]) if shape else ()
+        block = (stop - start, *shape[1:]) if shape else ()
         buffer = np.empty(block, RAW[stored.dtype])
-        view = buffer.reshape(-1).data.cast("B")
+        flat = buffer.reshape(-1)
+        view = flat.data.cast("B")
         offset = stored.offset + start * row_bytes
         self._read_into(view, stored.file, offset, name)
         return buffer
@@ -171,7 +174,8 @@ class Checkpoint:
             while done < len(view):
                 rest = view[done:]
                 descriptor = self._files[file]
-                count = os.preadv(descriptor, [rest], offset + done)
+                position = offset + done
+                count = os.preadv(descriptor, [rest], position)
                 if count == 0:  # the end of the file
                     break
                 done += count
@@ -195,7 +199,8 @@ class Checkpoint:
 
 
 def _quantises(key: str) -> bool:
-    return key.lstrip(".").partition(".")[0] == "quantization_config"
+    first, _, _ = key.lstrip(".").partition(".")
+    return first == "quantization_config"
 
 
 def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,11 +238,9 @@ def quantisation(config: Mapping[str, Any]) -> str | None:
         return None
     if "quant_method" in said:
         return str(said["quant_method"])
-    return (
-        "bitsandbytes"
-        if any(str(key).startswith(("load_in", "bnb")) for key in said)
-        else "an unnamed method"
-    )
+    keys = map(str, said)
+    of_bitsandbytes = [key for key in keys if key.startswith(("load_in", "bnb"))]
+    return "bitsandbytes" if of_bitsandbytes else "an unnamed method"
 
 
 def _stamp(file: Path) -> tuple[int, int, int, int]:
@@ -252,11 +255,14 @@ def _check_kind(folder: Path) -> None:
     Raises:
         UserError: it holds an adapter, or a checkpoint lies in a folder of it.
     """
-    weights = any((folder / name).exists() for name in (SINGLE, INDEX))
-    if (folder / "config.json").exists() and (weights or not (folder / "adapter_config.json").exists()):
+    has_config = (folder / "config.json").exists()
+    has_weights = (folder / SINGLE).exists() or (folder / INDEX).exists()
+    adapter = folder / "adapter_config.json"
+    has_adapter = adapter.exists()
+    if has_config and (has_weights or not has_adapter):
         return
-    if (folder / "adapter_config.json").exists():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if has_adapter:
+        base = read_json(adapter).get("base_model_name_or_path")
         raise UserError(
             f"source {str(folder)!r}: an adapter of {base!r}, which has no weights of its own to grow; "
             "merge it into its base first (peft: merge_and_unload, then save_pretrained) and give that "
@@ -264,7 +270,8 @@ def _check_kind(folder: Path) -> None:
         )
     configs = folder.glob("*/config.json")
     inside = sorted(path.parent for path in configs)
-    meant = [path for path in inside if path.name == "final"] or inside[-1:]
+    ends = [path for path in inside if path.name == "final"]
+    meant = ends or inside[-1:]
     source = f"source {str(folder)!r}"
     if meant:
         near = str(meant[0])
@@ -281,7 +288,7 @@ def _named_weights(folder: Path, name: Any) -> str | None:
     """
     if name is None:
         return None
-    is_plain_name = isinstance(name, str) and name == Path(name).name
+    is_plain_name = isinstance(name, str) and name == Path(name).name  # no path out of the folder
     is_safe = is_plain_name and name.endswith((".safetensors", ".safetensors.index.json"))
     if is_safe and (folder / name).is_file():
         return str(name)
@@ -311,8 +318,8 @@ def tensor_table(folder: Path, weights: str | None = None) -> dict[str, Stored]:
     elif index.exists():
         listed = _read_index(index)
     else:
-        paths = [path for pattern in PICKLES for path in folder.glob(pattern)]
-        pickles = sorted(path.name for path in paths)
+        matches = chain.from_iterable(map(folder.glob, PICKLES))
+        pickles = sorted(path.name for path in matches)
         if pickles:
             raise UserError(
                 f"{folder}: only pickle weights ({', '.join(pickles[:3])}), which can run code and are "
@@ -329,7 +336,8 @@ def tensor_table(folder: Path, weights: str | None = None) -> dict[str, Stored]:
                 f"{folder}: tensor {twice[0]!r} is in {file} and in {tensors[twice[0]].file.name}; each "
                 "must be in one shard"
             )
-        missing = [] if names is None else sorted(names - header.keys())
+        listed_here = names or set()
+        missing = sorted(listed_here - header.keys())
         if missing:
             raise UserError(
                 f"{index}: says {missing[0]!r} is in {file}, which does not hold it; is a shard from "
@@ -341,7 +349,8 @@ def tensor_table(folder: Path, weights: str | None = None) -> dict[str, Stored]:
 
 def _read_index(path: Path) -> dict[str, set[str]]:
     files = shards_listed(path)
-    missing = [file for file in files if not (path.parent / file).is_file()]
+    folder = path.parent
+    missing = [file for file in files if not (folder / file).is_file()]
     if absent := sorted(missing):
         raise UserError(
             f"{path}: shard {absent[0]} is missing ({len(absent)} of {len(files)} are); download the "
@@ -370,13 +379,15 @@ def shards_listed(path: Path) -> dict[str, set[str]]:
     files: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         is_shard = file.endswith(".safetensors")
-        if not is_shard or file != Path(file).name:
+        is_beside = file == Path(file).name
+        if not is_shard or not is_beside:
             raise UserError(
                 f"{path}: {name!r} points to {file!r}; shards are .safetensors files in the same folder, "
                 "nothing else is opened"
             )
         files.setdefault(file, set()).add(name)
-    if overlong := [file for file in files if len(os.fsencode(file)) > MAX_NAME_BYTES]:
+    lengths = {file: len(os.fsencode(file)) for file in files}
+    if overlong := [file for file, length in lengths.items() if length > MAX_NAME_BYTES]:
         raise UserError(f"{path}: names the file {overlong[0]!r}, which is longer than a file's name can be")
     return files
 
@@ -416,8 +427,8 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) != len(pairs):
-            counts = Counter(name for name, _ in pairs)
-            ((name, _),) = counts.most_common(1)
+            names = [name for name, _ in pairs]
+            ((name, _),) = Counter(names).most_common(1)
             raise UserError(f"{path}: the header names {name!r} twice")
         return values
 
@@ -463,7 +474,8 @@ def _stored(path: Path, name: str, entry: Any, start: int) -> Stored:
         raise UserError(f"{where}: data_offsets {offsets!r:.80} are not two whole numbers")
     begin, end = offsets
     sizes = tuple(shape)
-    stored = Stored(path, start + begin, dtype, sizes)
+    offset = start + begin
+    stored = Stored(path, offset, dtype, sizes)
     if end - begin != stored.nbytes:
         raise UserError(
             f"{where}: {end - begin:,} bytes stored, but {dtype} {tuple(shape)} takes {stored.nbytes:,}"
@@ -557,13 +569,15 @@ def _near(folder: Path) -> str:
     """
     if folder.name == "final":
         return f"; it would be the result of the run {str(folder.parent)!r}: let that run end first"
-    beside = (
-        [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-    )
+    above = folder.parent
+    if not above.is_dir():
+        return ""
+    beside = [path.name for path in above.iterdir() if path.is_dir()]
     near = difflib.get_close_matches(folder.name, beside, n=3, cutoff=0.7)
-    return (
-        f"; did you mean {' or '.join(repr(str(folder.with_name(name))) for name in near)}?" if near else ""
-    )
+    if not near:
+        return ""
+    paths = [str(folder.with_name(name)) for name in near]
+    return f"; did you mean {' or '.join(map(repr, paths))}?"
 
 
 def _downloaded(name: str, revision: str | None) -> Path:
@@ -578,21 +592,27 @@ def _downloaded(name: str, revision: str | None) -> Path:
     except (OfflineModeIsEnabled, OSError):
         return Path(snapshot_download(name, revision=revision, local_files_only=True))
     weights: Iterable[str] = [SINGLE]
-    config = Path(hf_hub_download(name, "config.json", revision=revision)) if "config.json" in files else None
-    named = None if config is None else read_json(config).get(WEIGHTS)
+    named = None
+    if "config.json" in files:
+        config = hf_hub_download(name, "config.json", revision=revision)
+        named = read_json(Path(config)).get(WEIGHTS)
     index = str(named or INDEX)
+    takes_index = named or SINGLE not in files
     if named in files and not index.endswith(".json"):
         weights = [index]
-    elif index in files and (named or SINGLE not in files):
+    elif index in files and takes_index:
         listing = hf_hub_download(name, index, revision=revision)
-        weights = [index, *shards_listed(Path(listing))]
+        shards = shards_listed(Path(listing))
+        weights = [index, *shards]
     patterns = to_download(files, weights)
-    return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    snapshot = snapshot_download(name, revision=revision, allow_patterns=patterns)
+    return Path(snapshot)
 
 
 def names_of(checkpoints: Iterable[str]) -> str:
     """The first few of many names, for an error message."""
     names = sorted(checkpoints)
     first = ", ".join(names[:3])
-    count = f"({len(names)} in all)"
-    return f"{first}, … {count}" if len(names) > 3 else first
+    if len(names) <= 3:
+        return first
+    return f"{first}, … ({len(names)} in all)"

@@ -20,13 +20,15 @@ from outgrow.model.presets import PRESETS, preset, preset_sizes
 Target: TypeAlias = "str | Path | Mapping[str, Any] | Any"
 
 # older configs keep the base outside
-ROPE, THETA = ("rope_scaling", "rope_parameters"), ("rotary_emb_base", "rope_theta")
+ROPE = ("rope_scaling", "rope_parameters")
+THETA = ("rotary_emb_base", "rope_theta")
 DTYPES = {"dtype", "torch_dtype"}  # how transformers 5 and 4 call what tensors are stored in
 # the key that names the file of a folder's weights, where that is no usual one
 WEIGHTS = "transformers_weights"
 LARGEST = 1e30  # more than any factor, base or epsilon of a config
 # no honest index or tokenizer, no honest config is larger
-MAX_JSON_BYTES, MAX_CONFIG_BYTES = 64 << 20, 4 << 20
+MAX_JSON_BYTES = 64 << 20
+MAX_CONFIG_BYTES = 4 << 20
 # nor holds more: of what a parser makes, a value takes a hundred times its bytes
 MAX_VALUES, MAX_CONFIG_VALUES = 2_000_000, 100_000
 
@@ -201,6 +203,11 @@ def resolve_target(
 
 
 def _overlay(overrides: dict[str, Any], source: Config | None, family: Family | None) -> dict[str, Any]:
+    """Lay overrides over the source's config; what follows a changed size there follows it in the target.
+
+    Raises:
+        UserError: a key is unknown or has no such value, or the source is no such model.
+    """
     if source is None:
         if "model_type" not in overrides:
             raise UserError(
@@ -219,26 +226,10 @@ def _overlay(overrides: dict[str, Any], source: Config | None, family: Family | 
         )
     spelled = {key: key if key in source else family.field_name(key) for key in overrides}
     overrides = {spelled[key]: value for key, value in overrides.items()}
+    # How many dims of a head rotary positions turn is given by itself, or among rope_parameters.
     rotary = overrides.pop(family.rotary_field, None)
-    names = sorted(DTYPES)
-    dtypes = filter(None, map(source.get, names))
-    dtype = next(dtypes, None)
-    for key in DTYPES & overrides.keys():
-        if overrides[key] != dtype:
-            raise UserError(
-                f"target: {key} {overrides[key]!r}: the grown tensors keep the source's dtype; leave it "
-                "out here"
-            )
-    standard_keys = filter(family.knows, STANDARD)
-    spellings = set(map(family.field_name, standard_keys))
-    known = {*source, *DTYPES, *spellings}
-    if family.rotary is not None:
-        known.add("rope_parameters")
-    UserError.collect(
-        f"target: unknown config key {key!r}; {did_you_mean(key, known)}"
-        for key in overrides
-        if key not in known
-    )
+    _check_dtypes(overrides, source)
+    _check_keys(overrides, source, family)
     rope = overrides.pop("rope_parameters", None) or {}
     UserError.collect(
         f"target: {fault.removeprefix('config: ')}"
@@ -249,16 +240,63 @@ def _overlay(overrides: dict[str, Any], source: Config | None, family: Family | 
         rotary = rope.pop(key, rotary)
 
     config = {**source, **overrides}
-    for key, standard in family.follows.items():
-        size = family.field_name(standard)
-        before = source.get(key)
-        followed_before = before == source.get(size)
-        if followed_before and key not in overrides:
-            config[key] = config[size]
+    _follow_sizes(config, overrides, source, family)
     if rope:
         config["rope_parameters"] = rope_of(source) | rope
         if source.get("rope_scaling"):
             config["rope_scaling"] = None
+    config = _named(config, source, family)
+    if rotary is None:
+        rotary = _kept_rotary(config, source, family)
+    if rotary is None:
+        return config
+    return with_rotary_share(config, family.rotary_field, rotary)
+
+
+def _kept_rotary(config: Config, source: Config, family: Family) -> float | None:
+    """The share of a grown head that rotary positions turn so that they turn as many dims as in the source;
+    None where they turn none there, or the entire head.
+    """
+    turned = family.rotary_dims(source)
+    if turned <= 0 or turned >= family.sizes(source)["qk"]:
+        return None
+    head_dim = family.sizes(config)["qk"]
+    return rotary_share(turned, head_dim)
+
+
+def _check_dtypes(overrides: Config, source: Config) -> None:
+    """Refuse a dtype that is not the source's."""
+    names = sorted(DTYPES)
+    dtypes = filter(None, map(source.get, names))
+    dtype = next(dtypes, None)
+    for key in DTYPES & overrides.keys():
+        if overrides[key] != dtype:
+            raise UserError(
+                f"target: {key} {overrides[key]!r}: the grown tensors keep the source's dtype; leave it "
+                "out here"
+            )
+
+
+def _check_keys(overrides: Config, source: Config, family: Family) -> None:
+    """Refuse keys that neither the source's config nor the family's class has."""
+    standard_keys = filter(family.knows, STANDARD)
+    spellings = set(map(family.field_name, standard_keys))
+    known = {*source, *DTYPES, *spellings}
+    if family.rotary is not None:
+        known.add("rope_parameters")
+    unknown_keys = [key for key in overrides if key not in known]
+    UserError.collect(
+        f"target: unknown config key {key!r}; {did_you_mean(key, known)}" for key in unknown_keys
+    )
+
+
+def _follow_sizes(config: dict[str, Any], overrides: Config, source: Config, family: Family) -> None:
+    """Let the values that followed a size in the source follow it in the target, unless they are given."""
+    for key, standard in family.follows.items():
+        size = family.field_name(standard)
+        followed_before = source.get(key) == source.get(size)
+        if followed_before and key not in overrides:
+            config[key] = config[size]
     heads = family.field_name("num_attention_heads")
     kv = family.field_name("num_key_value_heads")
     # one key-value head per query head stays so
@@ -266,14 +304,6 @@ def _overlay(overrides: dict[str, Any], source: Config | None, family: Family | 
     one_each = kv_heads == source.get(heads) is not None
     if one_each and kv not in overrides:
         config[kv] = config.get(heads)
-    config = _named(config, source, family)
-    turned = family.rotary_dims(source)
-    if rotary is None and 0 < turned < family.sizes(source)["qk"]:
-        head_dim = family.sizes(config)["qk"]
-        rotary = rotary_share(turned, head_dim)
-    if rotary is None:
-        return config
-    return with_rotary_share(config, family.rotary_field, rotary)
 
 
 def _named(config: dict[str, Any], source: Config, family: Family) -> dict[str, Any]:

@@ -43,7 +43,8 @@ def outline(config: Config, shapes: Mapping[str, Shape], depth_key: str | None =
             f"family {name!r} has no schema, and no config key says that {prefix}* has {count} layers "
             f"(looked for {', '.join(keys or DEPTH_KEYS)}), so the grown config could not say it either"
         )
-    schema = "\n".join(outline_lines(shapes, prefix, count))
+    lines = outline_lines(shapes, prefix, count)
+    schema = "\n".join(lines)
     names = {"num_hidden_layers": keys[0]}
     return Family(name=name, norm="rms", schema=schema, names=names, rotary=None)
 
@@ -69,7 +70,7 @@ def numbered_layers(name: str, shapes: Iterable[str], keys: Iterable[str], confi
     lengths = {prefix: len(layers) for prefix, layers in numbers.items()}
     # from 0 on, with none missing
     last = {prefix: max(layers) for prefix, layers in numbers.items()}
-    complete = [prefix for prefix, count in lengths.items() if last[prefix] == count - 1]
+    complete = [prefix for prefix in lengths if last[prefix] == lengths[prefix] - 1]
     # vis(ion_config) has the layers of vision_tower. and of visual.
     others = [re.compile(rf"\b{tower[:3]}") for tower in other_towers(config)]
 
@@ -80,11 +81,13 @@ def numbered_layers(name: str, shapes: Iterable[str], keys: Iterable[str], confi
     stacks = [prefix for prefix in of_text if lengths[prefix] in counts] or of_text
     if len(stacks) != 1:
         prefixes = sorted(lengths)
-        stories = ", ".join(f"{prefix}* ({lengths[prefix]} numbers)" for prefix in prefixes)
+        described = [f"{prefix}* ({lengths[prefix]} numbers)" for prefix in prefixes]
+        stories = ", ".join(described)
         raise UserError(
             f"family {name!r} has no schema, and which numbers count its layers is not clear: {stories}"
         )
-    return stacks[0], lengths[stacks[0]]
+    (stack,) = stacks
+    return stack, lengths[stack]
 
 
 def outline_lines(shapes: Mapping[str, Shape], prefix: str, count: int) -> list[str]:
@@ -101,10 +104,10 @@ def outline_lines(shapes: Mapping[str, Shape], prefix: str, count: int) -> list[
             layers.setdefault((tensor, shape), [])
     lines = []
     for (pattern, shape), numbers in layers.items():
-        lengths = ", ".join(map(str, shape))
+        lengths = ", ".join(map(str, shape)) or "scalar"
         everywhere = count if "*" in pattern else 0
         suffix = in_layers(numbers, everywhere)
-        lines.append(f"{pattern}  tensor {lengths or 'scalar'}{suffix}")
+        lines.append(f"{pattern}  tensor {lengths}{suffix}")
     return lines
 
 
@@ -112,4 +115,5 @@ def in_layers(numbers: Sequence[int], count: int) -> str:
     """The end of a line that only some of `count` layers have."""
     if len(numbers) == count:
         return ""
-    return f" in layers {','.join(map(str, sorted(numbers)))}"
+    listing = ",".join(map(str, sorted(numbers)))
+    return f" in layers {listing}"

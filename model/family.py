@@ -27,7 +27,8 @@ STANDARD = (
 )  # fmt: skip
 
 # More than any model has: what sizes are checked against before anything is made of them.
-MAX_SIZE, MAX_LAYERS = 1 << 24, 1 << 14
+MAX_SIZE = 1 << 24
+MAX_LAYERS = 1 << 14
 
 # How configs spell the deviation of fresh weights, in the order in which the library's classes look for it.
 INITIAL = ("initializer_range", "init_std", "initializer_factor")

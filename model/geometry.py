@@ -48,7 +48,8 @@ def active_parameter_count(config: Config) -> int:
     total = parameter_count(config)
     if has_schema(config) or not _expert_counts(config):
         return total
-    chosen, idle = experts_per_token(config), 0.0
+    chosen = experts_per_token(config)
+    idle = 0.0
     for parameter in _class_of(config).parameters():
         experts = parameter.shape[0] if parameter.ndim else 0
         if _is_stack(parameter, config) and chosen < experts:

@@ -85,8 +85,12 @@ class _Hollow(TorchDispatchMode):
 
     def _spread(self, scores: Tensor, values: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
         """Choices of experts, (token, expert) → (token, choice), evenly where all scores are equal."""
-        several = scores.ndim == choices.ndim == 2 and choices.shape[1] < scores.shape[1]
-        if not several or not bool((scores == scores[:1, :1]).all()):
+        are_matrices = scores.ndim == choices.ndim == 2
+        if not are_matrices or choices.shape[1] >= scores.shape[1]:
+            return values, choices
+        first = scores[:1, :1]
+        all_equal = bool((scores == first).all())
+        if not all_equal:
             return values, choices
         numbers = torch.arange(self.chosen, self.chosen + choices.numel())
         self.chosen += choices.numel()

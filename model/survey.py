@@ -352,7 +352,8 @@ def _moved_by_place(bench: _Bench) -> float:
     """Measure how far a document's logits move when it stands at its row's start, masks handed over."""
     text = bench.text(0)
     text[:, [0, CUT]] = bench.end_of_text
-    first, second = text[:, :CUT], text[:, CUT:]
+    first = text[:, :CUT]
+    second = text[:, CUT:]
     turned = torch.cat((second, first), 1)
     rows = (
         documents_apart(one, bench.end_of_text, bench.attention, bench.model.config) for one in (text, turned)

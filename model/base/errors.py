@@ -25,7 +25,9 @@ class UserError(Exception):
         lines = []
         for line in message.split("\n"):
             text = re.sub(long_word, _shortened, line)
-            lines.append(text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]} …")
+            if len(text) > LONGEST_LINE:
+                text = f"{text[:LONGEST_LINE]} …"
+            lines.append(text)
         super().__init__("\n".join(lines))
 
     @classmethod

@@ -11,10 +11,11 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -56,7 +57,7 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
         faults.append(str(fault))
         return OmegaConf.create({}), faults
     leaves = [override for override in parsed if _is_choice(groups, override)]
-    assignments = [override for override in parsed if not _is_choice(groups, override)]
+    assignments = [override for override in parsed if override not in leaves]
     choices = [override for override in leaves if _choice_holds(folder, override, faults)]
     try:
         cfg = _chosen(tree, name, choices)
@@ -66,10 +67,11 @@ def compose_config(folder: Path, name: str, overrides: list[str]) -> tuple[DictC
             further = [*choices, *changes]
             cfg = _chosen(tree, name, further)
         # Plain values are set as Hydra sets them; composing again would take longer than planning a growth.
+        own_file = folder / f"{name}.yaml"
         for value in values:
             if value not in changes:
                 key = value.key_or_group
-                replaced = _is_open(folder / f"{name}.yaml", value)
+                replaced = _is_open(own_file, value)
                 assigned = value.value()
                 OmegaConf.update(cfg, key, assigned, merge=not replaced)
         return cfg, faults
@@ -99,7 +101,8 @@ def _tree(folder: Path) -> Tree:
 def _chosen(tree: Tree, name: str, overrides: list[Override]) -> DictConfig:
     """The configuration that Hydra composes of these overrides; the caller may change it."""
     lines = tuple(str(override.input_line) for override in overrides)
-    return copy.deepcopy(_composed(tree, name, lines))
+    cached = _composed(tree, name, lines)
+    return copy.deepcopy(cached)
 
 
 @lru_cache(maxsize=128)  # the runs of a study or sweep choose the same leaves again and again
@@ -118,7 +121,8 @@ def _is_open(file: Path, override: Override) -> bool:
 
     if not isinstance(override.value(), dict):
         return False
-    own = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    cfg = OmegaConf.load(file)
+    own = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(own, dict)
     key = override.key_or_group
     open_values = (None, MISSING)
@@ -140,7 +144,8 @@ def _apart() -> Iterator[None]:
     from hydra.core.global_hydra import GlobalHydra
 
     state = GlobalHydra.instance()
-    running, state.hydra = state.hydra, None
+    running = state.hydra
+    state.hydra = None
     try:
         yield
     finally:
@@ -170,7 +175,8 @@ def load_yaml(path: Path) -> Any:
     from yaml import YAMLError
 
     try:
-        return at_home(OmegaConf.to_container(OmegaConf.load(path)))
+        cfg = OmegaConf.load(path)
+        return at_home(OmegaConf.to_container(cfg))
     except YAMLError as error:
         raise UserError(yaml_fault(error)) from None
     except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
@@ -270,13 +276,13 @@ def each_dict_once(parsed: list[Override], faults: list[str]) -> list[Override]:
     for key in once:
         del several[key]
     for key, repeats in several.items():
-        inner = ",".join(_inner(override, key) for override in repeats)
+        inners = [_inner(override, key) for override in repeats]
+        inner = ",".join(inners)
         faults.append(
             f"{key}: given {len(repeats)} times; give all its keys and values at once: '{key}={{{inner}}}'"
         )
-    all_repeats = several.values()
-    merged = [override for repeats in all_repeats for override in repeats]
-    return [override for override in parsed if override not in merged]
+    repeated = list(chain.from_iterable(several.values()))
+    return [override for override in parsed if override not in repeated]
 
 
 def _is_dict(override: Override) -> bool:
@@ -286,9 +292,11 @@ def _is_dict(override: Override) -> bool:
 
 def _inner(override: Override, key: str) -> str:
     """The keys and values of `key` that an override gives, as between braces."""
-    below = override.key_or_group.removeprefix(key).lstrip(".")
+    name = override.key_or_group
+    below = name.removeprefix(key).lstrip(".")
     line = str(override.input_line)
-    value = line.partition("=")[2].strip()
+    _, _, text = line.partition("=")
+    value = text.strip()
     parts = below.split(".") if below else []
     for part in reversed(parts):
         value = f"{{{part}:{value}}}"
@@ -334,19 +342,22 @@ def _choice_holds(folder: Path, override: Override, faults: list[str]) -> bool:
 
 
 def _key_holds(cfg: DictConfig, override: Override, groups: set[str], faults: list[str]) -> bool:
+    name = override.key_or_group
     adds = override.is_add() or override.is_force_add()
-    if adds or override.key_or_group.startswith(("hydra.", "hydra/")):
+    if adds or name.startswith(("hydra.", "hydra/")):
         return True
     node: Any = cfg
-    parts = override.key_or_group.split(".")
+    parts = name.split(".")
     for depth, part in enumerate(parts):
         # A DictConfig does not "contain" a missing value, but lists its key.
         keys = list(node) if isinstance(node, Mapping) else []
         if part not in keys:
             known = set(map(str, keys))
-            names = known | groups if depth == 0 else known
-            way = _elsewhere(cfg, parts[-1]) or did_you_mean(part, names)
-            unknown = ".".join(parts[: depth + 1])
+            if depth == 0:
+                known |= groups
+            way = _elsewhere(cfg, parts[-1]) or did_you_mean(part, known)
+            until_here = parts[: depth + 1]
+            unknown = ".".join(until_here)
             faults.append(f"{unknown}: unknown key; {way}")
             return False
         # The node itself: no interpolation, no missing value.
@@ -397,7 +408,8 @@ def plain(cfg: DictConfig | Mapping[str, Any], faults: list[str]) -> dict[str, A
     for key in map(str, cfg):
         node = cfg._get_node(key)
         try:
-            value = MISSING if OmegaConf.is_missing(cfg, key) else cfg.get(key)
+            is_missing = OmegaConf.is_missing(cfg, key)
+            value = MISSING if is_missing else cfg.get(key)
             if OmegaConf.is_config(value):
                 value = OmegaConf.to_container(value, resolve=True)
             values[key] = value
@@ -427,7 +439,8 @@ def sweep_points(overrides: list[str]) -> list[list[str]]:
     readable: list[Override] = []
     unreadable: list[str] = []
     with initialize_config_dir(str(CONF), version_base="1.3"):  # glob() looks for leaves there
-        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        loader = GlobalHydra.instance().config_loader()
+        parser = OverridesParser.create(config_loader=loader)
         for text in overrides:
             try:
                 readable += parser.parse_overrides([text])
@@ -450,6 +463,32 @@ def sweep_points(overrides: list[str]) -> list[list[str]]:
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
+def settings_of(
+    cls: type[T],
+    cfg: DictConfig | Mapping[str, Any],
+    faults: Iterable[str],
+    disagreements: Callable[[T], Iterable[str]],
+) -> T:
+    """A composed configuration as the dataclass `cls`, read and checked.
+
+    Args:
+        faults: that are known already; they are told with the ones found here.
+        disagreements: yields the faults between well-typed values.
+
+    Raises:
+        UserError: unknown (with near matches), missing or mistyped keys and values that cannot work together,
+            all at once.
+    """
+    every_fault = list(faults)
+    values = plain(cfg, every_fault)
+    settings = read(cls, values, "", every_fault) if values else None
+    if settings is not None:
+        every_fault += disagreements(settings)
+    UserError.collect(dict.fromkeys(every_fault))
+    assert settings is not None
+    return settings
+
+
 def read(cls: type[T], values: Any, path: str, faults: list[str]) -> T | None:
     """`values` as the dataclass `cls`; None, and at least one more entry in `faults`, where they do not fit.
 
@@ -463,11 +502,14 @@ def read(cls: type[T], values: Any, path: str, faults: list[str]) -> T | None:
         return None
     every_field = dataclasses.fields(cls)  # type: ignore[arg-type]
     fields = {field.name: field for field in every_field}
-    rest = next((field.name for field in every_field if field.metadata.get("rest")), None)
+    open_fields = (field.name for field in every_field if field.metadata.get("rest"))
+    rest = next(open_fields, None)
     by_name = {str(key): value for key, value in values.items()}
     further = [key for key in by_name if key not in fields or key == rest]
     if rest is None:
-        faults += [f"{path}{key}: unknown key; {did_you_mean(key, fields)}" for key in further]
+        for key in further:
+            hint = did_you_mean(key, fields)
+            faults.append(f"{path}{key}: unknown key; {hint}")
     hints = typing.get_type_hints(cls)
     fitting: dict[str, Any] = {}
     if rest is not None:
@@ -477,15 +519,15 @@ def read(cls: type[T], values: Any, path: str, faults: list[str]) -> T | None:
         if name == rest:
             continue
         dotted = f"{path}{name}"
-        if name in values and values[name] != MISSING:
-            value = values[name]
-            hint = hints[name]
-            fitting[name] = _read_value(hint, value, dotted, faults)
+        value = values.get(name, MISSING)
+        if value != MISSING:
+            fitting[name] = _read_value(hints[name], value, dotted, faults)
         elif _is_required(field):
             missing = True
             # Unless it is reported already why it is not there.
             prefix = f"{dotted}:"
-            if not any(fault.startswith(prefix) for fault in faults):
+            reported = [fault for fault in faults if fault.startswith(prefix)]
+            if not reported:
                 faults.append(f"{dotted}: missing")
     if missing or len(faults) > before:
         return None
@@ -514,17 +556,21 @@ def _read_value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
     is_dict = (origin or hint) is dict
     if is_dict and isinstance(value, Mapping):
         kind = arguments[1] if arguments else Any
-        dotted = {key: f"{path}.{key}" for key in value}
-        return {key: _read_value(kind, value[key], dotted[key], faults) for key in value}
-    is_float = type(value) is float
-    if hint is float and (is_float or type(value) is int) and not _is_finite(value):
+        entries = {}
+        for key, entry in value.items():
+            entries[key] = _read_value(kind, entry, f"{path}.{key}", faults)
+        return entries
+    # Numbers: 1 is a number with decimals too, and 1e6 is a whole one.
+    value_type = type(value)
+    is_float = value_type is float
+    if hint is float and (is_float or value_type is int) and not _is_finite(value):
         faults.append(f"{path}: expected a finite number; found {value!r:.40}")
         return None
-    if hint is float and type(value) is int:
+    if hint is float and value_type is int:
         return float(value)
     if hint is int and is_float and value.is_integer():
         return int(value)
-    if hint is Any or type(value) is hint:
+    if hint is Any or value_type is hint:
         return value
     faults.append(_misfit(path, hint, value))
     return None
@@ -539,7 +585,7 @@ def _read_union(arguments: tuple[Any, ...], hint: Any, value: Any, path: str, fa
         attempt: list[str] = []
         attempts.append(attempt)
         result = _read_value(option, value, path, attempt)
-        if not attempts[-1]:
+        if not attempt:
             return result
     if len(options) == 1:
         faults += attempts[0]
@@ -550,8 +596,10 @@ def _read_union(arguments: tuple[Any, ...], hint: Any, value: Any, path: str, fa
 
 def _is_same(value: Any, choice: Any) -> bool:
     """Check that two values are equal and of one type: true is not 1."""
+    if value is choice:
+        return True
     same_type = type(value) is type(choice)
-    return value is choice or (same_type and value == choice)
+    return same_type and bool(value == choice)
 
 
 def _read_choice(choices: tuple[Any, ...], value: Any, path: str, faults: list[str]) -> Any:
@@ -572,11 +620,12 @@ def _read_sequence(
     if not is_list or wrong_length:
         faults.append(_misfit(path, hint, value))
         return None
-    count = len(value)
-    kinds = arguments if fixed else (arguments[0],) * count
-    paths = [f"{path}[{number}]" for number in range(count)]
-    entries = zip(kinds, value, paths, strict=True)
-    items = [_read_value(kind, entry, dotted, faults) for kind, entry, dotted in entries]
+    kinds = arguments if fixed else arguments[:1] * len(value)
+    entries = zip(kinds, value, strict=True)
+    items = []
+    for number, (kind, entry) in enumerate(entries):
+        item = _read_value(kind, entry, f"{path}[{number}]", faults)
+        items.append(item)
     return origin(items)
 
 
@@ -609,11 +658,14 @@ def _spell(hint: Any) -> str:
     origin = typing.get_origin(hint)
     arguments = typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return " or ".join(_spell(argument) for argument in arguments)
+        options = map(_spell, arguments)
+        return " or ".join(options)
     if origin in (tuple, list):
         fixed = origin is tuple and Ellipsis not in arguments
         count = f" ({len(arguments)} of them)" if fixed else ""
         return f"a list of {_spell(arguments[0])}{count}"
     if origin is Literal:
-        return " or ".join(str(argument).lower() for argument in arguments)
-    return TYPE_NAMES.get(origin or hint, str(hint))
+        choices = [str(argument).lower() for argument in arguments]
+        return " or ".join(choices)
+    plain_type = origin or hint
+    return TYPE_NAMES.get(plain_type, str(hint))

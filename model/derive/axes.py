@@ -82,7 +82,8 @@ class Keys:
         if hidden is None or layers is None or vocab is None:
             lacking = " and no ".join(missing)
             raise Unfit(f"its config has no {lacking} at its top level or in a text_config")
-        sizes = {name: value for name, value in config.items() if is_size(value) and value > 1}
+        every_size = {name: value for name, value in config.items() if is_size(value)}
+        sizes = {name: value for name, value in every_size.items() if value > 1}
         width = config[hidden]
         others = [name for name in sizes if name != hidden]
         count = key("num_hidden_layers")

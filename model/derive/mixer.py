@@ -68,7 +68,10 @@ def find_mixer(
         candidates = [name for name, value in sizes.items() if value == size]
         for name in candidates:
             moved = wider(name)
-            if moved and moved[rates] == (grown,) and moved[out][1] == 2 * inner:
+            if not moved:
+                continue
+            doubled = moved[out][1] == 2 * inner
+            if doubled and moved[rates] == (grown,):
                 return name
         return None
 

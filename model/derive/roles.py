@@ -34,8 +34,10 @@ GROUPS = Space("groups")  # of a state space's heads: a number of the config, le
 BLOCKS = 4  # of heads, in CodeGen
 
 # Axes over heads (grouped-query attention: `kv` key-value heads, `group` queries for each), head dims open.
-ONE_PER_QUERY, ONE_PER_KV = parse_axis("(kv group)"), Space("kv")
-QUERIES, KEYS = parse_axis("(kv group ?)"), parse_axis("(kv ?)")
+ONE_PER_QUERY = parse_axis("(kv group)")
+ONE_PER_KV = Space("kv")
+QUERIES = parse_axis("(kv group ?)")
+KEYS = parse_axis("(kv ?)")
 FUSED_PARTS, FUSED_HEADS = (
     parse_axis("[(kv group ?) | (kv ?) | (kv ?)]"),
     parse_axis("(kv [(group ?) | ? | ?])"),
@@ -47,7 +49,8 @@ HEADS = (QUERIES, KEYS, FUSED_PARTS, FUSED_HEADS)
 NAMED_QUERIES = parse_axis("(kv group qk)")
 NAMED_KEYS = parse_axis("(kv qk*)")
 NAMED_VALUES = parse_axis("(kv v)")
-NAMED_OUTPUT, NAMED_KEY_NORM = parse_axis("(kv group v)"), parse_axis("(kv qk)")
+NAMED_OUTPUT = parse_axis("(kv group v)")
+NAMED_KEY_NORM = parse_axis("(kv qk)")
 NAMED_FUSED = {
     FUSED_PARTS: Parts((NAMED_QUERIES, NAMED_KEYS, NAMED_VALUES)),
     FUSED_HEADS: parse_axis("(kv [(group qk) | qk* | v])"),
@@ -346,7 +349,8 @@ class Draft:
         Args:
             queries, kv: growth of the axis when the query heads, or the key-value heads, are doubled.
         """
-        axes, head = self.axes, self._head_dim
+        axes = self.axes
+        head = self._head_dim
         if kv and queries:
             if queries + kv != length:
                 return OPEN

@@ -293,7 +293,8 @@ class _Twins:
     def __init__(self, names: Iterable[str], count: int, stands: tuple[int, ...]) -> None:
         self._layers: dict[str, dict[int | None, str]] = defaultdict(dict)
         self._loosely: dict[str, str] = {}
-        self._count, self._stands = count, stands
+        self._count = count
+        self._stands = stands
         for name in names:
             star, number = _first_number(name)
             self._layers[star][number] = name

@@ -116,7 +116,8 @@ def shrunken(config: Config, depth_key: str, layers: tuple[int, ...]) -> dict[st
             small[key] = _small_rope(rope, small)
     # Special tokens move into the small vocabulary.
     vocabulary = small.get("vocab_size")
-    tokens = [key for key, value in small.items() if key.endswith(TOKEN_KEYS) and isinstance(value, int)]
+    named = [key for key in small if key.endswith(TOKEN_KEYS)]
+    tokens = [key for key in named if isinstance(small[key], int)]
     if isinstance(vocabulary, int):
         last = vocabulary - 1
         small |= {key: min(small[key], last) for key in tokens}
