@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from outgrow.model.base.errors import UserError, not_installed
 from outgrow.model.base.interrupt import started
-from outgrow.model.base.settings import CONF, compose_config, plain, read
+from outgrow.model.base.settings import CONF, compose_config, settings_of
 
 if TYPE_CHECKING:
     from outgrow.growth.engine.execute import Reader
@@ -86,46 +86,42 @@ def settings_from(arguments: list[str]) -> Settings:
     # `receipt=false` is short for `receipt.measure=false`.
     spelt = [re.sub(r"^receipt=(?!\{)", "receipt.measure=", argument) for argument in arguments]
     cfg, faults = compose_config(CONF, "grow", spelt)
-    values = plain(cfg, faults)
-    settings = read(Settings, values, "", faults) if values else None
-    if settings is not None:
-        if not settings.out and not settings.plan_only:
-            faults.append("out: missing; give out=DIR, or plan_only=true to write nothing")
-        if settings.growth.operator == "source":
-            faults.append(
-                "growth=source: a training arm (the source trained on), so there is nothing to grow; "
-                "choose an operator"
-            )
-        if "stages" in settings.growth.options:
-            name = settings.growth.name
-            faults.append(
-                f"growth={name}: a training arm that grows on its way (outgrow train growth={name}); "
-                "choose an operator"
-            )
-        faults += [
-            f"{key}: must be positive; found {getattr(settings, key)}"
-            for key in ("threads", "max_shard_gb")
-            if getattr(settings, key) <= 0
-        ]
-        if settings.worker is not None:
-            from outgrow.growth.engine.workers import Worker
+    return settings_of(Settings, cfg, faults, _disagreements)
 
-            try:
-                Worker.parse(str(settings.worker))
-            except UserError as fault:
-                faults.append(str(fault))
-        receipt = settings.receipt
-        if receipt.text is not None and receipt.measure is False:
-            faults.append(
-                "receipt.text: is for a receipt, and receipt=false measures none; leave one of them out"
-            )
-        figure = settings.figure
-        is_picture = figure is None or Path(figure).suffix in PICTURES
-        if not is_picture:
-            faults.append(f"figure {figure!r}: no picture's name; end it in {', '.join(PICTURES)}")
-    UserError.collect(faults)
-    assert settings is not None
-    return settings
+
+def _disagreements(settings: Settings) -> Iterator[str]:
+    """Yield the faults between well-typed values."""
+    if not settings.out and not settings.plan_only:
+        yield "out: missing; give out=DIR, or plan_only=true to write nothing"
+    if settings.growth.operator == "source":
+        yield (
+            "growth=source: a training arm (the source trained on), so there is nothing to grow; "
+            "choose an operator"
+        )
+    if "stages" in settings.growth.options:
+        name = settings.growth.name
+        yield (
+            f"growth={name}: a training arm that grows on its way (outgrow train growth={name}); "
+            "choose an operator"
+        )
+    for key in ("threads", "max_shard_gb"):
+        value = getattr(settings, key)
+        if value <= 0:
+            yield f"{key}: must be positive; found {value}"
+    if settings.worker is not None:
+        from outgrow.growth.engine.workers import Worker
+
+        try:
+            Worker.parse(str(settings.worker))
+        except UserError as fault:
+            yield str(fault)
+    receipt = settings.receipt
+    if receipt.text is not None and receipt.measure is False:
+        yield "receipt.text: is for a receipt, and receipt=false measures none; leave one of them out"
+    figure = settings.figure
+    is_picture = figure is None or Path(figure).suffix in PICTURES
+    if not is_picture:
+        yield f"figure {figure!r}: no picture's name; end it in {', '.join(PICTURES)}"
 
 
 def run(settings: Settings) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +52,8 @@ def adam_state(state: Mapping[str, Any], plan: Plan) -> AdamState:
     from outgrow.model.build import meta_model
     from outgrow.model.conversion import in_file
 
-    model = meta_model(plan.source_config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    parameters = meta_model(plan.source_config).named_parameters()
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
     groups = state.get("param_groups")
     per_parameter = state.get("state")
     if not isinstance(groups, list) or not isinstance(per_parameter, Mapping):
@@ -94,8 +95,11 @@ def adam_state(state: Mapping[str, Any], plan: Plan) -> AdamState:
 def _wanted(plan: Plan) -> dict[str, tuple[int, ...]]:
     """The name and shape of every moment of the source's file."""
     family = plan.growth.source_family
-    shapes = {tensor.name: tensor.shape for tensor in family.tensors(plan.source_config)}
-    return {f"{moment}.{name}": shape for moment in POWERS for name, shape in shapes.items()}
+    wanted = {}
+    for moment in POWERS:
+        for tensor in family.tensors(plan.source_config):
+            wanted[f"{moment}.{tensor.name}"] = tensor.shape
+    return wanted
 
 
 def _complete(
@@ -115,10 +119,11 @@ def _numbering(groups: Sequence[Mapping[str, Any]], shapes: Mapping[str, tuple[i
     """Parameter number → its name: by the names PyTorch saves, else in the model's order, in one group or
     matrices before vectors.
     """
-    numbers = [number for group in groups for number in group["params"]]
+    numbers = list(chain.from_iterable(group["params"] for group in groups))
     # of those that were trained: frozen ones have no state
     if all("param_names" in group for group in groups):
-        named = [_plain(name) for group in groups for name in group["param_names"]]
+        saved_names = chain.from_iterable(group["param_names"] for group in groups)
+        named = list(map(_plain, saved_names))
         strange = set(named) - shapes.keys()
         if unknown := sorted(strange):
             raise UserError(
@@ -204,7 +209,8 @@ def grow_adam(
     growth = moments_plan(plan, state.moments.dtypes)
     grown = dict(expand(growth, state.moments))
     names = [step.name for step in plan.steps]
-    fill(target, target_model, names, grown.__getitem__, state.step)
+    moment = grown.__getitem__
+    fill(target, target_model, names, moment, state.step)
 
 
 def load_adam(folder: Path | str, target: torch.optim.Optimizer, target_model: PreTrainedModel) -> None:
@@ -276,5 +282,5 @@ def fill(
 def _numbers(optimizer: torch.optim.Optimizer) -> dict[int, int]:
     """Each parameter's number in the state dict, by identity."""
     groups = optimizer.param_groups
-    parameters = [parameter for group in groups for parameter in group["params"]]
+    parameters = chain.from_iterable(group["params"] for group in groups)
     return {id(parameter): number for number, parameter in enumerate(parameters)}

@@ -30,7 +30,8 @@ def bars() -> Iterator[tuple[Writing | None, Learning]]:
         TransferSpeedColumn,
     )
 
-    named, left = (TextColumn("{task.description}"), BarColumn()), TimeRemainingColumn()
+    named = (TextColumn("{task.description}"), BarColumn())
+    left = TimeRemainingColumn()
     bytes_done = (DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
     writing = Progress(*named, *bytes_done, left, console=console, transient=True)

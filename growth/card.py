@@ -35,7 +35,8 @@ def space_bar(plan: Plan, space: str, length: int = 20) -> str:
     """A space's target indices as a bar: █ the source's own, ▒ further copies, · new."""
     write = plan.recipe.expansions[space].write
     origins = of_axis(write)
-    bar, count = "", 0
+    bar = ""
+    count = 0
     signs = ((Origin.ORIGINAL, "█"), (Origin.COPY, "▒"), (Origin.NEW, "·"))
     size = max(1, write.target)
     for origin, sign in signs:
@@ -72,7 +73,8 @@ def licence(card: Path) -> dict[str, str | list[str]]:
             case str(text):
                 stated[key] = text[:200]
             case [str(), *_] as several:
-                stated[key] = [str(text)[:200] for text in several[:10]]
+                texts = map(str, several[:10])
+                stated[key] = [text[:200] for text in texts]
     return stated
 
 
@@ -89,10 +91,15 @@ def _licence_lines(stated: Stated, files: Sequence[str]) -> str:
             "Licence: the source's folder names none; the source's own terms hold for what was grown from it."
         )
     named = stated.get("license_name", stated.get("license", ""))
-    named = named if isinstance(named, str) else ", ".join(named)
-    link = f" ({stated['license_link']})" if "license_link" in stated else ""
+    if not isinstance(named, str):
+        named = ", ".join(named)
+    link = ""
+    if "license_link" in stated:
+        link = f" ({stated['license_link']})"
     said = f"Licence: the source's, {named}{link}, holds for what was grown from it"
-    return f"{said}; its text is in {', '.join(files)}." if files else f"{said}."
+    if not files:
+        return f"{said}."
+    return f"{said}; its text is in {', '.join(files)}."
 
 
 SAME = "the same"  # instead of a continuation that is the source's

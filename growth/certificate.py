@@ -63,13 +63,15 @@ def _proof(plan: Decision) -> Certificate:
         return Certificate((*within, *broken))
     if not plan.recipe.inherits:
         return Certificate((f"operator {plan.operator!r} inherits nothing",))
-    reasons = chain(_config(plan), _layers(plan), _steps(plan), _spaces(plan))
+    parts = (_config, _layers, _steps, _spaces)
+    reasons = chain.from_iterable(part(plan) for part in parts)
     return Certificate(tuple(reasons))
 
 
 def _config(plan: Decision) -> Iterator[str]:
     """Prove (1): no value differs that is no size."""
-    family, layers = plan.family, plan.layers
+    family = plan.family
+    layers = plan.layers
     # The keys that growth may change.
     sizes = {family.field_name(name) for name in STANDARD if name != "layer_types"}
     sizes |= {family.rotary_field, *ROPE, *THETA, *family.follows}
@@ -86,8 +88,9 @@ def _config(plan: Decision) -> Iterator[str]:
         if not _same(key, before, after, layers):
             yield f"config {key}: {before!r} becomes {after!r}, which is no size and may change the function"
     moved = [number for number, layer in enumerate(layers.layers) if number != layer]
+    moved_and_working = [number for number in moved if not layers.identity[number]]
     by_layer = source.get("scale_attn_by_inverse_layer_idx")
-    if by_layer and not all(layers.identity[number] for number in moved):
+    if by_layer and moved_and_working:
         yield "config scale_attn_by_inverse_layer_idx: layers that move are scaled otherwise"
     yield from _rotary(family, source, target)
 
@@ -107,9 +110,10 @@ def _same(key: str, before: Any, after: Any, layers: LayerMap) -> bool:
     counts = (layers.source, layers.target)
     are_lists = isinstance(before, list) and isinstance(after, list)
     if are_lists and (len(before), len(after)) == counts:
-        pairs = zip(after, layers.layers, layers.identity, strict=True)
-        working = [(entry, layer) for entry, layer, idle in pairs if not idle]
-        return all(entry == before[layer] for entry, layer in working)
+        for entry, layer, idle in zip(after, layers.layers, layers.identity, strict=True):
+            if not idle and entry != before[layer]:
+                return False
+        return True
     expected = follow_layers(key, before, layers.layers, layers.source)
     return bool(expected == after)
 
@@ -175,8 +179,9 @@ def _steps(plan: Decision) -> Iterator[str]:
         if key not in expected:
             recipe = plan.recipe.spaces_only()
             expected[key] = recipe.maps(step.tensor)
-        pairs = zip(step.maps, expected[key], strict=True)
-        fitting = [own is wanted or own == wanted for own, wanted in pairs]
+        wanted = expected[key]
+        pairs = zip(step.maps, wanted, strict=True)
+        fitting = [own is of_spaces or own == of_spaces for own, of_spaces in pairs]
         if not all(fitting):
             fault = (
                 f"{line.name}: axes of {line.text!r} are not grown space by space, so its neighbours do "
@@ -213,7 +218,8 @@ def _inner(space: str, expansion: Expansion, expected: float) -> Iterator[str]:
     """Check that reading after writing gives `expected` × the source on every index, and nothing from new
     ones.
     """
-    write, read = expansion.write, expansion.read
+    write = expansion.write
+    read = expansion.read
     met = write.copies & read.copies  # (N,) written and read as copies
     index = read.index[met]
     if (write.index[met] != index).any():
@@ -244,7 +250,8 @@ def _inner(space: str, expansion: Expansion, expected: float) -> Iterator[str]:
 
 def _special(space: str, expansion: Expansion, plan: Decision) -> Iterator[str]:
     """Check what lies between the writers and readers of a space: activations, rotary positions, norms."""
-    growth, write = plan.growth, expansion.write
+    growth = plan.growth
+    write = expansion.write
     gains = write.gain[write.copies]
     is_nonlinear = space in ("ffn", "kv", "group")
     if is_nonlinear and not np.allclose(gains, 1):
@@ -308,8 +315,10 @@ def _residual(plan: Decision, expansion: Expansion) -> Iterator[str]:
 
     Writers put c·[x ×r, mean or zero ×s] into it; norms then divide by the statistics of that.
     """
-    growth, write = plan.growth, expansion.write
-    n, N = write.source, write.target
+    growth = plan.growth
+    write = expansion.write
+    n = write.source
+    N = write.target
     counts = write.counts()
     r = int(counts[0])
     if (counts != r).any():
@@ -384,7 +393,8 @@ def _norms(plan: Decision, expansion: Expansion, r: int, c: float, rho: float) -
                 yield f"residual: {which}: {part} and readers do not give back the source"
         if _writes_new(shift) and _writes_new(read):
             yield f"residual: {which}: shift on new indices is read"
-        written, copies = expansion.write, read.copies
+        written = expansion.write
+        copies = read.copies
         same_copies = np.array_equal(written.copies, copies)
         expected = written.index[copies]
         moved = scale.index[copies] != expected
@@ -417,5 +427,6 @@ def _inverts(first: AxisMap, second: AxisMap, expected: float) -> bool:
 
 def _some(numbers: list[int]) -> str:
     """List the first of some numbers."""
-    first = ", ".join(map(str, numbers[:8]))
-    return f"{first}, …" if len(numbers) > 8 else first
+    first = map(str, numbers[:8])
+    listing = ", ".join(first)
+    return f"{listing}, …" if len(numbers) > 8 else listing

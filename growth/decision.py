@@ -215,7 +215,8 @@ class Decision:
 
     @cached_property
     def target_parameters(self) -> int:
-        return sum(prod(step.shape) for step in self.steps)
+        sizes = [prod(step.shape) for step in self.steps]
+        return sum(sizes)
 
     @cached_property
     def source_parameters(self) -> int:
@@ -332,7 +333,9 @@ def followed(config: dict[str, Any], growth: Growth, recipe: Recipe, layers: Lay
     if growth.grows("layer") and (kinds := family.layer_kinds(source)):
         source["layer_types"] = kinds
         config["layer_types"] = config.get("layer_types") or kinds
-    of_layers = {key: value for key, value in source.items() if of_text(key)}
-    untouched = {key: value for key, value in of_layers.items() if config.get(key) == value}
-    sources, depth = layers.layers, layers.source
-    return config | {key: follow_layers(key, value, sources, depth) for key, value in untouched.items()}
+    followed_values = {}
+    for key, value in source.items():
+        is_untouched = of_text(key) and config.get(key) == value
+        if is_untouched:
+            followed_values[key] = follow_layers(key, value, layers.layers, layers.source)
+    return config | followed_values

@@ -110,7 +110,8 @@ class AxisMap:
         same_size = self.source == self.target
         is_one = self.gain == 1
         unscaled = bool(self.copies.all() and is_one.all())
-        return same_size and unscaled and self.same_index(range(self.source))
+        in_order = range(self.source)
+        return same_size and unscaled and self.same_index(in_order)
 
     def same_index(self, index: np.ndarray | range) -> bool:
         """Check that the copied indices are exactly `index`."""
@@ -151,7 +152,8 @@ class AxisMap:
         """(N,) the number of each copy among those of its source index: 0, 1, …; 0 where it is no copy."""
         number = np.zeros(self.target, np.int64)
         copied = np.flatnonzero(self.copies)
-        by_source = np.argsort(self.index[copied], kind="stable")
+        copied_from = self.index[copied]
+        by_source = np.argsort(copied_from, kind="stable")
         order = copied[by_source]
         if len(order):
             # Sorted by source index, each run of equal indices counts from 0.
@@ -214,7 +216,8 @@ class AxisMap:
         fill = pieces[0].fill
         gain = pieces[0].gain
         same_gain = self.gain == gain
-        chosen = np.flatnonzero(same_gain & (self.fill == fill))
+        same_fill = self.fill == fill
+        chosen = np.flatnonzero(same_gain & same_fill)
         if regular := strips(chosen, source[chosen]):
             return [Piece(fill, *regular, gain)]
         if len(pieces) <= self.target // 16:
@@ -255,7 +258,8 @@ def product(left: AxisMap, right: AxisMap) -> AxisMap:
     left_fill = left.fill[:, None]
     one, other = np.broadcast_arrays(left_fill, right.fill)
     left_holds = _PRECEDENCE[one] >= _PRECEDENCE[other]
-    fill = np.where(left_holds, one, other).reshape(-1)
+    pairs = np.where(left_holds, one, other)
+    fill = pairs.reshape(-1)
     index = np.where(_TAKES[fill], index, 0)
     source = left.source * right.source
     return AxisMap(source, index, gain, fill)
@@ -274,7 +278,10 @@ def concatenate(left: AxisMap, right: AxisMap) -> AxisMap:
 def compose(axis: Axis, of_space: Callable[[Space], AxisMap]) -> AxisMap:
     """Compose the map of an axis from the maps of its spaces; a number stays as it is."""
     if isinstance(axis, Space):
-        return AxisMap.identity(int(axis.name)) if axis.fixed else of_space(axis)
+        if axis.fixed:
+            fixed_size = int(axis.name)
+            return AxisMap.identity(fixed_size)
+        return of_space(axis)
     parts = (compose(part, of_space) for part in axis.parts)
     join = product if isinstance(axis, Product) else concatenate
     return reduce(join, parts)

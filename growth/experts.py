@@ -149,7 +149,8 @@ class Change:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        asked = {name: value for name, value in vars(self.asked).items() if name != "width"}
+        asked = dict(vars(self.asked))
+        asked.pop("width", None)
         return {
             "from": self.within.family.name,
             "width": self.within.operator,

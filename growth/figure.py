@@ -39,7 +39,8 @@ def draw(plan: Plan, path: Path | str, reader: Reader | None = None) -> None:
         UserError: the path cannot be written, or its suffix is no picture format.
     """
     try:
-        build(plan, reader).savefig(path, dpi=150, facecolor="white")
+        figure = build(plan, reader)
+        figure.savefig(path, dpi=150, facecolor="white")
     except (ValueError, OSError) as fault:
         raise UserError(
             f"figure {str(path)!r}: cannot be written ({fault}); give a path that ends in .png, .pdf or .svg"
@@ -75,8 +76,10 @@ def build(plan: Plan, reader: Reader | None = None) -> Figure:
 
 
 def _count(number: int) -> str:
+    if number < 1e6:
+        return f"{number:,}"
     millions = number / 1e6
-    return f"{number:,}" if number < 1e6 else f"{millions:,.4g} M"
+    return f"{millions:,.4g} M"
 
 
 def shown_step(plan: Plan) -> Step:
@@ -86,8 +89,8 @@ def shown_step(plan: Plan) -> Step:
     first = [step for step in plan.steps if step.tensor.layer == 0]
     matrices = [step for step in first if len(step.shape) == 2]
     for step in matrices:
-        written = {space.name for space in spaces(step.tensor.line.out)}
-        if "qk" in written:
+        written = spaces(step.tensor.line.out)
+        if "qk" in {space.name for space in written}:
             return step
     return matrices[0]
 
@@ -101,27 +104,30 @@ def _layers(axes: Axes, plan: Plan) -> None:
         position = np.linspace(0, last, layers.source)
     # Markers (points²) and numbers so small that neighbours stay apart.
     side = 490 / layers.target
-    size = np.clip(side**2, 12, 260)
-    font = np.clip(260 / layers.target, 3, 9)
-    centred: dict[str, Any] = {"ha": "center", "va": "center", "zorder": 3}
-    centred["fontsize"] = float(font)
-    square: dict[str, Any] = {"s": float(size), "marker": "s", "zorder": 2}
+    size = float(np.clip(side**2, 12, 260))
+    font = float(np.clip(260 / layers.target, 3, 9))
+    centred: dict[str, Any] = {"ha": "center", "va": "center", "zorder": 3, "fontsize": font}
+    square: dict[str, Any] = {"s": size, "marker": "s", "zorder": 2}
     for source, x in enumerate(position):
         axes.scatter(x, 0, color=INK, **square)
         axes.text(x, 0, str(source), color="white", **centred)
     pairs = zip(layers.layers, layers.identity, strict=True)
     for number, (source, idle) in enumerate(pairs):
         again = source in layers.layers[:number]
-        _, colour = ORIGINS[Origin.COPY if again else Origin.ORIGINAL]
-        outside = IDLE if idle else colour
-        inside = "white" if idle else colour
-        line = ":" if idle else "-"
-        sources = (source, source + 1) if number in layers.between else (source,)
+        origin = Origin.COPY if again else Origin.ORIGINAL
+        _, colour = ORIGINS[origin]
+        outside = inside = colour
+        ink = "white"
+        line = "-"
+        if idle:
+            outside, inside, ink, line = IDLE, "white", INK, ":"
+        sources = [source]
+        if number in layers.between:
+            sources.append(source + 1)
         for below in sources:
-            xs = [position[below], number]
-            axes.plot(xs, [0, 1], color=outside, linestyle=line, zorder=1)
+            across = [position[below], number]
+            axes.plot(across, [0, 1], color=outside, linestyle=line, zorder=1)
         axes.scatter(number, 1, facecolor=inside, edgecolor=outside, linestyle=line, **square)
-        ink = INK if idle else "white"
         axes.text(number, 1, str(number), color=ink, **centred)
     note = "; dotted: starts as the identity" if any(layers.identity) else ""
     counts = f"{layers.source} source layers (below) feed {layers.target} target layers"
@@ -146,11 +152,19 @@ def _spaces(axes: Axes, plan: Plan) -> None:
             share = float(is_of_origin.mean()) if write.target else 0.0
             axes.barh(y, share, left=left, color=colour, height=0.72)
             left += share
-        words = f"{write.target}, unchanged" if rule == "unchanged" else rule
+        words = rule
+        if rule == "unchanged":
+            words = f"{write.target}, unchanged"
         axes.text(1.01, y, words, va="center", fontsize=8.5, color=INK)
-    above: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1)}
-    above["borderaxespad"] = 0.1
-    axes.legend(handles=_legend(), fontsize=8.5, frameon=False, ncols=3, **above)
+    axes.legend(
+        handles=_legend(),
+        fontsize=8.5,
+        frameon=False,
+        ncols=3,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),  # above the bars
+        borderaxespad=0.1,
+    )
     names = [space for space, _ in rows]
     places = range(len(rows))
     axes.set_yticks(places, names, fontsize=9, color=INK)
@@ -174,36 +188,42 @@ def _matrices(figure: Any, plan: Plan, step: Step, reader: Reader | None) -> Non
         assert reader is not None
         before = source_matrix(plan, step, reader)
         after = grown_matrix(plan, step, reader)
-        matrices = (before, after)
-        longest = max(*before.shape, *after.shape)
-        signed = longest <= CELLS
-        shown = [matrix if signed else _blocks(matrix) for matrix in matrices]
-        largest = [float(np.quantile(np.abs(part), 0.995)) for part in shown]
-        limit = max(largest) or 1.0
-        scale: dict[str, Any] = {"vmin": 0.0, "vmax": limit, "cmap": "magma"}
-        if signed:
-            scale |= {"vmin": -limit, "cmap": "RdBu_r"}
-        label = "entry" if signed else "root mean square of each block"
-        names = ("the source's", "grown")
-        drawings = zip(panels[:2], matrices, shown, names, strict=True)
-        for axes, matrix, part, name in drawings:
-            image = _show(axes, matrix.shape, part, **scale)
-            rows, width = matrix.shape
-            short_name = _short(step.name)
-            title = f"{name} {short_name},\n{rows}×{width}"
-            axes.set_title(title, **_TITLE)
-        beside = list(panels[:2])
-        figure.colorbar(image, ax=beside, label=label, shrink=0.85)
+        _weights(figure, list(panels[:2]), (before, after), _short(step.name))
     # One colour per origin, in the order of their numbers.
     norm = BoundaryNorm([-0.5, 0.5, 1.5, 2.5], 3)
-    colours = ListedColormap([ORIGINS[origin][1] for origin in Origin])
+    by_origin = [ORIGINS[origin] for origin in Origin]
+    colours = ListedColormap([colour for _, colour in by_origin])
     sample = _sampled(origins(plan, step))
-    _show(panels[-1], step.shape, sample, cmap=colours, norm=norm)
+    last = panels[-1]
+    _show(last, step.shape, sample, cmap=colours, norm=norm)
     entries = "its entries"
     if columns == 1:
         rows, width = step.shape
         entries = f"the entries of {_short(step.name)}, {rows}×{width},"
-    panels[-1].set_title(f"where {entries} come from", **_TITLE)
+    last.set_title(f"where {entries} come from", **_TITLE)
+
+
+def _weights(figure: Any, panels: list[Axes], matrices: tuple[np.ndarray, np.ndarray], name: str) -> None:
+    """Draw the source matrix and the grown one at one scale: entries, or blocks of a large one."""
+    before, after = matrices
+    longest = max(*before.shape, *after.shape)
+    has_entries = longest <= CELLS
+    shown = matrices if has_entries else tuple(map(_blocks, matrices))
+    # A few entries that are far larger than all others would leave the rest pale.
+    largest = [float(np.quantile(np.abs(part), 0.995)) for part in shown]
+    limit = max(largest) or 1.0
+    scale: dict[str, Any] = {"vmin": 0.0, "vmax": limit, "cmap": "magma"}
+    label = "root mean square of each block"
+    if has_entries:
+        scale |= {"vmin": -limit, "cmap": "RdBu_r"}
+        label = "entry"
+    owners = ("the source's", "grown")
+    for axes, matrix, part, owner in zip(panels, matrices, shown, owners, strict=True):
+        image = _show(axes, matrix.shape, part, **scale)
+        rows, width = matrix.shape
+        title = f"{owner} {name},\n{rows}×{width}"
+        axes.set_title(title, **_TITLE)
+    figure.colorbar(image, ax=panels, label=label, shrink=0.85)
 
 
 def _legend() -> list[Any]:
@@ -220,7 +240,8 @@ def _widths(step: Step) -> list[float]:
 
 
 def _short(name: str) -> str:
-    return name.removesuffix(".weight").rsplit(".", 1)[-1]
+    module = name.removesuffix(".weight")
+    return module.rpartition(".")[2]
 
 
 def _show(axes: Axes, shape: tuple[int, ...], values: np.ndarray, **style: Any) -> Any:
@@ -248,9 +269,12 @@ def grown_matrix(plan: Plan, step: Step, reader: Reader) -> np.ndarray:
 def _blocks(matrix: np.ndarray) -> np.ndarray:
     """Compute the root mean square of blocks; of a small matrix, of each entry."""
     squares = matrix.astype(np.float64) ** 2
-    row_edges, column_edges = (_edges(length) for length in matrix.shape)
+    rows, columns = matrix.shape
+    row_edges = _edges(rows)
+    column_edges = _edges(columns)
     heights = np.diff(row_edges)[:, None]
     widths = np.diff(column_edges)
+    # The mean over the rows of each block, then over its columns.
     sums = np.add.reduceat(squares, row_edges[:-1], axis=0)
     by_rows = sums / heights
     sums = np.add.reduceat(by_rows, column_edges[:-1], axis=1)
@@ -267,7 +291,9 @@ def _edges(length: int) -> np.ndarray:
 
 def _sampled(values: np.ndarray) -> np.ndarray:
     """Take every so many-th row and column, at most a few hundred."""
-    rows, columns = (
-        np.linspace(0, size - 1, min(size, 2 * CELLS)).round().astype(int) for size in values.shape
-    )
-    return values[np.ix_(rows, columns)]
+    indices = []
+    for size in values.shape:
+        count = min(size, 2 * CELLS)
+        places = np.linspace(0, size - 1, count)
+        indices.append(places.round().astype(int))
+    return values[np.ix_(*indices)]

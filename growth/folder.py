@@ -97,8 +97,10 @@ class Place:
                 f"out {out}: exists already; choose another folder, or overwrite=true to replace it once "
                 "the new one is complete"
             )
-        others = strangers(out) if out.is_dir() else []
-        is_checkpoint = out.is_dir() and (not others or (out / "config.json").exists())
+        is_folder = out.is_dir()
+        others = strangers(out) if is_folder else []
+        has_config = (out / "config.json").exists()
+        is_checkpoint = is_folder and (has_config or not others)
         if not is_checkpoint:
             raise UserError(
                 f"out {out}: exists and is no checkpoint folder, so it is not replaced; choose another folder"
@@ -257,8 +259,8 @@ def files_in(folder: Path) -> dict[str, str | None]:
     paths = [path for path in folder.rglob("*") if not path.is_dir()]
     files = {str(path.relative_to(folder)): path for path in paths}
     marks = (WORKER, f".{WORKER}")
-    names = [name for name in files if name != MARK and not name.startswith(marks)]
-    finished = {name: _fingerprint(files[name]) for name in sorted(names)}
+    results = [name for name in files if name != MARK and not name.startswith(marks)]
+    finished = {name: _fingerprint(files[name]) for name in sorted(results)}
     return {**finished, "config.json": None, RECIPE: None}
 
 
@@ -320,7 +322,7 @@ def _holds(folder: Path, path: Path) -> bool:
         return False
     stat = folder.stat()
     real = path.resolve()
-    parts = [part for part in (real, *real.parents) if part.exists()]
+    parts = filter(Path.exists, (real, *real.parents))
     return any(os.path.samestat(stat, part.stat()) for part in parts)
 
 

@@ -76,8 +76,9 @@ class Grown:
         if self.receipt:
             change = f"max |Δlogit| {self.receipt.max_delta:.3g}"
             receipt = f"{change}, KL {self.receipt.kl:.3g}"
-        receipt_line = f"  receipt: {receipt}"
-        lines = [f"{state}, {headline.lower()}", *details[:1], *details[2:], receipt_line]
+        first = f"{state}, {headline.lower()}"
+        last = f"  receipt: {receipt}"
+        lines = [first, *details[:1], *details[2:], last]
         return "\n".join(lines)
 
     def describe(self) -> str:
@@ -149,7 +150,8 @@ def grow(
         max_shard_bytes=max_shard_bytes, revision=revision,
         optimizer=optimizer, nonfinite=nonfinite, worker=worker, progress=progress, learning=learning,
     )  # fmt: skip
-    if operator in LEARNED and "text" in options_of(operator):
+    learns_on_text = operator in LEARNED and "text" in options_of(operator)
+    if learns_on_text:
         options["text"] = None if text is None else str(text)
         text = None
     text = text if receipt_text is None else receipt_text
@@ -172,16 +174,19 @@ def grow(
         passage = None
         if text is not None and receipt is not False:
             passage = passage_for(checkpoint.folder, text)
-        allows_nonfinite = nonfinite == "allow"
-        reader = checkpoint if allows_nonfinite else FiniteReader(checkpoint, decided.dtypes)
-        adam = None if optimizer is None else _read_adam(optimizer, decided)
+        reader: Reader = checkpoint
+        if nonfinite == "refuse":
+            reader = FiniteReader(checkpoint, decided.dtypes)
+        adam = None
+        reads = [*checkpoint.files]
+        if optimizer is not None:
+            optimizer = Path(os.path.expanduser(optimizer))
+            reads.append(optimizer)
+            adam = _read_adam(optimizer, decided)
         lesson = read_lesson(decided, checkpoint, text)
         shards = shards_of(decided, max_shard_bytes)
         state = out.parent / f"{out.name}{KEPT}"
         how: dict[str, Any] = {"threads": threads, "progress": progress}
-        reads = [*checkpoint.files]
-        if optimizer is not None:
-            reads.append(Path(os.path.expanduser(optimizer)))
 
         def complete(folder: Path) -> tuple[Receipt | None, dict[str, Any] | None]:
             """Write and verify what a folder holds besides its shards."""
@@ -223,11 +228,12 @@ def grow(
 def _is_measured(receipt: bool | None, text: str | Path | None, plan: Plan, checkpoint: Checkpoint) -> bool:
     if receipt is not None:
         return receipt
-    small = plan.source_parameters + plan.target_parameters <= RECEIPT_PARAMETERS
     if text is not None:
         return True
+    parameters = plan.source_parameters + plan.target_parameters
+    is_small = parameters <= RECEIPT_PARAMETERS
     is_plain = checkpoint.quantised is None
-    return small and is_plain and find_spec("torch") is not None
+    return is_small and is_plain and find_spec("torch") is not None
 
 
 def _grow_share(
@@ -262,12 +268,13 @@ def read_lesson(plan: Plan, source: Checkpoint, text: str | Path | None) -> Cali
     Raises:
         UserError: it cannot be read, or holds the `text` that the receipt is measured on.
     """
-    if plan.lesson is None or plan.lesson.text is None:
+    learned_text = None if plan.lesson is None else plan.lesson.text
+    if learned_text is None:
         return None
     from outgrow.growth.learned.learn import calibration  # imports torch
     from outgrow.growth.learned.text import holds
 
-    if text is not None and holds(plan.lesson.text, text):
+    if text is not None and holds(learned_text, text):
         raise UserError(
             f"receipt.text {str(text)!r}: is growth.text, which is learned on, or a part of it; measure on "
             "another text"
@@ -284,10 +291,10 @@ def _learn(plan: Plan, *of: Any) -> dict[str, Any] | None:
     return learn(plan, *of)
 
 
-def _read_adam(path: str | Path, plan: Plan) -> AdamState:
+def _read_adam(path: Path, plan: Plan) -> AdamState:
     from outgrow.growth.adam import read_adam  # imports torch, which growing weights does without
 
-    return read_adam(Path(os.path.expanduser(path)), plan)
+    return read_adam(path, plan)
 
 
 def _write_adam(folder: Path, plan: Plan, adam: AdamState, max_shard_bytes: int, **how: Any) -> None:
@@ -356,7 +363,7 @@ def _equal(source: Checkpoint, one: str, other: str) -> bool:
     """Check whether two stored tensors hold the same bits, some rows at a time."""
     stored = source.tensors[one]
     beside = source.tensors[other]
-    if stored.dtype != beside.dtype or stored.shape != beside.shape:
+    if (stored.dtype, stored.shape) != (beside.dtype, beside.shape):
         return False
     rows = stored.shape[0]
     for start in range(0, rows, ROWS):

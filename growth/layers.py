@@ -138,7 +138,11 @@ def neighbours(source: int, target: int) -> list[int]:
             f"{source}, not {target}; use stack or interleave, or grow twice"
         )
     filled = {(2 * number + 1) * gaps // (2 * extra) for number in range(extra)}
-    return [layer for layer in range(source) for _ in range(2 if layer in filled else 1)]
+    layers = []
+    for layer in range(source):
+        copies = 2 if layer in filled else 1
+        layers += [layer] * copies
+    return layers
 
 
 def _at_most_double(rule: str, source: int, target: int) -> None:

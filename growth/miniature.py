@@ -41,8 +41,8 @@ def miniature(draft: Draft, source: Config, target: Config, depth: str | Sequenc
             own = int(tiny[key])
             wanted[key] = scaled(own, before, after)
     wanted |= _head_dim(draft, source, target)
-    changes = {key: size for key, size in wanted.items() if size != tiny.get(key)}
-    changes = {key: size for key, size in changes.items() if _differs(key, source, target)}
+    keys_changed = [key for key, size in wanted.items() if size != tiny.get(key)]
+    changes = {key: wanted[key] for key in keys_changed if _differs(key, source, target)}
     # A few more tokens, positions and layers.
     for key in filter(None, (keys.vocab, keys.positions)):
         if target.get(key) != source.get(key):

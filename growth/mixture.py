@@ -116,7 +116,8 @@ def _mixture(source: Config, kind: Any, wanted: Config, asked: Upcycling | Exper
     Raises:
         UserError: there is none, or the other tensors of the two families differ; the message names them.
     """
-    known, own = mixtures(), source["model_type"]
+    known = mixtures()
+    own = source["model_type"]
     copies = isinstance(asked, ExpertCopy)
     if own in known and not copies:
         raise UserError(

@@ -109,11 +109,13 @@ def lossless(growth: Growth) -> Recipe:
 
     Lossless where the rotary count stays, and where the normalised spaces (per-head q/k norms) do not grow.
     """
-    return (
-        lemon(growth)
-        if growth.short and growth.sets_eps
-        else _average_expansion(growth, lambda rho: 1 / sqrt(rho))
-    )
+    if growth.short and growth.sets_eps:
+        return lemon(growth)
+
+    def keeping_variance(rho: float) -> float:
+        return 1 / sqrt(rho)
+
+    return _average_expansion(growth, keeping_variance)
 
 
 def lemon(growth: Growth) -> Recipe:
@@ -125,52 +127,67 @@ def lemon(growth: Growth) -> Recipe:
     """
     n = growth.source["residual"]
     N = growth.target["residual"]
-    rho = (N // n) * n / N
     recipe = _average_expansion(growth, lambda rho: 1.0)
-    return replace(recipe, eps_factor=rho)
+    return replace(recipe, eps_factor=_share_copied(n, N))
+
+
+def _share_copied(n: int, N: int) -> float:
+    """ρ = r·n/N: the share of a grown space that whole copies fill."""
+    r = N // n
+    return r * n / N
 
 
 def _average_expansion(growth: Growth, writer_gain: Callable[[float], float]) -> Recipe:
     def grow(space: str, n: int, N: int) -> Expansion:
         if space == "residual":
-            rho = (N // n) * n / N
-            return _average_residual(growth, n, N, writer_gain(rho))
+            gain = writer_gain(_share_copied(n, N))
+            return _average_residual(growth, n, N, gain)
         if space in ("qk", "v"):
             return _free_head_dims(growth, space, n, N)
-        copies = AxisMap.of(n, _wrapped(n, N))
+        index = _wrapped(n, N)
+        copies = AxisMap.of(n, index)
         rule = f"{n} → {N}: copied in turn, readers divided"
         return Expansion.of(copies, copies.split(), rule)
 
-    return Recipe(_each_space(growth, grow), hidden_ratio=growth.hidden_ratio, moments="transpose")
+    expansions = _each_space(growth, grow)
+    return Recipe(expansions, hidden_ratio=growth.hidden_ratio, moments="transpose")
 
 
 def _average_residual(growth: Growth, n: int, N: int, c: float) -> Expansion:
     """Make the residual stream's lossless expansion with writers × `c`; see `lossless`."""
     r = N // n
-    rho = r * n / N
+    copied = r * n
+    residue = N - copied
     position = np.arange(N)
-    is_copy = position < r * n
     turns = position % n
-    index = np.where(is_copy, turns, -1)
-    mean = growth.family.norm == "layer"
-    gain = sqrt(rho)
+    index = np.where(position < copied, turns, -1)
+    # Writers: the residue repeats the mean, or is zero where the norm subtracts none.
+    has_mean = growth.family.norm == "layer"
+    fill = Fill.MEAN if has_mean else Fill.ZERO
+    # Readers: r parts that sum to the source, whatever the residue columns are.
+    copies = AxisMap.of(n, index, Fill.RANDOM)
+    head = copies.split()
+    read = head
+    if not growth.family.prenorm:
+        read = head.scaled(1 / c)
+    # Norms.
+    gain = sqrt(_share_copied(n, N))
     scale = AxisMap.of(n, index, Fill.MEAN, gain=gain)
     shift = AxisMap.of(n, index, Fill.ZERO)
-    copies = AxisMap.of(n, index, Fill.RANDOM)
-    read = copies.split()
+    # A tied head reads r undivided copies, each × c: the final norm takes that back.
     tied = 1.0
     if growth.tied:
         tied = 1 / (r * c * growth.embedding_gain)
-    fill = Fill.MEAN if mean else Fill.ZERO
-    word = "mean" if mean else "zero"
-    rest = N - r * n
-    residues = f", {rest} {word} residues"
-    residue = residues if rest > 0 else ""
+    rule = f"{n} → {N}: {r} × copied"
+    if residue > 0:
+        word = "mean" if has_mean else "zero"
+        rule += f", {residue} {word} residues"
+    rule += f", written × {c:.4g}, norm scale × {gain:.4g}"
     return Expansion(
         write=AxisMap.of(n, index, fill, gain=c),
-        read=read if growth.family.prenorm else read.scaled(1 / c),
-        head=read,
-        rule=f"{n} → {N}: {r} × copied{residue}, written × {c:.4g}, norm scale × {sqrt(rho):.4g}",
+        read=read,
+        head=head,
+        rule=rule,
         scale=scale,
         shift=shift,
         final_scale=scale.scaled(tied),
@@ -180,23 +197,26 @@ def _average_residual(growth: Growth, n: int, N: int, c: float) -> Expansion:
 
 
 def _free_head_dims(growth: Growth, space: str, n: int, N: int) -> Expansion:
-    family = growth.family
-    turned = family.rotary_dims(growth.source_config)
-    turned_target = family.rotary_dims(growth.target_config)
     index = _padded(n, N)
+    gain = 1.0
     if space == "qk":
+        family = growth.family
+        turned = family.rotary_dims(growth.source_config)
+        turned_target = family.rotary_dims(growth.target_config)
         index = _pairs_padded(n, N, turned, turned_target)
-    gain = growth.attention_gain if space == "qk" else 1.0
+        gain = growth.attention_gain
     write = AxisMap.of(n, index, Fill.RANDOM, gain=gain)
     kept = AxisMap.of(n, index, Fill.RANDOM)
-    scaled = "" if isclose(gain, 1) else f", queries × {gain:.4g}"
-    return Expansion.of(
-        write,
-        kept.filled(Fill.ZERO),
-        f"{n} → {N}: {N - n} new dims written fresh and read as zero{scaled}",
-        scale=kept,
-        shift=kept,
-    )
+    read = kept.filled(Fill.ZERO)
+    rule = f"{n} → {N}: {N - n} new dims written fresh and read as zero{_scaled_queries(gain)}"
+    return Expansion.of(write, read, rule, scale=kept, shift=kept)
+
+
+def _scaled_queries(gain: float) -> str:
+    """Name the gain of queries at the end of a rule, where there is one."""
+    if isclose(gain, 1):
+        return ""
+    return f", queries × {gain:.4g}"
 
 
 def random_pad(growth: Growth) -> Recipe:
@@ -217,7 +237,8 @@ def _pad(growth: Growth, fill: Fill, word: str) -> Recipe:
         rule = f"{n} → {N}: source first, {rest}"
         return Expansion.of(kept, kept, rule)
 
-    return Recipe(_each_space(growth, grow))
+    expansions = _each_space(growth, grow)
+    return Recipe(expansions)
 
 
 def tile(growth: Growth, *, mode: str = "middle", heads: str = "head_aware") -> Recipe:
@@ -248,8 +269,9 @@ def tile(growth: Growth, *, mode: str = "middle", heads: str = "head_aware") -> 
         rule = f"{n} → {N}: {how}"
         return Expansion.of(kept, kept, rule)
 
+    expansions = _each_space(growth, grow)
     flat = tiled if heads == "flat" else None
-    return Recipe(_each_space(growth, grow), flat=flat)
+    return Recipe(expansions, flat=flat)
 
 
 def scratch(growth: Growth) -> Recipe:
@@ -265,7 +287,8 @@ def scratch(growth: Growth) -> Recipe:
         return Expansion.of(new, new, "fresh")
 
     spaces = [space for space in growth.source if space != "layer"]
-    return Recipe({space: fresh(space) for space in spaces}, inherits=False)
+    expansions = {space: fresh(space) for space in spaces}
+    return Recipe(expansions, inherits=False)
 
 
 def zero_pad(growth: Growth) -> Recipe:
@@ -313,35 +336,33 @@ def bert2bert_aki(growth: Growth) -> Recipe:
     expansions = dict(net2net(growth).expansions)
     for space, expansion in expansions.items():
         if growth.grows(space) and space not in ("vocab", "pos"):
-            write = expansion.write
-            new = np.arange(write.target) >= write.source
-            expansions[space] = replace(
-                expansion,
-                write=expansion.write.from_next_layer(new),
-                rule=expansion.rule + ", new rows from the next layer",
-            )
+            copies = expansion.write
+            is_new = np.arange(copies.target) >= copies.source
+            write = copies.from_next_layer(is_new)
+            rule = f"{expansion.rule}, new rows from the next layer"
+            expansions[space] = replace(expansion, write=write, rule=rule)
     return Recipe(expansions, hidden_ratio=growth.hidden_ratio)
 
 
 def _random_copies(growth: Growth, space: str, n: int, N: int) -> Expansion:
     """Copy indices 0 … n-1 once each, then random ones; of a head, dims that rotary positions do not turn."""
-    is_query = space == "qk"
-    turned = growth.family.rotary_dims(growth.source_config) if is_query else 0
+    gain = 1.0
+    turned = 0
+    if space == "qk":
+        gain = growth.attention_gain
+        turned = growth.family.rotary_dims(growth.source_config)
     first = turned if turned < n else 0
     numbers = generator(growth.seed, "copies", space)
     drawn = numbers.integers(first, n, N - n)
     own = np.arange(n)
     index = np.concatenate([own, drawn])
     copies = AxisMap.of(n, index)
-    gain = growth.attention_gain if is_query else 1.0
-    rule = f"{n} → {N}: {N - n} random copies, readers divided"
-    if not isclose(gain, 1):
-        rule += f", queries × {gain:.4g}"
     write = copies.scaled(gain)
     read = copies.split()
+    rule = f"{n} → {N}: {N - n} random copies, readers divided{_scaled_queries(gain)}"
     expansion = Expansion.of(write, read, rule, scale=copies, shift=copies)
     if space == "residual" and growth.tied:  # the head is the embedding, whose copies are not divided
-        expansion = replace(expansion, final_scale=copies.split(), final_shift=copies.split())
+        expansion = replace(expansion, final_scale=read, final_shift=read)
     return expansion
 
 
@@ -358,8 +379,7 @@ def hyperclone(growth: Growth, *, form: str = "symmetric") -> Recipe:
         unknown("hyperclone form", form, ("symmetric", "diagonal"))
     apart = ("layer", "vocab", "pos")
     spaces = [space for space in growth.source if space not in apart]
-    sizes = [(growth.source[space], growth.target[space]) for space in spaces]
-    grown = dict(zip(spaces, sizes, strict=True))
+    grown = {space: (growth.source[space], growth.target[space]) for space in spaces}
     UserError.collect(
         (
             f"hyperclone: {space} {n} → {N} is no whole factor; choose a multiple, or operator lossless, "
@@ -378,20 +398,19 @@ def hyperclone(growth: Growth, *, form: str = "symmetric") -> Recipe:
     )
 
     def grow(space: str, n: int, N: int) -> Expansion:
-        copies = AxisMap.of(n, _wrapped(n, N))
+        index = _wrapped(n, N)
+        copies = AxisMap.of(n, index)
+        read = copies.split()
         times = f"cloned {N // n} ×"
         rule = f"{n} → {N}: {times}, readers divided"
-        expansion = Expansion.of(copies, copies.split(), rule, scale=copies, shift=copies)
+        expansion = Expansion.of(copies, read, rule, scale=copies, shift=copies)
         if space != "residual":
             return expansion
-        scale = copies.scaled(1.0)
-        shift = copies.scaled(1.0)
+        final = copies.scaled(1.0)
         if growth.tied:
             undo = 1 / growth.embedding_gain
-            scale = copies.split().scaled(undo)
-            shift = copies.split().scaled(undo)
-        expansion = replace(expansion, final_scale=scale, final_shift=shift)
-        return expansion
+            final = read.scaled(undo)
+        return replace(expansion, final_scale=final, final_shift=final)
 
     return Recipe(
         _each_space(growth, grow),
@@ -419,23 +438,27 @@ def sparkling(growth: Growth) -> Recipe:
         )
 
     def grow(space: str, n: int, N: int) -> Expansion:
-        copies = AxisMap.of(n, _wrapped(n, N))
+        index = _wrapped(n, N)
+        copies = AxisMap.of(n, index)
         rule = f"{n} → {N}: copied in turn, fan-in rescaled"
         return Expansion.of(copies, copies, rule)
 
     def factor(tensor: Tensor) -> float:
         line = tensor.line
-        if line.kind != "linear" or line.into is None or tensor.is_bias:
+        is_matrix = line.kind == "linear" and not tensor.is_bias
+        if line.into is None or not is_matrix:
             return 1.0
         d = size(line.into, growth.source)
         D = size(line.into, growth.target)
         out = size(line.out, growth.source)
-        if out == size(line.out, growth.target):
+        out_target = size(line.out, growth.target)
+        if out == out_target:
             return sqrt(d / D)
         coherent = 3 * (D - d) / d
         return sqrt(1 / (1 + coherent))
 
-    return Recipe(_each_space(growth, grow), factor=factor, moments="original")
+    expansions = _each_space(growth, grow)
+    return Recipe(expansions, factor=factor, moments="original")
 
 
 OPERATORS: dict[str, Operator] = {
@@ -470,9 +493,9 @@ def default_noise(operator: str) -> float:
 def options_of(operator: str) -> list[str]:
     """List the names of an operator's own options."""
     every_operator = OPERATORS | CHANGES | LEARNED
-    parameters = inspect.signature(every_operator[operator]).parameters
+    signature = inspect.signature(every_operator[operator])
     named = inspect.Parameter.KEYWORD_ONLY
-    return [name for name, parameter in parameters.items() if parameter.kind is named]
+    return [parameter.name for parameter in signature.parameters.values() if parameter.kind is named]
 
 
 def recipe(operator: str, growth: Growth, options: Mapping[str, Any]) -> Recipe:

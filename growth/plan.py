@@ -32,7 +32,8 @@ class Plan(Decision):
     """A decision with its certificate, its remarks and its words."""
 
     def __repr__(self) -> str:
-        return "\n".join(words.summary(self, self.certificate.reasons))
+        lines = words.summary(self, self.certificate.reasons)
+        return "\n".join(lines)
 
     def describe(self) -> str:
         """The plan in words: spaces, layers, one line per module, certificate with its reasons, notes,
@@ -83,7 +84,9 @@ def decide(
     decided = recipe(operator, growth, options)
     steps = tuple(_steps(growth, decided, layers))
     _check_sources(growth, steps)
-    dtypes = check_tensors(held, growth, steps) if held is not None else {}
+    dtypes: dict[str, str] = {}
+    if held is not None:
+        dtypes = check_tensors(held, growth, steps)
     if fresh != "init" and not decided.inherits:
         raise UserError(f"fresh {fresh!r}: operator {operator!r} inherits nothing to match; leave it out")
     return Plan(growth, operator, options, noise, decided, layers, steps, dtypes, notes, fresh=fresh)
@@ -121,7 +124,8 @@ def _class_faults(growth: Growth) -> Iterator[str]:
     Raises:
         UserError: a value is no size at all.
     """
-    family, config = growth.family, growth.target_config
+    family = growth.family
+    config = growth.target_config
     family.optional(config, "max_position_embeddings")
     initial_deviation(config)
     hidden = family.field_name("hidden_size")
@@ -134,8 +138,11 @@ def _class_faults(growth: Growth) -> Iterator[str]:
         )
     for key, standard in family.follows.items():
         size = family.field_name(standard)
-        followed_before = growth.source_config.get(key) == growth.source_config[size]
-        if followed_before and config.get(key) not in (None, config[size]):
+        source = growth.source_config
+        followed_before = source.get(key) == source[size]
+        if not followed_before:
+            continue
+        if config.get(key) not in (None, config[size]):
             yield (
                 f"target: {key} {config[key]} must be {size} {config[size]}, as in the source; leave it "
                 "out and it follows"
@@ -148,8 +155,8 @@ def _class_faults(growth: Growth) -> Iterator[str]:
             "choose an even head dim"
         )
     for key, factors in rope_of(config).items():
-        per_pair = key in ("short_factor", "long_factor") and isinstance(factors, list)
-        if per_pair and len(factors) != turned // 2:
+        is_per_pair = key in ("short_factor", "long_factor")
+        if is_per_pair and isinstance(factors, list) and len(factors) != turned // 2:
             yield (
                 f"target: rope_parameters.{key} has {len(factors)} entries, wanted is one for each pair of "
                 f"{turned} rotary dims"
@@ -186,16 +193,18 @@ def _among_kinds(layers: LayerMap, growth: Growth) -> LayerMap:
     layers).
     """
     family = growth.family
-    one_kind = all(line.only is None for line in family.lines)
+    has_kinds = any(line.only is not None for line in family.lines)
     is_deeper = layers.source != layers.target
-    if layers.rule != "identity" or one_kind or not is_deeper:
+    if layers.rule != "identity" or not has_kinds or not is_deeper:
         return layers
-    config = followed(dict(growth.target_config), growth, Recipe({}), layers)
+    copied = dict(growth.target_config)
+    config = followed(copied, growth, Recipe({}), layers)
     source = _kinds_in_class(family, growth.source_config)
     target = _kinds_in_class(family, config)
     if len(target) != layers.target:
         return layers
-    if target == [source[layer] for layer in layers.layers]:
+    inherited = [source[layer] for layer in layers.layers]
+    if target == inherited:
         return layers
     return among_kinds(source, target) or layers
 
@@ -210,7 +219,8 @@ def _kinds_in_class(family: Family, config: Config) -> list[frozenset[str]]:
     prefix = layered[0].partition("*")[0]
     kinds: dict[int, set[str]] = {}
     for name in shapes(config):
-        number, _, rest = name.removeprefix(prefix).partition(".")
+        in_layers = name.removeprefix(prefix)
+        number, _, rest = in_layers.partition(".")
         if name.startswith(prefix) and number.isdigit():
             tensors = kinds.setdefault(int(number), set())
             tensors.add(rest)
@@ -219,27 +229,30 @@ def _kinds_in_class(family: Family, config: Config) -> list[frozenset[str]]:
 
 def _steps(growth: Growth, recipe: Recipe, layers: LayerMap) -> Iterator[Step]:
     """Yield a step for every stored target tensor."""
-    maps: dict[LineKey, tuple[AxisMap, ...]] = {}
-    writes_residual = growth.family.writes_residual
-    for tensor in growth.family.tensors(growth.target_config, layers.layers):
+    maps_of: dict[LineKey, tuple[AxisMap, ...]] = {}  # every layer shares its line's maps
+    family = growth.family
+    for tensor in family.tensors(growth.target_config, layers.layers):
         if tensor.tied:
             continue
-        line, layer = tensor.line, tensor.layer
+        line = tensor.line
+        key = (line.name, line.text, tensor.is_bias)
+        if key not in maps_of:
+            maps_of[key] = recipe.maps(tensor)
+        maps = maps_of[key]
+        # An identity layer passes the residual stream on: what writes to it there is zero.
+        layer = tensor.layer
+        passes_on = layer is not None and layers.identity[layer]
+        idle = recipe.inherits and passes_on and family.writes_residual(tensor)
         source_layer = None if layer is None else layers.layers[layer]
         name = source_name(tensor, growth, source_layer)
-        key = (line.name, line.text, tensor.is_bias)  # every layer shares its line's maps
-        if key not in maps:
-            maps[key] = recipe.maps(tensor)
-        passes_on = layer is not None and layers.identity[layer]
-        idle = recipe.inherits and passes_on and writes_residual(tensor)
         yield Step(
             tensor,
             source=name if recipe.inherits and not idle else None,
-            maps=maps[key],
+            maps=maps,
             zero=idle,
-            next_source=_next_source(tensor, growth, layers, maps[key]),
+            next_source=_next_source(tensor, growth, layers, maps),
             beside=_beside(tensor, growth, layers) if recipe.inherits else None,
-            diagonal=recipe.diagonal and _copied_both_ways(tensor, maps[key]),
+            diagonal=recipe.diagonal and _copied_both_ways(tensor, maps),
         )
 
 
@@ -248,8 +261,8 @@ def _next_source(tensor: Tensor, growth: Growth, layers: LayerMap, maps: Sequenc
 
     The last of them, and tensors outside the layers, stand in for themselves.
     """
-    from_next = [axis.fill == Fill.NEXT for axis in maps]
-    if not any(marked.any() for marked in from_next):
+    has_next = [(axis.fill == Fill.NEXT).any() for axis in maps]
+    if not any(has_next):
         return None
     if tensor.layer is None:
         return source_name(tensor, growth, None)
@@ -263,19 +276,22 @@ def _beside(tensor: Tensor, growth: Growth, layers: LayerMap) -> str | None:
     number = tensor.layer
     if number is None or number not in layers.between:
         return None
-    return _of_next_layer(tensor, growth, layers, layers.layers[number])
+    own = layers.layers[number]
+    return _of_next_layer(tensor, growth, layers, own)
 
 
 def _of_next_layer(tensor: Tensor, growth: Growth, layers: LayerMap, own: int) -> str | None:
     """Name a tensor of the next source layer after `own` that has it; None where none has."""
-    later = [layer for layer in tensor.line.layers_of(layers.source) if layer > own]
+    having = tensor.line.layers_of(layers.source)
+    later = [layer for layer in having if layer > own]
     return source_name(tensor, growth, later[0]) if later else None
 
 
 def _copied_both_ways(tensor: Tensor, maps: Sequence[AxisMap]) -> bool:
     """Check whether a matrix both writes and reads copies."""
-    is_matrix = len(maps) == 2 and tensor.line.kind == "linear"
-    return is_matrix and all(axis.repeats for axis in maps)
+    is_matrix = len(maps) == 2
+    is_linear = tensor.line.kind == "linear"
+    return is_matrix and is_linear and all(axis.repeats for axis in maps)
 
 
 class Held(Protocol):
@@ -326,9 +342,8 @@ def _wrapper(missing: Sequence[str], stored: Mapping[str, Stored]) -> str:
 
 def check_tensors(checkpoint: Held, growth: Growth, steps: Sequence[Step]) -> dict[str, str]:
     """Check the stored tensors against the schema; return their dtypes."""
-    stored, family = checkpoint.tensors, growth.family
-    computed = [step.tensor for step in steps if not step.is_copy]
-    changed = {tensor.pattern for tensor in computed}
+    stored = checkpoint.tensors
+    family = growth.family
     tensors = family.tensors(growth.source_config)
     schema = {tensor.name: tensor for tensor in tensors}
     faults = []
@@ -359,9 +374,12 @@ def check_tensors(checkpoint: Held, growth: Growth, steps: Sequence[Step]) -> di
             f"{checkpoint.folder}: unknown {names_of(strange)}, which the {family.name} schema does not have"
         )
     present = [tensor for name, tensor in schema.items() if name in stored]
+    computed = [step.tensor for step in steps if not step.is_copy]
+    changed = {tensor.pattern for tensor in computed}
     faults += _misfits(present, stored, changed)
     UserError.collect(faults)
-    dtypes = {name: entry.dtype for name, entry in stored.items() if name in schema}
+    named = [name for name in stored if name in schema]
+    dtypes = {name: stored[name].dtype for name in named}
     wide = [name for name, dtype in dtypes.items() if dtype == "F64"]
     if growth.dtype is not None and wide:
         raise UserError(

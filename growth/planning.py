@@ -178,7 +178,8 @@ def _as_the_class_starts(plan: Plan, called: Mapping[str, str]) -> Plan:
     if not fresh:
         return plan
     known = starts(plan.target_config)
-    followed = {name: known[called[name]] for name in fresh if called[name] in known}
+    called_known = [name for name in fresh if called[name] in known]
+    followed = {name: known[called[name]] for name in called_known}
     unknown = [name for name in fresh if name not in followed]
     notes = plan.notes
     if unknown:

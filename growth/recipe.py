@@ -46,7 +46,8 @@ class Growth:
         """Check whether the residual stream's norms can have another epsilon: a key sets it, and for no other
         norm.
         """
-        family, source = self.family, self.source_config
+        family = self.family
+        source = self.source_config
         return (
             family.sets_eps
             and not family.other_norms(source)
@@ -64,7 +65,8 @@ class Growth:
     @property
     def smaller(self) -> list[str]:
         """The faults of a target that is smaller than the source somewhere."""
-        source, target = self.source, self.target
+        source = self.source
+        target = self.target
         spaces = [
             space
             for space in source
@@ -107,7 +109,8 @@ class Growth:
     def attention_gain(self) -> float:
         """The gain on q·k under which the library's scaling gives the source's attention logits."""
         family = self.family
-        condition, scale = family.scaled_if, family.attention_scale
+        scale = family.attention_scale
+        condition = family.scaled_if
         if condition is not None and not family.flag(self.source_config, condition):
             return 1.0
         if scale == "head_dim":

@@ -22,9 +22,9 @@ COUNTED = ("num_attention_heads", "num_key_value_heads")
 def remarks(plan: Decision, *, lossless: bool) -> tuple[str, ...]:
     """Write one line each: rounding, copies that stay equal, bad starts, sizes that hardware dislikes."""
     rounding = _rounding(plan) if lossless else ()
-    copies, fresh = _equal_copies(plan), _fresh(plan)
-    experts = _equal_experts(plan)
-    return (*rounding, *copies, *experts, *fresh, *_starts(plan), *_sizes(plan))
+    equal = (*_equal_copies(plan), *_equal_experts(plan))
+    drawn = (*_fresh(plan), *_starts(plan))
+    return (*rounding, *equal, *drawn, *_sizes(plan))
 
 
 def _rounding(plan: Decision) -> Iterator[str]:
@@ -66,7 +66,8 @@ def _rounds(step: Step) -> bool:
         mantissas, _ = np.frexp(gains)
         if (mantissas != 0.5).any():
             return True
-    return any(bool((axis.fill == Fill.MEAN).any()) for axis in step.maps)
+    has_mean = [bool((axis.fill == Fill.MEAN).any()) for axis in step.maps]
+    return any(has_mean)
 
 
 def _gains(axis: AxisMap) -> np.ndarray:
@@ -114,10 +115,11 @@ def _dropout_rates(plan: Decision) -> Iterator[str]:
 
 def _equal_experts(plan: Decision) -> Iterator[str]:
     """Name copies of experts that have the router rows and the weights of others."""
-    if plan.change is None or not isinstance(plan.change.asked, ExpertCopy) or plan.change.asked.delta:
+    change = plan.change
+    if change is None or not isinstance(change.asked, ExpertCopy) or change.asked.delta:
         return
-    within = plan.change.within.growth
-    if plan.noise and any(within.grows(space) for space in within.source):
+    within = change.within.growth
+    if plan.noise and any(map(within.grows, within.source)):
         return  # which sets apart whatever reads copies
     before = plan.recipe.expansions["expert"].write.source
     after = plan.recipe.expansions["expert"].write.target
@@ -138,9 +140,11 @@ def _evenly_read(write: AxisMap, read: AxisMap) -> int:
 
 def _starts(plan: Decision) -> Iterator[str]:
     """Name growths whose start is worse than their name promises."""
-    layers, growth = plan.layers, plan.growth
+    layers = plan.layers
+    growth = plan.growth
     apart = ("layer", "vocab", "pos")
-    widened = [space for space in growth.source if space not in apart and growth.grows(space)]
+    spaces = [space for space in growth.source if space not in apart]
+    widened = list(filter(growth.grows, spaces))
     if widened and plan.operator == "zero_pad":
         yield (
             "zero_pad is a null control: nothing ever learns to read its new entries, whose gradients stay "
@@ -163,8 +167,10 @@ def _starts(plan: Decision) -> Iterator[str]:
 
 def _sizes(plan: Decision) -> Iterator[str]:
     """Name sizes that the growth chose and that hardware pays for."""
-    family, growth = plan.family, plan.growth
-    config, source = plan.target_config, plan.source_config
+    family = plan.family
+    growth = plan.growth
+    config = plan.target_config
+    source = plan.source_config
     names = map(family.field_name, SIZES)
     widths = [f"{key} {config[key]}" for key in names if _off(plan, key, WIDTH)]
     if widths:
@@ -176,7 +182,8 @@ def _sizes(plan: Decision) -> Iterator[str]:
             "refuse"
         )
     counted = map(family.field_name, COUNTED)
-    experts = [key for key in config if EXPERTS.search(key) and "shared" not in key and "zero" not in key]
+    of_experts = filter(EXPERTS.search, config)
+    experts = [key for key in of_experts if "shared" not in key and "zero" not in key]
     for key in (*counted, *experts):
         count = config.get(key)
         stays = count == source.get(key)

@@ -161,7 +161,11 @@ def _check_counts(entries: Mapping[str, Any], where: str) -> None:
     """
     for key, value in entries.items():
         name = key.rpartition(".")[2]
-        most = MAX_LAYERS if name in DEPTH_KEYS else MAX_EXPERTS if EXPERTS.search(name) else None
+        most = None
+        if name in DEPTH_KEYS:
+            most = MAX_LAYERS
+        elif EXPERTS.search(name):
+            most = MAX_EXPERTS
         if most is not None and type(value) is int and value > most:
             raise UserError(
                 f"{where}: {key} {value:,} is more than any model has (at most {most:,}); is this a typo?"
@@ -255,7 +259,8 @@ def _derived(
         ) from None
     known = draft.axes.config
     moves = [f"{key} {known.get(key)} → {size}" for key, size in changes.items()]
-    outcome = _outcome(rehearsal, ", ".join(moves), operator)
+    listing = ", ".join(moves)
+    outcome = _outcome(rehearsal, listing, operator)
     if len(tiny.inputs) > 1:
         outcome += ", on tokens alone and with a picture among them"
     origin = f"one was derived from transformers' own class ({len(family.lines)} lines)"
@@ -364,7 +369,8 @@ def _check_growth_is_tested(
     tiny = drafted_family(draft, config, draft.axes.shapes)
     before = tiny.sizes(config)
     after = tiny.sizes({**config, **changes})
-    growing = [space for space in source if space != "layer" and target[space] != source[space]]
+    spaces = [space for space in source if space != "layer"]
+    growing = [space for space in spaces if target[space] != source[space]]
     untested = sorted(space for space in growing if before.get(space) == after.get(space))
     if untested:
         names = ", ".join(untested)

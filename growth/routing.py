@@ -138,7 +138,8 @@ def _undone(change: Change, number: int | None) -> float:
 
 def _weights(change: Change) -> float:
     """Sum of the combine weights of the chosen experts where that is known, else its average."""
-    mixture, config = change.mixture, change.config
+    mixture = change.mixture
+    config = change.config
     factor = 1.0
     if mixture.scaled:
         factor = float(config.get(mixture.scaled, 1.0))
@@ -220,7 +221,8 @@ def _coverage(change: Change) -> Iterator[str]:
 
 def _copies(change: Change) -> Iterator[str]:
     """Copies of experts: all of an expert's are chosen together, or exactly one that has the whole weight."""
-    asked, times = change.asked, change.group
+    asked = change.asked
+    times = change.group
     assert isinstance(asked, ExpertCopy)
     normalised = change.mixture.normalises(change.config)
     if asked.delta > 0:

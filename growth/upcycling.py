@@ -256,7 +256,8 @@ def _gain(change: Change, number: int | None, *, reads: bool) -> float:
     """The factor on one matrix: the whole of it on what reads the units, or its third root on each
     (Megatron's split).
     """
-    asked, mixture = change.asked, change.mixture
+    asked = change.asked
+    mixture = change.mixture
     assert isinstance(asked, Upcycling)
     if number is None:
         is_halved = mixture.shared_gate is not None  # a gate of zeros is 1/2

@@ -203,10 +203,12 @@ class Meter:
             vocabulary, context = _text_sizes(checkpoint.config)
         stored = tensor_table(Path(target)).values()
         parameters = sum(prod(entry.shape) for entry in stored)
-        computed = dtype or (fitting_dtype(parameters) if passage is None else "float32")
+        own_dtype = fitting_dtype(parameters) if passage is None else "float32"
+        computed = dtype or own_dtype
         if passage is None:
             generator = torch.Generator().manual_seed(seed)
-            shape = (rows, min(length, context or length))
+            window = min(length, context or length)
+            shape = (rows, window)
             tokens = torch.randint(vocabulary, shape, generator=generator)
         else:
             tokens = torch.tensor(passage.windows)
@@ -224,7 +226,8 @@ class Meter:
         )
         receipt = self._compared(after.logits)
         reason = "" if self.passage is None else "as it is on a text"
-        receipt = replace(receipt, note=_floor(norm, receipt, reason))
+        note = _floor(norm, receipt, reason)
+        receipt = replace(receipt, note=note)
         before_text = self.before.continuations
         after_text = after.continuations
         if self.passage is None or before_text is None or after_text is None:
@@ -284,7 +287,8 @@ def _answers(
 
     try:
         with quietly(), torch.no_grad(), computing_in(dtype):
-            model = load_model(folder, dtype=dtype, attention="eager", config=config).eval()
+            model = load_model(folder, dtype=dtype, attention="eager", config=config)
+            model.eval()
             if rounded_to is not None:
                 _round_parameters(model, rounded_to)
             # a row's activations at a time
@@ -372,12 +376,14 @@ def _compared_row(source: torch.Tensor, target: torch.Tensor, tokens: torch.Tens
     target = target.double()
     before = source.log_softmax(-1)
     after = target.log_softmax(-1)
-    kl = (before.exp() * (before - after)).sum(-1).mean()
+    by_token = before.exp() * (before - after)
+    kl = by_token.sum(-1).mean()
     following = tokens[1:]
-    losses = [F.nll_loss(each[:-1], following) for each in (before, after)]
+    loss_before = F.nll_loss(before[:-1], following)
+    loss_after = F.nll_loss(after[:-1], following)
     max_delta = (source - target).abs().max()
     largest = source.abs().max()
-    return torch.stack([max_delta, largest, kl, *losses])
+    return torch.stack([max_delta, largest, kl, loss_before, loss_after])
 
 
 def check_receipt(receipt: Receipt, plan: Plan, source: Path) -> None:
@@ -391,7 +397,8 @@ def check_receipt(receipt: Receipt, plan: Plan, source: Path) -> None:
     has_numbers = isfinite(receipt.max_logit)
     if not has_numbers or not plan.certificate.lossless:
         return  # the source's own logits may be no numbers, where that was allowed
-    delta, allowed = receipt.max_delta, EXACT
+    delta = receipt.max_delta
+    allowed = EXACT
     if receipt.exact_delta is not None:
         delta = receipt.exact_delta
     else:
@@ -429,7 +436,8 @@ def loaded_otherwise(folder: Path, dtype: str) -> list[str]:
     from outgrow.model.conversion import in_file
 
     with Checkpoint(folder) as checkpoint, quietly(), computing_in(dtype):
-        loaded = in_file(checkpoint.config, load_model(folder, dtype=dtype, attention="eager").state_dict())
+        model = load_model(folder, dtype=dtype, attention="eager")
+        loaded = in_file(checkpoint.config, model.state_dict())
         stored = checkpoint.tensors
         shared = [name for name in loaded if name in stored]
         known = [name for name in shared if is_float(stored[name].dtype)]
@@ -442,5 +450,5 @@ def _as_stored(checkpoint: Checkpoint, name: str, loaded: torch.Tensor) -> bool:
     raw = checkpoint.read(name)
     stored_type = checkpoint.tensors[name].dtype
     values = torch.from_numpy(to_float(raw, stored_type))
-    values = values.reshape(-1).to(loaded.dtype)
-    return torch.equal(values, loaded.reshape(-1))
+    flat = values.reshape(-1).to(loaded.dtype)
+    return torch.equal(flat, loaded.reshape(-1))

@@ -13,9 +13,14 @@ def summary(plan: Decision, reasons: Sequence[str]) -> list[str]:
     growth = plan.growth
     if plan.change is not None:
         growth = plan.change.within.growth
-    source, target = growth.source, growth.target
-    sizes = [(space, size, target[space]) for space, size in source.items() if space != "layer"]
-    grows = ", ".join(f"{space} {n} → {N}" for space, n, N in sizes if n != N)
+    source = growth.source
+    target = growth.target
+    changes = []
+    for space, n in source.items():
+        N = target[space]
+        if space != "layer" and n != N:
+            changes.append(f"{space} {n} → {N}")
+    grows = ", ".join(changes)
     verdict = "lossless"
     if reasons:
         verdict = f"not lossless: {reasons[0]:.100}"

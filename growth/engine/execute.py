@@ -72,8 +72,10 @@ class RowSum:
     """
 
     def __init__(self, columns: int, dtype: str) -> None:
-        self.rows, self.dtype = 0, dtype
-        self._stretch = np.zeros(columns, working_type(dtype))
+        self.rows = 0
+        self.dtype = dtype
+        working = working_type(dtype)
+        self._stretch = np.zeros(columns, working)
         self._stretches = np.zeros(columns)
 
     def add(self, raw: np.ndarray) -> None:
@@ -130,7 +132,8 @@ class Expander:
             rows = reduce(product, maps[:-1])
             return rows, maps[-1]
         unit = AxisMap.identity(1)
-        return unit, maps[0] if maps else unit
+        columns = maps[0] if maps else unit
+        return unit, columns
 
     @property
     def is_blank(self) -> bool:
@@ -140,17 +143,20 @@ class Expander:
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Yield (first row, row after the last) of consecutive blocks."""
         rows, columns = self.matrix
-        row_bytes = columns * RAW[self.dtype].itemsize
+        entry_bytes = RAW[self.dtype].itemsize
+        row_bytes = columns * entry_bytes
         height = max(1, BLOCK_BYTES // row_bytes)
         for start in range(0, rows, height):
-            yield start, min(start + height, rows)
+            stop = min(start + height, rows)
+            yield start, stop
 
     def complete(self) -> np.ndarray:
         """Compute the complete tensor, raw, in its own shape."""
         stored_type = RAW[self.dtype]
         target = np.empty(self.matrix, stored_type)
         for start, stop in self.blocks():
-            self.fill(target[start:stop], start)
+            block = target[start:stop]
+            self.fill(block, start)
         return target.reshape(self.step.shape)
 
     def fill(self, target: np.ndarray, start: int) -> None:
@@ -171,13 +177,17 @@ class Expander:
         """
         row_map = self.maps[0]
         fills = row_map.fill[rows]
-        all_copied = (fills != Fill.MEAN).all()
+        is_copied = fills != Fill.MEAN
+        # A mean row depends on every source row, a copy on one.
         index = np.arange(row_map.source)
-        if all_copied:
-            index = np.unique(row_map.index[rows])
-        sources = {self.step.source, self.step.next_source, self.step.beside}
+        if is_copied.all():
+            copied_from = row_map.index[rows]
+            index = np.unique(copied_from)
+        step = self.step
+        sources = {step.source, step.next_source, step.beside}
         for name in sources - {None}:
-            source = np.ascontiguousarray(self._gather(name, index))
+            gathered = self._gather(name, index)
+            source = np.ascontiguousarray(gathered)
             if not all_finite(source, self.dtype):
                 return
         raise UserError(
@@ -198,13 +208,14 @@ class Expander:
             self._fill(target, rows, fill)
             return
         # In the order of `Fill`: copies before means, since the mean row is summed up from the rows copied.
-        for fill in np.unique(fills).tolist():
+        width = target.shape[1]
+        for number in np.unique(fills).tolist():
+            fill = Fill(number)
             for chosen in _alike(fills == fill, gains):
-                count = int(chosen.sum())
-                shape = (count, target.shape[1])
-                part = np.empty(shape, target.dtype)
                 numbers = rows[chosen]
-                self._fill(part, numbers, Fill(fill))
+                shape = (len(numbers), width)
+                part = np.empty(shape, target.dtype)
+                self._fill(part, numbers, fill)
                 target[chosen] = part
 
     def _fill(self, target: np.ndarray, rows: np.ndarray, fill: Fill) -> None:
@@ -232,7 +243,9 @@ class Expander:
         row_map = self.maps[0]
         index = row_map.index[rows]
         gain = row_map.gain[rows]
-        source = next_rows = self._gather(own if is_own else following, index)
+        copied_from = own if is_own else following
+        source = self._gather(copied_from, index)
+        next_rows = source
         if is_own and following is not None:
             next_rows = self._gather(following, index)
         # Rows that come next in the mean are added to it now, while they are in the cache.
@@ -251,6 +264,11 @@ class Expander:
             close = self._close_columns if over_columns else self._close_rows
             close(target, rows, source, gain)
 
+    @cached_property
+    def _working(self) -> type[np.floating]:
+        """The floating-point type in which the tensor is computed."""
+        return working_type(self.dtype)
+
     # ---- the last copy of a split in 16 bits: source minus the stored others, so their sum rounds once ----
 
     def _close_columns(
@@ -263,56 +281,65 @@ class Expander:
         last = np.flatnonzero(noise.last)
         index = columns.index[last]
         # Start from the undivided source: the gain of a copy times the number of copies.
-        copies = columns.counts()[columns.index]
+        counts = columns.counts()
+        copies = counts[columns.index]
         undivided = columns.gain * copies
         row_gain = gain[:, None]
         factors = row_gain * undivided[last]
-        columns_copied = source[:, consecutive(index)]
-        copied = np.ascontiguousarray(columns_copied)
-        factors = factors.astype(working_type(self.dtype))
+        factors = factors.astype(self._working)
+        run = consecutive(index)
+        copied = np.ascontiguousarray(source[:, run])
         remainder = self._decoded(copied) * factors
+        # Subtract every other copy, as rounded and stored.
         for places in noise.places:
             others = places[index]
             present = others >= 0
-            copied_columns = target[:, others[present]]
-            copies_stored = np.ascontiguousarray(copied_columns)
-            copies_of = consecutive(np.flatnonzero(present))
+            other_columns = others[present]
+            other_copies = np.ascontiguousarray(target[:, other_columns])
+            stored = self._decoded(other_copies)
+            copied_here = consecutive(np.flatnonzero(present))
             with np.errstate(invalid="ignore"):  # infinities, where they are allowed
-                remainder[:, copies_of] -= self._decoded(copies_stored)
-        part = target[:, consecutive(last)]
+                remainder[:, copied_here] -= stored
+        last_columns = consecutive(last)
+        as_before = target[:, last_columns]
         is_finite = np.isfinite(remainder)
-        closed = np.where(is_finite, self._encoded(remainder), part)
-        target[:, consecutive(last)] = closed
+        closed = self._encoded(remainder)
+        target[:, last_columns] = np.where(is_finite, closed, as_before)
 
     def _close_rows(self, target: np.ndarray, rows: np.ndarray, source: np.ndarray, gain: np.ndarray) -> None:
         """Set the last copies among the rows to the source minus the others, computed again as stored."""
         noise = self._noise
         row_map = self.maps[0]
         assert noise is not None
-        last = np.flatnonzero(noise.last[rows])
+        is_last = noise.last[rows]
+        last = np.flatnonzero(is_last)
         if len(last) == 0:
             return
         # Start from the undivided source rows, expanded along the columns.
-        index = row_map.index[rows[last]]
+        last_rows = rows[last]
+        index = row_map.index[last_rows]
         width = target.shape[1]
         shape = (len(last), width)
         undivided = np.empty(shape, target.dtype)
-        copies = row_map.counts()[index]
+        counts = row_map.counts()
+        factor = gain[last] * counts[index]
         last_source = source[last]
-        factor = gain[last] * copies
-        self._expand_columns(undivided, last_source, last_source, factor, rows[last])
+        self._expand_columns(undivided, last_source, last_source, factor, last_rows)
         remainder = self._decoded(undivided)
+        # Subtract every other copy, as rounded and stored.
         for places in noise.places:
             others = places[index]
             present = others >= 0
-            count = int(present.sum())
-            stored = np.empty((count, width), target.dtype)
-            if count:
-                self._fill(stored, others[present], Fill.COPY)
+            other_rows = others[present]
+            shape = (len(other_rows), width)
+            stored = np.empty(shape, target.dtype)
+            if len(other_rows):
+                self._fill(stored, other_rows, Fill.COPY)
                 with np.errstate(invalid="ignore"):
                     remainder[present] -= self._decoded(stored)
         # Fresh columns are no copies of anything and stay.
-        is_copied = self.maps[1].fill != Fill.RANDOM
+        column_fills = self.maps[1].fill
+        is_copied = column_fills != Fill.RANDOM
         is_closed = np.isfinite(remainder) & is_copied
         closed = self._encoded(remainder)
         as_before = target[last]
@@ -322,7 +349,8 @@ class Expander:
 
     @cached_property
     def _fresh_columns(self) -> int:
-        is_fresh = self.maps[1].fill == Fill.RANDOM
+        column_fills = self.maps[1].fill
+        is_fresh = column_fills == Fill.RANDOM
         return int(is_fresh.sum())
 
     def _expand_columns(
@@ -343,14 +371,17 @@ class Expander:
         fresh = None
         if self._fresh_columns:
             fresh = self._fresh("columns", rows, self._fresh_columns)
-        same_gain = (gain == gain[0]).all()
-        row_gain = float(gain[0]) if same_gain else gain[:, None]
+        # One factor for all rows is faster than one per row.
+        row_gain: float | np.ndarray = gain[:, None]
+        first_gain = gain[0]
+        if (gain == first_gain).all():
+            row_gain = float(first_gain)
         for piece in self.maps[1].pieces:
             where = piece.target
-            # Strips are a view, (b, w) or (b, s, w), written in place; scattered columns are written last.
-            part = where.of(target) if isinstance(where, Strips) else _columns(target, len(where))
+            part = _columns(target, where)
             factor = row_gain * piece.gain
-            if isinstance(factor, np.ndarray) and part.ndim == 3:
+            in_strips = part.ndim == 3
+            if isinstance(factor, np.ndarray) and in_strips:
                 factor = factor[:, None]
             if piece.like is not None:
                 part[...] = piece.like.of(target)
@@ -360,10 +391,10 @@ class Expander:
                 assert fresh is not None
                 part[...] = piece.taken_from(fresh)
             elif piece.fill == Fill.MEAN:
-                mean = self._mean_column(source, factor, part.ndim)
-                part[...] = mean
+                part[...] = self._mean_column(source, factor, part.ndim)
             else:
-                stored = source if piece.fill == Fill.COPY else next_rows
+                is_own = piece.fill == Fill.COPY
+                stored = source if is_own else next_rows
                 copied = piece.taken_from(stored)
                 scaled(copied, factor, self.dtype, self._offset, part)
             if not isinstance(where, Strips):
@@ -372,11 +403,12 @@ class Expander:
     def _mean_column(self, source: np.ndarray, factor: float | np.ndarray, ndim: int) -> np.ndarray:
         """Average all columns of raw source rows, times `factor`, raw: (b, n) → (b, 1) or (b, 1, 1)."""
         values = self._decoded(source)
-        total = values.sum(axis=1, dtype=working_type(self.dtype))
+        total = values.sum(axis=1, dtype=self._working)
         mean = total / source.shape[1]
         strange = ~np.isfinite(mean)
         if strange.any():
-            mean[strange] = finite_mean(values[strange], axis=1)
+            strange_rows = values[strange]
+            mean[strange] = finite_mean(strange_rows, axis=1)
         further_axes = [1] * (ndim - 1)
         mean = mean.reshape(-1, *further_axes)
         return rounded(mean, factor, self.dtype, self._offset)
@@ -412,31 +444,33 @@ class Expander:
 
     def _rounded(self, values: np.ndarray) -> np.ndarray:
         """Round float64 numbers to the working type and from there to the stored format, as raw bits."""
-        return self._encoded(values.astype(working_type(self.dtype)))
+        working = values.astype(self._working)
+        return self._encoded(working)
 
     def _gather(self, name: str | None, index: np.ndarray) -> np.ndarray:
         """Raw rows of the source tensor `name`, averaged with those beside it: (len(index), n)."""
         assert name is not None
         rows = self._rows(name, index)
-        if self.step.beside is None or name != self.step.source:
+        beside = self.step.beside
+        if beside is None or name != self.step.source:
             return rows
-        rows_beside = self._rows(self.step.beside, index)
-        half = 0.5 * self._decoded(np.ascontiguousarray(rows))
-        half_beside = 0.5 * self._decoded(np.ascontiguousarray(rows_beside))
-        return self._encoded(half + half_beside)
+        rows_beside = self._rows(beside, index)
+        own = self._decoded(np.ascontiguousarray(rows))
+        other = self._decoded(np.ascontiguousarray(rows_beside))
+        return self._encoded(0.5 * own + 0.5 * other)
 
     def _rows(self, name: str, index: np.ndarray) -> np.ndarray:
         """Read raw rows of the source tensor `name`, one read per run of rows: (len(index), n)."""
         if len(self.step.shape) < 2:
             vector = self.reader.read(name)
-            return self._in_dtype(name, vector.reshape(1, -1))
+            one_row = vector.reshape(1, -1)
+            return self._in_dtype(name, one_row)
         parts = []
         for run in runs(index):
             first = int(index[run.start])
             count = run.stop - run.start
-            stop = first + count
-            values = self.reader.read(name, first, stop)
-            parts.append(values)
+            part = self.reader.read(name, first, first + count)
+            parts.append(part)
         only_run = len(parts) == 1
         rows = parts[0] if only_run else np.concatenate(parts)
         return self._in_dtype(name, rows)
@@ -446,7 +480,8 @@ class Expander:
         stored = self.plan.source_dtype(name)
         if stored == self.dtype:
             return raw
-        return self._encoded(floats(raw, stored))
+        values = floats(raw, stored)
+        return self._encoded(values)
 
     @cached_property
     def _root_mean_square(self) -> float:
@@ -466,18 +501,22 @@ class Expander:
             infinite = ~np.isfinite(values)  # where they are allowed, they say nothing of the others
             values[infinite] = 0
             count += values.size - int(infinite.sum())
-            by_row = np.square(values, out=values).sum(axis=1)
+            squares = np.square(values, out=values)
+            by_row = squares.sum(axis=1)
             square += float(by_row.sum(dtype=np.float64))
-        return sqrt(square / max(count, 1))
+        mean_square = square / max(count, 1)
+        return sqrt(mean_square)
 
     @cached_property
     def _has_mean_rows(self) -> bool:
-        is_mean = self.maps[0].fill == Fill.MEAN
+        row_fills = self.maps[0].fill
+        is_mean = row_fills == Fill.MEAN
         return bool(is_mean.any())
 
     @cached_property
     def _sums(self) -> RowSum:
-        return RowSum(self.maps[1].source, self.dtype)
+        columns = self.maps[1].source
+        return RowSum(columns, self.dtype)
 
     @cached_property
     def _mean_row(self) -> np.ndarray:
@@ -494,10 +533,13 @@ class Expander:
         mean = self._sums.total / rows
         strange = np.flatnonzero(~np.isfinite(mean))
         if len(strange):
-            every_row = self._gather(self.step.source, np.arange(rows))
+            index = np.arange(rows)
+            every_row = self._gather(self.step.source, index)
             values = self._decoded(every_row)
-            mean[strange] = finite_mean(values[:, strange], axis=0)
-        return self._encoded(mean[None])
+            strange_columns = values[:, strange]
+            mean[strange] = finite_mean(strange_columns, axis=0)
+        one_row = mean[None]
+        return self._encoded(one_row)
 
     @property
     def _holds_tokens(self) -> bool:
@@ -510,9 +552,11 @@ class Expander:
     def _new_tokens(self, rows: np.ndarray) -> np.ndarray:
         """(b, n) the mean row, with a little noise for each new token so that no two are the same."""
         deviation = NEW_TOKENS * self._root_mean_square
-        numbers = self._numbers("tokens", self.maps[1].source, rows)
+        columns = self.maps[1].source
+        numbers = self._numbers("tokens", columns, rows)
         noise = normal(numbers) * deviation
-        return self._rounded(self._decoded(self._mean_row) + noise)
+        mean_row = self._decoded(self._mean_row)
+        return self._rounded(mean_row + noise)
 
     @cached_property
     def _noise(self) -> Noise | None:
@@ -561,10 +605,11 @@ class Expander:
         if finish.noise:
             spread = finish.noise * self._root_mean_square
             numbers = self._numbers("spread", width, rows)
-            self._add(target, normal(numbers) * spread)
+            noise = normal(numbers) * spread
+            self._add(target, noise)
         if finish.jitter:
-            copy_numbers = self.maps[0].number()[rows]
-            further = np.flatnonzero(copy_numbers)
+            copy_numbers = self.maps[0].number()
+            further = np.flatnonzero(copy_numbers[rows])
             if len(further):
                 part = target[further]
                 numbers = self._numbers("jitter", width, rows[further])
@@ -577,17 +622,21 @@ class Expander:
         """Draw the rows (0) or columns (1) of these indices anew."""
         mean, deviation = self._redrawn_moments
         if axis == 0:
-            redrawn_rows = np.flatnonzero(np.isin(rows, indices))
+            is_redrawn = np.isin(rows, indices)
+            redrawn_rows = np.flatnonzero(is_redrawn)
             width = target.shape[1]
             numbers = self._numbers("redrawn", width, rows[redrawn_rows])
-            target[redrawn_rows] = self._normal_entries(numbers, mean, deviation)
+            entries = self._normal_entries(numbers, mean, deviation)
+            target[redrawn_rows] = entries
         else:
             numbers = self._numbers("redrawn", len(indices), rows)
-            target[:, indices] = self._normal_entries(numbers, mean, deviation)
+            entries = self._normal_entries(numbers, mean, deviation)
+            target[:, indices] = entries
 
     def _normal_entries(self, numbers: np.ndarray, mean: float, deviation: float) -> np.ndarray:
         """Turn 32-bit numbers into raw entries of a normal distribution."""
-        return self._rounded(normal(numbers) * deviation + mean)
+        standard = normal(numbers)
+        return self._rounded(standard * deviation + mean)
 
     @cached_property
     def _redrawn_moments(self) -> tuple[float, float]:
@@ -603,7 +652,7 @@ class Expander:
             self._fill_all(block, rows)
             is_replaced = np.isin(rows, indices)
             replaced = block[:, indices] if axis else block[is_replaced]
-            values = floats(np.ascontiguousarray(replaced), self.dtype)
+            values = self._decoded(np.ascontiguousarray(replaced))
             values = values.astype(np.float64)
             finite = np.isfinite(values)
             if not finite.all():  # where that is allowed
@@ -618,7 +667,8 @@ class Expander:
 
     def _numbers(self, part: str, width: int, rows: np.ndarray) -> np.ndarray:
         """(len(rows), width) random 32-bit numbers that depend on seed, tensor, part and position alone."""
-        return self._stream(part, width, np.uint32).of(rows)
+        stream = self._stream(part, width, np.uint32)
+        return stream.of(rows)
 
     def _stream(self, part: str, width: int, kind: type[np.unsignedinteger]) -> Draws:
         """Random integers of one part of the tensor, row by row; the same stream at every call."""
@@ -630,7 +680,8 @@ class Expander:
 
     def _add(self, target: np.ndarray, values: np.ndarray) -> None:
         """Add numbers to raw entries."""
-        target[...] = self._rounded(self._decoded(target) + values)
+        before = self._decoded(target)
+        target[...] = self._rounded(before + values)
 
     # ---- fresh values ----
 
@@ -646,7 +697,8 @@ class Expander:
 
     def _constant(self, value: float) -> np.ndarray:
         """Encode a true value as it is stored."""
-        stored = np.full(1, value - self._offset)
+        stored_value = value - self._offset
+        stored = np.full(1, stored_value)
         return self._encoded(stored)
 
     def _fresh(self, part: str, rows: np.ndarray, width: int) -> np.ndarray:
@@ -661,7 +713,8 @@ class Expander:
             return self._placed(start.places, part, rows)
         shape = (len(rows), width)
         if start is not None and len(start.quantiles) == 1:
-            return np.broadcast_to(self._encoded(start.quantiles), shape)
+            constant = self._encoded(start.quantiles)
+            return np.broadcast_to(constant, shape)
         is_norm = tensor.line.kind.endswith("norm")
         if start is None and (tensor.is_bias or is_norm):
             value = 0.0 if tensor.is_bias else 1.0
@@ -669,7 +722,8 @@ class Expander:
         kind = np.uint16 if is_short(self.dtype) else np.uint32
         finish = self.step.finish or Finish()
         alike = rows // finish.alike
-        draws = self._stream(part, width, kind).of(alike)
+        stream = self._stream(part, width, kind)
+        draws = stream.of(alike)
         deviation = finish.deviation
         if deviation is None and start is not None:
             mean, deviation = start.normal or (None, None)
@@ -681,7 +735,8 @@ class Expander:
         if may_match and finish.deviation is None:
             deviation = self._root_mean_square or deviation
         if is_short(self.dtype):
-            return lookup(normal_bits(deviation, self.dtype), draws)
+            table = normal_bits(deviation, self.dtype)
+            return lookup(table, draws)
         return self._rounded(normal(draws) * deviation)
 
     @property
@@ -693,7 +748,8 @@ class Expander:
         """Encode entries that the class gives by their place in the tensor: (b, width)."""
         entries = places.reshape(self.matrix)[rows]
         if part == "columns":
-            is_fresh = self.maps[1].fill == Fill.RANDOM
+            column_fills = self.maps[1].fill
+            is_fresh = column_fills == Fill.RANDOM
             entries = entries[:, is_fresh]
         return self._encoded(entries)
 
@@ -705,15 +761,20 @@ class Expander:
         return self._rounded(values)
 
 
-def _columns(target: np.ndarray, count: int) -> np.ndarray:
-    """Make an empty array for so many columns of the target: (b, count)."""
-    shape = (len(target), count)
+def _columns(target: np.ndarray, where: Strips | np.ndarray) -> np.ndarray:
+    """The columns of a piece, to be written: of strips a view of the target, (b, w) or (b, s, w); of
+    scattered columns an array of their own, (b, len(where)), which is copied to its place last.
+    """
+    if isinstance(where, Strips):
+        return where.of(target)
+    shape = (len(target), len(where))
     return np.empty(shape, target.dtype)
 
 
 def _alike(rows: np.ndarray, gains: np.ndarray) -> list[np.ndarray]:
     """Group marked rows by gain where there are few gains: one factor for all is faster than one per row."""
-    distinct = np.unique(gains[rows])
+    marked_gains = gains[rows]
+    distinct = np.unique(marked_gains)
     if len(distinct) > 4:
         return [rows]
     return [rows & (gains == gain) for gain in distinct]

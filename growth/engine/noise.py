@@ -64,7 +64,8 @@ class Noise:
         self.places[copies, index] = noisy
         self.place_of_last = np.full(grown.source, -1)
         index_of_last = grown.index[self.last]
-        self.place_of_last[index_of_last] = np.flatnonzero(self.last)
+        places_of_last = np.flatnonzero(self.last)
+        self.place_of_last[index_of_last] = places_of_last
         # One stream of random numbers per copy of the columns, or one for whole rows.
         kind = np.uint16 if is_short(dtype) else np.uint32
         widths = [columns]

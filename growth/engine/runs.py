@@ -20,7 +20,9 @@ def runs(index: np.ndarray, *same: np.ndarray) -> Iterator[slice]:
     next_in_run = index[:-1] + 1
     breaks = index[1:] != next_in_run
     for array in same:
-        breaks |= array[1:] != array[:-1]
+        before = array[:-1]
+        after = array[1:]
+        breaks |= before != after
     edges = (np.flatnonzero(breaks) + 1).tolist()
     starts = [0, *edges]
     stops = [*edges, len(index)]
@@ -34,7 +36,9 @@ def _is_one_run(index: np.ndarray) -> bool:
     length = steps + 1
     if length != len(index):
         return False
-    rises = index[1:] > index[:-1]
+    before = index[:-1]
+    after = index[1:]
+    rises = after > before
     return bool(rises.all())
 
 
@@ -74,7 +78,8 @@ def strips(first: np.ndarray, second: np.ndarray) -> tuple[Strips, Strips] | Non
     count = len(starts)
     steps = [np.diff(indices[starts]) for indices in (first, second)]
     irregular = any((step != step[:1]).any() for step in steps)
-    if irregular or (stops - starts != width).any():
+    lengths = stops - starts
+    if irregular or (lengths != width).any():
         return None
     periods = (0, 0)
     if count > 1:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,8 @@ class ShardWriter:
         start += offset
         stop = start + raw.nbytes
         _write_all(descriptor, start, raw.data.cast("B"))
-        first, last = (end // PAGESIZE * PAGESIZE for end in (start, stop))
+        first = start // PAGESIZE * PAGESIZE
+        last = stop // PAGESIZE * PAGESIZE
         if first == last:
             return  # a page that is not full waits for what follows
         written = (descriptor, first, last - first)
@@ -143,7 +145,8 @@ def _write_all(descriptor: int, offset: int, view: memoryview) -> None:
     done = 0
     while done < len(view):
         rest = view[done:]
-        done += os.pwrite(descriptor, rest, offset + done)
+        position = offset + done
+        done += os.pwrite(descriptor, rest, position)
 
 
 def layout(entries: Sequence[Entry], max_shard_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[Entry]]:
@@ -168,8 +171,10 @@ def layout(entries: Sequence[Entry], max_shard_bytes: int = MAX_SHARD_BYTES) -> 
 def write_index(folder: Path, shards: Mapping[str, Sequence[Entry]]) -> None:
     """Write the index of several shards; one alone needs none."""
     if len(shards) > 1:
-        weight_map = {entry.name: file for file, shard in shards.items() for entry in shard}
-        entries = [entry for shard in shards.values() for entry in shard]
+        weight_map: dict[str, str] = {}
+        for file, shard in shards.items():
+            weight_map |= {entry.name: file for entry in shard}
+        entries = chain.from_iterable(shards.values())
         total = sum(entry.nbytes for entry in entries)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2)
@@ -183,7 +188,11 @@ def _header(shard: Sequence[Entry]) -> bytes:
     for entry in shard:
         stop = offset + entry.nbytes
         shape = list(entry.shape)
-        header[entry.name] = {"dtype": entry.dtype, "shape": shape, "data_offsets": [offset, stop]}
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": shape,
+            "data_offsets": [offset, stop],
+        }
         offset = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,8 @@ def write_weights(
     progress: Progress | None = None,
 ) -> None:
     """Write `shards` of a plan into `folder`, the largest tensors first."""
-    wanted = {entry.name for shard in shards.values() for entry in shard}
+    entries = chain.from_iterable(shards.values())
+    wanted = {entry.name for entry in entries}
     steps = [step for step in plan.steps if step.name in wanted]
     steps.sort(key=plan.nbytes, reverse=True)
     writer = ShardWriter(folder, shards)

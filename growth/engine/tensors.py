@@ -55,7 +55,9 @@ class Tensors:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Read raw rows `start:stop` of a tensor, as a `Reader` counts them; the caller may write to them."""
         tensor = self.tensors[name]
-        matrix = rearrange(tensor, "... column -> (...) column") if tensor.ndim > 2 else tensor
+        matrix = tensor
+        if tensor.ndim > 2:
+            matrix = rearrange(tensor, "... column -> (...) column")
         rows = matrix[start:stop].detach()
         rows = rows.to("cpu", copy=True, memory_format=torch.contiguous_format)
         integer = _INTEGERS[rows.element_size()]

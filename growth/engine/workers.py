@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class Worker:
             UserError: there are fewer shards than workers.
         """
         if len(shards) < self.count:
-            entries = [entry for shard in shards.values() for entry in shard]
+            entries = chain.from_iterable(shards.values())
             total = sum(entry.nbytes for entry in entries)
             size = total / self.count / 1e9
             raise UserError(
@@ -93,7 +94,8 @@ class Shared:
         to try finds all shards there and nobody at work.
         """
         is_alone = self.lock.take()
-        return is_alone and all((self.folder / file).exists() for file in shards)
+        files = [self.folder / file for file in shards]
+        return is_alone and all(map(Path.exists, files))
 
 
 def agreement(plan: Plan, checkpoint: Checkpoint, shards: Shards, worker: Worker) -> dict[str, Any]:

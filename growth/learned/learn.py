@@ -28,7 +28,8 @@ def calibration(plan: Plan, source: Path) -> Calibration:
     Raises:
         UserError: there is no such text, it is empty or too short, or the source has no tokenizer for it.
     """
-    lesson, config = plan.lesson, plan.source_config
+    lesson = plan.lesson
+    config = plan.source_config
     assert isinstance(lesson, LeastSquares | Ligo)
     vocabulary = known_size(config, "vocab_size")
     context = known_size(config, "max_position_embeddings")
@@ -59,7 +60,8 @@ def learn(
         source's, that of what was written, and that of what was learned. Without a text, steps, FLOPs and
         the losses of what was predicted.
     """
-    lesson, layers = plan.lesson, plan.layers
+    lesson = plan.lesson
+    layers = plan.layers
     written = Written(folder)
     values = values_of(reader, source.tensors)
     read = "" if text is None else text.sha256

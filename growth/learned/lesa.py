@@ -64,25 +64,30 @@ class Basis:
         for matrix in matrices:
             wide = matrix.astype(np.float64)
             gram = gram + wide @ wide.T
-        squares, vectors = np.linalg.eigh(gram)
-        squares, vectors = squares[::-1], vectors[:, ::-1]
+        ascending, vectors = np.linalg.eigh(gram)
+        squares = ascending[::-1]
+        vectors = vectors[:, ::-1]
         # An eigenvector's sign is anybody's choice, and the prediction depends on it.
-        columns, largest = np.arange(len(squares)), np.abs(vectors).argmax(0)
+        columns = np.arange(len(squares))
+        largest = np.abs(vectors).argmax(0)
         signs = np.sign(vectors[largest, columns])
         sizes = np.sqrt(squares.clip(0))
         return cls(vectors * signs, sizes)
 
     def coordinates(self, matrix: np.ndarray) -> np.ndarray:
         """V = S⁻¹ Uᵀ W: (o, i), zero where S is."""
-        known = self.sizes > NOISE_FLOOR * self.sizes[0]
+        floor = NOISE_FLOOR * self.sizes[0]
+        known = self.sizes > floor
         inverse = np.zeros_like(self.sizes)
         inverse[known] = 1 / self.sizes[known]
-        turned = self.vectors.T @ matrix.astype(np.float64)
+        wide = matrix.astype(np.float64)
+        turned = self.vectors.T @ wide
         return inverse[:, None] * turned
 
     def matrix(self, coordinates: np.ndarray) -> np.ndarray:
         """W = U S V: (o, i)."""
-        return self.vectors @ (self.sizes[:, None] * coordinates)
+        sized = self.sizes[:, None] * coordinates
+        return self.vectors @ sized
 
 
 # ---- the prediction ----------------------------------------------------------------------------------------
@@ -107,19 +112,23 @@ class Predictor(nn.Module):
         )
         self.adds = start == "mean"
         if self.adds:
-            for parameter in self.layers[-1].parameters():
+            last = self.layers[-1]
+            for parameter in last.parameters():
                 nn.init.zeros_(parameter)
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
-        output: Tensor = self.layers(torch.cat([before, after], 1))
+        both = torch.cat([before, after], 1)
+        output: Tensor = self.layers(both)
         return output + _mean(before, after) if self.adds else output
 
 
 def distance(output: Tensor, wanted: Tensor, norm_weight: float) -> Tensor:
     """(1 − λ)·MSE + λ·(difference of the Frobenius norms)²."""
     square = nn.functional.mse_loss(output, wanted)
-    norms = torch.linalg.norm(output) - torch.linalg.norm(wanted)
-    return (1 - norm_weight) * square + norm_weight * norms.square()
+    norm = torch.linalg.norm(output)
+    wanted_norm = torch.linalg.norm(wanted)
+    norms = (norm - wanted_norm).square()
+    return (1 - norm_weight) * square + norm_weight * norms
 
 
 @dataclass
@@ -138,17 +147,33 @@ class Kind:
 
     def stored(self, values: Values, name: str) -> np.ndarray:
         """(o, i) of a source tensor."""
-        return values(name).T if self.turned else values(name)
+        matrix = values(name)
+        return matrix.T if self.turned else matrix
+
+    @property
+    def first(self) -> str:
+        """The name in the source's first layer that has the matrix: the kind's own name."""
+        return self.names[0]
+
+    def size(self, values: Values) -> tuple[int, int]:
+        """(o, i) of each of its matrices."""
+        outputs, inputs = self.stored(values, self.first).shape
+        return outputs, inputs
 
     def flops(self, outputs: int, inputs: int, lesson: Lesa) -> tuple[float, float, float]:
         """FLOPs of the basis and V of matrices of that size, of an epoch, and of the new layers."""
         size = outputs * inputs
-        layers, hidden = len(self.names), lesson.hidden
+        layers = len(self.names)
+        hidden = lesson.hidden
         gram_and_v = 4.0 * layers * size * outputs
         eigenvectors = 9.0 * outputs**3
-        weights = 2 * inputs * hidden + hidden**2 + hidden * inputs
-        parameters = weights + 2 * hidden + inputs
-        epoch = 6.0 * parameters * outputs * (layers - 2)
+        first = 2 * inputs * hidden
+        second = hidden**2
+        third = hidden * inputs
+        biases = 2 * hidden + inputs
+        parameters = first + second + third + biases
+        learned_layers = layers - 2  # the first and the last have one neighbour
+        epoch = 6.0 * parameters * outputs * learned_layers
         turning_back = 2.0 * outputs * size * len(self.new)
         return gram_and_v + eigenvectors, epoch, turning_back
 
@@ -163,11 +188,14 @@ def kinds_of(plan: Plan) -> tuple[dict[str, Kind], list[str]]:
         if step.source is None or step.beside is None:
             continue
         names = source_names(step.tensor, plan.growth, plan.layers)
-        if len(step.shape) != 2 or len(names) < LEAST_LAYERS:
+        is_matrix = len(step.shape) == 2
+        if not is_matrix or len(names) < LEAST_LAYERS:
             means.append(step.name)
             continue
-        kind = kinds.setdefault(names[0], Kind(names, step.tensor.reads[0]))
-        kind.new.append((step, names.index(step.source)))
+        turned = step.tensor.reads[0]
+        kind = kinds.setdefault(names[0], Kind(names, turned))
+        before = names.index(step.source)
+        kind.new.append((step, before))
     return kinds, means
 
 
@@ -186,34 +214,42 @@ class Coordinates:
     @classmethod
     def of(cls, kind: Kind, basis: Basis, values: Values, file: Path, dtype: torch.dtype) -> Coordinates:
         """Write the coordinates of every layer to `file`."""
-        shape = (len(kind.names), *kind.stored(values, kind.names[0]).shape)
-        own = cls(open_memmap(file, "w+", str(dtype).removeprefix("torch."), shape))
+        shape = (len(kind.names), *kind.size(values))
+        numpy_dtype = str(dtype).removeprefix("torch.")
+        held = open_memmap(file, "w+", numpy_dtype, shape)
         square = 0.0
         for number, name in enumerate(kind.names):
-            matrix = basis.coordinates(kind.stored(values, name))
-            own.held[number] = matrix
-            square += float(np.square(matrix).sum())
-        own.unit = sqrt(square / own.held.size) or 1.0
-        for matrix in own.held:
-            matrix /= own.unit
-        return own
+            matrix = kind.stored(values, name)
+            coordinates = basis.coordinates(matrix)
+            held[number] = coordinates
+            square += float(np.square(coordinates).sum())
+        mean_square = square / held.size
+        unit = sqrt(mean_square) or 1.0
+        for layer in held:
+            layer /= unit
+        return cls(held, unit)
 
     def __getitem__(self, layer: int) -> Tensor:
         """(o, i) of a layer."""
-        return torch.from_numpy(np.array(self.held[layer]))
+        in_memory = np.array(self.held[layer])
+        return torch.from_numpy(in_memory)
 
     @property
     def inner(self) -> range:
         """The layers that stand between two others."""
-        return range(1, len(self.held) - 1)
+        last = len(self.held) - 1
+        return range(1, last)
 
     def error(self, predict: Callable[[Tensor, Tensor], Tensor]) -> float:
         """The mean square error of what `predict` makes of the neighbours of the inner layers."""
         errors = []
         with torch.no_grad():
             for layer in self.inner:
-                between = predict(self[layer - 1], self[layer + 1])
-                errors.append(float(nn.functional.mse_loss(between, self[layer])))
+                before = self[layer - 1]
+                after = self[layer + 1]
+                between = predict(before, after)
+                error = nn.functional.mse_loss(between, self[layer])
+                errors.append(float(error))
         return sum(errors) / len(errors)
 
 
@@ -233,46 +269,57 @@ class Learning:
     tell: Callable[[float], None]
 
     def __post_init__(self) -> None:
-        wide = any(stored.dtype == "F64" for stored in self.written.tensors.values())
-        self.dtype = torch.float64 if wide else torch.float32
+        formats = {stored.dtype for stored in self.written.tensors.values()}
+        self.dtype = torch.float64 if "F64" in formats else torch.float32
 
     def kind(self, kind: Kind, file: Path) -> dict[str, Any]:
         """Learn one kind and write its new layers, or put back those that an earlier growth has kept; the
         steps and losses of it.
         """
-        name = kind.names[0]
-        kept = self.kept.get(name)
+        kept = self.kept.get(kind.first)
         if kept is not None:
             arrays, record = kept
             for tensor, raw in arrays.items():
                 self.written.write_raw(tensor, raw)
             return dict(record)
         record = self.predicted(kind, file)
-        raw_of = {step.name: self.written.raw(step.name) for step, _ in kind.new}
-        self.kept.put(name, raw_of, record)
+        names = [step.name for step, _ in kind.new]
+        raw_of = {name: self.written.raw(name) for name in names}
+        self.kept.put(kind.first, raw_of, record)
         return record
 
     def predicted(self, kind: Kind, file: Path) -> dict[str, Any]:
         """Learn one kind and write its new layers; the steps and losses of it."""
-        name = kind.names[0]
-        outputs, inputs = kind.stored(self.values, name).shape
+        outputs, inputs = kind.size(self.values)
         of_basis, of_epoch, of_layers = kind.flops(outputs, inputs, self.lesson)
-        basis = Basis.of(kind.stored(self.values, each) for each in kind.names)
+        matrices = (kind.stored(self.values, name) for name in kind.names)
+        basis = Basis.of(matrices)
         rows = Coordinates.of(kind, basis, self.values, file, self.dtype)
         self.tell(of_basis)
-        seed = generator(self.plan.growth.seed, "lesa", name).integers(1 << 62)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(seed))
-            predictor = Predictor(inputs, self.lesson.hidden, self.lesson.start).to(self.dtype)
-        steps, epochs = self.learn(predictor, rows, name, of_epoch)
+        predictor = self._predictor(kind, inputs)
+        steps, epochs = self.learn(predictor, rows, kind.first, of_epoch)
         for step, before in kind.new:
             with torch.no_grad():
                 between = predictor(rows[before], rows[before + 1])
             coordinates = between.double().numpy() * rows.unit
-            self.write(step, kind, basis.matrix(coordinates))
+            predicted = basis.matrix(coordinates)
+            self.write(step, kind, predicted)
         self.tell(of_layers)
-        missed = {"neighbours": rows.error(_mean), "learned": rows.error(predictor)}
-        return {"steps": steps, "losses": {**missed, "epochs": epochs}}
+        losses = {
+            "neighbours": rows.error(_mean),
+            "learned": rows.error(predictor),
+            "epochs": epochs,
+        }
+        return {"steps": steps, "losses": losses}
+
+    def _predictor(self, kind: Kind, inputs: int) -> Predictor:
+        """Make the network of a kind; its start depends on the seed and the kind's name alone."""
+        numbers = generator(self.plan.growth.seed, "lesa", kind.first)
+        seed = int(numbers.integers(1 << 62))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            predictor = Predictor(inputs, self.lesson.hidden, self.lesson.start)
+        return predictor.to(self.dtype)
 
     def learn(
         self, predictor: Predictor, rows: Coordinates, name: str, flops: float
@@ -282,24 +329,29 @@ class Learning:
         Args:
             flops: of an epoch.
         """
-        optimizer = torch.optim.AdamW(predictor.parameters(), self.lesson.learning_rate)
-        drawn = generator(self.plan.growth.seed, "lesa", name, "order")
+        lesson = self.lesson
+        optimizer = torch.optim.AdamW(predictor.parameters(), lesson.learning_rate)
+        numbers = generator(self.plan.growth.seed, "lesa", name, "order")
+        inner = np.array(rows.inner)
         outputs = rows.held.shape[1]
         steps = 0
         epochs = []
-        for _ in range(self.lesson.epochs):
+        for _ in range(lesson.epochs):
             losses: list[float] = []
-            for layer in drawn.permutation(np.array(rows.inner)):
-                before, own, after = rows[layer - 1], rows[layer], rows[layer + 1]
-                order = torch.from_numpy(drawn.permutation(outputs))
-                for some in order.split(self.lesson.rows):
-                    output = predictor(before[some], after[some])
-                    loss = distance(output, own[some], self.lesson.norm_weight)
+            for layer in numbers.permutation(inner):
+                before = rows[layer - 1]
+                own = rows[layer]
+                after = rows[layer + 1]
+                order = torch.from_numpy(numbers.permutation(outputs))
+                for batch in order.split(lesson.rows):
+                    output = predictor(before[batch], after[batch])
+                    loss = distance(output, own[batch], lesson.norm_weight)
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
                     losses.append(float(loss.detach()))
-            epochs.append(sum(losses) / len(losses))
+            mean_loss = sum(losses) / len(losses)
+            epochs.append(mean_loss)
             steps += len(losses)
             self.tell(flops)
         return steps, epochs
@@ -354,16 +406,17 @@ def predict_layers(
         done += flops
         progress(done, total)
 
-    already = [name for name, kind in kinds.items() if kept.holds(kind.names[0])]
+    already = [name for name, kind in kinds.items() if kept.holds(kind.first)]
     tell(sum(flops_of[name] for name in already))
     learning = Learning(plan, lesson, values, written, kept, tell)
     records: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory(prefix="layers-", dir=folder) as scratch:
+        file = Path(scratch) / "coordinates.npy"
         for name, kind in kinds.items():
-            records[name] = learning.kind(kind, Path(scratch) / "coordinates.npy")
+            records[name] = learning.kind(kind, file)
     return {
-        "steps": sum(each["steps"] for each in records.values()),
-        "losses": {name: each["losses"] for name, each in records.items()},
+        "steps": sum(record["steps"] for record in records.values()),
+        "losses": {name: record["losses"] for name, record in records.items()},
         "matrices": sum(len(kind.new) for kind in kinds.values()),
         "means": len(means),
         "flops": total,
@@ -372,6 +425,7 @@ def predict_layers(
 
 def _flops(kind: Kind, values: Values, lesson: Lesa) -> float:
     """FLOPs of learning a kind and predicting its new layers."""
-    outputs, inputs = kind.stored(values, kind.names[0]).shape
+    outputs, inputs = kind.size(values)
     basis, epoch, layers = kind.flops(outputs, inputs, lesson)
-    return basis + epoch * lesson.epochs + layers
+    epochs = epoch * lesson.epochs
+    return basis + epochs + layers

@@ -170,7 +170,8 @@ def lesa(
         raise UserError(f"norm_weight {norm_weight!r}: expected a number from 0 to below 1, such as 0.00005")
     if start not in PREDICTIONS:
         unknown("start", start, PREDICTIONS)
-    rate, weight = float(learning_rate), float(norm_weight)
+    rate = float(learning_rate)
+    weight = float(norm_weight)
     return Lesa(width, epochs, rows, hidden, rate, weight, start)
 
 

@@ -43,7 +43,8 @@ class Written:
         """A tensor's raw bits, in its own shape."""
         stored = self.tensors[name]
         count = prod(stored.shape)
-        raw = np.fromfile(stored.file, RAW[stored.dtype], count, offset=stored.offset)
+        raw_type = RAW[stored.dtype]
+        raw = np.fromfile(stored.file, raw_type, count, offset=stored.offset)
         return raw.reshape(stored.shape)
 
     def values(self, name: str) -> np.ndarray:
@@ -131,7 +132,8 @@ class OnDisk:
 
     def _tensor(self, name: str) -> Tensor:
         """Read a stored tensor in the type that is computed in."""
-        return torch.from_numpy(self.values(name)).to(self.dtype)
+        values = torch.from_numpy(self.values(name))
+        return values.to(self.dtype)
 
     def let_go(self, unit: nn.Module) -> None:
         """Leave a unit's parameters without values."""
@@ -186,9 +188,13 @@ class OnDisk:
 
     def loss(self, tokens: Tensor) -> float:
         """The mean loss of the next token, nats per token: (row, position)."""
-        logits = self.model(input_ids=tokens, use_cache=False).logits[:, :-1]
-        rows = zip(logits, tokens[:, 1:], strict=True)  # one of them in float64 at a time
-        losses = [nn.functional.cross_entropy(row.double(), following) for row, following in rows]
+        output = self.model(input_ids=tokens, use_cache=False)
+        predictions = output.logits[:, :-1]
+        following = tokens[:, 1:]
+        losses = []
+        for row, next_tokens in zip(predictions, following, strict=True):  # one in float64 at a time
+            loss = nn.functional.cross_entropy(row.double(), next_tokens)
+            losses.append(loss)
         return float(torch.stack(losses).mean())
 
 

@@ -33,6 +33,7 @@ from outgrow.growth.learned.kept import Kept
 from outgrow.growth.learned.on_disk import OnDisk, Values, Written
 from outgrow.growth.learned.text import Calibration
 from outgrow.growth.plan import Plan
+from outgrow.model.family import Tensor as FamilyTensor
 from outgrow.model.geometry import flops_per_token
 
 CHUNK = 256  # tokens that are summed in the type of the activations; their sums in float64
@@ -45,10 +46,12 @@ _Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of a layer beside it
 
 def products(one: Tensor, other: Tensor) -> Tensor:
     """Σ over tokens of one·otherᵀ, float64: (t, i), (t, s) → (i, s)."""
-    total = torch.zeros(one.shape[1], other.shape[1], dtype=torch.float64)
-    own = one.split(CHUNK)
-    parts = zip(own, other.split(CHUNK), strict=True)
-    for left, right in parts:
+    rows = one.shape[1]
+    columns = other.shape[1]
+    total = torch.zeros(rows, columns, dtype=torch.float64)
+    chunks = one.split(CHUNK)
+    other_chunks = other.split(CHUNK)
+    for left, right in zip(chunks, other_chunks, strict=True):
         total += left.T @ right
     return total
 
@@ -59,8 +62,9 @@ def lower_gram(rows: Tensor) -> Tensor:
     total = torch.zeros(size, size, dtype=torch.float64)
     width = -(-size // BLOCKS)
     for first in range(0, size, width):
-        below, own = rows[:, first:], rows[:, first : first + width]
-        total[first:, first : first + width] = products(below, own)
+        block = slice(first, first + width)
+        below = rows[:, first:]
+        total[first:, block] = products(below, rows[:, block])
     return total.tril_()
 
 
@@ -89,10 +93,11 @@ class Inputs:
     def fit(self, start: Tensor, wanted: Tensor) -> Tensor:
         """Minimise ‖W x − wanted y‖² + λ‖W − start‖² over the tokens' inputs x, y: (o, i), (o, s) → (o,
         i)."""
-        # W (Σ x xᵀ + λ) = wanted Σ y xᵀ + λ start
+        # W (Σ x xᵀ + λ) = wanted Σ y xᵀ + λ start, solved transposed
         aim = self._cross @ wanted.T
         aim += self._pull * start.T
-        return torch.cholesky_solve(aim, self._factor).T
+        solution = torch.cholesky_solve(aim, self._factor)
+        return solution.T
 
     def flops(self) -> float:
         """FLOPs of the sums and the factor."""
@@ -102,14 +107,17 @@ class Inputs:
 
 def sum_flops(tokens: int, inputs: int, source_inputs: int) -> float:
     """FLOPs of the sums over tokens and of the factor, which matrices share that read the same."""
-    gram = tokens * inputs**2 * (1 + 1 / BLOCKS)
+    square = inputs**2
+    gram = tokens * square * (1 + 1 / BLOCKS)
     cross = 2.0 * tokens * inputs * source_inputs
-    return gram + cross + inputs**3 / 3
+    factor = inputs**3 / 3
+    return gram + cross + factor
 
 
 def fit_flops(outputs: int, inputs: int, source_inputs: int) -> float:
     """FLOPs of fitting one matrix once the sums are there."""
-    return 2.0 * outputs * inputs * (inputs + source_inputs)
+    columns = inputs + source_inputs
+    return 2.0 * outputs * inputs * columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,12 +144,17 @@ class Matrix:
     def joined(self, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
         """(outputs, inputs) of a stored weight and its bias."""
         rows = self._by_output(weight)
-        return rows if bias is None else _with_column(rows, bias)
+        if bias is None:
+            return rows
+        return _with_column(rows, bias)
 
     def parted(self, rows: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
         """(parameter, stored name, values) of the weight and its bias, as they are stored."""
-        weight = rows if self.bias is None else rows[:, :-1]
-        yield "weight", self.weight.name, self._by_output(weight)
+        weight = rows
+        if self.bias is not None:
+            weight = rows[:, :-1]
+        stored = self._by_output(weight)
+        yield "weight", self.weight.name, stored
         if self.bias is not None:
             shift = rows[:, -1]
             yield "bias", self.bias.name, shift
@@ -153,12 +166,14 @@ class Matrix:
 
     def wanted(self, values: Values) -> np.ndarray:
         """(outputs, source inputs): the source's rows as the target's, as large a share as is wanted."""
-        source = self._by_output(values(self.source))
+        weight = values(self.source)
+        source = self._by_output(weight)
         rows = mapped(source, self.outputs)
-        if self.bias is not None and self.bias.source is not None and self.shifts is not None:
-            column = values(self.bias.source)[:, None]
-            shift = mapped(column, self.shifts)[:, 0]
-            rows = _with_column(rows, shift)
+        bias = None if self.bias is None else self.bias.source
+        if bias is not None and self.shifts is not None:
+            column = values(bias)[:, None]
+            shift = mapped(column, self.shifts)
+            rows = _with_column(rows, shift[:, 0])
         return self.share * rows
 
 
@@ -171,24 +186,22 @@ def _with_column(rows: np.ndarray, column: np.ndarray) -> np.ndarray:
 def mapped(rows: np.ndarray, axis: AxisMap) -> np.ndarray:
     """Copy or average rows as a map says; what it draws is zero here."""
     is_mean = axis.fill == Fill.MEAN
+    is_drawn = ~(axis.copies | is_mean)
     index = np.where(axis.copies, axis.index, 0)
-    copied = rows[index]
-    copied[is_mean] = rows.mean(0)
-    copied[~(axis.copies | is_mean)] = 0
+    target_rows = rows[index]
+    target_rows[is_mean] = rows.mean(0)
+    target_rows[is_drawn] = 0
     gains = axis.gain[:, None]
-    return copied.astype(np.float64) * gains
+    return target_rows.astype(np.float64) * gains
 
 
 def matrices(plan: Plan) -> dict[str, Matrix]:
     """Every matrix that is fitted, by the name of its weight: not those of layers that start as the
     identity."""
-    layers, family = plan.layers, plan.family
+    layers = plan.layers
     steps = {step.name: step for step in plan.steps}
-    pairs = zip(layers.layers, layers.identity, strict=True)
-    working = Counter(layer for layer, idle in pairs if not idle)
-    # Post norms undo any factor before them.
-    is_normed = any(line.kind == "post norm" for line in family.lines)
     recipe = plan.recipe.spaces_only()
+    share_of = _shares(plan)
     fitted = {}
     for step in plan.steps:
         tensor = step.tensor
@@ -197,21 +210,38 @@ def matrices(plan: Plan) -> dict[str, Matrix]:
         is_idle = tensor.layer is not None and layers.identity[tensor.layer]
         if not is_matrix or is_idle or step.source is None:
             continue
-        bias = steps.get(f"{step.name.removesuffix('weight')}bias")
+        module = step.name.removesuffix("weight")
+        bias = steps.get(f"{module}bias")
+        shifts = None
         if bias is not None and bias.source is None:
             bias = None
-        share = 1.0
-        writes_stream = family.writes_residual(tensor) and not is_normed
-        if tensor.layer is not None and writes_stream:
-            source_layer = layers.layers[tensor.layer]
-            share = 1 / working[source_layer]
-        written_axis = tensor.reads.index(False)
-        outputs = recipe.maps(tensor)[written_axis]
-        shifts = None
         if bias is not None:
             shifts = recipe.maps(bias.tensor)[0]
-        fitted[step.name] = Matrix(step, bias, outputs, shifts, share)
+        written_axis = tensor.reads.index(False)
+        maps = recipe.maps(tensor)
+        outputs = maps[written_axis]
+        fitted[step.name] = Matrix(step, bias, outputs, shifts, share_of(tensor))
     return fitted
+
+
+def _shares(plan: Plan) -> Callable[[FamilyTensor], float]:
+    """The share of the source's output that each matrix is to give: of those that write to the residual
+    stream, one for each working copy of the source's layer; their shares sum to 1.
+    """
+    layers = plan.layers
+    family = plan.family
+    pairs = zip(layers.layers, layers.identity, strict=True)
+    copies = Counter(layer for layer, idle in pairs if not idle)
+    # Post norms undo any factor before them.
+    is_normed = any(line.kind == "post norm" for line in family.lines)
+
+    def share(tensor: FamilyTensor) -> float:
+        if tensor.layer is None or is_normed or not family.writes_residual(tensor):
+            return 1.0
+        source_layer = layers.layers[tensor.layer]
+        return 1 / copies[source_layer]
+
+    return share
 
 
 @dataclass
@@ -251,17 +281,18 @@ class Fitting:
                 first, then before each and at the end.
         """
         matrix_of = matrices(self.plan)
-        for number in range(len(self.target.layers)):
+        layers = self.target.layers
+        for number in range(len(layers)):
             self._put_back(_piece(number))
         progress(len(self._done))
         self._put_back(HEAD)
         with self._keeping_inputs():
             source_end = self.source.to_head(tokens)
-        for number, layer in enumerate(self.target.layers):
+        for number, layer in enumerate(layers):
             if _piece(number) not in self._done:
                 self._watch(number, layer, matrix_of, progress)
         end = self.target.to_head(tokens)
-        progress(len(self.target.layers))
+        progress(len(layers))
         if HEAD not in self._done:
             self._fit_head(matrix_of, source_end, end)
 
@@ -269,12 +300,15 @@ class Fitting:
         self, number: int, layer: nn.Module, matrix_of: dict[str, Matrix], progress: Callable[[int], None]
     ) -> None:
         """Have a layer of the target fitted when the pass comes to it, and kept when it has answered."""
-        layer.register_forward_pre_hook(self._source_first(number, progress), prepend=True)
+        source_first = self._source_first(number, progress)
+        layer.register_forward_pre_hook(source_first, prepend=True)
         modules = self.target.matrices(layer)
         for module, weight in modules.items():
-            if weight in matrix_of:
-                module.register_forward_pre_hook(self._fitted_first(matrix_of[weight]))
-        layer.register_forward_hook(lambda *_: self._keep(_piece(number)))
+            matrix = matrix_of.get(weight)
+            if matrix is not None:
+                module.register_forward_pre_hook(self._fitted_first(matrix))
+        piece = _piece(number)
+        layer.register_forward_hook(lambda *_: self._keep(piece))
 
     def _put_back(self, piece: str) -> None:
         """Write what an earlier pass has fitted in its place, if it was kept."""
@@ -293,7 +327,9 @@ class Fitting:
         counts = {"matrices": self.fits, "flops": self.flops}
         self.kept.put(piece, raw, counts)
         self._count(counts)
-        self.names, self.fits, self.flops = [], 0, 0.0
+        self.names = []
+        self.fits = 0
+        self.flops = 0.0
 
     def _count(self, counts: dict[str, Any]) -> None:
         """Add up what is said of a piece."""
@@ -303,9 +339,12 @@ class Fitting:
     def _fit_head(self, matrix_of: dict[str, Matrix], source_end: Tensor | None, end: Tensor | None) -> None:
         """Fit the output head, where both models have one of their own."""
         head = self.target.head
-        if head is None or end is None or self.source.head is None or source_end is None:
+        if head is None or end is None:
             return
-        weight = self.target.matrices(head)[head]
+        if self.source.head is None or source_end is None:
+            return
+        modules = self.target.matrices(head)
+        weight = modules[head]
         matrix = matrix_of[weight]
         self.target.fill(head)
         self._seen[matrix.source] = source_end
@@ -323,17 +362,20 @@ class Fitting:
 
         def keeper(number: int) -> Any:
             def keep(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-                hidden, *rest = arguments if arguments else (named["hidden_states"],)
-                np.save(self._hidden_file(number), hidden.numpy())
-                others = {key: value for key, value in named.items() if key != "hidden_states"}
-                self._calls[number] = (tuple(rest), others)
+                others = dict(named)
+                rest = arguments[1:]
+                hidden = arguments[0] if arguments else others["hidden_states"]
+                others.pop("hidden_states", None)
+                file = self._hidden_file(number)
+                np.save(file, hidden.numpy())
+                self._calls[number] = (rest, others)
 
             return keep
 
-        layers = enumerate(self.source.layers)
-        hooks = [
-            layer.register_forward_pre_hook(keeper(number), with_kwargs=True) for number, layer in layers
-        ]
+        hooks = []
+        for number, layer in enumerate(self.source.layers):
+            hook = layer.register_forward_pre_hook(keeper(number), with_kwargs=True)
+            hooks.append(hook)
         yield
         for hook in hooks:
             hook.remove()
@@ -347,20 +389,28 @@ class Fitting:
             source = self.plan.layers.layers[number]
             layer = self.source.layers[source]
             rest, named = self._calls[source]
-            self._seen, self._last = {}, None
-            hooks = [
-                module.register_forward_pre_hook(
-                    lambda _, arguments, weight=weight: self._seen.update({weight: arguments[0]})
-                )
-                for module, weight in self.source.matrices(layer).items()
-            ]
-            array = np.load(self._hidden_file(source), allow_pickle=False)
+            self._seen = {}
+            self._last = None
+            hooks = []
+            for module, weight in self.source.matrices(layer).items():
+                hook = module.register_forward_pre_hook(self._seen_by(weight))
+                hooks.append(hook)
+            file = self._hidden_file(source)
+            array = np.load(file, allow_pickle=False)
             hidden = torch.from_numpy(array)
             layer(hidden, *rest, **named)
             for hook in hooks:
                 hook.remove()
 
         return run
+
+    def _seen_by(self, weight: str) -> Any:
+        """Keep what the source's matrix of that name reads."""
+
+        def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            self._seen[weight] = arguments[0]
+
+        return keep
 
     def _fitted_first(self, matrix: Matrix) -> Any:
         def run(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -376,23 +426,25 @@ class Fitting:
 
     def _fit(self, matrix: Matrix, module: Any, read: Tensor) -> None:
         """Fit a module's matrix to what it reads, write it, and use it as it is stored."""
+        weight = module.weight.double().numpy()
         bias = None
         if matrix.bias is not None:
             bias = module.bias.double().numpy()
-        before = matrix.joined(module.weight.double().numpy(), bias)
+        start = torch.from_numpy(matrix.joined(weight, bias))
+        wanted = torch.from_numpy(matrix.wanted(self.source.values))
         seen = self._seen[matrix.source]
         inputs = self._inputs(read, seen, bias is not None)
-        wanted = matrix.wanted(self.source.values)
-        start = torch.from_numpy(before)
-        after = inputs.fit(start, torch.from_numpy(wanted))
-        outputs, width = after.shape
+        fitted = inputs.fit(start, wanted)
+        outputs, width = fitted.shape
         self.flops += fit_flops(outputs, width, wanted.shape[1])
         self.fits += 1
-        fresh = ~np.isin(matrix.outputs.fill, FITTED)
-        after[fresh] = torch.from_numpy(before[fresh])
-        for parameter, name, values in matrix.parted(after.numpy()):
+        # Of rows that are drawn the source says nothing: they stay.
+        is_drawn = ~np.isin(matrix.outputs.fill, FITTED)
+        fitted[is_drawn] = start[is_drawn]
+        for parameter, name, values in matrix.parted(fitted.numpy()):
             stored = self.written.write(name, values)
-            getattr(module, parameter).copy_(torch.from_numpy(stored))
+            used = getattr(module, parameter)
+            used.copy_(torch.from_numpy(stored))
             self.names.append(name)
 
     def _inputs(self, read: Tensor, seen: Tensor, biased: bool) -> Inputs:
@@ -419,7 +471,8 @@ def _rows(inputs: Tensor, biased: bool) -> Tensor:
     rows = inputs.flatten(0, -2)
     if not biased:
         return rows
-    ones = torch.ones_like(rows[:, :1])
+    one_column = rows[:, :1]
+    ones = torch.ones_like(one_column)
     return torch.cat([rows, ones], 1)
 
 
@@ -444,21 +497,26 @@ def fit(
     layers = plan.layers.target
 
     def tell(fitted: int) -> None:
-        progress(expected * fitted / layers, expected)
+        done = expected * fitted / layers
+        progress(done, expected)
 
+    tokens = torch.from_numpy(text.fit)
     with TemporaryDirectory(prefix="activations-", dir=folder) as scratch, torch.no_grad():
         fitting = Fitting(plan, ridge, source, target, written, Path(scratch), kept)
-        fitting.run(torch.from_numpy(text.fit), tell)
-    return {"steps": 0, "matrices": fitting.fitted, "flops": fitting.paid + passes}
+        fitting.run(tokens, tell)
+    flops = fitting.paid + passes
+    return {"steps": 0, "matrices": fitting.fitted, "flops": flops}
 
 
 def _flops_of_passes(plan: Plan, text: Calibration) -> float:
     """FLOPs of a pass of the source, its layers once more for each of their copies, and one of the target."""
     length = text.fit.shape[1]
-    once = flops_per_token(plan.source_config, length) / 3
-    again = once * plan.layers.target / plan.layers.source
+    layers = plan.layers
+    once = flops_per_token(plan.source_config, length) / 3  # forward alone
+    again = once * layers.target / layers.source
     grown = flops_per_token(plan.target_config, length) / 3
-    return text.fit.size * (once + again + grown)
+    per_token = once + again + grown
+    return text.fit.size * per_token
 
 
 def expected_flops(plan: Plan, tokens: int) -> float:
@@ -468,10 +526,13 @@ def expected_flops(plan: Plan, tokens: int) -> float:
     total = 0.0
     last = None
     for matrix in matrices(plan).values():
-        tensor = matrix.weight.tensor
+        weight = matrix.weight
+        tensor = weight.tensor
         reads = tensor.reads.index(True)
-        inputs, outputs = matrix.weight.shape[reads], matrix.weight.shape[1 - reads]
-        source_inputs = matrix.weight.maps[reads].source
+        writes = tensor.reads.index(False)
+        inputs = weight.shape[reads]
+        outputs = weight.shape[writes]
+        source_inputs = weight.maps[reads].source
         total += fit_flops(outputs, inputs, source_inputs)
         own = (tensor.layer, tensor.axes[reads])
         if own != last:

@@ -28,13 +28,17 @@ class Telling:
         """Tell what is due after `done` of `flops` FLOPs."""
         now = time.monotonic()
         if not self._began:
-            self._began, self._first, self._told = now, done, now
+            self._began = now
+            self._first = done
+            self._told = now
             self._estimate(flops - done)
         elif done > self._first:
-            self.left = (now - self._began) * (flops - done) / (done - self._first)
+            seconds = now - self._began
+            self.left = seconds * (flops - done) / (done - self._first)
             if now - self._told >= EVERY:
                 self._told = now
-                self.say(f"learning: {done / flops:.0%}, {human_time(self.left)} left")
+                share = done / flops
+                self.say(f"learning: {share:.0%}, {human_time(self.left)} left")
 
     def _estimate(self, flops: float) -> None:
         """Tell the FLOPs and the time that this machine's matrix products alone would take for them."""

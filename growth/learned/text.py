@@ -91,8 +91,8 @@ def read_calibration(
         )
     last = len(ids) - window
     starts = [number * last // (count - 1) for number in range(count)]
-    parts = [np.asarray(ids[start : start + window], np.int64) for start in starts]
-    windows = np.stack(parts)
+    parts = [ids[start : start + window] for start in starts]
+    windows = np.stack([np.asarray(part, np.int64) for part in parts])
     if (largest := int(windows.max())) >= vocabulary:
         raise UserError(
             f"{KEY} {text!r}: has token {largest}, and the source has {vocabulary} tokens; is it another "
