@@ -63,7 +63,8 @@ class Average:
     @torch.no_grad()
     def _exchange(self) -> None:
         for name, average in self.tensors.items():
-            weight, kept = local(self.weights[name]), local(average)
+            weight = local(self.weights[name])
+            kept = local(average)
             own = weight.clone()
             weight.copy_(kept)
             kept.copy_(own)

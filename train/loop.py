@@ -85,18 +85,21 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
     """
     folder = Path(settings.out)
     checkpoints = folder / run_folder.CHECKPOINTS
-    loop, budget = settings.train, settings.budget
+    loop = settings.train
+    budget = settings.budget
     progress = settings.progress and "lines"
     console = Console(progress, settings.name, loop.budget_tokens)
 
     # ---- 1. Is there anything to do? -----------------------------------------------------------------------
-    run, new_dtype = run_folder.read_run(folder), None
+    run = run_folder.read_run(folder)
+    new_dtype = None
     if run is not None:
         run_folder.check_same(folder, run, settings)
         if run_folder.is_complete(folder):
             missing = run_folder.unkept(folder, run, settings)
             if not missing:
-                console.say(f"already complete: {folder}{run_folder.texts_elsewhere(run, settings)}")
+                elsewhere = run_folder.texts_elsewhere(run, settings)
+                console.say(f"already complete: {folder}{elsewhere}")
                 return folder
             new_dtype = run_folder.recast_to(folder, run, settings)
             if new_dtype is None:
@@ -112,7 +115,8 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
     with group as accelerator, run_folder.locked(folder, accelerator.is_main_process):
         # ---- 2. Who trains: every process, and the main one writes -----------------------------------------
         main = accelerator.is_main_process
-        process, processes = accelerator.process_index, accelerator.num_processes
+        process = accelerator.process_index
+        processes = accelerator.num_processes
         if loop.noise_scale:
             first_micro_batches(settings, processes)  # refuses one at which there is nothing to compare
         if run is not None and new_dtype is not None:
@@ -203,8 +207,10 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
         # 3. the stage before, grown, with Adam's state where the stage has `moments` (growth on the way);
         # 4. the source, grown or as it is, with Adam's state where transfer.optimizer asks for it;
         # 5. scratch: the library's own initialisation, from the seed.
-        if run.trunk is not None and main and not state.complete(checkpoints, tidy=True):
-            take_over_trunk(folder, run.trunk)
+        if run.trunk is not None and main:
+            begun = state.complete(checkpoints, tidy=True)
+            if not begun:
+                take_over_trunk(folder, run.trunk)
         accelerator.wait_for_everyone()
         saved = newest_intact(checkpoints, accelerator, console.say)
         position = state.Position() if saved is None else state.peek(saved)
@@ -300,8 +306,8 @@ def train(settings: Settings, trunks: Sequence[Path] = ()) -> Path:
                             if benchmarks is not None and benchmarks_due:
                                 alive()
                                 measure_benchmarks(context, objects)
-                            signalled = asked() is not None
-                            stop = any_process(accelerator, signalled) and position.step < budget.steps
+                            signalled = any_process(accelerator, asked() is not None)
+                            stop = signalled and position.step < budget.steps
                             grows = position.step == stage.last < budget.steps
                             branches = position.step == branch_step(settings)
                             saves = budget.saves(position.step, best=position.best_step)
@@ -406,7 +412,8 @@ def validate(context: RunContext, objects: TrainingObjects, kind: str = "eval") 
         kind: "before_growth" and "growth" for the losses of a network that is about to grow and of the one
             that has just grown, whose difference is the height of the spike; neither is the run's own.
     """
-    position, console = context.clock.position, context.console
+    position = context.clock.position
+    console = context.console
     measure = partial(
         evaluate,
         objects.objective,
@@ -419,7 +426,8 @@ def validate(context: RunContext, objects: TrainingObjects, kind: str = "eval") 
         result = measure()
         if objects.average is not None:
             with objects.average.applied():
-                averaged = {f"ema_{name}": value for name, value in asdict(measure()).items()}
+                of_average = asdict(measure())
+            averaged = {f"ema_{name}": value for name, value in of_average.items()}
     if kind == "eval":
         position.ema_val_loss = averaged.get("ema_val_loss")
         position.ema_bits_per_byte = averaged.get("ema_bits_per_byte")
@@ -431,7 +439,9 @@ def validate(context: RunContext, objects: TrainingObjects, kind: str = "eval") 
                 console.say(line)
         position.val_loss = loss
         position.bits_per_byte = result.bits_per_byte
-        best = math.inf if position.best_val_loss is None else position.best_val_loss
+        best = position.best_val_loss
+        if best is None:
+            best = math.inf
         if position.step > 0 and loss < best:  # false for NaN
             position.best_val_loss = loss
             position.best_step = position.step
@@ -555,7 +565,9 @@ def grow_into(context: RunContext, objects: TrainingObjects, following: Stage) -
 
     The averaged weights grow as the weights do: by the same maps, with the same random numbers.
     """
-    accelerator, settings, folder = context.accelerator, context.settings, context.folder
+    accelerator = context.accelerator
+    settings = context.settings
+    folder = context.folder
     with context.clock.paused():
         weights = whole_weights(objects.objective, accelerator)
         if accelerator.is_main_process:
@@ -576,7 +588,8 @@ def publish_average(context: RunContext, objects: TrainingObjects, run: RunRecor
     """Write the averaged weights of a run that has ended, where it keeps them, beside its `final/`."""
     if objects.average is None:
         return
-    accelerator, data = context.accelerator, context.data
+    accelerator = context.accelerator
+    data = context.data
     with objects.average.applied():
         weights = whole_weights(objects.objective, accelerator)
         if accelerator.is_main_process:

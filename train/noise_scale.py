@@ -42,8 +42,10 @@ class NoiseScale:
     """
 
     def __init__(self, own: list[int], batch: int, accelerator: Accelerator, position: Position) -> None:
-        self.accelerator, self.position = accelerator, position
-        process, processes = accelerator.process_index, accelerator.num_processes
+        self.accelerator = accelerator
+        self.position = position
+        process = accelerator.process_index
+        processes = accelerator.num_processes
         # A loss is divided by the batch's tokens. What is sharded is added up over the processes each time,
         # else a gradient is its process's own until the last micro-batch, times the processes.
         if accelerator.is_fsdp2:
@@ -74,8 +76,10 @@ class NoiseScale:
 
     def see_batch(self, norm: float) -> None:
         """Take the norm of the whole batch's gradient, and count the step."""
-        b, B = self.small, self.batch
-        small, large = float(self.square), norm**2
+        b = self.small
+        B = self.batch
+        small = float(self.square)
+        large = norm**2
         gradient = (B * large - b * small) / (B - b)
         scatter = (small - large) / (1 / b - 1 / B)
         self.position.noise_gradient += gradient
@@ -87,7 +91,8 @@ class NoiseScale:
         None where the gradient's own norm is lost in the noise.
         """
         position = self.position
-        gradient, scatter = position.noise_gradient, position.noise_scatter
+        gradient = position.noise_gradient
+        scatter = position.noise_scatter
         position.noise_gradient = position.noise_scatter = 0.0
         return {"noise_scale_tokens": scatter / gradient if gradient > 0 else None}
 
@@ -108,7 +113,8 @@ def first_micro_batches(settings: Settings, processes: int) -> list[int]:
         UserError: there is nothing to compare: a process takes its share of a batch at once, alone or with
             others that add up their gradients as they go (sharding).
     """
-    rows, size = settings.budget.rows, settings.train.micro_batch
+    rows = settings.budget.rows
+    size = settings.train.micro_batch
     shares = [Share.of(rows, size, process, processes) for process in range(processes)]
     fewest = min(len(share.rows) for share in shares)
     at_once = len(shares[0].pieces) < 2

@@ -83,8 +83,10 @@ class TrainingObjects:
 
 def build_objects(context: RunContext, stage: Stage) -> TrainingObjects:
     """Build the network of `stage` with its starting weights, and around it loss, optimizer and step."""
-    settings, way = context.settings, context.way
-    source, folder = context.source, context.folder
+    settings = context.settings
+    way = context.way
+    source = context.source
+    folder = context.folder
     network = starting_model(settings, stage, source, folder, way.attention)
     sizes = (parameter.numel() for parameter in network.parameters())
     same_count = sum(sizes) == parameter_count(stage.config)
@@ -117,7 +119,8 @@ def build_objects(context: RunContext, stage: Stage) -> TrainingObjects:
 
 def _noise_scale(context: RunContext) -> NoiseScale | None:
     """Build what estimates the gradient noise scale, if that is asked for."""
-    settings, accelerator = context.settings, context.accelerator
+    settings = context.settings
+    accelerator = context.accelerator
     if not settings.train.noise_scale:
         return None
     own = first_micro_batches(settings, accelerator.num_processes)
@@ -129,7 +132,8 @@ def _diagnostics(
     context: RunContext, network: PreTrainedModel, optimizer: torch.optim.Optimizer, stage: Stage
 ) -> Diagnostics | None:
     """The observer of copies and new entries, on the processes that look."""
-    accelerator, budget = context.accelerator, context.settings.budget
+    accelerator = context.accelerator
+    budget = context.settings.budget
     looks = accelerator.is_main_process or accelerator.is_fsdp2
     if budget.diagnostics_every is None or not looks:
         return None

@@ -146,7 +146,8 @@ def adamw_8bit(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optim
         raise UserError(
             "optimizer=adamw_8bit: it is torchao's, which is not installed; pip install -e '.[low-bit]'",
         ) from error
-    rate, betas = settings.learning_rate, settings.betas
+    rate = settings.learning_rate
+    betas = settings.betas
     return AdamW8bit(groups, lr=rate, betas=betas, eps=settings.epsilon)
 
 

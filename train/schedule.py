@@ -45,10 +45,13 @@ def warmup_stable_decay(progress: float, warmup: float, settings: ScheduleSettin
     """
     assert settings.decay_fraction is not None
     rise = progress / warmup if warmup > 0 else 1.0
-    fall = (1.0 - progress) / settings.decay_fraction if settings.decay_fraction > 0 else 1.0
+    left = 1.0 - progress
+    decay = settings.decay_fraction
+    fall = left / decay if decay > 0 else 1.0
     if settings.decay == "sqrt" and fall < 1.0:
         fall = 1.0 - math.sqrt(1.0 - fall)
-    lowered = settings.floor + (1.0 - settings.floor) * fall
+    above_floor = (1.0 - settings.floor) * fall
+    lowered = settings.floor + above_floor
     return min(1.0, rise, lowered)
 
 
@@ -85,13 +88,15 @@ def factor(
     """
     share = 1.0 if from_scratch else REWARM[settings.rewarm]
     progress = min(max(progress, 0.0), 1.0)
+    course = SCHEDULES[settings.name]
     if settings.warmup_tokens is None:
-        course = SCHEDULES[settings.name]
-        return course(progress, settings.warmup_fraction * share, settings)
+        fraction = settings.warmup_fraction * share
+        return course(progress, fraction, settings)
     assert tokens is not None
     warmup = settings.warmup_tokens * share
     rise = min(1.0, tokens / warmup) if warmup > 0 else 1.0
-    return min(rise, SCHEDULES[settings.name](progress, 0.0, settings))
+    without_warmup = course(progress, 0.0, settings)
+    return min(rise, without_warmup)
 
 
 def stable_steps(settings: ScheduleSettings, steps: int) -> int:

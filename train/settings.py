@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from outgrow.growth.learned.lessons import LEARNED
 from outgrow.model.base.errors import UserError, did_you_mean
-from outgrow.model.base.settings import CONF, compose_config, plain, read
+from outgrow.model.base.settings import CONF, compose_config, settings_of
 from outgrow.train.data.settings import DataSettings, MixtureSettings, mixture_disagreements
 from outgrow.train.data.settings import disagreements as data_disagreements
 from outgrow.train.schedule import REWARM, SCHEDULES, ScheduleSettings
@@ -294,22 +294,18 @@ def settings_from(cfg: DictConfig | Mapping[str, Any], faults: list[str] | None 
         UserError: unknown (with near matches), missing or mistyped keys and values that cannot work together,
             all at once.
     """
-    faults = list(faults or [])
-    values = plain(cfg, faults)
-    settings = read(Settings, values, "", faults) if values else None
-    if settings is not None:
-        faults += _disagreements(settings)
-    UserError.collect(dict.fromkeys(faults))
-    assert settings is not None
-    return settings
+    return settings_of(Settings, cfg, faults or (), _disagreements)
 
 
 def _disagreements(settings: Settings) -> list[str]:
     """List the faults between well-typed values."""
     faults = _loop_disagreements(settings.train)
-    faults += [] if faults else _observer_disagreements(settings)
-    faults += _schedule_disagreements(settings.schedule) + _horizon_disagreements(settings)
-    faults += _optimizer_disagreements(settings) + _start_disagreements(settings)
+    if not faults:
+        faults += _observer_disagreements(settings)
+    faults += _schedule_disagreements(settings.schedule)
+    faults += _horizon_disagreements(settings)
+    faults += _optimizer_disagreements(settings)
+    faults += _start_disagreements(settings)
     for key in ("study", "name"):
         name = getattr(settings, key)
         if not name or Path(name).name != name:
@@ -320,11 +316,13 @@ def _disagreements(settings: Settings) -> list[str]:
             f"runs/{settings.name}"
         )
     forecast = settings.forecast
-    gpus, mfu = forecast.gpus, forecast.mfu
+    gpus = forecast.gpus
+    mfu = forecast.mfu
     if gpus <= 0 or not 0 < mfu <= 1:
         faults.append(f"forecast: gpus must be positive and mfu between 0 and 1; found {gpus}, {mfu}")
     faults += _fresh_disagreements(settings.growth)
-    faults += _benchmark_disagreements(settings) + _transfer_disagreements(settings)
+    faults += _benchmark_disagreements(settings)
+    faults += _transfer_disagreements(settings)
     if settings.growth.stages:
         faults += _stage_disagreements(settings.growth)
     if settings.mixture is not None:
@@ -373,13 +371,18 @@ def _observer_disagreements(settings: Settings) -> list[str]:
     longest = max(settings.schedule.horizons, default=loop.budget_tokens)
     steps = longest // loop.batch_tokens
     faults = []
-    if loop.ema is not None and not (0 < loop.ema < 1 or loop.ema >= loop.batch_tokens):
+    ema = loop.ema
+    is_decay = ema is not None and 0 < ema < 1
+    is_half_life = ema is not None and ema >= loop.batch_tokens
+    if ema is not None and not (is_decay or is_half_life):
         faults.append(
             "train.ema: expected a decay of each step, between 0 and 1, or a half-life in tokens, at least "
             f"train.batch_tokens={loop.batch_tokens}; found {loop.ema:g}"
         )
-    ends = re.fullmatch(r"(\d+)-(\d+)", str(loop.profile_steps))
-    inside = ends is not None and 1 <= int(ends[1]) <= int(ends[2]) <= steps
+    inside = False
+    if ends := re.fullmatch(r"(\d+)-(\d+)", str(loop.profile_steps)):
+        first, last = map(int, ends.groups())
+        inside = 1 <= first <= last <= steps
     if loop.profile_steps is not None and not inside:
         faults.append(
             "train.profile_steps: expected FIRST-LAST, steps counted from 1, of which this run has "
@@ -407,7 +410,8 @@ def _schedule_disagreements(schedule: ScheduleSettings) -> list[str]:
         faults.append(
             "schedule.decay_fraction: missing; wsd decays over the last decay_fraction of the budget"
         )
-    together = schedule.warmup_fraction + (schedule.decay_fraction or 0)
+    decay = schedule.decay_fraction or 0
+    together = schedule.warmup_fraction + decay
     if schedule.warmup_tokens is None and together > 1:
         faults.append(
             f"schedule: warmup_fraction and decay_fraction are {together} together, more than the budget"
@@ -417,7 +421,8 @@ def _schedule_disagreements(schedule: ScheduleSettings) -> list[str]:
 
 def _optimizer_disagreements(settings: Settings) -> list[str]:
     """List what is wrong with the optimizer, and with it under the sharding that is asked for."""
-    faults, optimizer = [], settings.optimizer
+    faults = []
+    optimizer = settings.optimizer
     for key in ("learning_rate", "epsilon"):
         value = getattr(optimizer, key)
         if value <= 0:
@@ -441,10 +446,12 @@ def _optimizer_disagreements(settings: Settings) -> list[str]:
 
 def _start_disagreements(settings: Settings) -> list[str]:
     """List what is missing of source and target."""
-    faults, growth = [], settings.growth
-    if settings.train.save_dtype == "source" and settings.source is None:
+    faults = []
+    growth = settings.growth
+    has_source = settings.source is not None
+    if settings.train.save_dtype == "source" and not has_source:
         faults.append("train.save_dtype=source: there is no source; give float32, bfloat16 or float16")
-    if growth.operator != "scratch" and settings.source is None:
+    if growth.operator != "scratch" and not has_source:
         way = "source=FOLDER or source=owner/name on the Hugging Face hub"
         faults.append(f"source: missing; growth={growth.name} starts from one: {way}")
     if growth.operator != "source" and settings.target is None:
@@ -460,7 +467,8 @@ def _fresh_disagreements(growth: GrowthSettings) -> list[str]:
     """List what is wrong with the scale of fresh entries, of the start and of each growth on the way."""
     grown = {"growth": (growth.operator, growth.options)}
     for number, stage in enumerate(growth.stages):
-        grown[f"growth.stages[{number}]"] = (stage.operator, stage.options)
+        key = f"growth.stages[{number}]"
+        grown[key] = (stage.operator, stage.options)
     faults = []
     for key, (operator, options) in grown.items():
         fresh = options.get("fresh", "init")
@@ -500,7 +508,8 @@ def _benchmark_disagreements(settings: Settings) -> list[str]:
 
 def _horizon_disagreements(settings: Settings) -> list[str]:
     """List the faults of a warm-up in tokens and of horizons."""
-    schedule, loop = settings.schedule, settings.train
+    schedule = settings.schedule
+    loop = settings.train
     faults = []
     horizons = list(schedule.horizons)
     shortest = min(horizons, default=loop.budget_tokens)
@@ -527,27 +536,33 @@ def _horizon_disagreements(settings: Settings) -> list[str]:
         faults.append(
             "schedule.horizons: not with a teacher or rewarm=new, whose course depends on the budget"
         )
-    phases = () if settings.mixture is None else settings.mixture.phases
+    mixture = settings.mixture
+    phases = () if mixture is None else mixture.phases
     if any(phase.share is not None for phase in phases):
         faults.append(
             "schedule.horizons: a phase of the mixture lasts a share of the run; give its tokens, the same "
             "for every horizon"
         )
-    ends = [stage.until_tokens for stage in settings.growth.stages[:-1]]
-    if None in ends:
-        faults.append(
-            "growth.stages: with horizons a stage ends after until_tokens=N, the same for every horizon"
-        )
     decay = schedule.decay_fraction or 0.0
     stable = shortest * (1.0 - decay)
+    faults += _growth_within_horizons(settings.growth, stable)
+    return faults
+
+
+def _growth_within_horizons(growth: GrowthSettings, stable: float) -> Iterator[str]:
+    """Yield the faults of growths on the way of a run with horizons, which must come within the tokens that
+    all of them share: `stable` ones, before the shortest decays.
+    """
+    ends = [stage.until_tokens for stage in growth.stages[:-1]]
+    if None in ends:
+        yield "growth.stages: with horizons a stage ends after until_tokens=N, the same for every horizon"
     for end in ends:
         tokens = end or 0
         if tokens > stable:
-            faults.append(
+            yield (
                 f"growth.stages: growth after {tokens} tokens is inside the decay of the shortest horizon, "
                 f"from {stable:.0f}"
             )
-    return faults
 
 
 def needs_source(settings: Settings) -> bool:
@@ -566,7 +581,8 @@ def _stage_disagreements(growth: GrowthSettings) -> list[str]:
     """List the faults of a growth on the way."""
     faults: list[str] = []
     *earlier, last = growth.stages
-    has_one_end = [(stage.until is None) != (stage.until_tokens is None) for stage in earlier]
+    ends_of_each = [(stage.until, stage.until_tokens) for stage in earlier]
+    has_one_end = [ends.count(None) == 1 for ends in ends_of_each]
     if not all(has_one_end) or last.until_tokens is not None:
         return [
             (
@@ -646,20 +662,22 @@ def _transfer_disagreements(settings: Settings) -> list[str]:
             f"{transfer.inherited_rate}",
         )
     if teacher is not None:
-        lowest = min(teacher.weight)
-        highest = max(teacher.weight)
-        in_range = 0.0 <= lowest <= highest <= 1.0
-        if not in_range or min(teacher.temperature) <= 0:
-            faults.append(
-                "transfer.teacher: weights are between 0 and 1, temperatures positive; found "
-                f"{teacher.weight}, {teacher.temperature}",
-            )
-        if not 0.0 < teacher.until <= 1.0:
-            faults.append(
-                "transfer.teacher.until: a share of the budget, above 0 and at most 1; found "
-                f"{teacher.until}",
-            )
+        faults += _teacher_disagreements(teacher)
     return faults
+
+
+def _teacher_disagreements(teacher: TeacherSettings) -> Iterator[str]:
+    """Yield the faults of a teacher's weights, temperatures and end."""
+    lowest = min(teacher.weight)
+    highest = max(teacher.weight)
+    in_range = 0.0 <= lowest <= highest <= 1.0
+    if not in_range or min(teacher.temperature) <= 0:
+        yield (
+            "transfer.teacher: weights are between 0 and 1, temperatures positive; found "
+            f"{teacher.weight}, {teacher.temperature}"
+        )
+    if not 0.0 < teacher.until <= 1.0:
+        yield f"transfer.teacher.until: a share of the budget, above 0 and at most 1; found {teacher.until}"
 
 
 # Settings, of whatever part, that came when there were runs already → the value that says nothing.
@@ -681,8 +699,12 @@ def _without_later(value: Any) -> Any:
         return [_without_later(item) for item in value]
     if not isinstance(value, dict):
         return value
-    silent = [key for key in LATER if key in value and value[key] == LATER[key]]
-    return {key: _without_later(item) for key, item in value.items() if key not in silent}
+    told = {}
+    for key, item in value.items():
+        says_nothing = key in LATER and item == LATER[key]
+        if not says_nothing:
+            told[key] = _without_later(item)
+    return told
 
 
 def settings_hash(settings: Settings | Mapping[str, Any]) -> str:

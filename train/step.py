@@ -161,7 +161,8 @@ class Step:
             this process's part of the mean loss on the text, and of the routers' load-balancing term where
             there is one.
         """
-        accelerator, pieces = self.accelerator, self.share.pieces
+        accelerator = self.accelerator
+        pieces = self.share.pieces
         teaching = self.teaching(i)
         mean = torch.zeros((), device=accelerator.device)
         router = None
@@ -198,10 +199,12 @@ class Step:
             return NotFinite(f"{story}weight {names[0]}", weights=True)
         parameters = self.parameters.items()
         gradients = ((name, parameter.grad) for name, parameter in parameters)
-        names = self.not_finite({name: gradient for name, gradient in gradients if gradient is not None})
+        present = {name: gradient for name, gradient in gradients if gradient is not None}
+        names = self.not_finite(present)
         if not names:
             return NotFinite(f"{story}loss alone")
-        more = f"{len(names) - 1} more of {len(self.parameters)} tensors"
+        others = len(names) - 1
+        more = f"{others} more of {len(self.parameters)} tensors"
         return NotFinite(f"{story}gradient of {names[-1]}, and of {more}")
 
     def check_weights(self, step: int) -> None:
@@ -299,7 +302,7 @@ def drawn(network: nn.Module) -> str | None:
                 rates[key] = value
     if not rates:
         return None
-    parts = (f"{key} {rate:g}" for key, rate in sorted(rates.items()))
+    parts = [f"{key} {rates[key]:g}" for key in sorted(rates)]
     return (
         f"{', '.join(parts)}: masks are drawn for each micro-batch, so losses depend on train.micro_batch "
         "and on the number of processes"

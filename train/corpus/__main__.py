@@ -20,14 +20,14 @@ A stopped or killed preparation goes on where it was. Exit status: 0 done, 2 a f
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from outgrow.model.base.errors import UserError, unknown
 from outgrow.model.base.interrupt import started
-from outgrow.model.base.settings import CONF, compose_config, plain, read
+from outgrow.model.base.settings import CONF, compose_config, settings_of
 from outgrow.train.corpus import report
 from outgrow.train.corpus.settings import ExecutorSettings, executor_faults
 from outgrow.train.data.settings import DataSettings, disagreements
@@ -81,33 +81,27 @@ def settings_from(cls: type[T], name: str, overrides: Sequence[str]) -> T:
         UserError: every unknown, missing and mistyped key, and data settings that cannot work, at once.
     """
     cfg, faults = compose_config(CONF, name, list(overrides))
-    values = plain(cfg, faults)
-    settings = read(cls, values, "", faults) if values else None
+    return settings_of(cls, cfg, faults, _disagreements)
+
+
+def _disagreements(settings: Any) -> Iterator[str]:
+    """Yield the faults between well-typed values, of whichever command."""
     if isinstance(settings, PrepareSettings | FilterSettings):
-        faults += disagreements(settings.data)
+        yield from disagreements(settings.data)
     if isinstance(settings, PrepareSettings):
-        faults += executor_faults(settings.corpus)
+        yield from executor_faults(settings.corpus)
     if isinstance(settings, InspectSettings):
-        faults += (
-            [] if settings.folders else ["folders: none; give prepared folders: 'folders=[data/stdlib]'"]
-        )
-        faults += [
-            f"{key}: must not be negative" for key in ("samples", "characters") if getattr(settings, key) < 0
-        ]
+        if not settings.folders:
+            yield "folders: none; give prepared folders: 'folders=[data/stdlib]'"
+        for key in ("samples", "characters"):
+            if getattr(settings, key) < 0:
+                yield f"{key}: must not be negative"
     if isinstance(settings, FilterSettings):
-        faults += [
-            f"{key}: must be positive"
-            for key in ("max_tokens", "trees", "min_samples_leaf")
-            if getattr(settings, key) <= 0
-        ]
-        faults += (
-            []
-            if 0 < settings.held_out < 1
-            else [f"held_out: must be a share between 0 and 1; found {settings.held_out}"]
-        )
-    UserError.collect(dict.fromkeys(faults))
-    assert settings is not None
-    return settings
+        for key in ("max_tokens", "trees", "min_samples_leaf"):
+            if getattr(settings, key) <= 0:
+                yield f"{key}: must be positive"
+        if not 0 < settings.held_out < 1:
+            yield f"held_out: must be a share between 0 and 1; found {settings.held_out}"
 
 
 # ---- commands ----------------------------------------------------------------------------------------------

@@ -56,7 +56,8 @@ def near_across(work: Workshop, verdicts: Verdicts, split: Split, kind: str) -> 
     """
     if split.cut:
         return {}
-    held_out, trained = list[np.ndarray](), list[np.ndarray]()
+    held_out: list[np.ndarray] = []
+    trained: list[np.ndarray] = []
     tasks = len(work.counts)
     bytes_left = documents_left = 0
     looked_at = 0
@@ -75,8 +76,12 @@ def near_across(work: Workshop, verdicts: Verdicts, split: Split, kind: str) -> 
                 shingles = np.unique(ngrams(word_hashes(text_words), SHINGLE_WORDS))
                 (held_out if validation else trained).append(shingles)
     near = have_near(held_out, trained, SIMILARITY)
-    total = sum(int(work.sizes(task)[verdicts.kept(task)].sum()) for task in range(tasks))
-    copies = NearCopies(len(held_out), int(near.sum()), SIMILARITY, kind, looked_at / total)
+    total = 0
+    for task in range(tasks):
+        kept_sizes = work.sizes(task)[verdicts.kept(task)]
+        total += int(kept_sizes.sum())
+    share = looked_at / total
+    copies = NearCopies(len(held_out), int(near.sum()), SIMILARITY, kind, share)
     if warning := copies.warning():
         say(warning)
     return {"near_copies_across": asdict(copies)}
@@ -97,11 +102,16 @@ def have_near(held_out: list[np.ndarray], trained: list[np.ndarray], threshold: 
     owners = np.repeat(np.arange(len(held_out)), sizes)
     every = np.concatenate(held_out)
     order = np.argsort(every, kind="stable")
-    every, owners = every[order], owners[order]
+    every = every[order]
+    owners = owners[order]
     for shingles in trained:
+        # Every place in the index of every shingle: runs of `counts` places that begin at `first`.
         first = np.searchsorted(every, shingles)
-        counts = np.searchsorted(every, shingles, side="right") - first
-        hits = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        last = np.searchsorted(every, shingles, side="right")
+        counts = last - first
+        before = np.cumsum(counts) - counts  # hits of the shingles before
+        offsets = np.repeat(first - before, counts)
+        hits = offsets + np.arange(len(offsets))
         common = np.bincount(owners[hits], minlength=len(held_out))
         union = sizes + len(shingles) - common
         near |= common >= threshold * union

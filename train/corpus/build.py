@@ -103,8 +103,8 @@ def _outdated(folder: Path, settings: DataSettings, corpus: Corpus, progress: bo
         }
     changed = [key for key in wanted if before.get(key) != wanted[key]]
     if changed:
-        values = [(key, before.get(key), wanted[key]) for key in changed]
-        changes = ", ".join(f"{key} {value} → {own}" for key, value, own in values)
+        lines = [f"{key} {before.get(key)} → {wanted[key]}" for key in changed]
+        changes = ", ".join(lines)
         return f"building the tokens again, for settings changed: {changes}"
     if not _same_text(manifest["inputs"], corpus, progress):
         return "building the tokens again, for the text has changed"

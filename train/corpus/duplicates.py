@@ -294,7 +294,8 @@ class NearDuplicates(PipelineStep):
 
     def __init__(self, work: Workshop, threshold: float) -> None:
         super().__init__()
-        self.work, self.threshold = work, threshold
+        self.work = work
+        self.threshold = threshold
 
     def run(self, data: Documents = None, rank: int = 0, world_size: int = 1) -> None:
         folder = self.work.folder / "sort" / f"near-{rank}"

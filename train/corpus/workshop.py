@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,9 @@ class Workshop:
                 number += 1
 
     def names(self, task: int) -> list[str]:
-        return [spelt(raw) for column in self._columns(task, "name") for raw in column.to_pylist()]
+        columns = self._columns(task, "name")
+        names = chain.from_iterable(column.to_pylist() for column in columns)
+        return list(map(spelt, names))
 
     def sizes(self, task: int) -> np.ndarray:
         """Bytes of each text in UTF-8, int64 (documents,)."""
@@ -128,9 +131,12 @@ class Workshop:
 
     def digests(self, task: int) -> np.ndarray:
         """The digest of each text: two uint64, (documents, 2)."""
-        columns = self._columns(task, "digest")
-        parts = [np.frombuffer(column.buffers()[1], "<u8", 2 * len(column)) for column in columns]
-        return np.concatenate([np.empty(0, "<u8"), *parts]).reshape(-1, 2)
+        parts = [np.empty(0, "<u8")]
+        for column in self._columns(task, "digest"):
+            _, data = column.buffers()
+            parts.append(np.frombuffer(data, "<u8", 2 * len(column)))
+        halves = np.concatenate(parts)
+        return halves.reshape(-1, 2)
 
     def signatures(self, task: int, width: int) -> np.ndarray:
         """MinHash values, mapped: uint32 (documents, width)."""

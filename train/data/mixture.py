@@ -74,7 +74,8 @@ class Phase:
 
 def _taken(index: np.ndarray, share: Fraction) -> tuple[np.ndarray, np.ndarray]:
     """The number of rows before each `index` that have been taken; and whether this one is."""
-    numerator, denominator = share.numerator, share.denominator
+    numerator = share.numerator
+    denominator = share.denominator
     count = int(index.max(initial=0)) + 1
     if count * numerator >= 2**63:  # where the product needs more than 64 bits
         index = index.astype(object)

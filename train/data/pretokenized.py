@@ -61,7 +61,8 @@ def open_tokens(settings: DataSettings, *, progress: bool = True) -> TokenData:
         UserError: there are none, a file is cut off, an id is none of the tokenizer's, or another tokenizer
         cut them.
     """
-    folder, files = settings.home, _files(settings)
+    folder = settings.home
+    files = _files(settings)
     wanted = {
         "settings": _identity(settings),
         "inputs": {name: _stamps(part) for name, part in files.items()},
@@ -200,7 +201,8 @@ def _count(part: Part, dtype: np.dtype, count: Count, tokenizer: PreTrainedToken
     Raises:
         UserError: an id is none of the tokenizer's.
     """
-    file, end_of_text = part.file, tokenizer.eos_token_id
+    file = part.file
+    end_of_text = tokenizer.eos_token_id
     ids = file.ids(dtype)
     most = len(count.counts)
     ends_before = int(count.counts[end_of_text])

@@ -332,7 +332,8 @@ def _phase_faults(name: str, phase: PhaseSettings, mixture: MixtureSettings, *, 
             faults.append(f"{name}.weights: must sum to 1; {terms} = {total:g}")
 
     # how long it lasts
-    tokens, share = phase.tokens, phase.share
+    tokens = phase.tokens
+    share = phase.share
     if tokens is not None and not weighted:
         faults.append(f"{name}.tokens: passes say how long the phase is; leave it out")
     elif tokens is not None and tokens <= 0:

@@ -64,7 +64,8 @@ class TokenFile:
 
     def ids(self, dtype: np.dtype) -> np.ndarray:
         """The ids, mapped, (n,)."""
-        path, offset = self.path, self.offset
+        path = self.path
+        offset = self.offset
         return np.memmap(path, dtype, "r", offset).view(np.ndarray)
 
     def documents_before(self, position: int) -> int:
@@ -206,17 +207,7 @@ def _bin(path: Path) -> TokenFile:
 def _megatron(path: Path, index: Path) -> TokenFile:
     size = path.stat().st_size
     index_size = index.stat().st_size
-    with index.open("rb") as file:
-        head = file.read(MEGATRON_HEADER)
-    if len(head) < MEGATRON_HEADER or not head.startswith(MEGATRON_MAGIC):
-        raise _cut(index, "it does not begin as an index of Megatron's (MMIDIDX)")
-    numbers = head.removeprefix(MEGATRON_MAGIC)
-    version, code, sequences, bounds = struct.unpack("<QBQQ", numbers)
-    if version != 1 or code not in MEGATRON_TYPES:
-        raise UserError(
-            f"{index}: version {version}, type {code} of an id; known: version 1, types "
-            f"{sorted(MEGATRON_TYPES)}"
-        )
+    dtype, sequences, bounds = _megatron_header(index)
     # behind the header: an int32 length and an int64 offset for each sequence, then int64 bounds of documents
     offsets_begin = 4 * sequences
     bounds_begin = 12 * sequences
@@ -231,14 +222,13 @@ def _megatron(path: Path, index: Path) -> TokenFile:
                 f"it has {index_size:,}"
             ),
         )
-    dtype = np.dtype(MEGATRON_TYPES[code])
     raw = np.memmap(index, np.uint8, "r", MEGATRON_HEADER)
     lengths = raw[:offsets_begin].view("<i4")
     offsets = raw[offsets_begin:bounds_begin].view("<i8")
     documents = raw[bounds_begin:bounds_end].view("<i8")
     _check_offsets(index, lengths, offsets, dtype.itemsize)
-    last = int(lengths[-1]) * dtype.itemsize  # bytes of the last sequence
-    total = int(offsets[-1]) + last
+    last_bytes = int(lengths[-1]) * dtype.itemsize
+    total = int(offsets[-1]) + last_bytes
     if total != size:
         raise _cut(path, f"{index.name} tells of {total:,} bytes, and it has {size:,}")
     first = documents[0]
@@ -254,6 +244,24 @@ def _megatron(path: Path, index: Path) -> TokenFile:
         return offset // dtype.itemsize
 
     return TokenFile(path, 0, (dtype,), bounds - 1, end)
+
+
+def _megatron_header(index: Path) -> tuple[np.dtype, int, int]:
+    """Read what an index of Megatron's tells of: the type of an id, and the numbers of sequences and of
+    bounds of documents.
+    """
+    with index.open("rb") as file:
+        head = file.read(MEGATRON_HEADER)
+    if len(head) < MEGATRON_HEADER or not head.startswith(MEGATRON_MAGIC):
+        raise _cut(index, "it does not begin as an index of Megatron's (MMIDIDX)")
+    numbers = head.removeprefix(MEGATRON_MAGIC)
+    version, code, sequences, bounds = struct.unpack("<QBQQ", numbers)
+    if version != 1 or code not in MEGATRON_TYPES:
+        raise UserError(
+            f"{index}: version {version}, type {code} of an id; known: version 1, types "
+            f"{sorted(MEGATRON_TYPES)}"
+        )
+    return np.dtype(MEGATRON_TYPES[code]), sequences, bounds
 
 
 def _check_offsets(index: Path, lengths: np.ndarray, offsets: np.ndarray, width: int) -> None:

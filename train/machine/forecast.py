@@ -142,7 +142,8 @@ def largest_micro_batch(config: dict[str, Any], context: int, room: float) -> in
         fits = max(1, fits - step)
         step *= 2
     while needed(fails) < limit:
-        fits, fails = fails, fails + step
+        fits = fails
+        fails = fails + step
         step *= 2
     while fails - fits > 1:
         middle = (fits + fails) // 2
@@ -217,8 +218,8 @@ def tell(settings: Settings) -> str:
                 f"MFU of {mfu:.1%}"
             )
     lines += [f"text          {line}" for line in passes(settings)]
-    sizes = {name: size / GIB for name, size in vars(counted.memory).items() if size}
-    parts = [f"{name} {size:.1f}" for name, size in sizes.items()]
+    memory = vars(counted.memory)
+    parts = [f"{name} {size / GIB:.1f}" for name, size in memory.items() if size]
     total = counted.memory.total / GIB
     if room is None:
         verdict = f"; how much memory {plan.device} has is not known"

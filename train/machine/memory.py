@@ -138,11 +138,12 @@ def moments(
 
 def optimizer_state(name: str, groups: dict[str, tuple[int, int]]) -> float:
     """The bytes of the whole optimizer state."""
-    own = {
-        group: MUON_STATE if name == "muon" and group in ("hidden", "experts") else STATE[name]
-        for group in groups
-    }
-    return sum(count * own[group] for group, (_, count) in groups.items())
+    total: float = 0
+    for group, (_, count) in groups.items():
+        by_muon = name == "muon" and group in ("hidden", "experts")
+        bytes_each = MUON_STATE if by_muon else STATE[name]
+        total += count * bytes_each
+    return total
 
 
 # ---- sharding ----------------------------------------------------------------------------------------------

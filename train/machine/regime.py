@@ -35,7 +35,8 @@ def regime(path: Path, size: int, flops: float) -> str | None:
     record = read_object(path, "write it with `outgrow frontier`")
     try:
         points = sorted((float(row["flops"]), int(row["parameters"])) for row in record["best"])
-        low, high = points[0][0], points[-1][0]
+        low = points[0][0]
+        high = points[-1][0]
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(
             f"forecast.frontier: {path} is no frontier ({error}); write it with `outgrow frontier`",

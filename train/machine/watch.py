@@ -141,7 +141,10 @@ def blame(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> tuple[
     telling = [group for group in (busy, behind) if 0 < len(group) < len(known)]
     groups = [silent, *telling, list(known)]
     named = next(filter(None, groups), [])
-    sentences = [_sentence(process, known.get(process), process in silent) for process in named]
+    sentences = []
+    for process in named:
+        sign = known.get(process)
+        sentences.append(_sentence(process, sign, process in silent))
     return named, "; ".join(sentences)
 
 

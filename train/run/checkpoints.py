@@ -89,7 +89,8 @@ class Saver:
             self.thread.join()
             self.thread = None
         if self.fault is not None:
-            fault, self.fault = self.fault, None
+            fault = self.fault
+            self.fault = None
             raise fault
 
     def _write(self, position: Mapping[str, Any], held: Mapping[str, Tensor], metrics: str) -> None:

@@ -24,7 +24,8 @@ class Meter:
         spans: Sequence[Span],
         peak: float | None,
     ) -> None:
-        self.position, self.processes = position, processes
+        self.position = position
+        self.processes = processes
         self.tokens_per_step = tokens_per_step
         self.spans = spans
         self.peak = peak

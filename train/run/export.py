@@ -60,8 +60,10 @@ def publish(
         write_model(partial, model, weights, data, dtype)
         if adam is not None:
             torch.save(adam, partial / OPTIMIZER)
-        write_json(partial / LEDGER, ledger(run, summary.of_average if averaged else summary))
-        write_text(partial / "README.md", model_card(run, summary, dtype, averaged=averaged))
+        of_weights = summary.of_average if averaged else summary
+        write_json(partial / LEDGER, ledger(run, of_weights))
+        card = model_card(run, summary, dtype, averaged=averaged)
+        write_text(partial / "README.md", card)
     return final
 
 
@@ -97,9 +99,12 @@ def recast(folder: Path, run: RunRecord, dtype: str) -> None:
             as it was then.
     """
     summary = Summary.read(folder / SUMMARY, "not a run's summary")
-    if (folder / FINAL_EMA).is_dir():
-        _recast(folder / FINAL_EMA, model_card(run, summary, dtype, averaged=True), dtype)
-    _recast(folder / FINAL, model_card(run, summary, dtype), dtype)
+    average = folder / FINAL_EMA
+    if average.is_dir():
+        card = model_card(run, summary, dtype, averaged=True)
+        _recast(average, card, dtype)
+    card = model_card(run, summary, dtype)
+    _recast(folder / FINAL, card, dtype)
 
 
 def _recast(final: Path, card: str, dtype: str) -> None:
@@ -215,7 +220,9 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 def _half_life(run: RunRecord) -> str:
     """The strength of the average (EMA), in words."""
     ema = float(run.setting("train.ema"))
-    return f"decay {ema:g} at each step" if ema < 1 else f"half-life {ema:,.0f} tokens"
+    if ema < 1:
+        return f"decay {ema:g} at each step"
+    return f"half-life {ema:,.0f} tokens"
 
 
 def _active(run: RunRecord) -> str:
@@ -237,8 +244,8 @@ def _on_the_way(settings: Mapping[str, Any]) -> dict[str, str]:
     stages = settings["growth"]["stages"]
     rows = {}
     if len(stages) > 1:
-        growths = [(_moment(before), stage["operator"]) for before, stage in pairwise(stages)]
-        rows["grown on the way"] = "; ".join(f"{moment}: {operator}" for moment, operator in growths)
+        growths = [f"{_moment(before)}: {stage['operator']}" for before, stage in pairwise(stages)]
+        rows["grown on the way"] = "; ".join(growths)
     if transfer["optimizer"] is not None:
         rows["Adam's state"] = "the source's, grown with its weights"
     if transfer["inherited_rate"] != 1.0:

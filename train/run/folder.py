@@ -29,7 +29,8 @@ RUN, METRICS, SUMMARY, START, CHECKPOINTS, FINAL = (
     "final",
 )
 FINAL_EMA = "final_ema"  # of the averaged weights
-SAMPLES, PICTURE = "samples.json", f"{START}/plan.png"
+SAMPLES = "samples.json"
+PICTURE = f"{START}/plan.png"
 
 
 def read_run(folder: Path) -> RunRecord | None:
@@ -42,7 +43,8 @@ def read_run(folder: Path) -> RunRecord | None:
         return RunRecord.read(folder / RUN, "not a run's record; choose another out=, or delete the folder")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"out: {folder} is a file; choose another out=")
-    ours = {name + suffix for name, suffix in product((START, RUN), ("", PARTIAL, FORMER))}
+    suffixes = ("", PARTIAL, FORMER)
+    ours = {name + suffix for name, suffix in product((START, RUN), suffixes)}
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     others = sorted(name for name in names if name not in ours)
     if others:
@@ -76,8 +78,14 @@ def texts_elsewhere(run: RunRecord, settings: Settings) -> str:
     """Say where the text lies that a complete run has read, if that is not where it is asked for now."""
     asked = flatten(json.loads(json.dumps(asdict(settings))))
     differing = differing_settings(flatten(run.settings), asked)
-    lines = [f"{key}={before}, not {after}" for key, (before, after) in differing.items() if is_text(key)]
-    return f" (it read {'; '.join(lines)}: another text wants a name= of its own)" if lines else ""
+    of_text = list(filter(is_text, differing))
+    if not of_text:
+        return ""
+    lines = []
+    for key in of_text:
+        before, after = differing[key]
+        lines.append(f"{key}={before}, not {after}")
+    return f" (it read {'; '.join(lines)}: another text wants a name= of its own)"
 
 
 def recast_to(folder: Path, run: RunRecord, settings: Settings) -> str | None:
@@ -212,8 +220,11 @@ def check_same_inputs(
         if run.weights.get(name, digest) != digest:
             changed.append(f"weights of the {name}")
     advice = "changed since this run began; delete the folder to begin anew, or put it back"
-    have = {name: "have" if name.startswith("weights") else "has" for name in changed}
-    UserError.collect(f"{folder}: the {name} {have[name]} {advice}" for name in changed)
+    faults = []
+    for name in changed:
+        verb = "have" if name.startswith("weights") else "has"
+        faults.append(f"{folder}: the {name} {verb} {advice}")
+    UserError.collect(faults)
 
 
 @contextmanager

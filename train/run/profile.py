@@ -64,7 +64,8 @@ class Profile:
         """
         if self.profiler is None:
             return
-        profiler, self.profiler = self.profiler, None
+        profiler = self.profiler
+        self.profiler = None
         with self.clock.paused(), whole_file(self.file) as partial:
             profiler.stop()
             profiler.export_chrome_trace(str(partial))
@@ -73,7 +74,8 @@ class Profile:
     def file(self) -> Path:
         """The trace, named after the steps that it holds: fewer than asked for where the run stopped."""
         own = f"-process-{self.process}" if self.process else ""
-        return self.folder / f"steps-{self.traced[0]}-{self.traced[-1]}{own}.json"
+        first, last = self.traced[0], self.traced[-1]
+        return self.folder / f"steps-{first}-{last}{own}.json"
 
 
 @contextmanager
@@ -85,7 +87,8 @@ def profiling(
     """
     done = clock.position.step
     if steps and steps[-1] <= done:
-        say(f"train.profile_steps={steps[0]}-{steps[-1]}: the run is after step {done}; nothing is traced")
+        asked = f"train.profile_steps={steps[0]}-{steps[-1]}"
+        say(f"{asked}: the run is after step {done}; nothing is traced")
     profile_of_run = Profile(folder, steps, process, clock)
     try:
         yield profile_of_run

@@ -321,7 +321,8 @@ def _evaluation(row: Any) -> LoggedEvaluation | None:
         return None
     known = row["val_loss"]
     loss = math.nan if known is None else float(known)
-    tokens, flops = float(row["tokens"]), float(row["flops"])
+    tokens = float(row["tokens"])
+    flops = float(row["flops"])
     return LoggedEvaluation(tokens, flops, loss)
 
 

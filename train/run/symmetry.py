@@ -44,7 +44,9 @@ Row = dict[str, float]
 
 def in_layers(kind: str, layer: int | None) -> tuple[str, ...]:
     """The keys under which a measurement counts: over all, and in its layer."""
-    return (kind,) if layer is None else (kind, f"{kind}/layer_{layer}")
+    if layer is None:
+        return (kind,)
+    return kind, f"{kind}/layer_{layer}"
 
 
 def layer_of(name: str) -> int | None:
@@ -55,7 +57,9 @@ def layer_of(name: str) -> int | None:
 
 def by_name(plan: Plan | None) -> dict[str, Step]:
     """The steps of a plan by the target tensor's name."""
-    return {} if plan is None else {step.name: step for step in plan.steps}
+    if plan is None:
+        return {}
+    return {step.name: step for step in plan.steps}
 
 
 # ---- norms -------------------------------------------------------------------------------------------------
@@ -71,24 +75,30 @@ def norms(plan: Plan | None, before: Mapping[str, Tensor], after: Mapping[str, T
         change = weight - before[name]
         parts = {"weight_rms": weight.square(), "update_rms": change.square()}
         layer = layer_of(name)
-        for label, mask in origin_masks(plan, steps.get(name), weight).items():
+        masks = origin_masks(plan, steps.get(name), weight)
+        for label, mask in masks.items():
             entries = int(mask.sum())
             for kind, square in parts.items():
                 total = float(square[mask].sum())
                 for key in in_layers(kind + label, layer):
                     squares[key] += total
                     counts[key] += entries
-    known = [key for key in squares if counts[key]]
-    return {key: (squares[key] / counts[key]) ** 0.5 for key in known}
+    row = {}
+    for key, count in counts.items():
+        if count:
+            mean_square = squares[key] / count
+            row[key] = mean_square**0.5
+    return row
 
 
 def origin_masks(plan: Plan | None, step: Step | None, weight: Tensor) -> dict[str, Tensor]:
     """Masks of all entries ("") and of those of each origin (`/copy`), in the tensor's shape."""
     masks = {"": torch.ones_like(weight, dtype=torch.bool)}
     if plan is not None and step is not None:
-        origin = torch.from_numpy(origins(plan, step)).to(weight.device)
-        for each in Origin:
-            masks[f"/{each.name.lower()}"] = origin == each
+        origin_of = torch.from_numpy(origins(plan, step)).to(weight.device)
+        for origin in Origin:
+            label = origin.name.lower()
+            masks[f"/{label}"] = origin_of == origin
     return masks
 
 
@@ -102,11 +112,14 @@ def copy_cosines(plan: Plan, weights: Mapping[str, Tensor]) -> Row:
     cosines: dict[str, list[Tensor]] = defaultdict(list)
     firsts: dict[str, list[Step]] = defaultdict(list)
     for step in plan.steps:
-        source, layer = step.source, step.tensor.layer
-        if source is None or len(step.shape) < 2 or step.name not in weights:
+        source = step.source
+        layer = step.tensor.layer
+        is_measured = len(step.shape) > 1 and step.name in weights
+        if source is None or not is_measured:
             continue
         weight = weights[step.name].float()
-        for kind, pairs in unit_cosines(plan, step, weight).items():
+        of_units = unit_cosines(plan, step, weight)
+        for kind, pairs in of_units.items():
             for key in in_layers(kind, layer):
                 cosines[key].append(pairs)
         if step.beside is not None:  # the mean of two layers is a copy of neither
@@ -121,8 +134,12 @@ def copy_cosines(plan: Plan, weights: Mapping[str, Tensor]) -> Row:
         pair = cosine(weight.reshape(1, -1), original.reshape(1, -1))
         for key in in_layers(f"copy_cosine/{kind}", layer):
             cosines[key].append(pair)
-    joined = {key: torch.cat(parts) for key, parts in cosines.items()}
-    return {key: float(values.mean()) for key, values in joined.items() if len(values)}
+    row = {}
+    for key, parts in cosines.items():
+        values = torch.cat(parts)
+        if len(values):
+            row[key] = float(values.mean())
+    return row
 
 
 def unit_cosines(plan: Plan, step: Step, weight: Tensor) -> dict[str, Tensor]:
@@ -139,9 +156,9 @@ def unit_cosines(plan: Plan, step: Step, weight: Tensor) -> dict[str, Tensor]:
 
 def copied_pairs(grown: AxisMap) -> tuple[np.ndarray, np.ndarray]:
     """The target indices of further copies, and for each the index of the first copy: (copies,) both."""
-    number = grown.number()
-    originals = np.flatnonzero(grown.copies & (number == 0))
-    further = np.flatnonzero(grown.copies & (number > 0))
+    is_first = grown.number() == 0
+    originals = np.flatnonzero(grown.copies & is_first)
+    further = np.flatnonzero(grown.copies & ~is_first)
     first = np.zeros(grown.source, np.int64)  # of each source index
     first[grown.index[originals]] = originals
     taken = grown.index[further]
@@ -151,7 +168,8 @@ def copied_pairs(grown: AxisMap) -> tuple[np.ndarray, np.ndarray]:
 def axis_kind(plan: Plan, step: Step, axis: int) -> str:
     """The spaces of an axis that grow, and the side on which the matrix touches them: `ffn_written`."""
     tensor = step.tensor
-    named = [space.name for space in spaces(tensor.axes[axis])]
+    on_axis = spaces(tensor.axes[axis])
+    named = [space.name for space in on_axis]
     growing = [name for name in named if plan.growth.grows(name)]
     once = dict.fromkeys(growing or named)
     side = "read" if tensor.sums_over(axis) else "written"
@@ -170,7 +188,9 @@ def cosine(ones: Tensor, others: Tensor) -> Tensor:
     (pairs, rest) twice → (≤ pairs,)
     """
     products = (ones * others).sum(dim=1)
-    lengths = ones.norm(dim=1) * others.norm(dim=1)
+    length = ones.norm(dim=1)
+    other_length = others.norm(dim=1)
+    lengths = length * other_length
     nonzero = lengths > 0
     return products[nonzero] / lengths[nonzero]
 
@@ -199,8 +219,12 @@ def unit_axes(tensors: Iterable[family.Tensor]) -> dict[str, list[UnitAxis]]:
             if parts:
                 reads = tensor.sums_over(number)
                 modules[module].append(UnitAxis(name, number, parts, reads))
-    both = {True, False}
-    return {module: axes for module, axes in modules.items() if {each.reads for each in axes} == both}
+    written_and_read = {}
+    for module, axes in modules.items():
+        sides = {unit_axis.reads for unit_axis in axes}
+        if sides == {True, False}:
+            written_and_read[module] = axes
+    return written_and_read
 
 
 def unit_parts(axis: Axis) -> int:
@@ -220,24 +244,30 @@ def unit_counts(
     counts: Row = defaultdict(int)
     steps = by_name(plan)
     for module, axes in modules.items():
-        origin = None if plan is None else unit_origins(plan, steps, axes)
-        reading = [each for each in axes if each.reads]
-        idle = {"dead_units": ~any_unit(gradients, axes), "unread_units": ~any_unit(weights, reading)}
+        origin_of = None if plan is None else unit_origins(plan, steps, axes)
+        reading = [axis for axis in axes if axis.reads]
+        idle = {
+            "dead_units": ~any_unit(gradients, axes),
+            "unread_units": ~any_unit(weights, reading),
+        }
+        layer = layer_of(f"{module}.")
         for kind, units in idle.items():
-            for key in in_layers(kind, layer_of(f"{module}.")):
+            for key in in_layers(kind, layer):
                 counts[key] += int(units.sum())
-            if origin is None:
+            if origin_of is None:
                 continue
-            for each in Origin:
-                alike = units.cpu() & (origin == each)
-                counts[f"{kind}/{each.name.lower()}"] += int(alike.sum())
+            for origin in Origin:
+                alike = units.cpu() & (origin_of == origin)
+                label = origin.name.lower()
+                counts[f"{kind}/{label}"] += int(alike.sum())
     return dict(counts)
 
 
 def unit_origins(plan: Plan, steps: Mapping[str, Step], axes: Iterable[UnitAxis]) -> Tensor:
     """The origin of each hidden unit of a module, by a tensor that writes them: (units,)."""
-    writer = next(each for each in axes if not each.reads)
-    along = axis_origins(plan, steps[writer.name])[writer.axis]
+    writer = next(axis for axis in axes if not axis.reads)
+    by_axis = axis_origins(plan, steps[writer.name])
+    along = by_axis[writer.axis]
     parts = along.reshape(writer.parts, -1)
     return torch.from_numpy(parts.min(axis=0))
 
@@ -245,9 +275,12 @@ def unit_origins(plan: Plan, steps: Mapping[str, Step], axes: Iterable[UnitAxis]
 def any_unit(tensors: Mapping[str, Tensor], axes: Iterable[UnitAxis]) -> Tensor:
     """Mark the hidden units of which any entry is not zero, in any of the tensors: bool (units,)."""
     reached = []
-    for each in axes:
-        tensor = tensors[each.name]
-        units = tensor.movedim(each.axis, 0).reshape(tensor.shape[each.axis], -1)
-        nonzero = (units != 0).any(dim=1)
-        reached.append(nonzero.reshape(each.parts, -1).any(dim=0))
+    for axis in axes:
+        tensor = tensors[axis.name]
+        count = tensor.shape[axis.axis]
+        in_front = tensor.movedim(axis.axis, 0)
+        rows = in_front.reshape(count, -1)  # (part × unit, rest)
+        nonzero = (rows != 0).any(dim=1)
+        by_part = nonzero.reshape(axis.parts, -1)
+        reached.append(by_part.any(dim=0))
     return torch.stack(reached).any(dim=0)

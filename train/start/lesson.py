@@ -48,7 +48,8 @@ def lesson_faults(settings: Settings) -> Iterator[str]:
     growth = settings.growth
     if growth.operator not in LEARNED:
         return
-    home, written = settings.data.home, growth.options.get("text")
+    home = settings.data.home
+    written = growth.options.get("text")
     text = None if written is None else Path(str(written)).expanduser()
     if text is not None and text.absolute() == home.absolute() and not text.exists():
         return

@@ -32,7 +32,8 @@ TEXTS = ("data.path", "data.validation_path")
 
 def is_text(key: str) -> bool:
     """Check for a setting, by its dotted key, that says where a text lies."""
-    of_a_source = key.startswith("mixture.sources.") and key.endswith(tuple(f".{text}" for text in TEXTS))
+    endings = tuple(f".{text}" for text in TEXTS)
+    of_a_source = key.startswith("mixture.sources.") and key.endswith(endings)
     return key in TEXTS or of_a_source
 
 

@@ -37,7 +37,8 @@ def passes(settings: Settings) -> Iterator[str]:
         return
     sources = settings.mixture.sources
     stocks = {name: stock(source.data) for name, source in sources.items()}
-    for name, read in shares(settings.mixture, tokens, stocks).items():
+    tokens_read = shares(settings.mixture, tokens, stocks)
+    for name, read in tokens_read.items():
         most = sources[name].max_passes
         yield _line(name, read, tokens, stocks[name], most)
 
@@ -52,9 +53,11 @@ def _line(name: str, read: float | None, run: int, there: Stock | None, most: fl
     if there is None:
         return f"{start}; how often it is read is known once it is prepared (outgrow corpus prepare)"
     times = read / there.tokens
-    of, many = "of", f"{times:.2f}"
+    of = "of"
+    many = f"{times:.2f}"
     if not there.exact:
-        of, many = "of at most", f"at least {times:.2f}"
+        of = "of at most"
+        many = f"at least {times:.2f}"
     warning = _warning(times, most)
     return f"{start} {of} {there.tokens:,}, {many} passes{warning}"
 
@@ -65,13 +68,16 @@ def _warning(times: float, most: float | None) -> str:
             f"; it is too small: max_passes={most:g} refuses the run; give more of it, lower its weight or "
             "train.budget_tokens"
         )
-    return f"; more than {OFTEN} passes teach little that is new (arXiv 2305.16264)" if times > OFTEN else ""
+    if times > OFTEN:
+        return f"; more than {OFTEN} passes teach little that is new (arXiv 2305.16264)"
+    return ""
 
 
 def prepared(home: Path) -> list[Path]:
     """The folders of tokens that a text has been cut into, first by its own tokenizer, then by sources'."""
-    folders = [home, *sorted(home.parent.glob(f"{home.name}-????????"))]
-    return [folder for folder in folders if folder.is_dir() and read_manifest(folder) is not None]
+    by_sources = sorted(home.parent.glob(f"{home.name}-????????"))
+    folders = filter(Path.is_dir, [home, *by_sources])
+    return [folder for folder in folders if read_manifest(folder) is not None]
 
 
 def stock(data: DataSettings) -> Stock | None:

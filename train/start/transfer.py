@@ -137,7 +137,8 @@ def frozen_tensors(
         return frozen
     before = None if source is None else read_config(source)
     for stage in stages:
-        growth, config = stage.growth, stage.config
+        growth = stage.growth
+        config = stage.config
         grows = growth.operator not in UNGROWN and has_schema(config)
         if before is not None and grows:
             growth_plan = plan(before, config, growth.operator, seed=settings.seed, **growth.options)

@@ -178,7 +178,8 @@ def load_again(embedding: dict[str, Any], instead: str | None = None) -> Encoder
     name = instead or str(embedding["encoder"])
     revision = embedding["revision"] if instead is None else None
     encoder = load_encoder(name, revision, int(embedding["max_tokens"]))
-    digest, expected = encoder.digest, embedding["sha256"]
+    digest = encoder.digest
+    expected = embedding["sha256"]
     if digest != expected:
         raise UserError(
             f"encoder {name}: not the one that the filter was fitted on (sha256 {digest[:12]}…, expected "

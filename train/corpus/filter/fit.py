@@ -114,7 +114,8 @@ def fit(settings: FitSettings, data: DataSettings, labels: Path, out: Path) -> d
         that cannot be loaded.
     """
     answers = read_labels(labels)
-    name, revision = settings.encoder, settings.revision
+    name = settings.encoder
+    revision = settings.revision
     encoder = embed.load_encoder(name, revision, settings.max_tokens)
     every = texts_of(data)
     labelled = ((name, text) for name, text in every if name in answers)

@@ -74,7 +74,8 @@ def documents(settings: DataSettings, corpus: Corpus, tally: Tally | None = None
 
 def is_full(settings: DataSettings, tally: Tally) -> bool:
     """Check whether a limit ends the reading here."""
-    most, size = settings.limit_documents, read_limit(settings)
+    most = settings.limit_documents
+    size = read_limit(settings)
     if most is not None and tally.documents >= most:
         return True
     return size is not None and tally.bytes >= size

@@ -14,6 +14,7 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -246,7 +247,9 @@ def _is_prepared(folder: str) -> bool:
     """Check for what `prepare` writes, of this text or another: `data.path=.` holds all of it."""
     if folder.endswith(PARTIAL):
         return True
-    return os.path.isfile(os.path.join(folder, MANIFEST)) and os.path.isdir(os.path.join(folder, TOKENIZER))
+    manifest = os.path.join(folder, MANIFEST)
+    tokenizer = os.path.join(folder, TOKENIZER)
+    return os.path.isfile(manifest) and os.path.isdir(tokenizer)
 
 
 def _overlap(one: str, other: str) -> bool:
@@ -331,10 +334,12 @@ def _remote(url: str, key: str) -> tuple[File, ...]:
 def _of_folder(entries: dict[str, Any], root: str, key: str) -> dict[str, Any]:
     """Choose what a store lists under `root`, hidden files and prepared tokens apart, as in a folder here."""
     relative = {name: PurePosixPath(name.removeprefix(root)) for name in entries}
-    tokenizers = {path.parent.parent for path in relative.values() if path.parent.name == TOKENIZER}
-    manifests = {path.parent for path in relative.values() if path.name == MANIFEST}
+    paths = relative.values()
+    tokenizers = {path.parent.parent for path in paths if path.parent.name == TOKENIZER}
+    manifests = {path.parent for path in paths if path.name == MANIFEST}
     prepared = tokenizers & manifests - {PurePosixPath()}
-    prepared |= {up for path in relative.values() for up in path.parents if up.name.endswith(PARTIAL)}
+    folders = chain.from_iterable(path.parents for path in paths)
+    prepared |= {folder for folder in folders if folder.name.endswith(PARTIAL)}
     _tell(key, [f"{root}{folder}: prepared tokens, or a build of them" for folder in sorted(prepared)])
     kept = {}
     for name, path in relative.items():

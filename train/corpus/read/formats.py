@@ -304,7 +304,8 @@ class _Pieces(io.RawIOBase):
     """Bytes that come in pieces, as a file."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces, self._left = pieces, b""
+        self._pieces = pieces
+        self._left = b""
 
     def readable(self) -> bool:
         return True

@@ -97,21 +97,25 @@ class Generated:
         return self.stamp()
 
 
+_Batch = list[tuple[int, Item]]  # (number, item)
+_Failures = Future[list[str | None]]  # of each item, what went wrong
+
+
 def _checked(drawn: Iterator[tuple[int, Item]], size: int) -> Iterator[tuple[int, Item, str | None]]:
     """Each item with what went wrong in its program, in order; batches are run in processes of their own
     meanwhile."""
-    waiting: deque[tuple[list[tuple[int, Item]], Future[list[str | None]]]] = deque()
+    waiting: deque[tuple[_Batch, _Failures]] = deque()
     with ThreadPoolExecutor(AT_ONCE) as pool:
         while True:
             batch = list(islice(drawn, size))
             if batch:
                 items = [item for _, item in batch]
-                waiting.append((batch, pool.submit(failures, items)))
-            if waiting and (len(waiting) > AT_ONCE or not batch):
-                done, results = waiting.popleft()
-                yield from (
-                    (number, item, failure)
-                    for (number, item), failure in zip(done, results.result(), strict=True)
-                )
+                checking = pool.submit(failures, items)
+                waiting.append((batch, checking))
+            is_full = len(waiting) > AT_ONCE
+            if waiting and (is_full or not batch):
+                checked, results = waiting.popleft()
+                pairs = zip(checked, results.result(), strict=True)
+                yield from ((number, item, failure) for (number, item), failure in pairs)
             elif not batch:
                 return

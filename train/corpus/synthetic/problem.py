@@ -18,7 +18,14 @@ from outgrow.train.corpus.synthetic.themes import AUDIENCES, EMPTY, THEMES, Audi
 
 FILES = ("lists.yaml", "sums.yaml", "digits.yaml", "texts.yaml", "dictionaries.yaml")
 OPERATIONS = tuple(chain.from_iterable(map(read_operations, FILES)))
-TAKING = {kind: tuple(operation for operation in OPERATIONS if operation.takes == kind) for kind in KINDS}
+
+
+def _taking(kind: str) -> tuple[Operation, ...]:
+    """The operations on a kind of value."""
+    return tuple(operation for operation in OPERATIONS if operation.takes == kind)
+
+
+TAKING = {kind: _taking(kind) for kind in KINDS}
 LENGTHS = (1, 2, 2, 3, 3, 3)  # of a chain of operations, drawn evenly
 LARGEST = 110  # characters of a value that is shown
 OTHER = {"loop": "short", "short": "loop"}
@@ -68,7 +75,8 @@ class Problem:
 
     @property
     def name(self) -> str:
-        return "_then_".join(step.operation.name for step in self.steps)
+        names = [step.operation.name for step in self.steps]
+        return "_then_".join(names)
 
     @property
     def parameter(self) -> str:
@@ -89,10 +97,13 @@ class Problem:
     def tasks(self) -> list[str]:
         """An instruction for each step."""
         _, description = self.theme.parameter(self.takes)
+        items, _, _ = description.partition(",")
         first, *later = self.steps
-        begin = first.says(description.split(",")[0])
-        rest = [step.says(LATER[step.operation.takes]) for step in later]
-        return [begin, *rest]
+        tasks = [first.says(items)]
+        for step in later:
+            items = LATER[step.operation.takes]
+            tasks.append(step.says(items))
+        return tasks
 
     def whys(self, style: str | None = None) -> list[str]:
         """A sentence about each step, true beside the program in this style."""
@@ -104,11 +115,14 @@ class Problem:
         in_loops = (style or self.style) == "loop"
         parts = []
         for number, step in enumerate(self.steps):
-            write = step.operation.loop_code if in_loops else step.operation.short_code
+            operation = step.operation
+            write = operation.loop_code if in_loops else operation.short_code
             if number == wrong:
-                write = step.operation.slipped_code
-            parts.append(write(step.x, step.y, step.constants))
-        parts.append(f"return {self.steps[-1].y}")
+                write = operation.slipped_code
+            code = write(step.x, step.y, step.constants)
+            parts.append(code)
+        last = self.steps[-1]
+        parts.append(f"return {last.y}")
         return "\n".join(parts)
 
     def function(self, style: str | None = None, *, doc: str = "", wrong: int | None = None) -> str:
@@ -117,10 +131,12 @@ class Problem:
         if (style or self.style) == "short":
             modules = {step.operation.module for step in self.steps}
         needed = sorted(filter(None, modules))
-        imports = "".join(f"import {module}\n" for module in needed)
+        lines = [f"import {module}\n" for module in needed]
+        imports = "".join(lines)
         title = f'"""{doc}"""\n' if doc else ""
-        body = title + self.code(style, wrong=wrong)
-        return f"{imports}{self.signature}\n{indent(body, '    ')}"
+        code = self.code(style, wrong=wrong)
+        body = indent(f"{title}{code}", "    ")
+        return f"{imports}{self.signature}\n{body}"
 
     def call(self, case: int) -> str:
         argument, _ = self.cases[case]
@@ -132,8 +148,8 @@ class Problem:
 
     def asserts(self) -> str:
         numbers = range(len(self.cases))
-        pairs = [(self.call(case), self.result(case)) for case in numbers]
-        return "\n".join(f"assert {call} == {result!r}" for call, result in pairs)
+        lines = [f"assert {self.call(case)} == {self.result(case)!r}" for case in numbers]
+        return "\n".join(lines)
 
     def program(self) -> str:
         """The function, and the asserts that check it."""
@@ -168,7 +184,9 @@ def _draw_steps(theme: Theme, length: int, random: Random) -> tuple[Step, ...]:
         taken = {x, parameter}
         if following is not None:
             taken |= _locals(following)
-        y = operation.out if operation.out not in taken else f"{operation.out}_now"
+        y = operation.out
+        if y in taken:
+            y = f"{y}_now"
         steps.append(Step(operation, constants, x, y))
         x = y
     return tuple(steps)
@@ -228,8 +246,7 @@ def idle(steps: Sequence[Step], cases: Sequence[Case], style: str) -> list[tuple
         return all(_same_without(rest, case, i, style) for case in cases)
 
     runs = combinations(range(len(kinds)), 2)
-    same_kind = [(i, j) for i, j in runs if kinds[i] == kinds[j]]
-    return [(i, j) for i, j in same_kind if is_idle(i, j)]
+    return [(i, j) for i, j in runs if kinds[i] == kinds[j] and is_idle(i, j)]
 
 
 def _same_without(rest: Sequence[Step], case: Case, first: int, style: str) -> bool:

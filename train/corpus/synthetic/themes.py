@@ -57,7 +57,8 @@ def _table(theme: Theme, random: Random) -> dict[str, int]:
 
 def _grid(theme: Theme, random: Random) -> list[list[int]]:
     width = random.randint(2, 4)
-    return [[random.randint(0, 15) for _ in range(width)] for _ in range(random.randint(2, 4))]
+    height = random.randint(2, 4)
+    return [[random.randint(0, 15) for _ in range(width)] for _ in range(height)]
 
 
 DRAWN: dict[str, Callable[[Theme, Random], Any]] = {
@@ -87,4 +88,11 @@ def _theme(*, name: str, vocabulary: list[str], **kinds: dict[str, str]) -> Them
 
 _TABLE = read_table("themes.yaml")
 THEMES = tuple(_theme(**entry) for entry in _TABLE["themes"])
-AUDIENCES = tuple(Audience(entry["name"], tuple(entry["openings"])) for entry in _TABLE["audiences"])
+
+
+def _audience(*, name: str, openings: list[str]) -> Audience:
+    """An audience as the file spells it."""
+    return Audience(name, tuple(openings))
+
+
+AUDIENCES = tuple(_audience(**entry) for entry in _TABLE["audiences"])

@@ -147,7 +147,8 @@ def _from_model(settings: WriteSettings, prompts: Iterable[Prompt]) -> Answered:
     write."""
     from outgrow.train.corpus.writing.local import Local
 
-    left, model = iter(prompts), None
+    left = iter(prompts)
+    model = None
     while batch := list(islice(left, settings.at_once)):
         model = model or Local(settings)
         yield from zip(batch, model.answers(batch), strict=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from outgrow.model.base.errors import UserError
-from outgrow.model.base.settings import CONF, compose_config, plain, read
+from outgrow.model.base.settings import CONF, compose_config, settings_of
 
 PLACES = ("{topic}", "{audience}")
 
@@ -99,13 +99,7 @@ def settings_from(overrides: Sequence[str]) -> WriteSettings:
         UserError: every unknown, missing and mistyped key and every value that cannot work, at once.
     """
     cfg, faults = compose_config(CONF, "write", list(overrides))
-    values = plain(cfg, faults)
-    settings = read(WriteSettings, values, "", faults) if values else None
-    if settings is not None:
-        faults += _disagreements(settings)
-    UserError.collect(dict.fromkeys(faults))
-    assert settings is not None
-    return settings
+    return settings_of(WriteSettings, cfg, faults, _disagreements)
 
 
 def _disagreements(settings: WriteSettings) -> list[str]:
